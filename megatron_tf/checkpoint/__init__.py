@@ -1,0 +1,3 @@
+from megatron_tf.checkpoint.load import load_logical
+
+__all__ = ["load_logical"]

@@ -1,0 +1,333 @@
+"""The checkpoint format, version 1, field by field.
+
+A checkpoint is one folder, `step_00001000/` (step, at least 8 digits):
+
+    shard_00000.safetensors  ranges of fp32 state that rank 0 owned when it saved, and so on, a file a rank
+    index.json               what the checkpoint is, and where each range of each tensor lies
+    manifest.json            length and checksum of every other file; written last
+
+It holds *logical* (unsharded, unpadded) tensors and knows no rank: any reader puts the ranges together again.
+A folder without a valid manifest is not a checkpoint. Nothing is pickled. JSON files are UTF-8 without
+duplicate fields, and without fields other than these:
+
+index.json
+    format_version  1; a reader refuses what is newer than itself
+    step            optimizer steps done
+    samples         training samples consumed: the position in the data
+    tokens          training tokens consumed
+    model           the `model` section of the configuration, the activation among it
+    scales          {projection: τ}, for example {"blocks.0.ffn": 48.0}; never recomputed from token counts
+    growth_history  list of objects, oldest first, one for each growth (see `megatron_tf.growth.source.growth_entry`)
+    data            fingerprint of the training data, an object of the data package
+    trackers        {tracker: id of the run there}
+    run             further state of the run that saved, such as the loss scaler; an object of the training package
+    adam_steps      {tensor: [[start, stop, steps], ...]}: how many times Adam has updated these elements; rows that
+                    growth has added are younger than the others. Covers every tensor that has `exp_avg`
+    tensors         {tensor: {"shape": [...], "states": {state: {"dtype": "float32", "pieces": [...]}}}}
+                    state: "weight" (fp32 master), "exp_avg", "exp_avg_sq" (Adam moments)
+                    piece: [start, stop, file, key], elements [start, stop) of the flattened tensor are the flat
+                    tensor `key` of `file`; the pieces of a state hold each of its elements exactly once
+
+manifest.json
+    format_version  1
+    token           random text of the save attempt that wrote the folder
+    files           {name: {"bytes": length, "sha256": 64 hexadecimal digits}}, every file of the folder but this one
+
+shard_NNNNN.safetensors: the safetensors format; flat float32 little-endian tensors, one a piece, keys "<tensor>/<state>/<start>".
+
+While a save is under way, the folder is called `.tmp-step_00001000-<token>` and holds for each rank also
+shard_NNNNN.json, the rank's part, which vanishes when all parts have come together in the index:
+    rank    of the writer
+    error   null, or why this rank could not write; then the other fields are empty
+    file    null (this rank owned nothing) or the name of its shard, with its `bytes` and `sha256`
+    pieces  [[tensor, state, start, stop, key], ...]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_tf.checkpoint.ranges import StepRange, coverage_problems
+from megatron_tf.checkpoint.strict_json import Fields, parse_object
+from megatron_tf.errors import CheckpointError
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+MANIFEST_NAME = "manifest.json"
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATES = (WEIGHT, *MOMENTS)
+DTYPE = "float32"
+BYTES_PER_ELEMENT = 4
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # never a path: a checkpoint only names files of its own folder
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def shard_name(rank: int) -> str:
+    return f"shard_{rank:05d}.safetensors"
+
+
+def part_name(rank: int) -> str:
+    return f"shard_{rank:05d}.json"
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """Elements [start, stop) of a flattened tensor are the flat tensor `key` of the file `file`."""
+
+    start: int
+    stop: int
+    file: str
+    key: str
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """`shape`: logical shape.  `states`: where the pieces of each state lie; before a save, without pieces."""
+
+    shape: tuple[int, ...]
+    states: Mapping[str, tuple[StoredPiece, ...]]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def expected_tensors(
+    shapes: Mapping[str, tuple[int, ...]], states: Iterable[str] = STATES
+) -> dict[str, StoredTensor]:
+    """What a save must bring together: these tensors, each with all of `states`, no pieces yet."""
+    return {name: StoredTensor(tuple(shape), {state: () for state in states}) for name, shape in shapes.items()}
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """index.json; the module's docstring says what each field means."""
+
+    step: int
+    samples: int
+    tokens: int
+    model: Mapping[str, Any]
+    scales: Mapping[str, float]
+    tensors: Mapping[str, StoredTensor]
+    adam_steps: Mapping[str, tuple[StepRange, ...]]
+    growth_history: tuple[Mapping[str, Any], ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    trackers: Mapping[str, str] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def with_pieces(self, pieces: Mapping[tuple[str, str], Iterable[StoredPiece]]) -> CheckpointIndex:
+        """The same index with the pieces of every (tensor, state) filled in, in ascending order."""
+        tensors = {
+            name: replace(
+                tensor,
+                states={
+                    state: tuple(sorted(pieces.get((name, state), ()), key=lambda piece: piece.start))
+                    for state in tensor.states
+                },
+            )
+            for name, tensor in self.tensors.items()
+        }
+        return replace(self, tensors=tensors)
+
+    def problems(self) -> list[str]:
+        """Every element that is not held exactly once, of every state and of the step counts."""
+        problems = []
+        for name, tensor in self.tensors.items():
+            for state, pieces in tensor.states.items():
+                for problem in coverage_problems(tensor.numel, [(piece.start, piece.stop) for piece in pieces]):
+                    problems.append(f"{name}, {state}: {problem}")
+            if MOMENTS[0] in tensor.states:
+                ranges = [(start, stop) for start, stop, _ in self.adam_steps.get(name, ())]
+                for problem in coverage_problems(tensor.numel, ranges):
+                    problems.append(f"{name}, adam_steps: {problem}")
+        for name in self.adam_steps:
+            if name not in self.tensors:
+                problems.append(f"{name}, adam_steps: there is no such tensor")
+        return problems
+
+    def to_json(self) -> bytes:
+        value = {
+            "format_version": self.format_version,
+            "step": self.step,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "model": dict(self.model),
+            "scales": dict(self.scales),
+            "growth_history": [dict(entry) for entry in self.growth_history],
+            "data": dict(self.data),
+            "trackers": dict(self.trackers),
+            "run": dict(self.run),
+            "adam_steps": {name: [list(entry) for entry in entries] for name, entries in self.adam_steps.items()},
+            "tensors": {
+                name: {
+                    "shape": list(tensor.shape),
+                    "states": {
+                        state: {"dtype": DTYPE, "pieces": [[p.start, p.stop, p.file, p.key] for p in pieces]}
+                        for state, pieces in tensor.states.items()
+                    },
+                }
+                for name, tensor in self.tensors.items()
+            },
+        }
+        return encode(INDEX_NAME, value)
+
+    @classmethod
+    def from_json(cls, file: str, text: bytes) -> CheckpointIndex:
+        """Parse index.json; anything malformed is a CheckpointError that names `file` and the field."""
+        fields = parse_object(file, text)
+        _check_version(fields)
+        fields.only(*cls.__dataclass_fields__)
+        trackers, scales, steps = fields.object("trackers"), fields.object("scales"), fields.object("adam_steps")
+        history = fields.list("growth_history")
+        if not all(isinstance(entry, dict) for entry in history):
+            raise fields.error("growth_history", "must hold objects only")
+        index = cls(
+            step=fields.integer("step"),
+            samples=fields.integer("samples"),
+            tokens=fields.integer("tokens"),
+            model=fields.plain("model"),
+            scales={name: scales.positive(name) for name in scales.keys()},
+            tensors={name: _parse_tensor(tensor) for name, tensor in fields.objects("tensors")},
+            adam_steps={name: _parse_steps(steps, name) for name in steps.keys()},
+            growth_history=tuple(history),
+            data=fields.plain("data"),
+            trackers={name: trackers.text(name) for name in trackers.keys()},
+            run=fields.plain("run"),
+        )
+        if problems := index.problems():
+            raise CheckpointError(f"{file}: " + "; ".join(problems))
+        return index
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json; the module's docstring says what each field means."""
+
+    token: str
+    files: Mapping[str, StoredFile]
+
+    def to_json(self) -> bytes:
+        files = {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in self.files.items()}
+        return encode(MANIFEST_NAME, {"format_version": FORMAT_VERSION, "token": self.token, "files": files})
+
+    @classmethod
+    def from_json(cls, file: str, text: bytes) -> Manifest:
+        fields = parse_object(file, text)
+        _check_version(fields)
+        fields.only("format_version", "token", "files")
+        files = {}
+        for name, entry in fields.objects("files"):
+            if not _FILE_NAME.fullmatch(name):
+                raise fields.error("files", f"holds {name!r}, which is not a file name")
+            entry.only("bytes", "sha256")
+            files[name] = StoredFile(entry.integer("bytes"), _parse_sha256(entry))
+        if INDEX_NAME not in files:
+            raise fields.error("files", f"has no {INDEX_NAME}")
+        return cls(fields.text("token"), files)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank contributes to a save: its shard and the (tensor, state, start, stop, key) in it, or an error."""
+
+    rank: int
+    error: str | None = None
+    file: str | None = None
+    bytes: int = 0
+    sha256: str = ""
+    pieces: tuple[tuple[str, str, int, int, str], ...] = ()
+
+    def to_json(self) -> bytes:
+        value = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return encode(part_name(self.rank), {"format_version": FORMAT_VERSION, **value})
+
+    @classmethod
+    def from_json(cls, file: str, text: bytes) -> Part:
+        fields = parse_object(file, text)
+        _check_version(fields)
+        pieces = []
+        for entry in fields.list("pieces"):
+            if not isinstance(entry, list) or [type(value) for value in entry] != [str, str, int, int, str]:
+                raise fields.error("pieces", f"holds {entry!r}, expected [tensor, state, start, stop, key]")
+            pieces.append(tuple(entry))
+        return cls(
+            rank=fields.integer("rank"),
+            error=fields.optional_text("error"),
+            file=fields.optional_text("file"),
+            bytes=fields.integer("bytes"),
+            sha256=fields.text("sha256"),
+            pieces=tuple(pieces),
+        )
+
+
+def encode(file: str, value: Any) -> bytes:
+    """JSON bytes. NaN and infinity have no JSON form and would make a file that nobody can read."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: holds a value that JSON cannot express ({error})") from error
+
+
+def _check_version(fields: Fields) -> None:
+    version = fields.integer("format_version", minimum=1)
+    if version > FORMAT_VERSION:
+        raise fields.error(
+            "format_version",
+            f"is {version}, this program reads up to {FORMAT_VERSION}. Use a newer version of megatron_tf",
+        )
+
+
+def _parse_tensor(fields: Fields) -> StoredTensor:
+    fields.only("shape", "states")
+    states = {}
+    for state, entry in fields.objects("states"):
+        if state not in STATES:
+            raise entry.error("", f"is an unknown state; known are {', '.join(STATES)}")
+        entry.only("dtype", "pieces")
+        if entry.text("dtype") != DTYPE:
+            raise entry.error("dtype", f"is {entry.text('dtype')!r}, this format version stores {DTYPE} only")
+        states[state] = tuple(_parse_piece(entry, piece) for piece in entry.list("pieces"))
+    return StoredTensor(fields.integers("shape", minimum=1), states)
+
+
+def _parse_piece(fields: Fields, value: Any) -> StoredPiece:
+    if not isinstance(value, list) or [type(entry) for entry in value] != [int, int, str, str]:
+        raise fields.error("pieces", f"holds {value!r}, expected [start, stop, file, key]")
+    piece = StoredPiece(*value)
+    if piece.start < 0 or piece.stop <= piece.start:
+        raise fields.error("pieces", f"holds [{piece.start}, {piece.stop}), which is not a range")
+    if not _FILE_NAME.fullmatch(piece.file):
+        raise fields.error("pieces", f"names {piece.file!r}, which is not a file name")
+    return piece
+
+
+def _parse_steps(fields: Fields, name: str) -> tuple[StepRange, ...]:
+    entries = fields.list(name)
+    for entry in entries:
+        if not isinstance(entry, list) or [type(value) for value in entry] != [int, int, int] or min(entry) < 0:
+            raise fields.error(name, f"holds {entry!r}, expected [start, stop, steps], none below 0")
+    return tuple(tuple(entry) for entry in entries)
+
+
+def _parse_sha256(fields: Fields) -> str:
+    value = fields.text("sha256")
+    if not _SHA256.fullmatch(value):
+        raise fields.error("sha256", f"is {value!r}, expected 64 hexadecimal digits")
+    return value

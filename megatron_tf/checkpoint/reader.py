@@ -1,0 +1,138 @@
+"""Reading checkpoints: what is valid, and any range of any state, whatever layout wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_tf.checkpoint.format import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    WEIGHT,
+    CheckpointIndex,
+    Manifest,
+    StoredPiece,
+)
+from megatron_tf.checkpoint.ranges import RangeMap
+from megatron_tf.checkpoint.shards import ShardReader, file_sha256
+from megatron_tf.errors import CheckpointError
+
+
+def open_checkpoint(path: Path | str) -> CheckpointReader:
+    """A reader of the checkpoint folder `path`.
+
+    Checked: the manifest and the index in full (the index's checksum too), the presence and length of every
+    file, that each element of each state has its place exactly once. The shards' bytes are checked by
+    `CheckpointReader.verify`. Anything wrong is a CheckpointError.
+    """
+    folder = Path(path)
+    manifest = Manifest.from_json(str(folder / MANIFEST_NAME), _read(folder, MANIFEST_NAME))
+    for name, stored in manifest.files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {name} is missing ({error.strerror})") from error
+        if size != stored.bytes:
+            raise CheckpointError(f"{folder}: {name} has {size} bytes, the manifest says {stored.bytes}")
+    _verify_file(folder, INDEX_NAME, manifest)
+    index = CheckpointIndex.from_json(str(folder / INDEX_NAME), _read(folder, INDEX_NAME))
+    return CheckpointReader(folder, index, manifest)
+
+
+class CheckpointReader:
+    """An open checkpoint. Holds no file open and no tensor."""
+
+    def __init__(self, path: Path, index: CheckpointIndex, manifest: Manifest):
+        self.path, self.index, self.manifest = path, index, manifest
+        self._shards: dict[str, ShardReader] = {}
+        self._maps: dict[tuple[str, str], RangeMap[StoredPiece]] = {}
+        for name, tensor in index.tensors.items():
+            for state, pieces in tensor.states.items():
+                self._maps[name, state] = RangeMap((piece.start, piece.stop, piece) for piece in pieces)
+                for piece in pieces:
+                    if piece.file not in manifest.files:
+                        raise CheckpointError(
+                            f"{path}: {name}, {state} is said to lie in {piece.file}, which the manifest does not list"
+                        )
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened logical tensor `name`: flat fp32 on the CPU.
+
+        Reads only these bytes. CheckpointError when the checkpoint does not hold them.
+        """
+        if (name, state) not in self._maps:
+            kind = f"no state {state!r} of tensor" if name in self.index.tensors else "no tensor"
+            raise CheckpointError(f"{self.path}: holds {kind} {name!r}")
+        numel = self.index.tensors[name].numel
+        if not 0 <= start <= stop <= numel:
+            raise CheckpointError(f"{self.path}: elements [{start}, {stop}) asked of {name!r}, which has {numel}")
+        result = torch.empty(stop - start, dtype=torch.float32)
+        for first, last, piece in self._maps[name, state].overlapping(start, stop):
+            begin, end = max(first, start), min(last, stop)
+            self._shard_of(piece).read_into(piece.key, begin - first, result[begin - start : end - start])
+        return result
+
+    def verify(self, files: Iterable[str] | None = None) -> None:
+        """Compare the checksums of `files` (all by default) with the manifest, and the shards' headers with the index.
+
+        One CheckpointError names every broken file. Ranks can share the work by passing different files.
+        """
+        problems = []
+        names = set(self.manifest.files if files is None else files)
+        for name in sorted(names):
+            try:
+                _verify_file(self.path, name, self.manifest)
+            except CheckpointError as error:
+                problems.append(str(error))
+        for tensor in self.index.tensors.values():
+            for piece in (piece for pieces in tensor.states.values() for piece in pieces):
+                if piece.file in names and not problems:
+                    self._shard_of(piece)
+        if problems:
+            raise CheckpointError("\n".join(problems))
+
+    def _shard_of(self, piece: StoredPiece) -> ShardReader:
+        """The open shard, its tensor's length compared with the index."""
+        if piece.file not in self._shards:
+            self._shards[piece.file] = ShardReader(self.path / piece.file)
+        shard = self._shards[piece.file]
+        if shard.numel(piece.key) != piece.stop - piece.start:
+            raise CheckpointError(
+                f"{self.path}: {piece.file} holds {shard.numel(piece.key)} elements of {piece.key!r}, "
+                f"the index says {piece.stop - piece.start}"
+            )
+        return shard
+
+
+def read_weights(reader: CheckpointReader) -> dict[str, Tensor]:
+    """Every logical weight of an open checkpoint, fp32, in its logical shape: the whole model in memory."""
+    return {
+        name: reader.read(name, WEIGHT, 0, tensor.numel).view(tensor.shape)
+        for name, tensor in reader.index.tensors.items()
+    }
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: has no {name}, so it is not a complete checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror})") from error
+
+
+def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
+    if name not in manifest.files:
+        raise CheckpointError(f"{folder}: the manifest does not list {name}")
+    try:
+        found = file_sha256(folder / name)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror})") from error
+    if found != manifest.files[name].sha256:
+        raise CheckpointError(
+            f"{folder}: {name} is damaged: its sha256 is {found[:12]}..., "
+            f"the manifest says {manifest.files[name].sha256[:12]}..."
+        )

@@ -1,0 +1,79 @@
+"""Where a run's state comes from: a checkpoint, or the initialiser. Growth puts a third kind on top.
+
+A trainer reads every range it owns from one `StateSource` and never knows which kind it is, so that starting,
+resuming and growing are one code path at every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_tf.checkpoint.format import STATES, WEIGHT
+from megatron_tf.checkpoint.ranges import StepRange, clip_steps
+from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.config.schema import Growth, Model
+from megatron_tf.growth.source import GrownSource, StateSource, growth_seed
+from megatron_tf.params import initial_scales, parameter_table
+
+__all__ = ["CheckpointSource", "InitialSource", "StateSource", "grown_source"]
+
+
+class CheckpointSource:
+    """The state that a checkpoint holds."""
+
+    def __init__(self, reader: CheckpointReader):
+        self._reader = reader
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        return self._reader.index.scales
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        return self._reader.read(name, state, start, stop)
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
+        """Step counts of [start, stop); 0 where the checkpoint has weights only."""
+        recorded = clip_steps(self._reader.index.adam_steps.get(name, ()), start, stop)
+        return recorded or ([(start, stop, 0)] if start < stop else [])
+
+
+class InitialSource:
+    """The state of a fresh model: weights as a function of (seed, name, row), moments and step counts 0."""
+
+    def __init__(self, model: Model, seed: int):
+        self._table, self._seed = parameter_table(model), seed
+        self.scales: Mapping[str, float] = initial_scales(model)
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        assert state in STATES
+        if state != WEIGHT or start == stop:
+            return torch.zeros(stop - start)
+        from megatron_tf.model.initialize import initial_rows
+
+        spec = self._table[name]
+        first, last = start // spec.width, -(-stop // spec.width)
+        rows = initial_rows(spec, self._seed, first, last).reshape(-1)
+        return rows[start - first * spec.width : stop - first * spec.width]
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
+        return [(start, stop, 0)] if start < stop else []
+
+
+def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: int) -> GrownSource:
+    """The state of the bigger `model`, grown from an open checkpoint as `growth` says.
+
+    `seed` is the run's; new tokens depend on it and on how many growths came before. ConfigError when the
+    method cannot grow this activation; see `check_growable` for what may differ between the two models.
+    """
+    number = len(reader.index.growth_history) + 1
+    return GrownSource(
+        CheckpointSource(reader),
+        InitialSource(model, growth_seed(seed, number)),
+        old_model=Model.model_validate(dict(reader.index.model)),
+        new_model=model,
+        method=growth.method,
+        moments=growth.moments,
+    )

@@ -1,0 +1,3 @@
+from megatron_tf.config.load import load_config
+
+__all__ = ["load_config"]

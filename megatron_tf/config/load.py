@@ -1,0 +1,291 @@
+"""From a YAML file and overrides to a `RunConfig`, and back.
+
+Everything that is wrong with the file is reported at once, in sentences that name the key, what was given,
+what is expected and what to write instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron_tf.config.schema import RunConfig, Section
+from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
+from megatron_tf.errors import ConfigError
+
+Location = tuple[int | str, ...]
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path`, apply `overrides` ("section.field=value", value in YAML, later ones win), check every key.
+
+    An override may name a section that the file lacks ("growth.from=runs/small"); null removes an optional
+    one ("growth=null").  Raises one ConfigError with all problems.  Rules between fields and the world size
+    are `validate.validate`'s.
+    """
+    values, problems = _read_file(path)
+    for override in overrides:
+        problems += _apply_override(values, override)
+    try:
+        # JSON mode, because there a list may become a tuple; it is otherwise as strict. by_name would let
+        # the Python names of aliased keys in as a second spelling.
+        config = RunConfig.model_validate_json(json.dumps(values), by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise ConfigError([*problems, *_sentences(error)]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, defaults included; `load_config` reads it back to an equal one."""
+    return dump_yaml(config.model_dump(by_alias=True))
+
+
+def _read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file. Give the path of a run's YAML file.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text. Save the file as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give a readable YAML file.") from None
+    values, problems = parse_yaml(text, str(path))
+    if values is None:
+        needed = ", ".join(_required_keys(RunConfig))
+        raise ConfigError(f"{path}: the file is empty. A configuration needs the sections {needed}.")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: the top level is {_describe(values)}. It must be sections, such as `model:`.")
+    return values, problems
+
+
+def _apply_override(values: dict[str, Any], override: str) -> list[str]:
+    """Set one override in `values`; returns the problem, if any, as a list."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        return [f"override {override!r}: not of the form section.field=value. Write it as training.train_steps=100."]
+    try:
+        value, problems = parse_yaml(text, f"override {key.strip()}")
+    except ConfigError as error:
+        return error.problems
+    section = values
+    for depth, part in enumerate(parts[:-1]):
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict):
+            parent = ".".join(parts[: depth + 1])
+            given = f"{parent} is {_describe(section)} and has no keys"
+            return [f"override {key.strip()}: {given}. Give it as a whole: {parent}=..."]
+    section[parts[-1]] = value
+    return problems
+
+
+# ---- what pydantic found, in our own words ---------------------------------------------------------------------------
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    sentences = [_sentence(problem) for problem in error.errors(include_url=False)]
+    return list(dict.fromkeys(sentences))  # a list that is too short has one problem per missing item
+
+
+def _sentence(problem: ErrorDetails) -> str:
+    loc, kind, given = problem["loc"], problem["type"], problem["input"]
+    bounds = problem.get("ctx", {})
+    key = _key_name(loc)
+    if kind == "extra_forbidden":
+        return _unknown_key(loc)
+    if kind == "missing":
+        return _missing_key(loc, given)
+    if kind in ("greater_than_equal", "greater_than", "less_than", "less_than_equal"):
+        bound, words = {
+            "greater_than_equal": ("ge", "at least"),
+            "greater_than": ("gt", "greater than"),
+            "less_than": ("lt", "less than"),
+            "less_than_equal": ("le", "at most"),
+        }[kind]
+        limit = bounds[bound]
+        limit = f"{limit:g}" if isinstance(limit, float) else limit
+        return f"{key}: {given} is out of range. It must be {words} {limit}."
+    if kind == "finite_number":
+        return f"{key}: {given} is out of range. It must be a finite number."
+    if kind == "literal_error":
+        return _not_a_choice(key, loc, given)
+    if kind == "too_short":
+        return f"{key}: the list has {bounds['actual_length']} items. It needs at least {bounds['min_length']}."
+    if kind == "too_long":
+        return f"{key}: the list has {len(given)} items. It holds {bounds['max_length']}."
+    expected = _EXPECTED.get(kind)
+    if expected is None:
+        return f"{key or 'configuration'}: {_describe(given)} is not valid: {problem['msg']}."
+    return f"{key}: {_describe(given)}, but {expected} is expected.{_remedy(kind, loc, given)}"
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "keys with values",
+    "model_type": "a section with keys",
+    "model_attributes_type": "a section with keys",
+}
+
+
+def _remedy(kind: str, loc: Location, given: Any) -> str:
+    """How to write what was probably meant: a sentence with a leading space, or nothing."""
+    section = _section_at(loc)
+    if kind == "tuple_type" and section:
+        return f" Write a list of items, each with the keys {', '.join(_keys(section))}."
+    if kind in ("model_type", "model_attributes_type") and section:
+        if given is None:
+            return " Give it keys, or remove the line to take its defaults."
+        return f" Its keys are {', '.join(_keys(section))}."
+    if kind == "string_type" and isinstance(given, (bool, int, float)):
+        return f" Write it in quotes: '{json.dumps(given)}'."
+    if kind == "bool_type" and str(given).lower() in ("yes", "on", "1", "no", "off", "0"):
+        return f" Write {'true' if str(given).lower() in ('yes', 'on', '1') else 'false'}."
+    if kind == "float_type" or kind.startswith("int"):
+        number = _as_number(given)
+        if number is not None and (kind == "float_type" or number == int(number)):
+            return f" Write {number:g}." if kind == "float_type" else f" Write {int(number)}."
+    return ""
+
+
+def _as_number(given: Any) -> float | None:
+    if isinstance(given, bool) or not isinstance(given, (str, int, float)):
+        return None
+    try:
+        number = float(given)  # also reads the digit groups of Python and YAML 1.1, 1_000
+    except ValueError:
+        return None
+    return number if abs(number) < 1e300 else None
+
+
+def _unknown_key(loc: Location) -> str:
+    name, section = str(loc[-1]), _section_at(loc[:-1])
+    assert section is not None, loc
+    keys = _keys(section)
+    near = difflib.get_close_matches(name, keys, n=1)
+    sentence = f"{_key_name(loc)}: unknown key."
+    if near:
+        return f"{sentence} Did you mean {_key_name((*loc[:-1], near[0]))}?"
+    elsewhere = [key for key in _all_keys(RunConfig) if key.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"{sentence} Did you mean {' or '.join(elsewhere)}?"
+    where = f"The keys of {_key_name(loc[:-1])}" if len(loc) > 1 else "The sections"
+    return f"{sentence} {where} are {', '.join(keys)}."
+
+
+def _missing_key(loc: Location, given: Any) -> str:
+    if isinstance(loc[-1], int):
+        return f"{_key_name(loc[:-1])}: the list has {len(given)} items, too few. Give all of them."
+    section = _section_at(loc)
+    if section is not None:
+        return f"{_key_name(loc)}: missing. Add this section; it needs {', '.join(_required_keys(section))}."
+    return f"{_key_name(loc)}: missing, and it has no default. Give it a value."
+
+
+def _not_a_choice(key: str, loc: Location, given: Any) -> str:
+    choices = [str(choice) for choice in _choices(_annotation_at(loc))]
+    near = difflib.get_close_matches(str(given), choices, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"{key}: {_describe(given)}, but one of {', '.join(choices)} is expected.{hint}"
+
+
+def _describe(value: Any) -> str:
+    """What was given, as a phrase: "the text 'abc'", "the list [1, 2]", "nothing"."""
+    if value is None:
+        return "nothing (null)"
+    text = json.dumps(value) if not isinstance(value, str) else repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    if isinstance(value, bool):
+        return f"the truth value {text}"
+    if isinstance(value, (int, float)):
+        return f"the number {text}"
+    kind = {str: "the text", list: "the list", dict: "the mapping"}[type(value)]
+    return f"{kind} {text}"
+
+
+# ---- looking things up in the schema ---------------------------------------------------------------------------------
+
+
+def _key_name(loc: Location) -> str:
+    """("data", "train", 0, "path") as "data.train[0].path"."""
+    name = ""
+    for part in loc:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
+    return name
+
+
+def _fields(section: type[Section]) -> Iterator[tuple[str, Any, bool]]:
+    """(key as it is written, annotation, required) of each field."""
+    for name, field in section.model_fields.items():
+        yield field.alias or name, field.annotation, field.is_required()
+
+
+def _keys(section: type[Section]) -> list[str]:
+    return [key for key, _, _ in _fields(section)]
+
+
+def _required_keys(section: type[Section]) -> list[str]:
+    return [key for key, _, required in _fields(section) if required]
+
+
+def _all_keys(section: type[Section], prefix: str = "") -> Iterable[str]:
+    """Every key of the schema with its path, sections included, list items left out."""
+    for key, annotation, _ in _fields(section):
+        yield prefix + key
+        inner = _as_section(annotation)
+        if inner is not None:
+            yield from _all_keys(inner, f"{prefix}{key}.")
+
+
+def _annotation_at(loc: Location) -> Any:
+    """The annotation of a place in the configuration; an item of a list has that of the list."""
+    annotation: Any = RunConfig
+    for part in loc:
+        if isinstance(part, str):
+            section = _section_in(annotation)
+            if section is None:
+                return None
+            annotation = next((found for key, found, _ in _fields(section) if key == part), None)
+    return annotation
+
+
+def _section_at(loc: Location) -> type[Section] | None:
+    """The section class at a place: also for `Section | None`, and for lists of sections."""
+    return _section_in(_annotation_at(loc))
+
+
+def _as_section(annotation: Any) -> type[Section] | None:
+    """The section class of `Section` or `Section | None`."""
+    for candidate in (annotation, *(arg for arg in get_args(annotation) if type(None) in get_args(annotation))):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    candidates = (annotation, *get_args(annotation))
+    return next((item for item in candidates if isinstance(item, type) and issubclass(item, Section)), None)
+
+
+def _choices(annotation: Any) -> Iterator[Any]:
+    """The values of the Literal inside an annotation."""
+    for argument in get_args(annotation):
+        if get_args(argument):
+            yield from _choices(argument)
+        elif argument is not Ellipsis and argument is not type(None):
+            yield argument

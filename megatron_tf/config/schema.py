@@ -1,0 +1,140 @@
+"""The configuration of a run: frozen, typed, strict. One class a section, one comment a field.
+
+Only facts that the user chooses stand here. What follows from them (batch arithmetic, layouts, sizes)
+is computed by functions and never written back. Cross-field rules are in `validate.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+class Section(BaseModel):
+    """Frozen; an unknown key is an error; no silent conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+class Run(Section):
+    name: str = "tokenformer"  # shown in logs and trackers
+    dir: str  # folder of everything the run writes: config.yml, metrics.jsonl, train.log, checkpoints/
+    seed: int = Field(1234, ge=0, lt=2**63)  # initial weights and data order are functions of it
+
+
+class ParameterTokens(Section):
+    qkv: Count  # tokens of each of the query, key and value projections
+    proj: Count  # tokens of the attention output projection
+    ffn: Count  # tokens of the feed-forward Pattention
+
+
+class Model(Section):
+    num_layers: Count
+    hidden_size: Count
+    num_attention_heads: Count
+    seq_length: Count  # tokens a sample is trained on
+    vocab_size: Count  # rows of the embedding, which is also the output head
+    parameter_tokens: ParameterTokens
+    activation: Activation = "l2_norm_gelu"  # normalisation over the parameter tokens
+    rotary_fraction: Fraction = 0.25  # share of each head's channels that is rotated
+    rotary_base: Positive = 10000.0
+    norm_eps: Positive = 1e-5  # of the weightless block norms and the final norm
+
+
+class Parallel(Section):
+    tensor: Count = 1  # ranks that share each layer's parameter tokens, heads and vocabulary
+    pipeline: Count = 1  # stages that share the depth
+    sequence: bool = False  # also split hidden states over the tensor ranks between the projections
+    timeout_seconds: Positive = 1800.0  # a collective that waits longer than this ends the run
+
+
+class Training(Section):
+    train_steps: Count | None = None  # optimizer steps; give this or train_tokens
+    train_tokens: Count | None = None  # rounded up to whole steps
+    global_batch_size: Count  # samples a step, over all ranks
+    micro_batch_size: Count  # samples a rank computes at once
+    precision: Precision = "bf16"  # fp32 master weights and gradient accumulation always
+    gradient_clipping: NonNegative = 1.0  # largest global L2 norm; 0 is off
+    activation_checkpointing: bool = False  # recompute each block in the backward pass
+    compile: bool = False  # torch.compile of each block
+
+
+class Schedule(Section):
+    type: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear from 0; the first update then has lr 0
+    min_lr: NonNegative = 0.0  # where cosine ends, at the last step
+
+
+class Optimizer(Section):
+    type: Literal["adamw"] = "adamw"
+    lr: Positive
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1  # on tokens and embedding, never on the final norm
+    schedule: Schedule = Schedule()
+
+
+class DataSource(Section):
+    path: str  # prefix of a .bin/.idx pair
+    weight: Positive = 1.0  # share of the samples, relative to the other sources
+
+
+class Data(Section):
+    tokenizer: str | None = None  # Hugging Face tokenizers .json or SentencePiece .model
+    train: tuple[DataSource, ...] = Field(min_length=1)
+    validation: tuple[DataSource, ...] = ()
+
+
+class Checkpoint(Section):
+    interval_steps: Count | None = None  # the last step is always saved
+    keep_last: Count | None = None  # older complete checkpoints are deleted; None keeps all
+    resume: Literal["auto", "never"] = "auto"  # auto: from the newest complete checkpoint of run.dir
+    allow_data_change: bool = False  # resume although the data is not what the checkpoint was trained on
+
+
+class Growth(Section):
+    source: str = Field(alias="from")  # run folder, checkpoints folder or checkpoint to grow from
+    method: Literal["zero_key"] = "zero_key"
+    moments: Literal["keep", "reset"] = "keep"  # Adam moments of the old tokens; new ones start at 0
+
+
+class Evaluation(Section):
+    interval_steps: Count | None = None  # the last step is always evaluated when there is validation data
+    samples: Count = 64  # validation samples, the same ones each time; rounded up to whole batches
+
+
+class Logging(Section):
+    interval_steps: Count = 10
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()  # beside metrics.jsonl, which is always written
+    project: str = "megatron_tf"  # project name at the tracker
+
+
+class Zero(Section):
+    stage: Literal[0, 1] = 1  # 1 shards master weights and optimizer state over the data-parallel ranks
+
+
+class RunConfig(Section):
+    """One file is one runnable run."""
+
+    run: Run
+    model: Model
+    parallel: Parallel = Parallel()
+    training: Training
+    optimizer: Optimizer
+    data: Data
+    checkpoint: Checkpoint = Checkpoint()
+    growth: Growth | None = None
+    evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()
+    zero: Zero = Zero()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)  # merged into the DeepSpeed config as it is

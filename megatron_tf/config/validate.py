@@ -1,0 +1,322 @@
+"""Rules between fields, and the arithmetic of a run at a given world size. No torch, no process group.
+
+`validate` reports every problem at once, before anything is started; `topology_for` and `plan_batches`
+compute what the run then uses.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.errors import ConfigError
+from megatron_tf.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the samples of a step are spread, and how many steps the run has.
+
+    global_batch_size = micro_batch_size × num_micro_batches × data_parallel.
+    """
+
+    micro_batch_size: int  # samples a rank computes at once
+    num_micro_batches: int  # micro batches a rank accumulates into one step
+    data_parallel: int
+    seq_length: int  # tokens a sample
+    train_steps: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples a step, over all ranks."""
+        return self.micro_batch_size * self.num_micro_batches * self.data_parallel
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_length
+
+    @property
+    def train_samples(self) -> int:
+        return self.train_steps * self.global_batch_size
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the whole run, in whole steps."""
+        return self.train_steps * self.tokens_per_step
+
+
+def topology_for(config: RunConfig, world_size: int) -> Topology:
+    """The rank grid; ranks left over by tensor × pipeline become data-parallel. ConfigError when uneven."""
+    _raise_if_any(_layout_problems(config, world_size))
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    return Topology(tensor=tensor, pipeline=pipeline, data=world_size // (tensor * pipeline))
+
+
+def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
+    """Batch arithmetic of the run; `train_tokens` is rounded up to whole steps. ConfigError when it has no solution."""
+    data_parallel = topology_for(config, world_size).data
+    _raise_if_any([*_batch_problems(config, data_parallel), *_length_problems(config)])
+    training = config.training
+    return BatchPlan(
+        micro_batch_size=training.micro_batch_size,
+        num_micro_batches=training.global_batch_size // (training.micro_batch_size * data_parallel),
+        data_parallel=data_parallel,
+        seq_length=config.model.seq_length,
+        train_steps=_train_steps(config),
+    )
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Raise one ConfigError with everything that cannot run on `world_size` ranks; each with its remedy."""
+    problems = list(_layout_problems(config, world_size))
+    if not problems:
+        problems += _batch_problems(config, topology_for(config, world_size).data)
+    for rule in (
+        _length_problems,
+        _model_problems,
+        _sharding_problems,
+        _schedule_problems,
+        _zero_problems,
+        _run_problems,
+        _deepspeed_problems,
+    ):
+        problems += rule(config)
+    _raise_if_any(problems)
+
+
+def _raise_if_any(problems: Iterable[str]) -> None:
+    found = list(problems)
+    if found:
+        raise ConfigError(found)
+
+
+def _layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    ranks = tensor * pipeline
+    if world_size % ranks:
+        yield (
+            f"parallel: tensor {tensor} × pipeline {pipeline} needs a multiple of {ranks} ranks, but there are "
+            f"{world_size}. Start {_either(_multiples_near(world_size, ranks))} ranks, or choose tensor × pipeline "
+            f"among {_listed(_divisors(world_size))}."
+        )
+
+
+def _batch_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
+    global_size, micro = config.training.global_batch_size, config.training.micro_batch_size
+    samples = micro * data_parallel
+    if global_size % samples == 0:
+        return
+    remedy = f"Set it to {_either(_multiples_near(global_size, samples))}"
+    if global_size % data_parallel == 0:
+        micro_sizes = _divisors(global_size // data_parallel)
+        nearest = sorted(sorted(micro_sizes, key=lambda size: abs(size - micro))[:4])
+        remedy += f", or training.micro_batch_size to {_either(nearest)}"
+    yield (
+        f"training.global_batch_size: {global_size} is not a multiple of {samples} "
+        f"(training.micro_batch_size {micro} × {data_parallel} data-parallel ranks). {remedy}."
+    )
+
+
+def _length_problems(config: RunConfig) -> Iterator[str]:
+    steps, tokens = config.training.train_steps, config.training.train_tokens
+    if steps is None and tokens is None:
+        yield "training: neither train_steps nor train_tokens is given. Give one of them."
+    if steps is not None and tokens is not None:
+        yield (
+            f"training: both train_steps ({steps}) and train_tokens ({tokens}) are given. Give one; "
+            "an override removes the other with training.train_steps=null or training.train_tokens=null."
+        )
+
+
+def _train_steps(config: RunConfig) -> int:
+    """Steps of the run; requires that exactly one of train_steps and train_tokens is given."""
+    training = config.training
+    if training.train_steps is not None:
+        return training.train_steps
+    assert training.train_tokens is not None
+    return math.ceil(training.train_tokens / (training.global_batch_size * config.model.seq_length))
+
+
+def _model_problems(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    heads, hidden = model.num_attention_heads, model.hidden_size
+    if hidden % heads:
+        yield (
+            f"model.hidden_size: {hidden} is not a multiple of model.num_attention_heads {heads}. Set it to "
+            f"{_either(_multiples_near(hidden, heads))}, or the heads to {_either(_divisors_near(hidden, heads))}."
+        )
+    else:
+        yield from _rotary_problems(model)
+    if config.parallel.pipeline > model.num_layers:
+        yield (
+            f"parallel.pipeline: {config.parallel.pipeline} stages, but model.num_layers is {model.num_layers} and "
+            f"each stage needs a layer. Set it to at most {model.num_layers}."
+        )
+
+
+def _rotary_problems(model: Model) -> Iterator[str]:
+    head_size = model.hidden_size // model.num_attention_heads
+    channels = int(model.rotary_fraction * head_size)
+    if channels % 2:
+        # rounded up, so that int() of the product is the even number that is meant
+        near = [math.ceil(even / head_size * 1e4) / 1e4 for even in (channels - 1, channels + 1) if even <= head_size]
+        yield (
+            f"model.rotary_fraction: {model.rotary_fraction:g} of {head_size} channels a head rotates {channels} "
+            f"channels, but they are rotated in pairs. Set it to {_either(f'{fraction:g}' for fraction in near)}."
+        )
+
+
+def _sharding_problems(config: RunConfig) -> Iterator[str]:
+    model, tensor = config.model, config.parallel.tensor
+    if model.num_attention_heads % tensor:
+        yield (
+            f"parallel.tensor: {tensor} does not divide model.num_attention_heads {model.num_attention_heads}. "
+            f"Set it to {_either(_divisors_near(model.num_attention_heads, tensor))}."
+        )
+    rows = {f"model.parameter_tokens.{name}": count for name, count in model.parameter_tokens}
+    for key, count in {"model.vocab_size": model.vocab_size, **rows}.items():
+        if count < tensor:
+            yield (
+                f"{key}: {count} rows cannot be split over parallel.tensor {tensor} ranks. "
+                f"Set it to at least {tensor}, or parallel.tensor to at most {count}."
+            )
+    if not config.parallel.sequence:
+        return
+    if tensor == 1:
+        yield (
+            "parallel.sequence: true splits hidden states over the tensor ranks, but parallel.tensor is 1. "
+            "Set it to false, or parallel.tensor to 2 or more."
+        )
+    elif model.seq_length % tensor:
+        yield (
+            f"model.seq_length: {model.seq_length} is not a multiple of parallel.tensor {tensor}, which "
+            f"parallel.sequence needs. Set it to {_either(_multiples_near(model.seq_length, tensor))}, "
+            "or parallel.sequence to false."
+        )
+
+
+def _schedule_problems(config: RunConfig) -> Iterator[str]:
+    schedule, lr = config.optimizer.schedule, config.optimizer.lr
+    if schedule.min_lr > lr:
+        yield (
+            f"optimizer.schedule.min_lr: {schedule.min_lr:g} is above optimizer.lr {lr:g}. Set it to at most {lr:g}."
+        )
+    if list(_length_problems(config)):
+        return
+    steps = _train_steps(config)
+    if schedule.warmup_steps > steps:
+        yield (
+            f"optimizer.schedule.warmup_steps: {schedule.warmup_steps} is more than the run's {steps} steps. "
+            f"Set it to at most {steps}; 1 % would be {math.ceil(steps / 100)}."
+        )
+
+
+def _zero_problems(config: RunConfig) -> Iterator[str]:
+    if config.zero.stage != 0:
+        return
+    remedy = "Set zero.stage to 1"
+    reasons = {
+        "bf16": "DeepSpeed does not implement it with fp32 accumulation of bf16 gradients",
+        "fp16": "DeepSpeed's results are then wrong, even on one rank",
+    }
+    precision = config.training.precision
+    if precision in reasons:
+        yield (
+            f"zero.stage: 0 with training.precision {precision} is refused, for {reasons[precision]}. "
+            f"{remedy}, or training.precision to fp32."
+        )
+    if config.parallel.pipeline > 1:
+        yield (
+            f"zero.stage: 0 with parallel.pipeline {config.parallel.pipeline} is refused, for DeepSpeed then leaves "
+            f"parameters of later stages out of the gradient norm. {remedy}, or parallel.pipeline to 1."
+        )
+
+
+def _run_problems(config: RunConfig) -> Iterator[str]:
+    interval = config.evaluation.interval_steps
+    if interval is not None and not config.data.validation:
+        yield (
+            f"evaluation.interval_steps: {interval}, but data.validation is empty. "
+            "Give data.validation, or remove evaluation.interval_steps."
+        )
+    if config.growth is not None:
+        own = os.path.normpath(config.run.dir)
+        source = os.path.normpath(config.growth.source)
+        if source == own or source == os.path.join(own, "checkpoints"):
+            yield (
+                f"growth.from: {config.growth.source} is this run's own folder (run.dir {config.run.dir}). "
+                "Give the smaller run's folder, or another run.dir."
+            )
+
+
+# Keys of a DeepSpeed configuration that follow from a section of ours. The two would contradict each other in
+# silence, because DeepSpeed takes whatever it is given.
+_OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "elasticity": "training.global_batch_size and the number of ranks",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "training.precision",
+    "bfloat16": "training.precision",
+    "fp16": "training.precision",
+    "amp": "training.precision",
+    "torch_autocast": "training.precision",
+    "data_types": "training.precision (gradients are accumulated in fp32)",
+    "communication_data_type": "training.precision (gradients are reduced in fp32)",
+    "gradient_clipping": "training.gradient_clipping",
+    "activation_checkpointing": "training.activation_checkpointing",
+    "compile": "training.compile",
+    "zero_optimization.stage": "zero.stage",
+    "pipeline": "parallel.pipeline",
+    "tensor_parallel": "parallel.tensor",
+    "sequence_parallel_size": "parallel.sequence",
+    "checkpoint": "checkpoint",
+    "tensorboard": "logging.trackers",
+    "wandb": "logging.trackers",
+}
+
+
+def _deepspeed_problems(config: RunConfig) -> Iterator[str]:
+    for key, owner in _OWNED_DEEPSPEED_KEYS.items():
+        first, _, second = key.partition(".")
+        if first not in config.deepspeed:
+            continue
+        inner = config.deepspeed[first]
+        if not second or (isinstance(inner, dict) and second in inner):
+            yield f"deepspeed.{key}: this is decided by {owner}. Remove it here and set that instead."
+
+
+# ---- nearest valid values --------------------------------------------------------------------------------------------
+
+
+def _multiples_near(value: int, unit: int) -> list[int]:
+    """The multiples of `unit` next to `value` on both sides, none below `unit`."""
+    below = value // unit * unit
+    return [below, below + unit] if below else [unit]
+
+
+def _divisors(value: int) -> list[int]:
+    small = [size for size in range(1, math.isqrt(value) + 1) if value % size == 0]
+    return sorted({*small, *(value // size for size in small)})
+
+
+def _divisors_near(value: int, wanted: int) -> list[int]:
+    """The divisors of `value` next to `wanted`: the largest below and the smallest above."""
+    divisors = _divisors(value)
+    below = [size for size in divisors if size < wanted][-1:]
+    return below + [size for size in divisors if size > wanted][:1]
+
+
+def _either(values: Iterable[object]) -> str:
+    """Values as "a, b or c"."""
+    *head, last = map(str, values)
+    return f"{', '.join(head)} or {last}" if head else last
+
+
+def _listed(values: list[int]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")

@@ -1,0 +1,213 @@
+"""Token files in the format of Megatron-LM, GPT-NeoX and TokenFormer: `PREFIX.bin` and `PREFIX.idx`.
+
+All numbers are little endian. With S sequences and D documents, `.idx` is
+
+| byte          | type         | field                                                                          |
+|---------------|--------------|--------------------------------------------------------------------------------|
+| 0             | 9 bytes      | magic `MMIDIDX\\0\\0`                                                          |
+| 9             | u64          | version, 1                                                                     |
+| 17            | u8           | token type: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16                             |
+| 18            | u64          | S                                                                              |
+| 26            | u64          | D + 1, the entries of the document index                                       |
+| 34            | i32 [S]      | tokens of each sequence                                                        |
+| 34 + 4S       | i64 [S]      | first byte of each sequence in `.bin`                                          |
+| 34 + 12S      | i64 [D + 1]  | document index: document j is the sequences from entry j up to entry j + 1     |
+
+`.bin` is the tokens of all sequences, one after another, with nothing between. Types 6 and 7 are floats of a
+different width in Megatron-LM and GPT-NeoX; they are never written and refused when read.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from megatron_tf.data.atomic import make_parent, partial_path, publish
+from megatron_tf.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+TOKEN_TYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+U16_VOCABULARY_LIMIT = 65500  # Megatron's own limit, kept so that files are byte-identical
+
+
+def data_file(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.bin")
+
+
+def index_file(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.idx")
+
+
+class IndexedWriter:
+    """Writes one pair of files, each document as one sequence. Use it as a context manager.
+
+    Both files are written under temporary names and renamed when the block ends well, `.idx` last: while there is no
+    `.idx` there is no data set. When the block raises, what was written is deleted and older files stay as they were.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int):
+        """`vocab_size`: ids are below it; it decides between u16 and i32."""
+        self.prefix = str(prefix)
+        self.vocab_size = vocab_size
+        self.num_tokens = 0
+        self.max_token_id = -1  # of all documents so far; -1 before the first token
+        self._type_code = 8 if vocab_size < U16_VOCABULARY_LIMIT else 4
+        self._dtype = np.dtype(TOKEN_TYPES[self._type_code])
+        self._sizes = array("i")
+        make_parent(data_file(prefix))
+        self._bin = open(partial_path(data_file(prefix)), "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close()
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._sizes)
+
+    def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Append one document's token ids. Raises `DataError` for an id outside [0, vocab_size)."""
+        tokens = np.asarray(ids, dtype=np.int64)
+        if tokens.size:
+            smallest, largest = int(tokens.min()), int(tokens.max())
+            if smallest < 0 or largest >= self.vocab_size:
+                raise DataError(
+                    f"{self.prefix}: document {self.num_documents} has token id {smallest if smallest < 0 else largest}, "
+                    f"outside the vocabulary of {self.vocab_size}. Use the tokenizer that the vocabulary size belongs to."
+                )
+            self.max_token_id = max(self.max_token_id, largest)
+        self._bin.write(tokens.astype(self._dtype).tobytes())
+        self._sizes.append(tokens.size)
+        self.num_tokens += tokens.size
+
+    def close(self) -> None:
+        """Write the index and give both files their names."""
+        self._bin.close()
+        bin_path, idx_path = data_file(self.prefix), index_file(self.prefix)
+        sizes = np.array(self._sizes, dtype="<i4")
+        pointers = np.zeros(sizes.size, dtype="<i8")
+        np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
+        pointers *= self._dtype.itemsize
+        with open(partial_path(idx_path), "wb") as file:
+            file.write(HEADER.pack(MAGIC, 1, self._type_code, sizes.size, sizes.size + 1))
+            file.write(sizes.tobytes())
+            file.write(pointers.tobytes())
+            file.write(np.arange(sizes.size + 1, dtype="<i8").tobytes())
+        # An old index beside the new tokens would be read as data: it goes before the tokens change.
+        idx_path.unlink(missing_ok=True)
+        publish(partial_path(bin_path), bin_path)
+        publish(partial_path(idx_path), idx_path)
+
+    def discard(self) -> None:
+        """Delete what was written so far."""
+        self._bin.close()
+        for path in (data_file(self.prefix), index_file(self.prefix)):
+            partial_path(path).unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.discard()
+            return
+        try:
+            self.close()
+        except BaseException:
+            self.discard()
+            raise
+
+
+class IndexedDataset:
+    """A pair of files, memory-mapped: opening it reads a few dozen bytes, whatever its size.
+
+    Raises `DataError` on opening when a file is missing, truncated, of another format, or when the two do not
+    belong together. The sequences must lie in `.bin` in order and without gaps, as every known writer leaves them.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = str(prefix)
+        bin_bytes = _size_of(data_file(prefix), self.prefix)
+        idx_bytes = _size_of(index_file(prefix), self.prefix)
+        dtype, self.num_sequences, entries = _read_header(index_file(prefix), idx_bytes)
+        self.num_documents = entries - 1
+        index = np.memmap(index_file(prefix), dtype=np.uint8, mode="r")
+        sizes_end = HEADER.size + 4 * self.num_sequences
+        pointers_end = sizes_end + 8 * self.num_sequences
+        self._sizes = index[HEADER.size : sizes_end].view("<i4")
+        self._pointers = index[sizes_end:pointers_end].view("<i8")
+        self._document_index = index[pointers_end:].view("<i8")
+        self._check_ends(bin_bytes, dtype)
+        self.num_tokens = bin_bytes // dtype.itemsize
+        self._tokens = np.memmap(data_file(prefix), dtype=dtype, mode="r") if bin_bytes else np.empty(0, dtype)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of all documents one after another, as int64 [stop - start], copied."""
+        assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
+        return self._tokens[start:stop].astype(np.int64)
+
+    @cached_property
+    def document_offsets(self) -> np.ndarray:
+        """First token of each document, and the number of tokens at the end: int64 [num_documents + 1].
+
+        Costs a pass over the index, so it is built only when asked for.
+        """
+        starts = np.append(self._pointers // self._tokens.dtype.itemsize, self.num_tokens)
+        return starts[self._document_index]
+
+    def _check_ends(self, bin_bytes: int, dtype: np.dtype) -> None:
+        """What the first and the last entries of the index say must fit the number of sequences and `.bin`."""
+        path, count = index_file(self.prefix), self.num_sequences
+        first, last = int(self._document_index[0]), int(self._document_index[-1])
+        if first != 0 or last != count:
+            raise DataError(
+                f"{path}: the document index runs from {first} to {last}, but there are {count} sequences. "
+                f"The file is damaged: prepare the data again."
+            )
+        described = int(self._pointers[-1]) + int(self._sizes[-1]) * dtype.itemsize if count else 0
+        if described != bin_bytes:
+            raise DataError(
+                f"{data_file(self.prefix)}: has {bin_bytes} bytes, but {path.name} describes {described}. One of the two "
+                f"is truncated or belongs to other data: copy both again or prepare the data again."
+            )
+
+
+def _size_of(path: Path, prefix: str) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    hint = "Prepare the data with tools/preprocess_data.py or correct the path."
+    if prefix.endswith((".bin", ".idx")):
+        hint = f"Give the common prefix of the two files: {prefix[:-4]}"
+    raise DataError(f"{path}: no such file. {hint}")
+
+
+def _read_header(path: Path, file_bytes: int) -> tuple[np.dtype, int, int]:
+    """Token type, number of sequences, and entries of the document index of `path`."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER.size)
+    if not head.startswith(MAGIC):
+        raise DataError(
+            f"{path}: begins with {head[: len(MAGIC)]!r}, an index begins with {MAGIC!r}. "
+            f"It is not a Megatron index: prepare the data with tools/preprocess_data.py."
+        )
+    if len(head) < HEADER.size:
+        raise DataError(f"{path}: has {file_bytes} bytes, its header alone {HEADER.size}. Prepare the data again.")
+    _, version, code, sequences, entries = HEADER.unpack(head)
+    if version != 1:
+        raise DataError(f"{path}: has format version {version}, only version 1 is known. Prepare the data again.")
+    if code not in TOKEN_TYPES:
+        raise DataError(
+            f"{path}: has token type {code}, known are {sorted(TOKEN_TYPES)}. Prepare the data again as integers."
+        )
+    expected = HEADER.size + 12 * sequences + 8 * entries
+    if entries < 1 or file_bytes != expected:
+        raise DataError(
+            f"{path}: has {file_bytes} bytes, but {sequences} sequences and {entries} document entries need {expected}. "
+            f"The file is truncated or damaged: copy it again or prepare the data again."
+        )
+    return np.dtype(TOKEN_TYPES[code]), sequences, entries

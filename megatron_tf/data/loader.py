@@ -1,0 +1,154 @@
+"""From configured data sources to the batches of one data-parallel rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_tf.config.schema import DataSource
+from megatron_tf.data.blend import Blend
+from megatron_tf.data.indexed import IndexedDataset, data_file, index_file
+from megatron_tf.data.samples import TokenSource, derived_seed
+from megatron_tf.data.summary import read_summary, summary_file
+from megatron_tf.data.tokenizer import tokenizer_fingerprint
+from megatron_tf.errors import DataError
+
+PROBE_BYTES = 1 << 16
+
+
+def build_dataset(sources: Sequence[DataSource], seq_length: int, seed: int, vocab_size: int) -> Blend:
+    """Open all sources and blend them by weight. Costs O(1) a source.
+
+    Raises one `DataError` with the problems of all sources: a file missing or damaged, too few tokens for a sample,
+    a summary that belongs to other data, a token id (as far as the summary knows it) of `vocab_size` or more.
+    """
+    opened, problems = [], []
+    for number, source in enumerate(sources):
+        try:
+            opened.append(_open_source(source.path, seq_length, derived_seed(seed, number), vocab_size))
+        except DataError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise DataError("\n".join(problems))
+    return Blend(opened, [source.weight for source in sources], seed)
+
+
+def _open_source(prefix: str, seq_length: int, seed: int, vocab_size: int) -> TokenSource:
+    dataset = IndexedDataset(prefix)
+    summary = read_summary(prefix)
+    if summary is not None:
+        if (summary.documents, summary.tokens) != (dataset.num_documents, dataset.num_tokens):
+            raise DataError(
+                f"{summary_file(prefix)}: speaks of {summary.documents} documents and {summary.tokens} tokens, the files "
+                f"beside it have {dataset.num_documents} and {dataset.num_tokens}. Prepare the data again."
+            )
+        if summary.max_token_id >= vocab_size:
+            raise _beyond_vocabulary(prefix, summary.max_token_id, vocab_size)
+    return TokenSource(dataset, seq_length, seed)
+
+
+def _beyond_vocabulary(prefix: str, token_id: int, vocab_size: int) -> DataError:
+    return DataError(
+        f"{data_file(prefix)}: token id {token_id} is beyond the vocabulary, model.vocab_size is {vocab_size}. Raise "
+        f"model.vocab_size to at least {token_id + 1} or prepare the data with the tokenizer of this model."
+    )
+
+
+def check_tokenizer(sources: Sequence[DataSource], tokenizer_path: str | None) -> None:
+    """Raise `DataError` when data were made with another tokenizer than the file, or, without one, than each other.
+
+    Sources without a summary (made by other programs) cannot be checked.
+    """
+    expected, origin = None, ""
+    if tokenizer_path is not None:
+        expected, origin = tokenizer_fingerprint(tokenizer_path), f"data.tokenizer {tokenizer_path}"
+    problems = []
+    for source in sources:
+        summary = read_summary(source.path)
+        if summary is None:
+            continue
+        if expected is None:
+            expected, origin = summary.tokenizer_fingerprint, source.path
+        elif summary.tokenizer_fingerprint != expected:
+            problems.append(
+                f"{summary_file(source.path)}: the data were made with tokenizer {summary.tokenizer_fingerprint[:12]}, "
+                f"{origin} is {expected[:12]} (SHA-256). Name the tokenizer of the data or prepare the data again."
+            )
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def fingerprint(sources: Sequence[DataSource], seed: int) -> dict[str, Any]:
+    """What the order and content of the samples depend on, as a JSON object, at O(1) cost a source.
+
+    Of each source: name (without the folder, so that data may move), weight, bytes of both files, and a SHA-256 of the
+    first and last 64 KiB of its tokens, which tells files of equal size apart. Raises `DataError` for a missing file.
+    """
+    entries = []
+    for source in sources:
+        dataset = IndexedDataset(source.path)
+        bin_bytes = data_file(source.path).stat().st_size
+        with open(data_file(source.path), "rb") as file:
+            ends = file.read(PROBE_BYTES)
+            file.seek(max(0, bin_bytes - PROBE_BYTES))
+            ends += file.read(PROBE_BYTES)
+        entries.append(
+            {
+                "name": Path(source.path).name,
+                "weight": source.weight,
+                "tokens": dataset.num_tokens,
+                "bin_bytes": bin_bytes,
+                "idx_bytes": index_file(source.path).stat().st_size,
+                "ends_sha256": hashlib.sha256(ends).hexdigest(),
+            }
+        )
+    return {"seed": seed, "sources": entries}
+
+
+class BatchLoader:
+    """Micro batches of one data-parallel rank. Holds no position: what a step reads follows from its first sample."""
+
+    def __init__(
+        self,
+        dataset: Blend,
+        *,
+        micro_batch_size: int,
+        num_micro_batches: int,
+        data_rank: int,
+        data_size: int,
+        vocab_size: int,
+    ):
+        assert 0 <= data_rank < data_size and micro_batch_size >= 1 and num_micro_batches >= 1
+        self.dataset = dataset
+        self.micro_batch_size = micro_batch_size
+        self.num_micro_batches = num_micro_batches
+        self.data_rank = data_rank
+        self.data_size = data_size
+        self.vocab_size = vocab_size
+
+    def step_batches(self, first_sample: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(input_ids, labels), each int64 [micro_batch_size, seq_length], for every micro batch of a step.
+
+        Micro batch m takes samples first_sample + (m·data_size + data_rank)·micro_batch_size + [0, micro_batch_size),
+        so a step takes the same samples whatever the layout. Raises `DataError` for an id outside the vocabulary.
+        """
+        for micro_batch in range(self.num_micro_batches):
+            first = first_sample + (micro_batch * self.data_size + self.data_rank) * self.micro_batch_size
+            rows = np.stack([self.dataset.sample(first + row) for row in range(self.micro_batch_size)])
+            self._check_vocabulary(rows, first)
+            tokens = torch.from_numpy(rows)
+            yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def _check_vocabulary(self, rows: np.ndarray, first: int) -> None:
+        outside = (rows < 0) | (rows >= self.vocab_size)
+        if outside.any():
+            row, column = np.argwhere(outside)[0]
+            source, _ = self.dataset.locate(first + int(row))
+            raise _beyond_vocabulary(
+                self.dataset.sources[source].dataset.prefix, int(rows[row, column]), self.vocab_size
+            )

@@ -1,0 +1,167 @@
+"""What a model costs: parameters, floating-point operations, memory a rank. Pure arithmetic, no torch.
+
+Symbols: s sequence length, b micro batch, d hidden size, n tokens of a projection, T tensor-parallel ranks,
+c bytes of the compute type (2 for bf16 and fp16, 4 for fp32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_tf.config.schema import Model, Precision, RunConfig
+from megatron_tf.config.validate import plan_batches, topology_for
+from megatron_tf.parallel.topology import Topology, stage_layers
+from megatron_tf.params import EMBEDDING, ParameterSpec, parameter_table, shard_range
+
+
+def num_parameters(model: Model) -> int:
+    """Parameters of the logical model; the output head is the embedding and counts once."""
+    return sum(spec.numel for spec in parameter_table(model).values())
+
+
+def num_token_parameters(model: Model) -> int:
+    """Elements of all parameter tokens: what growth adds to."""
+    return sum(spec.numel for spec in parameter_table(model).values() if spec.growable)
+
+
+def stage_parameters(model: Model, topology: Topology, stage: int) -> int:
+    """Parameters on the fullest tensor rank of a pipeline stage.
+
+    The first stage holds the embedding, the last one the final norm and, as output head, its own copy of
+    the embedding.
+    """
+    table = parameter_table(model)
+    first, last = stage == 0, stage == topology.pipeline - 1
+    prefixes = tuple(f"blocks.{layer}." for layer in stage_layers(model.num_layers, topology.pipeline, stage))
+    held = [
+        spec
+        for name, spec in table.items()
+        if (first or last if name == EMBEDDING else name.startswith(prefixes) or (last and name.startswith("final_")))
+    ]
+    return max(sum(_shard_numel(spec, topology.tensor, rank) for spec in held) for rank in range(topology.tensor))
+
+
+def _shard_numel(spec: ParameterSpec, tensor: int, rank: int) -> int:
+    if not spec.sharded:
+        return spec.numel
+    start, stop = shard_range(spec.shape[0], tensor, rank)
+    return (stop - start) * spec.width
+
+
+def parameters_per_rank(model: Model, topology: Topology) -> int:
+    """Parameters on the fullest rank, over all stages and tensor ranks."""
+    return max(stage_parameters(model, topology, stage) for stage in range(topology.pipeline))
+
+
+def flops_per_token(model: Model) -> int:
+    """Floating-point operations of forward and backward for one trained token.
+
+    Two a multiply-add.  Forward: 2 an element of every key and value token and of the embedding as output
+    head, and 4·s·d a layer for the two products of attention, counted at full length as is usual for MFU
+    although the causal half is skipped.  Backward is twice the forward.  Norms, activations and
+    recomputation under activation checkpointing do not count.
+    """
+    head = model.vocab_size * model.hidden_size
+    attention = 4 * model.seq_length * model.hidden_size * model.num_layers
+    return 3 * (2 * (num_token_parameters(model) + head) + attention)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, without the allocator's fragmentation, communication buffers and workspaces."""
+
+    weights: int  # in the compute type
+    gradients: int  # as the backward pass makes them, and the fp32 sums over micro batches
+    optimizer: int  # fp32 master weights and both Adam moments
+    activations: int  # saved for the backward pass, at the peak of a step
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
+    """Memory of the fullest pipeline stage.  `config` has passed `validate` for `world_size`."""
+    topology = topology_for(config, world_size)
+    num_micro_batches = plan_batches(config, world_size).num_micro_batches
+    stages = [_stage_memory(config, topology, num_micro_batches, stage) for stage in range(topology.pipeline)]
+    return max(stages, key=lambda memory: memory.total)
+
+
+def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> Memory:
+    parameters = stage_parameters(config.model, topology, stage)
+    weights, gradients, optimizer = state_bytes(parameters, config.training.precision, config.zero.stage, topology.data)
+    # One forward, one backward: stage i has started this many micro batches before its first backward.
+    in_flight = min(num_micro_batches, topology.pipeline - stage)
+    return Memory(weights, gradients, optimizer, _stage_activation_bytes(config, topology, stage, in_flight))
+
+
+def state_bytes(parameters: int, precision: Precision, zero_stage: int, data_parallel: int) -> tuple[int, int, int]:
+    """Bytes of (weights, gradients, optimizer) for `parameters` elements on a rank, as DeepSpeed lays them out.
+
+    | precision, ZeRO | weights | gradients                      | optimizer             |
+    |-----------------|---------|--------------------------------|-----------------------|
+    | bf16, 1         | 2       | 2 + 4 (whole fp32 sum)         | 12/DP                 |
+    | fp16, 1         | 2       | 2 + 4/DP (fp32 copy of a part) | 12/DP                 |
+    | fp32, 1         | 4       | 4 + 4/DP (copy of a part)      | 12/DP (a master copy) |
+    | fp32, 0         | 4       | 4                              | 8                     |
+    """
+    share = -(-parameters // data_parallel)
+    if zero_stage == 0:
+        assert precision == "fp32", "validate() refuses stage 0 in other precisions"
+        return 4 * parameters, 4 * parameters, 8 * parameters
+    compute = compute_bytes(precision)
+    sums = 4 * parameters if precision == "bf16" else 4 * share
+    return compute * parameters, compute * parameters + sums, 12 * share
+
+
+def compute_bytes(precision: Precision) -> int:
+    """Bytes of an element in the compute type."""
+    return 4 if precision == "fp32" else 2
+
+
+def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, in_flight: int) -> int:
+    """Activations at the peak of a stage.
+
+    Without checkpointing every layer of every micro batch in flight keeps what `block_activation_bytes`
+    says; with it, only its input, and one block at a time is whole.  The last stage adds the final norm's
+    output and the logits [s, b, V/T] with their gradient, both in fp32, for one micro batch.
+    """
+    model, training = config.model, config.training
+    layers = len(stage_layers(model.num_layers, topology.pipeline, stage))
+    positions = model.seq_length * training.micro_batch_size
+    block = block_activation_bytes(config)
+    if training.activation_checkpointing:
+        split = topology.tensor if config.parallel.sequence else 1
+        block_input = compute_bytes(training.precision) * positions * model.hidden_size // split
+        total = in_flight * layers * block_input + block
+    else:
+        total = in_flight * layers * block
+    if stage == topology.pipeline - 1:
+        rows = -(-model.vocab_size // topology.tensor)
+        total += positions * (compute_bytes(training.precision) * model.hidden_size + 2 * 4 * rows)
+    return total
+
+
+def block_activation_bytes(config: RunConfig) -> int:
+    """Bytes that one block keeps for the backward pass of one micro batch, on one rank.
+
+    | kept                                                | elements           | bytes |
+    |-----------------------------------------------------|--------------------|-------|
+    | inputs of both norms, split under sequence parallel | 2 · s·b·d (/T)     | c     |
+    | inputs of q, k, v (shared), proj and ffn, whole     | 3 · s·b·d          | c     |
+    | scores of the five projections, [s, b, n/T] each    | s·b·Σn/T           | c     |
+    | q, k, v and the output of attention                 | 4 · s·b·d/T        | c     |
+    | norm of each projection's scores, [s, b, 1]         | 5 · s·b            | 4     |
+    | mean and deviation of both norms                    | 4 · s·b            | 4     |
+    | log-sum-exp of attention, a head                    | s·b·heads/T        | 4     |
+    """
+    model, tensor = config.model, config.parallel.tensor
+    counts = model.parameter_tokens
+    split = tensor if config.parallel.sequence else 1
+    hidden = model.hidden_size
+    scores = 3 * -(-counts.qkv // tensor) + -(-counts.proj // tensor) + -(-counts.ffn // tensor)
+    compute = 2 * hidden // split + 3 * hidden + scores + 4 * hidden // tensor
+    statistics = 5 + 4 + model.num_attention_heads // tensor
+    positions = model.seq_length * config.training.micro_batch_size
+    return positions * (compute_bytes(config.training.precision) * compute + 4 * statistics)

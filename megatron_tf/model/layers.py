@@ -1,0 +1,180 @@
+"""The layers of a TokenFormer, each for any tensor-parallel group; parameter names are the logical names.
+
+| tensor | local shape | under sequence parallelism |
+|---|---|---|
+| ids, labels | [b, s] | [b, s] |
+| hidden between layers | [s, b, d] | [s/T, b, d] |
+| query, key, value, attention output | [s, b, d/T] | the same |
+| logits | [s, b, V/T] | the same |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_tf.config.schema import Activation, Model
+from megatron_tf.model.attention import causal_attention
+from megatron_tf.model.pattention import partial_pattention
+from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
+from megatron_tf.parallel.groups import SINGLE, Group
+from megatron_tf.parallel.vocab import partial_embedding
+from megatron_tf.params import default_scale, shard_range
+
+
+class TensorParallel:
+    """How hidden states enter and leave sharded work: by `sequence`, split over the sequence or replicated."""
+
+    def __init__(self, group: Group = SINGLE, sequence: bool = False):
+        self.group = group
+        self.sequence = sequence and group.size > 1
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Hidden between layers -> [s, b, d], whole on every rank; its gradients are summed over the ranks."""
+        return gather_from(hidden, self.group, 0) if self.sequence else copy_to(hidden, self.group)
+
+    def leave(self, partial: Tensor) -> Tensor:
+        """A partial [s, b, d] -> hidden between layers."""
+        return scatter_to(partial, self.group, 0) if self.sequence else reduce_from(partial, self.group)
+
+    def replicated(self, weight: Tensor) -> Tensor:
+        """A replicated weight that acts on hidden between layers.
+
+        Under sequence parallelism each rank sees its own positions only, so the weight's gradient is partial there
+        and must be summed; otherwise it is whole already.
+        """
+        return copy_to(weight, self.group) if self.sequence else weight
+
+
+class Pattention(nn.Module):
+    """One projection: n parameter tokens, of which this rank holds a contiguous share.
+
+    `scale` is τ: stored, never recomputed from the number of tokens, so that growth can hold it.
+    As a layer of its own: x [..., d_in] -> [..., d_out].
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        d_in: int,
+        d_out: int,
+        *,
+        scale: float | None = None,
+        activation: Activation = "l2_norm_gelu",
+        group: Group = SINGLE,
+    ):
+        super().__init__()
+        start, stop = shard_range(num_tokens, group.size, group.rank)
+        self.key_tokens = nn.Parameter(torch.empty(stop - start, d_in))
+        self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out))
+        self.scale = default_scale(num_tokens, activation) if scale is None else scale
+        self.activation, self.group = activation, group
+        nn.init.normal_(self.key_tokens, std=0.02)
+        nn.init.normal_(self.value_tokens, std=1 / d_out**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reduce_from(partial_outputs([self], copy_to(x, self.group))[0], self.group)
+
+
+def partial_outputs(projections: Sequence[Pattention], x: Tensor) -> tuple[Tensor, ...]:
+    """Outputs of projections that share x, each partial over their tensor group."""
+    first = projections[0]
+    return partial_pattention(
+        x,
+        [p.key_tokens for p in projections],
+        [p.value_tokens for p in projections],
+        [p.scale for p in projections],
+        first.activation,
+        first.group,
+    )
+
+
+class Embedding(nn.Module):
+    """Token embedding and, tied, the output head. Vocabulary rows are split over the tensor group."""
+
+    def __init__(self, model: Model, tensor: TensorParallel):
+        super().__init__()
+        self.tensor = tensor
+        self.start, stop = shard_range(model.vocab_size, tensor.group.size, tensor.group.rank)
+        self.weight = nn.Parameter(torch.empty(stop - self.start, model.hidden_size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [b, s] -> hidden between layers."""
+        return self.tensor.leave(partial_embedding(ids.mT, self.weight, self.start))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden between layers -> logits [s, b, V/T] over this rank's rows of the vocabulary."""
+        return self.tensor.enter(hidden) @ self.weight.mT
+
+
+class Attention(nn.Module):
+    """Query, key and value Pattentions, causal attention over this rank's heads, output Pattention."""
+
+    def __init__(self, model: Model, prefix: str, scales: dict[str, float], tensor: TensorParallel):
+        super().__init__()
+        self.tensor = tensor
+        for name in ("query", "key", "value", "proj"):
+            tokens = model.parameter_tokens.proj if name == "proj" else model.parameter_tokens.qkv
+            setattr(self, name, _projection(model, f"{prefix}.{name}", tokens, scales, tensor))
+        self.head_dim = model.hidden_size // model.num_attention_heads
+        self.rotary_channels = int(self.head_dim * model.rotary_fraction)
+        self.rotary_base = model.rotary_base
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        group = self.tensor.group
+        partial = partial_outputs([self.query, self.key, self.value], self.tensor.enter(hidden))
+        # a rank needs only its own heads, so the sum over the ranks is a reduce-scatter, never an all-reduce
+        query, key, value = (scatter_to(p, group, -1) for p in partial)
+        out = causal_attention(query, key, value, self.head_dim, self.rotary_channels, self.rotary_base)
+        return self.tensor.leave(partial_outputs([self.proj], gather_from(out, group, -1))[0])
+
+
+class FeedForward(Pattention):
+    """The feed-forward Pattention, between split or replicated hidden states."""
+
+    tensor: TensorParallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.tensor.leave(partial_outputs([self], self.tensor.enter(hidden))[0])
+
+
+class Block(nn.Module):
+    """Pre-norm block: x += attention(LN(x)); x += ffn(LN(x)). The norms have no weight."""
+
+    def __init__(self, model: Model, layer: int, scales: dict[str, float], tensor: TensorParallel):
+        super().__init__()
+        prefix = f"blocks.{layer}"
+        self.attention = Attention(model, f"{prefix}.attention", scales, tensor)
+        self.ffn = _projection(model, f"{prefix}.ffn", model.parameter_tokens.ffn, scales, tensor, FeedForward)
+        self.ffn.tensor = tensor
+        self.eps = model.norm_eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention(self._norm(hidden))
+        return hidden + self.ffn(self._norm(hidden))
+
+    def _norm(self, hidden: Tensor) -> Tensor:
+        return F.layer_norm(hidden, hidden.shape[-1:], eps=self.eps)
+
+
+class FinalNorm(nn.Module):
+    """LayerNorm with weight and bias [d], replicated over the tensor group."""
+
+    def __init__(self, model: Model, tensor: TensorParallel):
+        super().__init__()
+        self.tensor = tensor
+        self.weight = nn.Parameter(torch.ones(model.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(model.hidden_size))
+        self.eps = model.norm_eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight, bias = self.tensor.replicated(self.weight), self.tensor.replicated(self.bias)
+        return F.layer_norm(hidden, hidden.shape[-1:], weight, bias, self.eps)
+
+
+def _projection(model, name, tokens, scales, tensor, kind=Pattention):
+    d = model.hidden_size
+    return kind(tokens, d, d, scale=scales[name], activation=model.activation, group=tensor.group)

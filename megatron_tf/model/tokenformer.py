@@ -1,0 +1,65 @@
+"""The TokenFormer language model on one process, and how any part of it gets its initial weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from megatron_tf.config.schema import Model
+from megatron_tf.model.initialize import initial_rows
+from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
+from megatron_tf.params import initial_scales, parameter_table, shard_range
+
+
+class TokenFormer(nn.Module):
+    """ids [b, s] -> logits [b, s, vocab]. `named_parameters` gives the logical names of `params.parameter_table`.
+
+    `scales`: τ by projection, from a checkpoint; the default is a fresh model's.
+    """
+
+    def __init__(self, config: Model, scales: Mapping[str, float] | None = None):
+        super().__init__()
+        self.config = config
+        self.scales = dict(initial_scales(config) if scales is None else scales)
+        tensor = TensorParallel()
+        self.embedding = Embedding(config, tensor)
+        self.blocks = nn.ModuleList(Block(config, i, self.scales, tensor) for i in range(config.num_layers))
+        self.final_norm = FinalNorm(config, tensor)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.embedding.logits(self.final_norm(hidden)).transpose(0, 1)
+
+
+def build_model(
+    config: Model,
+    *,
+    seed: int = 1234,
+    scales: Mapping[str, float] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TokenFormer:
+    """A model with the initial weights of (seed, parameter name). On the meta device it has shapes only."""
+    with torch.device("meta"):
+        model = TokenFormer(config, scales)
+    if device is not None and torch.device(device).type == "meta":
+        return model
+    model.to_empty(device=device or "cpu")
+    initialize(model.named_parameters(), config, seed)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def initialize(
+    parameters: Iterable[tuple[str, Tensor]], config: Model, seed: int, shard: int = 0, num_shards: int = 1
+) -> None:
+    """Fills parameters, given by logical name, with their rows of the initial weights."""
+    table = parameter_table(config)
+    for name, parameter in parameters:
+        spec = table[name]
+        rows = shard_range(spec.shape[0], num_shards, shard) if spec.sharded else (0, spec.shape[0])
+        parameter.copy_(initial_rows(spec, seed, *rows))

@@ -1,0 +1,114 @@
+"""Collectives, and the autograd pairs that tensor parallelism is made of.
+
+Only this module calls torch.distributed collectives on activations. No function changes its input, and
+each is the identity for a group of one.
+
+| function | forward | backward | use |
+|---|---|---|---|
+| `copy_to` | identity | all-reduce | a replicated tensor enters sharded work |
+| `reduce_from` | all-reduce | identity | partial results become whole on every rank |
+| `gather_from` | all-gather along a dim | reduce-scatter | a split tensor enters sharded work whole |
+| `scatter_to` | reduce-scatter along a dim | all-gather | partial results become whole, split |
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from megatron_tf.parallel.groups import Group
+
+
+def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """A new tensor with the reduction of `x` over the group (same shape). Not differentiable."""
+    if group.size == 1:
+        return x
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, op=op, group=group.handle)
+    return out
+
+
+def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Concatenation of every rank's `x` (equal shapes) along `dim`. Not differentiable."""
+    if group.size == 1:
+        return x
+    x = x.contiguous()
+    out = x.new_empty((group.size, *x.shape))
+    dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group.handle)
+    return out.movedim(0, dim).flatten(dim, dim + 1) if (dim := dim % x.dim()) else out.flatten(0, 1)
+
+
+def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
+    """This rank's slice along `dim` of the sum of `x` over the group. Not differentiable."""
+    if group.size == 1:
+        return x
+    parts = x.unflatten(dim, (group.size, -1)).movedim(dim % x.dim(), 0).contiguous()
+    out = torch.empty_like(parts[0])
+    # flat buffers: gloo wants dim 0 of its input to be world size times dim 0 of its output
+    dist.reduce_scatter_tensor(out.view(-1), parts.view(-1), group=group.handle)
+    return out
+
+
+class _CopyTo(Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad, ctx.group), None
+
+
+class _ReduceFrom(Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _GatherFrom(Function):
+    @staticmethod
+    def forward(ctx, x, group, dim):
+        ctx.group, ctx.dim = group, dim
+        return all_gather(x, group, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce_scatter(grad, ctx.group, ctx.dim), None, None
+
+
+class _ScatterTo(Function):
+    @staticmethod
+    def forward(ctx, x, group, dim):
+        ctx.group, ctx.dim = group, dim
+        return reduce_scatter(x, group, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather(grad, ctx.group, ctx.dim), None, None
+
+
+def copy_to(x: Tensor, group: Group) -> Tensor:
+    """Identity forward, all-reduce backward."""
+    return x if group.size == 1 else _CopyTo.apply(x, group)
+
+
+def reduce_from(x: Tensor, group: Group) -> Tensor:
+    """All-reduce forward, identity backward."""
+    return x if group.size == 1 else _ReduceFrom.apply(x, group)
+
+
+def gather_from(x: Tensor, group: Group, dim: int) -> Tensor:
+    """All-gather along `dim` forward, reduce-scatter backward."""
+    return x if group.size == 1 else _GatherFrom.apply(x, group, dim)
+
+
+def scatter_to(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Reduce-scatter along `dim` forward, all-gather backward."""
+    return x if group.size == 1 else _ScatterTo.apply(x, group, dim)

@@ -1,0 +1,42 @@
+"""Process groups as plain arguments. A group of size 1 needs no torch.distributed at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_tf.parallel.topology import Axis, Topology
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that share one piece of work. `rank` is this process's position among them.
+
+    `handle` is the communicator, None for a group of one.
+    """
+
+    size: int = 1
+    rank: int = 0
+    handle: dist.ProcessGroup | None = None
+
+
+SINGLE = Group()
+
+
+def make_group(topology: Topology, axis: Axis, timeout_seconds: float, backend: str | None = None) -> Group:
+    """This rank's group along `axis`. Every rank of the world must call it, in the same order.
+
+    `backend` None is the world's own; "gloo" gives a group for small CPU tensors beside nccl.
+    """
+    size, rank = getattr(topology, axis), dist.get_rank() if dist.is_initialized() else 0
+    if size == 1:
+        return SINGLE
+    timeout = timedelta(seconds=timeout_seconds)
+    mine = None
+    for ranks in topology.groups(axis):
+        handle = dist.new_group(ranks, timeout=timeout, backend=backend)
+        if rank in ranks:
+            mine = handle
+    return Group(size, topology.coordinate(axis, rank), mine)

@@ -1,0 +1,110 @@
+"""The parameter table: every fact about every parameter, declared once.
+
+Model, optimizer, checkpoint, growth, conversion and estimates read it. A *logical* tensor is the
+unsharded one; every sharded tensor is split along dim 0, so any shard of it, and any ZeRO partition of
+that shard, is one contiguous range of its flattened elements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_tf.config.schema import Activation, Model
+
+# projection within a block -> (the config's name of its token count, the official module's name)
+PROJECTIONS = {
+    "attention.query": ("qkv", "attention.query"),
+    "attention.key": ("qkv", "attention.key"),
+    "attention.value": ("qkv", "attention.value"),
+    "attention.proj": ("proj", "attention.proj"),
+    "ffn": ("ffn", "mlp"),
+}
+EMBEDDING = "embedding.weight"
+INITIAL_STD = 0.02  # of key tokens and the embedding
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One logical parameter.
+
+    `shape`: logical shape.  `sharded`: split along dim 0 over the tensor group, else replicated.
+    `growable`: dim 0 counts parameter tokens.  `decayed`: weight decay applies.
+    `std`, `mean`: of the normal initialiser; std 0 is a constant.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sharded: bool
+    growable: bool
+    decayed: bool
+    std: float
+    mean: float
+    official_name: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Elements of one row (1 for a vector)."""
+        return math.prod(self.shape[1:])
+
+
+def projection_tokens(model: Model) -> dict[str, int]:
+    """Number of parameter tokens of every projection: {"blocks.0.attention.query": n, ...}."""
+    counts = model.parameter_tokens
+    return {
+        f"blocks.{layer}.{projection}": getattr(counts, key)
+        for layer in range(model.num_layers)
+        for projection, (key, _) in PROJECTIONS.items()
+    }
+
+
+def default_scale(num_tokens: int, activation: Activation) -> float:
+    """τ of a Pattention trained from scratch: √n for the L2 forms, n for softmax."""
+    return float(num_tokens) if activation == "softmax" else math.sqrt(num_tokens)
+
+
+def initial_scales(model: Model) -> dict[str, float]:
+    """τ of every projection of a fresh model. A trained model's τ comes from its checkpoint instead."""
+    return {name: default_scale(n, model.activation) for name, n in projection_tokens(model).items()}
+
+
+def parameter_table(model: Model) -> dict[str, ParameterSpec]:
+    """All parameters by logical name, in model order (embedding, blocks, final norm)."""
+    d = model.hidden_size
+    value_std = 2 / (model.num_layers * math.sqrt(d))
+    specs = [
+        ParameterSpec(EMBEDDING, (model.vocab_size, d), sharded=True, growable=False, decayed=True,
+                      std=INITIAL_STD, mean=0.0, official_name="sequential.0.word_embeddings.weight")
+    ]  # fmt: skip
+    for layer in range(model.num_layers):
+        for projection, (count, official) in PROJECTIONS.items():
+            tokens = getattr(model.parameter_tokens, count)
+            for kind, std in (("key", INITIAL_STD), ("value", value_std)):
+                specs.append(
+                    ParameterSpec(
+                        f"blocks.{layer}.{projection}.{kind}_tokens", (tokens, d),
+                        sharded=True, growable=True, decayed=True, std=std, mean=0.0,
+                        official_name=f"sequential.{layer + 2}.{official}.{kind}_param_tokens",
+                    )
+                )  # fmt: skip
+    for name, mean in (("weight", 1.0), ("bias", 0.0)):
+        specs.append(
+            ParameterSpec(
+                f"final_norm.{name}", (d,), sharded=False, growable=False, decayed=False, std=0.0, mean=mean,
+                official_name=f"sequential.{model.num_layers + 3}.norm.{name}",
+            )
+        )  # fmt: skip
+    return {spec.name: spec for spec in specs}
+
+
+def shard_range(rows: int, num_shards: int, shard: int) -> tuple[int, int]:
+    """Rows [start, stop) of dim 0 that `shard` of `num_shards` holds.
+
+    Shards differ by at most one row when `rows` does not divide; nothing is padded, so no row exists that
+    would have to be kept out of τ, of weight decay, or of a checkpoint.
+    """
+    return rows * shard // num_shards, rows * (shard + 1) // num_shards

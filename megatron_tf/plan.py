@@ -1,0 +1,61 @@
+"""The plan of a run in words, printed before anything starts. No torch."""
+
+from __future__ import annotations
+
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.validate import plan_batches, topology_for
+from megatron_tf.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
+
+
+def describe(config: RunConfig, world_size: int) -> str:
+    """Model, layout, batch arithmetic, length and memory, one line each, without a last newline.
+
+    `config` has passed `validate` for `world_size`.
+    """
+    model, training = config.model, config.training
+    topology, batches = topology_for(config, world_size), plan_batches(config, world_size)
+    memory = memory_per_rank(config, world_size)
+    counts = model.parameter_tokens
+    flops = flops_per_token(model)
+    sequence = ", sequence-parallel" if config.parallel.sequence else ""
+    growth = f", grown from {config.growth.source} by {config.growth.method}" if config.growth else ""
+    checkpointing = ", activation checkpointing" if training.activation_checkpointing else ""
+    lines = {
+        "run": f"{config.run.name} in {config.run.dir}, seed {config.run.seed}{growth}",
+        "model": (
+            f"{num_parameters(model):,} parameters: {model.num_layers} layers × {model.hidden_size}, "
+            f"{model.num_attention_heads} heads, tokens qkv {counts.qkv} / proj {counts.proj} / ffn {counts.ffn}, "
+            f"vocabulary {model.vocab_size:,}"
+        ),
+        "layout": (
+            f"{world_size:,} {_plural('rank', world_size)} as {topology}{sequence}, ZeRO {config.zero.stage}, "
+            f"{training.precision}{checkpointing}; "
+            f"at most {parameters_per_rank(model, topology):,} parameters a rank"
+        ),
+        "step": (
+            f"{batches.global_batch_size:,} samples = {batches.micro_batch_size} a micro batch "
+            f"× {batches.num_micro_batches} accumulated × {batches.data_parallel} data-parallel; "
+            f"× {batches.seq_length:,} = {batches.tokens_per_step:,} tokens"
+        ),
+        "length": (
+            f"{batches.train_steps:,} {_plural('step', batches.train_steps)}, {batches.train_samples:,} samples, "
+            f"{batches.train_tokens:,} tokens, {flops * batches.train_tokens:.2e} FLOPs"
+        ),
+        "memory": (
+            f"about {_size(memory.total)} a rank: weights {_size(memory.weights)}, gradients "
+            f"{_size(memory.gradients)}, optimizer {_size(memory.optimizer)}, activations {_size(memory.activations)}"
+        ),
+    }
+    return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
