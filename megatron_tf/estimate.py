@@ -30,14 +30,13 @@ def stage_parameters(model: Model, topology: Topology, stage: int) -> int:
     The first stage holds the embedding, the last one the final norm and, as output head, its own copy of
     the embedding.
     """
-    table = parameter_table(model)
     first, last = stage == 0, stage == topology.pipeline - 1
-    prefixes = tuple(f"blocks.{layer}." for layer in stage_layers(model.num_layers, topology.pipeline, stage))
-    held = [
-        spec
-        for name, spec in table.items()
-        if (first or last if name == EMBEDDING else name.startswith(prefixes) or (last and name.startswith("final_")))
-    ]
+    prefixes = [f"blocks.{layer}." for layer in stage_layers(model.num_layers, topology.pipeline, stage)]
+    if first or last:
+        prefixes.append(EMBEDDING)
+    if last:
+        prefixes.append("final_norm.")
+    held = [spec for name, spec in parameter_table(model).items() if name.startswith(tuple(prefixes))]
     return max(sum(_shard_numel(spec, topology.tensor, rank) for spec in held) for rank in range(topology.tensor))
 
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.params import parameter_table
 
 _TOKENS = "parameter_tokens."
-# Not part of what the weights are: rotary angles and masks are computed for whatever length comes.
-_FREE = ("seq_length",)
-_MISSING = "nothing"
+
+
+def stored_model(index: CheckpointIndex) -> Model:
+    """The model section that the checkpoint was trained with; CheckpointError when it is not a valid one."""
+    try:
+        return Model.model_validate(dict(index.model))
+    except ValidationError as error:
+        problems = [f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise CheckpointError(_listed("the checkpoint's own model section is not valid", problems)) from error
 
 
 def check_same_architecture(index: CheckpointIndex, model: Model) -> None:
@@ -47,15 +55,15 @@ def check_growable(index: CheckpointIndex, model: Model) -> None:
         problems.append("growth.from: the checkpoint has the configuration's token counts already. Remove `growth`")
     if problems:
         raise ConfigError([problem + "." for problem in problems])
-    _check_shapes(index, Model.model_validate(dict(index.model)))
+    _check_shapes(index, stored_model(index))
 
 
 def _differences(index: CheckpointIndex, model: Model) -> Iterator[tuple[str, Any, Any]]:
     """(key, value in the checkpoint, value in the configuration) wherever they differ."""
-    old, new = _flatten(index.model), _flatten(model.model_dump())
-    for key in {**new, **old}:
-        if key not in _FREE and old.get(key, _MISSING) != new.get(key, _MISSING):
-            yield key, old.get(key, _MISSING), new.get(key, _MISSING)
+    old, new = _flatten(stored_model(index).model_dump()), _flatten(model.model_dump())
+    for key in new:
+        if old[key] != new[key]:
+            yield key, old[key], new[key]
 
 
 def _check_shapes(index: CheckpointIndex, model: Model) -> None:

@@ -33,7 +33,8 @@ manifest.json
     token           random text of the save attempt that wrote the folder
     files           {name: {"bytes": length, "sha256": 64 hexadecimal digits}}, every file of the folder but this one
 
-shard_NNNNN.safetensors: the safetensors format; flat float32 little-endian tensors, one a piece, keys "<tensor>/<state>/<start>".
+shard_NNNNN.safetensors: the safetensors format; flat float32 little-endian tensors, one a piece,
+    with the keys "<tensor>/<state>/<start>"
 
 While a save is under way, the folder is called `.tmp-step_00001000-<token>` and holds for each rank also
 shard_NNNNN.json, the rank's part, which vanishes when all parts have come together in the index:
@@ -102,9 +103,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
-def expected_tensors(
-    shapes: Mapping[str, tuple[int, ...]], states: Iterable[str] = STATES
-) -> dict[str, StoredTensor]:
+def expected_tensors(shapes: Mapping[str, tuple[int, ...]], states: Iterable[str] = STATES) -> dict[str, StoredTensor]:
     """What a save must bring together: these tensors, each with all of `states`, no pieces yet."""
     return {name: StoredTensor(tuple(shape), {state: () for state in states}) for name, shape in shapes.items()}
 
@@ -189,7 +188,7 @@ class CheckpointIndex:
         _check_version(fields)
         fields.only(*cls.__dataclass_fields__)
         trackers, scales, steps = fields.object("trackers"), fields.object("scales"), fields.object("adam_steps")
-        history = fields.list("growth_history")
+        history = fields.array("growth_history")
         if not all(isinstance(entry, dict) for entry in history):
             raise fields.error("growth_history", "must hold objects only")
         index = cls(
@@ -197,12 +196,12 @@ class CheckpointIndex:
             samples=fields.integer("samples"),
             tokens=fields.integer("tokens"),
             model=fields.plain("model"),
-            scales={name: scales.positive(name) for name in scales.keys()},
+            scales={name: scales.positive(name) for name in scales},
             tensors={name: _parse_tensor(tensor) for name, tensor in fields.objects("tensors")},
-            adam_steps={name: _parse_steps(steps, name) for name in steps.keys()},
+            adam_steps={name: _parse_steps(steps, name) for name in steps},
             growth_history=tuple(history),
             data=fields.plain("data"),
-            trackers={name: trackers.text(name) for name in trackers.keys()},
+            trackers={name: trackers.text(name) for name in trackers},
             run=fields.plain("run"),
         )
         if problems := index.problems():
@@ -212,7 +211,7 @@ class CheckpointIndex:
 
 @dataclass(frozen=True)
 class StoredFile:
-    bytes: int
+    num_bytes: int
     sha256: str
 
 
@@ -224,7 +223,7 @@ class Manifest:
     files: Mapping[str, StoredFile]
 
     def to_json(self) -> bytes:
-        files = {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in self.files.items()}
+        files = {name: {"bytes": entry.num_bytes, "sha256": entry.sha256} for name, entry in self.files.items()}
         return encode(MANIFEST_NAME, {"format_version": FORMAT_VERSION, "token": self.token, "files": files})
 
     @classmethod
@@ -250,20 +249,28 @@ class Part:
     rank: int
     error: str | None = None
     file: str | None = None
-    bytes: int = 0
+    num_bytes: int = 0
     sha256: str = ""
     pieces: tuple[tuple[str, str, int, int, str], ...] = ()
 
     def to_json(self) -> bytes:
-        value = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return encode(part_name(self.rank), {"format_version": FORMAT_VERSION, **value})
+        value = {
+            "format_version": FORMAT_VERSION,
+            "rank": self.rank,
+            "error": self.error,
+            "file": self.file,
+            "bytes": self.num_bytes,
+            "sha256": self.sha256,
+            "pieces": [list(piece) for piece in self.pieces],
+        }
+        return encode(part_name(self.rank), value)
 
     @classmethod
     def from_json(cls, file: str, text: bytes) -> Part:
         fields = parse_object(file, text)
         _check_version(fields)
         pieces = []
-        for entry in fields.list("pieces"):
+        for entry in fields.array("pieces"):
             if not isinstance(entry, list) or [type(value) for value in entry] != [str, str, int, int, str]:
                 raise fields.error("pieces", f"holds {entry!r}, expected [tensor, state, start, stop, key]")
             pieces.append(tuple(entry))
@@ -271,7 +278,7 @@ class Part:
             rank=fields.integer("rank"),
             error=fields.optional_text("error"),
             file=fields.optional_text("file"),
-            bytes=fields.integer("bytes"),
+            num_bytes=fields.integer("bytes"),
             sha256=fields.text("sha256"),
             pieces=tuple(pieces),
         )
@@ -303,7 +310,7 @@ def _parse_tensor(fields: Fields) -> StoredTensor:
         entry.only("dtype", "pieces")
         if entry.text("dtype") != DTYPE:
             raise entry.error("dtype", f"is {entry.text('dtype')!r}, this format version stores {DTYPE} only")
-        states[state] = tuple(_parse_piece(entry, piece) for piece in entry.list("pieces"))
+        states[state] = tuple(_parse_piece(entry, piece) for piece in entry.array("pieces"))
     return StoredTensor(fields.integers("shape", minimum=1), states)
 
 
@@ -319,7 +326,7 @@ def _parse_piece(fields: Fields, value: Any) -> StoredPiece:
 
 
 def _parse_steps(fields: Fields, name: str) -> tuple[StepRange, ...]:
-    entries = fields.list(name)
+    entries = fields.array(name)
     for entry in entries:
         if not isinstance(entry, list) or [type(value) for value in entry] != [int, int, int] or min(entry) < 0:
             raise fields.error(name, f"holds {entry!r}, expected [start, stop, steps], none below 0")

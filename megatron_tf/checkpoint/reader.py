@@ -35,8 +35,8 @@ def open_checkpoint(path: Path | str) -> CheckpointReader:
             size = (folder / name).stat().st_size
         except OSError as error:
             raise CheckpointError(f"{folder}: {name} is missing ({error.strerror})") from error
-        if size != stored.bytes:
-            raise CheckpointError(f"{folder}: {name} has {size} bytes, the manifest says {stored.bytes}")
+        if size != stored.num_bytes:
+            raise CheckpointError(f"{folder}: {name} has {size} bytes, the manifest says {stored.num_bytes}")
     _verify_file(folder, INDEX_NAME, manifest)
     index = CheckpointIndex.from_json(str(folder / INDEX_NAME), _read(folder, INDEX_NAME))
     return CheckpointReader(folder, index, manifest)

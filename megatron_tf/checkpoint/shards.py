@@ -33,7 +33,7 @@ _ALIGNMENT = 8
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a flat, contiguous fp32 CPU tensor, without a copy."""
     assert tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
-    return memoryview(tensor.detach().numpy()).cast("B")
+    return tensor.detach().numpy().data.cast("B")
 
 
 def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]], after_tensor: Callable[[], None]) -> StoredFile:
@@ -42,7 +42,8 @@ def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]], after_tensor:
     `after_tensor` is called once the bytes of each tensor have been handed to the system.
     Raises OSError, for example when the disk is full.
     """
-    offset, header = 0, {"__metadata__": {"format": "pt"}}
+    offset = 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for key, tensor in tensors:
         assert key not in header and tensor.dtype == torch.float32 and tensor.dim() == 1
         end = offset + tensor.numel() * BYTES_PER_ELEMENT
@@ -102,7 +103,7 @@ class ShardReader:
         begin, end = self._locate(key)
         position = begin + start * BYTES_PER_ELEMENT
         view = as_bytes(target)
-        assert 0 <= start and position + len(view) <= end
+        assert start >= 0 and position + len(view) <= end
         with open(self._path, "rb", buffering=0) as file:
             file.seek(position)
             while view:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.format import STATES, WEIGHT
 from megatron_tf.checkpoint.ranges import StepRange, clip_steps
 from megatron_tf.checkpoint.reader import CheckpointReader
@@ -72,7 +73,7 @@ def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: i
     return GrownSource(
         CheckpointSource(reader),
         InitialSource(model, growth_seed(seed, number)),
-        old_model=Model.model_validate(dict(reader.index.model)),
+        old_model=stored_model(reader.index),
         new_model=model,
         method=growth.method,
         moments=growth.moments,

@@ -49,8 +49,8 @@ class Fields:
             if key not in names:
                 raise self.error(key, "is not a field of this format version")
 
-    def keys(self) -> list[str]:
-        return list(self._values)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
     def integer(self, key: str, minimum: int = 0) -> int:
         value = self._get(key)
@@ -73,17 +73,17 @@ class Fields:
     def optional_text(self, key: str) -> str | None:
         return None if self._get(key) is None else self.text(key)
 
-    def list(self, key: str) -> list[Any]:
+    def array(self, key: str) -> list[Any]:
         value = self._get(key)
         if not isinstance(value, list):
             raise self.error(key, f"is {_kind(value)}, expected a list")
         return value
 
     def integers(self, key: str, minimum: int = 0) -> tuple[int, ...]:
-        for value in self.list(key):
+        for value in self.array(key):
             if type(value) is not int or value < minimum:
                 raise self.error(key, f"holds {value!r}, expected integers of at least {minimum}")
-        return tuple(self.list(key))
+        return tuple(self.array(key))
 
     def plain(self, key: str) -> dict[str, Any]:
         """An object whose inside is not the format's business."""
@@ -95,7 +95,7 @@ class Fields:
     def objects(self, key: str) -> Iterator[tuple[str, Fields]]:
         """An object of objects, one by one."""
         inner = self.object(key)
-        for name in inner.keys():
+        for name in inner:
             yield name, inner.object(name)
 
     def _get(self, key: str) -> Any:

@@ -18,6 +18,7 @@ two renames, where `find_latest` finds it if the save dies there, and the next s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -159,7 +160,7 @@ class _Attempt:
             tensors = [(piece.key, piece.tensor) for piece in share]
             stored = write_shard(self.folder / shard_name(rank), tensors, lambda: self.at("tensor"))
             entries = tuple((piece.name, piece.state, piece.start, piece.stop, piece.key) for piece in share)
-            part = Part(rank, None, shard_name(rank), stored.bytes, stored.sha256, entries)
+            part = Part(rank, None, shard_name(rank), stored.num_bytes, stored.sha256, entries)
         self.at("shard")
         write_atomically(self.folder / part_name(rank), part.to_json())
         self._handed_over = True
@@ -168,9 +169,12 @@ class _Attempt:
     def collect(self, world_size: int) -> list[Part]:
         """The parts of all ranks, as soon as they are there; CheckpointError as soon as one of them is an error."""
         parts: dict[int, Part] = {}
-        for _ in self._poll(lambda: f"no word from rank {', '.join(str(r) for r in sorted(missing))}"):
-            missing = set(range(world_size)) - set(parts)
-            for rank in missing:
+
+        def missing() -> list[int]:
+            return [rank for rank in range(world_size) if rank not in parts]
+
+        for _ in self._poll(lambda: f"no word from rank {', '.join(map(str, missing()))}"):
+            for rank in missing():
                 path = self.folder / part_name(rank)
                 if path.exists():
                     parts[rank] = Part.from_json(str(path), path.read_bytes())
@@ -185,10 +189,10 @@ class _Attempt:
         """Write index and manifest and give the folder its name."""
         self.at("parts")
         complete = self._assemble(index, parts)
-        files = {part.file: StoredFile(part.bytes, part.sha256) for part in parts if part.file}
+        files = {part.file: StoredFile(part.num_bytes, part.sha256) for part in parts if part.file}
         for name, stored in files.items():
-            if (self.folder / name).stat().st_size != stored.bytes:
-                raise CheckpointError(f"{self.final}: {name} is not {stored.bytes} bytes long as its rank wrote it")
+            if (self.folder / name).stat().st_size != stored.num_bytes:
+                raise CheckpointError(f"{self.final}: {name} is not {stored.num_bytes} bytes long as its rank wrote it")
         for part in parts:
             (self.folder / part_name(part.rank)).unlink()
         write_atomically(self.folder / INDEX_NAME, encoded := complete.to_json())
@@ -274,7 +278,5 @@ class _Attempt:
 
 
 def _try(action: Callable[[], object]) -> None:
-    try:
+    with contextlib.suppress(OSError):
         action()
-    except OSError:
-        pass

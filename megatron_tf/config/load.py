@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -94,8 +94,13 @@ def _apply_override(values: dict[str, Any], override: str) -> list[str]:
 
 
 def _sentences(error: ValidationError) -> list[str]:
-    sentences = [_sentence(problem) for problem in error.errors(include_url=False)]
-    return list(dict.fromkeys(sentences))  # a list that is too short has one problem per missing item
+    problems = [problem for problem in error.errors(include_url=False) if not _follows_from_an_item(problem)]
+    return list(dict.fromkeys(map(_sentence, problems)))  # a pair that lacks both items is reported for each
+
+
+def _follows_from_an_item(problem: ErrorDetails) -> bool:
+    """pydantic counts only the valid items of a list, and so calls one with a bad item too short as well."""
+    return problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]
 
 
 def _sentence(problem: ErrorDetails) -> str:
@@ -214,8 +219,8 @@ def _describe(value: Any) -> str:
         return f"the truth value {text}"
     if isinstance(value, (int, float)):
         return f"the number {text}"
-    kind = {str: "the text", list: "the list", dict: "the mapping"}[type(value)]
-    return f"{kind} {text}"
+    kind = "text" if isinstance(value, str) else "list" if isinstance(value, list) else "mapping"
+    return f"the {kind} {text}"
 
 
 # ---- looking things up in the schema ---------------------------------------------------------------------------------
@@ -243,7 +248,7 @@ def _required_keys(section: type[Section]) -> list[str]:
     return [key for key, _, required in _fields(section) if required]
 
 
-def _all_keys(section: type[Section], prefix: str = "") -> Iterable[str]:
+def _all_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
     """Every key of the schema with its path, sections included, list items left out."""
     for key, annotation, _ in _fields(section):
         yield prefix + key

@@ -252,42 +252,17 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             )
 
 
-# Keys of a DeepSpeed configuration that follow from a section of ours. The two would contradict each other in
-# silence, because DeepSpeed takes whatever it is given.
-_OWNED_DEEPSPEED_KEYS = {
-    "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
-    "elasticity": "training.global_batch_size and the number of ranks",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-    "bf16": "training.precision",
-    "bfloat16": "training.precision",
-    "fp16": "training.precision",
-    "amp": "training.precision",
-    "torch_autocast": "training.precision",
-    "data_types": "training.precision (gradients are accumulated in fp32)",
-    "communication_data_type": "training.precision (gradients are reduced in fp32)",
-    "gradient_clipping": "training.gradient_clipping",
-    "activation_checkpointing": "training.activation_checkpointing",
-    "compile": "training.compile",
-    "zero_optimization.stage": "zero.stage",
-    "pipeline": "parallel.pipeline",
-    "tensor_parallel": "parallel.tensor",
-    "sequence_parallel_size": "parallel.sequence",
-    "checkpoint": "checkpoint",
-    "tensorboard": "logging.trackers",
-    "wandb": "logging.trackers",
-}
-
-
 def _deepspeed_problems(config: RunConfig) -> Iterator[str]:
-    for key, owner in _OWNED_DEEPSPEED_KEYS.items():
+    """Keys that another section decides: DeepSpeed would take whichever value comes last, without a word."""
+    from megatron_tf.config.deepspeed_config import OWNED_KEYS  # here, because that module needs BatchPlan
+
+    for key, owner in OWNED_KEYS.items():
         first, _, second = key.partition(".")
         if first not in config.deepspeed:
             continue
         inner = config.deepspeed[first]
-        if not second or (isinstance(inner, dict) and second in inner):
+        # a plain value in place of the inner keys would replace all of them
+        if not second or not isinstance(inner, dict) or second in inner:
             yield f"deepspeed.{key}: this is decided by {owner}. Remove it here and set that instead."
 
 

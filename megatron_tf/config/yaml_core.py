@@ -86,7 +86,7 @@ def parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        why = error.problem or error.context
+        why = ", ".join(filter(None, (error.context, error.problem)))
         raise ConfigError(f"{origin}: not a plain YAML document{where}: {why}. Correct it there.") from error
     except (yaml.YAMLError, ValueError) as error:
         why = " ".join(str(error).split())

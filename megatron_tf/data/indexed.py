@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import final
 
 import numpy as np
 
@@ -45,6 +46,7 @@ def index_file(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
+@final
 class IndexedWriter:
     """Writes one pair of files, each document as one sequence. Use it as a context manager.
 

@@ -48,11 +48,16 @@ def _open_source(prefix: str, seq_length: int, seed: int, vocab_size: int) -> To
                 f"beside it have {dataset.num_documents} and {dataset.num_tokens}. Prepare the data again."
             )
         if summary.max_token_id >= vocab_size:
-            raise _beyond_vocabulary(prefix, summary.max_token_id, vocab_size)
+            raise _outside_vocabulary(prefix, summary.max_token_id, vocab_size)
     return TokenSource(dataset, seq_length, seed)
 
 
-def _beyond_vocabulary(prefix: str, token_id: int, vocab_size: int) -> DataError:
+def _outside_vocabulary(prefix: str, token_id: int, vocab_size: int) -> DataError:
+    if token_id < 0:
+        return DataError(
+            f"{data_file(prefix)}: token id {token_id} is outside the vocabulary, ids are 0 to {vocab_size - 1}. "
+            f"The file is damaged or its token type is wrong: prepare the data again."
+        )
     return DataError(
         f"{data_file(prefix)}: token id {token_id} is beyond the vocabulary, model.vocab_size is {vocab_size}. Raise "
         f"model.vocab_size to at least {token_id + 1} or prepare the data with the tokenizer of this model."
@@ -149,6 +154,6 @@ class BatchLoader:
         if outside.any():
             row, column = np.argwhere(outside)[0]
             source, _ = self.dataset.locate(first + int(row))
-            raise _beyond_vocabulary(
+            raise _outside_vocabulary(
                 self.dataset.sources[source].dataset.prefix, int(rows[row, column]), self.vocab_size
             )

@@ -61,10 +61,12 @@ def zero_key(projection: Projection) -> NewTokens:
     """
     if projection.activation == "softmax":
         raise ConfigError(
-            "growth.method: zero_key cannot keep the function of a softmax model: a zero key has the weight exp(0) = 1, "
-            "not 0. Grow a model with model.activation l2_norm_gelu or gelu_l2_norm."
+            "growth.method: zero_key cannot keep the function of a softmax model: a zero key has the "
+            "weight exp(0) = 1, not 0. Grow a model with model.activation l2_norm_gelu or gelu_l2_norm."
         )
-    return NewTokens(projection.scale, keys=lambda start, stop: torch.zeros(stop - start), values=projection.initial_values)
+    return NewTokens(
+        projection.scale, keys=lambda start, stop: torch.zeros(stop - start), values=projection.initial_values
+    )
 
 
 METHODS: dict[str, Callable[[Projection], NewTokens]] = {"zero_key": zero_key}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_tf.config.schema import Model
-from megatron_tf.growth.methods import METHODS, NewTokens, Projection
-from megatron_tf.params import PROJECTIONS, parameter_table, projection_tokens
+from megatron_tf.growth.methods import METHODS, NewElements, NewTokens, Projection
+from megatron_tf.params import parameter_table, projection_tokens
 
 WEIGHT = "weight"
 
@@ -97,13 +97,13 @@ class GrownSource:
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
         boundary = self._boundary(name, start, stop)
-        parts = []
+        parts = [torch.empty(0)] if start == stop else []
         if start < boundary:
             kept = state == WEIGHT or not self._reset
             parts.append(self._old.read(name, state, start, boundary) if kept else torch.zeros(boundary - start))
         if boundary < stop:
             parts.append(self._new(name, boundary, stop) if state == WEIGHT else torch.zeros(stop - boundary))
-        return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
         if self._reset:
@@ -126,7 +126,7 @@ class GrownSource:
         tokens = self._new_tokens[grown.projection]
         return (tokens.keys if grown.kind == "key" else tokens.values)(start, stop)
 
-    def _initial(self, tensor: str):
+    def _initial(self, tensor: str) -> NewElements:
         return lambda start, stop: self._fresh.read(tensor, WEIGHT, start, stop)
 
 

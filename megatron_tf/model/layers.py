@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from megatron_tf.config.schema import Activation, Model
 from megatron_tf.model.attention import causal_attention
@@ -151,8 +152,14 @@ class Block(nn.Module):
         self.ffn = _projection(model, f"{prefix}.ffn", model.parameter_tokens.ffn, scales, tensor, FeedForward)
         self.ffn.tensor = tensor
         self.eps = model.norm_eps
+        self.recompute = False  # keep only the block's input for the backward pass
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, hidden, use_reentrant=False)
+        return self._forward(hidden)
+
+    def _forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.attention(self._norm(hidden))
         return hidden + self.ffn(self._norm(hidden))
 

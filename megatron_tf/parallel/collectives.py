@@ -20,6 +20,10 @@ from torch.autograd import Function
 
 from megatron_tf.parallel.groups import Group
 
+# torch 2.13 renamed these two and warns about the names that 2.11 and 2.12 know
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """A new tensor with the reduction of `x` over the group (same shape). Not differentiable."""
@@ -34,10 +38,10 @@ def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
     """Concatenation of every rank's `x` (equal shapes) along `dim`. Not differentiable."""
     if group.size == 1:
         return x
-    x = x.contiguous()
+    x, dim = x.contiguous(), dim % x.dim()
     out = x.new_empty((group.size, *x.shape))
-    dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group.handle)
-    return out.movedim(0, dim).flatten(dim, dim + 1) if (dim := dim % x.dim()) else out.flatten(0, 1)
+    _all_gather(out.view(-1), x.view(-1), group=group.handle)
+    return out.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
@@ -47,7 +51,7 @@ def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     parts = x.unflatten(dim, (group.size, -1)).movedim(dim % x.dim(), 0).contiguous()
     out = torch.empty_like(parts[0])
     # flat buffers: gloo wants dim 0 of its input to be world size times dim 0 of its output
-    dist.reduce_scatter_tensor(out.view(-1), parts.view(-1), group=group.handle)
+    _reduce_scatter(out.view(-1), parts.view(-1), group=group.handle)
     return out
 
 

@@ -1,0 +1,165 @@
+"""The engine: a model under a layout, run by DeepSpeed, behind a few verbs. Nothing above knows DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from megatron_tf.checkpoint.source import StateSource
+from megatron_tf.checkpoint.writer import Piece
+from megatron_tf.config.deepspeed_config import deepspeed_config
+from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.validate import BatchPlan
+from megatron_tf.model.layers import TensorParallel
+from megatron_tf.parallel.groups import Group
+from megatron_tf.parallel.topology import Topology
+from megatron_tf.training.optimizer import Segment, SegmentedAdamW
+from megatron_tf.training.pipeline import ShardedParameter, TokenFormerPipeline
+from megatron_tf.training.schedule import learning_rate
+
+Batch = tuple[Tensor, Tensor]  # input_ids and labels, int64 [b, s] each
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss`: mean over the global batch, on the device. `grad_norm`: before clipping, None where not computed."""
+
+    loss: Tensor
+    grad_norm: float | None
+    lr: float
+
+
+class Engine:
+    """Trains, evaluates, and gives and takes state as ranges of logical tensors."""
+
+    def __init__(self, config: RunConfig, model: Model, plan: BatchPlan, topology: Topology, tensor: Group, source: StateSource):
+        """`model` and the weights, moments and τ of `source` must belong together."""
+        self.config, self.plan = config, plan
+        self._pipeline = TokenFormerPipeline(
+            model, source.scales, topology, TensorParallel(tensor, config.parallel.sequence)
+        )
+        for block in self._pipeline.blocks().values():
+            block.recompute = config.training.activation_checkpointing
+            if config.training.compile:
+                block.compile()
+        adam = config.optimizer
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._deepspeed, self._wrapper, _, _ = deepspeed.initialize(
+                model=self._pipeline,
+                optimizer=SegmentedAdamW(
+                    [shard.parameter for shard in self._pipeline.shards()],
+                    lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay,
+                ),
+                config=deepspeed_config(config, plan),
+                dist_init_required=False,
+            )  # fmt: skip
+        self.optimizer: SegmentedAdamW = self._deepspeed.basic_optimizer
+        self._scales = dict(source.scales)
+        self._load(source)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """τ of every projection of the whole model."""
+        return dict(self._scales)
+
+    def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
+        """One optimizer step (0-based `step`) on `plan.num_micro_batches` batches of this data-parallel rank."""
+        lr = learning_rate(step, self.config.optimizer, self.plan.train_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._deepspeed.train_batch(batches)
+        norm = self._deepspeed.get_global_grad_norm() if self.config.training.gradient_clipping else None
+        return StepResult(loss, None if norm is None else float(norm), lr)
+
+    def evaluate(self, batches: Iterable[Batch], num_micro_batches: int) -> float:
+        """Mean loss over `num_micro_batches` batches of every data-parallel rank; the same number on all ranks."""
+        loss = self._deepspeed.eval_batch(iter(batches), num_micro_batches=num_micro_batches)
+        return float(loss)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor | None:
+        """fp32 CPU logits of one micro batch, [s, b, V/T], on the last stage; None elsewhere. All ranks must call it."""
+        out = self._deepspeed.eval_batch(iter([batch]), return_logits=True, num_micro_batches=1)
+        logits = out[1] if isinstance(out, tuple) else None
+        return None if logits is None else logits.float().cpu()
+
+    def pieces(self) -> list[Piece]:
+        """Live views of the state this rank saves; over all ranks each logical element is there exactly once."""
+        return [
+            Piece(segment.name, state, segment.start, segment.stop, tensor)
+            for segment in self.optimizer.segments
+            if segment.owned
+            for state, tensor in self.optimizer.states(segment).items()
+        ]
+
+    def ages(self) -> dict[str, list[tuple[int, int, int]]]:
+        """Adam update counts of the ranges this rank saves: name -> [(start, stop, updates), ...]."""
+        ages: dict[str, list[tuple[int, int, int]]] = {}
+        for segment in self.optimizer.segments:
+            if segment.owned:
+                ages.setdefault(segment.name, []).append((segment.start, segment.stop, int(segment.age)))
+        return ages
+
+    def loss_scaler(self) -> dict[str, Any]:
+        """State of the fp16 loss scaler; empty for other precisions."""
+        if self.config.training.precision != "fp16":
+            return {}
+        scaler = self._wrapper.loss_scaler
+        return {key: getattr(scaler, key) for key in _SCALER_STATE}
+
+    def load_loss_scaler(self, state: dict[str, Any]) -> None:
+        if self.config.training.precision == "fp16":
+            for key in _SCALER_STATE & state.keys():
+                setattr(self._wrapper.loss_scaler, key, state[key])
+
+    @property
+    def steps_skipped(self) -> int:
+        """Steps that an overflow of fp16 gradients cost so far."""
+        return self._deepspeed.skipped_steps
+
+    def close(self) -> None:
+        """Frees the parameters and buffers."""
+        self._deepspeed.destroy()
+
+    @torch.no_grad()
+    def _load(self, source: StateSource) -> None:
+        fragments = [f for shard in self._pipeline.shards() for f in self._fragments(shard)]
+        segments = []
+        for shard, buffer, start, stop, offset, owned in fragments:
+            for low, high, updates in source.adam_steps(shard.spec.name, start, stop):
+                age = torch.tensor(float(updates), device=buffer.device)
+                segments.append(
+                    Segment(shard.spec.name, low, high, buffer, offset + low - start, owned, shard.spec.decayed, age)
+                )
+        self.optimizer.bind(segments)
+        for segment in segments:
+            for state, tensor in self.optimizer.states(segment).items():
+                tensor.copy_(source.read(segment.name, state, segment.start, segment.stop))
+        if self.config.zero.stage:
+            # fp32 master weights were written, not made from rounded ones; now the model's copy follows them
+            self._wrapper.update_lp_params()
+
+    def _fragments(self, shard: ShardedParameter):
+        """(shard, buffer, start, stop, offset, owned): where this rank keeps the shard's fp32 state, if it does."""
+        first = shard.first_row * shard.spec.width
+        if not self.config.zero.stage:
+            owned = shard.owned and self._deepspeed.mpu.get_data_parallel_rank() == 0
+            yield shard, shard.parameter, first, first + shard.parameter.numel(), 0, owned
+            return
+        mapping = shard.parameter._hp_mapping
+        if mapping is not None:  # None where the partition of this data-parallel rank holds nothing of it
+            (group,) = self.optimizer.param_groups
+            (buffer,) = group["params"]
+            local, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+            start = first + local.start
+            yield shard, buffer, start, start + local.numel, flat.start, shard.owned
+
+
+_SCALER_STATE = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}

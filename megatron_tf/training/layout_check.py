@@ -1,0 +1,224 @@
+"""The proof of parallelism: one model, trained on one process by plain PyTorch and under a layout by the engine.
+
+Both see the same samples and start from the same weights. What is compared: the loss and the gradient norm of
+every step, and every parameter's gradient of the first step as a logical tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_tf.checkpoint.source import InitialSource
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.validate import BatchPlan, plan_batches, validate
+from megatron_tf.model import build_model
+from megatron_tf.parallel.environment import LaunchEnvironment
+from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.topology import Topology
+from megatron_tf.params import parameter_table
+from megatron_tf.training.distributed import join, leave
+from megatron_tf.training.schedule import learning_rate
+
+TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a model over ranks."""
+
+    topology: Topology
+    sequence: bool = False
+
+    def __str__(self) -> str:
+        return str(self.topology) + ("+SP" if self.sequence else "")
+
+    def apply(self, config: RunConfig) -> RunConfig:
+        """The same run under this layout, with the micro batch that its data-parallel ranks allow."""
+        parallel = config.parallel.model_copy(
+            update={"tensor": self.topology.tensor, "pipeline": self.topology.pipeline, "sequence": self.sequence}
+        )
+        per_rank = max(1, config.training.global_batch_size // self.topology.data)
+        micro = min(config.training.micro_batch_size, per_rank)
+        training = config.training.model_copy(update={"micro_batch_size": micro})
+        return config.model_copy(update={"parallel": parallel, "training": training})
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Loss and gradient norm of every step, and the clipped gradients of the first, by logical name."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Worst relative errors of a layout against one process."""
+
+    loss: float
+    grad_norm: float
+    gradient: float
+    parameter: str  # the one with the worst gradient
+
+    def agrees(self, tolerance: float) -> bool:
+        return max(self.loss, self.grad_norm, self.gradient) <= tolerance
+
+
+def layouts(config: RunConfig, num_ranks: int) -> list[Layout]:
+    """Every valid layout of 2 to `num_ranks` ranks, with and without sequence parallelism."""
+    from megatron_tf.errors import ConfigError
+
+    found = []
+    for world in range(2, num_ranks + 1):
+        for tensor in (t for t in range(1, world + 1) if world % t == 0):
+            for pipeline in (p for p in range(1, world // tensor + 1) if world // tensor % p == 0):
+                topology = Topology(tensor, pipeline, world // tensor // pipeline)
+                for sequence in (False, True)[: 2 if tensor > 1 else 1]:
+                    layout = Layout(topology, sequence)
+                    try:
+                        validate(layout.apply(config), world)
+                    except ConfigError:
+                        continue
+                    found.append(layout)
+    return found
+
+
+def sample(config: RunConfig, index: int) -> Tensor:
+    """Random but skewed token ids [s + 1]: a pure function of (seed, sample index)."""
+    generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + index)
+    uniform = torch.rand(config.model.seq_length + 1, generator=generator)
+    return (uniform.square() * config.model.vocab_size).long()
+
+
+def batches(config: RunConfig, plan: BatchPlan, step: int, data_rank: int, data_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The micro batches of one data-parallel rank for `step`."""
+    for micro in range(plan.num_micro_batches):
+        first = step * plan.global_batch_size + (micro * data_size + data_rank) * plan.micro_batch_size
+        rows = torch.stack([sample(config, first + i) for i in range(plan.micro_batch_size)])
+        yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32) -> Trace:
+    """The run on this process alone, written in plain PyTorch without any of the engine."""
+    plan = plan_batches(config, 1)
+    model = build_model(config.model, seed=config.run.seed, dtype=dtype)
+    table = parameter_table(config.model)
+    decayed = [p for name, p in model.named_parameters() if table[name].decayed]
+    others = [p for name, p in model.named_parameters() if not table[name].decayed]
+    adam = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": adam.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=adam.lr, betas=adam.betas, eps=adam.eps,
+    )  # fmt: skip
+    trace = Trace([], [], {})
+    for step in range(steps):
+        total = 0.0
+        for ids, labels in batches(config, plan, step, 0, 1):
+            loss = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten()) / plan.num_micro_batches
+            loss.backward()
+            total += loss.item()
+        clip = config.training.gradient_clipping or float("inf")
+        trace.losses.append(total)
+        trace.grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+        if step == 0:
+            trace.gradients.update((name, p.grad.float().clone()) for name, p in model.named_parameters())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, adam, plan.train_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    return trace
+
+
+def run_layouts(config: RunConfig, chosen: Sequence[Layout], steps: int) -> list[Trace]:
+    """The run under each layout, on ranks started for it. Layouts of one world size share their processes."""
+    traces: dict[Layout, Trace] = {}
+    for world in sorted({layout.topology.world_size for layout in chosen}):
+        same_world = [layout for layout in chosen if layout.topology.world_size == world]
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(_rank, (config, same_world, steps, world, folder), nprocs=world)
+            for number, layout in enumerate(same_world):
+                traces[layout] = _collect(Path(folder), number, world, config)
+    return [traces[layout] for layout in chosen]
+
+
+def compare(trace: Trace, expected: Trace) -> Difference:
+    """Worst relative errors; of a gradient, the error's norm over the gradient's."""
+    worst, parameter = 0.0, ""
+    for name, gradient in expected.gradients.items():
+        error = ((trace.gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-30)).item()
+        if error >= worst:
+            worst, parameter = error, name
+    return Difference(
+        max(map(_relative, trace.losses, expected.losses)),
+        max(map(_relative, trace.grad_norms, expected.grad_norms)),
+        worst,
+        parameter,
+    )
+
+
+def _relative(value: float, expected: float) -> float:
+    error = abs(value - expected) / abs(expected)
+    return error if error == error else float("inf")
+
+
+def _rank(rank: int, config: RunConfig, chosen: list[Layout], steps: int, world: int, folder: str) -> None:
+    from megatron_tf.telemetry.console import quiet_libraries
+
+    torch.set_num_threads(1)
+    quiet_libraries()
+    environment = LaunchEnvironment("torchrun", rank, world, rank, world, "localhost", 0)
+    join(environment, TIMEOUT_SECONDS, store_file=f"{folder}/store")
+    try:
+        for number, layout in enumerate(chosen):
+            _run(layout.apply(config), layout.topology, rank, steps, Path(folder), number)
+            dist.barrier()
+    finally:
+        leave()
+
+
+def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: Path, number: int) -> None:
+    from megatron_tf.training.engine import Engine
+
+    plan = plan_batches(config, topology.world_size)
+    group = make_group(topology, "tensor", TIMEOUT_SECONDS)
+    engine = Engine(config, config.model, plan, topology, group, InitialSource(config.model, config.run.seed))
+    gradients: dict[str, Tensor] = {}
+
+    def keep(segment, gradient):
+        if segment.owned:
+            gradients[f"{segment.name}:{segment.start}"] = gradient.detach().cpu().clone()
+
+    losses, norms = [], []
+    for step in range(steps):
+        engine.optimizer.observe = keep if step == 0 else None
+        own = batches(config, plan, step, topology.coordinate("data", rank), topology.data)
+        result = engine.train_step(step, own)
+        losses.append(float(result.loss))
+        norms.append(result.grad_norm)
+    save_file(gradients, folder / f"{number}.{rank}.safetensors")
+    if rank == 0:
+        (folder / f"{number}.json").write_text(json.dumps([losses, norms]))
+    engine.close()
+
+
+def _collect(folder: Path, number: int, world: int, config: RunConfig) -> Trace:
+    table = parameter_table(config.model)
+    flat = {name: torch.full((spec.numel,), float("nan")) for name, spec in table.items()}
+    for rank in range(world):
+        for key, part in load_file(folder / f"{number}.{rank}.safetensors").items():
+            name, start = key.split(":")
+            flat[name][int(start) : int(start) + part.numel()] = part
+    losses, norms = json.loads((folder / f"{number}.json").read_text())
+    return Trace(losses, norms, {name: tensor.view(table[name].shape) for name, tensor in flat.items()})

@@ -1,0 +1,96 @@
+"""AdamW over segments: ranges of flat buffers, each with its own weight decay and age.
+
+ZeRO hands an optimizer one flat fp32 buffer that cuts across parameters. A *segment* is the part of one logical
+tensor within it. So one parameter group serves the whole model, on every rank alike (DeepSpeed hangs when
+pipeline stages have different groups), and still every logical range has its own decay and its own step
+count: tokens that a growth appended are younger than the rest, and their bias correction must know it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+STATES = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements [start, stop) of the flattened logical tensor `name`, which lie in `buffer` from `offset` on.
+
+    `owned`: false for a replica (tied embedding, replicated norm) that another rank saves.
+    `age`: number of Adam updates so far, a tensor as torch's Adam keeps it.
+    """
+
+    name: str
+    start: int
+    stop: int
+    buffer: Tensor
+    offset: int
+    owned: bool
+    decayed: bool
+    age: Tensor
+
+    def view(self, flat: Tensor) -> Tensor:
+        """This segment's elements of a tensor that is laid out like `buffer`."""
+        return flat.view(-1)[self.offset : self.offset + self.stop - self.start]
+
+
+class SegmentedAdamW(torch.optim.Optimizer):
+    """AdamW with decoupled weight decay and bias correction, through torch's own kernels.
+
+    It does nothing until `bind` gave it its segments, because DeepSpeed first replaces the parameters by flat buffers.
+    `observe`, when set, is called with every segment and its final gradient (averaged and clipped) before the update.
+    """
+
+    def __init__(self, params: Iterable[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.segments: list[Segment] = []
+        self.observe: Callable[[Segment, Tensor], None] | None = None
+
+    def bind(self, segments: Iterable[Segment]) -> None:
+        """Sets the segments and allocates the moments of their buffers."""
+        self.segments = list(segments)
+        for segment in self.segments:
+            state = self.state[segment.buffer]
+            for name in STATES[1:]:
+                if name not in state:
+                    state[name] = torch.zeros_like(segment.buffer, requires_grad=False)
+
+    def states(self, segment: Segment) -> dict[str, Tensor]:
+        """Live flat fp32 views of the segment's master weight and Adam moments."""
+        state = self.state[segment.buffer]
+        return {"weight": segment.view(segment.buffer.detach())} | {s: segment.view(state[s]) for s in STATES[1:]}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None
+        (group,) = self.param_groups
+        by_decay = defaultdict(list)
+        for segment in self.segments:
+            if segment.buffer.grad is not None:
+                by_decay[segment.decayed].append(segment)
+        for decayed, segments in by_decay.items():
+            views = [self.states(segment) for segment in segments]
+            grads = [segment.view(segment.buffer.grad).to(torch.float32) for segment in segments]
+            if self.observe:
+                for segment, grad in zip(segments, grads):
+                    self.observe(segment, grad)
+            adamw(
+                *([view[state] for view in views] if state else grads for state in ("weight", None, *STATES[1:])),
+                max_exp_avg_sqs=[],
+                state_steps=[segment.age for segment in segments],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"] if decayed else 0.0,
+                eps=group["eps"],
+                maximize=False,
+            )

@@ -1,0 +1,116 @@
+"""The TokenFormer as DeepSpeed's PipelineModule. One hidden-state tensor crosses a stage boundary, nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron_tf.config.schema import Model
+from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
+from megatron_tf.parallel.topology import Topology, stage_layers
+from megatron_tf.parallel.vocab import cross_entropy
+from megatron_tf.params import EMBEDDING, ParameterSpec, parameter_table, shard_range
+
+
+@dataclass(frozen=True)
+class ShardedParameter:
+    """A parameter of this rank: the rows of the logical tensor from `first_row` on.
+
+    `owned`: false where another rank holds the same elements and speaks for them.
+    """
+
+    spec: ParameterSpec
+    parameter: nn.Parameter
+    first_row: int
+    owned: bool
+
+
+class _Deferred:
+    """Builds the layer without drawing initial weights: they are always written through the optimizer later."""
+
+    def build(self, log: bool = False) -> nn.Module:
+        with torch.device("meta"):
+            layer = super().build(log)
+        return layer.to_empty(device="cpu")
+
+
+class _Layer(_Deferred, LayerSpec):
+    pass
+
+
+class _TiedLayer(_Deferred, TiedLayerSpec):
+    pass
+
+
+class TokenFormerPipeline(PipelineModule):
+    """This rank's stage. Layers: embedding, blocks, final norm, head (tied to the embedding)."""
+
+    def __init__(self, model: Model, scales: Mapping[str, float], topology: Topology, tensor: TensorParallel):
+        self.config, self.grid_topology, self.tensor = model, topology, tensor
+        layers = [
+            _TiedLayer("embedding", Embedding, model, tensor),
+            *(_Layer(Block, model, i, dict(scales), tensor) for i in range(model.num_layers)),
+            _Layer(FinalNorm, model, tensor),
+            _TiedLayer("embedding", Embedding, model, tensor, forward_fn=Embedding.logits),
+        ]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
+            super().__init__(
+                layers,
+                topology=PipeModelDataParallelTopology(
+                    num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data
+                ),
+                loss_fn=self.mean_loss,
+            )
+        for shard in self.shards():
+            # DeepSpeed counts a parameter on every tensor rank in the gradient norm only if it is so marked
+            if shard.spec.sharded:
+                shard.parameter.tensor_model_parallel = True
+
+    def mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits [s, b, V/T], labels [b, s] -> mean loss over the micro batch, fp32."""
+        start, _ = shard_range(self.config.vocab_size, self.tensor.group.size, self.tensor.group.rank)
+        return cross_entropy(logits, labels.mT, start, self.tensor.group).mean()
+
+    def blocks(self) -> dict[int, Block]:
+        """This stage's blocks by layer number."""
+        found = zip(range(self._local_start, self._local_stop), self.forward_funcs)
+        return {index - 1: layer for index, layer in found if isinstance(layer, Block)}
+
+    def shards(self) -> list[ShardedParameter]:
+        """Every parameter of this rank once, in model order, under its logical name."""
+        group, pipeline = self.tensor.group, self.grid_topology.pipeline
+        named: dict[str, nn.Parameter] = {}
+        if "embedding" in self.tied_modules:
+            named[EMBEDDING] = self.tied_modules["embedding"].weight
+        for layer, block in self.blocks().items():
+            named.update((f"blocks.{layer}.{name}", p) for name, p in block.named_parameters())
+        for layer in self.forward_funcs:
+            if isinstance(layer, FinalNorm):
+                named.update((f"final_norm.{name}", p) for name, p in layer.named_parameters())
+        table = parameter_table(self.config)
+        shards = []
+        for name, parameter in named.items():
+            spec = table[name]
+            first_row = shard_range(spec.shape[0], group.size, group.rank)[0] if spec.sharded else 0
+            tied_copy = name == EMBEDDING and pipeline > 1 and self.stage_id > 0
+            shards.append(ShardedParameter(spec, parameter, first_row, (spec.sharded or group.rank == 0) and not tied_copy))
+        return shards
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        """By blocks, so that every stage has at least one and the estimates know the split."""
+        stages = self.grid_topology.pipeline
+        starts = [1 + stage_layers(self.config.num_layers, stages, stage).start for stage in range(stages)]
+        self.parts = [0, *starts[1:], len(self._layer_specs)]
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def _synchronize_tied_weights(self) -> None:
+        with torch.no_grad():  # a broadcast into a leaf that requires grad will become an error in torch
+            super()._synchronize_tied_weights()

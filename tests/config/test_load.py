@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_tf.config import load_config
+from megatron_tf.config.load import dump_config
+from megatron_tf.config.schema import DataSource, Growth, RunConfig
+from megatron_tf.config.yaml_core import dump_yaml
+from megatron_tf.errors import ConfigError
+
+
+@pytest.fixture
+def problems_of(tmp_path):
+    """Problems that load_config reports for plain values and overrides."""
+
+    def problems_of(values, *overrides):
+        path = tmp_path / "bad.yml"
+        path.write_text(dump_yaml(values))
+        with pytest.raises(ConfigError) as error:
+            load_config(path, overrides)
+        return error.value.problems
+
+    return problems_of
+
+
+# ---- what is accepted ------------------------------------------------------------------------------------------------
+
+
+def test_defaults_fill_what_the_file_leaves_out(small):
+    config = small()
+    assert config.parallel.tensor == 1
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.growth is None
+    assert config.data.train == (DataSource(path="data/train"),)
+
+
+def test_lists_become_tuples_and_whole_numbers_become_floats(small):
+    config = small("optimizer.betas=[0, 0.5]", "optimizer.weight_decay=0", "logging.trackers=[wandb, tensorboard]")
+    assert config.optimizer.betas == (0.0, 0.5)
+    assert isinstance(config.optimizer.betas[0], float)
+    assert isinstance(config.optimizer.weight_decay, float)
+    assert config.logging.trackers == ("wandb", "tensorboard")
+
+
+def test_numbers_in_scientific_notation_are_numbers(small_path):
+    text = small_path.read_text().replace("0.0006", "6e-4\n  eps: 1e-5")
+    small_path.write_text(text)
+    config = load_config(small_path)
+    assert (config.optimizer.lr, config.optimizer.eps) == (6e-4, 1e-5)
+
+
+def test_config_is_frozen(small):
+    with pytest.raises(Exception, match="frozen"):
+        small().model.num_layers = 3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("growth.from=runs/0o17", "run.name='1e3'", "optimizer.eps=1e-5"),
+        ("deepspeed.zero_optimization.overlap_comm=true", "deepspeed.a={b: [1, 1e3, '1e3', null]}", "run.name=é: b"),
+        ("data.train=[{path: a, weight: 2}, {path: b}]", "training.train_steps=null", "training.train_tokens=5"),
+    ],
+)
+def test_dump_is_read_back_to_an_equal_config(small, tmp_path, overrides):
+    overrides = [text if text != "run.name=é: b" else "run.name='é: b'" for text in overrides]
+    config = small(*overrides)
+    path = tmp_path / "resolved.yml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    again = load_config(path)
+    assert again == config
+    assert dump_config(again) == dump_config(config)
+
+
+def test_dump_spells_growth_from_by_its_key(small):
+    text = dump_config(small("growth.from=runs/a"))
+    assert "  from: runs/a\n" in text
+    assert "source" not in text
+
+
+def test_dump_holds_every_section(small):
+    text = dump_config(small())
+    assert all(f"{section}:" in text for section in RunConfig.model_fields)
+
+
+# ---- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_any_depth_and_later_ones_win(small):
+    config = small("model.parameter_tokens.qkv=576", "run.seed=1", "run.seed=2", "optimizer.schedule.min_lr=6e-5")
+    assert config.model.parameter_tokens.qkv == 576
+    assert config.model.parameter_tokens.proj == 49
+    assert config.run.seed == 2
+    assert config.optimizer.schedule.min_lr == 6e-5
+
+
+def test_override_creates_an_optional_section_and_null_removes_it(small):
+    assert small("growth.from=runs/a", "growth.moments=reset").growth == Growth(source="runs/a", moments="reset")
+    assert small("growth.from=runs/a", "growth=null").growth is None
+    assert small("growth.from=runs/a", "growth=").growth is None
+
+
+def test_override_takes_an_equals_sign_in_its_value(small):
+    assert small("run.name=a=b").run.name == "a=b"
+
+
+def test_override_takes_a_whole_section(small):
+    assert small("parallel={tensor: 2, sequence: true}").parallel.sequence is True
+
+
+@pytest.mark.parametrize("override", ["train_steps", "=3", "run.=3", ".run=3", "run..dir=x"])
+def test_malformed_override_is_quoted(small, override):
+    with pytest.raises(ConfigError, match=r"not of the form section\.field=value") as error:
+        small(override)
+    assert override in str(error.value)
+
+
+def test_override_below_a_value_says_what_stands_there(small):
+    with pytest.raises(ConfigError, match=r"override run\.dir\.x: run\.dir is the text 'runs/small' and has no keys"):
+        small("run.dir.x=1")
+    with pytest.raises(ConfigError, match=r"Give it as a whole: data\.train=\.\.\."):
+        small("data.train.0.path=x")
+
+
+def test_override_that_is_not_yaml_names_its_key(small):
+    with pytest.raises(ConfigError, match=r"override data\.train: not a plain YAML document at line 1"):
+        small("data.train=[")
+
+
+def test_override_with_a_duplicate_key_is_refused(small):
+    with pytest.raises(ConfigError, match="tensor: given twice in override parallel"):
+        small("parallel={tensor: 2, tensor: 4}")
+
+
+def test_misspelt_override_suggests_the_key(small):
+    with pytest.raises(ConfigError, match=r"training\.train_step: unknown key\. Did you mean training\.train_steps\?"):
+        small("training.train_step=3")
+    with pytest.raises(ConfigError, match=r"^trainin: unknown key\. Did you mean training\?"):
+        small("trainin.train_steps=3")
+
+
+# ---- the file itself -------------------------------------------------------------------------------------------------
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yml: there is no such file"):
+        load_config(tmp_path / "absent.yml")
+
+
+def test_folder_instead_of_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])
+def test_empty_file(tmp_path, text):
+    path = tmp_path / "empty.yml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"the file is empty.*run, model, training, optimizer, data"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "given"), [("- a\n", "the list"), ("hello\n", "the text 'hello'"), ("3", "the number 3")]
+)
+def test_top_level_that_is_no_mapping(tmp_path, text, given):
+    path = tmp_path / "list.yml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"the top level is {given}"):
+        load_config(path)
+
+
+def test_file_that_is_not_utf8(tmp_path):
+    path = tmp_path / "latin.yml"
+    path.write_bytes(b"run: \xe9")
+    with pytest.raises(ConfigError, match="byte 5 is not UTF-8"):
+        load_config(path)
+
+
+def test_duplicate_key_is_reported_beside_the_other_problems(small_path):
+    small_path.write_text(small_path.read_text().replace("num_layers: 4", "num_layers: 4\n  num_layers: 8\n  nope: 1"))
+    with pytest.raises(ConfigError) as error:
+        load_config(small_path)
+    duplicate, unknown = error.value.problems
+    assert duplicate.startswith("model.num_layers: given twice in")
+    assert "in line 4 and in line 5" in duplicate
+    assert unknown.startswith("model.nope: unknown key")
+
+
+# ---- keys and values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        # unknown keys
+        ("model.num_layer=3", "model.num_layer: unknown key. Did you mean model.num_layers?"),
+        ("train_steps=3", "train_steps: unknown key. Did you mean training.train_steps?"),
+        ("interval_steps=3", "interval_steps: unknown key. Did you mean checkpoint.interval_steps or "
+         "evaluation.interval_steps or logging.interval_steps?"),
+        ("zero.zzz=3", "zero.zzz: unknown key. The keys of zero are stage."),
+        ("growth={from: a, source: b}", "growth.source: unknown key. The keys of growth are from, method, moments."),
+        ("data.train=[{path: a, wieght: 2}]", "data.train[0].wieght: unknown key. Did you mean data.train[0].weight?"),
+        # wrong types
+        ("model.num_layers='12'", "model.num_layers: the text '12', but a whole number is expected. Write 12."),
+        ("model.num_layers=1_000", "model.num_layers: the text '1_000', but a whole number is expected. Write 1000."),
+        ("model.num_layers=many", "model.num_layers: the text 'many', but a whole number is expected."),
+        ("model.num_layers=1.5", "model.num_layers: the number 1.5, but a whole number is expected."),
+        ("model.num_layers=true", "model.num_layers: the truth value true, but a whole number is expected."),
+        ("model.num_layers=null", "model.num_layers: nothing (null), but a whole number is expected."),
+        ("training.train_steps=1e3", "training.train_steps: the number 1000.0, but a whole number is expected. "
+         "Write 1000."),
+        ("optimizer.lr='6e-4'", "optimizer.lr: the text '6e-4', but a number is expected. Write 0.0006."),
+        ("optimizer.lr=[1]", "optimizer.lr: the list [1], but a number is expected."),
+        ("training.compile=yes", "training.compile: the text 'yes', but true or false is expected. Write true."),
+        ("training.compile=0", "training.compile: the number 0, but true or false is expected. Write false."),
+        ("run.name=124", "run.name: the number 124, but text is expected. Write it in quotes: '124'."),
+        ("run.dir={a: 1}", "run.dir: the mapping {\"a\": 1}, but text is expected."),
+        ("data.train=data/x", "data.train: the text 'data/x', but a list is expected. Write a list of items, each with "
+         "the keys path, weight."),
+        ("data.validation=[data/x]", "data.validation[0]: the text 'data/x', but a section with keys is expected. "
+         "Its keys are path, weight."),
+        ("parallel=", "parallel: nothing (null), but a section with keys is expected. Give it keys, or remove the line "
+         "to take its defaults."),
+        ("deepspeed=[1]", "deepspeed: the list [1], but keys with values is expected."),
+        ("training.precision=bf61", "training.precision: the text 'bf61', but one of bf16, fp16, fp32 is expected. "
+         "Did you mean bf16?"),
+        ("zero.stage=2", "zero.stage: the number 2, but one of 0, 1 is expected."),
+        ("logging.trackers=[mlflow]", "logging.trackers[0]: the text 'mlflow', but one of wandb, tensorboard "
+         "is expected."),
+        # ranges and lengths
+        ("model.num_layers=0", "model.num_layers: 0 is out of range. It must be at least 1."),
+        ("optimizer.lr=0", "optimizer.lr: 0 is out of range. It must be greater than 0."),
+        ("optimizer.lr=.inf", "optimizer.lr: inf is out of range. It must be a finite number."),
+        ("optimizer.lr=.nan", "optimizer.lr: nan is out of range. It must be a finite number."),
+        ("model.rotary_fraction=1.5", "model.rotary_fraction: 1.5 is out of range. It must be at most 1."),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas[1]: 1 is out of range. It must be less than 1."),
+        ("run.seed=-1", "run.seed: -1 is out of range. It must be at least 0."),
+        ("run.seed=9223372036854775808", "run.seed: 9223372036854775808 is out of range. It must be less than "
+         "9223372036854775808."),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last: 0 is out of range. It must be at least 1."),
+        ("optimizer.betas=[0.9]", "optimizer.betas: the list has 1 items, too few. Give all of them."),
+        ("optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas: the list has 3 items. It holds 2."),
+        ("data.train=[]", "data.train: the list has 0 items. It needs at least 1."),
+        # missing keys
+        ("growth.method=zero_key", "growth.from: missing, and it has no default. Give it a value."),
+        ("data.train=[{weight: 1}]", "data.train[0].path: missing, and it has no default. Give it a value."),
+    ],
+)  # fmt: skip
+def test_problem_sentence(small, override, problem):
+    with pytest.raises(ConfigError) as error:
+        small(override)
+    assert error.value.problems == [problem]
+
+
+def test_missing_section_and_key_are_named(values, problems_of):
+    del values["model"], values["optimizer"]["lr"]
+    assert problems_of(values) == [
+        "model: missing. Add this section; it needs num_layers, hidden_size, num_attention_heads, seq_length, "
+        "vocab_size, parameter_tokens.",
+        "optimizer.lr: missing, and it has no default. Give it a value.",
+    ]
+
+
+def test_unknown_section_lists_the_sections(values, problems_of):
+    values["qqqq"] = 1
+    (problem,) = problems_of(values)
+    assert problem.startswith("qqqq: unknown key. The sections are run, model, parallel,")
+
+
+def test_all_problems_come_at_once(values, problems_of):
+    values["model"]["num_layers"] = "four"
+    values["training"]["precison"] = "bf16"
+    values["data"]["train"][0]["weight"] = 0
+    del values["run"]["dir"]
+    problems = problems_of(values, "nonsense", "optimizer.lr=fast")
+    assert [problem.split(":")[0] for problem in problems] == [
+        "override 'nonsense'",
+        "run.dir",
+        "model.num_layers",
+        "training.precison",
+        "optimizer.lr",
+        "data.train[0].weight",
+    ]
+
+
+def test_long_values_are_shortened(values, problems_of):
+    values["model"]["num_layers"] = "x" * 500
+    (problem,) = problems_of(values)
+    assert len(problem) < 160

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_tf.config.deepspeed_config import OWNED_KEYS
+from megatron_tf.config.validate import plan_batches, topology_for, validate
+from megatron_tf.errors import ConfigError
+from megatron_tf.parallel.topology import Topology
+
+
+def problems_of(config, world_size):
+    with pytest.raises(ConfigError) as error:
+        validate(config, world_size)
+    return error.value.problems
+
+
+def test_a_valid_config_passes_at_every_size_that_fits(small):
+    for world_size in (1, 2, 4, 8):
+        validate(small(), world_size)
+    validate(small("parallel={tensor: 2, pipeline: 4, sequence: true}"), 16)
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_left_over_are_data_parallel(small):
+    assert topology_for(small("parallel={tensor: 2, pipeline: 4}"), 24) == Topology(tensor=2, pipeline=4, data=3)
+    assert topology_for(small(), 1) == Topology()
+
+
+def test_batch_plan(small):
+    plan = plan_batches(small("parallel.tensor=2"), 4)
+    assert (plan.micro_batch_size, plan.num_micro_batches, plan.data_parallel) == (2, 4, 2)
+    assert plan.global_batch_size == 16
+    assert plan.tokens_per_step == 16 * 32
+    assert (plan.train_steps, plan.train_samples, plan.train_tokens) == (100, 1600, 100 * 16 * 32)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (511, 1), (512, 1), (513, 2), (5120, 10), (5121, 11)])
+def test_train_tokens_are_rounded_up_to_whole_steps(small, tokens, steps):
+    config = small("training.train_steps=null", f"training.train_tokens={tokens}", "optimizer.schedule.warmup_steps=0")
+    plan = plan_batches(config, 2)
+    assert plan.train_steps == steps
+    assert plan.train_tokens == steps * 512 >= tokens
+
+
+def test_steps_and_tokens_do_not_depend_on_the_layout(small):
+    config = small("training.train_steps=null", "training.train_tokens=9999")
+    lengths = {
+        (p.train_steps, p.train_tokens, p.global_batch_size) for p in (plan_batches(config, w) for w in (1, 2, 8))
+    }
+    assert len(lengths) == 1
+
+
+def test_plans_refuse_what_they_cannot_compute(small):
+    with pytest.raises(ConfigError, match="multiple of 2 ranks"):
+        plan_batches(small("parallel.tensor=2"), 3)
+    with pytest.raises(ConfigError, match="multiple of 2 ranks"):
+        topology_for(small("parallel.tensor=2"), 3)
+    with pytest.raises(ConfigError, match="is not a multiple of 6"):
+        plan_batches(small(), 3)
+    with pytest.raises(ConfigError, match="neither train_steps nor train_tokens"):
+        plan_batches(small("training.train_steps=null"), 1)
+
+
+# ---- each rule, with its sentence ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "problem"),
+    [
+        (["parallel={tensor: 2, pipeline: 2}"], 6,
+         "parallel: tensor 2 × pipeline 2 needs a multiple of 4 ranks, but there are 6. Start 4 or 8 ranks, or choose "
+         "tensor × pipeline among 1, 2, 3, 6."),
+        (["parallel.tensor=4"], 2,
+         "parallel: tensor 4 × pipeline 1 needs a multiple of 4 ranks, but there are 2. Start 4 ranks, or choose "
+         "tensor × pipeline among 1, 2."),
+        (["training.global_batch_size=18"], 2,
+         "training.global_batch_size: 18 is not a multiple of 4 (training.micro_batch_size 2 × 2 data-parallel ranks). "
+         "Set it to 16 or 20, or training.micro_batch_size to 1, 3 or 9."),
+        (["training.global_batch_size=9"], 2,
+         "training.global_batch_size: 9 is not a multiple of 4 (training.micro_batch_size 2 × 2 data-parallel ranks). "
+         "Set it to 8 or 12."),
+        (["training.global_batch_size=2", "training.micro_batch_size=8"], 1,
+         "training.global_batch_size: 2 is not a multiple of 8 (training.micro_batch_size 8 × 1 data-parallel ranks). "
+         "Set it to 8, or training.micro_batch_size to 1 or 2."),
+        (["training.train_steps=null"], 1,
+         "training: neither train_steps nor train_tokens is given. Give one of them."),
+        (["training.train_tokens=512"], 1,
+         "training: both train_steps (100) and train_tokens (512) are given. Give one; an override removes the other "
+         "with training.train_steps=null or training.train_tokens=null."),
+        (["model.num_attention_heads=5"], 1,
+         "model.hidden_size: 64 is not a multiple of model.num_attention_heads 5. Set it to 60 or 65, or the heads to "
+         "4 or 8."),
+        (["model.num_attention_heads=100"], 1,
+         "model.hidden_size: 64 is not a multiple of model.num_attention_heads 100. Set it to 100, or the "
+         "heads to 64."),
+        (["model.rotary_fraction=0.2"], 1,
+         "model.rotary_fraction: 0.2 of 16 channels a head rotates 3 channels, but they are rotated in pairs. "
+         "Set it to 0.125 or 0.25."),
+        (["parallel.pipeline=5"], 5 * 8,
+         "parallel.pipeline: 5 stages, but model.num_layers is 4 and each stage needs a layer. Set it to at most 4."),
+        (["parallel.tensor=3", "model.vocab_size=257"], 3,
+         "parallel.tensor: 3 does not divide model.num_attention_heads 4. Set it to 2 or 4."),
+        (["parallel.tensor=4", "model.parameter_tokens.proj=3"], 4,
+         "model.parameter_tokens.proj: 3 rows cannot be split over parallel.tensor 4 ranks. Set it to at least 4, or "
+         "parallel.tensor to at most 3."),
+        (["parallel.tensor=4", "model.vocab_size=2"], 4,
+         "model.vocab_size: 2 rows cannot be split over parallel.tensor 4 ranks. Set it to at least 4, or "
+         "parallel.tensor to at most 2."),
+        (["parallel.sequence=true"], 1,
+         "parallel.sequence: true splits hidden states over the tensor ranks, but parallel.tensor is 1. Set it to "
+         "false, or parallel.tensor to 2 or more."),
+        (["parallel={tensor: 4, sequence: true}", "model.seq_length=30"], 4,
+         "model.seq_length: 30 is not a multiple of parallel.tensor 4, which parallel.sequence needs. Set it to 28 or "
+         "32, or parallel.sequence to false."),
+        (["optimizer.schedule.warmup_steps=101"], 1,
+         "optimizer.schedule.warmup_steps: 101 is more than the run's 100 steps. Set it to at most 100; 1 % "
+         "would be 1."),
+        (["optimizer.schedule.min_lr=1e-3"], 1,
+         "optimizer.schedule.min_lr: 0.001 is above optimizer.lr 0.0006. Set it to at most 0.0006."),
+        (["zero.stage=0", "training.precision=bf16"], 1,
+         "zero.stage: 0 with training.precision bf16 is refused, for DeepSpeed does not implement it with fp32 "
+         "accumulation of bf16 gradients. Set zero.stage to 1, or training.precision to fp32."),
+        (["zero.stage=0", "training.precision=fp16"], 1,
+         "zero.stage: 0 with training.precision fp16 is refused, for DeepSpeed's results are then wrong, even on one "
+         "rank. Set zero.stage to 1, or training.precision to fp32."),
+        (["zero.stage=0", "parallel.pipeline=2"], 2,
+         "zero.stage: 0 with parallel.pipeline 2 is refused, for DeepSpeed then leaves parameters of later stages out "
+         "of the gradient norm. Set zero.stage to 1, or parallel.pipeline to 1."),
+        (["evaluation.interval_steps=5", "data.validation=[]"], 1,
+         "evaluation.interval_steps: 5, but data.validation is empty. Give data.validation, or remove "
+         "evaluation.interval_steps."),
+        (["growth.from=./runs/small/"], 1,
+         "growth.from: ./runs/small/ is this run's own folder (run.dir runs/small). Give the smaller run's folder, or "
+         "another run.dir."),
+    ],
+)  # fmt: skip
+def test_rule(small, overrides, world_size, problem):
+    assert problems_of(small("training.global_batch_size=48", *overrides), world_size) == [problem]
+
+
+def test_zero_stage_0_is_allowed_where_it_is_right(small):
+    validate(small("zero.stage=0", "parallel.tensor=2"), 4)
+
+
+@pytest.mark.parametrize("key", sorted(OWNED_KEYS))
+@pytest.mark.parametrize("value", ["1", "{enabled: true}", "null"])
+def test_deepspeed_keys_that_another_section_decides_are_refused(small, key, value):
+    (problem,) = problems_of(small(f"deepspeed.{key}={value}"), 1)
+    assert problem == f"deepspeed.{key}: this is decided by {OWNED_KEYS[key]}. Remove it here and set that instead."
+
+
+@pytest.mark.parametrize(
+    ("key", "owner"),
+    [
+        ("train_batch_size", "training.global_batch_size"),
+        ("train_micro_batch_size_per_gpu", "training.micro_batch_size"),
+        ("gradient_accumulation_steps", "training.global_batch_size"),
+        ("gradient_clipping", "training.gradient_clipping"),
+        ("optimizer", "optimizer"),
+        ("scheduler", "optimizer.schedule"),
+        ("bf16", "training.precision"),
+        ("fp16.enabled", "training.precision"),
+        ("zero_optimization.stage", "zero.stage"),
+        ("data_types", "training.precision"),
+        ("communication_data_type", "training.precision"),
+        ("pipeline", "parallel.pipeline"),
+        ("activation_checkpointing", "training.activation_checkpointing"),
+    ],
+)
+def test_each_of_these_deepspeed_keys_has_its_owner(key, owner):
+    assert OWNED_KEYS[key] == owner
+
+
+def test_a_plain_value_cannot_replace_inner_keys_that_are_owned(small):
+    (problem,) = problems_of(small("deepspeed.zero_optimization=true"), 1)
+    assert problem.startswith("deepspeed.zero_optimization.stage: this is decided by zero.stage")
+
+
+def test_other_deepspeed_keys_pass(small):
+    inner = "{reduce_bucket_size: 1000}"
+    validate(small(f"deepspeed={{wall_clock_breakdown: true, zero_optimization: {inner}}}"), 1)
+    validate(small("deepspeed.fp16.initial_scale_power=12", "training.precision=fp16"), 1)
+
+
+def test_every_suggested_rotary_fraction_is_valid(small):
+    hidden_sizes = [64, 100, 196, 320, 4 * 49, 4 * 98]
+    for hidden_size in hidden_sizes:
+        head_size = hidden_size // 4
+        for channels in range(1, head_size + 1, 2):
+            fraction = min(1.0, (channels + 0.5) / head_size)
+            overrides = [f"model.hidden_size={hidden_size}", f"model.rotary_fraction={fraction}"]
+            (problem,) = problems_of(small(*overrides), 1)
+            for suggestion in problem.partition("Set it to ")[2].rstrip(".").split(" or "):
+                validate(small(*overrides, f"model.rotary_fraction={suggestion}"), 1)
+
+
+def test_every_suggested_batch_is_valid(small):
+    for global_size in range(1, 40):
+        for micro in (1, 2, 3, 5):
+            config = small(f"training.global_batch_size={global_size}", f"training.micro_batch_size={micro}")
+            if global_size % (micro * 2) == 0:
+                validate(config, 2)
+                continue
+            (problem,) = problems_of(config, 2)
+            sizes, _, micro_sizes = (
+                problem.partition("Set it to ")[2].rstrip(".").partition(", or training.micro_batch_size to ")
+            )
+            for size in sizes.split(" or "):
+                validate(small(f"training.global_batch_size={size}", f"training.micro_batch_size={micro}"), 2)
+            for size in filter(None, micro_sizes.replace(" or ", ", ").split(", ")):
+                validate(small(f"training.global_batch_size={global_size}", f"training.micro_batch_size={size}"), 2)
+
+
+def test_all_problems_come_at_once(small):
+    config = small(
+        "parallel={tensor: 3, pipeline: 5, sequence: true}",
+        "model.hidden_size=66",
+        "training.train_tokens=5",
+        "optimizer.schedule.min_lr=1",
+        "training.precision=bf16",
+        "zero.stage=0",
+        "deepspeed.bf16.enabled=true",
+    )
+    keys = [problem.split(":")[0] for problem in problems_of(config, 4)]
+    assert keys == [
+        "parallel",
+        "training",
+        "model.hidden_size",
+        "parallel.pipeline",
+        "parallel.tensor",
+        "model.seq_length",
+        "optimizer.schedule.min_lr",
+        "zero.stage",
+        "zero.stage",
+        "deepspeed.bf16",
+    ]

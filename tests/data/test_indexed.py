@@ -1,0 +1,161 @@
+"""The token files against the format's description, byte by byte, and against damaged files."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_tf.data.indexed import IndexedDataset, IndexedWriter
+from megatron_tf.errors import DataError
+
+DOCUMENTS = [[5, 6, 7], [1], [2, 3], [64999, 0]]
+
+
+def write(prefix: Path, documents: list[list[int]], vocab_size: int) -> None:
+    with IndexedWriter(prefix, vocab_size) as writer:
+        for document in documents:
+            writer.add_document(document)
+
+
+def handmade(prefix: Path, sequences: list[list[int]], document_index: list[int], code: int, letter: str) -> None:
+    """The same format from its description, with struct alone: as other programs write it."""
+    payload, sizes, pointers = b"", [], []
+    for sequence in sequences:
+        sizes.append(len(sequence))
+        pointers.append(len(payload))
+        payload += struct.pack(f"<{len(sequence)}{letter}", *sequence)
+    index = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code)
+    index += struct.pack("<Q", len(sizes)) + struct.pack("<Q", len(document_index))
+    index += struct.pack(f"<{len(sizes)}i", *sizes) + struct.pack(f"<{len(pointers)}q", *pointers)
+    index += struct.pack(f"<{len(document_index)}q", *document_index)
+    Path(f"{prefix}.bin").write_bytes(payload)
+    Path(f"{prefix}.idx").write_bytes(index)
+
+
+@pytest.mark.parametrize(("vocab_size", "code", "letter"), [(65499, 8, "H"), (65500, 4, "i")])
+def test_written_bytes_are_those_of_the_format(tmp_path, vocab_size, code, letter):
+    write(tmp_path / "ours", DOCUMENTS, vocab_size)
+    handmade(tmp_path / "theirs", DOCUMENTS, [0, 1, 2, 3, 4], code, letter)
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+
+
+def test_equal_to_megatron_core(tmp_path):
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    torch = pytest.importorskip("torch")
+    write(tmp_path / "ours", DOCUMENTS, 65499)
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for document in DOCUMENTS:
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("vocab_size", [65000, 100_000])
+def test_round_trip(tmp_path, vocab_size):
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, vocab_size, size).tolist() for size in generator.integers(0, 50, 40)]
+    write(tmp_path / "x", documents, vocab_size)
+    dataset = IndexedDataset(tmp_path / "x")
+    flat = [token for document in documents for token in document]
+    assert (dataset.num_documents, dataset.num_tokens) == (40, len(flat))
+    assert dataset.tokens(0, dataset.num_tokens).tolist() == flat
+    assert dataset.tokens(7, 19).tolist() == flat[7:19] and dataset.tokens(7, 19).dtype == np.int64
+    assert dataset.document_offsets.tolist() == [0, *np.cumsum([len(document) for document in documents]).tolist()]
+
+
+@pytest.mark.parametrize(("code", "letter"), [(1, "B"), (2, "b"), (3, "h"), (4, "i"), (5, "q"), (8, "H")])
+def test_reads_other_writers_several_sequences_a_document(tmp_path, code, letter):
+    handmade(tmp_path / "x", [[1, 2], [3], [4, 5, 6], [7]], [0, 2, 2, 4], code, letter)
+    dataset = IndexedDataset(tmp_path / "x")
+    assert (dataset.num_sequences, dataset.num_documents, dataset.num_tokens) == (4, 3, 7)
+    assert dataset.tokens(1, 6).tolist() == [2, 3, 4, 5, 6]
+    assert dataset.document_offsets.tolist() == [0, 3, 3, 7]
+
+
+def test_no_documents(tmp_path):
+    write(tmp_path / "x", [], 10)
+    dataset = IndexedDataset(tmp_path / "x")
+    assert (dataset.num_documents, dataset.num_tokens, dataset.document_offsets.tolist()) == (0, 0, [0])
+
+
+def test_interrupted_writer_leaves_the_old_files(tmp_path):
+    write(tmp_path / "x", [[1, 2]], 10)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ZeroDivisionError), IndexedWriter(tmp_path / "x", 10) as writer:
+        writer.add_document([3] * 100_000)
+        raise ZeroDivisionError
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_killed_between_the_renames_there_is_no_dataset(tmp_path, monkeypatch):
+    write(tmp_path / "x", [[1, 2]], 10)
+    published = []
+
+    def publish_once(temporary: Path, final: Path) -> None:
+        if published:
+            raise KeyboardInterrupt
+        published.append(final)
+        temporary.rename(final)
+
+    monkeypatch.setattr("megatron_tf.data.indexed.publish", publish_once)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "x", [[3, 4]], 10)
+    with pytest.raises(DataError, match=r"x\.idx: no such file"):
+        IndexedDataset(tmp_path / "x")
+
+
+@pytest.mark.parametrize("token", [-1, 10])
+def test_writer_refuses_id_outside_vocabulary(tmp_path, token):
+    with pytest.raises(DataError, match=rf"document 1 has token id {token}, .*vocabulary of 10"):
+        write(tmp_path / "x", [[1], [2, token]], 10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def replace_bytes(path: Path, start: int, value: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    content[start : start + len(value)] = value
+    path.write_bytes(content)
+
+
+def truncate(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+# 4 documents: .idx has 34 + 4*12 + 5*8 = 122 bytes, .bin 8 tokens of 2 bytes.
+DAMAGES = {
+    "no bin": (lambda x: Path(f"{x}.bin").unlink(), r"x\.bin: no such file.*preprocess_data"),
+    "no idx": (lambda x: Path(f"{x}.idx").unlink(), r"x\.idx: no such file.*preprocess_data"),
+    "empty idx": (lambda x: truncate(Path(f"{x}.idx"), 0), r"x\.idx: begins with b''.*not a Megatron index"),
+    "foreign idx": (lambda x: replace_bytes(Path(f"{x}.idx"), 0, b"TNTIDX"), r"x\.idx: begins with b'TNTIDX"),
+    "short header": (lambda x: truncate(Path(f"{x}.idx"), 20), r"x\.idx: has 20 bytes, its header alone 34"),
+    "version": (lambda x: replace_bytes(Path(f"{x}.idx"), 9, b"\x02"), r"x\.idx: has format version 2, .*version 1"),
+    "float": (lambda x: replace_bytes(Path(f"{x}.idx"), 17, b"\x06"), r"x\.idx: has token type 6, known are \[1, 2"),
+    "short idx": (lambda x: truncate(Path(f"{x}.idx"), 121), r"x\.idx: has 121 bytes, but 4 .* 5 .* need 122"),
+    "huge count": (lambda x: replace_bytes(Path(f"{x}.idx"), 18, b"\xff" * 8), r"x\.idx: has 122 bytes, but 184467440"),
+    "document index": (
+        lambda x: replace_bytes(Path(f"{x}.idx"), 114, b"\x03"),
+        r"x\.idx: the document index runs from 0 to 3, but there are 4",
+    ),
+    "short bin": (lambda x: truncate(Path(f"{x}.bin"), 15), r"x\.bin: has 15 bytes, but x\.idx describes 16"),
+    "long bin": (lambda x: Path(f"{x}.bin").write_bytes(b"0" * 18), r"x\.bin: has 18 bytes, but x\.idx describes 16"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_named_on_opening(tmp_path, damage):
+    write(tmp_path / "x", DOCUMENTS, 65000)
+    inflict, message = DAMAGES[damage]
+    inflict(tmp_path / "x")
+    with pytest.raises(DataError, match=message):
+        IndexedDataset(tmp_path / "x")
+
+
+def test_suffix_given_instead_of_prefix(tmp_path):
+    write(tmp_path / "x", DOCUMENTS, 65000)
+    with pytest.raises(DataError, match=r"x\.bin\.bin: no such file. Give the common prefix of the two files: .*/x$"):
+        IndexedDataset(tmp_path / "x.bin")

@@ -1,0 +1,173 @@
+"""From sources to batches: the samples of a step do not depend on the layout; data that do not fit are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_tf.config.schema import DataSource
+from megatron_tf.data.indexed import IndexedWriter
+from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint
+from megatron_tf.data.summary import CorpusSummary, write_summary
+from megatron_tf.data.tokenizer import tokenizer_fingerprint
+from megatron_tf.errors import DataError
+
+SEQ = 8
+
+
+def make_source(prefix: Path, num_tokens: int, first: int = 0, weight: float = 1.0, **summary) -> DataSource:
+    """Consecutive ids, so that a sample tells where it is from; with a summary when any of its fields is given."""
+    with IndexedWriter(prefix, 60_000) as writer:
+        writer.add_document(np.arange(first, first + num_tokens))
+    if summary:
+        fields = dict(  # noqa: C408 - as keywords
+            documents=1, tokens=num_tokens, bytes=1, max_token_id=first + num_tokens - 1, tokenizer_fingerprint="f" * 64,
+            vocab_size=60_000, eod_id=0, files=(), skipped_records=0, empty_documents=0,
+        )  # fmt: skip
+        write_summary(prefix, CorpusSummary(**{**fields, **summary}))
+    return DataSource(path=str(prefix), weight=weight)
+
+
+@pytest.fixture
+def sources(tmp_path) -> tuple[DataSource, ...]:
+    return (make_source(tmp_path / "a", 401, 0, 0.75), make_source(tmp_path / "b", 161, 1000, 0.25))
+
+
+def loader(dataset, micro_batch_size=1, num_micro_batches=1, data_rank=0, data_size=1, vocab_size=60_000):
+    return BatchLoader(
+        dataset, micro_batch_size=micro_batch_size, num_micro_batches=num_micro_batches, data_rank=data_rank,
+        data_size=data_size, vocab_size=vocab_size,
+    )  # fmt: skip
+
+
+def step_rows(dataset, first: int, micro: int, num_micro: int, data_size: int) -> list[list[int]]:
+    """The samples of one step over all ranks, in the order of their sample index, as input rows."""
+    ranks = [list(loader(dataset, micro, num_micro, r, data_size).step_batches(first)) for r in range(data_size)]
+    return [row for m in range(num_micro) for rank in ranks for row in rank[m][0].tolist()]
+
+
+def test_batches_are_shifted_int64(sources):
+    dataset = build_dataset(sources, SEQ, 1, 60_000)
+    ((inputs, labels),) = loader(dataset, micro_batch_size=3).step_batches(10)
+    assert inputs.shape == labels.shape == (3, SEQ)
+    assert inputs.dtype == labels.dtype == torch.int64 and inputs.is_contiguous() and labels.is_contiguous()
+    for row in range(3):
+        assert inputs[row].tolist() == dataset.sample(10 + row)[:-1].tolist()
+        assert labels[row].tolist() == dataset.sample(10 + row)[1:].tolist()
+
+
+@pytest.mark.parametrize(("micro", "num_micro", "data_size"), [(12, 1, 1), (1, 12, 1), (2, 3, 2), (1, 3, 4), (3, 1, 4)])
+def test_a_step_takes_the_same_samples_at_every_layout(sources, micro, num_micro, data_size):
+    dataset = build_dataset(sources, SEQ, 1, 60_000)
+    expected = [dataset.sample(36 + i)[:-1].tolist() for i in range(12)]
+    assert step_rows(dataset, 36, micro, num_micro, data_size) == expected
+
+
+def test_a_changed_layout_neither_repeats_nor_skips(sources):
+    dataset = build_dataset(sources, SEQ, 1, 60_000)
+    straight = [row for step in range(8) for row in step_rows(dataset, step * 12, 12, 1, 1)]
+    changed = [row for step in range(8) for row in step_rows(dataset, step * 12, *[(2, 3, 2), (1, 3, 4)][step % 2])]
+    assert changed == straight
+
+
+def test_weights_and_epochs(sources):
+    dataset = build_dataset(sources, SEQ, 1, 60_000)
+    starts = [int(dataset.sample(i)[0]) for i in range(80)]
+    assert abs(sum(start >= 1000 for start in starts) - 20) <= 2
+    assert len({start for start in starts[:66] if start < 1000}) == sum(start < 1000 for start in starts[:66])
+    other_seed = [int(build_dataset(sources, SEQ, 2, 60_000).sample(i)[0]) for i in range(80)]
+    assert other_seed != starts
+
+
+def test_sources_of_equal_size_have_orders_of_their_own(tmp_path):
+    twins = (make_source(tmp_path / "a", 401), make_source(tmp_path / "b", 401))
+    first, second = build_dataset(twins, SEQ, 1, 60_000).sources
+    assert [first.block(i) for i in range(50)] != [second.block(i) for i in range(50)]
+
+
+def test_id_beyond_vocabulary_in_a_batch_names_the_file(sources, tmp_path):
+    dataset = build_dataset(sources, SEQ, 1, 1000)
+    with pytest.raises(DataError, match=rf"{tmp_path}/b\.bin: token id 1\d\d\d is beyond .*model\.vocab_size is 1000"):
+        list(loader(dataset, micro_batch_size=20, vocab_size=1000).step_batches(0))
+
+
+def test_id_beyond_vocabulary_in_the_summary_is_found_on_opening(tmp_path):
+    source = make_source(tmp_path / "a", 401, max_token_id=400)
+    build_dataset([source], SEQ, 1, 401)
+    with pytest.raises(DataError, match=r"a\.bin: token id 400 is beyond .* is 400. Raise .* to at least 401"):
+        build_dataset([source], SEQ, 1, 400)
+
+
+def test_negative_id_is_refused(tmp_path):
+    source = make_source(tmp_path / "a", 9)
+    index = bytearray((tmp_path / "a.idx").read_bytes())
+    index[17] = 3  # read as signed
+    (tmp_path / "a.idx").write_bytes(index)
+    (tmp_path / "a.bin").write_bytes(b"\xff\xff" * 9)
+    with pytest.raises(DataError, match=r"a\.bin: token id -1 is outside the vocabulary, ids are 0 to 99"):
+        list(loader(build_dataset([source], SEQ, 1, 100), vocab_size=100).step_batches(0))
+
+
+def test_all_broken_sources_are_reported_at_once(tmp_path):
+    short = make_source(tmp_path / "short", 5)
+    foreign = make_source(tmp_path / "foreign", 50, tokens=49)
+    with pytest.raises(DataError) as error:
+        build_dataset([DataSource(path=str(tmp_path / "none")), short, foreign], SEQ, 1, 60_000)
+    message = str(error.value)
+    assert "none.bin: no such file" in message
+    assert "short.bin: has 5 tokens, one sample needs 9" in message
+    assert "foreign.json: speaks of 1 documents and 49 tokens" in message
+
+
+def test_summary_of_an_unknown_version(tmp_path):
+    source = make_source(tmp_path / "a", 50, eod_id=0)
+    content = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "a.json").write_text(json.dumps({**content, "format": "megatron_tf corpus 9"}))
+    with pytest.raises(DataError, match=r"a\.json: has format 'megatron_tf corpus 9', known is"):
+        build_dataset([source], SEQ, 1, 60_000)
+
+
+def test_foreign_json_beside_the_data_is_ignored(tmp_path):
+    source = make_source(tmp_path / "a", 50)
+    for content in ('{"text": "raw"}', "[]", "{"):
+        (tmp_path / "a.json").write_text(content)
+        build_dataset([source], SEQ, 1, 60_000)
+        check_tokenizer([source], None)
+
+
+def test_tokenizer_and_data_disagree(tmp_path):
+    (tmp_path / "t.json").write_text("tokenizer")
+    digest = tokenizer_fingerprint(tmp_path / "t.json")
+    good = make_source(tmp_path / "a", 50, tokenizer_fingerprint=digest)
+    bad = make_source(tmp_path / "b", 50, tokenizer_fingerprint="0123456789abcdef")
+    unknown = make_source(tmp_path / "c", 50)
+    check_tokenizer([good, unknown], str(tmp_path / "t.json"))
+    check_tokenizer([good, unknown], None)
+    with pytest.raises(
+        DataError, match=rf"b\.json: .* tokenizer 0123456789ab, data\.tokenizer .*t\.json is {digest[:12]}"
+    ):
+        check_tokenizer([good, bad, unknown], str(tmp_path / "t.json"))
+    with pytest.raises(DataError, match=rf"b\.json: .* tokenizer 0123456789ab, .*/a is {digest[:12]}"):
+        check_tokenizer([good, bad], None)
+    with pytest.raises(DataError, match=r"none\.json: the tokenizer cannot be read"):
+        check_tokenizer([good], str(tmp_path / "none.json"))
+
+
+def test_fingerprint_tells_data_apart_but_not_places(sources, tmp_path):
+    original = fingerprint(sources, 1)
+    assert json.loads(json.dumps(original)) == original
+    (tmp_path / "moved").mkdir()
+    moved = (
+        make_source(tmp_path / "moved" / "a", 401, 0, 0.75),
+        make_source(tmp_path / "moved" / "b", 161, 1000, 0.25),
+    )
+    assert fingerprint(moved, 1) == original
+    assert fingerprint(sources, 2) != original
+    assert fingerprint(sources[::-1], 1) != original
+    assert fingerprint((sources[0], DataSource(path=sources[1].path, weight=0.3)), 1) != original
+    other_text = make_source(tmp_path / "moved" / "b", 161, 1001, 0.25)
+    assert fingerprint((sources[0], other_text), 1) != original

@@ -1,0 +1,128 @@
+"""Every configuration that is shipped: loads, validates where it is meant to run, has exactly its size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_tf.config import load_config
+from megatron_tf.config.load import dump_config
+from megatron_tf.config.validate import plan_batches, validate
+from megatron_tf.estimate import memory_per_rank, num_parameters
+from megatron_tf.model import build_model
+from megatron_tf.params import parameter_table
+from megatron_tf.plan import describe
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# name -> (parameters, layers, hidden size, heads, qkv = proj tokens, ffn tokens)
+SIZES = {
+    "124M": (123_569_664, 12, 768, 12, 576, 2304),
+    "354M": (354_190_848, 12, 768, 12, 2140, 8560),
+    "757M": (753_796_608, 12, 768, 12, 4850, 19400),
+    "1.4B": (1_309_705_728, 12, 768, 12, 8620, 34480),
+    "354M_openwebtext2": (353_503_232, 24, 1024, 16, 768, 3072),
+    "757M_openwebtext2": (756_156_416, 24, 1024, 16, 1792, 7168),
+    "pile_150M": (151_881_216, 12, 768, 12, 768, 3072),
+    "pile_450M": (454_166_528, 24, 1024, 16, 1024, 4096),
+    "pile_900M": (903_252_480, 32, 1280, 16, 1280, 5120),
+    "pile_1.5B": (1_587_219_456, 40, 1536, 16, 1536, 6144),
+    "tiny": (1_573_120, 4, 128, 4, 128, 512),
+    "tiny_grow": (2_621_696, 4, 128, 4, 256, 1024),
+}
+WORLD_SIZES = {"tiny": [1, 2], "tiny_grow": [2]}
+FULL_SIZE = sorted(set(SIZES) - set(WORLD_SIZES))
+GROWS_FROM = {
+    "354M": "124M",
+    "757M": "354M",
+    "1.4B": "757M",
+    "757M_openwebtext2": "354M_openwebtext2",
+    "tiny_grow": "tiny",
+}
+
+
+def load(name):
+    return load_config(CONFIGS / f"{name}.yml")
+
+
+def test_this_list_is_complete():
+    assert {path.stem for path in CONFIGS.glob("*.y*ml")} == set(SIZES)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_size(name):
+    model = load(name).model
+    tokens = model.parameter_tokens
+    assert tokens.qkv == tokens.proj
+    found = (model.num_layers, model.hidden_size, model.num_attention_heads, tokens.qkv, tokens.ffn)
+    assert (num_parameters(model), *found) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_model_on_the_meta_device_has_the_parameters_of_the_table(name):
+    config = load(name).model
+    parameters = dict(build_model(config, device="meta").named_parameters())
+    assert all(parameter.is_meta for parameter in parameters.values())
+    assert sum(parameter.numel() for parameter in parameters.values()) == SIZES[name][0]
+    shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
+    assert shapes == {key: spec.shape for key, spec in parameter_table(config).items()}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_valid_where_it_is_meant_to_run(name):
+    config = load(name)
+    for world_size in WORLD_SIZES.get(name, [8, 16]):
+        validate(config, world_size)
+        assert describe(config, world_size)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_header_gives_the_parameter_count_and_needs(name):
+    text = (CONFIGS / f"{name}.yml").read_text(encoding="utf-8")
+    header = text.partition("\n\n")[0]
+    assert all(line.startswith("# ") for line in header.splitlines())
+    assert f"{SIZES[name][0]:,} parameters" in header
+    assert "Needs " in header
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_resolved_config_is_read_back_equal(name, tmp_path):
+    config = load(name)
+    (tmp_path / "config.yml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yml") == config
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_hyperparameters(name):
+    config = load(name)
+    optimizer, training = config.optimizer, config.training
+    assert (optimizer.lr, optimizer.schedule.min_lr, optimizer.weight_decay) == (6e-4, 6e-5, 0.1)
+    assert (optimizer.betas, optimizer.eps, training.gradient_clipping) == ((0.9, 0.95), 1e-8, 1.0)
+    assert config.model.vocab_size == 50304
+    assert config.model.seq_length == (2048 if name.startswith("pile") else 1024)
+    assert training.precision == "bf16"
+    steps = plan_batches(config, 8).train_steps
+    assert 0.0099 <= optimizer.schedule.warmup_steps / steps <= 0.02
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_fits_the_gpus_that_its_header_asks_for(name):
+    # a quarter is left for fragmentation, buffers and workspaces, which the estimate does not count
+    assert memory_per_rank(load(name), 8).total < 0.75 * 40e9
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_runs_write_apart_and_grow_from_the_size_before(name):
+    config = load(name)
+    assert (config.run.name, config.run.dir) == (name, f"runs/{name}")
+    if name not in GROWS_FROM:
+        assert config.growth is None
+        return
+    assert config.growth is not None
+    source = load(GROWS_FROM[name])
+    assert config.growth.source == source.run.dir
+    assert config.growth.method == "zero_key"
+    assert config.data == source.data
+    old, new = source.model.parameter_tokens, config.model.parameter_tokens
+    assert config.model.model_copy(update={"parameter_tokens": old}) == source.model
+    assert new.qkv > old.qkv and new.proj > old.proj and new.ffn > old.ffn

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_tf import estimate
+from megatron_tf.config import load_config
+from megatron_tf.config.validate import topology_for
+from megatron_tf.parallel.topology import Topology
+from megatron_tf.params import parameter_table, shard_range
+from megatron_tf.plan import describe
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def load(name, *overrides):
+    return load_config(CONFIGS / f"{name}.yml", overrides)
+
+
+def test_one_rank_holds_every_parameter():
+    model = load("124M").model
+    assert estimate.parameters_per_rank(model, Topology()) == estimate.num_parameters(model) == 123_569_664
+
+
+def test_token_parameters_are_what_growth_adds():
+    small, large = load("124M").model, load("354M").model
+    added = estimate.num_token_parameters(large) - estimate.num_token_parameters(small)
+    assert added == estimate.num_parameters(large) - estimate.num_parameters(small)
+
+
+def test_pipeline_stages_hold_the_model_and_one_more_embedding():
+    model = load("354M").model
+    topology = Topology(pipeline=5)
+    stages = [estimate.stage_parameters(model, topology, stage) for stage in range(5)]
+    embedding = model.vocab_size * model.hidden_size
+    assert sum(stages) == estimate.num_parameters(model) + embedding
+    block = (estimate.num_token_parameters(model)) // model.num_layers
+    assert stages == [3 * block + embedding, 2 * block, 3 * block, 2 * block, 2 * block + embedding + 2 * 768]
+
+
+def test_tensor_ranks_hold_shards_and_whole_norms():
+    model = load("757M").model  # 4850 tokens do not divide by 4
+    topology = Topology(tensor=4)
+    shards = [
+        sum(
+            (lambda start, stop: (stop - start) * spec.width)(*shard_range(spec.shape[0], 4, rank))
+            if spec.sharded
+            else spec.numel
+            for spec in parameter_table(model).values()
+        )
+        for rank in range(4)
+    ]
+    assert sum(shards) == estimate.num_parameters(model) + 3 * 2 * 768
+    assert estimate.parameters_per_rank(model, topology) == max(shards)
+
+
+def test_flops_per_token_by_hand():
+    model = load("tiny").model
+    tokens = 4 * 2 * (4 * 128 + 512) * 128  # layers × (keys, values) × n × d
+    head = 4096 * 128
+    attention = 4 * 2 * 256 * 128  # layers × two products × s × d
+    assert estimate.flops_per_token(model) == 3 * 2 * (tokens + head + attention)
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "per_parameter"),
+    [("bf16", 1, (2, 6, 3)), ("fp16", 1, (2, 3, 3)), ("fp32", 1, (4, 5, 3)), ("fp32", 0, (4, 4, 8))],
+)
+def test_state_bytes_at_four_data_parallel_ranks(precision, zero_stage, per_parameter):
+    assert estimate.state_bytes(1000, precision, zero_stage, 4) == tuple(1000 * size for size in per_parameter)
+
+
+def test_memory_of_bf16_is_eight_and_a_share_of_twelve_bytes():
+    memory = estimate.memory_per_rank(load("124M"), 8)
+    parameters = 123_569_664
+    assert memory.weights + memory.gradients == 8 * parameters
+    assert memory.optimizer == 12 * parameters // 8
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
+
+
+def test_block_activations_by_hand():
+    # s·b = 256·8 positions in fp32: 2d norm inputs, 3d inputs, 4·128 + 512 scores, 4d attention, 13 statistics
+    per_position = 4 * (2 * 128 + 3 * 128 + 1024 + 4 * 128) + 4 * (5 + 4 + 4)
+    assert estimate.block_activation_bytes(load("tiny")) == 256 * 8 * per_position
+
+
+def test_sharding_and_checkpointing_save_activations():
+    def activations(*overrides):
+        config = load("tiny", *overrides)
+        ranks = config.parallel.tensor * config.parallel.pipeline
+        return estimate.memory_per_rank(config, ranks).activations
+
+    whole = activations()
+    tensor, sequence = activations("parallel.tensor=2"), activations("parallel={tensor: 2, sequence: true}")
+    assert sequence < tensor < whole
+    assert activations("training.activation_checkpointing=true") < whole
+    assert activations("training.micro_batch_size=4") * 2 == whole
+
+
+def test_first_stage_keeps_a_micro_batch_for_each_stage_behind_it():
+    config = load("tiny", "parallel.pipeline=4", "training.micro_batch_size=1", "model.vocab_size=16")
+    memory = estimate.memory_per_rank(config, 4)
+    assert memory.activations == 4 * estimate.block_activation_bytes(config)
+
+
+def test_optimizer_share_shrinks_with_data_parallel_ranks():
+    config = load("124M")
+    assert estimate.memory_per_rank(config, 16).optimizer * 2 == estimate.memory_per_rank(config, 8).optimizer
+
+
+def test_describe_shows_model_layout_batch_length_and_memory():
+    config = load("1.4B")
+    text = describe(config, 16)
+    assert str(topology_for(config, 16)) == "TP2×PP1×DP8"
+    for fact in (
+        "1,309,705,728 parameters",
+        "grown from runs/757M by zero_key",
+        "16 ranks as TP2×PP1×DP8, sequence-parallel, ZeRO 1, bf16",
+        "512 samples = 8 a micro batch × 8 accumulated × 8 data-parallel; × 1,024 = 524,288 tokens",
+        "114,441 steps",
+        "60,000,043,008 tokens",
+        "a rank: weights",
+    ):
+        assert fact in text
+    assert [line.split()[0] for line in text.splitlines()] == ["run", "model", "layout", "step", "length", "memory"]
