@@ -51,7 +51,7 @@ class RangeMap(Generic[Item]):
         first = max(bisect_right(self._starts, start) - 1, 0)
         for position in range(first, len(self._entries)):
             entry = self._entries[position]
-            if entry[0] >= stop:
+            if entry[0] >= stop or start == stop:
                 return
             if entry[1] > start:
                 yield entry

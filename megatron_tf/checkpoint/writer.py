@@ -107,7 +107,9 @@ def save_checkpoint(
             attempt.await_outcome()
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or attempt.folder})"
-        attempt.abandon(rank, reason, message := f"{attempt.final}: rank {rank} could not save: {reason}")
+        # A rank that is still writing when rank 0 gives up finds its folder gone: the cause is rank 0's then.
+        message = attempt.reason_of_rank_0() or f"{attempt.final}: rank {rank} could not save: {reason}"
+        attempt.abandon(rank, reason, message)
         raise CheckpointError(message) from error
     except CheckpointError as error:
         attempt.abandon(rank, str(error), str(error))
@@ -224,6 +226,10 @@ class _Attempt:
             if time.monotonic() - gone_since > _OUTCOME_GRACE_SECONDS:
                 raise CheckpointError(f"{self.final}: rank 0 gave up the save and could not leave the reason")
 
+    def reason_of_rank_0(self) -> str | None:
+        """Why rank 0 gave this attempt up, None as long as it has not."""
+        return self.failed.read_text("utf-8") if self.failed.exists() else None
+
     def abandon(self, rank: int, reason: str, message: str) -> None:
         """Tell the other ranks, and take away what this attempt has written; best effort, on a disk that may be full.
 
@@ -263,8 +269,8 @@ class _Attempt:
             return False
 
     def _raise_if_failed(self) -> None:
-        if self.failed.exists():
-            raise CheckpointError(self.failed.read_text("utf-8"))
+        if reason := self.reason_of_rank_0():
+            raise CheckpointError(reason)
 
     def _poll(self, silent: Callable[[], str]) -> Iterator[None]:
         """Go round at a slackening pace; CheckpointError at the deadline."""

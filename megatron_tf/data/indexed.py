@@ -22,6 +22,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -105,7 +106,9 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Delete what was written so far."""
-        self._bin.close()
+        # On a full disk closing fails once more, on what is still buffered; the file has to go all the same.
+        with suppress(OSError):
+            self._bin.close()
         for path in (data_file(self.prefix), index_file(self.prefix)):
             partial_path(path).unlink(missing_ok=True)
 

@@ -20,6 +20,7 @@ from megatron_tf.config.validate import BatchPlan
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.topology import Topology
+from megatron_tf.params import parameter_table
 from megatron_tf.training.optimizer import Segment, SegmentedAdamW
 from megatron_tf.training.pipeline import ShardedParameter, TokenFormerPipeline
 from megatron_tf.training.schedule import learning_rate
@@ -32,7 +33,7 @@ class StepResult:
     """`loss`: mean over the global batch, on the device. `grad_norm`: before clipping, None where not computed."""
 
     loss: Tensor
-    grad_norm: float | None
+    grad_norm: Tensor | float | None
     lr: float
 
 
@@ -62,6 +63,9 @@ class Engine:
             )  # fmt: skip
         self.optimizer: SegmentedAdamW = self._deepspeed.basic_optimizer
         self._scales = dict(source.scales)
+        self._loaded_steps = {
+            name: source.adam_steps(name, 0, spec.numel) for name, spec in parameter_table(model).items()
+        }
         self._load(source)
 
     @property
@@ -76,7 +80,7 @@ class Engine:
             group["lr"] = lr
         loss = self._deepspeed.train_batch(batches)
         norm = self._deepspeed.get_global_grad_norm() if self.config.training.gradient_clipping else None
-        return StepResult(loss, None if norm is None else float(norm), lr)
+        return StepResult(loss, norm, lr)
 
     def evaluate(self, batches: Iterable[Batch], num_micro_batches: int) -> float:
         """Mean loss over `num_micro_batches` batches of every data-parallel rank; the same number on all ranks."""
@@ -99,13 +103,13 @@ class Engine:
             for state, tensor in self.optimizer.states(segment).items()
         ]
 
-    def ages(self) -> dict[str, list[tuple[int, int, int]]]:
-        """Adam update counts of the ranges this rank saves: name -> [(start, stop, updates), ...]."""
-        ages: dict[str, list[tuple[int, int, int]]] = {}
-        for segment in self.optimizer.segments:
-            if segment.owned:
-                ages.setdefault(segment.name, []).append((segment.start, segment.stop, int(segment.age)))
-        return ages
+    def adam_steps(self) -> dict[str, tuple[tuple[int, int, int], ...]]:
+        """Adam update counts of the whole model: name -> ((start, stop, updates), ...)."""
+        done = self.optimizer.num_updates
+        return {
+            name: tuple((start, stop, steps + done) for start, stop, steps in ranges)
+            for name, ranges in self._loaded_steps.items()
+        }
 
     def loss_scaler(self) -> dict[str, Any]:
         """State of the fp16 loss scaler; empty for other precisions."""

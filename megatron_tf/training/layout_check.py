@@ -206,7 +206,7 @@ def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: P
         own = batches(config, plan, step, topology.coordinate("data", rank), topology.data)
         result = engine.train_step(step, own)
         losses.append(float(result.loss))
-        norms.append(result.grad_norm)
+        norms.append(float(result.grad_norm))
     save_file(gradients, folder / f"{number}.{rank}.safetensors")
     if rank == 0:
         (folder / f"{number}.json").write_text(json.dumps([losses, norms]))

@@ -51,11 +51,12 @@ class SegmentedAdamW(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.segments: list[Segment] = []
+        self.num_updates = 0  # since `bind`
         self.observe: Callable[[Segment, Tensor], None] | None = None
 
     def bind(self, segments: Iterable[Segment]) -> None:
         """Sets the segments and allocates the moments of their buffers."""
-        self.segments = list(segments)
+        self.segments, self.num_updates = list(segments), 0
         for segment in self.segments:
             state = self.state[segment.buffer]
             for name in STATES[1:]:
@@ -71,6 +72,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         assert closure is None
         (group,) = self.param_groups
+        self.num_updates += 1
         by_decay = defaultdict(list)
         for segment in self.segments:
             if segment.buffer.grad is not None:

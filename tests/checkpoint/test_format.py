@@ -53,7 +53,10 @@ def test_folder_names_sort_and_do_not_run_out():
 def test_pieces_are_stored_in_order(sandbox):
     index = sandbox.index(shapes={"a": (4,)})
     pieces = [StoredPiece(2, 4, "f", "y"), StoredPiece(0, 2, "f", "x")]
-    assert [piece.start for piece in index.with_pieces({("a", "weight"): pieces}).tensors["a"].states["weight"]] == [0, 2]
+    assert [piece.start for piece in index.with_pieces({("a", "weight"): pieces}).tensors["a"].states["weight"]] == [
+        0,
+        2,
+    ]
 
 
 def malformed(path: list, value):

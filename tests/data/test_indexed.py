@@ -92,6 +92,18 @@ def test_interrupted_writer_leaves_the_old_files(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device without space")
+@pytest.mark.parametrize("num_documents", [1, 100_000])
+def test_full_disk_leaves_nothing(tmp_path, num_documents):
+    """It fails on closing, or while writing; then the buffer is still full and closing fails a second time."""
+    with pytest.raises(OSError, match="No space left"), IndexedWriter(tmp_path / "x", 10) as writer:
+        writer._bin.close()
+        writer._bin = open("/dev/full", "wb")  # noqa: SIM115 - the writer closes it
+        for _ in range(num_documents):
+            writer.add_document([3] * 10)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_killed_between_the_renames_there_is_no_dataset(tmp_path, monkeypatch):
     write(tmp_path / "x", [[1, 2]], 10)
     published = []

@@ -1,0 +1,50 @@
+# make demo   set up, then the main job on real text: train, grow, train on
+# make test   set up, then every test; PYTEST_ARGS='-m "not slow"' leaves out the slow ones
+# make lint   set up, then ruff and mypy
+# make clean  remove what the set-up and the demo made
+
+VENV ?= .venv
+PYTHON ?= python3
+# What pip installs as torch, with pip's options if need be: TORCH="torch==2.13.0 --index-url URL" for a CPU build
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?= -q
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := $(VENV)/constraints.txt
+STAMP := $(VENV)/.set-up
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+# Ranks share the cores of one machine; more than a few threads do not make a tiny model faster.
+HALF_OF_CORES := $(shell n=$$(($(CORES) / 2)); echo $$((n < 1 ? 1 : n > 4 ? 4 : n)))
+
+.PHONY: demo test lint clean setup
+
+demo: export OMP_NUM_THREADS ?= $(HALF_OF_CORES)
+demo: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/run_demo.py
+
+test: export OMP_NUM_THREADS ?= 1
+test: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(STAMP)
+
+# torch comes first and is then held fast: otherwise a dependency may replace it by another build of gigabytes.
+# deepspeed's setup.py imports torch, which an isolated build does not have.
+$(STAMP): setup.py pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH)
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $(CONSTRAINTS)
+	$(PIP) install --quiet -c $(CONSTRAINTS) "setuptools>=77" wheel ninja numpy packaging
+	$(PIP) install --quiet -c $(CONSTRAINTS) --no-build-isolation deepspeed==0.19.8
+	$(PIP) install --quiet -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs megatron_tf.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find megatron_tf launch tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

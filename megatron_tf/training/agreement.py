@@ -1,0 +1,48 @@
+"""Ranks that succeed together or fail together, each with the same message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_tf.errors import UserError
+
+T = TypeVar("T")
+
+
+def together(work: Callable[[], T]) -> T:
+    """Runs `work` on every rank. If it is a UserError on any, all ranks raise one that names every reason."""
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as problem:
+        error = problem
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, None if error is None else str(error))
+    if any(reasons):
+        unique = dict.fromkeys(reason for reason in reasons if reason)
+        if len(unique) == 1 and all(reasons):
+            raise (error or UserError(next(iter(unique))))
+        raise UserError(
+            "\n".join(f"{reason} (on rank {', '.join(_ranks(reasons, reason))})" for reason in unique)
+        ) from error
+    return result
+
+
+def from_rank_zero(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0; every rank returns its result, or raises its UserError."""
+    box: list[T | None] = [None]
+
+    def run() -> None:
+        if dist.get_rank() == 0:
+            box[0] = work()
+
+    together(run)
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _ranks(reasons: list[str | None], reason: str) -> list[str]:
+    return [str(rank) for rank, own in enumerate(reasons) if own == reason]

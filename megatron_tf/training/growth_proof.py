@@ -1,0 +1,47 @@
+"""The self-proof of a growth: the smaller and the grown model must agree on a held batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tf.config.schema import Precision
+from megatron_tf.errors import CheckpointError
+from megatron_tf.training.engine import Batch, Engine
+
+# Rounding of one forward pass, relative to the largest logit. The old and the new product sum the same numbers
+# in another order; 8 bits of mantissa through a few layers give bf16 its share.
+LOGIT_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A model's answer on the held batches: `loss` over all ranks, `logits` of one micro batch on last-stage ranks."""
+
+    loss: float
+    logits: Tensor | None
+
+
+def probe(engine: Engine, batches: list[Batch]) -> Probe:
+    """All ranks must call it, with the same number of batches."""
+    return Probe(engine.evaluate(batches, len(batches)), engine.logits(batches[0]))
+
+
+def compare(before: Probe, after: Probe, precision: Precision, device: torch.device) -> str:
+    """A sentence for the log. CheckpointError, on all ranks, when the models differ beyond rounding."""
+    pair = torch.zeros(2, dtype=torch.float64, device=device)
+    if before.logits is not None and after.logits is not None:
+        pair[0] = (after.logits - before.logits).abs().max()
+        pair[1] = before.logits.abs().max()
+    dist.all_reduce(pair, op=dist.ReduceOp.MAX)
+    difference, scale = pair.tolist()
+    text = (
+        f"held batch: loss {before.loss:.7f} before, {after.loss:.7f} after; logits differ by at most "
+        f"{difference:.2e}, the largest is {scale:.2f}"
+    )
+    if not difference <= LOGIT_TOLERANCE[precision] * scale:
+        raise CheckpointError(f"the growth changed the function, so the run stops. {text}")
+    return text

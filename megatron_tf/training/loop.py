@@ -1,0 +1,126 @@
+"""The training loop: every line a verb."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.validate import BatchPlan
+from megatron_tf.data.loader import BatchLoader
+from megatron_tf.estimate import flops_per_token
+from megatron_tf.telemetry.console import Console
+from megatron_tf.telemetry.meters import ThroughputMeter, format_duration, mfu, peak_bf16_flops
+from megatron_tf.telemetry.trackers import Trackers
+from megatron_tf.training.engine import Engine, StepResult
+from megatron_tf.training.saving import Saver
+from megatron_tf.training.start import Progress
+
+
+class Trainer:
+    """Runs the steps of one run from `progress` to the end of its plan."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: BatchPlan,
+        engine: Engine,
+        training: BatchLoader,
+        validation: BatchLoader | None,
+        saver: Saver,
+        trackers: Trackers,
+        console: Console,
+        device: torch.device,
+        progress: Progress,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.config, self.plan, self.engine, self.progress = config, plan, engine, progress
+        self.training, self.validation = training, validation
+        self.saver, self.trackers, self.console = saver, trackers, console
+        self.meter = ThroughputMeter(clock)
+        self.logged_step = progress.step
+        self.peak = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+    def fit(self) -> None:
+        """Trains until the plan's last step. A run that is complete already only says so."""
+        config = self.config
+        if self._finished:
+            self.console.info(f"step {self.progress.step:,} of {self.plan.train_steps:,}: the run is complete")
+            return
+        if self.progress.step == 0:
+            self._evaluate()
+        self.meter.start()
+        with self.console.progress(self.plan.train_steps, self.progress.step, config.run.name) as bar:
+            while not self._finished:
+                result = self._train_step()
+                if self._due(config.logging.interval_steps):
+                    bar.advance(self.progress.step, self._log(result))
+                if self._due(config.evaluation.interval_steps):
+                    self._evaluate()
+                if self._due(config.checkpoint.interval_steps):
+                    self._save()
+
+    @property
+    def _finished(self) -> bool:
+        return self.progress.step >= self.plan.train_steps
+
+    def _due(self, interval: int | None) -> bool:
+        return self._finished or (interval is not None and self.progress.step % interval == 0)
+
+    def _train_step(self) -> StepResult:
+        now = self.progress
+        result = self.engine.train_step(now.step, self.training.step_batches(now.samples))
+        self.progress = Progress(
+            now.step + 1, now.samples + self.plan.global_batch_size, now.tokens + self.plan.tokens_per_step
+        )
+        return result
+
+    def _log(self, result: StepResult) -> str:
+        steps = self.progress.step - self.logged_step
+        rates = self.meter.lap(steps, steps * self.plan.tokens_per_step)
+        self.logged_step = self.progress.step
+        devices = self.plan.data_parallel * self.config.parallel.tensor * self.config.parallel.pipeline
+        loss, flops = float(result.loss), flops_per_token(self.config.model)
+        norm = None if result.grad_norm is None else float(result.grad_norm)
+        self._record(
+            {
+                "train/loss": loss,
+                "optim/lr": result.lr,
+                "optim/grad_norm": norm,
+                "optim/skipped_steps": self.engine.steps_skipped,
+                "perf/tokens_per_second": rates.tokens_per_second,
+                "perf/step_seconds": rates.step_seconds,
+                "perf/mfu": mfu(rates.tokens_per_second, flops, self.peak, devices),
+            }
+        )
+        left = (self.plan.train_steps - self.progress.step) * rates.step_seconds
+        text = f"loss {loss:.4f}" + ("" if norm is None else f"  norm {norm:.3f}")
+        text += f"  lr {result.lr:.2e}  {rates.tokens_per_second:,.0f} tokens/s  left {format_duration(left)}"
+        self.console.info(f"step {self.progress.step:,}/{self.plan.train_steps:,}  {text}")
+        return text
+
+    def _evaluate(self) -> None:
+        """Mean loss over the same validation samples each time, whatever the layout."""
+        if self.validation is None:
+            return
+        with self.meter.paused():
+            rounds = math.ceil(self.config.evaluation.samples / self.plan.global_batch_size)
+            batches = (
+                batch
+                for number in range(rounds)
+                for batch in self.validation.step_batches(number * self.plan.global_batch_size)
+            )
+            loss = self.engine.evaluate(batches, rounds * self.plan.num_micro_batches)
+            perplexity = math.exp(min(loss, 700.0))
+            self._record({"eval/loss": loss, "eval/perplexity": perplexity})
+            self.console.info(f"step {self.progress.step:,}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
+
+    def _save(self) -> None:
+        with self.meter.paused():
+            self.saver.save(self.progress)
+
+    def _record(self, metrics: dict) -> None:
+        self.trackers.log({"tokens": self.progress.tokens, **metrics}, self.progress.step)

@@ -1,0 +1,47 @@
+"""Packaging. See pyproject.toml for the build system and the settings of ruff, mypy and pytest."""
+
+from setuptools import find_packages, setup
+
+PLOT = ["matplotlib>=3.8"]
+WANDB = ["wandb>=0.18,<1"]
+TENSORBOARD = ["tensorboard>=2.15,<3"]
+SENTENCEPIECE = ["sentencepiece>=0.2,<0.3"]
+
+setup(
+    name="megatron_tf",
+    version="0.1.0",
+    description="Training of TokenFormer language models that grow, in three dimensions of parallelism",
+    packages=find_packages(include=["megatron_tf", "megatron_tf.*"]),
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "torch>=2.11,<2.14",
+        # Exactly this one: what this project relies on, and works around, is in its internals.
+        "deepspeed==0.19.8",
+        "numpy>=1.26",
+        "pydantic>=2.7,<3",
+        "PyYAML>=6,<7",
+        "rich>=13",
+        "safetensors>=0.4.3",
+        "tokenizers>=0.20",
+        "zstandard>=0.22",
+    ],
+    extras_require={
+        "eval": ["lm_eval>=0.4.13,<0.5", "transformers>=5.16,<6"],
+        "hf": ["transformers>=5.16,<6"],
+        "plot": PLOT,
+        "sentencepiece": SENTENCEPIECE,
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
+        "dev": [
+            "mypy>=1.15",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.15",
+            "types-PyYAML>=6",
+            *PLOT,
+            *SENTENCEPIECE,
+            *TENSORBOARD,
+            *WANDB,
+        ],
+    },
+)

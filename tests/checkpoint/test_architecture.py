@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_tf.checkpoint.architecture import check_growable, check_same_architecture, stored_model
+from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
+from megatron_tf.config.schema import Model, ParameterTokens
+from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.params import parameter_table
+
+
+def model(qkv=6, proj=6, ffn=24, **changes) -> Model:
+    fields = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 32}
+    return Model(**{**fields, **changes}, parameter_tokens=ParameterTokens(qkv=qkv, proj=proj, ffn=ffn))
+
+
+def index(of: Model, **changes) -> CheckpointIndex:
+    shapes = {name: spec.shape for name, spec in parameter_table(of).items()}
+    values = {"model": of.model_dump(), "tensors": expected_tensors(shapes), **changes}
+    return CheckpointIndex(step=1, samples=1, tokens=1, scales={}, adam_steps={}, **values)
+
+
+def test_the_same_architecture_fits():
+    check_same_architecture(index(model()), model())
+
+
+def test_every_differing_key_is_named_with_both_values():
+    other = model(num_layers=3, hidden_size=16, activation="softmax")
+    with pytest.raises(CheckpointError) as caught:
+        check_same_architecture(index(model()), other)
+    for text in (
+        "model.num_layers: checkpoint 2, configuration 3",
+        "model.hidden_size: checkpoint 8, configuration 16",
+        "model.activation: checkpoint l2_norm_gelu, configuration softmax",
+    ):
+        assert text in str(caught.value)
+    assert "growth" not in str(caught.value)
+
+
+def test_differing_token_counts_lead_to_growth():
+    with pytest.raises(CheckpointError) as caught:
+        check_same_architecture(index(model()), model(qkv=7, ffn=30))
+    assert "model.parameter_tokens.qkv: checkpoint 6, configuration 7" in str(caught.value)
+    assert "model.parameter_tokens.ffn: checkpoint 24, configuration 30" in str(caught.value)
+    assert "growth.from" in str(caught.value)
+
+
+def test_tensors_that_contradict_the_stored_architecture_are_named():
+    with pytest.raises(CheckpointError, match=r"final_norm.weight: checkpoint \[9\], architecture \[8\]"):
+        broken = expected_tensors(
+            {**{n: s.shape for n, s in parameter_table(model()).items()}, "final_norm.weight": (9,)}
+        )
+        check_same_architecture(index(model(), tensors=broken), model())
+    with pytest.raises(CheckpointError, match=r"ghost: checkpoint \[1\], architecture nothing"):
+        broken = {**index(model()).tensors, **expected_tensors({"ghost": (1,)})}
+        check_same_architecture(index(model(), tensors=broken), model())
+
+
+def test_a_stored_model_section_that_is_none_is_named():
+    with pytest.raises(CheckpointError, match=r"model\.hidden_size"):
+        stored_model(index(model(), model={**model().model_dump(), "hidden_size": "wide"}))
+
+
+def test_the_model_section_survives_json():
+    import json
+
+    content = json.loads(json.dumps(model(rotary_fraction=1.0).model_dump()))
+    assert stored_model(index(model(), model=content)) == model(rotary_fraction=1.0)
+
+
+@pytest.mark.parametrize("bigger", [model(qkv=7), model(proj=7), model(ffn=25), model(7, 7, 25)])
+def test_more_tokens_can_be_grown_into(bigger):
+    check_growable(index(model()), bigger)
+
+
+def test_fewer_tokens_cannot():
+    with pytest.raises(ConfigError, match="parameter_tokens.qkv: checkpoint 6, configuration 5") as caught:
+        check_growable(index(model()), model(qkv=5, ffn=30))
+    assert len(caught.value.problems) == 1 and "Pile" not in str(caught.value)
+
+
+def test_everything_else_must_be_equal_and_the_pile_models_are_mentioned():
+    other = model(qkv=7, hidden_size=16, num_layers=4, vocab_size=64)
+    with pytest.raises(ConfigError) as caught:
+        check_growable(index(model()), other)
+    assert [problem.split(".")[1].split(":")[0] for problem in caught.value.problems] == [
+        "num_layers",
+        "hidden_size",
+        "vocab_size",
+    ]
+    assert "checkpoint 8, configuration 16" in str(caught.value)
+    assert "Pile models 150M, 450M, 900M and 1.5B" in str(caught.value)
+
+
+def test_nothing_to_grow_is_said():
+    with pytest.raises(ConfigError, match=r"growth\.from: the checkpoint has the configuration's token counts already"):
+        check_growable(index(model()), model())

@@ -1,0 +1,34 @@
+"""Multi-rank tests as ordinary functions: gloo ranks in processes of their own, a hang fails by timeout."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from megatron_tf.parallel.groups import Group
+
+TIMEOUT = timedelta(seconds=60)
+
+
+def spawn(function: Callable[..., None], world_size: int, *arguments) -> None:
+    """Runs `function(group, *arguments)` on `world_size` ranks; raises what any of them raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (function, world_size, f"{folder}/store", arguments), nprocs=world_size)
+
+
+def _rank(rank: int, function: Callable[..., None], world_size: int, store: str, arguments: tuple) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=TIMEOUT
+    )
+    try:
+        function(Group(world_size, rank, dist.group.WORLD), *arguments)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,138 @@
+"""Tensor-parallel layers against the same layers on one process: outputs, every gradient, and every byte sent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import spawn
+
+from megatron_tf.config.schema import Model
+from megatron_tf.model.layers import Block, Embedding, FinalNorm, Pattention, TensorParallel
+from megatron_tf.model.tokenformer import build_model
+from megatron_tf.parallel import collectives
+from megatron_tf.parallel.vocab import cross_entropy
+from megatron_tf.params import initial_scales, parameter_table, shard_range
+
+SEQUENCE, BATCH, WIDTH = 8, 2, 16
+
+
+def model_config(**changes) -> Model:
+    sizes = {"num_layers": 2, "hidden_size": WIDTH, "num_attention_heads": 4, "seq_length": SEQUENCE, "vocab_size": 37}
+    tokens = {"qkv": 13, "proj": 11, "ffn": 30}  # none divides by 2 or 4
+    return Model.model_validate({**sizes, "rotary_fraction": 0.5, "parameter_tokens": tokens, **changes})
+
+
+def local(name, tensor, config, group):
+    spec = parameter_table(config)[name]
+    return tensor[slice(*shard_range(spec.shape[0], group.size, group.rank))] if spec.sharded else tensor
+
+
+def whole_model(group, activation, sequence):
+    config = model_config(activation=activation)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 37, (BATCH, SEQUENCE), generator=generator)
+    labels = torch.randint(0, 37, (BATCH, SEQUENCE), generator=generator)
+    one = build_model(config, dtype=torch.float64)
+    expected = torch.nn.functional.cross_entropy(one(ids).flatten(0, 1), labels.flatten())
+    expected.backward()
+
+    tensor = TensorParallel(group, sequence)
+    layers = torch.nn.ModuleDict({"embedding": Embedding(config, tensor), "final_norm": FinalNorm(config, tensor)})
+    layers["blocks"] = torch.nn.ModuleList(Block(config, i, initial_scales(config), tensor) for i in range(2))
+    layers = layers.double()
+    with torch.no_grad():
+        for (name, parameter), full in ((item, dict(one.named_parameters())[item[0]]) for item in layers.named_parameters()):
+            parameter.copy_(local(name, full, config, group))
+    hidden = layers["embedding"](ids)
+    assert hidden.shape == (SEQUENCE // (group.size if sequence else 1), BATCH, WIDTH)
+    for block in layers["blocks"]:
+        hidden = block(hidden)
+    logits = layers["embedding"].logits(layers["final_norm"](hidden))
+    loss = cross_entropy(logits, labels.mT, layers["embedding"].start, group).mean()
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-12, atol=0)
+    for name, parameter in layers.named_parameters():
+        full = dict(one.named_parameters())[name].grad
+        difference = (parameter.grad - local(name, full, config, group)).norm() / full.norm()
+        assert difference < 1e-11, f"{name}: {difference:.2e}"
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_whole_model_in_fp64(world_size, sequence):
+    spawn(whole_model, world_size, "l2_norm_gelu", sequence)
+
+
+@pytest.mark.parametrize("activation", ["gelu_l2_norm", "softmax"])
+def test_other_activations(activation):
+    spawn(whole_model, 2, activation, True)
+
+
+def single_layer(group):
+    full = Pattention(11, 6, 5).double()
+    for parameter in full.parameters():
+        dist.broadcast(parameter.data, 0)
+    shard = Pattention(11, 6, 5, group=group).double()
+    rows = slice(*shard_range(11, group.size, group.rank))
+    shard.load_state_dict({name: p[rows] for name, p in full.state_dict().items()})
+    x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    xs = [x.clone().requires_grad_() for _ in range(2)]
+    outs = [full(xs[0]), shard(xs[1])]
+    for out in outs:
+        out.square().sum().backward()
+    torch.testing.assert_close(outs[1], outs[0])
+    torch.testing.assert_close(xs[1].grad, xs[0].grad)
+    torch.testing.assert_close(shard.key_tokens.grad, full.key_tokens.grad[rows])
+    torch.testing.assert_close(shard.value_tokens.grad, full.value_tokens.grad[rows])
+
+
+def test_pattention_module_is_sharded_as_it_is():
+    spawn(single_layer, 2)
+
+
+class Counter:
+    """Counts calls and elements handed to each collective."""
+
+    def __init__(self):
+        self.sent = []
+        self._originals = dist.all_reduce, collectives._all_gather, collectives._reduce_scatter
+        dist.all_reduce = self._wrap("all_reduce", self._originals[0], 0)
+        collectives._all_gather = self._wrap("all_gather", self._originals[1], 0)
+        collectives._reduce_scatter = self._wrap("reduce_scatter", self._originals[2], 1)
+
+    def _wrap(self, name, original, argument):
+        def counted(*args, **kwargs):
+            self.sent.append((name, args[argument].numel()))
+            return original(*args, **kwargs)
+
+        return counted
+
+    def take(self):
+        taken, self.sent = sorted(self.sent), []
+        return taken
+
+
+def count(group, sequence):
+    config = model_config()
+    block = Block(config, 0, initial_scales(config), TensorParallel(group, sequence)).double()
+    hidden = torch.randn(SEQUENCE // (group.size if sequence else 1), BATCH, WIDTH, dtype=torch.float64)
+    hidden.requires_grad_()
+    counter = Counter()
+    out = block(hidden)
+    rows, whole = SEQUENCE * BATCH, SEQUENCE * BATCH * WIDTH
+    norms = [("all_reduce", 3 * rows), ("all_reduce", rows), ("all_reduce", rows)]
+    if sequence:
+        forward = [("all_gather", whole)] * 3 + [("reduce_scatter", whole)] * 5
+        backward = [("all_gather", whole)] * 5 + [("reduce_scatter", whole)] * 3
+    else:
+        forward = [("all_gather", whole)] + [("reduce_scatter", whole)] * 3 + [("all_reduce", whole)] * 2
+        backward = [("all_gather", whole)] * 3 + [("reduce_scatter", whole)] + [("all_reduce", whole)] * 2
+    assert counter.take() == sorted(forward + norms)
+    out.sum().backward()
+    assert counter.take() == sorted(backward + norms)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_communication_of_a_block(sequence):
+    spawn(count, 2, sequence)

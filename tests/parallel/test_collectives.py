@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed import spawn
+
+from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
+from megatron_tf.parallel.groups import SINGLE
+
+PAIRS = [copy_to, reduce_from, lambda x, g: gather_from(x, g, 0), lambda x, g: scatter_to(x, g, -1)]
+
+
+@pytest.mark.parametrize("collective", PAIRS)
+def test_identity_on_one_process(collective):
+    x = torch.randn(2, 4)
+    assert collective(x, SINGLE) is x
+
+
+def _everything(group):
+    size, rank = group.size, group.rank
+    xs = [torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(r), dtype=torch.float64) for r in range(size)]
+    x = xs[rank].clone().requires_grad_()
+    kept = x.detach().clone()
+
+    def check(out, expected, expected_grad, grads):
+        torch.testing.assert_close(out.detach(), expected)
+        (grad,) = torch.autograd.grad(out, x, grads[rank])
+        torch.testing.assert_close(grad, expected_grad)
+        torch.testing.assert_close(x.detach(), kept)  # no collective changes its input
+
+    total = torch.stack(xs).sum(0)
+    check(copy_to(x, group), xs[rank], total, xs)
+    check(reduce_from(x, group), total, xs[rank], xs)
+    for dim in (0, 1, -1):
+        whole = torch.cat(xs, dim)
+        grads = [torch.cat([y * (r + 1) for y in xs], dim) for r in range(size)]
+        check(gather_from(x, group, dim), whole, torch.stack(grads).sum(0).chunk(size, dim)[rank], grads)
+    for dim in (0, -1):
+        parts = [y.chunk(size, dim)[0].contiguous() for y in xs]
+        check(scatter_to(x, group, dim), total.chunk(size, dim)[rank], torch.cat(parts, dim), parts)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_values_and_gradients(world_size):
+    spawn(_everything, world_size)

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_tf.config.schema import Optimizer
+from megatron_tf.training.schedule import learning_rate
+
+
+def optimizer(**schedule):
+    return Optimizer(lr=1e-3, schedule=schedule)
+
+
+def test_first_update_has_rate_zero_under_warmup():
+    assert learning_rate(0, optimizer(warmup_steps=10), 100) == 0
+    assert learning_rate(5, optimizer(warmup_steps=10), 100) == pytest.approx(5e-4)
+    assert learning_rate(10, optimizer(warmup_steps=10), 100) == pytest.approx(1e-3)
+
+
+def test_without_warmup_the_first_update_has_the_full_rate():
+    assert learning_rate(0, optimizer(), 100) == pytest.approx(1e-3)
+
+
+def test_cosine_ends_at_the_minimum_and_stays_there():
+    adam = optimizer(warmup_steps=10, min_lr=1e-4)
+    assert learning_rate(55, adam, 100) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert learning_rate(100, adam, 100) == pytest.approx(1e-4)
+    assert learning_rate(150, adam, 100) == pytest.approx(1e-4)
+
+
+def test_constant():
+    assert learning_rate(77, optimizer(type="constant", warmup_steps=10), 100) == 1e-3

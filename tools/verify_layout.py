@@ -1,0 +1,64 @@
+"""Prove that a layout computes what one process computes: losses, gradient norms, and every gradient.
+
+Trains the configured model on random tokens, in fp32, once on one process in plain PyTorch and once under the
+configuration's layout (or every layout that fits), and prints how far they are apart. No data is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_tf.config.load import load_config
+from megatron_tf.config.validate import topology_for, validate
+from megatron_tf.errors import ConfigError, run_command
+from megatron_tf.training.layout_check import Difference, Layout, Trace, compare, layouts, reference, run_layouts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace values of the file")
+    parser.add_argument("--ranks", type=int, help="number of ranks; default: tensor × pipeline, or 2 when that is 1")
+    parser.add_argument("--all", action="store_true", help="every layout of 2 to --ranks ranks instead of one")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative error (default 1e-5)")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, [*arguments.overrides, "training.precision=fp32"])
+    ranks = arguments.ranks or max(2, config.parallel.tensor * config.parallel.pipeline)
+    if arguments.all:
+        chosen = layouts(config, ranks)
+        if not chosen:
+            raise ConfigError(f"no layout of 2 to {ranks} ranks fits this model and batch")
+    else:
+        validate(config, ranks)
+        chosen = [Layout(topology_for(config, ranks), config.parallel.sequence)]
+    expected = reference(config, arguments.steps)
+    traces = run_layouts(config, chosen, arguments.steps)
+    differences = [compare(trace, expected) for trace in traces]
+    if not arguments.all:
+        print_steps(traces[0], expected, chosen[0])
+    print_table(chosen, differences, arguments.tolerance, arguments.steps)
+    if not all(difference.agrees(arguments.tolerance) for difference in differences):
+        sys.exit(1)
+
+
+def print_steps(trace: Trace, expected: Trace, layout: Layout) -> None:
+    print(f"{'step':>4}  {'loss, one process':>17}  {str(layout):>22}  {'norm, one process':>17}  {str(layout):>22}")
+    rows = zip(expected.losses, trace.losses, expected.grad_norms, trace.grad_norms)
+    for step, (loss, other_loss, norm, other_norm) in enumerate(rows):
+        print(f"{step:>4}  {loss:>17.8f}  {other_loss:>22.8f}  {norm:>17.8f}  {other_norm:>22.8f}")
+    print()
+
+
+def print_table(chosen: list[Layout], differences: list[Difference], tolerance: float, steps: int) -> None:
+    print(f"worst relative error over {steps} steps against one process (gradients: first step); tolerance {tolerance:g}")
+    print(f"{'layout':<20}  {'loss':>8}  {'norm':>8}  {'gradient':>8}  verdict    of parameter")
+    for layout, error in zip(chosen, differences):
+        verdict = "agrees" if error.agrees(tolerance) else "DIFFERS"
+        numbers = f"{error.loss:>8.1e}  {error.grad_norm:>8.1e}  {error.gradient:>8.1e}"
+        print(f"{str(layout):<20}  {numbers}  {verdict:<9}  {error.parameter}")
+
+
+if __name__ == "__main__":
+    run_command(main)
