@@ -39,7 +39,7 @@ setup: $(STAMP)
 $(STAMP): setup.py pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(TORCH)
-	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $(CONSTRAINTS)
+	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) "setuptools>=77" wheel ninja numpy packaging
 	$(PIP) install --quiet -c $(CONSTRAINTS) --no-build-isolation deepspeed==0.19.8
 	$(PIP) install --quiet -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"

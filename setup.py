@@ -3,8 +3,8 @@
 from setuptools import find_packages, setup
 
 PLOT = ["matplotlib>=3.8"]
-WANDB = ["wandb>=0.18,<1"]
-TENSORBOARD = ["tensorboard>=2.15,<3"]
+WANDB = ["wandb>=0.31,<1"]
+TENSORBOARD = ["tensorboard>=2.20,<3"]
 SENTENCEPIECE = ["sentencepiece>=0.2,<0.3"]
 
 setup(

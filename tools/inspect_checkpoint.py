@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -35,7 +36,10 @@ def main() -> None:
     differences = None
     if arguments.diff:
         differences = [d for d in compare(reader, open_checkpoint(resolve(arguments.diff))) if not d.equal]
-        summary["differences"] = [vars(difference) for difference in differences]
+        # NaN and infinity have no JSON form
+        summary["differences"] = [
+            {**vars(d), "largest": d.largest if math.isfinite(d.largest) else str(d.largest)} for d in differences
+        ]
     if arguments.json:
         print(json.dumps(summary, indent=2))
     else:

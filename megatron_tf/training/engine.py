@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor
 
 from megatron_tf.checkpoint.source import StateSource
@@ -62,6 +63,9 @@ class Engine:
                 dist_init_required=False,
             )  # fmt: skip
         self.optimizer: SegmentedAdamW = self._deepspeed.basic_optimizer
+        self._stage_0_norm: float | None = None
+        if not config.zero.stage:
+            self._deepspeed.clip_fp32_gradients = self._clip_at_stage_0
         self._scales = dict(source.scales)
         self._loaded_steps = {
             name: source.adam_steps(name, 0, spec.numel) for name, spec in parameter_table(model).items()
@@ -79,7 +83,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = self._deepspeed.train_batch(batches)
-        norm = self._deepspeed.get_global_grad_norm() if self.config.training.gradient_clipping else None
+        norm = self._deepspeed.get_global_grad_norm() if self.config.zero.stage else self._stage_0_norm
         return StepResult(loss, norm, lr)
 
     def evaluate(self, batches: Iterable[Batch], num_micro_batches: int) -> float:
@@ -131,6 +135,14 @@ class Engine:
     def close(self) -> None:
         """Frees the parameters and buffers."""
         self._deepspeed.destroy()
+
+    def _clip_at_stage_0(self) -> None:
+        """DeepSpeed's own clipping without ZeRO, which forgets the norm it computed."""
+        self._stage_0_norm = clip_grad_norm_(
+            parameters=self._pipeline.parameters(),
+            max_norm=self.config.training.gradient_clipping,
+            mpu=self._deepspeed.mpu,
+        )
 
     @torch.no_grad()
     def _load(self, source: StateSource) -> None:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
+from megatron_tf.errors import ConfigError
 from megatron_tf.model import build_model
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
@@ -73,14 +74,12 @@ class Difference:
     parameter: str  # the one with the worst gradient
 
     def agrees(self, tolerance: float) -> bool:
-        return max(self.loss, self.grad_norm, self.gradient) <= tolerance
+        return all(error <= tolerance for error in (self.loss, self.grad_norm, self.gradient))
 
 
 def layouts(config: RunConfig, num_ranks: int) -> list[Layout]:
     """Every valid layout of 2 to `num_ranks` ranks, with and without sequence parallelism."""
-    from megatron_tf.errors import ConfigError
-
-    found = []
+    found: list[Layout] = []
     for world in range(2, num_ranks + 1):
         for tensor in (t for t in range(1, world + 1) if world % t == 0):
             for pipeline in (p for p in range(1, world // tensor + 1) if world // tensor % p == 0):
@@ -158,7 +157,7 @@ def compare(trace: Trace, expected: Trace) -> Difference:
     worst, parameter = 0.0, ""
     for name, gradient in expected.gradients.items():
         error = ((trace.gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-30)).item()
-        if error >= worst:
+        if not error < worst:  # so that nan is the worst
             worst, parameter = error, name
     return Difference(
         max(map(_relative, trace.losses, expected.losses)),

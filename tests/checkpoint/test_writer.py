@@ -130,6 +130,18 @@ def test_a_failure_while_publishing_fails_every_rank(sandbox, point):
     assert not any(name.startswith(("step_", ".tmp")) for name in sandbox.entries())
 
 
+def test_a_rank_that_fails_after_it_handed_over_takes_nothing_away(sandbox):
+    """Rank 0 may be publishing that shard already, so a rank that gives up waiting must leave it alone."""
+
+    def at(rank: int, where: str) -> None:
+        if (rank, where) == (1, "part"):
+            raise OSError(errno.EINTR, "gave up")
+
+    path, other = sandbox.save(sandbox.split(sandbox.state(), 2), at=at)
+    assert isinstance(other, CheckpointError)
+    open_checkpoint(path).verify()
+
+
 def test_the_save_after_a_failed_one_succeeds_and_cleans_up(sandbox):
     def at(rank: int, where: str) -> None:
         if where == "shard":

@@ -1,0 +1,255 @@
+"""Who am I among the processes of a run? One answer for every launcher. No torch, no process group.
+
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; `srun` sets SLURM_PROCID,
+SLURM_NTASKS and SLURM_LOCALID and leaves the meeting point to us; plain `python` is a run of one process.
+Nothing is guessed: variables that contradict each other would otherwise end as a hang, or as many processes that each
+train alone and write into the same folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from megatron_tf.errors import LaunchError
+
+Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
+
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
+# Slurm numbers the steps that are no `srun` of the user from here up (batch script, interactive shell, extern, ...).
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_SRUN_REMEDY = (
+    "Start every process with `srun python launch/train.py CONFIG`, or just one with `srun --ntasks=1 python ...`."
+)
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """One process's place in a run.
+
+    `rank` of `world_size` over all nodes; `local_rank` of `local_world_size` on this node (None: not known).
+    `master_addr`:`master_port`: where the ranks meet; port 0 lets the system choose, for a run of one process only.
+    `agent_hosts_store`: torchrun's agent already listens on the port.
+    """
+
+    launcher: Launcher
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int | None
+    master_addr: str
+    master_port: int
+    agent_hosts_store: bool = False
+
+    @property
+    def opens_port(self) -> bool:
+        """This process will itself listen on `master_port`, so the port must be free (see `check_port_free`)."""
+        return self.rank == 0 and not self.agent_hosts_store
+
+    def variables(self) -> dict[str, str]:
+        """The variables that torch.distributed and DeepSpeed read, whatever the launcher."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+def detect(environ: Mapping[str, str], argv_local_rank: int | None = None) -> LaunchEnvironment:
+    """The place that the launcher's variables in `environ` describe.
+
+    `argv_local_rank`: of deepspeed's `--local_rank`.
+    LaunchError when variables are missing, no integers, or contradict each other.
+    """
+    if any(name in environ for name in _RANK_VARIABLES):
+        found = _from_rank_variables(environ, argv_local_rank)
+    elif _in_slurm_step(environ):
+        found = _from_slurm_step(environ)
+    elif _slurm_tasks(environ) > 1:
+        raise LaunchError(
+            f"This is one process in a Slurm allocation for SLURM_NTASKS={environ['SLURM_NTASKS']} processes. "
+            + _SRUN_REMEDY
+        )
+    else:
+        port = _port(environ) if "MASTER_PORT" in environ else 0
+        found = LaunchEnvironment("python", 0, 1, 0, 1, "127.0.0.1", port)
+    if argv_local_rank is not None and argv_local_rank != found.local_rank:
+        raise LaunchError(
+            f"--local_rank={argv_local_rank} contradicts the local rank {found.local_rank} that the environment of "
+            f"{found.launcher} gives. Leave --local_rank to the deepspeed launcher."
+        )
+    return found
+
+
+def _from_rank_variables(environ: Mapping[str, str], argv_local_rank: int | None) -> LaunchEnvironment:
+    if argv_local_rank is not None and "LOCAL_RANK" not in environ:
+        environ = {**environ, "LOCAL_RANK": str(argv_local_rank)}
+    missing = [name for name in (*_RANK_VARIABLES, *_MEETING_POINT) if name not in environ]
+    if missing:
+        present = ", ".join(f"{name}={environ[name]}" for name in _RANK_VARIABLES if name in environ)
+        raise LaunchError(
+            f"{present} set, but not {', '.join(missing)}. Start with deepspeed, torchrun or srun, which set all of "
+            "them, or unset them all for a run of one process."
+        )
+    rank, world_size, local_rank = (_integer(environ, name) for name in _RANK_VARIABLES)
+    if rank >= world_size:
+        raise LaunchError(f"RANK={rank} must be below WORLD_SIZE={world_size}. Use the launcher's own variables.")
+    if world_size == 1 and _in_slurm_step(environ) and (tasks := _slurm_tasks(environ)) > 1:
+        raise LaunchError(
+            f"RANK={rank} and WORLD_SIZE={world_size} in a Slurm step of SLURM_NTASKS={tasks} tasks: every task would "
+            "train alone. Give torchrun --nnodes and a rendezvous endpoint, or unset RANK and WORLD_SIZE and use "
+            "`srun python launch/train.py CONFIG`."
+        )
+    local_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), None)
+    local_world_size = _integer(environ, local_name) if local_name else None
+    if local_world_size is not None and local_rank >= local_world_size:
+        raise LaunchError(f"LOCAL_RANK={local_rank} must be below {local_name}={local_world_size}.")
+    if local_rank > rank:
+        raise LaunchError(f"LOCAL_RANK={local_rank} cannot be above RANK={rank}. Use the launcher's own variables.")
+    launcher: Launcher = "python"
+    if "TORCHELASTIC_RUN_ID" in environ:
+        launcher = "torchrun"
+    elif "CROSS_RANK" in environ:
+        launcher = "deepspeed"
+    elif _in_slurm_step(environ):
+        launcher = "srun"
+    return LaunchEnvironment(
+        launcher,
+        rank,
+        world_size,
+        local_rank,
+        local_world_size,
+        _address(environ),
+        _port(environ),
+        agent_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def _from_slurm_step(environ: Mapping[str, str]) -> LaunchEnvironment:
+    missing = [name for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID") if name not in environ]
+    if missing:
+        raise LaunchError(
+            f"SLURM_STEP_ID={environ['SLURM_STEP_ID']} says that srun started this process, but {', '.join(missing)} "
+            f"is not set. {_SRUN_REMEDY}"
+        )
+    rank, local_rank = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_LOCALID")
+    world_size = _slurm_tasks(environ)
+    if rank >= world_size:
+        raise LaunchError(f"SLURM_PROCID={rank} must be below SLURM_NTASKS={world_size}. {_SRUN_REMEDY}")
+    if "MASTER_ADDR" in environ:
+        address = _address(environ)
+    elif world_size == 1:
+        address = "127.0.0.1"
+    else:
+        address = _first_host(environ)
+    if "MASTER_PORT" in environ:
+        port = _port(environ)
+    else:
+        port = 0 if world_size == 1 else 20000 + _integer(environ, "SLURM_JOB_ID") % 10000
+    return LaunchEnvironment("srun", rank, world_size, local_rank, None, address, port)
+
+
+def _in_slurm_step(environ: Mapping[str, str]) -> bool:
+    """Started by `srun`, not by a batch script or an interactive shell of an allocation."""
+    step = environ.get("SLURM_STEP_ID", "")
+    return "SLURM_JOB_ID" in environ and step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
+
+
+def _slurm_tasks(environ: Mapping[str, str]) -> int:
+    if "SLURM_JOB_ID" not in environ or "SLURM_NTASKS" not in environ:
+        return 1
+    return _integer(environ, "SLURM_NTASKS")
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
+        if environ.get(name):
+            return expand_hostlist(environ[name])[0]
+    raise LaunchError(
+        "Neither MASTER_ADDR nor SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST says where the ranks meet. "
+        "Set MASTER_ADDR to the host of rank 0."
+    )
+
+
+def _address(environ: Mapping[str, str]) -> str:
+    address = environ["MASTER_ADDR"].strip()
+    if not address:
+        raise LaunchError("MASTER_ADDR is empty. Set it to the host of rank 0, or unset it under srun.")
+    return address
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    port = _integer(environ, "MASTER_PORT")
+    if not 1 <= port <= 65535:
+        raise LaunchError(f"MASTER_PORT={port} is outside 1 to 65535.")
+    return port
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name, "")
+    if not re.fullmatch(r"\s*[0-9]+\s*", text):
+        raise LaunchError(f"{name}={text!r} is not an integer of 0 or more. Set it as the launcher would.")
+    return int(text)
+
+
+def expand_hostlist(hostlist: str) -> list[str]:
+    """The hosts that Slurm's short form names, in order: "n[1-3,07],gpu02" -> n1, n2, n3, n07, gpu02.
+
+    Numbers keep their leading zeros; a host may hold several brackets. LaunchError when it cannot be read.
+    """
+    hosts: list[str] = []
+    for item in re.split(r",(?![^\[]*\])", hostlist.strip()):
+        # odd parts are the insides of brackets
+        parts = re.split(r"\[([^\[\]]*)\]", item)
+        if any("[" in part or "]" in part for part in parts[::2]) or not item.strip():
+            raise LaunchError(f"The node list {hostlist!r} cannot be read. Set MASTER_ADDR to the host of rank 0.")
+        choices = [_numbers(part, hostlist) if at % 2 else [part.strip()] for at, part in enumerate(parts)]
+        hosts += ["".join(chosen) for chosen in product(*choices)]
+    return hosts
+
+
+def _numbers(ranges: str, hostlist: str) -> list[str]:
+    """ "1-3,07" -> "1", "2", "3", "07"."""
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
+        first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
+        if int(first) > int(last):
+            raise LaunchError(
+                f"[{ranges}] in the node list {hostlist!r} cannot be read. Set MASTER_ADDR to the host of rank 0."
+            )
+        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return numbers
+
+
+def check_port_free(addr: str, port: int) -> None:
+    """LaunchError when the ranks could not meet at `addr`:`port`. For rank 0, before it opens the port.
+
+    Only where `LaunchEnvironment.opens_port`: torchrun's agent itself listens on the port. Port 0 is always free.
+    """
+    try:
+        socket.getaddrinfo(addr, port or None)
+    except OSError as error:
+        raise LaunchError(f"MASTER_ADDR={addr} cannot be resolved: {error}. Name the host of rank 0.") from None
+    if port == 0:
+        return
+    # The store will listen on every address of this machine, not on `addr` alone.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that only winds down is free
+        try:
+            probe.bind(("", port))
+            probe.listen()
+        except OSError as error:
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
+            raise LaunchError(
+                f"MASTER_PORT={port} {reason} on {addr}. Choose another: `deepspeed --master_port PORT`, "
+                "`torchrun --master-port PORT`, or MASTER_PORT=PORT in the environment under srun and python."
+            ) from None

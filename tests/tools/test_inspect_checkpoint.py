@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors, shard_name
+from megatron_tf.checkpoint.writer import Piece, save_checkpoint
+from megatron_tf.config.schema import Model
+from megatron_tf.params import initial_scales, parameter_table
+
+TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
+MODEL = Model.model_validate(
+    {
+        "num_layers": 2,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "seq_length": 16,
+        "vocab_size": 32,
+        "parameter_tokens": {"qkv": 4, "proj": 4, "ffn": 16},
+    }
+)
+
+
+def save(root: Path, step: int, value: float) -> Path:
+    table = parameter_table(MODEL)
+    index = CheckpointIndex(
+        step=step,
+        samples=8 * step,
+        tokens=128 * step,
+        model=MODEL.model_dump(),
+        scales=initial_scales(MODEL),
+        tensors=expected_tensors({name: spec.shape for name, spec in table.items()}),
+        adam_steps={
+            name: ((0, 8, step), (8, s.numel, 1)) if s.numel > 8 else ((0, 8, step),) for name, s in table.items()
+        },
+        growth_history=({"method": "zero_key", "from": {"ffn": 8}, "to": {"ffn": 16}},),
+    )
+    pieces = []
+    for name, spec in table.items():
+        for state in STATES:
+            tensor = torch.zeros(spec.numel)
+            if name == "final_norm.bias" and state == "exp_avg":
+                tensor[2] = value
+            pieces.append(Piece(name, state, 0, spec.numel, tensor))
+    return save_checkpoint(root, pieces, index, rank=0, world_size=1, token="t")
+
+
+def inspect(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    save(root / "checkpoints", 10, 0.0)
+    save(root / "checkpoints", 20, 0.25)
+    return root
+
+
+def test_the_table_shows_what_is_inside(run_folder):
+    done = inspect(run_folder, "--verify")
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    for line in (
+        "hidden_size 8",
+        "step 20",
+        "tokens 2,560",
+        "attention.query 2",
+        "ffn 4",
+        "method zero_key",
+        "embedding.weight [32, 8] weight, exp_avg, exp_avg_sq 3,072 1 to 20",
+        "final_norm.bias [8] weight, exp_avg, exp_avg_sq 96 20",
+        "verified: 2 files, every checksum and range is right",
+    ):
+        assert line in lines, done.stdout
+
+
+def test_json_holds_the_same(run_folder):
+    done = inspect(run_folder / "checkpoints" / "step_00000010", "--json", "--verify", "--diff", run_folder)
+    content = json.loads(done.stdout)
+    assert (content["step"], content["tokens"], content["verified_files"]) == (10, 1280, 2)
+    assert content["tensors"]["final_norm.bias"]["shape"] == [8]
+    assert [(d["name"], d["state"], d["unequal"], d["largest"]) for d in content["differences"]] == [
+        ("final_norm.bias", "exp_avg", 1, 0.25)
+    ]
+
+
+def test_diff_names_the_tensor_and_exits_1(run_folder):
+    done = inspect(run_folder, "--diff", run_folder / "checkpoints" / "step_00000010")
+    assert done.returncode == 1 and done.stderr == ""
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "final_norm.bias exp_avg [8] / [8] 1 of 8 0.25" in lines
+
+
+def test_diff_of_equal_checkpoints_exits_0(run_folder):
+    done = inspect(run_folder, "--diff", run_folder)
+    assert done.returncode == 0
+    assert "every tensor and state is equal to the last bit" in done.stdout
+
+
+def test_a_damaged_checkpoint_is_one_message_and_exit_code_2(tmp_path):
+    path = save(tmp_path, 10, 0.0)
+    content = bytearray((path / shard_name(0)).read_bytes())
+    content[-1] ^= 1
+    (path / shard_name(0)).write_bytes(content)
+    assert inspect(path).returncode == 0
+    done = inspect(path, "--verify")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "shard_00000.safetensors is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_checkpoint_is_one_message_and_exit_code_2(tmp_path):
+    done = inspect(tmp_path / "nothing")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and "there is no such folder" in done.stderr
+
+
+def test_it_needs_neither_deepspeed_nor_the_model(run_folder):
+    script = (
+        "import runpy, sys; sys.argv = ['x', sys.argv[1], '--verify']; "
+        f"runpy.run_path({str(TOOL)!r}, run_name='__main__'); "
+        "assert not {'deepspeed', 'megatron_tf.model'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(run_folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
