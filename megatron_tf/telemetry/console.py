@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,7 +122,8 @@ class _Bar:
 
 
 def quiet_libraries() -> None:
-    """Keep DeepSpeed's chatter away: everything below a warning, and its guess that a CPU was not meant.
+    """Keep DeepSpeed's chatter away: everything below a warning, its guess that a CPU was not meant, and its remark
+    that it has not tested our optimizer; and torch's about names that DeepSpeed still calls by.
 
     To be called before deepspeed is imported, because that guess is logged by the import. Calling it again is
     harmless.
@@ -129,10 +131,12 @@ def quiet_libraries() -> None:
     logger = logging.getLogger("DeepSpeed")  # importing it sets level and handlers anew but keeps the filters
     if _is_worth_reading not in logger.filters:
         logger.addFilter(_is_worth_reading)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING and "Setting accelerator to CPU" not in record.getMessage()
+    remarks = ("Setting accelerator to CPU", "untested optimizer")
+    return record.levelno >= logging.WARNING and not any(remark in record.getMessage() for remark in remarks)
 
 
 def _open_log(path: Path) -> TextIO:
