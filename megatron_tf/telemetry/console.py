@@ -1,149 +1,175 @@
-"""What a person reads while a run goes on: lines on the terminal and in train.log, and a progress bar."""
+"""What a run says to the person in front of it: time-stamped lines, a progress bar on a terminal, and train.log."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
-from megatron_tf.errors import UserError
+ETA_WINDOW_SECONDS = 3600.0  # speed is averaged over this; rich's 30 s knows nothing when lines are minutes apart
+
+
+class Bar(Protocol):
+    def advance(self, done: int, text: str) -> None:
+        """`done` of the total is reached (not: `done` more); `text` is shown beside the bar."""
+
+
+class NoBar:
+    """Where there is no terminal, and on every rank but the main one."""
+
+    def advance(self, done: int, text: str) -> None:
+        pass
+
+
+class RichBar:
+    def __init__(self, progress: Progress, task: TaskID):
+        self._progress, self._task = progress, task
+
+    def advance(self, done: int, text: str) -> None:
+        self._progress.update(self._task, completed=done, text=text)
 
 
 class Console:
-    """Lines to the terminal and to `log_path`, from the main rank; the others only warn.
+    """Lines of one rank.
 
-    `log_path` is appended to, so that a resumed run continues its log; None keeps no log. UserError when it cannot
-    be opened; a log that fails later (a full disk) is given up with one warning, since it must not end the run.
-    `terminal` and `errors` default to the standard streams; `clock` gives seconds since the epoch.
+    On the main rank `info` and `warning` go to `output` (default stdout) and are appended to `log_path`. The other
+    ranks keep `info` to themselves and send `warning` to `errors` (default stderr), because it may be about them
+    alone. A log file that cannot be written is reported once and never stops the run.
     """
 
     def __init__(
         self,
         is_main: bool,
-        log_path: Path | None,
-        rank: int = 0,
+        log_path: Path | None = None,
         *,
-        terminal: TextIO | None = None,
+        output: TextIO | None = None,
         errors: TextIO | None = None,
-        clock: Callable[[], float] = time.time,
+        now: Callable[[], datetime] = datetime.now,
     ):
-        self._is_main, self._rank, self._clock = is_main, rank, clock
-        self._terminal, self._errors = terminal or sys.stdout, errors or sys.stderr
-        # All output to a terminal goes through rich, which keeps a live progress bar below the lines.
-        self._rich = RichConsole(file=self._terminal) if is_main and self._terminal.isatty() else None
-        self._log = _open_log(log_path) if is_main and log_path is not None else None
+        self._is_main, self._now = is_main, now
+        self._output = sys.stdout if output is None else output
+        self._errors = sys.stderr if errors is None else errors
+        self._bar: Progress | None = None
+        self._log: TextIO | None = None
+        if is_main and log_path is not None:
+            try:
+                self._log = open(log_path, "a", encoding="utf-8", errors="backslashreplace")
+            except OSError as error:
+                self.warning(f"{log_path}: {error.strerror}. The run goes on without its log file.")
 
-    def info(self, message: str) -> None:
-        """A line with a time stamp."""
+    def info(self, text: str) -> None:
         if self._is_main:
-            self._write(f"{self._now()} {message}")
+            self._write(self._stamped(text))
 
-    def warning(self, message: str) -> None:
-        """A line that asks for attention; from other ranks than the main one to stderr, with their rank."""
+    def warning(self, text: str) -> None:
+        line = self._stamped(f"WARNING: {text}")
         if self._is_main:
-            self._write(f"{self._now()} WARNING {message}")
+            self._write(line)
         else:
-            print(f"{self._now()} WARNING rank {self._rank}: {message}", file=self._errors, flush=True)
-
-    def plain(self, text: str) -> None:
-        """Text as it is, such as a table."""
-        if self._is_main:
-            self._write(text)
+            _print_to(self._errors, line)
 
     @contextmanager
-    def progress(self, total: int, start: int = 0, label: str = "") -> Iterator[ProgressBar]:
-        """A bar with the time that is left, from `start` to `total` steps; nothing where there is no terminal.
+    def progress(self, total: int, start: int, label: str) -> Iterator[Bar]:
+        """A bar that stands at `start` of `total`, while the block runs. Lines that are written then appear above it.
 
-        The bar vanishes at the end, so that what stays on the terminal is what train.log holds.
+        The remaining time follows from the speed since `start`, so that a resumed run does not count what an
+        earlier process did.
         """
-        if self._rich is None:
-            yield _NoBar()
+        if not (self._is_main and _is_terminal(self._output)):
+            yield NoBar()
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
+        bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=rich.console.Console(file=self._output, force_terminal=True, force_jupyter=False),
+            refresh_per_second=2,
+            speed_estimate_period=ETA_WINDOW_SECONDS,
         )
-        # redirect_*: what others print would tear the bar
-        with Progress(*columns, console=self._rich, transient=True, speed_estimate_period=300) as bars:
-            yield _Bar(bars, bars.add_task(label, total=total, completed=start))
+        task = bar.add_task(label, total=total, completed=start, text="")
+        with bar:
+            self._bar = bar
+            try:
+                yield RichBar(bar, task)
+            finally:
+                self._bar = None
 
     def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        """Closes train.log; later lines go to the output only. May be called again."""
+        log, self._log = self._log, None
+        if log is not None:
+            try:
+                log.close()
+            except OSError as error:  # buffered bytes of a full disk
+                _print_to(self._errors, self._stamped(f"WARNING: {log.name}: {error.strerror}"))
 
-    def _now(self) -> str:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._clock()))
+    def _stamped(self, text: str) -> str:
+        return f"{self._now():%Y-%m-%d %H:%M:%S}  {text}"
 
-    def _write(self, text: str) -> None:
-        if self._rich is not None:
-            # plain text: no markup, no colours for numbers, no breaks at the terminal's width
-            self._rich.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    def _write(self, line: str) -> None:
+        if self._bar is None:
+            _print_to(self._output, line)
         else:
-            print(text, file=self._terminal, flush=True)
-        if self._log is None:
-            return
-        try:
-            self._log.write(text + "\n")
-            self._log.flush()
-        except OSError as error:
-            name, self._log = self._log.name, None
-            self.warning(f"{name} cannot be written ({error.strerror}); the log ends here, the run goes on")
-
-
-class ProgressBar(Protocol):
-    def update(self, completed: int) -> None:
-        """Show that `completed` steps of the total are done."""
-
-
-class _NoBar:
-    def update(self, completed: int) -> None:
-        pass
-
-
-class _Bar:
-    def __init__(self, bars: Progress, task: int):
-        self._bars, self._task = bars, task
-
-    def update(self, completed: int) -> None:
-        self._bars.update(self._task, completed=completed)  # type: ignore[arg-type]
+            self._bar.console.print(
+                _encodable(line, self._output), markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
+        if self._log is not None:
+            try:
+                self._log.write(line + "\n")
+                self._log.flush()
+            except OSError as error:
+                name = self._log.name
+                self.close()
+                self.warning(f"{name}: {error.strerror}. The run goes on without its log file.")
 
 
 def quiet_libraries() -> None:
-    """Keep DeepSpeed's chatter away: everything below a warning, its guess that a CPU was not meant, and its remark
-    that it has not tested our optimizer; and torch's about names that DeepSpeed still calls by.
+    """Silences what libraries say about themselves; errors still show. For launch scripts, before deepspeed is imported.
 
-    To be called before deepspeed is imported, because that guess is logged by the import. Calling it again is
-    harmless.
+    Without a CUDA device DeepSpeed is told to use the CPU, which it would find out, and complain about, itself.
     """
-    logger = logging.getLogger("DeepSpeed")  # importing it sets level and handlers anew but keeps the filters
-    if _is_worth_reading not in logger.filters:
-        logger.addFilter(_is_worth_reading)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    import torch
+
+    logger = logging.getLogger("DeepSpeed")
+    if not any(isinstance(existing, ErrorsOnly) for existing in logger.filters):
+        logger.addFilter(ErrorsOnly())
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for module in (r"torch(\.|$)", r"deepspeed(\.|$)"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=module)
+        warnings.filterwarnings("ignore", category=UserWarning, module=module)
 
 
-def _is_worth_reading(record: logging.LogRecord) -> bool:
-    remarks = ("Setting accelerator to CPU", "untested optimizer")
-    return record.levelno >= logging.WARNING and not any(remark in record.getMessage() for remark in remarks)
+class ErrorsOnly(logging.Filter):
+    """A filter and not a level: DeepSpeed sets the level of its logger when it is imported."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
 
 
-def _open_log(path: Path) -> TextIO:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"run.dir: {path} cannot be written: {error.strerror}. Choose a folder that this user may write to."
-        ) from None
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _print_to(stream: TextIO, line: str) -> None:
+    stream.write(_encodable(line, stream) + "\n")
+    stream.flush()
+
+
+def _encodable(line: str, stream: TextIO) -> str:
+    """`line` without the characters that the stream's encoding lacks: a τ in a Latin-1 locale must not end a run."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)

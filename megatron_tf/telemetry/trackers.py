@@ -1,45 +1,44 @@
-"""Where metrics go. A tracker that fails is dropped with a warning; it never stops training."""
+"""Where the numbers of a run go: metrics.jsonl always, wandb and TensorBoard when the configuration names them."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.errors import UserError
 
-Metrics = Mapping[str, "float | int | None"]
+Value = float | int | str | None
 
 
 class Tracker(Protocol):
-    def log(self, metrics: Metrics, step: int) -> None: ...
+    def log(self, metrics: Mapping[str, Value], step: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 class JsonlTracker:
-    """metrics.jsonl: one JSON object a logged step. NaN and infinity are null.
+    """One JSON object a line, "step" first; NaN and infinity, which JSON has no form for, are null.
 
-    A resumed run drops what the file says beyond `resume_step`, and a last line that was cut off, so that it
-    goes on without a gap or a repeated step.
+    What an earlier process logged after the checkpoint at `resume_step` is dropped, because those steps come again;
+    so is a line that a kill tore. A run that starts at step 0 starts an empty file. UserError when it cannot be
+    written.
     """
 
     def __init__(self, path: Path, resume_step: int):
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step]
-        if resume_step == 0:
-            kept = []  # the run begins anew, with its first evaluation
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            _keep_until(path, resume_step)
+            self._file = open(path, "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}). Choose another run.dir.") from error
 
-    def log(self, metrics: Metrics, step: int) -> None:
-        finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+    def log(self, metrics: Mapping[str, Value], step: int) -> None:
+        record = {"step": step, **{key: _finite_or_none(value) for key, value in metrics.items()}}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -47,96 +46,152 @@ class JsonlTracker:
 
 
 class WandbTracker:
-    """Weights & Biases, also offline (WANDB_MODE=offline). The same run goes on after a resume."""
+    """A wandb run, drawn over tokens. With `run_id` that run goes on. UserError when wandb is not installed."""
 
-    def __init__(self, config: Mapping[str, object], project: str, name: str, folder: Path, run_id: str | None):
+    def __init__(self, config: Mapping[str, Any], project: str, name: str, dir: Path, run_id: str | None):
         try:
             import wandb
         except ImportError as error:
-            raise UserError("logging.trackers: wandb is not installed. Run: pip install 'megatron_tf[wandb]'") from error
-        self._run = wandb.init(
-            project=project, name=name, dir=folder, id=run_id, resume="allow", config=dict(config)
-        )
+            raise UserError(_missing("wandb")) from error
+        self._run = wandb.init(config=dict(config), project=project, name=name, dir=str(dir), id=run_id, resume="allow")
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
-        self.run_id: str = self._run.id
 
-    def log(self, metrics: Metrics, step: int) -> None:
-        self._run.log({"step": step, **metrics})
+    @property
+    def run_id(self) -> str:
+        return self._run.id
+
+    def log(self, metrics: Mapping[str, Value], step: int) -> None:
+        # Not `log(step=step)`: wandb throws away whatever is at or before a step it has seen, which the steps after
+        # the checkpoint of a resumed run are.
+        self._run.log({"step": step, **{key: value for key, value in metrics.items() if value is not None}})
 
     def close(self) -> None:
         self._run.finish()
 
 
 class TensorBoardTracker:
-    """TensorBoard event files; a resumed run takes back what was logged beyond `resume_step`."""
+    """TensorBoard event files, drawn over steps. UserError when tensorboard is not installed."""
 
-    def __init__(self, folder: Path, resume_step: int):
+    def __init__(self, dir: Path, resume_step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError(
-                "logging.trackers: tensorboard is not installed. Run: pip install 'megatron_tf[tensorboard]'"
-            ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+            raise UserError(_missing("tensorboard")) from error
+        # purge_step is the first step that is hidden of what earlier processes wrote
+        self._writer = SummaryWriter(str(dir), purge_step=resume_step + 1 if resume_step else 0)
 
-    def log(self, metrics: Metrics, step: int) -> None:
+    def log(self, metrics: Mapping[str, Value], step: int) -> None:
         for key, value in metrics.items():
-            if value is not None:
+            if isinstance(value, str):
+                self._writer.add_text(key, value, step)
+            elif value is not None:
                 self._writer.add_scalar(key, value, step)
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
 
 
 class Trackers:
-    """Sends metrics to all trackers. One that raises is reported once through `warn` and left out from then on."""
+    """Passes everything on to each of `trackers`. One that raises is reported once and dropped; training goes on.
 
-    def __init__(self, trackers: Sequence[Tracker], warn: Callable[[str], None]):
-        self._trackers, self._warn = list(trackers), warn
+    `ids`: names of runs at the trackers, {"wandb": "1a2b3c"}, kept in checkpoints so that a resumed run goes on there.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker], warn: Callable[[str], None], ids: Mapping[str, str] | None = None):
+        self._trackers, self._warn, self._ids = list(trackers), warn, dict(ids or {})
 
     @property
     def ids(self) -> dict[str, str]:
-        """What a checkpoint keeps so that the same tracker run can go on."""
-        return {"wandb": tracker.run_id for tracker in self._trackers if isinstance(tracker, WandbTracker)}
+        return dict(self._ids)
 
-    def log(self, metrics: Metrics, step: int) -> None:
-        self._each(lambda tracker: tracker.log(metrics, step))
+    def log(self, metrics: Mapping[str, Value], step: int) -> None:
+        self._each(lambda tracker: tracker.log(metrics, step), "is dropped; the run goes on without it")
 
     def close(self) -> None:
-        self._each(lambda tracker: tracker.close())
+        """Closes all trackers, once."""
+        self._each(lambda tracker: tracker.close(), "was not closed; its last records may be missing")
+        self._trackers = []
 
-    def _each(self, action: Callable[[Tracker], None]) -> None:
+    def _each(self, act: Callable[[Tracker], None], consequence: str) -> None:
         for tracker in list(self._trackers):
             try:
-                action(tracker)
-            except Exception as error:  # a tracker may fail in any way, and no way is worth a run
+                act(tracker)
+            except Exception as error:  # whatever a third-party service throws
                 self._trackers.remove(tracker)
-                self._warn(f"{type(tracker).__name__} failed and is left out from now on: {error}")
+                self._warn(f"{type(tracker).__name__} {consequence}: {_reason(error)}")
 
 
 def open_trackers(
-    config: RunConfig, run_dir: Path, resume_step: int, ids: Mapping[str, str], is_main: bool, warn: Callable[[str], None]
+    config: RunConfig,
+    run_dir: Path,
+    resume_step: int,
+    ids: Mapping[str, str],
+    is_main: bool,
+    warn: Callable[[str], None],
 ) -> Trackers:
-    """The run's trackers on the main rank, none on others. `ids`: as `Trackers.ids` of the checkpoint resumed from."""
+    """The trackers of a run that goes on at `resume_step`: metrics.jsonl and what `logging.trackers` names.
+
+    Other ranks than the main one get none. `ids`: what `Trackers.ids` was when the checkpoint was saved. A service
+    that cannot be reached is reported through `warn` and left out. UserError when a package is missing or
+    metrics.jsonl cannot be written.
+    """
     if not is_main:
-        return Trackers([], warn)
+        return Trackers([], warn, ids)
+    ids = dict(ids)
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step)]
-    if "wandb" in config.logging.trackers:
-        values = config.model_dump(mode="json", by_alias=True)
-        trackers.append(WandbTracker(values, config.logging.project, config.run.name, run_dir, ids.get("wandb")))
-    if "tensorboard" in config.logging.trackers:
-        trackers.append(TensorBoardTracker(run_dir / "tensorboard", resume_step))
-    return Trackers(trackers, warn)
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of an earlier metrics.jsonl that are whole JSON objects with a step."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for name in config.logging.trackers:
         try:
-            if "step" in json.loads(line):
-                lines.append(line)
-        except (ValueError, TypeError):
-            continue
-    return lines
+            if name == "wandb":
+                values = config.model_dump(mode="json", by_alias=True)
+                wandb = WandbTracker(values, config.logging.project, config.run.name, run_dir, ids.get(name))
+                ids[name] = wandb.run_id
+                trackers.append(wandb)
+            else:
+                trackers.append(TensorBoardTracker(run_dir / "tensorboard", resume_step))
+        except UserError:
+            raise
+        except Exception as error:  # no network, no account, no disk
+            warn(f"{name} does not start; the run goes on without it: {_reason(error)}")
+    return Trackers(trackers, warn, ids)
+
+
+def _keep_until(path: Path, resume_step: int) -> None:
+    """Rewrites `path`, as a whole or not at all, without the lines after `resume_step` and those that are torn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "wb") as file:
+        file.writelines(_lines_until(path, resume_step))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _lines_until(path: Path, resume_step: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            # A checkpoint at step 0 does not exist: a run at step 0 is a new one, also when the file is not.
+            if line.endswith(b"\n") and isinstance(step, int) and step <= resume_step and resume_step > 0:
+                yield line
+
+
+def _finite_or_none(value: Value) -> Value:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _missing(extra: str) -> str:
+    return (
+        f"logging.trackers: {extra} is named but not installed. "
+        f"Install it with `pip install 'megatron_tf[{extra}]'`, or take it out of logging.trackers."
+    )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ from megatron_tf.config.validate import BatchPlan
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.estimate import flops_per_token
 from megatron_tf.telemetry.console import Console
-from megatron_tf.telemetry.meters import Throughput, format_duration, peak_flops_per_second
+from megatron_tf.telemetry.meters import ThroughputMeter, format_duration, mfu, peak_bf16_flops
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.engine import Engine, StepResult
 from megatron_tf.training.saving import Saver
@@ -37,9 +37,10 @@ class Trainer:
         self.config, self.plan, self.engine, self.progress = config, plan, engine, progress
         self.training, self.validation = training, validation
         self.saver, self.trackers, self.console = saver, trackers, console
-        num_devices = plan.data_parallel * config.parallel.tensor * config.parallel.pipeline
-        peak = peak_flops_per_second(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.meter = Throughput(flops_per_token(config.model), peak and peak * num_devices)
+        self.meter = ThroughputMeter()
+        self.logged_step = progress.step
+        self.num_devices = plan.data_parallel * config.parallel.tensor * config.parallel.pipeline
+        self.peak = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def fit(self) -> None:
         """Trains until the plan's last step. A run that is complete already only says so."""
@@ -49,12 +50,12 @@ class Trainer:
             return
         if self.progress.step == 0:
             self._evaluate()
+        self.meter.start()
         with self.console.progress(self.plan.train_steps, self.progress.step, config.run.name) as bar:
             while not self._finished:
                 result = self._train_step()
-                bar.update(self.progress.step)
                 if self._due(config.logging.interval_steps):
-                    self._log(result)
+                    bar.advance(self.progress.step, self._log(result))
                 if self._due(config.evaluation.interval_steps):
                     self._evaluate()
                 if self._due(config.checkpoint.interval_steps):
@@ -73,26 +74,32 @@ class Trainer:
         self.progress = Progress(
             now.step + 1, now.samples + self.plan.global_batch_size, now.tokens + self.plan.tokens_per_step
         )
-        self.meter.step(self.plan.tokens_per_step)
         return result
 
-    def _log(self, result: StepResult) -> None:
-        loss = float(result.loss)
+    def _log(self, result: StepResult) -> str:
+        steps = self.progress.step - self.logged_step
+        self.logged_step = self.progress.step
+        loss = float(result.loss)  # waits for the device, so that the lap below is complete
         norm = None if result.grad_norm is None else float(result.grad_norm)
-        rates = self.meter.read()
+        rates = self.meter.lap(steps, steps * self.plan.tokens_per_step)
         self._record(
             {
                 "train/loss": loss,
                 "optim/lr": result.lr,
                 "optim/grad_norm": norm,
                 "optim/skipped_steps": self.engine.steps_skipped,
-                **rates,
+                "perf/tokens_per_second": rates.tokens_per_second,
+                "perf/step_seconds": rates.step_seconds,
+                "perf/mfu": mfu(
+                    rates.tokens_per_second, flops_per_token(self.config.model), self.peak, self.num_devices
+                ),
             }
         )
         text = f"loss {loss:.4f}  " + ("" if norm is None else f"norm {norm:.3f}  ")
-        text += f"lr {result.lr:.2e}  {rates['perf/tokens_per_second'] or 0:,.0f} tokens/s"
-        left = format_duration(self.meter.eta_seconds(self.plan.train_steps - self.progress.step))
+        text += f"lr {result.lr:.2e}  {rates.tokens_per_second:,.0f} tokens/s"
+        left = format_duration((self.plan.train_steps - self.progress.step) * rates.step_seconds)
         self.console.info(f"step {self.progress.step:,}/{self.plan.train_steps:,}  {text}  left {left}")
+        return text
 
     def _evaluate(self) -> None:
         """Mean loss over the same validation samples each time, whatever the layout."""

@@ -58,7 +58,7 @@ def train(config: RunConfig, environment: LaunchEnvironment) -> None:
 
     run_dir = Path(config.run.dir)
     together(lambda: _prepare_folder(config, run_dir, is_main=environment.rank == 0))
-    console = Console(environment.rank == 0, run_dir / "train.log", environment.rank)
+    console = Console(environment.rank == 0, run_dir / "train.log")
     for line in describe(config, environment.world_size).splitlines():
         console.info(line)
     for line in passed_over:
