@@ -1,7 +1,8 @@
-# make demo   set up, then the main job on real text: train, grow, train on
-# make test   set up, then every test; PYTEST_ARGS='-m "not slow"' leaves out the slow ones
-# make lint   set up, then ruff and mypy
-# make clean  remove what the set-up and the demo made
+# make demo        set up, then the main job on real text: train, grow, train on
+# make test        set up, then every test; PYTEST_ARGS=... goes to pytest
+# make test-fast   the same without the slow tests
+# make lint        set up, then ruff and mypy
+# make clean       remove what the set-up and the demo made
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -17,15 +18,17 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 # Ranks share the cores of one machine; more than a few threads do not make a tiny model faster.
 HALF_OF_CORES := $(shell n=$$(($(CORES) / 2)); echo $$((n < 1 ? 1 : n > 4 ? 4 : n)))
 
-.PHONY: demo test lint clean setup
+.PHONY: demo test test-fast lint clean setup
 
 demo: export OMP_NUM_THREADS ?= $(HALF_OF_CORES)
 demo: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/run_demo.py
 
-test: export OMP_NUM_THREADS ?= 1
-test: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+test test-fast: export OMP_NUM_THREADS ?= 1
+test test-fast: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(MARKED) $(PYTEST_ARGS)
+
+test-fast: MARKED = -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

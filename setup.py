@@ -18,7 +18,7 @@ setup(
         # Exactly this one: what this project relies on, and works around, is in its internals.
         "deepspeed==0.19.8",
         "numpy>=1.26",
-        "pydantic>=2.7,<3",
+        "pydantic>=2.11,<3",
         "PyYAML>=6,<7",
         "rich>=13",
         "safetensors>=0.4.3",

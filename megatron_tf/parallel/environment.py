@@ -1,7 +1,8 @@
 """Who am I among the processes of a run? One answer for every launcher. No torch, no process group.
 
-`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; `srun` sets SLURM_PROCID,
-SLURM_NTASKS and SLURM_LOCALID and leaves the meeting point to us; plain `python` is a run of one process.
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; `srun` (so `deepspeed
+--launcher slurm` too) sets SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID and leaves the meeting point to us; plain
+`python` is a run of one process.
 Nothing is guessed: variables that contradict each other would otherwise end as a hang, or as many processes that each
 train alone and write into the same folder.
 """
@@ -14,7 +15,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_tf.errors import LaunchError
 
@@ -22,6 +23,7 @@ Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Slurm numbers the steps that are no `srun` of the user from here up (batch script, interactive shell, extern, ...).
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _SRUN_REMEDY = (
@@ -33,9 +35,9 @@ _SRUN_REMEDY = (
 class LaunchEnvironment:
     """One process's place in a run.
 
+    `launcher`: "python" is always one process; "deepspeed" stands for anything else that sets RANK and WORLD_SIZE.
     `rank` of `world_size` over all nodes; `local_rank` of `local_world_size` on this node (None: not known).
     `master_addr`:`master_port`: where the ranks meet; port 0 lets the system choose, for a run of one process only.
-    `agent_hosts_store`: torchrun's agent already listens on the port.
     """
 
     launcher: Launcher
@@ -45,53 +47,32 @@ class LaunchEnvironment:
     local_world_size: int | None
     master_addr: str
     master_port: int
-    agent_hosts_store: bool = False
-
-    @property
-    def opens_port(self) -> bool:
-        """This process will itself listen on `master_port`, so the port must be free (see `check_port_free`)."""
-        return self.rank == 0 and not self.agent_hosts_store
-
-    def variables(self) -> dict[str, str]:
-        """The variables that torch.distributed and DeepSpeed read, whatever the launcher."""
-        return {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(self.local_rank),
-            "MASTER_ADDR": self.master_addr,
-            "MASTER_PORT": str(self.master_port),
-        }
 
 
-def detect(environ: Mapping[str, str], argv_local_rank: int | None = None) -> LaunchEnvironment:
-    """The place that the launcher's variables in `environ` describe.
+def detect(environ: Mapping[str, str]) -> LaunchEnvironment:
+    """The place that the launcher's variables in `environ` (`os.environ`) describe.
 
-    `argv_local_rank`: of deepspeed's `--local_rank`.
     LaunchError when variables are missing, no integers, or contradict each other.
     """
+    by_launcher = "TORCHELASTIC_RUN_ID" in environ or ("CROSS_SIZE" in environ and "RANK" in environ)
+    if _in_slurm_step(environ) and not by_launcher:
+        return _from_slurm_step(environ)
     if any(name in environ for name in _RANK_VARIABLES):
-        found = _from_rank_variables(environ, argv_local_rank)
-    elif _in_slurm_step(environ):
-        found = _from_slurm_step(environ)
-    elif _slurm_tasks(environ) > 1:
+        return _from_rank_variables(environ)
+    if (tasks := _slurm_tasks(environ)) > 1:
         raise LaunchError(
-            f"This is one process in a Slurm allocation for SLURM_NTASKS={environ['SLURM_NTASKS']} processes. "
-            + _SRUN_REMEDY
+            f"This is one process in a Slurm allocation for SLURM_NTASKS={tasks} processes. {_SRUN_REMEDY}"
         )
-    else:
-        port = _port(environ) if "MASTER_PORT" in environ else 0
-        found = LaunchEnvironment("python", 0, 1, 0, 1, "127.0.0.1", port)
-    if argv_local_rank is not None and argv_local_rank != found.local_rank:
-        raise LaunchError(
-            f"--local_rank={argv_local_rank} contradicts the local rank {found.local_rank} that the environment of "
-            f"{found.launcher} gives. Leave --local_rank to the deepspeed launcher."
-        )
-    return found
+    for name in _MPI_SIZES:
+        if environ.get(name, "1") != "1":
+            raise LaunchError(
+                f"{name}={environ[name]} but no RANK and WORLD_SIZE: every MPI process would train alone. "
+                "Start with `deepspeed launch/train.py CONFIG`, torchrun or srun."
+            )
+    return LaunchEnvironment("python", 0, 1, 0, 1, "127.0.0.1", 0)
 
 
-def _from_rank_variables(environ: Mapping[str, str], argv_local_rank: int | None) -> LaunchEnvironment:
-    if argv_local_rank is not None and "LOCAL_RANK" not in environ:
-        environ = {**environ, "LOCAL_RANK": str(argv_local_rank)}
+def _from_rank_variables(environ: Mapping[str, str]) -> LaunchEnvironment:
     missing = [name for name in (*_RANK_VARIABLES, *_MEETING_POINT) if name not in environ]
     if missing:
         present = ", ".join(f"{name}={environ[name]}" for name in _RANK_VARIABLES if name in environ)
@@ -102,35 +83,30 @@ def _from_rank_variables(environ: Mapping[str, str], argv_local_rank: int | None
     rank, world_size, local_rank = (_integer(environ, name) for name in _RANK_VARIABLES)
     if rank >= world_size:
         raise LaunchError(f"RANK={rank} must be below WORLD_SIZE={world_size}. Use the launcher's own variables.")
-    if world_size == 1 and _in_slurm_step(environ) and (tasks := _slurm_tasks(environ)) > 1:
-        raise LaunchError(
-            f"RANK={rank} and WORLD_SIZE={world_size} in a Slurm step of SLURM_NTASKS={tasks} tasks: every task would "
-            "train alone. Give torchrun --nnodes and a rendezvous endpoint, or unset RANK and WORLD_SIZE and use "
-            "`srun python launch/train.py CONFIG`."
-        )
+    _check_one_run(environ, world_size)
     local_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), None)
     local_world_size = _integer(environ, local_name) if local_name else None
     if local_world_size is not None and local_rank >= local_world_size:
         raise LaunchError(f"LOCAL_RANK={local_rank} must be below {local_name}={local_world_size}.")
     if local_rank > rank:
         raise LaunchError(f"LOCAL_RANK={local_rank} cannot be above RANK={rank}. Use the launcher's own variables.")
-    launcher: Launcher = "python"
-    if "TORCHELASTIC_RUN_ID" in environ:
-        launcher = "torchrun"
-    elif "CROSS_RANK" in environ:
-        launcher = "deepspeed"
-    elif _in_slurm_step(environ):
-        launcher = "srun"
+    launcher: Launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
     return LaunchEnvironment(
-        launcher,
-        rank,
-        world_size,
-        local_rank,
-        local_world_size,
-        _address(environ),
-        _port(environ),
-        agent_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        launcher, rank, world_size, local_rank, local_world_size, _address(environ), _port(environ)
     )
+
+
+def _check_one_run(environ: Mapping[str, str], world_size: int) -> None:
+    """torchrun or deepspeed in every task of a Slurm step: together they must be one run, not one run each."""
+    tasks = _slurm_tasks(environ) if _in_slurm_step(environ) else 1
+    agents = next((name for name in ("GROUP_WORLD_SIZE", "CROSS_SIZE") if name in environ), None)
+    apart = agents is not None and _integer(environ, agents) == 1
+    if tasks > 1 and (apart or world_size < tasks):
+        raise LaunchError(
+            f"RANK={environ['RANK']} and WORLD_SIZE={world_size}{f' with {agents}=1' if apart else ''} in a Slurm step "
+            f"of SLURM_NTASKS={tasks} tasks: every task would be a run of its own. Give torchrun --nnodes and a "
+            "rendezvous endpoint and start one a node, or use `srun python launch/train.py CONFIG` without it."
+        )
 
 
 def _from_slurm_step(environ: Mapping[str, str]) -> LaunchEnvironment:
@@ -140,10 +116,20 @@ def _from_slurm_step(environ: Mapping[str, str]) -> LaunchEnvironment:
             f"SLURM_STEP_ID={environ['SLURM_STEP_ID']} says that srun started this process, but {', '.join(missing)} "
             f"is not set. {_SRUN_REMEDY}"
         )
-    rank, local_rank = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_LOCALID")
-    world_size = _slurm_tasks(environ)
+    rank, world_size = _integer(environ, "SLURM_PROCID"), _slurm_tasks(environ)
     if rank >= world_size:
         raise LaunchError(f"SLURM_PROCID={rank} must be below SLURM_NTASKS={world_size}. {_SRUN_REMEDY}")
+    for name, slurm_name, value in (("WORLD_SIZE", "SLURM_NTASKS", world_size), ("RANK", "SLURM_PROCID", rank)):
+        if name in environ and _integer(environ, name) != value:
+            raise LaunchError(
+                f"{name}={environ[name]} contradicts {slurm_name}={value} of srun. Unset RANK, WORLD_SIZE and "
+                "LOCAL_RANK in the shell or script that calls srun."
+            )
+    # A script that shows every task one GPU only sets LOCAL_RANK=0 and means it.
+    local_rank = _integer(environ, "LOCAL_RANK" if "LOCAL_RANK" in environ else "SLURM_LOCALID")
+    # May be the allocation's number and not this step's: then it is not known.
+    per_node = _integer(environ, "SLURM_NTASKS_PER_NODE") if "SLURM_NTASKS_PER_NODE" in environ else 0
+    local_world_size = per_node if local_rank < per_node <= world_size else None
     if "MASTER_ADDR" in environ:
         address = _address(environ)
     elif world_size == 1:
@@ -154,7 +140,7 @@ def _from_slurm_step(environ: Mapping[str, str]) -> LaunchEnvironment:
         port = _port(environ)
     else:
         port = 0 if world_size == 1 else 20000 + _integer(environ, "SLURM_JOB_ID") % 10000
-    return LaunchEnvironment("srun", rank, world_size, local_rank, None, address, port)
+    return LaunchEnvironment("srun", rank, world_size, local_rank, local_world_size, address, port)
 
 
 def _in_slurm_step(environ: Mapping[str, str]) -> bool:
@@ -231,14 +217,19 @@ def _numbers(ranges: str, hostlist: str) -> list[str]:
 
 
 def check_port_free(addr: str, port: int) -> None:
-    """LaunchError when the ranks could not meet at `addr`:`port`. For rank 0, before it opens the port.
+    """LaunchError when rank 0 could not open `addr`:`port` here. For rank 0, before it opens the port.
 
-    Only where `LaunchEnvironment.opens_port`: torchrun's agent itself listens on the port. Port 0 is always free.
+    Not under torchrun, whose agent itself listens on the port. Port 0 is always free.
     """
     try:
-        socket.getaddrinfo(addr, port or None)
+        found = socket.getaddrinfo(addr, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise LaunchError(f"MASTER_ADDR={addr} cannot be resolved: {error}. Name the host of rank 0.") from None
+    if not any(_is_of_this_machine(family, address) for family, _, _, _, address in found):
+        raise LaunchError(
+            f"MASTER_ADDR={addr} ({found[0][4][0]}) is no address of this machine, {socket.gethostname()}, where rank "
+            "0 runs. Name the host of rank 0, or unset it under srun."
+        )
     if port == 0:
         return
     # The store will listen on every address of this machine, not on `addr` alone.
@@ -250,6 +241,15 @@ def check_port_free(addr: str, port: int) -> None:
         except OSError as error:
             reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
             raise LaunchError(
-                f"MASTER_PORT={port} {reason} on {addr}. Choose another: `deepspeed --master_port PORT`, "
-                "`torchrun --master-port PORT`, or MASTER_PORT=PORT in the environment under srun and python."
+                f"MASTER_PORT={port} {reason} on {addr}, perhaps by another run. Choose another: "
+                "`deepspeed --master_port PORT ...`, or MASTER_PORT=PORT in the environment under srun."
             ) from None
+
+
+def _is_of_this_machine(family: int, address: tuple[Any, ...]) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address[0], 0, *address[2:]))
+        except OSError:
+            return False
+    return True

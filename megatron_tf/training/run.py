@@ -12,15 +12,17 @@ from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.config.validate import plan_batches, topology_for, validate
+from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for, validate
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint
+from megatron_tf.errors import ConfigError, UserError
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.topology import Topology
 from megatron_tf.plan import describe
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import open_trackers
 from megatron_tf.training.agreement import from_rank_zero, together
-from megatron_tf.training.distributed import join
+from megatron_tf.training.distributed import join, leave
 from megatron_tf.training.engine import Engine
 from megatron_tf.training.growth_proof import compare, probe
 from megatron_tf.training.loop import Trainer
@@ -36,6 +38,15 @@ def train(config: RunConfig, environment: LaunchEnvironment) -> None:
     validate(config, environment.world_size)
     plan, topology = plan_batches(config, environment.world_size), topology_for(config, environment.world_size)
     device = join(environment, config.parallel.timeout_seconds)
+    try:
+        _train(config, plan, topology, environment, device)
+    except UserError:  # all ranks are here; after any other error some may be in a collective, and waiting would hang
+        leave()
+        raise
+    leave()
+
+
+def _train(config: RunConfig, plan: BatchPlan, topology: Topology, environment: LaunchEnvironment, device) -> None:
     tensor = make_group(topology, "tensor", config.parallel.timeout_seconds)
 
     data_rank = topology.coordinate("data", environment.rank)
@@ -85,6 +96,10 @@ def train(config: RunConfig, environment: LaunchEnvironment) -> None:
                   start.growth_history, trackers, console)  # fmt: skip
     try:
         Trainer(config, plan, engine, training, validation, saver, trackers, console, device, start.progress).fit()
+    except UserError as error:
+        if environment.rank:  # the others wait in a collective and cannot say it
+            console.warning(str(error))
+        raise
     finally:
         trackers.close()
         console.close()
@@ -92,8 +107,6 @@ def train(config: RunConfig, environment: LaunchEnvironment) -> None:
 
 
 def _prepare_folder(config: RunConfig, run_dir: Path, is_main: bool) -> None:
-    from megatron_tf.errors import ConfigError
-
     if is_main:
         try:
             checkpoints_folder(config).mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ TORCHRUN = {
     "MASTER_ADDR": "n1",
     "MASTER_PORT": "29400",
     "TORCHELASTIC_RUN_ID": "none",
-    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "GROUP_WORLD_SIZE": "2",
 }
 DEEPSPEED = {
     "RANK": "5",
@@ -46,16 +46,13 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
 
 
 def test_torchrun_and_deepspeed():
-    assert detect(TORCHRUN) == LaunchEnvironment("torchrun", 5, 8, 1, 4, "n1", 29400, agent_hosts_store=True)
+    assert detect(TORCHRUN) == LaunchEnvironment("torchrun", 5, 8, 1, 4, "n1", 29400)
     assert detect(DEEPSPEED) == LaunchEnvironment("deepspeed", 5, 8, 1, 4, "n1", 29400)
-    assert detect(DEEPSPEED, argv_local_rank=1).local_rank == 1
-    assert detect(without(DEEPSPEED, "LOCAL_RANK"), argv_local_rank=1).local_rank == 1
 
 
-def test_variables_set_by_hand():
+def test_another_launcher_is_never_a_run_of_one_process():
     environ = without(DEEPSPEED, "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
-    assert detect(environ) == LaunchEnvironment("python", 5, 8, 1, None, "n1", 29400)
-    assert detect({**environ, **SRUN}).launcher == "srun"
+    assert detect(environ) == LaunchEnvironment("deepspeed", 5, 8, 1, None, "n1", 29400)
 
 
 def test_srun():
@@ -63,11 +60,31 @@ def test_srun():
     assert detect(without(SRUN, "SLURM_STEP_NODELIST")).master_addr == "n0"
     exported = detect({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
     assert (exported.master_addr, exported.master_port) == ("10.0.0.1", 4000)
+    job = without({**SRUN, "SLURM_JOB_ID": "7"}, "SLURM_STEP_NODELIST")
+    assert (detect(job).master_addr, detect(job).master_port) == ("n0", 20007)
+
+
+def test_ranks_of_this_node_under_srun():
+    assert detect({**SRUN, "SLURM_NTASKS_PER_NODE": "4"}).local_world_size == 4
+    # the allocation's number, which this step cannot have
+    assert detect({**SRUN, "SLURM_NTASKS_PER_NODE": "16"}).local_world_size is None
+    assert detect({**SRUN, "SLURM_NTASKS_PER_NODE": "1"}).local_world_size is None
+
+
+def test_rank_variables_exported_by_a_script_under_srun():
+    """They may repeat what srun says, and give each task one visible GPU; else they are left over from elsewhere."""
+    same = {**SRUN, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}
+    assert detect(same) == LaunchEnvironment("srun", 5, 8, 0, None, "n1", 23456)
+    for name, value, slurm in (("RANK", "0", "SLURM_PROCID=5"), ("WORLD_SIZE", "1", "SLURM_NTASKS=8")):
+        with pytest.raises(LaunchError, match=rf"{name}={value} contradicts {slurm} of srun.*Unset"):
+            detect({**same, name: value})
+        with pytest.raises(LaunchError, match=rf"{name}={value} contradicts {slurm}"):
+            detect({**SRUN, name: value})
 
 
 def test_one_process():
     assert detect({}) == LaunchEnvironment("python", 0, 1, 0, 1, "127.0.0.1", 0)
-    assert detect({"MASTER_PORT": "4000"}).master_port == 4000
+    assert detect({"MASTER_ADDR": "n7", "MASTER_PORT": "4000"}) == detect({})  # left over in the shell
     alone = detect({**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"})
     assert alone == LaunchEnvironment("srun", 0, 1, 0, None, "127.0.0.1", 0)
 
@@ -86,16 +103,33 @@ def test_plain_python_inside_an_allocation(step):
     assert detect({**environ, "SLURM_NTASKS": "4", **DEEPSPEED}).launcher == "deepspeed"
 
 
-def test_torchrun_under_srun_with_one_task_a_node():
+@pytest.mark.parametrize("environ", [TORCHRUN, DEEPSPEED], ids=["torchrun", "deepspeed"])
+def test_a_launcher_under_srun_with_one_task_a_node(environ):
     step = {**SRUN, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
-    assert detect({**step, **TORCHRUN}) == detect(TORCHRUN)
+    assert detect({**step, **environ}) == detect(environ)
+    # `srun --pty bash` is a step of one task in which a person starts a launcher
+    assert detect({**step, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", **environ}) == detect(environ)
 
 
-def test_every_task_believes_to_be_alone():
-    alone = {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+@pytest.mark.parametrize("environ", [TORCHRUN, DEEPSPEED], ids=["torchrun", "deepspeed"])
+def test_every_task_a_run_of_its_own(environ):
+    alone = {**environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    alone |= {
+        name: "1" for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_WORLD_SIZE", "CROSS_SIZE") if name in alone
+    }
     assert detect(alone).world_size == 1
     with pytest.raises(LaunchError, match=r"RANK=0 and WORLD_SIZE=1 .*SLURM_NTASKS=8"):
         detect({**SRUN, **alone})
+    with pytest.raises(LaunchError, match=r"WORLD_SIZE=8 with \w+_SIZE=1 .*SLURM_NTASKS=2"):
+        detect({**SRUN, "SLURM_NTASKS": "2", **alone, "WORLD_SIZE": "8"})
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_mpirun_does_not_start_many_runs_of_one(name):
+    assert detect({name: "1"}) == detect({})
+    with pytest.raises(LaunchError, match=rf"{name}=4 .*train alone.*deepspeed launch/train\.py"):
+        detect({name: "4"})
+    assert detect({**DEEPSPEED, name: "8"}).launcher == "deepspeed"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +150,8 @@ def test_every_task_believes_to_be_alone():
         ({**SRUN, "MASTER_ADDR": ""}, r"MASTER_ADDR is empty"),
         ({**SRUN, "SLURM_PROCID": "8"}, r"SLURM_PROCID=8 must be below SLURM_NTASKS=8"),
         ({**SRUN, "SLURM_NTASKS": "x"}, r"SLURM_NTASKS='x' is not an integer"),
+        (without(SRUN, "SLURM_NTASKS"), r"SLURM_STEP_ID=0 .*SLURM_NTASKS is not set"),
+        ({**TORCHRUN, "WORLD_SIZE": "0"}, r"RANK=5 must be below WORLD_SIZE=0"),
         (without(SRUN, "SLURM_LOCALID"), r"SLURM_STEP_ID=0 .*SLURM_LOCALID is not set"),
         (without(SRUN, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), r"Neither MASTER_ADDR nor"),
         ({**SRUN, "SLURM_STEP_NODELIST": "n[1-"}, r"'n\[1-' cannot be read"),
@@ -124,26 +160,6 @@ def test_every_task_believes_to_be_alone():
 def test_contradictions(environ, message):
     with pytest.raises(LaunchError, match=message):
         detect(environ)
-
-
-def test_local_rank_argument_that_contradicts():
-    with pytest.raises(LaunchError, match=r"--local_rank=0 contradicts the local rank 1"):
-        detect(TORCHRUN, argv_local_rank=0)
-    with pytest.raises(LaunchError, match=r"--local_rank=3 contradicts the local rank 0 .*python"):
-        detect({}, argv_local_rank=3)
-
-
-def test_only_the_process_that_listens_needs_a_free_port():
-    assert detect({**DEEPSPEED, "RANK": "0", "LOCAL_RANK": "0"}).opens_port
-    assert not detect(DEEPSPEED).opens_port
-    assert not detect({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}).opens_port
-
-
-def test_variables_describe_the_same_place():
-    place = detect(SRUN)
-    again = detect(place.variables())
-    assert (again.rank, again.world_size, again.local_rank) == (place.rank, place.world_size, place.local_rank)
-    assert (again.master_addr, again.master_port) == (place.master_addr, place.master_port)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +192,17 @@ def test_port_in_use():
             check_port_free("localhost", port)
     check_port_free("localhost", port)
     check_port_free("localhost", 0)
+
+
+def test_port_in_use_on_another_address():
+    """torch.distributed listens on all addresses, so a listener on any of them is in its way."""
+    with socket.create_server(("127.0.0.2", 0)) as listener, pytest.raises(LaunchError, match="is in use"):
+        check_port_free("127.0.0.1", listener.getsockname()[1])
+
+
+def test_address_of_another_machine():
+    with pytest.raises(LaunchError, match=r"MASTER_ADDR=192\.0\.2\.1 .*no address of this machine"):  # never assigned
+        check_port_free("192.0.2.1", 29500)
 
 
 def test_unknown_host():

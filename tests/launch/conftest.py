@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_tf.data.indexed import IndexedWriter
+
+CONFIG = """
+run: {{dir: {folder}/run, name: test}}
+model:
+  num_layers: 2
+  hidden_size: 32
+  num_attention_heads: 4
+  seq_length: 16
+  vocab_size: 99
+  parameter_tokens: {{qkv: 13, proj: 11, ffn: 37}}
+training: {{train_steps: 6, global_batch_size: 8, micro_batch_size: 2, precision: fp32}}
+optimizer: {{lr: 1e-2, schedule: {{warmup_steps: 2}}}}
+data:
+  train: [{{path: {folder}/tokens}}]
+  validation: [{{path: {folder}/tokens}}]
+checkpoint: {{interval_steps: 3}}
+evaluation: {{interval_steps: 3, samples: 8}}
+logging: {{interval_steps: 1}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with config.yml and prepared data of 4,000 tokens below 99."""
+    with IndexedWriter(tmp_path / "tokens", vocab_size=99) as writer:
+        for document in range(40):
+            writer.add_document([(document * 7 + position * position) % 99 for position in range(100)])
+    (tmp_path / "config.yml").write_text(CONFIG.format(folder=tmp_path))
+    return tmp_path

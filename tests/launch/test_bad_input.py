@@ -1,0 +1,159 @@
+"""What users get wrong: one message with key, numbers and remedy, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+
+import pytest
+from launching import PROJECT, TRAIN, run, train
+
+from megatron_tf.data.indexed import IndexedWriter
+
+
+def refused(result, folder, *fragments, run_dir="run"):
+    out = result.stdout
+    assert result.returncode == 2, out
+    assert out.count("error:") == 1 and "Traceback" not in out, out
+    for fragment in fragments:
+        assert fragment in out, out
+    assert not (folder / run_dir).exists()
+
+
+CASES = {
+    "misspelt key": (["training.micro_batch=2"], ["training.micro_batch", "micro_batch_size"]),
+    "wrong type": (["model.num_layers=many"], ["model.num_layers", "many"]),
+    "batch that does not divide": (["training.global_batch_size=9"], ["global_batch_size", "9", "2"]),
+    "heads over tensor ranks": (["parallel.tensor=3"], ["num_attention_heads", "4", "3"]),
+    "more stages than layers": (["parallel.pipeline=3"], ["parallel.pipeline", "3", "2"]),
+    "world size": (["parallel.tensor=2"], ["tensor 2", "multiple of 2", "1"]),
+    "stage 0 in bf16": (["zero.stage=0", "training.precision=bf16"], ["zero.stage", "bf16"]),
+    "deepspeed section against ours": (["deepspeed.gradient_clipping=5"], ["deepspeed.gradient_clipping", "training.gradient_clipping"]),
+    "missing data": (["data.train=[{path: nowhere}]"], ["nowhere", "preprocess_data"]),
+    "vocabulary smaller than the tokens": (["model.vocab_size=50"], ["50"]),
+    "growth from nowhere": (["growth.from=nowhere"], ["nowhere"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_single_process(folder, name):
+    overrides, fragments = CASES[name]
+    result = train(folder, *overrides)
+    if name == "vocabulary smaller than the tokens":  # found when a batch holds such a token: data without a summary
+        assert result.returncode == 2 and "beyond the vocabulary" in result.stdout and "Traceback" not in result.stdout
+        return
+    refused(result, folder, *fragments)
+
+
+def test_all_problems_at_once(folder):
+    result = train(folder, "parallel.pipeline=3", "optimizer.schedule.min_lr=1", "optimizer.schedule.warmup_steps=100")
+    refused(result, folder, "parallel.pipeline", "min_lr", "warmup_steps")
+
+
+def test_duplicate_key(folder):
+    text = (folder / "config.yml").read_text()
+    (folder / "config.yml").write_text(text + "\nlogging: {interval_steps: 2}\n")
+    refused(train(folder), folder, "logging", "twice")
+
+
+def test_truncated_data(folder):
+    with open(folder / "tokens.bin", "r+b") as file:
+        file.truncate(1000)
+    refused(train(folder), folder, "tokens.bin", "1000")
+
+
+def test_not_an_index(folder):
+    (folder / "tokens.idx").write_bytes(b"something else entirely, of no use")
+    refused(train(folder), folder, "tokens.idx")
+
+
+def test_one_message_from_many_ranks(folder):
+    result = train(folder, "data.train=[{path: nowhere}]", ranks=2)
+    out = result.stdout
+    assert result.returncode != 0 and out.count("nowhere.bin: no such file") == 1 and not (folder / "run").exists(), out
+
+
+def test_deepspeed_passes_the_exit_code_on(folder):
+    result = train(folder, "parallel.pipeline=3", ranks=2, launcher="deepspeed")
+    assert result.returncode == 2 and result.stdout.count("error:") == 1, result.stdout
+
+
+def test_checkpoint_of_another_architecture(folder):
+    assert train(folder).returncode == 0
+    before = sorted(path for path in (folder / "run").rglob("*"))
+    result = train(folder, "model.hidden_size=64")
+    assert result.returncode == 2 and result.stdout.count("error:") == 1, result.stdout
+    assert "hidden_size" in result.stdout and "32" in result.stdout and "64" in result.stdout
+    assert sorted(path for path in (folder / "run").rglob("*")) == before
+
+
+def test_growth_that_changes_more_than_tokens(folder):
+    assert train(folder).returncode == 0
+    result = train(folder, f"growth.from={folder}/run", f"run.dir={folder}/grown", "model.num_layers=3",
+                   "model.parameter_tokens.ffn=75")  # fmt: skip
+    refused(result, folder, "model.num_layers", "2", "3", run_dir="grown")
+
+
+def test_other_data_on_resume(folder):
+    assert train(folder).returncode == 0
+    with IndexedWriter(folder / "other", vocab_size=99) as writer:
+        writer.add_document(range(90))
+        writer.add_document(range(90))
+    result = train(folder, f"data.train=[{{path: {folder}/other}}]", "training.train_steps=9")
+    assert result.returncode == 2 and "other data" in result.stdout and "allow_data_change" in result.stdout
+
+
+def test_port_in_use(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        refused(train(folder, **ranks), folder, str(port), "--master_port")
+
+
+def test_an_environment_that_contradicts_itself(folder):
+    ranks = {"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    refused(train(folder, **ranks), folder, "RANK", "3", "2")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_run_folder(folder):
+    folder.chmod(0o500)
+    try:
+        refused(train(folder), folder, "run.dir")
+    finally:
+        folder.chmod(0o700)
+
+
+def test_a_file_where_the_run_folder_should_be(folder):
+    (folder / "run").write_text("in the way")
+    result = train(folder)
+    assert result.returncode == 2 and "run.dir" in result.stdout and "Traceback" not in result.stdout, result.stdout
+
+
+def test_tokenizer_that_disagrees_with_the_data(folder):
+    pytest.importorskip("tokenizers")
+    text = folder / "text.txt"
+    text.write_text("the cat sat on the mat and the dog sat on the cat " * 200)
+    tools = PROJECT / "tools"
+    (folder / "other.txt").write_text("quite another text with other words in it " * 200)
+    for name, learnt_from in (("one", text), ("two", folder / "other.txt")):
+        made = run([sys.executable, tools / "train_tokenizer.py", "--input", learnt_from, "--vocab-size", 270,
+                    "--output", folder / f"{name}.json"])  # fmt: skip
+        assert made.returncode == 0, made.stdout
+    made = run([sys.executable, tools / "preprocess_data.py", "--input", text, "--tokenizer", folder / "one.json",
+                "--output-prefix", folder / "text"])  # fmt: skip
+    assert made.returncode == 0, made.stdout
+    overrides = [f"data.train=[{{path: {folder}/text}}]", "data.validation=[]", "evaluation.interval_steps=null",
+                 "model.vocab_size=300"]  # fmt: skip
+    refused(train(folder, *overrides, f"data.tokenizer={folder}/two.json"), folder, "tokenizer", "two.json")
+    smaller = train(folder, *overrides, f"data.tokenizer={folder}/one.json", "model.vocab_size=100")
+    refused(smaller, folder, "model.vocab_size", "100")
+    shutil.rmtree(folder / "run", ignore_errors=True)
+
+
+def test_usage_error_is_exit_code_2():
+    assert run([sys.executable, TRAIN]).returncode == 2

@@ -1,0 +1,104 @@
+"""launch/train.py as users start it: launchers, what a run writes, resuming, growing."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from launching import TRAIN, free_port, run, train
+
+from megatron_tf.checkpoint import load_logical
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.config.load import load_config
+
+
+def metrics(folder, run_dir="run"):
+    return [json.loads(line) for line in (folder / run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder, run_dir="run"):
+    return {record["step"]: record["train/loss"] for record in metrics(folder, run_dir) if "train/loss" in record}
+
+
+def succeed(result):
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def test_a_run_writes_what_it_promises(folder):
+    out = succeed(train(folder))
+    assert "step 6/6" in out and "validation loss" in out
+    assert "Traceback" not in out and "WARNING" not in out
+    records = metrics(folder)
+    keys = {"step", "tokens", "train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_second", "perf/mfu",
+            "perf/step_seconds"}  # fmt: skip
+    assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert all(keys <= r.keys() for r in records if "train/loss" in r)
+    assert [r["step"] for r in records if "eval/loss" in r] == [0, 3, 6]
+    assert all("eval/perplexity" in r for r in records if "eval/loss" in r)
+    assert records[-1]["tokens"] == 6 * 8 * 16
+    assert load_config(folder / "run" / "config.yml") == load_config(folder / "config.yml")
+    assert "step 6/6" in (folder / "run" / "train.log").read_text()
+    steps = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+    assert steps == ["step_00000003", "step_00000006"]
+    index = open_checkpoint(folder / "run" / "checkpoints" / steps[-1]).index
+    assert (index.step, index.samples, index.tokens) == (6, 48, 768)
+
+
+def test_a_finished_run_only_says_so(folder):
+    succeed(train(folder))
+    before = metrics(folder)
+    assert "the run is complete" in succeed(train(folder))
+    assert metrics(folder) == before
+
+
+def test_resume_is_bit_identical_and_leaves_no_gap(folder):
+    succeed(train(folder, f"run.dir={folder}/whole"))
+    # the plan stays the same (the learning rate depends on it); the run is cut off by losing its last checkpoint
+    succeed(train(folder))
+    newest = folder / "run" / "checkpoints" / "step_00000006"
+    (newest / "manifest.json").unlink()
+    out = succeed(train(folder))
+    assert "resumed from" in out and "at step 3" in out and "step_00000006: not used" in out
+    assert losses(folder) == losses(folder, "whole")
+    assert [r["step"] for r in metrics(folder)] == [r["step"] for r in metrics(folder, "whole")]
+    one, other = load_logical(folder / "run"), load_logical(folder / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_launchers(folder, launcher):
+    out = succeed(train(folder, "parallel.tensor=2", "parallel.sequence=true", ranks=2, launcher=launcher))
+    assert out.count("step 6/6") == 1 and "TP2×PP1×DP1, sequence-parallel" in out
+    succeed(train(folder, f"run.dir={folder}/one"))
+    assert losses(folder) == pytest.approx(losses(folder, "one"), rel=1e-5)
+
+
+def test_srun_variables_are_understood(folder):
+    slurm = {"SLURM_JOB_ID": "123", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+             "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost",
+             "MASTER_PORT": str(free_port())}  # fmt: skip
+    assert "step 6/6" in succeed(train(folder, **slurm))
+
+
+def test_grow_on_another_layout(folder):
+    succeed(train(folder, ranks=2))
+    out = succeed(
+        train(folder, f"run.dir={folder}/grown", f"growth.from={folder}/run", "model.parameter_tokens.ffn=75",
+              "model.parameter_tokens.qkv=29", "parallel.pipeline=2", ranks=2)
+    )  # fmt: skip
+    assert "grown from" in out and "held batch" in out
+    end, start = metrics(folder)[-1], metrics(folder, "grown")[0]
+    assert start["eval/loss"] == pytest.approx(end["eval/loss"], rel=1e-6)
+    assert start["tokens"] == end["tokens"] == 768  # the count goes on
+    index = open_checkpoint(folder / "grown" / "checkpoints" / "step_00000006").index
+    entry = index.growth_history[0]
+    assert entry["from"]["ffn"] == 37 and entry["to"]["ffn"] == 75
+    assert entry["loss_before"] == pytest.approx(entry["loss_after"], rel=1e-6)
+    assert index.scales["blocks.0.ffn"] == 37**0.5 and index.scales["blocks.0.attention.proj"] == 11**0.5
+
+
+def test_help_needs_no_set_up():
+    assert "section.field=value" in succeed(run([sys.executable, TRAIN, "--help"]))

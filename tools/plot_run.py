@@ -1,0 +1,23 @@
+"""Draw loss against tokens or steps, of one run or of several: a run and those that were grown from it, in order."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_tf.errors import run_command
+from megatron_tf.telemetry.plot import plot_runs, read_run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs, oldest first")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the picture: .png, .pdf, .svg ...")
+    parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="horizontal axis (default: tokens)")
+    arguments = parser.parse_args()
+    plot_runs([read_run(folder) for folder in arguments.runs], arguments.output, arguments.x)
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    run_command(main)
