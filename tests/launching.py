@@ -11,6 +11,7 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[1]
 TRAIN = str(PROJECT / "launch" / "train.py")
 
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

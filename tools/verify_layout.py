@@ -52,7 +52,9 @@ def print_steps(trace: Trace, expected: Trace, layout: Layout) -> None:
 
 
 def print_table(chosen: list[Layout], differences: list[Difference], tolerance: float, steps: int) -> None:
-    print(f"worst relative error over {steps} steps against one process (gradients: first step); tolerance {tolerance:g}")
+    print(
+        f"worst relative error over {steps} steps against one process (gradients: first step); tolerance {tolerance:g}"
+    )
     print(f"{'layout':<20}  {'loss':>8}  {'norm':>8}  {'gradient':>8}  verdict    of parameter")
     for layout, error in zip(chosen, differences):
         verdict = "agrees" if error.agrees(tolerance) else "DIFFERS"

@@ -25,7 +25,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> int:
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
-        raise DataError("training needs the package tokenizers: pip install 'megatron_tf[data]'") from None
+        raise DataError("training needs the package tokenizers: pip install 'megatron_tf'") from None
     make_parent(output)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

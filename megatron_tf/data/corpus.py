@@ -91,7 +91,7 @@ def write_corpus(documents: Iterable[Document], folder: Path, version: str) -> d
     try:
         import zstandard
     except ImportError:
-        raise DataError("the corpus needs the package zstandard: pip install 'megatron_tf[data]'") from None
+        raise DataError("the corpus needs the package zstandard: pip install 'megatron_tf'") from None
     counts = {"train": (0, 0), "validation": (0, 0)}
     make_parent(folder / "LICENSE.txt")
     with ExitStack() as stack:

@@ -126,7 +126,7 @@ def _decompressed_chunks(file: BinaryIO) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
-        raise DataError(f"{file.name}: needs the package zstandard: pip install 'megatron_tf[data]'") from None
+        raise DataError(f"{file.name}: needs the package zstandard: pip install 'megatron_tf'") from None
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame, inside = decompressor.decompressobj(), False
     while chunk := file.read(READ_BYTES):

@@ -56,7 +56,7 @@ class HuggingFaceTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise DataError(f"{path}: needs the package tokenizers: pip install 'megatron_tf[data]'") from None
+            raise DataError(f"{path}: needs the package tokenizers: pip install 'megatron_tf'") from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - the library raises plain Exception for a file it cannot read
@@ -82,7 +82,9 @@ class SentencePieceTokenizer:
         try:
             import sentencepiece
         except ImportError:
-            raise DataError(f"{path}: needs the package sentencepiece: pip install 'megatron_tf[data]'") from None
+            raise DataError(
+                f"{path}: needs the package sentencepiece: pip install 'megatron_tf[sentencepiece]'"
+            ) from None
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError, ValueError) as error:

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,12 +114,14 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """Query, key and value Pattentions, causal attention over this rank's heads, output Pattention."""
 
-    def __init__(self, model: Model, prefix: str, scales: dict[str, float], tensor: TensorParallel):
+    def __init__(self, model: Model, prefix: str, scales: Mapping[str, float], tensor: TensorParallel):
         super().__init__()
         self.tensor = tensor
-        for name in ("query", "key", "value", "proj"):
-            tokens = model.parameter_tokens.proj if name == "proj" else model.parameter_tokens.qkv
-            setattr(self, name, _projection(model, f"{prefix}.{name}", tokens, scales, tensor))
+        tokens = model.parameter_tokens
+        self.query = _projection(model, f"{prefix}.query", tokens.qkv, scales, tensor)
+        self.key = _projection(model, f"{prefix}.key", tokens.qkv, scales, tensor)
+        self.value = _projection(model, f"{prefix}.value", tokens.qkv, scales, tensor)
+        self.proj = _projection(model, f"{prefix}.proj", tokens.proj, scales, tensor)
         self.head_dim = model.hidden_size // model.num_attention_heads
         self.rotary_channels = int(self.head_dim * model.rotary_fraction)
         self.rotary_base = model.rotary_base
@@ -133,24 +135,15 @@ class Attention(nn.Module):
         return self.tensor.leave(partial_outputs([self.proj], gather_from(out, group, -1))[0])
 
 
-class FeedForward(Pattention):
-    """The feed-forward Pattention, between split or replicated hidden states."""
-
-    tensor: TensorParallel
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.tensor.leave(partial_outputs([self], self.tensor.enter(hidden))[0])
-
-
 class Block(nn.Module):
     """Pre-norm block: x += attention(LN(x)); x += ffn(LN(x)). The norms have no weight."""
 
-    def __init__(self, model: Model, layer: int, scales: dict[str, float], tensor: TensorParallel):
+    def __init__(self, model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel):
         super().__init__()
         prefix = f"blocks.{layer}"
         self.attention = Attention(model, f"{prefix}.attention", scales, tensor)
-        self.ffn = _projection(model, f"{prefix}.ffn", model.parameter_tokens.ffn, scales, tensor, FeedForward)
-        self.ffn.tensor = tensor
+        self.tensor = tensor
+        self.ffn = _projection(model, f"{prefix}.ffn", model.parameter_tokens.ffn, scales, tensor)
         self.eps = model.norm_eps
         self.recompute = False  # keep only the block's input for the backward pass
 
@@ -161,7 +154,8 @@ class Block(nn.Module):
 
     def _forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.attention(self._norm(hidden))
-        return hidden + self.ffn(self._norm(hidden))
+        (partial,) = partial_outputs([self.ffn], self.tensor.enter(self._norm(hidden)))
+        return hidden + self.tensor.leave(partial)
 
     def _norm(self, hidden: Tensor) -> Tensor:
         return F.layer_norm(hidden, hidden.shape[-1:], eps=self.eps)
@@ -182,6 +176,8 @@ class FinalNorm(nn.Module):
         return F.layer_norm(hidden, hidden.shape[-1:], weight, bias, self.eps)
 
 
-def _projection(model, name, tokens, scales, tensor, kind=Pattention):
+def _projection(
+    model: Model, name: str, tokens: int, scales: Mapping[str, float], tensor: TensorParallel
+) -> Pattention:
     d = model.hidden_size
-    return kind(tokens, d, d, scale=scales[name], activation=model.activation, group=tensor.group)
+    return Pattention(tokens, d, d, scale=scales[name], activation=model.activation, group=tensor.group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -14,9 +14,10 @@ T = TypeVar("T")
 
 def together(work: Callable[[], T]) -> T:
     """Runs `work` on every rank. If it is a UserError on any, all ranks raise one that names every reason."""
-    result, error = None, None
+    results: list[T] = []
+    error: UserError | None = None
     try:
-        result = work()
+        results.append(work())
     except UserError as problem:
         error = problem
     reasons: list[str | None] = [None] * dist.get_world_size()
@@ -28,20 +29,15 @@ def together(work: Callable[[], T]) -> T:
         raise UserError(
             "\n".join(f"{reason} (on rank {', '.join(_ranks(reasons, reason))})" for reason in unique)
         ) from error
-    return result
+    return results[0]
 
 
 def from_rank_zero(work: Callable[[], T]) -> T:
     """Runs `work` on rank 0; every rank returns its result, or raises its UserError."""
-    box: list[T | None] = [None]
-
-    def run() -> None:
-        if dist.get_rank() == 0:
-            box[0] = work()
-
-    together(run)
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    box = together(lambda: [work()] if dist.get_rank() == 0 else [])
+    shared: list[Any] = box or [None]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def _ranks(reasons: list[str | None], reason: str) -> list[str]:

@@ -41,7 +41,9 @@ class StepResult:
 class Engine:
     """Trains, evaluates, and gives and takes state as ranges of logical tensors."""
 
-    def __init__(self, config: RunConfig, model: Model, plan: BatchPlan, topology: Topology, tensor: Group, source: StateSource):
+    def __init__(
+        self, config: RunConfig, model: Model, plan: BatchPlan, topology: Topology, tensor: Group, source: StateSource
+    ):
         """`model` and the weights, moments and τ of `source` must belong together."""
         self.config, self.plan = config, plan
         self._pipeline = TokenFormerPipeline(
@@ -162,14 +164,14 @@ class Engine:
             # fp32 master weights were written, not made from rounded ones; now the model's copy follows them
             self._wrapper.update_lp_params()
 
-    def _fragments(self, shard: ShardedParameter):
+    def _fragments(self, shard: ShardedParameter) -> Iterator[tuple[ShardedParameter, Tensor, int, int, int, bool]]:
         """(shard, buffer, start, stop, offset, owned): where this rank keeps the shard's fp32 state, if it does."""
         first = shard.first_row * shard.spec.width
         if not self.config.zero.stage:
             owned = shard.owned and self._deepspeed.mpu.get_data_parallel_rank() == 0
             yield shard, shard.parameter, first, first + shard.parameter.numel(), 0, owned
             return
-        mapping = shard.parameter._hp_mapping
+        mapping = shard.parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is not None:  # None where the partition of this data-parallel rank holds nothing of it
             (group,) = self.optimizer.param_groups
             (buffer,) = group["params"]

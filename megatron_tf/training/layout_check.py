@@ -29,6 +29,7 @@ from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.params import parameter_table
 from megatron_tf.training.distributed import join, leave
+from megatron_tf.training.optimizer import Segment
 from megatron_tf.training.schedule import learning_rate
 
 TIMEOUT_SECONDS = 300.0
@@ -101,7 +102,9 @@ def sample(config: RunConfig, index: int) -> Tensor:
     return (uniform.square() * config.model.vocab_size).long()
 
 
-def batches(config: RunConfig, plan: BatchPlan, step: int, data_rank: int, data_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    config: RunConfig, plan: BatchPlan, step: int, data_rank: int, data_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The micro batches of one data-parallel rank for `step`."""
     for micro in range(plan.num_micro_batches):
         first = step * plan.global_batch_size + (micro * data_size + data_rank) * plan.micro_batch_size
@@ -132,7 +135,9 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32)
         trace.losses.append(total)
         trace.grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
         if step == 0:
-            trace.gradients.update((name, p.grad.float().clone()) for name, p in model.named_parameters())
+            trace.gradients.update(
+                (n, p.grad.float().clone()) for n, p in model.named_parameters() if p.grad is not None
+            )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, adam, plan.train_steps)
         optimizer.step()
@@ -195,7 +200,7 @@ def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: P
     engine = Engine(config, config.model, plan, topology, group, InitialSource(config.model, config.run.seed))
     gradients: dict[str, Tensor] = {}
 
-    def keep(segment, gradient):
+    def keep(segment: Segment, gradient: Tensor) -> None:
         if segment.owned:
             gradients[f"{segment.name}:{segment.start}"] = gradient.detach().cpu().clone()
 
@@ -205,7 +210,7 @@ def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: P
         own = batches(config, plan, step, topology.coordinate("data", rank), topology.data)
         result = engine.train_step(step, own)
         losses.append(float(result.loss))
-        norms.append(float(result.grad_norm))
+        norms.append(float(result.grad_norm if result.grad_norm is not None else float("nan")))
     save_file(gradients, folder / f"{number}.{rank}.safetensors")
     if rank == 0:
         (folder / f"{number}.json").write_text(json.dumps([losses, norms]))

@@ -48,7 +48,9 @@ class SegmentedAdamW(torch.optim.Optimizer):
     `observe`, when set, is called with every segment and its final gradient (averaged and clipped) before the update.
     """
 
-    def __init__(self, params: Iterable[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+    def __init__(
+        self, params: Iterable[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.segments: list[Segment] = []
         self.num_updates = 0  # since `bind`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,21 +32,21 @@ class ShardedParameter:
     owned: bool
 
 
-class _Deferred:
-    """Builds the layer without drawing initial weights: they are always written through the optimizer later."""
-
+class _Layer(LayerSpec):
     def build(self, log: bool = False) -> nn.Module:
-        with torch.device("meta"):
-            layer = super().build(log)
-        return layer.to_empty(device="cpu")
+        return _without_weights(super().build)
 
 
-class _Layer(_Deferred, LayerSpec):
-    pass
+class _TiedLayer(TiedLayerSpec):
+    def build(self, log: bool = False) -> nn.Module:
+        return _without_weights(super().build)
 
 
-class _TiedLayer(_Deferred, TiedLayerSpec):
-    pass
+def _without_weights(build: Callable[[], nn.Module]) -> nn.Module:
+    """A layer whose initial weights were not drawn: they are always written through the optimizer later."""
+    with torch.device("meta"):
+        layer = build()
+    return layer.to_empty(device="cpu")
 
 
 class TokenFormerPipeline(PipelineModule):
@@ -56,7 +56,7 @@ class TokenFormerPipeline(PipelineModule):
         self.config, self.grid_topology, self.tensor = model, topology, tensor
         layers = [
             _TiedLayer("embedding", Embedding, model, tensor),
-            *(_Layer(Block, model, i, dict(scales), tensor) for i in range(model.num_layers)),
+            *(_Layer(Block, model, i, scales, tensor) for i in range(model.num_layers)),
             _Layer(FinalNorm, model, tensor),
             _TiedLayer("embedding", Embedding, model, tensor, forward_fn=Embedding.logits),
         ]
@@ -71,7 +71,7 @@ class TokenFormerPipeline(PipelineModule):
         for shard in self.shards():
             # DeepSpeed counts a parameter on every tensor rank in the gradient norm only if it is so marked
             if shard.spec.sharded:
-                shard.parameter.tensor_model_parallel = True
+                shard.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     def mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits [s, b, V/T], labels [b, s] -> mean loss over the micro batch, fp32."""
@@ -100,7 +100,9 @@ class TokenFormerPipeline(PipelineModule):
             spec = table[name]
             first_row = shard_range(spec.shape[0], group.size, group.rank)[0] if spec.sharded else 0
             tied_copy = name == EMBEDDING and pipeline > 1 and self.stage_id > 0
-            shards.append(ShardedParameter(spec, parameter, first_row, (spec.sharded or group.rank == 0) and not tied_copy))
+            shards.append(
+                ShardedParameter(spec, parameter, first_row, (spec.sharded or group.rank == 0) and not tied_copy)
+            )
         return shards
 
     def _partition_layers(self, method: str = "uniform") -> None:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.load import dump_config
-from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for, validate
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint
 from megatron_tf.errors import ConfigError, UserError
 from megatron_tf.parallel.environment import LaunchEnvironment
-from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.plan import describe
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import open_trackers
 from megatron_tf.training.agreement import from_rank_zero, together
 from megatron_tf.training.distributed import join, leave
-from megatron_tf.training.engine import Engine
-from megatron_tf.training.growth_proof import compare, probe
+from megatron_tf.training.engine import Batch, Engine
+from megatron_tf.training.growth_proof import Probe, compare, probe
 from megatron_tf.training.loop import Trainer
 from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Start, begin, checkpoints_folder, choose
@@ -46,14 +48,16 @@ def train(config: RunConfig, environment: LaunchEnvironment) -> None:
     leave()
 
 
-def _train(config: RunConfig, plan: BatchPlan, topology: Topology, environment: LaunchEnvironment, device) -> None:
+def _train(
+    config: RunConfig, plan: BatchPlan, topology: Topology, environment: LaunchEnvironment, device: torch.device
+) -> None:
     tensor = make_group(topology, "tensor", config.parallel.timeout_seconds)
 
     data_rank = topology.coordinate("data", environment.rank)
     model, data = config.model, config.data
     everything = (*data.train, *data.validation)
 
-    def loader(sources):
+    def loader(sources: Sequence[DataSource]) -> BatchLoader:
         return BatchLoader(
             build_dataset(sources, model.seq_length, config.run.seed, model.vocab_size),
             micro_batch_size=plan.micro_batch_size, num_micro_batches=plan.num_micro_batches,
@@ -112,10 +116,14 @@ def _prepare_folder(config: RunConfig, run_dir: Path, is_main: bool) -> None:
             checkpoints_folder(config).mkdir(parents=True, exist_ok=True)
             (run_dir / "config.yml").write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"run.dir: cannot write to {run_dir}: {error.strerror}. Choose another folder.") from error
+            raise ConfigError(
+                f"run.dir: cannot write to {run_dir}: {error.strerror}. Choose another folder."
+            ) from error
 
 
-def _probe_smaller(config, plan, topology, tensor, start: Start, held):
+def _probe_smaller(
+    config: RunConfig, plan: BatchPlan, topology: Topology, tensor: Group, start: Start, held: list[Batch]
+) -> Probe | None:
     """The answer of the model that is about to grow, under this layout; None when nothing grows."""
     if start.grown_from is None:
         return None

@@ -42,7 +42,9 @@ def whole_model(group, activation, sequence):
     layers["blocks"] = torch.nn.ModuleList(Block(config, i, initial_scales(config), tensor) for i in range(2))
     layers = layers.double()
     with torch.no_grad():
-        for (name, parameter), full in ((item, dict(one.named_parameters())[item[0]]) for item in layers.named_parameters()):
+        for (name, parameter), full in (
+            (item, dict(one.named_parameters())[item[0]]) for item in layers.named_parameters()
+        ):
             parameter.copy_(local(name, full, config, group))
     hidden = layers["embedding"](ids)
     assert hidden.shape == (SEQUENCE // (group.size if sequence else 1), BATCH, WIDTH)

@@ -42,7 +42,8 @@ def engine_for(layout, config, source, model=None):
 def train(engine, config, plan, layout, first, last, rank):
     data = layout.topology.coordinate("data", rank)
     return [
-        float(engine.train_step(s, batches(config, plan, s, data, layout.topology.data)).loss) for s in range(first, last)
+        float(engine.train_step(s, batches(config, plan, s, data, layout.topology.data)).loss)
+        for s in range(first, last)
     ]
 
 

@@ -42,9 +42,7 @@ def test_ten_steps_agree_with_the_official_training(run):
     load_official_state_dict({k[5:]: v for k, v in golden.items() if k.startswith("init/")}, model)
     table = parameter_table(config)
     adam = SegmentedAdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    adam.bind(
-        segment(name, 0, p.numel(), p, 0, decayed=table[name].decayed) for name, p in model.named_parameters()
-    )
+    adam.bind(segment(name, 0, p.numel(), p, 0, decayed=table[name].decayed) for name, p in model.named_parameters())
     schedule = Optimizer(lr=1e-3, schedule={"type": "cosine", "warmup_steps": 3, "min_lr": 1e-4})
     for step, batch in enumerate(golden["batches"]):
         adam.param_groups[0]["lr"] = lr = 1e-3 if run == "const" else learning_rate(step, schedule, 10)

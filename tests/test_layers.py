@@ -1,0 +1,152 @@
+"""A module imports only from its own floor or below, and heavy packages only where they are allowed.
+
+Imports are read from the syntax tree, so that those inside functions and under TYPE_CHECKING count as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+# From the ground up. A package stands for all its modules, unless a module of it is named itself.
+FLOORS = (
+    {"megatron_tf", "megatron_tf.errors"},
+    {"megatron_tf.params", "megatron_tf.config", "megatron_tf.parallel.topology"},  # topology: arithmetic, no torch
+    {"megatron_tf.parallel", "megatron_tf.estimate", "megatron_tf.plan", "megatron_tf.telemetry"},
+    {"megatron_tf.model", "megatron_tf.data", "megatron_tf.growth"},
+    {"megatron_tf.checkpoint", "megatron_tf.convert"},
+    {"megatron_tf.inference"},  # a model from a checkpoint, and sampling: beside training, which it does not know
+    {"megatron_tf.training"},
+    {"launch", "tools"},
+)
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+# package -> where it may be imported
+RESERVED = {
+    "deepspeed": ("megatron_tf.training.",),
+    "matplotlib": ("megatron_tf.telemetry.plot",),
+    "sentencepiece": ("megatron_tf.data.tokenizer",),
+    "tensorboard": ("megatron_tf.telemetry.trackers",),
+    "torch.utils.tensorboard": ("megatron_tf.telemetry.trackers",),
+    "transformers": (),
+    "wandb": ("megatron_tf.telemetry.trackers",),
+}
+NO_TORCH = ("megatron_tf.errors", "megatron_tf.params", "megatron_tf.config", "megatron_tf.estimate", "megatron_tf.plan",
+            "megatron_tf.parallel.topology", "megatron_tf.parallel.environment")  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PROJECT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_name(path): path
+    for folder in ("megatron_tf", "launch", "tools")
+    for path in (PROJECT / folder).rglob("*.py")
+}
+
+
+def imports_of(source: str) -> set[str]:
+    """Dotted names of everything that `source` imports: `from a.b import c` gives a.b, and a.b.c if that is a module."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used here"
+            assert node.module is not None
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name for name in submodules if name in MODULES or name in RESERVED} or {node.module}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
+            names |= {argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)}
+    return names
+
+
+IMPORTS = {name: imports_of(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def floor_of(module: str) -> int | None:
+    """The floor of the longest name in FLOORS that `module` lies within; the bare package is only itself."""
+    names = [name for name in FLOOR_OF if is_within(module, name) and (name != "megatron_tf" or module == name)]
+    return FLOOR_OF[max(names, key=len)] if names else None
+
+
+def too_high(module: str, imported: set[str]) -> list[str]:
+    own = floor_of(module)
+    assert own is not None
+    return sorted(name for name in imported if name in MODULES and (floor_of(name) or 0) > own)
+
+
+def misplaced(module: str, imported: set[str]) -> list[str]:
+    """The imports that RESERVED keeps for other modules."""
+    return sorted(
+        name
+        for name in imported
+        for package, places in RESERVED.items()
+        if is_within(name, package) and not module.startswith(places)
+    )
+
+
+def test_every_module_has_a_floor():
+    assert len(MODULES) > 30
+    assert [module for module in MODULES if floor_of(module) is None] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_imported_from_above(module):
+    assert too_high(module, IMPORTS[module]) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_reserved_packages(module):
+    assert misplaced(module, IMPORTS[module]) == []
+
+
+def test_a_tool_imports_no_other_tool():
+    scripts = [name for name in MODULES if name.split(".")[0] in ("launch", "tools")]
+    assert [(name, other) for name in scripts for other in IMPORTS[name] if other in scripts] == []
+
+
+def test_breaches_are_seen():
+    """The rules above find what they are there to find, wherever it is written."""
+    lazily = imports_of("def f():\n    from megatron_tf.training import engine\n    import deepspeed.ops as ops")
+    assert lazily == {"megatron_tf.training.engine", "deepspeed.ops"}
+    assert too_high("megatron_tf.checkpoint.source", lazily) == ["megatron_tf.training.engine"]
+    assert misplaced("megatron_tf.checkpoint.source", lazily) == ["deepspeed.ops"]
+    assert misplaced("megatron_tf.training.engine", lazily) == []
+    assert misplaced("tools.generate_text", imports_of("from transformers import AutoModel")) == ["transformers"]
+    assert misplaced("launch.train", imports_of("from torch.utils import tensorboard")) == ["torch.utils.tensorboard"]
+    assert too_high("megatron_tf.config.validate", {"megatron_tf.parallel.topology"}) == []
+    assert too_high("megatron_tf.config.validate", {"megatron_tf.parallel.groups"}) == ["megatron_tf.parallel.groups"]
+    with pytest.raises(AssertionError, match="relative"):
+        imports_of("from . import methods")
+
+
+def loaded_by(modules: tuple[str, ...], packages: tuple[str, ...]) -> str:
+    """Which of `packages` a fresh interpreter has loaded after importing `modules`, separated by spaces."""
+    script = f"import sys, {', '.join(modules)}; print(*[name for name in {packages!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_arithmetic_starts_without_torch():
+    modules = tuple(name for name in MODULES if any(is_within(name, package) for package in NO_TORCH))
+    assert len(modules) >= len(NO_TORCH)
+    assert loaded_by(modules, ("torch", "deepspeed", "numpy")) in ("", "numpy")
+
+
+def test_everything_but_training_starts_without_deepspeed_and_optional_packages():
+    modules = tuple(name for name in MODULES if name.startswith("megatron_tf.") and "training" not in name)
+    for required in ("megatron_tf.model", "megatron_tf.checkpoint", "megatron_tf.config", "megatron_tf.data.loader"):
+        assert required in modules
+    assert loaded_by(modules, ("deepspeed", "wandb", "tensorboard", "sentencepiece", "transformers")) == ""
