@@ -37,7 +37,6 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.15",
-            "types-PyYAML>=6",
             *PLOT,
             *SENTENCEPIECE,
             *TENSORBOARD,

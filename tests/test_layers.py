@@ -35,8 +35,15 @@ RESERVED = {
     "transformers": (),
     "wandb": ("megatron_tf.telemetry.trackers",),
 }
-NO_TORCH = ("megatron_tf.errors", "megatron_tf.params", "megatron_tf.config", "megatron_tf.estimate", "megatron_tf.plan",
-            "megatron_tf.parallel.topology", "megatron_tf.parallel.environment")  # fmt: skip
+NO_TORCH = (
+    "megatron_tf.errors",
+    "megatron_tf.params",
+    "megatron_tf.config",
+    "megatron_tf.estimate",
+    "megatron_tf.plan",
+    "megatron_tf.parallel.topology",
+    "megatron_tf.parallel.environment",
+)
 
 
 def module_name(path: Path) -> str:
@@ -52,7 +59,7 @@ MODULES = {
 
 
 def imports_of(source: str) -> set[str]:
-    """Dotted names of everything that `source` imports: `from a.b import c` gives a.b, and a.b.c if that is a module."""
+    """Dotted names of all that `source` imports: `from a.b import c` gives a.b.c if that is a module, else a.b."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

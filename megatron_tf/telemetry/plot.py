@@ -36,7 +36,7 @@ def read_run(folder: Path) -> RunCurve:
     path = folder / "metrics.jsonl"
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        config = parse_yaml((folder / "config.yml").read_text(encoding="utf-8"))
+        config, _ = parse_yaml((folder / "config.yml").read_text(encoding="utf-8"), str(folder / "config.yml"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder} is no readable run folder: {error}. Name the run.dir of a run.") from None
     if lines and not lines[-1].endswith("\n"):
@@ -45,7 +45,8 @@ def read_run(folder: Path) -> RunCurve:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            float(record["step"]), float(record["tokens"])
+            if not all(isinstance(record[key], (int, float)) for key in ("step", "tokens")):
+                raise TypeError
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{path}: line {number} has no step and tokens. Mend or delete the line.") from None
         records.append(record)
@@ -61,9 +62,11 @@ def starts(runs: Sequence[RunCurve], axis: Axis) -> list[float]:
     """
     offsets: list[float] = []
     for number, run in enumerate(runs):
-        joined = axis == "steps" and run.grown and number > 0
-        before = runs[number - 1] if joined else None
-        offsets.append(offsets[-1] + before.position(before.records[-1], axis) if before else 0.0)
+        if axis == "steps" and run.grown and number > 0:
+            before = runs[number - 1]
+            offsets.append(offsets[-1] + before.position(before.records[-1], axis))
+        else:
+            offsets.append(0.0)
     return offsets
 
 

@@ -31,7 +31,7 @@ def join(environment: LaunchEnvironment, timeout_seconds: float, store_file: str
         if environment.local_rank >= torch.cuda.device_count():
             raise LaunchError(
                 f"local rank {environment.local_rank} has no GPU: this node shows {torch.cuda.device_count()}. "
-                "Start as many ranks a node as it has GPUs."
+                "Start as many ranks a node as it has GPUs, or set LOCAL_RANK=0 where each task sees only its own."
             )
         device = torch.device("cuda", environment.local_rank)
         torch.cuda.set_device(device)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import subprocess
+import sys
+from datetime import datetime
+
+import pytest
+
+from megatron_tf.telemetry.console import Console, NoBar
+
+STAMP = "2026-01-02 03:04:05  "
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def console(is_main=True, log_path=None, output=None, errors=None) -> Console:
+    return Console(is_main, log_path, output=output, errors=errors, now=lambda: datetime(2026, 1, 2, 3, 4, 5))
+
+
+def test_main_rank_writes_to_the_output_and_appends_to_the_log(tmp_path):
+    log, output = tmp_path / "train.log", io.StringIO()
+    log.write_text("of an earlier process\n")
+    written = console(log_path=log, output=output)
+    written.info("step 1  loss 2.5 τ [bold]")
+    written.warning("slow disk")
+    written.close()
+    written.close()
+    lines = f"{STAMP}step 1  loss 2.5 τ [bold]\n{STAMP}WARNING: slow disk\n"
+    assert output.getvalue() == lines
+    assert log.read_text(encoding="utf-8") == "of an earlier process\n" + lines
+
+
+def test_lines_are_in_the_log_at_once(tmp_path):
+    """What a killed run had said must be there."""
+    written = console(log_path=tmp_path / "train.log", output=io.StringIO())
+    written.info("step 1")
+    assert (tmp_path / "train.log").read_text() == f"{STAMP}step 1\n"
+    written.close()
+
+
+def test_other_ranks_only_warn_and_leave_the_log_alone(tmp_path):
+    output, errors = io.StringIO(), io.StringIO()
+    written = console(is_main=False, log_path=tmp_path / "train.log", output=output, errors=errors)
+    written.info("step 1")
+    written.warning("slow disk")
+    assert (output.getvalue(), errors.getvalue()) == ("", f"{STAMP}WARNING: slow disk\n")
+    assert not (tmp_path / "train.log").exists()
+
+
+def test_a_log_that_cannot_be_opened_does_not_stop_the_run(tmp_path):
+    output = io.StringIO()
+    written = console(log_path=tmp_path / "missing" / "train.log", output=output)
+    written.info("step 1")
+    assert output.getvalue().count("WARNING") == 1
+    assert "No such file or directory. The run goes on without its log file" in output.getvalue()
+    assert output.getvalue().endswith(f"{STAMP}step 1\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_disk_that_fills_up_is_reported_once():
+    output = io.StringIO()
+    written = console(log_path="/dev/full", output=output)
+    written.info("step 1")
+    written.info("step 2")
+    written.close()
+    assert output.getvalue().count("No space left on device. The run goes on without its log file") == 1
+    assert output.getvalue().endswith(f"{STAMP}step 2\n")
+
+
+def test_an_output_that_lacks_a_character():
+    raw = io.BytesIO()
+    written = console(output=io.TextIOWrapper(raw, encoding="ascii"))
+    written.info("τ held")
+    assert raw.getvalue().decode() == f"{STAMP}\\u03c4 held\n"
+
+
+def test_no_bar_where_there_is_no_terminal():
+    output = io.StringIO()
+    written = console(output=output)
+    with written.progress(10, 0, "tiny") as bar:
+        assert isinstance(bar, NoBar)
+        bar.advance(1, "loss 2.5")
+        written.info("step 1")
+    assert output.getvalue() == f"{STAMP}step 1\n"
+    with console(is_main=False, output=Terminal()).progress(10, 0, "tiny") as bar:
+        assert isinstance(bar, NoBar)
+
+
+def test_a_bar_with_lines_above_it_on_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    output = Terminal()
+    written = console(log_path=tmp_path / "train.log", output=output)
+    long = "step 5  " + "x" * 300 + " [red]not markup[/red] :smile:"
+    with written.progress(10, 4, "tiny") as bar:
+        bar.advance(5, "loss 2.5")
+        written.info(long)
+    written.info("done")
+    written.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue())
+    assert "5/10" in shown
+    assert "loss 2.5" in shown
+    assert f"{STAMP}{long}" in shown  # in one piece, as it is
+    assert shown.rstrip().endswith("done")
+    assert (tmp_path / "train.log").read_text() == f"{STAMP}{long}\n{STAMP}done\n"  # no bar, no colours
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    with console(output=Terminal()).progress(10, 0, "tiny") as bar:
+        assert isinstance(bar, NoBar)
+
+
+QUIET = """
+import logging
+from megatron_tf.telemetry.console import quiet_libraries
+quiet_libraries()
+quiet_libraries()
+logger = logging.getLogger("DeepSpeed")
+assert len(logger.filters) == 1
+logger.setLevel(logging.DEBUG)  # as deepspeed does when it is imported
+logger.addHandler(logging.StreamHandler())
+logger.info("chatter"), logger.warning("guess"), logger.error("broken")
+"""
+
+
+def test_quiet_libraries_lets_errors_through():
+    """In a process of its own: it changes loggers and warning filters of the whole process."""
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "broken\n"
+    assert logging.getLogger("DeepSpeed").filters == []
