@@ -23,6 +23,7 @@ setup(
         "rich>=13",
         "safetensors>=0.4.3",
         "tokenizers>=0.20",
+        "xxhash>=3.4",
         "zstandard>=0.22",
     ],
     extras_require={

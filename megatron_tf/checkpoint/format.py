@@ -31,7 +31,8 @@ index.json
 manifest.json
     format_version  1
     token           random text of the save attempt that wrote the folder
-    files           {name: {"bytes": length, "sha256": 64 hexadecimal digits}}, every file of the folder but this one
+    files           {name: {"bytes": length, "xxh3_128": 32 hexadecimal digits}}, every file of the folder but this one;
+                    a checksum against damage, many times faster than a disk, not a seal against forgery
 
 shard_NNNNN.safetensors: the safetensors format; flat float32 little-endian tensors, one a piece,
     with the keys "<tensor>/<state>/<start>"
@@ -40,7 +41,7 @@ While a save is under way, the folder is called `.tmp-step_00001000-<token>` and
 shard_NNNNN.json, the rank's part, which vanishes when all parts have come together in the index:
     rank    of the writer
     error   null, or why this rank could not write; then the other fields are empty
-    file    null (this rank owned nothing) or the name of its shard, with its `bytes` and `sha256`
+    file    null (this rank owned nothing) or the name of its shard, with its `bytes` and `xxh3_128`
     pieces  [[tensor, state, start, stop, key], ...]
 """
 
@@ -66,7 +67,7 @@ STATES = (WEIGHT, *MOMENTS)
 DTYPE = "float32"
 BYTES_PER_ELEMENT = 4
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # never a path: a checkpoint only names files of its own folder
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHECKSUM = re.compile(r"[0-9a-f]{32}")
 
 
 def folder_name(step: int) -> str:
@@ -212,7 +213,7 @@ class CheckpointIndex:
 @dataclass(frozen=True)
 class StoredFile:
     num_bytes: int
-    sha256: str
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Manifest:
     files: Mapping[str, StoredFile]
 
     def to_json(self) -> bytes:
-        files = {name: {"bytes": entry.num_bytes, "sha256": entry.sha256} for name, entry in self.files.items()}
+        files = {name: {"bytes": entry.num_bytes, "xxh3_128": entry.checksum} for name, entry in self.files.items()}
         return encode(MANIFEST_NAME, {"format_version": FORMAT_VERSION, "token": self.token, "files": files})
 
     @classmethod
@@ -235,8 +236,8 @@ class Manifest:
         for name, entry in fields.objects("files"):
             if not _FILE_NAME.fullmatch(name):
                 raise fields.error("files", f"holds {name!r}, which is not a file name")
-            entry.only("bytes", "sha256")
-            files[name] = StoredFile(entry.integer("bytes"), _parse_sha256(entry))
+            entry.only("bytes", "xxh3_128")
+            files[name] = StoredFile(entry.integer("bytes"), _parse_checksum(entry))
         if INDEX_NAME not in files:
             raise fields.error("files", f"has no {INDEX_NAME}")
         return cls(fields.text("token"), files)
@@ -250,7 +251,7 @@ class Part:
     error: str | None = None
     file: str | None = None
     num_bytes: int = 0
-    sha256: str = ""
+    checksum: str = ""
     pieces: tuple[tuple[str, str, int, int, str], ...] = ()
 
     def to_json(self) -> bytes:
@@ -260,7 +261,7 @@ class Part:
             "error": self.error,
             "file": self.file,
             "bytes": self.num_bytes,
-            "sha256": self.sha256,
+            "xxh3_128": self.checksum,
             "pieces": [list(piece) for piece in self.pieces],
         }
         return encode(part_name(self.rank), value)
@@ -279,7 +280,7 @@ class Part:
             error=fields.optional_text("error"),
             file=fields.optional_text("file"),
             num_bytes=fields.integer("bytes"),
-            sha256=fields.text("sha256"),
+            checksum=fields.text("xxh3_128"),
             pieces=tuple(pieces),
         )
 
@@ -333,8 +334,8 @@ def _parse_steps(fields: Fields, name: str) -> tuple[StepRange, ...]:
     return tuple(tuple(entry) for entry in entries)
 
 
-def _parse_sha256(fields: Fields) -> str:
-    value = fields.text("sha256")
-    if not _SHA256.fullmatch(value):
-        raise fields.error("sha256", f"is {value!r}, expected 64 hexadecimal digits")
+def _parse_checksum(fields: Fields) -> str:
+    value = fields.text("xxh3_128")
+    if not _CHECKSUM.fullmatch(value):
+        raise fields.error("xxh3_128", f"is {value!r}, expected 32 hexadecimal digits")
     return value

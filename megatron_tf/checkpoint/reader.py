@@ -17,7 +17,7 @@ from megatron_tf.checkpoint.format import (
     StoredPiece,
 )
 from megatron_tf.checkpoint.ranges import RangeMap
-from megatron_tf.checkpoint.shards import ShardReader, file_sha256
+from megatron_tf.checkpoint.shards import ShardReader, file_checksum
 from megatron_tf.errors import CheckpointError
 
 
@@ -128,11 +128,11 @@ def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
     if name not in manifest.files:
         raise CheckpointError(f"{folder}: the manifest does not list {name}")
     try:
-        found = file_sha256(folder / name)
+        found = file_checksum(folder / name)
     except OSError as error:
         raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror})") from error
-    if found != manifest.files[name].sha256:
+    if found != manifest.files[name].checksum:
         raise CheckpointError(
-            f"{folder}: {name} is damaged: its sha256 is {found[:12]}..., "
-            f"the manifest says {manifest.files[name].sha256[:12]}..."
+            f"{folder}: {name} is damaged: its checksum is {found[:12]}..., "
+            f"the manifest says {manifest.files[name].checksum[:12]}..."
         )

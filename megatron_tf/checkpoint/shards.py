@@ -10,7 +10,6 @@ streams, computes the checksum on the way and holds one bounded buffer, whatever
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from megatron_tf.checkpoint.durable import new_file
@@ -52,7 +52,7 @@ def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]], after_tensor:
     encoded = json.dumps(header).encode("utf-8")
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
 
-    digest, total = hashlib.sha256(), 0
+    digest, total = xxhash.xxh3_128(), 0
     chunk = BUFFER_BYTES // BYTES_PER_ELEMENT
     # Hashing and writing the same bytes at the same time: both release the interpreter's lock.
     with new_file(path) as file, ThreadPoolExecutor(max_workers=1) as hasher:
@@ -77,9 +77,9 @@ def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]], after_tensor:
     return StoredFile(total, digest.hexdigest())
 
 
-def file_sha256(path: Path) -> str:
+def file_checksum(path: Path) -> str:
     """Checksum of a file, read through one bounded buffer."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER_BYTES))
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(BUFFER_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])

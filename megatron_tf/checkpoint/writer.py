@@ -42,7 +42,7 @@ from megatron_tf.checkpoint.format import (
     shard_name,
 )
 from megatron_tf.checkpoint.manager import REPLACED_PREFIX, UNFINISHED_PREFIX
-from megatron_tf.checkpoint.shards import file_sha256, write_shard
+from megatron_tf.checkpoint.shards import file_checksum, write_shard
 from megatron_tf.errors import CheckpointError
 
 FAILED_PREFIX = ".failed-"  # a small file: why a save failed, for the ranks that wait for it
@@ -162,7 +162,7 @@ class _Attempt:
             tensors = [(piece.key, piece.tensor) for piece in share]
             stored = write_shard(self.folder / shard_name(rank), tensors, lambda: self.at("tensor"))
             entries = tuple((piece.name, piece.state, piece.start, piece.stop, piece.key) for piece in share)
-            part = Part(rank, None, shard_name(rank), stored.num_bytes, stored.sha256, entries)
+            part = Part(rank, None, shard_name(rank), stored.num_bytes, stored.checksum, entries)
         self.at("shard")
         write_atomically(self.folder / part_name(rank), part.to_json())
         self._handed_over = True
@@ -191,14 +191,14 @@ class _Attempt:
         """Write index and manifest and give the folder its name."""
         self.at("parts")
         complete = self._assemble(index, parts)
-        files = {part.file: StoredFile(part.num_bytes, part.sha256) for part in parts if part.file}
+        files = {part.file: StoredFile(part.num_bytes, part.checksum) for part in parts if part.file}
         for name, stored in files.items():
             if (self.folder / name).stat().st_size != stored.num_bytes:
                 raise CheckpointError(f"{self.final}: {name} is not {stored.num_bytes} bytes long as its rank wrote it")
         for part in parts:
             (self.folder / part_name(part.rank)).unlink()
         write_atomically(self.folder / INDEX_NAME, encoded := complete.to_json())
-        files[INDEX_NAME] = StoredFile(len(encoded), file_sha256(self.folder / INDEX_NAME))
+        files[INDEX_NAME] = StoredFile(len(encoded), file_checksum(self.folder / INDEX_NAME))
         self.at("index")
         sync_folder(self.folder)
         write_atomically(self.folder / MANIFEST_NAME, Manifest(self.token, files).to_json())

@@ -150,7 +150,6 @@ def quiet_libraries() -> None:
     for module in (r"torch(\.|$)", r"deepspeed(\.|$)"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=module)
-        warnings.filterwarnings("ignore", category=UserWarning, module=module)
 
 
 class ErrorsOnly(logging.Filter):

@@ -10,6 +10,8 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+import xxhash
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor
 
@@ -18,10 +20,11 @@ from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.config.deepspeed_config import deepspeed_config
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.validate import BatchPlan
+from megatron_tf.errors import CheckpointError
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.params import parameter_table
+from megatron_tf.params import EMBEDDING, parameter_table
 from megatron_tf.training.optimizer import Segment, SegmentedAdamW
 from megatron_tf.training.pipeline import ShardedParameter, TokenFormerPipeline
 from megatron_tf.training.schedule import learning_rate
@@ -117,6 +120,35 @@ class Engine:
             for name, ranges in self._loaded_steps.items()
         }
 
+    def check_replicas(self) -> None:
+        """CheckpointError, on every rank, when copies of one tensor have drifted apart, naming it and the ranks.
+
+        Compared are tensors that several ranks hold whole: the final norm over the tensor ranks, the tied embedding
+        over first and last stage. All ranks must call it.
+        """
+        own = {
+            f"{shard.spec.name} from row {shard.first_row}": _digest(shard.parameter)
+            for shard in self._pipeline.shards()
+            if not shard.spec.sharded or shard.spec.name == EMBEDDING
+        }
+        everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, own)
+        problems = []
+        for name in sorted({name for copies in everyone for name in copies}):
+            holders: dict[str, list[int]] = {}
+            for rank, copies in enumerate(everyone):
+                if name in copies:
+                    holders.setdefault(copies[name], []).append(rank)
+            if len(holders) > 1:
+                problems.append(f"{name}: " + " differ from ".join(f"ranks {ranks}" for ranks in holders.values()))
+        if problems:
+            raise CheckpointError(
+                "copies of one parameter have drifted apart: "
+                + "; ".join(problems)
+                + ". Nothing was saved. Resume from "
+                "the last checkpoint; if it happens again, look for a failing device among these ranks."
+            )
+
     def loss_scaler(self) -> dict[str, Any]:
         """State of the fp16 loss scaler; empty for other precisions."""
         if self.config.training.precision != "fp16":
@@ -178,6 +210,11 @@ class Engine:
             local, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
             start = first + local.start
             yield shard, buffer, start, start + local.numel, flat.start, shard.owned
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().contiguous().view(torch.uint8).cpu().numpy()
+    return xxhash.xxh3_128(data).hexdigest()
 
 
 _SCALER_STATE = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}

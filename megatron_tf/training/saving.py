@@ -43,8 +43,9 @@ class Saver:
         """Publishes a checkpoint of `progress`, then lets old ones go.
 
         A save that fails is a warning and the run goes on: what it has learnt is worth more than a tidy end,
-        and the older checkpoints are untouched.
+        and the older checkpoints are untouched. CheckpointError when copies of a parameter have drifted apart.
         """
+        self._engine.check_replicas()
         try:
             path = save_checkpoint(
                 checkpoints_folder(self._config), self._engine.pieces(), self._index(progress),

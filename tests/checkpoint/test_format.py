@@ -16,7 +16,7 @@ from megatron_tf.checkpoint.format import (
 )
 from megatron_tf.errors import CheckpointError
 
-SHA = "0123456789abcdef" * 4
+CHECKSUM = "0123456789abcdef" * 2
 
 
 def full_index(sandbox) -> CheckpointIndex:
@@ -144,7 +144,7 @@ def test_what_json_cannot_express_is_refused_when_writing(sandbox):
 
 
 def test_manifest_survives_json():
-    manifest = Manifest("token", {"index.json": StoredFile(3, SHA)})
+    manifest = Manifest("token", {"index.json": StoredFile(3, CHECKSUM)})
     assert Manifest.from_json("manifest.json", manifest.to_json()) == manifest
 
 
@@ -152,10 +152,10 @@ def test_manifest_survives_json():
     ("files", "problem"),
     [
         ({}, "files has no index.json"),
-        ({"../index.json": {"bytes": 1, "sha256": SHA}}, "is not a file name"),
-        ({"index.json": {"bytes": -1, "sha256": SHA}}, "files.index.json.bytes is -1"),
-        ({"index.json": {"bytes": 1, "sha256": "abc"}}, "files.index.json.sha256 is 'abc'"),
-        ({"index.json": {"bytes": 1}}, "files.index.json.sha256 is missing"),
+        ({"../index.json": {"bytes": 1, "xxh3_128": CHECKSUM}}, "is not a file name"),
+        ({"index.json": {"bytes": -1, "xxh3_128": CHECKSUM}}, "files.index.json.bytes is -1"),
+        ({"index.json": {"bytes": 1, "xxh3_128": "abc"}}, "files.index.json.xxh3_128 is 'abc'"),
+        ({"index.json": {"bytes": 1}}, "files.index.json.xxh3_128 is missing"),
     ],
 )
 def test_each_malformed_field_of_the_manifest_is_named(files, problem):
@@ -166,7 +166,7 @@ def test_each_malformed_field_of_the_manifest_is_named(files, problem):
 
 
 def test_part_survives_json():
-    part = Part(3, None, "shard_00003.safetensors", 12, SHA, (("a", "weight", 0, 3, "a/weight/0"),))
+    part = Part(3, None, "shard_00003.safetensors", 12, CHECKSUM, (("a", "weight", 0, 3, "a/weight/0"),))
     assert Part.from_json("part", part.to_json()) == part
     assert Part.from_json("part", Part(3, error="disk full").to_json()).error == "disk full"
 

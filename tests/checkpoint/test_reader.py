@@ -8,7 +8,7 @@ import torch
 
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME, Manifest, StoredFile, shard_name
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.shards import ShardReader, file_sha256
+from megatron_tf.checkpoint.shards import ShardReader, file_checksum
 from megatron_tf.errors import CheckpointError
 
 
@@ -60,7 +60,7 @@ def test_flipped_byte_in_a_shard_is_found_by_verify_and_named(path, flip):
     flip(path / shard_name(1), -3)
     reader = open_checkpoint(path)
     reader.verify([shard_name(0)])
-    with pytest.raises(CheckpointError, match="shard_00001.safetensors is damaged: its sha256 is"):
+    with pytest.raises(CheckpointError, match="shard_00001.safetensors is damaged: its checksum is"):
         reader.verify()
 
 
@@ -86,7 +86,7 @@ def rewrite_index(path, change):
     text = json.dumps(content).encode()
     (path / INDEX_NAME).write_bytes(text)
     manifest = Manifest.from_json("", (path / MANIFEST_NAME).read_bytes())
-    stored = StoredFile(len(text), file_sha256(path / INDEX_NAME))
+    stored = StoredFile(len(text), file_checksum(path / INDEX_NAME))
     (path / MANIFEST_NAME).write_bytes(Manifest("t", {**manifest.files, INDEX_NAME: stored}).to_json())
 
 

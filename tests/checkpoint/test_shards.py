@@ -1,15 +1,15 @@
 from __future__ import annotations
 
-import hashlib
 import os
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_tf.checkpoint import shards
-from megatron_tf.checkpoint.shards import ShardReader, file_sha256, write_shard
+from megatron_tf.checkpoint.shards import ShardReader, file_checksum, write_shard
 from megatron_tf.errors import CheckpointError
 
 
@@ -41,8 +41,8 @@ def test_we_read_the_safetensors_librarys_files(tmp_path, tensors):
 def test_length_and_checksum_are_those_of_the_file(tmp_path, tensors):
     stored = write_shard(tmp_path / "shard", tensors, nothing)
     content = (tmp_path / "shard").read_bytes()
-    assert (stored.num_bytes, stored.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-    assert file_sha256(tmp_path / "shard") == stored.sha256
+    assert (stored.num_bytes, stored.checksum) == (len(content), xxhash.xxh3_128(content).hexdigest())
+    assert file_checksum(tmp_path / "shard") == stored.checksum
 
 
 @pytest.mark.parametrize("buffer_bytes", [4, 12, 64])
@@ -50,7 +50,7 @@ def test_tensors_longer_than_the_buffer(tmp_path, tensors, monkeypatch, buffer_b
     monkeypatch.setattr(shards, "BUFFER_BYTES", buffer_bytes)
     stored = write_shard(tmp_path / "shard", tensors, nothing)
     assert all(torch.equal(load_file(tmp_path / "shard")[key], tensor) for key, tensor in tensors)
-    assert file_sha256(tmp_path / "shard") == stored.sha256
+    assert file_checksum(tmp_path / "shard") == stored.checksum
 
 
 def test_others_may_read_the_file_as_the_umask_says(tmp_path, tensors):

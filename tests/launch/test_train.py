@@ -47,6 +47,13 @@ def test_a_run_writes_what_it_promises(folder):
     assert (index.step, index.samples, index.tokens) == (6, 48, 768)
 
 
+def test_starting_compiles_nothing(folder):
+    """DeepSpeed would compile a C++ op at the first start, and a stale lock of it makes every later start hang."""
+    extensions = folder / "extensions"
+    succeed(train(folder, "training.train_steps=2", TORCH_EXTENSIONS_DIR=str(extensions)))
+    assert not extensions.exists() or not any(extensions.iterdir())
+
+
 def test_a_finished_run_only_says_so(folder):
     succeed(train(folder))
     before = metrics(folder)

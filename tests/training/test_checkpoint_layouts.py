@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, grown
 from megatron_tf.checkpoint.writer import save_checkpoint
 from megatron_tf.config.schema import Growth
 from megatron_tf.config.validate import plan_batches
+from megatron_tf.errors import CheckpointError
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.topology import Topology
@@ -195,5 +197,29 @@ def _grow(rank, small, big, folder):
         other, *_ = engine_for(after, small, InitialSource(small.model, 99))
         with pytest.raises(Exception, match="changed the function"):
             compare(first, probe(other, held), "fp32", device)
+    finally:
+        leave()
+
+
+def test_drifted_copies_are_an_error(config):
+    with tempfile.TemporaryDirectory() as folder:
+        run(_drift, 4, config(), folder)
+
+
+def _drift(rank, config, folder):
+    layout = Layout(Topology(2, 2, 1))
+    start(rank, 4, folder)
+    try:
+        engine, *_ = engine_for(layout, config, InitialSource(config.model, config.run.seed))
+        engine.check_replicas()
+        shards = {shard.spec.name: shard.parameter for shard in engine._pipeline.shards()}
+        if rank == 3:
+            with torch.no_grad():
+                shards["final_norm.weight"][5] += 1e-6
+                shards["embedding.weight"][0, 0] += 1e-6
+        with pytest.raises(CheckpointError, match="drifted") as error:
+            engine.check_replicas()
+        assert "final_norm.weight from row 0: ranks [2] differ from ranks [3]" in str(error.value)
+        assert "embedding.weight from row 49: ranks [1] differ from ranks [3]" in str(error.value)
     finally:
         leave()
