@@ -98,6 +98,8 @@ class Data(Section):
 class Checkpoint(Section):
     interval_steps: Count | None = None  # the last step is always saved
     keep_last: Count | None = None  # older complete checkpoints are deleted; None keeps all
+    asynchronous: bool = True  # write in the background from a copy of the state in CPU memory
+    on_failure: Literal["warn", "stop"] = "warn"  # what a save that fails does to the run
     resume: Literal["auto", "never"] = "auto"  # auto: from the newest complete checkpoint of run.dir
     allow_data_change: bool = False  # resume although the data is not what the checkpoint was trained on
 

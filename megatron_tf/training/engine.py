@@ -213,7 +213,7 @@ class Engine:
 
 
 def _digest(tensor: Tensor) -> str:
-    data = tensor.detach().contiguous().view(torch.uint8).cpu().numpy()
+    data = tensor.detach().contiguous().view(torch.uint8).cpu().numpy().data
     return xxhash.xxh3_128(data).hexdigest()
 
 

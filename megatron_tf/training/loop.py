@@ -45,28 +45,29 @@ class Trainer:
     def fit(self) -> None:
         """Trains until the plan's last step. A run that is complete already only says so."""
         config = self.config
-        if self._finished:
+        if self._finished():
             self.console.info(f"step {self.progress.step:,} of {self.plan.train_steps:,}: the run is complete")
             return
         if self.progress.step == 0:
             self._evaluate()
         self.meter.start()
         with self.console.progress(self.plan.train_steps, self.progress.step, config.run.name) as bar:
-            while not self._finished:
+            while not self._finished():
                 result = self._train_step()
+                self.saver.poll()
                 if self._due(config.logging.interval_steps):
                     bar.advance(self.progress.step, self._log(result))
                 if self._due(config.evaluation.interval_steps):
                     self._evaluate()
                 if self._due(config.checkpoint.interval_steps):
                     self._save()
+            self.saver.finish()
 
-    @property
     def _finished(self) -> bool:
         return self.progress.step >= self.plan.train_steps
 
     def _due(self, interval: int | None) -> bool:
-        return self._finished or (interval is not None and self.progress.step % interval == 0)
+        return self._finished() or (interval is not None and self.progress.step % interval == 0)
 
     def _train_step(self) -> StepResult:
         now = self.progress

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.manager import prune
-from megatron_tf.checkpoint.writer import save_checkpoint
+from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.errors import CheckpointError
 from megatron_tf.params import parameter_table
@@ -20,7 +25,10 @@ from megatron_tf.training.start import Progress, checkpoints_folder
 
 
 class Saver:
-    """Writes checkpoints of one run. All ranks call `save` together."""
+    """Writes checkpoints of one run, in the background unless told otherwise; never two at once.
+
+    All ranks call each method together, at the same step.
+    """
 
     def __init__(
         self,
@@ -37,29 +45,80 @@ class Saver:
         self._config, self._engine, self._rank, self._world_size = config, engine, rank, world_size
         self._token, self._data, self._history = token, data_fingerprint, growth_history
         self._trackers, self._console = trackers, console
-        self.saved_step = -1
+        self._buffers: dict[str, Tensor] = {}
+        self._write: _Write | None = None
+        self._group = dist.new_group(backend="gloo")  # for asking about a write without stopping a GPU
 
     def save(self, progress: Progress) -> None:
-        """Publishes a checkpoint of `progress`, then lets old ones go.
+        """Saves the state as it is now. Returns when a copy of it is safe to write from, which is soon.
 
-        A save that fails is a warning and the run goes on: what it has learnt is worth more than a tidy end,
-        and the older checkpoints are untouched. CheckpointError when copies of a parameter have drifted apart.
+        Waits for the save before this one. CheckpointError when copies of a parameter have drifted apart.
         """
+        self.finish()
         self._engine.check_replicas()
-        try:
-            path = save_checkpoint(
-                checkpoints_folder(self._config), self._engine.pieces(), self._index(progress),
-                rank=self._rank, world_size=self._world_size, token=f"{self._token}-{progress.step}",
-                timeout_seconds=self._config.parallel.timeout_seconds,
-            )  # fmt: skip
-        except CheckpointError as error:
-            self._console.warning(f"checkpoint not saved, training goes on: {error}")
+        asynchronous = self._config.checkpoint.asynchronous
+        pieces = self._snapshot() if asynchronous else self._engine.pieces()
+        index = self._index(progress)
+        self._write = _Write(lambda: self._publish(pieces, index))
+        if not asynchronous:
+            self.finish()
+
+    def poll(self) -> None:
+        """Reports a background save once it is over on all ranks; to be called at every step. Never waits for it."""
+        if self._write is None:
             return
-        self.saved_step = progress.step
-        self._console.info(f"saved {path}")
-        if self._rank == 0 and self._config.checkpoint.keep_last is not None:
-            prune(checkpoints_folder(self._config), self._config.checkpoint.keep_last, known_good=[path])
-        dist.barrier()
+        over = torch.tensor(int(not self._write.is_alive()))
+        dist.all_reduce(over, op=dist.ReduceOp.MIN, group=self._group)
+        if over:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the save in the background and reports it.
+
+        A save that failed is a warning and the run goes on, because what it has learnt since is worth more than a
+        tidy end; with `checkpoint.on_failure: stop` it is a CheckpointError. Older checkpoints are untouched.
+        """
+        write, self._write = self._write, None
+        if write is None:
+            return
+        write.join()
+        if write.failure is None:
+            self._console.info(f"saved {write.path}")
+            return
+        if not isinstance(write.failure, CheckpointError):
+            raise write.failure
+        if self._config.checkpoint.on_failure == "stop":
+            raise write.failure
+        if self._rank == 0:
+            self._console.warning(f"checkpoint not saved, training goes on: {write.failure}")
+
+    def _publish(self, pieces: list[Piece], index: CheckpointIndex) -> Path:
+        """Runs in the background: ranks meet through files only, see `checkpoint.writer`."""
+        root, keep_last = checkpoints_folder(self._config), self._config.checkpoint.keep_last
+        path = save_checkpoint(
+            root, pieces, index, rank=self._rank, world_size=self._world_size, token=f"{self._token}-{index.step}",
+            timeout_seconds=self._config.parallel.timeout_seconds,
+        )  # fmt: skip
+        if self._rank == 0 and keep_last is not None:
+            try:
+                prune(root, keep_last, known_good=[path])
+            except OSError as error:
+                self._console.warning(f"old checkpoints in {root} could not be deleted: {error}")
+        return path
+
+    def _snapshot(self) -> list[Piece]:
+        """A copy of this rank's state in CPU memory that is allocated once."""
+        pieces = []
+        for piece in self._engine.pieces():
+            buffer = self._buffers.get(piece.key)
+            if buffer is None:
+                buffer = torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype, pin_memory=piece.tensor.is_cuda)
+                self._buffers[piece.key] = buffer
+            buffer.copy_(piece.tensor, non_blocking=True)
+            pieces.append(replace(piece, tensor=buffer))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return pieces
 
     def _index(self, progress: Progress) -> CheckpointIndex:
         table = parameter_table(self._config.model)
@@ -76,3 +135,20 @@ class Saver:
             trackers=self._trackers.ids,
             run=self._engine.loss_scaler(),
         )
+
+
+class _Write(threading.Thread):
+    """One save in the background and how it ended. A process that dies meanwhile leaves nothing half-written behind."""
+
+    def __init__(self, work: Callable[[], Path]):
+        super().__init__(name="checkpoint", daemon=True)
+        self._work = work
+        self.path: Path | None = None
+        self.failure: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.path = self._work()
+        except Exception as error:  # raised again where all ranks are together
+            self.failure = error
