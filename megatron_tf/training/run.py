@@ -76,7 +76,7 @@ def _train(
     console = Console(environment.rank == 0, run_dir / "train.log")
     for line in describe(config, environment.world_size).splitlines():
         console.info(line)
-    for line in passed_over:
+    for line in passed_over if environment.rank == 0 else ():
         console.warning(line)
     console.info(start.description)
 
