@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("config", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace values of the file")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     environment = detect(os.environ)
     try:
         config = load_config(arguments.config, arguments.overrides)

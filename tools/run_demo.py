@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="processes to train on (default 2)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="for both stages")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if not Path(STAGES[0]).is_file():
         raise UserError(f"{STAGES[0]} is not here: run the demo in the project's folder")
     started = time.monotonic()

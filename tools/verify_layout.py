@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every layout of 2 to --ranks ranks instead of one")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative error (default 1e-5)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, [*arguments.overrides, "training.precision=fp32"])
     ranks = arguments.ranks or max(2, config.parallel.tensor * config.parallel.pipeline)
     if arguments.all:

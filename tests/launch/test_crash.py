@@ -28,7 +28,7 @@ from megatron_tf.checkpoint.format import (
 )
 from megatron_tf.checkpoint.manager import STEP_PREFIX, UNFINISHED_PREFIX
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.writer import Piece, save_checkpoint
+from megatron_tf.checkpoint.writer import FAILED_PREFIX, Piece, save_checkpoint
 from megatron_tf.config.load import load_config
 from megatron_tf.errors import CheckpointError
 from megatron_tf.training.start import choose
@@ -185,12 +185,15 @@ def test_a_full_disk_does_not_end_the_run(folder, small_disk):
     assert result.returncode == 0, result.stdout
     assert "step 6/6" in result.stdout and "Traceback" not in result.stdout
     assert "checkpoint not saved, training goes on" in result.stdout and "No space left on device" in result.stdout
-    kept = sorted(os.listdir(folder / "run" / "checkpoints"))
-    assert kept and all(name.startswith(STEP_PREFIX) for name in kept) and kept[-1] < f"{STEP_PREFIX}{6:08d}"
+    names = os.listdir(folder / "run" / "checkpoints")
+    assert all(name.startswith((STEP_PREFIX, FAILED_PREFIX)) for name in names), "unfinished folders take up room"
+    kept = max(name for name in names if name.startswith(STEP_PREFIX))
+    assert kept < f"{STEP_PREFIX}{6:08d}"
     small_disk()
     again = train(folder, "checkpoint.interval_steps=1")
     assert again.returncode == whole.returncode == 0, again.stdout
-    assert f"at step {int(kept[-1].removeprefix(STEP_PREFIX))}" in again.stdout
+    assert f"at step {int(kept.removeprefix(STEP_PREFIX))}" in again.stdout
+    assert all(name.startswith(STEP_PREFIX) for name in os.listdir(folder / "run" / "checkpoints"))
     one, other = load_logical(folder / "run"), load_logical(folder / "whole")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
