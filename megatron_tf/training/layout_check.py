@@ -131,6 +131,7 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32)
             loss = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten()) / plan.num_micro_batches
             loss.backward()
             total += loss.item()
+        trace.losses.append(total)
         trace.grad_norms.append(_clip([p.grad for p in model.parameters() if p.grad is not None], config))
         if step == 0:
             trace.gradients.update(

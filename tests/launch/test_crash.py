@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -67,9 +67,9 @@ class Tally:
 
     kills: int = 0
     in_a_save: int = 0
+    in_a_deletion: int = 0
     before_any_step: int = 0
     ended: int = 0
-    outputs: list[str] = field(default_factory=list)
 
 
 class Killer:
@@ -100,7 +100,9 @@ class Killer:
                 return self.output.read_text()
             kills -= 1
             self.tally.kills += 1
-            self.tally.in_a_save += bool(self._unfinished() - self.before)
+            started = self._unfinished() - self.before
+            self.tally.in_a_save += any(not name.endswith("-deleted") for name in started)
+            self.tally.in_a_deletion += any(name.endswith("-deleted") for name in started)
             self.tally.before_any_step += self._steps() == self.steps_before
 
     def _wait_for_the_moment(self, process: subprocess.Popen) -> None:
