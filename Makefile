@@ -24,11 +24,13 @@ demo: export OMP_NUM_THREADS ?= $(HALF_OF_CORES)
 demo: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/run_demo.py
 
-test test-fast: export OMP_NUM_THREADS ?= 1
-test test-fast: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(MARKED) $(PYTEST_ARGS)
+PYTEST = PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
-test-fast: MARKED = -m "not slow"
+test: $(STAMP)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: $(STAMP)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
