@@ -12,13 +12,13 @@ from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER, find_latest, reso
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, StateSource, grown_source
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.growth.source import growth_entry
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `samples` is the data position of this run; `tokens` counts since the very first stage."""
+    """How far a run is. `samples` is the position in the data; `tokens` counts since the very first stage."""
 
     step: int = 0
     samples: int = 0
@@ -46,12 +46,17 @@ def choose(config: RunConfig) -> tuple[Path | None, list[str]]:
     """The checkpoint to start from (None: initial weights) and what was passed over on the way, with reasons.
 
     All its checksums are compared. Meant for one rank; the others take its word. CheckpointError when the
-    growth source holds no complete checkpoint.
+    growth source holds no complete checkpoint; ConfigError when the run must not resume and has checkpoints of its own.
     """
-    latest, skipped = None, []
-    if config.checkpoint.resume == "auto":
-        latest, passed = find_latest(checkpoints_folder(config), verify=True)
-        skipped = [f"{path}: not used: {reason}" for path, reason in passed]
+    own = checkpoints_folder(config)
+    latest, passed = find_latest(own, verify=config.checkpoint.resume == "auto")
+    if latest is not None and config.checkpoint.resume == "never":
+        # a later resume would take the highest step, whichever of the two runs it is of
+        raise ConfigError(
+            f"checkpoint.resume: is never, but {own} holds {latest.name} of an earlier run. Choose another run.dir, "
+            "or delete that folder."
+        )
+    skipped = [f"{path}: not used: {reason}" for path, reason in passed]
     if latest is None and config.growth is not None:
         latest = resolve(config.growth.source)
         open_checkpoint(latest).verify()
@@ -83,9 +88,11 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
         method=growth.method, moments=growth.moments, source=str(path), step=index.step, samples=index.samples,
         tokens=index.tokens, old_model=stored_model(index), new_model=config.model,
     )  # fmt: skip
+    # the same data goes on where the smaller model stopped; other data begins at its beginning
+    samples = index.samples if dict(index.data) == dict(data) else 0
     return Start(
         grown_source(reader, config.model, growth, config.run.seed), f"grown from {path} by {growth.method}",
-        Progress(0, 0, index.tokens), (*index.growth_history, entry), grown_from=reader,
+        Progress(0, samples, index.tokens), (*index.growth_history, entry), grown_from=reader,
     )  # fmt: skip
 
 

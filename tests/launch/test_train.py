@@ -101,6 +101,7 @@ def test_grow_on_another_layout(folder):
     assert start["eval/loss"] == pytest.approx(end["eval/loss"], rel=1e-6)
     assert start["tokens"] == end["tokens"] == 768  # the count goes on
     index = open_checkpoint(folder / "grown" / "checkpoints" / "step_00000006").index
+    assert index.samples == 96  # the data goes on too: no sample is seen twice
     entry = index.growth_history[0]
     assert entry["from"]["ffn"] == 37 and entry["to"]["ffn"] == 75
     assert entry["loss_before"] == pytest.approx(entry["loss_after"], rel=1e-6)
