@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.format import (
+    BYTES_PER_ELEMENT,
     INDEX_NAME,
     MANIFEST_NAME,
     WEIGHT,
@@ -17,7 +18,7 @@ from megatron_tf.checkpoint.format import (
     StoredPiece,
 )
 from megatron_tf.checkpoint.ranges import RangeMap
-from megatron_tf.checkpoint.shards import ShardReader, file_checksum
+from megatron_tf.checkpoint.shards import BUFFER_BYTES, ShardReader, file_checksum
 from megatron_tf.errors import CheckpointError
 
 
@@ -63,17 +64,36 @@ class CheckpointReader:
 
         Reads only these bytes. CheckpointError when the checkpoint does not hold them.
         """
+        if not start <= stop:
+            raise CheckpointError(f"{self.path}: elements [{start}, {stop}) asked of {name!r}")
+        result = torch.empty(stop - start, dtype=torch.float32)
+        self.read_into(name, state, start, result)
+        return result
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        """Fill the flat fp32 `target` with the elements of `name` from `start` on.
+
+        Straight from the file when `target` is contiguous CPU memory, otherwise through one bounded buffer.
+        """
+        stop = start + target.numel()
         if (name, state) not in self._maps:
             kind = f"no state {state!r} of tensor" if name in self.index.tensors else "no tensor"
             raise CheckpointError(f"{self.path}: holds {kind} {name!r}")
         numel = self.index.tensors[name].numel
         if not 0 <= start <= stop <= numel:
             raise CheckpointError(f"{self.path}: elements [{start}, {stop}) asked of {name!r}, which has {numel}")
-        result = torch.empty(stop - start, dtype=torch.float32)
+        direct = target.device.type == "cpu" and target.is_contiguous()
+        buffer = None if direct else torch.empty(min(target.numel(), BUFFER_BYTES // BYTES_PER_ELEMENT))
         for first, last, piece in self._maps[name, state].overlapping(start, stop):
             begin, end = max(first, start), min(last, stop)
-            self._shard_of(piece).read_into(piece.key, begin - first, result[begin - start : end - start])
-        return result
+            shard, part = self._shard_of(piece), target[begin - start : end - start]
+            if buffer is None:
+                shard.read_into(piece.key, begin - first, part)
+                continue
+            for low in range(0, end - begin, len(buffer)):
+                staged = buffer[: end - begin - low]
+                shard.read_into(piece.key, begin - first + low, staged)
+                part[low : low + len(staged)].copy_(staged)
 
     def verify(self, files: Iterable[str] | None = None) -> None:
         """Compare the checksums of `files` (all by default) with the manifest, and the shards' headers with the index.

@@ -16,7 +16,7 @@ from megatron_tf.checkpoint.format import STATES, WEIGHT
 from megatron_tf.checkpoint.ranges import StepRange, clip_steps
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.config.schema import Growth, Model
-from megatron_tf.growth.source import GrownSource, StateSource, growth_seed
+from megatron_tf.growth.source import GrownSource, StateSource, copy_in_slices, growth_seed
 from megatron_tf.params import initial_scales, parameter_table
 
 __all__ = ["CheckpointSource", "InitialSource", "StateSource", "grown_source"]
@@ -34,6 +34,9 @@ class CheckpointSource:
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
         return self._reader.read(name, state, start, stop)
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        self._reader.read_into(name, state, start, target)
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         """Step counts of [start, stop); 0 where the checkpoint has weights only."""
@@ -58,6 +61,9 @@ class InitialSource:
         first, last = start // spec.width, -(-stop // spec.width)
         rows = initial_rows(spec, self._seed, first, last).reshape(-1)
         return rows[start - first * spec.width : stop - first * spec.width]
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        copy_in_slices(lambda low, high: self.read(name, state, low, high), start, target)
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         return [(start, stop, 0)] if start < stop else []

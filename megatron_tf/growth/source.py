@@ -8,7 +8,7 @@ layout, in the trainer and in a tool that writes the grown checkpoint.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ from megatron_tf.growth.methods import METHODS, NewElements, NewTokens, Projecti
 from megatron_tf.params import parameter_table, projection_tokens
 
 WEIGHT = "weight"
+SLICE_ELEMENTS = 2**20  # 4 MiB in fp32
 
 
 class StateSource(Protocol):
@@ -37,9 +38,20 @@ class StateSource(Protocol):
         """Elements [start, stop) of the flattened logical tensor `name`: flat fp32 on the CPU."""
         ...
 
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        """Fill the flat fp32 `target`, on any device, from element `start` on; holds one bounded buffer besides."""
+        ...
+
     def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Optimizer steps that these elements have had: (start, stop, steps) in order, covering [start, stop)."""
         ...
+
+
+def copy_in_slices(read: Callable[[int, int], Tensor], start: int, target: Tensor) -> None:
+    """Fill `target` from element `start` on with what `read` gives for [low, high), a bounded slice at a time."""
+    for low in range(0, target.numel(), SLICE_ELEMENTS):
+        part = target[low : low + SLICE_ELEMENTS]
+        part.copy_(read(start + low, start + low + part.numel()))
 
 
 def growth_seed(seed: int, number: int) -> int:
@@ -104,6 +116,9 @@ class GrownSource:
         if boundary < stop:
             parts.append(self._new(name, boundary, stop) if state == WEIGHT else torch.zeros(stop - boundary))
         return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        copy_in_slices(lambda low, high: self.read(name, state, low, high), start, target)
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
         if self._reset:

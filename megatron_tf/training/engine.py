@@ -191,7 +191,7 @@ class Engine:
         self.optimizer.bind(segments)
         for segment in segments:
             for state, tensor in self.optimizer.states(segment).items():
-                tensor.copy_(source.read(segment.name, state, segment.start, segment.stop))
+                source.read_into(segment.name, state, segment.start, tensor)
         if self.config.zero.stage:
             # fp32 master weights were written, not made from rounded ones; now the model's copy follows them
             self._wrapper.update_lp_params()

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.checkpoint.durable import write_atomically
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import DataSource, RunConfig
@@ -114,7 +115,7 @@ def _prepare_folder(config: RunConfig, run_dir: Path, is_main: bool) -> None:
     if is_main:
         try:
             checkpoints_folder(config).mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yml").write_text(dump_config(config), encoding="utf-8")
+            write_atomically(run_dir / "config.yml", dump_config(config).encode())
         except OSError as error:
             raise ConfigError(
                 f"run.dir: cannot write to {run_dir}: {error.strerror}. Choose another folder."
