@@ -1,5 +1,6 @@
 # make demo        set up, then the main job on real text: train, grow, train on
 # make test        set up, then every test; PYTEST_ARGS=... goes to pytest
+#                  (also -m timing: the few that compare speeds and want a quiet machine)
 # make test-fast   the same without the slow tests
 # make lint        set up, then ruff and mypy
 # make clean       remove what the set-up and the demo made
@@ -30,7 +31,7 @@ test: $(STAMP)
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not timing" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

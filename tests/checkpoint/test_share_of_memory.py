@@ -96,7 +96,7 @@ def available_memory_bytes() -> float:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.timeout(900)
 def test_a_share_of_four_gigabytes(tmp_path):
     """`-s` shows the figures."""
