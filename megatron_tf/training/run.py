@@ -81,7 +81,8 @@ def _train(
         console.warning(line)
     console.info(start.description)
 
-    held = list((validation or training).step_batches(0))
+    growing = start.grown_from is not None  # the held batch is read for the proof of a growth only
+    held = together(lambda: list((validation or training).step_batches(0))) if growing else []
     before = _probe_smaller(config, plan, topology, tensor, start, held)
     engine = Engine(config, model, plan, topology, tensor, start.source)
     engine.load_loss_scaler(dict(start.run_state))
