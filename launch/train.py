@@ -9,32 +9,44 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 
-from megatron_tf.config.load import load_config
-from megatron_tf.errors import UserError, run_command
+from megatron_tf.config.stages import load_stages
+from megatron_tf.errors import LaunchError, UserError, run_rank
 from megatron_tf.parallel.environment import detect
+
+LATER_SECONDS = 20.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace values of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
+                        help="replace values of the file")  # fmt: skip
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_intermixed_args()
     environment = detect(os.environ)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        stages = load_stages(arguments.config, arguments.overrides)
         from megatron_tf.telemetry.console import quiet_libraries
 
         quiet_libraries()
+        from megatron_tf.training.preflight import preflight
+
+        preflight(stages, environment)
         from megatron_tf.training.run import train
 
-        train(config, environment)
+        train(stages, environment)
+    except LaunchError:
+        raise  # is about this rank or its machine; no other rank can say it
     except UserError:
         if environment.rank == 0:
             raise
-        sys.exit(2)  # every rank fails alike; one message is enough
+        # Every rank fails alike and one message is enough. But a launcher stops all ranks when the first one ends,
+        # so rank 0, which says it, goes first.
+        time.sleep(LATER_SECONDS)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_rank(main)

@@ -6,9 +6,16 @@ A message names the key or file, both numbers, and the remedy. Our own bugs stay
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+# What the operating system says of a disk, never of our code; these come without a file name when a write fails.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 
 
 class UserError(Exception):
@@ -36,25 +43,97 @@ class CheckpointError(UserError):
     """A checkpoint is missing, broken, or belongs to another architecture."""
 
 
+class UnreadableError(CheckpointError):
+    """The system does not let a checkpoint be read, for example for want of permission: it may well be whole."""
+
+
+class TrainingError(UserError):
+    """Training itself went wrong, and the run stops as its configuration says."""
+
+
 class LaunchError(UserError):
     """The launcher's environment contradicts itself, or the ranks cannot meet."""
+
+
+@contextmanager
+def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+    """Turn the system's objection to `path`, an OSError in the block, into a `kind`: "path: reason. remedy".
+
+    A name that cannot be a path at all (with a NUL in it, or not encodable) is refused before the block.
+    """
+    try:
+        is_path = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_path = False
+    if not is_path:
+        raise kind(f"{os.fspath(path)!r}: can be no path. {remedy}")
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{os.fspath(path)}: {error.strerror or error}. {remedy}") from error
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and turn what the user can mend into one message and an exit code.
 
-    `UserError`: `error: <message>` on stderr, exit code 2. Control-C: exit code 130. A reader that closed
-    the pipe (`... | head`): exit code 1, without a word. Everything else is our bug and keeps its traceback.
+    `UserError`: `error: <message>` on stderr, exit code 2; the same, as a last resort, for an OSError that names a
+    file or speaks of the disk. Control-C: exit code 130. A reader that closed the pipe (`... | head`): exit code 1,
+    without a word. Everything else is our bug and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: a character or a file name that the locale's encoding lacks is shown as an escape.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-        sys.stdout.flush()  # a closed pipe shows itself here and not in the interpreter's shutdown
+        sys.stdout.flush()  # a closed pipe and a full disk show themselves here, not in the interpreter's shutdown
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # What is still buffered would raise again when Python closes stdout: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_ERRORS:
+            raise
+        file = "a file or the output" if error.filename is None else os.fsdecode(error.filename)
+        _fail(f"{file}: {error.strerror}")
+
+
+def run_rank(main: Callable[[], None]) -> NoReturn:
+    """As `run_command`, for a process of torch.distributed; it ends by `exit_now`."""
+    code: object = 0
+    try:
+        run_command(main)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    exit_now(code if isinstance(code, int) else 0)
+
+
+def exit_now(code: int = 0) -> NoReturn:
+    """End the process without the interpreter's shutdown.
+
+    Threads of torch and gloo may be about to take the interpreter's lock. When it is shut down under them, a rank that
+    has done all its work ends, once in some thousand times, in "terminate called" and a signal.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
+    sys.exit(2)
+
+
+def _discard_output() -> None:
+    """What is still buffered would raise again when Python closes stdout: give it somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
 
@@ -18,7 +18,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     counts = model.parameter_tokens
     flops = flops_per_token(model)
     sequence = ", sequence-parallel" if config.parallel.sequence else ""
-    growth = f", grown from {config.growth.source} by {config.growth.method}" if config.growth else ""
+    growth = f", grown from {config.growth.source} by {_method(config.growth)}" if config.growth else ""
     checkpointing = ", activation checkpointing" if training.activation_checkpointing else ""
     lines = {
         "run": f"{config.run.name} in {config.run.dir}, seed {config.run.seed}{growth}",
@@ -47,6 +47,24 @@ def describe(config: RunConfig, world_size: int) -> str:
         ),
     }
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+
+def evaluation_warning(samples: int, available: int) -> str | None:
+    """What to say when an evaluation of `samples` samples goes round the `available` ones of the validation data."""
+    if samples <= available:
+        return None
+    return (
+        f"evaluation.samples: {samples:,}, but the validation data has {available:,} "
+        f"{_plural('sample', available)}: each evaluation goes round it {samples / available:,.1f} times and takes as "
+        f"much longer. Set it to at most {available}."
+    )
+
+
+def _method(growth: Growth) -> str:
+    methods = {kind: growth.method_of(kind) for kind in ParameterTokens.model_fields}
+    alike = len(set(methods.values())) == 1
+    text = growth.method_of("qkv") if alike else ", ".join(f"{kind} {method}" for kind, method in methods.items())
+    return text + (f" with noise {growth.noise:g}" if growth.noise else "")
 
 
 def _plural(noun: str, count: int) -> str:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from megatron_tf.errors import exit_now
 from megatron_tf.parallel.groups import Group
 
 TIMEOUT = timedelta(seconds=60)
@@ -32,3 +33,4 @@ def _rank(rank: int, function: Callable[..., None], world_size: int, store: str,
         function(Group(world_size, rank, dist.group.WORLD), *arguments)
     finally:
         dist.destroy_process_group()
+    exit_now()

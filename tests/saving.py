@@ -8,6 +8,7 @@ from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.params import parameter_table
 from megatron_tf.telemetry.trackers import Trackers
+from megatron_tf.training.optimizer import Segment, SegmentedAdamW
 from megatron_tf.training.saving import Saver
 
 
@@ -25,21 +26,33 @@ class Recorder:
 
 
 class StateOnly:
+    """Weights and moments under the real optimizer, and nothing that computes."""
+
     def __init__(self, model):
-        source, table = InitialSource(model, 1), parameter_table(model)
+        source = InitialSource(model, 1)
         self.scales = dict(source.scales)
-        self._pieces = [
-            Piece(name, state, 0, spec.numel, source.read(name, state, 0, spec.numel))
-            for name, spec in table.items()
-            for state in ("weight", "exp_avg", "exp_avg_sq")
-        ]
-        self._numel = {name: spec.numel for name, spec in table.items()}
+        self._numel = {name: spec.numel for name, spec in parameter_table(model).items()}
+        buffers = {name: source.read(name, "weight", 0, n).requires_grad_() for name, n in self._numel.items()}
+        self.optimizer = SegmentedAdamW(buffers.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        self.optimizer.bind(
+            Segment(name, 0, len(buffer), buffer, 0, True, True, torch.tensor(0.0)) for name, buffer in buffers.items()
+        )
+
+    def update(self):
+        """One step of training: every element of every state changes."""
+        for segment in self.optimizer.segments:
+            segment.buffer.grad = torch.ones_like(segment.buffer)
+        self.optimizer.step()
 
     def pieces(self):
-        return list(self._pieces)
+        return [
+            Piece(segment.name, state, segment.start, segment.stop, tensor)
+            for segment in self.optimizer.segments
+            for state, tensor in self.optimizer.states(segment).items()
+        ]
 
     def adam_steps(self):
-        return {name: ((0, numel, 1),) for name, numel in self._numel.items()}
+        return {name: ((0, numel, self.optimizer.num_updates),) for name, numel in self._numel.items()}
 
     def check_replicas(self):
         pass
@@ -48,8 +61,9 @@ class StateOnly:
         return {}
 
 
-def saver_of(config, folder, model=None, **checkpoint):
+def saver_of(config, folder, model=None, known_good=(), **checkpoint):
     torch.manual_seed(0)
     run_config = config(run={"dir": str(folder)}, checkpoint=checkpoint, model=model or {})
     engine, console = StateOnly(run_config.model), Recorder()
-    return Saver(run_config, engine, 0, 1, "token", {}, (), Trackers([], console.warning), console), engine, console
+    trackers = Trackers([], console.warning)
+    return Saver(run_config, engine, 0, 1, "token", {}, (), trackers, console, known_good), engine, console

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_tf.config import load_config
 from megatron_tf.config.load import dump_config
+from megatron_tf.config.stages import load_stages
 from megatron_tf.config.validate import plan_batches, validate
 from megatron_tf.estimate import memory_per_rank, num_parameters
 from megatron_tf.model import build_model
@@ -41,12 +42,15 @@ GROWS_FROM = {
 }
 
 
+CHAINS = {"chain_124M_to_1.4B": ["124M", "354M", "757M", "1.4B"], "tiny_chain": ["tokens128", "tokens192", "tokens256"]}
+
+
 def load(name):
     return load_config(CONFIGS / f"{name}.yml")
 
 
 def test_this_list_is_complete():
-    assert {path.stem for path in CONFIGS.glob("*.y*ml")} == set(SIZES)
+    assert {path.stem for path in CONFIGS.glob("*.y*ml")} == {*SIZES, *CHAINS}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -126,3 +130,20 @@ def test_runs_write_apart_and_grow_from_the_size_before(name):
     old, new = source.model.parameter_tokens, config.model.parameter_tokens
     assert config.model.model_copy(update={"parameter_tokens": old}) == source.model
     assert new.qkv > old.qkv and new.proj > old.proj and new.ffn > old.ffn
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chain(name):
+    stages = load_stages(CONFIGS / f"{name}.yml")
+    assert [Path(stage.run.dir).name for stage in stages] == CHAINS[name]
+    for before, stage in zip(stages, stages[1:]):
+        assert stage.growth is not None and stage.growth.source == before.run.dir
+    for stage in stages:
+        validate(stage, 8 if name.startswith("chain") else 2)
+
+
+def test_the_papers_chain_is_its_four_configurations():
+    for stage in load_stages(CONFIGS / "chain_124M_to_1.4B.yml"):
+        single = load(Path(stage.run.dir).name)
+        growth = stage.growth and stage.growth.model_copy(update={"source": single.growth.source})
+        assert stage.model_copy(update={"run": single.run, "growth": growth}) == single

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import errno
 import io
+import os
 import subprocess
 import sys
 
 import pytest
 
-from megatron_tf.errors import CheckpointError, ConfigError, DataError, LaunchError, UserError, run_command
+from megatron_tf.errors import CheckpointError, ConfigError, DataError, LaunchError, UserError, file_errors, run_command
 
 
 def fail_with(error: BaseException):
@@ -40,9 +42,66 @@ def test_a_user_error_is_one_message_and_exit_code_2(kind, capsys):
 
 
 def test_a_bug_keeps_its_traceback():
-    for bug in (AssertionError("ours"), RuntimeError("ours"), FileNotFoundError("ours")):
+    for bug in (AssertionError("ours"), RuntimeError("ours"), FileNotFoundError("ours"), ConnectionError(111, "ours")):
         with pytest.raises(type(bug), match="ours"):
             run_command(fail_with(bug))
+
+
+def test_the_system_s_objection_to_a_file_is_one_message(capsys):
+    cases = {
+        PermissionError(errno.EACCES, "Permission denied", "data/x.bin"): "error: data/x.bin: Permission denied\n",
+        IsADirectoryError(errno.EISDIR, "Is a directory", b"data/x"): "error: data/x: Is a directory\n",
+        OSError(errno.ENOSPC, "No space left on device"): "error: a file or the output: No space left on device\n",
+    }
+    for problem, message in cases.items():
+        with pytest.raises(SystemExit) as ended:
+            run_command(fail_with(problem))
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == message
+
+
+class TestFileErrors:
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [("none", "No such file"), ("x" * 300, "File name too long"), (".", "Is a directory"), ("file/a", "Not a dir")],
+    )
+    def test_objections_become_the_kind_that_is_asked_for(self, tmp_path, name, reason):
+        (tmp_path / "file").touch()
+        with (
+            pytest.raises(DataError, match=rf"^{tmp_path / name}: {reason}.*\. Correct it\.$"),
+            file_errors(DataError, tmp_path / name, "Correct it."),
+        ):
+            (tmp_path / name).read_bytes()
+
+    @pytest.mark.parametrize("name", ["a\0b", "a\ud800"])
+    def test_names_that_can_be_no_path_are_refused_before_the_block(self, name):
+        with pytest.raises(CheckpointError, match="can be no path. Correct it"), \
+             file_errors(CheckpointError, name, "Correct it."):  # fmt: skip
+            pytest.fail("the block ran")
+
+    def test_everything_else_passes(self):
+        for other in (ValueError("ours"), DataError("theirs")):
+            with pytest.raises(type(other)), file_errors(ConfigError, "a", "Correct it."):
+                raise other
+
+
+def command(body: str, **options) -> subprocess.CompletedProcess:
+    script = f"from megatron_tf.errors import run_command\nrun_command(lambda: {body})"
+    return subprocess.run([sys.executable, "-c", script], timeout=60, **options)
+
+
+def test_characters_that_the_locale_lacks_are_escaped():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = command(r"print('\u03c4, file \udcff')", env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u03c4, file \\udcff\n", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["noticed when flushing", "noticed when printing"])
+def test_an_output_on_a_full_disk(lines):
+    with open("/dev/full", "w") as full:
+        done = command(f"print('line\\n' * {lines})", stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: a file or the output: No space left on device\n")
 
 
 def test_control_c_is_exit_code_130(capsys):

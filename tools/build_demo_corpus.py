@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 from itertools import chain
 from pathlib import Path
@@ -22,8 +23,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    if not arguments.max_megabytes > 0:
-        raise DataError(f"--max-megabytes is {arguments.max_megabytes:g}. Choose a number above 0.")
+    if not 0 < arguments.max_megabytes < math.inf:
+        raise DataError(f"--max-megabytes is {arguments.max_megabytes:g}. Choose a finite number above 0.")
     documents = within_bytes(chain(python_topics(), python_modules()), int(arguments.max_megabytes * 1e6))
     counts = write_corpus(documents, arguments.output_dir, platform.python_version())
     for split, (number, size) in counts.items():

@@ -7,32 +7,47 @@ configuration's layout (or every layout that fits), and prints how far they are 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 
 from megatron_tf.config.load import load_config
 from megatron_tf.config.validate import topology_for, validate
 from megatron_tf.errors import ConfigError, run_command
+from megatron_tf.parallel.topology import Topology
 from megatron_tf.training.layout_check import Difference, Layout, Trace, compare, layouts, reference, run_layouts
+from megatron_tf.training.preflight import accelerator_problems, memory_problems, physical_memory
+
+MOST_RANKS = 256
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace values of the file")
-    parser.add_argument("--ranks", type=int, help="number of ranks; default: tensor × pipeline, or 2 when that is 1")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
+                        help="replace values of the file")  # fmt: skip
+    parser.add_argument("--ranks", type=number_of_ranks,
+                        help="number of ranks; default: tensor × pipeline, or 2 when that is 1")  # fmt: skip
     parser.add_argument("--all", action="store_true", help="every layout of 2 to --ranks ranks instead of one")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative error (default 1e-5)")
+    parser.add_argument("--steps", type=count, default=20, help="optimizer steps (default 20)")
+    parser.add_argument("--tolerance", type=tolerance, default=1e-5, help="largest relative error (default 1e-5)")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, [*arguments.overrides, "training.precision=fp32"])
     ranks = arguments.ranks or max(2, config.parallel.tensor * config.parallel.pipeline)
     if arguments.all:
         chosen = layouts(config, ranks)
         if not chosen:
-            raise ConfigError(f"no layout of 2 to {ranks} ranks fits this model and batch")
+            raise ConfigError(
+                f"--ranks: no layout of 2 to {ranks} ranks fits this model and batch. Give more ranks, or another "
+                "training.global_batch_size."
+            )
     else:
         validate(config, ranks)
         chosen = [Layout(topology_for(config, ranks), config.parallel.sequence)]
+    problems = list(accelerator_problems(os.environ))
+    problems += memory_problems(Layout(Topology()).apply(config), 1, physical_memory())
+    if problems:
+        raise ConfigError(problems)
     expected = reference(config, arguments.steps)
     traces = run_layouts(config, chosen, arguments.steps)
     differences = [compare(trace, expected) for trace in traces]
@@ -41,6 +56,29 @@ def main() -> None:
     print_table(chosen, differences, arguments.tolerance, arguments.steps)
     if not all(difference.agrees(arguments.tolerance) for difference in differences):
         sys.exit(1)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000000")
+    return int(text)
+
+
+def number_of_ranks(text: str) -> int:
+    """All of them run on this machine."""
+    if count(text) > MOST_RANKS:
+        raise argparse.ArgumentTypeError(f"{text} is more than the {MOST_RANKS} ranks that one machine is asked for")
+    return count(text)
+
+
+def tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more, such as 1e-5")
+    return value
 
 
 def print_steps(trace: Trace, expected: Trace, layout: Layout) -> None:

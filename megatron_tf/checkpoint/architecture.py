@@ -2,81 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_tf.checkpoint.format import CheckpointIndex
+from megatron_tf.checkpoint.format import MOMENTS, WEIGHT, CheckpointIndex
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError, ConfigError
-from megatron_tf.params import parameter_table
+from megatron_tf.params import parameter_table, projection_tokens
 
 _TOKENS = "parameter_tokens."
 
 
 def stored_model(index: CheckpointIndex) -> Model:
-    """The model section that the checkpoint was trained with; CheckpointError when it is not a valid one."""
+    """The model section that the checkpoint was trained with.
+
+    CheckpointError when it is not a valid one, or when weights or scales are missing for it, or too many.
+    """
     try:
-        return Model.model_validate(dict(index.model))
+        model = Model.model_validate(dict(index.model))
     except ValidationError as error:
         problems = [f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise CheckpointError(_listed("the checkpoint's own model section is not valid", problems)) from error
+    if problems := list(_contradictions(index, model)):
+        raise CheckpointError(_listed("the checkpoint contradicts its own model section", problems))
+    return model
 
 
 def check_same_architecture(index: CheckpointIndex, model: Model) -> None:
-    """CheckpointError, naming every differing key with both values, unless `model` is what the checkpoint holds."""
+    """CheckpointError, naming every differing key with both values, unless `model` is what the checkpoint holds,
+    with its Adam moments."""
     problems = [f"model.{key}: checkpoint {old}, configuration {new}" for key, old, new in _differences(index, model)]
     if problems:
         remedy = "Restore these keys, or start in another run.dir."
         if all(key.startswith(_TOKENS) for key, _, _ in _differences(index, model)):
             remedy = "Token counts change by growth only: set growth.from to this checkpoint and use another run.dir."
         raise CheckpointError(_listed("the checkpoint is of another architecture", problems) + f"\n{remedy}")
-    _check_shapes(index, model)
+    missing = [
+        f"{name}: no {state}" for name in index.tensors for state in MOMENTS if state not in _states(index, name)
+    ]
+    if missing:
+        raise CheckpointError(_listed("the checkpoint cannot be resumed, for Adam's moments are missing", missing))
 
 
 def check_growable(index: CheckpointIndex, model: Model) -> None:
-    """ConfigError, naming every differing key with both values, unless `model` has the checkpoint's architecture
-    with more parameter tokens in at least one kind of projection and fewer in none."""
-    problems, grows = [], False
-    for key, old, new in _differences(index, model):
+    """ConfigError unless the checkpoint's model can grow into `model`, see `growth_problems`."""
+    if problems := growth_problems(stored_model(index), model):
+        raise ConfigError(problems)
+
+
+def growth_problems(old: Model, new: Model) -> list[str]:
+    """Why `old` cannot grow into `new`: every differing key with both values, unless they differ in token counts alone,
+    and `new` has more in at least one kind of projection and fewer in none."""
+    problems, grows, foreign = [], False, False
+    for key, before, after in _differing(old, new):
         if not key.startswith(_TOKENS):
-            problems.append(f"model.{key}: checkpoint {old}, configuration {new}. Growth changes token counts only")
-        elif new < old:
-            problems.append(f"model.{key}: checkpoint {old}, configuration {new}. Growth cannot take tokens away")
+            foreign = True
+            problems.append(f"model.{key}: {before} before, {after} after. Growth changes token counts only")
+        elif after < before:
+            problems.append(f"model.{key}: {before} before, {after} after. Growth cannot take tokens away")
         else:
             grows = True
-    if any(not problem.startswith(f"model.{_TOKENS}") for problem in problems):
+    if foreign:
         problems[-1] += (
             ". Models that differ in width, depth, heads or vocabulary never grow into each other; so it is with the "
-            "Pile models 150M, 450M, 900M and 1.5B"
+            "Pile models 150M, 450M, 900M and 1.5B, and with the paper's 12 × 768 models (124M to 1.4B) and the "
+            "official repository's 24 × 1024 ones (354M, 757M)"
         )
     if not problems and not grows:
-        problems.append("growth.from: the checkpoint has the configuration's token counts already. Remove `growth`")
-    if problems:
-        raise ConfigError([problem + "." for problem in problems])
-    _check_shapes(index, stored_model(index))
+        problems.append("growth: the smaller model has these token counts already. Raise model.parameter_tokens")
+    return [problem + "." for problem in problems]
 
 
 def _differences(index: CheckpointIndex, model: Model) -> Iterator[tuple[str, Any, Any]]:
     """(key, value in the checkpoint, value in the configuration) wherever they differ."""
-    old, new = _flatten(stored_model(index).model_dump()), _flatten(model.model_dump())
-    for key in new:
-        if old[key] != new[key]:
-            yield key, old[key], new[key]
+    return _differing(stored_model(index), model)
 
 
-def _check_shapes(index: CheckpointIndex, model: Model) -> None:
-    """The tensors inside must be those of the architecture that the index claims."""
+def _differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in each) wherever they differ."""
+    one, other = _flatten(first.model_dump()), _flatten(second.model_dump())
+    for key in other:
+        if one[key] != other[key]:
+            yield key, one[key], other[key]
+
+
+def _contradictions(index: CheckpointIndex, model: Model) -> Iterator[str]:
+    """Where tensors and scales are not those of the architecture that the index claims."""
     expected = {name: spec.shape for name, spec in parameter_table(model).items()}
     found = {name: tensor.shape for name, tensor in index.tensors.items()}
-    problems = [
-        f"{name}: checkpoint {_shape(found.get(name))}, architecture {_shape(expected.get(name))}"
-        for name in {**expected, **found}
-        if expected.get(name) != found.get(name)
-    ]
-    if problems:
-        raise CheckpointError(_listed("the checkpoint contradicts its own architecture", problems))
+    for name in {**expected, **found}:
+        if expected.get(name) != found.get(name):
+            yield f"{name}: checkpoint {_shape(found.get(name))}, architecture {_shape(expected.get(name))}"
+        elif WEIGHT not in _states(index, name):
+            yield f"{name}: no {WEIGHT}"
+    projections = projection_tokens(model)
+    yield from (f"{name}: no scale" for name in projections if name not in index.scales)
+    yield from (f"{name}: a scale, but no such projection" for name in index.scales if name not in projections)
+    # weights alone can be grown from, moments of a part cannot
+    for state in MOMENTS:
+        without = [name for name in found if state not in _states(index, name)]
+        if len(without) < len(found):
+            yield from (f"{name}: no {state}, unlike other tensors" for name in without)
+
+
+def _states(index: CheckpointIndex, name: str) -> Collection[str]:
+    return index.tensors[name].states
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

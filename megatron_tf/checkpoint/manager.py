@@ -4,43 +4,77 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.errors import CheckpointError
+from megatron_tf.checkpoint.shards import read_failure
+from megatron_tf.errors import CheckpointError, UnreadableError
 
 STEP_PREFIX = "step_"
 UNFINISHED_PREFIX = ".tmp-"  # a folder being written or deleted: never a checkpoint
 REPLACED_PREFIX = ".old-"  # a complete checkpoint, set aside while another one takes its name
+FAILED_PREFIX = ".failed-"  # a small file: why a save failed, for the ranks that wait for it
 CHECKPOINTS_FOLDER = "checkpoints"  # within a run's folder
 
 Skipped = list[tuple[Path, str]]
+T = TypeVar("T")
 
 
-def find_latest(root: Path | str, *, verify: bool) -> tuple[Path | None, Skipped]:
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that look for a checkpoint together. `gather`: a value from every rank, in order, to all of them."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+
+
+ALONE = Ranks()
+
+
+def find_latest(root: Path | str, *, verify: bool, ranks: Ranks = ALONE) -> tuple[Path | None, Skipped]:
     """The newest valid checkpoint in the folder `root`, and what was passed over, each with its reason.
 
     Newest is the highest step inside, whatever a folder is called. `verify` also compares the checksums of
     all its bytes, which reads it whole; without it a flipped byte in a shard goes unnoticed.
+    `ranks` share that reading; all of them call this together and get the same answer.
+    UnreadableError when one that may be the newest cannot be read, whole or not: nothing older is taken then.
     """
-    readers, skipped = _survey(Path(root))
-    for reader in readers:
-        try:
-            if verify:
-                reader.verify()
-            return reader.path, skipped
-        except CheckpointError as error:
-            skipped.append((reader.path, str(error)))
+    candidates, skipped = _from_first(lambda: _candidates(Path(root)), ranks)
+    for path, error in candidates:
+        if error is None and verify:
+            error = _verify(path, ranks)
+        if isinstance(error, UnreadableError):
+            raise UnreadableError(f"{error}. Make it readable, or move it away to go on from an older one")
+        if error is None:
+            return path, skipped
+        skipped.append((path, str(error)))
     return None, skipped
 
 
-def resolve(path: Path | str) -> Path:
+def verify_checkpoint(path: Path | str, ranks: Ranks = ALONE) -> None:
+    """Compare all checksums of the checkpoint `path`; `ranks` share the reading, and all raise the same.
+
+    CheckpointError names every broken file, UnreadableError one that the system does not give out.
+    """
+    if error := _verify(Path(path), ranks):
+        raise error
+
+
+def resolve(path: Path | str, ranks: Ranks = ALONE) -> Path:
     """The checkpoint that a user means by `path`: a checkpoint, or the newest valid one of a checkpoints or run folder.
 
-    CheckpointError when there is none, with the reason for each that was passed over.
+    One of `ranks` looks, and all of them get its answer, or its CheckpointError: there is none, with the reason for
+    each that was passed over.
     """
+    return _from_first(lambda: _resolve(path), ranks)
+
+
+def _resolve(path: Path | str) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder. Give a checkpoint, a checkpoints or a run folder")
@@ -54,53 +88,128 @@ def resolve(path: Path | str) -> Path:
     return latest
 
 
-def prune(root: Path | str, keep_last: int, known_good: Collection[Path] = ()) -> list[Path]:
+def prune(root: Path | str, keep_last: int, known: MutableMapping[Path, bool] | None = None) -> list[Path]:
     """Delete all but the newest `keep_last` good checkpoints of `root`; returns what was deleted.
 
     A checkpoint counts as kept only when all its checksums are right, so that a damaged newest one never
-    makes the last good one disposable. `known_good` names those that need not be read again for this: written
-    or verified by this process. Damaged ones are left for the user to see.
+    makes the last good one disposable. Damaged and unreadable ones are left for the user to see.
+    `known`: whether checkpoints, by resolved path, are good, for those that this process has written or verified;
+    they are not read again, and what is read now is added.
     """
     assert keep_last >= 1
-    good = {Path(path).resolve() for path in known_good}
+    known = {} if known is None else known
     kept, deleted = 0, []
     for reader in _survey(Path(root))[0]:
+        path = reader.path.resolve()
         if kept < keep_last:
-            kept += reader.path.resolve() in good or _is_sound(reader)
+            if path not in known:
+                known[path] = _verify(path, ALONE) is None
+            kept += known[path]
         else:
             _delete(reader.path)
+            known.pop(path, None)
             deleted.append(reader.path)
     return deleted
 
 
-def _survey(root: Path) -> tuple[list[CheckpointReader], Skipped]:
+def clear_leftovers(root: Path | str, but: str | None = None) -> None:
+    """Remove what saves and deletions that were cut off have left in `root`; put back what one of them had set aside.
+
+    `but`: the token of a save that is under way. OSError when something cannot be removed.
+    """
+    for path in _entries(Path(root)):
+        if but is not None and path.name.split("-", 2)[-1] == but:
+            continue  # another rank was faster
+        if path.name.startswith((UNFINISHED_PREFIX, FAILED_PREFIX)):
+            _remove(path)
+        elif path.name.startswith(REPLACED_PREFIX):
+            original = path.with_name(path.name.removeprefix(REPLACED_PREFIX).split("-", 1)[0])
+            if original.exists():
+                _remove(path)
+            else:
+                os.rename(path, original)
+
+
+def _candidates(root: Path) -> tuple[list[tuple[Path, CheckpointError | None]], Skipped]:
+    """What may be the newest good checkpoint, newest first, some of them unreadable; and what is broken, with reasons."""
+    readers, failures = _survey(root)
+    unreadable = [(path, error) for path, error in failures if isinstance(error, UnreadableError)]
+    broken = [(path, str(error)) for path, error in failures if not isinstance(error, UnreadableError)]
+    if not unreadable:
+        return [(reader.path, None) for reader in readers], broken
+    # how old it is cannot be read either: its name must do, and one without a step may be the newest
+    found: list[tuple[float, Path, CheckpointError | None]] = [(_named_step(path), path, e) for path, e in unreadable]
+    found += [(reader.index.step, reader.path, None) for reader in readers]
+    return [(path, error) for _, path, error in sorted(found, key=lambda entry: -entry[0])], broken
+
+
+def _survey(root: Path) -> tuple[list[CheckpointReader], list[tuple[Path, CheckpointError]]]:
     """Every checkpoint that opens, newest first, and those that do not, with the reason."""
     readers: list[CheckpointReader] = []
-    skipped: Skipped = []
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if folder.name.startswith(UNFINISHED_PREFIX) or not folder.is_dir() or not _looks_like_checkpoint(folder):
+    failures: list[tuple[Path, CheckpointError]] = []
+    for folder in _entries(root):
+        if folder.name.startswith(UNFINISHED_PREFIX) or not _looks_like_checkpoint(folder):
             continue
         try:
             readers.append(open_checkpoint(folder))
         except CheckpointError as error:
-            skipped.append((folder, str(error)))
+            failures.append((folder, error))
     # Of two with one step, the one that was set aside is the older.
     readers.sort(key=lambda reader: (reader.index.step, not reader.path.name.startswith(REPLACED_PREFIX)), reverse=True)
-    return readers, skipped
+    return readers, failures
+
+
+def _entries(root: Path) -> list[Path]:
+    try:
+        return sorted(root.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise read_failure(f"{root}:", error) from error
 
 
 def _looks_like_checkpoint(folder: Path) -> bool:
     """Whether the folder claims to be a checkpoint, so that a broken one is named instead of ignored."""
     named = folder.name.startswith((STEP_PREFIX, REPLACED_PREFIX))
-    return named or (folder / MANIFEST_NAME).exists() or (folder / INDEX_NAME).exists()
-
-
-def _is_sound(reader: CheckpointReader) -> bool:
     try:
-        reader.verify()
-    except CheckpointError:
-        return False
-    return True
+        holds_one = (folder / MANIFEST_NAME).exists() or (folder / INDEX_NAME).exists()
+        return folder.is_dir() and (named or holds_one)
+    except OSError:  # no look inside: then the name decides, and a stranger's folder (lost+found) is not our business
+        return named
+
+
+def _named_step(folder: Path) -> float:
+    digits = folder.name.removeprefix(STEP_PREFIX)
+    return int(digits) if digits.isdecimal() else float("inf")
+
+
+def _verify(path: Path, ranks: Ranks) -> CheckpointError | None:
+    """What is wrong with a checkpoint, as all ranks found together; None when nothing is."""
+    own: CheckpointError | None = None
+    try:
+        reader = open_checkpoint(path)
+        reader.verify(reader.share(ranks.rank, ranks.size))
+    except CheckpointError as error:
+        own = error
+    errors = [error for error in ranks.gather(own) if error is not None]
+    if not errors:
+        return None
+    kind = UnreadableError if any(isinstance(error, UnreadableError) for error in errors) else CheckpointError
+    return kind("\n".join(dict.fromkeys(map(str, errors))))
+
+
+def _from_first(work: Callable[[], T], ranks: Ranks) -> T:
+    """The first rank's result, or its CheckpointError, on all of them: a folder may look different from elsewhere."""
+    outcome: Any = None
+    if ranks.rank == 0:
+        try:
+            outcome = work()
+        except CheckpointError as error:
+            outcome = error
+    outcome = ranks.gather(outcome)[0]
+    if isinstance(outcome, CheckpointError):
+        raise outcome
+    return outcome
 
 
 def _delete(folder: Path) -> None:
@@ -109,3 +218,7 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -18,8 +18,8 @@ from megatron_tf.checkpoint.format import (
     StoredPiece,
 )
 from megatron_tf.checkpoint.ranges import RangeMap
-from megatron_tf.checkpoint.shards import BUFFER_BYTES, ShardReader, file_checksum
-from megatron_tf.errors import CheckpointError
+from megatron_tf.checkpoint.shards import BUFFER_BYTES, ShardReader, file_checksum, read_failure
+from megatron_tf.errors import CheckpointError, UnreadableError
 
 
 def open_checkpoint(path: Path | str) -> CheckpointReader:
@@ -27,15 +27,18 @@ def open_checkpoint(path: Path | str) -> CheckpointReader:
 
     Checked: the manifest and the index in full (the index's checksum too), the presence and length of every
     file, that each element of each state has its place exactly once. The shards' bytes are checked by
-    `CheckpointReader.verify`. Anything wrong is a CheckpointError.
+    `CheckpointReader.verify`. Anything wrong is a CheckpointError, of the kind UnreadableError when the system
+    does not give a file out.
     """
     folder = Path(path)
     manifest = Manifest.from_json(str(folder / MANIFEST_NAME), _read(folder, MANIFEST_NAME))
     for name, stored in manifest.files.items():
         try:
             size = (folder / name).stat().st_size
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder}: {name} is missing") from error
         except OSError as error:
-            raise CheckpointError(f"{folder}: {name} is missing ({error.strerror})") from error
+            raise read_failure(f"{folder}: {name}", error) from error
         if size != stored.num_bytes:
             raise CheckpointError(f"{folder}: {name} has {size} bytes, the manifest says {stored.num_bytes}")
     _verify_file(folder, INDEX_NAME, manifest)
@@ -98,13 +101,16 @@ class CheckpointReader:
     def verify(self, files: Iterable[str] | None = None) -> None:
         """Compare the checksums of `files` (all by default) with the manifest, and the shards' headers with the index.
 
-        One CheckpointError names every broken file. Ranks can share the work by passing different files.
+        One CheckpointError names every broken file; UnreadableError when one cannot be read at all. Ranks share the
+        work by passing different files, see `share`.
         """
         problems = []
         names = set(self.manifest.files if files is None else files)
         for name in sorted(names):
             try:
                 _verify_file(self.path, name, self.manifest)
+            except UnreadableError:
+                raise
             except CheckpointError as error:
                 problems.append(str(error))
         for tensor in self.index.tensors.values():
@@ -113,6 +119,20 @@ class CheckpointReader:
                     self._shard_of(piece)
         if problems:
             raise CheckpointError("\n".join(problems))
+
+    def share(self, rank: int, world_size: int) -> list[str]:
+        """The files that `rank` verifies when `world_size` ranks share the work, with about equal bytes for each.
+
+        Each file is some rank's; a checksum covers a whole file, so more ranks than files are of no use.
+        """
+        loads = [0] * world_size
+        own = []
+        for name, stored in sorted(self.manifest.files.items(), key=lambda item: (-item[1].num_bytes, item[0])):
+            lightest = loads.index(min(loads))
+            loads[lightest] += stored.num_bytes
+            if lightest == rank:
+                own.append(name)
+        return own
 
     def _shard_of(self, piece: StoredPiece) -> ShardReader:
         """The open shard, its tensor's length compared with the index."""
@@ -141,7 +161,7 @@ def _read(folder: Path, name: str) -> bytes:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: has no {name}, so it is not a complete checkpoint") from error
     except OSError as error:
-        raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror})") from error
+        raise read_failure(f"{folder}: {name}", error) from error
 
 
 def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
@@ -150,7 +170,7 @@ def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
     try:
         found = file_checksum(folder / name)
     except OSError as error:
-        raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror})") from error
+        raise read_failure(f"{folder}: {name}", error) from error
     if found != manifest.files[name].checksum:
         raise CheckpointError(
             f"{folder}: {name} is damaged: its checksum is {found[:12]}..., "

@@ -10,10 +10,12 @@ streams, computes the checksum on the way and holds one bounded buffer, whatever
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_tf.checkpoint.durable import new_file
 from megatron_tf.checkpoint.format import BYTES_PER_ELEMENT, StoredFile
-from megatron_tf.errors import CheckpointError
+from megatron_tf.durable import new_file
+from megatron_tf.errors import CheckpointError, UnreadableError
 
 BUFFER_BYTES = 16 * 2**20
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library reads no longer header
@@ -36,8 +38,18 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().numpy().data.cast("B")
 
 
-def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]], after_tensor: Callable[[], None]) -> StoredFile:
-    """Write flat fp32 tensors (CPU or device) under their keys into a new file, flushed to the disk.
+@dataclass(frozen=True)
+class ComputedTensor:
+    """A flat fp32 tensor that is never whole: `fill(start, target)` computes its elements from `start` on."""
+
+    length: int
+    fill: Callable[[int, Tensor], None]
+
+
+def write_shard(
+    path: Path, tensors: Sequence[tuple[str, Tensor | ComputedTensor]], after_tensor: Callable[[], None]
+) -> StoredFile:
+    """Write flat fp32 tensors (CPU, device or computed) under their keys into a new file, flushed to the disk.
 
     `after_tensor` is called once the bytes of each tensor have been handed to the system.
     Raises OSError, for example when the disk is full.
@@ -45,36 +57,71 @@ def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]], after_tensor:
     offset = 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for key, tensor in tensors:
-        assert key not in header and tensor.dtype == torch.float32 and tensor.dim() == 1
-        end = offset + tensor.numel() * BYTES_PER_ELEMENT
-        header[key] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [offset, end]}
+        assert key not in header
+        end = offset + tensor_length(tensor) * BYTES_PER_ELEMENT
+        header[key] = {"dtype": "F32", "shape": [tensor_length(tensor)], "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode("utf-8")
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
 
     digest, total = xxhash.xxh3_128(), 0
-    chunk = BUFFER_BYTES // BYTES_PER_ELEMENT
-    # Hashing and writing the same bytes at the same time: both release the interpreter's lock.
-    with new_file(path) as file, ThreadPoolExecutor(max_workers=1) as hasher:
+    pending: list[Future[None]] = []
+    completes_tensor = False
+    # Hashing and writing the same bytes at the same time, while the next ones are computed or copied from a device:
+    # all of it releases the interpreter's lock.
+    with new_file(path) as file, ThreadPoolExecutor(max_workers=2) as pool:
 
         def write(view: memoryview) -> None:
-            nonlocal total
-            total += len(view)
-            hashed = hasher.submit(digest.update, view)
             while view:
                 view = view[file.write(view) :]
-            hashed.result()
 
-        write(memoryview(len(encoded).to_bytes(8, "little") + encoded))
-        for _, tensor in tensors:
-            buffer = None if tensor.device.type == "cpu" else torch.empty(min(chunk, tensor.numel()))
-            for start in range(0, tensor.numel(), chunk):
-                part = tensor.detach()[start : start + chunk]
-                if buffer is not None:
-                    part = buffer[: part.numel()].copy_(part)
-                write(as_bytes(part))
-            after_tensor()
+        def finish() -> None:
+            while pending:
+                pending.pop().result()
+            if completes_tensor:
+                after_tensor()
+
+        prefix = memoryview(len(encoded).to_bytes(8, "little") + encoded)
+        for view, is_last in itertools.chain([(prefix, False)], _parts(tensors)):
+            finish()
+            total += len(view)
+            pending += [pool.submit(digest.update, view), pool.submit(write, view)]
+            completes_tensor = is_last
+        finish()
     return StoredFile(total, digest.hexdigest())
+
+
+def _parts(tensors: Sequence[tuple[str, Tensor | ComputedTensor]]) -> Iterator[tuple[memoryview, bool]]:
+    """The bytes of all tensors in parts of bounded size, and whether a part is its tensor's last.
+
+    A part may be overwritten by the one after the next: two buffers take turns.
+    """
+    chunk = BUFFER_BYTES // BYTES_PER_ELEMENT
+    buffers: list[Tensor] = []
+    for _, tensor in tensors:
+        length = tensor_length(tensor)
+        for start in range(0, length, chunk):
+            stop = min(start + chunk, length)
+            if not isinstance(tensor, ComputedTensor) and tensor.device.type == "cpu":
+                part = tensor.detach()[start:stop]
+            else:
+                if not buffers:
+                    buffers = [torch.empty(chunk), torch.empty(chunk)]
+                buffers.reverse()
+                part = buffers[0][: stop - start]
+                if isinstance(tensor, ComputedTensor):
+                    tensor.fill(start, part)
+                else:
+                    part.copy_(tensor.detach()[start:stop])
+            yield as_bytes(part), stop == length
+
+
+def tensor_length(tensor: Tensor | ComputedTensor) -> int:
+    """Elements of a tensor that `write_shard` takes."""
+    if isinstance(tensor, ComputedTensor):
+        return tensor.length
+    assert tensor.dtype == torch.float32 and tensor.dim() == 1
+    return tensor.numel()
 
 
 def file_checksum(path: Path) -> str:
@@ -84,6 +131,15 @@ def file_checksum(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def read_failure(what: str, error: OSError) -> CheckpointError:
+    """The error to raise when `what` could not be read: UnreadableError unless it is missing or no file."""
+    kind = CheckpointError if isinstance(error, _DAMAGE) else UnreadableError
+    return kind(f"{what} cannot be read ({error.strerror or error})")
+
+
+_DAMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class ShardReader:
@@ -104,13 +160,16 @@ class ShardReader:
         position = begin + start * BYTES_PER_ELEMENT
         view = as_bytes(target)
         assert start >= 0 and position + len(view) <= end
-        with open(self._path, "rb", buffering=0) as file:
-            file.seek(position)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise CheckpointError(f"{self._path}: ends within tensor {key!r}; the file is truncated")
-                view = view[count:]
+        try:
+            with open(self._path, "rb", buffering=0) as file:
+                file.seek(position)
+                while view:
+                    count = file.readinto(view)
+                    if not count:
+                        raise CheckpointError(f"{self._path}: ends within tensor {key!r}; the file is truncated")
+                    view = view[count:]
+        except OSError as error:
+            raise read_failure(f"{self._path}:", error) from error
 
     def _locate(self, key: str) -> tuple[int, int]:
         if key not in self._entries:
@@ -129,7 +188,7 @@ class ShardReader:
             header.pop("__metadata__", None)
             return {key: self._entry(key, entry, 8 + length, size) for key, entry in header.items()}
         except OSError as error:
-            raise CheckpointError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+            raise read_failure(f"{self._path}:", error) from error
         except (ValueError, AttributeError, TypeError, KeyError) as error:
             raise CheckpointError(f"{self._path}: the safetensors header is damaged ({error})") from error
 

@@ -7,23 +7,25 @@ resuming and growing are one code path at every layout.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.architecture import stored_model
-from megatron_tf.checkpoint.format import STATES, WEIGHT
+from megatron_tf.checkpoint.architecture import check_growable, stored_model
+from megatron_tf.checkpoint.format import MOMENTS, STATES, WEIGHT
 from megatron_tf.checkpoint.ranges import StepRange, clip_steps
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.config.schema import Growth, Model
-from megatron_tf.growth.source import GrownSource, StateSource, copy_in_slices, growth_seed
+from megatron_tf.growth.source import GrownSource, StateSource, copy_in_slices, growth_entry, growth_seed
 from megatron_tf.params import initial_scales, parameter_table
 
-__all__ = ["CheckpointSource", "InitialSource", "StateSource", "grown_source"]
+__all__ = ["CheckpointSource", "GrownStart", "InitialSource", "StateSource", "grow", "grown_source"]
 
 
 class CheckpointSource:
-    """The state that a checkpoint holds."""
+    """The state that a checkpoint holds. Moments that it does not hold are 0, like those of a fresh model."""
 
     def __init__(self, reader: CheckpointReader):
         self._reader = reader
@@ -33,15 +35,22 @@ class CheckpointSource:
         return self._reader.index.scales
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        return self._reader.read(name, state, start, stop)
+        return torch.zeros(stop - start) if self._lacks(name, state) else self._reader.read(name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
-        self._reader.read_into(name, state, start, target)
+        if self._lacks(name, state):
+            target.zero_()
+        else:
+            self._reader.read_into(name, state, start, target)
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         """Step counts of [start, stop); 0 where the checkpoint has weights only."""
         recorded = clip_steps(self._reader.index.adam_steps.get(name, ()), start, stop)
         return recorded or ([(start, stop, 0)] if start < stop else [])
+
+    def _lacks(self, name: str, state: str) -> bool:
+        tensor = self._reader.index.tensors.get(name)
+        return state in MOMENTS and tensor is not None and state not in tensor.states
 
 
 class InitialSource:
@@ -72,15 +81,49 @@ class InitialSource:
 def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: int) -> GrownSource:
     """The state of the bigger `model`, grown from an open checkpoint as `growth` says.
 
-    `seed` is the run's; new tokens depend on it and on how many growths came before. ConfigError when the
-    method cannot grow this activation; see `check_growable` for what may differ between the two models.
+    `seed` is the run's; new tokens depend on it and on how many growths came before. ConfigError when a
+    method cannot grow this model; see `check_growable` for what may differ between the two models.
     """
-    number = len(reader.index.growth_history) + 1
+    own_seed = growth_seed(seed, len(reader.index.growth_history) + 1)
     return GrownSource(
         CheckpointSource(reader),
-        InitialSource(model, growth_seed(seed, number)),
+        InitialSource(model, own_seed),
         old_model=stored_model(reader.index),
         new_model=model,
-        method=growth.method,
-        moments=growth.moments,
+        growth=growth,
+        seed=own_seed,
     )
+
+
+@dataclass(frozen=True)
+class GrownStart:
+    """Step 0 of a run that grows a smaller model: its state, its position, and the history with this growth in it.
+
+    `samples`: position in the data.  `tokens`: trained on since the very first model.
+    """
+
+    source: GrownSource
+    samples: int
+    tokens: int
+    growth_history: tuple[Mapping[str, Any], ...]
+
+
+def grow(
+    reader: CheckpointReader, model: Model, growth: Growth, *, seed: int, data: Mapping[str, Any] | None
+) -> GrownStart:
+    """The bigger `model` from an open checkpoint: the one growth of trainer and tool.
+
+    `seed`: the run's.  `data`: fingerprint of the data that the bigger model is trained on. It goes on where the smaller
+    one stopped if that is the same, and otherwise begins at its beginning; None stands for the same.
+    ConfigError, with all problems, when more than token counts differ or a method cannot grow this model.
+    """
+    index = reader.index
+    check_growable(index, model)
+    source = grown_source(reader, model, growth, seed)
+    entry = growth_entry(
+        method=source.method, moments=growth.moments, source=str(reader.path), step=index.step, samples=index.samples,
+        tokens=index.tokens, old_model=stored_model(index), new_model=model,
+    )  # fmt: skip
+    entry |= {"noise": growth.noise, "preserves": source.preserves}
+    same_data = data is None or dict(index.data) == dict(data)
+    return GrownStart(source, index.samples if same_data else 0, index.tokens, (*index.growth_history, entry))

@@ -28,7 +28,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_tf.checkpoint.durable import sync_folder, write_atomically
 from megatron_tf.checkpoint.format import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -41,11 +40,11 @@ from megatron_tf.checkpoint.format import (
     part_name,
     shard_name,
 )
-from megatron_tf.checkpoint.manager import REPLACED_PREFIX, UNFINISHED_PREFIX
-from megatron_tf.checkpoint.shards import file_checksum, write_shard
+from megatron_tf.checkpoint.manager import FAILED_PREFIX, REPLACED_PREFIX, UNFINISHED_PREFIX, clear_leftovers
+from megatron_tf.checkpoint.shards import ComputedTensor, file_checksum, tensor_length, write_shard
+from megatron_tf.durable import sync_folder, write_atomically
 from megatron_tf.errors import CheckpointError
 
-FAILED_PREFIX = ".failed-"  # a small file: why a save failed, for the ranks that wait for it
 _POLL_SECONDS = 0.02
 _OUTCOME_GRACE_SECONDS = 10.0  # from the temporary folder's end until a shared file system shows the outcome
 
@@ -56,27 +55,40 @@ REPLACING_POINT = "set_aside"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Elements [start, stop) of one state of a flattened logical tensor.
-
-    `tensor`: flat fp32, stop - start elements, on the CPU (written from its own memory) or on a device
-    (copied through a bounded buffer). It must not change until the save is over.
-    """
+class _Range:
+    """Elements [start, stop) of one state of a flattened logical tensor."""
 
     name: str
     state: str
     start: int
     stop: int
-    tensor: Tensor
 
     @property
     def key(self) -> str:
         return f"{self.name}/{self.state}/{self.start}"
 
 
+@dataclass(frozen=True)
+class Piece(_Range):
+    """Elements [start, stop) of one state of a flattened logical tensor.
+
+    `tensor`: flat fp32, stop - start elements, on the CPU (written from its own memory) or on a device
+    (copied through a bounded buffer). It must not change until the save is over.
+    """
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class ComputedPiece(_Range):
+    """The same, computed while it is written, through a bounded buffer. `fill` counts from `start` of the piece."""
+
+    tensor: ComputedTensor
+
+
 def save_checkpoint(
     root: Path | str,
-    pieces: Iterable[Piece],
+    pieces: Iterable[Piece | ComputedPiece],
     index: CheckpointIndex,
     *,
     rank: int,
@@ -95,11 +107,11 @@ def save_checkpoint(
     rank is silent for `timeout_seconds`; nothing is published then and older checkpoints are as they were.
     """
     assert token.replace("-", "").replace("_", "").isalnum() and 0 <= rank < world_size
-    attempt = _Attempt(Path(root), folder_name(index.step), token, time.monotonic() + timeout_seconds, at)
+    attempt = _Attempt(Path(root), folder_name(index.step), token, time.monotonic() + timeout_seconds, at, world_size)
     try:
         attempt.at("start")
         if rank == 0:
-            attempt.clear_leftovers()
+            clear_leftovers(attempt.root, but=token)
         attempt.write_share(rank, pieces)
         if rank == 0:
             attempt.publish(index, attempt.collect(world_size))
@@ -125,38 +137,22 @@ def save_checkpoint(
 class _Attempt:
     """One attempt to save one step, as one rank sees it."""
 
-    def __init__(self, root: Path, name: str, token: str, deadline: float, at: Callable[[str], None]):
-        self.root, self.token, self.at, self._deadline = root, token, at, deadline
+    def __init__(self, root: Path, name: str, token: str, deadline: float, at: Callable[[str], None], world_size: int):
+        self.root, self.token, self.at, self._deadline, self._world_size = root, token, at, deadline, world_size
         self._handed_over = False  # from here on this rank's shard belongs to rank 0, which may be publishing it
         self.final = root / name
         self.folder = root / f"{UNFINISHED_PREFIX}{name}-{token}"
         self.replaced = root / f"{REPLACED_PREFIX}{name}-{token}"
         self.failed = root / f"{FAILED_PREFIX}{name}-{token}"
 
-    def clear_leftovers(self) -> None:
-        """Remove what earlier attempts left in `root`; put a checkpoint back that one had set aside."""
-        for path in list(self.root.iterdir()) if self.root.is_dir() else []:
-            if path.name.split("-", 2)[-1] == self.token:
-                continue  # another rank was faster
-            if path.name.startswith(UNFINISHED_PREFIX):
-                shutil.rmtree(path)
-            elif path.name.startswith(FAILED_PREFIX):
-                path.unlink()
-            elif path.name.startswith(REPLACED_PREFIX):
-                original = self.root / path.name.removeprefix(REPLACED_PREFIX).split("-", 1)[0]
-                if original.exists():
-                    shutil.rmtree(path)
-                else:
-                    os.rename(path, original)
-
-    def write_share(self, rank: int, pieces: Iterable[Piece]) -> None:
+    def write_share(self, rank: int, pieces: Iterable[Piece | ComputedPiece]) -> None:
         """Write this rank's shard and then its part file, which says that the shard is complete."""
         self._raise_if_failed()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.at("folder")
         share = [piece for piece in pieces if piece.stop > piece.start]
         for piece in share:
-            assert piece.tensor.shape == (piece.stop - piece.start,), f"{piece.key}: {tuple(piece.tensor.shape)}"
+            assert tensor_length(piece.tensor) == piece.stop - piece.start, f"{piece.key}: {piece.stop}"
         part = Part(rank)
         if share:
             tensors = [(piece.key, piece.tensor) for piece in share]
@@ -239,7 +235,8 @@ class _Attempt:
             if self.replaced.exists() and not self.final.exists():
                 _try(lambda: os.rename(self.replaced, self.final))
             _try(lambda: (self.folder / shard_name(0)).unlink())  # room for the reason
-            _try(lambda: write_atomically(self.failed, message.encode("utf-8")))
+            if self._world_size > 1:  # else nobody waits for it
+                _try(lambda: write_atomically(self.failed, message.encode("utf-8")))
             shutil.rmtree(self.folder, ignore_errors=True)
         elif self.failed.exists():
             shutil.rmtree(self.folder, ignore_errors=True)

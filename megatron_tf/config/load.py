@@ -16,6 +16,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
 from megatron_tf.config.schema import RunConfig, Section
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.errors import ConfigError
@@ -30,9 +31,18 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     one ("growth=null").  Raises one ConfigError with all problems.  Rules between fields and the world size
     are `validate.validate`'s.
     """
-    values, problems = _read_file(path)
-    for override in overrides:
-        problems += _apply_override(values, override)
+    values, problems = read_file(path)
+    if "stages" in values:
+        raise ConfigError(
+            f"{path}: stages: a chain is for launch/train.py; here one run is needed. "
+            "Give <run.dir>/<stage>/config.yml of a stage that has started."
+        )
+    return build_config(values, problems, overrides)
+
+
+def build_config(values: dict[str, Any], problems: Sequence[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of plain `values` with `overrides` applied to them; `problems` are reported with new ones."""
+    problems = [*problems, *(problem for override in overrides for problem in apply_override(values, override))]
     try:
         # JSON mode, because there a list may become a tuple; it is otherwise as strict. by_name would let
         # the Python names of aliased keys in as a second spelling.
@@ -49,7 +59,8 @@ def dump_config(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(by_alias=True))
 
 
-def _read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
+def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
+    """The plain values of a YAML file and what is wrong with its syntax; ConfigError when it holds no sections."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -67,10 +78,12 @@ def _read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]
     return values, problems
 
 
-def _apply_override(values: dict[str, Any], override: str) -> list[str]:
-    """Set one override in `values`; returns the problem, if any, as a list."""
+def apply_override(values: dict[str, Any], override: str) -> list[str]:
+    """Set one override ("section.field=value") in `values`; returns the problems."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
+    if not equals and key.endswith((".yml", ".yaml")):
+        return [f"{key}: is a second configuration. Give one; section.field=value replaces single values of it."]
     if not equals or not all(parts):
         return [f"override {override!r}: not of the form section.field=value. Write it as training.train_steps=100."]
     try:
@@ -182,6 +195,8 @@ def _unknown_key(loc: Location) -> str:
     name, section = str(loc[-1]), _section_at(loc[:-1])
     assert section is not None, loc
     keys = _keys(section)
+    if loc[0] == "deepspeed" and (reason := _refusal(_key_name(loc[1:]))):
+        return f"{_key_name(loc)}: {reason}"
     near = difflib.get_close_matches(name, keys, n=1)
     sentence = f"{_key_name(loc)}: unknown key."
     if near:
@@ -191,6 +206,13 @@ def _unknown_key(loc: Location) -> str:
         return f"{sentence} Did you mean {' or '.join(elsewhere)}?"
     where = f"The keys of {_key_name(loc[:-1])}" if len(loc) > 1 else "The sections"
     return f"{sentence} {where} are {', '.join(keys)}."
+
+
+def _refusal(key: str) -> str | None:
+    """Why a key that DeepSpeed knows is not for the `deepspeed` section; None when there is no such reason."""
+    if key in OWNED_KEYS:
+        return f"this is decided by {OWNED_KEYS[key]}. Remove it here and set that instead."
+    return f"refused, for {REFUSED_KEYS[key]}. Remove it." if key in REFUSED_KEYS else None
 
 
 def _missing_key(loc: Location, given: Any) -> str:

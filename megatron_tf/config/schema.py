@@ -6,18 +6,22 @@ is computed by functions and never written back. Cross-field rules are in `valid
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Upper bounds are far beyond every real run; they keep the arithmetic that follows within 64 bits and within fp32.
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+TotalCount = Annotated[int, Field(ge=1, lt=2**60)]  # of a whole run
+NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=1, le=1e7)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Precision = Literal["bf16", "fp16", "fp32"]
+GrowthMethod = Literal["zero_key", "gram", "random"]
 
 
 class Section(BaseModel):
@@ -39,7 +43,7 @@ class ParameterTokens(Section):
 
 
 class Model(Section):
-    num_layers: Count
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
     hidden_size: Count
     num_attention_heads: Count
     seq_length: Count  # tokens a sample is trained on
@@ -47,7 +51,7 @@ class Model(Section):
     parameter_tokens: ParameterTokens
     activation: Activation = "l2_norm_gelu"  # normalisation over the parameter tokens
     rotary_fraction: Fraction = 0.25  # share of each head's channels that is rotated
-    rotary_base: Positive = 10000.0
+    rotary_base: Annotated[float, Field(gt=1, le=1e30)] = 10000.0  # wavelengths are 2π to 2π times this
     norm_eps: Positive = 1e-5  # of the weightless block norms and the final norm
 
 
@@ -55,12 +59,12 @@ class Parallel(Section):
     tensor: Count = 1  # ranks that share each layer's parameter tokens, heads and vocabulary
     pipeline: Count = 1  # stages that share the depth
     sequence: bool = False  # also split hidden states over the tensor ranks between the projections
-    timeout_seconds: Positive = 1800.0  # a collective that waits longer than this ends the run
+    timeout_seconds: Seconds = 1800.0  # a collective that waits longer than this ends the run
 
 
 class Training(Section):
     train_steps: Count | None = None  # optimizer steps; give this or train_tokens
-    train_tokens: Count | None = None  # rounded up to whole steps
+    train_tokens: TotalCount | None = None  # rounded up to whole steps
     global_batch_size: Count  # samples a step, over all ranks
     micro_batch_size: Count  # samples a rank computes at once
     precision: Precision = "bf16"  # fp32 master weights and gradient accumulation always
@@ -70,9 +74,10 @@ class Training(Section):
 
 
 class Schedule(Section):
-    type: Literal["cosine", "constant"] = "cosine"
+    type: Literal["cosine", "constant", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear from 0; the first update then has lr 0
-    min_lr: NonNegative = 0.0  # where cosine ends, at the last step
+    decay_steps: Count | None = None  # wsd: the last steps, in which the rate falls on a straight line
+    min_lr: NonNegative = 0.0  # where cosine and wsd end, at the last step
 
 
 class Optimizer(Section):
@@ -104,10 +109,39 @@ class Checkpoint(Section):
     allow_data_change: bool = False  # resume although the data is not what the checkpoint was trained on
 
 
+class LearningRates(Section):
+    old_tokens: NonNegative = 1.0  # 0 freezes the tokens of the smaller model, to the last bit
+    new_tokens: NonNegative = 1.0
+    other: NonNegative = 1.0  # embedding and final norm
+
+
+class GrowthMethods(Section):
+    qkv: GrowthMethod | None = None  # None: growth.method
+    proj: GrowthMethod | None = None
+    ffn: GrowthMethod | None = None
+
+
 class Growth(Section):
     source: str = Field(alias="from")  # run folder, checkpoints folder or checkpoint to grow from
-    method: Literal["zero_key"] = "zero_key"
+    method: GrowthMethod = "zero_key"  # what new tokens begin as; random alone changes the function
+    methods: GrowthMethods = GrowthMethods()  # for single projections instead of `method`
+    noise: Fraction = 0.0  # relative standard deviation of a change to each old token weight; 0 keeps the function
     moments: Literal["keep", "reset"] = "keep"  # Adam moments of the old tokens; new ones start at 0
+    lr_multipliers: LearningRates = LearningRates()  # times the schedule's rate
+
+    def method_of(self, projection: str) -> GrowthMethod:
+        """The method of `projection`, a field of model.parameter_tokens."""
+        return getattr(self.methods, projection) or self.method
+
+
+class Guard(Section):
+    nonfinite: Literal["skip", "stop"] = "skip"  # a step whose gradient is inf or nan; it never changes the weights
+    nonfinite_patience: Count = 20  # skipped steps in a row that stop the run; not for fp16, whose scaler skips steps
+    # a loss more than this many times its running mean is a spike; None: do not watch
+    spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    spike_patience: Count = 5  # steps in a row before something is done
+    spike_action: Literal["stop", "lower_lr"] = "stop"
+    spike_lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5  # lower_lr: multiplies the rate from then on
 
 
 class Evaluation(Section):
@@ -125,6 +159,35 @@ class Zero(Section):
     stage: Literal[0, 1] = 1  # 1 shards master weights and optimizer state over the data-parallel ranks
 
 
+class DeepSpeedFp16(Section):
+    """Dynamic loss scaling, with training.precision fp16."""
+
+    initial_scale_power: Annotated[int, Field(ge=0, le=40)] = 16  # the first scale is 2 to this
+    loss_scale_window: Count = 1000  # steps without an overflow until the scale doubles
+    hysteresis: Count = 2  # overflows until the scale halves
+    consecutive_hysteresis: bool = False  # count only overflows one after another
+    min_loss_scale: Count = 1
+
+
+class DeepSpeedZero(Section):
+    """How ZeRO communicates."""
+
+    reduce_bucket_size: TotalCount = 500_000_000  # elements of a gradient reduction
+    allgather_bucket_size: TotalCount = 500_000_000  # elements of a gathering of updated weights
+    overlap_comm: bool = False  # reduce gradients while the backward pass goes on
+    contiguous_gradients: bool = True  # copy gradients into one buffer as they are made
+    reduce_scatter: bool = True  # instead of all-reducing
+    use_multi_rank_bucket_allreduce: bool = True
+    allgather_partitions: bool = True  # instead of broadcasts
+
+
+class DeepSpeed(Section):
+    """Settings under DeepSpeed's own names, of those that change speed or memory but never what is computed."""
+
+    fp16: DeepSpeedFp16 = DeepSpeedFp16()
+    zero_optimization: DeepSpeedZero = DeepSpeedZero()
+
+
 class RunConfig(Section):
     """One file is one runnable run."""
 
@@ -136,7 +199,8 @@ class RunConfig(Section):
     data: Data
     checkpoint: Checkpoint = Checkpoint()
     growth: Growth | None = None
+    guard: Guard = Guard()
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
     zero: Zero = Zero()
-    deepspeed: dict[str, Any] = Field(default_factory=dict)  # merged into the DeepSpeed config as it is
+    deepspeed: DeepSpeed = DeepSpeed()

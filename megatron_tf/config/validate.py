@@ -27,7 +27,8 @@ class BatchPlan:
     num_micro_batches: int  # micro batches a rank accumulates into one step
     data_parallel: int
     seq_length: int  # tokens a sample
-    train_steps: int
+    train_steps: int  # number of the run's last step
+    schedule_lead: float = 0.0  # how far the step number runs ahead of the schedule, see `plan_batches`
 
     @property
     def global_batch_size(self) -> int:
@@ -40,11 +41,12 @@ class BatchPlan:
 
     @property
     def train_samples(self) -> int:
+        """Samples of a whole run that never changes its batch."""
         return self.train_steps * self.global_batch_size
 
     @property
     def train_tokens(self) -> int:
-        """Tokens of the whole run, in whole steps."""
+        """Tokens of such a run, in whole steps."""
         return self.train_steps * self.tokens_per_step
 
 
@@ -55,17 +57,29 @@ def topology_for(config: RunConfig, world_size: int) -> Topology:
     return Topology(tensor=tensor, pipeline=pipeline, data=world_size // (tensor * pipeline))
 
 
-def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
-    """Batch arithmetic of the run; `train_tokens` is rounded up to whole steps. ConfigError when it has no solution."""
+def plan_batches(config: RunConfig, world_size: int, step: int = 0, tokens: int = 0) -> BatchPlan:
+    """Batch arithmetic of a run that has done `step` steps on `tokens` tokens so far.
+
+    `training.train_tokens` is met by whole steps, rounded up. If the batch is now another than it was, the steps that
+    are left are of the new size, and the schedule goes on at the share of the tokens that is done: at step number
+    s it stands where a run of this batch size alone would stand at s − schedule_lead.
+    ConfigError when the arithmetic has no solution.
+    """
     data_parallel = topology_for(config, world_size).data
     _raise_if_any([*_batch_problems(config, data_parallel), *_length_problems(config)])
     training = config.training
+    train_steps, lead = _train_steps(config), 0.0
+    if training.train_tokens is not None:
+        tokens_per_step = training.global_batch_size * config.model.seq_length
+        train_steps = step + math.ceil(max(0, training.train_tokens - tokens) / tokens_per_step)
+        lead = step - tokens / tokens_per_step
     return BatchPlan(
         micro_batch_size=training.micro_batch_size,
         num_micro_batches=training.global_batch_size // (training.micro_batch_size * data_parallel),
         data_parallel=data_parallel,
         seq_length=config.model.seq_length,
-        train_steps=_train_steps(config),
+        train_steps=train_steps,
+        schedule_lead=lead,
     )
 
 
@@ -81,7 +95,6 @@ def validate(config: RunConfig, world_size: int) -> None:
         _schedule_problems,
         _zero_problems,
         _run_problems,
-        _deepspeed_problems,
     ):
         problems += rule(config)
     _raise_if_any(problems)
@@ -212,6 +225,23 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.schedule.warmup_steps: {schedule.warmup_steps} is more than the run's {steps} steps. "
             f"Set it to at most {steps}; 1 % would be {math.ceil(steps / 100)}."
         )
+    if schedule.type != "wsd":
+        if schedule.decay_steps is not None:
+            yield (
+                f"optimizer.schedule.decay_steps: {schedule.decay_steps} is for schedule type wsd only, but "
+                f"optimizer.schedule.type is {schedule.type}. Remove it, or set the type to wsd."
+            )
+    elif schedule.decay_steps is None:
+        yield (
+            "optimizer.schedule.decay_steps: wsd needs the number of its last, decaying steps. "
+            f"Give it; 10 % would be {math.ceil(steps / 10)}."
+        )
+    elif schedule.warmup_steps + schedule.decay_steps > steps:
+        yield (
+            f"optimizer.schedule.decay_steps: {schedule.decay_steps} and optimizer.schedule.warmup_steps "
+            f"{schedule.warmup_steps} are together more than the run's {steps} steps. Set decay_steps to at most "
+            f"{max(0, steps - schedule.warmup_steps)}."
+        )
 
 
 def _zero_problems(config: RunConfig) -> Iterator[str]:
@@ -250,20 +280,6 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
                 f"growth.from: {config.growth.source} is this run's own folder (run.dir {config.run.dir}). "
                 "Give the smaller run's folder, or another run.dir."
             )
-
-
-def _deepspeed_problems(config: RunConfig) -> Iterator[str]:
-    """Keys that another section decides: DeepSpeed would take whichever value comes last, without a word."""
-    from megatron_tf.config.deepspeed_config import OWNED_KEYS  # here, because that module needs BatchPlan
-
-    for key, owner in OWNED_KEYS.items():
-        first, _, second = key.partition(".")
-        if first not in config.deepspeed:
-            continue
-        inner = config.deepspeed[first]
-        # a plain value in place of the inner keys would replace all of them
-        if not second or not isinstance(inner, dict) or second in inner:
-            yield f"deepspeed.{key}: this is decided by {owner}. Remove it here and set that instead."
 
 
 # ---- nearest valid values --------------------------------------------------------------------------------------------

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_tf.config.schema import Model
-from megatron_tf.growth.methods import METHODS, NewElements, NewTokens, Projection
-from megatron_tf.params import parameter_table, projection_tokens
+from megatron_tf.config.schema import Growth, Model
+from megatron_tf.errors import ConfigError
+from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, NewTokens, Projection
+from megatron_tf.model.initialize import initial_rows
+from megatron_tf.params import PROJECTIONS, parameter_table, projection_tokens
 
 WEIGHT = "weight"
 SLICE_ELEMENTS = 2**20  # 4 MiB in fp32
@@ -47,6 +49,11 @@ class StateSource(Protocol):
         ...
 
 
+def projection_kind(name: str) -> str:
+    """ "blocks.3.attention.query" -> "qkv", a field of model.parameter_tokens."""
+    return PROJECTIONS[name.split(".", 2)[2]][0]
+
+
 def copy_in_slices(read: Callable[[int, int], Tensor], start: int, target: Tensor) -> None:
     """Fill `target` from element `start` on with what `read` gives for [low, high), a bounded slice at a time."""
     for low in range(0, target.numel(), SLICE_ELEMENTS):
@@ -61,20 +68,24 @@ def growth_seed(seed: int, number: int) -> int:
 
 @dataclass(frozen=True)
 class _Grown:
-    """A tensor that grows: elements from `old_numel` on are `new`'s."""
+    """A tensor that grows: elements from `old_numel` on are new."""
 
     old_numel: int
     projection: str
-    kind: str  # "key" or "value"
+    is_value: bool
 
 
 class GrownSource:
     """State of `new_model`, grown from `old` (state of `old_model`) with new values from `fresh` (of `new_model`).
 
-    `method`: a name of METHODS.  `moments`: "keep" leaves the old elements' Adam moments and step counts, "reset"
-    starts all of the model's, also those of tensors that do not grow, at 0. New elements always start at 0.
+    `growth`: the method of each projection, noise, and what becomes of moments: "keep" leaves the old elements' Adam
+    moments and step counts, "reset" starts all of the model's, also those of tensors that do not grow, at 0. New
+    elements always start at 0.  `seed`: of this growth, see `growth_seed`.
     The models may differ in token counts only, and none may shrink: the caller has checked that.
-    ConfigError when the method cannot grow the activation.
+    ConfigError, with all problems, when a method cannot grow its projection; no state is read to find out.
+
+    A read computes in fp64 what is not a plain copy and rounds once, to the type of its target. So the result does not
+    depend on the ranges or devices that it is read by.
     """
 
     def __init__(
@@ -84,44 +95,75 @@ class GrownSource:
         *,
         old_model: Model,
         new_model: Model,
-        method: str,
-        moments: Literal["keep", "reset"],
+        growth: Growth,
+        seed: int,
     ):
-        self._old, self._fresh, self._reset = old, fresh, moments == "reset"
+        self._old, self._fresh, self._growth, self._seed = old, fresh, growth, seed
+        self._shapes = parameter_table(new_model)
         self._tensors: dict[str, _Grown] = {}
-        self._new_tokens: dict[str, NewTokens] = {}
+        self._projections: dict[str, Projection] = {}
         before, after = projection_tokens(old_model), projection_tokens(new_model)
-        shapes = parameter_table(old_model)
-        scales = dict(old.scales)
+        old_shapes, scales = parameter_table(old_model), dict(old.scales)
+        factors, problems = {}, []
         for name in after:
             assert before[name] <= after[name]
             if before[name] == after[name]:
                 continue
             keys, values = f"{name}.key_tokens", f"{name}.value_tokens"
-            for tensor, kind in ((keys, "key"), (values, "value")):
-                self._tensors[tensor] = _Grown(shapes[tensor].numel, name, kind)
-            projection = Projection(
-                name, new_model.activation, scales[name], self._initial(keys), self._initial(values)
-            )
-            self._new_tokens[name] = METHODS[method](projection)
-            scales[name] = self._new_tokens[name].scale
+            for tensor, is_value in ((keys, False), (values, True)):
+                self._tensors[tensor] = _Grown(old_shapes[tensor].numel, name, is_value)
+            kind = projection_kind(name)
+            self._projections[name] = Projection(
+                name, kind, f"growth.methods.{kind}" if getattr(growth.methods, kind) else "growth.method",
+                new_model.activation, self._shapes[keys].width, before[name], after[name], scales[name], seed,
+                self._weights_of(old, keys), self._weights_of(fresh, keys), self._weights_of(fresh, values),
+            )  # fmt: skip
+            try:
+                tokens = self._tokens_of(name)
+                scales[name], factors[name] = tokens.scale, tokens.old_values_factor
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(list(dict.fromkeys(problems)))  # layers repeat each other
         self.scales: Mapping[str, float] = scales
+        self._factors = factors
+        self._latest: tuple[str, NewTokens] | None = None
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """The method of each kind of projection that grows."""
+        return {kind: self._growth.method_of(kind) for kind in {p.kind: p for p in self._projections.values()}}
+
+    @property
+    def method(self) -> str | dict[str, str]:
+        """The one method, or `methods` when there are several."""
+        distinct = set(self.methods.values())
+        return distinct.pop() if len(distinct) == 1 else self.methods
+
+    @property
+    def preserves(self) -> bool:
+        """Whether the growth promises to keep the function, to rounding."""
+        return set(self.methods.values()) <= PRESERVING and not self._growth.noise
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        boundary = self._boundary(name, start, stop)
-        parts = [torch.empty(0)] if start == stop else []
-        if start < boundary:
-            kept = state == WEIGHT or not self._reset
-            parts.append(self._old.read(name, state, start, boundary) if kept else torch.zeros(boundary - start))
-        if boundary < stop:
-            parts.append(self._new(name, boundary, stop) if state == WEIGHT else torch.zeros(stop - boundary))
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        result = torch.empty(stop - start)
+        self.read_into(name, state, start, result)
+        return result
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
-        copy_in_slices(lambda low, high: self.read(name, state, low, high), start, target)
+        boundary = self._boundary(name, start, start + target.numel())
+        old, new = target[: boundary - start], target[boundary - start :]
+        if len(old):
+            self._read_old(name, state, start, old)
+        if len(new):
+            elements = self._new_elements(name) if state == WEIGHT else None
+            if elements is None:
+                new.zero_()
+            else:
+                copy_in_slices(elements, boundary, new)
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
-        if self._reset:
+        if self._growth.moments == "reset":
             return [(start, stop, 0)] if start < stop else []
         boundary = self._boundary(name, start, stop)
         steps = self._old.adam_steps(name, start, boundary) if start < boundary else []
@@ -136,21 +178,95 @@ class GrownSource:
         grown = self._tensors.get(name)
         return stop if grown is None else min(max(grown.old_numel, start), stop)
 
-    def _new(self, name: str, start: int, stop: int) -> Tensor:
-        grown = self._tensors[name]
-        tokens = self._new_tokens[grown.projection]
-        return (tokens.keys if grown.kind == "key" else tokens.values)(start, stop)
+    def _read_old(self, name: str, state: str, start: int, target: Tensor) -> None:
+        if state != WEIGHT and self._growth.moments == "reset":
+            target.zero_()
+        elif (factor := self._factor(name, state)) != 1 or (state == WEIGHT and self._noisy(name)):
+            copy_in_slices(lambda low, high: self._changed(name, state, low, high, factor), start, target)
+        else:
+            self._old.read_into(name, state, start, target)
 
-    def _initial(self, tensor: str) -> NewElements:
-        return lambda start, stop: self._fresh.read(tensor, WEIGHT, start, stop)
+    def _factor(self, name: str, state: str) -> float:
+        """What old elements are multiplied by. Weights times f have gradients times 1/f, and moments follow those."""
+        grown = self._tensors.get(name)
+        factor = self._factors[grown.projection] if grown is not None and grown.is_value else 1.0
+        return {WEIGHT: factor, "exp_avg": 1 / factor, "exp_avg_sq": 1 / factor**2}[state]
+
+    def _noisy(self, name: str) -> bool:
+        return self._growth.noise > 0 and name in self._tensors
+
+    def _changed(self, name: str, state: str, start: int, stop: int, factor: float) -> Tensor:
+        """Old elements, fp64: times `factor`, and weights w with noise as w · (1 + noise · N(0, 1))."""
+        elements = self._old.read(name, state, start, stop).to(torch.float64) * factor
+        if state == WEIGHT and self._noisy(name):
+            elements *= 1 + self._growth.noise * self._noise(name, start, stop).to(torch.float64)
+        return elements
+
+    def _noise(self, name: str, start: int, stop: int) -> Tensor:
+        """N(0, 1) as a function of (growth's seed, name, row)."""
+        spec = replace(self._shapes[name], name=f"{name}/noise", std=1.0)
+        first, last = start // spec.width, -(-stop // spec.width)
+        rows = initial_rows(spec, self._seed, first, last).reshape(-1)
+        return rows[start - first * spec.width : stop - first * spec.width]
+
+    def _new_elements(self, tensor: str) -> Elements | None:
+        grown = self._tensors[tensor]
+        # What a method holds for one projection goes when the next one is read: memory stays bounded.
+        if self._latest is None or self._latest[0] != grown.projection:
+            self._latest = grown.projection, self._tokens_of(grown.projection)
+        tokens = self._latest[1]
+        return tokens.values if grown.is_value else tokens.keys
+
+    def _tokens_of(self, name: str) -> NewTokens:
+        projection = self._projections[name]
+        return METHODS[self._growth.method_of(projection.kind)](projection)
+
+    @staticmethod
+    def _weights_of(source: StateSource, tensor: str) -> Elements:
+        return lambda start, stop: source.read(tensor, WEIGHT, start, stop)
+
+
+def scales_after_growth(
+    old_model: Model, new_model: Model, growth: Growth, scales: Mapping[str, float]
+) -> Mapping[str, float]:
+    """τ of every projection once `old_model`, whose τ are `scales`, has grown; needs no state.
+
+    ConfigError, with all problems, when `growth` cannot do it: so each stage of a chain is checked before the first.
+    """
+    nothing = _Stateless(scales)
+    return GrownSource(nothing, nothing, old_model=old_model, new_model=new_model, growth=growth, seed=0).scales
+
+
+@dataclass(frozen=True)
+class _Stateless:
+    """A source of τ alone."""
+
+    scales: Mapping[str, float]
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        raise AssertionError("a method has read state before it was asked for elements")
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        raise AssertionError("a method has read state before it was asked for elements")
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+        raise AssertionError("a method has read step counts")
 
 
 def growth_entry(
-    *, method: str, moments: str, source: str, step: int, samples: int, tokens: int, old_model: Model, new_model: Model
+    *,
+    method: str | Mapping[str, str],
+    moments: str,
+    source: str,
+    step: int,
+    samples: int,
+    tokens: int,
+    old_model: Model,
+    new_model: Model,
 ) -> dict[str, Any]:
     """The entry that a growth adds to the checkpoint's history, ready for JSON.
 
-    `source`: the checkpoint grown from.  `step`, `samples`, `tokens`: how far that one was trained.
+    `method`: of all projections, or by kind.  `source`: the checkpoint grown from.  `step`, `samples`, `tokens`: how far that one was trained.
     "from" and "to" are the token counts by kind. The losses on a held batch are None until the trainer measures them.
     """
     return {

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from megatron_tf.errors import CheckpointError
+
 
 @torch.no_grad()
 def generate(
@@ -24,10 +26,16 @@ def generate(
 
     model: ids [1, s] -> logits [1, s, vocab]; it sees the last `context` ids. `temperature` 0 is greedy;
     `top_k` 0 samples from the whole vocabulary. Every step computes the whole context again.
+    CheckpointError when the logits are not finite: the model is of a training that diverged.
     """
+    assert prompt and temperature >= 0 and top_k >= 0
     ids = list(prompt)
     for _ in range(num_tokens):
-        logits = model(torch.tensor([ids[-context:]]))[0, -1].float()
+        logits = model(torch.tensor([ids[-context:]]))[0, -1].double()
+        if not logits.isfinite().all():
+            raise CheckpointError(
+                f"the model's logits after {len(ids)} tokens are not finite: its training diverged. Use an earlier checkpoint."
+            )
         token = _pick(logits, temperature, top_k, generator)
         if token == end:
             return
@@ -41,4 +49,6 @@ def _pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Gener
     if top_k:
         kept = logits.topk(min(top_k, logits.numel()))
         logits = torch.full_like(logits, -torch.inf).scatter(0, kept.indices, kept.values)
-    return int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=generator))
+    # The largest is 0 after the subtraction, so that no temperature, however small, makes an infinity of it.
+    weights = torch.softmax((logits - logits.max()) / temperature, 0)
+    return int(torch.multinomial(weights, 1, generator=generator))

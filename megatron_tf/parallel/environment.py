@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import re
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -26,6 +27,7 @@ _MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Slurm numbers the steps that are no `srun` of the user from here up (batch script, interactive shell, extern, ...).
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_RETRY_SECONDS = 0.5
 _SRUN_REMEDY = (
     "Start every process with `srun python launch/train.py CONFIG`, or just one with `srun --ntasks=1 python ...`."
 )
@@ -244,6 +246,28 @@ def check_port_free(addr: str, port: int) -> None:
                 f"MASTER_PORT={port} {reason} on {addr}, perhaps by another run. Choose another: "
                 "`deepspeed --master_port PORT ...`, or MASTER_PORT=PORT in the environment under srun."
             ) from None
+
+
+def wait_for_port(addr: str, port: int, timeout_seconds: float) -> None:
+    """Wait until rank 0 listens on `addr`:`port`. For the other ranks, before they meet it there.
+
+    LaunchError when `addr` is no host's name, or when nothing answers in time.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            socket.create_connection((addr, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+                raise LaunchError(f"MASTER_ADDR={addr} cannot be resolved: {error}. Name the host of rank 0.") from None
+            if time.monotonic() + _RETRY_SECONDS > deadline:
+                raise LaunchError(
+                    f"rank 0 was not found at MASTER_ADDR={addr}, MASTER_PORT={port} within {timeout_seconds:g} seconds "
+                    f"({error.strerror or error}). Check that rank 0 has started, that these name its host and port, and that no "
+                    "firewall is between; parallel.timeout_seconds is how long ranks wait."
+                ) from None
+        time.sleep(_RETRY_SECONDS)
 
 
 def _is_of_this_machine(family: int, address: tuple[Any, ...]) -> bool:

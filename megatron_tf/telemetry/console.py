@@ -16,6 +16,8 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from megatron_tf.telemetry.line_file import LineFile
+
 ETA_WINDOW_SECONDS = 3600.0  # speed is averaged over this; rich's 30 s knows nothing when lines are minutes apart
 
 
@@ -42,41 +44,35 @@ class RichBar:
 class Console:
     """Lines of one rank.
 
-    On the main rank `info` and `warning` go to `output` (default stdout) and are appended to `log_path`. The other
-    ranks keep `info` to themselves and send `warning` to `errors` (default stderr), because it may be about them
-    alone. A log file that cannot be written is reported once and never stops the run.
+    On rank 0 `info` and `warning` go to `output` (default stdout) and are appended to `log_path`. The other ranks keep
+    `info` to themselves and send `warning` to `errors` (default stderr), with their rank, because it may be about them
+    alone. A log file or an output on a full disk loses lines and never stops the run.
     """
 
     def __init__(
         self,
-        is_main: bool,
-        log_path: Path | None = None,
         *,
+        rank: int,
+        log_path: Path | None = None,
         output: TextIO | None = None,
         errors: TextIO | None = None,
         now: Callable[[], datetime] = datetime.now,
     ):
-        self._is_main, self._now = is_main, now
+        self._rank, self._is_main, self._now = rank, rank == 0, now
         self._output = sys.stdout if output is None else output
         self._errors = sys.stderr if errors is None else errors
         self._bar: Progress | None = None
-        self._log: TextIO | None = None
-        if is_main and log_path is not None:
-            try:
-                self._log = open(log_path, "a", encoding="utf-8", errors="backslashreplace")
-            except OSError as error:
-                self.warning(f"{log_path}: {error.strerror}. The run goes on without its log file.")
+        self._log = LineFile(log_path, self.warning) if self._is_main and log_path is not None else None
 
     def info(self, text: str) -> None:
         if self._is_main:
             self._write(self._stamped(text))
 
     def warning(self, text: str) -> None:
-        line = self._stamped(f"WARNING: {text}")
         if self._is_main:
-            self._write(line)
+            self._write(self._stamped(f"WARNING: {text}"))
         else:
-            _print_to(self._errors, line)
+            _print_to(self._errors, self._stamped(f"[rank {self._rank}] WARNING: {text}"))
 
     @contextmanager
     def progress(self, total: int, start: int, label: str) -> Iterator[Bar]:
@@ -107,13 +103,8 @@ class Console:
                 self._bar = None
 
     def close(self) -> None:
-        """Closes train.log; later lines go to the output only. May be called again."""
-        log, self._log = self._log, None
-        if log is not None:
-            try:
-                log.close()
-            except OSError as error:  # buffered bytes of a full disk
-                _print_to(self._errors, self._stamped(f"WARNING: {log.name}: {error.strerror}"))
+        """Ends train.log; later lines go to the output only. May be called again."""
+        self._log = None
 
     def _stamped(self, text: str) -> str:
         return f"{self._now():%Y-%m-%d %H:%M:%S}  {text}"
@@ -126,13 +117,7 @@ class Console:
                 _encodable(line, self._output), markup=False, highlight=False, emoji=False, soft_wrap=True
             )
         if self._log is not None:
-            try:
-                self._log.write(line + "\n")
-                self._log.flush()
-            except OSError as error:
-                name = self._log.name
-                self.close()
-                self.warning(f"{name}: {error.strerror}. The run goes on without its log file.")
+            self._log.append(line)
 
 
 def quiet_libraries() -> None:
@@ -164,8 +149,13 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _print_to(stream: TextIO, line: str) -> None:
-    stream.write(_encodable(line, stream) + "\n")
-    stream.flush()
+    try:
+        stream.write(_encodable(line, stream) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        raise  # nobody reads any more
+    except OSError:
+        pass  # redirected to a full disk: what is buffered follows with a later line
 
 
 def _encodable(line: str, stream: TextIO) -> str:

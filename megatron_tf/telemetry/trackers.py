@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.errors import UserError
+from megatron_tf.durable import atomic_path
+from megatron_tf.errors import UserError, file_errors
+from megatron_tf.telemetry.line_file import LineFile
 
 Value = float | int | str | None
 
@@ -26,23 +27,22 @@ class JsonlTracker:
 
     What an earlier process logged after the checkpoint at `resume_step` is dropped, because those steps come again;
     so is a line that a kill tore. A run that starts at step 0 starts an empty file. UserError when it cannot be
-    written.
+    written at the start; later a full disk loses records, which `warn` is told, until there is room again.
     """
 
-    def __init__(self, path: Path, resume_step: int):
-        try:
-            _keep_until(path, resume_step)
-            self._file = open(path, "a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}). Choose another run.dir.") from error
+    def __init__(self, path: Path, resume_step: int, warn: Callable[[str], None]):
+        with file_errors(UserError, path, "Metrics cannot be written: free space or choose another run.dir."):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                file.writelines(_lines_until(path, resume_step))
+        self._file = LineFile(path, warn)
 
     def log(self, metrics: Mapping[str, Value], step: int) -> None:
         record = {"step": step, **{key: _finite_or_none(value) for key, value in metrics.items()}}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps(record, allow_nan=False))
 
     def close(self) -> None:
-        self._file.close()
+        """Nothing is held open."""
 
 
 class WandbTracker:
@@ -140,7 +140,7 @@ def open_trackers(
     if not is_main:
         return Trackers([], warn, ids)
     ids = dict(ids)
-    trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step)]
+    trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step, warn)]
     for name in config.logging.trackers:
         try:
             if name == "wandb":
@@ -157,25 +157,15 @@ def open_trackers(
     return Trackers(trackers, warn, ids)
 
 
-def _keep_until(path: Path, resume_step: int) -> None:
-    """Rewrites `path`, as a whole or not at all, without the lines after `resume_step` and those that are torn."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _lines_until(path: Path, resume_step: int) -> Iterator[bytes]:
+    """The lines of `path` up to `resume_step` without those that are torn; none when there is no file yet."""
     if not path.exists():
         return
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
-        file.writelines(_lines_until(path, resume_step))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _lines_until(path: Path, resume_step: int) -> Iterator[bytes]:
     with open(path, "rb") as file:
         for line in file:
             try:
                 step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
             # A checkpoint at step 0 does not exist: a run at step 0 is a new one, also when the file is not.
             if line.endswith(b"\n") and isinstance(step, int) and step <= resume_step and resume_step > 0:

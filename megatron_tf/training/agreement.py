@@ -13,15 +13,19 @@ T = TypeVar("T")
 
 
 def together(work: Callable[[], T]) -> T:
-    """Runs `work` on every rank. If it is a UserError on any, all ranks raise one that names every reason."""
+    """Runs `work` on every rank. If it fails on any, all ranks raise one UserError that names every reason.
+
+    What the user can mend is a UserError, or an OSError that names its file.
+    """
     results: list[T] = []
     error: UserError | None = None
     try:
         results.append(work())
     except UserError as problem:
         error = problem
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, None if error is None else str(error))
+    except OSError as problem:
+        error = UserError(f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem))
+    reasons = gather(None if error is None else str(error))
     if any(reasons):
         unique = dict.fromkeys(reason for reason in reasons if reason)
         if len(unique) == 1 and all(reasons):
@@ -30,6 +34,13 @@ def together(work: Callable[[], T]) -> T:
             "\n".join(f"{reason} (on rank {', '.join(_ranks(reasons, reason))})" for reason in unique)
         ) from error
     return results[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's `value`, in the order of the ranks, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_rank_zero(work: Callable[[], T]) -> T:

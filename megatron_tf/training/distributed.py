@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tf.errors import LaunchError
-from megatron_tf.parallel.environment import LaunchEnvironment, check_port_free
+from megatron_tf.parallel.environment import LaunchEnvironment, check_port_free, wait_for_port
 
 
 def join(environment: LaunchEnvironment, timeout_seconds: float, store_file: str | None = None) -> torch.device:
@@ -43,14 +43,18 @@ def join(environment: LaunchEnvironment, timeout_seconds: float, store_file: str
     elif environment.launcher == "python":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        if rank == 0 and environment.launcher != "torchrun":  # torchrun's own agent holds the port
-            check_port_free(environment.master_addr, environment.master_port)
+        address, port = environment.master_addr, environment.master_port
+        if rank > 0:  # torch itself would wait as long, but end in pages of its own stack
+            wait_for_port(address, port, timeout_seconds)
+        elif environment.launcher != "torchrun":  # torchrun's own agent holds the port
+            check_port_free(address, port)
         try:
             dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
         except (dist.DistError, RuntimeError) as error:
             raise LaunchError(
-                f"rank {rank} of {world_size} could not meet the others at "
-                f"{environment.master_addr}:{environment.master_port}: {error}"
+                f"rank {rank} of {world_size} could not meet the others at MASTER_ADDR={address}, MASTER_PORT={port} within "
+                f"{timeout_seconds:g} seconds: {str(error).partition(chr(10))[0]} Start all ranks with the same address and "
+                "port; parallel.timeout_seconds is how long ranks wait."
             ) from error
     _attach_deepspeed()
     return device

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ from megatron_tf.errors import CheckpointError
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.params import EMBEDDING, parameter_table
+from megatron_tf.params import EMBEDDING, ParameterSpec, parameter_table
+from megatron_tf.training.nonfinite import watch_nonfinite
 from megatron_tf.training.optimizer import Segment, SegmentedAdamW
 from megatron_tf.training.pipeline import ShardedParameter, TokenFormerPipeline
 from megatron_tf.training.schedule import learning_rate
@@ -34,20 +36,34 @@ Batch = tuple[Tensor, Tensor]  # input_ids and labels, int64 [b, s] each
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over the global batch, on the device. `grad_norm`: before clipping, None where not computed."""
+    """`loss`: mean over the global batch, on the device. `grad_norm`: before clipping.
+
+    `skipped`: the gradient was not finite, on any rank, so nothing was updated.
+    """
 
     loss: Tensor
     grad_norm: Tensor | float | None
     lr: float
+    skipped: bool
 
 
 class Engine:
     """Trains, evaluates, and gives and takes state as ranges of logical tensors."""
 
     def __init__(
-        self, config: RunConfig, model: Model, plan: BatchPlan, topology: Topology, tensor: Group, source: StateSource
+        self,
+        config: RunConfig,
+        model: Model,
+        plan: BatchPlan,
+        topology: Topology,
+        tensor: Group,
+        source: StateSource,
+        first_new: Mapping[str, int] | None = None,
     ):
-        """`model` and the weights, moments and τ of `source` must belong together."""
+        """`model` and the weights, moments and τ of `source` must belong together.
+
+        `first_new`: for each tensor that the run's growth made bigger, the element where its new tokens begin.
+        """
         self.config, self.plan = config, plan
         self._pipeline = TokenFormerPipeline(
             model, source.scales, topology, TensorParallel(tensor, config.parallel.sequence)
@@ -69,8 +85,12 @@ class Engine:
             )  # fmt: skip
         self.optimizer: SegmentedAdamW = self._deepspeed.basic_optimizer
         self._stage_0_norm: float | None = None
-        if not config.zero.stage:
+        if config.zero.stage:
+            self._nonfinite = watch_nonfinite(self._wrapper, self._pipeline.shards())
+        else:
             self._deepspeed.clip_fp32_gradients = self._clip_at_stage_0
+        self._first_new = first_new or {}
+        self.steps_skipped = 0  # steps without an update so far, because a gradient was not finite
         self._scales = dict(source.scales)
         self._loaded_steps = {
             name: source.adam_steps(name, 0, spec.numel) for name, spec in parameter_table(model).items()
@@ -82,14 +102,32 @@ class Engine:
         """τ of every projection of the whole model."""
         return dict(self._scales)
 
-    def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
-        """One optimizer step (0-based `step`) on `plan.num_micro_batches` batches of this data-parallel rank."""
-        lr = learning_rate(step, self.config.optimizer, self.plan.train_steps)
+    def train_step(self, step: int, batches: Iterator[Batch], lr_factor: float = 1.0) -> StepResult:
+        """One optimizer step (0-based `step`) on `plan.num_micro_batches` batches of this data-parallel rank.
+
+        `lr_factor`: times the learning rate that the schedule gives.
+        """
+        lead = self.plan.schedule_lead
+        lr = lr_factor * learning_rate(step - lead, self.config.optimizer, self.plan.train_steps - lead)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        updates = self.optimizer.num_updates
         loss = self._deepspeed.train_batch(batches)
         norm = self._deepspeed.get_global_grad_norm() if self.config.zero.stage else self._stage_0_norm
-        return StepResult(loss, norm, lr)
+        skipped = self.optimizer.num_updates == updates
+        self.steps_skipped += skipped
+        return StepResult(loss, norm, lr, skipped)
+
+    def nonfinite_gradients(self) -> list[str]:
+        """The parameters, over all ranks, whose gradient was inf or nan in the step that was just skipped.
+
+        All ranks must call it. Empty without ZeRO, where nobody looks.
+        """
+        own = self._nonfinite() if self.config.zero.stage else []
+        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, own)
+        named = {name for names in everyone for name in names}
+        return [name for name in self._loaded_steps if name in named]  # in the model's order
 
     def evaluate(self, batches: Iterable[Batch], num_micro_batches: int) -> float:
         """Mean loss over `num_micro_batches` batches of every data-parallel rank; the same number on all ranks."""
@@ -161,22 +199,19 @@ class Engine:
             for key in _SCALER_STATE & state.keys():
                 setattr(self._wrapper.loss_scaler, key, state[key])
 
-    @property
-    def steps_skipped(self) -> int:
-        """Steps that an overflow of fp16 gradients cost so far."""
-        return self._deepspeed.skipped_steps
-
     def close(self) -> None:
         """Frees the parameters and buffers."""
         self._deepspeed.destroy()
 
     def _clip_at_stage_0(self) -> None:
-        """DeepSpeed's own clipping without ZeRO, which forgets the norm it computed."""
-        self._stage_0_norm = clip_grad_norm_(
+        """DeepSpeed's own clipping without ZeRO, which forgets the norm it computed and updates whatever it was."""
+        norm = clip_grad_norm_(
             parameters=self._pipeline.parameters(),
-            max_norm=self.config.training.gradient_clipping,
+            max_norm=self.config.training.gradient_clipping or math.inf,
             mpu=self._deepspeed.mpu,
         )
+        self._stage_0_norm = float(norm)
+        self.optimizer.skip_next = not math.isfinite(self._stage_0_norm)
 
     @torch.no_grad()
     def _load(self, source: StateSource) -> None:
@@ -184,10 +219,12 @@ class Engine:
         segments = []
         for shard, buffer, start, stop, offset, owned in fragments:
             for low, high, updates in source.adam_steps(shard.spec.name, start, stop):
-                age = torch.tensor(float(updates), device=buffer.device)
-                segments.append(
-                    Segment(shard.spec.name, low, high, buffer, offset + low - start, owned, shard.spec.decayed, age)
-                )
+                for first, last, multiplier in self._learning_rates(shard.spec, low, high):
+                    age = torch.tensor(float(updates), device=buffer.device)
+                    segments.append(
+                        Segment(shard.spec.name, first, last, buffer, offset + first - start, owned,
+                                shard.spec.decayed, age, multiplier)
+                    )  # fmt: skip
         self.optimizer.bind(segments)
         for segment in segments:
             for state, tensor in self.optimizer.states(segment).items():
@@ -195,6 +232,22 @@ class Engine:
         if self.config.zero.stage:
             # fp32 master weights were written, not made from rounded ones; now the model's copy follows them
             self._wrapper.update_lp_params()
+
+    def _learning_rates(self, spec: ParameterSpec, start: int, stop: int) -> Iterator[tuple[int, int, float]]:
+        """[start, stop) cut where new tokens begin, each part with its learning rate multiplier."""
+        if self.config.growth is None:
+            yield start, stop, 1.0
+            return
+        rates = self.config.growth.lr_multipliers
+        if not spec.growable:
+            yield start, stop, rates.other
+            return
+        boundary = min(max(self._first_new.get(spec.name, stop), start), stop)
+        if rates.old_tokens == rates.new_tokens:
+            boundary = stop
+        for first, last, rate in ((start, boundary, rates.old_tokens), (boundary, stop, rates.new_tokens)):
+            if first < last:
+                yield first, last, rate
 
     def _fragments(self, shard: ShardedParameter) -> Iterator[tuple[ShardedParameter, Tensor, int, int, int, bool]]:
         """(shard, buffer, start, stop, offset, owned): where this rank keeps the shard's fp32 state, if it does."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from torch.nn import functional as F
 from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
-from megatron_tf.errors import ConfigError
+from megatron_tf.data.samples import derived_seed
+from megatron_tf.errors import ConfigError, LaunchError, exit_now
 from megatron_tf.model import build_model
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
@@ -97,7 +99,7 @@ def layouts(config: RunConfig, num_ranks: int) -> list[Layout]:
 
 def sample(config: RunConfig, index: int) -> Tensor:
     """Random but skewed token ids [s + 1]: a pure function of (seed, sample index)."""
-    generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + index)
+    generator = torch.Generator().manual_seed(derived_seed(config.run.seed, index) >> 1)  # torch takes 63 bits
     uniform = torch.rand(config.model.seq_length + 1, generator=generator)
     return (uniform.square() * config.model.vocab_size).long()
 
@@ -114,7 +116,7 @@ def batches(
 
 def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32) -> Trace:
     """The run on this process alone, written in plain PyTorch without any of the engine."""
-    plan = plan_batches(config, 1)
+    plan = plan_batches(Layout(Topology()).apply(config), 1)
     model = build_model(config.model, seed=config.run.seed, dtype=dtype)
     table = parameter_table(config.model)
     decayed = [p for name, p in model.named_parameters() if table[name].decayed]
@@ -124,24 +126,22 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32)
         [{"params": decayed, "weight_decay": adam.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=adam.lr, betas=adam.betas, eps=adam.eps,
     )  # fmt: skip
-    trace = Trace([], [], {})
+    losses, norms, gradients = [], [], {}
     for step in range(steps):
         total = 0.0
         for ids, labels in batches(config, plan, step, 0, 1):
             loss = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten()) / plan.num_micro_batches
             loss.backward()
             total += loss.item()
-        trace.losses.append(total)
-        trace.grad_norms.append(_clip([p.grad for p in model.parameters() if p.grad is not None], config))
+        losses.append(total)
+        norms.append(_clip([p.grad for p in model.parameters() if p.grad is not None], config))
         if step == 0:
-            trace.gradients.update(
-                (n, p.grad.float().clone()) for n, p in model.named_parameters() if p.grad is not None
-            )
+            gradients = {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, adam, plan.train_steps)
         optimizer.step()
         optimizer.zero_grad()
-    return trace
+    return Trace(losses, norms, gradients)
 
 
 def _clip(gradients: list[Tensor], config: RunConfig) -> float:
@@ -155,7 +155,16 @@ def _clip(gradients: list[Tensor], config: RunConfig) -> float:
 
 
 def run_layouts(config: RunConfig, chosen: Sequence[Layout], steps: int) -> list[Trace]:
-    """The run under each layout, on ranks started for it. Layouts of one world size share their processes."""
+    """The run under each layout, on ranks started for it. Layouts of one world size share their processes.
+
+    LaunchError when this machine has fewer GPUs than ranks.
+    """
+    most = max(layout.topology.world_size for layout in chosen)
+    if torch.cuda.is_available() and most > torch.cuda.device_count():
+        raise LaunchError(
+            f"{most} ranks need as many GPUs, but this machine has {torch.cuda.device_count()}. Use fewer ranks, or "
+            "hide the GPUs with CUDA_VISIBLE_DEVICES= to use the CPU."
+        )
     traces: dict[Layout, Trace] = {}
     for world in sorted({layout.topology.world_size for layout in chosen}):
         same_world = [layout for layout in chosen if layout.topology.world_size == world]
@@ -182,11 +191,13 @@ def compare(trace: Trace, expected: Trace) -> Difference:
 
 
 def _relative(value: float, expected: float) -> float:
-    error = abs(value - expected) / abs(expected)
+    error = abs(value - expected) / max(abs(expected), 1e-30)
     return error if error == error else float("inf")
 
 
-def _rank(rank: int, config: RunConfig, chosen: list[Layout], steps: int, world: int, folder: str) -> None:
+@contextmanager
+def joined(rank: int, world: int, folder: str) -> Iterator[None]:
+    """This process as one of `world` gloo ranks that meet in `folder`."""
     from megatron_tf.telemetry.console import quiet_libraries
 
     torch.set_num_threads(1)
@@ -194,11 +205,17 @@ def _rank(rank: int, config: RunConfig, chosen: list[Layout], steps: int, world:
     environment = LaunchEnvironment("torchrun", rank, world, rank, world, "localhost", 0)
     join(environment, TIMEOUT_SECONDS, store_file=f"{folder}/store")
     try:
+        yield
+    finally:
+        leave()
+
+
+def _rank(rank: int, config: RunConfig, chosen: list[Layout], steps: int, world: int, folder: str) -> None:
+    with joined(rank, world, folder):
         for number, layout in enumerate(chosen):
             _run(layout.apply(config), layout.topology, rank, steps, Path(folder), number)
             dist.barrier()
-    finally:
-        leave()
+    exit_now()
 
 
 def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: Path, number: int) -> None:

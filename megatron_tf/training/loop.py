@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan
@@ -14,8 +15,9 @@ from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.meters import ThroughputMeter, format_duration, mfu, peak_bf16_flops
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.engine import Engine, StepResult
+from megatron_tf.training.guard import LossGuard
 from megatron_tf.training.saving import Saver
-from megatron_tf.training.start import Progress
+from megatron_tf.training.start import Progress, Start
 
 
 class Trainer:
@@ -32,13 +34,15 @@ class Trainer:
         trackers: Trackers,
         console: Console,
         device: torch.device,
-        progress: Progress,
+        start: Start,
     ):
-        self.config, self.plan, self.engine, self.progress = config, plan, engine, progress
+        self.config, self.plan, self.engine, self.progress = config, plan, engine, start.progress
         self.training, self.validation = training, validation
         self.saver, self.trackers, self.console = saver, trackers, console
+        self.guard = LossGuard(config.guard, start.run_state.get("guard", {}))
         self.meter = ThroughputMeter()
-        self.logged_step = progress.step
+        self.logged_step = start.progress.step
+        self.earlier_tokens, self.earlier_flops = start.earlier_tokens, start.earlier_flops(config.model)
         self.num_devices = plan.data_parallel * config.parallel.tensor * config.parallel.pipeline
         self.peak = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
@@ -54,6 +58,7 @@ class Trainer:
         with self.console.progress(self.plan.train_steps, self.progress.step, config.run.name) as bar:
             while not self._finished():
                 result = self._train_step()
+                self._check(result)
                 self.saver.poll()
                 if self._due(config.logging.interval_steps):
                     bar.advance(self.progress.step, self._log(result))
@@ -62,6 +67,7 @@ class Trainer:
                 if self._due(config.checkpoint.interval_steps):
                     self._save()
             self.saver.finish()
+        self.saver.require(self.progress.step)
 
     def _finished(self) -> bool:
         return self.progress.step >= self.plan.train_steps
@@ -71,11 +77,29 @@ class Trainer:
 
     def _train_step(self) -> StepResult:
         now = self.progress
-        result = self.engine.train_step(now.step, self.training.step_batches(now.samples))
+        batches = self.training.step_batches(now.samples)
+        result = self.engine.train_step(now.step, batches, self.guard.lr_factor)
         self.progress = Progress(
             now.step + 1, now.samples + self.plan.global_batch_size, now.tokens + self.plan.tokens_per_step
         )
         return result
+
+    def _check(self, result: StepResult) -> None:
+        """Says when a step went wrong; TrainingError when the run must not go on."""
+        step, said = self.progress.step, None
+        if result.skipped:
+            if self.config.training.precision == "fp16":  # this is how the loss scale is found
+                return
+            where = ", ".join(self.engine.nonfinite_gradients()[:3])
+            said = self.guard.skipped(
+                step, f"loss {float(result.loss):g}, gradient not finite" + (f", first in {where}" if where else "")
+            )
+        elif self.config.guard.spike_factor is not None:
+            said = self.guard.watch(step, float(result.loss))
+        else:
+            self.guard.good()
+        if said and dist.get_rank() == 0:  # all ranks would say the same
+            self.console.warning(said)
 
     def _log(self, result: StepResult) -> str:
         steps = self.progress.step - self.logged_step
@@ -120,7 +144,9 @@ class Trainer:
 
     def _save(self) -> None:
         with self.meter.paused():
-            self.saver.save(self.progress)
+            self.saver.save(self.progress, {**self.engine.loss_scaler(), "guard": self.guard.state()})
 
     def _record(self, metrics: dict) -> None:
-        self.trackers.log({"tokens": self.progress.tokens, **metrics}, self.progress.step)
+        tokens = self.progress.tokens
+        flops = self.earlier_flops + (tokens - self.earlier_tokens) * flops_per_token(self.config.model)
+        self.trackers.log({"tokens": tokens, "flops": flops, **metrics}, self.progress.step)

@@ -1,9 +1,11 @@
-"""AdamW over segments: ranges of flat buffers, each with its own weight decay and age.
+"""AdamW over segments: ranges of flat buffers, each with its own weight decay, learning rate and age.
 
 ZeRO hands an optimizer one flat fp32 buffer that cuts across parameters. A *segment* is the part of one logical
 tensor within it. So one parameter group serves the whole model, on every rank alike (DeepSpeed hangs when
-pipeline stages have different groups), and still every logical range has its own decay and its own step
+pipeline stages have different groups), and still every logical range has its own decay, learning rate and step
 count: tokens that a growth appended are younger than the rest, and their bias correction must know it.
+With the count of the old tokens, their first updates would be (1 − β₁)/√(1 − β₂) times what Adam's are: 3.2 times
+at β₁ = 0.9, β₂ = 0.999, and 0.45 times at β₂ = 0.95.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ class Segment:
 
     `owned`: false for a replica (tied embedding, replicated norm) that another rank saves.
     `age`: number of Adam updates so far, a tensor as torch's Adam keeps it.
+    `lr_multiplier`: times the learning rate. 0 leaves the weights as they are to the last bit: weight decay is
+    multiplied by the learning rate too.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Segment:
     owned: bool
     decayed: bool
     age: Tensor
+    lr_multiplier: float = 1.0
 
     def view(self, flat: Tensor) -> Tensor:
         """This segment's elements of a tensor that is laid out like `buffer`."""
@@ -46,6 +51,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
 
     It does nothing until `bind` gave it its segments, because DeepSpeed first replaces the parameters by flat buffers.
     `observe`, when set, is called with every segment and its final gradient (averaged and clipped) before the update.
+    `before_update`, when set, is called before anything changes; between two of its calls no state changes at all.
     """
 
     def __init__(
@@ -55,6 +61,8 @@ class SegmentedAdamW(torch.optim.Optimizer):
         self.segments: list[Segment] = []
         self.num_updates = 0  # since `bind`
         self.observe: Callable[[Segment, Tensor], None] | None = None
+        self.before_update: Callable[[], None] | None = None
+        self.skip_next = False  # makes the next call of `step` do nothing
 
     def bind(self, segments: Iterable[Segment]) -> None:
         """Sets the segments and allocates the moments of their buffers."""
@@ -74,12 +82,17 @@ class SegmentedAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         assert closure is None
         (group,) = self.param_groups
+        if self.skip_next:
+            self.skip_next = False
+            return
+        if self.before_update:
+            self.before_update()
         self.num_updates += 1
-        by_decay = defaultdict(list)
+        alike = defaultdict(list)
         for segment in self.segments:
             if segment.buffer.grad is not None:
-                by_decay[segment.decayed].append(segment)
-        for decayed, segments in by_decay.items():
+                alike[segment.decayed, segment.lr_multiplier].append(segment)
+        for (decayed, multiplier), segments in alike.items():
             views = [self.states(segment) for segment in segments]
             grads = [segment.view(segment.buffer.grad).to(torch.float32) for segment in segments]
             if self.observe:
@@ -93,7 +106,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=group["lr"],
+                lr=group["lr"] * multiplier,
                 weight_decay=group["weight_decay"] if decayed else 0.0,
                 eps=group["eps"],
                 maximize=False,

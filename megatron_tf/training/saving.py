@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
-from megatron_tf.checkpoint.manager import prune
+from megatron_tf.checkpoint.manager import clear_leftovers, prune
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.errors import CheckpointError
@@ -21,12 +21,15 @@ from megatron_tf.params import parameter_table
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.engine import Engine
+from megatron_tf.training.snapshot import StateCopier
 from megatron_tf.training.start import Progress, checkpoints_folder
 
 
 class Saver:
     """Writes checkpoints of one run, in the background unless told otherwise; never two at once.
 
+    Training goes on as soon as `save` has noted what to copy: forward and backward do not touch the state that is
+    saved, and the optimizer waits before its next update until the copy is complete.
     All ranks call each method together, at the same step.
     """
 
@@ -41,27 +44,40 @@ class Saver:
         growth_history: tuple[Mapping[str, Any], ...],
         trackers: Trackers,
         console: Console,
+        known_good: Collection[Path] = (),
     ):
+        """`known_good`: checkpoints that this process has verified already. Clears what killed saves have left."""
         self._config, self._engine, self._rank, self._world_size = config, engine, rank, world_size
         self._token, self._data, self._history = token, data_fingerprint, growth_history
         self._trackers, self._console = trackers, console
-        self._buffers: dict[str, Tensor] = {}
+        self._sound = {path.resolve(): True for path in known_good}
+        self._copier = StateCopier()
+        self._copying: Future[list[Piece]] | None = None
         self._write: _Write | None = None
+        self._failure: Exception | None = None  # of the newest save that is over
+        if rank == 0:
+            try:
+                clear_leftovers(checkpoints_folder(config))
+            except (OSError, CheckpointError) as error:
+                console.warning(f"leftovers of an earlier save could not be deleted: {error}")
         self._group = dist.new_group(backend="gloo")  # for asking about a write without stopping a GPU
 
-    def save(self, progress: Progress) -> None:
-        """Saves the state as it is now. Returns when a copy of it is safe to write from, which is soon.
+    def save(self, progress: Progress, run_state: Mapping[str, Any]) -> None:
+        """Saves the state as it is now. In the background: returns at once, and the state may change by updates only.
 
+        `run_state`: whatever else the run must know to go on as it was, ready for JSON.
         Waits for the save before this one. CheckpointError when copies of a parameter have drifted apart.
         """
         self.finish()
         self._engine.check_replicas()
-        asynchronous = self._config.checkpoint.asynchronous
-        pieces = self._snapshot() if asynchronous else self._engine.pieces()
-        index = self._index(progress)
-        self._write = _Write(lambda: self._publish(pieces, index))
-        if not asynchronous:
+        pieces, index = self._engine.pieces(), self._index(progress, run_state)
+        if not self._config.checkpoint.asynchronous:
+            self._write = _Write(lambda: self._publish(pieces, index))
             self.finish()
+            return
+        copying = self._copying = self._copier.start(pieces)
+        self._engine.optimizer.before_update = self._await_copy
+        self._write = _Write(lambda: self._publish(_when_copied(copying), index))
 
     def poll(self) -> None:
         """Reports a background save once it is over on all ranks; to be called at every step. Never waits for it."""
@@ -82,6 +98,8 @@ class Saver:
         if write is None:
             return
         write.join()
+        self._await_copy()
+        self._failure = write.failure
         if write.failure is None:
             self._console.info(f"saved {write.path}")
             return
@@ -92,7 +110,21 @@ class Saver:
         if self._rank == 0:
             self._console.warning(f"checkpoint not saved, training goes on: {write.failure}")
 
-    def _publish(self, pieces: list[Piece], index: CheckpointIndex) -> Path:
+    def require(self, step: int) -> None:
+        """At the end of a run: CheckpointError when its last save, of `step`, has failed and training went on."""
+        if self._failure is not None:
+            raise CheckpointError(
+                f"the run reached its last step {step:,}, but that state is not saved: {self._failure}. Mend this and "
+                "start the run again: it repeats the steps since its newest checkpoint."
+            )
+
+    def _await_copy(self) -> None:
+        """Waits until the state may change again. Whether the copy failed is for `finish` to say."""
+        if self._copying is not None:
+            wait([self._copying])
+            self._copying = self._engine.optimizer.before_update = None
+
+    def _publish(self, pieces: Iterable[Piece], index: CheckpointIndex) -> Path:
         """Runs in the background: ranks meet through files only, see `checkpoint.writer`."""
         root, keep_last = checkpoints_folder(self._config), self._config.checkpoint.keep_last
         path = save_checkpoint(
@@ -101,26 +133,13 @@ class Saver:
         )  # fmt: skip
         if self._rank == 0 and keep_last is not None:
             try:
-                prune(root, keep_last, known_good=[path])
-            except OSError as error:
+                self._sound[path.resolve()] = True
+                prune(root, keep_last, self._sound)
+            except (OSError, CheckpointError) as error:
                 self._console.warning(f"old checkpoints in {root} could not be deleted: {error}")
         return path
 
-    def _snapshot(self) -> list[Piece]:
-        """A copy of this rank's state in CPU memory that is allocated once."""
-        pieces = []
-        for piece in self._engine.pieces():
-            buffer = self._buffers.get(piece.key)
-            if buffer is None:
-                buffer = torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype, pin_memory=piece.tensor.is_cuda)
-                self._buffers[piece.key] = buffer
-            buffer.copy_(piece.tensor, non_blocking=True)
-            pieces.append(replace(piece, tensor=buffer))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return pieces
-
-    def _index(self, progress: Progress) -> CheckpointIndex:
+    def _index(self, progress: Progress, run_state: Mapping[str, Any]) -> CheckpointIndex:
         table = parameter_table(self._config.model)
         return CheckpointIndex(
             step=progress.step,
@@ -133,8 +152,13 @@ class Saver:
             growth_history=self._history,
             data=self._data,
             trackers=self._trackers.ids,
-            run=self._engine.loss_scaler(),
+            run=deepcopy(dict(run_state)),  # it is written later
         )
+
+
+def _when_copied(copying: Future[list[Piece]]) -> Iterator[Piece]:
+    """The copies as soon as they are there. What the copy failed with is raised in the save, which tells all ranks."""
+    yield from copying.result()
 
 
 class _Write(threading.Thread):

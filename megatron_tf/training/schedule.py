@@ -7,16 +7,21 @@ import math
 from megatron_tf.config.schema import Optimizer
 
 
-def learning_rate(step: int, optimizer: Optimizer, train_steps: int) -> float:
-    """Learning rate of update `step` (0-based) of `train_steps`.
+def learning_rate(step: float, optimizer: Optimizer, train_steps: float) -> float:
+    """Learning rate of update `step` (0-based) of `train_steps`, before any multiplier of a group of parameters.
 
     Linear from 0 over `warmup_steps`, so that the first update has rate 0 when there is a warm-up; then
-    cosine to `min_lr` at step `train_steps`, or constant.
+        constant: `lr`;
+        cosine:   half a cosine from `lr` to `min_lr` at step `train_steps`;
+        wsd:      `lr`, and over the last `decay_steps` linear to `min_lr` at step `train_steps`.
+    Steps count from the beginning of the run, so a growth warms up afresh.
     """
     schedule = optimizer.schedule
     if step <= schedule.warmup_steps and schedule.warmup_steps > 0:
         return optimizer.lr * step / schedule.warmup_steps
     if schedule.type == "constant":
         return optimizer.lr
-    progress = min(1.0, (step - schedule.warmup_steps) / max(1, train_steps - schedule.warmup_steps))
-    return schedule.min_lr + (optimizer.lr - schedule.min_lr) / 2 * (1 + math.cos(math.pi * progress))
+    falling = train_steps - schedule.warmup_steps if schedule.type == "cosine" else schedule.decay_steps
+    left = min(1.0, max(0.0, train_steps - step) / max(1, falling or 0))  # share of the fall still to come
+    share = (1 - math.cos(math.pi * left)) / 2 if schedule.type == "cosine" else left
+    return schedule.min_lr + (optimizer.lr - schedule.min_lr) * share

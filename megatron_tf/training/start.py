@@ -7,13 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.checkpoint.architecture import check_growable, check_same_architecture, stored_model
-from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER, find_latest, resolve
+from megatron_tf.checkpoint.architecture import check_same_architecture
+from megatron_tf.checkpoint.manager import (
+    ALONE,
+    CHECKPOINTS_FOLDER,
+    Ranks,
+    find_latest,
+    resolve,
+    verify_checkpoint,
+)
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, StateSource, grown_source
-from megatron_tf.config.schema import RunConfig
+from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, StateSource, grow
+from megatron_tf.config.schema import Model, ParameterTokens, RunConfig
+from megatron_tf.config.validate import plan_batches
 from megatron_tf.errors import CheckpointError, ConfigError
-from megatron_tf.growth.source import growth_entry
+from megatron_tf.estimate import flops_per_token
+from megatron_tf.params import parameter_table
 
 
 @dataclass(frozen=True)
@@ -37,30 +46,80 @@ class Start:
     trackers: Mapping[str, str] = field(default_factory=dict)
     run_state: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def earlier_tokens(self) -> int:
+        """Tokens that the models before this run's growth were trained on."""
+        return self.growth_history[-1]["tokens"] if self.growth_history else 0
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens that this run itself was trained on so far."""
+        return self.progress.tokens - self.earlier_tokens
+
+    def earlier_flops(self, model: Model) -> float:
+        """Floating-point operations of the training before this run's growth; `model` is the run's."""
+        flops, tokens = 0.0, 0
+        for entry in self.growth_history:
+            flops += (entry["tokens"] - tokens) * flops_per_token(_with_tokens(model, entry["from"]))
+            tokens = entry["tokens"]
+        return flops
+
+    def first_new(self, model: Model) -> dict[str, int]:
+        """Where, in the flattened tensors of `model`, the tokens of its last growth begin."""
+        if not self.growth_history:
+            return {}
+        smaller = parameter_table(_with_tokens(model, self.growth_history[-1]["from"]))
+        return {name: spec.numel for name, spec in smaller.items() if spec.growable}
+
+
+def _with_tokens(model: Model, counts: Mapping[str, int]) -> Model:
+    return model.model_copy(update={"parameter_tokens": ParameterTokens.model_validate(dict(counts))})
+
 
 def checkpoints_folder(config: RunConfig) -> Path:
     return Path(config.run.dir) / CHECKPOINTS_FOLDER
 
 
-def choose(config: RunConfig) -> tuple[Path | None, list[str]]:
+def choose(config: RunConfig, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
     """The checkpoint to start from (None: initial weights) and what was passed over on the way, with reasons.
 
-    All its checksums are compared. Meant for one rank; the others take its word. CheckpointError when the
-    growth source holds no complete checkpoint; ConfigError when the run must not resume and has checkpoints of its own.
+    All its checksums are compared; `ranks` share the reading and get the same answer, or the same error.
+    CheckpointError when no checkpoint of the run's own can be used although there are some, or when the growth source
+    holds no complete one; ConfigError when the run must not resume and has checkpoints of its own.
     """
     own = checkpoints_folder(config)
-    latest, passed = find_latest(own, verify=config.checkpoint.resume == "auto")
-    if latest is not None and config.checkpoint.resume == "never":
+    latest, passed = find_latest(own, verify=config.checkpoint.resume == "auto", ranks=ranks)
+    if config.checkpoint.resume == "never" and (latest is not None or passed):
         # a later resume would take the highest step, whichever of the two runs it is of
+        name = latest.name if latest is not None else passed[0][0].name
         raise ConfigError(
-            f"checkpoint.resume: is never, but {own} holds {latest.name} of an earlier run. Choose another run.dir, "
+            f"checkpoint.resume: is never, but {own} holds {name} of an earlier run. Choose another run.dir, "
             "or delete that folder."
         )
-    skipped = [f"{path}: not used: {reason}" for path, reason in passed]
+    if latest is None and passed:
+        reasons = "".join(f"\n  - {reason}" for _, reason in passed)
+        raise CheckpointError(
+            f"{own}: there are checkpoints of this run, but none that can be used:{reasons}\n"
+            "Starting over would write over them. Restore one, or move them away, or choose another run.dir."
+        )
     if latest is None and config.growth is not None:
-        latest = resolve(config.growth.source)
-        open_checkpoint(latest).verify()
-    return latest, skipped
+        try:
+            latest = resolve(config.growth.source, ranks)
+            verify_checkpoint(latest, ranks)
+        except CheckpointError as error:
+            raise CheckpointError(f"growth.from: {error}") from error
+    return latest, [f"{path}: not used: {reason}" for path, reason in passed]
+
+
+def is_complete(config: RunConfig, world_size: int) -> bool:
+    """Whether the run has reached its last step, judged by its newest checkpoint without reading the weights."""
+    latest, _ = find_latest(checkpoints_folder(config), verify=False)
+    if latest is None:
+        return False
+    index = open_checkpoint(latest).index
+    done = Start(InitialSource(config.model, 0), "", Progress(index.step, index.samples, index.tokens),
+                 index.growth_history)  # fmt: skip
+    return index.step >= plan_batches(config, world_size, index.step, done.run_tokens).train_steps
 
 
 def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Start:
@@ -81,26 +140,35 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
             Progress(index.step, index.samples, index.tokens), index.growth_history,
             trackers=index.trackers, run_state=index.run,
         )  # fmt: skip
-    growth = config.growth
-    assert growth is not None
-    check_growable(index, config.model)
-    entry = growth_entry(
-        method=growth.method, moments=growth.moments, source=str(path), step=index.step, samples=index.samples,
-        tokens=index.tokens, old_model=stored_model(index), new_model=config.model,
-    )  # fmt: skip
-    # the same data goes on where the smaller model stopped; other data begins at its beginning
-    samples = index.samples if dict(index.data) == dict(data) else 0
+    assert config.growth is not None
+    grown = grow(reader, config.model, config.growth, seed=config.run.seed, data=data)
     return Start(
-        grown_source(reader, config.model, growth, config.run.seed), f"grown from {path} by {growth.method}",
-        Progress(0, samples, index.tokens), (*index.growth_history, entry), grown_from=reader,
+        grown.source, f"grown from {path}", Progress(0, grown.samples, grown.tokens), grown.growth_history,
+        grown_from=reader,
     )  # fmt: skip
 
 
 def _check_data(config: RunConfig, stored: Mapping[str, Any], data: Mapping[str, Any], path: Path) -> None:
-    if stored and dict(stored) != dict(data) and not config.checkpoint.allow_data_change:
-        differing = [key for key in {*stored, *data} if stored.get(key) != data.get(key)]
-        raise CheckpointError(
-            f"{path}: was trained on other data: {', '.join(sorted(differing))} differ (checkpoint "
-            f"{[stored.get(key) for key in sorted(differing)]}, now {[data.get(key) for key in sorted(differing)]}). "
-            "The sample order would not continue. Restore the data, or set checkpoint.allow_data_change=true."
-        )
+    if not stored or dict(stored) == dict(data) or config.checkpoint.allow_data_change:
+        return
+    problems, remedies = [], []
+    if stored.get("seed") != data.get("seed"):
+        problems.append(f"run.seed: the checkpoint's samples are in the order of seed {stored.get('seed')}, "
+                        f"now it is {data.get('seed')}")  # fmt: skip
+        remedies.append(f"set run.seed={stored.get('seed')}")
+    if stored.get("sources") != data.get("sources"):
+        problems.append(f"data.train: the checkpoint was trained on {_sources(stored)}; now it is {_sources(data)}")
+        remedies.append("restore the data")
+    raise CheckpointError(
+        f"{path}: the sample order would not continue.\n  - " + "\n  - ".join(problems) + "\n"
+        f"To go on as before, {' and '.join(remedies)}; to go on all the same, set checkpoint.allow_data_change=true."
+    )
+
+
+def _sources(data: Mapping[str, Any]) -> str:
+    """The sources of a fingerprint in words; files that differ in content alone show it by their digests."""
+    return ", ".join(
+        f"{source.get('name')} ({source.get('tokens', 0):,} tokens, weight {source.get('weight', 1):g}, "
+        f"{str(source.get('ends_sha256'))[:8]})"
+        for source in data.get("sources", ())
+    )

@@ -6,7 +6,7 @@ from megatron_tf.checkpoint.architecture import check_growable, check_same_archi
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.config.schema import Model, ParameterTokens
 from megatron_tf.errors import CheckpointError, ConfigError
-from megatron_tf.params import parameter_table
+from megatron_tf.params import initial_scales, parameter_table
 
 
 def model(qkv=6, proj=6, ffn=24, **changes) -> Model:
@@ -17,7 +17,8 @@ def model(qkv=6, proj=6, ffn=24, **changes) -> Model:
 def index(of: Model, **changes) -> CheckpointIndex:
     shapes = {name: spec.shape for name, spec in parameter_table(of).items()}
     values = {"model": of.model_dump(), "tensors": expected_tensors(shapes), **changes}
-    return CheckpointIndex(step=1, samples=1, tokens=1, scales={}, adam_steps={}, **values)
+    values = {"scales": initial_scales(of), **values}
+    return CheckpointIndex(step=1, samples=1, tokens=1, adam_steps={}, **values)
 
 
 def test_the_same_architecture_fits():
@@ -56,6 +57,39 @@ def test_tensors_that_contradict_the_stored_architecture_are_named():
         check_same_architecture(index(model(), tensors=broken), model())
 
 
+def weights_only(of: Model, *names: str):
+    """The model's tensors, those called `names` (all by default) without moments."""
+    tensors = index(of).tensors
+    shapes = {name: tensors[name].shape for name in names or tensors}
+    return {**tensors, **expected_tensors(shapes, ["weight"])}
+
+
+@pytest.mark.parametrize("check", [check_same_architecture, check_growable])
+def test_an_index_that_lacks_something_is_one_message(check):
+    scales = initial_scales(model())
+    del scales["blocks.0.ffn"], scales["blocks.1.attention.key"]
+    tensors = weights_only(model(), "embedding.weight")
+    del tensors["final_norm.bias"]
+    with pytest.raises(CheckpointError) as caught:
+        check(index(model(), scales={**scales, "ghost": 1.0}, tensors=tensors), model(ffn=30))
+    assert str(caught.value).splitlines() == [
+        "the checkpoint contradicts its own model section:",
+        "  - final_norm.bias: checkpoint nothing, architecture [8]",
+        "  - blocks.0.ffn: no scale",
+        "  - blocks.1.attention.key: no scale",
+        "  - ghost: a scale, but no such projection",
+        "  - embedding.weight: no exp_avg, unlike other tensors",
+        "  - embedding.weight: no exp_avg_sq, unlike other tensors",
+    ]
+
+
+def test_weights_alone_can_be_grown_from_and_not_resumed():
+    alone = index(model(), tensors=weights_only(model()))
+    check_growable(alone, model(ffn=30))
+    with pytest.raises(CheckpointError, match="Adam's moments are missing:\n  - embedding.weight: no exp_avg\n"):
+        check_same_architecture(alone, model())
+
+
 def test_a_stored_model_section_that_is_none_is_named():
     with pytest.raises(CheckpointError, match=r"model\.hidden_size"):
         stored_model(index(model(), model={**model().model_dump(), "hidden_size": "wide"}))
@@ -74,7 +108,7 @@ def test_more_tokens_can_be_grown_into(bigger):
 
 
 def test_fewer_tokens_cannot():
-    with pytest.raises(ConfigError, match="parameter_tokens.qkv: checkpoint 6, configuration 5") as caught:
+    with pytest.raises(ConfigError, match="parameter_tokens.qkv: 6 before, 5 after") as caught:
         check_growable(index(model()), model(qkv=5, ffn=30))
     assert len(caught.value.problems) == 1 and "Pile" not in str(caught.value)
 
@@ -88,10 +122,10 @@ def test_everything_else_must_be_equal_and_the_pile_models_are_mentioned():
         "hidden_size",
         "vocab_size",
     ]
-    assert "checkpoint 8, configuration 16" in str(caught.value)
+    assert "8 before, 16 after" in str(caught.value)
     assert "Pile models 150M, 450M, 900M and 1.5B" in str(caught.value)
 
 
 def test_nothing_to_grow_is_said():
-    with pytest.raises(ConfigError, match=r"growth\.from: the checkpoint has the configuration's token counts already"):
+    with pytest.raises(ConfigError, match=r"growth: the smaller model has these token counts already"):
         check_growable(index(model()), model())

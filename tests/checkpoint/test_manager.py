@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import copy
+import errno
 import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME, shard_name
-from megatron_tf.checkpoint.manager import find_latest, prune, resolve
-from megatron_tf.errors import CheckpointError
+from megatron_tf.checkpoint.manager import Ranks, clear_leftovers, find_latest, prune, resolve, verify_checkpoint
+from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
+from megatron_tf.errors import CheckpointError, UnreadableError
 
 
 @pytest.fixture
@@ -87,8 +94,6 @@ def test_a_folder_set_aside_counts_until_its_successor_is_there(sandbox):
     aside = path.rename(sandbox.root / ".old-step_00000030-token")
     assert find_latest(sandbox.root, verify=True) == (aside, [])
     successor = sandbox.root / "step_00000030"
-    import shutil
-
     shutil.copytree(aside, successor)
     assert find_latest(sandbox.root, verify=True) == (successor, [])
 
@@ -134,16 +139,164 @@ def test_prune_never_deletes_the_last_good_one_because_of_a_flipped_byte(sandbox
     assert find_latest(sandbox.root, verify=True)[0] == three[0]
 
 
-def test_prune_trusts_what_this_process_has_written(sandbox, three, monkeypatch):
-    from megatron_tf.checkpoint.reader import CheckpointReader
-
+def test_prune_reads_nothing_twice(sandbox, three, monkeypatch):
+    known = {three[2].resolve(): True}
+    assert prune(sandbox.root, 2, known) == [three[0]]
+    assert known == {three[2].resolve(): True, three[1].resolve(): True}
     monkeypatch.setattr(CheckpointReader, "verify", lambda *_: pytest.fail("read it again"))
-    assert prune(sandbox.root, 1, known_good=[three[2]]) == [three[1], three[0]]
+    assert prune(sandbox.root, 2, known) == []
+    assert prune(sandbox.root, 1, known) == [three[1]]
+    assert known == {three[2].resolve(): True}
+
+
+def test_prune_remembers_what_is_damaged(sandbox, three, monkeypatch, flip):
+    flip(three[2] / shard_name(0), -1)
+    known = {}
+    assert prune(sandbox.root, 2, known) == []
+    monkeypatch.setattr(CheckpointReader, "verify", lambda *_: pytest.fail("read it again"))
+    assert prune(sandbox.root, 1, known) == [three[0]]
+
+
+def refuse(monkeypatch, folder, name, number):
+    """The system does not give out a file. By the calls that read it, since root may read whatever its mode says."""
+
+    def refusing(call):
+        def refused(path, *arguments, **options):
+            if str(path) == str(folder / name):
+                raise OSError(number, os.strerror(number), str(path))
+            return call(path, *arguments, **options)
+
+        return refused
+
+    monkeypatch.setattr("builtins.open", refusing(open))
+    monkeypatch.setattr(Path, "read_bytes", refusing(Path.read_bytes))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("name", [MANIFEST_NAME, INDEX_NAME, shard_name(0)])
+def test_an_unreadable_newest_checkpoint_is_an_error_and_not_passed_over(sandbox, three, monkeypatch, name, number):
+    refuse(monkeypatch, three[2], name, number)
+    with pytest.raises(UnreadableError, match=rf"step_00000030.*{name}.*{os.strerror(number)}.*move it away"):
+        find_latest(sandbox.root, verify=True)
+
+
+def test_an_unreadable_older_checkpoint_does_not_matter(sandbox, three, monkeypatch):
+    refuse(monkeypatch, three[1], MANIFEST_NAME, errno.EACCES)
+    assert find_latest(sandbox.root, verify=True) == (three[2], [])
+    (three[2] / MANIFEST_NAME).write_text("{}")
+    with pytest.raises(UnreadableError, match="step_00000020.*Permission denied"):
+        find_latest(sandbox.root, verify=True)
+
+
+def test_prune_neither_counts_nor_deletes_an_unreadable_one(sandbox, three, monkeypatch):
+    refuse(monkeypatch, three[2], MANIFEST_NAME, errno.EIO)
+    assert prune(sandbox.root, 1) == [three[0]]
+    assert sandbox.entries() == [three[1].name, three[2].name]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_missing_permissions_are_named(sandbox, three):
+    three[2].chmod(0)
+    try:
+        with pytest.raises(UnreadableError, match="Permission denied"):
+            find_latest(sandbox.root, verify=False)
+    finally:
+        three[2].chmod(0o755)
+
+
+def test_a_folder_of_somebody_else_need_not_be_readable(sandbox, three, monkeypatch):
+    (sandbox.root / "lost+found").mkdir()
+    exists = Path.exists
+
+    def refused(path):
+        if path.parent.name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    assert find_latest(sandbox.root, verify=True) == (three[2], [])
+
+
+class Meeting:
+    """Threads that stand for ranks, and gather."""
+
+    def __init__(self, size):
+        self.size, self.barrier, self.values = size, threading.Barrier(size), [None] * size
+
+    def ranks(self, rank):
+        def gather(value):
+            self.values[rank] = value
+            self.barrier.wait(20)
+            gathered = copy.deepcopy(self.values)
+            self.barrier.wait(20)
+            return gathered
+
+        return Ranks(rank, self.size, gather)
+
+    def everywhere(self, work):
+        def one(rank):
+            try:
+                return work(self.ranks(rank))
+            except CheckpointError as error:
+                return error
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(one, range(self.size)))
+
+
+@pytest.fixture
+def sharded(sandbox):
+    """Two checkpoints of four shards each."""
+    return [sandbox.save(sandbox.split(sandbox.state(step), 4, step), sandbox.index(step))[0] for step in (10, 20)]
+
+
+def test_ranks_share_the_reading(sandbox, sharded, monkeypatch):
+    read, verify = [], CheckpointReader.verify
+
+    def counted(self, files):
+        read.extend(files)
+        verify(self, files)
+
+    monkeypatch.setattr(CheckpointReader, "verify", counted)
+    assert (
+        Meeting(3).everywhere(lambda ranks: find_latest(sandbox.root, verify=True, ranks=ranks))
+        == [(sharded[1], [])] * 3
+    )
+    assert sorted(read) == [INDEX_NAME, *map(shard_name, range(4))]
+
+
+@pytest.mark.parametrize("shard", range(4))
+def test_what_one_rank_finds_damaged_all_pass_over(sandbox, sharded, flip, shard):
+    flip(sharded[1] / shard_name(shard), -1)
+    answers = Meeting(3).everywhere(lambda ranks: find_latest(sandbox.root, verify=True, ranks=ranks))
+    for path, [(skipped, reason)] in answers:
+        assert (path, skipped) == (sharded[0], sharded[1]) and f"{shard_name(shard)} is damaged" in reason
+    errors = Meeting(3).everywhere(lambda ranks: verify_checkpoint(sharded[1], ranks))
+    assert len(set(map(str, errors))) == 1 and f"{shard_name(shard)} is damaged" in str(errors[0])
+
+
+def test_what_one_rank_cannot_read_stops_all(sandbox, sharded, monkeypatch):
+    refuse(monkeypatch, sharded[1], shard_name(2), errno.EIO)
+    errors = Meeting(2).everywhere(lambda ranks: find_latest(sandbox.root, verify=True, ranks=ranks))
+    assert all(isinstance(error, UnreadableError) and shard_name(2) in str(error) for error in errors)
+
+
+def test_leftovers_go_and_what_was_set_aside_returns(sandbox, three):
+    aside = three[2].rename(sandbox.root / ".old-step_00000030-token")
+    shutil.copytree(three[1], sandbox.root / ".old-step_00000020-token")
+    three[0].rename(sandbox.root / ".tmp-step_00000010-deleted")
+    (sandbox.root / ".failed-step_00000010-token").write_text("why")
+    (sandbox.root / ".tmp-probe").write_text("a file")
+    (sandbox.root / ".tmp-step_00000040-under-way").mkdir()
+    (sandbox.root / "notes").mkdir()
+    clear_leftovers(sandbox.root, but="under-way")
+    assert not aside.exists()
+    assert sandbox.entries() == [".tmp-step_00000040-under-way", "notes", "step_00000020", "step_00000030"]
+    assert open_checkpoint(three[2]).index.step == 30
+    clear_leftovers(sandbox.root / "missing")
 
 
 def test_a_deletion_that_is_cut_off_leaves_no_broken_checkpoint(sandbox, three, monkeypatch):
-    import shutil
-
     def cut_off(path, **options):
         if not options:
             raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 
@@ -9,7 +10,7 @@ import torch
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME, Manifest, StoredFile, shard_name
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.shards import ShardReader, file_checksum
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, UnreadableError
 
 
 @pytest.fixture
@@ -133,6 +134,29 @@ def test_a_read_touches_only_the_bytes_asked_for(path, monkeypatch):
     monkeypatch.setattr(ShardReader, "read_into", counted)
     open_checkpoint(path).read("blocks.0.ffn.key_tokens", "exp_avg", 7, 40)
     assert sum(asked) == 33
+
+
+def test_shares_are_of_about_equal_size_and_together_everything(sandbox):
+    reader = open_checkpoint(sandbox.save(sandbox.split(sandbox.state(), 6))[0])
+    for world_size in (1, 2, 3, 10):
+        shares = [reader.share(rank, world_size) for rank in range(world_size)]
+        assert sorted(name for share in shares for name in share) == sorted(reader.manifest.files)
+        loads = [sum(reader.manifest.files[name].num_bytes for name in share) for share in shares]
+        assert max(loads) - min(loads) <= max(file.num_bytes for file in reader.manifest.files.values())
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_read_that_the_system_refuses_is_named(path, monkeypatch, number):
+    reader = open_checkpoint(path)
+    reader.verify()
+    piece = reader.index.tensors["final_norm.bias"].states["weight"][0]
+
+    def refused(file, *arguments, **options):
+        raise OSError(number, os.strerror(number), str(file))
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(UnreadableError, match=f"{piece.file}: cannot be read .{os.strerror(number)}"):
+        reader.read("final_norm.bias", "weight", 0, 5)
 
 
 def test_an_empty_range_is_empty(path):

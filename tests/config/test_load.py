@@ -59,7 +59,7 @@ def test_config_is_frozen(small):
     [
         (),
         ("growth.from=runs/0o17", "run.name='1e3'", "optimizer.eps=1e-5"),
-        ("deepspeed.zero_optimization.overlap_comm=true", "deepspeed.a={b: [1, 1e3, '1e3', null]}", "run.name=é: b"),
+        ("deepspeed.zero_optimization.overlap_comm=true", "deepspeed.fp16={hysteresis: 4}", "run.name=é: b"),
         ("data.train=[{path: a, weight: 2}, {path: b}]", "training.train_steps=null", "training.train_tokens=5"),
     ],
 )
@@ -200,7 +200,8 @@ def test_duplicate_key_is_reported_beside_the_other_problems(small_path):
         ("interval_steps=3", "interval_steps: unknown key. Did you mean checkpoint.interval_steps or "
          "evaluation.interval_steps or logging.interval_steps?"),
         ("zero.zzz=3", "zero.zzz: unknown key. The keys of zero are stage."),
-        ("growth={from: a, source: b}", "growth.source: unknown key. The keys of growth are from, method, moments."),
+        ("growth={from: a, source: b}", "growth.source: unknown key. The keys of growth are from, method, methods, noise, "
+         "moments, lr_multipliers."),
         ("data.train=[{path: a, wieght: 2}]", "data.train[0].wieght: unknown key. Did you mean data.train[0].weight?"),
         # wrong types
         ("model.num_layers='12'", "model.num_layers: the text '12', but a whole number is expected. Write 12."),
@@ -223,7 +224,8 @@ def test_duplicate_key_is_reported_beside_the_other_problems(small_path):
          "Its keys are path, weight."),
         ("parallel=", "parallel: nothing (null), but a section with keys is expected. Give it keys, or remove the line "
          "to take its defaults."),
-        ("deepspeed=[1]", "deepspeed: the list [1], but keys with values is expected."),
+        ("deepspeed=[1]", "deepspeed: the list [1], but a section with keys is expected. Its keys are fp16, "
+         "zero_optimization."),
         ("training.precision=bf61", "training.precision: the text 'bf61', but one of bf16, fp16, fp32 is expected. "
          "Did you mean bf16?"),
         ("zero.stage=2", "zero.stage: the number 2, but one of 0, 1 is expected."),
@@ -236,6 +238,16 @@ def test_duplicate_key_is_reported_beside_the_other_problems(small_path):
         ("optimizer.lr=.nan", "optimizer.lr: nan is out of range. It must be a finite number."),
         ("model.rotary_fraction=1.5", "model.rotary_fraction: 1.5 is out of range. It must be at most 1."),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas[1]: 1 is out of range. It must be less than 1."),
+        ("model.num_layers=10001", "model.num_layers: 10001 is out of range. It must be at most 10000."),
+        (f"model.hidden_size={2**31}", "model.hidden_size: 2147483648 is out of range. It must be less than "
+         "2147483648."),
+        (f"training.train_steps={10**40}", f"training.train_steps: {10**40} is out of range. It must be less than "
+         "2147483648."),
+        ("model.rotary_base=1", "model.rotary_base: 1 is out of range. It must be greater than 1."),
+        ("optimizer.lr=1e300", "optimizer.lr: 1e+300 is out of range. It must be at most 1e+30."),
+        ("parallel.timeout_seconds=1e8", "parallel.timeout_seconds: 100000000.0 is out of range. It must be at most "
+         "1e+07."),
+        ("parallel.timeout_seconds=1e-9", "parallel.timeout_seconds: 1e-09 is out of range. It must be at least 1."),
         ("run.seed=-1", "run.seed: -1 is out of range. It must be at least 0."),
         ("run.seed=9223372036854775808", "run.seed: 9223372036854775808 is out of range. It must be less than "
          "9223372036854775808."),
@@ -289,3 +301,8 @@ def test_long_values_are_shortened(values, problems_of):
     values["model"]["num_layers"] = "x" * 500
     (problem,) = problems_of(values)
     assert len(problem) < 160
+
+
+def test_a_second_file_among_the_overrides(small):
+    with pytest.raises(ConfigError, match=r"^other\.yml: is a second configuration\. Give one; section\.field=value"):
+        small("other.yml")

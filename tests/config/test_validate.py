@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tf.config.deepspeed_config import OWNED_KEYS
 from megatron_tf.config.validate import plan_batches, topology_for, validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.parallel.topology import Topology
@@ -50,6 +49,18 @@ def test_steps_and_tokens_do_not_depend_on_the_layout(small):
         (p.train_steps, p.train_tokens, p.global_batch_size) for p in (plan_batches(config, w) for w in (1, 2, 8))
     }
     assert len(lengths) == 1
+
+
+def test_another_batch_size_on_resume_keeps_the_number_of_tokens(small):
+    tokens = 100 * 16 * 32  # 100 steps of the first half's batch
+    config = small("training.train_steps=null", f"training.train_tokens={tokens}", "training.global_batch_size=32")
+    plan = plan_batches(config, 1, step=60, tokens=60 * 16 * 32)
+    assert plan.train_steps == 60 + 20  # the 40 steps left are 20 of twice the size
+    position, horizon = 60 - plan.schedule_lead, plan.train_steps - plan.schedule_lead
+    assert (position, horizon) == (30, 50)  # the schedule stands where it stood: at 60 %
+    assert plan_batches(config, 1, step=200, tokens=tokens).train_steps == 200  # nothing left
+    unchanged = small("training.train_steps=null", f"training.train_tokens={tokens}")
+    assert plan_batches(unchanged, 1, step=60, tokens=60 * 16 * 32) == plan_batches(unchanged, 1)
 
 
 def test_plans_refuse_what_they_cannot_compute(small):
@@ -144,46 +155,6 @@ def test_zero_stage_0_is_allowed_where_it_is_right(small):
     validate(small("zero.stage=0", "parallel.tensor=2"), 4)
 
 
-@pytest.mark.parametrize("key", sorted(OWNED_KEYS))
-@pytest.mark.parametrize("value", ["1", "{enabled: true}", "null"])
-def test_deepspeed_keys_that_another_section_decides_are_refused(small, key, value):
-    (problem,) = problems_of(small(f"deepspeed.{key}={value}"), 1)
-    assert problem == f"deepspeed.{key}: this is decided by {OWNED_KEYS[key]}. Remove it here and set that instead."
-
-
-@pytest.mark.parametrize(
-    ("key", "owner"),
-    [
-        ("train_batch_size", "training.global_batch_size"),
-        ("train_micro_batch_size_per_gpu", "training.micro_batch_size"),
-        ("gradient_accumulation_steps", "training.global_batch_size"),
-        ("gradient_clipping", "training.gradient_clipping"),
-        ("optimizer", "optimizer"),
-        ("scheduler", "optimizer.schedule"),
-        ("bf16", "training.precision"),
-        ("fp16.enabled", "training.precision"),
-        ("zero_optimization.stage", "zero.stage"),
-        ("data_types", "training.precision"),
-        ("communication_data_type", "training.precision"),
-        ("pipeline", "parallel.pipeline"),
-        ("activation_checkpointing", "training.activation_checkpointing"),
-    ],
-)
-def test_each_of_these_deepspeed_keys_has_its_owner(key, owner):
-    assert OWNED_KEYS[key] == owner
-
-
-def test_a_plain_value_cannot_replace_inner_keys_that_are_owned(small):
-    (problem,) = problems_of(small("deepspeed.zero_optimization=true"), 1)
-    assert problem.startswith("deepspeed.zero_optimization.stage: this is decided by zero.stage")
-
-
-def test_other_deepspeed_keys_pass(small):
-    inner = "{reduce_bucket_size: 1000}"
-    validate(small(f"deepspeed={{wall_clock_breakdown: true, zero_optimization: {inner}}}"), 1)
-    validate(small("deepspeed.fp16.initial_scale_power=12", "training.precision=fp16"), 1)
-
-
 def test_every_suggested_rotary_fraction_is_valid(small):
     hidden_sizes = [64, 100, 196, 320, 4 * 49, 4 * 98]
     for hidden_size in hidden_sizes:
@@ -221,7 +192,6 @@ def test_all_problems_come_at_once(small):
         "optimizer.schedule.min_lr=1",
         "training.precision=bf16",
         "zero.stage=0",
-        "deepspeed.bf16.enabled=true",
     )
     keys = [problem.split(":")[0] for problem in problems_of(config, 4)]
     assert keys == [
@@ -234,5 +204,4 @@ def test_all_problems_come_at_once(small):
         "optimizer.schedule.min_lr",
         "zero.stage",
         "zero.stage",
-        "deepspeed.bf16",
     ]

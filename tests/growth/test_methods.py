@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from megatron_tf.errors import ConfigError
-from megatron_tf.growth.methods import METHODS, Projection, zero_key
+from megatron_tf.config.schema import Growth, GrowthMethod, GrowthMethods, ParameterTokens
+from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.growth.methods import METHODS, PRESERVING, NewTokens, Projection, gram, zero_key
 
 D, OLD, NEW = 16, 24, 41
 
@@ -22,21 +24,35 @@ def pattention(x: Tensor, keys: Tensor, values: Tensor, scale: float, activation
     return scale * weights / weights.norm(dim=-1, keepdim=True) @ values
 
 
-def projection(activation: str, scale: float = 3.0) -> Projection:
-    initial = torch.randn(NEW * D, generator=torch.Generator().manual_seed(9))
+def projection(activation: str, scale: float = 3.0, old_keys: Tensor | None = None, old=OLD, new=NEW) -> Projection:
+    initial = torch.randn(new * D, generator=torch.Generator().manual_seed(9))
+
+    def elements(start: int, stop: int) -> Tensor:
+        return initial[start:stop]
+
+    def keys(start: int, stop: int) -> Tensor:
+        assert old_keys is not None, "a method reads no state before its elements are asked for"
+        return old_keys.reshape(-1)[start:stop]
+
     return Projection(
-        "blocks.0.ffn",
-        activation,
-        scale,
-        lambda start, stop: initial[start:stop],
-        lambda start, stop: initial[start:stop],
+        "blocks.0.ffn", "ffn", "growth.method", activation, D, old, new, scale, 5, keys, elements, elements
     )
 
 
-def grown(activation: str, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
-    tokens = zero_key(projection(activation, scale))
-    new_keys, new_values = (rows(OLD * D, NEW * D).view(-1, D).double() for rows in (tokens.keys, tokens.values))
-    return torch.cat([keys, new_keys]), torch.cat([values, new_values]), tokens.scale
+def grown(
+    activation: str, keys: Tensor, values: Tensor, scale: float, method: str = "zero_key"
+) -> tuple[Tensor, Tensor, float]:
+    tokens = METHODS[method](projection(activation, scale, keys))
+
+    def rows(elements) -> Tensor:
+        return torch.zeros(NEW - OLD, D) if elements is None else elements(OLD * D, NEW * D).view(-1, D)
+
+    new_keys, new_values = rows(tokens.keys).double(), rows(tokens.values).double()
+    return (
+        torch.cat([keys, new_keys]),
+        torch.cat([values * tokens.old_values_factor, new_values]),
+        tokens.scale,
+    )
 
 
 @pytest.fixture
@@ -45,13 +61,25 @@ def tensors():
     return [torch.randn(n, D, generator=generator, dtype=torch.float64) for n in (10, OLD, OLD)]
 
 
+@pytest.mark.parametrize("method", ["zero_key", "gram"])
 @pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm"])
 @pytest.mark.parametrize("scale", [math.sqrt(OLD), 3.0])
-def test_zero_key_keeps_the_function(tensors, activation, scale):
+def test_a_preserving_method_keeps_the_function(tensors, activation, scale, method):
     x, keys, values = tensors
     before = pattention(x, keys, values, scale, activation)
-    after = pattention(x, *grown(activation, keys, values, scale), activation)
+    *tokens, new_scale = grown(activation, keys, values, scale, method)
+    after = pattention(x, *tokens, new_scale, activation)
     assert (after - before).abs().max() <= 1e-13 * before.abs().max()
+    assert new_scale == (scale if method == "zero_key" else math.sqrt(NEW))
+
+
+@pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm"])
+def test_random_does_not(tensors, activation):
+    x, keys, values = tensors
+    before = pattention(x, keys, values, math.sqrt(OLD), activation)
+    *tokens, scale = grown(activation, keys, values, math.sqrt(OLD), "random")
+    assert (pattention(x, *tokens, scale, activation) - before).abs().max() > 0.1 * before.abs().max()
+    assert scale == math.sqrt(NEW) and "random" not in PRESERVING
 
 
 @pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm"])
@@ -88,11 +116,44 @@ def test_every_new_token_gets_a_gradient_through_its_key(tensors, activation):
 def test_softmax_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match=r"softmax model: a zero key has the weight exp\(0\) = 1, not 0"):
         zero_key(projection("softmax"))
+    with pytest.raises(ConfigError, match=r"softmax model: a new token takes the share exp\(A\) > 0"):
+        gram(projection("softmax"))
+    assert METHODS["random"](projection("softmax")).scale == NEW
+
+
+def test_dead_tokens_are_refused():
+    with pytest.raises(ConfigError, match="key 0 and value 0 are refused: both their gradients are 0"):
+        NewTokens(1.0, keys=None, values=None)
+    dead = gram(projection("l2_norm_gelu", 3.0, torch.zeros(OLD, D)))
+    with pytest.raises(CheckpointError, match="blocks.0.ffn.key_tokens: all old keys are 0"):
+        dead.keys(OLD * D, NEW * D)
+
+
+@pytest.mark.parametrize(("old", "new", "needed"), [(24, 39, 16), (10, 19, 10)])
+def test_gram_with_too_few_new_tokens_is_refused_with_the_numbers(old, new, needed):
+    with pytest.raises(ConfigError) as caught:
+        gram(projection("l2_norm_gelu", old=old, new=new))
+    for text in (
+        f"needs at least {needed} new ffn tokens",
+        f"from {old} to {new} they are {new - old}",
+        f"model.parameter_tokens.ffn to at least {old + needed}",
+    ):
+        assert text in str(caught.value)
+    gram(projection("l2_norm_gelu", old=old, new=old + needed))
+    gram(projection("gelu_l2_norm", old=old, new=old + 1))
+
+
+def test_gram_cannot_lower_the_scale():
+    with pytest.raises(ConfigError, match="√41 = 6.40312, which must be more than the 6.5 of now"):
+        gram(projection("l2_norm_gelu", scale=6.5))
 
 
 def test_methods_are_those_of_the_configuration():
-    from typing import get_args
+    assert set(METHODS) == set(get_args(GrowthMethod))
+    assert set(METHODS) > PRESERVING
 
-    from megatron_tf.config.schema import Growth
 
-    assert set(METHODS) == set(get_args(Growth.model_fields["method"].annotation))
+def test_every_kind_of_projection_can_have_its_method():
+    assert set(GrowthMethods.model_fields) == set(ParameterTokens.model_fields)
+    growth = Growth(source="x", method="gram", methods=GrowthMethods(ffn="random"))
+    assert [growth.method_of(kind) for kind in ("qkv", "proj", "ffn")] == ["gram", "gram", "random"]

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import cross_entropy, gelu, layer_norm
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import ConfigError
-from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed
-from megatron_tf.params import default_scale, parameter_table, projection_tokens
+from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed, scales_after_growth
+from megatron_tf.model import build_model
+from megatron_tf.params import default_scale, initial_scales, parameter_table, projection_tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "incremental.safetensors"
 STATES = ("weight", "exp_avg", "exp_avg_sq")
@@ -39,13 +40,16 @@ class Tensors:
         seed = self.seed * 1000 + list(self.table).index(name) * 10 + STATES.index(state)
         return torch.randn(self.table[name].numel, generator=torch.Generator().manual_seed(seed))[start:stop]
 
+    def read_into(self, name, state, start, target):
+        target.copy_(self.read(name, state, start, start + target.numel()))
+
     def adam_steps(self, name, start, stop):
         return [(start, stop, self.age)]
 
 
-def grow(old, new_model=LARGE, old_model=SMALL, method="zero_key", moments="keep", seed=1) -> GrownSource:
-    fresh = Tensors(new_model, seed=seed)
-    return GrownSource(old, fresh, old_model=old_model, new_model=new_model, method=method, moments=moments)
+def grow(old, new_model=LARGE, old_model=SMALL, seed=1, **growth) -> GrownSource:
+    fresh, growth = Tensors(new_model, seed=seed), Growth(source="runs/small", **growth)
+    return GrownSource(old, fresh, old_model=old_model, new_model=new_model, growth=growth, seed=seed)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,13 +59,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned * cos + swapped * sin, rest], -1)
 
 
-def logits(source, of: Model, ids: Tensor) -> Tensor:
-    """TokenFormer written down a second time, fp64, from the facts in the golden files' description."""
+def logits(source, of: Model, ids: Tensor, stored=torch.float64) -> Tensor:
+    """TokenFormer written down a second time, fp64, from the facts in the golden files' description.
+
+    `stored`: type that the weights are rounded to.
+    """
     table = parameter_table(of)
 
     def weight(name: str) -> Tensor:
-        spec = table[name]
-        return source.read(name, "weight", 0, spec.numel).reshape(spec.shape).double()
+        target = torch.empty(table[name].numel, dtype=stored)
+        source.read_into(name, "weight", 0, target)
+        return target.reshape(table[name].shape).double()
 
     def pattention(x: Tensor, name: str) -> Tensor:
         scores, scale = x @ weight(f"{name}.key_tokens").T, source.scales[name]
@@ -100,7 +108,7 @@ def golden():
 
 
 def official(golden: dict[str, Tensor], prefix: str, of: Model) -> dict[str, Tensor]:
-    return {name: golden[f"{prefix}/{spec.official_name}"] for name, spec in parameter_table(of).items()}
+    return {name: golden[f"{prefix}/{spec.official_name}"].clone() for name, spec in parameter_table(of).items()}
 
 
 def test_growing_the_official_model_keeps_its_logits(golden):
@@ -124,24 +132,143 @@ def test_without_the_held_scale_the_logits_are_the_official_wrong_ones(golden):
     assert (moved - golden["logits_src_fp64"]).abs().max() > 1
 
 
+def saved_in_fp64(source: GrownSource, of: Model) -> Tensors:
+    """The whole state, as a source of its own: as if checkpoints were fp64."""
+    weights = {}
+    for name, spec in parameter_table(of).items():
+        source.read_into(name, "weight", 0, target := torch.empty(spec.numel, dtype=torch.float64))
+        weights[name] = target
+    saved = Tensors(of, weights)
+    saved.scales = dict(source.scales)
+    return saved
+
+
+CHAINS = {
+    "zero_key": [{"method": "zero_key"}] * 3,
+    "gram": [{"method": "gram"}] * 3,
+    "mixed": [{"method": "zero_key"}, {"method": "gram"}, {"methods": {"ffn": "gram"}}],
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm"])
-def test_three_growths_on_top_of_each_other_keep_the_logits(activation, golden):
+def test_three_growths_on_top_of_each_other_keep_the_logits(activation, chain, golden):
     models = [
         model(qkv, proj, ffn, activation=activation)
-        for qkv, proj, ffn in [(48, 48, 160), (49, 48, 160), (49, 77, 161), (101, 78, 400)]
+        for qkv, proj, ffn in [(48, 48, 160), (97, 97, 229), (97, 161, 293), (203, 225, 601)]
     ]
     source = Tensors(models[0], official(golden, "src", models[0]))
     before = logits(source, models[0], golden["input_ids"])
-    for number, (old, new) in enumerate(zip(models, models[1:], strict=False), 1):
-        source = grow(source, new, old, seed=number)
+    for number, (old, new, growth) in enumerate(zip(models, models[1:], CHAINS[chain], strict=False), 1):
+        source = grow(source, new, old, seed=number, **growth)
+        assert source.preserves
+        source = saved_in_fp64(source, new)
         assert (logits(source, new, golden["input_ids"]) - before).abs().max() < 1e-12
-    assert source.scales["blocks.2.ffn"] == math.sqrt(160), "held from the first"
+        rounded = logits(source, new, golden["input_ids"], torch.float32)
+        assert (rounded - before).abs().max() <= 1e-5 * before.abs().max()
+    expected = {"zero_key": math.sqrt(160), "gram": math.sqrt(601), "mixed": math.sqrt(601)}[chain]
+    assert source.scales["blocks.2.ffn"] == expected
+    assert source.scales["blocks.2.attention.query"] == math.sqrt({"zero_key": 48, "gram": 203, "mixed": 48}[chain])
 
 
-def test_softmax_is_refused():
+@pytest.mark.parametrize("growth", [{"method": "random"}, {"noise": 0.01}, {"methods": {"proj": "random"}}])
+def test_what_changes_the_function_does_not_promise_otherwise(growth, golden):
+    source = Tensors(SMALL, official(golden, "src", SMALL))
+    grown = grow(source, **growth)
+    assert not grown.preserves
+    change = (logits(grown, LARGE, golden["input_ids"]) - golden["logits_src_fp64"]).abs().max()
+    assert change > 1e-3
+
+
+def test_random_with_the_official_draw_is_the_official_growth(golden):
+    source, drawn = Tensors(SMALL, official(golden, "src", SMALL)), Tensors(LARGE, official(golden, "grown", LARGE))
+    growth = Growth(source="x", method="random")
+    grown = GrownSource(source, drawn, old_model=SMALL, new_model=LARGE, growth=growth, seed=0)
+    assert (logits(grown, LARGE, golden["input_ids"]) - golden["logits_random_new_fp64"]).abs().max() < 1e-10
+
+
+def test_noise_is_relative_of_old_tokens_only_and_drawn_by_row():
+    old = Tensors(SMALL)
+    noisy, plain = grow(old, noise=0.01), grow(old)
+    for name in ("blocks.0.ffn.key_tokens", "blocks.2.attention.proj.value_tokens"):
+        numel = parameter_table(SMALL)[name].numel
+        before = old.read(name, "weight", 0, numel)
+        relative = whole(noisy, name, "weight")[:numel] / before - 1
+        assert relative.std().item() == pytest.approx(0.01, rel=0.05) and abs(relative.mean()) < 1e-3
+        assert torch.equal(whole(noisy, name, "weight")[numel:], whole(plain, name, "weight")[numel:])
+        assert torch.equal(whole(noisy, name, "exp_avg"), whole(plain, name, "exp_avg"))
+    assert torch.equal(whole(noisy, "embedding.weight", "weight"), whole(plain, "embedding.weight", "weight"))
+    name = "blocks.0.ffn.key_tokens"
+    assert not torch.equal(whole(grow(old, noise=0.01, seed=2), name, "weight"), whole(noisy, name, "weight"))
+
+
+def test_rescaled_values_take_their_moments_with_them():
+    """gram under gelu_l2_norm: values times f have gradients times 1/f."""
+    small, large = model(activation="gelu_l2_norm"), model(112, 112, 368, activation="gelu_l2_norm")
+    old, numel = Tensors(small), 160 * 64
+    source = GrownSource(
+        old, Tensors(large, seed=1), old_model=small, new_model=large, growth=Growth(source="x", method="gram"), seed=1
+    )
+    factor = math.sqrt(160 / 368)
+    for state, times in (("weight", factor), ("exp_avg", 1 / factor), ("exp_avg_sq", 1 / factor**2)):
+        before = old.read("blocks.1.ffn.value_tokens", state, 0, numel)
+        torch.testing.assert_close(source.read("blocks.1.ffn.value_tokens", state, 0, numel), before * times)
+        keys = source.read("blocks.1.ffn.key_tokens", state, 0, numel)
+        assert torch.equal(keys, old.read("blocks.1.ffn.key_tokens", state, 0, numel))
+
+
+@pytest.mark.parametrize("method", ["zero_key", "gram"])
+@pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm"])
+def test_every_new_token_learns_at_once(method, activation, golden):
+    """Each has a gradient through its key or its value, and after one step of AdamW through both: none is dead."""
+    small, large = model(activation=activation), model(112, 112, 368, activation=activation)
+    source = grow(Tensors(small, official(golden, "src", small)), large, small, method=method)
+    network = build_model(large, scales=source.scales, dtype=torch.float64)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            source.read_into(name, "weight", 0, parameter.view(-1))
+    adam = torch.optim.AdamW(network.parameters(), lr=1e-3)
+
+    def gradients() -> dict[str, tuple[Tensor, Tensor]]:
+        adam.zero_grad()
+        out = network(golden["input_ids"])
+        cross_entropy(out[:, :-1].flatten(0, 1), golden["input_ids"][:, 1:].flatten()).backward()
+        tensors = dict(network.named_parameters())
+        return {
+            name: tuple(tensors[f"{name}.{kind}_tokens"].grad[old:].norm(dim=1) for kind in ("key", "value"))
+            for name, old in projection_tokens(small).items()
+        }
+
+    for name, (keys, values) in gradients().items():
+        assert (keys + values > 0).all(), name
+    adam.step()
+    for name, (keys, values) in gradients().items():
+        assert (keys > 0).all() and (values > 0).all(), name
+
+
+@pytest.mark.parametrize("method", ["zero_key", "gram"])
+def test_softmax_is_refused_once_for_all_layers(method):
     small, large = model(activation="softmax"), model(112, activation="softmax")
-    with pytest.raises(ConfigError, match="softmax"):
-        grow(Tensors(small), large, small)
+    with pytest.raises(ConfigError, match="growth.method: .*softmax") as caught:
+        grow(Tensors(small), large, small, method=method)
+    assert len(caught.value.problems) == 1
+    assert grow(Tensors(small), large, small, method="random").scales["blocks.0.attention.key"] == 112
+
+
+def test_all_that_gram_cannot_do_is_said_at_once():
+    with pytest.raises(ConfigError) as caught:
+        scales_after_growth(SMALL, model(90, 96, 200), Growth(source="x", methods={"qkv": "gram", "ffn": "gram"}),
+                            initial_scales(SMALL))  # fmt: skip
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["growth.methods.qkv", "growth.methods.ffn"]
+    assert "needs at least 48 new qkv tokens" in str(caught.value) and "from 48 to 90 they are 42" in str(caught.value)
+    assert "needs at least 64 new ffn tokens" in str(caught.value) and "to at least 224" in str(caught.value)
+
+
+def test_scales_of_a_chain_are_known_before_it_starts():
+    growth = Growth(source="x", methods={"ffn": "gram"})
+    scales = scales_after_growth(SMALL, LARGE, growth, initial_scales(SMALL))
+    assert scales == grow(Tensors(SMALL), methods={"ffn": "gram"}).scales
+    assert (scales["blocks.0.ffn"], scales["blocks.0.attention.key"]) == (math.sqrt(368), math.sqrt(48))
 
 
 def whole(source, name: str, state: str) -> Tensor:
@@ -175,16 +302,22 @@ def test_reset_starts_all_moments_and_step_counts_at_zero_and_keeps_the_weights(
         assert reset.adam_steps(name, 0, spec.numel) == [(0, spec.numel, 0)]
 
 
+@pytest.mark.parametrize("growth", [{}, {"method": "gram", "noise": 0.1}, {"method": "gram", "activation": "gelu"}])
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("name", ["blocks.0.ffn.value_tokens", "blocks.2.attention.key.key_tokens", "embedding.weight"])
-def test_any_range_is_that_part_of_the_whole(name, state):
-    source = grow(Tensors(SMALL))
-    complete = whole(source, name, state)
+@pytest.mark.parametrize("name", ["blocks.0.ffn.value_tokens", "blocks.0.ffn.key_tokens", "embedding.weight"])
+def test_any_range_is_that_part_of_the_whole(name, state, growth):
+    growth = dict(growth)
+    changes = {"activation": "gelu_l2_norm"} if growth.pop("activation", None) else {}
+    source = grow(Tensors(SMALL), model(112, 112, 970, **changes), model(**changes), **growth)
+    numel = parameter_table(model(112, 112, 970))[name].numel
+    complete = source.read(name, state, 0, numel)
     generator = torch.Generator().manual_seed(3)
     ranges = torch.randint(0, len(complete) + 1, (30, 2), generator=generator).sort().values.tolist()
     old = min(parameter_table(SMALL)[name].numel, len(complete))
     for start, stop in [*ranges, (0, old), (old, len(complete)), (old, old), (old - 1, min(old + 1, len(complete)))]:
-        assert torch.equal(source.read(name, state, start, stop), complete[start:stop])
+        again = grow(Tensors(SMALL), model(112, 112, 970, **changes), model(**changes), **growth)
+        for reader in (source, again):
+            assert torch.equal(reader.read(name, state, start, stop), complete[start:stop])
 
 
 @pytest.mark.parametrize(

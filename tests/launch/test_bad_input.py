@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
 import sys
 
 import pytest
-from launching import PROJECT, TRAIN, run, train
+from launching import PROJECT, TRAIN, free_port, run, train
 
 from megatron_tf.data.indexed import IndexedWriter
 
@@ -31,9 +32,17 @@ CASES = {
     "world size": (["parallel.tensor=2"], ["tensor 2", "multiple of 2", "1"]),
     "stage 0 in bf16": (["zero.stage=0", "training.precision=bf16"], ["zero.stage", "bf16"]),
     "deepspeed section against ours": (["deepspeed.gradient_clipping=5"], ["deepspeed.gradient_clipping", "training.gradient_clipping"]),
-    "missing data": (["data.train=[{path: nowhere}]"], ["nowhere", "preprocess_data"]),
+    "deepspeed setting that makes gradients wrong": (["deepspeed.zero_optimization.round_robin_gradients=true"],
+                                                     ["deepspeed.zero_optimization.round_robin_gradients: refused"]),
+    "deepspeed value of a wrong type": (["deepspeed.zero_optimization.reduce_bucket_size=big"],
+                                        ["deepspeed.zero_optimization.reduce_bucket_size", "'big'"]),
+    "missing data": (["data.train=[{path: nowhere}]"], ["data.train[0].path: nowhere.bin", "preprocess_data"]),
+    "missing tokenizer": (["data.tokenizer=no.json"], ["data.tokenizer: no.json: no such file"]),
+    "a model beyond memory": (["model.vocab_size=2000000000"], ["model: a rank needs about", "GiB"]),
+    "a second configuration": (["other.yml"], ["other.yml: is a second configuration"]),
+    "override without a value": (["training.train_steps"], ["training.train_steps=100"]),
     "vocabulary smaller than the tokens": (["model.vocab_size=50"], ["50"]),
-    "growth from nowhere": (["growth.from=nowhere"], ["nowhere"]),
+    "growth from nowhere": (["growth.from=nowhere"], ["growth.from: nowhere"]),
 }  # fmt: skip
 
 
@@ -72,7 +81,11 @@ def test_not_an_index(folder):
 def test_one_message_from_many_ranks(folder):
     result = train(folder, "data.train=[{path: nowhere}]", ranks=2)
     out = result.stdout
-    assert result.returncode != 0 and out.count("nowhere.bin: no such file") == 1 and not (folder / "run").exists(), out
+    assert (
+        result.returncode != 0
+        and out.count("nowhere.bin and nowhere.idx: no such file") == 1
+        and not (folder / "run").exists()
+    ), out
 
 
 def test_deepspeed_passes_the_exit_code_on(folder):
@@ -104,7 +117,8 @@ def test_other_data_on_resume(folder):
         writer.add_document(range(90))
         writer.add_document(range(90))
     result = train(folder, f"data.train=[{{path: {folder}/other}}]", "training.train_steps=9")
-    assert result.returncode == 2 and "other data" in result.stdout and "allow_data_change" in result.stdout
+    assert result.returncode == 2 and "data.train: the checkpoint was trained on" in result.stdout, result.stdout
+    assert "allow_data_change" in result.stdout
 
 
 def test_port_in_use(folder):
@@ -164,4 +178,36 @@ def test_tokenizer_that_disagrees_with_the_data(folder):
 
 
 def test_usage_error_is_exit_code_2():
-    assert run([sys.executable, TRAIN]).returncode == 2
+    result = run([sys.executable, TRAIN])
+    assert result.returncode == 2 and result.stdout.endswith("the following arguments are required: config\n")
+
+
+@pytest.mark.parametrize("name", ["gpu", "xpu"])
+def test_accelerator_that_is_not_here(folder, name):
+    refused(train(folder, DS_ACCELERATOR=name), folder, f"DS_ACCELERATOR={name}", "Unset it")
+
+
+def test_precision_that_the_device_lacks(folder):
+    script = "import torch; print(torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported())"
+    if run([sys.executable, "-c", script]).stdout.strip() == "True":
+        pytest.skip("this device computes in fp16")
+    refused(train(folder, "training.precision=fp16"), folder, "training.precision: fp16 needs a GPU")
+
+
+def test_trackers_that_are_not_installed(folder):
+    missing = [name for name in ("wandb", "tensorboard") if importlib.util.find_spec(name) is None]
+    if not missing:
+        pytest.skip("both are installed")
+    result = train(folder, f"logging.trackers=[{', '.join(missing)}]")
+    assert result.returncode == 2 and "Traceback" not in result.stdout and not (folder / "run").exists(), result.stdout
+    for name in missing:
+        assert f"pip install 'megatron_tf[{name}]'" in result.stdout
+
+
+def test_ranks_that_do_not_meet(folder):
+    """One line a rank, with address, port, seconds and remedy, and none of torch's stack."""
+    port = str(free_port())
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    result = train(folder, "parallel.timeout_seconds=1", **ranks)
+    refused(result, folder, "127.0.0.1", port, "within 1 seconds", "parallel.timeout_seconds")
+    assert "frame #" not in result.stdout and len(result.stdout.splitlines()) == 1, result.stdout

@@ -4,11 +4,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from megatron_tf.errors import LaunchError
-from megatron_tf.parallel.environment import LaunchEnvironment, check_port_free, detect, expand_hostlist
+from megatron_tf.parallel.environment import LaunchEnvironment, check_port_free, detect, expand_hostlist, wait_for_port
 
 TORCHRUN = {
     "RANK": "5",
@@ -208,6 +210,34 @@ def test_address_of_another_machine():
 def test_unknown_host():
     with pytest.raises(LaunchError, match=r"MASTER_ADDR=no-such-host\.invalid cannot be resolved"):
         check_port_free("no-such-host.invalid", 29500)
+
+
+def test_waiting_for_a_port_that_opens_later():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        opening = threading.Timer(0.7, listener.listen)
+        opening.start()
+        wait_for_port("127.0.0.1", listener.getsockname()[1], 20)
+        opening.join()
+
+
+def test_nobody_listens():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        began = time.monotonic()
+        with pytest.raises(
+            LaunchError, match=rf"MASTER_ADDR=127\.0\.0\.1, MASTER_PORT={port} within 1 seconds.*refused"
+        ):
+            wait_for_port("127.0.0.1", port, 1)
+        assert time.monotonic() - began < 2
+
+
+def test_waiting_for_an_unknown_host_ends_at_once():
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match=r"MASTER_ADDR=no-such-host\.invalid cannot be resolved"):
+        wait_for_port("no-such-host.invalid", 29500, 60)
+    assert time.monotonic() - began < 30
 
 
 def test_detects_without_torch():

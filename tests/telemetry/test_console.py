@@ -20,8 +20,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def console(is_main=True, log_path=None, output=None, errors=None) -> Console:
-    return Console(is_main, log_path, output=output, errors=errors, now=lambda: datetime(2026, 1, 2, 3, 4, 5))
+def console(rank=0, log_path=None, output=None, errors=None) -> Console:
+    return Console(
+        rank=rank, log_path=log_path, output=output, errors=errors, now=lambda: datetime(2026, 1, 2, 3, 4, 5)
+    )
 
 
 def test_main_rank_writes_to_the_output_and_appends_to_the_log(tmp_path):
@@ -47,10 +49,10 @@ def test_lines_are_in_the_log_at_once(tmp_path):
 
 def test_other_ranks_only_warn_and_leave_the_log_alone(tmp_path):
     output, errors = io.StringIO(), io.StringIO()
-    written = console(is_main=False, log_path=tmp_path / "train.log", output=output, errors=errors)
+    written = console(rank=3, log_path=tmp_path / "train.log", output=output, errors=errors)
     written.info("step 1")
     written.warning("slow disk")
-    assert (output.getvalue(), errors.getvalue()) == ("", f"{STAMP}WARNING: slow disk\n")
+    assert (output.getvalue(), errors.getvalue()) == ("", f"{STAMP}[rank 3] WARNING: slow disk\n")
     assert not (tmp_path / "train.log").exists()
 
 
@@ -58,9 +60,12 @@ def test_a_log_that_cannot_be_opened_does_not_stop_the_run(tmp_path):
     output = io.StringIO()
     written = console(log_path=tmp_path / "missing" / "train.log", output=output)
     written.info("step 1")
-    assert output.getvalue().count("WARNING") == 1
-    assert "No such file or directory. The run goes on without its log file" in output.getvalue()
-    assert output.getvalue().endswith(f"{STAMP}step 1\n")
+    (tmp_path / "missing").mkdir()
+    written.info("step 2")
+    lines = output.getvalue().splitlines()
+    assert lines[0] == f"{STAMP}step 1" and lines[2:] == [f"{STAMP}step 2"]
+    assert "train.log: No such file or directory. Its lines are lost until it can be written" in lines[1]
+    assert (tmp_path / "missing" / "train.log").read_text() == f"{STAMP}step 2\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -70,8 +75,27 @@ def test_a_disk_that_fills_up_is_reported_once():
     written.info("step 1")
     written.info("step 2")
     written.close()
-    assert output.getvalue().count("No space left on device. The run goes on without its log file") == 1
+    assert output.getvalue().count("No space left on device. Its lines are lost") == 1
     assert output.getvalue().endswith(f"{STAMP}step 2\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_an_output_on_a_full_disk_does_not_stop_the_run(tmp_path):
+    full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), encoding="utf-8")
+    for rank in (0, 1):
+        written = console(rank, tmp_path / "train.log", output=full, errors=full)
+        written.info("step 1")
+        written.warning("slow disk")
+    assert (tmp_path / "train.log").read_text() == f"{STAMP}step 1\n{STAMP}WARNING: slow disk\n"
+
+
+def test_an_output_that_nobody_reads_ends_the_run():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        console(output=Closed()).info("step 1")
 
 
 def test_an_output_that_lacks_a_character():
@@ -89,7 +113,7 @@ def test_no_bar_where_there_is_no_terminal():
         bar.advance(1, "loss 2.5")
         written.info("step 1")
     assert output.getvalue() == f"{STAMP}step 1\n"
-    with console(is_main=False, output=Terminal()).progress(10, 0, "tiny") as bar:
+    with console(rank=1, output=Terminal()).progress(10, 0, "tiny") as bar:
         assert isinstance(bar, NoBar)
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -9,8 +9,6 @@ import pytest
 
 from megatron_tf.errors import ConfigError, UserError
 from megatron_tf.telemetry.plot import plot_runs, read_run, starts
-
-PROJECT = Path(__file__).parents[2]
 
 
 def write_run(folder: Path, steps: range, tokens_before: int = 0, growth: bool = False) -> Path:
@@ -66,17 +64,70 @@ def test_a_line_that_is_being_written_is_left_out(chain):
     assert read_run(chain[0]).records[-1]["step"] == 4
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"step": 1}', '{"step": 1, "tokens": null}'])
-def test_a_broken_record_is_named(chain, line):
+def test_a_last_line_that_a_crash_tore_in_a_character_is_left_out(chain):
+    with (chain[0] / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 5, "tokens": 500, "note": "\xcf')
+    assert read_run(chain[0]).records[-1]["step"] == 4
+
+
+BROKEN = {
+    "torn": ("{", "has no step and tokens: b'{'"),
+    "list": ("[]", "has no step and tokens"),
+    "number": ("5", "has no step and tokens"),
+    "blank": ("", "has no step and tokens: b''"),
+    "deep": ("[" * 100_000, "has no step and tokens"),
+    "not UTF-8": ('{"step": 1, "tokens": 1, "note": "\udcff"}', "has no step and tokens"),
+    "no tokens": ('{"step": 1}', "has no step and tokens"),
+    "null": ('{"step": 1, "tokens": null}', "tokens is None, not a number"),
+    "truth": ('{"step": true, "tokens": 1}', "step is True, not a number"),
+    "nan": ('{"step": 1, "tokens": NaN}', "tokens is nan, not a number"),
+    "beyond floats": ('{"step": 1, "tokens": 1' + "0" * 400 + "}", "tokens is 1000"),
+    "loss": ('{"step": 1, "tokens": 1, "train/loss": "low"}', "train/loss is 'low', not a number"),
+    "validation loss": ('{"step": 1, "tokens": 1, "eval/loss": [2]}', r"eval/loss is \[2\], not a number"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("place", [1, 7], ids=["first", "last"])
+def test_a_broken_record_is_named(chain, case, place):
+    line, message = BROKEN[case]
     path = chain[0] / "metrics.jsonl"
-    path.write_text(line + "\n" + path.read_text())
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 has no step and tokens"):
+    lines = path.read_bytes().splitlines()
+    lines.insert(place - 1, line.encode("utf-8", "surrogateescape"))
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    with pytest.raises(UserError, match=rf"metrics\.jsonl:{place}: {message}.*Mend or delete the line"):
         read_run(chain[0])
 
 
+def test_a_run_with_a_name_that_is_no_text_and_would_be_a_formula(chain, tmp_path):
+    pytest.importorskip("matplotlib")
+    odd = chain[0].rename(tmp_path / os.fsdecode(b"a$\\oops$\xff"))
+    plot_runs([read_run(odd)], tmp_path / "loss.PNG")
+    assert (tmp_path / "loss.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_leaves_no_picture(chain, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"loss\.png: No space left on device\. Free space"):
+        plot_runs([read_run(chain[0])], tmp_path / "pictures" / "loss.png")
+    assert list((tmp_path / "pictures").iterdir()) == []
+
+
 def test_folders_that_hold_no_run(tmp_path, chain):
-    with pytest.raises(UserError, match=r"nowhere is no readable run folder.*run\.dir"):
+    with pytest.raises(UserError, match=r"nowhere/metrics\.jsonl: No such file or directory\. Name the run\.dir"):
         read_run(tmp_path / "nowhere")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"half/config\.yml: No such file or directory"):
+        read_run(tmp_path / "half")
+    (tmp_path / "half" / "config.yml").write_bytes(b"a: \xff")
+    with pytest.raises(UserError, match=r"half/config\.yml: byte 3 is not UTF-8 text"):
+        read_run(tmp_path / "half")
     (chain[0] / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no record yet"):
         read_run(chain[0])
@@ -91,31 +142,14 @@ def test_output_that_cannot_be_drawn(chain, tmp_path):
         with pytest.raises(UserError, match=r"Choose \.png"):
             plot_runs(runs, tmp_path / name)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="file: File exists. The output cannot go there"):
         plot_runs(runs, tmp_path / "file" / "loss.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"folder\.png: is a folder"):
+        plot_runs(runs, tmp_path / "folder.png")
 
 
 def test_missing_matplotlib_names_the_extra(chain, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"needs matplotlib.*\[plot\]"):
         plot_runs([read_run(chain[0])], tmp_path / "loss.png")
-
-
-def plot(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/plot_run.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=PROJECT, env=None, text=True, capture_output=True, timeout=100)
-
-
-def test_command(chain, tmp_path):
-    picture = tmp_path / "pictures" / "loss.png"
-    done = plot(*chain, "--output", picture, "--x", "steps")
-    assert (done.returncode, done.stdout) == (0, f"{picture}\n"), done.stderr
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_command_reports_a_mistake_in_one_line(tmp_path):
-    done = plot(tmp_path, "--output", tmp_path / "loss.png")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "loss.png").exists()

@@ -27,7 +27,7 @@ def records(path) -> list[dict]:
 
 
 def write_steps(path, steps, resume_step=0):
-    tracker = JsonlTracker(path, resume_step)
+    tracker = JsonlTracker(path, resume_step, pytest.fail)
     for step in steps:
         tracker.log({"tokens": 10 * step, "train/loss": 1.0 / step}, step)
     tracker.close()
@@ -35,7 +35,7 @@ def write_steps(path, steps, resume_step=0):
 
 def test_jsonl_is_one_strict_object_a_step(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
-    tracker = JsonlTracker(path, 0)
+    tracker = JsonlTracker(path, 0, pytest.fail)
     tracker.log({"tokens": 7, "train/loss": NAN, "optim/grad_norm": INF, "perf/mfu": None, "optim/lr": -INF}, 1)
     assert records(path) == [  # readable while the run goes on
         {"step": 1, "tokens": 7, "train/loss": None, "optim/grad_norm": None, "perf/mfu": None, "optim/lr": None}
@@ -64,7 +64,7 @@ def test_torn_lines_are_dropped(tmp_path):
 
 def test_a_run_from_step_0_starts_the_file_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    JsonlTracker(path, 0).log({"eval/loss": 9.0}, 0)
+    JsonlTracker(path, 0, pytest.fail).log({"eval/loss": 9.0}, 0)
     write_steps(path, [1], resume_step=0)
     assert [record["step"] for record in records(path)] == [1]
 
@@ -79,14 +79,30 @@ def test_a_crash_while_the_file_is_cut_leaves_it_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
-        JsonlTracker(path, 1)
+        JsonlTracker(path, 1, pytest.fail)
     assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch, older):
+    path = tmp_path / "metrics.jsonl"
+    if older:
+        write_steps(path, range(1, 4))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device\. Metrics cannot be written: free"):
+        JsonlTracker(path, 3, pytest.fail)
+    assert os.listdir(tmp_path) == (["metrics.jsonl"] if older else [])  # nothing half-written
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written .*run\.dir"):
-        JsonlTracker(tmp_path / "file" / "metrics.jsonl", 0)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: .*\. Metrics cannot be written: .*run\.dir"):
+        JsonlTracker(tmp_path / "file" / "metrics.jsonl", 0, pytest.fail)
 
 
 class Recorder:
@@ -120,16 +136,19 @@ def test_a_failing_tracker_is_reported_once_and_stops_nothing():
     assert "was not closed" in warnings[1]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_stops_nothing(tmp_path):
-    (tmp_path / "metrics.jsonl").touch()
-    tracker, warnings = JsonlTracker(tmp_path / "metrics.jsonl", 0), []
-    tracker._file = open("/dev/full", "a")
-    trackers = Trackers([tracker], warnings.append)
-    for step in (1, 2):
+def test_metrics_that_cannot_be_written_for_a_while_have_a_gap_of_that_while(tmp_path):
+    path, warnings = tmp_path / "run" / "metrics.jsonl", []
+    trackers = Trackers([JsonlTracker(path, 0, warnings.append)], warnings.append)
+    for step in range(1, 7):
+        if step == 3:
+            path.parent.rename(tmp_path / "away")
+        if step == 5:
+            (tmp_path / "away").rename(path.parent)
         trackers.log({"train/loss": 2.0}, step)
+    trackers.close()
+    assert [record["step"] for record in records(path)] == [1, 2, 5, 6]
     assert len(warnings) == 1
-    assert "No space left on device" in warnings[0]
+    assert "metrics.jsonl: No such file or directory. Its lines are lost until it can be written" in warnings[0]
 
 
 class FakeRun:

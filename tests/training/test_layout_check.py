@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_tf.errors import LaunchError
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.training.layout_check import Difference, Layout, Trace, compare, layouts, reference, run_layouts
+from megatron_tf.training.layout_check import (
+    Difference,
+    Layout,
+    Trace,
+    compare,
+    layouts,
+    reference,
+    run_layouts,
+    sample,
+)
 
 TOLERANCE = 1e-5  # relative; two fp32 orders of summation were seen to differ by 2e-6 over 20 steps
 
@@ -40,6 +50,29 @@ def test_activation_checkpointing(config):
     # DeepSpeed's default, reentrant, gave 58 of 59 parameters zero gradient with one stage
     check(config(training={"activation_checkpointing": True}), [Layout(Topology(1, 1, 2)), Layout(Topology(2, 1, 1), True),
                                                                 Layout(Topology(1, 2, 1))], steps=3)  # fmt: skip
+
+
+def test_zero_stage_0_without_clipping(config):
+    # DeepSpeed itself then computes no norm of the gradient
+    check(config(zero={"stage": 0}, training={"gradient_clipping": 0.0}), [Layout(Topology(1, 1, 2))], steps=3)
+
+
+def test_a_configuration_that_no_single_process_could_run(config):
+    """The reference is one process, whatever the configured layout."""
+    values = config(parallel={"tensor": 2, "sequence": True})
+    assert reference(values, 1).losses == reference(config(), 1).losses
+
+
+def test_more_ranks_than_gpus(config, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(LaunchError, match="2 ranks need as many GPUs, but this machine has 1"):
+        run_layouts(config(), [Layout(Topology(2, 1, 1))], 1)
+
+
+def test_samples_of_the_largest_seed(config):
+    ids = sample(config(run={"dir": "unused", "seed": 2**63 - 1}), 2**40)
+    assert ids.shape == (17,) and ids.min() >= 0 and ids.max() < 99
 
 
 def test_zero_stage_0(config):

@@ -104,3 +104,15 @@ def test_padding_of_the_flat_buffer_is_left_alone():
     flat.grad = torch.ones(8)
     adam.step()
     assert (flat[6:] == 1).all() and (flat[:6] < 1).all()
+
+
+def test_the_hook_comes_before_anything_changes():
+    flat = torch.ones(4).requires_grad_()
+    adam = optimizer(flat)
+    adam.bind([segment("a", 0, 4, flat, 0)])
+    flat.grad = torch.ones(4)
+    seen = []
+    adam.before_update = lambda: seen.append((flat.detach().clone(), adam.num_updates))
+    adam.step()
+    ((weights, updates),) = seen
+    assert (weights == 1).all() and updates == 0 and (flat != 1).all()

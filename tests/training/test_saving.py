@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from saving import saver_of
 
-from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.errors import CheckpointError
+from megatron_tf.training import snapshot
+from megatron_tf.training.snapshot import StateCopier
 from megatron_tf.training.start import Progress
 
 
@@ -21,23 +23,92 @@ def one_process():
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def slow_copies(monkeypatch):
+    """Copies that take a while each; returns the number of those begun so far."""
+    begun, copy = [], StateCopier._copy
+
+    def slow(self, piece, *arguments):
+        begun.append(piece.key)
+        time.sleep(0.01)
+        return copy(self, piece, *arguments)
+
+    monkeypatch.setattr(StateCopier, "_copy", slow)
+    return lambda: len(begun)
+
+
+def state_of(engine):
+    return {piece.key: piece.tensor.clone() for piece in engine.pieces()}
+
+
+def assert_holds(folder, step, state, updates):
+    """The checkpoint of `step` is `state` to the last bit."""
+    reader = open_checkpoint(folder / "checkpoints" / f"step_{step:08d}")
+    reader.verify()
+    for key, tensor in state.items():
+        name, kind, start = key.split("/")
+        assert torch.equal(reader.read(name, kind, int(start), int(start) + len(tensor)), tensor), key
+    assert all(steps == updates for ranges in reader.index.adam_steps.values() for _, _, steps in ranges)
+
+
 def test_what_is_saved_is_the_state_at_the_call(config, tmp_path):
     saver, engine, console = saver_of(config, tmp_path)
-    expected = [piece.tensor.clone() for piece in engine.pieces()]
-    saver.save(Progress(1, 8, 128))
-    for piece in engine.pieces():
-        piece.tensor.add_(1)  # training goes on
+    engine.update()
+    expected = state_of(engine)
+    saver.save(Progress(1, 8, 128), {})
+    engine.update()  # training goes on
+    assert not any(torch.equal(piece.tensor, expected[piece.key]) for piece in engine.pieces())
     saver.finish()
-    reader = open_checkpoint(tmp_path / "checkpoints" / "step_00000001")
-    for piece, tensor in zip(engine.pieces(), expected):
-        assert torch.equal(reader.read(piece.name, piece.state, piece.start, piece.stop), tensor)
-    assert console.lines == [f"saved {reader.path}"]
+    assert_holds(tmp_path, 1, expected, updates=1)
+    assert console.lines == [f"saved {tmp_path / 'checkpoints' / 'step_00000001'}"]
+
+
+def test_an_update_waits_for_a_slow_copy_and_the_forward_pass_does_not(config, tmp_path, slow_copies):
+    saver, engine, _ = saver_of(config, tmp_path)
+    for step in (1, 2):
+        expected = state_of(engine)
+        copied = slow_copies()
+        saver.save(Progress(step, 8, 128), {})
+        assert slow_copies() - copied < len(expected) / 2, "the copy was to go on beside the forward pass"
+        engine.update()
+        assert slow_copies() - copied == len(expected)
+        engine.update()
+        saver.finish()
+        assert engine.optimizer.before_update is None
+        assert_holds(tmp_path, step, expected, updates=2 * step - 2)
+
+
+def test_the_last_save_needs_no_update_after_it(config, tmp_path, slow_copies):
+    saver, engine, console = saver_of(config, tmp_path)
+    engine.update()
+    saver.save(Progress(1, 8, 128), {})
+    saver.finish()
+    assert len(console.lines) == 1 and engine.optimizer.before_update is None
+    assert_holds(tmp_path, 1, state_of(engine), updates=1)
+
+
+def test_a_copy_that_fails_is_a_failed_save_and_training_goes_on(config, tmp_path, monkeypatch):
+    def no_memory(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    saver, engine, console = saver_of(config, tmp_path)
+    monkeypatch.setattr(snapshot.torch, "empty", no_memory)
+    saver.save(Progress(1, 8, 128), {})
+    engine.update()
+    saver.finish()
+    monkeypatch.undo()
+    (line,) = console.lines
+    assert line.startswith("warning: checkpoint not saved") and "no memory for a copy of embedding.weight" in line
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    saver.save(Progress(2, 16, 256), {})
+    saver.finish()
+    assert_holds(tmp_path, 2, state_of(engine), updates=1)
 
 
 def test_never_two_at_once(config, tmp_path):
     saver, _, console = saver_of(config, tmp_path)
-    saver.save(Progress(1, 8, 128))
-    saver.save(Progress(2, 16, 256))
+    saver.save(Progress(1, 8, 128), {})
+    saver.save(Progress(2, 16, 256), {})
     assert len(console.lines) == 1  # the first one is complete
     saver.finish()
     assert [line[-1] for line in console.lines] == ["1", "2"]
@@ -46,7 +117,7 @@ def test_never_two_at_once(config, tmp_path):
 def test_poll_reports_when_it_is_over_and_only_once(config, tmp_path):
     saver, _, console = saver_of(config, tmp_path)
     saver.poll()
-    saver.save(Progress(1, 8, 128))
+    saver.save(Progress(1, 8, 128), {})
     deadline = time.monotonic() + 30
     while not console.lines and time.monotonic() < deadline:
         saver.poll()
@@ -59,7 +130,7 @@ def test_poll_reports_when_it_is_over_and_only_once(config, tmp_path):
 def test_a_failed_save_is_a_warning(config, tmp_path, asynchronous):
     (tmp_path / "checkpoints").write_text("in the way")
     saver, _, console = saver_of(config, tmp_path, asynchronous=asynchronous)
-    saver.save(Progress(1, 8, 128))
+    saver.save(Progress(1, 8, 128), {})
     saver.finish()
     (line,) = console.lines
     assert line.startswith("warning: checkpoint not saved, training goes on") and "checkpoints" in line
@@ -68,7 +139,7 @@ def test_a_failed_save_is_a_warning(config, tmp_path, asynchronous):
 def test_a_failed_save_can_stop_the_run(config, tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     saver, *_ = saver_of(config, tmp_path, on_failure="stop")
-    saver.save(Progress(1, 8, 128))
+    saver.save(Progress(1, 8, 128), {})
     with pytest.raises(CheckpointError, match="checkpoints"):
         saver.finish()
 
@@ -76,6 +147,31 @@ def test_a_failed_save_can_stop_the_run(config, tmp_path):
 def test_old_checkpoints_go(config, tmp_path):
     saver, *_ = saver_of(config, tmp_path, keep_last=2)
     for step in range(1, 5):
-        saver.save(Progress(step, 8 * step, 128 * step))
+        saver.save(Progress(step, 8 * step, 128 * step), {})
     saver.finish()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def test_nothing_that_this_process_wrote_or_verified_is_read_again(config, tmp_path, monkeypatch):
+    def steps(saver, first, last):
+        for step in range(first, last):
+            saver.save(Progress(step, 8 * step, 128 * step), {})
+        saver.finish()
+
+    saver, *_ = saver_of(config, tmp_path)
+    steps(saver, 1, 4)
+    root = tmp_path / "checkpoints"
+    monkeypatch.setattr(CheckpointReader, "verify", lambda *_: pytest.fail("read it again"))
+    saver, _, console = saver_of(config, tmp_path, keep_last=2, known_good=[root / "step_00000003"])
+    steps(saver, 4, 7)
+    assert sorted(p.name for p in root.iterdir()) == ["step_00000005", "step_00000006"]
+    assert not any("warning" in line for line in console.lines)
+
+
+def test_what_a_killed_save_left_goes_at_the_next_start(config, tmp_path):
+    saver, *_ = saver_of(config, tmp_path)
+    saver.save(Progress(1, 8, 128), {})
+    saver.finish()
+    (tmp_path / "checkpoints" / ".tmp-step_00000000-deleted").mkdir()
+    saver_of(config, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]

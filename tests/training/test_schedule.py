@@ -29,3 +29,11 @@ def test_cosine_ends_at_the_minimum_and_stays_there():
 
 def test_constant():
     assert learning_rate(77, optimizer(type="constant", warmup_steps=10), 100) == 1e-3
+
+
+def test_warmup_stable_decay():
+    adam = optimizer(type="wsd", warmup_steps=10, decay_steps=20, min_lr=1e-4)
+    assert learning_rate(5, adam, 100) == pytest.approx(5e-4)
+    assert learning_rate(10, adam, 100) == learning_rate(80, adam, 100) == 1e-3
+    assert learning_rate(90, adam, 100) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert learning_rate(100, adam, 100) == learning_rate(120, adam, 100) == pytest.approx(1e-4)

@@ -1,0 +1,115 @@
+"""Writing a grown model's checkpoint without ever holding it: each range is computed while it is written.
+
+What is written is step 0 of the bigger run as the trainer would begin it: the same growth, from the same functions.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_tf.checkpoint.format import BYTES_PER_ELEMENT, STATES, CheckpointIndex, expected_tensors, folder_name
+from megatron_tf.checkpoint.manager import (
+    CHECKPOINTS_FOLDER,
+    FAILED_PREFIX,
+    STEP_PREFIX,
+    UNFINISHED_PREFIX,
+    clear_leftovers,
+)
+from megatron_tf.checkpoint.shards import ComputedTensor
+from megatron_tf.checkpoint.source import GrownStart
+from megatron_tf.checkpoint.writer import ComputedPiece, save_checkpoint
+from megatron_tf.config.schema import Model
+from megatron_tf.errors import CheckpointError
+from megatron_tf.params import parameter_table
+
+FIRST_STEP = 0
+
+
+def state_bytes(model: Model) -> int:
+    """Bytes of a model's weights and Adam moments in a checkpoint."""
+    return sum(spec.numel for spec in parameter_table(model).values()) * len(STATES) * BYTES_PER_ELEMENT
+
+
+def target_folder(path: Path | str) -> Path:
+    """The folder that `path` means and that will hold the checkpoint: a run's folder means its checkpoints folder.
+
+    CheckpointError when it holds anything already: a run would resume from one of the two, and nobody could tell which.
+    """
+    root = Path(path)
+    if root.name.startswith(STEP_PREFIX):
+        raise CheckpointError(
+            f"{root}: is the name of one checkpoint. Give the bigger run's folder; the checkpoint will be "
+            f"{CHECKPOINTS_FOLDER}/{folder_name(FIRST_STEP)} within it"
+        )
+    if root.name != CHECKPOINTS_FOLDER:
+        root = root / CHECKPOINTS_FOLDER
+    for folder in (root, *root.parents):
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder}: is a file. Give another folder")
+    leftovers = (UNFINISHED_PREFIX, FAILED_PREFIX)  # of an attempt that was killed; the next one clears them away
+    held = sorted(p.name for p in root.iterdir() if not p.name.startswith(leftovers)) if root.is_dir() else []
+    if held:
+        raise CheckpointError(f"{root}: holds {held[-1]} already. Nothing is overwritten: give another folder")
+    return root
+
+
+def write_grown(
+    root: Path, model: Model, start: GrownStart, data: Mapping[str, Any], progress: Callable[[int, str], None]
+) -> Path:
+    """Write step 0 of the grown `model` under `root`; returns the checkpoint. Holds one bounded buffer of the state.
+
+    `data`: fingerprint of the data that the model will be trained on.
+    `progress`: called with the bytes done so far and the tensor that is being written.
+    Errors: CheckpointError, with nothing left behind.
+    """
+    table = parameter_table(model)
+    index = CheckpointIndex(
+        step=FIRST_STEP,
+        samples=start.samples,
+        tokens=start.tokens,
+        model=model.model_dump(mode="json"),
+        scales=dict(start.source.scales),
+        tensors=expected_tensors({name: spec.shape for name, spec in table.items()}),
+        adam_steps={name: tuple(start.source.adam_steps(name, 0, spec.numel)) for name, spec in table.items()},
+        growth_history=start.growth_history,
+        data=data,
+    )
+    done = 0
+
+    def computed(name: str, state: str) -> ComputedTensor:
+        def fill(first: int, target: Tensor) -> None:
+            nonlocal done
+            start.source.read_into(name, state, first, target)
+            done += target.numel() * BYTES_PER_ELEMENT
+            progress(done, name)
+
+        return ComputedTensor(table[name].numel, fill)
+
+    pieces = [
+        ComputedPiece(name, state, 0, spec.numel, computed(name, state))
+        for name, spec in table.items()
+        for state in STATES
+    ]
+    try:
+        clear_leftovers(root)
+        _check_space(root, model)
+        return save_checkpoint(root, pieces, index, rank=0, world_size=1, token=secrets.token_hex(4))
+    except KeyboardInterrupt:  # many gigabytes that nobody would look for under a hidden name
+        clear_leftovers(root)
+        raise
+
+
+def _check_space(root: Path, model: Model) -> None:
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    free, needed = shutil.disk_usage(existing).free, state_bytes(model)
+    if free < needed:
+        raise CheckpointError(
+            f"{root}: the grown checkpoint takes {needed:,} bytes, and {free:,} are free there. Make room, or give "
+            "another folder"
+        )

@@ -1,0 +1,109 @@
+"""A chain of growth stages in one file: a list of runs, each of which grows from the one before.
+
+    <sections of an ordinary configuration, common to all stages>
+    stages:
+      - name: 124M
+        model: {parameter_tokens: {qkv: 576, proj: 576, ffn: 2304}}
+      - name: 354M
+        model: {parameter_tokens: {qkv: 2140, proj: 2140, ffn: 8560}}
+        optimizer: {lr: 3.0e-4}
+
+A stage repeats only what differs from the common sections. It becomes an ordinary run of its own in
+`<run.dir>/<name>`, so that whatever works on a run works on a stage, and interrupting the chain anywhere is no
+different from interrupting a run.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_tf.config.load import apply_override, build_config, read_file
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[RunConfig]:
+    """The runs of a file, in order: one for an ordinary configuration, one a stage for a chain.
+
+    `overrides` hold for every stage; "stages.NAME.section.field=value" is for one. ConfigError with all problems.
+    """
+    values, problems = read_file(path)
+    stages = values.pop("stages", None)
+    if stages is None:
+        return [build_config(values, problems, overrides)]
+    problems += _shape_problems(stages)
+    if problems:
+        raise ConfigError(problems)
+    names = [stage["name"] for stage in stages]
+    common = [text for text in overrides if not text.startswith("stages.")]
+    own: dict[str, list[str]] = {name: [] for name in names}
+    for text in overrides:
+        if text.startswith("stages."):
+            name = next((n for n in names if text.startswith(f"stages.{n}.")), None)
+            if name is None:
+                problems.append(f"override {text!r}: there is no such stage. The stages are {', '.join(names)}.")
+            else:
+                own[name].append(text.removeprefix(f"stages.{name}."))
+    configs: list[RunConfig] = []
+    for stage in stages:
+        try:
+            configs.append(_stage_config(values, stage, [*common, *own[stage["name"]]], configs[-1:]))
+        except ConfigError as error:
+            problems += [f"stage {stage['name']}: {problem}" for problem in error.problems]
+            if not configs:
+                break  # what follows would only repeat it
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return configs
+
+
+def _stage_config(
+    common: dict[str, Any], stage: dict[str, Any], overrides: Sequence[str], previous: Sequence[RunConfig]
+) -> RunConfig:
+    values = _merged(common, {key: value for key, value in stage.items() if key != "name"})
+    problems = [problem for text in overrides for problem in apply_override(values, text)]
+    run = values.get("run")
+    if isinstance(run, dict) and isinstance(run.get("dir"), str):
+        run["dir"] = os.path.join(run["dir"], stage["name"])
+        run["name"] = "-".join([*([run["name"]] if isinstance(run.get("name"), str) else []), stage["name"]])
+    if previous:
+        growth = values.get("growth") or {}
+        if isinstance(growth, dict):
+            values["growth"] = {"from": previous[0].run.dir, **growth}
+    else:
+        values.setdefault("growth", None)
+        if values["growth"] is not None and "growth" not in stage:
+            values["growth"] = None  # common growth settings are for the stages that grow
+    return build_config(values, problems)
+
+
+def _shape_problems(stages: Any) -> list[str]:
+    if not isinstance(stages, list) or not stages:
+        return ["stages: not a list of stages. Write each as `- name: 354M` with the sections that differ."]
+    problems, seen = [], set()
+    for number, stage in enumerate(stages):
+        name = stage.get("name") if isinstance(stage, dict) else None
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            problems.append(
+                f"stages[{number}].name: {name!r} is not a name. Give letters, digits, '-', '_' and '.', such as "
+                "'354M'; it becomes the folder of the stage."
+            )
+            continue
+        if name in seen:
+            problems.append(f"stages[{number}].name: {name} is there twice. Give each stage a name of its own.")
+        seen.add(name)
+    return problems
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    out = copy.deepcopy(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both else copy.deepcopy(value)
+    return out

@@ -1,0 +1,77 @@
+"""Files that exist whole or not at all: written under a temporary name, put on the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+
+from megatron_tf.errors import UserError, file_errors
+
+
+def partial_path(path: Path) -> Path:
+    """The name under which `path` is written. It is always the same, so a rerun reuses what a killed run left."""
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[FileIO]:
+    """A new file, open for unbuffered writing; it is on the disk at the end. FileExistsError when `path` exists."""
+    with open(path, "xb", buffering=0) as file:
+        yield file
+        os.fsync(file.fileno())
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Put `temporary` on the disk, then give it the name `final`, replacing an older file of that name.
+
+    The new name itself is on the disk only after `sync_folder`; until then a power cut may bring the older file back.
+    """
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, final)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield the temporary name to write; publish it as `path` on success, delete it when the block raises."""
+    temporary = partial_path(path)
+    try:
+        yield temporary
+        publish(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # what went wrong first is what the caller has to know
+            temporary.unlink()
+        raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """`path` holds all of `content`, or what it held before: no reader sees a half-written file. Raises OSError."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def sync_folder(path: Path) -> None:
+    """Put the folder's entries (creations, renames, removals) on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prepare_output(path: Path) -> None:
+    """Create the folder that the file `path` will stand in, before work is spent on its content.
+
+    Raises `UserError` when that cannot be, when the folder is not writable, and when `path` itself is a folder.
+    """
+    with file_errors(UserError, path.parent, "The output cannot go there: choose another folder."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path.parent}: the output folder is not writable. Choose another or change its permissions.")
+    with file_errors(UserError, path, "Choose another output."):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, the output is a file. Choose another name.")
+        partial_path(path).is_dir()  # a name that is too long with its temporary ending shows itself here

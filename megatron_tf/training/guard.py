@@ -1,0 +1,82 @@
+"""What a run does about losses and gradients that go wrong: steps that are not finite, and loss spikes.
+
+Both see numbers that are the same on all ranks, so all ranks decide alike without asking each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_tf.config.schema import Guard
+from megatron_tf.errors import TrainingError
+
+_MEMORY = 0.98  # share of the running mean that stays at each step: it looks about 50 steps back
+_WARMUP = 20  # losses before the running mean means anything
+
+
+class LossGuard:
+    """Counts skipped steps and spikes; `lr_factor` is what it has lowered the learning rate to, as a share of it."""
+
+    def __init__(self, config: Guard, state: Mapping[str, Any]):
+        """`state`: what `state()` of the run gave at its checkpoint, {} at the start."""
+        self._config = config
+        self.lr_factor = float(state.get("lr_factor", 1.0))
+        self._mean = float(state.get("mean_loss", 0.0))
+        self._seen = int(state.get("losses_seen", 0))
+        self._spikes = int(state.get("spikes_in_a_row", 0))
+        self._skipped = 0
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint: a resumed run decides as the run that was not interrupted."""
+        return {
+            "lr_factor": self.lr_factor,
+            "mean_loss": self._mean,
+            "losses_seen": self._seen,
+            "spikes_in_a_row": self._spikes,
+        }
+
+    def skipped(self, step: int, reason: str) -> str:
+        """Step `step` (1-based) was skipped for `reason`: what to say. TrainingError when the run must stop."""
+        self._skipped += 1
+        text = f"step {step:,}: {reason}; the step is skipped and changes nothing"
+        if self._config.nonfinite == "stop":
+            raise TrainingError(f"{text}. The run stops, for guard.nonfinite is stop.")
+        if self._skipped >= self._config.nonfinite_patience:
+            raise TrainingError(
+                f"{text}. That was {self._skipped} in a row, as many as guard.nonfinite_patience allows: the run "
+                "stops. Look at the data there, or resume from an earlier checkpoint with a lower optimizer.lr."
+            )
+        return f"{text} ({self._skipped} in a row; the run stops at {self._config.nonfinite_patience})"
+
+    def good(self) -> None:
+        """A step was not skipped."""
+        self._skipped = 0
+
+    def watch(self, step: int, loss: float) -> str | None:
+        """After a good step: what to say if its loss completes a spike. TrainingError when the run must stop."""
+        self.good()
+        factor = self._config.spike_factor
+        assert factor is not None
+        if self._seen >= _WARMUP and loss > factor * self._mean:
+            self._spikes += 1
+            return self._spiked(step, loss, factor) if self._spikes >= self._config.spike_patience else None
+        # the mean of few losses first, then one that forgets
+        keep = min(_MEMORY, self._seen / (self._seen + 1))
+        self._mean = keep * self._mean + (1 - keep) * loss
+        self._seen, self._spikes = self._seen + 1, 0
+        return None
+
+    def _spiked(self, step: int, loss: float, factor: float) -> str:
+        text = (
+            f"step {step:,}: loss {loss:.4f} is more than {factor:g} times its mean {self._mean:.4f}, "
+            f"{self._spikes} steps in a row"
+        )
+        if self._config.spike_action == "stop":
+            raise TrainingError(
+                f"{text}: the run stops, for guard.spike_action is stop. Resume from an earlier checkpoint with a "
+                "lower optimizer.lr, or set guard.spike_action=lower_lr."
+            )
+        self.lr_factor *= self._config.spike_lr_factor
+        self._mean, self._seen, self._spikes = 0.0, 0, 0  # what is normal is learnt again
+        return f"{text}: the learning rate is now {self.lr_factor:g} times the schedule's"

@@ -1,0 +1,119 @@
+"""Everything that can be refused before the ranks meet, all at once: a mistake then costs seconds and not a queue."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from megatron_tf.checkpoint.architecture import growth_problems
+from megatron_tf.config.machine import machine_problems
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.validate import validate
+from megatron_tf.errors import ConfigError, LaunchError
+from megatron_tf.estimate import memory_per_rank
+from megatron_tf.growth.source import scales_after_growth
+from megatron_tf.parallel.environment import LaunchEnvironment
+from megatron_tf.params import initial_scales
+
+GIB = 2**30
+# Activations are an estimate, which may be beside the truth by this factor.
+MARGIN = 2
+
+
+def preflight(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
+    """Raise for what is wrong with `stages`, or with this machine for them.
+
+    ConfigError with everything, on every rank alike. What rank 0 cannot see, because only another node lacks it,
+    is a LaunchError of the first rank of that node, with its name.
+    """
+    memory = available_memory(environment.local_world_size or 1)
+    wrong: list[str] = []
+    wrong_accelerator = list(accelerator_problems(os.environ))
+    lacking = [*wrong_accelerator]
+    for config in stages:
+        stage = f"stage {config.run.name}: " if len(stages) > 1 else ""
+        try:
+            validate(config, environment.world_size)
+        except ConfigError as error:
+            wrong += [stage + problem for problem in error.problems]
+        else:
+            lacking += [stage + problem for problem in memory_problems(config, environment.world_size, memory)]
+        lacking += [stage + problem for problem in machine_problems(config)]
+        if not wrong_accelerator:
+            lacking += [stage + problem for problem in precision_problems(config)]
+    wrong += chain_problems(stages)
+    if not wrong and lacking and _speaks_for_a_node(environment):
+        raise LaunchError(f"on {socket.gethostname()}: " + "\n  - ".join(lacking))
+    if wrong or lacking:
+        raise ConfigError(wrong + lacking)
+
+
+def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
+    """Stages that cannot be grown from the stage before them: known now, and not when days of training are over."""
+    problems: list[str] = []
+    scales: Mapping[str, float] = initial_scales(stages[0].model)
+    for before, after in zip(stages, stages[1:]):
+        if after.growth is None:
+            break
+        found = growth_problems(before.model, after.model)
+        try:
+            if not found:
+                scales = scales_after_growth(before.model, after.model, after.growth, scales)
+        except ConfigError as error:
+            found = error.problems
+        problems += [f"stage {after.run.name}: {problem}" for problem in found]
+        if found:
+            break  # what τ would be is not known from here on
+    return problems
+
+
+def _speaks_for_a_node(environment: LaunchEnvironment) -> bool:
+    """Whether this is the first rank of a node other than that of rank 0."""
+    on_other_node = environment.rank >= (environment.local_world_size or 1)
+    return environment.local_rank == 0 and on_other_node
+
+
+def accelerator_problems(environ: Mapping[str, str]) -> Iterator[str]:
+    """A DeepSpeed that is told to use another device than PyTorch has here. It reads this when it is imported."""
+    name, device = environ.get("DS_ACCELERATOR"), "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in (None, device):
+        remedy = "hide the GPUs with CUDA_VISIBLE_DEVICES=" if device == "cuda" else "use a machine with a GPU"
+        yield f"DS_ACCELERATOR={name}, but PyTorch's device here is {device}. Unset it, or {remedy}."
+
+
+def precision_problems(config: RunConfig) -> Iterator[str]:
+    """Compute types that DeepSpeed refuses on a CPU."""
+    if config.training.precision != "fp16" or torch.cuda.is_available():
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        yield "training.precision: fp16 needs a GPU, and this machine's CPU has no fp16. Set it to bf16 or fp32."
+
+
+def memory_problems(config: RunConfig, world_size: int, available: int) -> Iterator[str]:
+    """What surely does not fit in `available` bytes a rank. `config` has passed `validate` for `world_size`."""
+    memory = memory_per_rank(config, world_size)
+    state = memory.weights + memory.gradients + memory.optimizer
+    if state > available or memory.total > MARGIN * available:
+        yield (
+            f"model: a rank needs about {memory.total / GIB:,.1f} GiB ({state / GIB:,.1f} GiB for weights, gradients and "
+            f"optimizer, {memory.activations / GIB:,.1f} GiB for activations), but it has {available / GIB:,.1f} GiB. "
+            "Raise parallel.tensor or parallel.pipeline with more ranks, lower training.micro_batch_size, or make the "
+            "model smaller."
+        )
+
+
+def available_memory(ranks_on_node: int) -> int:
+    """Bytes for each of the ranks on this machine: a GPU's, or a share of the RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return physical_memory() // ranks_on_node
+
+
+def physical_memory() -> int:
+    """Bytes of RAM of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

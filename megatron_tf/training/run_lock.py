@@ -1,0 +1,48 @@
+"""One run in one folder at a time: two that write the same checkpoints would destroy each other's."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_tf.errors import ConfigError
+
+LOCK_NAME = "run.lock"
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path, patience_seconds: float = 10.0) -> Iterator[None]:
+    """Hold the folder's lock; the system frees it when the process ends, however it ends.
+
+    A run that was killed just now may take a moment to be gone, so this waits `patience_seconds` before it raises
+    the ConfigError that names who is there. On a file system without locks it holds nothing.
+    """
+    path = run_dir / LOCK_NAME
+    with open(path, "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                raise ConfigError(
+                    f"run.dir: {run_dir} is in use by {file.read().strip() or 'another run'}. "
+                    "Stop that run, or choose another run.dir."
+                ) from None
+            except OSError:  # not every network file system has locks
+                break
+        file.truncate(0)
+        now = datetime.datetime.now().isoformat(" ", "seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
+        file.flush()
+        yield

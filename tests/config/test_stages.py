@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_tf.config.load import load_config
+from megatron_tf.config.stages import load_stages
+from megatron_tf.config.yaml_core import dump_yaml
+from megatron_tf.errors import ConfigError
+
+
+@pytest.fixture
+def chain(tmp_path, values):
+    """chain(stage, ...) is the path of a chain of these stages."""
+
+    def write(*stages, **common):
+        path = tmp_path / "chain.yml"
+        path.write_text(dump_yaml({**values, **common, "stages": list(stages)}))
+        return path
+
+    return write
+
+
+SMALL = {"name": "small"}
+BIG = {
+    "name": "big",
+    "model": {"parameter_tokens": {"qkv": 96, "proj": 98, "ffn": 380}},
+    "training": {"train_steps": 50},
+    "parallel": {"tensor": 2},
+}
+
+
+def test_an_ordinary_file_is_a_chain_of_one(small_path):
+    assert load_stages(small_path, ["run.seed=7"]) == [load_config(small_path, ["run.seed=7"])]
+
+
+def test_stages_are_runs_that_grow_from_each_other(chain):
+    first, second, third = load_stages(chain(SMALL, BIG, {"name": "again"}, growth={"moments": "reset"}))
+    assert [stage.run.dir for stage in (first, second, third)] == [f"runs/small/{n}" for n in ("small", "big", "again")]
+    assert first.growth is None
+    assert (second.growth.source, second.growth.moments) == ("runs/small/small", "reset")
+    assert third.growth.source == "runs/small/big"
+    # what a stage does not name is the common value, also within a section
+    assert (second.training.train_steps, second.training.global_batch_size) == (50, 16)
+    assert (first.parallel.tensor, second.parallel.tensor, third.parallel.tensor) == (1, 2, 1)
+
+
+def test_overrides_are_for_all_stages_or_for_one(chain):
+    path = chain(SMALL, BIG)
+    first, second = load_stages(path, ["training.train_steps=5", "stages.big.training.global_batch_size=32"])
+    assert (first.training.train_steps, second.training.train_steps) == (5, 5)
+    assert (first.training.global_batch_size, second.training.global_batch_size) == (16, 32)
+    with pytest.raises(ConfigError, match="no such stage. The stages are small, big"):
+        load_stages(path, ["stages.huge.training.train_steps=5"])
+
+
+def test_the_first_stage_may_grow_from_another_run(chain):
+    first, second = load_stages(chain({**SMALL, "growth": {"from": "runs/tiny"}}, BIG))
+    assert (first.growth.source, second.growth.source) == ("runs/tiny", "runs/small/small")
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ([], "stages: not a list of stages"),
+        ([{"model": {}}], r"stages\[0\].name: None is not a name"),
+        ([{"name": "../up"}], r"stages\[0\].name: '../up' is not a name"),
+        ([SMALL, SMALL], r"stages\[1\].name: small is there twice"),
+        ([SMALL, {**BIG, "modle": {}}], "stage big: modle"),
+    ],
+)
+def test_bad_stages(chain, stages, message):
+    with pytest.raises(ConfigError, match=message):
+        load_stages(chain(*stages))
+
+
+def test_a_chain_is_not_one_run(chain):
+    with pytest.raises(ConfigError, match="a chain is for launch/train.py"):
+        load_config(chain(SMALL, BIG))

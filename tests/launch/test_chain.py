@@ -1,0 +1,83 @@
+"""A chain of growth stages by one command, interrupted and resumed anywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from launching import train
+
+from megatron_tf.checkpoint import load_logical
+from megatron_tf.checkpoint.reader import open_checkpoint
+
+STAGES = """
+stages:
+  - name: small
+  - name: middle
+    model: {parameter_tokens: {qkv: 19, ffn: 61}}
+    parallel: {tensor: 2}
+    training: {train_steps: 4, global_batch_size: 4}
+  - name: big
+    model: {parameter_tokens: {qkv: 29, proj: 17, ffn: 90}}
+    parallel: {tensor: 1, pipeline: 2}
+    optimizer: {lr: 5e-3}
+"""
+
+
+@pytest.fixture
+def chain(folder):
+    config = folder / "config.yml"
+    config.write_text(config.read_text() + STAGES)
+    return folder
+
+
+def stage_steps(folder, run, stage):
+    records = [json.loads(line) for line in (folder / run / stage / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in records if "train/loss" in record]
+
+
+def test_a_chain_on_three_layouts_resumes_anywhere(chain):
+    whole = train(chain, f"run.dir={chain}/whole", ranks=2)
+    assert whole.returncode == 0, whole.stdout
+    assert [stage_steps(chain, "whole", stage)[-1] for stage in ("small", "middle", "big")] == [6, 4, 6]
+    index = open_checkpoint(chain / "whole" / "big" / "checkpoints" / "step_00000006").index
+    assert [entry["to"]["ffn"] for entry in index.growth_history] == [61, 90]
+    assert index.tokens == (6 * 8 + 4 * 4 + 6 * 8) * 16
+    assert all(entry["loss_before"] == pytest.approx(entry["loss_after"]) for entry in index.growth_history)
+
+    # cut off in the middle of a stage, at the end of a stage before the next has saved, and at the very end
+    for stage, lost in (("middle", "step_00000004"), ("big", ""), ("big", "step_00000006")):
+        run = chain / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(chain / "whole", run)
+        shutil.rmtree(run / stage / "checkpoints" / lost)
+        if stage == "middle":
+            shutil.rmtree(run / "big")
+        for config in run.glob("*/config.yml"):
+            config.unlink()
+        resumed = train(chain, ranks=2)
+        assert resumed.returncode == 0, resumed.stdout
+        assert resumed.stdout.count("step 6/6") == 1  # stages that are complete are not run again
+        assert stage_steps(chain, "run", "big") == [1, 2, 3, 4, 5, 6]
+        one, other = load_logical(run / "big"), load_logical(chain / "whole" / "big")
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_stage_is_checked_before_the_first_starts(chain):
+    result = train(chain, "stages.big.training.global_batch_size=7", "stages.middle.parallel.tensor=3",
+                   "stages.big.parallel.pipeline=1")  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stdout
+    assert "stage test-middle: parallel: tensor 3" in result.stdout
+    assert "stage test-big: training.global_batch_size: 7" in result.stdout
+    assert not (chain / "run").exists()
+
+
+def test_a_stage_that_cannot_grow_is_named_before_the_first_starts(chain):
+    overrides = ["stages.middle.parallel.tensor=1", "stages.big.parallel.pipeline=1",
+                 "stages.big.model.parameter_tokens.ffn=50"]  # fmt: skip
+    result = train(chain, *overrides)
+    assert result.returncode == 2 and "Traceback" not in result.stdout
+    assert "stage test-big: model.parameter_tokens.ffn: 61 before, 50 after" in result.stdout
+    assert not (chain / "run").exists()

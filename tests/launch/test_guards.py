@@ -1,0 +1,39 @@
+"""Steps that go wrong, and runs that lose a rank."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from launching import train
+
+from megatron_tf.checkpoint import load_logical
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(folder, stage):
+    overrides = [f"zero.stage={stage}", "optimizer.lr=1e25", "optimizer.schedule.warmup_steps=0",
+                 "optimizer.schedule.type=constant", "training.train_steps=9", "training.gradient_clipping=0",
+                 "guard.nonfinite_patience=3", "checkpoint.interval_steps=1"]  # fmt: skip
+    result = train(folder, *overrides)
+    assert result.returncode == 2 and "Traceback" not in result.stdout
+    assert "3 in a row, as many as guard.nonfinite_patience allows: the run stops" in result.stdout
+    assert "gradient not finite" in result.stdout
+    if stage:
+        assert "first in embedding" in result.stdout
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(torch.isfinite(tensor).all() for tensor in load_logical(folder / "run").values())
+    assert [record["optim/skipped_steps"] for record in records if "train/loss" in record][-1] >= 1
+
+
+def test_a_rank_that_fails_alone_ends_the_run_with_its_message(folder):
+    """An id beyond the vocabulary is found by the one rank that reads it; the others must not end in a traceback."""
+    bad = folder / "tokens.bin"
+    content = bytearray(bad.read_bytes())
+    content[2 * 1000] = 255  # u16 ids below 99
+    bad.write_bytes(content)
+    result = train(folder, "training.micro_batch_size=4", ranks=2, launcher="deepspeed")
+    assert result.returncode != 0
+    assert "vocabulary" in result.stdout and "255" in result.stdout
+    assert "Traceback" not in result.stdout

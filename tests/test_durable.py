@@ -1,0 +1,92 @@
+"""Files that exist whole or not at all."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megatron_tf.durable import atomic_path, new_file, partial_path, prepare_output, publish, write_atomically
+from megatron_tf.errors import UserError
+
+
+def test_a_block_that_ends_well_replaces_the_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_block_that_raises_leaves_the_older_file_alone(tmp_path, error):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_text("half of")
+        raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("point", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, point):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, point, full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "a.json", b"content")
+    assert os.listdir(tmp_path) == []
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file))[1])
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names))[1])
+    write_atomically(tmp_path / "a", b"content")
+    (tmp_path / "b").write_bytes(b"b")
+    publish(tmp_path / "b", tmp_path / "c")
+    assert calls == ["fsync", "replace"] * 2 and (tmp_path / "c").read_bytes() == b"b"
+
+
+def test_what_a_killed_run_left_is_written_over(tmp_path):
+    partial_path(tmp_path / "a").write_bytes(b"x" * 100)
+    write_atomically(tmp_path / "a", b"short")
+    assert (tmp_path / "a").read_bytes() == b"short" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_new_file_is_new_and_readable_as_the_umask_says(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with new_file(tmp_path / "a") as file:
+            file.write(b"content")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    with pytest.raises(FileExistsError), new_file(tmp_path / "a"):
+        pass
+
+
+def test_outputs_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"file: .*choose another folder"):
+        prepare_output(tmp_path / "file" / "a.png")
+    with pytest.raises(UserError, match="folder: is a folder, the output is a file"):
+        prepare_output(tmp_path / "folder")
+    with pytest.raises(UserError, match="x{255}: File name too long"):
+        prepare_output(tmp_path / ("x" * 255))  # with the ending of its temporary name
+    prepare_output(tmp_path / "new" / "er" / "a.png")
+    assert list((tmp_path / "new" / "er").iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match="not writable"):
+            prepare_output(tmp_path / "a")
+    finally:
+        tmp_path.chmod(0o700)

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import PROJECT, environment, run, train
+
+from megatron_tf.checkpoint.compare import compare
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.data.indexed import IndexedWriter
+
+TOOL = PROJECT / "tools" / "expand_checkpoint.py"
+CONFIG = """
+run: {{dir: {folder}/small, name: test}}
+model:
+  num_layers: 2
+  hidden_size: 32
+  num_attention_heads: 4
+  seq_length: 16
+  vocab_size: 99
+  parameter_tokens: {{qkv: 13, proj: 11, ffn: 37}}
+training: {{train_steps: 2, global_batch_size: 4, micro_batch_size: 2, precision: fp32}}
+optimizer: {{lr: 1e-2}}
+data:
+  train: [{{path: {folder}/tokens}}]
+"""
+BIGGER = ("model.parameter_tokens.qkv=29", "model.parameter_tokens.ffn=75")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """config.yml, prepared data and the trained run `small`."""
+    folder = tmp_path_factory.mktemp("expand")
+    with IndexedWriter(folder / "tokens", vocab_size=99) as writer:
+        for document in range(40):
+            writer.add_document([(document * 7 + position * position) % 99 for position in range(100)])
+    (folder / "config.yml").write_text(CONFIG.format(folder=folder))
+    done = train(folder)
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+def expand(folder: Path, target: str, *arguments, source="small"):
+    return run([sys.executable, TOOL, "--from", folder / source, "--config", folder / "config.yml",
+                "--to", folder / target, *BIGGER, *arguments])  # fmt: skip
+
+
+def test_a_dry_run_says_everything_and_writes_nothing(folder):
+    done = expand(folder, "dry", "growth.from=x", "growth.methods.ffn=gram", "--dry-run")
+    assert done.returncode == 0, done.stdout
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    source = folder / "small" / "checkpoints" / "step_00000002"
+    for line in (
+        f"from {source}, step 2, 128 tokens",
+        f"to {folder}/dry/checkpoints/step_00000000, seed 1234, position 8 in the data",
+        "qkv 13 tokens -> 29 by zero_key, τ 3.60555 -> 3.60555",
+        "proj 11 tokens, as they are, τ 3.31662 -> 3.31662",
+        "ffn 37 tokens -> 75 by gram, τ 6.08276 -> 8.66025",
+        "parameters 14,368 -> 25,376",
+        "function kept, to rounding",
+        "moments of old tokens: keep; of new tokens: 0",
+        "dry run: nothing is written",
+    ):
+        assert line in lines, done.stdout
+    (held,) = [line for line in lines if line.startswith("bytes")]
+    assert held == f"bytes {sum(f.stat().st_size for f in source.iterdir() if f.name != 'manifest.json'):,} -> 304,512"
+    assert not (folder / "dry").exists()
+
+
+def test_a_change_of_the_function_is_said(folder):
+    for override in ("growth.noise=0.02", "growth.methods.qkv=random"):
+        done = expand(folder, "dry", "growth.from=x", override, "--dry-run")
+        assert "function    CHANGED" in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("growth", [("growth.method=zero_key",), ("growth.method=gram", "growth.moments=reset"),
+                                    ("growth.method=random", "growth.noise=0.02")])  # fmt: skip
+def test_training_goes_on_as_if_it_had_grown_the_model_itself(folder, tmp_path, growth):
+    """The last checkpoints of both runs are equal to the last bit: weights, moments, ages, position."""
+    bigger = (*BIGGER, f"growth.from={folder}/small", *growth)
+    (tmp_path / "config.yml").write_text((folder / "config.yml").read_text())
+    done = train(tmp_path, f"run.dir={tmp_path}/inplace", *bigger)
+    assert done.returncode == 0, done.stdout
+    done = run([sys.executable, TOOL, "--from", folder / "small", "--config", folder / "config.yml", "--to",
+                tmp_path / "expanded", *bigger])  # fmt: skip
+    assert done.returncode == 0 and "wrote" in done.stdout, done.stdout
+    done = train(tmp_path, f"run.dir={tmp_path}/expanded", *bigger)
+    assert done.returncode == 0, done.stdout
+    assert "resumed from" in done.stdout and "grown from" not in done.stdout.split("resumed from")[1]
+    one, other = (
+        open_checkpoint(tmp_path / name / "checkpoints" / "step_00000002") for name in ("inplace", "expanded")
+    )
+    assert [d for d in compare(one, other) if not d.equal] == []
+    for field in ("samples", "tokens", "scales", "adam_steps", "data", "model"):
+        assert getattr(one.index, field) == getattr(other.index, field), field
+    (entry,) = other.index.growth_history
+    assert entry["source"] == one.index.growth_history[0]["source"] == str(open_checkpoint(
+        folder / "small" / "checkpoints" / "step_00000002").path)  # fmt: skip
+
+
+def test_data_that_is_elsewhere_is_taken_to_be_the_same(folder):
+    done = expand(folder, "elsewhere", "data.train=[{path: /nowhere/tokens}]")
+    assert done.returncode == 0 and "data        not here" in done.stdout, done.stdout
+    index = open_checkpoint(folder / "elsewhere" / "checkpoints" / "step_00000000").index
+    source = open_checkpoint(folder / "small" / "checkpoints" / "step_00000002").index
+    assert (index.data, index.samples) == (source.data, source.samples)
+
+
+def test_a_users_mistake_is_one_message(folder):
+    (folder / "taken" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    damaged = folder / "damaged"
+    shutil.copytree(folder / "small", damaged, dirs_exist_ok=True)
+    shard = next((damaged / "checkpoints").glob("*/shard_00000.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    cases = {
+        "there is no such folder": {"source": "nothing", "target": "new"},
+        "holds step_00000001 already. Nothing is overwritten": {"target": "taken"},
+        "damaged: its checksum is": {"source": "damaged", "target": "new"},
+        "so it is with the Pile models": {"arguments": ("model.hidden_size=64",)},
+        "has the configuration's token counts already": {
+            "arguments": ("model.parameter_tokens.qkv=13", "model.parameter_tokens.ffn=37")
+        },
+        "growth.method: gram needs at least 13 new qkv tokens": {
+            "arguments": ("growth.from=x", "growth.method=gram", "model.parameter_tokens.qkv=20")
+        },
+        "unknown": {"arguments": ("growth.from=x", "growth.noize=1")},
+    }
+    for message, case in cases.items():
+        done = expand(folder, case.get("target", "new"), *case.get("arguments", ()), source=case.get("source", "small"))
+        assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
+        assert done.stdout.count("error: ") == 1 and message in done.stdout, done.stdout
+    assert not (folder / "new").exists()
+
+
+def test_it_needs_no_deepspeed(folder):
+    script = (
+        "import runpy, sys; tool, sys.argv = sys.argv[1], sys.argv[1:]; runpy.run_path(tool, run_name='__main__'); "
+        "assert 'deepspeed' not in sys.modules"
+    )
+    done = run([sys.executable, "-c", script, TOOL, "--from", folder / "small", "--config", folder / "config.yml",
+                "--to", folder / "nodeepspeed", *BIGGER])  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+MEMORY_LIMIT_BYTES = 2 * 2**30  # of a growth of any size; measured is under 0.2 GB
+SHARE_OF_COPY = 0.5
+ROUNDS = 3
+LARGE_CONFIG = """
+run: {{dir: {folder}/large}}
+model:
+  num_layers: 2
+  hidden_size: 768
+  num_attention_heads: 12
+  seq_length: 16
+  vocab_size: 50304
+  parameter_tokens: {{qkv: 4850, proj: 4850, ffn: 19400}}
+training: {{train_steps: 2, global_batch_size: 1, micro_batch_size: 1}}
+optimizer: {{lr: 1e-2}}
+data: {{train: [{{path: {folder}/tokens}}]}}
+"""
+# Writes the initial model of argv[1] as a checkpoint under argv[2].
+INITIAL = """
+import sys
+from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors
+from megatron_tf.checkpoint.shards import ComputedTensor
+from megatron_tf.checkpoint.source import InitialSource
+from megatron_tf.checkpoint.writer import ComputedPiece, save_checkpoint
+from megatron_tf.config.load import load_config
+from megatron_tf.params import parameter_table
+model = load_config(sys.argv[1]).model
+table, initial = parameter_table(model), InitialSource(model, 1)
+index = CheckpointIndex(
+    100, 100, 1600, model.model_dump(mode="json"), initial.scales,
+    expected_tensors({name: spec.shape for name, spec in table.items()}),
+    {name: ((0, spec.numel, 100),) for name, spec in table.items()},
+)
+def computed(name, numel):
+    return ComputedTensor(numel, lambda start, target: initial.read_into(name, "weight", start, target))
+pieces = [ComputedPiece(name, state, 0, spec.numel, computed(name, spec.numel))
+          for name, spec in table.items() for state in STATES]
+save_checkpoint(sys.argv[2], pieces, index, rank=0, world_size=1, token="t")
+"""
+# Runs the tool of argv[1:] and prints what its work has added to the libraries' memory, and its seconds.
+MEASURE = """
+import json, resource, runpy, sys, time
+import torch, megatron_tf.checkpoint.expand, megatron_tf.data.loader, megatron_tf.config.load, megatron_tf.telemetry.console
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, began = peak(), time.perf_counter()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(json.dumps({"bytes": peak() - before, "seconds": time.perf_counter() - began}))
+"""
+LARGER = ("model.parameter_tokens.qkv=8620", "model.parameter_tokens.proj=8620", "model.parameter_tokens.ffn=34480")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A checkpoint of 1.8 GB: two layers of the 757M model; one of the 1.4B model's takes 3 GB."""
+    folder = tmp_path_factory.mktemp("large")
+    if shutil.disk_usage(folder).free < 12e9:
+        pytest.skip("needs 12 GB of disk")
+    (folder / "config.yml").write_text(LARGE_CONFIG.format(folder=folder))
+    checkpoints = folder / "large" / "checkpoints"
+    subprocess.run([sys.executable, "-c", INITIAL, folder / "config.yml", checkpoints], check=True, env=environment())
+    yield folder
+    shutil.rmtree(folder)
+
+
+def measured(folder: Path, target: Path, method: str) -> dict[str, float]:
+    shutil.rmtree(target, ignore_errors=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, TOOL, "--from", folder / "large", "--config", folder / "config.yml", "--to",
+         target, *LARGER, "growth.from=x", f"growth.method={method}"],
+        check=True, env=environment(), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["zero_key", "gram"])
+def test_memory_is_bounded_whatever_the_size(large, method):
+    figures = measured(large, large / "grown", method)
+    assert next((large / "grown").glob("*/*/shard*")).stat().st_size > 2.9e9
+    assert figures["bytes"] < 0.25 * MEMORY_LIMIT_BYTES, figures
+
+
+@pytest.mark.timing
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", ["zero_key", "gram"])
+def test_half_the_speed_of_copying(large, method):
+    """`-s` shows the figures. In turns; the best counts, since other programs use the disk as well."""
+    growing, copying = [], []
+    for _ in range(ROUNDS):
+        growing.append(measured(large, large / "grown", method)["seconds"])
+        shard, copy = next((large / "grown").glob("*/*/shard*")), large / "copy"
+        script = "import sys, time, subprocess; t = time.perf_counter(); subprocess.run(sys.argv[1:], check=True); print(time.perf_counter() - t)"
+        timed = [sys.executable, "-c", script, "dd", f"if={shard}", f"of={copy}", "bs=16M", "conv=fsync", "status=none"]
+        copying.append(float(subprocess.run(timed, check=True, stdout=subprocess.PIPE, text=True).stdout))
+        copy.unlink()
+    print(f"\n{method}: {[round(s, 1) for s in growing]} s, copying {[round(s, 1) for s in copying]} s")
+    assert min(copying) / min(growing) >= SHARE_OF_COPY

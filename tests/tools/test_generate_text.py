@@ -1,0 +1,138 @@
+"""Text from a checkpoint, and what users type wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+
+import pytest
+from tooling import PROJECT, assert_refused
+
+from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
+from megatron_tf.checkpoint.source import InitialSource
+from megatron_tf.checkpoint.writer import Piece, save_checkpoint
+from megatron_tf.config.schema import Model
+from megatron_tf.data.bpe import train_bpe
+from megatron_tf.params import parameter_table
+
+SHAPE = {
+    "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 300,
+    "parameter_tokens": {"qkv": 5, "proj": 5, "ffn": 9},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of an untrained model with a padded vocabulary, and tokenizers that fit it and do not."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = "the cat sat on the mat " * 20
+    assert train_bpe([text], 280, folder / "fits.json") < 300
+    larger = " ".join(f"{a}{b}{c}" for a in "abcdef" for b in "ghijkl" for c in "mnopqr")
+    assert train_bpe([larger] * 3, 320, folder / "larger.json") == 320
+    model = Model.model_validate(SHAPE)
+    source, table = InitialSource(model, 1), parameter_table(model)
+    tensors = expected_tensors({name: spec.shape for name, spec in table.items()})
+    index = CheckpointIndex(
+        step=1, samples=1, tokens=16, model=model.model_dump(mode="json"), scales=dict(source.scales), tensors=tensors,
+        adam_steps={name: ((0, spec.numel, 1),) for name, spec in table.items()},
+    )  # fmt: skip
+    pieces = [
+        Piece(name, state, 0, tensor.numel, source.read(name, state, 0, tensor.numel))
+        for name, tensor in tensors.items()
+        for state in tensor.states
+    ]
+    save_checkpoint(folder / "run" / "checkpoints", pieces, index, rank=0, world_size=1, token="a")
+    config = {
+        "run": {"dir": str(folder / "run")}, "model": SHAPE, "optimizer": {"lr": 1e-3},
+        "training": {"train_steps": 9, "global_batch_size": 1, "micro_batch_size": 1},
+        "data": {"train": [{"path": "none"}], "tokenizer": str(folder / "fits.json")},
+        "evaluation": {"interval_steps": None},
+    }  # fmt: skip
+    (folder / "run" / "config.yml").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The tool in this process, because a new one spends seconds on importing torch."""
+
+    def run(*arguments):
+        script = str(PROJECT / "tools" / "generate_text.py")
+        monkeypatch.setattr("sys.argv", [script, *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(script, code, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture
+def generate_text(folder, command):
+    return lambda *arguments: command(folder / "run", "--tokens", 4, *arguments)
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "the cat ", "the cat sat on the mat " * 9], ids=["none", "blank", "short", "long"])  # fmt: skip
+def test_prompts_are_continued(generate_text, prompt):
+    done = generate_text("--prompt", prompt)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(prompt) and len(done.stdout) > len(prompt) + 1
+    assert generate_text("--prompt", prompt).stdout == done.stdout
+    if not prompt:
+        assert generate_text("--seed", "5").stdout != done.stdout
+
+
+def test_extreme_temperatures(generate_text):
+    greedy = generate_text("--temperature", "0", "--prompt", "the")
+    assert greedy.returncode == 0
+    assert generate_text("--temperature", "1e-320", "--prompt", "the").stdout == greedy.stdout
+    assert generate_text("--temperature", "1e300", "--top-k", 10**25).returncode == 0
+
+
+BAD = {
+    "nan": (["--temperature", "nan"], "--temperature is nan. Choose 0 (greedy) or a finite number"),
+    "infinite": (["--temperature", "inf"], "--temperature is inf"),
+    "negative temperature": (["--temperature", "-1"], "--temperature is -1.0"),
+    "negative top-k": (["--top-k", "-1"], "--top-k is -1. Choose 0 (all tokens) or more"),
+    "no tokens": (["--tokens", "0"], "--tokens is 0. Choose 1 to 1000000"),
+    "too many tokens": (["--tokens", str(10**12)], "--tokens is 1000000000000. Choose 1 to"),
+    "seed": (["--seed", str(2**64)], f"--seed is {2**64}. Choose 0 to"),
+    "prompt": (["--prompt", os.fsdecode(b"ab\xff")], "--prompt is not UTF-8 at character 2"),
+    "suffix": (["--tokenizer", "x"], "x: unknown kind of tokenizer"),
+    "missing": (["--tokenizer", "none.json"], "none.json: No such file or directory. The tokenizer cannot be read"),
+    "long": (["--tokenizer", "x" * 300 + ".json"], "File name too long. The tokenizer cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values(generate_text, case):
+    arguments, message = BAD[case]
+    assert_refused(generate_text(*arguments), message)
+
+
+def test_all_problems_at_once(generate_text):
+    assert_refused(generate_text("--seed", "-1", "--temperature", "nan"), "--seed is -1", "--temperature is nan")
+
+
+def test_the_tokenizer_of_a_larger_vocabulary(folder, generate_text):
+    done = generate_text("--tokenizer", folder / "larger.json")
+    assert_refused(done, "larger.json: has 320 tokens, the model's vocabulary 300", "with --tokenizer")
+
+
+@pytest.mark.parametrize("name", ["none", "x" * 300], ids=["missing", "name too long"])
+def test_a_run_that_is_not_there(folder, command, name):
+    assert_refused(command(folder / name), folder / name)
+
+
+def test_a_run_whose_configuration_is_gone(folder, generate_text):
+    (folder / "run" / "config.yml").rename(folder / "config.away")
+    try:
+        assert_refused(generate_text(), "no config.yml with data.tokenizer", "--tokenizer")
+        assert generate_text("--tokenizer", folder / "fits.json").returncode == 0
+    finally:
+        (folder / "config.away").rename(folder / "run" / "config.yml")

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+from launching import PROJECT, run
+
+TOOL = PROJECT / "tools" / "verify_resume.py"
+SMALL = ("model.seq_length=16", "model.hidden_size=32", "model.vocab_size=99", "model.num_layers=2",
+         "model.parameter_tokens={qkv: 13, proj: 11, ffn: 37}")  # fmt: skip
+
+
+def verify(*arguments):
+    return run([sys.executable, TOOL, PROJECT / "configs" / "tiny.yml", *SMALL, *arguments])
+
+
+def test_one_rank():
+    done = verify("--ranks", 1, "--steps", 2)
+    assert done.returncode == 0, done.stdout
+    assert "2 layouts, 2 changes of layout" in done.stdout
+    assert "2 changes: 2 bit-equal, worst loss" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", 0], "--ranks: is 0, must be at least 1"),
+        (["model.hidden_sise=3"], "model.hidden_sise"),
+        (["--ranks", 1, "parallel.tensor=3", "training.micro_batch_size=3"], "no layout of 1 to 1 ranks fits"),
+    ],
+)
+def test_bad_arguments_are_one_message(arguments, message):
+    done = verify(*arguments)
+    assert done.returncode == 2
+    assert done.stdout.startswith("error: ") and message in done.stdout and "Traceback" not in done.stdout
