@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs, oldest first")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the picture: .png, .pdf, .svg ...")
-    parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="horizontal axis (default: tokens)")
+    parser.add_argument("--x", choices=("tokens", "steps", "flops"), default="tokens", help="default: tokens")
     arguments = parser.parse_args()
     plot_runs([read_run(folder) for folder in arguments.runs], arguments.output, arguments.x)
     print(arguments.output)

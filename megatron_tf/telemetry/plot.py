@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tf.config.yaml_core import parse_yaml
-from megatron_tf.errors import UserError
+from megatron_tf.durable import atomic_path, prepare_output
+from megatron_tf.errors import UserError, file_errors
 
-Axis = Literal["tokens", "steps"]
+Axis = Literal["tokens", "steps", "flops"]
+LABELS: dict[Axis, str] = {
+    "tokens": "training tokens",
+    "steps": "optimizer steps",
+    "flops": "training floating-point operations",
+}
+DRAWN = ("train/loss", "eval/loss")
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class RunCurve:
     records: tuple[dict[str, Any], ...]
 
     def position(self, record: dict[str, Any], axis: Axis) -> float:
-        return float(record["step" if axis == "steps" else "tokens"])
+        return float(record.get("step" if axis == "steps" else axis, "nan"))
 
     def points(self, metric: str, axis: Axis) -> tuple[list[float], list[float]]:
         """Positions and values of the records that hold a number for `metric`."""
@@ -32,27 +41,42 @@ class RunCurve:
 
 
 def read_run(folder: Path) -> RunCurve:
-    """The run in `folder`, also while it is being written. UserError when it has logged nothing, or not readably."""
-    path = folder / "metrics.jsonl"
+    """The run in `folder`, also while it is being written, or after a crash tore its last line.
+
+    UserError with file and line when it is no run folder, has logged nothing, or holds what no run logs.
+    """
+    path, settings = folder / "metrics.jsonl", folder / "config.yml"
+    texts = {}
+    for file in (path, settings):
+        with file_errors(UserError, file, "Name the run.dir of a run."):
+            texts[file] = file.read_bytes()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        config, _ = parse_yaml((folder / "config.yml").read_text(encoding="utf-8"), str(folder / "config.yml"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder} is no readable run folder: {error}. Name the run.dir of a run.") from None
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # still being written
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not all(isinstance(record[key], (int, float)) for key in ("step", "tokens")):
-                raise TypeError
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}: line {number} has no step and tokens. Mend or delete the line.") from None
-        records.append(record)
+        config, _ = parse_yaml(texts[settings].decode("utf-8"), str(settings))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{settings}: byte {error.start} is not UTF-8 text. Restore the file.") from None
+    *lines, _ = texts[path].split(b"\n")  # what follows the last line end is torn or still being written
+    records = tuple(_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1))
     if not records:
-        raise UserError(f"{path} holds no record yet. Wait for the first logged step.")
-    return RunCurve(folder.resolve().name, bool(isinstance(config, dict) and config.get("growth")), tuple(records))
+        raise UserError(f"{path}: holds no record yet. Wait for the first logged step.")
+    name = os.fsencode(folder.resolve().name).decode("utf-8", "backslashreplace").replace("$", r"\$")  # no formula
+    return RunCurve(name, bool(isinstance(config, dict) and config.get("growth")), records)
+
+
+def _record(line: bytes, place: str) -> dict[str, Any]:
+    """A logged record. UserError unless it has step and tokens, and all that is drawn are numbers."""
+    try:
+        record = json.loads(line)
+        bad = [key for key in ("step", "tokens") if not _is_number(record[key])]
+        bad += [key for key in DRAWN if record.get(key) is not None and not _is_number(record[key])]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{place}: has no step and tokens: {line[:40]!r}. Mend or delete the line.") from None
+    if bad:
+        raise UserError(f"{place}: {bad[0]} is {record[bad[0]]!r:.40}, not a number. Mend or delete the line.")
+    return record
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def starts(runs: Sequence[RunCurve], axis: Axis) -> list[float]:
@@ -76,17 +100,7 @@ def plot_runs(runs: Sequence[RunCurve], output: Path, axis: Axis = "tokens") -> 
     A vertical line marks where a grown run begins. UserError when matplotlib is missing, or `output` cannot be
     written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "Drawing needs matplotlib, which is not installed. Install it with `pip install -e '.[plot]'`."
-        ) from None
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if output.suffix.lstrip(".") not in canvas.get_supported_filetypes():
-        raise UserError(f"--output {output}: a picture of this kind cannot be drawn. Choose .png, .pdf or .svg.")
+    figure = new_figure(output, (8, 5))
     axes = figure.add_subplot()
     marked = False
     for number, (run, offset) in enumerate(zip(runs, starts(runs, axis), strict=True)):
@@ -100,12 +114,57 @@ def plot_runs(runs: Sequence[RunCurve], output: Path, axis: Axis = "tokens") -> 
             begin = run.position(run.records[0], axis) + offset
             axes.axvline(begin, color="grey", linestyle="--", linewidth=1, label=None if marked else "growth")
             marked = True
-    axes.set_xlabel("training tokens" if axis == "tokens" else "optimizer steps")
+    _label(axes, axis)
+    save_figure(figure, output)
+
+
+def plot_groups(groups: Mapping[str, Sequence[Sequence[RunCurve]]], output: Path) -> None:
+    """Draw validation loss against tokens and against FLOPs: a line for each group's mean, a thin one for each member.
+
+    A member is a run, or a chain of runs that grew from each other, oldest first; the members of a group differ in
+    their seed and are evaluated at the same steps. UserError as `plot_runs`.
+    """
+    figure = new_figure(output, (12, 5))
+    both: tuple[Axis, Axis] = ("tokens", "flops")
+    for axes, axis in zip(figure.subplots(1, 2, sharey=True), both):
+        for number, (name, members) in enumerate(groups.items()):
+            curves = [_joined(member, axis) for member in members]
+            for at, losses in curves:
+                axes.plot(at, losses, color=f"C{number}", linewidth=0.5, alpha=0.6)
+            means = [sum(values) / len(values) for values in zip(*(losses for _, losses in curves))]
+            axes.plot(curves[0][0][: len(means)], means, "o-", color=f"C{number}", markersize=3, label=name)
+        _label(axes, axis)
+    save_figure(figure, output)
+
+
+def _joined(chain: Sequence[RunCurve], axis: Axis) -> tuple[list[float], list[float]]:
+    points = [run.points("eval/loss", axis) for run in chain]
+    return [x for at, _ in points for x in at], [y for _, losses in points for y in losses]
+
+
+def new_figure(output: Path, size: tuple[float, float]) -> Any:
+    """An empty matplotlib figure of `size` inches; UserError when it could not be drawn into `output` later."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "Drawing needs matplotlib, which is not installed. Install it with `pip install -e '.[plot]'`."
+        ) from None
+    figure = Figure(figsize=size, layout="constrained")
+    if output.suffix.lstrip(".").lower() not in FigureCanvasAgg(figure).get_supported_filetypes():
+        raise UserError(f"--output {output}: a picture of this kind cannot be drawn. Choose .png, .pdf or .svg.")
+    prepare_output(output)
+    return figure
+
+
+def save_figure(figure: Any, output: Path) -> None:
+    with file_errors(UserError, output, "Free space or choose another --output."), atomic_path(output) as temporary:
+        figure.savefig(temporary, dpi=150, format=output.suffix.lstrip(".").lower())
+
+
+def _label(axes: Any, axis: Axis) -> None:
+    axes.set_xlabel(LABELS[axis])
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=150)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}.") from None
