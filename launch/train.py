@@ -12,8 +12,9 @@ import sys
 import time
 
 from megatron_tf.config.stages import load_stages
-from megatron_tf.errors import LaunchError, UserError, run_rank
+from megatron_tf.errors import STOPPED_EXIT_CODE, LaunchError, RunStopped, UserError, run_rank
 from megatron_tf.parallel.environment import detect
+from megatron_tf.parallel.stop_signals import StopSignals
 
 LATER_SECONDS = 20.0
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_intermixed_args()
     environment = detect(os.environ)
+    stop = StopSignals()
     try:
         stages = load_stages(arguments.config, arguments.overrides)
         from megatron_tf.telemetry.console import quiet_libraries
@@ -36,7 +38,11 @@ def main() -> None:
         preflight(stages, environment)
         from megatron_tf.training.run import train
 
-        train(stages, environment)
+        train(stages, environment, stop)
+    except RunStopped:
+        if environment.rank == 0:
+            raise
+        sys.exit(STOPPED_EXIT_CODE)
     except LaunchError:
         raise  # is about this rank or its machine; no other rank can say it
     except UserError:

@@ -18,6 +18,9 @@ from typing import NoReturn
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 
 
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
 class UserError(Exception):
     """Base of everything that the user can mend."""
 
@@ -51,6 +54,10 @@ class TrainingError(UserError):
     """Training itself went wrong, and the run stops as its configuration says."""
 
 
+class RunStopped(Exception):
+    """A run was asked to stop before its end, and has saved: start it again to go on. Exit code 75."""
+
+
 class LaunchError(UserError):
     """The launcher's environment contradicts itself, or the ranks cannot meet."""
 
@@ -78,7 +85,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     `UserError`: `error: <message>` on stderr, exit code 2; the same, as a last resort, for an OSError that names a
     file or speaks of the disk. Control-C: exit code 130. A reader that closed the pipe (`... | head`): exit code 1,
-    without a word. Everything else is our bug and keeps its traceback.
+    without a word. `RunStopped`: exit code 75. Everything else is our bug and keeps its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: a character or a file name that the locale's encoding lacks is shown as an escape.
@@ -88,6 +95,9 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.flush()  # a closed pipe and a full disk show themselves here, not in the interpreter's shutdown
     except UserError as error:
         _fail(str(error))
+    except RunStopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(STOPPED_EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

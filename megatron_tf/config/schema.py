@@ -34,6 +34,7 @@ class Run(Section):
     name: str = "tokenformer"  # shown in logs and trackers
     dir: str  # folder of everything the run writes: config.yml, metrics.jsonl, train.log, checkpoints/
     seed: int = Field(1234, ge=0, lt=2**63)  # initial weights and data order are functions of it
+    max_hours: Positive | None = None  # the run saves and stops when it has taken this long since it was started
 
 
 class ParameterTokens(Section):

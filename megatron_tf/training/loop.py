@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,9 @@ import torch.distributed as dist
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan
 from megatron_tf.data.loader import BatchLoader
+from megatron_tf.errors import RunStopped
 from megatron_tf.estimate import flops_per_token
+from megatron_tf.parallel.stop_signals import StopSignals, describe_request
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.meters import ThroughputMeter, format_duration, mfu, peak_bf16_flops
 from megatron_tf.telemetry.trackers import Trackers
@@ -35,19 +38,24 @@ class Trainer:
         console: Console,
         device: torch.device,
         start: Start,
+        stop: StopSignals,
     ):
         self.config, self.plan, self.engine, self.progress = config, plan, engine, start.progress
         self.training, self.validation = training, validation
         self.saver, self.trackers, self.console = saver, trackers, console
         self.guard = LossGuard(config.guard, start.run_state.get("guard", {}))
-        self.meter = ThroughputMeter()
+        self.meter, self.stop = ThroughputMeter(), stop
+        self.meeting = dist.new_group(backend="gloo")  # so that a word between two steps never waits for a GPU
         self.logged_step = start.progress.step
         self.earlier_tokens, self.earlier_flops = start.earlier_tokens, start.earlier_flops(config.model)
         self.num_devices = plan.data_parallel * config.parallel.tensor * config.parallel.pipeline
         self.peak = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def fit(self) -> None:
-        """Trains until the plan's last step. A run that is complete already only says so."""
+        """Trains until the plan's last step. A run that is complete already only says so.
+
+        RunStopped, when it has saved, if any rank was asked to stop or the time is up.
+        """
         config = self.config
         if self._finished():
             self.console.info(f"step {self.progress.step:,} of {self.plan.train_steps:,}: the run is complete")
@@ -59,15 +67,34 @@ class Trainer:
             while not self._finished():
                 result = self._train_step()
                 self._check(result)
-                self.saver.poll()
+                request = self._meet()
                 if self._due(config.logging.interval_steps):
                     bar.advance(self.progress.step, self._log(result))
                 if self._due(config.evaluation.interval_steps):
                     self._evaluate()
-                if self._due(config.checkpoint.interval_steps):
+                if self._due(config.checkpoint.interval_steps) or request:
                     self._save()
+                if request and not self._finished():
+                    self._end_early(request)
             self.saver.finish()
         self.saver.require(self.progress.step)
+
+    def _meet(self) -> int:
+        """All ranks' word between two steps: whether one is asked to stop, and whether a save is over everywhere."""
+        word = torch.tensor([self.stop.request(self.config.run.max_hours), int(self.saver.is_writing)])
+        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.meeting)
+        request, writing = word.tolist()
+        if not writing:
+            self.saver.finish()
+        return request
+
+    def _end_early(self, request: int) -> NoReturn:
+        self.saver.finish()
+        self.saver.require(self.progress.step)
+        raise RunStopped(
+            f"stopped after step {self.progress.step:,} of {self.plan.train_steps:,}, for {describe_request(request)}. "
+            "That step is saved: start the run again to go on."
+        )
 
     def _finished(self) -> bool:
         return self.progress.step >= self.plan.train_steps

@@ -19,9 +19,10 @@ from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import ConfigError, LaunchError, TrainingError, UserError
+from megatron_tf.errors import ConfigError, LaunchError, RunStopped, TrainingError, UserError
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import Group, make_group
+from megatron_tf.parallel.stop_signals import StopSignals
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.plan import describe, evaluation_warning
 from megatron_tf.telemetry.console import Console
@@ -36,11 +37,11 @@ from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Start, begin, checkpoints_folder, choose, is_complete
 
 
-def train(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
+def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: StopSignals) -> None:
     """Trains, evaluates and saves as each of `stages` says, one after the other, resuming or growing where there is
     something to. A stage that is complete is passed over, so an interrupted chain goes on where it stopped.
 
-    `stages` have passed `preflight`. Raises UserError, on every rank alike, before anything is written, for whatever
+    `stages` have passed `preflight`. RunStopped, on every rank, when `stop` asked for it. Raises UserError, on every rank alike, before anything is written, for whatever
     the user can mend.
     """
     device = join(environment, max(config.parallel.timeout_seconds for config in stages))
@@ -48,14 +49,17 @@ def train(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
         for config, following in zip(stages, [*stages[1:], None]):
             done = following and from_rank_zero(lambda c=config: is_complete(c, environment.world_size))  # type: ignore[misc]
             if not done:
-                _train(config, environment, device)
-    except UserError:  # all ranks are here; after any other error some may be in a collective, and waiting would hang
+                _train(config, environment, device, stop)
+    except (
+        UserError,
+        RunStopped,
+    ):  # all ranks are here; after any other error some may be in a collective, and waiting would hang
         leave()
         raise
     leave()
 
 
-def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.device) -> None:
+def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.device, stop: StopSignals) -> None:
     """One run, from its start to its last step."""
     world_size, is_main = environment.world_size, environment.rank == 0
     plan, topology = plan_batches(config, world_size), topology_for(config, world_size)
@@ -90,11 +94,14 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
         token = from_rank_zero(lambda: secrets.token_hex(4))
         saver = Saver(config, engine, environment.rank, world_size, token, data_fingerprint,
                       start.growth_history, trackers, console, known_good=[path] if path else [])  # fmt: skip
-        trainer = Trainer(config, plan, engine, training, validation, saver, trackers, console, device, start)
+        trainer = Trainer(config, plan, engine, training, validation, saver, trackers, console, device, start, stop)
         try:
             trainer.fit()
         except TrainingError:  # on all ranks alike
             saver.finish()
+            raise
+        except RunStopped as stopped:
+            console.info(str(stopped))
             raise
         except UserError as error:
             if not is_main:  # the others wait in a collective and cannot say it

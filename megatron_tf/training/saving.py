@@ -9,9 +9,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.manager import clear_leftovers, prune
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
@@ -60,7 +57,6 @@ class Saver:
                 clear_leftovers(checkpoints_folder(config))
             except (OSError, CheckpointError) as error:
                 console.warning(f"leftovers of an earlier save could not be deleted: {error}")
-        self._group = dist.new_group(backend="gloo")  # for asking about a write without stopping a GPU
 
     def save(self, progress: Progress, run_state: Mapping[str, Any]) -> None:
         """Saves the state as it is now. In the background: returns at once, and the state may change by updates only.
@@ -79,14 +75,10 @@ class Saver:
         self._engine.optimizer.before_update = self._await_copy
         self._write = _Write(lambda: self._publish(_when_copied(copying), index))
 
-    def poll(self) -> None:
-        """Reports a background save once it is over on all ranks; to be called at every step. Never waits for it."""
-        if self._write is None:
-            return
-        over = torch.tensor(int(not self._write.is_alive()))
-        dist.all_reduce(over, op=dist.ReduceOp.MIN, group=self._group)
-        if over:
-            self.finish()
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes in the background."""
+        return self._write is not None and self._write.is_alive()
 
     def finish(self) -> None:
         """Waits for the save in the background and reports it.

@@ -114,14 +114,15 @@ def test_never_two_at_once(config, tmp_path):
     assert [line[-1] for line in console.lines] == ["1", "2"]
 
 
-def test_poll_reports_when_it_is_over_and_only_once(config, tmp_path):
+def test_a_save_in_the_background_ends_by_itself_and_is_reported_once(config, tmp_path):
     saver, _, console = saver_of(config, tmp_path)
-    saver.poll()
+    assert not saver.is_writing
     saver.save(Progress(1, 8, 128), {})
     deadline = time.monotonic() + 30
-    while not console.lines and time.monotonic() < deadline:
-        saver.poll()
-    saver.poll()
+    while saver.is_writing and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not saver.is_writing and console.lines == []
+    saver.finish()
     saver.finish()
     assert len(console.lines) == 1
 

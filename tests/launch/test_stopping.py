@@ -1,0 +1,61 @@
+"""Runs that are asked to stop before their end: by the scheduler's signals, or by their own time budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from launching import PROJECT, TRAIN, environment, free_port, train
+
+from megatron_tf.checkpoint import load_logical
+
+LONG = ["training.train_steps=4000", "checkpoint.interval_steps=3000", "evaluation.interval_steps=4000"]
+
+
+def last_step(folder):
+    path = folder / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def children(pid):
+    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in out.split()]
+
+
+@pytest.mark.parametrize("ranks, number", [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_a_signal_to_one_rank_saves_and_stops_all(folder, ranks, number):
+    words = ["torchrun", "--nproc-per-node", str(ranks), "--master-port", str(free_port())] if ranks > 1 else ["python"]
+    process = subprocess.Popen(
+        [*words, TRAIN, str(folder / "config.yml"), *LONG], env=environment(), cwd=PROJECT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while last_step(folder) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(children(process.pid)[-1] if ranks > 1 else process.pid, number)
+    out, _ = process.communicate(timeout=120)
+    assert "a rank received " + number.name in out and out.count("stopped after step") >= 1
+    assert process.returncode == (1 if ranks > 1 else 75)  # torchrun has an exit code of its own
+    (checkpoint,) = (folder / "run" / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert 5 <= step < 4000 and last_step(folder) == step
+    resumed = train(folder, *LONG, f"training.train_steps={step + 2}")
+    assert resumed.returncode == 0 and f"at step {step}" in resumed.stdout
+
+
+def test_a_time_budget_and_going_on_again_and_again(folder):
+    """Each start does one step; what comes out is what an undisturbed run gives."""
+    stops = 0
+    while (result := train(folder, "run.max_hours=1e-9")).returncode == 75:
+        assert "run.max_hours is over" in result.stdout and "Traceback" not in result.stdout
+        stops += 1
+    assert (result.returncode, stops) == (0, 5), result.stdout
+    assert train(folder, f"run.dir={folder}/whole").returncode == 0
+    one, other = load_logical(folder / "run"), load_logical(folder / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in one)
