@@ -21,6 +21,7 @@ from megatron_tf.training.engine import Engine, StepResult
 from megatron_tf.training.guard import LossGuard
 from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Progress, Start
+from megatron_tf.training.watchdog import Watchdog
 
 
 class Trainer:
@@ -39,12 +40,13 @@ class Trainer:
         device: torch.device,
         start: Start,
         stop: StopSignals,
+        watchdog: Watchdog,
     ):
         self.config, self.plan, self.engine, self.progress = config, plan, engine, start.progress
         self.training, self.validation = training, validation
         self.saver, self.trackers, self.console = saver, trackers, console
         self.guard = LossGuard(config.guard, start.run_state.get("guard", {}))
-        self.meter, self.stop = ThroughputMeter(), stop
+        self.meter, self.stop, self.watchdog = ThroughputMeter(), stop, watchdog
         self.meeting = dist.new_group(backend="gloo")  # so that a word between two steps never waits for a GPU
         self.logged_step = start.progress.step
         self.earlier_tokens, self.earlier_flops = start.earlier_tokens, start.earlier_flops(config.model)
@@ -68,6 +70,7 @@ class Trainer:
                 result = self._train_step()
                 self._check(result)
                 request = self._meet()
+                self.watchdog.beat(self.progress.step)
                 if self._due(config.logging.interval_steps):
                     bar.advance(self.progress.step, self._log(result))
                 if self._due(config.evaluation.interval_steps):
@@ -157,7 +160,7 @@ class Trainer:
         """Mean loss over the same validation samples each time, whatever the layout."""
         if self.validation is None:
             return
-        with self.meter.paused():
+        with self.meter.paused(), self.watchdog.paused():
             rounds = math.ceil(self.config.evaluation.samples / self.plan.global_batch_size)
             batches = (
                 batch
@@ -170,7 +173,7 @@ class Trainer:
             self.console.info(f"step {self.progress.step:,}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
 
     def _save(self) -> None:
-        with self.meter.paused():
+        with self.meter.paused(), self.watchdog.paused():
             self.saver.save(self.progress, {**self.engine.loss_scaler(), "guard": self.guard.state()})
 
     def _record(self, metrics: dict) -> None:

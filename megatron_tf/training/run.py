@@ -35,6 +35,7 @@ from megatron_tf.training.loop import Trainer
 from megatron_tf.training.run_lock import locked
 from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Start, begin, checkpoints_folder, choose, is_complete
+from megatron_tf.training.watchdog import Watchdog
 
 
 def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: StopSignals) -> None:
@@ -94,7 +95,10 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
         token = from_rank_zero(lambda: secrets.token_hex(4))
         saver = Saver(config, engine, environment.rank, world_size, token, data_fingerprint,
                       start.growth_history, trackers, console, known_good=[path] if path else [])  # fmt: skip
-        trainer = Trainer(config, plan, engine, training, validation, saver, trackers, console, device, start, stop)
+        watchdog = Watchdog(environment.rank, world_size, config.run.hang_seconds, run_dir, console)
+        closing.callback(watchdog.close)
+        trainer = Trainer(config, plan, engine, training, validation, saver, trackers, console, device, start, stop,
+                          watchdog)  # fmt: skip
         try:
             trainer.fit()
         except TrainingError:  # on all ranks alike
@@ -110,9 +114,10 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
         except RuntimeError as error:
             if not _is_lost_contact(error):
                 raise
+            culprit = watchdog.silent_ranks() or "the rank that failed says why"
             raise LaunchError(
-                f"rank {environment.rank} lost contact with another rank in step {trainer.progress.step + 1:,}. "
-                f"The rank that failed says why; if none does, look at its machine. ({_first_line(error)})"
+                f"rank {environment.rank} lost contact with another rank in step {trainer.progress.step + 1:,}: "
+                f"{culprit}. ({_first_line(error)})"
             ) from error
         dist.barrier()
 

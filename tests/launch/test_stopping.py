@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 
@@ -47,6 +48,34 @@ def test_a_signal_to_one_rank_saves_and_stops_all(folder, ranks, number):
     assert 5 <= step < 4000 and last_step(folder) == step
     resumed = train(folder, *LONG, f"training.train_steps={step + 2}")
     assert resumed.returncode == 0 and f"at step {step}" in resumed.stdout
+
+
+@pytest.mark.parametrize(
+    "victim, number",
+    [
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+        (1, signal.SIGKILL),
+    ],
+)
+def test_a_rank_that_hangs_or_dies_is_named_in_bounded_time(folder, victim, number):
+    words = ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    process = subprocess.Popen(
+        [*words, TRAIN, str(folder / "config.yml"), *LONG, "run.hang_seconds=4"], env=environment(), cwd=PROJECT,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while last_step(folder) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(children(process.pid)[victim], number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if number == signal.SIGSTOP:
+        assert "the run hangs and ends: no step ended for 4 s" in out
+        assert f"rank {victim} on {socket.gethostname()} is silent since step" in out, out[-3000:]
+        assert "all_reduce" in (folder / "run" / f"hang-rank{1 - victim}.txt").read_text()
+    else:
+        assert "rank 0 lost contact" in out
 
 
 def test_a_time_budget_and_going_on_again_and_again(folder):
