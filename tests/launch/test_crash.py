@@ -30,7 +30,7 @@ from megatron_tf.checkpoint.manager import STEP_PREFIX, UNFINISHED_PREFIX
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.writer import FAILED_PREFIX, Piece, save_checkpoint
 from megatron_tf.config.load import load_config
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.training.start import choose
 
 KILLS = 50
@@ -155,6 +155,7 @@ def test_killed_at_random_moments(folder):
         tally.ended += 1
         assert_equal_runs(run, folder / "whole")
         left = os.listdir(run / "checkpoints")
+        assert all(name.startswith(STEP_PREFIX) for name in left), "what killed saves leave is tidied up"
         if "the run is complete" not in output:  # else the last save was killed in its tidying, and no other followed
             assert sorted(left) == [f"{STEP_PREFIX}{STEPS - 2:08d}", f"{STEP_PREFIX}{STEPS:08d}"]
         assert not [name for name in os.listdir(run) if name.endswith(".partial")]
@@ -181,11 +182,12 @@ def small_disk(folder):
 
 
 def test_a_full_disk_does_not_end_the_run(folder, small_disk):
-    """And the run goes on from its newest good checkpoint when there is room again."""
+    """It says so at the end, and goes on from its newest good checkpoint when there is room again."""
     whole = train(folder, f"run.dir={folder}/whole", "checkpoint.interval_steps=1")
     result = train(folder, "checkpoint.interval_steps=1")
-    assert result.returncode == 0, result.stdout
+    assert result.returncode == 2, result.stdout
     assert "step 6/6" in result.stdout and "Traceback" not in result.stdout
+    assert "the run reached its last step 6, but that state is not saved" in result.stdout
     assert "checkpoint not saved, training goes on" in result.stdout and "No space left on device" in result.stdout
     names = os.listdir(folder / "run" / "checkpoints")
     assert all(name.startswith((STEP_PREFIX, FAILED_PREFIX)) for name in names), "unfinished folders take up room"
@@ -236,6 +238,16 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_older_one_used(folder, che
     chosen, passed_over = choose(load_config(folder / "config.yml"))
     assert chosen == checkpoints[1]
     assert len(passed_over) == 1 and f"{checkpoints[2]}: not used: " in passed_over[0] and reason in passed_over[0]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(folder, checkpoints):
+    for path, (damage, _) in zip(checkpoints, DAMAGES.values()):
+        damage(path)
+    with pytest.raises(CheckpointError, match="none that can be used") as caught:
+        choose(load_config(folder / "config.yml"))
+    assert all(str(path) in str(caught.value) for path in checkpoints)
+    with pytest.raises(ConfigError, match="checkpoint.resume: is never, but"):
+        choose(load_config(folder / "config.yml", ["checkpoint.resume=never"]))
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

@@ -108,5 +108,22 @@ def test_grow_on_another_layout(folder):
     assert index.scales["blocks.0.ffn"] == 37**0.5 and index.scales["blocks.0.attention.proj"] == 11**0.5
 
 
+def test_frozen_old_tokens_stay_to_the_last_bit(folder):
+    """Under weight decay, clipping and ZeRO on two ranks, and over a resume; all else learns."""
+    succeed(train(folder))
+    old = load_logical(folder / "run")
+    grow = [f"run.dir={folder}/grown", f"growth.from={folder}/run", "model.parameter_tokens.ffn=75",
+            "growth.lr_multipliers={old_tokens: 0, new_tokens: 2}", "optimizer.weight_decay=0.5"]  # fmt: skip
+    succeed(train(folder, *grow, ranks=2))
+    (folder / "grown" / "checkpoints" / "step_00000006" / "manifest.json").unlink()
+    succeed(train(folder, *grow))
+    new = load_logical(folder / "grown")
+    for name, tensor in old.items():
+        kept = torch.equal(new[name][: len(tensor)], tensor)
+        assert kept == name.endswith("tokens"), name
+    keys = new["blocks.0.ffn.key_tokens"][37:]
+    assert (keys.norm(dim=1) > 0).all()  # new keys were 0
+
+
 def test_help_needs_no_set_up():
     assert "section.field=value" in succeed(run([sys.executable, TRAIN, "--help"]))

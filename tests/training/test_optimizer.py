@@ -116,3 +116,43 @@ def test_the_hook_comes_before_anything_changes():
     adam.step()
     ((weights, updates),) = seen
     assert (weights == 1).all() and updates == 0 and (flat != 1).all()
+
+
+def test_a_multiplier_is_another_learning_rate():
+    """Each part as torch's AdamW at its own rate; at 0 nothing changes, not by weight decay either."""
+    torch.manual_seed(0)
+    buffer = torch.randn(12, requires_grad=True)
+    parts = {0.0: slice(0, 4), 0.5: slice(4, 7), 1.0: slice(7, 12)}
+    start = buffer.detach().clone()
+    ours = optimizer(buffer)
+    ours.bind(
+        Segment(f"{rate}", 0, part.stop - part.start, buffer, part.start, True, True, torch.tensor(0.0), rate)
+        for rate, part in parts.items()
+    )
+    theirs = {rate: start[part].clone().requires_grad_() for rate, part in parts.items() if rate}
+    adams = [
+        torch.optim.AdamW([tensor], lr=1e-2 * rate, betas=(0.9, 0.95), weight_decay=0.1)
+        for rate, tensor in theirs.items()
+    ]
+    for _ in range(3):
+        buffer.grad = torch.randn(12)
+        for (rate, tensor), adam in zip(theirs.items(), adams):
+            tensor.grad = buffer.grad[parts[rate]].clone()
+            adam.step()
+        ours.step()
+    assert torch.equal(buffer[parts[0.0]], start[parts[0.0]])
+    for rate, tensor in theirs.items():
+        torch.testing.assert_close(buffer[parts[rate]], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_a_skipped_step_changes_nothing_and_the_next_one_counts():
+    buffer = torch.randn(4, requires_grad=True)
+    start = buffer.detach().clone()
+    adam = optimizer(buffer)
+    adam.bind([segment("a", 0, 4, buffer, 0)])
+    buffer.grad = torch.ones(4)
+    adam.skip_next = True
+    adam.step()
+    assert torch.equal(buffer, start) and adam.num_updates == 0
+    adam.step()
+    assert not torch.equal(buffer, start) and adam.num_updates == 1
