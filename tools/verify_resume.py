@@ -9,11 +9,15 @@ No data is needed.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from itertools import product
 
 from megatron_tf.config.load import load_config
+from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError, run_command
+from megatron_tf.parallel.topology import Topology
+from megatron_tf.training.layout_check import Layout
 from megatron_tf.training.resume_check import Resumed, check_resumes, rotation, settings
 
 
@@ -31,9 +35,12 @@ def main() -> None:
     for name in ("steps", "ranks"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name}: is {getattr(arguments, name)}, must be at least 1.")
+    if not 0 <= arguments.tolerance < math.inf:
+        raise ConfigError(f"--tolerance: is {arguments.tolerance}, must be a number of 0 or more, such as 1e-5.")
     config = load_config(arguments.config, ["training.precision=fp32", *arguments.overrides])
     found = settings(config, arguments.ranks)
     if not found:
+        validate(Layout(Topology(1, 1, 1)).apply(config), 1)  # says so if it is the model that is wrong
         raise ConfigError(f"no layout of 1 to {arguments.ranks} ranks fits this model and batch.")
     pairs = list(product(found, found)) if arguments.all else rotation(found)
     print(f"{len(found)} layouts, {len(pairs)} changes of layout", flush=True)

@@ -34,10 +34,15 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     `overrides` hold for every stage; "stages.NAME.section.field=value" is for one. ConfigError with all problems.
     """
     values, problems = read_file(path)
-    stages = values.pop("stages", None)
-    if stages is None:
+    if "stages" not in values:
         return [build_config(values, problems, overrides)]
+    stages = values.pop("stages")
     problems += _shape_problems(stages)
+    problems += [
+        f"override {text!r}: stages are changed one value at a time. Write it as stages.NAME.section.field=value."
+        for text in overrides
+        if re.match(r"stages(\.[^.=]+)?=", text)
+    ]
     if problems:
         raise ConfigError(problems)
     names = [stage["name"] for stage in stages]
@@ -74,6 +79,10 @@ def _stage_config(
         run["name"] = "-".join([*([run["name"]] if isinstance(run.get("name"), str) else []), stage["name"]])
     if previous:
         growth = values.get("growth") or {}
+        if isinstance(growth, dict) and "from" in growth:
+            problems.append(
+                "growth.from: a stage grows from the one before it. Remove it, or make this the first stage."
+            )
         if isinstance(growth, dict):
             values["growth"] = {"from": previous[0].run.dir, **growth}
     else:
@@ -90,8 +99,9 @@ def _shape_problems(stages: Any) -> list[str]:
     for number, stage in enumerate(stages):
         name = stage.get("name") if isinstance(stage, dict) else None
         if not isinstance(name, str) or not _NAME.fullmatch(name):
+            quoted = " Write it in quotes." if isinstance(name, (int, float)) else ""
             problems.append(
-                f"stages[{number}].name: {name!r} is not a name. Give letters, digits, '-', '_' and '.', such as "
+                f"stages[{number}].name: {name!r} is not a name.{quoted} Give letters, digits, '-', '_' and '.', such as "
                 "'354M'; it becomes the folder of the stage."
             )
             continue

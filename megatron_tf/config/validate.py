@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.errors import ConfigError
@@ -28,7 +29,10 @@ class BatchPlan:
     data_parallel: int
     seq_length: int  # tokens a sample
     train_steps: int  # number of the run's last step
-    schedule_lead: float = 0.0  # how far the step number runs ahead of the schedule, see `plan_batches`
+    # The schedule in its own unit, which is a step as the run began; see `plan_batches`
+    schedule_steps: float = 0.0  # its length
+    schedule_from: tuple[int, float] = (0, 0.0)  # this step number is this position
+    schedule_pace: float = 1.0  # positions a step
 
     @property
     def global_batch_size(self) -> int:
@@ -38,6 +42,11 @@ class BatchPlan:
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.seq_length
+
+    def schedule_position(self, step: int) -> float:
+        """Where the learning rate's schedule stands at the 0-based `step`."""
+        first, position = self.schedule_from
+        return position + (step - first) * self.schedule_pace
 
     @property
     def train_samples(self) -> int:
@@ -57,29 +66,37 @@ def topology_for(config: RunConfig, world_size: int) -> Topology:
     return Topology(tensor=tensor, pipeline=pipeline, data=world_size // (tensor * pipeline))
 
 
-def plan_batches(config: RunConfig, world_size: int, step: int = 0, tokens: int = 0) -> BatchPlan:
+def plan_batches(
+    config: RunConfig, world_size: int, step: int = 0, tokens: int = 0, schedule_unit: int | None = None
+) -> BatchPlan:
     """Batch arithmetic of a run that has done `step` steps on `tokens` tokens so far.
 
-    `training.train_tokens` is met by whole steps, rounded up. If the batch is now another than it was, the steps that
-    are left are of the new size, and the schedule goes on at the share of the tokens that is done: at step number
-    s it stands where a run of this batch size alone would stand at s − schedule_lead.
-    ConfigError when the arithmetic has no solution.
+    `training.train_tokens` is met by whole steps, rounded up, the ones that are left being of the present size.
+    `schedule_unit`: tokens of a step when the run began. The schedule, with its warm-up and decay, is counted in such
+    steps throughout, so the learning rate goes on where it was when the batch is another than before.
+    With `training.train_steps` a step is a step. ConfigError when the arithmetic has no solution.
     """
     data_parallel = topology_for(config, world_size).data
     _raise_if_any([*_batch_problems(config, data_parallel), *_length_problems(config)])
     training = config.training
-    train_steps, lead = _train_steps(config), 0.0
+    train_steps = _train_steps(config)
+    schedule: dict[str, Any] = {"schedule_steps": float(train_steps)}
     if training.train_tokens is not None:
         tokens_per_step = training.global_batch_size * config.model.seq_length
         train_steps = step + math.ceil(max(0, training.train_tokens - tokens) / tokens_per_step)
-        lead = step - tokens / tokens_per_step
+        unit = schedule_unit or tokens_per_step
+        schedule = {
+            "schedule_steps": float(math.ceil(training.train_tokens / unit)),
+            "schedule_from": (step, tokens / unit),
+            "schedule_pace": tokens_per_step / unit,
+        }
     return BatchPlan(
         micro_batch_size=training.micro_batch_size,
         num_micro_batches=training.global_batch_size // (training.micro_batch_size * data_parallel),
         data_parallel=data_parallel,
         seq_length=config.model.seq_length,
         train_steps=train_steps,
-        schedule_lead=lead,
+        **schedule,
     )
 
 

@@ -107,8 +107,8 @@ class Engine:
 
         `lr_factor`: times the learning rate that the schedule gives.
         """
-        lead = self.plan.schedule_lead
-        lr = lr_factor * learning_rate(step - lead, self.config.optimizer, self.plan.train_steps - lead)
+        position, length = self.plan.schedule_position(step), self.plan.schedule_steps
+        lr = lr_factor * learning_rate(position, self.config.optimizer, length)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         updates = self.optimizer.num_updates

@@ -12,7 +12,8 @@ from megatron_tf.config.schema import Guard
 from megatron_tf.errors import TrainingError
 
 _MEMORY = 0.98  # share of the running mean that stays at each step: it looks about 50 steps back
-_WARMUP = 20  # losses before the running mean means anything
+WARMUP = 20  # losses before the running mean means anything
+_REMEDY = "Look at the data there, or resume from an earlier checkpoint with a lower optimizer.lr."
 
 
 class LossGuard:
@@ -23,6 +24,7 @@ class LossGuard:
         self._config = config
         self.lr_factor = float(state.get("lr_factor", 1.0))
         self._mean = float(state.get("mean_loss", 0.0))
+        self._lowest = float(state.get("lowest_mean_loss", 0.0))
         self._seen = int(state.get("losses_seen", 0))
         self._spikes = int(state.get("spikes_in_a_row", 0))
         self._skipped = 0
@@ -32,9 +34,15 @@ class LossGuard:
         return {
             "lr_factor": self.lr_factor,
             "mean_loss": self._mean,
+            "lowest_mean_loss": self._lowest,
             "losses_seen": self._seen,
             "spikes_in_a_row": self._spikes,
         }
+
+    @property
+    def is_skipping(self) -> bool:
+        """Whether the newest step was skipped: the state is suspect then, and not for saving."""
+        return self._skipped > 0
 
     def skipped(self, step: int, reason: str) -> str:
         """Step `step` (1-based) was skipped for `reason`: what to say. TrainingError when the run must stop."""
@@ -45,31 +53,39 @@ class LossGuard:
         if self._skipped >= self._config.nonfinite_patience:
             raise TrainingError(
                 f"{text}. That was {self._skipped} in a row, as many as guard.nonfinite_patience allows: the run "
-                "stops. Look at the data there, or resume from an earlier checkpoint with a lower optimizer.lr."
+                f"stops. {_REMEDY}"
             )
         return f"{text} ({self._skipped} in a row; the run stops at {self._config.nonfinite_patience})"
 
-    def good(self) -> None:
-        """A step was not skipped."""
-        self._skipped = 0
+    def check_end(self, step: int) -> None:
+        """At the last step: TrainingError when it, and maybe more before it, was skipped."""
+        if self._skipped:
+            raise TrainingError(
+                f"the run reached its last step {step:,}, but the last {self._skipped} were skipped, for their gradients "
+                f"were not finite. That state is not saved. {_REMEDY}"
+            )
 
     def watch(self, step: int, loss: float) -> str | None:
-        """After a good step: what to say if its loss completes a spike. TrainingError when the run must stop."""
-        self.good()
+        """After a good step: what to say if its loss completes a spike. TrainingError when the run must stop.
+
+        A spike is measured against the lowest that the running mean has been, so that a loss which explodes cannot
+        draw its own measure up. The mean is kept also while nobody watches, for whoever switches the guard on later.
+        """
+        self._skipped = 0
         factor = self._config.spike_factor
-        assert factor is not None
-        if self._seen >= _WARMUP and loss > factor * self._mean:
+        if self._seen >= WARMUP and factor is not None and loss > factor * self._lowest:
             self._spikes += 1
             return self._spiked(step, loss, factor) if self._spikes >= self._config.spike_patience else None
         # the mean of few losses first, then one that forgets
         keep = min(_MEMORY, self._seen / (self._seen + 1))
         self._mean = keep * self._mean + (1 - keep) * loss
+        self._lowest = min(self._lowest, self._mean) if self._seen else self._mean
         self._seen, self._spikes = self._seen + 1, 0
         return None
 
     def _spiked(self, step: int, loss: float, factor: float) -> str:
         text = (
-            f"step {step:,}: loss {loss:.4f} is more than {factor:g} times its mean {self._mean:.4f}, "
+            f"step {step:,}: loss {loss:.4f} is more than {factor:g} times its mean {self._lowest:.4f}, "
             f"{self._spikes} steps in a row"
         )
         if self._config.spike_action == "stop":

@@ -75,7 +75,9 @@ class Trainer:
                     bar.advance(self.progress.step, self._log(result))
                 if self._due(config.evaluation.interval_steps):
                     self._evaluate()
-                if self._due(config.checkpoint.interval_steps) or request:
+                if self._finished():
+                    self.guard.check_end(self.progress.step)
+                if (self._due(config.checkpoint.interval_steps) and not self.guard.is_skipping) or request:
                     self._save()
                 if request and not self._finished():
                     self._end_early(request)
@@ -124,10 +126,8 @@ class Trainer:
             said = self.guard.skipped(
                 step, f"loss {float(result.loss):g}, gradient not finite" + (f", first in {where}" if where else "")
             )
-        elif self.config.guard.spike_factor is not None:
-            said = self.guard.watch(step, float(result.loss))
         else:
-            self.guard.good()
+            said = self.guard.watch(step, float(result.loss))
         if said and dist.get_rank() == 0:  # all ranks would say the same
             self.console.warning(said)
 
@@ -174,7 +174,12 @@ class Trainer:
 
     def _save(self) -> None:
         with self.meter.paused(), self.watchdog.paused():
-            self.saver.save(self.progress, {**self.engine.loss_scaler(), "guard": self.guard.state()})
+            self.saver.save(self.progress, self._run_state())
+
+    def _run_state(self) -> dict:
+        """What a resumed run must know besides weights and moments; see `Start`."""
+        unit = round(self.plan.tokens_per_step / self.plan.schedule_pace)
+        return {**self.engine.loss_scaler(), "guard": self.guard.state(), "schedule_unit": unit}
 
     def _record(self, metrics: dict) -> None:
         tokens = self.progress.tokens

@@ -34,7 +34,7 @@ from megatron_tf.training.growth_proof import Probe, compare, probe
 from megatron_tf.training.loop import Trainer
 from megatron_tf.training.run_lock import locked
 from megatron_tf.training.saving import Saver
-from megatron_tf.training.start import Start, begin, checkpoints_folder, choose, is_complete
+from megatron_tf.training.start import Start, begin, checkpoints_folder, choose, stages_to_run
 from megatron_tf.training.watchdog import Watchdog
 
 
@@ -42,20 +42,15 @@ def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: Sto
     """Trains, evaluates and saves as each of `stages` says, one after the other, resuming or growing where there is
     something to. A stage that is complete is passed over, so an interrupted chain goes on where it stopped.
 
-    `stages` have passed `preflight`. RunStopped, on every rank, when `stop` asked for it. Raises UserError, on every rank alike, before anything is written, for whatever
-    the user can mend.
+    `stages` have passed `preflight`. RunStopped, on every rank, when `stop` asked for it. Raises UserError, on every
+    rank alike, before anything is written, for whatever the user can mend.
     """
     device = join(environment, max(config.parallel.timeout_seconds for config in stages))
     try:
-        for config, following in zip(stages, [*stages[1:], None]):
-            done = following and from_rank_zero(lambda c=config: is_complete(c, environment.world_size))  # type: ignore[misc]
-            if not done:
-                _train(config, environment, device, stop)
-    except (
-        UserError,
-        RunStopped,
-    ):  # all ranks are here; after any other error some may be in a collective, and waiting would hang
-        leave()
+        for number in from_rank_zero(lambda: stages_to_run(stages, environment.world_size)):
+            _train(stages[number], environment, device, stop)
+    except (UserError, RunStopped):
+        leave()  # all ranks are here; after any other error some may be in a collective, and waiting would hang
         raise
     leave()
 
@@ -68,7 +63,8 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
     data_fingerprint = together(lambda: fingerprint(config.data.train, config.run.seed))
     path, passed_over = choose(config, Ranks(environment.rank, world_size, gather))
     start = together(lambda: begin(config, path, data_fingerprint))
-    plan = plan_batches(config, world_size, start.progress.step, start.run_tokens)
+    plan = plan_batches(config, world_size, start.progress.step, start.run_tokens,
+                        start.run_state.get("schedule_unit"))  # fmt: skip
 
     with contextlib.ExitStack() as closing:
         run_dir = Path(config.run.dir)

@@ -100,7 +100,7 @@ class Saver:
         if self._config.checkpoint.on_failure == "stop":
             raise write.failure
         if self._rank == 0:
-            self._console.warning(f"checkpoint not saved, training goes on: {write.failure}")
+            self._console.warning(f"checkpoint not saved: {write.failure}")
 
     def require(self, step: int) -> None:
         """At the end of a run: CheckpointError when its last save, of `step`, has failed and training went on."""

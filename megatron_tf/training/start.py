@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,22 @@ def is_complete(config: RunConfig, world_size: int) -> bool:
     done = Start(InitialSource(config.model, 0), "", Progress(index.step, index.samples, index.tokens),
                  index.growth_history)  # fmt: skip
     return index.step >= plan_batches(config, world_size, index.step, done.run_tokens).train_steps
+
+
+def stages_to_run(stages: Sequence[RunConfig], world_size: int) -> list[int]:
+    """Numbers of the stages of a chain that are not complete, in order; of the last one when all are.
+
+    ConfigError when one of them has steps to do although a later one was grown from it already.
+    """
+    done = [is_complete(config, world_size) for config in stages]
+    for number, config in enumerate(stages):
+        for later in stages[number + 1 :]:
+            if not done[number] and find_latest(checkpoints_folder(later), verify=False)[0] is not None:
+                raise ConfigError(
+                    f"stage {config.run.name}: has steps to do, but {later.run.dir} was grown from it already. Move that "
+                    "folder away to grow it anew, or restore the length and the folder of this stage."
+                )
+    return [number for number, complete in enumerate(done) if not complete] or [len(stages) - 1]
 
 
 def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Start:

@@ -64,6 +64,11 @@ def test_the_first_stage_may_grow_from_another_run(chain):
         ([], "stages: not a list of stages"),
         ([{"model": {}}], r"stages\[0\].name: None is not a name"),
         ([{"name": "../up"}], r"stages\[0\].name: '../up' is not a name"),
+        ([{"name": 192}], r"stages\[0\].name: 192 is not a name. Write it in quotes"),
+        (
+            [SMALL, {**BIG, "growth": {"from": "runs/x"}}],
+            "stage big: growth.from: a stage grows from the one before it",
+        ),
         ([SMALL, SMALL], r"stages\[1\].name: small is there twice"),
         ([SMALL, {**BIG, "modle": {}}], "stage big: modle"),
     ],
@@ -76,3 +81,9 @@ def test_bad_stages(chain, stages, message):
 def test_a_chain_is_not_one_run(chain):
     with pytest.raises(ConfigError, match="a chain is for launch/train.py"):
         load_config(chain(SMALL, BIG))
+
+
+@pytest.mark.parametrize("override", ["stages=[]", "stages.big=3"])
+def test_a_whole_stage_is_no_override(chain, override):
+    with pytest.raises(ConfigError, match="changed one value at a time"):
+        load_stages(chain(SMALL, BIG), [override])

@@ -51,16 +51,21 @@ def test_steps_and_tokens_do_not_depend_on_the_layout(small):
     assert len(lengths) == 1
 
 
-def test_another_batch_size_on_resume_keeps_the_number_of_tokens(small):
-    tokens = 100 * 16 * 32  # 100 steps of the first half's batch
-    config = small("training.train_steps=null", f"training.train_tokens={tokens}", "training.global_batch_size=32")
-    plan = plan_batches(config, 1, step=60, tokens=60 * 16 * 32)
+def test_another_batch_size_on_resume_keeps_the_number_of_tokens_and_the_place_in_the_schedule(small):
+    small_step, big_step = 16 * 32, 32 * 32
+    lengths = ["training.train_steps=null", f"training.train_tokens={100 * small_step}"]
+    bigger = small(*lengths, "training.global_batch_size=32")
+    plan = plan_batches(bigger, 1, step=60, tokens=60 * small_step, schedule_unit=small_step)
     assert plan.train_steps == 60 + 20  # the 40 steps left are 20 of twice the size
-    position, horizon = 60 - plan.schedule_lead, plan.train_steps - plan.schedule_lead
-    assert (position, horizon) == (30, 50)  # the schedule stands where it stood: at 60 %
-    assert plan_batches(config, 1, step=200, tokens=tokens).train_steps == 200  # nothing left
-    unchanged = small("training.train_steps=null", f"training.train_tokens={tokens}")
-    assert plan_batches(unchanged, 1, step=60, tokens=60 * 16 * 32) == plan_batches(unchanged, 1)
+    assert plan.schedule_position(60) == 60 and plan.schedule_position(70) == 80
+    assert plan.schedule_position(80) == plan.schedule_steps == 100
+    # and back again: what counts is the unit of the beginning
+    back = plan_batches(small(*lengths), 1, 70, 60 * small_step + 10 * big_step, small_step)
+    assert (back.train_steps, back.schedule_position(70), back.schedule_steps) == (90, 80, 100)
+    assert plan_batches(bigger, 1, step=200, tokens=100 * small_step).train_steps == 200  # nothing left
+    fresh, resumed = plan_batches(small(*lengths), 1), plan_batches(small(*lengths), 1, 60, 60 * small_step, small_step)
+    assert (fresh.train_steps, fresh.schedule_steps) == (resumed.train_steps, resumed.schedule_steps)
+    assert all(fresh.schedule_position(step) == resumed.schedule_position(step) == step for step in range(60, 100))
 
 
 def test_plans_refuse_what_they_cannot_compute(small):

@@ -81,3 +81,11 @@ def test_a_stage_that_cannot_grow_is_named_before_the_first_starts(chain):
     assert result.returncode == 2 and "Traceback" not in result.stdout
     assert "stage test-big: model.parameter_tokens.ffn: 61 before, 50 after" in result.stdout
     assert not (chain / "run").exists()
+
+
+def test_a_stage_that_changes_after_another_has_grown_from_it_is_refused(chain):
+    flat = ["stages.middle.parallel.tensor=1", "stages.big.parallel.pipeline=1"]
+    assert train(chain, *flat).returncode == 0
+    result = train(chain, *flat, "stages.small.training.train_steps=8")
+    assert result.returncode == 2
+    assert "stage test-small: has steps to do, but" in result.stdout and "run/middle was grown from it" in result.stdout

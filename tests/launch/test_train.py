@@ -75,6 +75,18 @@ def test_resume_is_bit_identical_and_leaves_no_gap(folder):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_another_batch_on_resume_keeps_the_tokens_and_the_learning_rate(folder):
+    length = ["training.train_steps=null", f"training.train_tokens={6 * 128}", "optimizer.schedule.warmup_steps=4"]
+    succeed(train(folder, *length))
+    rates = {record["step"]: record["optim/lr"] for record in metrics(folder) if "optim/lr" in record}
+    (folder / "run" / "checkpoints" / "step_00000006" / "manifest.json").unlink()
+    succeed(train(folder, *length, "training.global_batch_size=4"))
+    after = {record["step"]: record["optim/lr"] for record in metrics(folder) if "optim/lr" in record}
+    assert metrics(folder)[-1]["tokens"] == 768 and max(after) == 3 + 6
+    assert [after[4], after[6], after[8]] == pytest.approx([rates[4], rates[5], rates[6]])
+    assert after[5] == pytest.approx((rates[4] + rates[5]) / 2, rel=0.02)
+
+
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_launchers(folder, launcher):
     out = succeed(train(folder, "parallel.tensor=2", "parallel.sequence=true", ranks=2, launcher=launcher))

@@ -14,7 +14,7 @@ def guard(state=None, **config):
 def test_skipped_steps_in_a_row_stop_the_run():
     watched = guard(nonfinite_patience=3)
     assert "2 in a row" in [watched.skipped(step, "loss nan") for step in (1, 2)][-1]
-    watched.good()
+    watched.watch(3, 1.0)
     watched.skipped(4, "loss nan")
     watched.skipped(5, "loss nan")
     with pytest.raises(TrainingError, match="step 6: loss nan.*3 in a row"):
@@ -57,3 +57,28 @@ def test_a_resumed_guard_decides_alike():
     resumed = guard(first.state(), spike_factor=2.0, spike_patience=3, spike_action="lower_lr")
     assert resumed.watch(27, 9.0) == whole.watch(27, 9.0) is not None
     assert resumed.state() == whole.state()
+
+
+def test_an_explosion_while_the_mean_is_learnt_is_seen_afterwards():
+    watched = guard(spike_factor=1.5, spike_patience=1)
+    for step in range(20):
+        assert watched.watch(step, 8.0 + step) is None
+    with pytest.raises(TrainingError, match="its mean 8.0000"):
+        watched.watch(20, 30.0)
+
+
+def test_the_mean_is_there_for_whoever_switches_the_guard_on_later():
+    before = guard()
+    for step in range(30):
+        assert before.watch(step, 4.0) is None
+    with pytest.raises(TrainingError, match="more than 1.5 times its mean 4.0000"):
+        guard(before.state(), spike_factor=1.5, spike_patience=1).watch(30, 7.0)
+
+
+def test_a_run_that_ends_in_skipped_steps_has_failed():
+    watched = guard()
+    watched.check_end(9)
+    watched.skipped(10, "loss nan")
+    assert watched.is_skipping
+    with pytest.raises(TrainingError, match="reached its last step 10, but the last 1 were skipped"):
+        watched.check_end(10)
