@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
-from megatron_tf.config.validate import plan_batches, topology_for
+from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
 from megatron_tf.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
 
 
-def describe(config: RunConfig, world_size: int) -> str:
+def describe(config: RunConfig, world_size: int, batches: BatchPlan | None = None, step: int = 0) -> str:
     """Model, layout, batch arithmetic, length and memory, one line each, without a last newline.
 
-    `config` has passed `validate` for `world_size`.
+    `config` has passed `validate` for `world_size`. `batches`: the plan of a run that has done `step` steps already.
     """
     model, training = config.model, config.training
-    topology, batches = topology_for(config, world_size), plan_batches(config, world_size)
+    topology, batches = topology_for(config, world_size), batches or plan_batches(config, world_size)
     memory = memory_per_rank(config, world_size)
     counts = model.parameter_tokens
     flops = flops_per_token(model)
+    tokens = training.train_tokens or batches.train_tokens
     sequence = ", sequence-parallel" if config.parallel.sequence else ""
     growth = f", grown from {config.growth.source} by {_method(config.growth)}" if config.growth else ""
     checkpointing = ", activation checkpointing" if training.activation_checkpointing else ""
@@ -38,8 +39,9 @@ def describe(config: RunConfig, world_size: int) -> str:
             f"× {batches.seq_length:,} = {batches.tokens_per_step:,} tokens"
         ),
         "length": (
-            f"{batches.train_steps:,} {_plural('step', batches.train_steps)}, {batches.train_samples:,} samples, "
-            f"{batches.train_tokens:,} tokens, {flops * batches.train_tokens:.2e} FLOPs"
+            f"{batches.train_steps:,} {_plural('step', batches.train_steps)}, "
+            + (f"{max(0, batches.train_steps - step):,} of them left, " if step else "")
+            + f"{tokens:,} tokens, {flops * tokens:.2e} FLOPs"
         ),
         "memory": (
             f"about {_size(memory.total)} a rank: weights {_size(memory.weights)}, gradients "

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.checkpoint.architecture import stored_model
-from megatron_tf.checkpoint.expand import state_bytes, target_folder, write_grown
 from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.checkpoint.source import GrownStart, grow
+from megatron_tf.checkpoint.source import StepZero, grow
+from megatron_tf.checkpoint.step_zero import state_bytes, target_folder, write_step_zero
 from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import Growth, RunConfig
 from megatron_tf.data.indexed import data_file, index_file
@@ -72,21 +72,21 @@ def training_data(config: RunConfig) -> dict[str, Any] | None:
     return fingerprint(config.data.train, config.run.seed) if all(map(os.path.exists, files)) else None
 
 
-def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start: GrownStart, target: Path) -> None:
+def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start: StepZero, target: Path) -> None:
     index, old = reader.index, stored_model(reader.index)
     print(f"from        {reader.path}, step {index.step:,}, {index.tokens:,} tokens")
     print(f"to          {target}, seed {config.run.seed}, position {start.samples:,} in the data")
     after = config.model.parameter_tokens.model_dump()
     for kind, count in old.parameter_tokens.model_dump().items():
-        method = start.source.methods.get(kind)
-        row = f"{count:,} tokens -> {after[kind]:,} by {method}" if method else f"{count:,} tokens, as they are"
+        grows = after[kind] > count
+        row = f"{count:,} tokens" + (f" -> {after[kind]:,} by {growth.method_of(kind)}" if grows else ", as they are")
         print(f"{kind:<11} {row}, τ {scale_of(index.scales, kind)} -> {scale_of(start.source.scales, kind)}")
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(config.model):,}")
     held = sum(file.num_bytes for file in reader.manifest.files.values())
     print(f"bytes       {held:,} -> {state_bytes(config.model):,}")
     print(f"moments     of old tokens: {growth.moments}; of new tokens: 0")
     noise = f", noise {growth.noise:g} on old tokens" if growth.noise else ""
-    print(f"function    {'kept, to rounding' if start.source.preserves else f'CHANGED{noise}'}")
+    print(f"function    {'kept, to rounding' if start.growth_history[-1]['preserves'] else f'CHANGED{noise}'}")
 
 
 def scale_of(scales: Mapping[str, float], kind: str) -> str:
@@ -95,10 +95,10 @@ def scale_of(scales: Mapping[str, float], kind: str) -> str:
     return ", ".join(dict.fromkeys(f"{scale:.6g}" for name, scale in scales.items() if name.endswith(names)))
 
 
-def write(config: RunConfig, start: GrownStart, data: Mapping[str, Any], root: Path) -> None:
+def write(config: RunConfig, start: StepZero, data: Mapping[str, Any], root: Path) -> None:
     total, began = state_bytes(config.model), time.monotonic()
     with Console(rank=0).progress(total // MEGABYTE, 0, "MB written") as bar:
-        path = write_grown(root, config.model, start, data, lambda done, tensor: bar.advance(done // MEGABYTE, tensor))
+        path = write_step_zero(root, config.model, start, data, lambda done, tensor: bar.advance(done // MEGABYTE, tensor))
     seconds = time.monotonic() - began
     print(f"wrote {path}: {total:,} bytes in {seconds:.1f} s, {total / seconds / MEGABYTE:,.0f} MB/s")
 

@@ -15,11 +15,11 @@ from itertools import count
 from pathlib import Path
 
 from megatron_tf.checkpoint.architecture import stored_model
-from megatron_tf.checkpoint.expand import FIRST_STEP, state_bytes, target_folder, write_grown
 from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.checkpoint.source import GrownStart
+from megatron_tf.checkpoint.source import StepZero
+from megatron_tf.checkpoint.step_zero import FIRST_STEP, state_bytes, target_folder, write_step_zero
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import run_command
 from megatron_tf.estimate import num_parameters
@@ -104,10 +104,10 @@ def describe(kind: str, old: int, new: int, dropped: dict[str, float], ratios: d
     print(f"{kind:<11} {old:,} {change}")
 
 
-def write(root: Path, model: Model, start: GrownStart, reader: CheckpointReader) -> None:
+def write(root: Path, model: Model, start: StepZero, reader: CheckpointReader) -> None:
     total = state_bytes(model)
     with Console(rank=0).progress(total // MEGABYTE, 0, "MB written") as bar:
-        path = write_grown(
+        path = write_step_zero(
             root, model, start, reader.index.data, lambda done, tensor: bar.advance(done // MEGABYTE, tensor)
         )
     changes = " ".join(f"model.parameter_tokens.{kind}={n}" for kind, n in model.parameter_tokens.model_dump().items())

@@ -21,7 +21,7 @@ from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth.source import GrownSource, StateSource, copy_in_slices, growth_entry, growth_seed
 from megatron_tf.params import initial_scales, parameter_table
 
-__all__ = ["CheckpointSource", "GrownStart", "InitialSource", "StateSource", "grow", "grown_source"]
+__all__ = ["CheckpointSource", "StepZero", "InitialSource", "StateSource", "grow", "grown_source"]
 
 
 class CheckpointSource:
@@ -96,13 +96,13 @@ def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: i
 
 
 @dataclass(frozen=True)
-class GrownStart:
-    """Step 0 of a run that grows a smaller model: its state, its position, and the history with this growth in it.
+class StepZero:
+    """What a run begins with: its state, its position, and the history of the models before it.
 
     `samples`: position in the data.  `tokens`: trained on since the very first model.
     """
 
-    source: GrownSource
+    source: StateSource
     samples: int
     tokens: int
     growth_history: tuple[Mapping[str, Any], ...]
@@ -110,7 +110,7 @@ class GrownStart:
 
 def grow(
     reader: CheckpointReader, model: Model, growth: Growth, *, seed: int, data: Mapping[str, Any] | None
-) -> GrownStart:
+) -> StepZero:
     """The bigger `model` from an open checkpoint: the one growth of trainer and tool.
 
     `seed`: the run's.  `data`: fingerprint of the data that the bigger model is trained on. It goes on where the smaller
@@ -126,4 +126,4 @@ def grow(
     )  # fmt: skip
     entry |= {"noise": growth.noise, "preserves": source.preserves}
     same_data = data is None or dict(index.data) == dict(data)
-    return GrownStart(source, index.samples if same_data else 0, index.tokens, (*index.growth_history, entry))
+    return StepZero(source, index.samples if same_data else 0, index.tokens, (*index.growth_history, entry))

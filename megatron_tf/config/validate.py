@@ -49,13 +49,8 @@ class BatchPlan:
         return position + (step - first) * self.schedule_pace
 
     @property
-    def train_samples(self) -> int:
-        """Samples of a whole run that never changes its batch."""
-        return self.train_steps * self.global_batch_size
-
-    @property
     def train_tokens(self) -> int:
-        """Tokens of such a run, in whole steps."""
+        """Tokens of a whole run that never changes its batch."""
         return self.train_steps * self.tokens_per_step
 
 

@@ -11,20 +11,20 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_tf.checkpoint.reader import CheckpointReader
-from megatron_tf.checkpoint.source import CheckpointSource, GrownStart
+from megatron_tf.checkpoint.source import CheckpointSource, StepZero
 from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import DataSource, Model, ParameterTokens
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.pruning import PrunedSource, largest, summed_contributions, summed_scale_terms
-from megatron_tf.growth.source import GrownSource, growth_entry, projection_kind
+from megatron_tf.growth.source import growth_entry, projection_kind
 from megatron_tf.model.attention import causal_attention
 from megatron_tf.model.layers import Block, Pattention, partial_outputs
 from megatron_tf.model.tokenformer import TokenFormer
@@ -208,7 +208,7 @@ def pruned_start(
     kept: Mapping[str, Tensor],
     scales: Mapping[str, float],
     measured: Mapping[str, Any],
-) -> GrownStart:
+) -> StepZero:
     """Step 0 of the smaller `model`, at the position in the data where the checkpoint stands, ready to be written.
 
     `kept`, `scales`: see `Selection` and `fit_scales`.  `measured`: goes into the history entry, such as both losses.
@@ -221,7 +221,7 @@ def pruned_start(
     )  # fmt: skip
     history = (*index.growth_history, {**entry, "preserves": False, **measured})
     # Of a start's source only what every `StateSource` has is needed to write it.
-    return GrownStart(cast(GrownSource, source), index.samples, index.tokens, history)
+    return StepZero(source, index.samples, index.tokens, history)
 
 
 def projection_inputs(model: TokenFormer, ids: Tensor) -> Iterator[tuple[str, Pattention, Tensor]]:

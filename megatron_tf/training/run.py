@@ -71,7 +71,7 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
         together(lambda: _prepare_folder(config, run_dir, closing) if is_main else None)
         console = Console(rank=environment.rank, log_path=run_dir / "train.log")
         closing.callback(console.close)
-        for line in describe(config, world_size).splitlines():
+        for line in describe(config, world_size, plan, start.progress.step).splitlines():
             console.info(line)
         for line in passed_over if is_main else ():
             console.warning(line)

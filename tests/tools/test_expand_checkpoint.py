@@ -122,7 +122,7 @@ def test_a_users_mistake_is_one_message(folder):
         "holds step_00000001 already. Nothing is overwritten": {"target": "taken"},
         "damaged: its checksum is": {"source": "damaged", "target": "new"},
         "so it is with the Pile models": {"arguments": ("model.hidden_size=64",)},
-        "has the configuration's token counts already": {
+        "has these token counts already": {
             "arguments": ("model.parameter_tokens.qkv=13", "model.parameter_tokens.ffn=37")
         },
         "growth.method: gram needs at least 13 new qkv tokens": {
@@ -188,7 +188,7 @@ save_checkpoint(sys.argv[2], pieces, index, rank=0, world_size=1, token="t")
 # Runs the tool of argv[1:] and prints what its work has added to the libraries' memory, and its seconds.
 MEASURE = """
 import json, resource, runpy, sys, time
-import torch, megatron_tf.checkpoint.expand, megatron_tf.data.loader, megatron_tf.config.load, megatron_tf.telemetry.console
+import torch, megatron_tf.checkpoint.step_zero, megatron_tf.data.loader, megatron_tf.config.load, megatron_tf.telemetry.console
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, began = peak(), time.perf_counter()
 sys.argv = sys.argv[1:]

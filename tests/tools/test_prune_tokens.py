@@ -8,10 +8,10 @@ from launching import train
 from tooling import assert_refused, tool
 
 from megatron_tf.checkpoint.compare import compare
-from megatron_tf.checkpoint.expand import target_folder, write_grown
 from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.source import InitialSource, grow
+from megatron_tf.checkpoint.step_zero import target_folder, write_step_zero
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import DataSource, Growth, Model
 from megatron_tf.data.indexed import IndexedWriter
@@ -72,7 +72,7 @@ def folder(tmp_path_factory) -> Path:
     ]
     path = save_checkpoint(folder / "small" / "checkpoints", pieces, index, rank=0, world_size=1, token="t")
     start = grow(open_checkpoint(path), model(LARGE), Growth(source="x"), seed=1, data=None)
-    write_grown(target_folder(folder / "large"), model(LARGE), start, data, lambda done, tensor: None)
+    write_step_zero(target_folder(folder / "large"), model(LARGE), start, data, lambda done, tensor: None)
     (folder / "large" / "config.yml").write_text(CONFIG.format(folder=folder))
     return folder
 

@@ -1,6 +1,7 @@
-"""Writing a grown model's checkpoint without ever holding it: each range is computed while it is written.
+"""Writing the checkpoint that a run begins from without ever holding it: each range is computed while it is written.
 
-What is written is step 0 of the bigger run as the trainer would begin it: the same growth, from the same functions.
+So a grown, pruned or imported model becomes step 0 of an ordinary run. A grown one is what the trainer would begin
+with: the same growth, from the same functions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_tf.checkpoint.manager import (
     clear_leftovers,
 )
 from megatron_tf.checkpoint.shards import ComputedTensor
-from megatron_tf.checkpoint.source import GrownStart
+from megatron_tf.checkpoint.source import StepZero
 from megatron_tf.checkpoint.writer import ComputedPiece, save_checkpoint
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError
@@ -44,7 +45,7 @@ def target_folder(path: Path | str) -> Path:
     root = Path(path)
     if root.name.startswith(STEP_PREFIX):
         raise CheckpointError(
-            f"{root}: is the name of one checkpoint. Give the bigger run's folder; the checkpoint will be "
+            f"{root}: is the name of one checkpoint. Give the run's folder; the checkpoint will be "
             f"{CHECKPOINTS_FOLDER}/{folder_name(FIRST_STEP)} within it"
         )
     if root.name != CHECKPOINTS_FOLDER:
@@ -59,10 +60,10 @@ def target_folder(path: Path | str) -> Path:
     return root
 
 
-def write_grown(
-    root: Path, model: Model, start: GrownStart, data: Mapping[str, Any], progress: Callable[[int, str], None]
+def write_step_zero(
+    root: Path, model: Model, start: StepZero, data: Mapping[str, Any], progress: Callable[[int, str], None]
 ) -> Path:
-    """Write step 0 of the grown `model` under `root`; returns the checkpoint. Holds one bounded buffer of the state.
+    """Write step 0 of a run of `model` under `root`; returns the checkpoint. Holds one bounded buffer of the state.
 
     `data`: fingerprint of the data that the model will be trained on.
     `progress`: called with the bytes done so far and the tensor that is being written.
@@ -110,6 +111,6 @@ def _check_space(root: Path, model: Model) -> None:
     free, needed = shutil.disk_usage(existing).free, state_bytes(model)
     if free < needed:
         raise CheckpointError(
-            f"{root}: the grown checkpoint takes {needed:,} bytes, and {free:,} are free there. Make room, or give "
+            f"{root}: the checkpoint takes {needed:,} bytes, and {free:,} are free there. Make room, or give "
             "another folder"
         )

@@ -5,11 +5,11 @@ from collections import namedtuple
 import pytest
 import torch
 
-from megatron_tf.checkpoint import expand
-from megatron_tf.checkpoint.expand import state_bytes, target_folder, write_grown
+from megatron_tf.checkpoint import step_zero
 from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.source import InitialSource, grow, grown_source
+from megatron_tf.checkpoint.step_zero import state_bytes, target_folder, write_step_zero
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import CheckpointError
@@ -50,7 +50,7 @@ def test_what_is_written_is_the_grown_state_and_step_0_of_the_run(small, tmp_pat
 
     monkeypatch.setattr(shards, "BUFFER_BYTES", 4 * 17)  # ranges that end within a row
     start, reported = grow(small, LARGE, GROWTH, seed=5, data=DATA), []
-    path = write_grown(tmp_path / "large", LARGE, start, DATA, lambda done, name: reported.append((done, name)))
+    path = write_step_zero(tmp_path / "large", LARGE, start, DATA, lambda done, name: reported.append((done, name)))
     assert path == tmp_path / "large" / "step_00000000"
     reader = open_checkpoint(path)
     reader.verify()
@@ -84,7 +84,7 @@ def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "run" / "checkpoints" / "step_00000300").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="checkpoints: holds step_00000300 already. Nothing is overwritten"):
         target_folder(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="step_00000000: is the name of one checkpoint. Give the bigger run's"):
+    with pytest.raises(CheckpointError, match="step_00000000: is the name of one checkpoint. Give the run's"):
         target_folder(tmp_path / "step_00000000")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file: is a file"):
@@ -93,10 +93,10 @@ def test_nothing_is_overwritten(tmp_path):
 
 def test_a_full_disk_is_said_before_anything_is_written(small, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(expand.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5, 5))
+    monkeypatch.setattr(step_zero.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5, 5))
     start = grow(small, LARGE, GROWTH, seed=5, data=DATA)
     with pytest.raises(CheckpointError, match=f"takes {state_bytes(LARGE):,} bytes, and 5 are free there"):
-        write_grown(tmp_path / "large", LARGE, start, DATA, lambda done, name: None)
+        write_step_zero(tmp_path / "large", LARGE, start, DATA, lambda done, name: None)
     assert not (tmp_path / "large").exists()
 
 
@@ -106,7 +106,7 @@ def test_what_is_interrupted_leaves_nothing(small, tmp_path):
 
     start = grow(small, LARGE, GROWTH, seed=5, data=DATA)
     with pytest.raises(KeyboardInterrupt):
-        write_grown(tmp_path / "large", LARGE, start, DATA, interrupt)
+        write_step_zero(tmp_path / "large", LARGE, start, DATA, interrupt)
     assert list((tmp_path / "large").iterdir()) == []
 
 
@@ -122,7 +122,7 @@ def test_the_source_may_hold_weights_only(small, tmp_path):
     ]
     path = save_checkpoint(tmp_path / "weights", pieces, index, rank=0, world_size=1, token="t")
     start = grow(open_checkpoint(path), LARGE, GROWTH, seed=5, data=None)
-    reader = open_checkpoint(write_grown(tmp_path / "large", LARGE, start, {}, lambda done, name: None))
+    reader = open_checkpoint(write_step_zero(tmp_path / "large", LARGE, start, {}, lambda done, name: None))
     name = "blocks.1.ffn.value_tokens"
     assert not reader.read(name, "exp_avg", 0, 37 * 8).any() and reader.index.adam_steps[name] == ((0, 296, 0),)
     assert torch.equal(reader.read(name, "weight", 0, 24 * 8), small.read(name, "weight", 0, 24 * 8))

@@ -1,0 +1,213 @@
+"""Between the official weights and a checkpoint: into step 0 of a run of ours, and out into a file of theirs."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.checkpoint.format import WEIGHT, folder_name
+from megatron_tf.checkpoint.manager import STEP_PREFIX
+from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.checkpoint.source import StepZero
+from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder, write_step_zero
+from megatron_tf.config.schema import Model
+from megatron_tf.convert.official import check_official, known_model, recorded_problems
+from megatron_tf.convert.official_files import WEIGHTS_NAME, OfficialWeights
+from megatron_tf.durable import atomic_path, prepare_output, sync_folder
+from megatron_tf.errors import CheckpointError, file_errors
+from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.params import default_scale, initial_scales, parameter_table, projection_tokens
+
+_LOGITS = ("logits", "logits_fp32", "logits_fp64")
+# Rounding apart, of the largest logit: two orders of summation in fp32 differ by 1e-6 of it and half precision by 1e-2,
+# other heads, another rotary embedding or another activation by a third and more.
+_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+_FILE_OVERHEAD_BYTES = 2**20
+
+
+def matching_model(weights: OfficialWeights, given: Model | None) -> tuple[Model, str]:
+    """The model that `weights` are of, every name and shape checked, and in words how it is known.
+
+    `given`: what a configuration says it is; None infers it. CheckpointError when they do not fit, or for values that
+    are not finite.
+    """
+    model, origin = (given, "as configured") if given is not None else known_model(weights.shapes, weights.arguments)
+    check_official(weights.shapes, model)
+    if problems := recorded_problems(model, weights.arguments):
+        raise CheckpointError(
+            "these weights are of another model:\n  - " + "\n  - ".join(problems)
+            + "\nGive the configuration that they were trained with."
+        )  # fmt: skip
+    for name, tensor in weights.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name}: holds values that are infinite or no numbers, so the file is damaged")
+    return model, origin
+
+
+def import_folder(path: Path | str) -> Path:
+    """The folder that the imported checkpoint will stand in: the run's checkpoints. CheckpointError when it has any."""
+    if Path(path).name.startswith(STEP_PREFIX):
+        raise CheckpointError(
+            f"{path}: is the name of one checkpoint. Give a run's folder; the checkpoint will be "
+            f"checkpoints/{folder_name(FIRST_STEP)} within it"
+        )
+    return target_folder(path)
+
+
+def write_imported(root: Path, model: Model, weights: OfficialWeights, progress: Callable[[int, str], None]) -> Path:
+    """Write `weights` as step 0 of a run of `model` under `root`; returns the checkpoint.
+
+    Moments and step counts are 0, as of a fresh model, and τ is √n. `progress`: called with the bytes done so far and
+    the tensor that is being written. Errors: CheckpointError, with nothing left behind.
+    """
+    source = _OfficialSource(weights.tensors, model)
+    # Of a start's source only what every `StateSource` has is needed to write it.
+    start = StepZero(source, samples=0, tokens=0, growth_history=())
+    return write_step_zero(root, model, start, {}, progress)
+
+
+class _OfficialSource:
+    """The state of official weights as a `StateSource`, by logical name: moments and step counts are 0."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], model: Model):
+        self.scales: Mapping[str, float] = initial_scales(model)
+        self._weights = {name: tensors[spec.official_name].reshape(-1) for name, spec in parameter_table(model).items()}
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        target = torch.empty(stop - start)
+        self.read_into(name, state, start, target)
+        return target
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        if state == WEIGHT:
+            target.copy_(self._weights[name][start : start + target.numel()])
+        else:
+            target.zero_()
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+        return [(start, stop, 0)] if start < stop else []
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """`error`: largest difference of any logit.  `largest`: largest logit of the reference, without its sign."""
+
+    error: float
+    largest: float
+
+
+@torch.no_grad()
+def compare_logits(weights: OfficialWeights, model: Model, reference: Path) -> Agreement:
+    """Logits of `weights`, in fp32 by our model, against those that the official code has computed.
+
+    `reference`: safetensors with input_ids [b, s] and logits (or logits_fp32, logits_fp64) [b, s, vocab].
+    CheckpointError when it is no such file, or when they differ by more than rounding.
+    """
+    ids, expected = _read_reference(reference, model)
+    with torch.device("meta"):
+        network = TokenFormer(model)
+    state = {name: weights.tensors[spec.official_name].float() for name, spec in parameter_table(model).items()}
+    network.load_state_dict(state, assign=True)
+    largest = expected.abs().max().item()
+    error = (network.eval()(ids).double() - expected.double()).abs().max().item()
+    if not error <= _TOLERANCES[expected.dtype] * largest:
+        raise CheckpointError(
+            f"{reference}: its logits are other ones: they differ by {error:.3g}, and the largest is {largest:.3g}. "
+            "Either they are not of these weights, or the model's heads, activation or rotary settings are not theirs"
+        )
+    return Agreement(error, largest)
+
+
+def _read_reference(path: Path, model: Model) -> tuple[Tensor, Tensor]:
+    try:
+        with file_errors(CheckpointError, path, "Give a readable file."), safe_open(path, "pt") as file:
+            present = set(file.keys())
+            kept = next((name for name in _LOGITS if name in present), None)
+            if kept is None or "input_ids" not in present:
+                raise CheckpointError(f"{path}: a reference holds input_ids and one of {', '.join(_LOGITS)}")
+            ids, logits = file.get_tensor("input_ids").long(), file.get_tensor(kept)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: is not a safetensors file ({error})") from error
+    if tuple(logits.shape) != (*ids.shape, model.vocab_size) or ids.dim() != 2 or logits.dtype not in _TOLERANCES:
+        raise CheckpointError(
+            f"{path}: input_ids {list(ids.shape)} and {kept} {list(logits.shape)} are not [b, s] and "
+            f"[b, s, {model.vocab_size}]"
+        )
+    if not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
+        raise CheckpointError(f"{path}: input_ids go to {int(ids.max())}, model.vocab_size is {model.vocab_size}")
+    return ids, logits
+
+
+def exportable_model(reader: CheckpointReader) -> Model:
+    """The checkpoint's model. CheckpointError unless the official code computes the same from its weights.
+
+    That code knows no stored τ: it takes √n (n for softmax) of as many tokens as it finds.
+    """
+    model = stored_model(reader.index)
+    assumed = {name: default_scale(count, model.activation) for name, count in projection_tokens(model).items()}
+    held = reader.index.scales
+    # A scale that differs by its last bits is √n all the same, reached over another way.
+    other = [name for name, scale in assumed.items() if not math.isclose(held[name], scale, rel_tol=1e-9)]
+    if other:
+        listed = "".join(f"\n  - {name}: τ {held[name]:.6g}, the official code takes {assumed[name]:.6g}"
+                         for name in other[:5])  # fmt: skip
+        more = f"\n  - and {len(other) - 5:,} more" if len(other) > 5 else ""
+        raise CheckpointError(
+            f"{reader.path}: the official code would compute another function from these weights, because it takes "
+            f"τ from the number of tokens:{listed}{more}\nGrowth by zero_key holds τ as it was. Growth by gram ends "
+            "with this τ and the same function: grow by it instead, or once more"
+        )
+    return model
+
+
+def check_export_target(path: Path) -> None:
+    """Create the folder that the official file `path` will stand in. UserError when it cannot go there."""
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder. Name the file, such as {path / WEIGHTS_NAME}")
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already. Nothing is overwritten: give another name")
+    prepare_output(path)
+
+
+def write_official(path: Path, model: Model, reader: CheckpointReader) -> int:
+    """Write the weights to `path` as the official file: a dict of fp32 tensors. Returns its bytes.
+
+    The whole model is held in memory. Errors: CheckpointError, with nothing left behind.
+    """
+    table = parameter_table(model)
+    needed = 4 * sum(spec.numel for spec in table.values()) + _FILE_OVERHEAD_BYTES
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise CheckpointError(f"{path}: the file takes {needed:,} bytes, and {free:,} are free there. Make room")
+    tensors = {
+        spec.official_name: reader.read(name, WEIGHT, 0, spec.numel).view(spec.shape) for name, spec in table.items()
+    }
+    with file_errors(CheckpointError, path, "Nothing was written."), atomic_path(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(tensors, file)
+        except RuntimeError as error:  # torch's archive, closed after a failed write, hides the system's reason
+            cause = error.__context__ if isinstance(error.__context__, OSError) else OSError(f"torch: {error}")
+            raise cause from error
+        size = temporary.stat().st_size
+    sync_folder(path.parent)
+    return size
+
+
+def official_settings(model: Model) -> dict[str, object]:
+    """What a configuration of the official repository has to say for these weights."""
+    counts = {f"{kind}_slot_num": count for kind, count in model.parameter_tokens.model_dump().items()}
+    return {
+        "num_layers": model.num_layers, "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads, **counts, "seq_length": model.seq_length,
+        "max_position_embeddings": model.seq_length, "norm_activation_type": model.activation,
+        "rotary_pct": model.rotary_fraction, "rotary_emb_base": model.rotary_base, "layernorm_epsilon": model.norm_eps,
+    }  # fmt: skip

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launching import PROJECT, run, train
+from tooling import assert_refused, tool
+
+from megatron_tf.checkpoint.load import load_logical
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.data.indexed import IndexedWriter
+from megatron_tf.inference.load import load_model
+
+GOLDEN = PROJECT / "tests" / "golden"
+PUBLISHED = GOLDEN / "tiny_pytorch_model.bin"
+REFERENCE = GOLDEN / "tiny_lm.safetensors"
+CONFIG = """
+run: {{dir: {folder}/run, name: test}}
+model:
+  num_layers: 3
+  hidden_size: 64
+  num_attention_heads: 4
+  seq_length: 32
+  vocab_size: 128
+  parameter_tokens: {{qkv: 48, proj: 48, ffn: 160}}
+training: {{train_steps: 2, global_batch_size: 4, micro_batch_size: 2, precision: fp32}}
+optimizer: {{lr: 1e-3}}
+data:
+  train: [{{path: {folder}/tokens}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """config.yml and `run`, imported from the golden file by the command."""
+    folder = tmp_path_factory.mktemp("convert")
+    (folder / "config.yml").write_text(CONFIG.format(folder=folder))
+    done = bring_in(folder, "run", "--reference", REFERENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"run {folder}/config.yml with run.dir={folder}/run" in done.stdout
+    return folder
+
+
+def bring_in(folder: Path, target: str, *arguments, source=PUBLISHED, **options):
+    return tool("convert_checkpoint", "from-official", source, "--config", folder / "config.yml",
+                "--to", folder / target, *arguments, **options)  # fmt: skip
+
+
+def test_a_dry_run_says_everything_and_writes_nothing(folder):
+    done = bring_in(folder, "dry", "--dry-run", "--reference", REFERENCE)
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    for line in (
+        f"from {PUBLISHED}: published weights, 585,389 bytes",
+        f"to {folder}/dry/checkpoints/step_00000000",
+        "model as configured",
+        "3 layers × 64, 4 heads, 32 positions, 128 vocabulary rows, l2_norm_gelu",
+        "ffn 160 tokens, τ 12.6491",
+        "parameters 143,488",
+        "dry run: nothing is written",
+    ):
+        assert line in lines, done.stdout
+    assert any(line.startswith("reference logits differ by") for line in lines)
+    assert not (folder / "dry").exists()
+    done = tool("convert_checkpoint", "to-official", folder / "run", "--to", folder / "dry.bin", "--dry-run")
+    assert done.returncode == 0 and '"ffn_slot_num": 160' in done.stdout, done.stderr
+    assert not (folder / "dry.bin").exists()
+
+
+def test_the_imported_model_computes_what_the_official_one_does(folder):
+    from safetensors.torch import load_file
+
+    golden = load_file(REFERENCE)
+    logits = load_model(folder / "run")(golden["input_ids"])
+    torch.testing.assert_close(logits, golden["logits_fp32"], rtol=0, atol=5e-5)
+
+
+def test_there_and_back_again(folder):
+    done = tool("convert_checkpoint", "to-official", folder / "run", "--to", folder / "new" / "back.bin")
+    assert done.returncode == 0, done.stderr
+    there = torch.load(PUBLISHED, weights_only=True)
+    back = torch.load(folder / "new" / "back.bin", weights_only=True)
+    assert list(back) == list(there) and all(torch.equal(back[name], there[name]) for name in there)
+    assert [path.name for path in (folder / "new").iterdir()] == ["back.bin"]
+
+
+def test_bad_input_is_one_message(folder, tmp_path):
+    weights = torch.load(PUBLISHED, weights_only=True)
+    last = list(weights)[-1]
+    torch.save({name: tensor for name, tensor in weights.items() if name != last}, tmp_path / "missing.bin")
+    assert_refused(bring_in(folder, "refused", source=tmp_path / "missing.bin"), f"missing tensor {last}")
+    assert_refused(bring_in(folder, "run"), "holds step_00000000 already. Nothing is overwritten")
+    unknown = tool("convert_checkpoint", "from-official", PUBLISHED, "--to", folder / "refused")
+    assert_refused(unknown, "none of the published models", "give --config")
+    damaged = bytearray(PUBLISHED.read_bytes())
+    damaged[damaged.index(weights["sequential.3.mlp.key_param_tokens"].numpy().tobytes())] ^= 1
+    (tmp_path / "damaged.bin").write_bytes(damaged)
+    done = bring_in(folder, "refused", source=tmp_path / "damaged.bin")
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "is damaged: the bytes of" in done.stderr
+    assert not (folder / "refused").exists()
+    taken = tool("convert_checkpoint", "to-official", folder / "run", "--to", PUBLISHED)
+    assert_refused(taken, "exists already. Nothing is overwritten")
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, tmp_path):
+    done = bring_in(folder, "full", largest_file=100_000)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "File too large" in done.stderr, done.stderr
+    assert list((folder / "full" / "checkpoints").iterdir()) == []
+    done = tool("convert_checkpoint", "to-official", folder / "run", "--to", tmp_path / "full.bin",
+                largest_file=100_000)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "File too large" in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_imported_model_is_trained_on_and_grown(folder, tmp_path):
+    with IndexedWriter(tmp_path / "tokens", vocab_size=128) as writer:
+        for document in range(20):
+            writer.add_document([(document * 7 + position * position) % 128 for position in range(100)])
+    (tmp_path / "config.yml").write_text(CONFIG.format(folder=tmp_path))
+    shutil.copytree(folder / "run", tmp_path / "run")
+    done = train(tmp_path)
+    assert done.returncode == 0 and "step_00000000 at step 0" in done.stdout, done.stdout
+    weights, before = load_logical(tmp_path / "run"), load_logical(folder / "run")
+    change = max((weights[name] - before[name]).abs().max() for name in weights)
+    assert 0 < change < 0.01  # two steps away from the imported weights, not from initial ones
+    done = run(["python", PROJECT / "tools" / "expand_checkpoint.py", "--from", folder / "run", "--config",
+                tmp_path / "config.yml", "--to", tmp_path / "grown", "model.parameter_tokens.ffn=170"])  # fmt: skip
+    assert done.returncode == 0 and "function    kept" in done.stdout, done.stdout
+    grown = open_checkpoint(tmp_path / "grown" / "checkpoints" / "step_00000000")
+    out = tool("convert_checkpoint", "to-official", grown.path, "--to", tmp_path / "out.bin")
+    assert_refused(out, "blocks.0.ffn: τ 12.6491, the official code takes 13.0384")

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tooling import PROJECT, assert_refused, tool
+
+from megatron_tf.config import load_config
+from megatron_tf.config.validate import plan_batches
+from megatron_tf.estimate import memory_per_rank, num_parameters
+
+CONFIGS = Path(PROJECT) / "configs"
+
+
+def plan(*arguments):
+    done = tool("plan_run", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_json_holds_what_the_configuration_gives():
+    made = plan(CONFIGS / "1.4B.yml", "--gpus", 16, "--gpu", "a100", "--best", 3)
+    (stage,) = made["stages"]
+    config = load_config(CONFIGS / "1.4B.yml")
+    assert stage["parameters"] == num_parameters(config.model)
+    assert stage["memory"]["total"] == memory_per_rank(config, 16).total
+    assert stage["run"]["tokens"] == plan_batches(config, 16).train_tokens
+    assert stage["layout"] == "TP2×PP1×DP8 micro batch 8 +sequence" and stage["fits"] and stage["problems"] == []
+    assert len(stage["best_layouts"]) == 3
+    assert stage["best_layouts"][0]["step_seconds"] <= stage["step_seconds"]
+    assert stage["activations_by_checkpointing"]["on"] < stage["activations_by_checkpointing"]["off"]
+    assert made["gpu"]["name"] == "a100" and made["chain"] == [] and len(made["assumptions"]) >= 4
+
+
+def test_tokens_and_overrides():
+    made = plan(CONFIGS / "124M.yml", "--gpus", 8, "--tokens", "15e9", "training.micro_batch_size=16")
+    (stage,) = made["stages"]
+    assert stage["run"]["tokens"] == pytest.approx(15e9, rel=1e-4)
+    assert "micro batch 16" in stage["layout"]
+    steps = plan(CONFIGS / "tiny.yml", "--gpus", 1, "--tokens", "1e6")["stages"][0]["run"]
+    assert steps["tokens"] == pytest.approx(1e6, rel=0.01)
+
+
+def test_thousands_of_gpus_in_words():
+    done = tool(
+        "plan_run", CONFIGS / "pile_1.5B.yml", "--gpus", 4096, "--gpu", "h200", "training.global_batch_size=8192",
+        "training.micro_batch_size=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in ("4,096 × h200", "valid, fits", "best layouts", "GPU-hours", "MWh", "checkpoint.interval_steps=", "MFU",
+                 "data-parallel communication", "They assume that", "matrix products reach 70%"):  # fmt: skip
+        assert text in done.stdout, done.stdout
+
+
+def test_a_chain_beside_training_from_scratch():
+    made = plan(CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--scratch-tokens", "30e9")
+    assert [cost["name"] for cost in made["chain"]] == ["chain-124M", "chain-354M", "chain-757M", "chain-1.4B"]
+    assert {cost["scratch_tokens"] for cost in made["chain"]} == {30_000_000_000}
+    text = tool("plan_run", CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--best", 1).stdout
+    assert "The chain, beside training each size from scratch" in text and "all sizes:" in text
+
+
+def test_a_layout_that_cannot_run_is_refused_and_others_are_named():
+    done = tool("plan_run", CONFIGS / "124M.yml", "--gpus", 64)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: training.global_batch_size: 512 is not a multiple of 2048")
+    assert "not valid" in done.stdout and "TP1×PP1×DP64 micro batch 8" in done.stdout
+
+
+def test_what_does_not_fit_is_said():
+    done = tool("plan_run", CONFIGS / "124M.yml", "--gpus", 1, "--gpu", "rtx4090", "--storage-gb-per-s", "0.5")
+    assert done.returncode == 0 and "valid, DOES NOT FIT" in done.stdout
+
+
+def test_mistakes(tmp_path):
+    assert_refused(tool("plan_run", CONFIGS / "124M.yml", "--gpus", 8, "--gpu", "tpu"), "--gpu: 'tpu' is not known")
+    chain = CONFIGS / "chain_124M_to_1.4B.yml"
+    assert_refused(
+        tool("plan_run", chain, "--gpus", 8, "--tokens", "1e9"), "--tokens", "stages.NAME.training.train_tokens"
+    )
+    assert_refused(tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 2, "--scratch-tokens", "1e9"), "is no chain")
+    assert_refused(tool("plan_run", tmp_path / "none.yml", "--gpus", 8), "none.yml")
+    for option, value in (
+        ("--gpus", "0"),
+        ("--tokens", "-1"),
+        ("--storage-gb-per-s", "0"),
+        ("--restart-minutes", "nan"),
+    ):
+        done = tool(
+            "plan_run", CONFIGS / "tiny.yml", *(() if option == "--gpus" else ("--gpus", 1)), f"{option}={value}"
+        )
+        assert done.returncode == 2 and f"argument {option}" in done.stderr
+
+
+def test_it_needs_no_torch():
+    script = (
+        f"import runpy, sys; sys.argv = ['x', {str(CONFIGS / 'tiny.yml')!r}, '--gpus', '2'];"
+        f"runpy.run_path({str(Path(PROJECT) / 'tools' / 'plan_run.py')!r}, run_name='__main__');"
+        "assert not {'torch', 'deepspeed', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr
