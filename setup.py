@@ -6,6 +6,8 @@ PLOT = ["matplotlib>=3.8"]
 WANDB = ["wandb>=0.31,<1"]
 TENSORBOARD = ["tensorboard>=2.20,<3"]
 SENTENCEPIECE = ["sentencepiece>=0.2,<0.3"]
+PARQUET = ["pyarrow>=17,<27"]
+TIKTOKEN = ["tiktoken>=0.11,<1"]  # before, it took special tokens that a text spells out for special tokens
 
 setup(
     name="megatron_tf",
@@ -29,18 +31,22 @@ setup(
     extras_require={
         "eval": ["lm_eval>=0.4.13,<0.5", "transformers>=5.16,<6"],
         "hf": ["transformers>=5.16,<6"],
+        "parquet": PARQUET,
         "plot": PLOT,
         "sentencepiece": SENTENCEPIECE,
         "tensorboard": TENSORBOARD,
+        "tiktoken": TIKTOKEN,
         "wandb": WANDB,
         "dev": [
             "mypy>=1.15",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.15",
+            *PARQUET,
             *PLOT,
             *SENTENCEPIECE,
             *TENSORBOARD,
+            *TIKTOKEN,
             *WANDB,
         ],
     },

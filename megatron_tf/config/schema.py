@@ -97,7 +97,7 @@ class DataSource(Section):
 
 
 class Data(Section):
-    tokenizer: str | None = None  # Hugging Face tokenizers .json or SentencePiece .model
+    tokenizer: str | None = None  # a .json, .model or .tiktoken file, tiktoken:NAME, or bytes; compared with the data
     train: tuple[DataSource, ...] = Field(min_length=1)
     validation: tuple[DataSource, ...] = ()
 

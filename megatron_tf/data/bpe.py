@@ -5,28 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_tf.data.atomic import atomic_path, make_parent
 from megatron_tf.data.tokenizer import EOD_TOKENS
-from megatron_tf.errors import DataError
+from megatron_tf.durable import prepare_output, write_atomically
+from megatron_tf.errors import DataError, file_errors
 
 SMALLEST_VOCABULARY = 257  # every byte and the end-of-document token
+LARGEST_VOCABULARY = 1 << 20  # four times the largest in use; the trainer reserves memory for all it is asked for
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> int:
     """Train on the texts and write `output`; returns the vocabulary size, smaller than asked for on too little text.
 
     Id 0 is <|endoftext|>, then the 256 bytes, then the merges: any text is encoded without an unknown token. The same
-    texts give the same file. Raises `DataError` for a vocabulary that is too small or a package that is missing.
+    texts give the same file. Raises `DataError` for a vocabulary size out of range, an output that is no .json or
+    cannot be written, and a package that is missing.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(
             f"vocabulary size is {vocab_size}, bytes alone need {SMALLEST_VOCABULARY}. Choose a larger one."
         )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise DataError(
+            f"vocabulary size is {vocab_size}, at most {LARGEST_VOCABULARY} is possible. Choose a smaller one."
+        )
+    if output.suffix != ".json":
+        raise DataError(f"{output}: a tokenizer is recognised by the ending .json. Choose such a name for the output.")
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
         raise DataError("training needs the package tokenizers: pip install 'megatron_tf'") from None
-    make_parent(output)
+    prepare_output(output)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,6 +45,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> int:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    with atomic_path(output) as path:
-        path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    with file_errors(DataError, output, "Free space or choose another output."):
+        write_atomically(output, tokenizer.to_str(pretty=True).encode("utf-8"))
     return tokenizer.get_vocab_size()

@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tf.data.atomic import atomic_path, make_parent
-from megatron_tf.data.preprocess import is_held_out
-from megatron_tf.errors import DataError
+from megatron_tf.data.split import is_held_out
+from megatron_tf.durable import atomic_path, prepare_output, write_atomically
+from megatron_tf.errors import DataError, file_errors
 
 VALIDATION_FRACTION = 0.05
 # Tests, tables of characters, other people's packages, and the topics, which are read by themselves.
@@ -86,19 +86,21 @@ def within_bytes(documents: Iterable[Document], limit_bytes: int) -> Iterator[Do
 def write_corpus(documents: Iterable[Document], folder: Path, version: str) -> dict[str, tuple[int, int]]:
     """Write train.jsonl.zst, validation.jsonl.zst and LICENSE.txt; returns (documents, bytes of text) of each split.
 
-    A line is {"name", "text"}; the split is by hash of the name. Raises `DataError` when a split would be empty.
+    A line is {"name", "text"}; the split is by hash of the name. Raises `DataError` when a split would be empty or
+    the folder cannot be written; older files are then as they were, and nothing half-written stays.
     """
     try:
         import zstandard
     except ImportError:
         raise DataError("the corpus needs the package zstandard: pip install 'megatron_tf'") from None
     counts = {"train": (0, 0), "validation": (0, 0)}
-    make_parent(folder / "LICENSE.txt")
-    with ExitStack() as stack:
+    paths = {split: folder / f"{split}.jsonl.zst" for split in counts}
+    for path in (folder / "LICENSE.txt", *paths.values()):
+        prepare_output(path)
+    with file_errors(DataError, folder, "Free space or choose another folder."), ExitStack() as stack:
         streams = {}
-        for split in counts:
-            path = stack.enter_context(atomic_path(folder / f"{split}.jsonl.zst"))
-            file = stack.enter_context(open(path, "wb"))
+        for split, path in paths.items():
+            file = stack.enter_context(open(stack.enter_context(atomic_path(path)), "wb"))
             streams[split] = stack.enter_context(zstandard.ZstdCompressor(level=9).stream_writer(file))
         for document in documents:
             split = "validation" if is_held_out(document.name.encode("utf-8"), VALIDATION_FRACTION) else "train"
@@ -109,6 +111,5 @@ def write_corpus(documents: Iterable[Document], folder: Path, version: str) -> d
         for split, (number, _) in counts.items():
             if number == 0:
                 raise DataError(f"{folder}: no document for {split}. Raise the number of megabytes.")
-        with atomic_path(folder / "LICENSE.txt") as path:
-            path.write_text(LICENSE_NOTE.format(version=version), encoding="utf-8")
+        write_atomically(folder / "LICENSE.txt", LICENSE_NOTE.format(version=version).encode("utf-8"))
     return counts

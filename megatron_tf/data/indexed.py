@@ -19,6 +19,7 @@ different width in Megatron-LM and GPT-NeoX; they are never written and refused 
 
 from __future__ import annotations
 
+import stat
 import struct
 from array import array
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ from typing import final
 
 import numpy as np
 
-from megatron_tf.data.atomic import make_parent, partial_path, publish
-from megatron_tf.errors import DataError
+from megatron_tf.durable import partial_path, prepare_output, publish, sync_folder
+from megatron_tf.errors import DataError, file_errors
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -45,6 +46,28 @@ def data_file(prefix: str | Path) -> Path:
 
 def index_file(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
+
+
+def token_type(vocab_size: int) -> tuple[int, np.dtype]:
+    """(code, type) in which ids below `vocab_size` are written."""
+    code = 8 if vocab_size < U16_VOCABULARY_LIMIT else 4
+    return code, np.dtype(TOKEN_TYPES[code])
+
+
+def pack_header(code: int, num_documents: int) -> bytes:
+    """Beginning of an index of documents that are one sequence each."""
+    return HEADER.pack(MAGIC, 1, code, num_documents, num_documents + 1)
+
+
+def publish_pair(prefix: str | Path) -> None:
+    """Give both files, complete under their temporary names, their own: `.idx` last."""
+    bin_path, idx_path = data_file(prefix), index_file(prefix)
+    # An old index beside the new tokens would be read as data: it goes before the tokens change.
+    idx_path.unlink(missing_ok=True)
+    publish(partial_path(bin_path), bin_path)
+    sync_folder(bin_path.parent)  # a power cut must not keep the index's name and lose that of the tokens
+    publish(partial_path(idx_path), idx_path)
+    sync_folder(idx_path.parent)
 
 
 @final
@@ -61,10 +84,10 @@ class IndexedWriter:
         self.vocab_size = vocab_size
         self.num_tokens = 0
         self.max_token_id = -1  # of all documents so far; -1 before the first token
-        self._type_code = 8 if vocab_size < U16_VOCABULARY_LIMIT else 4
-        self._dtype = np.dtype(TOKEN_TYPES[self._type_code])
+        self._type_code, self._dtype = token_type(vocab_size)
         self._sizes = array("i")
-        make_parent(data_file(prefix))
+        for path in (index_file(prefix), data_file(prefix)):
+            prepare_output(path)
         self._bin = open(partial_path(data_file(prefix)), "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close()
 
     @property
@@ -74,35 +97,38 @@ class IndexedWriter:
     def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document's token ids. Raises `DataError` for an id outside [0, vocab_size)."""
         tokens = np.asarray(ids, dtype=np.int64)
-        if tokens.size:
-            smallest, largest = int(tokens.min()), int(tokens.max())
+        self.add_documents(tokens, np.array([tokens.size]))
+
+    def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents whose ids [tokens] stand one after another, `lengths` [documents] of them each."""
+        assert ids.size == lengths.sum(), (ids.size, lengths.sum())
+        if ids.size:
+            smallest, largest = int(ids.min()), int(ids.max())
             if smallest < 0 or largest >= self.vocab_size:
+                place = int(np.flatnonzero((ids < 0) | (ids >= self.vocab_size))[0])
+                document = self.num_documents + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
                 raise DataError(
-                    f"{self.prefix}: document {self.num_documents} has token id {smallest if smallest < 0 else largest}, "
+                    f"{self.prefix}: document {document} has token id {int(ids[place])}, "
                     f"outside the vocabulary of {self.vocab_size}. Use the tokenizer that the vocabulary size belongs to."
                 )
             self.max_token_id = max(self.max_token_id, largest)
-        self._bin.write(tokens.astype(self._dtype).tobytes())
-        self._sizes.append(tokens.size)
-        self.num_tokens += tokens.size
+        self._bin.write(ids.astype(self._dtype).data)
+        self._sizes.extend(lengths.tolist())
+        self.num_tokens += ids.size
 
     def close(self) -> None:
         """Write the index and give both files their names."""
         self._bin.close()
-        bin_path, idx_path = data_file(self.prefix), index_file(self.prefix)
         sizes = np.array(self._sizes, dtype="<i4")
         pointers = np.zeros(sizes.size, dtype="<i8")
         np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
         pointers *= self._dtype.itemsize
-        with open(partial_path(idx_path), "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, self._type_code, sizes.size, sizes.size + 1))
+        with open(partial_path(index_file(self.prefix)), "wb") as file:
+            file.write(pack_header(self._type_code, sizes.size))
             file.write(sizes.tobytes())
             file.write(pointers.tobytes())
             file.write(np.arange(sizes.size + 1, dtype="<i8").tobytes())
-        # An old index beside the new tokens would be read as data: it goes before the tokens change.
-        idx_path.unlink(missing_ok=True)
-        publish(partial_path(bin_path), bin_path)
-        publish(partial_path(idx_path), idx_path)
+        publish_pair(self.prefix)
 
     def discard(self) -> None:
         """Delete what was written so far."""
@@ -131,8 +157,8 @@ class IndexedWriter:
 class IndexedDataset:
     """A pair of files, memory-mapped: opening it reads a few dozen bytes, whatever its size.
 
-    Raises `DataError` on opening when a file is missing, truncated, of another format, or when the two do not
-    belong together. The sequences must lie in `.bin` in order and without gaps, as every known writer leaves them.
+    Raises `DataError` on opening when a file is missing, unreadable, truncated, of another format, or when the two do
+    not belong together. The sequences must lie in `.bin` in order and without gaps, as every known writer leaves them.
     """
 
     def __init__(self, prefix: str | Path):
@@ -141,7 +167,8 @@ class IndexedDataset:
         idx_bytes = _size_of(index_file(prefix), self.prefix)
         dtype, self.num_sequences, entries = _read_header(index_file(prefix), idx_bytes)
         self.num_documents = entries - 1
-        index = np.memmap(index_file(prefix), dtype=np.uint8, mode="r")
+        self.dtype = dtype  # of the tokens in the file
+        index = _mapped(index_file(prefix), np.dtype(np.uint8))
         sizes_end = HEADER.size + 4 * self.num_sequences
         pointers_end = sizes_end + 8 * self.num_sequences
         self._sizes = index[HEADER.size : sizes_end].view("<i4")
@@ -149,7 +176,7 @@ class IndexedDataset:
         self._document_index = index[pointers_end:].view("<i8")
         self._check_ends(bin_bytes, dtype)
         self.num_tokens = bin_bytes // dtype.itemsize
-        self._tokens = np.memmap(data_file(prefix), dtype=dtype, mode="r") if bin_bytes else np.empty(0, dtype)
+        self._tokens = _mapped(data_file(prefix), dtype) if bin_bytes else np.empty(0, dtype)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of all documents one after another, as int64 [stop - start], copied."""
@@ -183,17 +210,27 @@ class IndexedDataset:
 
 
 def _size_of(path: Path, prefix: str) -> int:
-    if path.is_file():
-        return path.stat().st_size
     hint = "Prepare the data with tools/preprocess_data.py or correct the path."
     if prefix.endswith((".bin", ".idx")):
         hint = f"Give the common prefix of the two files: {prefix[:-4]}"
-    raise DataError(f"{path}: no such file. {hint}")
+    with file_errors(DataError, path, hint):
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(f"{path}: no such file. {hint}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}: is a folder or a device, not a file. {hint}")
+    return status.st_size
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    with file_errors(DataError, path, "Make it readable or correct the path."):
+        return np.memmap(path, dtype=dtype, mode="r")
 
 
 def _read_header(path: Path, file_bytes: int) -> tuple[np.dtype, int, int]:
     """Token type, number of sequences, and entries of the document index of `path`."""
-    with open(path, "rb") as file:
+    with file_errors(DataError, path, "Make it readable or correct the path."), open(path, "rb") as file:
         head = file.read(HEADER.size)
     if not head.startswith(MAGIC):
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_tf.data.indexed import IndexedDataset, data_file, index_file
 from megatron_tf.data.samples import TokenSource, derived_seed
 from megatron_tf.data.summary import read_summary, summary_file
 from megatron_tf.data.tokenizer import tokenizer_fingerprint
-from megatron_tf.errors import DataError
+from megatron_tf.errors import DataError, file_errors
 
 PROBE_BYTES = 1 << 16
 
@@ -48,19 +49,19 @@ def _open_source(prefix: str, seq_length: int, seed: int, vocab_size: int) -> To
                 f"beside it have {dataset.num_documents} and {dataset.num_tokens}. Prepare the data again."
             )
         if summary.max_token_id >= vocab_size:
-            raise _outside_vocabulary(prefix, summary.max_token_id, vocab_size)
+            raise _outside_vocabulary(str(data_file(prefix)), summary.max_token_id, vocab_size)
     return TokenSource(dataset, seq_length, seed)
 
 
-def _outside_vocabulary(prefix: str, token_id: int, vocab_size: int) -> DataError:
+def _outside_vocabulary(place: str, token_id: int, vocab_size: int) -> DataError:
     if token_id < 0:
         return DataError(
-            f"{data_file(prefix)}: token id {token_id} is outside the vocabulary, ids are 0 to {vocab_size - 1}. "
+            f"{place}: token id {token_id} is outside the vocabulary, ids are 0 to {vocab_size - 1}. "
             f"The file is damaged or its token type is wrong: prepare the data again."
         )
     return DataError(
-        f"{data_file(prefix)}: token id {token_id} is beyond the vocabulary, model.vocab_size is {vocab_size}. Raise "
-        f"model.vocab_size to at least {token_id + 1} or prepare the data with the tokenizer of this model."
+        f"{place}: token id {token_id} is beyond the vocabulary, model.vocab_size is {vocab_size}. Raise model.vocab_size "
+        f"to at least {token_id + 1}, or prepare the data again (tools/preprocess_data.py) with the tokenizer of this model."
     )
 
 
@@ -97,21 +98,22 @@ def fingerprint(sources: Sequence[DataSource], seed: int) -> dict[str, Any]:
     entries = []
     for source in sources:
         dataset = IndexedDataset(source.path)
-        bin_bytes = data_file(source.path).stat().st_size
-        with open(data_file(source.path), "rb") as file:
+        path = data_file(source.path)
+        with file_errors(DataError, path, "Make it readable or correct the path."), open(path, "rb") as file:
             ends = file.read(PROBE_BYTES)
+            bin_bytes = file.seek(0, os.SEEK_END)
             file.seek(max(0, bin_bytes - PROBE_BYTES))
             ends += file.read(PROBE_BYTES)
-        entries.append(
-            {
-                "name": Path(source.path).name,
-                "weight": source.weight,
-                "tokens": dataset.num_tokens,
-                "bin_bytes": bin_bytes,
-                "idx_bytes": index_file(source.path).stat().st_size,
-                "ends_sha256": hashlib.sha256(ends).hexdigest(),
-            }
-        )
+            entries.append(
+                {
+                    "name": Path(source.path).name,
+                    "weight": source.weight,
+                    "tokens": dataset.num_tokens,
+                    "bin_bytes": bin_bytes,
+                    "idx_bytes": index_file(source.path).stat().st_size,
+                    "ends_sha256": hashlib.sha256(ends).hexdigest(),
+                }
+            )
     return {"seed": seed, "sources": entries}
 
 
@@ -152,8 +154,14 @@ class BatchLoader:
     def _check_vocabulary(self, rows: np.ndarray, first: int) -> None:
         outside = (rows < 0) | (rows >= self.vocab_size)
         if outside.any():
-            row, column = np.argwhere(outside)[0]
-            source, _ = self.dataset.locate(first + int(row))
-            raise _outside_vocabulary(
-                self.dataset.sources[source].dataset.prefix, int(rows[row, column]), self.vocab_size
+            row, column = map(int, np.argwhere(outside)[0])
+            number, index = self.dataset.locate(first + row)
+            source = self.dataset.sources[number]
+            token = source.block(index) * source.seq_length + column
+            offsets = source.dataset.document_offsets
+            document = int(np.searchsorted(offsets, token, side="right")) - 1
+            place = (
+                f"{data_file(source.dataset.prefix)}: document {document}, token {token - int(offsets[document])} of it "
+                f"(token {token} of the file)"
             )
+            raise _outside_vocabulary(place, int(rows[row, column]), self.vocab_size)

@@ -1,242 +1,263 @@
-"""Text files to a pair of token files, over several processes. The output does not depend on their number.
+"""Text files to token files: the parts of a preparation are written, by one run or by many, and then merged.
 
-The parent reads lines, the workers parse, split and encode them in batches, and the parent writes the batches in the
-order in which it read them.
+The output depends on the inputs, the tokenizer and the settings that decide what a document is; not on the number of
+processes, on who wrote which part, or on how often the work was interrupted.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import multiprocessing
 import os
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
 
-import numpy as np
-
-from megatron_tf.data.indexed import IndexedWriter
-from megatron_tf.data.records import BadRecord, RawRecord, bad_record_error, expand_inputs, parse_record, read_records
-from megatron_tf.data.summary import CorpusSummary, check_replaceable, write_summary
+from megatron_tf.data.encoding import EncodeSettings
+from megatron_tf.data.formats import check_packages
+from megatron_tf.data.indexed import IndexedDataset, data_file, index_file, publish_pair
+from megatron_tf.data.lanes import write_parts
+from megatron_tf.data.merge import merge_pairs
+from megatron_tf.data.part_writer import OnError, PartJob
+from megatron_tf.data.parts import Part, key_of, locked, plan_parts
+from megatron_tf.data.progress import Progress
+from megatron_tf.data.record_types import ReadLimits
+from megatron_tf.data.records import expand_inputs
+from megatron_tf.data.report import Report, SplitCounts, read_report, write_report
+from megatron_tf.data.summary import CorpusSummary, check_replaceable, read_summary, write_summary
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_tf.errors import DataError
+from megatron_tf.durable import partial_path, prepare_output
+from megatron_tf.errors import DataError, file_errors
 
-BATCH_DOCUMENTS = 512
-BATCH_BYTES = 1 << 20
-BATCHES_AHEAD_PER_WORKER = 4  # bounds the memory: reading is faster than encoding
+REMEDY = "Free space, mend the permissions or choose another prefix, then run again: finished parts are kept."
 
 
 @dataclass(frozen=True)
 class PreprocessSettings:
     inputs: tuple[str, ...]  # files and globs
-    tokenizer: str
+    tokenizer: str  # as `load_tokenizer` takes it
     output_prefix: str
-    json_key: str = "text"  # field of a .jsonl line that holds the document
+    json_key: str = "text"  # field of a .jsonl line, column of a .parquet, that holds the document
     workers: int = 1  # processes that encode; 1 encodes in this one
-    on_error: Literal["fatal", "skip"] = "fatal"  # what a record without text does
+    on_error: OnError = "stop"  # what a bad record does
     validation_fraction: float = 0.0  # share of documents, by hash of their text, that goes to PREFIX_validation
+    max_document_bytes: int = ReadLimits().max_document_bytes  # of a record as it stands in its file
+    shard_index: int = 0  # of num_shards runs that share the parts, each on its own
+    num_shards: int = 1
 
 
 @dataclass(frozen=True)
-class EncodedBatch:
-    """What a worker sends back: D documents, their tokens one after another."""
+class Plan:
+    """A preparation, checked, before anything is read."""
 
-    token_ids: np.ndarray  # int32 [tokens], each document ends with the end-of-document token
-    lengths: np.ndarray  # int64 [D], tokens
-    text_bytes: np.ndarray  # int64 [D], UTF-8
-    held_out: np.ndarray  # bool [D]
-    num_empty: int
-    bad_records: list[tuple[str, int, str]]  # file, line, reason
+    settings: PreprocessSettings
+    tokenizer: Tokenizer
+    files: tuple[Path, ...]
+    parts: tuple[Part, ...]  # of all shards, in the order in which they are merged
+    endings: tuple[str, ...]  # of the prefixes that are written
+    key: str  # names the work: the same for all that may share it
 
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """Ending -> prefix."""
+        return {ending: self.settings.output_prefix + ending for ending in self.endings}
 
-@dataclass
-class Progress:
-    """Counts and shows them: one line that is rewritten on a terminal, a line every ten seconds elsewhere."""
+    @property
+    def report_path(self) -> Path:
+        return Path(f"{self.settings.output_prefix}.report.json")
 
-    stream: TextIO
-    clock: Callable[[], float] = time.monotonic
-    documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    _started: float = field(init=False)
-    _shown: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._started = self._shown = self.clock()
-
-    def advance(self, batch: EncodedBatch) -> None:
-        self.documents += batch.lengths.size
-        self.text_bytes += int(batch.text_bytes.sum())
-        self.tokens += int(batch.lengths.sum())
-        self.skipped += len(batch.bad_records)
-        if self.clock() - self._shown >= (0.5 if self.stream.isatty() else 10.0):
-            self._shown = self.clock()
-            self._print(end="\r" if self.stream.isatty() else "\n")
-
-    def finish(self) -> None:
-        self._print(end="\n")
-
-    def _print(self, end: str) -> None:
-        seconds = max(self.clock() - self._started, 1e-9)
-        print(
-            f"{self.documents} documents ({self.documents / seconds:.0f}/s), {self.text_bytes / 1e6:.1f} MB "
-            f"({self.text_bytes / 1e6 / seconds:.2f} MB/s), {self.tokens} tokens ({self.tokens / seconds:.0f}/s), "
-            f"{self.skipped} skipped",
-            end=end,
-            file=self.stream,
-            flush=True,
-        )
+    @property
+    def folder(self) -> Path:
+        """Where the parts stand."""
+        return self.parts[0].folder
 
 
 def preprocess(settings: PreprocessSettings, progress: Progress) -> dict[str, CorpusSummary]:
-    """Encode the inputs; returns the summary of each prefix written.
+    """Write the parts of this shard that are not finished, and merge when those of all shards are.
 
-    Writes PREFIX.bin, .idx, .json, or with a validation fraction those of PREFIX_train and PREFIX_validation. Raises
-    `DataError` for every mistake in the inputs; nothing of the output is then changed.
+    Writes PREFIX.bin, .idx, .json, or with a validation fraction those of PREFIX_train and PREFIX_validation, and
+    PREFIX.report.json. Returns the summary of each prefix; of none when other shards have yet to finish. What is there
+    already is left as it is. Raises `DataError` for every mistake in the inputs; older output is then unchanged.
     """
+    plan = make_plan(settings)
+    summaries = _finished(plan)
+    if summaries is not None:
+        progress.note(f"{settings.output_prefix}: was prepared from the same files with the same settings before")
+        return summaries
+    own = plan.parts[settings.shard_index :: settings.num_shards]
+    todo = [part for part in own if part.report() is None]
+    if len(todo) < len(own):
+        progress.note(f"{len(own) - len(todo)} of {len(own)} parts were finished before")
+    for prefix in plan.prefixes.values():
+        prepare_output(index_file(prefix))
+    progress.start(sum(part.bytes for part in todo))
+    try:
+        busy = write_parts(_job(plan), todo, settings.workers, progress)
+    finally:
+        progress.stop()
+        _remove_if_empty(plan.folder)
+    if busy:
+        progress.note(f"{len(busy)} parts are in the hands of other processes")
+    return _merge_if_possible(plan, progress, insist=settings.num_shards == 1 and not busy)
+
+
+def merge_shards(settings: PreprocessSettings, progress: Progress) -> dict[str, CorpusSummary]:
+    """Only merge: the summaries as `preprocess` returns them. Raises `DataError` when parts are missing."""
+    return _merge_if_possible(make_plan(settings), progress, insist=True)
+
+
+def make_plan(settings: PreprocessSettings) -> Plan:
+    """Check the settings and look at the inputs. Raises `DataError`."""
     if not 0 <= settings.validation_fraction < 1:
         raise DataError(f"validation fraction is {settings.validation_fraction}. Choose it in [0, 1).")
     if settings.workers < 1:
         raise DataError(f"the number of workers is {settings.workers}. Choose at least 1.")
-    paths = expand_inputs(settings.inputs)
+    if settings.max_document_bytes < 1:
+        raise DataError(f"max document bytes is {settings.max_document_bytes}. Choose at least 1.")
+    if not 0 <= settings.shard_index < settings.num_shards:
+        raise DataError(
+            f"shard index is {settings.shard_index} of {settings.num_shards} shards. Choose it in [0, number of shards)."
+        )
+    if not os.path.basename(settings.output_prefix):
+        raise DataError(f"the output prefix {settings.output_prefix!r} ends without a name. Add one: data/openwebtext.")
+    files = tuple(expand_inputs(settings.inputs))
+    for path in {path.suffix: path for path in files}.values():
+        check_packages(path)
     tokenizer = load_tokenizer(settings.tokenizer)
+    parts = plan_parts(
+        settings.output_prefix, files, _encode_settings(settings), _limits(settings), tokenizer.fingerprint
+    )
     endings = ("_train", "_validation") if settings.validation_fraction else ("",)
-    prefixes = [settings.output_prefix + ending for ending in endings]
-    for prefix in prefixes:
+    plan = Plan(settings, tokenizer, files, tuple(parts), endings, key_of([part.key for part in parts]))
+    for prefix in plan.prefixes.values():
         check_replaceable(prefix)
+    return plan
+
+
+def _merge_if_possible(plan: Plan, progress: Progress, *, insist: bool) -> dict[str, CorpusSummary]:
+    """Make the output out of the parts and delete them; nothing when parts are missing or another process does it.
+
+    `insist`: these two are a `DataError`.
+    """
     try:
-        return _write(settings, paths, tokenizer, prefixes, progress)
-    except BrokenProcessPool:
-        raise DataError("a worker was killed, most likely for want of memory. Use fewer workers.") from None
-    except OSError as error:
-        where = error.filename or settings.output_prefix
-        raise DataError(f"{where}: {error.strerror}. Free space or mend the permissions, then run again.") from None
+        with (
+            file_errors(DataError, plan.settings.output_prefix, REMEDY),
+            locked(plan.folder / "merge.lock", patience_seconds=0.5) as held,
+        ):
+            summaries = _finished(plan)
+            if summaries is None:
+                problem = _obstacle(plan) if held else "another process is merging the parts"
+                if problem and insist:
+                    raise DataError(f"{plan.folder}: {problem}.")
+                if problem:
+                    progress.note(f"{plan.folder}: {problem}")
+                    return {}
+                summaries = _merge(plan)
+            if held:
+                shutil.rmtree(plan.folder, ignore_errors=True)
+            return summaries
+    finally:
+        _remove_if_empty(plan.folder)
 
 
-def _write(
-    settings: PreprocessSettings, paths: list[Path], tokenizer: Tokenizer, prefixes: list[str], progress: Progress
-) -> dict[str, CorpusSummary]:
-    text_bytes, num_empty = [0] * len(prefixes), 0
-    with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedWriter(prefix, tokenizer.vocab_size)) for prefix in prefixes]
-        for batch in encode_all(settings, batches(read_records(paths))):
-            if batch.bad_records and settings.on_error == "fatal":
-                raise bad_record_error(*batch.bad_records[0])
-            for bad in batch.bad_records:
-                print("skipped {}:{}: {}".format(*bad), file=progress.stream)
-            num_empty += batch.num_empty
-            documents = np.split(batch.token_ids, np.cumsum(batch.lengths)[:-1]) if batch.lengths.size else []
-            for ids, size, held_out in zip(documents, batch.text_bytes, batch.held_out, strict=True):
-                writers[int(held_out)].add_document(ids)
-                text_bytes[int(held_out)] += int(size)
-            progress.advance(batch)
-        progress.finish()
-        summaries = {}
-        for writer, size in zip(writers, text_bytes, strict=True):
-            if writer.num_documents == 0:
-                raise DataError(
-                    f"{writer.prefix}: got none of the {progress.documents} documents of {len(paths)} files "
-                    f"({num_empty} empty, {progress.skipped} skipped). Give more text or another validation fraction."
-                )
-            summaries[writer.prefix] = CorpusSummary(
-                documents=writer.num_documents,
-                tokens=writer.num_tokens,
-                bytes=size,
-                max_token_id=writer.max_token_id,
-                tokenizer_fingerprint=tokenizer.fingerprint,
-                vocab_size=tokenizer.vocab_size,
-                eod_id=tokenizer.eod_id,
-                files=tuple(str(path) for path in paths),
-                skipped_records=progress.skipped,
-                empty_documents=num_empty,
+def _obstacle(plan: Plan) -> str:
+    """Why it is too early to merge; empty when it is not."""
+    missing = [part for part in plan.parts if part.report() is None]
+    if not missing:
+        return ""
+    return f"{len(missing)} of {len(plan.parts)} parts are still to be prepared, the first from {missing[0].files[0]}"
+
+
+def _merge(plan: Plan) -> dict[str, CorpusSummary]:
+    report = Report({ending: SplitCounts() for ending in plan.endings})
+    for part in plan.parts:
+        of_part = part.report()
+        assert of_part is not None
+        report.add(of_part)
+    for ending, prefix in plan.prefixes.items():
+        if report.splits[ending].documents == 0:
+            _discard(plan.parts)
+            raise DataError(
+                f"{prefix}: got none of the {report.documents} documents of {len(plan.files)} files ({report.empty} "
+                f"empty, {report.bad} skipped). Give more text or another validation fraction."
             )
+    try:
+        for ending, prefix in plan.prefixes.items():
+            merge_pairs([part.prefix(ending) for part in plan.parts], prefix, plan.tokenizer.vocab_size)
         # Before the token files get their names: a kill in between leaves counts that the reader sees to disagree,
         # whereas token files without a summary would be read unchecked.
-        for prefix, summary in summaries.items():
-            write_summary(prefix, summary)
+        for ending, prefix in plan.prefixes.items():
+            write_summary(prefix, _summary(plan, report, ending))
+            publish_pair(prefix)
+    finally:
+        for prefix in plan.prefixes.values():
+            for path in (data_file(prefix), index_file(prefix)):
+                partial_path(path).unlink(missing_ok=True)
+    write_report(plan.report_path, report, plan.key, [str(path) for path in plan.files])
+    summaries = _finished(plan)
+    assert summaries is not None, plan.settings.output_prefix
     return summaries
 
 
-def batches(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
-    """Records in order, in groups of at most `BATCH_DOCUMENTS`, closed as soon as they exceed `BATCH_BYTES`."""
-    group: list[RawRecord] = []
-    size = 0
-    for record in records:
-        group.append(record)
-        size += len(record.payload)
-        if len(group) == BATCH_DOCUMENTS or size >= BATCH_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def encode_all(settings: PreprocessSettings, groups: Iterable[list[RawRecord]]) -> Iterator[EncodedBatch]:
-    """Each group encoded, in order, with a bounded number of groups in the workers' hands."""
-    encode = functools.partial(encode_group, settings.tokenizer, settings.json_key, settings.validation_fraction)
-    if settings.workers == 1:
-        yield from map(encode, groups)
-        return
-    # spawn: forked children would inherit the tokenizer library's threads in an unknown state.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.workers, mp_context=context, initializer=_use_one_thread) as pool:
-        waiting: deque[Future[EncodedBatch]] = deque()
-        try:
-            for group in groups:
-                waiting.append(pool.submit(encode, group))
-                if len(waiting) >= BATCHES_AHEAD_PER_WORKER * settings.workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def encode_group(tokenizer: str, json_key: str, validation_fraction: float, group: list[RawRecord]) -> EncodedBatch:
-    """Parse and encode one group. Bad records are returned, not raised: the parent decides, in reading order."""
-    encoder = _loaded_tokenizer(tokenizer)
-    texts: list[str] = []
-    bad_records = []
-    for record in group:
-        try:
-            texts.append(parse_record(record, json_key))
-        except BadRecord as problem:
-            bad_records.append((record.file, record.line, str(problem)))
-    full_texts = [text for text in texts if text]
-    raw_texts = [text.encode("utf-8") for text in full_texts]
-    encoded = [ids + [encoder.eod_id] for ids in encoder.encode_batch(full_texts)] if full_texts else []
-    arrays = [np.asarray(ids, dtype=np.int32) for ids in encoded]
-    return EncodedBatch(
-        token_ids=np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int32),
-        lengths=np.array([len(ids) for ids in encoded], dtype=np.int64),
-        text_bytes=np.array([len(raw) for raw in raw_texts], dtype=np.int64),
-        held_out=np.array([is_held_out(raw, validation_fraction) for raw in raw_texts], dtype=bool),
-        num_empty=len(texts) - len(full_texts),
-        bad_records=bad_records,
+def _summary(plan: Plan, report: Report, ending: str) -> CorpusSummary:
+    counts = report.splits[ending]
+    return CorpusSummary(
+        documents=counts.documents,
+        tokens=counts.tokens,
+        bytes=counts.bytes,
+        max_token_id=counts.max_token_id,
+        tokenizer_fingerprint=plan.tokenizer.fingerprint,
+        vocab_size=plan.tokenizer.vocab_size,
+        eod_id=plan.tokenizer.eod_id,
+        files=tuple(str(path) for path in plan.files),
+        skipped_records=report.bad,
+        empty_documents=report.empty,
     )
 
 
-def is_held_out(name: bytes, fraction: float) -> bool:
-    """Whether a document belongs to the held-out share: a function of `name` alone, true for `fraction` of all names.
+def _finished(plan: Plan) -> dict[str, CorpusSummary] | None:
+    """The summaries of the output, when it is this very work's and whole."""
+    if read_report(plan.report_path, plan.key) is None:
+        return None
+    summaries = {}
+    for prefix in plan.prefixes.values():
+        try:
+            dataset = IndexedDataset(prefix)
+        except DataError:
+            return None
+        summary = read_summary(prefix)
+        counts = (dataset.num_documents, dataset.num_tokens)
+        if summary is None or (summary.documents, summary.tokens) != counts:
+            return None
+        summaries[prefix] = summary
+    return summaries
 
-    With the text as the name, copies of a document are never on both sides.
-    """
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") < fraction * 2**64
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
-@functools.cache
-def _loaded_tokenizer(path: str) -> Tokenizer:
-    """One tokenizer a process: workers get a path, since loading is dearer than encoding a batch."""
-    return load_tokenizer(path)
+def _discard(parts: Sequence[Part]) -> None:
+    for part in parts:
+        for path in part.folder.glob(f"{part.key}*"):
+            path.unlink(missing_ok=True)
 
 
-def _use_one_thread() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+def _encode_settings(settings: PreprocessSettings) -> EncodeSettings:
+    return EncodeSettings(settings.tokenizer, settings.json_key, settings.validation_fraction)
+
+
+def _limits(settings: PreprocessSettings) -> ReadLimits:
+    return ReadLimits(settings.json_key, settings.max_document_bytes)
+
+
+def _job(plan: Plan) -> PartJob:
+    settings = plan.settings
+    return PartJob(
+        encode=_encode_settings(settings),
+        limits=_limits(settings),
+        on_error=settings.on_error,
+        vocab_size=plan.tokenizer.vocab_size,
+        endings=plan.endings,
+    )

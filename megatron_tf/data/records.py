@@ -1,91 +1,88 @@
-"""Documents out of files: .txt (the whole file is one document), .jsonl and .jsonl.zst (one object a line)."""
+"""Documents out of files: which files, their records, and the text of a record. The formats are in formats.py."""
 
 from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterable, Iterator
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
-from megatron_tf.errors import DataError
-
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
-READ_BYTES = 1 << 18
-
-
-class RawRecord(NamedTuple):
-    """A document before it is parsed, so that parsing can be another process's work."""
-
-    file: str
-    line: int  # counted from 1; 1 for a .txt
-    payload: bytes
-    problem: str | None = None  # set when the file breaks off here; there is then no payload
-
-
-class BadRecord(Exception):
-    """A record that holds no text; the message is the reason, without file and line."""
+from megatron_tf.data.formats import KNOWN, file_records, is_known
+from megatron_tf.data.record_types import BadRecord, RawRecord, ReadLimits
+from megatron_tf.errors import DataError, file_errors
 
 
 def expand_inputs(patterns: Iterable[str]) -> list[Path]:
     """Files and globs (`**` included) to files, each once, those of a glob in alphabetical order.
 
-    Raises `DataError` for a pattern that matches nothing and for a suffix that is not one of `SUFFIXES`.
+    Raises `DataError` for a pattern that matches nothing, for what is no file or cannot be looked at, and for a name
+    of no known format.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        literal = Path(pattern).is_file()
-        matches = [pattern] if literal else [p for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
-        if not matches:
-            raise DataError(f"{pattern}: no such file. Correct the path, or quote a glob so that it arrives whole.")
+        with file_errors(DataError, pattern, "Correct the path or make it readable."):
+            try:
+                mode = os.stat(pattern).st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                matches = [match for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
+                if not matches:
+                    raise DataError(
+                        f"{pattern}: no such file. Correct the path, or quote a glob so that it arrives whole."
+                    ) from None
+            else:
+                matches = [pattern]
+                if not stat.S_ISREG(mode):
+                    raise DataError(f"{pattern}: is no file. Name the files in a folder as a quoted glob: '*.jsonl'.")
         found.update(dict.fromkeys(map(Path, matches)))
     for path in found:
-        if not path.name.endswith(SUFFIXES):
-            raise DataError(f"{path}: unknown kind of input. Known are {', '.join(SUFFIXES)}.")
+        if not is_known(path.name):
+            raise DataError(f"{path}: unknown kind of input. Known are {KNOWN}.")
     return list(found)
 
 
-def read_records(paths: Iterable[Path]) -> Iterator[RawRecord]:
-    """All records of the files, in order. A file that breaks off ends with a record that says so. Blank lines are
-    left out, but counted."""
+def read_records(
+    paths: Iterable[Path], limits: ReadLimits | None = None, on_read: Callable[[int], None] = lambda num_bytes: None
+) -> Iterator[RawRecord]:
+    """All records of the files, in order; what cannot be read in a file is a record that says so. Blank lines are left
+    out, but counted. `on_read` is told the bytes read of the files. Raises `DataError` for a file that cannot be read
+    at all."""
     for path in paths:
-        if path.suffix == ".txt":
-            yield RawRecord(str(path), 1, path.read_bytes())
-            continue
-        line = 0
-        try:
-            with open(path, "rb") as file:
-                for line, payload in enumerate(_decompressed_lines(file) if path.suffix == ".zst" else file, start=1):
-                    if payload.strip():
-                        yield RawRecord(str(path), line, payload)
-        except BadRecord as problem:
-            yield RawRecord(str(path), line + 1, b"", str(problem))
+        with file_errors(DataError, path, "Make it readable, or leave it out."):
+            yield from file_records(path, limits or ReadLimits(), on_read)
 
 
 def parse_record(record: RawRecord, json_key: str) -> str:
-    """Text of a record. Raises `BadRecord` with the reason when there is none."""
+    """Text of a record, not empty. Raises `BadRecord` with the reason when there is none."""
     if record.problem is not None:
-        raise BadRecord(record.problem)
+        raise BadRecord(*record.problem)
     try:
         content = record.payload.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRecord(f"not UTF-8 at byte {error.start}") from None
-    if record.file.endswith(".txt"):
-        return content
+        raise BadRecord("not_utf8", f"not UTF-8 at byte {error.start}") from None
+    text = _json_text(content, json_key) if record.is_json else content
+    if not text:
+        raise BadRecord("empty", "the document is empty")
+    return text
+
+
+def _json_text(content: str, json_key: str) -> str:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"invalid JSON ({error})") from None
+        raise BadRecord("invalid_json", f"invalid JSON ({error})") from None
     if not isinstance(value, dict) or json_key not in value:
         keys = f"its fields are {', '.join(sorted(value))}" if isinstance(value, dict) else "it is no JSON object"
-        raise BadRecord(f"missing field {json_key!r}, {keys}")
+        raise BadRecord("missing_field", f"missing field {json_key!r}, {keys:.200}")
     text = value[json_key]
     if not isinstance(text, str):
-        raise BadRecord(f"field {json_key!r} is of type {type(text).__name__}, not a string")
+        raise BadRecord("not_text", f"field {json_key!r} is of type {type(text).__name__}, not a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRecord(f"field {json_key!r} has half a surrogate pair at character {error.start}") from None
+        reason = f"field {json_key!r} has half a surrogate pair at character {error.start}"
+        raise BadRecord("not_utf8", reason) from None
     return text
 
 
@@ -95,50 +92,10 @@ def bad_record_error(file: str, line: int, reason: str) -> DataError:
 
 
 def read_texts(paths: Iterable[Path], json_key: str) -> Iterator[str]:
-    """Texts of the files, in order. Raises `DataError` with file and line for a bad record."""
-    for record in read_records(paths):
+    """Texts of the files, in order; empty ones are left out. Raises `DataError` with file and line for a bad record."""
+    for record in read_records(paths, ReadLimits(json_key)):
         try:
             yield parse_record(record, json_key)
         except BadRecord as problem:
-            raise bad_record_error(record.file, record.line, str(problem)) from None
-
-
-def _decompressed_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines of a zstandard file. A long line is joined once, not once a chunk."""
-    pieces: list[bytes] = []
-    for chunk in _decompressed_chunks(file):
-        *complete, rest = chunk.split(b"\n")
-        for end in complete:
-            pieces.append(end)
-            yield b"".join(pieces)
-            pieces = []
-        if rest:
-            pieces.append(rest)
-    if pieces:
-        yield b"".join(pieces)
-
-
-def _decompressed_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """Content of a file of one or more zstandard frames. Raises `BadRecord` when it is broken or breaks off.
-
-    The library's own stream reader takes the end of a truncated frame for the end of the data.
-    """
-    try:
-        import zstandard
-    except ImportError:
-        raise DataError(f"{file.name}: needs the package zstandard: pip install 'megatron_tf'") from None
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame, inside = decompressor.decompressobj(), False
-    while chunk := file.read(READ_BYTES):
-        while chunk:
-            inside = True
-            try:
-                yield frame.decompress(chunk)
-            except zstandard.ZstdError as error:
-                raise BadRecord(f"broken zstandard data ({error}); the file is lost from here") from None
-            chunk = b""
-            if frame.eof:
-                chunk = frame.unused_data
-                frame, inside = decompressor.decompressobj(), False
-    if inside:
-        raise BadRecord("the zstandard data break off; the file is truncated")
+            if problem.kind != "empty":
+                raise bad_record_error(record.file, record.line, problem.reason) from None

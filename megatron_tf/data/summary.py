@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.data.atomic import atomic_path
-from megatron_tf.errors import DataError
+from megatron_tf.durable import write_atomically
+from megatron_tf.errors import DataError, file_errors
 
 FORMAT_NAME = "megatron_tf corpus"
 FORMAT = f"{FORMAT_NAME} 1"
+TEXTS = ("tokenizer_fingerprint",)  # fields that are strings; the others but `files` are numbers
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ def summary_file(prefix: str | Path) -> Path:
 
 def write_summary(prefix: str | Path, summary: CorpusSummary) -> None:
     """Write it as `PREFIX.json`, whole or not at all."""
-    with atomic_path(summary_file(prefix)) as path:
-        path.write_text(json.dumps({"format": FORMAT, **asdict(summary)}, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps({"format": FORMAT, **asdict(summary)}, indent=2) + "\n"
+    write_atomically(summary_file(prefix), text.encode("utf-8"))
 
 
 def read_summary(prefix: str | Path) -> CorpusSummary | None:
     """The summary beside the data; None when there is no `PREFIX.json` or it is somebody else's file.
 
-    Raises `DataError` when it is ours and cannot be read.
+    Raises `DataError` when it cannot be read, is torn, or is ours and has fields that no writer of ours gives it.
     """
     path = summary_file(prefix)
     content = _own_content(path)
@@ -55,21 +56,45 @@ def read_summary(prefix: str | Path) -> CorpusSummary | None:
         reason = f"lacks {', '.join(missing)}" if missing else f"has format {content['format']!r}, known is {FORMAT!r}"
         raise DataError(f"{path}: {reason}. Prepare the data again with tools/preprocess_data.py.")
     values = {name: content[name] for name in names}
+    for name, value in values.items():
+        if not _fits(name, value):
+            kind = (
+                "a list of file names" if name == "files" else "a string" if name in TEXTS else "a number of 0 or more"
+            )
+            raise DataError(
+                f"{path}: {name} is {json.dumps(value):.80}, not {kind}. The file is damaged: prepare the data again."
+            )
     return CorpusSummary(**{**values, "files": tuple(values["files"])})
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name == "files":
+        return isinstance(value, list) and all(isinstance(file, str) for file in value)
+    if name in TEXTS:
+        return isinstance(value, str)
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def check_replaceable(prefix: str | Path) -> None:
     """Raise `DataError` when `PREFIX.json` exists and is not a summary: a rerun may replace only what a run wrote."""
     path = summary_file(prefix)
-    if path.exists() and _own_content(path) is None:
+    if _own_content(path) is None and path.exists():
         raise DataError(f"{path}: would be overwritten and is not a summary of prepared data. Choose another prefix.")
 
 
 def _own_content(path: Path) -> dict[str, Any] | None:
-    """The JSON object of a file that we wrote, of any version; None for any other file and for none."""
+    """The JSON object of a file that we wrote, of any version; None for any other JSON and for no file."""
+    with file_errors(DataError, path, "Make it readable, or move it away if it does not describe the data beside it."):
+        try:
+            raw = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: has {len(raw)} bytes that are no JSON ({error}). It should describe the data beside it: copy it "
+            f"again, or delete it and the data and prepare them again."
+        ) from None
     ours = isinstance(content, dict) and str(content.get("format", "")).startswith(FORMAT_NAME)
     return content if ours else None

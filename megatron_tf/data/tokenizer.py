@@ -1,4 +1,4 @@
-"""Text to token ids: Hugging Face `tokenizers` files (.json) and SentencePiece models (.model), behind one protocol."""
+"""Text to token ids behind one protocol: Hugging Face `tokenizers` files, SentencePiece, tiktoken, and plain bytes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from megatron_tf.errors import DataError
+import numpy as np
 
+from megatron_tf.data.tiktoken_files import TiktokenTokenizer, is_tiktoken, tiktoken_fingerprint
+from megatron_tf.errors import DataError, file_errors
+
+BYTES = "bytes"  # the name of the tokenizer that needs no file
 EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>")  # end of document, in the order they are looked for
 
 
@@ -17,10 +21,14 @@ class Tokenizer(Protocol):
 
     vocab_size: int  # largest id + 1
     eod_id: int  # token that ends a document
-    fingerprint: str  # SHA-256 of the tokenizer's file, hexadecimal
+    fingerprint: str  # SHA-256 of the tokenizer's file (and of what else decides its ids), hexadecimal
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""
+        ...
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """The same, each as int32 [tokens]."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -29,27 +37,65 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a tokenizer by its suffix. Raises `DataError` when it is missing, broken or has no end-of-document token."""
+    """Open a tokenizer by its suffix or name:
+
+    - `*.json`: a Hugging Face `tokenizers` file
+    - `*.model`: a SentencePiece model
+    - `*.tiktoken`, or `tiktoken:cl100k_base` and the like when tiktoken's cache has it
+    - `bytes`: the bytes of UTF-8 are the ids 0 to 255, 256 ends a document
+
+    Raises `DataError` when it is missing, broken, needs a package that is missing, or has no end-of-document token.
+    """
+    if str(path) == BYTES:
+        return ByteTokenizer()
+    if is_tiktoken(str(path)):
+        return TiktokenTokenizer(str(path))
     path = Path(path)
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path)
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     raise DataError(
-        f"{path}: unknown kind of tokenizer. Give a Hugging Face tokenizers .json or a SentencePiece .model."
+        f"{path}: unknown kind of tokenizer. Give a Hugging Face tokenizers .json, a SentencePiece .model, a .tiktoken "
+        f"file, or {BYTES!r}."
     )
 
 
 def tokenizer_fingerprint(path: str | Path) -> str:
-    """SHA-256 of the file, without loading the tokenizer. Raises `DataError` when it cannot be read."""
-    try:
+    """Fingerprint without loading the tokenizer or the package for it. Raises `DataError` when it cannot be read."""
+    if str(path) == BYTES:
+        return ByteTokenizer.fingerprint
+    if is_tiktoken(str(path)):
+        return tiktoken_fingerprint(str(path))
+    with file_errors(DataError, path, "The tokenizer cannot be read: correct the path or make the file readable."):
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: the tokenizer cannot be read ({error.strerror}). Correct the path.") from None
+
+
+class ByteTokenizer:
+    """Every byte of UTF-8 is a token."""
+
+    vocab_size = 257
+    eod_id = 256
+    fingerprint = hashlib.sha256(b"bytes of UTF-8, 256 ends a document").hexdigest()
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Bytes that are no UTF-8, such as half a character, come out as replacement characters."""
+        end = EOD_TOKENS[0].encode("utf-8")
+        content = b"".join(end if number == self.eod_id else bytes([number]) for number in ids)
+        return content.decode("utf-8", errors="replace")
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizers` file. Truncation and padding that the file asks for are switched off: they would lose text."""
+    """A `tokenizers` file. Truncation and padding that the file asks for are switched off: they would lose text.
+
+    A special token that is written out in a text becomes that token, as in GPT-NeoX and Megatron-LM.
+    """
 
     def __init__(self, path: Path):
         self.fingerprint = tokenizer_fingerprint(path)
@@ -68,7 +114,11 @@ class HuggingFaceTokenizer:
         self.eod_id = _first_eod(path, vocabulary)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        # The fast one leaves out the tokens' places in the text, which nobody asks for here.
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return _arrays(self.encode_batch(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -98,8 +148,15 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._processor.encode(texts, out_type=int, add_bos=False, add_eos=False, num_threads=1)
 
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return _arrays(self.encode_batch(texts))
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(number) for number in ids])
+
+
+def _arrays(batch: list[list[int]]) -> list[np.ndarray]:
+    return [np.fromiter(ids, np.int32, len(ids)) for ids in batch]
 
 
 def _first_eod(path: Path, vocabulary: dict[str, int]) -> int:

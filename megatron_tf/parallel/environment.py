@@ -138,10 +138,8 @@ def _from_slurm_step(environ: Mapping[str, str]) -> LaunchEnvironment:
         address = "127.0.0.1"
     else:
         address = _first_host(environ)
-    if "MASTER_PORT" in environ:
-        port = _port(environ)
-    else:
-        port = 0 if world_size == 1 else 20000 + _integer(environ, "SLURM_JOB_ID") % 10000
+    own_port = 0 if world_size == 1 else _slurm_port(environ)
+    port = _port(environ) if "MASTER_PORT" in environ else own_port
     return LaunchEnvironment("srun", rank, world_size, local_rank, local_world_size, address, port)
 
 
@@ -155,6 +153,12 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int:
     if "SLURM_JOB_ID" not in environ or "SLURM_NTASKS" not in environ:
         return 1
     return _integer(environ, "SLURM_NTASKS")
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    """A port that all ranks know. Another one after a requeue: a node may still hold a rank of the start before."""
+    restarts = _integer(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
+    return 20000 + (_integer(environ, "SLURM_JOB_ID") + 997 * restarts) % 10000  # far from the next jobs' ports
 
 
 def _first_host(environ: Mapping[str, str]) -> str:

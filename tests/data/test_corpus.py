@@ -8,7 +8,7 @@ import pytest
 
 from megatron_tf.data.corpus import Document, python_modules, python_topics, within_bytes, write_corpus
 from megatron_tf.data.records import read_records, read_texts
-from megatron_tf.errors import DataError
+from megatron_tf.errors import DataError, UserError
 
 pytest.importorskip("zstandard")
 
@@ -51,3 +51,11 @@ def test_too_little_for_two_splits(tmp_path):
     with pytest.raises(DataError, match="no document for (train|validation). Raise the number of megabytes"):
         write_corpus([Document("a", "text")], tmp_path / "out", "3.x")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.zst", "validation.jsonl.zst", "LICENSE.txt"])
+def test_a_folder_in_the_way_is_refused_before_anything_is_written(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name}: is a folder"):
+        write_corpus(pytest.fail, tmp_path, "3.x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_tf.data.indexed import IndexedDataset, IndexedWriter
-from megatron_tf.errors import DataError
+from megatron_tf.errors import DataError, UserError
 
 DOCUMENTS = [[5, 6, 7], [1], [2, 3], [64999, 0]]
 
@@ -43,16 +44,62 @@ def test_written_bytes_are_those_of_the_format(tmp_path, vocab_size, code, lette
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
 
 
-def test_equal_to_megatron_core(tmp_path):
-    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+@pytest.fixture(scope="module")
+def megatron():
+    """megatron-core's own module, where it is installed."""
+    return pytest.importorskip("megatron.core.datasets.indexed_dataset")
+
+
+def build(megatron, prefix: Path, documents: list[list[list[int]]], dtype: type) -> None:
+    """Documents of sequences, written by megatron-core."""
     torch = pytest.importorskip("torch")
-    write(tmp_path / "ours", DOCUMENTS, 65499)
-    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
-    for document in DOCUMENTS:
-        builder.add_document(torch.tensor(document), [len(document)])
-    builder.finalize(str(tmp_path / "theirs.idx"))
+    builder = megatron.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for sequences in documents:
+        flat = [token for sequence in sequences for token in sequence]
+        builder.add_document(torch.tensor(flat), [len(sequence) for sequence in sequences])
+    builder.finalize(f"{prefix}.idx")
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65499, np.uint16), (65500, np.int32)])
+def test_equal_to_megatron_core(tmp_path, megatron, vocab_size, dtype):
+    assert megatron.DType.optimal_dtype(vocab_size) == dtype
+    write(tmp_path / "ours", DOCUMENTS, vocab_size)
+    build(megatron, tmp_path / "theirs", [[document] for document in DOCUMENTS], dtype)
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+    read = megatron.IndexedDataset(str(tmp_path / "ours"))
+    assert [read[number].tolist() for number in range(len(read))] == DOCUMENTS
+    assert read.document_indices.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_reads_megatron_core_with_several_sequences_a_document(tmp_path, megatron, dtype):
+    build(megatron, tmp_path / "x", [[[1, 2], [3]], [[4, 5, 6]], [[7], [8], [9]]], dtype)
+    dataset = IndexedDataset(tmp_path / "x")
+    assert (dataset.num_sequences, dataset.num_documents) == (6, 3)
+    assert dataset.tokens(0, 9).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert dataset.document_offsets.tolist() == [0, 3, 6, 9]
+
+
+def test_documents_added_together_are_as_if_one_by_one(tmp_path):
+    write(tmp_path / "one", DOCUMENTS, 65499)
+    with IndexedWriter(tmp_path / "all", 65499) as writer:
+        flat = np.array([token for document in DOCUMENTS for token in document], dtype=np.int32)
+        writer.add_documents(flat[:4], np.array([3, 1]))
+        writer.add_documents(flat[:0], np.array([], dtype=np.int64))
+        writer.add_documents(flat[4:], np.array([2, 2]))
+        assert (writer.num_documents, writer.num_tokens, writer.max_token_id) == (4, 8, 64999)
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"all{suffix}").read_bytes() == (tmp_path / f"one{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("token", [-1, 10])
+def test_the_document_of_an_id_outside_the_vocabulary_is_named(tmp_path, token):
+    with (
+        pytest.raises(DataError, match=rf"document 2 has token id {token}, "),
+        IndexedWriter(tmp_path / "x", 10) as writer,
+    ):
+        writer.add_documents(np.array([1, 2, 3, 4, token, 5]), np.array([3, 1, 2]))
 
 
 @pytest.mark.parametrize("vocab_size", [65000, 100_000])
@@ -171,3 +218,37 @@ def test_suffix_given_instead_of_prefix(tmp_path):
     write(tmp_path / "x", DOCUMENTS, 65000)
     with pytest.raises(DataError, match=r"x\.bin\.bin: no such file. Give the common prefix of the two files: .*/x$"):
         IndexedDataset(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 300, "x.bin: File name too long. Prepare the data"),
+        ("a\0b", r"a.x00b\.bin': can be no path"),
+        ("folder", "folder.bin: is a folder or a device, not a file"),
+        ("good.idx/a", "a.bin: no such file. Prepare the data"),
+    ],
+)
+def test_prefixes_that_lead_nowhere(tmp_path, name, message):
+    write(tmp_path / "good", DOCUMENTS, 65499)
+    (tmp_path / "folder.bin").mkdir()
+    with pytest.raises(DataError, match=message):
+        IndexedDataset(f"{tmp_path}/{name}")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_files_of_somebody_else(tmp_path, suffix):
+    write(tmp_path / "a", DOCUMENTS, 65499)
+    (tmp_path / f"a{suffix}").chmod(0)
+    with pytest.raises(DataError, match=rf"a\{suffix}: Permission denied. Make it readable"):
+        IndexedDataset(tmp_path / "a")
+
+
+def test_outputs_in_the_way_are_refused_before_anything_is_changed(tmp_path):
+    write(tmp_path / "a", DOCUMENTS, 65499)
+    (tmp_path / "a.bin").unlink()
+    (tmp_path / "a.bin").mkdir()
+    with pytest.raises(UserError, match="a.bin: is a folder"):
+        write(tmp_path / "a", DOCUMENTS, 65499)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]

@@ -91,8 +91,25 @@ def test_sources_of_equal_size_have_orders_of_their_own(tmp_path):
 
 def test_id_beyond_vocabulary_in_a_batch_names_the_file(sources, tmp_path):
     dataset = build_dataset(sources, SEQ, 1, 1000)
-    with pytest.raises(DataError, match=rf"{tmp_path}/b\.bin: token id 1\d\d\d is beyond .*model\.vocab_size is 1000"):
+    with pytest.raises(
+        DataError, match=rf"{tmp_path}/b\.bin: .* token id 1\d\d\d is beyond .*model\.vocab_size is 1000"
+    ):
         list(loader(dataset, micro_batch_size=20, vocab_size=1000).step_batches(0))
+
+
+def test_id_beyond_vocabulary_in_a_batch_names_its_place(tmp_path):
+    """Data of other writers have no summary: the id shows itself in training only, wherever the shuffle puts it."""
+    with IndexedWriter(tmp_path / "a", 60_000) as writer:
+        for document in ([1] * 30, [2] * 10 + [777] + [2] * 29, [3] * 30):
+            writer.add_document(document)
+    dataset = build_dataset([DataSource(path=str(tmp_path / "a"))], SEQ, 5, 500)
+    with pytest.raises(DataError) as error:
+        list(loader(dataset, micro_batch_size=12, vocab_size=500).step_batches(0))
+    assert str(error.value) == (
+        f"{tmp_path}/a.bin: document 1, token 10 of it (token 40 of the file): token id 777 is beyond the vocabulary, "
+        "model.vocab_size is 500. Raise model.vocab_size to at least 778, or prepare the data again "
+        "(tools/preprocess_data.py) with the tokenizer of this model."
+    )
 
 
 def test_id_beyond_vocabulary_in_the_summary_is_found_on_opening(tmp_path):
@@ -108,7 +125,9 @@ def test_negative_id_is_refused(tmp_path):
     index[17] = 3  # read as signed
     (tmp_path / "a.idx").write_bytes(index)
     (tmp_path / "a.bin").write_bytes(b"\xff\xff" * 9)
-    with pytest.raises(DataError, match=r"a\.bin: token id -1 is outside the vocabulary, ids are 0 to 99"):
+    with pytest.raises(
+        DataError, match=r"a\.bin: document 0, .*: token id -1 is outside the vocabulary, ids are 0 to 99"
+    ):
         list(loader(build_dataset([source], SEQ, 1, 100), vocab_size=100).step_batches(0))
 
 
@@ -131,9 +150,26 @@ def test_summary_of_an_unknown_version(tmp_path):
         build_dataset([source], SEQ, 1, 60_000)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_files_that_cannot_be_opened(tmp_path, suffix, monkeypatch):
+    """What root may read all the same, another user may not: here the system says no to anybody."""
+    source = make_source(tmp_path / "a", 50)
+
+    def refuse(path, *arguments, **options):
+        if str(path).endswith(suffix):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    real = open
+    monkeypatch.setattr("builtins.open", refuse)
+    for use in (lambda: build_dataset([source], SEQ, 1, 60_000), lambda: fingerprint([source], 1)):
+        with pytest.raises(DataError, match=rf"a\{suffix}: Permission denied\. Make it readable"):
+            use()
+
+
 def test_foreign_json_beside_the_data_is_ignored(tmp_path):
     source = make_source(tmp_path / "a", 50)
-    for content in ('{"text": "raw"}', "[]", "{"):
+    for content in ('{"text": "raw"}', "[]", "5"):
         (tmp_path / "a.json").write_text(content)
         build_dataset([source], SEQ, 1, 60_000)
         check_tokenizer([source], None)
@@ -153,7 +189,7 @@ def test_tokenizer_and_data_disagree(tmp_path):
         check_tokenizer([good, bad, unknown], str(tmp_path / "t.json"))
     with pytest.raises(DataError, match=rf"b\.json: .* tokenizer 0123456789ab, .*/a is {digest[:12]}"):
         check_tokenizer([good, bad], None)
-    with pytest.raises(DataError, match=r"none\.json: the tokenizer cannot be read"):
+    with pytest.raises(DataError, match=r"none\.json: No such file or directory\. The tokenizer"):
         check_tokenizer([good], str(tmp_path / "none.json"))
 
 

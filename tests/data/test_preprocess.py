@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import sys
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_tf.data.bpe import train_bpe
 from megatron_tf.data.indexed import IndexedDataset
-from megatron_tf.data.preprocess import EncodedBatch, PreprocessSettings, Progress, is_held_out, preprocess
+from megatron_tf.data.lanes import share_workers
+from megatron_tf.data.preprocess import PreprocessSettings, merge_shards, preprocess
+from megatron_tf.data.progress import Progress
+from megatron_tf.data.records import read_records
+from megatron_tf.data.split import is_held_out
 from megatron_tf.data.summary import CorpusSummary, read_summary
 from megatron_tf.data.tokenizer import load_tokenizer
-from megatron_tf.errors import DataError
+from megatron_tf.errors import DataError, UserError
 
 TEXTS = [f"Document {number} says: the fox number {number * number} jumps.\n" for number in range(1500)]
 
@@ -63,11 +68,13 @@ def test_documents_come_back(tokenizer, corpus, tmp_path):
         tokenizer_fingerprint=hashlib.sha256(tokenizer.read_bytes()).hexdigest(), vocab_size=300, eod_id=0,
         files=(str(corpus),), skipped_records=0, empty_documents=0,
     )  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x.bin", "x.idx", "x.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x.bin", "x.idx", "x.json", "x.report.json"]
 
 
 def test_workers_do_not_change_the_output(tokenizer, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_tf.data.preprocess.BATCH_DOCUMENTS", 50)  # more batches than may be under way at once
+    monkeypatch.setattr(
+        "megatron_tf.data.part_writer.BATCH_DOCUMENTS", 50
+    )  # more batches than may be under way at once
     for workers in (1, 2):
         run(tokenizer, corpus, tmp_path / f"out{workers}", workers=workers, validation_fraction=0.2)
     for name in ("_train.bin", "_train.idx", "_validation.bin", "_validation.idx"):
@@ -117,7 +124,7 @@ def test_skipped_records_are_named_and_counted(tokenizer, tmp_path):
     assert (summary.documents, summary.skipped_records, summary.empty_documents) == (2, 2, 1)
     shown = stream.getvalue()
     assert f"skipped {bad}:2: invalid JSON" in shown and f"skipped {bad}:3: missing field 'text'" in shown
-    assert "2 documents (" in shown and ", 2 skipped\n" in shown
+    assert "2 documents (" in shown and ", 3 skipped\n" in shown
 
 
 def test_other_json_key(tokenizer, tmp_path):
@@ -129,7 +136,7 @@ def test_other_json_key(tokenizer, tmp_path):
 def test_nothing_to_write(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match=r"x: got none of the 0 documents of 1 files \(1 empty, 0 skipped\)"):
-        run(tokenizer, tmp_path / "a.txt", tmp_path / "out" / "x")
+        run(tokenizer, tmp_path / "a.txt", tmp_path / "out" / "x", on_error="skip")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -150,16 +157,29 @@ def test_foreign_json_is_not_overwritten(tokenizer, corpus, tmp_path):
 
 def test_output_folder_is_a_file(tokenizer, corpus, tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(DataError, match="out: the output folder cannot be made"):
+    with pytest.raises(UserError, match="out: File exists. The output cannot go there: choose another folder"):
         run(tokenizer, corpus, tmp_path / "out" / "x")
 
 
+def test_a_prefix_without_a_name(tokenizer, corpus, tmp_path):
+    with pytest.raises(DataError, match="out/' ends without a name"):
+        run(tokenizer, corpus, f"{tmp_path}/out/")
+
+
+def test_a_torn_summary_is_not_overwritten(tokenizer, corpus, tmp_path):
+    """It may be somebody else's file: only its owner can tell."""
+    (tmp_path / "x.json").write_text('{"format": "meg')
+    with pytest.raises(DataError, match=r"x\.json: has 15 bytes that are no JSON"):
+        run(tokenizer, corpus, tmp_path / "x")
+    assert (tmp_path / "x.json").read_text() == '{"format": "meg'
+
+
 def test_full_disk_is_one_message_and_leaves_nothing(tokenizer, corpus, tmp_path, monkeypatch):
-    def no_space(self, ids) -> None:
+    def no_space(self, ids, lengths) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_tf.data.indexed.IndexedWriter.add_document", no_space)
-    with pytest.raises(DataError, match="out/x: No space left on device. Free space"):
+    monkeypatch.setattr("megatron_tf.data.indexed.IndexedWriter.add_documents", no_space)
+    with pytest.raises(DataError, match="out/x.parts: No space left on device. Free space.*finished parts are kept"):
         run(tokenizer, corpus, tmp_path / "out" / "x")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -176,15 +196,165 @@ def test_options_out_of_range(tokenizer, corpus, tmp_path, option, value, messag
         run(tokenizer, corpus, tmp_path / "x", **{option: value})
 
 
-def test_progress_shows_rates_of_an_injected_clock():
-    now = [0.0]
+def shards(folder: Path, number: int = 6) -> Path:
+    """A glob of `number` files of documents."""
+    for index in range(number):
+        write_jsonl(folder / f"{index}.jsonl", TEXTS[index::number])
+    return folder / "*.jsonl"
+
+
+def token_files(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+
+
+def share(tokenizer: Path, inputs: Path, prefix: Path, index: int, number: int, **options) -> tuple[dict, str]:
+    """Summaries and what was shown by one of `number` runs that share the work."""
+    settings = PreprocessSettings(
+        (str(inputs),), str(tokenizer), str(prefix), shard_index=index, num_shards=number, **options
+    )
     stream = io.StringIO()
-    progress = Progress(stream, clock=lambda: now[0])
-    two = np.array([1_500_000, 500_000])
-    batch = EncodedBatch(np.zeros(6, np.int32), np.array([4, 2]), two, np.zeros(2, bool), 0, [("f", 1, "why")])
-    now[0] = 9.0
-    progress.advance(batch)
-    assert stream.getvalue() == ""
-    now[0] = 20.0
-    progress.advance(batch)
-    assert stream.getvalue() == "4 documents (0/s), 4.0 MB (0.20 MB/s), 12 tokens (1/s), 2 skipped\n"
+    return preprocess(settings, Progress(stream)), stream.getvalue()
+
+
+def test_shards_in_any_order_give_what_one_run_gives(tokenizer, tmp_path):
+    inputs = shards(tmp_path / "in")
+    run(tokenizer, inputs, tmp_path / "whole")
+    for index in (2, 0):
+        summaries, shown = share(tokenizer, inputs, tmp_path / "x", index, 3)
+        assert summaries == {} and "of 6 parts are still to be prepared, the first from" in shown
+        assert not (tmp_path / "x.bin").exists()
+    summaries, _ = share(tokenizer, inputs, tmp_path / "x", 1, 3)  # the last one merges
+    assert token_files(tmp_path / "x") == token_files(tmp_path / "whole")
+    assert summaries[str(tmp_path / "x")] == read_summary(tmp_path / "whole") == read_summary(tmp_path / "x")
+    assert not (tmp_path / "x.parts").exists()
+
+
+def test_merging_too_early_names_what_is_missing(tokenizer, tmp_path):
+    inputs = shards(tmp_path / "in")
+    settings = PreprocessSettings((str(inputs),), str(tokenizer), str(tmp_path / "x"))
+    with pytest.raises(DataError, match=r"x\.parts: 6 of 6 parts are still to be prepared, the first from .*0\.jsonl"):
+        merge_shards(settings, Progress(io.StringIO()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    share(tokenizer, inputs, tmp_path / "x", 0, 2)
+    with pytest.raises(DataError, match=r"3 of 6 parts are still .*1\.jsonl"):
+        merge_shards(settings, Progress(io.StringIO()))
+    for index in (1, 0):  # the merging job that comes after does nothing
+        share(tokenizer, inputs, tmp_path / "x", index, 2)
+    before = (tmp_path / "x.bin").stat().st_mtime_ns
+    assert merge_shards(settings, Progress(io.StringIO())) == {str(tmp_path / "x"): read_summary(tmp_path / "x")}
+    assert (tmp_path / "x.bin").stat().st_mtime_ns == before and not (tmp_path / "x.parts").exists()
+
+
+def test_finished_parts_are_not_done_again(tokenizer, tmp_path, monkeypatch):
+    """A bad record stops the run in the fourth file; the first three are kept, the fourth is done anew."""
+    inputs = shards(tmp_path / "in")
+    good = (tmp_path / "in" / "3.jsonl").read_bytes()
+    (tmp_path / "in" / "3.jsonl").write_bytes(good + b"{")
+    with pytest.raises(DataError, match=r"3\.jsonl:251: invalid JSON .*--on-error skip"):
+        run(tokenizer, inputs, tmp_path / "x")
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "x.parts").iterdir()}
+    assert len(kept) == 9 and not (tmp_path / "x.bin").exists()
+    (tmp_path / "in" / "3.jsonl").write_bytes(good)
+    read = []
+    monkeypatch.setattr(
+        "megatron_tf.data.part_writer.read_records",
+        lambda paths, *rest: read.extend(path.name for path in paths) or read_records(paths, *rest),
+    )
+    summaries, shown = share(tokenizer, inputs, tmp_path / "x", 0, 1)
+    assert read == ["3.jsonl", "4.jsonl", "5.jsonl"] and "3 of 6 parts were finished before" in shown
+    run(tokenizer, inputs, tmp_path / "whole")
+    assert token_files(tmp_path / "x") == token_files(tmp_path / "whole")
+    read.clear()
+    again, shown = share(tokenizer, inputs, tmp_path / "x", 0, 1)
+    assert (again, read) == (summaries, []) and "was prepared from the same files" in shown
+
+
+def test_a_finished_preparation_is_done_again_when_something_changed(tokenizer, tmp_path):
+    inputs = shards(tmp_path / "in", 2)
+    run(tokenizer, inputs, tmp_path / "x")
+    write_jsonl(tmp_path / "in" / "1.jsonl", ["other"])
+    assert run(tokenizer, inputs, tmp_path / "x")[str(tmp_path / "x")].documents == 751
+    Path(f"{tmp_path}/x.bin").write_bytes(b"")
+    assert run(tokenizer, inputs, tmp_path / "x")[str(tmp_path / "x")].documents == 751
+    assert documents(tmp_path / "x", tokenizer)[-1] == "other"
+
+
+def test_the_report_says_what_was_left_out_and_why(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(BAD_LINES))
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": "fine"}\n' + b'{"text": "%s"}' % (b"x" * 500))
+    (tmp_path / "c.txt").write_text("a text")
+    settings = PreprocessSettings(
+        tuple(str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.txt")), str(tokenizer), str(tmp_path / "x"),
+        on_error="skip", max_document_bytes=300,
+    )  # fmt: skip
+    preprocess(settings, Progress(io.StringIO()))
+    report = json.loads((tmp_path / "x.report.json").read_text())
+    kinds = {"invalid_json": 1, "missing_field": 1, "empty": 1, "not_utf8": 1, "too_long": 1}
+    assert report["skipped"] == kinds and report["skipped_records"] == 5
+    assert (report["documents"], report["bytes"]) == (4, len("good" + "also good" + "fine" + "a text"))
+    dataset = IndexedDataset(tmp_path / "x")
+    assert report["tokens"] == report["splits"][""]["tokens"] == dataset.num_tokens
+    places = [(Path(item["file"]).name, item["line"], item["kind"]) for item in report["samples"]]
+    assert places == [
+        ("a.jsonl", 2, "invalid_json"), ("a.jsonl", 3, "missing_field"), ("a.jsonl", 4, "empty"),
+        ("b.jsonl", 1, "not_utf8"), ("b.jsonl", 3, "too_long"),
+    ]  # fmt: skip
+    assert report["samples"][0]["excerpt"] == "{" and report["samples"][0]["reason"].startswith("invalid JSON")
+
+
+@pytest.mark.parametrize("kind", BAD_LINES[1:4])
+def test_every_kind_of_bad_record_stops_by_default(tokenizer, tmp_path, kind):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + kind)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*Mend or remove the record, or leave out what is bad with"):
+        run(tokenizer, tmp_path / "a.jsonl", tmp_path / "x")
+
+
+def test_a_missing_package_is_said_before_any_work(tokenizer, corpus, tmp_path, monkeypatch):
+    (tmp_path / "in" / "z.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"z\.parquet: needs the package pyarrow"):
+        run(tokenizer, tmp_path / "in" / "*", tmp_path / "out" / "x")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_is_said_before_any_work(tokenizer, corpus, tmp_path):
+    corpus.chmod(0)
+    with pytest.raises(DataError, match=r"corpus\.jsonl: Permission denied. Make it readable, or leave it out"):
+        run(tokenizer, corpus, tmp_path / "out" / "x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 9])
+def test_lanes_do_not_change_the_output(tokenizer, tmp_path, workers):
+    """Many files get a process each, a few get processes with helpers; 9 workers over 2 files are 2 lanes of 4."""
+    inputs = shards(tmp_path / "in", 8 if workers == 2 else 2)
+    run(tokenizer, inputs, tmp_path / "one", validation_fraction=0.2)
+    stream = io.StringIO()
+    settings = PreprocessSettings(
+        (str(inputs),), str(tokenizer), str(tmp_path / "x"), workers=workers, validation_fraction=0.2
+    )
+    preprocess(settings, Progress(stream))
+    for ending in ("_train", "_validation"):
+        assert token_files(tmp_path / f"x{ending}") == token_files(tmp_path / f"one{ending}")
+    assert stream.getvalue().startswith("1500 documents (")
+
+
+@pytest.mark.slow
+def test_a_bad_record_ends_all_lanes(tokenizer, tmp_path):
+    inputs = shards(tmp_path / "in", 8)
+    (tmp_path / "in" / "0.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"0\.jsonl:1: invalid JSON"):
+        run(tokenizer, inputs, tmp_path / "x", workers=2)
+    summaries = run(tokenizer, inputs, tmp_path / "x", workers=2, on_error="skip")
+    assert summaries[str(tmp_path / "x")].skipped_records == 1
+
+
+def test_workers_are_shared_out():
+    assert share_workers(1, 100) == (1, 1)
+    assert share_workers(16, 64) == (16, 1)  # a process a file
+    assert share_workers(16, 1) == (1, 16)
+    assert share_workers(8, 20) == (1, 8)
+    assert share_workers(64, 30) == (8, 8)
+    assert share_workers(64, 3) == (3, 21)
+    assert share_workers(4, 0) == (1, 4)

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_tf.data.bpe import train_bpe
-from megatron_tf.data.tokenizer import load_tokenizer
+from megatron_tf.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_tf.errors import DataError
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.\n", "def f(x):\n    return x + 1\n", "The fox and the dog. "] * 5
@@ -65,6 +66,25 @@ def test_sentencepiece(sentencepiece_model):
     assert tokenizer.eod_id not in ids[0] and 1 not in ids[0]  # neither <s> nor </s> is added
 
 
+def test_bytes():
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (257, 256)
+    batch = tokenizer.encode_batch([UNSEEN, ""])
+    assert batch == [list(UNSEEN.encode()), []]
+    assert tokenizer.decode([*batch[0], 256]) == UNSEEN + "<|endoftext|>"
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+    assert tokenizer_fingerprint("bytes") == tokenizer.fingerprint and len(tokenizer.fingerprint) == 64
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece_model", "bytes"])
+def test_arrays_are_the_lists(kind, request):
+    tokenizer = load_tokenizer(kind if kind == "bytes" else request.getfixturevalue(kind))
+    texts = [TEXTS[0], "", UNSEEN]
+    arrays = tokenizer.encode_arrays(texts)
+    assert [array.dtype for array in arrays] == [np.int32] * 3
+    assert [array.tolist() for array in arrays] == tokenizer.encode_batch(texts)
+
+
 def test_training_is_deterministic(bpe, tmp_path):
     """In another process too, where hash tables have another seed."""
     code = "import sys; from pathlib import Path; from megatron_tf.data.bpe import train_bpe; "
@@ -79,10 +99,30 @@ def test_too_little_text_gives_a_smaller_vocabulary(tmp_path):
     assert train_bpe(["ab"], 4096, tmp_path / "t.json") == 258
 
 
-def test_too_small_vocabulary(tmp_path):
-    with pytest.raises(DataError, match="vocabulary size is 256, bytes alone need 257"):
-        train_bpe(TEXTS, 256, tmp_path / "t.json")
+def test_a_path_with_a_nul(tmp_path):
+    with pytest.raises(DataError, match=r"t.x00\.json': can be no path"):
+        load_tokenizer(f"{tmp_path}/t\0.json")
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (256, "is 256, bytes alone need 257"),
+        (0, "is 0, bytes"),
+        (10**12, "is 1000000000000, at most 1048576 is possible"),
+    ],
+)
+def test_vocabulary_sizes_out_of_range(tmp_path, size, message):
+    with pytest.raises(DataError, match=f"vocabulary size {message}"):
+        train_bpe(TEXTS, size, tmp_path / "t.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_nobody_would_recognise(tmp_path):
+    (tmp_path / "in.txt").write_text("an input")
+    with pytest.raises(DataError, match=r"in\.txt: a tokenizer is recognised by the ending \.json"):
+        train_bpe(TEXTS, 300, tmp_path / "in.txt")
+    assert (tmp_path / "in.txt").read_text() == "an input"
 
 
 def write_json(path: Path) -> None:
@@ -95,10 +135,20 @@ def write_without_eod(path: Path) -> None:
 
 
 BAD_FILES = {
-    "missing": ("t.json", lambda path: None, "cannot be read .No such file"),
+    "missing": (
+        "t.json",
+        lambda path: None,
+        "No such file or directory. The tokenizer cannot be read: correct the path",
+    ),
+    "folder": ("t.json", lambda path: path.mkdir(), "Is a directory. The tokenizer cannot be read"),
+    "name too long": ("x" * 300 + ".json", lambda path: None, "File name too long. The tokenizer cannot be read"),
     "broken json": ("t.json", write_json, "not a Hugging Face tokenizers file"),
     "broken model": ("t.model", lambda path: path.write_bytes(b"rubbish"), "not a SentencePiece model"),
-    "suffix": ("t.bin", lambda path: None, "unknown kind of tokenizer. Give a .*json or a .*model"),
+    "suffix": (
+        "t.bin",
+        lambda path: None,
+        "unknown kind of tokenizer. Give a .*json, a .*model, a .tiktoken file, or 'bytes'",
+    ),
     "no eod": ("t.json", write_without_eod, r"no end-of-document token; looked for <\|endoftext\|>, </s>, <eos>. Add"),
 }
 

@@ -64,6 +64,9 @@ def test_srun():
     assert (exported.master_addr, exported.master_port) == ("10.0.0.1", 4000)
     job = without({**SRUN, "SLURM_JOB_ID": "7"}, "SLURM_STEP_NODELIST")
     assert (detect(job).master_addr, detect(job).master_port) == ("n0", 20007)
+    # an orphan of the start before may still hold that start's port
+    ports = [detect({**job, "SLURM_RESTART_COUNT": str(count)}).master_port for count in range(3)]
+    assert ports == [20007, 21004, 22001]
 
 
 def test_ranks_of_this_node_under_srun():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,5 +67,121 @@ def test_missing_tokenizer_is_one_message_and_exit_code_2(tmp_path):
         "--output-prefix", tmp_path / "out" / "x",
     )  # fmt: skip
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.startswith(f"error: {tmp_path}/t.json: the tokenizer cannot be read")
+    assert failed.stderr.startswith(
+        f"error: {tmp_path}/t.json: No such file or directory. The tokenizer cannot be read"
+    )
     assert not (tmp_path / "out").exists()
+
+
+def write_shards(folder: Path, number: int, documents: int) -> str:
+    """Files of some megabytes, each different; returns a glob of them."""
+    folder.mkdir()
+    for index in range(number):
+        lines = (
+            json.dumps({"text": f"Document {index} {line} says so. " * (50 + line % 40)}) for line in range(documents)
+        )
+        (folder / f"{index}.jsonl").write_text("\n".join(lines))
+    return str(folder / "*.jsonl")
+
+
+def array_task(task: int | None, *arguments: str | Path) -> subprocess.Popen[str]:
+    """The batch script as SLURM starts it for one task of an array of two; as a job of its own for None."""
+    variables = {} if task is None else {"ID": task + 1, "MIN": 1, "COUNT": 2}  # an array may start anywhere
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "SLURM_CPUS_PER_TASK": "2",
+        "SLURM_SUBMIT_DIR": str(ROOT), **{f"SLURM_ARRAY_TASK_{key}": str(value) for key, value in variables.items()},
+    }  # fmt: skip
+    script = ["bash", str(ROOT / "launch" / "slurm" / "preprocess.sbatch")]
+    return subprocess.Popen(
+        [*script, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.002)
+
+
+def finished_parts(folder: Path) -> dict[str, int]:
+    """Time of the last change of each finished part's files."""
+    keys = {path.stem for path in folder.glob("*.json")}
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*") if path.stem in keys}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds child processes in /proc")
+def test_array_cut_off_twice_equals_the_undisturbed_run(tmp_path):
+    inputs = write_shards(tmp_path / "in", 8, 2500)
+    common = ["--input", inputs, "--tokenizer", "bytes", "--validation-fraction", "0.1", "--output-prefix"]
+    whole = run("preprocess_data.py", *common, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "x.parts"
+    kept: dict[str, int] = {}
+    for goal in (1, 2):  # cut off in the second part, then in the third of its four
+        task = array_task(0, *common, tmp_path / "x")
+        wait_until(
+            lambda goal=goal: (
+                len(list(folder.glob("*.json"))) >= goal
+                and any(path.stat().st_size for path in folder.glob("*.partial"))
+            ),
+            f"part {goal + 1} is half written",
+        )
+        helpers = Path(f"/proc/{task.pid}/task/{task.pid}/children").read_text().split()
+        task.send_signal(signal.SIGKILL)
+        task.communicate()
+        assert task.returncode == -signal.SIGKILL
+        wait_until(lambda helpers=helpers: not any(map(running, helpers)), "the workers are gone")
+        assert list(folder.glob("*.partial")), "it had ended before it was cut off"
+        now = finished_parts(folder)
+        assert kept.items() <= now.items()
+        kept = now
+    shown = [array_task(number, *common, tmp_path / "x").communicate(timeout=120) for number in (0, 1)]
+    assert "of 4 parts were finished before" in shown[0][1] and "4 of 8 parts are still" in shown[0][1]
+    merged, _ = array_task(None, *common, tmp_path / "x").communicate(timeout=120)
+    assert f"{tmp_path}/x_train: " in merged and merged == shown[1][0]
+    for name in ("_train.bin", "_train.idx", "_train.json", "_validation.bin", "_validation.idx", "_validation.json"):
+        assert (tmp_path / f"x{name}").read_bytes() == (tmp_path / f"whole{name}").read_bytes(), name
+    assert not folder.exists()
+
+
+def running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_control_c_is_quiet_and_resumes(tmp_path):
+    inputs = write_shards(tmp_path / "in", 10, 2500)
+    arguments = ["--input", inputs, "--tokenizer", "bytes", "--output-prefix", tmp_path / "x", "--workers", "2"]
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_until(lambda: any((tmp_path / "x.parts").glob("*.json")), "a part is finished")
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == 130 and "Traceback" not in errors, errors
+    resumed = run("preprocess_data.py", *arguments)
+    assert resumed.returncode == 0 and "of 10 parts were finished before" in resumed.stderr, resumed.stderr
+    assert IndexedDataset(tmp_path / "x").num_documents == 25_000
+
+
+def test_a_batch_script_has_no_mistakes_of_the_shell(tmp_path):
+    script = ROOT / "launch" / "slurm" / "preprocess.sbatch"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    failed = array_task(1, "--input", tmp_path / "no.txt", "--tokenizer", "bytes", "--output-prefix", tmp_path / "x")
+    output, errors = failed.communicate(timeout=60)
+    assert (failed.returncode, output) == (2, "") and errors.startswith(f"error: {tmp_path}/no.txt: no such file")
+
+
+@pytest.mark.timing
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["tokenizers", "sentencepiece", "tiktoken"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_throughput_against_the_bare_library(tmp_path, kind, workers):
+    """At least 0.9 of what the library does alone in as many processes, on the same text, measured in turns."""
+    command = [sys.executable, str(ROOT / "tests" / "data" / "preprocess_speed.py"), str(tmp_path), kind, str(workers)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["parallel_ratio"] >= 0.9, done.stdout

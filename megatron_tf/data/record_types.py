@@ -1,0 +1,56 @@
+"""What readers hand on: a document before it is parsed, or the reason why there is none."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+BadKind = Literal[
+    "invalid_json",
+    "missing_field",
+    "not_text",  # the field holds something else than a string
+    "not_utf8",
+    "empty",
+    "too_long",
+    "truncated",  # a file or an archive that breaks off
+    "broken",  # a file or an archive that is damaged
+    "unknown_member",  # a file in an archive whose format is not known
+    "not_encodable",  # the tokenizer gave up
+]
+
+
+class BadRecord(Exception):
+    """A record that holds no text; `reason` is a phrase without file and line."""
+
+    def __init__(self, kind: BadKind, reason: str):
+        super().__init__(kind, reason)
+        self.kind = kind
+        self.reason = reason
+
+
+class RawRecord(NamedTuple):
+    """A document before it is parsed, so that parsing can be another process's work."""
+
+    file: str  # members of archives as archive:member
+    line: int  # counted from 1, rows of a .parquet too; 1 for a file that is one document
+    payload: bytes
+    is_json: bool = False  # an object with the text in a field; else the payload is the text
+    problem: tuple[BadKind, str] | None = None  # set when nothing could be read here; there is then no payload
+
+
+class BadSample(NamedTuple):
+    """A bad record as the report names it."""
+
+    kind: BadKind
+    file: str
+    line: int
+    reason: str
+    excerpt: str  # the beginning of the record
+
+
+class ReadLimits(NamedTuple):
+    json_key: str = "text"  # field of a .jsonl line, column of a .parquet
+    max_document_bytes: int = 1 << 27  # of a record as it stands in its file; a longer one is bad
+
+
+def bad_raw(file: str, line: int, problem: BadRecord) -> RawRecord:
+    return RawRecord(file, line, b"", problem=(problem.kind, problem.reason))

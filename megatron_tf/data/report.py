@@ -1,0 +1,111 @@
+"""`PREFIX.report.json`: what a preparation read, wrote and left out, and why. Also the unit that parts are counted in."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_tf.data.record_types import BadSample
+from megatron_tf.durable import write_atomically
+from megatron_tf.errors import DataError, file_errors
+
+FORMAT = "megatron_tf preparation 1"
+SAMPLES_PER_KIND = 10
+
+
+@dataclass
+class SplitCounts:
+    """What went into one pair of token files."""
+
+    documents: int = 0
+    tokens: int = 0  # with the end-of-document tokens
+    bytes: int = 0  # of the documents' text in UTF-8
+    max_token_id: int = -1
+
+    def add(self, other: SplitCounts) -> None:
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.bytes += other.bytes
+        self.max_token_id = max(self.max_token_id, other.max_token_id)
+
+
+@dataclass
+class Report:
+    """Of a part, or of a whole preparation."""
+
+    splits: dict[str, SplitCounts]  # "" for all, or "_train" and "_validation": the ending of the prefix
+    skipped: Counter[str] = field(default_factory=Counter)  # kind of bad record -> how many
+    samples: list[BadSample] = field(default_factory=list)  # the first of each kind
+    seconds: float = 0.0  # of the processes that read, added up
+
+    @property
+    def documents(self) -> int:
+        return sum(split.documents for split in self.splits.values())
+
+    @property
+    def empty(self) -> int:
+        return self.skipped["empty"]
+
+    @property
+    def bad(self) -> int:
+        """Records that were left out, but for empty ones."""
+        return self.skipped.total() - self.empty
+
+    def add_bad(self, samples: Iterable[BadSample]) -> None:
+        for sample in samples:
+            self.skipped[sample.kind] += 1
+            if self.skipped[sample.kind] <= SAMPLES_PER_KIND:
+                self.samples.append(sample)
+
+    def add(self, other: Report) -> None:
+        """Count what stands after this."""
+        for ending, counts in other.splits.items():
+            self.splits[ending].add(counts)
+        for sample in other.samples:
+            if sum(known.kind == sample.kind for known in self.samples) < SAMPLES_PER_KIND:
+                self.samples.append(sample)
+        self.skipped.update(other.skipped)
+        self.seconds += other.seconds
+
+
+def write_report(path: Path, report: Report, key: str, files: Sequence[str]) -> None:
+    """Write it whole or not at all. `key`: of the work it belongs to."""
+    content = {
+        "format": FORMAT,
+        "key": key,
+        "documents": report.documents,
+        "tokens": sum(split.tokens for split in report.splits.values()),
+        "bytes": sum(split.bytes for split in report.splits.values()),
+        "skipped_records": report.skipped.total(),
+        "skipped": dict(sorted(report.skipped.items())),
+        "samples": [sample._asdict() for sample in report.samples],
+        "splits": {ending: vars(counts) for ending, counts in report.splits.items()},
+        "process_seconds": round(report.seconds, 3),
+        "files": list(files),
+    }
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode("utf-8"))
+
+
+def read_report(path: Path, key: str) -> Report | None:
+    """The report, when there is one and it belongs to the work `key`. Raises `DataError` when it cannot be read."""
+    with file_errors(DataError, path, "Make it readable, or delete it to prepare the data again."):
+        try:
+            raw = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    try:
+        content: Any = json.loads(raw)
+        if content["format"] != FORMAT or content["key"] != key:
+            return None
+        return Report(
+            splits={ending: SplitCounts(**counts) for ending, counts in content["splits"].items()},
+            skipped=Counter(content["skipped"]),
+            samples=[BadSample(**sample) for sample in content["samples"]],
+            seconds=content["process_seconds"],
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None  # not ours, or torn: the work is done again

@@ -1,0 +1,194 @@
+"""tiktoken's tokenizers from local files: merge ranks (NAME.tiktoken), and how text is split before merging.
+
+Nothing is ever downloaded. What a rank file does not say (the pattern and the special tokens) is known here for OpenAI's
+public encodings, and otherwise read from `NAME.tiktoken.json` beside it:
+
+    {"pat_str": "...", "special_tokens": {"<|endoftext|>": 50256}}
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_tf.errors import DataError, file_errors
+
+NAME_PREFIX = "tiktoken:"
+SUFFIX = ".tiktoken"
+URL = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"  # its SHA-1 names the file in tiktoken's cache
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a rank file does not say."""
+
+    pat_str: str
+    special_tokens: dict[str, int]
+
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+CL100K_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
+    r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+O200K_PATTERN = (
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+    r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+    r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+# name -> SHA-256 of its rank file, and what belongs to it
+ENCODINGS = {
+    "r50k_base": (
+        "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+        Spec(GPT2_PATTERN, {END_OF_TEXT: 50256}),
+    ),
+    "p50k_base": (
+        "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
+        Spec(GPT2_PATTERN, {END_OF_TEXT: 50256}),
+    ),
+    "cl100k_base": (
+        "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+        Spec(
+            CL100K_PATTERN,
+            {
+                END_OF_TEXT: 100257,
+                "<|fim_prefix|>": 100258,
+                "<|fim_middle|>": 100259,
+                "<|fim_suffix|>": 100260,
+                "<|endofprompt|>": 100276,
+            },
+        ),
+    ),
+    "o200k_base": (
+        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+        Spec(O200K_PATTERN, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
+    ),
+}
+
+
+def is_tiktoken(tokenizer: str) -> bool:
+    return tokenizer.startswith(NAME_PREFIX) or tokenizer.endswith(SUFFIX)
+
+
+def tiktoken_fingerprint(tokenizer: str) -> str:
+    """SHA-256 of the rank file and the spec, hexadecimal; needs no tiktoken. Raises `DataError`."""
+    return _fingerprint(*_files(tokenizer))
+
+
+class TiktokenTokenizer:
+    """tiktoken as a `Tokenizer`. Special tokens written out in a text are text: only the end of a document is one."""
+
+    def __init__(self, tokenizer: str):
+        ranks, spec = _files(tokenizer)
+        self.fingerprint = _fingerprint(ranks, spec)
+        try:
+            import tiktoken
+        except ImportError:
+            raise DataError(f"{tokenizer}: needs the package tiktoken: pip install 'megatron_tf[tiktoken]'") from None
+        if END_OF_TEXT not in spec.special_tokens:
+            raise DataError(
+                f"{tokenizer}: has no end-of-document token. Add {END_OF_TEXT} to special_tokens of its .json."
+            )
+        try:
+            self._encoding = tiktoken.Encoding(
+                name=Path(tokenizer).stem,
+                pat_str=spec.pat_str,
+                mergeable_ranks=_parse_ranks(ranks),
+                special_tokens=spec.special_tokens,
+            )
+        except Exception as error:  # noqa: BLE001 - rubbish fails in many ways, in Python and in the library's Rust
+            raise DataError(f"{tokenizer}: not a tiktoken rank file that fits its spec ({error}).") from None
+        self.eod_id = spec.special_tokens[END_OF_TEXT]
+        self.vocab_size = self._encoding.n_vocab
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self._encoding.encode_ordinary(text) for text in texts]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return [self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode([int(number) for number in ids])
+
+
+def _files(tokenizer: str) -> tuple[bytes, Spec]:
+    """Content of the rank file and its spec."""
+    if tokenizer.startswith(NAME_PREFIX):
+        return _cached(tokenizer.removeprefix(NAME_PREFIX))
+    path = Path(tokenizer)
+    with file_errors(DataError, path, "The tokenizer cannot be read: correct the path or make the file readable."):
+        ranks = path.read_bytes()
+    spec_path = path.with_name(path.name + ".json")
+    if spec_path.exists():
+        return ranks, _read_spec(spec_path)
+    name = path.name.removesuffix(SUFFIX)
+    if name not in ENCODINGS:
+        raise DataError(
+            f"{path}: it is not known how this encoding splits text. Write {spec_path.name} beside it, with pat_str and "
+            f"special_tokens, or give the file its public name ({', '.join(ENCODINGS)})."
+        )
+    return ranks, _known_spec(name, path, ranks)
+
+
+def _known_spec(name: str, path: Path, ranks: bytes) -> Spec:
+    expected, spec = ENCODINGS[name]
+    found = hashlib.sha256(ranks).hexdigest()
+    if found != expected:
+        raise DataError(
+            f"{path}: has SHA-256 {found[:12]}, OpenAI's {name} has {expected[:12]}. Copy it again, or write "
+            f"{path.name}.json beside it if it is an encoding of your own."
+        )
+    return spec
+
+
+def _cached(name: str) -> tuple[bytes, Spec]:
+    if name not in ENCODINGS:
+        raise DataError(f"{NAME_PREFIX}{name}: unknown encoding. Known are {', '.join(ENCODINGS)}.")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    cache = Path(folder) if folder else Path(tempfile.gettempdir()) / "data-gym-cache"
+    path = cache / hashlib.sha1(URL.format(name).encode()).hexdigest()
+    if not path.is_file():
+        raise DataError(
+            f"{NAME_PREFIX}{name}: is not in tiktoken's cache ({cache}), and nothing is downloaded unasked. Get it with "
+            f"`python -c \"import tiktoken; tiktoken.get_encoding('{name}')\"`, or give a {name}.tiktoken file."
+        )
+    with file_errors(DataError, path, "Make it readable."):
+        ranks = path.read_bytes()
+    return ranks, _known_spec(name, path, ranks)
+
+
+def _read_spec(path: Path) -> Spec:
+    with file_errors(DataError, path, "Make it readable."):
+        raw = path.read_bytes()
+    try:
+        content = json.loads(raw)
+        spec = Spec(content["pat_str"], dict(content["special_tokens"]))
+        valid = isinstance(spec.pat_str, str) and all(type(number) is int for number in spec.special_tokens.values())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        valid = False
+    if not valid:
+        raise DataError(f'{path}: must be {{"pat_str": "...", "special_tokens": {{"{END_OF_TEXT}": number, ...}}}}.')
+    return spec
+
+
+def _parse_ranks(content: bytes) -> dict[bytes, int]:
+    """A line is a token in base64 and its rank."""
+    ranks = {}
+    for line in content.splitlines():
+        if line:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+    return ranks
+
+
+def _fingerprint(ranks: bytes, spec: Spec) -> str:
+    return hashlib.sha256(ranks + json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,275 @@
+"""Every input format gives the same texts, and damage of any kind is a bad record, never an end without a word."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_tf.data import compression, formats
+from megatron_tf.data.record_types import RawRecord, ReadLimits
+from megatron_tf.data.records import expand_inputs, parse_record, read_records, read_texts
+from megatron_tf.errors import DataError
+
+TEXTS = ["first", "second with ümlaut\u2028and\nlines", "x" * 700_000, "last"]
+
+
+def zstandard_frame(content: bytes) -> bytes:
+    return pytest.importorskip("zstandard").compress(content)
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda content: content,
+    ".zst": zstandard_frame,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+}
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts)
+
+
+def tar(members: dict[str, bytes], form: int = tarfile.PAX_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as archive:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def texts_of(path: Path, **limits) -> list[str]:
+    return [parse_record(record, "text") for record in read_records([path], ReadLimits(**limits))]
+
+
+def problems_of(path: Path, **limits) -> list[tuple[str, int, str]]:
+    """(kind, line, reason) of the bad records of a file."""
+    records = read_records([path], ReadLimits(**limits))
+    return [(record.problem[0], record.line, record.problem[1]) for record in records if record.problem]
+
+
+@pytest.mark.parametrize("final_newline", [True, False])
+@pytest.mark.parametrize("read_bytes", [7, 1 << 18])
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_lines(tmp_path, monkeypatch, suffix, read_bytes, final_newline):
+    monkeypatch.setattr(formats, "READ_BYTES", read_bytes)
+    content = jsonl(TEXTS) if final_newline else jsonl(TEXTS)[:-1]
+    middle = len(content) // 2
+    parts = [COMPRESS[suffix](part) for part in (content[:middle], b"", content[middle:])]  # several frames
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(b"".join(parts))
+    assert list(read_texts(expand_inputs([str(path)]), "text")) == TEXTS
+    sizes: list[int] = []
+    assert [record.line for record in read_records([path], on_read=sizes.append)] == [1, 2, 3, 4]
+    assert sum(sizes) == path.stat().st_size
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_whole_files(tmp_path, suffix):
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt{suffix}").write_bytes(COMPRESS[suffix](text.encode()))
+    assert list(read_texts(expand_inputs([f"{tmp_path}/?.txt{suffix}"]), "text")) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.xz", "a.tar.gz", "a.tgz", "a.tar.zst", "urlsf_subset00-1_data.xz"])
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_archives_of_texts(tmp_path, name, form):
+    content = tar({f"folder/{number}{'n' * 60}.txt": text.encode() for number, text in enumerate(TEXTS)}, form)
+    suffix = ".gz" if name.endswith("gz") else Path(name).suffix.replace(".tar", "")
+    (tmp_path / name).write_bytes(COMPRESS[suffix](content))
+    assert texts_of(tmp_path / name) == TEXTS
+    assert next(iter(read_records([tmp_path / name]))).file == f"{tmp_path}/{name}:folder/0{'n' * 60}.txt"
+
+
+def test_open_web_text_an_archive_of_compressed_archives(tmp_path):
+    subsets = {
+        f"openwebtext/urlsf_subset00-{number}_data.xz": lzma.compress(
+            tar({f"{number}-{place}.txt": text.encode() for place, text in enumerate(TEXTS[number : number + 2])})
+        )
+        for number in (0, 2)
+    }
+    for name in ("openwebtext.tar.xz", "openwebtext.tar"):
+        (tmp_path / name).write_bytes(COMPRESS[Path(name).suffix.replace(".tar", "")](tar(subsets)))
+        assert texts_of(tmp_path / name) == TEXTS
+    files = [record.file for record in read_records([tmp_path / "openwebtext.tar"])]
+    assert files[3] == f"{tmp_path}/openwebtext.tar:openwebtext/urlsf_subset00-2_data.xz:2-1.txt"
+
+
+def test_open_web_text_2_an_archive_of_compressed_lines(tmp_path):
+    months = {f"2005-0{n}_data.jsonl.zst": zstandard_frame(jsonl(TEXTS[n : n + 2])) for n in (0, 2)}
+    (tmp_path / "openwebtext2.jsonl.zst.tar").write_bytes(tar(months))
+    assert texts_of(tmp_path / "openwebtext2.jsonl.zst.tar") == TEXTS
+
+
+@pytest.mark.parametrize("suffix", [".zst", ".gz", ".xz"])
+@pytest.mark.parametrize("damage", ["truncated", "rubbish", "flipped"])
+def test_damaged_compression_is_a_bad_record_after_the_good_ones(tmp_path, suffix, damage):
+    first, second = COMPRESS[suffix](jsonl(["a", "b"])), COMPRESS[suffix](jsonl(TEXTS))
+    second = {
+        "truncated": second[:-3],
+        "rubbish": b"this is no frame at all",
+        "flipped": second[:60] + bytes([second[60] ^ 255]) + second[61:],
+    }[damage]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(first + second)
+    (tmp_path / "b.jsonl").write_bytes(jsonl(["next file"]))
+    found = list(read_records([tmp_path / f"a.jsonl{suffix}", tmp_path / "b.jsonl"]))
+    assert [parse_record(record, "text") for record in (*found[:2], found[-1])] == ["a", "b", "next file"]
+    bad = [record for record in found if record.problem]
+    if damage != "flipped":  # where there is no checksum a flipped byte may only change the text
+        assert [record.problem[0] for record in bad] == [{"truncated": "truncated", "rubbish": "broken"}[damage]]
+        assert bad[0].line >= 3
+    assert len(bad) <= 1
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_padding_after_the_last_frame_is_no_damage(tmp_path, suffix):
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(COMPRESS[suffix](jsonl(["a"])) + b"\0" * 1024)
+    assert texts_of(tmp_path / f"a.jsonl{suffix}") == ["a"]
+
+
+def two_members() -> bytes:
+    return tar({"0.txt": b"a" * 600, "1.txt": b"b" * 600}, tarfile.USTAR_FORMAT)
+
+
+# The folder's header, then a header and 1024 bytes for each member, then the end.
+ARCHIVE_DAMAGES = {
+    "in a member": (lambda content: content[:2100], ["truncated"], 1),
+    "in a header": (lambda content: content[:2200], ["truncated"], 1),
+    "between members": (lambda content: content[:2048], ["truncated"], 1),
+    "without the end": (lambda content: content[:3584], ["truncated"], 2),
+    "header overwritten": (lambda content: content[:2048] + b"x" * 512 + content[2560:], ["broken"], 1),
+    "two in one file": (lambda content: content + content, ["broken"], 2),
+    "no archive": (lambda content: b"x" * 5000, ["broken"], 0),
+    "nothing": (lambda content: b"", ["truncated"], 0),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVE_DAMAGES)
+def test_damaged_archives_are_never_silent(tmp_path, case):
+    damage, kinds, num_good = ARCHIVE_DAMAGES[case]
+    (tmp_path / "a.tar").write_bytes(damage(two_members()))
+    assert [kind for kind, _, _ in problems_of(tmp_path / "a.tar")] == kinds
+    assert sum(not record.problem for record in read_records([tmp_path / "a.tar"])) == num_good
+
+
+def test_a_broken_member_does_not_end_the_archive(tmp_path):
+    inner = lzma.compress(tar({"a.txt": b"a"}))
+    members = {"0.xz": inner, "1.xz": inner[:-20], "README.md": b"what this is", "2.xz": inner, "3.txt": b"\xff"}
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    records = list(read_records([tmp_path / "a.tar"]))
+    assert [(record.file.split(":", 1)[1], record.problem and record.problem[0]) for record in records] == [
+        ("0.xz:a.txt", None), ("1.xz:a.txt", None), ("1.xz", "truncated"), ("README.md", "unknown_member"),
+        ("2.xz:a.txt", None), ("3.txt", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.xz", "a.txt", "a.txt.gz", "a.tar"])
+def test_a_document_that_is_too_long_is_passed_over(tmp_path, name):
+    limit = 10_000
+    inner = jsonl(["a", "x" * 3_000_000, "b"]) if "jsonl" in name else b"x" * 3_000_000
+    if name == "a.tar":
+        inner = tar({"0.txt": b"a", "1.txt": inner, "2.txt": b"b"})
+    suffix = Path(name).suffix if Path(name).suffix in COMPRESS else ""
+    (tmp_path / name).write_bytes(COMPRESS[suffix](inner))
+    ((kind, line, reason),) = problems_of(tmp_path / name, max_document_bytes=limit)
+    assert (kind, line) == ("too_long", 2 if "jsonl" in name else 1)
+    assert "bytes, at most 10000 are read (--max-document-bytes)" in reason and "the document has 30000" in reason
+    good = [record for record in read_records([tmp_path / name], ReadLimits("text", limit)) if not record.problem]
+    assert [parse_record(record, "text") for record in good] == ([] if "txt" in name else ["a", "b"])
+
+
+def test_a_bomb_comes_in_small_chunks(tmp_path):
+    """A few kilobytes that turn into 300 MB must not be turned into them at once."""
+    bomb = zstandard_frame(b"\0" * 300_000_000)
+    assert len(bomb) < 100_000
+    chunks = list(map(len, compression.decompress(compression.compression_of(".zst", "bomb"), [bomb])))
+    assert sum(chunks) == 300_000_000 and max(chunks) <= compression.SLICE_BYTES // 4 * (1 << 17) + (1 << 18)
+
+
+@pytest.fixture
+def write_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def write(columns: dict, **options) -> Path:
+        parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet", **options)
+        return tmp_path / "a.parquet"
+
+    return write
+
+
+@pytest.mark.parametrize("options", [{}, {"row_group_size": 2}, {"compression": "zstd", "use_dictionary": False}])
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
+def test_parquet(write_parquet, options, kind):
+    import pyarrow
+
+    column = pyarrow.array(TEXTS)
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pyarrow, kind)())
+    path = write_parquet({"id": [1, 2, 3, 4], "text": column}, **options)
+    assert texts_of(path) == TEXTS
+    sizes: list[int] = []
+    lines = [record.line for record in read_records([path], on_read=sizes.append)]
+    assert lines == [1, 2, 3, 4] and 0 < sum(sizes) <= path.stat().st_size
+
+
+def test_bad_rows_of_parquet(write_parquet):
+    path = write_parquet({"text": ["a", None, "x" * 50, ""]})
+    found = problems_of(path, max_document_bytes=20)
+    assert [(kind, line) for kind, line, _ in found] == [("not_text", 2), ("too_long", 3)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "reason"),
+    [
+        ({"body": ["a"], "id": [1]}, "missing_field", "missing column 'text', its columns are body, id"),
+        ({"text": [1, 2]}, "not_text", "column 'text' is of type int64, not a string"),
+    ],
+)
+def test_parquet_without_the_column(write_parquet, columns, kind, reason):
+    assert problems_of(write_parquet(columns)) == [(kind, 1, reason)]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "rubbish", "flipped"])
+def test_damaged_parquet(write_parquet, damage):
+    path = write_parquet({"text": [str(number) * 50 for number in range(1000)]}, row_group_size=100)
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        del content[-10:]
+    elif damage == "rubbish":
+        content[:] = b"x" * 500
+    else:
+        content[len(content) // 2 : len(content) // 2 + 400] = b"\xff" * 400
+    path.write_bytes(content)
+    ((kind, _, reason),) = problems_of(path)
+    assert kind == "broken" and "\n" not in reason and len(reason) < 300
+
+
+def test_parquet_without_its_package(tmp_path, monkeypatch):
+    import sys
+
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"a\.parquet: needs the package pyarrow: pip install 'megatron_tf\[parquet\]'"):
+        list(read_records([tmp_path / "a.parquet"]))
+
+
+def test_raw_records_stay_small():
+    """They travel between processes."""
+    assert RawRecord("f", 1, b"x")._asdict() == {
+        "file": "f",
+        "line": 1,
+        "payload": b"x",
+        "is_json": False,
+        "problem": None,
+    }
