@@ -22,8 +22,8 @@ def machine_problems(config: RunConfig) -> Iterator[str]:
         for number, source in enumerate(sources):
             yield from _prefix_problems(f"data.{name}[{number}].path", source.path)
     tokenizer = config.data.tokenizer
-    has_a_file = tokenizer is not None and tokenizer != "bytes" and not tokenizer.startswith("tiktoken:")
-    if has_a_file and not os.path.isfile(tokenizer):
+    is_file = tokenizer is not None and tokenizer != "bytes" and not tokenizer.startswith("tiktoken:")
+    if tokenizer is not None and is_file and not os.path.isfile(tokenizer):
         yield f"data.tokenizer: {tokenizer}: no such file. Correct the path, or remove data.tokenizer."
     for package in config.logging.trackers:
         if not _is_installed(package):
