@@ -7,6 +7,7 @@ c bytes of the compute type (2 for bf16 and fp16, 4 for fp32).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_tf.config.schema import Model, Precision, RunConfig
 from megatron_tf.config.validate import plan_batches, topology_for
@@ -19,6 +20,7 @@ def num_parameters(model: Model) -> int:
     return sum(spec.numel for spec in parameter_table(model).values())
 
 
+@lru_cache(maxsize=64)  # whoever compares layouts asks for it each time
 def num_token_parameters(model: Model) -> int:
     """Elements of all parameter tokens: what growth adds to."""
     return sum(spec.numel for spec in parameter_table(model).values() if spec.growable)
@@ -30,14 +32,19 @@ def stage_parameters(model: Model, topology: Topology, stage: int) -> int:
     The first stage holds the embedding, the last one the final norm and, as output head, its own copy of
     the embedding.
     """
-    first, last = stage == 0, stage == topology.pipeline - 1
-    prefixes = [f"blocks.{layer}." for layer in stage_layers(model.num_layers, topology.pipeline, stage)]
+    return _stage_parameters(model, topology.tensor, topology.pipeline, stage)
+
+
+@lru_cache(maxsize=4096)
+def _stage_parameters(model: Model, tensor: int, pipeline: int, stage: int) -> int:
+    first, last = stage == 0, stage == pipeline - 1
+    prefixes = [f"blocks.{layer}." for layer in stage_layers(model.num_layers, pipeline, stage)]
     if first or last:
         prefixes.append(EMBEDDING)
     if last:
         prefixes.append("final_norm.")
     held = [spec for name, spec in parameter_table(model).items() if name.startswith(tuple(prefixes))]
-    return max(sum(_shard_numel(spec, topology.tensor, rank) for spec in held) for rank in range(topology.tensor))
+    return max(sum(_shard_numel(spec, tensor, rank) for spec in held) for rank in range(tensor))
 
 
 def _shard_numel(spec: ParameterSpec, tensor: int, rank: int) -> int:
@@ -67,12 +74,12 @@ def flops_per_token(model: Model) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank, without the allocator's fragmentation, communication buffers and workspaces."""
+    """Bytes on one rank, without the allocator's fragmentation, communication buffers and kernels' workspaces."""
 
     weights: int  # in the compute type
     gradients: int  # as the backward pass makes them, and the fp32 sums over micro batches
     optimizer: int  # fp32 master weights and both Adam moments
-    activations: int  # saved for the backward pass, at the peak of a step
+    activations: int  # saved for the backward pass, and what that makes in passing, at the peak of a step
 
     @property
     def total(self) -> int:
@@ -80,10 +87,14 @@ class Memory:
 
 
 def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
-    """Memory of the fullest pipeline stage.  `config` has passed `validate` for `world_size`."""
+    """Memory of the fullest pipeline stage.  `config` has passed `validate` for `world_size`.
+
+    It is the first or the last: those between have no embedding, and no more layers or micro batches in flight than
+    the first.
+    """
     topology = topology_for(config, world_size)
     num_micro_batches = plan_batches(config, world_size).num_micro_batches
-    stages = [_stage_memory(config, topology, num_micro_batches, stage) for stage in range(topology.pipeline)]
+    stages = [_stage_memory(config, topology, num_micro_batches, stage) for stage in {0, topology.pipeline - 1}]
     return max(stages, key=lambda memory: memory.total)
 
 
@@ -123,23 +134,26 @@ def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, i
     """Activations at the peak of a stage.
 
     Without checkpointing every layer of every micro batch in flight keeps what `block_activation_bytes`
-    says; with it, only its input, and one block at a time is whole.  The last stage adds the final norm's
-    output and the logits [s, b, V/T] with their gradient, both in fp32, for one micro batch.
+    says; with it, only its input.  On top comes the larger of two that are never there at once: the backward
+    pass of one block (with checkpointing, that block whole), and on the last stage the head.
     """
     model, training = config.model, config.training
     layers = len(stage_layers(model.num_layers, topology.pipeline, stage))
     positions = model.seq_length * training.micro_batch_size
-    block = block_activation_bytes(config)
+    compute = compute_bytes(training.precision)
+    block, backward = block_activation_bytes(config), block_backward_bytes(config)
+    kept = block
     if training.activation_checkpointing:
         split = topology.tensor if config.parallel.sequence else 1
-        block_input = compute_bytes(training.precision) * positions * model.hidden_size // split
-        total = in_flight * layers * block_input + block
-    else:
-        total = in_flight * layers * block
+        kept, backward = compute * positions * model.hidden_size // split, block + backward
+    head = 0
     if stage == topology.pipeline - 1:
+        # the final norm's output; logits [s, b, V/T], and two fp32 tensors of that size in the cross-entropy,
+        # of which one is the logits themselves when they are fp32
         rows = -(-model.vocab_size // topology.tensor)
-        total += positions * (compute_bytes(training.precision) * model.hidden_size + 2 * 4 * rows)
-    return total
+        copies = 2 * 4 if training.precision == "fp32" else 2 * 4 + compute
+        head = positions * (compute * model.hidden_size + copies * rows)
+    return in_flight * layers * kept + max(head, backward)
 
 
 def block_activation_bytes(config: RunConfig) -> int:
@@ -148,9 +162,10 @@ def block_activation_bytes(config: RunConfig) -> int:
     | kept                                                | elements           | bytes |
     |-----------------------------------------------------|--------------------|-------|
     | inputs of both norms, split under sequence parallel | 2 · s·b·d (/T)     | c     |
-    | inputs of q, k, v (shared), proj and ffn, whole     | 3 · s·b·d          | c     |
+    | inputs of q, k, v (shared) and ffn, whole           | 2 · s·b·d          | c     |
     | scores of the five projections, [s, b, n/T] each    | s·b·Σn/T           | c     |
     | q, k, v and the output of attention                 | 4 · s·b·d/T        | c     |
+    | input of proj, gathered from it; the same if T = 1  | s·b·d              | c     |
     | norm of each projection's scores, [s, b, 1]         | 5 · s·b            | 4     |
     | mean and deviation of both norms                    | 4 · s·b            | 4     |
     | log-sum-exp of attention, a head                    | s·b·heads/T        | 4     |
@@ -160,7 +175,22 @@ def block_activation_bytes(config: RunConfig) -> int:
     split = tensor if config.parallel.sequence else 1
     hidden = model.hidden_size
     scores = 3 * -(-counts.qkv // tensor) + -(-counts.proj // tensor) + -(-counts.ffn // tensor)
-    compute = 2 * hidden // split + 3 * hidden + scores + 4 * hidden // tensor
+    inputs = 2 if tensor == 1 else 3
+    compute = 2 * hidden // split + inputs * hidden + scores + 4 * hidden // tensor
     statistics = 5 + 4 + model.num_attention_heads // tensor
     positions = model.seq_length * config.training.micro_batch_size
     return positions * (compute_bytes(config.training.precision) * compute + 4 * statistics)
+
+
+def block_backward_bytes(config: RunConfig) -> int:
+    """Bytes that the backward pass of one block needs beside what the forward pass kept, at its peak, on one rank.
+
+    A projection's backward pass holds 3 tensors of the size of its scores (q, k, v together: 3 of the size of theirs),
+    2 more for the projection it is at, and the gradients of its output and input.  What was kept for projections that
+    come later in the model is free by then.
+    """
+    counts, tensor = config.model.parameter_tokens, config.parallel.tensor
+    qkv, proj, ffn = (-(-count // tensor) for count in (counts.qkv, counts.proj, counts.ffn))
+    scores = max(5 * ffn, 5 * proj - ffn, 11 * qkv - proj - ffn)
+    positions = config.model.seq_length * config.training.micro_batch_size
+    return positions * compute_bytes(config.training.precision) * (scores + 2 * config.model.hidden_size)

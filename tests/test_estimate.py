@@ -80,9 +80,12 @@ def test_memory_of_bf16_is_eight_and_a_share_of_twelve_bytes():
 
 
 def test_block_activations_by_hand():
-    # s·b = 256·4 positions in fp32: 2d norm inputs, 3d inputs, 4·128 + 512 scores, 4d attention, 13 statistics
-    per_position = 4 * (2 * 128 + 3 * 128 + 1024 + 4 * 128) + 4 * (5 + 4 + 4)
+    # s·b = 256·4 positions in fp32: 2d norm inputs, 2d inputs, 4·128 + 512 scores, 4d attention, 13 statistics
+    per_position = 4 * (2 * 128 + 2 * 128 + 1024 + 4 * 128) + 4 * (5 + 4 + 4)
     assert estimate.block_activation_bytes(load("tiny")) == 256 * 4 * per_position
+    # halves of the tokens and heads, and the gathered input of proj as a tensor of its own
+    per_position = 4 * (2 * 128 + 3 * 128 + 512 + 2 * 128) + 4 * (5 + 4 + 2)
+    assert estimate.block_activation_bytes(load("tiny", "parallel.tensor=2")) == 256 * 4 * per_position
 
 
 def test_sharding_and_checkpointing_save_activations():
@@ -101,7 +104,9 @@ def test_sharding_and_checkpointing_save_activations():
 def test_first_stage_keeps_a_micro_batch_for_each_stage_behind_it():
     config = load("tiny", "parallel.pipeline=4", "training.micro_batch_size=1", "model.vocab_size=16")
     memory = estimate.memory_per_rank(config, 4)
-    assert memory.activations == 4 * estimate.block_activation_bytes(config)
+    kept = 4 * estimate.block_activation_bytes(config)
+    assert memory.activations == kept + estimate.block_backward_bytes(config)
+    assert estimate.block_backward_bytes(config) == 256 * 4 * (5 * 512 + 2 * 128)
 
 
 def test_optimizer_share_shrinks_with_data_parallel_ranks():
@@ -119,7 +124,7 @@ def test_describe_shows_model_layout_batch_length_and_memory():
         "16 ranks as TP2×PP1×DP8, sequence-parallel, ZeRO 1, bf16",
         "512 samples = 8 a micro batch × 8 accumulated × 8 data-parallel; × 1,024 = 524,288 tokens",
         "114,441 steps",
-        "60,000,043,008 tokens",
+        "60,000,000,000 tokens",
         "a rank: weights",
     ):
         assert fact in text

@@ -20,6 +20,8 @@ FLOORS = (
     {"megatron_tf.parallel", "megatron_tf.estimate", "megatron_tf.plan", "megatron_tf.telemetry"},
     {"megatron_tf.model", "megatron_tf.data", "megatron_tf.growth"},
     {"megatron_tf.checkpoint", "megatron_tf.convert"},
+    # what a run would cost (arithmetic, no torch), and what the machines are worth: beside training, which neither knows
+    {"megatron_tf.planning", "megatron_tf.diagnosis"},
     {"megatron_tf.inference"},  # a model from a checkpoint, and sampling: beside training, which it does not know
     {"megatron_tf.training"},
     {"launch", "tools"},
@@ -42,6 +44,10 @@ NO_TORCH = (
     "megatron_tf.config",
     "megatron_tf.estimate",
     "megatron_tf.plan",
+    "megatron_tf.planning",
+    "megatron_tf.diagnosis.installation",
+    "megatron_tf.diagnosis.report",
+    "megatron_tf.diagnosis.verdict",
     "megatron_tf.parallel.topology",
     "megatron_tf.parallel.environment",
 )

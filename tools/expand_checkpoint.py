@@ -98,7 +98,9 @@ def scale_of(scales: Mapping[str, float], kind: str) -> str:
 def write(config: RunConfig, start: StepZero, data: Mapping[str, Any], root: Path) -> None:
     total, began = state_bytes(config.model), time.monotonic()
     with Console(rank=0).progress(total // MEGABYTE, 0, "MB written") as bar:
-        path = write_step_zero(root, config.model, start, data, lambda done, tensor: bar.advance(done // MEGABYTE, tensor))
+        path = write_step_zero(
+            root, config.model, start, data, lambda done, tensor: bar.advance(done // MEGABYTE, tensor)
+        )
     seconds = time.monotonic() - began
     print(f"wrote {path}: {total:,} bytes in {seconds:.1f} s, {total / seconds / MEGABYTE:,.0f} MB/s")
 

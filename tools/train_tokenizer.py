@@ -13,7 +13,11 @@ from megatron_tf.errors import run_command
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="files or quoted globs, as preprocess_data.py reads them"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or quoted globs, as preprocess_data.py reads them",
     )
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="number of tokens (default: 4096)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the file to write, a .json")

@@ -15,6 +15,7 @@ from megatron_tf.config.validate import plan_batches
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.loader import BatchLoader, build_dataset
 from megatron_tf.training.engine import StepResult
+from megatron_tf.training.guard import LossGuard
 from megatron_tf.training.loop import Trainer
 from megatron_tf.training.start import Progress
 
@@ -37,10 +38,10 @@ class Recorder:
     def __init__(self):
         self.samples = []
 
-    def train_step(self, step, batches) -> StepResult:
+    def train_step(self, step, batches, lr_factor) -> StepResult:
         micro_batches = [inputs[:, 0].tolist() for inputs, _ in batches]
         self.samples.append(micro_batches)
-        return StepResult(torch.tensor(0.0), None, 0.0)
+        return StepResult(torch.tensor(0.0), None, 0.0, skipped=False)
 
 
 def consume(countable, progress: Progress, ranks: int, micro_batch: int) -> tuple[list[int], Progress]:
@@ -53,6 +54,7 @@ def consume(countable, progress: Progress, ranks: int, micro_batch: int) -> tupl
     for rank in range(ranks):
         trainer = object.__new__(Trainer)  # only its bookkeeping of steps and samples is wanted here
         trainer.plan, trainer.engine, trainer.progress = plan, Recorder(), progress
+        trainer.guard = LossGuard(config.guard, {})
         trainer.training = BatchLoader(
             dataset, micro_batch_size=plan.micro_batch_size, num_micro_batches=plan.num_micro_batches,
             data_rank=rank, data_size=plan.data_parallel, vocab_size=config.model.vocab_size,

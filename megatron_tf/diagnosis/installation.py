@@ -1,0 +1,127 @@
+"""What is installed here, what is missing, and what that would enable. No torch, nothing but the standard library."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+
+@dataclass(frozen=True)
+class Package:
+    """`wanted`: versions as pip writes them. `essential`: nothing works without it. `enables`: what it is for."""
+
+    name: str
+    wanted: str
+    enables: str
+    essential: bool = True
+    install: str = "pip install -e ."
+
+
+PACKAGES = (
+    Package("torch", ">=2.11,<2.14", "everything"),
+    Package("numpy", ">=1.26", "everything"),
+    Package("pydantic", ">=2.11,<3", "everything"),
+    Package("PyYAML", ">=6,<7", "everything"),
+    Package("safetensors", ">=0.4.3", "checkpoints"),
+    Package("xxhash", ">=3.4", "checkpoints"),
+    Package("rich", ">=13", "the console"),
+    Package("tokenizers", ">=0.20", "data preparation and text"),
+    Package("zstandard", ">=0.22", "data preparation from .zst files"),
+    Package(
+        "deepspeed", "==0.19.8", "training", False,
+        "pip install setuptools wheel ninja && pip install --no-build-isolation deepspeed==0.19.8",
+    ),
+    Package("matplotlib", ">=3.8", "tools/plot_run.py", False, "pip install -e '.[plot]'"),
+    Package("pyarrow", ">=17,<27", "data preparation from .parquet files", False, "pip install -e '.[parquet]'"),
+    Package("sentencepiece", ">=0.2,<0.3", "SentencePiece tokenizers", False, "pip install -e '.[sentencepiece]'"),
+    Package("tensorboard", ">=2.20,<3", "the tensorboard tracker", False, "pip install -e '.[tensorboard]'"),
+    Package("tiktoken", ">=0.11,<1", "tiktoken tokenizers", False, "pip install -e '.[tiktoken]'"),
+    Package("wandb", ">=0.31,<1", "the wandb tracker", False, "pip install -e '.[wandb]'"),
+    Package("transformers", ">=5.16,<6", "conversion to and from Hugging Face", False, "pip install -e '.[hf]'"),
+    Package("lm_eval", ">=0.4.13,<0.5", "zero-shot tasks", False, "pip install -e '.[eval]'"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Installed:
+    """`version` None: not installed. `right`: installed in a version that is wanted."""
+
+    package: Package
+    version: str | None
+    right: bool
+
+    @property
+    def problem(self) -> str | None:
+        """What to do, if it is not as it should be."""
+        package = self.package
+        if self.right:
+            return None
+        state = "is missing" if self.version is None else f"{self.version} is not {package.wanted}"
+        return f"{package.name} {state}: needed for {package.enables}. {package.install}"
+
+
+def installed_packages() -> list[Installed]:
+    """Every package of `PACKAGES`, found by its metadata and not imported."""
+    return [_installed(package) for package in PACKAGES]
+
+
+def system_facts() -> Iterator[tuple[str, str]]:
+    """(what, how it is here) of the machine, in words."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield "host", f"{socket.gethostname()}, {platform.system()} {platform.release()}, {platform.machine()}"
+    yield "python", platform.python_version()
+    yield "processor", f"{cores} cores, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:,.0f} GB memory"
+    yield "disk", f"{shutil.disk_usage('.').free / 1e9:,.0f} GB free in {os.getcwd()}"
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    yield "compiler", compiler or "no C++ compiler: training.compile and the installation of deepspeed need one"
+
+
+def machine_warnings(num_gpus: int) -> Iterator[str]:
+    """What will hurt later, though nothing is broken yet."""
+    shared = "/dev/shm"
+    if num_gpus > 1 and os.path.isdir(shared) and shutil.disk_usage(shared).total < 1e9:
+        yield (
+            f"{shared} has {shutil.disk_usage(shared).total / 1e6:,.0f} MB, too little for NCCL between {num_gpus} GPUs. "
+            "Start the container with --ipc=host or --shm-size=8g."
+        )
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if open_files != resource.RLIM_INFINITY and open_files < 1024:
+        yield f"only {open_files} files may be open at once. Raise it with ulimit -n 65536."
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if os.path.isdir("/sys/class/infiniband") and locked != resource.RLIM_INFINITY:
+        yield (
+            f"InfiniBand is here, but only {locked / 1e6:,.1f} MB of memory may be locked, which RDMA needs. Set "
+            "ulimit -l unlimited (docker: --ulimit memlock=-1)."
+        )
+
+
+def _installed(package: Package) -> Installed:
+    try:
+        version = metadata.version(package.name)
+    except metadata.PackageNotFoundError:
+        return Installed(package, None, False)
+    return Installed(package, version, all(_holds(version, clause) for clause in package.wanted.split(",")))
+
+
+def _holds(version: str, clause: str) -> bool:
+    """Whether "2.13.0+cpu" satisfies one of ">=2.11", "<2.14", "==0.19.8"."""
+    match = re.fullmatch(r"(>=|<|==)([0-9.]+)", clause)
+    assert match is not None, clause
+    have, limit = _numbers(version), _numbers(match[2])
+    return {">=": have >= limit, "<": have < limit, "==": have == limit}[match[1]]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """ "2.13.0+cpu" -> (2, 13): trailing zeros mean nothing."""
+    found = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
+    numbers = [int(part) for part in found[0].split(".")] if found else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)

@@ -1,0 +1,205 @@
+"""The examination of a job: all ranks meet, compare what they run on, and measure devices, links and collectives."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tf.diagnosis.measure import (
+    CollectiveSpeed,
+    bus_bandwidth,
+    device_flops,
+    measure_collectives,
+    measure_link,
+    ring_rounds,
+)
+from megatron_tf.diagnosis.rendezvous import Assembly, Stuck, Unreachable
+from megatron_tf.diagnosis.verdict import Link, judge_devices, judge_facts, judge_links
+
+
+@dataclass
+class Diagnosis:
+    """What was found. Complete on rank 0; the others know as much as they have heard."""
+
+    hosts: list[str] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+    collectives: list[dict[str, Any]] = field(default_factory=list)  # kind, bytes, latency, seconds, bus_bandwidth
+    broken: list[str] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """This rank's GPU, or the CPU of a machine without any. IndexError when there is no GPU of that number."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise IndexError(f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def examine(
+    assembly: Assembly,
+    store: dist.Store,
+    local_rank: int,
+    num_bytes: int,
+    slow_factor: float | None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Diagnosis:
+    """All tests; `say` is told which one begins. Never raises for what is wrong with the job, but returns it.
+
+    `store`: in which the ranks of `assembly` meet. `num_bytes`: of large messages. `slow_factor`: how many times the
+    median is slow; None is 1.5 between GPUs and 3 between processes on CPUs, which share cores.
+    """
+    found = Diagnosis()
+    try:
+        _examine(found, assembly, store, local_rank, num_bytes, slow_factor, say)
+    except Stuck as stuck:
+        found.broken += _errors(assembly)
+        raised = assembly.errors()
+        missing = [assembly.name(rank) for rank in stuck.ranks if rank not in raised]
+        if missing and not (raised and len(missing) == assembly.world_size - len(raised)):
+            found.broken += _who_is_missing(missing, stuck, assembly.world_size)
+        if not found.broken and assembly.rank == 0:
+            found.broken.append(f"some rank only just came in time, or not at all: {stuck}")
+    except Unreachable as error:
+        found.broken += _errors(assembly) or [
+            f"{assembly.name(0)} does not answer, nor the store that it keeps: {error}"
+        ]
+    except Exception as error:
+        found.broken += _errors(assembly) or [f"{assembly.name(assembly.rank)}: {type(error).__name__}: {error}"]
+    return found
+
+
+def _examine(
+    found: Diagnosis,
+    assembly: Assembly,
+    store: dist.Store,
+    local_rank: int,
+    num_bytes: int,
+    slow_factor: float | None,
+    say: Callable[[str], None],
+) -> None:
+    rank, world = assembly.rank, assembly.world_size
+    say(f"waiting for {world} ranks")
+    found.hosts = assembly.meet()
+    names = [assembly.name(other) for other in range(world)]
+
+    say("devices")
+    device = assembly.phase("finding the device", lambda: choose_device(local_rank))
+    on_gpu = device.type == "cuda"
+    factor = slow_factor or (1.5 if on_gpu else 3.0)
+    if facts := assembly.collect("facts", _facts(device)):
+        found.broken += judge_facts(facts, names)
+    assembly.phase("warming up the device", lambda: device_flops(device))
+    measured = assembly.collect("device", assembly.phase("a matrix product", lambda: device_flops(device)))
+    if measured:
+        found.flops = [flops for flops, _ in measured]
+        _add(found, judge_devices(found.flops, [right for _, right in measured], names, factor))
+
+    timeout = timedelta(seconds=3 * assembly.timeout)  # our own phases end before
+    assembly.phase(
+        "init_process_group",
+        lambda: dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timeout,
+        ),
+    )  # fmt: skip
+    say("links between pairs of ranks")
+    found.links = _links(assembly, found.hosts, num_bytes, device)
+    _add(found, judge_links(found.links, names, found.hosts, factor))
+
+    say("collectives between all ranks")
+    speeds = assembly.phase("collectives", lambda: measure_collectives(rank, world, num_bytes, device))
+    _judge_collectives(found, assembly.collect("collectives", [asdict(speed) for speed in speeds]), names)
+
+
+def _links(assembly: Assembly, hosts: Sequence[str], num_bytes: int, device: torch.device) -> list[Link]:
+    """Of the ring of neighbours, and of the ring through the ranks with the same place on each node."""
+    rank, world = assembly.rank, assembly.world_size
+    per_host = hosts.count(hosts[0])
+    strides = {1} | ({per_host} if per_host < world and world % per_host == 0 else set())
+    own: list[dict[str, Any]] = []
+    for stride in sorted(strides):
+        for number, links in enumerate(ring_rounds(world, stride)):
+            mine = [link for link in links if rank in link]
+
+            def work(mine: list[tuple[int, int]] = mine) -> list[Link]:
+                return [measure_link(rank, link, num_bytes, device) for link in mine]
+
+            measured = assembly.phase(f"links of stride {stride}, round {number + 1}", work)
+            own += [asdict(link) for link in measured]
+    both: dict[tuple[int, int], list[Link]] = {}
+    for links_of_rank in assembly.collect("links", own):
+        for one in links_of_rank:
+            both.setdefault((one["first"], one["second"]), []).append(Link(**one))
+    return [
+        Link(
+            first,
+            second,
+            max(link.latency for link in ends),
+            min(link.bandwidth for link in ends),
+            all(link.right for link in ends),
+        )
+        for (first, second), ends in sorted(both.items())
+    ]
+
+
+def _judge_collectives(found: Diagnosis, by_rank: list[list[dict[str, Any]]], names: Sequence[str]) -> None:
+    """A collective is as slow as on its slowest rank."""
+    for alike in zip(*by_rank):
+        speeds = [CollectiveSpeed(**one) for one in alike]
+        first, seconds = speeds[0], max(speed.seconds for speed in speeds)
+        found.collectives.append(
+            {
+                "kind": first.kind,
+                "bytes": first.bytes,
+                "latency": max(speed.latency for speed in speeds),
+                "seconds": seconds,
+                "bus_bandwidth": bus_bandwidth(first.kind, first.bytes, seconds, len(names)),
+            }
+        )
+        wrong = [name for name, speed in zip(names, speeds) if not speed.right]
+        if wrong:
+            found.broken.append(f"{first.kind} gives wrong numbers on {', '.join(wrong)}")
+
+
+def _facts(device: torch.device) -> dict[str, str]:
+    """What must be alike on all ranks."""
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "device": device.type}
+    try:
+        facts["deepspeed"] = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        facts["deepspeed"] = "none"
+    if device.type == "cuda":
+        facts["GPU"] = torch.cuda.get_device_name(device)
+        facts["CUDA"] = str(torch.version.cuda)
+        facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return facts
+
+
+def _errors(assembly: Assembly) -> list[str]:
+    return [f"{assembly.name(rank)}: {error}" for rank, error in sorted(assembly.errors().items())]
+
+
+def _who_is_missing(missing: list[str], stuck: Stuck, world_size: int) -> list[str]:
+    """If nobody finishes, nobody in particular is to blame."""
+    if len(missing) == world_size:
+        return [
+            f"all ranks {stuck.what} in {stuck.phase}, so it is what connects them: the network interface (NCCL_SOCKET_IFNAME, "
+            "GLOO_SOCKET_IFNAME), a firewall, or the links between GPUs"
+        ]
+    return [f"{name} {stuck.what} in time: {stuck.phase}" for name in missing]
+
+
+def _add(found: Diagnosis, findings: Any) -> None:
+    found.broken += findings.broken
+    found.slow += findings.slow

@@ -1,0 +1,121 @@
+"""From measurements to names: which rank is slow, which is broken, which differs. Pure arithmetic, no torch.
+
+What is usual is the median over ranks: a rank's best link counts for it, so that one slow rank, which slows both its
+links, cannot make slow the usual even among three.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+LATENCY_FACTOR = 5.0  # small messages vary more than large ones
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between two ranks: seconds of the smallest message one way, bytes/s of a large one, whether they came whole."""
+
+    first: int
+    second: int
+    latency: float
+    bandwidth: float
+    right: bool
+
+
+@dataclass(frozen=True)
+class Findings:
+    """One sentence each. `usual`: what slow is measured by, in words."""
+
+    broken: list[str]
+    slow: list[str]
+
+
+def judge_devices(flops: Sequence[float], right: Sequence[bool], names: Sequence[str], factor: float) -> Findings:
+    """Ranks whose matrix product is wrong, or `factor` times slower than the median's."""
+    usual = median(flops)
+    broken = [f"{name}: a matrix product on its device is wrong" for name, ok in zip(names, right) if not ok]
+    slow = [
+        f"{name}: its device computes {_rate(own, 'FLOP/s')}, the median {_rate(usual, 'FLOP/s')}"
+        for name, own in zip(names, flops)
+        if own * factor < usual
+    ]
+    return Findings(broken, slow)
+
+
+def judge_links(links: Sequence[Link], names: Sequence[str], hosts: Sequence[str], factor: float) -> Findings:
+    """Ranks with two slow links or more and no other, and single slow links. Links within and between hosts apart."""
+    broken = [
+        f"{names[link.first]} and {names[link.second]}: what one sends the other does not receive"
+        for link in links
+        if not link.right
+    ]
+    slow: list[str] = []
+    for within in (True, False):
+        alike = [link for link in links if (hosts[link.first] == hosts[link.second]) == within]
+        slow += _slow_links(alike, names, factor)
+    return Findings(broken, slow)
+
+
+def _slow_links(links: Sequence[Link], names: Sequence[str], factor: float) -> list[str]:
+    if not links:
+        return []
+    of_rank: dict[int, list[Link]] = {}
+    for link in links:
+        for rank in (link.first, link.second):
+            of_rank.setdefault(rank, []).append(link)
+    bandwidth = median(max(link.bandwidth for link in own) for own in of_rank.values())
+    latency = median(min(link.latency for link in own) for own in of_rank.values())
+
+    def is_slow(link: Link) -> bool:
+        return link.bandwidth * factor < bandwidth or link.latency > LATENCY_FACTOR * factor * latency
+
+    def speed(found: Sequence[Link]) -> str:
+        worst = min(found, key=lambda link: link.bandwidth)
+        late = max(link.latency for link in found)
+        return (
+            f"{_rate(worst.bandwidth, 'B/s')} and {late * 1e6:,.0f} µs, usual are {_rate(bandwidth, 'B/s')} and "
+            f"{latency * 1e6:,.0f} µs"
+        )
+
+    unexplained = [link for link in links if is_slow(link)]
+    sentences = []
+    for rank, own in sorted(of_rank.items()):
+        if len(own) > 1 and all(is_slow(link) for link in own) and any(link in unexplained for link in own):
+            sentences.append(f"{names[rank]}: all its {len(own)} links are slow: {speed(own)}")
+            unexplained = [link for link in unexplained if link not in own]
+    sentences += [
+        f"the link between {names[link.first]} and {names[link.second]} is slow: {speed([link])}"
+        for link in unexplained
+    ]
+    return sentences
+
+
+def judge_facts(facts: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """Ranks whose software or device is not what most ranks have. `facts`: the same keys on every rank."""
+    sentences = []
+    for key in facts[0]:
+        values = [str(own[key]) for own in facts]
+        ((usual, _),) = Counter(values).most_common(1)
+        others: dict[str, list[str]] = {}
+        for name, value in zip(names, values):
+            if value != usual:
+                others.setdefault(value, []).append(name)
+        sentences += [
+            f"{_listed(who)}: {key} {value}, the others have {usual}" for value, who in sorted(others.items())
+        ]
+    return sentences
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _rate(value: float, unit: str) -> str:
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:,.3g} {prefix}{unit}"
+    return f"{value:,.3g} {unit}"

@@ -1,0 +1,108 @@
+"""Checkpoint size, and the interval between checkpoints that loses the least to failures.
+
+Failures come at random with a mean time M between them; a checkpoint stops training for C. Young (1974, "A first order
+approximation to the optimum checkpoint interval") gives √(2CM); Daly (2006, "A higher order estimate of the optimum
+checkpoint interval for restart dumps", equation 37) corrects it for intervals that are no longer short beside M.
+
+The failure rate that is assumed unless told otherwise is that of Llama 3's pre-training (arXiv:2407.21783, section
+3.3.4): 419 unexpected interruptions of 16,384 H100 in 54 days.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_tf.config.schema import Model
+from megatron_tf.estimate import num_parameters
+
+LLAMA_3_FAILURES_PER_GPU_YEAR = 419 / (16384 * 54 / 365)
+YEAR_SECONDS = 365 * 24 * 3600.0
+COPY_BANDWIDTH = 10e9  # bytes/s of a rank, from the GPU to the host's memory, for a checkpoint in the background
+
+
+def checkpoint_bytes(model: Model) -> int:
+    """fp32 weight and both Adam moments of every parameter; the rest of a checkpoint is small."""
+    return 12 * num_parameters(model)
+
+
+def mean_seconds_between_failures(failures_per_gpu_year: float, num_gpus: int) -> float:
+    """Infinite for a rate of 0."""
+    rate = failures_per_gpu_year * num_gpus
+    return YEAR_SECONDS / rate if rate else math.inf
+
+
+def young_interval(stall_seconds: float, mean_seconds: float) -> float:
+    """Seconds of training between two checkpoints, to first order."""
+    return math.sqrt(2 * stall_seconds * mean_seconds)
+
+
+def daly_interval(stall_seconds: float, mean_seconds: float) -> float:
+    """Seconds of training between two checkpoints, to higher order."""
+    if stall_seconds >= 2 * mean_seconds:
+        return mean_seconds
+    ratio = stall_seconds / (2 * mean_seconds)
+    return young_interval(stall_seconds, mean_seconds) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_seconds
+
+
+def lost_share(interval: float, stall: float, write: float, restart: float, mean_seconds: float) -> float:
+    """Share of the time that is lost to checkpoints, repeated work and restarts, all in seconds.
+
+    A failure repeats half an interval and what was trained while the last checkpoint was still being written.
+    """
+    share = stall / (interval + stall)
+    if math.isfinite(mean_seconds):
+        share += (interval / 2 + write + restart) / mean_seconds
+    return min(1.0, share)
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """`bytes` on disk; the rest in seconds. `interval` is never shorter than `write`. `interval_steps` None: no failures."""
+
+    bytes: int
+    write: float  # until a checkpoint is whole
+    stall: float  # that training stands still for it
+    mean_between_failures: float
+    interval_steps: int | None
+    lost_share: float  # at that interval
+    configured_lost_share: float | None  # at checkpoint.interval_steps; None if that is not set
+
+
+def plan_checkpoints(
+    model: Model,
+    num_writers: int,
+    step_seconds: float,
+    *,
+    asynchronous: bool,
+    configured_steps: int | None,
+    failures_per_gpu_year: float,
+    storage_bytes_per_second: float,
+    restart_seconds: float,
+    num_gpus: int,
+) -> CheckpointPlan:
+    """`num_writers`: ranks that hold a part of the state of their own."""
+    size = checkpoint_bytes(model)
+    write = size / storage_bytes_per_second
+    stall = min(write, size / num_writers / COPY_BANDWIDTH) if asynchronous else write
+    mean = mean_seconds_between_failures(failures_per_gpu_year, num_gpus)
+
+    def lost(steps: int) -> float:
+        interval = steps * step_seconds
+        if interval < write and asynchronous:  # the next save waits for the one before
+            return lost_share(interval, write - interval + stall, write, restart_seconds, mean)
+        return lost_share(interval, stall, write if asynchronous else 0.0, restart_seconds, mean)
+
+    steps = None
+    if math.isfinite(mean):
+        seconds = max(daly_interval(stall, mean), write if asynchronous else 0.0)
+        steps = max(1, round(seconds / step_seconds))
+    return CheckpointPlan(
+        bytes=size,
+        write=write,
+        stall=stall,
+        mean_between_failures=mean,
+        interval_steps=steps,
+        lost_share=0.0 if steps is None else lost(steps),
+        configured_lost_share=None if configured_steps is None else lost(configured_steps),
+    )

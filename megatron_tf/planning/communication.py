@@ -1,0 +1,142 @@
+"""What a step sends: every collective with its bytes, as a function of (s, b, d, T). Counted in tests, not estimated.
+
+`Collective.bytes` is the size of the whole tensor on a rank: what is all-reduced, what a gathering ends with, what a
+scattering begins with. A ring sends (T − 1)/T of it, twice for an all-reduce.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_tf.config.schema import Precision, RunConfig
+from megatron_tf.config.validate import plan_batches, topology_for
+from megatron_tf.estimate import compute_bytes, stage_parameters
+from megatron_tf.parallel.topology import Axis, Topology
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    kind: Kind
+    bytes: int
+    count: int = 1
+
+    def sent_bytes(self, ranks: int) -> float:
+        """Bytes that each of `ranks` ranks sends, over all `count` of them."""
+        if self.kind == "send":
+            return self.count * self.bytes
+        factor = 2 if self.kind == "all_reduce" else 1
+        return self.count * factor * self.bytes * (ranks - 1) / ranks
+
+
+Collectives = tuple[Collective, ...]
+
+
+def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
+    """(forward, backward) of one block and micro batch over the tensor group.
+
+    | | forward | backward |
+    |---|---|---|
+    | q, k, v | scores' norms, reduce-scatter over heads × 3 | all-gather × 3, norms, all-reduce of dX |
+    | proj | all-gather of heads, norms, all-reduce | norms, reduce-scatter of heads |
+    | ffn | norms, all-reduce | norms, all-reduce of dX |
+
+    Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
+    on the other. Norms are [s, b, 1] in fp32, one for each projection (softmax: two reductions forward).
+    """
+    tensor = config.parallel.tensor
+    if tensor == 1:
+        return (), ()
+    positions = config.model.seq_length * config.training.micro_batch_size
+    whole = positions * config.model.hidden_size * compute_bytes(config.training.precision)
+    norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in (3, 1, 1))
+    twice = 2 if config.model.activation == "softmax" else 1
+    forward_norms = tuple(Collective(n.kind, n.bytes, twice) for n in norms)
+    forward: Collectives
+    backward: Collectives
+    if config.parallel.sequence:
+        forward = (Collective("all_gather", whole, 3), Collective("reduce_scatter", whole, 5))
+        backward = (Collective("all_gather", whole, 5), Collective("reduce_scatter", whole, 3))
+    else:
+        reduced = Collective("all_reduce", whole, 2)
+        forward = (Collective("all_gather", whole), Collective("reduce_scatter", whole, 3), reduced)
+        backward = (Collective("all_gather", whole, 3), Collective("reduce_scatter", whole), reduced)
+    return forward + forward_norms, backward + norms
+
+
+def recomputed_collectives(config: RunConfig) -> Collectives:
+    """What activation checkpointing sends again of a block's forward pass: all but its end, which nothing needs."""
+    forward, _ = block_collectives(config)
+    end: Kind = "reduce_scatter" if config.parallel.sequence else "all_reduce"
+    whole = max((c.bytes for c in forward), default=0)
+    return tuple(replace(c, count=c.count - 1) if (c.kind, c.bytes) == (end, whole) else c for c in forward)
+
+
+def ends_collectives(config: RunConfig) -> tuple[tuple[Collectives, Collectives], tuple[Collectives, Collectives]]:
+    """((forward, backward) of the embedding, (forward, backward) of final norm, head and loss), a micro batch."""
+    if config.parallel.tensor == 1:
+        return ((), ()), ((), ())
+    positions = config.model.seq_length * config.training.micro_batch_size
+    whole = positions * config.model.hidden_size * compute_bytes(config.training.precision)
+    # largest logit; then the sum of exponentials and the label's logit together
+    loss = (Collective("all_reduce", 4 * positions), Collective("all_reduce", 8 * positions))
+    if not config.parallel.sequence:
+        reduced = (Collective("all_reduce", whole),)
+        return (reduced, ()), (loss, reduced)
+    gather, scatter = (Collective("all_gather", whole),), (Collective("reduce_scatter", whole),)
+    norm = Collective("all_reduce", config.model.hidden_size * compute_bytes(config.training.precision), 2)
+    return (scatter, gather), (gather + loss, (*scatter, norm))
+
+
+def stage_boundary(config: RunConfig) -> Collective:
+    """The hidden states that cross from one stage to the next, or their gradient back, a micro batch."""
+    positions = config.model.seq_length * config.training.micro_batch_size
+    split = config.parallel.tensor if config.parallel.sequence else 1
+    size = positions * config.model.hidden_size * compute_bytes(config.training.precision)
+    return Collective("send", size // split)
+
+
+def data_collectives(parameters: int, precision: Precision, zero_stage: int, data_parallel: int) -> Collectives:
+    """Once a step over the data-parallel group, for the `parameters` of a rank, as DeepSpeed does it.
+
+    Gradients are all-reduced in fp32 whatever the precision; under ZeRO 1 the updated weights are gathered in the
+    compute type.
+    """
+    if data_parallel == 1:
+        return ()
+    gradients = Collective("all_reduce", 4 * parameters)
+    if zero_stage == 0:
+        return (gradients,)
+    return gradients, Collective("all_gather", compute_bytes(precision) * parameters)
+
+
+def tied_embedding(config: RunConfig, topology: Topology) -> Collectives:
+    """Once a step between first and last stage: the gradient of the embedding that both hold, in fp32."""
+    if topology.pipeline == 1:
+        return ()
+    rows = -(-config.model.vocab_size // topology.tensor)
+    return (Collective("all_reduce", 4 * rows * config.model.hidden_size),)
+
+
+def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[Axis, float]:
+    """Bytes that the busiest stage's rank sends in a step over each axis of the grid. `config` is valid for `world_size`."""
+    topology = topology_for(config, world_size)
+    micro_batches = plan_batches(config, world_size).num_micro_batches
+    layers = -(-config.model.num_layers // topology.pipeline)
+    forward, backward = block_collectives(config)
+    again = recomputed_collectives(config) if config.training.activation_checkpointing else ()
+    block = sum(c.sent_bytes(topology.tensor) for c in (*forward, *again, *backward))
+    ends = ends_collectives(config)
+    sides = ends if topology.pipeline == 1 else ends[1:]
+    end = sum(c.sent_bytes(topology.tensor) for side in sides for pass_ in side for c in pass_)
+    parameters = stage_parameters(config.model, topology, topology.pipeline - 1)
+    data = data_collectives(parameters, config.training.precision, config.zero.stage, topology.data)
+    crossings = min(2, topology.pipeline - 1)  # to the stage after and to the one before
+    return {
+        "tensor": micro_batches * (layers * block + end),
+        "pipeline": micro_batches * crossings * stage_boundary(config).bytes
+        + sum(c.sent_bytes(2) for c in tied_embedding(config, topology)),
+        "data": sum(c.sent_bytes(topology.data) for c in data),
+    }

@@ -1,0 +1,114 @@
+"""GPUs and the nodes they stand in, as their makers state them, and what is assumed to be reached of that.
+
+Sources: NVIDIA's datasheets of the A100, H100, H200, L40S and RTX 4090, and of the DGX A100, DGX H100, DGX H200 and
+DGX B200 (memory, bandwidth, NVLink, network adapters, largest power). NVLink is counted per direction, half of what
+the datasheets give. Cards without NVLink talk over 16 lanes of PCIe 4.0, in nodes with one adapter of 25 Gb/s a card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_tf.config.schema import Precision
+from megatron_tf.errors import ConfigError
+from megatron_tf.parallel.topology import Topology
+from megatron_tf.telemetry.meters import peak_bf16_flops
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU and its share of a node. Bandwidths in bytes/s, links per direction."""
+
+    name: str
+    device_name: str  # as CUDA says it, for the table of peaks
+    memory_bytes: float
+    fp32_flops: float  # peak without tensor cores
+    memory_bandwidth: float
+    node_bandwidth: float  # to the other GPUs of the node
+    network_bandwidth: float  # its share of the node's network adapters
+    watts: float  # its share of the node's largest power, without cooling
+    per_node: int = 8
+
+    def peak_flops(self, precision: Precision) -> float:
+        """Dense peak in FLOP/s."""
+        if precision == "fp32":
+            return self.fp32_flops
+        peak = peak_bf16_flops(self.device_name)
+        assert peak is not None
+        return peak
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 40 * GB, 19.5e12, 1555 * GB, 300 * GB, 25 * GB, 6500 / 8),
+        Gpu("a100", "NVIDIA A100-SXM4-80GB", 80 * GB, 19.5e12, 2039 * GB, 300 * GB, 25 * GB, 6500 / 8),
+        Gpu("h100", "NVIDIA H100 80GB HBM3", 80 * GB, 67e12, 3350 * GB, 450 * GB, 50 * GB, 10200 / 8),
+        Gpu("h200", "NVIDIA H200", 141 * GB, 67e12, 4800 * GB, 450 * GB, 50 * GB, 10200 / 8),
+        Gpu("b200", "NVIDIA B200", 180 * GB, 75e12, 8000 * GB, 900 * GB, 50 * GB, 14300 / 8),
+        Gpu("l40s", "NVIDIA L40S", 48 * GB, 91.6e12, 864 * GB, 32 * GB, 3.125 * GB, 350 + 100),
+        Gpu("rtx4090", "NVIDIA GeForce RTX 4090", 24 * GB, 82.6e12, 1008 * GB, 32 * GB, 3.125 * GB, 450 + 100),
+    )
+}
+
+
+def find_gpu(name: str, *, per_node: int | None = None, network_gb_per_s: float | None = None) -> Gpu:
+    """A GPU by its name in `GPUS`, in a node of another size or with another network if given. ConfigError."""
+    gpu = GPUS.get(name.lower())
+    if gpu is None:
+        raise ConfigError(f"--gpu: {name!r} is not known. Choose among {', '.join(GPUS)}.")
+    if per_node is not None:
+        gpu = replace(gpu, per_node=per_node)
+    if network_gb_per_s is not None:
+        gpu = replace(gpu, network_bandwidth=network_gb_per_s * GB)
+    return gpu
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What real programs reach of the peaks. Every estimate of time stands and falls with these numbers."""
+
+    gemm: float = 0.70  # of the peak, in large matrix products
+    attention: float = 0.35  # of the peak, in fused causal attention
+    memory: float = 0.85  # of the memory bandwidth, in elementwise kernels
+    link: float = 0.75  # of a link's bandwidth, in large messages
+    node_latency: float = 20e-6  # seconds a collective within a node, whatever its size
+    network_latency: float = 40e-6  # and between nodes
+    launch: float = 5e-6  # seconds the CPU needs to start a kernel
+    reserved_bytes: float = 2 * GB  # CUDA context, NCCL's and cuBLAS's buffers
+    usable_memory: float = 0.92  # of the rest; the allocator loses the other part to fragments
+
+    def fits(self, num_bytes: float, gpu: Gpu) -> bool:
+        """Whether tensors of `num_bytes` fit on a rank."""
+        return num_bytes <= self.usable_memory * (gpu.memory_bytes - self.reserved_bytes)
+
+    def sentences(self) -> tuple[str, ...]:
+        """For the reader of a plan."""
+        return (
+            f"matrix products reach {self.gemm:.0%} of the GPU's dense peak, attention {self.attention:.0%}, elementwise "
+            f"kernels {self.memory:.0%} of the memory bandwidth, large messages {self.link:.0%} of the links",
+            f"a collective takes {self.node_latency * 1e6:.0f} µs within a node and {self.network_latency * 1e6:.0f} µs "
+            f"between nodes beside its transfer; a kernel {self.launch * 1e6:.0f} µs to start",
+            "communication does not overlap with computation; the data loader, evaluation and logging cost nothing",
+            f"of a GPU's memory {self.reserved_bytes / GB:.0f} GB are reserved and {self.usable_memory:.0%} of the rest "
+            "can be used",
+            "tensor-parallel ranks are neighbours on a node, and every GPU has its share of the node's network",
+        )
+
+
+def group_bandwidth(gpu: Gpu, topology: Topology, axis: str) -> tuple[float, bool]:
+    """(bytes/s per direction, whether it leaves the node) of a collective over `axis`.
+
+    A group with g ranks on each node drives g network adapters at once, for every GPU of a node belongs to one group.
+    """
+    size, stride = getattr(topology, axis), _stride(topology, axis)
+    on_node = max(1, min(size, gpu.per_node // stride))
+    if on_node == size and size * stride <= max(gpu.per_node, stride):
+        return gpu.node_bandwidth, False
+    return min(gpu.node_bandwidth, on_node * gpu.network_bandwidth), True
+
+
+def _stride(topology: Topology, axis: str) -> int:
+    return {"tensor": 1, "data": topology.tensor, "pipeline": topology.tensor * topology.data}[axis]

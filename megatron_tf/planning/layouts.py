@@ -1,0 +1,106 @@
+"""Every layout of a number of GPUs that the model, the batch and the memory allow, the fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.validate import topology_for, validate
+from megatron_tf.errors import ConfigError
+from megatron_tf.estimate import Memory, memory_per_rank
+from megatron_tf.planning.hardware import Assumptions, Gpu
+from megatron_tf.planning.roofline import StepTime, step_time
+
+LARGEST_MICRO_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a valid configuration needs on a number of GPUs."""
+
+    config: RunConfig
+    world_size: int
+    memory: Memory
+    fits: bool
+    time: StepTime
+
+    def overrides(self) -> list[str]:
+        """Arguments of launch/train.py that choose this layout."""
+        parallel, training = self.config.parallel, self.config.training
+        sequence, checkpointing = (str(v).lower() for v in (parallel.sequence, training.activation_checkpointing))
+        return [
+            f"parallel.tensor={parallel.tensor}",
+            f"parallel.pipeline={parallel.pipeline}",
+            f"parallel.sequence={sequence}",
+            f"training.micro_batch_size={training.micro_batch_size}",
+            f"training.activation_checkpointing={checkpointing}",
+        ]
+
+    def __str__(self) -> str:
+        parallel, training = self.config.parallel, self.config.training
+        extras = (" +sequence" if parallel.sequence else "", " +checkpointing" * training.activation_checkpointing)
+        layout = topology_for(self.config, self.world_size)
+        return f"{layout} micro batch {training.micro_batch_size}{''.join(extras)}"
+
+
+def estimate(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions) -> Estimate:
+    """`config` has passed `validate` for `world_size`."""
+    memory = memory_per_rank(config, world_size)
+    return Estimate(
+        config, world_size, memory, assumed.fits(memory.total, gpu), step_time(config, world_size, gpu, assumed)
+    )
+
+
+def ranked(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions) -> list[Estimate]:
+    """All layouts that fit, by time of a step; among equals the simpler. Empty when none does.
+
+    Varied are tensor × pipeline × data, sequence, micro batch and checkpointing; the batch and all else stays. Tensor
+    groups do not leave a node.
+    """
+    found = (estimate(candidate, world_size, gpu, assumed) for candidate in _candidates(config, world_size, gpu))
+    fitting = [choice for choice in found if choice.fits]
+    return sorted(fitting, key=lambda choice: (choice.time.total, choice.config.parallel.tensor))
+
+
+def _candidates(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunConfig]:
+    model, batch = config.model, config.training.global_batch_size
+    for tensor in _divisors(min(gpu.per_node, world_size), world_size):
+        if model.num_attention_heads % tensor:
+            continue
+        for pipeline in _divisors(min(model.num_layers, world_size // tensor), world_size // tensor):
+            data = world_size // (tensor * pipeline)
+            if batch % data:
+                continue
+            for micro in _divisors(min(LARGEST_MICRO_BATCH, batch // data), batch // data):
+                for sequence in (False, True)[: 1 + (tensor > 1)]:
+                    for checkpointing in (False, True):
+                        candidate = _with(config, tensor, pipeline, sequence, micro, checkpointing)
+                        if _is_valid(candidate, world_size):
+                            yield candidate
+
+
+def _with(
+    config: RunConfig, tensor: int, pipeline: int, sequence: bool, micro_batch: int, checkpointing: bool
+) -> RunConfig:
+    parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence}
+    training = {"micro_batch_size": micro_batch, "activation_checkpointing": checkpointing}
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=parallel),
+            "training": config.training.model_copy(update=training),
+        }
+    )
+
+
+def _is_valid(config: RunConfig, world_size: int) -> bool:
+    try:
+        validate(config, world_size)
+    except ConfigError:
+        return False
+    return True
+
+
+def _divisors(largest: int, number: int) -> list[int]:
+    """Those of `number` up to `largest`."""
+    return [size for size in range(1, largest + 1) if number % size == 0]

@@ -1,0 +1,168 @@
+"""A plan in words, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+GIB = 1024**3
+
+
+def report(plan: dict[str, Any]) -> str:
+    """The text of `summary.plan`'s object, without a last newline."""
+    gpu = plan["gpu"]
+    parts = [
+        f"{plan['gpus']:,} × {gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB, {gpu['bf16_flops'] / 1e12:.0f} TFLOP/s, "
+        f"{gpu['per_node']} a node, {gpu['node_bandwidth'] / 1e9:g} GB/s within a node and "
+        f"{gpu['network_bandwidth'] / 1e9:g} GB/s a GPU between nodes)"
+    ]
+    for stage in plan["stages"]:
+        parts.append("\n".join([*_stage_lines(stage), "", *_layout_lines(stage)]))
+    if plan["chain"]:
+        parts.append("\n".join(_chain_lines(plan["chain"])))
+    parts.append(
+        "\n".join(
+            [
+                "Parameters, bytes sent and checkpoint sizes are counted; memory is within 10 % of what tensors took in runs on CPUs.",
+                "Times, MFU, GPU-hours and energy are estimates from a roofline. They assume that",
+                *(f"- {sentence}" for sentence in plan["assumptions"]),
+            ]
+        )
+    )
+    return "\n\n".join(parts)
+
+
+def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
+    yield f"{stage['name']}: {stage['parameters']:,} parameters"
+    for problem in stage["problems"]:
+        yield f"  not valid   {problem}"
+    if stage["problems"]:
+        return
+    memory, step, run = stage["memory"], stage["step"], stage["run"]
+    usable = stage["usable_memory"]
+    verdict = "fits" if stage["fits"] else "DOES NOT FIT"
+    micro_batches = stage["num_micro_batches"]
+    plural = "micro batch" if micro_batches == 1 else "micro batches"
+    yield f"  layout      {stage['layout']}, {micro_batches} {plural} a step: valid, {verdict}"
+    yield (
+        f"  memory      {_size(memory['total'])} of {_size(usable)} usable a rank ({stage['parameters_per_rank']:,} "
+        f"parameters): weights {_size(memory['weights'])}, gradients {_size(memory['gradients'])}, optimizer "
+        f"{_size(memory['optimizer'])}, activations {_size(memory['activations'])}"
+    )
+    policies = stage["activations_by_checkpointing"]
+    yield f"              activations without checkpointing {_size(policies['off'])}, with it {_size(policies['on'])}"
+    yield (
+        f"  step        {_duration(step['total'])}, {step['tokens']:,} tokens, {step['tokens_per_second']:,.0f} tokens/s, "
+        f"MFU {stage['mfu']:.1%}"
+    )
+    shares = ((name, step[key] / step["total"]) for name, key in _PARTS)
+    yield f"              {', '.join(f'{name} {share:.1%}' for name, share in shares if share)}"
+    sent = stage["sent_bytes"]
+    yield f"  sent        a rank and step: {', '.join(f'{axis} {_size(sent[axis])}' for axis in sent)}"
+    yield (
+        f"  run         {run['steps']:,} steps, {run['tokens']:,} tokens, {run['flops']:.2e} FLOPs, "
+        f"{_duration(run['hours_without_failures'] * 3600)} of training"
+    )
+    if run["hours"] is None:
+        yield "              with failures it would never end: save more often or to faster storage"
+    else:
+        yield (
+            f"              {_duration(run['hours'] * 3600)} with checkpoints and failures: {run['gpu_hours']:,.0f} GPU-hours, "
+            f"at most {run['megawatt_hours']:,.1f} MWh without cooling"
+        )
+    yield from _checkpoint_lines(stage["checkpoint"])
+
+
+_PARTS = (
+    ("computing", "compute"),
+    ("tensor-parallel communication", "tensor"),
+    ("sending between stages", "pipeline"),
+    ("pipeline bubble", "bubble"),
+    ("data-parallel communication", "data"),
+    ("optimizer", "update"),
+)
+
+
+def _checkpoint_lines(checkpoint: dict[str, Any]) -> Iterable[str]:
+    yield (
+        f"  checkpoint  {_size(checkpoint['bytes'])}, written in {_duration(checkpoint['write'])}; training stands still for "
+        f"{_duration(checkpoint['stall'])}"
+    )
+    steps = checkpoint["interval_steps"]
+    if steps is None:
+        yield "              without failures the fewer the better"
+    else:
+        yield (
+            f"              a failure every {_duration(checkpoint['mean_between_failures'])}: least is lost, "
+            f"{checkpoint['lost_share']:.2%} of the time, with checkpoint.interval_steps={steps}"
+        )
+    if checkpoint["configured_steps"] is not None and checkpoint["configured_steps"] != steps:
+        yield (
+            f"              as configured, every {checkpoint['configured_steps']} steps, "
+            f"{checkpoint['configured_lost_share']:.2%} is lost"
+        )
+
+
+def _layout_lines(stage: dict[str, Any]) -> Iterable[str]:
+    best = stage["best_layouts"]
+    if not best:
+        yield "  No layout of these GPUs fits this batch and their memory."
+        return
+    rows = [("  best layouts, by estimate", "step", "MFU", "bubble", "communication", "memory")]
+    rows += [
+        (
+            f"  {row['layout']}",
+            _duration(row["step_seconds"]),
+            f"{row['mfu']:.1%}",
+            f"{row['bubble_share']:.1%}",
+            f"{row['communication_share']:.1%}",
+            _size(row["memory_total"]),
+        )
+        for row in best
+    ]
+    yield from _table(rows)
+    yield f"  the first: {' '.join(best[0]['overrides'])}"
+
+
+def _chain_lines(costs: Sequence[dict[str, Any]]) -> Iterable[str]:
+    yield "The chain, beside training each size from scratch (GPU-hours without failures)"
+    rows = [("  stage", "parameters", "tokens", "GPU-hours", "so far", "from scratch", "tokens", "GPU-hours", "saved")]
+    for cost in costs:
+        saved = 1 - cost["chain_gpu_hours"] / cost["scratch_gpu_hours"]
+        rows.append(
+            (
+                f"  {cost['name']}",
+                f"{cost['parameters']:,}",
+                f"{cost['tokens'] / 1e9:,.4g} B",
+                f"{cost['gpu_hours']:,.0f}",
+                f"{cost['chain_gpu_hours']:,.0f}",
+                "",
+                f"{cost['scratch_tokens'] / 1e9:,.4g} B",
+                f"{cost['scratch_gpu_hours']:,.0f}",
+                f"{saved:.0%}",
+            )
+        )
+    yield from _table(rows)
+    total, scratch = costs[-1]["chain_gpu_hours"], sum(cost["scratch_gpu_hours"] for cost in costs)
+    yield f"  all sizes: {total:,.0f} GPU-hours by growing, {scratch:,.0f} from scratch one by one"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """First column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        yield "  ".join(cells).rstrip()
+
+
+def _size(num_bytes: float) -> str:
+    if num_bytes >= GIB / 10:
+        return f"{num_bytes / GIB:,.1f} GiB"
+    return f"{num_bytes / 1024**2:.3g} MiB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * length or (unit == "s" and seconds >= 1):
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds * 1000:.3g} ms"

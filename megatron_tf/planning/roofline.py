@@ -1,0 +1,129 @@
+"""The time of a step, from what is computed and sent and what the hardware can do.
+
+A step is (M + P − 1) slots of the slowest stage, one for each of M micro batches and one for each of the other P − 1
+stages that wait at its ends (the bubble, (P − 1)/(M + P − 1) of them: Narayanan et al. 2021, arXiv:2104.04473,
+whose (p − 1)/m is the same number relative to the work), then the reduction of gradients and the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.validate import plan_batches, topology_for
+from megatron_tf.estimate import flops_per_token, stage_parameters
+from megatron_tf.parallel.topology import Axis, Topology, stage_layers
+from megatron_tf.planning.communication import (
+    Collective,
+    block_collectives,
+    data_collectives,
+    ends_collectives,
+    recomputed_collectives,
+    stage_boundary,
+    tied_embedding,
+)
+from megatron_tf.planning.hardware import Assumptions, Gpu, group_bandwidth
+from megatron_tf.planning.work import Seconds, accumulation_seconds, block_seconds, head_seconds, update_seconds
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by what they are spent on; nothing overlaps."""
+
+    compute: float  # of the slowest stage, over all micro batches
+    tensor: float  # communication of the tensor group within it
+    pipeline: float  # sending hidden states and their gradients
+    bubble: float  # waiting for other stages
+    data: float  # reducing gradients, gathering weights
+    update: float  # norm, clipping and AdamW
+    tokens: int
+    flops: float  # of the model, for all tokens
+    peak_flops: float  # of all GPUs
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.update
+
+    @property
+    def communication_share(self) -> float:
+        return (self.tensor + self.pipeline + self.data) / self.total
+
+    @property
+    def bubble_share(self) -> float:
+        return self.bubble / self.total
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.total
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: recomputation does not count, attention counts in full."""
+        return self.flops / (self.total * self.peak_flops)
+
+
+def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions) -> StepTime:
+    """Estimate for one optimizer step. `config` has passed `validate` for `world_size`."""
+    topology, batches = topology_for(config, world_size), plan_batches(config, world_size)
+    stages = {0, topology.pipeline - 1}  # those between have no embedding, head, or more layers
+    slots = [_slot(config, topology, stage, gpu, assumed) for stage in stages]
+    compute, tensor, sending = max(slots, key=sum)
+    micro_batches = batches.num_micro_batches
+    parameters = max(stage_parameters(config.model, topology, stage) for stage in stages)
+    data = data_collectives(parameters, config.training.precision, config.zero.stage, topology.data)
+    tied = tied_embedding(config, topology)
+    # between first and last stage, but as costly as between neighbours
+    end = _seconds(data, topology.data, "data", topology, gpu, assumed) + _seconds(
+        tied, 2, "pipeline", topology, gpu, assumed
+    )
+    return StepTime(
+        compute=micro_batches * compute,
+        tensor=micro_batches * tensor,
+        pipeline=micro_batches * sending,
+        bubble=(topology.pipeline - 1) * (compute + tensor + sending),
+        data=end,
+        update=update_seconds(parameters, config, topology.data, gpu, assumed),
+        tokens=batches.tokens_per_step,
+        flops=float(flops_per_token(config.model)) * batches.tokens_per_step,
+        peak_flops=world_size * gpu.peak_flops(config.training.precision),
+    )
+
+
+def _slot(
+    config: RunConfig, topology: Topology, stage: int, gpu: Gpu, assumed: Assumptions
+) -> tuple[float, float, float]:
+    """Seconds of one micro batch on a stage, forward and backward: (compute, tensor group, sending)."""
+    layers = len(stage_layers(config.model.num_layers, topology.pipeline, stage))
+    work = block_seconds(config, gpu, assumed) * layers
+    forward, backward = (
+        _seconds(collectives, topology.tensor, "tensor", topology, gpu, assumed)
+        for collectives in block_collectives(config)
+    )
+    sent = Seconds(forward, backward) * layers
+    again = layers * _seconds(recomputed_collectives(config), topology.tensor, "tensor", topology, gpu, assumed)
+    work_again = work.forward
+    is_end = (stage == 0, stage == topology.pipeline - 1)
+    for at_end, pair in zip(is_end, ends_collectives(config)):
+        if at_end:
+            sent += Seconds(*(_seconds(c, topology.tensor, "tensor", topology, gpu, assumed) for c in pair))
+    if is_end[1]:
+        work += head_seconds(config, gpu, assumed)
+    compute = work.forward + work.backward
+    compute += accumulation_seconds(stage_parameters(config.model, topology, stage), config, gpu, assumed)
+    tensor = sent.forward + sent.backward
+    if config.training.activation_checkpointing:
+        compute, tensor = compute + work_again, tensor + again
+    # an inner stage receives and sends hidden states and gradients, one after the other: DeepSpeed's are blocking
+    crossings = 2 * min(2, topology.pipeline - 1)
+    boundary = stage_boundary(config)
+    sending = crossings * _seconds((boundary,), 2, "pipeline", topology, gpu, assumed)
+    return compute, tensor, sending
+
+
+def _seconds(
+    collectives: Iterable[Collective], ranks: int, axis: Axis, topology: Topology, gpu: Gpu, assumed: Assumptions
+) -> float:
+    bandwidth, leaves_node = group_bandwidth(gpu, topology, axis)
+    latency = assumed.network_latency if leaves_node else assumed.node_latency
+    return sum(c.count * latency + c.sent_bytes(ranks) / (assumed.link * bandwidth) for c in collectives)

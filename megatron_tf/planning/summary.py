@@ -1,0 +1,142 @@
+"""A plan as one plain object: what `tools/plan_run.py --json` prints, and what the text is made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.validate import plan_batches, topology_for, validate
+from megatron_tf.errors import ConfigError
+from megatron_tf.estimate import memory_per_rank, num_parameters, parameters_per_rank
+from megatron_tf.planning.chain import chain_costs
+from megatron_tf.planning.checkpoints import plan_checkpoints
+from megatron_tf.planning.communication import sent_bytes_per_step
+from megatron_tf.planning.hardware import Assumptions, Gpu
+from megatron_tf.planning.layouts import Estimate, estimate, ranked
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a plan is made for, beside the configuration."""
+
+    num_gpus: int
+    gpu: Gpu
+    failures_per_gpu_year: float
+    storage_bytes_per_second: float
+    restart_seconds: float
+    num_best: int  # layouts to name
+    scratch_tokens: int | None = None
+    assumed: Assumptions = Assumptions()
+
+
+def plan(configs: Sequence[RunConfig], circumstances: Circumstances) -> dict[str, Any]:
+    """The plan of a run, or of a chain of them. What cannot run is said under `problems`, and nothing is raised.
+
+    Keys: gpu, gpus, stages (see `_stage`), chain (see StageCost; empty for one run, or when a stage cannot run),
+    assumptions. Bytes, seconds, FLOPs and tokens without prefixes; all but memory, sent bytes and sizes are estimates.
+    """
+    stages, estimates = [], []
+    for config in configs:
+        summary, chosen = _stage(config, circumstances)
+        stages.append(summary)
+        if chosen is not None:
+            estimates.append(chosen)
+    whole = len(configs) > 1 and len(estimates) == len(configs)
+    gpu = circumstances.gpu
+    return {
+        "gpu": {**asdict(gpu), "bf16_flops": gpu.peak_flops("bf16")},
+        "gpus": circumstances.num_gpus,
+        "stages": stages,
+        "chain": [asdict(cost) for cost in chain_costs(estimates, circumstances.scratch_tokens)] if whole else [],
+        "assumptions": list(circumstances.assumed.sentences()),
+    }
+
+
+def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, Any], Estimate | None]:
+    """The summary of one run, and its estimate under its own layout; None when it cannot run as it is."""
+    world, gpu, assumed = circumstances.num_gpus, circumstances.gpu, circumstances.assumed
+    summary: dict[str, Any] = {
+        "name": config.run.name,
+        "parameters": num_parameters(config.model),
+        "problems": [],
+        "best_layouts": [_choice(best) for best in ranked(config, world, gpu, assumed)[: circumstances.num_best]],
+    }
+    try:
+        validate(config, world)
+    except ConfigError as error:
+        summary["problems"] = error.problems
+        return summary, None
+    chosen = estimate(config, world, gpu, assumed)
+    topology, batches = topology_for(config, world), plan_batches(config, world)
+    time = chosen.time
+    train_seconds = batches.train_steps * time.total
+    checkpoints = plan_checkpoints(
+        config.model,
+        world if config.zero.stage else topology.tensor * topology.pipeline,
+        time.total,
+        asynchronous=config.checkpoint.asynchronous,
+        configured_steps=config.checkpoint.interval_steps,
+        failures_per_gpu_year=circumstances.failures_per_gpu_year,
+        storage_bytes_per_second=circumstances.storage_bytes_per_second,
+        restart_seconds=circumstances.restart_seconds,
+        num_gpus=world,
+    )
+    lost = checkpoints.configured_lost_share
+    lost = checkpoints.lost_share if lost is None else lost
+    hours = train_seconds / (1 - lost) / 3600 if lost < 1 else math.inf
+    summary |= {
+        **_choice(chosen),
+        "fits": chosen.fits,
+        "precision": config.training.precision,
+        "parameters_per_rank": parameters_per_rank(config.model, topology),
+        "memory": {**asdict(chosen.memory), "total": chosen.memory.total},
+        "usable_memory": assumed.usable_memory * (gpu.memory_bytes - assumed.reserved_bytes),
+        "activations_by_checkpointing": _activations(config, world),
+        "num_micro_batches": batches.num_micro_batches,
+        "step": {**asdict(time), "total": time.total, "tokens_per_second": time.tokens_per_second},
+        "sent_bytes": sent_bytes_per_step(config, world),
+        "run": {
+            "steps": batches.train_steps,
+            "tokens": batches.train_tokens,
+            "flops": time.flops * batches.train_steps,
+            "hours_without_failures": train_seconds / 3600,
+            "hours": _finite(hours),
+            "gpu_hours": _finite(hours * world),
+            "megawatt_hours": _finite(hours * world * gpu.watts / 1e6),
+        },
+        "checkpoint": {
+            **asdict(checkpoints),
+            "mean_between_failures": _finite(checkpoints.mean_between_failures),
+            "configured_steps": config.checkpoint.interval_steps,
+        },
+    }
+    return summary, chosen
+
+
+def _choice(choice: Estimate) -> dict[str, Any]:
+    time = choice.time
+    return {
+        "layout": str(choice),
+        "overrides": choice.overrides(),
+        "step_seconds": time.total,
+        "mfu": time.mfu,
+        "bubble_share": time.bubble_share,
+        "communication_share": time.communication_share,
+        "memory_total": choice.memory.total,
+    }
+
+
+def _activations(config: RunConfig, world_size: int) -> dict[str, int]:
+    sizes = {}
+    for name, on in (("off", False), ("on", True)):
+        training = config.training.model_copy(update={"activation_checkpointing": on})
+        sizes[name] = memory_per_rank(config.model_copy(update={"training": training}), world_size).activations
+    return sizes
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,102 @@
+"""What PyTorch really does: bytes alive, bytes read and written, kernels, bytes sent. For the estimates' tests."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+COLLECTIVES = {
+    "c10d.allreduce_.default": "all_reduce",
+    "c10d._allgather_base_.default": "all_gather",
+    "c10d.allgather_into_tensor_coalesced_.default": "all_gather",
+    "c10d.allgather_.default": "all_gather",
+    "c10d._reduce_scatter_base_.default": "reduce_scatter",
+    "c10d.send.default": "send",
+}
+# These only name memory, touch a few elements of it, or write what the next kernel would have to anyhow.
+FREE = ("empty_like", "empty", "scalar_tensor", "detach", "zeros_like", "gather", "scatter_add_")
+
+
+class Counting(TorchDispatchMode):
+    """Every operator that runs in this thread while it is entered, on the CPU: also those of the backward pass.
+
+    `peak`: largest number of bytes alive of tensors made meanwhile. `traffic`: bytes that kernels other than matrix
+    products and attention read and wrote, `kernels` their number with those. `sent`: (kind, bytes of the whole tensor) of
+    collectives over more than one rank.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.traffic = self.kernels = 0
+        self.sent: Counter[tuple[str, int]] = Counter()
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.namespace == "c10d":
+            self._count_sent(str(function), args)
+            return out
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        made = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in known]
+        for tensor in made:
+            self._count_alive(tensor)
+        name = function.overloadpacket.__name__
+        if (made or function._schema.is_mutable) and name not in FREE:
+            self.kernels += 1
+            if name not in ("mm", "bmm", "addmm") and "attention" not in name:
+                inputs = inputs[1:] if name == "copy_" else inputs
+                self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in inputs + outputs)
+        return out
+
+    def _count_alive(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def gone() -> None:
+            self._alive.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, gone)
+
+    def _count_sent(self, name: str, args: tuple) -> None:
+        if name not in COLLECTIVES:
+            return
+        kind = COLLECTIVES[name]
+        groups = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject)]
+        group = next(g for g in groups if "ProcessGroup" in str(g._type()))
+        if dist.ProcessGroup.unbox(group).size() == 1:
+            return
+        tensors = [
+            leaf for leaf in tree_leaves(args[1] if kind == "reduce_scatter" else args[0]) if torch.is_tensor(leaf)
+        ]
+        self.sent[kind, sum(tensor.numel() * tensor.element_size() for tensor in tensors)] += 1
+
+
+def saved_bytes(call) -> int:
+    """Bytes of what autograd keeps of `call()` for the backward pass, parameters aside; each storage once."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = call()
+    size = sum(storage.nbytes() for storage in kept.values())
+    del out
+    return size

@@ -1,0 +1,217 @@
+"""The plan against what runs here: memory and traffic within 10 %, communication to the byte."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from counting import Counting, saved_bytes
+from distributed import spawn
+
+from megatron_tf.config import load_config
+from megatron_tf.config.validate import plan_batches, topology_for
+from megatron_tf.estimate import block_activation_bytes, memory_per_rank, state_bytes
+from megatron_tf.model import build_model
+from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
+from megatron_tf.parallel.groups import SINGLE, make_group
+from megatron_tf.parallel.vocab import cross_entropy
+from megatron_tf.params import initial_scales
+from megatron_tf.planning.communication import block_collectives, ends_collectives, sent_bytes_per_step
+from megatron_tf.planning.work import BLOCK_KERNELS, HEAD_PASSES, HIDDEN_PASSES, LOGIT_BYTES, SCORE_PASSES
+
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yml"
+TOLERANCE = 0.10
+SMALL = ("model.seq_length=128", "training.micro_batch_size=2", "training.global_batch_size=8")
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load(*overrides):
+    return load_config(CONFIG, [*SMALL, *overrides])
+
+
+def hidden_for(config, split=1):
+    model = config.model
+    shape = (model.seq_length // split, config.training.micro_batch_size, model.hidden_size)
+    return torch.randn(shape).to(TYPES[config.training.precision]).requires_grad_()
+
+
+def block_for(config, group=SINGLE):
+    tensor = TensorParallel(group, config.parallel.sequence)
+    return Block(config.model, 0, initial_scales(config.model), tensor).to(TYPES[config.training.precision])
+
+
+PEAKS = {
+    "logits": ("training.precision=bf16",),
+    "logits, recomputed": ("training.precision=bf16", "training.activation_checkpointing=true"),
+    "logits in fp32": ("model.vocab_size=8192",),
+    "ffn": ("model.vocab_size=256",),
+    "ffn, recomputed": ("model.vocab_size=256", "training.activation_checkpointing=true", "training.precision=bf16"),
+    "qkv": ("model.vocab_size=256", "model.parameter_tokens.qkv=900", "training.precision=bf16"),
+    "wide": ("model.vocab_size=256", "model.hidden_size=512", "model.num_attention_heads=8"),
+}
+
+
+@pytest.mark.parametrize("overrides", PEAKS.values(), ids=PEAKS.keys())
+def test_peak_of_activations(overrides):
+    config = load(*overrides)
+    model = build_model(config.model, dtype=TYPES[config.training.precision])
+    for block in model.blocks:
+        block.recompute = config.training.activation_checkpointing
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids = torch.zeros(config.training.micro_batch_size, config.model.seq_length, dtype=torch.int64)
+    with Counting() as counted:
+        cross_entropy(model(ids), ids, 0, SINGLE).mean().backward()
+    estimated = memory_per_rank(config, 1).activations
+    assert estimated == pytest.approx(counted.peak, rel=TOLERANCE)
+
+
+def saved_by_block(group, sequence, precision):
+    config = load(
+        f"parallel={{tensor: {group.size}, sequence: {str(sequence).lower()}}}", f"training.precision={precision}"
+    )
+    block = block_for(config, group)
+    hidden = hidden_for(config, group.size if sequence else 1)
+    block(hidden)
+    assert block_activation_bytes(config) == pytest.approx(saved_bytes(lambda: block(hidden)), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_what_a_block_keeps_on_two_tensor_ranks(sequence, precision):
+    spawn(saved_by_block, 2, sequence, precision)
+
+
+@pytest.mark.parametrize("activation", SCORE_PASSES)
+def test_elementwise_traffic_and_kernels_of_a_block(activation):
+    config = load(f"model.activation={activation}", "training.precision=bf16", "model.parameter_tokens.ffn=2048")
+    block, hidden, counts = block_for(config), hidden_for(config), config.model.parameter_tokens
+    positions, passes = hidden[..., 0].numel(), SCORE_PASSES[activation]
+    scores = 3 * counts.qkv + counts.proj + counts.ffn
+    for direction in ("forward", "backward"):
+        with Counting() as counted:
+            if direction == "forward":
+                out = block(hidden)
+            else:
+                out.backward(torch.ones_like(out))
+        of_hidden = getattr(HIDDEN_PASSES, direction) + getattr(HEAD_PASSES, direction)
+        elements = getattr(passes, direction) * scores + of_hidden * config.model.hidden_size
+        assert 2 * positions * elements == pytest.approx(counted.traffic, rel=TOLERANCE), direction
+        if activation == "l2_norm_gelu":
+            assert getattr(BLOCK_KERNELS, direction) == pytest.approx(counted.kernels, rel=TOLERANCE), direction
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_traffic_of_the_cross_entropy(precision):
+    logits = torch.randn(64, 2, 1000).to(TYPES[precision]).requires_grad_()
+    labels = torch.zeros(64, 2, dtype=torch.int64)
+    per_logit = LOGIT_BYTES[precision]
+    with Counting() as counted:
+        loss = cross_entropy(logits, labels, 0, SINGLE).sum()
+    assert per_logit.forward * logits.numel() == pytest.approx(counted.traffic, rel=TOLERANCE)
+    with Counting() as counted:
+        loss.backward()
+    # one gradient of 1 a token, spread over the logits, is not written out here
+    assert per_logit.backward * logits.numel() == pytest.approx(counted.traffic, rel=TOLERANCE)
+
+
+def as_counter(collectives):
+    counted = Counter()
+    for collective in collectives:
+        counted[collective.kind, collective.bytes] += collective.count
+    return counted
+
+
+def sent_by_layers(group, sequence, precision, activation):
+    config = load(
+        f"parallel={{tensor: {group.size}, sequence: {str(sequence).lower()}}}",
+        f"training.precision={precision}",
+        f"model.activation={activation}",
+    )
+    dtype, tensor = TYPES[precision], TensorParallel(group, sequence)
+    block, embedding, norm = (
+        block_for(config, group), Embedding(config.model, tensor).to(dtype), FinalNorm(config.model, tensor).to(dtype),
+    )  # fmt: skip
+    ids = torch.zeros(config.training.micro_batch_size, config.model.seq_length, dtype=torch.int64)
+
+    def check(call, expected):
+        with Counting() as counted:
+            out = call()
+        assert counted.sent == as_counter(expected), (counted.sent, expected)
+        return out
+
+    forward, backward = block_collectives(config)
+    (first_forward, first_backward), (last_forward, last_backward) = ends_collectives(config)
+    hidden = check(lambda: embedding(ids), first_forward)
+    check(lambda: hidden.backward(torch.ones_like(hidden)), first_backward)
+    hidden = hidden.detach().requires_grad_()
+    out = check(lambda: block(hidden), forward)
+    check(lambda: out.backward(torch.ones_like(out)), backward)
+    loss = check(
+        lambda: cross_entropy(embedding.logits(norm(hidden)), ids.mT, embedding.start, group).mean(), last_forward
+    )
+    check(lambda: loss.backward(), last_backward)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "precision", "activation"),
+    [(False, "bf16", "l2_norm_gelu"), (True, "fp32", "l2_norm_gelu"), (True, "bf16", "softmax")],
+)
+def test_tensor_parallel_communication_to_the_byte(sequence, precision, activation):
+    spawn(sent_by_layers, 2, sequence, precision, activation)
+
+
+def step_of_engine(group, overrides):
+    """State and sent bytes of one real step, through DeepSpeed."""
+    os.environ.update(LOCAL_RANK=str(group.rank), RANK=str(group.rank), WORLD_SIZE=str(group.size))
+    from megatron_tf.checkpoint.source import InitialSource
+    from megatron_tf.training.distributed import _attach_deepspeed
+
+    _attach_deepspeed()
+    from megatron_tf.training.engine import Engine
+
+    config = load("model.seq_length=32", "model.vocab_size=512", *overrides)
+    topology, batches = topology_for(config, group.size), plan_batches(config, group.size)
+    tensor = make_group(topology, "tensor", 60.0)
+    engine = Engine(config, config.model, batches, topology, tensor, InitialSource(config.model, config.run.seed))
+    ids = torch.zeros(config.training.micro_batch_size, config.model.seq_length, dtype=torch.int64)
+    data = iter(lambda: (ids, ids), None)
+    engine.train_step(0, data)  # the first one also tells shapes to the next stage
+    with Counting() as counted:
+        engine.train_step(1, data)
+    factor = {"all_reduce": 2 / 2, "all_gather": 1 / 2, "reduce_scatter": 1 / 2, "send": 1}  # of two ranks
+    sent = sum(count * factor[kind] * size for (kind, size), count in counted.sent.items())
+    expected = sum(sent_bytes_per_step(config, group.size).values())
+    everyone = [None] * group.size
+    dist.all_gather_object(everyone, sent)
+    assert max(everyone) == pytest.approx(expected, rel=0.01), (counted.sent, expected)
+
+    parameters = [shard.parameter for shard in engine._pipeline.shards()]
+    numel = sum(p.numel() for p in parameters)
+    weights, _, optimizer = state_bytes(numel, config.training.precision, 1, topology.data)
+    assert sum(p.numel() * p.element_size() for p in parameters) == weights
+    buffers = {id(segment.buffer): segment.buffer for segment in engine.optimizer.segments}.values()
+    held = sum(3 * 4 * buffer.numel() for buffer in buffers)  # a weight and two moments
+    assert held == pytest.approx(optimizer, rel=TOLERANCE)
+    fp32_sums = sum(flat.numel() * 4 for flat in getattr(engine._wrapper, "fp32_groups_gradients_flat", ()))
+    assert fp32_sums == pytest.approx(4 * numel if config.training.precision == "bf16" else 0, rel=TOLERANCE)
+    engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("training.precision=bf16",),
+        ("training.precision=fp32",),
+        ("training.precision=bf16", "parallel.pipeline=2"),
+        ("training.precision=bf16", "parallel={tensor: 2, sequence: true}", "training.activation_checkpointing=true"),
+    ],
+    ids=["DP2 bf16", "DP2 fp32", "PP2", "TP2, recomputed"],
+)
+def test_a_step_of_the_engine(overrides):
+    spawn(step_of_engine, 2, overrides)
