@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 
 from megatron_tf.config.stages import load_stages
 from megatron_tf.errors import STOPPED_EXIT_CODE, LaunchError, RunStopped, UserError, run_rank
@@ -50,7 +49,7 @@ def main() -> None:
             raise
         # Every rank fails alike and one message is enough. But a launcher stops all ranks when the first one ends,
         # so rank 0, which says it, goes first.
-        time.sleep(LATER_SECONDS)
+        stop.wait(LATER_SECONDS)
         sys.exit(2)
 
 

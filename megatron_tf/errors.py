@@ -19,6 +19,7 @@ DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, err
 
 
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+LOST_EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h: nothing to mend here, and another start may well succeed
 
 
 class UserError(Exception):
@@ -62,6 +63,10 @@ class LaunchError(UserError):
     """The launcher's environment contradicts itself, or the ranks cannot meet."""
 
 
+class LostContactError(LaunchError):
+    """Ranks have lost each other, or have not met in time: no mistake of the user's. Exit code 69."""
+
+
 @contextmanager
 def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
     """Turn the system's objection to `path`, an OSError in the block, into a `kind`: "path: reason. remedy".
@@ -85,7 +90,8 @@ def run_command(main: Callable[[], None]) -> None:
 
     `UserError`: `error: <message>` on stderr, exit code 2; the same, as a last resort, for an OSError that names a
     file or speaks of the disk. Control-C: exit code 130. A reader that closed the pipe (`... | head`): exit code 1,
-    without a word. `RunStopped`: exit code 75. Everything else is our bug and keeps its traceback.
+    without a word. `RunStopped`: exit code 75. `LostContactError`: one message, exit code 69. Everything else is our
+    bug and keeps its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: a character or a file name that the locale's encoding lacks is shown as an escape.
@@ -93,6 +99,8 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()  # a closed pipe and a full disk show themselves here, not in the interpreter's shutdown
+    except LostContactError as error:
+        _fail(str(error), LOST_EXIT_CODE)
     except UserError as error:
         _fail(str(error))
     except RunStopped as stop:
@@ -135,13 +143,13 @@ def exit_now(code: int = 0) -> NoReturn:
     os._exit(code)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:
         _discard_output()
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _discard_output() -> None:

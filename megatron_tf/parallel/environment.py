@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from megatron_tf.errors import LaunchError
+from megatron_tf.errors import LaunchError, LostContactError
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
 
@@ -39,6 +39,7 @@ class LaunchEnvironment:
 
     `launcher`: "python" is always one process; "deepspeed" stands for anything else that sets RANK and WORLD_SIZE.
     `rank` of `world_size` over all nodes; `local_rank` of `local_world_size` on this node (None: not known).
+    `restarts`: how often SLURM has put the job back into the queue.
     `master_addr`:`master_port`: where the ranks meet; port 0 lets the system choose, for a run of one process only.
     """
 
@@ -49,6 +50,7 @@ class LaunchEnvironment:
     local_world_size: int | None
     master_addr: str
     master_port: int
+    restarts: int = 0
 
 
 def detect(environ: Mapping[str, str]) -> LaunchEnvironment:
@@ -138,9 +140,11 @@ def _from_slurm_step(environ: Mapping[str, str]) -> LaunchEnvironment:
         address = "127.0.0.1"
     else:
         address = _first_host(environ)
-    own_port = 0 if world_size == 1 else _slurm_port(environ)
+    restarts = _integer(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
+    # Another port after a requeue, far from the next jobs': a node may still hold a rank of the start before.
+    own_port = 0 if world_size == 1 else 20000 + (_integer(environ, "SLURM_JOB_ID") + 997 * restarts) % 10000
     port = _port(environ) if "MASTER_PORT" in environ else own_port
-    return LaunchEnvironment("srun", rank, world_size, local_rank, local_world_size, address, port)
+    return LaunchEnvironment("srun", rank, world_size, local_rank, local_world_size, address, port, restarts)
 
 
 def _in_slurm_step(environ: Mapping[str, str]) -> bool:
@@ -153,12 +157,6 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int:
     if "SLURM_JOB_ID" not in environ or "SLURM_NTASKS" not in environ:
         return 1
     return _integer(environ, "SLURM_NTASKS")
-
-
-def _slurm_port(environ: Mapping[str, str]) -> int:
-    """A port that all ranks know. Another one after a requeue: a node may still hold a rank of the start before."""
-    restarts = _integer(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
-    return 20000 + (_integer(environ, "SLURM_JOB_ID") + 997 * restarts) % 10000  # far from the next jobs' ports
 
 
 def _first_host(environ: Mapping[str, str]) -> str:
@@ -266,7 +264,7 @@ def wait_for_port(addr: str, port: int, timeout_seconds: float) -> None:
             if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
                 raise LaunchError(f"MASTER_ADDR={addr} cannot be resolved: {error}. Name the host of rank 0.") from None
             if time.monotonic() + _RETRY_SECONDS > deadline:
-                raise LaunchError(
+                raise LostContactError(
                     f"rank 0 was not found at MASTER_ADDR={addr}, MASTER_PORT={port} within {timeout_seconds:g} seconds "
                     f"({error.strerror or error}). Check that rank 0 has started, that these name its host and port, and that no "
                     "firewall is between; parallel.timeout_seconds is how long ranks wait."

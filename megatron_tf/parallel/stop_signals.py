@@ -25,6 +25,12 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
 
+    def wait(self, seconds: float) -> None:
+        """Returns after `seconds`, or as soon as this process was asked to stop."""
+        deadline = time.monotonic() + seconds
+        while not self._received and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     def request(self, max_hours: float | None) -> int:
         """0 to go on; the signal that came, or TIME_IS_UP when this process is older than `max_hours`."""
         if self._received:

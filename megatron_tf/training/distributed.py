@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_tf.errors import LaunchError
+from megatron_tf.errors import LaunchError, LostContactError
 from megatron_tf.parallel.environment import LaunchEnvironment, check_port_free, wait_for_port
 
 
@@ -51,7 +51,7 @@ def join(environment: LaunchEnvironment, timeout_seconds: float, store_file: str
         try:
             dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
         except (dist.DistError, RuntimeError) as error:
-            raise LaunchError(
+            raise LostContactError(
                 f"rank {rank} of {world_size} could not meet the others at MASTER_ADDR={address}, MASTER_PORT={port} within "
                 f"{timeout_seconds:g} seconds: {str(error).partition(chr(10))[0]} Start all ranks with the same address and "
                 "port; parallel.timeout_seconds is how long ranks wait."

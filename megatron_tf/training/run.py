@@ -19,7 +19,7 @@ from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import ConfigError, LaunchError, RunStopped, TrainingError, UserError
+from megatron_tf.errors import ConfigError, LostContactError, RunStopped, TrainingError, UserError
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.parallel.stop_signals import StopSignals
@@ -61,14 +61,18 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
     plan, topology = plan_batches(config, world_size), topology_for(config, world_size)
     training, validation = _loaders(config, plan, topology, environment.rank)
     data_fingerprint = together(lambda: fingerprint(config.data.train, config.run.seed))
-    path, passed_over = choose(config, Ranks(environment.rank, world_size, gather))
-    start = together(lambda: begin(config, path, data_fingerprint))
-    plan = plan_batches(config, world_size, start.progress.step, start.run_tokens,
-                        start.run_state.get("schedule_unit"))  # fmt: skip
-
     with contextlib.ExitStack() as closing:
-        run_dir = Path(config.run.dir)
-        together(lambda: _prepare_folder(config, run_dir, closing) if is_main else None)
+        run_dir, restarted = Path(config.run.dir), environment.restarts > 0
+        exists = from_rank_zero(run_dir.is_dir)
+        if exists:  # before a checkpoint is chosen, which another run may be about to follow by a newer one
+            together(lambda: _lock(config, closing, restarted) if is_main else None)
+        path, passed_over = choose(config, Ranks(environment.rank, world_size, gather))
+        start = together(lambda: begin(config, path, data_fingerprint))
+        plan = plan_batches(config, world_size, start.progress.step, start.run_tokens,
+                            start.run_state.get("schedule_unit"))  # fmt: skip
+        together(lambda: _prepare_folder(config, run_dir) if is_main else None)
+        if not exists:
+            together(lambda: _lock(config, closing, restarted) if is_main else None)
         console = Console(rank=environment.rank, log_path=run_dir / "train.log")
         closing.callback(console.close)
         for line in describe(config, world_size, plan, start.progress.step).splitlines():
@@ -91,7 +95,8 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
         token = from_rank_zero(lambda: secrets.token_hex(4))
         saver = Saver(config, engine, environment.rank, world_size, token, data_fingerprint,
                       start.growth_history, trackers, console, known_good=[path] if path else [])  # fmt: skip
-        watchdog = Watchdog(environment.rank, world_size, config.run.hang_seconds, run_dir, console)
+        watchdog = Watchdog(environment.rank, world_size, config.run.hang_seconds, run_dir, console,
+                            start.progress.step)  # fmt: skip
         closing.callback(watchdog.close)
         trainer = Trainer(config, plan, engine, training, validation, saver, trackers, console, device, start, stop,
                           watchdog)  # fmt: skip
@@ -111,7 +116,7 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
             if not _is_lost_contact(error):
                 raise
             culprit = watchdog.silent_ranks() or "the rank that failed says why"
-            raise LaunchError(
+            raise LostContactError(
                 f"rank {environment.rank} lost contact with another rank in step {trainer.progress.step + 1:,}: "
                 f"{culprit}. ({_first_line(error)})"
             ) from error
@@ -134,19 +139,31 @@ def _loaders(
     return together(lambda: loader(data.train)), together(lambda: loader(data.validation) if data.validation else None)
 
 
-def _prepare_folder(config: RunConfig, run_dir: Path, closing: contextlib.ExitStack) -> None:
-    """Makes the folders, takes the run's lock, and tries out, before hours are spent, that files can be written."""
+def _lock(config: RunConfig, closing: contextlib.ExitStack, restarted: bool) -> None:
+    """Takes the run's lock until `closing` ends. After a requeue a rank of the start before may live on, on a node that
+    was cut off, until its watchdog ends it."""
+    patience = min(config.run.hang_seconds + 60.0, config.parallel.timeout_seconds / 2) if restarted else 10.0
+    try:
+        closing.enter_context(locked(Path(config.run.dir), patience))
+    except OSError as error:
+        raise _cannot_write(config, error) from error
+
+
+def _prepare_folder(config: RunConfig, run_dir: Path) -> None:
+    """Makes the folders, and tries out, before hours are spent, that files can be written."""
     try:
         checkpoints_folder(config).mkdir(parents=True, exist_ok=True)
-        closing.enter_context(locked(run_dir))
         attempt = checkpoints_folder(config) / ".tmp-can-write"
         write_atomically(attempt, b"checkpoints can be written here")
         attempt.unlink()
         write_atomically(run_dir / "config.yml", dump_config(config).encode())
     except OSError as error:
-        raise ConfigError(
-            f"run.dir: cannot write to {error.filename or run_dir}: {error.strerror}. Choose another folder."
-        ) from error
+        raise _cannot_write(config, error) from error
+
+
+def _cannot_write(config: RunConfig, error: OSError) -> ConfigError:
+    place = error.filename or config.run.dir
+    return ConfigError(f"run.dir: cannot write to {place}: {error.strerror}. Choose another folder.")
 
 
 def _build(

@@ -37,13 +37,13 @@ class _Word:
 class Watchdog:
     """Watches one rank from its first `beat` until `close`; all ranks have one."""
 
-    def __init__(self, rank: int, world_size: int, hang_seconds: float, run_dir: Path, console: Console):
+    def __init__(self, rank: int, world_size: int, hang_seconds: float, run_dir: Path, console: Console, step: int = 0):
         """`hang_seconds`: longest time from one beat to the next. Stacks go to run_dir/hang-rank<N>.txt."""
         self._rank, self._world_size, self._hang_seconds = rank, world_size, hang_seconds
         self._run_dir, self._console = run_dir, console
-        self._interval = min(5.0, hang_seconds / 4)
+        self._interval = min(2.0, hang_seconds / 4)
         self._store = dist.PrefixStore(f"alive in {run_dir}", dist.distributed_c10d._get_default_store())
-        self._step = self._number = 0
+        self._step, self._number = step, 0
         self._last_beat: float | None = None
         self._closed = threading.Event()
         for work in (self._speak, self._watch):
@@ -79,7 +79,9 @@ class Watchdog:
             if rank not in after:
                 silent.append(f"rank {rank} has not said a word")
             elif rank != self._rank and after[rank] == before.get(rank):
-                silent.append(f"rank {rank} on {after[rank].host} is silent since step {after[rank].step:,}")
+                silent.append(
+                    f"rank {rank} on {after[rank].host} is silent, or has ended, since step {after[rank].step:,}"
+                )
         return ", ".join(silent)
 
     def _speak(self) -> None:

@@ -14,9 +14,9 @@ from launching import PROJECT, TRAIN, free_port, run, train
 from megatron_tf.data.indexed import IndexedWriter
 
 
-def refused(result, folder, *fragments, run_dir="run"):
+def refused(result, folder, *fragments, run_dir="run", code=2):
     out = result.stdout
-    assert result.returncode == 2, out
+    assert result.returncode == code, out
     assert out.count("error:") == 1 and "Traceback" not in out, out
     for fragment in fragments:
         assert fragment in out, out
@@ -209,5 +209,5 @@ def test_ranks_that_do_not_meet(folder):
     port = str(free_port())
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     result = train(folder, "parallel.timeout_seconds=1", **ranks)
-    refused(result, folder, "127.0.0.1", port, "within 1 seconds", "parallel.timeout_seconds")
+    refused(result, folder, "127.0.0.1", port, "within 1 seconds", "parallel.timeout_seconds", code=69)
     assert "frame #" not in result.stdout and len(result.stdout.splitlines()) == 1, result.stdout

@@ -26,7 +26,10 @@ def test_one_rank():
     [
         (["--ranks", 0], "--ranks: is 0, must be at least 1"),
         (["model.hidden_sise=3"], "model.hidden_sise"),
-        (["--ranks", 1, "parallel.tensor=3", "training.micro_batch_size=3"], "no layout of 1 to 1 ranks fits"),
+        (
+            ["--ranks", 1, "parallel.tensor=3", "training.micro_batch_size=3"],
+            "training.global_batch_size: 8 is not a multiple of 3",
+        ),
     ],
 )
 def test_bad_arguments_are_one_message(arguments, message):

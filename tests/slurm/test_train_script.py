@@ -1,0 +1,192 @@
+"""What launch/slurm/train.sbatch does with its arguments and with the ranks' exit codes, with stand-ins for SLURM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from launching import PROJECT
+
+SCRIPT = PROJECT / "launch" / "slurm" / "train.sbatch"
+REQUEUED = -signal.SIGTERM  # SLURM ends the script in this way when it puts its job back into the queue
+
+STAND_INS = {
+    # runs the command once, where SLURM would run it once a rank
+    "srun": 'echo "srun $*" >>calls; while [[ $1 = --* ]]; do shift; done; exec "$@"',
+    "scontrol": 'echo "scontrol $*" >>calls; if [ $1 = show ]; then echo "A=1 Restarts=$RESTARTS B=2"; else kill $PPID; fi',
+    "scancel": 'echo "scancel $*" >>calls; kill -USR1 $(cat rank.pid)',
+    "apptainer": 'echo "apptainer $*" >>calls; while [[ $1 != *.sif ]]; do shift; done; shift; exec "$@"',
+    "sleep": "exec /bin/sleep 0.1",
+}
+# in place of launch/train.py
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+Path("arguments").write_text("\\n".join(sys.argv[1:]))
+Path("environment").write_text("\\n".join(f"{name}={value}" for name, value in os.environ.items()))
+Path("rank.pid").write_text(str(os.getpid()))
+while os.environ["MODE"] == "deaf" and not Path("listen").exists():
+    time.sleep(0.02)
+heard = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda *what: heard.append(what))
+Path("listens").touch()
+while os.environ["MODE"] != "ends" and not heard:
+    time.sleep(0.02)
+time.sleep(0.3 if heard else 0)
+sys.exit(int(os.environ["CODE"]))
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts the script as SLURM would, in tmp_path."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "train.py").write_text(RANK)
+    for name, lines in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text("#!/bin/bash\n" + lines)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    started: list[subprocess.Popen] = []
+
+    def popen(*words, **extra) -> subprocess.Popen:
+        own = {
+            "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
+            "SLURM_JOB_ID": "7",
+            "CODE": "0",
+            "MODE": "ends",
+            "RESTARTS": "0",
+        }
+        started.append(subprocess.Popen(
+            ["bash", SCRIPT, *words], env={**own, **extra}, cwd=tmp_path, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ))  # fmt: skip
+        return started[-1]
+
+    yield popen
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):  # nothing of it is left, as it should be
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
+def calls(tmp_path):
+    path = tmp_path / "calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def requeued(tmp_path):
+    return "scontrol requeue 7" in calls(tmp_path)
+
+
+def test_arguments_and_environment_reach_the_ranks_as_they_are(start, tmp_path):
+    words = ["my config.yml", "run.name=a 'b' $HOME *", "data.train=[{path: x}]"]
+    left_over = {"RANK": "0", "WORLD_SIZE": "1"}
+    assert finish(start(*words, SLURM_CPUS_PER_TASK="6", **left_over)) == (0, "")
+    assert (tmp_path / "arguments").read_text().splitlines() == words
+    assert calls(tmp_path)[0].startswith("srun --kill-on-bad-exit=1 bash -c")
+    seen = (tmp_path / "environment").read_text().splitlines()
+    assert {"SRUN_CPUS_PER_TASK=6", "OMP_NUM_THREADS=6", "PYTHONUNBUFFERED=1"} <= set(seen)
+    assert not [line for line in seen if line.startswith(("RANK=", "WORLD_SIZE="))]
+
+
+def test_threads_that_the_user_chose_are_kept(start, tmp_path):
+    assert finish(start("c.yml", SLURM_CPUS_PER_TASK="6", OMP_NUM_THREADS="2"))[0] == 0
+    assert "OMP_NUM_THREADS=2" in (tmp_path / "environment").read_text().splitlines()
+
+
+def test_pyxis(start, tmp_path):
+    assert finish(start("c.yml", CONTAINER_IMAGE="/images/train.sqsh", CONTAINER_MOUNTS="/data:/data"))[0] == 0
+    options = f"--container-image=/images/train.sqsh --container-mounts={tmp_path}:{tmp_path},/data:/data"
+    assert f"{options} --container-workdir={tmp_path} bash -c" in calls(tmp_path)[0]
+
+
+def test_apptainer(start, tmp_path):
+    extra = {"CONTAINER_IMAGE": "train.sif", "CONTAINER_RUNTIME": "apptainer"}
+    assert finish(start("c.yml", "a.b=1", **extra))[0] == 0
+    expected = f"apptainer exec --nv --bind {tmp_path}:{tmp_path} --pwd {tmp_path} train.sif {sys.executable} launch/train.py c.yml"
+    assert calls(tmp_path)[1] == f"{expected} a.b=1"
+    assert (tmp_path / "arguments").read_text().splitlines() == ["c.yml", "a.b=1"]
+
+
+@pytest.mark.parametrize(
+    "words, extra",
+    [([], {}), (["c.yml"], {"CONTAINER_IMAGE": "i", "CONTAINER_RUNTIME": "docker"})],
+)
+def test_mistakes_start_nothing(start, tmp_path, words, extra):
+    code, out = finish(start(*words, **extra))
+    assert code == 2 and out.startswith("error: ") and not calls(tmp_path)
+
+
+@pytest.mark.parametrize("code, back", [(0, False), (2, False), (75, True), (1, True), (137, True)])
+def test_what_becomes_of_a_job_by_the_ranks_exit_code(start, tmp_path, code, back):
+    ended, out = finish(start("c.yml", CODE=str(code)))
+    assert (ended, requeued(tmp_path)) == (REQUEUED if back else code, back), out
+
+
+def test_failures_in_a_row_end_the_job_and_an_orderly_stop_between_counts_them_anew(start, tmp_path):
+    def once(code):
+        return finish(start("c.yml", CODE=str(code), MAX_FAILURES="3"))
+
+    for code in (1, 137, 75, 1, 1):
+        assert once(code)[0] == REQUEUED
+    code, out = once(9)
+    assert code == 9 and "exit code 9, failure 3 in a row: given up" in out
+    assert not list(tmp_path.glob("*.failures"))
+
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("own, job, back", [("", "0", True), ("12", "12", True), ("", "1", False), ("1", "12", False)])
+def test_a_start_that_is_not_the_jobs_newest_leaves_it_alone(start, tmp_path, own, job, back):
+    extra = {"SLURM_RESTART_COUNT": own} if own else {}
+    code, out = finish(start("c.yml", CODE="1", RESTARTS=job, **extra))
+    assert (code, requeued(tmp_path)) == (REQUEUED if back else 1, back), out
+
+
+@pytest.mark.parametrize("number, back", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_the_script_outlives_ranks_that_save(start, tmp_path, number, back):
+    """SIGUSR1 comes ahead of the limit, and the ranks are told; SIGTERM comes from scancel, to all processes."""
+    process = start("c.yml", CODE="75", MODE="listens")
+    wait_for(tmp_path / "listens")
+    process.send_signal(number)
+    if number == signal.SIGTERM:
+        os.kill(int((tmp_path / "rank.pid").read_text()), number)
+    code, out = finish(process)
+    assert (code, requeued(tmp_path)) == (REQUEUED if back else 75, back), out
+    assert ("scancel --quiet --signal=USR1 7" in calls(tmp_path)) == back
+
+
+def test_ranks_that_were_asked_to_end_may_end_as_they_like(start, tmp_path):
+    process = start("c.yml", CODE="143", MODE="listens", MAX_FAILURES="1")
+    wait_for(tmp_path / "listens")
+    process.send_signal(signal.SIGUSR1)
+    code, out = finish(process)
+    assert (code, requeued(tmp_path)) == (REQUEUED, True), out
+    assert not list(tmp_path.glob("*.failures"))
+
+
+def test_a_warning_that_comes_too_early_for_the_ranks_is_repeated(start, tmp_path):
+    process = start("c.yml", CODE="75", MODE="deaf")
+    wait_for(tmp_path / "rank.pid")
+    process.send_signal(signal.SIGUSR1)
+    wait_for(tmp_path / "calls")
+    while sum(call.startswith("scancel") for call in calls(tmp_path)) < 3:
+        time.sleep(0.02)
+    (tmp_path / "listen").touch()
+    code, out = finish(process)
+    assert (code, requeued(tmp_path)) == (REQUEUED, True), out
