@@ -37,7 +37,6 @@ from megatron_tf.estimate import num_parameters
 from megatron_tf.params import default_scale
 from megatron_tf.telemetry.console import Console
 
-MEGABYTE = 10**6
 OFFICIAL_VOCABULARY_MULTIPLE = 128  # make_vocab_size_divisible_by, unless a configuration says otherwise
 
 
@@ -84,8 +83,8 @@ def from_official(arguments: argparse.Namespace) -> None:
     for file in weights.files:
         check_bytes(file)
     total, began = state_bytes(model), time.monotonic()
-    with Console(rank=0).progress(total // MEGABYTE, 0, "MB written") as bar:
-        path = write_imported(root, model, weights, lambda done, tensor: bar.advance(done // MEGABYTE, tensor))
+    with Console(rank=0).bytes_written(total) as progress:
+        path = write_imported(root, model, weights, progress)
     print(f"wrote {path}: {total:,} bytes in {time.monotonic() - began:.1f} s")
     config = arguments.config or "a configuration of this model"
     print(f"To train on, run {config} with run.dir={root.parent}; to grow, one with growth.from={root.parent}")

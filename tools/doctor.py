@@ -16,6 +16,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from megatron_tf.arguments import number
 from megatron_tf.diagnosis.installation import installed_packages, machine_warnings, system_facts
 from megatron_tf.diagnosis.report import job_report, machine_report
 from megatron_tf.errors import run_command, run_rank
@@ -49,11 +50,11 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=megabytes, metavar="X",
+    parser.add_argument("--megabytes", type=number(0.001, 100_000), metavar="X",
                         help="size of large messages (default 256 between GPUs, 4 between CPUs)")  # fmt: skip
-    parser.add_argument("--timeout-seconds", type=seconds, default=60.0, metavar="X",
+    parser.add_argument("--timeout-seconds", type=number(1, 86_400), default=60.0, metavar="X",
                         help="how long ranks wait for each other in each test (default 60)")  # fmt: skip
-    parser.add_argument("--slow-factor", type=factor, metavar="X",
+    parser.add_argument("--slow-factor", type=number(1, 1e6), metavar="X",
                         help="how many times slower than the median is slow (default 1.5 on GPUs, 3 on CPUs)")  # fmt: skip
     parser.add_argument("--fail-on-slow", action="store_true", help="exit code 1 also for what is slow")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -133,28 +134,6 @@ def listen(assembly: Assembly, environment: LaunchEnvironment, known: list[str])
         for sentence in known or [f"{assembly.name(0)} does not answer"]:
             print(f"BROKEN, says {assembly.name(assembly.rank)}: {sentence}", file=sys.stderr)
     return 1 if code is None else code
-
-
-def megabytes(text: str) -> float:
-    return within(text, 0.001, 100_000)
-
-
-def seconds(text: str) -> float:
-    return within(text, 1, 86_400)
-
-
-def factor(text: str) -> float:
-    return within(text, 1, 1e6)
-
-
-def within(text: str, least: float, most: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
-    return value
 
 
 if __name__ == "__main__":

@@ -27,9 +27,7 @@ from megatron_tf.data.indexed import data_file, index_file
 from megatron_tf.data.loader import fingerprint
 from megatron_tf.errors import run_command
 from megatron_tf.estimate import num_parameters
-from megatron_tf.telemetry.console import Console
-
-MEGABYTE = 10**6
+from megatron_tf.telemetry.console import MEGABYTE, Console
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,10 +95,8 @@ def scale_of(scales: Mapping[str, float], kind: str) -> str:
 
 def write(config: RunConfig, start: StepZero, data: Mapping[str, Any], root: Path) -> None:
     total, began = state_bytes(config.model), time.monotonic()
-    with Console(rank=0).progress(total // MEGABYTE, 0, "MB written") as bar:
-        path = write_step_zero(
-            root, config.model, start, data, lambda done, tensor: bar.advance(done // MEGABYTE, tensor)
-        )
+    with Console(rank=0).bytes_written(total) as progress:
+        path = write_step_zero(root, config.model, start, data, progress)
     seconds = time.monotonic() - began
     print(f"wrote {path}: {total:,} bytes in {seconds:.1f} s, {total / seconds / MEGABYTE:,.0f} MB/s")
 

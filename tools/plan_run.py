@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 
+from megatron_tf.arguments import number, whole_number
 from megatron_tf.config.stages import load_stages
 from megatron_tf.errors import ConfigError, run_command
 from megatron_tf.planning.checkpoints import LLAMA_3_FAILURES_PER_GPU_YEAR
@@ -19,6 +19,8 @@ from megatron_tf.planning.report import report
 from megatron_tf.planning.summary import Circumstances, plan
 
 MOST_GPUS = 1_000_000
+count = whole_number(MOST_GPUS)
+not_negative = number(0, 1e30, "a number of 0 or more")
 
 
 def main() -> None:
@@ -77,22 +79,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--best", type=count, default=5, metavar="K", help="layouts to name (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser.parse_intermixed_args()
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_GPUS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST_GPUS}")
-    return int(text)
-
-
-def not_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1e30:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return value
 
 
 def positive(text: str) -> float:

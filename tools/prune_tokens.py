@@ -39,8 +39,6 @@ from megatron_tf.inference.pruning import (
 )
 from megatron_tf.telemetry.console import Console
 
-MEGABYTE = 10**6
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,10 +104,8 @@ def describe(kind: str, old: int, new: int, dropped: dict[str, float], ratios: d
 
 def write(root: Path, model: Model, start: StepZero, reader: CheckpointReader) -> None:
     total = state_bytes(model)
-    with Console(rank=0).progress(total // MEGABYTE, 0, "MB written") as bar:
-        path = write_step_zero(
-            root, model, start, reader.index.data, lambda done, tensor: bar.advance(done // MEGABYTE, tensor)
-        )
+    with Console(rank=0).bytes_written(total) as progress:
+        path = write_step_zero(root, model, start, reader.index.data, progress)
     changes = " ".join(f"model.parameter_tokens.{kind}={n}" for kind, n in model.parameter_tokens.model_dump().items())
     print(f"\nwrote {path}: {total:,} bytes. A run resumes from it with\n  run.dir={root.parent} {changes}")
 

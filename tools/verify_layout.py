@@ -7,10 +7,10 @@ configuration's layout (or every layout that fits), and prints how far they are 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 
+from megatron_tf.arguments import number, whole_number
 from megatron_tf.config.load import load_config
 from megatron_tf.config.validate import topology_for, validate
 from megatron_tf.errors import ConfigError, run_command
@@ -19,6 +19,8 @@ from megatron_tf.training.layout_check import Difference, Layout, Trace, compare
 from megatron_tf.training.preflight import accelerator_problems, memory_problems, physical_memory
 
 MOST_RANKS = 256
+count = whole_number(1_000_000)
+tolerance = number(0, sys.float_info.max, "a number of 0 or more, such as 1e-5")
 
 
 def main() -> None:
@@ -58,27 +60,12 @@ def main() -> None:
         sys.exit(1)
 
 
-def count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000000")
-    return int(text)
-
-
 def number_of_ranks(text: str) -> int:
     """All of them run on this machine."""
-    if count(text) > MOST_RANKS:
+    ranks = count(text)
+    if ranks > MOST_RANKS:
         raise argparse.ArgumentTypeError(f"{text} is more than the {MOST_RANKS} ranks that one machine is asked for")
-    return count(text)
-
-
-def tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more, such as 1e-5")
-    return value
+    return ranks
 
 
 def print_steps(trace: Trace, expected: Trace, layout: Layout) -> None:

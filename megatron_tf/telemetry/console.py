@@ -18,6 +18,7 @@ from rich.table import Column
 
 from megatron_tf.telemetry.line_file import LineFile
 
+MEGABYTE = 10**6
 ETA_WINDOW_SECONDS = 3600.0  # speed is averaged over this; rich's 30 s knows nothing when lines are minutes apart
 
 
@@ -101,6 +102,12 @@ class Console:
                 yield RichBar(bar, task)
             finally:
                 self._bar = None
+
+    @contextmanager
+    def bytes_written(self, total: int) -> Iterator[Callable[[int, str], None]]:
+        """A bar over `total` bytes. Call what this yields with the bytes written so far and what is being written."""
+        with self.progress(total // MEGABYTE, 0, "MB written") as bar:
+            yield lambda done, text: bar.advance(done // MEGABYTE, text)
 
     def close(self) -> None:
         """Ends train.log; later lines go to the output only. May be called again."""

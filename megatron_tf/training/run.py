@@ -34,7 +34,7 @@ from megatron_tf.training.growth_proof import Probe, compare, probe
 from megatron_tf.training.loop import Trainer
 from megatron_tf.training.run_lock import locked
 from megatron_tf.training.saving import Saver
-from megatron_tf.training.start import Start, begin, checkpoints_folder, choose, stages_to_run
+from megatron_tf.training.start import Start, begin, checkpoints_folder, choose, first_stage_to_run
 from megatron_tf.training.watchdog import Watchdog
 
 
@@ -47,8 +47,9 @@ def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: Sto
     """
     device = join(environment, max(config.parallel.timeout_seconds for config in stages))
     try:
-        for number in from_rank_zero(lambda: stages_to_run(stages, environment.world_size)):
-            _train(stages[number], environment, device, stop)
+        first = from_rank_zero(lambda: first_stage_to_run(stages, environment.world_size))
+        for config in stages[first:]:
+            _train(config, environment, device, stop)
     except (UserError, RunStopped):
         leave()  # all ranks are here; after any other error some may be in a collective, and waiting would hang
         raise

@@ -49,7 +49,7 @@ class Start:
     @property
     def earlier_tokens(self) -> int:
         """Tokens that the models before this run's growth were trained on."""
-        return self.growth_history[-1]["tokens"] if self.growth_history else 0
+        return _earlier_tokens(self.growth_history)
 
     @property
     def run_tokens(self) -> int:
@@ -70,6 +70,10 @@ class Start:
             return {}
         smaller = parameter_table(_with_tokens(model, self.growth_history[-1]["from"]))
         return {name: spec.numel for name, spec in smaller.items() if spec.growable}
+
+
+def _earlier_tokens(growth_history: Sequence[Mapping[str, Any]]) -> int:
+    return growth_history[-1]["tokens"] if growth_history else 0
 
 
 def _with_tokens(model: Model, counts: Mapping[str, int]) -> Model:
@@ -111,31 +115,32 @@ def choose(config: RunConfig, ranks: Ranks = ALONE) -> tuple[Path | None, list[s
     return latest, [f"{path}: not used: {reason}" for path, reason in passed]
 
 
-def is_complete(config: RunConfig, world_size: int) -> bool:
+def first_stage_to_run(stages: Sequence[RunConfig], world_size: int) -> int:
+    """Number of the first stage of a chain that is not complete; of the last one when all before it are.
+
+    ConfigError when that stage has steps to do although a later one was grown from it already.
+    """
+    for number, config in enumerate(stages[:-1]):
+        if _is_complete(config, world_size):
+            continue
+        for later in stages[number + 1 :]:
+            if find_latest(checkpoints_folder(later), verify=False)[0] is not None:
+                raise ConfigError(
+                    f"stage {config.run.name}: has steps to do, but {later.run.dir} was grown from it already. Move that "
+                    "folder away to grow it anew, or restore the length and the folder of this stage."
+                )
+        return number
+    return len(stages) - 1
+
+
+def _is_complete(config: RunConfig, world_size: int) -> bool:
     """Whether the run has reached its last step, judged by its newest checkpoint without reading the weights."""
     latest, _ = find_latest(checkpoints_folder(config), verify=False)
     if latest is None:
         return False
     index = open_checkpoint(latest).index
-    done = Start(InitialSource(config.model, 0), "", Progress(index.step, index.samples, index.tokens),
-                 index.growth_history)  # fmt: skip
-    return index.step >= plan_batches(config, world_size, index.step, done.run_tokens).train_steps
-
-
-def stages_to_run(stages: Sequence[RunConfig], world_size: int) -> list[int]:
-    """Numbers of the stages of a chain that are not complete, in order; of the last one when all are.
-
-    ConfigError when one of them has steps to do although a later one was grown from it already.
-    """
-    done = [is_complete(config, world_size) for config in stages]
-    for number, config in enumerate(stages):
-        for later in stages[number + 1 :]:
-            if not done[number] and find_latest(checkpoints_folder(later), verify=False)[0] is not None:
-                raise ConfigError(
-                    f"stage {config.run.name}: has steps to do, but {later.run.dir} was grown from it already. Move that "
-                    "folder away to grow it anew, or restore the length and the folder of this stage."
-                )
-    return [number for number, complete in enumerate(done) if not complete] or [len(stages) - 1]
+    run_tokens = index.tokens - _earlier_tokens(index.growth_history)
+    return index.step >= plan_batches(config, world_size, index.step, run_tokens).train_steps
 
 
 def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Start:
