@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 # Upper bounds are far beyond every real run; they keep the arithmetic that follows within 64 bits and within fp32.
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -18,6 +18,15 @@ Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=1, le=1e7)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("must be a path: not empty, without NUL characters")
+    return text
+
+
+Path = Annotated[str, AfterValidator(_path)]
 
 Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -32,7 +41,7 @@ class Section(BaseModel):
 
 class Run(Section):
     name: str = "tokenformer"  # shown in logs and trackers
-    dir: str  # folder of everything the run writes: config.yml, metrics.jsonl, train.log, checkpoints/
+    dir: Path  # folder of everything the run writes: config.yml, metrics.jsonl, train.log, checkpoints/
     seed: int = Field(1234, ge=0, lt=2**63)  # initial weights and data order are functions of it
     max_hours: Positive | None = None  # the run saves and stops when it has taken this long since it was started
     hang_seconds: Annotated[float, Field(ge=1, le=1e7)] = 900.0  # a step that takes longer ends the run, with a reason
@@ -64,6 +73,14 @@ class Parallel(Section):
     timeout_seconds: Seconds = 1800.0  # a collective that waits longer than this ends the run
 
 
+class Profile(Section):
+    """A trace of some steps by torch's profiler, in run.dir/profile."""
+
+    first_step: Count  # as the log counts; choose one after the first steps, which are slower
+    num_steps: Annotated[int, Field(ge=1, le=100)] = 2  # a trace of more is too large to look at
+    all_ranks: bool = False  # instead of rank 0 alone
+
+
 class Training(Section):
     train_steps: Count | None = None  # optimizer steps; give this or train_tokens
     train_tokens: TotalCount | None = None  # rounded up to whole steps
@@ -73,6 +90,7 @@ class Training(Section):
     gradient_clipping: NonNegative = 1.0  # largest global L2 norm; 0 is off
     activation_checkpointing: bool = False  # recompute each block in the backward pass
     compile: bool = False  # torch.compile of each block
+    profile: Profile | None = None  # steps to look into
 
 
 class Schedule(Section):
@@ -92,7 +110,7 @@ class Optimizer(Section):
 
 
 class DataSource(Section):
-    path: str  # prefix of a .bin/.idx pair
+    path: Path  # prefix of a .bin/.idx pair
     weight: Positive = 1.0  # share of the samples, relative to the other sources
 
 
@@ -124,7 +142,7 @@ class GrowthMethods(Section):
 
 
 class Growth(Section):
-    source: str = Field(alias="from")  # run folder, checkpoints folder or checkpoint to grow from
+    source: Path = Field(alias="from")  # run folder, checkpoints folder or checkpoint to grow from
     method: GrowthMethod = "zero_key"  # what new tokens begin as; random alone changes the function
     methods: GrowthMethods = GrowthMethods()  # for single projections instead of `method`
     noise: Fraction = 0.0  # relative standard deviation of a change to each old token weight; 0 keeps the function

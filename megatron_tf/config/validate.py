@@ -278,6 +278,14 @@ def _zero_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _run_problems(config: RunConfig) -> Iterator[str]:
+    profile = config.training.profile
+    if profile is not None and not list(_length_problems(config)):
+        last, steps = profile.first_step + profile.num_steps - 1, _train_steps(config)
+        if last > steps:
+            yield (
+                f"training.profile: steps {profile.first_step} to {last} are to be recorded, but the run has {steps}. "
+                "Lower first_step or num_steps."
+            )
     interval = config.evaluation.interval_steps
     if interval is not None and not config.data.validation:
         yield (

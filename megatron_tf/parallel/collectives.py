@@ -30,7 +30,8 @@ def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Reduc
     if group.size == 1:
         return x
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, op=op, group=group.handle)
+    with group.around():
+        dist.all_reduce(out, op=op, group=group.handle)
     return out
 
 
@@ -40,7 +41,8 @@ def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
         return x
     x, dim = x.contiguous(), dim % x.dim()
     out = x.new_empty((group.size, *x.shape))
-    _all_gather(out.view(-1), x.view(-1), group=group.handle)
+    with group.around():
+        _all_gather(out.view(-1), x.view(-1), group=group.handle)
     return out.movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -51,7 +53,8 @@ def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     parts = x.unflatten(dim, (group.size, -1)).movedim(dim % x.dim(), 0).contiguous()
     out = torch.empty_like(parts[0])
     # flat buffers: gloo wants dim 0 of its input to be world size times dim 0 of its output
-    _reduce_scatter(out.view(-1), parts.view(-1), group=group.handle)
+    with group.around():
+        _reduce_scatter(out.view(-1), parts.view(-1), group=group.handle)
     return out
 
 

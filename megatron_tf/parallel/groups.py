@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,12 +16,13 @@ from megatron_tf.parallel.topology import Axis, Topology
 class Group:
     """The ranks that share one piece of work. `rank` is this process's position among them.
 
-    `handle` is the communicator, None for a group of one.
+    `handle` is the communicator, None for a group of one.  `around` is entered for each of its collectives: a clock.
     """
 
     size: int = 1
     rank: int = 0
     handle: dist.ProcessGroup | None = None
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 SINGLE = Group()

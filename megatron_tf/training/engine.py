@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import xxhash
+from deepspeed.runtime.pipe import schedule as instructions
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor
 
@@ -30,8 +31,27 @@ from megatron_tf.training.nonfinite import watch_nonfinite
 from megatron_tf.training.optimizer import Segment, SegmentedAdamW
 from megatron_tf.training.pipeline import ShardedParameter, TokenFormerPipeline
 from megatron_tf.training.schedule import learning_rate
+from megatron_tf.training.step_clock import StepClock
 
 Batch = tuple[Tensor, Tensor]  # input_ids and labels, int64 [b, s] each
+# What DeepSpeed's pipeline engine does, one instruction after another; ZeRO communicates in the optimizer's step as well.
+PHASE_OF = {
+    instructions.LoadMicroBatch: "data",
+    instructions.ForwardPass: "forward",
+    instructions.BackwardPass: "backward",
+    instructions.OptimizerStep: "optimizer",
+    **dict.fromkeys(
+        (
+            instructions.ReduceGrads,
+            instructions.ReduceTiedGrads,
+            instructions.SendActivation,
+            instructions.RecvActivation,
+            instructions.SendGrad,
+            instructions.RecvGrad,
+        ),
+        "communication",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,11 @@ class Engine:
         `first_new`: for each tensor that the run's growth made bigger, the element where its new tokens begin.
         """
         self.config, self.plan = config, plan
+        self.clock = clock = StepClock()
+        if (
+            not config.training.compile
+        ):  # a compiled block cannot stop for a clock: there, communication is forward and backward
+            tensor = replace(tensor, around=lambda: clock.phase("communication"))
         self._pipeline = TokenFormerPipeline(
             model, source.scales, topology, TensorParallel(tensor, config.parallel.sequence)
         )
@@ -83,6 +108,10 @@ class Engine:
                 config=deepspeed_config(config, plan),
                 dist_init_required=False,
             )  # fmt: skip
+        self._deepspeed._INSTRUCTION_MAP = {
+            instruction: _timed(work, PHASE_OF[instruction], clock)
+            for instruction, work in self._deepspeed._INSTRUCTION_MAP.items()
+        }
         self.optimizer: SegmentedAdamW = self._deepspeed.basic_optimizer
         self._stage_0_norm: float | None = None
         if config.zero.stage:
@@ -263,6 +292,14 @@ class Engine:
             local, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
             start = first + local.start
             yield shard, buffer, start, start + local.numel, flat.start, shard.owned
+
+
+def _timed(work: Callable[..., None], phase: str, clock: StepClock) -> Callable[..., None]:
+    def timed(engine: Any, **arguments: Any) -> None:
+        with clock.phase(phase):
+            work(engine, **arguments)
+
+    return timed
 
 
 def _digest(tensor: Tensor) -> str:

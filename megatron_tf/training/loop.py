@@ -19,8 +19,10 @@ from megatron_tf.telemetry.meters import ThroughputMeter, format_duration, mfu, 
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.engine import Engine, StepResult
 from megatron_tf.training.guard import LossGuard
+from megatron_tf.training.profiler import StepProfiler
 from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Progress, Start
+from megatron_tf.training.step_clock import describe_shares
 from megatron_tf.training.watchdog import Watchdog
 
 
@@ -41,12 +43,13 @@ class Trainer:
         start: Start,
         stop: StopSignals,
         watchdog: Watchdog,
+        profiler: StepProfiler,
     ):
         self.config, self.plan, self.engine, self.progress = config, plan, engine, start.progress
         self.training, self.validation = training, validation
         self.saver, self.trackers, self.console = saver, trackers, console
         self.guard = LossGuard(config.guard, start.run_state.get("guard", {}))
-        self.meter, self.stop, self.watchdog = ThroughputMeter(), stop, watchdog
+        self.meter, self.stop, self.watchdog, self.profiler = ThroughputMeter(), stop, watchdog, profiler
         self.meeting = dist.new_group(backend="gloo")  # so that a word between two steps never waits for a GPU
         self.logged_step = start.progress.step
         self.earlier_tokens, self.earlier_flops = start.earlier_tokens, start.earlier_flops(config.model)
@@ -104,13 +107,17 @@ class Trainer:
     def _finished(self) -> bool:
         return self.progress.step >= self.plan.train_steps
 
-    def _due(self, interval: int | None) -> bool:
-        return self._finished() or (interval is not None and self.progress.step % interval == 0)
+    def _due(self, interval: int | None, step: int | None = None) -> bool:
+        """Whether something is done at the end of `step` (default: the last step done) that is done each `interval`."""
+        step = self.progress.step if step is None else step
+        return step >= self.plan.train_steps or (interval is not None and step % interval == 0)
 
     def _train_step(self) -> StepResult:
         now = self.progress
         batches = self.training.step_batches(now.samples)
-        result = self.engine.train_step(now.step, batches, self.guard.lr_factor)
+        logged = self._due(self.config.logging.interval_steps, now.step + 1)
+        with self.profiler.step(now.step + 1), self.engine.clock.step(measured=logged):
+            result = self.engine.train_step(now.step, batches, self.guard.lr_factor)
         self.progress = Progress(
             now.step + 1, now.samples + self.plan.global_batch_size, now.tokens + self.plan.tokens_per_step
         )
@@ -137,6 +144,7 @@ class Trainer:
         loss = float(result.loss)  # waits for the device, so that the lap below is complete
         norm = None if result.grad_norm is None else float(result.grad_norm)
         rates = self.meter.lap(steps, steps * self.plan.tokens_per_step)
+        shares = self.engine.clock.shares()
         self._record(
             {
                 "train/loss": loss,
@@ -145,6 +153,7 @@ class Trainer:
                 "optim/skipped_steps": self.engine.steps_skipped,
                 "perf/tokens_per_second": rates.tokens_per_second,
                 "perf/step_seconds": rates.step_seconds,
+                **{f"perf/share_{phase}": share for phase, share in shares.items()},
                 "perf/mfu": mfu(
                     rates.tokens_per_second, flops_per_token(self.config.model), self.peak, self.num_devices
                 ),
@@ -153,7 +162,8 @@ class Trainer:
         text = f"loss {loss:.4f}  " + ("" if norm is None else f"norm {norm:.3f}  ")
         text += f"lr {result.lr:.2e}  {rates.tokens_per_second:,.0f} tokens/s"
         left = format_duration((self.plan.train_steps - self.progress.step) * rates.step_seconds)
-        self.console.info(f"step {self.progress.step:,}/{self.plan.train_steps:,}  {text}  left {left}")
+        where = f"  ({describe_shares(shares)})"
+        self.console.info(f"step {self.progress.step:,}/{self.plan.train_steps:,}  {text}  left {left}{where}")
         return text
 
     def _evaluate(self) -> None:

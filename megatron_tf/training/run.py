@@ -32,6 +32,7 @@ from megatron_tf.training.distributed import join, leave
 from megatron_tf.training.engine import Batch, Engine
 from megatron_tf.training.growth_proof import Probe, compare, probe
 from megatron_tf.training.loop import Trainer
+from megatron_tf.training.profiler import StepProfiler
 from megatron_tf.training.run_lock import locked
 from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Start, begin, checkpoints_folder, choose, first_stage_to_run
@@ -69,6 +70,8 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
             together(lambda: _lock(config, closing, restarted) if is_main else None)
         path, passed_over = choose(config, Ranks(environment.rank, world_size, gather))
         start = together(lambda: begin(config, path, data_fingerprint))
+        if not all(gather(start.grown_from is not None)):
+            start = replace(start, grown_from=None)
         plan = plan_batches(config, world_size, start.progress.step, start.run_tokens,
                             start.run_state.get("schedule_unit"))  # fmt: skip
         together(lambda: _prepare_folder(config, run_dir) if is_main else None)
@@ -99,8 +102,10 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
         watchdog = Watchdog(environment.rank, world_size, config.run.hang_seconds, run_dir, console,
                             start.progress.step)  # fmt: skip
         closing.callback(watchdog.close)
+        profiler = StepProfiler(config.training.profile, environment.rank, run_dir / "profile", engine.clock, console)
+        closing.callback(profiler.finish)
         trainer = Trainer(config, plan, engine, training, validation, saver, trackers, console, device, start, stop,
-                          watchdog)  # fmt: skip
+                          watchdog, profiler)  # fmt: skip
         try:
             trainer.fit()
         except TrainingError:  # on all ranks alike

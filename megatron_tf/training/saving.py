@@ -103,10 +103,10 @@ class Saver:
             self._console.warning(f"checkpoint not saved: {write.failure}")
 
     def require(self, step: int) -> None:
-        """At the end of a run: CheckpointError when its last save, of `step`, has failed and training went on."""
+        """Where a run ends: CheckpointError when its last save, of `step`, has failed and training went on."""
         if self._failure is not None:
             raise CheckpointError(
-                f"the run reached its last step {step:,}, but that state is not saved: {self._failure}. Mend this and "
+                f"the run ends after step {step:,}, but that state is not saved: {self._failure}. Mend this and "
                 "start the run again: it repeats the steps since its newest checkpoint."
             )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_tf.checkpoint.architecture import check_same_architecture
+from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.checkpoint.manager import (
     ALONE,
     CHECKPOINTS_FOLDER,
@@ -36,7 +38,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Start:
-    """Everything a run starts from. `grown_from` is the open source checkpoint when this start is a growth."""
+    """Everything a run starts from. `grown_from` is the open source checkpoint of a growth that is not proved yet."""
 
     source: StateSource
     description: str
@@ -158,7 +160,7 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
         _check_data(config, index.data, data, path)
         return Start(
             CheckpointSource(reader), f"resumed from {path} at step {index.step:,}",
-            Progress(index.step, index.samples, index.tokens), index.growth_history,
+            Progress(index.step, index.samples, index.tokens), index.growth_history, _unproved(index),
             trackers=index.trackers, run_state=index.run,
         )  # fmt: skip
     assert config.growth is not None
@@ -167,6 +169,18 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
         grown.source, f"grown from {path}", Progress(0, grown.samples, grown.tokens), grown.growth_history,
         grown_from=reader,
     )  # fmt: skip
+
+
+def _unproved(index: CheckpointIndex) -> CheckpointReader | None:
+    """What a checkpoint was grown from as a file operation, if that is still there: the proof is then made here."""
+    if index.step > 0 or not index.growth_history:
+        return None
+    entry = index.growth_history[-1]
+    if entry["loss_before"] is not None or entry["to"] != index.model["parameter_tokens"]:
+        return None
+    with suppress(CheckpointError):
+        return open_checkpoint(Path(entry["source"]))
+    return None
 
 
 def _check_data(config: RunConfig, stored: Mapping[str, Any], data: Mapping[str, Any], path: Path) -> None:

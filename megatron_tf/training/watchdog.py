@@ -23,6 +23,7 @@ from megatron_tf.errors import exit_now
 from megatron_tf.telemetry.console import Console
 
 HANG_EXIT_CODE = 1
+SHORTEST_SILENCE = 0.25  # seconds between two words of a rank, however fast it steps
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ class Watchdog:
         self._store = dist.PrefixStore(f"alive in {run_dir}", dist.distributed_c10d._get_default_store())
         self._step, self._number = step, 0
         self._last_beat: float | None = None
-        self._closed = threading.Event()
+        self._closed, self._has_news = threading.Event(), threading.Event()
         for work in (self._speak, self._watch):
             threading.Thread(target=work, name="watchdog", daemon=True).start()
 
     def beat(self, step: int) -> None:
         """This rank has finished `step`."""
         self._step, self._last_beat = step, time.monotonic()
+        self._has_news.set()
         # in case the rank hangs with the interpreter's lock held, so that no thread of it can run
         faulthandler.dump_traceback_later(2 * self._hang_seconds, exit=True)
 
@@ -66,9 +68,14 @@ class Watchdog:
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._closed.set()
+        self._has_news.set()
 
     def silent_ranks(self) -> str:
-        """Who says nothing any more, in words; "" when all are alive. Takes a few seconds."""
+        """Who says nothing any more, in words; "" when all are alive. Takes a few seconds.
+
+        The answer of the first rank that finds someone is everyone's: those who look later see more ranks silent,
+        which have only ended because of the first.
+        """
         before = self._words()
         time.sleep(2.5 * self._interval)
         after = self._words()
@@ -82,7 +89,13 @@ class Watchdog:
                 silent.append(
                     f"rank {rank} on {after[rank].host} is silent, or has ended, since step {after[rank].step:,}"
                 )
-        return ", ".join(silent)
+        return self._first_finding(", ".join(silent))
+
+    def _first_finding(self, own: str) -> str:
+        if own:
+            with contextlib.suppress(RuntimeError):
+                return self._store.compare_set("finding", "", own).decode()
+        return own
 
     def _speak(self) -> None:
         host = socket.gethostname()
@@ -90,13 +103,17 @@ class Watchdog:
             self._number += 1
             with contextlib.suppress(RuntimeError):  # a store that is gone shows itself when it is asked
                 self._store.set(str(self._rank), json.dumps(asdict(_Word(host, self._step, self._number))))
-            self._closed.wait(self._interval)
+            self._closed.wait(SHORTEST_SILENCE)
+            self._has_news.wait(self._interval)
+            self._has_news.clear()
 
     def _watch(self) -> None:
         while not self._closed.wait(self._interval):
             last = self._last_beat
             if last is not None and time.monotonic() - last > self._hang_seconds:
                 self._report()
+                if self._rank == 0:  # the store goes with it, and others may be about to ask
+                    time.sleep(2 * self._interval)
                 exit_now(HANG_EXIT_CODE)
 
     def _report(self) -> None:

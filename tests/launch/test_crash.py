@@ -187,7 +187,7 @@ def test_a_full_disk_does_not_end_the_run(folder, small_disk):
     result = train(folder, "checkpoint.interval_steps=1")
     assert result.returncode == 2, result.stdout
     assert "step 6/6" in result.stdout and "Traceback" not in result.stdout
-    assert "the run reached its last step 6, but that state is not saved" in result.stdout
+    assert "the run ends after step 6, but that state is not saved" in result.stdout
     assert "checkpoint not saved" in result.stdout and "No space left on device" in result.stdout
     names = os.listdir(folder / "run" / "checkpoints")
     assert all(name.startswith((STEP_PREFIX, FAILED_PREFIX)) for name in names), "unfinished folders take up room"

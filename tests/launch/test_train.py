@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 
@@ -45,6 +46,24 @@ def test_a_run_writes_what_it_promises(folder):
     assert steps == ["step_00000003", "step_00000006"]
     index = open_checkpoint(folder / "run" / "checkpoints" / steps[-1]).index
     assert (index.step, index.samples, index.tokens) == (6, 48, 768)
+
+
+def test_the_time_of_a_step_and_a_trace_of_it(folder):
+    """On two pipeline stages of one rank each, and tensor parallel: all phases are there."""
+    for ranks, layout in ((2, "parallel.pipeline=2"), (2, "parallel.tensor=2")):
+        out = succeed(train(folder, layout, f"run.dir={folder}/{layout}", "training.profile={first_step: 3, num_steps: 2}",
+                            ranks=ranks))  # fmt: skip
+        assert "forward" in out and "backward" in out
+        shares = [{key.removeprefix("perf/share_"): value for key, value in record.items() if "perf/share_" in key}
+                  for record in metrics(folder, layout) if "train/loss" in record]  # fmt: skip
+        for share in shares:
+            assert set(share) == {"data", "forward", "backward", "communication", "optimizer", "other"}
+            assert sum(share.values()) == pytest.approx(1)
+            assert all(share[phase] > 0 for phase in share if phase != "other")
+        (path,) = (folder / layout / "profile").iterdir()
+        assert path.name == "step3-rank0.json.gz" and str(path) in out
+        names = [event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]]
+        assert names.count("optimizer") >= 2 and {"forward", "backward", "communication"} <= set(names)
 
 
 def test_starting_compiles_nothing(folder):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,27 @@ def test_preempted_and_then_a_rank_killed(cluster, submit, undisturbed, folder):
     assert_same_weights(run, undisturbed)
     assert losses(run) == losses(undisturbed)
     assert not list(folder.glob("*.failures"))
+
+
+def test_a_rank_that_hangs_is_named_and_the_job_requeued(cluster, submit, undisturbed):
+    job, run = submit(cluster, "hung", "run.hang_seconds=6")
+    cluster.until(lambda: last_step(run) >= 7, job=job)
+    (victim,) = (rank for rank in cluster.ranks(job) if rank.number == 2)
+    victim.signal(signal.SIGSTOP)
+    began = time.monotonic()
+    cluster.until(lambda: cluster.restarts(job) == 1, 120, job)
+    seconds = time.monotonic() - began
+    cluster.wait(job)
+    out = cluster.output(job)
+    assert "no step ended for 6 s" in out, out
+    named = re.findall(r"(rank \d) on (n\d) is silent, or has ended, since step (\d+)", out)
+    assert named and {(rank, node) for rank, node, _ in named} == {("rank 2", "n2")}, out
+    assert 1 <= int(named[0][2]) < STEPS
+    assert (run / "hang-rank0.txt").read_text().count("all_reduce") or (run / "hang-rank3.txt").exists()
+    # hang_seconds, 6 to find out and to say it, KillWait for the stopped rank, which hears no SIGTERM, and the way there
+    assert seconds < 6 + 6 + 25 + 30, seconds
+    assert_same_weights(run, undisturbed)
+    assert losses(run) == losses(undisturbed)
 
 
 def test_a_node_without_power_is_replaced(start_cluster, submit, undisturbed):

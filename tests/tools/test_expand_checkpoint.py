@@ -98,7 +98,8 @@ def test_training_goes_on_as_if_it_had_grown_the_model_itself(folder, tmp_path, 
     assert [d for d in compare(one, other) if not d.equal] == []
     for field in ("samples", "tokens", "scales", "adam_steps", "data", "model"):
         assert getattr(one.index, field) == getattr(other.index, field), field
-    (entry,) = other.index.growth_history
+    (entry,) = other.index.growth_history  # proved at the run's start, as by the trainer's own growth
+    assert entry == one.index.growth_history[0] and entry["loss_before"] is not None
     assert entry["source"] == one.index.growth_history[0]["source"] == str(open_checkpoint(
         folder / "small" / "checkpoints" / "step_00000002").path)  # fmt: skip
 
