@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import pytest
-
-from megatron_tf.data.indexed import IndexedWriter
+from prepared import write_tokens
 
 CONFIG = """
 run: {{dir: {folder}/run, name: test}}
@@ -27,8 +26,6 @@ logging: {{interval_steps: 1}}
 @pytest.fixture
 def folder(tmp_path):
     """A folder with config.yml and prepared data of 4,000 tokens below 99."""
-    with IndexedWriter(tmp_path / "tokens", vocab_size=99) as writer:
-        for document in range(40):
-            writer.add_document([(document * 7 + position * position) % 99 for position in range(100)])
+    write_tokens(tmp_path / "tokens")
     (tmp_path / "config.yml").write_text(CONFIG.format(folder=tmp_path))
     return tmp_path

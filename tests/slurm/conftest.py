@@ -20,8 +20,7 @@ from pathlib import Path
 
 import pytest
 from launching import PROJECT, environment
-
-from megatron_tf.data.indexed import IndexedWriter
+from prepared import write_tokens
 
 REQUIRED = "MEGATRON_TF_TESTS_NEED_SLURM"  # set where a skip would hide that nothing was tested
 PROGRAMS = ("unshare", "nsenter", "setpriv", "ip", "munged", "slurmctld", "slurmd", "sbatch")
@@ -373,9 +372,7 @@ logging: {{interval_steps: 1}}
 def folder(tmp_path_factory):
     """A folder to submit from: with the project's launch/, config.yml and prepared data of 4,000 tokens below 99."""
     path = tmp_path_factory.mktemp("run")
-    with IndexedWriter(path / "tokens", vocab_size=99) as writer:
-        for document in range(40):
-            writer.add_document([(document * 7 + position * position) % 99 for position in range(100)])
+    write_tokens(path / "tokens")
     (path / "config.yml").write_text(CONFIG.format(folder=path))
     (path / "launch").symlink_to(PROJECT / "launch")
     return path

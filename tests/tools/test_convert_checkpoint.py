@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from launching import PROJECT, run, train
+from prepared import write_tokens
 from tooling import assert_refused, tool
 
 from megatron_tf.checkpoint.load import load_logical
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.inference.load import load_model
 
 GOLDEN = PROJECT / "tests" / "golden"
@@ -116,9 +116,7 @@ def test_a_full_disk_leaves_nothing_behind(folder, tmp_path):
 
 @pytest.mark.slow
 def test_an_imported_model_is_trained_on_and_grown(folder, tmp_path):
-    with IndexedWriter(tmp_path / "tokens", vocab_size=128) as writer:
-        for document in range(20):
-            writer.add_document([(document * 7 + position * position) % 128 for position in range(100)])
+    write_tokens(tmp_path / "tokens", 128, documents=20)
     (tmp_path / "config.yml").write_text(CONFIG.format(folder=tmp_path))
     shutil.copytree(folder / "run", tmp_path / "run")
     done = train(tmp_path)

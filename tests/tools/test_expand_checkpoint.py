@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from launching import PROJECT, environment, run, train
+from prepared import write_tokens
 
 from megatron_tf.checkpoint.compare import compare
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.data.indexed import IndexedWriter
 
 TOOL = PROJECT / "tools" / "expand_checkpoint.py"
 CONFIG = """
@@ -35,9 +35,7 @@ BIGGER = ("model.parameter_tokens.qkv=29", "model.parameter_tokens.ffn=75")
 def folder(tmp_path_factory):
     """config.yml, prepared data and the trained run `small`."""
     folder = tmp_path_factory.mktemp("expand")
-    with IndexedWriter(folder / "tokens", vocab_size=99) as writer:
-        for document in range(40):
-            writer.add_document([(document * 7 + position * position) % 99 for position in range(100)])
+    write_tokens(folder / "tokens")
     (folder / "config.yml").write_text(CONFIG.format(folder=folder))
     done = train(folder)
     assert done.returncode == 0, done.stdout

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from launching import train
+from prepared import write_tokens
 from tooling import assert_refused, tool
 
 from megatron_tf.checkpoint.compare import compare
@@ -14,7 +15,6 @@ from megatron_tf.checkpoint.source import InitialSource, grow
 from megatron_tf.checkpoint.step_zero import target_folder, write_step_zero
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import DataSource, Growth, Model
-from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.loader import fingerprint
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.params import parameter_table
@@ -43,11 +43,8 @@ def model(tokens: dict[str, int]) -> Model:
 
 
 def prepare(prefix: Path, tokenizer: str = "a" * 64, documents: int = 40, vocab_size: int = 99) -> None:
-    with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
-        for document in range(documents):
-            writer.add_document([(document * 7 + position * position) % vocab_size for position in range(100)])
-        write_summary(prefix, CorpusSummary(documents, 100 * documents, 1, writer.max_token_id, tokenizer, vocab_size,
-                                            0, ("a",), 0, 0))  # fmt: skip
+    largest = write_tokens(prefix, vocab_size, documents)
+    write_summary(prefix, CorpusSummary(documents, 100 * documents, 1, largest, tokenizer, vocab_size, 0, ("a",), 0, 0))
 
 
 @pytest.fixture(scope="module")
