@@ -31,8 +31,10 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 RESERVED = {
     "deepspeed": ("megatron_tf.training.",),
     "matplotlib": ("megatron_tf.telemetry.plot",),
+    "pyarrow": ("megatron_tf.data.parquet",),
     "sentencepiece": ("megatron_tf.data.tokenizer",),
     "tensorboard": ("megatron_tf.telemetry.trackers",),
+    "tiktoken": ("megatron_tf.data.tiktoken_files",),
     "torch.utils.tensorboard": ("megatron_tf.telemetry.trackers",),
     "transformers": (),
     "wandb": ("megatron_tf.telemetry.trackers",),
@@ -164,4 +166,4 @@ def test_everything_but_training_starts_without_deepspeed_and_optional_packages(
     modules = tuple(name for name in MODULES if name.startswith("megatron_tf.") and "training" not in name)
     for required in ("megatron_tf.model", "megatron_tf.checkpoint", "megatron_tf.config", "megatron_tf.data.loader"):
         assert required in modules
-    assert loaded_by(modules, ("deepspeed", "wandb", "tensorboard", "sentencepiece", "transformers")) == ""
+    assert loaded_by(modules, ("deepspeed", "wandb", "tensorboard", "sentencepiece", "transformers", "pyarrow", "tiktoken")) == ""

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 # Upper bounds are far beyond every real run; they keep the arithmetic that follows within 64 bits and within fp32.
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TotalCount = Annotated[int, Field(ge=1, lt=2**60)]  # of a whole run
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=1, le=1e7)]
@@ -118,6 +119,15 @@ class Data(Section):
     tokenizer: str | None = None  # a .json, .model or .tiktoken file, tiktoken:NAME, or bytes; compared with the data
     train: tuple[DataSource, ...] = Field(min_length=1)
     validation: tuple[DataSource, ...] = ()
+    eod_id: TokenId | None = None  # token that ends a document; None: what the summary beside the data says
+    pad_id: TokenId | None = None  # token that fills up data of other programs: never predicted, never attended to
+    reset_at_eod: bool = False  # attention and rotary positions begin anew with each document
+    mask_eod_loss: bool = False  # no loss for the token after an end of document, the first of an unrelated one
+
+    @property
+    def masks_loss(self) -> bool:
+        """Whether some labels have no loss."""
+        return self.mask_eod_loss or self.pad_id is not None
 
 
 class Checkpoint(Section):

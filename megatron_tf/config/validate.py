@@ -106,6 +106,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         _sharding_problems,
         _schedule_problems,
         _zero_problems,
+        _document_problems,
         _run_problems,
     ):
         problems += rule(config)
@@ -274,6 +275,21 @@ def _zero_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"zero.stage: 0 with parallel.pipeline {config.parallel.pipeline} is refused, for DeepSpeed then leaves "
             f"parameters of later stages out of the gradient norm. {remedy}, or parallel.pipeline to 1."
+        )
+
+
+def _document_problems(config: RunConfig) -> Iterator[str]:
+    data, vocabulary = config.data, config.model.vocab_size
+    for key, token in {"eod_id": data.eod_id, "pad_id": data.pad_id}.items():
+        if token is not None and token >= vocabulary:
+            yield (
+                f"data.{key}: {token} is beyond the vocabulary, model.vocab_size is {vocabulary}. Set it to a token "
+                f"below {vocabulary}, or raise model.vocab_size."
+            )
+    if data.pad_id is not None and data.pad_id == data.eod_id:
+        yield (
+            f"data.pad_id: {data.pad_id} is data.eod_id too, so the model would never learn where a document ends. "
+            "Remove data.pad_id; data.mask_eod_loss=true leaves out all but the first of such tokens in a row."
         )
 
 

@@ -60,6 +60,16 @@ class Blend:
             node, index = (node.left, taken) if taken_next > taken else (node.right, index - taken)
         return node, index
 
+    def first_tokens(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(number of the source, place in it of the first token) of each sample, both int64 [n]."""
+        located = np.array([self.locate(index) for index in indices], dtype=np.int64).reshape(-1, 2)
+        numbers, within = located[:, 0], located[:, 1]
+        tokens = np.empty_like(within)
+        for number in np.unique(numbers):
+            chosen = numbers == number
+            tokens[chosen] = self.sources[number].first_tokens(within[chosen])
+        return numbers, tokens
+
     def sample(self, index: int) -> np.ndarray:
         """int64 [seq_length + 1]."""
         source, within = self.locate(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from megatron_tf.config.schema import DataSource
 from megatron_tf.data.blend import Blend
+from megatron_tf.data.documents import LossMask
 from megatron_tf.data.indexed import IndexedDataset, data_file, index_file
 from megatron_tf.data.samples import TokenSource, derived_seed
 from megatron_tf.data.summary import read_summary, summary_file
@@ -20,6 +22,7 @@ from megatron_tf.data.tokenizer import tokenizer_fingerprint
 from megatron_tf.errors import DataError, file_errors
 
 PROBE_BYTES = 1 << 16
+Batch = tuple[torch.Tensor, torch.Tensor]  # input_ids and labels, int64 [b, s] each; a label may be IGNORED
 
 
 def build_dataset(sources: Sequence[DataSource], seq_length: int, seed: int, vocab_size: int) -> Blend:
@@ -89,6 +92,25 @@ def check_tokenizer(sources: Sequence[DataSource], tokenizer_path: str | None) -
         raise DataError("\n".join(problems))
 
 
+def source_names(sources: Sequence[DataSource]) -> list[str]:
+    """A name for each source, fit for a metric: of its path as much of the end as tells it from the others.
+
+    Only letters, digits and "._-" are in it. The same path twice gets a number.
+    """
+    paths = [[re.sub(r"[^\w.-]", "_", part, flags=re.ASCII) for part in Path(s.path).parts] for s in sources]
+    names: list[str] = []
+    for path in paths:
+        depth = 1
+        while depth < len(path) and sum(other[-depth:] == path[-depth:] for other in paths) > 1:
+            depth += 1
+        name = wanted = "_".join(path[-depth:]).lstrip("_") or "source"
+        number = 2
+        while name in names:
+            name, number = f"{wanted}_{number}", number + 1
+        names.append(name)
+    return names
+
+
 def fingerprint(sources: Sequence[DataSource], seed: int) -> dict[str, Any]:
     """What the order and content of the samples depend on, as a JSON object, at O(1) cost a source.
 
@@ -129,7 +151,9 @@ class BatchLoader:
         data_rank: int,
         data_size: int,
         vocab_size: int,
+        loss_mask: LossMask | None = None,
     ):
+        """`loss_mask`: which labels become IGNORED."""
         assert 0 <= data_rank < data_size and micro_batch_size >= 1 and num_micro_batches >= 1
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
@@ -137,31 +161,45 @@ class BatchLoader:
         self.data_rank = data_rank
         self.data_size = data_size
         self.vocab_size = vocab_size
+        self.loss_mask = loss_mask
 
-    def step_batches(self, first_sample: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def step_batches(self, first_sample: int) -> Iterator[Batch]:
         """(input_ids, labels), each int64 [micro_batch_size, seq_length], for every micro batch of a step.
 
         Micro batch m takes samples first_sample + (m·data_size + data_rank)·micro_batch_size + [0, micro_batch_size),
         so a step takes the same samples whatever the layout. Raises `DataError` for an id outside the vocabulary.
         """
-        for micro_batch in range(self.num_micro_batches):
-            first = first_sample + (micro_batch * self.data_size + self.data_rank) * self.micro_batch_size
-            rows = np.stack([self.dataset.sample(first + row) for row in range(self.micro_batch_size)])
-            self._check_vocabulary(rows, first)
-            tokens = torch.from_numpy(rows)
-            yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        sources, tokens = self.dataset.first_tokens(self._samples(first_sample))
+        length = self.dataset.seq_length + 1
+        for first in range(0, len(tokens), self.micro_batch_size):
+            rows = np.empty((self.micro_batch_size, length), dtype=np.int64)
+            places = [(int(sources[first + row]), int(tokens[first + row])) for row in range(self.micro_batch_size)]
+            for row, (source, token) in zip(rows, places):
+                row[:] = self.dataset.sources[source].dataset.tokens(token, token + length)
+            self._check_vocabulary(rows, places)
+            ids, labels = rows[:, :-1].copy(), rows[:, 1:].copy()
+            if self.loss_mask is not None:
+                self.loss_mask.apply(ids, labels)
+            yield torch.from_numpy(ids), torch.from_numpy(labels)
 
-    def _check_vocabulary(self, rows: np.ndarray, first: int) -> None:
-        outside = (rows < 0) | (rows >= self.vocab_size)
-        if outside.any():
-            row, column = map(int, np.argwhere(outside)[0])
-            number, index = self.dataset.locate(first + row)
-            source = self.dataset.sources[number]
-            token = source.block(index) * source.seq_length + column
-            offsets = source.dataset.document_offsets
+    def sample_sources(self, first_sample: int) -> list[int]:
+        """Number of the source of each sample of `step_batches`, in their order."""
+        return [self.dataset.locate(sample)[0] for sample in self._samples(first_sample)]
+
+    def _samples(self, first_sample: int) -> list[int]:
+        size = self.micro_batch_size
+        firsts = (first_sample + (m * self.data_size + self.data_rank) * size for m in range(self.num_micro_batches))
+        return [first + row for first in firsts for row in range(size)]
+
+    def _check_vocabulary(self, rows: np.ndarray, places: Sequence[tuple[int, int]]) -> None:
+        """`places`: (source, place in it of the first token) of each row."""
+        if rows.min() < 0 or rows.max() >= self.vocab_size:
+            row, column = map(int, np.argwhere((rows < 0) | (rows >= self.vocab_size))[0])
+            dataset, token = self.dataset.sources[places[row][0]].dataset, places[row][1] + column
+            offsets = dataset.document_offsets
             document = int(np.searchsorted(offsets, token, side="right")) - 1
             place = (
-                f"{data_file(source.dataset.prefix)}: document {document}, token {token - int(offsets[document])} of it "
+                f"{data_file(dataset.prefix)}: document {document}, token {token - int(offsets[document])} of it "
                 f"(token {token} of the file)"
             )
             raise _outside_vocabulary(place, int(rows[row, column]), self.vocab_size)

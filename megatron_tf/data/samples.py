@@ -88,13 +88,31 @@ class TokenSource:
                 f"{dataset.prefix}.bin: has {dataset.num_tokens} tokens, one sample needs {seq_length + 1} "
                 f"(model.seq_length + 1). Prepare more text or shorten model.seq_length."
             )
+        self._newest = 0, KeyedPermutation(self.samples_per_epoch, (seed, 0))  # replaced as a whole: threads read it
 
     def block(self, index: int) -> int:
         """Block of the data set that sample `index` is; `index` may exceed an epoch."""
         epoch, position = divmod(index, self.samples_per_epoch)
-        return KeyedPermutation(self.samples_per_epoch, (self.seed, epoch))(position)
+        return self._order(epoch)(position)
+
+    def first_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """Place in the data set of each sample's first token; int64 [n] -> int64 [n]. Many at once cost little more."""
+        epochs, positions = np.divmod(indices, self.samples_per_epoch)
+        blocks = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            blocks[chosen] = self._order(int(epoch))(positions[chosen])
+        return blocks * self.seq_length
 
     def sample(self, index: int) -> np.ndarray:
         """int64 [seq_length + 1]."""
         start = self.block(index) * self.seq_length
         return self.dataset.tokens(start, start + self.seq_length + 1)
+
+    def _order(self, epoch: int) -> KeyedPermutation:
+        """Its keys take longer to derive than a value of it takes, so the newest one is kept."""
+        newest, order = self._newest
+        if newest != epoch:
+            order = KeyedPermutation(self.samples_per_epoch, (self.seed, epoch))
+            self._newest = epoch, order
+        return order

@@ -20,6 +20,9 @@ from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import Group
 
 
+IGNORED = -100  # label of a token that has no loss; the number that PyTorch's own cross-entropy has for it
+
+
 def partial_embedding(ids: Tensor, weight: Tensor, start: int) -> Tensor:
     """Rows of this rank's shard for the ids it holds, zeros for the others: [..., d], to be summed over the group."""
     local = ids - start
@@ -60,5 +63,8 @@ class _CrossEntropy(Function):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, start: int, group: Group) -> Tensor:
-    """Loss of every token. logits [..., V/T] (columns `start` onward), labels int64 [...] -> [...]."""
-    return _CrossEntropy.apply(logits, labels, start, group)
+    """Loss of every token, 0 where the label is IGNORED.
+
+    logits [..., V/T] (columns `start` onward), labels int64 [...] -> [...].
+    """
+    return _CrossEntropy.apply(logits, labels, start, group).masked_fill(labels == IGNORED, 0)

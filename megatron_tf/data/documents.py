@@ -1,0 +1,103 @@
+"""Where documents end within the data, and which tokens are not learnt for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_tf.config.schema import Data, DataSource
+from megatron_tf.data.indexed import IndexedDataset, data_file
+from megatron_tf.data.summary import read_summary, summary_file
+from megatron_tf.errors import DataError
+from megatron_tf.parallel.vocab import IGNORED
+
+DOCUMENTS_LOOKED_AT = 16  # of each source, to see whether they end as they should
+
+
+@dataclass(frozen=True)
+class LossMask:
+    """The labels that have no loss: what follows an end-of-document token, and padding.
+
+    What follows `eod_id` is another document, which nothing before it tells anything about; the end itself is learnt.
+    Nor has a label a loss that is `pad_id`, or follows it. None: no such token.
+    """
+
+    eod_id: int | None
+    pad_id: int | None
+
+    def apply(self, ids: np.ndarray, labels: np.ndarray) -> None:
+        """Writes IGNORED into `labels`; both int64 [b, s]."""
+        if self.eod_id is not None:
+            labels[ids == self.eod_id] = IGNORED
+        if self.pad_id is not None:
+            labels[(ids == self.pad_id) | (labels == self.pad_id)] = IGNORED
+
+
+def loss_mask(data: Data) -> LossMask | None:
+    """The mask that `data` asks for; None for none. DataError as `end_of_document`."""
+    if not data.masks_loss:
+        return None
+    return LossMask(end_of_document(data) if data.mask_eod_loss else None, data.pad_id)
+
+
+def document_ends(data: Data) -> tuple[int, ...]:
+    """The tokens after which attention begins anew, none without data.reset_at_eod. DataError as `end_of_document`.
+
+    Each padding token counts as a document of its own, so that no other token attends to it.
+    """
+    if not data.reset_at_eod:
+        return ()
+    return (end_of_document(data), *(() if data.pad_id is None else (data.pad_id,)))
+
+
+def end_of_document(data: Data) -> int:
+    """The token that ends the documents of all sources: data.eod_id, or what their summaries say.
+
+    DataError with the problems of all sources: when nobody says which token it is, when two say differently, or when
+    documents do not end with it.
+    """
+    eod_id, origin = data.eod_id, "data.eod_id"
+    problems = []
+    for source in dict.fromkeys((*data.train, *data.validation)):
+        summary = read_summary(source.path)
+        if summary is None:
+            continue
+        if eod_id is None:
+            eod_id, origin = summary.eod_id, str(summary_file(source.path))
+        elif summary.eod_id != eod_id:
+            problems.append(
+                f"{summary_file(source.path)}: documents end with token {summary.eod_id}, but {origin} says {eod_id}. "
+                "All data must end documents alike: remove data.eod_id, or prepare the data again."
+            )
+    if eod_id is None:
+        raise DataError(
+            f"data.{_reason(data)}: which token ends a document is not known, for there is no "
+            f"{summary_file(data.train[0].path)}. Give it as data.eod_id, or prepare the data with tools/preprocess_data.py."
+        )
+    if eod_id == data.pad_id:
+        problems.append(
+            f"data.pad_id: {eod_id} is the end-of-document token too, as {origin} says. Remove data.pad_id; "
+            "data.mask_eod_loss=true leaves out all but the first of such tokens in a row."
+        )
+    problems += _without_ends((*data.train, *data.validation), eod_id)
+    if problems:
+        raise DataError("\n".join(problems))
+    return eod_id
+
+
+def _without_ends(sources: tuple[DataSource, ...], eod_id: int) -> Iterator[str]:
+    """Data that were prepared without end-of-document tokens, or with another one."""
+    for path in dict.fromkeys(source.path for source in sources):
+        ends = IndexedDataset(path).ends_of_documents(DOCUMENTS_LOOKED_AT)
+        if ends.size and not (ends == eod_id).any():
+            yield (
+                f"{data_file(path)}: none of its first {ends.size} documents ends with the end-of-document token "
+                f"{eod_id}; the first one ends with {ends[0]}. Correct data.eod_id, or prepare the data again with "
+                "end-of-document tokens."
+            )
+
+
+def _reason(data: Data) -> str:
+    return "reset_at_eod" if data.reset_at_eod else "mask_eod_loss"
