@@ -166,4 +166,9 @@ def test_everything_but_training_starts_without_deepspeed_and_optional_packages(
     modules = tuple(name for name in MODULES if name.startswith("megatron_tf.") and "training" not in name)
     for required in ("megatron_tf.model", "megatron_tf.checkpoint", "megatron_tf.config", "megatron_tf.data.loader"):
         assert required in modules
-    assert loaded_by(modules, ("deepspeed", "wandb", "tensorboard", "sentencepiece", "transformers", "pyarrow", "tiktoken")) == ""
+    assert (
+        loaded_by(
+            modules, ("deepspeed", "wandb", "tensorboard", "sentencepiece", "transformers", "pyarrow", "tiktoken")
+        )
+        == ""
+    )

@@ -35,21 +35,27 @@ class LossMask:
             labels[(ids == self.pad_id) | (labels == self.pad_id)] = IGNORED
 
 
-def loss_mask(data: Data) -> LossMask | None:
-    """The mask that `data` asks for; None for none. DataError as `end_of_document`."""
-    if not data.masks_loss:
-        return None
-    return LossMask(end_of_document(data) if data.mask_eod_loss else None, data.pad_id)
+@dataclass(frozen=True)
+class Boundaries:
+    """What the model is told about documents. `ends`: the tokens after which attention begins anew."""
+
+    ends: tuple[int, ...] = ()
+    loss_mask: LossMask | None = None
 
 
-def document_ends(data: Data) -> tuple[int, ...]:
-    """The tokens after which attention begins anew, none without data.reset_at_eod. DataError as `end_of_document`.
+def boundaries(data: Data, eod_id: int | None) -> Boundaries:
+    """What `data` asks for, when documents end with `eod_id` (None is for those that do not ask).
 
     Each padding token counts as a document of its own, so that no other token attends to it.
     """
-    if not data.reset_at_eod:
-        return ()
-    return (end_of_document(data), *(() if data.pad_id is None else (data.pad_id,)))
+    ends = (token for token in (eod_id, data.pad_id) if token is not None) if data.reset_at_eod else ()
+    mask = LossMask(eod_id if data.mask_eod_loss else None, data.pad_id) if data.masks_loss else None
+    return Boundaries(tuple(ends), mask)
+
+
+def find_boundaries(data: Data) -> Boundaries:
+    """What `data` asks for. DataError as `end_of_document`, which is looked for if it is needed."""
+    return boundaries(data, end_of_document(data) if data.reset_at_eod or data.mask_eod_loss else None)
 
 
 def end_of_document(data: Data) -> int:

@@ -1,15 +1,65 @@
 """Causal self-attention over the heads that this rank holds, with partial rotary position embedding.
 
 Hidden states are [s, b, d]: sequence first, so that a split over the sequence is contiguous.
+
+With `Documents`, several documents lie one after another in a sample. Query i then sees the keys first(i) ≤ j ≤ i,
+first(i) being where the document of token i begins, and its rotary position is i − first(i): each document gets what it
+would get alone. The scores of other documents are never computed where the kernel skips empty blocks (flex_attention,
+on GPUs), and masked elsewhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+
+class Documents(NamedTuple):
+    """Where the documents of a micro batch lie; the same for all layers."""
+
+    starts: Tensor  # int32 [b, s]: position in the sample of the first token of each token's document
+    mask: Tensor | BlockMask  # [b, 1, s, s]: 0 where a query (rows) sees a key, −inf elsewhere
+
+
+def document_starts(ids: Tensor, ends: Sequence[int]) -> Tensor:
+    """`Documents.starts` of ids [b, s] in which each token of `ends`, one or more, is the last of its document."""
+    is_end = torch.zeros_like(ids, dtype=torch.bool)
+    for end in ends:
+        is_end |= ids == end
+    positions = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
+    begins = F.pad(is_end[:, :-1], (1, 0))
+    return torch.where(begins, positions, 0).cummax(1).values
+
+
+def find_documents(starts: Tensor, dtype: torch.dtype, head_dim: int) -> Documents:
+    """The documents that begin at `starts`, for attention in `dtype`. Made once a micro batch, not once a layer."""
+    # the kernel of flex_attention multiplies in tiles of 16, on GPUs
+    if starts.is_cuda and head_dim >= 16 and dtype != torch.float64:
+        return Documents(starts, block_mask(starts))
+    return Documents(starts, dense_mask(starts, dtype))
+
+
+def dense_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Documents.mask` as a tensor."""
+    positions = torch.arange(starts.shape[1], device=starts.device)
+    seen = (starts[:, :, None] <= positions) & (positions <= positions[:, None])
+    return torch.zeros(seen.shape, dtype=dtype, device=starts.device).masked_fill_(~seen, -torch.inf)[:, None]
+
+
+def block_mask(starts: Tensor) -> BlockMask:
+    """`Documents.mask` for flex_attention, which skips the blocks that nobody sees."""
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (starts[batch, query] <= key) & (key <= query)
+
+    length = starts.shape[1]
+    return create_block_mask(seen, starts.shape[0], None, length, length, device=starts.device)
 
 
 @lru_cache(maxsize=8)
@@ -27,7 +77,7 @@ def rotary_tables(seq_length: int, channels: int, base: float, device: torch.dev
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first channels of every head; x [s, b, heads, head_dim], tables [s, 1, 1, channels]."""
+    """Rotates the first channels of every head; x [s, b, heads, head_dim], tables [s, b or 1, 1, channels]."""
     channels = cos.shape[-1]
     turned, kept = x[..., :channels], x[..., channels:]
     first, second = turned.chunk(2, -1)
@@ -35,15 +85,38 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned.to(x.dtype), kept), -1)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, head_dim: int, channels: int, base: float) -> Tensor:
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_dim: int,
+    channels: int,
+    base: float,
+    documents: Documents | None = None,
+) -> Tensor:
     """query, key, value [s, b, heads·head_dim] -> the same shape. Scale 1/√head_dim.
 
-    `channels` of each head are rotated (0 is none).
+    `channels` of each head are rotated (0 is none). `documents`: None is one document a sample.
     """
     query, key, value = (t.unflatten(-1, (-1, head_dim)) for t in (query, key, value))
     if channels:
         cos, sin = rotary_tables(query.shape[0], channels, base, query.device)
+        if documents is not None:
+            starts = documents.starts.mT
+            positions = torch.arange(starts.shape[0], device=starts.device)[:, None] - starts
+            cos, sin = cos[positions, 0], sin[positions, 0]
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
     query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    if documents is None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    elif isinstance(documents.mask, Tensor):
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=documents.mask)
+    else:
+        out = _fused_flex_attention()(query, key, value, block_mask=documents.mask)
     return out.permute(2, 0, 1, 3).flatten(-2)
+
+
+@lru_cache(maxsize=1)
+def _fused_flex_attention() -> Callable[..., Tensor]:
+    """Compiled when it is needed first; without compiling it would compute and keep every score."""
+    return torch.compile(flex_attention, dynamic=False)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tf.config.schema import Activation, Model
-from megatron_tf.model.attention import causal_attention
+from megatron_tf.model.attention import Documents, causal_attention
 from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
@@ -126,12 +126,12 @@ class Attention(nn.Module):
         self.rotary_channels = int(self.head_dim * model.rotary_fraction)
         self.rotary_base = model.rotary_base
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         group = self.tensor.group
         partial = partial_outputs([self.query, self.key, self.value], self.tensor.enter(hidden))
         # a rank needs only its own heads, so the sum over the ranks is a reduce-scatter, never an all-reduce
         query, key, value = (scatter_to(p, group, -1) for p in partial)
-        out = causal_attention(query, key, value, self.head_dim, self.rotary_channels, self.rotary_base)
+        out = causal_attention(query, key, value, self.head_dim, self.rotary_channels, self.rotary_base, documents)
         return self.tensor.leave(partial_outputs([self.proj], gather_from(out, group, -1))[0])
 
 
@@ -147,13 +147,13 @@ class Block(nn.Module):
         self.eps = model.norm_eps
         self.recompute = False  # keep only the block's input for the backward pass
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, hidden, use_reentrant=False)
-        return self._forward(hidden)
+            return checkpoint(self._forward, hidden, documents, use_reentrant=False)
+        return self._forward(hidden, documents)
 
-    def _forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.attention(self._norm(hidden))
+    def _forward(self, hidden: Tensor, documents: Documents | None) -> Tensor:
+        hidden = hidden + self.attention(self._norm(hidden), documents)
         (partial,) = partial_outputs([self.ffn], self.tensor.enter(self._norm(hidden)))
         return hidden + self.tensor.leave(partial)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
+from megatron_tf.model.attention import find_documents
 from megatron_tf.model.initialize import initial_rows
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
 from megatron_tf.params import initial_scales, parameter_table, shard_range
@@ -28,10 +29,13 @@ class TokenFormer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, self.scales, tensor) for i in range(config.num_layers))
         self.final_norm = FinalNorm(config, tensor)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, starts: Tensor | None = None) -> Tensor:
+        """`starts`: see `attention.document_starts`; None is one document a sample."""
         hidden = self.embedding(input_ids)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        documents = None if starts is None else find_documents(starts, hidden.dtype, head_dim)
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = block(hidden, documents)
         return self.embedding.logits(self.final_norm(hidden)).transpose(0, 1)
 
 

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import Group
 
-
 IGNORED = -100  # label of a token that has no loss; the number that PyTorch's own cross-entropy has for it
 
 

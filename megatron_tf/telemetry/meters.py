@@ -1,4 +1,4 @@
-"""Speed of a run: seconds a step, tokens a second, and the share of the hardware's peak that is used."""
+"""Speed of a run: seconds a step, tokens a second, the share spent waiting for data and that of the hardware's peak."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
 class Rates:
     step_seconds: float
     tokens_per_second: float  # over all ranks
+    data_wait_share: float  # of the time, in which a rank waited for data, 0 to 1
 
 
 class ThroughputMeter:
@@ -53,10 +54,15 @@ class ThroughputMeter:
         self._clock = clock
         self._elapsed = 0.0  # seconds of this lap before `_since`
         self._since: float | None = None  # None while stopped
+        self._waited = 0.0  # seconds of this lap
 
     def start(self) -> None:
         """Begins the first lap, or begins the present one anew."""
-        self._elapsed, self._since = 0.0, self._clock()
+        self._elapsed, self._since, self._waited = 0.0, self._clock(), 0.0
+
+    def waited(self, seconds: float) -> None:
+        """A step of this lap waited so long for its data, on the rank that waited longest."""
+        self._waited += seconds
 
     def lap(self, steps: int, tokens: int) -> Rates:
         """The rates of `steps` steps on `tokens` tokens (of all ranks) since the last lap; begins the next lap.
@@ -66,9 +72,11 @@ class ThroughputMeter:
         now = self._clock()
         seconds = self._elapsed + (0.0 if self._since is None else now - self._since)
         self._elapsed, self._since = 0.0, None if self._since is None else now
+        waited, self._waited = self._waited, 0.0
         return Rates(
             step_seconds=seconds / steps if steps else 0.0,
             tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+            data_wait_share=min(1.0, waited / seconds) if seconds > 0 else 0.0,
         )
 
     def pause(self) -> None:

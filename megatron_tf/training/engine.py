@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,16 +16,19 @@ import xxhash
 from deepspeed.runtime.pipe import schedule as instructions
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_tf.checkpoint.source import StateSource
 from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.config.deepspeed_config import deepspeed_config
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.validate import BatchPlan
+from megatron_tf.data.loader import Batch
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.topology import Topology
+from megatron_tf.parallel.vocab import IGNORED
 from megatron_tf.params import EMBEDDING, ParameterSpec, parameter_table
 from megatron_tf.training.nonfinite import watch_nonfinite
 from megatron_tf.training.optimizer import Segment, SegmentedAdamW
@@ -33,7 +36,6 @@ from megatron_tf.training.pipeline import ShardedParameter, TokenFormerPipeline
 from megatron_tf.training.schedule import learning_rate
 from megatron_tf.training.step_clock import StepClock
 
-Batch = tuple[Tensor, Tensor]  # input_ids and labels, int64 [b, s] each
 # What DeepSpeed's pipeline engine does, one instruction after another; ZeRO communicates in the optimizer's step as well.
 PHASE_OF = {
     instructions.LoadMicroBatch: "data",
@@ -79,10 +81,12 @@ class Engine:
         tensor: Group,
         source: StateSource,
         first_new: Mapping[str, int] | None = None,
+        document_ends: Sequence[int] = (),
     ):
         """`model` and the weights, moments and τ of `source` must belong together.
 
         `first_new`: for each tensor that the run's growth made bigger, the element where its new tokens begin.
+        `document_ends`: the tokens after which attention begins anew.
         """
         self.config, self.plan = config, plan
         self.clock = clock = StepClock()
@@ -91,8 +95,9 @@ class Engine:
         ):  # a compiled block cannot stop for a clock: there, communication is forward and backward
             tensor = replace(tensor, around=lambda: clock.phase("communication"))
         self._pipeline = TokenFormerPipeline(
-            model, source.scales, topology, TensorParallel(tensor, config.parallel.sequence)
+            model, source.scales, topology, TensorParallel(tensor, config.parallel.sequence), document_ends
         )
+        self._pipeline.loss_weight = 1 / (plan.micro_batch_size * plan.seq_length)
         for block in self._pipeline.blocks().values():
             block.recompute = config.training.activation_checkpointing
             if config.training.compile:
@@ -141,7 +146,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         updates = self.optimizer.num_updates
-        loss = self._deepspeed.train_batch(batches)
+        loss = self._deepspeed.train_batch(self._weighed(batches) if self.config.data.masks_loss else batches)
         norm = self._deepspeed.get_global_grad_norm() if self.config.zero.stage else self._stage_0_norm
         skipped = self.optimizer.num_updates == updates
         self.steps_skipped += skipped
@@ -158,16 +163,45 @@ class Engine:
         named = {name for names in everyone for name in names}
         return [name for name in self._loaded_steps if name in named]  # in the model's order
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether this rank takes batches: those of the inner pipeline stages do not."""
+        return self._deepspeed.is_first_stage() or self._deepspeed.is_last_stage()
+
     def evaluate(self, batches: Iterable[Batch], num_micro_batches: int) -> float:
         """Mean loss over `num_micro_batches` batches of every data-parallel rank; the same number on all ranks."""
-        loss = self._deepspeed.eval_batch(iter(batches), num_micro_batches=num_micro_batches)
-        return float(loss)
+        loss, _ = self.evaluate_groups(batches, [0] * (num_micro_batches * self.plan.micro_batch_size), 1)
+        return loss
+
+    @torch.no_grad()
+    def evaluate_groups(
+        self, batches: Iterable[Batch], groups: Sequence[int], num_groups: int
+    ) -> tuple[float, list[float | None]]:
+        """Mean loss over all labels that count, of every data-parallel rank, and over those of each group; the same on
+        all ranks. None: no label of that group counts.
+
+        `groups`: the group, below `num_groups`, of each of this rank's samples in the order of `batches`. All ranks must
+        call it.
+        """
+        num_micro_batches = len(groups) // self.plan.micro_batch_size
+        sums = self._deepspeed.eval_batch(
+            iter(batches), num_micro_batches=num_micro_batches, reduce_output=None, bcast_loss=False
+        )
+        totals = torch.zeros(2, num_groups, dtype=torch.float64, device=self._deepspeed.device)
+        if self._deepspeed.is_last_stage() and self._pipeline.tensor.group.rank == 0:
+            members = F.one_hot(torch.tensor(groups, device=totals.device), num_groups)
+            totals += torch.cat(sums, 1).double() @ members.double()
+        dist.all_reduce(totals)
+        losses, counts = totals.tolist()
+        means = [loss / count if count else None for loss, count in zip(losses, counts)]
+        return sum(losses) / max(1.0, sum(counts)), means
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor | None:
         """fp32 CPU logits of one micro batch, [s, b, V/T], on the last stage; None elsewhere. All ranks must call it."""
-        out = self._deepspeed.eval_batch(iter([batch]), return_logits=True, num_micro_batches=1)
-        logits = out[1] if isinstance(out, tuple) else None
+        _, logits = self._deepspeed.eval_batch(
+            iter([batch]), return_logits=True, num_micro_batches=1, reduce_output=None, bcast_loss=False
+        )
         return None if logits is None else logits.float().cpu()
 
     def pieces(self) -> list[Piece]:
@@ -231,6 +265,20 @@ class Engine:
     def close(self) -> None:
         """Frees the parameters and buffers."""
         self._deepspeed.destroy()
+
+    def _weighed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, when each token's loss weighs what makes the step's loss the mean over all labels that count.
+
+        DeepSpeed averages over the M micro batches and D data-parallel ranks whatever their number of such labels is.
+        With N of them in the step, over all ranks, a token's loss therefore weighs M·D / N.
+        """
+        if not self._deepspeed.is_last_stage():
+            return batches
+        taken = list(batches)
+        count = torch.stack([(labels != IGNORED).sum() for _, labels in taken]).sum().to(self._deepspeed.device)
+        dist.all_reduce(count, group=self._deepspeed.mpu.get_data_parallel_group())
+        self._pipeline.loss_weight = self.plan.num_micro_batches * self.plan.data_parallel / count.clamp_min(1)
+        return iter(taken)
 
     def _clip_at_stage_0(self) -> None:
         """DeepSpeed's own clipping without ZeRO, which forgets the norm it computed and updates whatever it was."""

@@ -23,12 +23,15 @@ from torch.nn import functional as F
 from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
+from megatron_tf.data.documents import Boundaries, boundaries
 from megatron_tf.data.samples import derived_seed
 from megatron_tf.errors import ConfigError, LaunchError, exit_now
 from megatron_tf.model import build_model
+from megatron_tf.model.attention import document_starts
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.topology import Topology
+from megatron_tf.parallel.vocab import IGNORED
 from megatron_tf.params import parameter_table
 from megatron_tf.training.distributed import join, leave
 from megatron_tf.training.optimizer import Segment
@@ -108,10 +111,19 @@ def batches(
     config: RunConfig, plan: BatchPlan, step: int, data_rank: int, data_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The micro batches of one data-parallel rank for `step`."""
+    mask = configured_boundaries(config).loss_mask
     for micro in range(plan.num_micro_batches):
         first = step * plan.global_batch_size + (micro * data_size + data_rank) * plan.micro_batch_size
         rows = torch.stack([sample(config, first + i) for i in range(plan.micro_batch_size)])
-        yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        if mask is not None:
+            mask.apply(ids.numpy(), labels.numpy())
+        yield ids, labels
+
+
+def configured_boundaries(config: RunConfig) -> Boundaries:
+    """There are no data that could say where documents end: without data.eod_id it is token 0, the most frequent one."""
+    return boundaries(config.data, config.data.eod_id or 0)
 
 
 def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32) -> Trace:
@@ -126,11 +138,16 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32)
         [{"params": decayed, "weight_decay": adam.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=adam.lr, betas=adam.betas, eps=adam.eps,
     )  # fmt: skip
+    ends = configured_boundaries(config).ends
     losses, norms, gradients = [], [], {}
     for step in range(steps):
-        total = 0.0
-        for ids, labels in batches(config, plan, step, 0, 1):
-            loss = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten()) / plan.num_micro_batches
+        total, micro_batches = 0.0, list(batches(config, plan, step, 0, 1))
+        count = sum(int((labels != IGNORED).sum()) for _, labels in micro_batches)
+        for ids, labels in micro_batches:
+            logits = model(ids, document_starts(ids, ends) if ends else None)
+            loss = (
+                F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum") / count
+            )
             loss.backward()
             total += loss.item()
         losses.append(total)
@@ -223,7 +240,8 @@ def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: P
 
     plan = plan_batches(config, topology.world_size)
     group = make_group(topology, "tensor", TIMEOUT_SECONDS)
-    engine = Engine(config, config.model, plan, topology, group, InitialSource(config.model, config.run.seed))
+    engine = Engine(config, config.model, plan, topology, group, InitialSource(config.model, config.run.seed),
+                    document_ends=configured_boundaries(config).ends)  # fmt: skip
     gradients: dict[str, Tensor] = {}
 
     def keep(segment: Segment, gradient: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
 from typing import NoReturn
 
 import torch
@@ -10,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan
-from megatron_tf.data.loader import BatchLoader
+from megatron_tf.data.loader import Batch, BatchLoader, source_names
+from megatron_tf.data.prefetch import Prefetcher
 from megatron_tf.errors import RunStopped
 from megatron_tf.estimate import flops_per_token
 from megatron_tf.parallel.stop_signals import StopSignals, describe_request
@@ -34,7 +37,7 @@ class Trainer:
         config: RunConfig,
         plan: BatchPlan,
         engine: Engine,
-        training: BatchLoader,
+        training: BatchLoader | Prefetcher,
         validation: BatchLoader | None,
         saver: Saver,
         trackers: Trackers,
@@ -47,6 +50,7 @@ class Trainer:
     ):
         self.config, self.plan, self.engine, self.progress = config, plan, engine, start.progress
         self.training, self.validation = training, validation
+        self.waited = 0.0  # seconds that the newest step waited for its data, on this rank
         self.saver, self.trackers, self.console = saver, trackers, console
         self.guard = LossGuard(config.guard, start.run_state.get("guard", {}))
         self.meter, self.stop, self.watchdog, self.profiler = ThroughputMeter(), stop, watchdog, profiler
@@ -88,13 +92,16 @@ class Trainer:
         self.saver.require(self.progress.step)
 
     def _meet(self) -> int:
-        """All ranks' word between two steps: whether one is asked to stop, and whether a save is over everywhere."""
-        word = torch.tensor([self.stop.request(self.config.run.max_hours), int(self.saver.is_writing)])
+        """All ranks' word between two steps: whether one is asked to stop, whether a save is over everywhere, and how
+        long the step waited for data on the rank that held up all others."""
+        word = torch.tensor([self.stop.request(self.config.run.max_hours), self.saver.is_writing, self.waited],
+                            dtype=torch.float64)  # fmt: skip
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.meeting)
-        request, writing = word.tolist()
+        request, writing, waited = word.tolist()
+        self.meter.waited(waited)
         if not writing:
             self.saver.finish()
-        return request
+        return int(request)
 
     def _end_early(self, request: int) -> NoReturn:
         self.saver.finish()
@@ -114,14 +121,21 @@ class Trainer:
 
     def _train_step(self) -> StepResult:
         now = self.progress
-        batches = self.training.step_batches(now.samples)
         logged = self._due(self.config.logging.interval_steps, now.step + 1)
         with self.profiler.step(now.step + 1), self.engine.clock.step(measured=logged):
+            batches = self._next_batches()
             result = self.engine.train_step(now.step, batches, self.guard.lr_factor)
         self.progress = Progress(
             now.step + 1, now.samples + self.plan.global_batch_size, now.tokens + self.plan.tokens_per_step
         )
         return result
+
+    def _next_batches(self) -> Iterator[Batch]:
+        began = time.perf_counter()
+        with self.engine.clock.phase("data"):
+            batches = self.training.step_batches(self.progress.samples)
+        self.waited = time.perf_counter() - began
+        return batches
 
     def _check(self, result: StepResult) -> None:
         """Says when a step went wrong; TrainingError when the run must not go on."""
@@ -154,6 +168,7 @@ class Trainer:
                 "perf/tokens_per_second": rates.tokens_per_second,
                 "perf/step_seconds": rates.step_seconds,
                 **{f"perf/share_{phase}": share for phase, share in shares.items()},
+                "perf/data_wait_share": rates.data_wait_share,
                 "perf/mfu": mfu(
                     rates.tokens_per_second, flops_per_token(self.config.model), self.peak, self.num_devices
                 ),
@@ -171,15 +186,14 @@ class Trainer:
         if self.validation is None:
             return
         with self.meter.paused(), self.watchdog.paused():
-            rounds = math.ceil(self.config.evaluation.samples / self.plan.global_batch_size)
-            batches = (
-                batch
-                for number in range(rounds)
-                for batch in self.validation.step_batches(number * self.plan.global_batch_size)
-            )
-            loss = self.engine.evaluate(batches, rounds * self.plan.num_micro_batches)
+            size, names = self.plan.global_batch_size, source_names(self.config.data.validation)
+            firsts = range(0, self.config.evaluation.samples, size)
+            sources = [source for first in firsts for source in self.validation.sample_sources(first)]
+            batches = (batch for first in firsts for batch in self.validation.step_batches(first))
+            loss, by_source = self.engine.evaluate_groups(batches, sources, len(names))
             perplexity = math.exp(min(loss, 700.0))
-            self._record({"eval/loss": loss, "eval/perplexity": perplexity})
+            of_sources = {f"eval/loss/{name}": mean for name, mean in zip(names, by_source) if mean is not None}
+            self._record({"eval/loss": loss, "eval/perplexity": perplexity, **(of_sources if len(names) > 1 else {})})
             self.console.info(f"step {self.progress.step:,}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
 
     def _save(self) -> None:

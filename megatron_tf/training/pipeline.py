@@ -1,10 +1,14 @@
-"""The TokenFormer as DeepSpeed's PipelineModule. One hidden-state tensor crosses a stage boundary, nothing else."""
+"""The TokenFormer as DeepSpeed's PipelineModule.
+
+One hidden-state tensor crosses a stage boundary, and where attention begins anew with each document, beside it an
+integer a token: where its document begins. The first stage finds that in the ids, which no other stage has.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +17,10 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
+from megatron_tf.model.attention import Documents, document_starts, find_documents
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
 from megatron_tf.parallel.topology import Topology, stage_layers
-from megatron_tf.parallel.vocab import cross_entropy
+from megatron_tf.parallel.vocab import IGNORED, cross_entropy
 from megatron_tf.params import EMBEDDING, ParameterSpec, parameter_table, shard_range
 
 
@@ -50,10 +55,23 @@ def _without_weights(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 class TokenFormerPipeline(PipelineModule):
-    """This rank's stage. Layers: embedding, blocks, final norm, head (tied to the embedding)."""
+    """This rank's stage. Layers: embedding, blocks, final norm, head (tied to the embedding).
 
-    def __init__(self, model: Model, scales: Mapping[str, float], topology: Topology, tensor: TensorParallel):
+    `loss_weight`: what the loss of each token counts in training; the engine sets it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        scales: Mapping[str, float],
+        topology: Topology,
+        tensor: TensorParallel,
+        document_ends: Sequence[int] = (),
+    ):
+        """`document_ends`: the tokens after which attention begins anew."""
         self.config, self.grid_topology, self.tensor = model, topology, tensor
+        self.document_ends = document_ends
+        self.loss_weight: Tensor | float = 1.0
         layers = [
             _TiedLayer("embedding", Embedding, model, tensor),
             *(_Layer(Block, model, i, scales, tensor) for i in range(model.num_layers)),
@@ -66,17 +84,43 @@ class TokenFormerPipeline(PipelineModule):
                 topology=PipeModelDataParallelTopology(
                     num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data
                 ),
-                loss_fn=self.mean_loss,
+                loss_fn=self.loss,
             )
         for shard in self.shards():
             # DeepSpeed counts a parameter on every tensor rank in the gradient norm only if it is so marked
             if shard.spec.sharded:
                 shard.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
-    def mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits [s, b, V/T], labels [b, s] -> mean loss over the micro batch, fp32."""
+    def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """What this stage receives -> what it sends: ids [b, s] first, logits last, hidden states (and `starts`) between."""
+        starts: Tensor | None = None
+        if isinstance(inputs, tuple):
+            hidden, starts = inputs
+        else:
+            hidden = inputs
+            if self.document_ends:
+                starts = document_starts(inputs, self.document_ends)
+        documents: Documents | None = None
+        for layer in self.forward_funcs:
+            if isinstance(layer, Block):
+                if starts is not None and documents is None:
+                    documents = find_documents(starts, hidden.dtype, layer.attention.head_dim)
+                hidden = layer(hidden, documents)
+            else:
+                hidden = layer(hidden)
+        is_last = self.stage_id == self.grid_topology.pipeline - 1
+        return hidden if is_last or starts is None else (hidden, starts)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits [s, b, V/T], labels [b, s] -> the micro batch's weighted sum, fp32.
+
+        In evaluation [2, b]: of each sample the sum, and how many labels count.
+        """
         start, _ = shard_range(self.config.vocab_size, self.tensor.group.size, self.tensor.group.rank)
-        return cross_entropy(logits, labels.mT, start, self.tensor.group).mean()
+        losses = cross_entropy(logits, labels.mT, start, self.tensor.group)
+        if self.training:
+            return losses.sum() * self.loss_weight
+        return torch.stack((losses.sum(0), (labels != IGNORED).sum(1)))
 
     def blocks(self) -> dict[int, Block]:
         """This stage's blocks by layer number."""

@@ -33,7 +33,15 @@ from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers
-from megatron_tf.training.layout_check import TIMEOUT_SECONDS, Layout, batches, joined, layouts, reference
+from megatron_tf.training.layout_check import (
+    TIMEOUT_SECONDS,
+    Layout,
+    batches,
+    configured_boundaries,
+    joined,
+    layouts,
+    reference,
+)
 from megatron_tf.training.start import Progress
 
 if TYPE_CHECKING:  # else imported by the ranks: DeepSpeed takes seconds, and talks
@@ -168,7 +176,8 @@ def _run(setting: Setting, config: RunConfig, rank: int, steps: int, run_dir: st
         check_same_architecture(reader.index, config.model)
         source = CheckpointSource(reader)
     group = make_group(topology, "tensor", TIMEOUT_SECONDS)
-    engine = Engine(config, config.model, plan, topology, group, source)
+    ends = configured_boundaries(config).ends
+    engine = Engine(config, config.model, plan, topology, group, source, document_ends=ends)
     first = 0 if resume_at is None else resume_at
     differing = []
     if reader is not None:

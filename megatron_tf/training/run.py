@@ -17,7 +17,9 @@ from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
-from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint
+from megatron_tf.data.documents import LossMask, find_boundaries
+from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint, source_names
+from megatron_tf.data.prefetch import Prefetcher
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import ConfigError, LostContactError, RunStopped, TrainingError, UserError
 from megatron_tf.parallel.environment import LaunchEnvironment
@@ -61,7 +63,8 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
     """One run, from its start to its last step."""
     world_size, is_main = environment.world_size, environment.rank == 0
     plan, topology = plan_batches(config, world_size), topology_for(config, world_size)
-    training, validation = _loaders(config, plan, topology, environment.rank)
+    boundaries = together(lambda: find_boundaries(config.data))
+    training, validation = _loaders(config, plan, topology, environment.rank, boundaries.loss_mask)
     data_fingerprint = together(lambda: fingerprint(config.data.train, config.run.seed))
     with contextlib.ExitStack() as closing:
         run_dir, restarted = Path(config.run.dir), environment.restarts > 0
@@ -88,9 +91,13 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
             available = sum(source.samples_per_epoch for source in validation.dataset.sources)
             if warning := evaluation_warning(config.evaluation.samples, available):
                 console.warning(warning)
+            for name in _unseen_sources(config, validation, plan):
+                console.warning(f"data.validation: none of the evaluated samples is of {name}, so it has no eval/loss/{name}. "
+                                f"Raise evaluation.samples ({config.evaluation.samples}), or its weight.")  # fmt: skip
 
         tensor = make_group(topology, "tensor", config.parallel.timeout_seconds)
-        engine, start = _build(config, plan, topology, tensor, start, validation or training, console, device)
+        engine, start = _build(config, plan, topology, tensor, start, validation or training, boundaries.ends, console,
+                               device)  # fmt: skip
         closing.callback(engine.close)
         trackers = together(
             lambda: open_trackers(config, run_dir, start.progress.step, dict(start.trackers), is_main, console.warning)
@@ -104,7 +111,11 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
         closing.callback(watchdog.close)
         profiler = StepProfiler(config.training.profile, environment.rank, run_dir / "profile", engine.clock, console)
         closing.callback(profiler.finish)
-        trainer = Trainer(config, plan, engine, training, validation, saver, trackers, console, device, start, stop,
+        batches: BatchLoader | Prefetcher = training
+        if engine.reads_data:
+            batches = Prefetcher(training, plan.global_batch_size, device)
+            closing.callback(batches.close)  # while the watchdog is there to see that it ends
+        trainer = Trainer(config, plan, engine, batches, validation, saver, trackers, console, device, start, stop,
                           watchdog, profiler)  # fmt: skip
         try:
             trainer.fit()
@@ -130,7 +141,7 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
 
 
 def _loaders(
-    config: RunConfig, plan: BatchPlan, topology: Topology, rank: int
+    config: RunConfig, plan: BatchPlan, topology: Topology, rank: int, loss_mask: LossMask | None
 ) -> tuple[BatchLoader, BatchLoader | None]:
     model, data = config.model, config.data
 
@@ -139,10 +150,19 @@ def _loaders(
             build_dataset(sources, model.seq_length, config.run.seed, model.vocab_size),
             micro_batch_size=plan.micro_batch_size, num_micro_batches=plan.num_micro_batches,
             data_rank=topology.coordinate("data", rank), data_size=topology.data, vocab_size=model.vocab_size,
+            loss_mask=loss_mask,
         )  # fmt: skip
 
     together(lambda: check_tokenizer((*data.train, *data.validation), data.tokenizer))
     return together(lambda: loader(data.train)), together(lambda: loader(data.validation) if data.validation else None)
+
+
+def _unseen_sources(config: RunConfig, validation: BatchLoader, plan: BatchPlan) -> list[str]:
+    """Validation sources of which an evaluation takes no sample."""
+    names, size = source_names(config.data.validation), plan.global_batch_size
+    taken = -(-config.evaluation.samples // size) * size
+    seen = {validation.dataset.locate(sample)[0] for sample in range(taken)}
+    return [name for number, name in enumerate(names) if number not in seen]
 
 
 def _lock(config: RunConfig, closing: contextlib.ExitStack, restarted: bool) -> None:
@@ -179,6 +199,7 @@ def _build(
     tensor: Group,
     start: Start,
     held_data: BatchLoader,
+    ends: Sequence[int],
     console: Console,
     device: torch.device,
 ) -> tuple[Engine, Start]:
@@ -188,10 +209,10 @@ def _build(
     if start.grown_from is not None:
         held = together(lambda: list(held_data.step_batches(0)))
         smaller = Engine(config, stored_model(start.grown_from.index), plan, topology, tensor,
-                         CheckpointSource(start.grown_from))  # fmt: skip
+                         CheckpointSource(start.grown_from), document_ends=ends)  # fmt: skip
         before = probe(smaller, held)
         smaller.close()
-    engine = Engine(config, config.model, plan, topology, tensor, start.source, start.first_new(config.model))
+    engine = Engine(config, config.model, plan, topology, tensor, start.source, start.first_new(config.model), ends)
     engine.load_loss_scaler(dict(start.run_state))
     if before is not None:
         after = probe(engine, held)

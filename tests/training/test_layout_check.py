@@ -79,6 +79,34 @@ def test_zero_stage_0(config):
     check(config(zero={"stage": 0}), [Layout(Topology(1, 1, 2)), Layout(Topology(2, 1, 1))], steps=5)
 
 
+BOUNDARIES = {"train": ({"path": "unused"},), "reset_at_eod": True, "mask_eod_loss": True, "pad_id": 1}
+
+
+def test_document_boundaries_on_two_ranks(config):
+    """Micro batches and ranks have different numbers of labels that count."""
+    check(config(data=BOUNDARIES), [Layout(Topology(2, 1, 1)), Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)),
+                                    Layout(Topology(1, 1, 2))], steps=3)  # fmt: skip
+
+
+def test_document_boundaries_on_four_ranks(config):
+    check(config(data=BOUNDARIES), [Layout(Topology(2, 2, 1)), Layout(Topology(2, 2, 1), True), Layout(Topology(1, 2, 2)),
+                                    Layout(Topology(2, 1, 2), True)], steps=3)  # fmt: skip
+
+
+def test_document_boundaries_with_an_inner_stage(config):
+    """It reads no ids: what it knows of documents comes from the stage before. Blocks are computed twice."""
+    check(config(data=BOUNDARIES, model={"num_layers": 3}, training={"activation_checkpointing": True}),
+          [Layout(Topology(1, 3, 1))], steps=3)  # fmt: skip
+
+
+def test_document_boundaries_change_what_is_computed(config):
+    """Each of them alone, so that agreement above is not that of a thing left out."""
+    plain = reference(config(), 1)
+    for key, value in (("reset_at_eod", True), ("mask_eod_loss", True), ("pad_id", 1)):
+        changed = reference(config(data={"train": ({"path": "unused"},), key: value}), 1)
+        assert not compare(changed, plain).agrees(1e-3), key
+
+
 def test_an_uneven_depth(config):
     check(config(model={"num_layers": 3}), [Layout(Topology(1, 2, 1))], steps=3)
 

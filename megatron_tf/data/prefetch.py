@@ -1,0 +1,64 @@
+"""The batches of coming steps, prepared by a thread while the present step is computed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from megatron_tf.data.loader import Batch, BatchLoader
+
+STEPS_AHEAD = 2
+
+
+class Prefetcher:
+    """A `BatchLoader` that is ahead of its caller; which samples a step takes is the loader's affair alone.
+
+    On a GPU the batches are copied from pinned memory, which the device does by itself. Use `close` at the end.
+    """
+
+    def __init__(self, loader: BatchLoader, samples_per_step: int, device: torch.device):
+        """`samples_per_step`: of all ranks, so that the step after the one at sample i begins at i + samples_per_step."""
+        self._loader, self._samples_per_step, self._device = loader, samples_per_step, device
+        self._pins = device.type == "cuda"
+        self._thread = ThreadPoolExecutor(1, "prefetch", self._attach)
+        self._coming: deque[tuple[int, Future[list[Batch]]]] = deque()  # (first sample, its step's batches)
+
+    def step_batches(self, first_sample: int) -> Iterator[Batch]:
+        """As `BatchLoader.step_batches`, on the device. Waits for them, and raises what went wrong in preparing them.
+
+        An error belongs to its step: it is raised when that step is asked for, not when the thread meets it.
+        """
+        if not self._coming or self._coming[0][0] != first_sample:  # the first step, or not the one that would be next
+            self._forget()
+            self._prepare(first_sample)
+        while len(self._coming) <= STEPS_AHEAD:
+            self._prepare(self._coming[-1][0] + self._samples_per_step)
+        batches = self._coming.popleft()[1].result()
+        return ((self._on_device(ids), self._on_device(labels)) for ids, labels in batches)
+
+    def close(self) -> None:
+        """Ends the thread, after what it is at."""
+        self._forget()
+        self._thread.shutdown()
+
+    def _prepare(self, first_sample: int) -> None:
+        self._coming.append((first_sample, self._thread.submit(self._read, first_sample)))
+
+    def _forget(self) -> None:
+        for _, batches in self._coming:
+            batches.cancel()
+        self._coming.clear()
+
+    def _read(self, first_sample: int) -> list[Batch]:
+        batches = list(self._loader.step_batches(first_sample))
+        return [(ids.pin_memory(), labels.pin_memory()) for ids, labels in batches] if self._pins else batches
+
+    def _attach(self) -> None:
+        if self._pins:  # which device is the current one each thread has to be told
+            torch.cuda.set_device(self._device)
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, non_blocking=True)
