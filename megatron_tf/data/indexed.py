@@ -183,6 +183,11 @@ class IndexedDataset:
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         return self._tokens[start:stop].astype(np.int64)
 
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """Fill the int64 [n] `out` with tokens [start, start + n)."""
+        assert 0 <= start <= self.num_tokens - out.size, (start, out.size, self.num_tokens)
+        out[:] = self._tokens[start : start + out.size]
+
     def ends_of_documents(self, most: int) -> np.ndarray:
         """The last token of each of the first `most` documents, without empty ones; int64. Costs O(most)."""
         itemsize = self._tokens.dtype.itemsize

@@ -103,7 +103,7 @@ def source_names(sources: Sequence[DataSource]) -> list[str]:
         depth = 1
         while depth < len(path) and sum(other[-depth:] == path[-depth:] for other in paths) > 1:
             depth += 1
-        name = wanted = "_".join(path[-depth:]).lstrip("_") or "source"
+        name = wanted = "_".join(path[-depth:]).strip("_") or "source"
         number = 2
         while name in names:
             name, number = f"{wanted}_{number}", number + 1
@@ -170,12 +170,11 @@ class BatchLoader:
         so a step takes the same samples whatever the layout. Raises `DataError` for an id outside the vocabulary.
         """
         sources, tokens = self.dataset.first_tokens(self._samples(first_sample))
-        length = self.dataset.seq_length + 1
         for first in range(0, len(tokens), self.micro_batch_size):
-            rows = np.empty((self.micro_batch_size, length), dtype=np.int64)
+            rows = np.empty((self.micro_batch_size, self.dataset.seq_length + 1), dtype=np.int64)
             places = [(int(sources[first + row]), int(tokens[first + row])) for row in range(self.micro_batch_size)]
             for row, (source, token) in zip(rows, places):
-                row[:] = self.dataset.sources[source].dataset.tokens(token, token + length)
+                self.dataset.sources[source].dataset.read_into(row, token)
             self._check_vocabulary(rows, places)
             ids, labels = rows[:, :-1].copy(), rows[:, 1:].copy()
             if self.loss_mask is not None:

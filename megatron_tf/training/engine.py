@@ -184,9 +184,7 @@ class Engine:
         call it.
         """
         num_micro_batches = len(groups) // self.plan.micro_batch_size
-        sums = self._deepspeed.eval_batch(
-            iter(batches), num_micro_batches=num_micro_batches, reduce_output=None, bcast_loss=False
-        )
+        sums = self._forward(batches, num_micro_batches)
         totals = torch.zeros(2, num_groups, dtype=torch.float64, device=self._deepspeed.device)
         if self._deepspeed.is_last_stage() and self._pipeline.tensor.group.rank == 0:
             members = F.one_hot(torch.tensor(groups, device=totals.device), num_groups)
@@ -199,10 +197,17 @@ class Engine:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor | None:
         """fp32 CPU logits of one micro batch, [s, b, V/T], on the last stage; None elsewhere. All ranks must call it."""
-        _, logits = self._deepspeed.eval_batch(
-            iter([batch]), return_logits=True, num_micro_batches=1, reduce_output=None, bcast_loss=False
-        )
+        _, logits = self._forward([batch], 1, return_logits=True)
         return None if logits is None else logits.float().cpu()
+
+    def _forward(self, batches: Iterable[Batch], num_micro_batches: int, return_logits: bool = False) -> Any:
+        """On the last stage what the pipeline's `loss` says of each micro batch; with `return_logits` a pair, the second
+        being the last micro batch's logits. None elsewhere."""
+        self._deepspeed.total_loss = None  # of the last step, which DeepSpeed would go on adding to
+        return self._deepspeed.eval_batch(
+            iter(batches), num_micro_batches=num_micro_batches, return_logits=return_logits, reduce_output=None,
+            bcast_loss=False,
+        )  # fmt: skip
 
     def pieces(self) -> list[Piece]:
         """Live views of the state this rank saves; over all ranks each logical element is there exactly once."""

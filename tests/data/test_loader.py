@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import DataSource
+from megatron_tf.data.documents import LossMask
 from megatron_tf.data.indexed import IndexedWriter
-from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint
+from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint, source_names
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.data.tokenizer import tokenizer_fingerprint
-from megatron_tf.errors import DataError
+from megatron_tf.errors import ConfigError, DataError
+from megatron_tf.parallel.vocab import IGNORED
+from megatron_tf.planning.hardware import Assumptions, find_gpu
+from megatron_tf.planning.roofline import step_time
 
+PROJECT = Path(__file__).parents[2]
 SEQ = 8
 
 
@@ -207,3 +214,81 @@ def test_fingerprint_tells_data_apart_but_not_places(sources, tmp_path):
     assert fingerprint((sources[0], DataSource(path=sources[1].path, weight=0.3)), 1) != original
     other_text = make_source(tmp_path / "moved" / "b", 161, 1001, 0.25)
     assert fingerprint((sources[0], other_text), 1) != original
+
+
+def test_places_found_together_are_those_found_one_by_one(sources):
+    dataset = build_dataset(sources, SEQ, 1, 60_000)
+    samples = [*range(150), 5, 4_000]  # several epochs of both, in any order
+    numbers, tokens = dataset.first_tokens(samples)
+    for sample, number, token in zip(samples, numbers, tokens):
+        assert number == dataset.locate(sample)[0]
+        assert (
+            dataset.sources[number].dataset.tokens(token, token + SEQ + 1).tolist() == dataset.sample(sample).tolist()
+        )
+
+
+def test_labels_without_a_loss(tmp_path):
+    with IndexedWriter(tmp_path / "a", 100) as writer:
+        writer.add_document([1, 2, 3, 0, 4, 5, 0, 6, 7])
+    dataset = build_dataset([DataSource(path=str(tmp_path / "a"))], SEQ, 1, 100)
+    masked = BatchLoader(dataset, micro_batch_size=1, num_micro_batches=1, data_rank=0, data_size=1, vocab_size=100,
+                         loss_mask=LossMask(0, None))  # fmt: skip
+    ((ids, labels),) = masked.step_batches(0)
+    assert ids.tolist() == [[1, 2, 3, 0, 4, 5, 0, 6]]
+    assert labels.tolist() == [[2, 3, 0, IGNORED, 5, 0, IGNORED, 7]]
+
+
+def test_sources_of_samples(sources):
+    dataset = build_dataset(sources, SEQ, 1, 60_000)
+    for rank in range(2):
+        two = loader(dataset, micro_batch_size=2, num_micro_batches=3, data_rank=rank, data_size=2)
+        firsts = [row[0] for ids, _ in two.step_batches(24) for row in ids.tolist()]
+        assert two.sample_sources(24) == [int(first >= 1000) for first in firsts]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["data/owt_validation"], ["owt_validation"]),
+        (["data/owt/val", "data/pile/val", "wiki"], ["owt_val", "pile_val", "wiki"]),
+        (["val", "a/val", "/a/val"], ["val", "a_val", "a_val_2"]),
+        (["x/val", "x/val", "x/val"], ["x_val", "x_val_2", "x_val_3"]),
+        (["data/a b%c", "data/a/b"], ["a_b_c", "b"]),
+        (["data/a b", "data/a%b"], ["data_a_b", "data_a_b_2"]),
+        (["data/é", "/"], ["data", "source"]),
+    ],
+)
+def test_names_of_sources(paths, names):
+    assert source_names([DataSource(path=path) for path in paths]) == names
+
+
+@pytest.mark.timing
+def test_loading_is_far_ahead_of_the_fastest_configuration(tmp_path):
+    """At least 50 times what a step on one B200 would take, by the estimate of tools/plan_run.py."""
+    with IndexedWriter(tmp_path / "a", 50_000) as writer:
+        tokens = np.random.default_rng(0).integers(0, 50_000, 1_000_000)
+        for _ in range(50):
+            writer.add_document(tokens)
+    consumed, fastest = max(consumption(path) for path in (PROJECT / "configs").glob("*.yml"))
+    config = load_config(PROJECT / "configs" / fastest)
+    dataset = build_dataset([DataSource(path=str(tmp_path / "a"))], config.model.seq_length, 1, 50_000)
+    one = loader(dataset, config.training.micro_batch_size, 1024 // config.training.micro_batch_size)
+    rates = []
+    for attempt in range(5):
+        began = time.perf_counter()
+        samples = sum(len(ids) for ids, _ in one.step_batches(attempt * 1024))
+        rates.append(samples / (time.perf_counter() - began))
+    print(
+        f"{fastest}: {max(rates):,.0f} samples/s loaded, {consumed:,.0f} consumed: {max(rates) / consumed:,.0f} times"
+    )
+    assert max(rates) > 50 * consumed
+
+
+def consumption(path: Path) -> tuple[float, str]:
+    """Samples a second of the configuration on one B200, and its file; 0 for chains, whose stages have files too."""
+    try:
+        config = load_config(path, ["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"])
+    except ConfigError:
+        return 0.0, path.name
+    time = step_time(config, 1, find_gpu("b200"), Assumptions())
+    return time.tokens_per_second / config.model.seq_length, path.name

@@ -26,9 +26,24 @@ def meter(clock):
 def test_each_lap_is_measured_on_its_own(meter, clock):
     meter.start()
     clock.now += 8
-    assert meter.lap(steps=4, tokens=4000) == Rates(step_seconds=2.0, tokens_per_second=500.0)
+    assert meter.lap(steps=4, tokens=4000) == Rates(2.0, tokens_per_second=500.0, data_wait_share=0.0)
     clock.now += 1
-    assert meter.lap(steps=1, tokens=1000) == Rates(step_seconds=1.0, tokens_per_second=1000.0)
+    assert meter.lap(steps=1, tokens=1000) == Rates(1.0, tokens_per_second=1000.0, data_wait_share=0.0)
+
+
+def test_the_share_of_waiting_for_data_is_of_one_lap(meter, clock):
+    meter.start()
+    meter.waited(1.0)
+    with meter.paused():
+        clock.now += 50
+    meter.waited(2.0)
+    clock.now += 12
+    assert meter.lap(steps=2, tokens=2).data_wait_share == 0.25
+    clock.now += 1
+    assert meter.lap(steps=1, tokens=1).data_wait_share == 0.0
+    clock.now += 1
+    meter.waited(1.001)  # another rank's clock
+    assert meter.lap(steps=1, tokens=1).data_wait_share == 1.0
 
 
 def test_evaluation_and_saving_do_not_count(meter, clock):
@@ -40,7 +55,7 @@ def test_evaluation_and_saving_do_not_count(meter, clock):
             clock.now += 100
         clock.now += 100
     clock.now += 2
-    assert meter.lap(steps=2, tokens=400) == Rates(step_seconds=2.0, tokens_per_second=100.0)
+    assert meter.lap(steps=2, tokens=400) == Rates(2.0, tokens_per_second=100.0, data_wait_share=0.0)
 
 
 def test_the_clock_goes_on_after_a_failed_evaluation(meter, clock):
@@ -56,7 +71,7 @@ def test_a_meter_that_stands_stays_so(meter, clock):
     with meter.paused():
         clock.now += 5
     clock.now += 5
-    assert meter.lap(steps=1, tokens=1) == Rates(step_seconds=0.0, tokens_per_second=0.0)
+    assert meter.lap(steps=1, tokens=1) == Rates(0.0, 0.0, 0.0)
     meter.start()
     clock.now += 1
     meter.start()  # begins anew
@@ -66,9 +81,10 @@ def test_a_meter_that_stands_stays_so(meter, clock):
 
 def test_a_lap_of_nothing_divides_by_nothing(meter, clock):
     meter.start()
-    assert meter.lap(steps=1, tokens=100) == Rates(step_seconds=0.0, tokens_per_second=0.0)
+    meter.waited(1e-9)
+    assert meter.lap(steps=1, tokens=100) == Rates(0.0, 0.0, 0.0)
     clock.now += 1
-    assert meter.lap(steps=0, tokens=0) == Rates(step_seconds=0.0, tokens_per_second=0.0)
+    assert meter.lap(steps=0, tokens=0) == Rates(0.0, 0.0, 0.0)
 
 
 def test_mfu_is_of_the_peak_of_all_devices():
