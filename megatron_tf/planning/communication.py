@@ -98,6 +98,12 @@ def stage_boundary(config: RunConfig) -> Collective:
     return Collective("send", size // split)
 
 
+def document_starts(config: RunConfig) -> Collective:
+    """Where documents begin, an int32 a token, which goes with the hidden states but not back with their gradient."""
+    positions = config.model.seq_length * config.training.micro_batch_size
+    return Collective("send", 4 * positions if config.data.reset_at_eod else 0)
+
+
 def data_collectives(parameters: int, precision: Precision, zero_stage: int, data_parallel: int) -> Collectives:
     """Once a step over the data-parallel group, for the `parameters` of a rank, as DeepSpeed does it.
 
@@ -134,9 +140,9 @@ def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[Axis, float]
     parameters = stage_parameters(config.model, topology, topology.pipeline - 1)
     data = data_collectives(parameters, config.training.precision, config.zero.stage, topology.data)
     crossings = min(2, topology.pipeline - 1)  # to the stage after and to the one before
+    crossing = crossings * stage_boundary(config).bytes + (document_starts(config).bytes if crossings else 0)
     return {
         "tensor": micro_batches * (layers * block + end),
-        "pipeline": micro_batches * crossings * stage_boundary(config).bytes
-        + sum(c.sent_bytes(2) for c in tied_embedding(config, topology)),
+        "pipeline": micro_batches * crossing + sum(c.sent_bytes(2) for c in tied_embedding(config, topology)),
         "data": sum(c.sent_bytes(topology.data) for c in data),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -279,7 +280,7 @@ class Engine:
         """
         if not self._deepspeed.is_last_stage():
             return batches
-        taken = list(batches)
+        taken = list(itertools.islice(batches, self.plan.num_micro_batches))
         count = torch.stack([(labels != IGNORED).sum() for _, labels in taken]).sum().to(self._deepspeed.device)
         dist.all_reduce(count, group=self._deepspeed.mpu.get_data_parallel_group())
         self._pipeline.loss_weight = self.plan.num_micro_batches * self.plan.data_parallel / count.clamp_min(1)

@@ -56,7 +56,7 @@ def test_every_layout_logs_the_same_losses(documents):
 def test_a_source_without_a_sample_is_named(documents):
     folder, overrides = documents
     rare = f"data.validation=[{{path: {folder}/prose, weight: 1e6}}, {{path: {folder}/code}}]"
-    result = train(folder, *overrides, rare, "training.train_steps=1")
+    result = train(folder, *overrides, rare, "training.train_steps=2")
     assert result.returncode == 0, result.stdout
     assert "none of the evaluated samples is of code, so it has no eval/loss/code. Raise evaluation.samples (16)" in (
         " ".join(result.stdout.split())

@@ -14,6 +14,7 @@ from distributed import spawn
 
 from megatron_tf.config import load_config
 from megatron_tf.config.validate import plan_batches, topology_for
+from megatron_tf.data.documents import boundaries
 from megatron_tf.estimate import block_activation_bytes, memory_per_rank, state_bytes
 from megatron_tf.model import build_model
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
@@ -177,7 +178,8 @@ def step_of_engine(group, overrides):
     config = load("model.seq_length=32", "model.vocab_size=512", *overrides)
     topology, batches = topology_for(config, group.size), plan_batches(config, group.size)
     tensor = make_group(topology, "tensor", 60.0)
-    engine = Engine(config, config.model, batches, topology, tensor, InitialSource(config.model, config.run.seed))
+    engine = Engine(config, config.model, batches, topology, tensor, InitialSource(config.model, config.run.seed),
+                    document_ends=boundaries(config.data, 0).ends)  # fmt: skip
     ids = torch.zeros(config.training.micro_batch_size, config.model.seq_length, dtype=torch.int64)
     data = iter(lambda: (ids, ids), None)
     engine.train_step(0, data)  # the first one also tells shapes to the next stage
@@ -209,9 +211,10 @@ def step_of_engine(group, overrides):
         ("training.precision=bf16",),
         ("training.precision=fp32",),
         ("training.precision=bf16", "parallel.pipeline=2"),
+        ("training.precision=bf16", "parallel.pipeline=2", "data.reset_at_eod=true", "data.mask_eod_loss=true"),
         ("training.precision=bf16", "parallel={tensor: 2, sequence: true}", "training.activation_checkpointing=true"),
     ],
-    ids=["DP2 bf16", "DP2 fp32", "PP2", "TP2, recomputed"],
+    ids=["DP2 bf16", "DP2 fp32", "PP2", "PP2, boundaries", "TP2, recomputed"],
 )
 def test_a_step_of_the_engine(overrides):
     spawn(step_of_engine, 2, overrides)
