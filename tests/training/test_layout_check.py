@@ -118,8 +118,10 @@ def test_gelu_before_norm(config):
 
 
 @pytest.mark.slow
-def test_compiled_blocks(config):
-    check(config(training={"compile": True}), [Layout(Topology(2, 1, 1))], steps=2)
+@pytest.mark.parametrize("resets", [False, True])
+def test_compiled_blocks(config, resets):
+    changes = {"data": BOUNDARIES} if resets else {}
+    check(config(training={"compile": True}, **changes), [Layout(Topology(2, 1, 1))], steps=2)
 
 
 def test_compare_finds_the_worst_gradient():
