@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from megatron_tf.data.loader import BatchLoader, build_dataset
 from megatron_tf.training.engine import StepResult
 from megatron_tf.training.guard import LossGuard
 from megatron_tf.training.loop import Trainer
+from megatron_tf.training.profiler import StepProfiler
 from megatron_tf.training.start import Progress
+from megatron_tf.training.step_clock import StepClock
 
 # (data-parallel ranks, micro batch): what follows is the accumulation, since a step is always 8 samples
 LAYOUTS = ((1, 2), (2, 2), (2, 1), (4, 1), (1, 8), (1, 1), (4, 2), (2, 4))
@@ -36,7 +39,7 @@ class Recorder:
     """In the engine's place: notes the samples of a step and learns nothing."""
 
     def __init__(self):
-        self.samples = []
+        self.samples, self.clock = [], StepClock()
 
     def train_step(self, step, batches, lr_factor) -> StepResult:
         micro_batches = [inputs[:, 0].tolist() for inputs, _ in batches]
@@ -53,8 +56,9 @@ def consume(countable, progress: Progress, ranks: int, micro_batch: int) -> tupl
     by_rank, ends = [], set()
     for rank in range(ranks):
         trainer = object.__new__(Trainer)  # only its bookkeeping of steps and samples is wanted here
-        trainer.plan, trainer.engine, trainer.progress = plan, Recorder(), progress
+        trainer.config, trainer.plan, trainer.engine, trainer.progress = config, plan, Recorder(), progress
         trainer.guard = LossGuard(config.guard, {})
+        trainer.profiler = StepProfiler(None, rank, Path("unused"), trainer.engine.clock, console=None)
         trainer.training = BatchLoader(
             dataset, micro_batch_size=plan.micro_batch_size, num_micro_batches=plan.num_micro_batches,
             data_rank=rank, data_size=plan.data_parallel, vocab_size=config.model.vocab_size,
