@@ -29,23 +29,26 @@ def records(folder, run_dir):
     return [json.loads(line) for line in (folder / run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_layout_logs_the_same_losses(documents):
     folder, overrides = documents
     layouts = {
         "one": ((), 0),
         "stages": (("parallel.pipeline=2",), 4),  # and two data-parallel ranks
+        "tensor": (("parallel={tensor: 2, sequence: true}",), 2),
     }
     for name, (parallel, ranks) in layouts.items():
         result = train(folder, *overrides, *parallel, f"run.dir={folder}/{name}", ranks=ranks)
         assert result.returncode == 0, result.stdout
-    one, other = records(folder, "one"), records(folder, "stages")
+    one, *others = (records(folder, name) for name in layouts)
     keys = {"train/loss", "optim/grad_norm", "eval/loss", "eval/loss/prose", "eval/loss/code", "eval/perplexity"}
     assert keys <= {key for record in one for key in record}
-    for mine, its in zip(one, other, strict=True):
-        for key in keys & mine.keys():
-            assert its[key] == pytest.approx(mine[key], rel=1e-5), key
-    shares = [record["perf/data_wait_share"] for record in one + other if "train/loss" in record]
-    assert len(shares) == 12 and all(0 <= share <= 1 for share in shares)
+    for other in others:
+        for mine, its in zip(one, other, strict=True):
+            for key in keys & mine.keys():
+                assert its[key] == pytest.approx(mine[key], rel=1e-5), key
+    shares = [record["perf/data_wait_share"] for run in (one, *others) for record in run if "train/loss" in record]
+    assert len(shares) == 18 and all(0 <= share <= 1 for share in shares)
     last = one[-1]
     assert last["eval/loss/prose"] != last["eval/loss/code"]
     assert min(last["eval/loss/prose"], last["eval/loss/code"]) < last["eval/loss"]

@@ -34,7 +34,7 @@ def test_a_run_writes_what_it_promises(folder):
     assert "Traceback" not in out and "WARNING" not in out
     records = metrics(folder)
     keys = {"step", "tokens", "train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_second", "perf/mfu",
-            "perf/step_seconds"}  # fmt: skip
+            "perf/step_seconds", "perf/data_wait_share"}  # fmt: skip
     assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
     assert all(keys <= r.keys() for r in records if "train/loss" in r)
     assert [r["step"] for r in records if "eval/loss" in r] == [0, 3, 6]
