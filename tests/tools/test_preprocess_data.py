@@ -89,12 +89,13 @@ def array_task(task: int | None, *arguments: str | Path) -> subprocess.Popen[str
     variables = {} if task is None else {"ID": task + 1, "MIN": 1, "COUNT": 2}  # an array may start anywhere
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "SLURM_CPUS_PER_TASK": "2",
-        "SLURM_SUBMIT_DIR": str(ROOT), **{f"SLURM_ARRAY_TASK_{key}": str(value) for key, value in variables.items()},
+        **{f"SLURM_ARRAY_TASK_{key}": str(value) for key, value in variables.items()},
     }  # fmt: skip
     script = ["bash", str(ROOT / "launch" / "slurm" / "preprocess.sbatch")]
     return subprocess.Popen(
-        [*script, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*script, *map(str, arguments)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
