@@ -7,7 +7,7 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_tf.data.compression import compression_of
 
@@ -41,7 +41,7 @@ class ShardWriter:
 
         self._stack.close()
         file = self._stack.enter_context(open(f"{self._prefix}-{self._number:05d}.jsonl.zst", "wb"))
-        self._stack.callback(lambda: os.fsync(file.fileno()))
+        self._stack.callback(_sync, file)
         self._stream = self._stack.enter_context(
             zstandard.ZstdCompressor(level=LEVEL).stream_writer(file, closefd=False)
         )
@@ -54,3 +54,8 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.close()
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -13,6 +13,7 @@ from megatron_tf.data.corpora import readers
 from megatron_tf.data.corpora.build import CorpusSettings, build_corpus
 from megatron_tf.data.corpora.catalogue import DebianPackage, PythonPackage, Source
 from megatron_tf.data.corpora.packages import Downloads, UnavailableError, sha256_of
+from megatron_tf.data.parts import locked
 from megatron_tf.data.records import read_records, read_texts
 from megatron_tf.errors import DataError
 
@@ -143,6 +144,20 @@ def test_an_older_corpus_stays_when_the_new_one_fails(apt, tmp_path, monkeypatch
 
 def _full_disk(self, record):
     raise OSError(28, "No space left on device")
+
+
+def test_what_a_killed_run_left_is_in_nobodys_way(apt, tmp_path):
+    (tmp_path / "out.partial" / "train").mkdir(parents=True)
+    (tmp_path / "out.partial" / "train" / "half.jsonl.zst").write_text("half")
+    build(tmp_path, ALPHA)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["apt", "downloads", "out"]
+    assert [path.name for path in (tmp_path / "out" / "train").iterdir()] == ["alpha-00000.jsonl.zst"]
+
+
+def test_two_runs_do_not_write_one_folder(apt, tmp_path):
+    with locked(tmp_path / "out.lock"), pytest.raises(DataError, match="out: another run is writing it. Wait for its"):
+        build(tmp_path, ALPHA)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_too_little_for_two_sides(apt, tmp_path):
