@@ -8,10 +8,15 @@ of them from its left child and the rest from its right, where p/q is the left c
 the phase 0 ≤ u < q comes from the seed. Sample i is a left one when left(i + 1) > left(i), and is then the child's
 sample left(i), else sample i - left(i) of the right child. So every source is consumed 0, 1, 2, ... without a gap.
 
-Over any window of m samples of a node, the left child gets within one of m·p/q. Down the tree, a leaf of weight w is
-off by less than the sum of w/v over the nodes v on its path (without the root). The tree is Huffman's: weights grow
-along the path to the root at least like Fibonacci's numbers, so this is below 1 + 1 + 1/2 + 1/3 + 1/5 + ... < 3.4,
-however many sources there are.
+Over any window of m samples of a node, the left child gets within one of m·p/q, at most 1 - 1/q off. Down the tree, a
+leaf of weight w is off by at most the sum of (1 - 1/q)·w/v over the nodes v on its path (without the root), q being
+that of the split above v. With two sources this is below one sample over any window, anywhere. The tree is Huffman's:
+weights grow along the path to the root at least like Fibonacci's numbers, so the sum is below
+1 + 1 + 1/2 + 1/3 + 1/5 + ... < 3.4, however many sources there are.
+
+No order whatever keeps three or more sources below one over every window: for weights 5 : 3 : 2 every sequence fails
+within eight samples. The least that can be promised for all weights is below two (R. Tijdeman, "The chairman assignment
+problem", 1980), by a sequence that has to be walked from its beginning; this one is known at any place in O(sources).
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ They are used under the Python Software Foundation License Version 2: https://do
 class Document:
     name: str  # "topic:..." or "module:..."
     text: str
+    group: str = ""  # documents of one group go to the same side of a split; by default each is its own
 
 
 def python_topics() -> Iterator[Document]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -139,6 +140,8 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError, ValueError) as error:
             raise DataError(f"{path}: not a SentencePiece model ({error}). Give the .model file.") from None
+        # Newer versions fill arrays themselves, which is faster than to turn their lists into arrays.
+        self._makes_arrays = "return_type" in inspect.signature(self._processor.encode).parameters
         self.vocab_size = self._processor.get_piece_size()
         found = {token: self._processor.piece_to_id(token) for token in EOD_TOKENS}
         # An unknown piece has the id of <unk>, so the way back tells whether it is there.
@@ -149,7 +152,9 @@ class SentencePieceTokenizer:
         return self._processor.encode(texts, out_type=int, add_bos=False, add_eos=False, num_threads=1)
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        return _arrays(self.encode_batch(texts))
+        if not self._makes_arrays:
+            return _arrays(self.encode_batch(texts))
+        return self._processor.encode(texts, return_type="numpy", add_bos=False, add_eos=False, num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(number) for number in ids])

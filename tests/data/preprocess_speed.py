@@ -3,9 +3,10 @@
     python tests/data/preprocess_speed.py FOLDER {tokenizers,sentencepiece,tiktoken} WORKERS [SECONDS]
 
 The text is Python's own library, several times over where that is encoded too fast to be measured; the tokenizers are
-trained on it. `ratio` is MB/s over W x MB/s of the library in one process; `parallel_ratio` is MB/s over that of the
-library in W processes at once, which is the same where W cores are free and as fast together as one alone; `cpu_ratio`
-compares MB per second of processor time, which other programs on the machine do not disturb.
+trained on it. `ratio`, the measure, is MB/s over W x MB/s of the library in one process. The other two tell why it is
+low: `parallel_ratio` is MB/s over that of the library in W processes at once, which is the same where W cores are free
+and as fast together as one alone; `cpu_ratio` compares MB per second of processor time, which other programs on the
+machine do not disturb much.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,15 @@ def test_arrays_are_the_lists(kind, request):
     arrays = tokenizer.encode_arrays(texts)
     assert [array.dtype for array in arrays] == [np.int32] * 3
     assert [array.tolist() for array in arrays] == tokenizer.encode_batch(texts)
+
+
+def test_sentencepiece_versions_without_arrays_give_the_same(sentencepiece_model, monkeypatch):
+    tokenizer = load_tokenizer(sentencepiece_model)
+    by_library = tokenizer.encode_arrays([TEXTS[0], "", UNSEEN])
+    assert tokenizer._makes_arrays is ("return_type" in inspect.signature(tokenizer._processor.encode).parameters)
+    monkeypatch.setattr(tokenizer, "_makes_arrays", False)
+    ours = tokenizer.encode_arrays([TEXTS[0], "", UNSEEN])
+    assert [array.tolist() for array in ours] == [array.tolist() for array in by_library]
 
 
 def test_training_is_deterministic(bpe, tmp_path):

@@ -89,12 +89,13 @@ def array_task(task: int | None, *arguments: str | Path) -> subprocess.Popen[str
     variables = {} if task is None else {"ID": task + 1, "MIN": 1, "COUNT": 2}  # an array may start anywhere
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "SLURM_CPUS_PER_TASK": "2",
-        "SLURM_SUBMIT_DIR": str(ROOT), **{f"SLURM_ARRAY_TASK_{key}": str(value) for key, value in variables.items()},
+        **{f"SLURM_ARRAY_TASK_{key}": str(value) for key, value in variables.items()},
     }  # fmt: skip
     script = ["bash", str(ROOT / "launch" / "slurm" / "preprocess.sbatch")]
     return subprocess.Popen(
-        [*script, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*script, *map(str, arguments)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -180,8 +181,8 @@ def test_a_batch_script_has_no_mistakes_of_the_shell(tmp_path):
 @pytest.mark.parametrize("kind", ["tokenizers", "sentencepiece", "tiktoken"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_throughput_against_the_bare_library(tmp_path, kind, workers):
-    """At least 0.9 of what the library does alone in as many processes, on the same text, measured in turns."""
+    """At least 0.9 times processes times what the library does in one, on the same text, measured in turns."""
     command = [sys.executable, str(ROOT / "tests" / "data" / "preprocess_speed.py"), str(tmp_path), kind, str(workers)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["parallel_ratio"] >= 0.9, done.stdout
+    assert json.loads(done.stdout)["ratio"] >= 0.9, done.stdout
