@@ -22,7 +22,10 @@ FLOORS = (
     {"megatron_tf.checkpoint", "megatron_tf.convert"},
     # what a run would cost (arithmetic, no torch), and what the machines are worth: beside training, which neither knows
     {"megatron_tf.planning", "megatron_tf.diagnosis"},
-    {"megatron_tf.inference"},  # a model from a checkpoint, and sampling: beside training, which it does not know
+    {
+        "megatron_tf.inference",
+        "megatron_tf.benchmark",
+    },  # a model from a checkpoint, sampling; speeds: beside training, which they do not know
     {"megatron_tf.training"},
     {"launch", "tools"},
 )

@@ -1,0 +1,69 @@
+"""Forward and backward of one Pattention against the plain formula, a GELU MLP and its bare products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_tf.benchmark.references import Layer, bare_products, gelu_mlp, plain_formula
+from megatron_tf.benchmark.report import Row
+from megatron_tf.benchmark.timing import Call, interleaved
+from megatron_tf.model import pattention
+
+BATCH = 4
+LAYERS: dict[str, Layer] = {"pattention": pattention, "plain": plain_formula, "mlp": gelu_mlp}
+
+
+def rows(
+    device: torch.device, dtypes: Sequence[torch.dtype], tokens: Sequence[int], positions: int, width: int, rounds: int
+) -> Iterator[Row]:
+    """One row for each type and number of tokens; x is [positions / 4, 4, width]."""
+    for dtype in dtypes:
+        for n in tokens:
+            yield _measure(device, dtype, n, positions, width, rounds)
+
+
+def _measure(device: torch.device, dtype: torch.dtype, n: int, positions: int, width: int, rounds: int) -> Row:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(positions // BATCH, BATCH, width, generator=generator).to(device, dtype) for _ in range(2))
+    keys, values = (torch.randn(n, width, generator=generator).mul_(0.02).to(device, dtype) for _ in range(2))
+    inputs = [tensor.requires_grad_() for tensor in (x, keys, values)]
+
+    def step(layer: Layer) -> Call:
+        return lambda: torch.autograd.grad(layer(*inputs), inputs, grad)
+
+    calls = {name: step(layer) for name, layer in LAYERS.items()}
+    plain_inputs = x.detach(), keys.detach(), values.detach()
+    timings = interleaved({**calls, "products": lambda: bare_products(*plain_inputs, grad)}, device, rounds)
+    ours = timings["pattention"]
+    saved = {name: saved_bytes(layer, inputs) / positions for name, layer in LAYERS.items()}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": n,
+        "positions": positions,
+        "width": width,
+        **{f"{name} ms": 1e3 * timing.median for name, timing in timings.items()},
+        "× plain": ours.speed_against(timings["plain"]),
+        "× mlp": ours.speed_against(timings["mlp"]),
+        "of floor": ours.speed_against(timings["products"]),
+        **{f"saved/row {name}": int(size) for name, size in saved.items()},
+    }
+
+
+def saved_bytes(layer: Layer, inputs: Sequence[Tensor]) -> int:
+    """Bytes that autograd keeps of `layer(*inputs)` for the backward pass, beside the inputs; each storage once."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = layer(*inputs)  # held, so that no storage is freed and counted under another's address
+    del out
+    return sum(kept.values())

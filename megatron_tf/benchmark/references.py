@@ -1,0 +1,38 @@
+"""What Pattention is measured against: the formula as one would write it down, an MLP, and nothing but products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [s, b, d_in], keys [n, d_in], values [n, d_out] -> [s, b, d_out]
+
+
+def plain_formula(x: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
+    """`l2_norm_gelu` in eager torch, step by step as the official code takes it; autograd derives the backward.
+
+    That is: a mask of ones made and multiplied in at every call, and every step a tensor [s, b, n] of its own.
+    """
+    mask = torch.ones(x.shape[-2], keys.shape[0], dtype=x.dtype, device=x.device)
+    scores = x @ keys.mT
+    scores = scores * mask
+    normalised = scores / torch.norm(scores, p=2, dim=-1, keepdim=True)
+    normalised = normalised * (keys.shape[0] ** 0.5 if scale is None else scale)
+    return F.gelu(normalised) @ values
+
+
+def gelu_mlp(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The same two products with a GELU between them and no normalisation."""
+    return F.gelu(x @ keys.mT) @ values
+
+
+def bare_products(x: Tensor, keys: Tensor, values: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """The six products of forward and backward (grad: of the output), with nothing between them: the floor."""
+    x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+    scores = x @ keys.mT
+    out = scores @ values
+    d_scores = grad @ values.mT
+    return out, scores.mT @ grad, d_scores @ keys, d_scores.mT @ x

@@ -1,0 +1,63 @@
+"""Speeds of several ways to do one thing, measured so that a busy machine disturbs all of them alike.
+
+Every round runs every call once, in an order that moves on by one each round. A ratio is the median of the rounds'
+own ratios, so what slows the machine down for some rounds cancels.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+LEAST_SECONDS = 0.01  # of one sample: a shorter call is repeated within it, for the clock's and the launch's sake
+MOST_REPETITIONS = 1000
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call in each round."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    def speed_against(self, other: Timing) -> float:
+        """How many times as fast as `other`, measured in the same rounds."""
+        return statistics.median(theirs / ours for ours, theirs in zip(self.rounds, other.rounds))
+
+
+def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, Timing]:
+    """Times of `calls`, by name. Each is first run without the clock, so what it compiles or allocates is there."""
+    repetitions = {}
+    for name, call in calls.items():
+        _seconds(call, 2, device)
+        once = _seconds(call, 1, device)
+        repetitions[name] = min(MOST_REPETITIONS, max(1, round(LEAST_SECONDS / once)))
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            samples[name].append(_seconds(calls[name], repetitions[name], device))
+    return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
+
+
+def _seconds(call: Call, repetitions: int, device: torch.device) -> float:
+    _finish(device)
+    began = time.perf_counter()
+    for _ in range(repetitions):
+        call()
+    _finish(device)
+    return (time.perf_counter() - began) / repetitions
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
