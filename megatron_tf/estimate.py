@@ -21,9 +21,9 @@ def num_parameters(model: Model) -> int:
 
 
 @lru_cache(maxsize=64)  # whoever compares layouts asks for it each time
-def num_token_parameters(model: Model) -> int:
-    """Elements of all parameter tokens: what growth adds to."""
-    return sum(spec.numel for spec in parameter_table(model).values() if spec.growable)
+def num_block_parameters(model: Model) -> int:
+    """Elements of all blocks: parameter tokens, which growth adds to, or a transformer's matrices."""
+    return sum(spec.numel for name, spec in parameter_table(model).items() if name.startswith("blocks."))
 
 
 def stage_parameters(model: Model, topology: Topology, stage: int) -> int:
@@ -62,14 +62,14 @@ def parameters_per_rank(model: Model, topology: Topology) -> int:
 def flops_per_token(model: Model) -> int:
     """Floating-point operations of forward and backward for one trained token.
 
-    Two a multiply-add.  Forward: 2 an element of every key and value token and of the embedding as output
-    head, and 4·s·d a layer for the two products of attention, counted at full length as is usual for MFU
+    Two a multiply-add.  Forward: 2 an element of every key and value token (or matrix) and of the embedding as
+    output head, and 4·s·d a layer for the two products of attention, counted at full length as is usual for MFU
     although the causal half is skipped.  Backward is twice the forward.  Norms, activations and
     recomputation under activation checkpointing do not count.
     """
     head = model.vocab_size * model.hidden_size
     attention = 4 * model.seq_length * model.hidden_size * model.num_layers
-    return 3 * (2 * (num_token_parameters(model) + head) + attention)
+    return 3 * (2 * (num_block_parameters(model) + head) + attention)
 
 
 @dataclass(frozen=True)
@@ -169,15 +169,22 @@ def block_activation_bytes(config: RunConfig) -> int:
     | norm of each projection's scores, [s, b, 1]         | 5 · s·b            | 4     |
     | mean and deviation of both norms                    | 4 · s·b            | 4     |
     | log-sum-exp of attention, a head                    | s·b·heads/T        | 4     |
+
+    A transformer has no scores and norms and no gathered input of proj, but the scores of its MLP and GELU of them,
+    s·b·f/T each, and beside the rotated query and key the product [s, b, 3·d/T] that the value is a part of.
     """
     model, tensor = config.model, config.parallel.tensor
-    counts = model.parameter_tokens
     split = tensor if config.parallel.sequence else 1
     hidden = model.hidden_size
-    scores = 3 * -(-counts.qkv // tensor) + -(-counts.proj // tensor) + -(-counts.ffn // tensor)
-    inputs = 2 if tensor == 1 else 3
-    compute = 2 * hidden // split + inputs * hidden + scores + 4 * hidden // tensor
-    statistics = 5 + 4 + model.num_attention_heads // tensor
+    compute = 2 * hidden // split + 2 * hidden + 4 * hidden // tensor
+    statistics = 4 + model.num_attention_heads // tensor
+    if model.architecture == "tokenformer":
+        qkv, proj, ffn = _local_tokens(config)
+        compute += 3 * qkv + proj + ffn + (hidden if tensor > 1 else 0)
+        statistics += 5
+    else:
+        rotated = 2 * hidden // tensor
+        compute += 2 * -(-model.mlp_width // tensor) + rotated
     positions = model.seq_length * config.training.micro_batch_size
     return positions * (compute_bytes(config.training.precision) * compute + 4 * statistics)
 
@@ -187,10 +194,19 @@ def block_backward_bytes(config: RunConfig) -> int:
 
     A projection's backward pass holds 3 tensors of the size of its scores (q, k, v together: 3 of the size of theirs),
     2 more for the projection it is at, and the gradients of its output and input.  What was kept for projections that
-    come later in the model is free by then.
+    come later in the model is free by then.  A transformer's MLP holds 2: the gradients of GELU's output and input.
     """
-    counts, tensor = config.model.parameter_tokens, config.parallel.tensor
-    qkv, proj, ffn = (-(-count // tensor) for count in (counts.qkv, counts.proj, counts.ffn))
-    scores = max(5 * ffn, 5 * proj - ffn, 11 * qkv - proj - ffn)
+    if config.model.architecture == "tokenformer":
+        qkv, proj, ffn = _local_tokens(config)
+        scores = max(5 * ffn, 5 * proj - ffn, 11 * qkv - proj - ffn)
+    else:
+        scores = 2 * -(-config.model.mlp_width // config.parallel.tensor)
     positions = config.model.seq_length * config.training.micro_batch_size
     return positions * compute_bytes(config.training.precision) * (scores + 2 * config.model.hidden_size)
+
+
+def _local_tokens(config: RunConfig) -> tuple[int, int, int]:
+    """Tokens of a query, key or value projection, of proj and of ffn on the fullest tensor rank."""
+    counts = config.model.token_counts
+    qkv, proj, ffn = (-(-count // config.parallel.tensor) for count in (counts.qkv, counts.proj, counts.ffn))
+    return qkv, proj, ffn

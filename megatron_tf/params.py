@@ -8,6 +8,7 @@ that shard, is one contiguous range of its flattened elements.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_tf.config.schema import Activation, Model
@@ -21,7 +22,7 @@ PROJECTIONS = {
     "ffn": ("ffn", "mlp"),
 }
 EMBEDDING = "embedding.weight"
-INITIAL_STD = 0.02  # of key tokens and the embedding
+INITIAL_STD = 0.02  # of key tokens, of a transformer's qkv and up, and of the embedding
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ParameterSpec:
     decayed: bool
     std: float
     mean: float
-    official_name: str
+    official_name: str  # "" for a transformer's, which the official code has not
 
     @property
     def numel(self) -> int:
@@ -53,8 +54,10 @@ class ParameterSpec:
 
 
 def projection_tokens(model: Model) -> dict[str, int]:
-    """Number of parameter tokens of every projection: {"blocks.0.attention.query": n, ...}."""
-    counts = model.parameter_tokens
+    """Number of parameter tokens of every projection: {"blocks.0.attention.query": n, ...}; a transformer has none."""
+    if model.architecture == "transformer":
+        return {}
+    counts = model.token_counts
     return {
         f"blocks.{layer}.{projection}": getattr(counts, key)
         for layer in range(model.num_layers)
@@ -75,22 +78,13 @@ def initial_scales(model: Model) -> dict[str, float]:
 def parameter_table(model: Model) -> dict[str, ParameterSpec]:
     """All parameters by logical name, in model order (embedding, blocks, final norm)."""
     d = model.hidden_size
-    value_std = 2 / (model.num_layers * math.sqrt(d))
     specs = [
         ParameterSpec(EMBEDDING, (model.vocab_size, d), sharded=True, growable=False, decayed=True,
                       std=INITIAL_STD, mean=0.0, official_name="sequential.0.word_embeddings.weight")
     ]  # fmt: skip
+    block = _token_specs if model.architecture == "tokenformer" else _matrix_specs
     for layer in range(model.num_layers):
-        for projection, (count, official) in PROJECTIONS.items():
-            tokens = getattr(model.parameter_tokens, count)
-            for kind, std in (("key", INITIAL_STD), ("value", value_std)):
-                specs.append(
-                    ParameterSpec(
-                        f"blocks.{layer}.{projection}.{kind}_tokens", (tokens, d),
-                        sharded=True, growable=True, decayed=True, std=std, mean=0.0,
-                        official_name=f"sequential.{layer + 2}.{official}.{kind}_param_tokens",
-                    )
-                )  # fmt: skip
+        specs += block(model, layer)
     for name, mean in (("weight", 1.0), ("bias", 0.0)):
         specs.append(
             ParameterSpec(
@@ -99,6 +93,46 @@ def parameter_table(model: Model) -> dict[str, ParameterSpec]:
             )
         )  # fmt: skip
     return {spec.name: spec for spec in specs}
+
+
+def _output_std(model: Model) -> float:
+    """Of what a block adds to the hidden states: small enough that the sum over all blocks is, too (GPT-NeoX)."""
+    return 2 / (model.num_layers * math.sqrt(model.hidden_size))
+
+
+def _token_specs(model: Model, layer: int) -> Iterator[ParameterSpec]:
+    """A tokenformer's block: key and value tokens [n, d] of every projection."""
+    for projection, (count, official) in PROJECTIONS.items():
+        tokens = getattr(model.token_counts, count)
+        for kind, std in (("key", INITIAL_STD), ("value", _output_std(model))):
+            yield ParameterSpec(
+                f"blocks.{layer}.{projection}.{kind}_tokens", (tokens, model.hidden_size),
+                sharded=True, growable=True, decayed=True, std=std, mean=0.0,
+                official_name=f"sequential.{layer + 2}.{official}.{kind}_param_tokens",
+            )  # fmt: skip
+
+
+def _matrix_specs(model: Model, layer: int) -> Iterator[ParameterSpec]:
+    """A transformer's block. Dim 0 of each matrix is the axis that is split over the tensor group.
+
+    | matrix | shape | dim 0 |
+    |---|---|---|
+    | attention.qkv | [3·d, d] | outputs, by heads: query, key and value of the first head, of the second, ... |
+    | attention.proj | [d, d] | inputs, by heads |
+    | ffn.up | [f, d] | outputs |
+    | ffn.down | [f, d] | inputs |
+    """
+    d, f = model.hidden_size, model.mlp_width
+    for matrix, rows, std in (
+        ("attention.qkv", 3 * d, INITIAL_STD),
+        ("attention.proj", d, _output_std(model)),
+        ("ffn.up", f, INITIAL_STD),
+        ("ffn.down", f, _output_std(model)),
+    ):
+        yield ParameterSpec(
+            f"blocks.{layer}.{matrix}.weight", (rows, d),
+            sharded=True, growable=False, decayed=True, std=std, mean=0.0, official_name="",
+        )  # fmt: skip
 
 
 def shard_range(rows: int, num_shards: int, shard: int) -> tuple[int, int]:

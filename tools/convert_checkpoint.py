@@ -114,7 +114,7 @@ def describe(model: Model, origin: str) -> None:
     print(f"model       {origin}")
     print(f"            {model.num_layers} layers × {model.hidden_size}, {model.num_attention_heads} heads, "
           f"{model.seq_length:,} positions, {model.vocab_size:,} vocabulary rows, {model.activation}")  # fmt: skip
-    for kind, count in model.parameter_tokens.model_dump().items():
+    for kind, count in model.token_counts.model_dump().items():
         print(f"{kind:<11} {count:,} tokens, τ {default_scale(count, model.activation):.6g}")
     print(f"parameters  {num_parameters(model):,}")
 

@@ -74,8 +74,8 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
     index, old = reader.index, stored_model(reader.index)
     print(f"from        {reader.path}, step {index.step:,}, {index.tokens:,} tokens")
     print(f"to          {target}, seed {config.run.seed}, position {start.samples:,} in the data")
-    after = config.model.parameter_tokens.model_dump()
-    for kind, count in old.parameter_tokens.model_dump().items():
+    after = config.model.token_counts.model_dump()
+    for kind, count in old.token_counts.model_dump().items():
         grows = after[kind] > count
         row = f"{count:,} tokens" + (f" -> {after[kind]:,} by {growth.method_of(kind)}" if grows else ", as they are")
         print(f"{kind:<11} {row}, τ {scale_of(index.scales, kind)} -> {scale_of(start.source.scales, kind)}")

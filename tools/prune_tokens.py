@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 
-from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.checkpoint.architecture import stored_model, token_counts
 from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -57,7 +57,8 @@ def main() -> None:
     root = target_folder(arguments.target)
     reader = open_checkpoint(resolve(arguments.source))
     old = stored_model(reader.index)
-    counts = target_counts(arguments.tokens, old.parameter_tokens)
+    old_counts = token_counts(old, "pruned")
+    counts = target_counts(arguments.tokens, old_counts)
     new = old.model_copy(update={"parameter_tokens": counts})
     data = DataSample(arguments.data, old, arguments.samples)
     compared = check_run_tokenizer(reader.path, arguments.data)
@@ -82,7 +83,7 @@ def main() -> None:
         after = mean_loss(model, watched(data.held, "loss after"))
     del model
     ratios = {name: scale / reader.index.scales[name] for name, scale in scales.items()}
-    for kind, tokens in old.parameter_tokens.model_dump().items():
+    for kind, tokens in old_counts.model_dump().items():
         describe(kind, tokens, getattr(counts, kind), selection.dropped_share, ratios)
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(new):,}")
     print(f"loss        {before:.6f} -> {after:.6f}, on {data.samples} samples of {old.seq_length} tokens")
@@ -106,7 +107,7 @@ def write(root: Path, model: Model, start: StepZero, reader: CheckpointReader) -
     total = state_bytes(model)
     with Console(rank=0).bytes_written(total) as progress:
         path = write_step_zero(root, model, start, reader.index.data, progress)
-    changes = " ".join(f"model.parameter_tokens.{kind}={n}" for kind, n in model.parameter_tokens.model_dump().items())
+    changes = " ".join(f"model.parameter_tokens.{kind}={n}" for kind, n in model.token_counts.model_dump().items())
     print(f"\nwrote {path}: {total:,} bytes. A run resumes from it with\n  run.dir={root.parent} {changes}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_tf.checkpoint.format import MOMENTS, WEIGHT, CheckpointIndex
-from megatron_tf.config.schema import Model
+from megatron_tf.config.schema import Model, ParameterTokens
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.params import parameter_table, projection_tokens
 
@@ -28,6 +28,16 @@ def stored_model(index: CheckpointIndex) -> Model:
     if problems := list(_contradictions(index, model)):
         raise CheckpointError(_listed("the checkpoint contradicts its own model section", problems))
     return model
+
+
+def token_counts(model: Model, action: str) -> ParameterTokens:
+    """The model's token counts, for an `action` ("pruned") on them; CheckpointError for a transformer, which has none."""
+    if model.architecture == "transformer":
+        raise CheckpointError(
+            f"a transformer cannot be {action}, for it has no parameter tokens. Give a model whose model.architecture is "
+            "tokenformer"
+        )
+    return model.token_counts
 
 
 def check_same_architecture(index: CheckpointIndex, model: Model) -> None:
@@ -55,6 +65,11 @@ def check_growable(index: CheckpointIndex, model: Model) -> None:
 def growth_problems(old: Model, new: Model) -> list[str]:
     """Why `old` cannot grow into `new`: every differing key with both values, unless they differ in token counts alone,
     and `new` has more in at least one kind of projection and fewer in none."""
+    if "transformer" in (old.architecture, new.architecture):
+        return [
+            f"model.architecture: {old.architecture} before, {new.architecture} after. Growth appends parameter tokens, "
+            "and a transformer has none: train it from scratch, without growth."
+        ]
     problems, grows, foreign = [], False, False
     for key, before, after in _differing(old, new):
         if not key.startswith(_TOKENS):
@@ -81,10 +96,10 @@ def _differences(index: CheckpointIndex, model: Model) -> Iterator[tuple[str, An
 
 
 def _differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value in each) wherever they differ."""
-    one, other = _flatten(first.model_dump()), _flatten(second.model_dump())
+    """(key, value in each) wherever they differ; of two architectures, only keys that mean something in both."""
+    one, other = (_flatten(model.model_dump(exclude_none=True)) for model in (first, second))
     for key in other:
-        if one[key] != other[key]:
+        if key in one and one[key] != other[key]:
             yield key, one[key], other[key]
 
 

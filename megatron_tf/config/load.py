@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
-from megatron_tf.config.schema import RunConfig, Section
+from megatron_tf.config.schema import OF_ANOTHER_ARCHITECTURE, RunConfig, Section
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.errors import ConfigError
 
@@ -124,6 +124,8 @@ def _sentence(problem: ErrorDetails) -> str:
         return _unknown_key(loc)
     if kind == "missing":
         return _missing_key(loc, given)
+    if kind == OF_ANOTHER_ARCHITECTURE:
+        return f"{key}: {problem['msg']}"
     if kind in ("greater_than_equal", "greater_than", "less_than", "less_than_equal"):
         bound, words = {
             "greater_than_equal": ("ge", "at least"),

@@ -6,9 +6,10 @@ is computed by functions and never written back. Cross-field rules are in `valid
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 # Upper bounds are far beyond every real run; they keep the arithmetic that follows within 64 bits and within fp32.
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -29,9 +30,11 @@ def _path(text: str) -> str:
 
 Path = Annotated[str, AfterValidator(_path)]
 
+Architecture = Literal["tokenformer", "transformer"]
 Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Precision = Literal["bf16", "fp16", "fp32"]
 GrowthMethod = Literal["zero_key", "gram", "random"]
+OF_ANOTHER_ARCHITECTURE = "of_another_architecture"  # kind of a validation error whose message is a whole sentence
 
 
 class Section(BaseModel):
@@ -55,16 +58,57 @@ class ParameterTokens(Section):
 
 
 class Model(Section):
+    architecture: Architecture = "tokenformer"  # transformer: linear projections and a GELU MLP, to compare with
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
     hidden_size: Count
     num_attention_heads: Count
     seq_length: Count  # tokens a sample is trained on
     vocab_size: Count  # rows of the embedding, which is also the output head
-    parameter_tokens: ParameterTokens
-    activation: Activation = "l2_norm_gelu"  # normalisation over the parameter tokens
+    parameter_tokens: ParameterTokens | None = Field(None, validate_default=True)  # of a tokenformer
+    activation: Activation = "l2_norm_gelu"  # of a tokenformer: normalisation over the parameter tokens
+    ffn_hidden_size: Count | None = Field(None, validate_default=True)  # of a transformer; None: 4 × hidden_size
     rotary_fraction: Fraction = 0.25  # share of each head's channels that is rotated
     rotary_base: Annotated[float, Field(gt=1, le=1e30)] = 10000.0  # wavelengths are 2π to 2π times this
     norm_eps: Positive = 1e-5  # of the weightless block norms and the final norm
+
+    @field_validator("parameter_tokens", "activation")
+    @classmethod
+    def _of_a_tokenformer(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        architecture = info.data.get("architecture")
+        if architecture == "transformer" and value != cls.model_fields[info.field_name].get_default():
+            raise PydanticCustomError(
+                OF_ANOTHER_ARCHITECTURE,
+                "a transformer has no parameter tokens. Remove it, or set model.architecture to tokenformer.",
+            )
+        if architecture == "tokenformer" and value is None:
+            raise PydanticCustomError("missing", "Field required")
+        return value
+
+    @field_validator("ffn_hidden_size")
+    @classmethod
+    def _of_a_transformer(cls, value: int | None, info: ValidationInfo) -> int | None:
+        architecture, hidden_size = info.data.get("architecture"), info.data.get("hidden_size")
+        if architecture == "tokenformer" and value is not None:
+            raise PydanticCustomError(
+                OF_ANOTHER_ARCHITECTURE,
+                "a tokenformer has parameter tokens instead. Remove it, or set model.architecture to transformer.",
+            )
+        if architecture == "transformer" and value is None and hidden_size is not None:
+            return 4 * hidden_size
+        return value
+
+    @property
+    def token_counts(self) -> ParameterTokens:
+        """`parameter_tokens` of what is known to be a tokenformer."""
+        assert self.parameter_tokens is not None, self.architecture
+        return self.parameter_tokens
+
+    @property
+    def mlp_width(self) -> int:
+        """`ffn_hidden_size` of what is known to be a transformer."""
+        assert self.ffn_hidden_size is not None, self.architecture
+        return self.ffn_hidden_size
 
 
 class Parallel(Section):

@@ -202,7 +202,10 @@ def _sharding_problems(config: RunConfig) -> Iterator[str]:
             f"parallel.tensor: {tensor} does not divide model.num_attention_heads {model.num_attention_heads}. "
             f"Set it to {_either(_divisors_near(model.num_attention_heads, tensor))}."
         )
-    rows = {f"model.parameter_tokens.{name}": count for name, count in model.parameter_tokens}
+    if model.architecture == "tokenformer":
+        rows = {f"model.parameter_tokens.{name}": count for name, count in model.token_counts}
+    else:
+        rows = {"model.ffn_hidden_size": model.mlp_width}
     for key, count in {"model.vocab_size": model.vocab_size, **rows}.items():
         if count < tensor:
             yield (
@@ -309,6 +312,11 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             "Give data.validation, or remove evaluation.interval_steps."
         )
     if config.growth is not None:
+        if config.model.architecture == "transformer":
+            yield (
+                "growth: a transformer has no parameter tokens to append to. Remove it and train from scratch, or set "
+                "model.architecture to tokenformer."
+            )
         own = os.path.normpath(config.run.dir)
         source = os.path.normpath(config.growth.source)
         if source == own or source == os.path.join(own, "checkpoints"):

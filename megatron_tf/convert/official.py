@@ -140,7 +140,7 @@ def stored_sizes(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int]]:
 def _sizes_of(model: Model) -> Iterator[tuple[str, int]]:
     for key in ("num_layers", "hidden_size", "vocab_size"):
         yield key, getattr(model, key)
-    for kind, count in model.parameter_tokens.model_dump().items():
+    for kind, count in model.token_counts.model_dump().items():
         yield f"parameter_tokens.{kind}", count
 
 

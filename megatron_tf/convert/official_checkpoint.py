@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.checkpoint.architecture import stored_model, token_counts
 from megatron_tf.checkpoint.format import WEIGHT, folder_name
 from megatron_tf.checkpoint.manager import STEP_PREFIX
 from megatron_tf.checkpoint.reader import CheckpointReader
@@ -39,6 +39,8 @@ def matching_model(weights: OfficialWeights, given: Model | None) -> tuple[Model
     `given`: what a configuration says it is; None infers it. CheckpointError when they do not fit, or for values that
     are not finite.
     """
+    if given is not None:
+        token_counts(given, "official")
     model, origin = (given, "as configured") if given is not None else known_model(weights.shapes, weights.arguments)
     check_official(weights.shapes, model)
     if problems := recorded_problems(model, weights.arguments):
@@ -152,6 +154,7 @@ def exportable_model(reader: CheckpointReader) -> Model:
     That code knows no stored τ: it takes √n (n for softmax) of as many tokens as it finds.
     """
     model = stored_model(reader.index)
+    token_counts(model, "converted")
     assumed = {name: default_scale(count, model.activation) for name, count in projection_tokens(model).items()}
     held = reader.index.scales
     # A scale that differs by its last bits is √n all the same, reached over another way.
@@ -204,7 +207,7 @@ def write_official(path: Path, model: Model, reader: CheckpointReader) -> int:
 
 def official_settings(model: Model) -> dict[str, object]:
     """What a configuration of the official repository has to say for these weights."""
-    counts = {f"{kind}_slot_num": count for kind, count in model.parameter_tokens.model_dump().items()}
+    counts = {f"{kind}_slot_num": count for kind, count in model.token_counts.model_dump().items()}
     return {
         "num_layers": model.num_layers, "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_attention_heads, **counts, "seq_length": model.seq_length,

@@ -276,8 +276,8 @@ def growth_entry(
         "step": step,
         "samples": samples,
         "tokens": tokens,
-        "from": old_model.parameter_tokens.model_dump(),
-        "to": new_model.parameter_tokens.model_dump(),
+        "from": old_model.token_counts.model_dump(),
+        "to": new_model.token_counts.model_dump(),
         "loss_before": None,
         "loss_after": None,
     }

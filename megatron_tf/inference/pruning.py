@@ -26,7 +26,7 @@ from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.pruning import PrunedSource, largest, summed_contributions, summed_scale_terms
 from megatron_tf.growth.source import growth_entry, projection_kind
 from megatron_tf.model.attention import causal_attention
-from megatron_tf.model.layers import Block, Pattention, partial_outputs
+from megatron_tf.model.layers import Block, Pattention, PattentionAttention
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.params import parameter_table
 
@@ -232,18 +232,18 @@ def projection_inputs(model: TokenFormer, ids: Tensor) -> Iterator[tuple[str, Pa
     hidden = model.embedding(ids)
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        attention, prefix = block.attention, f"blocks.{layer}"
+        attention, ffn, prefix = block.attention, block.ffn, f"blocks.{layer}"
+        assert isinstance(attention, PattentionAttention) and isinstance(ffn, Pattention)
         x = F.layer_norm(hidden, hidden.shape[-1:], eps=block.eps)
         projections = {"query": attention.query, "key": attention.key, "value": attention.value}
         for name, projection in projections.items():
             yield f"{prefix}.attention.{name}", projection, x.flatten(0, 1)
-        query, key, value = partial_outputs(list(projections.values()), x)
-        x = causal_attention(query, key, value, attention.head_dim, attention.rotary_channels, attention.rotary_base)
+        x = causal_attention(*attention.split(x), attention.rotary_channels, attention.rotary_base)
         yield f"{prefix}.attention.proj", attention.proj, x.flatten(0, 1)
-        hidden = hidden + partial_outputs([attention.proj], x)[0]
+        hidden = hidden + attention.join(x)
         x = F.layer_norm(hidden, hidden.shape[-1:], eps=block.eps)
-        yield f"{prefix}.ffn", block.ffn, x.flatten(0, 1)
-        hidden = hidden + partial_outputs([block.ffn], x)[0]
+        yield f"{prefix}.ffn", ffn, x.flatten(0, 1)
+        hidden = hidden + ffn.partial(x)
 
 
 def _shrinking(model: TokenFormer, ids: Tensor, counts: ParameterTokens) -> Iterator[tuple[str, Pattention, Tensor]]:

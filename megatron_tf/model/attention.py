@@ -86,19 +86,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_dim: int,
-    channels: int,
-    base: float,
-    documents: Documents | None = None,
+    query: Tensor, key: Tensor, value: Tensor, channels: int, base: float, documents: Documents | None = None
 ) -> Tensor:
-    """query, key, value [s, b, heads·head_dim] -> the same shape. Scale 1/√head_dim.
+    """query, key, value [s, b, heads, head_dim] -> [s, b, heads·head_dim]. Scale 1/√head_dim.
 
     `channels` of each head are rotated (0 is none). `documents`: None is one document a sample.
     """
-    query, key, value = (t.unflatten(-1, (-1, head_dim)) for t in (query, key, value))
     if channels:
         cos, sin = rotary_tables(query.shape[0], channels, base, query.device)
         if documents is not None:

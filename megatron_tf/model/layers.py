@@ -1,15 +1,18 @@
-"""The layers of a TokenFormer, each for any tensor-parallel group; parameter names are the logical names.
+"""The layers of both architectures, each for any tensor-parallel group; parameter names are the logical names.
 
 | tensor | local shape | under sequence parallelism |
 |---|---|---|
 | ids, labels | [b, s] | [b, s] |
 | hidden between layers | [s, b, d] | [s/T, b, d] |
-| query, key, value, attention output | [s, b, d/T] | the same |
+| query, key, value | [s, b, heads/T, head_dim] | the same |
+| attention output | [s, b, d/T] | the same |
+| activations of a Transformer's MLP | [s, b, f/T] | the same |
 | logits | [s, b, V/T] | the same |
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -77,7 +80,11 @@ class Pattention(nn.Module):
         nn.init.normal_(self.value_tokens, std=1 / d_out**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return reduce_from(partial_outputs([self], copy_to(x, self.group))[0], self.group)
+        return reduce_from(self.partial(copy_to(x, self.group)), self.group)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """x [..., d_in], whole -> [..., d_out], still to be summed over the group."""
+        return partial_outputs([self], x)[0]
 
 
 def partial_outputs(projections: Sequence[Pattention], x: Tensor) -> tuple[Tensor, ...]:
@@ -111,39 +118,115 @@ class Embedding(nn.Module):
         return self.tensor.enter(hidden) @ self.weight.mT
 
 
-class Attention(nn.Module):
-    """Query, key and value Pattentions, causal attention over this rank's heads, output Pattention."""
+class Attention(nn.Module, ABC):
+    """Causal attention over this rank's heads, between two projections that an architecture makes its own way."""
 
-    def __init__(self, model: Model, prefix: str, scales: Mapping[str, float], tensor: TensorParallel):
+    def __init__(self, model: Model, tensor: TensorParallel):
         super().__init__()
         self.tensor = tensor
-        tokens = model.parameter_tokens
-        self.query = _projection(model, f"{prefix}.query", tokens.qkv, scales, tensor)
-        self.key = _projection(model, f"{prefix}.key", tokens.qkv, scales, tensor)
-        self.value = _projection(model, f"{prefix}.value", tokens.qkv, scales, tensor)
-        self.proj = _projection(model, f"{prefix}.proj", tokens.proj, scales, tensor)
         self.head_dim = model.hidden_size // model.num_attention_heads
         self.rotary_channels = int(self.head_dim * model.rotary_fraction)
         self.rotary_base = model.rotary_base
 
+    @abstractmethod
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [s, b, d], whole -> query, key and value of this rank's heads, [s, b, heads/T, head_dim] each."""
+
+    @abstractmethod
+    def join(self, heads: Tensor) -> Tensor:
+        """Output of this rank's heads [s, b, d/T] -> [s, b, d], still to be summed over the tensor group."""
+
     def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
-        group = self.tensor.group
-        partial = partial_outputs([self.query, self.key, self.value], self.tensor.enter(hidden))
+        query, key, value = self.split(self.tensor.enter(hidden))
+        out = causal_attention(query, key, value, self.rotary_channels, self.rotary_base, documents)
+        return self.tensor.leave(self.join(out))
+
+
+class PattentionAttention(Attention):
+    """Query, key, value and output projections are Pattentions."""
+
+    def __init__(self, model: Model, prefix: str, scales: Mapping[str, float], tensor: TensorParallel):
+        super().__init__(model, tensor)
+        tokens = model.token_counts
+        self.query = _projection(model, f"{prefix}.query", tokens.qkv, scales, tensor)
+        self.key = _projection(model, f"{prefix}.key", tokens.qkv, scales, tensor)
+        self.value = _projection(model, f"{prefix}.value", tokens.qkv, scales, tensor)
+        self.proj = _projection(model, f"{prefix}.proj", tokens.proj, scales, tensor)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        partial = partial_outputs([self.query, self.key, self.value], x)
         # a rank needs only its own heads, so the sum over the ranks is a reduce-scatter, never an all-reduce
-        query, key, value = (scatter_to(p, group, -1) for p in partial)
-        out = causal_attention(query, key, value, self.head_dim, self.rotary_channels, self.rotary_base, documents)
-        return self.tensor.leave(partial_outputs([self.proj], gather_from(out, group, -1))[0])
+        query, key, value = (scatter_to(p, self.tensor.group, -1).unflatten(-1, (-1, self.head_dim)) for p in partial)
+        return query, key, value
+
+    def join(self, heads: Tensor) -> Tensor:
+        return self.proj.partial(gather_from(heads, self.tensor.group, -1))
+
+
+class LinearAttention(Attention):
+    """Query, key, value and output projections are matrices, the first three one product."""
+
+    def __init__(self, model: Model, tensor: TensorParallel):
+        super().__init__(model, tensor)
+        self.qkv = SplitMatrix(3 * model.hidden_size, model.hidden_size, tensor.group)
+        self.proj = SplitMatrix(model.hidden_size, model.hidden_size, tensor.group)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.qkv.split(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
+        return query, key, value
+
+    def join(self, heads: Tensor) -> Tensor:
+        return self.proj.partial(heads)
+
+
+class SplitMatrix(nn.Module):
+    """A matrix of `rows` logical rows, the axis that is split over the group: its outputs or its inputs. No bias."""
+
+    def __init__(self, rows: int, width: int, group: Group):
+        super().__init__()
+        start, stop = shard_range(rows, group.size, group.rank)
+        self.weight = nn.Parameter(torch.empty(stop - start, width))
+
+    def split(self, x: Tensor) -> Tensor:
+        """x [..., width], whole -> [..., rows/T]."""
+        return F.linear(x, self.weight)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """x [..., rows/T] -> [..., width], still to be summed over the group."""
+        return x @ self.weight
+
+
+class Mlp(nn.Module):
+    """GELU(X upᵀ) down."""
+
+    def __init__(self, model: Model, group: Group):
+        super().__init__()
+        self.up = SplitMatrix(model.mlp_width, model.hidden_size, group)
+        self.down = SplitMatrix(model.mlp_width, model.hidden_size, group)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """x [..., d], whole -> [..., d], still to be summed over the group."""
+        return self.down.partial(F.gelu(self.up.split(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm block: x += attention(LN(x)); x += ffn(LN(x)). The norms have no weight."""
+    """Pre-norm block: x += attention(LN(x)); x += ffn(LN(x)). The norms have no weight.
+
+    (A weight would add nothing to a Transformer: its product with the matrix that follows is a matrix like any other.)
+    """
 
     def __init__(self, model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel):
         super().__init__()
         prefix = f"blocks.{layer}"
-        self.attention = Attention(model, f"{prefix}.attention", scales, tensor)
         self.tensor = tensor
-        self.ffn = _projection(model, f"{prefix}.ffn", model.parameter_tokens.ffn, scales, tensor)
+        self.attention: Attention
+        self.ffn: Pattention | Mlp
+        if model.architecture == "tokenformer":
+            self.attention = PattentionAttention(model, f"{prefix}.attention", scales, tensor)
+            self.ffn = _projection(model, f"{prefix}.ffn", model.token_counts.ffn, scales, tensor)
+        else:
+            self.attention = LinearAttention(model, tensor)
+            self.ffn = Mlp(model, tensor.group)
         self.eps = model.norm_eps
         self.recompute = False  # keep only the block's input for the backward pass
 
@@ -154,8 +237,7 @@ class Block(nn.Module):
 
     def _forward(self, hidden: Tensor, documents: Documents | None) -> Tensor:
         hidden = hidden + self.attention(self._norm(hidden), documents)
-        (partial,) = partial_outputs([self.ffn], self.tensor.enter(self._norm(hidden)))
-        return hidden + self.tensor.leave(partial)
+        return hidden + self.tensor.leave(self.ffn.partial(self.tensor.enter(self._norm(hidden))))
 
     def _norm(self, hidden: Tensor) -> Tensor:
         return F.layer_norm(hidden, hidden.shape[-1:], eps=self.eps)

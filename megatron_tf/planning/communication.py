@@ -42,6 +42,7 @@ def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
     | q, k, v | scores' norms, reduce-scatter over heads × 3 | all-gather × 3, norms, all-reduce of dX |
     | proj | all-gather of heads, norms, all-reduce | norms, reduce-scatter of heads |
     | ffn | norms, all-reduce | norms, all-reduce of dX |
+    | a transformer's attention, and its MLP | all-reduce | all-reduce of dX |
 
     Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
     on the other. Norms are [s, b, 1] in fp32, one for each projection (softmax: two reductions forward).
@@ -51,6 +52,10 @@ def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
         return (), ()
     positions = config.model.seq_length * config.training.micro_batch_size
     whole = positions * config.model.hidden_size * compute_bytes(config.training.precision)
+    if config.model.architecture == "transformer":
+        kinds: tuple[Kind, ...] = ("all_gather", "reduce_scatter") if config.parallel.sequence else ("all_reduce",)
+        both = tuple(Collective(kind, whole, 2) for kind in kinds)
+        return both, both
     norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in (3, 1, 1))
     twice = 2 if config.model.activation == "softmax" else 1
     forward_norms = tuple(Collective(n.kind, n.bytes, twice) for n in norms)

@@ -270,7 +270,7 @@ def test_missing_section_and_key_are_named(values, problems_of):
     del values["model"], values["optimizer"]["lr"]
     assert problems_of(values) == [
         "model: missing. Add this section; it needs num_layers, hidden_size, num_attention_heads, seq_length, "
-        "vocab_size, parameter_tokens.",
+        "vocab_size.",
         "optimizer.lr: missing, and it has no default. Give it a value.",
     ]
 

@@ -23,13 +23,17 @@ def model_config(**changes) -> Model:
     return Model.model_validate({**sizes, "rotary_fraction": 0.5, "parameter_tokens": tokens, **changes})
 
 
+def transformer(**changes) -> Model:
+    changes = {"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 30, **changes}
+    return model_config(**changes)  # 30 does not divide by 4
+
+
 def local(name, tensor, config, group):
     spec = parameter_table(config)[name]
     return tensor[slice(*shard_range(spec.shape[0], group.size, group.rank))] if spec.sharded else tensor
 
 
-def whole_model(group, activation, sequence):
-    config = model_config(activation=activation)
+def whole_model(group, config, sequence):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 37, (BATCH, SEQUENCE), generator=generator)
     labels = torch.randint(0, 37, (BATCH, SEQUENCE), generator=generator)
@@ -63,12 +67,18 @@ def whole_model(group, activation, sequence):
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("sequence", [False, True])
 def test_whole_model_in_fp64(world_size, sequence):
-    spawn(whole_model, world_size, "l2_norm_gelu", sequence)
+    spawn(whole_model, world_size, model_config(), sequence)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_whole_transformer_in_fp64(world_size, sequence):
+    spawn(whole_model, world_size, transformer(), sequence)
 
 
 @pytest.mark.parametrize("activation", ["gelu_l2_norm", "softmax"])
 def test_other_activations(activation):
-    spawn(whole_model, 2, activation, True)
+    spawn(whole_model, 2, model_config(activation=activation), True)
 
 
 def single_layer(group):
@@ -115,13 +125,19 @@ class Counter:
         return taken
 
 
-def count(group, sequence):
-    config = model_config()
+def communication(config, group, sequence):
+    """What a block sends, forward and backward."""
     block = Block(config, 0, initial_scales(config), TensorParallel(group, sequence)).double()
     hidden = torch.randn(SEQUENCE // (group.size if sequence else 1), BATCH, WIDTH, dtype=torch.float64)
     hidden.requires_grad_()
     counter = Counter()
     out = block(hidden)
+    forward = counter.take()
+    out.sum().backward()
+    return forward, counter.take()
+
+
+def count(group, sequence):
     rows, whole = SEQUENCE * BATCH, SEQUENCE * BATCH * WIDTH
     norms = [("all_reduce", 3 * rows), ("all_reduce", rows), ("all_reduce", rows)]
     if sequence:
@@ -130,9 +146,9 @@ def count(group, sequence):
     else:
         forward = [("all_gather", whole)] + [("reduce_scatter", whole)] * 3 + [("all_reduce", whole)] * 2
         backward = [("all_gather", whole)] * 3 + [("reduce_scatter", whole)] + [("all_reduce", whole)] * 2
-    assert counter.take() == sorted(forward + norms)
-    out.sum().backward()
-    assert counter.take() == sorted(backward + norms)
+    assert communication(model_config(), group, sequence) == (sorted(forward + norms), sorted(backward + norms))
+    both = [("all_gather", whole)] * 2 + [("reduce_scatter", whole)] * 2 if sequence else [("all_reduce", whole)] * 2
+    assert communication(transformer(), group, sequence) == (both, both)
 
 
 @pytest.mark.parametrize("sequence", [False, True])
