@@ -17,7 +17,7 @@ from megatron_tf.plan import describe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # name -> (parameters, layers, hidden size, heads, qkv = proj tokens, ffn tokens)
-SIZES = {
+TOKENFORMERS = {
     "124M": (123_569_664, 12, 768, 12, 576, 2304),
     "354M": (354_190_848, 12, 768, 12, 2140, 8560),
     "757M": (753_796_608, 12, 768, 12, 4850, 19400),
@@ -31,7 +31,21 @@ SIZES = {
     "tiny": (1_573_120, 4, 128, 4, 128, 512),
     "tiny_grow": (2_621_696, 4, 128, 4, 256, 1024),
 }
-WORLD_SIZES = {"tiny": [1, 2], "tiny_grow": [2]}
+# name -> (parameters, layers, hidden size, heads, width of the MLP)
+TRANSFORMERS = {
+    "transformer_124M": (123_569_664, 12, 768, 12, 3072),
+    "transformer_354M": (353_503_232, 24, 1024, 16, 4096),
+    "transformer_757M": (756_747_264, 24, 1536, 24, 6144),
+    "transformer_1.4B": (1_310_986_240, 24, 2048, 32, 8192),
+    "tiny_transformer": (1_573_120, 4, 128, 4, 768),
+}
+SIZES = {**TOKENFORMERS, **TRANSFORMERS}
+# TokenFormer -> the Transformer it is compared with
+BASELINES = {
+    **{size: f"transformer_{size}" for size in ("124M", "354M", "757M", "1.4B")},
+    "tiny": "tiny_transformer",
+}
+WORLD_SIZES = {"tiny": [1, 2], "tiny_grow": [2], "tiny_transformer": [1, 2]}
 FULL_SIZE = sorted(set(SIZES) - set(WORLD_SIZES))
 GROWS_FROM = {
     "354M": "124M",
@@ -56,10 +70,26 @@ def test_this_list_is_complete():
 @pytest.mark.parametrize("name", SIZES)
 def test_size(name):
     model = load(name).model
+    found = num_parameters(model), model.num_layers, model.hidden_size, model.num_attention_heads
+    if name in TRANSFORMERS:
+        assert (*found, model.ffn_hidden_size) == SIZES[name]
+        return
     tokens = model.parameter_tokens
     assert tokens.qkv == tokens.proj
-    found = (model.num_layers, model.hidden_size, model.num_attention_heads, tokens.qkv, tokens.ffn)
-    assert (num_parameters(model), *found) == SIZES[name]
+    assert (*found, tokens.qkv, tokens.ffn) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_has_as_many_parameters_and_is_trained_the_same_way(name):
+    config, baseline = load(name), load(BASELINES[name])
+    assert num_parameters(baseline.model) == pytest.approx(num_parameters(config.model), rel=0.01)
+    assert (baseline.model.seq_length, baseline.model.vocab_size) == (config.model.seq_length, config.model.vocab_size)
+    first = config if name == "tiny" else load("124M")  # the stages that grow have a shorter schedule of their own
+    assert (baseline.optimizer, baseline.data) == (first.optimizer, first.data)
+    same = {"micro_batch_size": first.training.micro_batch_size}  # as much as fits
+    assert baseline.training.model_copy(update=same) == first.training
+    head_dim = {m.hidden_size // m.num_attention_heads for m in (config.model, baseline.model)}
+    assert len(head_dim) == 1 and baseline.growth is None
 
 
 @pytest.mark.parametrize("name", SIZES)

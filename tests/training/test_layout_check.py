@@ -46,6 +46,21 @@ def test_eight_ranks(config, sequence):
     check(config(), [Layout(Topology(2, 2, 2), sequence)])
 
 
+def transformer(config, **changes):
+    model = {"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 37}
+    return config(model=model, **changes)
+
+
+def test_transformer_on_two_ranks(config):
+    check(transformer(config), [Layout(Topology(2, 1, 1)), Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)),
+                                Layout(Topology(1, 1, 2))])  # fmt: skip
+
+
+def test_transformer_on_four_ranks(config):
+    check(transformer(config, training={"activation_checkpointing": True}),
+          [Layout(Topology(2, 2, 1), True), Layout(Topology(2, 1, 2)), Layout(Topology(4, 1, 1), True)])  # fmt: skip
+
+
 def test_activation_checkpointing(config):
     # DeepSpeed's default, reentrant, gave 58 of 59 parameters zero gradient with one stage
     check(config(training={"activation_checkpointing": True}), [Layout(Topology(1, 1, 2)), Layout(Topology(2, 1, 1), True),
