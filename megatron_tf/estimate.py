@@ -148,11 +148,9 @@ def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, i
         kept, backward = compute * positions * model.hidden_size // split, block + backward
     head = 0
     if stage == topology.pipeline - 1:
-        # the final norm's output; logits [s, b, V/T], and two fp32 tensors of that size in the cross-entropy,
-        # of which one is the logits themselves when they are fp32
+        # the final norm's output; logits [s, b, V/T] and their gradient (what is in fp32 of them is a few rows)
         rows = -(-model.vocab_size // topology.tensor)
-        copies = 2 * 4 if training.precision == "fp32" else 2 * 4 + compute
-        head = positions * (compute * model.hidden_size + copies * rows)
+        head = positions * compute * (model.hidden_size + 2 * rows)
     return in_flight * layers * kept + max(head, backward)
 
 
@@ -194,13 +192,14 @@ def block_backward_bytes(config: RunConfig) -> int:
 
     A projection's backward pass holds 3 tensors of the size of its scores (q, k, v together: 3 of the size of theirs),
     2 more for the projection it is at, and the gradients of its output and input.  What was kept for projections that
-    come later in the model is free by then.  A transformer's MLP holds 2: the gradients of GELU's output and input.
+    come later in the model is free by then.  A transformer's MLP holds the gradients
+    of GELU's output and input, and GELU's output no more.
     """
     if config.model.architecture == "tokenformer":
         qkv, proj, ffn = _local_tokens(config)
         scores = max(5 * ffn, 5 * proj - ffn, 11 * qkv - proj - ffn)
     else:
-        scores = 2 * -(-config.model.mlp_width // config.parallel.tensor)
+        scores = -(-config.model.mlp_width // config.parallel.tensor)
     positions = config.model.seq_length * config.training.micro_batch_size
     return positions * compute_bytes(config.training.precision) * (scores + 2 * config.model.hidden_size)
 

@@ -86,12 +86,12 @@ class Counting(TorchDispatchMode):
 
 
 def saved_bytes(call) -> int:
-    """Bytes of what autograd keeps of `call()` for the backward pass, parameters aside; each storage once."""
+    """Bytes of what autograd keeps of `call()` for the backward pass, parameters and their views aside; each storage once."""
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter):
+        if not isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter):
             kept[storage._cdata] = storage
         return tensor
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -76,13 +78,34 @@ def rotary_tables(seq_length: int, channels: int, base: float, device: torch.dev
     return angles.cos(), angles.sin()
 
 
+class _Rotate(Function):
+    """A rotation by position; the gradient is rotated back. One copy of x, of which only a part is computed anew."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x[..., : cos.shape[-1]].chunk(2, -1)
+    cos, sin = cos[..., : first.shape[-1]], sin[..., : first.shape[-1]]
+    out = x.clone(memory_format=torch.contiguous_format)
+    turned, other = out[..., : 2 * cos.shape[-1]].chunk(2, -1)
+    turned.copy_(first * cos - second * sin)
+    other.copy_(second * cos + first * sin)
+    return out
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first channels of every head; x [s, b, heads, head_dim], tables [s, b or 1, 1, channels]."""
-    channels = cos.shape[-1]
-    turned, kept = x[..., :channels], x[..., channels:]
-    first, second = turned.chunk(2, -1)
-    turned = turned * cos + torch.cat((-second, first), -1) * sin
-    return torch.cat((turned.to(x.dtype), kept), -1)
+    return _Rotate.apply(x, cos, sin)
 
 
 def causal_attention(

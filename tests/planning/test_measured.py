@@ -22,9 +22,17 @@ from megatron_tf.parallel.groups import SINGLE, make_group
 from megatron_tf.parallel.vocab import cross_entropy
 from megatron_tf.params import initial_scales
 from megatron_tf.planning.communication import block_collectives, ends_collectives, sent_bytes_per_step
-from megatron_tf.planning.work import BLOCK_KERNELS, HEAD_PASSES, HIDDEN_PASSES, LOGIT_BYTES, SCORE_PASSES
+from megatron_tf.planning.work import (
+    BLOCK_KERNELS,
+    HEAD_PASSES,
+    HIDDEN_PASSES,
+    LOGIT_BYTES,
+    MLP_PASSES,
+    SCORE_PASSES,
+)
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yml"
+TRANSFORMER = ("model.architecture=transformer", "model.parameter_tokens=null", "model.ffn_hidden_size=768")
 TOLERANCE = 0.10
 SMALL = ("model.seq_length=128", "training.micro_batch_size=2", "training.global_batch_size=8")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,12 +54,14 @@ def block_for(config, group=SINGLE):
 
 
 PEAKS = {
-    "logits": ("training.precision=bf16",),
-    "logits, recomputed": ("training.precision=bf16", "training.activation_checkpointing=true"),
-    "logits in fp32": ("model.vocab_size=8192",),
+    "logits": ("model.vocab_size=32768", "training.precision=bf16"),
+    "logits, recomputed": ("model.vocab_size=32768", "training.precision=bf16", "training.activation_checkpointing=true"),
+    "logits in fp32": ("model.vocab_size=32768",),
     "ffn": ("model.vocab_size=256",),
     "ffn, recomputed": ("model.vocab_size=256", "training.activation_checkpointing=true", "training.precision=bf16"),
     "qkv": ("model.vocab_size=256", "model.parameter_tokens.qkv=900", "training.precision=bf16"),
+    "transformer": (*TRANSFORMER, "model.vocab_size=256", "training.precision=bf16"),
+    "transformer, recomputed": (*TRANSFORMER, "model.vocab_size=256", "training.activation_checkpointing=true"),
     "wide": ("model.vocab_size=256", "model.hidden_size=512", "model.num_attention_heads=8"),
 }
 
@@ -66,14 +76,16 @@ def test_peak_of_activations(overrides):
         parameter.grad = torch.zeros_like(parameter)
     ids = torch.zeros(config.training.micro_batch_size, config.model.seq_length, dtype=torch.int64)
     with Counting() as counted:
-        cross_entropy(model(ids), ids, 0, SINGLE).mean().backward()
+        cross_entropy(model(ids).transpose(0, 1), ids.mT, 0, SINGLE).mean().backward()
     estimated = memory_per_rank(config, 1).activations
     assert estimated == pytest.approx(counted.peak, rel=TOLERANCE)
 
 
-def saved_by_block(group, sequence, precision):
+def saved_by_block(group, sequence, precision, architecture):
     config = load(
-        f"parallel={{tensor: {group.size}, sequence: {str(sequence).lower()}}}", f"training.precision={precision}"
+        f"parallel={{tensor: {group.size}, sequence: {str(sequence).lower()}}}",
+        f"training.precision={precision}",
+        *architecture,
     )
     block = block_for(config, group)
     hidden = hidden_for(config, group.size if sequence else 1)
@@ -84,26 +96,41 @@ def saved_by_block(group, sequence, precision):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("sequence", [False, True])
 def test_what_a_block_keeps_on_two_tensor_ranks(sequence, precision):
-    spawn(saved_by_block, 2, sequence, precision)
+    spawn(saved_by_block, 2, sequence, precision, ())
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_what_a_block_of_a_transformer_keeps(sequence):
+    spawn(saved_by_block, 2, sequence, "bf16", TRANSFORMER)
 
 
 @pytest.mark.parametrize("activation", SCORE_PASSES)
 def test_elementwise_traffic_and_kernels_of_a_block(activation):
     config = load(f"model.activation={activation}", "training.precision=bf16", "model.parameter_tokens.ffn=2048")
-    block, hidden, counts = block_for(config), hidden_for(config), config.model.parameter_tokens
-    positions, passes = hidden[..., 0].numel(), SCORE_PASSES[activation]
-    scores = 3 * counts.qkv + counts.proj + counts.ffn
+    counts = config.model.token_counts
+    count_block(config, SCORE_PASSES[activation], 3 * counts.qkv + counts.proj + counts.ffn)
+
+
+def test_elementwise_traffic_and_kernels_of_a_transformers_block():
+    config = load(*TRANSFORMER, "training.precision=bf16", "model.ffn_hidden_size=2048")
+    count_block(config, MLP_PASSES, config.model.mlp_width)
+
+
+def count_block(config, passes, width):
+    block, hidden, architecture = block_for(config), hidden_for(config), config.model.architecture
+    positions = hidden[..., 0].numel()
+    block(hidden)  # the tables of the rotation are made once
     for direction in ("forward", "backward"):
         with Counting() as counted:
             if direction == "forward":
                 out = block(hidden)
             else:
                 out.backward(torch.ones_like(out))
-        of_hidden = getattr(HIDDEN_PASSES, direction) + getattr(HEAD_PASSES, direction)
-        elements = getattr(passes, direction) * scores + of_hidden * config.model.hidden_size
+        of_hidden = getattr(HIDDEN_PASSES, direction) + getattr(HEAD_PASSES[architecture], direction)
+        elements = getattr(passes, direction) * width + of_hidden * config.model.hidden_size
         assert 2 * positions * elements == pytest.approx(counted.traffic, rel=TOLERANCE), direction
-        if activation == "l2_norm_gelu":
-            assert getattr(BLOCK_KERNELS, direction) == pytest.approx(counted.kernels, rel=TOLERANCE), direction
+        if config.model.activation == "l2_norm_gelu":
+            assert getattr(BLOCK_KERNELS[architecture], direction) == pytest.approx(counted.kernels, rel=TOLERANCE), direction
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -127,11 +154,11 @@ def as_counter(collectives):
     return counted
 
 
-def sent_by_layers(group, sequence, precision, activation):
+def sent_by_layers(group, sequence, precision, *model):
     config = load(
         f"parallel={{tensor: {group.size}, sequence: {str(sequence).lower()}}}",
         f"training.precision={precision}",
-        f"model.activation={activation}",
+        *model,
     )
     dtype, tensor = TYPES[precision], TensorParallel(group, sequence)
     block, embedding, norm = (
@@ -163,7 +190,12 @@ def sent_by_layers(group, sequence, precision, activation):
     [(False, "bf16", "l2_norm_gelu"), (True, "fp32", "l2_norm_gelu"), (True, "bf16", "softmax")],
 )
 def test_tensor_parallel_communication_to_the_byte(sequence, precision, activation):
-    spawn(sent_by_layers, 2, sequence, precision, activation)
+    spawn(sent_by_layers, 2, sequence, precision, f"model.activation={activation}")
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_communication_of_a_transformer_to_the_byte(sequence):
+    spawn(sent_by_layers, 2, sequence, "bf16", *TRANSFORMER)
 
 
 def step_of_engine(group, overrides):
