@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from megatron_tf.arguments import whole_number
-from megatron_tf.benchmark import pattention
+from megatron_tf.benchmark import pattention, step
 from megatron_tf.benchmark.report import Row, machine, table, write_json
+from megatron_tf.config import load_config
+from megatron_tf.config.schema import Model
 from megatron_tf.errors import ConfigError, run_command
 
 count = whole_number(1_000_000_000)
@@ -43,6 +45,13 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument("--positions", type=count, default=2048, help="rows of the input (default 2048)")
     mode.add_argument("--width", type=count, default=768, help="hidden size (default 768)")
     mode.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["bf16", "fp32"], help="default: bf16 fp32")
+    mode = add_mode(modes, "step", run_step, step.__doc__)
+    mode.add_argument("configs", nargs="+", metavar="CONFIG", help="configurations of TokenFormers")
+    mode.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16")
+    mode.add_argument("--layers", type=count, help="cut all models to this depth (default: as configured)")
+    mode.add_argument("--samples", type=count, default=4, help="samples a step (default 4)")
+    mode.add_argument("--seq-length", type=count, help="tokens a sample (default: as configured)")
+    mode.add_argument("--compile", action="store_true", help="torch.compile of the blocks, but of the plain formula's")
     return parser.parse_args()
 
 
@@ -65,6 +74,28 @@ def add_mode(
 def run_pattention(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
     dtypes = [DTYPES[name] for name in arguments.dtypes]
     return pattention.rows(device, dtypes, arguments.tokens, arguments.positions, arguments.width, arguments.rounds)
+
+
+def run_step(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    models = {Path(path).stem: tokenformer_of(path, arguments.seq_length) for path in arguments.configs}
+    for name in arguments.dtypes:
+        yield from step.rows(
+            models,
+            step.Setting(
+                device, DTYPES[name], arguments.samples, arguments.layers, arguments.compile, arguments.rounds
+            ),
+        )
+
+
+def tokenformer_of(path: str, seq_length: int | None) -> Model:
+    """The model of a configuration, with another sequence length if one is given."""
+    model = load_config(path).model
+    if model.architecture != "tokenformer" or model.activation != "l2_norm_gelu":
+        raise ConfigError(
+            f"{path}: model.architecture {model.architecture} with model.activation {model.activation} has no plain "
+            "formula to be compared with. Give a tokenformer with l2_norm_gelu."
+        )
+    return model if seq_length is None else model.model_copy(update={"seq_length": seq_length})
 
 
 if __name__ == "__main__":

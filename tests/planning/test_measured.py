@@ -55,7 +55,11 @@ def block_for(config, group=SINGLE):
 
 PEAKS = {
     "logits": ("model.vocab_size=32768", "training.precision=bf16"),
-    "logits, recomputed": ("model.vocab_size=32768", "training.precision=bf16", "training.activation_checkpointing=true"),
+    "logits, recomputed": (
+        "model.vocab_size=32768",
+        "training.precision=bf16",
+        "training.activation_checkpointing=true",
+    ),
     "logits in fp32": ("model.vocab_size=32768",),
     "ffn": ("model.vocab_size=256",),
     "ffn, recomputed": ("model.vocab_size=256", "training.activation_checkpointing=true", "training.precision=bf16"),
@@ -130,7 +134,9 @@ def count_block(config, passes, width):
         elements = getattr(passes, direction) * width + of_hidden * config.model.hidden_size
         assert 2 * positions * elements == pytest.approx(counted.traffic, rel=TOLERANCE), direction
         if config.model.activation == "l2_norm_gelu":
-            assert getattr(BLOCK_KERNELS[architecture], direction) == pytest.approx(counted.kernels, rel=TOLERANCE), direction
+            assert getattr(BLOCK_KERNELS[architecture], direction) == pytest.approx(counted.kernels, rel=TOLERANCE), (
+                direction
+            )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

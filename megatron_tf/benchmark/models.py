@@ -1,0 +1,63 @@
+"""The models that a step is measured on: what a configuration says, and what it is compared with."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_tf.benchmark.references import plain_formula
+from megatron_tf.config.schema import Model
+from megatron_tf.estimate import num_parameters
+from megatron_tf.model.layers import Pattention, PattentionAttention
+from megatron_tf.model.tokenformer import TokenFormer, build_model
+
+_MLP_MULTIPLE = 64  # of tensor-core tiles and of AMX ones
+
+
+def equal_transformer(model: Model) -> Model:
+    """The Transformer of as many parameters, to 1 %: of the same depth and head size, grown in width.
+
+    The width is the one whose 4 times as wide MLP comes nearest; the MLP then makes up the rest.
+    """
+    head_dim = model.hidden_size // model.num_attention_heads
+    wanted = num_parameters(model)
+
+    def of_width(heads: int) -> Model:
+        sizes = {"num_attention_heads": heads, "hidden_size": heads * head_dim, "ffn_hidden_size": 4 * heads * head_dim}
+        return model.model_copy(update={"architecture": "transformer", "parameter_tokens": None, **sizes})
+
+    heads = 1
+    while num_parameters(of_width(heads + 1)) <= wanted:
+        heads += 1
+    nearest = min(of_width(heads), of_width(heads + 1), key=lambda one: abs(num_parameters(one) - wanted))
+    a_column = 2 * nearest.hidden_size * nearest.num_layers
+    missing = (wanted - num_parameters(nearest)) / a_column
+    mlp = _MLP_MULTIPLE * round((nearest.mlp_width + missing) / _MLP_MULTIPLE)
+    return nearest.model_copy(update={"ffn_hidden_size": mlp})
+
+
+class PlainPattention(Pattention):
+    """A Pattention of the formula as it stands, in eager torch, on one process."""
+
+    def partial(self, x: Tensor) -> Tensor:
+        return plain_formula(x, self.key_tokens, self.value_tokens, self.scale)
+
+
+class PlainAttention(PattentionAttention):
+    """Query, key and value are three calls of the plain formula, and the output one."""
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (
+            p.partial(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value)
+        )
+        return query, key, value
+
+
+def plain_model(config: Model) -> TokenFormer:
+    """The same model on the CPU, with the plain formula for every Pattention."""
+    model = build_model(config)
+    for module in model.modules():  # only how they compute is another
+        if isinstance(module, Pattention):
+            module.__class__ = PlainPattention
+        elif isinstance(module, PattentionAttention):
+            module.__class__ = PlainAttention
+    return model

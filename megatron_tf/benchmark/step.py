@@ -1,0 +1,154 @@
+"""A whole training step of a configuration, beside the same model of plain formulas and a Transformer of its size.
+
+Forward, backward, clipping and AdamW with fp32 master weights, in torch alone. The Transformer has as many parameters and
+as many layers, and is wider. MFU is against a product of two square matrices, measured in the same rounds; floating-point
+operations count as in training, attention in full.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_tf.benchmark.models import equal_transformer, plain_model
+from megatron_tf.benchmark.report import Row
+from megatron_tf.benchmark.timing import Call, interleaved
+from megatron_tf.config.schema import Model
+from megatron_tf.errors import ConfigError
+from megatron_tf.estimate import flops_per_token, num_parameters
+from megatron_tf.model import TokenFormer, build_model
+from megatron_tf.parallel.groups import SINGLE
+from megatron_tf.parallel.vocab import cross_entropy
+
+SQUARE = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product is the machine's rate
+_STATE_BYTES = 20  # of a parameter: weight and gradient in the compute type, fp32 gradient, master weight and moments
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step is measured with. `layers` None: all; `compile`: the blocks, but for the plain formula's."""
+
+    device: torch.device
+    dtype: torch.dtype
+    samples: int  # a step
+    layers: int | None
+    compile: bool
+    rounds: int
+
+
+class TrainingStep:
+    """One optimizer step on one batch of random tokens: what `training.loop` has an engine do, without an engine."""
+
+    def __init__(self, model: TokenFormer, samples: int, device: torch.device, dtype: torch.dtype):
+        self._model = model.to(device)
+        self._weights: list[Tensor] = list(self._model.parameters())
+        self._masters = self._weights
+        if dtype is not torch.float32:
+            self._masters = [nn.Parameter(weight.detach().clone()) for weight in self._weights]
+            self._model.to(dtype)
+        self._optimizer = torch.optim.AdamW(self._masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        shape = 2, samples, model.config.seq_length
+        self._ids, self._labels = torch.randint(0, model.config.vocab_size, shape).to(device)
+
+    def __call__(self) -> Tensor:
+        """The loss, on the device."""
+        logits = self._model(self._ids).transpose(0, 1)
+        loss = cross_entropy(logits, self._labels.mT, 0, SINGLE).mean()
+        loss.backward()
+        if self._masters is not self._weights:
+            for master, weight in zip(self._masters, self._weights):
+                assert weight.grad is not None
+                master.grad, weight.grad = weight.grad.float(), None
+        nn.utils.clip_grad_norm_(self._masters, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._masters is not self._weights:
+            with torch.no_grad():
+                torch._foreach_copy_(self._weights, self._masters)
+        return loss.detach()
+
+
+def rows(models: dict[str, Model], setting: Setting) -> Iterator[Row]:
+    """One row for each of `models`, by the name of its configuration. ConfigError, first of all, for what does not fit."""
+    chosen = {name: _cut(model, setting.layers) for name, model in models.items()}
+    problems = [problem for name, pair in chosen.items() for problem in _memory_problems(name, pair, setting)]
+    if problems:
+        raise ConfigError(problems)
+    for name, (model, transformer) in chosen.items():
+        yield _measure(name, models[name].num_layers, model, transformer, setting)
+
+
+def _cut(model: Model, layers: int | None) -> tuple[Model, Model]:
+    """The model and its Transformer, whose sizes are equal before both are cut to `layers` layers."""
+    depth = {"num_layers": min(layers or model.num_layers, model.num_layers)}
+    return model.model_copy(update=depth), equal_transformer(model).model_copy(update=depth)
+
+
+def _measure(name: str, depth: int, model: Model, transformer: Model, setting: Setting) -> Row:
+    tokens = setting.samples * model.seq_length
+
+    def step(build: Callable[[Model], TokenFormer], of: Model, compiled: bool) -> Call:
+        torch.manual_seed(0)
+        built = build(of)
+        if compiled:
+            for block in built.blocks:
+                block.compile()
+        return TrainingStep(built, setting.samples, setting.device, setting.dtype)
+
+    product, product_flops = square_product(setting.device, setting.dtype)
+    timings = interleaved(
+        {
+            "tokenformer": step(build_model, model, setting.compile),
+            "plain": step(plain_model, model, False),
+            "transformer": step(build_model, transformer, setting.compile),
+            "product": product,
+        },
+        setting.device,
+        setting.rounds,
+    )
+    ours, theirs = timings["tokenformer"], timings["transformer"]
+    speeds = {name: tokens / timings[name].median for name in ("tokenformer", "plain", "transformer")}
+    work = {"mfu": (ours, model), "mfu transformer": (theirs, transformer)}
+    return {
+        "config": name,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "layers": f"{model.num_layers} of {depth}",
+        "tokens/step": tokens,
+        "parameters": num_parameters(model),
+        "transformer's": num_parameters(transformer),
+        **{f"tok/s {name}": speed for name, speed in speeds.items()},
+        "× plain": ours.speed_against(timings["plain"]),
+        "× transformer": ours.speed_against(theirs),
+        **{
+            key: timing.speed_against(timings["product"]) * tokens * flops_per_token(of) / product_flops
+            for key, (timing, of) in work.items()
+        },
+        "GEMM TFLOP/s": product_flops / timings["product"].median / 1e12,
+    }
+
+
+def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]:
+    """A product of two square matrices, and its floating-point operations."""
+    side = SQUARE[device.type]
+    left, right = (torch.randn(side, side).to(device, dtype) for _ in range(2))
+    return lambda: left @ right, 2 * side**3
+
+
+def _memory_problems(name: str, pair: Sequence[Model], setting: Setting) -> Iterator[str]:
+    """All three models are in memory at once, because they take turns."""
+    model, transformer = pair
+    state = _STATE_BYTES * (2 * num_parameters(model) + num_parameters(transformer))
+    if setting.device.type == "cuda":
+        available = torch.cuda.get_device_properties(setting.device).total_memory
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if state > available:
+        yield (
+            f"{name}: the weights, gradients and optimizer of three such models take {state / _GIB:.0f} GiB, and here are "
+            f"{available / _GIB:.0f} GiB. Give fewer --layers."
+        )
