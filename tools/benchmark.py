@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_tf.arguments import whole_number
-from megatron_tf.benchmark import pattention, step
+from megatron_tf.benchmark import pattention, scaling, step
 from megatron_tf.benchmark.report import Row, machine, table, write_json
 from megatron_tf.config import load_config
 from megatron_tf.config.schema import Model
@@ -52,6 +52,14 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument("--samples", type=count, default=4, help="samples a step (default 4)")
     mode.add_argument("--seq-length", type=count, help="tokens a sample (default: as configured)")
     mode.add_argument("--compile", action="store_true", help="torch.compile of the blocks, but of the plain formula's")
+    mode = add_mode(modes, "scaling", run_scaling, scaling.__doc__)
+    mode.add_argument("config", metavar="CONFIG", help="the TokenFormer that is grown")
+    mode.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
+    mode.add_argument(
+        "--tokens", type=count, nargs="*", default=(576, 2140, 4850, 8620), help="of q, k, v and proj each"
+    )
+    mode.add_argument("--lengths", type=count, nargs="*", default=(1024, 2048, 4096, 8192), help="of sequences")
+    mode.add_argument("--positions", type=count, default=4096, help="positions of a batch (default 4096)")
     return parser.parse_args()
 
 
@@ -85,6 +93,18 @@ def run_step(device: torch.device, arguments: argparse.Namespace) -> Iterable[Ro
                 device, DTYPES[name], arguments.samples, arguments.layers, arguments.compile, arguments.rounds
             ),
         )
+
+
+def run_scaling(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    return scaling.rows(
+        device,
+        DTYPES[arguments.dtype],
+        tokenformer_of(arguments.config, None),
+        arguments.tokens,
+        arguments.lengths,
+        arguments.positions,
+        arguments.rounds,
+    )
 
 
 def tokenformer_of(path: str, seq_length: int | None) -> Model:

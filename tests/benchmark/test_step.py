@@ -1,0 +1,78 @@
+"""Modes step and scaling: what they measure is training, and their rows say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from megatron_tf.benchmark import scaling, step
+from megatron_tf.config import load_config
+from megatron_tf.errors import ConfigError
+from megatron_tf.model import build_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setitem(step.SQUARE, "cpu", 64)
+
+
+def model(**changes):
+    path = Path(__file__).parents[2] / "configs" / "tiny.yml"
+    sizes = {"num_layers": 2, "hidden_size": 32, "seq_length": 16, "vocab_size": 99, "num_attention_heads": 2}
+    return load_config(path).model.model_copy(update={**sizes, **changes})
+
+
+def setting(**changes):
+    values = {"device": CPU, "dtype": torch.float32, "samples": 2, "layers": None, "compile": False, "rounds": 1}
+    return step.Setting(**{**values, **changes})
+
+
+def test_a_step_is_what_torch_would_do():
+    torch.manual_seed(3)
+    ours = step.TrainingStep(build_model(model()), 2, CPU, torch.float32)
+    theirs = build_model(model())
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(3):
+        loss = F.cross_entropy(theirs(ours._ids).flatten(0, 1), ours._labels.flatten())
+        torch.testing.assert_close(ours(), loss.detach())
+        loss.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(dict(ours._model.named_parameters()), dict(theirs.named_parameters()))
+
+
+def test_bf16_learns_through_fp32_masters():
+    torch.manual_seed(3)
+    ours = step.TrainingStep(build_model(model()), 2, CPU, torch.bfloat16)
+    losses = [float(ours()) for _ in range(30)]
+    assert losses[-1] < losses[0] - 0.02
+    weights, masters = list(ours._model.parameters()), ours._masters
+    assert {w.dtype for w in weights} == {torch.bfloat16} and {m.dtype for m in masters} == {torch.float32}
+    assert all(torch.equal(weight, master.bfloat16()) for weight, master in zip(weights, masters))
+
+
+def test_rows_of_a_step():
+    (row,) = step.rows({"small": model(num_layers=3)}, setting(layers=2))
+    assert (row["config"], row["layers"], row["tokens/step"]) == ("small", "2 of 3", 32)
+    for key in ("× plain", "× transformer", "mfu", "mfu transformer", "tok/s tokenformer", "GEMM TFLOP/s"):
+        assert row[key] > 0, key
+
+
+def test_models_beyond_memory_are_refused_before_any_is_measured():
+    with pytest.raises(ConfigError, match="large: the weights, gradients and optimizer of three such models take"):
+        next(step.rows({"small": model(), "large": model(vocab_size=2**31)}, setting()))
+
+
+def test_rows_of_scaling():
+    rows = list(scaling.rows(CPU, torch.float32, model(), [32, 64], [32], positions=32, rounds=1))
+    assert [(row["tokens"], row["seq_length"], row["samples"]) for row in rows] == [(32, 16, 2), (64, 16, 2), (128, 32, 1)]  # fmt: skip
+    assert [row["width"] for row in rows] == [32] * 3
+    assert rows[0]["transformer's"] < rows[1]["transformer's"]
+    assert all(row["attention, tokenformer ms"] > 0 and row["attention's share"] > 0 for row in rows)
