@@ -40,7 +40,7 @@ def matching_model(weights: OfficialWeights, given: Model | None) -> tuple[Model
     are not finite.
     """
     if given is not None:
-        token_counts(given, "official")
+        token_counts(given, "read from official weights")
     model, origin = (given, "as configured") if given is not None else known_model(weights.shapes, weights.arguments)
     check_official(weights.shapes, model)
     if problems := recorded_problems(model, weights.arguments):

@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tf.checkpoint.architecture import check_growable, check_same_architecture, stored_model
+from megatron_tf.checkpoint.architecture import (
+    check_growable,
+    check_same_architecture,
+    growth_problems,
+    stored_model,
+    token_counts,
+)
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.config.schema import Model, ParameterTokens
 from megatron_tf.errors import CheckpointError, ConfigError
@@ -12,6 +18,12 @@ from megatron_tf.params import initial_scales, parameter_table
 def model(qkv=6, proj=6, ffn=24, **changes) -> Model:
     fields = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 32}
     return Model(**{**fields, **changes}, parameter_tokens=ParameterTokens(qkv=qkv, proj=proj, ffn=ffn))
+
+
+def transformer(**changes) -> Model:
+    return Model.model_validate(
+        {**model().model_dump(), "architecture": "transformer", "parameter_tokens": None, **changes}
+    )
 
 
 def index(of: Model, **changes) -> CheckpointIndex:
@@ -44,6 +56,37 @@ def test_differing_token_counts_lead_to_growth():
     assert "model.parameter_tokens.qkv: checkpoint 6, configuration 7" in str(caught.value)
     assert "model.parameter_tokens.ffn: checkpoint 24, configuration 30" in str(caught.value)
     assert "growth.from" in str(caught.value)
+
+
+def test_two_architectures_are_never_mixed_up():
+    check_same_architecture(index(transformer()), transformer())
+    for one, other in ((model(), transformer(num_layers=3)), (transformer(num_layers=3), model())):
+        with pytest.raises(CheckpointError) as caught:
+            check_same_architecture(index(one), other)
+        assert str(caught.value).splitlines() == [
+            "the checkpoint is of another architecture:",
+            f"  - model.architecture: checkpoint {one.architecture}, configuration {other.architecture}",
+            f"  - model.num_layers: checkpoint {one.num_layers}, configuration {other.num_layers}",
+            "Restore these keys, or start in another run.dir.",
+        ]
+        problem = f"model.architecture: {one.architecture} before, {other.architecture} after. Growth appends parameter"
+        assert growth_problems(one, other)[0].startswith(problem)
+
+
+def test_a_transformer_has_a_width_and_no_tokens():
+    with pytest.raises(CheckpointError, match="model.ffn_hidden_size: checkpoint 32, configuration 40"):
+        check_same_architecture(index(transformer()), transformer(ffn_hidden_size=40))
+    with pytest.raises(ConfigError, match="transformer before, transformer after. Growth appends parameter tokens"):
+        check_growable(index(transformer()), transformer(ffn_hidden_size=40))
+    assert token_counts(model(), "pruned") == ParameterTokens(qkv=6, proj=6, ffn=24)
+    with pytest.raises(CheckpointError, match="a transformer cannot be pruned, for it has no parameter tokens"):
+        token_counts(transformer(), "pruned")
+
+
+def test_a_checkpoint_from_before_there_were_two():
+    stored = model().model_dump()
+    del stored["architecture"], stored["ffn_hidden_size"]
+    assert stored_model(index(model(), model=stored)) == model()
 
 
 def test_tensors_that_contradict_the_stored_architecture_are_named():

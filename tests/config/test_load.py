@@ -258,6 +258,13 @@ def test_duplicate_key_is_reported_beside_the_other_problems(small_path):
         # missing keys
         ("growth.method=zero_key", "growth.from: missing, and it has no default. Give it a value."),
         ("data.train=[{weight: 1}]", "data.train[0].path: missing, and it has no default. Give it a value."),
+        ("model.parameter_tokens=null", "model.parameter_tokens: missing. Add this section; it needs qkv, proj, ffn."),
+        # what belongs to the other architecture
+        ("model.ffn_hidden_size=256", "model.ffn_hidden_size: a tokenformer has parameter tokens instead. Remove it, or "
+         "set model.architecture to transformer."),
+        ("model.architecture=transformer", "model.parameter_tokens: a transformer has no parameter tokens. Remove it, or "
+         "set model.architecture to tokenformer."),
+        ("model.architecture=gpt", "model.architecture: the text 'gpt', but one of tokenformer, transformer is expected."),
     ],
 )  # fmt: skip
 def test_problem_sentence(small, override, problem):
@@ -273,6 +280,19 @@ def test_missing_section_and_key_are_named(values, problems_of):
         "vocab_size.",
         "optimizer.lr: missing, and it has no default. Give it a value.",
     ]
+
+
+TRANSFORMER = ("model.architecture=transformer", "model.parameter_tokens=null")
+
+
+def test_a_transformer_and_its_default_width(small, tmp_path):
+    config = small(*TRANSFORMER)
+    assert config.model.ffn_hidden_size == config.model.mlp_width == 4 * 64
+    assert small(*TRANSFORMER, "model.ffn_hidden_size=100").model.mlp_width == 100
+    (tmp_path / "config.yml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yml") == config
+    with pytest.raises(ConfigError, match="model.activation: a transformer has no parameter tokens"):
+        small(*TRANSFORMER, "model.activation=softmax")
 
 
 def test_unknown_section_lists_the_sections(values, problems_of):

@@ -147,6 +147,13 @@ def test_plans_refuse_what_they_cannot_compute(small):
         (["evaluation.interval_steps=5", "data.validation=[]"], 1,
          "evaluation.interval_steps: 5, but data.validation is empty. Give data.validation, or remove "
          "evaluation.interval_steps."),
+        (["parallel.tensor=4", "model.architecture=transformer", "model.parameter_tokens=null",
+          "model.ffn_hidden_size=3"], 4,
+         "model.ffn_hidden_size: 3 rows cannot be split over parallel.tensor 4 ranks. Set it to at least 4, or "
+         "parallel.tensor to at most 3."),
+        (["growth.from=runs/other", "model.architecture=transformer", "model.parameter_tokens=null"], 1,
+         "growth: a transformer has no parameter tokens to append to. Remove it and train from scratch, or set "
+         "model.architecture to tokenformer."),
         (["growth.from=./runs/small/"], 1,
          "growth.from: ./runs/small/ is this run's own folder (run.dir runs/small). Give the smaller run's folder, or "
          "another run.dir."),
