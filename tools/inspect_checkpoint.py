@@ -52,12 +52,13 @@ def main() -> None:
 
 def print_summary(reader: CheckpointReader, summary: dict[str, Any]) -> None:
     print(f"{summary['path']} (format {summary['format_version']}, {summary['bytes']:,} bytes)")
-    print_table([(key, str(value)) for key, value in summary["model"].items()], title="model")
+    of_model = [(key, str(value)) for key, value in summary["model"].items() if value is not None]
+    print_table(of_model, title="model")
     progress = [(key, f"{summary[key]:,}") for key in ("step", "samples", "tokens", "parameters")]
     print_table(progress, title="progress")
-    print_table(
-        [(kind, ", ".join(f"{s:.6g}" for s in values)) for kind, values in summary["scales"].items()], title="τ"
-    )
+    if summary["scales"]:
+        scales = [(kind, ", ".join(f"{s:.6g}" for s in values)) for kind, values in summary["scales"].items()]
+        print_table(scales, title="τ")
     for number, entry in enumerate(summary["growth_history"], 1):
         print_table([(key, str(value)) for key, value in entry.items()], title=f"growth {number}")
     rows = [

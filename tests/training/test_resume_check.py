@@ -60,6 +60,12 @@ def test_one_and_two_ranks_with_and_without_zero(config):
                      (setting(1, 2, 1), one), (setting(1, 1, 2), setting(2, 1, 1, zero_stage=0))])  # fmt: skip
 
 
+def test_a_transformer(config):
+    model = {"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 37}
+    check(config(model=model), [(setting(1, 1, 1), setting(2, 1, 1, True)), (setting(2, 1, 1, True), setting(1, 2, 1)),
+                                (setting(1, 2, 1), setting(1, 1, 2))])  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_layout_of_up_to_four_ranks(config):
