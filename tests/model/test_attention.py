@@ -56,11 +56,17 @@ def inputs(dtype=torch.float64):
     return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for _ in range(4)]
 
 
+def attend(query, key, value, documents=None):
+    """All [s, b, heads·head_dim]."""
+    heads = (tensor.unflatten(-1, (HEADS, HEAD_DIM)) for tensor in (query, key, value))
+    return causal_attention(*heads, CHANNELS, BASE, documents)
+
+
 def test_outputs_and_gradients():
     *tensors, grad = inputs()
     # the tables of angles are fp32 for every type: 1e-7 is their rounding
     documents = find_documents(STARTS, torch.float64, HEAD_DIM)
-    actual = causal_attention(*tensors, HEAD_DIM, CHANNELS, BASE, documents)
+    actual = attend(*tensors, documents)
     expected = formula(*tensors, STARTS)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
     gradients = [torch.autograd.grad(out, tensors, grad) for out in (actual, expected)]
@@ -70,8 +76,8 @@ def test_outputs_and_gradients():
 def test_one_document_a_sample_is_what_no_documents_are():
     *tensors, _ = inputs()
     documents = find_documents(torch.zeros(BATCH, SEQUENCE, dtype=torch.int32), torch.float64, HEAD_DIM)
-    within = causal_attention(*tensors, HEAD_DIM, CHANNELS, BASE, documents)
-    torch.testing.assert_close(within, causal_attention(*tensors, HEAD_DIM, CHANNELS, BASE), rtol=0, atol=1e-12)
+    within = attend(*tensors, documents)
+    torch.testing.assert_close(within, attend(*tensors), rtol=0, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -81,8 +87,7 @@ def test_flex_attention_computes_the_same(monkeypatch):
     monkeypatch.setattr(attention, "_fused_flex_attention", lambda: flex_attention)
     tensors = [tensor.detach() for tensor in inputs(torch.float32)[:3]]
     dense, blocks = (
-        causal_attention(*tensors, HEAD_DIM, CHANNELS, BASE, Documents(STARTS, mask))
-        for mask in (dense_mask(STARTS, torch.float32), block_mask(STARTS))
+        attend(*tensors, Documents(STARTS, mask)) for mask in (dense_mask(STARTS, torch.float32), block_mask(STARTS))
     )
     torch.testing.assert_close(blocks, dense, rtol=0, atol=1e-6)
 
