@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_tf.config.schema import Activation, Model
 
-# projection within a block -> (the config's name of its token count, the official module's name)
+
+class Projection(NamedTuple):
+    """The names of one projection of a block: of its token count in the config, of its module in other formats."""
+
+    tokens: str
+    official: str
+    huggingface: str
+
+
 PROJECTIONS = {
-    "attention.query": ("qkv", "attention.query"),
-    "attention.key": ("qkv", "attention.key"),
-    "attention.value": ("qkv", "attention.value"),
-    "attention.proj": ("proj", "attention.proj"),
-    "ffn": ("ffn", "mlp"),
+    "attention.query": Projection("qkv", "attention.query", "self_attn.q_proj"),
+    "attention.key": Projection("qkv", "attention.key", "self_attn.k_proj"),
+    "attention.value": Projection("qkv", "attention.value", "self_attn.v_proj"),
+    "attention.proj": Projection("proj", "attention.proj", "self_attn.o_proj"),
+    "ffn": Projection("ffn", "mlp", "mlp"),
 }
 EMBEDDING = "embedding.weight"
 INITIAL_STD = 0.02  # of key tokens and the embedding
@@ -31,6 +40,7 @@ class ParameterSpec:
     `shape`: logical shape.  `sharded`: split along dim 0 over the tensor group, else replicated.
     `growable`: dim 0 counts parameter tokens.  `decayed`: weight decay applies.
     `std`, `mean`: of the normal initialiser; std 0 is a constant.
+    `transposed`: its Hugging Face tensor is [columns, rows], for it is the weight of a linear layer from the tokens.
     """
 
     name: str
@@ -41,6 +51,8 @@ class ParameterSpec:
     std: float
     mean: float
     official_name: str
+    huggingface_name: str
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -56,9 +68,9 @@ def projection_tokens(model: Model) -> dict[str, int]:
     """Number of parameter tokens of every projection: {"blocks.0.attention.query": n, ...}."""
     counts = model.parameter_tokens
     return {
-        f"blocks.{layer}.{projection}": getattr(counts, key)
+        f"blocks.{layer}.{name}": getattr(counts, projection.tokens)
         for layer in range(model.num_layers)
-        for projection, (key, _) in PROJECTIONS.items()
+        for name, projection in PROJECTIONS.items()
     }
 
 
@@ -78,17 +90,20 @@ def parameter_table(model: Model) -> dict[str, ParameterSpec]:
     value_std = 2 / (model.num_layers * math.sqrt(d))
     specs = [
         ParameterSpec(EMBEDDING, (model.vocab_size, d), sharded=True, growable=False, decayed=True,
-                      std=INITIAL_STD, mean=0.0, official_name="sequential.0.word_embeddings.weight")
+                      std=INITIAL_STD, mean=0.0, official_name="sequential.0.word_embeddings.weight",
+                      huggingface_name="model.embed_tokens.weight")
     ]  # fmt: skip
     for layer in range(model.num_layers):
-        for projection, (count, official) in PROJECTIONS.items():
-            tokens = getattr(model.parameter_tokens, count)
+        for name, projection in PROJECTIONS.items():
+            tokens = getattr(model.parameter_tokens, projection.tokens)
             for kind, std in (("key", INITIAL_STD), ("value", value_std)):
                 specs.append(
                     ParameterSpec(
-                        f"blocks.{layer}.{projection}.{kind}_tokens", (tokens, d),
+                        f"blocks.{layer}.{name}.{kind}_tokens", (tokens, d),
                         sharded=True, growable=True, decayed=True, std=std, mean=0.0,
-                        official_name=f"sequential.{layer + 2}.{official}.{kind}_param_tokens",
+                        official_name=f"sequential.{layer + 2}.{projection.official}.{kind}_param_tokens",
+                        huggingface_name=f"model.layers.{layer}.{projection.huggingface}.{kind}s.weight",
+                        transposed=kind == "value",
                     )
                 )  # fmt: skip
     for name, mean in (("weight", 1.0), ("bias", 0.0)):
@@ -96,6 +111,7 @@ def parameter_table(model: Model) -> dict[str, ParameterSpec]:
             ParameterSpec(
                 f"final_norm.{name}", (d,), sharded=False, growable=False, decayed=False, std=0.0, mean=mean,
                 official_name=f"sequential.{model.num_layers + 3}.norm.{name}",
+                huggingface_name=f"model.norm.{name}",
             )
         )  # fmt: skip
     return {spec.name: spec for spec in specs}
