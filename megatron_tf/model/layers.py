@@ -125,13 +125,14 @@ class Attention(nn.Module):
         self.head_dim = model.hidden_size // model.num_attention_heads
         self.rotary_channels = int(self.head_dim * model.rotary_fraction)
         self.rotary_base = model.rotary_base
+        self.attend = causal_attention  # generation puts attention over its cache here
 
     def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         group = self.tensor.group
         partial = partial_outputs([self.query, self.key, self.value], self.tensor.enter(hidden))
         # a rank needs only its own heads, so the sum over the ranks is a reduce-scatter, never an all-reduce
         query, key, value = (scatter_to(p, group, -1) for p in partial)
-        out = causal_attention(query, key, value, self.head_dim, self.rotary_channels, self.rotary_base, documents)
+        out = self.attend(query, key, value, self.head_dim, self.rotary_channels, self.rotary_base, documents)
         return self.tensor.leave(partial_outputs([self.proj], gather_from(out, group, -1))[0])
 
 

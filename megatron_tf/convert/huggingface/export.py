@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_tf.convert.agreement import Agreement
@@ -104,7 +105,7 @@ def _write_weights(folder: Path, network: TokenFormer) -> None:
     }
     try:
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    except Exception as error:  # the library has one kind of error for all that a disk can say
+    except SafetensorError as error:  # its one kind of error for all that a disk can say
         raise CheckpointError(f"{folder / WEIGHTS_NAME}: {error}. Nothing was written.") from error
     shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)  # the library's files are for their owner alone
 
