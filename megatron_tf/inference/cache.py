@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_tf.model.attention import apply_rotary, causal_attention, rotary_tables
+from megatron_tf.model.layers import Attention
 from megatron_tf.model.tokenformer import TokenFormer
 
 _CAPACITY_STEP = 256  # positions that room is made for at once
@@ -58,7 +59,7 @@ class CachedModel:
     @contextmanager
     def _attached(self) -> Iterator[None]:
         """The model's attention goes through the caches in the block, and is as it was afterwards."""
-        attentions = [block.attention for block in self._model.blocks]
+        attentions = [module for module in self._model.modules() if isinstance(module, Attention)]
         try:
             for attention, layer in zip(attentions, self._layers):
                 attention.attend = layer.attend
@@ -76,9 +77,7 @@ class LayerCache:
         self._length = 0
         self._keys = self._values = torch.empty(0)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, head_dim: int, channels: int, base: float
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, head_dim: int, channels: int, base: float) -> Tensor:
         """As `causal_attention`, for positions that follow the kept ones; keeps theirs too."""
         query, key, value = (t.unflatten(-1, (-1, head_dim)) for t in (query, key, value))
         start, stop = self._length, self._length + query.shape[0]

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         self.head_dim = model.hidden_size // model.num_attention_heads
         self.rotary_channels = int(self.head_dim * model.rotary_fraction)
         self.rotary_base = model.rotary_base
-        self.attend = causal_attention  # generation puts attention over its cache here
+        self.attend: Callable[..., Tensor] = causal_attention  # generation puts attention over its cache here
 
     def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         group = self.tensor.group
