@@ -23,7 +23,7 @@ from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.parallel.vocab import partial_embedding
-from megatron_tf.params import default_scale, shard_range
+from megatron_tf.params import INITIAL_STD, default_scale, shard_range
 
 
 class TensorParallel:
@@ -73,7 +73,7 @@ class Pattention(nn.Module):
         self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out))
         self.scale = default_scale(num_tokens, activation) if scale is None else scale
         self.activation, self.group = activation, group
-        nn.init.normal_(self.key_tokens, std=0.02)
+        nn.init.normal_(self.key_tokens, std=INITIAL_STD)
         nn.init.normal_(self.value_tokens, std=1 / d_out**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,6 +101,7 @@ class Embedding(nn.Module):
         self.tensor = tensor
         self.start, stop = shard_range(model.vocab_size, tensor.group.size, tensor.group.rank)
         self.weight = nn.Parameter(torch.empty(stop - self.start, model.hidden_size))
+        nn.init.normal_(self.weight, std=INITIAL_STD)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [b, s] -> hidden between layers."""
