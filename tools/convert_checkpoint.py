@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -141,7 +140,6 @@ def to_hf(arguments: argparse.Namespace) -> None:
     check_target(arguments.target)
     version = require_transformers()
     reader = open_checkpoint(resolve(arguments.source))
-    stored_model(reader.index)
     print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
     network = load_model(reader.path)
     tokenizer = exported_tokenizer(arguments, network)

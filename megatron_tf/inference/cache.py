@@ -23,6 +23,7 @@ from megatron_tf.model.layers import Attention
 from megatron_tf.model.tokenformer import TokenFormer
 
 _CAPACITY_STEP = 256  # positions that room is made for at once
+_TABLE_STEP = 1024  # positions of a table of angles, so that few are made
 
 
 class CachedModel:
@@ -82,7 +83,8 @@ class LayerCache:
         query, key, value = (t.unflatten(-1, (-1, head_dim)) for t in (query, key, value))
         start, stop = self._length, self._length + query.shape[0]
         if channels:
-            cos, sin = (table[start:] for table in rotary_tables(stop, channels, base, query.device))
+            length = -(-stop // _TABLE_STEP) * _TABLE_STEP
+            cos, sin = (table[start:stop] for table in rotary_tables(length, channels, base, query.device))
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         keys, values = self._extended(key, value)

@@ -47,7 +47,12 @@ def verify_export(folder: Path, network: TokenFormer, tokenizer: Tokenizer | Non
         samples["text"] = _text_tokens(folder, tokenizer)[:, : samples["random tokens"].shape[1]]
     found = {}
     for kind, ids in samples.items():
-        found[kind] = agreement(exported(input_ids=ids).logits.float(), network(ids))
+        expected = network(ids)
+        if not expected.isfinite().all():
+            raise CheckpointError(
+                "the model's own logits are not finite: its training diverged. Use an earlier checkpoint"
+            )
+        found[kind] = agreement(exported(input_ids=ids).logits.float(), expected)
         if not found[kind].holds:
             raise CheckpointError(
                 f"transformers computes another function from the export than this model is: on {kind}, {found[kind]}. "

@@ -48,6 +48,14 @@ def test_what_computes_something_else_gets_no_name(network, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_whose_training_diverged_is_refused(network_of, tmp_path):
+    network = network_of()
+    network.blocks[1].ffn.value_tokens.data[0] = 1e38
+    with pytest.raises(CheckpointError, match="own logits are not finite: its training diverged"):
+        write_export(tmp_path / "out", network, None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_tokenizer_that_is_not_the_one_of_the_training_is_refused(network, tokenizer_file, tmp_path):
     train_bpe(["another text " * 30], 270, tmp_path / "other.json")
     exported = ExportedTokenizer(load_tokenizer(tokenizer_file), tmp_path / "other.json")
