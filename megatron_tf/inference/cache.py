@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_tf.model.attention import apply_rotary, causal_attention, rotary_tables
+from megatron_tf.model.attention import Documents, apply_rotary, causal_attention, rotary_tables
 from megatron_tf.model.layers import Attention
 from megatron_tf.model.tokenformer import TokenFormer
 
@@ -78,8 +78,18 @@ class LayerCache:
         self._length = 0
         self._keys = self._values = torch.empty(0)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, head_dim: int, channels: int, base: float) -> Tensor:
-        """As `causal_attention`, for positions that follow the kept ones; keeps theirs too."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        head_dim: int,
+        channels: int,
+        base: float,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """As `causal_attention`, for positions that follow the kept ones; keeps theirs too. A row is one document."""
+        assert documents is None
         query, key, value = (t.unflatten(-1, (-1, head_dim)) for t in (query, key, value))
         start, stop = self._length, self._length + query.shape[0]
         if channels:
