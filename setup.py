@@ -7,6 +7,7 @@ WANDB = ["wandb>=0.31,<1"]
 TENSORBOARD = ["tensorboard>=2.20,<3"]
 SENTENCEPIECE = ["sentencepiece>=0.2,<0.3"]
 PARQUET = ["pyarrow>=17,<27"]
+TRANSFORMERS = ["transformers>=5.16,<6"]
 TIKTOKEN = ["tiktoken>=0.11,<1"]  # before, it took special tokens that a text spells out for special tokens
 
 setup(
@@ -14,6 +15,7 @@ setup(
     version="0.1.0",
     description="Training of TokenFormer language models that grow, in three dimensions of parallelism",
     packages=find_packages(include=["megatron_tf", "megatron_tf.*"]),
+    package_data={"megatron_tf.convert.huggingface": ["remote_code/*.py"]},  # goes into every export, as it is
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.11,<2.14",
@@ -29,8 +31,8 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
-        "eval": ["lm_eval>=0.4.13,<0.5", "transformers>=5.16,<6"],
-        "hf": ["transformers>=5.16,<6"],
+        "eval": ["lm_eval>=0.4.13,<0.5", *TRANSFORMERS],
+        "hf": TRANSFORMERS,
         "parquet": PARQUET,
         "plot": PLOT,
         "sentencepiece": SENTENCEPIECE,
@@ -39,6 +41,7 @@ setup(
         "wandb": WANDB,
         "dev": [
             "mypy>=1.15",
+            "peft>=0.18,<1",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.15",
@@ -47,6 +50,7 @@ setup(
             *SENTENCEPIECE,
             *TENSORBOARD,
             *TIKTOKEN,
+            *TRANSFORMERS,
             *WANDB,
         ],
     },

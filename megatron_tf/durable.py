@@ -1,8 +1,10 @@
-"""Files that exist whole or not at all: written under a temporary name, put on the disk, then renamed."""
+"""Files and folders that exist whole or not at all: written under a temporary name, put on the disk, then renamed."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -44,6 +46,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         with suppress(OSError):  # what went wrong first is what the caller has to know
             temporary.unlink()
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new, empty folder to fill; put its files on the disk and name it `path` on success, else delete it.
+
+    For a folder of files alone. FileExistsError when `path` exists, or what a killed run left under the temporary name.
+    """
+    temporary = partial_path(path)
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+        sync_folder(temporary)
+        os.rename(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

@@ -10,16 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_tf.config.schema import Activation, Model
 
-# projection within a block -> (the config's name of its token count, the official module's name)
+
+class Projection(NamedTuple):
+    """The names of one projection of a block: of its token count in the config, of its module in other formats."""
+
+    tokens: str
+    official: str
+    huggingface: str
+
+
 PROJECTIONS = {
-    "attention.query": ("qkv", "attention.query"),
-    "attention.key": ("qkv", "attention.key"),
-    "attention.value": ("qkv", "attention.value"),
-    "attention.proj": ("proj", "attention.proj"),
-    "ffn": ("ffn", "mlp"),
+    "attention.query": Projection("qkv", "attention.query", "self_attn.q_proj"),
+    "attention.key": Projection("qkv", "attention.key", "self_attn.k_proj"),
+    "attention.value": Projection("qkv", "attention.value", "self_attn.v_proj"),
+    "attention.proj": Projection("proj", "attention.proj", "self_attn.o_proj"),
+    "ffn": Projection("ffn", "mlp", "mlp"),
 }
 EMBEDDING = "embedding.weight"
 INITIAL_STD = 0.02  # of key tokens, of a transformer's qkv and up, and of the embedding
@@ -32,6 +41,7 @@ class ParameterSpec:
     `shape`: logical shape.  `sharded`: split along dim 0 over the tensor group, else replicated.
     `growable`: dim 0 counts parameter tokens.  `decayed`: weight decay applies.
     `std`, `mean`: of the normal initialiser; std 0 is a constant.
+    `transposed`: its Hugging Face tensor is [columns, rows], for it is the weight of a linear layer from the tokens.
     """
 
     name: str
@@ -41,7 +51,9 @@ class ParameterSpec:
     decayed: bool
     std: float
     mean: float
-    official_name: str  # "" for a transformer's, which the official code has not
+    official_name: str  # these two are "" for a transformer's, which neither format has
+    huggingface_name: str
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -59,9 +71,9 @@ def projection_tokens(model: Model) -> dict[str, int]:
         return {}
     counts = model.token_counts
     return {
-        f"blocks.{layer}.{projection}": getattr(counts, key)
+        f"blocks.{layer}.{name}": getattr(counts, projection.tokens)
         for layer in range(model.num_layers)
-        for projection, (key, _) in PROJECTIONS.items()
+        for name, projection in PROJECTIONS.items()
     }
 
 
@@ -80,7 +92,8 @@ def parameter_table(model: Model) -> dict[str, ParameterSpec]:
     d = model.hidden_size
     specs = [
         ParameterSpec(EMBEDDING, (model.vocab_size, d), sharded=True, growable=False, decayed=True,
-                      std=INITIAL_STD, mean=0.0, official_name="sequential.0.word_embeddings.weight")
+                      std=INITIAL_STD, mean=0.0, official_name="sequential.0.word_embeddings.weight",
+                      huggingface_name="model.embed_tokens.weight")
     ]  # fmt: skip
     block = _token_specs if model.architecture == "tokenformer" else _matrix_specs
     for layer in range(model.num_layers):
@@ -90,6 +103,7 @@ def parameter_table(model: Model) -> dict[str, ParameterSpec]:
             ParameterSpec(
                 f"final_norm.{name}", (d,), sharded=False, growable=False, decayed=False, std=0.0, mean=mean,
                 official_name=f"sequential.{model.num_layers + 3}.norm.{name}",
+                huggingface_name=f"model.norm.{name}",
             )
         )  # fmt: skip
     return {spec.name: spec for spec in specs}
@@ -102,13 +116,15 @@ def _output_std(model: Model) -> float:
 
 def _token_specs(model: Model, layer: int) -> Iterator[ParameterSpec]:
     """A tokenformer's block: key and value tokens [n, d] of every projection."""
-    for projection, (count, official) in PROJECTIONS.items():
-        tokens = getattr(model.token_counts, count)
+    for name, projection in PROJECTIONS.items():
+        tokens = getattr(model.token_counts, projection.tokens)
         for kind, std in (("key", INITIAL_STD), ("value", _output_std(model))):
             yield ParameterSpec(
-                f"blocks.{layer}.{projection}.{kind}_tokens", (tokens, model.hidden_size),
+                f"blocks.{layer}.{name}.{kind}_tokens", (tokens, model.hidden_size),
                 sharded=True, growable=True, decayed=True, std=std, mean=0.0,
-                official_name=f"sequential.{layer + 2}.{official}.{kind}_param_tokens",
+                official_name=f"sequential.{layer + 2}.{projection.official}.{kind}_param_tokens",
+                huggingface_name=f"model.layers.{layer}.{projection.huggingface}.{kind}s.weight",
+                transposed=kind == "value",
             )  # fmt: skip
 
 
@@ -131,7 +147,7 @@ def _matrix_specs(model: Model, layer: int) -> Iterator[ParameterSpec]:
     ):
         yield ParameterSpec(
             f"blocks.{layer}.{matrix}.weight", (rows, d),
-            sharded=True, growable=False, decayed=True, std=std, mean=0.0, official_name="",
+            sharded=True, growable=False, decayed=True, std=std, mean=0.0, official_name="", huggingface_name="",
         )  # fmt: skip
 
 

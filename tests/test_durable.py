@@ -6,7 +6,15 @@ import os
 
 import pytest
 
-from megatron_tf.durable import atomic_path, new_file, partial_path, prepare_output, publish, write_atomically
+from megatron_tf.durable import (
+    atomic_folder,
+    atomic_path,
+    new_file,
+    partial_path,
+    prepare_output,
+    publish,
+    write_atomically,
+)
 from megatron_tf.errors import UserError
 
 
@@ -90,3 +98,23 @@ def test_a_folder_that_is_read_only(tmp_path):
             prepare_output(tmp_path / "a")
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    with atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "x").write_text("x")
+        assert not (tmp_path / "a").exists()
+    assert os.listdir(tmp_path) == ["a"] and os.listdir(tmp_path / "a") == ["x"]
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "b") as temporary:
+        (temporary / "x").write_text("x")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_replaces_nothing(tmp_path):
+    (tmp_path / "a").mkdir()
+    partial_path(tmp_path / "b").mkdir()
+    for name in ("a", "b"):
+        with pytest.raises(FileExistsError, match="exists"), atomic_folder(tmp_path / name):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["a", "b.partial"]

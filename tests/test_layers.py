@@ -39,7 +39,7 @@ RESERVED = {
     "tensorboard": ("megatron_tf.telemetry.trackers",),
     "tiktoken": ("megatron_tf.data.tiktoken_files",),
     "torch.utils.tensorboard": ("megatron_tf.telemetry.trackers",),
-    "transformers": (),
+    "transformers": ("megatron_tf.convert.huggingface.verify",),
     "wandb": ("megatron_tf.telemetry.trackers",),
 }
 NO_TORCH = (
@@ -64,10 +64,13 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+# Goes into every export and runs there without us.
+REMOTE_CODE = PROJECT / "megatron_tf" / "convert" / "huggingface" / "remote_code"
 MODULES = {
     module_name(path): path
     for folder in ("megatron_tf", "launch", "tools")
     for path in (PROJECT / folder).rglob("*.py")
+    if path.parent != REMOTE_CODE
 }
 
 
@@ -129,6 +132,17 @@ def test_nothing_is_imported_from_above(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_reserved_packages(module):
     assert misplaced(module, IMPORTS[module]) == []
+
+
+def test_remote_code_needs_torch_and_transformers_alone():
+    files = list(REMOTE_CODE.glob("*.py"))
+    own = {f"from .{file.stem} import" for file in files}
+    for file in files:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        absolute = "\n".join(line for line in lines if not line.startswith(tuple(own)))
+        found = {name.split(".")[0] for name in imports_of(absolute)}
+        assert found <= {"__future__", "collections", "torch", "transformers"}, file
+    assert len(files) == 2
 
 
 def test_a_tool_imports_no_other_tool():

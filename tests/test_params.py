@@ -61,6 +61,15 @@ def test_official_names_are_distinct_and_count_from_the_embedding():
     assert table["final_norm.bias"].official_name == "sequential.5.norm.bias"
 
 
+def test_huggingface_names_are_distinct_and_values_are_transposed():
+    table = parameter_table(MODEL)
+    assert len({spec.huggingface_name for spec in table.values()}) == len(table)
+    assert table[EMBEDDING].huggingface_name == "model.embed_tokens.weight"
+    assert table["blocks.1.attention.proj.key_tokens"].huggingface_name == "model.layers.1.self_attn.o_proj.keys.weight"
+    assert table["blocks.0.ffn.value_tokens"].huggingface_name == "model.layers.0.mlp.values.weight"
+    assert {name.split(".")[-1] for name, spec in table.items() if spec.transposed} == {"value_tokens"}
+
+
 def test_scales():
     assert default_scale(9, "l2_norm_gelu") == default_scale(9, "gelu_l2_norm") == 3.0
     assert default_scale(9, "softmax") == 9.0

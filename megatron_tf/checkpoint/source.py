@@ -21,7 +21,7 @@ from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth.source import GrownSource, StateSource, copy_in_slices, growth_entry, growth_seed
 from megatron_tf.params import initial_scales, parameter_table
 
-__all__ = ["CheckpointSource", "StepZero", "InitialSource", "StateSource", "grow", "grown_source"]
+__all__ = ["CheckpointSource", "InitialSource", "StateSource", "StepZero", "WeightsSource", "grow", "grown_source"]
 
 
 class CheckpointSource:
@@ -73,6 +73,28 @@ class InitialSource:
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         copy_in_slices(lambda low, high: self.read(name, state, low, high), start, target)
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
+        return [(start, stop, 0)] if start < stop else []
+
+
+class WeightsSource:
+    """The state of weights that come from elsewhere: of any float type, in their logical shapes; moments and step
+    counts are 0."""
+
+    def __init__(self, weights: Mapping[str, Tensor], scales: Mapping[str, float]):
+        self._weights, self.scales = weights, scales
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        target = torch.empty(stop - start)
+        self.read_into(name, state, start, target)
+        return target
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        if state == WEIGHT:
+            target.copy_(self._weights[name].reshape(-1)[start : start + target.numel()])
+        else:
+            target.zero_()
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         return [(start, stop, 0)] if start < stop else []

@@ -23,7 +23,7 @@ from megatron_tf.checkpoint.manager import (
     clear_leftovers,
 )
 from megatron_tf.checkpoint.shards import ComputedTensor
-from megatron_tf.checkpoint.source import StepZero
+from megatron_tf.checkpoint.source import StepZero, WeightsSource
 from megatron_tf.checkpoint.writer import ComputedPiece, save_checkpoint
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError
@@ -104,6 +104,22 @@ def write_step_zero(
     except KeyboardInterrupt:  # many gigabytes that nobody would look for under a hidden name
         clear_leftovers(root)
         raise
+
+
+def write_weights(
+    root: Path,
+    model: Model,
+    weights: Mapping[str, Tensor],
+    scales: Mapping[str, float],
+    progress: Callable[[int, str], None],
+) -> Path:
+    """Write weights that were trained elsewhere as step 0 of a run of `model` under `root`; returns the checkpoint.
+
+    `weights`, of any float type, and τ in `scales` are by logical name; moments and step counts are 0, as of a fresh
+    model. See `write_step_zero` for the rest.
+    """
+    start = StepZero(WeightsSource(weights, scales), samples=0, tokens=0, growth_history=())
+    return write_step_zero(root, model, start, {}, progress)
 
 
 def _check_space(root: Path, model: Model) -> None:

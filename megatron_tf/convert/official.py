@@ -127,7 +127,7 @@ def stored_sizes(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int]]:
     yield "num_layers", (max(norms) - 1 if norms else max(blocks) + 1) - _FIRST_BLOCK
     yield "hidden_size", embedding[1]
     yield "vocab_size", embedding[0]
-    for kind, official in dict(PROJECTIONS.values()).items():
+    for kind, official in {p.tokens: p.official for p in PROJECTIONS.values()}.items():
         shape = shapes.get(f"sequential.{_FIRST_BLOCK}.{official}.key_param_tokens", ())
         if len(shape) != 2:
             raise CheckpointError(

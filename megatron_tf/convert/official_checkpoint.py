@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,9 +15,9 @@ from megatron_tf.checkpoint.architecture import stored_model, token_counts
 from megatron_tf.checkpoint.format import WEIGHT, folder_name
 from megatron_tf.checkpoint.manager import STEP_PREFIX
 from megatron_tf.checkpoint.reader import CheckpointReader
-from megatron_tf.checkpoint.source import StepZero
-from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder, write_step_zero
+from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder, write_weights
 from megatron_tf.config.schema import Model
+from megatron_tf.convert.agreement import TOLERANCES, Agreement, agreement
 from megatron_tf.convert.official import check_official, known_model, recorded_problems
 from megatron_tf.convert.official_files import WEIGHTS_NAME, OfficialWeights
 from megatron_tf.durable import atomic_path, prepare_output, sync_folder
@@ -27,9 +26,6 @@ from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.params import default_scale, initial_scales, parameter_table, projection_tokens
 
 _LOGITS = ("logits", "logits_fp32", "logits_fp64")
-# Rounding apart, of the largest logit: two orders of summation in fp32 differ by 1e-6 of it and half precision by 1e-2,
-# other heads, another rotary embedding or another activation by a third and more.
-_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 _FILE_OVERHEAD_BYTES = 2**20
 
 
@@ -70,40 +66,8 @@ def write_imported(root: Path, model: Model, weights: OfficialWeights, progress:
     Moments and step counts are 0, as of a fresh model, and τ is √n. `progress`: called with the bytes done so far and
     the tensor that is being written. Errors: CheckpointError, with nothing left behind.
     """
-    source = _OfficialSource(weights.tensors, model)
-    # Of a start's source only what every `StateSource` has is needed to write it.
-    start = StepZero(source, samples=0, tokens=0, growth_history=())
-    return write_step_zero(root, model, start, {}, progress)
-
-
-class _OfficialSource:
-    """The state of official weights as a `StateSource`, by logical name: moments and step counts are 0."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], model: Model):
-        self.scales: Mapping[str, float] = initial_scales(model)
-        self._weights = {name: tensors[spec.official_name].reshape(-1) for name, spec in parameter_table(model).items()}
-
-    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        target = torch.empty(stop - start)
-        self.read_into(name, state, start, target)
-        return target
-
-    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
-        if state == WEIGHT:
-            target.copy_(self._weights[name][start : start + target.numel()])
-        else:
-            target.zero_()
-
-    def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
-        return [(start, stop, 0)] if start < stop else []
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """`error`: largest difference of any logit.  `largest`: largest logit of the reference, without its sign."""
-
-    error: float
-    largest: float
+    tensors = {name: weights.tensors[spec.official_name] for name, spec in parameter_table(model).items()}
+    return write_weights(root, model, tensors, initial_scales(model), progress)
 
 
 @torch.no_grad()
@@ -118,14 +82,13 @@ def compare_logits(weights: OfficialWeights, model: Model, reference: Path) -> A
         network = TokenFormer(model)
     state = {name: weights.tensors[spec.official_name].float() for name, spec in parameter_table(model).items()}
     network.load_state_dict(state, assign=True)
-    largest = expected.abs().max().item()
-    error = (network.eval()(ids).double() - expected.double()).abs().max().item()
-    if not error <= _TOLERANCES[expected.dtype] * largest:
+    found = agreement(network.eval()(ids), expected)
+    if not found.holds:
         raise CheckpointError(
-            f"{reference}: its logits are other ones: they differ by {error:.3g}, and the largest is {largest:.3g}. "
-            "Either they are not of these weights, or the model's heads, activation or rotary settings are not theirs"
+            f"{reference}: its logits are other ones: {found}. Either they are not of these weights, or the model's "
+            "heads, activation or rotary settings are not theirs"
         )
-    return Agreement(error, largest)
+    return found
 
 
 def _read_reference(path: Path, model: Model) -> tuple[Tensor, Tensor]:
@@ -138,7 +101,7 @@ def _read_reference(path: Path, model: Model) -> tuple[Tensor, Tensor]:
             ids, logits = file.get_tensor("input_ids").long(), file.get_tensor(kept)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: is not a safetensors file ({error})") from error
-    if tuple(logits.shape) != (*ids.shape, model.vocab_size) or ids.dim() != 2 or logits.dtype not in _TOLERANCES:
+    if tuple(logits.shape) != (*ids.shape, model.vocab_size) or ids.dim() != 2 or logits.dtype not in TOLERANCES:
         raise CheckpointError(
             f"{path}: input_ids {list(ids.shape)} and {kept} {list(logits.shape)} are not [b, s] and "
             f"[b, s, {model.vocab_size}]"

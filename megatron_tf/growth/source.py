@@ -51,7 +51,7 @@ class StateSource(Protocol):
 
 def projection_kind(name: str) -> str:
     """ "blocks.3.attention.query" -> "qkv", a field of model.parameter_tokens."""
-    return PROJECTIONS[name.split(".", 2)[2]][0]
+    return PROJECTIONS[name.split(".", 2)[2]].tokens
 
 
 def copy_in_slices(read: Callable[[int, int], Tensor], start: int, target: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,38 +12,47 @@ from megatron_tf.errors import CheckpointError
 
 @torch.no_grad()
 def generate(
-    model: Callable[[Tensor], Tensor],
-    prompt: list[int],
+    model: Callable[[Tensor, Tensor], Tensor],
+    prompts: Sequence[Sequence[int]],
     *,
     num_tokens: int,
     context: int,
     end: int | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
-    generator: torch.Generator | None = None,
-) -> Iterator[int]:
-    """Yields up to `num_tokens` new ids after `prompt`, stopping before `end`.
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[list[int | None]]:
+    """Yields, up to `num_tokens` times, the next id of each prompt; None for one that has come to `end`.
 
-    model: ids [1, s] -> logits [1, s, vocab]; it sees the last `context` ids. `temperature` 0 is greedy;
-    `top_k` 0 samples from the whole vocabulary. Every step computes the whole context again.
+    model: (ids [b, s], padding [b]) -> logits [b, vocab] after the last id, see `CachedModel`; it sees the last
+    `context` ids of each row. `temperature` 0 is greedy. Sampled from are the `top_k` likeliest tokens (0: all), and of
+    these the fewest that have `top_p` of the probability. A row depends on its prompt, `seed` and its number alone.
     CheckpointError when the logits are not finite: the model is of a training that diverged.
     """
-    assert prompt and temperature >= 0 and top_k >= 0
-    ids = list(prompt)
+    assert prompts and all(prompts) and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+    generators = [torch.Generator().manual_seed((seed + row) % 2**63) for row in range(len(prompts))]
+    ended = [False] * len(prompts)
     for _ in range(num_tokens):
-        logits = model(torch.tensor([ids[-context:]]))[0, -1].double()
+        fallen = max(ids.shape[1] - context, 0)
+        logits = model(ids[:, fallen:], (padding - fallen).clamp(min=0)).double()
         if not logits.isfinite().all():
             raise CheckpointError(
-                f"the model's logits after {len(ids)} tokens are not finite: its training diverged. Use an earlier checkpoint."
+                f"the model's logits after {ids.shape[1]} tokens are not finite: its training diverged. Use an earlier "
+                "checkpoint."
             )
-        token = _pick(logits, temperature, top_k, generator)
-        if token == end:
+        picked = [_pick(row, temperature, top_k, top_p, random) for row, random in zip(logits, generators)]
+        ended = [done or token == end for done, token in zip(ended, picked)]
+        if all(ended):
             return
-        ids.append(token)
-        yield token
+        ids = torch.cat((ids, torch.tensor(picked)[:, None]), 1)
+        yield [None if done else token for done, token in zip(ended, picked)]
 
 
-def _pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> int:
+def _pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
     if top_k:
@@ -51,4 +60,8 @@ def _pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Gener
         logits = torch.full_like(logits, -torch.inf).scatter(0, kept.indices, kept.values)
     # The largest is 0 after the subtraction, so that no temperature, however small, makes an infinity of it.
     weights = torch.softmax((logits - logits.max()) / temperature, 0)
+    if top_p < 1:
+        likeliest, order = weights.sort(descending=True, stable=True)
+        before = likeliest.cumsum(0) - likeliest
+        weights = weights.index_fill(0, order[before >= top_p], 0.0)
     return int(torch.multinomial(weights, 1, generator=generator))

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.parallel.vocab import partial_embedding
-from megatron_tf.params import default_scale, shard_range
+from megatron_tf.params import INITIAL_STD, default_scale, shard_range
 
 
 class TensorParallel:
@@ -76,7 +76,7 @@ class Pattention(nn.Module):
         self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out))
         self.scale = default_scale(num_tokens, activation) if scale is None else scale
         self.activation, self.group = activation, group
-        nn.init.normal_(self.key_tokens, std=0.02)
+        nn.init.normal_(self.key_tokens, std=INITIAL_STD)
         nn.init.normal_(self.value_tokens, std=1 / d_out**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,6 +108,7 @@ class Embedding(nn.Module):
         self.tensor = tensor
         self.start, stop = shard_range(model.vocab_size, tensor.group.size, tensor.group.rank)
         self.weight = nn.Parameter(torch.empty(stop - self.start, model.hidden_size))
+        nn.init.normal_(self.weight, std=INITIAL_STD)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [b, s] -> hidden between layers."""
@@ -127,6 +128,7 @@ class Attention(nn.Module, ABC):
         self.head_dim = model.hidden_size // model.num_attention_heads
         self.rotary_channels = int(self.head_dim * model.rotary_fraction)
         self.rotary_base = model.rotary_base
+        self.attend: Callable[..., Tensor] = causal_attention  # generation puts attention over its cache here
 
     @abstractmethod
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +140,7 @@ class Attention(nn.Module, ABC):
 
     def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         query, key, value = self.split(self.tensor.enter(hidden))
-        out = causal_attention(query, key, value, self.rotary_channels, self.rotary_base, documents)
+        out = self.attend(query, key, value, self.rotary_channels, self.rotary_base, documents)
         return self.tensor.leave(self.join(out))
 
 

@@ -14,12 +14,11 @@ LOGITS = torch.tensor([0.0, 3.0, 2.0, -50.0])
 
 
 def constant(logits):
-    return lambda ids: logits.expand(1, ids.shape[1], -1)
+    return lambda ids, padding: logits.expand(ids.shape[0], -1)
 
 
 def sample(count=200, logits=LOGITS, **options):
-    generator = torch.Generator().manual_seed(0)
-    return list(generate(constant(logits), [0], num_tokens=count, context=4, generator=generator, **options))
+    return [token for (token,) in generate(constant(logits), [[0]], num_tokens=count, context=4, **options)]
 
 
 def test_greedy_takes_the_likeliest():
@@ -45,15 +44,46 @@ def test_top_k(top_k, kept):
     assert set(sample(400, temperature=100.0, top_k=top_k)) == kept
 
 
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(1e-9, {1}), (0.4, {1}), (0.6, {1, 2}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})]
+)
+def test_top_p(top_p, kept):
+    """Shares of 0.5, 0.3, 0.15 and 0.05: the fewest tokens that reach top_p, the one that crosses it included."""
+    logits = torch.tensor([0.15, 0.5, 0.3, 0.05]).log()
+    assert set(sample(400, logits, temperature=1.0, top_p=top_p)) == kept
+
+
+def test_top_p_is_a_share_of_what_top_k_leaves():
+    logits = torch.tensor([0.3, 0.4, 0.3]).log()  # the first two have all of it, the likeliest 0.57
+    assert set(sample(400, logits, temperature=1.0, top_k=2, top_p=0.5)) == {1}
+
+
+def test_each_row_has_draws_of_its_own():
+    alone = sample(50, temperature=1.0, seed=4)
+    together = list(generate(constant(LOGITS), [[0], [0], [0]], num_tokens=50, context=4, temperature=1.0, seed=3))
+    rows = [list(row) for row in zip(*together)]
+    assert rows[1] == alone and rows[0] != rows[1] != rows[2]
+
+
+def count_up(seen):
+    def model(ids, padding):
+        seen.append([row[pad:].tolist() for row, pad in zip(ids, padding)])
+        return torch.nn.functional.one_hot(ids[:, -1] + 1, 20).float()
+
+    return model
+
+
 def test_the_model_sees_the_last_ids_only_and_the_end_is_not_given():
     seen = []
+    assert list(generate(count_up(seen), [[1, 2, 3]], num_tokens=50, context=2, end=7)) == [[4], [5], [6]]
+    assert seen == [[[2, 3]], [[3, 4]], [[4, 5]], [[5, 6]]]
 
-    def count_up(ids):
-        seen.append(ids[0].tolist())
-        return torch.nn.functional.one_hot(ids + 1, 10).float()
 
-    assert list(generate(count_up, [1, 2, 3], num_tokens=50, context=2, end=7)) == [4, 5, 6]
-    assert seen == [[2, 3], [3, 4], [4, 5], [5, 6]]
+def test_rows_of_different_lengths_end_when_they_end():
+    seen = []
+    found = list(generate(count_up(seen), [[5], [1, 2, 3]], num_tokens=50, context=3, end=7))
+    assert found == [[6, 4], [None, 5], [None, 6]]
+    assert seen[:3] == [[[5], [1, 2, 3]], [[5, 6], [2, 3, 4]], [[5, 6, 7], [3, 4, 5]]]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

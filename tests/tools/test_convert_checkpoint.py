@@ -7,10 +7,15 @@ import pytest
 import torch
 from launching import PROJECT, run, train
 from prepared import write_tokens
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from tooling import assert_refused, tool
 
+from megatron_tf.checkpoint.compare import compare
 from megatron_tf.checkpoint.load import load_logical
 from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.data.bpe import train_bpe
 from megatron_tf.inference.load import load_model
 
 GOLDEN = PROJECT / "tests" / "golden"
@@ -130,3 +135,38 @@ def test_an_imported_model_is_trained_on_and_grown(folder, tmp_path):
     grown = open_checkpoint(tmp_path / "grown" / "checkpoints" / "step_00000000")
     out = tool("convert_checkpoint", "to-official", grown.path, "--to", tmp_path / "out.bin")
     assert_refused(out, "blocks.0.ffn: τ 12.6491, the official code takes 13.0384")
+
+
+def test_to_transformers_and_back_again(folder, tmp_path):
+    out, tokenizer = tmp_path / "out", tmp_path / "tokenizer.json"
+    done = tool("convert_checkpoint", "to-hf", folder / "run", "--to", out, "--dry-run")
+    assert done.returncode == 0 and "dry run" in done.stdout and not out.exists(), done.stderr
+    assert "tokenizer   none: no config.yml with data.tokenizer" in done.stdout
+    words = {word: number for number, word in enumerate(("<|endoftext|>", "?", "the", "of", "a", "is", "class"))}
+    small = Tokenizer(WordLevel(words, unk_token="?"))  # bytes alone would be more than the golden model's vocabulary
+    small.pre_tokenizer = Whitespace()
+    small.save(str(tokenizer))
+    done = tool("convert_checkpoint", "to-hf", folder / "run", "--to", out, "--tokenizer", tokenizer)
+    assert done.returncode == 0 and "on text: logits differ by" in done.stdout, done.stdout + done.stderr
+    done = tool("convert_checkpoint", "from-hf", out, "--to", tmp_path / "back")
+    assert done.returncode == 0 and f"run.dir={tmp_path}/back" in done.stdout, done.stdout + done.stderr
+    there, back = (
+        open_checkpoint(path / "checkpoints" / "step_00000000") for path in (folder / "run", tmp_path / "back")
+    )
+    back.verify()
+    assert [difference for difference in compare(there, back) if not difference.equal] == []
+    assert (back.index.model, back.index.scales) == (there.index.model, there.index.scales)
+    assert_refused(tool("convert_checkpoint", "to-hf", folder / "run", "--to", out), "exists already. Nothing is")
+    assert_refused(tool("convert_checkpoint", "from-hf", out, "--to", tmp_path / "back"), "holds step_00000000 already")
+
+
+def test_an_export_that_cannot_be_leaves_nothing(folder, tmp_path):
+    train_bpe([" ".join(map(str, range(1000)))], 300, tmp_path / "other.json")
+    done = tool("convert_checkpoint", "to-hf", folder / "run", "--to", tmp_path / "out", "--tokenizer",
+                tmp_path / "other.json")  # fmt: skip
+    assert done.returncode == 2 and "tokens, the model's vocabulary 128" in done.stderr, done.stderr
+    done = tool("convert_checkpoint", "to-hf", folder / "run", "--to", tmp_path / "out", largest_file=100_000)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "File too large" in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+    done = tool("convert_checkpoint", "from-hf", folder / "run", "--to", tmp_path / "new")
+    assert_refused(done, "config.json: No such file or directory. Give a folder that was exported by to-hf")

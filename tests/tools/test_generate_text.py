@@ -14,7 +14,10 @@ from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import Model
+from megatron_tf.convert.huggingface.export import ExportedTokenizer, write_export
 from megatron_tf.data.bpe import train_bpe
+from megatron_tf.data.tokenizer import load_tokenizer
+from megatron_tf.inference.load import load_model
 from megatron_tf.params import parameter_table
 
 SHAPE = {
@@ -87,6 +90,29 @@ def test_prompts_are_continued(generate_text, prompt):
         assert generate_text("--seed", "5").stdout != done.stdout
 
 
+def test_several_prompts_are_written_together(generate_text, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the cat\n\nthe cat sat on the mat\n")
+    done = generate_text("--prompts", tmp_path / "prompts.txt", "--temperature", 0)
+    assert done.returncode == 0, done.stderr
+    alone = [
+        generate_text("--prompt", text, "--temperature", 0).stdout for text in ("the cat", "", "the cat sat on the mat")
+    ]
+    assert done.stdout == "".join(f"--- {number} of 3\n{text}" for number, text in enumerate(alone, 1))
+    assert generate_text("--prompt", "the cat", "--prompt", "", "--temperature", 0).stdout.count("---") == 2
+
+
+def test_top_p(generate_text):
+    likeliest = generate_text("--prompt", "the", "--temperature", 0).stdout
+    assert generate_text("--prompt", "the", "--top-p", "1e-9").stdout == likeliest
+
+
+def test_an_export_writes_what_its_checkpoint_does(folder, command, generate_text, tmp_path):
+    network, file = load_model(folder / "run"), folder / "fits.json"
+    write_export(tmp_path / "out", network, ExportedTokenizer(load_tokenizer(file), file))
+    done = command(tmp_path / "out", "--tokens", 4, "--prompt", "the cat")
+    assert done.returncode == 0 and done.stdout == generate_text("--prompt", "the cat").stdout, done.stderr
+
+
 def test_extreme_temperatures(generate_text):
     greedy = generate_text("--temperature", "0", "--prompt", "the")
     assert greedy.returncode == 0
@@ -101,6 +127,9 @@ BAD = {
     "negative top-k": (["--top-k", "-1"], "--top-k is -1. Choose 0 (all tokens) or more"),
     "no tokens": (["--tokens", "0"], "--tokens is 0. Choose 1 to 1000000"),
     "too many tokens": (["--tokens", str(10**12)], "--tokens is 1000000000000. Choose 1 to"),
+    "top-p": (["--top-p", "0"], "--top-p is 0.0. Choose a number above 0, up to 1"),
+    "two kinds of prompts": (["--prompts", "x", "--prompt", "x"], "--prompt and --prompts are both given"),
+    "no file of prompts": (["--prompts", "none.txt"], "none.txt: No such file"),
     "seed": (["--seed", str(2**64)], f"--seed is {2**64}. Choose 0 to"),
     "prompt": (["--prompt", os.fsdecode(b"ab\xff")], "--prompt is not UTF-8 at character 2"),
     "suffix": (["--tokenizer", "x"], "x: unknown kind of tokenizer"),

@@ -1,0 +1,114 @@
+"""A trained model as a folder that transformers and vLLM load: weights, configuration, tokenizer, and its own code.
+
+| file | content |
+|---|---|
+| model.safetensors | fp32 weights under their Hugging Face names; value tokens transposed, as linear layers have them |
+| config.json | the architecture, and τ of every projection |
+| generation_config.json | the token that ends a text, when the tokenizer is known |
+| configuration_tokenformer.py, modeling_tokenformer.py | the model for transformers; needs torch and transformers alone |
+| tokenizer.json, tokenizer_config.json | the tokenizer, when it is a Hugging Face tokenizers file |
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from megatron_tf.convert.agreement import Agreement
+from megatron_tf.convert.huggingface.configuration import (
+    CONFIGURATION_CODE,
+    MODELING_CODE,
+    huggingface_config,
+    special_tokens,
+)
+from megatron_tf.convert.huggingface.verify import verify_export
+from megatron_tf.data.tokenizer import Tokenizer
+from megatron_tf.durable import atomic_folder, partial_path, prepare_output
+from megatron_tf.errors import CheckpointError, file_errors
+from megatron_tf.estimate import num_parameters
+from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.params import parameter_table
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+TOKENIZER_NAME = "tokenizer.json"
+_FILE_OVERHEAD_BYTES = 64 * 2**20  # tokenizer, code, headers
+
+
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """`file`: the tokenizers file to put into the export; None when it is of another kind, which stays out."""
+
+    tokenizer: Tokenizer
+    file: Path | None
+
+
+def check_target(path: Path) -> None:
+    """Create the folder that the export `path` will stand in. UserError when it cannot go there."""
+    for folder in (path, partial_path(path)):
+        if folder.exists():
+            left = " (left behind by an export that was cut off, if nobody else made it)" if folder != path else ""
+            raise CheckpointError(
+                f"{folder}: exists already{left}. Nothing is overwritten: remove it, or give another folder"
+            )
+    prepare_output(path)
+
+
+def write_export(path: Path, network: TokenFormer, tokenizer: ExportedTokenizer | None) -> dict[str, Agreement]:
+    """Write `network`, load the result as a user would, and compare; returns the agreement on each sample.
+
+    Errors: CheckpointError, with nothing left behind, also when what transformers computes is not what `network` does.
+    """
+    needed = 4 * num_parameters(network.config) + _FILE_OVERHEAD_BYTES
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise CheckpointError(f"{path}: the export takes {needed:,} bytes, and {free:,} are free there. Make room")
+    with file_errors(CheckpointError, path, "Nothing was written."), atomic_folder(path) as folder:
+        _write_configuration(folder, network, tokenizer)
+        _write_weights(folder, network)
+        return verify_export(folder, network, tokenizer.tokenizer if tokenizer and tokenizer.file else None)
+
+
+def _write_configuration(folder: Path, network: TokenFormer, exported: ExportedTokenizer | None) -> None:
+    eod_id = exported.tokenizer.eod_id if exported else None
+    _write_json(folder / CONFIG_NAME, huggingface_config(network.config, network.scales, eod_id))
+    _write_json(folder / "generation_config.json", special_tokens(eod_id))
+    for name in (CONFIGURATION_CODE, MODELING_CODE):
+        code = resources.files("megatron_tf.convert.huggingface") / "remote_code" / name
+        (folder / name).write_bytes(code.read_bytes())
+    if exported and exported.file:
+        shutil.copyfile(exported.file, folder / TOKENIZER_NAME)
+        end = exported.tokenizer.decode([exported.tokenizer.eod_id])
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": network.config.seq_length,
+            "padding_side": "left",  # a text is continued at its end
+            "clean_up_tokenization_spaces": False,
+            "bos_token": end,
+            "eos_token": end,
+            "pad_token": end,
+        }
+        _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_weights(folder: Path, network: TokenFormer) -> None:
+    state = network.state_dict()
+    tensors = {
+        spec.huggingface_name: (state[name].mT if spec.transposed else state[name]).contiguous()
+        for name, spec in parameter_table(network.config).items()
+    }
+    try:
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    except SafetensorError as error:  # its one kind of error for all that a disk can say
+        raise CheckpointError(f"{folder / WEIGHTS_NAME}: {error}. Nothing was written.") from error
+    shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)  # the library's files are for their owner alone
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

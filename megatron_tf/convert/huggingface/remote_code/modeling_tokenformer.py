@@ -1,0 +1,263 @@
+"""A TokenFormer for transformers: a decoder whose projections attend to learnable parameter tokens.
+
+    Pattention:  A = X Kᵀ,   S = θ(A),   out = S V        K [n, d_in] key tokens, V [n, d_out] value tokens
+
+`keys` and `values` of a Pattention are linear layers without bias (weights K and Vᵀ), because tensor parallelism,
+quantisation, LoRA and vLLM all act on linear layers. Hidden states are [batch, sequence, hidden].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_tokenformer import PROJECTIONS, TokenFormerConfig
+
+
+class Pattention(nn.Module):
+    """One projection: [..., hidden] -> [..., hidden] by attention to its parameter tokens."""
+
+    def __init__(self, config: TokenFormerConfig, layer_idx: int, name: str):
+        super().__init__()
+        tokens = config.parameter_tokens[PROJECTIONS[name]]
+        self.keys = nn.Linear(config.hidden_size, tokens, bias=False)
+        self.values = nn.Linear(tokens, config.hidden_size, bias=False)
+        self.scale = config.scales[layer_idx][name]
+        self.activation = config.activation
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.values(self.weigh(self.keys(hidden_states)))
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        """θ over the last dimension, the parameter tokens. Sums over tokens are at least fp32."""
+        precise = torch.promote_types(scores.dtype, torch.float32)
+        if self.activation == "softmax":
+            return (torch.softmax(scores, -1, dtype=precise) * self.scale).to(scores.dtype)
+        if self.activation == "gelu_l2_norm":
+            return self.normalise(F.gelu(scores), precise)
+        return F.gelu(self.normalise(scores, precise))
+
+    def normalise(self, scores: Tensor, precise: torch.dtype) -> Tensor:
+        """scores · τ/‖scores‖₂, and 0 where a whole row is 0."""
+        norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=precise)
+        return scores * torch.where(norm > 0, self.scale / norm, 0).to(scores.dtype)
+
+
+def rotary_tables(config: TokenFormerConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [batch, 1, sequence, rotated channels], fp32 whatever the model's type.
+
+    Channel j of a head is paired with j + channels/2; angle = position · base^(−2j/channels).
+    """
+    channels = int(config.hidden_size // config.num_attention_heads * config.rotary_fraction)
+    exponent = torch.arange(0, channels, 2, device=position_ids.device, dtype=torch.float32) / channels
+    angles = position_ids[:, None, :, None].float() * (1.0 / config.rotary_base**exponent)
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first channels of every head; states [batch, heads, sequence, head channels]."""
+    channels = cos.shape[-1]
+    turned, kept = states[..., :channels], states[..., channels:]
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos + torch.cat((-second, first), -1) * sin
+    return torch.cat((turned.to(states.dtype), kept), -1)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention that also gives its weights. The mask is added to the scores."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class TokenFormerAttention(nn.Module):
+    """Causal self-attention; its four projections are Pattentions."""
+
+    def __init__(self, config: TokenFormerConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.q_proj = Pattention(config, layer_idx, "q_proj")
+        self.k_proj = Pattention(config, layer_idx, "k_proj")
+        self.v_proj = Pattention(config, layer_idx, "v_proj")
+        self.o_proj = Pattention(config, layer_idx, "o_proj")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # under tensor parallelism this rank's heads only
+        query = apply_rotary(self.q_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
+        key = apply_rotary(self.k_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        # vLLM reads this source: one call to a local that comes from get_interface is what it replaces by its own.
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        return self.o_proj(output.reshape(*shape[:-2], -1).contiguous()), weights
+
+
+class TokenFormerLayer(GradientCheckpointingLayer):
+    """x += attention(LN(x)); x += Pattention(LN(x)). The norms have no weight."""
+
+    def __init__(self, config: TokenFormerConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
+        self.self_attn = TokenFormerAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(
+            config.hidden_size, config.layer_norm_eps, elementwise_affine=False
+        )
+        self.mlp = Pattention(config, layer_idx, "mlp")
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class TokenFormerPreTrainedModel(PreTrainedModel):
+    config_class = TokenFormerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TokenFormerLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": TokenFormerLayer, "attentions": TokenFormerAttention}
+
+
+class TokenFormerModel(TokenFormerPreTrainedModel):
+    """Token ids, or their embeddings, to hidden states after the final norm."""
+
+    def __init__(self, config: TokenFormerConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TokenFormerLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = rotary_tables(self.config, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
+    """The language model; its head is the embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: TokenFormerConfig):
+        super().__init__(config)
+        self.model = TokenFormerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """`labels`: [batch, sequence], the input ids again; -100 is left out of the loss."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

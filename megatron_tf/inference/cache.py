@@ -1,0 +1,126 @@
+"""Generation without computing the past again: keys and values of what the model has seen are kept.
+
+| tensor | shape |
+|---|---|
+| new query, key, value | [s, b, heads, head_dim], as everywhere in the model |
+| kept keys, values | [b, heads, capacity, head_dim], of which `length` positions are in use; keys are rotated already |
+
+Rows of a batch are padded on the left to one length. A rotary embedding sees differences of positions only, so a row's
+positions may begin anywhere, and padding costs nothing but the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_tf.model.attention import Documents, apply_rotary, causal_attention, rotary_tables
+from megatron_tf.model.layers import Attention
+from megatron_tf.model.tokenformer import TokenFormer
+
+_CAPACITY_STEP = 256  # positions that room is made for at once
+_TABLE_STEP = 1024  # positions of a table of angles, so that few are made
+
+
+class CachedModel:
+    """(ids [b, s], padding [b]) -> logits [b, vocab] after the last id of each row.
+
+    `padding`: how many ids at the beginning of each row are none. When a call brings the ids of the call before and
+    some more, only these are computed, and the logits are those of the whole computation, to rounding; after any other
+    change, such as ids that fell out at the beginning, all of them are.
+    """
+
+    def __init__(self, model: TokenFormer):
+        self._model = model
+        self._layers: list[LayerCache] = []
+        self._ids, self._padding = torch.empty(0, 0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, padding: Tensor) -> Tensor:
+        known = self._ids.shape[1]
+        if not (
+            ids.shape[0] == self._ids.shape[0]
+            and ids.shape[1] > known
+            and torch.equal(ids[:, :known], self._ids)
+            and torch.equal(padding, self._padding)
+        ):
+            known = 0
+            self._layers = [LayerCache(padding) for _ in self._model.blocks]
+        self._ids, self._padding = ids.clone(), padding.clone()
+        with self._attached():
+            hidden = self._model.embedding(ids[:, known:])
+            for block in self._model.blocks:
+                hidden = block(hidden)
+        return self._model.embedding.logits(self._model.final_norm(hidden[-1:]))[0]
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        """The model's attention goes through the caches in the block, and is as it was afterwards."""
+        attentions = [module for module in self._model.modules() if isinstance(module, Attention)]
+        try:
+            for attention, layer in zip(attentions, self._layers):
+                attention.attend = layer.attend
+            yield
+        finally:
+            for attention in attentions:
+                attention.attend = causal_attention
+
+
+class LayerCache:
+    """Keys and values of one layer, and attention over them."""
+
+    def __init__(self, padding: Tensor):
+        self._padding = padding
+        self._length = 0
+        self._keys = self._values = torch.empty(0)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        channels: int,
+        base: float,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """As `causal_attention`, for positions that follow the kept ones; keeps theirs too. A row is one document."""
+        assert documents is None
+        start, stop = self._length, self._length + query.shape[0]
+        if channels:
+            length = -(-stop // _TABLE_STEP) * _TABLE_STEP
+            cos, sin = (table[start:stop] for table in rotary_tables(length, channels, base, query.device))
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        keys, values = self._extended(key, value)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask(start, stop, query.device))
+        return out.permute(2, 0, 1, 3).flatten(-2)
+
+    def _extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values, the new ones [b, heads, s, head_dim] appended."""
+        start, stop = self._length, self._length + key.shape[2]
+        if start == 0:
+            self._keys, self._values = key[:, :, :0], value[:, :, :0]
+        if stop > self._keys.shape[2]:
+            room = stop + _CAPACITY_STEP - self._keys.shape[2]
+            self._keys, self._values = (
+                torch.cat((kept, kept.new_zeros(*kept.shape[:2], room, kept.shape[3])), 2)
+                for kept in (self._keys, self._values)
+            )
+        self._keys[:, :, start:stop], self._values[:, :, start:stop] = key, value
+        self._length = stop
+        return self._keys[:, :, :stop], self._values[:, :, :stop]
+
+    def _mask(self, start: int, stop: int, device: torch.device) -> Tensor | None:
+        """Which keys [0, stop) the queries [start, stop) see: [b, 1, queries, keys]; None is all.
+
+        Padding sees itself, because a row of a softmax over nothing is no number, and would spread.
+        """
+        if stop - start == 1 and not self._padding.any():
+            return None
+        queries, keys = torch.arange(start, stop, device=device)[:, None], torch.arange(stop, device=device)
+        real = keys >= self._padding.to(device)[:, None, None, None]
+        return (keys <= queries) & real | (keys == queries)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+from importlib import metadata
+
+import pytest
+from safetensors.torch import load_file
+
+from megatron_tf.convert.huggingface import configuration, export, verify
+from megatron_tf.convert.huggingface.export import ExportedTokenizer, check_target, write_export
+from megatron_tf.data.bpe import train_bpe
+from megatron_tf.data.tokenizer import ByteTokenizer, load_tokenizer
+from megatron_tf.errors import CheckpointError, UserError
+from megatron_tf.params import parameter_table
+
+MODEL_FILES = ["config.json", "configuration_tokenformer.py", "generation_config.json", "model.safetensors",
+               "modeling_tokenformer.py"]  # fmt: skip
+
+
+def test_the_folder_holds_what_transformers_wants(folder, network, tokenizer_file):
+    assert sorted(p.name for p in folder.iterdir()) == [*MODEL_FILES, "tokenizer.json", "tokenizer_config.json"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    config = json.loads((folder / "config.json").read_text())
+    assert config["scales"][1]["mlp"] == network.scales["blocks.1.ffn"]
+    assert config["scales"][0]["o_proj"] == network.scales["blocks.0.attention.proj"]
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    end = load_tokenizer(tokenizer_file).eod_id
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == end
+    assert set(load_file(folder / "model.safetensors")) == {
+        spec.huggingface_name for spec in parameter_table(network.config).values()
+    }
+
+
+def test_another_kind_of_tokenizer_stays_out(network, tmp_path):
+    found = write_export(tmp_path / "out", network, ExportedTokenizer(ByteTokenizer(), None))
+    assert set(found) == {"random tokens"}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == MODEL_FILES
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == ByteTokenizer.eod_id
+
+
+def test_what_computes_something_else_gets_no_name(network, tmp_path, monkeypatch):
+    def other_scale(model, scales, eod_id):
+        return configuration.huggingface_config(model, {**scales, "blocks.1.attention.key": 6.0}, eod_id)
+
+    monkeypatch.setattr(export, "huggingface_config", other_scale)
+    with pytest.raises(CheckpointError, match="computes another function .* on random tokens"):
+        write_export(tmp_path / "out", network, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_training_diverged_is_refused(network_of, tmp_path):
+    network = network_of()
+    network.blocks[1].ffn.value_tokens.data[0] = 1e38
+    with pytest.raises(CheckpointError, match="own logits are not finite: its training diverged"):
+        write_export(tmp_path / "out", network, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_is_not_the_one_of_the_training_is_refused(network, tokenizer_file, tmp_path):
+    train_bpe(["another text " * 30], 270, tmp_path / "other.json")
+    exported = ExportedTokenizer(load_tokenizer(tokenizer_file), tmp_path / "other.json")
+    with pytest.raises(CheckpointError, match="other tokens for English text"):
+        write_export(tmp_path / "out", network, exported)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+
+
+def test_nothing_is_overwritten(tmp_path):
+    check_target(tmp_path / "new" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    (tmp_path / "cut.partial").mkdir()
+    for name, message in (("new", "new: exists already. Nothing"), ("cut", "cut.partial: exists already .left behind")):
+        with pytest.raises(CheckpointError, match=message):
+            check_target(tmp_path / name)
+
+
+def test_transformers_of_the_right_version_is_needed(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "4.57.1")
+    with pytest.raises(UserError, match="transformers is 4.57.1.*pip install 'transformers>=5.16,<6'"):
+        verify.require_transformers()
+    monkeypatch.setattr(metadata, "version", lambda name: "5.16.0")
+    assert verify.require_transformers() == "5.16.0"
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(UserError, match="transformers is not installed.*pip install"):
+        verify.require_transformers()

@@ -1,0 +1,186 @@
+"""What users do with an export in transformers, and that nothing of this project is needed for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import spawn
+from safetensors.torch import save_file
+
+from megatron_tf.convert.huggingface.export import write_export
+
+GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+
+
+def load(folder: Path, **options):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def exported(folder):
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(320, (2, 20), generator=torch.Generator().manual_seed(5))
+
+
+ALONE = """
+import sys
+class Away:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "megatron_tf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Away())
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, reference = sys.argv[1:]
+reference = load_file(reference)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    torch.testing.assert_close(model(reference["ids"]).logits, reference["logits"], rtol=0, atol=2e-4)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+out = model.generate(**tokenizer("the cat", return_tensors="pt"), max_new_tokens=4)
+print("generated", out.shape[1] > 2)
+"""
+
+
+def test_without_this_project(folder, network, ids, tmp_path):
+    with torch.no_grad():
+        save_file({"ids": ids, "logits": network(ids).contiguous()}, tmp_path / "reference.safetensors")
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, folder, tmp_path / "reference.safetensors"],
+        cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "generated True" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation": "gelu_l2_norm"},
+        {"activation": "softmax"},
+        {"rotary_fraction": 0.0, "norm_eps": 1e-3},
+        {"rotary_fraction": 1.0, "rotary_base": 500.0},
+    ],
+    ids=str,
+)
+def test_every_kind_of_model(network_of, tmp_path, changes):
+    """`write_export` compares logits."""
+    (agreement,) = write_export(tmp_path / "out", network_of(**changes), None).values()
+    assert agreement.largest > 1
+
+
+def test_a_row_of_zero_scores_is_finite(exported):
+    layer = exported.model.layers[0].mlp
+    assert torch.equal(layer(torch.zeros(1, 3, 64)), torch.zeros(1, 3, 64))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_and_padding(folder, network, tokenizer, ids, attention):
+    model = load(folder, attn_implementation=attention)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, network(ids), rtol=0, atol=2e-4)
+        batch = tokenizer(["the cat sat on the mat", "the"], return_tensors="pt", padding=True)
+        assert batch["attention_mask"][1, 0] == 0  # padded on the left
+        alone = model(**tokenizer("the", return_tensors="pt")).logits[0, -1]
+        torch.testing.assert_close(model(**batch).logits[1, -1], alone, rtol=0, atol=2e-4)
+
+
+@pytest.mark.slow  # the kernel is compiled
+def test_flex_attention(folder, network, ids):
+    with torch.no_grad():
+        logits = load(folder, attn_implementation="flex_attention")(ids).logits
+        torch.testing.assert_close(logits, network(ids), rtol=0, atol=2e-4)
+
+
+def test_generation_with_caches_and_beams(exported, network, tokenizer):
+    batch = tokenizer(["the cat sat on the mat", "the"], return_tensors="pt", padding=True)
+    plain = exported.generate(**batch, use_cache=False, **GREEDY)
+    assert len(set(plain[:, -12:].flatten().tolist())) > 3  # else agreement would say little
+    assert torch.equal(exported.generate(**batch, **GREEDY), plain)
+    assert torch.equal(exported.generate(**batch, cache_implementation="static", **GREEDY), plain)
+    beams = exported.generate(**batch, num_beams=3, **GREEDY)
+    assert torch.equal(exported.generate(**batch, num_beams=3, use_cache=False, **GREEDY), beams)
+    ids = batch["input_ids"][:1]
+    for _ in range(12):
+        ids = torch.cat((ids, network(ids)[:, -1:].argmax(-1)), 1)
+    assert torch.equal(ids, plain[:1])
+
+
+def test_what_is_asked_for_beside_logits(folder, ids):
+    out = load(folder, attn_implementation="eager")(ids, output_hidden_states=True, output_attentions=True)
+    assert [tuple(hidden.shape) for hidden in out.hidden_states] == [(2, 20, 64)] * 3
+    assert [tuple(weights.shape) for weights in out.attentions] == [(2, 2, 20, 20)] * 2
+    model = load(folder)
+    embedded = model(inputs_embeds=model.get_input_embeddings()(ids), logits_to_keep=1).logits
+    torch.testing.assert_close(embedded, model(ids).logits[:, -1:])
+
+
+def test_gradient_checkpointing(folder, ids):
+    losses, grads = [], []
+    for recompute in (False, True):
+        model = load(folder).train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss)
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert torch.equal(*losses) and all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    logits = load(folder)(ids).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(losses[0], torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
+
+
+def test_lora(folder, ids):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load(folder), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 5 * 2 * 2  # layers × projections × keys and values × A and B
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        before = model(input_ids=ids, labels=ids).loss
+        before.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model(input_ids=ids, labels=ids).loss < before
+    merged = model.merge_and_unload()
+    assert torch.isfinite(merged(ids).logits).all()
+
+
+def tensor_parallel(group, folder, ids):
+    os.environ |= {"RANK": str(group.rank), "LOCAL_RANK": str(group.rank), "WORLD_SIZE": str(group.size)}
+    single, model = load(folder), load(folder, tp_plan="auto")
+    assert model.model.layers[0].self_attn.q_proj.values.weight.to_local().shape == (32, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, single(ids).logits, rtol=0, atol=2e-4)
+    assert torch.equal(model.generate(ids[:1], **GREEDY), single.generate(ids[:1], **GREEDY))
+    single(ids, labels=ids).loss.backward()
+    model(ids, labels=ids).loss.backward()
+    expected = {name: parameter.grad for name, parameter in single.named_parameters()}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_plan(folder, ids):
+    spawn(tensor_parallel, 2, folder, ids)
