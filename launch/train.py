@@ -11,11 +11,9 @@ import os
 import sys
 
 from megatron_tf.config.stages import load_stages
-from megatron_tf.errors import STOPPED_EXIT_CODE, LaunchError, RunStopped, UserError, run_rank
-from megatron_tf.parallel.environment import detect
+from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped, run_rank
+from megatron_tf.parallel.environment import detect, one_message
 from megatron_tf.parallel.stop_signals import StopSignals
-
-LATER_SECONDS = 20.0
 
 
 def main() -> None:
@@ -28,29 +26,21 @@ def main() -> None:
     environment = detect(os.environ)
     stop = StopSignals()
     try:
-        stages = load_stages(arguments.config, arguments.overrides)
-        from megatron_tf.telemetry.console import quiet_libraries
+        with one_message(environment, stop.wait):
+            stages = load_stages(arguments.config, arguments.overrides)
+            from megatron_tf.telemetry.console import quiet_libraries
 
-        quiet_libraries()
-        from megatron_tf.training.preflight import preflight
+            quiet_libraries()
+            from megatron_tf.training.preflight import preflight
 
-        preflight(stages, environment)
-        from megatron_tf.training.run import train
+            preflight(stages, environment)
+            from megatron_tf.training.run import train
 
-        train(stages, environment, stop)
+            train(stages, environment, stop)
     except RunStopped:
         if environment.rank == 0:
             raise
         sys.exit(STOPPED_EXIT_CODE)
-    except LaunchError:
-        raise  # is about this rank or its machine; no other rank can say it
-    except UserError:
-        if environment.rank == 0:
-            raise
-        # Every rank fails alike and one message is enough. But a launcher stops all ranks when the first one ends,
-        # so rank 0, which says it, goes first.
-        stop.wait(LATER_SECONDS)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

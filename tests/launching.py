@@ -10,6 +10,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
 TRAIN = str(PROJECT / "launch" / "train.py")
+EVALUATE = str(PROJECT / "launch" / "evaluate.py")
 
 
 def free_port() -> int:
@@ -34,9 +35,17 @@ def run(command, **extra) -> subprocess.CompletedProcess:
 
 def train(folder, *overrides, ranks=0, launcher="torchrun", **extra) -> subprocess.CompletedProcess:
     """launch/train.py on the folder's config; 0 ranks is plain python."""
+    return run([*_launcher(launcher, ranks), TRAIN, folder / "config.yml", *overrides], **extra)
+
+
+def evaluate(folder, *arguments, ranks=0, launcher="torchrun", **extra) -> subprocess.CompletedProcess:
+    """launch/evaluate.py, likewise."""
+    return run([*_launcher(launcher, ranks), EVALUATE, folder / "config.yml", *arguments], **extra)
+
+
+def _launcher(name: str, ranks: int) -> list:
     heads = {
         "torchrun": ["torchrun", "--nproc-per-node", ranks, "--master-port", free_port()],
         "deepspeed": ["deepspeed", "--num_accelerators", ranks, "--master_port", free_port()],
     }
-    head = heads[launcher] if ranks else [sys.executable]
-    return run([*head, TRAIN, folder / "config.yml", *overrides], **extra)
+    return heads[name] if ranks else [sys.executable]

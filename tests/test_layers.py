@@ -22,11 +22,10 @@ FLOORS = (
     {"megatron_tf.checkpoint", "megatron_tf.convert"},
     # what a run would cost (arithmetic, no torch), and what the machines are worth: beside training, which neither knows
     {"megatron_tf.planning", "megatron_tf.diagnosis"},
-    {
-        "megatron_tf.inference",
-        "megatron_tf.benchmark",
-    },  # a model from a checkpoint, sampling; speeds: beside training, which they do not know
+    # a model from a checkpoint, sampling, scoring; speeds: beside training, which they do not know
+    {"megatron_tf.inference", "megatron_tf.evaluation", "megatron_tf.benchmark"},
     {"megatron_tf.training"},
+    {"megatron_tf.evaluation.run"},  # the composition root of launch/evaluate.py: joins ranks as training does
     {"launch", "tools"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

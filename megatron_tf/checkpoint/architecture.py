@@ -56,6 +56,23 @@ def check_same_architecture(index: CheckpointIndex, model: Model) -> None:
         raise CheckpointError(_listed("the checkpoint cannot be resumed, for Adam's moments are missing", missing))
 
 
+def check_evaluable(index: CheckpointIndex, model: Model) -> None:
+    """CheckpointError, naming every differing key with both values, unless `model` is what the checkpoint holds.
+
+    seq_length may differ: no weight depends on it.
+    """
+    problems = [
+        f"model.{key}: checkpoint {old}, configuration {new}"
+        for key, old, new in _differences(index, model)
+        if key != "seq_length"
+    ]
+    if problems:
+        raise CheckpointError(
+            _listed("the checkpoint holds another model", problems)
+            + "\nGive the configuration of its run, such as the config.yml in the run's folder."
+        )
+
+
 def check_growable(index: CheckpointIndex, model: Model) -> None:
     """ConfigError unless the checkpoint's model can grow into `model`, see `growth_problems`."""
     if problems := growth_problems(stored_model(index), model):

@@ -113,6 +113,11 @@ def validate(config: RunConfig, world_size: int) -> None:
     _raise_if_any(problems)
 
 
+def validate_layout(config: RunConfig, world_size: int) -> None:
+    """Raise one ConfigError unless the model can be spread over `world_size` ranks, whatever the run's batch is."""
+    _raise_if_any([*_layout_problems(config, world_size), *_model_problems(config), *_sharding_problems(config)])
+
+
 def _raise_if_any(problems: Iterable[str]) -> None:
     found = list(problems)
     if found:

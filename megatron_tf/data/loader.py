@@ -43,6 +43,12 @@ def build_dataset(sources: Sequence[DataSource], seq_length: int, seed: int, voc
 
 
 def _open_source(prefix: str, seq_length: int, seed: int, vocab_size: int) -> TokenSource:
+    return TokenSource(open_tokens(prefix, vocab_size), seq_length, seed)
+
+
+def open_tokens(prefix: str, vocab_size: int) -> IndexedDataset:
+    """The token files of `prefix`. DataError when they are missing or damaged, when the summary beside them belongs to
+    other data, or when it knows of a token id of `vocab_size` or more."""
     dataset = IndexedDataset(prefix)
     summary = read_summary(prefix)
     if summary is not None:
@@ -53,7 +59,21 @@ def _open_source(prefix: str, seq_length: int, seed: int, vocab_size: int) -> To
             )
         if summary.max_token_id >= vocab_size:
             raise _outside_vocabulary(str(data_file(prefix)), summary.max_token_id, vocab_size)
-    return TokenSource(dataset, seq_length, seed)
+    return dataset
+
+
+def check_vocabulary(dataset: IndexedDataset, start: int, ids: np.ndarray, vocab_size: int) -> None:
+    """DataError, with its place, for an id among `ids`, tokens of `dataset` from `start` on, outside the vocabulary."""
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if not outside.size:
+        return
+    token = start + int(outside[0])
+    document = int(np.searchsorted(dataset.document_offsets, token, side="right")) - 1
+    place = (
+        f"{data_file(dataset.prefix)}: document {document}, token {token - int(dataset.document_offsets[document])} of it "
+        f"(token {token} of the file)"
+    )
+    raise _outside_vocabulary(place, int(ids[outside[0]]), vocab_size)
 
 
 def _outside_vocabulary(place: str, token_id: int, vocab_size: int) -> DataError:
@@ -193,12 +213,6 @@ class BatchLoader:
     def _check_vocabulary(self, rows: np.ndarray, places: Sequence[tuple[int, int]]) -> None:
         """`places`: (source, place in it of the first token) of each row."""
         if rows.min() < 0 or rows.max() >= self.vocab_size:
-            row, column = map(int, np.argwhere((rows < 0) | (rows >= self.vocab_size))[0])
-            dataset, token = self.dataset.sources[places[row][0]].dataset, places[row][1] + column
-            offsets = dataset.document_offsets
-            document = int(np.searchsorted(offsets, token, side="right")) - 1
-            place = (
-                f"{data_file(dataset.prefix)}: document {document}, token {token - int(offsets[document])} of it "
-                f"(token {token} of the file)"
-            )
-            raise _outside_vocabulary(place, int(rows[row, column]), self.vocab_size)
+            row = int(np.argwhere((rows < 0) | (rows >= self.vocab_size))[0, 0])
+            source, token = places[row]
+            check_vocabulary(self.dataset.sources[source].dataset, token, rows[row], self.vocab_size)

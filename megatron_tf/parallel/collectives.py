@@ -58,6 +58,18 @@ def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     return out
 
 
+def send(x: Tensor, rank: int) -> None:
+    """Pass `x` on to `rank` of the world, which must `receive` its shape and type. Not differentiable."""
+    dist.send(x.contiguous(), rank)
+
+
+def receive(shape: tuple[int, ...], like: Tensor, rank: int) -> Tensor:
+    """What `rank` of the world sends: `shape`, of the type and on the device of `like`. Not differentiable."""
+    out = like.new_empty(shape)
+    dist.recv(out, rank)
+    return out
+
+
 class _CopyTo(Function):
     @staticmethod
     def forward(ctx, x, group):

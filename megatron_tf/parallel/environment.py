@@ -12,13 +12,15 @@ from __future__ import annotations
 import errno
 import re
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from megatron_tf.errors import LaunchError, LostContactError
+from megatron_tf.errors import LaunchError, LostContactError, UserError
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
 
@@ -28,6 +30,7 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Slurm numbers the steps that are no `srun` of the user from here up (batch script, interactive shell, extern, ...).
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _RETRY_SECONDS = 0.5
+_LATER_SECONDS = 20.0
 _SRUN_REMEDY = (
     "Start every process with `srun python launch/train.py CONFIG`, or just one with `srun --ntasks=1 python ...`."
 )
@@ -74,6 +77,23 @@ def detect(environ: Mapping[str, str]) -> LaunchEnvironment:
                 "Start with `deepspeed launch/train.py CONFIG`, torchrun or srun."
             )
     return LaunchEnvironment("python", 0, 1, 0, 1, "127.0.0.1", 0)
+
+
+@contextmanager
+def one_message(environment: LaunchEnvironment, wait: Callable[[float], object] = time.sleep) -> Iterator[None]:
+    """A user's mistake in the block, on which every rank fails alike, is said by rank 0; the others exit with code 2.
+
+    A launcher stops all ranks when the first one ends, so rank 0 goes first and the others `wait` (seconds).
+    """
+    try:
+        yield
+    except LaunchError:
+        raise  # is about this rank or its machine; no other rank can say it
+    except UserError:
+        if environment.rank == 0:
+            raise
+        wait(_LATER_SECONDS)
+        sys.exit(2)
 
 
 def _from_rank_variables(environ: Mapping[str, str]) -> LaunchEnvironment:

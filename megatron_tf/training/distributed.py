@@ -13,7 +13,14 @@ from megatron_tf.parallel.environment import LaunchEnvironment, check_port_free,
 
 
 def join(environment: LaunchEnvironment, timeout_seconds: float, store_file: str | None = None) -> torch.device:
-    """Initialises torch.distributed and DeepSpeed's layer on it; returns this rank's device.
+    """`join_ranks`, and DeepSpeed's layer on it."""
+    device = join_ranks(environment, timeout_seconds, store_file)
+    _attach_deepspeed()
+    return device
+
+
+def join_ranks(environment: LaunchEnvironment, timeout_seconds: float, store_file: str | None = None) -> torch.device:
+    """Initialises torch.distributed; returns this rank's device.
 
     nccl on GPUs, gloo on CPUs. `store_file`: meet through this file instead of an address and a port.
     LaunchError when the port is in use or the ranks do not meet in time.
@@ -56,7 +63,6 @@ def join(environment: LaunchEnvironment, timeout_seconds: float, store_file: str
                 f"{timeout_seconds:g} seconds: {str(error).partition(chr(10))[0]} Start all ranks with the same address and "
                 "port; parallel.timeout_seconds is how long ranks wait."
             ) from error
-    _attach_deepspeed()
     return device
 
 

@@ -1,0 +1,56 @@
+"""Evaluate a checkpoint: `deepspeed launch/evaluate.py CONFIG [section.field=value ...]`.
+
+Perplexity and bits per byte on data.validation, or on any prepared data with --data, from the newest checkpoint of
+run.dir, or any other with --checkpoint. The same file runs under torchrun, under srun, and as plain python on one
+process, on any layout: only weights are read, so a model needs a fraction of the memory of its training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from megatron_tf.arguments import whole_number
+from megatron_tf.config.load import load_config
+from megatron_tf.errors import run_rank
+from megatron_tf.parallel.environment import detect, one_message
+
+MOST_TOKENS = 10**15
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file of the run; the config.yml in its folder, or one of configs/")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
+                        help="replace values of the file, such as parallel.tensor=2")  # fmt: skip
+    parser.add_argument("--checkpoint", metavar="DIR", help="a checkpoint, or a run folder; default: run.dir")
+    parser.add_argument("--data", action="append", default=[], metavar="PREFIX",
+                        help="prepared data to evaluate on; may be repeated; default: data.validation")  # fmt: skip
+    parser.add_argument("--stride", type=whole_number(2**31), metavar="TOKENS",
+                        help="from one window of model.seq_length tokens to the next; smaller is slower and gives every "
+                        "token more context (default: model.seq_length)")  # fmt: skip
+    parser.add_argument("--max-tokens", type=whole_number(MOST_TOKENS), metavar="N",
+                        help="read only the first N tokens of each data")  # fmt: skip
+    parser.add_argument("--output", metavar="FILE", help="JSON file (default: run.dir/evaluation/CHECKPOINT_....json)")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    environment = detect(os.environ)
+    with one_message(environment):
+        config = load_config(arguments.config, arguments.overrides)
+        from megatron_tf.telemetry.console import quiet_libraries
+
+        quiet_libraries()
+        from megatron_tf.evaluation.run import Request, evaluate
+
+        request = Request(
+            arguments.checkpoint, tuple(arguments.data), arguments.stride, arguments.max_tokens, arguments.output
+        )
+        evaluate(config, environment, request)
+
+
+if __name__ == "__main__":
+    run_rank(main)

@@ -1,0 +1,113 @@
+"""Token-weighted loss of a model on prepared data, at any layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_tf.data.indexed import IndexedDataset
+from megatron_tf.data.loader import check_vocabulary
+from megatron_tf.evaluation.windows import Window, Windows
+from megatron_tf.model.stage import Stage
+from megatron_tf.parallel.vocab import cross_entropy
+
+
+@dataclass(frozen=True)
+class Score:
+    """`nats`: summed loss of the `tokens` scored ones.  `text_bytes`: of the text that they stand for; None: not known."""
+
+    nats: float
+    tokens: int
+    text_bytes: int | None
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.nats / math.log(2) / self.text_bytes if self.text_bytes else None
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is beyond a float."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+def pooled(scores: list[Score]) -> Score:
+    """Of all texts as one: every token weighs the same."""
+    known = [score.text_bytes for score in scores if score.text_bytes is not None]
+    return Score(
+        sum(score.nats for score in scores),
+        sum(score.tokens for score in scores),
+        sum(known) if len(known) == len(scores) else None,
+    )
+
+
+@torch.no_grad()
+def summed_loss(
+    stage: Stage,
+    dataset: IndexedDataset,
+    windows: Windows,
+    *,
+    vocab_size: int,
+    batch_size: int,
+    data_rank: int = 0,
+    data_size: int = 1,
+    progress: Callable[[int], None] = lambda done: None,
+) -> float:
+    """Summed loss in nats of this data-parallel rank's windows, at the last stage; 0 elsewhere.
+
+    Batches of `batch_size` windows go round the data-parallel ranks. All ranks of one of them must call it together.
+    `progress` is told the batches that are done. DataError, on all of these alike, for an id outside the vocabulary.
+    """
+    device = next(stage.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for number, batch in enumerate(_batches(windows, batch_size, data_rank, data_size)):
+        ids, labels, weights = (part.to(device) for part in _tensors(dataset, batch, windows.length, vocab_size))
+        logits = stage(ids)
+        if logits is not None:
+            total += (token_losses(stage, logits, labels).double() * weights).sum()
+        progress(number + 1)
+    return float(total)
+
+
+def num_batches(windows: Windows, batch_size: int, data_rank: int = 0, data_size: int = 1) -> int:
+    """Batches of windows that fall to one data-parallel rank."""
+    return len(range(data_rank, -(-len(windows) // batch_size), data_size))
+
+
+def token_losses(stage: Stage, logits: Tensor, labels: Tensor) -> Tensor:
+    """logits [s, b, V/T] of `stage`, labels [b, s] -> loss of each token [b, s], at least fp32, on each tensor rank."""
+    assert stage.embedding is not None
+    return cross_entropy(logits, labels.mT, stage.embedding.start, stage.tensor.group).mT
+
+
+def _batches(windows: Windows, batch_size: int, data_rank: int, data_size: int) -> Iterator[list[Window]]:
+    for first in range(data_rank * batch_size, len(windows), data_size * batch_size):
+        yield [windows[number] for number in range(first, min(first + batch_size, len(windows)))]
+
+
+def _tensors(
+    dataset: IndexedDataset, batch: list[Window], length: int, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, labels and which predictions count (1 or 0), each int64 [b, length]. Shorter windows are filled up at their
+    end, where nothing that counts can see it."""
+    ids, labels, weights = (np.zeros((len(batch), length), dtype=np.int64) for _ in range(3))
+    for row, window in enumerate(batch):
+        tokens = dataset.tokens(window.start, window.stop + 1)
+        check_vocabulary(dataset, window.start, tokens, vocab_size)
+        size = window.stop - window.start
+        ids[row, :size], labels[row, :size] = tokens[:-1], tokens[1:]
+        weights[row, size - window.scored : size] = 1
+    return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights)

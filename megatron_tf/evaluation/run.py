@@ -1,0 +1,217 @@
+"""An evaluation from its configuration to its table: the composition root of launch/evaluate.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tf.checkpoint.architecture import check_evaluable
+from megatron_tf.checkpoint.manager import Ranks, resolve, verify_checkpoint
+from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
+from megatron_tf.config.schema import DataSource, Precision, RunConfig
+from megatron_tf.config.validate import topology_for, validate_layout
+from megatron_tf.data.indexed import IndexedDataset
+from megatron_tf.data.loader import check_tokenizer, open_tokens
+from megatron_tf.data.summary import read_summary
+from megatron_tf.data.tokenizer import load_tokenizer
+from megatron_tf.durable import prepare_output, write_atomically
+from megatron_tf.errors import CheckpointError, ConfigError, DataError, UserError, file_errors
+from megatron_tf.estimate import num_parameters
+from megatron_tf.evaluation.perplexity import Score, num_batches, summed_loss
+from megatron_tf.evaluation.report import DataResult, perplexity_table, perplexity_values
+from megatron_tf.evaluation.text_bytes import count_text_bytes
+from megatron_tf.evaluation.windows import Windows
+from megatron_tf.inference.sharded import load_stage
+from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.stage import Stage
+from megatron_tf.parallel.environment import LaunchEnvironment
+from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.topology import Topology
+from megatron_tf.telemetry.console import Console
+from megatron_tf.training.agreement import gather, together
+from megatron_tf.training.distributed import join_ranks, leave
+from megatron_tf.training.preflight import precision_problems
+
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate.
+
+    `checkpoint`: a checkpoint, a checkpoints or a run folder; None: the newest of run.dir.  `data`: prefixes of prepared
+    data; empty: data.validation.  `stride`, `max_tokens` (of each data): None stands for model.seq_length and for all.
+    `output`: JSON file; None: in run.dir.
+    """
+
+    checkpoint: str | None = None
+    data: tuple[str, ...] = ()
+    stride: int | None = None
+    max_tokens: int | None = None
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The model on this rank, and where the rank stands."""
+
+    stage: Stage
+    reader: CheckpointReader
+    topology: Topology
+    rank: int
+
+    @property
+    def data_rank(self) -> int:
+        return self.topology.coordinate("data", self.rank)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank gives its replica's results: the first tensor rank of the last stage."""
+        return self.stage.following is None and self.stage.tensor.group.rank == 0
+
+
+def evaluate(config: RunConfig, environment: LaunchEnvironment, request: Request) -> None:
+    """Evaluates, prints a table and writes JSON. Raises UserError, on every rank alike, for what the user can mend."""
+    validate_layout(config, environment.world_size)
+    if problems := [*precision_problems(config), *_request_problems(config, request)]:
+        raise ConfigError(problems)
+    device = join_ranks(environment, config.parallel.timeout_seconds)
+    try:
+        _evaluate(config, environment.rank, request, device)
+    except UserError:
+        leave()  # all ranks are here; after any other error some may be in a collective, and waiting would hang
+        raise
+    leave()
+
+
+def _request_problems(config: RunConfig, request: Request) -> list[str]:
+    problems, length = [], config.model.seq_length
+    if request.stride is not None and request.stride > length:
+        problems.append(
+            f"--stride: {request.stride} is beyond model.seq_length {length}, and tokens between two windows would not be "
+            f"scored. Choose 1 to {length}."
+        )
+    if request.max_tokens == 1:
+        problems.append("--max-tokens: is 1, and the first token is only read. Choose 2 or more.")
+    if not request.data and not config.data.validation:
+        problems.append("data.validation: is empty. Name prepared data there, or with --data PREFIX.")
+    return problems
+
+
+def _evaluate(config: RunConfig, rank: int, request: Request, device: torch.device) -> None:
+    results: list[DataResult] = []
+    console = Console(rank=rank)
+    prefixes = request.data or tuple(source.path for source in config.data.validation)
+    datasets = together(lambda: _open_data(config, prefixes))
+    reader = _open_checkpoint(config, request, rank)
+    output = Path(request.output or Path(config.run.dir) / "evaluation" / f"{reader.path.name}_perplexity.json")
+    together(lambda: prepare_output(output) if rank == 0 else None)
+    model = load(config, reader, rank, device)
+    settings = _settings(config, model, request)
+    console.info(
+        f"{reader.path}: {settings['parameters']:,} parameters after {reader.index.tokens:,} tokens, on {model.topology}, "
+        f"{config.training.precision}; windows of {settings['window']} tokens, {settings['stride']} apart"
+    )
+    scores = [_score(config, model, dataset, request, device, console) for dataset in datasets]
+    if rank == 0:
+        results += [_with_bytes(config, dataset, score) for dataset, score in zip(datasets, scores)]
+        print(perplexity_table(results))
+    together(lambda: write_json(output, perplexity_values(results, settings)) if rank == 0 else None)
+    if rank == 0:
+        print(f"wrote {output}")
+
+
+def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDataset]:
+    check_tokenizer([DataSource(path=prefix) for prefix in prefixes], config.data.tokenizer)
+    datasets = [open_tokens(prefix, config.model.vocab_size) for prefix in prefixes]
+    for dataset in datasets:
+        if dataset.num_tokens < 2:
+            raise DataError(
+                f"{dataset.prefix}.bin: has {dataset.num_tokens} tokens, and the first one is only read. Prepare more text."
+            )
+    return datasets
+
+
+def _open_checkpoint(config: RunConfig, request: Request, rank: int) -> CheckpointReader:
+    """The checkpoint to evaluate; all its checksums are compared, a share by each rank."""
+    ranks = Ranks(rank, dist.get_world_size(), gather)
+    path = resolve(request.checkpoint or config.run.dir, ranks)
+    verify_checkpoint(path, ranks)
+
+    def read() -> CheckpointReader:
+        reader = open_checkpoint(path)
+        check_evaluable(reader.index, config.model)
+        return reader
+
+    return together(read)
+
+
+def load(config: RunConfig, reader: CheckpointReader, rank: int, device: torch.device) -> LoadedModel:
+    """The weights that this rank needs, without anything of the optimizer."""
+    topology = topology_for(config, dist.get_world_size())
+    group = make_group(topology, "tensor", config.parallel.timeout_seconds)
+    tensor = TensorParallel(group, config.parallel.sequence)
+    dtype = DTYPES[config.training.precision]
+    stage = together(lambda: load_stage(reader, config.model, topology, rank, tensor, dtype, device))
+    return LoadedModel(stage, reader, topology, rank)
+
+
+def _score(
+    config: RunConfig,
+    model: LoadedModel,
+    dataset: IndexedDataset,
+    request: Request,
+    device: torch.device,
+    console: Console,
+) -> Score:
+    """Over all ranks; how many bytes of text it is about is still open."""
+    length = config.model.seq_length
+    num_tokens = min(dataset.num_tokens, request.max_tokens or dataset.num_tokens)
+    windows = Windows(num_tokens, length, request.stride or length)
+    batch, data_size = config.training.micro_batch_size, model.topology.data
+    total = num_batches(windows, batch, model.data_rank, data_size)
+    with console.progress(total, 0, Path(dataset.prefix).name) as bar:
+        own = together(
+            lambda: summed_loss(
+                model.stage, dataset, windows, vocab_size=config.model.vocab_size, batch_size=batch,
+                data_rank=model.data_rank, data_size=data_size, progress=lambda done: bar.advance(done, ""),
+            )
+        )  # fmt: skip
+    nats = torch.tensor(own if model.speaks else 0.0, dtype=torch.float64, device=device)
+    dist.all_reduce(nats)
+    if not nats.isfinite():
+        raise CheckpointError(
+            f"{model.reader.path}: the model's loss is not finite: its training diverged. Use an earlier checkpoint."
+        )
+    return Score(float(nats), num_tokens - 1, None)
+
+
+def _with_bytes(config: RunConfig, dataset: IndexedDataset, score: Score) -> DataResult:
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    text_bytes, known_from = count_text_bytes(dataset, score.tokens + 1, read_summary(dataset.prefix), tokenizer)
+    return DataResult(dataset.prefix, replace(score, text_bytes=text_bytes), known_from)
+
+
+def _settings(config: RunConfig, model: LoadedModel, request: Request) -> dict[str, Any]:
+    index = model.reader.index
+    return {
+        "checkpoint": str(model.reader.path),
+        "step": index.step,
+        "trained_tokens": index.tokens,
+        "parameters": num_parameters(config.model),
+        "layout": str(model.topology),
+        "precision": config.training.precision,
+        "window": config.model.seq_length,
+        "stride": request.stride or config.model.seq_length,
+    }
+
+
+def write_json(path: Path, values: Any) -> None:
+    with file_errors(UserError, path, "Free space or choose another --output."):
+        write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))

@@ -1,0 +1,39 @@
+"""A trained model under any layout, from a checkpoint of any other: each rank reads its own rows, and no moments."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_tf.checkpoint.format import WEIGHT
+from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.config.schema import Model
+from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.stage import Stage, build_stage
+from megatron_tf.parallel.topology import Topology
+from megatron_tf.params import parameter_table, shard_range
+
+
+@torch.no_grad()
+def load_stage(
+    reader: CheckpointReader,
+    model: Model,
+    topology: Topology,
+    rank: int,
+    tensor: TensorParallel,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Stage:
+    """The stage of `rank`. Memory: its own weights in `dtype`, and one tensor in fp32 while it is read.
+
+    The checksums of the files are not compared here. Errors: CheckpointError.
+    """
+    table, group = parameter_table(model), tensor.group
+    with torch.device("meta"):
+        stage = build_stage(model, reader.index.scales, topology, rank, tensor).to(dtype)
+    stage.to_empty(device=device)
+    for name, parameter in stage.named_parameters():
+        spec = table[name]
+        first, last = shard_range(spec.shape[0], group.size, group.rank) if spec.sharded else (0, spec.shape[0])
+        rows = reader.read(name, WEIGHT, first * spec.width, last * spec.width)
+        parameter.copy_(rows.view(parameter.shape))
+    return stage.eval().requires_grad_(False)

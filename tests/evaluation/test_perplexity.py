@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import spawn
+from torch.nn.functional import cross_entropy
+
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.data.indexed import IndexedDataset, IndexedWriter
+from megatron_tf.errors import DataError
+from megatron_tf.evaluation.perplexity import Score, num_batches, perplexity, pooled, summed_loss
+from megatron_tf.evaluation.windows import Windows
+from megatron_tf.inference.load import load_model
+from megatron_tf.inference.sharded import load_stage
+from megatron_tf.model.layers import TensorParallel
+from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.topology import Topology
+
+# Sums of some thousand fp64 numbers in another order: 1e-16 each.
+TOLERANCE = 1e-12
+
+
+@torch.no_grad()
+def one_by_one(model, dataset, windows) -> float:
+    """Every window by itself, through the model of one process, without batches, padding or masks."""
+    total = 0.0
+    for window in windows:
+        tokens = torch.from_numpy(dataset.tokens(window.start, window.stop + 1))
+        losses = cross_entropy(model(tokens[None, :-1])[0], tokens[1:], reduction="none")
+        total += float(losses[-window.scored :].sum())
+    return total
+
+
+def loss(rank, checkpoint, model, prefix, topology, stride, sequence=False, dtype=torch.float64, **settings) -> float:
+    """Of all ranks together."""
+    tensor = TensorParallel(make_group(topology, "tensor", 60.0), sequence)
+    stage = load_stage(open_checkpoint(checkpoint), model, topology, rank, tensor, dtype)
+    dataset = IndexedDataset(prefix)
+    windows = Windows(dataset.num_tokens, model.seq_length, stride)
+    own = summed_loss(
+        stage, dataset, windows, vocab_size=model.vocab_size, batch_size=3,
+        data_rank=topology.coordinate("data", rank), data_size=topology.data, **settings,
+    )  # fmt: skip
+    speaks = stage.following is None and tensor.group.rank == 0
+    total = torch.tensor(own if speaks else 0.0, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return float(total)
+
+
+@pytest.mark.parametrize("stride", [16, 5])
+def test_each_token_counts_once_with_its_own_context(checkpoint, model, tokens, stride):
+    dataset = IndexedDataset(tokens)
+    windows = Windows(dataset.num_tokens, model.seq_length, stride)
+    expected = one_by_one(load_model(checkpoint, torch.float64), dataset, windows)
+    done = []
+    found = loss(0, checkpoint, model, tokens, Topology(), stride, progress=done.append)
+    assert found == pytest.approx(expected, rel=TOLERANCE)
+    assert done == list(range(1, num_batches(windows, 3) + 1))
+    in_fp32 = loss(0, checkpoint, model, tokens, Topology(), stride, dtype=torch.float32)
+    assert in_fp32 == pytest.approx(expected, rel=1e-6)
+
+
+LAYOUTS = {
+    2: [(Topology(tensor=2), False), (Topology(tensor=2), True), (Topology(pipeline=2), False), (Topology(data=2), False)],
+    4: [(Topology(2, 2, 1), True), (Topology(1, 2, 2), False), (Topology(2, 1, 2), True), (Topology(4, 1, 1), False)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_equal_at_every_layout(checkpoint, model, tokens, ranks):
+    expected = [loss(0, checkpoint, model, tokens, Topology(), stride) for stride in (16, 7)]
+    spawn(_layouts, ranks, str(checkpoint), model, tokens, expected)
+
+
+def _layouts(group, checkpoint, model, tokens, expected):
+    for topology, sequence in LAYOUTS[group.size]:
+        for stride, reference in zip((16, 7), expected):
+            found = loss(group.rank, checkpoint, model, tokens, topology, stride, sequence)
+            assert found == pytest.approx(reference, rel=TOLERANCE), (topology, sequence, stride)
+        found = loss(group.rank, checkpoint, model, tokens, topology, 16, sequence, torch.bfloat16)
+        assert found == pytest.approx(expected[0], rel=1e-2), (topology, sequence)
+
+
+def test_a_text_shorter_than_a_window(checkpoint, model, tmp_path):
+    with IndexedWriter(tmp_path / "short", vocab_size=99) as writer:
+        writer.add_document([5, 7, 11])
+    dataset = IndexedDataset(tmp_path / "short")
+    expected = one_by_one(load_model(checkpoint, torch.float64), dataset, Windows(3, 16, 16))
+    found = loss(0, checkpoint, model, str(tmp_path / "short"), Topology(), 16)
+    assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_an_id_outside_the_vocabulary_is_named(checkpoint, model, tmp_path):
+    with IndexedWriter(tmp_path / "wide", vocab_size=200) as writer:
+        writer.add_document([1] * 20)
+        writer.add_document([1, 2, 99])
+    with pytest.raises(DataError, match=r"document 1, token 2 of it \(token 22 of the file\).*id 99"):
+        loss(0, checkpoint, model, str(tmp_path / "wide"), Topology(), 16)
+
+
+def test_scores():
+    first, second = Score(10.0, 5, 4), Score(2.0, 1, None)
+    assert (first.loss, first.perplexity) == (2.0, math.exp(2.0))
+    assert first.bits_per_byte == pytest.approx(10 / math.log(2) / 4)
+    assert second.bits_per_byte is None
+    assert pooled([first, first]) == Score(20.0, 10, 8)
+    assert pooled([first, second]) == Score(12.0, 6, None)  # a mean over tokens, not over texts
+    assert perplexity(1e6) == math.inf

@@ -1,0 +1,104 @@
+"""launch/evaluate.py the way users start it: at other layouts than the run's, and with mistakes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from launching import evaluate, train
+
+from megatron_tf.checkpoint.source import InitialSource, StepZero
+from megatron_tf.checkpoint.step_zero import write_step_zero
+from megatron_tf.config.load import load_config
+
+
+@pytest.fixture
+def run_folder(folder):
+    """`folder` with a run in it that has a checkpoint of initial weights."""
+    model = load_config(folder / "config.yml").model
+    start = StepZero(InitialSource(model, 3), 0, 0, ())
+    write_step_zero(folder / "run" / "checkpoints", model, start, {}, lambda done, text: None)
+    return folder
+
+
+def results(folder, done, name="step_00000000_perplexity.json"):
+    assert done.returncode == 0, done.stdout
+    return json.loads((folder / "run" / "evaluation" / name).read_text())
+
+
+@pytest.mark.slow
+def test_one_process_then_other_layouts(run_folder):
+    data = run_folder / "tokens"
+    done = evaluate(run_folder, "--stride", 6, "training.micro_batch_size=3")
+    alone = results(run_folder, done)
+    assert f"{alone['all']['loss']:.4f}" in done.stdout and "bits/byte" in done.stdout
+    assert (alone["window"], alone["stride"], alone["all"]["tokens"]) == (16, 6, 3999)
+    assert alone["all"]["perplexity"] == pytest.approx(math.exp(alone["all"]["loss"]))
+    assert alone["all"]["bits_per_byte"] is None  # neither summary nor tokenizer
+    for ranks, launcher, *overrides in (
+        (2, "torchrun", "parallel.tensor=2", "parallel.sequence=true"),
+        (2, "deepspeed", "parallel.pipeline=2"),
+        (3, "torchrun", "training.global_batch_size=7"),  # batches that no training could use
+    ):
+        output = run_folder / "other.json"
+        done = evaluate(run_folder, "--stride", 6, "--data", data, "--data", data, "--output", output, *overrides,
+                        ranks=ranks, launcher=launcher)  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        found = json.loads(output.read_text())
+        for score in (*found["data"], found["all"]):
+            assert score["loss"] == pytest.approx(alone["all"]["loss"], rel=1e-6), (overrides, done.stdout)
+        assert found["all"]["tokens"] == 2 * 3999
+
+
+@pytest.mark.slow
+def test_agrees_with_the_evaluation_in_training(run_folder):
+    """On whole windows, all of them, side by side, both see the same samples."""
+    samples = 249  # of 16 tokens: an epoch of the 4,000 tokens
+    done = train(run_folder, f"run.dir={run_folder}/trained", f"evaluation.samples={samples}",
+                 "training.train_steps=1", "training.global_batch_size=3", "training.micro_batch_size=3",
+                 "optimizer.schedule.warmup_steps=0", "data.tokenizer=bytes")  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    *_, last = map(json.loads, (run_folder / "trained" / "metrics.jsonl").read_text().splitlines())
+    done = evaluate(
+        run_folder, f"run.dir={run_folder}/trained", "--max-tokens", samples * 16 + 1, "data.tokenizer=bytes"
+    )
+    assert done.returncode == 0, done.stdout
+    found = json.loads((run_folder / "trained" / "evaluation" / "step_00000001_perplexity.json").read_text())
+    assert found["all"]["loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
+    assert found["all"]["text_bytes"] is not None
+
+
+REFUSED = {
+    "a stride that leaves gaps": (["--stride", 17], ["--stride: 17", "seq_length 16"]),
+    "nothing to score": (["--max-tokens", 1], ["--max-tokens", "2 or more"]),
+    "no data": (["--data", "nowhere"], ["nowhere.bin: no such file"]),
+    "data not named": (["data.validation=[]"], ["data.validation: is empty", "--data"]),
+    "no checkpoint": (["--checkpoint", "nowhere"], ["nowhere: there is no such folder"]),
+    "another model": (["model.num_layers=1"], ["model.num_layers: checkpoint 2, configuration 1", "config.yml"]),
+    "heads over tensor ranks": (["parallel.tensor=3"], ["num_attention_heads", "multiple of 3"]),
+    "an output that is a folder": (["--output", "tests"], ["tests: is a folder"]),
+    "a number that is none": (["--stride", "many"], ["'many' is not a whole number"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mistakes_are_one_message(run_folder, name):
+    arguments, fragments = REFUSED[name]
+    done = evaluate(run_folder, *arguments)
+    assert done.returncode == 2, done.stdout
+    assert done.stdout.count("error:") == 1 and "Traceback" not in done.stdout, done.stdout
+    for fragment in fragments:
+        assert fragment in done.stdout, done.stdout
+    assert not (run_folder / "run" / "evaluation" / "step_00000000_perplexity.json").exists()
+
+
+def test_a_mistake_that_one_rank_meets_ends_all(run_folder):
+    """Data without a summary tell of a foreign id only when it is read, here by the second data-parallel rank."""
+    from megatron_tf.data.indexed import IndexedWriter
+
+    with IndexedWriter(run_folder / "wide", vocab_size=200) as writer:
+        writer.add_document([1] * 40 + [150] + [1] * 7)
+    done = evaluate(run_folder, "--data", run_folder / "wide", ranks=2)
+    assert done.returncode != 0
+    assert done.stdout.count("error: ") == 1 and "token id 150 is beyond the vocabulary" in done.stdout, done.stdout
