@@ -8,6 +8,7 @@ TENSORBOARD = ["tensorboard>=2.20,<3"]
 SENTENCEPIECE = ["sentencepiece>=0.2,<0.3"]
 PARQUET = ["pyarrow>=17,<27"]
 TRANSFORMERS = ["transformers>=5.16,<6"]
+EVAL = ["lm_eval>=0.4.13,<0.5", *TRANSFORMERS, *PARQUET]
 TIKTOKEN = ["tiktoken>=0.11,<1"]  # before, it took special tokens that a text spells out for special tokens
 
 setup(
@@ -31,7 +32,7 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
-        "eval": ["lm_eval>=0.4.13,<0.5", *TRANSFORMERS],
+        "eval": EVAL,
         "hf": TRANSFORMERS,
         "parquet": PARQUET,
         "plot": PLOT,
@@ -45,6 +46,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.15",
+            *EVAL,
             *PARQUET,
             *PLOT,
             *SENTENCEPIECE,

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: `deepspeed launch/evaluate.py CONFIG [section.field=value ...]`.
 
-Perplexity and bits per byte on data.validation, or on any prepared data with --data, from the newest checkpoint of
-run.dir, or any other with --checkpoint. The same file runs under torchrun, under srun, and as plain python on one
+Perplexity and bits per byte on data.validation, or on any prepared data with --data, and with --tasks the zero-shot tasks
+of lm-evaluation-harness; from the newest checkpoint of run.dir, or any other with --checkpoint. The same file runs under torchrun, under srun, and as plain python on one
 process, on any layout: only weights are read, so a model needs a fraction of the memory of its training.
 """
 
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from megatron_tf.arguments import whole_number
 from megatron_tf.config.load import load_config
 from megatron_tf.errors import run_rank
+from megatron_tf.evaluation.eval_data import TASK_FOLDER
 from megatron_tf.parallel.environment import detect, one_message
 
 MOST_TOKENS = 10**15
@@ -31,9 +33,24 @@ def parse_arguments() -> argparse.Namespace:
                         "token more context (default: model.seq_length)")  # fmt: skip
     parser.add_argument("--max-tokens", type=whole_number(MOST_TOKENS), metavar="N",
                         help="read only the first N tokens of each data")  # fmt: skip
-    parser.add_argument("--output", metavar="FILE", help="JSON file (default: run.dir/evaluation/CHECKPOINT_....json)")
+    parser.add_argument("--tasks", type=names, default=(), metavar="A,B,...",
+                        help="zero-shot tasks, instead of data.validation: lambada_openai, hellaswag, piqa, arc_easy, "
+                        "arc_challenge, winogrande (after tools/fetch_eval_data.py), or any other of the harness")  # fmt: skip
+    parser.add_argument("--task-folder", type=Path, default=TASK_FOLDER, metavar="DIR",
+                        help=f"task files that come before the harness's own (default: {TASK_FOLDER})")  # fmt: skip
+    parser.add_argument(
+        "--limit", type=whole_number(2**31), metavar="N", help="only the first N documents of each task"
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder of the JSON files (default: run.dir/evaluation)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_intermixed_args()
+
+
+def names(text: str) -> tuple[str, ...]:
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names no task")
+    return tuple(dict.fromkeys(found))
 
 
 def main() -> None:
@@ -47,8 +64,9 @@ def main() -> None:
         from megatron_tf.evaluation.run import Request, evaluate
 
         request = Request(
-            arguments.checkpoint, tuple(arguments.data), arguments.stride, arguments.max_tokens, arguments.output
-        )
+            arguments.checkpoint, tuple(arguments.data), arguments.stride, arguments.max_tokens, arguments.tasks,
+            arguments.task_folder, arguments.limit, arguments.output,
+        )  # fmt: skip
         evaluate(config, environment, request)
 
 

@@ -31,9 +31,11 @@ FLOORS = (
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # package -> where it may be imported
 RESERVED = {
+    "datasets": ("megatron_tf.evaluation.lm_harness",),
     "deepspeed": ("megatron_tf.training.",),
+    "lm_eval": ("megatron_tf.evaluation.lm_harness",),
     "matplotlib": ("megatron_tf.telemetry.plot",),
-    "pyarrow": ("megatron_tf.data.parquet",),
+    "pyarrow": ("megatron_tf.data.parquet", "megatron_tf.evaluation.eval_data"),
     "sentencepiece": ("megatron_tf.data.tokenizer",),
     "tensorboard": ("megatron_tf.telemetry.trackers",),
     "tiktoken": ("megatron_tf.data.tiktoken_files",),
@@ -184,7 +186,18 @@ def test_everything_but_training_starts_without_deepspeed_and_optional_packages(
         assert required in modules
     assert (
         loaded_by(
-            modules, ("deepspeed", "wandb", "tensorboard", "sentencepiece", "transformers", "pyarrow", "tiktoken")
+            modules,
+            (
+                "deepspeed",
+                "lm_eval",
+                "datasets",
+                "wandb",
+                "tensorboard",
+                "sentencepiece",
+                "transformers",
+                "pyarrow",
+                "tiktoken",
+            ),
         )
         == ""
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tf.evaluation import paper
 from megatron_tf.evaluation.perplexity import Score, pooled
 
 
@@ -52,6 +53,50 @@ def perplexity_table(results: Sequence[DataResult]) -> str:
 def _score_row(name: str, score: Score) -> tuple[str, ...]:
     bits = "–" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
     return name, f"{score.tokens:,}", f"{score.loss:.4f}", f"{score.perplexity:,.2f}", bits
+
+
+def tasks_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The harness's `results` of each task, beside the paper's; its six tasks also by their average."""
+    rows: list[Sequence[str]] = [("task", "metric", "here", "± error", *(f"paper {size}" for size in paper.SIZES))]
+    compared = []
+    for task, found in results.items():
+        for key, value in found.items():
+            metric, _, kind = key.partition(",")
+            if not isinstance(value, float) or metric.endswith("_stderr") or not kind:
+                continue
+            is_accuracy = metric in ("acc", "acc_norm")
+            error = found.get(f"{metric}_stderr,{kind}")
+            published: Sequence[float] = ()
+            if paper.ACCURACY_METRICS.get(task) == metric:
+                published = paper.ACCURACIES[task]
+                compared.append(value)
+            elif (task, metric) == ("lambada_openai", "perplexity"):
+                published = paper.LAMBADA_PERPLEXITY
+            rows.append(
+                (
+                    task,
+                    metric,
+                    _figure(value, is_accuracy),
+                    _figure(error, is_accuracy),
+                    *_published(published, is_accuracy),
+                )
+            )
+    if len(compared) == len(paper.TASKS):
+        rows.append(
+            ("average", "acc", _figure(sum(compared) / len(compared), True), "", *_published(paper.AVERAGE, True))
+        )
+    return table(rows)
+
+
+def _figure(value: Any, is_accuracy: bool) -> str:
+    """Accuracies in percent, as papers have them."""
+    if not isinstance(value, (int, float)):
+        return "–"
+    return f"{100 * value:.1f}" if is_accuracy else f"{value:,.2f}"
+
+
+def _published(values: Sequence[float], is_accuracy: bool) -> list[str]:
+    return [f"{value:.{1 if is_accuracy else 2}f}" for value in values] or [""] * len(paper.SIZES)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -19,12 +19,15 @@ from megatron_tf.config.validate import topology_for, validate_layout
 from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.loader import check_tokenizer, open_tokens
 from megatron_tf.data.summary import read_summary
-from megatron_tf.data.tokenizer import load_tokenizer
+from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import CheckpointError, ConfigError, DataError, UserError, file_errors
 from megatron_tf.estimate import num_parameters
+from megatron_tf.evaluation.eval_data import TASK_FOLDER
+from megatron_tf.evaluation.lm_harness import check_installed, run_tasks
 from megatron_tf.evaluation.perplexity import Score, num_batches, summed_loss
-from megatron_tf.evaluation.report import DataResult, perplexity_table, perplexity_values
+from megatron_tf.evaluation.report import DataResult, perplexity_table, perplexity_values, tasks_table
+from megatron_tf.evaluation.scoring import Scorer
 from megatron_tf.evaluation.text_bytes import count_text_bytes
 from megatron_tf.evaluation.windows import Windows
 from megatron_tf.inference.sharded import load_stage
@@ -46,14 +49,18 @@ class Request:
     """What to evaluate.
 
     `checkpoint`: a checkpoint, a checkpoints or a run folder; None: the newest of run.dir.  `data`: prefixes of prepared
-    data; empty: data.validation.  `stride`, `max_tokens` (of each data): None stands for model.seq_length and for all.
-    `output`: JSON file; None: in run.dir.
+    data; empty: data.validation, or none when there are tasks.  `stride`, `max_tokens` (of each data): None stands for
+    model.seq_length and for all.  `tasks`: of lm-evaluation-harness, looked for in `task_folder` first, `limit` documents
+    of each.  `output`: folder of the JSON files; None: in run.dir.
     """
 
     checkpoint: str | None = None
     data: tuple[str, ...] = ()
     stride: int | None = None
     max_tokens: int | None = None
+    tasks: tuple[str, ...] = ()
+    task_folder: Path = TASK_FOLDER
+    limit: int | None = None
     output: str | None = None
 
 
@@ -77,7 +84,9 @@ class LoadedModel:
 
 
 def evaluate(config: RunConfig, environment: LaunchEnvironment, request: Request) -> None:
-    """Evaluates, prints a table and writes JSON. Raises UserError, on every rank alike, for what the user can mend."""
+    """Evaluates, prints tables and writes JSON. Raises UserError, on every rank alike, for what the user can mend."""
+    if request.tasks:
+        check_installed()
     validate_layout(config, environment.world_size)
     if problems := [*precision_problems(config), *_request_problems(config, request)]:
         raise ConfigError(problems)
@@ -99,32 +108,64 @@ def _request_problems(config: RunConfig, request: Request) -> list[str]:
         )
     if request.max_tokens == 1:
         problems.append("--max-tokens: is 1, and the first token is only read. Choose 2 or more.")
-    if not request.data and not config.data.validation:
+    if request.tasks and config.data.tokenizer is None:
+        problems.append("data.tokenizer: is not given, and the texts of tasks need one. Name the model's tokenizer.")
+    if not request.data and not request.tasks and not config.data.validation:
         problems.append("data.validation: is empty. Name prepared data there, or with --data PREFIX.")
     return problems
 
 
 def _evaluate(config: RunConfig, rank: int, request: Request, device: torch.device) -> None:
-    results: list[DataResult] = []
     console = Console(rank=rank)
-    prefixes = request.data or tuple(source.path for source in config.data.validation)
+    prefixes = request.data or tuple(source.path for source in config.data.validation if not request.tasks)
     datasets = together(lambda: _open_data(config, prefixes))
+    tokenizer = together(lambda: _open_tokenizer(config))
     reader = _open_checkpoint(config, request, rank)
-    output = Path(request.output or Path(config.run.dir) / "evaluation" / f"{reader.path.name}_perplexity.json")
+    output = Path(request.output or Path(config.run.dir) / "evaluation") / reader.path.name
     together(lambda: prepare_output(output) if rank == 0 else None)
     model = load(config, reader, rank, device)
     settings = _settings(config, model, request)
     console.info(
         f"{reader.path}: {settings['parameters']:,} parameters after {reader.index.tokens:,} tokens, on {model.topology}, "
-        f"{config.training.precision}; windows of {settings['window']} tokens, {settings['stride']} apart"
+        f"{config.training.precision}"
     )
-    scores = [_score(config, model, dataset, request, device, console) for dataset in datasets]
-    if rank == 0:
-        results += [_with_bytes(config, dataset, score) for dataset, score in zip(datasets, scores)]
-        print(perplexity_table(results))
-    together(lambda: write_json(output, perplexity_values(results, settings)) if rank == 0 else None)
-    if rank == 0:
-        print(f"wrote {output}")
+    if datasets:
+        scores = [_score(config, model, dataset, request, device, console) for dataset in datasets]
+
+        def report_scores() -> None:
+            results = [_with_bytes(tokenizer, dataset, score) for dataset, score in zip(datasets, scores)]
+            print(perplexity_table(results))
+            _write(Path(f"{output}_perplexity.json"), perplexity_values(results, settings))
+
+        together(lambda: report_scores() if rank == 0 else None)
+    if request.tasks:
+        assert tokenizer is not None
+        together(lambda: _run_tasks(config, model, tokenizer, request, settings, Path(f"{output}_tasks.json")))
+
+
+def _run_tasks(
+    config: RunConfig,
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    request: Request,
+    settings: dict[str, Any],
+    output: Path,
+) -> None:
+    """The first rank runs the harness, the others compute what it asks."""
+    scorer = Scorer(
+        model.stage, max_length=config.model.seq_length, batch_size=config.training.micro_batch_size,
+        data_rank=model.data_rank, data_size=model.topology.data, speaks=model.speaks,
+    )  # fmt: skip
+    if model.rank > 0:
+        return scorer.follow()
+    try:
+        results = run_tasks(
+            scorer, tokenizer, config.model.seq_length, request.tasks, request.task_folder, request.limit
+        )
+    finally:
+        scorer.release()
+    print(tasks_table(results["results"]))
+    _write(output, {"megatron_tf": settings, **results})
 
 
 def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDataset]:
@@ -136,6 +177,18 @@ def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDatase
                 f"{dataset.prefix}.bin: has {dataset.num_tokens} tokens, and the first one is only read. Prepare more text."
             )
     return datasets
+
+
+def _open_tokenizer(config: RunConfig) -> Tokenizer | None:
+    if config.data.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"data.tokenizer: {config.data.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size is "
+            f"{config.model.vocab_size}. It is another model's tokenizer: name the right one."
+        )
+    return tokenizer
 
 
 def _open_checkpoint(config: RunConfig, request: Request, rank: int) -> CheckpointReader:
@@ -192,8 +245,7 @@ def _score(
     return Score(float(nats), num_tokens - 1, None)
 
 
-def _with_bytes(config: RunConfig, dataset: IndexedDataset, score: Score) -> DataResult:
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+def _with_bytes(tokenizer: Tokenizer | None, dataset: IndexedDataset, score: Score) -> DataResult:
     text_bytes, known_from = count_text_bytes(dataset, score.tokens + 1, read_summary(dataset.prefix), tokenizer)
     return DataResult(dataset.prefix, replace(score, text_bytes=text_bytes), known_from)
 
@@ -212,6 +264,7 @@ def _settings(config: RunConfig, model: LoadedModel, request: Request) -> dict[s
     }
 
 
-def write_json(path: Path, values: Any) -> None:
+def _write(path: Path, values: Any) -> None:
     with file_errors(UserError, path, "Free space or choose another --output."):
         write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    print(f"wrote {path}")

@@ -86,3 +86,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, start: int, group: Group) -> T
     logits [..., V/T] (columns `start` onward), labels int64 [...] -> [...].
     """
     return _CrossEntropy.apply(logits, labels, start, group).masked_fill(labels == IGNORED, 0)
+
+
+def argmax(logits: Tensor, start: int, group: Group) -> Tensor:
+    """The likeliest id of every token, the first of equal ones. logits [..., V/T] (columns `start` onward) -> [...]."""
+    top, at = logits.max(-1)
+    best = all_reduce(top, group, dist.ReduceOp.MAX)
+    foreign = torch.iinfo(at.dtype).max
+    return all_reduce((at + start).masked_fill(top < best, foreign), group, dist.ReduceOp.MIN)

@@ -132,6 +132,8 @@ def quiet_libraries() -> None:
 
     Without a CUDA device DeepSpeed is told to use the CPU, which it would find out, and complain about, itself.
     """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
+
     import torch
 
     logger = logging.getLogger("DeepSpeed")

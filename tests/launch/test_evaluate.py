@@ -102,3 +102,61 @@ def test_a_mistake_that_one_rank_meets_ends_all(run_folder):
     done = evaluate(run_folder, "--data", run_folder / "wide", ranks=2)
     assert done.returncode != 0
     assert done.stdout.count("error: ") == 1 and "token id 150 is beyond the vocabulary" in done.stdout, done.stdout
+
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["red", "green"]
+doc_to_target: gold
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def with_tasks(folder):
+    """A run whose tokens are bytes, and a task of nine questions."""
+    overrides = ["model.vocab_size=257", "data.tokenizer=bytes"]
+    model = load_config(folder / "config.yml", overrides).model
+    start = StepZero(InitialSource(model, 3), 0, 0, ())
+    write_step_zero(folder / "run" / "checkpoints", model, start, {}, lambda done, text: None)
+    rows = [json.dumps({"question": f"What colour has thing {n}?", "gold": n % 2}) for n in range(9)]
+    (folder / "colours.jsonl").write_text("\n".join(rows))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "colours.yaml").write_text(TASK.format(data=folder / "colours.jsonl"))
+    return folder, [*overrides, "--task-folder", folder / "tasks"]
+
+
+@pytest.mark.slow
+def test_tasks_on_two_layouts(with_tasks):
+    folder, arguments = with_tasks
+    accuracies = []
+    for ranks, *overrides in ((0,), (2, "parallel.tensor=2")):
+        done = evaluate(folder, *arguments, "--tasks", "colours", *overrides, ranks=ranks, HF_HOME=str(folder / "hf"))
+        found = results(folder, done, "step_00000000_tasks.json")
+        accuracies.append(found["results"]["colours"]["acc,none"])
+        assert found["n-samples"]["colours"]["effective"] == 9 and "colours" in done.stdout
+        assert "perplexity" not in done.stdout  # validation data are for when no task is named
+    assert accuracies[0] == accuracies[1]
+
+
+TASK_MISTAKES = {
+    "unknown": (["--tasks", "coluors"], ["unknown: coluors (did you mean colours"]),
+    "no tokenizer": (["--tasks", "colours", "data.tokenizer=null"], ["data.tokenizer: is not given"]),
+    "none": (["--tasks", ","], ["',' names no task"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASK_MISTAKES)
+def test_mistakes_about_tasks_end_every_rank(with_tasks, name):
+    folder, arguments = with_tasks
+    own, fragments = TASK_MISTAKES[name]
+    done = evaluate(folder, *arguments, *own, ranks=2, HF_HOME=str(folder / "hf"))
+    assert done.returncode != 0
+    for fragment in fragments:
+        assert fragment in done.stdout, done.stdout

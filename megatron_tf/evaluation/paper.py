@@ -1,0 +1,28 @@
+"""The zero-shot results of the paper, beside which ours are shown.
+
+Table 1 of arXiv 2410.23168: TokenFormers of configs/pile_*.yml after 300B tokens of the Pile. Accuracies in percent, of
+HellaSwag and ARC-Challenge normalised by the length of the answers, as usual for this set of tasks.
+"""
+
+from __future__ import annotations
+
+SIZES = ("150M", "450M", "900M", "1.5B")
+ACCURACY_METRICS = {
+    "lambada_openai": "acc",
+    "hellaswag": "acc_norm",
+    "piqa": "acc",
+    "arc_easy": "acc",
+    "arc_challenge": "acc_norm",
+    "winogrande": "acc",
+}
+TASKS = tuple(ACCURACY_METRICS)
+ACCURACIES = {
+    "lambada_openai": (45.0, 57.3, 64.0, 64.7),
+    "hellaswag": (35.5, 47.5, 55.3, 60.0),
+    "piqa": (64.9, 69.5, 72.4, 74.8),
+    "arc_easy": (47.3, 56.2, 59.9, 64.8),
+    "arc_challenge": (24.9, 26.7, 30.6, 32.0),
+    "winogrande": (50.4, 54.6, 56.4, 59.7),
+}
+LAMBADA_PERPLEXITY = (16.38, 7.69, 5.46, 5.24)
+AVERAGE = (44.7, 52.0, 56.4, 59.3)

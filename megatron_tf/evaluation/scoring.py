@@ -1,0 +1,96 @@
+"""How likely a model finds continuations of contexts, at any layout: what multiple-choice tasks ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tf.evaluation.perplexity import token_losses
+from megatron_tf.model.stage import Stage
+from megatron_tf.parallel.vocab import argmax
+
+Request = tuple[list[int], list[int]]  # context and continuation, neither of them empty
+Answer = tuple[float, bool]  # log-likelihood in nats, and whether the continuation is what greedy decoding gives
+
+
+class Scorer:
+    """A model on all ranks that the first rank asks. The others `follow` until it `release`s them."""
+
+    def __init__(self, stage: Stage, *, max_length: int, batch_size: int, data_rank: int, data_size: int, speaks: bool):
+        """`max_length`: most tokens that the model reads at once.  `speaks`: one rank of each replica that has logits."""
+        self._stage, self._max_length, self._batch_size = stage, max_length, batch_size
+        self._data_rank, self._data_size, self._speaks = data_rank, data_size, speaks
+
+    def __call__(self, requests: Sequence[Request]) -> list[Answer]:
+        """An answer to each request, in their order. For the first rank."""
+        _broadcast(list(requests))
+        return self._answers(requests)
+
+    def follow(self) -> None:
+        """Take part in what the first rank asks, until it is done. For the other ranks."""
+        while (requests := _broadcast(None)) is not None:
+            self._answers(requests)
+
+    def release(self) -> None:
+        """The other ranks go on. For the first rank, at its end, however that came about."""
+        _broadcast(None)
+
+    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
+        device = next(self._stage.parameters()).device
+        found = torch.zeros(len(requests), 2, dtype=torch.float64, device=device)
+        for batch in self._own_batches(requests):
+            own = score_continuations(self._stage, [requests[at] for at in batch], self._max_length)
+            if own is not None and self._speaks:
+                found[batch] = own
+        if dist.is_initialized():
+            dist.all_reduce(found)
+        return [(likelihood, bool(greedy)) for likelihood, greedy in found.tolist()]
+
+    def _own_batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Requests of about one length together, the longest first, so that a lack of memory shows at once."""
+        order = sorted(range(len(requests)), key=lambda at: -len(requests[at][0]) - len(requests[at][1]))
+        batches = [order[first : first + self._batch_size] for first in range(0, len(order), self._batch_size)]
+        return batches[self._data_rank :: self._data_size]
+
+
+@torch.no_grad()
+def score_continuations(stage: Stage, requests: Sequence[Request], max_length: int) -> Tensor | None:
+    """[requests, 2] in fp64: log-likelihood, and 1 where the continuation is greedy; at the last stage, None elsewhere.
+
+    Of what is longer than `max_length` + 1 the beginning is left out; of a continuation that is itself longer, the
+    part that was predicted counts.
+    """
+    rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in requests]
+    longest = max(len(row) for row in rows) - 1
+    if stage.tensor.sequence:
+        longest += -longest % stage.tensor.group.size
+    ids, labels, counts = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(3))
+    for at, (row, (_, continuation)) in enumerate(zip(rows, requests)):
+        size = len(row) - 1
+        ids[at, :size], labels[at, :size] = torch.tensor(row[:-1]), torch.tensor(row[1:])
+        counts[at, max(0, size - len(continuation)) : size] = 1
+    device = next(stage.parameters()).device
+    ids, labels, counts = ids.to(device), labels.to(device), counts.to(device)
+    logits = stage(ids)
+    if logits is None:
+        return None
+    likelihood = -(token_losses(stage, logits, labels).double() * counts).sum(-1)
+    assert stage.embedding is not None
+    likeliest = argmax(logits, stage.embedding.start, stage.tensor.group).mT
+    greedy = ((likeliest == labels) | (counts == 0)).all(-1)
+    return torch.stack((likelihood, greedy.double()), -1)
+
+
+def _broadcast(value: list[Request] | None) -> list[Request] | None:
+    """The first rank's value, on all ranks."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+Ask = Callable[[Sequence[Request]], list[Answer]]

@@ -1,0 +1,187 @@
+"""The zero-shot tasks on a live model: equal to the harness's own class for Hugging Face models, and at every layout."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from distributed import spawn
+from harness_data import tokenizer_for_tests
+
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.checkpoint.source import InitialSource, StepZero
+from megatron_tf.checkpoint.step_zero import write_step_zero
+from megatron_tf.data.tokenizer import load_tokenizer
+from megatron_tf.errors import UserError
+from megatron_tf.evaluation import lm_harness
+from megatron_tf.evaluation.lm_harness import live_model, run_tasks
+from megatron_tf.evaluation.paper import ACCURACY_METRICS, TASKS
+from megatron_tf.evaluation.report import tasks_table
+from megatron_tf.evaluation.scoring import Scorer
+from megatron_tf.inference.load import load_model
+from megatron_tf.inference.sharded import load_stage
+from megatron_tf.model.layers import TensorParallel
+from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.topology import Topology
+
+LENGTH = 48
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """No network, and no cache of other runs. The libraries read these when they are loaded, which is once."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TQDM_DISABLE"):
+        os.environ[name] = "1"
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def text_model(model):
+    return model.model_copy(update={"vocab_size": 320, "seq_length": LENGTH})
+
+
+@pytest.fixture
+def text_checkpoint(tmp_path, text_model):
+    start = StepZero(InitialSource(text_model, 3), 0, 0, ())
+    return write_step_zero(tmp_path / "text" / "checkpoints", text_model, start, {}, lambda done, text: None)
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    tokenizer_for_tests().save(str(tmp_path / "tokenizer.json"))
+    return str(tmp_path / "tokenizer.json")
+
+
+def scorer(rank, checkpoint, model, topology):
+    tensor = TensorParallel(make_group(topology, "tensor", 60.0))
+    stage = load_stage(open_checkpoint(checkpoint), model, topology, rank, tensor)
+    return Scorer(
+        stage, max_length=LENGTH, batch_size=8, data_rank=topology.coordinate("data", rank), data_size=topology.data,
+        speaks=stage.following is None and tensor.group.rank == 0,
+    )  # fmt: skip
+
+
+def run(rank, checkpoint, model, tokenizer_file, folder, topology=None, tasks=TASKS, limit=None):
+    ask = scorer(rank, checkpoint, model, topology or Topology())
+    return run_tasks(ask, load_tokenizer(tokenizer_file), LENGTH, tasks, Path(folder) / "tasks", limit)
+
+
+def same(found, expected):
+    """Accuracies exactly; LAMBADA's perplexity, of which fp32 rounds the logarithm, to six digits."""
+    assert found.keys() == expected.keys()
+    for task in expected:
+        figures = {
+            key: value for key, value in expected[task].items() if "stderr" not in key and isinstance(value, float)
+        }
+        for key, value in figures.items():
+            assert found[task][key] == pytest.approx(value, rel=1e-5), (task, key)
+
+
+def as_hugging_face(model, tokenizer_file):
+    """The model behind the harness's own HFLM."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers.modeling_outputs import CausalLMOutput
+
+    class Wrapped(PreTrainedModel):
+        config_class = PretrainedConfig
+
+        def __init__(self):
+            super().__init__(PretrainedConfig(max_position_embeddings=LENGTH))
+            self.inner = model
+
+        def forward(self, input_ids, **kwargs):
+            return CausalLMOutput(logits=self.inner(input_ids))
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=tokenizer_file, eos_token="<|endoftext|>")
+    return HFLM(pretrained=Wrapped(), tokenizer=tokenizer, max_length=LENGTH, batch_size=3, device="cpu")
+
+
+def test_six_tasks_score_as_in_the_harness_itself(text_checkpoint, text_model, tokenizer_file, eval_folder):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    found = run(0, text_checkpoint, text_model, tokenizer_file, eval_folder)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    reference = simple_evaluate(
+        as_hugging_face(load_model(text_checkpoint), tokenizer_file), tasks=list(TASKS), log_samples=False,
+        task_manager=TaskManager(include_path=str(eval_folder / "tasks")),
+    )  # fmt: skip
+    same(found["results"], reference["results"])
+    assert all(f"{metric},none" in found["results"][task] for task, metric in ACCURACY_METRICS.items())
+    assert all(count["effective"] == 7 for count in found["n-samples"].values())
+    table = tasks_table(found["results"])
+    assert "average" in table and "59.3" in table and "16.38" in table
+
+
+def test_limit(text_checkpoint, text_model, tokenizer_file, eval_folder):
+    found = run(0, text_checkpoint, text_model, tokenizer_file, eval_folder, tasks=["piqa"], limit=3)
+    assert found["n-samples"]["piqa"]["effective"] == 3
+    assert "average" not in tasks_table(found["results"])
+
+
+def test_whole_texts(text_checkpoint, text_model, tokenizer_file):
+    from lm_eval.api.instance import Instance
+
+    texts = ["The cup is near the river. " * 20, "x", "Question: what holds the stone?"]
+    asked = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    ours = live_model(scorer(0, text_checkpoint, text_model, Topology()), load_tokenizer(tokenizer_file), LENGTH)
+    theirs = as_hugging_face(load_model(text_checkpoint), tokenizer_file)
+    expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(asked) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", [Topology(tensor=2), Topology(pipeline=2), Topology(data=2)], ids=str)
+def test_equal_at_every_layout(text_checkpoint, text_model, tokenizer_file, eval_folder, tmp_path, topology):
+    expected = run(0, text_checkpoint, text_model, tokenizer_file, eval_folder)
+    arguments = (str(text_checkpoint), text_model, tokenizer_file, str(eval_folder), topology, str(tmp_path))
+    spawn(_rank, 2, *arguments)
+    same(json.loads((tmp_path / "results.json").read_text()), expected["results"])
+
+
+def _rank(group, checkpoint, model, tokenizer_file, folder, topology, out):
+    ask = scorer(group.rank, checkpoint, model, topology)
+    if group.rank > 0:
+        return ask.follow()
+    found = run_tasks(ask, load_tokenizer(tokenizer_file), LENGTH, TASKS, Path(folder) / "tasks", None)
+    ask.release()
+    (Path(out) / "results.json").write_text(json.dumps(found["results"]))
+
+
+def never(requests):
+    raise AssertionError("nothing should be asked")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "folder", "fragments"),
+    [
+        (["hellaswagg"], "tasks", ["unknown: hellaswagg (did you mean hellaswag", "arc_challenge, arc_easy, gsm8k_local, hellaswag"]),
+        (["piqa", "no_such_task_at_all"], "data/eval/tasks", ["unknown: no_such_task_at_all", "fetch_eval_data.py"]),
+        (["piqa"], "elsewhere", ["elsewhere: there is no such folder", "fetch_eval_data.py"]),
+        (["boolq"], "tasks", ["--tasks boolq: the data cannot be loaded", "fetch_eval_data.py"]),
+        (["gsm8k_local"], "tasks", ["one of them wants text generated"]),
+    ],
+)  # fmt: skip
+def test_mistakes(tokenizer_file, eval_folder, monkeypatch, tasks, folder, fragments):
+    monkeypatch.chdir(eval_folder)
+    (eval_folder / "generate.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    (eval_folder / "tasks" / "gsm8k_local.yaml").write_text(
+        f"task: gsm8k_local\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {eval_folder}/generate.jsonl}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    with pytest.raises(UserError) as error:
+        run_tasks(never, load_tokenizer(tokenizer_file), LENGTH, tasks, Path(folder), None)
+    for fragment in fragments:
+        assert fragment in str(error.value), error.value
+
+
+def test_harness_not_installed(monkeypatch):
+    monkeypatch.setattr(lm_harness.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs lm_eval.*\[eval\]"):
+        lm_harness.check_installed()
