@@ -225,6 +225,7 @@ class Evaluation(Section):
 
 class Logging(Section):
     interval_steps: Count = 10
+    health_interval_steps: Count | None = None  # measure Pattention's parameter tokens; one more forward pass each time
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()  # beside metrics.jsonl, which is always written
     project: str = "megatron_tf"  # project name at the tracker
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.config.schema import DataSource
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import DataError, file_errors
 
@@ -65,6 +67,18 @@ def read_summary(prefix: str | Path) -> CorpusSummary | None:
                 f"{path}: {name} is {json.dumps(value):.80}, not {kind}. The file is damaged: prepare the data again."
             )
     return CorpusSummary(**{**values, "files": tuple(values["files"])})
+
+
+def bytes_per_token(sources: Sequence[DataSource]) -> float | None:
+    """Bytes of text of a token of the blended `sources`, on average; None when one of them has no summary."""
+    total, weights = 0.0, 0.0
+    for source in sources:
+        summary = read_summary(source.path)
+        if summary is None or not summary.tokens:
+            return None
+        total += source.weight * summary.bytes / summary.tokens
+        weights += source.weight
+    return total / weights or None
 
 
 def _fits(name: str, value: Any) -> bool:

@@ -95,6 +95,9 @@ def live_model(ask: Ask, tokenizer: Tokenizer, max_length: int) -> Any:
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
             return tokenizer.encode_batch([string])[0]
 
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
         def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
             return ask([(context, continuation) for _, context, continuation in requests])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_tf.checkpoint.format import WEIGHT
@@ -22,14 +24,17 @@ def load_stage(
     tensor: TensorParallel,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    document_ends: Sequence[int] = (),
 ) -> Stage:
     """The stage of `rank`. Memory: its own weights in `dtype`, and one tensor in fp32 while it is read.
+
+    `document_ends`: the tokens after which attention begins anew.
 
     The checksums of the files are not compared here. Errors: CheckpointError.
     """
     table, group = parameter_table(model), tensor.group
     with torch.device("meta"):
-        stage = build_stage(model, reader.index.scales, topology, rank, tensor).to(dtype)
+        stage = build_stage(model, reader.index.scales, topology, rank, tensor, document_ends).to(dtype)
     stage.to_empty(device=device)
     for name, parameter in stage.named_parameters():
         spec = table[name]

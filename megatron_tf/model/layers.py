@@ -76,6 +76,7 @@ class Pattention(nn.Module):
         self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out))
         self.scale = default_scale(num_tokens, activation) if scale is None else scale
         self.activation, self.group = activation, group
+        self.observer: Callable[[Tensor], None] | None = None  # sees each input x [s, b, d], whole on every rank
         nn.init.normal_(self.key_tokens, std=INITIAL_STD)
         nn.init.normal_(self.value_tokens, std=1 / d_out**0.5)
 
@@ -90,6 +91,9 @@ class Pattention(nn.Module):
 def partial_outputs(projections: Sequence[Pattention], x: Tensor) -> tuple[Tensor, ...]:
     """Outputs of projections that share x, each partial over their tensor group."""
     first = projections[0]
+    for projection in projections:
+        if projection.observer is not None:
+            projection.observer(x)
     return partial_pattention(
         x,
         [p.key_tokens for p in projections],

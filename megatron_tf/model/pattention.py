@@ -74,6 +74,17 @@ def partial_pattention(
     return _Pattention.apply(x, activation, tuple(scales), group, *keys, *values)
 
 
+@torch.no_grad()
+def token_weights(
+    x: Tensor, key_tokens: Tensor, scale: float, activation: Activation, group: Group
+) -> tuple[Tensor, Tensor]:
+    """(‖A‖₂ over all tokens [..., 1], this rank's S [..., n/T]) of one projection, to look at. Not differentiable."""
+    scores = x @ key_tokens.mT
+    statistic = _row_statistic(scores, [key_tokens], activation, group)
+    norm = statistic if activation == "l2_norm_gelu" else _row_statistic(scores, [key_tokens], "l2_norm_gelu", group)
+    return norm, _weights(scores, statistic, scale, activation)
+
+
 class _Pattention(Function):
     @staticmethod
     def forward(ctx, x, activation, scales, group, *tokens):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
+from megatron_tf.model.attention import Documents, document_starts, find_documents
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
 from megatron_tf.parallel.collectives import receive, send
 from megatron_tf.parallel.topology import Topology, stage_layers
@@ -28,16 +29,18 @@ class Stage(nn.Module):
         hidden_size: int,
         previous: int | None = None,
         following: int | None = None,
+        document_ends: Sequence[int] = (),
     ):
         """`embedding`: of the first and, as the head, of the last stage.  `blocks`: by layer number, in their order.
 
-        `previous`, `following`: the ranks of the neighbouring stages.
+        `previous`, `following`: the ranks of the neighbouring stages.  `document_ends`: the tokens after which attention
+        begins anew.
         """
         super().__init__()
         self.embedding, self.final_norm = embedding, final_norm
         self.blocks = nn.ModuleDict({str(layer): block for layer, block in blocks.items()})
         self.tensor, self.hidden_size = tensor, hidden_size
-        self.previous, self.following = previous, following
+        self.previous, self.following, self.document_ends = previous, following, document_ends
 
     def forward(self, ids: Tensor) -> Tensor | None:
         """ids int64 [b, s] -> logits [s, b, V/T] at the last stage, None elsewhere.
@@ -49,8 +52,13 @@ class Stage(nn.Module):
             hidden = self.embedding(ids)
         else:
             hidden = receive(self._hidden_shape(ids), next(self.parameters()), self.previous)
+        documents: Documents | None = None
         for block in self.blocks.values():
-            hidden = block(hidden)
+            assert isinstance(block, Block)
+            if self.document_ends and documents is None:
+                starts = document_starts(ids, self.document_ends)
+                documents = find_documents(starts, hidden.dtype, block.attention.head_dim)
+            hidden = block(hidden, documents)
         if self.following is not None:
             send(hidden, self.following)
             return None
@@ -70,7 +78,12 @@ def neighbours(topology: Topology, rank: int) -> tuple[int | None, int | None]:
 
 
 def build_stage(
-    model: Model, scales: Mapping[str, float], topology: Topology, rank: int, tensor: TensorParallel
+    model: Model,
+    scales: Mapping[str, float],
+    topology: Topology,
+    rank: int,
+    tensor: TensorParallel,
+    document_ends: Sequence[int] = (),
 ) -> Stage:
     """The stage of `rank` with weights that are still to be written."""
     previous, following = neighbours(topology, rank)
@@ -80,5 +93,5 @@ def build_stage(
         Embedding(model, tensor) if at_an_end else None,
         {layer: Block(model, layer, scales, tensor) for layer in layers},
         FinalNorm(model, tensor) if following is None else None,
-        tensor, model.hidden_size, previous, following,
+        tensor, model.hidden_size, previous, following, document_ends,
     )  # fmt: skip

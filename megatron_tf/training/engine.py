@@ -27,6 +27,7 @@ from megatron_tf.config.validate import BatchPlan
 from megatron_tf.data.loader import Batch
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import IGNORED
@@ -209,6 +210,10 @@ class Engine:
             iter(batches), num_micro_batches=num_micro_batches, return_logits=return_logits, reduce_output=None,
             bcast_loss=False,
         )  # fmt: skip
+
+    def stage(self) -> Stage:
+        """The model's layers on this rank, for a look into its forward pass."""
+        return self._pipeline.as_stage()
 
     def pieces(self) -> list[Piece]:
         """Live views of the state this rank saves; over all ranks each logical element is there exactly once."""

@@ -18,14 +18,16 @@ from megatron_tf.errors import RunStopped
 from megatron_tf.estimate import flops_per_token
 from megatron_tf.parallel.stop_signals import StopSignals, describe_request
 from megatron_tf.telemetry.console import Console
-from megatron_tf.telemetry.meters import ThroughputMeter, format_duration, mfu, peak_bf16_flops
+from megatron_tf.telemetry.meters import ThroughputMeter, format_duration
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.engine import Engine, StepResult
 from megatron_tf.training.guard import LossGuard
+from megatron_tf.training.health import HealthProbe
 from megatron_tf.training.profiler import StepProfiler
 from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Progress, Start
 from megatron_tf.training.step_clock import describe_shares
+from megatron_tf.training.step_metrics import StepMetrics
 from megatron_tf.training.watchdog import Watchdog
 
 
@@ -47,6 +49,7 @@ class Trainer:
         stop: StopSignals,
         watchdog: Watchdog,
         profiler: StepProfiler,
+        health: HealthProbe | None,
     ):
         self.config, self.plan, self.engine, self.progress = config, plan, engine, start.progress
         self.training, self.validation = training, validation
@@ -55,10 +58,9 @@ class Trainer:
         self.guard = LossGuard(config.guard, start.run_state.get("guard", {}))
         self.meter, self.stop, self.watchdog, self.profiler = ThroughputMeter(), stop, watchdog, profiler
         self.meeting = dist.new_group(backend="gloo")  # so that a word between two steps never waits for a GPU
+        self.metrics, self.health = StepMetrics(config, plan, device, self.meeting), health
         self.logged_step = start.progress.step
         self.earlier_tokens, self.earlier_flops = start.earlier_tokens, start.earlier_flops(config.model)
-        self.num_devices = plan.data_parallel * config.parallel.tensor * config.parallel.pipeline
-        self.peak = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def fit(self) -> None:
         """Trains until the plan's last step. A run that is complete already only says so.
@@ -80,6 +82,8 @@ class Trainer:
                 self.watchdog.beat(self.progress.step)
                 if self._due(config.logging.interval_steps):
                     bar.advance(self.progress.step, self._log(result))
+                if self.health is not None and self._due(config.logging.health_interval_steps):
+                    self._measure_health(self.health)
                 if self._due(config.evaluation.interval_steps):
                     self._evaluate()
                 if self._finished():
@@ -158,27 +162,12 @@ class Trainer:
         loss = float(result.loss)  # waits for the device, so that the lap below is complete
         norm = None if result.grad_norm is None else float(result.grad_norm)
         rates = self.meter.lap(steps, steps * self.plan.tokens_per_step)
-        shares = self.engine.clock.shares()
-        self._record(
-            {
-                "train/loss": loss,
-                "optim/lr": result.lr,
-                "optim/grad_norm": norm,
-                "optim/skipped_steps": self.engine.steps_skipped,
-                "perf/tokens_per_second": rates.tokens_per_second,
-                "perf/step_seconds": rates.step_seconds,
-                **{f"perf/share_{phase}": share for phase, share in shares.items()},
-                "perf/data_wait_share": rates.data_wait_share,
-                "perf/mfu": mfu(
-                    rates.tokens_per_second, flops_per_token(self.config.model), self.peak, self.num_devices
-                ),
-            }
-        )
+        shares, left = self.engine.clock.shares(), self.plan.train_steps - self.progress.step
+        self._record(self.metrics.training(result, loss, self.engine.steps_skipped, rates, shares, left))
         text = f"loss {loss:.4f}  " + ("" if norm is None else f"norm {norm:.3f}  ")
         text += f"lr {result.lr:.2e}  {rates.tokens_per_second:,.0f} tokens/s"
-        left = format_duration((self.plan.train_steps - self.progress.step) * rates.step_seconds)
-        where = f"  ({describe_shares(shares)})"
-        self.console.info(f"step {self.progress.step:,}/{self.plan.train_steps:,}  {text}  left {left}{where}")
+        eta, where = format_duration(left * rates.step_seconds), f"  ({describe_shares(shares)})"
+        self.console.info(f"step {self.progress.step:,}/{self.plan.train_steps:,}  {text}  left {eta}{where}")
         return text
 
     def _evaluate(self) -> None:
@@ -191,10 +180,16 @@ class Trainer:
             sources = [source for first in firsts for source in self.validation.sample_sources(first)]
             batches = (batch for first in firsts for batch in self.validation.step_batches(first))
             loss, by_source = self.engine.evaluate_groups(batches, sources, len(names))
-            perplexity = math.exp(min(loss, 700.0))
             of_sources = {f"eval/loss/{name}": mean for name, mean in zip(names, by_source) if mean is not None}
-            self._record({"eval/loss": loss, "eval/perplexity": perplexity, **(of_sources if len(names) > 1 else {})})
-            self.console.info(f"step {self.progress.step:,}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
+            found = self.metrics.validation(loss)
+            self._record({**found, **(of_sources if len(names) > 1 else {})})
+            self.console.info(
+                f"step {self.progress.step:,}  validation loss {loss:.4f}  perplexity {found['eval/perplexity']:.2f}"
+            )
+
+    def _measure_health(self, health: HealthProbe) -> None:
+        with self.meter.paused(), self.watchdog.paused():
+            self._record(health.measure())
 
     def _save(self) -> None:
         with self.meter.paused(), self.watchdog.paused():

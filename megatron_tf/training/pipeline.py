@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megatron_tf.config.schema import Model
 from megatron_tf.model.attention import Documents, document_starts, find_documents
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
+from megatron_tf.model.stage import Stage, neighbours
 from megatron_tf.parallel.topology import Topology, stage_layers
 from megatron_tf.parallel.vocab import IGNORED, cross_entropy
 from megatron_tf.params import EMBEDDING, ParameterSpec, parameter_table, shard_range
@@ -126,6 +127,21 @@ class TokenFormerPipeline(PipelineModule):
         """This stage's blocks by layer number."""
         found = zip(range(self._local_start, self._local_stop), self.forward_funcs)
         return {index - 1: layer for index, layer in found if isinstance(layer, Block)}
+
+    def as_stage(self) -> Stage:
+        """The same layers, for a forward pass without DeepSpeed."""
+        previous, following = neighbours(self.grid_topology, self.global_rank)
+        norms = [layer for layer in self.forward_funcs if isinstance(layer, FinalNorm)]
+        embedding = self.tied_modules["embedding"] if "embedding" in self.tied_modules else None  # noqa: SIM401 - no get
+        return Stage(
+            embedding,
+            self.blocks(),
+            norms[0] if norms else None,
+            self.tensor,
+            self.config.hidden_size,
+            previous,
+            following,
+        )
 
     def shards(self) -> list[ShardedParameter]:
         """Every parameter of this rank once, in model order, under its logical name."""

@@ -33,6 +33,7 @@ from megatron_tf.training.agreement import from_rank_zero, gather, together
 from megatron_tf.training.distributed import join, leave
 from megatron_tf.training.engine import Batch, Engine
 from megatron_tf.training.growth_proof import Probe, compare, probe
+from megatron_tf.training.health import HealthProbe
 from megatron_tf.training.loop import Trainer
 from megatron_tf.training.profiler import StepProfiler
 from megatron_tf.training.run_lock import locked
@@ -115,8 +116,9 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
         if engine.reads_data:
             batches = Prefetcher(training, plan.global_batch_size, device)
             closing.callback(batches.close)  # while the watchdog is there to see that it ends
+        health = _health_probe(config, engine, validation or training, start, topology, environment.rank)
         trainer = Trainer(config, plan, engine, batches, validation, saver, trackers, console, device, start, stop,
-                          watchdog, profiler)  # fmt: skip
+                          watchdog, profiler, health)  # fmt: skip
         try:
             trainer.fit()
         except TrainingError:  # on all ranks alike
@@ -221,6 +223,20 @@ def _build(
         entry = {**entry, "loss_before": before.loss, "loss_after": after.loss}
         start = replace(start, growth_history=(*start.growth_history[:-1], entry))
     return engine, start
+
+
+def _health_probe(
+    config: RunConfig, engine: Engine, data: BatchLoader, start: Start, topology: Topology, rank: int
+) -> HealthProbe | None:
+    if config.logging.health_interval_steps is None:
+        return None
+    held = BatchLoader(
+        data.dataset, micro_batch_size=config.training.micro_batch_size, num_micro_batches=1, data_rank=0, data_size=1,
+        vocab_size=config.model.vocab_size,
+    )  # fmt: skip
+    ids, _ = together(lambda: next(held.step_batches(0)))
+    speaks = topology.coordinate("data", rank) == 0 and topology.coordinate("tensor", rank) == 0
+    return HealthProbe(engine.stage(), ids, config.model.parameter_tokens.model_dump(), start.old_tokens, speaks)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

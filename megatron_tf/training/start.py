@@ -66,6 +66,11 @@ class Start:
             tokens = entry["tokens"]
         return flops
 
+    @property
+    def old_tokens(self) -> dict[str, int]:
+        """Parameter tokens of each kind of projection before the last growth; empty for a model that never grew."""
+        return dict(self.growth_history[-1]["from"]) if self.growth_history else {}
+
     def first_new(self, model: Model) -> dict[str, int]:
         """Where, in the flattened tensors of `model`, the tokens of its last growth begin."""
         if not self.growth_history:

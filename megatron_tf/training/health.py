@@ -1,0 +1,114 @@
+"""What the parameter tokens of a model do, measured in the forward pass of one held micro batch.
+
+Of each Pattention, with scores A = X Kᵀ and weights S = θ(A) over all its n tokens, and averaged over the layers (and over
+query, key and value) of a kind of projection:
+
+| metric | meaning |
+|---|---|
+| `score_norm` | ‖A‖₂, mean over the positions |
+| `active_share` | (Σ|S|)² / (n·ΣS²), mean over the positions: the share of the tokens that a position really uses. 1: all of them equally; 1/n: a single one |
+| `dead_share` | share of the tokens whose |S| nowhere reaches 1 % of the position's root mean square |
+| `new_share` | after a growth: what the new tokens contribute, Σ|S|·‖v‖ over the positions, of what all contribute |
+| `old_dead_share`, `new_dead_share` | after a growth: dead ones among the old and among the new tokens |
+
+Each rank looks at its own tokens, and sums go over the tensor group; every data-parallel rank looks at the same batch. No
+gradient, no random number and no state of training is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tf.model.layers import Block, Pattention
+from megatron_tf.model.pattention import token_weights
+from megatron_tf.model.stage import Stage
+from megatron_tf.parallel.collectives import all_reduce
+from megatron_tf.params import PROJECTIONS, shard_range
+
+DEAD_BELOW = 0.01  # of the root mean square of a position's weights
+KINDS = tuple(dict.fromkeys(kind for kind, _ in PROJECTIONS.values()))
+ALWAYS = ("score_norm", "active_share", "dead_share")
+AFTER_GROWTH = ("new_share", "old_dead_share", "new_dead_share")
+
+
+class HealthProbe:
+    """Measures a model whenever it is asked to, always on the same batch."""
+
+    def __init__(
+        self, stage: Stage, ids: Tensor, num_tokens: Mapping[str, int], old_tokens: Mapping[str, int], speaks: bool
+    ):
+        """`ids` [b, s], the same on all ranks.  `num_tokens`, `old_tokens`: of each kind, now and before the last growth.
+
+        `speaks`: one rank of those that hold the same layers.
+        """
+        self._stage, self._ids, self._speaks = stage, ids, speaks
+        self._num_tokens, self._old_tokens = num_tokens, old_tokens
+        self._device = next(stage.parameters()).device
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """The metrics by name, the same on all ranks; all of them must call it."""
+        found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+        observed = []
+        for block in self._stage.blocks.values():
+            assert isinstance(block, Block)
+            for name, (kind, _) in PROJECTIONS.items():
+                projection = block.get_submodule(name)
+                assert isinstance(projection, Pattention)
+                projection.observer = partial(self._observe, projection, kind, found[kind])
+                observed.append(projection)
+        try:
+            with torch.compiler.set_stance("force_eager"):  # an observer in the graph would compile it anew
+                self._stage(self._ids.to(self._device))
+        finally:
+            for projection in observed:
+                projection.observer = None
+        sums = torch.zeros(len(KINDS), len(ALWAYS + AFTER_GROWTH) + 1, dtype=torch.float64, device=self._device)
+        for row, kind in enumerate(KINDS):
+            if found[kind] and self._speaks:
+                sums[row, :-1], sums[row, -1] = torch.stack(found[kind]).sum(0), len(found[kind])
+        dist.all_reduce(sums)
+        means = (sums[:, :-1] / sums[:, -1:]).tolist()
+        return {
+            f"health/{kind}/{metric}": value
+            for kind, values in zip(KINDS, means)
+            for metric, value in zip(ALWAYS + AFTER_GROWTH, values)
+            if metric in ALWAYS or self._has_grown(kind)
+        }
+
+    def _has_grown(self, kind: str) -> bool:
+        return 0 < self._old_tokens.get(kind, 0) < self._num_tokens[kind]
+
+    def _observe(self, projection: Pattention, kind: str, found: list[Tensor], x: Tensor) -> None:
+        group, tokens = projection.group, self._num_tokens[kind]
+        norm, weights = token_weights(x, projection.key_tokens, projection.scale, projection.activation, group)
+        size = weights.flatten(0, -2).abs().float()  # [positions, n/T]
+        total, squares = all_reduce(torch.stack((size.sum(-1), size.square().sum(-1))), group)
+        active = torch.where(squares > 0, total.square() / (tokens * squares), 0.0)
+        limit = DEAD_BELOW * (squares / tokens).sqrt()
+        dead = ~((size > 0) & (size >= limit.unsqueeze(-1))).any(0)
+        contribution = size.sum(0) * projection.value_tokens.float().norm(dim=1)
+        first, last = shard_range(tokens, group.size, group.rank)
+        old_tokens = self._old_tokens.get(kind, tokens)
+        new = torch.arange(first, last, device=dead.device) >= old_tokens
+        counts = torch.stack(
+            [dead.sum(), (dead & ~new).sum(), (dead & new).sum(), contribution[new].sum(), contribution.sum()]
+        ).double()
+        all_dead, old_dead, new_dead, by_new, by_all = all_reduce(counts, group)
+        found.append(
+            torch.stack(
+                [
+                    norm.double().mean(),
+                    active.double().mean(),
+                    all_dead / tokens,
+                    by_new / by_all if by_all > 0 else by_all,
+                    old_dead / min(old_tokens, tokens),
+                    new_dead / max(1, tokens - old_tokens),
+                ]
+            )
+        )

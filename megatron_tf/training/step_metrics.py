@@ -1,0 +1,84 @@
+"""What is logged about training steps, under the names that metrics.jsonl and the trackers show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.validate import BatchPlan
+from megatron_tf.data.summary import bytes_per_token
+from megatron_tf.estimate import flops_per_token
+from megatron_tf.telemetry.memory import memory_metric
+from megatron_tf.telemetry.meters import Rates, mfu, peak_bf16_flops
+from megatron_tf.telemetry.trackers import Value
+from megatron_tf.training.engine import StepResult
+
+
+class StepMetrics:
+    """All ranks call `training` together, because memory is the largest of theirs."""
+
+    def __init__(self, config: RunConfig, plan: BatchPlan, device: torch.device, meeting: dist.ProcessGroup | None):
+        self._config, self._plan, self._device, self._meeting = config, plan, device, meeting
+        self._num_devices = plan.data_parallel * config.parallel.tensor * config.parallel.pipeline
+        self._peak = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._train_bytes = bytes_per_token(config.data.train)
+        self._validation_bytes = bytes_per_token(config.data.validation) if config.data.validation else None
+
+    def training(
+        self,
+        result: StepResult,
+        loss: float,
+        skipped_steps: int,
+        rates: Rates,
+        shares: Mapping[str, float],
+        steps_left: int,
+    ) -> dict[str, Value]:
+        """Of the last step: `result`, `loss` (its value) and `shares` of its time. `rates`: since the last logged one."""
+        norm = None if result.grad_norm is None else float(result.grad_norm)
+        tokens_per_second = rates.tokens_per_second
+        memory, size = memory_metric(self._device)
+        largest = torch.tensor([size])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._meeting)
+        return {
+            **_loss_metrics("train", loss, self._train_bytes),
+            "optim/lr": result.lr,
+            **self._group_rates(result.lr),
+            "optim/grad_norm": norm,
+            "optim/skipped_steps": skipped_steps,
+            "perf/tokens_per_second": tokens_per_second,
+            "perf/tokens_per_second_per_device": tokens_per_second / self._num_devices,
+            "perf/step_seconds": rates.step_seconds,
+            **{f"perf/share_{phase}": share for phase, share in shares.items()},
+            "perf/data_wait_share": rates.data_wait_share,
+            "perf/eta_seconds": rates.step_seconds * steps_left,
+            "perf/mfu": mfu(tokens_per_second, flops_per_token(self._config.model), self._peak, self._num_devices),
+            memory: int(largest),
+        }
+
+    def validation(self, loss: float) -> dict[str, Value]:
+        return _loss_metrics("eval", loss, self._validation_bytes)
+
+    def _group_rates(self, lr: float) -> dict[str, Value]:
+        """The learning rate of each group of parameters, where a growth gives them different ones."""
+        if self._config.growth is None:
+            return {}
+        rates = self._config.growth.lr_multipliers
+        if rates.old_tokens == rates.new_tokens == rates.other == 1:
+            return {}
+        return {
+            "optim/lr_old_tokens": lr * rates.old_tokens,
+            "optim/lr_new_tokens": lr * rates.new_tokens,
+            "optim/lr_other": lr * rates.other,
+        }
+
+
+def _loss_metrics(prefix: str, loss: float, text_bytes_per_token: float | None) -> dict[str, Value]:
+    """`text_bytes_per_token`: of the data on average; the samples of one step are a little above or below it."""
+    metrics: dict[str, Value] = {f"{prefix}/loss": loss, f"{prefix}/perplexity": math.exp(min(loss, 700.0))}
+    if text_bytes_per_token is not None:
+        metrics[f"{prefix}/bits_per_byte"] = loss / math.log(2) / text_bytes_per_token
+    return metrics
