@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed import spawn
+from torch.nn.functional import gelu
+
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.checkpoint.source import InitialSource, StepZero
+from megatron_tf.checkpoint.step_zero import write_step_zero
+from megatron_tf.inference.load import load_model
+from megatron_tf.inference.pruning import projection_inputs
+from megatron_tf.inference.sharded import load_stage
+from megatron_tf.model.layers import TensorParallel
+from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.topology import Topology
+from megatron_tf.params import PROJECTIONS
+from megatron_tf.training.health import DEAD_BELOW, HealthProbe
+
+OLD = {"qkv": 13, "proj": 7, "ffn": 20}  # of 13, 11 and 37: qkv has not grown
+LAYOUTS = {
+    1: [(Topology(), False)],
+    2: [(Topology(tensor=2), True), (Topology(pipeline=2), False), (Topology(data=2), False)],
+    4: [(Topology(2, 2, 1), True), (Topology(2, 1, 2), False)],
+}
+
+
+@pytest.fixture
+def checkpoint(config, tmp_path):
+    """Initial weights, in which one old token and one new token of the first ffn are dead."""
+    model = config().model
+    start = StepZero(Deadened(InitialSource(model, 3), model.hidden_size), 0, 0, ())
+    return write_step_zero(tmp_path / "checkpoints", model, start, {}, lambda done, text: None)
+
+
+class Deadened:
+    def __init__(self, source, width):
+        self.source, self.scales, self.adam_steps, self._width = source, source.scales, source.adam_steps, width
+
+    def read(self, name, state, start, stop):
+        values = self.source.read(name, state, start, stop)
+        if name == "blocks.0.ffn.key_tokens":
+            rows = torch.arange(start, stop) // self._width
+            values[(rows == 5) | (rows == 30)] = 0
+        return values
+
+    def read_into(self, name, state, start, target):
+        target.copy_(self.read(name, state, start, start + target.numel()))
+
+
+def ids():
+    return torch.randint(0, 99, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def reference(model):
+    """Token by token and position by position, from the formulas in words."""
+    found = {}
+    for name, projection, x in projection_inputs(model, ids()):
+        kind = PROJECTIONS[name.split(".", 2)[2]][0]
+        scores = x @ projection.key_tokens.T
+        norm = scores.square().sum(-1, keepdim=True).sqrt()
+        size = gelu(projection.scale * scores / norm).abs()
+        tokens, old = size.shape[1], OLD[kind]
+        rms = size.square().mean(-1, keepdim=True).sqrt()
+        dead = (size < DEAD_BELOW * rms).all(0)
+        contribution = size.sum(0) * projection.value_tokens.norm(dim=1)
+        metrics = {
+            "score_norm": norm.mean(),
+            "active_share": (size.sum(-1) ** 2 / (tokens * size.square().sum(-1))).mean(),
+            "dead_share": dead.float().mean(),
+            "new_share": contribution[old:].sum() / contribution.sum(),
+            "old_dead_share": dead[:old].float().mean(),
+            "new_dead_share": dead[old:].float().mean(),
+        }
+        for metric, value in metrics.items():
+            if kind != "qkv" or metric in ("score_norm", "active_share", "dead_share"):
+                found.setdefault(f"health/{kind}/{metric}", []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def test_the_dead_are_found(checkpoint):
+    found = reference(load_model(checkpoint, torch.float64))
+    assert found["health/ffn/old_dead_share"] == pytest.approx(0.5 * 1 / 20)  # one of two layers
+    assert found["health/ffn/new_dead_share"] == pytest.approx(0.5 * 1 / 17)
+    assert 0.1 < found["health/ffn/new_share"] < 0.9 and 1 / 37 < found["health/ffn/active_share"] < 1
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_equal_at_every_layout(checkpoint, config, ranks):
+    spawn(_layouts, ranks, str(checkpoint), config().model, reference(load_model(checkpoint, torch.float64)))
+
+
+def _layouts(group, checkpoint, model, expected):
+    for topology, sequence in LAYOUTS[group.size]:
+        tensor = TensorParallel(make_group(topology, "tensor", 60.0), sequence)
+        stage = load_stage(open_checkpoint(checkpoint), model, topology, group.rank, tensor, torch.float64)
+        speaks = tensor.group.rank == 0 and topology.coordinate("data", group.rank) == 0
+        probe = HealthProbe(stage, ids(), model.parameter_tokens.model_dump(), OLD, speaks)
+        found = probe.measure()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-5), (name, topology)  # the probe's own sums are fp32
+        assert probe.measure() == found
+        assert all(block.ffn.observer is None for block in stage.blocks.values())
