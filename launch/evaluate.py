@@ -2,7 +2,7 @@
 
 Perplexity and bits per byte on data.validation, or on any prepared data with --data, and with --tasks the zero-shot tasks
 of lm-evaluation-harness; from the newest checkpoint of run.dir, or any other with --checkpoint. The same file runs under torchrun, under srun, and as plain python on one
-process, on any layout: only weights are read, so a model needs a fraction of the memory of its training.
+process, on any layout: only weights are loaded, so a model needs a fraction of the memory of its training.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def main() -> None:
         from megatron_tf.telemetry.console import quiet_libraries
 
         quiet_libraries()
-        from megatron_tf.evaluation.run import Request, evaluate
+        from megatron_tf.evaluation.run import EvaluationRequest, evaluate
 
-        request = Request(
+        request = EvaluationRequest(
             arguments.checkpoint, tuple(arguments.data), arguments.stride, arguments.max_tokens, arguments.tasks,
             arguments.task_folder, arguments.limit, arguments.output,
         )  # fmt: skip

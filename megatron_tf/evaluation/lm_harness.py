@@ -50,11 +50,11 @@ def run_tasks(
     for library in ("lm_eval", "datasets"):
         logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    # To index the thousands of stock files takes as long as to score a few hundred documents.
-    manager = TaskManager(include_path=str(folder) if folder.is_dir() else None, include_defaults=not all_local)
-    _check_known(names, manager.all_tasks, folder)
     model = live_model(ask, tokenizer, max_length)
     try:
+        # To index the thousands of stock files takes as long as to score a few hundred documents.
+        manager = TaskManager(include_path=str(folder) if folder.is_dir() else None, include_defaults=not all_local)
+        _check_known(names, manager.all_tasks, folder)
         results = simple_evaluate(model, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
@@ -68,6 +68,11 @@ def _check_known(names: Sequence[str], known: Sequence[str], folder: Path) -> No
     unknown = [name for name in names if name not in known]
     if not unknown:
         return
+    if broken := [name for name in unknown if name in local_tasks(folder)]:
+        raise UserError(
+            f"{folder / broken[0]}.yaml: cannot be used: it names a file of the harness that is not there, or is damaged. "
+            f"Write it anew with `{FETCH}`."
+        )
     near = {name: difflib.get_close_matches(name, known, 2) for name in unknown}
     hints = [name + (f" (did you mean {' or '.join(found)}?)" if found else "") for name, found in near.items()]
     local = ", ".join(sorted(local_tasks(folder)))

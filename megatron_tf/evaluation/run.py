@@ -45,7 +45,7 @@ DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.fl
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What to evaluate.
 
     `checkpoint`: a checkpoint, a checkpoints or a run folder; None: the newest of run.dir.  `data`: prefixes of prepared
@@ -83,7 +83,7 @@ class LoadedModel:
         return self.stage.following is None and self.stage.tensor.group.rank == 0
 
 
-def evaluate(config: RunConfig, environment: LaunchEnvironment, request: Request) -> None:
+def evaluate(config: RunConfig, environment: LaunchEnvironment, request: EvaluationRequest) -> None:
     """Evaluates, prints tables and writes JSON. Raises UserError, on every rank alike, for what the user can mend."""
     if request.tasks:
         check_installed()
@@ -99,7 +99,7 @@ def evaluate(config: RunConfig, environment: LaunchEnvironment, request: Request
     leave()
 
 
-def _request_problems(config: RunConfig, request: Request) -> list[str]:
+def _request_problems(config: RunConfig, request: EvaluationRequest) -> list[str]:
     problems, length = [], config.model.seq_length
     if request.stride is not None and request.stride > length:
         problems.append(
@@ -115,7 +115,7 @@ def _request_problems(config: RunConfig, request: Request) -> list[str]:
     return problems
 
 
-def _evaluate(config: RunConfig, rank: int, request: Request, device: torch.device) -> None:
+def _evaluate(config: RunConfig, rank: int, request: EvaluationRequest, device: torch.device) -> None:
     console = Console(rank=rank)
     prefixes = request.data or tuple(source.path for source in config.data.validation if not request.tasks)
     datasets = together(lambda: _open_data(config, prefixes))
@@ -147,7 +147,7 @@ def _run_tasks(
     config: RunConfig,
     model: LoadedModel,
     tokenizer: Tokenizer,
-    request: Request,
+    request: EvaluationRequest,
     settings: dict[str, Any],
     output: Path,
 ) -> None:
@@ -162,8 +162,10 @@ def _run_tasks(
         results = run_tasks(
             scorer, tokenizer, config.model.seq_length, request.tasks, request.task_folder, request.limit
         )
-    finally:
-        scorer.release()
+    except UserError:
+        scorer.release()  # after any other error the ranks may be in the middle of an answer
+        raise
+    scorer.release()
     print(tasks_table(results["results"]))
     _write(output, {"megatron_tf": settings, **results})
 
@@ -191,7 +193,7 @@ def _open_tokenizer(config: RunConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _open_checkpoint(config: RunConfig, request: Request, rank: int) -> CheckpointReader:
+def _open_checkpoint(config: RunConfig, request: EvaluationRequest, rank: int) -> CheckpointReader:
     """The checkpoint to evaluate; all its checksums are compared, a share by each rank."""
     ranks = Ranks(rank, dist.get_world_size(), gather)
     path = resolve(request.checkpoint or config.run.dir, ranks)
@@ -219,7 +221,7 @@ def _score(
     config: RunConfig,
     model: LoadedModel,
     dataset: IndexedDataset,
-    request: Request,
+    request: EvaluationRequest,
     device: torch.device,
     console: Console,
 ) -> Score:
@@ -250,7 +252,7 @@ def _with_bytes(tokenizer: Tokenizer | None, dataset: IndexedDataset, score: Sco
     return DataResult(dataset.prefix, replace(score, text_bytes=text_bytes), known_from)
 
 
-def _settings(config: RunConfig, model: LoadedModel, request: Request) -> dict[str, Any]:
+def _settings(config: RunConfig, model: LoadedModel, request: EvaluationRequest) -> dict[str, Any]:
     index = model.reader.index
     return {
         "checkpoint": str(model.reader.path),

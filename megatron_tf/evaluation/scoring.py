@@ -14,6 +14,7 @@ from megatron_tf.parallel.vocab import argmax
 
 Request = tuple[list[int], list[int]]  # context and continuation, neither of them empty
 Answer = tuple[float, bool]  # log-likelihood in nats, and whether the continuation is what greedy decoding gives
+Ask = Callable[[Sequence[Request]], list[Answer]]
 
 
 class Scorer:
@@ -35,7 +36,7 @@ class Scorer:
             self._answers(requests)
 
     def release(self) -> None:
-        """The other ranks go on. For the first rank, at its end, however that came about."""
+        """The other ranks go on. For the first rank, when it has no more to ask."""
         _broadcast(None)
 
     def _answers(self, requests: Sequence[Request]) -> list[Answer]:
@@ -91,6 +92,3 @@ def _broadcast(value: list[Request] | None) -> list[Request] | None:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-Ask = Callable[[Sequence[Request]], list[Answer]]

@@ -31,7 +31,7 @@ from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.params import PROJECTIONS, shard_range
 
 DEAD_BELOW = 0.01  # of the root mean square of a position's weights
-KINDS = tuple(dict.fromkeys(kind for kind, _ in PROJECTIONS.values()))
+KINDS = tuple(dict.fromkeys(projection.tokens for projection in PROJECTIONS.values()))
 ALWAYS = ("score_norm", "active_share", "dead_share")
 AFTER_GROWTH = ("new_share", "old_dead_share", "new_dead_share")
 
@@ -57,8 +57,8 @@ class HealthProbe:
         observed = []
         for block in self._stage.blocks.values():
             assert isinstance(block, Block)
-            for name, (kind, _) in PROJECTIONS.items():
-                projection = block.get_submodule(name)
+            for name, facts in PROJECTIONS.items():
+                kind, projection = facts.tokens, block.get_submodule(name)
                 assert isinstance(projection, Pattention)
                 projection.observer = partial(self._observe, projection, kind, found[kind])
                 observed.append(projection)

@@ -228,7 +228,7 @@ def _build(
 def _health_probe(
     config: RunConfig, engine: Engine, data: BatchLoader, start: Start, topology: Topology, rank: int
 ) -> HealthProbe | None:
-    if config.logging.health_interval_steps is None:
+    if config.logging.health_interval_steps is None or config.model.parameter_tokens is None:
         return None
     held = BatchLoader(
         data.dataset, micro_batch_size=config.training.micro_batch_size, num_micro_batches=1, data_rank=0, data_size=1,
@@ -236,7 +236,7 @@ def _health_probe(
     )  # fmt: skip
     ids, _ = together(lambda: next(held.step_batches(0)))
     speaks = topology.coordinate("data", rank) == 0 and topology.coordinate("tensor", rank) == 0
-    return HealthProbe(engine.stage(), ids, config.model.parameter_tokens.model_dump(), start.old_tokens, speaks)
+    return HealthProbe(engine.stage(), ids, config.model.token_counts.model_dump(), start.old_tokens, speaks)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

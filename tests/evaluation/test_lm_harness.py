@@ -16,6 +16,7 @@ from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.evaluation import lm_harness
+from megatron_tf.evaluation.eval_data import harness_tasks
 from megatron_tf.evaluation.lm_harness import live_model, run_tasks
 from megatron_tf.evaluation.paper import ACCURACY_METRICS, TASKS
 from megatron_tf.evaluation.report import tasks_table
@@ -185,3 +186,13 @@ def test_harness_not_installed(monkeypatch):
     monkeypatch.setattr(lm_harness.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs lm_eval.*\[eval\]"):
         lm_harness.check_installed()
+
+
+def test_files_that_the_task_files_name_are_gone(tokenizer_file, eval_folder):
+    (eval_folder / "piqa.jsonl").unlink()
+    with pytest.raises(UserError, match="--tasks piqa: the data cannot be loaded.*fetch_eval_data.py"):
+        run_tasks(never, load_tokenizer(tokenizer_file), LENGTH, ["piqa"], eval_folder / "tasks", None)
+    task = eval_folder / "tasks" / "arc_easy.yaml"
+    task.write_text(task.read_text().replace(str(harness_tasks()), "/nowhere"))  # the harness has moved
+    with pytest.raises(UserError, match="arc_easy.yaml: cannot be used: .*fetch_eval_data.py"):
+        run_tasks(never, load_tokenizer(tokenizer_file), LENGTH, ["arc_easy"], eval_folder / "tasks", None)

@@ -9,8 +9,15 @@ import time
 
 import pytest
 
-from megatron_tf.errors import LaunchError
-from megatron_tf.parallel.environment import LaunchEnvironment, check_port_free, detect, expand_hostlist, wait_for_port
+from megatron_tf.errors import LaunchError, UserError
+from megatron_tf.parallel.environment import (
+    LaunchEnvironment,
+    check_port_free,
+    detect,
+    expand_hostlist,
+    one_message,
+    wait_for_port,
+)
 
 TORCHRUN = {
     "RANK": "5",
@@ -246,3 +253,15 @@ def test_waiting_for_an_unknown_host_ends_at_once():
 def test_detects_without_torch():
     script = "import sys, megatron_tf.parallel.environment; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env=dict(os.environ), timeout=60).returncode == 0
+
+
+def test_a_users_mistake_is_said_by_the_first_rank_alone():
+    waited = []
+    for rank, expected in ((0, UserError), (1, SystemExit)):
+        place = LaunchEnvironment("torchrun", rank, 2, rank, 2, "localhost", 1)
+        with pytest.raises(expected) as end, one_message(place, waited.append):
+            raise UserError("a mistake")
+        if rank:
+            assert end.value.code == 2 and len(waited) == 1  # the first rank is first to end
+    with pytest.raises(LaunchError), one_message(place, waited.append):
+        raise LaunchError("about this rank")

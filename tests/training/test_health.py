@@ -57,7 +57,7 @@ def reference(model):
     """Token by token and position by position, from the formulas in words."""
     found = {}
     for name, projection, x in projection_inputs(model, ids()):
-        kind = PROJECTIONS[name.split(".", 2)[2]][0]
+        kind = PROJECTIONS[name.split(".", 2)[2]].tokens
         scores = x @ projection.key_tokens.T
         norm = scores.square().sum(-1, keepdim=True).sqrt()
         size = gelu(projection.scale * scores / norm).abs()
