@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_tf.data.documents import LossMask
 from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.loader import check_vocabulary
 from megatron_tf.evaluation.windows import Window, Windows
 from megatron_tf.model.stage import Stage
-from megatron_tf.parallel.vocab import cross_entropy
+from megatron_tf.parallel.vocab import IGNORED, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -64,22 +65,25 @@ def summed_loss(
     batch_size: int,
     data_rank: int = 0,
     data_size: int = 1,
+    loss_mask: LossMask | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> float:
-    """Summed loss in nats of this data-parallel rank's windows, at the last stage; 0 elsewhere.
+) -> tuple[float, int]:
+    """Summed loss in nats of this data-parallel rank's windows and the number of scored tokens, at the last stage; 0
+    elsewhere.
 
-    Batches of `batch_size` windows go round the data-parallel ranks. All ranks of one of them must call it together.
+    `loss_mask`: the tokens that are not scored.  Batches of `batch_size` windows go round the data-parallel ranks. All ranks of one of them must call it together.
     `progress` is told the batches that are done. DataError, on all of these alike, for an id outside the vocabulary.
     """
     device = next(stage.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for number, batch in enumerate(_batches(windows, batch_size, data_rank, data_size)):
-        ids, labels, weights = (part.to(device) for part in _tensors(dataset, batch, windows.length, vocab_size))
-        logits = stage(ids)
+        ids, labels = _tensors(dataset, batch, windows.length, vocab_size, loss_mask)
+        logits = stage(ids.to(device))
         if logits is not None:
-            total += (token_losses(stage, logits, labels).double() * weights).sum()
+            total += token_losses(stage, logits, labels.to(device)).sum(dtype=torch.float64)
+            count += int((labels != IGNORED).sum())
         progress(number + 1)
-    return float(total)
+    return float(total), count
 
 
 def num_batches(windows: Windows, batch_size: int, data_rank: int = 0, data_size: int = 1) -> int:
@@ -88,7 +92,8 @@ def num_batches(windows: Windows, batch_size: int, data_rank: int = 0, data_size
 
 
 def token_losses(stage: Stage, logits: Tensor, labels: Tensor) -> Tensor:
-    """logits [s, b, V/T] of `stage`, labels [b, s] -> loss of each token [b, s], at least fp32, on each tensor rank."""
+    """logits [s, b, V/T] of `stage`, labels [b, s] -> loss of each token [b, s], 0 where it is IGNORED, at least fp32, on
+    each tensor rank."""
     assert stage.embedding is not None
     return cross_entropy(logits, labels.mT, stage.embedding.start, stage.tensor.group).mT
 
@@ -99,15 +104,18 @@ def _batches(windows: Windows, batch_size: int, data_rank: int, data_size: int) 
 
 
 def _tensors(
-    dataset: IndexedDataset, batch: list[Window], length: int, vocab_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, labels and which predictions count (1 or 0), each int64 [b, length]. Shorter windows are filled up at their
-    end, where nothing that counts can see it."""
-    ids, labels, weights = (np.zeros((len(batch), length), dtype=np.int64) for _ in range(3))
+    dataset: IndexedDataset, batch: list[Window], length: int, vocab_size: int, loss_mask: LossMask | None
+) -> tuple[Tensor, Tensor]:
+    """ids and labels, each int64 [b, length]; labels that are not scored are IGNORED. Shorter windows are filled up at
+    their end, where nothing that counts can see it."""
+    ids = np.zeros((len(batch), length), dtype=np.int64)
+    labels = np.full_like(ids, IGNORED)
     for row, window in enumerate(batch):
         tokens = dataset.tokens(window.start, window.stop + 1)
         check_vocabulary(dataset, window.start, tokens, vocab_size)
         size = window.stop - window.start
-        ids[row, :size], labels[row, :size] = tokens[:-1], tokens[1:]
-        weights[row, size - window.scored : size] = 1
-    return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights)
+        ids[row, :size] = tokens[:-1]
+        labels[row, size - window.scored : size] = tokens[-window.scored :]
+    if loss_mask is not None:
+        loss_mask.apply(ids, labels)
+    return torch.from_numpy(ids), torch.from_numpy(labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_tf.checkpoint.manager import Ranks, resolve, verify_checkpoint
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.config.schema import DataSource, Precision, RunConfig
 from megatron_tf.config.validate import topology_for, validate_layout
+from megatron_tf.data.documents import Boundaries, boundaries, find_boundaries
 from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.loader import check_tokenizer, open_tokens
 from megatron_tf.data.summary import read_summary
@@ -69,6 +71,7 @@ class LoadedModel:
     """The model on this rank, and where the rank stands."""
 
     stage: Stage
+    documents: Boundaries
     reader: CheckpointReader
     topology: Topology
     rank: int
@@ -120,10 +123,11 @@ def _evaluate(config: RunConfig, rank: int, request: EvaluationRequest, device: 
     prefixes = request.data or tuple(source.path for source in config.data.validation if not request.tasks)
     datasets = together(lambda: _open_data(config, prefixes))
     tokenizer = together(lambda: _open_tokenizer(config))
+    documents = together(lambda: _boundaries(config, prefixes, tokenizer))
     reader = _open_checkpoint(config, request, rank)
     output = Path(request.output or Path(config.run.dir) / "evaluation") / reader.path.name
     together(lambda: prepare_output(output) if rank == 0 else None)
-    model = load(config, reader, rank, device)
+    model = load(config, reader, rank, device, documents)
     settings = _settings(config, model, request)
     console.info(
         f"{reader.path}: {settings['parameters']:,} parameters after {reader.index.tokens:,} tokens, on {model.topology}, "
@@ -133,7 +137,7 @@ def _evaluate(config: RunConfig, rank: int, request: EvaluationRequest, device: 
         scores = [_score(config, model, dataset, request, device, console) for dataset in datasets]
 
         def report_scores() -> None:
-            results = [_with_bytes(tokenizer, dataset, score) for dataset, score in zip(datasets, scores)]
+            results = [_with_bytes(request, tokenizer, dataset, score) for dataset, score in zip(datasets, scores)]
             print(perplexity_table(results))
             _write(Path(f"{output}_perplexity.json"), perplexity_values(results, settings))
 
@@ -207,14 +211,25 @@ def _open_checkpoint(config: RunConfig, request: EvaluationRequest, rank: int) -
     return together(read)
 
 
-def load(config: RunConfig, reader: CheckpointReader, rank: int, device: torch.device) -> LoadedModel:
+def _boundaries(config: RunConfig, prefixes: Sequence[str], tokenizer: Tokenizer | None) -> Boundaries:
+    """Where documents end, as the run had it in training; tasks alone take it from the tokenizer."""
+    if prefixes:
+        sources = tuple(DataSource(path=prefix) for prefix in prefixes)
+        return find_boundaries(config.data.model_copy(update={"train": sources, "validation": ()}))
+    assert tokenizer is not None
+    return boundaries(config.data, tokenizer.eod_id if config.data.eod_id is None else config.data.eod_id)
+
+
+def load(
+    config: RunConfig, reader: CheckpointReader, rank: int, device: torch.device, documents: Boundaries
+) -> LoadedModel:
     """The weights that this rank needs, without anything of the optimizer."""
     topology = topology_for(config, dist.get_world_size())
     group = make_group(topology, "tensor", config.parallel.timeout_seconds)
     tensor = TensorParallel(group, config.parallel.sequence)
     dtype = DTYPES[config.training.precision]
-    stage = together(lambda: load_stage(reader, config.model, topology, rank, tensor, dtype, device))
-    return LoadedModel(stage, reader, topology, rank)
+    stage = together(lambda: load_stage(reader, config.model, topology, rank, tensor, dtype, device, documents.ends))
+    return LoadedModel(stage, documents, reader, topology, rank)
 
 
 def _score(
@@ -227,29 +242,38 @@ def _score(
 ) -> Score:
     """Over all ranks; how many bytes of text it is about is still open."""
     length = config.model.seq_length
-    num_tokens = min(dataset.num_tokens, request.max_tokens or dataset.num_tokens)
-    windows = Windows(num_tokens, length, request.stride or length)
+    windows = Windows(_num_tokens(dataset, request), length, request.stride or length)
     batch, data_size = config.training.micro_batch_size, model.topology.data
     total = num_batches(windows, batch, model.data_rank, data_size)
     with console.progress(total, 0, Path(dataset.prefix).name) as bar:
-        own = together(
+        own, scored = together(
             lambda: summed_loss(
                 model.stage, dataset, windows, vocab_size=config.model.vocab_size, batch_size=batch,
-                data_rank=model.data_rank, data_size=data_size, progress=lambda done: bar.advance(done, ""),
+                data_rank=model.data_rank, data_size=data_size, loss_mask=model.documents.loss_mask, progress=lambda done: bar.advance(done, ""),
             )
         )  # fmt: skip
-    nats = torch.tensor(own if model.speaks else 0.0, dtype=torch.float64, device=device)
-    dist.all_reduce(nats)
-    if not nats.isfinite():
+    sums = torch.tensor([own, scored] if model.speaks else [0.0, 0.0], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    nats, tokens = sums.tolist()
+    if not tokens:
+        raise DataError(f"{dataset.prefix}: data.pad_id and data.mask_eod_loss leave no token to score.")
+    if not math.isfinite(nats):
         raise CheckpointError(
             f"{model.reader.path}: the model's loss is not finite: its training diverged. Use an earlier checkpoint."
         )
-    return Score(float(nats), num_tokens - 1, None)
+    return Score(nats, int(tokens), None)
 
 
-def _with_bytes(tokenizer: Tokenizer | None, dataset: IndexedDataset, score: Score) -> DataResult:
-    text_bytes, known_from = count_text_bytes(dataset, score.tokens + 1, read_summary(dataset.prefix), tokenizer)
+def _with_bytes(
+    request: EvaluationRequest, tokenizer: Tokenizer | None, dataset: IndexedDataset, score: Score
+) -> DataResult:
+    summary = read_summary(dataset.prefix)
+    text_bytes, known_from = count_text_bytes(dataset, _num_tokens(dataset, request), summary, tokenizer)
     return DataResult(dataset.prefix, replace(score, text_bytes=text_bytes), known_from)
+
+
+def _num_tokens(dataset: IndexedDataset, request: EvaluationRequest) -> int:
+    return min(dataset.num_tokens, request.max_tokens or dataset.num_tokens)
 
 
 def _settings(config: RunConfig, model: LoadedModel, request: EvaluationRequest) -> dict[str, Any]:

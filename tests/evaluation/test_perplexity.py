@@ -9,6 +9,7 @@ from distributed import spawn
 from torch.nn.functional import cross_entropy
 
 from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.data.documents import LossMask
 from megatron_tf.data.indexed import IndexedDataset, IndexedWriter
 from megatron_tf.errors import DataError
 from megatron_tf.evaluation.perplexity import Score, num_batches, perplexity, pooled, summed_loss
@@ -34,21 +35,25 @@ def one_by_one(model, dataset, windows) -> float:
     return total
 
 
-def loss(rank, checkpoint, model, prefix, topology, stride, sequence=False, dtype=torch.float64, **settings) -> float:
+def loss(
+    rank, checkpoint, model, prefix, topology, stride, sequence=False, dtype=torch.float64, ends=(), **settings
+) -> float:
     """Of all ranks together."""
     tensor = TensorParallel(make_group(topology, "tensor", 60.0), sequence)
-    stage = load_stage(open_checkpoint(checkpoint), model, topology, rank, tensor, dtype)
+    stage = load_stage(open_checkpoint(checkpoint), model, topology, rank, tensor, dtype, document_ends=ends)
     dataset = IndexedDataset(prefix)
     windows = Windows(dataset.num_tokens, model.seq_length, stride)
-    own = summed_loss(
+    own, scored = summed_loss(
         stage, dataset, windows, vocab_size=model.vocab_size, batch_size=3,
         data_rank=topology.coordinate("data", rank), data_size=topology.data, **settings,
     )  # fmt: skip
     speaks = stage.following is None and tensor.group.rank == 0
-    total = torch.tensor(own if speaks else 0.0, dtype=torch.float64)
+    total = torch.tensor([own, scored] if speaks else [0.0, 0.0], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(total)
-    return float(total)
+    if "loss_mask" not in settings:
+        assert int(total[1]) == dataset.num_tokens - 1
+    return float(total[0])
 
 
 @pytest.mark.parametrize("stride", [16, 5])
@@ -83,6 +88,44 @@ def _layouts(group, checkpoint, model, tokens, expected):
             assert found == pytest.approx(reference, rel=TOLERANCE), (topology, sequence, stride)
         found = loss(group.rank, checkpoint, model, tokens, topology, 16, sequence, torch.bfloat16)
         assert found == pytest.approx(expected[0], rel=1e-2), (topology, sequence)
+
+
+ENDS = (95, 60)
+
+
+def documents_one_by_one(model, dataset) -> float:
+    """Windows of 16 side by side, in which each document is read by itself and nothing is asked after an end."""
+    total = 0.0
+    for window in Windows(dataset.num_tokens, 16, 16):
+        tokens = dataset.tokens(window.start, window.stop + 1).tolist()
+        document: list[int] = []
+        for token, target in zip(tokens, tokens[1:]):
+            document.append(token)
+            if token == ENDS[0]:
+                document = []
+                continue
+            losses = cross_entropy(model(torch.tensor([document]))[0, -1:], torch.tensor([target]), reduction="sum")
+            total += float(losses)
+            if token == ENDS[1]:
+                document = []
+    return total
+
+
+@torch.no_grad()
+def test_documents_are_read_as_in_training(checkpoint, model, tokens):
+    """95 ends a document and what follows is not scored; 60 is padding in name only: attention begins anew after it."""
+    expected = documents_one_by_one(load_model(checkpoint, torch.float64), IndexedDataset(tokens))
+    mask = LossMask(ENDS[0], None)
+    alone = loss(0, checkpoint, model, tokens, Topology(), 16, ends=ENDS, loss_mask=mask)
+    assert alone == pytest.approx(expected, rel=1e-9)  # positions and masks are the same, sums in another order
+    assert alone < 0.999 * loss(0, checkpoint, model, tokens, Topology(), 16)  # there are ends
+    spawn(_documents, 2, str(checkpoint), model, tokens, alone)
+
+
+def _documents(group, checkpoint, model, tokens, expected):
+    for topology in (Topology(pipeline=2), Topology(tensor=2)):
+        found = loss(group.rank, checkpoint, model, tokens, topology, 16, ends=ENDS, loss_mask=LossMask(ENDS[0], None))
+        assert found == pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_a_text_shorter_than_a_window(checkpoint, model, tmp_path):
