@@ -41,11 +41,11 @@ def test_one_process_then_other_layouts(run_folder):
         (2, "deepspeed", "parallel.pipeline=2"),
         (3, "torchrun", "training.global_batch_size=7"),  # batches that no training could use
     ):
-        output = run_folder / "other.json"
+        output = run_folder / "other"
         done = evaluate(run_folder, "--stride", 6, "--data", data, "--data", data, "--output", output, *overrides,
                         ranks=ranks, launcher=launcher)  # fmt: skip
         assert done.returncode == 0, done.stdout
-        found = json.loads(output.read_text())
+        found = json.loads((output / "step_00000000_perplexity.json").read_text())
         for score in (*found["data"], found["all"]):
             assert score["loss"] == pytest.approx(alone["all"]["loss"], rel=1e-6), (overrides, done.stdout)
         assert found["all"]["tokens"] == 2 * 3999
@@ -77,7 +77,7 @@ REFUSED = {
     "no checkpoint": (["--checkpoint", "nowhere"], ["nowhere: there is no such folder"]),
     "another model": (["model.num_layers=1"], ["model.num_layers: checkpoint 2, configuration 1", "config.yml"]),
     "heads over tensor ranks": (["parallel.tensor=3"], ["num_attention_heads", "multiple of 3"]),
-    "an output that is a folder": (["--output", "tests"], ["tests: is a folder"]),
+    "an output that is a file": (["--output", "README.md"], ["README.md: ", "choose another folder"]),
     "a number that is none": (["--stride", "many"], ["'many' is not a whole number"]),
 }
 
