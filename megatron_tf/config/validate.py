@@ -311,6 +311,12 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
                 "Lower first_step or num_steps."
             )
     interval = config.evaluation.interval_steps
+    health = config.logging.health_interval_steps
+    if health is not None and config.model.parameter_tokens is None:
+        yield (
+            f"logging.health_interval_steps: {health}, but a transformer has no parameter tokens to measure. Remove "
+            "logging.health_interval_steps."
+        )
     if interval is not None and not config.data.validation:
         yield (
             f"evaluation.interval_steps: {interval}, but data.validation is empty. "
