@@ -59,7 +59,7 @@ def _measure(device: torch.device, config: RunConfig) -> tuple[int, int]:
         adam = torch.optim.AdamW(masters, fused=True)
 
         def step() -> None:
-            cross_entropy(model(ids), ids, 0, SINGLE).mean().backward()
+            cross_entropy(model(ids).transpose(0, 1), ids.mT, 0, SINGLE).mean().backward()
             with torch.no_grad():
                 for weight, total in zip(weights, sums):
                     total.add_(gradient_of(weight))
