@@ -53,7 +53,7 @@ class Counting(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if (made or function._schema.is_mutable) and name not in FREE:
             self.kernels += 1
-            if name not in ("mm", "bmm", "addmm") and "attention" not in name:
+            if name not in ("mm", "bmm", "addmm", "addmm_") and "attention" not in name:
                 inputs = inputs[1:] if name == "copy_" else inputs
                 self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in inputs + outputs)
         return out
