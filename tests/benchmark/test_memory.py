@@ -16,7 +16,12 @@ CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yml"
 @pytest.mark.parametrize("recomputed", ["false", "true"])
 def test_a_step_is_within_a_tenth_of_the_estimate(monkeypatch, precision, recomputed):
     monkeypatch.setattr(native_stages, "usable", lambda scores: False)  # the estimate is without native kernels
-    overrides = (f"training.precision={precision}", f"training.activation_checkpointing={recomputed}")
+    # 8 samples: the few rows that the loss has in fp32, which the estimate leaves out, are some per cent then
+    overrides = (
+        "training.micro_batch_size=8",
+        f"training.precision={precision}",
+        f"training.activation_checkpointing={recomputed}",
+    )
     rows = list(memory.rows(torch.device("cpu"), load_config(CONFIG, overrides)))
     assert [row["kind"] for row in rows] == ["state", "activations", "peak"]
     for row in rows:
