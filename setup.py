@@ -16,7 +16,10 @@ setup(
     version="0.1.0",
     description="Training of TokenFormer language models that grow, in three dimensions of parallelism",
     packages=find_packages(include=["megatron_tf", "megatron_tf.*"]),
-    package_data={"megatron_tf.convert.huggingface": ["remote_code/*.py"]},  # goes into every export, as it is
+    package_data={
+        "megatron_tf.convert.huggingface": ["remote_code/*.py"],  # goes into every export, as it is
+        "megatron_tf.model": ["*.c"],  # built on first use
+    },
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.11,<2.14",

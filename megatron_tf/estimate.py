@@ -190,14 +190,14 @@ def block_activation_bytes(config: RunConfig) -> int:
 def block_backward_bytes(config: RunConfig) -> int:
     """Bytes that the backward pass of one block needs beside what the forward pass kept, at its peak, on one rank.
 
-    A projection's backward pass holds 3 tensors of the size of its scores (q, k, v together: 3 of the size of theirs),
-    2 more for the projection it is at, and the gradients of its output and input.  What was kept for projections that
-    come later in the model is free by then.  A transformer's MLP holds the gradients
-    of GELU's output and input, and GELU's output no more.
+    A projection's backward pass holds one tensor of the size of its scores (q, k, v together: one of the size of
+    theirs), 2 more for the projection it is at, and the gradients of its output and input.  What was kept for
+    projections that come later in the model is free by then.  A transformer's MLP holds the gradients of GELU's output
+    and input, and GELU's output no more.
     """
     if config.model.architecture == "tokenformer":
         qkv, proj, ffn = _local_tokens(config)
-        scores = max(5 * ffn, 5 * proj - ffn, 11 * qkv - proj - ffn)
+        scores = max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn)
     else:
         scores = -(-config.model.mlp_width // config.parallel.tensor)
     positions = config.model.seq_length * config.training.micro_batch_size

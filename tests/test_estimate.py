@@ -106,7 +106,7 @@ def test_first_stage_keeps_a_micro_batch_for_each_stage_behind_it():
     memory = estimate.memory_per_rank(config, 4)
     kept = 4 * estimate.block_activation_bytes(config)
     assert memory.activations == kept + estimate.block_backward_bytes(config)
-    assert estimate.block_backward_bytes(config) == 256 * 4 * (5 * 512 + 2 * 128)
+    assert estimate.block_backward_bytes(config) == 256 * 4 * (3 * 512 + 2 * 128)
 
 
 def test_optimizer_share_shrinks_with_data_parallel_ranks():

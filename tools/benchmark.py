@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 
 from megatron_tf.arguments import whole_number
-from megatron_tf.benchmark import pattention, scaling, step
-from megatron_tf.benchmark.report import Row, machine, table, write_json
+from megatron_tf.benchmark import communication, memory, pattention, scaling, stages, step
+from megatron_tf.benchmark.device import DTYPES, machine
+from megatron_tf.benchmark.report import Row, table, write_json
 from megatron_tf.config import load_config
 from megatron_tf.config.schema import Model
+from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError, run_command
 
-count = whole_number(1_000_000_000)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+count, ranks = whole_number(1_000_000_000), whole_number(16)
 CHAIN_TOKENS = (576, 2304, 2140, 8560, 4850, 8620)  # of the configurations of the paper's chain
 
 
@@ -45,6 +46,16 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument("--positions", type=count, default=2048, help="rows of the input (default 2048)")
     mode.add_argument("--width", type=count, default=768, help="hidden size (default 768)")
     mode.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["bf16", "fp32"], help="default: bf16 fp32")
+    mode = add_mode(modes, "stages", run_stages, stages.__doc__)
+    mode.add_argument("--tokens", type=count, default=2304, help="number of parameter tokens (default 2304)")
+    mode.add_argument("--positions", type=count, default=512, help="rows of the input (default 512)")
+    mode.add_argument("--width", type=count, default=768, help="hidden size (default 768)")
+    mode.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["bf16", "fp32"], help="default: bf16 fp32")
+    mode = add_mode(modes, "communication", run_communication, communication.__doc__)
+    add_config(mode)
+    mode.add_argument("--tensor", type=ranks, nargs="+", default=[1, 2, 4], help="tensor ranks (default 1 2 4)")
+    mode = add_mode(modes, "memory", run_memory, memory.__doc__)
+    add_config(mode)
     mode = add_mode(modes, "step", run_step, step.__doc__)
     mode.add_argument("configs", nargs="+", metavar="CONFIG", help="configurations of TokenFormers")
     mode.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16")
@@ -61,6 +72,12 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument("--lengths", type=count, nargs="*", default=(1024, 2048, 4096, 8192), help="of sequences")
     mode.add_argument("--positions", type=count, default=4096, help="positions of a batch (default 4096)")
     return parser.parse_args()
+
+
+def add_config(mode: argparse.ArgumentParser) -> None:
+    mode.add_argument("config", help="YAML file, see configs/")
+    mode.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
+                      help="replace values of the file")  # fmt: skip
 
 
 def add_mode(
@@ -82,6 +99,29 @@ def add_mode(
 def run_pattention(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
     dtypes = [DTYPES[name] for name in arguments.dtypes]
     return pattention.rows(device, dtypes, arguments.tokens, arguments.positions, arguments.width, arguments.rounds)
+
+
+def run_stages(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    dtypes = [DTYPES[name] for name in arguments.dtypes]
+    return stages.rows(device, dtypes, arguments.tokens, arguments.positions, arguments.width, arguments.rounds)
+
+
+def run_communication(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    """The ranks are processes on CPUs, whatever the device: what is sent does not depend on it."""
+    configs = []
+    for tensor in arguments.tensor:
+        for sequence in ("false", "true") if tensor > 1 else ("false",):
+            layout = f"parallel.tensor={tensor}", f"parallel.sequence={sequence}", "parallel.pipeline=1"
+            config = load_config(arguments.config, [*arguments.overrides, *layout])
+            validate(config, tensor)
+            configs.append(config)
+    return communication.rows(configs)
+
+
+def run_memory(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    config = load_config(arguments.config, arguments.overrides)
+    validate(config, 1)
+    return memory.rows(device, config)
 
 
 def run_step(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:

@@ -33,6 +33,10 @@ class Timing:
         """How many times as fast as `other`, measured in the same rounds."""
         return statistics.median(theirs / ours for ours, theirs in zip(self.rounds, other.rounds))
 
+    def median_excess(self, other: Timing) -> float:
+        """Seconds more than `other` took in the same round."""
+        return statistics.median(ours - theirs for ours, theirs in zip(self.rounds, other.rounds))
+
 
 def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, Timing]:
     """Times of `calls`, by name. Each is first run without the clock, so what it compiles or allocates is there."""

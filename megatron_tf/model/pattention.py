@@ -2,11 +2,7 @@
 
     A = X Kᵀ,   S = θ(A),   out = S V
 
-| θ | forward | r, one number a row | backward of the row coupling |
-|---|---|---|---|
-| `l2_norm_gelu` | U = τA/r, S = GELU(U) | √ΣA² | dU = dS∘GELU'(U);  dA = τ/r · (dU − U·Σ(dU∘U)/τ²) |
-| `gelu_l2_norm` | G = GELU(A), S = τG/r | √ΣG² | dG = τ/r · (dS − S·Σ(dS∘S)/τ²);  dA = dG∘GELU'(A) |
-| `softmax` | S = τ·exp(A − r) | log Σexp(A) | dA = S∘(dS − Σ(dS∘S)/τ) |
+The stages between the products, forward and backward, are in row_stages.py.
 
 Sharded over a group T (token axis): each Σ runs over all tokens, so it is all-reduced over T. That is one
 number a row and projection, forward and backward; everything else is local.
@@ -20,7 +16,8 @@ number a row and projection, forward and backward; everything else is local.
 | out | [..., d_out], partial: the caller sums it over T |
 
 Projections that share X (query, key, value) go through one product against their concatenated keys and one
-all-reduce. Saved for backward: X once, A in the compute type, and r; GELU and S are recomputed.
+all-reduce. Saved for backward: X once, A in the compute type, and r; S is recomputed, and dA is made in the memory of
+dS. So the backward holds A, dS and one projection's S.
 A row of scores that is all zero has r = 0: its output and gradients are 0, never NaN.
 """
 
@@ -33,9 +30,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from megatron_tf.config.schema import Activation
+from megatron_tf.model import row_stages
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.params import default_scale
@@ -89,10 +86,10 @@ class _Pattention(Function):
     @staticmethod
     def forward(ctx, x, activation, scales, group, *tokens):
         keys, values = tokens[: len(scales)], tokens[len(scales) :]
-        scores = x @ _joined(keys).mT
+        scores = _rows(x) @ _joined(keys).mT
         statistic = _row_statistic(scores, keys, activation, group)
         outputs = tuple(
-            _weights(a, r, scale, activation) @ v
+            (row_stages.weights(a, r, scale, activation) @ v).view(*x.shape[:-1], -1)
             for a, r, scale, v in zip(_split(scores, keys), statistic.split(1, -1), scales, values)
         )
         ctx.save_for_backward(x, scores, statistic, *tokens)
@@ -103,31 +100,27 @@ class _Pattention(Function):
     @once_differentiable
     def backward(ctx, *grads):
         x, scores, statistic, *tokens = ctx.saved_tensors
-        activation, scales, group = ctx.activation, ctx.scales, ctx.group
+        activation, scales = ctx.activation, ctx.scales
         keys, values = tokens[: len(scales)], tokens[len(scales) :]
-        rows, sums, value_grads = [], [], []
-        for a, r, scale, v, grad in zip(_split(scores, keys), statistic.split(1, -1), scales, values, grads):
-            s = _weights(a, r, scale, activation)
-            value_grads.append(_outer(s, grad))
-            d_s = grad @ v.mT
-            if activation == "l2_norm_gelu":
-                s = _normalised(a, r, scale)  # U takes the place of S from here on
-                d_s = torch.ops.aten.gelu_backward(d_s, s)
-            rows.append((d_s, s))
-            sums.append((d_s * s).sum(-1, keepdim=True, dtype=statistic.dtype))
-        coupling = all_reduce(torch.cat(sums, -1), group).split(1, -1)
-        d_scores = torch.empty_like(scores)
-        for out, a, r, scale, (d_s, s), total in zip(
-            _split(d_scores, keys), _split(scores, keys), statistic.split(1, -1), scales, rows, coupling
-        ):
-            if activation == "softmax":
-                out.copy_(s * (d_s - (total / scale).to(s.dtype)))
-                continue
-            d = (d_s - s * (total / scale**2).to(s.dtype)) * _inverse(r, scale).to(s.dtype)
-            out.copy_(d if activation == "l2_norm_gelu" else torch.ops.aten.gelu_backward(d, a))
-        d_x = d_scores @ _joined(keys) if ctx.needs_input_grad[0] else None
-        key_grads = _outer(d_scores, x).split([k.shape[0] for k in keys])
+        gradient = torch.empty_like(scores)
+        parts = list(zip(_split(gradient, keys), _split(scores, keys), statistic.split(1, -1), scales))
+        value_grads, totals = [], []
+        for (d, a, r, scale), v, grad in zip(parts, values, grads):
+            d.addmm_(_rows(grad), v.mT, beta=0)  # beta 0: what is in d is not read. torch.compile takes no out= here
+            s, total = row_stages.backward(a, r, d, scale, activation)
+            value_grads.append(s.mT @ _rows(grad))
+            totals.append(total)
+        totals = all_reduce(torch.cat(totals, -1), ctx.group).split(1, -1)
+        for (d, a, r, scale), total in zip(parts, totals):
+            row_stages.couple(d, a, r, total, scale, activation)
+        d_x = (gradient @ _joined(keys)).view(x.shape) if ctx.needs_input_grad[0] else None
+        key_grads = (gradient.mT @ _rows(x)).split([k.shape[0] for k in keys])
         return d_x, None, None, None, *key_grads, *value_grads
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., d] -> [rows, d]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _joined(tokens: Sequence[Tensor]) -> Tensor:
@@ -139,39 +132,13 @@ def _split(scores: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return scores.split([k.shape[0] for k in keys], -1)
 
 
-def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """Σ over rows of left ⊗ right: [..., m], [..., d] -> [m, d]."""
-    return left.reshape(-1, left.shape[-1]).mT @ right.reshape(-1, right.shape[-1])
-
-
 def _row_statistic(scores: Tensor, keys: Sequence[Tensor], activation: Activation, group: Group) -> Tensor:
-    """r of every row and projection, over all tokens of the group: [..., projections], at least fp32."""
-    accumulate = torch.promote_types(scores.dtype, torch.float32)
+    """r of every row and projection, over all tokens of the group: [rows, projections], at least fp32."""
     parts = _split(scores, keys)
     if activation == "softmax":
+        accumulate = torch.promote_types(scores.dtype, torch.float32)
         local = torch.cat([torch.logsumexp(a.to(accumulate), -1, keepdim=True) for a in parts], -1)
         top = all_reduce(local, group, dist.ReduceOp.MAX)
         return top + all_reduce((local - top).exp(), group).log()
-    if activation == "gelu_l2_norm":
-        parts = tuple(F.gelu(a) for a in parts)
-    norms = [torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=accumulate) for a in parts]
-    local = torch.cat(norms, -1)
+    local = torch.cat([row_stages.norm(a, activation) for a in parts], -1)
     return local if group.size == 1 else all_reduce(local.square(), group).sqrt()
-
-
-def _inverse(norm: Tensor, scale: float) -> Tensor:
-    """τ/r, and 0 where the whole row is 0."""
-    return torch.where(norm > 0, scale / norm, 0)
-
-
-def _normalised(a: Tensor, norm: Tensor, scale: float) -> Tensor:
-    return a * _inverse(norm, scale).to(a.dtype)
-
-
-def _weights(a: Tensor, statistic: Tensor, scale: float, activation: Activation) -> Tensor:
-    """S, in the type of the scores."""
-    if activation == "softmax":
-        return ((a.to(statistic.dtype) - statistic).exp() * scale).to(a.dtype)
-    if activation == "gelu_l2_norm":
-        return _normalised(F.gelu(a), statistic, scale)
-    return F.gelu(_normalised(a, statistic, scale))

@@ -23,16 +23,16 @@ class Passes:
 
 
 SCORE_PASSES: dict[Activation, Passes] = {
-    "l2_norm_gelu": Passes(5, 22),
+    "l2_norm_gelu": Passes(5, 17),
     "gelu_l2_norm": Passes(7, 20),
-    "softmax": Passes(23, 29),
+    "softmax": Passes(23, 45),
 }
 COMPILED_SCORE_PASSES = Passes(3, 8)  # fused by torch.compile into one kernel between two reductions or products
 # For each element of [s, b, d] of a block: norms and residual sums, and what is done on a rank's own heads.
 HIDDEN_PASSES = Passes(10, 20)
 HEAD_PASSES: dict[Architecture, Passes] = {"tokenformer": Passes(15.5, 15), "transformer": Passes(12, 12)}
 MLP_PASSES = Passes(2, 3)  # of a transformer: for each element of [s, b, f]
-BLOCK_KERNELS: dict[Architecture, Passes] = {"tokenformer": Passes(73, 183), "transformer": Passes(28, 36)}
+BLOCK_KERNELS: dict[Architecture, Passes] = {"tokenformer": Passes(73, 133), "transformer": Passes(28, 36)}
 LOGIT_BYTES = {"fp32": Passes(24, 28), "bf16": Passes(20, 22), "fp16": Passes(20, 22)}  # of one logit, cross-entropy
 ATTENTION_BACKWARD = 2.5  # products of its backward pass for each of the forward pass: scores are recomputed
 # Of one parameter, to add a micro batch's gradient to the sum: in its own type, and for bf16 on into an fp32 buffer.

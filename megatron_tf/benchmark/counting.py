@@ -1,4 +1,4 @@
-"""What PyTorch really does: bytes alive, bytes read and written, kernels, bytes sent. For the estimates' tests."""
+"""What PyTorch really does: bytes alive, bytes read and written, kernels, bytes sent; estimates are held against it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-COLLECTIVES = {
+from megatron_tf.planning.communication import Kind
+
+COLLECTIVES: dict[str, Kind] = {
     "c10d.allreduce_.default": "all_reduce",
     "c10d._allgather_base_.default": "all_gather",
     "c10d.allgather_into_tensor_coalesced_.default": "all_gather",
@@ -34,7 +36,7 @@ class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.traffic = self.kernels = 0
-        self.sent: Counter[tuple[str, int]] = Counter()
+        self.sent: Counter[tuple[Kind, int]] = Counter()
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -51,7 +53,7 @@ class Counting(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if (made or function._schema.is_mutable) and name not in FREE:
             self.kernels += 1
-            if name not in ("mm", "bmm", "addmm") and "attention" not in name:
+            if name not in ("mm", "bmm", "addmm", "addmm_") and "attention" not in name:
                 inputs = inputs[1:] if name == "copy_" else inputs
                 self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in inputs + outputs)
         return out

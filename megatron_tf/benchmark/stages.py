@@ -1,0 +1,56 @@
+"""What each stage between Pattention's products costs, in nanoseconds a score, beside the six products together.
+
+Stages over products is the share that no product can hide. MEGATRON_TF_NATIVE=0 shows the stages in PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_tf.benchmark.references import bare_products
+from megatron_tf.benchmark.report import Row
+from megatron_tf.benchmark.timing import interleaved
+from megatron_tf.model import row_stages
+
+SCALE = 1.0
+STAGES = ("norm", "weights", "backward", "couple")
+
+
+def rows(
+    device: torch.device, dtypes: Sequence[torch.dtype], tokens: int, positions: int, width: int, rounds: int
+) -> Iterator[Row]:
+    """One row for each type. Keys are [tokens, width]."""
+    for dtype in dtypes:
+        generator = torch.Generator().manual_seed(0)
+        x, keys, values = (
+            torch.randn(count, width, generator=generator).to(device, dtype) for count in (positions, tokens, tokens)
+        )
+        yield _measure(x, keys, values, rounds)
+
+
+def _measure(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rounds: int) -> Row:
+    scores = x @ keys.mT
+    gradient = torch.zeros_like(scores)  # `backward` works in place: anything else would shrink until it is denormal
+    norm = row_stages.norm(scores, "l2_norm_gelu")
+    total = torch.zeros_like(norm)
+    calls = {
+        "norm": lambda: row_stages.norm(scores, "l2_norm_gelu"),
+        "weights": lambda: row_stages.weights(scores, norm, SCALE, "l2_norm_gelu"),
+        "backward": lambda: row_stages.backward(scores, norm, gradient, SCALE, "l2_norm_gelu"),
+        "couple": lambda: row_stages.couple(gradient, scores, norm, total, SCALE, "l2_norm_gelu"),
+        "products": lambda: bare_products(x, keys, values, x),
+    }
+    times = interleaved(calls, x.device, rounds)
+    nanoseconds = {name: 1e9 * timing.median / scores.numel() for name, timing in times.items()}
+    stages = sum(nanoseconds[name] for name in STAGES)
+    return {
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "tokens": keys.shape[0],
+        "positions": x.shape[0],
+        **{f"{name} ns": nanoseconds[name] for name in STAGES},
+        "all stages ns": stages,
+        "products ns": nanoseconds["products"],
+        "stages / products": stages / nanoseconds["products"],
+    }

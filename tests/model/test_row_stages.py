@@ -1,0 +1,151 @@
+"""The native kernels against the same stages in PyTorch, in fp64; and what happens without a compiler."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_tf.config.schema import Model
+from megatron_tf.model import build_model, native_stages, pattention, row_stages
+
+ROWS, TOKENS, SCALE = 37, 203, 5.0
+# errors are of rounding once to the type; fp32 sums of 203 terms add a few roundings more
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture
+def portable(monkeypatch):
+    monkeypatch.setattr(native_stages, "usable", lambda scores: False)
+
+
+def scores_and_gradient(dtype):
+    """Columns of a wider matrix, as those of one of several projections are; a row of zeros; a large entry."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(2, ROWS, 2 * TOKENS, generator=generator)
+    wide[0, 3] = 0
+    wide[0, 4, TOKENS + 7] = 40.0
+    scores, gradient = wide.to(dtype)[..., TOKENS:].unbind()
+    return scores, gradient
+
+
+def stages(scores, gradient):
+    """Everything that the stages compute, one after the other."""
+    activation = "l2_norm_gelu"
+    r = row_stages.norm(scores, activation)
+    forward = row_stages.weights(scores, r, SCALE, activation)
+    weights, total = row_stages.backward(scores, r, gradient, SCALE, activation)
+    d = gradient.clone()
+    row_stages.couple(gradient, scores, r, total, SCALE, activation)
+    return {"r": r, "forward": forward, "weights": weights, "total": total, "d": d, "d_scores": gradient}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_native_agrees_with_fp64(dtype):
+    scores, gradient = scores_and_gradient(dtype)
+    assert native_stages.usable(scores), "these tests want a C compiler"
+    native = stages(scores, gradient.clone())
+    exact = stages(scores.double(), gradient.double())
+    for name, actual in native.items():
+        scale = exact[name].abs().max().item()
+        if name == "d_scores":  # D is rounded before A · T/r² is taken from it, and then the difference is
+            scale += exact["d"].abs().max().item()
+        torch.testing.assert_close(actual.double(), exact[name], rtol=0, atol=TOLERANCE[dtype] * scale, msg=name)
+
+
+def test_gelu_of_any_argument_is_as_exact_as_fp32_can_say():
+    u = torch.cat((torch.linspace(-12, 12, 100_001), torch.tensor([0.0, -0.0, 1e-30, -1e30, 1e30])))[None]
+    one = torch.ones(1, 1)
+    gradient = torch.ones_like(u)
+    weights, _ = native_stages.normalised_gelu_backward(u, one, gradient)
+    exact = u.double().requires_grad_()
+    gelu = torch.nn.functional.gelu(exact)
+    (slope,) = torch.autograd.grad(gelu.sum(), exact)
+    torch.testing.assert_close(weights.double(), gelu.detach(), rtol=2e-7, atol=4e-7)
+    torch.testing.assert_close(gradient.double(), slope, rtol=2e-7, atol=4e-7)
+    torch.testing.assert_close(native_stages.normalised_gelu(u, one), weights, rtol=2e-7, atol=4e-7)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_native_kernels_keep_what_is_not_finite(dtype, value):
+    scores, gradient = (tensor.clone() for tensor in scores_and_gradient(dtype))
+    scores[5, 2] = value
+    native = stages(scores, gradient)
+    for name in ("forward", "weights", "d_scores"):
+        assert not native[name][5].isfinite().all() and native[name][6].isfinite().all(), name
+    scores, gradient = (tensor.clone() for tensor in scores_and_gradient(dtype))
+    gradient[5, 2] = value
+    assert not stages(scores, gradient)["d_scores"][5].isfinite().any()
+
+
+def test_results_do_not_depend_on_threads():
+    scores, gradient = scores_and_gradient(torch.bfloat16)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        results.append(stages(scores, gradient.clone()))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_float16_and_other_types_take_the_portable_way():
+    for dtype in (torch.float16, torch.float64):
+        assert not native_stages.usable(torch.zeros(1, 1, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+def test_portable_stages_agree_with_fp64(portable, dtype, activation):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (9, 16), (40, 16), (40, 8)
+    # scores below 5: softmax turns their rounding errors, which grow with them, into relative ones
+    x, keys, values = (torch.randn(shape, generator=generator).mul_(0.6).to(dtype) for shape in shapes)
+
+    def gradients(kind):
+        inputs = [t.to(kind).requires_grad_() for t in (x, keys, values)]
+        out = pattention(*inputs, activation=activation)
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    # every intermediate step is rounded to the type
+    for actual, exact in zip(gradients(dtype), gradients(torch.float64)):
+        error = (actual.double() - exact).norm() / exact.norm()
+        assert error < 5 * TOLERANCE[dtype]
+
+
+def test_without_a_compiler_one_message_and_the_portable_way(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build = native_stages._library.__wrapped__
+    monkeypatch.setenv("CC", str(tmp_path / "no_compiler"))
+    assert build() is None
+    monkeypatch.setenv("CC", "false")
+    assert build() is None
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "native" in caplog.text and "no_compiler" in caplog.text
+    monkeypatch.setenv("MEGATRON_TF_NATIVE", "0")
+    assert build() is None and len(caplog.records) == 2
+    monkeypatch.delenv("MEGATRON_TF_NATIVE")
+    monkeypatch.delenv("CC")
+    assert build() is not None
+    (built,) = (tmp_path / "megatron_tf").iterdir()
+    before = built.stat().st_mtime_ns
+    assert build() is not None and built.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("native", [True, False])
+def test_a_block_compiles_without_a_graph_break(monkeypatch, native):
+    if not native:
+        monkeypatch.setattr(native_stages, "usable", lambda scores: False)
+    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 8, "vocab_size": 8}
+    config = Model.model_validate({**sizes, "parameter_tokens": {"qkv": 24, "proj": 16, "ffn": 40}})
+    block = build_model(config).blocks[0]
+    hidden = torch.randn(8, 2, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    inputs = [hidden, *block.parameters()]
+    torch._dynamo.reset()
+    outs = [function(hidden) for function in (block, torch.compile(block, fullgraph=True))]
+    results = [(out, *torch.autograd.grad(out.square().sum(), inputs)) for out in outs]
+    for eager, compiled in zip(*results):  # the fused kernels sum in another order
+        assert (compiled - eager).norm() / eager.norm() < 1e-5
