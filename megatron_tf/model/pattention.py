@@ -75,11 +75,11 @@ def partial_pattention(
 def token_weights(
     x: Tensor, key_tokens: Tensor, scale: float, activation: Activation, group: Group
 ) -> tuple[Tensor, Tensor]:
-    """(‖A‖₂ over all tokens [..., 1], this rank's S [..., n/T]) of one projection, to look at. Not differentiable."""
-    scores = x @ key_tokens.mT
+    """(‖A‖₂ over all tokens [rows, 1], this rank's S [rows, n/T]) of one projection, to look at. Not differentiable."""
+    scores = _rows(x) @ key_tokens.mT
     statistic = _row_statistic(scores, [key_tokens], activation, group)
     norm = statistic if activation == "l2_norm_gelu" else _row_statistic(scores, [key_tokens], "l2_norm_gelu", group)
-    return norm, _weights(scores, statistic, scale, activation)
+    return norm, row_stages.weights(scores, statistic, scale, activation)
 
 
 class _Pattention(Function):
