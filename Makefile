@@ -31,7 +31,7 @@ test: $(STAMP)
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow and not timing" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not timing and not long" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

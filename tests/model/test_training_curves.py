@@ -49,7 +49,7 @@ def learning_curve(seed: int) -> list[float]:
     return losses
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)  # four trainings; bf16 is slow on processors that lack it
 def test_curves_of_plain_and_fast_layers_agree(monkeypatch):
     """Curves of the two layers lie closer together than those of two seeds, and the fast one does not end higher.
