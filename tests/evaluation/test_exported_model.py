@@ -17,8 +17,6 @@ from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.topology import Topology
 
-pytest.importorskip("megatron_tf.convert.huggingface")
-
 
 @pytest.mark.slow
 def test_six_tasks_score_alike(tmp_path, model, eval_folder, monkeypatch):

