@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from peak_memory import counted_from_zero
 
 BUFFER_LIMIT_BYTES = 64 * 2**20
 SHARE_OF_DD = 0.6
@@ -103,9 +104,8 @@ def test_a_share_of_four_gigabytes(tmp_path):
     disk, memory = shutil.disk_usage(tmp_path).free, available_memory_bytes()
     if disk < NEEDED_DISK_BYTES or memory < NEEDED_MEMORY_BYTES:
         pytest.skip(f"needs 10 GB of disk and 16 GB of memory, free are {disk / 1e9:.1f} and {memory / 1e9:.1f} GB")
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, tmp_path, str(ROUNDS)], check=True, stdout=subprocess.PIPE, text=True
-    )
+    command = counted_from_zero([sys.executable, "-c", MEASURE, tmp_path, ROUNDS])
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(tmp_path / "step_00000002")
     figures = json.loads(done.stdout)
     assert figures["equal"] and figures["bytes"] >= 4e9

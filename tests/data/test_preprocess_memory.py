@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from peak_memory import counted_from_zero
 
 from megatron_tf.data.bpe import train_bpe
 
@@ -63,6 +64,7 @@ if __name__ == "__main__":
 """
     (folder / "script.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, folder / "script.py"], capture_output=True, text=True, env=environment)
+    command = counted_from_zero([sys.executable, folder / "script.py"])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return int(done.stdout) * 1024

@@ -55,14 +55,13 @@ def test_one_process_then_other_layouts(run_folder):
 def test_agrees_with_the_evaluation_in_training(run_folder):
     """On whole windows, all of them, side by side, both see the same samples."""
     samples = 249  # of 16 tokens: an epoch of the 4,000 tokens
+    tokenizer = ("data.tokenizer=bytes", "model.vocab_size=257")
     done = train(run_folder, f"run.dir={run_folder}/trained", f"evaluation.samples={samples}",
                  "training.train_steps=1", "training.global_batch_size=3", "training.micro_batch_size=3",
-                 "optimizer.schedule.warmup_steps=0", "data.tokenizer=bytes")  # fmt: skip
+                 "optimizer.schedule.warmup_steps=0", *tokenizer)  # fmt: skip
     assert done.returncode == 0, done.stdout
     *_, last = map(json.loads, (run_folder / "trained" / "metrics.jsonl").read_text().splitlines())
-    done = evaluate(
-        run_folder, f"run.dir={run_folder}/trained", "--max-tokens", samples * 16 + 1, "data.tokenizer=bytes"
-    )
+    done = evaluate(run_folder, f"run.dir={run_folder}/trained", "--max-tokens", samples * 16 + 1, *tokenizer)
     assert done.returncode == 0, done.stdout
     found = json.loads((run_folder / "trained" / "evaluation" / "step_00000001_perplexity.json").read_text())
     assert found["all"]["loss"] == pytest.approx(last["eval/loss"], rel=1e-6)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from launching import PROJECT, environment, run, train
+from peak_memory import counted_from_zero
 from prepared import write_tokens
 
 from megatron_tf.checkpoint.compare import compare
@@ -213,8 +214,8 @@ def large(tmp_path_factory):
 def measured(folder: Path, target: Path, method: str) -> dict[str, float]:
     shutil.rmtree(target, ignore_errors=True)
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, TOOL, "--from", folder / "large", "--config", folder / "config.yml", "--to",
-         target, *LARGER, "growth.from=x", f"growth.method={method}"],
+        counted_from_zero([sys.executable, "-c", MEASURE, TOOL, "--from", folder / "large", "--config",
+                           folder / "config.yml", "--to", target, *LARGER, "growth.from=x", f"growth.method={method}"]),
         check=True, env=environment(), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])

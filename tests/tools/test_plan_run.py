@@ -71,7 +71,7 @@ def test_a_layout_that_cannot_run_is_refused_and_others_are_named():
 
 
 def test_what_does_not_fit_is_said():
-    done = tool("plan_run", CONFIGS / "124M.yml", "--gpus", 1, "--gpu", "rtx4090", "--storage-gb-per-s", "0.5")
+    done = tool("plan_run", CONFIGS / "1.4B.yml", "--gpus", 2, "--gpu", "rtx4090", "--storage-gb-per-s", "0.5")
     assert done.returncode == 0 and "valid, DOES NOT FIT" in done.stdout
 
 

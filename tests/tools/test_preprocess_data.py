@@ -154,7 +154,7 @@ def running(pid: str) -> bool:
 
 
 def test_control_c_is_quiet_and_resumes(tmp_path):
-    inputs = write_shards(tmp_path / "in", 10, 2500)
+    inputs = write_shards(tmp_path / "in", 40, 2500)
     arguments = ["--input", inputs, "--tokenizer", "bytes", "--output-prefix", tmp_path / "x", "--workers", "2"]
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -164,8 +164,8 @@ def test_control_c_is_quiet_and_resumes(tmp_path):
     _, errors = started.communicate(timeout=60)
     assert started.returncode == 130 and "Traceback" not in errors, errors
     resumed = run("preprocess_data.py", *arguments)
-    assert resumed.returncode == 0 and "of 10 parts were finished before" in resumed.stderr, resumed.stderr
-    assert IndexedDataset(tmp_path / "x").num_documents == 25_000
+    assert resumed.returncode == 0 and "of 40 parts were finished before" in resumed.stderr, resumed.stderr
+    assert IndexedDataset(tmp_path / "x").num_documents == 100_000
 
 
 def test_a_batch_script_has_no_mistakes_of_the_shell(tmp_path):
