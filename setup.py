@@ -9,6 +9,8 @@ SENTENCEPIECE = ["sentencepiece>=0.2,<0.3"]
 PARQUET = ["pyarrow>=17,<27"]
 TRANSFORMERS = ["transformers>=5.16,<6"]
 EVAL = ["lm_eval>=0.4.13,<0.5", *TRANSFORMERS, *PARQUET]
+# Comes with PyTorch's builds for GPUs; without one the kernels are tested in its interpreter.
+TRITON = ["triton>=3.5,<4; platform_system == 'Linux'"]
 TIKTOKEN = ["tiktoken>=0.11,<1"]  # before, it took special tokens that a text spells out for special tokens
 
 setup(
@@ -56,6 +58,7 @@ setup(
             *TENSORBOARD,
             *TIKTOKEN,
             *TRANSFORMERS,
+            *TRITON,
             *WANDB,
         ],
     },

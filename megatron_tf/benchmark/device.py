@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_tf.config.schema import Precision
-from megatron_tf.model import native_stages
+from megatron_tf.model import fused_stages
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -22,7 +22,7 @@ def machine(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "native kernels": native_stages.usable(torch.empty(0, device=device)),
+        "native kernels": fused_stages.usable(torch.empty(0, device=device)),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

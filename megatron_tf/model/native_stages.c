@@ -1,4 +1,4 @@
-/* The elementwise stages of `l2_norm_gelu` on a CPU, each one pass over the scores; see row_stages.py for the maths.
+/* The elementwise stages of `l2_norm_gelu` on a CPU; see row_stages.py for the maths.
 
    Rows are shared out among the threads, one row is always summed by one thread: results do not depend on their number.
    bf16 is held as its upper half of an fp32; all arithmetic is fp32.
@@ -59,57 +59,78 @@ static inline float normal_distribution(float u, float *density) {
     return u < 0.0f ? tail : 1.0f - tail;
 }
 
-/* Tensors are [rows, n], with a distance between rows in elements; norms, inverse, total and coupling are [rows]. */
-#define STAGES(NAME, TYPE, LOAD, ROUND)                                                                                \
-    /* norms = √ΣA² */                                                                                                 \
-    void norm_##NAME(const TYPE *scores, long stride, float *norms, long rows, long n, int threads) {                  \
-        _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < rows; i++) {                             \
-            const TYPE *a = scores + i * stride;                                                                       \
-            float sum = 0.0f;                                                                                          \
-            _Pragma("omp simd reduction(+ : sum)") for (long j = 0; j < n; j++) sum += LOAD(a[j]) * LOAD(a[j]);        \
-            norms[i] = sqrtf(sum);                                                                                     \
+/* The stages of one row: n scores a, their √Σa² (the norm), S = GELU(u) with u = τa/norm, and from d = dS
+   D = τ/norm · d ∘ GELU'(u), total = ΣD∘a and then da = D − a · total/norm². A row of zeros has no direction: all are 0. */
+#define ROW_STAGES(NAME, TYPE, LOAD, ROUND)                                                                            \
+    static inline float norm_of_row_##NAME(const TYPE *a, long n) {                                                    \
+        float sum = 0.0f;                                                                                              \
+        _Pragma("omp simd reduction(+ : sum)") for (long j = 0; j < n; j++) sum += LOAD(a[j]) * LOAD(a[j]);            \
+        return sqrtf(sum);                                                                                             \
+    }                                                                                                                  \
+    static inline void weights_of_row_##NAME(const TYPE *a, float norm, float scale, TYPE *s, long n) {                \
+        float factor = norm > 0.0f ? scale / norm : 0.0f;                                                              \
+        _Pragma("omp simd") for (long j = 0; j < n; j++) {                                                             \
+            float density, u = LOAD(a[j]) * factor;                                                                    \
+            s[j] = ROUND(u * normal_distribution(u, &density));                                                        \
         }                                                                                                              \
     }                                                                                                                  \
-    /* S = GELU(A · inverse) */                                                                                        \
-    void weights_##NAME(const TYPE *scores, long stride, const float *inverse, TYPE *weights, long rows, long n,       \
-                        int threads) {                                                                                 \
-        _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < rows; i++) {                             \
-            const TYPE *a = scores + i * stride;                                                                       \
-            TYPE *s = weights + i * n;                                                                                 \
-            float scale = inverse[i];                                                                                  \
-            _Pragma("omp simd") for (long j = 0; j < n; j++) {                                                         \
-                float density, u = LOAD(a[j]) * scale;                                                                 \
-                s[j] = ROUND(u * normal_distribution(u, &density));                                                    \
-            }                                                                                                          \
+    static inline float backward_of_row_##NAME(const TYPE *a, float norm, float scale, TYPE *d, TYPE *s, long n) {     \
+        float factor = norm > 0.0f ? scale / norm : 0.0f, total = 0.0f;                                                \
+        _Pragma("omp simd reduction(+ : total)") for (long j = 0; j < n; j++) {                                        \
+            float density, score = LOAD(a[j]), u = score * factor, p = normal_distribution(u, &density);               \
+            float g = LOAD(d[j]) * (p + u * density) * factor;                                                         \
+            s[j] = ROUND(u * p);                                                                                       \
+            d[j] = ROUND(g);                                                                                           \
+            total += g * score;                                                                                        \
+        }                                                                                                              \
+        return total;                                                                                                  \
+    }                                                                                                                  \
+    static inline void couple_row_##NAME(const TYPE *a, float norm, float total, TYPE *d, long n) {                    \
+        float factor = norm > 0.0f ? total / (norm * norm) : 0.0f;                                                     \
+        _Pragma("omp simd") for (long j = 0; j < n; j++) d[j] = ROUND(LOAD(d[j]) - LOAD(a[j]) * factor);               \
+    }
+
+/* The same for all rows: a, d and s are [rows, n], norm and total [rows], each with the distance between its rows in
+   elements. The last two do all of a row while it is in the cache; a row shared with other ranks must wait for them. */
+#define EACH_ROW _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < rows; i++)
+
+#define STAGES(NAME, TYPE)                                                                                             \
+    void norm_##NAME(const TYPE *a, long a_stride, float *norm, long norm_stride, long rows, long n, int threads) {    \
+        EACH_ROW norm[i * norm_stride] = norm_of_row_##NAME(a + i * a_stride, n);                                      \
+    }                                                                                                                  \
+    void weights_##NAME(const TYPE *a, long a_stride, const float *norm, long norm_stride, TYPE *s, long s_stride,     \
+                        long rows, long n, int threads, float scale) {                                                 \
+        EACH_ROW weights_of_row_##NAME(a + i * a_stride, norm[i * norm_stride], scale, s + i * s_stride, n);           \
+    }                                                                                                                  \
+    void backward_##NAME(const TYPE *a, long a_stride, const float *norm, long norm_stride, TYPE *d, long d_stride,    \
+                         TYPE *s, long s_stride, float *total, long total_stride, long rows, long n, int threads,      \
+                         float scale) {                                                                                \
+        EACH_ROW total[i * total_stride] = backward_of_row_##NAME(a + i * a_stride, norm[i * norm_stride], scale,      \
+                                                                  d + i * d_stride, s + i * s_stride, n);              \
+    }                                                                                                                  \
+    void couple_##NAME(const TYPE *a, long a_stride, const float *norm, long norm_stride, const float *total,          \
+                       long total_stride, TYPE *d, long d_stride, long rows, long n, int threads) {                    \
+        EACH_ROW couple_row_##NAME(a + i * a_stride, norm[i * norm_stride], total[i * total_stride],                   \
+                                   d + i * d_stride, n);                                                               \
+    }                                                                                                                  \
+    void norm_and_weights_##NAME(const TYPE *a, long a_stride, float *norm, long norm_stride, TYPE *s, long s_stride,  \
+                                 long rows, long n, int threads, float scale) {                                        \
+        EACH_ROW {                                                                                                     \
+            float r = norm[i * norm_stride] = norm_of_row_##NAME(a + i * a_stride, n);                                 \
+            weights_of_row_##NAME(a + i * a_stride, r, scale, s + i * s_stride, n);                                    \
         }                                                                                                              \
     }                                                                                                                  \
-    /* S = GELU(U), D = inverse · D ∘ GELU'(U) in place, total = ΣD∘A, with U = A · inverse */                         \
-    void backward_##NAME(const TYPE *scores, long stride, const float *inverse, TYPE *gradient, long gradient_stride,  \
-                         TYPE *weights, float *total, long rows, long n, int threads) {                                \
-        _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < rows; i++) {                             \
-            const TYPE *a = scores + i * stride;                                                                       \
-            TYPE *d = gradient + i * gradient_stride, *s = weights + i * n;                                            \
-            float scale = inverse[i], sum = 0.0f;                                                                      \
-            _Pragma("omp simd reduction(+ : sum)") for (long j = 0; j < n; j++) {                                      \
-                float density, score = LOAD(a[j]), u = score * scale, p = normal_distribution(u, &density);            \
-                float g = LOAD(d[j]) * (p + u * density) * scale;                                                      \
-                s[j] = ROUND(u * p);                                                                                   \
-                d[j] = ROUND(g);                                                                                       \
-                sum += g * score;                                                                                      \
-            }                                                                                                          \
-            total[i] = sum;                                                                                            \
-        }                                                                                                              \
-    }                                                                                                                  \
-    /* D -= A · coupling, in place */                                                                                  \
-    void couple_##NAME(TYPE *gradient, long gradient_stride, const TYPE *scores, long stride, const float *coupling,   \
-                       long rows, long n, int threads) {                                                               \
-        _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < rows; i++) {                             \
-            const TYPE *a = scores + i * stride;                                                                       \
-            TYPE *d = gradient + i * gradient_stride;                                                                  \
-            float factor = coupling[i];                                                                                \
-            _Pragma("omp simd") for (long j = 0; j < n; j++) d[j] = ROUND(LOAD(d[j]) - LOAD(a[j]) * factor);           \
+    void backward_and_couple_##NAME(const TYPE *a, long a_stride, const float *norm, long norm_stride, TYPE *d,        \
+                                    long d_stride, TYPE *s, long s_stride, long rows, long n, int threads,             \
+                                    float scale) {                                                                     \
+        EACH_ROW {                                                                                                     \
+            float r = norm[i * norm_stride];                                                                           \
+            float total = backward_of_row_##NAME(a + i * a_stride, r, scale, d + i * d_stride, s + i * s_stride, n);   \
+            couple_row_##NAME(a + i * a_stride, r, total, d + i * d_stride, n);                                        \
         }                                                                                                              \
     }
 
-STAGES(bf16, uint16_t, load_bf16, round_bf16)
-STAGES(fp32, float, load_fp32, round_fp32)
+ROW_STAGES(bf16, uint16_t, load_bf16, round_bf16)
+ROW_STAGES(fp32, float, load_fp32, round_fp32)
+STAGES(bf16, uint16_t)
+STAGES(fp32, float)

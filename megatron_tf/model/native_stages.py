@@ -1,7 +1,4 @@
-"""native_stages.c as PyTorch operators, built on first use: about a second, once for each kind of processor.
-
-Without a C compiler there are none, and row_stages.py does the same in PyTorch. MEGATRON_TF_NATIVE=0 wants it so.
-"""
+"""native_stages.c, built on first use: about a second, once for each kind of processor. Without a C compiler: nothing."""
 
 from __future__ import annotations
 
@@ -28,87 +25,55 @@ FLAGS = (
 )  # fmt: skip
 X86_FLAGS = ("-mprefer-vector-width=512",)
 BUILD_SECONDS = 60.0
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def usable(scores: Tensor) -> bool:
-    """Whether the operators below take tensors like these scores."""
-    return scores.device.type == "cpu" and scores.dtype in NAMES and _is_built()
-
-
-@torch.compiler.assume_constant_result  # torch.compile need not look inside
-def _is_built() -> bool:
+def is_available() -> bool:
+    """Builds the library when nobody has. Where that fails, a warning says why."""
     return _library() is not None
 
 
-@torch.library.custom_op("megatron_tf::norm", mutates_args=(), device_types="cpu")
-def norm(scores: Tensor) -> Tensor:
-    """√Σ scores² over the last dim, [rows, 1] in fp32."""
-    norms = scores.new_empty(scores.shape[0], 1, dtype=torch.float32)
-    _call("norm", scores, *_matrix(scores), norms.data_ptr())
-    return norms
+def norm(scores: Tensor, norms: Tensor) -> None:
+    _call("norm", scores, norms)
 
 
-@torch.library.custom_op("megatron_tf::normalised_gelu", mutates_args=(), device_types="cpu")
-def normalised_gelu(scores: Tensor, inverse: Tensor) -> Tensor:
-    """GELU(scores · inverse), inverse [rows, 1] in fp32."""
-    weights = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    inverse = inverse.contiguous()
-    _call("weights", scores, *_matrix(scores), inverse.data_ptr(), weights.data_ptr())
-    return weights
+def weights(scores: Tensor, norms: Tensor, weights: Tensor, scale: float) -> None:
+    _call("weights", scores, norms, weights, scale=scale)
 
 
-@torch.library.custom_op("megatron_tf::normalised_gelu_backward", mutates_args=("gradient",), device_types="cpu")
-def normalised_gelu_backward(scores: Tensor, inverse: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """(GELU(U), Σ D∘scores [rows, 1] in fp32) with U = scores · inverse; gradient becomes D = inverse · gradient ∘ GELU'(U)."""
-    weights = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    inverse, total = inverse.contiguous(), torch.empty_like(inverse, memory_format=torch.contiguous_format)
-    arguments = *_matrix(scores), inverse.data_ptr(), *_matrix(gradient), weights.data_ptr(), total.data_ptr()
-    _call("backward", scores, *arguments)
-    return weights, total
+def norm_and_weights(scores: Tensor, norms: Tensor, weights: Tensor, scale: float) -> None:
+    _call("norm_and_weights", scores, norms, weights, scale=scale)
 
 
-@torch.library.custom_op("megatron_tf::couple_rows", mutates_args=("gradient",), device_types="cpu")
-def couple_rows(gradient: Tensor, scores: Tensor, coupling: Tensor) -> None:
-    """gradient −= scores · coupling, coupling [rows, 1] in fp32."""
-    coupling = coupling.contiguous()
-    _call("couple", scores, *_matrix(gradient), *_matrix(scores), coupling.data_ptr())
+def backward(scores: Tensor, norms: Tensor, gradient: Tensor, weights: Tensor, totals: Tensor, scale: float) -> None:
+    _call("backward", scores, norms, gradient, weights, totals, scale=scale)
 
 
-@norm.register_fake
-def _(scores):
-    return scores.new_empty(scores.shape[0], 1, dtype=torch.float32)
+def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> None:
+    _call("couple", scores, norms, totals, gradient)
 
 
-@normalised_gelu.register_fake
-def _(scores, inverse):
-    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, weights: Tensor, scale: float) -> None:
+    _call("backward_and_couple", scores, norms, gradient, weights, scale=scale)
 
 
-@normalised_gelu_backward.register_fake
-def _(scores, inverse, gradient):
-    like = torch.contiguous_format
-    return torch.empty_like(scores, memory_format=like), torch.empty_like(inverse, memory_format=like)
-
-
-def _matrix(tensor: Tensor) -> tuple[int, int]:
-    """Address and distance between rows."""
-    assert tensor.dim() == 2 and tensor.stride(1) == 1, "a matrix with neighbours in a row side by side"
-    return tensor.data_ptr(), tensor.stride(0)
-
-
-def _call(stage: str, scores: Tensor, *arguments: int) -> None:
+def _call(stage: str, scores: Tensor, *others: Tensor, scale: float | None = None) -> None:
+    """The function of the library: address and distance between rows of each tensor, sizes, threads, scale."""
     library = _library()
     assert library is not None
-    function = getattr(library, f"{stage}_{NAMES[scores.dtype]}")
-    sizes = ctypes.c_long(scores.shape[0]), ctypes.c_long(scores.shape[1]), ctypes.c_int(torch.get_num_threads())
-    function(*(ctypes.c_void_p(a) for a in arguments), *sizes)
+    arguments: list[ctypes.c_void_p | ctypes.c_long | ctypes.c_int | ctypes.c_float] = []
+    for tensor in (scores, *others):
+        assert tensor.dim() == 2 and tensor.stride(1) == 1, "a matrix with neighbours in a row side by side"
+        arguments += ctypes.c_void_p(tensor.data_ptr()), ctypes.c_long(tensor.stride(0))
+    arguments += map(ctypes.c_long, scores.shape)
+    arguments.append(ctypes.c_int(torch.get_num_threads()))
+    if scale is not None:
+        arguments.append(ctypes.c_float(scale))
+    getattr(library, f"{stage}_{DTYPES[scores.dtype]}")(*arguments)
 
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    if os.environ.get("MEGATRON_TF_NATIVE") == "0":
-        return None
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         _warn("no C compiler is installed")

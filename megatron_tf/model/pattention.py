@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_tf.config.schema import Activation
 from megatron_tf.model import row_stages
-from megatron_tf.parallel.collectives import all_reduce
+from megatron_tf.parallel.collectives import all_reduce, begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.params import default_scale
 
@@ -87,32 +87,41 @@ class _Pattention(Function):
     def forward(ctx, x, activation, scales, group, *tokens):
         keys, values = tokens[: len(scales)], tokens[len(scales) :]
         scores = _rows(x) @ _joined(keys).mT
-        statistic = _row_statistic(scores, keys, activation, group)
-        outputs = tuple(
-            (row_stages.weights(a, r, scale, activation) @ v).view(*x.shape[:-1], -1)
-            for a, r, scale, v in zip(_split(scores, keys), statistic.split(1, -1), scales, values)
-        )
-        ctx.save_for_backward(x, scores, statistic, *tokens)
+        statistic = None if group.size == 1 else _row_statistic(scores, keys, activation, group).split(1, -1)
+        outputs, statistics = [], []
+        for i, (a, scale, v) in enumerate(zip(_split(scores, keys), scales, values)):
+            if statistic is None:
+                r, s = row_stages.statistic_and_weights(a, scale, activation)
+            else:
+                r, s = statistic[i], row_stages.weights(a, statistic[i], scale, activation)
+            outputs.append((s @ v).view(*x.shape[:-1], -1))
+            statistics.append(r)
+        ctx.save_for_backward(x, scores, *statistics, *tokens)
         ctx.activation, ctx.scales, ctx.group = activation, scales, group
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        x, scores, statistic, *tokens = ctx.saved_tensors
-        activation, scales = ctx.activation, ctx.scales
-        keys, values = tokens[: len(scales)], tokens[len(scales) :]
+        activation, scales, group = ctx.activation, ctx.scales, ctx.group
+        x, scores, *others = ctx.saved_tensors
+        statistics, keys, values = (others[i * len(scales) : (i + 1) * len(scales)] for i in range(3))
         gradient = torch.empty_like(scores)
-        parts = list(zip(_split(gradient, keys), _split(scores, keys), statistic.split(1, -1), scales))
+        parts = list(zip(_split(gradient, keys), _split(scores, keys), statistics, scales))
         value_grads, totals = [], []
         for (d, a, r, scale), v, grad in zip(parts, values, grads):
             d.addmm_(_rows(grad), v.mT, beta=0)  # beta 0: what is in d is not read. torch.compile takes no out= here
-            s, total = row_stages.backward(a, r, d, scale, activation)
+            if group.size == 1:
+                s = row_stages.backward_and_couple(a, r, d, scale, activation)
+            else:
+                s, total = row_stages.backward(a, r, d, scale, activation)
+                totals.append(total)
+                if len(totals) == len(parts):  # on its way while the last value tokens' gradients are made
+                    finish = begin_all_reduce(torch.cat(totals, -1), group)
             value_grads.append(s.mT @ _rows(grad))
-            totals.append(total)
-        totals = all_reduce(torch.cat(totals, -1), ctx.group).split(1, -1)
-        for (d, a, r, scale), total in zip(parts, totals):
-            row_stages.couple(d, a, r, total, scale, activation)
+        if group.size > 1:
+            for (d, a, r, scale), total in zip(parts, finish().split(1, -1)):
+                row_stages.couple(a, r, total, d, scale, activation)
         d_x = (gradient @ _joined(keys)).view(x.shape) if ctx.needs_input_grad[0] else None
         key_grads = (gradient.mT @ _rows(x)).split([k.shape[0] for k in keys])
         return d_x, None, None, None, *key_grads, *value_grads
@@ -134,11 +143,10 @@ def _split(scores: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _row_statistic(scores: Tensor, keys: Sequence[Tensor], activation: Activation, group: Group) -> Tensor:
     """r of every row and projection, over all tokens of the group: [rows, projections], at least fp32."""
-    parts = _split(scores, keys)
+    local = torch.cat([row_stages.statistic(a, activation) for a in _split(scores, keys)], -1)
+    if group.size == 1:
+        return local
     if activation == "softmax":
-        accumulate = torch.promote_types(scores.dtype, torch.float32)
-        local = torch.cat([torch.logsumexp(a.to(accumulate), -1, keepdim=True) for a in parts], -1)
         top = all_reduce(local, group, dist.ReduceOp.MAX)
         return top + all_reduce((local - top).exp(), group).log()
-    local = torch.cat([row_stages.norm(a, activation) for a in parts], -1)
-    return local if group.size == 1 else all_reduce(local.square(), group).sqrt()
+    return all_reduce(local.square(), group).sqrt()

@@ -13,6 +13,8 @@ each is the identity for a group of one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,6 +35,21 @@ def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Reduc
     with group.around():
         dist.all_reduce(out, op=op, group=group.handle)
     return out
+
+
+def begin_all_reduce(x: Tensor, group: Group) -> Callable[[], Tensor]:
+    """Like `all_reduce`, of sums; what it returns waits for the result, so that other work can hide the exchange."""
+    if group.size == 1 or torch.compiler.is_compiling():  # a compiled graph has only collectives that wait
+        return lambda: all_reduce(x, group)
+    out = x.clone(memory_format=torch.contiguous_format)
+    work = dist.all_reduce(out, group=group.handle, async_op=True)
+
+    def finish() -> Tensor:
+        with group.around():
+            work.wait()
+        return out
+
+    return finish
 
 
 def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:

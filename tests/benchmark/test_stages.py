@@ -8,6 +8,6 @@ from megatron_tf.benchmark import stages
 
 def test_rows():
     (row,) = stages.rows(torch.device("cpu"), [torch.bfloat16], 24, 16, 8, 1)
-    parts = [row[f"{name} ns"] for name in ("norm", "weights", "backward", "couple")]
-    assert min(parts) > 0 and row["all stages ns"] == pytest.approx(sum(parts))
-    assert row["stages / products"] == pytest.approx(row["all stages ns"] / row["products ns"])
+    for way, names in (("split", stages.SPLIT), ("whole", stages.WHOLE)):
+        parts = [row[f"{name} ns"] for name in names]
+        assert min(parts) > 0 and row[f"{way} / products"] == pytest.approx(sum(parts) / row["products ns"])

@@ -16,7 +16,7 @@ from megatron_tf.config import load_config
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.data.documents import boundaries
 from megatron_tf.estimate import block_activation_bytes, memory_per_rank, state_bytes
-from megatron_tf.model import build_model, native_stages
+from megatron_tf.model import build_model, fused_stages
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
 from megatron_tf.parallel.groups import SINGLE, make_group
 from megatron_tf.parallel.vocab import cross_entropy
@@ -41,7 +41,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @pytest.fixture(autouse=True)
 def portable(monkeypatch):
     """The estimates are for GPUs; the native kernels of a CPU need less."""
-    monkeypatch.setattr(native_stages, "usable", lambda scores: False)
+    monkeypatch.setattr(fused_stages, "usable", lambda scores: False)
 
 
 def load(*overrides):

@@ -1,0 +1,108 @@
+"""The elementwise stages of `l2_norm_gelu` as operators of few passes, where there are kernels for them.
+
+CPUs: native_stages.c, built on first use. GPUs: triton_stages.py. Elsewhere row_stages.py does the same in PyTorch, and
+has the formulas. Scores A, their gradient and weights S are [rows, n], norms r and totals T [rows, 1] in fp32, each with
+any distance between rows; all arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+
+def usable(scores: Tensor) -> bool:
+    """Whether the operators below take such scores; MEGATRON_TF_NATIVE=0 wants none."""
+    return _has_kernels(scores.device.type, scores.dtype)
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not look inside
+def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
+    if os.environ.get("MEGATRON_TF_NATIVE") == "0":
+        return False
+    kernels = _kernels(device_type)
+    return kernels is not None and dtype in kernels.DTYPES and kernels.is_available()
+
+
+def _kernels(device_type: str) -> ModuleType | None:
+    """A module with a function for each operator below that writes its results into tensors it is given."""
+    if device_type == "cpu":
+        from megatron_tf.model import native_stages
+
+        return native_stages
+    if device_type == "cuda" and find_spec("triton") is not None:
+        from megatron_tf.model import triton_stages
+
+        return triton_stages
+    return None
+
+
+@custom_op("megatron_tf::norm", mutates_args=())
+def norm(scores: Tensor) -> Tensor:
+    """r."""
+    out = _column(scores)
+    _run("norm", scores, out)
+    return out
+
+
+@custom_op("megatron_tf::weights", mutates_args=())
+def weights(scores: Tensor, norms: Tensor, scale: float) -> Tensor:
+    """S."""
+    out = _dense(scores)
+    _run("weights", scores, norms, out, scale)
+    return out
+
+
+@custom_op("megatron_tf::norm_and_weights", mutates_args=())
+def norm_and_weights(scores: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(r, S) of rows that are whole."""
+    out = _column(scores), _dense(scores)
+    _run("norm_and_weights", scores, *out, scale)
+    return out
+
+
+@custom_op("megatron_tf::backward", mutates_args=("gradient",))
+def backward(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(S, T); `gradient` is dS and becomes D."""
+    out = _dense(scores), _column(scores)
+    _run("backward", scores, norms, gradient, *out, scale)
+    return out
+
+
+@custom_op("megatron_tf::couple", mutates_args=("gradient",))
+def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> None:
+    """`gradient` is D and becomes dA."""
+    _run("couple", scores, norms, totals, gradient)
+
+
+@custom_op("megatron_tf::backward_and_couple", mutates_args=("gradient",))
+def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> Tensor:
+    """S, of rows that are whole; `gradient` is dS and becomes dA."""
+    out = _dense(scores)
+    _run("backward_and_couple", scores, norms, gradient, out, scale)
+    return out
+
+
+def _run(stage: str, scores: Tensor, *arguments: Tensor | float) -> None:
+    getattr(_kernels(scores.device.type), stage)(scores, *arguments)
+
+
+def _column(scores: Tensor) -> Tensor:
+    return scores.new_empty(scores.shape[0], 1, dtype=torch.float32)
+
+
+def _dense(scores: Tensor) -> Tensor:
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+# What torch.compile needs to know: shapes and types of the results.
+norm.register_fake(_column)
+weights.register_fake(lambda scores, norms, scale: _dense(scores))
+norm_and_weights.register_fake(lambda scores, scale: (_column(scores), _dense(scores)))
+backward.register_fake(lambda scores, norms, gradient, scale: (_dense(scores), _column(scores)))
+backward_and_couple.register_fake(lambda scores, norms, gradient, scale: _dense(scores))

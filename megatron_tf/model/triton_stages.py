@@ -1,0 +1,180 @@
+"""The elementwise stages of `l2_norm_gelu` on GPUs: fused_stages.py names them, row_stages.py has the formulas.
+
+One program a row, in blocks that the registers hold. A row that is read twice comes from the cache the second time, so
+the two stages of a whole row that are made in one kernel cost one reading of the scores less. GELU is computed anew
+where that saves a write. One program sums each row: results do not depend on what else runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_BLOCK = 4096  # columns; 16 a thread with the 8 warps below
+NUM_WARPS = 8
+
+
+def is_available() -> bool:
+    return True
+
+
+def norm(scores: Tensor, norms: Tensor) -> None:
+    _launch(_norm, scores, norms)
+
+
+def weights(scores: Tensor, norms: Tensor, weights: Tensor, scale: float) -> None:
+    _launch(_weights, scores, norms, weights, scale=scale)
+
+
+def norm_and_weights(scores: Tensor, norms: Tensor, weights: Tensor, scale: float) -> None:
+    _launch(_norm_and_weights, scores, norms, weights, scale=scale)
+
+
+def backward(scores: Tensor, norms: Tensor, gradient: Tensor, weights: Tensor, totals: Tensor, scale: float) -> None:
+    _launch(_backward, scores, norms, gradient, weights, totals, scale=scale)
+
+
+def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> None:
+    _launch(_couple, scores, norms, totals, gradient)
+
+
+def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, weights: Tensor, scale: float) -> None:
+    _launch(_backward_and_couple, scores, norms, gradient, weights, scale=scale)
+
+
+def _launch(kernel: triton.JITFunction, scores: Tensor, *others: Tensor, **scale: float) -> None:
+    """With address and distance between rows of each tensor."""
+    rows, n = scores.shape
+    if rows == 0:
+        return
+    arguments: list[Tensor | int] = []
+    for tensor in (scores, *others):
+        assert tensor.stride(1) == 1 or tensor.shape[1] == 1, "neighbours in a row side by side"
+        arguments += tensor, tensor.stride(0)
+    block = min(LARGEST_BLOCK, max(128, triton.next_power_of_2(n)))
+    kernel[(rows,)](*arguments, n, **scale, BLOCK=block, num_warps=NUM_WARPS)
+
+
+@triton.jit
+def _row(pointer, stride):
+    """Where this program's row begins. 64 bits: a large batch has more than 2³¹ scores."""
+    return pointer + tl.program_id(0).to(tl.int64) * stride
+
+
+@triton.jit
+def _block(row, start, n, BLOCK: tl.constexpr):
+    """BLOCK of a row's n numbers in fp32, and zeros beyond its end."""
+    columns = start + tl.arange(0, BLOCK)
+    return tl.load(row + columns, mask=columns < n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _put(row, start, n, values, BLOCK: tl.constexpr):
+    columns = start + tl.arange(0, BLOCK)
+    tl.store(row + columns, values.to(row.dtype.element_ty), mask=columns < n)
+
+
+@triton.jit
+def _over(numerator, r):
+    """numerator / r, and 0 where r is 0."""
+    return tl.where(r > 0, numerator / tl.where(r > 0, r, 1.0), 0.0)
+
+
+@triton.jit
+def _normal_distribution(u):
+    """The standard normal distribution at u."""
+    return 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
+
+
+@triton.jit
+def _slope(u):
+    """The derivative of GELU at u."""
+    return _normal_distribution(u) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
+
+
+@triton.jit
+def _norm_of_row(a, n, BLOCK: tl.constexpr):
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        scores = _block(a, start, n, BLOCK)
+        squares += scores * scores
+    return tl.sqrt(tl.sum(squares))
+
+
+@triton.jit
+def _weights_of_row(a, factor, s, n, BLOCK: tl.constexpr):
+    for start in range(0, n, BLOCK):
+        u = _block(a, start, n, BLOCK) * factor
+        _put(s, start, n, u * _normal_distribution(u), BLOCK)
+
+
+@triton.jit
+def _norm(scores, a_stride, norms, r_stride, n, BLOCK: tl.constexpr):
+    tl.store(_row(norms, r_stride), _norm_of_row(_row(scores, a_stride), n, BLOCK))
+
+
+@triton.jit
+def _weights(scores, a_stride, norms, r_stride, weights, s_stride, n, scale, BLOCK: tl.constexpr):
+    factor = _over(scale, tl.load(_row(norms, r_stride)))
+    _weights_of_row(_row(scores, a_stride), factor, _row(weights, s_stride), n, BLOCK)
+
+
+@triton.jit
+def _norm_and_weights(scores, a_stride, norms, r_stride, weights, s_stride, n, scale, BLOCK: tl.constexpr):
+    a = _row(scores, a_stride)
+    r = _norm_of_row(a, n, BLOCK)
+    tl.store(_row(norms, r_stride), r)
+    _weights_of_row(a, _over(scale, r), _row(weights, s_stride), n, BLOCK)
+
+
+@triton.jit
+def _backward(
+    scores, a_stride, norms, r_stride, gradient, d_stride, weights, s_stride, totals, t_stride, n, scale,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    a, d, s = _row(scores, a_stride), _row(gradient, d_stride), _row(weights, s_stride)
+    factor = _over(scale, tl.load(_row(norms, r_stride)))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        score = _block(a, start, n, BLOCK)
+        u = score * factor
+        g = _block(d, start, n, BLOCK) * _slope(u) * factor
+        total += g * score
+        _put(d, start, n, g, BLOCK)
+        _put(s, start, n, u * _normal_distribution(u), BLOCK)
+    tl.store(_row(totals, t_stride), tl.sum(total))
+
+
+@triton.jit
+def _couple(
+    scores, a_stride, norms, r_stride, totals, t_stride, gradient, d_stride, n, BLOCK: tl.constexpr
+):  # fmt: skip
+    a, d = _row(scores, a_stride), _row(gradient, d_stride)
+    r = tl.load(_row(norms, r_stride))
+    coupling = _over(tl.load(_row(totals, t_stride)), r * r)
+    for start in range(0, n, BLOCK):
+        g = _block(d, start, n, BLOCK) - _block(a, start, n, BLOCK) * coupling
+        _put(d, start, n, g, BLOCK)
+
+
+@triton.jit
+def _backward_and_couple(
+    scores, a_stride, norms, r_stride, gradient, d_stride, weights, s_stride, n, scale, BLOCK: tl.constexpr
+):  # fmt: skip
+    a, d, s = _row(scores, a_stride), _row(gradient, d_stride), _row(weights, s_stride)
+    r = tl.load(_row(norms, r_stride))
+    factor = _over(scale, r)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        score = _block(a, start, n, BLOCK)
+        total += _block(d, start, n, BLOCK) * _slope(score * factor) * factor * score
+    coupling = _over(tl.sum(total), r * r)
+    for start in range(0, n, BLOCK):
+        score = _block(a, start, n, BLOCK)
+        u = score * factor
+        g = _block(d, start, n, BLOCK) * _slope(u) * factor - score * coupling
+        _put(d, start, n, g, BLOCK)
+        _put(s, start, n, u * _normal_distribution(u), BLOCK)

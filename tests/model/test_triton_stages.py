@@ -1,0 +1,84 @@
+"""The GPU's kernels in Triton's interpreter against the same stages in fp64; on a GPU itself where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_tf.model import row_stages, triton_stages
+
+ACTIVATION = "l2_norm_gelu"
+ROWS, SCALE = 7, 5.0
+# Of rounding once to the type. Triton's interpreter cuts bf16 off instead of rounding it, which is off by up to twice that.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8 if torch.cuda.is_available() else 2**-7}
+
+
+@pytest.fixture(scope="module")
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tensors(dtype, tokens, device):
+    """Columns of a wider matrix, as those of one of several projections are; a row of zeros; a large entry."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(2, ROWS, 2 * tokens, generator=generator)
+    wide[0, 3] = 0
+    wide[0, 4, tokens] = 40.0
+    scores, gradient = wide.to(device, dtype)[..., tokens:].unbind()
+    return scores, gradient
+
+
+def columns(device, count):
+    """[rows, 1] each, with distance between rows."""
+    return torch.full((ROWS, count), torch.nan, device=device).split(1, -1)
+
+
+def run(scores, gradient):
+    """What the kernels compute, split and whole."""
+    r, total, whole_r = columns(scores.device, 3)
+    forward, s, whole_forward, whole_s = (torch.full_like(scores.contiguous(), torch.nan) for _ in range(4))
+    d, whole_d = gradient.clone(), gradient.clone()
+    triton_stages.norm(scores, r)
+    triton_stages.weights(scores, r, forward, SCALE)
+    triton_stages.backward(scores, r, d, s, total, SCALE)
+    triton_stages.couple(scores, r, total, d)
+    triton_stages.norm_and_weights(scores, whole_r, whole_forward, SCALE)
+    triton_stages.backward_and_couple(scores, r, whole_d, whole_s, SCALE)
+    pairs = {"r": (r, whole_r), "forward": (forward, whole_forward), "s": (s, whole_s), "d": (d, whole_d)}
+    return {
+        "total": total,
+        **{f"{way}{name}": x for name, both in pairs.items() for way, x in zip(("", "whole "), both)},
+    }
+
+
+@pytest.mark.parametrize("tokens", [1, 203, 700])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_agrees_with_fp64(device, monkeypatch, dtype, tokens):
+    monkeypatch.setattr(
+        triton_stages, "LARGEST_BLOCK", 256
+    )  # so that rows of one block, of several and of a part are there
+    scores, gradient = tensors(dtype, tokens, device)
+    a, d = scores.double(), gradient.double()
+    r = row_stages.statistic(a, ACTIVATION)
+    s, total = row_stages.backward(a, r, d, SCALE, ACTIVATION)
+    rounded = d.clone()  # D, which the split stages round before A · T/r² is taken from it
+    row_stages.couple(a, r, total, d, SCALE, ACTIVATION)
+    expected = {"r": r, "total": total, "forward": s, "s": s, "d": d}
+    for name, actual in run(scores, gradient).items():
+        exact = expected[name.removeprefix("whole ")]
+        scale = exact.abs().max().item() + (rounded.abs().max().item() if name.endswith("d") else 0)
+        if name == "total":  # a sum of terms that may cancel
+            scale = (rounded * a).abs().sum(-1).max().item()
+        tolerance = TOLERANCE[torch.float32 if actual.dtype == torch.float32 else dtype]
+        torch.testing.assert_close(
+            actual.double(), exact, rtol=0, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(device, value):
+    scores, gradient = (tensor.clone() for tensor in tensors(torch.float32, 203, device))
+    scores[5, 2] = value
+    found = run(scores, gradient)
+    for name in ("forward", "whole forward", "d", "whole d"):
+        assert not found[name][5].isfinite().all() and found[name][6].isfinite().all(), name
