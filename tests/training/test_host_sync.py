@@ -1,0 +1,62 @@
+"""No step makes the host wait for the GPU more than a step must: counted on a CPU, where the same operators run."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_tf.checkpoint.source import InitialSource
+from megatron_tf.config.validate import plan_batches
+from megatron_tf.parallel.environment import LaunchEnvironment
+from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.topology import Topology
+from megatron_tf.training.distributed import join, leave
+from megatron_tf.training.layout_check import batches
+
+# Operators whose result, or its shape, the host must know before it can go on.
+SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim")
+
+
+class Waits(TorchDispatchMode):
+    """Where such operators were called from, innermost first, this project's or DeepSpeed's."""
+
+    def __init__(self):
+        super().__init__()
+        self.callers = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in SYNCHRONISING:
+            frames = [
+                f for f in traceback.extract_stack() if "/deepspeed/" in f.filename or "megatron_tf/" in f.filename
+            ]
+            self.callers[" < ".join(f"{f.filename.rsplit('/', 1)[-1]}:{f.name}" for f in reversed(frames[-3:]))] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_step(config, tmp_path, precision):
+    torch.multiprocessing.spawn(_count, (config(training={"precision": precision}), str(tmp_path)), nprocs=1)
+
+
+def _count(rank, config, folder):
+    from megatron_tf.training.engine import Engine
+
+    join(LaunchEnvironment("torchrun", 0, 1, 0, 1, "localhost", 0), 120.0, f"{folder}/store")
+    try:
+        plan, topology = plan_batches(config, 1), Topology()
+        engine = Engine(config, config.model, plan, topology, make_group(topology, "tensor", 120.0),
+                        InitialSource(config.model, 1))  # fmt: skip
+        engine.train_step(0, batches(config, plan, 0, 0, 1))
+        data = list(batches(config, plan, 1, 0, 1))
+        with Waits() as waits:
+            engine.train_step(1, iter(data))
+        # what is left is DeepSpeed's look at the norm of the gradient before the update, once a step
+        assert sum(waits.callers.values()) <= 3, waits.callers
+        assert all(caller.endswith("_take_model_step") for caller in waits.callers), waits.callers
+    finally:
+        leave()
