@@ -56,7 +56,9 @@ def _count(rank, config, folder):
         with Waits() as waits:
             engine.train_step(1, iter(data))
         # what is left is DeepSpeed's look at the norm of the gradient before the update, once a step
-        assert sum(waits.callers.values()) <= 3, waits.callers
-        assert all(caller.endswith("_take_model_step") for caller in waits.callers), waits.callers
+        assert sum(waits.callers.values()) <= 2, waits.callers
+        assert all("is_invalid_grad_norm" in caller or "clip_tensors" in caller for caller in waits.callers), (
+            waits.callers
+        )
     finally:
         leave()
