@@ -64,6 +64,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--num-shards", type=int, default=1, metavar="N", help="number of runs that share the files (default: 1)"
     )
+    parser.add_argument(
+        "--replace", action="store_true", help="let go of other data under PREFIX, which otherwise is an error"
+    )
     parser.add_argument("--merge", action="store_true", help="only merge what all shards have written")
     return parser.parse_args()
 
@@ -81,6 +84,7 @@ def main() -> None:
         max_document_bytes=arguments.max_document_bytes,
         shard_index=arguments.shard_index,
         num_shards=arguments.num_shards,
+        replace=arguments.replace,
     )
     command = merge_shards if arguments.merge else preprocess
     for prefix, summary in command(settings, Progress(sys.stderr)).items():

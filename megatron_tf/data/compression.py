@@ -56,7 +56,7 @@ def decompress(compression: Compression, chunks: Iterable[bytes]) -> Iterator[by
     Raises `BadRecord` when the data are broken or break off; all that came before has then been yielded. (The readers
     of the libraries themselves take the end of a truncated zstandard frame for the end of the data.)
     """
-    frame, inside = compression.new(), False
+    frame, inside, any_frame = compression.new(), False, False
     pieces: list[bytes] = []
     size = 0
     try:
@@ -66,7 +66,7 @@ def decompress(compression: Compression, chunks: Iterable[bytes]) -> Iterator[by
                     data = data.lstrip(compression.padding) if compression.padding else data
                     if not data:
                         break
-                    inside = True
+                    inside = any_frame = True
                 piece = frame.decompress(data)
                 pieces.append(piece)
                 size += len(piece)
@@ -81,8 +81,9 @@ def decompress(compression: Compression, chunks: Iterable[bytes]) -> Iterator[by
         yield b"".join(pieces)
         raise BadRecord("broken", f"broken {compression.name} data ({error}); the file is lost from here") from None
     yield b"".join(pieces)
-    if inside:
-        raise BadRecord("truncated", f"the {compression.name} data break off; the file is truncated")
+    if inside or not any_frame:
+        found = "break off" if any_frame else "have not even a beginning"
+        raise BadRecord("truncated", f"the {compression.name} data {found}; the file is truncated")
 
 
 def _slices(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -140,7 +140,7 @@ def _line_records(where: str, chunks: Iterable[bytes], limits: ReadLimits) -> It
 def _too_long(size: int, limits: ReadLimits) -> BadRecord:
     return BadRecord(
         "too_long",
-        f"the document has {size} bytes, at most {limits.max_document_bytes} are read (--max-document-bytes)",
+        f"the record has {size} bytes, at most {limits.max_document_bytes} are read (--max-document-bytes)",
     )
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_tf.data.encoding import EncodeSettings
-from megatron_tf.data.indexed import data_file, index_file
+from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.record_types import ReadLimits
 from megatron_tf.data.report import Report, read_report
 from megatron_tf.errors import DataError, file_errors
@@ -52,8 +52,19 @@ class Part:
         report = read_report(self.report_path, self.key)
         if report is None:
             return None
-        token_files = [name(self.prefix(ending)) for ending in report.splits for name in (data_file, index_file)]
-        return report if all(path.is_file() for path in token_files) else None
+        for ending, counts in report.splits.items():
+            try:
+                dataset = IndexedDataset(self.prefix(ending))
+            except DataError:  # missing or cut off: it is made again
+                return None
+            if (dataset.num_documents, dataset.num_tokens) != (counts.documents, counts.tokens):
+                return None
+        return report
+
+    def discard(self) -> None:
+        """Remove its files."""
+        for path in self.folder.glob(f"{self.key}*"):
+            path.unlink(missing_ok=True)
 
 
 def plan_parts(

@@ -7,8 +7,6 @@ processes, on who wrote which part, or on how often the work was interrupted.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +42,7 @@ class PreprocessSettings:
     max_document_bytes: int = ReadLimits().max_document_bytes  # of a record as it stands in its file
     shard_index: int = 0  # of num_shards runs that share the parts, each on its own
     num_shards: int = 1
+    replace: bool = False  # what is there already under the prefix, when it is not what these settings give
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,15 @@ def preprocess(settings: PreprocessSettings, progress: Progress) -> dict[str, Co
 
     Writes PREFIX.bin, .idx, .json, or with a validation fraction those of PREFIX_train and PREFIX_validation, and
     PREFIX.report.json. Returns the summary of each prefix; of none when other shards have yet to finish. What is there
-    already is left as it is. Raises `DataError` for every mistake in the inputs; older output is then unchanged.
+    already is left as it is. Raises `DataError` for every mistake in the inputs, and for other data under the prefix
+    unless they may be replaced; older output is then unchanged.
     """
     plan = make_plan(settings)
     summaries = _finished(plan)
     if summaries is not None:
         progress.note(f"{settings.output_prefix}: was prepared from the same files with the same settings before")
         return summaries
+    _check_replaceable(plan)
     own = plan.parts[settings.shard_index :: settings.num_shards]
     todo = [part for part in own if part.report() is None]
     if len(todo) < len(own):
@@ -103,7 +104,12 @@ def preprocess(settings: PreprocessSettings, progress: Progress) -> dict[str, Co
 
 def merge_shards(settings: PreprocessSettings, progress: Progress) -> dict[str, CorpusSummary]:
     """Only merge: the summaries as `preprocess` returns them. Raises `DataError` when parts are missing."""
-    return _merge_if_possible(make_plan(settings), progress, insist=True)
+    plan = make_plan(settings)
+    summaries = _finished(plan)
+    if summaries is not None:
+        return summaries
+    _check_replaceable(plan)
+    return _merge_if_possible(plan, progress, insist=True)
 
 
 def make_plan(settings: PreprocessSettings) -> Plan:
@@ -134,6 +140,19 @@ def make_plan(settings: PreprocessSettings) -> Plan:
     return plan
 
 
+def _check_replaceable(plan: Plan) -> None:
+    """Raise `DataError` when the output would take the place of other data than this work's own, cut off or damaged."""
+    if plan.settings.replace or not _obstacle(plan) or read_report(plan.report_path, plan.key) is not None:
+        return
+    for prefix in plan.prefixes.values():
+        for path in (data_file(prefix), index_file(prefix)):
+            if path.exists():
+                raise DataError(
+                    f"{path}: is there already and not what these inputs and settings give. Choose another prefix, or "
+                    f"have it replaced with --replace."
+                )
+
+
 def _merge_if_possible(plan: Plan, progress: Progress, *, insist: bool) -> dict[str, CorpusSummary]:
     """Make the output out of the parts and delete them; nothing when parts are missing or another process does it.
 
@@ -153,8 +172,9 @@ def _merge_if_possible(plan: Plan, progress: Progress, *, insist: bool) -> dict[
                     progress.note(f"{plan.folder}: {problem}")
                     return {}
                 summaries = _merge(plan)
-            if held:
-                shutil.rmtree(plan.folder, ignore_errors=True)
+            if held:  # other settings may have parts there as well
+                for part in plan.parts:
+                    part.discard()
             return summaries
     finally:
         _remove_if_empty(plan.folder)
@@ -176,7 +196,8 @@ def _merge(plan: Plan) -> dict[str, CorpusSummary]:
         report.add(of_part)
     for ending, prefix in plan.prefixes.items():
         if report.splits[ending].documents == 0:
-            _discard(plan.parts)
+            for part in plan.parts:
+                part.discard()
             raise DataError(
                 f"{prefix}: got none of the {report.documents} documents of {len(plan.files)} files ({report.empty} "
                 f"empty, {report.bad} skipped). Give more text or another validation fraction."
@@ -236,12 +257,6 @@ def _finished(plan: Plan) -> dict[str, CorpusSummary] | None:
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-def _discard(parts: Sequence[Part]) -> None:
-    for part in parts:
-        for path in part.folder.glob(f"{part.key}*"):
-            path.unlink(missing_ok=True)
 
 
 def _encode_settings(settings: PreprocessSettings) -> EncodeSettings:

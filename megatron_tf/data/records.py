@@ -61,6 +61,8 @@ def parse_record(record: RawRecord, json_key: str) -> str:
         content = record.payload.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRecord("not_utf8", f"not UTF-8 at byte {error.start}") from None
+    if record.line == 1:
+        content = content.removeprefix("\ufeff")  # a byte order mark, which some programs begin every file with
     text = _json_text(content, json_key) if record.is_json else content
     if not text:
         raise BadRecord("empty", "the document is empty")

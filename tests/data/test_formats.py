@@ -174,6 +174,13 @@ def test_a_broken_member_does_not_end_the_archive(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.txt.xz", "a.tar.gz"])
+def test_a_compressed_file_without_a_byte_is_truncated(tmp_path, name):
+    (tmp_path / name).touch()
+    ((kind, _, reason),) = problems_of(tmp_path / name)
+    assert kind == "truncated" and "not even a beginning" in reason
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.xz", "a.txt", "a.txt.gz", "a.tar"])
 def test_a_document_that_is_too_long_is_passed_over(tmp_path, name):
     limit = 10_000
@@ -184,7 +191,7 @@ def test_a_document_that_is_too_long_is_passed_over(tmp_path, name):
     (tmp_path / name).write_bytes(COMPRESS[suffix](inner))
     ((kind, line, reason),) = problems_of(tmp_path / name, max_document_bytes=limit)
     assert (kind, line) == ("too_long", 2 if "jsonl" in name else 1)
-    assert "bytes, at most 10000 are read (--max-document-bytes)" in reason and "the document has 30000" in reason
+    assert "bytes, at most 10000 are read (--max-document-bytes)" in reason and "the record has 30000" in reason
     good = [record for record in read_records([tmp_path / name], ReadLimits("text", limit)) if not record.problem]
     assert [parse_record(record, "text") for record in good] == ([] if "txt" in name else ["a", "b"])
 

@@ -110,7 +110,7 @@ def test_bad_record_is_fatal_and_leaves_the_older_files(tokenizer, tmp_path, wor
     run(tokenizer, write_jsonl(tmp_path / "in" / "good.jsonl", TEXTS), out / "x")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(DataError, match=r"bad\.jsonl:2: invalid JSON"):
-        run(tokenizer, bad, out / "x", workers=workers)
+        run(tokenizer, bad, out / "x", workers=workers, replace=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -273,10 +273,41 @@ def test_a_finished_preparation_is_done_again_when_something_changed(tokenizer, 
     inputs = shards(tmp_path / "in", 2)
     run(tokenizer, inputs, tmp_path / "x")
     write_jsonl(tmp_path / "in" / "1.jsonl", ["other"])
-    assert run(tokenizer, inputs, tmp_path / "x")[str(tmp_path / "x")].documents == 751
+    with pytest.raises(DataError, match=r"x\.bin: is there already .* --replace"):
+        run(tokenizer, inputs, tmp_path / "x")
+    assert IndexedDataset(tmp_path / "x").num_documents == 1500
+    assert run(tokenizer, inputs, tmp_path / "x", replace=True)[str(tmp_path / "x")].documents == 751
     Path(f"{tmp_path}/x.bin").write_bytes(b"")
     assert run(tokenizer, inputs, tmp_path / "x")[str(tmp_path / "x")].documents == 751
     assert documents(tmp_path / "x", tokenizer)[-1] == "other"
+
+
+def test_data_of_another_program_are_not_replaced(tokenizer, corpus, tmp_path):
+    (tmp_path / "x.idx").write_bytes(b"precious")
+    with pytest.raises(DataError, match=r"x\.idx: is there already"):
+        run(tokenizer, corpus, tmp_path / "x")
+    assert (tmp_path / "x.idx").read_bytes() == b"precious" and not (tmp_path / "x.parts").exists()
+
+
+def test_a_preparation_keeps_the_parts_of_another_with_its_prefix(tokenizer, tmp_path):
+    inputs, other = shards(tmp_path / "in", 4), shards(tmp_path / "other", 1)
+    assert not run(tokenizer, inputs, tmp_path / "x", num_shards=2, shard_index=0)
+    run(tokenizer, other, tmp_path / "x")
+    with pytest.raises(DataError, match="is there already"):
+        run(tokenizer, inputs, tmp_path / "x", num_shards=2, shard_index=1)
+    shards_of_both = {"num_shards": 2, "shard_index": 1, "replace": True}
+    assert run(tokenizer, inputs, tmp_path / "x", **shards_of_both)[str(tmp_path / "x")].documents == 1500
+    assert not (tmp_path / "x.parts").exists()
+
+
+def test_a_damaged_part_is_made_again(tokenizer, tmp_path):
+    inputs = shards(tmp_path / "in", 4)
+    run(tokenizer, inputs, tmp_path / "whole")
+    run(tokenizer, inputs, tmp_path / "x", num_shards=2, shard_index=0)
+    damaged = next((tmp_path / "x.parts").glob("*.bin"))
+    os.truncate(damaged, damaged.stat().st_size - 2)
+    run(tokenizer, inputs, tmp_path / "x")
+    assert (tmp_path / "x.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
 
 
 def test_the_report_says_what_was_left_out_and_why(tokenizer, tmp_path):

@@ -84,6 +84,12 @@ def test_bad_lines(tmp_path, case):
         list(read_texts([tmp_path / "a.jsonl"], "text"))
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", b'{"text": "good"}\n'), ("a.txt", b"good")])
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert list(read_texts([tmp_path / name], "text")) == ["good"]
+
+
 def test_text_file_that_is_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc\xfe")
     with pytest.raises(DataError, match=r"a\.txt:1: not UTF-8 at byte 3"):
