@@ -22,7 +22,7 @@ from megatron_tf.data.workers import EncodeAll
 from megatron_tf.errors import DataError, file_errors
 
 BATCH_DOCUMENTS = 512
-BATCH_BYTES = 1 << 18  # small, so that workers end a part at about the same time
+BATCH_BYTES = 1 << 16  # small, so that workers end a part at about the same time
 
 OnError = Literal["stop", "skip"]
 
