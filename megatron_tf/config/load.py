@@ -204,7 +204,7 @@ def _as_number(given: Any) -> float | None:
         return None
     try:
         number = float(given)  # also reads the digit groups of Python and YAML 1.1, 1_000
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if abs(number) < 1e300 else None
 

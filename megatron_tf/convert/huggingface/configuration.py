@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,8 +92,8 @@ def _scales(stored: Any, model: Model) -> dict[str, float]:
         if not isinstance(layer, dict) or set(layer) != set(names):
             raise CheckpointError(f"scales[{number}]: must have the keys {', '.join(names)}. {_AS_WRITTEN}")
         for name, scale in layer.items():
-            if type(scale) not in (int, float) or not 0 < scale < float("inf"):
-                raise CheckpointError(f"scales[{number}].{name}: {scale!r} is no number above 0. {_AS_WRITTEN}")
+            if type(scale) not in (int, float) or not 0 < scale <= sys.float_info.max:
+                raise CheckpointError(f"scales[{number}].{name}: {scale!r} is no finite number above 0. {_AS_WRITTEN}")
             scales[f"blocks.{number}.{names[name]}"] = float(scale)
     return scales
 

@@ -136,5 +136,5 @@ def _read_json(path: Path) -> Any:
         content = path.read_bytes()
     try:
         return json.loads(content)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}). Copy it again") from error

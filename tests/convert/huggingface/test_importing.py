@@ -103,7 +103,9 @@ def test_an_adapter_is_not_merged_silently(copy):
         ({"scales": "x"}, "config.json: scales: 'x' is no list, with an item for each layer. Give the one"),
         ({"scales": [{}]}, "scales: are of 1 layers, the model has 2"),
         ({"scales": [{}, {}]}, r"scales\[0\]: must have the keys q_proj"),
-        ({"scales": [SCALES, {**SCALES, "q_proj": 0}]}, r"scales\[1\].q_proj: 0 is no number above 0"),
+        ({"scales": [SCALES, {**SCALES, "q_proj": 0}]}, r"scales\[1\].q_proj: 0 is no finite number above 0"),
+        ({"scales": [SCALES, {**SCALES, "q_proj": 10**400}]}, r"scales\[1\].q_proj: 10+ is no finite number"),
+        ({"layer_norm_eps": 10**400}, "layer_norm_eps: the number 10+..., but a number is expected"),
         ({"num_hidden_layers": 0}, "json: num_hidden_layers: 0 is out of range. It must be at least 1."),
         ({"parameter_tokens": {"qkv": 24, "proj": 40}}, "json: parameter_tokens.ffn: missing, .* Give it a value"),
         (
