@@ -45,7 +45,7 @@ from megatron_tf.convert.official_files import open_official
 from megatron_tf.convert.torch_file import check_bytes
 from megatron_tf.errors import run_command
 from megatron_tf.estimate import num_parameters
-from megatron_tf.inference.load import configured_tokenizer, load_model, open_tokenizer
+from megatron_tf.inference.load import configured_tokenizer, load_model, open_tokenizer, other_tokenizer
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.params import PROJECTIONS, initial_scales
 from megatron_tf.telemetry.console import Console
@@ -160,7 +160,10 @@ def exported_tokenizer(arguments: argparse.Namespace, network: TokenFormer) -> E
     if name is None:
         print("tokenizer   none: no config.yml with data.tokenizer is beside the checkpoint. Give one with --tokenizer")
         return None
-    exported = ExportedTokenizer(open_tokenizer(name, network), Path(name) if name.endswith(".json") else None)
+    tokenizer = open_tokenizer(name, network.config)
+    if warning := other_tokenizer(arguments.source, name, tokenizer):
+        print(f"warning     {warning}")
+    exported = ExportedTokenizer(tokenizer, Path(name) if name.endswith(".json") else None)
     left_out = (
         ", left out: transformers reads a Hugging Face tokenizers file only. The export takes and gives token ids"
     )
@@ -171,10 +174,13 @@ def exported_tokenizer(arguments: argparse.Namespace, network: TokenFormer) -> E
 def from_hf(arguments: argparse.Namespace) -> None:
     root = target_folder(arguments.target)
     export = open_export(arguments.source)
+    tokenizer = configured_tokenizer(arguments.source)
+    if tokenizer is not None:
+        open_tokenizer(tokenizer, export.model, remedy="put the right one there, or take it away")
     print(f"from        {arguments.source}")
     print(f"to          {root / folder_name(FIRST_STEP)}")
     describe(export.model, "as its config.json says", export.scales)
-    print(f"tokenizer   {configured_tokenizer(arguments.source) or 'none there'}")
+    print(f"tokenizer   {tokenizer or 'none there'}")
     print("moments     0: training goes on from the weights alone, with a schedule of its own")
     if arguments.dry_run:
         return print("\ndry run: nothing is written")

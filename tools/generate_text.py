@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tf.checkpoint.manager import resolve
+from megatron_tf.convert.huggingface.importing import is_export
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import UserError, file_errors, run_command
 from megatron_tf.inference.cache import CachedModel
-from megatron_tf.inference.load import configured_tokenizer, load_model, open_tokenizer
+from megatron_tf.inference.load import configured_tokenizer, load_model, open_tokenizer, other_tokenizer
 from megatron_tf.inference.sampling import generate
 from megatron_tf.inference.text import TextStream
 from megatron_tf.model.tokenformer import TokenFormer
@@ -72,12 +75,16 @@ def main() -> None:
     prompts = read_prompts(arguments.prompts) if arguments.prompts else arguments.prompt or [""]
     name = arguments.tokenizer or configured_tokenizer(arguments.checkpoint)
     if name is None:
+        if is_export(arguments.checkpoint):
+            raise UserError(f"{arguments.checkpoint}: has no tokenizer.json. Give the file with --tokenizer.")
         raise UserError(
-            f"{arguments.checkpoint}: no config.yml with data.tokenizer beside it, and it is no export with a "
-            "tokenizer.json. Give the file with --tokenizer."
+            f"{resolve(arguments.checkpoint)}: no config.yml with data.tokenizer is beside it. "
+            "Give the file with --tokenizer."
         )
     model = load_model(arguments.checkpoint)
-    tokenizer = open_tokenizer(name, model)
+    tokenizer = open_tokenizer(name, model.config)
+    if warning := other_tokenizer(arguments.checkpoint, name, tokenizer):
+        print(f"warning: {warning}", file=sys.stderr)
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         for _, piece in pieces(model, tokenizer, prompts, arguments):

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
-from megatron_tf.config.schema import OF_ANOTHER_ARCHITECTURE, RunConfig, Section
+from megatron_tf.config.schema import OF_ANOTHER_ARCHITECTURE, Model, RunConfig, Section
+from megatron_tf.config.validate import check_model
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.errors import ConfigError
 
@@ -52,6 +53,19 @@ def build_config(values: dict[str, Any], problems: Sequence[str], overrides: Seq
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def read_model(values: Any) -> Model:
+    """The model of plain `values`, which are those of a file's model section, rules between its fields included.
+
+    ConfigError with all problems, in the sentences that a file would get: "model.field: what is wrong. Remedy."
+    """
+    try:
+        model = Model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_sentences(error, ("model",))) from None
+    check_model(model)
+    return model
 
 
 def dump_config(config: RunConfig) -> str:
@@ -106,9 +120,11 @@ def apply_override(values: dict[str, Any], override: str) -> list[str]:
 # ---- what pydantic found, in our own words ---------------------------------------------------------------------------
 
 
-def _sentences(error: ValidationError) -> list[str]:
+def _sentences(error: ValidationError, section: Location = ()) -> list[str]:
+    """`section`: where in the configuration the validated values stand."""
     problems = [problem for problem in error.errors(include_url=False) if not _follows_from_an_item(problem)]
-    return list(dict.fromkeys(map(_sentence, problems)))  # a pair that lacks both items is reported for each
+    sentences = (_sentence((*section, *problem["loc"]), problem) for problem in problems)
+    return list(dict.fromkeys(sentences))  # a pair that lacks both items is reported for each
 
 
 def _follows_from_an_item(problem: ErrorDetails) -> bool:
@@ -116,8 +132,8 @@ def _follows_from_an_item(problem: ErrorDetails) -> bool:
     return problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]
 
 
-def _sentence(problem: ErrorDetails) -> str:
-    loc, kind, given = problem["loc"], problem["type"], problem["input"]
+def _sentence(loc: Location, problem: ErrorDetails) -> str:
+    kind, given = problem["type"], problem["input"]
     bounds = problem.get("ctx", {})
     key = _key_name(loc)
     if kind == "extra_forbidden":
@@ -188,7 +204,7 @@ def _as_number(given: Any) -> float | None:
         return None
     try:
         number = float(given)  # also reads the digit groups of Python and YAML 1.1, 1_000
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if abs(number) < 1e300 else None
 

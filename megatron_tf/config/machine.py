@@ -24,7 +24,8 @@ def machine_problems(config: RunConfig) -> Iterator[str]:
     tokenizer = config.data.tokenizer
     is_file = tokenizer is not None and tokenizer != "bytes" and not tokenizer.startswith("tiktoken:")
     if tokenizer is not None and is_file and not os.path.isfile(tokenizer):
-        yield f"data.tokenizer: {tokenizer}: no such file. Correct the path, or remove data.tokenizer."
+        reason = "is a directory, and a tokenizer is a file" if os.path.isdir(tokenizer) else "no such file"
+        yield f"data.tokenizer: {tokenizer}: {reason}. Correct the path, or remove data.tokenizer."
     for package in config.logging.trackers:
         if not _is_installed(package):
             yield (

@@ -100,9 +100,9 @@ def validate(config: RunConfig, world_size: int) -> None:
     problems = list(_layout_problems(config, world_size))
     if not problems:
         problems += _batch_problems(config, topology_for(config, world_size).data)
+    problems += [*_length_problems(config), *_model_problems(config.model)]
     for rule in (
-        _length_problems,
-        _model_problems,
+        _stage_problems,
         _sharding_problems,
         _schedule_problems,
         _zero_problems,
@@ -115,7 +115,19 @@ def validate(config: RunConfig, world_size: int) -> None:
 
 def validate_layout(config: RunConfig, world_size: int) -> None:
     """Raise one ConfigError unless the model can be spread over `world_size` ranks, whatever the run's batch is."""
-    _raise_if_any([*_layout_problems(config, world_size), *_model_problems(config), *_sharding_problems(config)])
+    _raise_if_any(
+        [
+            *_layout_problems(config, world_size),
+            *_model_problems(config.model),
+            *_stage_problems(config),
+            *_sharding_problems(config),
+        ]
+    )
+
+
+def check_model(model: Model) -> None:
+    """Raise one ConfigError unless a network can be built of `model`; its fields alone are in their ranges already."""
+    _raise_if_any(_model_problems(model))
 
 
 def _raise_if_any(problems: Iterable[str]) -> None:
@@ -171,8 +183,7 @@ def _train_steps(config: RunConfig) -> int:
     return math.ceil(training.train_tokens / (training.global_batch_size * config.model.seq_length))
 
 
-def _model_problems(config: RunConfig) -> Iterator[str]:
-    model = config.model
+def _model_problems(model: Model) -> Iterator[str]:
     heads, hidden = model.num_attention_heads, model.hidden_size
     if hidden % heads:
         yield (
@@ -181,6 +192,10 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
         )
     else:
         yield from _rotary_problems(model)
+
+
+def _stage_problems(config: RunConfig) -> Iterator[str]:
+    model = config.model
     if config.parallel.pipeline > model.num_layers:
         yield (
             f"parallel.pipeline: {config.parallel.pipeline} stages, but model.num_layers is {model.num_layers} and "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tf.config.load import read_model
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.tokenformer import TokenFormer
@@ -81,7 +82,7 @@ def known_model(shapes: Mapping[str, Shape], arguments: Mapping[str, Any]) -> tu
     """The model that weights of these names and shapes are of, and in words how that is known.
 
     `arguments`: what the official trainer has recorded beside them; may be empty. CheckpointError when they are no
-    official weights, or of a model whose heads are recorded nowhere.
+    official weights, or of a model whose heads are recorded nowhere; ConfigError when none can be built of them.
     """
     sizes = dict(stored_sizes(shapes))
     for name, model in PUBLISHED.items():
@@ -98,7 +99,7 @@ def known_model(shapes: Mapping[str, Shape], arguments: Mapping[str, Any]) -> tu
             f"this is none of the published models ({found}), and weights do not show num_attention_heads, seq_length "
             "and activation: give --config with a configuration that does"
         )
-    model = Model.model_validate({**sizes, **recorded, "parameter_tokens": tokens})
+    model = read_model({**sizes, **recorded, "parameter_tokens": tokens})
     return model, "heads and sequence length as its trainer recorded, activation as in all official configurations"
 
 

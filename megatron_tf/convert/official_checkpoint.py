@@ -17,6 +17,7 @@ from megatron_tf.checkpoint.manager import STEP_PREFIX
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder, write_weights
 from megatron_tf.config.schema import Model
+from megatron_tf.config.validate import check_model
 from megatron_tf.convert.agreement import TOLERANCES, Agreement, agreement
 from megatron_tf.convert.official import check_official, known_model, recorded_problems
 from megatron_tf.convert.official_files import WEIGHTS_NAME, OfficialWeights
@@ -33,10 +34,11 @@ def matching_model(weights: OfficialWeights, given: Model | None) -> tuple[Model
     """The model that `weights` are of, every name and shape checked, and in words how it is known.
 
     `given`: what a configuration says it is; None infers it. CheckpointError when they do not fit, or for values that
-    are not finite.
+    are not finite; ConfigError when no network can be built of it.
     """
     if given is not None:
         token_counts(given, "read from official weights")
+        check_model(given)
     model, origin = (given, "as configured") if given is not None else known_model(weights.shapes, weights.arguments)
     check_official(weights.shapes, model)
     if problems := recorded_problems(model, weights.arguments):
@@ -112,12 +114,13 @@ def _read_reference(path: Path, model: Model) -> tuple[Tensor, Tensor]:
 
 
 def exportable_model(reader: CheckpointReader) -> Model:
-    """The checkpoint's model. CheckpointError unless the official code computes the same from its weights.
+    """The checkpoint's model. UserError unless the official code computes the same from its weights.
 
     That code knows no stored τ: it takes √n (n for softmax) of as many tokens as it finds.
     """
     model = stored_model(reader.index)
     token_counts(model, "converted")
+    check_model(model)
     assumed = {name: default_scale(count, model.activation) for name, count in projection_tokens(model).items()}
     held = reader.index.scales
     # A scale that differs by its last bits is √n all the same, reached over another way.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,10 +12,12 @@ from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import open_checkpoint, read_weights
 from megatron_tf.config.load import load_config
+from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.convert.huggingface.export import TOKENIZER_NAME
 from megatron_tf.convert.huggingface.importing import is_export, open_export
-from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_tf.errors import UserError
+from megatron_tf.data.summary import read_summary, summary_file
+from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from megatron_tf.errors import ConfigError, DataError, UserError
 from megatron_tf.model.tokenformer import TokenFormer
 
 
@@ -22,7 +25,7 @@ from megatron_tf.model.tokenformer import TokenFormer
 def load_model(path: Path | str, dtype: torch.dtype = torch.float32) -> TokenFormer:
     """The model of a checkpoint, of the newest complete one in a checkpoints or run folder, or of an export.
 
-    All checksums are compared first. Errors: CheckpointError.
+    All checksums are compared first. Errors: CheckpointError; ConfigError when no network can be built of it.
     """
     if is_export(path):
         export = open_export(path)
@@ -41,19 +44,56 @@ def configured_tokenizer(path: Path | str) -> str | None:
     """The tokenizer that lies in the export `path`, or data.tokenizer of the run that the checkpoint `path` is of."""
     if is_export(path):
         file = Path(path) / TOKENIZER_NAME
-        return str(file) if file.is_file() else None
-    for folder in (Path(path), *Path(path).resolve().parents[:2]):
-        if os.path.isfile(folder / "config.yml"):
-            return load_config(folder / "config.yml").data.tokenizer
+        return str(file) if os.path.lexists(file) else None
+    config = _run_config(path)
+    return None if config is None else config.data.tokenizer
+
+
+def open_tokenizer(name: str, model: Model, remedy: str = "give the right one with --tokenizer") -> Tokenizer:
+    """The tokenizer `name`. UserError when it has more tokens than `model`: it is another model's."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{name}: has {tokenizer.vocab_size} tokens, the model's vocabulary {model.vocab_size}. "
+            f"It is another model's tokenizer: {remedy}."
+        )
+    return tokenizer
+
+
+def other_tokenizer(path: Path | str, name: str, tokenizer: Tokenizer) -> str | None:
+    """A warning when `tokenizer`, called `name`, is another than the one that is configured for the model at `path`.
+
+    UserError when the run's data, as far as they are at hand, were made with another: the ids mean other texts then.
+    """
+    data = configured = expected = None
+    with suppress(ConfigError, DataError):  # what cannot be read cannot be compared, and no text needs it
+        data = _data_tokenizer(path)
+    with suppress(ConfigError, DataError):
+        configured = configured_tokenizer(path)
+        expected = tokenizer_fingerprint(configured) if configured else None
+    if data is not None and data[1] != tokenizer.fingerprint:
+        raise UserError(
+            f"{name}: is another tokenizer (SHA-256 {tokenizer.fingerprint[:12]}) than the model's data were made with "
+            f"({data[1][:12]} in {data[0]}): give the right one with --tokenizer."
+        )
+    if data is None and expected not in (None, tokenizer.fingerprint):
+        return f"{name} is another tokenizer than {configured}, the model's own"
     return None
 
 
-def open_tokenizer(name: str, model: TokenFormer) -> Tokenizer:
-    """The tokenizer `name`. UserError when it has more tokens than `model`: it is another model's."""
-    tokenizer = load_tokenizer(name)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{name}: has {tokenizer.vocab_size} tokens, the model's vocabulary {model.config.vocab_size}. "
-            f"It is another model's tokenizer: give the right one with --tokenizer."
-        )
-    return tokenizer
+def _data_tokenizer(path: Path | str) -> tuple[Path, str] | None:
+    """(summary, fingerprint of the tokenizer) of the first of the run's data that have a summary."""
+    config = None if is_export(path) else _run_config(path)
+    for source in (*config.data.train, *config.data.validation) if config else ():
+        summary = read_summary(source.path)
+        if summary is not None:
+            return summary_file(source.path), summary.tokenizer_fingerprint
+    return None
+
+
+def _run_config(path: Path | str) -> RunConfig | None:
+    """The configuration of the run that the checkpoint `path` is of."""
+    for folder in (Path(path), *Path(path).resolve().parents[:2]):
+        if os.path.isfile(folder / "config.yml"):
+            return load_config(folder / "config.yml")
+    return None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
+from megatron_tf.config.validate import check_model
 from megatron_tf.model.attention import find_documents
 from megatron_tf.model.initialize import initial_rows
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
@@ -18,10 +19,12 @@ class TokenFormer(nn.Module):
     """ids [b, s] -> logits [b, s, vocab]. `named_parameters` gives the logical names of `params.parameter_table`.
 
     `scales`: τ by projection, from a checkpoint; the default is a fresh model's.
+    ConfigError, as in training, when no network can be built of `config`.
     """
 
     def __init__(self, config: Model, scales: Mapping[str, float] | None = None):
         super().__init__()
+        check_model(config)
         self.config = config
         self.scales = dict(initial_scales(config) if scales is None else scales)
         tensor = TensorParallel()

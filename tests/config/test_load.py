@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_tf.config import load_config
-from megatron_tf.config.load import dump_config
+from megatron_tf.config.load import dump_config, read_model
 from megatron_tf.config.schema import DataSource, Growth, RunConfig
 from megatron_tf.config.yaml_core import dump_yaml
 from megatron_tf.errors import ConfigError
@@ -326,3 +326,17 @@ def test_long_values_are_shortened(values, problems_of):
 def test_a_second_file_among_the_overrides(small):
     with pytest.raises(ConfigError, match=r"^other\.yml: is a second configuration\. Give one; section\.field=value"):
         small("other.yml")
+
+
+def test_a_model_section_alone_gets_the_sentences_of_a_file(values, small):
+    assert read_model(values["model"]) == small().model
+    spoilt = {**values["model"], "vocab_size": 0, "hiden_size": 64, "parameter_tokens": {"qkv": 1, "proj": 1}}
+    with pytest.raises(ConfigError) as caught:
+        read_model(spoilt)
+    assert sorted(caught.value.problems) == [
+        "model.hiden_size: unknown key. Did you mean model.hidden_size?",
+        "model.parameter_tokens.ffn: missing, and it has no default. Give it a value.",
+        "model.vocab_size: 0 is out of range. It must be at least 1.",
+    ]
+    with pytest.raises(ConfigError, match="model.hidden_size: 64 is not a multiple of model.num_attention_heads 5"):
+        read_model({**values["model"], "num_attention_heads": 5})

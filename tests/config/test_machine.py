@@ -36,6 +36,8 @@ def test_every_missing_file_has_its_key(small, data, tmp_path):
     assert validation.startswith(f"data.validation[0].path: {data}.bin.bin and {data}.bin.idx: no such file.")
     assert validation.endswith(f"Give the common prefix of the two files: {data}")
     assert tokenizer == "data.tokenizer: no.json: no such file. Correct the path, or remove data.tokenizer."
+    *_, tokenizer = machine_problems(small(*overrides[:2], f"data.tokenizer={tmp_path}"))
+    assert tokenizer.startswith(f"data.tokenizer: {tmp_path}: is a directory, and a tokenizer is a file. Correct the")
 
 
 def test_trackers_that_are_not_installed(small, data, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ NUM_LAYERS = 2
 
 @pytest.fixture
 def model() -> Model:
-    return Model.model_validate({"num_layers": NUM_LAYERS, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 4,
+    return Model.model_validate({"num_layers": NUM_LAYERS, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 4,
                                  "vocab_size": 16, "parameter_tokens": {"qkv": 5, "proj": 3, "ffn": 7}})  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def _of_stage(weights: Weights, stage: int, stages: int) -> Weights:
 def _save_stage(tag: Path, own: Weights, stage: int, data_ranks: int, stages: int, scaler: object) -> None:
     groups = [{name: tensor for name, tensor in own.items() if ("norm" in name) == norm} for norm in (False, True)]
     groups = [group for group in groups if group]
-    arguments = {"num_layers": NUM_LAYERS, "hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 4,
+    arguments = {"num_layers": NUM_LAYERS, "hidden_size": 8, "num_attention_heads": 1, "max_position_embeddings": 4,
                  "padded_vocab_size": 16, "tokenizer_type": "HFTokenizer"}  # fmt: skip
     state = {
         "module": {name: tensor.half() for name, tensor in own.items()} if stages == 1 else None,

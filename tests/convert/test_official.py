@@ -13,12 +13,12 @@ from megatron_tf.convert.official import (
     load_official_state_dict,
     recorded_problems,
 )
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.model import build_model
 from megatron_tf.params import parameter_table
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-ARGUMENTS = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 4,
+ARGUMENTS = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 1, "max_position_embeddings": 4,
              "padded_vocab_size": 16}  # fmt: skip
 
 
@@ -43,6 +43,13 @@ def test_another_model_is_known_by_what_its_trainer_recorded(model):
             known_model(shapes_of(model), {**ARGUMENTS, missing: None})
 
 
+def test_recorded_heads_that_no_network_has(model):
+    with pytest.raises(
+        ConfigError, match="hidden_size: 8 is not a multiple of model.num_attention_heads 3. Set it to 6"
+    ):
+        known_model(shapes_of(model), {**ARGUMENTS, "num_attention_heads": 3})
+
+
 def test_a_published_shape_with_other_heads_is_not_that_model():
     model = PUBLISHED["TokenFormer-150M, The Pile"].model_copy(update={"num_attention_heads": 6})
     recorded = {"num_attention_heads": 6, "max_position_embeddings": 2048}
@@ -58,7 +65,7 @@ def test_a_published_shape_with_another_vocabulary_is_not_that_model():
 def test_what_the_trainer_recorded_must_fit(model):
     assert recorded_problems(model, ARGUMENTS) == recorded_problems(model, {}) == []
     (problem,) = recorded_problems(model, {**ARGUMENTS, "num_attention_heads": 4})
-    assert problem == "model.num_attention_heads is 2, and was 4 in the training of these weights"
+    assert problem == "model.num_attention_heads is 1, and was 4 in the training of these weights"
 
 
 def test_every_name_and_shape_is_checked(model):

@@ -29,7 +29,7 @@ def test_a_training_checkpoint_gives_its_masters(tmp_path, weights, save_trainin
         opened = open_official(path)
         assert_equal(opened.tensors, weights)
         assert opened.description == f"training checkpoint global_step7, fp32 masters of {data_ranks} data ranks"
-        assert opened.arguments["num_attention_heads"] == 2
+        assert opened.arguments["num_attention_heads"] == 1
         assert sorted(opened.files) == sorted(tag.iterdir())
 
 

@@ -99,6 +99,9 @@ def test_bad_input_is_one_message(folder, tmp_path):
     assert_refused(bring_in(folder, "run"), "holds step_00000000 already. Nothing is overwritten")
     unknown = tool("convert_checkpoint", "from-official", PUBLISHED, "--to", folder / "refused")
     assert_refused(unknown, "none of the published models", "give --config")
+    (tmp_path / "heads.yml").write_text((folder / "config.yml").read_text().replace("heads: 4", "heads: 3"))
+    done = bring_in(folder, "refused", "--config", tmp_path / "heads.yml")
+    assert_refused(done, "model.hidden_size: 64 is not a multiple of model.num_attention_heads 3. Set it to 63 or 66")
     damaged = bytearray(PUBLISHED.read_bytes())
     damaged[damaged.index(weights["sequential.3.mlp.key_param_tokens"].numpy().tobytes())] ^= 1
     (tmp_path / "damaged.bin").write_bytes(damaged)
@@ -158,6 +161,10 @@ def test_to_transformers_and_back_again(folder, tmp_path):
     assert (back.index.model, back.index.scales) == (there.index.model, there.index.scales)
     assert_refused(tool("convert_checkpoint", "to-hf", folder / "run", "--to", out), "exists already. Nothing is")
     assert_refused(tool("convert_checkpoint", "from-hf", out, "--to", tmp_path / "back"), "holds step_00000000 already")
+    (out / "tokenizer.json").write_text('{"a":1}')
+    done = tool("convert_checkpoint", "from-hf", out, "--to", tmp_path / "new")
+    assert_refused(done, "tokenizer.json: not a Hugging Face tokenizers file")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_export_that_cannot_be_leaves_nothing(folder, tmp_path):
@@ -169,4 +176,4 @@ def test_an_export_that_cannot_be_leaves_nothing(folder, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "File too large" in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
     done = tool("convert_checkpoint", "from-hf", folder / "run", "--to", tmp_path / "new")
-    assert_refused(done, "config.json: No such file or directory. Give a folder that was exported by to-hf")
+    assert_refused(done, "config.json: No such file or directory. Give a folder that to-hf or save_pretrained")

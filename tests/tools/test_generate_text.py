@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import subprocess
+from dataclasses import fields
 
 import pytest
 from tooling import PROJECT, assert_refused
@@ -16,13 +17,14 @@ from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import Model
 from megatron_tf.convert.huggingface.export import ExportedTokenizer, write_export
 from megatron_tf.data.bpe import train_bpe
+from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.inference.load import load_model
 from megatron_tf.params import parameter_table
 
 SHAPE = {
     "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 300,
-    "parameter_tokens": {"qkv": 5, "proj": 5, "ffn": 9},
+    "rotary_fraction": 0.5, "parameter_tokens": {"qkv": 5, "proj": 5, "ffn": 9},
 }  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def folder(tmp_path_factory):
     config = {
         "run": {"dir": str(folder / "run")}, "model": SHAPE, "optimizer": {"lr": 1e-3},
         "training": {"train_steps": 9, "global_batch_size": 1, "micro_batch_size": 1},
-        "data": {"train": [{"path": "none"}], "tokenizer": str(folder / "fits.json")},
+        "data": {"train": [{"path": str(folder / "data")}], "tokenizer": str(folder / "fits.json")},
         "evaluation": {"interval_steps": None},
     }  # fmt: skip
     (folder / "run" / "config.yml").write_text(json.dumps(config))
@@ -111,6 +113,17 @@ def test_an_export_writes_what_its_checkpoint_does(folder, command, generate_tex
     write_export(tmp_path / "out", network, ExportedTokenizer(load_tokenizer(file), file))
     done = command(tmp_path / "out", "--tokens", 4, "--prompt", "the cat")
     assert done.returncode == 0 and done.stdout == generate_text("--prompt", "the cat").stdout, done.stderr
+    assert done.stderr == ""
+    done = command(tmp_path / "out", "--tokens", 4, "--tokenizer", "bytes")
+    assert done.returncode == 0
+    assert done.stderr == f"warning: bytes is another tokenizer than {tmp_path}/out/tokenizer.json, the model's own\n"
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    assert_refused(command(tmp_path / "out"), "out: has no tokenizer.json. Give the file with --tokenizer")
+    (tmp_path / "out" / "tokenizer.json").mkdir()
+    assert_refused(command(tmp_path / "out"), "out/tokenizer.json: Is a directory")
+    (tmp_path / "out" / "config.json").unlink()
+    (tmp_path / "out" / "config.json").mkdir()
+    assert_refused(command(tmp_path / "out", "--tokenizer", "bytes"), "out/config.json: Is a directory")
 
 
 def test_extreme_temperatures(generate_text):
@@ -151,6 +164,29 @@ def test_all_problems_at_once(generate_text):
 def test_the_tokenizer_of_a_larger_vocabulary(folder, generate_text):
     done = generate_text("--tokenizer", folder / "larger.json")
     assert_refused(done, "larger.json: has 320 tokens, the model's vocabulary 300", "with --tokenizer")
+
+
+def test_the_tokenizer_of_another_model(folder, generate_text):
+    """What the data were made with is certain, what config.yml names is not."""
+    warning = f"warning: bytes is another tokenizer than {folder}/fits.json, the model's own\n"
+    done = generate_text("--tokenizer", "bytes")
+    assert (done.returncode, done.stderr) == (0, warning)
+    own = load_tokenizer(folder / "fits.json").fingerprint
+    numbers = dict.fromkeys((f.name for f in fields(CorpusSummary) if f.type == "int"), 1)
+    write_summary(folder / "data", CorpusSummary(tokenizer_fingerprint=own, files=(), **numbers))
+    try:
+        assert_refused(
+            generate_text("--tokenizer", "bytes"),
+            "bytes: is another tokenizer (SHA-256",
+            f"{own[:12]} in {folder}/data.json",
+        )
+        done = generate_text()
+        assert (done.returncode, done.stderr) == (0, "")
+        (folder / "data.json").write_text("{")
+        done = generate_text("--tokenizer", "bytes")
+        assert (done.returncode, done.stderr) == (0, warning)
+    finally:
+        (folder / "data.json").unlink()
 
 
 @pytest.mark.parametrize("name", ["none", "x" * 300], ids=["missing", "name too long"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
+from megatron_tf.config.load import read_model
 from megatron_tf.config.schema import Model
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.params import PROJECTIONS
 
 MODEL_TYPE = "tokenformer"
@@ -27,6 +28,7 @@ _KEYS = {
     "rotary_base": "rotary_base",
     "norm_eps": "layer_norm_eps",
 }
+_AS_WRITTEN = "Give the one that to-hf or save_pretrained wrote."
 
 
 def huggingface_config(model: Model, scales: Mapping[str, float], eod_id: int | None) -> dict[str, Any]:
@@ -64,34 +66,41 @@ def stored_model(config: Any) -> tuple[Model, dict[str, float]]:
     """
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"is of a model of type {kind!r}, expected {MODEL_TYPE!r}")
-    problems = [f"no {key}" for key in (*_KEYS.values(), "scales") if key not in config]
+        raise CheckpointError(f"is of a model of type {kind!r}, expected {MODEL_TYPE!r}. Give a TokenFormer's")
+    problems = [f"{key}: missing. {_AS_WRITTEN}" for key in (*_KEYS.values(), "scales") if key not in config]
     if problems:
         raise CheckpointError(_listed(problems))
     if config.get("tie_word_embeddings", True) is not True:
-        raise CheckpointError("has an output head of its own, and here the head is the embedding")
+        raise CheckpointError(
+            "has an output head of its own, and here the head is the embedding. Give a model with tie_word_embeddings true"
+        )
     try:
-        model = Model.model_validate({field: config[key] for field, key in _KEYS.items()})
-    except ValidationError as error:
-        named = [(str(e["loc"][0]), e) for e in error.errors()]
-        raise CheckpointError(_listed([f"{_KEYS.get(field, field)}: {e['msg']}" for field, e in named])) from error
+        model = read_model({field: config[key] for field, key in _KEYS.items()})
+    except ConfigError as error:
+        raise CheckpointError(_listed([_under_its_keys(problem) for problem in error.problems])) from None
     return model, _scales(config["scales"], model)
 
 
 def _scales(stored: Any, model: Model) -> dict[str, float]:
     names = {_short(projection): projection for projection in PROJECTIONS}
-    layers = stored if isinstance(stored, list) else []
-    if len(layers) != model.num_layers:
-        raise CheckpointError(f"scales are of {len(layers)} layers, the model has {model.num_layers}")
+    if not isinstance(stored, list):
+        raise CheckpointError(f"scales: {stored!r:.60} is no list, with an item for each layer. {_AS_WRITTEN}")
+    if len(stored) != model.num_layers:
+        raise CheckpointError(f"scales: are of {len(stored)} layers, the model has {model.num_layers}. {_AS_WRITTEN}")
     scales = {}
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(stored):
         if not isinstance(layer, dict) or set(layer) != set(names):
-            raise CheckpointError(f"scales of layer {number} must be those of {', '.join(names)}")
+            raise CheckpointError(f"scales[{number}]: must have the keys {', '.join(names)}. {_AS_WRITTEN}")
         for name, scale in layer.items():
-            if type(scale) not in (int, float) or not 0 < scale < float("inf"):
-                raise CheckpointError(f"the scale of {name} in layer {number} is {scale!r}, expected a number above 0")
+            if type(scale) not in (int, float) or not 0 < scale <= sys.float_info.max:
+                raise CheckpointError(f"scales[{number}].{name}: {scale!r} is no finite number above 0. {_AS_WRITTEN}")
             scales[f"blocks.{number}.{names[name]}"] = float(scale)
     return scales
+
+
+def _under_its_keys(problem: str) -> str:
+    """A sentence about our model section, as one about config.json."""
+    return re.sub(r"\bmodel\.(\w+)", lambda key: _KEYS.get(key[1], key[1]), problem)
 
 
 def _short(projection: str) -> str:

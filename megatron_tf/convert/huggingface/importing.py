@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_tf.errors import CheckpointError, file_errors
 from megatron_tf.params import EMBEDDING, parameter_table
 
 INDEX_NAME = WEIGHTS_NAME + ".index.json"  # beside the parts of weights that transformers has split
+_ADAPTER_NAME = "adapter_config.json"  # of PEFT, which saves an adapter without its model
 _HEAD = "lm_head.weight"
 _LISTED = 6  # problems that a message spells out
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,8 +36,8 @@ class HuggingFaceModel:
 
 
 def is_export(path: Path | str) -> bool:
-    """Is there a configuration of transformers in the folder? Our own checkpoints have none."""
-    return (Path(path) / CONFIG_NAME).is_file()
+    """Is there a configuration of transformers in the folder, whole or not? Our own checkpoints have none."""
+    return any(os.path.lexists(Path(path) / name) for name in (CONFIG_NAME, _ADAPTER_NAME))
 
 
 def open_export(path: Path | str) -> HuggingFaceModel:
@@ -44,6 +46,13 @@ def open_export(path: Path | str) -> HuggingFaceModel:
     CheckpointError when it is no TokenFormer, or when tensors are missing, unknown, of another shape, or not finite.
     """
     folder = Path(path)
+    if os.path.isfile(folder):
+        raise CheckpointError(f"{folder}: is a file. Give the folder that it lies in, {folder.parent}")
+    if os.path.lexists(folder / _ADAPTER_NAME) and not os.path.lexists(folder / CONFIG_NAME):
+        raise CheckpointError(
+            f"{folder}: holds an adapter without its model. Merge it first, with PEFT's merge_and_unload() and then "
+            "save_pretrained(), and give the folder that this writes"
+        )
     config = _read_json(folder / CONFIG_NAME)
     try:
         model, scales = stored_model(config)
@@ -53,17 +62,36 @@ def open_export(path: Path | str) -> HuggingFaceModel:
     table = parameter_table(model)
     embedding = table[EMBEDDING].huggingface_name
     head = stored.pop(_HEAD, None)
-    if head is not None and embedding in stored and not torch.equal(head, stored[embedding]):
-        raise CheckpointError(f"{folder}: {_HEAD} is not {embedding}, and here the output head is the embedding")
+    if head is not None and embedding in stored and not _same(head, stored[embedding]):
+        raise CheckpointError(
+            f"{folder}: {_HEAD} is not {embedding}, and here the output head is the embedding. Give a model that was "
+            "trained with the two tied"
+        )
     expected = {spec.huggingface_name: spec.shape[::-1] if spec.transposed else spec.shape for spec in table.values()}
     _check(folder, {name: tuple(tensor.shape) for name, tensor in stored.items()}, expected)
     weights = {}
     for name, spec in table.items():
         tensor = stored.pop(spec.huggingface_name)  # one copy at a time
-        if tensor.dtype not in _DTYPES or not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{folder}: {spec.huggingface_name} is of type {tensor.dtype}, or not finite")
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{folder}: {spec.huggingface_name} is of type {_type_name(tensor.dtype)}, expected "
+                f"{' or '.join(map(_type_name, _DTYPES))}. Save the model in one of them, neither quantised nor cast"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{folder}: {spec.huggingface_name} holds values that are infinite or no numbers: the training diverged, "
+                "or the file is damaged. Give an earlier model, or copy the file again"
+            )
         weights[name] = (tensor.mT if spec.transposed else tensor).contiguous()
     return HuggingFaceModel(model, scales, weights)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check(folder: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -104,9 +132,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_json(path: Path) -> Any:
-    with file_errors(CheckpointError, path, "Give a folder that was exported by to-hf."):
+    with file_errors(CheckpointError, path, "Give a folder that to-hf or save_pretrained of transformers wrote."):
         content = path.read_bytes()
     try:
         return json.loads(content)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}). Copy it again") from error
