@@ -50,6 +50,8 @@ NO_TORCH = (
     "megatron_tf.params",
     "megatron_tf.config",
     "megatron_tf.estimate",
+    "megatron_tf.growth.methods",
+    "megatron_tf.growth.rules",
     "megatron_tf.plan",
     "megatron_tf.planning",
     "megatron_tf.diagnosis.installation",

@@ -23,7 +23,7 @@ from megatron_tf.checkpoint.step_zero import FIRST_STEP, state_bytes, target_fol
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import run_command
 from megatron_tf.estimate import num_parameters
-from megatron_tf.growth.source import projection_kind
+from megatron_tf.growth.rules import projection_kind
 from megatron_tf.inference.load import load_model
 from megatron_tf.inference.pruning import (
     DEFAULT_SAMPLES,
