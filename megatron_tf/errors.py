@@ -47,6 +47,17 @@ class CheckpointError(UserError):
     """A checkpoint is missing, broken, or belongs to another architecture."""
 
 
+class DamagedError(CheckpointError):
+    """Files of a checkpoint are missing, or are not as they were written. `problem`: the message without the remedy."""
+
+    @property
+    def problem(self) -> str:
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.problem}. The checkpoint is damaged: copy it again, or use an older one"
+
+
 class UnreadableError(CheckpointError):
     """The system does not let a checkpoint be read, for example for want of permission: it may well be whole."""
 
