@@ -7,6 +7,11 @@ cut off goes on. Prints a table and draws loss against tokens and against floati
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import subprocess
 import sys

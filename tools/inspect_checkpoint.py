@@ -7,6 +7,11 @@ weights themselves is told from a difference by --verify alone, which reads both
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import json
 import math

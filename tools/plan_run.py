@@ -7,10 +7,15 @@ printed with them. Exit code 2 when the configuration cannot run on so many GPUs
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import json
 
-from megatron_tf.arguments import number, whole_number
+from megatron_tf.arguments import number, path, whole_number
 from megatron_tf.config.stages import load_stages
 from megatron_tf.errors import ConfigError, run_command
 from megatron_tf.planning.checkpoints import LLAMA_3_FAILURES_PER_GPU_YEAR
@@ -60,7 +65,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file, see configs/; also one with stages")
+    parser.add_argument("config", type=path, help="YAML file, see configs/; also one with stages")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
                         help="replace values of the file")  # fmt: skip
     parser.add_argument("--gpus", type=count, required=True, metavar="N", help="number of GPUs")

@@ -57,14 +57,14 @@ class EvaluationRequest:
     of each.  `output`: folder of the JSON files; None: in run.dir.
     """
 
-    checkpoint: str | None = None
+    checkpoint: Path | None = None
     data: tuple[str, ...] = ()
     stride: int | None = None
     max_tokens: int | None = None
     tasks: tuple[str, ...] = ()
     task_folder: Path = TASK_FOLDER
     limit: int | None = None
-    output: str | None = None
+    output: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,11 @@ def test_a_users_mistake_is_one_message(folder):
     assert not (folder / "new").exists()
 
 
+def test_an_empty_path_is_not_the_current_folder(folder):
+    done = tool("expand_checkpoint", "--from", folder / "small", "--config", folder / "config.yml", "--to", "")
+    assert done.returncode == 2 and "argument --to: '' is no path" in done.stderr
+
+
 def test_it_needs_no_deepspeed(folder):
     script = (
         "import runpy, sys; tool, sys.argv = sys.argv[1], sys.argv[1:]; runpy.run_path(tool, run_name='__main__'); "
