@@ -7,7 +7,7 @@ process, on any layout: only weights are loaded, so a model needs a fraction of 
 
 from __future__ import annotations
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):
     from megatron_tf.interrupt import end_quietly
 
     end_quietly()

@@ -1,7 +1,8 @@
 """Control-C while a command is still importing. torch takes seconds to load, and a traceback of it tells nobody anything.
 
-A script calls `end_quietly` before its other imports, only when it is the main program: neither a library's user nor a
-child process that loads the script again is to lose Python's own handling. `run_command` calls `end_by_exception`.
+A script calls `end_quietly` before its other imports, when it is the main program or a process that this has spawned
+("__mp_main__") and that loads it again: whoever imports it otherwise keeps Python's own handling. `run_command` calls
+`end_by_exception`; spawned processes do their work without a word about Control-C, which reaches their parent as well.
 """
 
 from __future__ import annotations

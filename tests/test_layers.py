@@ -158,7 +158,9 @@ def test_every_script_ends_quietly_on_control_c_from_its_first_import_on():
     for name, file in MODULES.items():
         if name.split(".")[0] in ("launch", "tools"):
             first = ast.parse(file.read_text(encoding="utf-8")).body[2]  # after docstring and __future__
-            assert ast.unparse(first).startswith("if __name__ == '__main__':\n    from megatron_tf.interrupt"), name
+            assert ast.unparse(first).startswith(
+                "if __name__ in ('__main__', '__mp_main__'):\n    from megatron_tf.interrupt"
+            ), name
 
 
 def test_breaches_are_seen():

@@ -6,7 +6,7 @@ are kept in OUTPUT.downloads: a run that was interrupted fetches only what is mi
 
 from __future__ import annotations
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):
     from megatron_tf.interrupt import end_quietly
 
     end_quietly()

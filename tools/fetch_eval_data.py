@@ -7,7 +7,7 @@ lm_eval was installed elsewhere, because the task files name the harness's own.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):
     from megatron_tf.interrupt import end_quietly
 
     end_quietly()

@@ -7,7 +7,7 @@ printed with them. Exit code 2 when the configuration cannot run on so many GPUs
 
 from __future__ import annotations
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):
     from megatron_tf.interrupt import end_quietly
 
     end_quietly()

@@ -9,7 +9,7 @@ again. Needs no GPU, and memory for the model's weights.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):
     from megatron_tf.interrupt import end_quietly
 
     end_quietly()

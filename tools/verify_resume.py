@@ -8,7 +8,7 @@ No data is needed.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):
     from megatron_tf.interrupt import end_quietly
 
     end_quietly()

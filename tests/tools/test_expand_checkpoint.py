@@ -10,6 +10,7 @@ import pytest
 from launching import PROJECT, environment, run, train
 from peak_memory import counted_from_zero
 from prepared import write_tokens
+from tooling import tool
 
 from megatron_tf.checkpoint.compare import compare
 from megatron_tf.checkpoint.reader import open_checkpoint
