@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     config = load_config(arguments.config, arguments.overrides)
-    growth = config.growth or Growth.model_validate({"from": arguments.source})
+    growth = config.growth or Growth.model_validate({"from": str(arguments.source)})
     reader = open_checkpoint(resolve(arguments.source))
     root = target_folder(arguments.target)
     data = training_data(config)
