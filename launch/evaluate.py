@@ -7,11 +7,15 @@ process, on any layout: only weights are loaded, so a model needs a fraction of 
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import os
-from pathlib import Path
 
-from megatron_tf.arguments import whole_number
+from megatron_tf.arguments import path, whole_number
 from megatron_tf.config.load import load_config
 from megatron_tf.errors import run_rank
 from megatron_tf.evaluation.eval_data import TASK_FOLDER
@@ -22,11 +26,15 @@ MOST_TOKENS = 10**15
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file of the run; the config.yml in its folder, or one of configs/")
+    parser.add_argument(
+        "config", type=path, help="YAML file of the run; the config.yml in its folder, or one of configs/"
+    )
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
                         help="replace values of the file, such as parallel.tensor=2")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="DIR", help="a checkpoint, or a run folder; default: run.dir")
-    parser.add_argument("--data", action="append", default=[], metavar="PREFIX",
+    parser.add_argument(
+        "--checkpoint", type=path, metavar="DIR", help="a checkpoint, or a run folder; default: run.dir"
+    )
+    parser.add_argument("--data", type=path, action="append", default=[], metavar="PREFIX",
                         help="prepared data to evaluate on; may be repeated; default: data.validation")  # fmt: skip
     parser.add_argument("--stride", type=whole_number(2**31), metavar="TOKENS",
                         help="from one window of model.seq_length tokens to the next; smaller is slower and gives every "
@@ -36,12 +44,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", type=names, default=(), metavar="A,B,...",
                         help="zero-shot tasks, instead of data.validation: lambada_openai, hellaswag, piqa, arc_easy, "
                         "arc_challenge, winogrande (after tools/fetch_eval_data.py), or any other of the harness")  # fmt: skip
-    parser.add_argument("--task-folder", type=Path, default=TASK_FOLDER, metavar="DIR",
+    parser.add_argument("--task-folder", type=path, default=TASK_FOLDER, metavar="DIR",
                         help=f"task files that come before the harness's own (default: {TASK_FOLDER})")  # fmt: skip
     parser.add_argument(
         "--limit", type=whole_number(2**31), metavar="N", help="only the first N documents of each task"
     )
-    parser.add_argument("--output", metavar="DIR", help="folder of the JSON files (default: run.dir/evaluation)")
+    parser.add_argument(
+        "--output", type=path, metavar="DIR", help="folder of the JSON files (default: run.dir/evaluation)"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_intermixed_args()
 
@@ -64,7 +74,7 @@ def main() -> None:
         from megatron_tf.evaluation.run import EvaluationRequest, evaluate
 
         request = EvaluationRequest(
-            arguments.checkpoint, tuple(arguments.data), arguments.stride, arguments.max_tokens, arguments.tasks,
+            arguments.checkpoint, tuple(map(str, arguments.data)), arguments.stride, arguments.max_tokens, arguments.tasks,
             arguments.task_folder, arguments.limit, arguments.output,
         )  # fmt: skip
         evaluate(config, environment, request)

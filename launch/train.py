@@ -6,10 +6,16 @@ complete checkpoint of run.dir by itself, and grows a smaller model when the con
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import os
 import sys
 
+from megatron_tf.arguments import path
 from megatron_tf.config.stages import load_stages
 from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped, run_rank
 from megatron_tf.parallel.environment import detect, one_message
@@ -18,7 +24,7 @@ from megatron_tf.parallel.stop_signals import StopSignals
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("config", type=path, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
                         help="replace values of the file")  # fmt: skip
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it

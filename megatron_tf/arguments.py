@@ -1,18 +1,19 @@
-"""Numbers on a command line, as types for argparse: what is no such number is a usage error that says what is expected."""
+"""Numbers and paths on a command line, as types for argparse: what is none is a usage error that says what is expected."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 
-def whole_number(most: int) -> Callable[[str], int]:
-    """A whole number from 1 to `most`."""
+def whole_number(most: int, least: int = 1) -> Callable[[str], int]:
+    """A whole number from `least` (not below 0) to `most`."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or not 1 <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {most}")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
         return int(text)
 
     return parse
@@ -31,3 +32,10 @@ def number(least: float, most: float, expected: str | None = None) -> Callable[[
         return value
 
     return parse
+
+
+def path(text: str) -> Path:
+    """A path; not the empty string, which comes from an unset variable of a shell and would mean the current folder."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path; the current folder is written .")
+    return Path(text)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from megatron_tf.interrupt import INTERRUPTED_EXIT_CODE, end_by_exception
+
 # What the operating system says of a disk, never of our code; these come without a file name when a write fails.
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 
@@ -45,6 +47,17 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, broken, or belongs to another architecture."""
+
+
+class DamagedError(CheckpointError):
+    """Files of a checkpoint are missing, or are not as they were written. `problem`: the message without the remedy."""
+
+    @property
+    def problem(self) -> str:
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.problem}. The checkpoint is damaged: copy it again, or use an older one"
 
 
 class UnreadableError(CheckpointError):
@@ -97,6 +110,7 @@ def run_command(main: Callable[[], None]) -> None:
         # As stderr does: a character or a file name that the locale's encoding lacks is shown as an escape.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        end_by_exception()
         main()
         sys.stdout.flush()  # a closed pipe and a full disk show themselves here, not in the interpreter's shutdown
     except LostContactError as error:
@@ -107,7 +121,7 @@ def run_command(main: Callable[[], None]) -> None:
         print(stop, file=sys.stderr)
         sys.exit(STOPPED_EXIT_CODE)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
         _discard_output()
         sys.exit(1)

@@ -15,7 +15,7 @@ import pytest
 PROJECT = Path(__file__).parents[1]
 # From the ground up. A package stands for all its modules, unless a module of it is named itself.
 FLOORS = (
-    {"megatron_tf", "megatron_tf.errors", "megatron_tf.durable", "megatron_tf.arguments"},
+    {"megatron_tf", "megatron_tf.interrupt", "megatron_tf.errors", "megatron_tf.durable", "megatron_tf.arguments"},
     {"megatron_tf.params", "megatron_tf.config", "megatron_tf.parallel.topology"},  # topology: arithmetic, no torch
     {"megatron_tf.parallel", "megatron_tf.estimate", "megatron_tf.plan", "megatron_tf.telemetry"},
     {"megatron_tf.model", "megatron_tf.data", "megatron_tf.growth"},
@@ -44,12 +44,15 @@ RESERVED = {
     "wandb": ("megatron_tf.telemetry.trackers",),
 }
 NO_TORCH = (
+    "megatron_tf.interrupt",
     "megatron_tf.errors",
     "megatron_tf.durable",
     "megatron_tf.arguments",
     "megatron_tf.params",
     "megatron_tf.config",
     "megatron_tf.estimate",
+    "megatron_tf.growth.methods",
+    "megatron_tf.growth.rules",
     "megatron_tf.plan",
     "megatron_tf.planning",
     "megatron_tf.diagnosis.installation",
@@ -149,6 +152,15 @@ def test_remote_code_needs_torch_and_transformers_alone():
 def test_a_tool_imports_no_other_tool():
     scripts = [name for name in MODULES if name.split(".")[0] in ("launch", "tools")]
     assert [(name, other) for name in scripts for other in IMPORTS[name] if other in scripts] == []
+
+
+def test_every_script_ends_quietly_on_control_c_from_its_first_import_on():
+    for name, file in MODULES.items():
+        if name.split(".")[0] in ("launch", "tools"):
+            first = ast.parse(file.read_text(encoding="utf-8")).body[2]  # after docstring and __future__
+            assert ast.unparse(first).startswith(
+                "if __name__ in ('__main__', '__mp_main__'):\n    from megatron_tf.interrupt"
+            ), name
 
 
 def test_breaches_are_seen():

@@ -6,6 +6,11 @@ deepspeed. `tools/benchmark.py MODE --help` explains a mode.
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import json
 from collections.abc import Callable, Iterable
@@ -13,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_tf.arguments import whole_number
+from megatron_tf.arguments import path, whole_number
 from megatron_tf.benchmark import communication, memory, pattention, scaling, stages, step
 from megatron_tf.benchmark.device import DTYPES, machine
-from megatron_tf.benchmark.report import Row, table, write_json
+from megatron_tf.benchmark.report import Row, check_json, table, write_json
 from megatron_tf.config import load_config
 from megatron_tf.config.schema import Model
 from megatron_tf.config.validate import validate
@@ -31,6 +36,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: no CUDA device is here. Give --device cpu.")
+    if arguments.json:
+        check_json(arguments.json)
     measured = list(arguments.run(device, arguments))
     print(json.dumps(machine(device)))
     print(table(measured), flush=True)
@@ -57,14 +64,14 @@ def parse_arguments() -> argparse.Namespace:
     mode = add_mode(modes, "memory", run_memory, memory.__doc__)
     add_config(mode)
     mode = add_mode(modes, "step", run_step, step.__doc__)
-    mode.add_argument("configs", nargs="+", metavar="CONFIG", help="configurations of TokenFormers")
+    mode.add_argument("configs", nargs="+", type=path, metavar="CONFIG", help="configurations of TokenFormers")
     mode.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16")
     mode.add_argument("--layers", type=count, help="cut all models to this depth (default: as configured)")
     mode.add_argument("--samples", type=count, default=4, help="samples a step (default 4)")
     mode.add_argument("--seq-length", type=count, help="tokens a sample (default: as configured)")
     mode.add_argument("--compile", action="store_true", help="torch.compile of the blocks, but of the plain formula's")
     mode = add_mode(modes, "scaling", run_scaling, scaling.__doc__)
-    mode.add_argument("config", metavar="CONFIG", help="the TokenFormer that is grown")
+    mode.add_argument("config", type=path, metavar="CONFIG", help="the TokenFormer that is grown")
     mode.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
     mode.add_argument(
         "--tokens", type=count, nargs="*", default=(576, 2140, 4850, 8620), help="of q, k, v and proj each"
@@ -75,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def add_config(mode: argparse.ArgumentParser) -> None:
-    mode.add_argument("config", help="YAML file, see configs/")
+    mode.add_argument("config", type=path, help="YAML file, see configs/")
     mode.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
                       help="replace values of the file")  # fmt: skip
 
@@ -89,7 +96,7 @@ def add_mode(
     """A sub-command whose `run` gives the rows of the table."""
     mode = modes.add_parser(name, description=description, help=(description or "").split("\n")[0])
     mode.set_defaults(run=run)
-    mode.add_argument("--json", type=Path, metavar="FILE", help="also write rows, machine and command as JSON")
+    mode.add_argument("--json", type=path, metavar="FILE", help="also write rows, machine and command as JSON")
     mode.add_argument("--rounds", type=count, default=11, help="interleaved rounds (default 11)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     mode.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"default here: {default}")
@@ -125,7 +132,7 @@ def run_memory(device: torch.device, arguments: argparse.Namespace) -> Iterable[
 
 
 def run_step(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
-    models = {Path(path).stem: tokenformer_of(path, arguments.seq_length) for path in arguments.configs}
+    models = {file.stem: tokenformer_of(file, arguments.seq_length) for file in arguments.configs}
     for name in arguments.dtypes:
         yield from step.rows(
             models,
@@ -147,12 +154,12 @@ def run_scaling(device: torch.device, arguments: argparse.Namespace) -> Iterable
     )
 
 
-def tokenformer_of(path: str, seq_length: int | None) -> Model:
+def tokenformer_of(file: Path, seq_length: int | None) -> Model:
     """The model of a configuration, with another sequence length if one is given."""
-    model = load_config(path).model
+    model = load_config(file).model
     if model.architecture != "tokenformer" or model.activation != "l2_norm_gelu":
         raise ConfigError(
-            f"{path}: model.architecture {model.architecture} with model.activation {model.activation} has no plain "
+            f"{file}: model.architecture {model.architecture} with model.activation {model.activation} has no plain "
             "formula to be compared with. Give a tokenformer with l2_norm_gelu."
         )
     return model if seq_length is None else model.model_copy(update={"seq_length": seq_length})

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import math
 import platform
 from itertools import chain
-from pathlib import Path
 
+from megatron_tf.arguments import path
 from megatron_tf.data.corpus import python_modules, python_topics, within_bytes, write_corpus
 from megatron_tf.errors import DataError, run_command
 
@@ -15,7 +20,7 @@ from megatron_tf.errors import DataError, run_command
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "output_dir", type=Path, help="folder for train.jsonl.zst, validation.jsonl.zst and LICENSE.txt"
+        "output_dir", type=path, help="folder for train.jsonl.zst, validation.jsonl.zst and LICENSE.txt"
     )
     parser.add_argument("--max-megabytes", type=float, default=8.0, metavar="M", help="most text to take (default: 8)")
     return parser.parse_args()

@@ -7,15 +7,25 @@ cut off goes on. Prints a table and draws loss against tokens and against floati
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tf.arguments import path, whole_number
 from megatron_tf.config.load import load_config
-from megatron_tf.config.schema import RunConfig
-from megatron_tf.errors import UserError, run_command
+from megatron_tf.config.machine import machine_problems
+from megatron_tf.config.schema import Growth, RunConfig
+from megatron_tf.config.validate import validate
+from megatron_tf.errors import ConfigError, UserError, run_command
+from megatron_tf.growth.methods import METHODS
+from megatron_tf.growth.rules import chain_problems, growth_problems
 from megatron_tf.telemetry.plot import RunCurve, plot_groups, read_run
 
 SCRATCH = "from scratch"
@@ -23,16 +33,18 @@ SCRATCH = "from scratch"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", default="configs/tiny.yml", metavar="FILE", help="the smaller model's run")
-    parser.add_argument("--big", default="configs/tiny_grow.yml", metavar="FILE", help="the run that grows it")
-    parser.add_argument("--methods", nargs="+", default=["zero_key", "gram", "random"], metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], metavar="SEED")
-    parser.add_argument("--ranks", type=int, default=2, help="processes to train on (default 2)")
-    parser.add_argument("--output", type=Path, default=Path("runs/compare_growth"), metavar="DIR")
+    parser.add_argument("--small", type=path, default=Path("configs/tiny.yml"), metavar="FILE",
+                        help="the smaller model's run")  # fmt: skip
+    parser.add_argument("--big", type=path, default=Path("configs/tiny_grow.yml"), metavar="FILE",
+                        help="the run that grows it")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD",
+                        help=f"of {', '.join(METHODS)} (default: all)")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=whole_number(2**31, least=0), default=[1, 2], metavar="SEED")
+    parser.add_argument("--ranks", type=whole_number(256), default=2, help="processes to train on (default 2)")
+    parser.add_argument("--output", type=path, default=Path("runs/compare_growth"), metavar="DIR")
     arguments = parser.parse_args()
     small, big = load_config(arguments.small), load_config(arguments.big)
-    if small.training.train_steps is None or big.training.train_steps is None:
-        raise UserError("training.train_steps: both configurations must give it, for their steps are added up.")
+    check(arguments, small, big)
 
     groups: dict[str, list[list[RunCurve]]] = {name: [] for name in (*arguments.methods, SCRATCH)}
     for seed in arguments.seeds:
@@ -41,6 +53,7 @@ def main() -> None:
         for method in arguments.methods:
             grown = [f"growth.from={out / 'small'}", f"growth.method={method}"]
             groups[method].append([start, run(arguments.big, arguments.ranks, out / method, seed, grown)])
+        assert small.training.train_steps is not None and big.training.train_steps is not None
         steps = small.training.train_steps * batch(small) // batch(big) + big.training.train_steps
         scratch = ["growth=null", f"training.train_steps={steps}"]
         groups[SCRATCH].append([run(arguments.big, arguments.ranks, out / "scratch", seed, scratch)])
@@ -50,19 +63,56 @@ def main() -> None:
     print(f"\n{picture}")
 
 
+def check(arguments: argparse.Namespace, small: RunConfig, big: RunConfig) -> None:
+    """ConfigError with all that would stop one of the runs, before the first of them begins."""
+    problems = []
+    for name in ("methods", "seeds"):
+        values = getattr(arguments, name)
+        if repeated := [value for value in values if values.count(value) > 1]:
+            problems.append(f"--{name}: {repeated[0]} is there twice, and one run would count as two. Give it once.")
+    for name, config in (("small", small), ("big", big)):
+        try:
+            validate(config, arguments.ranks)
+        except ConfigError as error:
+            problems += [f"--{name}: {problem}" for problem in error.problems]
+        problems += [f"--{name}: {problem}" for problem in machine_problems(config)]
+        if config.training.train_steps is None:
+            problems.append(f"--{name}: training.train_steps must be given, for the steps of both are added up.")
+        if not config.data.validation:
+            problems.append(f"--{name}: data.validation is empty, and losses on it are what is compared. Name some.")
+    if found := growth_problems(small.model, big.model):
+        problems += [f"--big: {problem}" for problem in found]
+    else:
+        problems += [f"--methods {method}: {problem}" for method in arguments.methods for problem in
+                     growth_by(method, small, big)]  # fmt: skip
+    if file := next((f for f in (arguments.output, *arguments.output.parents) if f.exists() and not f.is_dir()), None):
+        problems.append(f"--output: {file} is a file. Give a folder.")
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def growth_by(method: str, small: RunConfig, big: RunConfig) -> list[str]:
+    """Why `method` cannot grow the smaller model into the bigger one."""
+    growth = Growth.model_validate({"from": small.run.dir, "method": method})
+    return chain_problems([small, big.model_copy(update={"growth": growth})])
+
+
 def batch(config: RunConfig) -> int:
     """Tokens a step."""
     return config.training.global_batch_size * config.model.seq_length
 
 
-def run(config: str, ranks: int, folder: Path, seed: int, overrides: list[str]) -> RunCurve:
+def run(config: Path, ranks: int, folder: Path, seed: int, overrides: list[str]) -> RunCurve:
     """Trains what is not trained yet, and reads what it logged."""
     launcher = str(Path(sys.executable).with_name("torchrun"))
-    words = [launcher, "--standalone", "--nproc-per-node", str(ranks), "launch/train.py", config]
+    words = [launcher, "--standalone", "--nproc-per-node", str(ranks), "launch/train.py", str(config)]
     words += [f"run.dir={folder}", f"run.seed={seed}", *overrides]
     print("\n$ " + " ".join(["torchrun", *words[1:]]), flush=True)
     if code := subprocess.run(words).returncode:
-        raise UserError(f"this command ended with exit code {code}: {' '.join(words)}")
+        raise UserError(
+            f"this command ended with exit code {code}, its message is above: {' '.join(words)}\n"
+            "Mend that and start this comparison again: what is trained is kept, and a run that was cut off goes on."
+        )
     return read_run(folder)
 
 

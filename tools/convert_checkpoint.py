@@ -16,6 +16,11 @@ inverse, to the last bit, and also takes what was trained further with transform
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import time
 from collections.abc import Callable, Mapping

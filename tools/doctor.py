@@ -9,6 +9,11 @@ Exit code 0; 1 when something is broken (with --fail-on-slow also when something
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import json
 import os

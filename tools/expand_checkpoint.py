@@ -8,6 +8,11 @@ Only token counts may differ. `growth` in the configuration says how to grow; wi
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import os
 import time
@@ -15,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.arguments import path
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import resolve
@@ -32,9 +38,11 @@ from megatron_tf.telemetry.console import MEGABYTE, Console
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="run folder or checkpoint to grow")
-    parser.add_argument("--config", required=True, metavar="FILE", help="the bigger run's configuration")
-    parser.add_argument("--to", dest="target", required=True, metavar="DIR", help="the bigger run's folder")
+    parser.add_argument(
+        "--from", dest="source", type=path, required=True, metavar="DIR", help="run folder or checkpoint to grow"
+    )
+    parser.add_argument("--config", type=path, required=True, metavar="FILE", help="the bigger run's configuration")
+    parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the bigger run's folder")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace values of the file")
     return parser.parse_args()
@@ -43,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     config = load_config(arguments.config, arguments.overrides)
-    growth = config.growth or Growth.model_validate({"from": arguments.source})
+    growth = config.growth or Growth.model_validate({"from": str(arguments.source)})
     reader = open_checkpoint(resolve(arguments.source))
     root = target_folder(arguments.target)
     data = training_data(config)

@@ -6,13 +6,17 @@ are kept in OUTPUT.downloads: a run that was interrupted fetches only what is mi
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import sys
 import time
 from itertools import chain
-from pathlib import Path
 
-from megatron_tf.arguments import number, whole_number
+from megatron_tf.arguments import number, path, whole_number
 from megatron_tf.data.corpora.build import SPLITS, CorpusSettings, build_corpus
 from megatron_tf.data.corpora.catalogue import DEFAULT_TERMS, SOURCES
 from megatron_tf.data.corpora.packages import Downloads
@@ -21,7 +25,7 @@ from megatron_tf.errors import DataError, run_command
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, nargs="?", help="folder to write; an older corpus in it is replaced")
+    parser.add_argument("output", type=path, nargs="?", help="folder to write; an older corpus in it is replaced")
     parser.add_argument("--list", action="store_true", help="print the sources, their packages and terms")
     parser.add_argument(
         "--sources",
@@ -43,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--shard-megabytes", type=whole_number(10**6), default=64, metavar="N", help="of text a file (default: 64)"
     )
-    parser.add_argument("--downloads", type=Path, metavar="FOLDER", help="for packages (default: OUTPUT.downloads)")
+    parser.add_argument("--downloads", type=path, metavar="FOLDER", help="for packages (default: OUTPUT.downloads)")
     arguments = parser.parse_args()
     if arguments.output is None and not arguments.list:
         parser.error("name the folder to write, or give --list")
@@ -69,14 +73,20 @@ def main() -> None:
     idle = [name for name in arguments.hold_out if name not in names]
     if idle:
         raise DataError(f"--hold-out names {idle[0]!r}, which is not among the sources. Add it to --sources.")
+    if set(names) <= set(arguments.hold_out):
+        raise DataError(
+            "--hold-out names all sources, and nothing is left to train on. Hold out fewer, or add sources."
+        )
+    folder = arguments.output
+    if not folder.name or folder.name == "..":  # what is written beside it begins with its name
+        raise DataError(f"{folder}: has no name of its own. Give a folder by its name, such as data/corpus.")
     settings = CorpusSettings(
-        folder=arguments.output,
+        folder=folder,
         sources=tuple(SOURCES[name] for name in names),
         held_out=frozenset(arguments.hold_out),
         validation_fraction=arguments.validation_fraction,
         shard_bytes=arguments.shard_megabytes * 10**6,
     )
-    folder = arguments.output
     downloads = Downloads(arguments.downloads or folder.with_name(folder.name + ".downloads"))
     started = time.monotonic()
     reports = build_corpus(settings, downloads, lambda text: print(text, file=sys.stderr, flush=True))

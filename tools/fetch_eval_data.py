@@ -7,18 +7,24 @@ lm_eval was installed elsewhere, because the task files name the harness's own.
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import tempfile
 from pathlib import Path
 
+from megatron_tf.arguments import path
 from megatron_tf.errors import run_command
 from megatron_tf.evaluation.eval_data import FOLDER, check_wheel, download, harness_tasks, write_eval_data
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, default=FOLDER, metavar="DIR", help=f"folder to write (default {FOLDER})")
-    parser.add_argument("--wheel", type=Path, metavar="FILE", help="the wheel, where it was downloaded already")
+    parser.add_argument("--to", type=path, default=FOLDER, metavar="DIR", help=f"folder to write (default {FOLDER})")
+    parser.add_argument("--wheel", type=path, metavar="FILE", help="the wheel, where it was downloaded already")
     arguments = parser.parse_args()
     stock_tasks = harness_tasks()
     with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,11 @@ Of a run, a checkpoint, or a folder that `convert_checkpoint.py to-hf` wrote. On
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import math
 import sys

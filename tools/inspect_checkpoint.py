@@ -1,18 +1,26 @@
 """What is inside a checkpoint; are its bytes right; how does it differ from another one.
 
 Reads the index only, and with --verify or --diff the shards through a bounded buffer: a laptop is enough for
-any size. Exit code 0; 1 when --diff finds a difference; 2 when a checkpoint is missing or damaged.
+any size. Exit code 0; 1 when --diff finds a difference; 2 when a checkpoint is missing or damaged. Damage of the
+weights themselves is told from a difference by --verify alone, which reads both checkpoints once more.
 """
 
 from __future__ import annotations
+
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
 
 import argparse
 import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from megatron_tf.arguments import path
 from megatron_tf.checkpoint.compare import Difference, compare
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -22,9 +30,18 @@ from megatron_tf.errors import run_command
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="a checkpoint, or a checkpoints or run folder (its newest complete one)")
-    parser.add_argument("--verify", action="store_true", help="compare the checksum of every file with the manifest")
-    parser.add_argument("--diff", metavar="OTHER", help="compare with another checkpoint, tensor by tensor")
+    parser.add_argument(
+        "path", type=path, help="a checkpoint, or a checkpoints or run folder (its newest complete one)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the checksum of every file with the manifest, also of OTHER"
+    )
+    parser.add_argument(
+        "--diff",
+        type=path,
+        metavar="OTHER",
+        help="compare with another checkpoint, tensor by tensor; checksums only with --verify",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     arguments = parser.parse_args()
 
@@ -35,7 +52,10 @@ def main() -> None:
         summary["verified_files"] = len(reader.manifest.files)
     differences = None
     if arguments.diff:
-        differences = [d for d in compare(reader, open_checkpoint(resolve(arguments.diff))) if not d.equal]
+        other = open_checkpoint(resolve(arguments.diff))
+        if arguments.verify:
+            other.verify()
+        differences = [d for d in compare(reader, other) if not d.equal]
         # NaN and infinity have no JSON form
         summary["differences"] = [
             {**vars(d), "largest": d.largest if math.isfinite(d.largest) else str(d.largest)} for d in differences
@@ -70,7 +90,7 @@ def print_summary(reader: CheckpointReader, summary: dict[str, Any]) -> None:
         print(f"\nverified: {summary['verified_files']} files, every checksum and range is right")
 
 
-def print_differences(other: str, differences: Sequence[Difference]) -> None:
+def print_differences(other: Path, differences: Sequence[Difference]) -> None:
     if not differences:
         print(f"\nno difference to {other}: every tensor and state is equal to the last bit")
         return

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import tempfile
 from pathlib import Path
 
-from megatron_tf.arguments import whole_number
+from megatron_tf.arguments import path, whole_number
 from megatron_tf.data.opening import OpeningCost, measure_opening
 from megatron_tf.errors import run_command
 
@@ -28,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seq-length", type=whole_number(10**5), default=2048, metavar="N", help="default: 2048")
     parser.add_argument(
-        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="for the files (default: %(default)s)"
+        "--folder", type=path, default=Path(tempfile.gettempdir()), help="for the files (default: %(default)s)"
     )
     return parser.parse_args()
 

@@ -7,10 +7,15 @@ printed with them. Exit code 2 when the configuration cannot run on so many GPUs
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import json
 
-from megatron_tf.arguments import number, whole_number
+from megatron_tf.arguments import number, path, whole_number
 from megatron_tf.config.stages import load_stages
 from megatron_tf.errors import ConfigError, run_command
 from megatron_tf.planning.checkpoints import LLAMA_3_FAILURES_PER_GPU_YEAR
@@ -20,7 +25,8 @@ from megatron_tf.planning.summary import Circumstances, plan
 
 MOST_GPUS = 1_000_000
 count = whole_number(MOST_GPUS)
-not_negative = number(0, 1e30, "a number of 0 or more")
+bandwidth = number(1e-6, 1e6)
+not_negative = number(0, 1e6)
 
 
 def main() -> None:
@@ -48,7 +54,7 @@ def main() -> None:
     )
     made = plan(configs, circumstances)
     print(json.dumps(made, indent=2) if arguments.json else report(made), flush=True)
-    problems = [
+    problems = made["problems"] + [
         f"stage {stage['name']}: {problem}" if len(configs) > 1 else problem
         for stage in made["stages"]
         for problem in stage["problems"]
@@ -59,20 +65,20 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file, see configs/; also one with stages")
+    parser.add_argument("config", type=path, help="YAML file, see configs/; also one with stages")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
                         help="replace values of the file")  # fmt: skip
     parser.add_argument("--gpus", type=count, required=True, metavar="N", help="number of GPUs")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"one of {', '.join(GPUS)} (default h100)")
     parser.add_argument("--gpus-per-node", type=count, metavar="N", help="default: 8")
-    parser.add_argument("--network-gb-per-s", type=positive, metavar="X",
+    parser.add_argument("--network-gb-per-s", type=bandwidth, metavar="X",
                         help="bandwidth between nodes for each GPU, GB/s in each direction (default: its DGX's)")  # fmt: skip
     parser.add_argument("--tokens", type=tokens, metavar="T", help="train on so many, such as 300e9")
     parser.add_argument("--scratch-tokens", type=tokens, metavar="T",
                         help="for a chain: what each size would be trained on from scratch (default: the first stage's)")  # fmt: skip
     parser.add_argument("--failures-per-gpu-year", type=not_negative, metavar="X", default=LLAMA_3_FAILURES_PER_GPU_YEAR,
                         help="failures that end the run (default %(default).2f, as in Llama 3's pre-training)")  # fmt: skip
-    parser.add_argument("--storage-gb-per-s", type=positive, metavar="X", default=5.0,
+    parser.add_argument("--storage-gb-per-s", type=bandwidth, metavar="X", default=5.0,
                         help="speed at which all ranks together write a checkpoint (default 5)")  # fmt: skip
     parser.add_argument("--restart-minutes", type=not_negative, metavar="X", default=10.0,
                         help="from a failure to the first step afterwards (default 10)")  # fmt: skip
@@ -81,18 +87,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def positive(text: str) -> float:
-    if (value := not_negative(text)) < 1e-6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
 def tokens(text: str) -> int:
     """Also as 300e9."""
-    value = not_negative(text)
-    if not 1 <= value < 2**60:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens, such as 300e9")
-    return int(value)
+    return int(number(1, 1e18)(text))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,11 @@ A run that was interrupted goes on where it stopped when it is started again. Se
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import sys
 

@@ -9,11 +9,17 @@ again. Needs no GPU, and memory for the model's weights.
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 
+from megatron_tf.arguments import path
 from megatron_tf.checkpoint.architecture import stored_model, token_counts
 from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import resolve
@@ -23,7 +29,7 @@ from megatron_tf.checkpoint.step_zero import FIRST_STEP, state_bytes, target_fol
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import run_command
 from megatron_tf.estimate import num_parameters
-from megatron_tf.growth.source import projection_kind
+from megatron_tf.growth.rules import projection_kind
 from megatron_tf.inference.load import load_model
 from megatron_tf.inference.pruning import (
     DEFAULT_SAMPLES,
@@ -42,26 +48,29 @@ from megatron_tf.telemetry.console import Console
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="run folder or checkpoint to prune")
+    parser.add_argument(
+        "--from", dest="source", type=path, required=True, metavar="DIR", help="run folder or checkpoint to prune"
+    )
     parser.add_argument("--tokens", required=True, metavar="KIND=N,...", help="counts to prune to, of qkv, proj, ffn")
-    parser.add_argument("--data", required=True, metavar="PREFIX", help="prepared data to measure on")
+    parser.add_argument("--data", type=path, required=True, metavar="PREFIX", help="prepared data to measure on")
     parser.add_argument("--samples", type=int, metavar="N", help="samples to measure, and as many others for the loss "
                         f"(default {DEFAULT_SAMPLES}, or half of the data)")  # fmt: skip
-    parser.add_argument("--to", dest="target", required=True, metavar="DIR", help="the smaller run's folder")
+    parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the smaller run's folder")
     parser.add_argument("--dry-run", action="store_true", help="measure and report, and write nothing")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
+    prefix = str(arguments.data)
     root = target_folder(arguments.target)
     reader = open_checkpoint(resolve(arguments.source))
     old = stored_model(reader.index)
     old_counts = token_counts(old, "pruned")
     counts = target_counts(arguments.tokens, old_counts)
     new = old.model_copy(update={"parameter_tokens": counts})
-    data = DataSample(arguments.data, old, arguments.samples)
-    compared = check_run_tokenizer(reader.path, arguments.data)
+    data = DataSample(prefix, old, arguments.samples)
+    compared = check_run_tokenizer(reader.path, prefix)
     print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
     print(f"to          {root / folder_name(FIRST_STEP)}")
     if not compared:
@@ -87,7 +96,7 @@ def main() -> None:
         describe(kind, tokens, getattr(counts, kind), selection.dropped_share, ratios)
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(new):,}")
     print(f"loss        {before:.6f} -> {after:.6f}, on {data.samples} samples of {old.seq_length} tokens")
-    measured = {"loss_before": before, "loss_after": after, "data": arguments.data, "data_samples": data.samples}
+    measured = {"loss_before": before, "loss_after": after, "data": prefix, "data_samples": data.samples}
     if arguments.dry_run:
         return print("\ndry run: nothing is written")
     write(root, new, pruned_start(reader, new, selection.kept, scales, measured), reader)

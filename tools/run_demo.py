@@ -5,6 +5,11 @@ Every step is one of the project's own commands and is printed before it runs. `
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import json
 import shlex

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
 
+    end_quietly()
+
+import argparse
+
+from megatron_tf.arguments import path
 from megatron_tf.data.bpe import train_bpe
 from megatron_tf.data.records import expand_inputs, read_texts
 from megatron_tf.errors import run_command
@@ -20,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
         help="files or quoted globs, as preprocess_data.py reads them",
     )
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="number of tokens (default: 4096)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the file to write, a .json")
+    parser.add_argument("--output", type=path, required=True, metavar="FILE", help="the file to write, a .json")
     parser.add_argument("--json-key", default="text", help="field of a .jsonl line that holds the text (default: text)")
     return parser.parse_args()
 

@@ -8,11 +8,17 @@ No data is needed.
 
 from __future__ import annotations
 
+if __name__ in ("__main__", "__mp_main__"):
+    from megatron_tf.interrupt import end_quietly
+
+    end_quietly()
+
 import argparse
 import math
 import sys
 from itertools import product
 
+from megatron_tf.arguments import path
 from megatron_tf.config.load import load_config
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError, run_command
@@ -23,7 +29,7 @@ from megatron_tf.training.resume_check import Resumed, check_resumes, rotation, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("config", type=path, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace values of the file")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps before and after (default 10)")
     parser.add_argument("--ranks", type=int, default=4, help="largest number of ranks (default 4)")

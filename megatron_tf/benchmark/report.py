@@ -12,6 +12,7 @@ import torch
 from megatron_tf.benchmark.device import machine
 from megatron_tf.errors import ConfigError, file_errors
 
+_REMEDY = "Name another file with --json."
 Row = Mapping[str, object]  # the columns are the keys of the first row
 
 
@@ -27,10 +28,19 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
+def check_json(path: Path) -> None:
+    """ConfigError unless `path` can be written, before minutes of measuring; what is there stays as it is."""
+    existed = path.exists()
+    with file_errors(ConfigError, path, _REMEDY):
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+
+
 def write_json(path: Path, mode: str, device: torch.device, rows: Sequence[Row]) -> None:
     """Rows, machine and command as one JSON object."""
     content = {"mode": mode, "command": sys.argv, "machine": machine(device), "rows": list(rows)}
-    with file_errors(ConfigError, path, "Name another file with --json."):
+    with file_errors(ConfigError, path, _REMEDY):
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,9 +10,8 @@ from pydantic import ValidationError
 from megatron_tf.checkpoint.format import MOMENTS, WEIGHT, CheckpointIndex
 from megatron_tf.config.schema import Model, ParameterTokens
 from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.growth.rules import TOKENS, differing, growth_problems
 from megatron_tf.params import parameter_table, projection_tokens
-
-_TOKENS = "parameter_tokens."
 
 
 def stored_model(index: CheckpointIndex) -> Model:
@@ -46,7 +45,7 @@ def check_same_architecture(index: CheckpointIndex, model: Model) -> None:
     problems = [f"model.{key}: checkpoint {old}, configuration {new}" for key, old, new in _differences(index, model)]
     if problems:
         remedy = "Restore these keys, or start in another run.dir."
-        if all(key.startswith(_TOKENS) for key, _, _ in _differences(index, model)):
+        if all(key.startswith(TOKENS) for key, _, _ in _differences(index, model)):
             remedy = "Token counts change by growth only: set growth.from to this checkpoint and use another run.dir."
         raise CheckpointError(_listed("the checkpoint is of another architecture", problems) + f"\n{remedy}")
     missing = [
@@ -79,45 +78,9 @@ def check_growable(index: CheckpointIndex, model: Model) -> None:
         raise ConfigError(problems)
 
 
-def growth_problems(old: Model, new: Model) -> list[str]:
-    """Why `old` cannot grow into `new`: every differing key with both values, unless they differ in token counts alone,
-    and `new` has more in at least one kind of projection and fewer in none."""
-    if "transformer" in (old.architecture, new.architecture):
-        return [
-            f"model.architecture: {old.architecture} before, {new.architecture} after. Growth appends parameter tokens, "
-            "and a transformer has none: train it from scratch, without growth."
-        ]
-    problems, grows, foreign = [], False, False
-    for key, before, after in _differing(old, new):
-        if not key.startswith(_TOKENS):
-            foreign = True
-            problems.append(f"model.{key}: {before} before, {after} after. Growth changes token counts only")
-        elif after < before:
-            problems.append(f"model.{key}: {before} before, {after} after. Growth cannot take tokens away")
-        else:
-            grows = True
-    if foreign:
-        problems[-1] += (
-            ". Models that differ in width, depth, heads or vocabulary never grow into each other; so it is with the "
-            "Pile models 150M, 450M, 900M and 1.5B, and with the paper's 12 × 768 models (124M to 1.4B) and the "
-            "official repository's 24 × 1024 ones (354M, 757M)"
-        )
-    if not problems and not grows:
-        problems.append("growth: the smaller model has these token counts already. Raise model.parameter_tokens")
-    return [problem + "." for problem in problems]
-
-
 def _differences(index: CheckpointIndex, model: Model) -> Iterator[tuple[str, Any, Any]]:
     """(key, value in the checkpoint, value in the configuration) wherever they differ."""
-    return _differing(stored_model(index), model)
-
-
-def _differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value in each) wherever they differ; of two architectures, only keys that mean something in both."""
-    one, other = (_flatten(model.model_dump(exclude_none=True)) for model in (first, second))
-    for key in other:
-        if key in one and one[key] != other[key]:
-            yield key, one[key], other[key]
+    return differing(stored_model(index), model)
 
 
 def _contradictions(index: CheckpointIndex, model: Model) -> Iterator[str]:
@@ -141,13 +104,6 @@ def _contradictions(index: CheckpointIndex, model: Model) -> Iterator[str]:
 
 def _states(index: CheckpointIndex, name: str) -> Collection[str]:
     return index.tensors[name].states
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
-    return flat
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.shards import read_failure
-from megatron_tf.errors import CheckpointError, UnreadableError
+from megatron_tf.errors import CheckpointError, DamagedError, UnreadableError
 
 STEP_PREFIX = "step_"
 UNFINISHED_PREFIX = ".tmp-"  # a folder being written or deleted: never a checkpoint
@@ -52,7 +52,7 @@ def find_latest(root: Path | str, *, verify: bool, ranks: Ranks = ALONE) -> tupl
             raise UnreadableError(f"{error}. Make it readable, or move it away to go on from an older one")
         if error is None:
             return path, skipped
-        skipped.append((path, str(error)))
+        skipped.append((path, _problem(error)))
     return None, skipped
 
 
@@ -77,14 +77,19 @@ def resolve(path: Path | str, ranks: Ranks = ALONE) -> Path:
 def _resolve(path: Path | str) -> Path:
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder. Give a checkpoint, a checkpoints or a run folder")
+        problem = "is a file" if folder.is_file() else "there is no such folder"
+        raise CheckpointError(f"{folder}: {problem}. Give a checkpoint, a checkpoints or a run folder")
     if _looks_like_checkpoint(folder):
         return open_checkpoint(folder).path
     inner = folder / CHECKPOINTS_FOLDER
     latest, skipped = find_latest(inner if inner.is_dir() else folder, verify=False)
     if latest is None:
         reasons = "".join(f"\n  - {reason}" for _, reason in skipped)
-        raise CheckpointError(f"{folder}: holds no complete checkpoint{':' if reasons else ''}{reasons}")
+        if reasons:
+            raise CheckpointError(
+                f"{folder}: holds no complete checkpoint:{reasons}\nCopy them again, or give another folder"
+            )
+        raise CheckpointError(f"{folder}: holds no complete checkpoint. Give the folder of a run that has saved one")
     return latest
 
 
@@ -134,7 +139,7 @@ def _candidates(root: Path) -> tuple[list[tuple[Path, CheckpointError | None]], 
     """What may be the newest good checkpoint, newest first, some of them unreadable; and what is broken, with reasons."""
     readers, failures = _survey(root)
     unreadable = [(path, error) for path, error in failures if isinstance(error, UnreadableError)]
-    broken = [(path, str(error)) for path, error in failures if not isinstance(error, UnreadableError)]
+    broken = [(path, _problem(error)) for path, error in failures if not isinstance(error, UnreadableError)]
     if not unreadable:
         return [(reader.path, None) for reader in readers], broken
     # how old it is cannot be read either: its name must do, and one without a step may be the newest
@@ -194,8 +199,13 @@ def _verify(path: Path, ranks: Ranks) -> CheckpointError | None:
     errors = [error for error in ranks.gather(own) if error is not None]
     if not errors:
         return None
-    kind = UnreadableError if any(isinstance(error, UnreadableError) for error in errors) else CheckpointError
-    return kind("\n".join(dict.fromkeys(map(str, errors))))
+    kind = next((kind for kind in (UnreadableError, CheckpointError) if kind in map(type, errors)), DamagedError)
+    return kind("\n".join(dict.fromkeys(map(_problem, errors))))
+
+
+def _problem(error: CheckpointError) -> str:
+    """For a list, which has one remedy for all of its lines."""
+    return error.problem if isinstance(error, DamagedError) else str(error)
 
 
 def _from_first(work: Callable[[], T], ranks: Ranks) -> T:

@@ -19,7 +19,7 @@ from megatron_tf.checkpoint.format import (
 )
 from megatron_tf.checkpoint.ranges import RangeMap
 from megatron_tf.checkpoint.shards import BUFFER_BYTES, ShardReader, file_checksum, read_failure
-from megatron_tf.errors import CheckpointError, UnreadableError
+from megatron_tf.errors import CheckpointError, DamagedError
 
 
 def open_checkpoint(path: Path | str) -> CheckpointReader:
@@ -27,8 +27,8 @@ def open_checkpoint(path: Path | str) -> CheckpointReader:
 
     Checked: the manifest and the index in full (the index's checksum too), the presence and length of every
     file, that each element of each state has its place exactly once. The shards' bytes are checked by
-    `CheckpointReader.verify`. Anything wrong is a CheckpointError, of the kind UnreadableError when the system
-    does not give a file out.
+    `CheckpointReader.verify`. Anything wrong is a CheckpointError, of the kind DamagedError when files are missing or
+    cut, and UnreadableError when the system does not give one out.
     """
     folder = Path(path)
     manifest = Manifest.from_json(str(folder / MANIFEST_NAME), _read(folder, MANIFEST_NAME))
@@ -36,11 +36,11 @@ def open_checkpoint(path: Path | str) -> CheckpointReader:
         try:
             size = (folder / name).stat().st_size
         except FileNotFoundError as error:
-            raise CheckpointError(f"{folder}: {name} is missing") from error
+            raise DamagedError(f"{folder}: {name} is missing") from error
         except OSError as error:
             raise read_failure(f"{folder}: {name}", error) from error
         if size != stored.num_bytes:
-            raise CheckpointError(f"{folder}: {name} has {size} bytes, the manifest says {stored.num_bytes}")
+            raise DamagedError(f"{folder}: {name} has {size} bytes, the manifest says {stored.num_bytes}")
     _verify_file(folder, INDEX_NAME, manifest)
     index = CheckpointIndex.from_json(str(folder / INDEX_NAME), _read(folder, INDEX_NAME))
     return CheckpointReader(folder, index, manifest)
@@ -58,7 +58,7 @@ class CheckpointReader:
                 self._maps[name, state] = RangeMap((piece.start, piece.stop, piece) for piece in pieces)
                 for piece in pieces:
                     if piece.file not in manifest.files:
-                        raise CheckpointError(
+                        raise DamagedError(
                             f"{path}: {name}, {state} is said to lie in {piece.file}, which the manifest does not list"
                         )
 
@@ -101,7 +101,7 @@ class CheckpointReader:
     def verify(self, files: Iterable[str] | None = None) -> None:
         """Compare the checksums of `files` (all by default) with the manifest, and the shards' headers with the index.
 
-        One CheckpointError names every broken file; UnreadableError when one cannot be read at all. Ranks share the
+        One DamagedError names every broken file; UnreadableError when one cannot be read at all. Ranks share the
         work by passing different files, see `share`.
         """
         problems = []
@@ -109,16 +109,14 @@ class CheckpointReader:
         for name in sorted(names):
             try:
                 _verify_file(self.path, name, self.manifest)
-            except UnreadableError:
-                raise
-            except CheckpointError as error:
-                problems.append(str(error))
+            except DamagedError as error:
+                problems.append(error.problem)
         for tensor in self.index.tensors.values():
             for piece in (piece for pieces in tensor.states.values() for piece in pieces):
                 if piece.file in names and not problems:
                     self._shard_of(piece)
         if problems:
-            raise CheckpointError("\n".join(problems))
+            raise DamagedError("\n".join(problems))
 
     def share(self, rank: int, world_size: int) -> list[str]:
         """The files that `rank` verifies when `world_size` ranks share the work, with about equal bytes for each.
@@ -140,7 +138,7 @@ class CheckpointReader:
             self._shards[piece.file] = ShardReader(self.path / piece.file)
         shard = self._shards[piece.file]
         if shard.numel(piece.key) != piece.stop - piece.start:
-            raise CheckpointError(
+            raise DamagedError(
                 f"{self.path}: {piece.file} holds {shard.numel(piece.key)} elements of {piece.key!r}, "
                 f"the index says {piece.stop - piece.start}"
             )
@@ -159,20 +157,20 @@ def _read(folder: Path, name: str) -> bytes:
     try:
         return (folder / name).read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: has no {name}, so it is not a complete checkpoint") from error
+        raise DamagedError(f"{folder}: has no {name}, so it is not a complete checkpoint") from error
     except OSError as error:
         raise read_failure(f"{folder}: {name}", error) from error
 
 
 def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
     if name not in manifest.files:
-        raise CheckpointError(f"{folder}: the manifest does not list {name}")
+        raise DamagedError(f"{folder}: the manifest does not list {name}")
     try:
         found = file_checksum(folder / name)
     except OSError as error:
         raise read_failure(f"{folder}: {name}", error) from error
     if found != manifest.files[name].checksum:
-        raise CheckpointError(
+        raise DamagedError(
             f"{folder}: {name} is damaged: its checksum is {found[:12]}..., "
             f"the manifest says {manifest.files[name].checksum[:12]}..."
         )

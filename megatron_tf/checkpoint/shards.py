@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.format import BYTES_PER_ELEMENT, StoredFile
 from megatron_tf.durable import new_file
-from megatron_tf.errors import CheckpointError, UnreadableError
+from megatron_tf.errors import CheckpointError, DamagedError, UnreadableError
 
 BUFFER_BYTES = 16 * 2**20
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library reads no longer header
@@ -134,8 +134,8 @@ def file_checksum(path: Path) -> str:
 
 
 def read_failure(what: str, error: OSError) -> CheckpointError:
-    """The error to raise when `what` could not be read: UnreadableError unless it is missing or no file."""
-    kind = CheckpointError if isinstance(error, _DAMAGE) else UnreadableError
+    """The error to raise when `what` could not be read: UnreadableError unless it is missing or no file, which is damage."""
+    kind = DamagedError if isinstance(error, _DAMAGE) else UnreadableError
     return kind(f"{what} cannot be read ({error.strerror or error})")
 
 
@@ -143,7 +143,7 @@ _DAMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class ShardReader:
-    """Reads slices of the flat fp32 tensors in one shard file. Every defect of the file is a CheckpointError."""
+    """Reads slices of the flat fp32 tensors in one shard file. Every defect of the file is a DamagedError."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -166,14 +166,14 @@ class ShardReader:
                 while view:
                     count = file.readinto(view)
                     if not count:
-                        raise CheckpointError(f"{self._path}: ends within tensor {key!r}; the file is truncated")
+                        raise DamagedError(f"{self._path}: ends within tensor {key!r}; the file is truncated")
                     view = view[count:]
         except OSError as error:
             raise read_failure(f"{self._path}:", error) from error
 
     def _locate(self, key: str) -> tuple[int, int]:
         if key not in self._entries:
-            raise CheckpointError(f"{self._path}: has no tensor {key!r}")
+            raise DamagedError(f"{self._path}: has no tensor {key!r}")
         return self._entries[key]
 
     def _parse_header(self) -> dict[str, tuple[int, int]]:
@@ -183,17 +183,17 @@ class ShardReader:
                 size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
                 if not 2 <= length <= min(size - 8, _HEADER_LIMIT_BYTES):
-                    raise CheckpointError(f"{self._path}: header length {length} does not fit a file of {size} bytes")
+                    raise DamagedError(f"{self._path}: header length {length} does not fit a file of {size} bytes")
                 header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             return {key: self._entry(key, entry, 8 + length, size) for key, entry in header.items()}
         except OSError as error:
             raise read_failure(f"{self._path}:", error) from error
         except (ValueError, AttributeError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{self._path}: the safetensors header is damaged ({error})") from error
+            raise DamagedError(f"{self._path}: the safetensors header is damaged ({error})") from error
 
     def _entry(self, key: str, entry: dict[str, Any], data: int, size: int) -> tuple[int, int]:
         (numel,), (begin, end) = entry["shape"], entry["data_offsets"]
         if entry["dtype"] != "F32" or end - begin != numel * BYTES_PER_ELEMENT or not 0 <= begin <= end <= size - data:
-            raise CheckpointError(f"{self._path}: tensor {key!r} has an impossible dtype, shape or position")
+            raise DamagedError(f"{self._path}: tensor {key!r} has an impossible dtype, shape or position")
         return data + begin, data + end

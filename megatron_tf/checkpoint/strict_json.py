@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, DamagedError
 
 
 def parse_object(file: str, text: bytes) -> Fields:
@@ -17,17 +17,17 @@ def parse_object(file: str, text: bytes) -> Fields:
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen:
-                raise CheckpointError(f"{file}: the field {key!r} stands there twice")
+                raise DamagedError(f"{file}: the field {key!r} stands there twice")
             seen[key] = value
         return seen
 
     def no_constant(constant: str) -> Any:
-        raise CheckpointError(f"{file}: {constant} is not a JSON number")
+        raise DamagedError(f"{file}: {constant} is not a JSON number")
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); the file is damaged") from error
+        raise DamagedError(f"{file}: not valid JSON ({error})") from error
     return Fields(file, "", value)
 
 

@@ -47,7 +47,7 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable
 
-    for library in ("lm_eval", "datasets"):
+    for library in ("lm_eval", "datasets", "huggingface_hub"):  # the last says each of its retries without a network
         logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     model = live_model(ask, tokenizer, max_length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from megatron_tf.evaluation.eval_data import TASK_FOLDER
 from megatron_tf.evaluation.lm_harness import check_installed, run_tasks
 from megatron_tf.evaluation.perplexity import Score, num_batches, summed_loss
 from megatron_tf.evaluation.report import DataResult, perplexity_table, perplexity_values, tasks_table
+from megatron_tf.evaluation.result_files import Identity, perplexity_identity, result_file, tasks_identity
 from megatron_tf.evaluation.scoring import Scorer
 from megatron_tf.evaluation.text_bytes import count_text_bytes
 from megatron_tf.evaluation.windows import Windows
@@ -56,14 +57,14 @@ class EvaluationRequest:
     of each.  `output`: folder of the JSON files; None: in run.dir.
     """
 
-    checkpoint: str | None = None
+    checkpoint: Path | None = None
     data: tuple[str, ...] = ()
     stride: int | None = None
     max_tokens: int | None = None
     tasks: tuple[str, ...] = ()
     task_folder: Path = TASK_FOLDER
     limit: int | None = None
-    output: str | None = None
+    output: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def _evaluate(config: RunConfig, rank: int, request: EvaluationRequest, device: 
         def report_scores() -> None:
             results = [_with_bytes(request, tokenizer, dataset, score) for dataset, score in zip(datasets, scores)]
             print(perplexity_table(results))
-            _write(Path(f"{output}_perplexity.json"), perplexity_values(results, settings))
+            values = perplexity_values(results, {**settings, "max_tokens": request.max_tokens})
+            _write(Path(f"{output}_perplexity.json"), values, perplexity_identity)
 
         together(lambda: report_scores() if rank == 0 else None)
     if request.tasks:
@@ -171,7 +173,8 @@ def _run_tasks(
         raise
     scorer.release()
     print(tasks_table(results["results"]))
-    _write(output, {"megatron_tf": settings, **results})
+    settings = {**settings, "tasks": sorted(request.tasks), "limit": request.limit}
+    _write(output, {"megatron_tf": settings, **results}, tasks_identity)
 
 
 def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDataset]:
@@ -290,7 +293,9 @@ def _settings(config: RunConfig, model: LoadedModel, request: EvaluationRequest)
     }
 
 
-def _write(path: Path, values: Any) -> None:
+def _write(first: Path, values: Mapping[str, Any], identity: Callable[[Mapping[str, Any]], Identity]) -> None:
+    """To `first`, or beside it when another evaluation is there."""
+    path = result_file(first, values, identity)
     with file_errors(UserError, path, "Free space or choose another --output."):
         write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
     print(f"wrote {path}")

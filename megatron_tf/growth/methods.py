@@ -2,7 +2,7 @@
 
 A method is a function from `Projection` to `NewTokens`, registered in METHODS under its name in the configuration. It
 sees logical, unsharded state by range, so it works at every layout and holds no whole tensor. It decides at once and
-computes elements only when they are read, so whether a growth is possible is known before any state is.
+computes elements only when they are read, so whether a growth is possible is known before any state is, and without torch.
 
 In the formulas A = X Kᵀ are the scores, K and R the old and the new key tokens, n_old and n_new the numbers of tokens
 before and after, τ and τ' the stored scale of the projection before and after.
@@ -19,16 +19,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor
+from functools import cache
+from typing import TYPE_CHECKING
 
 from megatron_tf.config.schema import Activation
 from megatron_tf.errors import ConfigError
-from megatron_tf.growth.gram import GramKeys
 from megatron_tf.params import default_scale
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_tf.growth.gram import GramKeys
+
 # (start, stop) in elements of a flattened tensor -> flat values on the CPU
-Elements = Callable[[int, int], Tensor]
+Elements = Callable[[int, int], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -138,11 +142,20 @@ def gram(projection: Projection) -> NewTokens:
             f"{projection.scale:.6g} of now. Set model.parameter_tokens.{projection.kind} to more than "
             f"{projection.scale**2:.0f}, or the method to zero_key."
         )
-    keys = GramKeys(
-        projection.old_keys, old_tokens=old, added_tokens=new - old, width=projection.width, factor=factor,
-        seed=projection.seed, name=projection.name,
-    )  # fmt: skip
-    return NewTokens(scale, keys.read, values=None)
+
+    def read(start: int, stop: int) -> Tensor:
+        return keys().read(start, stop)
+
+    @cache
+    def keys() -> GramKeys:
+        from megatron_tf.growth.gram import GramKeys  # needs torch
+
+        return GramKeys(
+            projection.old_keys, old_tokens=old, added_tokens=new - old, width=projection.width, factor=factor,
+            seed=projection.seed, name=projection.name,
+        )  # fmt: skip
+
+    return NewTokens(scale, read, values=None)
 
 
 def random(projection: Projection) -> NewTokens:

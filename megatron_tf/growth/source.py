@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from megatron_tf.config.schema import Growth, Model
-from megatron_tf.errors import ConfigError
-from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, NewTokens, Projection
+from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, NewTokens
+from megatron_tf.growth.rules import decide, growing
 from megatron_tf.model.initialize import initial_rows
-from megatron_tf.params import PROJECTIONS, parameter_table, projection_tokens
+from megatron_tf.params import parameter_table
 
 WEIGHT = "weight"
 SLICE_ELEMENTS = 2**20  # 4 MiB in fp32
@@ -47,11 +47,6 @@ class StateSource(Protocol):
     def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Optimizer steps that these elements have had: (start, stop, steps) in order, covering [start, stop)."""
         ...
-
-
-def projection_kind(name: str) -> str:
-    """ "blocks.3.attention.query" -> "qkv", a field of model.parameter_tokens."""
-    return PROJECTIONS[name.split(".", 2)[2]].tokens
 
 
 def copy_in_slices(read: Callable[[int, int], Tensor], start: int, target: Tensor) -> None:
@@ -101,30 +96,18 @@ class GrownSource:
         self._old, self._fresh, self._growth, self._seed = old, fresh, growth, seed
         self._shapes = parameter_table(new_model)
         self._tensors: dict[str, _Grown] = {}
-        self._projections: dict[str, Projection] = {}
-        before, after = projection_tokens(old_model), projection_tokens(new_model)
-        old_shapes, scales = parameter_table(old_model), dict(old.scales)
-        factors, problems = {}, []
-        for name in after:
-            assert before[name] <= after[name]
-            if before[name] == after[name]:
-                continue
-            keys, values = f"{name}.key_tokens", f"{name}.value_tokens"
-            for tensor, is_value in ((keys, False), (values, True)):
+        old_shapes = parameter_table(old_model)
+        self._projections = growing(
+            old_model, new_model, growth, old.scales, seed,
+            lambda tensor: self._weights_of(old, tensor), lambda tensor: self._weights_of(fresh, tensor),
+        )  # fmt: skip
+        for name in self._projections:
+            for part, is_value in (("key_tokens", False), ("value_tokens", True)):
+                tensor = f"{name}.{part}"
                 self._tensors[tensor] = _Grown(old_shapes[tensor].numel, name, is_value)
-            kind = projection_kind(name)
-            self._projections[name] = Projection(
-                name, kind, f"growth.methods.{kind}" if getattr(growth.methods, kind) else "growth.method",
-                new_model.activation, self._shapes[keys].width, before[name], after[name], scales[name], seed,
-                self._weights_of(old, keys), self._weights_of(fresh, keys), self._weights_of(fresh, values),
-            )  # fmt: skip
-            try:
-                tokens = self._tokens_of(name)
-                scales[name], factors[name] = tokens.scale, tokens.old_values_factor
-            except ConfigError as error:
-                problems += error.problems
-        if problems:
-            raise ConfigError(list(dict.fromkeys(problems)))  # layers repeat each other
+        decided = decide(self._projections, growth)
+        scales = {**old.scales, **{name: tokens.scale for name, tokens in decided.items()}}
+        factors = {name: tokens.old_values_factor for name, tokens in decided.items()}
         self.scales: Mapping[str, float] = scales
         self._factors = factors
         self._latest: tuple[str, NewTokens] | None = None
@@ -224,33 +207,6 @@ class GrownSource:
     @staticmethod
     def _weights_of(source: StateSource, tensor: str) -> Elements:
         return lambda start, stop: source.read(tensor, WEIGHT, start, stop)
-
-
-def scales_after_growth(
-    old_model: Model, new_model: Model, growth: Growth, scales: Mapping[str, float]
-) -> Mapping[str, float]:
-    """τ of every projection once `old_model`, whose τ are `scales`, has grown; needs no state.
-
-    ConfigError, with all problems, when `growth` cannot do it: so each stage of a chain is checked before the first.
-    """
-    nothing = _Stateless(scales)
-    return GrownSource(nothing, nothing, old_model=old_model, new_model=new_model, growth=growth, seed=0).scales
-
-
-@dataclass(frozen=True)
-class _Stateless:
-    """A source of τ alone."""
-
-    scales: Mapping[str, float]
-
-    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        raise AssertionError("a method has read state before it was asked for elements")
-
-    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
-        raise AssertionError("a method has read state before it was asked for elements")
-
-    def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
-        raise AssertionError("a method has read step counts")
 
 
 def growth_entry(

@@ -24,7 +24,8 @@ from megatron_tf.config.schema import DataSource, Model, ParameterTokens
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.pruning import PrunedSource, largest, summed_contributions, summed_scale_terms
-from megatron_tf.growth.source import growth_entry, projection_kind
+from megatron_tf.growth.rules import projection_kind
+from megatron_tf.growth.source import growth_entry
 from megatron_tf.model.attention import causal_attention
 from megatron_tf.model.layers import Block, Pattention, PattentionAttention
 from megatron_tf.model.tokenformer import TokenFormer

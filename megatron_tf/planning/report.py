@@ -16,8 +16,9 @@ def report(plan: dict[str, Any]) -> str:
         f"{gpu['per_node']} a node, {gpu['node_bandwidth'] / 1e9:g} GB/s within a node and "
         f"{gpu['network_bandwidth'] / 1e9:g} GB/s a GPU between nodes)"
     ]
+    parts += [f"not valid     {problem}" for problem in plan["problems"]]
     for stage in plan["stages"]:
-        parts.append("\n".join([*_stage_lines(stage), "", *_layout_lines(stage)]))
+        parts += ["\n".join(lines) for lines in (list(_stage_lines(stage)), list(_layout_lines(stage))) if lines]
     if plan["chain"]:
         parts.append("\n".join(_chain_lines(plan["chain"])))
     parts.append(
@@ -105,6 +106,8 @@ def _checkpoint_lines(checkpoint: dict[str, Any]) -> Iterable[str]:
 
 def _layout_lines(stage: dict[str, Any]) -> Iterable[str]:
     best = stage["best_layouts"]
+    if not best and stage["problems"]:
+        return  # they say why
     if not best:
         yield "  No layout of these GPUs fits this batch and their memory."
         return

@@ -11,6 +11,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import plan_batches, topology_for, validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.estimate import memory_per_rank, num_parameters, parameters_per_rank
+from megatron_tf.growth.rules import chain_problems
 from megatron_tf.planning.chain import chain_costs
 from megatron_tf.planning.checkpoints import plan_checkpoints
 from megatron_tf.planning.communication import sent_bytes_per_step
@@ -35,7 +36,7 @@ class Circumstances:
 def plan(configs: Sequence[RunConfig], circumstances: Circumstances) -> dict[str, Any]:
     """The plan of a run, or of a chain of them. What cannot run is said under `problems`, and nothing is raised.
 
-    Keys: gpu, gpus, stages (see `_stage`), chain (see StageCost; empty for one run, or when a stage cannot run),
+    Keys: gpu, gpus, problems (of stages that cannot grow from each other), stages (see `_stage`), chain (see StageCost; empty for one run, or when a stage cannot run),
     assumptions. Bytes, seconds, FLOPs and tokens without prefixes; all but memory, sent bytes and sizes are estimates.
     """
     stages, estimates = [], []
@@ -44,11 +45,13 @@ def plan(configs: Sequence[RunConfig], circumstances: Circumstances) -> dict[str
         stages.append(summary)
         if chosen is not None:
             estimates.append(chosen)
-    whole = len(configs) > 1 and len(estimates) == len(configs)
+    problems = chain_problems(configs)
+    whole = len(configs) > 1 and len(estimates) == len(configs) and not problems
     gpu = circumstances.gpu
     return {
         "gpu": {**asdict(gpu), "bf16_flops": gpu.peak_flops("bf16")},
         "gpus": circumstances.num_gpus,
+        "problems": problems,
         "stages": stages,
         "chain": [asdict(cost) for cost in chain_costs(estimates, circumstances.scratch_tokens)] if whole else [],
         "assumptions": list(circumstances.assumed.sentences()),

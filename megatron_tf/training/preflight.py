@@ -8,15 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from megatron_tf.checkpoint.architecture import growth_problems
 from megatron_tf.config.machine import machine_problems
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError, LaunchError
 from megatron_tf.estimate import memory_per_rank
-from megatron_tf.growth.source import scales_after_growth
+from megatron_tf.growth.rules import chain_problems
 from megatron_tf.parallel.environment import LaunchEnvironment
-from megatron_tf.params import initial_scales
 
 GIB = 2**30
 # Activations are an estimate, which may be beside the truth by this factor.
@@ -49,25 +47,6 @@ def preflight(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> No
         raise LaunchError(f"on {socket.gethostname()}: " + "\n  - ".join(lacking))
     if wrong or lacking:
         raise ConfigError(wrong + lacking)
-
-
-def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
-    """Stages that cannot be grown from the stage before them: known now, and not when days of training are over."""
-    problems: list[str] = []
-    scales: Mapping[str, float] = initial_scales(stages[0].model)
-    for before, after in zip(stages, stages[1:]):
-        if after.growth is None:
-            break
-        found = growth_problems(before.model, after.model)
-        try:
-            if not found:
-                scales = scales_after_growth(before.model, after.model, after.growth, scales)
-        except ConfigError as error:
-            found = error.problems
-        problems += [f"stage {after.run.name}: {problem}" for problem in found]
-        if found:
-            break  # what τ would be is not known from here on
-    return problems
 
 
 def _speaks_for_a_node(environment: LaunchEnvironment) -> bool:

@@ -5,13 +5,13 @@ import pytest
 from megatron_tf.checkpoint.architecture import (
     check_growable,
     check_same_architecture,
-    growth_problems,
     stored_model,
     token_counts,
 )
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.config.schema import Model, ParameterTokens
 from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.growth.rules import growth_problems
 from megatron_tf.params import initial_scales, parameter_table
 
 

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy, gelu, layer_norm
 
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import ConfigError
-from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed, scales_after_growth
+from megatron_tf.growth.rules import scales_after_growth
+from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed
 from megatron_tf.model import build_model
 from megatron_tf.params import default_scale, initial_scales, parameter_table, projection_tokens
 

@@ -68,6 +68,19 @@ def test_agrees_with_the_evaluation_in_training(run_folder):
     assert found["all"]["text_bytes"] is not None
 
 
+def test_another_evaluation_is_kept_and_the_same_replaced(run_folder):
+    short = ("--max-tokens", 40)
+    first = results(run_folder, evaluate(run_folder, *short))
+    done = evaluate(run_folder, *short, "--stride", 6)
+    assert results(run_folder, done, "step_00000000_perplexity-2.json")["stride"] == 6
+    results(run_folder, evaluate(run_folder, *short))
+    folder = run_folder / "run" / "evaluation"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step_00000000_perplexity-2.json", "step_00000000_perplexity.json",
+    ]  # fmt: skip
+    assert json.loads((folder / "step_00000000_perplexity.json").read_text()) == first and first["max_tokens"] == 40
+
+
 REFUSED = {
     "a stride that leaves gaps": (["--stride", 17], ["--stride: 17", "seq_length 16"]),
     "nothing to score": (["--max-tokens", 1], ["--max-tokens", "2 or more"]),

@@ -10,6 +10,7 @@ import pytest
 from launching import PROJECT, environment, run, train
 from peak_memory import counted_from_zero
 from prepared import write_tokens
+from tooling import tool
 
 from megatron_tf.checkpoint.compare import compare
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -135,6 +136,11 @@ def test_a_users_mistake_is_one_message(folder):
         assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
         assert done.stdout.count("error: ") == 1 and message in done.stdout, done.stdout
     assert not (folder / "new").exists()
+
+
+def test_an_empty_path_is_not_the_current_folder(folder):
+    done = tool("expand_checkpoint", "--from", folder / "small", "--config", folder / "config.yml", "--to", "")
+    assert done.returncode == 2 and "argument --to: '' is no path" in done.stderr
 
 
 def test_it_needs_no_deepspeed(folder):

@@ -36,6 +36,7 @@ def test_this_python_alone_is_a_corpus(tmp_path):
     [
         (["--sources", "pyhton"], "'pyhton' is no source. Known are python, austen"),
         (["--sources", "python", "--hold-out", "kjv"], "--hold-out names 'kjv', which is not among the sources"),
+        (["--sources", "austen", "--hold-out", "austen"], "nothing is left to train on"),
         (["--sources", "web", "kjv"], "2 of 2 sources cannot be fetched here:\n  web: needs apt"),
         (["--sources", "default", "linux-docs"], "linux-docs: needs apt"),
         (["--sources", "web", "python"], "go on without them: --sources python"),
@@ -47,6 +48,13 @@ def test_refusals(tmp_path, words, message):
         message,
     )
     assert not (tmp_path / "out" / "train").exists()
+
+
+@pytest.mark.parametrize("output", [".", "..", "/", ""])
+def test_a_folder_without_a_name_is_refused(output):
+    done = tool("fetch_corpus", output, "--sources", "python", PATH=NO_APT)
+    assert (done.returncode, done.stdout, done.stderr.count("error: ")) == (2, "", 1), done.stderr
+    assert "is no path" in done.stderr if output == "" else "has no name of its own" in done.stderr
 
 
 def test_the_folder_is_asked_for():

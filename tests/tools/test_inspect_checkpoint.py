@@ -112,7 +112,31 @@ def test_a_damaged_checkpoint_is_one_message_and_exit_code_2(tmp_path):
     done = inspect(path, "--verify")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "shard_00000.safetensors is damaged" in done.stderr
+    assert done.stderr.count("The checkpoint is damaged: copy it again, or use an older one") == 1
     assert "Traceback" not in done.stderr
+    whole = save(tmp_path / "whole", 10, 0.0)
+    assert inspect(whole, "--diff", path).returncode == 1
+    done = inspect(whole, "--diff", path, "--verify")
+    assert done.returncode == 2 and f"{path}: shard_00000.safetensors is damaged" in done.stderr
+
+
+def test_remedies(tmp_path):
+    path = save(tmp_path, 10, 0.0)
+    shard = path / shard_name(0)
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    remedy = "The checkpoint is damaged: copy it again, or use an older one"
+    done = inspect(path)
+    assert f"has {len(content) - 1} bytes, the manifest says {len(content)}. {remedy}\n" in done.stderr
+    shard.unlink()
+    assert f"{shard_name(0)} is missing. {remedy}\n" in inspect(path).stderr
+    done = inspect(tmp_path)
+    assert f"{shard_name(0)} is missing\nCopy them again, or give another folder\n" in done.stderr
+    (tmp_path / "empty").mkdir()
+    assert "holds no complete checkpoint. Give the folder of a run that has" in inspect(tmp_path / "empty").stderr
+    assert f"{TOOL}: is a file. Give a checkpoint" in inspect(TOOL).stderr
+    done = inspect("")
+    assert done.returncode == 2 and "argument path: '' is no path" in done.stderr
 
 
 def test_a_missing_checkpoint_is_one_message_and_exit_code_2(tmp_path):

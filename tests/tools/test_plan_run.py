@@ -70,6 +70,25 @@ def test_a_layout_that_cannot_run_is_refused_and_others_are_named():
     assert "not valid" in done.stdout and "TP1×PP1×DP64 micro batch 8" in done.stdout
 
 
+def test_a_chain_that_the_trainer_refuses_is_refused(tmp_path):
+    text = (CONFIGS / "tiny_chain.yml").read_text()
+    for old, new, problem in (
+        ("ffn: 768", "ffn: 256", "model.parameter_tokens.ffn: 512 before, 256 after. Growth cannot take tokens away."),
+        ("method: zero_key", "method: gram", "gram needs at least 128 new qkv tokens"),
+    ):
+        (tmp_path / "chain.yml").write_text(text.replace(old, new))
+        done = tool("plan_run", tmp_path / "chain.yml", "--gpus", 2)
+        assert done.returncode == 2 and "The chain, beside" not in done.stdout
+        assert "error: " in done.stderr and f"stage tiny_chain-tokens192: {problem}" in done.stderr.replace(
+            "growth.method: gram", "gram"
+        )
+
+
+def test_layouts_are_not_blamed_for_the_length():
+    done = tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 1, "--tokens", 1)
+    assert done.returncode == 2 and "warmup_steps" in done.stderr and "No layout" not in done.stdout
+
+
 def test_what_does_not_fit_is_said():
     done = tool("plan_run", CONFIGS / "1.4B.yml", "--gpus", 2, "--gpu", "rtx4090", "--storage-gb-per-s", "0.5")
     assert done.returncode == 0 and "valid, DOES NOT FIT" in done.stdout
@@ -83,21 +102,24 @@ def test_mistakes(tmp_path):
     )
     assert_refused(tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 2, "--scratch-tokens", "1e9"), "is no chain")
     assert_refused(tool("plan_run", tmp_path / "none.yml", "--gpus", 8), "none.yml")
-    for option, value in (
-        ("--gpus", "0"),
-        ("--tokens", "-1"),
-        ("--storage-gb-per-s", "0"),
-        ("--restart-minutes", "nan"),
+    for option, value, expected in (
+        ("--gpus", "0", "not a whole number from 1 to"),
+        ("--tokens", "-1", "from 1 to 1e+18"),
+        ("--tokens", "1e300", "from 1 to 1e+18"),
+        ("--storage-gb-per-s", "1e-7", "from 1e-06 to 1e+06"),
+        ("--network-gb-per-s", "nan", "from 1e-06 to 1e+06"),
+        ("--restart-minutes", "nan", "from 0 to 1e+06"),
     ):
         done = tool(
             "plan_run", CONFIGS / "tiny.yml", *(() if option == "--gpus" else ("--gpus", 1)), f"{option}={value}"
         )
-        assert done.returncode == 2 and f"argument {option}" in done.stderr
+        assert done.returncode == 2 and f"argument {option}" in done.stderr and expected in done.stderr
 
 
-def test_it_needs_no_torch():
+@pytest.mark.parametrize("config", ["tiny.yml", "tiny_chain.yml"])
+def test_it_needs_no_torch(config):
     script = (
-        f"import runpy, sys; sys.argv = ['x', {str(CONFIGS / 'tiny.yml')!r}, '--gpus', '2'];"
+        f"import runpy, sys; sys.argv = ['x', {str(CONFIGS / config)!r}, '--gpus', '2'];"
         f"runpy.run_path({str(Path(PROJECT) / 'tools' / 'plan_run.py')!r}, run_name='__main__');"
         "assert not {'torch', 'deepspeed', 'numpy'} & set(sys.modules)"
     )

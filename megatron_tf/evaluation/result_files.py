@@ -1,0 +1,41 @@
+"""Under which name an evaluation is kept: one of the same settings is replaced, one of other settings is left alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+# Of the settings that both kinds of file hold. The layout is not among them: it does not change the result.
+_SETTINGS = ("checkpoint", "precision", "window")
+Identity = tuple[Any, ...]
+
+
+def perplexity_identity(values: Mapping[str, Any]) -> Identity:
+    """What tells an evaluation on data from another one, of `report.perplexity_values`. KeyError when it is none."""
+    return (*(values[key] for key in (*_SETTINGS, "stride", "max_tokens")), *(data["path"] for data in values["data"]))
+
+
+def tasks_identity(values: Mapping[str, Any]) -> Identity:
+    """What tells a run of tasks from another one, of the values of a tasks file. KeyError when it is none."""
+    settings = values["megatron_tf"]
+    return (*(settings[key] for key in (*_SETTINGS, "limit")), *settings["tasks"])
+
+
+def result_file(path: Path, values: Mapping[str, Any], identity: Callable[[Mapping[str, Any]], Identity]) -> Path:
+    """Where to write `values`: `path`, or the first of NAME-2.json, NAME-3.json ... that is free or of the same settings."""
+    for number in count(1):
+        candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        if not candidate.exists() or _identity_in(candidate, identity) == identity(values):
+            return candidate
+    raise AssertionError("numbers do not end")
+
+
+def _identity_in(path: Path, identity: Callable[[Mapping[str, Any]], Identity]) -> Identity | None:
+    """None for what is no such file, or one from before its settings were kept in full."""
+    try:
+        return identity(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

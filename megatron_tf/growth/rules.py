@@ -1,0 +1,140 @@
+"""Whether one model can grow into another, and by which methods: arithmetic on configurations, without torch or state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_tf.config.schema import Growth, Model, RunConfig
+from megatron_tf.errors import ConfigError
+from megatron_tf.growth.methods import METHODS, Elements, NewTokens, Projection
+from megatron_tf.params import PROJECTIONS, initial_scales, parameter_table, projection_tokens
+
+TOKENS = "parameter_tokens."
+
+
+def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
+    """Stages that cannot be grown from the stage before them: known now, and not when days of training are over."""
+    problems: list[str] = []
+    scales: Mapping[str, float] = initial_scales(stages[0].model)
+    for before, after in zip(stages, stages[1:]):
+        if after.growth is None:
+            break
+        found = growth_problems(before.model, after.model)
+        try:
+            if not found:
+                scales = scales_after_growth(before.model, after.model, after.growth, scales)
+        except ConfigError as error:
+            found = error.problems
+        problems += [f"stage {after.run.name}: {problem}" for problem in found]
+        if found:
+            break  # what τ would be is not known from here on
+    return problems
+
+
+def growth_problems(old: Model, new: Model) -> list[str]:
+    """Why `old` cannot grow into `new`: every differing key with both values, unless they differ in token counts alone,
+    and `new` has more in at least one kind of projection and fewer in none."""
+    if "transformer" in (old.architecture, new.architecture):
+        return [
+            f"model.architecture: {old.architecture} before, {new.architecture} after. Growth appends parameter tokens, "
+            "and a transformer has none: train it from scratch, without growth."
+        ]
+    problems, grows, foreign = [], False, False
+    for key, before, after in differing(old, new):
+        if not key.startswith(TOKENS):
+            foreign = True
+            problems.append(f"model.{key}: {before} before, {after} after. Growth changes token counts only")
+        elif after < before:
+            problems.append(f"model.{key}: {before} before, {after} after. Growth cannot take tokens away")
+        else:
+            grows = True
+    if foreign:
+        problems[-1] += (
+            ". Models that differ in width, depth, heads or vocabulary never grow into each other; so it is with the "
+            "Pile models 150M, 450M, 900M and 1.5B, and with the paper's 12 × 768 models (124M to 1.4B) and the "
+            "official repository's 24 × 1024 ones (354M, 757M)"
+        )
+    if not problems and not grows:
+        problems.append("growth: the smaller model has these token counts already. Raise model.parameter_tokens")
+    return [problem + "." for problem in problems]
+
+
+def scales_after_growth(
+    old_model: Model, new_model: Model, growth: Growth, scales: Mapping[str, float]
+) -> Mapping[str, float]:
+    """τ of every projection once `old_model`, whose τ are `scales`, has grown.
+
+    ConfigError, with all problems, when `growth` cannot do it: so each stage of a chain is checked before the first.
+    """
+    decided = decide(growing(old_model, new_model, growth, scales, 0, _no_state, _no_state), growth)
+    return {**scales, **{name: tokens.scale for name, tokens in decided.items()}}
+
+
+def growing(
+    old_model: Model,
+    new_model: Model,
+    growth: Growth,
+    scales: Mapping[str, float],
+    seed: int,
+    old_weights: Callable[[str], Elements],
+    initial_weights: Callable[[str], Elements],
+) -> dict[str, Projection]:
+    """The projections that grow, by name.
+
+    `scales`: τ before.  `seed`: of this growth.  `old_weights`, `initial_weights`: of a tensor of the smaller model, and
+    what the initialiser puts into one of the bigger model.
+    """
+    before, after, shapes = projection_tokens(old_model), projection_tokens(new_model), parameter_table(new_model)
+    found = {}
+    for name in after:
+        assert before[name] <= after[name]
+        if before[name] == after[name]:
+            continue
+        keys, values, kind = f"{name}.key_tokens", f"{name}.value_tokens", projection_kind(name)
+        found[name] = Projection(
+            name, kind, f"growth.methods.{kind}" if getattr(growth.methods, kind) else "growth.method",
+            new_model.activation, shapes[keys].width, before[name], after[name], scales[name], seed,
+            old_weights(keys), initial_weights(keys), initial_weights(values),
+        )  # fmt: skip
+    return found
+
+
+def decide(projections: Mapping[str, Projection], growth: Growth) -> dict[str, NewTokens]:
+    """What the method of each projection makes of it; ConfigError with all problems."""
+    decided, problems = {}, []
+    for name, projection in projections.items():
+        try:
+            decided[name] = METHODS[growth.method_of(projection.kind)](projection)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))  # layers repeat each other
+    return decided
+
+
+def projection_kind(name: str) -> str:
+    """ "blocks.3.attention.query" -> "qkv", a field of model.parameter_tokens."""
+    return PROJECTIONS[name.split(".", 2)[2]].tokens
+
+
+def differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in each) wherever they differ; of two architectures, only keys that mean something in both."""
+    one, other = (_flatten(model.model_dump(exclude_none=True)) for model in (first, second))
+    for key in other:
+        if key in one and one[key] != other[key]:
+            yield key, one[key], other[key]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return flat
+
+
+def _no_state(tensor: str) -> Elements:
+    def read(start: int, stop: int) -> Any:
+        raise AssertionError("a method has read state before it was asked for elements")
+
+    return read

@@ -1,0 +1,31 @@
+"""Control-C while a command is still importing. torch takes seconds to load, and a traceback of it tells nobody anything.
+
+A script calls `end_quietly` before its other imports, when it is the main program or a process that this has spawned
+("__mp_main__") and that loads it again: whoever imports it otherwise keeps Python's own handling. `run_command` calls
+`end_by_exception`; spawned processes do their work without a word about Control-C, which reaches their parent as well.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import NoReturn
+
+INTERRUPTED_EXIT_CODE = 130  # as shells have it: 128 and the signal's number
+
+
+def end_quietly() -> None:
+    """From here on Control-C ends this process at once, without a word; one that ignores it goes on ignoring it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def end_by_exception() -> None:
+    """From here on Control-C is a KeyboardInterrupt again, if `end_quietly` was called."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(INTERRUPTED_EXIT_CODE)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_tf.evaluation.result_files import perplexity_identity, result_file, tasks_identity
+
+PERPLEXITY = {
+    "checkpoint": "run/step_1",
+    "layout": "TP1",
+    "precision": "fp32",
+    "window": 16,
+    "stride": 16,
+    "max_tokens": None,
+    "data": [{"path": "a", "loss": 1.0}],
+}
+TASKS = {"megatron_tf": {**PERPLEXITY, "tasks": ["piqa"], "limit": None}, "results": {}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoint": "other/step_1"},
+        {"precision": "bf16"},
+        {"window": 8},
+        {"stride": 8},
+        {"max_tokens": 9},
+        {"data": []},
+        {"data": [{"path": "b"}]},
+    ],
+)
+def test_other_settings_get_another_name(tmp_path, change):
+    path = tmp_path / "step_1_perplexity.json"
+    path.write_text(json.dumps(PERPLEXITY))
+    other = result_file(path, {**PERPLEXITY, **change}, perplexity_identity)
+    assert other == tmp_path / "step_1_perplexity-2.json"
+    other.write_text(json.dumps({**PERPLEXITY, **change}))
+    assert result_file(path, {**PERPLEXITY, **change}, perplexity_identity) == other
+    assert result_file(path, {**PERPLEXITY, "stride": 3}, perplexity_identity).name == "step_1_perplexity-3.json"
+
+
+def test_the_same_settings_replace_whatever_the_layout_and_the_result(tmp_path):
+    path = tmp_path / "step_1_perplexity.json"
+    path.write_text(json.dumps(PERPLEXITY))
+    again = {**PERPLEXITY, "layout": "TP2", "data": [{"path": "a", "loss": 2.0}]}
+    assert result_file(path, again, perplexity_identity) == path
+
+
+@pytest.mark.parametrize("change", [{"tasks": ["arc_easy"]}, {"limit": 3}, {"precision": "bf16"}])
+def test_other_tasks_get_another_name(tmp_path, change):
+    path = tmp_path / "step_1_tasks.json"
+    path.write_text(json.dumps(TASKS))
+    assert result_file(path, TASKS, tasks_identity) == path
+    other = {"megatron_tf": {**TASKS["megatron_tf"], **change}, "results": {}}
+    assert result_file(path, other, tasks_identity) == tmp_path / "step_1_tasks-2.json"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"data": 3}', "\xff"])
+def test_what_is_no_evaluation_is_left_alone(tmp_path, content):
+    path = tmp_path / "step_1_perplexity.json"
+    path.write_text(content, encoding="latin-1")
+    assert result_file(path, PERPLEXITY, perplexity_identity).name == "step_1_perplexity-2.json"

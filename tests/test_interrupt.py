@@ -1,0 +1,45 @@
+"""Control-C in the first seconds of a command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+# A torch that takes for ever to load, and says when it begins to.
+SLOW_TORCH = "import sys, time\nprint('loading', flush=True)\ntime.sleep(60)\n"
+
+
+@pytest.mark.parametrize("script", ["tools/inspect_checkpoint.py", "launch/evaluate.py"])
+def test_while_torch_is_loaded(tmp_path, script):
+    (tmp_path / "torch.py").write_text(SLOW_TORCH)
+    paths = os.pathsep.join((str(tmp_path), str(PROJECT)))
+    words = [sys.executable, PROJECT / script, PROJECT / "configs" / "tiny.yml"]
+    child = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert child.stdout is not None and child.stdout.readline() == "loading\n"
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    assert (child.returncode, out, err) == (130, "", "")
+
+
+def handler_after(body: str) -> str:
+    head = "import signal\nfrom megatron_tf.errors import run_command\nfrom megatron_tf.interrupt import end_quietly\n"
+    tail = "\nrun_command(lambda: print(signal.getsignal(signal.SIGINT)))"
+    done = subprocess.run([sys.executable, "-c", head + body + tail], capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_command_has_pythons_own_handler():
+    assert "default_int_handler" in handler_after("end_quietly()")
+
+
+def test_a_handler_of_the_users_and_an_ignored_signal_are_left():
+    assert handler_after("signal.signal(signal.SIGINT, signal.SIG_IGN); end_quietly()") == "1\n"  # SIG_IGN
+    assert "divmod" in handler_after("signal.signal(signal.SIGINT, divmod); end_quietly()")
