@@ -8,6 +8,7 @@ any distance between rows; all arithmetic is fp32.
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -29,6 +30,7 @@ def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
     return kernels is not None and dtype in kernels.DTYPES and kernels.is_available()
 
 
+@cache
 def _kernels(device_type: str) -> ModuleType | None:
     """A module with a function for each operator below that writes its results into tensors it is given."""
     if device_type == "cpu":
