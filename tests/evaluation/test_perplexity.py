@@ -75,6 +75,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_equal_at_every_layout(checkpoint, model, tokens, ranks):
     expected = [loss(0, checkpoint, model, tokens, Topology(), stride) for stride in (16, 7)]

@@ -86,6 +86,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_equal_at_every_layout(checkpoint, model, ranks):
     plain = load_model(checkpoint, torch.float64)

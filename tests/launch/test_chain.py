@@ -38,6 +38,7 @@ def stage_steps(folder, run, stage):
     return [record["step"] for record in records if "train/loss" in record]
 
 
+@pytest.mark.slow
 def test_a_chain_on_three_layouts_resumes_anywhere(chain):
     whole = train(chain, f"run.dir={chain}/whole", ranks=2)
     assert whole.returncode == 0, whole.stdout

@@ -181,6 +181,7 @@ def small_disk(folder):
     subprocess.run(["umount", place], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_end_the_run(folder, small_disk):
     """It says so at the end, and goes on from its newest good checkpoint when there is room again."""
     whole = train(folder, f"run.dir={folder}/whole", "checkpoint.interval_steps=1")
@@ -257,6 +258,7 @@ def test_damaged_weights_are_not_given_out(checkpoints, kind):
         load_logical(checkpoints[2])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_older_checkpoint(folder):
     assert train(folder).returncode == 0
     shutil.copytree(folder / "run", folder / "whole")

@@ -104,6 +104,7 @@ def test_many_changes_over_more_than_an_epoch(countable):
     assert sorted(seen[:epoch]) == sorted(seen[epoch : 2 * epoch]) and len(set(seen[:epoch])) == epoch
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_on_twice_the_ranks(folder):
     def losses(run):
         records = map(json.loads, (folder / run / "metrics.jsonl").read_text().splitlines())

@@ -27,6 +27,7 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(folder, stage
     assert [record["optim/skipped_steps"] for record in records if "train/loss" in record][-1] >= 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_alone_ends_the_run_with_its_message(folder):
     """An id beyond the vocabulary is found by the one rank that reads it; the others must not end in a traceback."""
     bad = folder / "tokens.bin"

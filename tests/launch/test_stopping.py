@@ -78,6 +78,7 @@ def test_a_rank_that_hangs_or_dies_is_named_in_bounded_time(folder, victim, numb
         assert "rank 0 lost contact" in out
 
 
+@pytest.mark.slow
 def test_a_time_budget_and_going_on_again_and_again(folder):
     """Each start does one step; what comes out is what an undisturbed run gives."""
     stops = 0

@@ -48,6 +48,7 @@ def test_a_run_writes_what_it_promises(folder):
     assert (index.step, index.samples, index.tokens) == (6, 48, 768)
 
 
+@pytest.mark.slow
 def test_the_time_of_a_step_and_a_trace_of_it(folder):
     """On two pipeline stages of one rank each, and tensor parallel: all phases are there."""
     for ranks, layout in ((2, "parallel.pipeline=2"), (2, "parallel.tensor=2")):
@@ -139,6 +140,7 @@ def test_grow_on_another_layout(folder):
     assert index.scales["blocks.0.ffn"] == 37**0.5 and index.scales["blocks.0.attention.proj"] == 11**0.5
 
 
+@pytest.mark.slow
 def test_frozen_old_tokens_stay_to_the_last_bit(folder):
     """Under weight decay, clipping and ZeRO on two ranks, and over a resume; all else learns."""
     succeed(train(folder))

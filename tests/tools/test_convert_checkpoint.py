@@ -140,6 +140,7 @@ def test_an_imported_model_is_trained_on_and_grown(folder, tmp_path):
     assert_refused(out, "blocks.0.ffn: τ 12.6491, the official code takes 13.0384")
 
 
+@pytest.mark.slow
 def test_to_transformers_and_back_again(folder, tmp_path):
     out, tokenizer = tmp_path / "out", tmp_path / "tokenizer.json"
     done = tool("convert_checkpoint", "to-hf", folder / "run", "--to", out, "--dry-run")

@@ -113,6 +113,7 @@ def _grow(rank, small, big, folder):
         leave()
 
 
+@pytest.mark.slow
 def test_drifted_copies_are_an_error(config):
     with tempfile.TemporaryDirectory() as folder:
         run(_drift, 4, config(), folder)

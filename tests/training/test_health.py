@@ -86,6 +86,7 @@ def test_the_dead_are_found(checkpoint):
     assert 0.1 < found["health/ffn/new_share"] < 0.9 and 1 / 37 < found["health/ffn/active_share"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_equal_at_every_layout(checkpoint, config, ranks):
     spawn(_layouts, ranks, str(checkpoint), config().model, reference(load_model(checkpoint, torch.float64)))

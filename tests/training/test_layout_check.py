@@ -34,6 +34,7 @@ def test_two_ranks(config):
                      Layout(Topology(1, 1, 2))])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_four_ranks(config):
     # the second one was silently wrong while DeepSpeed partitioned gradients between pipeline stages
     check(config(), [Layout(Topology(2, 2, 1)), Layout(Topology(2, 2, 1), True), Layout(Topology(2, 1, 2), True),
@@ -51,16 +52,19 @@ def transformer(config, **changes):
     return config(model=model, **changes)
 
 
+@pytest.mark.slow
 def test_transformer_on_two_ranks(config):
     check(transformer(config), [Layout(Topology(2, 1, 1)), Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)),
                                 Layout(Topology(1, 1, 2))])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_transformer_on_four_ranks(config):
     check(transformer(config, training={"activation_checkpointing": True}),
           [Layout(Topology(2, 2, 1), True), Layout(Topology(2, 1, 2)), Layout(Topology(4, 1, 1), True)])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_activation_checkpointing(config):
     # DeepSpeed's default, reentrant, gave 58 of 59 parameters zero gradient with one stage
     check(config(training={"activation_checkpointing": True}), [Layout(Topology(1, 1, 2)), Layout(Topology(2, 1, 1), True),
@@ -103,6 +107,7 @@ def test_document_boundaries_on_two_ranks(config):
                                     Layout(Topology(1, 1, 2))], steps=3)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_document_boundaries_on_four_ranks(config):
     check(config(data=BOUNDARIES), [Layout(Topology(2, 2, 1)), Layout(Topology(2, 2, 1), True), Layout(Topology(1, 2, 2)),
                                     Layout(Topology(2, 1, 2), True)], steps=3)  # fmt: skip

@@ -49,6 +49,7 @@ def test_a_rotation_leaves_and_enters_each_once(count):
     assert list(before) == found and sorted(after, key=str) == sorted(found, key=str)
 
 
+@pytest.mark.slow
 def test_four_ranks(config):
     mixed = [setting(2, 2, 1, True), setting(1, 1, 4), setting(1, 2, 2), setting(2, 1, 2, True)]
     check(config(), list(zip(mixed, [*mixed[1:], mixed[0]])))
@@ -60,6 +61,7 @@ def test_one_and_two_ranks_with_and_without_zero(config):
                      (setting(1, 2, 1), one), (setting(1, 1, 2), setting(2, 1, 1, zero_stage=0))])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_transformer(config):
     model = {"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 37}
     check(config(model=model), [(setting(1, 1, 1), setting(2, 1, 1, True)), (setting(2, 1, 1, True), setting(1, 2, 1)),
@@ -73,6 +75,7 @@ def test_every_layout_of_up_to_four_ranks(config):
     check(tall, rotation(settings(tall, 4)), steps=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(config, precision):
     """fp32 masters and the loss scaler are restored bit for bit; the losses follow the fp32 run within rounding."""
