@@ -59,8 +59,8 @@ def prepare() -> None:
              "--output", str(tokenizer))  # fmt: skip
     for split in ("train", "validation"):
         if not (DATA / f"{split}.idx").exists():
-            tool("preprocess_data.py", "--replace", "--input", str(DATA / f"{split}.jsonl.zst"), "--tokenizer", str(tokenizer),
-                 "--output-prefix", str(DATA / split))  # fmt: skip
+            tool("preprocess_data.py", "--input", str(DATA / f"{split}.jsonl.zst"), "--tokenizer", str(tokenizer),
+                 "--output-prefix", str(DATA / split), "--replace")  # fmt: skip
 
 
 def tool(name: str, *arguments: str) -> None:

@@ -105,9 +105,6 @@ def preprocess(settings: PreprocessSettings, progress: Progress) -> dict[str, Co
 def merge_shards(settings: PreprocessSettings, progress: Progress) -> dict[str, CorpusSummary]:
     """Only merge: the summaries as `preprocess` returns them. Raises `DataError` when parts are missing."""
     plan = make_plan(settings)
-    summaries = _finished(plan)
-    if summaries is not None:
-        return summaries
     _check_replaceable(plan)
     return _merge_if_possible(plan, progress, insist=True)
 
@@ -142,15 +139,15 @@ def make_plan(settings: PreprocessSettings) -> Plan:
 
 def _check_replaceable(plan: Plan) -> None:
     """Raise `DataError` when the output would take the place of other data than this work's own, cut off or damaged."""
-    if plan.settings.replace or not _obstacle(plan) or read_report(plan.report_path, plan.key) is not None:
+    outputs = (name(prefix) for prefix in plan.prefixes.values() for name in (data_file, index_file))
+    path = next(filter(Path.exists, outputs), None)
+    if path is None or plan.settings.replace or read_report(plan.report_path, plan.key) is not None:
         return
-    for prefix in plan.prefixes.values():
-        for path in (data_file(prefix), index_file(prefix)):
-            if path.exists():
-                raise DataError(
-                    f"{path}: is there already and not what these inputs and settings give. Choose another prefix, or "
-                    f"have it replaced with --replace."
-                )
+    if _obstacle(plan):  # with all parts there, a merge of ours was cut off
+        raise DataError(
+            f"{path}: is there already and not what these inputs and settings give. Choose another prefix, or have it "
+            f"replaced with --replace."
+        )
 
 
 def _merge_if_possible(plan: Plan, progress: Progress, *, insist: bool) -> dict[str, CorpusSummary]:
