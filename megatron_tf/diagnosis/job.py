@@ -21,7 +21,10 @@ from megatron_tf.diagnosis.measure import (
     ring_rounds,
 )
 from megatron_tf.diagnosis.rendezvous import Assembly, Stuck, Unreachable
-from megatron_tf.diagnosis.verdict import Link, judge_devices, judge_facts, judge_links
+from megatron_tf.diagnosis.verdict import Link, best_of, judge_devices, judge_facts, judge_links, worst_of
+
+# What disturbs a whole measurement of a link, others' traffic say, has passed by the next time it is measured.
+LINK_PASSES = 3
 
 
 @dataclass
@@ -127,30 +130,28 @@ def _links(assembly: Assembly, hosts: Sequence[str], num_bytes: int, device: tor
     rank, world = assembly.rank, assembly.world_size
     per_host = hosts.count(hosts[0])
     strides = {1} | ({per_host} if per_host < world and world % per_host == 0 else set())
-    own: list[dict[str, Any]] = []
-    for stride in sorted(strides):
-        for number, links in enumerate(ring_rounds(world, stride)):
+    rounds = [
+        (stride, number, links)
+        for stride in sorted(strides)
+        for number, links in enumerate(ring_rounds(world, stride), 1)
+    ]
+    own: dict[tuple[int, int], Link] = {}
+    for attempt in range(1, LINK_PASSES + 1):
+        for stride, number, links in rounds:
             mine = [link for link in links if rank in link]
 
             def work(mine: list[tuple[int, int]] = mine) -> list[Link]:
                 return [measure_link(rank, link, num_bytes, device) for link in mine]
 
-            measured = assembly.phase(f"links of stride {stride}, round {number + 1}", work)
-            own += [asdict(link) for link in measured]
+            what = f"links of stride {stride}, round {number}, pass {attempt}"
+            for link in assembly.phase(what, work):
+                pair = link.first, link.second
+                own[pair] = best_of(own[pair], link) if pair in own else link
     both: dict[tuple[int, int], list[Link]] = {}
-    for links_of_rank in assembly.collect("links", own):
+    for links_of_rank in assembly.collect("links", [asdict(link) for link in own.values()]):
         for one in links_of_rank:
             both.setdefault((one["first"], one["second"]), []).append(Link(**one))
-    return [
-        Link(
-            first,
-            second,
-            max(link.latency for link in ends),
-            min(link.bandwidth for link in ends),
-            all(link.right for link in ends),
-        )
-        for (first, second), ends in sorted(both.items())
-    ]
+    return [worst_of(*both[pair]) for pair in sorted(both)]
 
 
 def _judge_collectives(found: Diagnosis, by_rank: list[list[dict[str, Any]]], names: Sequence[str]) -> None:

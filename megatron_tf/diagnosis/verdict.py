@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -24,6 +24,18 @@ class Link:
     latency: float
     bandwidth: float
     right: bool
+
+
+def best_of(*measured: Link) -> Link:
+    """A link at its fastest; wrong if it ever was."""
+    latency, bandwidth = min(link.latency for link in measured), max(link.bandwidth for link in measured)
+    return replace(measured[0], latency=latency, bandwidth=bandwidth, right=all(link.right for link in measured))
+
+
+def worst_of(*measured: Link) -> Link:
+    """A link as the slower of its ends finds it; wrong if either does."""
+    latency, bandwidth = max(link.latency for link in measured), min(link.bandwidth for link in measured)
+    return replace(measured[0], latency=latency, bandwidth=bandwidth, right=all(link.right for link in measured))
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def slow_sender():
     send = dist.send
 
     def late(*arguments):
-        time.sleep(0.2)
+        time.sleep(0.1)
         return send(*arguments)
 
     dist.send = late

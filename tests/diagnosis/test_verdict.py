@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tf.diagnosis.verdict import Link, judge_devices, judge_facts, judge_links
+from megatron_tf.diagnosis.verdict import Link, best_of, judge_devices, judge_facts, judge_links, worst_of
 
 
 def names(count):
@@ -53,6 +53,12 @@ def test_links_between_hosts_are_measured_by_their_own():
     assert judge_links([*within, *between], names(32), hosts, 1.5).slow == [
         "rank 11 (node1): all its 2 links are slow: 5 GB/s and 40 µs, usual are 40 GB/s and 40 µs"
     ]
+
+
+def test_a_link_measured_again():
+    disturbed, usual = Link(2, 3, 4e-5, 1e6, True), Link(2, 3, 1e-5, 1e9, False)
+    assert best_of(disturbed, usual) == Link(2, 3, 1e-5, 1e9, False)
+    assert worst_of(disturbed, usual) == Link(2, 3, 4e-5, 1e6, False)
 
 
 def test_what_does_not_arrive_is_broken():
