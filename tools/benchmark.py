@@ -66,7 +66,11 @@ def parse_arguments() -> argparse.Namespace:
     mode = add_mode(modes, "step", run_step, step.__doc__)
     mode.add_argument("configs", nargs="+", type=path, metavar="CONFIG", help="configurations of TokenFormers")
     mode.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16")
-    mode.add_argument("--layers", type=count, help="cut all models to this depth (default: as configured)")
+    mode.add_argument(
+        "--layers",
+        type=count,
+        help="cut all models to this depth, their vocabulary in proportion (default: as configured)",
+    )
     mode.add_argument("--samples", type=count, default=4, help="samples a step (default 4)")
     mode.add_argument("--seq-length", type=count, help="tokens a sample (default: as configured)")
     mode.add_argument("--compile", action="store_true", help="torch.compile of the blocks, but of the plain formula's")

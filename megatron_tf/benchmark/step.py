@@ -7,6 +7,7 @@ operations count as in training, attention in full.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,9 +85,13 @@ def rows(models: dict[str, Model], setting: Setting) -> Iterator[Row]:
 
 
 def _cut(model: Model, layers: int | None) -> tuple[Model, Model]:
-    """The model and its Transformer, whose sizes are equal before both are cut to `layers` layers."""
-    depth = {"num_layers": min(layers or model.num_layers, model.num_layers)}
-    return model.model_copy(update=depth), equal_transformer(model).model_copy(update=depth)
+    """The model and its Transformer of equal size, both cut to `layers` layers.
+
+    The vocabulary is cut alike, so that embedding and head keep their share of parameters and time.
+    """
+    depth = min(layers or model.num_layers, model.num_layers)
+    sizes = {"num_layers": depth, "vocab_size": math.ceil(model.vocab_size * depth / model.num_layers)}
+    return model.model_copy(update=sizes), equal_transformer(model).model_copy(update=sizes)
 
 
 def _measure(name: str, depth: int, model: Model, transformer: Model, setting: Setting) -> Row:

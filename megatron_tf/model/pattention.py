@@ -23,7 +23,7 @@ A row of scores that is all zero has r = 0: its output and gradients are 0, neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from megatron_tf.config.schema import Activation
 from megatron_tf.model import row_stages
 from megatron_tf.parallel.collectives import all_reduce, begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
+from megatron_tf.parallel.overlap import row_parts
 from megatron_tf.params import default_scale
 
 
@@ -86,19 +87,13 @@ class _Pattention(Function):
     @staticmethod
     def forward(ctx, x, activation, scales, group, *tokens):
         keys, values = tokens[: len(scales)], tokens[len(scales) :]
-        scores = _rows(x) @ _joined(keys).mT
-        statistic = None if group.size == 1 else _row_statistic(scores, keys, activation, group).split(1, -1)
-        outputs, statistics = [], []
-        for i, (a, scale, v) in enumerate(zip(_split(scores, keys), scales, values)):
-            if statistic is None:
-                r, s = row_stages.statistic_and_weights(a, scale, activation)
-            else:
-                r, s = statistic[i], row_stages.weights(a, statistic[i], scale, activation)
-            outputs.append((s @ v).view(*x.shape[:-1], -1))
-            statistics.append(r)
+        if group.size == 1:
+            scores, statistics, outputs = _forward(_rows(x), keys, values, scales, activation)
+        else:
+            scores, statistics, outputs = _sharded_forward(_rows(x), keys, values, scales, activation, group)
         ctx.save_for_backward(x, scores, *statistics, *tokens)
         ctx.activation, ctx.scales, ctx.group = activation, scales, group
-        return tuple(outputs)
+        return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
 
     @staticmethod
     @once_differentiable
@@ -127,6 +122,49 @@ class _Pattention(Function):
         return d_x, None, None, None, *key_grads, *value_grads
 
 
+# Scores [rows, keys of all projections], and each projection's r [rows, 1] and output [rows, d_out].
+_Results = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
+
+
+def _forward(
+    x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[float], activation: Activation
+) -> _Results:
+    scores = x @ _joined(keys).mT
+    statistics, outputs = [], []
+    for a, v, scale in zip(_split(scores, keys), values, scales):
+        r, s = row_stages.statistic_and_weights(a, scale, activation)
+        statistics.append(r)
+        outputs.append(s @ v)
+    return scores, statistics, outputs
+
+
+def _sharded_forward(
+    x: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scales: Sequence[float],
+    activation: Activation,
+    group: Group,
+) -> _Results:
+    """In parts of the rows: the first's statistic travels while the second's scores are made, and the second's while
+    the first's outputs are."""
+    parts = row_parts(x.shape[0], activation, torch.compiler.is_compiling())
+    joined = _joined(keys).mT
+    scores = x.new_empty(x.shape[0], joined.shape[1])
+    outputs = [x.new_empty(x.shape[0], v.shape[1]) for v in values]
+    exchanges = []
+    for a, part in zip(scores.split(parts), x.split(parts)):
+        a.addmm_(part, joined, beta=0)
+        exchanges.append(_begin_row_statistic(a, keys, activation, group))
+    statistics = []
+    for finish, a, *outs in zip(exchanges, scores.split(parts), *(out.split(parts) for out in outputs)):
+        statistics.append(finish())
+        columns = zip(_split(a, keys), statistics[-1].split(1, -1), values, scales, outs)
+        for projection, r, v, scale, out in columns:
+            out.addmm_(row_stages.weights(projection, r, scale, activation), v, beta=0)
+    return scores, torch.cat(statistics).split(1, -1), outputs
+
+
 def _rows(x: Tensor) -> Tensor:
     """[..., d] -> [rows, d]."""
     return x.reshape(-1, x.shape[-1])
@@ -143,10 +181,19 @@ def _split(scores: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _row_statistic(scores: Tensor, keys: Sequence[Tensor], activation: Activation, group: Group) -> Tensor:
     """r of every row and projection, over all tokens of the group: [rows, projections], at least fp32."""
+    return _begin_row_statistic(scores, keys, activation, group)()
+
+
+def _begin_row_statistic(
+    scores: Tensor, keys: Sequence[Tensor], activation: Activation, group: Group
+) -> Callable[[], Tensor]:
+    """Like `_row_statistic`; what it returns waits for the result."""
     local = torch.cat([row_stages.statistic(a, activation) for a in _split(scores, keys)], -1)
     if group.size == 1:
-        return local
+        return lambda: local
     if activation == "softmax":
         top = all_reduce(local, group, dist.ReduceOp.MAX)
-        return top + all_reduce((local - top).exp(), group).log()
-    return all_reduce(local.square(), group).sqrt()
+        total = top + all_reduce((local - top).exp(), group).log()
+        return lambda: total
+    finish = begin_all_reduce(local.square(), group)
+    return lambda: finish().sqrt()

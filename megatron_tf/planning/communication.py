@@ -12,6 +12,7 @@ from typing import Literal
 from megatron_tf.config.schema import Precision, RunConfig
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.estimate import compute_bytes, stage_parameters
+from megatron_tf.parallel.overlap import row_parts
 from megatron_tf.parallel.topology import Axis, Topology
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
@@ -45,7 +46,8 @@ def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
     | a transformer's attention, and its MLP | all-reduce | all-reduce of dX |
 
     Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
-    on the other. Norms are [s, b, 1] in fp32, one for each projection (softmax: two reductions forward).
+    on the other. Norms are [s, b, 1] in fp32, one for each projection (softmax: two reductions forward); forward they
+    go in the parts of `row_parts`.
     """
     tensor = config.parallel.tensor
     if tensor == 1:
@@ -58,7 +60,10 @@ def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
         return both, both
     norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in (3, 1, 1))
     twice = 2 if config.model.activation == "softmax" else 1
-    forward_norms = tuple(Collective(n.kind, n.bytes, twice) for n in norms)
+    parts = row_parts(positions, config.model.activation, config.training.compile)
+    forward_norms = tuple(
+        Collective("all_reduce", 4 * rows * projections, twice) for projections in (3, 1, 1) for rows in parts
+    )
     forward: Collectives
     backward: Collectives
     if config.parallel.sequence:

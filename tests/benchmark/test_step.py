@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from megatron_tf.benchmark import scaling, step
 from megatron_tf.config import load_config
 from megatron_tf.errors import ConfigError
+from megatron_tf.estimate import num_parameters
 from megatron_tf.model import build_model
 
 CPU = torch.device("cpu")
@@ -63,6 +64,15 @@ def test_rows_of_a_step():
     assert (row["config"], row["layers"], row["tokens/step"]) == ("small", "2 of 3", 32)
     for key in ("× plain", "× transformer", "mfu", "mfu transformer", "tok/s tokenformer", "GEMM TFLOP/s"):
         assert row[key] > 0, key
+
+
+def test_cut_models_keep_their_proportions():
+    whole = model(num_layers=4, hidden_size=128, vocab_size=1000)
+    cut, transformer = step._cut(whole, 2)
+    assert (cut.num_layers, cut.vocab_size) == (transformer.num_layers, transformer.vocab_size) == (2, 500)
+    assert num_parameters(cut) == pytest.approx(num_parameters(whole) / 2, rel=0.01)
+    assert num_parameters(cut) == pytest.approx(num_parameters(transformer), rel=0.05)
+    assert step._cut(whole, 9)[0] == whole
 
 
 def test_models_beyond_memory_are_refused_before_any_is_measured():

@@ -9,8 +9,12 @@ from distributed import spawn
 
 from megatron_tf.config.schema import Model
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, Pattention, TensorParallel
+from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.model.tokenformer import build_model
 from megatron_tf.parallel import collectives
+from megatron_tf.parallel.collectives import all_reduce
+from megatron_tf.parallel.groups import SINGLE
+from megatron_tf.parallel.overlap import LEAST_ROWS
 from megatron_tf.parallel.vocab import cross_entropy
 from megatron_tf.params import initial_scales, parameter_table, shard_range
 
@@ -101,6 +105,42 @@ def single_layer(group):
 
 def test_pattention_module_is_sharded_as_it_is():
     spawn(single_layer, 2)
+
+
+def in_parts(group, activation, sent):
+    """Two projections of one x, of more rows than go in one part."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 2 * LEAST_ROWS + 1
+    x = torch.randn(rows, 5, dtype=torch.float64, generator=generator)
+    tokens = [torch.randn(n, 5, dtype=torch.float64, generator=generator) for n in (6, 9, 6, 9)]
+    grads = [torch.randn(rows, 5, dtype=torch.float64, generator=generator) for _ in range(2)]
+
+    def both_passes(own_tokens, group):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, *own_tokens)]
+        outs = partial_pattention(leaves[0], leaves[1:3], leaves[3:], (2.0, 3.0), activation, group)
+        d_x, *others = torch.autograd.grad(outs, leaves, grads)
+        return torch.stack([*outs, d_x]).detach(), others
+
+    expected, token_grads = both_passes(tokens, SINGLE)
+    own = [slice(*shard_range(len(t), group.size, group.rank)) for t in tokens]
+    counter = Counter()
+    partial, own_grads = both_passes([t[rows] for t, rows in zip(tokens, own)], group)
+    assert counter.take() == sorted(("all_reduce", 2 * rows) for rows in sent)
+    torch.testing.assert_close(all_reduce(partial, group), expected, rtol=1e-11, atol=1e-11)
+    for own_grad, grad, rows in zip(own_grads, token_grads, own):
+        torch.testing.assert_close(own_grad, grad[rows], rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("activation", "sent"),
+    [
+        ("l2_norm_gelu", [LEAST_ROWS + 1, LEAST_ROWS, 2 * LEAST_ROWS + 1]),
+        ("gelu_l2_norm", [LEAST_ROWS + 1, LEAST_ROWS, 2 * LEAST_ROWS + 1]),
+        ("softmax", [2 * LEAST_ROWS + 1] * 3),
+    ],
+)
+def test_many_rows_go_in_two_parts(activation, sent):
+    spawn(in_parts, 2, activation, sent)
 
 
 class Counter:
