@@ -26,6 +26,7 @@ from megatron_tf.config import load_config
 from megatron_tf.config.schema import Model
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError, run_command
+from megatron_tf.host_memory import keep_freed_memory
 
 count, ranks = whole_number(1_000_000_000), whole_number(16)
 CHAIN_TOKENS = (576, 2304, 2140, 8560, 4850, 8620)  # of the configurations of the paper's chain
@@ -38,6 +39,8 @@ def main() -> None:
         raise ConfigError("--device: no CUDA device is here. Give --device cpu.")
     if arguments.json:
         check_json(arguments.json)
+    if device.type == "cpu":
+        keep_freed_memory()  # as in training
     measured = list(arguments.run(device, arguments))
     print(json.dumps(machine(device)))
     print(table(measured), flush=True)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tf.errors import LaunchError, LostContactError
+from megatron_tf.host_memory import keep_freed_memory
 from megatron_tf.parallel.environment import LaunchEnvironment, check_port_free, wait_for_port
 
 
@@ -42,6 +43,8 @@ def join_ranks(environment: LaunchEnvironment, timeout_seconds: float, store_fil
             )
         device = torch.device("cuda", environment.local_rank)
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank, world_size = environment.rank, environment.world_size
     if store_file is not None:

@@ -62,13 +62,15 @@ PHASE_OF = {
 class StepResult:
     """`loss`: mean over the global batch, on the device. `grad_norm`: before clipping.
 
-    `skipped`: the gradient was not finite, on any rank, so nothing was updated.
+    `skipped`: the gradient was not finite, on any rank, so nothing was updated. `loss_scale`: for the next step, None
+    but in fp16.
     """
 
     loss: Tensor
     grad_norm: Tensor | float | None
     lr: float
     skipped: bool
+    loss_scale: float | None = None
 
 
 class Engine:
@@ -152,7 +154,7 @@ class Engine:
         norm = self._deepspeed.get_global_grad_norm() if self.config.zero.stage else self._stage_0_norm
         skipped = self.optimizer.num_updates == updates
         self.steps_skipped += skipped
-        return StepResult(loss, norm, lr, skipped)
+        return StepResult(loss, norm, lr, skipped, self.loss_scaler().get("cur_scale"))
 
     def nonfinite_gradients(self) -> list[str]:
         """The parameters, over all ranks, whose gradient was inf or nan in the step that was just skipped.

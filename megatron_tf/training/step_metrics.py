@@ -49,6 +49,7 @@ class StepMetrics:
             **self._group_rates(result.lr),
             "optim/grad_norm": norm,
             "optim/skipped_steps": skipped_steps,
+            **({} if result.loss_scale is None else {"optim/loss_scale": result.loss_scale}),
             "perf/tokens_per_second": tokens_per_second,
             "perf/tokens_per_second_per_device": tokens_per_second / self._num_devices,
             "perf/step_seconds": rates.step_seconds,

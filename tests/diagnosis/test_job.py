@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from distributed import start_ranks
 
 from megatron_tf.diagnosis import job
 from megatron_tf.diagnosis.job import Diagnosis, examine
@@ -29,7 +29,7 @@ FACTOR = 20.0
 def sick_job(sickness, ranks, *, started=None, timeout=20.0) -> Diagnosis:
     """What rank 0 finds when `sickness` befell rank CULPRIT; `started`: ranks that come at all."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(rank_of_job, (sickness, ranks, folder, timeout), nprocs=started or ranks)
+        start_ranks(rank_of_job, started or ranks, sickness, ranks, folder, timeout)
         found = json.loads(Path(folder, "0.json").read_text())
     links = [Link(**link) for link in found.pop("links")]
     return Diagnosis(links=links, **found)

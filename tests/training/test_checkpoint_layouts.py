@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 import torch
-import torch.multiprocessing
+from distributed import start_ranks
 
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -56,12 +56,8 @@ def save(engine, config, root, step, rank, world, history=()):
     return save_checkpoint(root, engine.pieces(), index, rank=rank, world_size=world, token=f"t-{step}")
 
 
-def run(function, world, *arguments):
-    torch.multiprocessing.spawn(function, arguments, nprocs=world)
-
-
 def test_masters_start_from_unrounded_weights_in_bf16(config, tmp_path):
-    run(_masters, 2, config(training={"precision": "bf16"}), str(tmp_path))
+    start_ranks(_masters, 2, config(training={"precision": "bf16"}), str(tmp_path))
 
 
 def _masters(rank, config, folder):
@@ -78,7 +74,7 @@ def _masters(rank, config, folder):
 
 def test_growth_keeps_the_function_under_another_layout(config, tmp_path):
     bigger = config(model={"parameter_tokens": {"qkv": 29, "proj": 11, "ffn": 75}})
-    run(_grow, 4, config(), bigger, str(tmp_path))
+    start_ranks(_grow, 4, config(), bigger, str(tmp_path))
 
 
 def _grow(rank, small, big, folder):
@@ -116,7 +112,7 @@ def _grow(rank, small, big, folder):
 @pytest.mark.slow
 def test_drifted_copies_are_an_error(config):
     with tempfile.TemporaryDirectory() as folder:
-        run(_drift, 4, config(), folder)
+        start_ranks(_drift, 4, config(), folder)
 
 
 def _drift(rank, config, folder):

@@ -6,8 +6,7 @@ import traceback
 from collections import Counter
 
 import pytest
-import torch
-import torch.multiprocessing
+from distributed import start_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tf.checkpoint.source import InitialSource
@@ -40,7 +39,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_step(config, tmp_path, precision):
-    torch.multiprocessing.spawn(_count, (config(training={"precision": precision}), str(tmp_path)), nprocs=1)
+    start_ranks(_count, 1, config(training={"precision": precision}), str(tmp_path))
 
 
 def _count(rank, config, folder):
