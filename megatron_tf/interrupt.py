@@ -2,13 +2,16 @@
 
 A script calls `end_quietly` before its other imports, when it is the main program or a process that this has spawned
 ("__mp_main__") and that loads it again: whoever imports it otherwise keeps Python's own handling. `run_command` calls
-`end_by_exception`; spawned processes do their work without a word about Control-C, which reaches their parent as well.
+`end_by_exception`; spawned processes do their work without a word about Control-C, which reaches their parent as well:
+those started under `kept_from_children` never see it, from their first instruction on.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -25,6 +28,16 @@ def end_by_exception() -> None:
     """From here on Control-C is a KeyboardInterrupt again, if `end_quietly` was called."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def kept_from_children() -> Iterator[None]:
+    """Processes started meanwhile never get Control-C; this one gets it at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

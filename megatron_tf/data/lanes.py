@@ -19,6 +19,7 @@ from megatron_tf.data.progress import Advance, Observer
 from megatron_tf.data.record_types import BadSample
 from megatron_tf.data.workers import WORKER_KILLED, encoding_processes, end_with_parent, one_thread
 from megatron_tf.errors import DataError, UserError
+from megatron_tf.interrupt import kept_from_children
 
 WORKERS_PER_READER = 8  # one process reads, decompresses and writes for so many without becoming the bottleneck
 PARTS_PER_WORKER = 4  # from so many parts on they are dealt out evenly enough without helpers
@@ -58,7 +59,8 @@ def _in_lanes(job: PartJob, parts: Sequence[Part], lanes: int, processes: int, o
             for _ in range(lanes):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_run_lane, args=(job, parts, next_part, processes, sender))
-                process.start()
+                with kept_from_children():
+                    process.start()
                 sender.close()  # so that the end of the process is the end of the pipe
                 running[receiver] = process
         while running:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from multiprocessing.connection import wait
 from megatron_tf.data.encoding import EncodedBatch
 from megatron_tf.data.record_types import RawRecord
 from megatron_tf.errors import DataError
+from megatron_tf.interrupt import kept_from_children
 
 Encode = Callable[[Sequence[RawRecord]], EncodedBatch]
 EncodeAll = Callable[[Encode, Iterable[list[RawRecord]]], Iterator[EncodedBatch]]
@@ -57,11 +57,16 @@ def _shared(
         size = sum(len(record.payload) for record in group)
         ahead = [size for result, size in waiting if not result.done()]
         room = len(ahead) < GROUPS_AHEAD_PER_WORKER * others and sum(ahead) < BYTES_AHEAD_PER_WORKER * others
-        waiting.append((pool.submit(encode, group) if room else _finished(encode(group)), size))
+        waiting.append((_submitted(pool, encode, group) if room else _finished(encode(group)), size))
         while waiting and (waiting[0][0].done() or len(waiting) > RESULTS_AHEAD_PER_WORKER * others):
             yield waiting.popleft()[0].result()
     while waiting:
         yield waiting.popleft()[0].result()
+
+
+def _submitted(pool: ProcessPoolExecutor, encode: Encode, group: list[RawRecord]) -> Future[EncodedBatch]:
+    with kept_from_children():  # the pool starts a process when it is given work and none is idle
+        return pool.submit(encode, group)
 
 
 def _finished(batch: EncodedBatch) -> Future[EncodedBatch]:
@@ -85,11 +90,7 @@ def one_thread() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it is gone, killed without a chance to say so.
-
-    Control-C, which the terminal sends to all of them, is left to that one.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let this process end when the one that started it is gone, killed without a chance to say so."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -168,6 +168,20 @@ def test_control_c_is_quiet_and_resumes(tmp_path):
     assert IndexedDataset(tmp_path / "x").num_documents == 100_000
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1])
+def test_control_c_while_workers_start(tmp_path, delay):
+    inputs = write_shards(tmp_path / "in", 4, 2500)
+    arguments = ["--input", inputs, "--tokenizer", "bytes", "--output-prefix", tmp_path / "x", "--workers", "2"]
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+    wait_until(lambda: len(children.read_text().split()) == 2, "a worker begins, beside Python's resource tracker")
+    time.sleep(delay)
+    os.killpg(started.pid, signal.SIGINT)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == 130 and "Traceback" not in errors, errors
+
+
 def test_a_batch_script_has_no_mistakes_of_the_shell(tmp_path):
     script = ROOT / "launch" / "slurm" / "preprocess.sbatch"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
