@@ -1,11 +1,7 @@
-"""Multi-rank tests as ordinary functions: gloo ranks in processes of their own, a hang fails by timeout.
-
-Ranks are forked from one process that has imported what they need and has no thread running.
-"""
+"""Multi-rank tests as ordinary functions: gloo ranks in processes of their own, a hang fails by timeout."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,27 +9,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from megatron_tf.errors import exit_now
 from megatron_tf.parallel.groups import Group
+from megatron_tf.parallel.local_ranks import start_ranks
 
 TIMEOUT = timedelta(seconds=60)
-
-multiprocessing.set_forkserver_preload(["deepspeed", "megatron_tf.training.engine", "megatron_tf.evaluation.scoring"])
-
-
-def start_ranks(function: Callable[..., None], world_size: int, *arguments: object) -> None:
-    """Runs `function(rank, *arguments)` in `world_size` processes; raises what any of them raised."""
-    torch.multiprocessing.start_processes(
-        _with_environment, (dict(os.environ), function, arguments), world_size, start_method="forkserver"
-    )
-
-
-def _with_environment(rank: int, environment: dict[str, str], function: Callable[..., None], arguments: tuple) -> None:
-    os.environ.clear()
-    os.environ.update(environment)  # the test's own, not that of the process they are forked from
-    function(rank, *arguments)
 
 
 def spawn(function: Callable[..., None], world_size: int, *arguments: object) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 from megatron_tf.benchmark.counting import Counting
@@ -22,6 +21,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.errors import exit_now
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
 from megatron_tf.parallel.groups import Group
+from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.parallel.vocab import cross_entropy
 from megatron_tf.params import initial_scales
 from megatron_tf.planning.communication import Collective, Collectives, Kind, block_collectives, ends_collectives
@@ -56,7 +56,7 @@ def _count(config: RunConfig) -> dict[tuple[str, str], tuple[Sent, Sent]]:
     """(expected, counted) by part and direction. Each rank counts; they must agree."""
     ranks = config.parallel.tensor
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (ranks, folder, config), nprocs=ranks)
+        start_ranks(_rank, ranks, ranks, folder, config)
         texts = {(Path(folder) / f"{rank}.json").read_text(encoding="utf-8") for rank in range(ranks)}
     assert len(texts) == 1, "ranks of one tensor group send alike"
     counted = {

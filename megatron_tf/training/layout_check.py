@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,6 +29,7 @@ from megatron_tf.model import build_model
 from megatron_tf.model.attention import document_starts
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import IGNORED
 from megatron_tf.params import parameter_table
@@ -186,7 +186,7 @@ def run_layouts(config: RunConfig, chosen: Sequence[Layout], steps: int) -> list
     for world in sorted({layout.topology.world_size for layout in chosen}):
         same_world = [layout for layout in chosen if layout.topology.world_size == world]
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(_rank, (config, same_world, steps, world, folder), nprocs=world)
+            start_ranks(_rank, world, config, same_world, steps, world, folder)
             for number, layout in enumerate(same_world):
                 traces[layout] = _collect(Path(folder), number, world, config)
     return [traces[layout] for layout in chosen]

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 from megatron_tf.checkpoint.architecture import check_same_architecture
@@ -30,6 +29,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
 from megatron_tf.errors import ConfigError, exit_now
 from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers
@@ -145,8 +145,8 @@ def _spawn(config: RunConfig, steps: int, jobs: Sequence[_Job]) -> list[_Outcome
         for start in range(0, len(numbers), _PAIRS_AT_ONCE):
             part = numbers[start : start + _PAIRS_AT_ONCE]
             with tempfile.TemporaryDirectory() as folder:
-                arguments = (config, steps, [jobs[number] for number in part], world, folder)
-                torch.multiprocessing.spawn(_rank, arguments, nprocs=world)
+                of_part = [jobs[number] for number in part]
+                start_ranks(_rank, world, config, steps, of_part, world, folder)
                 outcomes.update(zip(part, json.loads(Path(folder, "outcomes.json").read_text())))
     return [outcomes[number] for number in range(len(jobs))]
 

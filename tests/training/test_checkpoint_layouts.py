@@ -6,7 +6,6 @@ import tempfile
 
 import pytest
 import torch
-from distributed import start_ranks
 
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -17,6 +16,7 @@ from megatron_tf.config.validate import plan_batches
 from megatron_tf.errors import CheckpointError
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.params import parameter_table
 from megatron_tf.training.distributed import join, leave

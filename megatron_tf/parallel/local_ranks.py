@@ -1,0 +1,35 @@
+"""Ranks as processes of this machine, started by a check or a measurement rather than by a launcher."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.multiprocessing
+
+# What ranks need and take seconds to import. What is not installed is passed over.
+IMPORTS = ["torch", "deepspeed", "megatron_tf.training.engine"]
+
+
+def start_ranks(function: Callable[..., None], world_size: int, *arguments: object) -> None:
+    """Runs `function(rank, *arguments)` in `world_size` processes; raises what any of them raised.
+
+    On a CPU they are forked from one process without threads that has imported for all of them, and for those started
+    later. A GPU cannot be used by a forked process: there each is a fresh one.
+    """
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    if method == "forkserver":
+        multiprocessing.set_forkserver_preload(IMPORTS)
+    torch.multiprocessing.start_processes(
+        _with_environment, (dict(os.environ), function, arguments), world_size, start_method=method
+    )
+
+
+def _with_environment(
+    rank: int, environment: Mapping[str, str], function: Callable[..., None], arguments: Sequence[object]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # of the process that starts ranks now, not of the one that they are forked from
+    function(rank, *arguments)
