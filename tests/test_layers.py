@@ -15,7 +15,14 @@ import pytest
 PROJECT = Path(__file__).parents[1]
 # From the ground up. A package stands for all its modules, unless a module of it is named itself.
 FLOORS = (
-    {"megatron_tf", "megatron_tf.interrupt", "megatron_tf.errors", "megatron_tf.durable", "megatron_tf.arguments"},
+    {
+        "megatron_tf",
+        "megatron_tf.interrupt",
+        "megatron_tf.errors",
+        "megatron_tf.durable",
+        "megatron_tf.arguments",
+        "megatron_tf.host_memory",
+    },
     {"megatron_tf.params", "megatron_tf.config", "megatron_tf.parallel.topology"},  # topology: arithmetic, no torch
     {"megatron_tf.parallel", "megatron_tf.estimate", "megatron_tf.plan", "megatron_tf.telemetry"},
     {"megatron_tf.model", "megatron_tf.data", "megatron_tf.growth"},
@@ -48,6 +55,7 @@ NO_TORCH = (
     "megatron_tf.errors",
     "megatron_tf.durable",
     "megatron_tf.arguments",
+    "megatron_tf.host_memory",
     "megatron_tf.params",
     "megatron_tf.config",
     "megatron_tf.estimate",
@@ -60,6 +68,7 @@ NO_TORCH = (
     "megatron_tf.diagnosis.verdict",
     "megatron_tf.parallel.topology",
     "megatron_tf.parallel.environment",
+    "megatron_tf.parallel.overlap",
 )
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from megatron_tf.model.score_layout import empty_scores
+
 
 def usable(scores: Tensor) -> bool:
     """Whether the operators below take such scores; MEGATRON_TF_NATIVE=0 wants none."""
@@ -55,7 +57,7 @@ def norm(scores: Tensor) -> Tensor:
 @custom_op("megatron_tf::weights", mutates_args=())
 def weights(scores: Tensor, norms: Tensor, scale: float) -> Tensor:
     """S."""
-    out = _dense(scores)
+    out = _alike(scores)
     _run("weights", scores, norms, out, scale)
     return out
 
@@ -63,7 +65,7 @@ def weights(scores: Tensor, norms: Tensor, scale: float) -> Tensor:
 @custom_op("megatron_tf::norm_and_weights", mutates_args=())
 def norm_and_weights(scores: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(r, S) of rows that are whole."""
-    out = _column(scores), _dense(scores)
+    out = _column(scores), _alike(scores)
     _run("norm_and_weights", scores, *out, scale)
     return out
 
@@ -71,7 +73,7 @@ def norm_and_weights(scores: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 @custom_op("megatron_tf::backward", mutates_args=("gradient",))
 def backward(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(S, T); `gradient` is dS and becomes D."""
-    out = _dense(scores), _column(scores)
+    out = _alike(scores), _column(scores)
     _run("backward", scores, norms, gradient, *out, scale)
     return out
 
@@ -85,7 +87,7 @@ def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> N
 @custom_op("megatron_tf::backward_and_couple", mutates_args=("gradient",))
 def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> Tensor:
     """S, of rows that are whole; `gradient` is dS and becomes dA."""
-    out = _dense(scores)
+    out = _alike(scores)
     _run("backward_and_couple", scores, norms, gradient, out, scale)
     return out
 
@@ -98,13 +100,13 @@ def _column(scores: Tensor) -> Tensor:
     return scores.new_empty(scores.shape[0], 1, dtype=torch.float32)
 
 
-def _dense(scores: Tensor) -> Tensor:
-    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+def _alike(scores: Tensor) -> Tensor:
+    return empty_scores(scores, *scores.shape)
 
 
 # What torch.compile needs to know: shapes and types of the results.
 norm.register_fake(_column)
-weights.register_fake(lambda scores, norms, scale: _dense(scores))
-norm_and_weights.register_fake(lambda scores, scale: (_column(scores), _dense(scores)))
-backward.register_fake(lambda scores, norms, gradient, scale: (_dense(scores), _column(scores)))
-backward_and_couple.register_fake(lambda scores, norms, gradient, scale: _dense(scores))
+weights.register_fake(lambda scores, norms, scale: _alike(scores))
+norm_and_weights.register_fake(lambda scores, scale: (_column(scores), _alike(scores)))
+backward.register_fake(lambda scores, norms, gradient, scale: (_alike(scores), _column(scores)))
+backward_and_couple.register_fake(lambda scores, norms, gradient, scale: _alike(scores))

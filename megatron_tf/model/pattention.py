@@ -32,7 +32,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_tf.config.schema import Activation
-from megatron_tf.model import row_stages
+from megatron_tf.model import row_stages, score_layout
 from megatron_tf.parallel.collectives import all_reduce, begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.parallel.overlap import row_parts
@@ -101,8 +101,10 @@ class _Pattention(Function):
         activation, scales, group = ctx.activation, ctx.scales, ctx.group
         x, scores, *others = ctx.saved_tensors
         statistics, keys, values = (others[i * len(scales) : (i + 1) * len(scales)] for i in range(3))
-        gradient = torch.empty_like(scores)
-        parts = list(zip(_split(gradient, keys), _split(scores, keys), statistics, scales))
+        gradient = score_layout.empty_scores(scores, *scores.shape)
+        score_layout.clear_gaps(gradient, keys)
+        own = score_layout.split(gradient, keys), score_layout.split(scores, keys)
+        parts = list(zip(*own, statistics, scales))
         value_grads, totals = [], []
         for (d, a, r, scale), v, grad in zip(parts, values, grads):
             d.addmm_(_rows(grad), v.mT, beta=0)  # beta 0: what is in d is not read. torch.compile takes no out= here
@@ -117,8 +119,8 @@ class _Pattention(Function):
         if group.size > 1:
             for (d, a, r, scale), total in zip(parts, finish().split(1, -1)):
                 row_stages.couple(a, r, total, d, scale, activation)
-        d_x = (gradient @ _joined(keys)).view(x.shape) if ctx.needs_input_grad[0] else None
-        key_grads = (gradient.mT @ _rows(x)).split([k.shape[0] for k in keys])
+        d_x = (gradient @ score_layout.joined(keys)).view(x.shape) if ctx.needs_input_grad[0] else None
+        key_grads = score_layout.split(gradient.mT @ _rows(x), keys, 0)
         return d_x, None, None, None, *key_grads, *value_grads
 
 
@@ -129,9 +131,10 @@ _Results = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
 def _forward(
     x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[float], activation: Activation
 ) -> _Results:
-    scores = x @ _joined(keys).mT
+    joined = score_layout.joined(keys)
+    scores = score_layout.empty_scores(x, x.shape[0], joined.shape[0]).addmm_(x, joined.mT, beta=0)
     statistics, outputs = [], []
-    for a, v, scale in zip(_split(scores, keys), values, scales):
+    for a, v, scale in zip(score_layout.split(scores, keys), values, scales):
         r, s = row_stages.statistic_and_weights(a, scale, activation)
         statistics.append(r)
         outputs.append(s @ v)
@@ -149,17 +152,17 @@ def _sharded_forward(
     """In parts of the rows: the first's statistic travels while the second's scores are made, and the second's while
     the first's outputs are."""
     parts = row_parts(x.shape[0], activation, torch.compiler.is_compiling())
-    joined = _joined(keys).mT
-    scores = x.new_empty(x.shape[0], joined.shape[1])
+    joined = score_layout.joined(keys)
+    scores = score_layout.empty_scores(x, x.shape[0], joined.shape[0])
     outputs = [x.new_empty(x.shape[0], v.shape[1]) for v in values]
     exchanges = []
     for a, part in zip(scores.split(parts), x.split(parts)):
-        a.addmm_(part, joined, beta=0)
+        a.addmm_(part, joined.mT, beta=0)
         exchanges.append(_begin_row_statistic(a, keys, activation, group))
     statistics = []
     for finish, a, *outs in zip(exchanges, scores.split(parts), *(out.split(parts) for out in outputs)):
         statistics.append(finish())
-        columns = zip(_split(a, keys), statistics[-1].split(1, -1), values, scales, outs)
+        columns = zip(score_layout.split(a, keys), statistics[-1].split(1, -1), values, scales, outs)
         for projection, r, v, scale, out in columns:
             out.addmm_(row_stages.weights(projection, r, scale, activation), v, beta=0)
     return scores, torch.cat(statistics).split(1, -1), outputs
@@ -168,15 +171,6 @@ def _sharded_forward(
 def _rows(x: Tensor) -> Tensor:
     """[..., d] -> [rows, d]."""
     return x.reshape(-1, x.shape[-1])
-
-
-def _joined(tokens: Sequence[Tensor]) -> Tensor:
-    return tokens[0] if len(tokens) == 1 else torch.cat(tuple(tokens))
-
-
-def _split(scores: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Views of the projections' own columns."""
-    return scores.split([k.shape[0] for k in keys], -1)
 
 
 def _row_statistic(scores: Tensor, keys: Sequence[Tensor], activation: Activation, group: Group) -> Tensor:
@@ -188,7 +182,7 @@ def _begin_row_statistic(
     scores: Tensor, keys: Sequence[Tensor], activation: Activation, group: Group
 ) -> Callable[[], Tensor]:
     """Like `_row_statistic`; what it returns waits for the result."""
-    local = torch.cat([row_stages.statistic(a, activation) for a in _split(scores, keys)], -1)
+    local = torch.cat([row_stages.statistic(a, activation) for a in score_layout.split(scores, keys)], -1)
     if group.size == 1:
         return lambda: local
     if activation == "softmax":

@@ -1,0 +1,52 @@
+"""The GPU's kernels through Triton's compiler, which needs no GPU: they build, and move 16 bytes at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILE = """
+import inspect, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_tf.model import triton_stages
+
+ALIGNED = [["tt.divisibility", 16]]
+found = {}
+for stage in ("norm", "weights", "norm_and_weights", "backward", "couple", "backward_and_couple"):
+    kernel = getattr(triton_stages, f"_{stage}")
+    types, constants, aligned = {}, {"BLOCK": 2048}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name == "BLOCK":
+            types[name] = "constexpr"
+        elif name == "n":  # of which nothing is known
+            types[name] = "i32"
+        elif name == "scale":
+            types[name] = "fp32"
+        else:
+            types[name] = "i32" if name.endswith("stride") else "*fp32" if name in ("norms", "totals") else "*bf16"
+            aligned[(i,)] = ALIGNED
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    options = {"num_warps": 2048 // triton_stages.COLUMNS_PER_WARP}
+    found[stage] = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["ptx"]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_kernels_for_gpus(tmp_path, architecture):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(architecture)], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    for stage, code in json.loads(done.stdout).items():
+        assert "ld.global.v4.b32" in code, stage
+        assert "st.global.v4.b32" in code or stage == "norm", stage
