@@ -12,8 +12,8 @@ def whole_number(most: int, least: int = 1) -> Callable[[str], int]:
     """A whole number from `least` (not below 0) to `most`."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        if not text.isdecimal() or len(text) > 100 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a whole number from {least} to {most}")
         return int(text)
 
     return parse

@@ -1,8 +1,10 @@
-"""How this process gets its memory from the system."""
+"""How this process gets its memory from the system, and when it gets none."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import resource
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -10,14 +12,34 @@ _NEVER = -1
 
 
 def keep_freed_memory() -> None:
-    """Freed memory is kept for what is allocated next; without it each large tensor is new pages, filled with zeros first.
+    """Freed memory is kept for what is allocated next; else each large tensor is new pages, filled with zeros first.
 
-    On a CPU that is a tenth of a step. The process stays as large as it once was. Where malloc is not glibc's or has no
-    such settings, nothing changes.
+    The process stays as large as it once was, which is a little more than it would have been. Nothing changes where malloc is not glibc's, or where the environment has
+    settings for it (MALLOC_..., GLIBC_TUNABLES).
     """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def refuse_beyond_free() -> None:
+    """From here on an allocation fails, with an error, that takes this process beyond the memory that is free now.
+
+    The system would let it pass and end the process when the memory is used. Where Linux does not say what is free: as
+    it was.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+        with open("/proc/self/statm", encoding="ascii") as file:
+            held = int(file.read().split()[5]) * resource.getpagesize()  # data and stacks, as the limit counts them
+    except (OSError, StopIteration):
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [1024 * kilobytes + held, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))

@@ -33,6 +33,9 @@ def end_by_exception() -> None:
 @contextmanager
 def kept_from_children() -> Iterator[None]:
     """Processes started meanwhile never get Control-C; this one gets it at the end."""
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # which would start with the first process, and lets signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

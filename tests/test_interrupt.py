@@ -28,6 +28,33 @@ def test_while_torch_is_loaded(tmp_path, script):
     assert (child.returncode, out, err) == (130, "", "")
 
 
+CHILDREN = """
+import multiprocessing, os, signal
+from megatron_tf.interrupt import kept_from_children
+
+def blocked():
+    os._exit(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with kept_from_children():
+        children = [context.Process(target=blocked) for _ in range(2)]
+        for child in children:
+            child.start()
+    for child in children:
+        child.join()
+    print([child.exitcode for child in children], signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+
+
+def test_processes_that_never_get_it(tmp_path):
+    script = tmp_path / "children.py"  # spawned processes load it again
+    script.write_text(CHILDREN)
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "[1, 1] set()\n"), done.stderr
+
+
 def handler_after(body: str) -> str:
     head = "import signal\nfrom megatron_tf.errors import run_command\nfrom megatron_tf.interrupt import end_quietly\n"
     tail = "\nrun_command(lambda: print(signal.getsignal(signal.SIGINT)))"

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from megatron_tf.config.schema import Precision
+from megatron_tf.errors import ConfigError
 from megatron_tf.model import fused_stages
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def check_dtypes(device: torch.device, names: Iterable[str]) -> None:
+    """ConfigError for a type in which the device cannot compute in reasonable time."""
+    if "fp16" in names and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ConfigError("fp16: this processor has no instructions for it. Give bf16 or fp32, or --device cuda.")
+
+
+def quick_dtype(device: torch.device) -> Precision:
+    """bf16 where there are instructions for its products, else fp32."""
+    if device.type == "cuda":
+        return "bf16"
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", bool)
+    has_dots = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    return "bf16" if has_tiles() or has_dots() else "fp32"
 
 
 def machine(device: torch.device) -> dict[str, object]:

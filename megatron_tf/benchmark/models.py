@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_tf.benchmark.references import plain_formula
 from megatron_tf.config.schema import Model
+from megatron_tf.errors import ConfigError
 from megatron_tf.estimate import num_parameters
 from megatron_tf.model.layers import Pattention, PattentionAttention
 from megatron_tf.model.tokenformer import TokenFormer, build_model
@@ -16,7 +17,8 @@ _MLP_MULTIPLE = 64  # of tensor-core tiles and of AMX ones
 def equal_transformer(model: Model) -> Model:
     """The Transformer of as many parameters, to 1 %: of the same depth and head size, grown in width.
 
-    The width is the one whose 4 times as wide MLP comes nearest; the MLP then makes up the rest.
+    The width is the one whose 4 times as wide MLP comes nearest; the MLP then makes up the rest. ConfigError when there
+    is none.
     """
     head_dim = model.hidden_size // model.num_attention_heads
     wanted = num_parameters(model)
@@ -32,6 +34,11 @@ def equal_transformer(model: Model) -> Model:
     a_column = 2 * nearest.hidden_size * nearest.num_layers
     missing = (wanted - num_parameters(nearest)) / a_column
     mlp = _MLP_MULTIPLE * round((nearest.mlp_width + missing) / _MLP_MULTIPLE)
+    if mlp < _MLP_MULTIPLE:
+        raise ConfigError(
+            f"no Transformer of {model.num_layers} layers and heads of {head_dim} channels is as small as {wanted:,} "
+            "parameters. Give more parameter tokens, or a configuration with smaller heads."
+        )
     return nearest.model_copy(update={"ffn_hidden_size": mlp})
 
 

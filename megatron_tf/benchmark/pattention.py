@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_tf.benchmark.references import Layer, bare_products, gelu_mlp, plain_formula
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
+from megatron_tf.errors import ConfigError
 from megatron_tf.model import pattention
 
 BATCH = 4
@@ -19,7 +20,9 @@ LAYERS: dict[str, Layer] = {"pattention": pattention, "plain": plain_formula, "m
 def rows(
     device: torch.device, dtypes: Sequence[torch.dtype], tokens: Sequence[int], positions: int, width: int, rounds: int
 ) -> Iterator[Row]:
-    """One row for each type and number of tokens; x is [positions / 4, 4, width]."""
+    """One row for each type and number of tokens; x is [positions / 4, 4, width]. ConfigError if 4 does not divide them."""
+    if positions % BATCH:
+        raise ConfigError(f"--positions {positions}: they come in batches of {BATCH}. Give a multiple of it.")
     for dtype in dtypes:
         for n in tokens:
             yield _measure(device, dtype, n, positions, width, rounds)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_tf.benchmark.device import machine
+from megatron_tf.durable import write_atomically
 from megatron_tf.errors import ConfigError, file_errors
 
 _REMEDY = "Name another file with --json."
@@ -30,18 +31,24 @@ def table(rows: Sequence[Row]) -> str:
 
 def check_json(path: Path) -> None:
     """ConfigError unless `path` can be written, before minutes of measuring; what is there stays as it is."""
-    existed = path.exists()
     with file_errors(ConfigError, path, _REMEDY):
-        path.open("a").close()
+        target = path.resolve()
+        existed = target.exists()
+        target.open("a").close()
         if not existed:
-            path.unlink()
+            target.unlink()
 
 
 def write_json(path: Path, mode: str, device: torch.device, rows: Sequence[Row]) -> None:
     """Rows, machine and command as one JSON object."""
     content = {"mode": mode, "command": sys.argv, "machine": machine(device), "rows": list(rows)}
+    text = json.dumps(content, indent=2) + "\n"
     with file_errors(ConfigError, path, _REMEDY):
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        target = path.resolve()
+        if target.exists() and not target.is_file():  # a pipe or a device
+            target.write_text(text, encoding="utf-8")
+        else:
+            write_atomically(target, text.encode())
 
 
 def _cell(value: object) -> str:

@@ -81,7 +81,7 @@ def rows(models: dict[str, Model], setting: Setting) -> Iterator[Row]:
     if problems:
         raise ConfigError(problems)
     for name, (model, transformer) in chosen.items():
-        yield _measure(name, models[name].num_layers, model, transformer, setting)
+        yield _measure(name, models[name], model, transformer, setting)
 
 
 def _cut(model: Model, layers: int | None) -> tuple[Model, Model]:
@@ -94,7 +94,7 @@ def _cut(model: Model, layers: int | None) -> tuple[Model, Model]:
     return model.model_copy(update=sizes), equal_transformer(model).model_copy(update=sizes)
 
 
-def _measure(name: str, depth: int, model: Model, transformer: Model, setting: Setting) -> Row:
+def _measure(name: str, whole: Model, model: Model, transformer: Model, setting: Setting) -> Row:
     tokens = setting.samples * model.seq_length
 
     def step(build: Callable[[Model], TokenFormer], of: Model, compiled: bool) -> Call:
@@ -122,7 +122,8 @@ def _measure(name: str, depth: int, model: Model, transformer: Model, setting: S
     return {
         "config": name,
         "dtype": str(setting.dtype).removeprefix("torch."),
-        "layers": f"{model.num_layers} of {depth}",
+        "layers": f"{model.num_layers} of {whole.num_layers}",
+        "vocabulary": f"{model.vocab_size:,} of {whole.vocab_size:,}",
         "tokens/step": tokens,
         "parameters": num_parameters(model),
         "transformer's": num_parameters(transformer),

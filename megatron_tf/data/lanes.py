@@ -59,10 +59,10 @@ def _in_lanes(job: PartJob, parts: Sequence[Part], lanes: int, processes: int, o
             for _ in range(lanes):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_run_lane, args=(job, parts, next_part, processes, sender))
-                with kept_from_children():
+                with kept_from_children():  # Control-C comes when the process is known, and is then ended
                     process.start()
-                sender.close()  # so that the end of the process is the end of the pipe
-                running[receiver] = process
+                    sender.close()  # so that the end of the process is the end of the pipe
+                    running[receiver] = process
         while running:
             ready: list[Any] = wait(list(running))
             for pipe in ready:

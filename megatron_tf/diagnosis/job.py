@@ -126,7 +126,10 @@ def _examine(
 
 
 def _links(assembly: Assembly, hosts: Sequence[str], num_bytes: int, device: torch.device) -> list[Link]:
-    """Of the ring of neighbours, and of the ring through the ranks with the same place on each node."""
+    """Of the ring of neighbours, and of the ring through the ranks with the same place on each node.
+
+    All are measured LINK_PASSES times; the best of a link counts.
+    """
     rank, world = assembly.rank, assembly.world_size
     per_host = hosts.count(hosts[0])
     strides = {1} | ({per_host} if per_host < world and world % per_host == 0 else set())
@@ -136,14 +139,14 @@ def _links(assembly: Assembly, hosts: Sequence[str], num_bytes: int, device: tor
         for number, links in enumerate(ring_rounds(world, stride), 1)
     ]
     own: dict[tuple[int, int], Link] = {}
-    for attempt in range(1, LINK_PASSES + 1):
+    for link_pass in range(1, LINK_PASSES + 1):
         for stride, number, links in rounds:
             mine = [link for link in links if rank in link]
 
             def work(mine: list[tuple[int, int]] = mine) -> list[Link]:
                 return [measure_link(rank, link, num_bytes, device) for link in mine]
 
-            what = f"links of stride {stride}, round {number}, pass {attempt}"
+            what = f"links of stride {stride}, round {number}, pass {link_pass}"
             for link in assembly.phase(what, work):
                 pair = link.first, link.second
                 own[pair] = best_of(own[pair], link) if pair in own else link

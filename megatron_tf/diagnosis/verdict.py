@@ -7,7 +7,7 @@ links, cannot make slow the usual even among three.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -28,14 +28,21 @@ class Link:
 
 def best_of(*measured: Link) -> Link:
     """A link at its fastest; wrong if it ever was."""
-    latency, bandwidth = min(link.latency for link in measured), max(link.bandwidth for link in measured)
-    return replace(measured[0], latency=latency, bandwidth=bandwidth, right=all(link.right for link in measured))
+    return _combined(measured, min, max)
 
 
 def worst_of(*measured: Link) -> Link:
     """A link as the slower of its ends finds it; wrong if either does."""
-    latency, bandwidth = max(link.latency for link in measured), min(link.bandwidth for link in measured)
-    return replace(measured[0], latency=latency, bandwidth=bandwidth, right=all(link.right for link in measured))
+    return _combined(measured, max, min)
+
+
+def _combined(measured: Sequence[Link], latency: Callable[..., float], bandwidth: Callable[..., float]) -> Link:
+    return replace(
+        measured[0],
+        latency=latency(link.latency for link in measured),
+        bandwidth=bandwidth(link.bandwidth for link in measured),
+        right=all(link.right for link in measured),
+    )
 
 
 @dataclass(frozen=True)

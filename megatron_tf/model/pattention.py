@@ -93,7 +93,7 @@ class _Pattention(Function):
             scores, statistics, outputs = _sharded_forward(_rows(x), keys, values, scales, activation, group)
         ctx.save_for_backward(x, scores, *statistics, *tokens)
         ctx.activation, ctx.scales, ctx.group = activation, scales, group
-        return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
+        return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outputs)
 
     @staticmethod
     @once_differentiable
@@ -149,22 +149,22 @@ def _sharded_forward(
     activation: Activation,
     group: Group,
 ) -> _Results:
-    """In parts of the rows: the first's statistic travels while the second's scores are made, and the second's while
-    the first's outputs are."""
-    parts = row_parts(x.shape[0], activation, torch.compiler.is_compiling())
+    """In parts of the rows, where there are many: the first's statistic travels while the second's scores are made, and
+    the second's while the first's outputs are."""
+    sizes = row_parts(x.shape[0], activation, torch.compiler.is_compiling())
     joined = score_layout.joined(keys)
     scores = score_layout.empty_scores(x, x.shape[0], joined.shape[0])
     outputs = [x.new_empty(x.shape[0], v.shape[1]) for v in values]
     exchanges = []
-    for a, part in zip(scores.split(parts), x.split(parts)):
-        a.addmm_(part, joined.mT, beta=0)
+    for a, x_part in zip(scores.split(sizes), x.split(sizes)):
+        a.addmm_(x_part, joined.mT, beta=0)
         exchanges.append(_begin_row_statistic(a, keys, activation, group))
     statistics = []
-    for finish, a, *outs in zip(exchanges, scores.split(parts), *(out.split(parts) for out in outputs)):
+    for finish, a, *out_parts in zip(exchanges, scores.split(sizes), *(out.split(sizes) for out in outputs)):
         statistics.append(finish())
-        columns = zip(score_layout.split(a, keys), statistics[-1].split(1, -1), values, scales, outs)
-        for projection, r, v, scale, out in columns:
-            out.addmm_(row_stages.weights(projection, r, scale, activation), v, beta=0)
+        own = score_layout.split(a, keys), statistics[-1].split(1, -1)
+        for own_scores, r, v, scale, out in zip(*own, values, scales, out_parts):
+            out.addmm_(row_stages.weights(own_scores, r, scale, activation), v, beta=0)
     return scores, torch.cat(statistics).split(1, -1), outputs
 
 

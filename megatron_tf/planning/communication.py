@@ -20,9 +20,12 @@ Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
 @dataclass(frozen=True)
 class Collective:
+    """`overlapped`: on its way while something else is computed."""
+
     kind: Kind
     bytes: int
     count: int = 1
+    overlapped: bool = False
 
     def sent_bytes(self, ranks: int) -> float:
         """Bytes that each of `ranks` ranks sends, over all `count` of them."""
@@ -62,7 +65,9 @@ def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
     twice = 2 if config.model.activation == "softmax" else 1
     parts = row_parts(positions, config.model.activation, config.training.compile)
     forward_norms = tuple(
-        Collective("all_reduce", 4 * rows * projections, twice) for projections in (3, 1, 1) for rows in parts
+        Collective("all_reduce", 4 * rows * projections, twice, overlapped=part > 0)
+        for projections in (3, 1, 1)
+        for part, rows in enumerate(parts)
     )
     forward: Collectives
     backward: Collectives

@@ -29,7 +29,7 @@ from megatron_tf.planning.work import Seconds, accumulation_seconds, block_secon
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by what they are spent on; nothing overlaps."""
+    """Seconds of a step by what they are spent on; what `Collective` calls overlapped takes none, else nothing overlaps."""
 
     compute: float  # of the slowest stage, over all micro batches
     tensor: float  # communication of the tensor group within it
@@ -126,4 +126,5 @@ def _seconds(
 ) -> float:
     bandwidth, leaves_node = group_bandwidth(gpu, topology, axis)
     latency = assumed.network_latency if leaves_node else assumed.node_latency
-    return sum(c.count * latency + c.sent_bytes(ranks) / (assumed.link * bandwidth) for c in collectives)
+    exposed = (c for c in collectives if not c.overlapped)
+    return sum(c.count * latency + c.sent_bytes(ranks) / (assumed.link * bandwidth) for c in exposed)

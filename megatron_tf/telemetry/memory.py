@@ -8,7 +8,10 @@ import torch
 
 
 def memory_metric(device: torch.device) -> tuple[str, int]:
-    """(metric's name, bytes): most that PyTorch has allocated on a GPU so far, or what the process holds in RAM now."""
+    """(metric's name, bytes): most that PyTorch has allocated on a GPU so far, or what the process holds in RAM now.
+
+    On a CPU a training process keeps what it frees, so that this is near the most it has needed.
+    """
     if device.type == "cuda":
         return "memory/gpu_peak_allocated_bytes", torch.cuda.max_memory_allocated(device)
     return "memory/cpu_resident_bytes", _resident_bytes()

@@ -23,7 +23,7 @@ def join(environment: LaunchEnvironment, timeout_seconds: float, store_file: str
 def join_ranks(environment: LaunchEnvironment, timeout_seconds: float, store_file: str | None = None) -> torch.device:
     """Initialises torch.distributed; returns this rank's device.
 
-    nccl on GPUs, gloo on CPUs. `store_file`: meet through this file instead of an address and a port.
+    nccl on GPUs, gloo on CPUs, where the process also keeps the memory that it frees. `store_file`: meet through this file instead of an address and a port.
     LaunchError when the port is in use or the ranks do not meet in time.
     """
     os.environ.update(

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from megatron_tf.benchmark import scaling, step
+from megatron_tf.benchmark.models import equal_transformer
 from megatron_tf.config import load_config
+from megatron_tf.config.schema import ParameterTokens
 from megatron_tf.errors import ConfigError
 from megatron_tf.estimate import num_parameters
 from megatron_tf.model import build_model
@@ -73,6 +75,12 @@ def test_cut_models_keep_their_proportions():
     assert num_parameters(cut) == pytest.approx(num_parameters(whole) / 2, rel=0.01)
     assert num_parameters(cut) == pytest.approx(num_parameters(transformer), rel=0.05)
     assert step._cut(whole, 9)[0] == whole
+
+
+def test_a_model_smaller_than_any_transformer_is_refused():
+    small = model(num_attention_heads=1, hidden_size=128, parameter_tokens=ParameterTokens(qkv=1, proj=1, ffn=1))
+    with pytest.raises(ConfigError, match="heads of 128 channels is as small as .* Give more parameter tokens"):
+        equal_transformer(small)
 
 
 def test_models_beyond_memory_are_refused_before_any_is_measured():

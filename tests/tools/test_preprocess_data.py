@@ -168,9 +168,10 @@ def test_control_c_is_quiet_and_resumes(tmp_path):
     assert IndexedDataset(tmp_path / "x").num_documents == 100_000
 
 
+@pytest.mark.parametrize("shards", [4, 8], ids=["a worker of a pool", "a lane"])
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.1])
-def test_control_c_while_workers_start(tmp_path, delay):
-    inputs = write_shards(tmp_path / "in", 4, 2500)
+def test_control_c_while_workers_start(tmp_path, delay, shards):
+    inputs = write_shards(tmp_path / "in", shards, 2500)
     arguments = ["--input", inputs, "--tokenizer", "bytes", "--output-prefix", tmp_path / "x", "--workers", "2"]
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
