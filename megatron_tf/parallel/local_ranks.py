@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.multiprocessing
 
+from megatron_tf.telemetry.console import quiet_libraries
+
 # What ranks need and take seconds to import. What is not installed is passed over.
 IMPORTS = ["torch", "deepspeed", "megatron_tf.training.engine"]
 
@@ -21,6 +23,7 @@ def start_ranks(function: Callable[..., None], world_size: int, *arguments: obje
     """
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     if method == "forkserver":
+        quiet_libraries()
         multiprocessing.set_forkserver_preload(IMPORTS)
     torch.multiprocessing.start_processes(
         _with_environment, (dict(os.environ), function, arguments), world_size, start_method=method
