@@ -2,7 +2,7 @@
 
     A = X Kᵀ,   S = θ(A),   out = S V
 
-The stages between the products, forward and backward, are in row_stages.py.
+The stages between the products, forward and backward, are in row_stages.py; how scores lie in memory, in score_layout.py.
 
 Sharded over a group T (token axis): each Σ runs over all tokens, so it is all-reduced over T. That is one
 number a row and projection, forward and backward; everything else is local.
