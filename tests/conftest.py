@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import torch
 # Triton's kernels are tested in its interpreter where they cannot be compiled; it looks when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell has its jobs in the background ignore Control-C, and what they start as well; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # tests share `distributed.py`; spawned ranks must find it as well
 sys.path.insert(0, str(Path(__file__).parent))
