@@ -14,6 +14,7 @@ import torch
 from megatron_tf.checkpoint.manager import find_latest
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.writer import FAULT_POINTS, REPLACING_POINT
+from megatron_tf.parallel.local_ranks import IMPORTS
 
 NUMEL = 30_000
 
@@ -47,7 +48,7 @@ for step in range(value, 1000000):
 def processes():
     """Children that are forked from one process which has torch imported already and no thread running."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "megatron_tf.checkpoint.writer"])
+    context.set_forkserver_preload(IMPORTS)  # the same process forks the ranks of other tests
     return context
 
 
