@@ -5,12 +5,49 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_tf.errors import UserError, file_errors
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class NotPlainError(OSError):
+    """A folder, FIFO, socket or device stands where a file is read."""
+
+
+def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file, or the file that a link leads to, for reading.
+
+    OSError; NotPlainError for anything but a file, which is not even opened: a FIFO or device may keep a reader
+    waiting, or never end.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        raise NotPlainError(
+            errno.EINVAL, f"is {_KINDS.get(kind, 'no file')}, where a file is expected", os.fspath(path)
+        )
+    return open(path, "rb")
+
+
+def read_plain(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The content of a file, see `open_plain`; OSError too when it has more than `limit` bytes."""
+    with open_plain(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes, which no such file is", os.fspath(path))
+    return content
 
 
 def partial_path(path: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,8 +25,16 @@ STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 LOST_EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h: nothing to mend here, and another start may well succeed
 
 
+MESSAGE_LIMIT = 2_000  # characters: what a file holds must not decide how long a message is
+
+
 class UserError(Exception):
-    """Base of everything that the user can mend."""
+    """Base of everything that the user can mend. `limit`: characters of its message; the middle of a longer one goes."""
+
+    limit = MESSAGE_LIMIT
+
+    def __str__(self) -> str:
+        return shortened(super().__str__(), self.limit)
 
 
 class ConfigError(UserError):
@@ -34,11 +43,13 @@ class ConfigError(UserError):
     `problems`: one sentence each, of the form "section.field: what is wrong. Remedy."
     """
 
+    limit = 10 * MESSAGE_LIMIT
+
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         count = len(self.problems)
         head = "" if count == 1 else f"{count} problems in the configuration:\n  - "
-        super().__init__(head + "\n  - ".join(self.problems))
+        super().__init__(head + "\n  - ".join(map(shortened, self.problems)))
 
 
 class DataError(UserError):
@@ -57,7 +68,7 @@ class DamagedError(CheckpointError):
         return str(self.args[0])
 
     def __str__(self) -> str:
-        return f"{self.problem}. The checkpoint is damaged: copy it again, or use an older one"
+        return shortened(f"{self.problem}. The checkpoint is damaged: copy it again, or use an older one")
 
 
 class UnreadableError(CheckpointError):
@@ -80,6 +91,50 @@ class LostContactError(LaunchError):
     """Ranks have lost each other, or have not met in time: no mistake of the user's. Exit code 69."""
 
 
+def shortened(text: str, limit: int = MESSAGE_LIMIT) -> str:
+    """`text` in at most `limit` characters: of a longer one the beginning and the end, where the remedy stands."""
+    if len(text) <= limit:
+        return text
+    mark = f" [... {len(text) - limit:,} more characters ...] "
+    kept = limit - len(mark)
+    return text[: kept * 2 // 3] + mark + text[len(text) - kept // 3 :]
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxlong = self.maxother = 80
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write integers of thousands of digits.
+        return repr(value) if abs(value) < 10**40 else f"an integer of {value.bit_length():,} bits"
+
+
+def shown(value: object) -> str:
+    """A value that a file holds, as Python writes it, but brief: for messages, whatever its size and nesting."""
+    return _Brief().repr(value)
+
+
+def broken_link(path: str | os.PathLike[str]) -> str | None:
+    """What is wrong with `path` when it is a link that leads nowhere, as the end of a sentence; None when it is not."""
+    try:
+        if not os.path.islink(path) or os.path.exists(path):
+            return None
+        target = os.readlink(path)
+        os.stat(path)
+    except FileNotFoundError:
+        return f"is a link to {target}, and nothing is there"
+    except OSError as error:
+        return f"is a link to {target}, which cannot be followed ({error.strerror})"
+    return None
+
+
+def system_reason(error: OSError, path: str | os.PathLike[str]) -> str:
+    """Why the system refused `path`; of a link that leads nowhere, where it leads."""
+    return broken_link(path) or error.strerror or str(error)
+
+
 @contextmanager
 def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
     """Turn the system's objection to `path`, an OSError in the block, into a `kind`: "path: reason. remedy".
@@ -95,7 +150,7 @@ def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str
     try:
         yield
     except OSError as error:
-        raise kind(f"{os.fspath(path)}: {error.strerror or error}. {remedy}") from error
+        raise kind(f"{os.fspath(path)}: {system_reason(error, path)}. {remedy}") from error
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -128,8 +183,8 @@ def run_command(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.filename is None and error.errno not in DISK_ERRORS:
             raise
-        file = "a file or the output" if error.filename is None else os.fsdecode(error.filename)
-        _fail(f"{file}: {error.strerror}")
+        file = None if error.filename is None else os.fsdecode(error.filename)
+        _fail(f"{file or 'a file or the output'}: {error.strerror if file is None else system_reason(error, file)}")
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:

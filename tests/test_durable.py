@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
+from pathlib import Path
 
 import pytest
 
 from megatron_tf.durable import (
+    NotPlainError,
     atomic_folder,
     atomic_path,
     new_file,
+    open_plain,
     partial_path,
     prepare_output,
     publish,
+    read_plain,
     write_atomically,
 )
 from megatron_tf.errors import UserError
@@ -118,3 +123,28 @@ def test_a_folder_replaces_nothing(tmp_path):
         with pytest.raises(FileExistsError, match="exists"), atomic_folder(tmp_path / name):
             pass
     assert sorted(os.listdir(tmp_path)) == ["a", "b.partial"]
+
+
+def test_only_files_and_links_to_them_are_opened(tmp_path):
+    file, link, fifo = (tmp_path / name for name in ("file", "link", "fifo"))
+    file.write_bytes(b"content")
+    link.symlink_to(file)
+    os.mkfifo(fifo)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with socket.socket(socket.AF_UNIX) as bound, open_plain(link) as opened:
+        bound.bind(str(tmp_path / "socket"))
+        assert opened.read() == b"content"
+        for name, kind in {"fifo": "a FIFO", "socket": "a socket", ".": "a folder", "/dev/zero": "a device"}.items():
+            with pytest.raises(NotPlainError, match=f"is {kind}, where a file is expected"):
+                open_plain(tmp_path / name)
+        for name in ("loop", "missing"):
+            with pytest.raises(OSError):
+                open_plain(Path(tmp_path, name))
+
+
+def test_a_file_is_read_up_to_a_limit(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"1234")
+    assert read_plain(path, 4) == b"1234"
+    with pytest.raises(OSError, match="is larger than 3 bytes"):
+        read_plain(path, 3)

@@ -8,7 +8,18 @@ import sys
 
 import pytest
 
-from megatron_tf.errors import CheckpointError, ConfigError, DataError, LaunchError, UserError, file_errors, run_command
+from megatron_tf.errors import (
+    MESSAGE_LIMIT,
+    CheckpointError,
+    ConfigError,
+    DamagedError,
+    DataError,
+    LaunchError,
+    UserError,
+    file_errors,
+    run_command,
+    shown,
+)
 
 
 def fail_with(error: BaseException):
@@ -30,6 +41,28 @@ def test_all_problems_are_listed():
     assert str(error) == "2 problems in the configuration:\n  - a.b: first.\n  - c.d: second."
 
 
+@pytest.mark.parametrize("kind", [ConfigError, DataError, CheckpointError, DamagedError, LaunchError])
+def test_a_long_message_loses_its_middle_and_keeps_its_remedy(kind):
+    message = str(kind("data/x.bin: " + 100_000 * "y" + ". Copy it again"))
+    assert len(message) <= MESSAGE_LIMIT and "more characters" in message
+    assert message.startswith("data/x.bin: yyy") and "Copy it again" in message[-90:]
+
+
+def test_many_problems_are_listed_and_countless_ones_are_not():
+    some, countless = ([f"a.b{number}: {'wrong ' * 20}." for number in range(n)] for n in (50, 10_000))
+    assert all(problem in str(ConfigError(some)) for problem in some)
+    assert len(str(ConfigError(countless))) <= ConfigError.limit and ConfigError(countless).problems == countless
+
+
+def test_a_value_is_shown_briefly_whatever_it_is():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (deep, 10**5000, "x" * 10**6, {str(n): [n] * 100 for n in range(1000)}):
+        assert len(shown(value)) < 400
+    assert shown([0, 5, "f"]) == "[0, 5, 'f']" and shown(True) == "True" and shown("12") == "'12'"
+
+
 @pytest.mark.parametrize("kind", [ConfigError, DataError, CheckpointError, LaunchError])
 def test_a_user_error_is_one_message_and_exit_code_2(kind, capsys):
     assert issubclass(kind, UserError)
@@ -45,6 +78,18 @@ def test_a_bug_keeps_its_traceback():
     for bug in (AssertionError("ours"), RuntimeError("ours"), FileNotFoundError("ours"), ConnectionError(111, "ours")):
         with pytest.raises(type(bug), match="ours"):
             run_command(fail_with(bug))
+
+
+def test_a_link_that_leads_nowhere_says_where(tmp_path):
+    gone, first, second = (tmp_path / name for name in ("gone", "first", "second"))
+    gone.symlink_to(tmp_path / "elsewhere")
+    first.symlink_to(second)
+    second.symlink_to(first)
+    for link, fragment in ((gone, f"is a link to {tmp_path}/elsewhere, and nothing is there"),
+                           (first, f"is a link to {second}, which cannot be followed (Too many levels")):  # fmt: skip
+        with pytest.raises(DataError) as caught, file_errors(DataError, link, "Correct the path."):
+            link.read_bytes()
+        assert str(caught.value).startswith(f"{link}: {fragment}")
 
 
 def test_the_system_s_objection_to_a_file_is_one_message(capsys):
