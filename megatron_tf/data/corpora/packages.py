@@ -44,7 +44,8 @@ class Downloads:
     """A folder of packages. What is there, and is what it was when it came, is not fetched again."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        # Package managers run in folders of their own, where a relative path would lead elsewhere.
+        self.folder = folder.absolute()
 
     def sdist(self, name: str, version: str, sha256: str) -> Path:
         """A source archive as pip finds it. Raises `UnavailableError`; `DataError` for other content than pinned."""
@@ -61,7 +62,8 @@ class Downloads:
             _run(
                 [sys.executable, "-m", "pip", "download", *options, "--dest", work, "-r", f"{work}/requirements.txt"],
                 {"PYTHONPATH": os.pathsep.join(filter(None, [str(builder.parent), os.environ.get("PYTHONPATH")]))},
-                work,
+                # pip stays here: relative paths in its variables and configuration are the user's
+                None,
             )
             return self._take(Path(work) / file, sha256)
 

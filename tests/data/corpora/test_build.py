@@ -196,6 +196,17 @@ def test_a_source_archive_is_fetched_by_pip_and_never_run(index, tmp_path):
     assert sorted(path.name for path in downloads.folder.iterdir()) == ["downloads.json", "words-0.5.tar.gz"]
 
 
+def test_packages_are_fetched_into_a_relative_folder(index, apt, tmp_path, monkeypatch):
+    """The package managers run in folders of their own; before Python 3.12 even temporary folders had relative names."""
+    archive, _ = index
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_FIND_LINKS", "index")
+    package = Source("words", "third", "permissive", "Z", words(sha256_of(archive)))
+    build_corpus(CorpusSettings(Path("out"), (ALPHA, package), validation_fraction=0.2), Downloads(Path("down")), print)
+    assert {path.name for path in Path("down").iterdir()} == {"alpha_1.0-1_all.deb", "downloads.json", archive.name}
+    assert sorted(path.name for path in Path("out").iterdir()) == ["LICENSES.txt", "corpus.json", "train", "validation"]
+
+
 def test_a_source_archive_with_another_content_is_not_looked_at(index, tmp_path):
     _, marker = index
     with pytest.raises(UnavailableError, match="(?i)hash"):
