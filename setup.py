@@ -12,16 +12,22 @@ EVAL = ["lm_eval>=0.4.13,<0.5", *TRANSFORMERS, *PARQUET]
 # Comes with PyTorch's builds for GPUs; without one the kernels are tested in its interpreter.
 TRITON = ["triton>=3.5,<4; platform_system == 'Linux'"]
 TIKTOKEN = ["tiktoken>=0.11,<1"]  # before, it took special tokens that a text spells out for special tokens
+# Beside the code in a source tree, inside the package when installed: see megatron_tf/shipped.py.
+FOLDERS = {"megatron_tf.configs": "configs", "megatron_tf.slurm": "launch/slurm"}
 
 setup(
     name="megatron_tf",
     version="0.1.0",
     description="Training of TokenFormer language models that grow, in three dimensions of parallelism",
-    packages=find_packages(include=["megatron_tf", "megatron_tf.*"]),
+    packages=[*find_packages(include=["megatron_tf", "megatron_tf.*"]), *FOLDERS],
+    package_dir=FOLDERS,
     package_data={
+        "megatron_tf.configs": ["*.yml"],
+        "megatron_tf.slurm": ["*.sbatch"],
         "megatron_tf.convert.huggingface": ["remote_code/*.py"],  # goes into every export, as it is
         "megatron_tf.model": ["*.c"],  # built on first use
     },
+    entry_points={"console_scripts": ["megatron_tf = megatron_tf.__main__:main"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.11,<2.14",

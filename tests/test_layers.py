@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tf.__main__ import COMMANDS
+
 PROJECT = Path(__file__).parents[1]
 # From the ground up. A package stands for all its modules, unless a module of it is named itself.
 FLOORS = (
@@ -22,6 +24,7 @@ FLOORS = (
         "megatron_tf.durable",
         "megatron_tf.arguments",
         "megatron_tf.host_memory",
+        "megatron_tf.shipped",
     },
     {"megatron_tf.params", "megatron_tf.config", "megatron_tf.parallel.topology"},  # topology: arithmetic, no torch
     {"megatron_tf.parallel", "megatron_tf.estimate", "megatron_tf.plan", "megatron_tf.telemetry"},
@@ -32,7 +35,8 @@ FLOORS = (
     # a model from a checkpoint, sampling, scoring; speeds: beside training, which they do not know
     {"megatron_tf.inference", "megatron_tf.evaluation", "megatron_tf.benchmark"},
     {"megatron_tf.training"},
-    {"megatron_tf.evaluation.run"},  # the composition root of launch/evaluate.py: joins ranks as training does
+    {"megatron_tf.evaluation.run"},  # the composition root of the command evaluate: joins ranks as training does
+    {"megatron_tf.commands", "megatron_tf.__main__"},
     {"launch", "tools"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -56,6 +60,8 @@ NO_TORCH = (
     "megatron_tf.durable",
     "megatron_tf.arguments",
     "megatron_tf.host_memory",
+    "megatron_tf.shipped",
+    "megatron_tf.__main__",
     "megatron_tf.params",
     "megatron_tf.config",
     "megatron_tf.estimate",
@@ -158,9 +164,21 @@ def test_remote_code_needs_torch_and_transformers_alone():
     assert len(files) == 2
 
 
-def test_a_tool_imports_no_other_tool():
-    scripts = [name for name in MODULES if name.split(".")[0] in ("launch", "tools")]
-    assert [(name, other) for name in scripts for other in IMPORTS[name] if other in scripts] == []
+def test_a_command_imports_no_other_command():
+    commands = [name for name in MODULES if name.startswith("megatron_tf.commands.")]
+    assert len(commands) > 20
+    assert [(name, other) for name in commands for other in IMPORTS[name] if other in commands] == []
+
+
+def test_a_script_only_names_its_command():
+    for name, file in MODULES.items():
+        if name.split(".")[0] in ("launch", "tools"):
+            last = ast.unparse(ast.parse(file.read_text(encoding="utf-8")).body[-1])
+            assert last.startswith("if __name__ == '__main__':\n    from megatron_tf.__main__ import run\n    run("), (
+                name
+            )
+            command = ast.literal_eval(last.rpartition("run(")[2].removesuffix(")"))
+            assert COMMANDS[command].module == file.stem
 
 
 def test_every_script_ends_quietly_on_control_c_from_its_first_import_on():
@@ -179,8 +197,12 @@ def test_breaches_are_seen():
     assert too_high("megatron_tf.checkpoint.source", lazily) == ["megatron_tf.training.engine"]
     assert misplaced("megatron_tf.checkpoint.source", lazily) == ["deepspeed.ops"]
     assert misplaced("megatron_tf.training.engine", lazily) == []
-    assert misplaced("tools.generate_text", imports_of("from transformers import AutoModel")) == ["transformers"]
-    assert misplaced("launch.train", imports_of("from torch.utils import tensorboard")) == ["torch.utils.tensorboard"]
+    assert misplaced("megatron_tf.commands.generate_text", imports_of("from transformers import AutoModel")) == [
+        "transformers"
+    ]
+    assert misplaced("megatron_tf.commands.train", imports_of("from torch.utils import tensorboard")) == [
+        "torch.utils.tensorboard"
+    ]
     assert too_high("megatron_tf.config.validate", {"megatron_tf.parallel.topology"}) == []
     assert too_high("megatron_tf.config.validate", {"megatron_tf.parallel.groups"}) == ["megatron_tf.parallel.groups"]
     with pytest.raises(AssertionError, match="relative"):
@@ -202,7 +224,8 @@ def test_arithmetic_starts_without_torch():
 
 
 def test_everything_but_training_starts_without_deepspeed_and_optional_packages():
-    modules = tuple(name for name in MODULES if name.startswith("megatron_tf.") and "training" not in name)
+    training = ("megatron_tf.training", "megatron_tf.commands.verify_")
+    modules = tuple(name for name in MODULES if name.startswith("megatron_tf.") and not name.startswith(training))
     for required in ("megatron_tf.model", "megatron_tf.checkpoint", "megatron_tf.config", "megatron_tf.data.loader"):
         assert required in modules
     assert (

@@ -1,4 +1,4 @@
-"""Build a small corpus of real text without any download: the documentation and library source of this Python."""
+"""The command `megatron_tf build-demo-corpus`, as a file to start."""
 
 from __future__ import annotations
 
@@ -7,34 +7,7 @@ if __name__ in ("__main__", "__mp_main__"):
 
     end_quietly()
 
-import argparse
-import math
-import platform
-from itertools import chain
-
-from megatron_tf.arguments import path
-from megatron_tf.data.corpus import python_modules, python_topics, within_bytes, write_corpus
-from megatron_tf.errors import DataError, run_command
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "output_dir", type=path, help="folder for train.jsonl.zst, validation.jsonl.zst and LICENSE.txt"
-    )
-    parser.add_argument("--max-megabytes", type=float, default=8.0, metavar="M", help="most text to take (default: 8)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    if not 0 < arguments.max_megabytes < math.inf:
-        raise DataError(f"--max-megabytes is {arguments.max_megabytes:g}. Choose a finite number above 0.")
-    documents = within_bytes(chain(python_topics(), python_modules()), int(arguments.max_megabytes * 1e6))
-    counts = write_corpus(documents, arguments.output_dir, platform.python_version())
-    for split, (number, size) in counts.items():
-        print(f"{arguments.output_dir / split}.jsonl.zst: {number} documents, {size / 1e6:.2f} MB of text")
-
-
 if __name__ == "__main__":
-    run_command(main)
+    from megatron_tf.__main__ import run
+
+    run("build-demo-corpus")

@@ -1,9 +1,4 @@
-"""What is inside a checkpoint; are its bytes right; how does it differ from another one.
-
-Reads the index only, and with --verify or --diff the shards through a bounded buffer: a laptop is enough for
-any size. Exit code 0; 1 when --diff finds a difference; 2 when a checkpoint is missing or damaged. Damage of the
-weights themselves is told from a difference by --verify alone, which reads both checkpoints once more.
-"""
+"""The command `megatron_tf inspect`, as a file to start."""
 
 from __future__ import annotations
 
@@ -12,102 +7,7 @@ if __name__ in ("__main__", "__mp_main__"):
 
     end_quietly()
 
-import argparse
-import json
-import math
-import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
-
-from megatron_tf.arguments import path
-from megatron_tf.checkpoint.compare import Difference, compare
-from megatron_tf.checkpoint.manager import resolve
-from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.checkpoint.summary import summarize
-from megatron_tf.errors import run_command
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "path", type=path, help="a checkpoint, or a checkpoints or run folder (its newest complete one)"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="compare the checksum of every file with the manifest, also of OTHER"
-    )
-    parser.add_argument(
-        "--diff",
-        type=path,
-        metavar="OTHER",
-        help="compare with another checkpoint, tensor by tensor; checksums only with --verify",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    arguments = parser.parse_args()
-
-    reader = open_checkpoint(resolve(arguments.path))
-    summary = summarize(reader)
-    if arguments.verify:
-        reader.verify()
-        summary["verified_files"] = len(reader.manifest.files)
-    differences = None
-    if arguments.diff:
-        other = open_checkpoint(resolve(arguments.diff))
-        if arguments.verify:
-            other.verify()
-        differences = [d for d in compare(reader, other) if not d.equal]
-        # NaN and infinity have no JSON form
-        summary["differences"] = [
-            {**vars(d), "largest": d.largest if math.isfinite(d.largest) else str(d.largest)} for d in differences
-        ]
-    if arguments.json:
-        print(json.dumps(summary, indent=2))
-    else:
-        print_summary(reader, summary)
-        if differences is not None:
-            print_differences(arguments.diff, differences)
-    if differences:
-        sys.exit(1)
-
-
-def print_summary(reader: CheckpointReader, summary: dict[str, Any]) -> None:
-    print(f"{summary['path']} (format {summary['format_version']}, {summary['bytes']:,} bytes)")
-    of_model = [(key, str(value)) for key, value in summary["model"].items() if value is not None]
-    print_table(of_model, title="model")
-    progress = [(key, f"{summary[key]:,}") for key in ("step", "samples", "tokens", "parameters")]
-    print_table(progress, title="progress")
-    if summary["scales"]:
-        scales = [(kind, ", ".join(f"{s:.6g}" for s in values)) for kind, values in summary["scales"].items()]
-        print_table(scales, title="τ")
-    for number, entry in enumerate(summary["growth_history"], 1):
-        print_table([(key, str(value)) for key, value in entry.items()], title=f"growth {number}")
-    rows = [
-        (name, str(tensor["shape"]), ", ".join(tensor["states"]), f"{tensor['bytes']:,}", tensor["adam_steps"])
-        for name, tensor in summary["tensors"].items()
-    ]
-    print_table([("name", "shape", "states", "bytes", "Adam steps"), *rows], title="tensors")
-    if "verified_files" in summary:
-        print(f"\nverified: {summary['verified_files']} files, every checksum and range is right")
-
-
-def print_differences(other: Path, differences: Sequence[Difference]) -> None:
-    if not differences:
-        print(f"\nno difference to {other}: every tensor and state is equal to the last bit")
-        return
-    rows = [("name", "state", "shapes", "unequal of compared", "largest difference")]
-    for d in differences:
-        shapes = " / ".join("missing" if shape is None else str(list(shape)) for shape in d.shapes)
-        rows.append((d.name, d.state, shapes, f"{d.unequal:,} of {d.compared:,}", f"{d.largest:.3g}"))
-    print_table(rows, title=f"differences to {other}")
-
-
-def print_table(rows: Iterable[Sequence[str]], title: str) -> None:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print(f"\n{title}")
-    for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
 if __name__ == "__main__":
-    run_command(main)
+    from megatron_tf.__main__ import run
+
+    run("inspect")

@@ -1,4 +1,4 @@
-"""Draw loss against tokens or steps, of one run or of several: a run and those that were grown from it, in order."""
+"""The command `megatron_tf plot`, as a file to start."""
 
 from __future__ import annotations
 
@@ -7,22 +7,7 @@ if __name__ in ("__main__", "__mp_main__"):
 
     end_quietly()
 
-import argparse
-
-from megatron_tf.arguments import path
-from megatron_tf.errors import run_command
-from megatron_tf.telemetry.plot import plot_runs, read_run
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=path, metavar="RUN_DIR", help="folders of runs, oldest first")
-    parser.add_argument("--output", type=path, required=True, metavar="FILE", help="the picture: .png, .pdf, .svg ...")
-    parser.add_argument("--x", choices=("tokens", "steps", "flops"), default="tokens", help="default: tokens")
-    arguments = parser.parse_args()
-    plot_runs([read_run(folder) for folder in arguments.runs], arguments.output, arguments.x)
-    print(arguments.output)
-
-
 if __name__ == "__main__":
-    run_command(main)
+    from megatron_tf.__main__ import run
+
+    run("plot")

@@ -1,10 +1,4 @@
-"""Prove that a run can change its layout: train under one, save, resume under another, and compare.
-
-The configured model is trained on random tokens, in fp32, under every layout that fits, saved in the background, and
-resumed under another. For each change the table says how far the losses are from one process that was never
-interrupted, and whether weights, both Adam moments and step counts were equal to the last bit after loading.
-No data is needed.
-"""
+"""The command `megatron_tf verify-resume`, as a file to start."""
 
 from __future__ import annotations
 
@@ -13,63 +7,7 @@ if __name__ in ("__main__", "__mp_main__"):
 
     end_quietly()
 
-import argparse
-import math
-import sys
-from itertools import product
-
-from megatron_tf.arguments import path
-from megatron_tf.config.load import load_config
-from megatron_tf.config.validate import validate
-from megatron_tf.errors import ConfigError, run_command
-from megatron_tf.parallel.topology import Topology
-from megatron_tf.training.layout_check import Layout
-from megatron_tf.training.resume_check import Resumed, check_resumes, rotation, settings
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=path, help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace values of the file")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps before and after (default 10)")
-    parser.add_argument("--ranks", type=int, default=4, help="largest number of ranks (default 4)")
-    parser.add_argument(
-        "--all", action="store_true", help="every change; by default each layout is left once and entered once"
-    )
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative error (default 1e-5)")
-    arguments = parser.parse_intermixed_args()
-    for name in ("steps", "ranks"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: is {getattr(arguments, name)}, must be at least 1.")
-    if not 0 <= arguments.tolerance < math.inf:
-        raise ConfigError(f"--tolerance: is {arguments.tolerance}, must be a number of 0 or more, such as 1e-5.")
-    config = load_config(arguments.config, ["training.precision=fp32", *arguments.overrides])
-    found = settings(config, arguments.ranks)
-    if not found:
-        validate(Layout(Topology(1, 1, 1)).apply(config), 1)  # says so if it is the model that is wrong
-        raise ConfigError(f"no layout of 1 to {arguments.ranks} ranks fits this model and batch.")
-    pairs = list(product(found, found)) if arguments.all else rotation(found)
-    print(f"{len(found)} layouts, {len(pairs)} changes of layout", flush=True)
-    results = check_resumes(config, pairs, arguments.steps)
-    print_table(results, arguments.tolerance, arguments.steps)
-    if not all(result.agrees(arguments.tolerance) for result in results):
-        sys.exit(1)
-
-
-def print_table(results: list[Resumed], tolerance: float, steps: int) -> None:
-    print(f"{steps} steps, saved, resumed for {steps} more; worst relative difference of a loss from one process")
-    print(f"that was not interrupted, tolerance {tolerance:g}; SP: sequence-parallel, Z0: without ZeRO")
-    print(f"{'from':<17}  {'to':<17}  {'loss':>8}  {'state loaded':<13}  verdict")
-    for result in results:
-        state = "bit-equal" if not result.differing else f"{len(result.differing)} differ"
-        verdict = "agrees" if result.agrees(tolerance) else "DIFFERS"
-        print(f"{result.before!s:<17}  {result.after!s:<17}  {result.loss:>8.1e}  {state:<13}  {verdict}")
-    for result in results:
-        for problem in result.differing:
-            print(f"{result.before} → {result.after}: {problem}")
-    equal = sum(not result.differing for result in results)
-    print(f"{len(results)} changes: {equal} bit-equal, worst loss {max(result.loss for result in results):.1e}")
-
-
 if __name__ == "__main__":
-    run_command(main)
+    from megatron_tf.__main__ import run
+
+    run("verify-resume")

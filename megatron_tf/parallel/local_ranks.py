@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.multiprocessing
 
+from megatron_tf.interrupt import end_quietly
 from megatron_tf.telemetry.console import quiet_libraries
 
 # What ranks need and take seconds to import. What is not installed is passed over.
@@ -33,6 +34,7 @@ def start_ranks(function: Callable[..., None], world_size: int, *arguments: obje
 def _with_environment(
     rank: int, environment: Mapping[str, str], function: Callable[..., None], arguments: Sequence[object]
 ) -> None:
+    end_quietly()  # Control-C reaches the process that started the ranks as well
     os.environ.clear()
     os.environ.update(environment)  # of the process that starts ranks now, not of the one that they are forked from
     function(rank, *arguments)

@@ -1,25 +1,14 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 from tooling import assert_refused, tool
 
+from megatron_tf.commands import compare_growth
 from megatron_tf.errors import UserError
 from megatron_tf.telemetry.plot import plot_groups, read_run
-
-TOOL = Path(__file__).parents[2] / "tools" / "compare_growth.py"
-
-
-@pytest.fixture
-def compare_growth():
-    spec = importlib.util.spec_from_file_location("compare_growth", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -40,7 +29,7 @@ def groups(tmp_path):
     return {"zero_key": [list(pair) for pair in zip(small, grown)], "from scratch": [[one] for one in scratch]}
 
 
-def test_table(compare_growth, groups):
+def test_table(groups):
     head, grown, scratch = compare_growth.table(groups).splitlines()
     assert head.split()[:5] == ["tokens", "FLOPs", "before", "after", "end"]
     assert grown.split() == ["zero_key", "200", "2.00e+03", "4.5000", "4.5000", "3.5000", "3.0000,", "4.0000"]
@@ -102,7 +91,7 @@ def test_a_method_that_cannot_grow_this_model_is_refused(configs):
     assert_refused(tool("compare_growth", *files), "--methods gram: ", "gram needs at least 8 new qkv tokens")
 
 
-def test_good_input_is_not_refused(compare_growth, configs, monkeypatch):
+def test_good_input_is_not_refused(configs, monkeypatch):
     """As far as the first command, which is not run."""
     started = []
     monkeypatch.setattr(compare_growth.subprocess, "run", lambda words: started.append(words) or _ended(3))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 
 import pytest
 from launching import PROJECT, run
 
+from megatron_tf.commands import verify_layout
 from megatron_tf.errors import run_command
 
 TOOL = PROJECT / "tools" / "verify_layout.py"
@@ -60,10 +60,9 @@ CASES = {
 
 def refusal(monkeypatch, capsys, *arguments) -> str:
     """What the tool says, in this process, when it refuses `arguments`."""
-    module = runpy.run_path(str(TOOL))
     monkeypatch.setattr(sys, "argv", [TOOL.name, *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        run_command(module["main"])
+        run_command(verify_layout.main)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("error:") == 1, said
     return said

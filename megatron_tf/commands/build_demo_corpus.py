@@ -1,0 +1,31 @@
+"""Build a small corpus of real text without any download: the documentation and library source of this Python."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+from itertools import chain
+
+from megatron_tf.arguments import path
+from megatron_tf.data.corpus import python_modules, python_topics, within_bytes, write_corpus
+from megatron_tf.errors import DataError
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "output_dir", type=path, help="folder for train.jsonl.zst, validation.jsonl.zst and LICENSE.txt"
+    )
+    parser.add_argument("--max-megabytes", type=float, default=8.0, metavar="M", help="most text to take (default: 8)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if not 0 < arguments.max_megabytes < math.inf:
+        raise DataError(f"--max-megabytes is {arguments.max_megabytes:g}. Choose a finite number above 0.")
+    documents = within_bytes(chain(python_topics(), python_modules()), int(arguments.max_megabytes * 1e6))
+    counts = write_corpus(documents, arguments.output_dir, platform.python_version())
+    for split, (number, size) in counts.items():
+        print(f"{arguments.output_dir / split}.jsonl.zst: {number} documents, {size / 1e6:.2f} MB of text")

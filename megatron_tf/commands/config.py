@@ -1,0 +1,27 @@
+"""The configurations that come with megatron_tf. Every command takes one by its name: `megatron_tf train tiny`.
+
+`megatron_tf config list` names them, `megatron_tf config show tiny > my.yml` makes a copy to edit.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_tf.shipped import configurations
+
+
+def main() -> None:
+    shipped = configurations()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="list|show")
+    modes.add_parser("list", help="names, each with the first line of its file")
+    show = modes.add_parser("show", help="the text of one")
+    show.add_argument("name", choices=shipped, metavar="NAME", help="one of `megatron_tf config list`")
+    arguments = parser.parse_args()
+    if arguments.mode == "show":
+        print(shipped[arguments.name].read_text(encoding="utf-8"), end="")
+        return
+    width = max(map(len, shipped))
+    for name, path in shipped.items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        print(f"{name:<{width}}  {first.removeprefix('# ')}")

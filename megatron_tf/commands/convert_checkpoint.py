@@ -1,0 +1,200 @@
+"""Weights from and to other formats:
+`python tools/convert_checkpoint.py from-official pytorch_model.bin --to runs/150M`
+`python tools/convert_checkpoint.py to-official runs/150M --to pytorch_model.bin`
+`python tools/convert_checkpoint.py to-hf runs/150M --to exports/150M`
+`python tools/convert_checkpoint.py from-hf exports/150M --to runs/150M`.
+
+from-official reads the published file, or a training checkpoint of the official repository (its fp32 master weights),
+without running anything in it, and writes step 0 of a run, to be trained on, grown and evaluated: the weights, τ = √n
+and Adam moments of 0. The model is known by its shapes if it is one of those published, and otherwise given by --config.
+to-official is the inverse, to the last bit, for every model whose τ is √n.
+
+to-hf writes a folder that transformers and vLLM load: weights, configuration with τ of every projection, tokenizer, and
+the model's code. It is loaded with transformers and compared with our own model before it gets its name. from-hf is the
+inverse, to the last bit, and also takes what was trained further with transformers. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from megatron_tf.checkpoint.architecture import stored_model, token_counts
+from megatron_tf.checkpoint.format import folder_name
+from megatron_tf.checkpoint.manager import resolve
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.checkpoint.step_zero import FIRST_STEP, state_bytes, target_folder, write_weights
+from megatron_tf.config.load import load_config
+from megatron_tf.config.schema import Model
+from megatron_tf.convert.huggingface.export import ExportedTokenizer, check_target, write_export
+from megatron_tf.convert.huggingface.importing import open_export
+from megatron_tf.convert.huggingface.verify import require_transformers
+from megatron_tf.convert.official_checkpoint import (
+    check_export_target,
+    compare_logits,
+    exportable_model,
+    import_folder,
+    matching_model,
+    official_settings,
+    write_imported,
+    write_official,
+)
+from megatron_tf.convert.official_files import open_official
+from megatron_tf.convert.torch_file import check_bytes
+from megatron_tf.estimate import num_parameters
+from megatron_tf.inference.load import configured_tokenizer, load_model, open_tokenizer, other_tokenizer
+from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.params import PROJECTIONS, initial_scales
+from megatron_tf.telemetry.console import Console
+
+Progress = Callable[[int, str], None]
+OFFICIAL_VOCABULARY_MULTIPLE = 128  # make_vocab_size_divisible_by, unless a configuration says otherwise
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    importer = commands.add_parser("from-official", help="official weights into step 0 of a run")
+    importer.add_argument("source", type=Path, help="pytorch_model.bin, or a folder of official training checkpoints")
+    importer.add_argument("--to", dest="target", required=True, metavar="DIR", help="the run's folder")
+    importer.add_argument("--config", metavar="FILE", help="configuration whose model the weights must be of")
+    importer.add_argument("--reference", type=Path, metavar="FILE", help="safetensors of the official code's input_ids "
+                          "and logits, to compare with before anything is written")  # fmt: skip
+    importer.set_defaults(command=from_official)
+    exporter = commands.add_parser("to-official", help="a checkpoint's weights into an official file")
+    exporter.add_argument("source", help="run folder or checkpoint; memory for its weights is needed")
+    exporter.add_argument("--to", dest="target", required=True, type=Path, metavar="FILE", help="the file to write")
+    exporter.set_defaults(command=to_official)
+    to_folder = commands.add_parser("to-hf", help="a checkpoint's weights into a folder for transformers and vLLM")
+    to_folder.add_argument("source", help="run folder or checkpoint; memory for twice its weights is needed")
+    to_folder.add_argument("--to", dest="target", required=True, type=Path, metavar="DIR", help="the folder to write")
+    to_folder.add_argument("--tokenizer", help="tokenizer file; default: data.tokenizer of the run's config.yml")
+    to_folder.set_defaults(command=to_hf)
+    from_folder = commands.add_parser("from-hf", help="such a folder into step 0 of a run")
+    from_folder.add_argument("source", type=Path, help="folder with config.json and model.safetensors")
+    from_folder.add_argument("--to", dest="target", required=True, metavar="DIR", help="the run's folder")
+    from_folder.set_defaults(command=from_hf)
+    for command in (importer, exporter, to_folder, from_folder):
+        command.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.command(arguments)
+
+
+def from_official(arguments: argparse.Namespace) -> None:
+    root = import_folder(arguments.target)
+    given = load_config(arguments.config).model if arguments.config else None
+    weights = open_official(arguments.source)
+    model, origin = matching_model(weights, given)
+    print(f"from        {arguments.source}: {weights.description}, "
+          f"{sum(file.stat().st_size for file in weights.files):,} bytes")  # fmt: skip
+    print(f"to          {root / folder_name(FIRST_STEP)}")
+    describe(model, origin)
+    print("moments     0: training goes on from the weights alone, with a schedule of its own")
+    if arguments.reference:
+        agreement = compare_logits(weights, model, arguments.reference)
+        print(f"reference   logits differ by {agreement.error:.2g} at most; the largest is {agreement.largest:.3g}")
+    if arguments.dry_run:
+        return print("\ndry run: nothing is written")
+    print("\ncomparing the checksums in the source")
+    for file in weights.files:
+        check_bytes(file)
+    write_run(root, model, lambda progress: write_imported(root, model, weights, progress), arguments.config)
+
+
+def write_run(root: Path, model: Model, write: Callable[[Progress], Path], config: str | None = None) -> None:
+    total, began = state_bytes(model), time.monotonic()
+    with Console(rank=0).bytes_written(total) as progress:
+        path = write(progress)
+    print(f"wrote {path}: {total:,} bytes in {time.monotonic() - began:.1f} s")
+    config = config or "a configuration of this model"
+    print(f"To train on, run {config} with run.dir={root.parent}; to grow, one with growth.from={root.parent}")
+
+
+def to_official(arguments: argparse.Namespace) -> None:
+    check_export_target(arguments.target)
+    reader = open_checkpoint(resolve(arguments.source))
+    model = exportable_model(reader)
+    print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
+    print(f"to          {arguments.target}")
+    describe(model, "as the checkpoint says")
+    print("for use with the official code, whose configuration must say")
+    for key, value in official_settings(model).items():
+        print(f'  "{key}": {value:g}' if isinstance(value, float) else f'  "{key}": {value!r}'.replace("'", '"'))
+    if model.vocab_size % OFFICIAL_VOCABULARY_MULTIPLE:
+        print(f"  and a make_vocab_size_divisible_by with which the tokenizer gives {model.vocab_size:,} rows")
+    if arguments.dry_run:
+        return print("\ndry run: nothing is written")
+    print("\ncomparing the source's checksums")
+    reader.verify()
+    size = write_official(arguments.target, model, reader)
+    print(f"wrote {arguments.target}: {size:,} bytes")
+
+
+def to_hf(arguments: argparse.Namespace) -> None:
+    check_target(arguments.target)
+    version = require_transformers()
+    reader = open_checkpoint(resolve(arguments.source))
+    token_counts(stored_model(reader.index), "exported")
+    print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
+    network = load_model(reader.path)
+    tokenizer = exported_tokenizer(arguments, network)
+    print(f"to          {arguments.target}")
+    describe(network.config, "as the checkpoint says", network.scales)
+    if arguments.dry_run:
+        return print("\ndry run: nothing is written")
+    found = write_export(arguments.target, network, tokenizer)
+    for kind, agreement in found.items():
+        print(f"compared    with transformers {version} on {kind}: {agreement}")
+    print(f"wrote {arguments.target}: {sum(file.stat().st_size for file in arguments.target.iterdir()):,} bytes")
+
+
+def exported_tokenizer(arguments: argparse.Namespace, network: TokenFormer) -> ExportedTokenizer | None:
+    name = arguments.tokenizer or configured_tokenizer(arguments.source)
+    if name is None:
+        print("tokenizer   none: no config.yml with data.tokenizer is beside the checkpoint. Give one with --tokenizer")
+        return None
+    tokenizer = open_tokenizer(name, network.config)
+    if warning := other_tokenizer(arguments.source, name, tokenizer):
+        print(f"warning     {warning}")
+    exported = ExportedTokenizer(tokenizer, Path(name) if name.endswith(".json") else None)
+    left_out = (
+        ", left out: transformers reads a Hugging Face tokenizers file only. The export takes and gives token ids"
+    )
+    print(f"tokenizer   {name}{'' if exported.file else left_out}")
+    return exported
+
+
+def from_hf(arguments: argparse.Namespace) -> None:
+    root = target_folder(arguments.target)
+    export = open_export(arguments.source)
+    tokenizer = configured_tokenizer(arguments.source)
+    if tokenizer is not None:
+        open_tokenizer(tokenizer, export.model, remedy="put the right one there, or take it away")
+    print(f"from        {arguments.source}")
+    print(f"to          {root / folder_name(FIRST_STEP)}")
+    describe(export.model, "as its config.json says", export.scales)
+    print(f"tokenizer   {tokenizer or 'none there'}")
+    print("moments     0: training goes on from the weights alone, with a schedule of its own")
+    if arguments.dry_run:
+        return print("\ndry run: nothing is written")
+    write_run(root, export.model,
+              lambda progress: write_weights(root, export.model, export.weights, export.scales, progress))  # fmt: skip
+
+
+def describe(model: Model, origin: str, scales: Mapping[str, float] | None = None) -> None:
+    print(f"model       {origin}")
+    print(f"            {model.num_layers} layers × {model.hidden_size}, {model.num_attention_heads} heads, "
+          f"{model.seq_length:,} positions, {model.vocab_size:,} vocabulary rows, {model.activation}")  # fmt: skip
+    scales = scales or initial_scales(model)
+    for kind, count in model.token_counts.model_dump().items():
+        found = {scales[name] for name in scales if PROJECTIONS[name.split(".", 2)[2]].tokens == kind}
+        print(
+            f"{kind:<11} {count:,} tokens, τ {' to '.join(f'{scale:.6g}' for scale in sorted({min(found), max(found)}))}"
+        )
+    print(f"parameters  {num_parameters(model):,}")

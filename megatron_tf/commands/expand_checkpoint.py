@@ -1,0 +1,103 @@
+"""Grow a checkpoint into a bigger model's, ready to be trained on:
+`python tools/expand_checkpoint.py --from runs/124M --config configs/354M.yml --to runs/354M`.
+
+Writes step 0 of the bigger run, to the last bit what training would begin with when it grows the model itself: a run
+of this configuration in this folder resumes from it. Needs no GPU, and memory for a few buffers whatever the size.
+Only token counts may differ. `growth` in the configuration says how to grow; without it, by zero_key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_tf.arguments import path
+from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.checkpoint.format import folder_name
+from megatron_tf.checkpoint.manager import resolve
+from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
+from megatron_tf.checkpoint.source import StepZero, grow
+from megatron_tf.checkpoint.step_zero import state_bytes, target_folder, write_step_zero
+from megatron_tf.config.load import load_config
+from megatron_tf.config.schema import Growth, RunConfig
+from megatron_tf.data.indexed import data_file, index_file
+from megatron_tf.data.loader import fingerprint
+from megatron_tf.estimate import num_parameters
+from megatron_tf.telemetry.console import MEGABYTE, Console
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--from", dest="source", type=path, required=True, metavar="DIR", help="run folder or checkpoint to grow"
+    )
+    parser.add_argument("--config", type=path, required=True, metavar="FILE", help="the bigger run's configuration")
+    parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the bigger run's folder")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace values of the file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = load_config(arguments.config, arguments.overrides)
+    growth = config.growth or Growth.model_validate({"from": str(arguments.source)})
+    reader = open_checkpoint(resolve(arguments.source))
+    root = target_folder(arguments.target)
+    data = training_data(config)
+    start = grow(reader, config.model, growth, seed=config.run.seed, data=data)
+
+    describe(config, growth, reader, start, root / folder_name(0))
+    if data is None:
+        print("data        not here: taken to be what the source was trained on; a run on other data will refuse")
+    if os.path.normpath(config.run.dir) not in map(os.path.normpath, (root, root.parent)):
+        print(
+            f"run.dir     is {config.run.dir}: start the run with run.dir={root.parent} to resume from what is written"
+        )
+    if arguments.dry_run:
+        print("\ndry run: nothing is written")
+        return
+    print("\ncomparing the source's checksums")
+    reader.verify()
+    write(config, start, reader.index.data if data is None else data, root)
+
+
+def training_data(config: RunConfig) -> dict[str, Any] | None:
+    """Fingerprint of the run's training data; None when a file of it is not on this machine."""
+    files = [file(source.path) for source in config.data.train for file in (data_file, index_file)]
+    return fingerprint(config.data.train, config.run.seed) if all(map(os.path.exists, files)) else None
+
+
+def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start: StepZero, target: Path) -> None:
+    index, old = reader.index, stored_model(reader.index)
+    print(f"from        {reader.path}, step {index.step:,}, {index.tokens:,} tokens")
+    print(f"to          {target}, seed {config.run.seed}, position {start.samples:,} in the data")
+    after = config.model.token_counts.model_dump()
+    for kind, count in old.token_counts.model_dump().items():
+        grows = after[kind] > count
+        row = f"{count:,} tokens" + (f" -> {after[kind]:,} by {growth.method_of(kind)}" if grows else ", as they are")
+        print(f"{kind:<11} {row}, τ {scale_of(index.scales, kind)} -> {scale_of(start.source.scales, kind)}")
+    print(f"parameters  {num_parameters(old):,} -> {num_parameters(config.model):,}")
+    held = sum(file.num_bytes for file in reader.manifest.files.values())
+    print(f"bytes       {held:,} -> {state_bytes(config.model):,}")
+    print(f"moments     of old tokens: {growth.moments}; of new tokens: 0")
+    noise = f", noise {growth.noise:g} on old tokens" if growth.noise else ""
+    print(f"function    {'kept, to rounding' if start.growth_history[-1]['preserves'] else f'CHANGED{noise}'}")
+
+
+def scale_of(scales: Mapping[str, float], kind: str) -> str:
+    """The distinct τ of all projections of `kind`."""
+    names = {"qkv": (".query", ".key", ".value"), "proj": (".proj",), "ffn": (".ffn",)}[kind]
+    return ", ".join(dict.fromkeys(f"{scale:.6g}" for name, scale in scales.items() if name.endswith(names)))
+
+
+def write(config: RunConfig, start: StepZero, data: Mapping[str, Any], root: Path) -> None:
+    total, began = state_bytes(config.model), time.monotonic()
+    with Console(rank=0).bytes_written(total) as progress:
+        path = write_step_zero(root, config.model, start, data, progress)
+    seconds = time.monotonic() - began
+    print(f"wrote {path}: {total:,} bytes in {seconds:.1f} s, {total / seconds / MEGABYTE:,.0f} MB/s")

@@ -1,0 +1,87 @@
+"""What a run would need and cost, before anything is started: on a laptop, in a second, without torch.
+
+Is the layout valid, does it fit, how long is a step, what does the run cost, how often to save, and which layouts would
+be faster. For one run or a chain of growth stages, on any number of GPUs. Times are estimates; their assumptions are
+printed with them. Exit code 2 when the configuration cannot run on so many GPUs; layouts that can are named all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from megatron_tf.arguments import number, path, whole_number
+from megatron_tf.config.stages import load_stages
+from megatron_tf.errors import ConfigError
+from megatron_tf.planning.checkpoints import LLAMA_3_FAILURES_PER_GPU_YEAR
+from megatron_tf.planning.hardware import GPUS, find_gpu
+from megatron_tf.planning.report import report
+from megatron_tf.planning.summary import Circumstances, plan
+
+MOST_GPUS = 1_000_000
+count = whole_number(MOST_GPUS)
+bandwidth = number(1e-6, 1e6)
+not_negative = number(0, 1e6)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    gpu = find_gpu(arguments.gpu, per_node=arguments.gpus_per_node, network_gb_per_s=arguments.network_gb_per_s)
+    overrides = list(arguments.overrides)
+    if arguments.tokens is not None:
+        overrides += [f"training.train_tokens={arguments.tokens}", "training.train_steps=null"]
+    configs = load_stages(arguments.config, overrides)
+    if arguments.tokens is not None and len(configs) > 1:
+        raise ConfigError(
+            f"--tokens: {arguments.config} is a chain of {len(configs)} stages. Give each stage its own: "
+            "stages.NAME.training.train_tokens=..."
+        )
+    if arguments.scratch_tokens is not None and len(configs) == 1:
+        raise ConfigError(f"--scratch-tokens: {arguments.config} is no chain. Give --tokens instead.")
+    circumstances = Circumstances(
+        num_gpus=arguments.gpus,
+        gpu=gpu,
+        failures_per_gpu_year=arguments.failures_per_gpu_year,
+        storage_bytes_per_second=arguments.storage_gb_per_s * 1e9,
+        restart_seconds=arguments.restart_minutes * 60,
+        num_best=arguments.best,
+        scratch_tokens=arguments.scratch_tokens,
+    )
+    made = plan(configs, circumstances)
+    print(json.dumps(made, indent=2) if arguments.json else report(made), flush=True)
+    problems = made["problems"] + [
+        f"stage {stage['name']}: {problem}" if len(configs) > 1 else problem
+        for stage in made["stages"]
+        for problem in stage["problems"]
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=path, help="YAML file, see configs/; also one with stages")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
+                        help="replace values of the file")  # fmt: skip
+    parser.add_argument("--gpus", type=count, required=True, metavar="N", help="number of GPUs")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"one of {', '.join(GPUS)} (default h100)")
+    parser.add_argument("--gpus-per-node", type=count, metavar="N", help="default: 8")
+    parser.add_argument("--network-gb-per-s", type=bandwidth, metavar="X",
+                        help="bandwidth between nodes for each GPU, GB/s in each direction (default: its DGX's)")  # fmt: skip
+    parser.add_argument("--tokens", type=tokens, metavar="T", help="train on so many, such as 300e9")
+    parser.add_argument("--scratch-tokens", type=tokens, metavar="T",
+                        help="for a chain: what each size would be trained on from scratch (default: the first stage's)")  # fmt: skip
+    parser.add_argument("--failures-per-gpu-year", type=not_negative, metavar="X", default=LLAMA_3_FAILURES_PER_GPU_YEAR,
+                        help="failures that end the run (default %(default).2f, as in Llama 3's pre-training)")  # fmt: skip
+    parser.add_argument("--storage-gb-per-s", type=bandwidth, metavar="X", default=5.0,
+                        help="speed at which all ranks together write a checkpoint (default 5)")  # fmt: skip
+    parser.add_argument("--restart-minutes", type=not_negative, metavar="X", default=10.0,
+                        help="from a failure to the first step afterwards (default 10)")  # fmt: skip
+    parser.add_argument("--best", type=count, default=5, metavar="K", help="layouts to name (default 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser.parse_intermixed_args()
+
+
+def tokens(text: str) -> int:
+    """Also as 300e9."""
+    return int(number(1, 1e18)(text))

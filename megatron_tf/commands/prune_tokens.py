@@ -1,0 +1,114 @@
+"""Drop the parameter tokens that contribute least:
+`python tools/prune_tokens.py --from runs/tiny_grow --tokens qkv=128,ffn=512 --data data/demo/validation --to runs/small`.
+
+What a token contributes is the mean of |S|·‖v‖ over the positions of a sample of prepared data; every projection of
+every layer makes its own selection, and gets the scale τ with which its output stays closest. The loss before and after
+is measured on another part of the data. The result is step 0 of a smaller run: it can be trained further and grown
+again. Needs no GPU, and memory for the model's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from itertools import count
+from pathlib import Path
+
+from megatron_tf.arguments import path
+from megatron_tf.checkpoint.architecture import stored_model, token_counts
+from megatron_tf.checkpoint.format import folder_name
+from megatron_tf.checkpoint.manager import resolve
+from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
+from megatron_tf.checkpoint.source import StepZero
+from megatron_tf.checkpoint.step_zero import FIRST_STEP, state_bytes, target_folder, write_step_zero
+from megatron_tf.config.schema import Model
+from megatron_tf.estimate import num_parameters
+from megatron_tf.growth.rules import projection_kind
+from megatron_tf.inference.load import load_model
+from megatron_tf.inference.pruning import (
+    DEFAULT_SAMPLES,
+    Batch,
+    DataSample,
+    check_run_tokenizer,
+    drop_tokens,
+    fit_scales,
+    mean_loss,
+    pruned_start,
+    select_tokens,
+    target_counts,
+)
+from megatron_tf.telemetry.console import Console
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--from", dest="source", type=path, required=True, metavar="DIR", help="run folder or checkpoint to prune"
+    )
+    parser.add_argument("--tokens", required=True, metavar="KIND=N,...", help="counts to prune to, of qkv, proj, ffn")
+    parser.add_argument("--data", type=path, required=True, metavar="PREFIX", help="prepared data to measure on")
+    parser.add_argument("--samples", type=int, metavar="N", help="samples to measure, and as many others for the loss "
+                        f"(default {DEFAULT_SAMPLES}, or half of the data)")  # fmt: skip
+    parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the smaller run's folder")
+    parser.add_argument("--dry-run", action="store_true", help="measure and report, and write nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    prefix = str(arguments.data)
+    root = target_folder(arguments.target)
+    reader = open_checkpoint(resolve(arguments.source))
+    old = stored_model(reader.index)
+    old_counts = token_counts(old, "pruned")
+    counts = target_counts(arguments.tokens, old_counts)
+    new = old.model_copy(update={"parameter_tokens": counts})
+    data = DataSample(prefix, old, arguments.samples)
+    compared = check_run_tokenizer(reader.path, prefix)
+    print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
+    print(f"to          {root / folder_name(FIRST_STEP)}")
+    if not compared:
+        print("tokenizer   not compared: there is no config.yml of a run around the checkpoint")
+
+    model = load_model(reader.path)
+    with Console(rank=0).progress(4 * data.num_batches, 0, "batches") as bar:
+        done = count(1)
+
+        def watched(batches: Iterable[Batch], purpose: str) -> Iterator[Batch]:
+            for batch in batches:
+                bar.advance(next(done), purpose)
+                yield batch
+
+        before = mean_loss(model, watched(data.held, "loss before"))
+        selection = select_tokens(model, watched(data.measured, "contributions"), counts)
+        scales = fit_scales(model, watched(data.measured, "scales"), selection.kept)
+        drop_tokens(model, selection.kept, scales)
+        after = mean_loss(model, watched(data.held, "loss after"))
+    del model
+    ratios = {name: scale / reader.index.scales[name] for name, scale in scales.items()}
+    for kind, tokens in old_counts.model_dump().items():
+        describe(kind, tokens, getattr(counts, kind), selection.dropped_share, ratios)
+    print(f"parameters  {num_parameters(old):,} -> {num_parameters(new):,}")
+    print(f"loss        {before:.6f} -> {after:.6f}, on {data.samples} samples of {old.seq_length} tokens")
+    measured = {"loss_before": before, "loss_after": after, "data": prefix, "data_samples": data.samples}
+    if arguments.dry_run:
+        return print("\ndry run: nothing is written")
+    write(root, new, pruned_start(reader, new, selection.kept, scales, measured), reader)
+
+
+def describe(kind: str, old: int, new: int, dropped: dict[str, float], ratios: dict[str, float]) -> None:
+    shares = [share for name, share in dropped.items() if projection_kind(name) == kind]
+    factors = [ratio for name, ratio in ratios.items() if projection_kind(name) == kind]
+    change = "tokens, as they are"
+    if shares:
+        lost = f"{min(shares):.2%} to {max(shares):.2%} of what they contribute"
+        change = f"tokens -> {new:,}, which drops {lost}; τ times {min(factors):.4f} to {max(factors):.4f}"
+    print(f"{kind:<11} {old:,} {change}")
+
+
+def write(root: Path, model: Model, start: StepZero, reader: CheckpointReader) -> None:
+    total = state_bytes(model)
+    with Console(rank=0).bytes_written(total) as progress:
+        path = write_step_zero(root, model, start, reader.index.data, progress)
+    changes = " ".join(f"model.parameter_tokens.{kind}={n}" for kind, n in model.token_counts.model_dump().items())
+    print(f"\nwrote {path}: {total:,} bytes. A run resumes from it with\n  run.dir={root.parent} {changes}")

@@ -1,0 +1,44 @@
+"""Train a TokenFormer: `deepspeed launch/train.py CONFIG [section.field=value ...]`.
+
+The same file runs under torchrun, under srun, and as plain python on one process. It resumes from the newest
+complete checkpoint of run.dir by itself, and grows a smaller model when the configuration says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_tf.arguments import path
+from megatron_tf.config.stages import load_stages
+from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped
+from megatron_tf.parallel.environment import detect, one_message
+from megatron_tf.parallel.stop_signals import StopSignals
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=path, help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
+                        help="replace values of the file")  # fmt: skip
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    arguments = parser.parse_intermixed_args()
+    environment = detect(os.environ)
+    stop = StopSignals()
+    try:
+        with one_message(environment, stop.wait):
+            stages = load_stages(arguments.config, arguments.overrides)
+            from megatron_tf.telemetry.console import quiet_libraries
+
+            quiet_libraries()
+            from megatron_tf.training.preflight import preflight
+
+            preflight(stages, environment)
+            from megatron_tf.training.run import train
+
+            train(stages, environment, stop)
+    except RunStopped:
+        if environment.rank == 0:
+            raise
+        sys.exit(STOPPED_EXIT_CODE)

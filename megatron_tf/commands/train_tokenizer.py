@@ -1,0 +1,32 @@
+"""Train a byte-level BPE tokenizer on text; id 0 is <|endoftext|>. Writes a Hugging Face tokenizers file."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_tf.arguments import path
+from megatron_tf.data.bpe import train_bpe
+from megatron_tf.data.records import expand_inputs, read_texts
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or quoted globs, as preprocess_data.py reads them",
+    )
+    parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="number of tokens (default: 4096)")
+    parser.add_argument("--output", type=path, required=True, metavar="FILE", help="the file to write, a .json")
+    parser.add_argument("--json-key", default="text", help="field of a .jsonl line that holds the text (default: text)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    texts = read_texts(expand_inputs(arguments.input), arguments.json_key)
+    size = train_bpe(texts, arguments.vocab_size, arguments.output)
+    note = "" if size == arguments.vocab_size else f" ({arguments.vocab_size} asked for; the text gives no more)"
+    print(f"{arguments.output}: {size} tokens{note}")

@@ -1,0 +1,22 @@
+"""Files that come with the package but are no code: configurations and SLURM scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+
+def shipped_files(name: str, source: str, ending: str) -> dict[str, Path]:
+    """The files of a folder by name without `ending`: megatron_tf/`name` when installed, `source` in a source tree."""
+    installed = PACKAGE / name
+    folder = installed if installed.is_dir() else PACKAGE.parent / source
+    return {path.name.removesuffix(ending): path for path in sorted(folder.glob(f"*{ending}"))}
+
+
+def configurations() -> dict[str, Path]:
+    return shipped_files("configs", "configs", ".yml")
+
+
+def slurm_scripts() -> dict[str, Path]:
+    return shipped_files("slurm", "launch/slurm", ".sbatch")
