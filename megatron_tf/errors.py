@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from megatron_tf import open_files
 from megatron_tf.interrupt import INTERRUPTED_EXIT_CODE, end_by_exception
 
 # What the operating system says of a disk, never of our code; these come without a file name when a write fails.
@@ -139,6 +140,7 @@ def system_reason(error: OSError, path: str | os.PathLike[str]) -> str:
 def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
     """Turn the system's objection to `path`, an OSError in the block, into a `kind`: "path: reason. remedy".
 
+    When too many files are open, that has a remedy of its own.
     A name that cannot be a path at all (with a NUL in it, or not encodable) is refused before the block.
     """
     try:
@@ -150,7 +152,8 @@ def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str
     try:
         yield
     except OSError as error:
-        raise kind(f"{os.fspath(path)}: {system_reason(error, path)}. {remedy}") from error
+        helps = open_files.remedy(error) or remedy
+        raise kind(f"{os.fspath(path)}: {system_reason(error, path)}. {helps}") from error
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -166,6 +169,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         end_by_exception()
+        open_files.raise_limit()
         main()
         sys.stdout.flush()  # a closed pipe and a full disk show themselves here, not in the interpreter's shutdown
     except LostContactError as error:
@@ -181,10 +185,12 @@ def run_command(main: Callable[[], None]) -> None:
         _discard_output()
         sys.exit(1)
     except OSError as error:
-        if error.filename is None and error.errno not in DISK_ERRORS:
+        too_many = open_files.remedy(error)
+        if error.filename is None and error.errno not in DISK_ERRORS and too_many is None:
             raise
         file = None if error.filename is None else os.fsdecode(error.filename)
-        _fail(f"{file or 'a file or the output'}: {error.strerror if file is None else system_reason(error, file)}")
+        reason = error.strerror if file is None else system_reason(error, file)
+        _fail(f"{file or 'a file or the output'}: {reason}" + (f". {too_many}" if too_many else ""))
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:

@@ -24,6 +24,7 @@ FLOORS = (
         "megatron_tf.durable",
         "megatron_tf.arguments",
         "megatron_tf.host_memory",
+        "megatron_tf.open_files",
         "megatron_tf.shipped",
     },
     {"megatron_tf.params", "megatron_tf.config", "megatron_tf.parallel.topology"},  # topology: arithmetic, no torch

@@ -19,6 +19,7 @@ different width in Megatron-LM and GPT-NeoX; they are never written and refused 
 
 from __future__ import annotations
 
+import mmap
 import stat
 import struct
 from array import array
@@ -159,6 +160,7 @@ class IndexedDataset:
 
     Raises `DataError` on opening when a file is missing, unreadable, truncated, of another format, or when the two do
     not belong together. The sequences must lie in `.bin` in order and without gaps, as every known writer leaves them.
+    An open one holds one file descriptor, that of `.bin`: the index is opened each time it is asked.
     """
 
     def __init__(self, prefix: str | Path):
@@ -168,12 +170,6 @@ class IndexedDataset:
         dtype, self.num_sequences, entries = _read_header(index_file(prefix), idx_bytes)
         self.num_documents = entries - 1
         self.dtype = dtype  # of the tokens in the file
-        index = _mapped(index_file(prefix), np.dtype(np.uint8))
-        sizes_end = HEADER.size + 4 * self.num_sequences
-        pointers_end = sizes_end + 8 * self.num_sequences
-        self._sizes = index[HEADER.size : sizes_end].view("<i4")
-        self._pointers = index[sizes_end:pointers_end].view("<i8")
-        self._document_index = index[pointers_end:].view("<i8")
         self._check_ends(bin_bytes, dtype)
         self.num_tokens = bin_bytes // dtype.itemsize
         self._tokens = _mapped(data_file(prefix), dtype) if bin_bytes else np.empty(0, dtype)
@@ -191,9 +187,10 @@ class IndexedDataset:
     def ends_of_documents(self, most: int) -> np.ndarray:
         """The last token of each of the first `most` documents, without empty ones; int64. Costs O(most)."""
         itemsize = self._tokens.dtype.itemsize
+        _, pointers, document_index = self._index()
         stops = {
-            self.num_tokens if sequence == self.num_sequences else int(self._pointers[sequence]) // itemsize
-            for sequence in self._document_index[1 : most + 1].tolist()
+            self.num_tokens if sequence == self.num_sequences else int(pointers[sequence]) // itemsize
+            for sequence in document_index[1 : most + 1].tolist()
         }
         return self._tokens[[stop - 1 for stop in sorted(stops) if stop > 0]].astype(np.int64)
 
@@ -203,19 +200,32 @@ class IndexedDataset:
 
         Costs a pass over the index, so it is built only when asked for.
         """
-        starts = np.append(self._pointers // self._tokens.dtype.itemsize, self.num_tokens)
-        return starts[self._document_index]
+        _, pointers, document_index = self._index()
+        starts = np.append(pointers // self._tokens.dtype.itemsize, self.num_tokens)
+        return starts[document_index]
+
+    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of each sequence, its first byte, and the document index, mapped for as long as they are held."""
+        index = _mapped(index_file(self.prefix), np.dtype(np.uint8))
+        sizes_end = HEADER.size + 4 * self.num_sequences
+        pointers_end = sizes_end + 8 * self.num_sequences
+        return (
+            index[HEADER.size : sizes_end].view("<i4"),
+            index[sizes_end:pointers_end].view("<i8"),
+            index[pointers_end:].view("<i8"),
+        )
 
     def _check_ends(self, bin_bytes: int, dtype: np.dtype) -> None:
         """What the first and the last entries of the index say must fit the number of sequences and `.bin`."""
         path, count = index_file(self.prefix), self.num_sequences
-        first, last = int(self._document_index[0]), int(self._document_index[-1])
+        sizes, pointers, document_index = self._index()
+        first, last = int(document_index[0]), int(document_index[-1])
         if first != 0 or last != count:
             raise DataError(
                 f"{path}: the document index runs from {first} to {last}, but there are {count} sequences. "
                 f"The file is damaged: prepare the data again."
             )
-        described = int(self._pointers[-1]) + int(self._sizes[-1]) * dtype.itemsize if count else 0
+        described = int(pointers[-1]) + int(sizes[-1]) * dtype.itemsize if count else 0
         if described != bin_bytes:
             raise DataError(
                 f"{data_file(self.prefix)}: has {bin_bytes} bytes, but {path.name} describes {described}. One of the two "
@@ -238,8 +248,10 @@ def _size_of(path: Path, prefix: str) -> int:
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    with file_errors(DataError, path, "Make it readable or correct the path."):
-        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # slices of a plain array cost a third
+    """The content of a file that is not empty, read as it is asked for."""
+    with file_errors(DataError, path, "Make it readable or correct the path."), open(path, "rb") as file:
+        # The map has a descriptor of its own, which lives as long as the array.
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)
 
 
 def _read_header(path: Path, file_bytes: int) -> tuple[np.dtype, int, int]:
