@@ -75,6 +75,7 @@ NO_TORCH = (
     "megatron_tf.diagnosis.verdict",
     "megatron_tf.parallel.topology",
     "megatron_tf.parallel.environment",
+    "megatron_tf.parallel.slurm_hosts",
     "megatron_tf.parallel.overlap",
 )
 

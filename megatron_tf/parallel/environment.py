@@ -16,23 +16,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_tf.errors import LaunchError, LostContactError, UserError
+from megatron_tf.parallel.slurm_hosts import host_of_rank_zero
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
+_MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 # Slurm numbers the steps that are no `srun` of the user from here up (batch script, interactive shell, extern, ...).
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _RETRY_SECONDS = 0.5
 _LATER_SECONDS = 20.0
 _SRUN_REMEDY = (
     "Start every process with `srun python launch/train.py CONFIG`, or just one with `srun --ntasks=1 python ...`."
+)
+
+
+_MPI_REMEDY = (
+    "every MPI process would train alone. Start with `deepspeed launch/train.py CONFIG`, torchrun or srun, or give every "
+    "process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of its own."
 )
 
 
@@ -43,7 +51,9 @@ class LaunchEnvironment:
     `launcher`: "python" is always one process; "deepspeed" stands for anything else that sets RANK and WORLD_SIZE.
     `rank` of `world_size` over all nodes; `local_rank` of `local_world_size` on this node (None: not known).
     `restarts`: how often SLURM has put the job back into the queue.
-    `master_addr`:`master_port`: where the ranks meet; port 0 lets the system choose, for a run of one process only.
+    `master_addr`:`master_port`: where the ranks meet. A run of one process meets nobody: 127.0.0.1 and port 0.
+    `address_from`: the variable that `master_addr` was taken from.
+    `run`: what tells this run's ranks from another's that come to the same port, in words; "" where nothing does.
     """
 
     launcher: Launcher
@@ -54,6 +64,8 @@ class LaunchEnvironment:
     master_addr: str
     master_port: int
     restarts: int = 0
+    address_from: str = field(default="MASTER_ADDR", compare=False)
+    run: str = field(default="", compare=False)
 
 
 def detect(environ: Mapping[str, str]) -> LaunchEnvironment:
@@ -64,19 +76,21 @@ def detect(environ: Mapping[str, str]) -> LaunchEnvironment:
     by_launcher = "TORCHELASTIC_RUN_ID" in environ or ("CROSS_SIZE" in environ and "RANK" in environ)
     if _in_slurm_step(environ) and not by_launcher:
         return _from_slurm_step(environ)
-    if any(name in environ for name in _RANK_VARIABLES):
+    launched = all(name in environ for name in (*_RANK_VARIABLES, *_MEETING_POINT))
+    if any(name in environ for name in _RANK_VARIABLES) and not (_says_alone(environ) and not launched):
         return _from_rank_variables(environ)
     if (tasks := _slurm_tasks(environ)) > 1:
         raise LaunchError(
             f"This is one process in a Slurm allocation for SLURM_NTASKS={tasks} processes. {_SRUN_REMEDY}"
         )
-    for name in _MPI_SIZES:
-        if environ.get(name, "1") != "1":
-            raise LaunchError(
-                f"{name}={environ[name]} but no RANK and WORLD_SIZE: every MPI process would train alone. "
-                "Start with `deepspeed launch/train.py CONFIG`, torchrun or srun."
-            )
+    _check_mpi(environ, 1)
     return LaunchEnvironment("python", 0, 1, 0, 1, "127.0.0.1", 0)
+
+
+def _says_alone(environ: Mapping[str, str]) -> bool:
+    """WORLD_SIZE=1, perhaps left over in a shell, and nothing that contradicts it: one process in any case."""
+    given = (environ.get(name, usual).strip() for name, usual in zip(_RANK_VARIABLES, ("0", "", "0")))
+    return tuple(given) == ("0", "1", "0")
 
 
 @contextmanager
@@ -98,26 +112,59 @@ def one_message(environment: LaunchEnvironment, wait: Callable[[float], object] 
 
 def _from_rank_variables(environ: Mapping[str, str]) -> LaunchEnvironment:
     missing = [name for name in (*_RANK_VARIABLES, *_MEETING_POINT) if name not in environ]
-    if missing:
+    if missing and not (missing == ["LOCAL_RANK"] and _one_rank_a_machine(environ)):
         present = ", ".join(f"{name}={environ[name]}" for name in _RANK_VARIABLES if name in environ)
         raise LaunchError(
             f"{present} set, but not {', '.join(missing)}. Start with deepspeed, torchrun or srun, which set all of "
-            "them, or unset them all for a run of one process."
+            "them, set LOCAL_RANK=0 where each machine or pod runs one rank, or unset them all for a run of one process."
         )
-    rank, world_size, local_rank = (_integer(environ, name) for name in _RANK_VARIABLES)
+    rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+    local_rank = _integer(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else 0
     if rank >= world_size:
         raise LaunchError(f"RANK={rank} must be below WORLD_SIZE={world_size}. Use the launcher's own variables.")
     _check_one_run(environ, world_size)
-    local_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), None)
+    _check_mpi(environ, world_size)
+    local_name = next((name for name in _LOCAL_SIZES if name in environ), None)
     local_world_size = _integer(environ, local_name) if local_name else None
     if local_world_size is not None and local_rank >= local_world_size:
         raise LaunchError(f"LOCAL_RANK={local_rank} must be below {local_name}={local_world_size}.")
     if local_rank > rank:
         raise LaunchError(f"LOCAL_RANK={local_rank} cannot be above RANK={rank}. Use the launcher's own variables.")
     launcher: Launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
+    if world_size == 1:
+        return LaunchEnvironment(launcher, 0, 1, local_rank, local_world_size, "127.0.0.1", 0)
     return LaunchEnvironment(
-        launcher, rank, world_size, local_rank, local_world_size, _address(environ), _port(environ)
-    )
+        launcher, rank, world_size, local_rank, local_world_size, _address(environ), _port(environ),
+        run=_torchrun_run(environ),
+    )  # fmt: skip
+
+
+def _one_rank_a_machine(environ: Mapping[str, str]) -> bool:
+    """Whether a missing LOCAL_RANK can only be 0, as in Kubeflow's pods of one process each."""
+    several = ("TORCHELASTIC_RUN_ID", *_LOCAL_SIZES, *_MPI_SIZES)
+    return not any(environ.get(name, "1") != "1" for name in several)
+
+
+def _torchrun_run(environ: Mapping[str, str]) -> str:
+    name = environ.get("TORCHELASTIC_RUN_ID", "none")
+    if name == "none":  # torchrun's own for "not given"
+        return ""
+    return f"torchrun's run {name}, start {environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _check_mpi(environ: Mapping[str, str], world_size: int) -> None:
+    """mpirun, without or with left-over variables of another launcher: its processes must be one run, not many."""
+    for name in _MPI_SIZES:
+        text = environ.get(name, "1")
+        processes = int(text) if text.isdecimal() else 1
+        if processes > world_size:
+            has = (
+                f"RANK={environ['RANK']} and WORLD_SIZE={world_size}" if "RANK" in environ else "no RANK and WORLD_SIZE"
+            )
+            raise LaunchError(f"{name}={text} but {has}: {_MPI_REMEDY}")
+    for name in _MPI_RANKS:
+        if world_size == 1 and environ.get(name, "0").strip() not in ("0", ""):
+            raise LaunchError(f"{name}={environ[name]} but no RANK and WORLD_SIZE above 1: {_MPI_REMEDY}")
 
 
 def _check_one_run(environ: Mapping[str, str], world_size: int) -> None:
@@ -154,17 +201,28 @@ def _from_slurm_step(environ: Mapping[str, str]) -> LaunchEnvironment:
     # May be the allocation's number and not this step's: then it is not known.
     per_node = _integer(environ, "SLURM_NTASKS_PER_NODE") if "SLURM_NTASKS_PER_NODE" in environ else 0
     local_world_size = per_node if local_rank < per_node <= world_size else None
-    if "MASTER_ADDR" in environ:
-        address = _address(environ)
-    elif world_size == 1:
-        address = "127.0.0.1"
-    else:
-        address = _first_host(environ)
     restarts = _integer(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
-    # Another port after a requeue, far from the next jobs': a node may still hold a rank of the start before.
-    own_port = 0 if world_size == 1 else 20000 + (_integer(environ, "SLURM_JOB_ID") + 997 * restarts) % 10000
-    port = _port(environ) if "MASTER_PORT" in environ else own_port
-    return LaunchEnvironment("srun", rank, world_size, local_rank, local_world_size, address, port, restarts)
+    if world_size == 1:
+        return LaunchEnvironment("srun", 0, 1, local_rank, local_world_size, "127.0.0.1", 0, restarts)
+    address, origin = (_address(environ), "MASTER_ADDR") if "MASTER_ADDR" in environ else host_of_rank_zero(environ)
+    job, step = environ["SLURM_JOB_ID"], environ["SLURM_STEP_ID"]
+    port = (
+        _port(environ)
+        if "MASTER_PORT" in environ
+        else _port_of_step(_integer(environ, "SLURM_JOB_ID"), int(step), restarts)
+    )
+    run = f"step {step} of SLURM job {job}, start {restarts}"
+    return LaunchEnvironment(
+        "srun", rank, world_size, local_rank, local_world_size, address, port, restarts, origin, run
+    )
+
+
+def _port_of_step(job: int, step: int, restarts: int) -> int:
+    """20000 to 29999, another one for each step of a job: they may run side by side.
+
+    Another one after a requeue too, far from the next jobs': a node may still hold a rank of the start before.
+    """
+    return 20000 + (job + 997 * restarts + 211 * step) % 10000
 
 
 def _in_slurm_step(environ: Mapping[str, str]) -> bool:
@@ -177,16 +235,6 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int:
     if "SLURM_JOB_ID" not in environ or "SLURM_NTASKS" not in environ:
         return 1
     return _integer(environ, "SLURM_NTASKS")
-
-
-def _first_host(environ: Mapping[str, str]) -> str:
-    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
-        if environ.get(name):
-            return expand_hostlist(environ[name])[0]
-    raise LaunchError(
-        "Neither MASTER_ADDR nor SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST says where the ranks meet. "
-        "Set MASTER_ADDR to the host of rank 0."
-    )
 
 
 def _address(environ: Mapping[str, str]) -> str:
@@ -208,36 +256,6 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
     if not re.fullmatch(r"\s*[0-9]+\s*", text):
         raise LaunchError(f"{name}={text!r} is not an integer of 0 or more. Set it as the launcher would.")
     return int(text)
-
-
-def expand_hostlist(hostlist: str) -> list[str]:
-    """The hosts that Slurm's short form names, in order: "n[1-3,07],gpu02" -> n1, n2, n3, n07, gpu02.
-
-    Numbers keep their leading zeros; a host may hold several brackets. LaunchError when it cannot be read.
-    """
-    hosts: list[str] = []
-    for item in re.split(r",(?![^\[]*\])", hostlist.strip()):
-        # odd parts are the insides of brackets
-        parts = re.split(r"\[([^\[\]]*)\]", item)
-        if any("[" in part or "]" in part for part in parts[::2]) or not item.strip():
-            raise LaunchError(f"The node list {hostlist!r} cannot be read. Set MASTER_ADDR to the host of rank 0.")
-        choices = [_numbers(part, hostlist) if at % 2 else [part.strip()] for at, part in enumerate(parts)]
-        hosts += ["".join(chosen) for chosen in product(*choices)]
-    return hosts
-
-
-def _numbers(ranges: str, hostlist: str) -> list[str]:
-    """ "1-3,07" -> "1", "2", "3", "07"."""
-    numbers: list[str] = []
-    for part in ranges.split(","):
-        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
-        first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
-        if int(first) > int(last):
-            raise LaunchError(
-                f"[{ranges}] in the node list {hostlist!r} cannot be read. Set MASTER_ADDR to the host of rank 0."
-            )
-        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return numbers
 
 
 def check_port_free(addr: str, port: int) -> None:

@@ -50,7 +50,7 @@ def join_ranks(environment: LaunchEnvironment, timeout_seconds: float, store_fil
     if store_file is not None:
         store = dist.FileStore(store_file, world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    elif environment.launcher == "python":
+    elif world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         address, port = environment.master_addr, environment.master_port

@@ -128,7 +128,7 @@ def test_port_in_use(folder):
         port = taken.getsockname()[1]
         ranks = {
             "RANK": "0",
-            "WORLD_SIZE": "1",
+            "WORLD_SIZE": "2",
             "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),

@@ -14,7 +14,6 @@ from megatron_tf.parallel.environment import (
     LaunchEnvironment,
     check_port_free,
     detect,
-    expand_hostlist,
     one_message,
     wait_for_port,
 )
@@ -64,6 +63,18 @@ def test_another_launcher_is_never_a_run_of_one_process():
     assert detect(environ) == LaunchEnvironment("deepspeed", 5, 8, 1, None, "n1", 29400)
 
 
+KUBEFLOW = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+
+
+def test_a_pod_of_one_process_needs_no_local_rank():
+    assert detect(KUBEFLOW) == LaunchEnvironment("deepspeed", 1, 2, 0, None, "job-master-0", 23456)
+    assert detect({**KUBEFLOW, "LOCAL_WORLD_SIZE": "1"}).local_rank == 0
+    # several on a machine would all take the first GPU
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        with pytest.raises(LaunchError, match=r"RANK=1, WORLD_SIZE=2 set, but not LOCAL_RANK\..*set LOCAL_RANK=0"):
+            detect({**KUBEFLOW, name: "2"})
+
+
 def test_srun():
     assert detect(SRUN) == LaunchEnvironment("srun", 5, 8, 1, None, "n1", 23456)
     assert detect(without(SRUN, "SLURM_STEP_NODELIST")).master_addr == "n0"
@@ -74,6 +85,28 @@ def test_srun():
     # an orphan of the start before may still hold that start's port
     ports = [detect({**job, "SLURM_RESTART_COUNT": str(count)}).master_port for count in range(3)]
     assert ports == [20007, 21004, 22001]
+
+
+def test_steps_of_one_job_meet_apart():
+    steps = [detect({**SRUN, "SLURM_STEP_ID": str(step)}) for step in range(40)]
+    assert len({step.master_port for step in steps}) == len({step.run for step in steps}) == 40
+    assert all(20000 <= step.master_port < 30000 for step in steps)
+    assert steps[3].run == "step 3 of SLURM job 123456, start 0"
+    assert detect({**SRUN, "SLURM_RESTART_COUNT": "2"}).run == "step 0 of SLURM job 123456, start 2"
+    elastic = {**TORCHRUN, "TORCHELASTIC_RUN_ID": "sweep", "TORCHELASTIC_RESTART_COUNT": "1"}
+    assert [detect(environ).run for environ in (elastic, TORCHRUN, DEEPSPEED)] == [
+        "torchrun's run sweep, start 1",
+        "",
+        "",
+    ]
+
+
+def test_rank_0_on_another_node_than_the_first():
+    components = {"SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "n2", "SLURM_JOB_NODELIST_HET_GROUP_1": "n1"}
+    place = detect({**SRUN, **components})
+    assert (place.master_addr, place.address_from) == ("n2", "SLURM_JOB_NODELIST_HET_GROUP_0")
+    assert detect(SRUN).address_from == "SLURM_STEP_NODELIST"
+    assert detect({**SRUN, **components, "MASTER_ADDR": "n7"}).address_from == "MASTER_ADDR"
 
 
 def test_ranks_of_this_node_under_srun():
@@ -99,6 +132,36 @@ def test_one_process():
     assert detect({"MASTER_ADDR": "n7", "MASTER_PORT": "4000"}) == detect({})  # left over in the shell
     alone = detect({**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"})
     assert alone == LaunchEnvironment("srun", 0, 1, 0, None, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"WORLD_SIZE": "1"},
+        {"WORLD_SIZE": " 1 ", "RANK": "0"},
+        {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "x"},
+    ],
+)
+def test_a_world_size_of_one_left_over_in_a_shell(left_over):
+    assert detect(left_over) == detect({})
+    with pytest.raises(LaunchError, match=r"RANK=3, WORLD_SIZE= ?1 ?.* set, but not"):
+        detect({**left_over, "RANK": "3"})
+    with pytest.raises(LaunchError, match="OMPI_COMM_WORLD_SIZE=4"):
+        detect({**left_over, "OMPI_COMM_WORLD_SIZE": "4"})
+    with pytest.raises(LaunchError, match="SLURM_NTASKS=4"):
+        detect({**left_over, "SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"})
+
+
+def test_one_process_of_any_launcher_needs_no_meeting_point():
+    """Where it lies, and whether it is a port at all, is of no interest."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "x"}
+    assert detect(place) == LaunchEnvironment("deepspeed", 0, 1, 0, None, "127.0.0.1", 0)
+    assert detect({**place, "TORCHELASTIC_RUN_ID": "none"}) == LaunchEnvironment(
+        "torchrun", 0, 1, 0, None, "127.0.0.1", 0
+    )
+    step = {**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    elsewhere = {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "x"}
+    assert detect({**step, **elsewhere}) == LaunchEnvironment("srun", 0, 1, 0, None, "127.0.0.1", 0)
 
 
 BATCH_STEPS = [{}, {"SLURM_STEP_ID": "4294967291"}, {"SLURM_STEP_ID": "4294967290"}, {"SLURM_STEP_ID": "batch"}]
@@ -136,12 +199,22 @@ def test_every_task_a_run_of_its_own(environ):
         detect({**SRUN, "SLURM_NTASKS": "2", **alone, "WORLD_SIZE": "8"})
 
 
-@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE"])
 def test_mpirun_does_not_start_many_runs_of_one(name):
     assert detect({name: "1"}) == detect({})
     with pytest.raises(LaunchError, match=rf"{name}=4 .*train alone.*deepspeed launch/train\.py"):
         detect({name: "4"})
     assert detect({**DEEPSPEED, name: "8"}).launcher == "deepspeed"
+    left_over = {**DEEPSPEED, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "CROSS_SIZE": "1"}
+    with pytest.raises(LaunchError, match=rf"{name}=4 but RANK=0 and WORLD_SIZE=1.*train alone"):
+        detect({**left_over, name: "4"})
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"])
+def test_one_of_many_mpi_processes_whose_number_is_not_given(name):
+    assert detect({name: "0"}) == detect({})
+    with pytest.raises(LaunchError, match=rf"{name}=2 .*train alone"):
+        detect({name: "2"})
 
 
 @pytest.mark.parametrize(
@@ -172,27 +245,6 @@ def test_mpirun_does_not_start_many_runs_of_one(name):
 def test_contradictions(environ, message):
     with pytest.raises(LaunchError, match=message):
         detect(environ)
-
-
-@pytest.mark.parametrize(
-    ("text", "hosts"),
-    [
-        ("gpu02", ["gpu02"]),
-        ("n[1-3,7],gpu02", ["n1", "n2", "n3", "n7", "gpu02"]),
-        ("n[08-11]", ["n08", "n09", "n10", "n11"]),
-        ("n[9-10,007]", ["n9", "n10", "n007"]),
-        ("r[1-2]n[1,3]-ib,head", ["r1n1-ib", "r1n3-ib", "r2n1-ib", "r2n3-ib", "head"]),
-        ("a-1,b.cluster.org", ["a-1", "b.cluster.org"]),
-    ],
-)
-def test_hostlist(text, hosts):
-    assert expand_hostlist(text) == hosts
-
-
-@pytest.mark.parametrize("text", ["", "n1,,n2", "n[]", "n[3-1]", "n[a-b]", "n[1-2", "n1-2]", "n[1[2]]"])
-def test_broken_hostlist(text):
-    with pytest.raises(LaunchError, match="cannot be read"):
-        expand_hostlist(text)
 
 
 def test_port_in_use():
