@@ -25,6 +25,7 @@ FLOORS = (
         "megatron_tf.arguments",
         "megatron_tf.host_memory",
         "megatron_tf.open_files",
+        "megatron_tf.paths",
         "megatron_tf.shipped",
     },
     {"megatron_tf.params", "megatron_tf.config", "megatron_tf.parallel.topology"},  # topology: arithmetic, no torch
@@ -61,6 +62,7 @@ NO_TORCH = (
     "megatron_tf.durable",
     "megatron_tf.arguments",
     "megatron_tf.host_memory",
+    "megatron_tf.paths",
     "megatron_tf.shipped",
     "megatron_tf.__main__",
     "megatron_tf.params",
