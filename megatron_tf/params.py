@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+from megatron_tf.checks import check_choice, check_whole_number
 from megatron_tf.config.schema import Activation, Model
 
 
@@ -77,8 +78,15 @@ def projection_tokens(model: Model) -> dict[str, int]:
     }
 
 
+def check_activation(name: str) -> None:
+    """ArgumentError unless `name` is an activation."""
+    check_choice("activation", name, get_args(Activation))
+
+
 def default_scale(num_tokens: int, activation: Activation) -> float:
     """τ of a Pattention trained from scratch: √n for the L2 forms, n for softmax."""
+    check_activation(activation)
+    check_whole_number("num_tokens", num_tokens, 1)
     return float(num_tokens) if activation == "softmax" else math.sqrt(num_tokens)
 
 

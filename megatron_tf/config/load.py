@@ -20,7 +20,7 @@ from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
 from megatron_tf.config.schema import OF_ANOTHER_ARCHITECTURE, Model, RunConfig, Section
 from megatron_tf.config.validate import check_model
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
-from megatron_tf.errors import ConfigError, broken_link, system_reason
+from megatron_tf.errors import ConfigError
 
 Location = tuple[int | str, ...]
 
@@ -78,15 +78,11 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        problem = broken_link(path) or "there is no such file"
-        remedy = "Give the path of a run's YAML file, or a name of `megatron_tf config list`."
-        raise ConfigError(f"{path}: {problem}. {remedy}") from None
+        raise ConfigError(f"{path}: there is no such file. Give the path of a run's YAML file.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text. Save the file as UTF-8.") from None
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({system_reason(error, path)}). Give a readable YAML file."
-        ) from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give a readable YAML file.") from None
     values, problems = parse_yaml(text, str(path))
     if values is None:
         needed = ", ".join(_required_keys(RunConfig))

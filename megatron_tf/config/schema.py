@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
-
-from megatron_tf.paths import expand, literal
 
 # Upper bounds are far beyond every real run; they keep the arithmetic that follows within 64 bits and within fp32.
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -27,12 +25,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 def _path(text: str) -> str:
     if not text or "\0" in text:
         raise ValueError("must be a path: not empty, without NUL characters")
-    return expand(text)
+    return text
 
 
-# `~` and environment variables are replaced when a value is read. What is written, such as a run's config.yml, therefore
-# names the very files that the run used, whatever the variables are when it is read again.
-Path = Annotated[str, AfterValidator(_path), PlainSerializer(literal)]
+Path = Annotated[str, AfterValidator(_path)]
 
 Architecture = Literal["tokenformer", "transformer"]
 Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
@@ -164,7 +160,7 @@ class DataSource(Section):
 
 
 class Data(Section):
-    tokenizer: Path | None = None  # a .json, .model or .tiktoken file, tiktoken:NAME, or bytes; compared with the data
+    tokenizer: str | None = None  # a .json, .model or .tiktoken file, tiktoken:NAME, or bytes; compared with the data
     train: tuple[DataSource, ...] = Field(min_length=1)
     validation: tuple[DataSource, ...] = ()
     eod_id: TokenId | None = None  # token that ends a document; None: what the summary beside the data says

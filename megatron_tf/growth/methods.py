@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from megatron_tf.checks import check_scale, check_whole_number
 from megatron_tf.config.schema import Activation
 from megatron_tf.errors import ConfigError
-from megatron_tf.params import default_scale
+from megatron_tf.params import check_activation, default_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,12 @@ class Projection:
     old_keys: Elements
     initial_keys: Elements
     initial_values: Elements
+
+    def __post_init__(self) -> None:
+        check_activation(self.activation)
+        check_whole_number("old_tokens", self.old_tokens, 1)
+        check_whole_number("new_tokens", self.new_tokens, self.old_tokens + 1)
+        check_scale("scale", self.scale)
 
     @property
     def default_scale(self) -> float:

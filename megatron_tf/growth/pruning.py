@@ -36,8 +36,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_tf.checks import check_scale, check_whole_number
 from megatron_tf.config.schema import Activation
+from megatron_tf.errors import ArgumentError
 from megatron_tf.growth.source import SLICE_ELEMENTS, StateSource
+from megatron_tf.model.checks import check_pattention
 from megatron_tf.params import ParameterSpec
 
 _SCORE_ELEMENTS = 2**22  # of [positions, n] at once: 16 MiB in fp32
@@ -47,6 +50,7 @@ def summed_contributions(
     x: Tensor, key_tokens: Tensor, value_tokens: Tensor, scale: float, activation: Activation
 ) -> Tensor:
     """Σ over positions of |S_i|·‖v_i‖, fp64 [n]; x [positions, d_in], keys [n, d_in], values [n, d_out]."""
+    check_pattention(x, key_tokens, value_tokens, scale, activation)
     norms = torch.linalg.vector_norm(value_tokens, dim=-1, dtype=torch.float64)
     total = torch.zeros_like(norms)
     for scores in _scores(x, key_tokens):
@@ -62,6 +66,8 @@ def summed_scale_terms(
 
     x [positions, d_in], keys [n, d_in], values [n, d_out]; `kept`: rows of them that stay [n_new].
     """
+    check_pattention(x, key_tokens, value_tokens, scale, activation)
+    _check_kept("kept", kept, key_tokens.shape[0])
     stays = torch.zeros(key_tokens.shape[0], dtype=torch.bool)
     stays[kept] = True
     above, below = 0.0, 0.0
@@ -80,6 +86,7 @@ def summed_scale_terms(
 
 def largest(contributions: Tensor, count: int) -> Tensor:
     """The rows [count], ascending, of the `count` largest entries of [n]; of equal ones the older token stays."""
+    check_whole_number("count", count, 1, len(contributions))
     return contributions.sort(descending=True, stable=True).indices[:count].sort().values
 
 
@@ -88,7 +95,7 @@ class PrunedSource:
 
     `table`: parameters of the smaller model.  `kept`: for each projection that loses tokens the old rows that stay,
     ascending [n_new].  `scales`: τ' of these projections. Nothing is rescaled: `kept` tokens keep their S and v.
-    A `StateSource`; holds one bounded buffer while it is read.
+    A `StateSource`; holds one bounded buffer while it is read. ArgumentError when `kept` or `scales` are of other models.
     """
 
     def __init__(
@@ -98,10 +105,19 @@ class PrunedSource:
         kept: Mapping[str, Tensor],
         scales: Mapping[str, float],
     ):
+        for name, rows in kept.items():
+            if f"{name}.key_tokens" not in table:
+                raise ArgumentError(f"kept: names {name!r}, which is no projection of the smaller model.")
+            _check_kept(f"kept[{name!r}]", rows)
+            if len(rows) != (tokens := table[f"{name}.key_tokens"].shape[0]):
+                raise ArgumentError(f"kept[{name!r}]: keeps {len(rows)} tokens, the smaller model has {tokens}.")
+        for name, scale in scales.items():
+            if name not in old.scales:
+                raise ArgumentError(f"scales: names {name!r}, of which the old state has no τ.")
+            check_scale(f"scales[{name!r}]", scale)
         self._old, self._table = old, table
         self._rows = {f"{name}.{kind}_tokens": rows for name, rows in kept.items() for kind in ("key", "value")}
         self.scales: Mapping[str, float] = {**old.scales, **scales}
-        assert all(len(rows) == table[name].shape[0] for name, rows in self._rows.items())
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor: flat fp32 on the CPU."""
@@ -157,6 +173,14 @@ class PrunedSource:
         for offset, count in zip(shifts.tolist(), counts.tolist()):
             yield start * width, (start + count) * width, offset * width
             start += count
+
+
+def _check_kept(name: str, rows: Tensor, tokens: int | None = None) -> None:
+    """ArgumentError unless `rows` are numbers of tokens, ascending, below `tokens`."""
+    if rows.dim() != 1 or not len(rows) or rows.dtype != torch.int64 or (rows.diff() <= 0).any() or rows[0] < 0:
+        raise ArgumentError(f"{name}: the rows that stay must be int64 [1 or more], ascending, from 0 on.")
+    if tokens is not None and rows[-1] >= tokens:
+        raise ArgumentError(f"{name}: names row {int(rows[-1])}, but there are {tokens} tokens.")
 
 
 def _scores(x: Tensor, key_tokens: Tensor) -> Iterator[Tensor]:

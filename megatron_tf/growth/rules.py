@@ -83,12 +83,13 @@ def growing(
     """The projections that grow, by name.
 
     `scales`: τ before.  `seed`: of this growth.  `old_weights`, `initial_weights`: of a tensor of the smaller model, and
-    what the initialiser puts into one of the bigger model.
+    what the initialiser puts into one of the bigger model. ConfigError unless the one can grow into the other.
     """
+    if problems := growth_problems(old_model, new_model):
+        raise ConfigError(problems)
     before, after, shapes = projection_tokens(old_model), projection_tokens(new_model), parameter_table(new_model)
     found = {}
     for name in after:
-        assert before[name] <= after[name]
         if before[name] == after[name]:
             continue
         keys, values, kind = f"{name}.key_tokens", f"{name}.value_tokens", projection_kind(name)

@@ -76,8 +76,8 @@ class GrownSource:
     `growth`: the method of each projection, noise, and what becomes of moments: "keep" leaves the old elements' Adam
     moments and step counts, "reset" starts all of the model's, also those of tensors that do not grow, at 0. New
     elements always start at 0.  `seed`: of this growth, see `growth_seed`.
-    The models may differ in token counts only, and none may shrink: the caller has checked that.
-    ConfigError, with all problems, when a method cannot grow its projection; no state is read to find out.
+    ConfigError, with all problems, when the models differ in more than token counts or a method cannot grow its
+    projection; no state is read to find out.
 
     A read computes in fp64 what is not a plain copy and rounds once, to the type of its target. So the result does not
     depend on the ranges or devices that it is read by.

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_tf.checks import described
+from megatron_tf.errors import ArgumentError
 from megatron_tf.model.attention import Documents, apply_rotary, causal_attention, rotary_tables
+from megatron_tf.model.checks import check_device, check_id_tensor, check_padding, check_vocabulary
 from megatron_tf.model.layers import Attention
 from megatron_tf.model.tokenformer import TokenFormer
 
@@ -31,16 +34,21 @@ class CachedModel:
 
     `padding`: how many ids at the beginning of each row are none. When a call brings the ids of the call before and
     some more, only these are computed, and the logits are those of the whole computation, to rounding; after any other
-    change, such as ids that fell out at the beginning, all of them are.
+    change, such as ids that fell out at the beginning, all of them are. ArgumentError for ids that are none.
     """
 
     def __init__(self, model: TokenFormer):
+        if not isinstance(model, TokenFormer):
+            raise ArgumentError(f"model: {described(model)}, but a TokenFormer is expected.")
         self._model = model
         self._layers: list[LayerCache] = []
         self._ids, self._padding = torch.empty(0, 0, dtype=torch.long), torch.empty(0, dtype=torch.long)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, padding: Tensor) -> Tensor:
+        check_id_tensor("ids", ids)
+        check_device("ids", ids, "the model", self._model.embedding.weight.device)
+        check_padding(padding, ids)
         known = self._ids.shape[1]
         if not (
             ids.shape[0] == self._ids.shape[0]
@@ -50,6 +58,7 @@ class CachedModel:
         ):
             known = 0
             self._layers = [LayerCache(padding) for _ in self._model.blocks]
+        check_vocabulary("ids", ids[:, known:], self._model.config.vocab_size)
         self._ids, self._padding = ids.clone(), padding.clone()
         with self._attached():
             hidden = self._model.embedding(ids[:, known:])

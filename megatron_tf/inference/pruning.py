@@ -19,13 +19,14 @@ from torch.nn import functional as F
 
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.source import CheckpointSource, StepZero
+from megatron_tf.checks import check_whole_number
+from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import DataSource, Model, ParameterTokens
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.pruning import PrunedSource, largest, summed_contributions, summed_scale_terms
 from megatron_tf.growth.rules import projection_kind
 from megatron_tf.growth.source import growth_entry
-from megatron_tf.inference.load import run_config
 from megatron_tf.model.attention import causal_attention
 from megatron_tf.model.layers import Block, Pattention, PattentionAttention
 from megatron_tf.model.tokenformer import TokenFormer
@@ -67,13 +68,13 @@ def check_run_tokenizer(checkpoint: Path, prefix: str) -> bool:
 
     False when the run's config.yml, which names its tokenizer and data, is not there to compare with.
     """
-    config = run_config(checkpoint)
-    if config is None:
-        return False
-    data = config.data
-    tokenizer = data.tokenizer if data.tokenizer is not None and Path(data.tokenizer).is_file() else None
-    check_tokenizer([*data.train, DataSource(path=prefix)], tokenizer)
-    return True
+    for folder in checkpoint.resolve().parents[:2]:
+        if (folder / "config.yml").is_file():
+            data = load_config(folder / "config.yml").data
+            tokenizer = data.tokenizer if data.tokenizer is not None and Path(data.tokenizer).is_file() else None
+            check_tokenizer([*data.train, DataSource(path=prefix)], tokenizer)
+            return True
+    return False
 
 
 class DataSample:
@@ -139,7 +140,12 @@ class Selection:
 
 @torch.no_grad()
 def select_tokens(model: TokenFormer, batches: Iterable[Batch], counts: ParameterTokens) -> Selection:
-    """For each projection the `counts` tokens that contribute most. CheckpointError when the model is not finite."""
+    """For each projection the `counts` tokens that contribute most. CheckpointError when the model is not finite.
+
+    ArgumentError when the model has fewer.
+    """
+    for kind, count in counts:
+        check_whole_number(f"counts.{kind}", count, 1, getattr(model.config.token_counts, kind))
     totals: dict[str, Tensor] = {}
     for ids, _ in batches:
         for name, projection, x in _shrinking(model, ids, counts):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_tf.errors import CheckpointError
+from megatron_tf.checks import check_number, check_whole_number
+from megatron_tf.errors import ArgumentError, CheckpointError
 
 
-@torch.no_grad()
 def generate(
     model: Callable[[Tensor, Tensor], Tensor],
     prompts: Sequence[Sequence[int]],
@@ -28,28 +29,71 @@ def generate(
     model: (ids [b, s], padding [b]) -> logits [b, vocab] after the last id, see `CachedModel`; it sees the last
     `context` ids of each row. `temperature` 0 is greedy. Sampled from are the `top_k` likeliest tokens (0: all), and of
     these the fewest that have `top_p` of the probability. A row depends on its prompt, `seed` and its number alone.
-    CheckpointError when the logits are not finite: the model is of a training that diverged.
+    CheckpointError when the logits are not finite: the model is of a training that diverged. ArgumentError, at once,
+    for arguments that are out of range.
     """
-    assert prompts and all(prompts) and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
+    _check_prompts(prompts)
+    check_whole_number("num_tokens", num_tokens, 0)
+    check_whole_number("context", context, 1)
+    if end is not None:
+        check_whole_number("end", end, 0)
+    check_number("temperature", temperature, "0 (greedy) or a finite number above it", lambda t: 0 <= t < math.inf)
+    check_whole_number("top_k", top_k, 0)
+    check_number("top_p", top_p, "a number above 0, up to 1 (all tokens)", lambda share: 0 < share <= 1)
+    check_whole_number("seed", seed, 0)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     padding = torch.tensor([longest - len(prompt) for prompt in prompts])
     generators = [torch.Generator().manual_seed((seed + row) % 2**63) for row in range(len(prompts))]
-    ended = [False] * len(prompts)
+
+    def pick(logits: Tensor) -> list[int]:
+        return [_pick(row, temperature, top_k, top_p, random) for row, random in zip(logits, generators)]
+
+    return _generated(model, ids, padding, pick, num_tokens, context, end)
+
+
+@torch.no_grad()
+def _generated(
+    model: Callable[[Tensor, Tensor], Tensor],
+    ids: Tensor,
+    padding: Tensor,
+    pick: Callable[[Tensor], list[int]],
+    num_tokens: int,
+    context: int,
+    end: int | None,
+) -> Iterator[list[int | None]]:
+    ended = [False] * len(ids)
     for _ in range(num_tokens):
         fallen = max(ids.shape[1] - context, 0)
         logits = model(ids[:, fallen:], (padding - fallen).clamp(min=0)).double()
+        if logits.dim() != 2 or logits.shape[0] != len(ids):
+            raise ArgumentError(
+                f"model: gives {list(logits.shape)} for {len(ids)} prompts, but logits [{len(ids)}, vocabulary] after the "
+                "last token are expected. Wrap a TokenFormer: CachedModel(model)."
+            )
         if not logits.isfinite().all():
             raise CheckpointError(
                 f"the model's logits after {ids.shape[1]} tokens are not finite: its training diverged. Use an earlier "
                 "checkpoint."
             )
-        picked = [_pick(row, temperature, top_k, top_p, random) for row, random in zip(logits, generators)]
+        picked = pick(logits)
         ended = [done or token == end for done, token in zip(ended, picked)]
         if all(ended):
             return
         ids = torch.cat((ids, torch.tensor(picked)[:, None]), 1)
         yield [None if done else token for done, token in zip(ended, picked)]
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    if len(prompts) == 0:
+        raise ArgumentError("prompts: there are none. Give at least one list of token ids.")
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ArgumentError(
+                f"prompts[{number}]: is empty. Give at least one token; the end of a document begins a new one."
+            )
+        for position, token in enumerate(prompt):
+            check_whole_number(f"prompts[{number}][{position}]", token, 0)
 
 
 def _pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:

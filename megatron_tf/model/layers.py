@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from megatron_tf.checks import check_scale, check_whole_number
 from megatron_tf.config.schema import Activation, Model
 from megatron_tf.model.attention import Documents, causal_attention
+from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.parallel.vocab import partial_embedding
-from megatron_tf.params import INITIAL_STD, default_scale, shard_range
+from megatron_tf.params import INITIAL_STD, check_activation, default_scale, shard_range
 
 
 class TensorParallel:
@@ -57,7 +59,7 @@ class Pattention(nn.Module):
     """One projection: n parameter tokens, of which this rank holds a contiguous share.
 
     `scale` is τ: stored, never recomputed from the number of tokens, so that growth can hold it.
-    As a layer of its own: x [..., d_in] -> [..., d_out].
+    As a layer of its own: x [..., d_in] -> [..., d_out], see `pattention`. ArgumentError for what cannot be.
     """
 
     def __init__(
@@ -71,6 +73,12 @@ class Pattention(nn.Module):
         group: Group = SINGLE,
     ):
         super().__init__()
+        check_activation(activation)
+        # each rank holds a token
+        for name, size, least in (("num_tokens", num_tokens, group.size), ("d_in", d_in, 1), ("d_out", d_out, 1)):
+            check_whole_number(name, size, least)
+        if scale is not None:
+            check_scale("scale", scale)
         start, stop = shard_range(num_tokens, group.size, group.rank)
         self.key_tokens = nn.Parameter(torch.empty(stop - start, d_in))
         self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out))
@@ -81,6 +89,7 @@ class Pattention(nn.Module):
         nn.init.normal_(self.value_tokens, std=1 / d_out**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_pattention(x, self.key_tokens, self.value_tokens, self.scale, self.activation)
         return reduce_from(self.partial(copy_to(x, self.group)), self.group)
 
     def partial(self, x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_tf.config.schema import Activation
 from megatron_tf.model import row_stages, score_layout
+from megatron_tf.model.checks import check_pattention
 from megatron_tf.parallel.collectives import all_reduce, begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.parallel.overlap import row_parts
@@ -49,9 +50,12 @@ def pattention(
 ) -> Tensor:
     """Pattention on one process. Differentiable in all three tensors.
 
-    x [..., d_in], key_tokens [n, d_in], value_tokens [n, d_out] -> [..., d_out].
+    x [..., d_in], key_tokens [n, d_in], value_tokens [n, d_out] -> [..., d_out], in the type of the tokens, to which x is
+    converted; under autocast, in autocast's type.
     `scale` is τ; the default is √n (n for softmax), right only for a model that was never grown.
+    ArgumentError when these do not fit together.
     """
+    check_pattention(x, key_tokens, value_tokens, 1.0 if scale is None else scale, activation)
     if scale is None:
         scale = default_scale(key_tokens.shape[0], activation)
     return partial_pattention(x, [key_tokens], [value_tokens], [scale], activation, SINGLE)[0]
@@ -67,9 +71,16 @@ def partial_pattention(
 ) -> tuple[Tensor, ...]:
     """Outputs of several projections of one x, each still to be summed over `group`.
 
-    x [..., d_in]; keys[i] [n_i/T, d_in]; values[i] [n_i/T, d_out] -> one [..., d_out] a projection.
+    x [..., d_in]; keys[i] [n_i/T, d_in]; values[i] [n_i/T, d_out] -> one [..., d_out] a projection, in the type of the
+    tokens; under autocast all are converted to autocast's type, as the arguments of a matrix product are.
     """
-    return _Pattention.apply(x, activation, tuple(scales), group, *keys, *values)
+    device, dtype = x.device.type, keys[0].dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        keys, values = ([token.to(dtype) for token in tokens] for tokens in (keys, values))
+        with torch.autocast(device, enabled=False):
+            return _Pattention.apply(activation, tuple(scales), group, x.to(dtype), *keys, *values)
+    return _Pattention.apply(activation, tuple(scales), group, x.to(dtype), *keys, *values)
 
 
 @torch.no_grad()
@@ -84,8 +95,11 @@ def token_weights(
 
 
 class _Pattention(Function):
+    # x stands among the tensors, an odd number of them. Where no gradient is wanted, torch.compile drops ctx from a call
+    # with as many arguments as `forward` has parameters, which keys and values alone would come to.
     @staticmethod
-    def forward(ctx, x, activation, scales, group, *tokens):
+    def forward(ctx, activation, scales, group, *tensors):
+        x, *tokens = tensors
         keys, values = tokens[: len(scales)], tokens[len(scales) :]
         if group.size == 1:
             scores, statistics, outputs = _forward(_rows(x), keys, values, scales, activation)
@@ -119,9 +133,9 @@ class _Pattention(Function):
         if group.size > 1:
             for (d, a, r, scale), total in zip(parts, finish().split(1, -1)):
                 row_stages.couple(a, r, total, d, scale, activation)
-        d_x = (gradient @ score_layout.joined(keys)).view(x.shape) if ctx.needs_input_grad[0] else None
+        d_x = (gradient @ score_layout.joined(keys)).view(x.shape) if ctx.needs_input_grad[3] else None
         key_grads = score_layout.split(gradient.mT @ _rows(x), keys, 0)
-        return d_x, None, None, None, *key_grads, *value_grads
+        return None, None, None, d_x, *key_grads, *value_grads
 
 
 # Scores [rows, keys of all projections], and each projection's r [rows, 1] and output [rows, d_out].

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megatron_tf.config.schema import Model
 from megatron_tf.config.validate import check_model
 from megatron_tf.model.attention import find_documents
+from megatron_tf.model.checks import check_building, check_config, check_scales, check_starts, checked_ids
 from megatron_tf.model.initialize import initial_rows
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
 from megatron_tf.params import initial_scales, parameter_table, shard_range
@@ -19,12 +20,15 @@ class TokenFormer(nn.Module):
     """ids [b, s] -> logits [b, s, vocab]. `named_parameters` gives the logical names of `params.parameter_table`.
 
     `scales`: τ by projection, from a checkpoint; the default is a fresh model's.
-    ConfigError, as in training, when no network can be built of `config`.
+    ConfigError, as in training, when no network can be built of `config`; ArgumentError for `scales` of another.
     """
 
     def __init__(self, config: Model, scales: Mapping[str, float] | None = None):
         super().__init__()
+        check_config(config)
         check_model(config)
+        if scales is not None:
+            check_scales(scales, config)
         self.config = config
         self.scales = dict(initial_scales(config) if scales is None else scales)
         tensor = TensorParallel()
@@ -33,8 +37,14 @@ class TokenFormer(nn.Module):
         self.final_norm = FinalNorm(config, tensor)
 
     def forward(self, input_ids: Tensor, starts: Tensor | None = None) -> Tensor:
-        """`starts`: see `attention.document_starts`; None is one document a sample."""
-        hidden = self.embedding(input_ids)
+        """input_ids: whole numbers, s at most config.seq_length.
+
+        `starts`: see `attention.document_starts`; None is one document a sample.
+        """
+        ids = checked_ids("input_ids", input_ids, self.config, self.embedding.weight.device)
+        if starts is not None:
+            check_starts(starts, ids)
+        hidden = self.embedding(ids)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         documents = None if starts is None else find_documents(starts, hidden.dtype, head_dim)
         for block in self.blocks:
@@ -51,6 +61,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
 ) -> TokenFormer:
     """A model with the initial weights of (seed, parameter name). On the meta device it has shapes only."""
+    check_building(config, seed, device, dtype)
     with torch.device("meta"):
         model = TokenFormer(config, scales)
     if device is not None and torch.device(device).type == "meta":

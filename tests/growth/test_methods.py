@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from megatron_tf.config.schema import Growth, GrowthMethod, GrowthMethods, ParameterTokens
-from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.errors import ArgumentError, CheckpointError, ConfigError
 from megatron_tf.growth.methods import METHODS, PRESERVING, NewTokens, Projection, gram, zero_key
 
 D, OLD, NEW = 16, 24, 41
@@ -157,3 +157,17 @@ def test_every_kind_of_projection_can_have_its_method():
     assert set(GrowthMethods.model_fields) == set(ParameterTokens.model_fields)
     growth = Growth(source="x", method="gram", methods=GrowthMethods(ffn="random"))
     assert [growth.method_of(kind) for kind in ("qkv", "proj", "ffn")] == ["gram", "gram", "random"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("relu",), "activation: the text 'relu', but one of l2_norm_gelu"),
+        (("softmax", -1.0), "scale: the number -1.0"),
+        (("softmax", 3.0, None, 24, 24), "new_tokens: the number 24 is out of range. .* at least 25"),
+        (("softmax", 3.0, None, 0, 24), "old_tokens: the number 0"),
+    ],
+)
+def test_a_projection_that_cannot_grow(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        projection(*arguments)

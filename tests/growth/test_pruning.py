@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.config.schema import Growth, Model
+from megatron_tf.errors import ArgumentError
 from megatron_tf.growth import pruning
 from megatron_tf.growth.gram import GramKeys
 from megatron_tf.growth.pruning import PrunedSource, largest, summed_contributions, summed_scale_terms
@@ -186,3 +187,34 @@ def test_pruning_the_new_tokens_undoes_a_growth_to_the_last_bit():
         for state in STATES:
             assert torch.equal(back.read(name, state, 0, spec.numel), old.read(name, state, 0, spec.numel))
         assert back.adam_steps(name, 0, spec.numel) == old.adam_steps(name, 0, spec.numel)
+
+
+def test_what_does_not_fit_is_refused():
+    x, keys, values = draw()
+    kept = torch.arange(18)
+    for call, message in (
+        (lambda: summed_contributions(x, keys, values, 3.0, "relu"), "activation: the text 'relu'"),
+        (lambda: summed_contributions(x, keys, values, -3.0, "softmax"), "scale: the number -3.0"),
+        (lambda: summed_contributions(x[:, 1:], keys, values, 3.0, "softmax"), r"x: the shape is \[50, 7\]"),
+        (lambda: summed_scale_terms(x, keys, values, kept + 7, 3.0, "softmax"), "kept: names row 24, .* 24 tokens"),
+        (lambda: summed_scale_terms(x, keys, values, kept.flip(0), 3.0, "softmax"), "kept: .* ascending"),
+        (lambda: largest(torch.ones(4), 5), "count: the number 5 .* from 1 to 4"),
+        (lambda: largest(torch.ones(4), 0), "count: the number 0"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("kept", "scales", "message"),
+    [
+        ({"blocks.7.ffn": KEPT}, {}, "kept: names 'blocks.7.ffn'"),
+        ({"blocks.0.ffn": KEPT[:5]}, {}, r"kept\['blocks.0.ffn'\]: keeps 5 tokens, the smaller model has 8"),
+        ({"blocks.0.ffn": KEPT.flip(0)}, {}, "ascending"),
+        ({"blocks.0.ffn": KEPT}, {"blocks.9.ffn": 1.0}, "scales: names 'blocks.9.ffn'"),
+        ({"blocks.0.ffn": KEPT}, {"blocks.0.ffn": math.nan}, r"scales\['blocks.0.ffn'\]: the number nan"),
+    ],
+)
+def test_a_source_of_other_models_is_refused(kept, scales, message):
+    with pytest.raises(ArgumentError, match=message):
+        PrunedSource(Numbered(model(6, 6, 32)), parameter_table(model(6, 6, 8)), kept, scales)

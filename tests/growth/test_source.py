@@ -368,3 +368,10 @@ def test_the_history_entry_is_plain_json():
     assert json.loads(json.dumps(entry)) == entry
     assert entry["from"] == {"qkv": 48, "proj": 48, "ffn": 160} and entry["to"]["ffn"] == 368
     assert entry["loss_before"] is None and entry["loss_after"] is None
+
+
+def test_models_that_cannot_grow_into_each_other_are_refused():
+    with pytest.raises(ConfigError, match="model.hidden_size: 64 before, 128 after"):
+        grow(Tensors(SMALL), model(hidden_size=128))
+    with pytest.raises(ConfigError, match="model.parameter_tokens.ffn: 368 before, 160 after. Growth cannot take"):
+        grow(Tensors(LARGE), SMALL, LARGE)

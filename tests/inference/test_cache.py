@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_tf.config.schema import Model
+from megatron_tf.errors import ArgumentError
 from megatron_tf.inference import cache
 from megatron_tf.inference.cache import CachedModel
 from megatron_tf.inference.sampling import generate
@@ -82,3 +83,24 @@ def test_only_new_ids_are_computed_and_the_model_stays_as_it_was(model, monkeypa
     assert len(steps) == 8 and seen == [3] + [1] * 7
     assert all(block.attention.attend is causal_attention for block in model.blocks)
     assert steps == list(generate(uncached(model), [[1, 2, 3]], num_tokens=8, context=CONTEXT))
+
+
+@pytest.mark.parametrize(
+    ("ids", "padding", "message"),
+    [
+        ([[1, 31]], [0], "ids: 31 is out of range, model.vocab_size is 31"),
+        ([[1, -1]], [0], "ids: -1 is out of range"),
+        ([1, 2], [0], r"ids: the shape is \[2\]"),
+        ([[1.0, 2.0]], [0], "ids: the type is float32"),
+        ([[1, 2]], [0, 0], r"padding: the shape is \[2\].*\[1\] are expected"),
+        ([[1, 2]], [0.0], "padding: .*float32"),
+    ],
+)
+def test_ids_that_are_none_are_refused(model, ids, padding, message):
+    with pytest.raises(ArgumentError, match=message):
+        CachedModel(model)(torch.tensor(ids), torch.tensor(padding))
+
+
+def test_only_a_tokenformer_is_taken():
+    with pytest.raises(ArgumentError, match="model: a Linear, but a TokenFormer is expected"):
+        CachedModel(torch.nn.Linear(1, 1))

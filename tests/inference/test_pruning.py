@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy, layer_norm
 
 from megatron_tf.config.schema import Model, ParameterTokens
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import ArgumentError, CheckpointError
 from megatron_tf.inference.pruning import drop_tokens, fit_scales, mean_loss, projection_inputs, select_tokens
 from megatron_tf.model import build_model
 from megatron_tf.params import initial_scales
@@ -113,3 +113,8 @@ def test_a_model_that_diverged_is_refused():
         mean_loss(model, batches())
     with pytest.raises(CheckpointError, match=r"blocks.1.ffn.*diverged"):
         select_tokens(model, batches(), ParameterTokens(**SMALL))
+
+
+def test_more_tokens_than_there_are_cannot_stay():
+    with pytest.raises(ArgumentError, match=f"counts.ffn: the number {LARGE['ffn'] + 1} is out of range"):
+        select_tokens(build_model(config(LARGE)), batches(), ParameterTokens(**{**LARGE, "ffn": LARGE["ffn"] + 1}))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import ArgumentError, CheckpointError
 from megatron_tf.inference.sampling import generate
 
 LOGITS = torch.tensor([0.0, 3.0, 2.0, -50.0])
@@ -91,3 +92,36 @@ def test_rows_of_different_lengths_end_when_they_end():
 def test_a_model_whose_training_diverged(bad, temperature):
     with pytest.raises(CheckpointError, match="after 1 tokens are not finite: its training diverged. Use an earlier"):
         sample(logits=torch.tensor([0.0, bad]), temperature=temperature)
+
+
+REFUSED = {
+    "no prompts": ({"prompts": []}, "prompts: there are none"),
+    "an empty prompt": ({"prompts": [[1], []]}, "prompts[1]: is empty"),
+    "text": ({"prompts": ["ab"]}, "prompts[0][0]: the text 'a'"),
+    "an id below 0": ({"prompts": [[1, -2]]}, "prompts[0][1]: the number -2"),
+    "tokens below 0": ({"num_tokens": -1}, "num_tokens: the number -1"),
+    "half a token": ({"num_tokens": 1.5}, "num_tokens: the number 1.5"),
+    "no context": ({"context": 0}, "context: the number 0"),
+    "an end below 0": ({"end": -1}, "end: the number -1"),
+    "a temperature below 0": ({"temperature": -0.5}, "temperature: the number -0.5"),
+    "temperature nan": ({"temperature": math.nan}, "temperature: the number nan"),
+    "an infinite temperature": ({"temperature": math.inf}, "temperature: the number inf"),
+    "temperature as text": ({"temperature": "hot"}, "temperature: the text 'hot'"),
+    "top_k below 0": ({"top_k": -1}, "top_k: the number -1"),
+    "top_p of 0": ({"top_p": 0.0}, "top_p: the number 0.0"),
+    "top_p above 1": ({"top_p": 1.01}, "top_p: the number 1.01"),
+    "a seed below 0": ({"seed": -1}, "seed: the number -1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_out_of_range_is_refused_before_the_first_token_is_asked_for(name):
+    changes, message = REFUSED[name]
+    with pytest.raises(ArgumentError, match="^" + re.escape(message)):
+        generate(constant(LOGITS), **{"prompts": [[0]], "num_tokens": 1, "context": 4, **changes})
+
+
+def test_a_model_of_another_kind_is_named():
+    tokens = generate(lambda ids, padding: torch.zeros(*ids.shape, 4), [[0]], num_tokens=1, context=4)
+    with pytest.raises(ArgumentError, match=r"model: gives \[1, 1, 4\] for 1 prompts.*CachedModel"):
+        next(tokens)

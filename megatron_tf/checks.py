@@ -1,0 +1,56 @@
+"""Arguments of public functions: what cannot be meant is one message with the name, the value and the range.
+
+Checks look at what Python knows at once (types, shapes, numbers) and never at what a device holds.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
+from typing import Any
+
+from megatron_tf.errors import ArgumentError, shown
+
+
+def check_whole_number(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """ArgumentError unless `value` is a whole number from `least` to `most`."""
+    expected = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ArgumentError(f"{name}: {described(value)}, but {expected} is expected.")
+    if int(value) < least or (most is not None and int(value) > most):
+        raise ArgumentError(f"{name}: {described(value)} is out of range. It must be {expected}.")
+
+
+def check_number(name: str, value: Any, expected: str, is_right: Callable[[Any], bool]) -> None:
+    """ArgumentError unless `value` is a number that `is_right`; `expected` is how a message calls such numbers."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentError(f"{name}: {described(value)}, but {expected} is expected.")
+    if not is_right(value):
+        raise ArgumentError(f"{name}: {described(value)} is out of range. It must be {expected}.")
+
+
+def check_scale(name: str, value: Any) -> None:
+    """ArgumentError unless `value` can be a τ."""
+    check_number(name, value, "a number above 0, at most 1e30", lambda scale: 0 < scale <= 1e30)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """ArgumentError unless `value` is one of `choices`."""
+    known = list(choices)
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ArgumentError(f"{name}: {described(value)}, but one of {', '.join(known)} is expected.{hint}")
+
+
+def described(value: Any) -> str:
+    """What was given, as a phrase: "the number 0", "the text 'relu'", "a list"."""
+    if value is None:
+        return "nothing (None)"
+    for kind, word in ((str, "text"), (bool, "truth value"), (Real, "number")):
+        if isinstance(value, kind):
+            return f"the {word} {shown(value)}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

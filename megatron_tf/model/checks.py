@@ -1,0 +1,193 @@
+"""What the public functions of the model refuse, in one message each: types, shapes, devices, numbers.
+
+Nothing here waits for a device or breaks a compiled graph. Token ids are the one argument whose values count: a CPU
+looks at them at once; elsewhere, and in a compiled graph, an assertion goes with the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tf.checks import check_scale, check_whole_number, described
+from megatron_tf.config.schema import Model
+from megatron_tf.errors import ArgumentError
+from megatron_tf.params import check_activation, projection_tokens
+
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_pattention(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, scale: float, activation: str) -> None:
+    """ArgumentError unless `pattention` can work with these: see there. x may have any floating-point type."""
+    check_activation(activation)
+    check_scale("scale", scale)
+    for name, tensor in (("x", x), ("key_tokens", key_tokens), ("value_tokens", value_tokens)):
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name}: {described(tensor)}, but a tensor is expected. Give torch.as_tensor({name}).")
+    for name, tokens in (("key_tokens", key_tokens), ("value_tokens", value_tokens)):
+        if tokens.dim() != 2 or 0 in tokens.shape:
+            raise ArgumentError(
+                f"{name}: the shape is {shape_of(tokens)}, but [tokens, channels] is expected, at least one of each."
+            )
+        if tokens.dtype not in FLOATING:
+            raise ArgumentError(
+                f"{name}: the type is {type_of(tokens)}, but one of {_listed(FLOATING)} is expected. Convert the "
+                "tokens, for example by .float()."
+            )
+    if key_tokens.shape[0] != value_tokens.shape[0]:
+        raise ArgumentError(
+            f"value_tokens: has {value_tokens.shape[0]} tokens, key_tokens has {key_tokens.shape[0]}. Give one value "
+            "token for each key token."
+        )
+    if key_tokens.dtype != value_tokens.dtype:
+        raise ArgumentError(
+            f"value_tokens: the type is {type_of(value_tokens)}, that of key_tokens {type_of(key_tokens)}. Give "
+            "both in one type."
+        )
+    if x.dim() == 0 or x.shape[-1] != key_tokens.shape[1]:
+        raise ArgumentError(
+            f"x: the shape is {shape_of(x)}, but the key tokens {shape_of(key_tokens)} need an x of [..., "
+            f"{key_tokens.shape[1]}]. Its last axis must have d_in channels."
+        )
+    if not x.dtype.is_floating_point:
+        remedy = "Token ids go through an embedding first; numbers, through x.float()"
+        if x.dtype.is_complex:
+            remedy = "Give real and imaginary parts as channels: torch.view_as_real(x).flatten(-2)"
+        raise ArgumentError(f"x: the type is {type_of(x)}, but a floating-point type is expected. {remedy}.")
+    for name, tensor in (("x", x), ("value_tokens", value_tokens)):
+        check_device(name, tensor, "key_tokens", key_tokens.device)
+
+
+def check_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
+    """ArgumentError unless the tensor `name` is on the device of `other`."""
+    if tensor.device != device:
+        raise ArgumentError(f"{name}: is on {tensor.device}, {other} on {device}. Move it: {name}.to({str(device)!r}).")
+
+
+def checked_ids(name: str, ids: Tensor, model: Model, device: torch.device) -> Tensor:
+    """int64 `ids`; ArgumentError unless they are token ids [b, s] of `model` on `device`, s at most its seq_length.
+
+    A compiled graph, and a device other than a CPU, can only say that one of them is out of range, and not which.
+    """
+    check_id_tensor(name, ids)
+    if ids.shape[1] > model.seq_length:
+        raise ArgumentError(
+            f"{name}: has samples of {ids.shape[1]} tokens, model.seq_length is {model.seq_length}. Give shorter ones, "
+            f"or build the model with seq_length={ids.shape[1]}: no weight depends on it."
+        )
+    check_device(name, ids, "the model", device)
+    ids = ids.long()
+    check_vocabulary(name, ids, model.vocab_size)
+    return ids
+
+
+def check_id_tensor(name: str, ids: Tensor) -> None:
+    """ArgumentError unless `ids` are integers [b, s], s at least 1."""
+    if not isinstance(ids, Tensor):
+        raise ArgumentError(f"{name}: {described(ids)}, but a tensor is expected. Give torch.tensor({name}).")
+    if not _is_whole(ids):
+        raise ArgumentError(f"{name}: the type is {type_of(ids)}, but token ids are whole numbers. Give int64.")
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        remedy = f" Give {name}[None] for one sample." if ids.dim() == 1 and len(ids) else ""
+        raise ArgumentError(
+            f"{name}: the shape is {shape_of(ids)}, but [samples, tokens] is expected, at least one token.{remedy}"
+        )
+
+
+def check_vocabulary(name: str, ids: Tensor, vocab_size: int) -> None:
+    """ArgumentError unless 0 <= ids < `vocab_size`."""
+    if ids.numel() == 0 or ids.device.type == "meta":
+        return
+    expected = f"model.vocab_size is {vocab_size}. Token ids are 0 to {vocab_size - 1}: is it another tokenizer?"
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        # not awaited, unlike a comparison here
+        torch._assert_async(((ids >= 0) & (ids < vocab_size)).all(), f"{name}: an id is out of range, {expected}")
+        return
+    lowest, highest = (int(bound) for bound in torch.aminmax(ids))
+    if lowest < 0 or highest >= vocab_size:
+        raise ArgumentError(f"{name}: {lowest if lowest < 0 else highest} is out of range, {expected}")
+
+
+def check_starts(starts: Tensor, ids: Tensor) -> None:
+    """ArgumentError unless `starts` has a number for each of `ids` [b, s], on the same device."""
+    remedy = "attention.document_starts makes them"
+    _check_whole_numbers("starts", starts, ids.shape, f"one for each of input_ids: {remedy}")
+    check_device("starts", starts, "input_ids", ids.device)
+
+
+def check_padding(padding: Tensor, ids: Tensor) -> None:
+    """ArgumentError unless `padding` has a number for each row of `ids` [b, s]."""
+    _check_whole_numbers("padding", padding, ids.shape[:1], "one for each row: how many ids at its beginning are none")
+
+
+def _check_whole_numbers(name: str, tensor: Tensor, shape: torch.Size, meaning: str) -> None:
+    if isinstance(tensor, Tensor) and _is_whole(tensor) and tensor.shape == shape:
+        return
+    given = described(tensor)
+    if isinstance(tensor, Tensor):
+        given = f"the shape is {shape_of(tensor)} and the type {type_of(tensor)}"
+    raise ArgumentError(f"{name}: {given}, but whole numbers {list(shape)} are expected, {meaning}.")
+
+
+def check_scales(scales: Mapping[str, float], model: Model) -> None:
+    """ArgumentError unless `scales` has a τ for each projection of `model`, and no other."""
+    if not isinstance(scales, Mapping):
+        raise ArgumentError(f"scales: {described(scales)}, but a mapping from projections to τ is expected.")
+    expected = projection_tokens(model)
+    for problem, names in (
+        ("has no τ of", [name for name in expected if name not in scales]),
+        ("names what the model does not have:", [name for name in scales if name not in expected]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ArgumentError(
+                f"scales: {problem} {names[0]}{more}. Give those of the model's checkpoint, or None for a fresh model."
+            )
+    for name, scale in scales.items():
+        check_scale(f"scales[{name!r}]", scale)
+
+
+def check_building(config: Model, seed: int, device: Any, dtype: torch.dtype) -> None:
+    """ArgumentError unless `build_model` can work with these."""
+    check_config(config)
+    check_whole_number("seed", seed, 0, 2**63 - 1)
+    check_dtype(dtype)
+    try:
+        kind = None if device is None else torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device: {described(device)}, but one such as 'cpu' or 'cuda:0' is expected.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(f"device: {device} is given, but no CUDA device is here. Give 'cpu'.")
+
+
+def check_config(config: object) -> None:
+    """ArgumentError unless `config` is the model section of a configuration."""
+    if not isinstance(config, Model):
+        remedy = "Give the section config.model" if hasattr(config, "model") else "Give Model(num_layers=..., ...)"
+        raise ArgumentError(f"config: {described(config)}, but a Model is expected. {remedy}.")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """ArgumentError unless a model can have `dtype`."""
+    if dtype not in FLOATING:
+        given = str(dtype) if isinstance(dtype, torch.dtype) else described(dtype)
+        raise ArgumentError(f"dtype: {given}, but one of {_listed(FLOATING)} is expected.")
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+
+
+def shape_of(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def type_of(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _listed(types: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
