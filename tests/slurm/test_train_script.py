@@ -101,6 +101,19 @@ def test_arguments_and_environment_reach_the_ranks_as_they_are(start, tmp_path):
     assert not [line for line in seen if line.startswith(("RANK=", "WORLD_SIZE="))]
 
 
+def test_outside_the_project_the_installed_package_is_run(start, tmp_path):
+    (tmp_path / "launch" / "train.py").unlink()
+    stand_in = tmp_path / "bin" / "python-of-mine"
+    stand_in.write_text('#!/bin/bash\nif [ "$1" = -c ]; then exit $LACKS; fi; echo "$*" >ran')
+    stand_in.chmod(0o755)
+    code, out = finish(start("tiny", PYTHON="python-of-mine", LACKS="1"))
+    assert code == 2 and "install megatron_tf for python-of-mine" in out and not calls(tmp_path)
+    assert finish(start("tiny", PYTHON="python-of-mine", LACKS="0"))[0] == 0
+    assert (tmp_path / "ran").read_text() == "-m megatron_tf train tiny\n"
+    code, out = finish(start(PYTHON="python-of-mine", LACKS="0"))
+    assert code == 2 and "no configuration" in out
+
+
 def test_threads_that_the_user_chose_are_kept(start, tmp_path):
     assert finish(start("c.yml", SLURM_CPUS_PER_TASK="6", OMP_NUM_THREADS="2"))[0] == 0
     assert "OMP_NUM_THREADS=2" in (tmp_path / "environment").read_text().splitlines()
