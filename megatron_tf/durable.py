@@ -44,8 +44,8 @@ def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
 def read_plain(path: str | os.PathLike[str], limit: int) -> bytes:
     """The content of a file, see `open_plain`; OSError too when it has more than `limit` bytes."""
     with open_plain(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if content is None or len(content) > limit:
         raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes, which no such file is", os.fspath(path))
     return content
 

@@ -29,6 +29,11 @@ def parse_arguments() -> argparse.Namespace:
         help="Hugging Face tokenizers .json, SentencePiece .model, a .tiktoken file, tiktoken:cl100k_base and the like "
         "when tiktoken's cache has it, or bytes",
     )
+    parser.add_argument(
+        "--eod-token",
+        metavar="NAME",
+        help="token to put after each document (default: the tokenizer's <|endoftext|>, </s>, <eos> or the like)",
+    )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path of the output without suffix")
     parser.add_argument(
         "--json-key",
@@ -44,11 +49,18 @@ def parse_arguments() -> argparse.Namespace:
         help="a record without text ends the run (default), or is named, counted and left out",
     )
     parser.add_argument(
+        "--keep-lossy",
+        action="store_true",
+        help="keep documents with characters that the tokenizer has no token for, and count what is lost; otherwise such "
+        "a document is a bad record",
+    )
+    parser.add_argument(
         "--max-document-bytes",
         type=int,
         default=PreprocessSettings.max_document_bytes,
         metavar="N",
-        help="a longer document is a bad record; a process may need fifteen times as much memory (default: %(default)s)",
+        help="a longer document is a bad record; a process may need fifteen times as much memory, and for one that cannot "
+        "be taken apart (the report says which) two hundred times (default: %(default)s)",
     )
     parser.add_argument(
         "--validation-fraction",
@@ -84,6 +96,8 @@ def main() -> None:
         shard_index=arguments.shard_index,
         num_shards=arguments.num_shards,
         replace=arguments.replace,
+        eod_token=arguments.eod_token,
+        keep_lossy=arguments.keep_lossy,
     )
     command = merge_shards if arguments.merge else preprocess
     for prefix, summary in command(settings, Progress(sys.stderr)).items():

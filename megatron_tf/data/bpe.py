@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_tf.data.tokenizer import EOD_TOKENS
+from megatron_tf.data.special_tokens import EOD_TOKENS
 from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import DataError, file_errors
 

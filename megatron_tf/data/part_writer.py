@@ -68,6 +68,7 @@ def _write(job: PartJob, part: Part, encode_all: EncodeAll, observer: Observer) 
         writers = [stack.enter_context(IndexedWriter(part.prefix(ending), job.vocab_size)) for ending in job.endings]
         for batch in encode_all(partial(encode_group, job.encode), groups):
             _take_bad_records(job, batch, report, observer)
+            report.add_kept(batch.kept, batch.loss)
             for number, (ending, writer) in enumerate(zip(job.endings, writers, strict=True)):
                 _add(batch, batch.held_out == bool(number), writer, report.splits[ending])
             advance = Advance(batch.lengths.size, int(batch.text_bytes.sum()), batch.token_ids.size, num_read)
@@ -82,10 +83,13 @@ def _write(job: PartJob, part: Part, encode_all: EncodeAll, observer: Observer) 
 def _take_bad_records(job: PartJob, batch: EncodedBatch, report: Report, observer: Observer) -> None:
     if batch.bad_records and job.on_error == "stop":
         first = batch.bad_records[0]
-        raise DataError(
-            f"{first.file}:{first.line}: {first.reason}. Mend or remove the record, or leave out what is bad with "
-            f"--on-error skip."
-        )
+        remedy = "Mend or remove the record, or leave out what is bad with --on-error skip."
+        if first.kind == "lost_text":
+            remedy = (
+                "Use a tokenizer that knows them, keep such documents without them with --keep-lossy, or leave out what "
+                "is bad with --on-error skip."
+            )
+        raise DataError(f"{first.file}:{first.line}: {first.reason}. {remedy}")
     report.add_bad(batch.bad_records)
     for sample in batch.bad_records:
         observer.bad_record(sample)

@@ -15,6 +15,7 @@ from megatron_tf.data.encoding import EncodeSettings
 from megatron_tf.data.formats import check_packages
 from megatron_tf.data.indexed import IndexedDataset, data_file, index_file, publish_pair
 from megatron_tf.data.lanes import write_parts
+from megatron_tf.data.losses import SAMPLE, comes_back
 from megatron_tf.data.merge import merge_pairs
 from megatron_tf.data.part_writer import OnError, PartJob
 from megatron_tf.data.parts import Part, key_of, locked, plan_parts
@@ -40,6 +41,8 @@ class PreprocessSettings:
     on_error: OnError = "stop"  # what a bad record does
     validation_fraction: float = 0.0  # share of documents, by hash of their text, that goes to PREFIX_validation
     max_document_bytes: int = ReadLimits().max_document_bytes  # of a record as it stands in its file
+    eod_token: str | None = None  # the one that ends a document; None: the tokenizer's of a usual name
+    keep_lossy: bool = False  # documents of which the tokenizer loses characters, instead of calling them bad
     shard_index: int = 0  # of num_shards runs that share the parts, each on its own
     num_shards: int = 1
     replace: bool = False  # what is there already under the prefix, when it is not what these settings give
@@ -83,8 +86,11 @@ def preprocess(settings: PreprocessSettings, progress: Progress) -> dict[str, Co
     summaries = _finished(plan)
     if summaries is not None:
         progress.note(f"{settings.output_prefix}: was prepared from the same files with the same settings before")
+        _note_remarks(plan, progress)
         return summaries
     _check_replaceable(plan)
+    if (returned := comes_back(plan.tokenizer)) is not None:
+        progress.note(f"{settings.tokenizer}: changes text: {SAMPLE!r} comes back from its tokens as {returned!r}")
     own = plan.parts[settings.shard_index :: settings.num_shards]
     todo = [part for part in own if part.report() is None]
     if len(todo) < len(own):
@@ -126,10 +132,9 @@ def make_plan(settings: PreprocessSettings) -> Plan:
     files = tuple(expand_inputs(settings.inputs))
     for path in {path.suffix: path for path in files}.values():
         check_packages(path)
-    tokenizer = load_tokenizer(settings.tokenizer)
-    parts = plan_parts(
-        settings.output_prefix, files, _encode_settings(settings), _limits(settings), tokenizer.fingerprint
-    )
+    tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
+    encode = _encode_settings(settings, tokenizer)
+    parts = plan_parts(settings.output_prefix, files, encode, _limits(settings), tokenizer.fingerprint)
     endings = ("_train", "_validation") if settings.validation_fraction else ("",)
     plan = Plan(settings, tokenizer, files, tuple(parts), endings, key_of([part.key for part in parts]))
     for prefix in plan.prefixes.values():
@@ -172,6 +177,7 @@ def _merge_if_possible(plan: Plan, progress: Progress, *, insist: bool) -> dict[
             if held:  # other settings may have parts there as well
                 for part in plan.parts:
                     part.discard()
+            _note_remarks(plan, progress)
             return summaries
     finally:
         _remove_if_empty(plan.folder)
@@ -230,6 +236,7 @@ def _summary(plan: Plan, report: Report, ending: str) -> CorpusSummary:
         files=tuple(str(path) for path in plan.files),
         skipped_records=report.bad,
         empty_documents=report.empty,
+        lost_characters=report.loss.characters,
     )
 
 
@@ -251,13 +258,21 @@ def _finished(plan: Plan) -> dict[str, CorpusSummary] | None:
     return summaries
 
 
+def _note_remarks(plan: Plan, progress: Progress) -> None:
+    report = read_report(plan.report_path, plan.key)
+    for remark in report.remarks() if report else ():
+        progress.note(f"{plan.settings.output_prefix}: {remark}, see {plan.report_path}")
+
+
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
 
 
-def _encode_settings(settings: PreprocessSettings) -> EncodeSettings:
-    return EncodeSettings(settings.tokenizer, settings.json_key, settings.validation_fraction)
+def _encode_settings(settings: PreprocessSettings, tokenizer: Tokenizer) -> EncodeSettings:
+    return EncodeSettings(
+        settings.tokenizer, settings.json_key, settings.validation_fraction, tokenizer.eod_id, settings.keep_lossy
+    )
 
 
 def _limits(settings: PreprocessSettings) -> ReadLimits:
@@ -267,7 +282,7 @@ def _limits(settings: PreprocessSettings) -> ReadLimits:
 def _job(plan: Plan) -> PartJob:
     settings = plan.settings
     return PartJob(
-        encode=_encode_settings(settings),
+        encode=_encode_settings(settings, plan.tokenizer),
         limits=_limits(settings),
         on_error=settings.on_error,
         vocab_size=plan.tokenizer.vocab_size,

@@ -15,6 +15,7 @@ BadKind = Literal[
     "broken",  # a file or an archive that is damaged
     "unknown_member",  # a file in an archive whose format is not known
     "not_encodable",  # the tokenizer gave up
+    "lost_text",  # the tokenizer has no token for some characters
 ]
 
 
@@ -45,6 +46,21 @@ class BadSample(NamedTuple):
     line: int
     reason: str
     excerpt: str  # the beginning of the record
+
+
+KeptKind = Literal[
+    "lost_text",
+    "encoded_whole",  # long, and without a place where its tokens could be taken apart
+]
+
+
+class KeptSample(NamedTuple):
+    """A document that is in the data and of which the report has something to say."""
+
+    kind: KeptKind
+    file: str
+    line: int
+    reason: str
 
 
 class ReadLimits(NamedTuple):

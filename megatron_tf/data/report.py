@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.data.record_types import BadSample
+from megatron_tf.data.losses import Loss
+from megatron_tf.data.record_types import BadSample, KeptSample
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import DataError, file_errors
 
@@ -41,6 +42,9 @@ class Report:
     skipped: Counter[str] = field(default_factory=Counter)  # kind of bad record -> how many
     samples: list[BadSample] = field(default_factory=list)  # the first of each kind
     seconds: float = 0.0  # of the processes that read, added up
+    kept: Counter[str] = field(default_factory=Counter)  # kind of remark about a document that is there -> how many
+    kept_samples: list[KeptSample] = field(default_factory=list)  # the first of each kind
+    loss: Loss = field(default_factory=Loss)  # of the documents that are there
 
     @property
     def documents(self) -> int:
@@ -61,6 +65,14 @@ class Report:
             if self.skipped[sample.kind] <= SAMPLES_PER_KIND:
                 self.samples.append(sample)
 
+    def add_kept(self, samples: Iterable[KeptSample], loss: Loss) -> None:
+        """Documents of a batch about which something is to be said, and what is lost of them."""
+        for sample in samples:
+            self.kept[sample.kind] += 1
+            if self.kept[sample.kind] <= SAMPLES_PER_KIND:
+                self.kept_samples.append(sample)
+        self.loss.add(loss)
+
     def add(self, other: Report) -> None:
         """Count what stands after this."""
         for ending, counts in other.splits.items():
@@ -68,8 +80,27 @@ class Report:
         for sample in other.samples:
             if sum(known.kind == sample.kind for known in self.samples) < SAMPLES_PER_KIND:
                 self.samples.append(sample)
+        for remark in other.kept_samples:
+            if sum(known.kind == remark.kind for known in self.kept_samples) < SAMPLES_PER_KIND:
+                self.kept_samples.append(remark)
         self.skipped.update(other.skipped)
+        self.kept.update(other.kept)
+        self.loss.add(other.loss)
         self.seconds += other.seconds
+
+    def remarks(self) -> list[str]:
+        """What is to be said about the documents that are there, a sentence each."""
+        found = []
+        if self.loss:
+            found.append(
+                f"the tokenizer has no token for {self.loss} of {self.kept['lost_text']:,} documents, which are lost"
+            )
+        if self.kept["encoded_whole"]:
+            found.append(
+                f"{self.kept['encoded_whole']:,} long documents were encoded at once, because their tokens depend on "
+                "text far away"
+            )
+        return found
 
 
 def write_report(path: Path, report: Report, key: str, files: Sequence[str]) -> None:
@@ -83,6 +114,10 @@ def write_report(path: Path, report: Report, key: str, files: Sequence[str]) -> 
         "skipped_records": report.skipped.total(),
         "skipped": dict(sorted(report.skipped.items())),
         "samples": [sample._asdict() for sample in report.samples],
+        "lost_characters": report.loss.characters,
+        "lost": dict(report.loss.pieces.most_common()),
+        "kept": dict(sorted(report.kept.items())),
+        "kept_samples": [sample._asdict() for sample in report.kept_samples],
         "splits": {ending: vars(counts) for ending, counts in report.splits.items()},
         "process_seconds": round(report.seconds, 3),
         "files": list(files),
@@ -105,6 +140,9 @@ def read_report(path: Path, key: str) -> Report | None:
             splits={ending: SplitCounts(**counts) for ending, counts in content["splits"].items()},
             skipped=Counter(content["skipped"]),
             samples=[BadSample(**sample) for sample in content["samples"]],
+            kept=Counter(content["kept"]),
+            kept_samples=[KeptSample(**sample) for sample in content["kept_samples"]],
+            loss=Loss(content["lost_characters"], Counter(content["lost"])),
             seconds=content["process_seconds"],
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

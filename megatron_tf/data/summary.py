@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class CorpusSummary:
     files: tuple[str, ...]  # inputs, in the order they were read
     skipped_records: int  # bad records of all inputs that were left out
     empty_documents: int  # documents of all inputs without text, left out
+    lost_characters: int = 0  # of all inputs, which the tokenizer has no token for
 
 
 def summary_file(prefix: str | Path) -> Path:
@@ -52,7 +53,7 @@ def read_summary(prefix: str | Path) -> CorpusSummary | None:
     content = _own_content(path)
     if content is None:
         return None
-    names = [field.name for field in fields(CorpusSummary)]
+    names = [field.name for field in fields(CorpusSummary) if field.name in content or field.default is MISSING]
     missing = [name for name in names if name not in content]
     if content["format"] != FORMAT or missing:
         reason = f"lacks {', '.join(missing)}" if missing else f"has format {content['format']!r}, known is {FORMAT!r}"

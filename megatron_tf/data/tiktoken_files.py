@@ -19,7 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.data.spans import Spans, byte_spans
+from megatron_tf.data.special_tokens import LARGEST_ID, Eod, check_ids, find_eod
+from megatron_tf.data.tokenizer_files import is_library_failure, read_tokenizer_file
+from megatron_tf.errors import DataError
 
 NAME_PREFIX = "tiktoken:"
 SUFFIX = ".tiktoken"
@@ -87,34 +90,44 @@ def tiktoken_fingerprint(tokenizer: str) -> str:
 class TiktokenTokenizer:
     """tiktoken as a `Tokenizer`. Special tokens written out in a text are text: only the end of a document is one."""
 
-    def __init__(self, tokenizer: str):
+    unknown_id: int | None = None
+    is_local = True
+
+    def __init__(self, tokenizer: str, eod: Eod = None):
         ranks, spec = _files(tokenizer)
         self.fingerprint = _fingerprint(ranks, spec)
         try:
             import tiktoken
         except ImportError:
             raise DataError(f"{tokenizer}: needs the package tiktoken: pip install 'megatron_tf[tiktoken]'") from None
-        if END_OF_TEXT not in spec.special_tokens:
-            raise DataError(
-                f"{tokenizer}: has no end-of-document token. Add {END_OF_TEXT} to special_tokens of its .json."
-            )
         try:
+            tokens = _parse_ranks(ranks)
             self._encoding = tiktoken.Encoding(
                 name=Path(tokenizer).stem,
                 pat_str=spec.pat_str,
-                mergeable_ranks=_parse_ranks(ranks),
+                mergeable_ranks=tokens,
                 special_tokens=spec.special_tokens,
             )
-        except Exception as error:  # noqa: BLE001 - rubbish fails in many ways, in Python and in the library's Rust
+        except BaseException as error:  # rubbish fails in many ways, in Python and in the library's Rust
+            if not is_library_failure(error):
+                raise
             raise DataError(f"{tokenizer}: not a tiktoken rank file that fits its spec ({error}).") from None
-        self.eod_id = spec.special_tokens[END_OF_TEXT]
-        self.vocab_size = self._encoding.n_vocab
+        vocabulary = {**{repr(token): rank for token, rank in tokens.items()}, **spec.special_tokens}
+        self.vocab_size = check_ids(tokenizer, vocabulary)
+        self.eod_id = find_eod(tokenizer, vocabulary, eod, spec.special_tokens)
+        order = sorted(tokens, key=tokens.__getitem__)
+        self._ranks = np.array([tokens[token] for token in order])
+        self._lengths = np.array([len(token) for token in order])  # bytes
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self._encoding.encode_ordinary(text) for text in texts]
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         return [self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32) for text in texts]
+
+    def encode_spans(self, text: str) -> Spans | None:
+        ids = self.encode_arrays([text])[0]
+        return byte_spans(text, ids, self._lengths[np.searchsorted(self._ranks, ids)])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode([int(number) for number in ids])
@@ -125,8 +138,7 @@ def _files(tokenizer: str) -> tuple[bytes, Spec]:
     if tokenizer.startswith(NAME_PREFIX):
         return _cached(tokenizer.removeprefix(NAME_PREFIX))
     path = Path(tokenizer)
-    with file_errors(DataError, path, "The tokenizer cannot be read: correct the path or make the file readable."):
-        ranks = path.read_bytes()
+    ranks = read_tokenizer_file(path)
     spec_path = path.with_name(path.name + ".json")
     if spec_path.exists():
         return ranks, _read_spec(spec_path)
@@ -161,18 +173,18 @@ def _cached(name: str) -> tuple[bytes, Spec]:
             f"{NAME_PREFIX}{name}: is not in tiktoken's cache ({cache}), and nothing is downloaded unasked. Get it with "
             f"`python -c \"import tiktoken; tiktoken.get_encoding('{name}')\"`, or give a {name}.tiktoken file."
         )
-    with file_errors(DataError, path, "Make it readable."):
-        ranks = path.read_bytes()
+    ranks = read_tokenizer_file(path)
     return ranks, _known_spec(name, path, ranks)
 
 
 def _read_spec(path: Path) -> Spec:
-    with file_errors(DataError, path, "Make it readable."):
-        raw = path.read_bytes()
+    raw = read_tokenizer_file(path)
     try:
         content = json.loads(raw)
         spec = Spec(content["pat_str"], dict(content["special_tokens"]))
-        valid = isinstance(spec.pat_str, str) and all(type(number) is int for number in spec.special_tokens.values())
+        valid = isinstance(spec.pat_str, str) and all(
+            type(number) is int and 0 <= number < LARGEST_ID for number in spec.special_tokens.values()
+        )
     except (ValueError, TypeError, KeyError, RecursionError):
         valid = False
     if not valid:

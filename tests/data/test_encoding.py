@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from megatron_tf.data import encoding
+from megatron_tf.data import encoding, long_texts
 from megatron_tf.data.bpe import train_bpe
-from megatron_tf.data.encoding import EncodeSettings, encode_group, pieces
-from megatron_tf.data.record_types import BadRecord, RawRecord
+from megatron_tf.data.encoding import EncodeSettings, encode_group
+from megatron_tf.data.losses import LossFinder
+from megatron_tf.data.record_types import RawRecord
 from megatron_tf.data.tokenizer import load_tokenizer
 
 WORDS = [
@@ -60,50 +61,86 @@ def text_record(text: str, line: int = 1) -> RawRecord:
     return RawRecord("f", line, text.encode())
 
 
+def in_windows(monkeypatch, size: int, overlap: int) -> None:
+    monkeypatch.setattr(long_texts, "WINDOW_CHARACTERS", size)
+    monkeypatch.setattr(long_texts, "OVERLAP_CHARACTERS", overlap)
+
+
 @pytest.mark.parametrize("kind", ["bpe", "bytes", "unigram", "keeps spaces"])
 @pytest.mark.parametrize("size", [300, 1001])
 def test_pieces_of_a_long_document_give_the_tokens_of_the_whole(tokenizers, kind, size, monkeypatch):
-    whole = load_tokenizer(tokenizers[kind]).encode_batch([LONG])[0]
-    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", size)
+    in_windows(monkeypatch, size, 100)
     tokenizer = load_tokenizer(tokenizers[kind])
-    assert max(map(len, pieces(tokenizer, LONG))) <= size and len(list(pieces(tokenizer, LONG))) > len(LONG) // size
+    whole = tokenizer.encode_batch([LONG])[0]
     batch = encode_group(settings(tokenizers[kind]), [text_record("short"), text_record(LONG), text_record("end")])
     lengths = batch.lengths.tolist()
     assert batch.token_ids[lengths[0] : lengths[0] + lengths[1]].tolist() == [*whole, tokenizer.eod_id]
     assert batch.text_bytes.tolist() == [5, len(LONG.encode()), 3]
+    kept = [(remark.kind, remark.file, remark.line, remark.reason) for remark in batch.kept]
+    at_once = [("encoded_whole", "f", 1, f"{len(LONG):,} characters at once")]
+    assert kept == (at_once if kind == "unigram" else [])
 
 
-def test_without_white_space_it_is_cut_between_tokens(tokenizers, monkeypatch):
-    text = "17x=f(y);" * 500
-    whole = load_tokenizer(tokenizers["bpe"]).encode_batch([text])[0]
-    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 300)
-    assert encode_group(settings(tokenizers["bpe"]), [text_record(text)]).token_ids.tolist() == [*whole, 0]
-
-
-class NowhereToCut:
+class TakesLengths:
     """Encodes a text as its length, so that no two pieces give the tokens of the whole."""
 
-    eod_id, vocab_size, fingerprint = 0, 10**6, ""
+    eod_id, unknown_id, vocab_size, fingerprint, is_local = 0, None, 10**6, "", True
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array([len(text)], dtype=np.int32) for text in texts]
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
 
-def test_a_document_that_cannot_be_cut_is_a_bad_record(monkeypatch):
-    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 300)
-    monkeypatch.setattr(encoding, "_loaded_tokenizer", lambda name: NowhereToCut())
+    def encode_spans(self, text: str):
+        return None
+
+
+def use(monkeypatch, tokenizer: TakesLengths) -> None:
+    monkeypatch.setattr(encoding, "_loaded_tokenizer", lambda *name: (tokenizer, LossFinder(tokenizer)))
+
+
+def test_a_document_that_cannot_be_taken_apart_is_encoded_at_once_and_named(monkeypatch):
+    in_windows(monkeypatch, 300, 100)
+    use(monkeypatch, TakesLengths())
     batch = encode_group(settings("x"), [text_record("a"), text_record("b" * 1000, line=7), text_record("cc")])
-    assert batch.token_ids.tolist() == [1, 0, 2, 0]
-    (sample,) = batch.bad_records
-    assert (sample.kind, sample.line) == ("not_encodable", 7)
-    assert sample.reason == "no place to cut its 1000 characters near character 300"
+    assert batch.token_ids.tolist() == [1, 0, 1000, 0, 2, 0] and batch.bad_records == ()
+    (remark,) = batch.kept
+    assert (remark.kind, remark.line, remark.reason) == ("encoded_whole", 7, "1,000 characters at once")
+
+
+def lossy(folder) -> str:
+    """A tokenizer that knows the letters of a few words, and neither bytes nor an unknown token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(
+        ["the quick brown fox"], trainers.BpeTrainer(special_tokens=["<|endoftext|>"], show_progress=False)
+    )
+    tokenizer.save(str(folder / "lossy.json"))
+    return str(folder / "lossy.json")
+
+
+def test_a_document_that_loses_characters_is_bad_or_kept_and_counted(tmp_path):
+    pytest.importorskip("tokenizers")
+    group = [text_record("the fox"), text_record("the 日本 ζ日", line=2), text_record("quick", line=3)]
+    reason = "the tokenizer loses 4 characters ('日' 2, '本' 1, 'ζ' 1) of it"
+    strict = encode_group(settings(lossy(tmp_path)), group)
+    (bad,) = strict.bad_records
+    assert (bad.kind, bad.file, bad.line, bad.reason) == ("lost_text", "f", 2, reason)
+    assert strict.lengths.size == 2 and strict.kept == () and not strict.loss
+    kept = encode_group(EncodeSettings(lossy(tmp_path), "text", 0.0, keep_lossy=True), group)
+    assert kept.bad_records == () and kept.lengths.size == 3
+    assert [(remark.kind, remark.line, remark.reason) for remark in kept.kept] == [("lost_text", 2, reason)]
+    assert (kept.loss.characters, kept.loss.pieces["日"]) == (4, 2)
 
 
 class PanicException(BaseException):
     """As the one of libraries written in Rust."""
 
 
-class Delicate(NowhereToCut):
+class Delicate(TakesLengths):
     def __init__(self, error: BaseException):
         self.error = error
 
@@ -115,7 +152,7 @@ class Delicate(NowhereToCut):
 
 @pytest.mark.parametrize("error", [PanicException("stack overflow"), ValueError("stack overflow")])
 def test_a_text_on_which_the_library_fails_is_a_bad_record(monkeypatch, error):
-    monkeypatch.setattr(encoding, "_loaded_tokenizer", lambda name: Delicate(error))
+    use(monkeypatch, Delicate(error))
     batch = encode_group(settings("x"), [text_record("a"), text_record("poison", line=2), text_record("cc")])
     assert batch.token_ids.tolist() == [1, 0, 2, 0]
     (sample,) = batch.bad_records
@@ -125,7 +162,7 @@ def test_a_text_on_which_the_library_fails_is_a_bad_record(monkeypatch, error):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
 def test_other_ends_are_not_taken_for_bad_records(monkeypatch, error):
-    monkeypatch.setattr(encoding, "_loaded_tokenizer", lambda name: Delicate(error))
+    use(monkeypatch, Delicate(error))
     with pytest.raises(type(error)):
         encode_group(settings("x"), [text_record("poison")])
 
@@ -150,8 +187,3 @@ def test_bad_records_come_in_reading_order_with_the_beginning_of_what_stands_the
 def test_a_group_without_documents():
     batch = encode_group(settings("bytes"), [RawRecord("f", 1, b"")])
     assert (batch.token_ids.size, batch.lengths.size, len(batch.bad_records)) == (0, 0, 1)
-
-
-def test_cut_gives_up_only_when_there_is_no_place():
-    with pytest.raises(BadRecord):
-        encoding._cut(NowhereToCut(), "x" * 500, 300)

@@ -46,6 +46,9 @@ def test_a_file_and_its_spec(path):
     assert ids == oracle.encode_ordinary(TEXT) and ids[0] == 257 and 263 not in ids and empty == []
     assert [array.tolist() for array in tokenizer.encode_arrays([TEXT, ""])] == [ids, []]
     assert tokenizer.decode([*ids, 263]) == TEXT + "<|endoftext|>"
+    assert load_tokenizer(path, "<|pad|>").eod_id == load_tokenizer(path, 270).eod_id == 270
+    with pytest.raises(DataError, match=r"has no token '</s>' .* special tokens are <\|endoftext\|>, <\|pad\|>"):
+        load_tokenizer(path, "</s>")
 
 
 def test_the_fingerprint_needs_no_package_and_depends_on_both_files(path, monkeypatch):
@@ -107,7 +110,14 @@ BAD_FILES = {
     "spec no json": (b"", "{", r"own\.tiktoken\.json: must be {\"pat_str\""),
     "spec incomplete": (b"", '{"pat_str": "."}', r"own\.tiktoken\.json: must be"),
     "spec of other types": (b"", '{"pat_str": ".", "special_tokens": {"a": "b"}}', r"\.json: must be"),
-    "no end": (rank_file(), NO_EOD, r"has no end-of-document token. Add <\|endoftext\|>"),
+    "no end": (
+        rank_file(),
+        NO_EOD,
+        r"has no end-of-document token under a usual name .* special tokens are <\|pad\|>\.",
+    ),
+    "end that is a rank": (rank_file(), json.dumps({**SPEC, "special_tokens": {"</s>": 3}}), "both have id 3, so text"),
+    "ids beyond int32": (rank_file(), json.dumps({**SPEC, "special_tokens": {"</s>": 2**31}}), r"\.json: must be"),
+    "ranks beyond int32": (rank_file() + b"eHl6 3000000000\n", json.dumps(SPEC), "id 3000000000, ids are 0 to"),
     "no ranks": (b"rubbish\n", json.dumps(SPEC), "not a tiktoken rank file"),
     "no base64": (b"***** 3\n", json.dumps(SPEC), "not a tiktoken rank file"),
     "bad pattern": (rank_file(), json.dumps({**SPEC, "pat_str": "(("}), "not a tiktoken rank file that fits its spec"),

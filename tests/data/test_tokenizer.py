@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +60,80 @@ def test_truncation_padding_and_templates_of_the_file_are_ignored(bpe, tmp_path)
     changed.save(str(tmp_path / "changed.json"))
     expected = load_tokenizer(bpe).encode_batch(TEXTS[:2])
     assert load_tokenizer(tmp_path / "changed.json").encode_batch(TEXTS[:2]) == expected
+
+
+@pytest.mark.parametrize("model", ["BPE", "Unigram"])
+def test_sampling_that_a_file_asks_for_is_switched_off(bpe, tmp_path, model):
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "the fox " * 200
+    content = json.loads(bpe.read_text())
+    content["model"]["dropout"] = 0.3
+    if model == "Unigram":
+        pieces = [("<unk>", 0.0), ("</s>", 0.0), *((piece, -1.0) for piece in ("a", "ab", "b", "aba", "▁"))]
+        content = json.loads(tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0)).to_str())
+        content["model"] |= {"alpha": 0.1, "nbest_size": 5}
+        text = "abab" * 200
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path / "t.json")
+    found = [tokenizer.encode_batch([text, text]) for _ in range(3)]
+    assert found[0][0] == found[0][1] and found[0] == found[1] == found[2]
+    if model == "BPE":
+        assert found[0][0] == load_tokenizer(bpe).encode_batch([text])[0]
+
+
+def test_a_byte_order_mark_changes_nothing_but_the_fingerprint(bpe, tmp_path):
+    (tmp_path / "t.json").write_bytes(b"\xef\xbb\xbf" + bpe.read_bytes())
+    assert load_tokenizer(tmp_path / "t.json").encode_batch(TEXTS) == load_tokenizer(bpe).encode_batch(TEXTS)
+
+
+def with_special_tokens(path: Path, *tokens: str, plain: tuple[str, ...] = ()) -> Path:
+    """A tokenizers file of a few words, of which `plain` are tokens that are not special."""
+    tokenizers = pytest.importorskip("tokenizers")
+    names = ["a", *plain, *tokens]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.add_special_tokens(list(tokens))
+    tokenizer.save(str(path))
+    return path
+
+
+EOD_CASES = {
+    "of Llama 3": (("<|begin_of_text|>", "<|end_of_text|>"), (), None, 2),
+    "of DeepSeek": (("<｜end▁of▁sentence｜>",), (), None, 1),
+    "of BERT": (("[CLS]", "[SEP]"), (), None, 2),
+    "a special one before a word of such a name": (("<eos>",), ("</s>",), None, 2),
+    "a word of such a name": ((), ("</s>",), None, 1),
+    "named": (("</s>", "<|endoftext|>"), (), "</s>", 1),
+    "named, of a name of its own": (("<end>", "<|endoftext|>"), (), "<end>", 1),
+    "by its id": (("</s>", "<|endoftext|>"), (), 2, 2),
+}
+
+
+@pytest.mark.parametrize("case", EOD_CASES)
+def test_the_token_that_ends_a_document(tmp_path, case):
+    special, plain, eod, number = EOD_CASES[case]
+    assert load_tokenizer(with_special_tokens(tmp_path / "t.json", *special, plain=plain), eod).eod_id == number
+
+
+EOD_MISTAKES = {
+    "several": (("</s>", "<|endoftext|>"), None, r"several .*: <\|endoftext\|> \(id 2\), </s> \(id 1\)\. Name .* --eod-token"),
+    "none": (("<end>",), None, r"has no end-of-document token under a usual name .* Its special tokens are <end>\."),
+    "a name that it lacks": (("<end>",), "</s>", r"has no token '</s>' to end documents with. Its special tokens are <end>"),
+    "an id that it lacks": (("<end>",), 7, r"has no token of id 7 to end documents with. Correct data.eod_id"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EOD_MISTAKES)
+def test_an_end_of_documents_that_is_not_clear(tmp_path, case):
+    special, eod, message = EOD_MISTAKES[case]
+    with pytest.raises(DataError, match=rf"t\.json: {message}"):
+        load_tokenizer(with_special_tokens(tmp_path / "t.json", *special), eod)
+
+
+def test_bytes_have_one_end_of_documents():
+    assert load_tokenizer("bytes", "<|endoftext|>").eod_id == load_tokenizer("bytes", 256).eod_id == 256
+    with pytest.raises(DataError, match="bytes: has no token '</s>'"):
+        load_tokenizer("bytes", "</s>")
 
 
 def test_sentencepiece(sentencepiece_model):
@@ -144,13 +221,27 @@ def write_without_eod(path: Path) -> None:
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(path))
 
 
+def write_vocabulary(vocabulary: dict) -> Callable[[Path], None]:
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
+    return lambda path: path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+
+
+def write_huge(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # a hole
+
+
 BAD_FILES = {
     "missing": (
         "t.json",
         lambda path: None,
         "No such file or directory. The tokenizer cannot be read: correct the path",
     ),
-    "folder": ("t.json", lambda path: path.mkdir(), "Is a directory. The tokenizer cannot be read"),
+    "folder": (
+        "t.json",
+        lambda path: path.mkdir(),
+        "is a folder, where a file is expected. The tokenizer cannot be read",
+    ),
     "name too long": ("x" * 300 + ".json", lambda path: None, "File name too long. The tokenizer cannot be read"),
     "broken json": ("t.json", write_json, "not a Hugging Face tokenizers file"),
     "broken model": ("t.model", lambda path: path.write_bytes(b"rubbish"), "not a SentencePiece model"),
@@ -159,7 +250,24 @@ BAD_FILES = {
         lambda path: None,
         "unknown kind of tokenizer. Give a .*json, a .*model, a .tiktoken file, or 'bytes'",
     ),
-    "no eod": ("t.json", write_without_eod, r"no end-of-document token; looked for <\|endoftext\|>, </s>, <eos>. Add"),
+    "no eod": ("t.json", write_without_eod, r"no end-of-document token under a usual name \(<\|endoftext\|>, </s>, "),
+    "brackets": ("t.json", lambda path: path.write_text("[" * 400_000), "not a Hugging Face tokenizers file"),
+    "huge": ("t.json", write_huge, "is larger than 268,435,456 bytes, which no such file is"),
+    "huge model": ("t.model", write_huge, "is larger than 268,435,456 bytes"),
+    "fifo": ("t.json", os.mkfifo, "is a FIFO, where a file is expected"),
+    "device": ("t.model", lambda path: path.symlink_to("/dev/zero"), "is a device, where a file is expected"),
+    "no token": ("t.json", write_vocabulary({}), "has no token. Give a tokenizer that was trained"),
+    "ids beyond int32": (
+        "t.json",
+        write_vocabulary({"</s>": 2**32 - 1, "a": 0}),
+        "token '</s>' has id 4294967295, ids",
+    ),
+    "ids beyond u32": ("t.json", write_vocabulary({"</s>": 2**70}), "not a Hugging Face tokenizers file"),
+    "two of one id": (
+        "t.json",
+        write_vocabulary({"</s>": 1, "b": 1}),
+        "'</s>' and 'b' both have id 1, so text could end",
+    ),
 }
 
 

@@ -60,6 +60,34 @@ def test_bad_record_is_one_message_and_exit_code_2(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+def test_lost_characters_end_the_run_or_are_counted_and_the_end_of_documents_has_a_name(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(special_tokens=["<|endoftext|>", "<end>"], show_progress=False)
+    tokenizer.train_from_iterator(["the fox"], trainer)
+    tokenizer.save(str(tmp_path / "t.json"))
+    (tmp_path / "in.jsonl").write_text('{"text": "the fox"}\n{"text": "the 日本 fox 日"}\n')
+    command = ["preprocess_data.py", "--input", tmp_path / "in.jsonl", "--tokenizer", tmp_path / "t.json",
+               "--output-prefix", tmp_path / "out" / "x", "--eod-token", "<end>"]  # fmt: skip
+    refused = run(*command)
+    assert refused.returncode == 2 and "loses 3 characters ('日' 2, '本' 1) of it. Use a tokenizer" in refused.stderr
+    assert not list((tmp_path / "out").iterdir())
+    kept = run(*command, "--keep-lossy")
+    assert kept.returncode == 0, kept.stderr
+    assert "changes text: 'Éa  b" in kept.stderr
+    said = "x: the tokenizer has no token for 3 characters ('日' 2, '本' 1) of 1 documents, which are lost, see "
+    assert said + f"{tmp_path}/out/x.report.json" in kept.stderr
+    summary, report = read_summary(tmp_path / "out" / "x"), json.loads((tmp_path / "out" / "x.report.json").read_text())
+    assert (summary.documents, summary.eod_id, summary.lost_characters) == (2, 1, 3)
+    assert (report["lost_characters"], report["lost"], report["kept"]) == (3, {"日": 2, "本": 1}, {"lost_text": 1})
+    assert [(sample["file"], sample["line"]) for sample in report["kept_samples"]] == [(f"{tmp_path}/in.jsonl", 2)]
+    assert said in run(*command, "--keep-lossy").stderr
+    other_end = run(*command[:-2], "--keep-lossy")
+    assert other_end.returncode == 2 and "not what these inputs and settings give" in other_end.stderr
+
+
 def test_missing_tokenizer_is_one_message_and_exit_code_2(tmp_path):
     (tmp_path / "in.txt").write_text("text")
     failed = run(
