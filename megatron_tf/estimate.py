@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megatron_tf.architectures.work import compute_bytes, positions_of
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Model, Precision, RunConfig
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.parallel.topology import Topology, stage_layers
-from megatron_tf.params import EMBEDDING, ParameterSpec, parameter_table, shard_range
+from megatron_tf.params import ParameterSpec, parameter_table, shard_range
 
 
 def num_parameters(model: Model) -> int:
@@ -37,13 +39,11 @@ def stage_parameters(model: Model, topology: Topology, stage: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _stage_parameters(model: Model, tensor: int, pipeline: int, stage: int) -> int:
-    first, last = stage == 0, stage == pipeline - 1
-    prefixes = [f"blocks.{layer}." for layer in stage_layers(model.num_layers, pipeline, stage)]
-    if first or last:
-        prefixes.append(EMBEDDING)
-    if last:
-        prefixes.append("final_norm.")
-    held = [spec for name, spec in parameter_table(model).items() if name.startswith(tuple(prefixes))]
+    blocks = tuple(f"blocks.{layer}." for layer in stage_layers(model.num_layers, pipeline, stage))
+    ends = {"first"} if stage == 0 else set()
+    if stage == pipeline - 1:
+        ends.add("last")
+    held = [spec for name, spec in parameter_table(model).items() if ends & set(spec.ends) or name.startswith(blocks)]
     return max(sum(_shard_numel(spec, tensor, rank) for spec in held) for rank in range(tensor))
 
 
@@ -125,11 +125,6 @@ def state_bytes(parameters: int, precision: Precision, zero_stage: int, data_par
     return compute * parameters, compute * parameters + sums, 12 * share
 
 
-def compute_bytes(precision: Precision) -> int:
-    """Bytes of an element in the compute type."""
-    return 4 if precision == "fp32" else 2
-
-
 def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, in_flight: int) -> int:
     """Activations at the peak of a stage.
 
@@ -157,55 +152,26 @@ def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, i
 def block_activation_bytes(config: RunConfig) -> int:
     """Bytes that one block keeps for the backward pass of one micro batch, on one rank.
 
-    | kept                                                | elements           | bytes |
-    |-----------------------------------------------------|--------------------|-------|
-    | inputs of both norms, split under sequence parallel | 2 · s·b·d (/T)     | c     |
-    | inputs of q, k, v (shared) and ffn, whole           | 2 · s·b·d          | c     |
-    | scores of the five projections, [s, b, n/T] each    | s·b·Σn/T           | c     |
-    | q, k, v and the output of attention                 | 4 · s·b·d/T        | c     |
-    | input of proj, gathered from it; the same if T = 1  | s·b·d              | c     |
-    | norm of each projection's scores, [s, b, 1]         | 5 · s·b            | 4     |
-    | mean and deviation of both norms                    | 4 · s·b            | 4     |
-    | log-sum-exp of attention, a head                    | s·b·heads/T        | 4     |
+    | kept                                                | elements     | bytes |
+    |-----------------------------------------------------|--------------|-------|
+    | inputs of both norms, split under sequence parallel | 2 · s·b·d/T  | c     |
+    | whole inputs of attention and feed-forward          | 2 · s·b·d    | c     |
+    | mean and deviation of both norms                    | 4 · s·b      | 4     |
+    | log-sum-exp of attention, a head                    | s·b·heads/T  | 4     |
 
-    A transformer has no scores and norms and no gathered input of proj, but the scores of its MLP and GELU of them,
-    s·b·f/T each, and beside the rotated query and key the product [s, b, 3·d/T] that the value is a part of.
+    and what the architecture's `BlockWork` says of its own.
     """
     model, tensor = config.model, config.parallel.tensor
     split = tensor if config.parallel.sequence else 1
-    hidden = model.hidden_size
-    compute = 2 * hidden // split + 2 * hidden + 4 * hidden // tensor
-    statistics = 4 + model.num_attention_heads // tensor
-    if model.architecture == "tokenformer":
-        qkv, proj, ffn = _local_tokens(config)
-        compute += 3 * qkv + proj + ffn + (hidden if tensor > 1 else 0)
-        statistics += 5
-    else:
-        rotated = 2 * hidden // tensor
-        compute += 2 * -(-model.mlp_width // tensor) + rotated
-    positions = model.seq_length * config.training.micro_batch_size
-    return positions * (compute_bytes(config.training.precision) * compute + 4 * statistics)
+    work = architecture_of(model).work(config)
+    kept = 2 * model.hidden_size // split + 2 * model.hidden_size + work.kept
+    statistics = 4 + model.num_attention_heads // tensor + work.kept_statistics
+    return positions_of(config) * (compute_bytes(config.training.precision) * kept + 4 * statistics)
 
 
 def block_backward_bytes(config: RunConfig) -> int:
-    """Bytes that the backward pass of one block needs beside what the forward pass kept, at its peak, on one rank.
-
-    A projection's backward pass holds one tensor of the size of its scores (q, k, v together: one of the size of
-    theirs), 2 more for the projection it is at, and the gradients of its output and input.  What was kept for
-    projections that come later in the model is free by then.  A transformer's MLP holds the gradients of GELU's output
-    and input, and GELU's output no more.
+    """Bytes that the backward pass of one block needs on top of what the forward pass kept, at its peak, on one rank:
+    the gradients of a projection's output and input, and what the architecture's `BlockWork` says.
     """
-    if config.model.architecture == "tokenformer":
-        qkv, proj, ffn = _local_tokens(config)
-        scores = max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn)
-    else:
-        scores = -(-config.model.mlp_width // config.parallel.tensor)
-    positions = config.model.seq_length * config.training.micro_batch_size
-    return positions * compute_bytes(config.training.precision) * (scores + 2 * config.model.hidden_size)
-
-
-def _local_tokens(config: RunConfig) -> tuple[int, int, int]:
-    """Tokens of a query, key or value projection, of proj and of ffn on the fullest tensor rank."""
-    counts = config.model.token_counts
-    qkv, proj, ffn = (-(-count // config.parallel.tensor) for count in (counts.qkv, counts.proj, counts.ffn))
-    return qkv, proj, ffn
+    elements = architecture_of(config.model).work(config).backward_peak + 2 * config.model.hidden_size
+    return positions_of(config) * compute_bytes(config.training.precision) * elements

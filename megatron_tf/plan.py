@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_tf.config.schema import Growth, Model, ParameterTokens, RunConfig
+from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
 from megatron_tf.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
 
@@ -24,7 +25,7 @@ def describe(config: RunConfig, world_size: int, batches: BatchPlan | None = Non
         "run": f"{config.run.name} in {config.run.dir}, seed {config.run.seed}{growth}",
         "model": (
             f"{num_parameters(model):,} parameters: {model.num_layers} layers × {model.hidden_size}, "
-            f"{model.num_attention_heads} heads, {_projections(model)}, vocabulary {model.vocab_size:,}"
+            f"{model.num_attention_heads} heads, {architecture_of(model).describe(model)}, vocabulary {model.vocab_size:,}"
         ),
         "layout": (
             f"{world_size:,} {_plural('rank', world_size)} as {topology}{sequence}, ZeRO {config.zero.stage}, "
@@ -58,13 +59,6 @@ def evaluation_warning(samples: int, available: int) -> str | None:
         f"{_plural('sample', available)}: each evaluation goes round it {samples / available:,.1f} times and takes as "
         f"much longer. Set it to at most {available}."
     )
-
-
-def _projections(model: Model) -> str:
-    if model.architecture == "transformer":
-        return f"a transformer with MLP {model.mlp_width}"
-    counts = model.token_counts
-    return f"tokens qkv {counts.qkv} / proj {counts.proj} / ffn {counts.ffn}"
 
 
 def _method(growth: Growth) -> str:

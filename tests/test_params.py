@@ -11,7 +11,7 @@ from megatron_tf.params import (
     default_scale,
     initial_scales,
     parameter_table,
-    projection_tokens,
+    projections,
     shard_range,
 )
 
@@ -49,6 +49,8 @@ def test_facts_of_each_kind_of_parameter():
         assert spec.std == (0.0 if norm else value_std if name.endswith("value_tokens") else 0.02)
         assert spec.numel == math.prod(spec.shape)
         assert spec.width == (1 if norm else 8)
+        assert spec.ends == (("last",) if norm else ("first", "last") if name == EMBEDDING else ())
+        assert spec.tied is (name == EMBEDDING)
 
 
 def test_official_names_are_distinct_and_count_from_the_embedding():
@@ -73,7 +75,7 @@ def test_huggingface_names_are_distinct_and_values_are_transposed():
 def test_scales():
     assert default_scale(9, "l2_norm_gelu") == default_scale(9, "gelu_l2_norm") == 3.0
     assert default_scale(9, "softmax") == 9.0
-    assert projection_tokens(MODEL)["blocks.1.attention.proj"] == 5
+    assert projections(MODEL)["blocks.1.attention.proj"].tokens == 5
     assert initial_scales(MODEL)["blocks.0.ffn"] == math.sqrt(7)
     assert len(initial_scales(MODEL)) == 10
 

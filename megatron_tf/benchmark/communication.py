@@ -14,17 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tf.architectures.work import Collective, Collectives, Kind
 from megatron_tf.benchmark.counting import Counting
 from megatron_tf.benchmark.device import DTYPES
 from megatron_tf.benchmark.report import Row
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.errors import exit_now
-from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
+from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.parallel.vocab import cross_entropy
 from megatron_tf.params import initial_scales
-from megatron_tf.planning.communication import Collective, Collectives, Kind, block_collectives, ends_collectives
+from megatron_tf.planning.communication import block_collectives, ends_collectives
 
 TIMEOUT = timedelta(minutes=5)
 Sent = Counter[tuple[Kind, int]]  # (kind, bytes of the whole tensor) -> calls
@@ -104,7 +105,7 @@ def count_layers(config: RunConfig, group: Group) -> list[tuple[str, str, Sent]]
     dtype = DTYPES[config.training.precision]
     embedding, norm = Embedding(model, tensor).to(dtype), FinalNorm(model, tensor).to(dtype)
     torch.nn.init.normal_(embedding.weight, std=0.02)
-    block = Block(model, 0, initial_scales(model), tensor).to(dtype)
+    block = build_block(model, 0, initial_scales(model), tensor).to(dtype)
     ids = torch.zeros(config.training.micro_batch_size, model.seq_length, dtype=torch.int64)
 
     counted: list[tuple[str, str, Sent]] = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_tf.planning.communication import Kind
+from megatron_tf.architectures.work import Kind
 
 COLLECTIVES: dict[str, Kind] = {
     "c10d.allreduce_.default": "all_reduce",

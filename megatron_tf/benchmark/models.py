@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_tf.architectures.tokenformer.block import PattentionAttention
+from megatron_tf.architectures.transformer.section import TransformerModel
 from megatron_tf.benchmark.references import plain_formula
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.estimate import num_parameters
-from megatron_tf.model.layers import Pattention, PattentionAttention
+from megatron_tf.model.layers import Pattention
 from megatron_tf.model.tokenformer import TokenFormer, build_model
 
 _MLP_MULTIPLE = 64  # of tensor-core tiles and of AMX ones
 
 
-def equal_transformer(model: Model) -> Model:
+def equal_transformer(model: Model) -> TransformerModel:
     """The Transformer of as many parameters, to 1 %: of the same depth and head size, grown in width.
 
     The width is the one whose 4 times as wide MLP comes nearest; the MLP then makes up the rest. ConfigError when there
@@ -23,9 +25,10 @@ def equal_transformer(model: Model) -> Model:
     head_dim = model.hidden_size // model.num_attention_heads
     wanted = num_parameters(model)
 
-    def of_width(heads: int) -> Model:
-        sizes = {"num_attention_heads": heads, "hidden_size": heads * head_dim, "ffn_hidden_size": 4 * heads * head_dim}
-        return model.model_copy(update={"architecture": "transformer", "parameter_tokens": None, **sizes})
+    shared = {key: getattr(model, key) for key in Model.model_fields if key != "architecture"}
+
+    def of_width(heads: int) -> TransformerModel:
+        return TransformerModel(**{**shared, "num_attention_heads": heads, "hidden_size": heads * head_dim})
 
     heads = 1
     while num_parameters(of_width(heads + 1)) <= wanted:
@@ -33,7 +36,7 @@ def equal_transformer(model: Model) -> Model:
     nearest = min(of_width(heads), of_width(heads + 1), key=lambda one: abs(num_parameters(one) - wanted))
     a_column = 2 * nearest.hidden_size * nearest.num_layers
     missing = (wanted - num_parameters(nearest)) / a_column
-    mlp = _MLP_MULTIPLE * round((nearest.mlp_width + missing) / _MLP_MULTIPLE)
+    mlp = _MLP_MULTIPLE * round((nearest.ffn_hidden_size + missing) / _MLP_MULTIPLE)
     if mlp < _MLP_MULTIPLE:
         raise ConfigError(
             f"no Transformer of {model.num_layers} layers and heads of {head_dim} channels is as small as {wanted:,} "

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from megatron_tf.architectures.tokenformer.section import TokenFormerModel
 from megatron_tf.benchmark.models import equal_transformer
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
@@ -22,7 +23,7 @@ from megatron_tf.model.attention import causal_attention
 def rows(
     device: torch.device,
     dtype: torch.dtype,
-    base: Model,
+    base: TokenFormerModel,
     tokens: Sequence[int],
     lengths: Sequence[int],
     positions: int,
@@ -36,7 +37,7 @@ def rows(
         yield _measure(device, dtype, model, positions, rounds)
 
 
-def _measure(device: torch.device, dtype: torch.dtype, model: Model, positions: int, rounds: int) -> Row:
+def _measure(device: torch.device, dtype: torch.dtype, model: TokenFormerModel, positions: int, rounds: int) -> Row:
     pair = {"tokenformer": model, "transformer": equal_transformer(model)}
     samples = max(1, positions // model.seq_length)
     calls: dict[str, Call] = {}
@@ -47,7 +48,7 @@ def _measure(device: torch.device, dtype: torch.dtype, model: Model, positions: 
     ours = timings["tokenformer"]
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "tokens": model.token_counts.qkv,
+        "tokens": model.parameter_tokens.qkv,
         "seq_length": model.seq_length,
         "samples": samples,
         "parameters": num_parameters(model),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,7 @@ class TrainingStep:
         return loss.detach()
 
 
-def rows(models: dict[str, Model], setting: Setting) -> Iterator[Row]:
+def rows(models: Mapping[str, Model], setting: Setting) -> Iterator[Row]:
     """One row for each of `models`, by the name of its configuration. ConfigError, first of all, for what does not fit."""
     chosen = {name: _cut(model, setting.layers) for name, model in models.items()}
     problems = [problem for name, pair in chosen.items() for problem in _memory_problems(name, pair, setting)]

@@ -8,10 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_tf.checkpoint.format import MOMENTS, WEIGHT, CheckpointIndex
-from megatron_tf.config.schema import Model, ParameterTokens
+from megatron_tf.config.architectures import ARCHITECTURES, architecture_of, with_parameter_tokens
+from megatron_tf.config.nearest import either
+from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.growth.rules import TOKENS, differing, growth_problems
-from megatron_tf.params import parameter_table, projection_tokens
+from megatron_tf.params import parameter_table, projections
 
 
 def stored_model(index: CheckpointIndex) -> Model:
@@ -29,14 +31,26 @@ def stored_model(index: CheckpointIndex) -> Model:
     return model
 
 
-def token_counts(model: Model, action: str) -> ParameterTokens:
-    """The model's token counts, for an `action` ("pruned") on them; CheckpointError for a transformer, which has none."""
-    if model.architecture == "transformer":
+def token_counts(model: Model, action: str) -> dict[str, int]:
+    """The model's token counts by kind, for an `action` ("pruned") on them; CheckpointError when it has none."""
+    counts = architecture_of(model).token_counts(model)
+    if not counts:
         raise CheckpointError(
-            f"a transformer cannot be {action}, for it has no parameter tokens. Give a model whose model.architecture is "
-            "tokenformer"
+            f"a {model.architecture} cannot be {action}, for it has no parameter tokens. Give a model whose "
+            f"model.architecture is {either(with_parameter_tokens())}"
         )
-    return model.token_counts
+    return counts
+
+
+def check_format(model: Model, form: str, action: str) -> None:
+    """CheckpointError unless the model's architecture can be written in and read from the foreign format `form`."""
+    token_counts(model, action)
+    if form not in architecture_of(model).formats:
+        able = [name for name in ARCHITECTURES.names() if form in ARCHITECTURES[name].formats]
+        raise CheckpointError(
+            f"a {model.architecture} cannot be {action}: the {form} format has no place for its parameters. Give a model "
+            f"whose model.architecture is {either(able)}"
+        )
 
 
 def check_same_architecture(index: CheckpointIndex, model: Model) -> None:
@@ -92,9 +106,9 @@ def _contradictions(index: CheckpointIndex, model: Model) -> Iterator[str]:
             yield f"{name}: checkpoint {_shape(found.get(name))}, architecture {_shape(expected.get(name))}"
         elif WEIGHT not in _states(index, name):
             yield f"{name}: no {WEIGHT}"
-    projections = projection_tokens(model)
-    yield from (f"{name}: no scale" for name in projections if name not in index.scales)
-    yield from (f"{name}: a scale, but no such projection" for name in index.scales if name not in projections)
+    scaled = projections(model)
+    yield from (f"{name}: no scale" for name in scaled if name not in index.scales)
+    yield from (f"{name}: a scale, but no such projection" for name in index.scales if name not in scaled)
     # weights alone can be grown from, moments of a part cannot
     for state in MOMENTS:
         without = [name for name in found if state not in _states(index, name)]

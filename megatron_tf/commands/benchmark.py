@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_tf.architectures.tokenformer.section import TokenFormerModel
 from megatron_tf.arguments import path, whole_number
 from megatron_tf.benchmark import communication, memory, pattention, scaling, stages, step
 from megatron_tf.benchmark.device import DTYPES, check_dtypes, machine, quick_dtype
 from megatron_tf.benchmark.report import Row, check_json, table, write_json
 from megatron_tf.config import load_config
-from megatron_tf.config.schema import Model
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.host_memory import keep_freed_memory, refuse_beyond_free
@@ -194,18 +194,18 @@ def run_scaling(device: torch.device, arguments: argparse.Namespace) -> Iterable
         )
 
 
-def tokenformer_of(file: Path) -> Model:
+def tokenformer_of(file: Path) -> TokenFormerModel:
     if "=" in file.name and not file.exists():
         raise ConfigError(f"{file}: this mode takes files as they are. Write the value into a copy of the file.")
     model = load_config(file).model
-    if model.architecture != "tokenformer":
+    if not isinstance(model, TokenFormerModel):
         raise ConfigError(
             f"{file}: model.architecture {model.architecture} is what is compared with. Give a tokenformer."
         )
     return model
 
 
-def with_plain_formula(file: Path, seq_length: int | None) -> Model:
+def with_plain_formula(file: Path, seq_length: int | None) -> TokenFormerModel:
     """The model of a configuration, with another sequence length if one is given."""
     model = tokenformer_of(file)
     if model.activation != "l2_norm_gelu":

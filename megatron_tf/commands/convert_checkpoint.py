@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from megatron_tf.checkpoint.architecture import stored_model, token_counts
+from megatron_tf.architectures.tokenformer.section import as_tokenformer
+from megatron_tf.checkpoint.architecture import check_format, stored_model
 from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -46,7 +47,7 @@ from megatron_tf.convert.torch_file import check_bytes
 from megatron_tf.estimate import num_parameters
 from megatron_tf.inference.load import configured_tokenizer, load_model, open_tokenizer, other_tokenizer
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.params import PROJECTIONS, initial_scales
+from megatron_tf.params import initial_scales, projections
 from megatron_tf.telemetry.console import Console
 
 Progress = Callable[[int, str], None]
@@ -140,7 +141,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
     check_target(arguments.target)
     version = require_transformers()
     reader = open_checkpoint(resolve(arguments.source))
-    token_counts(stored_model(reader.index), "exported")
+    check_format(stored_model(reader.index), "huggingface", "exported")
     print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
     network = load_model(reader.path)
     tokenizer = exported_tokenizer(arguments, network)
@@ -189,11 +190,12 @@ def from_hf(arguments: argparse.Namespace) -> None:
 
 def describe(model: Model, origin: str, scales: Mapping[str, float] | None = None) -> None:
     print(f"model       {origin}")
+    model = as_tokenformer(model)
     print(f"            {model.num_layers} layers × {model.hidden_size}, {model.num_attention_heads} heads, "
           f"{model.seq_length:,} positions, {model.vocab_size:,} vocabulary rows, {model.activation}")  # fmt: skip
     scales = scales or initial_scales(model)
-    for kind, count in model.token_counts.model_dump().items():
-        found = {scales[name] for name in scales if PROJECTIONS[name.split(".", 2)[2]].tokens == kind}
+    for kind, count in model.parameter_tokens.model_dump().items():
+        found = {scales[name] for name, projection in projections(model).items() if projection.kind == kind}
         print(
             f"{kind:<11} {count:,} tokens, τ {' to '.join(f'{scale:.6g}' for scale in sorted({min(found), max(found)}))}"
         )

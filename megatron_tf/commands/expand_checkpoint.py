@@ -22,11 +22,13 @@ from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.source import StepZero, grow
 from megatron_tf.checkpoint.step_zero import state_bytes, target_folder, write_step_zero
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import load_config
-from megatron_tf.config.schema import Growth, RunConfig
+from megatron_tf.config.schema import Growth, Model, RunConfig
 from megatron_tf.data.indexed import data_file, index_file
 from megatron_tf.data.loader import fingerprint
 from megatron_tf.estimate import num_parameters
+from megatron_tf.params import projections
 from megatron_tf.telemetry.console import MEGABYTE, Console
 
 
@@ -76,11 +78,11 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
     index, old = reader.index, stored_model(reader.index)
     print(f"from        {reader.path}, step {index.step:,}, {index.tokens:,} tokens")
     print(f"to          {target}, seed {config.run.seed}, position {start.samples:,} in the data")
-    after = config.model.token_counts.model_dump()
-    for kind, count in old.token_counts.model_dump().items():
+    after = architecture_of(config.model).token_counts(config.model)
+    for kind, count in architecture_of(old).token_counts(old).items():
         grows = after[kind] > count
         row = f"{count:,} tokens" + (f" -> {after[kind]:,} by {growth.method_of(kind)}" if grows else ", as they are")
-        print(f"{kind:<11} {row}, τ {scale_of(index.scales, kind)} -> {scale_of(start.source.scales, kind)}")
+        print(f"{kind:<11} {row}, τ {scale_of(old, index.scales, kind)} -> {scale_of(old, start.source.scales, kind)}")
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(config.model):,}")
     held = sum(file.num_bytes for file in reader.manifest.files.values())
     print(f"bytes       {held:,} -> {state_bytes(config.model):,}")
@@ -89,10 +91,10 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
     print(f"function    {'kept, to rounding' if start.growth_history[-1]['preserves'] else f'CHANGED{noise}'}")
 
 
-def scale_of(scales: Mapping[str, float], kind: str) -> str:
+def scale_of(model: Model, scales: Mapping[str, float], kind: str) -> str:
     """The distinct τ of all projections of `kind`."""
-    names = {"qkv": (".query", ".key", ".value"), "proj": (".proj",), "ffn": (".ffn",)}[kind]
-    return ", ".join(dict.fromkeys(f"{scale:.6g}" for name, scale in scales.items() if name.endswith(names)))
+    names = [name for name, projection in projections(model).items() if projection.kind == kind]
+    return ", ".join(dict.fromkeys(f"{scales[name]:.6g}" for name in names))
 
 
 def write(config: RunConfig, start: StepZero, data: Mapping[str, Any], root: Path) -> None:

@@ -10,7 +10,7 @@ again. Needs no GPU, and memory for the model's weights.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.source import StepZero
 from megatron_tf.checkpoint.step_zero import FIRST_STEP, state_bytes, target_folder, write_step_zero
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Model
 from megatron_tf.estimate import num_parameters
-from megatron_tf.growth.rules import projection_kind
 from megatron_tf.inference.load import load_model
 from megatron_tf.inference.pruning import (
     DEFAULT_SAMPLES,
@@ -37,6 +37,7 @@ from megatron_tf.inference.pruning import (
     select_tokens,
     target_counts,
 )
+from megatron_tf.params import projections
 from megatron_tf.telemetry.console import Console
 
 
@@ -62,7 +63,8 @@ def main() -> None:
     old = stored_model(reader.index)
     old_counts = token_counts(old, "pruned")
     counts = target_counts(arguments.tokens, old_counts)
-    new = old.model_copy(update={"parameter_tokens": counts})
+    new = architecture_of(old).with_token_counts(old, counts)
+    kinds = {name: projection.kind for name, projection in projections(old).items()}
     data = DataSample(prefix, old, arguments.samples)
     compared = check_run_tokenizer(reader.path, prefix)
     print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
@@ -86,8 +88,10 @@ def main() -> None:
         after = mean_loss(model, watched(data.held, "loss after"))
     del model
     ratios = {name: scale / reader.index.scales[name] for name, scale in scales.items()}
-    for kind, tokens in old_counts.model_dump().items():
-        describe(kind, tokens, getattr(counts, kind), selection.dropped_share, ratios)
+    for kind, tokens in old_counts.items():
+        of_kind = [name for name in ratios if kinds[name] == kind]
+        shares = [selection.dropped_share[name] for name in of_kind]
+        describe(kind, tokens, counts[kind], shares, [ratios[name] for name in of_kind])
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(new):,}")
     print(f"loss        {before:.6f} -> {after:.6f}, on {data.samples} samples of {old.seq_length} tokens")
     measured = {"loss_before": before, "loss_after": after, "data": prefix, "data_samples": data.samples}
@@ -96,9 +100,8 @@ def main() -> None:
     write(root, new, pruned_start(reader, new, selection.kept, scales, measured), reader)
 
 
-def describe(kind: str, old: int, new: int, dropped: dict[str, float], ratios: dict[str, float]) -> None:
-    shares = [share for name, share in dropped.items() if projection_kind(name) == kind]
-    factors = [ratio for name, ratio in ratios.items() if projection_kind(name) == kind]
+def describe(kind: str, old: int, new: int, shares: Sequence[float], factors: Sequence[float]) -> None:
+    """`shares`, `factors`: of each projection that loses tokens, what they contribute and τ'/τ."""
     change = "tokens, as they are"
     if shares:
         lost = f"{min(shares):.2%} to {max(shares):.2%} of what they contribute"
@@ -110,5 +113,7 @@ def write(root: Path, model: Model, start: StepZero, reader: CheckpointReader) -
     total = state_bytes(model)
     with Console(rank=0).bytes_written(total) as progress:
         path = write_step_zero(root, model, start, reader.index.data, progress)
-    changes = " ".join(f"model.parameter_tokens.{kind}={n}" for kind, n in model.token_counts.model_dump().items())
+    changes = " ".join(
+        f"model.parameter_tokens.{kind}={n}" for kind, n in architecture_of(model).token_counts(model).items()
+    )
     print(f"\nwrote {path}: {total:,} bytes. A run resumes from it with\n  run.dir={root.parent} {changes}")

@@ -9,15 +9,16 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_tf.config.architectures import ARCHITECTURES
 from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
-from megatron_tf.config.schema import OF_ANOTHER_ARCHITECTURE, Model, RunConfig, Section
+from megatron_tf.config.schema import NOT_REGISTERED, Model, RunConfig, Section
 from megatron_tf.config.validate import check_model
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.errors import ConfigError
@@ -49,7 +50,7 @@ def build_config(values: dict[str, Any], problems: Sequence[str], overrides: Seq
         # the Python names of aliased keys in as a second spelling.
         config = RunConfig.model_validate_json(json.dumps(values), by_alias=True, by_name=False)
     except ValidationError as error:
-        raise ConfigError([*problems, *_sentences(error)]) from None
+        raise ConfigError([*problems, *_sentences(error, values)]) from None
     if problems:
         raise ConfigError(problems)
     return config
@@ -63,7 +64,7 @@ def read_model(values: Any) -> Model:
     try:
         model = Model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_sentences(error, ("model",))) from None
+        raise ConfigError(_sentences(error, {"model": values}, ("model",))) from None
     check_model(model)
     return model
 
@@ -120,10 +121,10 @@ def apply_override(values: dict[str, Any], override: str) -> list[str]:
 # ---- what pydantic found, in our own words ---------------------------------------------------------------------------
 
 
-def _sentences(error: ValidationError, section: Location = ()) -> list[str]:
-    """`section`: where in the configuration the validated values stand."""
+def _sentences(error: ValidationError, values: Mapping[str, Any], section: Location = ()) -> list[str]:
+    """`values`: the whole configuration.  `section`: where in it the validated values stand."""
     problems = [problem for problem in error.errors(include_url=False) if not _follows_from_an_item(problem)]
-    sentences = (_sentence((*section, *problem["loc"]), problem) for problem in problems)
+    sentences = (_sentence((*section, *problem["loc"]), problem, values) for problem in problems)
     return list(dict.fromkeys(sentences))  # a pair that lacks both items is reported for each
 
 
@@ -132,16 +133,14 @@ def _follows_from_an_item(problem: ErrorDetails) -> bool:
     return problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]
 
 
-def _sentence(loc: Location, problem: ErrorDetails) -> str:
+def _sentence(loc: Location, problem: ErrorDetails, values: Mapping[str, Any]) -> str:
     kind, given = problem["type"], problem["input"]
     bounds = problem.get("ctx", {})
     key = _key_name(loc)
     if kind == "extra_forbidden":
-        return _unknown_key(loc)
+        return _of_another_architecture(loc, values) or _unknown_key(loc)
     if kind == "missing":
         return _missing_key(loc, given)
-    if kind == OF_ANOTHER_ARCHITECTURE:
-        return f"{key}: {problem['msg']}"
     if kind in ("greater_than_equal", "greater_than", "less_than", "less_than_equal"):
         bound, words = {
             "greater_than_equal": ("ge", "at least"),
@@ -155,7 +154,9 @@ def _sentence(loc: Location, problem: ErrorDetails) -> str:
     if kind == "finite_number":
         return f"{key}: {given} is out of range. It must be a finite number."
     if kind == "literal_error":
-        return _not_a_choice(key, loc, given)
+        return _not_a_choice(key, _choices(_annotation_at(loc)), given)
+    if kind == NOT_REGISTERED:
+        return _not_a_choice(key, bounds["choices"], given)
     if kind == "too_short":
         return f"{key}: the list has {bounds['actual_length']} items. It needs at least {bounds['min_length']}."
     if kind == "too_long":
@@ -209,6 +210,18 @@ def _as_number(given: Any) -> float | None:
     return number if abs(number) < 1e300 else None
 
 
+def _of_another_architecture(loc: Location, values: Mapping[str, Any]) -> str | None:
+    """The sentence on a key of the model section that only other architectures have; None for any other key."""
+    if len(loc) != 2 or loc[0] != "model":
+        return None
+    owners = [name for name in ARCHITECTURES.names() if loc[1] in ARCHITECTURES[name].section.model_fields]
+    if not owners:
+        return None
+    own = values["model"].get("architecture", Model.model_fields["architecture"].get_default())
+    reason = ARCHITECTURES[own].why_not_elsewhere
+    return f"{_key_name(loc)}: {reason}. Remove it, or set model.architecture to {' or '.join(owners)}."
+
+
 def _unknown_key(loc: Location) -> str:
     name, section = str(loc[-1]), _section_at(loc[:-1])
     assert section is not None, loc
@@ -242,8 +255,8 @@ def _missing_key(loc: Location, given: Any) -> str:
     return f"{_key_name(loc)}: missing, and it has no default. Give it a value."
 
 
-def _not_a_choice(key: str, loc: Location, given: Any) -> str:
-    choices = [str(choice) for choice in _choices(_annotation_at(loc))]
+def _not_a_choice(key: str, allowed: Iterable[Any], given: Any) -> str:
+    choices = [str(choice) for choice in allowed]
     near = difflib.get_close_matches(str(given), choices, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"{key}: {_describe(given)}, but one of {', '.join(choices)} is expected.{hint}"
@@ -275,8 +288,9 @@ def _key_name(loc: Location) -> str:
 
 
 def _fields(section: type[Section]) -> Iterator[tuple[str, Any, bool]]:
-    """(key as it is written, annotation, required) of each field."""
-    for name, field in section.model_fields.items():
+    """(key as it is written, annotation, required) of each field, of all variants of the section."""
+    fields = {name: field for variant in section.variants() for name, field in variant.model_fields.items()}
+    for name, field in {**fields, **section.model_fields}.items():
         yield field.alias or name, field.annotation, field.is_required()
 
 
@@ -285,7 +299,7 @@ def _keys(section: type[Section]) -> list[str]:
 
 
 def _required_keys(section: type[Section]) -> list[str]:
-    return [key for key, _, required in _fields(section) if required]
+    return [field.alias or name for name, field in section.model_fields.items() if field.is_required()]
 
 
 def _all_keys(section: type[Section], prefix: str = "") -> Iterator[str]:

@@ -6,10 +6,22 @@ is computed by functions and never written back. Cross-field rules are in `valid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+from typing_extensions import Self
+
+from megatron_tf.config.architectures import ARCHITECTURES
 
 # Upper bounds are far beyond every real run; they keep the arithmetic that follows within 64 bits and within fp32.
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -28,19 +40,29 @@ def _path(text: str) -> str:
     return text
 
 
+def _registered_architecture(name: str) -> str:
+    if name not in ARCHITECTURES:
+        raise PydanticCustomError(NOT_REGISTERED, "not registered", {"choices": ARCHITECTURES.names()})
+    return name
+
+
 Path = Annotated[str, AfterValidator(_path)]
 
-Architecture = Literal["tokenformer", "transformer"]
 Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Precision = Literal["bf16", "fp16", "fp32"]
 GrowthMethod = Literal["zero_key", "gram", "random"]
-OF_ANOTHER_ARCHITECTURE = "of_another_architecture"  # kind of a validation error whose message is a whole sentence
+NOT_REGISTERED = "not_registered"  # kind of a validation error: a name that no registered object has
 
 
 class Section(BaseModel):
     """Frozen; an unknown key is an error; no silent conversion between types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    @classmethod
+    def variants(cls) -> tuple[type[Section], ...]:
+        """The classes that a section of this type may be of."""
+        return (cls,)
 
 
 class Run(Section):
@@ -58,57 +80,51 @@ class ParameterTokens(Section):
 
 
 class Model(Section):
-    architecture: Architecture = "tokenformer"  # transformer: linear projections and a GELU MLP, to compare with
+    """What every model has. An architecture adds its own keys; `Model(...)` makes the section of `architecture`."""
+
+    architecture: Annotated[str, AfterValidator(_registered_architecture)] = "tokenformer"
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
     hidden_size: Count
     num_attention_heads: Count
     seq_length: Count  # tokens a sample is trained on
     vocab_size: Count  # rows of the embedding, which is also the output head
-    parameter_tokens: ParameterTokens | None = Field(None, validate_default=True)  # of a tokenformer
-    activation: Activation = "l2_norm_gelu"  # of a tokenformer: normalisation over the parameter tokens
-    ffn_hidden_size: Count | None = Field(None, validate_default=True)  # of a transformer; None: 4 × hidden_size
     rotary_fraction: Fraction = 0.25  # share of each head's channels that is rotated
     rotary_base: Annotated[float, Field(gt=1, le=1e30)] = 10000.0  # wavelengths are 2π to 2π times this
     norm_eps: Positive = 1e-5  # of the weightless block norms and the final norm
 
-    @field_validator("parameter_tokens", "activation")
+    def __new__(cls, /, **fields: Any) -> Self:
+        name = fields.get("architecture", cls.model_fields["architecture"].get_default())
+        is_open = cls is Model and isinstance(name, str) and name in ARCHITECTURES
+        return super().__new__(ARCHITECTURES[name].section if is_open else cls)  # type: ignore[return-value]
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _of_a_tokenformer(cls, value: Any, info: ValidationInfo) -> Any:
-        assert info.field_name is not None
-        architecture = info.data.get("architecture")
-        if architecture == "transformer" and value != cls.model_fields[info.field_name].get_default():
-            raise PydanticCustomError(
-                OF_ANOTHER_ARCHITECTURE,
-                "a transformer has no parameter tokens. Remove it, or set model.architecture to tokenformer.",
-            )
-        if architecture == "tokenformer" and value is None:
-            raise PydanticCustomError("missing", "Field required")
-        return value
+    def _of_its_architecture(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Validates a mapping as the section of the architecture that it names.
 
-    @field_validator("ffn_hidden_size")
+        A key of an architecture may be null, which is the same as leaving it out. A key of another one may also stand
+        there with its default.
+        """
+        if not isinstance(values, Mapping):
+            return handler(values)
+        name = values.get("architecture", cls.model_fields["architecture"].get_default())
+        if not isinstance(name, str) or name not in ARCHITECTURES:
+            return handler({key: value for key, value in values.items() if key in Model.model_fields})
+        section = ARCHITECTURES[name].section
+        said = {key: value for key, value in values.items() if not _says_nothing(section, key, value)}
+        return handler(said) if issubclass(cls, section) else section.model_validate(said)  # type: ignore[return-value]
+
     @classmethod
-    def _of_a_transformer(cls, value: int | None, info: ValidationInfo) -> int | None:
-        architecture, hidden_size = info.data.get("architecture"), info.data.get("hidden_size")
-        if architecture == "tokenformer" and value is not None:
-            raise PydanticCustomError(
-                OF_ANOTHER_ARCHITECTURE,
-                "a tokenformer has parameter tokens instead. Remove it, or set model.architecture to transformer.",
-            )
-        if architecture == "transformer" and value is None and hidden_size is not None:
-            return 4 * hidden_size
-        return value
+    def variants(cls) -> tuple[type[Section], ...]:
+        return tuple(ARCHITECTURES[name].section for name in ARCHITECTURES.names())
 
-    @property
-    def token_counts(self) -> ParameterTokens:
-        """`parameter_tokens` of what is known to be a tokenformer."""
-        assert self.parameter_tokens is not None, self.architecture
-        return self.parameter_tokens
 
-    @property
-    def mlp_width(self) -> int:
-        """`ffn_hidden_size` of what is known to be a transformer."""
-        assert self.ffn_hidden_size is not None, self.architecture
-        return self.ffn_hidden_size
+def _says_nothing(section: type[Model], key: str, value: Any) -> bool:
+    """Whether a key that not every model has is null, or of another architecture than `section`'s and its default."""
+    fields = [variant.model_fields[key] for variant in Model.variants() if key in variant.model_fields]
+    if key in Model.model_fields or not fields:
+        return False
+    return value is None or (key not in section.model_fields and all(value == field.get_default() for field in fields))
 
 
 class Parallel(Section):
@@ -205,7 +221,7 @@ class Growth(Section):
 
     def method_of(self, projection: str) -> GrowthMethod:
         """The method of `projection`, a field of model.parameter_tokens."""
-        return getattr(self.methods, projection) or self.method
+        return getattr(self.methods, projection, None) or self.method
 
 
 class Guard(Section):
@@ -267,7 +283,7 @@ class RunConfig(Section):
     """One file is one runnable run."""
 
     run: Run
-    model: Model
+    model: SerializeAsAny[Model]
     parallel: Parallel = Parallel()
     training: Training
     optimizer: Optimizer

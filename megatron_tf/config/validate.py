@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tf.config.architectures import architecture_of, with_parameter_tokens
+from megatron_tf.config.nearest import divisors, divisors_near, either, listed, multiples_near
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.errors import ConfigError
 from megatron_tf.parallel.topology import Topology
@@ -142,8 +144,8 @@ def _layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     if world_size % ranks:
         yield (
             f"parallel: tensor {tensor} × pipeline {pipeline} needs a multiple of {ranks} ranks, but there are "
-            f"{world_size}. Start {_either(_multiples_near(world_size, ranks))} ranks, or choose tensor × pipeline "
-            f"among {_listed(_divisors(world_size))}."
+            f"{world_size}. Start {either(multiples_near(world_size, ranks))} ranks, or choose tensor × pipeline "
+            f"among {listed(divisors(world_size))}."
         )
 
 
@@ -152,11 +154,11 @@ def _batch_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
     samples = micro * data_parallel
     if global_size % samples == 0:
         return
-    remedy = f"Set it to {_either(_multiples_near(global_size, samples))}"
+    remedy = f"Set it to {either(multiples_near(global_size, samples))}"
     if global_size % data_parallel == 0:
-        micro_sizes = _divisors(global_size // data_parallel)
+        micro_sizes = divisors(global_size // data_parallel)
         nearest = sorted(sorted(micro_sizes, key=lambda size: abs(size - micro))[:4])
-        remedy += f", or training.micro_batch_size to {_either(nearest)}"
+        remedy += f", or training.micro_batch_size to {either(nearest)}"
     yield (
         f"training.global_batch_size: {global_size} is not a multiple of {samples} "
         f"(training.micro_batch_size {micro} × {data_parallel} data-parallel ranks). {remedy}."
@@ -188,10 +190,11 @@ def _model_problems(model: Model) -> Iterator[str]:
     if hidden % heads:
         yield (
             f"model.hidden_size: {hidden} is not a multiple of model.num_attention_heads {heads}. Set it to "
-            f"{_either(_multiples_near(hidden, heads))}, or the heads to {_either(_divisors_near(hidden, heads))}."
+            f"{either(multiples_near(hidden, heads))}, or the heads to {either(divisors_near(hidden, heads))}."
         )
     else:
         yield from _rotary_problems(model)
+    yield from architecture_of(model).problems(model)
 
 
 def _stage_problems(config: RunConfig) -> Iterator[str]:
@@ -211,7 +214,7 @@ def _rotary_problems(model: Model) -> Iterator[str]:
         near = [math.ceil(even / head_size * 1e4) / 1e4 for even in (channels - 1, channels + 1) if even <= head_size]
         yield (
             f"model.rotary_fraction: {model.rotary_fraction:g} of {head_size} channels a head rotates {channels} "
-            f"channels, but they are rotated in pairs. Set it to {_either(f'{fraction:g}' for fraction in near)}."
+            f"channels, but they are rotated in pairs. Set it to {either(f'{fraction:g}' for fraction in near)}."
         )
 
 
@@ -220,18 +223,16 @@ def _sharding_problems(config: RunConfig) -> Iterator[str]:
     if model.num_attention_heads % tensor:
         yield (
             f"parallel.tensor: {tensor} does not divide model.num_attention_heads {model.num_attention_heads}. "
-            f"Set it to {_either(_divisors_near(model.num_attention_heads, tensor))}."
+            f"Set it to {either(divisors_near(model.num_attention_heads, tensor))}."
         )
-    if model.architecture == "tokenformer":
-        rows = {f"model.parameter_tokens.{name}": count for name, count in model.token_counts}
-    else:
-        rows = {"model.ffn_hidden_size": model.mlp_width}
+    rows = architecture_of(model).sharded_rows(model)
     for key, count in {"model.vocab_size": model.vocab_size, **rows}.items():
         if count < tensor:
             yield (
                 f"{key}: {count} rows cannot be split over parallel.tensor {tensor} ranks. "
                 f"Set it to at least {tensor}, or parallel.tensor to at most {count}."
             )
+    yield from architecture_of(model).layout_problems(config)
     if not config.parallel.sequence:
         return
     if tensor == 1:
@@ -242,7 +243,7 @@ def _sharding_problems(config: RunConfig) -> Iterator[str]:
     elif model.seq_length % tensor:
         yield (
             f"model.seq_length: {model.seq_length} is not a multiple of parallel.tensor {tensor}, which "
-            f"parallel.sequence needs. Set it to {_either(_multiples_near(model.seq_length, tensor))}, "
+            f"parallel.sequence needs. Set it to {either(multiples_near(model.seq_length, tensor))}, "
             "or parallel.sequence to false."
         )
 
@@ -327,10 +328,11 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             )
     interval = config.evaluation.interval_steps
     health = config.logging.health_interval_steps
-    if health is not None and config.model.parameter_tokens is None:
+    has_tokens = bool(architecture_of(config.model).token_counts(config.model))
+    if health is not None and not has_tokens:
         yield (
-            f"logging.health_interval_steps: {health}, but a transformer has no parameter tokens to measure. Remove "
-            "logging.health_interval_steps."
+            f"logging.health_interval_steps: {health}, but a {config.model.architecture} has no parameter tokens to "
+            "measure. Remove logging.health_interval_steps."
         )
     if interval is not None and not config.data.validation:
         yield (
@@ -338,10 +340,10 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             "Give data.validation, or remove evaluation.interval_steps."
         )
     if config.growth is not None:
-        if config.model.architecture == "transformer":
+        if not has_tokens:
             yield (
-                "growth: a transformer has no parameter tokens to append to. Remove it and train from scratch, or set "
-                "model.architecture to tokenformer."
+                f"growth: a {config.model.architecture} has no parameter tokens to append to. Remove it and train from "
+                f"scratch, or set model.architecture to {either(with_parameter_tokens())}."
             )
         own = os.path.normpath(config.run.dir)
         source = os.path.normpath(config.growth.source)
@@ -350,34 +352,3 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
                 f"growth.from: {config.growth.source} is this run's own folder (run.dir {config.run.dir}). "
                 "Give the smaller run's folder, or another run.dir."
             )
-
-
-# ---- nearest valid values --------------------------------------------------------------------------------------------
-
-
-def _multiples_near(value: int, unit: int) -> list[int]:
-    """The multiples of `unit` next to `value` on both sides, none below `unit`."""
-    below = value // unit * unit
-    return [below, below + unit] if below else [unit]
-
-
-def _divisors(value: int) -> list[int]:
-    small = [size for size in range(1, math.isqrt(value) + 1) if value % size == 0]
-    return sorted({*small, *(value // size for size in small)})
-
-
-def _divisors_near(value: int, wanted: int) -> list[int]:
-    """The divisors of `value` next to `wanted`: the largest below and the smallest above."""
-    divisors = _divisors(value)
-    below = [size for size in divisors if size < wanted][-1:]
-    return below + [size for size in divisors if size > wanted][:1]
-
-
-def _either(values: Iterable[object]) -> str:
-    """Values as "a, b or c"."""
-    *head, last = map(str, values)
-    return f"{', '.join(head)} or {last}" if head else last
-
-
-def _listed(values: list[int]) -> str:
-    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import read_model
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.params import PROJECTIONS, parameter_table
+from megatron_tf.params import parameter_table
 
 Shape = tuple[int, ...]
 _EMBEDDING = "sequential.0.word_embeddings.weight"
@@ -141,7 +143,7 @@ def stored_sizes(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int]]:
 def _sizes_of(model: Model) -> Iterator[tuple[str, int]]:
     for key in ("num_layers", "hidden_size", "vocab_size"):
         yield key, getattr(model, key)
-    for kind, count in model.token_counts.model_dump().items():
+    for kind, count in architecture_of(model).token_counts(model).items():
         yield f"parameter_tokens.{kind}", count
 
 

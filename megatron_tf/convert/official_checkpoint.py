@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_tf.checkpoint.architecture import stored_model, token_counts
+from megatron_tf.architectures.tokenformer.section import as_tokenformer
+from megatron_tf.checkpoint.architecture import check_format, stored_model
 from megatron_tf.checkpoint.format import WEIGHT, folder_name
 from megatron_tf.checkpoint.manager import STEP_PREFIX
 from megatron_tf.checkpoint.reader import CheckpointReader
@@ -24,7 +25,7 @@ from megatron_tf.convert.official_files import WEIGHTS_NAME, OfficialWeights
 from megatron_tf.durable import atomic_path, prepare_output, sync_folder
 from megatron_tf.errors import CheckpointError, file_errors
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.params import default_scale, initial_scales, parameter_table, projection_tokens
+from megatron_tf.params import initial_scales, parameter_table
 
 _LOGITS = ("logits", "logits_fp32", "logits_fp64")
 _FILE_OVERHEAD_BYTES = 2**20
@@ -37,7 +38,7 @@ def matching_model(weights: OfficialWeights, given: Model | None) -> tuple[Model
     are not finite; ConfigError when no network can be built of it.
     """
     if given is not None:
-        token_counts(given, "read from official weights")
+        check_format(given, "official", "read from official weights")
         check_model(given)
     model, origin = (given, "as configured") if given is not None else known_model(weights.shapes, weights.arguments)
     check_official(weights.shapes, model)
@@ -119,9 +120,9 @@ def exportable_model(reader: CheckpointReader) -> Model:
     That code knows no stored τ: it takes √n (n for softmax) of as many tokens as it finds.
     """
     model = stored_model(reader.index)
-    token_counts(model, "converted")
+    check_format(model, "official", "converted")
     check_model(model)
-    assumed = {name: default_scale(count, model.activation) for name, count in projection_tokens(model).items()}
+    assumed = initial_scales(model)
     held = reader.index.scales
     # A scale that differs by its last bits is √n all the same, reached over another way.
     other = [name for name, scale in assumed.items() if not math.isclose(held[name], scale, rel_tol=1e-9)]
@@ -173,7 +174,8 @@ def write_official(path: Path, model: Model, reader: CheckpointReader) -> int:
 
 def official_settings(model: Model) -> dict[str, object]:
     """What a configuration of the official repository has to say for these weights."""
-    counts = {f"{kind}_slot_num": count for kind, count in model.token_counts.model_dump().items()}
+    model = as_tokenformer(model)
+    counts = {f"{kind}_slot_num": count for kind, count in model.parameter_tokens.model_dump().items()}
     return {
         "num_layers": model.num_layers, "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_attention_heads, **counts, "seq_length": model.seq_length,

@@ -17,7 +17,7 @@ before and after, τ and τ' the stored scale of the projection before and after
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -43,8 +43,8 @@ class Projection:
     `name`: such as "blocks.0.ffn".  `kind`: its token count's name in model.parameter_tokens.
     `key`: where the configuration chose the method, for messages.
     `width`: elements of a token.  `scale`: τ before.  `seed`: of this growth.
-    `old_keys`: range of the smaller key tensor.  `initial_keys`, `initial_values`: what the normal initialiser puts
-    into a range of the grown tensor.
+    `old_keys`: range of each smaller key tensor, by its name in the projection (a Pattention has one, "key_tokens").
+    `initial_keys`, `initial_values`: what the normal initialiser puts into a range of each grown tensor.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Projection:
     new_tokens: int
     scale: float
     seed: int
-    old_keys: Elements
-    initial_keys: Elements
-    initial_values: Elements
+    old_keys: Mapping[str, Elements]
+    initial_keys: Mapping[str, Elements]
+    initial_values: Mapping[str, Elements]
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
@@ -76,14 +76,19 @@ class Projection:
 class NewTokens:
     """What a method decides. ConfigError when the new tokens would be dead.
 
-    `scale`: τ afterwards.  `keys`, `values`: the new rows, by range of the grown tensor; None is zeros.
+    `scale`: τ afterwards.  `keys`, `values`: the new rows of each key and value tensor, by range of the grown tensor; None
+    is zeros in all of them.
     `old_values_factor`: the old value tokens are multiplied by it.
     """
 
     scale: float
-    keys: Elements | None
-    values: Elements | None
+    keys: Mapping[str, Elements] | None
+    values: Mapping[str, Elements] | None
     old_values_factor: float = 1.0
+
+    def elements(self, tensor: str) -> Elements | None:
+        """The new rows of the key or value tensor of this name; None is zeros."""
+        return {**(self.keys or {}), **(self.values or {})}.get(tensor)
 
     def __post_init__(self) -> None:
         if self.keys is None and self.values is None:
@@ -135,6 +140,11 @@ def gram(projection: Projection) -> NewTokens:
         )
     if projection.activation == "gelu_l2_norm":
         return NewTokens(scale, None, projection.initial_values, old_values_factor=projection.scale / scale)
+    if len(projection.old_keys) != 1:
+        raise ConfigError(
+            f"{projection.key}: gram grows projections of one key tensor, and {projection.name} has "
+            f"{len(projection.old_keys)} ({', '.join(projection.old_keys)}). Set the method to zero_key."
+        )
     needed = min(old, projection.width)
     if new - old < needed:
         raise ConfigError(
@@ -150,6 +160,8 @@ def gram(projection: Projection) -> NewTokens:
             f"{projection.scale**2:.0f}, or the method to zero_key."
         )
 
+    ((name, old_keys),) = projection.old_keys.items()
+
     def read(start: int, stop: int) -> Tensor:
         return keys().read(start, stop)
 
@@ -158,11 +170,11 @@ def gram(projection: Projection) -> NewTokens:
         from megatron_tf.growth.gram import GramKeys  # needs torch
 
         return GramKeys(
-            projection.old_keys, old_tokens=old, added_tokens=new - old, width=projection.width, factor=factor,
+            old_keys, old_tokens=old, added_tokens=new - old, width=projection.width, factor=factor,
             seed=projection.seed, name=projection.name,
         )  # fmt: skip
 
-    return NewTokens(scale, read, values=None)
+    return NewTokens(scale, {name: read}, values=None)
 
 
 def random(projection: Projection) -> NewTokens:

@@ -116,7 +116,7 @@ class PrunedSource:
                 raise ArgumentError(f"scales: names {name!r}, of which the old state has no τ.")
             check_scale(f"scales[{name!r}]", scale)
         self._old, self._table = old, table
-        self._rows = {f"{name}.{kind}_tokens": rows for name, rows in kept.items() for kind in ("key", "value")}
+        self._rows = {tensor: rows for name, rows in kept.items() for tensor in table if tensor.startswith(f"{name}.")}
         self.scales: Mapping[str, float] = {**old.scales, **scales}
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Growth, Model, RunConfig
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.methods import METHODS, Elements, NewTokens, Projection
-from megatron_tf.params import PROJECTIONS, initial_scales, parameter_table, projection_tokens
+from megatron_tf.params import initial_scales, parameter_table, projections
 
 TOKENS = "parameter_tokens."
 
@@ -35,10 +36,16 @@ def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
 def growth_problems(old: Model, new: Model) -> list[str]:
     """Why `old` cannot grow into `new`: every differing key with both values, unless they differ in token counts alone,
     and `new` has more in at least one kind of projection and fewer in none."""
-    if "transformer" in (old.architecture, new.architecture):
+    without = [model.architecture for model in (old, new) if not architecture_of(model).token_counts(model)]
+    if without:
         return [
             f"model.architecture: {old.architecture} before, {new.architecture} after. Growth appends parameter tokens, "
-            "and a transformer has none: train it from scratch, without growth."
+            f"and a {without[0]} has none: train it from scratch, without growth."
+        ]
+    if old.architecture != new.architecture:
+        return [
+            f"model.architecture: {old.architecture} before, {new.architecture} after. Growth keeps the architecture: train "
+            "the new one from scratch, without growth."
         ]
     problems, grows, foreign = [], False, False
     for key, before, after in differing(old, new):
@@ -87,24 +94,34 @@ def growing(
     """
     if problems := growth_problems(old_model, new_model):
         raise ConfigError(problems)
-    before, after, shapes = projection_tokens(old_model), projection_tokens(new_model), parameter_table(new_model)
+    before = projections(old_model)
+    shapes = parameter_table(new_model)
     found = {}
-    for name in after:
-        if before[name] == after[name]:
+    for name, spec in projections(new_model).items():
+        if before[name].tokens == spec.tokens:
             continue
-        keys, values, kind = f"{name}.key_tokens", f"{name}.value_tokens", projection_kind(name)
+        chosen = getattr(growth.methods, spec.kind, None)
         found[name] = Projection(
-            name, kind, f"growth.methods.{kind}" if getattr(growth.methods, kind) else "growth.method",
-            new_model.activation, shapes[keys].width, before[name], after[name], scales[name], seed,
-            old_weights(keys), initial_weights(keys), initial_weights(values),
-        )  # fmt: skip
+            name=name,
+            kind=spec.kind,
+            key=f"growth.methods.{spec.kind}" if chosen else "growth.method",
+            activation=spec.activation,
+            width=shapes[f"{name}.{spec.keys[0]}"].width,
+            old_tokens=before[name].tokens,
+            new_tokens=spec.tokens,
+            scale=scales[name],
+            seed=seed,
+            old_keys={key: old_weights(f"{name}.{key}") for key in spec.keys},
+            initial_keys={key: initial_weights(f"{name}.{key}") for key in spec.keys},
+            initial_values={value: initial_weights(f"{name}.{value}") for value in spec.values},
+        )
     return found
 
 
-def decide(projections: Mapping[str, Projection], growth: Growth) -> dict[str, NewTokens]:
+def decide(growing: Mapping[str, Projection], growth: Growth) -> dict[str, NewTokens]:
     """What the method of each projection makes of it; ConfigError with all problems."""
     decided, problems = {}, []
-    for name, projection in projections.items():
+    for name, projection in growing.items():
         try:
             decided[name] = METHODS[growth.method_of(projection.kind)](projection)
         except ConfigError as error:
@@ -112,11 +129,6 @@ def decide(projections: Mapping[str, Projection], growth: Growth) -> dict[str, N
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))  # layers repeat each other
     return decided
-
-
-def projection_kind(name: str) -> str:
-    """ "blocks.3.attention.query" -> "qkv", a field of model.parameter_tokens."""
-    return PROJECTIONS[name.split(".", 2)[2]].tokens
 
 
 def differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:

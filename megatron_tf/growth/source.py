@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, NewTokens
 from megatron_tf.growth.rules import decide, growing
@@ -67,6 +68,7 @@ class _Grown:
 
     old_numel: int
     projection: str
+    part: str  # its name in the projection
     is_value: bool
 
 
@@ -101,10 +103,11 @@ class GrownSource:
             old_model, new_model, growth, old.scales, seed,
             lambda tensor: self._weights_of(old, tensor), lambda tensor: self._weights_of(fresh, tensor),
         )  # fmt: skip
-        for name in self._projections:
-            for part, is_value in (("key_tokens", False), ("value_tokens", True)):
+        for name, projection in self._projections.items():
+            for part in (*projection.initial_keys, *projection.initial_values):
                 tensor = f"{name}.{part}"
-                self._tensors[tensor] = _Grown(old_shapes[tensor].numel, name, is_value)
+                is_value = part in projection.initial_values
+                self._tensors[tensor] = _Grown(old_shapes[tensor].numel, name, part, is_value)
         decided = decide(self._projections, growth)
         scales = {**old.scales, **{name: tokens.scale for name, tokens in decided.items()}}
         factors = {name: tokens.old_values_factor for name, tokens in decided.items()}
@@ -197,8 +200,7 @@ class GrownSource:
         # What a method holds for one projection goes when the next one is read: memory stays bounded.
         if self._latest is None or self._latest[0] != grown.projection:
             self._latest = grown.projection, self._tokens_of(grown.projection)
-        tokens = self._latest[1]
-        return tokens.values if grown.is_value else tokens.keys
+        return self._latest[1].elements(grown.part)
 
     def _tokens_of(self, name: str) -> NewTokens:
         projection = self._projections[name]
@@ -232,8 +234,8 @@ def growth_entry(
         "step": step,
         "samples": samples,
         "tokens": tokens,
-        "from": old_model.token_counts.model_dump(),
-        "to": new_model.token_counts.model_dump(),
+        "from": architecture_of(old_model).token_counts(old_model),
+        "to": architecture_of(new_model).token_counts(new_model),
         "loss_before": None,
         "loss_after": None,
     }

@@ -3,7 +3,7 @@
 | tensor | shape |
 |---|---|
 | new query, key, value | [s, b, heads, head_dim], as everywhere in the model |
-| kept keys, values | [b, heads, capacity, head_dim], of which `length` positions are in use; keys are rotated already |
+| kept keys, values | [b, g, capacity, head_dim] with the g heads of keys and values, of which `length` positions are in use; keys are rotated already |
 
 Rows of a batch are padded on the left to one length. A rotary embedding sees differences of positions only, so a row's
 positions may begin anywhere, and padding costs nothing but the mask.
@@ -61,9 +61,7 @@ class CachedModel:
         check_vocabulary("ids", ids[:, known:], self._model.config.vocab_size)
         self._ids, self._padding = ids.clone(), padding.clone()
         with self._attached():
-            hidden = self._model.embedding(ids[:, known:])
-            for block in self._model.blocks:
-                hidden = block(hidden)
+            hidden = self._model.hidden_states(ids[:, known:])
         return self._model.embedding.logits(self._model.final_norm(hidden[-1:]))[0]
 
     @contextmanager
@@ -103,8 +101,9 @@ class LayerCache:
             length = -(-stop // _TABLE_STEP) * _TABLE_STEP
             cos, sin = (table[start:stop] for table in rotary_tables(length, channels, base, query.device))
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        heads = query.shape[2]
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        keys, values = self._extended(key, value)
+        keys, values = (t.repeat_interleave(heads // t.shape[1], 1) for t in self._extended(key, value))
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask(start, stop, query.device))
         return out.permute(2, 0, 1, 3).flatten(-2)
 

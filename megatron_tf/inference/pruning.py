@@ -8,8 +8,9 @@ a token; every projection of every layer makes its own selection.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,14 @@ from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.source import CheckpointSource, StepZero
 from megatron_tf.checks import check_whole_number
 from megatron_tf.config.load import load_config
-from megatron_tf.config.schema import DataSource, Model, ParameterTokens
+from megatron_tf.config.schema import DataSource, Model
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.pruning import PrunedSource, largest, summed_contributions, summed_scale_terms
-from megatron_tf.growth.rules import projection_kind
 from megatron_tf.growth.source import growth_entry
-from megatron_tf.model.attention import causal_attention
-from megatron_tf.model.layers import Block, Pattention, PattentionAttention
+from megatron_tf.model.layers import Pattention
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.params import parameter_table
+from megatron_tf.params import parameter_table, projections
 
 DEFAULT_SAMPLES = 64
 _SEED = 0  # of the order that samples are taken in: which they are depends on the data and on seq_length alone
@@ -38,29 +37,29 @@ _BATCH_TOKENS = 2048
 Batch = tuple[Tensor, Tensor]  # input ids and labels, each int64 [b, s]
 
 
-def target_counts(text: str, old: ParameterTokens) -> ParameterTokens:
+def target_counts(text: str, old: Mapping[str, int]) -> dict[str, int]:
     """The smaller counts that the `--tokens` "qkv=96,ffn=384" means; what it does not name stays.
 
     UserError with all that is wrong.
     """
-    counts, given, problems = old.model_dump(), set(), []
+    counts, given, problems = dict(old), set(), []
     for part in text.split(","):
         kind, _, number = (piece.strip() for piece in part.partition("="))
         if kind not in counts or not (number.isascii() and number.isdigit()):
             problems.append(f"--tokens: {part!r} is not KIND=N with a KIND of {', '.join(counts)}.")
         elif kind in given:
             problems.append(f"--tokens: names {kind} twice.")
-        elif not 1 <= int(number) < getattr(old, kind):
+        elif not 1 <= int(number) < old[kind]:
             problems.append(
-                f"--tokens: {kind} is {int(number)}, the checkpoint has {getattr(old, kind)}. Choose 1 to "
-                f"{getattr(old, kind) - 1}, or leave {kind} out to keep all."
+                f"--tokens: {kind} is {int(number)}, the checkpoint has {old[kind]}. Choose 1 to {old[kind] - 1}, or leave "
+                f"{kind} out to keep all."
             )
         else:
             counts[kind] = int(number)
         given.add(kind)
     if problems:
         raise UserError("\n".join(problems))
-    return ParameterTokens(**counts)
+    return counts
 
 
 def check_run_tokenizer(checkpoint: Path, prefix: str) -> bool:
@@ -139,27 +138,32 @@ class Selection:
 
 
 @torch.no_grad()
-def select_tokens(model: TokenFormer, batches: Iterable[Batch], counts: ParameterTokens) -> Selection:
-    """For each projection the `counts` tokens that contribute most. CheckpointError when the model is not finite.
+def select_tokens(model: TokenFormer, batches: Iterable[Batch], counts: Mapping[str, int]) -> Selection:
+    """For each projection that has more, the `counts` tokens of its kind that contribute most.
 
-    ArgumentError when the model has fewer.
+    CheckpointError when the model is not finite. ArgumentError when it has fewer.
     """
-    for kind, count in counts:
-        check_whole_number(f"counts.{kind}", count, 1, getattr(model.config.token_counts, kind))
+    specs = projections(model.config)
+    for kind, tokens in {spec.kind: spec.tokens for spec in specs.values()}.items():
+        check_whole_number(f"counts.{kind}", counts[kind], 1, tokens)
+    shrinking = [name for name, spec in specs.items() if counts[spec.kind] < spec.tokens]
     totals: dict[str, Tensor] = {}
+
+    def add(name: str, projection: Pattention, x: Tensor) -> None:
+        summed = summed_contributions(
+            x, projection.key_tokens, projection.value_tokens, projection.scale, projection.activation
+        )
+        totals[name] = totals[name] + summed if name in totals else summed
+
     for ids, _ in batches:
-        for name, projection, x in _shrinking(model, ids, counts):
-            summed = summed_contributions(
-                x, projection.key_tokens, projection.value_tokens, projection.scale, projection.activation
-            )
-            totals[name] = totals[name] + summed if name in totals else summed
+        visit_projections(model, ids, shrinking, add)
     kept, dropped = {}, {}
     for name, total in totals.items():
         if not total.isfinite().all():
             raise CheckpointError(
                 f"{name}: what its tokens contribute is not finite: the training diverged. Use an earlier checkpoint."
             )
-        kept[name] = largest(total, getattr(counts, projection_kind(name)))
+        kept[name] = largest(total, counts[specs[name].kind])
         whole = float(total.sum())
         dropped[name] = 1 - float(total[kept[name]].sum()) / whole if whole else 0.0
     return Selection(kept, dropped)
@@ -169,15 +173,16 @@ def select_tokens(model: TokenFormer, batches: Iterable[Batch], counts: Paramete
 def fit_scales(model: TokenFormer, batches: Iterable[Batch], kept: Mapping[str, Tensor]) -> dict[str, float]:
     """τ' of the projections in `kept`, with which their outputs stay closest, see `growth.pruning`."""
     sums = {name: [0.0, 0.0] for name in kept}
+
+    def add(name: str, projection: Pattention, x: Tensor) -> None:
+        above, below = summed_scale_terms(
+            x, projection.key_tokens, projection.value_tokens, kept[name], projection.scale, projection.activation
+        )
+        sums[name][0] += above
+        sums[name][1] += below
+
     for ids, _ in batches:
-        for name, projection, x in projection_inputs(model, ids):
-            if name in kept:
-                above, below = summed_scale_terms(
-                    x, projection.key_tokens, projection.value_tokens, kept[name], projection.scale,
-                    projection.activation,
-                )  # fmt: skip
-                sums[name][0] += above
-                sums[name][1] += below
+        visit_projections(model, ids, kept, add)
     # A projection whose output is 0 has no best τ, and one that should change its sign none that is positive.
     return {
         name: model.scales[name] * (above / below if above > 0 and below > 0 else 1.0)
@@ -231,29 +236,22 @@ def pruned_start(
     return StepZero(source, index.samples, index.tokens, history)
 
 
-def projection_inputs(model: TokenFormer, ids: Tensor) -> Iterator[tuple[str, Pattention, Tensor]]:
-    """What every projection sees when the model reads ids [b, s]: (name, projection, x [s·b, d]), in model order.
-
-    The blocks' forward pass in slow motion: x of three projections is inside of it, where no hook of a module reaches.
+def visit_projections(
+    model: TokenFormer, ids: Tensor, names: Iterable[str], visit: Callable[[str, Pattention, Tensor], None]
+) -> None:
+    """Calls visit(name, projection, x [s·b, d]) for the input x of each projection of `names` while the model reads ids
+    [b, s], in model order.
     """
-    hidden = model.embedding(ids)
-    for layer, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        attention, ffn, prefix = block.attention, block.ffn, f"blocks.{layer}"
-        assert isinstance(attention, PattentionAttention) and isinstance(ffn, Pattention)
-        x = F.layer_norm(hidden, hidden.shape[-1:], eps=block.eps)
-        projections = {"query": attention.query, "key": attention.key, "value": attention.value}
-        for name, projection in projections.items():
-            yield f"{prefix}.attention.{name}", projection, x.flatten(0, 1)
-        x = causal_attention(*attention.split(x), attention.rotary_channels, attention.rotary_base)
-        yield f"{prefix}.attention.proj", attention.proj, x.flatten(0, 1)
-        hidden = hidden + attention.join(x)
-        x = F.layer_norm(hidden, hidden.shape[-1:], eps=block.eps)
-        yield f"{prefix}.ffn", ffn, x.flatten(0, 1)
-        hidden = hidden + ffn.partial(x)
+    observed = {name: model.get_submodule(name) for name in names}
+    try:
+        for name, projection in observed.items():
+            assert isinstance(projection, Pattention)
+            projection.observer = partial(_visit, visit, name, projection)
+        model.hidden_states(ids)
+    finally:
+        for projection in observed.values():
+            projection.observer = None  # type: ignore[assignment]
 
 
-def _shrinking(model: TokenFormer, ids: Tensor, counts: ParameterTokens) -> Iterator[tuple[str, Pattention, Tensor]]:
-    for name, projection, x in projection_inputs(model, ids):
-        if getattr(counts, projection_kind(name)) < projection.key_tokens.shape[0]:
-            yield name, projection, x
+def _visit(visit: Callable[[str, Pattention, Tensor], None], name: str, projection: Pattention, x: Tensor) -> None:
+    visit(name, projection, x.flatten(0, -2))

@@ -111,8 +111,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, channels: int, base: float, documents: Documents | None = None
 ) -> Tensor:
-    """query, key, value [s, b, heads, head_dim] -> [s, b, heads·head_dim]. Scale 1/√head_dim.
+    """query [s, b, heads, head_dim], key and value [s, b, g, head_dim] -> [s, b, heads·head_dim]. Scale 1/√head_dim.
 
+    g divides heads: query heads i·heads/g to (i + 1)·heads/g − 1 see the i-th key and value (grouped-query attention).
     `channels` of each head are rotated (0 is none). `documents`: None is one document a sample.
     """
     if channels:
@@ -122,6 +123,7 @@ def causal_attention(
             positions = torch.arange(starts.shape[0], device=starts.device)[:, None] - starts
             cos, sin = cos[positions, 0], sin[positions, 0]
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+    key, value = (shared_heads(t, query.shape[2]) for t in (key, value))
     query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     if documents is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -130,6 +132,11 @@ def causal_attention(
     else:
         out = _fused_flex_attention()(query, key, value, block_mask=documents.mask)
     return out.permute(2, 0, 1, 3).flatten(-2)
+
+
+def shared_heads(t: Tensor, heads: int) -> Tensor:
+    """[s, b, g, head_dim] -> [s, b, heads, head_dim]: each of the g heads heads/g times."""
+    return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,6 @@
-"""The layers of both architectures, each for any tensor-parallel group; parameter names are the logical names.
+"""The layers around and between what an architecture makes, for any tensor-parallel group.
+
+Parameter names are the logical names.
 
 | tensor | local shape | under sequence parallelism |
 |---|---|---|
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pkgutil import resolve_name
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tf.checks import check_scale, check_whole_number
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Activation, Model
 from megatron_tf.model.attention import Documents, causal_attention
 from megatron_tf.model.checks import check_pattention
@@ -157,71 +162,12 @@ class Attention(nn.Module, ABC):
         return self.tensor.leave(self.join(out))
 
 
-class PattentionAttention(Attention):
-    """Query, key, value and output projections are Pattentions."""
-
-    def __init__(self, model: Model, prefix: str, scales: Mapping[str, float], tensor: TensorParallel):
-        super().__init__(model, tensor)
-        tokens = model.token_counts
-        self.query = _projection(model, f"{prefix}.query", tokens.qkv, scales, tensor)
-        self.key = _projection(model, f"{prefix}.key", tokens.qkv, scales, tensor)
-        self.value = _projection(model, f"{prefix}.value", tokens.qkv, scales, tensor)
-        self.proj = _projection(model, f"{prefix}.proj", tokens.proj, scales, tensor)
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        partial = partial_outputs([self.query, self.key, self.value], x)
-        # a rank needs only its own heads, so the sum over the ranks is a reduce-scatter, never an all-reduce
-        query, key, value = (scatter_to(p, self.tensor.group, -1).unflatten(-1, (-1, self.head_dim)) for p in partial)
-        return query, key, value
-
-    def join(self, heads: Tensor) -> Tensor:
-        return self.proj.partial(gather_from(heads, self.tensor.group, -1))
-
-
-class LinearAttention(Attention):
-    """Query, key, value and output projections are matrices, the first three one product."""
-
-    def __init__(self, model: Model, tensor: TensorParallel):
-        super().__init__(model, tensor)
-        self.qkv = SplitMatrix(3 * model.hidden_size, model.hidden_size, tensor.group)
-        self.proj = SplitMatrix(model.hidden_size, model.hidden_size, tensor.group)
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self.qkv.split(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
-        return query, key, value
-
-    def join(self, heads: Tensor) -> Tensor:
-        return self.proj.partial(heads)
-
-
-class SplitMatrix(nn.Module):
-    """A matrix of `rows` logical rows, the axis that is split over the group: its outputs or its inputs. No bias."""
-
-    def __init__(self, rows: int, width: int, group: Group):
-        super().__init__()
-        start, stop = shard_range(rows, group.size, group.rank)
-        self.weight = nn.Parameter(torch.empty(stop - start, width))
-
-    def split(self, x: Tensor) -> Tensor:
-        """x [..., width], whole -> [..., rows/T]."""
-        return F.linear(x, self.weight)
+class FeedForward(Protocol):
+    """What stands behind a block's second norm."""
 
     def partial(self, x: Tensor) -> Tensor:
-        """x [..., rows/T] -> [..., width], still to be summed over the group."""
-        return x @ self.weight
-
-
-class Mlp(nn.Module):
-    """GELU(X upᵀ) down."""
-
-    def __init__(self, model: Model, group: Group):
-        super().__init__()
-        self.up = SplitMatrix(model.mlp_width, model.hidden_size, group)
-        self.down = SplitMatrix(model.mlp_width, model.hidden_size, group)
-
-    def partial(self, x: Tensor) -> Tensor:
-        """x [..., d], whole -> [..., d], still to be summed over the group."""
-        return self.down.partial(F.gelu(self.up.split(x)))
+        """x [..., d], whole -> [..., d], still to be summed over the tensor group."""
+        ...
 
 
 class Block(nn.Module):
@@ -230,19 +176,13 @@ class Block(nn.Module):
     (A weight would add nothing to a Transformer: its product with the matrix that follows is a matrix like any other.)
     """
 
-    def __init__(self, model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel):
+    def __init__(self, attention: Attention, ffn: FeedForward, tensor: TensorParallel, eps: float):
+        """`eps`: of the norms."""
         super().__init__()
-        prefix = f"blocks.{layer}"
+        self.attention = attention
+        self.ffn = ffn
         self.tensor = tensor
-        self.attention: Attention
-        self.ffn: Pattention | Mlp
-        if model.architecture == "tokenformer":
-            self.attention = PattentionAttention(model, f"{prefix}.attention", scales, tensor)
-            self.ffn = _projection(model, f"{prefix}.ffn", model.token_counts.ffn, scales, tensor)
-        else:
-            self.attention = LinearAttention(model, tensor)
-            self.ffn = Mlp(model, tensor.group)
-        self.eps = model.norm_eps
+        self.eps = eps
         self.recompute = False  # keep only the block's input for the backward pass
 
     def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
@@ -256,6 +196,14 @@ class Block(nn.Module):
 
     def _norm(self, hidden: Tensor) -> Tensor:
         return F.layer_norm(hidden, hidden.shape[-1:], eps=self.eps)
+
+
+class BlockFactory(Protocol):
+    """How an architecture makes block `layer` on a rank of the tensor group, its weights still to be written."""
+
+    def __call__(self, model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
+        """`scales`: τ by projection name, for the architectures that have any."""
+        ...
 
 
 class FinalNorm(nn.Module):
@@ -273,8 +221,7 @@ class FinalNorm(nn.Module):
         return F.layer_norm(hidden, hidden.shape[-1:], weight, bias, self.eps)
 
 
-def _projection(
-    model: Model, name: str, tokens: int, scales: Mapping[str, float], tensor: TensorParallel
-) -> Pattention:
-    d = model.hidden_size
-    return Pattention(tokens, d, d, scale=scales[name], activation=model.activation, group=tensor.group)
+def build_block(model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
+    """Block `layer` as the model's architecture makes it, its weights still to be written. `scales`: τ by projection."""
+    factory: BlockFactory = resolve_name(architecture_of(model).block)
+    return factory(model, layer, scales, tensor)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
 from megatron_tf.model.attention import Documents, document_starts, find_documents
-from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
+from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.parallel.collectives import receive, send
 from megatron_tf.parallel.topology import Topology, stage_layers
 
@@ -91,7 +91,7 @@ def build_stage(
     at_an_end = previous is None or following is None
     return Stage(
         Embedding(model, tensor) if at_an_end else None,
-        {layer: Block(model, layer, scales, tensor) for layer in layers},
+        {layer: build_block(model, layer, scales, tensor) for layer in layers},
         FinalNorm(model, tensor) if following is None else None,
         tensor, model.hidden_size, previous, following, document_ends,
     )  # fmt: skip

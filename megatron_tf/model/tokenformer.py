@@ -12,7 +12,7 @@ from megatron_tf.config.validate import check_model
 from megatron_tf.model.attention import find_documents
 from megatron_tf.model.checks import check_building, check_config, check_scales, check_starts, checked_ids
 from megatron_tf.model.initialize import initial_rows
-from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
+from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.params import initial_scales, parameter_table, shard_range
 
 
@@ -33,7 +33,7 @@ class TokenFormer(nn.Module):
         self.scales = dict(initial_scales(config) if scales is None else scales)
         tensor = TensorParallel()
         self.embedding = Embedding(config, tensor)
-        self.blocks = nn.ModuleList(Block(config, i, self.scales, tensor) for i in range(config.num_layers))
+        self.blocks = nn.ModuleList(build_block(config, i, self.scales, tensor) for i in range(config.num_layers))
         self.final_norm = FinalNorm(config, tensor)
 
     def forward(self, input_ids: Tensor, starts: Tensor | None = None) -> Tensor:
@@ -44,12 +44,16 @@ class TokenFormer(nn.Module):
         ids = checked_ids("input_ids", input_ids, self.config, self.embedding.weight.device)
         if starts is not None:
             check_starts(starts, ids)
-        hidden = self.embedding(ids)
+        return self.embedding.logits(self.final_norm(self.hidden_states(ids, starts))).transpose(0, 1)
+
+    def hidden_states(self, input_ids: Tensor, starts: Tensor | None = None) -> Tensor:
+        """What the last block gives: ids [b, s] -> [s, b, d]. The ids are valid ones."""
+        hidden = self.embedding(input_ids)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         documents = None if starts is None else find_documents(starts, hidden.dtype, head_dim)
         for block in self.blocks:
             hidden = block(hidden, documents)
-        return self.embedding.logits(self.final_norm(hidden)).transpose(0, 1)
+        return hidden
 
 
 def build_model(

@@ -6,79 +6,21 @@ scattering begins with. A ring sends (T − 1)/T of it, twice for an all-reduce.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
+from megatron_tf.architectures.work import Collective, Collectives, Kind, compute_bytes, hidden_bytes, positions_of
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Precision, RunConfig
 from megatron_tf.config.validate import plan_batches, topology_for
-from megatron_tf.estimate import compute_bytes, stage_parameters
-from megatron_tf.parallel.overlap import row_parts
+from megatron_tf.estimate import stage_parameters
 from megatron_tf.parallel.topology import Axis, Topology
-
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
-
-
-@dataclass(frozen=True)
-class Collective:
-    """`overlapped`: on its way while something else is computed."""
-
-    kind: Kind
-    bytes: int
-    count: int = 1
-    overlapped: bool = False
-
-    def sent_bytes(self, ranks: int) -> float:
-        """Bytes that each of `ranks` ranks sends, over all `count` of them."""
-        if self.kind == "send":
-            return self.count * self.bytes
-        factor = 2 if self.kind == "all_reduce" else 1
-        return self.count * factor * self.bytes * (ranks - 1) / ranks
-
-
-Collectives = tuple[Collective, ...]
 
 
 def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
-    """(forward, backward) of one block and micro batch over the tensor group.
-
-    | | forward | backward |
-    |---|---|---|
-    | q, k, v | scores' norms, reduce-scatter over heads × 3 | all-gather × 3, norms, all-reduce of dX |
-    | proj | all-gather of heads, norms, all-reduce | norms, reduce-scatter of heads |
-    | ffn | norms, all-reduce | norms, all-reduce of dX |
-    | a transformer's attention, and its MLP | all-reduce | all-reduce of dX |
-
-    Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
-    on the other. Norms are [s, b, 1] in fp32, one for each projection (softmax: two reductions forward); forward they
-    go in the parts of `row_parts`.
-    """
-    tensor = config.parallel.tensor
-    if tensor == 1:
+    """(forward, backward) of one block and micro batch over the tensor group."""
+    if config.parallel.tensor == 1:
         return (), ()
-    positions = config.model.seq_length * config.training.micro_batch_size
-    whole = positions * config.model.hidden_size * compute_bytes(config.training.precision)
-    if config.model.architecture == "transformer":
-        kinds: tuple[Kind, ...] = ("all_gather", "reduce_scatter") if config.parallel.sequence else ("all_reduce",)
-        both = tuple(Collective(kind, whole, 2) for kind in kinds)
-        return both, both
-    norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in (3, 1, 1))
-    twice = 2 if config.model.activation == "softmax" else 1
-    parts = row_parts(positions, config.model.activation, config.training.compile)
-    forward_norms = tuple(
-        Collective("all_reduce", 4 * rows * projections, twice, overlapped=part > 0)
-        for projections in (3, 1, 1)
-        for part, rows in enumerate(parts)
-    )
-    forward: Collectives
-    backward: Collectives
-    if config.parallel.sequence:
-        forward = (Collective("all_gather", whole, 3), Collective("reduce_scatter", whole, 5))
-        backward = (Collective("all_gather", whole, 5), Collective("reduce_scatter", whole, 3))
-    else:
-        reduced = Collective("all_reduce", whole, 2)
-        forward = (Collective("all_gather", whole), Collective("reduce_scatter", whole, 3), reduced)
-        backward = (Collective("all_gather", whole, 3), Collective("reduce_scatter", whole), reduced)
-    return forward + forward_norms, backward + norms
+    return architecture_of(config.model).collectives(config)
 
 
 def recomputed_collectives(config: RunConfig) -> Collectives:
@@ -93,8 +35,8 @@ def ends_collectives(config: RunConfig) -> tuple[tuple[Collectives, Collectives]
     """((forward, backward) of the embedding, (forward, backward) of final norm, head and loss), a micro batch."""
     if config.parallel.tensor == 1:
         return ((), ()), ((), ())
-    positions = config.model.seq_length * config.training.micro_batch_size
-    whole = positions * config.model.hidden_size * compute_bytes(config.training.precision)
+    positions = positions_of(config)
+    whole = hidden_bytes(config)
     # largest logit; then the sum of exponentials and the label's logit together
     loss = (Collective("all_reduce", 4 * positions), Collective("all_reduce", 8 * positions))
     if not config.parallel.sequence:
@@ -107,15 +49,13 @@ def ends_collectives(config: RunConfig) -> tuple[tuple[Collectives, Collectives]
 
 def stage_boundary(config: RunConfig) -> Collective:
     """The hidden states that cross from one stage to the next, or their gradient back, a micro batch."""
-    positions = config.model.seq_length * config.training.micro_batch_size
     split = config.parallel.tensor if config.parallel.sequence else 1
-    size = positions * config.model.hidden_size * compute_bytes(config.training.precision)
-    return Collective("send", size // split)
+    return Collective("send", hidden_bytes(config) // split)
 
 
 def document_starts(config: RunConfig) -> Collective:
     """Where documents begin, an int32 a token, which goes with the hidden states but not back with their gradient."""
-    positions = config.model.seq_length * config.training.micro_batch_size
+    positions = positions_of(config)
     return Collective("send", 4 * positions if config.data.reset_at_eod else 0)
 
 

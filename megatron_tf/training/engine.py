@@ -31,7 +31,7 @@ from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import IGNORED
-from megatron_tf.params import EMBEDDING, ParameterSpec, parameter_table
+from megatron_tf.params import ParameterSpec, parameter_table
 from megatron_tf.training.nonfinite import watch_nonfinite
 from megatron_tf.training.optimizer import Segment, SegmentedAdamW
 from megatron_tf.training.pipeline import ShardedParameter, TokenFormerPipeline
@@ -243,7 +243,7 @@ class Engine:
         own = {
             f"{shard.spec.name} from row {shard.first_row}": _digest(shard.parameter)
             for shard in self._pipeline.shards()
-            if not shard.spec.sharded or shard.spec.name == EMBEDDING
+            if not shard.spec.sharded or shard.spec.tied
         }
         everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, own)

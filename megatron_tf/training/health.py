@@ -17,21 +17,21 @@ gradient, no random number and no state of training is touched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tf.model.layers import Block, Pattention
+from megatron_tf.architectures.spec import ProjectionSpec
+from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import token_weights
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.collectives import all_reduce
-from megatron_tf.params import PROJECTIONS, shard_range
+from megatron_tf.params import shard_range
 
 DEAD_BELOW = 0.01  # of the root mean square of a position's weights
-KINDS = tuple(dict.fromkeys(projection.tokens for projection in PROJECTIONS.values()))
 ALWAYS = ("score_norm", "active_share", "dead_share")
 AFTER_GROWTH = ("new_share", "old_dead_share", "new_dead_share")
 
@@ -40,27 +40,37 @@ class HealthProbe:
     """Measures a model whenever it is asked to, always on the same batch."""
 
     def __init__(
-        self, stage: Stage, ids: Tensor, num_tokens: Mapping[str, int], old_tokens: Mapping[str, int], speaks: bool
+        self,
+        stage: Stage,
+        ids: Tensor,
+        projections: Sequence[ProjectionSpec],
+        old_tokens: Mapping[str, int],
+        speaks: bool,
     ):
-        """`ids` [b, s], the same on all ranks.  `num_tokens`, `old_tokens`: of each kind, now and before the last growth.
+        """`ids` [b, s], the same on all ranks.  `projections`: of the whole model.  `old_tokens`: of each kind before the
+        last growth.
 
         `speaks`: one rank of those that hold the same layers.
         """
-        self._stage, self._ids, self._speaks = stage, ids, speaks
-        self._num_tokens, self._old_tokens = num_tokens, old_tokens
+        self._stage = stage
+        self._ids = ids
+        self._projections = projections
+        self._num_tokens = {projection.kind: projection.tokens for projection in projections}
+        self._old_tokens = old_tokens
+        self._speaks = speaks
         self._device = next(stage.parameters()).device
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """The metrics by name, the same on all ranks; all of them must call it."""
-        found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+        kinds = list(self._num_tokens)
+        found: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
         observed = []
-        for block in self._stage.blocks.values():
-            assert isinstance(block, Block)
-            for name, facts in PROJECTIONS.items():
-                kind, projection = facts.tokens, block.get_submodule(name)
-                assert isinstance(projection, Pattention)
-                projection.observer = partial(self._observe, projection, kind, found[kind])
+        modules = dict(self._stage.named_modules())
+        for spec in self._projections:
+            projection = modules.get(spec.name)
+            if isinstance(projection, Pattention):
+                projection.observer = partial(self._observe, projection, spec.kind, found[spec.kind])
                 observed.append(projection)
         try:
             with torch.compiler.set_stance("force_eager"):  # an observer in the graph would compile it anew
@@ -68,15 +78,15 @@ class HealthProbe:
         finally:
             for projection in observed:
                 projection.observer = None
-        sums = torch.zeros(len(KINDS), len(ALWAYS + AFTER_GROWTH) + 1, dtype=torch.float64, device=self._device)
-        for row, kind in enumerate(KINDS):
+        sums = torch.zeros(len(kinds), len(ALWAYS + AFTER_GROWTH) + 1, dtype=torch.float64, device=self._device)
+        for row, kind in enumerate(kinds):
             if found[kind] and self._speaks:
                 sums[row, :-1], sums[row, -1] = torch.stack(found[kind]).sum(0), len(found[kind])
         dist.all_reduce(sums)
         means = (sums[:, :-1] / sums[:, -1:]).tolist()
         return {
             f"health/{kind}/{metric}": value
-            for kind, values in zip(KINDS, means)
+            for kind, values in zip(kinds, means)
             for metric, value in zip(ALWAYS + AFTER_GROWTH, values)
             if metric in ALWAYS or self._has_grown(kind)
         }

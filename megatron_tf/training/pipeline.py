@@ -10,6 +10,7 @@ import contextlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
 from megatron_tf.model.attention import Documents, document_starts, find_documents
-from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
+from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.model.stage import Stage, neighbours
 from megatron_tf.parallel.topology import Topology, stage_layers
 from megatron_tf.parallel.vocab import IGNORED, cross_entropy
@@ -48,6 +49,17 @@ class _TiedLayer(TiedLayerSpec):
         return _without_weights(super().build)
 
 
+class _BlockLayer(_Layer):
+    """A block of whatever architecture the model has."""
+
+    def __init__(self, model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel):
+        super().__init__(Block)
+        self._build = partial(build_block, model, layer, scales, tensor)
+
+    def build(self, log: bool = False) -> nn.Module:
+        return _without_weights(self._build)
+
+
 def _without_weights(build: Callable[[], nn.Module]) -> nn.Module:
     """A layer whose initial weights were not drawn: they are always written through the optimizer later."""
     with torch.device("meta"):
@@ -75,7 +87,7 @@ class TokenFormerPipeline(PipelineModule):
         self.loss_weight: Tensor | float = 1.0
         layers = [
             _TiedLayer("embedding", Embedding, model, tensor),
-            *(_Layer(Block, model, i, scales, tensor) for i in range(model.num_layers)),
+            *(_BlockLayer(model, i, scales, tensor) for i in range(model.num_layers)),
             _Layer(FinalNorm, model, tensor),
             _TiedLayer("embedding", Embedding, model, tensor, forward_fn=Embedding.logits),
         ]
@@ -159,7 +171,7 @@ class TokenFormerPipeline(PipelineModule):
         for name, parameter in named.items():
             spec = table[name]
             first_row = shard_range(spec.shape[0], group.size, group.rank)[0] if spec.sharded else 0
-            tied_copy = name == EMBEDDING and pipeline > 1 and self.stage_id > 0
+            tied_copy = spec.tied and pipeline > 1 and self.stage_id > 0
             shards.append(
                 ShardedParameter(spec, parameter, first_row, (spec.sharded or group.rank == 0) and not tied_copy)
             )

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.manager import Ranks
 from megatron_tf.checkpoint.source import CheckpointSource
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
@@ -228,7 +229,8 @@ def _build(
 def _health_probe(
     config: RunConfig, engine: Engine, data: BatchLoader, start: Start, topology: Topology, rank: int
 ) -> HealthProbe | None:
-    if config.logging.health_interval_steps is None or config.model.parameter_tokens is None:
+    measured = architecture_of(config.model).projections(config.model)
+    if config.logging.health_interval_steps is None or not measured:
         return None
     held = BatchLoader(
         data.dataset, micro_batch_size=config.training.micro_batch_size, num_micro_batches=1, data_rank=0, data_size=1,
@@ -236,7 +238,7 @@ def _health_probe(
     )  # fmt: skip
     ids, _ = together(lambda: next(held.step_batches(0)))
     speaks = topology.coordinate("data", rank) == 0 and topology.coordinate("tensor", rank) == 0
-    return HealthProbe(engine.stage(), ids, config.model.token_counts.model_dump(), start.old_tokens, speaks)
+    return HealthProbe(engine.stage(), ids, measured, start.old_tokens, speaks)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

@@ -20,7 +20,8 @@ from megatron_tf.checkpoint.manager import (
 )
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, StateSource, grow
-from megatron_tf.config.schema import Model, ParameterTokens, RunConfig
+from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.validate import plan_batches
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.estimate import flops_per_token
@@ -84,7 +85,7 @@ def _earlier_tokens(growth_history: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _with_tokens(model: Model, counts: Mapping[str, int]) -> Model:
-    return model.model_copy(update={"parameter_tokens": ParameterTokens.model_validate(dict(counts))})
+    return architecture_of(model).with_token_counts(model, counts)
 
 
 def checkpoints_folder(config: RunConfig) -> Path:

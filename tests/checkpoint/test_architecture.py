@@ -78,15 +78,24 @@ def test_a_transformer_has_a_width_and_no_tokens():
         check_same_architecture(index(transformer()), transformer(ffn_hidden_size=40))
     with pytest.raises(ConfigError, match="transformer before, transformer after. Growth appends parameter tokens"):
         check_growable(index(transformer()), transformer(ffn_hidden_size=40))
-    assert token_counts(model(), "pruned") == ParameterTokens(qkv=6, proj=6, ffn=24)
+    assert token_counts(model(), "pruned") == {"qkv": 6, "proj": 6, "ffn": 24}
     with pytest.raises(CheckpointError, match="a transformer cannot be pruned, for it has no parameter tokens"):
         token_counts(transformer(), "pruned")
 
 
 def test_a_checkpoint_from_before_there_were_two():
     stored = model().model_dump()
-    del stored["architecture"], stored["ffn_hidden_size"]
+    del stored["architecture"]
     assert stored_model(index(model(), model=stored)) == model()
+
+
+def test_checkpoints_from_when_one_section_had_the_keys_of_all_architectures():
+    """They say null, or the default, for the keys of the other one."""
+    stored = {**model().model_dump(), "ffn_hidden_size": None}
+    assert stored_model(index(model(), model=stored)) == model()
+    stored = {**transformer().model_dump(), "parameter_tokens": None, "activation": "l2_norm_gelu"}
+    del stored["num_key_value_heads"]
+    assert stored_model(index(transformer(), model=stored)) == transformer()
 
 
 def test_tensors_that_contradict_the_stored_architecture_are_named():

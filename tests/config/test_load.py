@@ -287,8 +287,8 @@ TRANSFORMER = ("model.architecture=transformer", "model.parameter_tokens=null")
 
 def test_a_transformer_and_its_default_width(small, tmp_path):
     config = small(*TRANSFORMER)
-    assert config.model.ffn_hidden_size == config.model.mlp_width == 4 * 64
-    assert small(*TRANSFORMER, "model.ffn_hidden_size=100").model.mlp_width == 100
+    assert config.model.ffn_hidden_size == 4 * 64
+    assert small(*TRANSFORMER, "model.ffn_hidden_size=100").model.ffn_hidden_size == 100
     (tmp_path / "config.yml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yml") == config
     with pytest.raises(ConfigError, match="model.activation: a transformer has no parameter tokens"):

@@ -34,9 +34,11 @@ def projection(activation: str, scale: float = 3.0, old_keys: Tensor | None = No
         assert old_keys is not None, "a method reads no state before its elements are asked for"
         return old_keys.reshape(-1)[start:stop]
 
+    key = {"key_tokens": elements}
     return Projection(
-        "blocks.0.ffn", "ffn", "growth.method", activation, D, old, new, scale, 5, keys, elements, elements
-    )
+        "blocks.0.ffn", "ffn", "growth.method", activation, D, old, new, scale, 5, {"key_tokens": keys}, key,
+        {"value_tokens": elements},
+    )  # fmt: skip
 
 
 def grown(
@@ -44,10 +46,11 @@ def grown(
 ) -> tuple[Tensor, Tensor, float]:
     tokens = METHODS[method](projection(activation, scale, keys))
 
-    def rows(elements) -> Tensor:
+    def rows(tensor: str) -> Tensor:
+        elements = tokens.elements(tensor)
         return torch.zeros(NEW - OLD, D) if elements is None else elements(OLD * D, NEW * D).view(-1, D)
 
-    new_keys, new_values = rows(tokens.keys).double(), rows(tokens.values).double()
+    new_keys, new_values = rows("key_tokens").double(), rows("value_tokens").double()
     return (
         torch.cat([keys, new_keys]),
         torch.cat([values * tokens.old_values_factor, new_values]),
@@ -126,7 +129,7 @@ def test_dead_tokens_are_refused():
         NewTokens(1.0, keys=None, values=None)
     dead = gram(projection("l2_norm_gelu", 3.0, torch.zeros(OLD, D)))
     with pytest.raises(CheckpointError, match="blocks.0.ffn.key_tokens: all old keys are 0"):
-        dead.keys(OLD * D, NEW * D)
+        dead.elements("key_tokens")(OLD * D, NEW * D)
 
 
 @pytest.mark.parametrize(("old", "new", "needed"), [(24, 39, 16), (10, 19, 10)])

@@ -13,7 +13,7 @@ from megatron_tf.growth.gram import GramKeys
 from megatron_tf.growth.pruning import PrunedSource, largest, summed_contributions, summed_scale_terms
 from megatron_tf.growth.source import GrownSource
 from megatron_tf.model import pattention
-from megatron_tf.params import default_scale, parameter_table, projection_tokens
+from megatron_tf.params import default_scale, initial_scales, parameter_table, projections
 
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 STATES = ("weight", "exp_avg", "exp_avg_sq")
@@ -117,7 +117,7 @@ class Numbered:
 
     def __init__(self, of: Model, ages: tuple[int, ...] = (7,)):
         self.table, self.ages = parameter_table(of), ages
-        self.scales = {name: default_scale(n, of.activation) for name, n in projection_tokens(of).items()}
+        self.scales = initial_scales(of)
 
     def read(self, name, state, start, stop):
         return torch.arange(start, stop).float() + 10_000 * list(self.table).index(name) + STATES.index(state) / 4
@@ -180,7 +180,7 @@ def test_pruning_the_new_tokens_undoes_a_growth_to_the_last_bit():
     old = Numbered(small)
     growth = Growth(source="x", method="zero_key")
     grown = GrownSource(old, Numbered(large), old_model=small, new_model=large, growth=growth, seed=1)
-    kept = {name: torch.arange(n) for name, n in projection_tokens(small).items()}
+    kept = {name: torch.arange(spec.tokens) for name, spec in projections(small).items()}
     back = PrunedSource(grown, parameter_table(small), kept, {})
     assert back.scales == old.scales
     for name, spec in parameter_table(small).items():

@@ -14,7 +14,7 @@ from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import scales_after_growth
 from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed
 from megatron_tf.model import build_model
-from megatron_tf.params import default_scale, initial_scales, parameter_table, projection_tokens
+from megatron_tf.params import initial_scales, parameter_table, projections
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "incremental.safetensors"
 STATES = ("weight", "exp_avg", "exp_avg_sq")
@@ -33,7 +33,7 @@ class Tensors:
 
     def __init__(self, of: Model, weights: dict[str, Tensor] | None = None, seed: int = 0, age: int = 7):
         self.table, self.seed, self.age, self.weights = parameter_table(of), seed, age, weights or {}
-        self.scales = {name: default_scale(n, of.activation) for name, n in projection_tokens(of).items()}
+        self.scales = initial_scales(of)
 
     def read(self, name, state, start, stop):
         if state == "weight" and name in self.weights:
@@ -236,8 +236,8 @@ def test_every_new_token_learns_at_once(method, activation, golden):
         cross_entropy(out[:, :-1].flatten(0, 1), golden["input_ids"][:, 1:].flatten()).backward()
         tensors = dict(network.named_parameters())
         return {
-            name: tuple(tensors[f"{name}.{kind}_tokens"].grad[old:].norm(dim=1) for kind in ("key", "value"))
-            for name, old in projection_tokens(small).items()
+            name: tuple(tensors[f"{name}.{kind}_tokens"].grad[old.tokens :].norm(dim=1) for kind in ("key", "value"))
+            for name, old in projections(small).items()
         }
 
     for name, (keys, values) in gradients().items():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, layer_norm
 
-from megatron_tf.config.schema import Model, ParameterTokens
+from megatron_tf.config.schema import Model
 from megatron_tf.errors import ArgumentError, CheckpointError
-from megatron_tf.inference.pruning import drop_tokens, fit_scales, mean_loss, projection_inputs, select_tokens
+from megatron_tf.inference.pruning import drop_tokens, fit_scales, mean_loss, select_tokens, visit_projections
 from megatron_tf.model import build_model
 from megatron_tf.params import initial_scales
 
@@ -49,7 +49,8 @@ def test_the_inputs_are_those_of_the_model():
         )
         block.register_forward_hook(lambda module, inputs, out, layer=layer: seen.__setitem__(f"after {layer}", out))
     model(ids)
-    inputs = {name: x for name, _, x in projection_inputs(model, ids)}
+    inputs = {}
+    visit_projections(model, ids, model.scales, lambda name, _, x: inputs.__setitem__(name, x))
     assert set(inputs) == set(model.scales)
     for name in (name for name in seen if "query" in name):
         assert torch.equal(inputs[name], seen[name].flatten(0, 1))
@@ -63,7 +64,7 @@ def test_the_inputs_are_those_of_the_model():
 @pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm"])
 def test_a_grown_model_is_pruned_back_to_the_last_bit(activation):
     small, large = grown(activation=activation)
-    selection = select_tokens(large, batches(), ParameterTokens(**SMALL))
+    selection = select_tokens(large, batches(), SMALL)
     assert {name.split(".")[-1] for name in selection.kept} == {"query", "key", "value", "ffn"}
     assert all(rows.tolist() == [*range(len(rows))] for rows in selection.kept.values())
     assert set(selection.dropped_share.values()) == {0.0}
@@ -80,7 +81,7 @@ def test_every_layer_selects_for_itself_and_order_stays():
     with torch.no_grad():
         model.blocks[0].ffn.value_tokens[:13] *= 1e-3
         model.blocks[2].ffn.value_tokens[20:] *= 1e-3
-    kept = select_tokens(model, batches(), ParameterTokens(**SMALL)).kept
+    kept = select_tokens(model, batches(), SMALL).kept
     assert kept["blocks.0.ffn"].tolist() == [*range(13, 33)] and kept["blocks.2.ffn"].tolist() == [*range(20)]
     before = model.blocks[0].ffn.key_tokens.detach().clone()
     scales = fit_scales(model, batches(), kept)
@@ -93,7 +94,7 @@ def test_a_dead_projection_keeps_its_scale():
     model = build_model(config(LARGE))
     with torch.no_grad():
         model.blocks[1].ffn.value_tokens.zero_()
-    selection = select_tokens(model, batches(), ParameterTokens(**SMALL))
+    selection = select_tokens(model, batches(), SMALL)
     assert selection.kept["blocks.1.ffn"].tolist() == [*range(20)]
     assert fit_scales(model, batches(), selection.kept)["blocks.1.ffn"] == model.scales["blocks.1.ffn"]
 
@@ -112,9 +113,9 @@ def test_a_model_that_diverged_is_refused():
     with pytest.raises(CheckpointError, match="diverged"):
         mean_loss(model, batches())
     with pytest.raises(CheckpointError, match=r"blocks.1.ffn.*diverged"):
-        select_tokens(model, batches(), ParameterTokens(**SMALL))
+        select_tokens(model, batches(), SMALL)
 
 
 def test_more_tokens_than_there_are_cannot_stay():
     with pytest.raises(ArgumentError, match=f"counts.ffn: the number {LARGE['ffn'] + 1} is out of range"):
-        select_tokens(build_model(config(LARGE)), batches(), ParameterTokens(**{**LARGE, "ffn": LARGE["ffn"] + 1}))
+        select_tokens(build_model(config(LARGE)), batches(), {**LARGE, "ffn": LARGE["ffn"] + 1})

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from distributed import spawn
 
 from megatron_tf.config.schema import Model
-from megatron_tf.model.layers import Block, Embedding, FinalNorm, Pattention, TensorParallel
+from megatron_tf.model.layers import Embedding, FinalNorm, Pattention, TensorParallel, build_block
 from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.model.tokenformer import build_model
 from megatron_tf.parallel import collectives
@@ -47,7 +47,7 @@ def whole_model(group, config, sequence):
 
     tensor = TensorParallel(group, sequence)
     layers = torch.nn.ModuleDict({"embedding": Embedding(config, tensor), "final_norm": FinalNorm(config, tensor)})
-    layers["blocks"] = torch.nn.ModuleList(Block(config, i, initial_scales(config), tensor) for i in range(2))
+    layers["blocks"] = torch.nn.ModuleList(build_block(config, i, initial_scales(config), tensor) for i in range(2))
     layers = layers.double()
     with torch.no_grad():
         for (name, parameter), full in (
@@ -167,7 +167,7 @@ class Counter:
 
 def communication(config, group, sequence):
     """What a block sends, forward and backward."""
-    block = Block(config, 0, initial_scales(config), TensorParallel(group, sequence)).double()
+    block = build_block(config, 0, initial_scales(config), TensorParallel(group, sequence)).double()
     hidden = torch.randn(SEQUENCE // (group.size if sequence else 1), BATCH, WIDTH, dtype=torch.float64)
     hidden.requires_grad_()
     counter = Counter()

@@ -11,24 +11,22 @@ import torch
 import torch.distributed as dist
 from distributed import spawn
 
+from megatron_tf.architectures.tokenformer.work import SCORE_PASSES
 from megatron_tf.benchmark.counting import Counting, saved_bytes
 from megatron_tf.config import load_config
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.data.documents import boundaries
 from megatron_tf.estimate import block_activation_bytes, memory_per_rank, state_bytes
 from megatron_tf.model import build_model, fused_stages
-from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
+from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.parallel.groups import SINGLE, make_group
 from megatron_tf.parallel.vocab import cross_entropy
 from megatron_tf.params import initial_scales
 from megatron_tf.planning.communication import block_collectives, ends_collectives, sent_bytes_per_step
 from megatron_tf.planning.work import (
-    BLOCK_KERNELS,
-    HEAD_PASSES,
     HIDDEN_PASSES,
     LOGIT_BYTES,
-    MLP_PASSES,
-    SCORE_PASSES,
 )
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yml"
@@ -56,7 +54,7 @@ def hidden_for(config, split=1):
 
 def block_for(config, group=SINGLE):
     tensor = TensorParallel(group, config.parallel.sequence)
-    return Block(config.model, 0, initial_scales(config.model), tensor).to(TYPES[config.training.precision])
+    return build_block(config.model, 0, initial_scales(config.model), tensor).to(TYPES[config.training.precision])
 
 
 PEAKS = {
@@ -117,17 +115,16 @@ def test_what_a_block_of_a_transformer_keeps(sequence):
 @pytest.mark.parametrize("activation", SCORE_PASSES)
 def test_elementwise_traffic_and_kernels_of_a_block(activation):
     config = load(f"model.activation={activation}", "training.precision=bf16", "model.parameter_tokens.ffn=2048")
-    counts = config.model.token_counts
-    count_block(config, SCORE_PASSES[activation], 3 * counts.qkv + counts.proj + counts.ffn)
+    count_block(config)
 
 
 def test_elementwise_traffic_and_kernels_of_a_transformers_block():
     config = load(*TRANSFORMER, "training.precision=bf16", "model.ffn_hidden_size=2048")
-    count_block(config, MLP_PASSES, config.model.mlp_width)
+    count_block(config)
 
 
-def count_block(config, passes, width):
-    block, hidden, architecture = block_for(config), hidden_for(config), config.model.architecture
+def count_block(config):
+    block, hidden, work = block_for(config), hidden_for(config), architecture_of(config.model).work(config)
     positions = hidden[..., 0].numel()
     block(hidden)  # the tables of the rotation are made once
     for direction in ("forward", "backward"):
@@ -136,13 +133,11 @@ def count_block(config, passes, width):
                 out = block(hidden)
             else:
                 out.backward(torch.ones_like(out))
-        of_hidden = getattr(HIDDEN_PASSES, direction) + getattr(HEAD_PASSES[architecture], direction)
-        elements = getattr(passes, direction) * width + of_hidden * config.model.hidden_size
+        of_hidden = getattr(HIDDEN_PASSES, direction) + getattr(work.head_passes, direction)
+        elements = getattr(work.inner_passes, direction) * work.inner_width + of_hidden * config.model.hidden_size
         assert 2 * positions * elements == pytest.approx(counted.traffic, rel=TOLERANCE), direction
-        if config.model.activation == "l2_norm_gelu":
-            assert getattr(BLOCK_KERNELS[architecture], direction) == pytest.approx(counted.kernels, rel=TOLERANCE), (
-                direction
-            )
+        if getattr(config.model, "activation", "l2_norm_gelu") == "l2_norm_gelu":
+            assert getattr(work.kernels, direction) == pytest.approx(counted.kernels, rel=TOLERANCE), direction
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -9,12 +9,12 @@ from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.source import InitialSource, StepZero
 from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.inference.load import load_model
-from megatron_tf.inference.pruning import projection_inputs
+from megatron_tf.inference.pruning import visit_projections
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.params import PROJECTIONS
+from megatron_tf.params import projections
 from megatron_tf.training.health import DEAD_BELOW, HealthProbe
 
 OLD = {"qkv": 13, "proj": 7, "ffn": 20}  # of 13, 11 and 37: qkv has not grown
@@ -55,9 +55,10 @@ def ids():
 @torch.no_grad()
 def reference(model):
     """Token by token and position by position, from the formulas in words."""
-    found = {}
-    for name, projection, x in projection_inputs(model, ids()):
-        kind = PROJECTIONS[name.split(".", 2)[2]].tokens
+    found, inputs, specs = {}, [], projections(model.config)
+    visit_projections(model, ids(), specs, lambda *seen: inputs.append(seen))
+    for name, projection, x in inputs:
+        kind = specs[name].kind
         scores = x @ projection.key_tokens.T
         norm = scores.square().sum(-1, keepdim=True).sqrt()
         size = gelu(projection.scale * scores / norm).abs()
@@ -97,7 +98,7 @@ def _layouts(group, checkpoint, model, expected):
         tensor = TensorParallel(make_group(topology, "tensor", 60.0), sequence)
         stage = load_stage(open_checkpoint(checkpoint), model, topology, group.rank, tensor, torch.float64)
         speaks = tensor.group.rank == 0 and topology.coordinate("data", group.rank) == 0
-        probe = HealthProbe(stage, ids(), model.parameter_tokens.model_dump(), OLD, speaks)
+        probe = HealthProbe(stage, ids(), tuple(projections(model).values()), OLD, speaks)
         found = probe.measure()
         assert found.keys() == expected.keys()
         for name, value in expected.items():

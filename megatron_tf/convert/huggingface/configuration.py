@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS
 from megatron_tf.config.load import read_model
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError, ConfigError
-from megatron_tf.params import PROJECTIONS
 
 MODEL_TYPE = "tokenformer"
 CONFIGURATION_CODE = "configuration_tokenformer.py"

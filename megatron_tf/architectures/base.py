@@ -1,0 +1,69 @@
+"""What an architecture is to the rest of the package."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+from megatron_tf.architectures.spec import ParameterSpec, ProjectionSpec
+from megatron_tf.architectures.work import BlockWork, Collectives
+from megatron_tf.config.schema import Model, RunConfig
+
+
+class Architecture(ABC):
+    """What fills a model's blocks. The model around them (embedding, norms, residual sums, head) is the same for all.
+
+    Everything here is arithmetic without torch; the block itself is named, and imported by `model.layers.build_block`.
+
+    `section`: the `model:` section of a configuration.
+    `block`: "module:function" of (model, layer, scales, tensor) -> Block, see `model.layers.BlockFactory`.
+    `formats`: the foreign formats that it can be written in and read from, of "official" and "huggingface".
+    `why_not_elsewhere`: the reason, as a clause, why keys of other architectures mean nothing to it.
+    """
+
+    section: ClassVar[type[Model]]
+    block: ClassVar[str]
+    formats: ClassVar[frozenset[str]] = frozenset()
+    why_not_elsewhere: ClassVar[str] = "another architecture has this key"
+
+    @abstractmethod
+    def block_parameters(self, model: Model, layer: int) -> Iterator[ParameterSpec]:
+        """The parameters of block `layer` in their order, named "blocks.<layer>.…"."""
+
+    @abstractmethod
+    def sharded_rows(self, model: Model) -> dict[str, int]:
+        """Key of the configuration -> rows that are split over the tensor ranks; each rank needs one at least."""
+
+    @abstractmethod
+    def describe(self, model: Model) -> str:
+        """The sizes of a block in a few words."""
+
+    @abstractmethod
+    def work(self, config: RunConfig) -> BlockWork:
+        """Products, traffic and memory of a block."""
+
+    @abstractmethod
+    def collectives(self, config: RunConfig) -> tuple[Collectives, Collectives]:
+        """(forward, backward) of a block and a micro batch over two or more tensor ranks."""
+
+    def problems(self, model: Model) -> Iterator[str]:
+        """Sentences on fields that do not fit together, beyond what holds for every model."""
+        return iter(())
+
+    def layout_problems(self, config: RunConfig) -> Iterator[str]:
+        """Sentences on a layout that the block cannot be split by, beyond `sharded_rows` and whole heads for each rank."""
+        return iter(())
+
+    def token_counts(self, model: Model) -> dict[str, int]:
+        """Parameter tokens by kind of projection; empty for an architecture without parameter tokens."""
+        return {}
+
+    def with_token_counts(self, model: Model, counts: Mapping[str, int]) -> Model:
+        """The same model with other `token_counts`."""
+        assert not counts, f"{model.architecture} has no parameter tokens"
+        return model
+
+    def projections(self, model: Model) -> tuple[ProjectionSpec, ...]:
+        """Every Pattention of the model, in model order. They can grow, be pruned and be measured."""
+        return ()

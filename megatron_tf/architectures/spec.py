@@ -1,0 +1,81 @@
+"""What is declared of a parameter, and of a projection whose parameter tokens can grow."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_tf.config.schema import Activation, Model
+
+INITIAL_STD = 0.02  # of key tokens, of a Transformer's first matrices, and of the embedding
+
+
+def output_std(model: Model) -> float:
+    """Of what a block adds to the hidden states: small enough that the sum over all blocks is, too (GPT-NeoX)."""
+    return 2 / (model.num_layers * math.sqrt(model.hidden_size))
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One logical parameter.
+
+    `shape`: logical shape.  `sharded`: split along dim 0 over the tensor group, else replicated.
+    `growable`: dim 0 counts parameter tokens.  `decayed`: weight decay applies.
+    `std`, `mean`: of the normal initialiser; std 0 is a constant.
+    `ends`: held by the first pipeline stage, the last one, or by both (tied); () is a parameter of a block.
+    `official_name`, `huggingface_name`: in these formats; "" where a format has no such parameter.
+    `transposed`: its Hugging Face tensor is [columns, rows], the weight of a linear layer from the tokens.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sharded: bool
+    growable: bool
+    decayed: bool
+    std: float
+    mean: float
+    ends: tuple[Literal["first", "last"], ...] = ()
+    official_name: str = ""
+    huggingface_name: str = ""
+    transposed: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Elements of one row (1 for a vector)."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def tied(self) -> bool:
+        """Whether the first and the last pipeline stage hold a copy each. The first stage owns it."""
+        return len(self.ends) > 1
+
+
+@dataclass(frozen=True)
+class ProjectionSpec:
+    """One Pattention of a model: what growth, pruning and measurements need to know of it.
+
+    `name`: of its module, such as "blocks.0.attention.query".
+    `kind`: the field of `model.parameter_tokens` that counts its tokens.
+    `keys`, `values`: names of its key and value tensors below `name`, each [tokens, width].
+    """
+
+    name: str
+    kind: str
+    tokens: int
+    activation: Activation
+    keys: tuple[str, ...] = ("key_tokens",)
+    values: tuple[str, ...] = ("value_tokens",)
+
+
+def shard_range(rows: int, num_shards: int, shard: int) -> tuple[int, int]:
+    """Rows [start, stop) of dim 0 that `shard` of `num_shards` holds.
+
+    Shards differ by at most one row when `rows` does not divide; nothing is padded, so no row exists that
+    would have to be kept out of τ, of weight decay, or of a checkpoint.
+    """
+    return rows * shard // num_shards, rows * (shard + 1) // num_shards

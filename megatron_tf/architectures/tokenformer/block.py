@@ -1,0 +1,49 @@
+"""The block of a TokenFormer: five Pattentions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer
+from megatron_tf.config.schema import Model
+from megatron_tf.model.layers import Attention, Block, Pattention, TensorParallel, partial_outputs
+from megatron_tf.parallel.collectives import gather_from, scatter_to
+
+
+class PattentionAttention(Attention):
+    """Query, key, value and output projections are Pattentions."""
+
+    def __init__(self, model: TokenFormerModel, prefix: str, scales: Mapping[str, float], tensor: TensorParallel):
+        super().__init__(model, tensor)
+        tokens = model.parameter_tokens
+        self.query = _projection(model, f"{prefix}.query", tokens.qkv, scales, tensor)
+        self.key = _projection(model, f"{prefix}.key", tokens.qkv, scales, tensor)
+        self.value = _projection(model, f"{prefix}.value", tokens.qkv, scales, tensor)
+        self.proj = _projection(model, f"{prefix}.proj", tokens.proj, scales, tensor)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        partial = partial_outputs([self.query, self.key, self.value], x)
+        # a rank needs only its own heads, so the sum over the ranks is a reduce-scatter, never an all-reduce
+        query, key, value = (scatter_to(p, self.tensor.group, -1).unflatten(-1, (-1, self.head_dim)) for p in partial)
+        return query, key, value
+
+    def join(self, heads: Tensor) -> Tensor:
+        return self.proj.partial(gather_from(heads, self.tensor.group, -1))
+
+
+def tokenformer_block(model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
+    """A `BlockFactory`."""
+    model = as_tokenformer(model)
+    prefix = f"blocks.{layer}"
+    attention = PattentionAttention(model, f"{prefix}.attention", scales, tensor)
+    ffn = _projection(model, f"{prefix}.ffn", model.parameter_tokens.ffn, scales, tensor)
+    return Block(attention, ffn, tensor, model.norm_eps)
+
+
+def _projection(
+    model: TokenFormerModel, name: str, tokens: int, scales: Mapping[str, float], tensor: TensorParallel
+) -> Pattention:
+    d = model.hidden_size
+    return Pattention(tokens, d, d, scale=scales[name], activation=model.activation, group=tensor.group)

@@ -1,0 +1,94 @@
+"""What a TokenFormer's block costs.
+
+`Passes` over the scores, over a rank's heads, and numbers of kernels were counted in the model; tests count them again.
+"""
+
+from __future__ import annotations
+
+from megatron_tf.architectures.tokenformer.section import TokenFormerModel
+from megatron_tf.architectures.work import (
+    BlockWork,
+    Collective,
+    Collectives,
+    Passes,
+    Product,
+    hidden_bytes,
+    positions_of,
+)
+from megatron_tf.config.schema import Activation, RunConfig
+from megatron_tf.parallel.overlap import row_parts
+
+SCORE_PASSES: dict[Activation, Passes] = {
+    "l2_norm_gelu": Passes(5, 17),
+    "gelu_l2_norm": Passes(7, 20),
+    "softmax": Passes(23, 45),
+}
+# fused by torch.compile into one kernel between two reductions or products
+COMPILED_SCORE_PASSES = Passes(3, 8)
+HEAD_PASSES = Passes(15.5, 15)
+KERNELS = Passes(73, 133)
+
+
+def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
+    """A block keeps of each position, in the compute type
+
+    | kept                                           | elements |
+    |------------------------------------------------|----------|
+    | scores of the five projections                 | Σn/T     |
+    | query, key, value and the output of attention  | 4 · d/T  |
+    | input of proj, gathered from it; none if T = 1 | d        |
+
+    and in fp32 the norm of each of the five projections' scores. The backward pass of a projection holds one tensor of
+    the size of its scores (query, key and value together: one of the size of theirs), 2 more for the projection it is
+    at; what was kept for projections that come later in the model is free by then.
+    """
+    tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
+    counts = model.parameter_tokens
+    qkv, proj, ffn = (-(-count // tensor) for count in (counts.qkv, counts.proj, counts.ffn))
+    scores = 3 * qkv + proj + ffn
+    keys = [Product(positions, hidden, n) for n in (3 * qkv, proj, ffn)]
+    values = [Product(positions, n, hidden) for n in (qkv, qkv, qkv, proj, ffn)]
+    return BlockWork(
+        products=(*keys, *values),
+        inner_width=scores,
+        inner_passes=COMPILED_SCORE_PASSES if config.training.compile else SCORE_PASSES[model.activation],
+        head_passes=HEAD_PASSES,
+        kernels=KERNELS,
+        kept=scores + 4 * hidden // tensor + (hidden if tensor > 1 else 0),
+        kept_statistics=5,
+        backward_peak=max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn),
+    )
+
+
+def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Collectives, Collectives]:
+    """(forward, backward) of one block and micro batch over two or more tensor ranks.
+
+    | | forward | backward |
+    |---|---|---|
+    | q, k, v | scores' norms, reduce-scatter over heads × 3 | all-gather × 3, norms, all-reduce of dX |
+    | proj | all-gather of heads, norms, all-reduce | norms, reduce-scatter of heads |
+    | ffn | norms, all-reduce | norms, all-reduce of dX |
+
+    Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
+    on the other. Norms are [s, b, 1] in fp32, one for each projection (softmax: two reductions forward); forward they
+    go in the parts of `row_parts`.
+    """
+    positions, whole = positions_of(config), hidden_bytes(config)
+    norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in (3, 1, 1))
+    twice = 2 if model.activation == "softmax" else 1
+    parts = row_parts(positions, model.activation, config.training.compile)
+    forward_norms = tuple(
+        Collective("all_reduce", 4 * rows * projections, twice, overlapped=part > 0)
+        for projections in (3, 1, 1)
+        for part, rows in enumerate(parts)
+    )
+    forward: Collectives
+    backward: Collectives
+    if config.parallel.sequence:
+        forward = (Collective("all_gather", whole, 3), Collective("reduce_scatter", whole, 5))
+        backward = (Collective("all_gather", whole, 5), Collective("reduce_scatter", whole, 3))
+    else:
+        reduced = Collective("all_reduce", whole, 2)
+        forward = (Collective("all_gather", whole), Collective("reduce_scatter", whole, 3), reduced)
+        backward = (Collective("all_gather", whole, 3), Collective("reduce_scatter", whole), reduced)
+    return forward + forward_norms, backward + norms

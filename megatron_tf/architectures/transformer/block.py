@@ -1,0 +1,73 @@
+"""The block of a Transformer: matrices, and a GELU MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_tf.architectures.spec import shard_range
+from megatron_tf.architectures.transformer.parameters import qkv_rows
+from megatron_tf.architectures.transformer.section import TransformerModel, as_transformer
+from megatron_tf.config.schema import Model
+from megatron_tf.model.layers import Attention, Block, TensorParallel
+from megatron_tf.parallel.groups import Group
+
+
+class SplitMatrix(nn.Module):
+    """A matrix of `rows` logical rows, the axis that is split over the group: its outputs or its inputs. No bias."""
+
+    def __init__(self, rows: int, width: int, group: Group):
+        super().__init__()
+        start, stop = shard_range(rows, group.size, group.rank)
+        self.weight = nn.Parameter(torch.empty(stop - start, width))
+
+    def split(self, x: Tensor) -> Tensor:
+        """x [..., width], whole -> [..., rows/T]."""
+        return F.linear(x, self.weight)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """x [..., rows/T] -> [..., width], still to be summed over the group."""
+        return x @ self.weight
+
+
+class LinearAttention(Attention):
+    """Query, key, value and output projections are matrices, the first three one product.
+
+    Query heads h and heads of keys and values g give groups of h/g query heads with one key and one value.
+    """
+
+    def __init__(self, model: TransformerModel, tensor: TensorParallel):
+        super().__init__(model, tensor)
+        self.queries_per_key = model.num_attention_heads // model.num_key_value_heads
+        self.qkv = SplitMatrix(qkv_rows(model), model.hidden_size, tensor.group)
+        self.proj = SplitMatrix(model.hidden_size, model.hidden_size, tensor.group)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        groups = self.qkv.split(x).unflatten(-1, (-1, self.queries_per_key + 2, self.head_dim))
+        query, key, value = groups.split((self.queries_per_key, 1, 1), -2)
+        return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
+
+    def join(self, heads: Tensor) -> Tensor:
+        return self.proj.partial(heads)
+
+
+class Mlp(nn.Module):
+    """GELU(X upᵀ) down."""
+
+    def __init__(self, model: TransformerModel, group: Group):
+        super().__init__()
+        self.up = SplitMatrix(model.ffn_hidden_size, model.hidden_size, group)
+        self.down = SplitMatrix(model.ffn_hidden_size, model.hidden_size, group)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """x [..., d], whole -> [..., d], still to be summed over the group."""
+        return self.down.partial(F.gelu(self.up.split(x)))
+
+
+def transformer_block(model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
+    """A `BlockFactory`. All blocks are alike, and none has a τ."""
+    model = as_transformer(model)
+    return Block(LinearAttention(model, tensor), Mlp(model, tensor.group), tensor, model.norm_eps)

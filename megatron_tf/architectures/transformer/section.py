@@ -1,0 +1,23 @@
+"""The `model:` section of a Transformer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_tf.config.schema import Count, Model
+
+
+class TransformerModel(Model):
+    architecture: Literal["transformer"] = "transformer"
+    # columns of the MLP
+    ffn_hidden_size: Count = Field(default_factory=lambda earlier: 4 * earlier.get("hidden_size", 1))
+    # heads of keys and values; several query heads share one (grouped-query attention)
+    num_key_value_heads: Count = Field(default_factory=lambda earlier: earlier.get("num_attention_heads", 1))
+
+
+def as_transformer(model: Model) -> TransformerModel:
+    """`model`, which is known to be a Transformer's."""
+    assert isinstance(model, TransformerModel), model.architecture
+    return model
