@@ -28,7 +28,15 @@ def equal_transformer(model: Model) -> TransformerModel:
     shared = {key: getattr(model, key) for key in Model.model_fields if key != "architecture"}
 
     def of_width(heads: int) -> TransformerModel:
-        return TransformerModel(**{**shared, "num_attention_heads": heads, "hidden_size": heads * head_dim})
+        width = heads * head_dim
+        sizes = {
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "hidden_size": width,
+            "ffn_hidden_size": 4 * width,
+        }
+        # without validation, as model_copy: sizes that no memory holds are refused by their memory
+        return TransformerModel.model_construct(**{**shared, **sizes})
 
     heads = 1
     while num_parameters(of_width(heads + 1)) <= wanted:

@@ -123,13 +123,17 @@ def apply_override(values: dict[str, Any], override: str) -> list[str]:
 
 def _sentences(error: ValidationError, values: Mapping[str, Any], section: Location = ()) -> list[str]:
     """`values`: the whole configuration.  `section`: where in it the validated values stand."""
-    problems = [problem for problem in error.errors(include_url=False) if not _follows_from_an_item(problem)]
+    problems = [problem for problem in error.errors(include_url=False) if not _follows_from_another(problem)]
     sentences = (_sentence((*section, *problem["loc"]), problem, values) for problem in problems)
     return list(dict.fromkeys(sentences))  # a pair that lacks both items is reported for each
 
 
-def _follows_from_an_item(problem: ErrorDetails) -> bool:
-    """pydantic counts only the valid items of a list, and so calls one with a bad item too short as well."""
+def _follows_from_another(problem: ErrorDetails) -> bool:
+    """pydantic counts only the valid items of a list, and so calls one with a bad item too short as well. It names every
+    default that it could not compute from fields with problems of their own.
+    """
+    if problem["type"] == "default_factory_not_called":
+        return True
     return problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]
 
 
