@@ -1,8 +1,10 @@
-"""Where scores lie: every row, and in it every projection's part, begins at a multiple of ALIGNMENT columns.
+"""Memory layout of the scores: rows, and each projection's columns within a row, start at multiples of ALIGNMENT.
 
 Tensor cores and loads of 16 bytes want that, and a number of tokens does not give it: 8,620 over 8 ranks are 1,077 or 1,078.
-Between projections that share a product the gap is filled by keys of zeros, which add nothing to anything; behind a row's
-end nothing is ever read.
+Between projections that share a product the gap is filled by keys of zeros, which add nothing to anything.
+
+The columns behind a row's end are zeros. No stage reads them, but matrix products do: the bf16 product of CPUs takes
+columns in pairs, and for an odd number of them multiplies the next column by 0. 0 · NaN is NaN.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ ALIGNMENT = 16
 
 
 def empty_scores(like: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows, columns] of the type and on the device of `like`, not initialised."""
-    return like.new_empty_strided((rows, columns), (_aligned(columns), 1))
+    """[rows, columns] of the type and on the device of `like`, not initialised, with zeros behind each row's end."""
+    whole = like.new_empty(rows, _aligned(columns))
+    if whole.shape[1] > columns:
+        whole[:, columns:].zero_()
+    return whole[:, :columns]
 
 
 def joined(keys: Sequence[Tensor]) -> Tensor:
@@ -34,7 +39,7 @@ def split(scores: Tensor, keys: Sequence[Tensor], dim: int = -1) -> tuple[Tensor
 
 
 def clear_gaps(scores: Tensor, keys: Sequence[Tensor]) -> None:
-    """So that what nobody has written there does not come to count: 0 times NaN is NaN."""
+    """Zero the columns between projections. They are uninitialised, and 0 · NaN would put NaN into dX."""
     for gap in _parts(scores, keys, -1)[1::2]:
         if gap.shape[1]:
             gap.zero_()
