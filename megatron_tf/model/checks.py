@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_tf.checks import check_scale, check_whole_number, described
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import ArgumentError
-from megatron_tf.params import check_activation, projection_tokens
+from megatron_tf.params import check_activation, projections
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -136,7 +136,7 @@ def check_scales(scales: Mapping[str, float], model: Model) -> None:
     """ArgumentError unless `scales` has a τ for each projection of `model`, and no other."""
     if not isinstance(scales, Mapping):
         raise ArgumentError(f"scales: {described(scales)}, but a mapping from projections to τ is expected.")
-    expected = projection_tokens(model)
+    expected = projections(model)
     for problem, names in (
         ("has no τ of", [name for name in expected if name not in scales]),
         ("names what the model does not have:", [name for name in scales if name not in expected]),
