@@ -27,17 +27,24 @@ class NotPlainError(OSError):
     """A folder, FIFO, socket or device stands where a file is read."""
 
 
+def plain_size(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file, or of the file that a link leads to. OSError; NotPlainError for anything but a file."""
+    found = os.stat(path)
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        raise NotPlainError(
+            errno.EINVAL, f"is {_KINDS.get(kind, 'no file')}, where a file is expected", os.fspath(path)
+        )
+    return found.st_size
+
+
 def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file, or the file that a link leads to, for reading.
 
     OSError; NotPlainError for anything but a file, which is not even opened: a FIFO or device may keep a reader
     waiting, or never end.
     """
-    kind = stat.S_IFMT(os.stat(path).st_mode)
-    if kind != stat.S_IFREG:
-        raise NotPlainError(
-            errno.EINVAL, f"is {_KINDS.get(kind, 'no file')}, where a file is expected", os.fspath(path)
-        )
+    plain_size(path)
     return open(path, "rb")
 
 

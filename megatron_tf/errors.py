@@ -13,6 +13,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_tf import open_files
@@ -122,16 +123,23 @@ def shown(value: object) -> str:
 
 
 def broken_link(path: str | os.PathLike[str]) -> str | None:
-    """What is wrong with `path` when it is a link that leads nowhere, as the end of a sentence; None when it is not."""
-    try:
-        if not os.path.islink(path) or os.path.exists(path):
-            return None
-        target = os.readlink(path)
-        os.stat(path)
-    except FileNotFoundError:
-        return f"is a link to {target}, and nothing is there"
-    except OSError as error:
-        return f"is a link to {target}, which cannot be followed ({error.strerror})"
+    """Why `path` does not exist when it, or a folder above it, is a link that leads nowhere; None when none is.
+
+    The end of a sentence that begins with the path.
+    """
+    for place in (Path(path), *Path(path).parents):
+        try:
+            if not os.path.islink(place) or os.path.exists(place):
+                continue
+            target = os.readlink(place)
+            os.stat(place)
+        except FileNotFoundError:
+            problem = f"is a link to {target}, and nothing is there"
+        except OSError as error:
+            problem = f"is a link to {target}, which cannot be followed ({error.strerror})"
+        else:
+            continue
+        return problem if place == Path(path) else f"cannot be reached, because {place} {problem}"
     return None
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_tf.checkpoint.format import MOMENTS, WEIGHT, CheckpointIndex
+from megatron_tf.checkpoint.records import record_problems
 from megatron_tf.config.architectures import ARCHITECTURES, architecture_of, with_parameter_tokens
 from megatron_tf.config.nearest import either
 from megatron_tf.config.schema import Model
-from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.errors import CheckpointError, ConfigError, shown
 from megatron_tf.growth.rules import TOKENS, differing, growth_problems
 from megatron_tf.params import parameter_table, projections
 
@@ -19,14 +20,18 @@ from megatron_tf.params import parameter_table, projections
 def stored_model(index: CheckpointIndex) -> Model:
     """The model section that the checkpoint was trained with.
 
-    CheckpointError when it is not a valid one, or when weights or scales are missing for it, or too many.
+    CheckpointError when it is not a valid one, when weights or scales are missing for it, or too many, or when the
+    checkpoint's own history contradicts itself.
     """
     try:
         model = Model.model_validate(dict(index.model))
     except ValidationError as error:
-        problems = [f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        problems = [
+            f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}, here {shown(e['input'])}" for e in error.errors()
+        ]
         raise CheckpointError(_listed("the checkpoint's own model section is not valid", problems)) from error
-    if problems := list(_contradictions(index, model)):
+    history = record_problems(index.growth_history, index.data, index.run, index.tokens, complete=True)
+    if problems := [*_contradictions(index, model), *history]:
         raise CheckpointError(_listed("the checkpoint contradicts its own model section", problems))
     return model
 

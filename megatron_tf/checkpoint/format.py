@@ -55,8 +55,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_tf.checkpoint.ranges import StepRange, coverage_problems
-from megatron_tf.checkpoint.strict_json import Fields, parse_object
-from megatron_tf.errors import CheckpointError
+from megatron_tf.checkpoint.records import record_problems
+from megatron_tf.checkpoint.strict_json import MOST, Fields, parse_object
+from megatron_tf.errors import CheckpointError, shown
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -68,6 +69,8 @@ DTYPE = "float32"
 BYTES_PER_ELEMENT = 4
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # never a path: a checkpoint only names files of its own folder
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
+_LONGEST_NAME = 512  # of a tensor or projection
+_MOST_DIMENSIONS = 8
 
 
 def folder_name(step: int) -> str:
@@ -189,23 +192,21 @@ class CheckpointIndex:
         _check_version(fields)
         fields.only(*cls.__dataclass_fields__)
         trackers, scales, steps = fields.object("trackers"), fields.object("scales"), fields.object("adam_steps")
-        history = fields.array("growth_history")
-        if not all(isinstance(entry, dict) for entry in history):
-            raise fields.error("growth_history", "must hold objects only")
         index = cls(
             step=fields.integer("step"),
             samples=fields.integer("samples"),
             tokens=fields.integer("tokens"),
             model=fields.plain("model"),
-            scales={name: scales.positive(name) for name in scales},
-            tensors={name: _parse_tensor(tensor) for name, tensor in fields.objects("tensors")},
+            scales={_name(scales, name): scales.positive(name) for name in scales},
+            tensors={_name(tensor, name): _parse_tensor(tensor) for name, tensor in fields.objects("tensors")},
             adam_steps={name: _parse_steps(steps, name) for name in steps},
-            growth_history=tuple(history),
+            growth_history=fields.plain_objects("growth_history"),
             data=fields.plain("data"),
             trackers={name: trackers.text(name) for name in trackers},
             run=fields.plain("run"),
         )
-        if problems := index.problems():
+        records = record_problems(index.growth_history, index.data, index.run, index.tokens, complete=False)
+        if problems := [*index.problems(), *records]:
             raise CheckpointError(f"{file}: " + "; ".join(problems))
         return index
 
@@ -235,7 +236,7 @@ class Manifest:
         files = {}
         for name, entry in fields.objects("files"):
             if not _FILE_NAME.fullmatch(name):
-                raise fields.error("files", f"holds {name!r}, which is not a file name")
+                raise fields.error("files", f"holds {shown(name)}, which is not a file name")
             entry.only("bytes", "xxh3_128")
             files[name] = StoredFile(entry.integer("bytes"), _parse_checksum(entry))
         if INDEX_NAME not in files:
@@ -273,7 +274,7 @@ class Part:
         pieces = []
         for entry in fields.array("pieces"):
             if not isinstance(entry, list) or [type(value) for value in entry] != [str, str, int, int, str]:
-                raise fields.error("pieces", f"holds {entry!r}, expected [tensor, state, start, stop, key]")
+                raise fields.error("pieces", f"holds {shown(entry)}, expected [tensor, state, start, stop, key]")
             pieces.append(tuple(entry))
         return cls(
             rank=fields.integer("rank"),
@@ -302,6 +303,12 @@ def _check_version(fields: Fields) -> None:
         )
 
 
+def _name(fields: Fields, name: str) -> str:
+    if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+        raise fields.error("", f"holds {shown(name)}, which is no name of a tensor")
+    return name
+
+
 def _parse_tensor(fields: Fields) -> StoredTensor:
     fields.only("shape", "states")
     states = {}
@@ -310,19 +317,23 @@ def _parse_tensor(fields: Fields) -> StoredTensor:
             raise entry.error("", f"is an unknown state; known are {', '.join(STATES)}")
         entry.only("dtype", "pieces")
         if entry.text("dtype") != DTYPE:
-            raise entry.error("dtype", f"is {entry.text('dtype')!r}, this format version stores {DTYPE} only")
+            raise entry.error("dtype", f"is {shown(entry.text('dtype'))}, this format version stores {DTYPE} only")
         states[state] = tuple(_parse_piece(entry, piece) for piece in entry.array("pieces"))
-    return StoredTensor(fields.integers("shape", minimum=1), states)
+    shape = fields.integers("shape", minimum=1)
+    if len(shape) > _MOST_DIMENSIONS or math.prod(shape) > MOST:
+        raise fields.error("shape", f"is {shown(list(shape))}, which is too large for a tensor")
+    return StoredTensor(shape, states)
 
 
 def _parse_piece(fields: Fields, value: Any) -> StoredPiece:
     if not isinstance(value, list) or [type(entry) for entry in value] != [int, int, str, str]:
-        raise fields.error("pieces", f"holds {value!r}, expected [start, stop, file, key]")
+        raise fields.error("pieces", f"holds {shown(value)}, expected [start, stop, file, key]")
     piece = StoredPiece(*value)
-    if piece.start < 0 or piece.stop <= piece.start:
-        raise fields.error("pieces", f"holds [{piece.start}, {piece.stop}), which is not a range")
+    if not 0 <= piece.start < piece.stop <= MOST:
+        start, stop = shown(piece.start), shown(piece.stop)
+        raise fields.error("pieces", f"holds [{start}, {stop}), which is not a range")
     if not _FILE_NAME.fullmatch(piece.file):
-        raise fields.error("pieces", f"names {piece.file!r}, which is not a file name")
+        raise fields.error("pieces", f"names {shown(piece.file)}, which is not a file name")
     return piece
 
 
@@ -330,12 +341,14 @@ def _parse_steps(fields: Fields, name: str) -> tuple[StepRange, ...]:
     entries = fields.array(name)
     for entry in entries:
         if not isinstance(entry, list) or [type(value) for value in entry] != [int, int, int] or min(entry) < 0:
-            raise fields.error(name, f"holds {entry!r}, expected [start, stop, steps], none below 0")
+            raise fields.error(name, f"holds {shown(entry)}, expected [start, stop, steps], none below 0")
+        if max(entry) > MOST:
+            raise fields.error(name, f"holds {shown(entry)}, expected none above {MOST}")
     return tuple(tuple(entry) for entry in entries)
 
 
 def _parse_checksum(fields: Fields) -> str:
     value = fields.text("xxh3_128")
     if not _CHECKSUM.fullmatch(value):
-        raise fields.error("xxh3_128", f"is {value!r}, expected 32 hexadecimal digits")
+        raise fields.error("xxh3_128", f"is {shown(value)}, expected 32 hexadecimal digits")
     return value

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.checkpoint.shards import read_failure
-from megatron_tf.errors import CheckpointError, DamagedError, UnreadableError
+from megatron_tf.errors import CheckpointError, DamagedError, UnreadableError, broken_link, system_reason
 
 STEP_PREFIX = "step_"
 UNFINISHED_PREFIX = ".tmp-"  # a folder being written or deleted: never a checkpoint
@@ -22,6 +22,12 @@ CHECKPOINTS_FOLDER = "checkpoints"  # within a run's folder
 
 Skipped = list[tuple[Path, str]]
 T = TypeVar("T")
+Report = Callable[[str], object]  # takes a sentence about what could not be deleted
+
+
+def refuse(problem: str) -> NoReturn:
+    """The `Report` of those for whom a leftover is an error."""
+    raise CheckpointError(problem)
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,20 @@ def find_latest(root: Path | str, *, verify: bool, ranks: Ranks = ALONE) -> tupl
     Newest is the highest step inside, whatever a folder is called. `verify` also compares the checksums of
     all its bytes, which reads it whole; without it a flipped byte in a shard goes unnoticed.
     `ranks` share that reading; all of them call this together and get the same answer.
+    A link is followed; one that leads nowhere is among what was passed over.
     UnreadableError when one that may be the newest cannot be read, whole or not: nothing older is taken then.
     """
     candidates, skipped = _from_first(lambda: _candidates(Path(root)), ranks)
-    for path, error in candidates:
+    for number, (path, error) in enumerate(candidates, 1):
         if error is None and verify:
             error = _verify(path, ranks)
         if isinstance(error, UnreadableError):
             raise UnreadableError(f"{error}. Make it readable, or move it away to go on from an older one")
         if error is None:
-            return path, skipped
+            older_links = [
+                (link, str(why)) for link, why in candidates[number:] if why is not None and link.is_symlink()
+            ]
+            return path, [*skipped, *older_links]
         skipped.append((path, _problem(error)))
     return None, skipped
 
@@ -77,7 +87,7 @@ def resolve(path: Path | str, ranks: Ranks = ALONE) -> Path:
 def _resolve(path: Path | str) -> Path:
     folder = Path(path)
     if not folder.is_dir():
-        problem = "is a file" if folder.is_file() else "there is no such folder"
+        problem = "is a file" if folder.is_file() else broken_link(folder) or "there is no such folder"
         raise CheckpointError(f"{folder}: {problem}. Give a checkpoint, a checkpoints or a run folder")
     if _looks_like_checkpoint(folder):
         return open_checkpoint(folder).path
@@ -93,13 +103,17 @@ def _resolve(path: Path | str) -> Path:
     return latest
 
 
-def prune(root: Path | str, keep_last: int, known: MutableMapping[Path, bool] | None = None) -> list[Path]:
+def prune(
+    root: Path | str, keep_last: int, known: MutableMapping[Path, bool] | None = None, report: Report = refuse
+) -> list[Path]:
     """Delete all but the newest `keep_last` good checkpoints of `root`; returns what was deleted.
 
     A checkpoint counts as kept only when all its checksums are right, so that a damaged newest one never
     makes the last good one disposable. Damaged and unreadable ones are left for the user to see.
+    Of a checkpoint that lies elsewhere only the link to it is deleted.
     `known`: whether checkpoints, by resolved path, are good, for those that this process has written or verified;
     they are not read again, and what is read now is added.
+    `report`: told of each that cannot be deleted; the others are deleted all the same.
     """
     assert keep_last >= 1
     known = {} if known is None else known
@@ -110,29 +124,53 @@ def prune(root: Path | str, keep_last: int, known: MutableMapping[Path, bool] | 
             if path not in known:
                 known[path] = _verify(path, ALONE) is None
             kept += known[path]
-        else:
-            _delete(reader.path)
+            continue
+        for entry in dict.fromkeys((*_links_to(path, Path(root)), reader.path)):
+            try:
+                _delete(entry)
+            except OSError as error:
+                report(_undeletable(entry, error))
+        if not os.path.lexists(reader.path):
             known.pop(path, None)
             deleted.append(reader.path)
     return deleted
 
 
-def clear_leftovers(root: Path | str, but: str | None = None) -> None:
+def clear_leftovers(root: Path | str, but: str | None = None, report: Report = refuse) -> None:
     """Remove what saves and deletions that were cut off have left in `root`; put back what one of them had set aside.
 
-    `but`: the token of a save that is under way. OSError when something cannot be removed.
+    `but`: the token of a save that is under way. `report`: told of each that cannot be removed, such as another user's.
     """
     for path in _entries(Path(root)):
         if but is not None and path.name.split("-", 2)[-1] == but:
             continue  # another rank was faster
-        if path.name.startswith((UNFINISHED_PREFIX, FAILED_PREFIX)):
-            _remove(path)
-        elif path.name.startswith(REPLACED_PREFIX):
-            original = path.with_name(path.name.removeprefix(REPLACED_PREFIX).split("-", 1)[0])
-            if original.exists():
-                _remove(path)
-            else:
-                os.rename(path, original)
+        try:
+            if path.name.startswith((UNFINISHED_PREFIX, FAILED_PREFIX)):
+                remove(path)
+            elif path.name.startswith(REPLACED_PREFIX):
+                original = path.with_name(path.name.removeprefix(REPLACED_PREFIX).split("-", 1)[0])
+                if original.exists():
+                    remove(path)
+                else:
+                    os.rename(path, original)
+        except OSError as error:
+            report(_undeletable(path, error))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link but not what it leads to.
+
+    Of what cannot be removed whole, as much as possible goes before the OSError.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(path)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            raise
 
 
 def _candidates(root: Path) -> tuple[list[tuple[Path, CheckpointError | None]], Skipped]:
@@ -153,39 +191,60 @@ def _survey(root: Path) -> tuple[list[CheckpointReader], list[tuple[Path, Checkp
     readers: list[CheckpointReader] = []
     failures: list[tuple[Path, CheckpointError]] = []
     for folder in _entries(root):
-        if folder.name.startswith(UNFINISHED_PREFIX) or not _looks_like_checkpoint(folder):
+        if folder.name.startswith((UNFINISHED_PREFIX, FAILED_PREFIX)):
             continue
-        try:
-            readers.append(open_checkpoint(folder))
-        except CheckpointError as error:
-            failures.append((folder, error))
-    # Of two with one step, the one that was set aside is the older.
-    readers.sort(key=lambda reader: (reader.index.step, not reader.path.name.startswith(REPLACED_PREFIX)), reverse=True)
-    return readers, failures
+        if problem := broken_link(folder):
+            failures.append((folder, UnreadableError(f"{folder}: {problem}")))
+        elif _looks_like_checkpoint(folder):
+            try:
+                readers.append(open_checkpoint(folder))
+            except CheckpointError as error:
+                failures.append((folder, error))
+    readers.sort(key=_age, reverse=True)
+    distinct: dict[Path, CheckpointReader] = {}
+    for reader in readers:
+        distinct.setdefault(reader.path.resolve(), reader)
+    return list(distinct.values()), failures
+
+
+def _age(reader: CheckpointReader) -> tuple[int, bool, bool]:
+    """Orders by step. Of two with one step, the one that was set aside is the older, and a link stands behind a folder."""
+    return reader.index.step, not reader.path.name.startswith(REPLACED_PREFIX), not reader.path.is_symlink()
+
+
+def _links_to(path: Path, root: Path) -> list[Path]:
+    return [entry for entry in _entries(root) if entry.is_symlink() and entry.resolve() == path]
 
 
 def _entries(root: Path) -> list[Path]:
     try:
         return sorted(root.iterdir())
     except (FileNotFoundError, NotADirectoryError):
+        if problem := broken_link(root):
+            raise UnreadableError(f"{root}: {problem}. Restore what it leads to, or choose another folder") from None
         return []
     except OSError as error:
-        raise read_failure(f"{root}:", error) from error
+        raise UnreadableError(f"{root}: cannot be read ({system_reason(error, root)})") from error
 
 
 def _looks_like_checkpoint(folder: Path) -> bool:
     """Whether the folder claims to be a checkpoint, so that a broken one is named instead of ignored."""
     named = folder.name.startswith((STEP_PREFIX, REPLACED_PREFIX))
     try:
-        holds_one = (folder / MANIFEST_NAME).exists() or (folder / INDEX_NAME).exists()
+        holds_one = os.path.lexists(folder / MANIFEST_NAME) or os.path.lexists(folder / INDEX_NAME)
         return folder.is_dir() and (named or holds_one)
     except OSError:  # no look inside: then the name decides, and a stranger's folder (lost+found) is not our business
         return named
 
 
-def _named_step(folder: Path) -> float:
-    digits = folder.name.removeprefix(STEP_PREFIX)
-    return int(digits) if digits.isdecimal() else float("inf")
+def _named_step(entry: Path) -> float:
+    """The step in the name of what cannot be read, or of what a link leads to."""
+    names = (entry.name, os.path.basename(os.readlink(entry))) if entry.is_symlink() else (entry.name,)
+    for name in names:
+        digits = name.removeprefix(STEP_PREFIX)
+        if digits.isdecimal():
+            return int(digits)
+    return -1 if entry.is_symlink() else float("inf")  # the user's own link, such as `best`, is older than any save
 
 
 def _verify(path: Path, ranks: Ranks) -> CheckpointError | None:
@@ -222,13 +281,16 @@ def _from_first(work: Callable[[], T], ranks: Ranks) -> T:
     return outcome
 
 
-def _delete(folder: Path) -> None:
+def _delete(entry: Path) -> None:
     """Take the name away first: a deletion that is cut off leaves nothing that looks like a broken checkpoint."""
-    doomed = folder.with_name(f"{UNFINISHED_PREFIX}{folder.name}-deleted")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    if entry.is_symlink():
+        entry.unlink()
+        return
+    doomed = entry.with_name(f"{UNFINISHED_PREFIX}{entry.name}-deleted-{secrets.token_hex(4)}")
+    os.rename(entry, doomed)
+    remove(doomed)
 
 
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def _undeletable(path: Path, error: OSError) -> str:
+    cause = Path(os.fsdecode(error.filename)) if error.filename else path
+    return f"{path} cannot be deleted: {system_reason(error, cause)} ({cause}). Saves go on; delete it by hand"

@@ -19,30 +19,35 @@ from megatron_tf.checkpoint.format import (
 )
 from megatron_tf.checkpoint.ranges import RangeMap
 from megatron_tf.checkpoint.shards import BUFFER_BYTES, ShardReader, file_checksum, read_failure
-from megatron_tf.errors import CheckpointError, DamagedError
+from megatron_tf.durable import plain_size, read_plain
+from megatron_tf.errors import CheckpointError, DamagedError, shown
+
+# Far beyond those of any model on any number of ranks: what is larger is no such file.
+_LARGEST_INDEX = 2**30
+_LARGEST_MANIFEST = 2**26
 
 
 def open_checkpoint(path: Path | str) -> CheckpointReader:
     """A reader of the checkpoint folder `path`.
 
     Checked: the manifest and the index in full (the index's checksum too), the presence and length of every
-    file, that each element of each state has its place exactly once. The shards' bytes are checked by
-    `CheckpointReader.verify`. Anything wrong is a CheckpointError, of the kind DamagedError when files are missing or
-    cut, and UnreadableError when the system does not give one out.
+    file, that each element of each state has its place exactly once, and that a file is long enough for what the index
+    says of it. The shards' bytes are checked by `CheckpointReader.verify`. Anything wrong is a CheckpointError, of the
+    kind DamagedError when files are missing or cut, and UnreadableError when the system does not give one out.
     """
     folder = Path(path)
-    manifest = Manifest.from_json(str(folder / MANIFEST_NAME), _read(folder, MANIFEST_NAME))
+    manifest = Manifest.from_json(str(folder / MANIFEST_NAME), _read(folder, MANIFEST_NAME, _LARGEST_MANIFEST))
     for name, stored in manifest.files.items():
         try:
-            size = (folder / name).stat().st_size
-        except FileNotFoundError as error:
-            raise DamagedError(f"{folder}: {name} is missing") from error
+            size = plain_size(folder / name)
         except OSError as error:
-            raise read_failure(f"{folder}: {name}", error) from error
+            failure = read_failure(f"{folder}: {name}", folder / name, error)
+            missing = isinstance(failure, DamagedError) and isinstance(error, FileNotFoundError)
+            raise DamagedError(f"{folder}: {name} is missing") if missing else failure from error
         if size != stored.num_bytes:
             raise DamagedError(f"{folder}: {name} has {size} bytes, the manifest says {stored.num_bytes}")
     _verify_file(folder, INDEX_NAME, manifest)
-    index = CheckpointIndex.from_json(str(folder / INDEX_NAME), _read(folder, INDEX_NAME))
+    index = CheckpointIndex.from_json(str(folder / INDEX_NAME), _read(folder, INDEX_NAME, _LARGEST_INDEX))
     return CheckpointReader(folder, index, manifest)
 
 
@@ -53,13 +58,20 @@ class CheckpointReader:
         self.path, self.index, self.manifest = path, index, manifest
         self._shards: dict[str, ShardReader] = {}
         self._maps: dict[tuple[str, str], RangeMap[StoredPiece]] = {}
+        room = {name: stored.num_bytes for name, stored in manifest.files.items()}
         for name, tensor in index.tensors.items():
             for state, pieces in tensor.states.items():
                 self._maps[name, state] = RangeMap((piece.start, piece.stop, piece) for piece in pieces)
                 for piece in pieces:
-                    if piece.file not in manifest.files:
+                    if piece.file not in room:
                         raise DamagedError(
                             f"{path}: {name}, {state} is said to lie in {piece.file}, which the manifest does not list"
+                        )
+                    room[piece.file] -= (piece.stop - piece.start) * BYTES_PER_ELEMENT
+                    if room[piece.file] < 0:
+                        raise DamagedError(
+                            f"{path}: {name}, {state}: {INDEX_NAME} says that more lies in {piece.file} than its "
+                            f"{manifest.files[piece.file].num_bytes:,} bytes"
                         )
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
@@ -139,7 +151,7 @@ class CheckpointReader:
         shard = self._shards[piece.file]
         if shard.numel(piece.key) != piece.stop - piece.start:
             raise DamagedError(
-                f"{self.path}: {piece.file} holds {shard.numel(piece.key)} elements of {piece.key!r}, "
+                f"{self.path}: {piece.file} holds {shard.numel(piece.key)} elements of {shown(piece.key)}, "
                 f"the index says {piece.stop - piece.start}"
             )
         return shard
@@ -153,13 +165,14 @@ def read_weights(reader: CheckpointReader) -> dict[str, Tensor]:
     }
 
 
-def _read(folder: Path, name: str) -> bytes:
+def _read(folder: Path, name: str, limit: int) -> bytes:
     try:
-        return (folder / name).read_bytes()
-    except FileNotFoundError as error:
-        raise DamagedError(f"{folder}: has no {name}, so it is not a complete checkpoint") from error
+        return read_plain(folder / name, limit)
     except OSError as error:
-        raise read_failure(f"{folder}: {name}", error) from error
+        failure = read_failure(f"{folder}: {name}", folder / name, error)
+        if isinstance(failure, DamagedError) and isinstance(error, FileNotFoundError):
+            failure = DamagedError(f"{folder}: has no {name}, so it is not a complete checkpoint")
+        raise failure from error
 
 
 def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
@@ -168,7 +181,7 @@ def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
     try:
         found = file_checksum(folder / name)
     except OSError as error:
-        raise read_failure(f"{folder}: {name}", error) from error
+        raise read_failure(f"{folder}: {name}", folder / name, error) from error
     if found != manifest.files[name].checksum:
         raise DamagedError(
             f"{folder}: {name} is damaged: its checksum is {found[:12]}..., "

@@ -24,8 +24,9 @@ import xxhash
 from torch import Tensor
 
 from megatron_tf.checkpoint.format import BYTES_PER_ELEMENT, StoredFile
-from megatron_tf.durable import new_file
-from megatron_tf.errors import CheckpointError, DamagedError, UnreadableError
+from megatron_tf.checkpoint.strict_json import Fields, parse_object
+from megatron_tf.durable import NotPlainError, new_file, open_plain
+from megatron_tf.errors import CheckpointError, DamagedError, UnreadableError, broken_link, shown
 
 BUFFER_BYTES = 16 * 2**20
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library reads no longer header
@@ -127,19 +128,25 @@ def tensor_length(tensor: Tensor | ComputedTensor) -> int:
 def file_checksum(path: Path) -> str:
     """Checksum of a file, read through one bounded buffer."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(BUFFER_BYTES))
-    with open(path, "rb", buffering=0) as file:
+    with open_plain(path) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
 
 
-def read_failure(what: str, error: OSError) -> CheckpointError:
-    """The error to raise when `what` could not be read: UnreadableError unless it is missing or no file, which is damage."""
+def read_failure(what: str, path: Path, error: OSError) -> CheckpointError:
+    """The error to raise when `path`, which messages call `what`, could not be read.
+
+    DamagedError when it is missing or no file, else UnreadableError: also when it is a link that leads nowhere, for
+    what it led to may be whole.
+    """
+    if link := broken_link(path):
+        return UnreadableError(f"{what} {link}")
     kind = DamagedError if isinstance(error, _DAMAGE) else UnreadableError
     return kind(f"{what} cannot be read ({error.strerror or error})")
 
 
-_DAMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_DAMAGE = (FileNotFoundError, NotADirectoryError, NotPlainError)
 
 
 class ShardReader:
@@ -161,7 +168,7 @@ class ShardReader:
         view = as_bytes(target)
         assert start >= 0 and position + len(view) <= end
         try:
-            with open(self._path, "rb", buffering=0) as file:
+            with open_plain(self._path) as file:
                 file.seek(position)
                 while view:
                     count = file.readinto(view)
@@ -169,31 +176,44 @@ class ShardReader:
                         raise DamagedError(f"{self._path}: ends within tensor {key!r}; the file is truncated")
                     view = view[count:]
         except OSError as error:
-            raise read_failure(f"{self._path}:", error) from error
+            raise read_failure(f"{self._path}:", self._path, error) from error
 
     def _locate(self, key: str) -> tuple[int, int]:
         if key not in self._entries:
-            raise DamagedError(f"{self._path}: has no tensor {key!r}")
+            raise DamagedError(f"{self._path}: has no tensor {shown(key)}")
         return self._entries[key]
 
     def _parse_header(self) -> dict[str, tuple[int, int]]:
         """{key: (begin, end)} in bytes from the start of the file."""
         try:
-            with open(self._path, "rb") as file:
+            with open_plain(self._path) as file:
                 size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
                 if not 2 <= length <= min(size - 8, _HEADER_LIMIT_BYTES):
                     raise DamagedError(f"{self._path}: header length {length} does not fit a file of {size} bytes")
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            return {key: self._entry(key, entry, 8 + length, size) for key, entry in header.items()}
+                text = file.read(length)
         except OSError as error:
-            raise read_failure(f"{self._path}:", error) from error
-        except (ValueError, AttributeError, TypeError, KeyError) as error:
-            raise DamagedError(f"{self._path}: the safetensors header is damaged ({error})") from error
+            raise read_failure(f"{self._path}:", self._path, error) from error
+        header = parse_object(f"{self._path}, the safetensors header", text, DamagedError)
+        begin, found = 8 + length, {}
+        for key in header:
+            if key == "__metadata__":
+                header.object(key)
+            else:
+                found[key] = _place(header.object(key), begin, size)
+        return found
 
-    def _entry(self, key: str, entry: dict[str, Any], data: int, size: int) -> tuple[int, int]:
-        (numel,), (begin, end) = entry["shape"], entry["data_offsets"]
-        if entry["dtype"] != "F32" or end - begin != numel * BYTES_PER_ELEMENT or not 0 <= begin <= end <= size - data:
-            raise DamagedError(f"{self._path}: tensor {key!r} has an impossible dtype, shape or position")
-        return data + begin, data + end
+
+def _place(entry: Fields, data: int, size: int) -> tuple[int, int]:
+    """(begin, end) in a file of `size` bytes of a tensor that the header describes; the tensors begin at `data`."""
+    entry.only("dtype", "shape", "data_offsets")
+    shape, offsets = entry.integers("shape"), entry.integers("data_offsets")
+    if entry.text("dtype") != "F32" or len(shape) != 1 or len(offsets) != 2:
+        raise entry.error("", f"is of {shown(entry.text('dtype'))} with {len(shape)} dimensions, expected a flat F32")
+    begin, end = offsets
+    if end - begin != shape[0] * BYTES_PER_ELEMENT or end > size - data:
+        raise entry.error(
+            "data_offsets",
+            f"is impossible: [{begin}, {end}] is not {shape[0]} elements within the {size - data} bytes of all tensors",
+        )
+    return data + begin, data + end

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from megatron_tf.checkpoint.shards import ComputedTensor
 from megatron_tf.checkpoint.source import StepZero, WeightsSource
 from megatron_tf.checkpoint.writer import ComputedPiece, save_checkpoint
 from megatron_tf.config.schema import Model
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, broken_link
 from megatron_tf.params import parameter_table
 
 FIRST_STEP = 0
@@ -50,6 +51,8 @@ def target_folder(path: Path | str) -> Path:
         )
     if root.name != CHECKPOINTS_FOLDER:
         root = root / CHECKPOINTS_FOLDER
+    if problem := broken_link(root):
+        raise CheckpointError(f"{root}: {problem}. Give another folder")
     for folder in (root, *root.parents):
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder}: is a file. Give another folder")
@@ -98,11 +101,11 @@ def write_step_zero(
         for state in STATES
     ]
     try:
-        clear_leftovers(root)
+        clear_leftovers(root, report=_warn)
         _check_space(root, model)
         return save_checkpoint(root, pieces, index, rank=0, world_size=1, token=secrets.token_hex(4))
     except KeyboardInterrupt:  # many gigabytes that nobody would look for under a hidden name
-        clear_leftovers(root)
+        clear_leftovers(root, report=_warn)
         raise
 
 
@@ -120,6 +123,10 @@ def write_weights(
     """
     start = StepZero(WeightsSource(weights, scales), samples=0, tokens=0, growth_history=())
     return write_step_zero(root, model, start, {}, progress)
+
+
+def _warn(problem: str) -> None:
+    print(f"warning: {problem}", file=sys.stderr)
 
 
 def _check_space(root: Path, model: Model) -> None:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_tf.errors import CheckpointError, DamagedError
+from megatron_tf.errors import CheckpointError, DamagedError, shown
+
+MOST = (
+    2**60 - 1
+)  # of any count: steps, tokens, elements, bytes. Sums and products with it stay within 64 bits or floats
+LARGEST_NUMBER = 1e300
+MOST_VALUES = 1_000_000
+DEEPEST = 16
+LONGEST_TEXT = 8_192
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse_object(file: str, text: bytes) -> Fields:
-    """The JSON object in `text`; `file` is how messages call it."""
+def parse_object(file: str, text: bytes, kind: type[CheckpointError] = CheckpointError) -> Fields:
+    """The JSON object in `text`; `file` is how messages call it, `kind` what is raised for a field that is wrong.
+
+    DamagedError for what is no JSON: also NaN, the same field twice, characters that Unicode does not have, and what
+    nests deeper, or has longer numbers, than Python reads.
+    """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen:
-                raise DamagedError(f"{file}: the field {key!r} stands there twice")
+                raise DamagedError(f"{file}: the field {shown(key)} stands there twice")
             seen[key] = value
         return seen
 
@@ -25,23 +38,28 @@ def parse_object(file: str, text: bytes) -> Fields:
         raise DamagedError(f"{file}: {constant} is not a JSON number")
 
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        decoded = text.decode("utf-8")
+        value = json.loads(decoded, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        if _SURROGATE.search(decoded):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
         raise DamagedError(f"{file}: not valid JSON ({error})") from error
-    return Fields(file, "", value)
+    except ValueError as error:  # Python's limit of digits
+        raise DamagedError(f"{file}: not valid JSON (a number of thousands of digits)") from error
+    return Fields(file, "", value, kind)
 
 
 class Fields:
     """Typed access to one JSON object. Every failure is a CheckpointError that names file and field."""
 
-    def __init__(self, file: str, path: str, value: Any):
-        self._file, self._path = file, path
+    def __init__(self, file: str, path: str, value: Any, kind: type[CheckpointError] = CheckpointError):
+        self._file, self._path, self._kind = file, path, kind
         if not isinstance(value, dict):
             raise self.error("", f"is {_kind(value)}, expected an object")
         self._values = value
 
     def error(self, key: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self._file}: {self._locate(key) or 'the file'} {problem}")
+        return self._kind(f"{self._file}: {self._locate(key) or 'the file'} {problem}")
 
     def only(self, *names: str) -> None:
         """Refuse any field that is not among `names`: it may change the meaning of the others."""
@@ -55,19 +73,23 @@ class Fields:
     def integer(self, key: str, minimum: int = 0) -> int:
         value = self._get(key)
         if type(value) is not int or value < minimum:
-            raise self.error(key, f"is {value!r}, expected an integer of at least {minimum}")
+            raise self.error(key, f"is {shown(value)}, expected an integer of at least {minimum}")
+        if value > MOST:
+            raise self.error(key, f"is {shown(value)}, expected an integer of at most {MOST}")
         return value
 
     def positive(self, key: str) -> float:
         value = self._get(key)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise self.error(key, f"is {value!r}, expected a number above 0")
+        if type(value) not in (int, float) or not 0 < value <= LARGEST_NUMBER:
+            raise self.error(key, f"is {shown(value)}, expected a number above 0")
         return float(value)
 
     def text(self, key: str) -> str:
         value = self._get(key)
         if not isinstance(value, str):
             raise self.error(key, f"is {_kind(value)}, expected a string")
+        if len(value) > LONGEST_TEXT:
+            raise self.error(key, f"is a string of {len(value):,} characters, expected at most {LONGEST_TEXT:,}")
         return value
 
     def optional_text(self, key: str) -> str | None:
@@ -81,22 +103,52 @@ class Fields:
 
     def integers(self, key: str, minimum: int = 0) -> tuple[int, ...]:
         for value in self.array(key):
-            if type(value) is not int or value < minimum:
-                raise self.error(key, f"holds {value!r}, expected integers of at least {minimum}")
+            if type(value) is not int or not minimum <= value <= MOST:
+                raise self.error(key, f"holds {shown(value)}, expected integers of at least {minimum}, at most {MOST}")
         return tuple(self.array(key))
 
     def plain(self, key: str) -> dict[str, Any]:
-        """An object whose inside is not the format's business."""
-        return dict(self.object(key)._values)
+        """An object whose inside is not the format's business; it is of a sane size, depth and range all the same."""
+        values = self.object(key)._values
+        self._check_plain(key, values)
+        return dict(values)
+
+    def plain_objects(self, key: str) -> tuple[dict[str, Any], ...]:
+        """A list of such objects."""
+        values = self.array(key)
+        if not all(isinstance(entry, dict) for entry in values):
+            raise self.error(key, "must hold objects only")
+        self._check_plain(key, values)
+        return tuple(values)
 
     def object(self, key: str) -> Fields:
-        return Fields(self._file, self._locate(key), self._get(key))
+        return Fields(self._file, self._locate(key), self._get(key), self._kind)
 
     def objects(self, key: str) -> Iterator[tuple[str, Fields]]:
         """An object of objects, one by one."""
         inner = self.object(key)
         for name in inner:
             yield name, inner.object(name)
+
+    def _check_plain(self, key: str, value: Any) -> None:
+        """Without recursion, which hostile nesting would exhaust."""
+        pending, seen = [(key, 0, value)], 0
+        while pending:
+            where, depth, value = pending.pop()
+            seen += 1
+            if depth > DEEPEST or seen > MOST_VALUES:
+                limit = (
+                    f"more than {DEEPEST} levels deep" if depth > DEEPEST else f"of more than {MOST_VALUES:,} values"
+                )
+                raise self.error(where, f"is {limit}, which no run writes")
+            if isinstance(value, dict):
+                pending += [(f"{where}.{name}", depth + 1, inner) for name, inner in value.items()]
+            elif isinstance(value, list):
+                pending += [(f"{where}.{number}", depth + 1, inner) for number, inner in enumerate(value)]
+            elif isinstance(value, str) and len(value) > LONGEST_TEXT:
+                raise self.error(where, f"is a string of {len(value):,} characters, expected at most {LONGEST_TEXT:,}")
+            elif isinstance(value, (int, float)) and not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+                raise self.error(where, f"is {shown(value)}, which is out of range")
 
     def _get(self, key: str) -> Any:
         if key not in self._values:

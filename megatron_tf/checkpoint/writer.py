@@ -40,7 +40,7 @@ from megatron_tf.checkpoint.format import (
     part_name,
     shard_name,
 )
-from megatron_tf.checkpoint.manager import FAILED_PREFIX, REPLACED_PREFIX, UNFINISHED_PREFIX, clear_leftovers
+from megatron_tf.checkpoint.manager import FAILED_PREFIX, REPLACED_PREFIX, UNFINISHED_PREFIX, clear_leftovers, remove
 from megatron_tf.checkpoint.shards import ComputedTensor, file_checksum, tensor_length, write_shard
 from megatron_tf.durable import sync_folder, write_atomically
 from megatron_tf.errors import CheckpointError
@@ -111,7 +111,8 @@ def save_checkpoint(
     try:
         attempt.at("start")
         if rank == 0:
-            clear_leftovers(attempt.root, but=token)
+            # what cannot be removed is in nobody's way, and those who start a run or a tool are told of it then
+            clear_leftovers(attempt.root, but=token, report=lambda problem: None)
         attempt.write_share(rank, pieces)
         if rank == 0:
             attempt.publish(index, attempt.collect(world_size))
@@ -200,13 +201,13 @@ class _Attempt:
         write_atomically(self.folder / MANIFEST_NAME, Manifest(self.token, files).to_json())
         sync_folder(self.folder)
         self.at("manifest")
-        if self.final.exists():
+        if os.path.lexists(self.final):
             os.rename(self.final, self.replaced)
             self.at(REPLACING_POINT)
         os.rename(self.folder, self.final)
         sync_folder(self.root)
         self.at("renamed")
-        shutil.rmtree(self.replaced, ignore_errors=True)
+        _try(lambda: remove(self.replaced))
 
     def await_outcome(self) -> None:
         """Return when rank 0 has published this attempt; CheckpointError with its reason when it gave up."""
@@ -232,7 +233,7 @@ class _Attempt:
         `reason` is for rank 0, which names the rank itself; `message` is what all ranks then raise.
         """
         if rank == 0:
-            if self.replaced.exists() and not self.final.exists():
+            if os.path.lexists(self.replaced) and not os.path.lexists(self.final):
                 _try(lambda: os.rename(self.replaced, self.final))
             _try(lambda: (self.folder / shard_name(0)).unlink())  # room for the reason
             if self._world_size > 1:  # else nobody waits for it

@@ -21,7 +21,7 @@ from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
 from megatron_tf.config.schema import NOT_REGISTERED, Model, RunConfig, Section
 from megatron_tf.config.validate import check_model
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
-from megatron_tf.errors import ConfigError
+from megatron_tf.errors import ConfigError, broken_link, system_reason
 
 Location = tuple[int | str, ...]
 
@@ -79,11 +79,14 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file. Give the path of a run's YAML file.") from None
+        problem = broken_link(path) or "there is no such file"
+        raise ConfigError(f"{path}: {problem}. Give the path of a run's YAML file.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text. Save the file as UTF-8.") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give a readable YAML file.") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({system_reason(error, path)}). Give a readable YAML file."
+        ) from None
     values, problems = parse_yaml(text, str(path))
     if values is None:
         needed = ", ".join(_required_keys(RunConfig))

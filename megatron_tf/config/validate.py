@@ -345,9 +345,9 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
                 f"growth: a {config.model.architecture} has no parameter tokens to append to. Remove it and train from "
                 f"scratch, or set model.architecture to {either(with_parameter_tokens())}."
             )
-        own = os.path.normpath(config.run.dir)
-        source = os.path.normpath(config.growth.source)
-        if source == own or source == os.path.join(own, "checkpoints"):
+        own = os.path.realpath(config.run.dir)
+        source = os.path.realpath(config.growth.source)
+        if source in (own, os.path.realpath(os.path.join(own, "checkpoints"))):
             yield (
                 f"growth.from: {config.growth.source} is this run's own folder (run.dir {config.run.dir}). "
                 "Give the smaller run's folder, or another run.dir."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -142,7 +143,7 @@ def check_export_target(path: Path) -> None:
     """Create the folder that the official file `path` will stand in. UserError when it cannot go there."""
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder. Name the file, such as {path / WEIGHTS_NAME}")
-    if path.exists():
+    if os.path.lexists(path):
         raise CheckpointError(f"{path}: exists already. Nothing is overwritten: give another name")
     prepare_output(path)
 

@@ -17,7 +17,8 @@ from megatron_tf.convert.huggingface.export import TOKENIZER_NAME
 from megatron_tf.convert.huggingface.importing import is_export, open_export
 from megatron_tf.data.summary import read_summary, summary_file
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
-from megatron_tf.errors import ConfigError, DataError, UserError
+from megatron_tf.durable import open_plain
+from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
 from megatron_tf.model.checks import check_dtype
 from megatron_tf.model.tokenformer import TokenFormer
 
@@ -47,7 +48,7 @@ def configured_tokenizer(path: Path | str) -> str | None:
     if is_export(path):
         file = Path(path) / TOKENIZER_NAME
         return str(file) if os.path.lexists(file) else None
-    config = _run_config(path)
+    config = run_config(path)
     return None if config is None else config.data.tokenizer
 
 
@@ -85,7 +86,7 @@ def other_tokenizer(path: Path | str, name: str, tokenizer: Tokenizer) -> str | 
 
 def _data_tokenizer(path: Path | str) -> tuple[Path, str] | None:
     """(summary, fingerprint of the tokenizer) of the first of the run's data that have a summary."""
-    config = None if is_export(path) else _run_config(path)
+    config = None if is_export(path) else run_config(path)
     for source in (*config.data.train, *config.data.validation) if config else ():
         summary = read_summary(source.path)
         if summary is not None:
@@ -93,9 +94,13 @@ def _data_tokenizer(path: Path | str) -> tuple[Path, str] | None:
     return None
 
 
-def _run_config(path: Path | str) -> RunConfig | None:
-    """The configuration of the run that the checkpoint `path` is of."""
-    for folder in (Path(path), *Path(path).resolve().parents[:2]):
-        if os.path.isfile(folder / "config.yml"):
-            return load_config(folder / "config.yml")
+def run_config(path: Path | str) -> RunConfig | None:
+    """The configuration of the run that the checkpoint `path` is of: in the folders around it, or, when it is reached
+    through a link, around where it lies. None when there is none; ConfigError when it cannot be read."""
+    around = (Path(os.path.abspath(path)), Path(path).resolve())
+    for folder in (Path(path), *around[0].parents[:2], *around[1].parents[:2]):
+        file = folder / "config.yml"
+        if os.path.lexists(file):
+            with file_errors(ConfigError, file, "It was to say what the run was trained with."), open_plain(file):
+                return load_config(file)
     return None

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.source import CheckpointSource, StepZero
 from megatron_tf.checks import check_whole_number
-from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import DataSource, Model
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.pruning import PrunedSource, largest, summed_contributions, summed_scale_terms
 from megatron_tf.growth.source import growth_entry
+from megatron_tf.inference.load import run_config
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.params import parameter_table, projections
@@ -67,13 +67,13 @@ def check_run_tokenizer(checkpoint: Path, prefix: str) -> bool:
 
     False when the run's config.yml, which names its tokenizer and data, is not there to compare with.
     """
-    for folder in checkpoint.resolve().parents[:2]:
-        if (folder / "config.yml").is_file():
-            data = load_config(folder / "config.yml").data
-            tokenizer = data.tokenizer if data.tokenizer is not None and Path(data.tokenizer).is_file() else None
-            check_tokenizer([*data.train, DataSource(path=prefix)], tokenizer)
-            return True
-    return False
+    config = run_config(checkpoint)
+    if config is None:
+        return False
+    data = config.data
+    tokenizer = data.tokenizer if data.tokenizer is not None and Path(data.tokenizer).is_file() else None
+    check_tokenizer([*data.train, DataSource(path=prefix)], tokenizer)
+    return True
 
 
 class DataSample:

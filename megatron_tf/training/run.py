@@ -22,7 +22,7 @@ from megatron_tf.data.documents import LossMask, find_boundaries
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint, source_names
 from megatron_tf.data.prefetch import Prefetcher
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import ConfigError, LostContactError, RunStopped, TrainingError, UserError
+from megatron_tf.errors import ConfigError, LostContactError, RunStopped, TrainingError, UserError, system_reason
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.parallel.stop_signals import StopSignals
@@ -182,7 +182,7 @@ def _prepare_folder(config: RunConfig, run_dir: Path) -> None:
     """Makes the folders, and tries out, before hours are spent, that files can be written."""
     try:
         checkpoints_folder(config).mkdir(parents=True, exist_ok=True)
-        attempt = checkpoints_folder(config) / ".tmp-can-write"
+        attempt = checkpoints_folder(config) / f".tmp-can-write-{secrets.token_hex(4)}"
         write_atomically(attempt, b"checkpoints can be written here")
         attempt.unlink()
         write_atomically(run_dir / "config.yml", dump_config(config).encode())
@@ -192,7 +192,7 @@ def _prepare_folder(config: RunConfig, run_dir: Path) -> None:
 
 def _cannot_write(config: RunConfig, error: OSError) -> ConfigError:
     place = error.filename or config.run.dir
-    return ConfigError(f"run.dir: cannot write to {place}: {error.strerror}. Choose another folder.")
+    return ConfigError(f"run.dir: cannot write to {place}: {system_reason(error, place)}. Choose another folder.")
 
 
 def _build(

@@ -52,11 +52,12 @@ class Saver:
         self._copying: Future[list[Piece]] | None = None
         self._write: _Write | None = None
         self._failure: Exception | None = None  # of the newest save that is over
+        self._reported: set[str] = set()
         if rank == 0:
             try:
-                clear_leftovers(checkpoints_folder(config))
-            except (OSError, CheckpointError) as error:
-                console.warning(f"leftovers of an earlier save could not be deleted: {error}")
+                clear_leftovers(checkpoints_folder(config), report=self._report)
+            except CheckpointError as error:
+                self._report(str(error))
 
     def save(self, progress: Progress, run_state: Mapping[str, Any]) -> None:
         """Saves the state as it is now. In the background: returns at once, and the state may change by updates only.
@@ -126,10 +127,16 @@ class Saver:
         if self._rank == 0 and keep_last is not None:
             try:
                 self._sound[path.resolve()] = True
-                prune(root, keep_last, self._sound)
+                prune(root, keep_last, self._sound, self._report)
             except (OSError, CheckpointError) as error:
-                self._console.warning(f"old checkpoints in {root} could not be deleted: {error}")
+                self._report(f"old checkpoints in {root} could not be deleted: {error}")
         return path
+
+    def _report(self, problem: str) -> None:
+        """Warns once of what each save would meet again."""
+        if problem not in self._reported:
+            self._reported.add(problem)
+            self._console.warning(problem)
 
     def _index(self, progress: Progress, run_state: Mapping[str, Any]) -> CheckpointIndex:
         table = parameter_table(self._config.model)

@@ -161,7 +161,8 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
         return Start(InitialSource(config.model, config.run.seed), f"initial weights of seed {config.run.seed}")
     reader = open_checkpoint(path)
     index = reader.index
-    if path.resolve().parent == checkpoints_folder(config).resolve():
+    # of the run's own folder, although what lies there may be a link to elsewhere
+    if path.parent.resolve() == checkpoints_folder(config).resolve():
         check_same_architecture(index, config.model)
         _check_data(config, index.data, data, path)
         return Start(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 
 import pytest
@@ -166,6 +168,49 @@ def test_nothing_that_this_process_wrote_or_verified_is_read_again(config, tmp_p
     saver, _, console = saver_of(config, tmp_path, keep_last=2, known_good=[root / "step_00000003"])
     steps(saver, 4, 7)
     assert sorted(p.name for p in root.iterdir()) == ["step_00000005", "step_00000006"]
+    assert not any("warning" in line for line in console.lines)
+
+
+def test_leftovers_that_cannot_be_deleted_stop_no_save_and_are_warned_of_once(config, tmp_path, monkeypatch):
+    rmdir, root = os.rmdir, tmp_path / "checkpoints"
+
+    def refused(path, *arguments, **options):
+        if os.path.basename(path).startswith((".tmp-another", ".tmp-step_00000001-deleted")):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        rmdir(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "rmdir", refused)
+    (root / ".tmp-another").mkdir(parents=True)
+    saver, _, console = saver_of(config, tmp_path, keep_last=1)
+    for step in range(1, 5):
+        saver.save(Progress(step, 8 * step, 128 * step), {})
+    saver.finish()
+    left = sorted(path.name for path in root.iterdir())
+    assert left[0] == ".tmp-another" and left[1].startswith(".tmp-step_00000001") and left[2:] == ["step_00000004"]
+    warnings = [line for line in console.lines if line.startswith("warning")]
+    assert len(warnings) == 2 and all("Permission denied" in line for line in warnings)
+    assert f"{root / '.tmp-another'} cannot be deleted" in warnings[0]
+    assert f"{root / 'step_00000001'} cannot be deleted" in warnings[1]
+    assert sum(line.startswith("saved") for line in console.lines) == 4
+
+
+def test_a_checkpoint_that_lies_elsewhere_loses_its_link_alone(config, tmp_path):
+    saver, engine, console = saver_of(config, tmp_path)
+    saver.save(Progress(1, 8, 128), {})
+    saver.finish()
+    expected = state_of(engine)
+    step, elsewhere = (
+        tmp_path / "checkpoints" / "step_00000001",
+        tmp_path / "elsewhere" / "checkpoints" / "step_00000001",
+    )
+    elsewhere.parent.mkdir(parents=True)
+    step.rename(elsewhere)
+    step.symlink_to(elsewhere)
+    saver.save(Progress(1, 8, 128), {})  # the same step again
+    saver.finish()
+    assert not step.is_symlink()
+    assert_holds(tmp_path / "elsewhere", 1, expected, updates=0)
+    assert_holds(tmp_path, 1, expected, updates=0)
     assert not any("warning" in line for line in console.lines)
 
 

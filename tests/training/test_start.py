@@ -1,11 +1,14 @@
-"""What a run knows of the stages before it, from its growth history."""
+"""Where a run begins, and what it knows of the stages before it, from its growth history."""
 
 from __future__ import annotations
 
 import pytest
+import torch.distributed as dist
+from saving import saver_of
 
+from megatron_tf.errors import ConfigError, UnreadableError
 from megatron_tf.estimate import flops_per_token
-from megatron_tf.training.start import Progress, Start
+from megatron_tf.training.start import Progress, Start, begin, choose
 
 
 @pytest.fixture
@@ -47,3 +50,46 @@ def test_a_run_that_did_not_grow(start):
         0,
         {},
     )
+
+
+@pytest.fixture
+def saved(config, tmp_path):
+    """A run's configuration and its checkpoint of step 3."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    saver, *_ = saver_of(config, tmp_path / "run", asynchronous=False)
+    saver.save(Progress(3, 24, 384), {})
+    dist.destroy_process_group()
+    return config(run={"dir": str(tmp_path / "run")}), tmp_path / "run" / "checkpoints" / "step_00000003"
+
+
+@pytest.mark.parametrize("linked", ["step_00000003", "checkpoints", "."])
+def test_a_run_resumes_from_what_a_link_leads_to(saved, tmp_path, linked):
+    config, checkpoint = saved
+    place = (checkpoint.parents[1] / linked) if linked != "step_00000003" else checkpoint
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    path, passed_over = choose(config)
+    start = begin(config, path, {})
+    assert (path, passed_over) == (checkpoint, [])
+    assert start.progress == Progress(3, 24, 384) and start.description == f"resumed from {checkpoint} at step 3"
+
+
+def test_a_run_never_starts_over_because_a_link_leads_nowhere(saved, tmp_path):
+    config, checkpoint = saved
+    checkpoint.rename(tmp_path / "elsewhere")
+    for place in (checkpoint, checkpoint.parent, checkpoint.parents[1]):
+        if place.exists():
+            place.rename(tmp_path / f"away-{place.name}")
+        place.symlink_to(tmp_path / "unmounted")
+        with pytest.raises(UnreadableError, match=f"{place}: is a link|because {place} is a link"):
+            choose(config)
+        place.unlink()
+
+
+def test_a_run_does_not_grow_from_its_own_folder_under_another_name(saved, config, tmp_path):
+    from megatron_tf.config.validate import validate
+
+    (tmp_path / "other").symlink_to(tmp_path / "run")
+    own = config(run={"dir": str(tmp_path / "run")}, growth={"from": str(tmp_path / "other")})
+    with pytest.raises(ConfigError, match="growth.from: .*other is this run's own folder"):
+        validate(own, 1)

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from importlib import resources
@@ -52,7 +53,7 @@ class ExportedTokenizer:
 def check_target(path: Path) -> None:
     """Create the folder that the export `path` will stand in. UserError when it cannot go there."""
     for folder in (path, partial_path(path)):
-        if folder.exists():
+        if os.path.lexists(folder):
             left = " (left behind by an export that was cut off, if nobody else made it)" if folder != path else ""
             raise CheckpointError(
                 f"{folder}: exists already{left}. Nothing is overwritten: remove it, or give another folder"

@@ -1,0 +1,120 @@
+"""What the objects inside an index may hold, as types and ranges: the history of growths, the data, the state of the run.
+
+They are written by other packages and read by them again. Whoever changed a checkpoint can give it right checksums, so
+nothing in it is used before it has passed here. Fields that are not known are let through: a later version may add some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_tf.checkpoint.strict_json import LARGEST_NUMBER, MOST
+from megatron_tf.config.schema import Fraction, ParameterTokens, Path, Positive
+from megatron_tf.errors import shown
+
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Number = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
+Text = Annotated[str, Field(max_length=256)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+
+class GrowthEntry(_Record):
+    """One growth, or pruning, see `growth.source.growth_entry`. Fields with a default are not in all of them."""
+
+    method: Text | dict[Literal["qkv", "proj", "ffn"], Text]
+    moments: Literal["keep", "reset"]
+    source: Path
+    step: Count
+    samples: Count
+    tokens: Count
+    before: ParameterTokens = Field(alias="from")
+    to: ParameterTokens
+    loss_before: Number | None
+    loss_after: Number | None
+    noise: Fraction = 0.0
+    preserves: bool = False
+    data: str = ""
+    data_samples: Count = 0
+
+
+class _Source(_Record):
+    name: Text = ""
+    weight: Positive = 1.0
+    tokens: Count = 0
+    bin_bytes: Count = 0
+    idx_bytes: Count = 0
+    ends_sha256: Text = ""
+
+
+class _Fingerprint(_Record):
+    """The training data, see `data.loader.fingerprint`."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    sources: list[_Source] = []
+
+
+class _Guard(_Record):
+    """State of `training.guard.LossGuard`."""
+
+    lr_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    mean_loss: Number = 0.0
+    lowest_mean_loss: Number = 0.0
+    losses_seen: Count = 0
+    spikes_in_a_row: Count = 0
+
+
+class _RunState(_Record):
+    """What a run resumes with besides its tensors. The loss scaler's fields are under DeepSpeed's names."""
+
+    guard: _Guard = _Guard()
+    schedule_unit: Annotated[int, Field(ge=1, le=MOST)] = 1
+    cur_scale: Positive = 1.0
+    cur_iter: Count = 0
+    last_overflow_iter: Annotated[int, Field(ge=-1, le=MOST)] = -1
+    cur_hysteresis: Annotated[int, Field(le=MOST)] = 0
+
+
+def record_problems(
+    history: Sequence[Mapping[str, Any]],
+    data: Mapping[str, Any],
+    run: Mapping[str, Any],
+    tokens: int,
+    *,
+    complete: bool,
+) -> list[str]:
+    """Everything that is wrong with these parts of an index, each as "field is value: reason".
+
+    `tokens`: of the index.  `complete`: a history also says all that resuming and growing need; without it, only what
+    is there must be right, which is enough to look at it.
+    """
+    problems: list[str] = []
+    for number, entry in enumerate(history):
+        problems += _problems(GrowthEntry, entry, f"growth_history.{number}", complete)
+    problems += _problems(_Fingerprint, data, "data", False) + _problems(_RunState, run, "run", False)
+    if complete and not problems:
+        counts = [entry["tokens"] for entry in history] + [tokens]
+        problems += [
+            f"growth_history.{number}.tokens is {before}, and there were {after} after that"
+            for number, (before, after) in enumerate(zip(counts, counts[1:]))
+            if before > after
+        ]
+    return problems
+
+
+def _problems(record: type[_Record], value: Mapping[str, Any], where: str, complete: bool) -> list[str]:
+    try:
+        record.model_validate(value)
+    except ValidationError as error:
+        return [
+            f"{'.'.join([where, *map(str, found['loc'])])} "
+            + ("is missing" if found["type"] == "missing" else f"is {shown(found['input'])}: {found['msg']}")
+            for found in error.errors(include_url=False)
+            if complete or found["type"] != "missing"
+        ]
+    return []
