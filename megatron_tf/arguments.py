@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+from megatron_tf.paths import expand
+from megatron_tf.shipped import configurations
 
 
 def whole_number(most: int, least: int = 1) -> Callable[[str], int]:
@@ -34,8 +38,32 @@ def number(least: float, most: float, expected: str | None = None) -> Callable[[
     return parse
 
 
-def path(text: str) -> Path:
-    """A path; not the empty string, which comes from an unset variable of a shell and would mean the current folder."""
+def text_path(text: str) -> str:
+    """A path as text, with `~` and environment variables replaced.
+
+    Not the empty string, which comes from an unset variable of a shell and would mean the current folder.
+    """
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path; the current folder is written .")
-    return Path(text)
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def path(text: str) -> Path:
+    """As `text_path`, as a Path."""
+    return Path(text_path(text))
+
+
+def input_path(text: str) -> str:
+    """As `text_path`, for a file or a glob that is read. A shell's glob also finds names with a `$` in them."""
+    return text if "$" in text and os.path.exists(text) else text_path(text)
+
+
+def config_file(text: str) -> Path:
+    """A configuration: the path of a file, or the name of one that comes with the package."""
+    file = path(text)
+    if "/" not in text and not file.exists():
+        return configurations().get(file.name.removesuffix(".yml"), file)
+    return file

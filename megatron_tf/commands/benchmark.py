@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel
-from megatron_tf.arguments import path, whole_number
+from megatron_tf.arguments import config_file, path, whole_number
 from megatron_tf.benchmark import communication, memory, pattention, scaling, stages, step
 from megatron_tf.benchmark.device import DTYPES, check_dtypes, machine, quick_dtype
 from megatron_tf.benchmark.report import Row, check_json, table, write_json
@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     add_config(mode)
     add_device(mode)
     mode = add_mode(modes, "step", run_step, step.__doc__)
-    mode.add_argument("configs", nargs="+", type=path, metavar="CONFIG", help="configurations of TokenFormers")
+    mode.add_argument("configs", nargs="+", type=config_file, metavar="CONFIG", help="configurations of TokenFormers")
     mode.add_argument(
         "--layers",
         type=count,
@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument("--compile", action="store_true", help="torch.compile of the blocks, but of the plain formula's")
     add_timing(mode)
     mode = add_mode(modes, "scaling", run_scaling, scaling.__doc__)
-    mode.add_argument("config", type=path, metavar="CONFIG", help="the TokenFormer that is grown")
+    mode.add_argument("config", type=config_file, metavar="CONFIG", help="the TokenFormer that is grown")
     mode.add_argument(
         "--tokens", type=scaled, nargs="*", default=(576, 2140, 4850, 8620), help="of q, k, v and proj each"
     )
@@ -107,7 +107,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def add_config(mode: argparse.ArgumentParser) -> None:
-    mode.add_argument("config", type=path, help="YAML file, see configs/")
+    mode.add_argument("config", type=config_file, help="YAML file, see configs/")
     mode.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
                       help="replace values of the file; they come right after it")  # fmt: skip
 

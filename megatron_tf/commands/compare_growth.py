@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tf.arguments import path, whole_number
+from megatron_tf.arguments import config_file, path, whole_number
 from megatron_tf.config.load import load_config
 from megatron_tf.config.machine import machine_problems
 from megatron_tf.config.schema import Growth, RunConfig
@@ -21,6 +21,7 @@ from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError, UserError
 from megatron_tf.growth.methods import METHODS
 from megatron_tf.growth.rules import chain_problems, growth_problems
+from megatron_tf.paths import literal
 from megatron_tf.telemetry.plot import RunCurve, plot_groups, read_run
 
 SCRATCH = "from scratch"
@@ -28,15 +29,15 @@ SCRATCH = "from scratch"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", type=path, default=Path("configs/tiny.yml"), metavar="FILE",
+    parser.add_argument("--small", type=config_file, default="tiny", metavar="FILE",
                         help="the smaller model's run")  # fmt: skip
-    parser.add_argument("--big", type=path, default=Path("configs/tiny_grow.yml"), metavar="FILE",
+    parser.add_argument("--big", type=config_file, default="tiny_grow", metavar="FILE",
                         help="the run that grows it")  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD",
                         help=f"of {', '.join(METHODS)} (default: all)")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=whole_number(2**31, least=0), default=[1, 2], metavar="SEED")
     parser.add_argument("--ranks", type=whole_number(256), default=2, help="processes to train on (default 2)")
-    parser.add_argument("--output", type=path, default=Path("runs/compare_growth"), metavar="DIR")
+    parser.add_argument("--output", type=path, default="runs/compare_growth", metavar="DIR")
     arguments = parser.parse_args()
     small, big = load_config(arguments.small), load_config(arguments.big)
     check(arguments, small, big)
@@ -46,7 +47,7 @@ def main() -> None:
         out = arguments.output / f"seed{seed}"
         start = run(arguments.small, arguments.ranks, out / "small", seed, [])
         for method in arguments.methods:
-            grown = [f"growth.from={out / 'small'}", f"growth.method={method}"]
+            grown = [f"growth.from={literal(str(out / 'small'))}", f"growth.method={method}"]
             groups[method].append([start, run(arguments.big, arguments.ranks, out / method, seed, grown)])
         assert small.training.train_steps is not None and big.training.train_steps is not None
         steps = small.training.train_steps * batch(small) // batch(big) + big.training.train_steps
@@ -88,7 +89,7 @@ def check(arguments: argparse.Namespace, small: RunConfig, big: RunConfig) -> No
 
 def growth_by(method: str, small: RunConfig, big: RunConfig) -> list[str]:
     """Why `method` cannot grow the smaller model into the bigger one."""
-    growth = Growth.model_validate({"from": small.run.dir, "method": method})
+    growth = Growth.model_validate({"from": literal(small.run.dir), "method": method})
     return chain_problems([small, big.model_copy(update={"growth": growth})])
 
 
@@ -100,8 +101,8 @@ def batch(config: RunConfig) -> int:
 def run(config: Path, ranks: int, folder: Path, seed: int, overrides: list[str]) -> RunCurve:
     """Trains what is not trained yet, and reads what it logged."""
     launcher = str(Path(sys.executable).with_name("torchrun"))
-    words = [launcher, "--standalone", "--nproc-per-node", str(ranks), "launch/train.py", str(config)]
-    words += [f"run.dir={folder}", f"run.seed={seed}", *overrides]
+    words = [launcher, "--standalone", "--nproc-per-node", str(ranks), "-m", "megatron_tf", "train", str(config)]
+    words += [f"run.dir={literal(str(folder))}", f"run.seed={seed}", *overrides]
     print("\n$ " + " ".join(["torchrun", *words[1:]]), flush=True)
     if code := subprocess.run(words).returncode:
         raise UserError(

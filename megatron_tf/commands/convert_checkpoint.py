@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_tf.architectures.tokenformer.section import as_tokenformer
+from megatron_tf.arguments import config_file, path, text_path
 from megatron_tf.checkpoint.architecture import check_format, stored_model
 from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import resolve
@@ -56,26 +57,30 @@ OFFICIAL_VOCABULARY_MULTIPLE = 128  # make_vocab_size_divisible_by, unless a con
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, type=path, metavar="COMMAND")
     importer = commands.add_parser("from-official", help="official weights into step 0 of a run")
-    importer.add_argument("source", type=Path, help="pytorch_model.bin, or a folder of official training checkpoints")
-    importer.add_argument("--to", dest="target", required=True, metavar="DIR", help="the run's folder")
-    importer.add_argument("--config", metavar="FILE", help="configuration whose model the weights must be of")
-    importer.add_argument("--reference", type=Path, metavar="FILE", help="safetensors of the official code's input_ids "
+    importer.add_argument("source", type=path, help="pytorch_model.bin, or a folder of official training checkpoints")
+    importer.add_argument("--to", dest="target", required=True, type=path, metavar="DIR", help="the run's folder")
+    importer.add_argument(
+        "--config", type=config_file, metavar="FILE", help="configuration whose model the weights must be of"
+    )
+    importer.add_argument("--reference", type=path, metavar="FILE", help="safetensors of the official code's input_ids "
                           "and logits, to compare with before anything is written")  # fmt: skip
     importer.set_defaults(command=from_official)
     exporter = commands.add_parser("to-official", help="a checkpoint's weights into an official file")
-    exporter.add_argument("source", help="run folder or checkpoint; memory for its weights is needed")
-    exporter.add_argument("--to", dest="target", required=True, type=Path, metavar="FILE", help="the file to write")
+    exporter.add_argument("source", type=path, help="run folder or checkpoint; memory for its weights is needed")
+    exporter.add_argument("--to", dest="target", required=True, type=path, metavar="FILE", help="the file to write")
     exporter.set_defaults(command=to_official)
     to_folder = commands.add_parser("to-hf", help="a checkpoint's weights into a folder for transformers and vLLM")
-    to_folder.add_argument("source", help="run folder or checkpoint; memory for twice its weights is needed")
-    to_folder.add_argument("--to", dest="target", required=True, type=Path, metavar="DIR", help="the folder to write")
-    to_folder.add_argument("--tokenizer", help="tokenizer file; default: data.tokenizer of the run's config.yml")
+    to_folder.add_argument("source", type=path, help="run folder or checkpoint; memory for twice its weights is needed")
+    to_folder.add_argument("--to", dest="target", required=True, type=path, metavar="DIR", help="the folder to write")
+    to_folder.add_argument(
+        "--tokenizer", type=text_path, help="tokenizer file; default: data.tokenizer of the run's config.yml"
+    )
     to_folder.set_defaults(command=to_hf)
     from_folder = commands.add_parser("from-hf", help="such a folder into step 0 of a run")
-    from_folder.add_argument("source", type=Path, help="folder with config.json and model.safetensors")
-    from_folder.add_argument("--to", dest="target", required=True, metavar="DIR", help="the run's folder")
+    from_folder.add_argument("source", type=path, help="folder with config.json and model.safetensors")
+    from_folder.add_argument("--to", dest="target", required=True, type=path, metavar="DIR", help="the run's folder")
     from_folder.set_defaults(command=from_hf)
     for command in (importer, exporter, to_folder, from_folder):
         command.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
@@ -108,13 +113,14 @@ def from_official(arguments: argparse.Namespace) -> None:
     write_run(root, model, lambda progress: write_imported(root, model, weights, progress), arguments.config)
 
 
-def write_run(root: Path, model: Model, write: Callable[[Progress], Path], config: str | None = None) -> None:
+def write_run(root: Path, model: Model, write: Callable[[Progress], Path], config: Path | None = None) -> None:
     total, began = state_bytes(model), time.monotonic()
     with Console(rank=0).bytes_written(total) as progress:
         path = write(progress)
     print(f"wrote {path}: {total:,} bytes in {time.monotonic() - began:.1f} s")
-    config = config or "a configuration of this model"
-    print(f"To train on, run {config} with run.dir={root.parent}; to grow, one with growth.from={root.parent}")
+    print(
+        f"To train on, run {config or 'a configuration of this model'} with run.dir={root.parent}; to grow, one with growth.from={root.parent}"
+    )
 
 
 def to_official(arguments: argparse.Namespace) -> None:

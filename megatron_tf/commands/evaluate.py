@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron_tf.arguments import path, whole_number
+from megatron_tf.arguments import config_file, path, whole_number
 from megatron_tf.config.load import load_config
 from megatron_tf.evaluation.eval_data import TASK_FOLDER
 from megatron_tf.parallel.environment import detect, one_message
@@ -21,7 +21,7 @@ MOST_TOKENS = 10**15
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "config", type=path, help="YAML file of the run; the config.yml in its folder, or one of configs/"
+        "config", type=config_file, help="YAML file of the run; the config.yml in its folder, or one of configs/"
     )
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
                         help="replace values of the file, such as parallel.tensor=2")  # fmt: skip

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.arguments import path
+from megatron_tf.arguments import config_file, path
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import resolve
@@ -37,7 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--from", dest="source", type=path, required=True, metavar="DIR", help="run folder or checkpoint to grow"
     )
-    parser.add_argument("--config", type=path, required=True, metavar="FILE", help="the bigger run's configuration")
+    parser.add_argument(
+        "--config", type=config_file, required=True, metavar="FILE", help="the bigger run's configuration"
+    )
     parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the bigger run's folder")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace values of the file")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tf.arguments import path, text_path
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.convert.huggingface.importing import is_export
 from megatron_tf.data.tokenizer import Tokenizer
@@ -27,10 +28,10 @@ MOST_TOKENS = 1_000_000  # weeks of work: more is a slip of the hand
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="run folder, checkpoints folder, checkpoint or export")
+    parser.add_argument("checkpoint", type=path, help="run folder, checkpoints folder, checkpoint or export")
     parser.add_argument("--prompt", action="append", help="text to continue; may be repeated; none begins a document")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="texts to continue, one a line, instead of --prompt"
+        "--prompts", type=path, metavar="FILE", help="texts to continue, one a line, instead of --prompt"
     )
     parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default 64)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
@@ -39,7 +40,9 @@ def parse_arguments() -> argparse.Namespace:
                         "the probability (default 1)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument(
-        "--tokenizer", help="tokenizer file; default: the export's, or data.tokenizer of the run's config.yml"
+        "--tokenizer",
+        type=text_path,
+        help="tokenizer file; default: the export's, or data.tokenizer of the run's config.yml",
     )
     arguments = parser.parse_args()
     check_arguments(arguments)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from megatron_tf.arguments import number, path, whole_number
+from megatron_tf.arguments import config_file, number, whole_number
 from megatron_tf.config.stages import load_stages
 from megatron_tf.errors import ConfigError
 from megatron_tf.planning.checkpoints import LLAMA_3_FAILURES_PER_GPU_YEAR
@@ -60,7 +60,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=path, help="YAML file, see configs/; also one with stages")
+    parser.add_argument("config", type=config_file, help="YAML file, see configs/; also one with stages")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
                         help="replace values of the file")  # fmt: skip
     parser.add_argument("--gpus", type=count, required=True, metavar="N", help="number of GPUs")

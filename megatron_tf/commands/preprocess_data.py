@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_tf.arguments import input_path, text_path
 from megatron_tf.data.preprocess import PreprocessSettings, merge_shards, preprocess
 from megatron_tf.data.progress import Progress
 
@@ -17,6 +18,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input",
+        type=input_path,
         nargs="+",
         required=True,
         metavar="FILE",
@@ -25,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--tokenizer",
+        type=text_path,
         required=True,
         help="Hugging Face tokenizers .json, SentencePiece .model, a .tiktoken file, tiktoken:cl100k_base and the like "
         "when tiktoken's cache has it, or bytes",
@@ -34,7 +37,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME",
         help="token to put after each document (default: the tokenizer's <|endoftext|>, </s>, <eos> or the like)",
     )
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path of the output without suffix")
+    parser.add_argument(
+        "--output-prefix", type=text_path, required=True, metavar="PREFIX", help="path of the output without suffix"
+    )
     parser.add_argument(
         "--json-key",
         default="text",

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from megatron_tf.arguments import path
+from megatron_tf.arguments import config_file
 from megatron_tf.config.stages import load_stages
 from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped
 from megatron_tf.parallel.environment import detect, one_message
@@ -19,7 +19,7 @@ from megatron_tf.parallel.stop_signals import StopSignals
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=path, help="YAML file, see configs/")
+    parser.add_argument("config", type=config_file, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
                         help="replace values of the file")  # fmt: skip
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_tf.arguments import path
+from megatron_tf.arguments import input_path, path
 from megatron_tf.data.bpe import train_bpe
 from megatron_tf.data.records import expand_inputs, read_texts
 
@@ -13,6 +13,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--input",
+        type=input_path,
         nargs="+",
         required=True,
         metavar="FILE",

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from megatron_tf.arguments import number, path, whole_number
+from megatron_tf.arguments import config_file, number, whole_number
 from megatron_tf.config.load import load_config
 from megatron_tf.config.validate import topology_for, validate
 from megatron_tf.errors import ConfigError
@@ -25,7 +25,7 @@ tolerance = number(0, sys.float_info.max, "a number of 0 or more, such as 1e-5")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=path, help="YAML file, see configs/")
+    parser.add_argument("config", type=config_file, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
                         help="replace values of the file")  # fmt: skip
     parser.add_argument("--ranks", type=number_of_ranks,

@@ -13,7 +13,7 @@ import math
 import sys
 from itertools import product
 
-from megatron_tf.arguments import path
+from megatron_tf.arguments import config_file
 from megatron_tf.config.load import load_config
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
@@ -24,7 +24,7 @@ from megatron_tf.training.resume_check import Resumed, check_resumes, rotation, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=path, help="YAML file, see configs/")
+    parser.add_argument("config", type=config_file, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace values of the file")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps before and after (default 10)")
     parser.add_argument("--ranks", type=int, default=4, help="largest number of ranks (default 4)")

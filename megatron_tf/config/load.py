@@ -80,7 +80,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         problem = broken_link(path) or "there is no such file"
-        raise ConfigError(f"{path}: {problem}. Give the path of a run's YAML file.") from None
+        remedy = "Give the path of a run's YAML file, or a name of `megatron_tf config list`."
+        raise ConfigError(f"{path}: {problem}. {remedy}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text. Save the file as UTF-8.") from None
     except OSError as error:

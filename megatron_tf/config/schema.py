@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    PlainSerializer,
     SerializeAsAny,
     model_validator,
 )
@@ -22,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from megatron_tf.config.architectures import ARCHITECTURES
+from megatron_tf.paths import expand, literal
 
 # Upper bounds are far beyond every real run; they keep the arithmetic that follows within 64 bits and within fp32.
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -37,7 +39,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 def _path(text: str) -> str:
     if not text or "\0" in text:
         raise ValueError("must be a path: not empty, without NUL characters")
-    return text
+    return expand(text)
 
 
 def _registered_architecture(name: str) -> str:
@@ -46,7 +48,9 @@ def _registered_architecture(name: str) -> str:
     return name
 
 
-Path = Annotated[str, AfterValidator(_path)]
+# `~` and environment variables are replaced when a value is read. What is written, such as a run's config.yml, therefore
+# names the very files that the run used, whatever the variables are when it is read again.
+Path = Annotated[str, AfterValidator(_path), PlainSerializer(literal)]
 
 Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -176,7 +180,7 @@ class DataSource(Section):
 
 
 class Data(Section):
-    tokenizer: str | None = None  # a .json, .model or .tiktoken file, tiktoken:NAME, or bytes; compared with the data
+    tokenizer: Path | None = None  # a .json, .model or .tiktoken file, tiktoken:NAME, or bytes; compared with the data
     train: tuple[DataSource, ...] = Field(min_length=1)
     validation: tuple[DataSource, ...] = ()
     eod_id: TokenId | None = None  # token that ends a document; None: what the summary beside the data says

@@ -24,6 +24,7 @@ from typing import Any
 from megatron_tf.config.load import apply_override, build_config, read_file
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.errors import ConfigError
+from megatron_tf.paths import literal
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -84,7 +85,7 @@ def _stage_config(
                 "growth.from: a stage grows from the one before it. Remove it, or make this the first stage."
             )
         if isinstance(growth, dict):
-            values["growth"] = {"from": previous[0].run.dir, **growth}
+            values["growth"] = {"from": literal(previous[0].run.dir), **growth}
     else:
         values.setdefault("growth", None)
         if values["growth"] is not None and "growth" not in stage:

@@ -61,6 +61,7 @@ def test_config_is_frozen(small):
         ("growth.from=runs/0o17", "run.name='1e3'", "optimizer.eps=1e-5"),
         ("deepspeed.zero_optimization.overlap_comm=true", "deepspeed.fp16={hysteresis: 4}", "run.name=é: b"),
         ("data.train=[{path: a, weight: 2}, {path: b}]", "training.train_steps=null", "training.train_tokens=5"),
+        ("run.dir=~/$$HOME", "data.tokenizer=$HOME/t.json", "growth.from=a$$b"),
     ],
 )
 def test_dump_is_read_back_to_an_equal_config(small, tmp_path, overrides):
@@ -71,6 +72,27 @@ def test_dump_is_read_back_to_an_equal_config(small, tmp_path, overrides):
     again = load_config(path)
     assert again == config
     assert dump_config(again) == dump_config(config)
+
+
+def test_home_and_variables_in_every_path(small, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    config = small("run.dir=~/x", "data.tokenizer=$SCRATCH/t.json", "data.train=[{path: '${SCRATCH}/a'}]",
+                   "data.validation=[{path: ~/b}]", "growth.from=~/$SCRATCH")  # fmt: skip
+    assert config.run.dir == "/home/ada/x" and config.data.tokenizer == "/scratch/t.json"
+    assert (config.data.train[0].path, config.data.validation[0].path) == ("/scratch/a", "/home/ada/b")
+    assert config.growth.source == "/home/ada//scratch"
+    assert "dir: /home/ada/x\n" in dump_config(config)  # what the run used, whatever the variables are later
+
+
+def test_unknown_variables_are_refused_by_name(small, monkeypatch):
+    monkeypatch.delenv("NOPE", raising=False)
+    with pytest.raises(ConfigError) as error:
+        small("run.dir=$NOPE/x", "data.tokenizer=${NOPE}", "data.train=[{path: ~nobody-here/x}]")
+    assert [problem.partition(":")[0] for problem in error.value.problems] == [
+        "run.dir", "data.tokenizer", "data.train[0].path"
+    ]  # fmt: skip
+    assert error.value.problems[0].endswith("variable 'NOPE' is not set; set it, or write $$ for a dollar sign.")
 
 
 def test_dump_spells_growth_from_by_its_key(small):

@@ -87,3 +87,9 @@ def test_a_chain_is_not_one_run(chain):
 def test_a_whole_stage_is_no_override(chain, override):
     with pytest.raises(ConfigError, match="changed one value at a time"):
         load_stages(chain(SMALL, BIG), [override])
+
+
+def test_a_stage_grows_from_the_folder_that_the_variables_give(chain, monkeypatch):
+    monkeypatch.setenv("PRICE", "5$HOME")
+    first, second = load_stages(chain(SMALL, BIG), ["run.dir=$PRICE"])
+    assert first.run.dir == second.growth.source == "5$HOME/small"
