@@ -57,7 +57,7 @@ OFFICIAL_VOCABULARY_MULTIPLE = 128  # make_vocab_size_divisible_by, unless a con
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, type=path, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     importer = commands.add_parser("from-official", help="official weights into step 0 of a run")
     importer.add_argument("source", type=path, help="pytorch_model.bin, or a folder of official training checkpoints")
     importer.add_argument("--to", dest="target", required=True, type=path, metavar="DIR", help="the run's folder")
