@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Generic, TypeVar
 
@@ -36,3 +37,12 @@ class Registry(Generic[T]):
         if name in self and self[name] is not thing:
             raise ValueError(f"{name!r} is the name of {self[name]!r} already. Choose another name.")
         self._objects[name] = thing
+
+    @contextmanager
+    def registered(self, name: str, thing: T) -> Iterator[None]:
+        """Has `thing` within the block only."""
+        self.register(name, thing)
+        try:
+            yield
+        finally:
+            del self._objects[name]

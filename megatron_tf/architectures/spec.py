@@ -61,7 +61,8 @@ class ProjectionSpec:
 
     `name`: of its module, such as "blocks.0.attention.query".
     `kind`: the field of `model.parameter_tokens` that counts its tokens.
-    `keys`, `values`: names of its key and value tensors below `name`, each [tokens, width].
+    `keys`, `values`: names of its tensors below `name`, each [tokens, width]. A token whose keys are all 0 adds nothing to
+        the output, whatever its values are.
     """
 
     name: str

@@ -138,13 +138,14 @@ def gram(projection: Projection) -> NewTokens:
             f"{projection.key}: gram cannot keep the function of a softmax model: a new token takes the share exp(A) "
             f"> 0 of the sum, whatever its key is. {_OTHER_ACTIVATION}"
         )
+    tensors = (*projection.initial_keys, *projection.initial_values)
+    if len(tensors) != 2:
+        raise ConfigError(
+            f"{projection.key}: gram grows projections of one key and one value tensor, and {projection.name} has "
+            f"{len(tensors)} tensors ({', '.join(tensors)}). Set the method to zero_key."
+        )
     if projection.activation == "gelu_l2_norm":
         return NewTokens(scale, None, projection.initial_values, old_values_factor=projection.scale / scale)
-    if len(projection.old_keys) != 1:
-        raise ConfigError(
-            f"{projection.key}: gram grows projections of one key tensor, and {projection.name} has "
-            f"{len(projection.old_keys)} ({', '.join(projection.old_keys)}). Set the method to zero_key."
-        )
     needed = min(old, projection.width)
     if new - old < needed:
         raise ConfigError(

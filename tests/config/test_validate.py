@@ -147,6 +147,12 @@ def test_plans_refuse_what_they_cannot_compute(small):
         (["evaluation.interval_steps=5", "data.validation=[]"], 1,
          "evaluation.interval_steps: 5, but data.validation is empty. Give data.validation, or remove "
          "evaluation.interval_steps."),
+        (["model.architecture=transformer", "model.parameter_tokens=null", "model.num_key_value_heads=3"], 1,
+         "model.num_key_value_heads: 3 does not divide model.num_attention_heads 4, and each of its heads serves as many "
+         "query heads as any other. Set it to 2 or 4."),
+        (["parallel.tensor=4", "model.architecture=transformer", "model.parameter_tokens=null",
+          "model.num_key_value_heads=2"], 4,
+         "parallel.tensor: 4 does not divide model.num_key_value_heads 2. Set it to 2."),
         (["parallel.tensor=4", "model.architecture=transformer", "model.parameter_tokens=null",
           "model.ffn_hidden_size=3"], 4,
          "model.ffn_hidden_size: 3 rows cannot be split over parallel.tensor 4 ranks. Set it to at least 4, or "

@@ -38,7 +38,8 @@ def normalised(x, weight=1.0, bias=0.0):
     return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
-def plain_logits(weights, ids, fraction):
+def plain_logits(weights, ids, fraction, groups=HEADS):
+    """`groups`: of HEADS/groups query heads that share a key and a value."""
     x = weights["embedding.weight"][ids]  # [b, s, d]
     batch, length, _ = x.shape
     future = torch.ones(length, length).triu(1).bool()
@@ -46,10 +47,12 @@ def plain_logits(weights, ids, fraction):
         w = {name: weights[f"blocks.{layer}.{name}.weight"] for name in ("attention.qkv", "attention.proj", "ffn.up", "ffn.down")}  # fmt: skip
         u = normalised(x)
         heads = []
-        for query, key, value in w["attention.qkv"].view(HEADS, 3, WIDTH // HEADS, WIDTH):
-            q, k, v = ((u @ matrix.T)[:, None] for matrix in (query, key, value))  # [b, 1, s, head_dim]
-            scores = rotated(q, fraction) @ rotated(k, fraction).mT / math.sqrt(WIDTH // HEADS)
-            heads.append((scores.masked_fill(future, -math.inf).softmax(-1) @ v)[:, 0])
+        for *queries, key, value in w["attention.qkv"].view(groups, HEADS // groups + 2, WIDTH // HEADS, WIDTH):
+            k, v = ((u @ matrix.T)[:, None] for matrix in (key, value))  # [b, 1, s, head_dim]
+            for query in queries:
+                q = (u @ query.T)[:, None]
+                scores = rotated(q, fraction) @ rotated(k, fraction).mT / math.sqrt(WIDTH // HEADS)
+                heads.append((scores.masked_fill(future, -math.inf).softmax(-1) @ v)[:, 0])
         x = x + torch.cat(heads, -1) @ w["attention.proj"]
         hidden = normalised(x) @ w["ffn.up"].T
         x = x + (hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2) @ w["ffn.down"]
@@ -57,16 +60,16 @@ def plain_logits(weights, ids, fraction):
     return x @ weights["embedding.weight"].T
 
 
-@pytest.mark.parametrize("fraction", [0.25, 1.0])
-def test_logits_and_every_gradient(fraction):
-    config = model_config(rotary_fraction=fraction)
+@pytest.mark.parametrize(("fraction", "groups"), [(0.25, HEADS), (1.0, HEADS), (0.25, 1)])
+def test_logits_and_every_gradient(fraction, groups):
+    config = model_config(rotary_fraction=fraction, num_key_value_heads=groups)
     model = build_model(config, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():  # larger than initial weights, so that attention is far from uniform
         parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     ids, labels = torch.randint(0, VOCABULARY, (2, 2, SEQUENCE), generator=generator)
-    logits, expected = model(ids), plain_logits(copies, ids, fraction)
+    logits, expected = model(ids), plain_logits(copies, ids, fraction, groups)
     # the model's rotary tables are fp32
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     for each in (logits, expected):

@@ -59,6 +59,13 @@ def test_transformer_on_two_ranks(config):
 
 
 @pytest.mark.slow
+def test_grouped_query_attention(config):
+    """Two query heads to each key and value; the second layout has one pair of them on a rank."""
+    model = {"architecture": "transformer", "parameter_tokens": None, "num_key_value_heads": 2}
+    check(config(model=model), [Layout(Topology(2, 1, 1), True), Layout(Topology(2, 2, 1))], steps=3)
+
+
+@pytest.mark.slow
 def test_transformer_on_four_ranks(config):
     check(transformer(config, training={"activation_checkpointing": True}),
           [Layout(Topology(2, 2, 1), True), Layout(Topology(2, 1, 2)), Layout(Topology(4, 1, 1), True)])  # fmt: skip

@@ -1,0 +1,180 @@
+"""A third architecture, registered from outside the package: all that the package does with an architecture works.
+
+Gated Pattention: the feed-forward projection has a second set of keys, out = (GELU(τ · XKᵀ/‖XKᵀ‖₂) ∘ XGᵀ) V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from multiprocessing import current_process
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_tf.architectures.spec import ParameterSpec, ProjectionSpec, shard_range
+from megatron_tf.architectures.tokenformer.architecture import TokenFormerArchitecture
+from megatron_tf.architectures.tokenformer.block import PattentionAttention
+from megatron_tf.architectures.tokenformer.section import TokenFormerModel
+from megatron_tf.checkpoint.architecture import check_format
+from megatron_tf.checkpoint.source import InitialSource
+from megatron_tf.config import load_config
+from megatron_tf.config.architectures import ARCHITECTURES
+from megatron_tf.config.load import dump_config
+from megatron_tf.config.schema import Growth, Model, RunConfig
+from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.estimate import memory_per_rank, num_parameters
+from megatron_tf.growth.source import GrownSource
+from megatron_tf.model import build_model
+from megatron_tf.model.layers import Block, TensorParallel
+from megatron_tf.parallel.collectives import copy_to, reduce_from
+from megatron_tf.parallel.groups import Group
+from megatron_tf.parallel.topology import Topology
+from megatron_tf.plan import describe
+from megatron_tf.training.layout_check import Layout, compare, reference, run_layouts
+from megatron_tf.training.resume_check import Setting, check_resumes
+
+
+class GatedModel(TokenFormerModel):
+    architecture: Literal["gated"] = "gated"
+
+
+class GatedArchitecture(TokenFormerArchitecture):
+    section = GatedModel
+    block = f"{__name__}:gated_block"
+    formats = frozenset()
+
+    def block_parameters(self, model: Model, layer: int) -> Iterator[ParameterSpec]:
+        for spec in super().block_parameters(model, layer):
+            if spec.name.endswith("ffn.value_tokens"):
+                name = spec.name.replace("value_tokens", "gate_tokens")
+                yield ParameterSpec(name, spec.shape, sharded=True, growable=True, decayed=True, std=0.5, mean=0.0)
+            yield spec
+
+    def projections(self, model: Model) -> tuple[ProjectionSpec, ...]:
+        return tuple(
+            ProjectionSpec(p.name, p.kind, p.tokens, p.activation, values=("gate_tokens", "value_tokens"))
+            if p.kind == "ffn"
+            else p
+            for p in super().projections(model)
+        )
+
+
+class GatedPattention(nn.Module):
+    def __init__(self, num_tokens: int, width: int, scale: float, group: Group):
+        super().__init__()
+        start, stop = shard_range(num_tokens, group.size, group.rank)
+        self.key_tokens, self.gate_tokens, self.value_tokens = (
+            nn.Parameter(torch.empty(stop - start, width)) for _ in range(3)
+        )
+        self.scale, self.group = scale, group
+
+    def partial(self, x: Tensor) -> Tensor:
+        scores = x @ self.key_tokens.mT
+        # the sum over all tokens; its gradient has a part from each rank's own weights
+        squares = copy_to(reduce_from(scores.square().sum(-1, keepdim=True), self.group), self.group)
+        return (F.gelu(self.scale * scores / squares.sqrt()) * (x @ self.gate_tokens.mT)) @ self.value_tokens
+
+
+def gated_block(model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
+    prefix = f"blocks.{layer}"
+    ffn = GatedPattention(
+        model.parameter_tokens.ffn, model.hidden_size, scales[f"{prefix}.ffn"], tensor.group
+    )  # fmt: skip
+    return Block(PattentionAttention(model, f"{prefix}.attention", scales, tensor), ffn, tensor, model.norm_eps)
+
+
+GATED = GatedArchitecture()
+if current_process().name != "MainProcess":  # a rank that a test has started
+    ARCHITECTURES.register("gated", GATED)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    with ARCHITECTURES.registered("gated", GATED):
+        yield
+
+
+def config(**tokens: int) -> RunConfig:
+    """Token counts that divide by nothing."""
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": "unused", "seed": 7},
+            "model": {
+                "architecture": "gated",
+                "num_layers": 2,
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "seq_length": 16,
+                "vocab_size": 99,
+                "parameter_tokens": {"qkv": 13, "proj": 11, "ffn": 37, **tokens},
+            },
+            "training": {"train_steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+            "optimizer": {"lr": 1e-3, "schedule": {"type": "cosine", "warmup_steps": 2}},
+            "data": {"train": ({"path": "unused"},)},
+        }
+    )
+
+
+def test_its_section_is_strict(tmp_path: Path):
+    file = tmp_path / "run.yml"
+    file.write_text(dump_config(config()))
+    assert load_config(file) == config() and isinstance(load_config(file).model, GatedModel)
+    with pytest.raises(ConfigError, match="model.activation: .* expected. Did you mean softmax"):
+        load_config(file, ["model.activation=softmx"])
+    with pytest.raises(ConfigError, match="one of tokenformer, transformer, gated is expected. Did you mean gated"):
+        load_config(file, ["model.architecture=gate"])
+    with pytest.raises(ConfigError, match="model.ffn_hidden_size: .*set model.architecture to transformer"):
+        load_config(file, ["model.ffn_hidden_size=4"])
+
+
+def test_it_is_planned():
+    assert num_parameters(config().model) == sum(p.numel() for p in build_model(config().model).parameters())
+    assert memory_per_rank(config(), 2).total > 0
+    assert "tokens qkv 13 / proj 11 / ffn 37" in describe(config(), 2)
+
+
+def test_it_grows_and_keeps_the_function():
+    small, large = config().model, config(qkv=20, ffn=51).model
+    source = GrownSource(
+        InitialSource(small, 7), InitialSource(large, 7), old_model=small, new_model=large,
+        growth=Growth.model_validate({"from": "small"}), seed=3,
+    )  # fmt: skip
+    before = build_model(small, seed=7, dtype=torch.float64)
+    after = build_model(large, scales=source.scales, dtype=torch.float64)
+    with torch.no_grad():
+        for name, parameter in after.named_parameters():
+            source.read_into(name, "weight", 0, parameter.view(-1))
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(after(ids), before(ids), rtol=1e-12, atol=1e-12)
+    new = after.blocks[0].ffn
+    assert not new.key_tokens[37:].any() and new.gate_tokens[37:].all() and new.value_tokens[37:].all()
+    with pytest.raises(ConfigError, match="gram grows projections of one key and one value tensor, and blocks.0.ffn"):
+        GrownSource(
+            InitialSource(small, 7), InitialSource(large, 7), old_model=small, new_model=large,
+            growth=Growth.model_validate({"from": "small", "method": "gram"}), seed=3,
+        )  # fmt: skip
+
+
+def test_formats_without_a_place_for_it_refuse():
+    with pytest.raises(CheckpointError, match="a gated cannot be exported.*huggingface.*tokenformer"):
+        check_format(config().model, "huggingface", "exported")
+
+
+@pytest.mark.slow
+def test_every_layout_is_one_process():
+    chosen = [Layout(Topology(2, 1, 1)), Layout(Topology(1, 2, 1)), Layout(Topology(2, 2, 1), True)]
+    expected = reference(config(), 3)
+    for layout, trace in zip(chosen, run_layouts(config(), chosen, 3)):
+        difference = compare(trace, expected)
+        assert difference.agrees(1e-5), f"{layout}: {difference}"
+
+
+@pytest.mark.slow
+def test_it_resumes_at_another_layout():
+    first, second = Setting(Layout(Topology(2, 2, 1), True)), Setting(Layout(Topology(1, 1, 2)))
+    for result in check_resumes(config(), [(first, second), (second, first)], 3):
+        assert result.agrees(1e-5), result
