@@ -93,6 +93,16 @@ class LaunchError(UserError):
     """The launcher's environment contradicts itself, or the ranks cannot meet."""
 
 
+class NodeError(LaunchError):
+    """Something that all ranks of a node find alike, and other nodes may not."""
+
+
+class DisagreementError(UserError):
+    """The ranks of a run would not do the same work. All of them raise the same."""
+
+    limit = 10 * MESSAGE_LIMIT
+
+
 class LostContactError(LaunchError):
     """Ranks have lost each other, or have not met in time: no mistake of the user's. Exit code 69."""
 

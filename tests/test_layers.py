@@ -96,9 +96,11 @@ NO_TORCH = (
     "megatron_tf.planning",
     "megatron_tf.diagnosis.installation",
     "megatron_tf.diagnosis.report",
+    "megatron_tf.diagnosis.software",
     "megatron_tf.diagnosis.verdict",
     "megatron_tf.parallel.topology",
     "megatron_tf.parallel.environment",
+    "megatron_tf.parallel.network",
     "megatron_tf.parallel.slurm_hosts",
     "megatron_tf.parallel.overlap",
 )

@@ -23,6 +23,7 @@ from megatron_tf.errors import exit_now
 from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.local_ranks import start_ranks
+from megatron_tf.parallel.network import stay_on_this_machine
 from megatron_tf.parallel.vocab import cross_entropy
 from megatron_tf.params import initial_scales
 from megatron_tf.planning.communication import block_collectives, ends_collectives
@@ -87,6 +88,7 @@ def _rank(rank: int, ranks: int, folder: str, config: RunConfig) -> None:
     """A process of its own: gloo and one thread, whatever the machine has."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    stay_on_this_machine(os.environ)
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     try:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from megatron_tf.arguments import number
 from megatron_tf.diagnosis.installation import installed_packages, machine_warnings, system_facts
 from megatron_tf.diagnosis.report import job_report, machine_report
-from megatron_tf.parallel.environment import LaunchEnvironment, detect
+from megatron_tf.parallel.environment import LaunchEnvironment, detect, one_message
 
 if TYPE_CHECKING:
-    from megatron_tf.diagnosis.rendezvous import Assembly
+    from megatron_tf.parallel.rendezvous import Assembly
 
 
 def main() -> None:
@@ -37,7 +37,8 @@ def main() -> None:
     broken = bool(report.get("broken"))
     slow = False
     if environment.world_size > 1 and not broken:
-        code = the_job(arguments, environment, report)
+        with one_message(environment):
+            code = the_job(arguments, environment, report)
     else:
         if speaks and environment.world_size == 1 and not arguments.json:
             print("\nStart it under torchrun, srun or deepspeed to test the ranks of a job.")
@@ -103,7 +104,7 @@ def the_job(arguments: argparse.Namespace, environment: LaunchEnvironment, repor
     import torch
 
     from megatron_tf.diagnosis.job import examine
-    from megatron_tf.diagnosis.rendezvous import Assembly, open_store
+    from megatron_tf.parallel.rendezvous import Assembly, open_store
 
     store = open_store(environment, arguments.timeout_seconds)
     assembly = Assembly(store, environment.rank, environment.world_size, arguments.timeout_seconds)
@@ -115,7 +116,9 @@ def the_job(arguments: argparse.Namespace, environment: LaunchEnvironment, repor
         if talks:
             print(f"... {text}", flush=True)
 
-    found = examine(assembly, store, environment.local_rank, int(size * 1e6), arguments.slow_factor, say)
+    found = examine(
+        assembly, store, environment.local_rank, int(size * 1e6), arguments.slow_factor, say, environment.run
+    )
     if not speaks:
         return listen(assembly, environment, found.broken)
     report["job"] = asdict(found)

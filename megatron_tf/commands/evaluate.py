@@ -13,6 +13,7 @@ import os
 from megatron_tf.arguments import config_file, path, whole_number
 from megatron_tf.config.load import load_config
 from megatron_tf.evaluation.eval_data import TASK_FOLDER
+from megatron_tf.parallel.early_mistakes import told_to_all
 from megatron_tf.parallel.environment import detect, one_message
 
 MOST_TOKENS = 10**15
@@ -61,7 +62,8 @@ def main() -> None:
     arguments = parse_arguments()
     environment = detect(os.environ)
     with one_message(environment):
-        config = load_config(arguments.config, arguments.overrides)
+        with told_to_all(environment):
+            config = load_config(arguments.config, arguments.overrides)
         from megatron_tf.telemetry.console import quiet_libraries
 
         quiet_libraries()

@@ -13,6 +13,7 @@ import sys
 from megatron_tf.arguments import config_file
 from megatron_tf.config.stages import load_stages
 from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped
+from megatron_tf.parallel.early_mistakes import told_to_all
 from megatron_tf.parallel.environment import detect, one_message
 from megatron_tf.parallel.stop_signals import StopSignals
 
@@ -28,13 +29,14 @@ def main() -> None:
     stop = StopSignals()
     try:
         with one_message(environment, stop.wait):
-            stages = load_stages(arguments.config, arguments.overrides)
-            from megatron_tf.telemetry.console import quiet_libraries
+            with told_to_all(environment):
+                stages = load_stages(arguments.config, arguments.overrides)
+                from megatron_tf.telemetry.console import quiet_libraries
 
-            quiet_libraries()
-            from megatron_tf.training.preflight import preflight
+                quiet_libraries()
+                from megatron_tf.training.preflight import preflight
 
-            preflight(stages, environment)
+                preflight(stages, environment)
             from megatron_tf.training.run import train
 
             train(stages, environment, stop)

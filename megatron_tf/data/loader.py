@@ -22,6 +22,9 @@ from megatron_tf.data.tokenizer import tokenizer_fingerprint
 from megatron_tf.errors import DataError, file_errors
 
 PROBE_BYTES = 1 << 16
+# Places of a file that `content_digest` reads, from its first byte to its last, and how much of each.
+DIGEST_SAMPLES = 32
+DIGEST_BYTES = 1 << 12
 Batch = tuple[torch.Tensor, torch.Tensor]  # input_ids and labels, int64 [b, s] each; a label may be IGNORED
 
 
@@ -157,6 +160,25 @@ def fingerprint(sources: Sequence[DataSource], seed: int) -> dict[str, Any]:
                 }
             )
     return {"seed": seed, "sources": entries}
+
+
+def content_digest(prefix: str) -> str:
+    """The prepared data `prefix` in words: tokens, documents, and a SHA-256 of samples from its files.
+
+    Two nodes that see the same data find the same; one with a copy of earlier data does not. Raises `DataError`.
+    """
+    dataset, summary = IndexedDataset(prefix), read_summary(prefix)
+    digest = hashlib.sha256()
+    for path in (data_file(prefix), index_file(prefix)):
+        with file_errors(DataError, path, "Make it readable or correct the path."), open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{size}\0".encode())
+            for number in range(DIGEST_SAMPLES):
+                file.seek(max(0, size - DIGEST_BYTES) * number // (DIGEST_SAMPLES - 1))
+                digest.update(file.read(DIGEST_BYTES))
+    if summary is not None:
+        digest.update(f"{summary.tokenizer_fingerprint}\0{summary.eod_id}\0{summary.bytes}".encode())
+    return f"{dataset.num_tokens:,} tokens in {dataset.num_documents:,} documents, SHA-256 {digest.hexdigest()[:12]}"
 
 
 class BatchLoader:

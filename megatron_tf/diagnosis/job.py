@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import platform
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -20,8 +19,13 @@ from megatron_tf.diagnosis.measure import (
     measure_link,
     ring_rounds,
 )
-from megatron_tf.diagnosis.rendezvous import Assembly, Stuck, Unreachable
+from megatron_tf.diagnosis.software import software_facts
 from megatron_tf.diagnosis.verdict import Link, best_of, judge_devices, judge_facts, judge_links, worst_of
+from megatron_tf.errors import UserError
+from megatron_tf.parallel.facts import agree
+from megatron_tf.parallel.network import interface_problems
+from megatron_tf.parallel.patient_store import Unreachable
+from megatron_tf.parallel.rendezvous import Assembly, Stuck
 
 # What disturbs a whole measurement of a link, others' traffic say, has passed by the next time it is measured.
 LINK_PASSES = 3
@@ -56,15 +60,19 @@ def examine(
     num_bytes: int,
     slow_factor: float | None,
     say: Callable[[str], None] = lambda text: None,
+    run: str = "",
 ) -> Diagnosis:
-    """All tests; `say` is told which one begins. Never raises for what is wrong with the job, but returns it.
+    """All tests; `say` is told which one begins. What is wrong with the job is returned; only a mistake in starting it,
+    on which no test can begin, is raised, as LaunchError or DisagreementError.
 
-    `store`: in which the ranks of `assembly` meet. `num_bytes`: of large messages. `slow_factor`: how many times the
+    `store`: in which the ranks of `assembly` meet; `run`: see `Assembly.meet`. `num_bytes`: of large messages. `slow_factor`: how many times the
     median is slow; None is 1.5 between GPUs and 3 between processes on CPUs, which share cores.
     """
     found = Diagnosis()
     try:
-        _examine(found, assembly, store, local_rank, num_bytes, slow_factor, say)
+        _examine(found, assembly, store, local_rank, num_bytes, slow_factor, say, run)
+    except UserError:
+        raise
     except Stuck as stuck:
         found.broken += _errors(assembly)
         raised = assembly.errors()
@@ -90,10 +98,16 @@ def _examine(
     num_bytes: int,
     slow_factor: float | None,
     say: Callable[[str], None],
+    run: str,
 ) -> None:
     rank, world = assembly.rank, assembly.world_size
     say(f"waiting for {world} ranks")
-    found.hosts = assembly.meet()
+    found.hosts = assembly.meet(run)
+    agree(
+        assembly,
+        {"the command": "doctor"},
+        list(interface_problems(os.environ, found.hosts, torch.cuda.is_available())),
+    )
     names = [assembly.name(other) for other in range(world)]
 
     say("devices")
@@ -178,11 +192,7 @@ def _judge_collectives(found: Diagnosis, by_rank: list[list[dict[str, Any]]], na
 
 def _facts(device: torch.device) -> dict[str, str]:
     """What must be alike on all ranks."""
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "device": device.type}
-    try:
-        facts["deepspeed"] = metadata.version("deepspeed")
-    except metadata.PackageNotFoundError:
-        facts["deepspeed"] = "none"
+    facts = {**software_facts(os.environ), "device": device.type}
     if device.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(device)
         facts["CUDA"] = str(torch.version.cuda)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,14 @@ from megatron_tf.evaluation.windows import Windows
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import Stage
+from megatron_tf.parallel.early_mistakes import told_to_all
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.telemetry.console import Console
 from megatron_tf.training.agreement import gather, together
-from megatron_tf.training.distributed import join_ranks, leave
+from megatron_tf.training.distributed import NO_FACTS, join_ranks, leave
+from megatron_tf.training.facts import run_facts
 from megatron_tf.training.preflight import precision_problems
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -89,12 +91,17 @@ class LoadedModel:
 
 def evaluate(config: RunConfig, environment: LaunchEnvironment, request: EvaluationRequest) -> None:
     """Evaluates, prints tables and writes JSON. Raises UserError, on every rank alike, for what the user can mend."""
-    if request.tasks:
-        check_installed()
-    validate_layout(config, environment.world_size)
-    if problems := [*precision_problems(config), *_request_problems(config, request)]:
-        raise ConfigError(problems)
-    device = join_ranks(environment, config.parallel.timeout_seconds)
+    with told_to_all(environment):
+        if request.tasks:
+            check_installed()
+        validate_layout(config, environment.world_size)
+        if problems := [*precision_problems(config), *_request_problems(config, request)]:
+            raise ConfigError(problems)
+    facts = NO_FACTS
+    if environment.world_size > 1:
+        options = {f"--{name.replace('_', '-')}": value for name, value in asdict(request).items() if value != ()}
+        facts = run_facts("evaluate", [config], options, request.data)
+    device = join_ranks(environment, config.parallel.timeout_seconds, facts=facts)
     try:
         _evaluate(config, environment.rank, request, device)
     except UserError:

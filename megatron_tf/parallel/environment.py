@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_tf.errors import LaunchError, LostContactError, UserError
+from megatron_tf.errors import LaunchError, LostContactError, NodeError, UserError
 from megatron_tf.parallel.slurm_hosts import host_of_rank_zero
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
@@ -38,6 +38,7 @@ _SRUN_REMEDY = (
 )
 
 
+_SET_ADDRESS = "Set MASTER_ADDR to the host of rank 0, by a name that all nodes can resolve."
 _MPI_REMEDY = (
     "every MPI process would train alone. Start with `deepspeed launch/train.py CONFIG`, torchrun or srun, or give every "
     "process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of its own."
@@ -97,14 +98,17 @@ def _says_alone(environ: Mapping[str, str]) -> bool:
 def one_message(environment: LaunchEnvironment, wait: Callable[[float], object] = time.sleep) -> Iterator[None]:
     """A user's mistake in the block, on which every rank fails alike, is said by rank 0; the others exit with code 2.
 
+    One on which all ranks of a node fail alike is said by the node's first rank.
+
     A launcher stops all ranks when the first one ends, so rank 0 goes first and the others `wait` (seconds).
     """
     try:
         yield
-    except LaunchError:
-        raise  # is about this rank or its machine; no other rank can say it
-    except UserError:
-        if environment.rank == 0:
+    except UserError as error:
+        # A LaunchError is about this rank or its machine; no other rank can say it.
+        if environment.rank == 0 or (isinstance(error, LaunchError) and not isinstance(error, NodeError)):
+            raise
+        if isinstance(error, NodeError) and environment.local_rank == 0:
             raise
         wait(_LATER_SECONDS)
         sys.exit(2)
@@ -258,19 +262,22 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def check_port_free(addr: str, port: int) -> None:
+def check_port_free(addr: str, port: int, address_from: str = "MASTER_ADDR") -> None:
     """LaunchError when rank 0 could not open `addr`:`port` here. For rank 0, before it opens the port.
+
+    `address_from`: the variable that names `addr`.
 
     Not under torchrun, whose agent itself listens on the port. Port 0 is always free.
     """
     try:
         found = socket.getaddrinfo(addr, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise LaunchError(f"MASTER_ADDR={addr} cannot be resolved: {error}. Name the host of rank 0.") from None
+        raise _unresolved(addr, address_from, error) from None
     if not any(_is_of_this_machine(family, address) for family, _, _, _, address in found):
+        remedy = "Name the host of rank 0, or unset it under srun." if address_from == "MASTER_ADDR" else _SET_ADDRESS
         raise LaunchError(
-            f"MASTER_ADDR={addr} ({found[0][4][0]}) is no address of this machine, {socket.gethostname()}, where rank "
-            "0 runs. Name the host of rank 0, or unset it under srun."
+            f"{_named(addr, address_from)} ({found[0][4][0]}) is no address of this machine, {socket.gethostname()}, where "
+            f"rank 0 runs. {remedy}"
         )
     if port == 0:
         return
@@ -288,10 +295,10 @@ def check_port_free(addr: str, port: int) -> None:
             ) from None
 
 
-def wait_for_port(addr: str, port: int, timeout_seconds: float) -> None:
+def wait_for_port(addr: str, port: int, timeout_seconds: float, address_from: str = "MASTER_ADDR") -> None:
     """Wait until rank 0 listens on `addr`:`port`. For the other ranks, before they meet it there.
 
-    LaunchError when `addr` is no host's name, or when nothing answers in time.
+    LaunchError when `addr`, which the variable `address_from` names, is no host's name, or when nothing answers in time.
     """
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -300,7 +307,7 @@ def wait_for_port(addr: str, port: int, timeout_seconds: float) -> None:
             return
         except OSError as error:
             if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
-                raise LaunchError(f"MASTER_ADDR={addr} cannot be resolved: {error}. Name the host of rank 0.") from None
+                raise _unresolved(addr, address_from, error) from None
             if time.monotonic() + _RETRY_SECONDS > deadline:
                 raise LostContactError(
                     f"rank 0 was not found at MASTER_ADDR={addr}, MASTER_PORT={port} within {timeout_seconds:g} seconds "
@@ -308,6 +315,17 @@ def wait_for_port(addr: str, port: int, timeout_seconds: float) -> None:
                     "firewall is between; parallel.timeout_seconds is how long ranks wait."
                 ) from None
         time.sleep(_RETRY_SECONDS)
+
+
+def _unresolved(addr: str, address_from: str, error: OSError) -> NodeError:
+    remedy = "Name the host of rank 0." if address_from == "MASTER_ADDR" else _SET_ADDRESS
+    return NodeError(f"{_named(addr, address_from)} cannot be resolved: {error}. {remedy}")
+
+
+def _named(addr: str, address_from: str) -> str:
+    if address_from == "MASTER_ADDR":
+        return f"MASTER_ADDR={addr}"
+    return f"the host of rank 0, {addr} by {address_from},"
 
 
 def _is_of_this_machine(family: int, address: tuple[Any, ...]) -> bool:

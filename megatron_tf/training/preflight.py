@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from megatron_tf.config.machine import machine_problems
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import validate
-from megatron_tf.errors import ConfigError, LaunchError
+from megatron_tf.errors import ConfigError
 from megatron_tf.estimate import memory_per_rank
 from megatron_tf.growth.rules import chain_problems
 from megatron_tf.parallel.environment import LaunchEnvironment
@@ -22,11 +21,7 @@ MARGIN = 2
 
 
 def preflight(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
-    """Raise for what is wrong with `stages`, or with this machine for them.
-
-    ConfigError with everything, on every rank alike. What rank 0 cannot see, because only another node lacks it,
-    is a LaunchError of the first rank of that node, with its name.
-    """
+    """ConfigError with everything that is wrong with `stages`, or with this machine for them."""
     memory = available_memory(environment.local_world_size or 1)
     wrong: list[str] = []
     wrong_accelerator = list(accelerator_problems(os.environ))
@@ -43,16 +38,8 @@ def preflight(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> No
         if not wrong_accelerator:
             lacking += [stage + problem for problem in precision_problems(config)]
     wrong += chain_problems(stages)
-    if not wrong and lacking and _speaks_for_a_node(environment):
-        raise LaunchError(f"on {socket.gethostname()}: " + "\n  - ".join(lacking))
     if wrong or lacking:
         raise ConfigError(wrong + lacking)
-
-
-def _speaks_for_a_node(environment: LaunchEnvironment) -> bool:
-    """Whether this is the first rank of a node other than that of rank 0."""
-    on_other_node = environment.rank >= (environment.local_world_size or 1)
-    return environment.local_rank == 0 and on_other_node
 
 
 def accelerator_problems(environ: Mapping[str, str]) -> Iterator[str]:

@@ -31,8 +31,9 @@ from megatron_tf.plan import describe, evaluation_warning
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import open_trackers
 from megatron_tf.training.agreement import from_rank_zero, gather, together
-from megatron_tf.training.distributed import join, leave
+from megatron_tf.training.distributed import NO_FACTS, join, leave
 from megatron_tf.training.engine import Batch, Engine
+from megatron_tf.training.facts import run_facts
 from megatron_tf.training.growth_proof import Probe, compare, probe
 from megatron_tf.training.health import HealthProbe
 from megatron_tf.training.loop import Trainer
@@ -50,7 +51,8 @@ def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: Sto
     `stages` have passed `preflight`. RunStopped, on every rank, when `stop` asked for it. Raises UserError, on every
     rank alike, before anything is written, for whatever the user can mend.
     """
-    device = join(environment, max(config.parallel.timeout_seconds for config in stages))
+    timeout = max(config.parallel.timeout_seconds for config in stages)
+    device = join(environment, timeout, facts=run_facts("train", stages) if environment.world_size > 1 else NO_FACTS)
     try:
         first = from_rank_zero(lambda: first_stage_to_run(stages, environment.world_size))
         for config in stages[first:]:

@@ -14,7 +14,14 @@ from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import DataSource
 from megatron_tf.data.documents import LossMask
 from megatron_tf.data.indexed import IndexedWriter
-from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint, source_names
+from megatron_tf.data.loader import (
+    BatchLoader,
+    build_dataset,
+    check_tokenizer,
+    content_digest,
+    fingerprint,
+    source_names,
+)
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.data.tokenizer import tokenizer_fingerprint
 from megatron_tf.errors import ConfigError, DataError
@@ -214,6 +221,24 @@ def test_fingerprint_tells_data_apart_but_not_places(sources, tmp_path):
     assert fingerprint((sources[0], DataSource(path=sources[1].path, weight=0.3)), 1) != original
     other_text = make_source(tmp_path / "moved" / "b", 161, 1001, 0.25)
     assert fingerprint((sources[0], other_text), 1) != original
+
+
+def test_content_of_data_as_a_node_sees_it(tmp_path):
+    source = make_source(tmp_path / "a", 50_000, bytes=7)
+    found = content_digest(source.path)
+    assert found.startswith("50,000 tokens in 1 documents, SHA-256 ")
+    (tmp_path / "elsewhere").mkdir()
+    assert content_digest(make_source(tmp_path / "elsewhere" / "b", 50_000, bytes=7, files=("other",)).path) == found
+    tokens = bytearray((tmp_path / "a.bin").read_bytes())
+    tokens[40_000:60_000] = bytes(20_000)  # of the same size, and the same at both ends
+    (tmp_path / "a.bin").write_bytes(tokens)
+    others = [content_digest(source.path)]
+    others += [content_digest(make_source(tmp_path / name, 50_000, **changed).path) for name, changed in
+               {"c": {"first": 1, "bytes": 7}, "d": {}, "e": {"bytes": 7, "eod_id": 3}}.items()]  # fmt: skip
+    assert len({found, *others}) == 5
+    with pytest.raises(DataError, match="nowhere"):
+        content_digest(str(tmp_path / "nowhere"))
+    assert content_digest(make_source(tmp_path / "short", 2).path).startswith("2 tokens in 1 documents")
 
 
 def test_places_found_together_are_those_found_one_by_one(sources):

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from megatron_tf.diagnosis import job
 from megatron_tf.diagnosis.job import Diagnosis, examine
 from megatron_tf.diagnosis.measure import bus_bandwidth, ring_rounds
-from megatron_tf.diagnosis.rendezvous import Assembly
 from megatron_tf.diagnosis.verdict import Link
 from megatron_tf.errors import exit_now
 from megatron_tf.parallel.local_ranks import start_ranks
+from megatron_tf.parallel.rendezvous import Assembly
 
 CULPRIT = 1
 # Ranks on two shared cores disturb one another; what the tests slow down is slower than that by far.

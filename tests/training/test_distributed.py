@@ -54,4 +54,4 @@ def test_rank_0_alone():
     assert message.startswith(
         f"rank 0 of 2 could not meet the others at MASTER_ADDR=127.0.0.1, MASTER_PORT={port} within "
     )
-    assert "1/2 clients joined" in message and "parallel.timeout_seconds" in message and "\n" not in message
+    assert "rank 1 did not arrive" in message and "parallel.timeout_seconds" in message and "\n" not in message

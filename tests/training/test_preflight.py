@@ -1,12 +1,10 @@
-"""What is refused before the ranks meet, and who says it."""
+"""What is refused before the ranks meet."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from megatron_tf.errors import ConfigError, LaunchError
+from megatron_tf.errors import ConfigError
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.training.preflight import accelerator_problems, memory_problems, precision_problems, preflight
 
@@ -48,16 +46,6 @@ def test_a_problem_of_a_chain_names_its_stage(good, config):
     second = config(run={"dir": "unused", "name": "large"})
     (problem,) = problems_of([first, second])
     assert problem.startswith("stage large: data.train[0].path: unused.bin and unused.idx: no such file.")
-
-
-def test_a_file_that_only_another_node_lacks_is_said_by_its_first_rank(config):
-    bad = config(training={"global_batch_size": 32})
-    with pytest.raises(LaunchError, match=r"^on \S+: data\.train\[0\]\.path: unused\.bin"):
-        preflight([bad], OTHER_NODE)
-    for quiet in (replace(OTHER_NODE, rank=9, local_rank=1), replace(OTHER_NODE, rank=0)):
-        problems_of([bad], quiet)
-    # what every rank sees alike is not said by any other than rank 0
-    problems_of([config(training={"global_batch_size": 9})], OTHER_NODE)
 
 
 @pytest.mark.parametrize("name", ["cuda", "gpu", ""])

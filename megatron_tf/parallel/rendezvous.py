@@ -6,25 +6,26 @@ key-value store before and after each phase; whoever waits too long reads who le
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from megatron_tf.errors import LaunchError
+from megatron_tf.errors import DisagreementError, LaunchError
 from megatron_tf.parallel.environment import LaunchEnvironment, check_port_free, wait_for_port
+from megatron_tf.parallel.patient_store import STORE_ERRORS, PatientStore, Result, Unreachable, within
 
-Result = TypeVar("Result")
-STORE_ERRORS = (
-    dist.DistError,
-    RuntimeError,
-)  # also of a wait that took too long: one or the other, by version of torch
 FAREWELL_SECONDS = 5.0
+ALL_HERE = "all here"
+# A store that is alive answers in less, whatever else the ranks wait for.
+ANSWER_SECONDS = 60.0
+# A process may meet the others more than once, in a store of torchrun's that outlives the meeting.
+_MEETINGS = itertools.count()
 
 
 class Stuck(Exception):
@@ -40,9 +41,9 @@ def open_store(environment: LaunchEnvironment, timeout_seconds: float) -> dist.S
     address, port, rank = environment.master_addr, environment.master_port, environment.rank
     by_agent = environment.launcher == "torchrun"
     if rank > 0 or by_agent:
-        wait_for_port(address, port, timeout_seconds)
+        wait_for_port(address, port, timeout_seconds, environment.address_from)
     else:
-        check_port_free(address, port)
+        check_port_free(address, port, environment.address_from)
     try:
         store = dist.TCPStore(
             address, port, is_master=rank == 0 and not by_agent,
@@ -53,83 +54,14 @@ def open_store(environment: LaunchEnvironment, timeout_seconds: float) -> dist.S
             f"rank {rank} could not reach the store at MASTER_ADDR={address}, MASTER_PORT={port}: "
             f"{str(error).partition(chr(10))[0]}"
         ) from error
-    return dist.PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-class Unreachable(Exception):
-    """The store, and so the process that keeps it, does not answer."""
-
-
-class PatientStore:
-    """A store of which every call ends: torch's own wait for ever when its process is stopped but not dead."""
-
-    def __init__(self, store: dist.Store, timeout_seconds: float):
-        self._store, self._timeout = store, timeout_seconds
-
-    def set(self, key: str, value: str) -> None:
-        self._ask(lambda: self._store.set(key, value))
-
-    def get(self, key: str) -> str | None:
-        """None when it is not there."""
-        return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
-
-    def add(self, key: str, amount: int) -> int:
-        """The sum so far, with this `amount`."""
-        return self._ask(lambda: self._store.add(key, amount))
-
-    def wait(self, key: str, seconds: float) -> bool:
-        """Whether `key` was set in time."""
-
-        def wait() -> bool:
-            try:
-                self._store.wait([key], timedelta(seconds=seconds))
-            except STORE_ERRORS:
-                return self._store.check([key])
-            return True
-
-        return self._ask(wait, seconds)
-
-    def _ask(self, call: Callable[[], Result], seconds: float = 0.0) -> Result:
-        outcome = within(seconds + self._timeout, "store", call)
-        if outcome is None:
-            raise Unreachable("its process is stopped, or cut off")
-        if isinstance(outcome.error, STORE_ERRORS):
-            raise Unreachable(str(outcome.error).partition("\n")[0])
-        return outcome.value()
-
-
-class Outcome(Generic[Result]):
-    """What a call returned or raised."""
-
-    def __init__(self, call: Callable[[], Result]):
-        self.error: BaseException | None = None
-        self._values: list[Result] = []
-        try:
-            self._values.append(call())
-        except BaseException as error:
-            self.error = error
-
-    def value(self) -> Result:
-        """Raises what the call raised."""
-        if self.error is not None:
-            raise self.error
-        return self._values[0]
-
-
-def within(seconds: float, name: str, call: Callable[[], Result]) -> Outcome[Result] | None:
-    """The outcome of `call`, None if it takes longer.
-
-    What hangs in torch cannot be called back: it is left to a thread, which dies with the process.
-    """
-    outcomes: list[Outcome[Result]] = []
-    thread = threading.Thread(target=lambda: outcomes.append(Outcome(call)), name=name, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return outcomes[0] if outcomes else None
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"meeting {start}.{next(_MEETINGS)}", store)
 
 
 class Assembly:
     """The ranks of a job around a store. Every method but `tell` and `hear` is called by all ranks, in the same order.
+
+    First of all they `meet`.
 
     Only rank 0 reads what each of the others wrote, so that thousands of ranks do not ask for thousands of things each.
     Every method raises Unreachable when the store does not answer. Phases have names of their own each.
@@ -137,28 +69,62 @@ class Assembly:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float):
         self.rank, self.world_size, self.timeout = rank, world_size, timeout_seconds
-        self._store = PatientStore(store, timeout_seconds)
+        self._store = PatientStore(store, min(timeout_seconds, ANSWER_SECONDS))
         self._names: list[str] = [f"rank {rank}" for rank in range(world_size)]
 
     def name(self, rank: int) -> str:
         """ "rank 3 (node7)"; without the host until `meet` has heard of it."""
         return self._names[rank]
 
-    def meet(self) -> list[str]:
-        """The host of every rank. Stuck, with the ranks that did not come in time."""
-        self._store.set(f"host/{self.rank}", socket.gethostname())
+    def meet(self, run: str = "") -> list[str]:
+        """The host of every rank. `run`: what tells a run's ranks from those of other runs, the same on all of them.
+
+        Stuck, with the ranks that did not come in time. LaunchError, on this rank alone, when the store belongs to
+        another run. DisagreementError, on all ranks, when they do not have the numbers of one run.
+        """
+        host = socket.gethostname()
+        if self.rank == 0:
+            self._store.set("run", json.dumps({"run": run, "world_size": self.world_size, "host": host}))
+        first = self._find_rank_zero(run)
+        if first["world_size"] != self.world_size:
+            self._refuse(
+                f"the number of ranks is {first['world_size']} on {self.name(0)} and {self.world_size} on rank {self.rank} "
+                f"({host}). Start all ranks of a run with the same WORLD_SIZE, and give each run a MASTER_PORT of its own."
+            )
+        own = f"process {os.getpid()} on {host}"
+        other = self._store.set_once(f"process/{self.rank}", own)
+        if other != own:
+            self._refuse(
+                f"two processes are rank {self.rank}: {other}, and {own}. Give each process a RANK of its own, end what is "
+                "left of an earlier start, and give each run a MASTER_PORT of its own."
+            )
+        self._store.set(f"host/{self.rank}", host)
         try:
             self._arrive("the roll call")
         except Stuck:
             self._name([self._store.get(f"host/{rank}") for rank in self._ranks()])
             raise
-        if self.rank == 0:
-            self._store.set("hosts", json.dumps([self._store.get(f"host/{rank}") for rank in self._ranks()]))
-        if not self._store.wait("hosts", self.timeout):
-            raise Stuck([0], "the roll call", "did not finish")
-        hosts = json.loads(self._store.get("hosts") or "[]")
+        hosts = self.share("hosts", [self._store.get(f"host/{rank}") for rank in self._ranks()])
         self._name(hosts)
         return hosts
+
+    def call_off(self, run: str, reason: str) -> bool:
+        """Instead of `meet`: all others get `reason` as a DisagreementError. False when the roll call was over before."""
+        try:
+            self._find_rank_zero(run)
+        except Stuck:
+            return False
+        called_off = self._store.set_once("the roll call/all here", reason) != ALL_HERE
+        self.farewell()
+        return called_off
+
+    def share(self, name: str, value: Any) -> Any:
+        """Rank 0's `value`, which JSON can hold, on all ranks. Stuck when it does not come in time."""
+        if self.rank == 0:
+            self._store.set(name, json.dumps(value))
+        elif not self._store.wait(name, self.timeout):
+            raise Stuck([0], name, "did not finish")
+        return json.loads(self._store.get(name) or "null")
 
     def phase(self, name: str, work: Callable[[], Result]) -> Result:
         """`work()` on all ranks at once, each in time. Stuck, with the ranks that did not begin or end it.
@@ -201,7 +167,7 @@ class Assembly:
         A launcher stops all ranks when the first one fails, and the store may end with this process.
         """
         self._store.set("verdict", str(verdict))
-        self._store.wait("all told", min(self.timeout, FAREWELL_SECONDS))
+        self.farewell()
 
     def hear(self) -> int | None:
         """For the others: rank 0's exit code; None when it does not come in time."""
@@ -209,19 +175,50 @@ class Assembly:
             if not self._store.wait("verdict", self.timeout):
                 return None
             verdict = int(self._store.get("verdict") or 1)
-            if self._store.add("told", 1) == self.world_size - 1:
-                self._store.set("all told", "")
+            self.farewell()
         except Unreachable:
             return None
         return verdict
+
+    def farewell(self) -> None:
+        """Before all ranks end: the store may end with rank 0, and the others have to read in it why."""
+        if self.rank == 0:
+            self._store.wait("all told", min(self.timeout, FAREWELL_SECONDS))
+        elif self._store.add("told", 1) == self.world_size - 1:
+            self._store.set("all told", "")
+
+    def _find_rank_zero(self, run: str) -> dict[str, Any]:
+        """What rank 0 has said of itself. Stuck when it does not come; LaunchError when it is another run's."""
+        if not self._store.wait("run", self.timeout):
+            raise Stuck([0], "the roll call", "did not come")
+        first = json.loads(self._store.get("run") or "{}")
+        self._name([first["host"]])
+        if first["run"] != run:
+            raise LaunchError(
+                f"{self.name(0)} at this meeting point belongs to another run: {first['run'] or 'one without a name'}, and "
+                f"rank {self.rank} on {socket.gethostname()} to {run or 'one without a name'}. Give each run a MASTER_PORT "
+                "of its own."
+            )
+        return first
+
+    def _refuse(self, reason: str) -> NoReturn:
+        """Ends the roll call for all ranks; if it was over before, this rank is not of the run."""
+        if self._store.set_once("the roll call/all here", reason) == ALL_HERE:
+            raise LaunchError(f"{self.name(0)} has met its ranks without this one: {reason}")
+        self._arrive("the roll call")
+        raise AssertionError(f"the roll call went on although {reason}")
 
     def _arrive(self, name: str) -> None:
         """Waits for all ranks to come here."""
         self._store.set(f"{name}/here/{self.rank}", "")
         if self._store.add(f"{name}/count", 1) == self.world_size:
-            self._store.set(f"{name}/all here", "")
+            self._store.set_once(f"{name}/all here", ALL_HERE)
         if not self._store.wait(f"{name}/all here", self.timeout):
             raise Stuck(self._without(f"{name}/here"), name, "did not arrive")
+        refusal = self._store.get(f"{name}/all here")
+        if refusal != ALL_HERE:
+            self.farewell()
+            raise DisagreementError(refusal)
 
     def _without(self, prefix: str) -> list[int]:
         return [rank for rank in self._ranks() if self._store.get(f"{prefix}/{rank}") is None]

@@ -1,0 +1,61 @@
+"""The software that decides what a rank computes: this package's code, libraries, and variables. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import megatron_tf
+
+# Libraries in which numbers, files or the way of ranks to speak to each other depend on the version.
+LIBRARIES = ("torch", "deepspeed", "numpy", "triton", "safetensors", "tokenizers", "xxhash")
+VARIABLE_PREFIX = "MEGATRON_TF_"
+# They change arithmetic, or what is sent between ranks. Not OMP_NUM_THREADS and the like: nodes may have other numbers of
+# cores, and results are the same to rounding. Not the names of interfaces: each node has its own.
+VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DS_ACCELERATOR",
+    "GLOO_DEVICE_TRANSPORT",
+    "NCCL_ALGO",
+    "NCCL_IB_DISABLE",
+    "NCCL_NET",
+    "NCCL_PROTO",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCHDYNAMO_DISABLE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_COMPILE_DISABLE",
+    "TORCH_DISTRIBUTED_DEBUG",
+    "TRITON_INTERPRET",
+)
+
+
+def software_facts(environ: Mapping[str, str]) -> dict[str, str]:
+    """What must be the same on all ranks: name -> version, digest or value. Variables that are not set are left out."""
+    facts = {"the code of megatron_tf": f"SHA-256 {code_digest()[:12]}", "Python": platform.python_version()}
+    facts |= {library: _version(library) for library in LIBRARIES}
+    names = sorted(name for name in environ if name in VARIABLES or name.startswith(VARIABLE_PREFIX))
+    return facts | {name: environ[name] for name in names}
+
+
+def code_digest(folder: Path | None = None) -> str:
+    """SHA-256 of all source files of this package (or `folder`), with their names."""
+    root = folder or Path(megatron_tf.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(path for ending in ("py", "c") for path in root.rglob(f"*.{ending}")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _version(library: str) -> str:
+    """Of what this process has imported, or else of what is installed."""
+    loaded = getattr(sys.modules.get(library), "__version__", None)
+    if loaded is not None:
+        return str(loaded)
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,92 @@
+"""Calls to the store in which ranks meet that always end: torch's own wait for ever when its process is stopped."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+# Also of a wait that took too long: one or the other, by version of torch.
+STORE_ERRORS = (dist.DistError, RuntimeError)
+# Seconds between two looks: a tenth of the time waited so far, within these.
+SHORTEST_PAUSE = 0.002
+LONGEST_PAUSE = 1.0
+
+
+class Unreachable(Exception):
+    """The store, and so the process that keeps it, does not answer."""
+
+
+class PatientStore:
+    """A store of which every call ends: by Unreachable when there is no answer in `timeout_seconds`."""
+
+    def __init__(self, store: dist.Store, timeout_seconds: float):
+        self._store, self._timeout = store, timeout_seconds
+
+    def set(self, key: str, value: str) -> None:
+        self._ask(lambda: self._store.set(key, value))
+
+    def set_once(self, key: str, value: str) -> str:
+        """The value of `key`, which becomes `value` if there is none."""
+        return self._ask(lambda: self._store.compare_set(key, "", value).decode())
+
+    def get(self, key: str) -> str | None:
+        """None when it is not there."""
+        return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
+
+    def add(self, key: str, amount: int) -> int:
+        """The sum so far, with this `amount`."""
+        return self._ask(lambda: self._store.add(key, amount))
+
+    def wait(self, key: str, seconds: float) -> bool:
+        """Whether `key` was set in time."""
+        began = time.monotonic()
+        # torch's own wait prints lines of its C++ about one that ends without the key.
+        while not self._ask(lambda: self._store.check([key])):
+            waited = time.monotonic() - began
+            if waited >= seconds:
+                return False
+            time.sleep(min(max(waited / 10, SHORTEST_PAUSE), LONGEST_PAUSE, seconds - waited))
+        return True
+
+    def _ask(self, call: Callable[[], Result]) -> Result:
+        outcome = within(self._timeout, "store", call)
+        if outcome is None:
+            raise Unreachable("its process is stopped, or cut off")
+        if isinstance(outcome.error, STORE_ERRORS):
+            raise Unreachable(str(outcome.error).partition("\n")[0])
+        return outcome.value()
+
+
+class Outcome(Generic[Result]):
+    """What a call returned or raised."""
+
+    def __init__(self, call: Callable[[], Result]):
+        self.error: BaseException | None = None
+        self._values: list[Result] = []
+        try:
+            self._values.append(call())
+        except BaseException as error:
+            self.error = error
+
+    def value(self) -> Result:
+        """Raises what the call raised."""
+        if self.error is not None:
+            raise self.error
+        return self._values[0]
+
+
+def within(seconds: float, name: str, call: Callable[[], Result]) -> Outcome[Result] | None:
+    """The outcome of `call`, None if it takes longer.
+
+    What hangs in torch cannot be called back: it is left to a thread, which dies with the process.
+    """
+    outcomes: list[Outcome[Result]] = []
+    thread = threading.Thread(target=lambda: outcomes.append(Outcome(call)), name=name, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcomes[0] if outcomes else None
