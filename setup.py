@@ -7,7 +7,7 @@ WANDB = ["wandb>=0.31,<1"]
 TENSORBOARD = ["tensorboard>=2.20,<3"]
 SENTENCEPIECE = ["sentencepiece>=0.2,<0.3"]
 PARQUET = ["pyarrow>=17,<27"]
-TRANSFORMERS = ["transformers>=5.16,<6"]
+TRANSFORMERS = ["transformers>=5.16,<5.25"]
 EVAL = ["lm_eval>=0.4.13,<0.5", *TRANSFORMERS, *PARQUET]
 # Comes with PyTorch's builds for GPUs; without one the kernels are tested in its interpreter.
 TRITON = ["triton>=3.5,<4; platform_system == 'Linux'"]

@@ -44,7 +44,7 @@ PACKAGES = (
     Package("tensorboard", ">=2.20,<3", "the tensorboard tracker", False, "pip install -e '.[tensorboard]'"),
     Package("tiktoken", ">=0.11,<1", "tiktoken tokenizers", False, "pip install -e '.[tiktoken]'"),
     Package("wandb", ">=0.31,<1", "the wandb tracker", False, "pip install -e '.[wandb]'"),
-    Package("transformers", ">=5.16,<6", "conversion to and from Hugging Face", False, "pip install -e '.[hf]'"),
+    Package("transformers", ">=5.16,<5.25", "conversion to and from Hugging Face", False, "pip install -e '.[hf]'"),
     Package("lm_eval", ">=0.4.13,<0.5", "zero-shot tasks", False, "pip install -e '.[eval]'"),
 )  # fmt: skip
 

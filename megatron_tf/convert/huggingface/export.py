@@ -3,7 +3,7 @@
 | file | content |
 |---|---|
 | model.safetensors | fp32 weights under their Hugging Face names; value tokens transposed, as linear layers have them |
-| config.json | the architecture, and τ of every projection |
+| config.json | the architecture, τ of every projection, and the versions that the export was verified with |
 | generation_config.json | the token that ends a text, when the tokenizer is known |
 | configuration_tokenformer.py, modeling_tokenformer.py | the model for transformers; needs torch and transformers alone |
 | tokenizer.json, tokenizer_config.json | the tokenizer, when it is a Hugging Face tokenizers file |
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,7 +29,7 @@ from megatron_tf.convert.huggingface.configuration import (
     huggingface_config,
     special_tokens,
 )
-from megatron_tf.convert.huggingface.verify import verify_export
+from megatron_tf.convert.huggingface.verify import verify_export, verifying_versions
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.durable import atomic_folder, partial_path, prepare_output
 from megatron_tf.errors import CheckpointError, file_errors
@@ -66,23 +67,30 @@ def write_export(path: Path, network: TokenFormer, tokenizer: ExportedTokenizer 
 
     Errors: CheckpointError, with nothing left behind, also when what transformers computes is not what `network` does.
     """
+    versions = verifying_versions()
     needed = 4 * num_parameters(network.config) + _FILE_OVERHEAD_BYTES
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise CheckpointError(f"{path}: the export takes {needed:,} bytes, and {free:,} are free there. Make room")
     with file_errors(CheckpointError, path, "Nothing was written."), atomic_folder(path) as folder:
-        _write_configuration(folder, network, tokenizer)
+        _write_configuration(folder, network, tokenizer, versions)
         _write_weights(folder, network)
         return verify_export(folder, network, tokenizer.tokenizer if tokenizer and tokenizer.file else None)
 
 
-def _write_configuration(folder: Path, network: TokenFormer, exported: ExportedTokenizer | None) -> None:
+def _write_configuration(
+    folder: Path, network: TokenFormer, exported: ExportedTokenizer | None, versions: Mapping[str, str]
+) -> None:
     eod_id = exported.tokenizer.eod_id if exported else None
-    _write_json(folder / CONFIG_NAME, huggingface_config(network.config, network.scales, eod_id))
+    config = huggingface_config(network.config, network.scales, eod_id)
+    _write_json(folder / CONFIG_NAME, {**config, "verified_with": versions})
     _write_json(folder / "generation_config.json", special_tokens(eod_id))
+    # The code stays as it is while transformers changes: whoever finds it years later sees what it was made for.
+    verified = "# Verified with " + " and ".join(f"{name} {version}" for name, version in versions.items())
     for name in (CONFIGURATION_CODE, MODELING_CODE):
         code = resources.files("megatron_tf.convert.huggingface") / "remote_code" / name
-        (folder / name).write_bytes(code.read_bytes())
+        text = f"{verified}. With others, compare a cached generation with an uncached one, or export again.\n"
+        (folder / name).write_bytes(text.encode() + code.read_bytes())
     if exported and exported.file:
         shutil.copyfile(exported.file, folder / TOKENIZER_NAME)
         end = exported.tokenizer.decode([exported.tokenizer.eod_id])

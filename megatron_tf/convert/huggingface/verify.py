@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,21 @@ from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import CheckpointError, UserError
 from megatron_tf.model.tokenformer import TokenFormer
 
-REQUIRED_VERSIONS = ((5, 16), (6,))  # from the first on, below the second
+REQUIRED_VERSIONS = ((5, 16), (5, 25))  # from the first on, below the second
 _LONGEST_SAMPLE = 256  # tokens: a logit depends on all tokens before it, and seconds are enough
+_LONGEST_PROMPT, _CONTINUATION = 8, 4  # tokens: a cache that is not read shows at the second new one
+# How `generate` may be asked to remember what it has read.
+_CACHES: dict[str, dict[str, Any]] = {
+    "without a cache": {"use_cache": False},
+    "with a dynamic cache": {},
+    "with a static cache": {"cache_implementation": "static"},
+}
 
 
 def require_transformers() -> str:
     """The version of transformers. UserError when it is missing, or one that the exported code does not run with."""
     least, below = REQUIRED_VERSIONS
-    wanted = f"transformers>={'.'.join(map(str, least))},<{below[0]}"
+    wanted = f"transformers>={'.'.join(map(str, least))},<{'.'.join(map(str, below))}"
     try:
         version = metadata.version("transformers")
     except metadata.PackageNotFoundError:
@@ -35,9 +43,14 @@ def require_transformers() -> str:
     return version
 
 
+def verifying_versions() -> dict[str, str]:
+    """Of the packages that an export is checked with, by name. Errors: as of `require_transformers`."""
+    return {"transformers": require_transformers(), "torch": torch.__version__}
+
+
 @torch.no_grad()
 def verify_export(folder: Path, network: TokenFormer, tokenizer: Tokenizer | None) -> dict[str, Agreement]:
-    """Compare logits on random tokens and, where `tokenizer` is that of the export, on English text.
+    """Compare logits on random tokens, on English text where `tokenizer` is that of the export, and in generation.
 
     Returns the agreement by kind of sample. CheckpointError when logits or tokens are others.
     """
@@ -52,13 +65,59 @@ def verify_export(folder: Path, network: TokenFormer, tokenizer: Tokenizer | Non
             raise CheckpointError(
                 "the model's own logits are not finite: its training diverged. Use an earlier checkpoint"
             )
-        found[kind] = agreement(exported(input_ids=ids).logits.float(), expected)
-        if not found[kind].holds:
-            raise CheckpointError(
-                f"transformers computes another function from the export than this model is: on {kind}, {found[kind]}. "
-                "Nothing was written. Please report this, with the versions of torch and transformers"
-            )
+        with _transformers_errors(kind):
+            logits = exported(input_ids=ids).logits.float()
+        found[kind] = _checked(kind, logits, expected)
+    found["generation"] = _compare_generation(exported, network, samples["random tokens"])
     return found
+
+
+def _compare_generation(exported: Any, network: TokenFormer, ids: Tensor) -> Agreement:
+    """Let transformers continue prompts of two lengths, padded on the left, with each kind of cache; the worst agreement.
+
+    The reference is `network` on each whole text alone, without padding and cache. Logits are compared, and not the
+    tokens chosen, which rounding decides where two are about as likely.
+    """
+    prompt = max(2, min(_LONGEST_PROMPT, network.config.seq_length - _CONTINUATION))
+    lengths = (prompt, prompt // 2)
+    ids = ids[:, :1].repeat(1, prompt) if ids.shape[1] < prompt else ids[:, :prompt]
+    mask = torch.tensor([[0] * (prompt - length) + [1] * length for length in lengths])
+    found = []
+    for cache, options in _CACHES.items():
+        kind = f"generation {cache}"
+        with _transformers_errors(kind):
+            out = exported.generate(
+                ids * mask, attention_mask=mask, do_sample=False, min_new_tokens=_CONTINUATION,
+                max_new_tokens=_CONTINUATION, return_dict_in_generate=True, output_logits=True, **options,
+            )  # fmt: skip
+        for row, length in enumerate(lengths):
+            expected = network(out.sequences[row : row + 1, prompt - length :])[0, length - 1 : -1]
+            logits = torch.stack([step[row] for step in out.logits]).float()
+            found.append(_checked(kind, logits, expected))
+    return max(found, key=lambda one: one.error)
+
+
+@contextmanager
+def _transformers_errors(kind: str) -> Iterator[None]:
+    """Whatever the export's own code and transformers make of each other, as CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot run the export, on {kind}: {type(error).__name__}: {error}. Nothing was written. "
+            "Please report this, with the versions of torch and transformers"
+        ) from error
+
+
+def _checked(kind: str, found: Tensor, expected: Tensor) -> Agreement:
+    """The agreement of logits. CheckpointError when it does not hold."""
+    result = agreement(found, expected)
+    if not result.holds:
+        raise CheckpointError(
+            f"transformers computes another function from the export than this model is: on {kind}, {result}. "
+            "Nothing was written. Please report this, with the versions of torch and transformers"
+        )
+    return result
 
 
 def _load_model(folder: Path) -> Any:

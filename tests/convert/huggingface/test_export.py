@@ -33,7 +33,7 @@ def test_the_folder_holds_what_transformers_wants(folder, network, tokenizer_fil
 
 def test_another_kind_of_tokenizer_stays_out(network, tmp_path):
     found = write_export(tmp_path / "out", network, ExportedTokenizer(ByteTokenizer(), None))
-    assert set(found) == {"random tokens"}
+    assert set(found) == {"random tokens", "generation"}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == MODEL_FILES
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == ByteTokenizer.eod_id
 
@@ -46,6 +46,37 @@ def test_what_computes_something_else_gets_no_name(network, tmp_path, monkeypatc
     with pytest.raises(CheckpointError, match="computes another function .* on random tokens"):
         write_export(tmp_path / "out", network, None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("forgotten", ["DynamicCache", "StaticCache"])
+def test_a_cache_that_is_not_read_is_seen(network, tmp_path, monkeypatch, forgotten):
+    """As with a transformers that calls it by a name which the export does not know."""
+    load = verify._load_model
+
+    def forgetful(folder):
+        model = load(folder)
+        forward = model.model.forward
+
+        def without_it(**values):
+            keep = {name: value for name, value in values.items() if type(value).__name__ != forgotten}
+            return forward(**keep)
+
+        model.model.forward = without_it
+        return model
+
+    monkeypatch.setattr(verify, "_load_model", forgetful)
+    kind = forgotten.removesuffix("Cache").lower()
+    with pytest.raises(CheckpointError, match=f"transformers c.* export.* on generation with a {kind} cache"):
+        write_export(tmp_path / "out", network, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_says_what_it_was_verified_with(folder):
+    transformers, torch = metadata.version("transformers"), metadata.version("torch")
+    assert json.loads((folder / "config.json").read_text())["verified_with"]["transformers"] == transformers
+    for name in ("configuration_tokenformer.py", "modeling_tokenformer.py"):
+        first = (folder / name).read_text().splitlines()[0]
+        assert first.startswith(f"# Verified with transformers {transformers} and torch {torch}")
 
 
 def test_a_model_whose_training_diverged_is_refused(network_of, tmp_path):
@@ -75,7 +106,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 def test_transformers_of_the_right_version_is_needed(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "4.57.1")
-    with pytest.raises(UserError, match="transformers is 4.57.1.*pip install 'transformers>=5.16,<6'"):
+    with pytest.raises(UserError, match="transformers is 4.57.1.*pip install 'transformers>=5.16,<5.25'"):
         verify.require_transformers()
     monkeypatch.setattr(metadata, "version", lambda name: "5.16.0")
     assert verify.require_transformers() == "5.16.0"

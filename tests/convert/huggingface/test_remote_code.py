@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -84,8 +86,9 @@ def test_without_this_project(folder, network, ids, tmp_path):
 )
 def test_every_kind_of_model(network_of, tmp_path, changes):
     """`write_export` compares logits."""
-    (agreement,) = write_export(tmp_path / "out", network_of(**changes), None).values()
-    assert agreement.largest > 1
+    assert all(
+        agreement.largest > 1 for agreement in write_export(tmp_path / "out", network_of(**changes), None).values()
+    )
 
 
 def test_a_row_of_zero_scores_is_finite(exported):
@@ -125,6 +128,70 @@ def test_generation_with_caches_and_beams(exported, network, tokenizer):
     assert torch.equal(ids, plain[:1])
 
 
+def test_the_cache_goes_by_either_name(exported, ids):
+    from transformers import DynamicCache
+
+    with torch.no_grad():
+        whole = exported(ids).logits[:, -1]
+        for model in (exported, exported.model):
+            for name in ("cache", "past_key_values"):
+                cache = DynamicCache(config=exported.config)
+                model(ids[:, :-1], **{name: cache})
+                last = model(ids[:, -1:], **{name: cache})
+                assert cache.get_seq_length() == ids.shape[1] and any(value is cache for value in last.values())
+                if model is exported:
+                    torch.testing.assert_close(last.logits[:, -1], whole, rtol=0, atol=2e-4)
+        with pytest.raises(ValueError, match="cache and past_key_values are two names of one thing"):
+            exported(ids, cache=cache, past_key_values=DynamicCache(config=exported.config))
+
+
+def test_no_cache_mask_or_position_is_swallowed(exported, ids):
+    from transformers import DynamicCache
+
+    positions = torch.arange(20).expand(2, -1)
+    unknown = {
+        "past": DynamicCache(config=exported.config), "kv": DynamicCache(config=exported.config),
+        "layer_past": ((ids, ids),), "padding_mask": ids > 5, "attn_mask": ids > 5, "head_mask": torch.ones(2, 2),
+        "pos_ids": positions, "cache_position": positions[0], "start_pos": 3, "offsets": positions, "past_length": 4,
+        "states": [positions], "by_layer": {"full_attention": ids > 5},
+    }  # fmt: skip
+    for model in (exported, exported.model):
+        for name, value in unknown.items():
+            with pytest.raises(TypeError, match=f"knows no keyword '{name}', and its {type(value).__name__} would be"):
+                model(ids, **{name: value})
+        with pytest.raises(TypeError, match="the cache is a tuple. Give a Cache of transformers"):
+            model(ids, past_key_values=((ids, ids),))
+        with pytest.raises(ValueError, match="cu_seq_lens_q says where packed samples begin. Give position_ids too"):
+            model(ids, cu_seq_lens_q=torch.tensor([0, 20]))
+        model(ids, cu_seq_lens_q=torch.tensor([0, 20]), position_ids=positions, output_router_logits=False, mask=None)
+
+
+def test_nothing_that_is_deprecated_is_used(exported, tokenizer, monkeypatch):
+    batch = tokenizer(["the cat sat on the mat", "the"], return_tensors="pt", padding=True)
+    said = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda logger, message, *rest: said.append(message))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        exported.generate(**batch, **GREEDY)
+        exported.generate(**batch, cache_implementation="static", **GREEDY)
+        exported(**batch, labels=batch["input_ids"])
+    assert said == []
+
+
+def test_continuous_batching(exported, ids):
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    prompts = [ids[0, :5].tolist(), ids[1, :2].tolist()]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=320)
+    sizes = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64, max_requests_per_batch=4)
+    found = exported.generate_batch(
+        prompts, generation_config=settings, continuous_batching_config=sizes, progress_bar=False, warmup=False
+    )
+    for prompt, out in zip(prompts, found.values()):
+        expected = exported.generate(torch.tensor([prompt]), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        assert out.generated_tokens == expected[0, len(prompt) :].tolist()
+
+
 def test_what_is_asked_for_beside_logits(folder, ids):
     out = load(folder, attn_implementation="eager")(ids, output_hidden_states=True, output_attentions=True)
     assert [tuple(hidden.shape) for hidden in out.hidden_states] == [(2, 20, 64)] * 3
@@ -145,6 +212,11 @@ def test_gradient_checkpointing(folder, ids):
         losses.append(loss)
         grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert torch.equal(*losses) and all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)  # written a second time when layers are computed anew: not used
+    torch.testing.assert_close(model(ids, labels=ids, past_key_values=cache).loss, losses[0])
+    assert cache.get_seq_length() == 0
     logits = load(folder)(ids).logits[:, :-1].flatten(0, 1)
     torch.testing.assert_close(losses[0], torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
 

@@ -18,7 +18,7 @@ class TokenFormerConfig(PretrainedConfig):
     """
 
     model_type = "tokenformer"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     has_no_defaults_at_init = True  # a saved configuration holds every value
     # A Pattention's norm needs the scores of all tokens, so its keys and values are never simply split column by row.
     # Query, key and value: whole scores on every rank, outputs split by heads. Output: heads come in split, whole

@@ -8,7 +8,7 @@ quantisation, LoRA and vLLM all act on linear layers. Hidden states are [batch, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,58 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tokenformer import PROJECTIONS, TokenFormerConfig
+
+# What transformers calls the cache in its own functions and outputs: another name since 5.24.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Keywords that go on to the attention function and the loss, or that transformers answers on the way.
+KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
+    "shift_labels", "return_dict",
+    # what continuous batching needs to find its cache
+    "logits_indices", "logits_processor_args", "read_index", "write_index", "block_table", "max_seqlen_q", "max_seqlen_k",
+    # of vLLM, which has a cache of its own
+    "attention_instances",
+}  # fmt: skip
+# Of samples that are packed without padding. All attention functions but one find the samples by their positions.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def take_cache(past_key_values: Cache | None, cache: Cache | None, keywords: dict[str, object]) -> Cache | None:
+    """The cache, which may be given by either name.
+
+    Before 5.24 the cache of continuous batching is a keyword of the attention function, and goes there in `keywords`.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("cache and past_key_values are two names of one thing: give one of them")
+    given = past_key_values if cache is None else cache
+    if given is None or isinstance(given, Cache):
+        return given
+    if type(given).__name__ != "PagedAttentionCache":
+        raise TypeError(f"the cache is a {type(given).__name__}. Give a Cache of transformers, such as DynamicCache")
+    if CACHE == "cache":
+        return given
+    keywords["cache"] = given
+    return None
+
+
+def check_keywords(keywords: Mapping[str, object], position_ids: Tensor | None) -> None:
+    """No cache, mask or position is ignored: what is unknown may be a plain switch at most."""
+    words = ("cache", "past", "mask", "pos")
+    for name, value in keywords.items():
+        if value is None or name in KEYWORDS:
+            continue
+        if not isinstance(value, (bool, int, float, str)) or any(word in name for word in words):
+            raise TypeError(
+                f"TokenFormer knows no keyword {name!r}, and its {type(value).__name__} would be ignored. It takes "
+                "input_ids or inputs_embeds, attention_mask, position_ids and cache or past_key_values"
+            )
+    packed = [name for name in PACKED if keywords.get(name) is not None]
+    if packed and position_ids is None:
+        raise ValueError(f"{packed[0]} says where packed samples begin. Give position_ids too, 0 at each beginning")
 
 
 class Pattention(nn.Module):
@@ -114,15 +161,17 @@ class TokenFormerAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = kwargs.pop(CACHE, None)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # under tensor parallelism this rank's heads only
         query = apply_rotary(self.q_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
         key = apply_rotary(self.k_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if isinstance(cache, Cache):
+            key, value = cache.update(key, value, self.layer_idx)
+        elif cache is not None:  # of continuous batching, which also changes what the attention function is given
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         # vLLM reads this source: one call to a local that comes from get_interface is what it replaces by its own.
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
@@ -152,7 +201,7 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TokenFormerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -181,23 +230,27 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
+        check_keywords(kwargs, position_ids)
+        cache = take_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
+        named_cache = {CACHE: cache}
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **named_cache,
         )
         hidden_states = inputs_embeds
         position_embeddings = rotary_tables(self.config, position_ids)
@@ -206,11 +259,11 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
+                **named_cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache)
 
 
 class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
@@ -237,6 +290,7 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """`labels`: [batch, sequence], the input ids again; -100 is left out of the loss."""
@@ -247,6 +301,7 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -257,7 +312,7 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
