@@ -28,6 +28,7 @@ FLOORS = (
         "megatron_tf.open_files",
         "megatron_tf.paths",
         "megatron_tf.shipped",
+        "megatron_tf.text_files",
         "megatron_tf.registry",
     },
     {
@@ -81,6 +82,7 @@ NO_TORCH = (
     "megatron_tf.paths",
     "megatron_tf.shipped",
     "megatron_tf.__main__",
+    "megatron_tf.text_files",
     "megatron_tf.architectures.base",
     "megatron_tf.architectures.spec",
     "megatron_tf.architectures.work",

@@ -16,12 +16,13 @@ from megatron_tf.arguments import path, text_path
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.convert.huggingface.importing import is_export
 from megatron_tf.data.tokenizer import Tokenizer
-from megatron_tf.errors import UserError, file_errors
+from megatron_tf.errors import UserError
 from megatron_tf.inference.cache import CachedModel
 from megatron_tf.inference.load import configured_tokenizer, load_model, open_tokenizer, other_tokenizer
 from megatron_tf.inference.sampling import generate
 from megatron_tf.inference.text import TextStream
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.text_files import read_text_file
 
 MOST_TOKENS = 1_000_000  # weeks of work: more is a slip of the hand
 
@@ -121,12 +122,9 @@ def pieces(
 
 
 def read_prompts(path: Path) -> list[str]:
-    with file_errors(UserError, path, "Give a readable file of prompts."):
-        content = path.read_bytes()
-    try:
-        prompts = content.decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text. Save the file as UTF-8.") from None
+    # Lines end where editors end them, not at every character that Unicode knows to separate lines.
+    text = read_text_file(UserError, path, "Give a readable file of prompts.")
+    prompts = text.removesuffix("\n").split("\n") if text else []
     if not prompts:
         raise UserError(f"{path}: is empty. Write one prompt a line.")
     return prompts

@@ -22,8 +22,8 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files or quoted globs: .jsonl (one document a line), .txt (one document), .tar (an archive of such files, "
-        "or of archives), each also with .zst, .gz or .xz; .parquet",
+        help="files or quoted globs: .jsonl, .ndjson or .json (one document a line), .txt (one document), .tar (an archive "
+        "of such files, or of archives), each also with .zst, .gz, .xz or .bz2; .parquet",
     )
     parser.add_argument(
         "--tokenizer",

@@ -6,7 +6,8 @@ import argparse
 
 from megatron_tf.arguments import input_path, path
 from megatron_tf.data.bpe import train_bpe
-from megatron_tf.data.records import expand_inputs, read_texts
+from megatron_tf.data.inputs import expand_inputs
+from megatron_tf.data.records import read_texts
 
 
 def parse_arguments() -> argparse.Namespace:

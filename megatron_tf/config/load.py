@@ -10,7 +10,6 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -21,9 +20,12 @@ from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
 from megatron_tf.config.schema import NOT_REGISTERED, Model, RunConfig, Section
 from megatron_tf.config.validate import check_model
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
+from megatron_tf.durable import read_plain
 from megatron_tf.errors import ConfigError, broken_link, system_reason
+from megatron_tf.text_files import decode_text
 
 Location = tuple[int | str, ...]
+MOST_BYTES = 1 << 24  # of a configuration
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -77,18 +79,15 @@ def dump_config(config: RunConfig) -> str:
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
     """The plain values of a YAML file and what is wrong with its syntax; ConfigError when it holds no sections."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = read_plain(path, MOST_BYTES)
     except FileNotFoundError:
-        problem = broken_link(path) or "there is no such file"
+        reason = broken_link(path) or "there is no such file"
         remedy = "Give the path of a run's YAML file, or a name of `megatron_tf config list`."
-        raise ConfigError(f"{path}: {problem}. {remedy}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text. Save the file as UTF-8.") from None
+        raise ConfigError(f"{path}: {reason}. {remedy}") from None
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({system_reason(error, path)}). Give a readable YAML file."
-        ) from None
-    values, problems = parse_yaml(text, str(path))
+        reason = system_reason(error, path)
+        raise ConfigError(f"{path}: cannot be read ({reason}). Give a readable YAML file.") from None
+    values, problems = parse_yaml(decode_text(ConfigError, path, content), str(path))
     if values is None:
         needed = ", ".join(_required_keys(RunConfig))
         raise ConfigError(f"{path}: the file is empty. A configuration needs the sections {needed}.")

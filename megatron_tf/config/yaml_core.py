@@ -25,6 +25,7 @@ _PLAIN_SCALARS = {
     ),
 }
 _TAG = "tag:yaml.org,2002:"
+_LINE_ENDS_OF_OLD = re.compile("[\x85\u2028\u2029]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,6 +58,13 @@ def _construct_str(loader: _Loader, node: yaml.ScalarNode) -> str:
     return loader.construct_scalar(node)
 
 
+def _represent_str(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # In double quotes they are written as escapes, which every version reads alike.
+    style = '"' if _LINE_ENDS_OF_OLD.search(text) else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_str)
 for _name in ("null", "bool", "seq", "map"):
     _Loader.add_constructor(_TAG + _name, yaml.SafeLoader.yaml_constructors[_TAG + _name])
 _Loader.add_constructor(_TAG + "int", _construct_int)
@@ -71,8 +79,14 @@ def parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
     `origin` names the text in messages (a path, or an override).  The problems are duplicate keys, each with
     both lines, and keys that are not text; the value is then what remains, so that a caller can go on and
     report what else is wrong.  Raises ConfigError when there is no value: broken YAML, a tag that would build
-    anything but the core types, an alias that contains itself.
+    anything but the core types, an alias that contains itself, and characters that YAML 1.1 takes for line ends.
     """
+    if line_end := _LINE_ENDS_OF_OLD.search(text):
+        line = text.count("\n", 0, line_end.start()) + 1
+        code = f"U+{ord(line_end[0]):04X}"
+        raise ConfigError(
+            f"{origin}: line {line} has the character {code}, which only YAML 1.1 takes for a line end. Remove it."
+        )
     try:
         loader = _Loader(text)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -36,11 +37,13 @@ class Compression:
 
 
 def compression_of(suffix: str, file: str) -> Compression:
-    """By suffix: .zst, .gz or .xz. Raises `DataError` when the package for it is missing."""
+    """By suffix: .zst, .gz, .xz or .bz2. Raises `DataError` when the package for it is missing."""
     if suffix == ".gz":
         return Compression("gzip", lambda: zlib.decompressobj(wbits=31), (zlib.error,), b"\0")
     if suffix == ".xz":
         return Compression("xz", lzma.LZMADecompressor, (lzma.LZMAError,), b"\0")
+    if suffix == ".bz2":
+        return Compression("bzip2", bz2.BZ2Decompressor, (OSError, ValueError), b"\0")
     assert suffix == ".zst", suffix
     try:
         import zstandard
@@ -78,6 +81,9 @@ def decompress(compression: Compression, chunks: Iterable[bytes]) -> Iterator[by
                 yield b"".join(pieces)
                 pieces, size = [], 0
     except compression.errors as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            # the system's, of the file; bzip2's own have no number
+            raise
         yield b"".join(pieces)
         raise BadRecord("broken", f"broken {compression.name} data ({error}); the file is lost from here") from None
     yield b"".join(pieces)

@@ -1,66 +1,62 @@
 """Records out of a file of any known format, with memory bounded by the largest document that is allowed.
 
-| name                        | content                                                                          |
-|-----------------------------|----------------------------------------------------------------------------------|
-| .jsonl                      | one JSON object a line                                                           |
-| .txt                        | one document                                                                     |
-| .tar                        | an archive of files of these formats, archives included (OpenWebText, OpenWebText2) |
-| .parquet                    | one document a row                                                               |
-| each but the last + .zst .gz .xz | the same, compressed                                                        |
-| .tgz, and .xz of any other name  | a compressed .tar                                                           |
+The formats are those of contents.py. Archives may hold files of all of them but Parquet, archives included (OpenWebText,
+OpenWebText2).
 """
 
 from __future__ import annotations
 
-import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_tf.data.compression import compression_of, decompress
+from megatron_tf.data.contents import BYTE_ORDER_MARK, HEAD_BYTES, Content, content_of, says_its_kind, split_name
 from megatron_tf.data.parquet import parquet_records, require_pyarrow
 from megatron_tf.data.record_types import BadRecord, RawRecord, ReadLimits, bad_raw
+from megatron_tf.durable import open_plain
 
 READ_BYTES = 1 << 18
-KNOWN = ".jsonl, .txt, .tar, each also with .zst, .gz or .xz, .tgz and .parquet"
-_NAME = re.compile(r"(?P<inner>\.jsonl|\.txt|\.tar)?(?P<outer>\.zst|\.gz|\.xz)?$")
+MOST_NESTED = 8  # compressed files and archives within each other
 
 OnRead = Callable[[int], None]  # told how many bytes of the file were read
 
 
-def is_known(name: str) -> bool:
-    return name.endswith(".parquet") or _kind(name) is not None
+def inspect_file(path: Path) -> Content:
+    """What a file holds, within its compression where its name does not say so. Raises OSError.
 
-
-def check_packages(path: Path) -> None:
-    """Raise `DataError` when a package that reads this kind of file is missing: at once, not when its turn comes."""
-    kind = _kind(path.name)
-    if path.name.endswith(".parquet"):
-        require_pyarrow(path)
-    elif kind is not None and kind[1]:
-        compression_of(kind[1], str(path))
-
-
-def _kind(name: str) -> tuple[str, str] | None:
-    """(.jsonl, .txt or .tar; suffix of the compression or "") of a file's name; None when it is none of these."""
-    if name.endswith(".tgz"):
-        return ".tar", ".gz"
-    match = _NAME.search(name)
-    assert match is not None
-    inner, outer = match["inner"] or "", match["outer"] or ""
-    if not inner and outer == ".xz":  # as OpenWebText names its archives
-        inner = ".tar"
-    return (inner, outer) if inner else None
+    Raises `DataError` when a package that reads it is missing: at once, not when its turn comes.
+    """
+    with open_plain(path) as file:
+        name, nested = path.name, 0
+        head, chunks, _ = _peeked(_raw_chunks(file, _ignore))
+        content = content_of(head, name)
+        if content.kind == "parquet":
+            require_pyarrow(path)
+        while content.kind == "compressed" and nested < MOST_NESTED:
+            compression = compression_of(content.detail, str(path))
+            if says_its_kind(name):
+                break
+            head, chunks, problem = _peeked(decompress(compression, chunks))
+            if problem is not None:
+                # told when the file is read, as any damage
+                break
+            name, nested = split_name(name)[0], nested + 1
+            content = content_of(head, name)
+        return content
 
 
 def file_records(path: Path, limits: ReadLimits, on_read: OnRead) -> Iterator[RawRecord]:
     """All records of a file, in order; a record that is bad is one with a `problem`. Raises OSError."""
-    if path.name.endswith(".parquet"):
-        yield from parquet_records(path, limits, on_read)
-        return
-    with open(path, "rb") as file:
-        yield from _content_records(str(path), path.name, _raw_chunks(file, on_read), limits)
+    with open_plain(path) as file:
+        content = content_of(file.read(HEAD_BYTES), path.name)
+        if content.kind != "parquet":
+            file.seek(0)
+            yield from _content_records(str(path), path.name, _raw_chunks(file, on_read), limits)
+            return
+    yield from parquet_records(path, limits, on_read)
 
 
 def _raw_chunks(file: IO[bytes], on_read: OnRead) -> Iterator[bytes]:
@@ -73,21 +69,59 @@ def _ignore(num_bytes: int) -> None:
     """Only what is read of the file itself counts, not what it turns into."""
 
 
-def _content_records(where: str, name: str, chunks: Iterable[bytes], limits: ReadLimits) -> Iterator[RawRecord]:
-    """Records of a file, or of a member of an archive, that is called `name` and reported as `where`."""
-    kind = _kind(name)
-    if kind is None:
-        yield bad_raw(where, 1, BadRecord("unknown_member", f"unknown kind of file; known are {KNOWN}"))
-        return
-    inner, outer = kind
-    if outer:
-        chunks = decompress(compression_of(outer, where), chunks)
-    if inner == ".jsonl":
-        yield from _line_records(where, chunks, limits)
-    elif inner == ".txt":
-        yield _whole_record(where, chunks, limits)
+def _peeked(chunks: Iterable[bytes]) -> tuple[bytes, Iterator[bytes], BadRecord | None]:
+    """(the first bytes, all chunks with these, what stands in the way of more first bytes).
+
+    The first chunk that is returned has at least `HEAD_BYTES`, or all there is before the problem.
+    """
+    iterator = iter(chunks)
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        while size < HEAD_BYTES and (piece := next(iterator, None)) is not None:
+            pieces.append(piece)
+            size += len(piece)
+    except BadRecord as problem:
+        first = b"".join(pieces)
+        return first[:HEAD_BYTES], chain([first], _raising(problem)), problem
+    first = b"".join(pieces)
+    return first[:HEAD_BYTES], chain([first], iterator), None
+
+
+def _raising(problem: BadRecord) -> Iterator[bytes]:
+    yield b""
+    raise problem
+
+
+def _content_records(
+    where: str, name: str, chunks: Iterable[bytes], limits: ReadLimits, nested: int = 0
+) -> Iterator[RawRecord]:
+    """Records of a file, or of a member of an archive, that is called `name` and reported as `where`.
+
+    `nested`: how many compressed files and archives it is in.
+    """
+    head, content_chunks, problem = _peeked(chunks)
+    content = content_of(head, name)
+    if problem is not None and content.kind == "unknown":
+        yield bad_raw(where, 1, problem)
+    elif content.kind == "unknown":
+        yield bad_raw(where, 1, BadRecord("unknown_member", content.detail))
+    elif content.kind == "parquet":
+        yield bad_raw(where, 1, BadRecord("unknown_member", "is a Parquet file within another file: unpack it first"))
+    elif content.kind in ("compressed", "archive") and nested == MOST_NESTED:
+        reason = f"is packed more than {MOST_NESTED} times over: unpack it first"
+        yield bad_raw(where, 1, BadRecord("unknown_member", reason))
+    elif content.kind == "compressed":
+        inner = decompress(compression_of(content.detail, where), content_chunks)
+        yield from _content_records(where, split_name(name)[0], inner, limits, nested + 1)
+    elif content.kind == "archive":
+        yield from _member_records(where, content_chunks, limits, nested + 1)
     else:
-        yield from _member_records(where, chunks, limits)
+        unmarked = chain([next(content_chunks).removeprefix(BYTE_ORDER_MARK)], content_chunks)
+        if content.kind == "lines":
+            yield from _line_records(where, unmarked, limits)
+        else:
+            yield _whole_record(where, unmarked, limits)
 
 
 def _whole_record(where: str, chunks: Iterable[bytes], limits: ReadLimits) -> RawRecord:
@@ -144,8 +178,11 @@ def _too_long(size: int, limits: ReadLimits) -> BadRecord:
     )
 
 
-def _member_records(where: str, chunks: Iterable[bytes], limits: ReadLimits) -> Iterator[RawRecord]:
-    """Records of all files in a tar archive, read as a stream. A broken member does not end the archive."""
+def _member_records(where: str, chunks: Iterable[bytes], limits: ReadLimits, nested: int) -> Iterator[RawRecord]:
+    """Records of all files in a tar archive, read as a stream. A broken member does not end the archive.
+
+    A hard link is to a member before it, which has been read. What a symbolic link leads to need not be there.
+    """
     stream: Any = _Stream(chunks)
     try:
         # The default encoding errors keep names that are no UTF-8 as they are.
@@ -153,10 +190,11 @@ def _member_records(where: str, chunks: Iterable[bytes], limits: ReadLimits) -> 
             members: list[tarfile.TarInfo] = vars(archive)["members"]
             while (member := archive.next()) is not None:
                 members.clear()  # tarfile keeps them all, which for millions of members is the memory
-                content = archive.extractfile(member) if member.isreg() else None
-                if content is not None:
-                    place = f"{where}:{member.name}"
-                    yield from _content_records(place, member.name, _raw_chunks(content, _ignore), limits)
+                place = f"{where}:{member.name}"
+                if member.isreg() and (content := archive.extractfile(member)) is not None:
+                    yield from _content_records(place, member.name, _raw_chunks(content, _ignore), limits, nested)
+                elif not (member.isdir() or member.islnk()):
+                    yield bad_raw(place, 1, BadRecord("unknown_member", _not_plain(member)))
             rest: Any = archive.fileobj
             while piece := rest.read(READ_BYTES):  # to its end, where the checksums of compressed data are
                 if piece.strip(b"\0"):
@@ -167,6 +205,12 @@ def _member_records(where: str, chunks: Iterable[bytes], limits: ReadLimits) -> 
         yield bad_raw(where, 1, problem)
     except tarfile.TarError as error:
         yield bad_raw(where, 1, BadRecord("truncated", f"the archive breaks off ({error})"))
+
+
+def _not_plain(member: tarfile.TarInfo) -> str:
+    if member.issym():
+        return f"is a link to {member.linkname!r}, and links in archives are not followed"
+    return "is a device or a FIFO, not a file"
 
 
 class _StrictMember(tarfile.TarInfo):

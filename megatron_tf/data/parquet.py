@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_tf.data.record_types import BadRecord, RawRecord, ReadLimits, bad_raw
-from megatron_tf.errors import DataError
+from megatron_tf.durable import open_plain
+from megatron_tf.errors import DataError, file_errors
 
 ROWS = 256
+MAGIC = b"PAR1"
 
 
 def require_pyarrow(path: Path) -> None:
@@ -30,13 +32,16 @@ def parquet_records(path: Path, limits: ReadLimits, on_read: Callable[[int], Non
     import pyarrow.parquet
 
     where, row = str(path), 0
-    with open(path, "rb") as source:
+    with open_plain(path) as source:
         try:
             file = pyarrow.parquet.ParquetFile(source)
-            column = _column(file, limits.json_key)
+            if (problem := column_problem(file, limits.json_key)) is not None:
+                raise problem
+            paths = [file.metadata.schema.column(number).path for number in range(file.metadata.num_columns)]
+            column = paths.index(limits.json_key)
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(ROWS, row_groups=[group], columns=[limits.json_key]):
-                    for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    for value in _values(batch.column(limits.json_key)):
                         row += 1
                         yield _record(where, row, value, limits)
                 on_read(file.metadata.row_group(group).column(column).total_compressed_size)
@@ -47,20 +52,78 @@ def parquet_records(path: Path, limits: ReadLimits, on_read: Callable[[int], Non
             yield bad_raw(where, row + 1, BadRecord("broken", reason))
 
 
-def _column(file: Any, name: str) -> int:
-    """Number of the column. Raises `BadRecord` when it is missing or holds no strings."""
+def check_columns(paths: Iterable[Path], json_key: str) -> None:
+    """Raise `DataError` for a Parquet file among `paths` without a column of text: now, not when its turn comes."""
+    for path in paths:
+        with file_errors(DataError, path, "Make it readable, or leave it out."), open_plain(path) as source:
+            if source.read(len(MAGIC)) != MAGIC:
+                continue
+            require_pyarrow(path)
+            import pyarrow.parquet
+
+            try:
+                problem = column_problem(pyarrow.parquet.ParquetFile(source), json_key)
+            except (pyarrow.ArrowException, OSError):
+                # told when the file is read, as any damage
+                continue
+        if problem is not None:
+            raise DataError(f"{path}: {problem.reason}. Or leave such files out with --on-error skip.")
+
+
+def column_problem(file: Any, name: str) -> BadRecord | None:
+    """Why an open ParquetFile has no column `name` of strings; None when it has one."""
     import pyarrow.types as types
 
+    lost = f"none of the {file.metadata.num_rows} rows can be read"
     schema = file.schema_arrow
-    if name not in schema.names:
-        raise BadRecord("missing_field", f"missing column {name!r}, its columns are {', '.join(sorted(schema.names))}")
+    count = schema.names.count(name)
+    if count != 1:
+        if count:
+            return BadRecord("repeated_field", f"{count} columns are called {name!r}, {lost}: rename all but one")
+        nested = [f"{field.name}.{name}" for field in schema if types.is_struct(field.type) and name in _inner(field)]
+        hint = f"; make {nested[0]} a column of its own" if nested else ""
+        columns = ", ".join(sorted(schema.names))
+        return BadRecord("missing_field", f"missing column {name!r}, its columns are {columns:.200}, {lost}{hint}")
     kind = schema.field(name).type
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if not any(
-        test(value) for test in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-    ):
-        raise BadRecord("not_text", f"column {name!r} is of type {kind}, not a string")
-    return next(i for i in range(file.metadata.num_columns) if file.metadata.schema.column(i).path == name)
+    if _is_text(kind.value_type if types.is_dictionary(kind) else kind):
+        return None
+    remedy = "name another column with --json-key"
+    if types.is_list(kind) or types.is_large_list(kind):
+        remedy = "join its items to one string, or make a row of each"
+    elif types.is_struct(kind):
+        remedy = (
+            f"make the field of it that holds the text ({', '.join(_inner(schema.field(name)))}) a column of its own"
+        )
+    return BadRecord("not_text", f"column {name!r} is of type {str(kind):.100}, not a string, {lost}: {remedy}")
+
+
+def _inner(field: Any) -> list[str]:
+    """Names of the fields of a struct."""
+    return [field.type.field(number).name for number in range(field.type.num_fields)]
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return any(
+        test(kind)
+        for test in (
+            types.is_string,
+            types.is_large_string,
+            types.is_string_view,
+            types.is_binary,
+            types.is_large_binary,
+            types.is_binary_view,
+        )
+    )
+
+
+def _values(column: Any) -> list[bytes | None]:
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pyarrow.large_binary()).to_pylist()
 
 
 def _record(where: str, row: int, value: bytes | None, limits: ReadLimits) -> RawRecord:

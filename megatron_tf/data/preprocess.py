@@ -7,21 +7,23 @@ processes, on who wrote which part, or on how often the work was interrupted.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tf.data.encoding import EncodeSettings
-from megatron_tf.data.formats import check_packages
 from megatron_tf.data.indexed import IndexedDataset, data_file, index_file, publish_pair
+from megatron_tf.data.inputs import expand_inputs
 from megatron_tf.data.lanes import write_parts
 from megatron_tf.data.losses import SAMPLE, comes_back
 from megatron_tf.data.merge import merge_pairs
+from megatron_tf.data.parquet import check_columns
 from megatron_tf.data.part_writer import OnError, PartJob
 from megatron_tf.data.parts import Part, key_of, locked, plan_parts
 from megatron_tf.data.progress import Progress
 from megatron_tf.data.record_types import ReadLimits
-from megatron_tf.data.records import expand_inputs
 from megatron_tf.data.report import Report, SplitCounts, read_report, write_report
 from megatron_tf.data.summary import CorpusSummary, check_replaceable, read_summary, write_summary
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +31,7 @@ from megatron_tf.durable import partial_path, prepare_output
 from megatron_tf.errors import DataError, file_errors
 
 REMEDY = "Free space, mend the permissions or choose another prefix, then run again: finished parts are kept."
+_OUTPUT = re.compile(r"\.parts(/.*)?|((_train|_validation)?\.(bin|idx|json)|\.report\.json)(\.partial)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def preprocess(settings: PreprocessSettings, progress: Progress) -> dict[str, Co
     already is left as it is. Raises `DataError` for every mistake in the inputs, and for other data under the prefix
     unless they may be replaced; older output is then unchanged.
     """
-    plan = make_plan(settings)
+    plan = make_plan(settings, progress.note)
     summaries = _finished(plan)
     if summaries is not None:
         progress.note(f"{settings.output_prefix}: was prepared from the same files with the same settings before")
@@ -115,8 +118,8 @@ def merge_shards(settings: PreprocessSettings, progress: Progress) -> dict[str, 
     return _merge_if_possible(plan, progress, insist=True)
 
 
-def make_plan(settings: PreprocessSettings) -> Plan:
-    """Check the settings and look at the inputs. Raises `DataError`."""
+def make_plan(settings: PreprocessSettings, note: Callable[[str], None] = lambda text: None) -> Plan:
+    """Check the settings and look at the inputs. Raises `DataError`. `note` is told of repeated inputs."""
     if not 0 <= settings.validation_fraction < 1:
         raise DataError(f"validation fraction is {settings.validation_fraction}. Choose it in [0, 1).")
     if settings.workers < 1:
@@ -129,9 +132,9 @@ def make_plan(settings: PreprocessSettings) -> Plan:
         )
     if not os.path.basename(settings.output_prefix):
         raise DataError(f"the output prefix {settings.output_prefix!r} ends without a name. Add one: data/openwebtext.")
-    files = tuple(expand_inputs(settings.inputs))
-    for path in {path.suffix: path for path in files}.values():
-        check_packages(path)
+    files = tuple(expand_inputs(settings.inputs, note, lambda name: _is_output(settings.output_prefix, name)))
+    if settings.on_error == "stop":
+        check_columns(files, settings.json_key)
     tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
     encode = _encode_settings(settings, tokenizer)
     parts = plan_parts(settings.output_prefix, files, encode, _limits(settings), tokenizer.fingerprint)
@@ -140,6 +143,12 @@ def make_plan(settings: PreprocessSettings) -> Plan:
     for prefix in plan.prefixes.values():
         check_replaceable(prefix)
     return plan
+
+
+def _is_output(prefix: str, name: str) -> bool:
+    """Whether a preparation under `prefix` writes what is called `name`, its parts included."""
+    start, path = os.path.realpath(prefix), os.path.realpath(name)
+    return path.startswith(start) and _OUTPUT.fullmatch(path[len(start) :]) is not None
 
 
 def _check_replaceable(plan: Plan) -> None:

@@ -7,13 +7,14 @@ from typing import Literal, NamedTuple
 BadKind = Literal[
     "invalid_json",
     "missing_field",
+    "repeated_field",
     "not_text",  # the field holds something else than a string
     "not_utf8",
     "empty",
     "too_long",
     "truncated",  # a file or an archive that breaks off
     "broken",  # a file or an archive that is damaged
-    "unknown_member",  # a file in an archive whose format is not known
+    "unknown_member",  # a file, in an archive or alone, that is of no known format
     "not_encodable",  # the tokenizer gave up
     "lost_text",  # the tokenizer has no token for some characters
 ]

@@ -1,45 +1,16 @@
-"""Documents out of files: which files, their records, and the text of a record. The formats are in formats.py."""
+"""Documents out of files: their records, and the text of a record. The formats are in formats.py."""
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from megatron_tf.data.formats import KNOWN, file_records, is_known
+from megatron_tf.data.formats import file_records
 from megatron_tf.data.record_types import BadRecord, RawRecord, ReadLimits
 from megatron_tf.errors import DataError, file_errors
-
-
-def expand_inputs(patterns: Iterable[str]) -> list[Path]:
-    """Files and globs (`**` included) to files, each once, those of a glob in alphabetical order.
-
-    Raises `DataError` for a pattern that matches nothing, for what is no file or cannot be looked at, and for a name
-    of no known format.
-    """
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        with file_errors(DataError, pattern, "Correct the path or make it readable."):
-            try:
-                mode = os.stat(pattern).st_mode
-            except (FileNotFoundError, NotADirectoryError):
-                matches = [match for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
-                if not matches:
-                    raise DataError(
-                        f"{pattern}: no such file. Correct the path, or quote a glob so that it arrives whole."
-                    ) from None
-            else:
-                matches = [pattern]
-                if not stat.S_ISREG(mode):
-                    raise DataError(f"{pattern}: is no file. Name the files in a folder as a quoted glob: '*.jsonl'.")
-        found.update(dict.fromkeys(map(Path, matches)))
-    for path in found:
-        if not is_known(path.name):
-            raise DataError(f"{path}: unknown kind of input. Known are {KNOWN}.")
-    return list(found)
 
 
 def read_records(
@@ -61,31 +32,75 @@ def parse_record(record: RawRecord, json_key: str) -> str:
         content = record.payload.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRecord("not_utf8", f"not UTF-8 at byte {error.start}") from None
-    if record.line == 1:
-        content = content.removeprefix("\ufeff")  # a byte order mark, which some programs begin every file with
     text = _json_text(content, json_key) if record.is_json else content
     if not text:
         raise BadRecord("empty", "the document is empty")
     return text
 
 
+class _Fields(dict[str, Any]):
+    """A JSON object; `repeated` are the keys that it has more than once."""
+
+    repeated: frozenset[str] = frozenset()
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> _Fields:
+    fields = _Fields(pairs)
+    if len(fields) != len(pairs):
+        fields.repeated = frozenset(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+    return fields
+
+
+# No number is asked for, and Python refuses to read integers of thousands of digits.
+_DECODER = json.JSONDecoder(object_pairs_hook=_fields, parse_int=lambda digits: 0)
+
+
 def _json_text(content: str, json_key: str) -> str:
+    # Files that were joined have a byte order mark in the middle.
+    content = content.removeprefix("\ufeff")
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("invalid_json", f"invalid JSON ({error})") from None
-    if not isinstance(value, dict) or json_key not in value:
-        keys = f"its fields are {', '.join(sorted(value))}" if isinstance(value, dict) else "it is no JSON object"
-        raise BadRecord("missing_field", f"missing field {json_key!r}, {keys:.200}")
+        value = _DECODER.decode(content)
+    except RecursionError:
+        raise BadRecord("invalid_json", "invalid JSON, or nested too deeply to be read") from None
+    except ValueError as error:
+        raise BadRecord("invalid_json", f"invalid JSON ({error}){_probable_cause(content)}") from None
+    if not isinstance(value, _Fields) or json_key not in value:
+        if isinstance(value, _Fields):
+            reason = f"its fields are {', '.join(sorted(value)):.200}{_nested_field(value, json_key)}"
+        else:
+            reason = f"it is no JSON object{_probable_cause(content)}"
+        raise BadRecord("missing_field", f"missing field {json_key!r}, {reason}")
+    if json_key in value.repeated:
+        raise BadRecord("repeated_field", f"field {json_key!r} is there more than once, and only one could be read")
     text = value[json_key]
     if not isinstance(text, str):
-        raise BadRecord("not_text", f"field {json_key!r} is of type {type(text).__name__}, not a string")
+        kind = "object" if isinstance(text, _Fields) else type(text).__name__
+        raise BadRecord("not_text", f"field {json_key!r} is of type {kind}, not a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         reason = f"field {json_key!r} has half a surrogate pair at character {error.start}"
         raise BadRecord("not_utf8", reason) from None
     return text
+
+
+def _probable_cause(content: str) -> str:
+    """Why a line is no JSON object, and what to do, where that can be guessed."""
+    if "\0" in content:
+        return "; it has NUL characters, as files have that were cut off by a crash"
+    if "\r" in content:
+        return "; it has line ends of carriage returns alone: turn them into newlines (tr '\\r' '\\n')"
+    if content.startswith("["):
+        return "; write an array as one object a line (jq -c '.[]')"
+    if content.startswith("{") and not content.endswith("}"):
+        return "; write each object in a line of its own (jq -c .)"
+    return ""
+
+
+def _nested_field(value: _Fields, json_key: str) -> str:
+    """Where an object that lacks a field has one of that name after all."""
+    outer = next((key for key, inner in value.items() if isinstance(inner, _Fields) and json_key in inner), None)
+    return "" if outer is None else f"; that within {outer!r} is not looked at: move it up"
 
 
 def bad_record_error(file: str, line: int, reason: str) -> DataError:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from megatron_tf.config.yaml_core import parse_yaml
 from megatron_tf.durable import atomic_path, prepare_output
 from megatron_tf.errors import UserError, file_errors
+from megatron_tf.text_files import decode_text
 
 Axis = Literal["tokens", "steps", "flops"]
 LABELS: dict[Axis, str] = {
@@ -50,10 +51,7 @@ def read_run(folder: Path) -> RunCurve:
     for file in (path, settings):
         with file_errors(UserError, file, "Name the run.dir of a run."):
             texts[file] = file.read_bytes()
-    try:
-        config, _ = parse_yaml(texts[settings].decode("utf-8"), str(settings))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{settings}: byte {error.start} is not UTF-8 text. Restore the file.") from None
+    config, _ = parse_yaml(decode_text(UserError, settings, texts[settings]), str(settings))
     *lines, _ = texts[path].split(b"\n")  # what follows the last line end is torn or still being written
     records = tuple(_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1))
     if not records:

@@ -200,6 +200,19 @@ def test_file_that_is_not_utf8(tmp_path):
         load_config(path)
 
 
+@pytest.mark.parametrize("encode", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])
+def test_a_file_as_other_systems_write_it(small_path, encode):
+    config = load_config(small_path)
+    small_path.write_bytes(encode(small_path.read_text(encoding="utf-8")).encode())
+    assert load_config(small_path) == config
+
+
+def test_a_link_that_leads_nowhere(tmp_path):
+    (tmp_path / "a.yml").symlink_to("gone.yml")
+    with pytest.raises(ConfigError, match=r"a\.yml: is a link to gone\.yml, and nothing is there"):
+        load_config(tmp_path / "a.yml")
+
+
 def test_duplicate_key_is_reported_beside_the_other_problems(small_path):
     small_path.write_text(small_path.read_text().replace("num_layers: 4", "num_layers: 4\n  num_layers: 8\n  nope: 1"))
     with pytest.raises(ConfigError) as error:

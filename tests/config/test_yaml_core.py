@@ -131,3 +131,11 @@ def test_broken_documents_name_the_file_and_the_place(text, message):
     assert len(error.value.problems) == 1
     assert error.value.problems[0].startswith("run.yml: ")
     assert message in error.value.problems[0]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_characters_that_only_yaml_1_1_takes_for_line_ends(character):
+    """PyYAML would make a key of the rest of a comment."""
+    with pytest.raises(ConfigError, match=rf"file: line 2 has the character U\+{ord(character):04X}"):
+        parse_yaml(f"a: 1\n# comment{character}b: 2\n", "file")
+    assert parse_yaml(dump_yaml({"a": f"x{character}y"}), "file") == ({"a": f"x{character}y"}, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tf.data import compression, formats
+from megatron_tf.data.inputs import expand_inputs
+from megatron_tf.data.parquet import check_columns
 from megatron_tf.data.record_types import RawRecord, ReadLimits
-from megatron_tf.data.records import expand_inputs, parse_record, read_records, read_texts
+from megatron_tf.data.records import parse_record, read_records, read_texts
 from megatron_tf.errors import DataError
 
 TEXTS = ["first", "second with ümlaut\u2028and\nlines", "x" * 700_000, "last"]
@@ -29,6 +32,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".zst": zstandard_frame,
     ".gz": gzip.compress,
     ".xz": lzma.compress,
+    ".bz2": bz2.compress,
 }
 
 
@@ -82,7 +86,9 @@ def test_whole_files(tmp_path, suffix):
     assert list(read_texts(expand_inputs([f"{tmp_path}/?.txt{suffix}"]), "text")) == TEXTS
 
 
-@pytest.mark.parametrize("name", ["a.tar", "a.tar.xz", "a.tar.gz", "a.tgz", "a.tar.zst", "urlsf_subset00-1_data.xz"])
+@pytest.mark.parametrize(
+    "name", ["a.tar", "a.tar.xz", "a.tar.gz", "a.tgz", "a.tar.bz2", "a.tar.zst", "urlsf_subset00-1_data.xz"]
+)
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_archives_of_texts(tmp_path, name, form):
     content = tar({f"folder/{number}{'n' * 60}.txt": text.encode() for number, text in enumerate(TEXTS)}, form)
@@ -112,7 +118,7 @@ def test_open_web_text_2_an_archive_of_compressed_lines(tmp_path):
     assert texts_of(tmp_path / "openwebtext2.jsonl.zst.tar") == TEXTS
 
 
-@pytest.mark.parametrize("suffix", [".zst", ".gz", ".xz"])
+@pytest.mark.parametrize("suffix", [".zst", ".gz", ".xz", ".bz2"])
 @pytest.mark.parametrize("damage", ["truncated", "rubbish", "flipped"])
 def test_damaged_compression_is_a_bad_record_after_the_good_ones(tmp_path, suffix, damage):
     first, second = COMPRESS[suffix](jsonl(["a", "b"])), COMPRESS[suffix](jsonl(TEXTS))
@@ -132,7 +138,7 @@ def test_damaged_compression_is_a_bad_record_after_the_good_ones(tmp_path, suffi
     assert len(bad) <= 1
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2"])
 def test_padding_after_the_last_frame_is_no_damage(tmp_path, suffix):
     (tmp_path / f"a.jsonl{suffix}").write_bytes(COMPRESS[suffix](jsonl(["a"])) + b"\0" * 1024)
     assert texts_of(tmp_path / f"a.jsonl{suffix}") == ["a"]
@@ -174,7 +180,36 @@ def test_a_broken_member_does_not_end_the_archive(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.txt.xz", "a.tar.gz"])
+@pytest.mark.parametrize("read_bytes", [7, 1 << 18])
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("c4-train.00000-of-01024.json.gz", gzip.compress),
+        ("A.JSONL.GZ", gzip.compress),
+        ("a.jsonl.zstd", zstandard_frame),
+        ("a.ndjson.bz2", bz2.compress),
+        ("a.jsonl", gzip.compress),  # wrong names
+        ("a.jsonl.xz", zstandard_frame),
+        ("a.json.gz", lambda content: content),
+        ("0123abcd", gzip.compress),  # none
+        ("a.gz", lambda content: gzip.compress(bz2.compress(content))),
+    ],
+)
+def test_names_as_the_world_writes_them(tmp_path, monkeypatch, name, pack, read_bytes):
+    monkeypatch.setattr(formats, "READ_BYTES", read_bytes)
+    (tmp_path / name).write_bytes(pack(b"\xef\xbb\xbf" + jsonl(TEXTS)))
+    assert list(read_texts(expand_inputs([f"{tmp_path}/*"]), "text")) == TEXTS
+
+
+def test_what_is_packed_without_end_is_refused(tmp_path):
+    content = jsonl(["a"])
+    for _ in range(formats.MOST_NESTED + 1):
+        content = gzip.compress(content)
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    assert problems_of(tmp_path / "a.jsonl.gz")[0][2] == "is packed more than 8 times over: unpack it first"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.txt.xz", "a.tar.gz", "a.json.bz2"])
 def test_a_compressed_file_without_a_byte_is_truncated(tmp_path, name):
     (tmp_path / name).touch()
     ((kind, _, reason),) = problems_of(tmp_path / name)
@@ -204,20 +239,51 @@ def test_a_bomb_comes_in_small_chunks(tmp_path):
     assert sum(chunks) == 300_000_000 and max(chunks) <= compression.SLICE_BYTES // 4 * (1 << 17) + (1 << 18)
 
 
+def test_members_that_are_no_files(tmp_path):
+    """A hard link is to a member that has been read; what a symbolic link leads to may not be in the archive."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, kind in (("f.txt", tarfile.REGTYPE), ("h.txt", tarfile.LNKTYPE), ("s.txt", tarfile.SYMTYPE),
+                           ("p.txt", tarfile.FIFOTYPE), ("c.txt", tarfile.CHRTYPE)):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            member.linkname = "f.txt" if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE) else ""
+            member.size = 3 if kind == tarfile.REGTYPE else 0
+            archive.addfile(member, io.BytesIO(b"one"))
+    (tmp_path / "a.tar").write_bytes(out.getvalue())
+    records = list(read_records([tmp_path / "a.tar"]))
+    assert [(Path(record.file).name.split(":")[1], record.problem and record.problem[1]) for record in records] == [
+        ("f.txt", None), ("s.txt", "is a link to 'f.txt', and links in archives are not followed"),
+        ("p.txt", "is a device or a FIFO, not a file"), ("c.txt", "is a device or a FIFO, not a file"),
+    ]  # fmt: skip
+
+
+def test_members_are_known_by_their_content(tmp_path):
+    page, parquet = b"<!DOCTYPE html><title>404", b"PAR1\x15\x00\x15\x10"
+    members = {"0.jsonl": gzip.compress(jsonl(["a"])), "1": jsonl(["b"]), "2.jsonl": page, "3.parquet": parquet}
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    records = list(read_records([tmp_path / "a.tar"]))
+    assert [parse_record(record, "text") for record in records[:2]] == ["a", "b"]
+    assert [record.problem[0] for record in records[2:]] == ["unknown_member"] * 2
+    assert "an HTML page" in records[2].problem[1] and "a Parquet file within another file" in records[3].problem[1]
+
+
 @pytest.fixture
 def write_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
 
-    def write(columns: dict, **options) -> Path:
-        parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet", **options)
+    def write(columns: dict | list, names: list[str] | None = None, **options) -> Path:
+        parquet.write_table(pyarrow.table(columns, names=names), tmp_path / "a.parquet", **options)
         return tmp_path / "a.parquet"
 
     return write
 
 
 @pytest.mark.parametrize("options", [{}, {"row_group_size": 2}, {"compression": "zstd", "use_dictionary": False}])
-@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
+@pytest.mark.parametrize(
+    "kind", ["string", "large_string", "binary", "large_binary", "string_view", "binary_view", "dictionary"]
+)
 def test_parquet(write_parquet, options, kind):
     import pyarrow
 
@@ -236,15 +302,44 @@ def test_bad_rows_of_parquet(write_parquet):
     assert [(kind, line) for kind, line, _ in found] == [("not_text", 2), ("too_long", 3)]
 
 
-@pytest.mark.parametrize(
-    ("columns", "kind", "reason"),
-    [
-        ({"body": ["a"], "id": [1]}, "missing_field", "missing column 'text', its columns are body, id"),
-        ({"text": [1, 2]}, "not_text", "column 'text' is of type int64, not a string"),
-    ],
-)
-def test_parquet_without_the_column(write_parquet, columns, kind, reason):
-    assert problems_of(write_parquet(columns)) == [(kind, 1, reason)]
+LOST = "none of the 1 rows can be read"
+WITHOUT_TEXT = {
+    "missing": (["a", 1], ["body", "id"], "missing_field", f"missing column 'text', its columns are body, id, {LOST}"),
+    "number": ([1], ["text"], "not_text", f"column 'text' is of type int64, not a string, {LOST}: name another"),
+    "null": ([None], ["text"], "not_text", f"column 'text' is of type null, not a string, {LOST}: name another"),
+    "list": ([["a", "b"]], ["text"], "not_text", f"list<element: string>, not a string, {LOST}: join its items to one"),
+    "struct": ([{"body": "a"}], ["text"], "not_text", "make the field of it that holds the text (body) a column"),
+    "nested": ([{"text": "a"}], ["meta"], "missing_field", f"columns are meta, {LOST}; make meta.text a column"),
+    "twice": (
+        ["a", "b"],
+        ["text", "text"],
+        "repeated_field",
+        f"2 columns are called 'text', {LOST}: rename all but one",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_TEXT)
+def test_parquet_without_the_column(write_parquet, case):
+    import pyarrow
+
+    values, names, kind, reason = WITHOUT_TEXT[case]
+    path = write_parquet([pyarrow.array([value]) for value in values], names)
+    ((found, line, said),) = problems_of(path)
+    assert (found, line) == (kind, 1) and reason in said
+    with pytest.raises(DataError, match=r"a\.parquet: .* rows can be read"):
+        check_columns([path], "text")
+
+
+def test_parquet_takes_the_column_of_that_very_name(write_parquet):
+    import pyarrow
+
+    nested = pyarrow.array([{"b": "nested"}])
+    for order in (1, -1):
+        columns, names = [nested, pyarrow.array(["flat"])][::order], ["a", "a.b"][::order]
+        path = write_parquet(columns, names)
+        check_columns([path], "a.b")
+        assert [record.payload for record in read_records([path], ReadLimits("a.b"))] == [b"flat"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "rubbish", "flipped"])

@@ -310,6 +310,30 @@ def test_a_damaged_part_is_made_again(tokenizer, tmp_path):
     assert (tmp_path / "x.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
 
 
+def test_a_glob_does_not_match_what_the_preparation_itself_writes(tokenizer, tmp_path):
+    """Neither its parts when it was cut off, nor its output when it is asked for again."""
+    write_jsonl(tmp_path / "in" / "a.json", TEXTS[:10])
+    write_jsonl(tmp_path / "in" / "b.jsonl", TEXTS[10:20])
+    inputs = tmp_path / "in" / "**" / "*"
+    for index in (0, 1, 0):
+        run(tokenizer, inputs, tmp_path / "in" / "x", shard_index=index, num_shards=2)
+    assert read_summary(tmp_path / "in" / "x").documents == 20
+    assert len(list((tmp_path / "in").iterdir())) == 6
+
+
+def test_parquet_without_the_column_is_said_before_any_work(tokenizer, corpus, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": [["a"], ["b"]]}), tmp_path / "in" / "z.parquet")
+    with pytest.raises(
+        DataError, match=r"z\.parquet: column 'text' is of type list.* leave such files out with --on-er"
+    ):
+        run(tokenizer, tmp_path / "in" / "*", tmp_path / "out" / "x")
+    assert not (tmp_path / "out").exists()
+    run(tokenizer, tmp_path / "in" / "*", tmp_path / "out" / "x", on_error="skip")
+    (sample,) = json.loads((tmp_path / "out" / "x.report.json").read_text())["samples"]
+    assert sample["kind"] == "not_text" and "none of the 2 rows can be read" in sample["reason"]
+
+
 def test_the_report_says_what_was_left_out_and_why(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(BAD_LINES))
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": "fine"}\n' + b'{"text": "%s"}' % (b"x" * 500))

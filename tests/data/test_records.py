@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_tf.data.record_types import BadRecord
-from megatron_tf.data.records import expand_inputs, parse_record, read_records, read_texts
+from megatron_tf.data.records import parse_record, read_records, read_texts
 from megatron_tf.errors import DataError
 
 TEXTS = ["first", "second with ümlaut\u2028and\nlines", "x" * 700_000, "last"]
@@ -22,46 +22,11 @@ def test_blank_lines_are_counted_but_are_no_records(tmp_path):
     assert [record.line for record in read_records([tmp_path / "a.jsonl"])] == [2, 4]
 
 
-def test_inputs_are_expanded_once_each(tmp_path):
-    for name in ("b.txt", "a.txt", "sub/c.txt", "[x].txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("text")
-    patterns = [str(tmp_path / name) for name in ("b.txt", "[ab].txt", "**/*.txt", "[x].txt")]
-    names = [str(path.relative_to(tmp_path)) for path in expand_inputs(patterns)]
-    assert names == ["b.txt", "a.txt", "[x].txt", "sub/c.txt"]
-
-
-@pytest.mark.parametrize(("name", "message"), [("no.txt", "no such file"), ("*.jsonl", "no such file")])
-def test_inputs_that_match_nothing(tmp_path, name, message):
-    with pytest.raises(DataError, match=message):
-        expand_inputs([str(tmp_path / name)])
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("x" * 300 + ".txt", "File name too long. Correct the path"),
-        ("a\0b.txt", "can be no path. Correct the path"),
-        ("folder.txt", "folder.txt: is no file. Name the files in a folder as a quoted glob"),
-    ],
-)
-def test_inputs_that_cannot_be_files(tmp_path, name, message):
-    (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(DataError, match=message):
-        expand_inputs([f"{tmp_path}/{name}"])
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.zst"])
 def test_inputs_that_cannot_be_read(tmp_path, name):
     """Gone, or no longer readable, after the files were listed."""
     with pytest.raises(DataError, match=rf"{name}: No such file or directory. Make it readable, or leave it out"):
         list(read_texts([tmp_path / name], "text"))
-
-
-def test_input_of_unknown_kind(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b"")
-    with pytest.raises(DataError, match=r"a\.csv: unknown kind of input. Known are \.jsonl, \.txt, \.tar, .*\.parquet"):
-        expand_inputs([str(tmp_path / "*")])
 
 
 BAD_LINES = {
@@ -72,6 +37,20 @@ BAD_LINES = {
     "not a string": (b'{"text": 5}', "field 'text' is of type int, not a string"),
     "null": (b'{"text": null}', "field 'text' is of type NoneType"),
     "not utf-8": (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
+    "nested": (b'{"meta": {"text": "x"}}', "missing field 'text', .* that within 'meta' is not looked at: move it up"),
+    "an object": (b'{"text": {"body": "x"}}', "field 'text' is of type object, not a string"),
+    "twice": (b'{"text": "x", "text": "y"}', "field 'text' is there more than once"),
+    "twice in disguise": (rb'{"text": "x", "te\u0078t": "y"}', "field 'text' is there more than once"),
+    "NUL": (b'{"text": "x"}\0\0', r"invalid JSON .*; it has NUL characters, as files have that were cut off"),
+    "carriage returns": (
+        b'{"text": "x"}\r{"text": "y"}',
+        r"invalid JSON .*; it has line ends of carriage returns alone",
+    ),
+    "an array of objects": (
+        b'[{"text": "x"}]',
+        r"missing field .*, it is no JSON object; write an array as one object a line",
+    ),
+    "several lines": (b"{", "invalid JSON .*; write each object in a line of its own"),
     "surrogate": (rb'{"text": "ab\ud800"}', "field 'text' has half a surrogate pair at character 2"),
 }
 
@@ -82,6 +61,26 @@ def test_bad_lines(tmp_path, case):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
     with pytest.raises(DataError, match=rf"a\.jsonl:2: {message}"):
         list(read_texts([tmp_path / "a.jsonl"], "text"))
+
+
+UNUSUAL_LINES = {
+    "escapes": (rb'{"text": "\u0041\/\ud83d\ude00\u0000"}', "A/😀\0"),
+    "separators": ('{"text": "a\u2028b\u0085c"}'.encode(), "a\u2028b\u0085c"),
+    "a long integer": (b'{"text": "a", "id": ' + b"7" * 6000 + b"}", "a"),
+    "no numbers": (b'{"text": "a", "x": NaN, "y": -Infinity, "z": 1e999}', "a"),
+    "another field twice": (b'{"text": "a", "x": 1, "x": 2, "y": {"text": 1, "text": 2}}', "a"),
+    "a mark": (b"\xef\xbb\xbf" + b'{"text": "a"}', "a"),
+    "a mark in the text": ('{"text": "\ufeffa"}'.encode(), "\ufeffa"),
+    "white space": (b' \t{ "text" :\t"a" } \r', "a"),
+    "a field with dots": (b'{"text": "a", "text.text": 1}', "a"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL_LINES)
+def test_unusual_lines(tmp_path, case):
+    line, text = UNUSUAL_LINES[case]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf\n" + line + b"\n\n" + line)
+    assert list(read_texts([tmp_path / "a.jsonl"], "text")) == [text, text]
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.jsonl", b'{"text": "good"}\n'), ("a.txt", b"good")])

@@ -101,6 +101,23 @@ def test_missing_tokenizer_is_one_message_and_exit_code_2(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_links_and_wrong_names(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "c4.json.gz").write_text('{"text": "one"}\n')  # unpacked on its way
+    (tmp_path / "in" / "again").symlink_to(".")
+    (tmp_path / "in" / "link.jsonl").symlink_to("c4.json.gz")
+    common = ["--tokenizer", "bytes", "--output-prefix", tmp_path / "x", "--input"]
+    prepared = run("preprocess_data.py", *common, f"{tmp_path}/in/**/*")
+    assert prepared.returncode == 0 and f"{tmp_path}/x: 1 documents, 4 tokens" in prepared.stdout, prepared.stderr
+    assert prepared.stderr.startswith(
+        f"{tmp_path}/in/link.jsonl is the file {tmp_path}/in/c4.json.gz, which is read once"
+    )
+    (tmp_path / "in" / "gone.jsonl").symlink_to("nowhere")
+    refused = run("preprocess_data.py", *common, f"{tmp_path}/in/**/*")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(f"error: {tmp_path}/in/gone.jsonl: is a link to nowhere, and nothing is there.")
+
+
 def write_shards(folder: Path, number: int, documents: int) -> str:
     """Files of some megabytes, each different; returns a glob of them."""
     folder.mkdir()

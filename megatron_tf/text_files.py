@@ -1,0 +1,34 @@
+"""Text files that users write, as any editor on any system leaves them."""
+
+from __future__ import annotations
+
+import codecs
+import os
+
+from megatron_tf.durable import read_plain
+from megatron_tf.errors import UserError, file_errors
+
+MOST_BYTES = 1 << 30
+# The first two bytes of UTF-32 are those of UTF-16.
+_OTHERS = ((codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"), (codecs.BOM_UTF32_BE, "UTF-32"))
+
+
+def read_text_file(kind: type[UserError], path: str | os.PathLike[str], remedy: str) -> str:
+    """The text of a UTF-8 file, see `decode_text`. Raises a `kind` for what is no file or cannot be read."""
+    with file_errors(kind, path, remedy):
+        content = read_plain(path, MOST_BYTES)
+    return decode_text(kind, path, content)
+
+
+def decode_text(kind: type[UserError], path: str | os.PathLike[str], content: bytes) -> str:
+    """Text of the UTF-8 `content` of a file, without a byte order mark; each line end is \\n, whatever the system's.
+
+    Raises a `kind` for other encodings.
+    """
+    try:
+        text = content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        other = next((name for mark, name in _OTHERS if content.startswith(mark)), None)
+        found = f"is {other} text" if other else f"byte {error.start} is not UTF-8 text"
+        raise kind(f"{os.fspath(path)}: {found}. Save the file as UTF-8.") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
