@@ -15,7 +15,6 @@ from typing import BinaryIO
 from megatron_tf.errors import UserError, file_errors
 
 _KINDS = {
-    stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -24,13 +23,15 @@ _KINDS = {
 
 
 class NotPlainError(OSError):
-    """A folder, FIFO, socket or device stands where a file is read."""
+    """A FIFO, socket or device stands where a file is read."""
 
 
 def plain_size(path: str | os.PathLike[str]) -> int:
-    """Bytes of a file, or of the file that a link leads to. OSError; NotPlainError for anything but a file."""
+    """Bytes of a file, or of the file that a link leads to. OSError for anything else."""
     found = os.stat(path)
     kind = stat.S_IFMT(found.st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if kind != stat.S_IFREG:
         raise NotPlainError(
             errno.EINVAL, f"is {_KINDS.get(kind, 'no file')}, where a file is expected", os.fspath(path)
@@ -41,8 +42,7 @@ def plain_size(path: str | os.PathLike[str]) -> int:
 def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file, or the file that a link leads to, for reading.
 
-    OSError; NotPlainError for anything but a file, which is not even opened: a FIFO or device may keep a reader
-    waiting, or never end.
+    OSError for anything else, which is not even opened: a FIFO or device may keep a reader waiting, or never end.
     """
     plain_size(path)
     return open(path, "rb")

@@ -36,7 +36,7 @@ class UserError(Exception):
     limit = MESSAGE_LIMIT
 
     def __str__(self) -> str:
-        return shortened(super().__str__(), self.limit)
+        return shortened(printable(super().__str__()), self.limit)
 
 
 class ConfigError(UserError):
@@ -74,7 +74,8 @@ class DamagedError(CheckpointError):
         return str(self.args[0])
 
     def __str__(self) -> str:
-        return shortened(f"{self.problem}. The checkpoint is damaged: copy it again, or use an older one")
+        text = f"{self.problem}. The checkpoint is damaged: copy it again, or use an older one"
+        return shortened(printable(text), self.limit)
 
 
 class UnreadableError(CheckpointError):
@@ -107,6 +108,13 @@ class LostContactError(LaunchError):
     """Ranks have lost each other, or have not met in time: no mistake of the user's. Exit code 69."""
 
 
+def printable(text: str) -> str:
+    """`text` with escapes for what a terminal would obey or not show; line ends stay."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def shortened(text: str, limit: int = MESSAGE_LIMIT) -> str:
     """`text` in at most `limit` characters: of a longer one the beginning and the end, where the remedy stands."""
     if len(text) <= limit:
@@ -124,7 +132,7 @@ class _Brief(reprlib.Repr):
 
     def repr_int(self, value: int, level: int) -> str:
         # Python refuses to write integers of thousands of digits.
-        return repr(value) if abs(value) < 10**40 else f"an integer of {value.bit_length():,} bits"
+        return super().repr_int(value, level) if abs(value) < 2**4096 else f"an integer of {value.bit_length():,} bits"
 
 
 def shown(value: object) -> str:

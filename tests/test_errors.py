@@ -48,6 +48,10 @@ def test_a_long_message_loses_its_middle_and_keeps_its_remedy(kind):
     assert message.startswith("data/x.bin: yyy") and "Copy it again" in message[-90:]
 
 
+def test_a_message_gives_a_terminal_nothing_to_obey():
+    assert str(DataError("a\x1b[2Jb\r:\n  - ä × \udcff")) == r"a\x1b[2Jb\r:" + "\n  - ä × " + r"\udcff"
+
+
 def test_many_problems_are_listed_and_countless_ones_are_not():
     some, countless = ([f"a.b{number}: {'wrong ' * 20}." for number in range(n)] for n in (50, 10_000))
     assert all(problem in str(ConfigError(some)) for problem in some)

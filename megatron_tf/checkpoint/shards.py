@@ -146,7 +146,7 @@ def read_failure(what: str, path: Path, error: OSError) -> CheckpointError:
     return kind(f"{what} cannot be read ({error.strerror or error})")
 
 
-_DAMAGE = (FileNotFoundError, NotADirectoryError, NotPlainError)
+_DAMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, NotPlainError)
 
 
 class ShardReader:

@@ -19,33 +19,49 @@ LONGEST_TEXT = 8_192
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse_object(file: str, text: bytes, kind: type[CheckpointError] = CheckpointError) -> Fields:
-    """The JSON object in `text`; `file` is how messages call it, `kind` what is raised for a field that is wrong.
+class NotJsonError(ValueError):
+    """Text that is no JSON, or not JSON that means one thing."""
 
-    DamagedError for what is no JSON: also NaN, the same field twice, characters that Unicode does not have, and what
-    nests deeper, or has longer numbers, than Python reads.
+
+def parse_json(text: bytes, *, finite: bool = True) -> Any:
+    """The value in `text`. NotJsonError, also for the same field twice in an object, characters that Unicode does not
+    have, and what nests deeper, or has longer numbers, than Python reads; when `finite`, also for NaN and infinities.
     """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen:
-                raise DamagedError(f"{file}: the field {shown(key)} stands there twice")
+                raise NotJsonError(f"the field {shown(key)} stands there twice")
             seen[key] = value
         return seen
 
     def no_constant(constant: str) -> Any:
-        raise DamagedError(f"{file}: {constant} is not a JSON number")
+        raise NotJsonError(f"{constant} is not a JSON number")
 
     try:
         decoded = text.decode("utf-8")
-        value = json.loads(decoded, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        value = json.loads(decoded, object_pairs_hook=no_duplicates, parse_constant=no_constant if finite else None)
         if _SURROGATE.search(decoded):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except NotJsonError:
+        raise
     except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DamagedError(f"{file}: not valid JSON ({error})") from error
+        raise NotJsonError(f"not valid JSON ({error})") from error
     except ValueError as error:  # Python's limit of digits
-        raise DamagedError(f"{file}: not valid JSON (a number of thousands of digits)") from error
+        raise NotJsonError("not valid JSON (a number of thousands of digits)") from error
+    return value
+
+
+def parse_object(file: str, text: bytes, kind: type[CheckpointError] = CheckpointError) -> Fields:
+    """The JSON object in `text`; `file` is how messages call it, `kind` what is raised for a field that is wrong.
+
+    DamagedError when `parse_json` refuses it.
+    """
+    try:
+        value = parse_json(text)
+    except NotJsonError as error:
+        raise DamagedError(f"{file}: {error}") from error
     return Fields(file, "", value, kind)
 
 

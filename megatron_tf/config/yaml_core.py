@@ -26,6 +26,8 @@ _PLAIN_SCALARS = {
 }
 _TAG = "tag:yaml.org,2002:"
 _LINE_ENDS_OF_OLD = re.compile("[\x85\u2028\u2029]")
+_MOST_DIGITS = 400
+_MOST_VALUES = 200_000  # with aliases written out, of which a few lines can make more than memory holds
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,6 +49,8 @@ for _name, (_pattern, _first) in _PLAIN_SCALARS.items():
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits in line {node.start_mark.line + 1}")
     return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))  # `010` is ten in YAML 1.2
 
 
@@ -93,7 +97,7 @@ def parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
             node = loader.get_single_node()
             if node is None:
                 return None, []
-            problems = list(_drop_bad_keys(node, origin, "", ()))
+            problems = list(_drop_bad_keys(node, origin, "", (), iter(range(_MOST_VALUES))))
             return loader.construct_document(node), problems
         finally:
             loader.dispose()
@@ -109,14 +113,21 @@ def parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
         raise ConfigError(f"{origin}: nested too deeply for a configuration. Make it flat.") from error
 
 
-def _drop_bad_keys(node: yaml.Node, origin: str, path: str, parents: tuple[int, ...]) -> Iterator[str]:
-    """Remove second occurrences of keys and keys that are not text from `node`, saying so for each."""
+def _drop_bad_keys(
+    node: yaml.Node, origin: str, path: str, parents: tuple[int, ...], budget: Iterator[int]
+) -> Iterator[str]:
+    """Remove second occurrences of keys and keys that are not text from `node`, saying so for each.
+
+    `budget`: has an item left for each value that there may be.
+    """
+    if next(budget, None) is None:
+        raise ConfigError(f"{origin}: stands for more than {_MOST_VALUES:,} values. Write out what aliases (*) repeat.")
     if id(node) in parents:
         raise ConfigError(f"{origin}: {path} is an alias (*) of something that contains it. Write the value out.")
     parents = (*parents, id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            yield from _drop_bad_keys(item, origin, f"{path}[{index}]", parents)
+            yield from _drop_bad_keys(item, origin, f"{path}[{index}]", parents, budget)
     if not isinstance(node, yaml.MappingNode):
         return
     kept: dict[str, tuple[yaml.Node, yaml.Node]] = {}
@@ -132,7 +143,7 @@ def _drop_bad_keys(node: yaml.Node, origin: str, path: str, parents: tuple[int, 
             yield f"{key}: given twice in {origin}, in line {first} and in line {line}. Keep one of them."
             continue
         kept[key_node.value] = (key_node, value_node)
-        yield from _drop_bad_keys(value_node, origin, key, parents)
+        yield from _drop_bad_keys(value_node, origin, key, parents, budget)
     node.value = list(kept.values())
 
 

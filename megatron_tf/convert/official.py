@@ -17,14 +17,14 @@ from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import read_model
 from megatron_tf.config.schema import Model
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, shown
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.params import parameter_table
 
 Shape = tuple[int, ...]
 _EMBEDDING = "sequential.0.word_embeddings.weight"
-_BLOCK = re.compile(r"sequential\.(\d+)\.(?:attention|mlp)\.")
-_FINAL_NORM = re.compile(r"sequential\.(\d+)\.norm\.")
+_BLOCK = re.compile(r"sequential\.(\d{1,6})\.(?:attention|mlp)\.")
+_FINAL_NORM = re.compile(r"sequential\.(\d{1,6})\.norm\.")
 _FIRST_BLOCK = 2  # position of the first block in the official sequence; one step lies between the last and the norm
 _LISTED = 6  # problems that a message spells out
 _OTHER_VOCABULARY = " rows: another tokenizer, or another padding of its vocabulary"
@@ -95,7 +95,7 @@ def known_model(shapes: Mapping[str, Shape], arguments: Mapping[str, Any]) -> tu
         "num_attention_heads": arguments.get("num_attention_heads"),
         "seq_length": arguments.get("max_position_embeddings"),
     }
-    if not all(type(value) is int and value > 0 for value in recorded.values()):
+    if not all(type(value) is int and 0 < value < 2**31 for value in recorded.values()):
         found = ", ".join(f"{key} {value:,}" for key, value in {**sizes, **tokens}.items())
         raise CheckpointError(
             f"this is none of the published models ({found}), and weights do not show num_attention_heads, seq_length "
@@ -110,7 +110,7 @@ def recorded_problems(model: Model, arguments: Mapping[str, Any]) -> list[str]:
     recorded = {key: arguments.get(key) for key in ("num_layers", "hidden_size", "num_attention_heads")}
     recorded["vocab_size"] = arguments.get("padded_vocab_size")
     return [
-        f"model.{key} is {getattr(model, key):,}, and was {value:,} in the training of these weights"
+        f"model.{key} is {getattr(model, key):,}, and was {shown(value)} in the training of these weights"
         for key, value in recorded.items()
         if type(value) is int and value != getattr(model, key)
     ]

@@ -23,7 +23,7 @@ from megatron_tf.config.validate import check_model
 from megatron_tf.convert.agreement import TOLERANCES, Agreement, agreement
 from megatron_tf.convert.official import check_official, known_model, recorded_problems
 from megatron_tf.convert.official_files import WEIGHTS_NAME, OfficialWeights
-from megatron_tf.durable import atomic_path, prepare_output, sync_folder
+from megatron_tf.durable import atomic_path, open_plain, prepare_output, sync_folder
 from megatron_tf.errors import CheckpointError, file_errors
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.params import initial_scales, parameter_table
@@ -97,7 +97,11 @@ def compare_logits(weights: OfficialWeights, model: Model, reference: Path) -> A
 
 def _read_reference(path: Path, model: Model) -> tuple[Tensor, Tensor]:
     try:
-        with file_errors(CheckpointError, path, "Give a readable file."), safe_open(path, "pt") as file:
+        with (
+            file_errors(CheckpointError, path, "Give a readable file."),
+            open_plain(path),
+            safe_open(path, "pt") as file,
+        ):
             present = set(file.keys())
             kept = next((name for name in _LOGITS if name in present), None)
             if kept is None or "input_ids" not in present:

@@ -13,6 +13,8 @@ published: all parts of a group, one after the other, are its tensors in order, 
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +25,8 @@ import torch
 from torch import Tensor
 
 from megatron_tf.convert.torch_file import load_torch_file
-from megatron_tf.errors import CheckpointError, file_errors
+from megatron_tf.durable import read_plain
+from megatron_tf.errors import CheckpointError, file_errors, shown
 
 WEIGHTS_NAME = "pytorch_model.bin"
 _LATEST = "latest"
@@ -34,6 +37,7 @@ _PARTITIONS = "single_partition_of_fp32_groups"
 _TRAINER_PACKAGES = ("deepspeed", "numpy")  # a trainer's own state names their classes; none of it is needed
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TIED_EMBEDDING = "tied_modules.embed."
+_LONGEST_TAG = 1_000
 
 
 @dataclass(frozen=True)
@@ -64,22 +68,20 @@ def open_official(path: Path | str) -> OfficialWeights:
         source.stat()
         source = _inside(source) if source.is_dir() else source
         weights = _training_checkpoint(source) if source.is_dir() else _published(source)
-    for name, tensor in weights.tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"{path}: {name} is of type {tensor.dtype}, expected float32, float16 or bfloat16")
     return weights
 
 
 def _inside(folder: Path) -> Path:
     """What of `folder` is meant: its one published file, its newest training checkpoint, or itself as one."""
-    found = [file for file in (folder / WEIGHTS_NAME,) if file.exists()]
+    found = [file for file in (folder / WEIGHTS_NAME,) if os.path.lexists(file)]
     latest = folder / _LATEST
-    if latest.exists():
-        tag = latest.read_text("utf-8", errors="replace").strip()
+    if os.path.lexists(latest):
+        with file_errors(CheckpointError, latest, "Give the checkpoint."):
+            tag = read_plain(latest, _LONGEST_TAG).decode("utf-8", errors="replace").strip()
         found.append(folder / Path(tag).name)
         if not tag or not found[-1].is_dir():
             raise CheckpointError(
-                f"{latest}: names {tag!r}, and there is no such folder beside it. Give the checkpoint"
+                f"{latest}: names {shown(tag)}, and there is no such folder beside it. Give the checkpoint"
             )
     if any(_STATES.fullmatch(file.name) for file in folder.iterdir()):
         found.append(folder)
@@ -104,8 +106,18 @@ def _state_dict(file: Path, content: Any) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: holds {_kind(content)}, expected a dict of weights by name")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{file}: holds {_kind(value)} as {name!r}, expected tensors by name alone")
+            raise CheckpointError(f"{file}: holds {_kind(value)} as {shown(name)}, expected tensors by name alone")
+        _check_tensor(file, name, value)
     return {name: value.detach() for name, value in content.items()}
+
+
+def _check_tensor(file: Path, name: str, tensor: Tensor) -> None:
+    """A pickle can describe a tensor of any layout, and of any size, by strides of 0, over a few bytes."""
+    if tensor.dtype not in _DTYPES:
+        raise CheckpointError(f"{file}: {name} is of type {tensor.dtype}, expected float32, float16 or bfloat16")
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{file}: {name} of shape {shown(list(tensor.shape))} is not stored as plain numbers")
 
 
 def _training_checkpoint(folder: Path) -> OfficialWeights:
@@ -171,16 +183,16 @@ def _check_all_there(folder: Path, rank: int, parts: Mapping[int, Path], state: 
     """A group's parts mean something only all together."""
     recorded = state.get("dp_world_size")
     count = recorded if isinstance(recorded, int) else len(parts)
-    if list(parts) != list(range(count)):
+    if len(parts) != count or list(parts) != list(range(len(parts))):
         raise CheckpointError(
-            f"{folder}: holds {len(parts)} of the {count} files zero_pp_rank_*_mp_rank_{rank:02d}_optim_states.pt. "
+            f"{folder}: holds {len(parts)} of the {shown(count)} files zero_pp_rank_*_mp_rank_{rank:02d}_optim_states.pt. "
             "Copy all of the folder"
         )
 
 
 def _masters(folder: Path, state: Mapping[str, Any], files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     """(official name, fp32 tensor) of one mp_rank: views of the files' memory, copies where two parts meet."""
-    parts = [_partitions(_object(file)) for file in files]
+    parts = [_partitions(file, _object(file)) for file in files]
     groups = _shapes(state)
     if not groups or any(len(part) != len(groups) for part in parts):
         raise CheckpointError(
@@ -191,27 +203,34 @@ def _masters(folder: Path, state: Mapping[str, Any], files: list[Path]) -> Itera
         partitions = [part[number].reshape(-1) for part in parts]
         total, offset = sum(len(partition) for partition in partitions), 0
         for name, shape in shapes.items():
-            if offset + shape.numel() > total:
+            end = offset + math.prod(shape)  # which torch would count modulo 2**64
+            if end > total:
                 raise CheckpointError(f"{folder}: the master weights of {name} end after {total:,} elements of a group")
-            yield _official_name(name), _slice(partitions, offset, offset + shape.numel()).view(shape)
-            offset += shape.numel()
+            yield _official_name(name), _slice(partitions, offset, end).view(shape)
+            offset = end
 
 
 def _shapes(state: Mapping[str, Any]) -> list[dict[str, torch.Size]]:
     """The tensors of each optimizer group by name, in the order of its masters; nothing when that is not recorded."""
     groups = state.get("param_shapes")
     usable = isinstance(groups, list) and all(
-        isinstance(group, dict) and all(isinstance(shape, torch.Size) for shape in group.values()) for group in groups
-    )
+        isinstance(group, dict)
+        and all(isinstance(name, str) and isinstance(shape, torch.Size) and all(n > 0 for n in shape)
+                for name, shape in group.items())
+        for group in groups
+    )  # fmt: skip
     return groups if usable and groups is not None else []
 
 
-def _partitions(content: Mapping[str, Any]) -> list[Tensor]:
+def _partitions(file: Path, content: Mapping[str, Any]) -> list[Tensor]:
     """One data rank's part of the masters of each group; nothing when this is no state of ZeRO stage 1 or 2."""
     state = content.get("optimizer_state_dict")
     partitions = state.get(_PARTITIONS) if isinstance(state, dict) else None
-    usable = isinstance(partitions, list) and all(isinstance(partition, Tensor) for partition in partitions)
-    return partitions if usable and partitions is not None else []
+    if not isinstance(partitions, list) or not all(isinstance(partition, Tensor) for partition in partitions):
+        return []
+    for number, partition in enumerate(partitions):
+        _check_tensor(file, f"{_PARTITIONS}[{number}]", partition)
+    return partitions
 
 
 def _slice(partitions: list[Tensor], start: int, stop: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from megatron_tf.durable import open_plain
 from megatron_tf.errors import CheckpointError, file_errors
 
 
@@ -36,7 +37,7 @@ def load_torch_file(path: Path, *, unread: tuple[str, ...] = ()) -> Any:
     `unread`: packages, of which the file may name classes and functions: an `Unread` takes their place.
     CheckpointError when it cannot be read, is no such file, is damaged in its structure, or wants code of others.
     """
-    with file_errors(CheckpointError, path, "Give a readable file of torch.save."), open(path, "rb"):
+    with file_errors(CheckpointError, path, "Give a readable file of torch.save."), open_plain(path):
         pass
     try:
         foreign = sorted(get_unsafe_globals_in_checkpoint(str(path)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tf.config.yaml_core import parse_yaml
-from megatron_tf.durable import atomic_path, prepare_output
-from megatron_tf.errors import UserError, file_errors
+from megatron_tf.durable import atomic_path, prepare_output, read_plain
+from megatron_tf.errors import UserError, file_errors, shown
 from megatron_tf.text_files import decode_text
 
 Axis = Literal["tokens", "steps", "flops"]
@@ -22,6 +23,7 @@ LABELS: dict[Axis, str] = {
     "flops": "training floating-point operations",
 }
 DRAWN = ("train/loss", "eval/loss")
+_LARGEST_FILE = 2**33
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class RunCurve:
     records: tuple[dict[str, Any], ...]
 
     def position(self, record: dict[str, Any], axis: Axis) -> float:
-        return float(record.get("step" if axis == "steps" else axis, "nan"))
+        value = record.get("step" if axis == "steps" else axis)
+        return math.nan if value is None else float(value)
 
     def points(self, metric: str, axis: Axis) -> tuple[list[float], list[float]]:
         """Positions and values of the records that hold a number for `metric`."""
@@ -50,7 +53,7 @@ def read_run(folder: Path) -> RunCurve:
     texts = {}
     for file in (path, settings):
         with file_errors(UserError, file, "Name the run.dir of a run."):
-            texts[file] = file.read_bytes()
+            texts[file] = read_plain(file, _LARGEST_FILE)
     config, _ = parse_yaml(decode_text(UserError, settings, texts[settings]), str(settings))
     *lines, _ = texts[path].split(b"\n")  # what follows the last line end is torn or still being written
     records = tuple(_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1))
@@ -65,11 +68,11 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
         bad = [key for key in ("step", "tokens") if not _is_number(record[key])]
-        bad += [key for key in DRAWN if record.get(key) is not None and not _is_number(record[key])]
+        bad += [key for key in (*DRAWN, "flops") if record.get(key) is not None and not _is_number(record[key])]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{place}: has no step and tokens: {line[:40]!r}. Mend or delete the line.") from None
     if bad:
-        raise UserError(f"{place}: {bad[0]} is {record[bad[0]]!r:.40}, not a number. Mend or delete the line.")
+        raise UserError(f"{place}: {bad[0]} is {shown(record[bad[0]])}, not a number. Mend or delete the line.")
     return record
 
 

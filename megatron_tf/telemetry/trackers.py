@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.durable import atomic_path
+from megatron_tf.durable import atomic_path, open_plain
 from megatron_tf.errors import UserError, file_errors
 from megatron_tf.telemetry.line_file import LineFile
 
@@ -31,6 +32,7 @@ class JsonlTracker:
     """
 
     def __init__(self, path: Path, resume_step: int, warn: Callable[[str], None]):
+        path = Path(os.path.realpath(path))  # of a link, what it leads to is written, and not replaced by a file
         with file_errors(UserError, path, "Metrics cannot be written: free space or choose another run.dir."):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -159,9 +161,9 @@ def open_trackers(
 
 def _lines_until(path: Path, resume_step: int) -> Iterator[bytes]:
     """The lines of `path` up to `resume_step` without those that are torn; none when there is no file yet."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         for line in file:
             try:
                 step = json.loads(line)["step"]

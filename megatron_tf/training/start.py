@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.checkpoint.architecture import check_same_architecture
+from megatron_tf.checkpoint.architecture import check_same_architecture, stored_model
 from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.checkpoint.manager import (
     ALONE,
@@ -147,6 +147,7 @@ def _is_complete(config: RunConfig, world_size: int) -> bool:
     if latest is None:
         return False
     index = open_checkpoint(latest).index
+    stored_model(index)  # refuses an index that contradicts itself
     run_tokens = index.tokens - _earlier_tokens(index.growth_history)
     return index.step >= plan_batches(config, world_size, index.step, run_tokens).train_steps
 

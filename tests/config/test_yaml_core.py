@@ -123,6 +123,13 @@ def test_tags_build_nothing_but_the_core_types(text):
         ("a: !!int seven", "not a plain YAML document"),
         ("a: \x00", "not a plain YAML document"),
         ("[" * 5000 + "]" * 5000, "nested too deeply"),
+        (f"a: {'9' * 5000}", "a number of 5,000 digits in line 1"),
+        (f"b:\n- 0x{'f' * 5000}", "a number of 5,002 digits in line 2"),
+        (
+            "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi")),
+            "stands for more than 200,000 values",
+        ),
     ],
 )
 def test_broken_documents_name_the_file_and_the_place(text, message):

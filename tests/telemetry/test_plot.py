@@ -83,6 +83,12 @@ BROKEN = {
     "nan": ('{"step": 1, "tokens": NaN}', "tokens is nan, not a number"),
     "beyond floats": ('{"step": 1, "tokens": 1' + "0" * 400 + "}", "tokens is 1000"),
     "loss": ('{"step": 1, "tokens": 1, "train/loss": "low"}', "train/loss is 'low', not a number"),
+    "flops": ('{"step": 1, "tokens": 1, "flops": [[]]}', r"flops is \[\[\]\], not a number"),
+    "endless": ('{"step": 1, "tokens": ' + "9" * 5000 + "}", "has no step and tokens"),
+    "nested": (
+        '{"step": 1, "tokens": ' + "[" * 900 + "]" * 900 + "}",
+        r"tokens is \[\[\[\[\.\.\.\]\]\]\], not a number",
+    ),
     "validation loss": ('{"step": 1, "tokens": 1, "eval/loss": [2]}', r"eval/loss is \[2\], not a number"),
 }
 
@@ -134,6 +140,20 @@ def test_folders_that_hold_no_run(tmp_path, chain):
     (chain[1] / "config.yml").write_text("a: [")
     with pytest.raises(ConfigError, match=r"config\.yml: not a plain YAML document"):
         read_run(chain[1])
+
+
+def test_only_files_are_read(chain):
+    for name in ("metrics.jsonl", "config.yml"):
+        (chain[0] / name).unlink()
+        os.mkfifo(chain[0] / name)
+        with pytest.raises(UserError, match=f"{name}: is a FIFO, where a file is expected"):
+            read_run(chain[0])
+        (chain[0] / name).unlink()
+        (chain[0] / name).symlink_to("nowhere")
+        with pytest.raises(UserError, match=f"{name}: is a link to nowhere, and nothing is there"):
+            read_run(chain[0])
+        (chain[0] / name).unlink()
+        (chain[0] / name).symlink_to(chain[1] / name)
 
 
 def test_output_that_cannot_be_drawn(chain, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS
 from megatron_tf.config.load import read_model
 from megatron_tf.config.schema import Model
-from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.errors import CheckpointError, ConfigError, shown
 
 MODEL_TYPE = "tokenformer"
 CONFIGURATION_CODE = "configuration_tokenformer.py"
@@ -66,7 +66,7 @@ def stored_model(config: Any) -> tuple[Model, dict[str, float]]:
     """
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"is of a model of type {kind!r}, expected {MODEL_TYPE!r}. Give a TokenFormer's")
+        raise CheckpointError(f"is of a model of type {shown(kind)}, expected {MODEL_TYPE!r}. Give a TokenFormer's")
     problems = [f"{key}: missing. {_AS_WRITTEN}" for key in (*_KEYS.values(), "scales") if key not in config]
     if problems:
         raise CheckpointError(_listed(problems))
@@ -84,7 +84,7 @@ def stored_model(config: Any) -> tuple[Model, dict[str, float]]:
 def _scales(stored: Any, model: Model) -> dict[str, float]:
     names = {_short(projection): projection for projection in PROJECTIONS}
     if not isinstance(stored, list):
-        raise CheckpointError(f"scales: {stored!r:.60} is no list, with an item for each layer. {_AS_WRITTEN}")
+        raise CheckpointError(f"scales: {shown(stored)} is no list, with an item for each layer. {_AS_WRITTEN}")
     if len(stored) != model.num_layers:
         raise CheckpointError(f"scales: are of {len(stored)} layers, the model has {model.num_layers}. {_AS_WRITTEN}")
     scales = {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_tf.checkpoint.strict_json import NotJsonError, parse_json
 from megatron_tf.config.schema import Model
 from megatron_tf.convert.huggingface.configuration import stored_model
 from megatron_tf.convert.huggingface.export import CONFIG_NAME, WEIGHTS_NAME
-from megatron_tf.errors import CheckpointError, file_errors
+from megatron_tf.durable import open_plain, read_plain
+from megatron_tf.errors import CheckpointError, file_errors, shown
 from megatron_tf.params import EMBEDDING, parameter_table
 
 INDEX_NAME = WEIGHTS_NAME + ".index.json"  # beside the parts of weights that transformers has split
 _ADAPTER_NAME = "adapter_config.json"  # of PEFT, which saves an adapter without its model
 _HEAD = "lm_head.weight"
 _LISTED = 6  # problems that a message spells out
+_LARGEST_JSON = 2**26
+_WEIGHTS_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -59,6 +63,12 @@ def open_export(path: Path | str) -> HuggingFaceModel:
     except CheckpointError as error:
         raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
     stored = _read_tensors(folder)
+    for name, tensor in stored.items():
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{folder}: {name} is of type {_type_name(tensor.dtype)}, expected "
+                f"{' or '.join(map(_type_name, _DTYPES))}. Save the model in one of them, neither quantised nor cast"
+            )
     table = parameter_table(model)
     embedding = table[EMBEDDING].huggingface_name
     head = stored.pop(_HEAD, None)
@@ -72,11 +82,6 @@ def open_export(path: Path | str) -> HuggingFaceModel:
     weights = {}
     for name, spec in table.items():
         tensor = stored.pop(spec.huggingface_name)  # one copy at a time
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{folder}: {spec.huggingface_name} is of type {_type_name(tensor.dtype)}, expected "
-                f"{' or '.join(map(_type_name, _DTYPES))}. Save the model in one of them, neither quantised nor cast"
-            )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{folder}: {spec.huggingface_name} holds values that are infinite or no numbers: the training diverged, "
@@ -111,30 +116,39 @@ def _check(folder: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    index = folder / INDEX_NAME
     tensors: dict[str, Tensor] = {}
-    names = [WEIGHTS_NAME]
-    if index.exists() and not (folder / WEIGHTS_NAME).exists():
-        places = _read_json(index)
-        places = places.get("weight_map") if isinstance(places, dict) else None
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise CheckpointError(f"{index}: has no weight_map of tensors to files")
-        names = sorted({Path(name).name for name in places.values()})
-    for name in names:
+    for name in _files_of_weights(folder):
         path = folder / name
         with file_errors(CheckpointError, path, "Give the whole folder."):
             try:
-                with open(path, "rb"), safe_open(path, "pt") as file:
-                    tensors |= {key: file.get_tensor(key) for key in file.keys()}
+                with open_plain(path), safe_open(path, "pt") as file:
+                    for key in file.keys():
+                        if key in tensors:
+                            raise CheckpointError(f"{path}: holds {key} again, which another file of the folder has")
+                        tensors[key] = file.get_tensor(key)
             except SafetensorError as error:
                 raise CheckpointError(f"{path}: is no safetensors file, or a damaged one ({error})") from error
     return tensors
 
 
+def _files_of_weights(folder: Path) -> list[str]:
+    index = folder / INDEX_NAME
+    if os.path.lexists(folder / WEIGHTS_NAME) or not os.path.lexists(index):
+        return [WEIGHTS_NAME]
+    found = _read_json(index)
+    places = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index}: has no weight_map of tensors to files")
+    for tensor, name in places.items():
+        if not _WEIGHTS_FILE.fullmatch(name):
+            raise CheckpointError(f"{index}: weight_map.{tensor} is {shown(name)}, which is no safetensors file here")
+    return sorted(set(places.values()))
+
+
 def _read_json(path: Path) -> Any:
     with file_errors(CheckpointError, path, "Give a folder that to-hf or save_pretrained of transformers wrote."):
-        content = path.read_bytes()
+        content = read_plain(path, _LARGEST_JSON)
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return parse_json(content, finite=False)
+    except NotJsonError as error:
         raise CheckpointError(f"{path}: is not JSON ({error}). Copy it again") from error
