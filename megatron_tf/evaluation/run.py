@@ -45,6 +45,7 @@ from megatron_tf.training.agreement import gather, together
 from megatron_tf.training.distributed import NO_FACTS, join_ranks, leave
 from megatron_tf.training.facts import run_facts
 from megatron_tf.training.preflight import precision_problems
+from megatron_tf.training.watchdog import Watchdog, watched
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -102,8 +103,12 @@ def evaluate(config: RunConfig, environment: LaunchEnvironment, request: Evaluat
         options = {f"--{name.replace('_', '-')}": value for name, value in asdict(request).items() if value != ()}
         facts = run_facts("evaluate", [config], options, request.data)
     device = join_ranks(environment, config.parallel.timeout_seconds, facts=facts)
+    rank = environment.rank
+    console = Console(rank=rank)
     try:
-        _evaluate(config, environment.rank, request, device)
+        with watched(rank, environment.world_size, config.run.hang_seconds, console) as watchdog:
+            watchdog.report_to(console, Path(config.run.dir))
+            _evaluate(config, rank, request, device, console, watchdog)
     except UserError:
         leave()  # all ranks are here; after any other error some may be in a collective, and waiting would hang
         raise
@@ -126,16 +131,26 @@ def _request_problems(config: RunConfig, request: EvaluationRequest) -> list[str
     return problems
 
 
-def _evaluate(config: RunConfig, rank: int, request: EvaluationRequest, device: torch.device) -> None:
-    console = Console(rank=rank)
+def _evaluate(
+    config: RunConfig,
+    rank: int,
+    request: EvaluationRequest,
+    device: torch.device,
+    console: Console,
+    watchdog: Watchdog,
+) -> None:
+    watchdog.begin("opening the data")
     prefixes = request.data or tuple(source.path for source in config.data.validation if not request.tasks)
     datasets = together(lambda: _open_data(config, prefixes))
     tokenizer = together(lambda: _open_tokenizer(config))
     documents = together(lambda: _boundaries(config, prefixes, tokenizer))
+    watchdog.begin("verifying the checkpoint")
     reader = _open_checkpoint(config, request, rank)
     output = Path(request.output or Path(config.run.dir) / "evaluation") / reader.path.name
     together(lambda: prepare_output(output) if rank == 0 else None)
+    watchdog.begin("loading the weights")
     model = load(config, reader, rank, device, documents)
+    watchdog.begin("evaluating")
     settings = _settings(config, model, request)
     console.info(
         f"{reader.path}: {settings['parameters']:,} parameters after {reader.index.tokens:,} tokens, on {model.topology}, "
@@ -153,6 +168,7 @@ def _evaluate(config: RunConfig, rank: int, request: EvaluationRequest, device: 
         together(lambda: report_scores() if rank == 0 else None)
     if request.tasks:
         assert tokenizer is not None
+        watchdog.begin("evaluating tasks")
         together(lambda: _run_tasks(config, model, tokenizer, request, settings, Path(f"{output}_tasks.json")))
 
 

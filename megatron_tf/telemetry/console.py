@@ -133,6 +133,7 @@ def quiet_libraries() -> None:
     Without a CUDA device DeepSpeed is told to use the CPU, which it would find out, and complain about, itself.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a rank that is gone comes with a page of C++ stack
 
     import torch
 

@@ -27,7 +27,7 @@ from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Progress, Start
 from megatron_tf.training.step_clock import describe_shares
 from megatron_tf.training.step_metrics import StepMetrics
-from megatron_tf.training.watchdog import Watchdog
+from megatron_tf.training.watchdog import TRAINING, Watchdog
 
 
 class Trainer:
@@ -73,6 +73,7 @@ class Trainer:
         if self.progress.step == 0:
             self._evaluate()
         self.meter.start()
+        self.watchdog.begin(TRAINING)  # without a time limit: the first step may compile, or wait for slow storage
         with self.console.progress(self.plan.train_steps, self.progress.step, config.run.name) as bar:
             while not self._finished():
                 result = self._train_step()
@@ -91,7 +92,7 @@ class Trainer:
                     self._save()
                 if request and not self._finished():
                     self._end_early(request)
-            self.saver.finish()
+            self._finish_saving()
         self.saver.require(self.progress.step)
 
     def _meet(self) -> int:
@@ -107,7 +108,7 @@ class Trainer:
         return int(request)
 
     def _end_early(self, request: int) -> NoReturn:
-        self.saver.finish()
+        self._finish_saving()
         self.saver.require(self.progress.step)
         raise RunStopped(
             f"stopped after step {self.progress.step:,} of {self.plan.train_steps:,}, for {describe_request(request)}. "
@@ -173,7 +174,7 @@ class Trainer:
         """Mean loss over the same validation samples each time, whatever the layout."""
         if self.validation is None:
             return
-        with self.meter.paused(), self.watchdog.paused():
+        with self.meter.paused(), self.watchdog.during("evaluating"):
             size, names = self.plan.global_batch_size, source_names(self.config.data.validation)
             firsts = range(0, self.config.evaluation.samples, size)
             sources = [source for first in firsts for source in self.validation.sample_sources(first)]
@@ -187,12 +188,16 @@ class Trainer:
             )
 
     def _measure_health(self, health: HealthProbe) -> None:
-        with self.meter.paused(), self.watchdog.paused():
+        with self.meter.paused(), self.watchdog.during("measuring health"):
             self._record(health.measure())
 
     def _save(self) -> None:
-        with self.meter.paused(), self.watchdog.paused():
+        with self.meter.paused(), self.watchdog.during("saving"):
             self.saver.save(self.progress, self._run_state())
+
+    def _finish_saving(self) -> None:
+        with self.watchdog.during("saving"):
+            self.saver.finish()
 
     def _run_state(self) -> dict:
         """What a resumed run must know besides weights and moments; see `Start`."""

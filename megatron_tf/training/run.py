@@ -22,7 +22,7 @@ from megatron_tf.data.documents import LossMask, find_boundaries
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint, source_names
 from megatron_tf.data.prefetch import Prefetcher
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import ConfigError, LostContactError, RunStopped, TrainingError, UserError, system_reason
+from megatron_tf.errors import ConfigError, RunStopped, TrainingError, UserError, system_reason
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.parallel.stop_signals import StopSignals
@@ -41,7 +41,7 @@ from megatron_tf.training.profiler import StepProfiler
 from megatron_tf.training.run_lock import locked
 from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Start, begin, checkpoints_folder, choose, first_stage_to_run
-from megatron_tf.training.watchdog import Watchdog
+from megatron_tf.training.watchdog import Watchdog, watched
 
 
 def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: StopSignals) -> None:
@@ -51,26 +51,35 @@ def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: Sto
     `stages` have passed `preflight`. RunStopped, on every rank, when `stop` asked for it. Raises UserError, on every
     rank alike, before anything is written, for whatever the user can mend.
     """
+    rank, world_size = environment.rank, environment.world_size
     timeout = max(config.parallel.timeout_seconds for config in stages)
-    device = join(environment, timeout, facts=run_facts("train", stages) if environment.world_size > 1 else NO_FACTS)
+    hang_seconds = max(config.run.hang_seconds for config in stages)
+    device = join(environment, timeout, facts=run_facts("train", stages) if world_size > 1 else NO_FACTS)
     try:
-        first = from_rank_zero(lambda: first_stage_to_run(stages, environment.world_size))
-        for config in stages[first:]:
-            _train(config, environment, device, stop)
+        with watched(rank, world_size, hang_seconds, Console(rank=rank)) as watchdog:
+            first = from_rank_zero(lambda: first_stage_to_run(stages, world_size))
+            for config in stages[first:]:
+                _train(config, environment, device, stop, watchdog)
     except (UserError, RunStopped):
         leave()  # all ranks are here; after any other error some may be in a collective, and waiting would hang
         raise
     leave()
 
 
-def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.device, stop: StopSignals) -> None:
+def _train(
+    config: RunConfig, environment: LaunchEnvironment, device: torch.device, stop: StopSignals, watchdog: Watchdog
+) -> None:
     """One run, from its start to its last step."""
     world_size, is_main = environment.world_size, environment.rank == 0
+    watchdog.report_to(Console(rank=environment.rank), Path(config.run.dir))
+    watchdog.begin("opening the data")
     plan, topology = plan_batches(config, world_size), topology_for(config, world_size)
     boundaries = together(lambda: find_boundaries(config.data))
     training, validation = _loaders(config, plan, topology, environment.rank, boundaries.loss_mask)
     data_fingerprint = together(lambda: fingerprint(config.data.train, config.run.seed))
-    with contextlib.ExitStack() as closing:
+    # A lost rank is named before `closing`, which may take a while.
+    with contextlib.ExitStack() as closing, watchdog.naming_the_lost():
+        watchdog.begin("choosing a checkpoint")
         run_dir, restarted = Path(config.run.dir), environment.restarts > 0
         exists = from_rank_zero(run_dir.is_dir)
         if exists:  # before a checkpoint is chosen, which another run may be about to follow by a newer one
@@ -86,6 +95,7 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
             together(lambda: _lock(config, closing, restarted) if is_main else None)
         console = Console(rank=environment.rank, log_path=run_dir / "train.log")
         closing.callback(console.close)
+        watchdog.report_to(console, run_dir, start.progress.step)
         for line in describe(config, world_size, plan, start.progress.step).splitlines():
             console.info(line)
         for line in passed_over if is_main else ():
@@ -101,8 +111,9 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
 
         tensor = make_group(topology, "tensor", config.parallel.timeout_seconds)
         engine, start = _build(config, plan, topology, tensor, start, validation or training, boundaries.ends, console,
-                               device)  # fmt: skip
+                               device, watchdog)  # fmt: skip
         closing.callback(engine.close)
+        watchdog.begin("opening the trackers")
         trackers = together(
             lambda: open_trackers(config, run_dir, start.progress.step, dict(start.trackers), is_main, console.warning)
         )
@@ -110,15 +121,13 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
         token = from_rank_zero(lambda: secrets.token_hex(4))
         saver = Saver(config, engine, environment.rank, world_size, token, data_fingerprint,
                       start.growth_history, trackers, console, known_good=[path] if path else [])  # fmt: skip
-        watchdog = Watchdog(environment.rank, world_size, config.run.hang_seconds, run_dir, console,
-                            start.progress.step)  # fmt: skip
-        closing.callback(watchdog.close)
+        closing.callback(lambda: watchdog.begin("ending"))
         profiler = StepProfiler(config.training.profile, environment.rank, run_dir / "profile", engine.clock, console)
         closing.callback(profiler.finish)
         batches: BatchLoader | Prefetcher = training
         if engine.reads_data:
             batches = Prefetcher(training, plan.global_batch_size, device)
-            closing.callback(batches.close)  # while the watchdog is there to see that it ends
+            closing.callback(batches.close)  # before "ending", while the time limit of a step holds
         health = _health_probe(config, engine, validation or training, start, topology, environment.rank)
         trainer = Trainer(config, plan, engine, batches, validation, saver, trackers, console, device, start, stop,
                           watchdog, profiler, health)  # fmt: skip
@@ -134,15 +143,9 @@ def _train(config: RunConfig, environment: LaunchEnvironment, device: torch.devi
             if not is_main:  # the others wait in a collective and cannot say it
                 console.warning(str(error))
             raise
-        except RuntimeError as error:
-            if not _is_lost_contact(error):
-                raise
-            culprit = watchdog.silent_ranks() or "the rank that failed says why"
-            raise LostContactError(
-                f"rank {environment.rank} lost contact with another rank in step {trainer.progress.step + 1:,}: "
-                f"{culprit}. ({_first_line(error)})"
-            ) from error
+        watchdog.begin("ending")
         dist.barrier()
+        watchdog.beat(trainer.progress.step)
 
 
 def _loaders(
@@ -207,19 +210,23 @@ def _build(
     ends: Sequence[int],
     console: Console,
     device: torch.device,
+    watchdog: Watchdog,
 ) -> tuple[Engine, Start]:
     """The engine at its start. A growth is proved on a held batch first, and the proof goes into its history."""
     before: Probe | None = None
     held: list[Batch] = []
     if start.grown_from is not None:
+        watchdog.begin("proving the growth, with the smaller model")
         held = together(lambda: list(held_data.step_batches(0)))
         smaller = Engine(config, stored_model(start.grown_from.index), plan, topology, tensor,
                          CheckpointSource(start.grown_from), document_ends=ends)  # fmt: skip
         before = probe(smaller, held)
         smaller.close()
+    watchdog.begin("loading the weights")
     engine = Engine(config, config.model, plan, topology, tensor, start.source, start.first_new(config.model), ends)
     engine.load_loss_scaler(dict(start.run_state))
     if before is not None:
+        watchdog.begin("proving the growth, with the grown model")
         after = probe(engine, held)
         entry = start.growth_history[-1]
         console.info("growth: " + compare(before, after, config.training.precision, device, entry["preserves"]))
@@ -241,12 +248,3 @@ def _health_probe(
     ids, _ = together(lambda: next(held.step_batches(0)))
     speaks = topology.coordinate("data", rank) == 0 and topology.coordinate("tensor", rank) == 0
     return HealthProbe(engine.stage(), ids, measured, start.old_tokens, speaks)
-
-
-def _is_lost_contact(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone. gloo has no error class of its own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
