@@ -230,7 +230,7 @@ class Growth(Section):
 
 class Guard(Section):
     nonfinite: Literal["skip", "stop"] = "skip"  # a step whose gradient is inf or nan; it never changes the weights
-    nonfinite_patience: Count = 20  # skipped steps in a row that stop the run; not for fp16, whose scaler skips steps
+    nonfinite_patience: Count = 20  # skipped steps in a row that stop the run; in fp16 once the loss scale is at its least
     # a loss more than this many times its running mean is a spike; None: do not watch
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     spike_patience: Count = 5  # steps in a row before something is done

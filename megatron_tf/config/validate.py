@@ -108,6 +108,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         _sharding_problems,
         _schedule_problems,
         _zero_problems,
+        _loss_scale_problems,
         _document_problems,
         _run_problems,
     ):
@@ -299,6 +300,16 @@ def _zero_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"zero.stage: 0 with parallel.pipeline {config.parallel.pipeline} is refused, for DeepSpeed then leaves "
             f"parameters of later stages out of the gradient norm. {remedy}, or parallel.pipeline to 1."
+        )
+
+
+def _loss_scale_problems(config: RunConfig) -> Iterator[str]:
+    fp16 = config.deepspeed.fp16
+    first = 2**fp16.initial_scale_power
+    if fp16.min_loss_scale > first:
+        yield (
+            f"deepspeed.fp16.min_loss_scale: {fp16.min_loss_scale} is above the first loss scale, {first}, which is 2 to "
+            f"the power of deepspeed.fp16.initial_scale_power {fp16.initial_scale_power}. Set it to at most {first}."
         )
 
 

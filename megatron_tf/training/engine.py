@@ -62,14 +62,15 @@ PHASE_OF = {
 class StepResult:
     """`loss`: mean over the global batch, on the device. `grad_norm`: before clipping.
 
-    `skipped`: the gradient was not finite, on any rank, so nothing was updated. `loss_scale`: for the next step, None
-    but in fp16.
+    `skipped`: the gradient was not finite, on any rank, so nothing was updated. `seeks_scale`: that was in fp16 with a loss
+    scale that could still fall, which is how the scale is found. `loss_scale`: for the next step, None but in fp16.
     """
 
     loss: Tensor
     grad_norm: Tensor | float | None
     lr: float
     skipped: bool
+    seeks_scale: bool = False
     loss_scale: float | None = None
 
 
@@ -127,6 +128,9 @@ class Engine:
             self._nonfinite = watch_nonfinite(self._wrapper, self._pipeline.shards())
         else:
             self._deepspeed.clip_fp32_gradients = self._clip_at_stage_0
+        if config.training.precision == "fp16":
+            # Otherwise DeepSpeed ends the run by an exception of its own. The guard decides, as for other precisions.
+            self._wrapper.loss_scaler.raise_error_at_min_scale = False
         self._first_new = first_new or {}
         self.steps_skipped = 0  # steps without an update so far, because a gradient was not finite
         self._scales = dict(source.scales)
@@ -150,11 +154,12 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         updates = self.optimizer.num_updates
+        can_fall = self._loss_scale_can_fall()
         loss = self._deepspeed.train_batch(self._weighed(batches) if self.config.data.masks_loss else batches)
         norm = self._deepspeed.get_global_grad_norm() if self.config.zero.stage else self._stage_0_norm
         skipped = self.optimizer.num_updates == updates
         self.steps_skipped += skipped
-        return StepResult(loss, norm, lr, skipped, self.loss_scaler().get("cur_scale"))
+        return StepResult(loss, norm, lr, skipped, skipped and can_fall, self.loss_scaler().get("cur_scale"))
 
     def nonfinite_gradients(self) -> list[str]:
         """The parameters, over all ranks, whose gradient was inf or nan in the step that was just skipped.
@@ -262,6 +267,12 @@ class Engine:
                 + ". Nothing was saved. Resume from "
                 "the last checkpoint; if it happens again, look for a failing device among these ranks."
             )
+
+    def _loss_scale_can_fall(self) -> bool:
+        if self.config.training.precision != "fp16":
+            return False
+        scaler = self._wrapper.loss_scaler
+        return scaler.cur_scale > scaler.min_scale
 
     def loss_scaler(self) -> dict[str, Any]:
         """State of the fp16 loss scaler; empty for other precisions."""

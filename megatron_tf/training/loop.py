@@ -144,9 +144,9 @@ class Trainer:
     def _check(self, result: StepResult) -> None:
         """Says when a step went wrong; TrainingError when the run must not go on."""
         step, said = self.progress.step, None
+        if result.seeks_scale:
+            return
         if result.skipped:
-            if self.config.training.precision == "fp16":  # this is how the loss scale is found
-                return
             where = ", ".join(self.engine.nonfinite_gradients()[:3])
             said = self.guard.skipped(
                 step, f"loss {float(result.loss):g}, gradient not finite" + (f", first in {where}" if where else "")

@@ -11,12 +11,15 @@ from launching import train
 from megatron_tf.checkpoint import load_logical
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(folder, stage):
-    overrides = [f"zero.stage={stage}", "optimizer.lr=1e25", "optimizer.schedule.warmup_steps=0",
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "fp16")])
+def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(folder, stage, precision):
+    """In fp16 as soon as the loss scale, 2 and then 1, cannot fall any more."""
+    overrides = [f"zero.stage={stage}", f"training.precision={precision}", "deepspeed.fp16.initial_scale_power=1", "optimizer.lr=1e25", "optimizer.schedule.warmup_steps=0",
                  "optimizer.schedule.type=constant", "training.train_steps=9", "training.gradient_clipping=0",
                  "guard.nonfinite_patience=3", "checkpoint.interval_steps=1"]  # fmt: skip
     result = train(folder, *overrides)
+    if "fp16 needs a GPU" in result.stdout:
+        pytest.skip("this processor has no fp16")
     assert result.returncode == 2 and "Traceback" not in result.stdout
     assert "3 in a row, as many as guard.nonfinite_patience allows: the run stops" in result.stdout
     assert "gradient not finite" in result.stdout
