@@ -74,7 +74,7 @@ class Run(Section):
     dir: Path  # folder of everything the run writes: config.yml, metrics.jsonl, train.log, checkpoints/
     seed: int = Field(1234, ge=0, lt=2**63)  # initial weights and data order are functions of it
     max_hours: Positive | None = None  # the run saves and stops when it has taken this long since it was started
-    hang_seconds: Annotated[float, Field(ge=1, le=1e7)] = 900.0  # a step that takes longer ends the run, with a reason
+    hang_seconds: Annotated[float, Field(ge=1, le=1e7)] = 900.0  # a longer step, or a rank that is silent for longer, ends the run
 
 
 class ParameterTokens(Section):
