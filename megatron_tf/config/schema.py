@@ -74,7 +74,7 @@ class Run(Section):
     dir: Path  # folder of everything the run writes: config.yml, metrics.jsonl, train.log, checkpoints/
     seed: int = Field(1234, ge=0, lt=2**63)  # initial weights and data order are functions of it
     max_hours: Positive | None = None  # the run saves and stops when it has taken this long since it was started
-    hang_seconds: Annotated[float, Field(ge=1, le=1e7)] = 900.0  # a longer step, or a rank that is silent for longer, ends the run
+    hang_seconds: Annotated[float, Field(ge=1, le=1e7)] = 900.0  # a longer step or silence of a rank ends the run
 
 
 class ParameterTokens(Section):
@@ -230,7 +230,7 @@ class Growth(Section):
 
 class Guard(Section):
     nonfinite: Literal["skip", "stop"] = "skip"  # a step whose gradient is inf or nan; it never changes the weights
-    nonfinite_patience: Count = 20  # skipped steps in a row that stop the run; in fp16 once the loss scale is at its least
+    nonfinite_patience: Count = 20  # skipped steps in a row that stop the run; in fp16 at the least loss scale
     # a loss more than this many times its running mean is a spike; None: do not watch
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     spike_patience: Count = 5  # steps in a row before something is done
