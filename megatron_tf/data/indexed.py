@@ -33,11 +33,12 @@ from typing import final
 import numpy as np
 
 from megatron_tf.durable import partial_path, prepare_output, publish, sync_folder
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.errors import DataError, broken_link, file_errors
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+CHECKED_AT_ONCE = 1 << 20  # entries of the index, which bounds the memory
 U16_VOCABULARY_LIMIT = 65500  # Megatron's own limit, kept so that files are byte-identical
 
 
@@ -159,7 +160,8 @@ class IndexedDataset:
     """A pair of files, memory-mapped: opening it reads a few dozen bytes, whatever its size.
 
     Raises `DataError` on opening when a file is missing, unreadable, truncated, of another format, or when the two do
-    not belong together. The sequences must lie in `.bin` in order and without gaps, as every known writer leaves them.
+    not belong together. The sequences must lie in `.bin` in order and without gaps, since tokens are read from end to
+    end; `check_index` looks whether they do, and what uses entries of the index looks at those.
     An open one holds one file descriptor, that of `.bin`: the index is opened each time it is asked.
     """
 
@@ -186,13 +188,18 @@ class IndexedDataset:
 
     def ends_of_documents(self, most: int) -> np.ndarray:
         """The last token of each of the first `most` documents, without empty ones; int64. Costs O(most)."""
-        itemsize = self._tokens.dtype.itemsize
         _, pointers, document_index = self._index()
-        stops = {
-            self.num_tokens if sequence == self.num_sequences else int(pointers[sequence]) // itemsize
-            for sequence in document_index[1 : most + 1].tolist()
-        }
-        return self._tokens[[stop - 1 for stop in sorted(stops) if stop > 0]].astype(np.int64)
+        self._check_document_index(document_index[: most + 1])
+        sequences = document_index[1 : most + 1].astype(np.int64)
+        size = self.num_tokens * self.dtype.itemsize
+        ends = np.full(sequences.shape, size, dtype=np.int64)
+        inside = sequences < self.num_sequences
+        ends[inside] = pointers[sequences[inside]]
+        if (ends < 0).any() or (ends > size).any() or (ends % self.dtype.itemsize).any():
+            # to say where
+            self.check_index()
+        stops = np.unique(ends // self.dtype.itemsize)
+        return self._tokens[stops[stops > 0] - 1].astype(np.int64)
 
     @cached_property
     def document_offsets(self) -> np.ndarray:
@@ -200,9 +207,61 @@ class IndexedDataset:
 
         Costs a pass over the index, so it is built only when asked for.
         """
+        self.check_index()
         _, pointers, document_index = self._index()
         starts = np.append(pointers // self._tokens.dtype.itemsize, self.num_tokens)
         return starts[document_index]
+
+    def check_index(self) -> None:
+        """Raise `DataError` unless all of `.bin` is in the sequences, once and in order, and these in the documents.
+
+        Costs a pass over the index. What this module writes is so; other programs also write an index of some documents
+        over the tokens of all.
+        """
+        sizes, pointers, document_index = self._index()
+        end = 0  # byte, of the sequence before
+        for start in range(0, self.num_sequences, CHECKED_AT_ONCE):
+            counts = sizes[start : start + CHECKED_AT_ONCE].astype(np.int64)
+            ends = end + np.cumsum(counts * self.dtype.itemsize)
+            wrong = np.flatnonzero(
+                (counts < 0) | (pointers[start : start + CHECKED_AT_ONCE] != ends - counts * self.dtype.itemsize)
+            )
+            if wrong.size:
+                place = int(wrong[0])
+                before = int(ends[place - 1]) if place else end
+                raise self._out_of_order(start + place, int(counts[place]), int(pointers[start + place]), before)
+            end = int(ends[-1])
+        for start in range(0, self.num_documents, CHECKED_AT_ONCE):
+            self._check_document_index(document_index[start : start + CHECKED_AT_ONCE + 1], start)
+
+    def _out_of_order(self, sequence: int, tokens: int, first: int, expected: int) -> DataError:
+        """`first`: its first byte as the index says; `expected`: the byte after the sequence before it."""
+        path, tokens_path = index_file(self.prefix), data_file(self.prefix)
+        if tokens < 0:
+            return DataError(
+                f"{path}: sequence {sequence} has {tokens} tokens. The file is damaged: copy it again or prepare the data "
+                f"again."
+            )
+        if first > expected:
+            problem = f"{first - expected} bytes of {tokens_path.name} before it are in no document"
+        else:
+            problem = "some tokens are in two documents, or these are in another order"
+        return DataError(
+            f"{path}: sequence {sequence} begins at byte {first}, but the one before it ends at byte {expected}: {problem}. "
+            f"{tokens_path.name} is read from end to end, whatever documents the index leaves out: write those that it "
+            f"lists into a pair of files of their own, or prepare them again."
+        )
+
+    def _check_document_index(self, entries: np.ndarray, first: int = 0) -> None:
+        """Raise `DataError` unless `entries` of it, from `first` on, rise within the sequences."""
+        falls = np.flatnonzero(entries[1:] < entries[:-1])
+        if falls.size or entries[0] < 0 or entries[-1] > self.num_sequences:
+            place = int(falls[0]) if falls.size else 0 if entries[0] < 0 else entries.size - 2
+            raise DataError(
+                f"{index_file(self.prefix)}: the document index has {int(entries[place])} at entry {first + place} and "
+                f"{int(entries[place + 1])} after it, but must rise from 0 to {self.num_sequences}. The file is damaged: "
+                f"copy it again or prepare the data again."
+            )
 
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens of each sequence, its first byte, and the document index, mapped for as long as they are held."""
@@ -231,6 +290,11 @@ class IndexedDataset:
                 f"{data_file(self.prefix)}: has {bin_bytes} bytes, but {path.name} describes {described}. One of the two "
                 f"is truncated or belongs to other data: copy both again or prepare the data again."
             )
+        if bin_bytes % dtype.itemsize:
+            raise DataError(
+                f"{data_file(self.prefix)}: has {bin_bytes} bytes, which are no whole number of tokens of {dtype.itemsize} "
+                f"bytes. The file is truncated or belongs to another index: copy both again or prepare the data again."
+            )
 
 
 def _size_of(path: Path, prefix: str) -> int:
@@ -241,7 +305,7 @@ def _size_of(path: Path, prefix: str) -> int:
         try:
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(f"{path}: no such file. {hint}") from None
+            raise DataError(f"{path}: {broken_link(path) or 'no such file'}. {hint}") from None
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path}: is a folder or a device, not a file. {hint}")
     return status.st_size
@@ -273,6 +337,8 @@ def _read_header(path: Path, file_bytes: int) -> tuple[np.dtype, int, int]:
             f"{path}: has token type {code}, known are {sorted(TOKEN_TYPES)}. Prepare the data again as integers."
         )
     expected = HEADER.size + 12 * sequences + 8 * entries
+    if sequences and file_bytes == expected + sequences:
+        raise DataError(f"{path}: is an index of multimodal data, which are not read here. Prepare the text alone.")
     if entries < 1 or file_bytes != expected:
         raise DataError(
             f"{path}: has {file_bytes} bytes, but {sequences} sequences and {entries} document entries need {expected}. "

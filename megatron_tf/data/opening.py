@@ -16,6 +16,7 @@ import numpy as np
 from megatron_tf.config.schema import DataSource
 from megatron_tf.data.indexed import HEADER, data_file, index_file, pack_header, token_type
 from megatron_tf.data.loader import build_dataset
+from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.errors import DataError, file_errors
 
 VOCAB_SIZE = 50_304
@@ -35,9 +36,9 @@ class OpeningCost:
 
 
 def write_sparse_pair(prefix: Path, documents: int, tokens_per_document: int) -> None:
-    """A pair of files as IndexedWriter leaves them, of documents of one length, in which almost all is a hole.
+    """Files as a preparation leaves them, of documents of one length, in which almost all is a hole.
 
-    Only what opening looks at is written: the header and the last entries. All tokens are 0.
+    Only what opening looks at is written: the summary, the header and the last entries. All tokens are 0.
     """
     code, dtype = token_type(VOCAB_SIZE)
     sizes_end = HEADER.size + 4 * documents
@@ -54,6 +55,14 @@ def write_sparse_pair(prefix: Path, documents: int, tokens_per_document: int) ->
             file.write(content)
     with open(data_file(prefix), "wb") as file:
         file.truncate(documents * tokens_per_document * dtype.itemsize)
+    tokens = documents * tokens_per_document
+    write_summary(
+        prefix,
+        CorpusSummary(
+            documents, tokens, bytes=tokens, max_token_id=0, tokenizer_fingerprint="", vocab_size=VOCAB_SIZE, eod_id=0,
+            files=(), skipped_records=0, empty_documents=0,
+        ),
+    )  # fmt: skip
 
 
 def measure_opening(documents: int, tokens_per_document: int, seq_length: int, folder: Path) -> OpeningCost:

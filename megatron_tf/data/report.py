@@ -11,10 +11,11 @@ from typing import Any
 
 from megatron_tf.data.losses import Loss
 from megatron_tf.data.record_types import BadSample, KeptSample
-from megatron_tf.durable import write_atomically
+from megatron_tf.durable import read_plain, write_atomically
 from megatron_tf.errors import DataError, file_errors
 
 FORMAT = "megatron_tf preparation 1"
+MOST_BYTES = 1 << 28  # of a report: millions of input files
 SAMPLES_PER_KIND = 10
 
 
@@ -129,14 +130,14 @@ def read_report(path: Path, key: str) -> Report | None:
     """The report, when there is one and it belongs to the work `key`. Raises `DataError` when it cannot be read."""
     with file_errors(DataError, path, "Make it readable, or delete it to prepare the data again."):
         try:
-            raw = path.read_bytes()
+            raw = read_plain(path, MOST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
     try:
         content: Any = json.loads(raw)
         if content["format"] != FORMAT or content["key"] != key:
             return None
-        return Report(
+        report = Report(
             splits={ending: SplitCounts(**counts) for ending, counts in content["splits"].items()},
             skipped=Counter(content["skipped"]),
             samples=[BadSample(**sample) for sample in content["samples"]],
@@ -145,5 +146,13 @@ def read_report(path: Path, key: str) -> Report | None:
             loss=Loss(content["lost_characters"], Counter(content["lost"])),
             seconds=content["process_seconds"],
         )
+        return report if _is_sound(report) else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None  # not ours, or torn: the work is done again
+
+
+def _is_sound(report: Report) -> bool:
+    """Whether all that is added up later is numbers."""
+    counts = [number for split in report.splits.values() for number in vars(split).values()]
+    counts += [*report.skipped.values(), *report.kept.values(), *report.loss.pieces.values(), report.loss.characters]
+    return all(type(count) is int for count in counts) and type(report.seconds) in (int, float)

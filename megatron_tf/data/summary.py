@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.config.schema import DataSource
-from megatron_tf.durable import write_atomically
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.durable import read_plain, write_atomically
+from megatron_tf.errors import DataError, file_errors, shown
 
 FORMAT_NAME = "megatron_tf corpus"
 FORMAT = f"{FORMAT_NAME} 1"
+MOST_BYTES = 1 << 28  # of a summary: millions of input files
+MOST = 2**63 - 1  # of a number in it
 TEXTS = ("tokenizer_fingerprint",)  # fields that are strings; the others but `files` are numbers
 
 
@@ -56,13 +58,19 @@ def read_summary(prefix: str | Path) -> CorpusSummary | None:
     names = [field.name for field in fields(CorpusSummary) if field.name in content or field.default is MISSING]
     missing = [name for name in names if name not in content]
     if content["format"] != FORMAT or missing:
-        reason = f"lacks {', '.join(missing)}" if missing else f"has format {content['format']!r}, known is {FORMAT!r}"
+        reason = (
+            f"lacks {', '.join(missing)}" if missing else f"has format {shown(content['format'])}, known is {FORMAT!r}"
+        )
         raise DataError(f"{path}: {reason}. Prepare the data again with tools/preprocess_data.py.")
     values = {name: content[name] for name in names}
     for name, value in values.items():
         if not _fits(name, value):
             kind = (
-                "a list of file names" if name == "files" else "a string" if name in TEXTS else "a number of 0 or more"
+                "a list of file names"
+                if name == "files"
+                else "a string"
+                if name in TEXTS
+                else "a number of 0 or more, below 2^63"
             )
             raise DataError(
                 f"{path}: {name} is {json.dumps(value):.80}, not {kind}. The file is damaged: prepare the data again."
@@ -87,7 +95,7 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(file, str) for file in value)
     if name in TEXTS:
         return isinstance(value, str)
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
 def check_replaceable(prefix: str | Path) -> None:
@@ -101,7 +109,7 @@ def _own_content(path: Path) -> dict[str, Any] | None:
     """The JSON object of a file that we wrote, of any version; None for any other JSON and for no file."""
     with file_errors(DataError, path, "Make it readable, or move it away if it does not describe the data beside it."):
         try:
-            raw = path.read_bytes()
+            raw = read_plain(path, MOST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
     try:

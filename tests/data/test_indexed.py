@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +212,96 @@ def test_damaged_files_are_named_on_opening(tmp_path, damage):
     inflict, message = DAMAGES[damage]
     inflict(tmp_path / "x")
     with pytest.raises(DataError, match=message):
+        IndexedDataset(tmp_path / "x")
+
+
+def index_of(prefix: Path, sizes: list[int], pointers: list[int], document_index: list[int]) -> IndexedDataset:
+    """An index over 8 tokens of 2 bytes."""
+    handmade(prefix, [[1, 2, 3, 4, 5, 6, 7, 8]], [0, 1], 8, "H")
+    Path(f"{prefix}.idx").write_bytes(
+        struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(sizes), len(document_index))
+        + np.array(sizes, "<i4").tobytes() + np.array(pointers, "<i8").tobytes()
+        + np.array(document_index, "<i8").tobytes()
+    )  # fmt: skip
+    return IndexedDataset(prefix)
+
+
+OUT_OF_ORDER = {
+    "a document left out": (
+        [2, 4],
+        [0, 8],
+        [0, 1, 2],
+        "sequence 1 begins at byte 8, .* at byte 4: 4 bytes of x.bin be",
+    ),
+    "the first left out": ([6], [4], [0, 1], "sequence 0 begins at byte 4, .* ends at byte 0: 4 bytes"),
+    "one twice": (
+        [2, 2, 6],
+        [0, 0, 4],
+        [0, 1, 2, 3],
+        "sequence 1 begins at byte 0, .* at byte 4: some tokens are in two",
+    ),
+    "another order": ([2, 4, 2], [4, 0, 12], [0, 1, 2, 3], "sequence 0 begins at byte 4"),
+    "a wrong size": ([3, 6], [0, 4], [0, 1, 2], "sequence 1 begins at byte 4, .* at byte 6: some tokens"),
+    "no size": ([2, -2, 8], [0, 4, 0], [0, 1, 2, 3], "sequence 1 has -2 tokens. The file is damaged"),
+    "a far place": ([2, 2, 4], [0, 2**62, 8], [0, 1, 2, 3], f"sequence 1 begins at byte {2**62}"),
+    "a falling document": ([2, 4, 2], [0, 4, 12], [0, 2, 1, 3], "document index has 2 at entry 1 and 1 after it"),
+    "a document behind the end": (
+        [2, 6],
+        [0, 4],
+        [0, 5, 2],
+        "document index has (0 at entry 0 and 5|5 at entry 1 and 2) after it",
+    ),
+    "a document before the beginning": ([2, 6], [0, 4], [0, -1, 2], "document index has 0 at entry 0 and -1 after it"),
+}
+
+
+@pytest.mark.parametrize("entries_at_once", [1, 2, 1 << 20])
+@pytest.mark.parametrize("case", OUT_OF_ORDER)
+def test_an_index_that_is_not_all_of_the_tokens_in_order(tmp_path, monkeypatch, case, entries_at_once):
+    """As other programs write it for a choice of documents; nothing that uses its entries gets behind the tokens."""
+    monkeypatch.setattr("megatron_tf.data.indexed.CHECKED_AT_ONCE", entries_at_once)
+    *entries, message = OUT_OF_ORDER[case]
+    dataset = index_of(tmp_path / "x", *entries)
+    for use in (dataset.check_index, lambda: dataset.document_offsets):
+        with pytest.raises(DataError, match=rf"x\.idx: .*{message}"):
+            use()
+    with suppress(DataError):
+        dataset.ends_of_documents(9)
+
+
+@pytest.mark.parametrize("entries_at_once", [1, 2, 1 << 20])
+def test_an_index_in_order(tmp_path, monkeypatch, entries_at_once):
+    monkeypatch.setattr("megatron_tf.data.indexed.CHECKED_AT_ONCE", entries_at_once)
+    index_of(tmp_path / "x", [2, 0, 5, 1], [0, 4, 4, 14], [0, 0, 2, 2, 4]).check_index()
+    write(tmp_path / "y", [], 10)
+    IndexedDataset(tmp_path / "y").check_index()
+
+
+def test_an_index_of_multimodal_data(tmp_path):
+    write(tmp_path / "x", DOCUMENTS, 65000)
+    Path(f"{tmp_path}/x.idx").write_bytes(Path(f"{tmp_path}/x.idx").read_bytes() + b"\0" * 4)
+    with pytest.raises(DataError, match=r"x\.idx: is an index of multimodal data"):
+        IndexedDataset(tmp_path / "x")
+
+
+def test_half_a_token(tmp_path):
+    handmade(tmp_path / "x", [[1, 2]], [0, 1], 8, "H")
+    replace_bytes(tmp_path / "x.idx", 38, b"\x01")  # the first byte of the sequence
+    (tmp_path / "x.bin").write_bytes(b"12345")
+    with pytest.raises(DataError, match=r"x\.bin: has 5 bytes, which are no whole number of tokens of 2 bytes"):
+        IndexedDataset(tmp_path / "x")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_files_that_are_none(tmp_path, suffix):
+    write(tmp_path / "x", DOCUMENTS, 65000)
+    Path(f"{tmp_path}/x{suffix}").unlink()
+    os.mkfifo(f"{tmp_path}/x{suffix}")
+    with pytest.raises(DataError, match=rf"x\{suffix}: is a folder or a device, not a file"):
+        IndexedDataset(tmp_path / "x")
+    Path(f"{tmp_path}/x{suffix}").unlink()
+    Path(f"{tmp_path}/x{suffix}").symlink_to("gone")
+    with pytest.raises(DataError, match=rf"x\{suffix}: is a link to gone, and nothing is there"):
         IndexedDataset(tmp_path / "x")
 
 

@@ -13,7 +13,7 @@ import torch
 from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import DataSource
 from megatron_tf.data.documents import LossMask
-from megatron_tf.data.indexed import IndexedWriter
+from megatron_tf.data.indexed import HEADER, MAGIC, IndexedWriter
 from megatron_tf.data.loader import (
     BatchLoader,
     build_dataset,
@@ -179,6 +179,18 @@ def test_files_that_cannot_be_opened(tmp_path, suffix, monkeypatch):
     for use in (lambda: build_dataset([source], SEQ, 1, 60_000), lambda: fingerprint([source], 1)):
         with pytest.raises(DataError, match=rf"a\{suffix}: Permission denied\. Make it readable"):
             use()
+
+
+def test_an_index_of_other_programs_is_looked_at_whole(tmp_path):
+    """It may list some documents of a .bin that others share; a summary of ours says who wrote the files."""
+    source = make_source(tmp_path / "a", 400)
+    index = HEADER.pack(MAGIC, 1, 8, 3, 4) + np.full(3, 100, "<i4").tobytes()
+    index += np.array([0, 400, 600], "<i8").tobytes() + np.arange(4, dtype="<i8").tobytes()
+    (tmp_path / "a.idx").write_bytes(index)
+    with pytest.raises(
+        DataError, match=r"a\.idx: sequence 1 begins at byte 400, .* 200 bytes of a\.bin before it are in"
+    ):
+        build_dataset([source], SEQ, 1, 60_000)
 
 
 def test_foreign_json_beside_the_data_is_ignored(tmp_path):

@@ -38,11 +38,12 @@ def test_data_of_other_writers_have_none(path):
 
 
 WRONG = [
-    ("documents", "3", "a number of 0 or more"),
-    ("tokens", None, "a number of 0 or more"),
-    ("tokens", 50.0, "a number of 0 or more"),
-    ("max_token_id", True, "a number of 0 or more"),
-    ("vocab_size", -1, "a number of 0 or more"),
+    ("documents", "3", "a number of 0 or more, below 2^63"),
+    ("tokens", None, "a number of 0 or more, below 2^63"),
+    ("tokens", 50.0, "a number of 0 or more, below 2^63"),
+    ("max_token_id", True, "a number of 0 or more, below 2^63"),
+    ("vocab_size", -1, "a number of 0 or more, below 2^63"),
+    ("tokens", 2**63, "a number of 0 or more, below 2^63"),
     ("tokenizer_fingerprint", 5, "a string"),
     ("files", "a.txt", "a list of file names"),
     ("files", ["a.txt", 5], "a list of file names"),
@@ -82,7 +83,16 @@ def test_other_rubbish(path, content):
 def test_unreadable(path):
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataError, match=r"x\.json: Is a directory\. Make it readable, or move it away"):
+    with pytest.raises(
+        DataError, match=r"x\.json: is a folder, where a file is expected\. Make it readable, or move it away"
+    ):
+        read_summary(path.with_suffix(""))
+
+
+def test_a_fifo_is_not_waited_for(path):
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=r"x\.json: is a FIFO, where a file is expected\. Make it readable"):
         read_summary(path.with_suffix(""))
 
 
