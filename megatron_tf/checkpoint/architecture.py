@@ -31,6 +31,7 @@ def stored_model(index: CheckpointIndex) -> Model:
         ]
         raise CheckpointError(_listed("the checkpoint's own model section is not valid", problems)) from error
     history = record_problems(index.growth_history, index.data, index.run, index.tokens, complete=True)
+    history = history or list(_other_kinds(index, model))
     if problems := [*_contradictions(index, model), *history]:
         raise CheckpointError(_listed("the checkpoint contradicts its own model section", problems))
     return model
@@ -119,6 +120,15 @@ def _contradictions(index: CheckpointIndex, model: Model) -> Iterator[str]:
         without = [name for name in found if state not in _states(index, name)]
         if len(without) < len(found):
             yield from (f"{name}: no {state}, unlike other tensors" for name in without)
+
+
+def _other_kinds(index: CheckpointIndex, model: Model) -> Iterator[str]:
+    """Entries of the history whose token counts are of other projections than the model has."""
+    kinds = architecture_of(model).token_counts(model).keys()
+    for number, entry in enumerate(index.growth_history):
+        for key in ("from", "to"):
+            if entry[key].keys() != kinds:
+                yield f"growth_history.{number}.{key} has {shown(list(entry[key]))}, the model {shown(list(kinds))}"
 
 
 def _states(index: CheckpointIndex, name: str) -> Collection[str]:

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_tf.checkpoint.strict_json import LARGEST_NUMBER, MOST
-from megatron_tf.config.schema import Fraction, ParameterTokens, Path, Positive
+from megatron_tf.config.schema import Count as TokenCount
+from megatron_tf.config.schema import Fraction, Path, Positive
 from megatron_tf.errors import shown
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -27,14 +28,14 @@ class _Record(BaseModel):
 class GrowthEntry(_Record):
     """One growth, or pruning, see `growth.source.growth_entry`. Fields with a default are not in all of them."""
 
-    method: Text | dict[Literal["qkv", "proj", "ffn"], Text]
+    method: Text | dict[Text, Text]
     moments: Literal["keep", "reset"]
     source: Path
     step: Count
     samples: Count
     tokens: Count
-    before: ParameterTokens = Field(alias="from")
-    to: ParameterTokens
+    before: dict[Text, TokenCount] = Field(alias="from")
+    to: dict[Text, TokenCount]
     loss_before: Number | None
     loss_after: Number | None
     noise: Fraction = 0.0

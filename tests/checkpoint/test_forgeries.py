@@ -188,6 +188,11 @@ QUERY = "tensors/blocks.0.attention.query.key_tokens"
         ("data/sources/0/tokens", '"4k"', "data.sources.0.tokens is '4k': Input should be a valid integer"),
         ("growth_history/0/from", "null", "growth_history.0.from is None"),
         ("growth_history/0/from/qkv", "0", "growth_history.0.from.qkv is 0"),
+        (
+            "growth_history/0/to",
+            '{"qkv": 10, "ffn": 12}',
+            r"growth_history.0.to has \['qkv', 'ffn'\], the model \['qkv'",
+        ),
         ("growth_history/0/tokens", "1" + 30 * "0", "growth_history.0.tokens is 10+"),
         ("growth_history/0/tokens", "3841", "growth_history.0.tokens is 3841, and there were 3840 after that"),
         ("growth_history/0/source", '"a\\u0000b"', r"growth_history.0.source is 'a\\x00b': .* without NUL"),
