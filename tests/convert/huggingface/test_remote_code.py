@@ -96,6 +96,61 @@ def test_a_row_of_zero_scores_is_finite(exported):
     assert torch.equal(layer(torch.zeros(1, 3, 64)), torch.zeros(1, 3, 64))
 
 
+def padded(ids: torch.Tensor, side: str, padding: int = 5) -> dict[str, torch.Tensor]:
+    """A batch of ids [2, s] with `padding` more tokens in the first row, all labels but theirs."""
+    whole, mask = torch.zeros(2, ids.shape[1] + padding, dtype=torch.long), torch.ones(2, ids.shape[1] + padding)
+    at = slice(padding, None) if side == "left" else slice(None, ids.shape[1])
+    mask[0], mask[0, at] = 0, 1
+    whole[0, at], whole[1, :padding], whole[1, padding:] = ids[0], ids[1, :padding], ids[1]
+    return {"input_ids": whole, "attention_mask": mask.long(), "labels": whole.masked_fill(mask == 0, -100)}
+
+
+def loss_and_gradients(model, **batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_gradients_do_not_depend_on_padding(folder: Path, ids: torch.Tensor, attentions: tuple[str, ...]):
+    text, other = padded(ids, "left")["input_ids"][1:], ids[:1]
+    plain = load(folder, attn_implementation="eager")
+    losses = [loss_and_gradients(plain, input_ids=one, labels=one) for one in (text, other)]
+    counts = [one.shape[1] - 1 for one in (text, other)]
+    expected = {name: sum(one[name] * count for one, count in zip(losses, counts)) / sum(counts) for name in losses[0]}
+    for attention in attentions:
+        model = load(folder, attn_implementation=attention)
+        for side in ("left", "right"):
+            found = loss_and_gradients(model, **padded(ids, side))
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=f"{attention}, {side}: {name}")
+
+
+def test_gradients_do_not_depend_on_padding(folder, ids):
+    """The reference are the texts alone. Under sdpa a row of padding sees nothing: all its scores are 0."""
+    assert_gradients_do_not_depend_on_padding(folder, ids, ("eager", "sdpa"))
+
+
+@pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+def test_gradients_are_those_of_our_own_model(network_of, tmp_path, activation):
+    """Also where a whole row of scores is 0: there both are 0, and never no number."""
+    from megatron_tf.model.pattention import pattention
+
+    network = network_of(activation=activation)
+    write_export(tmp_path / "out", network, None)
+    layer, scale = load(tmp_path / "out").model.layers[0].mlp, network.scales["blocks.0.ffn"]
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2))
+    x[0, 1:3] = 0
+    x.requires_grad_()
+    direction = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad((layer(x) * direction).sum(), (x, layer.keys.weight, layer.values.weight))
+    keys, values = (network.blocks[0].ffn.key_tokens, network.blocks[0].ffn.value_tokens)
+    out = pattention(x, keys, values, scale=scale, activation=activation)
+    expected = torch.autograd.grad((out * direction).sum(), (x, keys, values))
+    for one, other in zip(found, (*expected[:2], expected[2].mT)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_and_padding(folder, network, tokenizer, ids, attention):
     model = load(folder, attn_implementation=attention)
@@ -112,6 +167,16 @@ def test_flex_attention(folder, network, ids):
     with torch.no_grad():
         logits = load(folder, attn_implementation="flex_attention")(ids).logits
         torch.testing.assert_close(logits, network(ids), rtol=0, atol=2e-4)
+
+
+def test_gradients_of_flex_attention(folder, ids, monkeypatch):
+    """CPUs have no kernel for its derivative: here it is the function in PyTorch that the kernels are compiled from."""
+    from torch.nn.attention import flex_attention
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention.flex_attention)
+    assert_gradients_do_not_depend_on_padding(folder, ids, ("flex_attention",))
 
 
 def test_generation_with_caches_and_beams(exported, network, tokenizer):
@@ -228,12 +293,14 @@ def test_lora(folder, ids):
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 5 * 2 * 2  # layers × projections × keys and values × A and B
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    batch = padded(ids, "left")
     for _ in range(2):
-        before = model(input_ids=ids, labels=ids).loss
+        before = model(**batch).loss
         before.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
         optimizer.step()
         optimizer.zero_grad()
-    assert model(input_ids=ids, labels=ids).loss < before
+    assert model(**batch).loss < before
     merged = model.merge_and_unload()
     assert torch.isfinite(merged(ids).logits).all()
 

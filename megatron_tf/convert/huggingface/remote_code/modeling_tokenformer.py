@@ -97,9 +97,22 @@ class Pattention(nn.Module):
         return F.gelu(self.normalise(scores, precise))
 
     def normalise(self, scores: Tensor, precise: torch.dtype) -> Tensor:
-        """scores · τ/‖scores‖₂, and 0 where a whole row is 0."""
+        """scores · τ/‖scores‖₂; where a whole row is 0, as padding's may be, it and its gradient are 0."""
         norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=precise)
-        return scores * torch.where(norm > 0, self.scale / norm, 0).to(scores.dtype)
+        # The division sees no 0: its derivative there would be infinite, and 0 times that is not a number.
+        inverse = self.scale / torch.where(norm > 0, norm, 1)
+        return scores * torch.where(norm > 0, inverse, 0).to(scores.dtype)
+
+
+def counted_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Labels [batch, sequence] without those that padding would predict: what it computes depends on the kernel.
+
+    With padding on the left that is the first token of each text, which nothing predicts with padding on the right.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return labels
+    padding = attention_mask[:, -labels.shape[1] :] == 0
+    return labels.masked_fill(F.pad(padding[:, :-1], (1, 0)).to(labels.device), -100)
 
 
 def rotary_tables(config: TokenFormerConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,7 +306,7 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """`labels`: [batch, sequence], the input ids again; -100 is left out of the loss."""
+        """`labels`: [batch, sequence], the input ids again; -100 is left out of the loss, and what padding predicts."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -308,6 +321,7 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
+            labels = counted_labels(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
