@@ -211,6 +211,10 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(STOPPED_EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_EXIT_CODE)
+    except ImportError as error:
+        if not _was_interrupted(error):
+            raise
+        sys.exit(INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
         _discard_output()
         sys.exit(1)
@@ -255,6 +259,12 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     except OSError:
         _discard_output()
     sys.exit(code)
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Whether Control-C is behind `error`: extension modules, being imported, turn it into an ImportError."""
+    causes = [cause for cause in (error.__cause__, error.__context__) if cause is not None]
+    return isinstance(error, KeyboardInterrupt) or any(map(_was_interrupted, causes))
 
 
 def _discard_output() -> None:

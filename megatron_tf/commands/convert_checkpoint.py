@@ -20,36 +20,20 @@ import argparse
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_tf.architectures.tokenformer.section import as_tokenformer
 from megatron_tf.arguments import config_file, path, text_path
-from megatron_tf.checkpoint.architecture import check_format, stored_model
-from megatron_tf.checkpoint.format import folder_name
-from megatron_tf.checkpoint.manager import resolve
-from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.step_zero import FIRST_STEP, state_bytes, target_folder, write_weights
 from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import Model
-from megatron_tf.convert.huggingface.export import ExportedTokenizer, check_target, write_export
-from megatron_tf.convert.huggingface.importing import open_export
-from megatron_tf.convert.huggingface.verify import require_transformers
-from megatron_tf.convert.official_checkpoint import (
-    check_export_target,
-    compare_logits,
-    exportable_model,
-    import_folder,
-    matching_model,
-    official_settings,
-    write_imported,
-    write_official,
-)
-from megatron_tf.convert.official_files import open_official
-from megatron_tf.convert.torch_file import check_bytes
 from megatron_tf.estimate import num_parameters
-from megatron_tf.inference.load import configured_tokenizer, load_model, open_tokenizer, other_tokenizer
-from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.params import initial_scales, projections
+from megatron_tf.paths import literal
 from megatron_tf.telemetry.console import Console
+
+if TYPE_CHECKING:
+    from megatron_tf.convert.huggingface.export import ExportedTokenizer
+    from megatron_tf.model.tokenformer import TokenFormer
 
 Progress = Callable[[int, str], None]
 OFFICIAL_VOCABULARY_MULTIPLE = 128  # make_vocab_size_divisible_by, unless a configuration says otherwise
@@ -93,6 +77,12 @@ def main() -> None:
 
 
 def from_official(arguments: argparse.Namespace) -> None:
+    from megatron_tf.checkpoint.format import folder_name
+    from megatron_tf.checkpoint.step_zero import FIRST_STEP
+    from megatron_tf.convert.official_checkpoint import compare_logits, import_folder, matching_model, write_imported
+    from megatron_tf.convert.official_files import open_official
+    from megatron_tf.convert.torch_file import check_bytes
+
     root = import_folder(arguments.target)
     given = load_config(arguments.config).model if arguments.config else None
     weights = open_official(arguments.source)
@@ -114,16 +104,29 @@ def from_official(arguments: argparse.Namespace) -> None:
 
 
 def write_run(root: Path, model: Model, write: Callable[[Progress], Path], config: Path | None = None) -> None:
+    from megatron_tf.checkpoint.step_zero import state_bytes
+
     total, began = state_bytes(model), time.monotonic()
     with Console(rank=0).bytes_written(total) as progress:
         path = write(progress)
     print(f"wrote {path}: {total:,} bytes in {time.monotonic() - began:.1f} s")
+    folder = literal(str(root.parent))
     print(
-        f"To train on, run {config or 'a configuration of this model'} with run.dir={root.parent}; to grow, one with growth.from={root.parent}"
+        f"To train on, run {config or 'a configuration of this model'} with run.dir={folder}; "
+        f"to grow, one with growth.from={folder}"
     )
 
 
 def to_official(arguments: argparse.Namespace) -> None:
+    from megatron_tf.checkpoint.manager import resolve
+    from megatron_tf.checkpoint.reader import open_checkpoint
+    from megatron_tf.convert.official_checkpoint import (
+        check_export_target,
+        exportable_model,
+        official_settings,
+        write_official,
+    )
+
     check_export_target(arguments.target)
     reader = open_checkpoint(resolve(arguments.source))
     model = exportable_model(reader)
@@ -144,6 +147,13 @@ def to_official(arguments: argparse.Namespace) -> None:
 
 
 def to_hf(arguments: argparse.Namespace) -> None:
+    from megatron_tf.checkpoint.architecture import check_format, stored_model
+    from megatron_tf.checkpoint.manager import resolve
+    from megatron_tf.checkpoint.reader import open_checkpoint
+    from megatron_tf.convert.huggingface.export import check_target, write_export
+    from megatron_tf.convert.huggingface.verify import require_transformers
+    from megatron_tf.inference.load import load_model
+
     check_target(arguments.target)
     version = require_transformers()
     reader = open_checkpoint(resolve(arguments.source))
@@ -162,6 +172,9 @@ def to_hf(arguments: argparse.Namespace) -> None:
 
 
 def exported_tokenizer(arguments: argparse.Namespace, network: TokenFormer) -> ExportedTokenizer | None:
+    from megatron_tf.convert.huggingface.export import ExportedTokenizer
+    from megatron_tf.inference.load import configured_tokenizer, open_tokenizer, other_tokenizer
+
     name = arguments.tokenizer or configured_tokenizer(arguments.source)
     if name is None:
         print("tokenizer   none: no config.yml with data.tokenizer is beside the checkpoint. Give one with --tokenizer")
@@ -178,6 +191,11 @@ def exported_tokenizer(arguments: argparse.Namespace, network: TokenFormer) -> E
 
 
 def from_hf(arguments: argparse.Namespace) -> None:
+    from megatron_tf.checkpoint.format import folder_name
+    from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder, write_weights
+    from megatron_tf.convert.huggingface.importing import open_export
+    from megatron_tf.inference.load import configured_tokenizer, open_tokenizer
+
     root = target_folder(arguments.target)
     export = open_export(arguments.source)
     tokenizer = configured_tokenizer(arguments.source)

@@ -13,23 +13,20 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import config_file, path
-from megatron_tf.checkpoint.architecture import stored_model
-from megatron_tf.checkpoint.format import folder_name
-from megatron_tf.checkpoint.manager import resolve
-from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.checkpoint.source import StepZero, grow
-from megatron_tf.checkpoint.step_zero import state_bytes, target_folder, write_step_zero
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import Growth, Model, RunConfig
-from megatron_tf.data.indexed import data_file, index_file
-from megatron_tf.data.loader import fingerprint
 from megatron_tf.estimate import num_parameters
 from megatron_tf.params import projections
+from megatron_tf.paths import literal
 from megatron_tf.telemetry.console import MEGABYTE, Console
+
+if TYPE_CHECKING:
+    from megatron_tf.checkpoint.reader import CheckpointReader
+    from megatron_tf.checkpoint.source import StepZero
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,8 +45,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from megatron_tf.checkpoint.format import folder_name
+    from megatron_tf.checkpoint.manager import resolve
+    from megatron_tf.checkpoint.reader import open_checkpoint
+    from megatron_tf.checkpoint.source import grow
+    from megatron_tf.checkpoint.step_zero import target_folder
+
     config = load_config(arguments.config, arguments.overrides)
-    growth = config.growth or Growth.model_validate({"from": str(arguments.source)})
+    growth = config.growth or Growth.model_validate({"from": literal(str(arguments.source))})
     reader = open_checkpoint(resolve(arguments.source))
     root = target_folder(arguments.target)
     data = training_data(config)
@@ -60,7 +63,7 @@ def main() -> None:
         print("data        not here: taken to be what the source was trained on; a run on other data will refuse")
     if os.path.normpath(config.run.dir) not in map(os.path.normpath, (root, root.parent)):
         print(
-            f"run.dir     is {config.run.dir}: start the run with run.dir={root.parent} to resume from what is written"
+            f"run.dir     is {config.run.dir}: start the run with run.dir={literal(str(root.parent))} to resume from what is written"
         )
     if arguments.dry_run:
         print("\ndry run: nothing is written")
@@ -72,11 +75,17 @@ def main() -> None:
 
 def training_data(config: RunConfig) -> dict[str, Any] | None:
     """Fingerprint of the run's training data; None when a file of it is not on this machine."""
+    from megatron_tf.data.indexed import data_file, index_file
+    from megatron_tf.data.loader import fingerprint
+
     files = [file(source.path) for source in config.data.train for file in (data_file, index_file)]
     return fingerprint(config.data.train, config.run.seed) if all(map(os.path.exists, files)) else None
 
 
 def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start: StepZero, target: Path) -> None:
+    from megatron_tf.checkpoint.architecture import stored_model
+    from megatron_tf.checkpoint.step_zero import state_bytes
+
     index, old = reader.index, stored_model(reader.index)
     print(f"from        {reader.path}, step {index.step:,}, {index.tokens:,} tokens")
     print(f"to          {target}, seed {config.run.seed}, position {start.samples:,} in the data")
@@ -100,6 +109,8 @@ def scale_of(model: Model, scales: Mapping[str, float], kind: str) -> str:
 
 
 def write(config: RunConfig, start: StepZero, data: Mapping[str, Any], root: Path) -> None:
+    from megatron_tf.checkpoint.step_zero import state_bytes, write_step_zero
+
     total, began = state_bytes(config.model), time.monotonic()
     with Console(rank=0).bytes_written(total) as progress:
         path = write_step_zero(root, config.model, start, data, progress)

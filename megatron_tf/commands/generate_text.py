@@ -11,18 +11,15 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_tf.arguments import path, text_path
-from megatron_tf.checkpoint.manager import resolve
-from megatron_tf.convert.huggingface.importing import is_export
-from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import UserError
-from megatron_tf.inference.cache import CachedModel
-from megatron_tf.inference.load import configured_tokenizer, load_model, open_tokenizer, other_tokenizer
-from megatron_tf.inference.sampling import generate
-from megatron_tf.inference.text import TextStream
-from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.text_files import read_text_file
+
+if TYPE_CHECKING:
+    from megatron_tf.data.tokenizer import Tokenizer
+    from megatron_tf.model.tokenformer import TokenFormer
 
 MOST_TOKENS = 1_000_000  # weeks of work: more is a slip of the hand
 
@@ -76,6 +73,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    from megatron_tf.checkpoint.manager import resolve
+    from megatron_tf.convert.huggingface.importing import is_export
+    from megatron_tf.inference.load import configured_tokenizer, load_model, open_tokenizer, other_tokenizer
+
     prompts = read_prompts(arguments.prompts) if arguments.prompts else arguments.prompt or [""]
     name = arguments.tokenizer or configured_tokenizer(arguments.checkpoint)
     if name is None:
@@ -105,6 +106,10 @@ def pieces(
     model: TokenFormer, tokenizer: Tokenizer, prompts: list[str], arguments: argparse.Namespace
 ) -> Iterator[tuple[int, str]]:
     """(number of the prompt, text that continues it), as it is written."""
+    from megatron_tf.inference.cache import CachedModel
+    from megatron_tf.inference.sampling import generate
+    from megatron_tf.inference.text import TextStream
+
     encoded = [ids or [tokenizer.eod_id] for ids in tokenizer.encode_batch(prompts)]
     streams = [TextStream(tokenizer, ids) for ids in encoded]
     cached = CachedModel(model)

@@ -13,13 +13,13 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import path
-from megatron_tf.checkpoint.compare import Difference, compare
-from megatron_tf.checkpoint.manager import resolve
-from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.checkpoint.summary import summarize
+
+if TYPE_CHECKING:
+    from megatron_tf.checkpoint.compare import Difference
+    from megatron_tf.checkpoint.reader import CheckpointReader
 
 
 def main() -> None:
@@ -38,6 +38,10 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     arguments = parser.parse_args()
+    from megatron_tf.checkpoint.compare import compare
+    from megatron_tf.checkpoint.manager import resolve
+    from megatron_tf.checkpoint.reader import open_checkpoint
+    from megatron_tf.checkpoint.summary import summarize
 
     reader = open_checkpoint(resolve(arguments.path))
     summary = summarize(reader)

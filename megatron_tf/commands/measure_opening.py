@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_tf.arguments import path, whole_number
-from megatron_tf.data.opening import OpeningCost, measure_opening
+
+if TYPE_CHECKING:
+    from megatron_tf.data.opening import OpeningCost
 
 HEADINGS = ("documents", "tokens", ".idx", "open", "memory", "a sample", "memory after samples")
 
@@ -46,6 +49,8 @@ def row(cost: OpeningCost) -> tuple[str, ...]:
 
 def main() -> None:
     arguments = parse_arguments()
+    from megatron_tf.data.opening import measure_opening
+
     for number, documents in enumerate(arguments.documents):
         cost = measure_opening(
             documents, arguments.tokens_per_document, arguments.seq_length, arguments.folder.absolute()

@@ -10,8 +10,7 @@ import argparse
 import sys
 
 from megatron_tf.arguments import input_path, text_path
-from megatron_tf.data.preprocess import PreprocessSettings, merge_shards, preprocess
-from megatron_tf.data.progress import Progress
+from megatron_tf.data.record_types import ReadLimits
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-document-bytes",
         type=int,
-        default=PreprocessSettings.max_document_bytes,
+        default=ReadLimits.max_document_bytes,
         metavar="N",
         help="a longer document is a bad record; a process may need fifteen times as much memory, and for one that cannot "
         "be taken apart (the report says which) two hundred times (default: %(default)s)",
@@ -89,6 +88,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from megatron_tf.data.preprocess import PreprocessSettings, merge_shards, preprocess
+    from megatron_tf.data.progress import Progress
+
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),
         tokenizer=arguments.tokenizer,

@@ -13,32 +13,20 @@ import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_tf.arguments import path
-from megatron_tf.checkpoint.architecture import stored_model, token_counts
-from megatron_tf.checkpoint.format import folder_name
-from megatron_tf.checkpoint.manager import resolve
-from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.checkpoint.source import StepZero
-from megatron_tf.checkpoint.step_zero import FIRST_STEP, state_bytes, target_folder, write_step_zero
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Model
 from megatron_tf.estimate import num_parameters
-from megatron_tf.inference.load import load_model
-from megatron_tf.inference.pruning import (
-    DEFAULT_SAMPLES,
-    Batch,
-    DataSample,
-    check_run_tokenizer,
-    drop_tokens,
-    fit_scales,
-    mean_loss,
-    pruned_start,
-    select_tokens,
-    target_counts,
-)
 from megatron_tf.params import projections
+from megatron_tf.paths import literal
 from megatron_tf.telemetry.console import Console
+
+if TYPE_CHECKING:
+    from megatron_tf.checkpoint.reader import CheckpointReader
+    from megatron_tf.checkpoint.source import StepZero
+    from megatron_tf.inference.pruning import Batch
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", required=True, metavar="KIND=N,...", help="counts to prune to, of qkv, proj, ffn")
     parser.add_argument("--data", type=path, required=True, metavar="PREFIX", help="prepared data to measure on")
     parser.add_argument("--samples", type=int, metavar="N", help="samples to measure, and as many others for the loss "
-                        f"(default {DEFAULT_SAMPLES}, or half of the data)")  # fmt: skip
+                        "(default 64, or half of the data)")  # fmt: skip
     parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the smaller run's folder")
     parser.add_argument("--dry-run", action="store_true", help="measure and report, and write nothing")
     return parser.parse_args()
@@ -57,6 +45,23 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from megatron_tf.checkpoint.architecture import stored_model, token_counts
+    from megatron_tf.checkpoint.format import folder_name
+    from megatron_tf.checkpoint.manager import resolve
+    from megatron_tf.checkpoint.reader import open_checkpoint
+    from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder
+    from megatron_tf.inference.load import load_model
+    from megatron_tf.inference.pruning import (
+        DataSample,
+        check_run_tokenizer,
+        drop_tokens,
+        fit_scales,
+        mean_loss,
+        pruned_start,
+        select_tokens,
+        target_counts,
+    )
+
     prefix = str(arguments.data)
     root = target_folder(arguments.target)
     reader = open_checkpoint(resolve(arguments.source))
@@ -110,10 +115,14 @@ def describe(kind: str, old: int, new: int, shares: Sequence[float], factors: Se
 
 
 def write(root: Path, model: Model, start: StepZero, reader: CheckpointReader) -> None:
+    from megatron_tf.checkpoint.step_zero import state_bytes, write_step_zero
+
     total = state_bytes(model)
     with Console(rank=0).bytes_written(total) as progress:
         path = write_step_zero(root, model, start, reader.index.data, progress)
     changes = " ".join(
         f"model.parameter_tokens.{kind}={n}" for kind, n in architecture_of(model).token_counts(model).items()
     )
-    print(f"\nwrote {path}: {total:,} bytes. A run resumes from it with\n  run.dir={root.parent} {changes}")
+    print(
+        f"\nwrote {path}: {total:,} bytes. A run resumes from it with\n  run.dir={literal(str(root.parent))} {changes}"
+    )

@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from megatron_tf.arguments import config_file, number, whole_number
 from megatron_tf.config.load import load_config
 from megatron_tf.config.validate import topology_for, validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.training.layout_check import Difference, Layout, Trace, compare, layouts, reference, run_layouts
-from megatron_tf.training.preflight import accelerator_problems, memory_problems, physical_memory
+
+if TYPE_CHECKING:
+    from megatron_tf.training.layout_check import Difference, Layout, Trace
 
 MOST_RANKS = 256
 count = whole_number(1_000_000)
@@ -34,6 +36,9 @@ def main() -> None:
     parser.add_argument("--steps", type=count, default=20, help="optimizer steps (default 20)")
     parser.add_argument("--tolerance", type=tolerance, default=1e-5, help="largest relative error (default 1e-5)")
     arguments = parser.parse_intermixed_args()
+    from megatron_tf.training.layout_check import Layout, compare, layouts, reference, run_layouts
+    from megatron_tf.training.preflight import accelerator_problems, memory_problems, physical_memory
+
     config = load_config(arguments.config, [*arguments.overrides, "training.precision=fp32"])
     ranks = arguments.ranks or max(2, config.parallel.tensor * config.parallel.pipeline)
     if arguments.all:

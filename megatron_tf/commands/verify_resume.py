@@ -12,14 +12,16 @@ import argparse
 import math
 import sys
 from itertools import product
+from typing import TYPE_CHECKING
 
 from megatron_tf.arguments import config_file
 from megatron_tf.config.load import load_config
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.training.layout_check import Layout
-from megatron_tf.training.resume_check import Resumed, check_resumes, rotation, settings
+
+if TYPE_CHECKING:
+    from megatron_tf.training.resume_check import Resumed
 
 
 def main() -> None:
@@ -39,6 +41,9 @@ def main() -> None:
     if not 0 <= arguments.tolerance < math.inf:
         raise ConfigError(f"--tolerance: is {arguments.tolerance}, must be a number of 0 or more, such as 1e-5.")
     config = load_config(arguments.config, ["training.precision=fp32", *arguments.overrides])
+    from megatron_tf.training.layout_check import Layout
+    from megatron_tf.training.resume_check import check_resumes, rotation, settings
+
     found = settings(config, arguments.ranks)
     if not found:
         validate(Layout(Topology(1, 1, 1)).apply(config), 1)  # says so if it is the model that is wrong

@@ -1,0 +1,145 @@
+"""The modes of the command `megatron_tf benchmark`: from its arguments to the rows of its table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from megatron_tf.architectures.tokenformer.section import TokenFormerModel
+from megatron_tf.benchmark import communication, memory, pattention, scaling, stages, step
+from megatron_tf.benchmark.device import DTYPES, check_dtypes, machine, quick_dtype
+from megatron_tf.benchmark.report import Row, check_json, table, write_json
+from megatron_tf.config import load_config
+from megatron_tf.config.validate import validate
+from megatron_tf.errors import ConfigError
+from megatron_tf.host_memory import keep_freed_memory, refuse_beyond_free
+
+
+def run_benchmark(arguments: argparse.Namespace) -> None:
+    """Measures what `arguments.mode` says, and prints and writes its table."""
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: no CUDA device is here. Give --device cpu.")
+    if "dtypes" in arguments:
+        arguments.dtypes = arguments.dtypes or [quick_dtype(device)]
+        check_dtypes(device, arguments.dtypes)
+    if arguments.json:
+        check_json(arguments.json)
+    if device.type == "cpu":
+        keep_freed_memory()  # as in training
+        refuse_beyond_free()
+    measured = measure(arguments, device)
+    print(json.dumps(machine(device)))
+    print(table(measured), flush=True)
+    if arguments.json:
+        write_json(arguments.json, arguments.mode, device, measured)
+
+
+def measure(arguments: argparse.Namespace, device: torch.device) -> list[Row]:
+    """All rows; as each is measured, a line on stderr."""
+    measured: list[Row] = []
+    try:
+        for row in MODES[arguments.mode](device, arguments):
+            measured.append(row)
+            print(f"{len(measured)}. " + "  ".join(map(str, list(row.values())[:4])), file=sys.stderr, flush=True)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise ConfigError(
+                f"row {len(measured) + 1} does not fit in the memory that is free: {str(error).splitlines()[0][:200]} "
+                f"Give less of what {arguments.mode} --help lists: tokens, positions, samples, lengths or layers."
+            ) from error
+        raise
+    return measured
+
+
+def run_pattention(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    dtypes = [DTYPES[name] for name in arguments.dtypes]
+    return pattention.rows(device, dtypes, arguments.tokens, arguments.positions, arguments.width, arguments.rounds)
+
+
+def run_stages(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    dtypes = [DTYPES[name] for name in arguments.dtypes]
+    return stages.rows(device, dtypes, arguments.tokens, arguments.positions, arguments.width, arguments.rounds)
+
+
+def run_communication(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    """The ranks are processes on CPUs and compile nothing, whatever the configuration: what is sent is the same."""
+    if max(arguments.tensor) == 1:
+        raise ConfigError("--tensor: one rank sends nothing. Give more ranks.")
+    configs = []
+    for tensor in arguments.tensor:
+        for sequence in ("false", "true") if tensor > 1 else ("false",):
+            layout = f"parallel.tensor={tensor}", f"parallel.sequence={sequence}", "parallel.pipeline=1"
+            config = load_config(arguments.config, [*arguments.overrides, *layout, "training.compile=false"])
+            validate(config, tensor)
+            configs.append(config)
+    return communication.rows(configs)
+
+
+def run_memory(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    config = load_config(arguments.config, arguments.overrides)
+    validate(config, 1)
+    return memory.rows(device, config)
+
+
+def run_step(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    names = [file.stem for file in arguments.configs]
+    models = {
+        file.stem if names.count(file.stem) == 1 else str(file): with_plain_formula(file, arguments.seq_length)
+        for file in arguments.configs
+    }
+    for name in arguments.dtypes:
+        yield from step.rows(
+            models,
+            step.Setting(
+                device, DTYPES[name], arguments.samples, arguments.layers, arguments.compile, arguments.rounds
+            ),
+        )
+
+
+def run_scaling(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    if not arguments.tokens and not arguments.lengths:
+        raise ConfigError(
+            "--tokens and --lengths: both are empty, so there is nothing to measure. Give one of them a value."
+        )
+    model = tokenformer_of(arguments.config)
+    for name in arguments.dtypes:
+        yield from scaling.rows(
+            device, DTYPES[name], model, arguments.tokens, arguments.lengths, arguments.positions, arguments.rounds
+        )
+
+
+def tokenformer_of(file: Path) -> TokenFormerModel:
+    if "=" in file.name and not file.exists():
+        raise ConfigError(f"{file}: this mode takes files as they are. Write the value into a copy of the file.")
+    model = load_config(file).model
+    if not isinstance(model, TokenFormerModel):
+        raise ConfigError(
+            f"{file}: model.architecture {model.architecture} is what is compared with. Give a tokenformer."
+        )
+    return model
+
+
+def with_plain_formula(file: Path, seq_length: int | None) -> TokenFormerModel:
+    """The model of a configuration, with another sequence length if one is given."""
+    model = tokenformer_of(file)
+    if model.activation != "l2_norm_gelu":
+        raise ConfigError(
+            f"{file}: model.activation {model.activation} has no plain formula to be compared with. Give l2_norm_gelu."
+        )
+    return model if seq_length is None else model.model_copy(update={"seq_length": seq_length})
+
+
+MODES = {
+    "pattention": run_pattention,
+    "stages": run_stages,
+    "communication": run_communication,
+    "memory": run_memory,
+    "step": run_step,
+    "scaling": run_scaling,
+}
