@@ -8,9 +8,8 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from megatron_tf.errors import UserError, file_errors
 
@@ -39,7 +38,7 @@ def plain_size(path: str | os.PathLike[str]) -> int:
     return found.st_size
 
 
-def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
+def open_plain(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a file, or the file that a link leads to, for reading.
 
     OSError for anything else, which is not even opened: a FIFO or device may keep a reader waiting, or never end.

@@ -19,12 +19,16 @@ class Architecture(ABC):
     `section`: the `model:` section of a configuration.
     `block`: "module:function" of (model, layer, scales, tensor) -> Block, see `model.layers.BlockFactory`.
     `formats`: the foreign formats that it can be written in and read from, of "official" and "huggingface".
+    `losses`, `metrics`: names of what its blocks give back, see `model.context`. The log has the sum of a loss over the
+    blocks, and the mean of a metric.
     `why_not_elsewhere`: the reason, as a clause, why keys of other architectures mean nothing to it.
     """
 
     section: ClassVar[type[Model]]
     block: ClassVar[str]
     formats: ClassVar[frozenset[str]] = frozenset()
+    losses: ClassVar[tuple[str, ...]] = ()
+    metrics: ClassVar[tuple[str, ...]] = ()
     why_not_elsewhere: ClassVar[str] = "another architecture has this key"
 
     @abstractmethod

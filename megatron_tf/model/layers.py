@@ -29,6 +29,7 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Activation, Model
 from megatron_tf.model.attention import Documents, causal_attention
 from megatron_tf.model.checks import check_pattention
+from megatron_tf.model.context import BlockContext, Reports, attach
 from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
@@ -185,14 +186,34 @@ class Block(nn.Module):
         self.eps = eps
         self.recompute = False  # keep only the block's input for the backward pass
 
-    def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: BlockContext | None = None) -> Tensor:
+        """Hidden between layers -> the same. `context`: None is one document a sample, and nobody asks for reports."""
+        documents = None if context is None else context.documents
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, hidden, documents, use_reentrant=False)
-        return self._forward(hidden, documents)
+            hidden, losses, metrics = checkpoint(self._forward, hidden, documents, use_reentrant=False)
+        else:
+            hidden, losses, metrics = self._forward(hidden, documents)
+        if context is not None and (losses or metrics):
+            if context.loss_weight is not None and torch.is_grad_enabled():
+                for loss in losses.values():
+                    hidden = attach(hidden, loss, context.loss_weight)
+            context.add(losses, metrics)
+        return hidden
 
-    def _forward(self, hidden: Tensor, documents: Documents | None) -> Tensor:
+    def _forward(self, hidden: Tensor, documents: Documents | None) -> tuple[Tensor, Reports, Reports]:
+        losses: Reports = {}
+        metrics: Reports = {}
         hidden = hidden + self.attention(self._norm(hidden), documents)
-        return hidden + self.tensor.leave(self.ffn.partial(self.tensor.enter(self._norm(hidden))))
+        partial = self.feed_forward(self.tensor.enter(self._norm(hidden)), losses, metrics)
+        return hidden + self.tensor.leave(partial), losses, metrics
+
+    def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
+        """x [..., d], whole -> [..., d], still to be summed over the tensor group.
+
+        A block with auxiliary losses or metrics overrides this and writes them, scalars and partial as `context` has it,
+        into `losses` and `metrics`. Their names are in its architecture's `losses` and `metrics`.
+        """
+        return self.ffn.partial(x)
 
     def _norm(self, hidden: Tensor) -> Tensor:
         return F.layer_norm(hidden, hidden.shape[-1:], eps=self.eps)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
-from megatron_tf.model.attention import Documents, document_starts, find_documents
+from megatron_tf.model.attention import document_starts
+from megatron_tf.model.context import BlockContext, run_blocks
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.parallel.collectives import receive, send
 from megatron_tf.parallel.topology import Topology, stage_layers
@@ -52,13 +54,9 @@ class Stage(nn.Module):
             hidden = self.embedding(ids)
         else:
             hidden = receive(self._hidden_shape(ids), next(self.parameters()), self.previous)
-        documents: Documents | None = None
-        for block in self.blocks.values():
-            assert isinstance(block, Block)
-            if self.document_ends and documents is None:
-                starts = document_starts(ids, self.document_ends)
-                documents = find_documents(starts, hidden.dtype, block.attention.head_dim)
-            hidden = block(hidden, documents)
+        starts = document_starts(ids, self.document_ends) if self.document_ends else None
+        blocks = cast("Iterable[Block]", self.blocks.values())
+        hidden = run_blocks(blocks, hidden, starts, BlockContext())
         if self.following is not None:
             send(hidden, self.following)
             return None

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
 from megatron_tf.config.validate import check_model
-from megatron_tf.model.attention import find_documents
 from megatron_tf.model.checks import check_building, check_config, check_scales, check_starts, checked_ids
+from megatron_tf.model.context import BlockContext, run_blocks
 from megatron_tf.model.initialize import initial_rows
 from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.params import initial_scales, parameter_table, shard_range
@@ -36,24 +36,23 @@ class TokenFormer(nn.Module):
         self.blocks = nn.ModuleList(build_block(config, i, self.scales, tensor) for i in range(config.num_layers))
         self.final_norm = FinalNorm(config, tensor)
 
-    def forward(self, input_ids: Tensor, starts: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, starts: Tensor | None = None, context: BlockContext | None = None) -> Tensor:
         """input_ids: whole numbers, s at most config.seq_length.
 
-        `starts`: see `attention.document_starts`; None is one document a sample.
+        `starts`: see `attention.document_starts`; None is one document a sample. `context`: takes the auxiliary losses and
+        metrics of an architecture that has any; without one they are left out.
         """
         ids = checked_ids("input_ids", input_ids, self.config, self.embedding.weight.device)
         if starts is not None:
             check_starts(starts, ids)
-        return self.embedding.logits(self.final_norm(self.hidden_states(ids, starts))).transpose(0, 1)
+        hidden = self.hidden_states(ids, starts, context)
+        return self.embedding.logits(self.final_norm(hidden)).transpose(0, 1)
 
-    def hidden_states(self, input_ids: Tensor, starts: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, starts: Tensor | None = None, context: BlockContext | None = None
+    ) -> Tensor:
         """What the last block gives: ids [b, s] -> [s, b, d]. The ids are valid ones."""
-        hidden = self.embedding(input_ids)
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        documents = None if starts is None else find_documents(starts, hidden.dtype, head_dim)
-        for block in self.blocks:
-            hidden = block(hidden, documents)
-        return hidden
+        return run_blocks(self.blocks, self.embedding(input_ids), starts, context or BlockContext())  # type: ignore[arg-type]
 
 
 def build_model(

@@ -7,7 +7,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import deepspeed
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from megatron_tf.checkpoint.source import StateSource
 from megatron_tf.checkpoint.writer import Piece
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.deepspeed_config import deepspeed_config
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.validate import BatchPlan
@@ -64,6 +65,7 @@ class StepResult:
 
     `skipped`: the gradient was not finite, on any rank, so nothing was updated. `seeks_scale`: that was in fp16 with a loss
     scale that could still fall, which is how the scale is found. `loss_scale`: for the next step, None but in fp16.
+    `reports`: auxiliary losses and metrics of the model's architecture.
     """
 
     loss: Tensor
@@ -72,6 +74,7 @@ class StepResult:
     skipped: bool
     seeks_scale: bool = False
     loss_scale: float | None = None
+    reports: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -93,7 +96,7 @@ class Engine:
         `first_new`: for each tensor that the run's growth made bigger, the element where its new tokens begin.
         `document_ends`: the tokens after which attention begins anew.
         """
-        self.config, self.plan = config, plan
+        self.config, self.model, self.plan = config, model, plan
         self.clock = clock = StepClock()
         if (
             not config.training.compile
@@ -155,11 +158,31 @@ class Engine:
             group["lr"] = lr
         updates = self.optimizer.num_updates
         can_fall = self._loss_scale_can_fall()
+        # DeepSpeed scales the loss of the last stage so; an auxiliary loss has its gradient from here, at any stage
+        scale = self.loss_scaler().get("cur_scale", 1.0)
+        self._pipeline.auxiliary_weight = scale / self.plan.num_micro_batches
+        self._pipeline.reports = {}
         loss = self._deepspeed.train_batch(self._weighed(batches) if self.config.data.masks_loss else batches)
         norm = self._deepspeed.get_global_grad_norm() if self.config.zero.stage else self._stage_0_norm
         skipped = self.optimizer.num_updates == updates
         self.steps_skipped += skipped
-        return StepResult(loss, norm, lr, skipped, skipped and can_fall, self.loss_scaler().get("cur_scale"))
+        return StepResult(
+            loss, norm, lr, skipped, skipped and can_fall, self.loss_scaler().get("cur_scale"), self._reports()
+        )
+
+    def _reports(self) -> dict[str, Tensor]:
+        """The step's auxiliary losses and metrics, the same on all ranks."""
+        architecture, model = architecture_of(self.model), self.model
+        names = (*architecture.losses, *architecture.metrics)
+        if not names:
+            return {}
+        found = self._pipeline.reports
+        device = self._deepspeed.device
+        sums = torch.stack([torch.as_tensor(found.get(name, 0.0), device=device).float() for name in names])
+        dist.all_reduce(sums)
+        sums /= self.plan.num_micro_batches * self.plan.data_parallel
+        sums[len(architecture.losses) :] /= model.num_layers
+        return dict(zip(names, sums))
 
     def nonfinite_gradients(self) -> list[str]:
         """The parameters, over all ranks, whose gradient was inf or nan in the step that was just skipped.

@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_tf.checkpoint.source import InitialSource
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
 from megatron_tf.data.documents import Boundaries, boundaries
@@ -27,6 +28,7 @@ from megatron_tf.data.samples import derived_seed
 from megatron_tf.errors import ConfigError, LaunchError, exit_now
 from megatron_tf.model import build_model
 from megatron_tf.model.attention import document_starts
+from megatron_tf.model.context import BlockContext
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.local_ranks import start_ranks
@@ -63,16 +65,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trace:
-    """Loss and gradient norm of every step, and the clipped gradients of the first, by logical name."""
+    """Loss and gradient norm of every step, and the clipped gradients of the first, by logical name.
+
+    `reports`: auxiliary losses and metrics of every step, in the order of their names, for an architecture that has any.
+    """
 
     losses: list[float]
     grad_norms: list[float]
     gradients: dict[str, Tensor]
+    reports: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Worst relative errors of a layout against one process."""
+    """Worst relative errors of a layout against one process. `loss`: auxiliary losses and metrics as well."""
 
     loss: float
     grad_norm: float
@@ -139,18 +145,28 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32)
         lr=adam.lr, betas=adam.betas, eps=adam.eps,
     )  # fmt: skip
     ends = configured_boundaries(config).ends
+    architecture = architecture_of(config.model)
     losses, norms, gradients = [], [], {}
+    reports: list[float] = []
     for step in range(steps):
+        means = dict.fromkeys((*architecture.losses, *architecture.metrics), 0.0)
         total, micro_batches = 0.0, list(batches(config, plan, step, 0, 1))
         count = sum(int((labels != IGNORED).sum()) for _, labels in micro_batches)
         for ids, labels in micro_batches:
-            logits = model(ids, document_starts(ids, ends) if ends else None)
+            context = BlockContext()
+            logits = model(ids, document_starts(ids, ends) if ends else None, context)
             loss = (
                 F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum") / count
             )
-            loss.backward()
+            auxiliary = [given / plan.num_micro_batches for given in context.losses.values()]
+            torch.stack([loss, *auxiliary]).sum().backward()
             total += loss.item()
+            for name, given in context.losses.items():
+                means[name] += given.item() / plan.num_micro_batches
+            for name, given in context.metrics.items():
+                means[name] += given.item() / plan.num_micro_batches / config.model.num_layers
         losses.append(total)
+        reports += means.values()
         norms.append(_clip([p.grad for p in model.parameters() if p.grad is not None], config))
         if step == 0:
             gradients = {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -158,7 +174,7 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32)
             group["lr"] = learning_rate(step, adam, plan.train_steps)
         optimizer.step()
         optimizer.zero_grad()
-    return Trace(losses, norms, gradients)
+    return Trace(losses, norms, gradients, reports)
 
 
 def _clip(gradients: list[Tensor], config: RunConfig) -> float:
@@ -200,7 +216,7 @@ def compare(trace: Trace, expected: Trace) -> Difference:
         if not error < worst:  # so that nan is the worst
             worst, parameter = error, name
     return Difference(
-        max(map(_relative, trace.losses, expected.losses)),
+        max(map(_relative, [*trace.losses, *trace.reports], [*expected.losses, *expected.reports])),
         max(map(_relative, trace.grad_norms, expected.grad_norms)),
         worst,
         parameter,
@@ -249,15 +265,17 @@ def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: P
             gradients[f"{segment.name}:{segment.start}"] = gradient.detach().cpu().clone()
 
     losses, norms = [], []
+    reports: list[float] = []
     for step in range(steps):
         engine.optimizer.observe = keep if step == 0 else None
         own = batches(config, plan, step, topology.coordinate("data", rank), topology.data)
         result = engine.train_step(step, own)
         losses.append(float(result.loss))
+        reports += map(float, result.reports.values())
         norms.append(float(result.grad_norm if result.grad_norm is not None else float("nan")))
     save_file(gradients, folder / f"{number}.{rank}.safetensors")
     if rank == 0:
-        (folder / f"{number}.json").write_text(json.dumps([losses, norms]))
+        (folder / f"{number}.json").write_text(json.dumps([losses, norms, reports]))
     engine.close()
 
 
@@ -268,5 +286,6 @@ def _collect(folder: Path, number: int, world: int, config: RunConfig) -> Trace:
         for key, part in load_file(folder / f"{number}.{rank}.safetensors").items():
             name, start = key.split(":")
             flat[name][int(start) : int(start) + part.numel()] = part
-    losses, norms = json.loads((folder / f"{number}.json").read_text())
-    return Trace(losses, norms, {name: tensor.view(table[name].shape) for name, tensor in flat.items()})
+    losses, norms, reports = json.loads((folder / f"{number}.json").read_text())
+    gradients = {name: tensor.view(table[name].shape) for name, tensor in flat.items()}
+    return Trace(losses, norms, gradients, reports)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,8 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
-from megatron_tf.model.attention import Documents, document_starts, find_documents
+from megatron_tf.model.attention import document_starts
+from megatron_tf.model.context import BlockContext, run_blocks
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.model.stage import Stage, neighbours
 from megatron_tf.parallel.topology import Topology, stage_layers
@@ -70,7 +72,9 @@ def _without_weights(build: Callable[[], nn.Module]) -> nn.Module:
 class TokenFormerPipeline(PipelineModule):
     """This rank's stage. Layers: embedding, blocks, final norm, head (tied to the embedding).
 
-    `loss_weight`: what the loss of each token counts in training; the engine sets it.
+    The engine sets, before each step, `loss_weight`, what the loss of each token counts in training, and
+    `auxiliary_weight`, what an auxiliary loss counts in the gradient of a micro batch. `reports` has the sums of the step's
+    auxiliary losses and metrics over this rank's blocks and micro batches.
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class TokenFormerPipeline(PipelineModule):
         self.config, self.grid_topology, self.tensor = model, topology, tensor
         self.document_ends = document_ends
         self.loss_weight: Tensor | float = 1.0
+        self.auxiliary_weight: Tensor | float = 1.0
+        self.reports: dict[str, Tensor] = {}
         layers = [
             _TiedLayer("embedding", Embedding, model, tensor),
             *(_BlockLayer(model, i, scales, tensor) for i in range(model.num_layers)),
@@ -113,14 +119,16 @@ class TokenFormerPipeline(PipelineModule):
             hidden = inputs
             if self.document_ends:
                 starts = document_starts(inputs, self.document_ends)
-        documents: Documents | None = None
-        for layer in self.forward_funcs:
-            if isinstance(layer, Block):
-                if starts is not None and documents is None:
-                    documents = find_documents(starts, hidden.dtype, layer.attention.head_dim)
-                hidden = layer(hidden, documents)
+        context = BlockContext(loss_weight=self.auxiliary_weight if self.training else None)
+        for is_block, layers in itertools.groupby(self.forward_funcs, lambda layer: isinstance(layer, Block)):
+            if is_block:
+                hidden = run_blocks(layers, hidden, starts, context)
             else:
-                hidden = layer(hidden)
+                for layer in layers:
+                    hidden = layer(hidden)
+        if self.training:
+            for name, value in (context.losses | context.metrics).items():
+                self.reports[name] = self.reports.get(name, 0.0) + value
         is_last = self.stage_id == self.grid_topology.pipeline - 1
         return hidden if is_last or starts is None else (hidden, starts)
 

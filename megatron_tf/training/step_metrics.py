@@ -45,6 +45,7 @@ class StepMetrics:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._meeting)
         return {
             **_loss_metrics("train", loss, self._train_bytes),
+            **{f"train/{name}": float(value) for name, value in result.reports.items()},
             "optim/lr": result.lr,
             **self._group_rates(result.lr),
             "optim/grad_norm": norm,
