@@ -47,7 +47,7 @@ def test_memory_is_the_largest_of_the_ranks(config):
 def _ranks(group, config):
     step_metrics.memory_metric = lambda device: ("memory/cpu_resident_bytes", 2**40 + group.rank)
     metrics = StepMetrics(config, plan_batches(config, 2), torch.device("cpu"), None)
-    result = StepResult(torch.tensor(3.0), None, 0.5, False, 1024.0)
+    result = StepResult(torch.tensor(3.0), None, 0.5, False, loss_scale=1024.0)
     found = metrics.training(result, 3.0, 4, Rates(2.0, 800.0, 0.125), {"forward": 0.25}, 10)
     assert found["memory/cpu_resident_bytes"] == 2**40 + 1
     assert (found["perf/tokens_per_second_per_device"], found["perf/eta_seconds"]) == (400.0, 20.0)
