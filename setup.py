@@ -21,7 +21,10 @@ setup(
     description="Training of TokenFormer language models that grow, in three dimensions of parallelism",
     packages=[*find_packages(include=["megatron_tf", "megatron_tf.*"]), *FOLDERS],
     package_dir=FOLDERS,
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     package_data={
+        "megatron_tf": ["py.typed"],
         "megatron_tf.configs": ["*.yml"],
         "megatron_tf.slurm": ["*.sbatch"],
         "megatron_tf.convert.huggingface": ["remote_code/*.py"],  # goes into every export, as it is
