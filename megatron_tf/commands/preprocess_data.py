@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-document-bytes",
         type=int,
-        default=ReadLimits.max_document_bytes,
+        default=ReadLimits().max_document_bytes,
         metavar="N",
         help="a longer document is a bad record; a process may need fifteen times as much memory, and for one that cannot "
         "be taken apart (the report says which) two hundred times (default: %(default)s)",
