@@ -74,6 +74,11 @@ def parse_arguments() -> argparse.Namespace:
         help="hold out this share of the documents, chosen by hash: writes PREFIX_train and PREFIX_validation",
     )
     parser.add_argument(
+        "--split-by",
+        choices=("documents", "blocks"),
+        help="hold out whole documents, or blocks of each one (default: blocks where the input is one .txt file)",
+    )
+    parser.add_argument(
         "--shard-index", type=int, default=0, metavar="I", help="which share of the files this run does (default: 0)"
     )
     parser.add_argument(
@@ -99,6 +104,7 @@ def main() -> None:
         workers=arguments.workers,
         on_error=arguments.on_error,
         validation_fraction=arguments.validation_fraction,
+        split_by=arguments.split_by,
         max_document_bytes=arguments.max_document_bytes,
         shard_index=arguments.shard_index,
         num_shards=arguments.num_shards,

@@ -191,7 +191,7 @@ def _remedy(kind: str, loc: Location, given: Any) -> str:
     """How to write what was probably meant: a sentence with a leading space, or nothing."""
     section = _section_at(loc)
     if kind == "tuple_type" and section:
-        return f" Write a list of items, each with the keys {', '.join(_keys(section))}."
+        return f" Write the prefix of one, or a list of prefixes or of items with the keys {', '.join(_keys(section))}."
     if kind in ("model_type", "model_attributes_type") and section:
         if given is None:
             return " Give it keys, or remove the line to take its defaults."

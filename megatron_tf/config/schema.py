@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -179,10 +180,22 @@ class DataSource(Section):
     weight: Positive = 1.0  # share of the samples, relative to the other sources
 
 
+def _with_paths(value: Any) -> Any:
+    """The prefix of a source, alone or in a list, stands for a source without other fields."""
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        return value
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+# Also written as the prefix of one source, or as a list with prefixes in it.
+Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_with_paths)]
+
+
 class Data(Section):
     tokenizer: Path | None = None  # a .json, .model or .tiktoken file, tiktoken:NAME, or bytes; compared with the data
-    train: tuple[DataSource, ...] = Field(min_length=1)
-    validation: tuple[DataSource, ...] = ()
+    train: Sources = Field(min_length=1)
+    validation: Sources = ()
     eod_id: TokenId | None = None  # token that ends a document; None: what the summary beside the data says
     pad_id: TokenId | None = None  # token that fills up data of other programs: never predicted, never attended to
     reset_at_eod: bool = False  # attention and rotary positions begin anew with each document

@@ -98,8 +98,8 @@ class Content(NamedTuple):
 
 def content_of(head: bytes, name: str) -> Content:
     """What a file of this name holds that begins with `head`: its first `HEAD_BYTES`, or all of it."""
-    inner, compression = split_name(name)
-    named = _KINDS.get(os.path.splitext(inner)[1])
+    _, compression = split_name(name)
+    named = kind_by_name(name)
     is_text = looks_like_text(head)
     found = _foreign_text(head, named) if is_text else _packed(head) or _foreign(head)
     if found is not None:
@@ -111,7 +111,8 @@ def content_of(head: bytes, name: str) -> Content:
     if head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{"):
         return Content("lines")
     what = "empty" if not head else "text" if is_text else f"binary data that begin with {head[:8]!r}"
-    return Content("unknown", f"unknown kind of file ({what}, and its name does not say more); known are {KNOWN}")
+    hint = ". Name it .txt if it is one document" if head and is_text else ""
+    return Content("unknown", f"unknown kind of file ({what}, and its name does not say more); known are {KNOWN}{hint}")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -124,9 +125,9 @@ def split_name(name: str) -> tuple[str, str]:
     return name.lower(), ""
 
 
-def says_its_kind(name: str) -> bool:
-    """Whether a name says what is in a file when that is text."""
-    return os.path.splitext(split_name(name)[0])[1] in _KINDS
+def kind_by_name(name: str) -> Kind | None:
+    """What a name says of what is in a file, or in its compression."""
+    return _KINDS.get(os.path.splitext(split_name(name)[0])[1])
 
 
 def looks_like_text(head: bytes) -> bool:

@@ -12,7 +12,7 @@ from megatron_tf.data.long_texts import encode_long, is_long
 from megatron_tf.data.losses import Loss, LossFinder
 from megatron_tf.data.record_types import BadRecord, BadSample, KeptSample, RawRecord
 from megatron_tf.data.records import parse_record
-from megatron_tf.data.split import is_held_out
+from megatron_tf.data.split import is_held_out, split_blocks
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tf.data.tokenizer_files import is_library_failure
 
@@ -23,9 +23,10 @@ EXCERPT_BYTES = 120
 class EncodeSettings:
     tokenizer: str  # as `load_tokenizer` takes it
     json_key: str
-    validation_fraction: float  # share of documents, by hash of their text, that is held out
+    validation_fraction: float  # share that is held out, of the documents or, with `blocks`, of each
     eod_id: int | None = None  # token that ends a document; None: the tokenizer's of a usual name
     keep_lossy: bool = False  # documents of which the tokenizer loses characters, instead of calling them bad
+    blocks: bool = False  # what is held out are blocks of each document: its segments are then documents
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,18 @@ def encode_group(settings: EncodeSettings, group: Sequence[RawRecord]) -> Encode
     """Parse and encode a group. Bad records are returned, not raised: what to do is decided in reading order."""
     tokenizer, losses = _loaded_tokenizer(settings.tokenizer, settings.eod_id)
     bad_records: list[tuple[int, BadSample]] = []  # with the place in the group
-    texts: list[tuple[int, str]] = []
+    texts: list[tuple[int, str, bool]] = []  # with the place, and whether it is held out
     for place, record in enumerate(group):
         try:
-            texts.append((place, parse_record(record, settings.json_key)))
+            text = parse_record(record, settings.json_key)
+            texts += [(place, segment, held) for segment, held in _segments(settings, text)]
         except BadRecord as problem:
             bad_records.append((place, _sample(record, problem)))
     arrays: list[np.ndarray] = []
     lengths, text_bytes, held_out = [], [], []
     kept, total = [], Loss()
     end = np.array([tokenizer.eod_id], dtype=np.int32)
-    for (place, text), encoded in zip(texts, _encode(tokenizer, [text for _, text in texts]), strict=True):
+    for (place, text, held), encoded in zip(texts, _encode(tokenizer, [text for _, text, _ in texts]), strict=True):
         record = group[place]
         if isinstance(encoded, BadRecord):
             bad_records.append((place, _sample(record, encoded)))
@@ -72,7 +74,7 @@ def encode_group(settings: EncodeSettings, group: Sequence[RawRecord]) -> Encode
         arrays += [*encoded, end]
         lengths.append(sum(ids.size for ids in encoded) + 1)
         text_bytes.append(len(text) if text.isascii() else len(text.encode("utf-8")))
-        held_out.append(settings.validation_fraction > 0 and is_held_out(text.encode(), settings.validation_fraction))
+        held_out.append(held)
     texts.clear()  # what follows needs the tokens twice
     bad_records.sort()
     return EncodedBatch(
@@ -84,6 +86,13 @@ def encode_group(settings: EncodeSettings, group: Sequence[RawRecord]) -> Encode
         kept=tuple(kept),
         loss=total,
     )
+
+
+def _segments(settings: EncodeSettings, text: str) -> list[tuple[str, bool]]:
+    """What become documents of a text, and whether each is held out."""
+    if settings.blocks and settings.validation_fraction:
+        return split_blocks(text, settings.validation_fraction)
+    return [(text, settings.validation_fraction > 0 and is_held_out(text.encode(), settings.validation_fraction))]
 
 
 def _sample(record: RawRecord, problem: BadRecord) -> BadSample:

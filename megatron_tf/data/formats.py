@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_tf.data.compression import compression_of, decompress
-from megatron_tf.data.contents import BYTE_ORDER_MARK, HEAD_BYTES, Content, content_of, says_its_kind, split_name
+from megatron_tf.data.contents import BYTE_ORDER_MARK, HEAD_BYTES, Content, content_of, kind_by_name, split_name
 from megatron_tf.data.parquet import parquet_records, require_pyarrow
 from megatron_tf.data.record_types import BadRecord, RawRecord, ReadLimits, bad_raw
 from megatron_tf.durable import open_plain
@@ -37,7 +37,7 @@ def inspect_file(path: Path) -> Content:
             require_pyarrow(path)
         while content.kind == "compressed" and nested < MOST_NESTED:
             compression = compression_of(content.detail, str(path))
-            if says_its_kind(name):
+            if kind_by_name(name) is not None:
                 break
             head, chunks, problem = _peeked(decompress(compression, chunks))
             if problem is not None:
@@ -46,6 +46,12 @@ def inspect_file(path: Path) -> Content:
             name, nested = split_name(name)[0], nested + 1
             content = content_of(head, name)
         return content
+
+
+def is_one_document(path: Path) -> bool:
+    """Whether a file of a known kind is text, compressed or not, that is one document as a whole. Raises OSError."""
+    kind = inspect_file(path).kind
+    return kind == "text" or (kind == "compressed" and kind_by_name(path.name) == "text")
 
 
 def file_records(path: Path, limits: ReadLimits, on_read: OnRead) -> Iterator[RawRecord]:

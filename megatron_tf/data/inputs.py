@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_tf.data.contents import says_its_kind
+from megatron_tf.data.contents import kind_by_name
 from megatron_tf.data.formats import inspect_file
 from megatron_tf.errors import DataError, file_errors
 
@@ -56,7 +56,7 @@ def expand_inputs(
 
 def _preference(name: str) -> tuple[bool, bool, str]:
     """Of several names of a file the smallest counts: one that says what is in it, and no link if possible."""
-    return not says_its_kind(name), os.path.islink(name), name
+    return kind_by_name(name) is None, os.path.islink(name), name
 
 
 def _identity(name: str, pattern: str) -> Identity:

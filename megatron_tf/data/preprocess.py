@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from megatron_tf.data.encoding import EncodeSettings
+from megatron_tf.data.formats import is_one_document
 from megatron_tf.data.indexed import IndexedDataset, data_file, index_file, publish_pair
 from megatron_tf.data.inputs import expand_inputs
 from megatron_tf.data.lanes import write_parts
@@ -31,6 +33,7 @@ from megatron_tf.durable import partial_path, prepare_output
 from megatron_tf.errors import DataError, file_errors
 
 REMEDY = "Free space, mend the permissions or choose another prefix, then run again: finished parts are kept."
+SplitBy = Literal["documents", "blocks"]
 _OUTPUT = re.compile(r"\.parts(/.*)?|((_train|_validation)?\.(bin|idx|json)|\.report\.json)(\.partial)?", re.DOTALL)
 
 
@@ -43,6 +46,9 @@ class PreprocessSettings:
     workers: int = 1  # processes that encode; 1 encodes in this one
     on_error: OnError = "stop"  # what a bad record does
     validation_fraction: float = 0.0  # share of documents, by hash of their text, that goes to PREFIX_validation
+    split_by: SplitBy | None = (
+        None  # hold out documents, or blocks of each; None: blocks of a file that is one document
+    )
     max_document_bytes: int = ReadLimits().max_document_bytes  # of a record as it stands in its file
     eod_token: str | None = None  # the one that ends a document; None: the tokenizer's of a usual name
     keep_lossy: bool = False  # documents of which the tokenizer loses characters, instead of calling them bad
@@ -119,7 +125,7 @@ def merge_shards(settings: PreprocessSettings, progress: Progress) -> dict[str, 
 
 
 def make_plan(settings: PreprocessSettings, note: Callable[[str], None] = lambda text: None) -> Plan:
-    """Check the settings and look at the inputs. Raises `DataError`. `note` is told of repeated inputs."""
+    """Check the settings and look at the inputs. Raises `DataError`. `note` is told what is noteworthy of these."""
     if not 0 <= settings.validation_fraction < 1:
         raise DataError(f"validation fraction is {settings.validation_fraction}. Choose it in [0, 1).")
     if settings.workers < 1:
@@ -135,6 +141,7 @@ def make_plan(settings: PreprocessSettings, note: Callable[[str], None] = lambda
     files = tuple(expand_inputs(settings.inputs, note, lambda name: _is_output(settings.output_prefix, name)))
     if settings.on_error == "stop":
         check_columns(files, settings.json_key)
+    settings = _with_split(settings, files, note)
     tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
     encode = _encode_settings(settings, tokenizer)
     parts = plan_parts(settings.output_prefix, files, encode, _limits(settings), tokenizer.fingerprint)
@@ -143,6 +150,16 @@ def make_plan(settings: PreprocessSettings, note: Callable[[str], None] = lambda
     for prefix in plan.prefixes.values():
         check_replaceable(prefix)
     return plan
+
+
+def _with_split(settings: PreprocessSettings, files: Sequence[Path], note: Callable[[str], None]) -> PreprocessSettings:
+    """The settings with a decision on what is held out."""
+    if settings.split_by is not None or not settings.validation_fraction:
+        return settings
+    if len(files) > 1 or not is_one_document(files[0]):
+        return replace(settings, split_by="documents")
+    note(f"{files[0]}: is one document, of which blocks are held out, {100 * settings.validation_fraction:.3g} % of it")
+    return replace(settings, split_by="blocks")
 
 
 def _is_output(prefix: str, name: str) -> bool:
@@ -212,7 +229,7 @@ def _merge(plan: Plan) -> dict[str, CorpusSummary]:
                 part.discard()
             raise DataError(
                 f"{prefix}: got none of the {report.documents} documents of {len(plan.files)} files ({report.empty} "
-                f"empty, {report.bad} skipped). Give more text or another validation fraction."
+                f"empty, {report.bad} skipped). {_remedy_for_nothing(plan, report)}"
             )
     try:
         for ending, prefix in plan.prefixes.items():
@@ -230,6 +247,18 @@ def _merge(plan: Plan) -> dict[str, CorpusSummary]:
     summaries = _finished(plan)
     assert summaries is not None, plan.settings.output_prefix
     return summaries
+
+
+def _remedy_for_nothing(plan: Plan, report: Report) -> str:
+    """What to do when a prefix would hold no document."""
+    if report.documents == 0:
+        return "Give files with text in them."
+    if plan.settings.split_by == "blocks":
+        return "Give more text."
+    return (
+        "Each document goes to one side whole, by its hash: hold out a part of each instead with --split-by blocks, or "
+        "give more documents or another --validation-fraction."
+    )
 
 
 def _summary(plan: Plan, report: Report, ending: str) -> CorpusSummary:
@@ -280,8 +309,9 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _encode_settings(settings: PreprocessSettings, tokenizer: Tokenizer) -> EncodeSettings:
     return EncodeSettings(
-        settings.tokenizer, settings.json_key, settings.validation_fraction, tokenizer.eod_id, settings.keep_lossy
-    )
+        settings.tokenizer, settings.json_key, settings.validation_fraction, tokenizer.eod_id, settings.keep_lossy,
+        blocks=settings.split_by == "blocks",
+    )  # fmt: skip
 
 
 def _limits(settings: PreprocessSettings) -> ReadLimits:

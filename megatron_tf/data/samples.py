@@ -84,9 +84,10 @@ class TokenSource:
         self.seed = seed
         self.samples_per_epoch = (dataset.num_tokens - 1) // seq_length
         if self.samples_per_epoch < 1:
+            held_out = ", hold out more of it (--validation-fraction)" if dataset.prefix.endswith("_validation") else ""
             raise DataError(
                 f"{dataset.prefix}.bin: has {dataset.num_tokens} tokens, one sample needs {seq_length + 1} "
-                f"(model.seq_length + 1). Prepare more text or shorten model.seq_length."
+                f"(model.seq_length + 1). Prepare more text{held_out} or shorten model.seq_length."
             )
         self._newest = 0, KeyedPermutation(self.samples_per_epoch, (seed, 0))  # replaced as a whole: threads read it
 

@@ -5,7 +5,7 @@ import pytest
 from megatron_tf.config import load_config
 from megatron_tf.config.load import dump_config, read_model
 from megatron_tf.config.schema import DataSource, Growth, RunConfig
-from megatron_tf.config.yaml_core import dump_yaml
+from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.errors import ConfigError
 
 
@@ -213,6 +213,27 @@ def test_a_link_that_leads_nowhere(tmp_path):
         load_config(tmp_path / "a.yml")
 
 
+@pytest.mark.parametrize("key", ["train", "validation"])
+@pytest.mark.parametrize(
+    ("text", "sources"),
+    [
+        ("data/x", [("data/x", 1.0)]),
+        ("[data/x]", [("data/x", 1.0)]),
+        ("[data/x, {path: data/y, weight: 2}, ~/z]", [("data/x", 1.0), ("data/y", 2.0), ("/home/z", 1.0)]),
+    ],
+)
+def test_the_prefix_of_a_source_stands_for_it(small, small_path, monkeypatch, key, text, sources):
+    monkeypatch.setenv("HOME", "/home")
+    config = small(f"data.{key}={text}")
+    assert [(source.path, source.weight) for source in getattr(config.data, key)] == sources
+    values = parse_yaml(small_path.read_text(), "")[0]
+    values["data"][key] = parse_yaml(text, "")[0]
+    small_path.write_text(dump_yaml(values))
+    assert load_config(small_path) == config
+    small_path.write_text(dump_config(config))
+    assert load_config(small_path) == config
+
+
 def test_duplicate_key_is_reported_beside_the_other_problems(small_path):
     small_path.write_text(small_path.read_text().replace("num_layers: 4", "num_layers: 4\n  num_layers: 8\n  nope: 1"))
     with pytest.raises(ConfigError) as error:
@@ -253,10 +274,12 @@ def test_duplicate_key_is_reported_beside_the_other_problems(small_path):
         ("training.compile=0", "training.compile: the number 0, but true or false is expected. Write false."),
         ("run.name=124", "run.name: the number 124, but text is expected. Write it in quotes: '124'."),
         ("run.dir={a: 1}", "run.dir: the mapping {\"a\": 1}, but text is expected."),
-        ("data.train=data/x", "data.train: the text 'data/x', but a list is expected. Write a list of items, each with "
-         "the keys path, weight."),
-        ("data.validation=[data/x]", "data.validation[0]: the text 'data/x', but a section with keys is expected. "
-         "Its keys are path, weight."),
+        ("data.train=5", "data.train: the number 5, but a list is expected. Write the prefix of one, or a list of prefixes "
+         "or of items with the keys path, weight."),
+        ("data.validation=[data/x, 5]", "data.validation[1]: the number 5, but a section with keys is expected. Its keys "
+         "are path, weight."),
+        ("data.train=''", "data.train[0].path: the text '' is not valid: must be a path: not empty, without NUL "
+         "characters."),
         ("parallel=", "parallel: nothing (null), but a section with keys is expected. Give it keys, or remove the line "
          "to take its defaults."),
         ("deepspeed=[1]", "deepspeed: the list [1], but a section with keys is expected. Its keys are fp16, "

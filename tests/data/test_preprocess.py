@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
 import os
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -145,6 +147,48 @@ def test_empty_validation_split(tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"x_validation: got none of the 1 documents"):
         run(tokenizer, path, tmp_path / "out" / "x", validation_fraction=1e-9)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["my.txt", "my.TXT.gz"])
+def test_a_single_text_is_split_by_blocks(tokenizer, tmp_path, name):
+    text = "".join(TEXTS)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    stream = io.StringIO()
+    settings = PreprocessSettings(
+        (str(tmp_path / name),), str(tokenizer), str(tmp_path / "x"), validation_fraction=0.05, workers=2
+    )
+    summaries = preprocess(settings, Progress(stream))
+    assert f"{name}: is one document, of which blocks are held out, 5 % of it" in stream.getvalue()
+    train, validation = (documents(tmp_path / f"x_{split}", tokenizer) for split in ("train", "validation"))
+    assert len("".join(validation)) == pytest.approx(0.05 * len(text), rel=0.3)
+    rest = text
+    for held in validation:
+        assert held in rest
+        rest = rest.replace(held, "", 1)
+    assert rest == "".join(train)
+    assert sum(summary.bytes for summary in summaries.values()) == len(text)
+    assert preprocess(settings, Progress(io.StringIO())) == summaries, "done before"
+    with pytest.raises(DataError, match="is there already"):
+        preprocess(replace(settings, split_by="documents"), Progress(stream))
+
+
+def test_few_documents_are_split_when_it_is_asked_for(tokenizer, tmp_path):
+    """By whole documents one side stays empty; the message says what to do."""
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("".join(TEXTS[number::2]))
+    fraction = next(
+        f for f in (0.01, 0.001, 1e-5) if not any(is_held_out("".join(TEXTS[n::2]).encode(), f) for n in (0, 1))
+    )
+    with pytest.raises(
+        DataError, match=r"x_validation: got none of the 2 documents .* each instead with --split-by blocks"
+    ):
+        run(tokenizer, tmp_path / "*.txt", tmp_path / "x", validation_fraction=fraction)
+    summaries = run(tokenizer, tmp_path / "*.txt", tmp_path / "x", validation_fraction=fraction, split_by="blocks")
+    assert summaries[f"{tmp_path}/x_validation"].documents == 2
+
+
+def test_blocks_without_a_share_that_is_held_out(tokenizer, corpus, tmp_path):
+    assert run(tokenizer, corpus, tmp_path / "x", split_by="blocks")[str(tmp_path / "x")].documents == 1500
 
 
 def test_foreign_json_is_not_overwritten(tokenizer, corpus, tmp_path):
