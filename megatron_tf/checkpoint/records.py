@@ -70,10 +70,18 @@ class _Guard(_Record):
     spikes_in_a_row: Count = 0
 
 
+class _LossWindow(_Record):
+    """State of `telemetry.meters.MeanMeter`: the steps since the last logged one."""
+
+    total: Number = 0.0
+    count: Count = 0
+
+
 class _RunState(_Record):
     """What a run resumes with besides its tensors. The loss scaler's fields are under DeepSpeed's names."""
 
     guard: _Guard = _Guard()
+    loss_window: _LossWindow = _LossWindow()
     schedule_unit: Annotated[int, Field(ge=1, le=MOST)] = 1
     cur_scale: Positive = 1.0
     cur_iter: Count = 0

@@ -61,6 +61,9 @@ def parse_arguments() -> argparse.Namespace:
     to_folder.add_argument(
         "--tokenizer", type=text_path, help="tokenizer file; default: data.tokenizer of the run's config.yml"
     )
+    to_folder.add_argument(
+        "--eod-token", metavar="NAME", help="token that ends a text; default: what the run's data say"
+    )
     to_folder.set_defaults(command=to_hf)
     from_folder = commands.add_parser("from-hf", help="such a folder into step 0 of a run")
     from_folder.add_argument("source", type=path, help="folder with config.json and model.safetensors")
@@ -173,13 +176,13 @@ def to_hf(arguments: argparse.Namespace) -> None:
 
 def exported_tokenizer(arguments: argparse.Namespace, network: TokenFormer) -> ExportedTokenizer | None:
     from megatron_tf.convert.huggingface.export import ExportedTokenizer
-    from megatron_tf.inference.load import configured_tokenizer, open_tokenizer, other_tokenizer
+    from megatron_tf.inference.load import configured_tokenizer, known_eod, open_tokenizer, other_tokenizer
 
     name = arguments.tokenizer or configured_tokenizer(arguments.source)
     if name is None:
         print("tokenizer   none: no config.yml with data.tokenizer is beside the checkpoint. Give one with --tokenizer")
         return None
-    tokenizer = open_tokenizer(name, network.config)
+    tokenizer = open_tokenizer(name, network.config, arguments.eod_token or known_eod(arguments.source, name))
     if warning := other_tokenizer(arguments.source, name, tokenizer):
         print(f"warning     {warning}")
     exported = ExportedTokenizer(tokenizer, Path(name) if name.endswith(".json") else None)
@@ -194,13 +197,14 @@ def from_hf(arguments: argparse.Namespace) -> None:
     from megatron_tf.checkpoint.format import folder_name
     from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder, write_weights
     from megatron_tf.convert.huggingface.importing import open_export
-    from megatron_tf.inference.load import configured_tokenizer, open_tokenizer
+    from megatron_tf.inference.load import configured_tokenizer, known_eod, open_tokenizer
 
     root = target_folder(arguments.target)
     export = open_export(arguments.source)
     tokenizer = configured_tokenizer(arguments.source)
     if tokenizer is not None:
-        open_tokenizer(tokenizer, export.model, remedy="put the right one there, or take it away")
+        eod = known_eod(arguments.source, tokenizer)
+        open_tokenizer(tokenizer, export.model, eod, remedy="put the right one there, or take it away")
     print(f"from        {arguments.source}")
     print(f"to          {root / folder_name(FIRST_STEP)}")
     describe(export.model, "as its config.json says", export.scales)

@@ -42,6 +42,9 @@ def parse_arguments() -> argparse.Namespace:
         type=text_path,
         help="tokenizer file; default: the export's, or data.tokenizer of the run's config.yml",
     )
+    parser.add_argument(
+        "--eod-token", metavar="NAME", help="token that ends a text (default: what the run's data or the export say)"
+    )
     arguments = parser.parse_args()
     check_arguments(arguments)
     return arguments
@@ -75,7 +78,8 @@ def main() -> None:
     arguments = parse_arguments()
     from megatron_tf.checkpoint.manager import resolve
     from megatron_tf.convert.huggingface.importing import is_export
-    from megatron_tf.inference.load import configured_tokenizer, load_model, open_tokenizer, other_tokenizer
+    from megatron_tf.data.losses import LossFinder
+    from megatron_tf.inference.load import configured_tokenizer, known_eod, load_model, open_tokenizer, other_tokenizer
 
     prompts = read_prompts(arguments.prompts) if arguments.prompts else arguments.prompt or [""]
     name = arguments.tokenizer or configured_tokenizer(arguments.checkpoint)
@@ -87,9 +91,13 @@ def main() -> None:
             "Give the file with --tokenizer."
         )
     model = load_model(arguments.checkpoint)
-    tokenizer = open_tokenizer(name, model.config)
+    tokenizer = open_tokenizer(name, model.config, arguments.eod_token or known_eod(arguments.checkpoint, name))
     if warning := other_tokenizer(arguments.checkpoint, name, tokenizer):
         print(f"warning: {warning}", file=sys.stderr)
+    losses = LossFinder(tokenizer)
+    for number, prompt in enumerate(prompts, 1):
+        if loss := losses.find(prompt, tokenizer.encode_arrays([prompt])):
+            print(f"warning: the tokenizer loses {loss} of prompt {number}", file=sys.stderr)
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         for _, piece in pieces(model, tokenizer, prompts, arguments):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_tf.config.load import load_config
 from megatron_tf.errors import UserError
+from megatron_tf.telemetry.meters import format_perplexity
 
 DATA = Path("data/demo")
 STAGES = ("configs/tiny.yml", "configs/tiny_grow.yml")
@@ -85,5 +86,6 @@ def table(runs: list[Path]) -> str:
         evaluation = [record for record in records if "eval/perplexity" in record][which]
         speeds = sorted(r["perf/tokens_per_second"] for r in records if "perf/tokens_per_second" in r)
         speed = "" if which == 0 else f"{speeds[len(speeds) // 2]:,.0f}"
-        lines.append(f"{label:<18}  {evaluation['tokens']:>10,}  {evaluation['eval/perplexity']:>10.2f}  {speed:>9}")
+        perplexity = format_perplexity(evaluation["eval/perplexity"])
+        lines.append(f"{label:<18}  {evaluation['tokens']:>10,}  {perplexity:>10}  {speed:>9}")
     return "\n".join(lines)

@@ -13,12 +13,12 @@ SMALLEST_VOCABULARY = 257  # every byte and the end-of-document token
 LARGEST_VOCABULARY = 1 << 20  # four times the largest in use; the trainer reserves memory for all it is asked for
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> int:
+def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, eod_token: str = EOD_TOKENS[0]) -> int:
     """Train on the texts and write `output`; returns the vocabulary size, smaller than asked for on too little text.
 
-    Id 0 is <|endoftext|>, then the 256 bytes, then the merges: any text is encoded without an unknown token. The same
-    texts give the same file. Raises `DataError` for a vocabulary size out of range, an output that is no .json or
-    cannot be written, and a package that is missing.
+    Id 0 is `eod_token`, then the 256 bytes, then the merges: any text is encoded without an unknown token. The same
+    texts give the same file. Raises `DataError` for a vocabulary size out of range, an end of document of one
+    character, an output that is no .json or cannot be written, and a package that is missing.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(
@@ -28,6 +28,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> int:
         raise DataError(
             f"vocabulary size is {vocab_size}, at most {LARGEST_VOCABULARY} is possible. Choose a smaller one."
         )
+    if len(eod_token) < 2:
+        raise DataError(f"end-of-document token is {eod_token!r}. Choose a name that no text is likely to hold.")
     if output.suffix != ".json":
         raise DataError(f"{output}: a tokenizer is recognised by the ending .json. Choose such a name for the output.")
     try:
@@ -40,7 +42,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> int:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOD_TOKENS[0]],
+        special_tokens=[eod_token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

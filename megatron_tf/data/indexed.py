@@ -19,7 +19,9 @@ different width in Megatron-LM and GPT-NeoX; they are never written and refused 
 
 from __future__ import annotations
 
+import hashlib
 import mmap
+import os
 import stat
 import struct
 from array import array
@@ -39,6 +41,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 CHECKED_AT_ONCE = 1 << 20  # entries of the index, which bounds the memory
+PROBE_BYTES = 1 << 16
 U16_VOCABULARY_LIMIT = 65500  # Megatron's own limit, kept so that files are byte-identical
 
 
@@ -200,6 +203,14 @@ class IndexedDataset:
             self.check_index()
         stops = np.unique(ends // self.dtype.itemsize)
         return self._tokens[stops[stops > 0] - 1].astype(np.int64)
+
+    def ends_digest(self) -> str:
+        """SHA-256 of the first and last PROBE_BYTES of the tokens, hexadecimal: tells apart files of one size."""
+        path = data_file(self.prefix)
+        with file_errors(DataError, path, "Make it readable or correct the path."), open(path, "rb") as file:
+            ends = file.read(PROBE_BYTES)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - PROBE_BYTES))
+            return hashlib.sha256(ends + file.read(PROBE_BYTES)).hexdigest()
 
     @cached_property
     def document_offsets(self) -> np.ndarray:

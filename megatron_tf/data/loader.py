@@ -21,7 +21,6 @@ from megatron_tf.data.summary import read_summary, summary_file
 from megatron_tf.data.tokenizer import tokenizer_fingerprint
 from megatron_tf.errors import DataError, file_errors
 
-PROBE_BYTES = 1 << 16
 # Places of a file that `content_digest` reads, from its first byte to its last, and how much of each.
 DIGEST_SAMPLES = 32
 DIGEST_BYTES = 1 << 12
@@ -147,19 +146,15 @@ def fingerprint(sources: Sequence[DataSource], seed: int) -> dict[str, Any]:
     for source in sources:
         dataset = IndexedDataset(source.path)
         path = data_file(source.path)
-        with file_errors(DataError, path, "Make it readable or correct the path."), open(path, "rb") as file:
-            ends = file.read(PROBE_BYTES)
-            bin_bytes = file.seek(0, os.SEEK_END)
-            file.seek(max(0, bin_bytes - PROBE_BYTES))
-            ends += file.read(PROBE_BYTES)
+        with file_errors(DataError, path, "Make it readable or correct the path."):
             entries.append(
                 {
                     "name": Path(source.path).name,
                     "weight": source.weight,
                     "tokens": dataset.num_tokens,
-                    "bin_bytes": bin_bytes,
+                    "bin_bytes": path.stat().st_size,
                     "idx_bytes": index_file(source.path).stat().st_size,
-                    "ends_sha256": hashlib.sha256(ends).hexdigest(),
+                    "ends_sha256": dataset.ends_digest(),
                 }
             )
     return {"seed": seed, "sources": entries}

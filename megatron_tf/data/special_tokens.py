@@ -71,7 +71,10 @@ def _chosen(path: str | Path, vocabulary: Mapping[str, int], eod: Eod, special: 
         for name, number in vocabulary.items():
             if number == eod:
                 return name
-        raise DataError(f"{path}: has no token of id {eod} to end documents with. Correct data.eod_id.")
+        raise DataError(
+            f"{path}: has no token of id {eod}, with which documents end as data.eod_id or the data's summary says. "
+            "Correct data.eod_id, or name the right tokenizer."
+        )
     found = [name for name in EOD_TOKENS if name in special] or [name for name in EOD_TOKENS if name in vocabulary]
     if len(found) == 1:
         return found[0]

@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.config.schema import DataSource
+from megatron_tf.config.schema import Data, DataSource
 from megatron_tf.durable import read_plain, write_atomically
 from megatron_tf.errors import DataError, file_errors, shown
 
@@ -88,6 +88,15 @@ def bytes_per_token(sources: Sequence[DataSource]) -> float | None:
         total += source.weight * summary.bytes / summary.tokens
         weights += source.weight
     return total / weights or None
+
+
+def known_end(data: Data) -> int | None:
+    """The token that ends documents as far as somebody says it: data.eod_id, or the first summary beside the data.
+
+    Raises `DataError` for a summary that cannot be read.
+    """
+    summaries = (read_summary(source.path) for source in (*data.train, *data.validation))
+    return next((summary.eod_id for summary in summaries if summary), None) if data.eod_id is None else data.eod_id
 
 
 def _fits(name: str, value: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_tf.evaluation import paper
 from megatron_tf.evaluation.perplexity import Score, pooled
+from megatron_tf.telemetry.meters import format_perplexity
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def perplexity_table(results: Sequence[DataResult]) -> str:
 
 def _score_row(name: str, score: Score) -> tuple[str, ...]:
     bits = "–" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
-    return name, f"{score.tokens:,}", f"{score.loss:.4f}", f"{score.perplexity:,.2f}", bits
+    return name, f"{score.tokens:,}", f"{score.loss:.4f}", format_perplexity(score.perplexity), bits
 
 
 def tasks_table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -92,7 +93,7 @@ def _figure(value: Any, is_accuracy: bool) -> str:
     """Accuracies in percent, as papers have them."""
     if not isinstance(value, (int, float)):
         return "–"
-    return f"{100 * value:.1f}" if is_accuracy else f"{value:,.2f}"
+    return f"{100 * value:.1f}" if is_accuracy else format_perplexity(value)
 
 
 def _published(values: Sequence[float], is_accuracy: bool) -> list[str]:

@@ -20,7 +20,7 @@ from megatron_tf.config.validate import topology_for, validate_layout
 from megatron_tf.data.documents import Boundaries, boundaries, find_boundaries
 from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.loader import check_tokenizer, open_tokens
-from megatron_tf.data.summary import read_summary
+from megatron_tf.data.summary import known_end, read_summary
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import CheckpointError, ConfigError, DataError, UserError, file_errors
@@ -214,7 +214,7 @@ def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDatase
 def _open_tokenizer(config: RunConfig) -> Tokenizer | None:
     if config.data.tokenizer is None:
         return None
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, known_end(config.data))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"data.tokenizer: {config.data.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size is "
@@ -243,7 +243,7 @@ def _boundaries(config: RunConfig, prefixes: Sequence[str], tokenizer: Tokenizer
         sources = tuple(DataSource(path=prefix) for prefix in prefixes)
         return find_boundaries(config.data.model_copy(update={"train": sources, "validation": ()}))
     assert tokenizer is not None
-    return boundaries(config.data, tokenizer.eod_id if config.data.eod_id is None else config.data.eod_id)
+    return boundaries(config.data, tokenizer.eod_id)
 
 
 def load(

@@ -14,8 +14,9 @@ from megatron_tf.checkpoint.reader import open_checkpoint, read_weights
 from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.convert.huggingface.export import TOKENIZER_NAME
-from megatron_tf.convert.huggingface.importing import is_export, open_export
-from megatron_tf.data.summary import read_summary, summary_file
+from megatron_tf.convert.huggingface.importing import is_export, open_export, stored_eod
+from megatron_tf.data.special_tokens import Eod
+from megatron_tf.data.summary import known_end, read_summary, summary_file
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_tf.durable import open_plain
 from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
@@ -52,9 +53,27 @@ def configured_tokenizer(path: Path | str) -> str | None:
     return None if config is None else config.data.tokenizer
 
 
-def open_tokenizer(name: str, model: Model, remedy: str = "give the right one with --tokenizer") -> Tokenizer:
-    """The tokenizer `name`. UserError when it has more tokens than `model`: it is another model's."""
-    tokenizer = load_tokenizer(name)
+def known_eod(path: Path | str, tokenizer: str) -> int | None:
+    """The token that ends a text, as the export `path` or the run that the checkpoint `path` is of says.
+
+    None when they do not, or when `tokenizer` is not the one that is named there.
+    """
+    with suppress(ConfigError, DataError):  # what cannot be read says nothing: the tokenizer's own is then taken
+        if configured_tokenizer(path) != tokenizer:
+            return None
+        if is_export(path):
+            return stored_eod(path)
+        config = run_config(path)
+        return None if config is None else known_end(config.data)
+    return None
+
+
+def open_tokenizer(
+    name: str, model: Model, eod: Eod = None, remedy: str = "give the right one with --tokenizer"
+) -> Tokenizer:
+    """The tokenizer `name`, with `eod` at the end of a text. UserError when it has more tokens than `model`: it is
+    another model's."""
+    tokenizer = load_tokenizer(name, eod)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{name}: has {tokenizer.vocab_size} tokens, the model's vocabulary {model.vocab_size}. "

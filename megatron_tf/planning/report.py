@@ -71,6 +71,10 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
             f"              {_duration(run['hours'] * 3600)} with checkpoints and failures: {run['gpu_hours']:,.0f} GPU-hours, "
             f"at most {run['megawatt_hours']:,.1f} MWh without cooling"
         )
+    data = stage["data"]
+    yield f"  data        {data['words'] if data else 'not on this machine, so passes over them are not known'}"
+    for warning in data["warnings"] if data else ():
+        yield f"  warning     {warning}"
     yield from _checkpoint_lines(stage["checkpoint"])
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.config.validate import plan_batches, topology_for, validate
-from megatron_tf.errors import ConfigError
+from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for, validate
+from megatron_tf.errors import ConfigError, DataError
 from megatron_tf.estimate import memory_per_rank, num_parameters, parameters_per_rank
 from megatron_tf.growth.rules import chain_problems
 from megatron_tf.planning.chain import chain_costs
@@ -71,7 +72,9 @@ def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, A
     try:
         validate(config, world)
     except ConfigError as error:
-        summary["problems"] = error.problems
+        summary["problems"] += error.problems
+    summary["problems"] += _tokenizer_problems(config)
+    if summary["problems"]:
         return summary, None
     chosen = estimate(config, world, gpu, assumed)
     topology, batches = topology_for(config, world), plan_batches(config, world)
@@ -116,8 +119,42 @@ def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, A
             "mean_between_failures": _finite(checkpoints.mean_between_failures),
             "configured_steps": config.checkpoint.interval_steps,
         },
+        "data": _data(config, batches),
     }
     return summary, chosen
+
+
+def _tokenizer_problems(config: RunConfig) -> list[str]:
+    if not _is_here(config):
+        return []
+    from megatron_tf.data.outlook import vocabulary_problem
+
+    problem = vocabulary_problem(config)
+    return [problem] if problem else []
+
+
+def _data(config: RunConfig, batches: BatchPlan) -> dict[str, Any] | None:
+    """Passes over each source, and what is suspicious; None where the data are not on this machine."""
+    if not _is_here(config):
+        return None
+    from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over
+
+    try:
+        passes = passes_over(config, batches.train_steps * batches.global_batch_size)
+        warnings = data_warnings(config, passes)
+    except DataError:
+        return None
+    return {
+        "sources": [asdict(source) for source in passes],
+        "words": describe_passes(passes),
+        "warnings": warnings,
+    }
+
+
+def _is_here(config: RunConfig) -> bool:
+    """Whether something of the data is on this machine. Otherwise there is no need to import what reads it."""
+    prefixes = [source.path for source in (*config.data.train, *config.data.validation)]
+    return any(map(os.path.exists, [f"{prefix}.idx" for prefix in prefixes] + [config.data.tokenizer or ""]))
 
 
 def _choice(choice: Estimate) -> dict[str, Any]:

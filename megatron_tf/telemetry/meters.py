@@ -1,11 +1,13 @@
-"""Speed of a run: seconds a step, tokens a second, the share spent waiting for data and that of the hardware's peak."""
+"""Means over steps, and the speed of a run: seconds a step, tokens a second, shares of the time and of the peak."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 # Dense bf16 tensor-core peak in FLOP/s, without sparsity, from NVIDIA's datasheets. The first name that all
 # words of are in the device's name holds, so the narrower one of two stands first.
@@ -101,6 +103,30 @@ class ThroughputMeter:
                 self.resume()
 
 
+class MeanMeter:
+    """Mean of the values since the last `take`; values that are not finite do not count."""
+
+    def __init__(self, state: Mapping[str, Any] | None = None):
+        """`state`: what `state` of an earlier meter gave, which this one goes on from."""
+        state = state or {}
+        self._total = float(state.get("total", 0.0))
+        self._count = int(state.get("count", 0))
+
+    def add(self, value: float) -> None:
+        if math.isfinite(value):
+            self._total += value
+            self._count += 1
+
+    def take(self) -> float | None:
+        """The mean, None when there was no value; begins anew."""
+        mean = self._total / self._count if self._count else None
+        self._total, self._count = 0.0, 0
+        return mean
+
+    def state(self) -> dict[str, Any]:
+        return {"total": self._total, "count": self._count}
+
+
 def mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float | None, num_devices: int) -> float | None:
     """Model FLOPs utilisation: the model's FLOP/s over the peak of all devices; None where the peak is unknown.
 
@@ -118,6 +144,16 @@ def peak_bf16_flops(device_name: str) -> float | None:
         if all(word in words for word in name.lower().split()):
             return peak
     return None
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), at most 1e304: JSON has no infinity."""
+    return math.exp(min(loss, 700.0))
+
+
+def format_perplexity(value: float) -> str:
+    """With two decimals; one of a million or more, as after a divergence, in powers of ten."""
+    return f"{value:.2e}" if value >= 1e6 else f"{value:,.2f}"
 
 
 def format_duration(seconds: float) -> str:

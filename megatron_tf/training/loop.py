@@ -17,7 +17,7 @@ from megatron_tf.errors import RunStopped
 from megatron_tf.estimate import flops_per_token
 from megatron_tf.parallel.stop_signals import StopSignals, describe_request
 from megatron_tf.telemetry.console import Console
-from megatron_tf.telemetry.meters import ThroughputMeter, format_duration
+from megatron_tf.telemetry.meters import MeanMeter, ThroughputMeter, format_duration, format_perplexity, perplexity
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.engine import Engine, StepResult
 from megatron_tf.training.guard import LossGuard
@@ -55,6 +55,7 @@ class Trainer:
         self.waited = 0.0  # seconds that the newest step waited for its data, on this rank
         self.saver, self.trackers, self.console = saver, trackers, console
         self.guard = LossGuard(config.guard, start.run_state.get("guard", {}))
+        self.losses = MeanMeter(start.run_state.get("loss_window"))
         self.meter, self.stop, self.watchdog, self.profiler = ThroughputMeter(), stop, watchdog, profiler
         self.meeting = dist.new_group(backend="gloo")  # so that a word between two steps never waits for a GPU
         self.metrics, self.health = StepMetrics(config, plan, device, self.meeting), health
@@ -144,6 +145,7 @@ class Trainer:
     def _check(self, result: StepResult) -> None:
         """Says when a step went wrong; TrainingError when the run must not go on."""
         step, said = self.progress.step, None
+        self.losses.add(float(result.loss))
         if result.seeks_scale:
             return
         if result.skipped:
@@ -159,7 +161,9 @@ class Trainer:
     def _log(self, result: StepResult) -> str:
         steps = self.progress.step - self.logged_step
         self.logged_step = self.progress.step
-        loss = float(result.loss)  # waits for the device, so that the lap below is complete
+        own = float(result.loss)  # waits for the device, so that the lap below is complete
+        mean = self.losses.take()
+        loss = own if mean is None else mean
         norm = None if result.grad_norm is None else float(result.grad_norm)
         rates = self.meter.lap(steps, steps * self.plan.tokens_per_step)
         shares, left = self.engine.clock.shares(), self.plan.train_steps - self.progress.step
@@ -184,7 +188,7 @@ class Trainer:
             found = self.metrics.validation(loss)
             self._record({**found, **(of_sources if len(names) > 1 else {})})
             self.console.info(
-                f"step {self.progress.step:,}  validation loss {loss:.4f}  perplexity {found['eval/perplexity']:.2f}"
+                f"step {self.progress.step:,}  validation loss {loss:.4f}  perplexity {format_perplexity(perplexity(loss))}"
             )
 
     def _measure_health(self, health: HealthProbe) -> None:
@@ -202,7 +206,8 @@ class Trainer:
     def _run_state(self) -> dict:
         """What a resumed run must know besides weights and moments; see `Start`."""
         unit = round(self.plan.tokens_per_step / self.plan.schedule_pace)
-        return {**self.engine.loss_scaler(), "guard": self.guard.state(), "schedule_unit": unit}
+        states = {"guard": self.guard.state(), "loss_window": self.losses.state()}
+        return {**self.engine.loss_scaler(), **states, "schedule_unit": unit}
 
     def _record(self, metrics: dict) -> None:
         tokens = self.progress.tokens

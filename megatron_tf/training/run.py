@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +21,15 @@ from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
 from megatron_tf.data.documents import LossMask, find_boundaries
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint, source_names
+from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over
 from megatron_tf.data.prefetch import Prefetcher
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import ConfigError, RunStopped, TrainingError, UserError, system_reason
+from megatron_tf.errors import ConfigError, DataError, RunStopped, TrainingError, UserError, system_reason
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.parallel.stop_signals import StopSignals
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.plan import describe, evaluation_warning
+from megatron_tf.plan import describe
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import open_trackers
 from megatron_tf.training.agreement import from_rank_zero, gather, together
@@ -58,6 +60,7 @@ def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: Sto
     try:
         with watched(rank, world_size, hang_seconds, Console(rank=rank)) as watchdog:
             first = from_rank_zero(lambda: first_stage_to_run(stages, world_size))
+            together(lambda: _check_data(stages[first:]))
             for config in stages[first:]:
                 _train(config, environment, device, stop, watchdog)
     except (UserError, RunStopped):
@@ -101,10 +104,13 @@ def _train(
         for line in passed_over if is_main else ():
             console.warning(line)
         console.info(start.description)
-        if is_main and validation is not None:
-            available = sum(source.samples_per_epoch for source in validation.dataset.sources)
-            if warning := evaluation_warning(config.evaluation.samples, available):
+        if is_main:
+            left = plan.train_steps - start.progress.step
+            passes = passes_over(config, start.progress.samples + left * plan.global_batch_size)
+            console.info(f"{'data':<7} {describe_passes(passes)}")
+            for warning in data_warnings(config, passes):
                 console.warning(warning)
+        if is_main and validation is not None:
             for name in _unseen_sources(config, validation, plan):
                 console.warning(f"data.validation: none of the evaluated samples is of {name}, so it has no eval/loss/{name}. "
                                 f"Raise evaluation.samples ({config.evaluation.samples}), or its weight.")  # fmt: skip
@@ -146,6 +152,29 @@ def _train(
         watchdog.begin("ending")
         dist.barrier()
         watchdog.beat(trainer.progress.step)
+
+
+def _check_data(stages: Sequence[RunConfig]) -> None:
+    """DataError with all that is wrong with the data of all stages: what the last one lacks is said before the first."""
+    problems = []
+    for config in stages:
+        data, model = config.data, config.model
+        checks: list[Callable[[], object]] = [
+            partial(find_boundaries, data),
+            partial(check_tokenizer, (*data.train, *data.validation), data.tokenizer),
+            *(
+                partial(build_dataset, sources, model.seq_length, config.run.seed, model.vocab_size)
+                for sources in (data.train, data.validation)
+                if sources
+            ),
+        ]
+        for check in checks:
+            try:
+                check()
+            except DataError as error:
+                problems += str(error).splitlines()
+    if problems:
+        raise DataError("\n".join(dict.fromkeys(problems)))
 
 
 def _loaders(

@@ -13,7 +13,7 @@ from megatron_tf.config.validate import BatchPlan
 from megatron_tf.data.summary import bytes_per_token
 from megatron_tf.estimate import flops_per_token
 from megatron_tf.telemetry.memory import memory_metric
-from megatron_tf.telemetry.meters import Rates, mfu, peak_bf16_flops
+from megatron_tf.telemetry.meters import Rates, mfu, peak_bf16_flops, perplexity
 from megatron_tf.telemetry.trackers import Value
 from megatron_tf.training.engine import StepResult
 
@@ -31,20 +31,21 @@ class StepMetrics:
     def training(
         self,
         result: StepResult,
-        loss: float,
+        mean_loss: float,
         skipped_steps: int,
         rates: Rates,
         shares: Mapping[str, float],
         steps_left: int,
     ) -> dict[str, Value]:
-        """Of the last step: `result`, `loss` (its value) and `shares` of its time. `rates`: since the last logged one."""
+        """Of the last step: `result`, and `shares` of its time. `mean_loss` and `rates`: since the last logged one."""
         norm = None if result.grad_norm is None else float(result.grad_norm)
         tokens_per_second = rates.tokens_per_second
         memory, size = memory_metric(self._device)
         largest = torch.tensor([size])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._meeting)
         return {
-            **_loss_metrics("train", loss, self._train_bytes),
+            **_loss_metrics("train", mean_loss, self._train_bytes),
+            "train/loss_step": float(result.loss),
             **{f"train/{name}": float(value) for name, value in result.reports.items()},
             "optim/lr": result.lr,
             **self._group_rates(result.lr),
@@ -80,7 +81,7 @@ class StepMetrics:
 
 def _loss_metrics(prefix: str, loss: float, text_bytes_per_token: float | None) -> dict[str, Value]:
     """`text_bytes_per_token`: of the data on average; the samples of one step are a little above or below it."""
-    metrics: dict[str, Value] = {f"{prefix}/loss": loss, f"{prefix}/perplexity": math.exp(min(loss, 700.0))}
+    metrics: dict[str, Value] = {f"{prefix}/loss": loss, f"{prefix}/perplexity": perplexity(loss)}
     if text_bytes_per_token is not None:
         metrics[f"{prefix}/bits_per_byte"] = loss / math.log(2) / text_bytes_per_token
     return metrics

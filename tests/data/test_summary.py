@@ -83,9 +83,7 @@ def test_other_rubbish(path, content):
 def test_unreadable(path):
     path.unlink()
     path.mkdir()
-    with pytest.raises(
-        DataError, match=r"x\.json: is a folder, where a file is expected\. Make it readable, or move it away"
-    ):
+    with pytest.raises(DataError, match=r"x\.json: Is a directory\. Make it readable, or move it away"):
         read_summary(path.with_suffix(""))
 
 

@@ -119,7 +119,7 @@ EOD_MISTAKES = {
     "several": (("</s>", "<|endoftext|>"), None, r"several .*: <\|endoftext\|> \(id 2\), </s> \(id 1\)\. Name .* --eod-token"),
     "none": (("<end>",), None, r"has no end-of-document token under a usual name .* Its special tokens are <end>\."),
     "a name that it lacks": (("<end>",), "</s>", r"has no token '</s>' to end documents with. Its special tokens are <end>"),
-    "an id that it lacks": (("<end>",), 7, r"has no token of id 7 to end documents with. Correct data.eod_id"),
+    "an id that it lacks": (("<end>",), 7, r"has no token of id 7, with which documents end .* Correct data.eod_id"),
 }  # fmt: skip
 
 
@@ -240,7 +240,7 @@ BAD_FILES = {
     "folder": (
         "t.json",
         lambda path: path.mkdir(),
-        "is a folder, where a file is expected. The tokenizer cannot be read",
+        "Is a directory. The tokenizer cannot be read",
     ),
     "name too long": ("x" * 300 + ".json", lambda path: None, "File name too long. The tokenizer cannot be read"),
     "broken json": ("t.json", write_json, "not a Hugging Face tokenizers file"),

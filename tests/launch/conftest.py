@@ -16,7 +16,7 @@ training: {{train_steps: 6, global_batch_size: 8, micro_batch_size: 2, precision
 optimizer: {{lr: 1e-2, schedule: {{warmup_steps: 2}}}}
 data:
   train: [{{path: {folder}/tokens}}]
-  validation: [{{path: {folder}/tokens}}]
+  validation: [{{path: {folder}/held_out}}]
 checkpoint: {{interval_steps: 3}}
 evaluation: {{interval_steps: 3, samples: 8}}
 logging: {{interval_steps: 1}}
@@ -25,7 +25,8 @@ logging: {{interval_steps: 1}}
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with config.yml and prepared data of 4,000 tokens below 99."""
+    """A folder with config.yml and prepared data of 4,000 tokens below 99, and 3,900 held out."""
     write_tokens(tmp_path / "tokens")
+    write_tokens(tmp_path / "held_out", documents=39)
     (tmp_path / "config.yml").write_text(CONFIG.format(folder=tmp_path))
     return tmp_path

@@ -38,6 +38,7 @@ CASES = {
                                         ["deepspeed.zero_optimization.reduce_bucket_size", "'big'"]),
     "missing data": (["data.train=[{path: nowhere}]"], ["data.train[0].path: nowhere.bin", "preprocess_data"]),
     "missing tokenizer": (["data.tokenizer=no.json"], ["data.tokenizer: no.json: no such file"]),
+    "tokenizer beyond the vocabulary": (["data.tokenizer=bytes"], ["model.vocab_size: 99, but data.tokenizer bytes has 257"]),
     "a model beyond memory": (["model.vocab_size=2000000000"], ["model: a rank needs about", "GiB"]),
     "a second configuration": (["other.yml"], ["other.yml: is a second configuration"]),
     "override without a value": (["training.train_steps"], ["training.train_steps=100"]),

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from launching import train
+from prepared import write_tokens
 
 from megatron_tf.checkpoint import load_logical
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -72,6 +73,16 @@ def test_every_stage_is_checked_before_the_first_starts(chain):
     assert result.returncode == 2 and "Traceback" not in result.stdout
     assert "stage test-middle: parallel: tensor 3" in result.stdout
     assert "stage test-big: training.global_batch_size: 7" in result.stdout
+    assert not (chain / "run").exists()
+
+
+def test_the_data_of_every_stage_are_looked_at_before_the_first_starts(chain):
+    write_tokens(chain / "short", documents=1)
+    overrides = ["stages.middle.parallel.tensor=1", "stages.big.parallel.pipeline=1", "model.seq_length=128",
+                 f"stages.big.data.train=[{{path: {chain}/short}}]"]  # fmt: skip
+    result = train(chain, *overrides)
+    assert result.returncode == 2 and result.stdout.count("error:") == 1, result.stdout
+    assert f"{chain}/short.bin: has 100 tokens, one sample needs 129" in result.stdout
     assert not (chain / "run").exists()
 
 

@@ -12,7 +12,7 @@ from launching import train
 from megatron_tf.checkpoint.load import load_logical
 
 EVERY_STEP = {
-    "train/loss", "train/perplexity", "optim/lr", "optim/grad_norm", "optim/skipped_steps", "perf/tokens_per_second",
+    "train/loss", "train/loss_step", "train/perplexity", "optim/lr", "optim/grad_norm", "optim/skipped_steps", "perf/tokens_per_second",
     "perf/tokens_per_second_per_device", "perf/step_seconds", "perf/eta_seconds", "perf/mfu",
 }  # fmt: skip
 
@@ -54,6 +54,7 @@ def test_metrics_of_a_grown_run(folder):
     logged = [record for record in records(folder / "run") if "train/loss" in record]
     assert all(record.keys() >= EVERY_STEP for record in logged)
     for record in logged:
+        assert record["train/loss"] == record["train/loss_step"]  # each step is logged
         assert record["train/perplexity"] == pytest.approx(math.exp(record["train/loss"]))
         assert record["perf/tokens_per_second_per_device"] == record["perf/tokens_per_second"]
         assert any(key.startswith("memory/") and value > 2**20 for key, value in record.items())

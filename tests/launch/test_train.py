@@ -32,6 +32,7 @@ def test_a_run_writes_what_it_promises(folder):
     out = succeed(train(folder))
     assert "step 6/6" in out and "validation loss" in out
     assert "Traceback" not in out and "WARNING" not in out
+    assert f"data    4,000 tokens in {folder}/tokens, 0.193 passes over them" in out
     records = metrics(folder)
     keys = {"step", "tokens", "train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_second", "perf/mfu",
             "perf/step_seconds", "perf/data_wait_share"}  # fmt: skip
@@ -82,14 +83,17 @@ def test_a_finished_run_only_says_so(folder):
 
 
 def test_resume_is_bit_identical_and_leaves_no_gap(folder):
-    succeed(train(folder, f"run.dir={folder}/whole"))
+    """Also the mean loss of step 4, to which step 3 belongs, that was made before the checkpoint."""
+    every_second = "logging.interval_steps=2"
+    succeed(train(folder, f"run.dir={folder}/whole", every_second))
     # the plan stays the same (the learning rate depends on it); the run is cut off by losing its last checkpoint
-    succeed(train(folder))
+    succeed(train(folder, every_second))
     newest = folder / "run" / "checkpoints" / "step_00000006"
     (newest / "manifest.json").unlink()
-    out = succeed(train(folder))
+    out = succeed(train(folder, every_second))
     assert "resumed from" in out and "at step 3" in out and "step_00000006: not used" in out
-    assert losses(folder) == losses(folder, "whole")
+    assert losses(folder) == losses(folder, "whole") and set(losses(folder)) == {2, 4, 6}
+    assert all(r["train/loss"] != r["train/loss_step"] for r in metrics(folder) if "train/loss" in r)
     assert [r["step"] for r in metrics(folder)] == [r["step"] for r in metrics(folder, "whole")]
     one, other = load_logical(folder / "run"), load_logical(folder / "whole")
     assert all(torch.equal(one[name], other[name]) for name in one)

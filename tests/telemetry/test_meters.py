@@ -1,8 +1,19 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from megatron_tf.telemetry.meters import Rates, ThroughputMeter, format_duration, mfu, peak_bf16_flops
+from megatron_tf.telemetry.meters import (
+    MeanMeter,
+    Rates,
+    ThroughputMeter,
+    format_duration,
+    format_perplexity,
+    mfu,
+    peak_bf16_flops,
+    perplexity,
+)
 
 
 class Clock:
@@ -122,3 +133,36 @@ def test_peak_by_name(name, peak):
 )
 def test_durations(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_a_mean_is_of_the_values_since_the_last_one():
+    meter = MeanMeter()
+    assert meter.take() is None
+    for value in (2.0, float("nan"), 4.0, float("inf")):
+        meter.add(value)
+    assert meter.take() == 3.0 and meter.take() is None
+
+
+def test_a_mean_goes_on_in_another_process():
+    values = [0.1, 0.7, 1e-9, 3.3]
+    whole, first = MeanMeter(), MeanMeter()
+    for value in values:
+        whole.add(value)
+    for value in values[:2]:
+        first.add(value)
+    second = MeanMeter(json.loads(json.dumps(first.state())))
+    for value in values[2:]:
+        second.add(value)
+    assert second.take() == whole.take()
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [(2.0, "7.39"), (10.0, "22,026.47"), (14.0, "1.20e+06"), (1e6, "1.01e+304"), (float("nan"), "nan")],
+)
+def test_a_perplexity_is_short_whatever_it_is(loss, text):
+    assert format_perplexity(perplexity(loss)) == text
+
+
+def test_an_infinite_perplexity():
+    assert format_perplexity(float("inf")) == "inf"

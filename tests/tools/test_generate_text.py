@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
 from dataclasses import fields
 
@@ -19,7 +20,7 @@ from megatron_tf.convert.huggingface.export import ExportedTokenizer, write_expo
 from megatron_tf.data.bpe import train_bpe
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.data.tokenizer import load_tokenizer
-from megatron_tf.inference.load import load_model
+from megatron_tf.inference.load import known_eod, load_model
 from megatron_tf.params import parameter_table
 
 SHAPE = {
@@ -124,6 +125,44 @@ def test_an_export_writes_what_its_checkpoint_does(folder, command, generate_tex
     (tmp_path / "out" / "config.json").unlink()
     (tmp_path / "out" / "config.json").mkdir()
     assert_refused(command(tmp_path / "out", "--tokenizer", "bytes"), "out/config.json: Is a directory")
+
+
+def test_the_token_that_ends_a_text(folder, command, generate_text, tmp_path):
+    """What the run's data say, the export, or the option: where the tokenizer has two of the usual names."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "fits.json"))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "two.json"))
+    end = tokenizer.token_to_id("</s>")
+    two = ("--tokenizer", tmp_path / "two.json")
+    assert_refused(generate_text(*two), "several of its tokens may end documents", "--eod-token")
+    done = generate_text(*two, "--eod-token", "</s>")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    exported = ExportedTokenizer(load_tokenizer(tmp_path / "two.json", "</s>"), tmp_path / "two.json")
+    write_export(tmp_path / "out", load_model(folder / "run"), exported)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == end
+    done = command(tmp_path / "out", "--tokens", 4)
+    assert (done.returncode, done.stderr) == (0, "")
+    settings = json.loads((folder / "run" / "config.yml").read_text())
+    settings["data"] |= {"tokenizer": str(tmp_path / "two.json"), "eod_id": end}
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    (run / "config.yml").write_text(json.dumps(settings))
+    assert known_eod(run, str(tmp_path / "two.json")) == end
+    assert known_eod(run, str(folder / "fits.json")) is None
+    assert command(run, "--tokens", 4).returncode == 0
+
+
+def test_what_a_tokenizer_loses_of_a_prompt_is_said(folder, generate_text, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<unk>": 0, "the": 1, "cat": 2, "</s>": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    done = generate_text("--tokenizer", tmp_path / "words.json", "--prompt", "the dog", "--prompt", "the cat")
+    assert done.returncode == 0
+    assert "warning: the tokenizer loses 3 characters ('dog' 1) of prompt 1\n" in done.stderr
+    assert "prompt 2" not in done.stderr
 
 
 def test_extreme_temperatures(generate_text):

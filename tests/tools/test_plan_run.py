@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from prepared import write_tokens
 from tooling import PROJECT, assert_refused, tool
 
 from megatron_tf.config import load_config
@@ -117,11 +119,31 @@ def test_mistakes(tmp_path):
 
 
 @pytest.mark.parametrize("config", ["tiny.yml", "tiny_chain.yml"])
-def test_it_needs_no_torch(config):
+def test_it_needs_no_torch(config, tmp_path):
+    """From an empty folder: where the data are, it looks at them."""
     script = (
         f"import runpy, sys; sys.argv = ['x', {str(CONFIGS / config)!r}, '--gpus', '2'];"
         f"runpy.run_path({str(Path(PROJECT) / 'tools' / 'plan_run.py')!r}, run_name='__main__');"
         "assert not {'torch', 'deepspeed', 'numpy'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PROJECT)
+    paths = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=paths)
     assert done.returncode == 0, done.stderr
+
+
+def test_passes_over_the_data_and_a_vocabulary_that_is_too_small(tmp_path):
+    write_tokens(tmp_path / "tokens", documents=3)
+    own = [f"data.train=[{{path: {tmp_path}/tokens}}]", f"data.validation=[{{path: {tmp_path}/tokens}}]"]
+    done = tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 1, *own, "data.tokenizer=null")
+    assert done.returncode == 0, done.stderr
+    assert f"  data        300 tokens in {tmp_path}/tokens, " in done.stdout and " passes over them" in done.stdout
+    assert "  warning     data.train: the run makes" in done.stdout
+    assert f"  warning     data.validation: {tmp_path}/tokens is training data too" in done.stdout
+    planned = json.loads(
+        tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 1, "--json", *own, "data.tokenizer=null").stdout
+    )
+    assert planned["stages"][0]["data"]["sources"][0]["tokens"] == 300
+    refused = tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 1, *own, "data.tokenizer=bytes", "model.vocab_size=256")
+    assert refused.returncode == 2 and "model.vocab_size: 256, but data.tokenizer bytes has 257" in refused.stderr
+    elsewhere = tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 1, f"data.train=[{{path: {tmp_path}/none}}]")
+    assert "not on this machine" in elsewhere.stdout

@@ -48,10 +48,11 @@ def _ranks(group, config):
     step_metrics.memory_metric = lambda device: ("memory/cpu_resident_bytes", 2**40 + group.rank)
     metrics = StepMetrics(config, plan_batches(config, 2), torch.device("cpu"), None)
     result = StepResult(torch.tensor(3.0), None, 0.5, False, loss_scale=1024.0)
-    found = metrics.training(result, 3.0, 4, Rates(2.0, 800.0, 0.125), {"forward": 0.25}, 10)
+    found = metrics.training(result, 2.5, 4, Rates(2.0, 800.0, 0.125), {"forward": 0.25}, 10)
     assert found["memory/cpu_resident_bytes"] == 2**40 + 1
     assert (found["perf/tokens_per_second_per_device"], found["perf/eta_seconds"]) == (400.0, 20.0)
     assert (found["optim/skipped_steps"], found["optim/grad_norm"], found["optim/loss_scale"]) == (4, None, 1024.0)
+    assert (found["train/loss"], found["train/loss_step"]) == (2.5, 3.0)
     assert (found["perf/share_forward"], found["perf/data_wait_share"]) == (0.25, 0.125)
 
 

@@ -44,6 +44,13 @@ def is_export(path: Path | str) -> bool:
     return any(os.path.lexists(Path(path) / name) for name in (CONFIG_NAME, _ADAPTER_NAME))
 
 
+def stored_eod(path: Path | str) -> int | None:
+    """The token that ends a text, as the configuration in an exported folder says. CheckpointError as `open_export`."""
+    config = _read_json(Path(path) / CONFIG_NAME)
+    eod = config.get("eos_token_id") if isinstance(config, dict) else None
+    return eod if type(eod) is int else None
+
+
 def open_export(path: Path | str) -> HuggingFaceModel:
     """Read an exported folder. Nothing in it is run, and transformers is not needed.
 

@@ -1,0 +1,183 @@
+"""What is known about the data of a run before its first step: passes over them, and what can hardly be meant.
+
+Only headers and summaries are read, and no torch is imported: plans are made on laptops.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tf.config.schema import Data, DataSource, RunConfig
+from megatron_tf.data.indexed import IndexedDataset, data_file
+from megatron_tf.data.summary import CorpusSummary, known_end, read_summary, summary_file
+from megatron_tf.data.tokenizer import load_tokenizer
+from megatron_tf.errors import DataError
+from megatron_tf.plan import evaluation_warning
+
+# Up to here text that is seen again is worth nearly as much as new text (Muennighoff et al., "Scaling Data-Constrained
+# Language Models", 2023).
+MANY_PASSES = 4
+SOURCES_NAMED = 4
+HALVES = ("_train", "_validation")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a run sees a source."""
+
+    path: str
+    tokens: int
+    passes: float
+
+
+def passes_over(config: RunConfig, samples: int) -> list[Passes]:
+    """Of each source of data.train, when the run takes `samples` samples in all. Raises `DataError` for missing data."""
+    total = sum(source.weight for source in config.data.train)
+    found = []
+    for source in config.data.train:
+        tokens = IndexedDataset(source.path).num_tokens
+        available = max(1, (tokens - 1) // config.model.seq_length)
+        found.append(Passes(source.path, tokens, samples * source.weight / total / available))
+    return found
+
+
+def describe_passes(found: Sequence[Passes]) -> str:
+    """In words, for one line: "9,000 tokens in data/a: 0.52 passes"."""
+    tokens = sum(source.tokens for source in found)
+    if len(found) == 1:
+        return f"{tokens:,} tokens in {found[0].path}, {_times(found[0])} over them"
+    most = sorted(found, key=lambda source: -source.passes)
+    named = ", ".join(f"{source.path} {_times(source)}" for source in most[:SOURCES_NAMED])
+    more = f", {len(most) - SOURCES_NAMED} more less often" if len(most) > SOURCES_NAMED else ""
+    return f"{tokens:,} tokens in {len(found)} sources: {named}{more}"
+
+
+def _times(source: Passes) -> str:
+    number = f"{source.passes:,.0f}" if source.passes >= 100 else f"{source.passes:.3g}"
+    return f"{number} {'pass' if number == '1' else 'passes'}"
+
+
+def data_warnings(config: RunConfig, found: Sequence[Passes]) -> list[str]:
+    """What can hardly be meant, a sentence or two each. `found`: of `passes_over`. Raises `DataError` as it does."""
+    return [
+        *_pass_warnings(found),
+        *_overlap_warnings(config.data),
+        *_sample_warnings(config),
+        *_end_warnings(config.data),
+        *_vocabulary_warnings(config),
+    ]
+
+
+def _pass_warnings(found: Sequence[Passes]) -> Iterator[str]:
+    often = sorted((source for source in found if source.passes > MANY_PASSES), key=lambda source: -source.passes)
+    if often:
+        named = ", ".join(f"{_times(source)} over {source.path} ({source.tokens:,} tokens)" for source in often[:3])
+        more = f", and more than {MANY_PASSES} over {len(often) - 3} others" if len(often) > 3 else ""
+        yield (
+            f"data.train: the run makes {named}{more}. Beyond {MANY_PASSES} passes a model learns less and less from text "
+            "that it has seen, and in the end learns it by heart. Train for fewer steps, lower the weight, or prepare "
+            "more text."
+        )
+
+
+def _overlap_warnings(data: Data) -> Iterator[str]:
+    """Validation data that are, or were made from the same text as, training data."""
+    for validation in dict.fromkeys(source.path for source in data.validation):
+        for training in dict.fromkeys(source.path for source in data.train):
+            if reason := _same_text(validation, training):
+                yield (
+                    f"data.validation: {validation} is training data too ({reason}), so the validation loss says nothing "
+                    "about text that was not trained on. Hold text out with preprocess_data.py --validation-fraction, or "
+                    "prepare other text."
+                )
+                break
+
+
+def _same_text(validation: str, training: str) -> str | None:
+    """Why two prefixes stand for the same text, or for some of it, as far as that is known at once."""
+    ours, theirs = IndexedDataset(validation), IndexedDataset(training)
+    if os.path.normpath(validation) == os.path.normpath(training):
+        return "it is in data.train under the same name"
+    if os.path.samefile(data_file(validation), data_file(training)):
+        return f"{data_file(training)} is the same file"
+    if ours.num_tokens == theirs.num_tokens and ours.ends_digest() == theirs.ends_digest():
+        return f"{data_file(training)} has the same content"
+    return _same_inputs(validation, training)
+
+
+def _same_inputs(validation: str, training: str) -> str | None:
+    summaries = read_summary(validation), read_summary(training)
+    if None in summaries or _are_halves(validation, training):
+        return None
+    ours, theirs = (set(summary.files) for summary in summaries if summary)
+    common = sorted(ours & theirs)
+    if not common:
+        return None
+    return f"{summary_file(training)} names {common[0]} as an input, and so does {summary_file(validation)}"
+
+
+def _are_halves(validation: str, training: str) -> bool:
+    """Whether one preparation has split its inputs into the two."""
+    stems = [Path(path).name.removesuffix(half) for path, half in zip((training, validation), HALVES)]
+    is_split = Path(training).name.endswith(HALVES[0]) and Path(validation).name.endswith(HALVES[1])
+    return is_split and stems[0] == stems[1] and Path(training).parent.resolve() == Path(validation).parent.resolve()
+
+
+def _sample_warnings(config: RunConfig) -> Iterator[str]:
+    sources = [IndexedDataset(source.path) for source in config.data.validation]
+    available = sum(max(0, (source.num_tokens - 1) // config.model.seq_length) for source in sources)
+    if sources and (warning := evaluation_warning(config.evaluation.samples, max(1, available))):
+        yield warning
+
+
+def _end_warnings(data: Data) -> Iterator[str]:
+    """Where nobody asks for ends of documents, two different ones are no error, but the model learns both."""
+    ends = {summary.eod_id: path for path, summary in _summaries((*data.train, *data.validation))}
+    if len(ends) > 1:
+        named = ", ".join(f"{end} in {path}" for end, path in ends.items())
+        yield (
+            f"data: documents end with different tokens: {named}. Prepare all of them with the same --eod-token of "
+            "preprocess_data.py."
+        )
+
+
+def vocabulary_problem(config: RunConfig) -> str | None:
+    """What is wrong when data.tokenizer has more tokens than the model; as far as summaries or the file tell."""
+    name, size = config.data.tokenizer, config.model.vocab_size
+    if name is None:
+        return None
+    try:
+        found = _sizes(config.data) or load_tokenizer(name, known_end(config.data)).vocab_size
+    except DataError:
+        # Training needs neither the tokenizer nor its package, and says itself what it cannot read.
+        return None
+    if found <= size:
+        return None
+    return (
+        f"model.vocab_size: {size:,}, but data.tokenizer {name} has {found:,} tokens, and some of them would have no "
+        f"row in the model. Set model.vocab_size to at least {found}."
+    )
+
+
+def _vocabulary_warnings(config: RunConfig) -> Iterator[str]:
+    found, size = _sizes(config.data), config.model.vocab_size
+    if config.data.tokenizer is None and found is not None and found > size:
+        yield (
+            f"model.vocab_size: {size:,}, but the data were made with a tokenizer of {found:,} tokens, which evaluation, "
+            f"generation and export will refuse for this model. Set model.vocab_size to at least {found}."
+        )
+
+
+def _sizes(data: Data) -> int | None:
+    """The vocabulary of the tokenizer that the data were made with; None where no summary says it."""
+    return max((summary.vocab_size for _, summary in _summaries((*data.train, *data.validation))), default=None)
+
+
+def _summaries(sources: Sequence[DataSource]) -> Iterator[tuple[str, CorpusSummary]]:
+    for path in dict.fromkeys(source.path for source in sources):
+        summary = read_summary(path)
+        if summary is not None:
+            yield path, summary
