@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 
 from megatron_tf.errors import UserError, run_command, run_rank
 from megatron_tf.interrupt import end_quietly
@@ -85,8 +87,21 @@ def find(words: Sequence[str]) -> tuple[str, Sequence[str]] | None:
 def run(name: str) -> None:
     """Runs a command with the arguments of this process."""
     command = COMMANDS[name]
-    main = import_module(f"megatron_tf.commands.{command.module}").main
-    (run_rank if command.ranks else run_command)(main)
+    (run_rank if command.ranks else run_command)(lambda: start(command))
+
+
+def start(command: Command) -> None:
+    """UserError when this Python lacks a package that the command imports."""
+    try:
+        import_module(f"megatron_tf.commands.{command.module}").main()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "megatron_tf") or find_spec(package) is not None:
+            raise
+        raise UserError(
+            f"this Python, {sys.executable} ({platform.python_version()}), has no package {package}. Start the command with "
+            "the Python of megatron_tf's environment, or install there what `megatron_tf doctor` finds missing."
+        ) from error
 
 
 def print_help() -> None:

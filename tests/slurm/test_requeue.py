@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from launching import PROJECT
 
@@ -16,7 +18,8 @@ heard = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, frame: heard.append(number))
 me, how, again = detect(os.environ), sys.argv[1], "SLURM_RESTART_COUNT" in os.environ
-print(me.rank, me.world_size, me.local_rank, me.local_world_size, me.master_addr, me.master_port, sys.argv[2:])
+print(me.rank, me.world_size, me.local_rank, me.local_world_size, me.master_addr, me.master_port, sys.argv[2:],
+      os.environ.get("OMP_NUM_THREADS"), os.environ.get("HOME"))
 if how == "mistaken":
     time.sleep(3 * me.rank)
     sys.exit(2)
@@ -37,6 +40,12 @@ OPTIONS = {
     # the script asks for the signal two minutes before the end: at once, that is when SLURM next looks at its limits
     "stopped": "--nodes=2 --ntasks-per-node=1 --time=2",
     "cancelled": "--nodes=1 --ntasks-per-node=1",
+    # the second component is on the first node
+    "heterogeneous": "--nodelist=n2 --nodes=1 --ntasks-per-node=1 --cpus-per-task=1 --gpus-per-node=0 : --nodelist=n1 "
+    "--nodes=1 --ntasks-per-node=1",
+    # neither the environment of who submits, nor that of the script for its ranks
+    "bare": f"--nodes=1 --ntasks-per-node=1 --export=PYTHON={sys.executable}",
+    "absent": "--nodes=2 --ntasks-per-node=1 --export=ALL,PYTHON=/no/such/python",
 }
 
 
@@ -63,8 +72,28 @@ def test_ranks_know_their_place_and_their_arguments(cluster, jobs):
     cluster.wait(job)
     port = 20000 + int(job)
     places = [line for line in cluster.output(job).splitlines() if "two words" in line]
-    expected = [f"{rank} 4 {rank % 2} 2 n1 {port} ['run.name=two words']" for rank in range(4)]
-    assert sorted(places) == expected and cluster.restarts(job) == 0
+    expected = [f"{rank} 4 {rank % 2} 2 n1 {port} ['run.name=two words'] 1" for rank in range(4)]
+    assert sorted(line.rpartition(" ")[0] for line in places) == expected and cluster.restarts(job) == 0
+
+
+def test_components_of_a_heterogeneous_job_are_one_run(cluster, jobs):
+    """Rank 0 is not on the first node of the list."""
+    job = jobs["heterogeneous"]
+    cluster.until(lambda: cluster.state(job).split() == ["COMPLETED"] * 2, job=job)
+    places = [line.split() for line in cluster.output(job).splitlines() if "two words" in line]
+    assert sorted(place[:3] for place in places) == [["0", "2", "0"], ["1", "2", "0"]], cluster.report(job)
+    assert {place[4] for place in places} == {"n2"}
+
+
+def test_an_environment_that_is_not_passed_on_and_a_python_that_is_not_there(cluster, jobs):
+    job = jobs["bare"]
+    cluster.wait(job)
+    (place,) = [line for line in cluster.output(job).splitlines() if "two words" in line]
+    assert place.split()[-2] == "1" and place.split()[-1].startswith("/"), place
+    job = jobs["absent"]
+    cluster.wait(job, "FAILED")
+    assert (cluster.exit_code(job), cluster.restarts(job)) == (127, 0)
+    assert "error: /no/such/python cannot be run" in cluster.output(job)
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(cluster, jobs):

@@ -142,10 +142,59 @@ def test_mistakes_start_nothing(start, tmp_path, words, extra):
     assert code == 2 and out.startswith("error: ") and not calls(tmp_path)
 
 
-@pytest.mark.parametrize("code, back", [(0, False), (2, False), (75, True), (1, True), (137, True)])
+@pytest.mark.parametrize("code, back", [(0, False), (2, False), (75, True), (1, True), (69, True), (137, True)])
 def test_what_becomes_of_a_job_by_the_ranks_exit_code(start, tmp_path, code, back):
     ended, out = finish(start("c.yml", CODE=str(code)))
     assert (ended, requeued(tmp_path)) == (REQUEUED if back else code, back), out
+
+
+def python_of_mine(tmp_path, lines):
+    """The name of an interpreter of the user's."""
+    path = tmp_path / "bin" / "python-of-mine"
+    path.write_text(lines)
+    path.chmod(0o755)
+    return path.name
+
+
+@pytest.mark.parametrize(
+    "how", ["absent", "not executable", "too old", "without the package", "alone in its container"]
+)
+def test_a_python_that_cannot_train_is_not_tried_again(start, tmp_path, how):
+    code, extra = 1, {"PYTHON": python_of_mine(tmp_path, f'#!/bin/bash\nexec {sys.executable} -I -S "$@"\n')}
+    if how == "absent":
+        code, extra = 127, {"PYTHON": "/no/such/python"}
+    elif how == "not executable":
+        (tmp_path / "python").write_text("")
+        code, extra = 126, {"PYTHON": f"{tmp_path}/python"}
+    elif how == "too old":
+        python_of_mine(tmp_path, "#!/bin/bash\necho 'SyntaxError: future feature annotations' >&2\nexit 1\n")
+    elif how == "alone in its container":
+        extra |= {"CONTAINER_IMAGE": "train.sif", "CONTAINER_RUNTIME": "apptainer"}
+    (tmp_path / "launch" / "train.py").write_text("import megatron_tf")
+    ended, out = finish(start("c.yml", **extra))
+    assert (ended, requeued(tmp_path)) == (code, False), out
+    assert out.count("error: ") == 1 and f"error: {extra['PYTHON']} cannot be run, is older than 3.10, or lacks" in out
+    assert "--export=ALL,PYTHON=/path/to/python" in out and "queue" not in out
+
+
+def test_an_environment_that_sbatch_does_not_pass_on(start, tmp_path):
+    """srun would not pass on either what this script sets."""
+    assert finish(start("c.yml", SLURM_EXPORT_ENV="NONE", SLURM_CPUS_PER_TASK="6"))[0] == 0
+    seen = (tmp_path / "environment").read_text().splitlines()
+    assert {"SLURM_EXPORT_ENV=ALL", "OMP_NUM_THREADS=6", "PYTHONUNBUFFERED=1"} <= set(seen)
+    assert [line for line in seen if line.startswith("HOME=/")] and [line for line in seen if line.startswith("PATH=/")]
+
+
+def test_all_components_of_a_heterogeneous_job_train(start, tmp_path):
+    assert finish(start("c.yml", SLURM_HET_SIZE="3"))[0] == 0
+    assert calls(tmp_path)[0].startswith("srun --kill-on-bad-exit=1 --het-group=0-2 bash -c")
+
+
+def test_a_task_of_an_array_is_put_back_alone(start, tmp_path):
+    """The last task has the array's own number, which stands for all of them."""
+    array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    assert finish(start("c.yml", CODE="1", **array))[0] == REQUEUED
+    assert [call for call in calls(tmp_path) if "scontrol" in call] == ["scontrol show job 7_3", "scontrol requeue 7_3"]
 
 
 def test_failures_in_a_row_end_the_job_and_an_orderly_stop_between_counts_them_anew(start, tmp_path):

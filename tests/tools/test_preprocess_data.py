@@ -236,6 +236,30 @@ def test_a_batch_script_has_no_mistakes_of_the_shell(tmp_path):
     assert (failed.returncode, output) == (2, "") and errors.startswith(f"error: {tmp_path}/no.txt: no such file")
 
 
+def test_a_batch_script_without_the_environment_of_its_user(tmp_path):
+    """As with --export=NONE: neither PATH nor HOME, and no Python that knows the project."""
+    script = ROOT / "launch" / "slurm" / "preprocess.sbatch"
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\nif [ "$1" = -c ]; then exit $LACKS; fi\necho "$HOME" "$(env | grep ^PATH)" "$@"\n')
+    python.chmod(0o755)
+
+    def submitted(**variables):
+        return subprocess.run(["/bin/bash", script, "--input", "x"], env=variables, capture_output=True, text=True)
+
+    for variables in ({}, {"PYTHON": "/no/such/python"}, {"PYTHON": str(python), "LACKS": "1"}):
+        refused = submitted(**variables, HOME="/h", PATH="/nowhere")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        name = variables.get("PYTHON", "python")
+        assert refused.stderr.startswith(f"error: {name} cannot be run, or lacks megatron_tf. Submit"), refused.stderr
+    array = {"ID": "7", "MIN": "3", "COUNT": "4", "STEP": "2"}
+    task = submitted(
+        PYTHON=str(python), LACKS="0", **{f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+    )
+    home, path, *words = task.stdout.split()
+    assert home.startswith("/") and path.startswith("PATH=/"), task.stderr
+    assert " ".join(words) == "-m megatron_tf preprocess --input x --workers 1 --shard-index 2 --num-shards 4"
+
+
 @pytest.mark.timing
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["tokenizers", "sentencepiece", "tiktoken"])
