@@ -133,7 +133,7 @@ def sync_folder(path: Path) -> None:
 def prepare_output(path: Path) -> None:
     """Create the folder that the file `path` will stand in, before work is spent on its content.
 
-    Raises `UserError` when that cannot be, when the folder is not writable, and when `path` itself is a folder.
+    Raises `UserError` when that cannot be, when the folder is not writable, and when `path` itself is there and no file.
     """
     with file_errors(UserError, path.parent, "The output cannot go there: choose another folder."):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,4 +142,8 @@ def prepare_output(path: Path) -> None:
     with file_errors(UserError, path, "Choose another output."):
         if path.is_dir():
             raise UserError(f"{path}: is a folder, the output is a file. Choose another name.")
+        if path.exists() and not path.is_file():
+            raise UserError(
+                f"{path}: is a device or a FIFO, which a file would take the place of. Choose another name."
+            )
         partial_path(path).is_dir()  # a name that is too long with its temporary ending shows itself here

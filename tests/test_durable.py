@@ -91,6 +91,10 @@ def test_outputs_that_cannot_be(tmp_path):
         prepare_output(tmp_path / "folder")
     with pytest.raises(UserError, match="x{255}: File name too long"):
         prepare_output(tmp_path / ("x" * 255))  # with the ending of its temporary name
+    os.mkfifo(tmp_path / "fifo")
+    for name in (tmp_path / "fifo", Path("/dev/null")):
+        with pytest.raises(UserError, match=f"{name}: is a device or a FIFO, which a file would take the place of"):
+            prepare_output(name)
     prepare_output(tmp_path / "new" / "er" / "a.png")
     assert list((tmp_path / "new" / "er").iterdir()) == []
 

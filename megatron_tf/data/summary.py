@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_tf.config.schema import Data, DataSource
 from megatron_tf.durable import read_plain, write_atomically
-from megatron_tf.errors import DataError, file_errors, shown
+from megatron_tf.errors import DataError, broken_link, file_errors, shown
 
 FORMAT_NAME = "megatron_tf corpus"
 FORMAT = f"{FORMAT_NAME} 1"
@@ -120,6 +120,8 @@ def _own_content(path: Path) -> dict[str, Any] | None:
         try:
             raw = read_plain(path, MOST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
+            if broken_link(path):
+                raise
             return None
     try:
         content = json.loads(raw)

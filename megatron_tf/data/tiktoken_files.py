@@ -9,6 +9,7 @@ public encodings, and otherwise read from `NAME.tiktoken.json` beside it:
 from __future__ import annotations
 
 import base64
+import codecs
 import hashlib
 import json
 import os
@@ -195,7 +196,7 @@ def _read_spec(path: Path) -> Spec:
 def _parse_ranks(content: bytes) -> dict[bytes, int]:
     """A line is a token in base64 and its rank."""
     ranks = {}
-    for line in content.splitlines():
+    for line in content.removeprefix(codecs.BOM_UTF8).splitlines():
         if line:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

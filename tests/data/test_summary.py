@@ -94,6 +94,13 @@ def test_a_fifo_is_not_waited_for(path):
         read_summary(path.with_suffix(""))
 
 
+def test_a_link_that_leads_nowhere_is_not_taken_for_no_summary(path):
+    path.unlink()
+    path.symlink_to("gone.json")
+    with pytest.raises(DataError, match=r"x\.json: is a link to gone\.json, and nothing is there"):
+        read_summary(path.with_suffix(""))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_of_somebody_else(path):
     path.chmod(0)

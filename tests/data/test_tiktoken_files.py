@@ -51,6 +51,15 @@ def test_a_file_and_its_spec(path):
         load_tokenizer(path, "</s>")
 
 
+def test_files_as_other_systems_write_them(path):
+    """With byte order marks and carriage returns."""
+    pytest.importorskip("tiktoken")
+    expected = load_tokenizer(path).encode_batch(["abc ab"])
+    for file in (path, path.with_name(path.name + ".json")):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_tokenizer(path).encode_batch(["abc ab"]) == expected
+
+
 def test_the_fingerprint_needs_no_package_and_depends_on_both_files(path, monkeypatch):
     pytest.importorskip("tiktoken")
     loaded = load_tokenizer(path).fingerprint

@@ -15,11 +15,13 @@ from tooling import PROJECT, assert_refused
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
+from megatron_tf.commands.generate_text import read_prompts
 from megatron_tf.config.schema import Model
 from megatron_tf.convert.huggingface.export import ExportedTokenizer, write_export
 from megatron_tf.data.bpe import train_bpe
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.data.tokenizer import load_tokenizer
+from megatron_tf.errors import UserError
 from megatron_tf.inference.load import known_eod, load_model
 from megatron_tf.params import parameter_table
 
@@ -102,6 +104,16 @@ def test_several_prompts_are_written_together(generate_text, tmp_path):
     ]
     assert done.stdout == "".join(f"--- {number} of 3\n{text}" for number, text in enumerate(alone, 1))
     assert generate_text("--prompt", "the cat", "--prompt", "", "--temperature", 0).stdout.count("---") == 2
+
+
+def test_prompts_end_where_editors_end_lines(tmp_path):
+    file = tmp_path / "prompts.txt"
+    for content in ("one\u2028more\n\ntwo\x0cmore", "\ufeffone\u2028more\r\n\r\ntwo\x0cmore\r\n"):
+        file.write_bytes(content.encode())
+        assert read_prompts(file) == ["one\u2028more", "", "two\x0cmore"]
+    file.write_bytes("one".encode("utf-16"))
+    with pytest.raises(UserError, match=r"prompts\.txt: is UTF-16 text\. Save the file as UTF-8"):
+        read_prompts(file)
 
 
 def test_top_p(generate_text):
