@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--split-by",
         choices=("documents", "blocks"),
-        help="hold out whole documents, or blocks of each one (default: blocks where the input is one .txt file)",
+        help="hold out whole documents, or blocks of each one (default: blocks where there is one document)",
     )
     parser.add_argument(
         "--shard-index", type=int, default=0, metavar="I", help="which share of the files this run does (default: 0)"

@@ -48,12 +48,6 @@ def inspect_file(path: Path) -> Content:
         return content
 
 
-def is_one_document(path: Path) -> bool:
-    """Whether a file of a known kind is text, compressed or not, that is one document as a whole. Raises OSError."""
-    kind = inspect_file(path).kind
-    return kind == "text" or (kind == "compressed" and kind_by_name(path.name) == "text")
-
-
 def file_records(path: Path, limits: ReadLimits, on_read: OnRead) -> Iterator[RawRecord]:
     """All records of a file, in order; a record that is bad is one with a `problem`. Raises OSError."""
     with open_plain(path) as file:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_tf.data.encoding import EncodeSettings
-from megatron_tf.data.formats import is_one_document
 from megatron_tf.data.indexed import IndexedDataset, data_file, index_file, publish_pair
 from megatron_tf.data.inputs import expand_inputs
 from megatron_tf.data.lanes import write_parts
@@ -26,6 +25,7 @@ from megatron_tf.data.part_writer import OnError, PartJob
 from megatron_tf.data.parts import Part, key_of, locked, plan_parts
 from megatron_tf.data.progress import Progress
 from megatron_tf.data.record_types import ReadLimits
+from megatron_tf.data.records import is_one_document
 from megatron_tf.data.report import Report, SplitCounts, read_report, write_report
 from megatron_tf.data.summary import CorpusSummary, check_replaceable, read_summary, write_summary
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,9 +46,7 @@ class PreprocessSettings:
     workers: int = 1  # processes that encode; 1 encodes in this one
     on_error: OnError = "stop"  # what a bad record does
     validation_fraction: float = 0.0  # share of documents, by hash of their text, that goes to PREFIX_validation
-    split_by: SplitBy | None = (
-        None  # hold out documents, or blocks of each; None: blocks of a file that is one document
-    )
+    split_by: SplitBy | None = None  # hold out documents, or blocks of each; None: blocks where there is one document
     max_document_bytes: int = ReadLimits().max_document_bytes  # of a record as it stands in its file
     eod_token: str | None = None  # the one that ends a document; None: the tokenizer's of a usual name
     keep_lossy: bool = False  # documents of which the tokenizer loses characters, instead of calling them bad
@@ -156,9 +154,9 @@ def _with_split(settings: PreprocessSettings, files: Sequence[Path], note: Calla
     """The settings with a decision on what is held out."""
     if settings.split_by is not None or not settings.validation_fraction:
         return settings
-    if len(files) > 1 or not is_one_document(files[0]):
+    if not is_one_document(files, _limits(settings)):
         return replace(settings, split_by="documents")
-    note(f"{files[0]}: is one document, of which blocks are held out, {100 * settings.validation_fraction:.3g} % of it")
+    note(f"{files[0]}: holds one document, of which {100 * settings.validation_fraction:.3g} % are held out, in blocks")
     return replace(settings, split_by="blocks")
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_tf.data.formats import file_records
 from megatron_tf.data.record_types import BadRecord, RawRecord, ReadLimits
 from megatron_tf.errors import DataError, file_errors
+
+MOST_LOOKED_AT = 1000  # records, before one good one among bad ones is not called a single document
 
 
 def read_records(
@@ -106,6 +110,18 @@ def _nested_field(value: _Fields, json_key: str) -> str:
 def bad_record_error(file: str, line: int, reason: str) -> DataError:
     """The error of a command that does not go on after a bad record."""
     return DataError(f"{file}:{line}: {reason}. Mend or remove the record.")
+
+
+def is_one_document(paths: Iterable[Path], limits: ReadLimits) -> bool:
+    """Whether the files hold a single document: they are read up to the second one."""
+    documents = 0
+    for record in islice(read_records(paths, limits), MOST_LOOKED_AT):
+        with suppress(BadRecord):
+            parse_record(record, limits.json_key)
+            documents += 1
+        if documents == 2:
+            return False
+    return documents == 1
 
 
 def read_texts(paths: Iterable[Path], json_key: str) -> Iterator[str]:

@@ -145,20 +145,21 @@ def test_nothing_to_write(tokenizer, tmp_path):
 def test_empty_validation_split(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "in" / "a.jsonl", ["only one"])
     with pytest.raises(DataError, match=r"x_validation: got none of the 1 documents"):
-        run(tokenizer, path, tmp_path / "out" / "x", validation_fraction=1e-9)
+        run(tokenizer, path, tmp_path / "out" / "x", validation_fraction=1e-9, split_by="documents")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["my.txt", "my.TXT.gz"])
-def test_a_single_text_is_split_by_blocks(tokenizer, tmp_path, name):
+@pytest.mark.parametrize("name", ["my.txt", "my.TXT.gz", "my.jsonl"])
+def test_a_single_document_is_split_by_blocks(tokenizer, tmp_path, name):
     text = "".join(TEXTS)
-    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    content = json.dumps({"text": text}) if name.endswith("jsonl") else text
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
     stream = io.StringIO()
     settings = PreprocessSettings(
         (str(tmp_path / name),), str(tokenizer), str(tmp_path / "x"), validation_fraction=0.05, workers=2
     )
     summaries = preprocess(settings, Progress(stream))
-    assert f"{name}: is one document, of which blocks are held out, 5 % of it" in stream.getvalue()
+    assert f"{name}: holds one document, of which 5 % are held out, in blocks" in stream.getvalue()
     train, validation = (documents(tmp_path / f"x_{split}", tokenizer) for split in ("train", "validation"))
     assert len("".join(validation)) == pytest.approx(0.05 * len(text), rel=0.3)
     rest = text

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from megatron_tf.data.record_types import BadRecord
-from megatron_tf.data.records import parse_record, read_records, read_texts
+from megatron_tf.data.record_types import BadRecord, ReadLimits
+from megatron_tf.data.records import is_one_document, parse_record, read_records, read_texts
 from megatron_tf.errors import DataError
 
 TEXTS = ["first", "second with ümlaut\u2028and\nlines", "x" * 700_000, "last"]
@@ -87,6 +87,22 @@ def test_unusual_lines(tmp_path, case):
 def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
     assert list(read_texts([tmp_path / name], "text")) == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("content", "single"),
+    [
+        ({"a.txt": "one"}, True),
+        ({"a.txt": "one", "b.txt": "two"}, False),
+        ({"a.txt": "", "b.jsonl": '{"text": ""}\n{"text": "one"}\n{"body": 1}'}, True),
+        ({"a.jsonl": '{"text": "one"}\n{"text": "two"}\n' + "no JSON\n" * 10**6}, False),
+        ({"a.txt": ""}, False),
+    ],
+)
+def test_a_single_document_is_known(tmp_path, content, single):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    assert is_one_document(sorted(tmp_path.iterdir()), ReadLimits()) == single
 
 
 def test_text_file_that_is_not_utf8(tmp_path):
