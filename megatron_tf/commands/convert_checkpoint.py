@@ -183,7 +183,7 @@ def exported_tokenizer(arguments: argparse.Namespace, network: TokenFormer) -> E
         print("tokenizer   none: no config.yml with data.tokenizer is beside the checkpoint. Give one with --tokenizer")
         return None
     tokenizer = open_tokenizer(name, network.config, arguments.eod_token or known_eod(arguments.source, name))
-    if warning := other_tokenizer(arguments.source, name, tokenizer):
+    if warning := other_tokenizer(arguments.source, name):
         print(f"warning     {warning}")
     exported = ExportedTokenizer(tokenizer, Path(name) if name.endswith(".json") else None)
     left_out = (

@@ -92,7 +92,7 @@ def main() -> None:
         )
     model = load_model(arguments.checkpoint)
     tokenizer = open_tokenizer(name, model.config, arguments.eod_token or known_eod(arguments.checkpoint, name))
-    if warning := other_tokenizer(arguments.checkpoint, name, tokenizer):
+    if warning := other_tokenizer(arguments.checkpoint, name):
         print(f"warning: {warning}", file=sys.stderr)
     losses = LossFinder(tokenizer)
     for number, prompt in enumerate(prompts, 1):

@@ -18,12 +18,13 @@ from megatron_tf.data.documents import LossMask
 from megatron_tf.data.indexed import IndexedDataset, data_file, index_file
 from megatron_tf.data.samples import TokenSource, derived_seed
 from megatron_tf.data.summary import read_summary, summary_file
-from megatron_tf.data.tokenizer import tokenizer_fingerprint
+from megatron_tf.data.tokenizer_identity import tokenizer_identity
 from megatron_tf.errors import DataError, file_errors
 
 # Places of a file that `content_digest` reads, from its first byte to its last, and how much of each.
 DIGEST_SAMPLES = 32
 DIGEST_BYTES = 1 << 12
+NOT_COMPARED = " Where you know that both give the same tokens, data.tokenizer=null compares nothing."
 Batch = tuple[torch.Tensor, torch.Tensor]  # input_ids and labels, int64 [b, s] each; a label may be IGNORED
 
 
@@ -96,22 +97,23 @@ def _outside_vocabulary(place: str, token_id: int, vocab_size: int) -> DataError
 def check_tokenizer(sources: Sequence[DataSource], tokenizer_path: str | None) -> None:
     """Raise `DataError` when data were made with another tokenizer than the file, or, without one, than each other.
 
-    Sources without a summary (made by other programs) cannot be checked.
+    A file that was written anew and gives the same tokens is the same tokenizer. Sources without a summary (made by other programs) cannot be checked.
     """
     expected, origin = None, ""
     if tokenizer_path is not None:
-        expected, origin = tokenizer_fingerprint(tokenizer_path), f"data.tokenizer {tokenizer_path}"
+        expected, origin = tokenizer_identity(tokenizer_path), f"data.tokenizer {tokenizer_path}"
     problems = []
     for source in sources:
         summary = read_summary(source.path)
         if summary is None:
             continue
         if expected is None:
-            expected, origin = summary.tokenizer_fingerprint, source.path
-        elif summary.tokenizer_fingerprint != expected:
+            expected, origin = summary.tokenizer, source.path
+        elif not summary.tokenizer.same(expected):
             problems.append(
                 f"{summary_file(source.path)}: the data were made with tokenizer {summary.tokenizer_fingerprint[:12]}, "
-                f"{origin} is {expected[:12]} (SHA-256). Name the tokenizer of the data or prepare the data again."
+                f"{origin} is {expected.file[:12]} (SHA-256). Name the tokenizer of the data or prepare the data again."
+                + (NOT_COMPARED if tokenizer_path is not None else "")
             )
     if problems:
         raise DataError("\n".join(problems))

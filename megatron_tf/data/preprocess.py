@@ -29,6 +29,7 @@ from megatron_tf.data.records import is_one_document
 from megatron_tf.data.report import Report, SplitCounts, read_report, write_report
 from megatron_tf.data.summary import CorpusSummary, check_replaceable, read_summary, write_summary
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tf.data.tokenizer_identity import tokenizer_identity
 from megatron_tf.durable import partial_path, prepare_output
 from megatron_tf.errors import DataError, file_errors
 
@@ -273,6 +274,7 @@ def _summary(plan: Plan, report: Report, ending: str) -> CorpusSummary:
         skipped_records=report.bad,
         empty_documents=report.empty,
         lost_characters=report.loss.characters,
+        tokenizer_content=tokenizer_identity(plan.settings.tokenizer).content,
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_tf.config.schema import Data, DataSource
+from megatron_tf.data.tokenizer_identity import TokenizerIdentity
 from megatron_tf.durable import read_plain, write_atomically
 from megatron_tf.errors import DataError, broken_link, file_errors, shown
 
@@ -16,7 +17,7 @@ FORMAT_NAME = "megatron_tf corpus"
 FORMAT = f"{FORMAT_NAME} 1"
 MOST_BYTES = 1 << 28  # of a summary: millions of input files
 MOST = 2**63 - 1  # of a number in it
-TEXTS = ("tokenizer_fingerprint",)  # fields that are strings; the others but `files` are numbers
+TEXTS = ("tokenizer_fingerprint", "tokenizer_content")  # fields that are strings; the others but `files` are numbers
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class CorpusSummary:
     skipped_records: int  # bad records of all inputs that were left out
     empty_documents: int  # documents of all inputs without text, left out
     lost_characters: int = 0  # of all inputs, which the tokenizer has no token for
+    # of what in the tokenizer's file decides the tokens; earlier versions did not write it
+    tokenizer_content: str = field(default="", compare=False)
+
+    @property
+    def tokenizer(self) -> TokenizerIdentity:
+        return TokenizerIdentity(self.tokenizer_fingerprint, self.tokenizer_content)
 
 
 def summary_file(prefix: str | Path) -> Path:

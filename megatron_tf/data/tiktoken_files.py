@@ -88,6 +88,13 @@ def tiktoken_fingerprint(tokenizer: str) -> str:
     return _fingerprint(*_files(tokenizer))
 
 
+def tiktoken_content(tokenizer: str) -> bytes:
+    """What decides the tokens, however the lines of the rank file end. ValueError when it is no such file."""
+    ranks, spec = _files(tokenizer)
+    tokens = sorted((rank, token.hex()) for token, rank in _parse_ranks(ranks).items())
+    return json.dumps([tokens, asdict(spec)], sort_keys=True).encode()
+
+
 class TiktokenTokenizer:
     """tiktoken as a `Tokenizer`. Special tokens written out in a text are text: only the end of a document is one."""
 

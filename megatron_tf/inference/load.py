@@ -17,7 +17,8 @@ from megatron_tf.convert.huggingface.export import TOKENIZER_NAME
 from megatron_tf.convert.huggingface.importing import is_export, open_export, stored_eod
 from megatron_tf.data.special_tokens import Eod
 from megatron_tf.data.summary import known_end, read_summary, summary_file
-from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tf.data.tokenizer_identity import TokenizerIdentity, tokenizer_identity
 from megatron_tf.durable import open_plain
 from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
 from megatron_tf.model.checks import check_dtype
@@ -56,10 +57,11 @@ def configured_tokenizer(path: Path | str) -> str | None:
 def known_eod(path: Path | str, tokenizer: str) -> int | None:
     """The token that ends a text, as the export `path` or the run that the checkpoint `path` is of says.
 
-    None when they do not, or when `tokenizer` is not the one that is named there.
+    None when they do not, or when `tokenizer` is another than the one that is named there.
     """
     with suppress(ConfigError, DataError):  # what cannot be read says nothing: the tokenizer's own is then taken
-        if configured_tokenizer(path) != tokenizer:
+        configured = configured_tokenizer(path)
+        if configured is None or not tokenizer_identity(configured).same(tokenizer_identity(tokenizer)):
             return None
         if is_export(path):
             return stored_eod(path)
@@ -82,8 +84,8 @@ def open_tokenizer(
     return tokenizer
 
 
-def other_tokenizer(path: Path | str, name: str, tokenizer: Tokenizer) -> str | None:
-    """A warning when `tokenizer`, called `name`, is another than the one that is configured for the model at `path`.
+def other_tokenizer(path: Path | str, name: str) -> str | None:
+    """A warning when the tokenizer `name` is another than the one that is configured for the model at `path`.
 
     UserError when the run's data, as far as they are at hand, were made with another: the ids mean other texts then.
     """
@@ -92,24 +94,25 @@ def other_tokenizer(path: Path | str, name: str, tokenizer: Tokenizer) -> str | 
         data = _data_tokenizer(path)
     with suppress(ConfigError, DataError):
         configured = configured_tokenizer(path)
-        expected = tokenizer_fingerprint(configured) if configured else None
-    if data is not None and data[1] != tokenizer.fingerprint:
+        expected = tokenizer_identity(configured) if configured else None
+    given = tokenizer_identity(name)
+    if data is not None and not data[1].same(given):
         raise UserError(
-            f"{name}: is another tokenizer (SHA-256 {tokenizer.fingerprint[:12]}) than the model's data were made with "
-            f"({data[1][:12]} in {data[0]}): give the right one with --tokenizer."
+            f"{name}: is another tokenizer (SHA-256 {given.file[:12]}) than the model's data were made with "
+            f"({data[1].file[:12]} in {data[0]}): give the right one with --tokenizer."
         )
-    if data is None and expected not in (None, tokenizer.fingerprint):
+    if data is None and expected is not None and not expected.same(given):
         return f"{name} is another tokenizer than {configured}, the model's own"
     return None
 
 
-def _data_tokenizer(path: Path | str) -> tuple[Path, str] | None:
-    """(summary, fingerprint of the tokenizer) of the first of the run's data that have a summary."""
+def _data_tokenizer(path: Path | str) -> tuple[Path, TokenizerIdentity] | None:
+    """(summary, tokenizer) of the first of the run's data that have a summary."""
     config = None if is_export(path) else run_config(path)
     for source in (*config.data.train, *config.data.validation) if config else ():
         summary = read_summary(source.path)
         if summary is not None:
-            return summary_file(source.path), summary.tokenizer_fingerprint
+            return summary_file(source.path), summary.tokenizer
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.data.loader import content_digest
-from megatron_tf.data.tokenizer import tokenizer_fingerprint
+from megatron_tf.data.tokenizer_identity import tokenizer_identity
 from megatron_tf.diagnosis.software import software_facts
 from megatron_tf.errors import UserError, shortened
 
@@ -58,7 +58,7 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _tokenizer(path: str) -> str:
-    return f"SHA-256 {tokenizer_fingerprint(path)[:12]}"
+    return f"SHA-256 {tokenizer_identity(path).content[:12]}"
 
 
 def _read(in_words: Callable[[str], str], path: str) -> str:
