@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import inspect
 import json
@@ -15,7 +14,7 @@ import numpy as np
 from megatron_tf.data.spans import Spans, byte_spans
 from megatron_tf.data.special_tokens import EOD_TOKENS, Eod, check_ids, find_eod
 from megatron_tf.data.tiktoken_files import TiktokenTokenizer, is_tiktoken, tiktoken_fingerprint
-from megatron_tf.data.tokenizer_files import is_library_failure, read_tokenizer_file
+from megatron_tf.data.tokenizer_files import is_library_failure, read_tokenizer_file, without_sampling
 from megatron_tf.errors import DataError
 
 BYTES = "bytes"  # the name of the tokenizer that needs no file
@@ -126,12 +125,12 @@ class HuggingFaceTokenizer:
         content = read_tokenizer_file(path)
         self._path = path
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        content = content.removeprefix(codecs.BOM_UTF8)  # which some editors begin every file with
         try:
             import tokenizers
         except ImportError:
             raise DataError(f"{path}: needs the package tokenizers: pip install 'megatron_tf'") from None
         try:
+            content = without_sampling(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except BaseException as error:
             if not is_library_failure(error):
@@ -139,10 +138,6 @@ class HuggingFaceTokenizer:
             raise DataError(f"{path}: not a Hugging Face tokenizers file ({error}). Give its tokenizer.json.") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        model = self._tokenizer.model
-        for sampling in ("dropout", "alpha", "nbest_size"):  # of BPE, and of Unigram
-            if getattr(model, sampling, None) is not None:
-                setattr(model, sampling, None)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder().items()
         special = {token.content: number for number, token in added if token.special}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 from pathlib import Path
 
 from megatron_tf.durable import read_plain
@@ -9,12 +11,28 @@ from megatron_tf.errors import DataError, file_errors
 
 # Ten times the largest in use.
 LARGEST_FILE = 1 << 28
+# Fields of the model in a `tokenizers` file: of BPE, and of Unigram.
+SAMPLING = ("dropout", "alpha", "nbest_size")
 
 
 def read_tokenizer_file(path: Path) -> bytes:
     """Its content. Raises `DataError` when it is missing, no plain file, or larger than any tokenizer."""
     with file_errors(DataError, path, "The tokenizer cannot be read: correct the path or make the file readable."):
         return read_plain(path, LARGEST_FILE)
+
+
+def without_sampling(content: bytes) -> bytes:
+    """A `tokenizers` file without what would give other tokens each time; the same bytes where there is nothing of it.
+
+    Raises ValueError, TypeError, KeyError or RecursionError when it is no such file.
+    """
+    content = content.removeprefix(codecs.BOM_UTF8)  # which some editors begin every file with
+    described = json.loads(content)
+    sampling = [name for name in SAMPLING if described["model"].get(name) is not None]
+    if not sampling:
+        return content
+    described["model"].update(dict.fromkeys(sampling))
+    return json.dumps(described, ensure_ascii=False).encode("utf-8")
 
 
 def is_library_failure(error: BaseException) -> bool:

@@ -31,6 +31,7 @@ from megatron_tf.convert.huggingface.configuration import (
 )
 from megatron_tf.convert.huggingface.verify import verify_export, verifying_versions
 from megatron_tf.data.tokenizer import Tokenizer
+from megatron_tf.data.tokenizer_files import read_tokenizer_file, without_sampling
 from megatron_tf.durable import atomic_folder, partial_path, prepare_output
 from megatron_tf.errors import CheckpointError, file_errors
 from megatron_tf.estimate import num_parameters
@@ -92,7 +93,7 @@ def _write_configuration(
         text = f"{verified}. With others, compare a cached generation with an uncached one, or export again.\n"
         (folder / name).write_bytes(text.encode() + code.read_bytes())
     if exported and exported.file:
-        shutil.copyfile(exported.file, folder / TOKENIZER_NAME)
+        (folder / TOKENIZER_NAME).write_bytes(without_sampling(read_tokenizer_file(exported.file)))
         end = exported.tokenizer.decode([exported.tokenizer.eod_id])
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -31,6 +31,15 @@ def test_the_folder_holds_what_transformers_wants(folder, network, tokenizer_fil
     }
 
 
+def test_a_tokenizer_with_dropout_goes_out_without(network, tokenizer_file, tmp_path):
+    content = json.loads(tokenizer_file.read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    exported = ExportedTokenizer(load_tokenizer(tmp_path / "t.json"), tmp_path / "t.json")
+    write_export(tmp_path / "out", network, exported)  # which compares the tokens of both
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["dropout"] is None
+
+
 def test_another_kind_of_tokenizer_stays_out(network, tmp_path):
     found = write_export(tmp_path / "out", network, ExportedTokenizer(ByteTokenizer(), None))
     assert set(found) == {"random tokens", "generation"}
