@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.data.losses import Loss, LossFinder
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.evaluation.eval_data import FETCH, TASK_FOLDER
@@ -30,7 +31,7 @@ def local_tasks(folder: Path) -> set[str]:
 def run_tasks(
     ask: Ask, tokenizer: Tokenizer, max_length: int, names: Sequence[str], folder: Path, limit: int | None
 ) -> dict[str, Any]:
-    """The harness's own results, as values for JSON.
+    """The harness's own results, as values for JSON, and `lost`: what the tokenizer loses of the requests, in words.
 
     `ask`: the model.  `max_length`: tokens that it reads at once.  `folder`: of task files, which come before the stock
     tasks of the same name.  `limit`: documents of each task; None: all.
@@ -61,7 +62,7 @@ def run_tasks(
             f"--tasks {','.join(names)}: the data cannot be loaded ({type(error).__name__}: {_first_line(error)}). "
             f"The six tasks of the paper need no network after `{FETCH}`; others are downloaded."
         ) from error
-    return _plain(results, handle_non_serializable)
+    return {**_plain(results, handle_non_serializable), "lost": str(model.lost) if model.lost else None}
 
 
 def _check_known(names: Sequence[str], known: Sequence[str], folder: Path) -> None:
@@ -88,7 +89,11 @@ def live_model(ask: Ask, tokenizer: Tokenizer, max_length: int) -> Any:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+    losses = LossFinder(tokenizer)
+
     class LiveModel(TemplateLM):
+        lost = Loss()
+
         @property
         def eot_token_id(self) -> int:
             return tokenizer.eod_id
@@ -98,7 +103,9 @@ def live_model(ask: Ask, tokenizer: Tokenizer, max_length: int) -> Any:
             return tokenizer.fingerprint
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            return tokenizer.encode_batch([string])[0]
+            ids = tokenizer.encode_arrays([string])[0]
+            self.lost.add(losses.find(string, [ids]))
+            return ids.tolist()
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=True)

@@ -196,6 +196,8 @@ def _run_tasks(
         raise
     scorer.release()
     print(tasks_table(results["results"]))
+    if results["lost"]:
+        print(f"WARNING: {config.data.tokenizer} has no token for {results['lost']} of the requests, which are lost")
     settings = {**settings, "tasks": sorted(request.tasks), "limit": request.limit}
     _write(output, {"megatron_tf": settings, **results}, tasks_identity)
 

@@ -125,6 +125,18 @@ def test_limit(text_checkpoint, text_model, tokenizer_file, eval_folder):
     assert "average" not in tasks_table(found["results"])
 
 
+def test_what_the_tokenizer_loses_of_requests_is_counted(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "cat": 2, "</s>": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    model = live_model(never, load_tokenizer(tmp_path / "words.json"), LENGTH)
+    assert model.tok_encode("the cat") == [1, 2] and not model.lost
+    assert model.tok_encode("the dog and the cat") == [1, 0, 0, 1, 2]
+    assert str(model.lost) == "6 characters ('dog' 1, 'and' 1)"
+
+
 def test_whole_texts(text_checkpoint, text_model, tokenizer_file):
     from lm_eval.api.instance import Instance
 
