@@ -61,6 +61,23 @@ def evaluation_warning(samples: int, available: int) -> str | None:
     )
 
 
+def room_warning(config: RunConfig, steps_left: int, size: int, free_bytes: int) -> str | None:
+    """What to say when the checkpoints of `steps_left` steps, of `size` bytes each, do not fit in `free_bytes`.
+
+    A new one is written before an old one is deleted, so one more than checkpoint.keep_last is there for a while.
+    """
+    interval, keep_last = config.checkpoint.interval_steps, config.checkpoint.keep_last
+    saves = 1 if interval is None else -(-steps_left // interval)
+    count = saves if keep_last is None else min(saves, keep_last + 1)
+    if steps_left <= 0 or count * size <= free_bytes:
+        return None
+    remedy = "set checkpoint.keep_last" if keep_last is None else f"lower checkpoint.keep_last ({keep_last})"
+    return (
+        f"checkpoint: {count:,} {_plural('checkpoint', count)} of {_size(size)} need {_size(count * size)}, and "
+        f"{_size(free_bytes)} are free in {config.run.dir}. Make room, or {remedy}."
+    )
+
+
 def _method(growth: Growth) -> str:
     methods = {kind: growth.method_of(kind) for kind in ParameterTokens.model_fields}
     alike = len(set(methods.values())) == 1

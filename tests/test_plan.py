@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_tf.plan import evaluation_warning
+from pathlib import Path
+
+from megatron_tf.config import load_config
+from megatron_tf.plan import evaluation_warning, room_warning
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.yml"
 
 
 def test_an_evaluation_within_the_validation_data_is_silent():
@@ -15,3 +20,16 @@ def test_an_evaluation_that_goes_round_its_data():
         "and takes as much longer. Set it to at most 40."
     )
     assert "has 1 sample:" in evaluation_warning(2, 1)
+
+
+def test_checkpoints_that_do_not_fit_on_the_disk():
+    every, two = (load_config(TINY, ["checkpoint.interval_steps=10", f"checkpoint.keep_last={n}"]) for n in ("null", 2))
+    mebibyte = 2**20
+    assert room_warning(every, 100, mebibyte, 10 * mebibyte) is None
+    assert room_warning(every, 101, mebibyte, 10 * mebibyte) == (
+        "checkpoint: 11 checkpoints of 1 MiB need 11 MiB, and 10 MiB are free in runs/tiny. Make room, or set "
+        "checkpoint.keep_last."
+    )
+    assert room_warning(two, 10**6, mebibyte, 3 * mebibyte) is None
+    assert "3 checkpoints of 1 MiB need 3 MiB, and 2 MiB" in room_warning(two, 10**6, mebibyte, 2 * mebibyte)
+    assert room_warning(two, 5, mebibyte, mebibyte) is None and room_warning(two, 0, mebibyte, 0) is None

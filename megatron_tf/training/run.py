@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.manager import Ranks
 from megatron_tf.checkpoint.source import CheckpointSource
+from megatron_tf.checkpoint.step_zero import state_bytes
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import DataSource, RunConfig
@@ -29,7 +31,7 @@ from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.parallel.stop_signals import StopSignals
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.plan import describe
+from megatron_tf.plan import describe, room_warning
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import open_trackers
 from megatron_tf.training.agreement import from_rank_zero, gather, together
@@ -108,7 +110,9 @@ def _train(
             left = plan.train_steps - start.progress.step
             passes = passes_over(config, start.progress.samples + left * plan.global_batch_size)
             console.info(f"{'data':<7} {describe_passes(passes)}")
-            for warning in data_warnings(config, passes):
+            free = shutil.disk_usage(checkpoints_folder(config)).free
+            room = room_warning(config, left, state_bytes(config.model), free)
+            for warning in [*data_warnings(config, passes), *([room] if room else [])]:
                 console.warning(warning)
         if is_main and validation is not None:
             for name in _unseen_sources(config, validation, plan):
