@@ -6,9 +6,10 @@ import torch
 
 from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.checkpoint.writer import Piece
+from megatron_tf.engine.base import Age
+from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
 from megatron_tf.params import parameter_table
 from megatron_tf.telemetry.trackers import Trackers
-from megatron_tf.training.optimizer import Segment, SegmentedAdamW
 from megatron_tf.training.saving import Saver
 
 
@@ -31,6 +32,7 @@ class StateOnly:
     def __init__(self, model):
         source = InitialSource(model, 1)
         self.scales = dict(source.scales)
+        self.before_update = None
         self._numel = {name: spec.numel for name, spec in parameter_table(model).items()}
         buffers = {name: source.read(name, "weight", 0, n).requires_grad_() for name, n in self._numel.items()}
         self.optimizer = SegmentedAdamW(buffers.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -40,6 +42,8 @@ class StateOnly:
 
     def update(self):
         """One step of training: every element of every state changes."""
+        if self.before_update:
+            self.before_update()
         for segment in self.optimizer.segments:
             segment.buffer.grad = torch.ones_like(segment.buffer)
         self.optimizer.step()
@@ -50,6 +54,9 @@ class StateOnly:
             for segment in self.optimizer.segments
             for state, tensor in self.optimizer.states(segment).items()
         ]
+
+    def ages(self):
+        return [Age(segment.name, segment.start, segment.stop, int(segment.age)) for segment in self.optimizer.segments]
 
     def adam_steps(self):
         return {name: ((0, numel, self.optimizer.num_updates),) for name, numel in self._numel.items()}

@@ -52,6 +52,7 @@ FLOORS = (
     {"megatron_tf.planning", "megatron_tf.diagnosis"},
     # a model from a checkpoint, sampling, scoring; speeds: beside training, which they do not know
     {"megatron_tf.inference", "megatron_tf.evaluation", "megatron_tf.benchmark"},
+    {"megatron_tf.engine"},
     {"megatron_tf.training"},
     {"megatron_tf.evaluation.run"},  # the composition root of the command evaluate: joins ranks as training does
     {"megatron_tf.commands", "megatron_tf.__main__"},
@@ -61,7 +62,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # package -> where it may be imported
 RESERVED = {
     "datasets": ("megatron_tf.evaluation.lm_harness",),
-    "deepspeed": ("megatron_tf.training.",),
+    "deepspeed": ("megatron_tf.engine.deepspeed.",),
     "lm_eval": ("megatron_tf.evaluation.lm_harness",),
     "matplotlib": ("megatron_tf.telemetry.plot",),
     "pyarrow": ("megatron_tf.data.parquet", "megatron_tf.evaluation.eval_data"),
@@ -224,11 +225,13 @@ def test_every_script_ends_quietly_on_control_c_from_its_first_import_on():
 
 def test_breaches_are_seen():
     """The rules above find what they are there to find, wherever it is written."""
-    lazily = imports_of("def f():\n    from megatron_tf.training import engine\n    import deepspeed.ops as ops")
-    assert lazily == {"megatron_tf.training.engine", "deepspeed.ops"}
-    assert too_high("megatron_tf.checkpoint.source", lazily) == ["megatron_tf.training.engine"]
+    lazily = imports_of(
+        "def f():\n    from megatron_tf.engine.deepspeed import engine\n    import deepspeed.ops as ops"
+    )
+    assert lazily == {"megatron_tf.engine.deepspeed.engine", "deepspeed.ops"}
+    assert too_high("megatron_tf.checkpoint.source", lazily) == ["megatron_tf.engine.deepspeed.engine"]
     assert misplaced("megatron_tf.checkpoint.source", lazily) == ["deepspeed.ops"]
-    assert misplaced("megatron_tf.training.engine", lazily) == []
+    assert misplaced("megatron_tf.engine.deepspeed.engine", lazily) == []
     assert misplaced("megatron_tf.commands.generate_text", imports_of("from transformers import AutoModel")) == [
         "transformers"
     ]
@@ -255,10 +258,10 @@ def test_arithmetic_starts_without_torch():
     assert loaded_by(modules, ("torch", "deepspeed", "numpy")) in ("", "numpy")
 
 
-def test_everything_but_training_starts_without_deepspeed_and_optional_packages():
-    training = ("megatron_tf.training", "megatron_tf.commands.verify_")
-    modules = tuple(name for name in MODULES if name.startswith("megatron_tf.") and not name.startswith(training))
-    for required in ("megatron_tf.model", "megatron_tf.checkpoint", "megatron_tf.config", "megatron_tf.data.loader"):
+def test_everything_but_the_deepspeed_engine_starts_without_deepspeed_and_optional_packages():
+    engine = "megatron_tf.engine.deepspeed."
+    modules = tuple(name for name in MODULES if name.startswith("megatron_tf.") and not name.startswith(engine))
+    for required in ("megatron_tf.model", "megatron_tf.checkpoint", "megatron_tf.training.run"):
         assert required in modules
     assert (
         loaded_by(

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from megatron_tf.architectures.work import Collective, Collectives, Kind
 from megatron_tf.benchmark.counting import Counting
-from megatron_tf.benchmark.device import DTYPES
 from megatron_tf.benchmark.report import Row
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.errors import exit_now
 from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
+from megatron_tf.model.precision import DTYPES
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.parallel.network import stay_on_this_machine

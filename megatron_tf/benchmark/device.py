@@ -13,8 +13,6 @@ from megatron_tf.config.schema import Precision
 from megatron_tf.errors import ConfigError
 from megatron_tf.model import fused_stages
 
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 def check_dtypes(device: torch.device, names: Iterable[str]) -> None:
     """ConfigError for a type in which the device cannot compute in reasonable time."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_tf.benchmark.counting import Counting
-from megatron_tf.benchmark.device import DTYPES
 from megatron_tf.benchmark.report import Row
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.estimate import memory_per_rank
 from megatron_tf.model import build_model
 from megatron_tf.model.layers import Block
+from megatron_tf.model.precision import DTYPES
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.parallel.vocab import cross_entropy
 

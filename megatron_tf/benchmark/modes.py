@@ -12,12 +12,13 @@ import torch
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel
 from megatron_tf.benchmark import communication, memory, pattention, scaling, stages, step
-from megatron_tf.benchmark.device import DTYPES, check_dtypes, machine, quick_dtype
+from megatron_tf.benchmark.device import check_dtypes, machine, quick_dtype
 from megatron_tf.benchmark.report import Row, check_json, table, write_json
 from megatron_tf.config import load_config
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.host_memory import keep_freed_memory, refuse_beyond_free
+from megatron_tf.model.precision import DTYPES
 
 
 def run_benchmark(arguments: argparse.Namespace) -> None:

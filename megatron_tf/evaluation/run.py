@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_tf.checkpoint.architecture import check_evaluable
 from megatron_tf.checkpoint.manager import Ranks, resolve, verify_checkpoint
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.config.schema import DataSource, Precision, RunConfig
+from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.validate import topology_for, validate_layout
 from megatron_tf.data.documents import Boundaries, boundaries, find_boundaries
 from megatron_tf.data.indexed import IndexedDataset
@@ -35,6 +35,7 @@ from megatron_tf.evaluation.text_bytes import count_text_bytes
 from megatron_tf.evaluation.windows import Windows
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.precision import DTYPES
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.early_mistakes import told_to_all
 from megatron_tf.parallel.environment import LaunchEnvironment
@@ -46,8 +47,6 @@ from megatron_tf.training.distributed import NO_FACTS, join_ranks, leave
 from megatron_tf.training.facts import run_facts
 from megatron_tf.training.preflight import precision_problems
 from megatron_tf.training.watchdog import Watchdog, watched
-
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megatron_tf.interrupt import end_quietly
 from megatron_tf.telemetry.console import quiet_libraries
 
 # What ranks need and take seconds to import. What is not installed is passed over.
-IMPORTS = ["torch", "deepspeed", "megatron_tf.training.engine"]
+IMPORTS = ["torch", "deepspeed", "megatron_tf.engine.deepspeed.engine"]
 
 
 def start_ranks(function: Callable[..., None], world_size: int, *arguments: object) -> None:

@@ -29,7 +29,9 @@ def join(
 ) -> torch.device:
     """`join_ranks`, and DeepSpeed's layer on it."""
     device = join_ranks(environment, timeout_seconds, store_file, facts)
-    _attach_deepspeed()
+    from megatron_tf.engine.deepspeed.patches import attach
+
+    attach()
     return device
 
 
@@ -127,12 +129,3 @@ def leave() -> None:
     """Ends torch.distributed, so that no rank is left in a collective."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _attach_deepspeed() -> None:
-    import deepspeed
-
-    # This op would be compiled at every first start on a CPU (a minute, a C++ compiler, and a lock file
-    # that makes all later starts hang when a build is killed). gloo does its work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

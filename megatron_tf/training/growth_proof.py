@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tf.config.schema import Precision
+from megatron_tf.data.loader import Batch
 from megatron_tf.errors import CheckpointError
-from megatron_tf.training.engine import Batch, Engine
+from megatron_tf.model.stage import Stage
+from megatron_tf.parallel.vocab import IGNORED, cross_entropy
 
 # Rounding of one forward pass, relative to the largest logit. The old and the new product sum the same numbers
 # in another order; 8 bits of mantissa through a few layers give bf16 its share.
@@ -25,9 +28,25 @@ class Probe:
     logits: Tensor | None
 
 
-def probe(engine: Engine, batches: list[Batch]) -> Probe:
-    """All ranks must call it, with the same number of batches."""
-    return Probe(engine.evaluate(batches, len(batches)), engine.logits(batches[0]))
+@torch.no_grad()
+def probe(stage: Stage, batches: Sequence[Batch]) -> Probe:
+    """All ranks must call it, with the same number of batches. `stage`: this rank's part of the model."""
+    device = next(stage.parameters()).device
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    first: Tensor | None = None
+    for ids, labels in batches:
+        logits = stage(ids.to(device))
+        if logits is None:
+            continue
+        group = stage.tensor.group
+        assert stage.embedding is not None
+        losses = cross_entropy(logits, labels.to(device).mT, stage.embedding.start, group)
+        if group.rank == 0:
+            totals += torch.stack((losses.sum(dtype=torch.float64), (labels != IGNORED).sum().to(totals)))
+        first = logits.float().cpu() if first is None else first
+    dist.all_reduce(totals)
+    loss, labels_counted = totals.tolist()
+    return Probe(loss / max(1.0, labels_counted), first)
 
 
 def compare(before: Probe, after: Probe, precision: Precision, device: torch.device, preserves: bool) -> str:

@@ -25,6 +25,8 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
 from megatron_tf.data.documents import Boundaries, boundaries
 from megatron_tf.data.samples import derived_seed
+from megatron_tf.engine.optimizer import Segment
+from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.errors import ConfigError, LaunchError, exit_now
 from megatron_tf.model import build_model
 from megatron_tf.model.attention import document_starts
@@ -36,8 +38,6 @@ from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import IGNORED
 from megatron_tf.params import parameter_table
 from megatron_tf.training.distributed import join, leave
-from megatron_tf.training.optimizer import Segment
-from megatron_tf.training.schedule import learning_rate
 
 TIMEOUT_SECONDS = 300.0
 
@@ -252,11 +252,11 @@ def _rank(rank: int, config: RunConfig, chosen: list[Layout], steps: int, world:
 
 
 def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: Path, number: int) -> None:
-    from megatron_tf.training.engine import Engine
+    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
 
     plan = plan_batches(config, topology.world_size)
     group = make_group(topology, "tensor", TIMEOUT_SECONDS)
-    engine = Engine(config, config.model, plan, topology, group, InitialSource(config.model, config.run.seed),
+    engine = DeepSpeedEngine(config, config.model, plan, topology, group, InitialSource(config.model, config.run.seed),
                     document_ends=configured_boundaries(config).ends)  # fmt: skip
     gradients: dict[str, Tensor] = {}
 
@@ -267,7 +267,7 @@ def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: P
     losses, norms = [], []
     reports: list[float] = []
     for step in range(steps):
-        engine.optimizer.observe = keep if step == 0 else None
+        engine.on_gradients = keep if step == 0 else None
         own = batches(config, plan, step, topology.coordinate("data", rank), topology.data)
         result = engine.train_step(step, own)
         losses.append(float(result.loss))

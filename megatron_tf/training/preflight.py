@@ -56,9 +56,9 @@ def precision_problems(config: RunConfig) -> Iterator[str]:
     """Compute types that DeepSpeed refuses on a CPU."""
     if config.training.precision != "fp16" or torch.cuda.is_available():
         return
-    from deepspeed.accelerator import get_accelerator
+    from megatron_tf.engine.deepspeed.patches import has_fp16
 
-    if not get_accelerator().is_fp16_supported():
+    if not has_fp16():
         yield "training.precision: fp16 needs a GPU, and this machine's CPU has no fp16. Set it to bf16 or fp32."
 
 

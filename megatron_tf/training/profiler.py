@@ -10,8 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_tf.config.schema import Profile
+from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.telemetry.console import Console
-from megatron_tf.training.step_clock import StepClock
 
 
 class StepProfiler:

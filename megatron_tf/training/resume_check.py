@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, StateSource
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
+from megatron_tf.engine.base import Age, Engine
 from megatron_tf.errors import ConfigError, exit_now
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.local_ranks import start_ranks
@@ -43,9 +44,6 @@ from megatron_tf.training.layout_check import (
     reference,
 )
 from megatron_tf.training.start import Progress
-
-if TYPE_CHECKING:  # else imported by the ranks: DeepSpeed takes seconds, and talks
-    from megatron_tf.training.engine import Engine
 
 AXIS_SIZES = (1, 2, 4)
 _PAIRS_AT_ONCE = 25  # engines that the same processes build one after the other: DeepSpeed never frees their groups
@@ -154,10 +152,9 @@ def _spawn(config: RunConfig, steps: int, jobs: Sequence[_Job]) -> list[_Outcome
 def _rank(rank: int, config: RunConfig, steps: int, jobs: list[_Job], world: int, folder: str) -> None:
     with joined(rank, world, folder):
         if config.training.precision == "fp16" and not torch.cuda.is_available():
-            # DeepSpeed refuses it on processors without such instructions; torch emulates them well enough for this
-            from deepspeed.accelerator import get_accelerator
+            from megatron_tf.engine.deepspeed.patches import allow_fp16_on_cpu
 
-            get_accelerator().is_fp16_supported = lambda: True
+            allow_fp16_on_cpu()
         outcomes = [_run(setting, config, rank, steps, run_dir, resume_at) for setting, run_dir, resume_at in jobs]
         if rank == 0:
             Path(folder, "outcomes.json").write_text(json.dumps(outcomes))
@@ -165,7 +162,7 @@ def _rank(rank: int, config: RunConfig, steps: int, jobs: list[_Job], world: int
 
 
 def _run(setting: Setting, config: RunConfig, rank: int, steps: int, run_dir: str, resume_at: int | None) -> _Outcome:
-    from megatron_tf.training.engine import Engine
+    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
 
     config = setting.apply(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
@@ -177,7 +174,7 @@ def _run(setting: Setting, config: RunConfig, rank: int, steps: int, run_dir: st
         source = CheckpointSource(reader)
     group = make_group(topology, "tensor", TIMEOUT_SECONDS)
     ends = configured_boundaries(config).ends
-    engine = Engine(config, config.model, plan, topology, group, source, document_ends=ends)
+    engine = DeepSpeedEngine(config, config.model, plan, topology, group, source, document_ends=ends)
     first = 0 if resume_at is None else resume_at
     differing = []
     if reader is not None:
@@ -200,14 +197,14 @@ class _State:
     """What one rank holds of everything that a checkpoint stores exactly. `ages`: (name, start, stop, Adam updates)."""
 
     pieces: list[tuple[str, str, int, int, Tensor]]
-    ages: list[tuple[str, int, int, int]]
+    ages: list[Age]
     loss_scaler: dict[str, Any]
 
 
 def _copy_of(engine: Engine) -> _State:
     return _State(
         [(piece.name, piece.state, piece.start, piece.stop, piece.tensor.cpu().clone()) for piece in engine.pieces()],
-        [(part.name, part.start, part.stop, int(part.age)) for part in engine.optimizer.segments if part.owned],
+        list(engine.ages()),
         engine.loss_scaler(),
     )
 

@@ -15,18 +15,21 @@ import torch.distributed as dist
 
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.manager import Ranks
-from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checkpoint.step_zero import state_bytes
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
 from megatron_tf.data.documents import LossMask, find_boundaries
-from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint, source_names
+from megatron_tf.data.loader import Batch, BatchLoader, build_dataset, check_tokenizer, fingerprint, source_names
 from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over
 from megatron_tf.data.prefetch import Prefetcher
 from megatron_tf.durable import write_atomically
+from megatron_tf.engine.base import Engine
 from megatron_tf.errors import ConfigError, DataError, RunStopped, TrainingError, UserError, system_reason
+from megatron_tf.inference.sharded import load_stage
+from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.precision import DTYPES
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.parallel.stop_signals import StopSignals
@@ -36,7 +39,6 @@ from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import open_trackers
 from megatron_tf.training.agreement import from_rank_zero, gather, together
 from megatron_tf.training.distributed import NO_FACTS, join, leave
-from megatron_tf.training.engine import Batch, Engine
 from megatron_tf.training.facts import run_facts
 from megatron_tf.training.growth_proof import Probe, compare, probe
 from megatron_tf.training.health import HealthProbe
@@ -251,16 +253,29 @@ def _build(
     if start.grown_from is not None:
         watchdog.begin("proving the growth, with the smaller model")
         held = together(lambda: list(held_data.step_batches(0)))
-        smaller = Engine(config, stored_model(start.grown_from.index), plan, topology, tensor,
-                         CheckpointSource(start.grown_from), document_ends=ends)  # fmt: skip
+        smaller = load_stage(
+            start.grown_from,
+            stored_model(start.grown_from.index),
+            topology,
+            dist.get_rank(),
+            TensorParallel(tensor, config.parallel.sequence),
+            DTYPES[config.training.precision],
+            device,
+            ends,
+        )
         before = probe(smaller, held)
-        smaller.close()
+        del smaller
     watchdog.begin("loading the weights")
-    engine = Engine(config, config.model, plan, topology, tensor, start.source, start.first_new(config.model), ends)
+    # imported here, because DeepSpeed takes seconds
+    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
+
+    engine = DeepSpeedEngine(
+        config, config.model, plan, topology, tensor, start.source, start.first_new(config.model), ends
+    )
     engine.load_loss_scaler(dict(start.run_state))
     if before is not None:
         watchdog.begin("proving the growth, with the grown model")
-        after = probe(engine, held)
+        after = probe(engine.stage(), held)
         entry = start.growth_history[-1]
         console.info("growth: " + compare(before, after, config.training.precision, device, entry["preserves"]))
         entry = {**entry, "loss_before": before.loss, "loss_after": after.loss}

@@ -13,11 +13,11 @@ from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.manager import clear_leftovers, prune
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.engine.base import Engine
 from megatron_tf.errors import CheckpointError
 from megatron_tf.params import parameter_table
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers
-from megatron_tf.training.engine import Engine
 from megatron_tf.training.snapshot import StateCopier
 from megatron_tf.training.start import Progress, checkpoints_folder
 
@@ -73,7 +73,7 @@ class Saver:
             self.finish()
             return
         copying = self._copying = self._copier.start(pieces)
-        self._engine.optimizer.before_update = self._await_copy
+        self._engine.before_update = self._await_copy
         self._write = _Write(lambda: self._publish(_when_copied(copying), index))
 
     @property
@@ -115,7 +115,7 @@ class Saver:
         """Waits until the state may change again. Whether the copy failed is for `finish` to say."""
         if self._copying is not None:
             wait([self._copying])
-            self._copying = self._engine.optimizer.before_update = None
+            self._copying = self._engine.before_update = None
 
     def _publish(self, pieces: Iterable[Piece], index: CheckpointIndex) -> Path:
         """Runs in the background: ranks meet through files only, see `checkpoint.writer`."""

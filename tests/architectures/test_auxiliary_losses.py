@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+from tiny import run_config
 from torch import Tensor
 
 from megatron_tf.architectures.tokenformer.architecture import TokenFormerArchitecture
@@ -60,25 +61,11 @@ def registered():
 
 
 def config(architecture: str = "penalty", **training: object) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run": {"dir": "unused", "seed": 7},
-            "model": {
-                "architecture": architecture,
-                "num_layers": 3,
-                "hidden_size": 32,
-                "num_attention_heads": 4,
-                "seq_length": 16,
-                "vocab_size": 99,
-                "parameter_tokens": {"qkv": 13, "proj": 11, "ffn": 37},
-            },
-            "training": {
-                "train_steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", **training
-            },
-            "optimizer": {"lr": 1e-3},
-            "data": {"train": ({"path": "unused"},), "mask_eod_loss": True},
-        }
-    )  # fmt: skip
+    return run_config(
+        model={"architecture": architecture, "num_layers": 3},
+        training=training,
+        data={"train": ({"path": "unused"},), "mask_eod_loss": True},
+    )
 
 
 def test_the_sum_of_loss_and_auxiliary_losses_is_the_objective():

@@ -15,12 +15,12 @@ from megatron_tf.config.load import load_config
 from megatron_tf.config.validate import plan_batches
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.loader import BatchLoader, build_dataset
-from megatron_tf.training.engine import StepResult
+from megatron_tf.engine.base import StepResult
+from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.training.guard import LossGuard
 from megatron_tf.training.loop import Trainer
 from megatron_tf.training.profiler import StepProfiler
 from megatron_tf.training.start import Progress
-from megatron_tf.training.step_clock import StepClock
 
 # (data-parallel ranks, micro batch): what follows is the accumulation, since a step is always 8 samples
 LAYOUTS = ((1, 2), (2, 2), (2, 1), (4, 1), (1, 8), (1, 1), (4, 2), (2, 4))

@@ -30,12 +30,12 @@ def start(rank, world, folder):
 
 
 def engine_for(layout, config, source, model=None):
-    from megatron_tf.training.engine import Engine
+    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
 
     config = layout.apply(config)
     plan = plan_batches(config, layout.topology.world_size)
     group = make_group(layout.topology, "tensor", 120.0)
-    return Engine(config, model or config.model, plan, layout.topology, group, source), config, plan
+    return DeepSpeedEngine(config, model or config.model, plan, layout.topology, group, source), config, plan
 
 
 def train(engine, config, plan, layout, first, last, rank):
@@ -87,12 +87,12 @@ def _grow(rank, small, big, folder):
         engine.close()
         held = list(batches(after.apply(small), plan_batches(after.apply(small), 4), 99, 0, 1))
         engine, *_ = engine_for(after, small, CheckpointSource(reader))
-        first = probe(engine, held)
+        first = probe(engine.stage(), held)
         engine.close()
         growth = Growth.model_validate({"from": "unused"})
         engine, own, plan = engine_for(after, big, grown_source(reader, big.model, growth, big.run.seed))
-        assert abs(probe(engine, held).loss - first.loss) <= 1e-6 * first.loss
-        assert "held batch" in compare(first, probe(engine, held), "fp32", device, preserves=True)
+        assert abs(probe(engine.stage(), held).loss - first.loss) <= 1e-6 * first.loss
+        assert "held batch" in compare(first, probe(engine.stage(), held), "fp32", device, preserves=True)
         assert engine.scales["blocks.0.ffn"] == 37**0.5  # held
         ages = engine.adam_steps()["blocks.0.ffn.key_tokens"]
         assert ages == ((0, 37 * 32, 4), (37 * 32, 75 * 32, 0))
@@ -104,7 +104,7 @@ def _grow(rank, small, big, folder):
         # a model that differs is noticed
         other, *_ = engine_for(after, small, InitialSource(small.model, 99))
         with pytest.raises(Exception, match="changed the function"):
-            compare(first, probe(other, held), "fp32", device, preserves=True)
+            compare(first, probe(other.stage(), held), "fp32", device, preserves=True)
     finally:
         leave()
 

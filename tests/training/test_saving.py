@@ -76,7 +76,7 @@ def test_an_update_waits_for_a_slow_copy_and_the_forward_pass_does_not(config, t
         assert slow_copies() - copied == len(expected)
         engine.update()
         saver.finish()
-        assert engine.optimizer.before_update is None
+        assert engine.before_update is None
         assert_holds(tmp_path, step, expected, updates=2 * step - 2)
 
 
@@ -85,7 +85,7 @@ def test_the_last_save_needs_no_update_after_it(config, tmp_path, slow_copies):
     engine.update()
     saver.save(Progress(1, 8, 128), {})
     saver.finish()
-    assert len(console.lines) == 1 and engine.optimizer.before_update is None
+    assert len(console.lines) == 1 and engine.before_update is None
     assert_holds(tmp_path, 1, state_of(engine), updates=1)
 
 

@@ -54,12 +54,12 @@ def test_the_pause_is_a_small_share_of_a_save(config, tmp_path):
 
 
 def _measure(rank, config, folder):
-    from megatron_tf.training.engine import Engine
+    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
     from megatron_tf.training.saving import Saver
 
     join(LaunchEnvironment("torchrun", 0, 1, 0, 1, "localhost", 0), 120.0, f"{folder}/store")
     plan, topology = plan_batches(config, 1), Topology()
-    engine = Engine(config, config.model, plan, topology, make_group(topology, "tensor", 120.0),
+    engine = DeepSpeedEngine(config, config.model, plan, topology, make_group(topology, "tensor", 120.0),
                     InitialSource(config.model, 1))  # fmt: skip
 
     def saver(asynchronous):
@@ -76,10 +76,10 @@ def _measure(rank, config, folder):
 
     def waited():
         """Runs a step; how long its update waited for the copy, and the step took."""
-        hook, waits = engine.optimizer.before_update, []
-        engine.optimizer.before_update = lambda: waits.append(seconds(hook))
+        hook, waits = engine.before_update, []
+        engine.before_update = lambda: waits.append(seconds(hook))
         taken = seconds(lambda: step(5))
-        assert engine.optimizer.before_update is None
+        assert engine.before_update is None
         return waits[0], taken
 
     both = {kind: saver(kind) for kind in (False, True)}

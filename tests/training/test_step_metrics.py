@@ -9,11 +9,11 @@ from distributed import spawn
 from megatron_tf.config.validate import plan_batches
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.summary import CorpusSummary, bytes_per_token, write_summary
+from megatron_tf.engine.base import StepResult
 from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.telemetry import memory
 from megatron_tf.telemetry.meters import Rates
 from megatron_tf.training import step_metrics
-from megatron_tf.training.engine import StepResult
 from megatron_tf.training.step_metrics import StepMetrics
 
 

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from megatron_tf.config.schema import Model, Optimizer
 from megatron_tf.convert.official import load_official_state_dict
+from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
+from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.model import build_model
 from megatron_tf.params import parameter_table
-from megatron_tf.training.optimizer import Segment, SegmentedAdamW
-from megatron_tf.training.schedule import learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

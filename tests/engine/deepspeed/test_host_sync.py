@@ -43,12 +43,12 @@ def test_a_step(config, tmp_path, precision):
 
 
 def _count(rank, config, folder):
-    from megatron_tf.training.engine import Engine
+    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
 
     join(LaunchEnvironment("torchrun", 0, 1, 0, 1, "localhost", 0), 120.0, f"{folder}/store")
     try:
         plan, topology = plan_batches(config, 1), Topology()
-        engine = Engine(config, config.model, plan, topology, make_group(topology, "tensor", 120.0),
+        engine = DeepSpeedEngine(config, config.model, plan, topology, make_group(topology, "tensor", 120.0),
                         InitialSource(config.model, 1))  # fmt: skip
         engine.train_step(0, batches(config, plan, 0, 0, 1))
         data = list(batches(config, plan, 1, 0, 1))

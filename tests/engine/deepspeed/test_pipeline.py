@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from deepspeed.runtime.pipe.module import PipelineModule
 
-from megatron_tf.training.pipeline import TokenFormerPipeline
+from megatron_tf.engine.deepspeed.pipeline import TokenFormerPipeline
 
 
 def test_tied_weights_are_broadcast_outside_autograd(monkeypatch):

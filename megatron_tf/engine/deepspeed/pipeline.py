@@ -161,6 +161,7 @@ class TokenFormerPipeline(PipelineModule):
             self.config.hidden_size,
             previous,
             following,
+            self.document_ends,
         )
 
     def shards(self) -> list[ShardedParameter]:

@@ -1,4 +1,4 @@
-"""The engine: a model under a layout, run by DeepSpeed, behind a few verbs. Nothing above knows DeepSpeed."""
+"""A model under a layout, run by DeepSpeed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import xxhash
-from deepspeed.runtime.pipe import schedule as instructions
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +25,12 @@ from megatron_tf.config.deepspeed_config import deepspeed_config
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.validate import BatchPlan
 from megatron_tf.data.loader import Batch
+from megatron_tf.engine.base import Age, StepResult
+from megatron_tf.engine.deepspeed.patches import clip_by_true_norm, master_fragment, time_phases, watch_nonfinite
+from megatron_tf.engine.deepspeed.pipeline import ShardedParameter, TokenFormerPipeline
+from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
+from megatron_tf.engine.schedule import learning_rate
+from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import Stage
@@ -33,52 +38,10 @@ from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import IGNORED
 from megatron_tf.params import ParameterSpec, parameter_table
-from megatron_tf.training.nonfinite import watch_nonfinite
-from megatron_tf.training.optimizer import Segment, SegmentedAdamW
-from megatron_tf.training.pipeline import ShardedParameter, TokenFormerPipeline
-from megatron_tf.training.schedule import learning_rate
-from megatron_tf.training.step_clock import StepClock
-
-# What DeepSpeed's pipeline engine does, one instruction after another; ZeRO communicates in the optimizer's step as well.
-PHASE_OF = {
-    instructions.LoadMicroBatch: "data",
-    instructions.ForwardPass: "forward",
-    instructions.BackwardPass: "backward",
-    instructions.OptimizerStep: "optimizer",
-    **dict.fromkeys(
-        (
-            instructions.ReduceGrads,
-            instructions.ReduceTiedGrads,
-            instructions.SendActivation,
-            instructions.RecvActivation,
-            instructions.SendGrad,
-            instructions.RecvGrad,
-        ),
-        "communication",
-    ),
-}
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """`loss`: mean over the global batch, on the device. `grad_norm`: before clipping.
-
-    `skipped`: the gradient was not finite, on any rank, so nothing was updated. `seeks_scale`: that was in fp16 with a loss
-    scale that could still fall, which is how the scale is found. `loss_scale`: for the next step, None but in fp16.
-    `reports`: auxiliary losses and metrics of the model's architecture.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor | float | None
-    lr: float
-    skipped: bool
-    seeks_scale: bool = False
-    loss_scale: float | None = None
-    reports: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Engine:
-    """Trains, evaluates, and gives and takes state as ranges of logical tensors."""
+class DeepSpeedEngine:
+    """`base.Engine` on DeepSpeed: pipeline stages by its PipelineModule, the optimizer's state sharded by its ZeRO."""
 
     def __init__(
         self,
@@ -121,16 +84,13 @@ class Engine:
                 config=deepspeed_config(config, plan),
                 dist_init_required=False,
             )  # fmt: skip
-        self._deepspeed._INSTRUCTION_MAP = {
-            instruction: _timed(work, PHASE_OF[instruction], clock)
-            for instruction, work in self._deepspeed._INSTRUCTION_MAP.items()
-        }
+        time_phases(self._deepspeed, clock)
         self.optimizer: SegmentedAdamW = self._deepspeed.basic_optimizer
         self._stage_0_norm: float | None = None
         if config.zero.stage:
             self._nonfinite = watch_nonfinite(self._wrapper, self._pipeline.shards())
         else:
-            self._deepspeed.clip_fp32_gradients = self._clip_at_stage_0
+            clip_by_true_norm(self._deepspeed, self._clip_at_stage_0)
         if config.training.precision == "fp16":
             # Otherwise DeepSpeed ends the run by an exception of its own. The guard decides, as for other precisions.
             self._wrapper.loss_scaler.raise_error_at_min_scale = False
@@ -226,20 +186,13 @@ class Engine:
         means = [loss / count if count else None for loss, count in zip(losses, counts)]
         return sum(losses) / max(1.0, sum(counts)), means
 
-    @torch.no_grad()
-    def logits(self, batch: Batch) -> Tensor | None:
-        """fp32 CPU logits of one micro batch, [s, b, V/T], on the last stage; None elsewhere. All ranks must call it."""
-        _, logits = self._forward([batch], 1, return_logits=True)
-        return None if logits is None else logits.float().cpu()
-
-    def _forward(self, batches: Iterable[Batch], num_micro_batches: int, return_logits: bool = False) -> Any:
-        """On the last stage what the pipeline's `loss` says of each micro batch; with `return_logits` a pair, the second
-        being the last micro batch's logits. None elsewhere."""
-        self._deepspeed.total_loss = None  # of the last step, which DeepSpeed would go on adding to
+    def _forward(self, batches: Iterable[Batch], num_micro_batches: int) -> Any:
+        """On the last stage the pipeline's `loss` of each micro batch; None elsewhere."""
+        # of the last step, which DeepSpeed would go on adding to
+        self._deepspeed.total_loss = None
         return self._deepspeed.eval_batch(
-            iter(batches), num_micro_batches=num_micro_batches, return_logits=return_logits, reduce_output=None,
-            bcast_loss=False,
-        )  # fmt: skip
+            iter(batches), num_micro_batches=num_micro_batches, reduce_output=None, bcast_loss=False
+        )
 
     def stage(self) -> Stage:
         """The model's layers on this rank, for a look into its forward pass."""
@@ -253,6 +206,30 @@ class Engine:
             if segment.owned
             for state, tensor in self.optimizer.states(segment).items()
         ]
+
+    def ages(self) -> list[Age]:
+        """Updates of the elements that this rank saves."""
+        return [
+            Age(segment.name, segment.start, segment.stop, int(segment.age))
+            for segment in self.optimizer.segments
+            if segment.owned
+        ]
+
+    @property
+    def before_update(self) -> Callable[[], None] | None:
+        return self.optimizer.before_update
+
+    @before_update.setter
+    def before_update(self, call: Callable[[], None] | None) -> None:
+        self.optimizer.before_update = call
+
+    @property
+    def on_gradients(self) -> Callable[[Segment, Tensor], None] | None:
+        return self.optimizer.observe
+
+    @on_gradients.setter
+    def on_gradients(self, call: Callable[[Segment, Tensor], None] | None) -> None:
+        self.optimizer.observe = call
 
     def adam_steps(self) -> dict[str, tuple[tuple[int, int, int], ...]]:
         """Adam update counts of the whole model: name -> ((start, stop, updates), ...)."""
@@ -380,21 +357,14 @@ class Engine:
             owned = shard.owned and self._deepspeed.mpu.get_data_parallel_rank() == 0
             yield shard, shard.parameter, first, first + shard.parameter.numel(), 0, owned
             return
-        mapping = shard.parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is not None:  # None where the partition of this data-parallel rank holds nothing of it
+        found = master_fragment(shard.parameter)
+        # None where the partition of this data-parallel rank holds nothing of it
+        if found is not None:
             (group,) = self.optimizer.param_groups
             (buffer,) = group["params"]
-            local, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+            local, flat = found
             start = first + local.start
             yield shard, buffer, start, start + local.numel, flat.start, shard.owned
-
-
-def _timed(work: Callable[..., None], phase: str, clock: StepClock) -> Callable[..., None]:
-    def timed(engine: Any, **arguments: Any) -> None:
-        with clock.phase(phase):
-            work(engine, **arguments)
-
-    return timed
 
 
 def _digest(tensor: Tensor) -> str:

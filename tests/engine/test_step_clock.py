@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from megatron_tf.training.step_clock import PHASES, StepClock, describe_shares
+from megatron_tf.engine.step_clock import PHASES, StepClock, describe_shares
 
 
 def test_time_belongs_to_the_innermost_phase():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_tf.config.schema import Optimizer
-from megatron_tf.training.schedule import learning_rate
+from megatron_tf.engine.schedule import learning_rate
 
 
 def optimizer(**schedule):

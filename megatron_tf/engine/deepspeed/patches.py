@@ -1,0 +1,129 @@
+"""All that we replace in DeepSpeed 0.19.8, or read of its private parts, and why.
+
+| what | why |
+|---|---|
+| `__compatible_ops__["deepspeed_shm_comm"]` | compiling this op takes a minute at the first start on a CPU, and a killed build leaves a lock that hangs later starts |
+| `PipelineEngine._INSTRUCTION_MAP` | the only place where forward, backward and communication of a step can be told apart |
+| `clip_fp32_gradients` | without ZeRO it forgets the norm that it computed, and updates whatever it was |
+| `clear_hp_grads`, `_update_scale` | the gradients of a skipped step are dropped before anyone can look which were not finite |
+| `_hp_mapping` | where the fp32 master weight and the moments of a parameter lie |
+| `PipelineModule._partition_layers`, `_synchronize_tied_weights` | overridden by `TokenFormerPipeline`, which says why |
+| `is_fp16_supported` of a CPU | only for checks: torch emulates fp16 well enough for them |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe import schedule as instructions
+from torch import Tensor, nn
+
+from megatron_tf.engine.deepspeed.pipeline import ShardedParameter
+from megatron_tf.engine.step_clock import StepClock
+
+# Phase of each instruction of the pipeline engine. ZeRO communicates in the optimizer's step as well.
+PHASE_OF = {
+    instructions.LoadMicroBatch: "data",
+    instructions.ForwardPass: "forward",
+    instructions.BackwardPass: "backward",
+    instructions.OptimizerStep: "optimizer",
+    **dict.fromkeys(
+        (
+            instructions.ReduceGrads,
+            instructions.ReduceTiedGrads,
+            instructions.SendActivation,
+            instructions.RecvActivation,
+            instructions.SendGrad,
+            instructions.RecvGrad,
+        ),
+        "communication",
+    ),
+}
+
+
+def attach() -> None:
+    """Puts DeepSpeed's layer on the ranks that torch.distributed has joined."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def has_fp16() -> bool:
+    """Whether DeepSpeed trains in fp16 on this device."""
+    return get_accelerator().is_fp16_supported()
+
+
+def allow_fp16_on_cpu() -> None:
+    """Lets DeepSpeed train in fp16 on a processor without such instructions, slowly."""
+    get_accelerator().is_fp16_supported = lambda: True
+
+
+def time_phases(engine: Any, clock: StepClock) -> None:
+    """Tells `clock` what each instruction of a step belongs to."""
+    engine._INSTRUCTION_MAP = {
+        instruction: _timed(work, PHASE_OF[instruction], clock) for instruction, work in engine._INSTRUCTION_MAP.items()
+    }
+
+
+def _timed(work: Callable[..., None], phase: str, clock: StepClock) -> Callable[..., None]:
+    def timed(engine: Any, **arguments: Any) -> None:
+        with clock.phase(phase):
+            work(engine, **arguments)
+
+    return timed
+
+
+def clip_by_true_norm(engine: Any, clip: Callable[[], None]) -> None:
+    """Without ZeRO: `clip` is called where DeepSpeed would clip."""
+    engine.clip_fp32_gradients = clip
+
+
+def master_fragment(parameter: nn.Parameter) -> tuple[Any, Any] | None:
+    """(range within the parameter, range within the flat fp32 buffer) of what this data-parallel rank keeps of it under
+    ZeRO, each with `start` and `numel`; None when that is nothing."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    return None if mapping is None else (mapping.lp_fragment_address, mapping.get_hp_fragment_address())
+
+
+def watch_nonfinite(wrapper: Any, shards: Iterable[ShardedParameter]) -> Callable[[], list[str]]:
+    """Makes DeepSpeed's optimizer wrapper remember; returns a function that gives the names of this rank's part.
+
+    DeepSpeed drops the gradients of a skipped step before anyone can look. So this looks in the one thing that it calls
+    between its verdict and that: with bf16 the clearing itself, else the update of the loss scale.
+    """
+    names = {id(shard.parameter): shard.spec.name for shard in shards}
+    found: list[str] = []
+
+    def remember(groups: Iterable[tuple[Iterable[Tensor], Iterable[Tensor]]]) -> None:
+        found[:] = dict.fromkeys(
+            names[id(parameter)]
+            for parameters, gradients in groups
+            for parameter, gradient in zip(parameters, gradients)
+            if not torch.isfinite(gradient).all()
+        )
+
+    if hasattr(wrapper, "bf16_groups"):
+        clear = wrapper.clear_hp_grads
+
+        def look_and_clear() -> None:
+            if wrapper.overflow:
+                remember(zip(wrapper.bf16_groups, wrapper.fp32_groups_gradients))
+            clear()
+
+        wrapper.clear_hp_grads = look_and_clear
+    else:
+        update_scale = wrapper._update_scale
+
+        def look_and_update(has_overflow: bool = False) -> None:
+            if has_overflow:
+                remember(
+                    (parameters, wrapper.averaged_gradients.get(group) or ())
+                    for group, parameters in enumerate(wrapper.params_in_partition)
+                )
+            update_scale(has_overflow)
+
+        wrapper._update_scale = look_and_update
+    return lambda: list(found)

@@ -1,0 +1,9 @@
+"""The compute types by their names in a configuration."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_tf.config.schema import Precision
+
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
