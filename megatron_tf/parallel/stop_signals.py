@@ -1,29 +1,60 @@
-"""Asking a run to stop between two steps: a signal from the scheduler, or a time budget. No torch, no process group.
+"""Asking a run to stop between two steps: a signal from the scheduler, Control-C, or a time budget. No torch, no process group.
 
 Schedulers announce the end of a job by a signal: SLURM by what `--signal` names and by SIGTERM, torchrun by SIGTERM.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+from megatron_tf.interrupt import INTERRUPTED_EXIT_CODE
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-TIME_IS_UP = 1000  # beside the numbers of signals, in `StopSignals.request`
+TIME_IS_UP = 1000  # larger than the numbers of signals, in `StopSignals.request`
+ECHO_SECONDS = 1.0  # torchrun passes Control-C on to its ranks, which have it from the terminal already
+SAVING_TEXT = "\nControl-C: this step is finished and saved, then the run ends. Press it again to end at once.\n"
 
 
 class StopSignals:
-    """Notes that this process was asked to stop. Make it before torch is imported: until then a signal kills."""
+    """Notes that this process was asked to stop. Make it before torch is imported: until then a signal kills.
+
+    Python gives signals to the main thread only. Made in another thread, this notes none, and only the time budget stops
+    the run.
+    """
 
     def __init__(self) -> None:
         self._received = 0
+        self._saves = False
+        self._speaks = False
+        self._interrupted_at: float | None = None
         self._started = time.monotonic()
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in SIGNALS:
             signal.signal(number, self._note)
+        before = signal.getsignal(signal.SIGINT)
+        # A process that ignores Control-C, as one in the background of a script does, goes on ignoring it.
+        if before is signal.default_int_handler or isinstance(getattr(before, "__self__", None), StopSignals):
+            signal.signal(signal.SIGINT, self._interrupt)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+    @contextmanager
+    def saving(self, speaks: bool) -> Iterator[None]:
+        """In the block the first Control-C asks to stop, as other signals do, and the second ends the process at once.
+
+        Before and after it there is nothing to save, and Control-C is a KeyboardInterrupt. `speaks`: this rank says so.
+        """
+        self._saves = True
+        self._speaks = speaks
+        try:
+            yield
+        finally:
+            self._saves = False
 
     def wait(self, seconds: float) -> None:
         """Returns after `seconds`, or as soon as this process was asked to stop."""
@@ -32,13 +63,34 @@ class StopSignals:
             time.sleep(0.05)
 
     def request(self, max_hours: float | None) -> int:
-        """0 to go on; the signal that came, or TIME_IS_UP when this process is older than `max_hours`."""
+        """0 to go on; the signal that came first, or TIME_IS_UP when this process is older than `max_hours`."""
         if self._received:
             return self._received
         is_over = max_hours is not None and time.monotonic() - self._started > max_hours * 3600
         return TIME_IS_UP if is_over else 0
 
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = self._received or number
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._interrupted_at is not None and now - self._interrupted_at < ECHO_SECONDS:
+            return
+        if not self._saves:
+            signal.default_int_handler(number, frame)
+        if self._interrupted_at is not None:
+            os._exit(INTERRUPTED_EXIT_CODE)
+        self._interrupted_at = now
+        self._note(number, frame)
+        if self._speaks:
+            with suppress(OSError):  # not by print: the signal may have come in the middle of one
+                os.write(2, SAVING_TEXT.encode())
+
 
 def describe_request(request: int) -> str:
-    """A request, of any rank, in words."""
-    return "run.max_hours is over" if request == TIME_IS_UP else f"a rank received {signal.Signals(request).name}"
+    """Why a run stops, for a request of any rank."""
+    if request == TIME_IS_UP:
+        return "run.max_hours is over"
+    if request == signal.SIGINT:
+        return "Control-C was pressed"
+    return f"a rank received {signal.Signals(request).name}"

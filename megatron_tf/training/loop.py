@@ -75,7 +75,10 @@ class Trainer:
             self._evaluate()
         self.meter.start()
         self.watchdog.begin(TRAINING)  # without a time limit: the first step may compile, or wait for slow storage
-        with self.console.progress(self.plan.train_steps, self.progress.step, config.run.name) as bar:
+        with (
+            self.stop.saving(speaks=dist.get_rank() == 0),
+            self.console.progress(self.plan.train_steps, self.progress.step, config.run.name) as bar,
+        ):
             while not self._finished():
                 result = self._train_step()
                 self._check(result)
@@ -112,7 +115,7 @@ class Trainer:
         self._finish_saving()
         self.saver.require(self.progress.step)
         raise RunStopped(
-            f"stopped after step {self.progress.step:,} of {self.plan.train_steps:,}, for {describe_request(request)}. "
+            f"stopped after step {self.progress.step:,} of {self.plan.train_steps:,}, because {describe_request(request)}. "
             "That step is saved: start the run again to go on."
         )
 

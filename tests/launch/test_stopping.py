@@ -80,6 +80,29 @@ def test_a_rank_that_hangs_or_dies_is_named_in_bounded_time(folder, victim, numb
         assert "rank 0 lost contact" in out
 
 
+@pytest.mark.parametrize(
+    "launcher", ["python", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchrun", "deepspeed"))]
+)
+def test_control_c_at_a_terminal_saves(folder, launcher):
+    """The terminal sends it to launcher and ranks; the launchers pass it on to ranks, or end them by SIGTERM."""
+    words = {"python": ["python"], "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port())],
+             "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]}  # fmt: skip
+    process = subprocess.Popen(
+        [*words[launcher], TRAIN, str(folder / "config.yml"), *LONG], env=environment(), cwd=PROJECT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while last_step(folder) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert out.count("Control-C: this step is finished and saved, then the run ends.") == 1, out
+    assert "because Control-C was pressed. That step is saved" in out, out
+    assert process.returncode == 75 or launcher != "python"  # the others have exit codes of their own
+    (checkpoint,) = (folder / "run" / "checkpoints").iterdir()
+    assert last_step(folder) == int(checkpoint.name.removeprefix("step_"))
+
+
 @pytest.mark.slow
 def test_a_time_budget_and_going_on_again_and_again(folder):
     """Each start does one step; what comes out is what an undisturbed run gives."""
