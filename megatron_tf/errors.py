@@ -186,19 +186,20 @@ def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str
         raise kind(f"{os.fspath(path)}: {system_reason(error, path)}. {helps}") from error
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None], interrupt_is_exception: bool = True) -> None:
     """Run a command's `main` and turn what the user can mend into one message and an exit code.
 
     `UserError`: `error: <message>` on stderr, exit code 2; the same, as a last resort, for an OSError that names a
-    file or speaks of the disk. Control-C: exit code 130. A reader that closed the pipe (`... | head`): exit code 1,
-    without a word. `RunStopped`: exit code 75. `LostContactError`: one message, exit code 69. Everything else is our
-    bug and keeps its traceback.
+    file or speaks of the disk. Control-C: exit code 130, by a KeyboardInterrupt that lets `main` tidy up if
+    `interrupt_is_exception`. A reader that closed the pipe (`... | head`): exit code 1, without a word. `RunStopped`: exit
+    code 75. `LostContactError`: one message, exit code 69. Everything else is our bug and keeps its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: a character or a file name that the locale's encoding lacks is shown as an escape.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        end_by_exception()
+        if interrupt_is_exception:
+            end_by_exception()
         open_files.raise_limit()
         main()
         sys.stdout.flush()  # a closed pipe and a full disk show themselves here, not in the interpreter's shutdown
@@ -231,7 +232,7 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
     """As `run_command`, for a process of torch.distributed; it ends by `exit_now`."""
     code: object = 0
     try:
-        run_command(main)
+        run_command(main, interrupt_is_exception=False)
     except SystemExit as end:
         code = end.code
     except BaseException:

@@ -55,9 +55,9 @@ def test_processes_that_never_get_it(tmp_path):
     assert (done.returncode, done.stdout) == (0, "[1, 1] set()\n"), done.stderr
 
 
-def handler_after(body: str) -> str:
-    head = "import signal\nfrom megatron_tf.errors import run_command\nfrom megatron_tf.interrupt import end_quietly\n"
-    tail = "\nrun_command(lambda: print(signal.getsignal(signal.SIGINT)))"
+def handler_after(body: str, run: str = "run_command") -> str:
+    head = "import signal\nfrom megatron_tf.errors import run_command, run_rank\nfrom megatron_tf.interrupt import end_quietly\n"
+    tail = f"\n{run}(lambda: print(signal.getsignal(signal.SIGINT)))"
     done = subprocess.run([sys.executable, "-c", head + body + tail], capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -65,6 +65,10 @@ def handler_after(body: str) -> str:
 
 def test_a_command_has_pythons_own_handler():
     assert "default_int_handler" in handler_after("end_quietly()")
+
+
+def test_a_rank_ends_at_once_whatever_library_it_is_in():
+    assert "end_at_once" in handler_after("end_quietly()", run="run_rank")
 
 
 def test_a_handler_of_the_users_and_an_ignored_signal_are_left():

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from megatron_tf.interrupt import INTERRUPTED_EXIT_CODE
+from megatron_tf.interrupt import end_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_IS_UP = 1000  # larger than the numbers of signals, in `StopSignals.request`
@@ -39,15 +39,17 @@ class StopSignals:
         for number in SIGNALS:
             signal.signal(number, self._note)
         before = signal.getsignal(signal.SIGINT)
+        earlier = getattr(before, "__self__", None)
+        self._before = earlier._before if isinstance(earlier, StopSignals) else before
         # A process that ignores Control-C, as one in the background of a script does, goes on ignoring it.
-        if before is signal.default_int_handler or isinstance(getattr(before, "__self__", None), StopSignals):
+        if callable(before):
             signal.signal(signal.SIGINT, self._interrupt)
 
     @contextmanager
     def saving(self, speaks: bool) -> Iterator[None]:
         """In the block the first Control-C asks to stop, as other signals do, and the second ends the process at once.
 
-        Before and after it there is nothing to save, and Control-C is a KeyboardInterrupt. `speaks`: this rank says so.
+        Before and after it there is nothing to save, and Control-C does what it did before. `speaks`: this rank says so.
         """
         self._saves = True
         self._speaks = speaks
@@ -77,9 +79,10 @@ class StopSignals:
         if self._interrupted_at is not None and now - self._interrupted_at < ECHO_SECONDS:
             return
         if not self._saves:
-            signal.default_int_handler(number, frame)
+            assert callable(self._before)
+            self._before(number, frame)
         if self._interrupted_at is not None:
-            os._exit(INTERRUPTED_EXIT_CODE)
+            end_at_once(number, frame)
         self._interrupted_at = now
         self._note(number, frame)
         if self._speaks:

@@ -8,11 +8,12 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from launching import PROJECT, TRAIN, environment, free_port, train
+from launching import PROJECT, TRAIN, environment, free_port, run, train
 
 from megatron_tf.checkpoint import load_logical
 
@@ -114,3 +115,30 @@ def test_a_time_budget_and_going_on_again_and_again(folder):
     assert train(folder, f"run.dir={folder}/whole").returncode == 0
     one, other = load_logical(folder / "run"), load_logical(folder / "whole")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+AGAIN = """
+import sys, threading
+from megatron_tf.commands.train import main
+
+config, *runs = sys.argv[1:]
+
+def train(run):
+    sys.argv = ["train", config, f"run.dir={run}"]
+    main()
+
+for run in runs[:2]:
+    thread = threading.Thread(target=train, args=(run,))
+    thread.start()
+    thread.join()
+train(runs[2])
+"""
+
+
+@pytest.mark.slow
+def test_training_again_and_again_in_one_process_and_in_threads(folder):
+    runs = [folder / "run1", folder / "run2", folder / "run3"]
+    done = run([sys.executable, "-c", AGAIN, folder / "config.yml", *runs])
+    assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout
+    first, *others = map(load_logical, runs)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)

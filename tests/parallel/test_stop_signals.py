@@ -68,7 +68,7 @@ def test_a_launcher_that_passes_it_on_is_no_second_one(start):
 
 
 @pytest.mark.parametrize("body", ["print('starting', flush=True)\nwait(20)", SAVING.replace("20", "0") + "wait(20)"])
-def test_before_and_after_training_it_is_an_exception(start, body):
+def test_before_and_after_training_it_is_what_it_was(start, body):
     process = start(body)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
