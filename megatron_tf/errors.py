@@ -186,20 +186,23 @@ def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str
         raise kind(f"{os.fspath(path)}: {system_reason(error, path)}. {helps}") from error
 
 
-def run_command(main: Callable[[], None], interrupt_is_exception: bool = True) -> None:
+def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and turn what the user can mend into one message and an exit code.
 
     `UserError`: `error: <message>` on stderr, exit code 2; the same, as a last resort, for an OSError that names a
-    file or speaks of the disk. Control-C: exit code 130, by a KeyboardInterrupt that lets `main` tidy up if
-    `interrupt_is_exception`. A reader that closed the pipe (`... | head`): exit code 1, without a word. `RunStopped`: exit
-    code 75. `LostContactError`: one message, exit code 69. Everything else is our bug and keeps its traceback.
+    file or speaks of the disk. Control-C: exit code 130, by a KeyboardInterrupt that lets `main` tidy up. A reader
+    that closed the pipe (`... | head`): exit code 1, without a word. `RunStopped`: exit code 75. `LostContactError`: one
+    message, exit code 69. Everything else is our bug and keeps its traceback.
     """
+    _run(main, end_by_exception)
+
+
+def _run(main: Callable[[], None], prepare: Callable[[], None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: a character or a file name that the locale's encoding lacks is shown as an escape.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if interrupt_is_exception:
-            end_by_exception()
+        prepare()
         open_files.raise_limit()
         main()
         sys.stdout.flush()  # a closed pipe and a full disk show themselves here, not in the interpreter's shutdown
@@ -229,10 +232,10 @@ def run_command(main: Callable[[], None], interrupt_is_exception: bool = True) -
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:
-    """As `run_command`, for a process of torch.distributed; it ends by `exit_now`."""
+    """As `run_command`, for a process of torch.distributed; it ends by `exit_now`, and by Control-C at once."""
     code: object = 0
     try:
-        run_command(main, interrupt_is_exception=False)
+        _run(main, lambda: None)
     except SystemExit as end:
         code = end.code
     except BaseException:

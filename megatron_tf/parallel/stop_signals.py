@@ -9,9 +9,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from megatron_tf.interrupt import end_at_once
 
@@ -30,6 +31,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._received = 0
+        self._before: Callable[[int, FrameType | None], Any] | int | None = None  # what Control-C did before
         self._saves = False
         self._speaks = False
         self._interrupted_at: float | None = None
