@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 from megatron_tf.errors import UserError, run_command, run_rank
 from megatron_tf.interrupt import end_quietly
+from megatron_tf.streams import prepare_streams
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def find(words: Sequence[str]) -> tuple[str, Sequence[str]] | None:
 
 def run(name: str) -> None:
     """Runs a command with the arguments of this process."""
+    prepare_streams()  # before what is imported opens files
     command = COMMANDS[name]
     (run_rank if command.ranks else run_command)(lambda: start(command))
 

@@ -7,7 +7,6 @@ A message names the key or file, both numbers, and the remedy. Our own bugs stay
 from __future__ import annotations
 
 import errno
-import io
 import os
 import reprlib
 import sys
@@ -18,6 +17,7 @@ from typing import NoReturn
 
 from megatron_tf import open_files
 from megatron_tf.interrupt import INTERRUPTED_EXIT_CODE, end_by_exception
+from megatron_tf.streams import discard, flush_or_discard, prepare_streams
 
 # What the operating system says of a disk, never of our code; these come without a file name when a write fails.
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
@@ -198,9 +198,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _run(main: Callable[[], None], prepare: Callable[[], None]) -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # As stderr does: a character or a file name that the locale's encoding lacks is shown as an escape.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    prepare_streams()
     try:
         prepare()
         open_files.raise_limit()
@@ -220,7 +218,7 @@ def _run(main: Callable[[], None], prepare: Callable[[], None]) -> None:
             raise
         sys.exit(INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
-        _discard_output()
+        discard(sys.stdout)
         sys.exit(1)
     except OSError as error:
         too_many = open_files.remedy(error)
@@ -258,10 +256,7 @@ def exit_now(code: int = 0) -> NoReturn:
 
 def _fail(message: str, code: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _discard_output()
+    flush_or_discard(sys.stdout)
     sys.exit(code)
 
 
@@ -269,8 +264,3 @@ def _was_interrupted(error: BaseException) -> bool:
     """Whether Control-C is behind `error`: extension modules, being imported, turn it into an ImportError."""
     causes = [cause for cause in (error.__cause__, error.__context__) if cause is not None]
     return isinstance(error, KeyboardInterrupt) or any(map(_was_interrupted, causes))
-
-
-def _discard_output() -> None:
-    """What is still buffered would raise again when Python closes stdout: give it somewhere to go."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -35,10 +35,10 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         keep_freed_memory()  # as in training
         refuse_beyond_free()
     measured = measure(arguments, device)
+    if arguments.json:  # first: what is measured is not lost when it cannot be printed
+        write_json(arguments.json, arguments.mode, device, measured)
     print(json.dumps(machine(device)))
     print(table(measured), flush=True)
-    if arguments.json:
-        write_json(arguments.json, arguments.mode, device, measured)
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> list[Row]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from megatron_tf.shipped import configurations
 
@@ -19,7 +20,7 @@ def main() -> None:
     show.add_argument("name", choices=shipped, metavar="NAME", help="one of `megatron_tf config list`")
     arguments = parser.parse_args()
     if arguments.mode == "show":
-        print(shipped[arguments.name].read_text(encoding="utf-8"), end="")
+        sys.stdout.buffer.write(shipped[arguments.name].read_bytes())  # a copy, whatever the locale's encoding
         return
     width = max(map(len, shipped))
     for name, path in shipped.items():

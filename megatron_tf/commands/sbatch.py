@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from megatron_tf.shipped import slurm_scripts
 
@@ -11,4 +12,5 @@ def main() -> None:
     shipped = slurm_scripts()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=shipped, help="which script to print")
-    print(shipped[parser.parse_args().name].read_text(encoding="utf-8"), end="")
+    script = shipped[parser.parse_args().name]
+    sys.stdout.buffer.write(script.read_bytes())  # a copy, whatever the locale's encoding

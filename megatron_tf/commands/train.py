@@ -16,6 +16,7 @@ from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped
 from megatron_tf.parallel.early_mistakes import told_to_all
 from megatron_tf.parallel.environment import detect, one_message
 from megatron_tf.parallel.stop_signals import StopSignals
+from megatron_tf.streams import flush_or_discard
 
 
 def main() -> None:
@@ -40,6 +41,9 @@ def main() -> None:
             from megatron_tf.training.run import train
 
             train(stages, environment, stop)
+        flush_or_discard(
+            sys.stdout
+        )  # a run is complete although its last lines could not be printed; train.log has them
     except RunStopped:
         if environment.rank == 0:
             raise

@@ -41,6 +41,7 @@ from megatron_tf.parallel.early_mistakes import told_to_all
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.topology import Topology
+from megatron_tf.streams import report
 from megatron_tf.telemetry.console import Console
 from megatron_tf.training.agreement import gather, together
 from megatron_tf.training.distributed import NO_FACTS, join_ranks, leave
@@ -160,9 +161,9 @@ def _evaluate(
 
         def report_scores() -> None:
             results = [_with_bytes(request, tokenizer, dataset, score) for dataset, score in zip(datasets, scores)]
-            print(perplexity_table(results))
             values = perplexity_values(results, {**settings, "max_tokens": request.max_tokens})
-            _write(Path(f"{output}_perplexity.json"), values, perplexity_identity)
+            path = _write(Path(f"{output}_perplexity.json"), values, perplexity_identity)
+            report(f"{perplexity_table(results)}\nwrote {path}")
 
         together(lambda: report_scores() if rank == 0 else None)
     if request.tasks:
@@ -194,11 +195,14 @@ def _run_tasks(
         scorer.release()  # after any other error the ranks may be in the middle of an answer
         raise
     scorer.release()
-    print(tasks_table(results["results"]))
-    if results["lost"]:
-        print(f"WARNING: {config.data.tokenizer} has no token for {results['lost']} of the requests, which are lost")
     settings = {**settings, "tasks": sorted(request.tasks), "limit": request.limit}
-    _write(output, {"megatron_tf": settings, **results}, tasks_identity)
+    path = _write(output, {"megatron_tf": settings, **results}, tasks_identity)
+    lines = [tasks_table(results["results"])]
+    if results["lost"]:
+        lines.append(
+            f"WARNING: {config.data.tokenizer} has no token for {results['lost']} of the requests, which are lost"
+        )
+    report("\n".join([*lines, f"wrote {path}"]))
 
 
 def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDataset]:
@@ -317,9 +321,10 @@ def _settings(config: RunConfig, model: LoadedModel, request: EvaluationRequest)
     }
 
 
-def _write(first: Path, values: Mapping[str, Any], identity: Callable[[Mapping[str, Any]], Identity]) -> None:
-    """To `first`, or beside it when another evaluation is there."""
+def _write(first: Path, values: Mapping[str, Any], identity: Callable[[Mapping[str, Any]], Identity]) -> Path:
+    """To `first`, or beside it when another evaluation is there; returns where. Before anything is printed, which may
+    fail: hours of evaluation are then not lost."""
     path = result_file(first, values, identity)
     with file_errors(UserError, path, "Free space or choose another --output."):
         write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
-    print(f"wrote {path}")
+    return path

@@ -89,7 +89,9 @@ def _library() -> ctypes.CDLL | None:
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 built = Path(folder) / path.name
                 command = [compiler, *flags, str(SOURCE), "-o", str(built), "-lm"]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+                subprocess.run(
+                    command, check=True, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS
+                )
                 built.replace(path)
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:

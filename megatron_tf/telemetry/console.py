@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol, TextIO, cast
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from megatron_tf.streams import Unfailing, discard
 from megatron_tf.telemetry.line_file import LineFile
 
 MEGABYTE = 10**6
@@ -47,7 +48,8 @@ class Console:
 
     On rank 0 `info` and `warning` go to `output` (default stdout) and are appended to `log_path`. The other ranks keep
     `info` to themselves and send `warning` to `errors` (default stderr), with their rank, because it may be about them
-    alone. A log file or an output on a full disk loses lines and never stops the run.
+    alone. A log file or an output on a full disk, or an output that nobody reads any more, loses lines and never stops
+    the run.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Console:
         self._output = sys.stdout if output is None else output
         self._errors = sys.stderr if errors is None else errors
         self._bar: Progress | None = None
+        self._is_read = True
         self._log = LineFile(log_path, self.warning) if self._is_main and log_path is not None else None
 
     def info(self, text: str) -> None:
@@ -91,7 +94,9 @@ class Console:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-            console=rich.console.Console(file=self._output, force_terminal=True, force_jupyter=False),
+            console=rich.console.Console(
+                file=cast("TextIO", Unfailing(self._output)), force_terminal=True, force_jupyter=False
+            ),
             refresh_per_second=2,
             speed_estimate_period=ETA_WINDOW_SECONDS,
         )
@@ -118,7 +123,10 @@ class Console:
 
     def _write(self, line: str) -> None:
         if self._bar is None:
-            _print_to(self._output, line)
+            is_read = _print_to(self._output, line)
+            if self._is_read and not is_read and self._log is not None:
+                self._log.append(self._stamped("WARNING: nobody reads the output any more; the run goes on"))
+            self._is_read = is_read
         else:
             self._bar.console.print(
                 _encodable(line, self._output), markup=False, highlight=False, emoji=False, soft_wrap=True
@@ -158,14 +166,17 @@ def _is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def _print_to(stream: TextIO, line: str) -> None:
+def _print_to(stream: TextIO, line: str) -> bool:
+    """False when the stream has been given up, because nobody reads it any more (`... | head`)."""
     try:
         stream.write(_encodable(line, stream) + "\n")
         stream.flush()
     except BrokenPipeError:
-        raise  # nobody reads any more
+        discard(stream)
+        return False
     except OSError:
         pass  # redirected to a full disk: what is buffered follows with a later line
+    return True
 
 
 def _encodable(line: str, stream: TextIO) -> str:
