@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import io
 import logging
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from megatron_tf.data.losses import Loss, LossFinder
 from megatron_tf.data.tokenizer import Tokenizer
-from megatron_tf.errors import UserError
+from megatron_tf.errors import UserError, shortened, shown
 from megatron_tf.evaluation.eval_data import FETCH, TASK_FOLDER
-from megatron_tf.evaluation.scoring import Ask
+from megatron_tf.evaluation.scoring import Answer, Ask, Request
+
+REASON_LIMIT = 200  # characters
 
 
 def check_installed() -> None:
@@ -31,38 +36,114 @@ def local_tasks(folder: Path) -> set[str]:
 def run_tasks(
     ask: Ask, tokenizer: Tokenizer, max_length: int, names: Sequence[str], folder: Path, limit: int | None
 ) -> dict[str, Any]:
-    """The harness's own results, as values for JSON, and `lost`: what the tokenizer loses of the requests, in words.
+    """`HarnessTasks.run` of tasks that are made for it, see there."""
+    return HarnessTasks(tokenizer, max_length, names, folder, limit).run(ask)
 
-    `ask`: the model.  `max_length`: tokens that it reads at once.  `folder`: of task files, which come before the stock
-    tasks of the same name.  `limit`: documents of each task; None: all.
-    UserError for an unknown task, one whose data cannot be had, and one that wants text generated.
-    """
-    if not folder.is_dir() and folder != TASK_FOLDER:
-        raise UserError(f"--task-folder {folder}: there is no such folder. `{FETCH}` writes one.")
-    all_local = set(names) <= local_tasks(folder)
-    if all_local:  # these libraries ask the network whether their files are the newest
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+class HarnessTasks:
+    """Tasks with their data, all of which can be scored: they were rehearsed with a model that knows nothing."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, max_length: int, names: Sequence[str], folder: Path, limit: int | None
+    ) -> None:
+        """`max_length`: tokens that the model reads at once.  `folder`: of task files, which come before the stock tasks
+        of the same name.  `limit`: documents of each task; None: all.
+
+        UserError for an unknown task, one whose data cannot be had, and one that cannot be scored: it wants text
+        generated, or pictures, or a package that is missing, or its documents are not as it expects them.
+        """
+        if not folder.is_dir() and folder != TASK_FOLDER:
+            raise UserError(f"--task-folder {folder}: there is no such folder. `{FETCH}` writes one.")
+        all_local = set(names) <= local_tasks(folder)
+        if all_local:  # these libraries ask the network whether their files are the newest
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
+            os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+        import datasets
+        from lm_eval.tasks import TaskManager
+
+        for library in (
+            "lm_eval",
+            "datasets",
+            "huggingface_hub",
+        ):  # the last says each of its retries without a network
+            logging.getLogger(library).setLevel(logging.ERROR)
+        datasets.disable_progress_bars()
+        self._tokenizer, self._max_length, self._names, self._limit = tokenizer, max_length, list(names), limit
+        with _loading_errors(names):
+            include = str(folder) if folder.is_dir() else None
+            # To index the thousands of stock files takes as long as to score a few hundred documents.
+            self._manager: Any = TaskManager(include_path=include, include_defaults=not all_local)
+            _check_known(names, self._manager.all_tasks, folder)
+            self._loaded = self._manager.load(self._names)
+        self._rehearse()
+
+    def run(self, ask: Ask) -> dict[str, Any]:
+        """The harness's own results, as values for JSON. `ask`: the model."""
+        from lm_eval import simple_evaluate
+        from lm_eval.utils import handle_non_serializable
+
+        model = live_model(ask, self._tokenizer, self._max_length)
+        self._manager.load = lambda names: self._loaded
+        results = simple_evaluate(
+            model, tasks=self._names, task_manager=self._manager, limit=self._limit, log_samples=False
+        )
+        return _plain(results, handle_non_serializable)
+
+    def _rehearse(self) -> None:
+        """Do all but ask the model: hours later is too late to find that the last task cannot be scored."""
+        from lm_eval.evaluator import evaluate
+
+        model = live_model(_know_nothing, self._tokenizer, self._max_length)
+        generating, problems = [], []
+        for name, task in self._loaded["tasks"].items():
+            alone = {"tasks": {name: task}, "groups": {}, "group_map": {}}
+            try:
+                # its progress is shown when it counts, and what it warns of are the answers that were made up
+                with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    evaluate(model, alone, limit=self._limit, bootstrap_iters=0, log_samples=False)
+            except _WantsTextError:
+                generating.append(name)
+            except UserError as error:
+                problems.append(f"--tasks: {name} {error}")
+            except Exception as error:
+                kind, reason = type(error).__name__, _first_line(error)
+                problems.append(f"--tasks: {name} cannot be scored ({kind}: {shortened(reason, REASON_LIMIT)}).")
+        if generating:
+            some = "one of them wants" if len(generating) == 1 else f"{len(generating)} of them want"
+            problems.insert(
+                0,
+                f"--tasks: {some} text generated, which is not done on a live model: {', '.join(generating)}. Export the "
+                "model and run `lm_eval --model hf` on it.",
+            )
+        if problems:
+            raise UserError("\n".join(problems))
+
+
+class _WantsTextError(Exception):
+    pass
+
+
+def _know_nothing(requests: Sequence[Request]) -> list[Answer]:
+    return [(-1.0, False)] * len(requests)
+
+
+@contextmanager
+def _loading_errors(names: Sequence[str]) -> Iterator[None]:
     import datasets
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import handle_non_serializable
 
-    for library in ("lm_eval", "datasets", "huggingface_hub"):  # the last says each of its retries without a network
-        logging.getLogger(library).setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    model = live_model(ask, tokenizer, max_length)
     try:
-        # To index the thousands of stock files takes as long as to score a few hundred documents.
-        manager = TaskManager(include_path=str(folder) if folder.is_dir() else None, include_defaults=not all_local)
-        _check_known(names, manager.all_tasks, folder)
-        results = simple_evaluate(model, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
+        yield
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"--tasks {','.join(names)}: the data cannot be loaded ({type(error).__name__}: {_first_line(error)}). "
             f"The six tasks of the paper need no network after `{FETCH}`; others are downloaded."
         ) from error
-    return {**_plain(results, handle_non_serializable), "lost": str(model.lost) if model.lost else None}
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever a task's file or its own code may do
+        reason = f"{type(error).__name__}: {shortened(_first_line(error), REASON_LIMIT)}"
+        raise UserError(f"--tasks {','.join(names)}: one of them cannot be loaded ({reason}).") from error
 
 
 def _check_known(names: Sequence[str], known: Sequence[str], folder: Path) -> None:
@@ -107,11 +188,28 @@ def live_model(ask: Ask, tokenizer: Tokenizer, max_length: int) -> Any:
             self.lost.add(losses.find(string, [ids]))
             return ids.tolist()
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            return super().loglikelihood(requests, disable_tqdm=True)
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Answer]:
+            return ask([self._pair(*request.args) for request in requests])
 
-        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[Answer]:
             return ask([(context, continuation) for _, context, continuation in requests])
+
+        def _pair(self, context: str, continuation: str) -> Request:
+            """Tokens of both, never none: what no token stands for would have a likelihood of 1 for nothing.
+
+            White space at the end of a context belongs to the continuation. Without a context a document begins, and
+            where the continuation is swallowed by the context's last token, each is encoded alone.
+            """
+            asked, answer = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
+            if not answer:
+                asked, answer = self.tok_encode(context), self.tok_encode(continuation)
+            if not answer:
+                raise UserError(
+                    f"cannot be scored: no token stands for the answer {shown(continuation)} after {shown(context[-60:])}."
+                )
+            if not asked and answer[0] == self.prefix_token_id and len(answer) > 1:
+                return answer[:1], answer[1:]  # the document begins with the very token
+            return asked or [self.prefix_token_id], answer
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             """Log-likelihood of whole texts, in windows side by side."""
@@ -128,10 +226,7 @@ def live_model(ask: Ask, tokenizer: Tokenizer, max_length: int) -> Any:
             return [sum(next(answers)[0] for _ in range(size)) for size in sizes]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            raise UserError(
-                "--tasks: one of them wants text generated, which is not done on a live model. Export the model and run "
-                "`lm_eval --model hf` on it."
-            )
+            raise _WantsTextError
 
     return LiveModel()
 

@@ -26,7 +26,7 @@ from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import CheckpointError, ConfigError, DataError, UserError, file_errors
 from megatron_tf.estimate import num_parameters
 from megatron_tf.evaluation.eval_data import TASK_FOLDER
-from megatron_tf.evaluation.lm_harness import check_installed, run_tasks
+from megatron_tf.evaluation.lm_harness import HarnessTasks, check_installed
 from megatron_tf.evaluation.perplexity import Score, num_batches, summed_loss
 from megatron_tf.evaluation.report import DataResult, perplexity_table, perplexity_values, tasks_table
 from megatron_tf.evaluation.result_files import Identity, perplexity_identity, result_file, tasks_identity
@@ -148,6 +148,8 @@ def _evaluate(
     reader = _open_checkpoint(config, request, rank)
     output = Path(request.output or Path(config.run.dir) / "evaluation") / reader.path.name
     together(lambda: prepare_output(output) if rank == 0 else None)
+    watchdog.begin("preparing the tasks")
+    tasks = together(lambda: _open_tasks(config, tokenizer, request) if rank == 0 else None)
     watchdog.begin("loading the weights")
     model = load(config, reader, rank, device, documents)
     watchdog.begin("evaluating")
@@ -167,15 +169,22 @@ def _evaluate(
 
         together(lambda: report_scores() if rank == 0 else None)
     if request.tasks:
-        assert tokenizer is not None
         watchdog.begin("evaluating tasks")
-        together(lambda: _run_tasks(config, model, tokenizer, request, settings, Path(f"{output}_tasks.json")))
+        together(lambda: _run_tasks(config, model, tasks, request, settings, Path(f"{output}_tasks.json")))
+
+
+def _open_tasks(config: RunConfig, tokenizer: Tokenizer | None, request: EvaluationRequest) -> HarnessTasks | None:
+    """Before anything is scored, so that what is wrong with a task is known at once."""
+    if not request.tasks:
+        return None
+    assert tokenizer is not None
+    return HarnessTasks(tokenizer, config.model.seq_length, request.tasks, request.task_folder, request.limit)
 
 
 def _run_tasks(
     config: RunConfig,
     model: LoadedModel,
-    tokenizer: Tokenizer,
+    tasks: HarnessTasks | None,
     request: EvaluationRequest,
     settings: dict[str, Any],
     output: Path,
@@ -185,12 +194,10 @@ def _run_tasks(
         model.stage, max_length=config.model.seq_length, batch_size=config.training.micro_batch_size,
         data_rank=model.data_rank, data_size=model.topology.data, speaks=model.speaks,
     )  # fmt: skip
-    if model.rank > 0:
+    if tasks is None:
         return scorer.follow()
     try:
-        results = run_tasks(
-            scorer, tokenizer, config.model.seq_length, request.tasks, request.task_folder, request.limit
-        )
+        results = tasks.run(scorer)
     except UserError:
         scorer.release()  # after any other error the ranks may be in the middle of an answer
         raise

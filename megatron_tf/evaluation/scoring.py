@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tf.errors import ArgumentError
 from megatron_tf.evaluation.perplexity import token_losses
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.vocab import argmax
@@ -26,7 +27,8 @@ class Scorer:
         self._data_rank, self._data_size, self._speaks = data_rank, data_size, speaks
 
     def __call__(self, requests: Sequence[Request]) -> list[Answer]:
-        """An answer to each request, in their order. For the first rank."""
+        """An answer to each request, in their order. For the first rank. ArgumentError for one of which a part is empty."""
+        _check(requests)
         _broadcast(list(requests))
         return self._answers(requests)
 
@@ -62,8 +64,9 @@ def score_continuations(stage: Stage, requests: Sequence[Request], max_length: i
     """[requests, 2] in fp64: log-likelihood, and 1 where the continuation is greedy; at the last stage, None elsewhere.
 
     Of what is longer than `max_length` + 1 the beginning is left out; of a continuation that is itself longer, the
-    part that was predicted counts.
+    part that was predicted counts. ArgumentError for an empty context or continuation.
     """
+    _check(requests)
     rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in requests]
     longest = max(len(row) for row in rows) - 1
     if stage.tensor.sequence:
@@ -83,6 +86,14 @@ def score_continuations(stage: Stage, requests: Sequence[Request], max_length: i
     likeliest = argmax(logits, stage.embedding.start, stage.tensor.group).mT
     greedy = ((likeliest == labels) | (counts == 0)).all(-1)
     return torch.stack((likelihood, greedy.double()), -1)
+
+
+def _check(requests: Sequence[Request]) -> None:
+    """An empty continuation, or its first token without a context, would be certain for nothing."""
+    for number, (context, continuation) in enumerate(requests):
+        if not context or not continuation:
+            part = "context" if continuation else "continuation"
+            raise ArgumentError(f"requests[{number}]: its {part} is empty. Give at least one token of each.")
 
 
 def _broadcast(value: list[Request] | None) -> list[Request] | None:

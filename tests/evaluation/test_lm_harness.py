@@ -194,6 +194,87 @@ def test_mistakes(tokenizer_file, eval_folder, monkeypatch, tasks, folder, fragm
         assert fragment in str(error.value), error.value
 
 
+class Asked:
+    """A request of the harness."""
+
+    def __init__(self, *args):
+        self.args = args
+
+
+def test_every_answer_has_tokens_and_something_before_them(tokenizer_file):
+    """BPE joins "a" and "b" here; the tokens of a context are then no beginning of the whole's."""
+    end = {"id": 0, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
+           "normalized": False, "special": True}  # fmt: skip
+    joined = {"version": "1.0", "added_tokens": [end], "model": {
+        "type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3, "\n": 4, "x": 5}, "merges": [["a", "b"]],
+    }}  # fmt: skip
+    Path(tokenizer_file).write_text(json.dumps(joined))
+    asked = []
+
+    def ask(requests):
+        asked.extend(requests)
+        return [(-1.0, False)] * len(requests)
+
+    model = live_model(ask, load_tokenizer(tokenizer_file), LENGTH)
+    pairs = {
+        ("\n", "x"): ([0], [4, 5]), ("", "x"): ([0], [5]), ("a", "x"): ([1], [5]), ("a\n", "x"): ([1], [4, 5]),
+        ("a", "b"): ([1], [2]), ("", "<|endoftext|>"): ([0], [0]), ("", "<|endoftext|>x"): ([0], [5]),
+    }  # fmt: skip
+    assert model.loglikelihood([Asked(*pair) for pair in pairs]) == [(-1.0, False)] * len(pairs)
+    assert asked == list(pairs.values())
+    for nothing in ("", "?"):  # of the second the tokenizer knows no character
+        with pytest.raises(
+            UserError, match=rf"no token stands for the answer '\{nothing}'" if nothing else "answer ''"
+        ):
+            model.loglikelihood([Asked("a", nothing)])
+
+
+def write_task(folder, name, rows, **values):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{folder}/{name}.jsonl"}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}",
+        "doc_to_target": "a", "metric_list": [{"metric": "acc"}], "metadata": {"version": 1},
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(json.dumps({**task, **values}))
+
+
+GOOD = {"q": "The sky is", "c": [" blue", " green"], "a": 0}
+CANNOT_BE_SCORED = {
+    "an empty answer": ([GOOD, {**GOOD, "c": ["", " green"]}], {"target_delimiter": ""}, "bad cannot be scored: no token stands for the answer ''"),
+    "a document without a field": ([GOOD, {"q": "The sky is"}], {}, r"bad cannot be scored \(\w+: "),
+    "a metric of which nothing is left": (
+        [GOOD], {"metric_list": [{"metric": "bypass"}]}, r"bad cannot be scored \(ValueError: log_samples must"
+    ),
+    "code that would be run": ([GOOD], {"unsafe_code": True}, r"bad cannot be scored \(ValueError: .*marked as unsafe"),
+    "text": (
+        [GOOD], {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]},
+        "one of them wants text generated.*: bad. Export"
+    ),
+    "no kind of task": ([GOOD], {"output_type": "guess"}, r"one of them cannot be loaded \(ValueError: Got invalid"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CANNOT_BE_SCORED)
+def test_what_cannot_be_scored_is_known_before_the_first_request(tokenizer_file, tmp_path, case):
+    rows, values, message = CANNOT_BE_SCORED[case]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_target": "{{q}}", "doc_to_text": "",
+               "metric_list": [{"metric": "bits_per_byte"}]}  # fmt: skip
+    write_task(folder, "texts", [GOOD], **rolling)
+    write_task(folder, "good", [GOOD])
+    write_task(folder, "bad", rows, **values)
+    with pytest.raises(UserError, match=message):
+        run_tasks(never, load_tokenizer(tokenizer_file), LENGTH, ["texts", "good", "bad"], folder, None)
+
+    def ask(requests):
+        return [(-1.0, False)] * len(requests)
+
+    found = run_tasks(ask, load_tokenizer(tokenizer_file), LENGTH, ["texts", "good"], folder, None)
+    assert set(found["results"]) == {"texts", "good"}
+
+
 def test_harness_not_installed(monkeypatch):
     monkeypatch.setattr(lm_harness.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs lm_eval.*\[eval\]"):

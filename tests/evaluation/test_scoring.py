@@ -8,6 +8,7 @@ from distributed import spawn
 from torch.nn.functional import log_softmax
 
 from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.errors import ArgumentError
 from megatron_tf.evaluation.scoring import Scorer, score_continuations
 from megatron_tf.inference.load import load_model
 from megatron_tf.inference.sharded import load_stage
@@ -53,6 +54,12 @@ def scorer(rank, checkpoint, model, topology, sequence=False):
         stage, max_length=model.seq_length, batch_size=4, data_rank=topology.coordinate("data", rank),
         data_size=topology.data, speaks=stage.following is None and tensor.group.rank == 0,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("request_", "part"), [(([], [5]), "context"), (([5], []), "continuation")])
+def test_nothing_is_certain_for_nothing(checkpoint, model, request_, part):
+    with pytest.raises(ArgumentError, match=rf"requests\[1\]: its {part} is empty"):
+        scorer(0, checkpoint, model, Topology())([([1], [2]), request_])
 
 
 def agree(found, expected):

@@ -139,7 +139,10 @@ def with_tasks(folder):
     rows = [json.dumps({"question": f"What colour has thing {n}?", "gold": n % 2}) for n in range(9)]
     (folder / "colours.jsonl").write_text("\n".join(rows))
     (folder / "tasks").mkdir()
-    (folder / "tasks" / "colours.yaml").write_text(TASK.format(data=folder / "colours.jsonl"))
+    task = TASK.format(data=folder / "colours.jsonl")
+    (folder / "tasks" / "colours.yaml").write_text(task)
+    writing = task.replace("task: colours", "task: writing").replace("multiple_choice", "generate_until")
+    (folder / "tasks" / "writing.yaml").write_text(writing.replace("acc", "exact_match"))
     return folder, [*overrides, "--task-folder", folder / "tasks"]
 
 
@@ -160,6 +163,10 @@ TASK_MISTAKES = {
     "unknown": (["--tasks", "coluors"], ["unknown: coluors (did you mean colours"]),
     "no tokenizer": (["--tasks", "colours", "data.tokenizer=null"], ["data.tokenizer: is not given"]),
     "none": (["--tasks", ","], ["',' names no task"]),
+    "text": (
+        ["--tasks", "colours,writing", "--data", "{folder}/tokens"],
+        ["one of them wants text generated", "writing"],
+    ),
 }
 
 
@@ -168,7 +175,8 @@ TASK_MISTAKES = {
 def test_mistakes_about_tasks_end_every_rank(with_tasks, name):
     folder, arguments = with_tasks
     own, fragments = TASK_MISTAKES[name]
+    own = [str(argument).format(folder=folder) for argument in own]
     done = evaluate(folder, *arguments, *own, ranks=2, HF_HOME=str(folder / "hf"))
-    assert done.returncode != 0
+    assert done.returncode != 0 and "bits/byte" not in done.stdout  # nothing is scored before
     for fragment in fragments:
         assert fragment in done.stdout, done.stdout
