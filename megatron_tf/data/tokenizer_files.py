@@ -35,6 +35,19 @@ def without_sampling(content: bytes) -> bytes:
     return json.dumps(described, ensure_ascii=False).encode("utf-8")
 
 
+def as_in_preparation(content: bytes) -> bytes:
+    """A `tokenizers` file that gives, whoever reads it, the tokens that data are prepared with: a text's own.
+
+    Tokens that a post-processor puts around each text are in no data, and a model has never seen them.
+    """
+    content = without_sampling(content)
+    described = json.loads(content)
+    added = [name for name in ("post_processor", "truncation", "padding") if described.get(name) is not None]
+    if not added:
+        return content
+    return json.dumps({**described, **dict.fromkeys(added)}, ensure_ascii=False, indent=2).encode("utf-8")
+
+
 def is_library_failure(error: BaseException) -> bool:
     """Whether a library gave up. A panic in one that is written in Rust is no `Exception`, but must not end the work."""
     return (isinstance(error, Exception) and not isinstance(error, MemoryError)) or (

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from megatron_tf.data.tiktoken_files import is_tiktoken, tiktoken_content
 from megatron_tf.data.tokenizer import BYTES, tokenizer_fingerprint
-from megatron_tf.data.tokenizer_files import read_tokenizer_file
+from megatron_tf.data.tokenizer_files import SAMPLING, read_tokenizer_file
 
 # Of a `tokenizers` file: the rest is about several texts at once, text again, and tokens that preparation leaves out.
 _DECIDING = ("added_tokens", "normalizer", "pre_tokenizer", "model")
@@ -27,8 +27,6 @@ _MODEL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "Unigram": {"unk_id": None, "byte_fallback": False},
 }  # fmt: skip
-# Switched off in preparation.
-_SAMPLING = ("dropout", "alpha", "nbest_size")
 
 
 class TokenizerIdentity(NamedTuple):
@@ -74,7 +72,7 @@ def _plain_model(model: Mapping[str, Any]) -> dict[str, Any]:
         plain["merges"] = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
         for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
             plain[affix] = plain[affix] or None
-    return {name: value for name, value in plain.items() if name not in _SAMPLING}
+    return {name: value for name, value in plain.items() if name not in SAMPLING}
 
 
 def _plain_step(step: Any) -> Any:

@@ -6,7 +6,7 @@
 | config.json | the architecture, τ of every projection, and the versions that the export was verified with |
 | generation_config.json | the token that ends a text, when the tokenizer is known |
 | configuration_tokenformer.py, modeling_tokenformer.py | the model for transformers; needs torch and transformers alone |
-| tokenizer.json, tokenizer_config.json | the tokenizer, when it is a Hugging Face tokenizers file |
+| tokenizer.json, tokenizer_config.json | the tokenizer as in preparation, when it is a Hugging Face tokenizers file |
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_tf.convert.huggingface.configuration import (
 )
 from megatron_tf.convert.huggingface.verify import verify_export, verifying_versions
 from megatron_tf.data.tokenizer import Tokenizer
-from megatron_tf.data.tokenizer_files import read_tokenizer_file, without_sampling
+from megatron_tf.data.tokenizer_files import as_in_preparation, read_tokenizer_file
 from megatron_tf.durable import atomic_folder, partial_path, prepare_output
 from megatron_tf.errors import CheckpointError, file_errors
 from megatron_tf.estimate import num_parameters
@@ -93,7 +93,7 @@ def _write_configuration(
         text = f"{verified}. With others, compare a cached generation with an uncached one, or export again.\n"
         (folder / name).write_bytes(text.encode() + code.read_bytes())
     if exported and exported.file:
-        (folder / TOKENIZER_NAME).write_bytes(without_sampling(read_tokenizer_file(exported.file)))
+        (folder / TOKENIZER_NAME).write_bytes(as_in_preparation(read_tokenizer_file(exported.file)))
         end = exported.tokenizer.decode([exported.tokenizer.eod_id])
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",

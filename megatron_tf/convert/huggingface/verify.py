@@ -19,6 +19,17 @@ from megatron_tf.model.tokenformer import TokenFormer
 REQUIRED_VERSIONS = ((5, 16), (5, 25))  # from the first on, below the second
 _LONGEST_SAMPLE = 256  # tokens: a logit depends on all tokens before it, and seconds are enough
 _LONGEST_PROMPT, _CONTINUATION = 8, 4  # tokens: a cache that is not read shows at the second new one
+# White space, other scripts, and characters that are several bytes or none of the vocabulary's.
+_ODD_TEXTS = (
+    "",
+    " ",
+    "  two  spaces ",
+    "tab\tand\r\nline\n\n",
+    "Ångström, naïve",
+    "你好，世界",
+    "\U0001f642\u200d\ufeff",
+    "x" * 300,
+)
 # How `generate` may be asked to remember what it has read.
 _CACHES: dict[str, dict[str, Any]] = {
     "without a cache": {"use_cache": False},
@@ -142,14 +153,21 @@ def _text_tokens(folder: Path, tokenizer: Tokenizer) -> Tensor:
     """[1, s], after the exported tokenizer has given the same tokens as ours."""
     import transformers
 
-    exported = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     texts = list(_english())
     expected = tokenizer.encode_batch(texts)
-    found = exported(texts, add_special_tokens=False)["input_ids"]
-    if found != expected:
+    with _transformers_errors("text"):
+        exported = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+        # As a user calls it: what it puts around a text by itself must be there
+        found = exported([*texts, *_ODD_TEXTS])["input_ids"]
+    if found[: len(texts)] != expected:
         raise CheckpointError(
             "transformers' tokenizer gives other tokens for English text than the one in training did"
         )
+    for text, ids, own in zip(_ODD_TEXTS, found[len(texts) :], tokenizer.encode_batch(list(_ODD_TEXTS))):
+        if ids != own:
+            raise CheckpointError(
+                f"transformers' tokenizer gives the tokens {ids} for {text!r}, the one in training gave {own}"
+            )
     return torch.tensor([[token for tokens in expected for token in tokens]])
 
 

@@ -10,6 +10,7 @@ from megatron_tf.convert.huggingface import configuration, export, verify
 from megatron_tf.convert.huggingface.export import ExportedTokenizer, check_target, write_export
 from megatron_tf.data.bpe import train_bpe
 from megatron_tf.data.tokenizer import ByteTokenizer, load_tokenizer
+from megatron_tf.data.tokenizer_identity import tokenizer_identity
 from megatron_tf.errors import CheckpointError, UserError
 from megatron_tf.params import parameter_table
 
@@ -102,6 +103,27 @@ def test_a_tokenizer_that_is_not_the_one_of_the_training_is_refused(network, tok
     with pytest.raises(CheckpointError, match="other tokens for English text"):
         write_export(tmp_path / "out", network, exported)
     assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+
+
+def test_a_text_gets_no_token_that_training_never_saw(network, tokenizer_file, tmp_path):
+    """Llama, Mistral and BERT put <s> and </s> around each text; padding and truncation may be left from use."""
+    from tokenizers import Tokenizer, processors
+    from transformers import AutoTokenizer
+
+    used = Tokenizer.from_file(str(tokenizer_file))
+    end = used.decode([0], skip_special_tokens=False)
+    used.post_processor = processors.TemplateProcessing(single=f"{end} $A {end}", special_tokens=[(end, 0)])
+    used.enable_padding(length=30)
+    used.enable_truncation(4)
+    used.save(str(tmp_path / "used.json"))
+    write_export(
+        tmp_path / "out", network, ExportedTokenizer(load_tokenizer(tmp_path / "used.json"), tmp_path / "used.json")
+    )
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    text = "the cat sat on the mat, and the class"
+    expected = load_tokenizer(tokenizer_file).encode_batch([text])[0]
+    assert exported(text)["input_ids"] == exported.encode(text) == expected
+    assert tokenizer_identity(tmp_path / "out" / "tokenizer.json").same(tokenizer_identity(tokenizer_file))
 
 
 def test_nothing_is_overwritten(tmp_path):
