@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= -q
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 CONSTRAINTS := $(VENV)/constraints.txt
 STAMP := $(VENV)/.set-up
 CORES := $(shell getconf _NPROCESSORS_ONLN)

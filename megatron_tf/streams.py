@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 
@@ -35,6 +36,18 @@ def discard(stream: TextIO) -> None:
     """Give what is buffered, and what follows, somewhere to go. Else it raises again when Python closes the stream."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def without_terminal() -> Iterator[None]:
+    """Around libraries that ask questions when stdin is a terminal: nothing here ever waits for an answer."""
+    before = sys.stdin
+    with open(os.devnull, encoding="utf-8") as empty:
+        sys.stdin = empty
+        try:
+            yield
+        finally:
+            sys.stdin = before
 
 
 def report(text: str) -> None:

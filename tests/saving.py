@@ -68,9 +68,9 @@ class StateOnly:
         return {}
 
 
-def saver_of(config, folder, model=None, known_good=(), **checkpoint):
+def saver_of(config, folder, model=None, known_good=(), ids=None, **checkpoint):
     torch.manual_seed(0)
     run_config = config(run={"dir": str(folder)}, checkpoint=checkpoint, model=model or {})
     engine, console = StateOnly(run_config.model), Recorder()
-    trackers = Trackers([], console.warning)
+    trackers = Trackers([], console.warning, ids)
     return Saver(run_config, engine, 0, 1, "token", {}, (), trackers, console, known_good), engine, console

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_tf.checkpoint.strict_json import LARGEST_NUMBER, MOST
 from megatron_tf.config.schema import Count as TokenCount
-from megatron_tf.config.schema import Fraction, Path, Positive
+from megatron_tf.config.schema import ExpandedPath, Fraction, Positive
 from megatron_tf.errors import shown
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -30,7 +30,7 @@ class GrowthEntry(_Record):
 
     method: Text | dict[Text, Text]
     moments: Literal["keep", "reset"]
-    source: Path
+    source: ExpandedPath
     step: Count
     samples: Count
     tokens: Count
@@ -77,11 +77,20 @@ class _LossWindow(_Record):
     count: Count = 0
 
 
+class _Folder(_Record):
+    """See `training.run_folder`."""
+
+    path: ExpandedPath
+    device: Count
+    inode: Count
+
+
 class _RunState(_Record):
     """What a run resumes with besides its tensors. The loss scaler's fields are under DeepSpeed's names."""
 
     guard: _Guard = _Guard()
     loss_window: _LossWindow = _LossWindow()
+    folder: _Folder | None = None
     schedule_unit: Annotated[int, Field(ge=1, le=MOST)] = 1
     cur_scale: Positive = 1.0
     cur_iter: Count = 0

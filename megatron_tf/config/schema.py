@@ -40,7 +40,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 def _path(text: str) -> str:
     if not text or "\0" in text:
         raise ValueError("must be a path: not empty, without NUL characters")
-    return expand(text)
+    return text
 
 
 def _registered_architecture(name: str) -> str:
@@ -51,7 +51,8 @@ def _registered_architecture(name: str) -> str:
 
 # `~` and environment variables are replaced when a value is read. What is written, such as a run's config.yml, therefore
 # names the very files that the run used, whatever the variables are when it is read again.
-Path = Annotated[str, AfterValidator(_path), PlainSerializer(literal)]
+Path = Annotated[str, AfterValidator(_path), AfterValidator(expand), PlainSerializer(literal)]
+ExpandedPath = Annotated[str, AfterValidator(_path)]  # what a path was, in a record of the past
 
 Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Precision = Literal["bf16", "fp16", "fp32"]

@@ -18,6 +18,7 @@ from megatron_tf.data.indexed import HEADER, data_file, index_file, pack_header,
 from megatron_tf.data.loader import build_dataset
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.errors import DataError, file_errors
+from megatron_tf.paths import literal
 
 VOCAB_SIZE = 50_304
 OPENINGS = 5  # of which the quickest counts: the others were disturbed
@@ -81,7 +82,7 @@ def _measure(prefix: str, seq_length: int) -> OpeningCost:
     before, open_seconds = _memory_bytes(), []
     for _ in range(OPENINGS):
         started = time.perf_counter()
-        dataset = build_dataset([DataSource(path=prefix)], seq_length, seed=1, vocab_size=VOCAB_SIZE)
+        dataset = build_dataset([DataSource(path=literal(str(prefix)))], seq_length, seed=1, vocab_size=VOCAB_SIZE)
         open_seconds.append(time.perf_counter() - started)
     open_bytes = _memory_bytes() - before
     source = dataset.sources[0]

@@ -18,6 +18,7 @@ from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import UserError, shortened, shown
 from megatron_tf.evaluation.eval_data import FETCH, TASK_FOLDER
 from megatron_tf.evaluation.scoring import Answer, Ask, Request
+from megatron_tf.streams import without_terminal
 
 REASON_LIMIT = 200  # characters
 
@@ -133,7 +134,8 @@ def _loading_errors(names: Sequence[str]) -> Iterator[None]:
     import datasets
 
     try:
-        yield
+        with without_terminal():  # at one, datasets with code of their own ask whether to run it
+            yield
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"--tasks {','.join(names)}: the data cannot be loaded ({type(error).__name__}: {_first_line(error)}). "

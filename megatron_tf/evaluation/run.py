@@ -41,6 +41,7 @@ from megatron_tf.parallel.early_mistakes import told_to_all
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.topology import Topology
+from megatron_tf.paths import literal
 from megatron_tf.streams import report
 from megatron_tf.telemetry.console import Console
 from megatron_tf.training.agreement import gather, together
@@ -213,7 +214,7 @@ def _run_tasks(
 
 
 def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDataset]:
-    check_tokenizer([DataSource(path=prefix) for prefix in prefixes], config.data.tokenizer)
+    check_tokenizer([DataSource(path=literal(prefix)) for prefix in prefixes], config.data.tokenizer)
     datasets = [open_tokens(prefix, config.model.vocab_size) for prefix in prefixes]
     for dataset in datasets:
         if dataset.num_tokens < 2:
@@ -252,7 +253,7 @@ def _open_checkpoint(config: RunConfig, request: EvaluationRequest, rank: int) -
 def _boundaries(config: RunConfig, prefixes: Sequence[str], tokenizer: Tokenizer | None) -> Boundaries:
     """Where documents end, as the run had it in training; tasks alone take it from the tokenizer."""
     if prefixes:
-        sources = tuple(DataSource(path=prefix) for prefix in prefixes)
+        sources = tuple(DataSource(path=literal(prefix)) for prefix in prefixes)
         return find_boundaries(config.data.model_copy(update={"train": sources, "validation": ()}))
     assert tokenizer is not None
     return boundaries(config.data, tokenizer.eod_id)

@@ -30,6 +30,7 @@ from megatron_tf.inference.load import run_config
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.params import parameter_table, projections
+from megatron_tf.paths import literal
 
 DEFAULT_SAMPLES = 64
 _SEED = 0  # of the order that samples are taken in: which they are depends on the data and on seq_length alone
@@ -72,7 +73,7 @@ def check_run_tokenizer(checkpoint: Path, prefix: str) -> bool:
         return False
     data = config.data
     tokenizer = data.tokenizer if data.tokenizer is not None and Path(data.tokenizer).is_file() else None
-    check_tokenizer([*data.train, DataSource(path=prefix)], tokenizer)
+    check_tokenizer([*data.train, DataSource(path=literal(prefix))], tokenizer)
     return True
 
 
@@ -85,7 +86,7 @@ class DataSample:
     """
 
     def __init__(self, prefix: str, model: Model, samples: int | None):
-        dataset = build_dataset([DataSource(path=prefix)], model.seq_length, _SEED, model.vocab_size)
+        dataset = build_dataset([DataSource(path=literal(prefix))], model.seq_length, _SEED, model.vocab_size)
         available = dataset.sources[0].samples_per_epoch
         if available < 2:
             raise DataError(

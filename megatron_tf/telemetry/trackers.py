@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.durable import atomic_path, open_plain
 from megatron_tf.errors import UserError, file_errors
+from megatron_tf.streams import without_terminal
 from megatron_tf.telemetry.line_file import LineFile
 
 Value = float | int | str | None
@@ -48,14 +49,21 @@ class JsonlTracker:
 
 
 class WandbTracker:
-    """A wandb run, drawn over tokens. With `run_id` that run goes on. UserError when wandb is not installed."""
+    """A wandb run, drawn over tokens. With `run_id` that run goes on, unless WANDB_RUN_ID names another one.
+
+    UserError when wandb is not installed.
+    """
 
     def __init__(self, config: Mapping[str, Any], project: str, name: str, dir: Path, run_id: str | None):
         try:
             import wandb
         except ImportError as error:
             raise UserError(_missing("wandb")) from error
-        self._run = wandb.init(config=dict(config), project=project, name=name, dir=str(dir), id=run_id, resume="allow")
+        with without_terminal():  # at one, wandb would ask for an account, and wait
+            self._run = wandb.init(
+                config=dict(config), project=project, name=name, dir=str(dir),
+                id=os.environ.get("WANDB_RUN_ID") or run_id, resume="allow",
+            )  # fmt: skip
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
 
@@ -147,7 +155,7 @@ def open_trackers(
         try:
             if name == "wandb":
                 values = config.model_dump(mode="json", by_alias=True)
-                wandb = WandbTracker(values, config.logging.project, config.run.name, run_dir, ids.get(name))
+                wandb = _open_wandb(values, config.logging.project, config.run.name, run_dir, ids.get(name), warn)
                 ids[name] = wandb.run_id
                 trackers.append(wandb)
             else:
@@ -157,6 +165,19 @@ def open_trackers(
         except Exception as error:  # no network, no account, no disk
             warn(f"{name} does not start; the run goes on without it: {_reason(error)}")
     return Trackers(trackers, warn, ids)
+
+
+def _open_wandb(
+    config: Mapping[str, Any], project: str, name: str, dir: Path, run_id: str | None, warn: Callable[[str], None]
+) -> WandbTracker:
+    try:
+        return WandbTracker(config, project, name, dir, run_id)
+    except Exception as error:
+        # The service never gives the id of a run that was deleted again.
+        if run_id is None or "deleted" not in str(error):
+            raise
+        warn(f"wandb: run {run_id} was deleted there; a new one begins")
+    return WandbTracker(config, project, name, dir, None)
 
 
 def _lines_until(path: Path, resume_step: int) -> Iterator[bytes]:

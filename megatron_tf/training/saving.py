@@ -18,6 +18,7 @@ from megatron_tf.errors import CheckpointError
 from megatron_tf.params import parameter_table
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers
+from megatron_tf.training.run_folder import folder_identity
 from megatron_tf.training.snapshot import StateCopier
 from megatron_tf.training.start import Progress, checkpoints_folder
 
@@ -151,7 +152,7 @@ class Saver:
             growth_history=self._history,
             data=self._data,
             trackers=self._trackers.ids,
-            run=deepcopy(dict(run_state)),  # it is written later
+            run={**deepcopy(dict(run_state)), **folder_identity(Path(self._config.run.dir))},  # it is written later
         )
 
 

@@ -26,6 +26,7 @@ from megatron_tf.config.validate import plan_batches
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.estimate import flops_per_token
 from megatron_tf.params import parameter_table
+from megatron_tf.training.run_folder import copied_from
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,11 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
     if path.parent.resolve() == checkpoints_folder(config).resolve():
         check_same_architecture(index, config.model)
         _check_data(config, index.data, data, path)
+        trackers, note = _own_trackers(config, index)
         return Start(
-            CheckpointSource(reader), f"resumed from {path} at step {index.step:,}",
+            CheckpointSource(reader), f"resumed from {path} at step {index.step:,}{note}",
             Progress(index.step, index.samples, index.tokens), index.growth_history, _unproved(index),
-            trackers=index.trackers, run_state=index.run,
+            trackers=trackers, run_state=index.run,
         )  # fmt: skip
     assert config.growth is not None
     grown = grow(reader, config.model, config.growth, seed=config.run.seed, data=data)
@@ -177,6 +179,18 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
         grown.source, f"grown from {path}", Progress(0, grown.samples, grown.tokens), grown.growth_history,
         grown_from=reader,
     )  # fmt: skip
+
+
+def _own_trackers(config: RunConfig, index: CheckpointIndex) -> tuple[Mapping[str, str], str]:
+    """The tracker ids to go on with, and what is to be said of them. A copied run must not log into its parent's."""
+    origin = copied_from(index.run, Path(config.run.dir))
+    if not index.trackers or origin is None:
+        return index.trackers, ""
+    ids = ", ".join(f"{name} {number}" for name, number in index.trackers.items())
+    return {}, (
+        f"; this is a copy of {origin}, which keeps its run at the tracker ({ids}). Here a new one begins; to "
+        "go on in that of wandb, set WANDB_RUN_ID"
+    )
 
 
 def _unproved(index: CheckpointIndex) -> CheckpointReader | None:

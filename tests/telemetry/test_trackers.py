@@ -193,6 +193,38 @@ def test_wandb_goes_on_with_the_same_run_over_tokens(wandb, tmp_path):
     assert run.finished
 
 
+def test_a_run_that_was_deleted_is_begun_anew(wandb, tmp_path):
+    begin, warnings = wandb.init, []
+
+    def init(**arguments):
+        if arguments["id"] == "1a2b":
+            raise RuntimeError("run me/project/1a2b was previously created and deleted; try a new run name")
+        return begin(**arguments)
+
+    wandb.init = init
+    trackers = open_trackers(config("wandb"), tmp_path, 0, {"wandb": "1a2b"}, True, warnings.append)
+    assert trackers.ids == {"wandb": "new"}
+    assert warnings == ["wandb: run 1a2b was deleted there; a new one begins"]
+
+
+def test_the_run_that_the_environment_names_goes_on(wandb, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert open_trackers(config("wandb"), tmp_path, 0, {"wandb": "1a2b"}, True, pytest.fail).ids == {"wandb": "mine"}
+
+
+def test_nothing_can_be_asked_while_wandb_starts(wandb, tmp_path, monkeypatch):
+    begin, seen = wandb.init, []
+
+    def init(**arguments):
+        seen.append((sys.stdin.isatty(), sys.stdin.read()))
+        return begin(**arguments)
+
+    wandb.init = init
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    WandbTracker({}, "project", "name", tmp_path, None)
+    assert seen == [(False, "")] and sys.stdin.isatty()
+
+
 def config(*trackers):
     return SimpleNamespace(
         logging=SimpleNamespace(trackers=trackers, project="project"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch.distributed as dist
 from saving import saver_of
@@ -72,6 +74,31 @@ def test_a_run_resumes_from_what_a_link_leads_to(saved, tmp_path, linked):
     start = begin(config, path, {})
     assert (path, passed_over) == (checkpoint, [])
     assert start.progress == Progress(3, 24, 384) and start.description == f"resumed from {checkpoint} at step 3"
+
+
+def test_a_copied_run_begins_a_run_of_its_own_at_the_tracker(config, tmp_path):
+    """Two runs that log into one, under the id in the checkpoint that both have, spoil it for both."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    (tmp_path / "run").mkdir()
+    saver, *_ = saver_of(config, tmp_path / "run", asynchronous=False, ids={"wandb": "1a2b"})
+    saver.save(Progress(3, 24, 384), {})
+    dist.destroy_process_group()
+
+    def resumed(name):
+        own = config(run={"dir": str(tmp_path / name)})
+        start = begin(own, choose(own)[0], {})
+        return start.trackers, start.description.partition("; ")[2]
+
+    assert resumed("run") == ({"wandb": "1a2b"}, "")
+    shutil.copytree(tmp_path / "run", tmp_path / "fork")
+    ids, note = resumed("fork")
+    assert ids == {} and note.startswith(
+        f"this is a copy of {tmp_path}/run, which keeps its run at the tracker (wandb 1a2b)"
+    )
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert resumed("moved") == ({"wandb": "1a2b"}, "")
+    shutil.copytree(tmp_path / "fork", tmp_path / "run")  # as from a backup
+    assert resumed("run") == ({"wandb": "1a2b"}, "")
 
 
 def test_a_run_never_starts_over_because_a_link_leads_nowhere(saved, tmp_path):

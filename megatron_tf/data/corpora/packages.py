@@ -58,7 +58,7 @@ class Downloads:
             (builder / "__init__.py").touch()
             (builder / "build_meta.py").write_text(BUILDER.format(name=name, version=version))
             (Path(work) / "requirements.txt").write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
-            options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--use-pep517"]
+            options = ["--no-input", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--use-pep517"]
             _run(
                 [sys.executable, "-m", "pip", "download", *options, "--dest", work, "-r", f"{work}/requirements.txt"],
                 {"PYTHONPATH": os.pathsep.join(filter(None, [str(builder.parent), os.environ.get("PYTHONPATH")]))},
