@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_tf.model.native_library import BuildError, load_library
+
 SOURCE = Path(__file__).with_suffix(".c")
-COMPILERS = ("cc", "gcc", "clang")
 # Sums may be reordered and products fused. Not -ffast-math: a NaN must stay one, the trainer looks for it.
 FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
     "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast",
 )  # fmt: skip
 X86_FLAGS = ("-mprefer-vector-width=512",)
-BUILD_SECONDS = 60.0
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -74,41 +69,9 @@ def _call(stage: str, scores: Tensor, *others: Tensor, scale: float | None = Non
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        _warn("no C compiler is installed")
+    try:
+        return load_library(SOURCE, FLAGS + (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ()))
+    except BuildError as error:
+        reason = "Pattention runs without its native CPU kernel, slower: %s"
+        logging.getLogger(__name__).warning(reason, error)
         return None
-    flags = FLAGS + (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
-    identity = repr((SOURCE.read_bytes(), compiler, flags, _processor())).encode()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_tf"
-    path = cache / f"native_stages_{hashlib.sha256(identity).hexdigest()[:16]}.so"
-    try:
-        if not path.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            # built under a name of its own and then renamed: ranks that start together may all build it, none waits
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                built = Path(folder) / path.name
-                command = [compiler, *flags, str(SOURCE), "-o", str(built), "-lm"]
-                subprocess.run(
-                    command, check=True, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS
-                )
-                built.replace(path)
-        return ctypes.CDLL(str(path))
-    except subprocess.CalledProcessError as error:
-        _warn(f"{compiler} could not build it: {error.stderr.strip()[-200:]}")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        _warn(str(error))
-    return None
-
-
-def _warn(reason: str) -> None:
-    logging.getLogger(__name__).warning("Pattention runs without its native CPU kernel, slower: %s", reason)
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by nodes of several kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

@@ -1,0 +1,135 @@
+"""A C file as a loaded library, built on first use and kept in the user's cache folder where there is one.
+
+A library is kept under a name that has the checksum of its bytes in it. So one that was half written, by a process that was
+killed or a machine that lost power, is not loaded but built again, and processes may build the same one at the same time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+COMPILERS = ("cc", "gcc", "clang")
+BUILD_SECONDS = 60.0
+
+
+class BuildError(Exception):
+    """There is no library, with the reason in one line."""
+
+
+def load_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
+    """The library of `source`, built by the C compiler of this machine ($CC) with `flags` when none is kept."""
+    compiler = _compiler()
+    identity = hashlib.sha256(repr((source.read_bytes(), compiler, tuple(flags), _processor())).encode()).hexdigest()
+    name = f"{source.stem}_{identity[:16]}"
+    cache = _cache_folder()
+    if cache is not None:
+        for path in _kept(cache, name):
+            with suppress(OSError):  # of another libc, or in a folder from which nothing may be run
+                return ctypes.CDLL(str(path))
+    reasons = []
+    # The cache folder is for a machine whose folder for temporary files is full, missing or not for programs.
+    for place in (None, cache) if cache is not None else (None,):
+        try:
+            return _build(source, [*compiler, *flags], name, cache, place)
+        except subprocess.CalledProcessError as error:
+            reasons.append(f"{shlex.join(compiler)} could not build it: {error.stderr.strip()[-200:]}")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            reasons.append(str(error))
+    raise BuildError(reasons[0])
+
+
+def _build(source: Path, command: Sequence[str], name: str, cache: Path | None, place: Path | None) -> ctypes.CDLL:
+    """Builds in a new folder in `place`, None for that of temporary files, and keeps the library in `cache` if it can."""
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        built = Path(folder, f"{name}.so")
+        subprocess.run(
+            [*command, str(source), "-o", str(built), "-lm"], check=True, capture_output=True, text=True, errors="replace",
+            timeout=BUILD_SECONDS, stdin=subprocess.DEVNULL, env={**os.environ, "TMPDIR": folder},
+        )  # fmt: skip
+        kept = None if cache is None else _keep(built, cache, name)
+        try:
+            return ctypes.CDLL(str(built))  # stays loaded when its file is gone
+        except OSError:
+            if kept is None:
+                raise
+            return ctypes.CDLL(str(kept))
+
+
+def _keep(built: Path, cache: Path, name: str) -> Path | None:
+    """The library's place in the cache; None when nothing can be written there."""
+    content = built.read_bytes()
+    kept = cache / f"{name}_{_checksum(content)}.so"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=cache, prefix=".")
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+            os.replace(partial, kept)
+        except OSError:
+            os.unlink(partial)
+            raise
+    except OSError:
+        return None
+    return kept
+
+
+def _kept(cache: Path, name: str) -> Iterator[Path]:
+    """The libraries of `name` in the cache that are whole."""
+    candidates: list[Path] = []
+    with suppress(OSError):
+        candidates = sorted(cache.glob(f"{name}_*.so"))
+    for path in candidates:
+        with suppress(OSError):
+            if path.stem == f"{name}_{_checksum(path.read_bytes())}":
+                yield path
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _compiler() -> list[str]:
+    """The words of the command. $CC may hold arguments (`gcc -m64`, `ccache gcc`), as make reads it."""
+    chosen = os.environ.get("CC", "")
+    try:
+        words = shlex.split(chosen)
+    except ValueError as error:
+        raise BuildError(f"CC={chosen} cannot be read: {error}") from None
+    if words:
+        return words
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is None:
+        raise BuildError("no C compiler is installed")
+    return [found]
+
+
+def _cache_folder() -> Path | None:
+    """None for a user without a home folder, as in a container that runs under a bare number."""
+    try:
+        folders = [Path(os.environ.get("XDG_CACHE_HOME", "")), Path.home() / ".cache"]
+    except RuntimeError:
+        folders = [Path(os.environ.get("XDG_CACHE_HOME", ""))]
+    # A relative one would be another in each folder that the command is started in.
+    return next((folder / "megatron_tf" for folder in folders if folder.is_absolute()), None)
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by nodes of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
