@@ -22,7 +22,7 @@ from megatron_tf.diagnosis.measure import (
 from megatron_tf.diagnosis.software import software_facts
 from megatron_tf.diagnosis.verdict import Link, best_of, judge_devices, judge_facts, judge_links, worst_of
 from megatron_tf.errors import UserError
-from megatron_tf.parallel.facts import agree
+from megatron_tf.parallel.facts import COMMAND, agree
 from megatron_tf.parallel.network import interface_problems
 from megatron_tf.parallel.patient_store import Unreachable
 from megatron_tf.parallel.rendezvous import Assembly, Stuck
@@ -105,7 +105,7 @@ def _examine(
     found.hosts = assembly.meet(run)
     agree(
         assembly,
-        {"the command": "doctor"},
+        {COMMAND: "doctor"},
         list(interface_problems(os.environ, found.hosts, torch.cuda.is_available())),
     )
     names = [assembly.name(other) for other in range(world)]

@@ -114,10 +114,10 @@ def _slow_links(links: Sequence[Link], names: Sequence[str], factor: float) -> l
 
 
 def judge_facts(facts: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """Ranks whose software or device is not what most ranks have; "not set" stands for what some of them lack."""
+    """Ranks whose software or device is not what most ranks have; "none" stands for what some of them lack."""
     sentences = []
     for key in dict.fromkeys(key for own in facts for key in own):
-        values = [str(own.get(key, "not set")) for own in facts]
+        values = [str(own.get(key, "none")) for own in facts]
         ((usual, _),) = Counter(values).most_common(1)
         others: dict[str, list[str]] = {}
         for name, value in zip(names, values):

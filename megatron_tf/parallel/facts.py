@@ -10,6 +10,7 @@ from megatron_tf.parallel.rendezvous import Assembly
 
 Facts = Mapping[str, str]
 NOT_SET = "not set"
+COMMAND = "the command"
 MOST_DIFFERENCES = 12  # that a message names
 MOST_RANKS = 4  # named for a value
 VALUE_LIMIT = 120  # characters
@@ -35,7 +36,12 @@ def agree(assembly: Assembly, facts: Facts, problems: Sequence[str] = (), gpu: s
 
 
 def differing(facts: Facts, reference: Facts) -> dict[str, str]:
-    """Those of `facts` that are not as in `reference`, NOT_SET standing for what only one of them has."""
+    """Those of `facts` that are not as in `reference`, NOT_SET standing for what only one of them has.
+
+    Of another command it is that alone.
+    """
+    if facts.get(COMMAND) != reference.get(COMMAND):
+        facts, reference = ({COMMAND: some.get(COMMAND, NOT_SET)} for some in (facts, reference))
     names = [*reference, *(name for name in facts if name not in reference)]
     values = {name: facts.get(name, NOT_SET) for name in names}
     return {name: value for name, value in values.items() if value != reference.get(name, NOT_SET)}

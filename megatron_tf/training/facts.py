@@ -12,6 +12,7 @@ from megatron_tf.data.loader import content_digest
 from megatron_tf.data.tokenizer_identity import tokenizer_identity
 from megatron_tf.diagnosis.software import software_facts
 from megatron_tf.errors import UserError, shortened
+from megatron_tf.parallel.facts import COMMAND
 
 VALUE_LIMIT = 200  # characters
 NO_OPTIONS: Mapping[str, object] = {}
@@ -25,7 +26,7 @@ def run_facts(
     `command` with its `options`, None standing for one that is not given; `data`: prefixes that are read besides those of
     the configuration.
     """
-    facts = {"the command": command}
+    facts = {COMMAND: command}
     facts |= {name: json.dumps(value, default=str) for name, value in options.items() if value is not None}
     for config in stages:
         facts |= _configuration(config, f"stage {config.run.name}: " if len(stages) > 1 else "")

@@ -81,5 +81,8 @@ def test_ranks_that_run_something_else():
     assert judge_facts(facts, names(20)) == [
         "rank 3 (node0), rank 9 (node1): torch 2.11.0, the others have 2.13.0",
     ]
+    assert judge_facts([{}, {"NCCL_ALGO": "Ring"}, {}], names(3)) == [
+        "rank 1 (node0): NCCL_ALGO Ring, the others have none"
+    ]
     many = [{"torch": "2.13.0" if rank < 11 else "2.12.0"} for rank in range(20)]
     assert judge_facts(many, names(20))[0].count("rank ") == 8 and "and 1 more" in judge_facts(many, names(20))[0]

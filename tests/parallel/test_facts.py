@@ -6,7 +6,7 @@ import pytest
 from gathering import gathering
 
 from megatron_tf.errors import DisagreementError
-from megatron_tf.parallel.facts import MOST_DIFFERENCES, agree, differences, differing
+from megatron_tf.parallel.facts import COMMAND, MOST_DIFFERENCES, agree, differences, differing
 
 
 def names(count):
@@ -35,6 +35,11 @@ def test_what_only_some_have():
         "a is 1 on rank 0 (n0) and not set on rank 1 (n1)",
         "b is not set on rank 0 (n0) and 2 on rank 1 (n1)",
     ]
+
+
+def test_ranks_of_two_commands():
+    train = {COMMAND: "train", "optimizer.lr": "1"}
+    assert sentences(train, {COMMAND: "doctor"}) == ["the command is train on rank 0 (n0) and doctor on rank 1 (n1)"]
 
 
 def test_values_are_cut():
