@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, MutableMapping
+import socket
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.errors import CheckpointError, DamagedError, UnreadableError, broken_link, system_reason
+from megatron_tf.errors import (
+    CheckpointError,
+    DamagedError,
+    DisagreementError,
+    UnreadableError,
+    broken_link,
+    file_errors,
+    system_reason,
+)
 
 STEP_PREFIX = "step_"
 UNFINISHED_PREFIX = ".tmp-"  # a folder being written or deleted: never a checkpoint
@@ -248,18 +258,36 @@ def _named_step(entry: Path) -> float:
 
 
 def _verify(path: Path, ranks: Ranks) -> CheckpointError | None:
-    """What is wrong with a checkpoint, as all ranks found together; None when nothing is."""
+    """What is wrong with a checkpoint, as all ranks found together; None when nothing is.
+
+    DisagreementError when nodes have different checkpoints of that name: each rank would load parts of its own.
+    """
     own: CheckpointError | None = None
+    content = ""
     try:
         reader = open_checkpoint(path)
+        with file_errors(UnreadableError, reader.path / INDEX_NAME, "Let all ranks read it"):
+            content = hashlib.sha256((reader.path / INDEX_NAME).read_bytes()).hexdigest()[:12]
         reader.verify(reader.share(ranks.rank, ranks.size))
     except CheckpointError as error:
         own = error
-    errors = [error for error in ranks.gather(own) if error is not None]
+    found = ranks.gather((own, f"rank {ranks.rank} ({socket.gethostname()})", content))
+    errors = [error for error, _, _ in found if error is not None]
     if not errors:
+        _check_one_checkpoint(path, [(who, content) for _, who, content in found])
         return None
     kind = next((kind for kind in (UnreadableError, CheckpointError) if kind in map(type, errors)), DamagedError)
     return kind("\n".join(dict.fromkeys(map(_problem, errors))))
+
+
+def _check_one_checkpoint(path: Path, found: Sequence[tuple[str, str]]) -> None:
+    first, content = found[0]
+    for who, other in found:
+        if other != content:
+            raise DisagreementError(
+                f"{path}: the index of this checkpoint is {content} (SHA-256) on {first} and {other} on {who}. Let all nodes "
+                "see one folder, or give each the same copy."
+            )
 
 
 def _problem(error: CheckpointError) -> str:

@@ -46,6 +46,7 @@ from megatron_tf.training.loop import Trainer
 from megatron_tf.training.profiler import StepProfiler
 from megatron_tf.training.run_lock import locked
 from megatron_tf.training.saving import Saver
+from megatron_tf.training.shared_folder import check_shared
 from megatron_tf.training.start import Start, begin, checkpoints_folder, choose, first_stage_to_run
 from megatron_tf.training.watchdog import Watchdog, watched
 
@@ -97,6 +98,8 @@ def _train(
             start = replace(start, grown_from=None)
         plan = plan_batches(config, world_size, start.progress.step, start.run_tokens,
                             start.run_state.get("schedule_unit"))  # fmt: skip
+        if world_size > 1:
+            check_shared(run_dir, is_main)
         together(lambda: _prepare_folder(config, run_dir) if is_main else None)
         if not exists:
             together(lambda: _lock(config, closing, restarted) if is_main else None)

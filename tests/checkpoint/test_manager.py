@@ -13,7 +13,7 @@ import pytest
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME, shard_name
 from megatron_tf.checkpoint.manager import Ranks, clear_leftovers, find_latest, prune, resolve, verify_checkpoint
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.errors import CheckpointError, UnreadableError
+from megatron_tf.errors import CheckpointError, DisagreementError, UnreadableError
 
 
 @pytest.fixture
@@ -248,6 +248,28 @@ class Meeting:
 def sharded(sandbox):
     """Two checkpoints of four shards each."""
     return [sandbox.save(sandbox.split(sandbox.state(step), 4, step), sandbox.index(step))[0] for step in (10, 20)]
+
+
+def test_nodes_with_other_checkpoints_of_one_name(sandbox, sharded):
+    """Each whole in itself: parts of both would make a model."""
+
+    def gather(value):
+        if not (isinstance(value, tuple) and len(value) == 3):
+            return [value]
+        own, _, content = value
+        return [value, (own, "rank 1 (n2)", "0123456789ab" if content else content)]
+
+    ranks = Ranks(gather=gather)
+    for work in (
+        lambda: find_latest(sandbox.root, verify=True, ranks=ranks),
+        lambda: verify_checkpoint(sharded[1], ranks),
+    ):
+        with pytest.raises(DisagreementError) as error:
+            work()
+        said = str(error.value)
+        assert (
+            said.startswith(f"{sharded[1]}: the index of this checkpoint is ") and "0123456789ab on rank 1 (n2)" in said
+        )
 
 
 def test_ranks_share_the_reading(sandbox, sharded, monkeypatch):
