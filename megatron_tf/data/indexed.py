@@ -24,13 +24,14 @@ import mmap
 import os
 import stat
 import struct
+import sys
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -43,6 +44,10 @@ TOKEN_TYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 CHECKED_AT_ONCE = 1 << 20  # entries of the index, which bounds the memory
 PROBE_BYTES = 1 << 16
 U16_VOCABULARY_LIMIT = 65500  # Megatron's own limit, kept so that files are byte-identical
+
+
+# Before Python 3.13 a map keeps a descriptor of its own for as long as it lives.
+_MAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
 def data_file(prefix: str | Path) -> Path:
@@ -165,7 +170,8 @@ class IndexedDataset:
     Raises `DataError` on opening when a file is missing, unreadable, truncated, of another format, or when the two do
     not belong together. The sequences must lie in `.bin` in order and without gaps, since tokens are read from end to
     end; `check_index` looks whether they do, and what uses entries of the index looks at those.
-    An open one holds one file descriptor, that of `.bin`: the index is opened each time it is asked.
+    An open one holds one file descriptor, that of `.bin`, and none from Python 3.13 on: the index is opened each time it
+    is asked.
     """
 
     def __init__(self, prefix: str | Path):
@@ -325,8 +331,7 @@ def _size_of(path: Path, prefix: str) -> int:
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     """The content of a file that is not empty, read as it is asked for."""
     with file_errors(DataError, path, "Make it readable or correct the path."), open(path, "rb") as file:
-        # The map has a descriptor of its own, which lives as long as the array.
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **_MAP_OPTIONS), dtype=dtype)
 
 
 def _read_header(path: Path, file_bytes: int) -> tuple[np.dtype, int, int]:
