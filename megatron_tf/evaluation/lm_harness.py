@@ -79,7 +79,8 @@ class HarnessTasks:
         self._rehearse()
 
     def run(self, ask: Ask) -> dict[str, Any]:
-        """The harness's own results, as values for JSON. `ask`: the model."""
+        """The harness's own results, as values for JSON, and `lost`: what the tokenizer loses of the requests, in words.
+        `ask`: the model."""
         from lm_eval import simple_evaluate
         from lm_eval.utils import handle_non_serializable
 
@@ -88,7 +89,7 @@ class HarnessTasks:
         results = simple_evaluate(
             model, tasks=self._names, task_manager=self._manager, limit=self._limit, log_samples=False
         )
-        return _plain(results, handle_non_serializable)
+        return {**_plain(results, handle_non_serializable), "lost": str(model.lost) if model.lost else None}
 
     def _rehearse(self) -> None:
         """Do all but ask the model: hours later is too late to find that the last task cannot be scored."""
