@@ -25,6 +25,11 @@ def raise_limit() -> None:
         return
 
 
+def too_many(error: BaseException | None) -> bool:
+    """Whether `error` says that too many files are open, as opening any other would say again."""
+    return isinstance(error, OSError) and remedy(error) is not None
+
+
 def remedy(error: OSError) -> str | None:
     """What helps when `error` says that too many files are open; None when it says something else."""
     if error.errno == errno.ENFILE:

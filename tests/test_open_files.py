@@ -49,8 +49,9 @@ def test_too_many_say_what_the_limit_is_and_how_to_raise_it(sources):
     try:
         with pytest.raises(
             DataError, match=f"Too many open files. This process may have {few} files open. .*ulimit -n"
-        ):
+        ) as caught:
             build_dataset(sources, 64, 1, 300)
+        assert str(caught.value).count("Too many") == 1
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

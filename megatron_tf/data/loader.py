@@ -20,6 +20,7 @@ from megatron_tf.data.samples import TokenSource, derived_seed
 from megatron_tf.data.summary import read_summary, summary_file
 from megatron_tf.data.tokenizer_identity import tokenizer_identity
 from megatron_tf.errors import DataError, file_errors
+from megatron_tf.open_files import too_many
 
 # Places of a file that `content_digest` reads, from its first byte to its last, and how much of each.
 DIGEST_SAMPLES = 32
@@ -40,6 +41,8 @@ def build_dataset(sources: Sequence[DataSource], seq_length: int, seed: int, voc
             opened.append(_open_source(source.path, seq_length, derived_seed(seed, number), vocab_size))
         except DataError as problem:
             problems.append(str(problem))
+            if too_many(problem.__cause__):
+                break
     if problems:
         raise DataError("\n".join(problems))
     return Blend(opened, [source.weight for source in sources], seed)
