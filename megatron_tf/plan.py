@@ -8,10 +8,13 @@ from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
 from megatron_tf.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
 
 
-def describe(config: RunConfig, world_size: int, batches: BatchPlan | None = None, step: int = 0) -> str:
+def describe(
+    config: RunConfig, world_size: int, batches: BatchPlan | None = None, step: int = 0, origin: str | None = None
+) -> str:
     """Model, layout, batch arithmetic, length and memory, one line each, without a last newline.
 
     `config` has passed `validate` for `world_size`. `batches`: the plan of a run that has done `step` steps already.
+    `origin`: where its weights come from, as the end of a sentence; None: as the configuration says.
     """
     model, training = config.model, config.training
     topology, batches = topology_for(config, world_size), batches or plan_batches(config, world_size)
@@ -19,10 +22,10 @@ def describe(config: RunConfig, world_size: int, batches: BatchPlan | None = Non
     flops = flops_per_token(model)
     tokens = training.train_tokens or batches.train_tokens
     sequence = ", sequence-parallel" if config.parallel.sequence else ""
-    growth = f", grown from {config.growth.source} by {_method(config.growth)}" if config.growth else ""
+    origin = _configured_origin(config) if origin is None else origin
     checkpointing = ", activation checkpointing" if training.activation_checkpointing else ""
     lines = {
-        "run": f"{config.run.name} in {config.run.dir}, seed {config.run.seed}{growth}",
+        "run": f"{config.run.name} in {config.run.dir}, seed {config.run.seed}{origin}",
         "model": (
             f"{num_parameters(model):,} parameters: {model.num_layers} layers × {model.hidden_size}, "
             f"{model.num_attention_heads} heads, {architecture_of(model).describe(model)}, vocabulary {model.vocab_size:,}"
@@ -76,6 +79,12 @@ def room_warning(config: RunConfig, steps_left: int, size: int, free_bytes: int)
         f"checkpoint: {count:,} {_plural('checkpoint', count)} of {_size(size)} need {_size(count * size)}, and "
         f"{_size(free_bytes)} are free in {config.run.dir}. Make room, or {remedy}."
     )
+
+
+def _configured_origin(config: RunConfig) -> str:
+    if config.growth:
+        return f", grown from {config.growth.source} by {_method(config.growth)}"
+    return f", begun with the weights of {config.training.init_from}" if config.training.init_from else ""
 
 
 def _method(growth: Growth) -> str:

@@ -61,7 +61,7 @@ def find_latest(root: Path | str, *, verify: bool, ranks: Ranks = ALONE) -> tupl
     A link is followed; one that leads nowhere is among what was passed over.
     UnreadableError when one that may be the newest cannot be read, whole or not: nothing older is taken then.
     """
-    candidates, skipped = _from_first(lambda: _candidates(Path(root)), ranks)
+    candidates, skipped = from_first(lambda: _candidates(Path(root)), ranks)
     for number, (path, error) in enumerate(candidates, 1):
         if error is None and verify:
             error = _verify(path, ranks)
@@ -91,7 +91,7 @@ def resolve(path: Path | str, ranks: Ranks = ALONE) -> Path:
     One of `ranks` looks, and all of them get its answer, or its CheckpointError: there is none, with the reason for
     each that was passed over.
     """
-    return _from_first(lambda: _resolve(path), ranks)
+    return from_first(lambda: _resolve(path), ranks)
 
 
 def _resolve(path: Path | str) -> Path:
@@ -295,7 +295,7 @@ def _problem(error: CheckpointError) -> str:
     return error.problem if isinstance(error, DamagedError) else str(error)
 
 
-def _from_first(work: Callable[[], T], ranks: Ranks) -> T:
+def from_first(work: Callable[[], T], ranks: Ranks) -> T:
     """The first rank's result, or its CheckpointError, on all of them: a folder may look different from elsewhere."""
     outcome: Any = None
     if ranks.rank == 0:

@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_tf.checkpoint.strict_json import LARGEST_NUMBER, MOST
 from megatron_tf.config.schema import Count as TokenCount
-from megatron_tf.config.schema import ExpandedPath, Fraction, Positive
+from megatron_tf.config.schema import ExpandedPath, Fraction, GrowthMethod, Positive
 from megatron_tf.errors import shown
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Number = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 Text = Annotated[str, Field(max_length=256)]
+_Method = GrowthMethod | Literal["pruned"]
 
 
 class _Record(BaseModel):
@@ -28,7 +29,7 @@ class _Record(BaseModel):
 class GrowthEntry(_Record):
     """One growth, or pruning, see `growth.source.growth_entry`. Fields with a default are not in all of them."""
 
-    method: Text | dict[Text, Text]
+    method: _Method | dict[Text, _Method]
     moments: Literal["keep", "reset"]
     source: ExpandedPath
     step: Count
@@ -85,8 +86,22 @@ class _Folder(_Record):
     inode: Count
 
 
+class _Event(_Record):
+    """What happened to a run: it took its weights from `source`, or was resumed with `changes` of its configuration,
+    [before, now] by key."""
+
+    event: Text
+    step: Count
+    tokens: Count
+    source: str = ""
+    changes: dict[str, Annotated[list[str | None], Field(min_length=2, max_length=2)]] = {}
+
+
 class _RunState(_Record):
-    """What a run resumes with besides its tensors. The loss scaler's fields are under DeepSpeed's names."""
+    """What a run resumes with besides its tensors. The loss scaler's fields are under DeepSpeed's names.
+
+    `settings`: every key of the configuration with its value as text.  `history`: events, oldest first.
+    """
 
     guard: _Guard = _Guard()
     loss_window: _LossWindow = _LossWindow()
@@ -96,6 +111,8 @@ class _RunState(_Record):
     cur_iter: Count = 0
     last_overflow_iter: Annotated[int, Field(ge=-1, le=MOST)] = -1
     cur_hysteresis: Annotated[int, Field(le=MOST)] = 0
+    settings: dict[str, str] = {}
+    history: list[_Event] = []
 
 
 def record_problems(
@@ -114,7 +131,7 @@ def record_problems(
     problems: list[str] = []
     for number, entry in enumerate(history):
         problems += _problems(GrowthEntry, entry, f"growth_history.{number}", complete)
-    problems += _problems(_Fingerprint, data, "data", False) + _problems(_RunState, run, "run", False)
+    problems += _problems(_Fingerprint, data, "data", False) + _problems(_RunState, run, "run", complete)
     if complete and not problems:
         counts = [entry["tokens"] for entry in history] + [tokens]
         problems += [

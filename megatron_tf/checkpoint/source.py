@@ -21,7 +21,16 @@ from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth.source import GrownSource, StateSource, copy_in_slices, growth_entry, growth_seed
 from megatron_tf.params import initial_scales, parameter_table
 
-__all__ = ["CheckpointSource", "InitialSource", "StateSource", "StepZero", "WeightsSource", "grow", "grown_source"]
+__all__ = [
+    "CheckpointSource",
+    "FreshSource",
+    "InitialSource",
+    "StateSource",
+    "StepZero",
+    "WeightsSource",
+    "grow",
+    "grown_source",
+]
 
 
 class CheckpointSource:
@@ -51,6 +60,29 @@ class CheckpointSource:
     def _lacks(self, name: str, state: str) -> bool:
         tensor = self._reader.index.tensors.get(name)
         return state in MOMENTS and tensor is not None and state not in tensor.states
+
+
+class FreshSource:
+    """The weights and τ of another source; moments and step counts are 0."""
+
+    def __init__(self, weights: StateSource):
+        self._weights = weights
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        return self._weights.scales
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        return self._weights.read(name, state, start, stop) if state == WEIGHT else torch.zeros(stop - start)
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        if state == WEIGHT:
+            self._weights.read_into(name, state, start, target)
+        else:
+            target.zero_()
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
+        return [(start, stop, 0)] if start < stop else []
 
 
 class InitialSource:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import path
+from megatron_tf.errors import printable
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.compare import Difference
@@ -79,6 +80,10 @@ def print_summary(reader: CheckpointReader, summary: dict[str, Any]) -> None:
         print_table(scales, title="τ")
     for number, entry in enumerate(summary["growth_history"], 1):
         print_table([(key, str(value)) for key, value in entry.items()], title=f"growth {number}")
+    for event in summary["run"].get("history", ()):
+        changes = [(key, f"{old} -> {new}") for key, (old, new) in event.get("changes", {}).items()]
+        of_event = [(key, str(event[key])) for key in ("tokens", "source") if event.get(key)]
+        print_table([*of_event, *changes], title=f"{event.get('event')}, step {event.get('step')}")
     rows = [
         (name, str(tensor["shape"]), ", ".join(tensor["states"]), f"{tensor['bytes']:,}", tensor["adam_steps"])
         for name, tensor in summary["tensors"].items()
@@ -100,7 +105,7 @@ def print_differences(other: Path, differences: Sequence[Difference]) -> None:
 
 
 def print_table(rows: Iterable[Sequence[str]], title: str) -> None:
-    rows = list(rows)
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(f"\n{title}")
     for row in rows:

@@ -158,6 +158,8 @@ class Training(Section):
     activation_checkpointing: bool = False  # recompute each block in the backward pass
     compile: bool = False  # torch.compile of each block
     profile: Profile | None = None  # steps to look into
+    # run folder, checkpoint or export whose weights a new run begins with, instead of random ones; all else is fresh
+    init_from: Path | None = None
 
 
 class Schedule(Section):

@@ -58,6 +58,11 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
                 own[name].append(text.removeprefix(f"stages.{name}."))
     configs: list[RunConfig] = []
     for stage in stages:
+        if configs:  # only the first stage begins with weights from elsewhere
+            common = [text for text in common if not text.startswith("training.init_from=")]
+            values = {
+                key: _without(value, "init_from") if key == "training" else value for key, value in values.items()
+            }
         try:
             configs.append(_stage_config(values, stage, [*common, *own[stage["name"]]], configs[-1:]))
         except ConfigError as error:
@@ -110,6 +115,10 @@ def _shape_problems(stages: Any) -> list[str]:
             problems.append(f"stages[{number}].name: {name} is there twice. Give each stage a name of its own.")
         seen.add(name)
     return problems
+
+
+def _without(section: Any, key: str) -> Any:
+    return {name: value for name, value in section.items() if name != key} if isinstance(section, dict) else section
 
 
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

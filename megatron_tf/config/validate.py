@@ -350,16 +350,27 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             f"evaluation.interval_steps: {interval}, but data.validation is empty. "
             "Give data.validation, or remove evaluation.interval_steps."
         )
+    if config.training.init_from is not None:
+        if config.growth is not None:
+            yield (
+                f"training.init_from: {config.training.init_from}, but the weights are grown from growth.from "
+                f"{config.growth.source}. Remove one of the two."
+            )
+        yield from _own_folder("training.init_from", config.training.init_from, config.run.dir, "other")
     if config.growth is not None:
         if not has_tokens:
             yield (
                 f"growth: a {config.model.architecture} has no parameter tokens to append to. Remove it and train from "
                 f"scratch, or set model.architecture to {either(with_parameter_tokens())}."
             )
-        own = os.path.realpath(config.run.dir)
-        source = os.path.realpath(config.growth.source)
-        if source in (own, os.path.realpath(os.path.join(own, "checkpoints"))):
-            yield (
-                f"growth.from: {config.growth.source} is this run's own folder (run.dir {config.run.dir}). "
-                "Give the smaller run's folder, or another run.dir."
-            )
+        yield from _own_folder("growth.from", config.growth.source, config.run.dir, "smaller")
+
+
+def _own_folder(key: str, source: str, run_dir: str, meant: str) -> Iterator[str]:
+    """The run itself as what it is to begin with, also under another name."""
+    own, place = os.path.realpath(run_dir), os.path.realpath(source)
+    if place in (own, os.path.realpath(os.path.join(own, "checkpoints"))):
+        yield (
+            f"{key}: {source} is this run's own folder (run.dir {run_dir}). Give the {meant} run's folder, or another "
+            "run.dir."
+        )

@@ -8,6 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.durable import read_plain
+
+_LARGEST_FILE = 2**30
 # Of the settings that both kinds of file hold. The layout is not among them: it does not change the result.
 _SETTINGS = ("checkpoint", "precision", "window")
 Identity = tuple[Any, ...]
@@ -36,6 +39,6 @@ def result_file(path: Path, values: Mapping[str, Any], identity: Callable[[Mappi
 def _identity_in(path: Path, identity: Callable[[Mapping[str, Any]], Identity]) -> Identity | None:
     """None for what is no such file, or one from before its settings were kept in full."""
     try:
-        return identity(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        return identity(json.loads(read_plain(path, _LARGEST_FILE)))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

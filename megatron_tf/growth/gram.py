@@ -102,7 +102,8 @@ class GramKeys:
 
     @cached_property
     def _root(self) -> Tensor:
-        """C. CheckpointError when all old keys are 0: their projection is dead, and so would the new tokens be."""
+        """C. CheckpointError when all old keys are 0: their projection is dead, and so would the new tokens be. So for
+        keys that are not finite."""
         n, d = self._old_tokens, self._width
         if n <= d:
             root = self._rows(0, n)
@@ -122,6 +123,11 @@ class GramKeys:
 
     def _rows(self, first: int, last: int) -> Tensor:
         flat = self._old_keys(first * self._width, last * self._width)
+        if not flat.isfinite().all():
+            raise CheckpointError(
+                f"{self._name}.key_tokens: holds values that are infinite or no numbers: the training diverged. Grow an "
+                "earlier checkpoint"
+            )
         return flat.to(torch.float64).view(last - first, self._width)
 
 

@@ -23,6 +23,7 @@ from megatron_tf.model.initialize import initial_rows
 from megatron_tf.params import parameter_table
 
 WEIGHT = "weight"
+PRUNED = "pruned"  # stands for a method in the history of a model that has lost tokens
 SLICE_ELEMENTS = 2**20  # 4 MiB in fp32
 
 

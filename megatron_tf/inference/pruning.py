@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.source import CheckpointSource, StepZero
 from megatron_tf.checks import check_whole_number
@@ -25,7 +26,7 @@ from megatron_tf.config.schema import DataSource, Model
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.pruning import PrunedSource, largest, summed_contributions, summed_scale_terms
-from megatron_tf.growth.source import growth_entry
+from megatron_tf.growth.source import PRUNED, growth_entry
 from megatron_tf.inference.load import run_config
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.tokenformer import TokenFormer
@@ -229,8 +230,8 @@ def pruned_start(
     index = reader.index
     source = PrunedSource(CheckpointSource(reader), parameter_table(model), kept, scales)
     entry = growth_entry(
-        method="pruned", moments="keep", source=str(reader.path), step=index.step, samples=index.samples,
-        tokens=index.tokens, old_model=Model.model_validate(dict(index.model)), new_model=model,
+        method=PRUNED, moments="keep", source=str(reader.path), step=index.step, samples=index.samples,
+        tokens=index.tokens, old_model=stored_model(index), new_model=model,
     )  # fmt: skip
     history = (*index.growth_history, {**entry, "preserves": False, **measured})
     # Of a start's source only what every `StateSource` has is needed to write it.

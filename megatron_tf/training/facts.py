@@ -29,7 +29,8 @@ def run_facts(
     facts = {COMMAND: command}
     facts |= {name: json.dumps(value, default=str) for name, value in options.items() if value is not None}
     for config in stages:
-        facts |= _configuration(config, f"stage {config.run.name}: " if len(stages) > 1 else "")
+        stage = f"stage {config.run.name}: " if len(stages) > 1 else ""
+        facts |= {f"{stage}{key}": value for key, value in settings(config).items()}
     sources = (source.path for config in stages for source in (*config.data.train, *config.data.validation))
     for prefix in dict.fromkeys((*sources, *data)):
         facts[f"the data {prefix}"] = _read(content_digest, prefix)
@@ -39,11 +40,13 @@ def run_facts(
     return facts | software_facts(os.environ)
 
 
-def _configuration(config: RunConfig, stage: str) -> Iterator[tuple[str, str]]:
-    """Key and value of each field. A relative run.dir is another folder where a rank was started elsewhere."""
+def settings(config: RunConfig) -> dict[str, str]:
+    """Every key of a configuration, such as "data.train[0].path", with its value as text.
+
+    A relative run.dir is another folder where a rank was started elsewhere.
+    """
     run = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
-    values = config.model_copy(update={"run": run}).model_dump(by_alias=True)
-    return ((f"{stage}{key}", value) for key, value in _leaves(values, ""))
+    return dict(_leaves(config.model_copy(update={"run": run}).model_dump(by_alias=True), ""))
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ from megatron_tf.parallel.stop_signals import StopSignals, describe_request
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.meters import MeanMeter, ThroughputMeter, format_duration, format_perplexity, perplexity
 from megatron_tf.telemetry.trackers import Trackers
+from megatron_tf.training.account import run_settings
 from megatron_tf.training.guard import LossGuard
 from megatron_tf.training.health import HealthProbe
 from megatron_tf.training.profiler import StepProfiler
@@ -56,6 +57,7 @@ class Trainer:
         self.saver, self.trackers, self.console = saver, trackers, console
         self.guard = LossGuard(config.guard, start.run_state.get("guard", {}))
         self.losses = MeanMeter(start.run_state.get("loss_window"))
+        self.history = list(start.run_state.get("history", ()))
         self.meter, self.stop, self.watchdog, self.profiler = ThroughputMeter(), stop, watchdog, profiler
         self.meeting = dist.new_group(backend="gloo")  # so that a word between two steps never waits for a GPU
         self.metrics, self.health = StepMetrics(config, plan, device, self.meeting), health
@@ -210,7 +212,8 @@ class Trainer:
         """What a resumed run must know besides weights and moments; see `Start`."""
         unit = round(self.plan.tokens_per_step / self.plan.schedule_pace)
         states = {"guard": self.guard.state(), "loss_window": self.losses.state()}
-        return {**self.engine.loss_scaler(), **states, "schedule_unit": unit}
+        story = {"settings": run_settings(self.config, dist.get_world_size()), "history": self.history}
+        return {**self.engine.loss_scaler(), **states, **story, "schedule_unit": unit}
 
     def _record(self, metrics: dict) -> None:
         tokens = self.progress.tokens

@@ -17,7 +17,6 @@ from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.manager import Ranks
 from megatron_tf.checkpoint.step_zero import state_bytes
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
 from megatron_tf.data.documents import LossMask, find_boundaries
@@ -37,6 +36,7 @@ from megatron_tf.parallel.topology import Topology
 from megatron_tf.plan import describe, room_warning
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import open_trackers
+from megatron_tf.training.account import account, earlier_settings, keep_config
 from megatron_tf.training.agreement import from_rank_zero, gather, together
 from megatron_tf.training.distributed import NO_FACTS, join, leave
 from megatron_tf.training.facts import run_facts
@@ -100,17 +100,22 @@ def _train(
                             start.run_state.get("schedule_unit"))  # fmt: skip
         if world_size > 1:
             check_shared(run_dir, is_main)
+        earlier = from_rank_zero(lambda: earlier_settings(run_dir) if start.progress.step else None)
+        told = account(config, start, world_size, earlier)
+        config = told.config
+        start = replace(start, run_state={**start.run_state, "history": told.history})
         together(lambda: _prepare_folder(config, run_dir) if is_main else None)
         if not exists:
             together(lambda: _lock(config, closing, restarted) if is_main else None)
         console = Console(rank=environment.rank, log_path=run_dir / "train.log")
         closing.callback(console.close)
         watchdog.report_to(console, run_dir, start.progress.step)
-        for line in describe(config, world_size, plan, start.progress.step).splitlines():
+        for line in describe(config, world_size, plan, start.progress.step, told.origin).splitlines():
             console.info(line)
         for line in passed_over if is_main else ():
             console.warning(line)
-        console.info(start.description)
+        for line in (start.description, *told.lines):
+            console.info(line)
         if is_main:
             left = plan.train_steps - start.progress.step
             passes = passes_over(config, start.progress.samples + left * plan.global_batch_size)
@@ -228,7 +233,7 @@ def _prepare_folder(config: RunConfig, run_dir: Path) -> None:
         attempt = checkpoints_folder(config) / f".tmp-can-write-{secrets.token_hex(4)}"
         write_atomically(attempt, b"checkpoints can be written here")
         attempt.unlink()
-        write_atomically(run_dir / "config.yml", dump_config(config).encode())
+        keep_config(run_dir, config)
     except OSError as error:
         raise _cannot_write(config, error) from error
 

@@ -1,4 +1,4 @@
-"""Where a run begins: at its own newest checkpoint, at a smaller model's, or at initial weights."""
+"""Where a run begins: at its own newest checkpoint, at a smaller model's, at other weights, or at initial ones."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, State
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.validate import plan_batches
-from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.errors import CheckpointError, ConfigError, shortened
 from megatron_tf.estimate import flops_per_token
 from megatron_tf.params import parameter_table
 from megatron_tf.training.run_folder import copied_from
+from megatron_tf.training.warm_start import find_weights, open_weights
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Start:
-    """Everything a run starts from. `grown_from` is the open source checkpoint of a growth that is not proved yet."""
+    """Everything a run starts from.
+
+    `grown_from`: the open source checkpoint of a growth that is not proved yet.  `resumed`: from a checkpoint of its own.
+    `changes`: what is another than before, although no key of the configuration says so: [before, now] by name.
+    """
 
     source: StateSource
     description: str
@@ -49,6 +54,8 @@ class Start:
     grown_from: CheckpointReader | None = None
     trackers: Mapping[str, str] = field(default_factory=dict)
     run_state: Mapping[str, Any] = field(default_factory=dict)
+    resumed: bool = False
+    changes: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def earlier_tokens(self) -> int:
@@ -85,6 +92,10 @@ def _earlier_tokens(growth_history: Sequence[Mapping[str, Any]]) -> int:
     return growth_history[-1]["tokens"] if growth_history else 0
 
 
+def _token_counts(model: Model) -> dict[str, int]:
+    return architecture_of(model).token_counts(model)
+
+
 def _with_tokens(model: Model, counts: Mapping[str, int]) -> Model:
     return architecture_of(model).with_token_counts(model, counts)
 
@@ -97,8 +108,8 @@ def choose(config: RunConfig, ranks: Ranks = ALONE) -> tuple[Path | None, list[s
     """The checkpoint to start from (None: initial weights) and what was passed over on the way, with reasons.
 
     All its checksums are compared; `ranks` share the reading and get the same answer, or the same error.
-    CheckpointError when no checkpoint of the run's own can be used although there are some, or when the growth source
-    holds no complete one; ConfigError when the run must not resume and has checkpoints of its own.
+    CheckpointError when no checkpoint of the run's own can be used although there are some, or when what it is to begin
+    with holds no complete one; ConfigError when the run must not resume and has checkpoints of its own.
     """
     own = checkpoints_folder(config)
     latest, passed = find_latest(own, verify=config.checkpoint.resume == "auto", ranks=ranks)
@@ -115,7 +126,9 @@ def choose(config: RunConfig, ranks: Ranks = ALONE) -> tuple[Path | None, list[s
             f"{own}: there are checkpoints of this run, but none that can be used:{reasons}\n"
             "Starting over would write over them. Restore one, or move them away, or choose another run.dir."
         )
-    if latest is None and config.growth is not None:
+    if latest is None and config.training.init_from is not None:
+        latest = find_weights(config.training.init_from, ranks)
+    elif latest is None and config.growth is not None:
         try:
             latest = resolve(config.growth.source, ranks)
             verify_checkpoint(latest, ranks)
@@ -161,19 +174,24 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
     """
     if path is None:
         return Start(InitialSource(config.model, config.run.seed), f"initial weights of seed {config.run.seed}")
-    reader = open_checkpoint(path)
-    index = reader.index
     # of the run's own folder, although what lies there may be a link to elsewhere
     if path.parent.resolve() == checkpoints_folder(config).resolve():
+        reader = open_checkpoint(path)
+        index = reader.index
         check_same_architecture(index, config.model)
         _check_data(config, index.data, data, path)
         trackers, note = _own_trackers(config, index)
+        before, now = (shortened(_sources(of), 500) for of in (index.data, data))
+        other_data = index.data.get("sources") not in (None, data.get("sources"))
         return Start(
             CheckpointSource(reader), f"resumed from {path} at step {index.step:,}{note}",
             Progress(index.step, index.samples, index.tokens), index.growth_history, _unproved(index),
-            trackers=trackers, run_state=index.run,
+            trackers=trackers, run_state=index.run, resumed=True,
+            changes={"data.train (content)": [before, now]} if other_data else {},
         )  # fmt: skip
-    assert config.growth is not None
+    if config.growth is None:
+        return _warm_start(config, path)
+    reader = open_checkpoint(path)
     grown = grow(reader, config.model, config.growth, seed=config.run.seed, data=data)
     return Start(
         grown.source, f"grown from {path}", Progress(0, grown.samples, grown.tokens), grown.growth_history,
@@ -193,12 +211,21 @@ def _own_trackers(config: RunConfig, index: CheckpointIndex) -> tuple[Mapping[st
     )
 
 
+def _warm_start(config: RunConfig, path: Path) -> Start:
+    source, event = open_weights(path, config.model)
+    trained = f" (step {event['step']:,}, {event['tokens']:,} tokens)" if event["step"] else ""
+    return Start(
+        source, f"begins with the weights of {path}{trained}; optimizer, schedule and data from their beginning",
+        run_state={"history": [event]},
+    )  # fmt: skip
+
+
 def _unproved(index: CheckpointIndex) -> CheckpointReader | None:
     """What a checkpoint was grown from as a file operation, if that is still there: the proof is then made here."""
     if index.step > 0 or not index.growth_history:
         return None
     entry = index.growth_history[-1]
-    if entry["loss_before"] is not None or entry["to"] != index.model["parameter_tokens"]:
+    if entry["loss_before"] is not None or entry["to"] != _token_counts(stored_model(index)):
         return None
     with suppress(CheckpointError):
         return open_checkpoint(Path(entry["source"]))

@@ -27,6 +27,7 @@ from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, grow
 from megatron_tf.checkpoint.summary import summarize
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.commands.inspect_checkpoint import print_summary
+from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
 from megatron_tf.config.validate import plan_batches
 from megatron_tf.convert.official_checkpoint import exportable_model
@@ -37,8 +38,10 @@ from megatron_tf.inference.load import load_model
 from megatron_tf.inference.pruning import pruned_start
 from megatron_tf.inference.sampling import generate
 from megatron_tf.params import parameter_table
+from megatron_tf.training.account import account, run_settings
 from megatron_tf.training.guard import LossGuard
 from megatron_tf.training.start import begin, choose, first_stage_to_run
+from megatron_tf.training.warm_start import EVENT
 
 COUNTS = ParameterTokens(qkv=10, proj=9, ffn=12)
 DATA = {"seed": 7, "sources": [{"name": "text", "weight": 1.0, "tokens": 4000, "bin_bytes": 8000, "idx_bytes": 500,
@@ -70,7 +73,10 @@ def checkpoint(run) -> Path:
         {name: ((0, spec.width, 20), (spec.width, spec.numel, 10)) if spec.numel > spec.width else ((0, spec.numel, 20),)
          for name, spec in table.items()},
         ({**entry, "noise": 0.0, "preserves": True, "loss_before": 3.5, "loss_after": 3.5},), DATA, {"wandb": "1a2b3c"},
-        {"guard": guard, "schedule_unit": 128, "cur_scale": 65536.0, "cur_iter": 20, "last_overflow_iter": -1},
+        {"guard": guard, "schedule_unit": 128, "cur_scale": 65536.0, "cur_iter": 20, "last_overflow_iter": -1,
+         "settings": run_settings(run, 2),
+         "history": [{"event": EVENT, "source": "runs/other", "step": 5, "tokens": 640},
+                     {"event": "resumed", "step": 10, "tokens": 2560, "changes": {"optimizer.lr": ["0.1", "0.001"]}}]},
     )  # fmt: skip
     pieces = [
         Piece(name, state, 0, spec.numel, initial.read(name, "weight", 0, spec.numel) + 0.1)
@@ -94,6 +100,9 @@ def use(path: Path, run: RunConfig) -> None:
     plan = plan_batches(run, 1, start.progress.step, start.run_tokens, start.run_state.get("schedule_unit"))
     assert plan.schedule_position(start.progress.step) >= 0 and start.earlier_flops(run.model) >= 0
     assert set(start.old_tokens) <= {"qkv", "proj", "ffn"} and len(start.first_new(run.model)) in (0, 10)
+    growth = Growth(source="runs/small", method="gram", noise=0.5)
+    told = account(run.model_copy(update={"growth": growth}), start, 1, None)
+    dump_config(told.config)
     LossGuard(run.guard, start.run_state.get("guard", {})).watch(1, 3.0)
     resume = CheckpointSource(reader)
     for method in ("gram", "zero_key"):
@@ -184,6 +193,9 @@ QUERY = "tensors/blocks.0.attention.query.key_tokens"
         ("run/guard/losses_seen", "-3", "run.guard.losses_seen is -3: Input should be greater than or equal to 0"),
         ("run/schedule_unit", "0", "run.schedule_unit is 0: Input should be greater than or equal to 1"),
         ("run/cur_scale", "1e999", "run.cur_scale is inf"),
+        ("run/history/0/tokens", "null", "run.history.0.tokens is None"),
+        ("run/history/1/changes", '{"a": [1, 2]}', "run.history.1.changes.a.0 is 1: Input should be a valid string"),
+        ("run/settings", '{"a": 1}', "run.settings.a is 1: Input should be a valid string"),
         ("data/sources", "7", "data.sources is 7: Input should be a valid list"),
         ("data/sources/0/tokens", '"4k"', "data.sources.0.tokens is '4k': Input should be a valid integer"),
         ("growth_history/0/from", "null", "growth_history.0.from is None"),

@@ -93,3 +93,12 @@ def test_a_stage_grows_from_the_folder_that_the_variables_give(chain, monkeypatc
     monkeypatch.setenv("PRICE", "5$HOME")
     first, second = load_stages(chain(SMALL, BIG), ["run.dir=$PRICE"])
     assert first.run.dir == second.growth.source == "5$HOME/small"
+
+
+def test_only_the_first_stage_begins_with_weights_from_elsewhere(chain, values):
+    path = chain(SMALL, BIG, training={**values["training"], "init_from": "runs/tiny"})
+    for overrides, source in (([], "runs/tiny"), (["training.init_from=runs/other"], "runs/other")):
+        first, second = load_stages(path, overrides)
+        assert (first.training.init_from, second.training.init_from) == (source, None)
+        assert second.growth.source == "runs/small/small"
+    assert load_stages(path, ["stages.big.training.init_from=x"])[1].training.init_from == "x"  # which validate refuses

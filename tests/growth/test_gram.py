@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_tf.errors import CheckpointError
 from megatron_tf.growth.gram import BLOCK_ROWS, GramKeys
 
 
@@ -93,3 +94,12 @@ def test_the_number_of_threads_does_not_matter():
     ]
     assert results[0][0] == results[1][0]
     assert [threads for _, threads in results] == ["1", "2"], "the caller's number of threads is left as it was"
+
+
+@pytest.mark.parametrize("count", [5, 40])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_keys_of_a_training_that_diverged_are_refused(count, value):
+    old = keys(count, 16)
+    old[3, 2] = value
+    with pytest.raises(CheckpointError, match="blocks.0.ffn.key_tokens: holds values that are infinite or no numbers"):
+        rows_of(gram_keys(old, 50), old, 50)

@@ -39,6 +39,12 @@ def save(root: Path, step: int, value: float) -> Path:
             name: ((0, 8, step), (8, s.numel, 1)) if s.numel > 8 else ((0, 8, step),) for name, s in table.items()
         },
         growth_history=({"method": "zero_key", "from": {"ffn": 8}, "to": {"ffn": 16}},),
+        run={
+            "history": [
+                {"event": "weights taken", "step": 3, "tokens": 384, "source": "runs/a"},
+                {"event": "resumed", "step": 10, "tokens": 1280, "changes": {"optimizer.lr": ["0.1", "0.2\x1b[2J"]}},
+            ]
+        },
     )
     pieces = []
     for name, spec in table.items():
@@ -73,6 +79,10 @@ def test_the_table_shows_what_is_inside(run_folder):
         "attention.query 2",
         "ffn 4",
         "method zero_key",
+        "weights taken, step 3",
+        "source runs/a",
+        "resumed, step 10",
+        r"optimizer.lr 0.1 -> 0.2\x1b[2J",
         "embedding.weight [32, 8] weight, exp_avg, exp_avg_sq 3,072 1 to 20",
         "final_norm.bias [8] weight, exp_avg, exp_avg_sq 96 20",
         "verified: 2 files, every checksum and range is right",

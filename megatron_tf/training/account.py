@@ -1,0 +1,162 @@
+"""What a run is, told by its checkpoint, and what its configuration now says otherwise.
+
+A run that is started again follows its new configuration in all that can change, such as the learning rate; each such key
+is announced and goes into the history in the checkpoint. What has happened cannot change: a run that was grown by one
+method was not grown by another one because its configuration says so now.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tf.config.load import dump_config, load_config
+from megatron_tf.config.schema import Growth, GrowthMethods, RunConfig
+from megatron_tf.durable import open_plain, read_plain, write_atomically
+from megatron_tf.errors import ConfigError, file_errors
+from megatron_tf.growth.source import PRUNED
+from megatron_tf.training.facts import settings
+from megatron_tf.training.start import Start
+from megatron_tf.training.warm_start import EVENT, KEY
+
+CONFIG_NAME = "config.yml"
+_LARGEST_CONFIG = 2**26
+
+
+@dataclass(frozen=True)
+class Account:
+    """`config`: what holds for the run.  `lines`: what the log says of it.
+
+    `origin`: where the weights come from, as the end of a sentence; empty for initial ones.
+    `history`: events of the run so far, for the checkpoint, see `checkpoint.records`.
+    """
+
+    config: RunConfig
+    lines: tuple[str, ...]
+    origin: str
+    history: tuple[Mapping[str, Any], ...]
+
+
+def account(config: RunConfig, start: Start, ranks: int, earlier: Mapping[str, str] | None) -> Account:
+    """The account of a run of `config` on `ranks` ranks from `start` on.
+
+    `earlier`: the settings of a run whose checkpoint, of an older version, does not have them.
+    """
+    history, origin = tuple(start.run_state.get("history", ())), _origin(start)
+    if not start.resumed:
+        return Account(config, (), origin, history)
+    config, ineffective = _as_it_was(config, start)
+    step, before = start.progress.step, start.run_state.get("settings", earlier)
+    if before is None:
+        unknown = f"configuration: what it was until step {step:,} is not known"
+        return Account(config, (*ineffective, unknown), origin, history)
+    now = run_settings(config, ranks)
+    changes = {key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)}
+    changes |= start.changes
+    if not changes:
+        return Account(config, (*ineffective, f"configuration: as it was until step {step:,}"), origin, history)
+    lines = [f"configuration: {len(changes)} of its values changed since step {step:,}"]
+    lines += [f"  {key}: {_told(old)} before, {_told(new)} now" for key, (old, new) in changes.items()]
+    event = {"event": "resumed", "step": step, "tokens": start.progress.tokens, "changes": changes}
+    return Account(config, (*ineffective, *lines), origin, (*history, event))
+
+
+def run_settings(config: RunConfig, ranks: int) -> dict[str, str]:
+    """Every key of the configuration, and the number of ranks, with its value as text."""
+    return {**settings(config), "ranks": str(ranks)}
+
+
+def earlier_settings(run_dir: Path) -> dict[str, str] | None:
+    """What the config.yml in the folder says; None when it cannot be read any more."""
+    path = run_dir / CONFIG_NAME
+    try:
+        with file_errors(ConfigError, path, "It is passed over."), open_plain(path):
+            return settings(load_config(path))
+    except ConfigError:
+        return None
+
+
+def keep_config(run_dir: Path, config: RunConfig) -> None:
+    """Write config.yml. An earlier one that says something else becomes config.1.yml, the next one config.2.yml ..."""
+    path, content = run_dir / CONFIG_NAME, dump_config(config).encode()
+    if os.path.exists(path) and (old := read_plain(path, _LARGEST_CONFIG)) != content:
+        number = 1
+        while os.path.lexists(kept := path.with_suffix(f".{number}.yml")):
+            number += 1
+        write_atomically(kept, old)
+    write_atomically(path, content)
+
+
+def _as_it_was(config: RunConfig, start: Start) -> tuple[RunConfig, list[str]]:
+    """`config` with what cannot change any more as it was, and a line for each key that therefore has no effect."""
+    lines = []
+    given, began_with = config.training.init_from, _warm_start(start)
+    if given is not None and (began_with is None or not _leads_to(given, began_with)):
+        lines.append(f"{KEY}: {given} has no effect: the run began with {began_with or 'other weights'}")
+        training = config.training.model_copy(update={"init_from": began_with})
+        config = config.model_copy(update={"training": training})
+    if config.growth is None:
+        return config, lines
+    if not start.growth_history or start.growth_history[-1]["method"] == PRUNED:
+        lines.append(f"growth: has no effect: the run has checkpoints of its own that were not grown{_origin(start)}")
+        return config.model_copy(update={"growth": None}), lines
+    true = dict(_true_growth(config.growth, start.growth_history[-1]))
+    lines += [f"growth.{key}: {value} has no effect: the run was grown {how}" for key, (value, how, _) in true.items()]
+    update = {name: value for _, _, fields in true.values() for name, value in fields.items()}
+    return config.model_copy(update={"growth": config.growth.model_copy(update=update)}), lines
+
+
+def _true_growth(growth: Growth, entry: Mapping[str, Any]) -> Iterator[tuple[str, tuple[object, str, dict[str, Any]]]]:
+    """For each key that is not as it was at the growth in `entry`: the value given, how the run was grown, and the fields
+    of `growth` that say so."""
+    grew = [kind for kind, count in entry["to"].items() if count > entry["from"][kind]]
+    method = entry["method"]
+    methods = {kind: method if isinstance(method, str) else method.get(kind, growth.method_of(kind)) for kind in grew}
+    given = {kind: growth.method_of(kind) for kind in grew}
+    if methods != given:
+        one = dict.fromkeys(methods.values())
+        fields = {"method": next(iter(one)), "methods": GrowthMethods()}
+        if len(one) > 1:
+            fields = {"methods": GrowthMethods.model_validate(methods)}
+        yield "method", (_method(given), f"by {_method(methods)}", fields)
+    for key in ("noise", "moments"):
+        was, now = entry.get(key), getattr(growth, key)
+        if was is not None and was != now:
+            yield key, (now, f"with {was}", {key: was})
+    if not _leads_to(growth.source, entry["source"]):
+        yield "from", (growth.source, f"from {entry['source']}", {"source": entry["source"]})
+
+
+def _origin(start: Start) -> str:
+    if start.growth_history:
+        entry = start.growth_history[-1]
+        if entry["method"] == PRUNED:
+            return f", pruned from {entry['source']}"
+        return f", grown from {entry['source']} by {_method(entry['method'])}"
+    began_with = _warm_start(start)
+    return f", begun with the weights of {began_with}" if began_with else ""
+
+
+def _warm_start(start: Start) -> str | None:
+    """The checkpoint or export that the run took its first weights from."""
+    return next((event.get("source") for event in start.run_state.get("history", ()) if event["event"] == EVENT), None)
+
+
+def _method(method: str | Mapping[str, str]) -> str:
+    if isinstance(method, str):
+        return method
+    distinct = set(method.values())
+    return distinct.pop() if len(distinct) == 1 else ", ".join(f"{kind} {name}" for kind, name in method.items())
+
+
+def _leads_to(given: str, source: str) -> bool:
+    """Whether `source` is what the path of a run, of its checkpoints or of a checkpoint meant."""
+    folder, place = os.path.realpath(given), os.path.realpath(source)
+    return place == folder or place.startswith(folder + os.sep)
+
+
+def _told(value: str | None) -> str:
+    return "not given" if value is None else value

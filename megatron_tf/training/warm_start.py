@@ -1,0 +1,62 @@
+"""A new run that begins with weights which were trained elsewhere: by another run, on other data, or by transformers.
+
+Only the weights and τ are taken. Optimizer, schedule, step and position in the data are those of a fresh run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.checkpoint.manager import Ranks, from_first, resolve, verify_checkpoint
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.checkpoint.source import CheckpointSource, FreshSource, StateSource, WeightsSource
+from megatron_tf.config.schema import Model
+from megatron_tf.convert.huggingface.importing import is_export, open_export
+from megatron_tf.errors import CheckpointError
+from megatron_tf.growth.rules import differing
+
+KEY = "training.init_from"
+EVENT = "weights taken"  # in the history of the run
+# Keys of the model that no weight depends on, and that change when a model learns to read longer texts.
+_FREE = ("seq_length", "rotary_base")
+
+
+def find_weights(given: str, ranks: Ranks) -> Path:
+    """The export, or the checkpoint with all its checksums compared, that `given` means; CheckpointError for none."""
+    try:
+        if from_first(lambda: is_export(given), ranks):
+            return Path(given)
+        path = resolve(given, ranks)
+        verify_checkpoint(path, ranks)
+    except CheckpointError as error:
+        raise CheckpointError(f"{KEY}: {error}") from error
+    return path
+
+
+def open_weights(path: Path, model: Model) -> tuple[StateSource, dict[str, Any]]:
+    """What a run of `model` begins with, and the event for its history. An export is held in memory.
+
+    CheckpointError, naming every differing key with both values, unless the weights at `path` are of such a model.
+    """
+    source: StateSource
+    step, tokens = 0, 0
+    if is_export(path):
+        export = open_export(path)
+        stored, source = export.model, WeightsSource(export.weights, export.scales)
+    else:
+        reader = open_checkpoint(path)
+        stored, source = stored_model(reader.index), FreshSource(CheckpointSource(reader))
+        step, tokens = reader.index.step, reader.index.tokens
+    problems = [
+        f"\n  - model.{key}: there {old}, in this run {new}"
+        for key, old, new in differing(stored, model)
+        if key not in _FREE
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{KEY}: {path} holds the weights of another model:{''.join(problems)}\nGive this run the same model; only "
+            f"{' and '.join(f'model.{key}' for key in _FREE)} may differ. To add parameter tokens, grow it: growth.from."
+        )
+    return source, {"event": EVENT, "source": str(path), "step": step, "tokens": tokens}
