@@ -22,7 +22,17 @@ COLLECTIVES: dict[str, Kind] = {
     "c10d.send.default": "send",
 }
 # These only name memory, touch a few elements of it, or write what the next kernel would have to anyhow.
-FREE = ("empty_like", "empty", "new_empty_strided", "scalar_tensor", "detach", "zeros_like", "gather", "scatter_add_")
+FREE = (
+    "empty_like",
+    "empty",
+    "new_empty",
+    "new_empty_strided",
+    "scalar_tensor",
+    "detach",
+    "zeros_like",
+    "gather",
+    "scatter_add_",
+)
 
 
 class Counting(TorchDispatchMode):
