@@ -170,6 +170,7 @@ def system_reason(error: OSError, path: str | os.PathLike[str]) -> str:
 def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
     """Turn the system's objection to `path`, an OSError in the block, into a `kind`: "path: reason. remedy".
 
+    Where the system objects to another file, such as a library's own, that one is named.
     When too many files are open, that has a remedy of its own.
     A name that cannot be a path at all (with a NUL in it, or not encodable) is refused before the block.
     """
@@ -183,7 +184,18 @@ def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str
         yield
     except OSError as error:
         helps = open_files.remedy(error) or remedy
-        raise kind(f"{os.fspath(path)}: {system_reason(error, path)}. {helps}") from error
+        failed = _failed_file(error, os.fspath(path))
+        raise kind(f"{failed}: {system_reason(error, failed)}. {helps}") from error
+
+
+def _failed_file(error: OSError, path: str) -> str:
+    """The file that the system names, but `path` where that is a name under which `path` is written first."""
+    named = error.filename
+    if not isinstance(named, (str, bytes, os.PathLike)):
+        return path
+    name = os.fsdecode(named)
+    is_of_path = name.startswith(path) and not name.startswith(os.path.join(path, ""))
+    return path if is_of_path or os.path.realpath(name) == os.path.realpath(path) else name
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -122,6 +122,16 @@ class TestFileErrors:
         ):
             (tmp_path / name).read_bytes()
 
+    @pytest.mark.parametrize(
+        ("failed", "named"),
+        [("out", "out"), ("out.partial/weights", "out"), ("./out", "out"), ("out/weights", "out/weights"),
+         ("cache/modules", "cache/modules"), (None, "out")],
+    )  # fmt: skip
+    def test_the_file_that_failed_is_named(self, failed, named):
+        with pytest.raises(DataError, match=rf"^{named}: No space left on device\. Make room\.$"), \
+             file_errors(DataError, "out", "Make room."):  # fmt: skip
+            raise OSError(errno.ENOSPC, "No space left on device", failed)
+
     @pytest.mark.parametrize("name", ["a\0b", "a\ud800"])
     def test_names_that_can_be_no_path_are_refused_before_the_block(self, name):
         with pytest.raises(CheckpointError, match="can be no path. Correct it"), \

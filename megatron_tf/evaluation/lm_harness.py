@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,15 @@ class HarnessTasks:
             logging.getLogger(library).setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         self._tokenizer, self._max_length, self._names, self._limit = tokenizer, max_length, list(names), limit
-        with _loading_errors(names):
+        with _loading_errors(",".join(names)):
             include = str(folder) if folder.is_dir() else None
             # To index the thousands of stock files takes as long as to score a few hundred documents.
             self._manager: Any = TaskManager(include_path=include, include_defaults=not all_local)
             _check_known(names, self._manager.all_tasks, folder)
-            self._loaded = self._manager.load(self._names)
+        self._loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+        for name in self._names:
+            with _loading_errors(name):
+                self._add(name, self._manager.load([name]))
         self._rehearse()
 
     def run(self, ask: Ask) -> dict[str, Any]:
@@ -90,6 +93,13 @@ class HarnessTasks:
             model, tasks=self._names, task_manager=self._manager, limit=self._limit, log_samples=False
         )
         return {**_plain(results, handle_non_serializable), "lost": str(model.lost) if model.lost else None}
+
+    def _add(self, name: str, loaded: Mapping[str, Mapping[str, Any]]) -> None:
+        """What `name` stands for: a task, or a group of tasks."""
+        if twice := sorted(self._loaded["tasks"].keys() & loaded["tasks"].keys()):
+            raise UserError(f"--tasks: {twice[0]} is named twice, the second time by {name}. Name it once.")
+        for kind, entries in self._loaded.items():
+            entries.update(loaded[kind])
 
     def _rehearse(self) -> None:
         """Do all but ask the model: hours later is too late to find that the last task cannot be scored."""
@@ -131,7 +141,8 @@ def _know_nothing(requests: Sequence[Request]) -> list[Answer]:
 
 
 @contextmanager
-def _loading_errors(names: Sequence[str]) -> Iterator[None]:
+def _loading_errors(names: str) -> Iterator[None]:
+    """`names`: of the tasks that are loaded."""
     import datasets
 
     try:
@@ -139,14 +150,14 @@ def _loading_errors(names: Sequence[str]) -> Iterator[None]:
             yield
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"--tasks {','.join(names)}: the data cannot be loaded ({type(error).__name__}: {_first_line(error)}). "
+            f"--tasks {names}: the data cannot be loaded ({type(error).__name__}: {_first_line(error)}). "
             f"The six tasks of the paper need no network after `{FETCH}`; others are downloaded."
         ) from error
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever a task's file or its own code may do
         reason = f"{type(error).__name__}: {shortened(_first_line(error), REASON_LIMIT)}"
-        raise UserError(f"--tasks {','.join(names)}: one of them cannot be loaded ({reason}).") from error
+        raise UserError(f"--tasks {names}: cannot be loaded ({reason}).") from error
 
 
 def _check_known(names: Sequence[str], known: Sequence[str], folder: Path) -> None:

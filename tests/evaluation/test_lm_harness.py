@@ -251,7 +251,7 @@ CANNOT_BE_SCORED = {
         [GOOD], {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]},
         "one of them wants text generated.*: bad. Export"
     ),
-    "no kind of task": ([GOOD], {"output_type": "guess"}, r"one of them cannot be loaded \(ValueError: Got invalid"),
+    "no kind of task": ([GOOD], {"output_type": "guess"}, r"--tasks bad: cannot be loaded \(ValueError: Got invalid"),
 }  # fmt: skip
 
 
@@ -271,6 +271,8 @@ def test_what_cannot_be_scored_is_known_before_the_first_request(tokenizer_file,
     def ask(requests):
         return [(-1.0, False)] * len(requests)
 
+    with pytest.raises(UserError, match="good is named twice, the second time by good"):
+        run_tasks(never, load_tokenizer(tokenizer_file), LENGTH, ["good", "texts", "good"], folder, None)
     found = run_tasks(ask, load_tokenizer(tokenizer_file), LENGTH, ["texts", "good"], folder, None)
     assert set(found["results"]) == {"texts", "good"}
 

@@ -110,9 +110,11 @@ def _compare_generation(exported: Any, network: TokenFormer, ids: Tensor) -> Agr
 
 @contextmanager
 def _transformers_errors(kind: str) -> Iterator[None]:
-    """Whatever the export's own code and transformers make of each other, as CheckpointError."""
+    """Whatever the export's own code and transformers make of each other, as CheckpointError; an OSError names its file."""
     try:
         yield
+    except OSError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"transformers cannot run the export, on {kind}: {type(error).__name__}: {error}. Nothing was written. "
@@ -136,9 +138,10 @@ def _load_model(folder: Path) -> Any:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
-    )
+    with _transformers_errors("loading"):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
     if problems := {kind: names for kind, names in report.items() if names}:
         raise CheckpointError(f"transformers did not load the export as it was written: {problems}")
     return model.eval()

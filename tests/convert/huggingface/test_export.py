@@ -126,6 +126,17 @@ def test_a_text_gets_no_token_that_training_never_saw(network, tokenizer_file, t
     assert tokenizer_identity(tmp_path / "out" / "tokenizer.json").same(tokenizer_identity(tokenizer_file))
 
 
+def test_the_file_that_failed_is_named(network, tmp_path, monkeypatch):
+    """transformers keeps a copy of the code in a folder of its own."""
+    from transformers import dynamic_module_utils
+
+    (tmp_path / "modules").write_text("in the way")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules" / "cache"))
+    with pytest.raises(CheckpointError, match=r"/modules/cache: Not a directory. Nothing was written"):
+        write_export(tmp_path / "out", network, None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_overwritten(tmp_path):
     check_target(tmp_path / "new" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
