@@ -80,7 +80,16 @@ def join_ranks(
             "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
         )
     except (dist.DistError, RuntimeError) as error:
-        raise _no_meeting(environment, timeout_seconds, str(error).partition("\n")[0]) from error
+        reason = str(error).partition("\n")[0]
+        if isinstance(store, (dist.HashStore, dist.FileStore)):
+            raise LaunchError(
+                f"torch.distributed cannot start on this machine alone: {reason}. Where not even the loopback is up, give "
+                "it an address: `ip link set lo up`."
+            ) from error
+        raise _no_meeting(
+            environment, f": {reason} Check that the nodes reach each other: firewalls, and GLOO_SOCKET_IFNAME or "
+            "NCCL_SOCKET_IFNAME. tools/doctor.py tests every link."
+        ) from error  # fmt: skip
     return device
 
 
@@ -96,9 +105,14 @@ def _meet(
         agree(assembly, facts, problems, _gpu(environment.local_rank))
     except Stuck as stuck:
         absent = ", ".join(assembly.name(rank) for rank in stuck.ranks) or "another rank"
-        raise _no_meeting(environment, timeout_seconds, f"{absent} {stuck.what} ({stuck.phase}).") from stuck
+        raise _no_meeting(
+            environment, f" within {timeout_seconds:g} seconds: {absent} {stuck.what} ({stuck.phase}). Start all ranks with "
+            "the same address and port; parallel.timeout_seconds is how long ranks wait."
+        ) from stuck  # fmt: skip
     except Unreachable as error:
-        raise _no_meeting(environment, timeout_seconds, f"{assembly.name(0)} does not answer: {error}.") from error
+        raise _no_meeting(
+            environment, f": {assembly.name(0)} does not answer, or has ended, and its own output says why. ({error})"
+        ) from error  # fmt: skip
     return dist.PrefixStore("process group", store)
 
 
@@ -117,11 +131,10 @@ def _gpu(local_rank: int) -> str:
     return str(torch.cuda.get_device_properties(local_rank).uuid)
 
 
-def _no_meeting(environment: LaunchEnvironment, timeout_seconds: float, reason: str) -> LostContactError:
+def _no_meeting(environment: LaunchEnvironment, how: str) -> LostContactError:
     return LostContactError(
         f"rank {environment.rank} of {environment.world_size} could not meet the others at "
-        f"MASTER_ADDR={environment.master_addr}, MASTER_PORT={environment.master_port} within {timeout_seconds:g} seconds: "
-        f"{reason} Start all ranks with the same address and port; parallel.timeout_seconds is how long ranks wait."
+        f"MASTER_ADDR={environment.master_addr}, MASTER_PORT={environment.master_port}{how}"
     )
 
 
