@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_tf.benchmark.models import equal_transformer, plain_model
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
+from megatron_tf.caches import prepare_compiler
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.estimate import flops_per_token, num_parameters
@@ -101,6 +102,7 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, setting:
         torch.manual_seed(0)
         built = build(of)
         if compiled:
+            prepare_compiler()
             for block in built.blocks:
                 block.compile()
         return TrainingStep(built, setting.samples, setting.device, setting.dtype)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.caches import prepare_hugging_face
 from megatron_tf.data.losses import Loss, LossFinder
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import UserError, shortened, shown
@@ -59,6 +60,7 @@ class HarnessTasks:
         if all_local:  # these libraries ask the network whether their files are the newest
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
             os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+        prepare_hugging_face()
         import datasets
         from lm_eval.tasks import TaskManager
 

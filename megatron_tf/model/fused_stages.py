@@ -8,6 +8,7 @@ any distance between rows; all arithmetic is fp32.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from megatron_tf.caches import prepare_triton
 from megatron_tf.model.score_layout import empty_scores
 
 
@@ -24,7 +26,13 @@ def usable(scores: Tensor) -> bool:
     return _has_kernels(scores.device.type, scores.dtype)
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not look inside
+def _constant_when_compiled(function: Callable[[str, torch.dtype], bool]) -> Callable[[str, torch.dtype], bool]:
+    """torch.compiler.assume_constant_result, which imports the compiler: a second for those who compile nothing."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_compiled
 def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
     if os.environ.get("MEGATRON_TF_NATIVE") == "0":
         return False
@@ -40,6 +48,7 @@ def _kernels(device_type: str) -> ModuleType | None:
 
         return native_stages
     if device_type == "cuda" and find_spec("triton") is not None:
+        prepare_triton()
         from megatron_tf.model import triton_stages
 
         return triton_stages

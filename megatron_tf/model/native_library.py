@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_tf.caches import can_write, temporary_cache, user_cache
+
 COMPILERS = ("cc", "gcc", "clang")
 BUILD_SECONDS = 60.0
 
@@ -31,16 +33,15 @@ def load_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     compiler = _compiler()
     identity = hashlib.sha256(repr((source.read_bytes(), compiler, tuple(flags), _processor())).encode()).hexdigest()
     name = f"{source.stem}_{identity[:16]}"
-    cache = _cache_folder()
-    if cache is not None:
-        for path in _kept(cache, name):
-            with suppress(OSError):  # of another libc, or in a folder from which nothing may be run
-                return ctypes.CDLL(str(path))
+    caches = list(_cache_folders())
+    for path in _kept(caches, name):
+        with suppress(OSError):  # of another libc, or in a folder from which nothing may be run
+            return ctypes.CDLL(str(path))
     reasons = []
-    # The cache folder is for a machine whose folder for temporary files is full, missing or not for programs.
-    for place in (None, cache) if cache is not None else (None,):
+    # The cache folders are for a machine whose folder for temporary files is full, missing or not for programs.
+    for place in (None, *caches):
         try:
-            return _build(source, [*compiler, *flags], name, cache, place)
+            return _build(source, [*compiler, *flags], name, caches, place)
         except subprocess.CalledProcessError as error:
             reasons.append(f"{shlex.join(compiler)} could not build it: {error.stderr.strip()[-200:]}")
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -48,8 +49,8 @@ def load_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     raise BuildError(reasons[0])
 
 
-def _build(source: Path, command: Sequence[str], name: str, cache: Path | None, place: Path | None) -> ctypes.CDLL:
-    """Builds in a new folder in `place`, None for that of temporary files, and keeps the library in `cache` if it can."""
+def _build(source: Path, command: Sequence[str], name: str, caches: Sequence[Path], place: Path | None) -> ctypes.CDLL:
+    """Builds in a new folder in `place`, None for that of temporary files, and keeps the library in one of `caches`."""
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as folder:
@@ -58,7 +59,7 @@ def _build(source: Path, command: Sequence[str], name: str, cache: Path | None, 
             [*command, str(source), "-o", str(built), "-lm"], check=True, capture_output=True, text=True, errors="replace",
             timeout=BUILD_SECONDS, stdin=subprocess.DEVNULL, env={**os.environ, "TMPDIR": folder},
         )  # fmt: skip
-        kept = None if cache is None else _keep(built, cache, name)
+        kept = next(filter(None, (_keep(built, cache, name) for cache in caches)), None)
         try:
             return ctypes.CDLL(str(built))  # stays loaded when its file is gone
         except OSError:
@@ -86,15 +87,16 @@ def _keep(built: Path, cache: Path, name: str) -> Path | None:
     return kept
 
 
-def _kept(cache: Path, name: str) -> Iterator[Path]:
-    """The libraries of `name` in the cache that are whole."""
-    candidates: list[Path] = []
-    with suppress(OSError):
-        candidates = sorted(cache.glob(f"{name}_*.so"))
-    for path in candidates:
+def _kept(caches: Sequence[Path], name: str) -> Iterator[Path]:
+    """The libraries of `name` in the caches that are whole."""
+    for cache in caches:
+        candidates: list[Path] = []
         with suppress(OSError):
-            if path.stem == f"{name}_{_checksum(path.read_bytes())}":
-                yield path
+            candidates = sorted(cache.glob(f"{name}_*.so"))
+        for path in candidates:
+            with suppress(OSError):
+                if path.stem == f"{name}_{_checksum(path.read_bytes())}":
+                    yield path
 
 
 def _checksum(content: bytes) -> str:
@@ -116,14 +118,14 @@ def _compiler() -> list[str]:
     return [found]
 
 
-def _cache_folder() -> Path | None:
-    """None for a user without a home folder, as in a container that runs under a bare number."""
-    try:
-        folders = [Path(os.environ.get("XDG_CACHE_HOME", "")), Path.home() / ".cache"]
-    except RuntimeError:
-        folders = [Path(os.environ.get("XDG_CACHE_HOME", ""))]
-    # A relative one would be another in each folder that the command is started in.
-    return next((folder / "megatron_tf" for folder in folders if folder.is_absolute()), None)
+def _cache_folders() -> Iterator[Path]:
+    """Where a library may be kept. The user's folder comes first also when it can only be read."""
+    cache = user_cache()
+    if cache is not None:
+        yield cache / "megatron_tf"
+    if cache is None or not can_write(cache / "megatron_tf"):
+        with suppress(OSError):
+            yield temporary_cache("native")
 
 
 def _processor() -> str:

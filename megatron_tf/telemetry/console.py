@@ -16,6 +16,7 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from megatron_tf.caches import prepare_compiler
 from megatron_tf.streams import Unfailing, discard
 from megatron_tf.telemetry.line_file import LineFile
 
@@ -142,6 +143,8 @@ def quiet_libraries() -> None:
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a rank that is gone comes with a page of C++ stack
+
+    prepare_compiler()
 
     import torch
 

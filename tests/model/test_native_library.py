@@ -102,9 +102,21 @@ def test_a_cache_that_cannot_be_written(source, builds, monkeypatch, place):
     (source.parent / "a file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(source.parent / place) if place == "a file" else place)
     monkeypatch.setenv("HOME", "/proc/none")
+    monkeypatch.setattr(tempfile, "tempdir", str(source.parent))
     for _ in range(2):
         assert load_library(source, FLAGS).answer() == 42
-    assert len(builds) == 2 and not (source.parent / "relative").exists()
+    assert len(builds) == 1 and not (source.parent / "relative").exists()
+
+
+def test_without_any_cache(source, builds, monkeypatch):
+    def none(name):
+        raise PermissionError(name)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    monkeypatch.setattr(native_library, "temporary_cache", none)
+    for _ in range(2):
+        assert load_library(source, FLAGS).answer() == 42
+    assert len(builds) == 2
 
 
 def test_a_user_without_a_home_folder_and_a_name(source, monkeypatch):

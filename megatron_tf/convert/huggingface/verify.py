@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tf.caches import prepare_hugging_face
 from megatron_tf.convert.agreement import Agreement, agreement
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import CheckpointError, UserError
@@ -65,6 +66,7 @@ def verify_export(folder: Path, network: TokenFormer, tokenizer: Tokenizer | Non
 
     Returns the agreement by kind of sample. CheckpointError when logits or tokens are others.
     """
+    prepare_hugging_face()
     exported = _load_model(folder)
     samples = {"random tokens": _random_tokens(network)}
     if tokenizer is not None:
