@@ -132,10 +132,15 @@ def configured_boundaries(config: RunConfig) -> Boundaries:
     return boundaries(config.data, config.data.eod_id or 0)
 
 
-def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32) -> Trace:
-    """The run on this process alone, written in plain PyTorch without any of the engine."""
+def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32, nudged: bool = False) -> Trace:
+    """The run on this process alone, written in plain PyTorch without any of the engine.
+
+    `nudged`: it starts with each weight replaced by one of its two neighbours in `dtype`.
+    """
     plan = plan_batches(Layout(Topology()).apply(config), 1)
     model = build_model(config.model, seed=config.run.seed, dtype=dtype)
+    if nudged:
+        _nudge(model)
     table = parameter_table(config.model)
     decayed = [p for name, p in model.named_parameters() if table[name].decayed]
     others = [p for name, p in model.named_parameters() if not table[name].decayed]
@@ -169,12 +174,20 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32)
         reports += means.values()
         norms.append(_clip([p.grad for p in model.parameters() if p.grad is not None], config))
         if step == 0:
-            gradients = {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, adam, plan.train_steps)
         optimizer.step()
         optimizer.zero_grad()
     return Trace(losses, norms, gradients, reports)
+
+
+@torch.no_grad()
+def _nudge(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        upwards = torch.rand(parameter.shape, generator=generator) < 0.5
+        parameter.copy_(torch.nextafter(parameter, torch.where(upwards, torch.inf, -torch.inf).to(parameter.dtype)))
 
 
 def _clip(gradients: list[Tensor], config: RunConfig) -> float:
