@@ -32,6 +32,7 @@ FLOORS = (
         "megatron_tf.streams",
         "megatron_tf.text_files",
         "megatron_tf.registry",
+        "megatron_tf.requirements",
     },
     {
         "megatron_tf.architectures",
@@ -95,6 +96,7 @@ NO_TORCH = (
     "megatron_tf.architectures.transformer.architecture",
     "megatron_tf.params",
     "megatron_tf.registry",
+    "megatron_tf.requirements",
     "megatron_tf.config",
     "megatron_tf.estimate",
     "megatron_tf.growth.methods",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import resource
 import shutil
 import socket
@@ -12,40 +11,46 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
+from megatron_tf.requirements import is_wanted, wanted_versions
+
 
 @dataclass(frozen=True)
 class Package:
-    """`wanted`: versions as pip writes them. `essential`: nothing works without it. `enables`: what it is for."""
+    """`essential`: nothing works without it. `enables`: what it is for."""
 
     name: str
-    wanted: str
     enables: str
     essential: bool = True
     install: str = "pip install -e ."
 
+    @property
+    def wanted(self) -> str:
+        """Versions as pip writes them."""
+        return wanted_versions(self.name)
+
 
 PACKAGES = (
-    Package("torch", ">=2.11,<2.14", "everything"),
-    Package("numpy", ">=1.26", "everything"),
-    Package("pydantic", ">=2.11,<3", "everything"),
-    Package("PyYAML", ">=6,<7", "everything"),
-    Package("safetensors", ">=0.4.3", "checkpoints"),
-    Package("xxhash", ">=3.4", "checkpoints"),
-    Package("rich", ">=13", "the console"),
-    Package("tokenizers", ">=0.20", "data preparation and text"),
-    Package("zstandard", ">=0.22", "data preparation from .zst files"),
+    Package("torch", "everything"),
+    Package("numpy", "everything"),
+    Package("pydantic", "everything"),
+    Package("PyYAML", "everything"),
+    Package("safetensors", "checkpoints"),
+    Package("xxhash", "checkpoints"),
+    Package("rich", "the console"),
+    Package("tokenizers", "data preparation and text"),
+    Package("zstandard", "data preparation from .zst files"),
     Package(
-        "deepspeed", "==0.19.8", "training", False,
-        "pip install setuptools wheel ninja && pip install --no-build-isolation deepspeed==0.19.8",
+        "deepspeed", "training", False,
+        f"pip install setuptools wheel ninja && pip install --no-build-isolation deepspeed{wanted_versions('deepspeed')}",
     ),
-    Package("matplotlib", ">=3.8", "tools/plot_run.py", False, "pip install -e '.[plot]'"),
-    Package("pyarrow", ">=17,<27", "data preparation from .parquet files", False, "pip install -e '.[parquet]'"),
-    Package("sentencepiece", ">=0.2,<0.3", "SentencePiece tokenizers", False, "pip install -e '.[sentencepiece]'"),
-    Package("tensorboard", ">=2.20,<3", "the tensorboard tracker", False, "pip install -e '.[tensorboard]'"),
-    Package("tiktoken", ">=0.11,<1", "tiktoken tokenizers", False, "pip install -e '.[tiktoken]'"),
-    Package("wandb", ">=0.31,<1", "the wandb tracker", False, "pip install -e '.[wandb]'"),
-    Package("transformers", ">=5.16,<5.25", "conversion to and from Hugging Face", False, "pip install -e '.[hf]'"),
-    Package("lm_eval", ">=0.4.13,<0.5", "zero-shot tasks", False, "pip install -e '.[eval]'"),
+    Package("matplotlib", "tools/plot_run.py", False, "pip install -e '.[plot]'"),
+    Package("pyarrow", "data preparation from .parquet files", False, "pip install -e '.[parquet]'"),
+    Package("sentencepiece", "SentencePiece tokenizers", False, "pip install -e '.[sentencepiece]'"),
+    Package("tensorboard", "the tensorboard tracker", False, "pip install -e '.[tensorboard]'"),
+    Package("tiktoken", "tiktoken tokenizers", False, "pip install -e '.[tiktoken]'"),
+    Package("wandb", "the wandb tracker", False, "pip install -e '.[wandb]'"),
+    Package("transformers", "conversion to and from Hugging Face", False, "pip install -e '.[hf]'"),
+    Package("lm_eval", "zero-shot tasks", False, "pip install -e '.[eval]'"),
 )  # fmt: skip
 
 
@@ -85,6 +90,8 @@ def system_facts() -> Iterator[tuple[str, str]]:
 
 def machine_warnings(num_gpus: int) -> Iterator[str]:
     """What will hurt later, though nothing is broken yet."""
+    if not wanted_versions("torch"):
+        yield "megatron_tf itself is not installed, so versions of packages are not compared. pip install -e ."
     shared = "/dev/shm"
     if num_gpus > 1 and os.path.isdir(shared) and shutil.disk_usage(shared).total < 1e9:
         yield (
@@ -107,21 +114,4 @@ def _installed(package: Package) -> Installed:
         version = metadata.version(package.name)
     except metadata.PackageNotFoundError:
         return Installed(package, None, False)
-    return Installed(package, version, all(_holds(version, clause) for clause in package.wanted.split(",")))
-
-
-def _holds(version: str, clause: str) -> bool:
-    """Whether "2.13.0+cpu" satisfies one of ">=2.11", "<2.14", "==0.19.8"."""
-    match = re.fullmatch(r"(>=|<|==)([0-9.]+)", clause)
-    assert match is not None, clause
-    have, limit = _numbers(version), _numbers(match[2])
-    return {">=": have >= limit, "<": have < limit, "==": have == limit}[match[1]]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """ "2.13.0+cpu" -> (2, 13): trailing zeros mean nothing."""
-    found = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
-    numbers = [int(part) for part in found[0].split(".")] if found else []
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return tuple(numbers)
+    return Installed(package, version, is_wanted(package.name, version))

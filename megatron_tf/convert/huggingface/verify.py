@@ -16,8 +16,8 @@ from megatron_tf.convert.agreement import Agreement, agreement
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import CheckpointError, UserError
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.requirements import is_wanted, wanted_versions
 
-REQUIRED_VERSIONS = ((5, 16), (5, 25))  # from the first on, below the second
 _LONGEST_SAMPLE = 256  # tokens: a logit depends on all tokens before it, and seconds are enough
 _LONGEST_PROMPT, _CONTINUATION = 8, 4  # tokens: a cache that is not read shows at the second new one
 # White space, other scripts, and characters that are several bytes or none of the vocabulary's.
@@ -41,16 +41,14 @@ _CACHES: dict[str, dict[str, Any]] = {
 
 def require_transformers() -> str:
     """The version of transformers. UserError when it is missing, or one that the exported code does not run with."""
-    least, below = REQUIRED_VERSIONS
-    wanted = f"transformers>={'.'.join(map(str, least))},<{'.'.join(map(str, below))}"
+    wanted = f"transformers{wanted_versions('transformers')}"
     try:
         version = metadata.version("transformers")
     except metadata.PackageNotFoundError:
         raise UserError(
             f"transformers is not installed, and an export is checked with it: pip install '{wanted}'"
         ) from None
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if not least <= numbers < below:
+    if not is_wanted("transformers", version):
         raise UserError(f"transformers is {version}, and the exported code needs another: pip install '{wanted}'")
     return version
 
