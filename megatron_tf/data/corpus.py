@@ -87,8 +87,9 @@ def within_bytes(documents: Iterable[Document], limit_bytes: int) -> Iterator[Do
 def write_corpus(documents: Iterable[Document], folder: Path, version: str) -> dict[str, tuple[int, int]]:
     """Write train.jsonl.zst, validation.jsonl.zst and LICENSE.txt; returns (documents, bytes of text) of each split.
 
-    A line is {"name", "text"}; the split is by hash of the name. Raises `DataError` when a split would be empty or
-    the folder cannot be written; older files are then as they were, and nothing half-written stays.
+    A line is {"name", "text"}; the split is by hash of the name. Raises `DataError` when a split would be empty, when
+    the folder cannot be written or has files of these names from elsewhere; older files are then as they were, and
+    nothing half-written stays.
     """
     try:
         import zstandard
@@ -96,8 +97,13 @@ def write_corpus(documents: Iterable[Document], folder: Path, version: str) -> d
         raise DataError("the corpus needs the package zstandard: pip install 'megatron_tf'") from None
     counts = {"train": (0, 0), "validation": (0, 0)}
     paths = {split: folder / f"{split}.jsonl.zst" for split in counts}
-    for path in (folder / "LICENSE.txt", *paths.values()):
+    note = folder / "LICENSE.txt"
+    for path in (note, *paths.values()):
         prepare_output(path)
+    with file_errors(DataError, note, "Choose another folder."):
+        is_ours = note.is_file() and note.read_bytes().startswith(LICENSE_NOTE.partition("{")[0].encode("utf-8"))
+    if not is_ours and (found := [path for path in (note, *paths.values()) if path.exists()]):
+        raise DataError(f"{found[0]}: is there, and is none of this corpus. Move it away, or choose another folder.")
     with file_errors(DataError, folder, "Free space or choose another folder."), ExitStack() as stack:
         streams = {}
         for split, path in paths.items():
@@ -112,5 +118,5 @@ def write_corpus(documents: Iterable[Document], folder: Path, version: str) -> d
         for split, (number, _) in counts.items():
             if number == 0:
                 raise DataError(f"{folder}: no document for {split}. Raise the number of megabytes.")
-        write_atomically(folder / "LICENSE.txt", LICENSE_NOTE.format(version=version).encode("utf-8"))
+        write_atomically(note, LICENSE_NOTE.format(version=version).encode("utf-8"))
     return counts

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,14 +29,19 @@ class JsonlTracker:
     """One JSON object a line, "step" first; NaN and infinity, which JSON has no form for, are null.
 
     What an earlier process logged after the checkpoint at `resume_step` is dropped, because those steps come again;
-    so is a line that a kill tore. A run that starts at step 0 starts an empty file. UserError when it cannot be
-    written at the start; later a full disk loses records, which `warn` is told, until there is room again.
+    so is a line that a kill tore. A run that starts at step 0 starts an empty file; what an earlier run in the folder
+    has logged of its steps is kept under another name, metrics.jsonl.1 and so on. UserError when it cannot be written at
+    the start; later a full disk loses records, which `warn` is told, until there is room again.
     """
 
     def __init__(self, path: Path, resume_step: int, warn: Callable[[str], None]):
         path = Path(os.path.realpath(path))  # of a link, what it leads to is written, and not replaced by a file
         with file_errors(UserError, path, "Metrics cannot be written: free space or choose another run.dir."):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if resume_step == 0 and _has_steps(path):
+                kept = next(other for n in count(1) if not (other := path.with_name(f"{path.name}.{n}")).exists())
+                os.rename(path, kept)
+                warn(f"{path}: is of an earlier run, and this one starts at step 0. It is kept as {kept.name}.")
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
                 file.writelines(_lines_until(path, resume_step))
         self._file = LineFile(path, warn)
@@ -180,18 +186,32 @@ def _open_wandb(
     return WandbTracker(config, project, name, dir, None)
 
 
+def _has_steps(path: Path) -> bool:
+    """Whether something of steps after step 0 stands in `path`: not only what a start that came to nothing logged."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return any((step := _step_of(line)) is not None and step > 0 for line in file)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a record; None for what is torn, or no record."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) and line.endswith(b"\n") else None
+
+
 def _lines_until(path: Path, resume_step: int) -> Iterator[bytes]:
     """The lines of `path` up to `resume_step` without those that are torn; none when there is no file yet."""
     if not os.path.lexists(path):
         return
     with open_plain(path) as file:
         for line in file:
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
+            step = _step_of(line)
             # A checkpoint at step 0 does not exist: a run at step 0 is a new one, also when the file is not.
-            if line.endswith(b"\n") and isinstance(step, int) and step <= resume_step and resume_step > 0:
+            if step is not None and step <= resume_step and resume_step > 0:
                 yield line
 
 

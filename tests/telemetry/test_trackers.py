@@ -69,6 +69,17 @@ def test_a_run_from_step_0_starts_the_file_anew(tmp_path):
     assert [record["step"] for record in records(path)] == [1]
 
 
+def test_what_an_earlier_run_logged_is_kept(tmp_path):
+    path, warnings = tmp_path / "metrics.jsonl", []
+    for run in (1, 2, 3):
+        tracker = JsonlTracker(path, 0, warnings.append)
+        tracker.log({"train/loss": float(run)}, 5)
+    assert [record["train/loss"] for name in ("", ".1", ".2") for record in records(tmp_path / f"metrics.jsonl{name}")] == [
+        3.0, 1.0, 2.0
+    ]  # fmt: skip
+    assert len(warnings) == 2 and warnings[1].endswith("this one starts at step 0. It is kept as metrics.jsonl.2.")
+
+
 def test_a_crash_while_the_file_is_cut_leaves_it_whole(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(1, 4))

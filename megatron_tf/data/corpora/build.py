@@ -95,16 +95,28 @@ def fetch(sources: Sequence[Source], downloads: Downloads, note: Callable[[str],
 
 
 def _check_replaceable(folder: Path) -> None:
+    """DataError when something of the user's own would go with the older corpus, or with what a killed run left."""
     prepare_output(folder / REPORT)
-    if (folder / REPORT).is_file():
-        return
-    left = [path.name for path in folder.iterdir()]
-    if left:
-        raise DataError(f"{folder}: holds {left[0]!r} but no {REPORT}, so it is no corpus. Choose another folder.")
+    for replaced in (folder, partial_path(folder), _older(folder)):
+        names = {path.name for path in replaced.iterdir()} if replaced.is_dir() else set()
+        if replaced == folder and names and REPORT not in names:
+            raise DataError(
+                f"{folder}: holds {min(names)!r} but no {REPORT}, so it is no corpus. Choose another folder."
+            )
+        if foreign := sorted(names - {REPORT, LICENSES, *SPLITS}):
+            raise DataError(
+                f"{replaced}: holds {foreign[0]!r}, which is of no corpus and would be deleted with it. Move it away, or "
+                "choose another folder."
+            )
+
+
+def _older(folder: Path) -> Path:
+    """Where the corpus that is replaced is for a moment."""
+    return folder.with_name(folder.name + ".older")
 
 
 def _replace(work: Path, target: Path) -> None:
-    older = target.with_name(target.name + ".older")
+    older = _older(target)
     shutil.rmtree(older, ignore_errors=True)
     os.replace(target, older)
     os.replace(work, target)

@@ -121,6 +121,18 @@ def test_all_that_is_missing_is_said_at_once_and_what_to_do(apt, tmp_path, monke
         build(tmp_path, BETA)
 
 
+@pytest.mark.parametrize("folder", ["out", "out.older", "out.partial"])
+def test_files_of_the_user_are_not_deleted_with_an_older_corpus(apt, tmp_path, folder):
+    build(tmp_path, ALPHA)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "tokenizer.json").write_text("mine")
+    with pytest.raises(
+        DataError, match=f"{folder}: holds 'tokenizer.json', which is of no corpus and would be deleted"
+    ):
+        build(tmp_path, ALPHA)
+    assert (tmp_path / folder / "tokenizer.json").read_text() == "mine"
+
+
 def test_what_is_no_corpus_is_not_replaced(apt, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
