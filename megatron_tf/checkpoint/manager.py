@@ -223,7 +223,7 @@ def _age(reader: CheckpointReader) -> tuple[int, bool, bool]:
 
 
 def _links_to(path: Path, root: Path) -> list[Path]:
-    return [entry for entry in _entries(root) if entry.is_symlink() and entry.resolve() == path]
+    return [entry for entry in _entries(root) if entry.is_symlink() and Path(os.path.realpath(entry)) == path]
 
 
 def _entries(root: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -118,11 +119,22 @@ def _data_tokenizer(path: Path | str) -> tuple[Path, TokenizerIdentity] | None:
 
 def run_config(path: Path | str) -> RunConfig | None:
     """The configuration of the run that the checkpoint `path` is of: in the folders around it, or, when it is reached
-    through a link, around where it lies. None when there is none; ConfigError when it cannot be read."""
-    around = (Path(os.path.abspath(path)), Path(path).resolve())
-    for folder in (Path(path), *around[0].parents[:2], *around[1].parents[:2]):
-        file = folder / "config.yml"
-        if os.path.lexists(file):
-            with file_errors(ConfigError, file, "It was to say what the run was trained with."), open_plain(file):
-                return load_config(file)
+    through links, around one of these or where it lies. None when there is none; ConfigError when it cannot be read."""
+    for place in _places(Path(path)):
+        for folder in (place, *place.parents[:2]):
+            file = folder / "config.yml"
+            if os.path.lexists(file):
+                with file_errors(ConfigError, file, "It was to say what the run was trained with."), open_plain(file):
+                    return load_config(file)
     return None
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """Where `path` stands, and, when it is a link, where each link leads, to its end."""
+    place, seen = os.path.abspath(path), set()
+    while place not in seen:
+        seen.add(place)
+        yield Path(place)
+        if os.path.islink(place):
+            place = os.path.join(os.path.dirname(place), os.readlink(place))
+    yield Path(os.path.realpath(path))

@@ -28,7 +28,7 @@ _LARGEST_CONFIG = 2**26
 
 @dataclass(frozen=True)
 class Account:
-    """`config`: what holds for the run.  `lines`: what the log says of it.
+    """`config`: what holds for the run.  `lines`: what the log says of it.  `ineffective`: what it warns of.
 
     `origin`: where the weights come from, as the end of a sentence; empty for initial ones.
     `history`: events of the run so far, for the checkpoint, see `checkpoint.records`.
@@ -38,6 +38,7 @@ class Account:
     lines: tuple[str, ...]
     origin: str
     history: tuple[Mapping[str, Any], ...]
+    ineffective: tuple[str, ...] = ()
 
 
 def account(config: RunConfig, start: Start, ranks: int, earlier: Mapping[str, str] | None) -> Account:
@@ -51,17 +52,17 @@ def account(config: RunConfig, start: Start, ranks: int, earlier: Mapping[str, s
     config, ineffective = _as_it_was(config, start)
     step, before = start.progress.step, start.run_state.get("settings", earlier)
     if before is None:
-        unknown = f"configuration: what it was until step {step:,} is not known"
-        return Account(config, (*ineffective, unknown), origin, history)
+        unknown = [f"configuration: what it was until step {step:,} is not known"] if step else []
+        return Account(config, tuple(unknown), origin, history, ineffective)
     now = run_settings(config, ranks)
     changes = {key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)}
     changes |= start.changes
     if not changes:
-        return Account(config, (*ineffective, f"configuration: as it was until step {step:,}"), origin, history)
+        return Account(config, (f"configuration: as it was until step {step:,}",), origin, history, ineffective)
     lines = [f"configuration: {len(changes)} of its values changed since step {step:,}"]
     lines += [f"  {key}: {_told(old)} before, {_told(new)} now" for key, (old, new) in changes.items()]
     event = {"event": "resumed", "step": step, "tokens": start.progress.tokens, "changes": changes}
-    return Account(config, (*ineffective, *lines), origin, (*history, event))
+    return Account(config, tuple(lines), origin, (*history, event), ineffective)
 
 
 def run_settings(config: RunConfig, ranks: int) -> dict[str, str]:
@@ -90,23 +91,23 @@ def keep_config(run_dir: Path, config: RunConfig) -> None:
     write_atomically(path, content)
 
 
-def _as_it_was(config: RunConfig, start: Start) -> tuple[RunConfig, list[str]]:
+def _as_it_was(config: RunConfig, start: Start) -> tuple[RunConfig, tuple[str, ...]]:
     """`config` with what cannot change any more as it was, and a line for each key that therefore has no effect."""
-    lines = []
+    lines: list[str] = []
     given, began_with = config.training.init_from, _warm_start(start)
     if given is not None and (began_with is None or not _leads_to(given, began_with)):
         lines.append(f"{KEY}: {given} has no effect: the run began with {began_with or 'other weights'}")
         training = config.training.model_copy(update={"init_from": began_with})
         config = config.model_copy(update={"training": training})
     if config.growth is None:
-        return config, lines
+        return config, tuple(lines)
     if not start.growth_history or start.growth_history[-1]["method"] == PRUNED:
-        lines.append(f"growth: has no effect: the run has checkpoints of its own that were not grown{_origin(start)}")
-        return config.model_copy(update={"growth": None}), lines
+        lines.append(f"growth: has no effect: the run goes on from a checkpoint of its own{_origin(start)}")
+        return config.model_copy(update={"growth": None}), tuple(lines)
     true = dict(_true_growth(config.growth, start.growth_history[-1]))
     lines += [f"growth.{key}: {value} has no effect: the run was grown {how}" for key, (value, how, _) in true.items()]
     update = {name: value for _, _, fields in true.values() for name, value in fields.items()}
-    return config.model_copy(update={"growth": config.growth.model_copy(update=update)}), lines
+    return config.model_copy(update={"growth": config.growth.model_copy(update=update)}), tuple(lines)
 
 
 def _true_growth(growth: Growth, entry: Mapping[str, Any]) -> Iterator[tuple[str, tuple[object, str, dict[str, Any]]]]:

@@ -112,7 +112,7 @@ def _train(
         watchdog.report_to(console, run_dir, start.progress.step)
         for line in describe(config, world_size, plan, start.progress.step, told.origin).splitlines():
             console.info(line)
-        for line in passed_over if is_main else ():
+        for line in (*passed_over, *told.ineffective) if is_main else ():
             console.warning(line)
         for line in (start.description, *told.lines):
             console.info(line)

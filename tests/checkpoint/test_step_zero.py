@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from collections import namedtuple
 
 import pytest
@@ -89,6 +91,33 @@ def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file: is a file"):
         target_folder(tmp_path / "file" / "run")
+
+
+def test_a_target_may_be_a_link_to_a_folder_and_not_to_nowhere(tmp_path):
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "storage")
+    assert target_folder(tmp_path / "run") == tmp_path / "run" / "checkpoints"
+    (tmp_path / "storage").rmdir()
+    for target in (tmp_path / "run", tmp_path / "run" / "inner"):
+        with pytest.raises(CheckpointError, match="run is a link to .*storage, and nothing is there. Give another"):
+            target_folder(target)
+
+
+def test_leftovers_of_others_are_warned_of_and_in_nobodys_way(small, tmp_path, monkeypatch, capsys):
+    leftover = tmp_path / "large" / ".tmp-step_00000000-theirs"
+    leftover.mkdir(parents=True)
+    rmdir = os.rmdir
+
+    def refused(path, *arguments, **options):
+        if os.path.basename(path) == leftover.name:
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+        rmdir(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "rmdir", refused)
+    start = grow(small, LARGE, GROWTH, seed=7, data=DATA)
+    path = write_step_zero(tmp_path / "large", LARGE, start, DATA, lambda done, name: None)
+    assert open_checkpoint(path).index.step == 0
+    assert capsys.readouterr().err.startswith(f"warning: {leftover} cannot be deleted: Operation not permitted")
 
 
 def test_a_full_disk_is_said_before_anything_is_written(small, tmp_path, monkeypatch):

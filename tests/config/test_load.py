@@ -170,6 +170,16 @@ def test_missing_file(tmp_path):
         load_config(tmp_path / "absent.yml")
 
 
+def test_a_link_to_a_file_and_to_nowhere(tmp_path, small_path):
+    (tmp_path / "link.yml").symlink_to(small_path)
+    assert load_config(tmp_path / "link.yml") == load_config(small_path)
+    for target, problem in {"gone.yml": "and nothing is there", "broken.yml": "which cannot be followed"}.items():
+        (tmp_path / "broken.yml").unlink(missing_ok=True)
+        (tmp_path / "broken.yml").symlink_to(target)
+        with pytest.raises(ConfigError, match=rf"broken\.yml: .*is a link to {target}, {problem}"):
+            load_config(tmp_path / "broken.yml")
+
+
 def test_folder_instead_of_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)

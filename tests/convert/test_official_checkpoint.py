@@ -149,6 +149,9 @@ def test_nothing_is_overwritten(tmp_path, model, weights):
     (tmp_path / "out.bin").write_text("mine")
     with pytest.raises(CheckpointError, match="exists already"):
         check_export_target(tmp_path / "out.bin")
+    (tmp_path / "link.bin").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="link.bin: exists already"):
+        check_export_target(tmp_path / "link.bin")
     with pytest.raises(CheckpointError, match="is a folder. Name the file"):
         check_export_target(tmp_path)
     with pytest.raises(UserError):

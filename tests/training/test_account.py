@@ -55,6 +55,8 @@ def test_a_checkpoint_of_an_older_version(config, tmp_path):
     own = config(run={"dir": str(tmp_path)})
     assert earlier_settings(tmp_path) is None
     assert account(own, resumed(), 1, None).lines == ("configuration: what it was until step 20 is not known",)
+    imported = Start(None, "", resumed=True)  # step 0, which no run has written
+    assert account(own, imported, 1, None).lines == ()
     keep_config(tmp_path, own)
     told = account(config(run={"dir": str(tmp_path)}, optimizer={"lr": 1e-4}), resumed(), 1, earlier_settings(tmp_path))
     assert "  optimizer.lr: 0.001 before, 0.0001 now" in told.lines and "  ranks: not given before, 1 now" in told.lines
@@ -67,9 +69,11 @@ def test_a_growth_that_is_done_is_told_as_it_was(config):
     now = config(growth={"from": "runs/small", "method": "gram", "noise": 0.5, "lr_multipliers": {"old_tokens": 0.1}})
     told = account(now, resumed(config(growth={"from": "runs/small"}), [GROWN]), 1, None)
     assert told.origin == ", grown from runs/small/checkpoints/step_00000010 by zero_key"
-    assert told.lines == (
+    assert told.ineffective == (
         "growth.method: gram has no effect: the run was grown by zero_key",
         "growth.noise: 0.5 has no effect: the run was grown with 0.0",
+    )
+    assert told.lines == (
         "configuration: 1 of its values changed since step 20",
         "  growth.lr_multipliers.old_tokens: 1.0 before, 0.1 now",
     )
@@ -82,7 +86,7 @@ def test_methods_of_single_projections_and_another_source(config):
     as_it_was = config(growth={"from": "runs/small", "method": "gram", "methods": {"ffn": "zero_key"}})
     assert account(as_it_was, resumed(as_it_was, [entry]), 1, None).lines == ("configuration: as it was until step 20",)
     told = account(config(growth={"from": "runs/other", "moments": "reset"}), resumed(as_it_was, [entry]), 1, None)
-    assert told.lines[:3] == (
+    assert told.ineffective == (
         "growth.method: zero_key has no effect: the run was grown by qkv gram, ffn zero_key",
         "growth.moments: reset has no effect: the run was grown with keep",
         "growth.from: runs/other has no effect: the run was grown from runs/small/checkpoints/step_00000010",
@@ -100,7 +104,7 @@ def test_a_run_that_was_not_grown_claims_no_growth(config, history, origin):
     now = config(growth={"from": "runs/small", "method": "gram"})
     told = account(now, resumed(config(), history), 1, None)
     assert told.config.growth is None and told.origin == origin
-    assert told.lines[0] == f"growth: has no effect: the run has checkpoints of its own that were not grown{origin}"
+    assert told.ineffective == (f"growth: has no effect: the run goes on from a checkpoint of its own{origin}",)
 
 
 def test_weights_that_a_run_began_with(config):
@@ -112,12 +116,12 @@ def test_weights_that_a_run_began_with(config):
     again = resumed(warm, run_state={"history": [event]})
     assert account(warm, again, 1, None).lines == ("configuration: as it was until step 20",)
     told = account(config(training={"init_from": "runs/b"}), again, 1, None)
-    assert told.lines[0] == (
-        "training.init_from: runs/b has no effect: the run began with runs/a/checkpoints/step_00000006"
+    assert told.ineffective == (
+        "training.init_from: runs/b has no effect: the run began with runs/a/checkpoints/step_00000006",
     )
     assert told.config.training.init_from == "runs/a/checkpoints/step_00000006"
     told = account(warm, resumed(config()), 1, None)
-    assert told.lines[0].endswith("the run began with other weights") and told.config.training.init_from is None
+    assert told.ineffective[0].endswith("the run began with other weights") and told.config.training.init_from is None
 
 
 def test_config_yml_keeps_its_earlier_versions(config, tmp_path):

@@ -141,7 +141,9 @@ def test_nothing_is_overwritten(tmp_path):
     check_target(tmp_path / "new" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     (tmp_path / "cut.partial").mkdir()
-    for name, message in (("new", "new: exists already. Nothing"), ("cut", "cut.partial: exists already .left behind")):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, message in (("new", "new: exists already. Nothing"), ("cut", "cut.partial: exists already .left behind"),
+                          ("link", "link: exists already. Nothing")):  # fmt: skip
         with pytest.raises(CheckpointError, match=message):
             check_target(tmp_path / name)
 
