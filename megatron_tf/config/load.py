@@ -158,6 +158,8 @@ def _sentence(loc: Location, problem: ErrorDetails, values: Mapping[str, Any]) -
         limit = bounds[bound]
         limit = f"{limit:g}" if isinstance(limit, float) else limit
         return f"{key}: {given} is out of range. It must be {words} {limit}."
+    if kind == "multiple_of":
+        return f"{key}: {given} is not a multiple of {bounds['multiple_of']}. Set it to one."
     if kind == "finite_number":
         return f"{key}: {given} is out of range. It must be a finite number."
     if kind == "literal_error":

@@ -284,7 +284,9 @@ class DeepSpeedZero(Section):
     """How ZeRO communicates."""
 
     reduce_bucket_size: TotalCount = 500_000_000  # elements of a gradient reduction
-    allgather_bucket_size: TotalCount = 500_000_000  # elements of a gathering of updated weights
+    allgather_bucket_size: Annotated[TotalCount, Field(multiple_of=2)] = (
+        500_000_000  # of a gathering of updated weights
+    )
     overlap_comm: bool = False  # reduce gradients while the backward pass goes on
     contiguous_gradients: bool = True  # copy gradients into one buffer as they are made
     reduce_scatter: bool = True  # instead of all-reducing

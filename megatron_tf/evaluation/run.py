@@ -23,7 +23,7 @@ from megatron_tf.data.loader import check_tokenizer, open_tokens
 from megatron_tf.data.summary import known_end, read_summary
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tf.durable import prepare_output, write_atomically
-from megatron_tf.errors import CheckpointError, ConfigError, DataError, UserError, file_errors
+from megatron_tf.errors import CheckpointError, ConfigError, DataError, LostContactError, UserError, file_errors
 from megatron_tf.estimate import num_parameters
 from megatron_tf.evaluation.eval_data import TASK_FOLDER
 from megatron_tf.evaluation.lm_harness import HarnessTasks, check_installed
@@ -110,6 +110,8 @@ def evaluate(config: RunConfig, environment: LaunchEnvironment, request: Evaluat
         with watched(rank, environment.world_size, config.run.hang_seconds, console) as watchdog:
             watchdog.report_to(console, Path(config.run.dir))
             _evaluate(config, rank, request, device, console, watchdog)
+    except LostContactError:
+        raise  # a rank is gone, and to leave the others in order could take for ever
     except UserError:
         leave()  # all ranks are here; after any other error some may be in a collective, and waiting would hang
         raise

@@ -25,7 +25,15 @@ from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over
 from megatron_tf.data.prefetch import Prefetcher
 from megatron_tf.durable import write_atomically
 from megatron_tf.engine.base import Engine
-from megatron_tf.errors import ConfigError, DataError, RunStopped, TrainingError, UserError, system_reason
+from megatron_tf.errors import (
+    ConfigError,
+    DataError,
+    LostContactError,
+    RunStopped,
+    TrainingError,
+    UserError,
+    system_reason,
+)
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.precision import DTYPES
@@ -68,6 +76,8 @@ def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: Sto
             together(lambda: _check_data(stages[first:]))
             for config in stages[first:]:
                 _train(config, environment, device, stop, watchdog)
+    except LostContactError:
+        raise  # a rank is gone, and to leave the others in order could take for ever
     except (UserError, RunStopped):
         leave()  # all ranks are here; after any other error some may be in a collective, and waiting would hang
         raise
