@@ -20,6 +20,7 @@ from megatron_tf.arguments import number
 from megatron_tf.diagnosis.installation import installed_packages, machine_warnings, system_facts
 from megatron_tf.diagnosis.report import job_report, machine_report
 from megatron_tf.parallel.environment import LaunchEnvironment, detect, one_message
+from megatron_tf.parallel.network import interface_problems
 
 if TYPE_CHECKING:
     from megatron_tf.parallel.rendezvous import Assembly
@@ -78,7 +79,7 @@ def this_machine() -> dict[str, Any]:
             gpus = devices()
         except (ImportError, OSError, RuntimeError) as error:
             broken.append(f"torch cannot be used: {type(error).__name__}: {error}")
-    warnings = list(machine_warnings(len(gpus)))
+    warnings = [*machine_warnings(len(gpus)), *interface_problems(os.environ, (), on_gpu=bool(gpus))]
     return {
         "system": dict(facts),
         "packages": {p.package.name: p.version for p in packages},
@@ -116,8 +117,10 @@ def the_job(arguments: argparse.Namespace, environment: LaunchEnvironment, repor
         if talks:
             print(f"... {text}", flush=True)
 
+    given = {name: value for name, value in vars(arguments).items() if value is not None and name != "local_rank"}
+    options = {f"--{name.replace('_', '-')}": str(value) for name, value in given.items()}
     found = examine(
-        assembly, store, environment.local_rank, int(size * 1e6), arguments.slow_factor, say, environment.run
+        assembly, store, environment.local_rank, int(size * 1e6), arguments.slow_factor, say, environment.run, options
     )
     if not speaks:
         return listen(assembly, environment, found.broken)

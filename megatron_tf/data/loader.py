@@ -23,7 +23,7 @@ from megatron_tf.errors import DataError, file_errors
 from megatron_tf.open_files import too_many
 
 # Places of a file that `content_digest` reads, from its first byte to its last, and how much of each.
-DIGEST_SAMPLES = 32
+DIGEST_SAMPLES = 16
 DIGEST_BYTES = 1 << 12
 NOT_COMPARED = " Where you know that both give the same tokens, data.tokenizer=null compares nothing."
 Batch = tuple[torch.Tensor, torch.Tensor]  # input_ids and labels, int64 [b, s] each; a label may be IGNORED

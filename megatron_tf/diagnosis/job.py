@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -29,6 +29,7 @@ from megatron_tf.parallel.rendezvous import Assembly, Stuck
 
 # What disturbs a whole measurement of a link, others' traffic say, has passed by the next time it is measured.
 LINK_PASSES = 3
+NO_OPTIONS: Mapping[str, str] = {}
 
 
 @dataclass
@@ -61,16 +62,18 @@ def examine(
     slow_factor: float | None,
     say: Callable[[str], None] = lambda text: None,
     run: str = "",
+    options: Mapping[str, str] = NO_OPTIONS,
 ) -> Diagnosis:
     """All tests; `say` is told which one begins. What is wrong with the job is returned; only a mistake in starting it,
     on which no test can begin, is raised, as LaunchError or DisagreementError.
 
-    `store`: in which the ranks of `assembly` meet; `run`: see `Assembly.meet`. `num_bytes`: of large messages. `slow_factor`: how many times the
-    median is slow; None is 1.5 between GPUs and 3 between processes on CPUs, which share cores.
+    `store`: in which the ranks of `assembly` meet; `run`: see `Assembly.meet`; `options`: how the doctor was started, the
+    same on all ranks. `num_bytes`: of large messages. `slow_factor`: how many times the median is slow; None is 1.5
+    between GPUs and 3 between processes on CPUs, which share cores.
     """
     found = Diagnosis()
     try:
-        _examine(found, assembly, store, local_rank, num_bytes, slow_factor, say, run)
+        _examine(found, assembly, store, local_rank, num_bytes, slow_factor, say, run, options)
     except UserError:
         raise
     except Stuck as stuck:
@@ -99,13 +102,14 @@ def _examine(
     slow_factor: float | None,
     say: Callable[[str], None],
     run: str,
+    options: Mapping[str, str],
 ) -> None:
     rank, world = assembly.rank, assembly.world_size
     say(f"waiting for {world} ranks")
     found.hosts = assembly.meet(run)
     agree(
         assembly,
-        {COMMAND: "doctor"},
+        {COMMAND: "doctor", **options},
         list(interface_problems(os.environ, found.hosts, torch.cuda.is_available())),
     )
     names = [assembly.name(other) for other in range(world)]

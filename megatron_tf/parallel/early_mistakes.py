@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from megatron_tf.parallel.stop_signals import SIGNALS
 
 # Rank 0 may still be importing; a launcher ends this rank sooner when rank 0 has made the same mistake.
 PATIENCE_SECONDS = 60.0
+# Within this rank 0 has heard of it and said it.
+SAYING_SECONDS = 3.0
 
 
 @contextmanager
@@ -31,6 +34,7 @@ def told_to_all(environment: LaunchEnvironment, patience_seconds: float = PATIEN
             signal.signal(number, lambda *_: exit_now(2))
         reason = f"rank {environment.rank} ({socket.gethostname()}): {error}"
         if _told(environment, reason, patience_seconds):
+            time.sleep(SAYING_SECONDS)  # a launcher ends rank 0 with this one
             sys.exit(2)
         raise LaunchError(reason) from error
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_tf.errors import LaunchError, LostContactError, NodeError, UserError
+from megatron_tf.errors import DisagreementError, LaunchError, LostContactError, NodeError, UserError
 from megatron_tf.parallel.slurm_hosts import host_of_rank_zero
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
@@ -33,6 +33,7 @@ _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _RETRY_SECONDS = 0.5
 _LATER_SECONDS = 20.0
+_SOON_SECONDS = 2.0
 _SRUN_REMEDY = (
     "Start every process with `srun python launch/train.py CONFIG`, or just one with `srun --ntasks=1 python ...`."
 )
@@ -110,7 +111,8 @@ def one_message(environment: LaunchEnvironment, wait: Callable[[float], object] 
             raise
         if isinstance(error, NodeError) and environment.local_rank == 0:
             raise
-        wait(_LATER_SECONDS)
+        # Rank 0 knows of a disagreement as soon as this rank does.
+        wait(_SOON_SECONDS if isinstance(error, DisagreementError) else _LATER_SECONDS)
         sys.exit(2)
 
 

@@ -14,7 +14,7 @@ from gathering import gathering
 from launching import free_port
 
 from megatron_tf.errors import ConfigError, DisagreementError, LaunchError
-from megatron_tf.parallel import rendezvous
+from megatron_tf.parallel import early_mistakes, rendezvous
 from megatron_tf.parallel.early_mistakes import told_to_all
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.patient_store import PatientStore, Unreachable
@@ -101,6 +101,7 @@ def signals():
 
 def test_a_mistake_of_one_rank_before_the_meeting_ends_it_for_all(monkeypatch, signals):
     monkeypatch.setattr(rendezvous, "_MEETINGS", itertools.repeat(0))  # both ranks are this process
+    monkeypatch.setattr(early_mistakes, "SAYING_SECONDS", 0.0)
     places = [
         LaunchEnvironment("deepspeed", rank, 2, rank, 2, "127.0.0.1", port) for port in [free_port()] for rank in (0, 1)
     ]

@@ -14,12 +14,12 @@ DOCTOR = PROJECT / "tools" / "doctor.py"
 QUICK = ("--megabytes", "0.1", "--slow-factor", "1000")
 
 
-def ranks(world_size, *arguments, started=None):
-    """Processes as a launcher starts them; `started` of them, all if None."""
+def ranks(world_size, *arguments, started=None, last=()):
+    """Processes as a launcher starts them; `started` of them, all if None. `last`: more arguments of the last one."""
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, str(DOCTOR), *QUICK, *map(str, arguments)], text=True,
+            [sys.executable, str(DOCTOR), *QUICK, *map(str, arguments), *(last if rank == world_size - 1 else ())], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=PROJECT,
             env=environment(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                             MASTER_PORT=str(port), PYTHONPATH=str(PROJECT)),
@@ -38,7 +38,9 @@ def test_this_machine():
     done = run([sys.executable, DOCTOR], PYTHONPATH=str(PROJECT))
     assert done.returncode == 0, done.stdout
     assert "torch " in done.stdout and "Start it under torchrun" in done.stdout
-    report = json.loads(run([sys.executable, DOCTOR, "--json"], PYTHONPATH=str(PROJECT)).stdout)
+    variables = {"PYTHONPATH": str(PROJECT), "GLOO_SOCKET_IFNAME": "ib0_none"}
+    report = json.loads(run([sys.executable, DOCTOR, "--json"], **variables).stdout)
+    assert "GLOO_SOCKET_IFNAME=ib0_none: ib0_none is no interface of this machine" in "".join(report["warnings"])
     assert report["broken"] == [] and report["packages"]["torch"] and "python" in report["system"]
 
 
@@ -90,6 +92,13 @@ def test_a_job_under_deepspeed():
     command = ["deepspeed", "--num_accelerators", 2, "--master_port", free_port(), DOCTOR, *QUICK]
     done = run(command, PYTHONPATH=str(PROJECT))
     assert done.returncode == 0 and "all ranks are well" in done.stdout, done.stdout
+
+
+def test_ranks_that_are_started_with_other_options():
+    """Messages of other sizes would end in gloo's words."""
+    first, second = ended(ranks(2, last=("--megabytes", "0.2")))
+    assert first[0] == second[0] == 2
+    assert first[2].count("error: ") == 1 and "--megabytes is 0.1 on rank 0 (" in first[2] and second[2] == ""
 
 
 def test_a_rank_that_never_comes_is_named_by_rank_0():
