@@ -89,20 +89,22 @@ def _compare_generation(exported: Any, network: TokenFormer, ids: Tensor) -> Agr
     The reference is `network` on each whole text alone, without padding and cache. Logits are compared, and not the
     tokens chosen, which rounding decides where two are about as likely.
     """
-    prompt = max(2, min(_LONGEST_PROMPT, network.config.seq_length - _CONTINUATION))
-    lengths = (prompt, prompt // 2)
-    ids = ids[:, :1].repeat(1, prompt) if ids.shape[1] < prompt else ids[:, :prompt]
+    longest = network.config.seq_length
+    new = min(_CONTINUATION, max(2, longest // 2), longest)
+    prompt = min(_LONGEST_PROMPT, longest - new + 1)  # the last new token is not read
+    lengths = (prompt, max(1, prompt // 2))
+    ids = ids[:, :prompt]
     mask = torch.tensor([[0] * (prompt - length) + [1] * length for length in lengths])
     found = []
     for cache, options in _CACHES.items():
         kind = f"generation {cache}"
         with _transformers_errors(kind):
             out = exported.generate(
-                ids * mask, attention_mask=mask, do_sample=False, min_new_tokens=_CONTINUATION,
-                max_new_tokens=_CONTINUATION, return_dict_in_generate=True, output_logits=True, **options,
+                ids * mask, attention_mask=mask, do_sample=False, min_new_tokens=new, max_new_tokens=new,
+                return_dict_in_generate=True, output_logits=True, **options,
             )  # fmt: skip
         for row, length in enumerate(lengths):
-            expected = network(out.sequences[row : row + 1, prompt - length :])[0, length - 1 : -1]
+            expected = network(out.sequences[row : row + 1, prompt - length : -1])[0, length - 1 :]
             logits = torch.stack([step[row] for step in out.logits]).float()
             found.append(_checked(kind, logits, expected))
     return max(found, key=lambda one: one.error)

@@ -81,6 +81,9 @@ def test_without_this_project(folder, network, ids, tmp_path):
         {"activation": "softmax"},
         {"rotary_fraction": 0.0, "norm_eps": 1e-3},
         {"rotary_fraction": 1.0, "rotary_base": 500.0},
+        {"seq_length": 1},
+        {"seq_length": 2},
+        {"seq_length": 5},
     ],
     ids=str,
 )
