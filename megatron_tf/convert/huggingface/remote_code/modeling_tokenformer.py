@@ -32,8 +32,8 @@ KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "shift_labels", "return_dict",
     # what continuous batching needs to find its cache
     "logits_indices", "logits_processor_args", "read_index", "write_index", "block_table", "max_seqlen_q", "max_seqlen_k",
-    # of vLLM, which has a cache of its own
-    "attention_instances",
+    # of vLLM and SGLang, which have caches of their own
+    "attention_instances", "forward_batch",
 }  # fmt: skip
 # Of samples that are packed without padding. All attention functions but one find the samples by their positions.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
