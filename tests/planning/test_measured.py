@@ -209,9 +209,9 @@ def step_of_engine(group, overrides):
     """State and sent bytes of one real step, through DeepSpeed."""
     os.environ.update(LOCAL_RANK=str(group.rank), RANK=str(group.rank), WORLD_SIZE=str(group.size))
     from megatron_tf.checkpoint.source import InitialSource
-    from megatron_tf.training.distributed import _attach_deepspeed
+    from megatron_tf.engine.deepspeed.patches import attach
 
-    _attach_deepspeed()
+    attach()
     from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
 
     config = load("model.seq_length=32", "model.vocab_size=512", *overrides)

@@ -112,7 +112,7 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch, older):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: .*\. Metrics cannot be written: .*run\.dir"):
+    with pytest.raises(UserError, match=r"/file: File exists\. Metrics cannot be written: .*run\.dir"):
         JsonlTracker(tmp_path / "file" / "metrics.jsonl", 0, pytest.fail)
 
 
