@@ -11,8 +11,10 @@ from launching import PROJECT, environment
 from megatron_tf.__main__ import Command, start
 from megatron_tf.errors import UserError
 
+PREPROCESS = ["preprocess", "--input", "a.txt", "--tokenizer", "bytes", "--output-prefix", "b"]
 
-@pytest.mark.parametrize("words", [["launch/train.py", "configs/tiny.yml"], ["-m", "megatron_tf", "preprocess"]])
+
+@pytest.mark.parametrize("words", [["launch/train.py", "configs/tiny.yml"], ["-m", "megatron_tf", *PREPROCESS]])
 def test_a_python_without_the_packages_is_a_users_mistake(words):
     """Exit code 2, so that no scheduler tries it again. -S: only the standard library."""
     done = subprocess.run(

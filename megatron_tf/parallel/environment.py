@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from megatron_tf.errors import DisagreementError, LaunchError, LostContactError, NodeError, UserError
 from megatron_tf.parallel.slurm_hosts import host_of_rank_zero
+from megatron_tf.parallel.stop_signals import ended_by_signals
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
 
@@ -302,6 +303,11 @@ def wait_for_port(addr: str, port: int, timeout_seconds: float, address_from: st
 
     LaunchError when `addr`, which the variable `address_from` names, is no host's name, or when nothing answers in time.
     """
+    with ended_by_signals():
+        _wait_for_port(addr, port, timeout_seconds, address_from)
+
+
+def _wait_for_port(addr: str, port: int, timeout_seconds: float, address_from: str) -> None:
     deadline = time.monotonic() + timeout_seconds
     while True:
         try:

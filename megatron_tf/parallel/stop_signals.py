@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from megatron_tf.errors import STOPPED_EXIT_CODE, exit_now
 from megatron_tf.interrupt import end_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -90,6 +91,20 @@ class StopSignals:
         if self._speaks:
             with suppress(OSError):  # not by print: the signal may have come in the middle of one
                 os.write(2, SAVING_TEXT.encode())
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """In the block, where nothing is begun that could be saved, a stop signal ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: exit_now(STOPPED_EXIT_CODE)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def describe_request(request: int) -> str:

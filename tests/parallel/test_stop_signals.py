@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import free_port
 
 from megatron_tf.parallel.stop_signals import ECHO_SECONDS, TIME_IS_UP, StopSignals, describe_request
 
@@ -99,3 +100,19 @@ def test_in_a_thread_only_the_time_budget_stops():
 def test_requests_in_words():
     assert describe_request(signal.SIGTERM) == "a rank received SIGTERM"
     assert describe_request(TIME_IS_UP) == "run.max_hours is over"
+
+
+def test_what_waits_for_rank_zero_is_ended_by_a_signal(tmp_path):
+    """Nothing is begun that could be saved, and rank 0 may never come."""
+    script = f"""
+import sys, threading
+from megatron_tf.parallel.environment import wait_for_port
+from megatron_tf.parallel.stop_signals import StopSignals
+StopSignals()
+threading.Timer(0.5, lambda: print("waiting", flush=True)).start()
+wait_for_port("127.0.0.1", {free_port()}, 60.0)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=PROJECT)
+    assert process.stdout.readline() == "waiting\n"
+    process.terminate()
+    assert process.wait(10) == 75
