@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from tooling import assert_refused, tool
 
+from megatron_tf.data.corpus import LICENSE_NOTE
+
 
 @pytest.mark.parametrize("megabytes", ["0", "-1", "nan", "inf"])
 def test_sizes_that_are_none(tmp_path, megabytes):
@@ -29,6 +31,7 @@ def test_an_output_that_is_no_folder(tmp_path):
 @pytest.mark.parametrize("largest_file", [50, 100_000], ids=["at once", "in the middle"])
 def test_a_full_disk_leaves_the_older_corpus(tmp_path, largest_file):
     older = {f"{name}": name.encode() for name in ("train.jsonl.zst", "validation.jsonl.zst", "LICENSE.txt")}
+    older["LICENSE.txt"] = LICENSE_NOTE.format(version="3.x").encode()
     for name, content in older.items():
         (tmp_path / name).write_bytes(content)
     done = tool("build_demo_corpus", tmp_path, "--max-megabytes", "2", largest_file=largest_file)
