@@ -3,7 +3,7 @@
 #                  (also -m timing: the few that compare speeds and want a quiet machine)
 # make test-fast   the same without the slow tests
 # make lint        set up, then ruff and mypy
-# make clean       remove what the set-up and the demo made
+# make clean       remove what the set-up made, and the runs of the demo in runs/demo; never other runs, or data
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 CONSTRAINTS := $(VENV)/constraints.txt
 STAMP := $(VENV)/.set-up
+MADE_HERE := $(VENV)/.made-by-set-up
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 # Ranks share the cores of one machine; more than a few threads do not make a tiny model faster.
 HALF_OF_CORES := $(shell n=$$(($(CORES) / 2)); echo $$((n < 1 ? 1 : n > 4 ? 4 : n)))
@@ -43,7 +44,7 @@ setup: $(STAMP)
 # torch comes first and is then held fast: otherwise a dependency may replace it by another build of gigabytes.
 # deepspeed's setup.py imports torch, which an isolated build does not have.
 $(STAMP): setup.py pyproject.toml Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV) && touch $(MADE_HERE); }
 	$(PIP) install --quiet $(TORCH)
 	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) "setuptools>=77" wheel ninja numpy packaging
@@ -51,6 +52,10 @@ $(STAMP): setup.py pyproject.toml Makefile
 	$(PIP) install --quiet -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
 	touch $@
 
+# An environment of another name that was there before the set-up is the user's.
 clean:
-	rm -rf $(VENV) build runs megatron_tf.egg-info .pytest_cache .mypy_cache .ruff_cache
+	test $(VENV) != .venv -a ! -e $(MADE_HERE) || rm -rf $(VENV)
+	rm -rf build megatron_tf.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(addprefix runs/demo/,small control grown loss.png)
+	rmdir runs/demo runs 2>/dev/null || true
 	find megatron_tf launch tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

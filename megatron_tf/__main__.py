@@ -46,7 +46,7 @@ COMMANDS = {
     "verify-resume": Command("verify_resume", "prove that a run can change its layout"),
     "measure-opening": Command("measure_opening", "what opening a corpus costs against its size"),
     "demo": Command("run_demo", "the whole story on real text: train, grow, train on"),
-    "build-demo-corpus": Command("build_demo_corpus", "a small corpus from this Python's own documentation and source"),
+    "build-demo-corpus": Command("build_demo_corpus", "a small corpus from this Python's own documentation"),
     "config": Command("config", "list and show the configurations that come with megatron_tf"),
     "sbatch": Command("sbatch", "show the SLURM scripts that come with megatron_tf"),
 }
@@ -112,6 +112,7 @@ def print_help() -> None:
     for name, command in COMMANDS.items():
         print(f"  {name:<{width}}  {command.help}")
     print("\n`megatron_tf COMMAND --help` explains one. On several processes: torchrun -m megatron_tf train CONFIG ...")
+    print("Where a message or the README says tools/NAME.py or launch/NAME.py, `megatron_tf NAME` is the same.")
 
 
 def refuse(word: str) -> None:

@@ -30,6 +30,8 @@ TOKENFORMERS = {
     "pile_1.5B": (1_587_219_456, 40, 1536, 16, 1536, 6144),
     "tiny": (1_573_120, 4, 128, 4, 128, 512),
     "tiny_grow": (2_621_696, 4, 128, 4, 256, 1024),
+    "demo": (164_096, 2, 128, 4, 8, 32),
+    "demo_grow": (393_472, 2, 128, 4, 64, 256),
 }
 # name -> (parameters, layers, hidden size, heads, width of the MLP)
 TRANSFORMERS = {
@@ -45,7 +47,8 @@ BASELINES = {
     **{size: f"transformer_{size}" for size in ("124M", "354M", "757M", "1.4B")},
     "tiny": "tiny_transformer",
 }
-WORLD_SIZES = {"tiny": [1, 2], "tiny_grow": [2], "tiny_transformer": [1, 2]}
+WORLD_SIZES = {"tiny": [1, 2], "tiny_grow": [2], "tiny_transformer": [1, 2], "demo": [1, 2], "demo_grow": [2]}
+DEMO_FOLDERS = {"demo": "runs/demo/small", "demo_grow": "runs/demo/grown"}
 FULL_SIZE = sorted(set(SIZES) - set(WORLD_SIZES))
 GROWS_FROM = {
     "354M": "124M",
@@ -53,6 +56,7 @@ GROWS_FROM = {
     "1.4B": "757M",
     "757M_openwebtext2": "354M_openwebtext2",
     "tiny_grow": "tiny",
+    "demo_grow": "demo",
 }
 
 
@@ -148,7 +152,7 @@ def test_full_size_fits_the_gpus_that_its_header_asks_for(name):
 @pytest.mark.parametrize("name", SIZES)
 def test_runs_write_apart_and_grow_from_the_size_before(name):
     config = load(name)
-    assert (config.run.name, config.run.dir) == (name, f"runs/{name}")
+    assert (config.run.name, config.run.dir) == (name, DEMO_FOLDERS.get(name, f"runs/{name}"))
     if name not in GROWS_FROM:
         assert config.growth is None
         return

@@ -1,4 +1,4 @@
-"""Build a small corpus of real text without any download: the documentation and library source of this Python."""
+"""Build a small corpus of real English without any download: this Python's documentation and its library's docstrings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 from itertools import chain
 
 from megatron_tf.arguments import path
-from megatron_tf.data.corpus import python_modules, python_topics, within_bytes, write_corpus
+from megatron_tf.data.corpus import python_docstrings, python_topics, within_bytes, write_corpus
 from megatron_tf.errors import DataError
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     arguments = parse_arguments()
     if not 0 < arguments.max_megabytes < math.inf:
         raise DataError(f"--max-megabytes is {arguments.max_megabytes:g}. Choose a finite number above 0.")
-    documents = within_bytes(chain(python_topics(), python_modules()), int(arguments.max_megabytes * 1e6))
+    documents = within_bytes(chain(python_topics(), python_docstrings()), int(arguments.max_megabytes * 1e6))
     counts = write_corpus(documents, arguments.output_dir, platform.python_version())
     for split, (number, size) in counts.items():
         print(f"{arguments.output_dir / split}.jsonl.zst: {number} documents, {size / 1e6:.2f} MB of text")

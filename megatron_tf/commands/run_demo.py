@@ -1,91 +1,154 @@
 """The whole story on a bare machine: prepare real text, train, grow, go on training, and show what came of it.
 
-Every step is one of the project's own commands and is printed before it runs. `make demo` calls this.
+Every step is one of the project's own commands and is printed before it runs. Beside the grown model the small one is
+trained on for as many steps, as a control. Data go to data/demo, runs to --folder. Nothing is deleted: runs that are
+complete are not repeated, and one that was cut off goes on; remove the folder for a new story. `make demo` calls this.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
-import shutil
-import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_tf.arguments import path, whole_number
 from megatron_tf.config.load import load_config
 from megatron_tf.errors import UserError
+from megatron_tf.paths import literal
+from megatron_tf.shipped import configurations
 from megatron_tf.telemetry.meters import format_perplexity
 
 DATA = Path("data/demo")
-STAGES = ("configs/tiny.yml", "configs/tiny_grow.yml")
+SMALL, GROWN = "demo", "demo_grow"
+UNSPLIT = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to train on (default 2)")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="for both stages")
+    parser.add_argument("--ranks", type=whole_number(256), default=2, help="processes to train on (default 2)")
+    parser.add_argument(
+        "--folder", type=path, default="runs/demo", metavar="DIR", help="of the runs (default runs/demo)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="for all runs")
     arguments = parser.parse_intermixed_args()
-    if not Path(STAGES[0]).is_file():
-        raise UserError(f"{STAGES[0]} is not here: run the demo in the project's folder")
     started = time.monotonic()
-    prepare()
-    runs = [Path(load_config(stage, arguments.overrides).run.dir) for stage in STAGES]
-    for stage, run in zip(STAGES, runs):
-        shutil.rmtree(run, ignore_errors=True)  # a demo tells the whole story each time
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(arguments.ranks)]
-        command([*launcher, "--master_port", free_port(), "launch/train.py", stage, *arguments.overrides])
-    picture = runs[-1] / "loss.png"
-    tool("plot_run.py", *map(str, runs), "--output", str(picture))
-    print("\nA line of text from the grown model:")
-    tool("generate_text.py", str(runs[-1]), "--prompt", "The return value is", "--tokens", "48")
-    print("\n" + table(runs))
+    config = load_config(configurations()[SMALL], arguments.overrides)
+    prepare(config.model.vocab_size)
+    small, control, grown = (arguments.folder / name for name in ("small", "control", "grown"))
+    tokens = json.dumps(config.model.model_dump()["parameter_tokens"])
+    own = {
+        small: [SMALL],
+        grown: [GROWN, f"growth.from={literal(str(small))}"],
+        # The weights of the small run and the schedule of the grown one, on the same text in another order.
+        control: [GROWN, "growth=null", f"training.init_from={literal(str(small))}", f"run.seed={config.run.seed + 1}",
+                  f"model.parameter_tokens={tokens}", *UNSPLIT,
+                  f"training.micro_batch_size={config.training.micro_batch_size}"],
+    }  # fmt: skip
+    for run, (name, *changes) in own.items():
+        train(name, arguments.ranks, [*arguments.overrides, *changes, f"run.dir={literal(str(run))}"])
+    for run in own:
+        command("evaluate", str(run / "config.yml"), *UNSPLIT, "--output", str(run / "evaluation"))
+    picture = arguments.folder / "loss.png"
+    command("plot", str(small), str(grown), "--output", str(picture))
+    print("\nThe grown model writes:")
+    command("generate", str(grown), "--prompt", "The return value is", "--tokens", "60")
+    print("\n" + table(summary(small), summary(control, after=small), summary(grown)))
     print(f"\nloss against tokens: {picture}\nall of it took {time.monotonic() - started:.0f} s")
 
 
-def prepare() -> None:
+def prepare(vocab_size: int) -> None:
     """Corpus, tokenizer and training data in data/demo, unless they are there already."""
     if not (DATA / "train.jsonl.zst").exists():
-        tool("build_demo_corpus.py", str(DATA))
+        command("build-demo-corpus", str(DATA))
     tokenizer = DATA / "tokenizer.json"
     if not tokenizer.exists():
-        tool("train_tokenizer.py", "--input", str(DATA / "train.jsonl.zst"), "--vocab-size", "4096",
-             "--output", str(tokenizer))  # fmt: skip
+        command("train-tokenizer", "--input", str(DATA / "train.jsonl.zst"), "--vocab-size", str(vocab_size),
+                "--output", str(tokenizer))  # fmt: skip
     for split in ("train", "validation"):
         if not (DATA / f"{split}.idx").exists():
-            tool("preprocess_data.py", "--input", str(DATA / f"{split}.jsonl.zst"), "--tokenizer", str(tokenizer),
-                 "--output-prefix", str(DATA / split), "--replace")  # fmt: skip
+            command("preprocess", "--input", str(DATA / f"{split}.jsonl.zst"), "--tokenizer", str(tokenizer),
+                    "--output-prefix", str(DATA / split))  # fmt: skip
+        found = json.loads((DATA / f"{split}.json").read_text(encoding="utf-8"))["vocab_size"]
+        if found > vocab_size:
+            raise UserError(
+                f"{DATA}: holds data of an older demo, with a vocabulary of {found:,}; this one's has {vocab_size:,}. "
+                "Move the folder away and start again."
+            )
 
 
-def tool(name: str, *arguments: str) -> None:
-    command([sys.executable, f"tools/{name}", *arguments])
+def train(config: str, ranks: int, overrides: list[str]) -> None:
+    """A run on `ranks` processes of this machine, under torchrun."""
+    words = [
+        "torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "megatron_tf",
+        "train",
+        config,
+        *overrides,
+    ]
+    run(words, [sys.executable, "-m", "torch.distributed.run", *words[1:]])
 
 
-def command(words: list[str]) -> None:
-    """Prints and runs a command; UserError when it fails."""
-    print(f"\n$ {shlex.join([Path(words[0]).name, *words[1:]])}", flush=True)
-    code = subprocess.run(words).returncode
+def command(*words: str) -> None:
+    run(["megatron_tf", *words], [sys.executable, "-m", "megatron_tf", *words])
+
+
+def run(shown: list[str], words: list[str]) -> None:
+    """Prints a command as one would type it, and runs it; UserError when it fails."""
+    print(f"\n$ {shlex.join(shown)}", flush=True)
+    code = subprocess.run(words, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
     if code:
-        raise UserError(f"this command ended with exit code {code}: {shlex.join(words)}")
+        raise UserError(f"this command ended with exit code {code}: {shlex.join(shown)}")
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to. `tokens` and `flops` count from the first step of the story."""
+
+    name: str
+    parameters: int
+    tokens: int
+    flops: float
+    perplexity: float  # on all of the validation text
+    tokens_per_second: float | None
 
 
-def table(runs: list[Path]) -> str:
-    """Perplexity and speed at the ends of the two stages."""
-    small, grown = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in runs)
-    rows = [("end of stage 1", small, -1), ("just after growth", grown, 0), ("end of stage 2", grown, -1)]
-    lines = [f"{'':<18}  {'tokens':>10}  {'perplexity':>10}  {'tokens/s':>9}"]
-    for label, records, which in rows:
-        evaluation = [record for record in records if "eval/perplexity" in record][which]
-        speeds = sorted(r["perf/tokens_per_second"] for r in records if "perf/tokens_per_second" in r)
-        speed = "" if which == 0 else f"{speeds[len(speeds) // 2]:,.0f}"
-        perplexity = format_perplexity(evaluation["eval/perplexity"])
-        lines.append(f"{label:<18}  {evaluation['tokens']:>10,}  {perplexity:>10}  {speed:>9}")
+def summary(run: Path, after: Path | None = None) -> Summary:
+    """Of the finished `run`, which began with the weights of the run `after` and counts from there."""
+    records = read_records(run)
+    last = max((record for record in records if "flops" in record), key=lambda record: record["step"])
+    speeds = sorted(r["perf/tokens_per_second"] for r in records if r.get("perf/tokens_per_second"))
+    newest = max(run.glob("evaluation/*_perplexity*.json"), key=lambda file: file.stat().st_mtime)
+    evaluated = json.loads(newest.read_text(encoding="utf-8"))
+    before = summary(after) if after else None
+    return Summary(
+        run.name, evaluated["parameters"], last["tokens"] + (before.tokens if before else 0),
+        last["flops"] + (before.flops if before else 0), evaluated["all"]["perplexity"],
+        speeds[len(speeds) // 2] if speeds else None,
+    )  # fmt: skip
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def table(small: Summary, control: Summary, grown: Summary) -> str:
+    """Each model against the others; `control` is the small one, trained on for as long as the grown one."""
+    lines = [f"{'':<25}  {'parameters':>10}  {'tokens':>10}  {'FLOPs':>8}  {'perplexity':>10}  {'tokens/s':>8}"]
+    for label, run in (("small", small), ("small, trained on", control), ("grown, and trained on", grown)):
+        speed = "" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"
+        lines.append(
+            f"{label:<25}  {run.parameters:>10,}  {run.tokens:>10,}  {run.flops:>8.1e}  "
+            f"{format_perplexity(run.perplexity):>10}  {speed:>8}"
+        )
     return "\n".join(lines)

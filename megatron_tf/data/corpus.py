@@ -1,12 +1,14 @@
-"""A small corpus of real text that every machine with Python has: Python's own documentation and library source."""
+"""Real text that every machine with Python has: Python's own documentation, and the source of its library."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import json
 import sysconfig
 import tokenize
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ EXCLUDED_FOLDERS = frozenset(
     }
 )
 LICENSE_NOTE = """\
-train.jsonl.zst and validation.jsonl.zst hold documentation and source code of Python {version}.
+train.jsonl.zst and validation.jsonl.zst hold documentation of Python {version}.
 Copyright (c) 2001 Python Software Foundation; All Rights Reserved.
 They are used under the Python Software Foundation License Version 2: https://docs.python.org/3/license.html
 """
@@ -72,6 +74,22 @@ def python_modules() -> Iterator[Document]:
                 yield Document(name, file.read())
         except (SyntaxError, UnicodeDecodeError):
             continue  # a few modules hold bad source on purpose
+
+
+def python_docstrings() -> Iterator[Document]:
+    """The docstrings of each module of `python_modules`, in the order in which they stand there: English, not code."""
+    for module in python_modules():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that a later Python will refuse: it is not our code
+            try:
+                nodes = list(ast.walk(ast.parse(module.text)))
+            except (SyntaxError, ValueError):
+                continue
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [node for node in nodes if isinstance(node, documented)]
+        found.sort(key=lambda node: getattr(node, "lineno", 0))
+        texts = [text for node in found if (text := ast.get_docstring(node))]
+        yield Document(module.name, "\n\n".join(texts))
 
 
 def within_bytes(documents: Iterable[Document], limit_bytes: int) -> Iterator[Document]:

@@ -6,7 +6,14 @@ from itertools import chain
 
 import pytest
 
-from megatron_tf.data.corpus import Document, python_modules, python_topics, within_bytes, write_corpus
+from megatron_tf.data.corpus import (
+    Document,
+    python_docstrings,
+    python_modules,
+    python_topics,
+    within_bytes,
+    write_corpus,
+)
 from megatron_tf.data.records import read_records, read_texts
 from megatron_tf.errors import DataError, UserError
 
@@ -20,6 +27,14 @@ def test_modules_are_the_standard_library_without_tests():
     excluded = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
     assert not any(excluded & set(name.removeprefix("module:").split(".")[:-1]) for name in modules)
     assert sum(map(len, modules.values())) > 3_000_000
+
+
+def test_docstrings_are_english_in_the_order_of_the_source():
+    text = next(document.text for document in python_docstrings() if document.name == "module:argparse")
+    places = [
+        text.index(words) for words in ("Command-line parsing library", "Object for parsing command line strings")
+    ]
+    assert places == sorted(places) and "import " not in text.partition("\n")[0] and "def __init__" not in text
 
 
 def test_within_bytes_skips_what_does_not_fit_and_what_is_empty():

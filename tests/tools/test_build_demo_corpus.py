@@ -18,7 +18,7 @@ def test_sizes_that_are_none(tmp_path, megabytes):
 def test_a_size_beyond_all_there_is_takes_all_there_is(tmp_path):
     done = tool("build_demo_corpus", tmp_path, "--max-megabytes", "1e300")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
-    assert (tmp_path / "train.jsonl.zst").stat().st_size > 1_000_000
+    assert (tmp_path / "train.jsonl.zst").stat().st_size > 300_000
 
 
 def test_an_output_that_is_no_folder(tmp_path):
@@ -39,3 +39,10 @@ def test_a_full_disk_leaves_the_older_corpus(tmp_path, largest_file):
     left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert left.keys() == older.keys()
     assert left["train.jsonl.zst"] == older["train.jsonl.zst"]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.zst", "validation.jsonl.zst", "LICENSE.txt"])
+def test_files_from_elsewhere_are_not_written_over(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    assert_refused(tool("build_demo_corpus", tmp_path), f"{name}: is there, and is none of this corpus. Move it away")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,86 @@
+"""The demo: what it starts, what its table says, and that it deletes nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from megatron_tf.commands import run_demo
+from megatron_tf.errors import UserError
+
+
+def record_run(folder, steps, tokens, flops, perplexity, parameters):
+    """What a finished run and its evaluation leave."""
+    (folder / "evaluation").mkdir(parents=True)
+    lines = [
+        {"step": 1, "tokens": tokens // steps, "flops": flops / steps, "perf/tokens_per_second": 50.0},
+        {"step": steps, "tokens": tokens, "flops": flops, "perf/tokens_per_second": 100.0},
+        {"step": steps, "tokens": tokens, "flops": flops, "eval/loss": 1.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = {"parameters": parameters, "all": {"perplexity": perplexity}}
+    (folder / "evaluation" / f"step_{steps:08}_perplexity.json").write_text(json.dumps(result))
+
+
+def test_the_control_stands_in_the_table(tmp_path):
+    record_run(tmp_path / "small", 20, 2000, 2e5, 50.0, 10)
+    record_run(tmp_path / "control", 15, 1500, 1.5e5, 45.0, 10)
+    record_run(tmp_path / "grown", 15, 3500, 7e5, 40.0, 30)
+    small, grown = (run_demo.summary(tmp_path / name) for name in ("small", "grown"))
+    control = run_demo.summary(tmp_path / "control", after=tmp_path / "small")
+    rows = [line.split("  ") for line in run_demo.table(small, control, grown).splitlines()]
+    assert [[cell.strip() for cell in row if cell] for row in rows] == [
+        ["parameters", "tokens", "FLOPs", "perplexity", "tokens/s"],
+        ["small", "10", "2,000", "2.0e+05", "50.00", "100"],
+        ["small, trained on", "10", "3,500", "3.5e+05", "45.00", "100"],
+        ["grown, and trained on", "30", "3,500", "7.0e+05", "40.00", "100"],
+    ]
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch, capsys):
+    """What the demo starts in an empty folder, without being run; its data are there."""
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data" / "demo"
+    data.mkdir(parents=True)
+    for name in ("train.jsonl.zst", "tokenizer.json", "train.idx", "validation.idx"):
+        (data / name).touch()
+    for split in ("train", "validation"):
+        (data / f"{split}.json").write_text('{"vocab_size": 1024}')
+    for name in ("small", "control", "grown"):
+        record_run(tmp_path / "runs" / "demo" / name, 1, 1, 1.0, 1.0, 1)
+
+    def start(*words):
+        commands = []
+        monkeypatch.setattr(run_demo, "run", lambda shown, words: commands.append(shown))
+        monkeypatch.setattr(sys, "argv", ["demo", *words])
+        run_demo.main()
+        return commands
+
+    return start
+
+
+def test_growth_and_control_begin_with_the_small_run(started, tmp_path):
+    mine = tmp_path / "runs" / "tiny" / "config.yml"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    before = sorted(tmp_path.rglob("*"))
+    small, grown, control, *rest = started("--ranks", "4", "optimizer.lr=1e-3")
+    assert [words[:8] for words in (small, grown, control)] == [
+        ["torchrun", "--standalone", "--nproc-per-node", "4", "-m", "megatron_tf", "train", name]
+        for name in ("demo", "demo_grow", "demo_grow")
+    ]
+    assert all("optimizer.lr=1e-3" in words for words in (small, grown, control))
+    assert {"run.dir=runs/demo/grown", "growth.from=runs/demo/small"} <= set(grown)
+    tokens = 'model.parameter_tokens={"qkv": 8, "proj": 8, "ffn": 32}'
+    assert {"run.dir=runs/demo/control", "growth=null", "training.init_from=runs/demo/small", tokens} <= set(control)
+    assert [words[1] for words in rest] == ["evaluate", "evaluate", "evaluate", "plot", "generate"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_data_of_an_older_demo_are_not_replaced(started, tmp_path):
+    (tmp_path / "data" / "demo" / "train.json").write_text('{"vocab_size": 4096}')
+    with pytest.raises(UserError, match=r"data/demo: holds data of an older demo, with a vocabulary of 4,096; .*1,024"):
+        started()
