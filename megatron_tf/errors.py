@@ -189,12 +189,15 @@ def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str
 
 
 def _failed_file(error: OSError, path: str) -> str:
-    """The file that the system names, but `path` where that is a name under which `path` is written first."""
+    """The file that the system names, but `path` where that is a name under which `path` is written first, or a new file in
+    a folder `path` that is not there.
+    """
     named = error.filename
     if not isinstance(named, (str, bytes, os.PathLike)):
         return path
     name = os.fsdecode(named)
-    is_of_path = name.startswith(path) and not name.startswith(os.path.join(path, ""))
+    is_within = name.startswith(os.path.join(path, ""))
+    is_of_path = name.startswith(path) and (not is_within or not os.path.lexists(path))
     return path if is_of_path or os.path.realpath(name) == os.path.realpath(path) else name
 
 
