@@ -197,7 +197,8 @@ def _failed_file(error: OSError, path: str) -> str:
         return path
     name = os.fsdecode(named)
     is_within = name.startswith(os.path.join(path, ""))
-    is_of_path = name.startswith(path) and (not is_within or not os.path.lexists(path))
+    is_missing = error.errno == errno.ENOENT and not os.path.lexists(path)
+    is_of_path = name.startswith(path) and (not is_within or is_missing)
     return path if is_of_path or os.path.realpath(name) == os.path.realpath(path) else name
 
 
