@@ -34,7 +34,7 @@ def test_a_good_run(good):
 
 def test_rules_files_and_device_come_together(config, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: type("", (), {"is_fp16_supported": bool}))
+    monkeypatch.setattr("megatron_tf.engine.deepspeed.patches.has_fp16", lambda: False)
     bad = config(parallel={"pipeline": 3}, training={"precision": "fp16"})
     keys = [problem.partition(":")[0] for problem in problems_of([bad])]
     assert keys == ["parallel", "parallel.pipeline", "data.train[0].path", "training.precision"]
