@@ -160,11 +160,6 @@ class DeepSpeedEngine:
         """Whether this rank takes batches: those of the inner pipeline stages do not."""
         return self._deepspeed.is_first_stage() or self._deepspeed.is_last_stage()
 
-    def evaluate(self, batches: Iterable[Batch], num_micro_batches: int) -> float:
-        """Mean loss over `num_micro_batches` batches of every data-parallel rank; the same number on all ranks."""
-        loss, _ = self.evaluate_groups(batches, [0] * (num_micro_batches * self.plan.micro_batch_size), 1)
-        return loss
-
     @torch.no_grad()
     def evaluate_groups(
         self, batches: Iterable[Batch], groups: Sequence[int], num_groups: int
