@@ -29,6 +29,7 @@ from megatron_tf.paths import expand, literal
 # Upper bounds are far beyond every real run; they keep the arithmetic that follows within 64 bits and within fp32.
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TotalCount = Annotated[int, Field(ge=1, lt=2**60)]  # of a whole run
+EvenCount = Annotated[TotalCount, Field(multiple_of=2)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
@@ -284,9 +285,7 @@ class DeepSpeedZero(Section):
     """How ZeRO communicates."""
 
     reduce_bucket_size: TotalCount = 500_000_000  # elements of a gradient reduction
-    allgather_bucket_size: Annotated[TotalCount, Field(multiple_of=2)] = (
-        500_000_000  # of a gathering of updated weights
-    )
+    allgather_bucket_size: EvenCount = 500_000_000  # of a gathering of updated weights
     overlap_comm: bool = False  # reduce gradients while the backward pass goes on
     contiguous_gradients: bool = True  # copy gradients into one buffer as they are made
     reduce_scatter: bool = True  # instead of all-reducing

@@ -61,7 +61,7 @@ def test_deepspeed_takes_all_that_the_section_lets_through(precision, largest):
     """So that no value ends in a traceback of DeepSpeed's own validation."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    size, count, power, switch = (2**60 - 1, 2**31 - 1, 40, "true") if largest else (1, 1, 0, "false")
+    size, count, power, switch = (2**60 - 2, 2**31 - 1, 40, "true") if largest else (2, 1, 0, "false")
     fp16 = f"initial_scale_power: {power}, consecutive_hysteresis: {switch}, " + ", ".join(
         f"{key}: {count}" for key in ("loss_scale_window", "hysteresis", "min_loss_scale")
     )
