@@ -1,6 +1,7 @@
 """The configurations that come with megatron_tf. Every command takes one by its name: `megatron_tf train tiny`.
 
-`megatron_tf config list` names them, `megatron_tf config show tiny > my.yml` makes a copy to edit.
+`megatron_tf config list` names them, `megatron_tf config show tiny > my.yml` makes a copy to edit. A file may also begin
+with `extends: tiny.yml` and show only what differs; `--resolved` shows the values of the file and of those it extends.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_tf.config.load import read_file
+from megatron_tf.config.yaml_core import dump_yaml
 from megatron_tf.shipped import configurations
 
 
@@ -18,7 +21,12 @@ def main() -> None:
     modes.add_parser("list", help="names, each with the first line of its file")
     show = modes.add_parser("show", help="the text of one")
     show.add_argument("name", choices=shipped, metavar="NAME", help="one of `megatron_tf config list`")
+    show.add_argument("--resolved", action="store_true", help="with the values of the files that it extends")
     arguments = parser.parse_args()
+    if arguments.mode == "show" and arguments.resolved:
+        values, _ = read_file(shipped[arguments.name])
+        print(dump_yaml(values), end="")
+        return
     if arguments.mode == "show":
         sys.stdout.buffer.write(shipped[arguments.name].read_bytes())  # a copy, whatever the locale's encoding
         return

@@ -17,6 +17,8 @@ from pydantic_core import ErrorDetails
 
 from megatron_tf.config.architectures import ARCHITECTURES
 from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
+from megatron_tf.config.extends import KEY as EXTENDS
+from megatron_tf.config.extends import read_extended
 from megatron_tf.config.schema import NOT_REGISTERED, Model, RunConfig, Section
 from megatron_tf.config.validate import check_model
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
@@ -77,7 +79,14 @@ def dump_config(config: RunConfig) -> str:
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
-    """The plain values of a YAML file and what is wrong with its syntax; ConfigError when it holds no sections."""
+    """The plain values of a YAML file, with those of the files that it extends, and what is wrong with their syntax.
+
+    ConfigError when one of them is missing or holds no sections.
+    """
+    return read_extended(os.fspath(path), _read_alone)
+
+
+def _read_alone(path: str) -> tuple[dict[str, Any], list[str]]:
     try:
         content = read_plain(path, MOST_BYTES)
     except FileNotFoundError:
@@ -87,7 +96,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
     except OSError as error:
         reason = system_reason(error, path)
         raise ConfigError(f"{path}: cannot be read ({reason}). Give a readable YAML file.") from None
-    values, problems = parse_yaml(decode_text(ConfigError, path, content), str(path))
+    values, problems = parse_yaml(decode_text(ConfigError, path, content), path)
     if values is None:
         needed = ", ".join(_required_keys(RunConfig))
         raise ConfigError(f"{path}: the file is empty. A configuration needs the sections {needed}.")
@@ -104,6 +113,8 @@ def apply_override(values: dict[str, Any], override: str) -> list[str]:
         return [f"{key}: is a second configuration. Give one; section.field=value replaces single values of it."]
     if not equals or not all(parts):
         return [f"override {override!r}: not of the form section.field=value. Write it as training.train_steps=100."]
+    if parts[0] == EXTENDS:
+        return [f"override {override!r}: only a file extends another. Write it into a file of your own, and give that."]
     try:
         value, problems = parse_yaml(text, f"override {key.strip()}")
     except ConfigError as error:

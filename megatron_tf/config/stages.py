@@ -15,12 +15,12 @@ different from interrupting a run.
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_tf.config.extends import merged
 from megatron_tf.config.load import apply_override, build_config, read_file
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.errors import ConfigError
@@ -77,7 +77,7 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 def _stage_config(
     common: dict[str, Any], stage: dict[str, Any], overrides: Sequence[str], previous: Sequence[RunConfig]
 ) -> RunConfig:
-    values = _merged(common, {key: value for key, value in stage.items() if key != "name"})
+    values = merged(common, {key: value for key, value in stage.items() if key != "name"})
     problems = [problem for text in overrides for problem in apply_override(values, text)]
     run = values.get("run")
     if isinstance(run, dict) and isinstance(run.get("dir"), str):
@@ -119,11 +119,3 @@ def _shape_problems(stages: Any) -> list[str]:
 
 def _without(section: Any, key: str) -> Any:
     return {name: value for name, value in section.items() if name != key} if isinstance(section, dict) else section
-
-
-def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    out = copy.deepcopy(base)
-    for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merged(out[key], value) if both else copy.deepcopy(value)
-    return out
