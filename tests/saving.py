@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.engine.base import Age
 from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.sources import InitialSource
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.saving import Saver
 

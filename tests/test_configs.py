@@ -10,10 +10,10 @@ from megatron_tf.config import load_config
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.stages import load_stages
 from megatron_tf.config.validate import plan_batches, validate
-from megatron_tf.estimate import memory_per_rank, num_parameters
+from megatron_tf.costs.estimate import memory_per_rank, num_parameters
+from megatron_tf.costs.plan import describe
 from megatron_tf.model import build_model
-from megatron_tf.params import parameter_table
-from megatron_tf.plan import describe
+from megatron_tf.state.parameters import parameter_table
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # name -> (parameters, layers, hidden size, heads, qkv = proj tokens, ffn tokens)

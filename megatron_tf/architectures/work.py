@@ -1,6 +1,6 @@
 """The work of a block in numbers: matrix products, elementwise traffic, memory, collectives. No torch.
 
-An architecture states them; `estimate` and `planning` turn them into bytes and seconds; tests count them in the model.
+An architecture states them; `costs` turns them into bytes and seconds; tests count them in the model.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from megatron_tf.architectures.work import Collective, Collectives, Kind
 from megatron_tf.benchmark.counting import Counting
 from megatron_tf.benchmark.report import Row
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.costs.communication import block_collectives, ends_collectives
 from megatron_tf.errors import exit_now
 from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.model.precision import DTYPES
@@ -25,8 +26,7 @@ from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.parallel.network import stay_on_this_machine
 from megatron_tf.parallel.vocab import cross_entropy
-from megatron_tf.params import initial_scales
-from megatron_tf.planning.communication import block_collectives, ends_collectives
+from megatron_tf.state.parameters import initial_scales
 
 TIMEOUT = timedelta(minutes=5)
 Sent = Counter[tuple[Kind, int]]  # (kind, bytes of the whole tensor) -> calls

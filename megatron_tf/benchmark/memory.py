@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_tf.benchmark.counting import Counting
 from megatron_tf.benchmark.report import Row
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.estimate import memory_per_rank
+from megatron_tf.costs.estimate import memory_per_rank
 from megatron_tf.model import build_model
 from megatron_tf.model.layers import Block
 from megatron_tf.model.precision import DTYPES

@@ -8,8 +8,8 @@ from megatron_tf.architectures.tokenformer.block import PattentionAttention
 from megatron_tf.architectures.transformer.section import TransformerModel
 from megatron_tf.benchmark.references import plain_formula
 from megatron_tf.config.schema import Model
+from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.errors import ConfigError
-from megatron_tf.estimate import num_parameters
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.tokenformer import TokenFormer, build_model
 

@@ -20,8 +20,8 @@ from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
 from megatron_tf.caches import prepare_compiler
 from megatron_tf.config.schema import Model
+from megatron_tf.costs.estimate import flops_per_token, num_parameters
 from megatron_tf.errors import ConfigError
-from megatron_tf.estimate import flops_per_token, num_parameters
 from megatron_tf.model import TokenFormer, build_model
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.parallel.vocab import cross_entropy

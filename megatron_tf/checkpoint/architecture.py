@@ -7,14 +7,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_tf.checkpoint.format import MOMENTS, WEIGHT, CheckpointIndex
+from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.checkpoint.records import record_problems
 from megatron_tf.config.architectures import ARCHITECTURES, architecture_of, with_parameter_tokens
+from megatron_tf.config.differences import TOKENS, differing
 from megatron_tf.config.nearest import either
 from megatron_tf.config.schema import Model
-from megatron_tf.errors import CheckpointError, ConfigError, shown
-from megatron_tf.growth.rules import TOKENS, differing, growth_problems
-from megatron_tf.params import parameter_table, projections
+from megatron_tf.errors import CheckpointError, shown
+from megatron_tf.state.optimizer_states import MOMENTS, WEIGHT
+from megatron_tf.state.parameters import parameter_table, projections
 
 
 def stored_model(index: CheckpointIndex) -> Model:
@@ -90,12 +91,6 @@ def check_evaluable(index: CheckpointIndex, model: Model) -> None:
             _listed("the checkpoint holds another model", problems)
             + "\nGive the configuration of its run, such as the config.yml in the run's folder."
         )
-
-
-def check_growable(index: CheckpointIndex, model: Model) -> None:
-    """ConfigError unless the checkpoint's model can grow into `model`, see `growth_problems`."""
-    if problems := growth_problems(stored_model(index), model):
-        raise ConfigError(problems)
 
 
 def _differences(index: CheckpointIndex, model: Model) -> Iterator[tuple[str, Any, Any]]:

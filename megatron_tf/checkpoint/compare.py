@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_tf.checkpoint.format import STATES
 from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.state.optimizer_states import STATES
 
 _CHUNK_ELEMENTS = 4 * 2**20
 

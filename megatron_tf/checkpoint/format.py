@@ -54,17 +54,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_tf.checkpoint.ranges import StepRange, coverage_problems
 from megatron_tf.checkpoint.records import record_problems
 from megatron_tf.checkpoint.strict_json import MOST, Fields, parse_object
 from megatron_tf.errors import CheckpointError, shown
+from megatron_tf.state.optimizer_states import MOMENTS, STATES
+from megatron_tf.state.ranges import StepRange, coverage_problems
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 MANIFEST_NAME = "manifest.json"
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STATES = (WEIGHT, *MOMENTS)
 DTYPE = "float32"
 BYTES_PER_ELEMENT = 4
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # never a path: a checkpoint only names files of its own folder

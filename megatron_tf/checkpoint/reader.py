@@ -12,15 +12,15 @@ from megatron_tf.checkpoint.format import (
     BYTES_PER_ELEMENT,
     INDEX_NAME,
     MANIFEST_NAME,
-    WEIGHT,
     CheckpointIndex,
     Manifest,
     StoredPiece,
 )
-from megatron_tf.checkpoint.ranges import RangeMap
 from megatron_tf.checkpoint.shards import BUFFER_BYTES, ShardReader, file_checksum, read_failure
 from megatron_tf.durable import plain_size, read_plain
 from megatron_tf.errors import CheckpointError, DamagedError, shown
+from megatron_tf.state.optimizer_states import WEIGHT
+from megatron_tf.state.ranges import RangeMap
 
 # Far beyond those of any model on any number of ranks: what is larger is no such file.
 _LARGEST_INDEX = 2**30

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_tf.checkpoint.format import BYTES_PER_ELEMENT, STATES, CheckpointIndex, expected_tensors, folder_name
+from megatron_tf.checkpoint.format import BYTES_PER_ELEMENT, CheckpointIndex, expected_tensors, folder_name
 from megatron_tf.checkpoint.manager import (
     CHECKPOINTS_FOLDER,
     FAILED_PREFIX,
@@ -24,11 +24,12 @@ from megatron_tf.checkpoint.manager import (
     clear_leftovers,
 )
 from megatron_tf.checkpoint.shards import ComputedTensor
-from megatron_tf.checkpoint.source import StepZero, WeightsSource
 from megatron_tf.checkpoint.writer import ComputedPiece, save_checkpoint
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError, broken_link
-from megatron_tf.params import parameter_table
+from megatron_tf.state.optimizer_states import STATES
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.sources import StepZero, WeightsSource
 
 FIRST_STEP = 0
 

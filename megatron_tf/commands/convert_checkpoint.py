@@ -26,9 +26,9 @@ from megatron_tf.architectures.tokenformer.section import as_tokenformer
 from megatron_tf.arguments import config_file, path, text_path
 from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import Model
-from megatron_tf.estimate import num_parameters
-from megatron_tf.params import initial_scales, projections
+from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.paths import literal
+from megatron_tf.state.parameters import initial_scales, projections
 from megatron_tf.telemetry.console import Console
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ from megatron_tf.arguments import config_file, path
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import Growth, Model, RunConfig
-from megatron_tf.estimate import num_parameters
-from megatron_tf.params import projections
+from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.paths import literal
+from megatron_tf.state.parameters import projections
 from megatron_tf.telemetry.console import MEGABYTE, Console
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.reader import CheckpointReader
-    from megatron_tf.checkpoint.source import StepZero
+    from megatron_tf.state.sources import StepZero
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,8 +48,8 @@ def main() -> None:
     from megatron_tf.checkpoint.format import folder_name
     from megatron_tf.checkpoint.manager import resolve
     from megatron_tf.checkpoint.reader import open_checkpoint
-    from megatron_tf.checkpoint.source import grow
     from megatron_tf.checkpoint.step_zero import target_folder
+    from megatron_tf.growth.grow import grow
 
     config = load_config(arguments.config, arguments.overrides)
     growth = config.growth or Growth.model_validate({"from": literal(str(arguments.source))})

@@ -12,11 +12,11 @@ import json
 
 from megatron_tf.arguments import config_file, number, whole_number
 from megatron_tf.config.stages import load_stages
+from megatron_tf.costs.checkpoints import LLAMA_3_FAILURES_PER_GPU_YEAR
+from megatron_tf.costs.hardware import GPUS, find_gpu
+from megatron_tf.costs.report import report
+from megatron_tf.costs.summary import Circumstances, plan
 from megatron_tf.errors import ConfigError
-from megatron_tf.planning.checkpoints import LLAMA_3_FAILURES_PER_GPU_YEAR
-from megatron_tf.planning.hardware import GPUS, find_gpu
-from megatron_tf.planning.report import report
-from megatron_tf.planning.summary import Circumstances, plan
 
 MOST_GPUS = 1_000_000
 count = whole_number(MOST_GPUS)

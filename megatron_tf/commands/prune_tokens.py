@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 from megatron_tf.arguments import path
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Model
-from megatron_tf.estimate import num_parameters
-from megatron_tf.params import projections
+from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.paths import literal
+from megatron_tf.state.parameters import projections
 from megatron_tf.telemetry.console import Console
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.reader import CheckpointReader
-    from megatron_tf.checkpoint.source import StepZero
     from megatron_tf.inference.pruning import Batch
+    from megatron_tf.state.sources import StepZero
 
 
 def parse_arguments() -> argparse.Namespace:

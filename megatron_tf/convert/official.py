@@ -19,7 +19,7 @@ from megatron_tf.config.load import read_model
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError, shown
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 
 Shape = tuple[int, ...]
 _EMBEDDING = "sequential.0.word_embeddings.weight"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_tf.architectures.tokenformer.section import as_tokenformer
 from megatron_tf.checkpoint.architecture import check_format, stored_model
-from megatron_tf.checkpoint.format import WEIGHT, folder_name
+from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import STEP_PREFIX
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder, write_weights
@@ -26,7 +26,8 @@ from megatron_tf.convert.official_files import WEIGHTS_NAME, OfficialWeights
 from megatron_tf.durable import atomic_path, open_plain, prepare_output, sync_folder
 from megatron_tf.errors import CheckpointError, file_errors
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.params import initial_scales, parameter_table
+from megatron_tf.state.optimizer_states import WEIGHT
+from megatron_tf.state.parameters import initial_scales, parameter_table
 
 _LOGITS = ("logits", "logits_fp32", "logits_fp64")
 _FILE_OVERHEAD_BYTES = 2**20

@@ -15,7 +15,7 @@ from megatron_tf.data.indexed import IndexedDataset, data_file
 from megatron_tf.data.summary import CorpusSummary, known_end, read_summary, summary_file
 from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.errors import DataError
-from megatron_tf.plan import evaluation_warning
+from megatron_tf.telemetry.text import plural
 
 # Up to here text that is seen again is worth nearly as much as new text (Muennighoff et al., "Scaling Data-Constrained
 # Language Models", 2023).
@@ -181,3 +181,14 @@ def _summaries(sources: Sequence[DataSource]) -> Iterator[tuple[str, CorpusSumma
         summary = read_summary(path)
         if summary is not None:
             yield path, summary
+
+
+def evaluation_warning(samples: int, available: int) -> str | None:
+    """What to say when an evaluation of `samples` samples goes round the `available` ones of the validation data."""
+    if samples <= available:
+        return None
+    return (
+        f"evaluation.samples: {samples:,}, but the validation data has {available:,} "
+        f"{plural('sample', available)}: each evaluation goes round it {samples / available:,.1f} times and takes as "
+        f"much longer. Set it to at most {available}."
+    )

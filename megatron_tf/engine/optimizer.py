@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-STATES = ("weight", "exp_avg", "exp_avg_sq")
+from megatron_tf.state.optimizer_states import MOMENTS, WEIGHT
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class SegmentedAdamW(torch.optim.Optimizer):
         self.segments, self.num_updates = list(segments), 0
         for segment in self.segments:
             state = self.state[segment.buffer]
-            for name in STATES[1:]:
+            for name in MOMENTS:
                 if name not in state:
                     state[name] = torch.zeros_like(segment.buffer, requires_grad=False)
 
     def states(self, segment: Segment) -> dict[str, Tensor]:
         """Live flat fp32 views of the segment's master weight and Adam moments."""
         state = self.state[segment.buffer]
-        return {"weight": segment.view(segment.buffer.detach())} | {s: segment.view(state[s]) for s in STATES[1:]}
+        return {WEIGHT: segment.view(segment.buffer.detach())} | {s: segment.view(state[s]) for s in MOMENTS}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -99,7 +99,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
                 for segment, grad in zip(segments, grads):
                     self.observe(segment, grad)
             adamw(
-                *([view[state] for view in views] if state else grads for state in ("weight", None, *STATES[1:])),
+                *([view[state] for view in views] if state else grads for state in (WEIGHT, None, *MOMENTS)),
                 max_exp_avg_sqs=[],
                 state_steps=[segment.age for segment in segments],
                 fused=True,

@@ -17,6 +17,7 @@ from megatron_tf.checkpoint.manager import Ranks, resolve, verify_checkpoint
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.validate import topology_for, validate_layout
+from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.data.documents import Boundaries, boundaries, find_boundaries
 from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.loader import check_tokenizer, open_tokens
@@ -24,7 +25,6 @@ from megatron_tf.data.summary import known_end, read_summary
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import CheckpointError, ConfigError, DataError, LostContactError, UserError, file_errors
-from megatron_tf.estimate import num_parameters
 from megatron_tf.evaluation.eval_data import TASK_FOLDER
 from megatron_tf.evaluation.lm_harness import HarnessTasks, check_installed
 from megatron_tf.evaluation.perplexity import Score, num_batches, summed_loss

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from megatron_tf.checks import check_scale, check_whole_number
 from megatron_tf.config.schema import Activation
 from megatron_tf.errors import ConfigError
-from megatron_tf.params import check_activation, default_scale
+from megatron_tf.state.parameters import check_activation, default_scale
 
 if TYPE_CHECKING:
     from torch import Tensor

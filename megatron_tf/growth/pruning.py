@@ -39,9 +39,9 @@ from torch.nn import functional as F
 from megatron_tf.checks import check_scale, check_whole_number
 from megatron_tf.config.schema import Activation
 from megatron_tf.errors import ArgumentError
-from megatron_tf.growth.source import SLICE_ELEMENTS, StateSource
 from megatron_tf.model.checks import check_pattention
-from megatron_tf.params import ParameterSpec
+from megatron_tf.state.parameters import ParameterSpec
+from megatron_tf.state.sources import SLICE_ELEMENTS, StateSource
 
 _SCORE_ELEMENTS = 2**22  # of [positions, n] at once: 16 MiB in fp32
 

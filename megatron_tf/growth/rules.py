@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.differences import TOKENS, differing
 from megatron_tf.config.schema import Growth, Model, RunConfig
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.methods import METHODS, Elements, NewTokens, Projection
-from megatron_tf.params import initial_scales, parameter_table, projections
-
-TOKENS = "parameter_tokens."
+from megatron_tf.state.parameters import initial_scales, parameter_table, projections
 
 
 def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
@@ -129,21 +128,6 @@ def decide(growing: Mapping[str, Projection], growth: Growth) -> dict[str, NewTo
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))  # layers repeat each other
     return decided
-
-
-def differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value in each) wherever they differ; of two architectures, only keys that mean something in both."""
-    one, other = (_flatten(model.model_dump(exclude_none=True)) for model in (first, second))
-    for key in other:
-        if key in one and one[key] != other[key]:
-            yield key, one[key], other[key]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
-    return flat
 
 
 def _no_state(tensor: str) -> Elements:

@@ -8,9 +8,9 @@ layout, in the trainer and in a tool that writes the grown checkpoint.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,43 +19,12 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, NewTokens
 from megatron_tf.growth.rules import decide, growing
-from megatron_tf.model.initialize import initial_rows
-from megatron_tf.params import parameter_table
+from megatron_tf.state.initialize import initial_rows
+from megatron_tf.state.optimizer_states import WEIGHT
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.sources import StateSource, copy_in_slices
 
-WEIGHT = "weight"
 PRUNED = "pruned"  # stands for a method in the history of a model that has lost tokens
-SLICE_ELEMENTS = 2**20  # 4 MiB in fp32
-
-
-class StateSource(Protocol):
-    """Everything a run starts from, by logical tensor and range.
-
-    States: "weight" (fp32 master), "exp_avg", "exp_avg_sq" (Adam moments).
-    """
-
-    @property
-    def scales(self) -> Mapping[str, float]:
-        """τ of every projection."""
-        ...
-
-    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened logical tensor `name`: flat fp32 on the CPU."""
-        ...
-
-    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
-        """Fill the flat fp32 `target`, on any device, from element `start` on; holds one bounded buffer besides."""
-        ...
-
-    def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Optimizer steps that these elements have had: (start, stop, steps) in order, covering [start, stop)."""
-        ...
-
-
-def copy_in_slices(read: Callable[[int, int], Tensor], start: int, target: Tensor) -> None:
-    """Fill `target` from element `start` on with what `read` gives for [low, high), a bounded slice at a time."""
-    for low in range(0, target.numel(), SLICE_ELEMENTS):
-        part = target[low : low + SLICE_ELEMENTS]
-        part.copy_(read(start + low, start + low + part.numel()))
 
 
 def growth_seed(seed: int, number: int) -> int:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.reader import CheckpointReader
-from megatron_tf.checkpoint.source import CheckpointSource, StepZero
+from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checks import check_whole_number
 from megatron_tf.config.schema import DataSource, Model
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
@@ -30,8 +30,9 @@ from megatron_tf.growth.source import PRUNED, growth_entry
 from megatron_tf.inference.load import run_config
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.params import parameter_table, projections
 from megatron_tf.paths import literal
+from megatron_tf.state.parameters import parameter_table, projections
+from megatron_tf.state.sources import StepZero
 
 DEFAULT_SAMPLES = 64
 _SEED = 0  # of the order that samples are taken in: which they are depends on the data and on seq_length alone

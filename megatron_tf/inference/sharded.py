@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_tf.checkpoint.format import WEIGHT
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.config.schema import Model
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import Stage, build_stage
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.params import parameter_table, shard_range
+from megatron_tf.state.optimizer_states import WEIGHT
+from megatron_tf.state.parameters import parameter_table, shard_range
 
 
 @torch.no_grad()

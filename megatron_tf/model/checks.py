@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_tf.checks import check_scale, check_whole_number, described
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import ArgumentError
-from megatron_tf.params import check_activation, projections
+from megatron_tf.state.parameters import check_activation, projections
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

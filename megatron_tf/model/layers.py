@@ -34,7 +34,7 @@ from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.parallel.vocab import partial_embedding
-from megatron_tf.params import INITIAL_STD, check_activation, default_scale, shard_range
+from megatron_tf.state.parameters import INITIAL_STD, check_activation, default_scale, shard_range
 
 
 class TensorParallel:

@@ -37,7 +37,7 @@ from megatron_tf.model.checks import check_pattention
 from megatron_tf.parallel.collectives import all_reduce, begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.parallel.overlap import row_parts
-from megatron_tf.params import default_scale
+from megatron_tf.state.parameters import default_scale
 
 
 def pattention(

@@ -11,13 +11,13 @@ from megatron_tf.config.schema import Model
 from megatron_tf.config.validate import check_model
 from megatron_tf.model.checks import check_building, check_config, check_scales, check_starts, checked_ids
 from megatron_tf.model.context import BlockContext, run_blocks
-from megatron_tf.model.initialize import initial_rows
 from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
-from megatron_tf.params import initial_scales, parameter_table, shard_range
+from megatron_tf.state.initialize import initial_rows
+from megatron_tf.state.parameters import initial_scales, parameter_table, shard_range
 
 
 class TokenFormer(nn.Module):
-    """ids [b, s] -> logits [b, s, vocab]. `named_parameters` gives the logical names of `params.parameter_table`.
+    """ids [b, s] -> logits [b, s, vocab]. `named_parameters` gives the logical names of `state.parameters.parameter_table`.
 
     `scales`: τ by projection, from a checkpoint; the default is a fresh model's.
     ConfigError, as in training, when no network can be built of `config`; ArgumentError for `scales` of another.

@@ -29,7 +29,7 @@ from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import token_weights
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.collectives import all_reduce
-from megatron_tf.params import shard_range
+from megatron_tf.state.parameters import shard_range
 
 DEAD_BELOW = 0.01  # of the root mean square of a position's weights
 ALWAYS = ("score_norm", "active_share", "dead_share")

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
@@ -36,7 +35,8 @@ from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import IGNORED
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.sources import InitialSource
 from megatron_tf.training.distributed import join, leave
 
 TIMEOUT_SECONDS = 300.0

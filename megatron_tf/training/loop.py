@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan
+from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.data.loader import Batch, BatchLoader, source_names
 from megatron_tf.data.prefetch import Prefetcher
 from megatron_tf.engine.base import Engine, StepResult
 from megatron_tf.engine.step_clock import describe_shares
 from megatron_tf.errors import RunStopped
-from megatron_tf.estimate import flops_per_token
 from megatron_tf.parallel.stop_signals import StopSignals, describe_request
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.meters import MeanMeter, ThroughputMeter, format_duration, format_perplexity, perplexity

@@ -10,9 +10,9 @@ import torch
 from megatron_tf.config.machine import machine_problems
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import validate
+from megatron_tf.costs.estimate import memory_per_rank
 from megatron_tf.data.outlook import vocabulary_problem
 from megatron_tf.errors import ConfigError
-from megatron_tf.estimate import memory_per_rank
 from megatron_tf.growth.rules import chain_problems
 from megatron_tf.parallel.environment import LaunchEnvironment
 

@@ -22,9 +22,8 @@ from torch import Tensor
 from megatron_tf.checkpoint.architecture import check_same_architecture
 from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER
-from megatron_tf.checkpoint.ranges import clip_steps
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, StateSource
+from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
 from megatron_tf.engine.base import Age, Engine
@@ -32,6 +31,8 @@ from megatron_tf.errors import ConfigError, exit_now
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.parallel.topology import Topology
+from megatron_tf.state.ranges import clip_steps
+from megatron_tf.state.sources import InitialSource, StateSource
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.layout_check import (

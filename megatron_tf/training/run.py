@@ -19,6 +19,7 @@ from megatron_tf.checkpoint.step_zero import state_bytes
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
+from megatron_tf.costs.plan import describe, room_warning
 from megatron_tf.data.documents import LossMask, find_boundaries
 from megatron_tf.data.loader import Batch, BatchLoader, build_dataset, check_tokenizer, fingerprint, source_names
 from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over
@@ -41,7 +42,6 @@ from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.parallel.stop_signals import StopSignals
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.plan import describe, room_warning
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import open_trackers
 from megatron_tf.training.account import account, earlier_settings, keep_config

@@ -15,7 +15,7 @@ from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.engine.base import Engine
 from megatron_tf.errors import CheckpointError
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.run_folder import folder_identity

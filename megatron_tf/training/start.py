@@ -19,13 +19,15 @@ from megatron_tf.checkpoint.manager import (
     verify_checkpoint,
 )
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, StateSource, grow
+from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.validate import plan_batches
+from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.errors import CheckpointError, ConfigError, shortened
-from megatron_tf.estimate import flops_per_token
-from megatron_tf.params import parameter_table
+from megatron_tf.growth.grow import grow
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.sources import InitialSource, StateSource
 from megatron_tf.training.run_folder import copied_from
 from megatron_tf.training.warm_start import find_weights, open_weights
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan
+from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.data.summary import bytes_per_token
 from megatron_tf.engine.base import StepResult
-from megatron_tf.estimate import flops_per_token
 from megatron_tf.telemetry.memory import memory_metric
 from megatron_tf.telemetry.meters import Rates, mfu, peak_bf16_flops, perplexity
 from megatron_tf.telemetry.trackers import Value

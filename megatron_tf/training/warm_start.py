@@ -11,11 +11,12 @@ from typing import Any
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.manager import Ranks, from_first, resolve, verify_checkpoint
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.source import CheckpointSource, FreshSource, StateSource, WeightsSource
+from megatron_tf.checkpoint.source import CheckpointSource
+from megatron_tf.config.differences import differing
 from megatron_tf.config.schema import Model
 from megatron_tf.convert.huggingface.importing import is_export, open_export
 from megatron_tf.errors import CheckpointError
-from megatron_tf.growth.rules import differing
+from megatron_tf.state.sources import FreshSource, StateSource, WeightsSource
 
 KEY = "training.init_from"
 EVENT = "weights taken"  # in the history of the run

@@ -21,20 +21,20 @@ from megatron_tf.architectures.tokenformer.architecture import TokenFormerArchit
 from megatron_tf.architectures.tokenformer.block import PattentionAttention
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel
 from megatron_tf.checkpoint.architecture import check_format
-from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.config import load_config
 from megatron_tf.config.architectures import ARCHITECTURES
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import Growth, Model, RunConfig
+from megatron_tf.costs.estimate import memory_per_rank, num_parameters
+from megatron_tf.costs.plan import describe
 from megatron_tf.errors import CheckpointError, ConfigError
-from megatron_tf.estimate import memory_per_rank, num_parameters
 from megatron_tf.growth.source import GrownSource
 from megatron_tf.model import build_model
 from megatron_tf.model.layers import Block, TensorParallel
 from megatron_tf.parallel.collectives import copy_to, reduce_from
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.plan import describe
+from megatron_tf.state.sources import InitialSource
 from megatron_tf.training.layout_check import Layout, compare, reference, run_layouts
 from megatron_tf.training.resume_check import Setting, check_resumes
 

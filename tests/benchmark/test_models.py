@@ -7,7 +7,7 @@ import torch
 
 from megatron_tf.benchmark.models import equal_transformer, plain_model
 from megatron_tf.config import load_config
-from megatron_tf.estimate import num_parameters
+from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.model import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"

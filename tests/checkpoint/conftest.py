@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors
+from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
+from megatron_tf.state.optimizer_states import STATES
 
 SHAPES = {"embedding.weight": (7, 5), "blocks.0.ffn.key_tokens": (11, 5), "final_norm.bias": (5,)}
 State = dict[tuple[str, str], Tensor]

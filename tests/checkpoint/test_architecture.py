@@ -2,17 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tf.checkpoint.architecture import (
-    check_growable,
-    check_same_architecture,
-    stored_model,
-    token_counts,
-)
+from megatron_tf.checkpoint.architecture import check_same_architecture, stored_model, token_counts
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.config.schema import Model, ParameterTokens
 from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.growth.grow import check_growable
 from megatron_tf.growth.rules import growth_problems
-from megatron_tf.params import initial_scales, parameter_table
+from megatron_tf.state.parameters import initial_scales, parameter_table
 
 
 def model(qkv=6, proj=6, ffn=24, **changes) -> Model:

@@ -20,7 +20,8 @@ NUMEL = 30_000
 
 SAVE = """
 import os, signal, torch
-from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors
+from megatron_tf.state.optimizer_states import STATES
+from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 
 def at(point):

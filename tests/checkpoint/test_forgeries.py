@@ -13,17 +13,10 @@ import torch
 from mutations import Forger
 
 from megatron_tf.checkpoint.compare import compare
-from megatron_tf.checkpoint.format import (
-    INDEX_NAME,
-    MANIFEST_NAME,
-    STATES,
-    CheckpointIndex,
-    expected_tensors,
-    shard_name,
-)
+from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME, CheckpointIndex, expected_tensors, shard_name
 from megatron_tf.checkpoint.manager import find_latest, resolve
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, grow
+from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checkpoint.summary import summarize
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.commands.inspect_checkpoint import print_summary
@@ -32,12 +25,15 @@ from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
 from megatron_tf.config.validate import plan_batches
 from megatron_tf.convert.official_checkpoint import exportable_model
 from megatron_tf.errors import MESSAGE_LIMIT, CheckpointError, DamagedError, UserError
+from megatron_tf.growth.grow import grow
 from megatron_tf.growth.source import growth_entry
 from megatron_tf.inference.cache import CachedModel
 from megatron_tf.inference.load import load_model
 from megatron_tf.inference.pruning import pruned_start
 from megatron_tf.inference.sampling import generate
-from megatron_tf.params import parameter_table
+from megatron_tf.state.optimizer_states import STATES
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.sources import InitialSource
 from megatron_tf.training.account import account, run_settings
 from megatron_tf.training.guard import LossGuard
 from megatron_tf.training.start import begin, choose, first_stage_to_run

@@ -22,7 +22,8 @@ MEASURE = """
 import json, resource, shutil, subprocess, sys, time
 from pathlib import Path
 import torch
-from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors, shard_name
+from megatron_tf.state.optimizer_states import STATES
+from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors, shard_name
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 

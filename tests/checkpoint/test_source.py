@@ -2,17 +2,18 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 
-from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors
+from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.source import CheckpointSource, InitialSource, grown_source
+from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import Growth, Model, ParameterTokens
-from megatron_tf.growth.source import StateSource, growth_entry
-from megatron_tf.model.initialize import initial_rows
-from megatron_tf.params import initial_scales, parameter_table
+from megatron_tf.growth.grow import grown_source
+from megatron_tf.growth.source import growth_entry
+from megatron_tf.state.optimizer_states import STATES
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.sources import InitialSource, StateSource
 
 
 def model(qkv: int, ffn: int) -> Model:
@@ -58,21 +59,6 @@ class Trained(InitialSource):
 
     def adam_steps(self, name, start, stop):
         return [(start, stop, 100)]
-
-
-@pytest.mark.parametrize("name", ["embedding.weight", "blocks.1.ffn.value_tokens", "final_norm.weight"])
-def test_initial_weights_are_the_initialisers_at_any_range(name):
-    source, spec = InitialSource(SMALL, seed=3), parameter_table(SMALL)[name]
-    whole = initial_rows(spec, 3, 0, spec.shape[0]).reshape(-1)
-    for start, stop in [(0, spec.numel), (1, 3), (7, spec.numel), (5, 5)]:
-        assert torch.equal(source.read(name, "weight", start, stop), whole[start:stop])
-        assert torch.equal(source.read(name, "exp_avg", start, stop), torch.zeros(stop - start))
-    assert source.adam_steps(name, 1, 3) == [(1, 3, 0)]
-    assert source.adam_steps(name, 3, 3) == []
-
-
-def test_initial_scales():
-    assert InitialSource(SMALL, seed=3).scales == initial_scales(SMALL)
 
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path):

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from megatron_tf.checkpoint import step_zero
-from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors
+from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.source import InitialSource, grow, grown_source
 from megatron_tf.checkpoint.step_zero import state_bytes, target_folder, write_step_zero
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import CheckpointError
-from megatron_tf.params import parameter_table
+from megatron_tf.growth.grow import grow, grown_source
+from megatron_tf.state.optimizer_states import STATES
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.sources import InitialSource
 
 DATA = {"seed": 5, "sources": []}
 

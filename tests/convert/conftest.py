@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.config.schema import Model
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 
 Weights = dict[str, Tensor]
 NUM_LAYERS = 2

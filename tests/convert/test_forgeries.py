@@ -15,7 +15,7 @@ from megatron_tf.convert.huggingface.importing import INDEX_NAME, open_export
 from megatron_tf.convert.official_checkpoint import matching_model
 from megatron_tf.convert.official_files import open_official
 from megatron_tf.errors import MESSAGE_LIMIT, UserError
-from megatron_tf.params import initial_scales, parameter_table
+from megatron_tf.state.parameters import initial_scales, parameter_table
 
 
 def outcome(what, use, *arguments) -> str:

@@ -15,7 +15,7 @@ from megatron_tf.convert.official import (
 )
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.model import build_model
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARGUMENTS = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 1, "max_position_embeddings": 4,

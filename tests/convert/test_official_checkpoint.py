@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from megatron_tf.checkpoint.architecture import check_same_architecture
 from megatron_tf.checkpoint.load import load_logical
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.source import grow
 from megatron_tf.checkpoint.step_zero import target_folder, write_step_zero
 from megatron_tf.config.schema import Growth, ParameterTokens
 from megatron_tf.convert.official import load_official_state_dict
@@ -25,8 +24,9 @@ from megatron_tf.convert.official_checkpoint import (
 )
 from megatron_tf.convert.official_files import OfficialWeights, open_official
 from megatron_tf.errors import CheckpointError, UserError
+from megatron_tf.growth.grow import grow
 from megatron_tf.model import build_model
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

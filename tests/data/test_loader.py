@@ -12,6 +12,8 @@ import torch
 
 from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import DataSource
+from megatron_tf.costs.hardware import Assumptions, find_gpu
+from megatron_tf.costs.roofline import step_time
 from megatron_tf.data.documents import LossMask
 from megatron_tf.data.indexed import HEADER, MAGIC, IndexedWriter
 from megatron_tf.data.loader import (
@@ -26,8 +28,6 @@ from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.data.tokenizer import tokenizer_fingerprint
 from megatron_tf.errors import ConfigError, DataError
 from megatron_tf.parallel.vocab import IGNORED
-from megatron_tf.planning.hardware import Assumptions, find_gpu
-from megatron_tf.planning.roofline import step_time
 
 PROJECT = Path(__file__).parents[2]
 SEQ = 8

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.data.indexed import IndexedWriter
-from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over, vocabulary_problem
+from megatron_tf.data.outlook import data_warnings, describe_passes, evaluation_warning, passes_over, vocabulary_problem
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.errors import DataError
 
@@ -161,3 +161,15 @@ def test_a_tokenizer_beside_data_of_other_programs(tmp_path):
     assert vocabulary_problem(config([data], vocab_size=257, tokenizer="bytes")) is None
     # Training does without the tokenizer, and says itself what it cannot read.
     assert vocabulary_problem(config([data], vocab_size=5, tokenizer=str(tmp_path / "none.json"))) is None
+
+
+def test_an_evaluation_within_the_validation_data_is_silent():
+    assert evaluation_warning(64, 64) is None
+
+
+def test_an_evaluation_that_goes_round_its_data():
+    assert evaluation_warning(10_000, 40) == (
+        "evaluation.samples: 10,000, but the validation data has 40 samples: each evaluation goes round it 250.0 times "
+        "and takes as much longer. Set it to at most 40."
+    )
+    assert "has 1 sample:" in evaluation_warning(2, 1)

@@ -12,7 +12,7 @@ from megatron_tf.convert.official import load_official_state_dict
 from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.model import build_model
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

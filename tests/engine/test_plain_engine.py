@@ -26,7 +26,7 @@ from megatron_tf.parallel.environment import detect
 from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import IGNORED
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 
 
 class PlainEngine:

@@ -6,10 +6,10 @@ import pytest
 from harness_data import ROWS, write_wheel
 from prepared import write_tokens
 
-from megatron_tf.checkpoint.source import InitialSource, StepZero
 from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.config.schema import Model
 from megatron_tf.evaluation import eval_data
+from megatron_tf.state.sources import InitialSource, StepZero
 
 SMALL = {
     "num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "vocab_size": 99,

@@ -7,7 +7,6 @@ from harness_data import tokenizer_for_tests
 from tooling import tool
 
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.source import InitialSource, StepZero
 from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.evaluation.lm_harness import run_tasks
@@ -16,6 +15,7 @@ from megatron_tf.evaluation.scoring import Scorer
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.topology import Topology
+from megatron_tf.state.sources import InitialSource, StepZero
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from distributed import spawn
 from harness_data import tokenizer_for_tests
 
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.source import InitialSource, StepZero
 from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.errors import UserError
@@ -26,6 +25,7 @@ from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.topology import Topology
+from megatron_tf.state.sources import InitialSource, StepZero
 
 LENGTH = 48
 

@@ -13,7 +13,7 @@ from megatron_tf.growth.gram import GramKeys
 from megatron_tf.growth.pruning import PrunedSource, largest, summed_contributions, summed_scale_terms
 from megatron_tf.growth.source import GrownSource
 from megatron_tf.model import pattention
-from megatron_tf.params import default_scale, initial_scales, parameter_table, projections
+from megatron_tf.state.parameters import default_scale, initial_scales, parameter_table, projections
 
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 STATES = ("weight", "exp_avg", "exp_avg_sq")

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
-from megatron_tf.growth.source import GrownSource, StateSource
-from megatron_tf.params import initial_scales, parameter_table
+from megatron_tf.growth.source import GrownSource
+from megatron_tf.state.parameters import initial_scales, parameter_table
+from megatron_tf.state.sources import StateSource
 
 NAME, WIDTH = "blocks.0.ffn.key_tokens", 8
 LR, EPS, DECAY, STEPS = 1e-2, 1e-8, 0.1, 12

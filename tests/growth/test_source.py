@@ -14,7 +14,7 @@ from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import scales_after_growth
 from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed
 from megatron_tf.model import build_model
-from megatron_tf.params import initial_scales, parameter_table, projections
+from megatron_tf.state.parameters import initial_scales, parameter_table, projections
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "incremental.safetensors"
 STATES = ("weight", "exp_avg", "exp_avg_sq")

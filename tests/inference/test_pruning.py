@@ -8,7 +8,7 @@ from megatron_tf.config.schema import Model
 from megatron_tf.errors import ArgumentError, CheckpointError
 from megatron_tf.inference.pruning import drop_tokens, fit_scales, mean_loss, select_tokens, visit_projections
 from megatron_tf.model import build_model
-from megatron_tf.params import initial_scales
+from megatron_tf.state.parameters import initial_scales
 
 SMALL = {"qkv": 9, "proj": 7, "ffn": 20}
 LARGE = {"qkv": 14, "proj": 7, "ffn": 33}

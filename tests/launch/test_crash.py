@@ -18,19 +18,13 @@ import torch
 from launching import PROJECT, TRAIN, environment, train
 
 from megatron_tf.checkpoint import load_logical
-from megatron_tf.checkpoint.format import (
-    INDEX_NAME,
-    MANIFEST_NAME,
-    STATES,
-    CheckpointIndex,
-    expected_tensors,
-    shard_name,
-)
+from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME, CheckpointIndex, expected_tensors, shard_name
 from megatron_tf.checkpoint.manager import STEP_PREFIX, UNFINISHED_PREFIX
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.writer import FAILED_PREFIX, Piece, save_checkpoint
 from megatron_tf.config.load import load_config
 from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.state.optimizer_states import STATES
 from megatron_tf.training.start import choose
 
 KILLS = 50

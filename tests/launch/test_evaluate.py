@@ -8,9 +8,9 @@ import math
 import pytest
 from launching import evaluate, train
 
-from megatron_tf.checkpoint.source import InitialSource, StepZero
 from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.config.load import load_config
+from megatron_tf.state.sources import InitialSource, StepZero
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from launching import EVALUATE, TRAIN, free_port
 
-from megatron_tf.checkpoint.source import InitialSource, StepZero
 from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.config.load import load_config
 from megatron_tf.errors import LOST_EXIT_CODE
 from megatron_tf.parallel.local_ranks import IMPORTS
+from megatron_tf.state.sources import InitialSource, StepZero
 from megatron_tf.telemetry.console import quiet_libraries
 from megatron_tf.training import watchdog
 

@@ -13,7 +13,7 @@ from megatron_tf.errors import ArgumentError, ConfigError, UserError
 from megatron_tf.model import Pattention, TokenFormer, build_model, pattention
 from megatron_tf.model.attention import document_starts
 from megatron_tf.model.checks import check_pattention, check_starts, checked_ids
-from megatron_tf.params import default_scale, initial_scales
+from megatron_tf.state.parameters import default_scale, initial_scales
 
 X, KEYS, VALUES = torch.ones(3, 8), torch.ones(12, 8), torch.ones(12, 5)
 META = torch.ones(3, 8, device="meta")

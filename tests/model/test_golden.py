@@ -14,7 +14,7 @@ from megatron_tf.config.schema import Model
 from megatron_tf.convert.official import load_official_state_dict
 from megatron_tf.model import build_model, pattention
 from megatron_tf.model.attention import rotary_tables
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ACTIVATIONS = ["l2_norm_gelu", "gelu_l2_norm", "softmax"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from megatron_tf.config.schema import Model
 from megatron_tf.convert.official import load_official_state_dict
 from megatron_tf.model import build_model
-from megatron_tf.params import initial_scales, parameter_table
+from megatron_tf.state.parameters import initial_scales, parameter_table
 
 OLD, NEW = {"qkv": 48, "proj": 48, "ffn": 160}, {"qkv": 112, "proj": 112, "ffn": 368}
 

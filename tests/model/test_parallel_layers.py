@@ -16,7 +16,7 @@ from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.parallel.overlap import LEAST_ROWS
 from megatron_tf.parallel.vocab import cross_entropy
-from megatron_tf.params import initial_scales, parameter_table, shard_range
+from megatron_tf.state.parameters import initial_scales, parameter_table, shard_range
 
 SEQUENCE, BATCH, WIDTH = 8, 2, 16
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from megatron_tf.config.schema import Model
 from megatron_tf.model import build_model
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 
 LAYERS, WIDTH, HEADS, MLP, SEQUENCE, VOCABULARY = 3, 24, 3, 50, 10, 41
 

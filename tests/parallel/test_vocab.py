@@ -6,7 +6,7 @@ from distributed import spawn
 
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.parallel.vocab import argmax
-from megatron_tf.params import shard_range
+from megatron_tf.state.parameters import shard_range
 
 
 def logits():

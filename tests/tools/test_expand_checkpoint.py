@@ -172,12 +172,13 @@ data: {{train: [{{path: {folder}/tokens}}]}}
 # Writes the initial model of argv[1] as a checkpoint under argv[2].
 INITIAL = """
 import sys
-from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors
+from megatron_tf.state.optimizer_states import STATES
+from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.shards import ComputedTensor
-from megatron_tf.checkpoint.source import InitialSource
+from megatron_tf.state.sources import InitialSource
 from megatron_tf.checkpoint.writer import ComputedPiece, save_checkpoint
 from megatron_tf.config.load import load_config
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 model = load_config(sys.argv[1]).model
 table, initial = parameter_table(model), InitialSource(model, 1)
 index = CheckpointIndex(

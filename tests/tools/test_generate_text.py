@@ -13,7 +13,6 @@ import pytest
 from tooling import PROJECT, assert_refused
 
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
-from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.commands.generate_text import read_prompts
 from megatron_tf.config.schema import Model
@@ -23,7 +22,8 @@ from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.inference.load import known_eod, load_model
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.sources import InitialSource
 
 SHAPE = {
     "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 300,

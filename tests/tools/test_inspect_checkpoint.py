@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors, shard_name
+from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors, shard_name
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import Model
-from megatron_tf.params import initial_scales, parameter_table
+from megatron_tf.state.optimizer_states import STATES
+from megatron_tf.state.parameters import initial_scales, parameter_table
 
 TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
 MODEL = Model.model_validate(

@@ -9,15 +9,17 @@ from prepared import write_tokens
 from tooling import assert_refused, tool
 
 from megatron_tf.checkpoint.compare import compare
-from megatron_tf.checkpoint.format import STATES, CheckpointIndex, expected_tensors
+from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.source import InitialSource, grow
 from megatron_tf.checkpoint.step_zero import target_folder, write_step_zero
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import DataSource, Growth, Model
 from megatron_tf.data.loader import fingerprint
 from megatron_tf.data.summary import CorpusSummary, write_summary
-from megatron_tf.params import parameter_table
+from megatron_tf.growth.grow import grow
+from megatron_tf.state.optimizer_states import STATES
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.sources import InitialSource
 
 SMALL = {"qkv": 13, "proj": 11, "ffn": 37}
 LARGE = {"qkv": 29, "proj": 11, "ffn": 75}

@@ -6,7 +6,6 @@ from distributed import spawn
 from torch.nn.functional import gelu
 
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.source import InitialSource, StepZero
 from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.inference.load import load_model
 from megatron_tf.inference.pruning import visit_projections
@@ -14,7 +13,8 @@ from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.params import projections
+from megatron_tf.state.parameters import projections
+from megatron_tf.state.sources import InitialSource, StepZero
 from megatron_tf.training.health import DEAD_BELOW, HealthProbe
 
 OLD = {"qkv": 13, "proj": 7, "ffn": 20}  # of 13, 11 and 37: qkv has not grown

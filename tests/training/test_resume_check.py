@@ -16,7 +16,7 @@ from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.writer import save_checkpoint
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 from megatron_tf.training import resume_check
 from megatron_tf.training.layout_check import Layout
 from megatron_tf.training.resume_check import Resumed, Setting, check_resumes, rotation, settings

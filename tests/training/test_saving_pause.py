@@ -13,11 +13,11 @@ import torch.multiprocessing
 from saving import Recorder
 
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.config.validate import plan_batches
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.topology import Topology
+from megatron_tf.state.sources import InitialSource
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.distributed import join, leave
 from megatron_tf.training.layout_check import batches

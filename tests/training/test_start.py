@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 from saving import saver_of
 
+from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.errors import ConfigError, UnreadableError
-from megatron_tf.estimate import flops_per_token
 from megatron_tf.training.start import Progress, Start, begin, choose
 
 

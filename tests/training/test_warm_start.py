@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 from saving import saver_of
 
-from megatron_tf.checkpoint.format import STATES
 from megatron_tf.checkpoint.manager import ALONE
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import validate
 from megatron_tf.convert.huggingface.configuration import huggingface_config
 from megatron_tf.errors import CheckpointError, ConfigError
-from megatron_tf.params import parameter_table
+from megatron_tf.state.optimizer_states import STATES
+from megatron_tf.state.parameters import parameter_table
 from megatron_tf.training.start import Progress, begin, choose
 from megatron_tf.training.warm_start import find_weights, open_weights
 

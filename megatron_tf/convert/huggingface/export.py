@@ -30,13 +30,13 @@ from megatron_tf.convert.huggingface.configuration import (
     special_tokens,
 )
 from megatron_tf.convert.huggingface.verify import verify_export, verifying_versions
+from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.data.tokenizer_files import as_in_preparation, read_tokenizer_file
 from megatron_tf.durable import atomic_folder, partial_path, prepare_output
 from megatron_tf.errors import CheckpointError, file_errors
-from megatron_tf.estimate import num_parameters
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"

@@ -19,7 +19,7 @@ from megatron_tf.convert.huggingface.configuration import stored_model
 from megatron_tf.convert.huggingface.export import CONFIG_NAME, WEIGHTS_NAME
 from megatron_tf.durable import open_plain, read_plain
 from megatron_tf.errors import CheckpointError, file_errors, shown
-from megatron_tf.params import EMBEDDING, parameter_table
+from megatron_tf.state.parameters import EMBEDDING, parameter_table
 
 INDEX_NAME = WEIGHTS_NAME + ".index.json"  # beside the parts of weights that transformers has split
 _ADAPTER_NAME = "adapter_config.json"  # of PEFT, which saves an adapter without its model

@@ -18,7 +18,6 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_tf.checkpoint.source import StateSource
 from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.deepspeed_config import deepspeed_config
@@ -37,7 +36,8 @@ from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import IGNORED
-from megatron_tf.params import ParameterSpec, parameter_table
+from megatron_tf.state.parameters import ParameterSpec, parameter_table
+from megatron_tf.state.sources import StateSource
 
 
 class DeepSpeedEngine:

@@ -25,7 +25,7 @@ from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel
 from megatron_tf.model.stage import Stage, neighbours
 from megatron_tf.parallel.topology import Topology, stage_layers
 from megatron_tf.parallel.vocab import IGNORED, cross_entropy
-from megatron_tf.params import EMBEDDING, ParameterSpec, parameter_table, shard_range
+from megatron_tf.state.parameters import EMBEDDING, ParameterSpec, parameter_table, shard_range
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from megatron_tf.data.bpe import train_bpe
 from megatron_tf.data.tokenizer import ByteTokenizer, load_tokenizer
 from megatron_tf.data.tokenizer_identity import tokenizer_identity
 from megatron_tf.errors import CheckpointError, UserError
-from megatron_tf.params import parameter_table
+from megatron_tf.state.parameters import parameter_table
 
 MODEL_FILES = ["config.json", "configuration_tokenformer.py", "generation_config.json", "model.safetensors",
                "modeling_tokenformer.py"]  # fmt: skip

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tf.checkpoint.source import InitialSource
 from megatron_tf.config.validate import plan_batches
 from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.parallel.local_ranks import start_ranks
 from megatron_tf.parallel.topology import Topology
+from megatron_tf.state.sources import InitialSource
 from megatron_tf.training.distributed import join, leave
 from megatron_tf.training.layout_check import batches
 

@@ -16,18 +16,15 @@ from megatron_tf.benchmark.counting import Counting, saved_bytes
 from megatron_tf.config import load_config
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.validate import plan_batches, topology_for
+from megatron_tf.costs.communication import block_collectives, ends_collectives, sent_bytes_per_step
+from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank, state_bytes
+from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
-from megatron_tf.estimate import block_activation_bytes, memory_per_rank, state_bytes
 from megatron_tf.model import build_model, fused_stages
 from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.parallel.groups import SINGLE, make_group
 from megatron_tf.parallel.vocab import cross_entropy
-from megatron_tf.params import initial_scales
-from megatron_tf.planning.communication import block_collectives, ends_collectives, sent_bytes_per_step
-from megatron_tf.planning.work import (
-    HIDDEN_PASSES,
-    LOGIT_BYTES,
-)
+from megatron_tf.state.parameters import initial_scales
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yml"
 TRANSFORMER = ("model.architecture=transformer", "model.parameter_tokens=null", "model.ffn_hidden_size=768")
@@ -208,8 +205,8 @@ def test_communication_of_a_transformer_to_the_byte(sequence):
 def step_of_engine(group, overrides):
     """State and sent bytes of one real step, through DeepSpeed."""
     os.environ.update(LOCAL_RANK=str(group.rank), RANK=str(group.rank), WORLD_SIZE=str(group.size))
-    from megatron_tf.checkpoint.source import InitialSource
     from megatron_tf.engine.deepspeed.patches import attach
+    from megatron_tf.state.sources import InitialSource
 
     attach()
     from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_tf.architectures.work import Passes, Product, compute_bytes, positions_of
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.planning.hardware import Assumptions, Gpu
+from megatron_tf.costs.hardware import Assumptions, Gpu
 
 # For each element of [s, b, d] of a block: norms and residual sums, and what is done on a rank's own heads.
 HIDDEN_PASSES = Passes(10, 20)

@@ -11,7 +11,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from megatron_tf.params import ParameterSpec
+from megatron_tf.state.parameters import ParameterSpec
 
 BLOCK_ROWS = 256  # part of the definition: changing it changes every model's initial weights
 

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_tf.config.schema import Model
-from megatron_tf.estimate import num_parameters
+from megatron_tf.costs.estimate import num_parameters
 
 LLAMA_3_FAILURES_PER_GPU_YEAR = 419 / (16384 * 54 / 365)
 YEAR_SECONDS = 365 * 24 * 3600.0

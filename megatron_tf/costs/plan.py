@@ -5,7 +5,8 @@ from __future__ import annotations
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
-from megatron_tf.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
+from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
+from megatron_tf.telemetry.text import plural
 
 
 def describe(
@@ -31,7 +32,7 @@ def describe(
             f"{model.num_attention_heads} heads, {architecture_of(model).describe(model)}, vocabulary {model.vocab_size:,}"
         ),
         "layout": (
-            f"{world_size:,} {_plural('rank', world_size)} as {topology}{sequence}, ZeRO {config.zero.stage}, "
+            f"{world_size:,} {plural('rank', world_size)} as {topology}{sequence}, ZeRO {config.zero.stage}, "
             f"{training.precision}{checkpointing}; "
             f"at most {parameters_per_rank(model, topology):,} parameters a rank"
         ),
@@ -41,7 +42,7 @@ def describe(
             f"× {batches.seq_length:,} = {batches.tokens_per_step:,} tokens"
         ),
         "length": (
-            f"{batches.train_steps:,} {_plural('step', batches.train_steps)}, "
+            f"{batches.train_steps:,} {plural('step', batches.train_steps)}, "
             + (f"{max(0, batches.train_steps - step):,} of them left, " if step else "")
             + f"{tokens:,} tokens, {flops * tokens:.2e} FLOPs"
         ),
@@ -51,17 +52,6 @@ def describe(
         ),
     }
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
-
-
-def evaluation_warning(samples: int, available: int) -> str | None:
-    """What to say when an evaluation of `samples` samples goes round the `available` ones of the validation data."""
-    if samples <= available:
-        return None
-    return (
-        f"evaluation.samples: {samples:,}, but the validation data has {available:,} "
-        f"{_plural('sample', available)}: each evaluation goes round it {samples / available:,.1f} times and takes as "
-        f"much longer. Set it to at most {available}."
-    )
 
 
 def room_warning(config: RunConfig, steps_left: int, size: int, free_bytes: int) -> str | None:
@@ -76,7 +66,7 @@ def room_warning(config: RunConfig, steps_left: int, size: int, free_bytes: int)
         return None
     remedy = "set checkpoint.keep_last" if keep_last is None else f"lower checkpoint.keep_last ({keep_last})"
     return (
-        f"checkpoint: {count:,} {_plural('checkpoint', count)} of {_size(size)} need {_size(count * size)}, and "
+        f"checkpoint: {count:,} {plural('checkpoint', count)} of {_size(size)} need {_size(count * size)}, and "
         f"{_size(free_bytes)} are free in {config.run.dir}. Make room, or {remedy}."
     )
 
@@ -92,10 +82,6 @@ def _method(growth: Growth) -> str:
     alike = len(set(methods.values())) == 1
     text = growth.method_of("qkv") if alike else ", ".join(f"{kind} {method}" for kind, method in methods.items())
     return text + (f" with noise {growth.noise:g}" if growth.noise else "")
-
-
-def _plural(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"
 
 
 def _size(num_bytes: float) -> str:

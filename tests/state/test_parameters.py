@@ -6,7 +6,7 @@ import math
 import pytest
 
 from megatron_tf.config.schema import Model, ParameterTokens
-from megatron_tf.params import (
+from megatron_tf.state.parameters import (
     EMBEDDING,
     default_scale,
     initial_scales,

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tf import estimate
 from megatron_tf.config import load_config
 from megatron_tf.config.validate import topology_for
+from megatron_tf.costs import estimate
+from megatron_tf.costs.plan import describe
 from megatron_tf.parallel.topology import Topology
-from megatron_tf.params import parameter_table, shard_range
-from megatron_tf.plan import describe
+from megatron_tf.state.parameters import parameter_table, shard_range
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def load(name, *overrides):

@@ -10,14 +10,14 @@ from typing import Any
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for, validate
+from megatron_tf.costs.chain import chain_costs
+from megatron_tf.costs.checkpoints import plan_checkpoints
+from megatron_tf.costs.communication import sent_bytes_per_step
+from megatron_tf.costs.estimate import memory_per_rank, num_parameters, parameters_per_rank
+from megatron_tf.costs.hardware import Assumptions, Gpu
+from megatron_tf.costs.layouts import Estimate, estimate, ranked
 from megatron_tf.errors import ConfigError, DataError
-from megatron_tf.estimate import memory_per_rank, num_parameters, parameters_per_rank
 from megatron_tf.growth.rules import chain_problems
-from megatron_tf.planning.chain import chain_costs
-from megatron_tf.planning.checkpoints import plan_checkpoints
-from megatron_tf.planning.communication import sent_bytes_per_step
-from megatron_tf.planning.hardware import Assumptions, Gpu
-from megatron_tf.planning.layouts import Estimate, estimate, ranked
 
 
 @dataclass(frozen=True)

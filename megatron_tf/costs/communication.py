@@ -12,7 +12,7 @@ from megatron_tf.architectures.work import Collective, Collectives, Kind, comput
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Precision, RunConfig
 from megatron_tf.config.validate import plan_batches, topology_for
-from megatron_tf.estimate import stage_parameters
+from megatron_tf.costs.estimate import stage_parameters
 from megatron_tf.parallel.topology import Axis, Topology
 
 

@@ -14,7 +14,7 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Model, Precision, RunConfig
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.parallel.topology import Topology, stage_layers
-from megatron_tf.params import ParameterSpec, parameter_table, shard_range
+from megatron_tf.state.parameters import ParameterSpec, parameter_table, shard_range
 
 
 def num_parameters(model: Model) -> int:

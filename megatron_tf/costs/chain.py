@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_tf.config.validate import plan_batches
-from megatron_tf.estimate import flops_per_token, num_parameters
-from megatron_tf.planning.layouts import Estimate
+from megatron_tf.costs.estimate import flops_per_token, num_parameters
+from megatron_tf.costs.layouts import Estimate
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,8 @@ import pytest
 from megatron_tf.config import load_config
 from megatron_tf.config.stages import load_stages
 from megatron_tf.config.validate import plan_batches, topology_for, validate
-from megatron_tf.errors import ConfigError
-from megatron_tf.estimate import state_bytes
-from megatron_tf.parallel.topology import Topology
-from megatron_tf.planning.chain import chain_costs
-from megatron_tf.planning.checkpoints import (
+from megatron_tf.costs.chain import chain_costs
+from megatron_tf.costs.checkpoints import (
     LLAMA_3_FAILURES_PER_GPU_YEAR,
     checkpoint_bytes,
     daly_interval,
@@ -23,9 +20,12 @@ from megatron_tf.planning.checkpoints import (
     plan_checkpoints,
     young_interval,
 )
-from megatron_tf.planning.hardware import GPUS, Assumptions, find_gpu, group_bandwidth
-from megatron_tf.planning.layouts import estimate, ranked
-from megatron_tf.planning.roofline import step_time
+from megatron_tf.costs.estimate import state_bytes
+from megatron_tf.costs.hardware import GPUS, Assumptions, find_gpu, group_bandwidth
+from megatron_tf.costs.layouts import estimate, ranked
+from megatron_tf.costs.roofline import step_time
+from megatron_tf.errors import ConfigError
+from megatron_tf.parallel.topology import Topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ASSUMED = Assumptions()

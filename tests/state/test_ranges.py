@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_tf.checkpoint.ranges import RangeMap, clip_steps, coverage_problems, intersect, join_steps
+from megatron_tf.state.ranges import RangeMap, clip_steps, coverage_problems, intersect, join_steps
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import topology_for, validate
+from megatron_tf.costs.estimate import Memory, memory_per_rank
+from megatron_tf.costs.hardware import Assumptions, Gpu
+from megatron_tf.costs.roofline import StepTime, step_time
 from megatron_tf.errors import ConfigError
-from megatron_tf.estimate import Memory, memory_per_rank
-from megatron_tf.planning.hardware import Assumptions, Gpu
-from megatron_tf.planning.roofline import StepTime, step_time
 
 LARGEST_MICRO_BATCH = 128
 

@@ -5,21 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_tf.config import load_config
-from megatron_tf.plan import evaluation_warning, room_warning
+from megatron_tf.costs.plan import room_warning
 
-TINY = Path(__file__).parents[1] / "configs" / "tiny.yml"
-
-
-def test_an_evaluation_within_the_validation_data_is_silent():
-    assert evaluation_warning(64, 64) is None
-
-
-def test_an_evaluation_that_goes_round_its_data():
-    assert evaluation_warning(10_000, 40) == (
-        "evaluation.samples: 10,000, but the validation data has 40 samples: each evaluation goes round it 250.0 times "
-        "and takes as much longer. Set it to at most 40."
-    )
-    assert "has 1 sample:" in evaluation_warning(2, 1)
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yml"
 
 
 def test_checkpoints_that_do_not_fit_on_the_disk():

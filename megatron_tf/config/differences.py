@@ -1,0 +1,25 @@
+"""In which keys two model sections differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_tf.config.schema import Model
+
+TOKENS = "parameter_tokens."
+
+
+def differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in each) wherever they differ; of two architectures, only keys that mean something in both."""
+    one, other = (_flatten(model.model_dump(exclude_none=True)) for model in (first, second))
+    for key in other:
+        if key in one and one[key] != other[key]:
+            yield key, one[key], other[key]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return flat

@@ -1,0 +1,60 @@
+"""Growing what a checkpoint holds: the one growth of trainer and tool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.checkpoint.format import CheckpointIndex
+from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.checkpoint.source import CheckpointSource
+from megatron_tf.config.schema import Growth, Model
+from megatron_tf.errors import ConfigError
+from megatron_tf.growth.rules import growth_problems
+from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed
+from megatron_tf.state.sources import InitialSource, StepZero
+
+
+def grow(
+    reader: CheckpointReader, model: Model, growth: Growth, *, seed: int, data: Mapping[str, Any] | None
+) -> StepZero:
+    """The bigger `model` from an open checkpoint: the one growth of trainer and tool.
+
+    `seed`: the run's.  `data`: fingerprint of the data that the bigger model is trained on. It goes on where the smaller
+    one stopped if that is the same, and otherwise begins at its beginning; None stands for the same.
+    ConfigError, with all problems, when more than token counts differ or a method cannot grow this model.
+    """
+    index = reader.index
+    check_growable(index, model)
+    source = grown_source(reader, model, growth, seed)
+    entry = growth_entry(
+        method=source.method, moments=growth.moments, source=str(reader.path), step=index.step, samples=index.samples,
+        tokens=index.tokens, old_model=stored_model(index), new_model=model,
+    )  # fmt: skip
+    entry |= {"noise": growth.noise, "preserves": source.preserves}
+    same_data = data is None or dict(index.data) == dict(data)
+    return StepZero(source, index.samples if same_data else 0, index.tokens, (*index.growth_history, entry))
+
+
+def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: int) -> GrownSource:
+    """The state of the bigger `model`, grown from an open checkpoint as `growth` says.
+
+    `seed` is the run's; new tokens depend on it and on how many growths came before. ConfigError when a
+    method cannot grow this model; see `check_growable` for what may differ between the two models.
+    """
+    own_seed = growth_seed(seed, len(reader.index.growth_history) + 1)
+    return GrownSource(
+        CheckpointSource(reader),
+        InitialSource(model, own_seed),
+        old_model=stored_model(reader.index),
+        new_model=model,
+        growth=growth,
+        seed=own_seed,
+    )
+
+
+def check_growable(index: CheckpointIndex, model: Model) -> None:
+    """ConfigError unless the checkpoint's model can grow into `model`, see `growth_problems`."""
+    if problems := growth_problems(stored_model(index), model):
+        raise ConfigError(problems)

@@ -1,0 +1,135 @@
+"""Where a run's state comes from, by logical tensor and range.
+
+A trainer reads every range it owns from one `StateSource` and never knows which kind it is, so that starting,
+resuming and growing are one code path at every layout. Here are the kinds that need no file: `checkpoint.source` has the
+one that reads a checkpoint, `growth.source` and `growth.pruning` those that make another model of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_tf.config.schema import Model
+from megatron_tf.state.initialize import initial_rows
+from megatron_tf.state.optimizer_states import STATES, WEIGHT
+from megatron_tf.state.parameters import initial_scales, parameter_table
+from megatron_tf.state.ranges import StepRange
+
+SLICE_ELEMENTS = 2**20  # 4 MiB in fp32
+
+
+class StateSource(Protocol):
+    """Everything a run starts from, by logical tensor and range.
+
+    States: "weight" (fp32 master), "exp_avg", "exp_avg_sq" (Adam moments).
+    """
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        """τ of every projection."""
+        ...
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened logical tensor `name`: flat fp32 on the CPU."""
+        ...
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        """Fill the flat fp32 `target`, on any device, from element `start` on; holds one bounded buffer besides."""
+        ...
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Optimizer steps that these elements have had: (start, stop, steps) in order, covering [start, stop)."""
+        ...
+
+
+def copy_in_slices(read: Callable[[int, int], Tensor], start: int, target: Tensor) -> None:
+    """Fill `target` from element `start` on with what `read` gives for [low, high), a bounded slice at a time."""
+    for low in range(0, target.numel(), SLICE_ELEMENTS):
+        part = target[low : low + SLICE_ELEMENTS]
+        part.copy_(read(start + low, start + low + part.numel()))
+
+
+class FreshSource:
+    """The weights and τ of another source; moments and step counts are 0."""
+
+    def __init__(self, weights: StateSource):
+        self._weights = weights
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        return self._weights.scales
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        return self._weights.read(name, state, start, stop) if state == WEIGHT else torch.zeros(stop - start)
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        if state == WEIGHT:
+            self._weights.read_into(name, state, start, target)
+        else:
+            target.zero_()
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
+        return [(start, stop, 0)] if start < stop else []
+
+
+class InitialSource:
+    """The state of a fresh model: weights as a function of (seed, name, row), moments and step counts 0."""
+
+    def __init__(self, model: Model, seed: int):
+        self._table, self._seed = parameter_table(model), seed
+        self.scales: Mapping[str, float] = initial_scales(model)
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        assert state in STATES
+        if state != WEIGHT or start == stop:
+            return torch.zeros(stop - start)
+        spec = self._table[name]
+        first, last = start // spec.width, -(-stop // spec.width)
+        rows = initial_rows(spec, self._seed, first, last).reshape(-1)
+        return rows[start - first * spec.width : stop - first * spec.width]
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        copy_in_slices(lambda low, high: self.read(name, state, low, high), start, target)
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
+        return [(start, stop, 0)] if start < stop else []
+
+
+class WeightsSource:
+    """The state of weights that come from elsewhere: of any float type, in their logical shapes; moments and step
+    counts are 0."""
+
+    def __init__(self, weights: Mapping[str, Tensor], scales: Mapping[str, float]):
+        self._weights, self.scales = weights, scales
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        target = torch.empty(stop - start)
+        self.read_into(name, state, start, target)
+        return target
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        if state == WEIGHT:
+            target.copy_(self._weights[name].reshape(-1)[start : start + target.numel()])
+        else:
+            target.zero_()
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
+        return [(start, stop, 0)] if start < stop else []
+
+
+@dataclass(frozen=True)
+class StepZero:
+    """What a run begins with: its state, its position, and the history of the models before it.
+
+    `samples`: position in the data.  `tokens`: trained on since the very first model.
+    """
+
+    source: StateSource
+    samples: int
+    tokens: int
+    growth_history: tuple[Mapping[str, Any], ...]
