@@ -27,7 +27,7 @@ setup(
     license_files=["LICENSE"],
     package_data={
         "megatron_tf": ["py.typed"],
-        "megatron_tf.configs": ["*.yml"],
+        "megatron_tf.configs": ["*.yml", "schema.json"],
         "megatron_tf.slurm": ["*.sbatch"],
         "megatron_tf.convert.huggingface": ["remote_code/*.py"],  # goes into every export, as it is
         "megatron_tf.model": ["*.c"],  # built on first use

@@ -47,7 +47,7 @@ COMMANDS = {
     "measure-opening": Command("measure_opening", "what opening a corpus costs against its size"),
     "demo": Command("run_demo", "the whole story on real text: train, grow, train on"),
     "build-demo-corpus": Command("build_demo_corpus", "a small corpus from this Python's own documentation"),
-    "config": Command("config", "list and show the configurations that come with megatron_tf"),
+    "config": Command("config", "list, show and explain configurations"),
     "sbatch": Command("sbatch", "show the SLURM scripts that come with megatron_tf"),
 }
 

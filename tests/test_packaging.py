@@ -51,6 +51,8 @@ def test_every_command_configuration_and_script_is_there(installed, tmp_path):
     assert run(tmp_path, command, "config", "show", "tiny").stdout == (PROJECT / "configs" / "tiny.yml").read_text()
     extended = run(tmp_path, command, "config", "show", "tiny_grow", "--resolved").stdout
     assert "vocab_size: 4096" in extended and "from: runs/tiny" in extended
+    schema = run(tmp_path, command, "config", "reference", "--schema").stdout
+    assert schema == (PROJECT / "configs" / "schema.json").read_text()
     for name in ("train", "preprocess"):
         script = PROJECT / "launch" / "slurm" / f"{name}.sbatch"
         assert run(tmp_path, command, "sbatch", name).stdout == script.read_text()

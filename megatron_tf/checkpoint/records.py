@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_tf.checkpoint.strict_json import LARGEST_NUMBER, MOST
-from megatron_tf.config.schema import Count as TokenCount
-from megatron_tf.config.schema import ExpandedPath, Fraction, GrowthMethod, Positive
+from megatron_tf.config.fields import Count as TokenCount
+from megatron_tf.config.fields import ExpandedPath, Fraction, Positive
+from megatron_tf.config.schema import GrowthMethod
 from megatron_tf.errors import shown
 
 Count = Annotated[int, Field(ge=0, le=MOST)]

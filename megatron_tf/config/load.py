@@ -19,7 +19,8 @@ from megatron_tf.config.architectures import ARCHITECTURES
 from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
 from megatron_tf.config.extends import KEY as EXTENDS
 from megatron_tf.config.extends import read_extended
-from megatron_tf.config.schema import NOT_REGISTERED, Model, RunConfig, Section
+from megatron_tf.config.fields import Section
+from megatron_tf.config.schema import NOT_REGISTERED, Model, RunConfig
 from megatron_tf.config.validate import check_model
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.durable import read_plain

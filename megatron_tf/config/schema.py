@@ -1,7 +1,10 @@
-"""The configuration of a run: frozen, typed, strict. One class a section, one comment a field.
+"""The configuration of a run: frozen, typed, strict. One class a section, one docstring a field.
 
 Only facts that the user chooses stand here. What follows from them (batch arithmetic, layouts, sizes)
 is computed by functions and never written back. Cross-field rules are in `validate.py`.
+
+The docstring of a field becomes its line in the configuration reference (`reference.py`): "[unit] Meaning.", and
+"Since X.Y." at its end for a field that came after 0.1.
 """
 
 from __future__ import annotations
@@ -11,12 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
-    PlainSerializer,
     SerializeAsAny,
     model_validator,
 )
@@ -24,24 +24,19 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from megatron_tf.config.architectures import ARCHITECTURES
-from megatron_tf.paths import expand, literal
-
-# Upper bounds are far beyond every real run; they keep the arithmetic that follows within 64 bits and within fp32.
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-TotalCount = Annotated[int, Field(ge=1, lt=2**60)]  # of a whole run
-EvenCount = Annotated[TotalCount, Field(multiple_of=2)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(ge=1, le=1e7)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _path(text: str) -> str:
-    if not text or "\0" in text:
-        raise ValueError("must be a path: not empty, without NUL characters")
-    return text
+from megatron_tf.config.deepspeed_section import DeepSpeed
+from megatron_tf.config.fields import (
+    Beta,
+    Count,
+    Fraction,
+    NonNegative,
+    Path,
+    Positive,
+    Seconds,
+    Section,
+    TokenId,
+    TotalCount,
+)
 
 
 def _registered_architecture(name: str) -> str:
@@ -50,54 +45,55 @@ def _registered_architecture(name: str) -> str:
     return name
 
 
-# `~` and environment variables are replaced when a value is read. What is written, such as a run's config.yml, therefore
-# names the very files that the run used, whatever the variables are when it is read again.
-Path = Annotated[str, AfterValidator(_path), AfterValidator(expand), PlainSerializer(literal)]
-ExpandedPath = Annotated[str, AfterValidator(_path)]  # what a path was, in a record of the past
-
 Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Precision = Literal["bf16", "fp16", "fp32"]
 GrowthMethod = Literal["zero_key", "gram", "random"]
 NOT_REGISTERED = "not_registered"  # kind of a validation error: a name that no registered object has
 
 
-class Section(BaseModel):
-    """Frozen; an unknown key is an error; no silent conversion between types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
-
-    @classmethod
-    def variants(cls) -> tuple[type[Section], ...]:
-        """The classes that a section of this type may be of."""
-        return (cls,)
-
-
 class Run(Section):
-    name: str = "tokenformer"  # shown in logs and trackers
-    dir: Path  # folder of everything the run writes: config.yml, metrics.jsonl, train.log, checkpoints/
-    seed: int = Field(1234, ge=0, lt=2**63)  # initial weights and data order are functions of it
-    max_hours: Positive | None = None  # the run saves and stops when it has taken this long since it was started
-    hang_seconds: Annotated[float, Field(ge=1, le=1e7)] = 900.0  # a longer step or silence of a rank ends the run
+    name: str = "tokenformer"
+    """Shown in logs and at trackers."""
+    dir: Path
+    """Folder of everything that the run writes: config.yml, metrics.jsonl, train.log, checkpoints/."""
+    seed: int = Field(1234, ge=0, lt=2**63)
+    """Initial weights and data order are functions of it."""
+    max_hours: Positive | None = None
+    """[hours] The run saves and stops when this time has passed since its start."""
+    hang_seconds: Annotated[float, Field(ge=1, le=1e7)] = 900.0
+    """[seconds] A longer step, or a longer silence of a rank, ends the run."""
 
 
 class ParameterTokens(Section):
-    qkv: Count  # tokens of each of the query, key and value projections
-    proj: Count  # tokens of the attention output projection
-    ffn: Count  # tokens of the feed-forward Pattention
+    qkv: Count
+    """[tokens] Of each of the query, key and value projections."""
+    proj: Count
+    """[tokens] Of the attention output projection."""
+    ffn: Count
+    """[tokens] Of the feed-forward Pattention."""
 
 
 class Model(Section):
     """What every model has. An architecture adds its own keys; `Model(...)` makes the section of `architecture`."""
 
     architecture: Annotated[str, AfterValidator(_registered_architecture)] = "tokenformer"
+    """What fills the blocks: a registered architecture."""
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
+    """Number of blocks."""
     hidden_size: Count
+    """[channels] Width of the hidden states."""
     num_attention_heads: Count
-    seq_length: Count  # tokens a sample is trained on
-    vocab_size: Count  # rows of the embedding, which is also the output head
-    rotary_fraction: Fraction = 0.25  # share of each head's channels that is rotated
-    rotary_base: Annotated[float, Field(gt=1, le=1e30)] = 10000.0  # wavelengths are 2π to 2π times this
-    norm_eps: Positive = 1e-5  # of the weightless block norms and the final norm
+    """Heads of the attention. They must divide hidden_size."""
+    seq_length: Count
+    """[tokens] Length of a training sample."""
+    vocab_size: Count
+    """[tokens] Rows of the embedding, which is also the output head."""
+    rotary_fraction: Fraction = 0.25
+    """Share of each head's channels that is rotated."""
+    rotary_base: Annotated[float, Field(gt=1, le=1e30)] = 10000.0
+    """Wavelengths of the rotation run from 2π to 2π times this."""
+    norm_eps: Positive = 1e-5
+    """Of the weightless block norms and of the final norm."""
 
     def __new__(cls, /, **fields: Any) -> Self:
         name = fields.get("architecture", cls.model_fields["architecture"].get_default())
@@ -135,53 +131,81 @@ def _says_nothing(section: type[Model], key: str, value: Any) -> bool:
 
 
 class Parallel(Section):
-    tensor: Count = 1  # ranks that share each layer's parameter tokens, heads and vocabulary
-    pipeline: Count = 1  # stages that share the depth
-    sequence: bool = False  # also split hidden states over the tensor ranks between the projections
-    timeout_seconds: Seconds = 1800.0  # a collective that waits longer than this ends the run
+    tensor: Count = 1
+    """[ranks] They share each layer's parameter tokens, its heads and the vocabulary."""
+    pipeline: Count = 1
+    """[stages] They share the depth."""
+    sequence: bool = False
+    """Also split hidden states over the tensor ranks between the projections."""
+    timeout_seconds: Seconds = 1800.0
+    """[seconds] A collective that waits longer ends the run."""
 
 
 class Profile(Section):
     """A trace of some steps by torch's profiler, in run.dir/profile."""
 
-    first_step: Count  # as the log counts; choose one after the first steps, which are slower
-    num_steps: Annotated[int, Field(ge=1, le=100)] = 2  # a trace of more is too large to look at
-    all_ranks: bool = False  # instead of rank 0 alone
+    first_step: Count
+    """[steps] As the log counts. Choose one after the first steps, which are slower."""
+    num_steps: Annotated[int, Field(ge=1, le=100)] = 2
+    """[steps] A trace of more is too large to look at."""
+    all_ranks: bool = False
+    """Trace every rank instead of rank 0 alone."""
 
 
 class Training(Section):
-    train_steps: Count | None = None  # optimizer steps; give this or train_tokens
-    train_tokens: TotalCount | None = None  # rounded up to whole steps
-    global_batch_size: Count  # samples a step, over all ranks
-    micro_batch_size: Count  # samples a rank computes at once
-    precision: Precision = "bf16"  # fp32 master weights and gradient accumulation always
-    gradient_clipping: NonNegative = 1.0  # largest global L2 norm; 0 is off
-    activation_checkpointing: bool = False  # recompute each block in the backward pass
-    compile: bool = False  # torch.compile of each block
-    profile: Profile | None = None  # steps to look into
-    # run folder, checkpoint or export whose weights a new run begins with, instead of random ones; all else is fresh
+    train_steps: Count | None = None
+    """[steps] Optimizer steps. Give this or train_tokens."""
+    train_tokens: TotalCount | None = None
+    """[tokens] Rounded up to whole steps."""
+    global_batch_size: Count
+    """[samples] Of a step, over all ranks."""
+    micro_batch_size: Count
+    """[samples] Computed by a rank at once."""
+    precision: Precision = "bf16"
+    """Of forward and backward pass. Master weights and gradient accumulation are always fp32."""
+    gradient_clipping: NonNegative = 1.0
+    """Largest global L2 norm of the gradient. 0 turns clipping off."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass."""
+    compile: bool = False
+    """Run torch.compile on each block."""
+    profile: Profile | None = None
+    """Steps to record with torch's profiler."""
     init_from: Path | None = None
+    """Run folder, checkpoint or export. A new run begins with its weights instead of random ones; all else is fresh."""
 
 
 class Schedule(Section):
-    type: Literal["cosine", "constant", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
-    warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear from 0; the first update then has lr 0
-    decay_steps: Count | None = None  # wsd: the last steps, in which the rate falls on a straight line
-    min_lr: NonNegative = 0.0  # where cosine and wsd end, at the last step
+    type: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Of the learning rate. wsd: warm-up, stable, decay."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """[steps] The rate rises linearly from 0; the first update has rate 0."""
+    decay_steps: Count | None = None
+    """[steps] Of wsd: the last steps, in which the rate falls on a straight line."""
+    min_lr: NonNegative = 0.0
+    """Where cosine and wsd end, at the last step."""
 
 
 class Optimizer(Section):
     type: Literal["adamw"] = "adamw"
+    """AdamW is the only one."""
     lr: Positive
+    """Largest learning rate of the schedule."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay rates of Adam's two moments."""
     eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.1  # on tokens and embedding, never on the final norm
+    """Of Adam's denominator."""
+    weight_decay: NonNegative = 0.1
+    """Of parameter tokens and embedding, never of the final norm."""
     schedule: Schedule = Schedule()
+    """Learning rate over the steps."""
 
 
 class DataSource(Section):
-    path: Path  # prefix of a .bin/.idx pair
-    weight: Positive = 1.0  # share of the samples, relative to the other sources
+    path: Path
+    """Prefix of a .bin/.idx pair."""
+    weight: Positive = 1.0
+    """Share of the samples, relative to the other sources."""
 
 
 def _with_paths(value: Any) -> Any:
@@ -193,17 +217,27 @@ def _with_paths(value: Any) -> Any:
 
 
 # Also written as the prefix of one source, or as a list with prefixes in it.
-Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_with_paths)]
+Sources = Annotated[
+    tuple[DataSource, ...],
+    BeforeValidator(_with_paths, json_schema_input_type=str | tuple[str | DataSource, ...]),
+]
 
 
 class Data(Section):
-    tokenizer: Path | None = None  # a .json, .model or .tiktoken file, tiktoken:NAME, or bytes; compared with the data
+    tokenizer: Path | None = None
+    """A .json, .model or .tiktoken file, tiktoken:NAME, or bytes. It is compared with that of the data."""
     train: Sources = Field(min_length=1)
+    """Sources of training samples. A prefix may stand for a source, and one source for a list of them."""
     validation: Sources = ()
-    eod_id: TokenId | None = None  # token that ends a document; None: what the summary beside the data says
-    pad_id: TokenId | None = None  # token that fills up data of other programs: never predicted, never attended to
-    reset_at_eod: bool = False  # attention and rotary positions begin anew with each document
-    mask_eod_loss: bool = False  # no loss for the token after an end of document, the first of an unrelated one
+    """Sources of validation samples, written as data.train."""
+    eod_id: TokenId | None = None
+    """Id of the token that ends a document. null: read from the summary next to the data."""
+    pad_id: TokenId | None = None
+    """Id of the token that fills up data of other programs. It is never predicted and never attended to."""
+    reset_at_eod: bool = False
+    """Begin attention and rotary positions anew with each document."""
+    mask_eod_loss: bool = False
+    """No loss for the token after an end of document, the first of an unrelated one."""
 
     @property
     def masks_loss(self) -> bool:
@@ -212,33 +246,51 @@ class Data(Section):
 
 
 class Checkpoint(Section):
-    interval_steps: Count | None = None  # the last step is always saved
-    keep_last: Count | None = None  # older complete checkpoints are deleted; None keeps all
-    asynchronous: bool = True  # write in the background from a copy of the state in CPU memory
-    on_failure: Literal["warn", "stop"] = "warn"  # what a save that fails does to the run
-    resume: Literal["auto", "never"] = "auto"  # auto: from the newest complete checkpoint of run.dir
-    allow_data_change: bool = False  # resume although the data is not what the checkpoint was trained on
+    interval_steps: Count | None = None
+    """[steps] Between checkpoints. The last step is always saved."""
+    keep_last: Count | None = None
+    """[checkpoints] Older complete ones are deleted. null keeps all."""
+    asynchronous: bool = True
+    """Write in the background, from a copy of the state in CPU memory."""
+    on_failure: Literal["warn", "stop"] = "warn"
+    """What a save that fails does to the run."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: from the newest complete checkpoint of run.dir."""
+    allow_data_change: bool = False
+    """Resume although the data is not what the checkpoint was trained on."""
 
 
 class LearningRates(Section):
-    old_tokens: NonNegative = 1.0  # 0 freezes the tokens of the smaller model, to the last bit
+    old_tokens: NonNegative = 1.0
+    """Tokens of the smaller model. 0 freezes them, to the last bit."""
     new_tokens: NonNegative = 1.0
-    other: NonNegative = 1.0  # embedding and final norm
+    """Tokens that the growth added."""
+    other: NonNegative = 1.0
+    """Embedding and final norm."""
 
 
 class GrowthMethods(Section):
-    qkv: GrowthMethod | None = None  # None: growth.method
+    qkv: GrowthMethod | None = None
+    """null: the one of growth.method."""
     proj: GrowthMethod | None = None
+    """null: the one of growth.method."""
     ffn: GrowthMethod | None = None
+    """null: the one of growth.method."""
 
 
 class Growth(Section):
-    source: Path = Field(alias="from")  # run folder, checkpoints folder or checkpoint to grow from
-    method: GrowthMethod = "zero_key"  # what new tokens begin as; random alone changes the function
-    methods: GrowthMethods = GrowthMethods()  # for single projections instead of `method`
-    noise: Fraction = 0.0  # relative standard deviation of a change to each old token weight; 0 keeps the function
-    moments: Literal["keep", "reset"] = "keep"  # Adam moments of the old tokens; new ones start at 0
-    lr_multipliers: LearningRates = LearningRates()  # times the schedule's rate
+    source: Path = Field(alias="from")
+    """Run folder, checkpoints folder or checkpoint to grow from."""
+    method: GrowthMethod = "zero_key"
+    """What new tokens begin as. Only random changes the function."""
+    methods: GrowthMethods = GrowthMethods()
+    """Methods of single projections, instead of growth.method."""
+    noise: Fraction = 0.0
+    """Standard deviation of a change to each old token weight, relative to it. 0 keeps the function."""
+    moments: Literal["keep", "reset"] = "keep"
+    """Adam moments of the old tokens. New ones start at 0."""
+    lr_multipliers: LearningRates = LearningRates()
+    """Factors of the schedule's learning rate."""
 
     def method_of(self, projection: str) -> GrowthMethod:
         """The method of `projection`, a field of model.parameter_tokens."""
@@ -246,73 +298,69 @@ class Growth(Section):
 
 
 class Guard(Section):
-    nonfinite: Literal["skip", "stop"] = "skip"  # a step whose gradient is inf or nan; it never changes the weights
-    nonfinite_patience: Count = 20  # skipped steps in a row that stop the run; in fp16 at the least loss scale
-    # a loss more than this many times its running mean is a spike; None: do not watch
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """What a step with an infinite or NaN gradient does. It never changes the weights."""
+    nonfinite_patience: Count = 20
+    """[steps] Skipped steps in a row that stop the run; in fp16 at the least loss scale."""
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    spike_patience: Count = 5  # steps in a row before something is done
+    """A loss more than this many times its running mean is a spike. null: do not watch."""
+    spike_patience: Count = 5
+    """[steps] Spikes in a row before something is done."""
     spike_action: Literal["stop", "lower_lr"] = "stop"
-    spike_lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5  # lower_lr: multiplies the rate from then on
+    """What is done about them."""
+    spike_lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Of lower_lr: multiplies the learning rate from then on."""
 
 
 class Evaluation(Section):
-    interval_steps: Count | None = None  # the last step is always evaluated when there is validation data
-    samples: Count = 64  # validation samples, the same ones each time; rounded up to whole batches
+    interval_steps: Count | None = None
+    """[steps] Between evaluations. The last step is always evaluated when there is validation data."""
+    samples: Count = 64
+    """[samples] Validation samples, the same ones each time; rounded up to whole batches."""
 
 
 class Logging(Section):
     interval_steps: Count = 10
-    health_interval_steps: Count | None = None  # measure Pattention's parameter tokens; one more forward pass each time
-    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()  # beside metrics.jsonl, which is always written
-    project: str = "megatron_tf"  # project name at the tracker
+    """[steps] Between logged steps."""
+    health_interval_steps: Count | None = None
+    """[steps] Between measurements of Pattention's parameter tokens; each is one more forward pass."""
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """In addition to metrics.jsonl, which is always written."""
+    project: str = "megatron_tf"
+    """Name of the project at the tracker."""
 
 
 class Zero(Section):
-    stage: Literal[0, 1] = 1  # 1 shards master weights and optimizer state over the data-parallel ranks
-
-
-class DeepSpeedFp16(Section):
-    """Dynamic loss scaling, with training.precision fp16."""
-
-    initial_scale_power: Annotated[int, Field(ge=0, le=40)] = 16  # the first scale is 2 to this
-    loss_scale_window: Count = 1000  # steps without an overflow until the scale doubles
-    hysteresis: Count = 2  # overflows until the scale halves
-    consecutive_hysteresis: bool = False  # count only overflows one after another
-    min_loss_scale: Count = 1
-
-
-class DeepSpeedZero(Section):
-    """How ZeRO communicates."""
-
-    reduce_bucket_size: TotalCount = 500_000_000  # elements of a gradient reduction
-    allgather_bucket_size: EvenCount = 500_000_000  # of a gathering of updated weights
-    overlap_comm: bool = False  # reduce gradients while the backward pass goes on
-    contiguous_gradients: bool = True  # copy gradients into one buffer as they are made
-    reduce_scatter: bool = True  # instead of all-reducing
-    use_multi_rank_bucket_allreduce: bool = True
-    allgather_partitions: bool = True  # instead of broadcasts
-
-
-class DeepSpeed(Section):
-    """Settings under DeepSpeed's own names, of those that change speed or memory but never what is computed."""
-
-    fp16: DeepSpeedFp16 = DeepSpeedFp16()
-    zero_optimization: DeepSpeedZero = DeepSpeedZero()
+    stage: Literal[0, 1] = 1
+    """1 shards master weights and optimizer state over the data-parallel ranks."""
 
 
 class RunConfig(Section):
     """One file is one runnable run."""
 
     run: Run
+    """Name, folder and limits."""
     model: SerializeAsAny[Model]
+    """Sizes of the model."""
     parallel: Parallel = Parallel()
+    """Layout over ranks. Data-parallel ranks are those that remain."""
     training: Training
+    """Length, batch and precision."""
     optimizer: Optimizer
+    """AdamW and its learning rate."""
     data: Data
+    """Tokenizer and sources."""
     checkpoint: Checkpoint = Checkpoint()
+    """When to save, and where to go on."""
     growth: Growth | None = None
+    """Where the run grows from. null: it does not."""
     guard: Guard = Guard()
+    """What to do about bad steps."""
     evaluation: Evaluation = Evaluation()
+    """Validation while training."""
     logging: Logging = Logging()
+    """Log and trackers."""
     zero: Zero = Zero()
+    """Sharding of the optimizer."""
     deepspeed: DeepSpeed = DeepSpeed()
+    """Settings under DeepSpeed's own names."""

@@ -9,8 +9,11 @@ from megatron_tf.config.schema import Activation, Model, ParameterTokens
 
 class TokenFormerModel(Model):
     architecture: Literal["tokenformer"] = "tokenformer"
+    """What fills the blocks: Pattention."""
     parameter_tokens: ParameterTokens
-    activation: Activation = "l2_norm_gelu"  # normalisation over the parameter tokens
+    """Parameter tokens of each kind of projection. Growth adds to them."""
+    activation: Activation = "l2_norm_gelu"
+    """Nonlinearity and normalisation over the parameter tokens."""
 
 
 def as_tokenformer(model: Model) -> TokenFormerModel:

@@ -6,15 +6,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_tf.config.schema import Count, Model
+from megatron_tf.config.fields import Count
+from megatron_tf.config.schema import Model
 
 
 class TransformerModel(Model):
     architecture: Literal["transformer"] = "transformer"
-    # columns of the MLP
+    """What fills the blocks: matrices and a GELU MLP."""
     ffn_hidden_size: Count = Field(default_factory=lambda earlier: 4 * earlier.get("hidden_size", 1))
-    # heads of keys and values; several query heads share one (grouped-query attention)
+    """[channels] Width of the MLP. By default 4 × hidden_size."""
     num_key_value_heads: Count = Field(default_factory=lambda earlier: earlier.get("num_attention_heads", 1))
+    """Heads of keys and values; several query heads share one (grouped-query attention). By default num_attention_heads."""
 
 
 def as_transformer(model: Model) -> TransformerModel:
