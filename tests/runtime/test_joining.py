@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from distributed import spawn
 from launching import free_port
-from megatron_tf.engine.deepspeed.joining import join
 
+from megatron_tf.engine.deepspeed.joining import join
 from megatron_tf.errors import ConfigError, DataError, LaunchError, UserError
 from megatron_tf.runtime.agreement import from_rank_zero, together
 from megatron_tf.runtime.environment import LaunchEnvironment

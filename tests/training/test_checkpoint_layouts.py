@@ -6,7 +6,6 @@ import tempfile
 
 import pytest
 import torch
-from megatron_tf.engine.deepspeed.joining import join
 
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -15,6 +14,7 @@ from megatron_tf.checkpoint.writer import save_checkpoint
 from megatron_tf.config.schema import Growth
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import plan_batches
+from megatron_tf.engine.deepspeed.joining import join
 from megatron_tf.errors import CheckpointError
 from megatron_tf.growth.grow import grown_source
 from megatron_tf.parallel.groups import make_group

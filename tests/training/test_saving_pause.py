@@ -10,12 +10,12 @@ from statistics import median
 import pytest
 import torch
 import torch.multiprocessing
-from megatron_tf.engine.deepspeed.joining import join
 from saving import Recorder
 
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import plan_batches
+from megatron_tf.engine.deepspeed.joining import join
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
