@@ -19,16 +19,12 @@ class Architecture(ABC):
     `section`: the `model:` section of a configuration.
     `block`: "module:function" of (model, layer, scales, tensor) -> Block, see `model.layers.BlockFactory`.
     `formats`: the foreign formats that it can be written in and read from, of "official" and "huggingface".
-    `losses`, `metrics`: names of what its blocks give back, see `model.context`. The log has the sum of a loss over the
-    blocks, and the mean of a metric.
     `why_not_elsewhere`: the reason, as a clause, why keys of other architectures mean nothing to it.
     """
 
     section: ClassVar[type[Model]]
     block: ClassVar[str]
     formats: ClassVar[frozenset[str]] = frozenset()
-    losses: ClassVar[tuple[str, ...]] = ()
-    metrics: ClassVar[tuple[str, ...]] = ()
     why_not_elsewhere: ClassVar[str] = "another architecture has this key"
 
     @abstractmethod
@@ -50,6 +46,18 @@ class Architecture(ABC):
     @abstractmethod
     def collectives(self, config: RunConfig) -> tuple[Collectives, Collectives]:
         """(forward, backward) of a block and a micro batch over two or more tensor ranks."""
+
+    def losses(self, model: Model) -> tuple[str, ...]:
+        """Names of the auxiliary losses of its blocks, see `model.context`. The log has the sum over the blocks."""
+        return ()
+
+    def metrics(self, model: Model) -> tuple[str, ...]:
+        """Names of the metrics of its blocks. The log has the mean over the blocks."""
+        return ()
+
+    def format_problem(self, model: Model, form: str) -> str | None:
+        """Why this model cannot be written in a foreign format of `formats`, as a clause; None when it can."""
+        return None
 
     def problems(self, model: Model) -> Iterator[str]:
         """Sentences on fields that do not fit together, beyond what holds for every model."""

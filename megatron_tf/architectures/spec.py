@@ -23,6 +23,7 @@ class ParameterSpec:
     `shape`: logical shape.  `sharded`: split along dim 0 over the tensor group, else replicated.
     `growable`: dim 0 counts parameter tokens.  `decayed`: weight decay applies.
     `std`, `mean`: of the normal initialiser; std 0 is a constant.
+    `one_in`: a position uses one of so many elements; 1 is all of them.
     `ends`: held by the first pipeline stage, the last one, or by both (tied); () is a parameter of a block.
     `official_name`, `huggingface_name`: in these formats; "" where a format has no such parameter.
     `transposed`: its Hugging Face tensor is [columns, rows], the weight of a linear layer from the tokens.
@@ -35,6 +36,7 @@ class ParameterSpec:
     decayed: bool
     std: float
     mean: float
+    one_in: int = 1
     ends: tuple[Literal["first", "last"], ...] = ()
     official_name: str = ""
     huggingface_name: str = ""
@@ -61,8 +63,9 @@ class ProjectionSpec:
 
     `name`: of its module, such as "blocks.0.attention.query".
     `kind`: the field of `model.parameter_tokens` that counts its tokens.
-    `keys`, `values`: names of its tensors below `name`, each [tokens, width]. A token whose keys are all 0 adds nothing to
-        the output, whatever its values are.
+    `tokens`: that a position uses. All that there are, unless the projection has a bank of candidates.
+    `keys`, `values`: names of its tensors below `name`, rows in the order of the tokens. A token whose keys are all 0 adds
+        nothing to the output, whatever its values are.
     """
 
     name: str

@@ -23,11 +23,12 @@ class Passes:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product [m, k] × [k, n]."""
+    """A matrix product [m, k] × [k, n], or of rows with one of `candidates` such matrices each."""
 
     m: int
     k: int
     n: int
+    candidates: int = 1
 
     @property
     def flops(self) -> int:
@@ -35,7 +36,7 @@ class Product:
 
     def elements(self) -> int:
         """Read and written."""
-        return self.m * self.k + self.k * self.n + self.m * self.n
+        return self.m * self.k + self.candidates * self.k * self.n + self.m * self.n
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,16 @@ def token_counts(model: Model, action: str) -> dict[str, int]:
     return counts
 
 
+def check_prunable(model: Model) -> None:
+    """CheckpointError unless each projection of the model is one list of tokens that all positions use."""
+    for projection in projections(model).values():
+        if (projection.keys, projection.values) != (("key_tokens",), ("value_tokens",)):
+            raise CheckpointError(
+                f"{projection.name}: cannot be pruned, for its tokens are {', '.join(projection.keys + projection.values)}, and "
+                "only a projection of key_tokens and value_tokens alone can lose some. Give a model without model.sparse"
+            )
+
+
 def check_format(model: Model, form: str, action: str) -> None:
     """CheckpointError unless the model's architecture can be written in and read from the foreign format `form`."""
     token_counts(model, action)
@@ -58,6 +68,8 @@ def check_format(model: Model, form: str, action: str) -> None:
             f"a {model.architecture} cannot be {action}: the {form} format has no place for its parameters. Give a model "
             f"whose model.architecture is {either(able)}"
         )
+    if problem := architecture_of(model).format_problem(model, form):
+        raise CheckpointError(f"the model cannot be {action}: {problem}")
 
 
 def check_same_architecture(index: CheckpointIndex, model: Model) -> None:

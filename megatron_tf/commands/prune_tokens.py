@@ -25,7 +25,7 @@ from megatron_tf.telemetry.console import Console
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.reader import CheckpointReader
-    from megatron_tf.pruning.measure import Batch
+    from megatron_tf.inference.pruning import Batch
     from megatron_tf.state.sources import StepZero
 
 
@@ -45,13 +45,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from megatron_tf.checkpoint.architecture import stored_model, token_counts
+    from megatron_tf.checkpoint.architecture import check_prunable, stored_model, token_counts
     from megatron_tf.checkpoint.format import folder_name
     from megatron_tf.checkpoint.manager import resolve
     from megatron_tf.checkpoint.reader import open_checkpoint
     from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder
     from megatron_tf.inference.load import load_model
-    from megatron_tf.pruning.measure import (
+    from megatron_tf.inference.pruning import (
         DataSample,
         check_run_tokenizer,
         drop_tokens,
@@ -67,6 +67,7 @@ def main() -> None:
     reader = open_checkpoint(resolve(arguments.source))
     old = stored_model(reader.index)
     old_counts = token_counts(old, "pruned")
+    check_prunable(old)
     counts = target_counts(arguments.tokens, old_counts)
     new = architecture_of(old).with_token_counts(old, counts)
     kinds = {name: projection.kind for name, projection in projections(old).items()}

@@ -13,9 +13,10 @@ TOKENS = "parameter_tokens."
 def differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:
     """(key, value in each) wherever they differ; of two architectures, only keys that mean something in both."""
     one, other = (_flatten(model.model_dump(exclude_none=True)) for model in (first, second))
-    for key in other:
-        if key in one and one[key] != other[key]:
-            yield key, one[key], other[key]
+    alike = first.architecture == second.architecture
+    for key in {**one, **other} if alike else other:
+        if (alike or key in one) and one.get(key) != other.get(key):
+            yield key, one.get(key, "null"), other.get(key, "null")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

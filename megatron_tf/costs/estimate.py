@@ -12,8 +12,8 @@ from functools import lru_cache
 from megatron_tf.architectures.work import compute_bytes, positions_of
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Model, Precision, RunConfig
-from megatron_tf.config.topology import Topology, stage_layers
 from megatron_tf.config.validate import plan_batches, topology_for
+from megatron_tf.parallel.topology import Topology, stage_layers
 from megatron_tf.state.parameters import ParameterSpec, parameter_table, shard_range
 
 
@@ -23,9 +23,9 @@ def num_parameters(model: Model) -> int:
 
 
 @lru_cache(maxsize=64)  # whoever compares layouts asks for it each time
-def num_block_parameters(model: Model) -> int:
-    """Elements of all blocks: parameter tokens, which growth adds to, or a transformer's matrices."""
-    return sum(spec.numel for name, spec in parameter_table(model).items() if name.startswith("blocks."))
+def num_used_block_parameters(model: Model) -> int:
+    """Elements of all blocks that a position is multiplied with: parameter tokens, or a transformer's matrices."""
+    return sum(spec.numel // spec.one_in for name, spec in parameter_table(model).items() if name.startswith("blocks."))
 
 
 def stage_parameters(model: Model, topology: Topology, stage: int) -> int:
@@ -62,14 +62,14 @@ def parameters_per_rank(model: Model, topology: Topology) -> int:
 def flops_per_token(model: Model) -> int:
     """Floating-point operations of forward and backward for one trained token.
 
-    Two a multiply-add.  Forward: 2 an element of every key and value token (or matrix) and of the embedding as
-    output head, and 4·s·d a layer for the two products of attention, counted at full length as is usual for MFU
+    Two a multiply-add.  Forward: 2 an element of every key and value token (or matrix) that a position uses and of the
+    embedding as output head, and 4·s·d a layer for the two products of attention, counted at full length as is usual for MFU
     although the causal half is skipped.  Backward is twice the forward.  Norms, activations and
     recomputation under activation checkpointing do not count.
     """
     head = model.vocab_size * model.hidden_size
     attention = 4 * model.seq_length * model.hidden_size * model.num_layers
-    return 3 * (2 * (num_block_parameters(model) + head) + attention)
+    return 3 * (2 * (num_used_block_parameters(model) + head) + attention)
 
 
 @dataclass(frozen=True)

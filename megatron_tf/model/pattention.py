@@ -197,6 +197,11 @@ def _begin_row_statistic(
 ) -> Callable[[], Tensor]:
     """Like `_row_statistic`; what it returns waits for the result."""
     local = torch.cat([row_stages.statistic(a, activation) for a in score_layout.split(scores, keys)], -1)
+    return begin_row_statistic(local, activation, group)
+
+
+def begin_row_statistic(local: Tensor, activation: Activation, group: Group) -> Callable[[], Tensor]:
+    """r over all tokens of the group, once waited for; `local` is `row_stages.statistic` of this rank's tokens."""
     if group.size == 1:
         return lambda: local
     if activation == "softmax":

@@ -83,10 +83,10 @@ class HealthProbe:
             if found[kind] and self._speaks:
                 sums[row, :-1], sums[row, -1] = torch.stack(found[kind]).sum(0), len(found[kind])
         dist.all_reduce(sums)
-        means = (sums[:, :-1] / sums[:, -1:]).tolist()
+        measured = [(kind, (row[:-1] / row[-1]).tolist()) for kind, row in zip(kinds, sums) if row[-1]]
         return {
             f"health/{kind}/{metric}": value
-            for kind, values in zip(kinds, means)
+            for kind, values in measured
             for metric, value in zip(ALWAYS + AFTER_GROWTH, values)
             if metric in ALWAYS or self._has_grown(kind)
         }

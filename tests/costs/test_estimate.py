@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tf.config import load_config
-from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import topology_for
 from megatron_tf.costs import estimate
 from megatron_tf.costs.plan import describe
+from megatron_tf.parallel.topology import Topology
 from megatron_tf.state.parameters import parameter_table, shard_range
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -25,7 +25,7 @@ def test_one_rank_holds_every_parameter():
 
 def test_block_parameters_are_what_growth_adds():
     small, large = load("124M").model, load("354M").model
-    added = estimate.num_block_parameters(large) - estimate.num_block_parameters(small)
+    added = estimate.num_used_block_parameters(large) - estimate.num_used_block_parameters(small)
     assert added == estimate.num_parameters(large) - estimate.num_parameters(small)
 
 
@@ -35,7 +35,7 @@ def test_pipeline_stages_hold_the_model_and_one_more_embedding():
     stages = [estimate.stage_parameters(model, topology, stage) for stage in range(5)]
     embedding = model.vocab_size * model.hidden_size
     assert sum(stages) == estimate.num_parameters(model) + embedding
-    block = estimate.num_block_parameters(model) // model.num_layers
+    block = estimate.num_used_block_parameters(model) // model.num_layers
     assert stages == [3 * block + embedding, 2 * block, 3 * block, 2 * block, 2 * block + embedding + 2 * 768]
 
 

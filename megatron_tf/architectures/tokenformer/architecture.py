@@ -6,8 +6,14 @@ from collections.abc import Iterator, Mapping
 
 from megatron_tf.architectures.base import Architecture
 from megatron_tf.architectures.spec import ParameterSpec, ProjectionSpec
-from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS, block_parameters
-from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer
+from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS, block_parameters, token_tensors
+from megatron_tf.architectures.tokenformer.section import (
+    TokenFormerModel,
+    as_tokenformer,
+    bank_layout_problems,
+    bank_of,
+    bank_problems,
+)
 from megatron_tf.architectures.tokenformer.work import block_collectives, block_work
 from megatron_tf.architectures.work import BlockWork, Collectives
 from megatron_tf.config.schema import Model, ParameterTokens, RunConfig
@@ -19,6 +25,23 @@ class TokenFormerArchitecture(Architecture):
     formats = frozenset({"official", "huggingface"})
     why_not_elsewhere = "a tokenformer has parameter tokens instead"
 
+    def problems(self, model: Model) -> Iterator[str]:
+        return bank_problems(as_tokenformer(model))
+
+    def layout_problems(self, config: RunConfig) -> Iterator[str]:
+        return bank_layout_problems(as_tokenformer(config.model), config.parallel.tensor)
+
+    def losses(self, model: Model) -> tuple[str, ...]:
+        return ("balance",) if as_tokenformer(model).sparse else ()
+
+    def metrics(self, model: Model) -> tuple[str, ...]:
+        return ("load_max",) if as_tokenformer(model).sparse else ()
+
+    def format_problem(self, model: Model, form: str) -> str | None:
+        if as_tokenformer(model).sparse is None:
+            return None
+        return f"the {form} format has no place for model.sparse, tokens of which a position uses a part"
+
     def block_parameters(self, model: Model, layer: int) -> Iterator[ParameterSpec]:
         return block_parameters(as_tokenformer(model), layer)
 
@@ -26,7 +49,14 @@ class TokenFormerArchitecture(Architecture):
         return {f"model.parameter_tokens.{kind}": count for kind, count in self.token_counts(model).items()}
 
     def describe(self, model: Model) -> str:
-        return "tokens " + " / ".join(f"{kind} {count}" for kind, count in self.token_counts(model).items())
+        counts = {kind: f"{count}" for kind, count in self.token_counts(model).items()}
+        for kind, count in self.token_counts(model).items():
+            if (bank := bank_of(as_tokenformer(model), kind)) is not None:
+                counts[kind] = (
+                    f"{count} of {bank.stored(count):,} (one of {bank.candidates} groups of {bank.group_size} in each of "
+                    f"{bank.slots(count)} slots)"
+                )
+        return "tokens " + " / ".join(f"{kind} {text}" for kind, text in counts.items())
 
     def work(self, config: RunConfig) -> BlockWork:
         return block_work(as_tokenformer(config.model), config)
@@ -44,7 +74,11 @@ class TokenFormerArchitecture(Architecture):
         counts = self.token_counts(model)
         return tuple(
             ProjectionSpec(
-                f"blocks.{layer}.{name}", names.tokens, counts[names.tokens], as_tokenformer(model).activation
+                f"blocks.{layer}.{name}",
+                names.tokens,
+                counts[names.tokens],
+                as_tokenformer(model).activation,
+                *token_tensors(bank_of(as_tokenformer(model), names.tokens)),
             )
             for layer in range(model.num_layers)
             for name, names in PROJECTIONS.items()

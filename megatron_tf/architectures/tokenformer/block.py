@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer
+from megatron_tf.architectures.tokenformer.section import Bank, TokenFormerModel, as_tokenformer, bank_of
 from megatron_tf.config.schema import Model
+from megatron_tf.model.context import Reports
 from megatron_tf.model.layers import Attention, Block, Pattention, TensorParallel, partial_outputs
+from megatron_tf.model.sparse_pattention import SparsePattention
 from megatron_tf.parallel.collectives import gather_from, scatter_to
 
 
@@ -33,11 +35,22 @@ class PattentionAttention(Attention):
         return self.proj.partial(gather_from(heads, self.tensor.group, -1))
 
 
+class SparseBlock(Block):
+    """Its feed-forward projection chooses among parameter tokens, and reports how evenly."""
+
+    ffn: SparsePattention
+
+    def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
+        return self.ffn.partial(x, losses, metrics)
+
+
 def tokenformer_block(model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
     """A `BlockFactory`."""
     model = as_tokenformer(model)
     prefix = f"blocks.{layer}"
     attention = PattentionAttention(model, f"{prefix}.attention", scales, tensor)
+    if (bank := bank_of(model, "ffn")) is not None:
+        return SparseBlock(attention, _sparse(model, f"{prefix}.ffn", bank, scales, tensor), tensor, model.norm_eps)
     ffn = _projection(model, f"{prefix}.ffn", model.parameter_tokens.ffn, scales, tensor)
     return Block(attention, ffn, tensor, model.norm_eps)
 
@@ -47,3 +60,14 @@ def _projection(
 ) -> Pattention:
     d = model.hidden_size
     return Pattention(tokens, d, d, scale=scales[name], activation=model.activation, group=tensor.group)
+
+
+def _sparse(
+    model: TokenFormerModel, name: str, bank: Bank, scales: Mapping[str, float], tensor: TensorParallel
+) -> SparsePattention:
+    d = model.hidden_size
+    return SparsePattention(
+        model.parameter_tokens.ffn, d, d,
+        group_size=bank.group_size, candidates=bank.candidates, dense=bank.dense,
+        scale=scales[name], activation=model.activation, group=tensor.group,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from megatron_tf.architectures.spec import INITIAL_STD, ParameterSpec, output_std
-from megatron_tf.architectures.tokenformer.section import TokenFormerModel
+from megatron_tf.architectures.tokenformer.section import Bank, TokenFormerModel, bank_of
 
 
 class ProjectionNames(NamedTuple):
@@ -29,6 +29,11 @@ PROJECTIONS = {
 def block_parameters(model: TokenFormerModel, layer: int) -> Iterator[ParameterSpec]:
     for name, projection in PROJECTIONS.items():
         tokens = getattr(model.parameter_tokens, projection.tokens)
+        if (bank := bank_of(model, projection.tokens)) is not None:
+            yield from _bank_parameters(model, f"blocks.{layer}.{name}", bank, tokens)
+            tokens = bank.dense
+        if tokens == 0:
+            continue
         for kind, std in (("key", INITIAL_STD), ("value", output_std(model))):
             yield ParameterSpec(
                 f"blocks.{layer}.{name}.{kind}_tokens",
@@ -42,3 +47,37 @@ def block_parameters(model: TokenFormerModel, layer: int) -> Iterator[ParameterS
                 huggingface_name=f"model.layers.{layer}.{projection.huggingface}.{kind}s.weight",
                 transposed=kind == "value",
             )
+
+
+def _bank_parameters(model: TokenFormerModel, prefix: str, bank: Bank, tokens: int) -> Iterator[ParameterSpec]:
+    """Rows by slot, candidate and token, so that whole slots are one range."""
+    groups = bank.groups(tokens)
+    for kind, std in (("key", INITIAL_STD), ("value", output_std(model))):
+        yield ParameterSpec(
+            f"{prefix}.bank.{kind}_tokens",
+            (groups * bank.group_size, model.hidden_size),
+            sharded=True,
+            growable=True,
+            decayed=True,
+            std=std,
+            mean=0.0,
+            one_in=bank.candidates,
+        )
+    router = (groups, model.hidden_size)
+    yield ParameterSpec(
+        f"{prefix}.bank.router", router, sharded=True, growable=True, decayed=True, std=INITIAL_STD, mean=0.0
+    )
+    yield ParameterSpec(
+        f"{prefix}.bank.balance", (groups,), sharded=True, growable=True, decayed=False, std=0.0, mean=0.0
+    )
+
+
+def token_tensors(bank: Bank | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of a projection's (keys, values), see `ProjectionSpec`. A bank's router and balance count as values: they are
+    rows of its groups, and no key."""
+    keys, values = ("key_tokens",), ("value_tokens",)
+    if bank is None:
+        return keys, values
+    own_keys = ("bank.key_tokens",)
+    own_values = ("bank.value_tokens", "bank.router", "bank.balance")
+    return (own_keys + keys, own_values + values) if bank.dense else (own_keys, own_values)

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from megatron_tf.config.fields import Section
+from megatron_tf.config.nearest import divisors, divisors_near, either, multiples_near
 from megatron_tf.config.schema import Activation, Model, ParameterTokens
+
+
+class Bank(Section):
+    """Tokens in slots. A slot has several candidates, groups of tokens, and a position uses one of them."""
+
+    group_size: Annotated[int, Field(ge=16, lt=2**31, multiple_of=16)]
+    """[tokens] Size of a candidate. parameter_tokens, less `dense`, is a multiple of it: that many slots."""
+    candidates: Annotated[int, Field(ge=2, lt=2**31)]
+    """Groups of tokens in each slot, of which a position uses one. One alone would be the dense model."""
+    dense: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """[tokens] How many of parameter_tokens are used by every position, and are in no slot."""
+
+    def slots(self, used: int) -> int:
+        """Slots of a projection whose positions use `used` tokens."""
+        return (used - self.dense) // self.group_size
+
+    def groups(self, used: int) -> int:
+        """Candidates of all slots."""
+        return self.slots(used) * self.candidates
+
+    def stored(self, used: int) -> int:
+        """Parameter tokens of the projection."""
+        return self.dense + self.groups(used) * self.group_size
+
+
+class Sparse(Section):
+    """Projections with more parameter tokens than a position uses; `parameter_tokens` counts the used ones."""
+
+    ffn: Bank
+    """Of the feed-forward Pattention."""
 
 
 class TokenFormerModel(Model):
     architecture: Literal["tokenformer"] = "tokenformer"
     """What fills the blocks: Pattention."""
     parameter_tokens: ParameterTokens
-    """Parameter tokens of each kind of projection. Growth adds to them."""
+    """Parameter tokens of each kind of projection, those that a position uses. Growth adds to them."""
+    sparse: Sparse | None = None
+    """Projections with more parameter tokens than a position uses. null: a position uses them all."""
     activation: Activation = "l2_norm_gelu"
     """Nonlinearity and normalisation over the parameter tokens."""
 
@@ -20,3 +57,38 @@ def as_tokenformer(model: Model) -> TokenFormerModel:
     """`model`, which is known to be a TokenFormer's."""
     assert isinstance(model, TokenFormerModel), model.architecture
     return model
+
+
+def bank_of(model: TokenFormerModel, kind: str) -> Bank | None:
+    """The bank of a projection of `kind`; None for one whose positions use all its tokens."""
+    return getattr(model.sparse, kind, None)
+
+
+def bank_problems(model: TokenFormerModel) -> Iterator[str]:
+    """Sentences on banks whose tokens are no whole slots."""
+    for kind in Sparse.model_fields if model.sparse else ():
+        bank, used = getattr(model.sparse, kind), getattr(model.parameter_tokens, kind)
+        in_slots, size = used - bank.dense, bank.group_size
+        if in_slots < size or in_slots % size:
+            counts = either(bank.dense + count for count in multiples_near(max(in_slots, 1), size))
+            sizes = [count for count in divisors(in_slots) if count % 16 == 0] if in_slots > 0 else []
+            others = f", or model.sparse.{kind}.group_size to {either(sizes)}" if sizes else ""
+            yield (
+                f"model.parameter_tokens.{kind}: {used}, of which model.sparse.{kind}.dense {bank.dense} are used by every "
+                f"position; the other {in_slots} are no whole slots of model.sparse.{kind}.group_size {size} tokens. Set it "
+                f"to {counts}{others}."
+            )
+
+
+def bank_layout_problems(model: TokenFormerModel, tensor: int) -> Iterator[str]:
+    """Sentences on slots that the tensor ranks cannot share evenly."""
+    for kind in Sparse.model_fields if model.sparse else ():
+        bank, used = getattr(model.sparse, kind), getattr(model.parameter_tokens, kind)
+        slots = bank.slots(used)
+        if slots % tensor:
+            yield (
+                f"parallel.tensor: {tensor} does not divide the {slots} slots of model.sparse.{kind} ({used - bank.dense} "
+                f"tokens in groups of {bank.group_size}), and a rank holds whole slots. Set it to "
+                f"{either(divisors_near(slots, tensor))}, or model.parameter_tokens.{kind} to "
+                f"{either(bank.dense + bank.group_size * count for count in multiples_near(slots, tensor))}."
+            )

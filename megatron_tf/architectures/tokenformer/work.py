@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from megatron_tf.architectures.tokenformer.section import TokenFormerModel
+from collections.abc import Iterator
+
+from megatron_tf.architectures.tokenformer.section import Bank, TokenFormerModel, bank_of
 from megatron_tf.architectures.work import (
     BlockWork,
     Collective,
@@ -26,6 +28,7 @@ SCORE_PASSES: dict[Activation, Passes] = {
 # fused by torch.compile into one kernel between two reductions or products
 COMPILED_SCORE_PASSES = Passes(3, 8)
 HEAD_PASSES = Passes(15.5, 15)
+CHOICE_STATISTICS = 5  # fp32 numbers that a position keeps of its choice in a slot
 KERNELS = Passes(73, 133)
 
 
@@ -38,26 +41,42 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     | query, key, value and the output of attention  | 4 · d/T  |
     | input of proj, gathered from it; none if T = 1 | d        |
 
-    and in fp32 the norm of each of the five projections' scores. The backward pass of a projection holds one tensor of
+    (of a projection with a bank: of the tokens that the position uses), and in fp32 the norm of each of the five projections' scores. The backward pass of a projection holds one tensor of
     the size of its scores (query, key and value together: one of the size of theirs), 2 more for the projection it is
-    at; what was kept for projections that come later in the model is free by then.
+    at; what was kept for projections that come later in the model is free by then. A
+    slot's choice and its place in the order of the rows are int64, its gate is fp32; its products are made on copies of
+    inputs and outputs in that order.
     """
     tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
     counts = model.parameter_tokens
     qkv, proj, ffn = (-(-count // tensor) for count in (counts.qkv, counts.proj, counts.ffn))
     scores = 3 * qkv + proj + ffn
-    keys = [Product(positions, hidden, n) for n in (3 * qkv, proj, ffn)]
-    values = [Product(positions, n, hidden) for n in (qkv, qkv, qkv, proj, ffn)]
+    keys = [Product(positions, hidden, n) for n in (3 * qkv, proj)]
+    values = [Product(positions, n, hidden) for n in (qkv, qkv, qkv, proj)]
+    bank, used = bank_of(model, "ffn"), counts.ffn
+    chosen_slots = 0 if bank is None else bank.slots(used) // tensor
     return BlockWork(
-        products=(*keys, *values),
+        products=(*keys, *values, *_ffn_products(positions, hidden, ffn, bank, chosen_slots)),
         inner_width=scores,
         inner_passes=COMPILED_SCORE_PASSES if config.training.compile else SCORE_PASSES[model.activation],
         head_passes=HEAD_PASSES,
         kernels=KERNELS,
         kept=scores + 4 * hidden // tensor + (hidden if tensor > 1 else 0),
-        kept_statistics=5,
-        backward_peak=max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn),
+        kept_statistics=5 + CHOICE_STATISTICS * chosen_slots,
+        backward_peak=(2 * hidden if bank else 0) + max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn),
     )
+
+
+def _ffn_products(positions: int, hidden: int, ffn: int, bank: Bank | None, slots: int) -> Iterator[Product]:
+    """Of the feed-forward projection, with `slots` slots on this rank."""
+    in_slots = 0 if bank is None else slots * bank.group_size
+    if bank is not None:
+        yield Product(positions, hidden, slots * bank.candidates)
+        yield Product(positions, hidden, in_slots, bank.candidates)
+        yield Product(positions, in_slots, hidden, bank.candidates)
+    if dense := ffn - in_slots:
+        yield Product(positions, hidden, dense)
+        yield Product(positions, dense, hidden)
 
 
 def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Collectives, Collectives]:

@@ -22,7 +22,6 @@ from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.deepspeed_config import deepspeed_config
 from megatron_tf.config.schema import Model, RunConfig
-from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import BatchPlan
 from megatron_tf.data.loader import Batch
 from megatron_tf.engine.base import Age, StepResult
@@ -35,6 +34,7 @@ from megatron_tf.errors import CheckpointError
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group
+from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import IGNORED
 from megatron_tf.state.parameters import ParameterSpec, parameter_table
 from megatron_tf.state.sources import StateSource
@@ -133,7 +133,8 @@ class DeepSpeedEngine:
     def _reports(self) -> dict[str, Tensor]:
         """The step's auxiliary losses and metrics, the same on all ranks."""
         architecture, model = architecture_of(self.model), self.model
-        names = (*architecture.losses, *architecture.metrics)
+        losses, metrics = architecture.losses(model), architecture.metrics(model)
+        names = (*losses, *metrics)
         if not names:
             return {}
         found = self._pipeline.reports
@@ -141,7 +142,7 @@ class DeepSpeedEngine:
         sums = torch.stack([torch.as_tensor(found.get(name, 0.0), device=device).float() for name in names])
         dist.all_reduce(sums)
         sums /= self.plan.num_micro_batches * self.plan.data_parallel
-        sums[len(architecture.losses) :] /= model.num_layers
+        sums[len(losses) :] /= model.num_layers
         return dict(zip(names, sums))
 
     def nonfinite_gradients(self) -> list[str]:

@@ -1,0 +1,42 @@
+"""Which candidate of each slot a position uses, and how the candidates share the positions evenly.
+
+    z = x · ρ,   choice = argmax over the candidates of a slot of (z + b)
+
+ρ is the router, b the balance of a candidate. The balance acts on the choice only and the loss does not know it. Its own
+gradient is the imbalance: b gets load/fair − 1, so a candidate with too many positions becomes less likely. It travels as an
+auxiliary loss that is linear in b, so micro batches and data-parallel ranks average it to the imbalance of the global batch,
+and every layout agrees.
+
+The largest score wins; of equal ones the first, and a NaN before all others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Gradients of the balance are scaled by it: they count in the norm that clipping sees, and Adam does not feel a scale.
+BALANCE_SCALE = 1e-4
+
+
+def choose(logits: Tensor, balance: Tensor) -> Tensor:
+    """int64 [rows, slots]: the chosen candidates. logits [rows, slots, m], balance [slots, m]. Not differentiable."""
+    return (logits.detach() + balance.detach()).argmax(-1)
+
+
+def straight_through(logits: Tensor, candidates: Tensor) -> Tensor:
+    """[rows, slots] of ones with the gradient of 2σ(z) of the chosen candidate: the gate that the router learns by."""
+    chosen = logits.gather(-1, candidates.unsqueeze(-1)).squeeze(-1)
+    soft = 2 * torch.sigmoid(chosen)
+    return 1 + (soft - soft.detach())
+
+
+def relative_load(ends: Tensor) -> Tensor:
+    """fp32 [slots, m]: positions of each candidate over an equal share. `ends`: see `grouped.Assignment`."""
+    counts = ends.diff(dim=1, prepend=ends.new_zeros(ends.shape[0], 1)).float()
+    return counts * (counts.shape[1] / counts.sum(1, keepdim=True).clamp(min=1))
+
+
+def balance_loss(balance: Tensor, load: Tensor) -> Tensor:
+    """The auxiliary loss whose gradient is the imbalance. balance [slots, m], load of `relative_load`."""
+    return BALANCE_SCALE * (balance.float() * (load - 1)).sum()

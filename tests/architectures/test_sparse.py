@@ -1,0 +1,172 @@
+"""A TokenFormer with more parameter tokens than a position uses: its section, its costs, and every layout of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import spawn
+from tiny import run_config
+from torch import nn
+from torch.nn import functional as F
+
+from megatron_tf.checkpoint.architecture import check_format, check_prunable
+from megatron_tf.config import load_config
+from megatron_tf.config.load import dump_config
+from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.validate import validate
+from megatron_tf.costs.estimate import flops_per_token, num_parameters
+from megatron_tf.costs.plan import describe
+from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.growth.rules import growth_problems
+from megatron_tf.model import build_model
+from megatron_tf.model.context import BlockContext
+from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
+from megatron_tf.parallel.topology import Topology
+from megatron_tf.parallel.vocab import cross_entropy
+from megatron_tf.state.parameters import initial_scales, parameter_table, shard_range
+from megatron_tf.training.layout_check import Layout, compare, reference, run_layouts
+from megatron_tf.training.resume_check import Setting, check_resumes
+
+TOKENS = {"qkv": 13, "proj": 11, "ffn": 69}
+
+
+def config(ffn: int = 69, bank: dict | None = None, tensor: int = 1, **training: object) -> RunConfig:
+    """Four slots of three candidates, and five tokens that every position uses."""
+    bank = {"group_size": 16, "candidates": 3, "dense": 5} if bank is None else bank
+    return run_config(
+        model={"parameter_tokens": {**TOKENS, "ffn": ffn}, "sparse": {"ffn": bank}},
+        parallel={"tensor": tensor},
+        training=training,
+    )
+
+
+def dense() -> RunConfig:
+    return run_config(model={"parameter_tokens": TOKENS})
+
+
+def test_the_section_is_read_and_written(tmp_path: Path):
+    file = tmp_path / "run.yml"
+    file.write_text(dump_config(config()))
+    assert load_config(file) == config()
+    with pytest.raises(ConfigError, match="model.sparse.ffn.group_size: .*multiple of 16"):
+        load_config(file, ["model.sparse.ffn.group_size=24"])
+    with pytest.raises(ConfigError, match="model.sparse.ffn.candidates: .*at least 2"):
+        load_config(file, ["model.sparse.ffn.candidates=1"])
+    with pytest.raises(ConfigError, match="model.sparse.ffn.group_size: missing"):
+        load_config(file, ["model.sparse.ffn={candidates: 4}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"ffn": 70},
+            r"model.parameter_tokens.ffn: 70, of which model.sparse.ffn.dense 5 are used by every position; the other 65 "
+            r"are no whole slots of model.sparse.ffn.group_size 16 tokens. Set it to 69 or 85.",
+        ),
+        ({"ffn": 5}, "the other 0 are no whole slots of model.sparse.ffn.group_size 16 tokens. Set it to 21."),
+        (
+            {"ffn": 101, "tensor": 4},
+            r"parallel.tensor: 4 does not divide the 6 slots of model.sparse.ffn \(96 tokens in groups of 16\), and a rank "
+            r"holds whole slots. Set it to 3 or 6, or model.parameter_tokens.ffn to 69 or 133.",
+        ),
+    ],
+)
+def test_what_does_not_divide(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(config(**changes), changes.get("tensor", 1))
+
+
+def test_costs_are_those_of_the_used_tokens_and_the_router():
+    sparse, small = config().model, dense().model
+    assert num_parameters(sparse) == sum(p.numel() for p in build_model(sparse).parameters())
+    groups, layers, width = 12, 2, 32
+    assert num_parameters(sparse) - num_parameters(small) == layers * (2 * 8 * 16 * width + groups * (width + 1))
+    assert flops_per_token(sparse) - flops_per_token(small) == 6 * layers * groups * (width + 1)
+    assert "ffn 69 of 197 (one of 3 groups of 16 in each of 4 slots)" in describe(config(), 1)
+    assert initial_scales(sparse) == initial_scales(small)
+
+
+def test_foreign_formats_refuse():
+    check_format(dense().model, "official", "converted")
+    for form in ("official", "huggingface"):
+        with pytest.raises(
+            CheckpointError, match=f"cannot be converted: the {form} format has no place for model.sparse"
+        ):
+            check_format(config().model, form, "converted")
+
+
+def whole_model(group, sequence):
+    """Loss and every gradient over a tensor group, in fp64."""
+    model: Model = config().model
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = torch.randint(0, 99, (2, 2, 16), generator=generator)
+    one, context = build_model(model, dtype=torch.float64), BlockContext()
+    (F.cross_entropy(one(ids, context=context).flatten(0, 1), labels.flatten()) + context.losses["balance"]).backward()
+
+    tensor = TensorParallel(group, sequence)
+    layers = nn.ModuleDict({"embedding": Embedding(model, tensor), "final_norm": FinalNorm(model, tensor)})
+    layers["blocks"] = nn.ModuleList(build_block(model, i, initial_scales(model), tensor) for i in range(2))
+    layers = layers.double()
+    table, whole = parameter_table(model), dict(one.named_parameters())
+
+    def local(name: str, full: torch.Tensor) -> torch.Tensor:
+        return full[slice(*shard_range(len(full), group.size, group.rank))] if table[name].sharded else full
+
+    with torch.no_grad():
+        for name, parameter in layers.named_parameters():
+            parameter.copy_(local(name, whole[name]))
+    hidden, own_context = layers["embedding"](ids), BlockContext(loss_weight=1.0)
+    for block in layers["blocks"]:
+        hidden = block(hidden, own_context)
+    logits = layers["embedding"].logits(layers["final_norm"](hidden))
+    cross_entropy(logits, labels.mT, layers["embedding"].start, group).mean().backward()
+    for name, parameter in layers.named_parameters():
+        expected = local(name, whole[name].grad)
+        assert (parameter.grad - expected).norm() < 1e-11 * whole[name].grad.norm(), name
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_over_a_tensor_group_in_fp64(sequence):
+    spawn(whole_model, 2, sequence)
+
+
+def test_the_reference_reports_the_load():
+    trace = reference(config(), 3)  # warm-up begins at a learning rate of 0
+    loss, load = trace.reports[4:]
+    assert len(trace.reports) == 6 and loss != 0 and 1 < load < 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("checkpointing", "chosen"),
+    [
+        (False, [Layout(Topology(2, 1, 2)), Layout(Topology(4, 1, 1), True)]),
+        (True, [Layout(Topology(2, 2, 1), True), Layout(Topology(1, 2, 2))]),
+    ],
+)
+def test_layouts_are_one_process(checkpointing, chosen):
+    """Every choice is the same: in so few steps no two candidates come as close as rounding."""
+    run = config(activation_checkpointing=checkpointing)
+    expected = reference(run, 3)
+    for layout, trace in zip(chosen, run_layouts(run, chosen, 3)):
+        assert len(trace.reports) == len(expected.reports) == 6
+        difference = compare(trace, expected)
+        assert difference.agrees(1e-5), f"{layout}: {difference}"
+
+
+@pytest.mark.slow
+def test_it_resumes_at_another_layout():
+    first, second = Setting(Layout(Topology(2, 2, 1), True)), Setting(Layout(Topology(1, 1, 2)))
+    for result in check_resumes(config(), [(first, second)], 3):
+        assert result.agrees(1e-5), result
+
+
+def test_what_knows_dense_projections_only_refuses():
+    check_prunable(dense().model)
+    with pytest.raises(CheckpointError, match="blocks.0.ffn: cannot be pruned.*without model.sparse"):
+        check_prunable(config().model)
+    assert growth_problems(config().model, config(bank={"group_size": 16, "candidates": 4, "dense": 5}).model)
+    assert growth_problems(dense().model, config().model)
