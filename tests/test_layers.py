@@ -53,8 +53,8 @@ FLOORS = (
     {"megatron_tf.growth"},
     # what a run would cost (arithmetic, no torch)
     {"megatron_tf.costs"},
-    # files of others, and what the machines are worth
-    {"megatron_tf.convert", "megatron_tf.diagnosis"},
+    # files of others, what the machines are worth, and text to try it all with
+    {"megatron_tf.convert", "megatron_tf.diagnosis", "megatron_tf.corpora"},
     {"megatron_tf.engine"},
     # a model from a checkpoint, sampling, scoring; speeds: beside training, which they do not know
     {"megatron_tf.inference", "megatron_tf.evaluation", "megatron_tf.benchmark"},
@@ -70,7 +70,7 @@ RESERVED = {
     "deepspeed": ("megatron_tf.engine.deepspeed.",),
     "lm_eval": ("megatron_tf.evaluation.lm_harness",),
     "matplotlib": ("megatron_tf.telemetry.plot",),
-    "pyarrow": ("megatron_tf.data.parquet", "megatron_tf.evaluation.eval_data"),
+    "pyarrow": ("megatron_tf.data.preparation.parquet", "megatron_tf.evaluation.eval_data"),
     "sentencepiece": ("megatron_tf.data.tokenizer",),
     "tensorboard": ("megatron_tf.telemetry.trackers",),
     "tiktoken": ("megatron_tf.data.tiktoken_files",),

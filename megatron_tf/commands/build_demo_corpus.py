@@ -8,7 +8,7 @@ import platform
 from itertools import chain
 
 from megatron_tf.arguments import path
-from megatron_tf.data.corpus import python_docstrings, python_topics, within_bytes, write_corpus
+from megatron_tf.corpora.corpus import python_docstrings, python_topics, within_bytes, write_corpus
 from megatron_tf.errors import DataError
 
 

@@ -12,9 +12,9 @@ import time
 from itertools import chain
 
 from megatron_tf.arguments import number, path, whole_number
-from megatron_tf.data.corpora.build import SPLITS, CorpusSettings, build_corpus
-from megatron_tf.data.corpora.catalogue import DEFAULT_TERMS, SOURCES
-from megatron_tf.data.corpora.packages import Downloads
+from megatron_tf.corpora.build import SPLITS, CorpusSettings, build_corpus
+from megatron_tf.corpora.catalogue import DEFAULT_TERMS, SOURCES
+from megatron_tf.corpora.packages import Downloads
 from megatron_tf.errors import DataError
 
 

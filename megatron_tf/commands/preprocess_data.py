@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from megatron_tf.arguments import input_path, text_path
-from megatron_tf.data.record_types import ReadLimits
+from megatron_tf.data.preparation.record_types import ReadLimits
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -93,8 +93,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from megatron_tf.data.preprocess import PreprocessSettings, merge_shards, preprocess
-    from megatron_tf.data.progress import Progress
+    from megatron_tf.data.preparation.preprocess import PreprocessSettings, merge_shards, preprocess
+    from megatron_tf.data.preparation.progress import Progress
 
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),

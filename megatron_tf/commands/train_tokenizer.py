@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from megatron_tf.arguments import input_path, path
-from megatron_tf.data.bpe import train_bpe
-from megatron_tf.data.inputs import expand_inputs
-from megatron_tf.data.records import read_texts
+from megatron_tf.data.preparation.bpe import train_bpe
+from megatron_tf.data.preparation.inputs import expand_inputs
+from megatron_tf.data.preparation.records import read_texts
 from megatron_tf.data.special_tokens import EOD_TOKENS
 
 

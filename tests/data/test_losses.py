@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tf.data.bpe import train_bpe
 from megatron_tf.data.losses import MOST_PIECES, SAMPLE, Loss, LossFinder, comes_back
+from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.tokenizer import load_tokenizer
 
 pytest.importorskip("tokenizers")

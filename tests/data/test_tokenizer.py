@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tf.data.bpe import train_bpe
+from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_tf.errors import DataError
 
@@ -174,7 +174,7 @@ def test_sentencepiece_versions_without_arrays_give_the_same(sentencepiece_model
 
 def test_training_is_deterministic(bpe, tmp_path):
     """In another process too, where hash tables have another seed."""
-    code = "import sys; from pathlib import Path; from megatron_tf.data.bpe import train_bpe; "
+    code = "import sys; from pathlib import Path; from megatron_tf.data.preparation.bpe import train_bpe; "
     code += f"train_bpe({TEXTS!r}, 300, Path(sys.argv[1]))"
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "again.json")], check=True, cwd=Path(__file__).parents[2]

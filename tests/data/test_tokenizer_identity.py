@@ -10,10 +10,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megatron_tf.config.schema import DataSource
-from megatron_tf.data.bpe import train_bpe
 from megatron_tf.data.loader import check_tokenizer
-from megatron_tf.data.preprocess import PreprocessSettings, preprocess
-from megatron_tf.data.progress import Progress
+from megatron_tf.data.preparation.bpe import train_bpe
+from megatron_tf.data.preparation.preprocess import PreprocessSettings, preprocess
+from megatron_tf.data.preparation.progress import Progress
 from megatron_tf.data.summary import read_summary
 from megatron_tf.data.tokenizer_identity import TokenizerIdentity, tokenizer_identity
 from megatron_tf.errors import DataError

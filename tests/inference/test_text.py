@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tf.data.bpe import train_bpe
+from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.tokenizer import ByteTokenizer, load_tokenizer
 from megatron_tf.inference.text import TextStream
 

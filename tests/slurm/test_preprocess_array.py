@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from launching import PROJECT, run
 
-from megatron_tf.data.bpe import train_bpe
 from megatron_tf.data.indexed import IndexedDataset
+from megatron_tf.data.preparation.bpe import train_bpe
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tooling import assert_refused, tool
 
-from megatron_tf.data.corpus import LICENSE_NOTE
+from megatron_tf.corpora.corpus import LICENSE_NOTE
 
 
 @pytest.mark.parametrize("megabytes", ["0", "-1", "nan", "inf"])

@@ -15,7 +15,7 @@ from tooling import assert_refused, tool
 from megatron_tf.checkpoint.compare import compare
 from megatron_tf.checkpoint.load import load_logical
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.data.bpe import train_bpe
+from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.inference.load import load_model
 
 GOLDEN = PROJECT / "tests" / "golden"

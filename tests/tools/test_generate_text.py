@@ -17,7 +17,7 @@ from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.commands.generate_text import read_prompts
 from megatron_tf.config.schema import Model
 from megatron_tf.convert.huggingface.export import ExportedTokenizer, write_export
-from megatron_tf.data.bpe import train_bpe
+from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.errors import UserError

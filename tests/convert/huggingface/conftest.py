@@ -10,7 +10,7 @@ import torch
 
 from megatron_tf.config.schema import Model
 from megatron_tf.convert.huggingface.export import ExportedTokenizer, write_export
-from megatron_tf.data.bpe import train_bpe
+from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.model.tokenformer import TokenFormer, build_model
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_tf.convert.huggingface import configuration, export, verify
 from megatron_tf.convert.huggingface.export import ExportedTokenizer, check_target, write_export
-from megatron_tf.data.bpe import train_bpe
+from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.tokenizer import ByteTokenizer, load_tokenizer
 from megatron_tf.data.tokenizer_identity import tokenizer_identity
 from megatron_tf.errors import CheckpointError, UserError

@@ -1,0 +1,254 @@
+"""Records out of a file of any known format, with memory bounded by the largest document that is allowed.
+
+The formats are those of contents.py. Archives may hold files of all of them but Parquet, archives included (OpenWebText,
+OpenWebText2).
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_tf.data.preparation.compression import compression_of, decompress
+from megatron_tf.data.preparation.contents import (
+    BYTE_ORDER_MARK,
+    HEAD_BYTES,
+    Content,
+    content_of,
+    kind_by_name,
+    split_name,
+)
+from megatron_tf.data.preparation.parquet import parquet_records, require_pyarrow
+from megatron_tf.data.preparation.record_types import BadRecord, RawRecord, ReadLimits, bad_raw
+from megatron_tf.durable import open_plain
+
+READ_BYTES = 1 << 18
+MOST_NESTED = 8  # compressed files and archives within each other
+
+OnRead = Callable[[int], None]  # told how many bytes of the file were read
+
+
+def inspect_file(path: Path) -> Content:
+    """What a file holds, within its compression where its name does not say so. Raises OSError.
+
+    Raises `DataError` when a package that reads it is missing: at once, not when its turn comes.
+    """
+    with open_plain(path) as file:
+        name, nested = path.name, 0
+        head, chunks, _ = _peeked(_raw_chunks(file, _ignore))
+        content = content_of(head, name)
+        if content.kind == "parquet":
+            require_pyarrow(path)
+        while content.kind == "compressed" and nested < MOST_NESTED:
+            compression = compression_of(content.detail, str(path))
+            if kind_by_name(name) is not None:
+                break
+            head, chunks, problem = _peeked(decompress(compression, chunks))
+            if problem is not None:
+                # told when the file is read, as any damage
+                break
+            name, nested = split_name(name)[0], nested + 1
+            content = content_of(head, name)
+        return content
+
+
+def file_records(path: Path, limits: ReadLimits, on_read: OnRead) -> Iterator[RawRecord]:
+    """All records of a file, in order; a record that is bad is one with a `problem`. Raises OSError."""
+    with open_plain(path) as file:
+        content = content_of(file.read(HEAD_BYTES), path.name)
+        if content.kind != "parquet":
+            file.seek(0)
+            yield from _content_records(str(path), path.name, _raw_chunks(file, on_read), limits)
+            return
+    yield from parquet_records(path, limits, on_read)
+
+
+def _raw_chunks(file: IO[bytes], on_read: OnRead) -> Iterator[bytes]:
+    while chunk := file.read(READ_BYTES):
+        on_read(len(chunk))
+        yield chunk
+
+
+def _ignore(num_bytes: int) -> None:
+    """Only what is read of the file itself counts, not what it turns into."""
+
+
+def _peeked(chunks: Iterable[bytes]) -> tuple[bytes, Iterator[bytes], BadRecord | None]:
+    """(the first bytes, all chunks with these, what stands in the way of more first bytes).
+
+    The first chunk that is returned has at least `HEAD_BYTES`, or all there is before the problem.
+    """
+    iterator = iter(chunks)
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        while size < HEAD_BYTES and (piece := next(iterator, None)) is not None:
+            pieces.append(piece)
+            size += len(piece)
+    except BadRecord as problem:
+        first = b"".join(pieces)
+        return first[:HEAD_BYTES], chain([first], _raising(problem)), problem
+    first = b"".join(pieces)
+    return first[:HEAD_BYTES], chain([first], iterator), None
+
+
+def _raising(problem: BadRecord) -> Iterator[bytes]:
+    yield b""
+    raise problem
+
+
+def _content_records(
+    where: str, name: str, chunks: Iterable[bytes], limits: ReadLimits, nested: int = 0
+) -> Iterator[RawRecord]:
+    """Records of a file, or of a member of an archive, that is called `name` and reported as `where`.
+
+    `nested`: how many compressed files and archives it is in.
+    """
+    head, content_chunks, problem = _peeked(chunks)
+    content = content_of(head, name)
+    if problem is not None and content.kind == "unknown":
+        yield bad_raw(where, 1, problem)
+    elif content.kind == "unknown":
+        yield bad_raw(where, 1, BadRecord("unknown_member", content.detail))
+    elif content.kind == "parquet":
+        yield bad_raw(where, 1, BadRecord("unknown_member", "is a Parquet file within another file: unpack it first"))
+    elif content.kind in ("compressed", "archive") and nested == MOST_NESTED:
+        reason = f"is packed more than {MOST_NESTED} times over: unpack it first"
+        yield bad_raw(where, 1, BadRecord("unknown_member", reason))
+    elif content.kind == "compressed":
+        inner = decompress(compression_of(content.detail, where), content_chunks)
+        yield from _content_records(where, split_name(name)[0], inner, limits, nested + 1)
+    elif content.kind == "archive":
+        yield from _member_records(where, content_chunks, limits, nested + 1)
+    else:
+        unmarked = chain([next(content_chunks).removeprefix(BYTE_ORDER_MARK)], content_chunks)
+        if content.kind == "lines":
+            yield from _line_records(where, unmarked, limits)
+        else:
+            yield _whole_record(where, unmarked, limits)
+
+
+def _whole_record(where: str, chunks: Iterable[bytes], limits: ReadLimits) -> RawRecord:
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        for chunk in chunks:
+            size += len(chunk)
+            if size <= limits.max_document_bytes:
+                pieces.append(chunk)
+            else:
+                pieces.clear()
+        if size > limits.max_document_bytes:
+            raise _too_long(size, limits)
+    except BadRecord as problem:
+        return bad_raw(where, 1, problem)
+    return RawRecord(where, 1, b"".join(pieces))
+
+
+def _line_records(where: str, chunks: Iterable[bytes], limits: ReadLimits) -> Iterator[RawRecord]:
+    """Lines that are not blank; blank ones are counted. A long line is joined once, not once a chunk."""
+    line, size = 1, 0  # size: of the unfinished line
+    pieces: list[bytes] = []
+
+    def finished() -> Iterator[RawRecord]:
+        if size > limits.max_document_bytes:
+            yield bad_raw(where, line, _too_long(size, limits))
+        elif payload := b"".join(pieces).strip():
+            yield RawRecord(where, line, payload, is_json=True)
+
+    try:
+        for chunk in chunks:
+            *ends, rest = chunk.split(b"\n")
+            for end in ends:
+                size += len(end)
+                pieces.append(end)
+                yield from finished()
+                line, size, pieces = line + 1, 0, []
+            size += len(rest)
+            if size <= limits.max_document_bytes:
+                pieces.append(rest)
+            else:
+                pieces = []
+    except BadRecord as problem:
+        yield bad_raw(where, line, problem)
+        return
+    yield from finished()
+
+
+def _too_long(size: int, limits: ReadLimits) -> BadRecord:
+    return BadRecord(
+        "too_long",
+        f"the record has {size} bytes, at most {limits.max_document_bytes} are read (--max-document-bytes)",
+    )
+
+
+def _member_records(where: str, chunks: Iterable[bytes], limits: ReadLimits, nested: int) -> Iterator[RawRecord]:
+    """Records of all files in a tar archive, read as a stream. A broken member does not end the archive.
+
+    A hard link is to a member before it, which has been read. What a symbolic link leads to need not be there.
+    """
+    stream: Any = _Stream(chunks)
+    try:
+        # The default encoding errors keep names that are no UTF-8 as they are.
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictMember) as archive:
+            members: list[tarfile.TarInfo] = vars(archive)["members"]
+            while (member := archive.next()) is not None:
+                members.clear()  # tarfile keeps them all, which for millions of members is the memory
+                place = f"{where}:{member.name}"
+                if member.isreg() and (content := archive.extractfile(member)) is not None:
+                    yield from _content_records(place, member.name, _raw_chunks(content, _ignore), limits, nested)
+                elif not (member.isdir() or member.islnk()):
+                    yield bad_raw(place, 1, BadRecord("unknown_member", _not_plain(member)))
+            rest: Any = archive.fileobj
+            while piece := rest.read(READ_BYTES):  # to its end, where the checksums of compressed data are
+                if piece.strip(b"\0"):
+                    raise BadRecord(
+                        "broken", "data after the end of the archive, which are lost; was one file appended?"
+                    )
+    except BadRecord as problem:
+        yield bad_raw(where, 1, problem)
+    except tarfile.TarError as error:
+        yield bad_raw(where, 1, BadRecord("truncated", f"the archive breaks off ({error})"))
+
+
+def _not_plain(member: tarfile.TarInfo) -> str:
+    if member.issym():
+        return f"is a link to {member.linkname!r}, and links in archives are not followed"
+    return "is a device or a FIFO, not a file"
+
+
+class _StrictMember(tarfile.TarInfo):
+    """tarfile itself takes a damaged header, and the end of a truncated file, for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictMember:
+        errors: Any = tarfile
+        try:
+            return super().fromtarfile(archive)
+        except errors.EOFHeaderError:
+            raise
+        except (errors.EmptyHeaderError, errors.TruncatedHeaderError):
+            raise BadRecord("truncated", "the archive breaks off; the file is truncated") from None
+        except tarfile.HeaderError as error:
+            raise BadRecord("broken", f"a broken archive ({error}); it is lost from here") from None
+
+
+class _Stream:
+    """Chunks as the file that tarfile reads from."""
+
+    def __init__(self, chunks: Iterable[bytes]):
+        self._chunks = iter(chunks)
+        self._rest = memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        """At least one byte and at most `size`; none at the end."""
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return b""
+            self._rest = memoryview(chunk)
+        piece, self._rest = self._rest[:size], self._rest[size:]
+        return bytes(piece)

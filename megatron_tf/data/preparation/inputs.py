@@ -1,0 +1,155 @@
+"""Which files a preparation reads: names and globs, every file once, and nothing passed over without a word."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from megatron_tf.data.preparation.contents import kind_by_name
+from megatron_tf.data.preparation.formats import inspect_file
+from megatron_tf.errors import DataError, file_errors
+
+REMEDY = "Correct the path, make it readable, or remove it."
+PROBLEMS_SHOWN = 10
+Identity = tuple[int, int] | str
+
+
+def expand_inputs(
+    patterns: Iterable[str],
+    note: Callable[[str], None] = lambda text: None,
+    is_output: Callable[[str], bool] = lambda name: False,
+) -> list[Path]:
+    """Files and globs (`**` included) to files, each once, those of a glob in alphabetical order.
+
+    Links are followed. A file that several names lead to, hard links included, is read under one of them, and `note` is
+    told. A glob does not match what `is_output` says the caller wrote. Raises `DataError` for a pattern that matches nothing, for a link that leads nowhere, and for what is no file,
+    cannot be looked at, or has a content of no known kind.
+    """
+    found: dict[Identity, str] = {}
+    repeated: list[tuple[str, str]] = []
+    for pattern in patterns:
+        with file_errors(DataError, pattern, REMEDY):
+            names = [name for name in _names(pattern) if name == pattern or not is_output(name)]
+        if not names:
+            raise DataError(f"{pattern}: no such file. Correct the path, or quote a glob so that it arrives whole.")
+        chosen: dict[Identity, str] = {}
+        for name in sorted(names, key=_preference):
+            identity = _identity(name, pattern)
+            if (known := found.get(identity, chosen.get(identity))) is None:
+                chosen[identity] = name
+            else:
+                repeated.append((name, known))
+        found.update(sorted(chosen.items(), key=lambda item: item[1]))
+    if repeated:
+        name, known = repeated[0]
+        others = f"; {len(repeated) - 1} other names lead to files twice as well" if len(repeated) > 1 else ""
+        note(f"{name} is the file {known}, which is read once{others}")
+    files = [Path(name) for name in found.values()]
+    _check_contents(files)
+    return files
+
+
+def _preference(name: str) -> tuple[bool, bool, str]:
+    """Of several names of a file the smallest counts: one that says what is in it, and no link if possible."""
+    return kind_by_name(name) is None, os.path.islink(name), name
+
+
+def _identity(name: str, pattern: str) -> Identity:
+    """What tells a file from others, whatever its name. Raises `DataError` for what is no file."""
+    with file_errors(DataError, name, REMEDY):
+        status = os.stat(name)
+    if stat.S_ISDIR(status.st_mode):
+        origin = "" if name == pattern else f" that {pattern} does not look into"
+        folder = name.rstrip("/")
+        raise DataError(
+            f"{name}: is no file, but a folder{origin}. Name the files in a folder as a quoted glob: '{folder}/*.jsonl', "
+            f"or '{folder}/**/*.jsonl' with those of the folders below it."
+        )
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{name}: is no file, but a FIFO, a socket or a device. Write what it gives into a file first.")
+    # Some file systems do not number their files.
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(name)
+
+
+def _check_contents(files: Sequence[Path]) -> None:
+    """Raise one `DataError` for all files that are of no known kind."""
+    problems = []
+    for path in files:
+        with file_errors(DataError, path, "Make it readable, or leave it out."):
+            content = inspect_file(path)
+        if content.kind == "unknown":
+            problems.append(f"{path}: {content.detail}.")
+    if len(problems) > PROBLEMS_SHOWN:
+        problems[PROBLEMS_SHOWN:] = [f"... and {len(problems) - PROBLEMS_SHOWN} more files."]
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def _names(pattern: str) -> list[str]:
+    """`pattern`, if it is a name; else what it matches as a glob. Raises OSError."""
+    try:
+        os.lstat(pattern)
+    except OSError as error:
+        if not glob.has_magic(pattern) and not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise
+    else:
+        return [pattern]
+    steps = pattern.split("/")
+    names = _matches("", steps)
+    # `**` looks into every folder, so that one is no file that it passes over.
+    return [name for name in names if not os.path.isdir(name)] if "**" in steps else list(names)
+
+
+def _matches(folder: str, steps: Sequence[str]) -> Iterator[str]:
+    """Names below `folder` ("" is the current one) that `steps` match, the parts of a glob. A link is a name."""
+    step, rest = steps[0], steps[1:]
+    if step == "**":
+        for below in _folders_below(folder):
+            yield from _matches(below, rest or ["*"])
+        return
+    if glob.has_magic(step):
+        with file_errors(DataError, folder, REMEDY):
+            names = fnmatch.filter(os.listdir(folder or "."), step)
+        paths = [os.path.join(folder, name) for name in names if step.startswith(".") or not name.startswith(".")]
+    else:
+        paths = [os.path.join(folder, step) if step else folder or "/"]
+    for path in paths:
+        if rest and os.path.isdir(path):
+            yield from _matches(path, rest)
+        elif os.path.lexists(path) and not (rest and os.path.exists(path)):
+            # also a link that leads nowhere, in the place of a folder: it is refused by its name
+            yield path
+
+
+def _folders_below(top: str) -> Iterator[str]:
+    """`top` and all folders below it but hidden ones, each once however many links lead to it, a link's name last.
+
+    Raises `DataError` for what cannot be looked into, and for links that lead nowhere.
+    """
+    seen = set()
+    folders, links = deque([top]), deque[str]()
+    while folders or links:
+        folder = folders.popleft() if folders else links.popleft()
+        identity = _folder_identity(folder)
+        if identity is None or identity in seen:
+            continue
+        seen.add(identity)
+        yield folder
+        with file_errors(DataError, folder, REMEDY), os.scandir(folder or ".") as entries:
+            shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        links.extend(os.path.join(folder, entry.name) for entry in shown if entry.is_symlink())
+        folders.extend(os.path.join(folder, entry.name) for entry in shown if entry.is_dir(follow_symlinks=False))
+
+
+def _folder_identity(path: str) -> Identity | None:
+    """None for what is no folder."""
+    with file_errors(DataError, path, REMEDY):
+        status = os.stat(path or ".")
+    if not stat.S_ISDIR(status.st_mode):
+        return None
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)

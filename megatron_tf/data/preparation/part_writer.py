@@ -1,0 +1,119 @@
+"""One part of a preparation from its files to its tokens and its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from megatron_tf.data.indexed import IndexedWriter
+from megatron_tf.data.preparation.encoding import EncodedBatch, EncodeSettings, encode_group
+from megatron_tf.data.preparation.parts import Part, locked
+from megatron_tf.data.preparation.progress import Advance, Observer
+from megatron_tf.data.preparation.record_types import RawRecord, ReadLimits
+from megatron_tf.data.preparation.records import read_records
+from megatron_tf.data.preparation.report import Report, SplitCounts, write_report
+from megatron_tf.data.preparation.workers import EncodeAll
+from megatron_tf.errors import DataError, file_errors
+
+BATCH_DOCUMENTS = 512
+BATCH_BYTES = 1 << 16  # small, so that workers end a part at about the same time
+
+OnError = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """What is the same for all parts of a preparation."""
+
+    encode: EncodeSettings
+    limits: ReadLimits
+    on_error: OnError
+    vocab_size: int
+    endings: tuple[str, ...]  # of the prefixes that are written: all documents, or those for training and held out
+
+
+def write_part(job: PartJob, part: Part, encode_all: EncodeAll, observer: Observer) -> bool:
+    """Write the part unless it is finished; False when another process is at work on it.
+
+    Raises `DataError` for a bad record under `on_error="stop"`; what was written of this part is then gone.
+    """
+    remedy = "Free space, mend the permissions or choose another prefix, then run again: finished parts are kept."
+    with file_errors(DataError, part.folder, remedy), locked(part.lock_path) as held:
+        if not held:
+            return False
+        if part.report() is not None:  # finished while we waited for the lock
+            return True
+        report = _write(job, part, encode_all, observer)
+        write_report(part.report_path, report, part.key, [str(path) for path in part.files])
+        return True
+
+
+def _write(job: PartJob, part: Part, encode_all: EncodeAll, observer: Observer) -> Report:
+    started = time.monotonic()
+    num_read = 0
+
+    def on_read(num_bytes: int) -> None:
+        nonlocal num_read
+        num_read += num_bytes
+
+    report = Report({ending: SplitCounts() for ending in job.endings})
+    groups = batches(read_records(part.files, job.limits, on_read))
+    with ExitStack() as stack:
+        writers = [stack.enter_context(IndexedWriter(part.prefix(ending), job.vocab_size)) for ending in job.endings]
+        for batch in encode_all(partial(encode_group, job.encode), groups):
+            _take_bad_records(job, batch, report, observer)
+            report.add_kept(batch.kept, batch.loss)
+            for number, (ending, writer) in enumerate(zip(job.endings, writers, strict=True)):
+                _add(batch, batch.held_out == bool(number), writer, report.splits[ending])
+            advance = Advance(batch.lengths.size, int(batch.text_bytes.sum()), batch.token_ids.size, num_read)
+            num_read = 0
+            observer.advance(advance)
+    for ending, writer in zip(job.endings, writers, strict=True):
+        report.splits[ending].max_token_id = writer.max_token_id
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _take_bad_records(job: PartJob, batch: EncodedBatch, report: Report, observer: Observer) -> None:
+    if batch.bad_records and job.on_error == "stop":
+        first = batch.bad_records[0]
+        remedy = "Mend or remove the record, or leave out what is bad with --on-error skip."
+        if first.kind == "lost_text":
+            remedy = (
+                "Use a tokenizer that knows them, keep such documents without them with --keep-lossy, or leave out what "
+                "is bad with --on-error skip."
+            )
+        raise DataError(f"{first.file}:{first.line}: {first.reason}. {remedy}")
+    report.add_bad(batch.bad_records)
+    for sample in batch.bad_records:
+        observer.bad_record(sample)
+
+
+def _add(batch: EncodedBatch, chosen: np.ndarray, writer: IndexedWriter, counts: SplitCounts) -> None:
+    """The documents of a batch that are `chosen` (bool [D])."""
+    lengths = batch.lengths[chosen]
+    ids = batch.token_ids if chosen.all() else batch.token_ids[np.repeat(chosen, batch.lengths)]
+    writer.add_documents(ids, lengths)
+    counts.documents += lengths.size
+    counts.tokens += ids.size
+    counts.bytes += int(batch.text_bytes[chosen].sum())
+
+
+def batches(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
+    """Records in order, in groups of at most `BATCH_DOCUMENTS`, closed as soon as they exceed `BATCH_BYTES`."""
+    group: list[RawRecord] = []
+    size = 0
+    for record in records:
+        group.append(record)
+        size += len(record.payload)
+        if len(group) == BATCH_DOCUMENTS or size >= BATCH_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -1,0 +1,138 @@
+"""The parts that a preparation is cut into: what can be done, finished and resumed on its own.
+
+A part is one input file (several, when there are very many). Its tokens stand in `PREFIX.parts/KEY*.bin` and `.idx`,
+and it is finished when `KEY.json` exists. The key is a hash of all that decides its content: so a file that changed,
+or another tokenizer, is another part, finished parts are found again by whoever needs them, and any number of
+processes on any number of nodes may work on the same preparation.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_tf.data.indexed import IndexedDataset
+from megatron_tf.data.preparation.encoding import EncodeSettings
+from megatron_tf.data.preparation.record_types import ReadLimits
+from megatron_tf.data.preparation.report import Report, read_report
+from megatron_tf.errors import DataError, file_errors
+
+MOST_PARTS = 4096  # more input files share parts; each part costs three files until the merge
+LOCK_SECONDS = 5.0  # a killed process's helpers may hold their locks a moment longer
+
+
+@dataclass(frozen=True)
+class Part:
+    folder: Path  # PREFIX.parts
+    key: str
+    files: tuple[Path, ...]
+    bytes: int  # of the files
+
+    @property
+    def report_path(self) -> Path:
+        return self.folder / f"{self.key}.json"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.folder / f"{self.key}.lock"
+
+    def prefix(self, ending: str) -> Path:
+        return self.folder / f"{self.key}{ending}"
+
+    def report(self) -> Report | None:
+        """What it holds, when it is finished."""
+        report = read_report(self.report_path, self.key)
+        if report is None:
+            return None
+        for ending, counts in report.splits.items():
+            try:
+                dataset = IndexedDataset(self.prefix(ending))
+            except DataError:  # missing or cut off: it is made again
+                return None
+            if (dataset.num_documents, dataset.num_tokens) != (counts.documents, counts.tokens):
+                return None
+        return report
+
+    def discard(self) -> None:
+        """Remove its files."""
+        for path in self.folder.glob(f"{self.key}*"):
+            path.unlink(missing_ok=True)
+
+
+def plan_parts(
+    prefix: str, files: Sequence[Path], encode: EncodeSettings, limits: ReadLimits, fingerprint: str
+) -> list[Part]:
+    """All parts, in the order in which they are merged. `fingerprint`: of the tokenizer."""
+    settings = [{**asdict(encode), "tokenizer": fingerprint}, limits._asdict()]
+    per_part = -(-len(files) // MOST_PARTS)
+    parts = []
+    for start in range(0, len(files), per_part):
+        members = tuple(files[start : start + per_part])
+        states = []
+        for path in members:
+            with file_errors(DataError, path, "Make it readable, or leave it out."):
+                states.append(os.stat(path))
+                if not os.access(path, os.R_OK):  # said now, not in hours when its turn comes
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        described = [(str(path), state.st_size, state.st_mtime_ns) for path, state in zip(members, states, strict=True)]
+        key = key_of([settings, described])
+        parts.append(Part(Path(f"{prefix}.parts"), key, members, sum(state.st_size for state in states)))
+    return parts
+
+
+def key_of(content: object) -> str:
+    """A name for `content`, a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def locked(path: Path, patience_seconds: float = LOCK_SECONDS) -> Iterator[bool]:
+    """Hold the lock file `path` in the block, which is told whether we have it; the file is gone afterwards.
+
+    It is the system's own lock, so that it ends with its process however that ends. Where the file system knows no
+    locks we have it always: then nobody keeps two processes from doing the same work, which the user has to.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        descriptor = _open_lock(path)
+        try:
+            if _try_lock(descriptor, path):
+                try:
+                    yield True
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(descriptor)
+        if time.monotonic() > deadline:
+            yield False
+            return
+        time.sleep(0.1)
+
+
+def _open_lock(path: Path) -> int:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # whoever has merged has removed the folder
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # no locks here
+    try:
+        return os.fstat(descriptor).st_ino == os.stat(path).st_ino
+    except FileNotFoundError:
+        return False  # its last holder has removed it meanwhile
