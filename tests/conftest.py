@@ -3,6 +3,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 # Triton's kernels are tested in its interpreter where they cannot be compiled; it looks when it is imported.
@@ -15,3 +16,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # tests share `distributed.py`; spawned ranks must find it as well
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def config():
+    """config(section={...}) is the small run of `tiny.py` with these changes."""
+    from tiny import run_config
+
+    return run_config

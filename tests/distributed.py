@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_tf.errors import exit_now
 from megatron_tf.parallel.groups import Group
-from megatron_tf.parallel.local_ranks import start_ranks
+from megatron_tf.runtime.local_ranks import start_ranks
 
 TIMEOUT = timedelta(seconds=60)
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed as dist
 
-from megatron_tf.parallel.rendezvous import Assembly
+from megatron_tf.runtime.rendezvous import Assembly
 
 
 def gathering(

@@ -25,7 +25,6 @@ FLOORS = (
         "megatron_tf.durable",
         "megatron_tf.arguments",
         "megatron_tf.caches",
-        "megatron_tf.host_memory",
         "megatron_tf.open_files",
         "megatron_tf.paths",
         "megatron_tf.shipped",
@@ -37,12 +36,10 @@ FLOORS = (
     {
         "megatron_tf.architectures",
         "megatron_tf.config",
-        # arithmetic on the rank grid, without torch
-        "megatron_tf.parallel.overlap",
-        "megatron_tf.parallel.topology",
+        "megatron_tf.parallel.overlap",  # arithmetic, which costs read as well
     },
     {"megatron_tf.state"},
-    {"megatron_tf.parallel", "megatron_tf.telemetry"},
+    {"megatron_tf.parallel", "megatron_tf.telemetry", "megatron_tf.runtime"},
     {
         "megatron_tf.model",
         "megatron_tf.architectures.tokenformer.block",
@@ -56,10 +53,11 @@ FLOORS = (
     # files of others, what the machines are worth, and text to try it all with
     {"megatron_tf.convert", "megatron_tf.diagnosis", "megatron_tf.corpora"},
     {"megatron_tf.engine"},
-    # a model from a checkpoint, sampling, scoring; speeds: beside training, which they do not know
-    {"megatron_tf.inference", "megatron_tf.evaluation", "megatron_tf.benchmark"},
+    # a model from a checkpoint, sampling, scoring, pruning; speeds: beside training, which they do not know
+    {"megatron_tf.inference", "megatron_tf.evaluation", "megatron_tf.benchmark", "megatron_tf.pruning"},
     {"megatron_tf.training"},
-    {"megatron_tf.evaluation.run"},  # the composition root of the command evaluate: joins ranks as training does
+    # proofs of layouts and of resuming
+    {"megatron_tf.verification"},
     {"megatron_tf.commands", "megatron_tf.__main__"},
     {"launch", "tools"},
 )
@@ -85,7 +83,7 @@ NO_TORCH = (
     "megatron_tf.durable",
     "megatron_tf.arguments",
     "megatron_tf.caches",
-    "megatron_tf.host_memory",
+    "megatron_tf.runtime.host_memory",
     "megatron_tf.paths",
     "megatron_tf.shipped",
     "megatron_tf.streams",
@@ -110,10 +108,9 @@ NO_TORCH = (
     "megatron_tf.diagnosis.report",
     "megatron_tf.diagnosis.software",
     "megatron_tf.diagnosis.verdict",
-    "megatron_tf.parallel.topology",
-    "megatron_tf.parallel.environment",
-    "megatron_tf.parallel.network",
-    "megatron_tf.parallel.slurm_hosts",
+    "megatron_tf.runtime.environment",
+    "megatron_tf.runtime.network",
+    "megatron_tf.runtime.slurm_hosts",
     "megatron_tf.parallel.overlap",
 )
 
@@ -247,7 +244,7 @@ def test_breaches_are_seen():
     assert misplaced("megatron_tf.commands.train", imports_of("from torch.utils import tensorboard")) == [
         "torch.utils.tensorboard"
     ]
-    assert too_high("megatron_tf.config.validate", {"megatron_tf.parallel.topology"}) == []
+    assert too_high("megatron_tf.config.validate", {"megatron_tf.config.topology"}) == []
     assert too_high("megatron_tf.config.validate", {"megatron_tf.parallel.groups"}) == ["megatron_tf.parallel.groups"]
     with pytest.raises(AssertionError, match="relative"):
         imports_of("from . import methods")

@@ -23,9 +23,9 @@ from megatron_tf.errors import exit_now
 from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.parallel.groups import Group
-from megatron_tf.parallel.local_ranks import start_ranks
-from megatron_tf.parallel.network import stay_on_this_machine
 from megatron_tf.parallel.vocab import cross_entropy
+from megatron_tf.runtime.local_ranks import start_ranks
+from megatron_tf.runtime.network import stay_on_this_machine
 from megatron_tf.state.parameters import initial_scales
 
 TIMEOUT = timedelta(minutes=5)

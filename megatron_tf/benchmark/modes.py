@@ -17,8 +17,8 @@ from megatron_tf.benchmark.report import Row, check_json, table, write_json
 from megatron_tf.config import load_config
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
-from megatron_tf.host_memory import keep_freed_memory, refuse_beyond_free
 from megatron_tf.model.precision import DTYPES
+from megatron_tf.runtime.host_memory import keep_freed_memory, refuse_beyond_free
 
 
 def run_benchmark(arguments: argparse.Namespace) -> None:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from megatron_tf.arguments import number
 from megatron_tf.diagnosis.installation import installed_packages, machine_warnings, system_facts
 from megatron_tf.diagnosis.report import job_report, machine_report
-from megatron_tf.parallel.environment import LaunchEnvironment, detect, one_message
-from megatron_tf.parallel.network import interface_problems
+from megatron_tf.runtime.environment import LaunchEnvironment, detect, one_message
+from megatron_tf.runtime.network import interface_problems
 
 if TYPE_CHECKING:
-    from megatron_tf.parallel.rendezvous import Assembly
+    from megatron_tf.runtime.rendezvous import Assembly
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def the_job(arguments: argparse.Namespace, environment: LaunchEnvironment, repor
     import torch
 
     from megatron_tf.diagnosis.job import examine
-    from megatron_tf.parallel.rendezvous import Assembly, open_store
+    from megatron_tf.runtime.rendezvous import Assembly, open_store
 
     store = open_store(environment, arguments.timeout_seconds)
     assembly = Assembly(store, environment.rank, environment.world_size, arguments.timeout_seconds)

@@ -13,8 +13,8 @@ import os
 from megatron_tf.arguments import config_file, path, whole_number
 from megatron_tf.config.load import load_config
 from megatron_tf.evaluation.eval_data import TASK_FOLDER
-from megatron_tf.parallel.early_mistakes import told_to_all
-from megatron_tf.parallel.environment import detect, one_message
+from megatron_tf.runtime.early_mistakes import told_to_all
+from megatron_tf.runtime.environment import detect, one_message
 
 MOST_TOKENS = 10**15
 

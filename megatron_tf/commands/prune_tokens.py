@@ -25,7 +25,7 @@ from megatron_tf.telemetry.console import Console
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.reader import CheckpointReader
-    from megatron_tf.inference.pruning import Batch
+    from megatron_tf.pruning.measure import Batch
     from megatron_tf.state.sources import StepZero
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     from megatron_tf.checkpoint.reader import open_checkpoint
     from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder
     from megatron_tf.inference.load import load_model
-    from megatron_tf.inference.pruning import (
+    from megatron_tf.pruning.measure import (
         DataSample,
         check_run_tokenizer,
         drop_tokens,

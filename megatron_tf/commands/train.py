@@ -13,9 +13,9 @@ import sys
 from megatron_tf.arguments import config_file
 from megatron_tf.config.stages import load_stages
 from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped
-from megatron_tf.parallel.early_mistakes import told_to_all
-from megatron_tf.parallel.environment import detect, one_message
-from megatron_tf.parallel.stop_signals import StopSignals
+from megatron_tf.runtime.early_mistakes import told_to_all
+from megatron_tf.runtime.environment import detect, one_message
+from megatron_tf.runtime.stop_signals import StopSignals
 from megatron_tf.streams import flush_or_discard
 
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from megatron_tf.arguments import config_file, number, whole_number
 from megatron_tf.config.load import load_config
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import topology_for, validate
 from megatron_tf.errors import ConfigError
-from megatron_tf.parallel.topology import Topology
 
 if TYPE_CHECKING:
-    from megatron_tf.training.layout_check import Layout, Trace
-    from megatron_tf.training.rounding import Error, Verdict
+    from megatron_tf.verification.layout import Layout, Trace
+    from megatron_tf.verification.rounding import Error, Verdict
 
 MOST_RANKS = 256
 count = whole_number(1_000_000)
@@ -38,9 +38,10 @@ def main() -> None:
     parser.add_argument("--steps", type=count, default=20, help="optimizer steps (default 20)")
     parser.add_argument("--tolerance", type=tolerance, help="largest relative error; default: what rounding explains")
     arguments = parser.parse_intermixed_args()
-    from megatron_tf.training.layout_check import Layout, layouts, run_layouts
-    from megatron_tf.training.preflight import accelerator_problems, memory_problems, physical_memory
-    from megatron_tf.training.rounding import equal_limits, exact_and_limits, judge
+    from megatron_tf.engine.device import accelerator_problems
+    from megatron_tf.training.preflight import memory_problems, physical_memory
+    from megatron_tf.verification.layout import Layout, layouts, run_layouts
+    from megatron_tf.verification.rounding import equal_limits, exact_and_limits, judge
 
     config = load_config(arguments.config, [*arguments.overrides, "training.precision=fp32"])
     ranks = arguments.ranks or max(2, config.parallel.tensor * config.parallel.pipeline)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from megatron_tf.arguments import config_file
 from megatron_tf.config.load import load_config
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
-from megatron_tf.parallel.topology import Topology
 
 if TYPE_CHECKING:
-    from megatron_tf.training.resume_check import Resumed
+    from megatron_tf.verification.resume import Resumed
 
 
 def main() -> None:
@@ -41,8 +41,8 @@ def main() -> None:
     if not 0 <= arguments.tolerance < math.inf:
         raise ConfigError(f"--tolerance: is {arguments.tolerance}, must be a number of 0 or more, such as 1e-5.")
     config = load_config(arguments.config, ["training.precision=fp32", *arguments.overrides])
-    from megatron_tf.training.layout_check import Layout
-    from megatron_tf.training.resume_check import check_resumes, rotation, settings
+    from megatron_tf.verification.layout import Layout
+    from megatron_tf.verification.resume import check_resumes, rotation, settings
 
     found = settings(config, arguments.ranks)
     if not found:

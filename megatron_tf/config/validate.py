@@ -15,8 +15,8 @@ from typing import Any
 from megatron_tf.config.architectures import architecture_of, with_parameter_tokens
 from megatron_tf.config.nearest import divisors, divisors_near, either, listed, multiples_near
 from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.topology import Topology
 from megatron_tf.errors import ConfigError
-from megatron_tf.parallel.topology import Topology
 
 
 @dataclass(frozen=True)

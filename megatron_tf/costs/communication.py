@@ -11,9 +11,9 @@ from dataclasses import replace
 from megatron_tf.architectures.work import Collective, Collectives, Kind, compute_bytes, hidden_bytes, positions_of
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Precision, RunConfig
+from megatron_tf.config.topology import Axis, Topology
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.estimate import stage_parameters
-from megatron_tf.parallel.topology import Axis, Topology
 
 
 def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:

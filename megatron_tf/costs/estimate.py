@@ -12,8 +12,8 @@ from functools import lru_cache
 from megatron_tf.architectures.work import compute_bytes, positions_of
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Model, Precision, RunConfig
+from megatron_tf.config.topology import Topology, stage_layers
 from megatron_tf.config.validate import plan_batches, topology_for
-from megatron_tf.parallel.topology import Topology, stage_layers
 from megatron_tf.state.parameters import ParameterSpec, parameter_table, shard_range
 
 

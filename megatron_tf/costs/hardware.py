@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_tf.config.schema import Precision
+from megatron_tf.config.topology import Topology
 from megatron_tf.errors import ConfigError
-from megatron_tf.parallel.topology import Topology
 from megatron_tf.telemetry.meters import peak_bf16_flops
 
 GB = 1e9

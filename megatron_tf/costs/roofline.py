@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.topology import Axis, Topology, stage_layers
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.communication import (
     Collective,
@@ -24,7 +25,6 @@ from megatron_tf.costs.communication import (
 from megatron_tf.costs.estimate import flops_per_token, stage_parameters
 from megatron_tf.costs.hardware import Assumptions, Gpu, group_bandwidth
 from megatron_tf.costs.work import Seconds, accumulation_seconds, block_seconds, head_seconds, update_seconds
-from megatron_tf.parallel.topology import Axis, Topology, stage_layers
 
 
 @dataclass(frozen=True)

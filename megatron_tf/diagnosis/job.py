@@ -22,10 +22,10 @@ from megatron_tf.diagnosis.measure import (
 from megatron_tf.diagnosis.software import software_facts
 from megatron_tf.diagnosis.verdict import Link, best_of, judge_devices, judge_facts, judge_links, worst_of
 from megatron_tf.errors import UserError
-from megatron_tf.parallel.facts import COMMAND, agree
-from megatron_tf.parallel.network import interface_problems
-from megatron_tf.parallel.patient_store import Unreachable
-from megatron_tf.parallel.rendezvous import Assembly, Stuck
+from megatron_tf.runtime.facts import COMMAND, agree
+from megatron_tf.runtime.network import interface_problems
+from megatron_tf.runtime.patient_store import Unreachable
+from megatron_tf.runtime.rendezvous import Assembly, Stuck
 
 # What disturbs a whole measurement of a link, others' traffic say, has passed by the next time it is measured.
 LINK_PASSES = 3

@@ -22,7 +22,7 @@ class StepClock:
     """
 
     def __init__(self) -> None:
-        self._on_gpu = torch.cuda.is_available()  # then ranks are on GPUs, see `distributed.join`
+        self._on_gpu = torch.cuda.is_available()  # then ranks are on GPUs, see `runtime.joining`
         self._marks: list[tuple[float | torch.cuda.Event, str]] = []  # from then on it is this phase
         self._open: list[str] = []  # empty: not measuring
         self.names_ranges = False  # also name the phases for a running profiler

@@ -16,6 +16,7 @@ from megatron_tf.checkpoint.architecture import check_evaluable
 from megatron_tf.checkpoint.manager import Ranks, resolve, verify_checkpoint
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.config.schema import DataSource, RunConfig
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import topology_for, validate_layout
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.data.documents import Boundaries, boundaries, find_boundaries
@@ -23,7 +24,9 @@ from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.loader import check_tokenizer, open_tokens
 from megatron_tf.data.summary import known_end, read_summary
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tf.diagnosis.run_facts import run_facts
 from megatron_tf.durable import prepare_output, write_atomically
+from megatron_tf.engine.device import precision_problems
 from megatron_tf.errors import CheckpointError, ConfigError, DataError, LostContactError, UserError, file_errors
 from megatron_tf.evaluation.eval_data import TASK_FOLDER
 from megatron_tf.evaluation.lm_harness import HarnessTasks, check_installed
@@ -37,18 +40,15 @@ from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.model.stage import Stage
-from megatron_tf.parallel.early_mistakes import told_to_all
-from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
-from megatron_tf.parallel.topology import Topology
 from megatron_tf.paths import literal
+from megatron_tf.runtime.agreement import gather, together
+from megatron_tf.runtime.early_mistakes import told_to_all
+from megatron_tf.runtime.environment import LaunchEnvironment
+from megatron_tf.runtime.joining import NO_FACTS, join_ranks, leave
+from megatron_tf.runtime.watchdog import Watchdog, watched
 from megatron_tf.streams import report
 from megatron_tf.telemetry.console import Console
-from megatron_tf.training.agreement import gather, together
-from megatron_tf.training.distributed import NO_FACTS, join_ranks, leave
-from megatron_tf.training.facts import run_facts
-from megatron_tf.training.preflight import precision_problems
-from megatron_tf.training.watchdog import Watchdog, watched
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.config.schema import Model
+from megatron_tf.config.topology import Topology
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import Stage, build_stage
-from megatron_tf.parallel.topology import Topology
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, shard_range
 

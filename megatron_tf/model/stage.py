@@ -8,11 +8,11 @@ from typing import cast
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
+from megatron_tf.config.topology import Topology, stage_layers
 from megatron_tf.model.attention import document_starts
 from megatron_tf.model.context import BlockContext, run_blocks
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.parallel.collectives import receive, send
-from megatron_tf.parallel.topology import Topology, stage_layers
 
 
 class Stage(nn.Module):

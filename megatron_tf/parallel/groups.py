@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_tf.parallel.topology import Axis, Topology
+from megatron_tf.config.topology import Axis, Topology
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A trainer reads every range it owns from one `StateSource` and never knows which kind it is, so that starting,
 resuming and growing are one code path at every layout. Here are the kinds that need no file: `checkpoint.source` has the
-one that reads a checkpoint, `growth.source` and `growth.pruning` those that make another model of it.
+one that reads a checkpoint, `growth.source` and `pruning.source` those that make another model of it.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from typing import Any
 
 from megatron_tf.config.load import dump_config, load_config
 from megatron_tf.config.schema import Growth, GrowthMethods, RunConfig
+from megatron_tf.diagnosis.run_facts import settings
 from megatron_tf.durable import open_plain, read_plain, write_atomically
 from megatron_tf.errors import ConfigError, file_errors
 from megatron_tf.growth.source import PRUNED
-from megatron_tf.training.facts import settings
 from megatron_tf.training.start import Start
 from megatron_tf.training.warm_start import EVENT, KEY
 

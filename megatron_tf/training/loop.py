@@ -17,7 +17,8 @@ from megatron_tf.data.prefetch import Prefetcher
 from megatron_tf.engine.base import Engine, StepResult
 from megatron_tf.engine.step_clock import describe_shares
 from megatron_tf.errors import RunStopped
-from megatron_tf.parallel.stop_signals import StopSignals, describe_request
+from megatron_tf.runtime.stop_signals import StopSignals, describe_request
+from megatron_tf.runtime.watchdog import TRAINING, Watchdog
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.meters import MeanMeter, ThroughputMeter, format_duration, format_perplexity, perplexity
 from megatron_tf.telemetry.trackers import Trackers
@@ -28,7 +29,6 @@ from megatron_tf.training.profiler import StepProfiler
 from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Progress, Start
 from megatron_tf.training.step_metrics import StepMetrics
-from megatron_tf.training.watchdog import TRAINING, Watchdog
 
 
 class Trainer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -12,9 +12,10 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import memory_per_rank
 from megatron_tf.data.outlook import vocabulary_problem
+from megatron_tf.engine.device import accelerator_problems, precision_problems
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import chain_problems
-from megatron_tf.parallel.environment import LaunchEnvironment
+from megatron_tf.runtime.environment import LaunchEnvironment
 
 GIB = 2**30
 # Activations are an estimate, which may be beside the truth by this factor.
@@ -42,24 +43,6 @@ def preflight(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> No
     wrong += chain_problems(stages)
     if wrong or lacking:
         raise ConfigError(wrong + lacking)
-
-
-def accelerator_problems(environ: Mapping[str, str]) -> Iterator[str]:
-    """A DeepSpeed that is told to use another device than PyTorch has here. It reads this when it is imported."""
-    name, device = environ.get("DS_ACCELERATOR"), "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in (None, device):
-        remedy = "hide the GPUs with CUDA_VISIBLE_DEVICES=" if device == "cuda" else "use a machine with a GPU"
-        yield f"DS_ACCELERATOR={name}, but PyTorch's device here is {device}. Unset it, or {remedy}."
-
-
-def precision_problems(config: RunConfig) -> Iterator[str]:
-    """Compute types that DeepSpeed refuses on a CPU."""
-    if config.training.precision != "fp16" or torch.cuda.is_available():
-        return
-    from megatron_tf.engine.deepspeed.patches import has_fp16
-
-    if not has_fp16():
-        yield "training.precision: fp16 needs a GPU, and this machine's CPU has no fp16. Set it to bf16 or fp32."
 
 
 def memory_problems(config: RunConfig, world_size: int, available: int) -> Iterator[str]:

@@ -18,14 +18,17 @@ from megatron_tf.checkpoint.manager import Ranks
 from megatron_tf.checkpoint.step_zero import state_bytes
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import DataSource, RunConfig
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
 from megatron_tf.costs.plan import describe, room_warning
 from megatron_tf.data.documents import LossMask, find_boundaries
 from megatron_tf.data.loader import Batch, BatchLoader, build_dataset, check_tokenizer, fingerprint, source_names
 from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over
 from megatron_tf.data.prefetch import Prefetcher
+from megatron_tf.diagnosis.run_facts import run_facts
 from megatron_tf.durable import write_atomically
 from megatron_tf.engine.base import Engine
+from megatron_tf.engine.deepspeed.joining import join
 from megatron_tf.errors import (
     ConfigError,
     DataError,
@@ -38,25 +41,23 @@ from megatron_tf.errors import (
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.precision import DTYPES
-from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import Group, make_group
-from megatron_tf.parallel.stop_signals import StopSignals
-from megatron_tf.parallel.topology import Topology
+from megatron_tf.runtime.agreement import from_rank_zero, gather, together
+from megatron_tf.runtime.environment import LaunchEnvironment
+from megatron_tf.runtime.joining import NO_FACTS, leave
+from megatron_tf.runtime.run_lock import locked
+from megatron_tf.runtime.stop_signals import StopSignals
+from megatron_tf.runtime.watchdog import Watchdog, watched
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import open_trackers
 from megatron_tf.training.account import account, earlier_settings, keep_config
-from megatron_tf.training.agreement import from_rank_zero, gather, together
-from megatron_tf.training.distributed import NO_FACTS, join, leave
-from megatron_tf.training.facts import run_facts
 from megatron_tf.training.growth_proof import Probe, compare, probe
 from megatron_tf.training.health import HealthProbe
 from megatron_tf.training.loop import Trainer
 from megatron_tf.training.profiler import StepProfiler
-from megatron_tf.training.run_lock import locked
 from megatron_tf.training.saving import Saver
 from megatron_tf.training.shared_folder import check_shared
 from megatron_tf.training.start import Start, begin, checkpoints_folder, choose, first_stage_to_run
-from megatron_tf.training.watchdog import Watchdog, watched
 
 
 def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: StopSignals) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER, UNFINISHED_PREFIX
 from megatron_tf.errors import ConfigError
-from megatron_tf.training.agreement import from_rank_zero, together
+from megatron_tf.runtime.agreement import from_rank_zero, together
 
 # A network file system shows a new file to other nodes within this.
 PATIENCE_SECONDS = 30.0

@@ -16,11 +16,11 @@ from megatron_tf.architectures.tokenformer.block import tokenformer_block
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel
 from megatron_tf.config.architectures import ARCHITECTURES
 from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.topology import Topology
 from megatron_tf.model import build_model
 from megatron_tf.model.context import BlockContext, Reports
 from megatron_tf.model.layers import Block, TensorParallel
-from megatron_tf.parallel.topology import Topology
-from megatron_tf.training.layout_check import Layout, compare, reference, run_layouts
+from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
 
 
 class PenaltyModel(TokenFormerModel):

@@ -25,6 +25,7 @@ from megatron_tf.config import load_config
 from megatron_tf.config.architectures import ARCHITECTURES
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import Growth, Model, RunConfig
+from megatron_tf.config.topology import Topology
 from megatron_tf.costs.estimate import memory_per_rank, num_parameters
 from megatron_tf.costs.plan import describe
 from megatron_tf.errors import CheckpointError, ConfigError
@@ -33,10 +34,9 @@ from megatron_tf.model import build_model
 from megatron_tf.model.layers import Block, TensorParallel
 from megatron_tf.parallel.collectives import copy_to, reduce_from
 from megatron_tf.parallel.groups import Group
-from megatron_tf.parallel.topology import Topology
 from megatron_tf.state.sources import InitialSource
-from megatron_tf.training.layout_check import Layout, compare, reference, run_layouts
-from megatron_tf.training.resume_check import Setting, check_resumes
+from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
+from megatron_tf.verification.resume import Setting, check_resumes
 
 
 class GatedModel(TokenFormerModel):

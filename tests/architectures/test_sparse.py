@@ -15,6 +15,7 @@ from megatron_tf.checkpoint.architecture import check_format, check_prunable
 from megatron_tf.config import load_config
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import flops_per_token, num_parameters
 from megatron_tf.costs.plan import describe
@@ -23,11 +24,10 @@ from megatron_tf.growth.rules import growth_problems
 from megatron_tf.model import build_model
 from megatron_tf.model.context import BlockContext
 from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
-from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import cross_entropy
 from megatron_tf.state.parameters import initial_scales, parameter_table, shard_range
-from megatron_tf.training.layout_check import Layout, compare, reference, run_layouts
-from megatron_tf.training.resume_check import Setting, check_resumes
+from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
+from megatron_tf.verification.resume import Setting, check_resumes
 
 TOKENS = {"qkv": 13, "proj": 11, "ffn": 69}
 

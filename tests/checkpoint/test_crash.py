@@ -14,7 +14,7 @@ import torch
 from megatron_tf.checkpoint.manager import find_latest
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.writer import FAULT_POINTS, REPLACING_POINT
-from megatron_tf.parallel.local_ranks import IMPORTS
+from megatron_tf.runtime.local_ranks import IMPORTS
 
 NUMEL = 30_000
 

@@ -29,8 +29,8 @@ from megatron_tf.growth.grow import grow
 from megatron_tf.growth.source import growth_entry
 from megatron_tf.inference.cache import CachedModel
 from megatron_tf.inference.load import load_model
-from megatron_tf.inference.pruning import pruned_start
 from megatron_tf.inference.sampling import generate
+from megatron_tf.pruning.measure import pruned_start
 from megatron_tf.state.optimizer_states import STATES
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import InitialSource

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import plan_batches, topology_for, validate
 from megatron_tf.errors import ConfigError
-from megatron_tf.parallel.topology import Topology
 
 
 def problems_of(config, world_size):

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tf.config import load_config
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import topology_for
 from megatron_tf.costs import estimate
 from megatron_tf.costs.plan import describe
-from megatron_tf.parallel.topology import Topology
 from megatron_tf.state.parameters import parameter_table, shard_range
 
 CONFIGS = Path(__file__).parents[2] / "configs"

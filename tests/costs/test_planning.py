@@ -9,6 +9,7 @@ import pytest
 
 from megatron_tf.config import load_config
 from megatron_tf.config.stages import load_stages
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import plan_batches, topology_for, validate
 from megatron_tf.costs.chain import chain_costs
 from megatron_tf.costs.checkpoints import (
@@ -25,7 +26,6 @@ from megatron_tf.costs.hardware import GPUS, Assumptions, find_gpu, group_bandwi
 from megatron_tf.costs.layouts import estimate, ranked
 from megatron_tf.costs.roofline import step_time
 from megatron_tf.errors import ConfigError
-from megatron_tf.parallel.topology import Topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ASSUMED = Assumptions()

@@ -18,8 +18,8 @@ from megatron_tf.diagnosis.job import Diagnosis, examine
 from megatron_tf.diagnosis.measure import bus_bandwidth, ring_rounds
 from megatron_tf.diagnosis.verdict import Link
 from megatron_tf.errors import exit_now
-from megatron_tf.parallel.local_ranks import start_ranks
-from megatron_tf.parallel.rendezvous import Assembly
+from megatron_tf.runtime.local_ranks import start_ranks
+from megatron_tf.runtime.rendezvous import Assembly
 
 CULPRIT = 1
 # Ranks on two shared cores disturb one another; what the tests slow down is slower than that by far.

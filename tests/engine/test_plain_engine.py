@@ -16,16 +16,16 @@ from torch.nn import functional as F
 
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.writer import Piece
+from megatron_tf.config.topology import Topology
 from megatron_tf.engine.base import Age, Engine, StepResult
 from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import build_stage
-from megatron_tf.parallel.environment import detect
-from megatron_tf.parallel.local_ranks import start_ranks
-from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import IGNORED
+from megatron_tf.runtime.environment import detect
+from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.parameters import parameter_table
 
 
@@ -146,7 +146,7 @@ _COMPLETE: Engine = PlainEngine.__new__(PlainEngine)
 def _train(rank: int, plain: bool, *configs) -> None:
     """Runs one after the other in a process of their own."""
     from megatron_tf.engine.deepspeed import engine
-    from megatron_tf.parallel.stop_signals import StopSignals
+    from megatron_tf.runtime.stop_signals import StopSignals
     from megatron_tf.training.run import train
 
     torch.set_num_threads(1)

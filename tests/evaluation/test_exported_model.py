@@ -8,13 +8,13 @@ from tooling import tool
 
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.step_zero import write_step_zero
+from megatron_tf.config.topology import Topology
 from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.evaluation.lm_harness import run_tasks
 from megatron_tf.evaluation.paper import TASKS
 from megatron_tf.evaluation.scoring import Scorer
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
-from megatron_tf.parallel.topology import Topology
 from megatron_tf.state.sources import InitialSource, StepZero
 
 

@@ -12,6 +12,7 @@ from harness_data import tokenizer_for_tests
 
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.step_zero import write_step_zero
+from megatron_tf.config.topology import Topology
 from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.evaluation import lm_harness
@@ -24,7 +25,6 @@ from megatron_tf.inference.load import load_model
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import make_group
-from megatron_tf.parallel.topology import Topology
 from megatron_tf.state.sources import InitialSource, StepZero
 
 LENGTH = 48

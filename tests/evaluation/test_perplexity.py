@@ -9,6 +9,7 @@ from distributed import spawn
 from torch.nn.functional import cross_entropy
 
 from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.config.topology import Topology
 from megatron_tf.data.documents import LossMask
 from megatron_tf.data.indexed import IndexedDataset, IndexedWriter
 from megatron_tf.errors import DataError
@@ -18,7 +19,6 @@ from megatron_tf.inference.load import load_model
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import make_group
-from megatron_tf.parallel.topology import Topology
 
 # Sums of some thousand fp64 numbers in another order: 1e-16 each.
 TOLERANCE = 1e-12

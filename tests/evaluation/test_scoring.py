@@ -8,13 +8,13 @@ from distributed import spawn
 from torch.nn.functional import log_softmax
 
 from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.config.topology import Topology
 from megatron_tf.errors import ArgumentError
 from megatron_tf.evaluation.scoring import Scorer, score_continuations
 from megatron_tf.inference.load import load_model
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import make_group
-from megatron_tf.parallel.topology import Topology
 
 
 def requests():

@@ -17,10 +17,10 @@ from launching import EVALUATE, TRAIN, free_port
 from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.config.load import load_config
 from megatron_tf.errors import LOST_EXIT_CODE
-from megatron_tf.parallel.local_ranks import IMPORTS
+from megatron_tf.runtime import watchdog
+from megatron_tf.runtime.local_ranks import IMPORTS
 from megatron_tf.state.sources import InitialSource, StepZero
 from megatron_tf.telemetry.console import quiet_libraries
-from megatron_tf.training import watchdog
 
 HANG_SECONDS = 2
 BUSY = 0  # instead of a signal: the rank is busy for longer than that

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 # in place of launch/train.py; its first argument says how it behaves
 RANK = """
 import os, signal, sys, time
-from megatron_tf.parallel.environment import detect
+from megatron_tf.runtime.environment import detect
 
 heard = []
 for number in (signal.SIGUSR1, signal.SIGTERM):

@@ -12,18 +12,19 @@ from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checkpoint.writer import save_checkpoint
 from megatron_tf.config.schema import Growth
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import plan_batches
+from megatron_tf.engine.deepspeed.joining import join
 from megatron_tf.errors import CheckpointError
 from megatron_tf.growth.grow import grown_source
-from megatron_tf.parallel.environment import LaunchEnvironment
 from megatron_tf.parallel.groups import make_group
-from megatron_tf.parallel.local_ranks import start_ranks
-from megatron_tf.parallel.topology import Topology
+from megatron_tf.runtime.environment import LaunchEnvironment
+from megatron_tf.runtime.joining import leave
+from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import InitialSource
-from megatron_tf.training.distributed import join, leave
 from megatron_tf.training.growth_proof import compare, probe
-from megatron_tf.training.layout_check import Layout, batches
+from megatron_tf.verification.layout import Layout, batches
 
 
 def start(rank, world, folder):

@@ -7,12 +7,12 @@ from torch.nn.functional import gelu
 
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.step_zero import write_step_zero
+from megatron_tf.config.topology import Topology
 from megatron_tf.inference.load import load_model
-from megatron_tf.inference.pruning import visit_projections
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import make_group
-from megatron_tf.parallel.topology import Topology
+from megatron_tf.pruning.measure import visit_projections
 from megatron_tf.state.parameters import projections
 from megatron_tf.state.sources import InitialSource, StepZero
 from megatron_tf.training.health import DEAD_BELOW, HealthProbe

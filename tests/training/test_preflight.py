@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_tf.errors import ConfigError
-from megatron_tf.parallel.environment import LaunchEnvironment
-from megatron_tf.training.preflight import accelerator_problems, memory_problems, precision_problems, preflight
+from megatron_tf.runtime.environment import LaunchEnvironment
+from megatron_tf.training.preflight import memory_problems, preflight
 
 ALONE = LaunchEnvironment("python", 0, 1, 0, 1, "127.0.0.1", 0)
 # rank 8 of 16 on two nodes
@@ -38,7 +38,6 @@ def test_rules_files_and_device_come_together(config, monkeypatch):
     bad = config(parallel={"pipeline": 3}, training={"precision": "fp16"})
     keys = [problem.partition(":")[0] for problem in problems_of([bad])]
     assert keys == ["parallel", "parallel.pipeline", "data.train[0].path", "training.precision"]
-    assert list(precision_problems(config(training={"precision": "bf16"}))) == []
 
 
 def test_a_problem_of_a_chain_names_its_stage(good, config):
@@ -56,7 +55,6 @@ def test_accelerator_that_is_not_here(good, name, monkeypatch):
     assert problems_of([fp16, good]) == [
         f"DS_ACCELERATOR={name}, but PyTorch's device here is cpu. Unset it, or use a machine with a GPU."
     ]
-    assert list(accelerator_problems({})) == list(accelerator_problems({"DS_ACCELERATOR": "cpu"})) == []
 
 
 def test_memory(good):

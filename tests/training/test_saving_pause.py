@@ -13,15 +13,16 @@ import torch.multiprocessing
 from saving import Recorder
 
 from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import plan_batches
-from megatron_tf.parallel.environment import LaunchEnvironment
+from megatron_tf.engine.deepspeed.joining import join
 from megatron_tf.parallel.groups import make_group
-from megatron_tf.parallel.topology import Topology
+from megatron_tf.runtime.environment import LaunchEnvironment
+from megatron_tf.runtime.joining import leave
 from megatron_tf.state.sources import InitialSource
 from megatron_tf.telemetry.trackers import Trackers
-from megatron_tf.training.distributed import join, leave
-from megatron_tf.training.layout_check import batches
 from megatron_tf.training.start import Progress
+from megatron_tf.verification.layout import batches
 
 LARGEST_SHARE = 0.15
 ROUNDS = 5

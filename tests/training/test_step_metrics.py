@@ -10,7 +10,7 @@ from megatron_tf.config.validate import plan_batches
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.summary import CorpusSummary, bytes_per_token, write_summary
 from megatron_tf.engine.base import StepResult
-from megatron_tf.parallel.local_ranks import start_ranks
+from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.telemetry import memory
 from megatron_tf.telemetry.meters import Rates
 from megatron_tf.training import step_metrics

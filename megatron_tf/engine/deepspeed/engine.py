@@ -22,6 +22,7 @@ from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.deepspeed_config import deepspeed_config
 from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import BatchPlan
 from megatron_tf.data.loader import Batch
 from megatron_tf.engine.base import Age, StepResult
@@ -34,7 +35,6 @@ from megatron_tf.errors import CheckpointError
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group
-from megatron_tf.parallel.topology import Topology
 from megatron_tf.parallel.vocab import IGNORED
 from megatron_tf.state.parameters import ParameterSpec, parameter_table
 from megatron_tf.state.sources import StateSource

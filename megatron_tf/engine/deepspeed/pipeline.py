@@ -19,11 +19,11 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
+from megatron_tf.config.topology import Topology, stage_layers
 from megatron_tf.model.attention import document_starts
 from megatron_tf.model.context import BlockContext, run_blocks
 from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.model.stage import Stage, neighbours
-from megatron_tf.parallel.topology import Topology, stage_layers
 from megatron_tf.parallel.vocab import IGNORED, cross_entropy
 from megatron_tf.state.parameters import EMBEDDING, ParameterSpec, parameter_table, shard_range
 

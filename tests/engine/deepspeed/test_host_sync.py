@@ -8,14 +8,15 @@ from collections import Counter
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import plan_batches
-from megatron_tf.parallel.environment import LaunchEnvironment
+from megatron_tf.engine.deepspeed.joining import join
 from megatron_tf.parallel.groups import make_group
-from megatron_tf.parallel.local_ranks import start_ranks
-from megatron_tf.parallel.topology import Topology
+from megatron_tf.runtime.environment import LaunchEnvironment
+from megatron_tf.runtime.joining import leave
+from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.sources import InitialSource
-from megatron_tf.training.distributed import join, leave
-from megatron_tf.training.layout_check import batches
+from megatron_tf.verification.layout import batches
 
 # Operators whose result, or its shape, the host must know before it can go on.
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim")

@@ -1,0 +1,261 @@
+"""Measuring what the parameter tokens of a model contribute on real data, and dropping those that contribute least.
+
+`pruning.criterion` has the criterion and the maths. All projections are measured in the whole model, over the same data,
+before any of them loses a token. Memory is the model's weights, the state of one block on a few samples, and a number
+a token; every projection of every layer makes its own selection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.checkpoint.source import CheckpointSource
+from megatron_tf.checks import check_whole_number
+from megatron_tf.config.schema import DataSource, Model
+from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
+from megatron_tf.errors import CheckpointError, DataError, UserError
+from megatron_tf.growth.source import PRUNED, growth_entry
+from megatron_tf.inference.load import run_config
+from megatron_tf.model.layers import Pattention
+from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.paths import literal
+from megatron_tf.pruning.criterion import largest, summed_contributions, summed_scale_terms
+from megatron_tf.pruning.source import PrunedSource
+from megatron_tf.state.parameters import parameter_table, projections
+from megatron_tf.state.sources import StepZero
+
+DEFAULT_SAMPLES = 64
+_SEED = 0  # of the order that samples are taken in: which they are depends on the data and on seq_length alone
+_BATCH_TOKENS = 2048
+Batch = tuple[Tensor, Tensor]  # input ids and labels, each int64 [b, s]
+
+
+def target_counts(text: str, old: Mapping[str, int]) -> dict[str, int]:
+    """The smaller counts that the `--tokens` "qkv=96,ffn=384" means; what it does not name stays.
+
+    UserError with all that is wrong.
+    """
+    counts, given, problems = dict(old), set(), []
+    for part in text.split(","):
+        kind, _, number = (piece.strip() for piece in part.partition("="))
+        if kind not in counts or not (number.isascii() and number.isdigit()):
+            problems.append(f"--tokens: {part!r} is not KIND=N with a KIND of {', '.join(counts)}.")
+        elif kind in given:
+            problems.append(f"--tokens: names {kind} twice.")
+        elif not 1 <= int(number) < old[kind]:
+            problems.append(
+                f"--tokens: {kind} is {int(number)}, the checkpoint has {old[kind]}. Choose 1 to {old[kind] - 1}, or leave "
+                f"{kind} out to keep all."
+            )
+        else:
+            counts[kind] = int(number)
+        given.add(kind)
+    if problems:
+        raise UserError("\n".join(problems))
+    return counts
+
+
+def check_run_tokenizer(checkpoint: Path, prefix: str) -> bool:
+    """DataError when the data `prefix` were prepared with another tokenizer than what the checkpoint's run trained on.
+
+    False when the run's config.yml, which names its tokenizer and data, is not there to compare with.
+    """
+    config = run_config(checkpoint)
+    if config is None:
+        return False
+    data = config.data
+    tokenizer = data.tokenizer if data.tokenizer is not None and Path(data.tokenizer).is_file() else None
+    check_tokenizer([*data.train, DataSource(path=literal(prefix))], tokenizer)
+    return True
+
+
+class DataSample:
+    """Two disjoint parts of prepared data: `measured` for contributions and τ, `held` for the loss.
+
+    `prefix`: of the .bin/.idx pair.  `samples`: of `model.seq_length` tokens in each part; None takes DEFAULT_SAMPLES,
+    or half of the data when there is less. DataError when the data are missing, of another vocabulary, or fewer than
+    asked for.
+    """
+
+    def __init__(self, prefix: str, model: Model, samples: int | None):
+        dataset = build_dataset([DataSource(path=literal(prefix))], model.seq_length, _SEED, model.vocab_size)
+        available = dataset.sources[0].samples_per_epoch
+        if available < 2:
+            raise DataError(
+                f"{prefix}: has {available} sample of {model.seq_length} tokens, and one is needed to measure and "
+                f"another one for the loss. Prepare more text."
+            )
+        self.samples = min(DEFAULT_SAMPLES, available // 2) if samples is None else samples
+        if not 1 <= self.samples <= available // 2:
+            raise DataError(
+                f"--samples: {self.samples} to measure and as many others for the loss are asked of {prefix}, which has "
+                f"{available} of {model.seq_length} tokens. Choose 1 to {available // 2}."
+            )
+        self._loader = BatchLoader(
+            dataset, micro_batch_size=1, num_micro_batches=self.samples, data_rank=0, data_size=1,
+            vocab_size=model.vocab_size,
+        )  # fmt: skip
+        self._together = max(1, _BATCH_TOKENS // model.seq_length)
+
+    @property
+    def measured(self) -> Iterable[Batch]:
+        return self._batches(0)
+
+    @property
+    def held(self) -> Iterable[Batch]:
+        return self._batches(self.samples)
+
+    @property
+    def num_batches(self) -> int:
+        """Of each part."""
+        return -(-self.samples // self._together)
+
+    def _batches(self, first: int) -> Iterator[Batch]:
+        waiting: list[Batch] = []
+        for number, sample in enumerate(self._loader.step_batches(first), 1):
+            waiting.append(sample)
+            if len(waiting) == self._together or number == self.samples:
+                yield torch.cat([ids for ids, _ in waiting]), torch.cat([labels for _, labels in waiting])
+                waiting = []
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens that stay. `kept`: rows, ascending, of each projection that loses tokens.
+
+    `dropped_share`: of all contributions to that projection, what the tokens that go have contributed, 0 to 1.
+    """
+
+    kept: dict[str, Tensor]
+    dropped_share: dict[str, float]
+
+
+@torch.no_grad()
+def select_tokens(model: TokenFormer, batches: Iterable[Batch], counts: Mapping[str, int]) -> Selection:
+    """For each projection that has more, the `counts` tokens of its kind that contribute most.
+
+    CheckpointError when the model is not finite. ArgumentError when it has fewer.
+    """
+    specs = projections(model.config)
+    for kind, tokens in {spec.kind: spec.tokens for spec in specs.values()}.items():
+        check_whole_number(f"counts.{kind}", counts[kind], 1, tokens)
+    shrinking = [name for name, spec in specs.items() if counts[spec.kind] < spec.tokens]
+    totals: dict[str, Tensor] = {}
+
+    def add(name: str, projection: Pattention, x: Tensor) -> None:
+        summed = summed_contributions(
+            x, projection.key_tokens, projection.value_tokens, projection.scale, projection.activation
+        )
+        totals[name] = totals[name] + summed if name in totals else summed
+
+    for ids, _ in batches:
+        visit_projections(model, ids, shrinking, add)
+    kept, dropped = {}, {}
+    for name, total in totals.items():
+        if not total.isfinite().all():
+            raise CheckpointError(
+                f"{name}: what its tokens contribute is not finite: the training diverged. Use an earlier checkpoint."
+            )
+        kept[name] = largest(total, counts[specs[name].kind])
+        whole = float(total.sum())
+        dropped[name] = 1 - float(total[kept[name]].sum()) / whole if whole else 0.0
+    return Selection(kept, dropped)
+
+
+@torch.no_grad()
+def fit_scales(model: TokenFormer, batches: Iterable[Batch], kept: Mapping[str, Tensor]) -> dict[str, float]:
+    """τ' of the projections in `kept`, with which their outputs stay closest, see `pruning.criterion`."""
+    sums = {name: [0.0, 0.0] for name in kept}
+
+    def add(name: str, projection: Pattention, x: Tensor) -> None:
+        above, below = summed_scale_terms(
+            x, projection.key_tokens, projection.value_tokens, kept[name], projection.scale, projection.activation
+        )
+        sums[name][0] += above
+        sums[name][1] += below
+
+    for ids, _ in batches:
+        visit_projections(model, ids, kept, add)
+    # A projection whose output is 0 has no best τ, and one that should change its sign none that is positive.
+    return {
+        name: model.scales[name] * (above / below if above > 0 and below > 0 else 1.0)
+        for name, (above, below) in sums.items()
+    }
+
+
+@torch.no_grad()
+def drop_tokens(model: TokenFormer, kept: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
+    """Leave each projection in `kept` with these rows and its τ in `scales`; in place, one projection at a time."""
+    for name, rows in kept.items():
+        projection = model.get_submodule(name)
+        assert isinstance(projection, Pattention)
+        projection.key_tokens = nn.Parameter(projection.key_tokens[rows])
+        projection.value_tokens = nn.Parameter(projection.value_tokens[rows])
+        projection.scale = model.scales[name] = scales[name]
+
+
+@torch.no_grad()
+def mean_loss(model: TokenFormer, batches: Iterable[Batch]) -> float:
+    """Mean cross-entropy a token, in nats. CheckpointError when it is not finite."""
+    total, tokens = 0.0, 0
+    for ids, labels in batches:
+        for row, targets in zip(ids.split(1), labels.split(1)):  # logits of one sample are many enough
+            total += float(F.cross_entropy(model(row)[0].float(), targets[0], reduction="sum"))
+        tokens += labels.numel()
+    if not math.isfinite(total):
+        raise CheckpointError("the model's loss is not finite: its training diverged. Use an earlier checkpoint.")
+    return total / tokens
+
+
+def pruned_start(
+    reader: CheckpointReader,
+    model: Model,
+    kept: Mapping[str, Tensor],
+    scales: Mapping[str, float],
+    measured: Mapping[str, Any],
+) -> StepZero:
+    """Step 0 of the smaller `model`, at the position in the data where the checkpoint stands, ready to be written.
+
+    `kept`, `scales`: see `Selection` and `fit_scales`.  `measured`: goes into the history entry, such as both losses.
+    """
+    index = reader.index
+    source = PrunedSource(CheckpointSource(reader), parameter_table(model), kept, scales)
+    entry = growth_entry(
+        method=PRUNED, moments="keep", source=str(reader.path), step=index.step, samples=index.samples,
+        tokens=index.tokens, old_model=stored_model(index), new_model=model,
+    )  # fmt: skip
+    history = (*index.growth_history, {**entry, "preserves": False, **measured})
+    # Of a start's source only what every `StateSource` has is needed to write it.
+    return StepZero(source, index.samples, index.tokens, history)
+
+
+def visit_projections(
+    model: TokenFormer, ids: Tensor, names: Iterable[str], visit: Callable[[str, Pattention, Tensor], None]
+) -> None:
+    """Calls visit(name, projection, x [s·b, d]) for the input x of each projection of `names` while the model reads ids
+    [b, s], in model order.
+    """
+    observed = {name: model.get_submodule(name) for name in names}
+    try:
+        for name, projection in observed.items():
+            assert isinstance(projection, Pattention)
+            projection.observer = partial(_visit, visit, name, projection)
+        model.hidden_states(ids)
+    finally:
+        for projection in observed.values():
+            projection.observer = None  # type: ignore[assignment]
+
+
+def _visit(visit: Callable[[str, Pattention, Tensor], None], name: str, projection: Pattention, x: Tensor) -> None:
+    visit(name, projection, x.flatten(0, -2))

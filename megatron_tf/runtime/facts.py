@@ -1,0 +1,95 @@
+"""Facts that all ranks must have in common, compared when they meet: what differs is named, with rank, host and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_tf.errors import DisagreementError, shortened
+from megatron_tf.runtime.rendezvous import Assembly
+
+Facts = Mapping[str, str]
+NOT_SET = "not set"
+COMMAND = "the command"
+MOST_DIFFERENCES = 12  # that a message names
+MOST_RANKS = 4  # named for a value
+VALUE_LIMIT = 120  # characters
+REMEDY = (
+    "Start every rank with the same command and environment, and give every node the same code, libraries and files. If "
+    "ranks of two runs have met, give each run a MASTER_PORT of its own (`deepspeed --master_port PORT`)."
+)
+
+
+def agree(assembly: Assembly, facts: Facts, problems: Sequence[str] = (), gpu: str = "") -> None:
+    """DisagreementError on all ranks when `facts` are not the same on all of them, or when one has `problems`.
+
+    A fact's name and value read "NAME is VALUE". `problems` are sentences with their remedy. `gpu`: what this rank's is
+    known by; no two ranks may have the same. Stuck as the assembly is.
+    """
+    reference = assembly.share("facts of rank 0", dict(facts))
+    report = {"differs": differing(facts, reference), "problems": list(problems), "gpu": gpu}
+    reports = assembly.collect("differences", report)
+    verdict = assembly.share("verdict on facts", _verdict(assembly, reference, reports))
+    if verdict:
+        assembly.farewell()
+        raise DisagreementError(verdict)
+
+
+def differing(facts: Facts, reference: Facts) -> dict[str, str]:
+    """Those of `facts` that are not as in `reference`, NOT_SET standing for what only one of them has.
+
+    Of another command it is that alone.
+    """
+    if facts.get(COMMAND) != reference.get(COMMAND):
+        facts, reference = ({COMMAND: some.get(COMMAND, NOT_SET)} for some in (facts, reference))
+    names = [*reference, *(name for name in facts if name not in reference)]
+    values = {name: facts.get(name, NOT_SET) for name in names}
+    return {name: value for name, value in values.items() if value != reference.get(name, NOT_SET)}
+
+
+def differences(reference: Facts, by_rank: Sequence[Facts], names: Sequence[str]) -> Iterator[str]:
+    """A sentence for each fact of which a rank has another value than rank 0's, `reference`.
+
+    `by_rank`: what each rank finds `differing`. `names`: of the ranks.
+    """
+    for fact in dict.fromkeys(fact for own in by_rank for fact in own):
+        ranks: dict[str, list[str]] = {}
+        for name, own in zip(names, by_rank):
+            if fact in own:
+                ranks.setdefault(own[fact], []).append(name)
+        values = [f"{_shown(reference.get(fact, NOT_SET))} on {names[0]}"]
+        values += [f"{_shown(value)} on {listed(who)}" for value, who in ranks.items()]
+        yield f"{fact} is {' and '.join(values)}"
+
+
+def listed(names: Sequence[str], most: int = MOST_RANKS) -> str:
+    """Names of ranks, not more than `most`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _verdict(assembly: Assembly, reference: Facts, reports: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong, in words; "" if nothing is, and on other ranks than 0."""
+    names = [assembly.name(rank) for rank in range(len(reports))]
+    found = list(differences(reference, [report["differs"] for report in reports], names))
+    sentences = found[:MOST_DIFFERENCES]
+    if len(found) > MOST_DIFFERENCES:
+        sentences.append(f"and {len(found) - MOST_DIFFERENCES} more differences")
+    who: dict[str, list[str]] = {}
+    by_gpu: dict[str, list[str]] = {}
+    for name, report in zip(names, reports):
+        by_gpu.setdefault(report["gpu"], []).append(name)
+        for problem in report["problems"]:
+            who.setdefault(problem, []).append(name)
+    parts = [f"on {listed(ranks)}: {problem}" for problem, ranks in who.items()]
+    parts += [
+        f"{listed(ranks)} use the same GPU, {gpu}. Start a rank for each GPU, with a LOCAL_RANK of its own on its node."
+        for gpu, ranks in by_gpu.items()
+        if gpu and len(ranks) > 1
+    ]
+    if sentences:
+        parts.append("the ranks would not do the same work:\n  - " + "\n  - ".join(sentences) + f"\n{REMEDY}")
+    return "\n".join(parts)
+
+
+def _shown(value: str) -> str:
+    return shortened(value, VALUE_LIMIT)

@@ -1,0 +1,232 @@
+"""Bringing ranks together step by step, so that a rank that is missing or stuck is known by name.
+
+torch's own rendezvous and collectives only say that somebody did not come. Here every rank leaves a mark in the
+key-value store before and after each phase; whoever waits too long reads who left none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from megatron_tf.errors import DisagreementError, LaunchError
+from megatron_tf.runtime.environment import LaunchEnvironment, check_port_free, wait_for_port
+from megatron_tf.runtime.patient_store import STORE_ERRORS, PatientStore, Result, Unreachable, within
+
+FAREWELL_SECONDS = 5.0
+ALL_HERE = "all here"
+# A store that is alive answers in less, whatever else the ranks wait for.
+ANSWER_SECONDS = 60.0
+# A process may meet the others more than once, in a store of torchrun's that outlives the meeting.
+_MEETINGS = itertools.count()
+
+
+class Stuck(Exception):
+    """Ranks did not come, or did not come back. `ranks`: which; `phase`: where."""
+
+    def __init__(self, ranks: list[int], phase: str, what: str):
+        super().__init__(f"{what} in {phase}")
+        self.ranks, self.phase, self.what = ranks, phase, what
+
+
+def open_store(environment: LaunchEnvironment, timeout_seconds: float) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 opens (torchrun: its agent). LaunchError when it is not found."""
+    address, port, rank = environment.master_addr, environment.master_port, environment.rank
+    by_agent = environment.launcher == "torchrun"
+    if rank > 0 or by_agent:
+        wait_for_port(address, port, timeout_seconds, environment.address_from)
+    else:
+        check_port_free(address, port, environment.address_from)
+    try:
+        store = dist.TCPStore(
+            address, port, is_master=rank == 0 and not by_agent,
+            timeout=timedelta(seconds=timeout_seconds), wait_for_workers=False,
+        )  # fmt: skip
+    except STORE_ERRORS as error:
+        raise LaunchError(
+            f"rank {rank} could not reach the store at MASTER_ADDR={address}, MASTER_PORT={port}: "
+            f"{str(error).partition(chr(10))[0]}"
+        ) from error
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"meeting {start}.{next(_MEETINGS)}", store)
+
+
+class Assembly:
+    """The ranks of a job around a store. Every method but `tell` and `hear` is called by all ranks, in the same order.
+
+    First of all they `meet`.
+
+    Only rank 0 reads what each of the others wrote, so that thousands of ranks do not ask for thousands of things each.
+    Every method raises Unreachable when the store does not answer. Phases have names of their own each.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float):
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout_seconds
+        self._store = PatientStore(store, min(timeout_seconds, ANSWER_SECONDS))
+        self._names: list[str] = [f"rank {rank}" for rank in range(world_size)]
+
+    def name(self, rank: int) -> str:
+        """ "rank 3 (node7)"; without the host until `meet` has heard of it."""
+        return self._names[rank]
+
+    def meet(self, run: str = "") -> list[str]:
+        """The host of every rank. `run`: what tells a run's ranks from those of other runs, the same on all of them.
+
+        Stuck, with the ranks that did not come in time. LaunchError, on this rank alone, when the store belongs to
+        another run. DisagreementError, on all ranks, when they do not have the numbers of one run.
+        """
+        host = socket.gethostname()
+        if self.rank == 0:
+            self._store.set("run", json.dumps({"run": run, "world_size": self.world_size, "host": host}))
+        first = self._find_rank_zero(run)
+        if first["world_size"] != self.world_size:
+            self._refuse(
+                f"the number of ranks is {first['world_size']} on {self.name(0)} and {self.world_size} on rank {self.rank} "
+                f"({host}). Start all ranks of a run with the same WORLD_SIZE, and give each run a MASTER_PORT of its own."
+            )
+        own = f"process {os.getpid()} on {host}"
+        other = self._store.set_once(f"process/{self.rank}", own)
+        if other != own:
+            self._refuse(
+                f"two processes are rank {self.rank}: {other}, and {own}. Give each process a RANK of its own, end what is "
+                "left of an earlier start, and give each run a MASTER_PORT of its own."
+            )
+        self._store.set(f"host/{self.rank}", host)
+        try:
+            self._arrive("the roll call")
+        except Stuck:
+            self._name([self._store.get(f"host/{rank}") for rank in self._ranks()])
+            raise
+        hosts = self.share("hosts", [self._store.get(f"host/{rank}") for rank in self._ranks()])
+        self._name(hosts)
+        return hosts
+
+    def call_off(self, run: str, reason: str) -> bool:
+        """Instead of `meet`: all others get `reason` as a DisagreementError. False when the roll call was over before."""
+        try:
+            self._find_rank_zero(run)
+        except Stuck:
+            return False
+        called_off = self._store.set_once("the roll call/all here", reason) != ALL_HERE
+        self.farewell()
+        return called_off
+
+    def share(self, name: str, value: Any) -> Any:
+        """Rank 0's `value`, which JSON can hold, on all ranks. Stuck when it does not come in time."""
+        if self.rank == 0:
+            self._store.set(name, json.dumps(value))
+        elif not self._store.wait(name, self.timeout):
+            raise Stuck([0], name, "did not finish")
+        return json.loads(self._store.get(name) or "null")
+
+    def phase(self, name: str, work: Callable[[], Result]) -> Result:
+        """`work()` on all ranks at once, each in time. Stuck, with the ranks that did not begin or end it.
+
+        What `work` raises on a rank is raised there; the others get Stuck.
+        """
+        self._arrive(name)
+        outcome = within(self.timeout, name, work)
+        if outcome is not None and outcome.error is not None:
+            self._store.set(f"error/{self.rank}", f"{name}: {type(outcome.error).__name__}: {outcome.error}")
+            raise outcome.error
+        if outcome is not None:
+            self._store.set(f"{name}/done/{self.rank}", "")
+            if self._store.add(f"{name}/number done", 1) == self.world_size:
+                self._store.set(f"{name}/all done", "")
+        if outcome is None or not self._store.wait(f"{name}/all done", self.timeout):
+            raise Stuck(self._without(f"{name}/done"), name, "did not finish")
+        return outcome.value()
+
+    def collect(self, name: str, value: Any) -> list[Any]:
+        """Every rank's `value`, which JSON can hold, on rank 0; [] on the others. Stuck, with the ranks that gave none."""
+        name = f"results of {name}"  # no phase's
+        self._store.set(f"{name}/value/{self.rank}", json.dumps(value))
+        self._arrive(name)
+        values = [self._store.get(f"{name}/value/{rank}") for rank in self._ranks()]
+        assert None not in values
+        return [json.loads(value or "") for value in values]
+
+    def errors(self) -> dict[int, str]:
+        """What was raised so far, by rank; nothing on other ranks than 0, or when the store no longer answers."""
+        try:
+            found = {rank: self._store.get(f"error/{rank}") for rank in self._ranks()}
+        except Unreachable:
+            return {}
+        return {rank: error for rank, error in found.items() if error is not None}
+
+    def tell(self, verdict: int) -> None:
+        """For rank 0, when it has said all: gives the others its exit code, and them a moment to read it.
+
+        A launcher stops all ranks when the first one fails, and the store may end with this process.
+        """
+        self._store.set("verdict", str(verdict))
+        self.farewell()
+
+    def hear(self) -> int | None:
+        """For the others: rank 0's exit code; None when it does not come in time."""
+        try:
+            if not self._store.wait("verdict", self.timeout):
+                return None
+            verdict = int(self._store.get("verdict") or 1)
+            self.farewell()
+        except Unreachable:
+            return None
+        return verdict
+
+    def farewell(self) -> None:
+        """Before all ranks end: the store may end with rank 0, and the others have to read in it why."""
+        if self.rank == 0:
+            self._store.wait("all told", min(self.timeout, FAREWELL_SECONDS))
+        elif self._store.add("told", 1) == self.world_size - 1:
+            self._store.set("all told", "")
+
+    def _find_rank_zero(self, run: str) -> dict[str, Any]:
+        """What rank 0 has said of itself. Stuck when it does not come; LaunchError when it is another run's."""
+        if not self._store.wait("run", self.timeout):
+            raise Stuck([0], "the roll call", "did not come")
+        first = json.loads(self._store.get("run") or "{}")
+        self._name([first["host"]])
+        if first["run"] != run:
+            raise LaunchError(
+                f"{self.name(0)} at this meeting point belongs to another run: {first['run'] or 'one without a name'}, and "
+                f"rank {self.rank} on {socket.gethostname()} to {run or 'one without a name'}. Give each run a MASTER_PORT "
+                "of its own."
+            )
+        return first
+
+    def _refuse(self, reason: str) -> NoReturn:
+        """Ends the roll call for all ranks; if it was over before, this rank is not of the run."""
+        if self._store.set_once("the roll call/all here", reason) == ALL_HERE:
+            raise LaunchError(f"{self.name(0)} has met its ranks without this one: {reason}")
+        self._arrive("the roll call")
+        raise AssertionError(f"the roll call went on although {reason}")
+
+    def _arrive(self, name: str) -> None:
+        """Waits for all ranks to come here."""
+        self._store.set(f"{name}/here/{self.rank}", "")
+        if self._store.add(f"{name}/count", 1) == self.world_size:
+            self._store.set_once(f"{name}/all here", ALL_HERE)
+        if not self._store.wait(f"{name}/all here", self.timeout):
+            raise Stuck(self._without(f"{name}/here"), name, "did not arrive")
+        refusal = self._store.get(f"{name}/all here")
+        if refusal != ALL_HERE:
+            self.farewell()
+            raise DisagreementError(refusal)
+
+    def _without(self, prefix: str) -> list[int]:
+        return [rank for rank in self._ranks() if self._store.get(f"{prefix}/{rank}") is None]
+
+    def _ranks(self) -> range:
+        """Those that this rank asks about."""
+        return range(self.world_size if self.rank == 0 else 0)
+
+    def _name(self, hosts: Sequence[str | None]) -> None:
+        for rank, host in enumerate(hosts):
+            self._names[rank] = f"rank {rank}" + (f" ({host})" if host else "")

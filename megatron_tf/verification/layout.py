@@ -1,0 +1,305 @@
+"""The proof of parallelism: one model, trained on one process by plain PyTorch and under a layout by the engine.
+
+Both see the same samples and start from the same weights. What is compared: the loss and the gradient norm of
+every step, and every parameter's gradient of the first step as a logical tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.topology import Topology
+from megatron_tf.config.validate import BatchPlan, plan_batches, validate
+from megatron_tf.data.documents import Boundaries, boundaries
+from megatron_tf.data.samples import derived_seed
+from megatron_tf.engine.deepspeed.joining import join
+from megatron_tf.engine.optimizer import Segment
+from megatron_tf.engine.schedule import learning_rate
+from megatron_tf.errors import ConfigError, LaunchError, exit_now
+from megatron_tf.model import build_model
+from megatron_tf.model.attention import document_starts
+from megatron_tf.model.context import BlockContext
+from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.vocab import IGNORED
+from megatron_tf.runtime.environment import LaunchEnvironment
+from megatron_tf.runtime.joining import leave
+from megatron_tf.runtime.local_ranks import start_ranks
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.sources import InitialSource
+
+TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a model over ranks."""
+
+    topology: Topology
+    sequence: bool = False
+
+    def __str__(self) -> str:
+        return str(self.topology) + ("+SP" if self.sequence else "")
+
+    def apply(self, config: RunConfig) -> RunConfig:
+        """The same run under this layout, with the micro batch that its data-parallel ranks allow."""
+        parallel = config.parallel.model_copy(
+            update={"tensor": self.topology.tensor, "pipeline": self.topology.pipeline, "sequence": self.sequence}
+        )
+        per_rank = max(1, config.training.global_batch_size // self.topology.data)
+        micro = min(config.training.micro_batch_size, per_rank)
+        training = config.training.model_copy(update={"micro_batch_size": micro})
+        return config.model_copy(update={"parallel": parallel, "training": training})
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Loss and gradient norm of every step, and the clipped gradients of the first, by logical name.
+
+    `reports`: auxiliary losses and metrics of every step, in the order of their names, for an architecture that has any.
+    """
+
+    losses: list[float]
+    grad_norms: list[float]
+    gradients: dict[str, Tensor]
+    reports: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Worst relative errors of a layout against one process. `loss`: auxiliary losses and metrics as well."""
+
+    loss: float
+    grad_norm: float
+    gradient: float
+    parameter: str  # the one with the worst gradient
+
+    def agrees(self, tolerance: float) -> bool:
+        return all(error <= tolerance for error in (self.loss, self.grad_norm, self.gradient))
+
+
+def layouts(config: RunConfig, num_ranks: int) -> list[Layout]:
+    """Every valid layout of 2 to `num_ranks` ranks, with and without sequence parallelism."""
+    found: list[Layout] = []
+    for world in range(2, num_ranks + 1):
+        for tensor in (t for t in range(1, world + 1) if world % t == 0):
+            for pipeline in (p for p in range(1, world // tensor + 1) if world // tensor % p == 0):
+                topology = Topology(tensor, pipeline, world // tensor // pipeline)
+                for sequence in (False, True)[: 2 if tensor > 1 else 1]:
+                    layout = Layout(topology, sequence)
+                    try:
+                        validate(layout.apply(config), world)
+                    except ConfigError:
+                        continue
+                    found.append(layout)
+    return found
+
+
+def sample(config: RunConfig, index: int) -> Tensor:
+    """Random but skewed token ids [s + 1]: a pure function of (seed, sample index)."""
+    generator = torch.Generator().manual_seed(derived_seed(config.run.seed, index) >> 1)  # torch takes 63 bits
+    uniform = torch.rand(config.model.seq_length + 1, generator=generator)
+    return (uniform.square() * config.model.vocab_size).long()
+
+
+def batches(
+    config: RunConfig, plan: BatchPlan, step: int, data_rank: int, data_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The micro batches of one data-parallel rank for `step`."""
+    mask = configured_boundaries(config).loss_mask
+    for micro in range(plan.num_micro_batches):
+        first = step * plan.global_batch_size + (micro * data_size + data_rank) * plan.micro_batch_size
+        rows = torch.stack([sample(config, first + i) for i in range(plan.micro_batch_size)])
+        ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        if mask is not None:
+            mask.apply(ids.numpy(), labels.numpy())
+        yield ids, labels
+
+
+def configured_boundaries(config: RunConfig) -> Boundaries:
+    """There are no data that could say where documents end: without data.eod_id it is token 0, the most frequent one."""
+    return boundaries(config.data, config.data.eod_id or 0)
+
+
+def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32, nudged: bool = False) -> Trace:
+    """The run on this process alone, written in plain PyTorch without any of the engine.
+
+    `nudged`: it starts with each weight replaced by one of its two neighbours in `dtype`.
+    """
+    plan = plan_batches(Layout(Topology()).apply(config), 1)
+    model = build_model(config.model, seed=config.run.seed, dtype=dtype)
+    if nudged:
+        _nudge(model)
+    table = parameter_table(config.model)
+    decayed = [p for name, p in model.named_parameters() if table[name].decayed]
+    others = [p for name, p in model.named_parameters() if not table[name].decayed]
+    adam = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": adam.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=adam.lr, betas=adam.betas, eps=adam.eps,
+    )  # fmt: skip
+    ends = configured_boundaries(config).ends
+    architecture = architecture_of(config.model)
+    losses, norms, gradients = [], [], {}
+    reports: list[float] = []
+    for step in range(steps):
+        means = dict.fromkeys((*architecture.losses(config.model), *architecture.metrics(config.model)), 0.0)
+        total, micro_batches = 0.0, list(batches(config, plan, step, 0, 1))
+        count = sum(int((labels != IGNORED).sum()) for _, labels in micro_batches)
+        for ids, labels in micro_batches:
+            context = BlockContext()
+            logits = model(ids, document_starts(ids, ends) if ends else None, context)
+            loss = (
+                F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum") / count
+            )
+            auxiliary = [given / plan.num_micro_batches for given in context.losses.values()]
+            torch.stack([loss, *auxiliary]).sum().backward()
+            total += loss.item()
+            for name, given in context.losses.items():
+                means[name] += given.item() / plan.num_micro_batches
+            for name, given in context.metrics.items():
+                means[name] += given.item() / plan.num_micro_batches / config.model.num_layers
+        losses.append(total)
+        reports += means.values()
+        norms.append(_clip([p.grad for p in model.parameters() if p.grad is not None], config))
+        if step == 0:
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, adam, plan.train_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Trace(losses, norms, gradients, reports)
+
+
+@torch.no_grad()
+def _nudge(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        upwards = torch.rand(parameter.shape, generator=generator) < 0.5
+        parameter.copy_(torch.nextafter(parameter, torch.where(upwards, torch.inf, -torch.inf).to(parameter.dtype)))
+
+
+def _clip(gradients: list[Tensor], config: RunConfig) -> float:
+    """Clips in place; returns the norm before. In fp64, because torch's own fp32 sum over 10⁶ elements is off by 1e-5."""
+    norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm().item()
+    limit = config.training.gradient_clipping
+    if limit and norm + 1e-6 > limit:
+        for gradient in gradients:
+            gradient.mul_(limit / (norm + 1e-6))
+    return norm
+
+
+def run_layouts(config: RunConfig, chosen: Sequence[Layout], steps: int) -> list[Trace]:
+    """The run under each layout, on ranks started for it. Layouts of one world size share their processes.
+
+    LaunchError when this machine has fewer GPUs than ranks.
+    """
+    most = max(layout.topology.world_size for layout in chosen)
+    if torch.cuda.is_available() and most > torch.cuda.device_count():
+        raise LaunchError(
+            f"{most} ranks need as many GPUs, but this machine has {torch.cuda.device_count()}. Use fewer ranks, or "
+            "hide the GPUs with CUDA_VISIBLE_DEVICES= to use the CPU."
+        )
+    traces: dict[Layout, Trace] = {}
+    for world in sorted({layout.topology.world_size for layout in chosen}):
+        same_world = [layout for layout in chosen if layout.topology.world_size == world]
+        with tempfile.TemporaryDirectory() as folder:
+            start_ranks(_rank, world, config, same_world, steps, world, folder)
+            for number, layout in enumerate(same_world):
+                traces[layout] = _collect(Path(folder), number, world, config)
+    return [traces[layout] for layout in chosen]
+
+
+def compare(trace: Trace, expected: Trace) -> Difference:
+    """Worst relative errors; of a gradient, the error's norm over the gradient's."""
+    worst, parameter = 0.0, ""
+    for name, gradient in expected.gradients.items():
+        error = ((trace.gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-30)).item()
+        if not error < worst:  # so that nan is the worst
+            worst, parameter = error, name
+    return Difference(
+        max(map(_relative, [*trace.losses, *trace.reports], [*expected.losses, *expected.reports])),
+        max(map(_relative, trace.grad_norms, expected.grad_norms)),
+        worst,
+        parameter,
+    )
+
+
+def _relative(value: float, expected: float) -> float:
+    error = abs(value - expected) / max(abs(expected), 1e-30)
+    return error if error == error else float("inf")
+
+
+@contextmanager
+def joined(rank: int, world: int, folder: str) -> Iterator[None]:
+    """This process as one of `world` gloo ranks that meet in `folder`."""
+    from megatron_tf.telemetry.console import quiet_libraries
+
+    torch.set_num_threads(1)
+    quiet_libraries()
+    environment = LaunchEnvironment("torchrun", rank, world, rank, world, "localhost", 0)
+    join(environment, TIMEOUT_SECONDS, store_file=f"{folder}/store")
+    try:
+        yield
+    finally:
+        leave()
+
+
+def _rank(rank: int, config: RunConfig, chosen: list[Layout], steps: int, world: int, folder: str) -> None:
+    with joined(rank, world, folder):
+        for number, layout in enumerate(chosen):
+            _run(layout.apply(config), layout.topology, rank, steps, Path(folder), number)
+            dist.barrier()
+    exit_now()
+
+
+def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: Path, number: int) -> None:
+    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
+
+    plan = plan_batches(config, topology.world_size)
+    group = make_group(topology, "tensor", TIMEOUT_SECONDS)
+    engine = DeepSpeedEngine(config, config.model, plan, topology, group, InitialSource(config.model, config.run.seed),
+                    document_ends=configured_boundaries(config).ends)  # fmt: skip
+    gradients: dict[str, Tensor] = {}
+
+    def keep(segment: Segment, gradient: Tensor) -> None:
+        if segment.owned:
+            gradients[f"{segment.name}:{segment.start}"] = gradient.detach().cpu().clone()
+
+    losses, norms = [], []
+    reports: list[float] = []
+    for step in range(steps):
+        engine.on_gradients = keep if step == 0 else None
+        own = batches(config, plan, step, topology.coordinate("data", rank), topology.data)
+        result = engine.train_step(step, own)
+        losses.append(float(result.loss))
+        reports += map(float, result.reports.values())
+        norms.append(float(result.grad_norm if result.grad_norm is not None else float("nan")))
+    save_file(gradients, folder / f"{number}.{rank}.safetensors")
+    if rank == 0:
+        (folder / f"{number}.json").write_text(json.dumps([losses, norms, reports]))
+    engine.close()
+
+
+def _collect(folder: Path, number: int, world: int, config: RunConfig) -> Trace:
+    table = parameter_table(config.model)
+    flat = {name: torch.full((spec.numel,), float("nan")) for name, spec in table.items()}
+    for rank in range(world):
+        for key, part in load_file(folder / f"{number}.{rank}.safetensors").items():
+            name, start = key.split(":")
+            flat[name][int(start) : int(start) + part.numel()] = part
+    losses, norms, reports = json.loads((folder / f"{number}.json").read_text())
+    gradients = {name: tensor.view(table[name].shape) for name, tensor in flat.items()}
+    return Trace(losses, norms, gradients, reports)

@@ -1,0 +1,246 @@
+"""The proof of resuming: a run that changes its layout half way, against the one process that never stopped.
+
+Under every layout the model is trained, saved in the background while training goes on, and loaded under every other
+layout to be trained further. Compared are the state after loading, as logical tensors and to the last bit, and the
+losses of both halves.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tf.checkpoint.architecture import check_same_architecture
+from megatron_tf.checkpoint.format import folder_name
+from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER
+from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
+from megatron_tf.checkpoint.source import CheckpointSource
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.topology import Topology
+from megatron_tf.config.validate import BatchPlan, plan_batches, validate
+from megatron_tf.engine.base import Age, Engine
+from megatron_tf.errors import ConfigError, exit_now
+from megatron_tf.parallel.groups import make_group
+from megatron_tf.runtime.local_ranks import start_ranks
+from megatron_tf.state.ranges import clip_steps
+from megatron_tf.state.sources import InitialSource, StateSource
+from megatron_tf.telemetry.console import Console
+from megatron_tf.telemetry.trackers import Trackers
+from megatron_tf.training.start import Progress
+from megatron_tf.verification.layout import (
+    TIMEOUT_SECONDS,
+    Layout,
+    batches,
+    configured_boundaries,
+    joined,
+    layouts,
+    reference,
+)
+
+AXIS_SIZES = (1, 2, 4)
+_PAIRS_AT_ONCE = 25  # engines that the same processes build one after the other: DeepSpeed never frees their groups
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A layout, with or without ZeRO."""
+
+    layout: Layout
+    zero_stage: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.layout.topology.world_size
+
+    def __str__(self) -> str:
+        return str(self.layout) + ("" if self.zero_stage else "+Z0")
+
+    def apply(self, config: RunConfig) -> RunConfig:
+        """The same run under this setting."""
+        zero = config.zero.model_copy(update={"stage": self.zero_stage})
+        return self.layout.apply(config).model_copy(update={"zero": zero})
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """One change of layout. `differing`: what was not equal to the last bit after loading, such as "a.keys, exp_avg".
+
+    `loss`: worst relative difference of a step's loss from the uninterrupted run, before and after the change.
+    """
+
+    before: Setting
+    after: Setting
+    loss: float
+    differing: tuple[str, ...]
+
+    def agrees(self, tolerance: float) -> bool:
+        return self.loss <= tolerance and not self.differing
+
+
+def settings(config: RunConfig, num_ranks: int) -> list[Setting]:
+    """Every valid setting of 1 to `num_ranks` ranks with 1, 2 or 4 of them along each axis."""
+    chosen = [Layout(Topology()), *layouts(config, num_ranks)]
+    found = []
+    for layout in chosen:
+        sizes = layout.topology
+        if not all(size in AXIS_SIZES for size in (sizes.tensor, sizes.pipeline, sizes.data)):
+            continue
+        for setting in (Setting(layout), Setting(layout, zero_stage=0)):
+            try:
+                validate(setting.apply(config), setting.world_size)
+            except ConfigError:
+                continue
+            found.append(setting)
+    return found
+
+
+def rotation(found: Sequence[Setting]) -> list[tuple[Setting, Setting]]:
+    """Pairs in which each setting is left once and entered once, partners far apart in the list."""
+    return [(setting, found[(number + len(found) // 2) % len(found)]) for number, setting in enumerate(found)]
+
+
+def check_resumes(config: RunConfig, pairs: Sequence[tuple[Setting, Setting]], steps: int) -> list[Resumed]:
+    """Trains `steps` steps under the first setting of each pair and as many under the second, on gloo ranks.
+
+    Batches are random tokens, so no data is needed. Losses are compared with fp32, whatever the precision.
+    """
+    expected = reference(config, 2 * steps).losses
+    with tempfile.TemporaryDirectory() as folder:
+        firsts = list(dict.fromkeys(before for before, _ in pairs))
+        runs = {before: str(Path(folder, f"run{number}")) for number, before in enumerate(firsts)}
+        saved = _spawn(config, steps, [(before, runs[before], None) for before in firsts])
+        resumed = _spawn(config, steps, [(after, runs[before], steps) for before, after in pairs])
+    results = []
+    for (before, after), (losses, differing) in zip(pairs, resumed):
+        first_losses, saved_differing = saved[firsts.index(before)]
+        error = max(map(_relative, [*first_losses, *losses], expected))
+        results.append(Resumed(before, after, error, (*saved_differing, *differing)))
+    return results
+
+
+_Job = tuple[Setting, str, "int | None"]  # the setting, the run's folder, the step to resume at (None: start and save)
+_Outcome = tuple[list[float], list[str]]  # losses, and what differed
+
+
+def _relative(value: float, expected: float) -> float:
+    error = abs(value - expected) / abs(expected)
+    return error if error == error else float("inf")
+
+
+def _spawn(config: RunConfig, steps: int, jobs: Sequence[_Job]) -> list[_Outcome]:
+    """The outcomes of `jobs` in their order; those of one world size share processes, a bounded number at a time."""
+    outcomes: dict[int, _Outcome] = {}
+    for world in sorted({setting.world_size for setting, *_ in jobs}):
+        numbers = [number for number, (setting, *_) in enumerate(jobs) if setting.world_size == world]
+        for start in range(0, len(numbers), _PAIRS_AT_ONCE):
+            part = numbers[start : start + _PAIRS_AT_ONCE]
+            with tempfile.TemporaryDirectory() as folder:
+                of_part = [jobs[number] for number in part]
+                start_ranks(_rank, world, config, steps, of_part, world, folder)
+                outcomes.update(zip(part, json.loads(Path(folder, "outcomes.json").read_text())))
+    return [outcomes[number] for number in range(len(jobs))]
+
+
+def _rank(rank: int, config: RunConfig, steps: int, jobs: list[_Job], world: int, folder: str) -> None:
+    with joined(rank, world, folder):
+        if config.training.precision == "fp16" and not torch.cuda.is_available():
+            from megatron_tf.engine.deepspeed.patches import allow_fp16_on_cpu
+
+            allow_fp16_on_cpu()
+        outcomes = [_run(setting, config, rank, steps, run_dir, resume_at) for setting, run_dir, resume_at in jobs]
+        if rank == 0:
+            Path(folder, "outcomes.json").write_text(json.dumps(outcomes))
+    exit_now()
+
+
+def _run(setting: Setting, config: RunConfig, rank: int, steps: int, run_dir: str, resume_at: int | None) -> _Outcome:
+    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
+
+    config = setting.apply(config)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
+    plan, topology = plan_batches(config, setting.world_size), setting.layout.topology
+    reader = None if resume_at is None else open_checkpoint(_checkpoint(run_dir, resume_at))
+    source: StateSource = InitialSource(config.model, config.run.seed)
+    if reader is not None:
+        check_same_architecture(reader.index, config.model)
+        source = CheckpointSource(reader)
+    group = make_group(topology, "tensor", TIMEOUT_SECONDS)
+    ends = configured_boundaries(config).ends
+    engine = DeepSpeedEngine(config, config.model, plan, topology, group, source, document_ends=ends)
+    first = 0 if resume_at is None else resume_at
+    differing = []
+    if reader is not None:
+        engine.load_loss_scaler(dict(reader.index.run))
+        differing = _differences(_copy_of(engine), reader)
+    data_rank = topology.coordinate("data", rank)
+
+    def train(step: int) -> float:
+        return float(engine.train_step(step, batches(config, plan, step, data_rank, topology.data)).loss)
+
+    losses = [train(step) for step in range(first, first + steps)]
+    if reader is None:
+        differing = _save(config, plan, engine, rank, steps, lambda: train(steps))
+    engine.close()
+    return losses, differing
+
+
+@dataclass(frozen=True)
+class _State:
+    """What one rank holds of everything that a checkpoint stores exactly. `ages`: (name, start, stop, Adam updates)."""
+
+    pieces: list[tuple[str, str, int, int, Tensor]]
+    ages: list[Age]
+    loss_scaler: dict[str, Any]
+
+
+def _copy_of(engine: Engine) -> _State:
+    return _State(
+        [(piece.name, piece.state, piece.start, piece.stop, piece.tensor.cpu().clone()) for piece in engine.pieces()],
+        list(engine.ages()),
+        engine.loss_scaler(),
+    )
+
+
+def _save(
+    config: RunConfig, plan: BatchPlan, engine: Engine, rank: int, step: int, train_on: Callable[[], object]
+) -> list[str]:
+    """Saves in the background of one more step; what differs in the checkpoint from the state at the call."""
+    from megatron_tf.training.saving import Saver
+
+    careful = config.checkpoint.model_copy(update={"asynchronous": True, "on_failure": "stop", "keep_last": None})
+    config = config.model_copy(update={"checkpoint": careful})
+    console = Console(rank=rank, output=io.StringIO())
+    saver = Saver(config, engine, rank, dist.get_world_size(), "check", {}, (), Trackers([], console.warning), console)
+    state = _copy_of(engine)
+    saver.save(Progress(step, step * plan.global_batch_size, step * plan.tokens_per_step), engine.loss_scaler())
+    train_on()
+    saver.finish()
+    return _differences(state, open_checkpoint(_checkpoint(config.run.dir, step)))
+
+
+def _differences(state: _State, reader: CheckpointReader) -> list[str]:
+    """What the ranks hold otherwise than the checkpoint; the same on all of them."""
+    index = reader.index
+    own = [f"{name}, {kind}" for name, kind, start, stop, tensor in state.pieces
+           if not torch.equal(tensor, reader.read(name, kind, start, stop))]  # fmt: skip
+    own += [f"{name}, adam_steps" for name, start, stop, age in state.ages
+            if clip_steps(index.adam_steps[name], start, stop) != [(start, stop, age)]]  # fmt: skip
+    own += [f"loss scaler, {key}" for key, value in state.loss_scaler.items() if index.run.get(key) != value]
+    everyone: list[tuple[list[str], int]] = [([], 0)] * dist.get_world_size()
+    dist.all_gather_object(everyone, (own, sum(len(tensor) for *_, tensor in state.pieces)))
+    held, stored = sum(count for _, count in everyone), sum(t.numel * len(t.states) for t in index.tensors.values())
+    problems = [] if held == stored else [f"{held:,} elements instead of {stored:,}"]
+    return sorted({*problems, *(problem for own, _ in everyone for problem in own)})
+
+
+def _checkpoint(run_dir: str, step: int) -> Path:
+    return Path(run_dir, CHECKPOINTS_FOLDER, folder_name(step))

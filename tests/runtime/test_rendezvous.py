@@ -1,0 +1,131 @@
+"""Ranks that meet are those of one run, each of them once."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import socket
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+from gathering import gathering
+from launching import free_port
+
+from megatron_tf.errors import ConfigError, DisagreementError, LaunchError
+from megatron_tf.runtime import early_mistakes, rendezvous
+from megatron_tf.runtime.early_mistakes import told_to_all
+from megatron_tf.runtime.environment import LaunchEnvironment
+from megatron_tf.runtime.patient_store import PatientStore, Unreachable
+from megatron_tf.runtime.rendezvous import Assembly, Stuck, open_store
+
+HOST = socket.gethostname()
+
+
+def test_all_come():
+    assert gathering(lambda assembly: assembly.meet("a"), 3) == [[HOST] * 3] * 3
+
+
+def test_a_rank_of_another_run_never_joins():
+    """The others go on without it, as they would have."""
+    store = dist.HashStore()
+
+    def rank(assembly):
+        if assembly.rank == 1:
+            with pytest.raises(LaunchError) as error:
+                Assembly(store, 1, 2, 20).meet("step 1 of SLURM job 7")
+            assert str(error.value).startswith(
+                f"rank 0 ({HOST}) at this meeting point belongs to another run: step 0 of SLURM job 7, and rank 1"
+            )
+        return assembly.meet("step 0 of SLURM job 7")
+
+    assert gathering(rank, 2, store=store) == [[HOST] * 2] * 2
+
+
+def test_other_numbers_of_ranks(monkeypatch):
+    monkeypatch.setattr(rendezvous, "FAREWELL_SECONDS", 0.2)
+    store = dist.HashStore()
+    results = gathering(lambda assembly: Assembly(store, assembly.rank, assembly.rank + 2, 20).meet(), 2)
+    (text,) = {str(result) for result in results}
+    assert all(isinstance(result, DisagreementError) for result in results)
+    assert text.startswith(f"the number of ranks is 2 on rank 0 ({HOST}) and 3 on rank 1 ({HOST}).")
+
+
+def test_two_processes_of_one_number():
+    store = dist.HashStore()
+    store.set("process/1", "process 17 on n2")
+    results = gathering(Assembly.meet, 2, store=store)
+    (text,) = {str(result) for result in results}
+    assert all(isinstance(result, DisagreementError) for result in results)
+    assert text.startswith("two processes are rank 1: process 17 on n2, and process")
+
+
+def test_a_second_process_after_the_meeting_disturbs_nobody():
+    store = dist.HashStore()
+    assert gathering(Assembly.meet, 2, store=store) == [[HOST] * 2] * 2
+    store.set("process/1", "process 17 on n2")
+    with pytest.raises(LaunchError, match="has met its ranks without this one: two processes are rank 1"):
+        Assembly(store, 1, 2, 20).meet()
+
+
+def test_who_does_not_come_is_named():
+    def rank(assembly):
+        if assembly.rank != 1:
+            assembly.meet()
+
+    first, absent, _ = gathering(rank, 3, timeout=0.5)
+    assert absent is None and isinstance(first, Stuck) and first.ranks == [1]
+
+
+def test_a_store_that_does_not_answer():
+    class Stopped:
+        def check(self, keys):
+            time.sleep(60)
+
+    began = time.monotonic()
+    with pytest.raises(Unreachable):
+        PatientStore(Stopped(), 0.2).wait("key", 1000)
+    assert time.monotonic() - began < 5
+
+
+@pytest.fixture
+def signals():
+    """Handlers as they were before."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+def test_a_mistake_of_one_rank_before_the_meeting_ends_it_for_all(monkeypatch, signals):
+    monkeypatch.setattr(rendezvous, "_MEETINGS", itertools.repeat(0))  # both ranks are this process
+    monkeypatch.setattr(early_mistakes, "SAYING_SECONDS", 0.0)
+    places = [
+        LaunchEnvironment("deepspeed", rank, 2, rank, 2, "127.0.0.1", port) for port in [free_port()] for rank in (0, 1)
+    ]
+    raised: list[Exception] = []
+
+    def first() -> None:
+        try:
+            Assembly(open_store(places[0], 20), 0, 2, 20).meet()
+        except DisagreementError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    with pytest.raises(SystemExit) as end, told_to_all(places[1], 20):
+        raise ConfigError("configs/x.yml: there is no such file.")
+    thread.join()
+    assert end.value.code == 2
+    assert str(raised[0]) == f"rank 1 ({HOST}): configs/x.yml: there is no such file."
+
+
+def test_a_mistake_that_rank_0_does_not_hear_of_is_said(signals):
+    place = LaunchEnvironment("deepspeed", 1, 2, 1, 2, "127.0.0.1", free_port())
+    with pytest.raises(LaunchError, match=rf"^rank 1 \({HOST}\): wrong$"), told_to_all(place, 0.1):
+        raise ConfigError("wrong")
+    first = LaunchEnvironment("deepspeed", 0, 2, 0, 2, "127.0.0.1", free_port())
+    with pytest.raises(ConfigError, match="^wrong$"), told_to_all(first, 0.1):
+        raise ConfigError("wrong")

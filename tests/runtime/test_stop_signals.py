@@ -1,0 +1,118 @@
+"""Signals that ask a process to stop, sent to real processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from launching import free_port
+
+from megatron_tf.runtime.stop_signals import ECHO_SECONDS, TIME_IS_UP, StopSignals, describe_request
+
+PROJECT = Path(__file__).parents[2]
+HEAD = """
+import sys, time
+from megatron_tf.runtime.stop_signals import StopSignals, describe_request
+def wait(seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+stop = StopSignals()
+"""
+SAVING = """
+with stop.saving(speaks=True):
+    print("training", flush=True)
+    wait(20)
+"""
+
+
+@pytest.fixture
+def start():
+    started = []
+
+    def start(body: str) -> subprocess.Popen:
+        """A process that has printed its first line."""
+        process = subprocess.Popen([sys.executable, "-c", HEAD + body], cwd=PROJECT, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)  # fmt: skip
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline()
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def test_the_second_control_c_ends_at_once(start):
+    process = start(SAVING)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert "finished and saved" in process.stderr.readline()
+    time.sleep(ECHO_SECONDS + 0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=5)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_a_launcher_that_passes_it_on_is_no_second_one(start):
+    process = start(SAVING.replace("20", "1") + "print(describe_request(stop.request(None)))")
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.1)
+    assert process.communicate(timeout=10)[0] == "Control-C was pressed\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("body", ["print('starting', flush=True)\nwait(20)", SAVING.replace("20", "0") + "wait(20)"])
+def test_before_and_after_training_it_is_what_it_was(start, body):
+    process = start(body)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=5)[1]
+
+
+def test_one_that_is_ignored_stays_ignored():
+    body = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + HEAD + "print(signal.getsignal(signal.SIGINT))"
+    )
+    done = subprocess.run([sys.executable, "-c", body], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "1\n"  # SIG_IGN
+
+
+def test_in_a_thread_only_the_time_budget_stops():
+    """Python gives no signal to a thread."""
+    found = []
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    thread = threading.Thread(target=lambda: found.append(StopSignals()))
+    thread.start()
+    thread.join()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert found[0].request(None) == 0 and found[0].request(1e-9) == TIME_IS_UP
+    with found[0].saving(speaks=True):
+        pass
+
+
+def test_requests_in_words():
+    assert describe_request(signal.SIGTERM) == "a rank received SIGTERM"
+    assert describe_request(TIME_IS_UP) == "run.max_hours is over"
+
+
+def test_what_waits_for_rank_zero_is_ended_by_a_signal(tmp_path):
+    """Nothing is begun that could be saved, and rank 0 may never come."""
+    script = f"""
+import sys, threading
+from megatron_tf.runtime.environment import wait_for_port
+from megatron_tf.runtime.stop_signals import StopSignals
+StopSignals()
+threading.Timer(0.5, lambda: print("waiting", flush=True)).start()
+wait_for_port("127.0.0.1", {free_port()}, 60.0)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=PROJECT)
+    assert process.stdout.readline() == "waiting\n"
+    process.terminate()
+    assert process.wait(10) == 75
