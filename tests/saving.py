@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from megatron_tf.checkpoint.writer import Piece
+from megatron_tf.config.schema import Optimizer
 from megatron_tf.engine.base import Age
-from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
+from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import InitialSource
 from megatron_tf.telemetry.trackers import Trackers
@@ -35,7 +36,7 @@ class StateOnly:
         self.before_update = None
         self._numel = {name: spec.numel for name, spec in parameter_table(model).items()}
         buffers = {name: source.read(name, "weight", 0, n).requires_grad_() for name, n in self._numel.items()}
-        self.optimizer = SegmentedAdamW(buffers.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        self.optimizer = SegmentedOptimizer(buffers.values(), Optimizer(lr=1e-2))
         self.optimizer.bind(
             Segment(name, 0, len(buffer), buffer, 0, True, True, torch.tensor(0.0)) for name, buffer in buffers.items()
         )

@@ -36,6 +36,7 @@ FLOORS = (
     {
         "megatron_tf.architectures",
         "megatron_tf.config",
+        "megatron_tf.optimizers",
         "megatron_tf.parallel.overlap",  # arithmetic, which costs read as well
     },
     {"megatron_tf.state"},
@@ -102,6 +103,7 @@ NO_TORCH = (
     "megatron_tf.state.ranges",
     "megatron_tf.telemetry.text",
     "megatron_tf.growth.methods",
+    "megatron_tf.optimizers",
     "megatron_tf.growth.rules",
     "megatron_tf.costs",
     "megatron_tf.diagnosis.installation",

@@ -12,9 +12,10 @@ from megatron_tf.checkpoint.records import record_problems
 from megatron_tf.config.architectures import ARCHITECTURES, architecture_of, with_parameter_tokens
 from megatron_tf.config.differences import TOKENS, differing
 from megatron_tf.config.nearest import either
+from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError, shown
-from megatron_tf.state.optimizer_states import MOMENTS, WEIGHT
+from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
 
 
@@ -72,20 +73,36 @@ def check_format(model: Model, form: str, action: str) -> None:
         raise CheckpointError(f"the model cannot be {action}: {problem}")
 
 
-def check_same_architecture(index: CheckpointIndex, model: Model) -> None:
+def check_same_architecture(index: CheckpointIndex, model: Model, optimizer: str = DEFAULT) -> None:
     """CheckpointError, naming every differing key with both values, unless `model` is what the checkpoint holds,
-    with its Adam moments."""
+    with what `optimizer`, a name of the configuration, keeps beside the weights."""
     problems = [f"model.{key}: checkpoint {old}, configuration {new}" for key, old, new in _differences(index, model)]
     if problems:
         remedy = "Restore these keys, or start in another run.dir."
         if all(key.startswith(TOKENS) for key, _, _ in _differences(index, model)):
             remedy = "Token counts change by growth only: set growth.from to this checkpoint and use another run.dir."
         raise CheckpointError(_listed("the checkpoint is of another architecture", problems) + f"\n{remedy}")
-    missing = [
-        f"{name}: no {state}" for name in index.tensors for state in MOMENTS if state not in _states(index, name)
-    ]
-    if missing:
-        raise CheckpointError(_listed("the checkpoint cannot be resumed, for Adam's moments are missing", missing))
+    if problem := optimizer_problem(index, optimizer, "begin a new run with its weights by training.init_from"):
+        raise CheckpointError(f"the checkpoint cannot be resumed: {problem}")
+
+
+def optimizer_problem(index: CheckpointIndex, optimizer: str, otherwise: str) -> str | None:
+    """Why `optimizer`, a name of the configuration, cannot go on with what the checkpoint keeps beside the weights.
+
+    `otherwise`: what to do when the optimizer is to stay.
+    """
+    needed = OPTIMIZERS[optimizer].state_names[1:]
+    held = [state for state in index.states if state != WEIGHT]
+    if set(needed) == set(held):
+        return None
+    able = [name for name in OPTIMIZERS.names() if held and set(OPTIMIZERS[name].state_names[1:]) == set(held)]
+    choice = (
+        f"Set optimizer.type to {either(able)}, or {otherwise}." if able else f"{otherwise[0].upper()}{otherwise[1:]}."
+    )
+    return (
+        f"{optimizer} keeps {' and '.join(needed) or 'nothing'} beside the weights, and the checkpoint has "
+        f"{' and '.join(held) or 'weights alone'}. {choice}"
+    )
 
 
 def check_evaluable(index: CheckpointIndex, model: Model) -> None:
@@ -123,10 +140,8 @@ def _contradictions(index: CheckpointIndex, model: Model) -> Iterator[str]:
     yield from (f"{name}: no scale" for name in scaled if name not in index.scales)
     yield from (f"{name}: a scale, but no such projection" for name in index.scales if name not in scaled)
     # weights alone can be grown from, moments of a part cannot
-    for state in MOMENTS:
-        without = [name for name in found if state not in _states(index, name)]
-        if len(without) < len(found):
-            yield from (f"{name}: no {state}, unlike other tensors" for name in without)
+    for state in dict.fromkeys(state for name in found for state in _states(index, name) if state != WEIGHT):
+        yield from (f"{name}: no {state}, unlike other tensors" for name in found if state not in _states(index, name))
 
 
 def _other_kinds(index: CheckpointIndex, model: Model) -> Iterator[str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from megatron_tf.checkpoint.reader import CheckpointReader
-from megatron_tf.state.optimizer_states import STATES
 
 _CHUNK_ELEMENTS = 4 * 2**20
 
@@ -38,10 +37,8 @@ class Difference:
 def compare(first: CheckpointReader, second: CheckpointReader) -> Iterator[Difference]:
     """One `Difference` for each tensor and state that either checkpoint has, equal ones included."""
     for name in {**first.index.tensors, **second.index.tensors}:
-        for state in STATES:
+        for state in {**_states(first, name), **_states(second, name)}:
             shapes = (_shape(first, name, state), _shape(second, name, state))
-            if shapes == (None, None):
-                continue
             if shapes[0] is None or shapes[1] is None or shapes[0][1:] != shapes[1][1:]:
                 yield Difference(name, state, shapes, 0, 0, 0.0)
                 continue
@@ -63,6 +60,11 @@ def _compare_range(
             distance = float((one[differs].double() - other[differs].double()).abs().max())
             largest = math.nan if math.isnan(distance) else max(largest, distance)
     return unequal, largest
+
+
+def _states(reader: CheckpointReader, name: str) -> Mapping[str, object]:
+    tensor = reader.index.tensors.get(name)
+    return tensor.states if tensor is not None else {}
 
 
 def _shape(reader: CheckpointReader, name: str, state: str) -> tuple[int, ...] | None:

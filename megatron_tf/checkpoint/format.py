@@ -21,10 +21,11 @@ index.json
     data            fingerprint of the training data, an object of the data package
     trackers        {tracker: id of the run there}
     run             further state of the run that saved, such as the loss scaler; an object of the training package
-    adam_steps      {tensor: [[start, stop, steps], ...]}: how many times Adam has updated these elements; rows that
-                    growth has added are younger than the others. Covers every tensor that has `exp_avg`
+    adam_steps      {tensor: [[start, stop, steps], ...]}: how many times the optimizer has updated these elements; rows
+                    that growth has added are younger than the others. Covers every tensor that has more than its weight
     tensors         {tensor: {"shape": [...], "states": {state: {"dtype": "float32", "pieces": [...]}}}}
-                    state: "weight" (fp32 master), "exp_avg", "exp_avg_sq" (Adam moments)
+                    state: "weight" (fp32 master), and under the names that the optimizer declares what it keeps
+                    beside that, such as AdamW's "exp_avg" and "exp_avg_sq"; each tensor has the same states
                     piece: [start, stop, file, key], elements [start, stop) of the flattened tensor are the flat
                     tensor `key` of `file`; the pieces of a state hold each of its elements exactly once
 
@@ -57,7 +58,7 @@ from typing import Any
 from megatron_tf.checkpoint.records import record_problems
 from megatron_tf.checkpoint.strict_json import MOST, Fields, parse_object
 from megatron_tf.errors import CheckpointError, shown
-from megatron_tf.state.optimizer_states import MOMENTS, STATES
+from megatron_tf.state.optimizer_states import STATES, WEIGHT, declared_states
 from megatron_tf.state.ranges import StepRange, coverage_problems
 
 FORMAT_VERSION = 1
@@ -141,6 +142,12 @@ class CheckpointIndex:
         }
         return replace(self, tensors=tensors)
 
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The states that every tensor has."""
+        kept = [tensor.states for tensor in self.tensors.values()]
+        return tuple(state for state in (kept[0] if kept else ()) if all(state in states for states in kept))
+
     def problems(self) -> list[str]:
         """Every element that is not held exactly once, of every state and of the step counts."""
         problems = []
@@ -148,7 +155,7 @@ class CheckpointIndex:
             for state, pieces in tensor.states.items():
                 for problem in coverage_problems(tensor.numel, [(piece.start, piece.stop) for piece in pieces]):
                     problems.append(f"{name}, {state}: {problem}")
-            if MOMENTS[0] in tensor.states:
+            if tensor.states.keys() - {WEIGHT}:
                 ranges = [(start, stop) for start, stop, _ in self.adam_steps.get(name, ())]
                 for problem in coverage_problems(tensor.numel, ranges):
                     problems.append(f"{name}, adam_steps: {problem}")
@@ -311,8 +318,8 @@ def _parse_tensor(fields: Fields) -> StoredTensor:
     fields.only("shape", "states")
     states = {}
     for state, entry in fields.objects("states"):
-        if state not in STATES:
-            raise entry.error("", f"is an unknown state; known are {', '.join(STATES)}")
+        if state not in (known := (WEIGHT, *declared_states())):
+            raise entry.error("", f"is an unknown state; known are {', '.join(known)}")
         entry.only("dtype", "pieces")
         if entry.text("dtype") != DTYPE:
             raise entry.error("dtype", f"is {shown(entry.text('dtype'))}, this format version stores {DTYPE} only")

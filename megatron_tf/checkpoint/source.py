@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.reader import CheckpointReader
-from megatron_tf.state.optimizer_states import MOMENTS
+from megatron_tf.state.optimizer_states import WEIGHT, initial_value
 from megatron_tf.state.ranges import StepRange, clip_steps
 
 
 class CheckpointSource:
-    """The state that a checkpoint holds. Moments that it does not hold are 0, like those of a fresh model."""
+    """The state that a checkpoint holds. What it does not hold beside the weights is as in a fresh model."""
 
     def __init__(self, reader: CheckpointReader):
         self._reader = reader
@@ -23,11 +23,13 @@ class CheckpointSource:
         return self._reader.index.scales
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        return torch.zeros(stop - start) if self._lacks(name, state) else self._reader.read(name, state, start, stop)
+        if self._lacks(name, state):
+            return torch.full((stop - start,), initial_value(state))
+        return self._reader.read(name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         if self._lacks(name, state):
-            target.zero_()
+            target.fill_(initial_value(state))
         else:
             self._reader.read_into(name, state, start, target)
 
@@ -38,4 +40,4 @@ class CheckpointSource:
 
     def _lacks(self, name: str, state: str) -> bool:
         tensor = self._reader.index.tensors.get(name)
-        return state in MOMENTS and tensor is not None and state not in tensor.states
+        return state != WEIGHT and tensor is not None and state not in tensor.states

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ from megatron_tf.state.sources import StepZero, WeightsSource
 FIRST_STEP = 0
 
 
-def state_bytes(model: Model) -> int:
-    """Bytes of a model's weights and Adam moments in a checkpoint."""
-    return sum(spec.numel for spec in parameter_table(model).values()) * len(STATES) * BYTES_PER_ELEMENT
+def state_bytes(model: Model, states: Sequence[str] = STATES) -> int:
+    """Bytes of a model's weights, and of what an optimizer keeps beside them, in a checkpoint."""
+    return sum(spec.numel for spec in parameter_table(model).values()) * len(states) * BYTES_PER_ELEMENT
 
 
 def target_folder(path: Path | str) -> Path:
@@ -80,7 +80,7 @@ def write_step_zero(
         tokens=start.tokens,
         model=model.model_dump(mode="json"),
         scales=dict(start.source.scales),
-        tensors=expected_tensors({name: spec.shape for name, spec in table.items()}),
+        tensors=expected_tensors({name: spec.shape for name, spec in table.items()}, start.states),
         adam_steps={name: tuple(start.source.adam_steps(name, 0, spec.numel)) for name, spec in table.items()},
         growth_history=start.growth_history,
         data=data,
@@ -99,11 +99,11 @@ def write_step_zero(
     pieces = [
         ComputedPiece(name, state, 0, spec.numel, computed(name, state))
         for name, spec in table.items()
-        for state in STATES
+        for state in start.states
     ]
     try:
         clear_leftovers(root, report=_warn)
-        _check_space(root, model)
+        _check_space(root, state_bytes(model, start.states))
         return save_checkpoint(root, pieces, index, rank=0, world_size=1, token=secrets.token_hex(4))
     except KeyboardInterrupt:  # many gigabytes that nobody would look for under a hidden name
         clear_leftovers(root, report=_warn)
@@ -119,8 +119,7 @@ def write_weights(
 ) -> Path:
     """Write weights that were trained elsewhere as step 0 of a run of `model` under `root`; returns the checkpoint.
 
-    `weights`, of any float type, and τ in `scales` are by logical name; moments and step counts are 0, as of a fresh
-    model. See `write_step_zero` for the rest.
+    `weights`, of any float type, and τ in `scales` are by logical name; the states are AdamW's, as of a fresh model. See `write_step_zero` for the rest.
     """
     start = StepZero(WeightsSource(weights, scales), samples=0, tokens=0, growth_history=())
     return write_step_zero(root, model, start, {}, progress)
@@ -130,9 +129,9 @@ def _warn(problem: str) -> None:
     print(f"warning: {problem}", file=sys.stderr)
 
 
-def _check_space(root: Path, model: Model) -> None:
+def _check_space(root: Path, needed: int) -> None:
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    free, needed = shutil.disk_usage(existing).free, state_bytes(model)
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise CheckpointError(
             f"{root}: the checkpoint takes {needed:,} bytes, and {free:,} are free there. Make room, or give "

@@ -56,7 +56,7 @@ def main() -> None:
     reader = open_checkpoint(resolve(arguments.source))
     root = target_folder(arguments.target)
     data = training_data(config)
-    start = grow(reader, config.model, growth, seed=config.run.seed, data=data)
+    start = grow(reader, config.model, growth, seed=config.run.seed, data=data, optimizer=config.optimizer.type)
 
     describe(config, growth, reader, start, root / folder_name(0))
     if data is None:
@@ -96,7 +96,7 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
         print(f"{kind:<11} {row}, τ {scale_of(old, index.scales, kind)} -> {scale_of(old, start.source.scales, kind)}")
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(config.model):,}")
     held = sum(file.num_bytes for file in reader.manifest.files.values())
-    print(f"bytes       {held:,} -> {state_bytes(config.model):,}")
+    print(f"bytes       {held:,} -> {state_bytes(config.model, start.states):,}")
     print(f"moments     of old tokens: {growth.moments}; of new tokens: 0")
     noise = f", noise {growth.noise:g} on old tokens" if growth.noise else ""
     print(f"function    {'kept, to rounding' if start.growth_history[-1]['preserves'] else f'CHANGED{noise}'}")
@@ -111,7 +111,7 @@ def scale_of(model: Model, scales: Mapping[str, float], kind: str) -> str:
 def write(config: RunConfig, start: StepZero, data: Mapping[str, Any], root: Path) -> None:
     from megatron_tf.checkpoint.step_zero import state_bytes, write_step_zero
 
-    total, began = state_bytes(config.model), time.monotonic()
+    total, began = state_bytes(config.model, start.states), time.monotonic()
     with Console(rank=0).bytes_written(total) as progress:
         path = write_step_zero(root, config.model, start, data, progress)
     seconds = time.monotonic() - began

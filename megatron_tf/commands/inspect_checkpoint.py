@@ -88,7 +88,7 @@ def print_summary(reader: CheckpointReader, summary: dict[str, Any]) -> None:
         (name, str(tensor["shape"]), ", ".join(tensor["states"]), f"{tensor['bytes']:,}", tensor["adam_steps"])
         for name, tensor in summary["tensors"].items()
     ]
-    print_table([("name", "shape", "states", "bytes", "Adam steps"), *rows], title="tensors")
+    print_table([("name", "shape", "states", "bytes", "updates"), *rows], title="tensors")
     if "verified_files" in summary:
         print(f"\nverified: {summary['verified_files']} files, every checksum and range is right")
 

@@ -50,8 +50,8 @@ REFUSED_KEYS = {
     "zero_optimization.offload_param": _ON_DEVICE,
     "zero_optimization.cpu_offload": _ON_DEVICE,
     "zero_optimization.cpu_offload_param": _ON_DEVICE,
-    "zero_force_ds_cpu_optimizer": "the optimizer is this project's own AdamW",
-    "zero_allow_untested_optimizer": "the optimizer is this project's own AdamW",
+    "zero_force_ds_cpu_optimizer": "the optimizer is this project's own",
+    "zero_allow_untested_optimizer": "the optimizer is this project's own",
     "fp16.loss_scale": "loss scaling is dynamic here, and checkpoints keep its state; see initial_scale_power",
     "fp16.fp16_master_weights_and_grads": _FP32_STATE,
     "fp16.auto_cast": "inputs are token numbers, which must stay whole",
@@ -80,7 +80,7 @@ def deepspeed_config(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         # without ZeRO, DeepSpeed computes no norm unless it clips, and a gradient that is not finite would go unseen
         "gradient_clipping": training.gradient_clipping or (0.0 if config.zero.stage else math.inf),
         "zero_optimization": {"stage": config.zero.stage, **user.zero_optimization.model_dump()},
-        "zero_allow_untested_optimizer": True,  # ours is AdamW over ranges of the flat partition
+        "zero_allow_untested_optimizer": True,  # ours works on ranges of the flat partition
         "bf16": {"enabled": training.precision == "bf16"},
         "fp16": {"enabled": training.precision == "fp16", **user.fp16.model_dump()},
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -15,12 +15,11 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_tf.config.architectures import ARCHITECTURES
 from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
 from megatron_tf.config.extends import KEY as EXTENDS
 from megatron_tf.config.extends import read_extended
-from megatron_tf.config.fields import Section
-from megatron_tf.config.schema import NOT_REGISTERED, Model, RunConfig
+from megatron_tf.config.fields import NOT_REGISTERED, OpenSection, Section
+from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.validate import check_model
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.durable import read_plain
@@ -157,7 +156,7 @@ def _sentence(loc: Location, problem: ErrorDetails, values: Mapping[str, Any]) -
     bounds = problem.get("ctx", {})
     key = _key_name(loc)
     if kind == "extra_forbidden":
-        return _of_another_architecture(loc, values) or _unknown_key(loc)
+        return _of_another_choice(loc, values) or _unknown_key(loc)
     if kind == "missing":
         return _missing_key(loc, given)
     if kind in ("greater_than_equal", "greater_than", "less_than", "less_than_equal"):
@@ -231,16 +230,18 @@ def _as_number(given: Any) -> float | None:
     return number if abs(number) < 1e300 else None
 
 
-def _of_another_architecture(loc: Location, values: Mapping[str, Any]) -> str | None:
-    """The sentence on a key of the model section that only other architectures have; None for any other key."""
-    if len(loc) != 2 or loc[0] != "model":
+def _of_another_choice(loc: Location, values: Mapping[str, Any]) -> str | None:
+    """The sentence on a key that only other architectures have, or other optimizers; None for any other key."""
+    section = _section_at(loc[:-1])
+    if section is None or not issubclass(section, OpenSection):
         return None
-    owners = [name for name in ARCHITECTURES.names() if loc[1] in ARCHITECTURES[name].section.model_fields]
+    registered, chooser = section.registered, section.chooser
+    owners = [name for name in registered.names() if loc[-1] in registered[name].section.model_fields]
     if not owners:
         return None
-    own = values["model"].get("architecture", Model.model_fields["architecture"].get_default())
-    reason = ARCHITECTURES[own].why_not_elsewhere
-    return f"{_key_name(loc)}: {reason}. Remove it, or set model.architecture to {' or '.join(owners)}."
+    own = values[str(loc[0])].get(chooser, section.model_fields[chooser].get_default())
+    reason = registered[own].why_not_elsewhere
+    return f"{_key_name(loc)}: {reason}. Remove it, or set {_key_name((*loc[:-1], chooser))} to {' or '.join(owners)}."
 
 
 def _unknown_key(loc: Location) -> str:
@@ -293,7 +294,7 @@ def _describe(value: Any) -> str:
         return f"the truth value {text}"
     if isinstance(value, (int, float)):
         return f"the number {text}"
-    kind = "text" if isinstance(value, str) else "list" if isinstance(value, list) else "mapping"
+    kind = "text" if isinstance(value, str) else "list" if isinstance(value, (list, tuple)) else "mapping"
     return f"the {kind} {text}"
 
 

@@ -9,46 +9,35 @@ The docstring of a field becomes its line in the configuration reference (`refer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
-    ModelWrapValidatorHandler,
     SerializeAsAny,
-    model_validator,
 )
-from pydantic_core import PydanticCustomError
-from typing_extensions import Self
 
 from megatron_tf.config.architectures import ARCHITECTURES
 from megatron_tf.config.deepspeed_section import DeepSpeed
 from megatron_tf.config.fields import (
-    Beta,
     Count,
     Fraction,
     NonNegative,
+    OpenSection,
     Path,
     Positive,
     Seconds,
     Section,
     TokenId,
     TotalCount,
+    name_in,
 )
-
-
-def _registered_architecture(name: str) -> str:
-    if name not in ARCHITECTURES:
-        raise PydanticCustomError(NOT_REGISTERED, "not registered", {"choices": ARCHITECTURES.names()})
-    return name
-
+from megatron_tf.config.optimizers import DEFAULT as DEFAULT_OPTIMIZER
+from megatron_tf.config.optimizers import OPTIMIZERS
 
 Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Precision = Literal["bf16", "fp16", "fp32"]
 GrowthMethod = Literal["zero_key", "gram", "random"]
-NOT_REGISTERED = "not_registered"  # kind of a validation error: a name that no registered object has
 
 
 class Run(Section):
@@ -73,10 +62,13 @@ class ParameterTokens(Section):
     """[tokens] Of the feed-forward Pattention."""
 
 
-class Model(Section):
+class Model(OpenSection):
     """What every model has. An architecture adds its own keys; `Model(...)` makes the section of `architecture`."""
 
-    architecture: Annotated[str, AfterValidator(_registered_architecture)] = "tokenformer"
+    chooser = "architecture"
+    registered = ARCHITECTURES
+
+    architecture: Annotated[str, name_in(ARCHITECTURES)] = "tokenformer"
     """What fills the blocks: a registered architecture."""
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """Number of blocks."""
@@ -94,40 +86,6 @@ class Model(Section):
     """Wavelengths of the rotation run from 2π to 2π times this."""
     norm_eps: Positive = 1e-5
     """Of the weightless block norms and of the final norm."""
-
-    def __new__(cls, /, **fields: Any) -> Self:
-        name = fields.get("architecture", cls.model_fields["architecture"].get_default())
-        is_open = cls is Model and isinstance(name, str) and name in ARCHITECTURES
-        return super().__new__(ARCHITECTURES[name].section if is_open else cls)  # type: ignore[return-value]
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _of_its_architecture(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Validates a mapping as the section of the architecture that it names.
-
-        A key of an architecture may be null, which is the same as leaving it out. A key of another one may also stand
-        there with its default.
-        """
-        if not isinstance(values, Mapping):
-            return handler(values)
-        name = values.get("architecture", cls.model_fields["architecture"].get_default())
-        if not isinstance(name, str) or name not in ARCHITECTURES:
-            return handler({key: value for key, value in values.items() if key in Model.model_fields})
-        section = ARCHITECTURES[name].section
-        said = {key: value for key, value in values.items() if not _says_nothing(section, key, value)}
-        return handler(said) if issubclass(cls, section) else section.model_validate(said)  # type: ignore[return-value]
-
-    @classmethod
-    def variants(cls) -> tuple[type[Section], ...]:
-        return tuple(ARCHITECTURES[name].section for name in ARCHITECTURES.names())
-
-
-def _says_nothing(section: type[Model], key: str, value: Any) -> bool:
-    """Whether a key that not every model has is null, or of another architecture than `section`'s and its default."""
-    fields = [variant.model_fields[key] for variant in Model.variants() if key in variant.model_fields]
-    if key in Model.model_fields or not fields:
-        return False
-    return value is None or (key not in section.model_fields and all(value == field.get_default() for field in fields))
 
 
 class Parallel(Section):
@@ -186,15 +144,16 @@ class Schedule(Section):
     """Where cosine and wsd end, at the last step."""
 
 
-class Optimizer(Section):
-    type: Literal["adamw"] = "adamw"
-    """AdamW is the only one."""
+class Optimizer(OpenSection):
+    """What every optimizer has. `type` adds its own keys; `Optimizer(...)` makes the section of that type."""
+
+    chooser = "type"
+    registered = OPTIMIZERS
+
+    type: Annotated[str, name_in(OPTIMIZERS)] = DEFAULT_OPTIMIZER
+    """How parameters are updated: a registered optimizer."""
     lr: Positive
     """Largest learning rate of the schedule."""
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Decay rates of Adam's two moments."""
-    eps: Positive = 1e-8
-    """Of Adam's denominator."""
     weight_decay: NonNegative = 0.1
     """Of parameter tokens and embedding, never of the final norm."""
     schedule: Schedule = Schedule()
@@ -346,8 +305,8 @@ class RunConfig(Section):
     """Layout over ranks. Data-parallel ranks are those that remain."""
     training: Training
     """Length, batch and precision."""
-    optimizer: Optimizer
-    """AdamW and its learning rate."""
+    optimizer: SerializeAsAny[Optimizer]
+    """The optimizer and its learning rate."""
     data: Data
     """Tokenizer and sources."""
     checkpoint: Checkpoint = Checkpoint()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
 from megatron_tf.config.schema import Model
 from megatron_tf.costs.estimate import num_parameters
 
@@ -21,9 +22,10 @@ YEAR_SECONDS = 365 * 24 * 3600.0
 COPY_BANDWIDTH = 10e9  # bytes/s of a rank, from the GPU to the host's memory, for a checkpoint in the background
 
 
-def checkpoint_bytes(model: Model) -> int:
-    """fp32 weight and both Adam moments of every parameter; the rest of a checkpoint is small."""
-    return 12 * num_parameters(model)
+def checkpoint_bytes(model: Model, optimizer: str = DEFAULT) -> int:
+    """fp32 weight of every parameter and what `optimizer`, a name of the configuration, keeps beside it; the rest of a
+    checkpoint is small."""
+    return (4 + OPTIMIZERS[optimizer].state_bytes) * num_parameters(model)
 
 
 def mean_seconds_between_failures(failures_per_gpu_year: float, num_gpus: int) -> float:
@@ -80,9 +82,10 @@ def plan_checkpoints(
     storage_bytes_per_second: float,
     restart_seconds: float,
     num_gpus: int,
+    optimizer: str = DEFAULT,
 ) -> CheckpointPlan:
     """`num_writers`: ranks that hold a part of the state of their own."""
-    size = checkpoint_bytes(model)
+    size = checkpoint_bytes(model, optimizer)
     write = size / storage_bytes_per_second
     stall = min(write, size / num_writers / COPY_BANDWIDTH) if asynchronous else write
     mean = mean_seconds_between_failures(failures_per_gpu_year, num_gpus)

@@ -11,6 +11,8 @@ from functools import lru_cache
 
 from megatron_tf.architectures.work import compute_bytes, positions_of
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.optimizers import DEFAULT as DEFAULT_OPTIMIZER
+from megatron_tf.config.optimizers import OPTIMIZERS
 from megatron_tf.config.schema import Model, Precision, RunConfig
 from megatron_tf.config.topology import Topology, stage_layers
 from megatron_tf.config.validate import plan_batches, topology_for
@@ -78,7 +80,7 @@ class Memory:
 
     weights: int  # in the compute type
     gradients: int  # as the backward pass makes them, and the fp32 sums over micro batches
-    optimizer: int  # fp32 master weights and both Adam moments
+    optimizer: int  # fp32 master weights and what the optimizer keeps beside them
     activations: int  # saved for the backward pass, and what that makes in passing, at the peak of a step
 
     @property
@@ -100,29 +102,36 @@ def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
 
 def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> Memory:
     parameters = stage_parameters(config.model, topology, stage)
-    weights, gradients, optimizer = state_bytes(parameters, config.training.precision, config.zero.stage, topology.data)
+    weights, gradients, optimizer = state_bytes(
+        parameters, config.training.precision, config.zero.stage, topology.data, config.optimizer.type
+    )
     # One forward, one backward: stage i has started this many micro batches before its first backward.
     in_flight = min(num_micro_batches, topology.pipeline - stage)
     return Memory(weights, gradients, optimizer, _stage_activation_bytes(config, topology, stage, in_flight))
 
 
-def state_bytes(parameters: int, precision: Precision, zero_stage: int, data_parallel: int) -> tuple[int, int, int]:
+def state_bytes(
+    parameters: int, precision: Precision, zero_stage: int, data_parallel: int, optimizer: str = DEFAULT_OPTIMIZER
+) -> tuple[int, int, int]:
     """Bytes of (weights, gradients, optimizer) for `parameters` elements on a rank, as DeepSpeed lays them out.
 
-    | precision, ZeRO | weights | gradients                      | optimizer             |
-    |-----------------|---------|--------------------------------|-----------------------|
-    | bf16, 1         | 2       | 2 + 4 (whole fp32 sum)         | 12/DP                 |
-    | fp16, 1         | 2       | 2 + 4/DP (fp32 copy of a part) | 12/DP                 |
-    | fp32, 1         | 4       | 4 + 4/DP (copy of a part)      | 12/DP (a master copy) |
-    | fp32, 0         | 4       | 4                              | 8                     |
+    | precision, ZeRO | weights | gradients                      | optimizer                  |
+    |-----------------|---------|--------------------------------|----------------------------|
+    | bf16, 1         | 2       | 2 + 4 (whole fp32 sum)         | (4 + s)/DP                 |
+    | fp16, 1         | 2       | 2 + 4/DP (fp32 copy of a part) | (4 + s)/DP                 |
+    | fp32, 1         | 4       | 4 + 4/DP (copy of a part)      | (4 + s)/DP (a master copy) |
+    | fp32, 0         | 4       | 4                              | s                          |
+
+    s: bytes of what `optimizer`, a name of the configuration, keeps beside the weight; 8 for adamw.
     """
+    kept = OPTIMIZERS[optimizer].state_bytes
     share = -(-parameters // data_parallel)
     if zero_stage == 0:
         assert precision == "fp32", "validate() refuses stage 0 in other precisions"
-        return 4 * parameters, 4 * parameters, 8 * parameters
+        return 4 * parameters, 4 * parameters, kept * parameters
     compute = compute_bytes(precision)
     sums = 4 * parameters if precision == "bf16" else 4 * share
-    return compute * parameters, compute * parameters + sums, 12 * share
+    return compute * parameters, compute * parameters + sums, (4 + kept) * share
 
 
 def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, in_flight: int) -> int:

@@ -36,7 +36,7 @@ class StepTime:
     pipeline: float  # sending hidden states and their gradients
     bubble: float  # waiting for other stages
     data: float  # reducing gradients, gathering weights
-    update: float  # norm, clipping and AdamW
+    update: float  # norm, clipping and the optimizer
     tokens: int
     flops: float  # of the model, for all tokens
     peak_flops: float  # of all GPUs

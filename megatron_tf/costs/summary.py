@@ -90,6 +90,7 @@ def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, A
         storage_bytes_per_second=circumstances.storage_bytes_per_second,
         restart_seconds=circumstances.restart_seconds,
         num_gpus=world,
+        optimizer=config.optimizer.type,
     )
     lost = checkpoints.configured_lost_share
     lost = checkpoints.lost_share if lost is None else lost

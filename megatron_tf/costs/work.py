@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_tf.architectures.work import Passes, Product, compute_bytes, positions_of
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.hardware import Assumptions, Gpu
 
@@ -84,13 +85,14 @@ def accumulation_seconds(parameters: int, config: RunConfig, gpu: Gpu, assumed: 
 
 
 def update_seconds(parameters: int, config: RunConfig, data_parallel: int, gpu: Gpu, assumed: Assumptions) -> float:
-    """Norm, clipping and AdamW of a rank, once a step.
+    """Norm, clipping and the optimizer of a rank, once a step.
 
-    Norm 4 bytes a parameter, clipping 8, zeroing 6. AdamW 28 (weight, gradient and two moments in, all but the
-    gradient out) and the weight in the compute type 6, both for a rank's share.
+    Norm 4 bytes a parameter, clipping 8, zeroing 6. The optimizer reads weight, gradient and its states and writes all but
+    the gradient (AdamW 28 bytes), and the weight in the compute type 6; both for a rank's share.
     """
     share = parameters / (data_parallel if config.zero.stage else 1)
-    return (18 * parameters + 34 * share) / (assumed.memory * gpu.memory_bandwidth)
+    updated = 3 * 4 + 2 * rule_of(config.optimizer).state_bytes
+    return (18 * parameters + (6 + updated) * share) / (assumed.memory * gpu.memory_bandwidth)
 
 
 def _products_seconds(products: Iterable[Product], config: RunConfig, gpu: Gpu, assumed: Assumptions) -> float:

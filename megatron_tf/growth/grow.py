@@ -5,28 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.checkpoint.architecture import optimizer_problem, stored_model
 from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.source import CheckpointSource
+from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import growth_problems
 from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed
+from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.sources import InitialSource, StepZero
 
 
 def grow(
-    reader: CheckpointReader, model: Model, growth: Growth, *, seed: int, data: Mapping[str, Any] | None
+    reader: CheckpointReader,
+    model: Model,
+    growth: Growth,
+    *,
+    seed: int,
+    data: Mapping[str, Any] | None,
+    optimizer: str = DEFAULT,
 ) -> StepZero:
     """The bigger `model` from an open checkpoint: the one growth of trainer and tool.
 
     `seed`: the run's.  `data`: fingerprint of the data that the bigger model is trained on. It goes on where the smaller
     one stopped if that is the same, and otherwise begins at its beginning; None stands for the same.
-    ConfigError, with all problems, when more than token counts differ or a method cannot grow this model.
+    `optimizer`: of the bigger model, a name of the configuration.
+    ConfigError, with all problems, when more than token counts differ or a method cannot grow this model, or when states
+    are to be kept that `optimizer` does not know.
     """
     index = reader.index
     check_growable(index, model)
+    keeps = index.states != (WEIGHT,) and growth.moments == "keep"
+    if keeps and (problem := optimizer_problem(index, optimizer, "set growth.moments to reset")):
+        raise ConfigError(f"growth.moments: they are to be kept, but {problem}")
     source = grown_source(reader, model, growth, seed)
     entry = growth_entry(
         method=source.method, moments=growth.moments, source=str(reader.path), step=index.step, samples=index.samples,
@@ -34,7 +47,8 @@ def grow(
     )  # fmt: skip
     entry |= {"noise": growth.noise, "preserves": source.preserves}
     same_data = data is None or dict(index.data) == dict(data)
-    return StepZero(source, index.samples if same_data else 0, index.tokens, (*index.growth_history, entry))
+    samples, states = index.samples if same_data else 0, OPTIMIZERS[optimizer].state_names
+    return StepZero(source, samples, index.tokens, (*index.growth_history, entry), states)
 
 
 def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: int) -> GrownSource:

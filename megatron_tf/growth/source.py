@@ -20,7 +20,7 @@ from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, NewTokens
 from megatron_tf.growth.rules import decide, growing
 from megatron_tf.state.initialize import initial_rows
-from megatron_tf.state.optimizer_states import WEIGHT
+from megatron_tf.state.optimizer_states import WEIGHT, declared_states, initial_value
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import StateSource, copy_in_slices
 
@@ -45,9 +45,9 @@ class _Grown:
 class GrownSource:
     """State of `new_model`, grown from `old` (state of `old_model`) with new values from `fresh` (of `new_model`).
 
-    `growth`: the method of each projection, noise, and what becomes of moments: "keep" leaves the old elements' Adam
-    moments and step counts, "reset" starts all of the model's, also those of tensors that do not grow, at 0. New
-    elements always start at 0.  `seed`: of this growth, see `growth_seed`.
+    `growth`: the method of each projection, noise, and what becomes of moments: "keep" leaves the old elements' optimizer
+    states and step counts, "reset" starts all of the model's afresh, also those of tensors that do not grow. New
+    elements always start afresh.  `seed`: of this growth, see `growth_seed`.
     ConfigError, with all problems, when the models differ in more than token counts or a method cannot grow its
     projection; no state is read to find out.
 
@@ -114,7 +114,7 @@ class GrownSource:
         if len(new):
             elements = self._new_elements(name) if state == WEIGHT else None
             if elements is None:
-                new.zero_()
+                new.fill_(0.0 if state == WEIGHT else initial_value(state))
             else:
                 copy_in_slices(elements, boundary, new)
 
@@ -136,17 +136,17 @@ class GrownSource:
 
     def _read_old(self, name: str, state: str, start: int, target: Tensor) -> None:
         if state != WEIGHT and self._growth.moments == "reset":
-            target.zero_()
+            target.fill_(initial_value(state))
         elif (factor := self._factor(name, state)) != 1 or (state == WEIGHT and self._noisy(name)):
             copy_in_slices(lambda low, high: self._changed(name, state, low, high, factor), start, target)
         else:
             self._old.read_into(name, state, start, target)
 
     def _factor(self, name: str, state: str) -> float:
-        """What old elements are multiplied by. Weights times f have gradients times 1/f, and moments follow those."""
+        """What old elements are multiplied by: the optimizer's states follow the gradients, see `OptimizerState`."""
         grown = self._tensors.get(name)
         factor = self._factors[grown.projection] if grown is not None and grown.is_value else 1.0
-        return {WEIGHT: factor, "exp_avg": 1 / factor, "exp_avg_sq": 1 / factor**2}[state]
+        return factor if state == WEIGHT else declared_states()[state].factor(factor)
 
     def _noisy(self, name: str) -> bool:
         return self._growth.noise > 0 and name in self._tensors

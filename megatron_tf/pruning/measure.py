@@ -32,6 +32,7 @@ from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.paths import literal
 from megatron_tf.pruning.criterion import largest, summed_contributions, summed_scale_terms
 from megatron_tf.pruning.source import PrunedSource
+from megatron_tf.state.optimizer_states import STATES, WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
 from megatron_tf.state.sources import StepZero
 
@@ -237,7 +238,8 @@ def pruned_start(
     )  # fmt: skip
     history = (*index.growth_history, {**entry, "preserves": False, **measured})
     # Of a start's source only what every `StateSource` has is needed to write it.
-    return StepZero(source, index.samples, index.tokens, history)
+    states = STATES if index.states == (WEIGHT,) else index.states
+    return StepZero(source, index.samples, index.tokens, history, states)
 
 
 def visit_projections(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_tf.config.schema import Model
 from megatron_tf.state.initialize import initial_rows
-from megatron_tf.state.optimizer_states import STATES, WEIGHT
+from megatron_tf.state.optimizer_states import STATES, WEIGHT, initial_value
 from megatron_tf.state.parameters import initial_scales, parameter_table
 from megatron_tf.state.ranges import StepRange
 
@@ -26,7 +26,7 @@ SLICE_ELEMENTS = 2**20  # 4 MiB in fp32
 class StateSource(Protocol):
     """Everything a run starts from, by logical tensor and range.
 
-    States: "weight" (fp32 master), "exp_avg", "exp_avg_sq" (Adam moments).
+    States: "weight" (fp32 master), and under the names that the optimizer declares what it keeps beside that.
     """
 
     @property
@@ -55,7 +55,7 @@ def copy_in_slices(read: Callable[[int, int], Tensor], start: int, target: Tenso
 
 
 class FreshSource:
-    """The weights and τ of another source; moments and step counts are 0."""
+    """The weights and τ of another source; nothing updated so far."""
 
     def __init__(self, weights: StateSource):
         self._weights = weights
@@ -65,29 +65,32 @@ class FreshSource:
         return self._weights.scales
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        return self._weights.read(name, state, start, stop) if state == WEIGHT else torch.zeros(stop - start)
+        if state != WEIGHT:
+            return _initial(state, stop - start)
+        return self._weights.read(name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         if state == WEIGHT:
             self._weights.read_into(name, state, start, target)
         else:
-            target.zero_()
+            target.fill_(initial_value(state))
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         return [(start, stop, 0)] if start < stop else []
 
 
 class InitialSource:
-    """The state of a fresh model: weights as a function of (seed, name, row), moments and step counts 0."""
+    """The state of a fresh model: weights as a function of (seed, name, row), nothing updated so far."""
 
     def __init__(self, model: Model, seed: int):
         self._table, self._seed = parameter_table(model), seed
         self.scales: Mapping[str, float] = initial_scales(model)
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        assert state in STATES
-        if state != WEIGHT or start == stop:
-            return torch.zeros(stop - start)
+        if state != WEIGHT:
+            return _initial(state, stop - start)
+        if start == stop:
+            return torch.empty(0)
         spec = self._table[name]
         first, last = start // spec.width, -(-stop // spec.width)
         rows = initial_rows(spec, self._seed, first, last).reshape(-1)
@@ -101,8 +104,7 @@ class InitialSource:
 
 
 class WeightsSource:
-    """The state of weights that come from elsewhere: of any float type, in their logical shapes; moments and step
-    counts are 0."""
+    """The state of weights that come from elsewhere: of any float type, in their logical shapes; nothing updated so far."""
 
     def __init__(self, weights: Mapping[str, Tensor], scales: Mapping[str, float]):
         self._weights, self.scales = weights, scales
@@ -116,10 +118,14 @@ class WeightsSource:
         if state == WEIGHT:
             target.copy_(self._weights[name].reshape(-1)[start : start + target.numel()])
         else:
-            target.zero_()
+            target.fill_(initial_value(state))
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         return [(start, stop, 0)] if start < stop else []
+
+
+def _initial(state: str, numel: int) -> Tensor:
+    return torch.full((numel,), initial_value(state))
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,11 @@ class StepZero:
     """What a run begins with: its state, its position, and the history of the models before it.
 
     `samples`: position in the data.  `tokens`: trained on since the very first model.
+    `states`: of each parameter, the weight and what the optimizer keeps beside it.
     """
 
     source: StateSource
     samples: int
     tokens: int
     growth_history: tuple[Mapping[str, Any], ...]
+    states: tuple[str, ...] = STATES

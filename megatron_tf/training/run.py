@@ -17,6 +17,7 @@ from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.manager import Ranks
 from megatron_tf.checkpoint.step_zero import state_bytes
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import DataSource, RunConfig
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
@@ -132,7 +133,7 @@ def _train(
             passes = passes_over(config, start.progress.samples + left * plan.global_batch_size)
             console.info(f"{'data':<7} {describe_passes(passes)}")
             free = shutil.disk_usage(checkpoints_folder(config)).free
-            room = room_warning(config, left, state_bytes(config.model), free)
+            room = room_warning(config, left, state_bytes(config.model, rule_of(config.optimizer).state_names), free)
             for warning in [*data_warnings(config, passes), *([room] if room else [])]:
                 console.warning(warning)
         if is_main and validation is not None:

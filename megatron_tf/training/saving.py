@@ -12,6 +12,7 @@ from typing import Any
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.manager import clear_leftovers, prune
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
+from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.engine.base import Engine
 from megatron_tf.errors import CheckpointError
@@ -140,14 +141,14 @@ class Saver:
             self._console.warning(problem)
 
     def _index(self, progress: Progress, run_state: Mapping[str, Any]) -> CheckpointIndex:
-        table = parameter_table(self._config.model)
+        table, states = parameter_table(self._config.model), rule_of(self._config.optimizer).state_names
         return CheckpointIndex(
             step=progress.step,
             samples=progress.samples,
             tokens=progress.tokens,
             model=self._config.model.model_dump(mode="json"),
             scales=self._engine.scales,
-            tensors=expected_tensors({name: spec.shape for name, spec in table.items()}),
+            tensors=expected_tensors({name: spec.shape for name, spec in table.items()}, states),
             adam_steps=self._engine.adam_steps(),
             growth_history=self._history,
             data=self._data,

@@ -180,7 +180,7 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
     if path.parent.resolve() == checkpoints_folder(config).resolve():
         reader = open_checkpoint(path)
         index = reader.index
-        check_same_architecture(index, config.model)
+        check_same_architecture(index, config.model, config.optimizer.type)
         _check_data(config, index.data, data, path)
         trackers, note = _own_trackers(config, index)
         before, now = (shortened(_sources(of), 500) for of in (index.data, data))
@@ -194,7 +194,7 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
     if config.growth is None:
         return _warm_start(config, path)
     reader = open_checkpoint(path)
-    grown = grow(reader, config.model, config.growth, seed=config.run.seed, data=data)
+    grown = grow(reader, config.model, config.growth, seed=config.run.seed, data=data, optimizer=config.optimizer.type)
     return Start(
         grown.source, f"grown from {path}", Progress(0, grown.samples, grown.tokens), grown.growth_history,
         grown_from=reader,

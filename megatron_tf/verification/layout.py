@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
@@ -145,11 +146,9 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
     table = parameter_table(config.model)
     decayed = [p for name, p in model.named_parameters() if table[name].decayed]
     others = [p for name, p in model.named_parameters() if not table[name].decayed]
-    adam = config.optimizer
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": adam.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=adam.lr, betas=adam.betas, eps=adam.eps,
-    )  # fmt: skip
+    settings = config.optimizer
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = rule_of(settings).reference(settings, groups)
     ends = configured_boundaries(config).ends
     architecture = architecture_of(config.model)
     losses, norms, gradients = [], [], {}
@@ -177,7 +176,7 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
         if step == 0:
             gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, adam, plan.train_steps)
+            group["lr"] = learning_rate(step, settings, plan.train_steps)
         optimizer.step()
         optimizer.zero_grad()
     return Trace(losses, norms, gradients, reports)

@@ -171,7 +171,7 @@ def _run(setting: Setting, config: RunConfig, rank: int, steps: int, run_dir: st
     reader = None if resume_at is None else open_checkpoint(_checkpoint(run_dir, resume_at))
     source: StateSource = InitialSource(config.model, config.run.seed)
     if reader is not None:
-        check_same_architecture(reader.index, config.model)
+        check_same_architecture(reader.index, config.model, config.optimizer.type)
         source = CheckpointSource(reader)
     group = make_group(topology, "tensor", TIMEOUT_SECONDS)
     ends = configured_boundaries(config).ends
@@ -195,7 +195,7 @@ def _run(setting: Setting, config: RunConfig, rank: int, steps: int, run_dir: st
 
 @dataclass(frozen=True)
 class _State:
-    """What one rank holds of everything that a checkpoint stores exactly. `ages`: (name, start, stop, Adam updates)."""
+    """What one rank holds of everything that a checkpoint stores exactly. `ages`: (name, start, stop, updates)."""
 
     pieces: list[tuple[str, str, int, int, Tensor]]
     ages: list[Age]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from megatron_tf.config.schema import Model, Optimizer
 from megatron_tf.convert.official import load_official_state_dict
-from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
+from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.model import build_model
 from megatron_tf.state.parameters import parameter_table
@@ -22,7 +22,7 @@ def segment(name, start, stop, buffer, offset, decayed=True, age=0.0):
 
 
 def optimizer(buffer, weight_decay=0.1):
-    return SegmentedAdamW([buffer], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+    return SegmentedOptimizer([buffer], Optimizer(lr=1e-2, weight_decay=weight_decay))
 
 
 @pytest.mark.parametrize("run", ["const", "sched"])
@@ -41,7 +41,7 @@ def test_ten_steps_agree_with_the_official_training(run):
     model = build_model(config)
     load_official_state_dict({k[5:]: v for k, v in golden.items() if k.startswith("init/")}, model)
     table = parameter_table(config)
-    adam = SegmentedAdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    adam = SegmentedOptimizer(model.parameters(), Optimizer(lr=1e-3))
     adam.bind(segment(name, 0, p.numel(), p, 0, decayed=table[name].decayed) for name, p in model.named_parameters())
     schedule = Optimizer(lr=1e-3, schedule={"type": "cosine", "warmup_steps": 3, "min_lr": 1e-4})
     for step, batch in enumerate(golden["batches"]):
@@ -89,7 +89,7 @@ def test_segments_of_one_buffer_equal_separate_parameters():
 def test_a_young_segment_has_its_own_bias_correction():
     """A segment of age 0 beside an old one moves like a fresh Adam, by about lr, whatever β₂."""
     flat = torch.zeros(4).requires_grad_()
-    adam = SegmentedAdamW([flat], lr=1e-2, betas=(0.9, 0.999), eps=1e-12, weight_decay=0.0)
+    adam = SegmentedOptimizer([flat], Optimizer(lr=1e-2, betas=(0.9, 0.999), eps=1e-12, weight_decay=0.0))
     adam.bind([segment("old", 0, 2, flat, 0, age=10_000.0), segment("new", 2, 4, flat, 2)])
     flat.grad = torch.full((4,), 0.5)
     adam.step()

@@ -18,7 +18,7 @@ from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.config.topology import Topology
 from megatron_tf.engine.base import Age, Engine, StepResult
-from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
+from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.model.layers import TensorParallel
@@ -39,10 +39,7 @@ class PlainEngine:
         table = parameter_table(model)
         self._stage = build_stage(model, self._scales, topology, 0, TensorParallel(), document_ends)
         buffers = dict(self._stage.named_parameters())
-        adam = config.optimizer
-        self._optimizer = SegmentedAdamW(
-            buffers.values(), lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay
-        )
+        self._optimizer = SegmentedOptimizer(buffers.values(), config.optimizer)
         self._loaded = {name: source.adam_steps(name, 0, spec.numel) for name, spec in table.items()}
         self._optimizer.bind(
             Segment(name, start, stop, buffers[name], start, True, spec.decayed, torch.tensor(float(updates)))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tf.config.schema import Growth, Model
-from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
+from megatron_tf.config.schema import Growth, Model, Optimizer
+from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.growth.source import GrownSource
 from megatron_tf.state.parameters import initial_scales, parameter_table
 from megatron_tf.state.sources import StateSource
@@ -64,14 +64,14 @@ class RowAdamW:
         self.weights -= LR * (DECAY * self.weights + mean / (square.sqrt() + EPS))
 
 
-def started(source: StateSource, numel: int, betas: tuple[float, float]) -> tuple[SegmentedAdamW, Tensor]:
+def started(source: StateSource, numel: int, betas: tuple[float, float]) -> tuple[SegmentedOptimizer, Tensor]:
     """An optimizer that has taken its state from `source`, in the way the engine does."""
     flat = torch.zeros(numel)
     segments = [
         Segment(NAME, start, stop, flat, start, True, True, torch.tensor(float(age)))
         for start, stop, age in source.adam_steps(NAME, 0, numel)
     ]
-    adam = SegmentedAdamW([flat], lr=LR, betas=betas, eps=EPS, weight_decay=DECAY)
+    adam = SegmentedOptimizer([flat], Optimizer(lr=LR, betas=betas, eps=EPS, weight_decay=DECAY))
     adam.bind(segments)
     for segment in segments:
         for state, target in adam.states(segment).items():
@@ -79,7 +79,7 @@ def started(source: StateSource, numel: int, betas: tuple[float, float]) -> tupl
     return adam, flat
 
 
-def held(adam: SegmentedAdamW, flat: Tensor, of: Model) -> Trained:
+def held(adam: SegmentedOptimizer, flat: Tensor, of: Model) -> Trained:
     states = {"weight": flat} | {state: adam.state[flat][state] for state in ("exp_avg", "exp_avg_sq")}
     return Trained(of, states, [(s.start, s.stop, int(s.age)) for s in adam.segments])
 
@@ -127,7 +127,7 @@ def test_three_generations_move_as_the_reference_says(beta2, method):
 def test_the_trap_is_real():
     """The age of the old rows in place of their own makes the first update of new rows 3 times too large."""
     flat = torch.zeros(1)
-    adam = SegmentedAdamW([flat], lr=LR, betas=(0.9, 0.999), eps=EPS, weight_decay=0.0)
+    adam = SegmentedOptimizer([flat], Optimizer(lr=LR, betas=(0.9, 0.999), eps=EPS, weight_decay=0.0))
     adam.bind([Segment(NAME, 0, 1, flat, 0, True, False, torch.tensor(10_000.0))])
     flat.grad = torch.ones(1)
     adam.step()

@@ -28,7 +28,7 @@ from megatron_tf.data.loader import Batch
 from megatron_tf.engine.base import Age, StepResult
 from megatron_tf.engine.deepspeed.patches import clip_by_true_norm, master_fragment, time_phases, watch_nonfinite
 from megatron_tf.engine.deepspeed.pipeline import ShardedParameter, TokenFormerPipeline
-from megatron_tf.engine.optimizer import Segment, SegmentedAdamW
+from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.errors import CheckpointError
@@ -73,19 +73,15 @@ class DeepSpeedEngine:
             block.recompute = config.training.activation_checkpointing
             if config.training.compile:
                 block.compile()
-        adam = config.optimizer
         with contextlib.redirect_stdout(io.StringIO()):
             self._deepspeed, self._wrapper, _, _ = deepspeed.initialize(
                 model=self._pipeline,
-                optimizer=SegmentedAdamW(
-                    [shard.parameter for shard in self._pipeline.shards()],
-                    lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay,
-                ),
+                optimizer=SegmentedOptimizer([shard.parameter for shard in self._pipeline.shards()], config.optimizer),
                 config=deepspeed_config(config, plan),
                 dist_init_required=False,
-            )  # fmt: skip
+            )
         time_phases(self._deepspeed, clock)
-        self.optimizer: SegmentedAdamW = self._deepspeed.basic_optimizer
+        self.optimizer: SegmentedOptimizer = self._deepspeed.basic_optimizer
         self._stage_0_norm: float | None = None
         if config.zero.stage:
             self._nonfinite = watch_nonfinite(self._wrapper, self._pipeline.shards())
@@ -228,7 +224,7 @@ class DeepSpeedEngine:
         self.optimizer.observe = call
 
     def adam_steps(self) -> dict[str, tuple[tuple[int, int, int], ...]]:
-        """Adam update counts of the whole model: name -> ((start, stop, updates), ...)."""
+        """Update counts of the whole model: name -> ((start, stop, updates), ...)."""
         done = self.optimizer.num_updates
         return {
             name: tuple((start, stop, steps + done) for start, stop, steps in ranges)

@@ -1,0 +1,19 @@
+"""The optimizers by the name that `optimizer.type` gives. `optimizers.base` says what each has to give."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_tf.registry import Registry
+
+if TYPE_CHECKING:
+    from megatron_tf.config.schema import Optimizer
+    from megatron_tf.optimizers.base import UpdateRule
+
+DEFAULT = "adamw"
+OPTIMIZERS: Registry[UpdateRule] = Registry({DEFAULT: "megatron_tf.optimizers.adamw:ADAMW"})
+
+
+def rule_of(optimizer: Optimizer) -> UpdateRule:
+    """The optimizer that the section names."""
+    return OPTIMIZERS[optimizer.type]
