@@ -3,6 +3,7 @@
 #                  (also -m timing: the few that compare speeds and want a quiet machine)
 # make test-fast   the same without the slow tests
 # make lint        set up, then ruff and mypy
+# make docs        set up, then the documentation in site/; a warning is an error
 # make clean       remove what the set-up made, and the runs of the demo in runs/demo; never other runs, or data
 
 VENV ?= .venv
@@ -15,12 +16,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 CONSTRAINTS := $(VENV)/constraints.txt
 STAMP := $(VENV)/.set-up
+DOCS_STAMP := $(VENV)/.docs-set-up
 MADE_HERE := $(VENV)/.made-by-set-up
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 # Ranks share the cores of one machine; more than a few threads do not make a tiny model faster.
 HALF_OF_CORES := $(shell n=$$(($(CORES) / 2)); echo $$((n < 1 ? 1 : n > 4 ? 4 : n)))
 
-.PHONY: demo test test-fast lint clean setup
+.PHONY: demo test test-fast lint docs clean setup
 
 demo: export OMP_NUM_THREADS ?= $(HALF_OF_CORES)
 demo: $(STAMP)
@@ -39,6 +41,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Only the first time does this need a network.
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install --quiet -c $(CONSTRAINTS) --no-build-isolation -e ".[docs]"
+	touch $@
+
 setup: $(STAMP)
 
 # torch comes first and is then held fast: otherwise a dependency may replace it by another build of gigabytes.
@@ -55,7 +65,7 @@ $(STAMP): setup.py pyproject.toml Makefile
 # An environment of another name that was there before the set-up is the user's.
 clean:
 	test $(VENV) != .venv -a ! -e $(MADE_HERE) || rm -rf $(VENV)
-	rm -rf build megatron_tf.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build site megatron_tf.egg-info .pytest_cache .mypy_cache .ruff_cache
 	rm -rf $(addprefix runs/demo/,small control grown loss.png)
 	rmdir runs/demo runs 2>/dev/null || true
 	find megatron_tf launch tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

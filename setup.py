@@ -11,6 +11,7 @@ SENTENCEPIECE = ["sentencepiece>=0.2,<0.3"]
 PARQUET = ["pyarrow>=17,<27"]
 TRANSFORMERS = ["transformers>=5.16,<5.25"]
 EVAL = ["lm_eval>=0.4.13,<0.4.14", *TRANSFORMERS, *PARQUET]
+DOCS = ["mkdocs>=1.6,<1.7", "mkdocs-material>=9.8,<9.9"]  # also for `make docs`, which builds without a network
 # Comes with PyTorch's builds for GPUs; without one the kernels are tested in its interpreter.
 TRITON = ["triton>=3.5,<4; platform_system == 'Linux'"]
 TIKTOKEN = ["tiktoken>=0.11,<0.15"]  # before, it took special tokens that a text spells out for special tokens
@@ -48,6 +49,7 @@ setup(
         "zstandard>=0.22,<0.26",
     ],
     extras_require={
+        "docs": DOCS,
         "eval": EVAL,
         "hf": TRANSFORMERS,
         "parquet": PARQUET,

@@ -51,7 +51,8 @@ def test_what_is_installed_is_shown_for_every_requirement(bounds):
     lines = bounds["shown"](text, bounds["installed"](text)).splitlines()
     names = [line.split()[0] for line in lines]
     assert names[0] == "python" and {"torch", "deepspeed", "transformers", "lm_eval", "ruff", "triton"} <= set(names)
-    assert not any("not installed" in line for line in lines)
+    documentation = ("mkdocs",)  # comes with the first `make docs`
+    assert [line for line in lines if "not installed" in line and not line.startswith(documentation)] == []
 
 
 @pytest.mark.parametrize("passes", [True, False])
