@@ -82,6 +82,8 @@ def rows(models: Mapping[str, Model], setting: Setting) -> Iterator[Row]:
     if problems:
         raise ConfigError(problems)
     for name, (model, transformer) in chosen.items():
+        # Otherwise the compiler takes the next configuration's sizes for dynamic ones, which no training run has.
+        torch.compiler.reset()
         yield _measure(name, models[name], model, transformer, setting)
 
 
