@@ -11,7 +11,6 @@ from typing import Literal
 
 import pytest
 import torch
-from megatron_tf.parallel.topology import Topology
 from prepared import write_tokens
 from tiny import run_config
 from tooling import assert_refused, tool
@@ -24,6 +23,7 @@ from megatron_tf.config.fields import Beta
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.optimizers import OPTIMIZERS
 from megatron_tf.config.schema import Growth, Optimizer, RunConfig
+from megatron_tf.config.topology import Topology
 from megatron_tf.costs.checkpoints import checkpoint_bytes
 from megatron_tf.costs.estimate import memory_per_rank, num_parameters
 from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
@@ -169,7 +169,7 @@ def test_it_grows_and_is_inspected(tmp_path: Path):
     index = open_checkpoint(tmp_path / "grown" / "checkpoints" / "step_00000002").index
     assert index.adam_steps[name] == ((0, old, 4), (old, 51 * 32, 2))
 
-    with pytest.raises(ConfigError, match="momentum. Set optimizer.type to momentum, or growth.moments to reset"):
+    with pytest.raises(ConfigError, match="momentum. Set optimizer.type to momentum, or set growth.moments to reset"):
         grow(reader, grown.model, grown.growth, seed=1, data=None)
     reset = Growth(source="x", moments="reset")
     assert grow(reader, grown.model, reset, seed=1, data=None).states == ("weight", "exp_avg", "exp_avg_sq")
