@@ -20,6 +20,8 @@ PROJECT = Path(__file__).parents[1]
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
 # The public names of the package, as module:name.
 PYTHON_NAMES = (
+    "megatron_tf:train",
+    "megatron_tf.training.one_process:Trained",
     "megatron_tf.config:load_config",
     "megatron_tf.model:build_model",
     "megatron_tf.model:TokenFormer",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tf.paths import expand
-from megatron_tf.shipped import configurations
+from megatron_tf.shipped import find_configuration
 
 
 def whole_number(most: int, least: int = 1) -> Callable[[str], int]:
@@ -63,7 +63,4 @@ def input_path(text: str) -> str:
 
 def config_file(text: str) -> Path:
     """A configuration: the path of a file, or the name of one that comes with the package."""
-    file = path(text)
-    if "/" not in text and not file.exists():
-        return configurations().get(file.name.removesuffix(".yml"), file)
-    return file
+    return find_configuration(text_path(text))

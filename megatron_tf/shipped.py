@@ -18,5 +18,13 @@ def configurations() -> dict[str, Path]:
     return shipped_files("configs", "configs", ".yml")
 
 
+def find_configuration(text: str) -> Path:
+    """The file of this path; a name without a folder, which no file has, is that of a shipped configuration."""
+    path = Path(text)
+    if "/" not in text and not path.exists():
+        return configurations().get(path.name.removesuffix(".yml"), path)
+    return path
+
+
 def slurm_scripts() -> dict[str, Path]:
     return shipped_files("slurm", "launch/slurm", ".sbatch")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-import megatron_tf
+from megatron_tf.shipped import PACKAGE
 
 # Libraries in which numbers, files or the way of ranks to speak to each other depend on the version.
 LIBRARIES = ("torch", "deepspeed", "numpy", "triton", "safetensors", "tokenizers", "xxhash")
@@ -43,7 +43,7 @@ def software_facts(environ: Mapping[str, str]) -> dict[str, str]:
 
 def code_digest(folder: Path | None = None) -> str:
     """SHA-256 of all source files of this package (or `folder`), with their names."""
-    root = folder or Path(megatron_tf.__file__).parent
+    root = folder or PACKAGE
     digest = hashlib.sha256()
     for path in sorted(path for ending in ("py", "c") for path in root.rglob(f"*.{ending}")):
         digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
