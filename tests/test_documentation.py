@@ -25,6 +25,7 @@ IDS = [str(page.relative_to(PROJECT)) for page in PAGES]
 BY_MODULE = {command.module: name for name, command in COMMANDS.items()}
 # Commands of other programs, also where our name stands among their words.
 OTHERS = ("pip", "docker", "curl", "lm_eval", "scancel", "pytest")
+WITH_ARGUMENTS = r"((python|sbatch) \S+|make) \S"  # in running text a script alone is only its name
 WITHOUT_DEEPSPEED = """
 import sys
 class Away:
@@ -55,9 +56,7 @@ def commands_of(page: Path) -> Iterator[list[str]]:
     """The commands of a page's shell blocks, and the whole ones in its running text, as words."""
     lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    lines += [
-        " ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose) if re.match(r"(python|sbatch|make) ", code)
-    ]
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose) if re.match(WITH_ARGUMENTS, code)]
     for line in lines:
         for part in line.split(" && "):
             words = shlex.split(part, comments=True)
