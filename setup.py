@@ -31,7 +31,7 @@ setup(
         "megatron_tf.configs": ["*.yml", "schema.json"],
         "megatron_tf.slurm": ["*.sbatch"],
         "megatron_tf.convert.huggingface": ["remote_code/*.py"],  # goes into every export, as it is
-        "megatron_tf.model": ["*.c"],  # built on first use
+        "megatron_tf.model.kernels": ["*.c"],  # built on first use
     },
     entry_points={"console_scripts": ["megatron_tf = megatron_tf.__main__:main"]},
     python_requires=">=3.10,<3.14",

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tf.config.schema import Activation, Model
+from megatron_tf.config.schema import Model
 
 INITIAL_STD = 0.02  # of key tokens, of a Transformer's first matrices, and of the embedding
 
@@ -71,7 +71,7 @@ class ProjectionSpec:
     name: str
     kind: str
     tokens: int
-    activation: Activation
+    activation: str
     keys: tuple[str, ...] = ("key_tokens",)
     values: tuple[str, ...] = ("value_tokens",)
 

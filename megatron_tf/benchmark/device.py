@@ -11,7 +11,7 @@ import torch
 
 from megatron_tf.config.schema import Precision
 from megatron_tf.errors import ConfigError
-from megatron_tf.model import fused_stages
+from megatron_tf.model.kernels import fused_stages
 
 
 def check_dtypes(device: torch.device, names: Iterable[str]) -> None:

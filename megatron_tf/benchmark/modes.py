@@ -13,8 +13,10 @@ import torch
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel
 from megatron_tf.benchmark import communication, memory, pattention, scaling, stages, step
 from megatron_tf.benchmark.device import check_dtypes, machine, quick_dtype
+from megatron_tf.benchmark.references import FORMULAS
 from megatron_tf.benchmark.report import Row, check_json, table, write_json
 from megatron_tf.config import load_config
+from megatron_tf.config.nearest import either
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.model.precision import DTYPES
@@ -129,9 +131,10 @@ def tokenformer_of(file: Path) -> TokenFormerModel:
 def with_plain_formula(file: Path, seq_length: int | None) -> TokenFormerModel:
     """The model of a configuration, with another sequence length if one is given."""
     model = tokenformer_of(file)
-    if model.activation != "l2_norm_gelu":
+    if model.activation not in FORMULAS:
         raise ConfigError(
-            f"{file}: model.activation {model.activation} has no plain formula to be compared with. Give l2_norm_gelu."
+            f"{file}: model.activation {model.activation} has no plain formula to be compared with. Give "
+            f"{either(FORMULAS)}."
         )
     return model if seq_length is None else model.model_copy(update={"seq_length": seq_length})
 

@@ -24,6 +24,9 @@ def plain_formula(x: Tensor, keys: Tensor, values: Tensor, scale: float | None =
     return F.gelu(normalised) @ values
 
 
+FORMULAS = {"l2_norm_gelu": plain_formula}  # by the activation that it is of
+
+
 def gelu_mlp(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The same two products with a GELU between them and no normalisation."""
     return F.gelu(x @ keys.mT) @ values

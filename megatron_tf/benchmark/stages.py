@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from megatron_tf.activations.function import score_function
 from megatron_tf.benchmark.references import bare_products
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import interleaved
-from megatron_tf.config.schema import Activation
-from megatron_tf.model import row_stages
+from megatron_tf.config.activations import DEFAULT_ACTIVATION
 
-ACTIVATION: Activation = "l2_norm_gelu"
 SCALE = 1.0
 SPLIT = ("norm", "weights", "backward", "couple")  # as they run where the tokens are shared with other ranks
 WHOLE = ("norm and weights", "backward and couple")  # elsewhere
@@ -36,15 +35,16 @@ def rows(
 def _measure(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rounds: int) -> Row:
     scores = x @ keys.mT
     gradient = torch.zeros_like(scores)  # `backward` works in place: anything else would shrink until it is denormal
-    r = row_stages.statistic(scores, ACTIVATION)
+    function = score_function(DEFAULT_ACTIVATION)
+    r = function.statistic(scores)
     total = torch.zeros_like(r)
     calls = {
-        "norm": lambda: row_stages.statistic(scores, ACTIVATION),
-        "weights": lambda: row_stages.weights(scores, r, SCALE, ACTIVATION),
-        "norm and weights": lambda: row_stages.statistic_and_weights(scores, SCALE, ACTIVATION),
-        "backward": lambda: row_stages.backward(scores, r, gradient, SCALE, ACTIVATION),
-        "couple": lambda: row_stages.couple(scores, r, total, gradient, SCALE, ACTIVATION),
-        "backward and couple": lambda: row_stages.backward_and_couple(scores, r, gradient, SCALE, ACTIVATION),
+        "norm": lambda: function.statistic(scores),
+        "weights": lambda: function.weights(scores, r, SCALE),
+        "norm and weights": lambda: function.statistic_and_weights(scores, SCALE),
+        "backward": lambda: function.backward(scores, r, gradient, SCALE),
+        "couple": lambda: function.couple(scores, r, total, gradient, SCALE),
+        "backward and couple": lambda: function.backward_and_couple(scores, r, gradient, SCALE),
         "products": lambda: bare_products(x, keys, values, x),
     }
     times = interleaved(calls, x.device, rounds)

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.checkpoint.records import record_problems
+from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import ARCHITECTURES, architecture_of, with_parameter_tokens
 from megatron_tf.config.differences import TOKENS, differing
 from megatron_tf.config.nearest import either
@@ -61,7 +62,7 @@ def check_prunable(model: Model) -> None:
 
 
 def check_format(model: Model, form: str, action: str) -> None:
-    """CheckpointError unless the model's architecture can be written in and read from the foreign format `form`."""
+    """CheckpointError unless the model's architecture and activations have a place in the foreign format `form`."""
     token_counts(model, action)
     if form not in architecture_of(model).formats:
         able = [name for name in ARCHITECTURES.names() if form in ARCHITECTURES[name].formats]
@@ -71,6 +72,13 @@ def check_format(model: Model, form: str, action: str) -> None:
         )
     if problem := architecture_of(model).format_problem(model, form):
         raise CheckpointError(f"the model cannot be {action}: {problem}")
+    for activation in {spec.activation for spec in projections(model).values()}:
+        if form not in ACTIVATIONS[activation].formats:
+            able = [name for name in ACTIVATIONS.names() if form in ACTIVATIONS[name].formats]
+            raise CheckpointError(
+                f"a model of model.activation {activation} cannot be {action}: code for the {form} format does not "
+                f"compute it. Give a model whose model.activation is {either(able)}"
+            )
 
 
 def check_same_architecture(index: CheckpointIndex, model: Model, optimizer: str = DEFAULT) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -66,15 +67,15 @@ class Section(BaseModel):
         return (cls,)
 
 
-def name_in(registry: Registry[Any]) -> AfterValidator:
+def name_in(registry: Registry[Any]) -> BeforeValidator:
     """Of a text that must be the name of a registered object."""
 
-    def check(name: str) -> str:
-        if name not in registry:
+    def check(name: Any) -> Any:
+        if not isinstance(name, str) or name not in registry:
             raise PydanticCustomError(NOT_REGISTERED, "not registered", {"choices": registry.names()})
         return name
 
-    return AfterValidator(check)
+    return BeforeValidator(check)
 
 
 class OpenSection(Section):

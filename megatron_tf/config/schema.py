@@ -17,6 +17,7 @@ from pydantic import (
     SerializeAsAny,
 )
 
+from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import ARCHITECTURES
 from megatron_tf.config.deepspeed_section import DeepSpeed
 from megatron_tf.config.fields import (
@@ -35,7 +36,13 @@ from megatron_tf.config.fields import (
 from megatron_tf.config.optimizers import DEFAULT as DEFAULT_OPTIMIZER
 from megatron_tf.config.optimizers import OPTIMIZERS
 
-Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+
+def _list_activations(node: dict[str, Any]) -> None:
+    """Adds the choices to the JSON schema of a key."""
+    node["enum"] = list(ACTIVATIONS.names())
+
+
+ActivationName = Annotated[str, name_in(ACTIVATIONS), Field(json_schema_extra=_list_activations)]
 Precision = Literal["bf16", "fp16", "fp32"]
 GrowthMethod = Literal["zero_key", "gram", "random"]
 

@@ -1,7 +1,7 @@
 """The official TokenFormer's weights: their names and shapes, and the model that they are of.
 
 Names are read through the parameter table. The official code computes τ from the number of tokens, so its files hold
-none: τ of a model in this format is √n (n for softmax), as of a fresh model.
+none: τ of a model in this format is that of a fresh model.
 """
 
 from __future__ import annotations

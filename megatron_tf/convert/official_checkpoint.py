@@ -123,7 +123,7 @@ def _read_reference(path: Path, model: Model) -> tuple[Tensor, Tensor]:
 def exportable_model(reader: CheckpointReader) -> Model:
     """The checkpoint's model. UserError unless the official code computes the same from its weights.
 
-    That code knows no stored τ: it takes √n (n for softmax) of as many tokens as it finds.
+    That code knows no stored τ: it takes that of a fresh model with as many tokens as it finds.
     """
     model = stored_model(reader.index)
     check_format(model, "official", "converted")

@@ -9,10 +9,12 @@ before and after, τ and τ' the stored scale of the projection before and after
 
 | method | new keys | new values | τ' | keeps the function |
 |---|---|---|---|---|
-| `zero_key` | 0 | random | τ | both L2 forms, exactly |
-| `gram`, l2_norm_gelu | R with RᵀR = (τ'²/τ² − 1) KᵀK | 0 | √n_new | to rounding |
-| `gram`, gelu_l2_norm | 0, and old values times τ/τ' | random | √n_new | to rounding |
-| `random` | random | random | √n_new (n_new for softmax) | no |
+| `zero_key` | 0 | random | τ | exactly |
+| `gram`, by keys | R with RᵀR = (τ'²/τ² − 1) KᵀK | 0 | default for n_new | to rounding |
+| `gram`, by values | 0, and old values times τ/τ' | random | default for n_new | to rounding |
+| `random` | random | random | default for n_new | no |
+
+What the activation has to be like is a fact that it declares (`activations.base.Activation`); a method asks for these.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from megatron_tf.checks import check_scale, check_whole_number
-from megatron_tf.config.schema import Activation
+from megatron_tf.config.activations import ACTIVATIONS
+from megatron_tf.config.nearest import either
 from megatron_tf.errors import ConfigError
 from megatron_tf.state.parameters import check_activation, default_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_tf.activations.base import Activation
     from megatron_tf.growth.gram import GramKeys
 
 # (start, stop) in elements of a flattened tensor -> flat values on the CPU
@@ -50,7 +54,7 @@ class Projection:
     name: str
     kind: str
     key: str
-    activation: Activation
+    activation: str
     width: int
     old_tokens: int
     new_tokens: int
@@ -101,50 +105,41 @@ class NewTokens:
 def zero_key(projection: Projection) -> NewTokens:
     """New keys 0, new values random, τ held: keeps the function exactly, to the last bit in exact arithmetic.
 
-    A new key k = 0 has the score x·k = 0 at every position.
-    `l2_norm_gelu`: out = Σ_i GELU(τ A_i / ‖A‖) v_i. The zeros leave ‖A‖ = √ΣA² as it is, and with τ held every old
-        term too; a new term is GELU(0) v = 0.
-    `gelu_l2_norm`: out = τ/‖G‖ Σ_i G_i v_i with G = GELU(A). A new G is GELU(0) = 0, so ‖G‖ and, with τ held, every old
-        term stay as they are. Old values are *not* rescaled: the factor √(n_old/n_new) on them that is known for this
-        form makes up for τ moving from √n_old to √n_new (see `gram`), which it does not do here.
-    `softmax`: out = τ Σ_i exp(A_i) v_i / Σ exp(A). exp(0) = 1 enters the sum, whatever τ is: refused.
+    A new key k = 0 has the score x·k = 0 at every position. An activation that ignores zero scores leaves the statistic
+    of the row as it is and, with τ held, every old term S_i v_i too; a new term is 0 · v = 0. Old values are *not*
+    rescaled: the factor √(n_old/n_new) on them that is known from the official code makes up for τ moving from √n_old to
+    √n_new (see `gram`), which it does not do here.
 
     In the first step the new values get no gradient (their weight is 0) but the new keys do, since the values are
     not 0; with both 0 the token would be dead for ever.
     """
-    if projection.activation == "softmax":
-        raise ConfigError(
-            f"{projection.key}: zero_key cannot keep the function of a softmax model: a zero key has the "
-            f"weight exp(0) = 1, not 0. {_OTHER_ACTIVATION}"
-        )
+    if not _ignores_zero(ACTIVATIONS[projection.activation]):
+        raise _refusal("zero_key", projection, _ignores_zero, "it has a weight, or changes those of the others")
     return NewTokens(projection.scale, keys=None, values=projection.initial_values)
 
 
 def gram(projection: Projection) -> NewTokens:
-    """τ' = √n_new, as the official code computes it, so that this code loads the grown model and keeps its function.
+    """τ' as the official code computes it from n_new, so that this code loads the grown model and keeps its function.
 
-    `l2_norm_gelu`: out = Σ_i GELU(τ A_i / ‖A‖) v_i. The new tokens have value 0, so only ‖A‖ feels them:
-        ‖A'‖² = xᵀ(KᵀK + RᵀR)x = τ'²/τ² ‖A‖²  when  RᵀR = (τ'²/τ² − 1) KᵀK,  and so τ'/‖A'‖ = τ/‖A‖.
+    By keys, where S is a function φ of τA/‖A‖: out = Σ_i φ(τ A_i / ‖A‖) v_i. The new tokens have value 0, so only ‖A‖
+        feels them: ‖A'‖² = xᵀ(KᵀK + RᵀR)x = τ'²/τ² ‖A‖²  when  RᵀR = (τ'²/τ² − 1) KᵀK,  and so τ'/‖A'‖ = τ/‖A‖.
         For τ = √n_old the factor is n_new/n_old − 1; for a τ held by an earlier `zero_key` it is larger. R is a random
         orthonormal mixing of the square root of the Gram matrix, see `GramKeys`: new directions, not copies. That
         takes as many new tokens as KᵀK has rank: min(n_old, width). The new values learn at once.
-    `gelu_l2_norm`: no R does this, since ‖GELU(A)‖² is not a quadratic form of x. The same end is reached with new keys
-        0 and old values times τ/τ', which makes up for τ; new values random.
-    `softmax`: every new token takes a share exp(A) > 0 of the sum, and that share depends on x: refused.
+    By values, where S is proportional to τ and zero scores are ignored: the same end is reached with new keys 0 and old
+        values times τ/τ', which makes up for τ; new values random.
     """
     scale, old, new = projection.default_scale, projection.old_tokens, projection.new_tokens
-    if projection.activation == "softmax":
-        raise ConfigError(
-            f"{projection.key}: gram cannot keep the function of a softmax model: a new token takes the share exp(A) "
-            f"> 0 of the sum, whatever its key is. {_OTHER_ACTIVATION}"
-        )
+    activation = ACTIVATIONS[projection.activation]
+    if not _makes_up_for_scale(activation):
+        raise _refusal("gram", projection, _makes_up_for_scale, "neither keys nor values make up for another τ")
     tensors = (*projection.initial_keys, *projection.initial_values)
     if len(tensors) != 2:
         raise ConfigError(
             f"{projection.key}: gram grows projections of one key and one value tensor, and {projection.name} has "
             f"{len(tensors)} tensors ({', '.join(tensors)}). Set the method to zero_key."
         )
-    if projection.activation == "gelu_l2_norm":
+    if not activation.scales_normed_scores:
         return NewTokens(scale, None, projection.initial_values, old_values_factor=projection.scale / scale)
     needed = min(old, projection.width)
     if new - old < needed:
@@ -179,13 +174,27 @@ def gram(projection: Projection) -> NewTokens:
 
 
 def random(projection: Projection) -> NewTokens:
-    """New keys and values random, τ' = √n_new, as the official code grows: the function changes. For comparison."""
+    """New keys and values random, τ' the default, as the official code grows: the function changes. For comparison."""
     return NewTokens(projection.default_scale, projection.initial_keys, projection.initial_values)
 
 
 METHODS: dict[str, Callable[[Projection], NewTokens]] = {"zero_key": zero_key, "gram": gram, "random": random}
 PRESERVING = frozenset({"zero_key", "gram"})  # methods that promise to keep the function; without noise they do
-_OTHER_ACTIVATION = (
-    "Set the method to random, which changes the function, or grow a model of model.activation l2_norm_gelu or "
-    "gelu_l2_norm."
-)
+
+
+def _ignores_zero(activation: Activation) -> bool:
+    return activation.ignores_zero
+
+
+def _makes_up_for_scale(activation: Activation) -> bool:
+    return activation.scales_normed_scores or (activation.proportional_to_scale and activation.ignores_zero)
+
+
+def _refusal(method: str, projection: Projection, is_able: Callable[[Activation], bool], reason: str) -> ConfigError:
+    """`reason`: as a clause, for activations that do not give their own."""
+    able = [name for name in ACTIVATIONS.names() if is_able(ACTIVATIONS[name])]
+    return ConfigError(
+        f"{projection.key}: {method} cannot keep the function of a {projection.activation} model: "
+        f"{ACTIVATIONS[projection.activation].refusals.get(method, reason)}. Set the method to random, which changes the "
+        f"function, or grow a model of model.activation {either(able)}."
+    )

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tf.checks import check_scale, check_whole_number
+from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Activation, Model
+from megatron_tf.config.schema import Model
 from megatron_tf.model.attention import Documents, causal_attention
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.context import BlockContext, Reports, attach
@@ -75,7 +76,7 @@ class Pattention(nn.Module):
         d_out: int,
         *,
         scale: float | None = None,
-        activation: Activation = "l2_norm_gelu",
+        activation: str = DEFAULT_ACTIVATION,
         group: Group = SINGLE,
     ):
         super().__init__()

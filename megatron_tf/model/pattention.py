@@ -2,7 +2,8 @@
 
     A = X Kᵀ,   S = θ(A),   out = S V
 
-The stages between the products, forward and backward, are in row_stages.py; how scores lie in memory, in score_layout.py.
+What is done between the products, forward and backward, is the activation's `ScoreFunction`; how scores lie in memory is
+in score_layout.py.
 
 Sharded over a group T (token axis): each Σ runs over all tokens, so it is all-reduced over T. That is one
 number a row and projection, forward and backward; everything else is local.
@@ -18,7 +19,7 @@ number a row and projection, forward and backward; everything else is local.
 Projections that share X (query, key, value) go through one product against their concatenated keys and one
 all-reduce. Saved for backward: X once, A in the compute type, and r; S is recomputed, and dA is made in the memory of
 dS. So the backward holds A, dS and one projection's S.
-A row of scores that is all zero has r = 0: its output and gradients are 0, never NaN.
+Where r is a norm, a row of scores that is all zero has r = 0: its output and gradients are 0, never NaN.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megatron_tf.config.schema import Activation
-from megatron_tf.model import row_stages, score_layout
+from megatron_tf.activations import l2_norm
+from megatron_tf.activations.function import ScoreFunction, score_function
+from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model.checks import check_pattention
-from megatron_tf.parallel.collectives import all_reduce, begin_all_reduce
+from megatron_tf.model.kernels import score_layout
+from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.parallel.overlap import row_parts
-from megatron_tf.state.parameters import default_scale
 
 
 def pattention(
@@ -46,18 +47,18 @@ def pattention(
     value_tokens: Tensor,
     *,
     scale: float | None = None,
-    activation: Activation = "l2_norm_gelu",
+    activation: str = DEFAULT_ACTIVATION,
 ) -> Tensor:
     """Pattention on one process. Differentiable in all three tensors.
 
     x [..., d_in], key_tokens [n, d_in], value_tokens [n, d_out] -> [..., d_out], in the type of the tokens, to which x is
     converted; under autocast, in autocast's type.
-    `scale` is τ; the default is √n (n for softmax), right only for a model that was never grown.
+    `scale` is τ; the default is the activation's for n tokens, right only for a model that was never grown.
     ArgumentError when these do not fit together.
     """
     check_pattention(x, key_tokens, value_tokens, 1.0 if scale is None else scale, activation)
     if scale is None:
-        scale = default_scale(key_tokens.shape[0], activation)
+        scale = score_function(activation).facts.default_scale(key_tokens.shape[0])
     return partial_pattention(x, [key_tokens], [value_tokens], [scale], activation, SINGLE)[0]
 
 
@@ -66,7 +67,7 @@ def partial_pattention(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     scales: Sequence[float],
-    activation: Activation,
+    activation: str,
     group: Group,
 ) -> tuple[Tensor, ...]:
     """Outputs of several projections of one x, each still to be summed over `group`.
@@ -74,45 +75,44 @@ def partial_pattention(
     x [..., d_in]; keys[i] [n_i/T, d_in]; values[i] [n_i/T, d_out] -> one [..., d_out] a projection, in the type of the
     tokens; under autocast all are converted to autocast's type, as the arguments of a matrix product are.
     """
+    function = score_function(activation)
     device, dtype = x.device.type, keys[0].dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         keys, values = ([token.to(dtype) for token in tokens] for tokens in (keys, values))
         with torch.autocast(device, enabled=False):
-            return _Pattention.apply(activation, tuple(scales), group, x.to(dtype), *keys, *values)
-    return _Pattention.apply(activation, tuple(scales), group, x.to(dtype), *keys, *values)
+            return _Pattention.apply(function, tuple(scales), group, x.to(dtype), *keys, *values)
+    return _Pattention.apply(function, tuple(scales), group, x.to(dtype), *keys, *values)
 
 
 @torch.no_grad()
-def token_weights(
-    x: Tensor, key_tokens: Tensor, scale: float, activation: Activation, group: Group
-) -> tuple[Tensor, Tensor]:
+def token_weights(x: Tensor, key_tokens: Tensor, scale: float, activation: str, group: Group) -> tuple[Tensor, Tensor]:
     """(‖A‖₂ over all tokens [rows, 1], this rank's S [rows, n/T]) of one projection, to look at. Not differentiable."""
-    scores = _rows(x) @ key_tokens.mT
-    statistic = _row_statistic(scores, [key_tokens], activation, group)
-    norm = statistic if activation == "l2_norm_gelu" else _row_statistic(scores, [key_tokens], "l2_norm_gelu", group)
-    return norm, row_stages.weights(scores, statistic, scale, activation)
+    scores, function = _rows(x) @ key_tokens.mT, score_function(activation)
+    norm = l2_norm.begin_reduction(l2_norm.norm(scores), group)
+    statistic = function.begin_reduction(function.statistic(scores), group)()
+    return norm(), function.weights(scores, statistic, scale)
 
 
 class _Pattention(Function):
     # x stands among the tensors, an odd number of them. Where no gradient is wanted, torch.compile drops ctx from a call
     # with as many arguments as `forward` has parameters, which keys and values alone would come to.
     @staticmethod
-    def forward(ctx, activation, scales, group, *tensors):
+    def forward(ctx, function, scales, group, *tensors):
         x, *tokens = tensors
         keys, values = tokens[: len(scales)], tokens[len(scales) :]
         if group.size == 1:
-            scores, statistics, outputs = _forward(_rows(x), keys, values, scales, activation)
+            scores, statistics, outputs = _forward(_rows(x), keys, values, scales, function)
         else:
-            scores, statistics, outputs = _sharded_forward(_rows(x), keys, values, scales, activation, group)
+            scores, statistics, outputs = _sharded_forward(_rows(x), keys, values, scales, function, group)
         ctx.save_for_backward(x, scores, *statistics, *tokens)
-        ctx.activation, ctx.scales, ctx.group = activation, scales, group
+        ctx.function, ctx.scales, ctx.group = function, scales, group
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        activation, scales, group = ctx.activation, ctx.scales, ctx.group
+        function, scales, group = ctx.function, ctx.scales, ctx.group
         x, scores, *others = ctx.saved_tensors
         statistics, keys, values = (others[i * len(scales) : (i + 1) * len(scales)] for i in range(3))
         gradient = score_layout.empty_scores(scores, *scores.shape)
@@ -123,16 +123,16 @@ class _Pattention(Function):
         for (d, a, r, scale), v, grad in zip(parts, values, grads):
             d.addmm_(_rows(grad), v.mT, beta=0)  # beta 0: what is in d is not read. torch.compile takes no out= here
             if group.size == 1:
-                s = row_stages.backward_and_couple(a, r, d, scale, activation)
+                s = function.backward_and_couple(a, r, d, scale)
             else:
-                s, total = row_stages.backward(a, r, d, scale, activation)
+                s, total = function.backward(a, r, d, scale)
                 totals.append(total)
                 if len(totals) == len(parts):  # on its way while the last value tokens' gradients are made
                     finish = begin_all_reduce(torch.cat(totals, -1), group)
             value_grads.append(s.mT @ _rows(grad))
         if group.size > 1:
             for (d, a, r, scale), total in zip(parts, finish().split(1, -1)):
-                row_stages.couple(a, r, total, d, scale, activation)
+                function.couple(a, r, total, d, scale)
         d_x = (gradient @ score_layout.joined(keys)).view(x.shape) if ctx.needs_input_grad[3] else None
         key_grads = score_layout.split(gradient.mT @ _rows(x), keys, 0)
         return None, None, None, d_x, *key_grads, *value_grads
@@ -143,13 +143,13 @@ _Results = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
 
 
 def _forward(
-    x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[float], activation: Activation
+    x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[float], function: ScoreFunction
 ) -> _Results:
     joined = score_layout.joined(keys)
     scores = score_layout.empty_scores(x, x.shape[0], joined.shape[0]).addmm_(x, joined.mT, beta=0)
     statistics, outputs = [], []
     for a, v, scale in zip(score_layout.split(scores, keys), values, scales):
-        r, s = row_stages.statistic_and_weights(a, scale, activation)
+        r, s = function.statistic_and_weights(a, scale)
         statistics.append(r)
         outputs.append(s @ v)
     return scores, statistics, outputs
@@ -160,25 +160,25 @@ def _sharded_forward(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     scales: Sequence[float],
-    activation: Activation,
+    function: ScoreFunction,
     group: Group,
 ) -> _Results:
     """In parts of the rows, where there are many: the first's statistic travels while the second's scores are made, and
     the second's while the first's outputs are."""
-    sizes = row_parts(x.shape[0], activation, torch.compiler.is_compiling())
+    sizes = row_parts(x.shape[0], function.facts.reductions, torch.compiler.is_compiling())
     joined = score_layout.joined(keys)
     scores = score_layout.empty_scores(x, x.shape[0], joined.shape[0])
     outputs = [x.new_empty(x.shape[0], v.shape[1]) for v in values]
     exchanges = []
     for a, x_part in zip(scores.split(sizes), x.split(sizes)):
         a.addmm_(x_part, joined.mT, beta=0)
-        exchanges.append(_begin_row_statistic(a, keys, activation, group))
+        exchanges.append(_begin_row_statistic(a, keys, function, group))
     statistics = []
     for finish, a, *out_parts in zip(exchanges, scores.split(sizes), *(out.split(sizes) for out in outputs)):
         statistics.append(finish())
         own = score_layout.split(a, keys), statistics[-1].split(1, -1)
         for own_scores, r, v, scale, out in zip(*own, values, scales, out_parts):
-            out.addmm_(row_stages.weights(own_scores, r, scale, activation), v, beta=0)
+            out.addmm_(function.weights(own_scores, r, scale), v, beta=0)
     return scores, torch.cat(statistics).split(1, -1), outputs
 
 
@@ -187,26 +187,9 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _row_statistic(scores: Tensor, keys: Sequence[Tensor], activation: Activation, group: Group) -> Tensor:
-    """r of every row and projection, over all tokens of the group: [rows, projections], at least fp32."""
-    return _begin_row_statistic(scores, keys, activation, group)()
-
-
 def _begin_row_statistic(
-    scores: Tensor, keys: Sequence[Tensor], activation: Activation, group: Group
+    scores: Tensor, keys: Sequence[Tensor], function: ScoreFunction, group: Group
 ) -> Callable[[], Tensor]:
-    """Like `_row_statistic`; what it returns waits for the result."""
-    local = torch.cat([row_stages.statistic(a, activation) for a in score_layout.split(scores, keys)], -1)
-    return begin_row_statistic(local, activation, group)
-
-
-def begin_row_statistic(local: Tensor, activation: Activation, group: Group) -> Callable[[], Tensor]:
-    """r over all tokens of the group, once waited for; `local` is `row_stages.statistic` of this rank's tokens."""
-    if group.size == 1:
-        return lambda: local
-    if activation == "softmax":
-        top = all_reduce(local, group, dist.ReduceOp.MAX)
-        total = top + all_reduce((local - top).exp(), group).log()
-        return lambda: total
-    finish = begin_all_reduce(local.square(), group)
-    return lambda: finish().sqrt()
+    """A function that waits for r of every row and projection, over all tokens of the group: [rows, projections]."""
+    local = torch.cat([function.statistic(a) for a in score_layout.split(scores, keys)], -1)
+    return function.begin_reduction(local, group)

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megatron_tf.config.schema import Activation
-from megatron_tf.model import row_stages, score_layout
+from megatron_tf.activations.function import score_function
+from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model.context import Reports
 from megatron_tf.model.grouped import Assignment, add_outputs, assign, scores_of, token_gradients
-from megatron_tf.model.pattention import begin_row_statistic
+from megatron_tf.model.kernels import score_layout
 from megatron_tf.model.routing import balance_loss, choose, relative_load, straight_through
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
@@ -80,7 +80,7 @@ class SparsePattention(nn.Module):
         candidates: int,
         dense: int = 0,
         scale: float | None = None,
-        activation: Activation = "l2_norm_gelu",
+        activation: str = DEFAULT_ACTIVATION,
         group: Group = SINGLE,
     ):
         super().__init__()
@@ -131,7 +131,7 @@ def sparse_pattention(
     gate: Tensor,
     assignment: Assignment,
     scale: float,
-    activation: Activation,
+    activation: str,
     group: Group,
 ) -> Tensor:
     """x [rows, d_in] -> [rows, d_out], still to be summed over `group`.
@@ -139,18 +139,19 @@ def sparse_pattention(
     `keys`, `values`: of this rank's slots, [slots/T · m · g, width].  `dense_keys`, `dense_values`: of the tokens that every
     position uses.  `gate`: ones [rows, slots/T]; the gradient that it gets is that of a factor on the slot's weights S.
     """
+    function = score_function(activation)
     device, dtype = x.device.type, keys.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     x, keys, values = (tensor.to(dtype) for tensor in (x, keys, values))
     dense = [x.new_empty(0, 0) if tokens is None else tokens.to(dtype) for tokens in (dense_keys, dense_values)]
     with torch.autocast(device, enabled=False):
-        return _SparsePattention.apply(scale, activation, group, assignment, x, keys, values, *dense, gate)
+        return _SparsePattention.apply(scale, function, group, assignment, x, keys, values, *dense, gate)
 
 
 class _SparsePattention(Function):
     @staticmethod
-    def forward(ctx, scale, activation, group, assignment, x, keys, values, dense_keys, dense_values, gate):
+    def forward(ctx, scale, function, group, assignment, x, keys, values, dense_keys, dense_values, gate):
         slots, candidates = assignment.ends.shape
         shaped_keys, shaped_values = (_by_slot(tokens, slots, candidates) for tokens in (keys, values))
         chosen = slots * shaped_keys.shape[2]
@@ -158,18 +159,18 @@ class _SparsePattention(Function):
         scores_of(x, shaped_keys, assignment, scores[:, :chosen])
         if len(dense_keys):
             scores[:, chosen:].addmm_(x, dense_keys.mT, beta=0)
-        r = begin_row_statistic(row_stages.statistic(scores, activation), activation, group)()
-        s = row_stages.weights(scores, r, scale, activation)
+        r = function.begin_reduction(function.statistic(scores), group)()
+        s = function.weights(scores, r, scale)
         out = s[:, chosen:] @ dense_values if len(dense_keys) else x.new_zeros(x.shape[0], values.shape[1])
         add_outputs(s[:, :chosen], shaped_values, assignment, out)
         ctx.save_for_backward(x, scores, r, keys, values, dense_keys, dense_values, assignment.order, assignment.ends)
-        ctx.scale, ctx.activation, ctx.group, ctx.gate_dtype = scale, activation, group, gate.dtype
+        ctx.scale, ctx.function, ctx.group, ctx.gate_dtype = scale, function, group, gate.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        scale, activation, group = ctx.scale, ctx.activation, ctx.group
+        scale, function, group = ctx.scale, ctx.function, ctx.group
         x, scores, r, keys, values, dense_keys, dense_values, order, ends = ctx.saved_tensors
         assignment = Assignment(order, ends)
         slots, candidates = ends.shape
@@ -180,16 +181,16 @@ class _SparsePattention(Function):
         scores_of(grad, shaped_values, assignment, d[:, :chosen])
         if len(dense_keys):
             d[:, chosen:].addmm_(grad, dense_values.mT, beta=0)
-        d_gate = _slot_sums(d[:, :chosen], row_stages.weights(scores, r, scale, activation)[:, :chosen], slots)
+        d_gate = _slot_sums(d[:, :chosen], function.weights(scores, r, scale)[:, :chosen], slots)
         if group.size == 1:
-            s = row_stages.backward_and_couple(scores, r, d, scale, activation)
+            s = function.backward_and_couple(scores, r, d, scale)
         else:
-            s, total = row_stages.backward(scores, r, d, scale, activation)
+            s, total = function.backward(scores, r, d, scale)
             finish = begin_all_reduce(total, group)
         value_grads = token_gradients(s[:, :chosen], grad, assignment, shaped_values).view_as(values)
         dense_value_grads = s[:, chosen:].mT @ grad if len(dense_keys) else None
         if group.size > 1:
-            row_stages.couple(scores, r, finish(), d, scale, activation)
+            function.couple(scores, r, finish(), d, scale)
         d_x = d[:, chosen:] @ dense_keys if len(dense_keys) else torch.zeros_like(x)
         add_outputs(d[:, :chosen], shaped_keys, assignment, d_x)
         key_grads = token_gradients(d[:, :chosen], x, assignment, shaped_keys).view_as(keys)

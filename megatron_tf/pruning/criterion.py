@@ -9,21 +9,18 @@ make the mean of that bound least. It is the product of activation and weight no
 arXiv 2306.11695) ranks single weights, here for whole tokens.
 
 What goes is felt in two ways: its own terms are missing, and the normaliser of the others is smaller. τ' makes up for
-both as well as one number can. Let A = X Kᵀ be the scores, D_i how term i of the output answers to a relative change of
-τ, and q = Σ_kept E / Σ E the share of the normaliser that a position keeps:
+both as well as one number can. Let D_i = dS_i/d log τ · v_i be how term i of the output answers to a relative change of
+τ, and q = Σ_kept E / Σ E the share of the normaliser that a position keeps, where τ is divided by (ΣE)^`normaliser_power`
+(`ScoreFunction`: 1/2 for a norm, 1 for a sum). With p = q^`normaliser_power`, the kept tokens under τ' have the weights
+that they had under t times τ, t = τ'/τ / p.
 
-| θ | E_i | U_i | S_i | D_i | S of the kept tokens under τ' |
-|---|---|---|---|---|---|
-| `l2_norm_gelu` | A_i² | τ A_i / √ΣE | GELU(U_i) | U_i GELU'(U_i) v_i | GELU(t U_i), t = τ'/τ / √q |
-| `gelu_l2_norm` | GELU(A_i)² | | τ GELU(A_i) / √ΣE | S_i v_i | t S_i, t = τ'/τ / √q |
-| `softmax` | exp(A_i) | | τ E_i / ΣE | S_i v_i | t S_i, t = τ'/τ / q |
+So with t = 1 at every position the kept terms would be what they were. To first order in t (exactly where S is
+proportional to τ), the output changes by (t − 1) D − R, with D = Σ_kept D_i and R = Σ_dropped S_i v_i. Least squares over
+all positions:
 
-So with t = 1 at every position the kept terms would be what they were. To first order in t (exactly for the last two),
-the output changes by (t − 1) D − R, with D = Σ_kept D_i and R = Σ_dropped S_i v_i. Least squares over all positions:
+    τ'/τ = Σ ⟨D/p, D + R⟩ / Σ ‖D/p‖²
 
-    τ'/τ = Σ ⟨D/p, D + R⟩ / Σ ‖D/p‖²,   p = √q (softmax: q)
-
-Without R this is a mean of √q: the kept tokens' weights stay as they are on average; R makes it larger where the lost
+Without R this is a mean of p: the kept tokens' weights stay as they are on average; R makes it larger where the lost
 terms point the way of the others. Where the dropped tokens have zero keys, as `zero_key` leaves them, p is 1 and R is 0,
 so τ' is τ, and pruning undoes that growth to the last bit; after `gram`, τ' is √n_old to rounding.
 """
@@ -34,31 +31,29 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from megatron_tf.activations.function import score_function
 from megatron_tf.checks import check_whole_number
-from megatron_tf.config.schema import Activation
 from megatron_tf.errors import ArgumentError
 from megatron_tf.model.checks import check_pattention
 
 _SCORE_ELEMENTS = 2**22  # of [positions, n] at once: 16 MiB in fp32
 
 
-def summed_contributions(
-    x: Tensor, key_tokens: Tensor, value_tokens: Tensor, scale: float, activation: Activation
-) -> Tensor:
+def summed_contributions(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, scale: float, activation: str) -> Tensor:
     """Σ over positions of |S_i|·‖v_i‖, fp64 [n]; x [positions, d_in], keys [n, d_in], values [n, d_out]."""
     check_pattention(x, key_tokens, value_tokens, scale, activation)
     norms = torch.linalg.vector_norm(value_tokens, dim=-1, dtype=torch.float64)
     total = torch.zeros_like(norms)
+    function = score_function(activation)
     for scores in _scores(x, key_tokens):
-        weights, _, _ = _weights(scores, scale, activation)
+        _, weights = function.statistic_and_weights(scores, scale)
         total += weights.abs().sum(0, dtype=torch.float64)
     return total * norms
 
 
 def summed_scale_terms(
-    x: Tensor, key_tokens: Tensor, value_tokens: Tensor, kept: Tensor, scale: float, activation: Activation
+    x: Tensor, key_tokens: Tensor, value_tokens: Tensor, kept: Tensor, scale: float, activation: str
 ) -> tuple[float, float]:
     """(Σ ⟨D/p, D + R⟩, Σ ‖D/p‖²) over positions; their quotient, over all the data, is τ'/τ.
 
@@ -69,13 +64,13 @@ def summed_scale_terms(
     stays = torch.zeros(key_tokens.shape[0], dtype=torch.bool)
     stays[kept] = True
     above, below = 0.0, 0.0
+    function = score_function(activation)
     for scores in _scores(x, key_tokens):
-        weights, answers, energies = _weights(scores, scale, activation)
+        r, weights = function.statistic_and_weights(scores, scale)
+        answers, energies = function.response(scores, r, scale), function.energies(scores, r)
         lost = weights[:, ~stays] @ value_tokens[~stays]
         answer = (answers[:, stays] @ value_tokens[stays]).double()
-        share = _share(energies[:, stays], energies[:, ~stays])
-        if activation != "softmax":
-            share = share.sqrt()
+        share = _share(energies[:, stays], energies[:, ~stays]).pow(function.normaliser_power)
         answer_now = torch.where(share > 0, answer / share, 0)
         above += float((answer_now * (answer + lost)).sum())
         below += float((answer_now * answer_now).sum())
@@ -100,20 +95,6 @@ def _scores(x: Tensor, key_tokens: Tensor) -> Iterator[Tensor]:
     """A = X Kᵀ, some positions at a time."""
     for part in x.split(max(1, _SCORE_ELEMENTS // key_tokens.shape[0])):
         yield part @ key_tokens.mT
-
-
-def _weights(scores: Tensor, scale: float, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
-    """S, its answer dS/dlog τ, and E, each [positions, n]. 0 where all scores of a position are 0, but for softmax."""
-    if activation == "softmax":
-        energies = (scores - scores.amax(-1, keepdim=True)).exp()
-        weights = energies * (scale / energies.sum(-1, keepdim=True))
-        return weights, weights, energies
-    normed = F.gelu(scores) if activation == "gelu_l2_norm" else scores
-    norm = torch.linalg.vector_norm(normed, dim=-1, keepdim=True)
-    weights = normed * torch.where(norm > 0, scale / norm, 0)
-    if activation == "gelu_l2_norm":
-        return weights, weights, normed.square()
-    return F.gelu(weights), torch.ops.aten.gelu_backward(weights, weights), normed.square()
 
 
 def _share(kept: Tensor, dropped: Tensor) -> Tensor:

@@ -7,13 +7,11 @@ that shard, is one contiguous range of its flattened elements.
 
 from __future__ import annotations
 
-import math
-from typing import get_args
-
 from megatron_tf.architectures.spec import INITIAL_STD, ParameterSpec, ProjectionSpec, shard_range
 from megatron_tf.checks import check_choice, check_whole_number
+from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Activation, Model
+from megatron_tf.config.schema import Model
 
 __all__ = [
     "INITIAL_STD",
@@ -35,14 +33,14 @@ def projections(model: Model) -> dict[str, ProjectionSpec]:
 
 def check_activation(name: str) -> None:
     """ArgumentError unless `name` is an activation."""
-    check_choice("activation", name, get_args(Activation))
+    check_choice("activation", name, ACTIVATIONS.names())
 
 
-def default_scale(num_tokens: int, activation: Activation) -> float:
-    """τ of a Pattention trained from scratch: √n for the L2 forms, n for softmax."""
+def default_scale(num_tokens: int, activation: str) -> float:
+    """τ of a Pattention trained from scratch."""
     check_activation(activation)
     check_whole_number("num_tokens", num_tokens, 1)
-    return float(num_tokens) if activation == "softmax" else math.sqrt(num_tokens)
+    return ACTIVATIONS[activation].default_scale(num_tokens)
 
 
 def initial_scales(model: Model) -> dict[str, float]:

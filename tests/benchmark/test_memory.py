@@ -7,7 +7,7 @@ import torch
 
 from megatron_tf.benchmark import memory
 from megatron_tf.config import load_config
-from megatron_tf.model import fused_stages
+from megatron_tf.model.kernels import fused_stages
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yml"
 

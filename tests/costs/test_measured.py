@@ -11,16 +11,17 @@ import torch
 import torch.distributed as dist
 from distributed import spawn
 
-from megatron_tf.architectures.tokenformer.work import SCORE_PASSES
 from megatron_tf.benchmark.counting import Counting, saved_bytes
 from megatron_tf.config import load_config
+from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.communication import block_collectives, ends_collectives, sent_bytes_per_step
 from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank, state_bytes
 from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
-from megatron_tf.model import build_model, fused_stages
+from megatron_tf.model import build_model
+from megatron_tf.model.kernels import fused_stages
 from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
 from megatron_tf.parallel.groups import SINGLE, make_group
 from megatron_tf.parallel.vocab import cross_entropy
@@ -109,7 +110,7 @@ def test_what_a_block_of_a_transformer_keeps(sequence):
     spawn(saved_by_block, 2, sequence, "bf16", TRANSFORMER)
 
 
-@pytest.mark.parametrize("activation", SCORE_PASSES)
+@pytest.mark.parametrize("activation", ACTIVATIONS.names())
 def test_elementwise_traffic_and_kernels_of_a_block(activation):
     config = load(f"model.activation={activation}", "training.precision=bf16", "model.parameter_tokens.ffn=2048")
     count_block(config)

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.config.fields import Section
 from megatron_tf.config.nearest import divisors, divisors_near, either, multiples_near
-from megatron_tf.config.schema import Activation, Model, ParameterTokens
+from megatron_tf.config.schema import ActivationName, Model, ParameterTokens
 
 
 class Bank(Section):
@@ -49,7 +50,7 @@ class TokenFormerModel(Model):
     """Parameter tokens of each kind of projection, those that a position uses. Growth adds to them."""
     sparse: Sparse | None = None
     """Projections with more parameter tokens than a position uses. null: a position uses them all."""
-    activation: Activation = "l2_norm_gelu"
+    activation: ActivationName = DEFAULT_ACTIVATION
     """Nonlinearity and normalisation over the parameter tokens."""
 
 

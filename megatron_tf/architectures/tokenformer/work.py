@@ -1,6 +1,7 @@
 """What a TokenFormer's block costs.
 
-`Passes` over the scores, over a rank's heads, and numbers of kernels were counted in the model; tests count them again.
+`Passes` over a rank's heads and numbers of kernels were counted in the model; tests count them again. Passes over the
+scores are the activation's.
 """
 
 from __future__ import annotations
@@ -17,16 +18,10 @@ from megatron_tf.architectures.work import (
     hidden_bytes,
     positions_of,
 )
-from megatron_tf.config.schema import Activation, RunConfig
+from megatron_tf.config.activations import ACTIVATIONS
+from megatron_tf.config.schema import RunConfig
 from megatron_tf.parallel.overlap import row_parts
 
-SCORE_PASSES: dict[Activation, Passes] = {
-    "l2_norm_gelu": Passes(5, 17),
-    "gelu_l2_norm": Passes(7, 20),
-    "softmax": Passes(23, 45),
-}
-# fused by torch.compile into one kernel between two reductions or products
-COMPILED_SCORE_PASSES = Passes(3, 8)
 HEAD_PASSES = Passes(15.5, 15)
 CHOICE_STATISTICS = 5  # fp32 numbers that a position keeps of its choice in a slot
 KERNELS = Passes(73, 133)
@@ -48,7 +43,7 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     inputs and outputs in that order.
     """
     tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
-    counts = model.parameter_tokens
+    counts, activation = model.parameter_tokens, ACTIVATIONS[model.activation]
     qkv, proj, ffn = (-(-count // tensor) for count in (counts.qkv, counts.proj, counts.ffn))
     scores = 3 * qkv + proj + ffn
     keys = [Product(positions, hidden, n) for n in (3 * qkv, proj)]
@@ -58,7 +53,7 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     return BlockWork(
         products=(*keys, *values, *_ffn_products(positions, hidden, ffn, bank, chosen_slots)),
         inner_width=scores,
-        inner_passes=COMPILED_SCORE_PASSES if config.training.compile else SCORE_PASSES[model.activation],
+        inner_passes=activation.compiled_passes if config.training.compile else activation.passes,
         head_passes=HEAD_PASSES,
         kernels=KERNELS,
         kept=scores + 4 * hidden // tensor + (hidden if tensor > 1 else 0),
@@ -89,15 +84,15 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
     | ffn | norms, all-reduce | norms, all-reduce of dX |
 
     Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
-    on the other. Norms are [s, b, 1] in fp32, one for each projection (softmax: two reductions forward); forward they
-    go in the parts of `row_parts`.
+    on the other. Norms are [s, b, 1] in fp32, one for each projection; forward they go in the parts of `row_parts`, each
+    by the activation's number of reductions.
     """
     positions, whole = positions_of(config), hidden_bytes(config)
     norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in (3, 1, 1))
-    twice = 2 if model.activation == "softmax" else 1
-    parts = row_parts(positions, model.activation, config.training.compile)
+    reductions = ACTIVATIONS[model.activation].reductions
+    parts = row_parts(positions, reductions, config.training.compile)
     forward_norms = tuple(
-        Collective("all_reduce", 4 * rows * projections, twice, overlapped=part > 0)
+        Collective("all_reduce", 4 * rows * projections, reductions, overlapped=part > 0)
         for projections in (3, 1, 1)
         for part, rows in enumerate(parts)
     )

@@ -94,7 +94,9 @@ class Pattention(nn.Module):
             return (torch.softmax(scores, -1, dtype=precise) * self.scale).to(scores.dtype)
         if self.activation == "gelu_l2_norm":
             return self.normalise(F.gelu(scores), precise)
-        return F.gelu(self.normalise(scores, precise))
+        if self.activation == "l2_norm_gelu":
+            return F.gelu(self.normalise(scores, precise))
+        raise NotImplementedError(f"activation {self.activation!r} has no formula here")
 
     def normalise(self, scores: Tensor, precise: torch.dtype) -> Tensor:
         """scores · τ/‖scores‖₂; where a whole row is 0, as padding's may be, it and its gradient are 0."""

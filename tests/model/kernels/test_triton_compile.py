@@ -16,7 +16,7 @@ import inspect, json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_tf.model import triton_stages
+from megatron_tf.model.kernels import triton_stages
 
 ALIGNED = [["tt.divisibility", 16]]
 found = {}

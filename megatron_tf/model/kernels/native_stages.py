@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_tf.model.native_library import BuildError, load_library
+from megatron_tf.model.kernels.native_library import BuildError, load_library
 
 SOURCE = Path(__file__).with_suffix(".c")
 # Sums may be reordered and products fused. Not -ffast-math: a NaN must stay one, the trainer looks for it.

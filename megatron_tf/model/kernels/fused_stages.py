@@ -1,14 +1,13 @@
 """The elementwise stages of `l2_norm_gelu` as operators of few passes, where there are kernels for them.
 
-CPUs: native_stages.c, built on first use. GPUs: triton_stages.py. Elsewhere row_stages.py does the same in PyTorch, and
-has the formulas. Scores A, their gradient and weights S are [rows, n], norms r and totals T [rows, 1] in fp32, each with
+CPUs: native_stages.c, built on first use. GPUs: triton_stages.py. Elsewhere `activations.l2_norm.NormedScores` does the
+same in PyTorch, and has the formulas. Scores A, their gradient and weights S are [rows, n], norms r and totals T [rows, 1] in fp32, each with
 any distance between rows; all arithmetic is fp32.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -18,7 +17,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from megatron_tf.caches import prepare_triton
-from megatron_tf.model.score_layout import empty_scores
+from megatron_tf.compiling import constant_when_compiled
+from megatron_tf.model.kernels.score_layout import empty_scores
 
 
 def usable(scores: Tensor) -> bool:
@@ -26,13 +26,7 @@ def usable(scores: Tensor) -> bool:
     return _has_kernels(scores.device.type, scores.dtype)
 
 
-def _constant_when_compiled(function: Callable[[str, torch.dtype], bool]) -> Callable[[str, torch.dtype], bool]:
-    """torch.compiler.assume_constant_result, which imports the compiler: a second for those who compile nothing."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_constant_when_compiled
+@constant_when_compiled
 def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
     if os.environ.get("MEGATRON_TF_NATIVE") == "0":
         return False
@@ -44,12 +38,12 @@ def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
 def _kernels(device_type: str) -> ModuleType | None:
     """A module with a function for each operator below that writes its results into tensors it is given."""
     if device_type == "cpu":
-        from megatron_tf.model import native_stages
+        from megatron_tf.model.kernels import native_stages
 
         return native_stages
     if device_type == "cuda" and find_spec("triton") is not None:
         prepare_triton()
-        from megatron_tf.model import triton_stages
+        from megatron_tf.model.kernels import triton_stages
 
         return triton_stages
     return None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_tf.model.kernels.score_layout import ALIGNMENT, clear_gaps, empty_scores, joined, split
 from megatron_tf.model.pattention import partial_pattention
-from megatron_tf.model.score_layout import ALIGNMENT, clear_gaps, empty_scores, joined, split
 from megatron_tf.parallel.groups import SINGLE
 
 COUNTS = [(1077,), (16, 32), (13, 11, 37), (48, 1, 16)]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tf.model import native_library
-from megatron_tf.model.native_library import BuildError, load_library
+from megatron_tf.model.kernels import native_library
+from megatron_tf.model.kernels.native_library import BuildError, load_library
 
 FLAGS = ("-shared", "-fPIC")
 

@@ -1,4 +1,5 @@
-"""The elementwise stages of `l2_norm_gelu` on GPUs: fused_stages.py names them, row_stages.py has the formulas.
+"""The elementwise stages of `l2_norm_gelu` on GPUs: fused_stages.py names them, activations/l2_norm.py has the
+formulas.
 
 One program a row, in blocks that the registers hold. A row that is read twice comes from the cache the second time, so
 the two stages of a whole row that are made in one kernel cost one reading of the scores less. GELU is computed anew

@@ -1,4 +1,4 @@
-/* The elementwise stages of `l2_norm_gelu` on a CPU; see row_stages.py for the maths.
+/* The elementwise stages of `l2_norm_gelu` on a CPU; see activations/l2_norm.py for the maths.
 
    Rows are shared out among the threads, one row is always summed by one thread: results do not depend on their number.
    bf16 is held as its upper half of an fp32; all arithmetic is fp32.

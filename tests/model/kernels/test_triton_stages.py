@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_tf.model import row_stages, triton_stages
+from megatron_tf.activations.function import score_function
+from megatron_tf.model.kernels import triton_stages
 
-ACTIVATION = "l2_norm_gelu"
+FUNCTION = score_function("l2_norm_gelu")
 ROWS, SCALE = 7, 5.0
 # Of rounding once to the type. Triton's interpreter cuts bf16 off instead of rounding it, which is off by up to twice that.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8 if torch.cuda.is_available() else 2**-7}
@@ -59,10 +60,10 @@ def test_agrees_with_fp64(device, monkeypatch, dtype, tokens):
     )  # so that rows of one block, of several and of a part are there
     scores, gradient = tensors(dtype, tokens, device)
     a, d = scores.double(), gradient.double()
-    r = row_stages.statistic(a, ACTIVATION)
-    s, total = row_stages.backward(a, r, d, SCALE, ACTIVATION)
+    r = FUNCTION.statistic(a)
+    s, total = FUNCTION.backward(a, r, d, SCALE)
     rounded = d.clone()  # D, which the split stages round before A · T/r² is taken from it
-    row_stages.couple(a, r, total, d, SCALE, ACTIVATION)
+    FUNCTION.couple(a, r, total, d, SCALE)
     expected = {"r": r, "total": total, "forward": s, "s": s, "d": d}
     for name, actual in run(scores, gradient).items():
         exact = expected[name.removeprefix("whole ")]

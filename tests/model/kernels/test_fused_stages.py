@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from megatron_tf.activations.function import score_function
 from megatron_tf.config.schema import Model
-from megatron_tf.model import build_model, fused_stages, native_stages, pattention, row_stages
+from megatron_tf.model import build_model, pattention
+from megatron_tf.model.kernels import fused_stages, native_stages
 
 ROWS, TOKENS, SCALE = 37, 203, 5.0
 # errors are of rounding once to the type; fp32 sums of 203 terms add a few roundings more
@@ -32,15 +34,15 @@ def scores_and_gradient(dtype):
 
 def stages(scores, gradient):
     """Everything that the stages compute, one after the other."""
-    activation = "l2_norm_gelu"
+    function = score_function("l2_norm_gelu")
     whole_gradient = gradient.clone()
-    r = row_stages.statistic(scores, activation)
-    forward = row_stages.weights(scores, r, SCALE, activation)
-    weights, total = row_stages.backward(scores, r, gradient, SCALE, activation)
+    r = function.statistic(scores)
+    forward = function.weights(scores, r, SCALE)
+    weights, total = function.backward(scores, r, gradient, SCALE)
     d = gradient.clone()
-    row_stages.couple(scores, r, total, gradient, SCALE, activation)
-    whole_r, whole_forward = row_stages.statistic_and_weights(scores, SCALE, activation)
-    whole_weights = row_stages.backward_and_couple(scores, r, whole_gradient, SCALE, activation)
+    function.couple(scores, r, total, gradient, SCALE)
+    whole_r, whole_forward = function.statistic_and_weights(scores, SCALE)
+    whole_weights = function.backward_and_couple(scores, r, whole_gradient, SCALE)
     for split, whole in ((r, whole_r), (forward, whole_forward), (weights, whole_weights), (gradient, whole_gradient)):
         assert torch.equal(split.nan_to_num(7), whole.nan_to_num(7))  # sharding must not change what is computed
     return {"r": r, "forward": forward, "weights": weights, "total": total, "d": d, "d_scores": gradient}

@@ -1,0 +1,38 @@
+"""What an activation is to the parts of the package that do arithmetic: configuration, costs, growth, formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from megatron_tf.architectures.work import Passes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Activation:
+    """Facts about θ, without torch. In a row, A are the scores, r is its statistic over all tokens, and S = θ(A, r, τ).
+
+    `function`: "module:class" of the `ScoreFunction` that computes it from the scores. Further implementations of the
+        same θ have a field of their own, and `model.pattention.partial_pattention` chooses between them.
+    `default_scale`: number of tokens -> τ of a projection that was never grown.
+    `passes`: how often elementwise kernels read or write a score when PyTorch runs `function` operator by operator.
+    `compiled_passes`: the same when torch.compile makes one kernel between two reductions or products.
+    `reductions`: all-reduces, each waiting for the one before, in which tensor ranks find r in the forward pass.
+    `formats`: the foreign formats whose code computes it, of "official" and "huggingface".
+    `ignores_zero`: a score of 0 has the weight 0 and leaves r as it is. Then tokens with zero keys change nothing.
+    `scales_normed_scores`: r is ‖A‖₂, and S is a function of τA/r. Then r² = x KᵀK xᵀ, and more keys can make up for
+        another τ.
+    `proportional_to_scale`: S is proportional to τ. Then values can make up for another τ.
+    `refusals`: growth method -> the reason, as a clause, why it cannot keep the function.
+    """
+
+    function: str
+    default_scale: Callable[[int], float]
+    passes: Passes
+    compiled_passes: Passes = Passes(3, 8)
+    reductions: int = 1
+    formats: frozenset[str] = frozenset()
+    ignores_zero: bool = False
+    scales_normed_scores: bool = False
+    proportional_to_scale: bool = False
+    refusals: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,84 @@
+"""Statistics that are an L2 norm over the tokens, and activations of scores that were divided by theirs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_tf.activations.function import ScoreFunction, accumulating
+from megatron_tf.parallel.collectives import begin_all_reduce
+from megatron_tf.parallel.groups import Group
+
+
+class L2Statistic(ScoreFunction):
+    """r is a norm over the tokens."""
+
+    normaliser_power = 0.5
+
+    def begin_reduction(self, local: Tensor, group: Group) -> Callable[[], Tensor]:
+        return begin_reduction(local, group)
+
+
+class NormedScores(L2Statistic):
+    """r = √ΣA² and S = φ(U) with U = τA/r, for a function φ of one number.
+
+    | D from dS | T | dA |
+    |---|---|---|
+    | τ/r · dS∘φ'(U) | ΣD∘A | D − A·T/r² |
+    """
+
+    @abstractmethod
+    def apply_(self, u: Tensor) -> Tensor:
+        """φ(U), in the memory of U."""
+
+    @abstractmethod
+    def differentiate_(self, gradient: Tensor, u: Tensor) -> Tensor:
+        """`gradient` times φ'(U), in its memory."""
+
+    def statistic(self, scores: Tensor) -> Tensor:
+        return norm(scores)
+
+    def weights(self, scores: Tensor, r: Tensor, scale: float) -> Tensor:
+        return self.apply_(scores * inverse(r, scale).to(scores.dtype))
+
+    def backward(self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        factor = inverse(r, scale).to(scores.dtype)
+        u = scores * factor
+        self.differentiate_(gradient, u).mul_(factor)
+        return self.apply_(u), (gradient * scores).sum(-1, keepdim=True, dtype=r.dtype)
+
+    def couple(self, scores: Tensor, r: Tensor, total: Tensor, gradient: Tensor, scale: float) -> None:
+        gradient.addcmul_(scores, coupling(total, r).to(scores.dtype), value=-1)
+
+    def energies(self, scores: Tensor, r: Tensor) -> Tensor:
+        return scores.square()
+
+    def response(self, scores: Tensor, r: Tensor, scale: float) -> Tensor:
+        u = scores * inverse(r, scale).to(scores.dtype)
+        return self.differentiate_(u.clone(), u)
+
+
+def norm(scores: Tensor) -> Tensor:
+    """√ΣA² over the columns that are here, [rows, 1], at least fp32."""
+    return torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=accumulating(scores))
+
+
+def begin_reduction(local: Tensor, group: Group) -> Callable[[], Tensor]:
+    """Norms over this rank's columns -> a function that waits for those over the group's."""
+    if group.size == 1:
+        return lambda: local
+    finish = begin_all_reduce(local.square(), group)
+    return lambda: finish().sqrt()
+
+
+def inverse(r: Tensor, scale: float) -> Tensor:
+    """τ/r, and 0 where the whole row is 0."""
+    return torch.where(r > 0, scale / r, 0)
+
+
+def coupling(total: Tensor, r: Tensor) -> Tensor:
+    """T/r², and 0 where the whole row is 0."""
+    return torch.where(r > 0, total / r.square(), 0)

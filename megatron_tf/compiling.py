@@ -1,0 +1,14 @@
+"""Marks for torch.compile, for modules that do not import it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def constant_when_compiled(function: F) -> F:
+    """torch.compiler.assume_constant_result, which imports the compiler: a second for those who compile nothing."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
