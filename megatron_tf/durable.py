@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -147,3 +148,17 @@ def prepare_output(path: Path) -> None:
                 f"{path}: is a device or a FIFO, which a file would take the place of. Choose another name."
             )
         partial_path(path).is_dir()  # a name that is too long with its temporary ending shows itself here
+
+
+def take_lock(descriptor: int) -> bool:
+    """Whether this process has the lock of an open file now. The system frees it when the process ends, however it ends.
+
+    True also on a file system without locks, as some network file systems are: there nothing keeps two processes apart.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -115,6 +115,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What `error` says first: the traces that libraries append are left out."""
+    return str(error).strip().partition("\n")[0]
+
+
 def shortened(text: str, limit: int = MESSAGE_LIMIT) -> str:
     """`text` in at most `limit` characters: of a longer one the beginning and the end, where the remedy stands."""
     if len(text) <= limit:

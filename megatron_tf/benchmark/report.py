@@ -12,6 +12,7 @@ import torch
 from megatron_tf.benchmark.device import machine
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import ConfigError, file_errors
+from megatron_tf.telemetry.text import table as columns
 
 _REMEDY = "Name another file with --json."
 Row = Mapping[str, object]  # the columns are the keys of the first row
@@ -20,13 +21,8 @@ Row = Mapping[str, object]  # the columns are the keys of the first row
 def table(rows: Sequence[Row]) -> str:
     """Numbers to three digits, right-aligned; the rest left-aligned."""
     names = list(rows[0])
-    lines = [names, *([_cell(row[name]) for name in names] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    numeric = [isinstance(rows[0][name], (int, float)) for name in names]
-    return "\n".join(
-        "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric)).rstrip()
-        for line in lines
-    )
+    words = [number for number, name in enumerate(names) if not isinstance(rows[0][name], (int, float))]
+    return columns([names, *([_cell(row[name]) for name in names] for row in rows)], to_left=words)
 
 
 def check_json(path: Path) -> None:

@@ -27,12 +27,12 @@ class Topology:
     def coordinate(self, axis: Axis, rank: int) -> int:
         """Position of `rank` along `axis`."""
         assert 0 <= rank < self.world_size
-        stride, size = self._stride(axis), getattr(self, axis)
+        stride, size = self.stride(axis), getattr(self, axis)
         return rank // stride % size
 
     def peers(self, axis: Axis, rank: int) -> list[int]:
         """The ranks that differ from `rank` along `axis` only, in order; `rank` itself is among them."""
-        stride, size = self._stride(axis), getattr(self, axis)
+        stride, size = self.stride(axis), getattr(self, axis)
         first = rank - self.coordinate(axis, rank) * stride
         return [first + i * stride for i in range(size)]
 
@@ -40,7 +40,8 @@ class Topology:
         """Every group along `axis`; together they hold each rank once."""
         return [self.peers(axis, rank) for rank in range(self.world_size) if self.coordinate(axis, rank) == 0]
 
-    def _stride(self, axis: Axis) -> int:
+    def stride(self, axis: Axis) -> int:
+        """How far apart neighbours along `axis` are in the order of ranks."""
         return {"tensor": 1, "data": self.tensor, "pipeline": self.tensor * self.data}[axis]
 
     def __str__(self) -> str:

@@ -104,12 +104,8 @@ def group_bandwidth(gpu: Gpu, topology: Topology, axis: str) -> tuple[float, boo
 
     A group with g ranks on each node drives g network adapters at once, for every GPU of a node belongs to one group.
     """
-    size, stride = getattr(topology, axis), _stride(topology, axis)
+    size, stride = getattr(topology, axis), topology.stride(axis)
     on_node = max(1, min(size, gpu.per_node // stride))
     if on_node == size and size * stride <= max(gpu.per_node, stride):
         return gpu.node_bandwidth, False
     return min(gpu.node_bandwidth, on_node * gpu.network_bandwidth), True
-
-
-def _stride(topology: Topology, axis: str) -> int:
-    return {"tensor": 1, "data": topology.tensor, "pipeline": topology.tensor * topology.data}[axis]

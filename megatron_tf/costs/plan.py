@@ -6,7 +6,7 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
 from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
-from megatron_tf.telemetry.text import plural
+from megatron_tf.telemetry.text import plural, size
 
 
 def describe(
@@ -47,27 +47,27 @@ def describe(
             + f"{tokens:,} tokens, {flops * tokens:.2e} FLOPs"
         ),
         "memory": (
-            f"about {_size(memory.total)} a rank: weights {_size(memory.weights)}, gradients "
-            f"{_size(memory.gradients)}, optimizer {_size(memory.optimizer)}, activations {_size(memory.activations)}"
+            f"about {size(memory.total)} a rank: weights {size(memory.weights)}, gradients "
+            f"{size(memory.gradients)}, optimizer {size(memory.optimizer)}, activations {size(memory.activations)}"
         ),
     }
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
 
 
-def room_warning(config: RunConfig, steps_left: int, size: int, free_bytes: int) -> str | None:
-    """What to say when the checkpoints of `steps_left` steps, of `size` bytes each, do not fit in `free_bytes`.
+def room_warning(config: RunConfig, steps_left: int, num_bytes: int, free_bytes: int) -> str | None:
+    """What to say when the checkpoints of `steps_left` steps, of `num_bytes` each, do not fit in `free_bytes`.
 
     A new one is written before an old one is deleted, so one more than checkpoint.keep_last is there for a while.
     """
     interval, keep_last = config.checkpoint.interval_steps, config.checkpoint.keep_last
     saves = 1 if interval is None else -(-steps_left // interval)
     count = saves if keep_last is None else min(saves, keep_last + 1)
-    if steps_left <= 0 or count * size <= free_bytes:
+    if steps_left <= 0 or count * num_bytes <= free_bytes:
         return None
     remedy = "set checkpoint.keep_last" if keep_last is None else f"lower checkpoint.keep_last ({keep_last})"
     return (
-        f"checkpoint: {count:,} {plural('checkpoint', count)} of {_size(size)} need {_size(count * size)}, and "
-        f"{_size(free_bytes)} are free in {config.run.dir}. Make room, or {remedy}."
+        f"checkpoint: {count:,} {plural('checkpoint', count)} of {size(num_bytes)} need {size(count * num_bytes)}, and "
+        f"{size(free_bytes)} are free in {config.run.dir}. Make room, or {remedy}."
     )
 
 
@@ -82,11 +82,3 @@ def _method(growth: Growth) -> str:
     alike = len(set(methods.values())) == 1
     text = growth.method_of("qkv") if alike else ", ".join(f"{kind} {method}" for kind, method in methods.items())
     return text + (f" with noise {growth.noise:g}" if growth.noise else "")
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"

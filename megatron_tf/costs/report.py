@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-GIB = 1024**3
+from megatron_tf.telemetry.text import size, table
 
 
 def report(plan: dict[str, Any]) -> str:
@@ -46,12 +46,12 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
     plural = "micro batch" if micro_batches == 1 else "micro batches"
     yield f"  layout      {stage['layout']}, {micro_batches} {plural} a step: valid, {verdict}"
     yield (
-        f"  memory      {_size(memory['total'])} of {_size(usable)} usable a rank ({stage['parameters_per_rank']:,} "
-        f"parameters): weights {_size(memory['weights'])}, gradients {_size(memory['gradients'])}, optimizer "
-        f"{_size(memory['optimizer'])}, activations {_size(memory['activations'])}"
+        f"  memory      {size(memory['total'])} of {size(usable)} usable a rank ({stage['parameters_per_rank']:,} "
+        f"parameters): weights {size(memory['weights'])}, gradients {size(memory['gradients'])}, optimizer "
+        f"{size(memory['optimizer'])}, activations {size(memory['activations'])}"
     )
     policies = stage["activations_by_checkpointing"]
-    yield f"              activations without checkpointing {_size(policies['off'])}, with it {_size(policies['on'])}"
+    yield f"              activations without checkpointing {size(policies['off'])}, with it {size(policies['on'])}"
     yield (
         f"  step        {_duration(step['total'])}, {step['tokens']:,} tokens, {step['tokens_per_second']:,.0f} tokens/s, "
         f"MFU {stage['mfu']:.1%}"
@@ -59,7 +59,7 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
     shares = ((name, step[key] / step["total"]) for name, key in _PARTS)
     yield f"              {', '.join(f'{name} {share:.1%}' for name, share in shares if share)}"
     sent = stage["sent_bytes"]
-    yield f"  sent        a rank and step: {', '.join(f'{axis} {_size(sent[axis])}' for axis in sent)}"
+    yield f"  sent        a rank and step: {', '.join(f'{axis} {size(sent[axis])}' for axis in sent)}"
     yield (
         f"  run         {run['steps']:,} steps, {run['tokens']:,} tokens, {run['flops']:.2e} FLOPs, "
         f"{_duration(run['hours_without_failures'] * 3600)} of training"
@@ -90,7 +90,7 @@ _PARTS = (
 
 def _checkpoint_lines(checkpoint: dict[str, Any]) -> Iterable[str]:
     yield (
-        f"  checkpoint  {_size(checkpoint['bytes'])}, written in {_duration(checkpoint['write'])}; training stands still for "
+        f"  checkpoint  {size(checkpoint['bytes'])}, written in {_duration(checkpoint['write'])}; training stands still for "
         f"{_duration(checkpoint['stall'])}"
     )
     steps = checkpoint["interval_steps"]
@@ -123,11 +123,11 @@ def _layout_lines(stage: dict[str, Any]) -> Iterable[str]:
             f"{row['mfu']:.1%}",
             f"{row['bubble_share']:.1%}",
             f"{row['communication_share']:.1%}",
-            _size(row["memory_total"]),
+            size(row["memory_total"]),
         )
         for row in best
     ]
-    yield from _table(rows)
+    yield table(rows)
     yield f"  the first: {' '.join(best[0]['overrides'])}"
 
 
@@ -149,23 +149,9 @@ def _chain_lines(costs: Sequence[dict[str, Any]]) -> Iterable[str]:
                 f"{saved:.0%}",
             )
         )
-    yield from _table(rows)
+    yield table(rows)
     total, scratch = costs[-1]["chain_gpu_hours"], sum(cost["scratch_gpu_hours"] for cost in costs)
     yield f"  all sizes: {total:,.0f} GPU-hours by growing, {scratch:,.0f} from scratch one by one"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """First column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        yield "  ".join(cells).rstrip()
-
-
-def _size(num_bytes: float) -> str:
-    if num_bytes >= GIB / 10:
-        return f"{num_bytes / GIB:,.1f} GiB"
-    return f"{num_bytes / 1024**2:.3g} MiB"
 
 
 def _duration(seconds: float) -> str:

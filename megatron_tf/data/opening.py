@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import resource
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ from megatron_tf.data.loader import build_dataset
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.errors import DataError, file_errors
 from megatron_tf.paths import literal
+from megatron_tf.telemetry.memory import resident_bytes
 
 VOCAB_SIZE = 50_304
 OPENINGS = 5  # of which the quickest counts: the others were disturbed
@@ -79,12 +77,12 @@ def measure_opening(documents: int, tokens_per_document: int, seq_length: int, f
 
 
 def _measure(prefix: str, seq_length: int) -> OpeningCost:
-    before, open_seconds = _memory_bytes(), []
+    before, open_seconds = resident_bytes(), []
     for _ in range(OPENINGS):
         started = time.perf_counter()
         dataset = build_dataset([DataSource(path=literal(str(prefix)))], seq_length, seed=1, vocab_size=VOCAB_SIZE)
         open_seconds.append(time.perf_counter() - started)
-    open_bytes = _memory_bytes() - before
+    open_bytes = resident_bytes() - before
     source = dataset.sources[0]
     indices = np.random.default_rng(0).integers(source.samples_per_epoch, size=SAMPLES).tolist()
     for _ in range(2):  # the second time the pages are in memory, so that the disk does not count
@@ -99,13 +97,5 @@ def _measure(prefix: str, seq_length: int) -> OpeningCost:
         open_seconds=min(open_seconds),
         open_bytes=max(0, open_bytes),
         sample_seconds=sample_seconds,
-        sampled_bytes=max(0, _memory_bytes() - before),
+        sampled_bytes=max(0, resident_bytes() - before),
     )
-
-
-def _memory_bytes() -> int:
-    """Of this process, mapped pages of files included."""
-    if os.path.exists("/proc/self/statm"):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

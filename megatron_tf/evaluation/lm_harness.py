@@ -16,7 +16,7 @@ from typing import Any
 from megatron_tf.caches import prepare_hugging_face
 from megatron_tf.data.losses import Loss, LossFinder
 from megatron_tf.data.tokenizer import Tokenizer
-from megatron_tf.errors import UserError, shortened, shown
+from megatron_tf.errors import UserError, first_line, shortened, shown
 from megatron_tf.evaluation.eval_data import FETCH, TASK_FOLDER
 from megatron_tf.evaluation.scoring import Answer, Ask, Request
 from megatron_tf.streams import without_terminal
@@ -121,7 +121,7 @@ class HarnessTasks:
             except UserError as error:
                 problems.append(f"--tasks: {name} {error}")
             except Exception as error:
-                kind, reason = type(error).__name__, _first_line(error)
+                kind, reason = type(error).__name__, first_line(error)
                 problems.append(f"--tasks: {name} cannot be scored ({kind}: {shortened(reason, REASON_LIMIT)}).")
         if generating:
             some = "one of them wants" if len(generating) == 1 else f"{len(generating)} of them want"
@@ -152,13 +152,13 @@ def _loading_errors(names: str) -> Iterator[None]:
             yield
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"--tasks {names}: the data cannot be loaded ({type(error).__name__}: {_first_line(error)}). "
+            f"--tasks {names}: the data cannot be loaded ({type(error).__name__}: {first_line(error)}). "
             f"The six tasks of the paper need no network after `{FETCH}`; others are downloaded."
         ) from error
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever a task's file or its own code may do
-        reason = f"{type(error).__name__}: {shortened(_first_line(error), REASON_LIMIT)}"
+        reason = f"{type(error).__name__}: {shortened(first_line(error), REASON_LIMIT)}"
         raise UserError(f"--tasks {names}: cannot be loaded ({reason}).") from error
 
 
@@ -258,7 +258,3 @@ def _plain(values: Any, convert: Any) -> Any:
     if isinstance(values, float):
         return values if values == values and abs(values) != float("inf") else None
     return _plain(convert(values), convert)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_tf.evaluation import paper
 from megatron_tf.evaluation.perplexity import Score, pooled
 from megatron_tf.telemetry.meters import format_perplexity
+from megatron_tf.telemetry.text import table
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,3 @@ def _figure(value: Any, is_accuracy: bool) -> str:
 
 def _published(values: Sequence[float], is_accuracy: bool) -> list[str]:
     return [f"{value:.{1 if is_accuracy else 2}f}" for value in values] or [""] * len(paper.SIZES)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equally many cells in columns; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at == 0 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    )

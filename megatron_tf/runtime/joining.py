@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_tf.errors import LaunchError, LostContactError
+from megatron_tf.errors import LaunchError, LostContactError, first_line
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.facts import agree
 from megatron_tf.runtime.host_memory import keep_freed_memory
@@ -66,7 +66,7 @@ def join_ranks(
             "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
         )
     except (dist.DistError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         if isinstance(store, (dist.HashStore, dist.FileStore)):
             raise LaunchError(
                 f"torch.distributed cannot start on this machine alone: {reason}. Where not even the loopback is up, give "

@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
+from megatron_tf.errors import first_line
+
 Result = TypeVar("Result")
 # Also of a wait that took too long: one or the other, by version of torch.
 STORE_ERRORS = (dist.DistError, RuntimeError)
@@ -58,7 +60,7 @@ class PatientStore:
         if outcome is None:
             raise Unreachable("its process is stopped, or cut off")
         if isinstance(outcome.error, STORE_ERRORS):
-            raise Unreachable(str(outcome.error).partition("\n")[0])
+            raise Unreachable(first_line(outcome.error))
         return outcome.value()
 
 

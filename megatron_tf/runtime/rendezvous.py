@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from megatron_tf.errors import DisagreementError, LaunchError
+from megatron_tf.errors import DisagreementError, LaunchError, first_line
 from megatron_tf.runtime.environment import LaunchEnvironment, check_port_free, wait_for_port
 from megatron_tf.runtime.patient_store import STORE_ERRORS, PatientStore, Result, Unreachable, within
 
@@ -51,8 +51,7 @@ def open_store(environment: LaunchEnvironment, timeout_seconds: float) -> dist.S
         )  # fmt: skip
     except STORE_ERRORS as error:
         raise LaunchError(
-            f"rank {rank} could not reach the store at MASTER_ADDR={address}, MASTER_PORT={port}: "
-            f"{str(error).partition(chr(10))[0]}"
+            f"rank {rank} could not reach the store at MASTER_ADDR={address}, MASTER_PORT={port}: {first_line(error)}"
         ) from error
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"meeting {start}.{next(_MEETINGS)}", store)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import os
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tf.durable import take_lock
 from megatron_tf.errors import ConfigError
 
 LOCK_NAME = "run.lock"
@@ -26,21 +26,14 @@ def locked(run_dir: Path, patience_seconds: float = 10.0) -> Iterator[None]:
     path = run_dir / LOCK_NAME
     with open(path, "a+", encoding="utf-8") as file:
         deadline = time.monotonic() + patience_seconds
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.1)
-                    continue
+        while not take_lock(file.fileno()):
+            if time.monotonic() >= deadline:
                 file.seek(0)
                 raise ConfigError(
                     f"run.dir: {run_dir} is in use by {file.read().strip() or 'another run'}. "
                     "Stop that run, or choose another run.dir."
-                ) from None
-            except OSError:  # not every network file system has locks
-                break
+                )
+            time.sleep(0.1)
         file.truncate(0)
         now = datetime.datetime.now().isoformat(" ", "seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_tf.errors import LOST_EXIT_CODE, LostContactError, RunStopped, exit_now
+from megatron_tf.errors import LOST_EXIT_CODE, LostContactError, RunStopped, exit_now, first_line
 from megatron_tf.telemetry.console import Console
 
 SHORTEST_SILENCE = 0.25  # seconds between two words of a rank, however fast it steps
@@ -257,7 +257,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         lost = LostContactError(
             f"rank {self._rank} lost contact with another rank in {self._place}: {self._culprit()}. "
-            f"({str(error).strip().partition(chr(10))[0]})"
+            f"({first_line(error)})"
         )
         self._wait_for_listeners()
         return lost

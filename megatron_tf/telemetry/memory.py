@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 
 import torch
 
@@ -14,13 +16,14 @@ def memory_metric(device: torch.device) -> tuple[str, int]:
     """
     if device.type == "cuda":
         return "memory/gpu_peak_allocated_bytes", torch.cuda.max_memory_allocated(device)
-    return "memory/cpu_resident_bytes", _resident_bytes()
+    return "memory/cpu_resident_bytes", resident_bytes()
 
 
-def _resident_bytes() -> int:
-    """0 where the system does not say it as Linux does."""
+def resident_bytes() -> int:
+    """Of this process in RAM, mapped pages of files included; the most so far where only Linux would say it."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,8 +1,32 @@
-"""Words for numbers, in messages and tables."""
+"""Words for numbers, and columns of them, in messages and tables."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 
 
 def plural(noun: str, count: int) -> str:
     """ "step" of 1, "steps" of any other number."""
     return noun if count == 1 else f"{noun}s"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the largest unit up to GiB that leaves 1 or more: "12.5 MiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} GiB"
+
+
+def table(rows: Sequence[Sequence[str]], to_left: Collection[int] = (0,)) -> str:
+    """Rows of equally many cells in columns: those numbered `to_left` to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if number in to_left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)

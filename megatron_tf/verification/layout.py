@@ -229,14 +229,15 @@ def compare(trace: Trace, expected: Trace) -> Difference:
         if not error < worst:  # so that nan is the worst
             worst, parameter = error, name
     return Difference(
-        max(map(_relative, [*trace.losses, *trace.reports], [*expected.losses, *expected.reports])),
-        max(map(_relative, trace.grad_norms, expected.grad_norms)),
+        max(map(relative_error, [*trace.losses, *trace.reports], [*expected.losses, *expected.reports])),
+        max(map(relative_error, trace.grad_norms, expected.grad_norms)),
         worst,
         parameter,
     )
 
 
-def _relative(value: float, expected: float) -> float:
+def relative_error(value: float, expected: float) -> float:
+    """|value − expected| over |expected|; inf for what is no number."""
     error = abs(value - expected) / max(abs(expected), 1e-30)
     return error if error == error else float("inf")
 

@@ -44,6 +44,7 @@ from megatron_tf.verification.layout import (
     joined,
     layouts,
     reference,
+    relative_error,
 )
 
 AXIS_SIZES = (1, 2, 4)
@@ -122,18 +123,13 @@ def check_resumes(config: RunConfig, pairs: Sequence[tuple[Setting, Setting]], s
     results = []
     for (before, after), (losses, differing) in zip(pairs, resumed):
         first_losses, saved_differing = saved[firsts.index(before)]
-        error = max(map(_relative, [*first_losses, *losses], expected))
+        error = max(map(relative_error, [*first_losses, *losses], expected))
         results.append(Resumed(before, after, error, (*saved_differing, *differing)))
     return results
 
 
 _Job = tuple[Setting, str, "int | None"]  # the setting, the run's folder, the step to resume at (None: start and save)
 _Outcome = tuple[list[float], list[str]]  # losses, and what differed
-
-
-def _relative(value: float, expected: float) -> float:
-    error = abs(value - expected) / abs(expected)
-    return error if error == error else float("inf")
 
 
 def _spawn(config: RunConfig, steps: int, jobs: Sequence[_Job]) -> list[_Outcome]:

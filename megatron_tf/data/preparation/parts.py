@@ -9,7 +9,6 @@ processes on any number of nodes may work on the same preparation.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.preparation.encoding import EncodeSettings
 from megatron_tf.data.preparation.record_types import ReadLimits
 from megatron_tf.data.preparation.report import Report, read_report
+from megatron_tf.durable import take_lock
 from megatron_tf.errors import DataError, file_errors
 
 MOST_PARTS = 4096  # more input files share parts; each part costs three files until the merge
@@ -126,12 +126,8 @@ def _open_lock(path: Path) -> int:
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not take_lock(descriptor):
         return False
-    except OSError:
-        return True  # no locks here
     try:
         return os.fstat(descriptor).st_ino == os.stat(path).st_ino
     except FileNotFoundError:
