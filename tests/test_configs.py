@@ -10,8 +10,9 @@ from megatron_tf.config import load_config
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.stages import load_stages
 from megatron_tf.config.validate import plan_batches, validate
-from megatron_tf.costs.estimate import memory_per_rank, num_parameters
+from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters
 from megatron_tf.costs.plan import describe
+from megatron_tf.growth.rules import growth_problems
 from megatron_tf.model import build_model
 from megatron_tf.state.parameters import parameter_table
 
@@ -30,6 +31,8 @@ TOKENFORMERS = {
     "pile_1.5B": (1_587_219_456, 40, 1536, 16, 1536, 6144),
     "tiny": (1_573_120, 4, 128, 4, 128, 512),
     "tiny_grow": (2_621_696, 4, 128, 4, 256, 1024),
+    "sparse_124M_to_762M": (761_908_416, 12, 768, 12, 576, 2304),
+    "tiny_split": (3_162_496, 4, 128, 4, 128, 512),
     "demo": (164_096, 2, 128, 4, 8, 32),
     "demo_grow": (393_472, 2, 128, 4, 64, 256),
 }
@@ -47,7 +50,14 @@ BASELINES = {
     **{size: f"transformer_{size}" for size in ("124M", "354M", "757M", "1.4B")},
     "tiny": "tiny_transformer",
 }
-WORLD_SIZES = {"tiny": [1, 2], "tiny_grow": [2], "tiny_transformer": [1, 2], "demo": [1, 2], "demo_grow": [2]}
+WORLD_SIZES = {
+    "tiny": [1, 2],
+    "tiny_grow": [2],
+    "tiny_split": [2],
+    "tiny_transformer": [1, 2],
+    "demo": [1, 2],
+    "demo_grow": [2],
+}
 DEMO_FOLDERS = {"demo": "runs/demo/small", "demo_grow": "runs/demo/grown"}
 FULL_SIZE = sorted(set(SIZES) - set(WORLD_SIZES))
 GROWS_FROM = {
@@ -56,6 +66,8 @@ GROWS_FROM = {
     "1.4B": "757M",
     "757M_openwebtext2": "354M_openwebtext2",
     "tiny_grow": "tiny",
+    "tiny_split": "tiny",
+    "sparse_124M_to_762M": "124M",
     "demo_grow": "demo",
 }
 
@@ -159,8 +171,13 @@ def test_runs_write_apart_and_grow_from_the_size_before(name):
     assert config.growth is not None
     source = load(GROWS_FROM[name])
     assert config.growth.source == source.run.dir
-    assert config.growth.method == "zero_key"
     assert config.data == source.data
+    if config.model.sparse is not None:
+        assert config.growth.method == "split"
+        assert growth_problems(source.model, config.model, "split") == []
+        assert flops_per_token(config.model) < 1.01 * flops_per_token(source.model)
+        return
+    assert config.growth.method == "zero_key"
     old, new = source.model.parameter_tokens, config.model.parameter_tokens
     assert config.model.model_copy(update={"parameter_tokens": old}) == source.model
     assert new.qkv > old.qkv and new.proj > old.proj and new.ffn > old.ffn

@@ -76,6 +76,10 @@ class Architecture(ABC):
         assert not counts, f"{model.architecture} has no parameter tokens"
         return model
 
+    def unsplit(self, model: Model) -> Model:
+        """The same model without candidates to choose among."""
+        return model
+
     def projections(self, model: Model) -> tuple[ProjectionSpec, ...]:
         """Every Pattention of the model, in model order. They can grow, be pruned and be measured."""
         return ()

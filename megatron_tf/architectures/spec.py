@@ -58,12 +58,24 @@ class ParameterSpec:
 
 
 @dataclass(frozen=True)
+class BankSpec:
+    """Tokens in slots: of the `candidates` groups of each slot, with `group_size` tokens each, a position uses one."""
+
+    slots: int
+    candidates: int
+    group_size: int
+
+    def __str__(self) -> str:
+        return f"{self.candidates} candidates in each of {self.slots} slots of {self.group_size}"
+
+
+@dataclass(frozen=True)
 class ProjectionSpec:
     """One Pattention of a model: what growth, pruning and measurements need to know of it.
 
     `name`: of its module, such as "blocks.0.attention.query".
     `kind`: the field of `model.parameter_tokens` that counts its tokens.
-    `tokens`: that a position uses. All that there are, unless the projection has a bank of candidates.
+    `tokens`: that a position uses. All that there are, unless the projection has a `bank`.
     `keys`, `values`: names of its tensors below `name`, rows in the order of the tokens. A token whose keys are all 0 adds
         nothing to the output, whatever its values are.
     """
@@ -74,6 +86,7 @@ class ProjectionSpec:
     activation: str
     keys: tuple[str, ...] = ("key_tokens",)
     values: tuple[str, ...] = ("value_tokens",)
+    bank: BankSpec | None = None
 
 
 def shard_range(rows: int, num_shards: int, shard: int) -> tuple[int, int]:

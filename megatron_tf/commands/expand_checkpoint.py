@@ -85,14 +85,18 @@ def training_data(config: RunConfig) -> dict[str, Any] | None:
 def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start: StepZero, target: Path) -> None:
     from megatron_tf.checkpoint.architecture import stored_model
     from megatron_tf.checkpoint.step_zero import state_bytes
+    from megatron_tf.growth.methods import SPLIT
 
     index, old = reader.index, stored_model(reader.index)
     print(f"from        {reader.path}, step {index.step:,}, {index.tokens:,} tokens")
     print(f"to          {target}, seed {config.run.seed}, position {start.samples:,} in the data")
     after = architecture_of(config.model).token_counts(config.model)
+    used = {projection.kind: projection for projection in projections(config.model).values()}
     for kind, count in architecture_of(old).token_counts(old).items():
         grows = after[kind] > count
         row = f"{count:,} tokens" + (f" -> {after[kind]:,} by {growth.method_of(kind)}" if grows else ", as they are")
+        if growth.method == SPLIT and used[kind].bank:
+            row = f"{count:,} tokens, copied to {used[kind].bank}"
         print(f"{kind:<11} {row}, τ {scale_of(old, index.scales, kind)} -> {scale_of(old, start.source.scales, kind)}")
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(config.model):,}")
     held = sum(file.num_bytes for file in reader.manifest.files.values())

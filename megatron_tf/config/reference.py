@@ -52,7 +52,8 @@ def json_schema() -> Node:
     for node in (root, *definitions.values()):
         node.pop("required", None)
         for name, value in node["properties"].items():
-            if value.pop("of", None):  # a key of a variant may be null wherever it means nothing
+            # a key of a variant may be null wherever it means nothing
+            if value.pop("of", None) and {"type": "null"} not in value.get("anyOf", ()):
                 about = {key: value.pop(key) for key in ("description", "default") if key in value}
                 node["properties"][name] = {"anyOf": [value, {"type": "null"}], **about}
     sections = dict(root["properties"])

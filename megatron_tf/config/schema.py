@@ -44,7 +44,8 @@ def _list_activations(node: dict[str, Any]) -> None:
 
 ActivationName = Annotated[str, name_in(ACTIVATIONS), Field(json_schema_extra=_list_activations)]
 Precision = Literal["bf16", "fp16", "fp32"]
-GrowthMethod = Literal["zero_key", "gram", "random"]
+TokenMethod = Literal["zero_key", "gram", "random"]
+GrowthMethod = Literal["zero_key", "gram", "random", "split"]
 
 
 class Run(Section):
@@ -236,11 +237,11 @@ class LearningRates(Section):
 
 
 class GrowthMethods(Section):
-    qkv: GrowthMethod | None = None
+    qkv: TokenMethod | None = None
     """null: the one of growth.method."""
-    proj: GrowthMethod | None = None
+    proj: TokenMethod | None = None
     """null: the one of growth.method."""
-    ffn: GrowthMethod | None = None
+    ffn: TokenMethod | None = None
     """null: the one of growth.method."""
 
 
@@ -248,7 +249,7 @@ class Growth(Section):
     source: Path = Field(alias="from")
     """Run folder, checkpoints folder or checkpoint to grow from."""
     method: GrowthMethod = "zero_key"
-    """What new tokens begin as. Only random changes the function."""
+    """What new tokens begin as; split copies tokens to the candidates of model.sparse. Only random changes the function."""
     methods: GrowthMethods = GrowthMethods()
     """Methods of single projections, instead of growth.method."""
     noise: Fraction = 0.0

@@ -12,8 +12,10 @@ from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import ConfigError
+from megatron_tf.growth.methods import SPLIT
 from megatron_tf.growth.rules import growth_problems
 from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed
+from megatron_tf.growth.split import SplitSource
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.sources import InitialSource, StepZero
 
@@ -36,7 +38,7 @@ def grow(
     are to be kept that `optimizer` does not know.
     """
     index = reader.index
-    check_growable(index, model)
+    check_growable(index, model, growth)
     keeps = index.states != (WEIGHT,) and growth.moments == "keep"
     if keeps and (problem := optimizer_problem(index, optimizer, "set growth.moments to reset")):
         raise ConfigError(f"growth.moments: they are to be kept, but {problem}")
@@ -51,14 +53,15 @@ def grow(
     return StepZero(source, samples, index.tokens, (*index.growth_history, entry), states)
 
 
-def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: int) -> GrownSource:
+def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: int) -> GrownSource | SplitSource:
     """The state of the bigger `model`, grown from an open checkpoint as `growth` says.
 
     `seed` is the run's; new tokens depend on it and on how many growths came before. ConfigError when a
     method cannot grow this model; see `check_growable` for what may differ between the two models.
     """
     own_seed = growth_seed(seed, len(reader.index.growth_history) + 1)
-    return GrownSource(
+    kind = SplitSource if growth.method == SPLIT else GrownSource
+    return kind(
         CheckpointSource(reader),
         InitialSource(model, own_seed),
         old_model=stored_model(reader.index),
@@ -68,7 +71,7 @@ def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: i
     )
 
 
-def check_growable(index: CheckpointIndex, model: Model) -> None:
+def check_growable(index: CheckpointIndex, model: Model, growth: Growth) -> None:
     """ConfigError unless the checkpoint's model can grow into `model`, see `growth_problems`."""
-    if problems := growth_problems(stored_model(index), model):
+    if problems := growth_problems(stored_model(index), model, growth.method):
         raise ConfigError(problems)

@@ -178,6 +178,7 @@ def random(projection: Projection) -> NewTokens:
     return NewTokens(projection.default_scale, projection.initial_keys, projection.initial_values)
 
 
+SPLIT = "split"  # makes candidates of tokens instead of new ones, see `growth.split`
 METHODS: dict[str, Callable[[Projection], NewTokens]] = {"zero_key": zero_key, "gram": gram, "random": random}
 PRESERVING = frozenset({"zero_key", "gram"})  # methods that promise to keep the function; without noise they do
 

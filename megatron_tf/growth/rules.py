@@ -7,10 +7,13 @@ from typing import Any
 
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.differences import TOKENS, differing
-from megatron_tf.config.schema import Growth, Model, RunConfig
+from megatron_tf.config.schema import Growth, GrowthMethod, Model, RunConfig
 from megatron_tf.errors import ConfigError
-from megatron_tf.growth.methods import METHODS, Elements, NewTokens, Projection
+from megatron_tf.growth.methods import METHODS, SPLIT, Elements, NewTokens, Projection
 from megatron_tf.state.parameters import initial_scales, parameter_table, projections
+
+DEFAULT_METHOD: GrowthMethod = Growth.model_fields["method"].default
+SPARSE = "sparse."
 
 
 def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
@@ -20,7 +23,7 @@ def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
     for before, after in zip(stages, stages[1:]):
         if after.growth is None:
             break
-        found = growth_problems(before.model, after.model)
+        found = growth_problems(before.model, after.model, after.growth.method)
         try:
             if not found:
                 scales = scales_after_growth(before.model, after.model, after.growth, scales)
@@ -32,9 +35,9 @@ def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
     return problems
 
 
-def growth_problems(old: Model, new: Model) -> list[str]:
-    """Why `old` cannot grow into `new`: every differing key with both values, unless they differ in token counts alone,
-    and `new` has more in at least one kind of projection and fewer in none."""
+def growth_problems(old: Model, new: Model, method: GrowthMethod = DEFAULT_METHOD) -> list[str]:
+    """Why `old` cannot grow into `new` by `method`: every differing key with both values, unless they differ in token
+    counts alone, and `new` has more in at least one kind of projection and fewer in none. For split, see there."""
     without = [model.architecture for model in (old, new) if not architecture_of(model).token_counts(model)]
     if without:
         return [
@@ -46,9 +49,16 @@ def growth_problems(old: Model, new: Model) -> list[str]:
             f"model.architecture: {old.architecture} before, {new.architecture} after. Growth keeps the architecture: train "
             "the new one from scratch, without growth."
         ]
+    if method == SPLIT:
+        return split_problems(old, new)
     problems, grows, foreign = [], False, False
     for key, before, after in differing(old, new):
-        if not key.startswith(TOKENS):
+        if key.startswith(SPARSE):
+            problems.append(
+                f"model.{key}: {before} before, {after} after. Growth by {method} appends tokens to the slots and dense "
+                "tokens that there are; to copy those of a dense model to candidates, set growth.method to split"
+            )
+        elif not key.startswith(TOKENS):
             foreign = True
             problems.append(f"model.{key}: {before} before, {after} after. Growth changes token counts only")
         elif after < before:
@@ -66,6 +76,31 @@ def growth_problems(old: Model, new: Model) -> list[str]:
     return [problem + "." for problem in problems]
 
 
+def split_problems(old: Model, new: Model) -> list[str]:
+    """Why `old` cannot be split into `new`: every differing key with both values, unless `old` is dense and `new` the same
+    with candidates."""
+    problems = []
+    if not any(projection.bank for projection in projections(new).values()):
+        problems.append(
+            "growth.method: split copies tokens to candidates, and the model has none. Set model.sparse.ffn to "
+            "{group_size: 256, candidates: 4}, or growth.method to zero_key."
+        )
+    for key, before, after in differing(old, new):
+        if not key.startswith(SPARSE):
+            problems.append(
+                f"model.{key}: {before} before, {after} after. split changes model.sparse only: grow by another method in "
+                "a run before or after it."
+            )
+        elif before != "null":
+            problems.append(
+                f"model.{key}: {before} before, {after} after. Candidates cannot be split again, because positions choose "
+                "among them already: split the dense model that they come from, or restore the key."
+            )
+    if not problems and any(projection.bank for projection in projections(old).values()):
+        problems.append("growth: the smaller model has these candidates already. Go on with it, without growth.")
+    return problems
+
+
 def scales_after_growth(
     old_model: Model, new_model: Model, growth: Growth, scales: Mapping[str, float]
 ) -> Mapping[str, float]:
@@ -73,6 +108,10 @@ def scales_after_growth(
 
     ConfigError, with all problems, when `growth` cannot do it: so each stage of a chain is checked before the first.
     """
+    if growth.method == SPLIT:
+        if problems := growth_problems(old_model, new_model, SPLIT):
+            raise ConfigError(problems)
+        return scales
     decided = decide(growing(old_model, new_model, growth, scales, 0, _no_state, _no_state), growth)
     return {**scales, **{name: tokens.scale for name, tokens in decided.items()}}
 

@@ -21,7 +21,7 @@ from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, NewTokens
 from megatron_tf.growth.rules import decide, growing
 from megatron_tf.state.initialize import initial_rows
 from megatron_tf.state.optimizer_states import WEIGHT, declared_states, initial_value
-from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.parameters import ParameterSpec, parameter_table
 from megatron_tf.state.sources import StateSource, copy_in_slices
 
 PRUNED = "pruned"  # stands for a method in the history of a model that has lost tokens
@@ -30,6 +30,14 @@ PRUNED = "pruned"  # stands for a method in the history of a model that has lost
 def growth_seed(seed: int, number: int) -> int:
     """Seed of a run's `number`-th growth, so that the tokens of each growth are drawn apart from all others."""
     return int.from_bytes(hashlib.sha256(f"growth {number} of {seed}".encode()).digest()[:8], "big") >> 1
+
+
+def noise(spec: ParameterSpec, seed: int, start: int, stop: int) -> Tensor:
+    """N(0, 1) in fp64 for elements [start, stop) of a tensor, as a function of (seed of the growth, name, row)."""
+    spec = replace(spec, name=f"{spec.name}/noise", std=1.0)
+    first, last = start // spec.width, -(-stop // spec.width)
+    rows = initial_rows(spec, seed, first, last).reshape(-1)
+    return rows[start - first * spec.width : stop - first * spec.width].double()
 
 
 @dataclass(frozen=True)
@@ -155,15 +163,8 @@ class GrownSource:
         """Old elements, fp64: times `factor`, and weights w with noise as w · (1 + noise · N(0, 1))."""
         elements = self._old.read(name, state, start, stop).to(torch.float64) * factor
         if state == WEIGHT and self._noisy(name):
-            elements *= 1 + self._growth.noise * self._noise(name, start, stop).to(torch.float64)
+            elements *= 1 + self._growth.noise * noise(self._shapes[name], self._seed, start, stop)
         return elements
-
-    def _noise(self, name: str, start: int, stop: int) -> Tensor:
-        """N(0, 1) as a function of (growth's seed, name, row)."""
-        spec = replace(self._shapes[name], name=f"{name}/noise", std=1.0)
-        first, last = start // spec.width, -(-stop // spec.width)
-        rows = initial_rows(spec, self._seed, first, last).reshape(-1)
-        return rows[start - first * spec.width : stop - first * spec.width]
 
     def _new_elements(self, tensor: str) -> Elements | None:
         grown = self._tensors[tensor]

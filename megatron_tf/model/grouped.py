@@ -62,44 +62,49 @@ def assign(candidates: Tensor, num_candidates: int) -> Assignment:
 
 def scores_of(inputs: Tensor, tokens: Tensor, assignment: Assignment, scores: Tensor) -> None:
     """Writes inputs · tokensᵀ of the chosen candidates into `scores`."""
-    for slot, own_tokens in enumerate(tokens):
-        columns = assignment.columns(scores, slot)
-        if _in_one_call(inputs):
+    if _in_one_call(inputs):
+        for slot, own_tokens in enumerate(tokens):
             chosen = assignment.order[slot]
-            columns[chosen] = F.grouped_mm(inputs[chosen], own_tokens.mT, offs=assignment.ends[slot])
-            continue
-        for candidate, rows in _groups(assignment, slot):
-            columns.index_copy_(0, rows, inputs[rows] @ own_tokens[candidate].mT)
+            product = F.grouped_mm(inputs[chosen], own_tokens.mT, offs=assignment.ends[slot])
+            assignment.columns(scores, slot)[chosen] = product
+        return
+    taken, product = _room(inputs, assignment, inputs.shape[1]), _room(inputs, assignment, tokens.shape[2])
+    for slot, candidate, rows in _groups(assignment):
+        own = torch.index_select(inputs, 0, rows, out=taken[: len(rows)])
+        torch.mm(own, tokens[slot, candidate].mT, out=product[: len(rows)])
+        assignment.columns(scores, slot).index_copy_(0, rows, product[: len(rows)])
 
 
 def add_outputs(scores: Tensor, tokens: Tensor, assignment: Assignment, outputs: Tensor) -> None:
-    """Adds scores · tokens of the chosen candidates to `outputs`."""
-    for slot, own_tokens in enumerate(tokens):
-        columns = assignment.columns(scores, slot)
-        if _in_one_call(outputs):
+    """Adds scores · tokens of the chosen candidates to `outputs`. A slot adds to each row once: the order is always the same."""
+    if _in_one_call(outputs):
+        for slot, own_tokens in enumerate(tokens):
             chosen = assignment.order[slot]
-            # each row once: the sum does not depend on an order
-            outputs.index_add_(0, chosen, F.grouped_mm(columns[chosen], own_tokens, offs=assignment.ends[slot]))
-            continue
-        for candidate, rows in _groups(assignment, slot):
-            outputs.index_add_(0, rows, columns[rows] @ own_tokens[candidate])
+            own = assignment.columns(scores, slot)[chosen]
+            outputs.index_add_(0, chosen, F.grouped_mm(own, own_tokens, offs=assignment.ends[slot]))
+        return
+    taken, product = _room(scores, assignment, tokens.shape[2]), _room(scores, assignment, tokens.shape[3])
+    for slot, candidate, rows in _groups(assignment):
+        own = torch.index_select(assignment.columns(scores, slot), 0, rows, out=taken[: len(rows)])
+        torch.mm(own, tokens[slot, candidate], out=product[: len(rows)])
+        outputs.index_add_(0, rows, product[: len(rows)])
 
 
 def token_gradients(scores: Tensor, inputs: Tensor, assignment: Assignment, tokens: Tensor) -> Tensor:
     """scoresᵀ · inputs over the rows of each candidate, in the shape of `tokens`; 0 for one that nobody chose."""
-    gradients = torch.empty_like(tokens)
-    for slot, own in enumerate(gradients):
-        columns = assignment.columns(scores, slot)
-        if _in_one_call(inputs):
+    if _in_one_call(inputs):
+        gradients = torch.empty_like(tokens)
+        for slot, own_gradients in enumerate(gradients):
             chosen = assignment.order[slot]
-            own.copy_(F.grouped_mm(columns[chosen].mT, inputs[chosen], offs=assignment.ends[slot]))
-            continue
-        unused = set(range(len(own)))
-        for candidate, rows in _groups(assignment, slot):
-            torch.mm(columns[rows].mT, inputs[rows], out=own[candidate])
-            unused.remove(candidate)
-        for candidate in unused:
-            own[candidate].zero_()
+            own = assignment.columns(scores, slot)[chosen]
+            own_gradients.copy_(F.grouped_mm(own.mT, inputs[chosen], offs=assignment.ends[slot]))
+        return gradients
+    gradients = torch.zeros_like(tokens)
+    own_scores, own_inputs = _room(scores, assignment, tokens.shape[2]), _room(inputs, assignment, tokens.shape[3])
+    for slot, candidate, rows in _groups(assignment):
+        left = torch.index_select(assignment.columns(scores, slot), 0, rows, out=own_scores[: len(rows)])
+        right = torch.index_select(inputs, 0, rows, out=own_inputs[: len(rows)])
+        torch.mm(left.mT, right, out=gradients[slot, candidate])
     return gradients
 
 
@@ -108,10 +113,17 @@ def _in_one_call(inputs: Tensor) -> bool:
     return inputs.device.type == "cuda" and inputs.dtype == torch.bfloat16
 
 
-def _groups(assignment: Assignment, slot: int) -> Iterator[tuple[int, Tensor]]:
-    """(candidate, its rows) of a slot, for each candidate that has any."""
-    first = 0
-    for candidate, last in enumerate(assignment.ends[slot].tolist()):
-        if last > first:
-            yield candidate, assignment.order[slot, first:last]
-        first = last
+def _room(like: Tensor, assignment: Assignment, width: int) -> Tensor:
+    """Memory for the rows of any one candidate, which stays in the processor's cache."""
+    starts = F.pad(assignment.ends[:, :-1], (1, 0))
+    return like.new_empty(int((assignment.ends - starts).max()) if assignment.ends.numel() else 0, width)
+
+
+def _groups(assignment: Assignment) -> Iterator[tuple[int, int, Tensor]]:
+    """(slot, candidate, its rows) for each candidate that has any."""
+    for slot, ends in enumerate(assignment.ends.tolist()):
+        first = 0
+        for candidate, last in enumerate(ends):
+            if last > first:
+                yield slot, candidate, assignment.order[slot, first:last]
+            first = last

@@ -18,6 +18,7 @@ from megatron_tf.config.schema import Growth, GrowthMethods, RunConfig
 from megatron_tf.diagnosis.run_facts import settings
 from megatron_tf.durable import open_plain, read_plain, write_atomically
 from megatron_tf.errors import ConfigError, file_errors
+from megatron_tf.growth.methods import SPLIT
 from megatron_tf.growth.source import PRUNED
 from megatron_tf.training.start import Start
 from megatron_tf.training.warm_start import EVENT, KEY
@@ -123,6 +124,8 @@ def _true_growth(growth: Growth, entry: Mapping[str, Any]) -> Iterator[tuple[str
         if len(one) > 1:
             fields = {"methods": GrowthMethods.model_validate(methods)}
         yield "method", (_method(given), f"by {_method(methods)}", fields)
+    elif (method == SPLIT) != (growth.method == SPLIT):
+        yield "method", (growth.method, f"by {_method(method)}", {"method": method})
     for key in ("noise", "moments"):
         was, now = entry.get(key), getattr(growth, key)
         if was is not None and was != now:

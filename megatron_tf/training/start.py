@@ -26,6 +26,7 @@ from megatron_tf.config.validate import plan_batches
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.errors import CheckpointError, ConfigError, shortened
 from megatron_tf.growth.grow import grow
+from megatron_tf.growth.methods import SPLIT
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import InitialSource, StateSource
 from megatron_tf.training.run_folder import copied_from
@@ -72,8 +73,9 @@ class Start:
     def earlier_flops(self, model: Model) -> float:
         """Floating-point operations of the training before this run's growth; `model` is the run's."""
         flops, tokens = 0.0, 0
-        for entry in self.growth_history:
-            flops += (entry["tokens"] - tokens) * flops_per_token(_with_tokens(model, entry["from"]))
+        for number, entry in enumerate(self.growth_history):
+            before = _model_before(model, self.growth_history[number:])
+            flops += (entry["tokens"] - tokens) * flops_per_token(before)
             tokens = entry["tokens"]
         return flops
 
@@ -86,8 +88,9 @@ class Start:
         """Where, in the flattened tensors of `model`, the tokens of its last growth begin."""
         if not self.growth_history:
             return {}
-        smaller = parameter_table(_with_tokens(model, self.growth_history[-1]["from"]))
-        return {name: spec.numel for name, spec in smaller.items() if spec.growable}
+        smaller = parameter_table(_model_before(model, self.growth_history[-1:]))
+        growable = [name for name, spec in parameter_table(model).items() if spec.growable]
+        return {name: smaller[name].numel if name in smaller else 0 for name in growable}
 
 
 def _earlier_tokens(growth_history: Sequence[Mapping[str, Any]]) -> int:
@@ -98,8 +101,12 @@ def _token_counts(model: Model) -> dict[str, int]:
     return architecture_of(model).token_counts(model)
 
 
-def _with_tokens(model: Model, counts: Mapping[str, int]) -> Model:
-    return architecture_of(model).with_token_counts(model, counts)
+def _model_before(model: Model, growths: Sequence[Mapping[str, Any]]) -> Model:
+    """The model that became `model` by these entries of its history, oldest first."""
+    architecture = architecture_of(model)
+    if any(entry.get("method") == SPLIT for entry in growths):
+        model = architecture.unsplit(model)
+    return architecture.with_token_counts(model, growths[0]["from"])
 
 
 def checkpoints_folder(config: RunConfig) -> Path:
@@ -223,7 +230,7 @@ def _warm_start(config: RunConfig, path: Path) -> Start:
 
 
 def _unproved(index: CheckpointIndex) -> CheckpointReader | None:
-    """The source checkpoint of a growth that was done as a file operation and is not yet verified, or None."""
+    """What a checkpoint was grown from as a file operation, if that is still there: the proof is then made here."""
     if index.step > 0 or not index.growth_history:
         return None
     entry = index.growth_history[-1]

@@ -85,7 +85,7 @@ def test_costs_are_those_of_the_used_tokens_and_the_router():
     groups, layers, width = 12, 2, 32
     assert num_parameters(sparse) - num_parameters(small) == layers * (2 * 8 * 16 * width + groups * (width + 1))
     assert flops_per_token(sparse) - flops_per_token(small) == 6 * layers * groups * (width + 1)
-    assert "ffn 69 of 197 (one of 3 groups of 16 in each of 4 slots)" in describe(config(), 1)
+    assert "ffn 69 of 197 (3 candidates in each of 4 slots of 16)" in describe(config(), 1)
     assert initial_scales(sparse) == initial_scales(small)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from megatron_tf.config.schema import Growth, GrowthMethod, GrowthMethods, ParameterTokens
+from megatron_tf.config.schema import Growth, GrowthMethods, ParameterTokens, TokenMethod
 from megatron_tf.errors import ArgumentError, CheckpointError, ConfigError
 from megatron_tf.growth.methods import METHODS, PRESERVING, NewTokens, Projection, gram, zero_key
 
@@ -152,7 +152,7 @@ def test_gram_cannot_lower_the_scale():
 
 
 def test_methods_are_those_of_the_configuration():
-    assert set(METHODS) == set(get_args(GrowthMethod))
+    assert set(METHODS) == set(get_args(TokenMethod))
     assert set(METHODS) > PRESERVING
 
 

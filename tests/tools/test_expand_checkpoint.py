@@ -31,6 +31,7 @@ data:
   train: [{{path: {folder}/tokens}}]
 """
 BIGGER = ("model.parameter_tokens.qkv=29", "model.parameter_tokens.ffn=75")
+SPLIT = "model.sparse={ffn: {group_size: 16, candidates: 3, dense: 5}}"
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def expand(folder: Path, target: str, *arguments, source="small"):
+def expand(folder: Path, target: str, *arguments, source="small", bigger=BIGGER):
     return run([sys.executable, TOOL, "--from", folder / source, "--config", folder / "config.yml",
-                "--to", folder / target, *BIGGER, *arguments])  # fmt: skip
+                "--to", folder / target, *bigger, *arguments])  # fmt: skip
 
 
 def test_a_dry_run_says_everything_and_writes_nothing(folder):
@@ -71,6 +72,17 @@ def test_a_dry_run_says_everything_and_writes_nothing(folder):
     assert not (folder / "dry").exists()
 
 
+def test_a_dry_run_of_a_split(folder):
+    done = expand(folder, "dry", "growth.from=x", "growth.method=split", SPLIT, "--dry-run", bigger=())
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    for line in (
+        "qkv 13 tokens, as they are, τ 3.60555 -> 3.60555",
+        "ffn 37 tokens, copied to 3 candidates in each of 2 slots of 16, τ 6.08276 -> 6.08276",
+        "function kept, to rounding",
+    ):
+        assert line in lines, done.stdout
+
+
 def test_a_change_of_the_function_is_said(folder):
     for override in ("growth.noise=0.02", "growth.methods.qkv=random"):
         done = expand(folder, "dry", "growth.from=x", override, "--dry-run")
@@ -79,10 +91,11 @@ def test_a_change_of_the_function_is_said(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("growth", [("growth.method=zero_key",), ("growth.method=gram", "growth.moments=reset"),
-                                    ("growth.method=random", "growth.noise=0.02")])  # fmt: skip
+                                    ("growth.method=random", "growth.noise=0.02"),
+                                    ("growth.method=split", SPLIT)])  # fmt: skip
 def test_training_goes_on_as_if_it_had_grown_the_model_itself(folder, tmp_path, growth):
     """The last checkpoints of both runs are equal to the last bit: weights, moments, ages, position."""
-    bigger = (*BIGGER, f"growth.from={folder}/small", *growth)
+    bigger = (*(() if "growth.method=split" in growth else BIGGER), f"growth.from={folder}/small", *growth)
     (tmp_path / "config.yml").write_text((folder / "config.yml").read_text())
     done = train(tmp_path, f"run.dir={tmp_path}/inplace", *bigger)
     assert done.returncode == 0, done.stdout

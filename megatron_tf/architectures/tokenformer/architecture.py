@@ -13,6 +13,7 @@ from megatron_tf.architectures.tokenformer.section import (
     bank_layout_problems,
     bank_of,
     bank_problems,
+    bank_spec,
 )
 from megatron_tf.architectures.tokenformer.work import block_collectives, block_work
 from megatron_tf.architectures.work import BlockWork, Collectives
@@ -52,10 +53,7 @@ class TokenFormerArchitecture(Architecture):
         counts = {kind: f"{count}" for kind, count in self.token_counts(model).items()}
         for kind, count in self.token_counts(model).items():
             if (bank := bank_of(as_tokenformer(model), kind)) is not None:
-                counts[kind] = (
-                    f"{count} of {bank.stored(count):,} (one of {bank.candidates} groups of {bank.group_size} in each of "
-                    f"{bank.slots(count)} slots)"
-                )
+                counts[kind] = f"{count} of {bank.stored(count):,} ({bank_spec(as_tokenformer(model), kind)})"
         return "tokens " + " / ".join(f"{kind} {text}" for kind, text in counts.items())
 
     def work(self, config: RunConfig) -> BlockWork:
@@ -70,6 +68,9 @@ class TokenFormerArchitecture(Architecture):
     def with_token_counts(self, model: Model, counts: Mapping[str, int]) -> Model:
         return model.model_copy(update={"parameter_tokens": ParameterTokens.model_validate(dict(counts))})
 
+    def unsplit(self, model: Model) -> Model:
+        return model.model_copy(update={"sparse": None})
+
     def projections(self, model: Model) -> tuple[ProjectionSpec, ...]:
         counts = self.token_counts(model)
         return tuple(
@@ -79,6 +80,7 @@ class TokenFormerArchitecture(Architecture):
                 counts[names.tokens],
                 as_tokenformer(model).activation,
                 *token_tensors(bank_of(as_tokenformer(model), names.tokens)),
+                bank_spec(as_tokenformer(model), names.tokens),
             )
             for layer in range(model.num_layers)
             for name, names in PROJECTIONS.items()

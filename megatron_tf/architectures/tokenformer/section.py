@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megatron_tf.architectures.spec import BankSpec
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.config.fields import Section
 from megatron_tf.config.nearest import divisors, divisors_near, either, multiples_near
@@ -63,6 +64,12 @@ def as_tokenformer(model: Model) -> TokenFormerModel:
 def bank_of(model: TokenFormerModel, kind: str) -> Bank | None:
     """The bank of a projection of `kind`; None for one whose positions use all its tokens."""
     return getattr(model.sparse, kind, None)
+
+
+def bank_spec(model: TokenFormerModel, kind: str) -> BankSpec | None:
+    """The sizes of a projection's bank; None for one that has none."""
+    bank, used = bank_of(model, kind), getattr(model.parameter_tokens, kind)
+    return None if bank is None else BankSpec(bank.slots(used), bank.candidates, bank.group_size)
 
 
 def bank_problems(model: TokenFormerModel) -> Iterator[str]:

@@ -1,0 +1,144 @@
+"""Splitting: the tokens of a dense projection become slots, and each slot's tokens are copied to all its candidates.
+
+Whichever candidate of a slot a position chooses, it finds the tokens that it used before. So the function is kept exactly,
+for any router, any activation and with τ held, while there are `candidates` times as many tokens and a position uses no
+more of them than before. The copies see different positions from then on, and part.
+
+| tensor of the bigger model | what it begins as |
+|---|---|
+| `bank.key_tokens`, `bank.value_tokens` | row (slot, candidate, token) is row dense + slot · g + token of the old tokens |
+| `key_tokens`, `value_tokens`, where some stay dense | the first of the old tokens |
+| `bank.router` | random |
+| `bank.balance` | 0 |
+| all others | as they were |
+
+The optimizer's states are copied with the tokens, and their step counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer, bank_of
+from megatron_tf.config.schema import Growth, Model
+from megatron_tf.growth.methods import SPLIT
+from megatron_tf.growth.source import noise
+from megatron_tf.state.optimizer_states import WEIGHT, initial_value
+from megatron_tf.state.parameters import parameter_table, projections
+from megatron_tf.state.ranges import StepRange
+from megatron_tf.state.sources import StateSource, copy_in_slices
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """A tensor of copies: `count` of every `size` elements of the old tensor `name`, from element `first` of it on."""
+
+    name: str
+    first: int
+    size: int
+    count: int
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, start in the old tensor) for each part of elements [start, stop) that is one range there."""
+        while start < stop:
+            group, offset = divmod(start, self.size)
+            end = min(stop, start + self.size - offset)
+            yield start, end, self.first + group // self.count * self.size + offset
+            start = end
+
+
+class SplitSource:
+    """State of `new_model`, split from `old` (state of `old_model`) with routers from `fresh` (of `new_model`).
+
+    `growth`: what becomes of the optimizer's states, and noise on the copies, see `growth.source.GrownSource`.  `seed`: of
+    this growth.
+    """
+
+    def __init__(
+        self,
+        old: StateSource,
+        fresh: StateSource,
+        *,
+        old_model: Model,
+        new_model: Model,
+        growth: Growth,
+        seed: int,
+    ):
+        self._old, self._fresh, self._growth, self._seed = old, fresh, growth, seed
+        self._table = parameter_table(new_model)
+        self._known = parameter_table(old_model)
+        self._copies = dict(_copies(as_tokenformer(old_model), as_tokenformer(new_model)))
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        return self._old.scales
+
+    @property
+    def method(self) -> str:
+        return SPLIT
+
+    @property
+    def preserves(self) -> bool:
+        """Whether the growth promises to keep the function, to rounding."""
+        return not self._growth.noise
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        result = torch.empty(stop - start)
+        self.read_into(name, state, start, result)
+        return result
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        copies = self._copies.get(name)
+        if copies is None and name not in self._known:
+            self._fresh.read_into(name, state, start, target)
+        elif state != WEIGHT and self._growth.moments == "reset":
+            target.fill_(initial_value(state))
+        elif copies is None:
+            self._old.read_into(name, state, start, target)
+        elif state == WEIGHT and self._growth.noise:
+            copy_in_slices(lambda low, high: self._noisy(name, copies, low, high), start, target)
+        else:
+            for low, high, old in copies.stretches(start, start + target.numel()):
+                self._old.read_into(copies.name, state, old, target[low - start : high - start])
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
+        copies = self._copies.get(name)
+        if self._growth.moments == "reset" or (copies is None and name not in self._known):
+            return [(start, stop, 0)] if start < stop else []
+        if copies is None:
+            return self._old.adam_steps(name, start, stop)
+        found: list[StepRange] = []
+        for low, high, old in copies.stretches(start, stop):
+            for first, last, steps in self._old.adam_steps(copies.name, old, old + high - low):
+                if found and found[-1][2] == steps:
+                    found[-1] = (found[-1][0], last - old + low, steps)
+                else:
+                    found.append((first - old + low, last - old + low, steps))
+        return found
+
+    def _noisy(self, name: str, copies: _Copies, start: int, stop: int) -> Tensor:
+        """Copies w, fp64, as w · (1 + noise · N(0, 1)): each one with noise of its own."""
+        stretches = copies.stretches(start, stop)
+        old = torch.cat(
+            [self._old.read(copies.name, WEIGHT, first, first + high - low) for low, high, first in stretches]
+        )
+        return old.double() * (1 + self._growth.noise * noise(self._table[name], self._seed, start, stop))
+
+
+def _copies(old: TokenFormerModel, new: TokenFormerModel) -> Iterator[tuple[str, _Copies]]:
+    """Tensors of the bigger model that hold copies, by name."""
+    table = parameter_table(new)
+    for name, projection in projections(new).items():
+        bank = bank_of(new, projection.kind)
+        if bank is None or bank_of(old, projection.kind) is not None:
+            continue
+        for tensor in ("key_tokens", "value_tokens"):
+            width = table[f"{name}.bank.{tensor}"].width
+            yield (
+                f"{name}.bank.{tensor}",
+                _Copies(f"{name}.{tensor}", bank.dense * width, bank.group_size * width, bank.candidates),
+            )

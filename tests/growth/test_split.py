@@ -1,0 +1,175 @@
+"""Splitting keeps the function for any router, and gives each copy the state of what it is a copy of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import run_config
+from torch import Tensor
+
+from megatron_tf.config.schema import Growth, Model
+from megatron_tf.errors import ConfigError
+from megatron_tf.growth.rules import chain_problems, growth_problems, scales_after_growth
+from megatron_tf.growth.source import GrownSource
+from megatron_tf.growth.split import SplitSource
+from megatron_tf.model import build_model
+from megatron_tf.state.parameters import initial_scales, parameter_table
+from megatron_tf.state.sources import InitialSource
+
+STATES = ("weight", "exp_avg", "exp_avg_sq")
+TOKENS = {"qkv": 13, "proj": 11, "ffn": 69}
+BANK = {"group_size": 16, "candidates": 3, "dense": 5}
+SLOTS, WIDTH = 4, 32
+
+
+def model(bank: dict | None = None, **changes) -> Model:
+    sparse = None if bank is None else {"ffn": bank}
+    return run_config(model={"parameter_tokens": TOKENS, "sparse": sparse, **changes}).model
+
+
+class Trained(InitialSource):
+    """An initial state with moments, and ages by row."""
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        if state == "weight":
+            return super().read(name, state, start, stop)
+        return torch.arange(start, stop, dtype=torch.float32) * (1 + STATES.index(state))
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+        young = 21 * WIDTH if name == "blocks.0.ffn.key_tokens" else 0
+        return [
+            (*bounds, age)
+            for *bounds, age in ((start, min(stop, young), 9), (max(start, young), stop, 4))
+            if bounds[0] < bounds[1]
+        ]
+
+
+def split(bank: dict, old: Model | None = None, **growth) -> SplitSource:
+    old, new = old or model(), model(bank, activation=(old or model()).activation)
+    return SplitSource(
+        Trained(old, 7), InitialSource(new, 7), old_model=old, new_model=new,
+        growth=Growth(source="small", method="split", **growth), seed=3,
+    )  # fmt: skip
+
+
+def whole(source, name: str, state: str, numel: int, size: int = 10**9) -> Tensor:
+    return torch.cat([source.read(name, state, low, min(low + size, numel)) for low in range(0, numel, size)])
+
+
+def built(of: Model, source) -> torch.nn.Module:
+    result = build_model(of, scales=source.scales, dtype=torch.float64)
+    with torch.no_grad():
+        for name, parameter in result.named_parameters():
+            source.read_into(name, "weight", 0, parameter.view(-1))
+    return result
+
+
+@pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+@pytest.mark.parametrize("bank", [BANK, {"group_size": 32, "candidates": 2, "dense": 5}])
+def test_the_function_stays(activation, bank):
+    small = model(activation=activation)
+    source = split(bank, small)
+    large = model(bank, activation=activation)
+    ids = torch.randint(0, 99, (3, 16), generator=torch.Generator().manual_seed(0))
+    grown, before = built(large, source), built(small, Trained(small, 7))
+    torch.testing.assert_close(grown(ids), before(ids), rtol=1e-12, atol=1e-12)
+    assert source.preserves and source.scales == initial_scales(small)
+    with torch.no_grad():
+        for block in grown.blocks:
+            block.ffn.bank.router.normal_()
+            block.ffn.bank.balance.normal_()
+    torch.testing.assert_close(grown(ids), before(ids), rtol=1e-12, atol=1e-12)
+
+
+def test_every_copy_has_the_state_of_its_original():
+    source, old = split(BANK), Trained(model(), 7)
+    table = parameter_table(model(BANK))
+    for state in STATES:
+        for tensor in ("key_tokens", "value_tokens"):
+            name = f"blocks.1.ffn.{tensor}"
+            original = old.read(name, state, 0, 69 * WIDTH).view(69, WIDTH)
+            copies = whole(source, name.replace("ffn.", "ffn.bank."), state, SLOTS * 3 * 16 * WIDTH)
+            expected = original[5:].view(SLOTS, 1, 16, WIDTH).expand(-1, 3, -1, -1)
+            assert torch.equal(copies.view(SLOTS, 3, 16, WIDTH), expected)
+            assert torch.equal(whole(source, name, state, 5 * WIDTH).view(5, WIDTH), original[:5])
+    # row 21 of the old tokens is where the second slot begins
+    key, numel = "blocks.0.ffn.bank.key_tokens", table["blocks.0.ffn.bank.key_tokens"].numel
+    first = 3 * 16 * WIDTH
+    assert source.adam_steps(key, 0, numel) == [(0, first, 9), (first, numel, 4)]
+    assert source.adam_steps(key, 100, 101) == [(100, 101, 9)] and source.adam_steps(key, 7, 7) == []
+    for name in ("router", "balance"):
+        name = f"blocks.0.ffn.bank.{name}"
+        assert source.adam_steps(name, 0, table[name].numel) == [(0, table[name].numel, 0)]
+        assert not whole(source, name, "exp_avg", table[name].numel).any()
+    assert not whole(source, "blocks.0.ffn.bank.balance", "weight", 12).any()
+    assert whole(source, "blocks.0.ffn.bank.router", "weight", 12 * WIDTH).std() > 0.01
+
+
+@pytest.mark.parametrize("growth", [{}, {"noise": 0.1}, {"moments": "reset"}])
+def test_ranges_do_not_matter(growth):
+    source = split(BANK, **growth)
+    for name, spec in parameter_table(model(BANK)).items():
+        for state in STATES:
+            assert torch.equal(whole(source, name, state, spec.numel), whole(source, name, state, spec.numel, 177))
+
+
+def test_noise_makes_copies_differ_and_is_said():
+    source = split(BANK, noise=0.1)
+    rows = whole(source, "blocks.0.ffn.bank.key_tokens", "weight", SLOTS * 3 * 16 * WIDTH).view(SLOTS, 3, 16, WIDTH)
+    original = Trained(model(), 7).read("blocks.0.ffn.key_tokens", "weight", 5 * WIDTH, 69 * WIDTH)
+    change = rows / original.view(SLOTS, 1, 16, WIDTH) - 1
+    assert 0.09 < change.std() < 0.11 and not torch.equal(rows[:, 0], rows[:, 1]) and not source.preserves
+
+
+def test_moments_can_be_reset():
+    source = split(BANK, moments="reset")
+    assert not whole(source, "blocks.0.ffn.bank.key_tokens", "exp_avg", 100).any()
+    assert source.adam_steps("blocks.0.ffn.bank.key_tokens", 0, 50) == [(0, 50, 0)]
+
+
+def test_what_was_split_grows_by_slots_and_keeps_the_function():
+    """zero_key appends slots of zero keys; their values and routers are random."""
+    small, large = model(BANK), model(BANK, parameter_tokens={**TOKENS, "qkv": 20, "ffn": 101})
+    source = GrownSource(
+        InitialSource(small, 7), InitialSource(large, 7), old_model=small, new_model=large,
+        growth=Growth(source="small"), seed=3,
+    )  # fmt: skip
+    ids = torch.randint(0, 99, (3, 16), generator=torch.Generator().manual_seed(0))
+    grown, before = built(large, source), built(small, InitialSource(small, 7))
+    torch.testing.assert_close(grown(ids), before(ids), rtol=1e-12, atol=1e-12)
+    bank = grown.blocks[0].ffn.bank
+    assert not bank.key_tokens[-96:].any() and bank.value_tokens[-96:].all() and bank.router[-6:].all()
+
+
+def test_what_cannot_be_split_is_said_before():
+    small, large = model(), model(BANK)
+    assert growth_problems(small, large, "split") == []
+    assert scales_after_growth(small, large, Growth(source="x", method="split"), {"a": 2.0}) == {"a": 2.0}
+    for old, new, method, message in (
+        (small, small, "split", "split copies tokens to candidates, and the model has none. Set model.sparse.ffn"),
+        (small, model(BANK, parameter_tokens={**TOKENS, "qkv": 20}), "split",
+         "model.parameter_tokens.qkv: 13 before, 20 after. split changes model.sparse only"),
+        (large, model({**BANK, "candidates": 6}), "split",
+         "model.sparse.ffn.candidates: 3 before, 6 after. Candidates cannot be split again"),
+        (large, model({**BANK, "group_size": 32}), "split", "model.sparse.ffn.group_size: 16 before, 32 after"),
+        (large, large, "split", "the smaller model has these candidates already"),
+        (small, large, "zero_key", "to copy those of a dense model to candidates, set growth.method to split"),
+    ):  # fmt: skip
+        problems = growth_problems(old, new, method)
+        assert any(message in problem for problem in problems), problems
+    with pytest.raises(ConfigError, match="split copies tokens"):
+        scales_after_growth(small, small, Growth(source="x", method="split"), {})
+
+
+def test_a_chain_with_a_split_is_checked_as_a_whole():
+    stages = [
+        run_config(run={"dir": "a", "name": name}, model={"parameter_tokens": tokens, "sparse": sparse}, growth=growth)
+        for name, tokens, sparse, growth in (
+            ("small", TOKENS, None, {"from": "x"}),
+            ("split", TOKENS, {"ffn": BANK}, {"from": "x", "method": "split"}),
+            ("big", {**TOKENS, "qkv": 20}, {"ffn": BANK}, {"from": "x"}),
+        )
+    ]
+    assert chain_problems(stages) == []
+    assert "stage split: model.sparse.ffn" in chain_problems([stages[0], stages[0].model_copy(update={
+        "run": stages[1].run, "model": stages[1].model})])[0]  # fmt: skip
