@@ -8,13 +8,15 @@ any distance between rows; all arithmetic is fp32.
 from __future__ import annotations
 
 import os
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import Library, infer_schema, register_fake
 
 from megatron_tf.caches import prepare_triton
 from megatron_tf.compiling import constant_when_compiled
@@ -49,7 +51,32 @@ def _kernels(device_type: str) -> ModuleType | None:
     return None
 
 
-@custom_op("megatron_tf::norm", mutates_args=())
+_LIBRARY = Library("megatron_tf", "DEF")
+
+
+def _operator(mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """An operator that torch.compile knows; uncompiled, the plain function.
+
+    Registered without torch.library.custom_op, whose checks at every call take longer than a kernel.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        name = function.__name__
+        _LIBRARY.define(name + infer_schema(function, mutates_args=mutates_args))
+        for device in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, function, device)
+        operator = getattr(torch.ops.megatron_tf, name).default
+
+        @wraps(function)
+        def stage(*arguments: Tensor | float) -> Any:
+            return operator(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+
+        return stage
+
+    return register
+
+
+@_operator()
 def norm(scores: Tensor) -> Tensor:
     """r."""
     out = _column(scores)
@@ -57,7 +84,7 @@ def norm(scores: Tensor) -> Tensor:
     return out
 
 
-@custom_op("megatron_tf::weights", mutates_args=())
+@_operator()
 def weights(scores: Tensor, norms: Tensor, scale: float) -> Tensor:
     """S."""
     out = _alike(scores)
@@ -65,7 +92,7 @@ def weights(scores: Tensor, norms: Tensor, scale: float) -> Tensor:
     return out
 
 
-@custom_op("megatron_tf::norm_and_weights", mutates_args=())
+@_operator()
 def norm_and_weights(scores: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(r, S) of rows that are whole."""
     out = _column(scores), _alike(scores)
@@ -73,7 +100,7 @@ def norm_and_weights(scores: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return out
 
 
-@custom_op("megatron_tf::backward", mutates_args=("gradient",))
+@_operator(["gradient"])
 def backward(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(S, T); `gradient` is dS and becomes D."""
     out = _alike(scores), _column(scores)
@@ -81,13 +108,13 @@ def backward(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> t
     return out
 
 
-@custom_op("megatron_tf::couple", mutates_args=("gradient",))
+@_operator(["gradient"])
 def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> None:
     """`gradient` is D and becomes dA."""
     _run("couple", scores, norms, totals, gradient)
 
 
-@custom_op("megatron_tf::backward_and_couple", mutates_args=("gradient",))
+@_operator(["gradient"])
 def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> Tensor:
     """S, of rows that are whole; `gradient` is dS and becomes dA."""
     out = _alike(scores)
@@ -108,8 +135,11 @@ def _alike(scores: Tensor) -> Tensor:
 
 
 # What torch.compile needs to know: shapes and types of the results.
-norm.register_fake(_column)
-weights.register_fake(lambda scores, norms, scale: _alike(scores))
-norm_and_weights.register_fake(lambda scores, scale: (_column(scores), _alike(scores)))
-backward.register_fake(lambda scores, norms, gradient, scale: (_alike(scores), _column(scores)))
-backward_and_couple.register_fake(lambda scores, norms, gradient, scale: _alike(scores))
+register_fake("megatron_tf::norm", _column, lib=_LIBRARY)
+register_fake("megatron_tf::weights", lambda scores, norms, scale: _alike(scores), lib=_LIBRARY)
+register_fake("megatron_tf::norm_and_weights", lambda scores, scale: (_column(scores), _alike(scores)), lib=_LIBRARY)
+register_fake(
+    "megatron_tf::backward", lambda scores, norms, gradient, scale: (_alike(scores), _column(scores)), lib=_LIBRARY
+)
+register_fake("megatron_tf::backward_and_couple", lambda scores, norms, gradient, scale: _alike(scores), lib=_LIBRARY)
+register_fake("megatron_tf::couple", lambda scores, norms, totals, gradient: None, lib=_LIBRARY)
