@@ -100,7 +100,7 @@ class _Pattention(Function):
     @staticmethod
     def forward(ctx, function, scales, group, *tensors):
         x, *tokens = tensors
-        keys, values = tokens[: len(scales)], tokens[len(scales) :]
+        keys, values = _for_products(tokens, function)
         if group.size == 1:
             scores, statistics, outputs = _forward(_rows(x), keys, values, scales, function)
         else:
@@ -114,7 +114,8 @@ class _Pattention(Function):
     def backward(ctx, *grads):
         function, scales, group = ctx.function, ctx.scales, ctx.group
         x, scores, *others = ctx.saved_tensors
-        statistics, keys, values = (others[i * len(scales) : (i + 1) * len(scales)] for i in range(3))
+        statistics, tokens = others[: len(scales)], others[len(scales) :]
+        keys, values = _for_products(tokens, function)
         gradient = score_layout.empty_scores(scores, *scores.shape)
         score_layout.clear_gaps(gradient, keys)
         own = score_layout.split(gradient, keys), score_layout.split(scores, keys)
@@ -135,7 +136,15 @@ class _Pattention(Function):
                 function.couple(a, r, total, d, scale)
         d_x = (gradient @ score_layout.joined(keys)).view(x.shape) if ctx.needs_input_grad[3] else None
         key_grads = score_layout.split(gradient.mT @ _rows(x), keys, 0)
-        return None, None, None, d_x, *key_grads, *value_grads
+        token_grads = (grad[: len(own)] for own, grad in zip(tokens, (*key_grads, *value_grads)))
+        return None, None, None, d_x, *token_grads
+
+
+def _for_products(tokens: Sequence[Tensor], function: ScoreFunction) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """(Keys, values) of the projections, with sizes that products are fast with."""
+    if function.facts.ignores_zero:
+        tokens = [score_layout.filled(own) for own in tokens]
+    return tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
 
 
 # Scores [rows, keys of all projections], and each projection's r [rows, 1] and output [rows, d_out].

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_tf.model.kernels import score_layout
 from megatron_tf.model.kernels.score_layout import ALIGNMENT, clear_gaps, empty_scores, joined, split
 from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.parallel.groups import SINGLE
@@ -62,3 +63,32 @@ def test_memory_with_anything_in_it_changes_nothing(new_memory_is_nan, dtype, co
     assert torch.empty(1).isnan()
     for got, reference in zip(results(), expected, strict=True):
         torch.testing.assert_close(got, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("counts", [(13,), (1,), (13, 11, 37), (16, 5)])
+def test_sizes_that_are_filled_up_change_nothing(monkeypatch, counts):
+    """What GPUs do for the speed of products: outputs and all gradients, in fp64."""
+    keys, values = keys_of(counts, 32), keys_of(counts, 32)
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    leaves = [t.double().requires_grad_() for t in (x, *keys, *values)]
+
+    def results():
+        outs = partial_pattention(
+            leaves[0], leaves[1 : len(keys) + 1], leaves[len(keys) + 1 :], [3.0] * len(keys), "l2_norm_gelu", SINGLE
+        )
+        return *outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), leaves)
+
+    expected = results()
+    monkeypatch.setattr(score_layout, "ALIGNED_SIZES", ("cpu",))
+    assert score_layout.filled(keys[0]).shape[0] % ALIGNMENT == 0
+    for found, right in zip(results(), expected, strict=True):
+        assert found.shape == right.shape
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+def test_softmax_is_not_filled_up(monkeypatch):
+    """A token whose score is 0 has a weight in a softmax."""
+    monkeypatch.setattr(score_layout, "ALIGNED_SIZES", ("cpu",))
+    x, k, v = (t.double() for t in (torch.randn(4, 8), torch.randn(5, 8), torch.randn(5, 8)))
+    (found,) = partial_pattention(x, [k], [v], [5.0], "softmax", SINGLE)
+    torch.testing.assert_close(found, 5.0 * torch.softmax(x @ k.mT, -1) @ v)
