@@ -10,7 +10,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -19,6 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from megatron_tf.caches import prepare_triton
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import Group
 
@@ -39,39 +44,72 @@ class _CrossEntropy(Function):
 
     Saved for backward: the logits as they came and logΣexp, one number a token; the softmax is recomputed.
     dz = (softmax(z) − onehot(label)) · dloss needs no communication.
-    Both passes go through a few rows at a time, so that no copy of the logits in the type of the loss ever exists whole.
+    GPUs have a kernel for each pass (triton_loss.py). In PyTorch both go through a few rows at a time, so that no copy of the
+    logits in the type of the loss ever exists whole.
     """
 
     @staticmethod
     def forward(ctx, logits, labels, start, group):
-        accumulate = torch.promote_types(logits.dtype, torch.float32)
         rows = logits.reshape(-1, logits.shape[-1])
         local = labels.reshape(-1) - start
-        foreign = (local < 0) | (local >= rows.shape[-1])
-        local = local.masked_fill(foreign, 0)
-        target = rows.gather(-1, local.unsqueeze(-1)).squeeze(-1).to(accumulate).masked_fill(foreign, 0)
-        own_top, own_total = torch.empty_like(target), torch.empty_like(target)
-        for part in _parts(rows):
-            own_top[part] = rows[part].amax(-1)
-            torch.sum((rows[part] - own_top[part].unsqueeze(-1)).exp_(), -1, out=own_total[part])
+        # -1: of another rank, or ignored
+        local = local.masked_fill((local < 0) | (local >= rows.shape[-1]), -1)
+        kernels = _kernels(rows)
+        own_top, own_total, own_target = kernels.sums(rows, local) if kernels else _sums(rows, local)
         top = all_reduce(own_top, group, dist.ReduceOp.MAX)
-        total, target = all_reduce(torch.stack((own_total * (own_top - top).exp_(), target)), group)
+        total, target = all_reduce(torch.stack((own_total * (own_top - top).exp_(), own_target)), group)
         log_total = total.log() + top
-        ctx.save_for_backward(logits, log_total, local, foreign)
+        ctx.save_for_backward(logits, log_total, local)
         return (log_total - target).view(labels.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        logits, log_total, local, foreign = ctx.saved_tensors
-        rows, scale = logits.reshape(-1, logits.shape[-1]), grad.reshape(-1, 1)
-        hit = (~foreign).to(log_total.dtype).neg_().unsqueeze(-1)
-        d_rows = torch.empty_like(rows)
-        for part in _parts(rows):
-            dz = (rows[part] - log_total[part].unsqueeze(-1)).exp_()
-            dz.scatter_add_(-1, local[part].unsqueeze(-1), hit[part])
-            torch.mul(dz, scale[part], out=d_rows[part])
-        return d_rows.view(logits.shape), None, None, None
+        logits, log_total, local = ctx.saved_tensors
+        rows, scale = logits.reshape(-1, logits.shape[-1]), grad.reshape(-1)
+        kernels = _kernels(rows)
+        gradient = kernels.gradient if kernels else _gradient
+        return gradient(rows, local, log_total, scale).view(logits.shape), None, None, None
+
+
+def _kernels(rows: Tensor) -> ModuleType | None:
+    """A module with `sums` and `gradient` for such logits; MEGATRON_TF_NATIVE=0 wants none."""
+    if rows.device.type != "cuda" or os.environ.get("MEGATRON_TF_NATIVE") == "0" or not _has_triton():
+        return None
+    from megatron_tf.parallel import triton_loss
+
+    return triton_loss if rows.dtype in triton_loss.DTYPES and rows.stride(1) == 1 else None
+
+
+@cache
+def _has_triton() -> bool:
+    if find_spec("triton") is None:
+        return False
+    prepare_triton()
+    return True
+
+
+def _sums(rows: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(max, Σ exp(z − max), z[local]) of each row, [n] each; 0 for the last where `local` is -1."""
+    accumulate = torch.promote_types(rows.dtype, torch.float32)
+    target = rows.gather(-1, local.clamp(min=0).unsqueeze(-1)).squeeze(-1).to(accumulate).masked_fill(local < 0, 0)
+    top, total = torch.empty_like(target), torch.empty_like(target)
+    for part in _parts(rows):
+        top[part] = rows[part].amax(-1)
+        torch.sum((rows[part] - top[part].unsqueeze(-1)).exp_(), -1, out=total[part])
+    return top, total, target
+
+
+def _gradient(rows: Tensor, local: Tensor, log_total: Tensor, scale: Tensor) -> Tensor:
+    """(softmax − onehot(local)) · scale: [n, V] in the type of `rows`."""
+    hit = (local >= 0).to(log_total.dtype).neg_().unsqueeze(-1)
+    at = local.clamp(min=0).unsqueeze(-1)
+    d_rows = torch.empty_like(rows)
+    for part in _parts(rows):
+        dz = (rows[part] - log_total[part].unsqueeze(-1)).exp_()
+        dz.scatter_add_(-1, at[part], hit[part])
+        torch.mul(dz, scale[part].unsqueeze(-1), out=d_rows[part])
+    return d_rows
 
 
 def _parts(rows: Tensor) -> Iterator[slice]:
