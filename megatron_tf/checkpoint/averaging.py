@@ -1,0 +1,65 @@
+"""The mean of the weights of several checkpoints of one model, by range."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.errors import CheckpointError
+from megatron_tf.state.optimizer_states import WEIGHT
+from megatron_tf.state.ranges import StepRange
+from megatron_tf.state.sources import FreshSource, copy_in_slices
+
+
+def averaged(readers: Sequence[CheckpointReader]) -> FreshSource:
+    """The weights averaged over `readers`, nothing updated so far. Holds a bounded buffer of the state.
+
+    CheckpointError when there are fewer than two, or when they are not of one model with one τ of each projection.
+    """
+    if len(readers) < 2:
+        raise CheckpointError(
+            f"{readers[0].path}: is one checkpoint, and an average is of two or more. Give several, or a run that keeps "
+            "more of them (checkpoint.keep_last)"
+        )
+    first, *others = readers
+    for other in others:
+        if stored_model(other.index) != stored_model(first.index):
+            raise CheckpointError(
+                f"{other.path}: is of another model than {first.path}. Average checkpoints of one model"
+            )
+        for name, scale in first.index.scales.items():
+            if other.index.scales[name] != scale:
+                raise CheckpointError(
+                    f"{other.path}: τ of {name} is {other.index.scales[name]:.6g}, and {scale:.6g} in {first.path}. "
+                    "Average checkpoints after the same growth"
+                )
+    return FreshSource(_Mean(readers))
+
+
+class _Mean:
+    """A `StateSource` of weights alone."""
+
+    def __init__(self, readers: Sequence[CheckpointReader]):
+        self._readers = readers
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        return self._readers[0].index.scales
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        """The mean in fp32, summed up in fp64."""
+        assert state == WEIGHT
+        total = torch.zeros(stop - start, dtype=torch.float64)
+        for reader in self._readers:
+            total += reader.read(name, WEIGHT, start, stop)
+        return (total / len(self._readers)).float()
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        copy_in_slices(lambda low, high: self.read(name, state, low, high), start, target)
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
+        return [(start, stop, 0)] if start < stop else []

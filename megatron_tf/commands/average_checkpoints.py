@@ -1,0 +1,74 @@
+"""Average the weights of checkpoints:
+`python tools/average_checkpoints.py runs/124M --last 5 --to runs/124M_average`.
+
+Of the newest checkpoints of one run, or of the checkpoints that are named. The result is step 0 of a run: evaluate, export,
+grow or train it on; Adam's moments begin at 0. Needs no GPU, and memory for a few buffers whatever the size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_tf.arguments import path, whole_number
+from megatron_tf.paths import literal
+from megatron_tf.telemetry.console import Console
+
+if TYPE_CHECKING:
+    from megatron_tf.checkpoint.reader import CheckpointReader
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "sources", nargs="+", type=path, metavar="DIR", help="a run's folder, or two or more checkpoints"
+    )
+    parser.add_argument("--last", type=whole_number(10_000, least=2), default=5, metavar="K",
+                        help="of one run, average its newest K checkpoints, or all that it has if fewer (default 5)")  # fmt: skip
+    parser.add_argument(
+        "--to", dest="target", type=path, required=True, metavar="DIR", help="the folder of the new run"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from megatron_tf.checkpoint.architecture import stored_model
+    from megatron_tf.checkpoint.averaging import averaged
+    from megatron_tf.checkpoint.format import folder_name
+    from megatron_tf.checkpoint.step_zero import FIRST_STEP, state_bytes, target_folder, write_step_zero
+    from megatron_tf.state.sources import StepZero
+
+    root = target_folder(arguments.target)
+    readers = open_sources(arguments.sources, arguments.last)
+    source, model = averaged(readers), stored_model(readers[0].index)
+    for reader in readers:
+        print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
+    print(f"to          {root / folder_name(FIRST_STEP)}, the mean of {len(readers)}")
+    if arguments.dry_run:
+        return print("\ndry run: nothing is written")
+    print("\ncomparing the checksums")
+    for reader in readers:
+        reader.verify()
+    total, began = state_bytes(model), time.monotonic()
+    with Console(rank=0).bytes_written(total) as progress:
+        start = StepZero(source, samples=0, tokens=0, growth_history=())
+        written = write_step_zero(root, model, start, {}, progress)
+    print(f"wrote {written}: {total:,} bytes in {time.monotonic() - began:.1f} s")
+    print(f"To evaluate it, give the run's configuration and --checkpoint {literal(str(root.parent))}")
+
+
+def open_sources(sources: list[Path], last: int) -> list[CheckpointReader]:
+    """Of several `sources` the checkpoint of each, of one its newest `last`. CheckpointError when one holds none."""
+    from megatron_tf.checkpoint.manager import complete_checkpoints, resolve
+    from megatron_tf.checkpoint.reader import open_checkpoint
+
+    if len(sources) > 1:
+        return [open_checkpoint(resolve(source)) for source in sources]
+    newest = resolve(sources[0])  # says what is wrong where there is none
+    if newest == sources[0]:
+        return [open_checkpoint(newest)]
+    return complete_checkpoints(newest.parent)[:last]
