@@ -24,14 +24,14 @@ DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, err
 
 
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
-LOST_EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h: nothing to mend here, and another start may well succeed
+LOST_EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h: no mistake of the user, and another start may well succeed
 
 
 MESSAGE_LIMIT = 2_000  # characters: what a file holds must not decide how long a message is
 
 
 class UserError(Exception):
-    """Base of everything that the user can mend. `limit`: characters of its message; the middle of a longer one goes."""
+    """Base of everything that the user can correct. `limit`: characters of its message; the middle of a longer one goes."""
 
     limit = MESSAGE_LIMIT
 
@@ -208,7 +208,7 @@ def _failed_file(error: OSError, path: str) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main` and turn what the user can mend into one message and an exit code.
+    """Run a command's `main` and turn what the user can correct into one message and an exit code.
 
     `UserError`: `error: <message>` on stderr, exit code 2; the same, as a last resort, for an OSError that names a
     file or speaks of the disk. Control-C: exit code 130, by a KeyboardInterrupt that lets `main` tidy up. A reader

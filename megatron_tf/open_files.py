@@ -12,7 +12,7 @@ MOST = 65_536
 def raise_limit() -> None:
     """Let this process and those that it starts have as many files open as they may, `MOST` at most.
 
-    Login shells allow 1,024 of them, and the system many more to whoever asks.
+    Login shells allow 1,024 of them, and the system many more on request.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)

@@ -1,4 +1,4 @@
-"""Collectives of a block and of the model's two ends, counted in ranks that run here, beside the formula."""
+"""Collectives of a block and of the model's two ends, counted in ranks that run here, compared with the formula."""
 
 from __future__ import annotations
 

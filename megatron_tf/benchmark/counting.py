@@ -21,7 +21,7 @@ COLLECTIVES: dict[str, Kind] = {
     "c10d._reduce_scatter_base_.default": "reduce_scatter",
     "c10d.send.default": "send",
 }
-# These only name memory, touch a few elements of it, or write what the next kernel would have to anyhow.
+# Operators without real memory traffic.
 FREE = (
     "empty_like",
     "empty",

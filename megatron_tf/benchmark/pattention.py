@@ -58,7 +58,7 @@ def _measure(device: torch.device, dtype: torch.dtype, n: int, positions: int, w
 
 
 def saved_bytes(layer: Layer, inputs: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps of `layer(*inputs)` for the backward pass, beside the inputs; each storage once."""
+    """Bytes that autograd keeps of `layer(*inputs)` for the backward pass, without the inputs; each storage once."""
     known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     kept: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""Time of a block against parameter tokens and sequence length, beside the Transformer of the same size.
+"""Time of a block against parameter tokens and sequence length, compared with the Transformer of the same size.
 
 Forward and backward of one block. A TokenFormer grows in tokens, the Transformer of as many parameters and layers in
 width; so token-token attention, timed by itself on the heads of each, costs the one what it did and the other more.

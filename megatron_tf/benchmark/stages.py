@@ -1,4 +1,4 @@
-"""What each stage between Pattention's products costs, in nanoseconds a score, beside the six products together.
+"""What each stage between Pattention's products costs, in nanoseconds a score, compared with the six products together.
 
 Stages over products is the share that no product can hide. MEGATRON_TF_NATIVE=0 shows the stages in PyTorch.
 """

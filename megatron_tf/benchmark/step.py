@@ -1,4 +1,4 @@
-"""A whole training step of a configuration, beside the same model of plain formulas and a Transformer of its size.
+"""A whole training step of a configuration, compared with the same model of plain formulas and a Transformer of its size.
 
 Forward, backward, clipping and AdamW with fp32 master weights, in torch alone. The Transformer has as many parameters and
 as many layers, and is wider. MFU is against a product of two square matrices, measured in the same rounds; floating-point

@@ -190,7 +190,7 @@ def _candidates(root: Path) -> tuple[list[tuple[Path, CheckpointError | None]], 
     broken = [(path, _problem(error)) for path, error in failures if not isinstance(error, UnreadableError)]
     if not unreadable:
         return [(reader.path, None) for reader in readers], broken
-    # how old it is cannot be read either: its name must do, and one without a step may be the newest
+    # An unreadable checkpoint's step is taken from its name; without one, assume that it is the newest.
     found: list[tuple[float, Path, CheckpointError | None]] = [(_named_step(path), path, e) for path, e in unreadable]
     found += [(reader.index.step, reader.path, None) for reader in readers]
     return [(path, error) for _, path, error in sorted(found, key=lambda entry: -entry[0])], broken

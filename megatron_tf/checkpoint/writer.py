@@ -1,6 +1,6 @@
 """Saving: every rank writes its own share, rank 0 puts the checkpoint together and publishes it.
 
-Ranks meet through files only, never through a collective, so a save can run in a background thread beside
+Ranks meet through files only, never through a collective, so a save can run in a background thread during
 training. They need one file system and a `token` that all of them know and that no other save uses.
 
     every rank   creates .tmp-<step>-<token>/, writes its shard, then its part file (or the reason it could not)

@@ -1,4 +1,4 @@
-"""Measure speed, memory and communication on this machine; each figure beside what it is to be compared with.
+"""Measure speed, memory and communication on this machine; each figure next to what it is compared with.
 
 Times are medians of interleaved rounds, ratios medians of the rounds' own ratios. Runs on a CPU or one GPU, without
 deepspeed. `megatron_tf benchmark MODE --help` explains a mode.

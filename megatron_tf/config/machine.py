@@ -1,7 +1,7 @@
 """What a configuration needs of the machine it runs on: files and optional packages. No torch, no process group.
 
 Only whether they exist is looked at here, so that a wrong path or a missing package is said at once and by its key;
-whoever reads a file checks what is inside.
+the code that reads a file checks what is inside.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def check_official(shapes: Mapping[str, Shape], model: Model) -> None:
 def known_model(shapes: Mapping[str, Shape], arguments: Mapping[str, Any]) -> tuple[Model, str]:
     """The model that weights of these names and shapes are of, and in words how that is known.
 
-    `arguments`: what the official trainer has recorded beside them; may be empty. CheckpointError when they are no
+    `arguments`: what the official trainer has recorded with them; may be empty. CheckpointError when they are no
     official weights, or of a model whose heads are recorded nowhere; ConfigError when none can be built of them.
     """
     sizes = dict(stored_sizes(shapes))
@@ -106,7 +106,7 @@ def known_model(shapes: Mapping[str, Shape], arguments: Mapping[str, Any]) -> tu
 
 
 def recorded_problems(model: Model, arguments: Mapping[str, Any]) -> list[str]:
-    """Where `model` is not what the official trainer has recorded beside the weights."""
+    """Where `model` is not what the official trainer has recorded with the weights."""
     recorded = {key: arguments.get(key) for key in ("num_layers", "hidden_size", "num_attention_heads")}
     recorded["vocab_size"] = arguments.get("padded_vocab_size")
     return [

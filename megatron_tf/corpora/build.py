@@ -1,4 +1,4 @@
-"""Sources to a corpus: fetched, cleaned, deduplicated, split, and written beside the terms they are under."""
+"""Sources to a corpus: fetched, cleaned, deduplicated, split, and written together with the terms they are under."""
 
 from __future__ import annotations
 

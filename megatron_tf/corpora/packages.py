@@ -16,7 +16,7 @@ from megatron_tf.durable import write_atomically
 from megatron_tf.errors import DataError
 
 COMMAND_SECONDS = 1200  # a package manager that says nothing for so long has lost its network
-RECORD = "downloads.json"  # file name -> SHA-256 of what stands beside it
+RECORD = "downloads.json"  # file name -> SHA-256 of the file of that name
 # pip asks a source archive for its metadata, which for old ones means to run their setup.py. In the place of the
 # builder that would do it stands this, which answers without a look at the archive.
 BUILDER = """

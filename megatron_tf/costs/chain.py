@@ -1,4 +1,4 @@
-"""What a chain of growths costs, beside training each of its sizes from scratch."""
+"""What a chain of growths costs, compared with training each of its sizes from scratch."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def num_parameters(model: Model) -> int:
     return sum(spec.numel for spec in parameter_table(model).values())
 
 
-@lru_cache(maxsize=64)  # whoever compares layouts asks for it each time
+@lru_cache(maxsize=64)  # a comparison of layouts asks for it each time
 def num_used_block_parameters(model: Model) -> int:
     """Elements of all blocks that a position is multiplied with: parameter tokens, or a transformer's matrices."""
     return sum(spec.numel // spec.one_in for name, spec in parameter_table(model).items() if name.startswith("blocks."))

@@ -132,7 +132,7 @@ def _layout_lines(stage: dict[str, Any]) -> Iterable[str]:
 
 
 def _chain_lines(costs: Sequence[dict[str, Any]]) -> Iterable[str]:
-    yield "The chain, beside training each size from scratch (GPU-hours without failures)"
+    yield "The chain, compared with training each size from scratch (GPU-hours without failures)"
     rows = [("  stage", "parameters", "tokens", "GPU-hours", "so far", "from scratch", "tokens", "GPU-hours", "saved")]
     for cost in costs:
         saved = 1 - cost["chain_gpu_hours"] / cost["scratch_gpu_hours"]

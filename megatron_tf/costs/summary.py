@@ -22,7 +22,7 @@ from megatron_tf.growth.rules import chain_problems
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a plan is made for, beside the configuration."""
+    """What a plan is made for, in addition to the configuration."""
 
     num_gpus: int
     gpu: Gpu

@@ -1,4 +1,4 @@
-"""Where documents end within the data, and which tokens are not learnt for it."""
+"""Document boundaries, and the loss mask that follows from them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DOCUMENTS_LOOKED_AT = 16  # of each source, to see whether they end as they shou
 class LossMask:
     """The labels that have no loss: what follows an end-of-document token, and padding.
 
-    What follows `eod_id` is another document, which nothing before it tells anything about; the end itself is learnt.
-    Nor has a label a loss that is `pad_id`, or follows it. None: no such token.
+    The label after `eod_id` is masked, because it begins an unrelated document; the end itself is learnt. Labels equal to
+    `pad_id`, or following it, are masked too. None disables.
     """
 
     eod_id: int | None

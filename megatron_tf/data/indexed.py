@@ -72,7 +72,7 @@ def pack_header(code: int, num_documents: int) -> bytes:
 def publish_pair(prefix: str | Path) -> None:
     """Give both files, complete under their temporary names, their own: `.idx` last."""
     bin_path, idx_path = data_file(prefix), index_file(prefix)
-    # An old index beside the new tokens would be read as data: it goes before the tokens change.
+    # An old index next to the new tokens would be read as data: it goes before the tokens change.
     idx_path.unlink(missing_ok=True)
     publish(partial_path(bin_path), bin_path)
     sync_folder(bin_path.parent)  # a power cut must not keep the index's name and lose that of the tokens

@@ -53,7 +53,7 @@ def _open_source(prefix: str, seq_length: int, seed: int, vocab_size: int) -> To
 
 
 def open_tokens(prefix: str, vocab_size: int) -> IndexedDataset:
-    """The token files of `prefix`. DataError when they are missing or damaged, when the summary beside them belongs to
+    """The token files of `prefix`. DataError when they are missing or damaged, when the summary next to them belongs to
     other data, or when it knows of a token id of `vocab_size` or more. Without a summary, which is to say of other
     programs, the whole index is looked at: it may leave documents out."""
     dataset = IndexedDataset(prefix)

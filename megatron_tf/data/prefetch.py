@@ -57,7 +57,8 @@ class Prefetcher:
         return [(ids.pin_memory(), labels.pin_memory()) for ids, labels in batches] if self._pins else batches
 
     def _attach(self) -> None:
-        if self._pins:  # which device is the current one each thread has to be told
+        # The current CUDA device is per thread.
+        if self._pins:
             torch.cuda.set_device(self._device)
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def write_summary(prefix: str | Path, summary: CorpusSummary) -> None:
 
 
 def read_summary(prefix: str | Path) -> CorpusSummary | None:
-    """The summary beside the data; None when there is no `PREFIX.json` or it is somebody else's file.
+    """The summary next to the data; None when there is no `PREFIX.json` or it is somebody else's file.
 
     Raises `DataError` when it cannot be read, is torn, or is ours and has fields that no writer of ours gives it.
     """
@@ -98,7 +98,7 @@ def bytes_per_token(sources: Sequence[DataSource]) -> float | None:
 
 
 def known_end(data: Data) -> int | None:
-    """The token that ends documents as far as somebody says it: data.eod_id, or the first summary beside the data.
+    """The token that ends documents as far as somebody says it: data.eod_id, or the first summary next to the data.
 
     Raises `DataError` for a summary that cannot be read.
     """

@@ -36,7 +36,7 @@ def without_sampling(content: bytes) -> bytes:
 
 
 def as_in_preparation(content: bytes) -> bytes:
-    """A `tokenizers` file that gives, whoever reads it, the tokens that data are prepared with: a text's own.
+    """A `tokenizers` file that gives every reader the tokens that data are prepared with: a text's own.
 
     Tokens that a post-processor puts around each text are in no data, and a model has never seen them.
     """

@@ -52,7 +52,7 @@ def tokenizer_identity(path: str | Path) -> TokenizerIdentity:
         else:
             return TokenizerIdentity(file, file)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return TokenizerIdentity(file, file)  # no tokenizer, which whoever loads it will say
+        return TokenizerIdentity(file, file)  # no tokenizer, which its loader will say
     return TokenizerIdentity(file, hashlib.sha256(content).hexdigest())
 
 

@@ -1,7 +1,7 @@
 """From measurements to names: which rank is slow, which is broken, which differs. Pure arithmetic, no torch.
 
-What is usual is the median over ranks: a rank's best link counts for it, so that one slow rank, which slows both its
-links, cannot make slow the usual even among three.
+The reference speed is the median over ranks of each rank's best link. A single slow rank slows two links, so a median over
+links would be fooled by it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class StepClock:
     """Measures the steps that it is told to, and costs nothing in all others.
 
     Phases may nest; time belongs to the innermost one. On a GPU the clock is the device's own (an event in its stream
-    at each change of phase), so nothing waits for it, and what the host does beside a busy device takes no time.
+    at each change of phase), so nothing waits for it, and what the host does while the device is busy takes no time.
     """
 
     def __init__(self) -> None:

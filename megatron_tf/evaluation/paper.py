@@ -1,4 +1,4 @@
-"""The zero-shot results of the paper, beside which ours are shown.
+"""The zero-shot results of the paper, next to which ours are shown.
 
 Table 1 of arXiv 2410.23168: TokenFormers of configs/pile_*.yml after 300B tokens of the Pile. Accuracies in percent, of
 HellaSwag and ARC-Challenge normalised by the length of the answers, as usual for this set of tasks.

@@ -58,7 +58,7 @@ def _score_row(name: str, score: Score) -> tuple[str, ...]:
 
 
 def tasks_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The harness's `results` of each task, beside the paper's; its six tasks also by their average."""
+    """The harness's `results` of each task, next to the paper's; its six tasks also by their average."""
     rows: list[Sequence[str]] = [("task", "metric", "here", "± error", *(f"paper {size}" for size in paper.SIZES))]
     compared = []
     for task, found in results.items():

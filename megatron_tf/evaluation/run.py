@@ -92,7 +92,7 @@ class LoadedModel:
 
 
 def evaluate(config: RunConfig, environment: LaunchEnvironment, request: EvaluationRequest) -> None:
-    """Evaluates, prints tables and writes JSON. Raises UserError, on every rank alike, for what the user can mend."""
+    """Evaluates, prints tables and writes JSON. Raises UserError, on every rank alike, for what the user can correct."""
     with told_to_all(environment):
         if request.tasks:
             check_installed()
@@ -332,7 +332,7 @@ def _settings(config: RunConfig, model: LoadedModel, request: EvaluationRequest)
 
 
 def _write(first: Path, values: Mapping[str, Any], identity: Callable[[Mapping[str, Any]], Identity]) -> Path:
-    """To `first`, or beside it when another evaluation is there; returns where. Before anything is printed, which may
+    """To `first`, or next to it when another evaluation is there; returns where. Before anything is printed, which may
     fail: hours of evaluation are then not lost."""
     path = result_file(first, values, identity)
     with file_errors(UserError, path, "Free space or choose another --output."):

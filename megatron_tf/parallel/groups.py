@@ -31,7 +31,7 @@ SINGLE = Group()
 def make_group(topology: Topology, axis: Axis, timeout_seconds: float, backend: str | None = None) -> Group:
     """This rank's group along `axis`. Every rank of the world must call it, in the same order.
 
-    `backend` None is the world's own; "gloo" gives a group for small CPU tensors beside nccl.
+    `backend` None is the world's own; "gloo" gives a group for small CPU tensors in addition to nccl.
     """
     size, rank = getattr(topology, axis), dist.get_rank() if dist.is_initialized() else 0
     if size == 1:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 def together(work: Callable[[], T]) -> T:
     """Runs `work` on every rank. If it fails on any, all ranks raise one UserError that names every reason.
 
-    What the user can mend is a UserError, or an OSError that names its file.
+    What the user can correct is a UserError, or an OSError that names its file.
     """
     results: list[T] = []
     error: UserError | None = None

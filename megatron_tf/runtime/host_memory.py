@@ -12,9 +12,9 @@ _NEVER = -1
 
 
 def keep_freed_memory() -> None:
-    """Freed memory is kept for what is allocated next; else each large tensor is new pages, filled with zeros first.
+    """Stops glibc from returning freed memory to the system; otherwise every large tensor costs page faults.
 
-    The process stays as large as it once was, which is a little more than it would have been. Nothing changes where malloc is not glibc's, or where the environment has
+    The process stays as large as it once was. Nothing changes where malloc is not glibc's, or where the environment has
     settings for it (MALLOC_..., GLIBC_TUNABLES).
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):

@@ -1,7 +1,7 @@
 """Bringing ranks together step by step, so that a rank that is missing or stuck is known by name.
 
 torch's own rendezvous and collectives only say that somebody did not come. Here every rank leaves a mark in the
-key-value store before and after each phase; whoever waits too long reads who left none.
+key-value store before and after each phase; a rank that waits too long reads who left none.
 """
 
 from __future__ import annotations

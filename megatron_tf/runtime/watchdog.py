@@ -323,7 +323,7 @@ class Watchdog:
 
 
 def _end_later(seconds: float) -> None:
-    """Ends the process after `seconds` with its stacks on stderr, whoever holds the interpreter's lock then."""
+    """Ends the process after `seconds` with its stacks on stderr, whichever thread holds the interpreter's lock then."""
     if sys.__stderr__ is not None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 

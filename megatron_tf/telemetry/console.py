@@ -26,7 +26,7 @@ ETA_WINDOW_SECONDS = 3600.0  # speed is averaged over this; rich's 30 s knows no
 
 class Bar(Protocol):
     def advance(self, done: int, text: str) -> None:
-        """`done` of the total is reached (not: `done` more); `text` is shown beside the bar."""
+        """`done` of the total is reached (not: `done` more); `text` is shown next to the bar."""
 
 
 class NoBar:

@@ -69,7 +69,7 @@ class LossGuard:
         """After a good step: what to say if its loss completes a spike. TrainingError when the run must stop.
 
         A spike is measured against the lowest that the running mean has been, so that a loss which explodes cannot
-        draw its own measure up. The mean is kept also while nobody watches, for whoever switches the guard on later.
+        draw its own measure up. The mean is kept also while nobody watches, in case the guard is switched on later.
         """
         self._skipped = 0
         factor = self._config.spike_factor

@@ -102,8 +102,8 @@ class Trainer:
         self.saver.require(self.progress.step)
 
     def _meet(self) -> int:
-        """All ranks' word between two steps: whether one is asked to stop, whether a save is over everywhere, and how
-        long the step waited for data on the rank that held up all others."""
+        """One small all-reduce (max) a step: stop request, save still running, seconds that the step waited for data.
+        Returns the stop request."""
         word = torch.tensor([self.stop.request(self.config.run.max_hours), self.saver.is_writing, self.waited],
                             dtype=torch.float64)  # fmt: skip
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.meeting)

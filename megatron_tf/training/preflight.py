@@ -18,7 +18,7 @@ from megatron_tf.growth.rules import chain_problems
 from megatron_tf.runtime.environment import LaunchEnvironment
 
 GIB = 2**30
-# Activations are an estimate, which may be beside the truth by this factor.
+# Activations are an estimate, which may be off by this factor.
 MARGIN = 2
 
 

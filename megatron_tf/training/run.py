@@ -66,7 +66,7 @@ def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: Sto
     something to. A stage that is complete is passed over, so an interrupted chain goes on where it stopped.
 
     `stages` have passed `preflight`. RunStopped, on every rank, when `stop` asked for it. Raises UserError, on every
-    rank alike, before anything is written, for whatever the user can mend.
+    rank alike, before anything is written, for whatever the user can correct.
     """
     rank, world_size = environment.rank, environment.world_size
     timeout = max(config.parallel.timeout_seconds for config in stages)

@@ -36,7 +36,7 @@ class StateCopier:
         return self._thread.submit(self._copy_from_gpu, pieces, device, ready)
 
     def _copy_from_gpu(self, pieces: Sequence[Piece], device: torch.device, ready: torch.cuda.Event) -> list[Piece]:
-        """On a stream of its own, so that it runs beside the kernels of training."""
+        """On a stream of its own, so that it runs in parallel with the kernels of training."""
         stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
             stream.wait_event(ready)

@@ -230,7 +230,7 @@ def _warm_start(config: RunConfig, path: Path) -> Start:
 
 
 def _unproved(index: CheckpointIndex) -> CheckpointReader | None:
-    """What a checkpoint was grown from as a file operation, if that is still there: the proof is then made here."""
+    """The source checkpoint of a growth that was done as a file operation and is not yet verified, or None."""
     if index.step > 0 or not index.growth_history:
         return None
     entry = index.growth_history[-1]

@@ -62,7 +62,7 @@ def test_a_chain_beside_training_from_scratch():
     assert [cost["name"] for cost in made["chain"]] == ["chain-124M", "chain-354M", "chain-757M", "chain-1.4B"]
     assert {cost["scratch_tokens"] for cost in made["chain"]} == {30_000_000_000}
     text = tool("plan_run", CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--best", 1).stdout
-    assert "The chain, beside training each size from scratch" in text and "all sizes:" in text
+    assert "The chain, compared with training each size from scratch" in text and "all sizes:" in text
 
 
 def test_a_layout_that_cannot_run_is_refused_and_others_are_named():

@@ -86,7 +86,7 @@ def _write_configuration(
     config = huggingface_config(network.config, network.scales, eod_id)
     _write_json(folder / CONFIG_NAME, {**config, "verified_with": versions})
     _write_json(folder / "generation_config.json", special_tokens(eod_id))
-    # The code stays as it is while transformers changes: whoever finds it years later sees what it was made for.
+    # The code stays as it is while transformers changes: a reader years later sees what it was made for.
     verified = "# Verified with " + " and ".join(f"{name} {version}" for name, version in versions.items())
     for name in (CONFIGURATION_CODE, MODELING_CODE):
         code = resources.files("megatron_tf.convert.huggingface") / "remote_code" / name

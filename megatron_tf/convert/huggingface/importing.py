@@ -21,7 +21,7 @@ from megatron_tf.durable import open_plain, read_plain
 from megatron_tf.errors import CheckpointError, file_errors, shown
 from megatron_tf.state.parameters import EMBEDDING, parameter_table
 
-INDEX_NAME = WEIGHTS_NAME + ".index.json"  # beside the parts of weights that transformers has split
+INDEX_NAME = WEIGHTS_NAME + ".index.json"  # next to the parts of weights that transformers has split
 _ADAPTER_NAME = "adapter_config.json"  # of PEFT, which saves an adapter without its model
 _HEAD = "lm_head.weight"
 _LISTED = 6  # problems that a message spells out

@@ -43,7 +43,7 @@ def write_part(job: PartJob, part: Part, encode_all: EncodeAll, observer: Observ
 
     Raises `DataError` for a bad record under `on_error="stop"`; what was written of this part is then gone.
     """
-    remedy = "Free space, mend the permissions or choose another prefix, then run again: finished parts are kept."
+    remedy = "Free space, correct the permissions or choose another prefix, then run again: finished parts are kept."
     with file_errors(DataError, part.folder, remedy), locked(part.lock_path) as held:
         if not held:
             return False

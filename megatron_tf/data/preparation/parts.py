@@ -2,7 +2,7 @@
 
 A part is one input file (several, when there are very many). Its tokens stand in `PREFIX.parts/KEY*.bin` and `.idx`,
 and it is finished when `KEY.json` exists. The key is a hash of all that decides its content: so a file that changed,
-or another tokenizer, is another part, finished parts are found again by whoever needs them, and any number of
+or another tokenizer, is another part, finished parts are found again by any run that needs them, and any number of
 processes on any number of nodes may work on the same preparation.
 """
 
@@ -121,7 +121,7 @@ def locked(path: Path, patience_seconds: float = LOCK_SECONDS) -> Iterator[bool]
 def _open_lock(path: Path) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # whoever has merged has removed the folder
+        with suppress(FileNotFoundError):  # the run that merged has removed the folder
             return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
 

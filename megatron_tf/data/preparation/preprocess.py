@@ -33,7 +33,7 @@ from megatron_tf.data.tokenizer_identity import tokenizer_identity
 from megatron_tf.durable import partial_path, prepare_output
 from megatron_tf.errors import DataError, file_errors
 
-REMEDY = "Free space, mend the permissions or choose another prefix, then run again: finished parts are kept."
+REMEDY = "Free space, correct the permissions or choose another prefix, then run again: finished parts are kept."
 SplitBy = Literal["documents", "blocks"]
 _OUTPUT = re.compile(r"\.parts(/.*)?|((_train|_validation)?\.(bin|idx|json)|\.report\.json)(\.partial)?", re.DOTALL)
 

@@ -61,9 +61,8 @@ class DeepSpeedEngine:
         """
         self.config, self.model, self.plan = config, model, plan
         self.clock = clock = StepClock()
-        if (
-            not config.training.compile
-        ):  # a compiled block cannot stop for a clock: there, communication is forward and backward
+        # Inside a compiled block collectives cannot be timed separately: their time counts as forward and backward.
+        if not config.training.compile:
             tensor = replace(tensor, around=lambda: clock.phase("communication"))
         self._pipeline = TokenFormerPipeline(
             model, source.scales, topology, TensorParallel(tensor, config.parallel.sequence), document_ends
@@ -161,8 +160,8 @@ class DeepSpeedEngine:
     def evaluate_groups(
         self, batches: Iterable[Batch], groups: Sequence[int], num_groups: int
     ) -> tuple[float, list[float | None]]:
-        """Mean loss over all labels that count, of every data-parallel rank, and over those of each group; the same on
-        all ranks. None: no label of that group counts.
+        """Returns (mean loss over all unmasked labels, mean of each group), identical on all ranks. A group without
+        unmasked labels gives None.
 
         `groups`: the group, below `num_groups`, of each of this rank's samples in the order of `batches`. All ranks must
         call it.
@@ -283,10 +282,11 @@ class DeepSpeedEngine:
         self._deepspeed.destroy()
 
     def _weighed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, when each token's loss weighs what makes the step's loss the mean over all labels that count.
+        """Sets the loss weight so that the step's loss is the mean over all unmasked labels of the global batch. Yields
+        the same batches.
 
-        DeepSpeed averages over the M micro batches and D data-parallel ranks whatever their number of such labels is.
-        With N of them in the step, over all ranks, a token's loss therefore weighs M·D / N.
+        DeepSpeed averages over M micro batches and D data-parallel ranks, however many unmasked labels they have. With N
+        of them in the step, over all ranks, the weight of a token's loss is M·D / N.
         """
         if not self._deepspeed.is_last_stage():
             return batches

@@ -1,6 +1,6 @@
 """The TokenFormer as DeepSpeed's PipelineModule.
 
-One hidden-state tensor crosses a stage boundary, and where attention begins anew with each document, beside it an
+One hidden-state tensor crosses a stage boundary, and where attention begins anew with each document, with it an
 integer a token: where its document begins. The first stage finds that in the ids, which no other stage has.
 """
 
