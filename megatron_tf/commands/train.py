@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from megatron_tf.arguments import config_file
+from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.stages import load_stages
 from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped
 from megatron_tf.runtime.early_mistakes import told_to_all
-from megatron_tf.runtime.environment import detect, one_message
+from megatron_tf.runtime.environment import LaunchEnvironment, detect, one_message
 from megatron_tf.runtime.stop_signals import StopSignals
 from megatron_tf.streams import flush_or_discard
 
@@ -24,6 +26,8 @@ def main() -> None:
     parser.add_argument("config", type=config_file, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
                         help="replace values of the file")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true",
+                        help="show plan, layout, memory, start and the first batch, and write nothing")  # fmt: skip
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_intermixed_args()
     environment = detect(os.environ)
@@ -38,6 +42,9 @@ def main() -> None:
                 from megatron_tf.training.preflight import preflight
 
                 preflight(stages, environment)
+            if arguments.dry_run:
+                show_dry_run(stages, environment)
+                return
             from megatron_tf.training.run import train
 
             train(stages, environment, stop)
@@ -48,3 +55,11 @@ def main() -> None:
         if environment.rank == 0:
             raise
         sys.exit(STOPPED_EXIT_CODE)
+
+
+def show_dry_run(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
+    if environment.rank == 0:
+        from megatron_tf.training.dry_run import dry_run
+
+        for line in dry_run(stages, environment.world_size):
+            print(line)
