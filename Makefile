@@ -2,6 +2,7 @@
 # make test        set up, then every test; PYTEST_ARGS=... goes to pytest
 #                  (also -m timing: the few that compare speeds and want a quiet machine)
 # make test-fast   the same without the slow tests
+# make gpu-check   on a machine with a GPU, without set-up: results, speeds and memory, in at most 8 minutes
 # make lint        set up, then ruff and mypy
 # make docs        set up, then the documentation in site/; a warning is an error
 # make clean       remove what the set-up made, and the runs of the demo in runs/demo; never other runs, or data
@@ -35,6 +36,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow and not timing and not long" $(PYTEST_ARGS)
+
+gpu-check:
+	$(PYTHON) tools/gpu_check.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -40,6 +40,7 @@ COMMANDS = {
     "plan": Command("plan_run", "what a run would need and cost"),
     "doctor": Command("doctor", "what is installed, what is missing, and which rank is slow or broken", ranks=True),
     "benchmark": Command("benchmark", "measure speed, memory and communication"),
+    "gpu-check": Command("gpu_check", "check a GPU's results, speeds and memory in a few minutes"),
     "compare-growth": Command(
         "compare_growth", "compare growth methods with each other and with training from scratch"
     ),
