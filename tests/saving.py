@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from megatron_tf.checkpoint.writer import Piece
+from megatron_tf.config.run_plan import plan_run
 from megatron_tf.config.schema import Optimizer
 from megatron_tf.engine.base import Age
 from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import InitialSource
 from megatron_tf.telemetry.trackers import Trackers
+from megatron_tf.training.running import Run
 from megatron_tf.training.saving import Saver
 
 
@@ -74,4 +76,5 @@ def saver_of(config, folder, model=None, known_good=(), ids=None, **checkpoint):
     run_config = config(run={"dir": str(folder)}, checkpoint=checkpoint, model=model or {})
     engine, console = StateOnly(run_config.model), Recorder()
     trackers = Trackers([], console.warning, ids)
-    return Saver(run_config, engine, 0, 1, "token", {}, (), trackers, console, known_good), engine, console
+    run = Run(run_config, plan_run(run_config, 1), 0, torch.device("cpu"), console)
+    return Saver(run, engine, trackers, token="token", data={}, known_good=known_good), engine, console

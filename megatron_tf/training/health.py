@@ -17,7 +17,7 @@ gradient, no random number and no state of training is touched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -25,15 +25,40 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tf.architectures.spec import ProjectionSpec
+from megatron_tf.config.architectures import architecture_of
+from megatron_tf.data.loader import BatchLoader
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import token_weights
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.collectives import all_reduce
+from megatron_tf.runtime.agreement import together
 from megatron_tf.state.parameters import shard_range
+from megatron_tf.training.running import Run
 
 DEAD_BELOW = 0.01  # of the root mean square of a position's weights
 ALWAYS = ("score_norm", "active_share", "dead_share")
 AFTER_GROWTH = ("new_share", "old_dead_share", "new_dead_share")
+
+
+def health_probe(
+    run: Run, stage: Callable[[], Stage], held: BatchLoader, old_tokens: Mapping[str, int]
+) -> HealthProbe | None:
+    """The probe that the configuration asks for, on the first samples of `held`. All ranks call it together."""
+    config, topology = run.config, run.plan.topology
+    measured = architecture_of(config.model).projections(config.model)
+    if config.logging.health_interval_steps is None or not measured:
+        return None
+    loader = BatchLoader(
+        held.dataset,
+        micro_batch_size=config.training.micro_batch_size,
+        num_micro_batches=1,
+        data_rank=0,
+        data_size=1,
+        vocab_size=config.model.vocab_size,
+    )
+    ids, _ = together(lambda: next(loader.step_batches(0)))
+    speaks = topology.coordinate("data", run.rank) == 0 and topology.coordinate("tensor", run.rank) == 0
+    return HealthProbe(stage(), ids, measured, old_tokens, speaks)
 
 
 class HealthProbe:

@@ -9,8 +9,6 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from megatron_tf.config.schema import RunConfig
-from megatron_tf.config.validate import BatchPlan
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.data.loader import Batch, BatchLoader, source_names
 from megatron_tf.data.prefetch import Prefetcher
@@ -19,13 +17,14 @@ from megatron_tf.engine.step_clock import describe_shares
 from megatron_tf.errors import RunStopped
 from megatron_tf.runtime.stop_signals import StopSignals, describe_request
 from megatron_tf.runtime.watchdog import TRAINING, Watchdog
-from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.meters import MeanMeter, ThroughputMeter, format_duration, format_perplexity, perplexity
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.account import run_settings
 from megatron_tf.training.guard import LossGuard
-from megatron_tf.training.health import HealthProbe
+from megatron_tf.training.health import HealthProbe, health_probe
 from megatron_tf.training.profiler import StepProfiler
+from megatron_tf.training.run_data import Loaders
+from megatron_tf.training.running import Run
 from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Progress, Start
 from megatron_tf.training.step_metrics import StepMetrics
@@ -36,33 +35,52 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig,
-        plan: BatchPlan,
+        run: Run,
         engine: Engine,
-        training: BatchLoader | Prefetcher,
-        validation: BatchLoader | None,
+        loaders: Loaders,
+        start: Start,
         saver: Saver,
         trackers: Trackers,
-        console: Console,
-        device: torch.device,
-        start: Start,
         stop: StopSignals,
         watchdog: Watchdog,
-        profiler: StepProfiler,
-        health: HealthProbe | None,
     ):
-        self.config, self.plan, self.engine, self.progress = config, plan, engine, start.progress
-        self.training, self.validation = training, validation
-        self.waited = 0.0  # seconds that the newest step waited for its data, on this rank
-        self.saver, self.trackers, self.console = saver, trackers, console
-        self.guard = LossGuard(config.guard, start.run_state.get("guard", {}))
-        self.losses = MeanMeter(start.run_state.get("loss_window"))
-        self.history = list(start.run_state.get("history", ()))
-        self.meter, self.stop, self.watchdog, self.profiler = ThroughputMeter(), stop, watchdog, profiler
-        self.meeting = dist.new_group(backend="gloo")  # so that a word between two steps never waits for a GPU
-        self.metrics, self.health = StepMetrics(config, plan, device, self.meeting), health
+        self.run = run
+        self.config = run.config
+        self.plan = run.plan.batches
+        self.console = run.console
+        self.engine = engine
+        self.validation = loaders.validation
+        self.saver = saver
+        self.trackers = trackers
+        self.stop = stop
+        self.watchdog = watchdog
+        self.progress = start.progress
         self.logged_step = start.progress.step
-        self.earlier_tokens, self.earlier_flops = start.earlier_tokens, start.earlier_flops(config.model)
+        self.earlier_tokens = start.earlier_tokens
+        self.earlier_flops = start.earlier_flops(run.config.model)
+        self.history = list(start.run_state.get("history", ()))
+        self.guard = LossGuard(run.config.guard, start.run_state.get("guard", {}))
+        self.losses = MeanMeter(start.run_state.get("loss_window"))
+        self.meter = ThroughputMeter()
+        # so that a word between two steps never waits for a GPU
+        self.meeting = dist.new_group(backend="gloo")
+        self.metrics = StepMetrics(run.config, self.plan, run.device, self.meeting)
+        self.health = health_probe(run, engine.stage, loaders.held, start.old_tokens)
+        self.profiler = StepProfiler(
+            run.config.training.profile, run.rank, run.folder / "profile", engine.clock, run.console
+        )
+        # seconds that the newest step waited for its data, on this rank
+        self.waited = 0.0
+        self.training: BatchLoader | Prefetcher = loaders.training
+        if engine.reads_data:
+            self.training = Prefetcher(loaders.training, self.plan.global_batch_size, run.device)
+
+    def close(self) -> None:
+        """Ends what runs beside the steps: while the time limit of a step holds, the reading ahead."""
+        if isinstance(self.training, Prefetcher):
+            self.training.close()
+        self.profiler.finish()
+        self.watchdog.begin("ending")
 
     def fit(self) -> None:
         """Trains until the plan's last step. A run that is complete already only says so.
@@ -78,7 +96,7 @@ class Trainer:
         self.meter.start()
         self.watchdog.begin(TRAINING)  # without a time limit: the first step may compile, or wait for slow storage
         with (
-            self.stop.saving(speaks=dist.get_rank() == 0),
+            self.stop.saving(speaks=self.run.is_main),
             self.console.progress(self.plan.train_steps, self.progress.step, config.run.name) as bar,
         ):
             while not self._finished():
@@ -160,7 +178,7 @@ class Trainer:
             )
         else:
             said = self.guard.watch(step, float(result.loss))
-        if said and dist.get_rank() == 0:  # all ranks would say the same
+        if said and self.run.is_main:  # all ranks would say the same
             self.console.warning(said)
 
     def _log(self, result: StepResult) -> str:
@@ -212,7 +230,7 @@ class Trainer:
         """What a resumed run must know besides weights and moments; see `Start`."""
         unit = round(self.plan.tokens_per_step / self.plan.schedule_pace)
         states = {"guard": self.guard.state(), "loss_window": self.losses.state()}
-        story = {"settings": run_settings(self.config, dist.get_world_size()), "history": self.history}
+        story = {"settings": run_settings(self.config, self.run.world_size), "history": self.history}
         return {**self.engine.loss_scaler(), **states, **story, "schedule_unit": unit}
 
     def _record(self, metrics: dict) -> None:

@@ -13,13 +13,12 @@ from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.manager import clear_leftovers, prune
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.optimizers import rule_of
-from megatron_tf.config.schema import RunConfig
 from megatron_tf.engine.base import Engine
 from megatron_tf.errors import CheckpointError
 from megatron_tf.state.parameters import parameter_table
-from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.run_folder import folder_identity
+from megatron_tf.training.running import Run
 from megatron_tf.training.snapshot import StateCopier
 from megatron_tf.training.start import Progress, checkpoints_folder
 
@@ -34,30 +33,35 @@ class Saver:
 
     def __init__(
         self,
-        config: RunConfig,
+        run: Run,
         engine: Engine,
-        rank: int,
-        world_size: int,
-        token: str,
-        data_fingerprint: Mapping[str, Any],
-        growth_history: tuple[Mapping[str, Any], ...],
         trackers: Trackers,
-        console: Console,
+        *,
+        token: str,
+        data: Mapping[str, Any],
+        growth_history: tuple[Mapping[str, Any], ...] = (),
         known_good: Collection[Path] = (),
     ):
-        """`known_good`: checkpoints that this process has verified already. Clears what killed saves have left."""
-        self._config, self._engine, self._rank, self._world_size = config, engine, rank, world_size
-        self._token, self._data, self._history = token, data_fingerprint, growth_history
-        self._trackers, self._console = trackers, console
+        """`token`: random text, the same on all ranks.  `data`: fingerprint of the training data.
+
+        `known_good`: checkpoints that this process has verified already. Clears what killed saves have left.
+        """
+        self._run = run
+        self._config = run.config
+        self._engine = engine
+        self._trackers = trackers
+        self._token = token
+        self._data = data
+        self._history = growth_history
         self._sound = {path.resolve(): True for path in known_good}
         self._copier = StateCopier()
         self._copying: Future[list[Piece]] | None = None
         self._write: _Write | None = None
         self._failure: Exception | None = None  # of the newest save that is over
         self._reported: set[str] = set()
-        if rank == 0:
+        if run.is_main:
             try:
-                clear_leftovers(checkpoints_folder(config), report=self._report)
+                clear_leftovers(checkpoints_folder(run.config), report=self._report)
             except CheckpointError as error:
                 self._report(str(error))
 
@@ -96,14 +100,14 @@ class Saver:
         self._await_copy()
         self._failure = write.failure
         if write.failure is None:
-            self._console.info(f"saved {write.path}")
+            self._run.console.info(f"saved {write.path}")
             return
         if not isinstance(write.failure, CheckpointError):
             raise write.failure
         if self._config.checkpoint.on_failure == "stop":
             raise write.failure
-        if self._rank == 0:
-            self._console.warning(f"checkpoint not saved: {write.failure}")
+        if self._run.is_main:
+            self._run.console.warning(f"checkpoint not saved: {write.failure}")
 
     def require(self, step: int) -> None:
         """Where a run ends: CheckpointError when its last save, of `step`, has failed and training went on."""
@@ -123,10 +127,10 @@ class Saver:
         """Runs in the background: ranks meet through files only, see `checkpoint.writer`."""
         root, keep_last = checkpoints_folder(self._config), self._config.checkpoint.keep_last
         path = save_checkpoint(
-            root, pieces, index, rank=self._rank, world_size=self._world_size, token=f"{self._token}-{index.step}",
+            root, pieces, index, rank=self._run.rank, world_size=self._run.world_size, token=f"{self._token}-{index.step}",
             timeout_seconds=self._config.parallel.timeout_seconds,
         )  # fmt: skip
-        if self._rank == 0 and keep_last is not None:
+        if self._run.is_main and keep_last is not None:
             try:
                 self._sound[path.resolve()] = True
                 prune(root, keep_last, self._sound, self._report)
@@ -138,7 +142,7 @@ class Saver:
         """Warns once of what each save would meet again."""
         if problem not in self._reported:
             self._reported.add(problem)
-            self._console.warning(problem)
+            self._run.console.warning(problem)
 
     def _index(self, progress: Progress, run_state: Mapping[str, Any]) -> CheckpointIndex:
         table, states = parameter_table(self._config.model), rule_of(self._config.optimizer).state_names
@@ -153,7 +157,7 @@ class Saver:
             growth_history=self._history,
             data=self._data,
             trackers=self._trackers.ids,
-            run={**deepcopy(dict(run_state)), **folder_identity(Path(self._config.run.dir))},  # it is written later
+            run={**deepcopy(dict(run_state)), **folder_identity(self._run.folder)},  # it is written later
         )
 
 

@@ -24,6 +24,7 @@ from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource
+from megatron_tf.config.run_plan import plan_run
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
@@ -35,6 +36,7 @@ from megatron_tf.state.ranges import clip_steps
 from megatron_tf.state.sources import InitialSource, StateSource
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers
+from megatron_tf.training.running import Run
 from megatron_tf.training.start import Progress
 from megatron_tf.verification.layout import (
     TIMEOUT_SECONDS,
@@ -215,7 +217,9 @@ def _save(
     careful = config.checkpoint.model_copy(update={"asynchronous": True, "on_failure": "stop", "keep_last": None})
     config = config.model_copy(update={"checkpoint": careful})
     console = Console(rank=rank, output=io.StringIO())
-    saver = Saver(config, engine, rank, dist.get_world_size(), "check", {}, (), Trackers([], console.warning), console)
+    device = next(engine.stage().parameters()).device
+    run = Run(config, plan_run(config, dist.get_world_size()), rank, device, console)
+    saver = Saver(run, engine, Trackers([], console.warning), token="check", data={})
     state = _copy_of(engine)
     saver.save(Progress(step, step * plan.global_batch_size, step * plan.tokens_per_step), engine.loss_scaler())
     train_on()

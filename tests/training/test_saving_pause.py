@@ -13,6 +13,7 @@ import torch.multiprocessing
 from saving import Recorder
 
 from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.config.run_plan import plan_run
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import plan_batches
 from megatron_tf.engine.deepspeed.joining import join
@@ -21,6 +22,7 @@ from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
 from megatron_tf.state.sources import InitialSource
 from megatron_tf.telemetry.trackers import Trackers
+from megatron_tf.training.running import Run
 from megatron_tf.training.start import Progress
 from megatron_tf.verification.layout import batches
 
@@ -67,7 +69,8 @@ def _measure(rank, config, folder):
         checkpoint = config.checkpoint.model_copy(update={"asynchronous": asynchronous})
         console = Recorder()
         own = config.model_copy(update={"checkpoint": checkpoint})
-        return Saver(own, engine, 0, 1, f"t{asynchronous:d}", {}, (), Trackers([], console.warning), console)
+        run = Run(own, plan_run(own, 1), 0, torch.device("cpu"), console)
+        return Saver(run, engine, Trackers([], console.warning), token=f"t{asynchronous:d}", data={})
 
     def step(number):
         engine.train_step(number, batches(config, plan, number, 0, 1))

@@ -1,0 +1,69 @@
+"""The engine of a run, with the state that it starts from. A growth is proved on the way, from weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.data.loader import Batch
+from megatron_tf.engine.base import Engine
+from megatron_tf.inference.sharded import load_stage
+from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.precision import DTYPES
+from megatron_tf.parallel.groups import Group, make_group
+from megatron_tf.runtime.agreement import together
+from megatron_tf.runtime.watchdog import Watchdog
+from megatron_tf.training.growth_proof import Probe, compare, probe
+from megatron_tf.training.run_data import Loaders, RunData
+from megatron_tf.training.running import Run
+from megatron_tf.training.start import Start
+
+
+def start_engine(run: Run, start: Start, data: RunData, loaders: Loaders, watchdog: Watchdog) -> tuple[Engine, Start]:
+    """The engine at its start. A growth is proved on a held batch first, and the proof goes into its history."""
+    tensor, ends = make_group(run.plan.topology, "tensor", run.config.parallel.timeout_seconds), data.boundaries.ends
+    if start.grown_from is None:
+        watchdog.begin("loading the weights")
+        return _engine(run, start, tensor, ends), start
+    watchdog.begin("proving the growth, with the smaller model")
+    held = together(lambda: list(loaders.held.step_batches(0)))
+    before = _probe_smaller(run, start.grown_from, tensor, ends, held)
+    watchdog.begin("loading the weights")
+    engine = _engine(run, start, tensor, ends)
+    watchdog.begin("proving the growth, with the grown model")
+    after = probe(engine.stage(), held)
+    entry = start.growth_history[-1]
+    proof = compare(before, after, run.config.training.precision, run.device, entry["preserves"])
+    run.console.info(f"growth: {proof}")
+    entry = {**entry, "loss_before": before.loss, "loss_after": after.loss}
+    return engine, replace(start, growth_history=(*start.growth_history[:-1], entry))
+
+
+def _engine(run: Run, start: Start, tensor: Group, ends: Sequence[int]) -> Engine:
+    # imported here, because DeepSpeed takes seconds
+    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
+
+    model, plan = run.config.model, run.plan
+    engine = DeepSpeedEngine(
+        run.config, model, plan.batches, plan.topology, tensor, start.source, start.first_new(model), ends
+    )
+    engine.load_loss_scaler(dict(start.run_state))
+    return engine
+
+
+def _probe_smaller(
+    run: Run, smaller: CheckpointReader, tensor: Group, ends: Sequence[int], held: Sequence[Batch]
+) -> Probe:
+    stage = load_stage(
+        smaller,
+        stored_model(smaller.index),
+        run.plan.topology,
+        run.rank,
+        TensorParallel(tensor, run.config.parallel.sequence),
+        DTYPES[run.config.training.precision],
+        run.device,
+        ends,
+    )
+    return probe(stage, held)
