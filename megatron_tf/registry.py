@@ -32,6 +32,10 @@ class Registry(Generic[T]):
         """All names, the package's own first, then in the order of their registration."""
         return tuple(dict.fromkeys((*self._built_in, *self._objects)))
 
+    def added(self) -> dict[str, T]:
+        """The objects that are not the package's own."""
+        return {name: thing for name, thing in self._objects.items() if name not in self._built_in}
+
     def register(self, name: str, thing: T) -> None:
         """Adds `thing`. ValueError when the name is taken by another object."""
         if name in self and self[name] is not thing:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.multiprocessing
 
+from megatron_tf.config.activations import ACTIVATIONS
+from megatron_tf.config.architectures import ARCHITECTURES
+from megatron_tf.config.optimizers import OPTIMIZERS
 from megatron_tf.interrupt import end_quietly
+from megatron_tf.registry import Registry
 from megatron_tf.telemetry.console import quiet_libraries
 
+REGISTRIES: tuple[Registry[Any], ...] = (ACTIVATIONS, ARCHITECTURES, OPTIMIZERS)
 # What ranks need and take seconds to import. What is not installed is passed over.
 IMPORTS = ["torch", "deepspeed", "megatron_tf.engine.deepspeed.engine"]
 
@@ -20,21 +26,33 @@ def start_ranks(function: Callable[..., None], world_size: int, *arguments: obje
     """Runs `function(rank, *arguments)` in `world_size` processes; raises what any of them raised.
 
     On a CPU they are forked from a forkserver that has already imported torch, which saves seconds a rank. CUDA cannot be
-    forked, so GPUs use spawn.
+    forked, so GPUs use spawn. What has been registered in this process is registered in theirs as well.
     """
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     if method == "forkserver":
         quiet_libraries()
         multiprocessing.set_forkserver_preload(IMPORTS)
     torch.multiprocessing.start_processes(
-        _with_environment, (dict(os.environ), function, arguments), world_size, start_method=method
+        _with_environment,
+        (dict(os.environ), [registry.added() for registry in REGISTRIES], function, arguments),
+        world_size,
+        start_method=method,
     )
 
 
 def _with_environment(
-    rank: int, environment: Mapping[str, str], function: Callable[..., None], arguments: Sequence[object]
+    rank: int,
+    environment: Mapping[str, str],
+    added: Sequence[Mapping[str, object]],
+    function: Callable[..., None],
+    arguments: Sequence[object],
 ) -> None:
     end_quietly()  # Control-C reaches the process that started the ranks as well
     os.environ.clear()
     os.environ.update(environment)  # of the process that starts ranks now, not of the one that they are forked from
+    for registry, things in zip(REGISTRIES, added):
+        for name, thing in things.items():
+            # the module of an argument may have registered it already
+            if name not in registry:
+                registry.register(name, thing)
     function(rank, *arguments)

@@ -6,7 +6,6 @@ Squared ReLU after the L2 norm (So et al., 2021, arXiv 2109.08668): S = max(τA/
 from __future__ import annotations
 
 from math import sqrt
-from multiprocessing import current_process
 from pathlib import Path
 
 import pytest
@@ -57,8 +56,6 @@ SQUARED_RELU = Activation(
     ignores_zero=True,
     scales_normed_scores=True,
 )
-if current_process().name != "MainProcess":  # a rank that a test has started
-    ACTIVATIONS.register("squared_relu", SQUARED_RELU)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from multiprocessing import current_process
 from typing import Literal
 
 import pytest
@@ -54,8 +53,6 @@ def penalty_block(model: Model, layer: int, scales: Mapping[str, float], tensor:
 
 
 PENALTY = PenaltyArchitecture()
-if current_process().name != "MainProcess":  # a rank that a test has started
-    ARCHITECTURES.register("penalty", PENALTY)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ Gated Pattention: the feed-forward projection has a second set of keys, out = (G
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Literal
 
@@ -89,8 +88,6 @@ def gated_block(model: Model, layer: int, scales: Mapping[str, float], tensor: T
 
 
 GATED = GatedArchitecture()
-if current_process().name != "MainProcess":  # a rank that a test has started
-    ARCHITECTURES.register("gated", GATED)
 
 
 @pytest.fixture(autouse=True)

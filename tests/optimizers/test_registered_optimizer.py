@@ -5,7 +5,6 @@ Gradient descent with momentum: one state, m ← βm + g + λw, w ← w − lr m
 
 from __future__ import annotations
 
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Literal
 
@@ -59,8 +58,6 @@ class Momentum(UpdateRule):
 
 
 MOMENTUM = Momentum()
-if current_process().name != "MainProcess":  # a rank that a test has started
-    OPTIMIZERS.register("momentum", MOMENTUM)
 
 
 @pytest.fixture(autouse=True)
