@@ -53,6 +53,10 @@ class Run(Section):
     """Shown in logs and at trackers."""
     dir: Path
     """Folder of everything that the run writes: config.yml, metrics.jsonl, train.log, checkpoints/."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by at trackers."""
+    notes: str = ""
+    """A text on the run, shown at trackers."""
     seed: int = Field(1234, ge=0, lt=2**63)
     """Initial weights and data order are functions of it."""
     max_hours: Positive | None = None

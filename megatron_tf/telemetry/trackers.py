@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.schema import Run, RunConfig
 from megatron_tf.durable import atomic_path, open_plain
 from megatron_tf.errors import UserError, file_errors
 from megatron_tf.streams import without_terminal
@@ -60,14 +60,15 @@ class WandbTracker:
     UserError when wandb is not installed.
     """
 
-    def __init__(self, config: Mapping[str, Any], project: str, name: str, dir: Path, run_id: str | None):
+    def __init__(self, config: Mapping[str, Any], project: str, run: Run, dir: Path, run_id: str | None):
         try:
             import wandb
         except ImportError as error:
             raise UserError(_missing("wandb")) from error
+        self._dir = dir
         with without_terminal():  # at one, wandb would ask for an account, and wait
             self._run = wandb.init(
-                config=dict(config), project=project, name=name, dir=str(dir),
+                config=dict(config), project=project, name=run.name, tags=list(run.tags), notes=run.notes, dir=str(dir),
                 id=os.environ.get("WANDB_RUN_ID") or run_id, resume="allow",
             )  # fmt: skip
         self._run.define_metric("tokens")
@@ -76,6 +77,11 @@ class WandbTracker:
     @property
     def run_id(self) -> str:
         return self._run.id
+
+    @property
+    def place(self) -> str:
+        """Address of the run; without a network, the command that sends it later."""
+        return self._run.url or f"wandb sync {self._dir / 'wandb'}"
 
     def log(self, metrics: Mapping[str, Value], step: int) -> None:
         # Not `log(step=step)`: wandb throws away whatever is at or before a step it has seen, which the steps after
@@ -89,13 +95,17 @@ class WandbTracker:
 class TensorBoardTracker:
     """TensorBoard event files, drawn over steps. UserError when tensorboard is not installed."""
 
-    def __init__(self, dir: Path, resume_step: int):
+    def __init__(self, dir: Path, resume_step: int, about: str = ""):
+        """`about`: a text on the run, shown with its curves."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(_missing("tensorboard")) from error
         # purge_step is the first step that is hidden of what earlier processes wrote
         self._writer = SummaryWriter(str(dir), purge_step=resume_step + 1 if resume_step else 0)
+        self.place = f"tensorboard --logdir {dir}"
+        if about:
+            self._writer.add_text("run", about, resume_step)
 
     def log(self, metrics: Mapping[str, Value], step: int) -> None:
         for key, value in metrics.items():
@@ -113,10 +123,18 @@ class Trackers:
     """Passes everything on to each of `trackers`. One that raises is reported once and dropped; training goes on.
 
     `ids`: names of runs at the trackers, {"wandb": "1a2b3c"}, kept in checkpoints so that a resumed run goes on there.
+    `places`: where a person finds the run: an address, or a command to type.
     """
 
-    def __init__(self, trackers: Sequence[Tracker], warn: Callable[[str], None], ids: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        trackers: Sequence[Tracker],
+        warn: Callable[[str], None],
+        ids: Mapping[str, str] | None = None,
+        places: Sequence[str] = (),
+    ):
         self._trackers, self._warn, self._ids = list(trackers), warn, dict(ids or {})
+        self.places = tuple(places)
 
     @property
     def ids(self) -> dict[str, str]:
@@ -157,33 +175,42 @@ def open_trackers(
         return Trackers([], warn, ids)
     ids = dict(ids)
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step, warn)]
+    places = []
     for name in config.logging.trackers:
         try:
             if name == "wandb":
                 values = config.model_dump(mode="json", by_alias=True)
-                wandb = _open_wandb(values, config.logging.project, config.run.name, run_dir, ids.get(name), warn)
+                wandb = _open_wandb(values, config.logging.project, config.run, run_dir, ids.get(name), warn)
                 ids[name] = wandb.run_id
                 trackers.append(wandb)
+                places.append(wandb.place)
             else:
-                trackers.append(TensorBoardTracker(run_dir / "tensorboard", resume_step))
+                board = TensorBoardTracker(run_dir / "tensorboard", resume_step, _about(config.run))
+                trackers.append(board)
+                places.append(board.place)
         except UserError:
             raise
         except Exception as error:  # no network, no account, no disk
             warn(f"{name} does not start; the run goes on without it: {_reason(error)}")
-    return Trackers(trackers, warn, ids)
+    return Trackers(trackers, warn, ids, places)
+
+
+def _about(run: Run) -> str:
+    """Name, tags and notes as a text; "" without tags and notes."""
+    return "\n\n".join(filter(None, (run.name, ", ".join(run.tags), run.notes))) if run.tags or run.notes else ""
 
 
 def _open_wandb(
-    config: Mapping[str, Any], project: str, name: str, dir: Path, run_id: str | None, warn: Callable[[str], None]
+    config: Mapping[str, Any], project: str, run: Run, dir: Path, run_id: str | None, warn: Callable[[str], None]
 ) -> WandbTracker:
     try:
-        return WandbTracker(config, project, name, dir, run_id)
+        return WandbTracker(config, project, run, dir, run_id)
     except Exception as error:
         # The service never gives the id of a run that was deleted again.
         if run_id is None or "deleted" not in str(error):
             raise
         warn(f"wandb: run {run_id} was deleted there; a new one begins")
-    return WandbTracker(config, project, name, dir, None)
+    return WandbTracker(config, project, run, dir, None)
 
 
 def _has_steps(path: Path) -> bool:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_tf.config.schema import Run
 from megatron_tf.errors import UserError
 from megatron_tf.telemetry.trackers import (
     JsonlTracker,
@@ -16,6 +17,7 @@ from megatron_tf.telemetry.trackers import (
     open_trackers,
 )
 
+RUN = Run(dir="unused", name="name", tags=("growth", "try"), notes="half of the tokens")
 NAN, INF = float("nan"), float("inf")
 
 
@@ -165,6 +167,7 @@ def test_metrics_that_cannot_be_written_for_a_while_have_a_gap_of_that_while(tmp
 class FakeRun:
     def __init__(self, id):
         self.id, self.defined, self.logged, self.finished = id, [], [], False
+        self.url = f"https://wandb.ai/me/project/runs/{id}"
 
     def define_metric(self, name, step_metric=None):
         self.defined.append((name, step_metric))
@@ -191,9 +194,9 @@ def wandb(monkeypatch):
 
 
 def test_wandb_goes_on_with_the_same_run_over_tokens(wandb, tmp_path):
-    first = WandbTracker({"run": {"seed": 1}}, "project", "name", tmp_path, None)
+    first = WandbTracker({"run": {"seed": 1}}, "project", RUN, tmp_path, None)
     assert first.run_id == "new"
-    second = WandbTracker({}, "project", "name", tmp_path, first.run_id)
+    second = WandbTracker({}, "project", RUN, tmp_path, first.run_id)
     second.log({"tokens": 70, "train/loss": 2.0, "perf/mfu": None}, 7)
     second.close()
     assert [arguments["id"] for arguments in wandb.arguments] == [None, "new"]
@@ -202,6 +205,24 @@ def test_wandb_goes_on_with_the_same_run_over_tokens(wandb, tmp_path):
     assert run.defined == [("tokens", None), ("*", "tokens")]
     assert run.logged == [{"step": 7, "tokens": 70, "train/loss": 2.0}]
     assert run.finished
+
+
+def test_tags_notes_and_places(wandb, tmp_path):
+    opened = open_trackers(config("wandb", "tensorboard"), tmp_path, 0, {}, True, pytest.fail)
+    assert opened.places == ("https://wandb.ai/me/project/runs/new", f"tensorboard --logdir {tmp_path}/tensorboard")
+    (arguments,) = wandb.arguments
+    assert (arguments["tags"], arguments["notes"]) == (["growth", "try"], "half of the tokens")
+    opened.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    (about,) = board.Tensors("run/text_summary")
+    assert about.tensor_proto.string_val == [b"name\n\ngrowth, try\n\nhalf of the tokens"]
+    tracker = WandbTracker({}, "project", RUN, tmp_path, None)
+    tracker._run.url = None
+    assert tracker.place == f"wandb sync {tmp_path}/wandb"
+    assert open_trackers(config("wandb"), tmp_path, 0, {}, False, pytest.fail).places == ()
 
 
 def test_a_run_that_was_deleted_is_begun_anew(wandb, tmp_path):
@@ -232,14 +253,14 @@ def test_nothing_can_be_asked_while_wandb_starts(wandb, tmp_path, monkeypatch):
 
     wandb.init = init
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    WandbTracker({}, "project", "name", tmp_path, None)
+    WandbTracker({}, "project", RUN, tmp_path, None)
     assert seen == [(False, "")] and sys.stdin.isatty()
 
 
 def config(*trackers):
     return SimpleNamespace(
         logging=SimpleNamespace(trackers=trackers, project="project"),
-        run=SimpleNamespace(name="name"),
+        run=RUN,
         model_dump=lambda **_: {"run": {"name": "name"}},
     )
 
@@ -282,7 +303,7 @@ def test_real_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    tracker = WandbTracker({"run": {"seed": 1}}, "project", "name", tmp_path, "1a2b3c4d")
+    tracker = WandbTracker({"run": {"seed": 1}}, "project", RUN, tmp_path, "1a2b3c4d")
     assert tracker.run_id == "1a2b3c4d"
     tracker.log({"tokens": 10, "train/loss": 2.0, "perf/mfu": None}, 1)
     tracker.close()
