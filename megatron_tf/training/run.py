@@ -88,7 +88,10 @@ def _train(
 
 def _trackers(run: Run, start: Start) -> Trackers:
     step, ids = start.progress.step, dict(start.trackers)
-    return together(lambda: open_trackers(run.config, run.folder, step, ids, run.is_main, run.console.warning))
+    trackers = together(lambda: open_trackers(run.config, run.folder, step, ids, run.is_main, run.console.warning))
+    for place in trackers.places:
+        run.console.info(f"{'tracker':<7} {place}")
+    return trackers
 
 
 def _saver(opening: Opening, start: Start, engine: Engine, trackers: Trackers, data: RunData) -> Saver:
