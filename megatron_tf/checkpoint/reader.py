@@ -55,7 +55,9 @@ class CheckpointReader:
     """An open checkpoint. Holds no file open and no tensor."""
 
     def __init__(self, path: Path, index: CheckpointIndex, manifest: Manifest):
-        self.path, self.index, self.manifest = path, index, manifest
+        self.path = path
+        self.index = index
+        self.manifest = manifest
         self._shards: dict[str, ShardReader] = {}
         self._maps: dict[tuple[str, str], RangeMap[StoredPiece]] = {}
         room = {name: stored.num_bytes for name, stored in manifest.files.items()}

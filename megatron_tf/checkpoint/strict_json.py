@@ -69,7 +69,9 @@ class Fields:
     """Typed access to one JSON object. Every failure is a CheckpointError that names file and field."""
 
     def __init__(self, file: str, path: str, value: Any, kind: type[CheckpointError] = CheckpointError):
-        self._file, self._path, self._kind = file, path, kind
+        self._file = file
+        self._path = path
+        self._kind = kind
         if not isinstance(value, dict):
             raise self.error("", f"is {_kind(value)}, expected an object")
         self._values = value

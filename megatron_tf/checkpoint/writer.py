@@ -139,7 +139,11 @@ class _Attempt:
     """One attempt to save one step, as one rank sees it."""
 
     def __init__(self, root: Path, name: str, token: str, deadline: float, at: Callable[[str], None], world_size: int):
-        self.root, self.token, self.at, self._deadline, self._world_size = root, token, at, deadline, world_size
+        self.root = root
+        self.token = token
+        self.at = at
+        self._deadline = deadline
+        self._world_size = world_size
         self._handed_over = False  # from here on this rank's shard belongs to rank 0, which may be publishing it
         self.final = root / name
         self.folder = root / f"{UNFINISHED_PREFIX}{name}-{token}"

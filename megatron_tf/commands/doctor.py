@@ -30,8 +30,8 @@ def main() -> None:
     arguments = parse_arguments()
     environment = detect(os.environ)
     report: dict[str, Any] = {}
-    speaks = environment.rank == 0
-    if speaks:
+    is_main = environment.rank == 0
+    if is_main:
         report = this_machine()
         if not arguments.json:
             print(machine_report(report), flush=True)
@@ -41,10 +41,10 @@ def main() -> None:
         with one_message(environment):
             code = the_job(arguments, environment, report)
     else:
-        if speaks and environment.world_size == 1 and not arguments.json:
+        if is_main and environment.world_size == 1 and not arguments.json:
             print("\nStart it under torchrun, srun or deepspeed to test the ranks of a job.")
         code = exit_code(arguments, broken, slow)
-    if speaks and arguments.json:
+    if is_main and arguments.json:
         print(json.dumps(report, indent=2))
     sys.exit(code)
 
@@ -110,11 +110,11 @@ def the_job(arguments: argparse.Namespace, environment: LaunchEnvironment, repor
     store = open_store(environment, arguments.timeout_seconds)
     assembly = Assembly(store, environment.rank, environment.world_size, arguments.timeout_seconds)
     size = arguments.megabytes or (256 if torch.cuda.is_available() else 4)
-    speaks = environment.rank == 0
-    talks = speaks and not arguments.json
+    is_main = environment.rank == 0
+    prints = is_main and not arguments.json
 
     def say(text: str) -> None:
-        if talks:
+        if prints:
             print(f"... {text}", flush=True)
 
     given = {name: value for name, value in vars(arguments).items() if value is not None and name != "local_rank"}
@@ -122,10 +122,10 @@ def the_job(arguments: argparse.Namespace, environment: LaunchEnvironment, repor
     found = examine(
         assembly, store, environment.local_rank, int(size * 1e6), arguments.slow_factor, say, environment.run, options
     )
-    if not speaks:
+    if not is_main:
         return listen(assembly, environment, found.broken)
     report["job"] = asdict(found)
-    if talks:
+    if prints:
         print(job_report(report["job"]), flush=True)
     code = exit_code(arguments, bool(found.broken), bool(found.slow))
     assembly.tell(code)

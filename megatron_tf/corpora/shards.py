@@ -22,7 +22,8 @@ class ShardWriter:
 
     def __init__(self, prefix: Path, shard_bytes: int):
         compression_of(".zst", f"{prefix}-00000.jsonl.zst")  # says when the package is missing
-        self._prefix, self._shard_bytes = prefix, shard_bytes
+        self._prefix = prefix
+        self._shard_bytes = shard_bytes
         self._number = self._size = 0
         self._stack = ExitStack()
         self._stream: Any = None

@@ -69,7 +69,8 @@ class SegmentedOptimizer(torch.optim.Optimizer):
 
     def bind(self, segments: Iterable[Segment]) -> None:
         """Sets the segments and allocates the states of their buffers."""
-        self.segments, self.num_updates = list(segments), 0
+        self.segments = list(segments)
+        self.num_updates = 0
         for segment in self.segments:
             state = self.state[segment.buffer]
             for declared in self.rule.states:

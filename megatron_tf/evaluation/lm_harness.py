@@ -71,7 +71,10 @@ class HarnessTasks:
         ):  # the last says each of its retries without a network
             logging.getLogger(library).setLevel(logging.ERROR)
         datasets.disable_progress_bars()
-        self._tokenizer, self._max_length, self._names, self._limit = tokenizer, max_length, list(names), limit
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._names = list(names)
+        self._limit = limit
         with _loading_errors(",".join(names)):
             include = str(folder) if folder.is_dir() else None
             # To index the thousands of stock files takes as long as to score a few hundred documents.

@@ -86,7 +86,7 @@ class LoadedModel:
         return self.topology.coordinate("data", self.rank)
 
     @property
-    def speaks(self) -> bool:
+    def is_reporter(self) -> bool:
         """Whether this rank gives its replica's results: the first tensor rank of the last stage."""
         return self.stage.following is None and self.stage.tensor.group.rank == 0
 
@@ -195,7 +195,7 @@ def _run_tasks(
     """The first rank runs the harness, the others compute what it asks."""
     scorer = Scorer(
         model.stage, max_length=config.model.seq_length, batch_size=config.training.micro_batch_size,
-        data_rank=model.data_rank, data_size=model.topology.data, speaks=model.speaks,
+        data_rank=model.data_rank, data_size=model.topology.data, is_reporter=model.is_reporter,
     )  # fmt: skip
     if tasks is None:
         return scorer.follow()
@@ -293,7 +293,7 @@ def _score(
                 data_rank=model.data_rank, data_size=data_size, loss_mask=model.documents.loss_mask, progress=lambda done: bar.advance(done, ""),
             )
         )  # fmt: skip
-    sums = torch.tensor([own, scored] if model.speaks else [0.0, 0.0], dtype=torch.float64, device=device)
+    sums = torch.tensor([own, scored] if model.is_reporter else [0.0, 0.0], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     nats, tokens = sums.tolist()
     if not tokens:

@@ -21,10 +21,12 @@ Ask = Callable[[Sequence[Request]], list[Answer]]
 class Scorer:
     """A model on all ranks that the first rank asks. The others `follow` until it `release`s them."""
 
-    def __init__(self, stage: Stage, *, max_length: int, batch_size: int, data_rank: int, data_size: int, speaks: bool):
-        """`max_length`: most tokens that the model reads at once.  `speaks`: one rank of each replica that has logits."""
+    def __init__(
+        self, stage: Stage, *, max_length: int, batch_size: int, data_rank: int, data_size: int, is_reporter: bool
+    ):
+        """`max_length`: most tokens that the model reads at once.  `is_reporter`: one rank of each replica that has logits."""
         self._stage, self._max_length, self._batch_size = stage, max_length, batch_size
-        self._data_rank, self._data_size, self._speaks = data_rank, data_size, speaks
+        self._data_rank, self._data_size, self._is_reporter = data_rank, data_size, is_reporter
 
     def __call__(self, requests: Sequence[Request]) -> list[Answer]:
         """An answer to each request, in their order. For the first rank. ArgumentError for one of which a part is empty."""
@@ -46,7 +48,7 @@ class Scorer:
         found = torch.zeros(len(requests), 2, dtype=torch.float64, device=device)
         for batch in self._own_batches(requests):
             own = score_continuations(self._stage, [requests[at] for at in batch], self._max_length)
-            if own is not None and self._speaks:
+            if own is not None and self._is_reporter:
                 found[batch] = own
         if dist.is_initialized():
             dist.all_reduce(found)

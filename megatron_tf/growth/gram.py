@@ -53,8 +53,13 @@ class GramKeys:
         name: str,
     ):
         assert factor > 0 and added_tokens >= min(old_tokens, width)
-        self._old_keys, self._old_tokens, self._added, self._width = old_keys, old_tokens, added_tokens, width
-        self._factor, self._seed, self._name = factor, seed, name
+        self._old_keys = old_keys
+        self._old_tokens = old_tokens
+        self._added = added_tokens
+        self._width = width
+        self._factor = factor
+        self._seed = seed
+        self._name = name
         self._latest: tuple[int, Tensor] | None = None  # ranges that follow each other share a block
 
     def read(self, start: int, stop: int) -> Tensor:

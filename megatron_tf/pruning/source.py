@@ -39,7 +39,8 @@ class PrunedSource:
             if name not in old.scales:
                 raise ArgumentError(f"scales: names {name!r}, of which the old state has no τ.")
             check_scale(f"scales[{name!r}]", scale)
-        self._old, self._table = old, table
+        self._old = old
+        self._table = table
         self._rows = {tensor: rows for name, rows in kept.items() for tensor in table if tensor.startswith(f"{name}.")}
         self.scales: Mapping[str, float] = {**old.scales, **scales}
 

@@ -27,7 +27,8 @@ class PatientStore:
     """A store of which every call ends: by Unreachable when there is no answer in `timeout_seconds`."""
 
     def __init__(self, store: dist.Store, timeout_seconds: float):
-        self._store, self._timeout = store, timeout_seconds
+        self._store = store
+        self._timeout = timeout_seconds
 
     def set(self, key: str, value: str) -> None:
         self._ask(lambda: self._store.set(key, value))

@@ -33,7 +33,9 @@ class Stuck(Exception):
 
     def __init__(self, ranks: list[int], phase: str, what: str):
         super().__init__(f"{what} in {phase}")
-        self.ranks, self.phase, self.what = ranks, phase, what
+        self.ranks = ranks
+        self.phase = phase
+        self.what = what
 
 
 def open_store(environment: LaunchEnvironment, timeout_seconds: float) -> dist.Store:
@@ -67,7 +69,9 @@ class Assembly:
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float):
-        self.rank, self.world_size, self.timeout = rank, world_size, timeout_seconds
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout = timeout_seconds
         self._store = PatientStore(store, min(timeout_seconds, ANSWER_SECONDS))
         self._names: list[str] = [f"rank {rank}" for rank in range(world_size)]
 

@@ -34,7 +34,7 @@ class StopSignals:
         self._received = 0
         self._before: Callable[[int, FrameType | None], Any] | int | None = None  # what Control-C did before
         self._saves = False
-        self._speaks = False
+        self._is_main = False
         self._interrupted_at: float | None = None
         self._started = time.monotonic()
         if threading.current_thread() is not threading.main_thread():
@@ -49,13 +49,13 @@ class StopSignals:
             signal.signal(signal.SIGINT, self._interrupt)
 
     @contextmanager
-    def saving(self, speaks: bool) -> Iterator[None]:
+    def saving(self, is_main: bool) -> Iterator[None]:
         """In the block the first Control-C asks to stop, as other signals do, and the second ends the process at once.
 
-        Before and after it there is nothing to save, and Control-C does what it did before. `speaks`: this rank says so.
+        Before and after it there is nothing to save, and Control-C does what it did before. `is_main`: this rank says so.
         """
         self._saves = True
-        self._speaks = speaks
+        self._is_main = is_main
         try:
             yield
         finally:
@@ -88,7 +88,7 @@ class StopSignals:
             end_at_once(number, frame)
         self._interrupted_at = now
         self._note(number, frame)
-        if self._speaks:
+        if self._is_main:
             with suppress(OSError):  # not by print: the signal may have come in the middle of one
                 os.write(2, SAVING_TEXT.encode())
 

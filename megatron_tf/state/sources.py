@@ -83,7 +83,8 @@ class InitialSource:
     """The state of a fresh model: weights as a function of (seed, name, row), nothing updated so far."""
 
     def __init__(self, model: Model, seed: int):
-        self._table, self._seed = parameter_table(model), seed
+        self._table = parameter_table(model)
+        self._seed = seed
         self.scales: Mapping[str, float] = initial_scales(model)
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
@@ -107,7 +108,8 @@ class WeightsSource:
     """The state of weights that come from elsewhere: of any float type, in their logical shapes; nothing updated so far."""
 
     def __init__(self, weights: Mapping[str, Tensor], scales: Mapping[str, float]):
-        self._weights, self.scales = weights, scales
+        self._weights = weights
+        self.scales = scales
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
         target = torch.empty(stop - start)

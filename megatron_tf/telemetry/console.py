@@ -38,7 +38,8 @@ class NoBar:
 
 class RichBar:
     def __init__(self, progress: Progress, task: TaskID):
-        self._progress, self._task = progress, task
+        self._progress = progress
+        self._task = task
 
     def advance(self, done: int, text: str) -> None:
         self._progress.update(self._task, completed=done, text=text)
@@ -62,7 +63,9 @@ class Console:
         errors: TextIO | None = None,
         now: Callable[[], datetime] = datetime.now,
     ):
-        self._rank, self._is_main, self._now = rank, rank == 0, now
+        self._rank = rank
+        self._is_main = rank == 0
+        self._now = now
         self._output = sys.stdout if output is None else output
         self._errors = sys.stderr if errors is None else errors
         self._bar: Progress | None = None

@@ -14,7 +14,8 @@ class LineFile:
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
-        self.path, self._warn = path, warn
+        self.path = path
+        self._warn = warn
         self._failing = False
         self._whole_bytes: int | None = None  # where a torn line begins, which the next append cuts off
 

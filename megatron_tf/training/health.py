@@ -57,8 +57,8 @@ def health_probe(
         vocab_size=config.model.vocab_size,
     )
     ids, _ = together(lambda: next(loader.step_batches(0)))
-    speaks = topology.coordinate("data", run.rank) == 0 and topology.coordinate("tensor", run.rank) == 0
-    return HealthProbe(stage(), ids, measured, old_tokens, speaks)
+    is_reporter = topology.coordinate("data", run.rank) == 0 and topology.coordinate("tensor", run.rank) == 0
+    return HealthProbe(stage(), ids, measured, old_tokens, is_reporter)
 
 
 class HealthProbe:
@@ -70,19 +70,19 @@ class HealthProbe:
         ids: Tensor,
         projections: Sequence[ProjectionSpec],
         old_tokens: Mapping[str, int],
-        speaks: bool,
+        is_reporter: bool,
     ):
         """`ids` [b, s], the same on all ranks.  `projections`: of the whole model.  `old_tokens`: of each kind before the
         last growth.
 
-        `speaks`: one rank of those that hold the same layers.
+        `is_reporter`: one rank of those that hold the same layers.
         """
         self._stage = stage
         self._ids = ids
         self._projections = projections
         self._num_tokens = {projection.kind: projection.tokens for projection in projections}
         self._old_tokens = old_tokens
-        self._speaks = speaks
+        self._is_reporter = is_reporter
         self._device = next(stage.parameters()).device
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class HealthProbe:
                 projection.observer = None
         sums = torch.zeros(len(kinds), len(ALWAYS + AFTER_GROWTH) + 1, dtype=torch.float64, device=self._device)
         for row, kind in enumerate(kinds):
-            if found[kind] and self._speaks:
+            if found[kind] and self._is_reporter:
                 sums[row, :-1], sums[row, -1] = torch.stack(found[kind]).sum(0), len(found[kind])
         dist.all_reduce(sums)
         measured = [(kind, (row[:-1] / row[-1]).tolist()) for kind, row in zip(kinds, sums) if row[-1]]

@@ -96,7 +96,7 @@ class Trainer:
         self.meter.start()
         self.watchdog.begin(TRAINING)  # without a time limit: the first step may compile, or wait for slow storage
         with (
-            self.stop.saving(speaks=self.run.is_main),
+            self.stop.saving(is_main=self.run.is_main),
             self.console.progress(self.plan.train_steps, self.progress.step, config.run.name) as bar,
         ):
             while not self._finished():

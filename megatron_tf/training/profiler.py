@@ -19,7 +19,10 @@ class StepProfiler:
 
     def __init__(self, config: Profile | None, rank: int, folder: Path, clock: StepClock, console: Console):
         self._config = config if config is not None and (rank == 0 or config.all_ranks) else None
-        self._rank, self._folder, self._clock, self._console = rank, folder, clock, console
+        self._rank = rank
+        self._folder = folder
+        self._clock = clock
+        self._console = console
         self._running: profile | None = None
 
     @contextmanager

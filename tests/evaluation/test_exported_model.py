@@ -28,7 +28,7 @@ def test_six_tasks_score_alike(tmp_path, model, eval_folder, monkeypatch):
     start = StepZero(InitialSource(model, 3), 0, 0, ())
     checkpoint = write_step_zero(tmp_path / "run" / "checkpoints", model, start, {}, lambda done, text: None)
     stage = load_stage(open_checkpoint(checkpoint), model, Topology(), 0, TensorParallel())
-    scorer = Scorer(stage, max_length=48, batch_size=8, data_rank=0, data_size=1, speaks=True)
+    scorer = Scorer(stage, max_length=48, batch_size=8, data_rank=0, data_size=1, is_reporter=True)
     tasks = eval_folder / "tasks"
     found = run_tasks(scorer, load_tokenizer(tmp_path / "tokenizer.json"), 48, TASKS, tasks, None)["results"]
 

@@ -62,7 +62,7 @@ def scorer(rank, checkpoint, model, topology):
     stage = load_stage(open_checkpoint(checkpoint), model, topology, rank, tensor)
     return Scorer(
         stage, max_length=LENGTH, batch_size=8, data_rank=topology.coordinate("data", rank), data_size=topology.data,
-        speaks=stage.following is None and tensor.group.rank == 0,
+        is_reporter=stage.following is None and tensor.group.rank == 0,
     )  # fmt: skip
 
 

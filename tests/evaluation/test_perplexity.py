@@ -47,8 +47,8 @@ def loss(
         stage, dataset, windows, vocab_size=model.vocab_size, batch_size=3,
         data_rank=topology.coordinate("data", rank), data_size=topology.data, **settings,
     )  # fmt: skip
-    speaks = stage.following is None and tensor.group.rank == 0
-    total = torch.tensor([own, scored] if speaks else [0.0, 0.0], dtype=torch.float64)
+    is_reporter = stage.following is None and tensor.group.rank == 0
+    total = torch.tensor([own, scored] if is_reporter else [0.0, 0.0], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(total)
     if "loss_mask" not in settings:

@@ -52,7 +52,7 @@ def scorer(rank, checkpoint, model, topology, sequence=False):
     stage = load_stage(open_checkpoint(checkpoint), model, topology, rank, tensor, torch.float64)
     return Scorer(
         stage, max_length=model.seq_length, batch_size=4, data_rank=topology.coordinate("data", rank),
-        data_size=topology.data, speaks=stage.following is None and tensor.group.rank == 0,
+        data_size=topology.data, is_reporter=stage.following is None and tensor.group.rank == 0,
     )  # fmt: skip
 
 

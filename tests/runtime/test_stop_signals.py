@@ -25,7 +25,7 @@ def wait(seconds):
 stop = StopSignals()
 """
 SAVING = """
-with stop.saving(speaks=True):
+with stop.saving(is_main=True):
     print("training", flush=True)
     wait(20)
 """
@@ -93,7 +93,7 @@ def test_in_a_thread_only_the_time_budget_stops():
     thread.join()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert found[0].request(None) == 0 and found[0].request(1e-9) == TIME_IS_UP
-    with found[0].saving(speaks=True):
+    with found[0].saving(is_main=True):
         pass
 
 

@@ -97,8 +97,8 @@ def _layouts(group, checkpoint, model, expected):
     for topology, sequence in LAYOUTS[group.size]:
         tensor = TensorParallel(make_group(topology, "tensor", 60.0), sequence)
         stage = load_stage(open_checkpoint(checkpoint), model, topology, group.rank, tensor, torch.float64)
-        speaks = tensor.group.rank == 0 and topology.coordinate("data", group.rank) == 0
-        probe = HealthProbe(stage, ids(), tuple(projections(model).values()), OLD, speaks)
+        is_reporter = tensor.group.rank == 0 and topology.coordinate("data", group.rank) == 0
+        probe = HealthProbe(stage, ids(), tuple(projections(model).values()), OLD, is_reporter)
         found = probe.measure()
         assert found.keys() == expected.keys()
         for name, value in expected.items():

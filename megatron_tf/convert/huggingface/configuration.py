@@ -59,7 +59,7 @@ def special_tokens(eod_id: int | None) -> dict[str, int]:
     return {} if eod_id is None else {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id}
 
 
-def stored_model(config: Any) -> tuple[Model, dict[str, float]]:
+def model_from_config(config: Any) -> tuple[Model, dict[str, float]]:
     """The model and τ of every projection that a config.json says; keys of no interest here are passed over.
 
     CheckpointError, with all problems, when it is not of a TokenFormer, or incomplete.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.strict_json import NotJsonError, parse_json
 from megatron_tf.config.schema import Model
-from megatron_tf.convert.huggingface.configuration import stored_model
+from megatron_tf.convert.huggingface.configuration import model_from_config
 from megatron_tf.convert.huggingface.export import CONFIG_NAME, WEIGHTS_NAME
 from megatron_tf.durable import open_plain, read_plain
 from megatron_tf.errors import CheckpointError, file_errors, shown
@@ -66,7 +66,7 @@ def open_export(path: Path | str) -> HuggingFaceModel:
         )
     config = _read_json(folder / CONFIG_NAME)
     try:
-        model, scales = stored_model(config)
+        model, scales = model_from_config(config)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
     stored = _read_tensors(folder)
