@@ -20,13 +20,14 @@ from megatron_tf.benchmark.report import Row
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.communication import block_collectives, ends_collectives
 from megatron_tf.errors import exit_now
-from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
+from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.parallel.groups import Group
-from megatron_tf.parallel.vocab import cross_entropy
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.runtime.network import stay_on_this_machine
 from megatron_tf.state.parameters import initial_scales
+from megatron_tf.tasks.classes import cross_entropy
+from megatron_tf.tasks.language_model.layers import Embedding
 
 TIMEOUT = timedelta(minutes=5)
 Sent = Counter[tuple[Kind, int]]  # (kind, bytes of the whole tensor) -> calls

@@ -25,8 +25,9 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.model import build_model
 from megatron_tf.model import pattention as pattention_layer
 from megatron_tf.parallel.groups import SINGLE
-from megatron_tf.parallel.vocab import cross_entropy
 from megatron_tf.shipped import configurations
+from megatron_tf.tasks.classes import cross_entropy
+from megatron_tf.tasks.language_model.section import vocab_size_of
 
 TOKENS = (768, 2304, 8560, 34480)
 # Largest relative error: four times the type's rounding, and of fp32 what sums of thousands of terms lose.
@@ -161,7 +162,7 @@ def _loss_pair(device: torch.device, dtype: torch.dtype, vocabulary: int) -> tup
 def _model_pair(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """The tiny model's loss and gradients, all in one vector, beside the same in fp64 on the CPU."""
     model = _config("tiny").model
-    ids = torch.randint(0, model.vocab_size, (2, model.seq_length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, vocab_size_of(model), (2, model.seq_length), generator=torch.Generator().manual_seed(0))
 
     def loss_and_gradients(on: torch.device, of: torch.dtype) -> list[Tensor]:
         built = build_model(model, seed=0).to(on, of)

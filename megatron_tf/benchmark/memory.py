@@ -15,7 +15,7 @@ from megatron_tf.model import build_model
 from megatron_tf.model.layers import Block
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.parallel.groups import SINGLE
-from megatron_tf.parallel.vocab import cross_entropy
+from megatron_tf.tasks.classes import cross_entropy
 
 
 def rows(device: torch.device, config: RunConfig) -> Iterator[Row]:

@@ -8,6 +8,7 @@ from megatron_tf.architectures.tokenformer.block import PattentionAttention
 from megatron_tf.architectures.transformer.section import TransformerModel
 from megatron_tf.benchmark.references import plain_formula
 from megatron_tf.config.schema import Model
+from megatron_tf.config.tasks import TASKS
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.errors import ConfigError
 from megatron_tf.model.layers import Pattention
@@ -25,7 +26,9 @@ def equal_transformer(model: Model) -> TransformerModel:
     head_dim = model.hidden_size // model.num_attention_heads
     wanted = num_parameters(model)
 
-    shared = {key: getattr(model, key) for key in Model.model_fields if key != "architecture"}
+    section = Model.chosen({"architecture": "transformer", "task": model.task})
+    assert section is not None
+    shared = {key: getattr(model, key) for key in TASKS[model.task].section.model_fields if key != "architecture"}
 
     def of_width(heads: int) -> TransformerModel:
         width = heads * head_dim
@@ -36,7 +39,9 @@ def equal_transformer(model: Model) -> TransformerModel:
             "ffn_hidden_size": 4 * width,
         }
         # without validation, as model_copy: sizes that no memory holds are refused by their memory
-        return TransformerModel.model_construct(**{**shared, **sizes})
+        made = section.model_construct(**{**shared, **sizes})
+        assert isinstance(made, TransformerModel)
+        return made
 
     heads = 1
     while num_parameters(of_width(heads + 1)) <= wanted:

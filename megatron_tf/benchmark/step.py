@@ -24,7 +24,8 @@ from megatron_tf.costs.estimate import flops_per_token, num_parameters
 from megatron_tf.errors import ConfigError
 from megatron_tf.model import TokenFormer, build_model
 from megatron_tf.parallel.groups import SINGLE
-from megatron_tf.parallel.vocab import cross_entropy
+from megatron_tf.tasks.classes import cross_entropy
+from megatron_tf.tasks.language_model.section import vocab_size_of
 
 SQUARE = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product is the machine's rate
 _STATE_BYTES = 20  # of a parameter: weight and gradient in the compute type, fp32 gradient, master weight and moments
@@ -55,7 +56,7 @@ class TrainingStep:
             self._model.to(dtype)
         self._optimizer = torch.optim.AdamW(self._masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         shape = 2, samples, model.config.seq_length
-        self._ids, self._labels = torch.randint(0, model.config.vocab_size, shape).to(device)
+        self._ids, self._labels = torch.randint(0, vocab_size_of(model.config), shape).to(device)
 
     def __call__(self) -> Tensor:
         """The loss, on the device."""
@@ -93,7 +94,7 @@ def _cut(model: Model, layers: int | None) -> tuple[Model, Model]:
     The vocabulary is cut alike, so that embedding and head keep their share of parameters and time.
     """
     depth = min(layers or model.num_layers, model.num_layers)
-    sizes = {"num_layers": depth, "vocab_size": math.ceil(model.vocab_size * depth / model.num_layers)}
+    sizes = {"num_layers": depth, "vocab_size": math.ceil(vocab_size_of(model) * depth / model.num_layers)}
     return model.model_copy(update=sizes), equal_transformer(model).model_copy(update=sizes)
 
 
@@ -127,7 +128,7 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, setting:
         "config": name,
         "dtype": str(setting.dtype).removeprefix("torch."),
         "layers": f"{model.num_layers} of {whole.num_layers}",
-        "vocabulary": f"{model.vocab_size:,} of {whole.vocab_size:,}",
+        "vocabulary": f"{vocab_size_of(model):,} of {vocab_size_of(whole):,}",
         "tokens/step": tokens,
         "parameters": num_parameters(model),
         "transformer's": num_parameters(transformer),

@@ -32,6 +32,7 @@ from megatron_tf.config.schema import Model
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.paths import literal
 from megatron_tf.state.parameters import initial_scales, projections
+from megatron_tf.tasks.language_model.section import vocab_size_of
 from megatron_tf.telemetry.console import Console
 
 if TYPE_CHECKING:
@@ -146,8 +147,8 @@ def to_official(arguments: argparse.Namespace) -> None:
     print("for use with the official code, whose configuration must say")
     for key, value in official_settings(model).items():
         print(f'  "{key}": {value:g}' if isinstance(value, float) else f'  "{key}": {value!r}'.replace("'", '"'))
-    if model.vocab_size % OFFICIAL_VOCABULARY_MULTIPLE:
-        print(f"  and a make_vocab_size_divisible_by with which the tokenizer gives {model.vocab_size:,} rows")
+    if vocab_size_of(model) % OFFICIAL_VOCABULARY_MULTIPLE:
+        print(f"  and a make_vocab_size_divisible_by with which the tokenizer gives {vocab_size_of(model):,} rows")
     if arguments.dry_run:
         return print("\ndry run: nothing is written")
     print("\ncomparing the source's checksums")
@@ -245,7 +246,7 @@ def describe(model: Model, origin: str, scales: Mapping[str, float] | None = Non
     print(f"model       {origin}")
     model = as_tokenformer(model)
     print(f"            {model.num_layers} layers × {model.hidden_size}, {model.num_attention_heads} heads, "
-          f"{model.seq_length:,} positions, {model.vocab_size:,} vocabulary rows, {model.activation}")  # fmt: skip
+          f"{model.seq_length:,} positions, {vocab_size_of(model):,} vocabulary rows, {model.activation}")  # fmt: skip
     scales = scales or initial_scales(model)
     for kind, count in model.parameter_tokens.model_dump().items():
         found = {scales[name] for name, projection in projections(model).items() if projection.kind == kind}

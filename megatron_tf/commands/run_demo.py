@@ -23,7 +23,8 @@ from megatron_tf.config.load import load_config
 from megatron_tf.errors import UserError
 from megatron_tf.paths import literal
 from megatron_tf.shipped import configurations
-from megatron_tf.telemetry.meters import format_perplexity
+from megatron_tf.tasks.language_model.perplexity import format_perplexity
+from megatron_tf.tasks.language_model.section import vocab_size_of
 
 DATA = Path("data/demo")
 SMALL, GROWN = "demo", "demo_grow"
@@ -40,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     started = time.monotonic()
     config = load_config(configurations()[SMALL], arguments.overrides)
-    prepare(config.model.vocab_size)
+    prepare(vocab_size_of(config.model))
     small, control, grown = (arguments.folder / name for name in ("small", "control", "grown"))
     tokens = json.dumps(config.model.model_dump()["parameter_tokens"])
     own = {

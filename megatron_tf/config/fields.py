@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -14,6 +15,7 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PlainSerializer,
     ValidationInfo,
+    create_model,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -63,8 +65,13 @@ class Section(BaseModel):
 
     @classmethod
     def variants(cls) -> tuple[type[Section], ...]:
-        """The classes that a section of this type may be of."""
+        """The classes whose keys a section of this type may have."""
         return (cls,)
+
+    @classmethod
+    def usual(cls) -> type[Section]:
+        """The class whose required keys are named where the section is missing."""
+        return cls
 
 
 def name_in(registry: Registry[Any]) -> BeforeValidator:
@@ -79,24 +86,37 @@ def name_in(registry: Registry[Any]) -> BeforeValidator:
 
 
 class OpenSection(Section):
-    """A section whose keys depend on one of them: what is registered under its value has a section with keys of its own.
+    """A section whose keys depend on some of them: what is registered under their values has a section with keys of its own.
 
-    `chooser`: that key.  `registered`: objects with a `section`, by the values of that key. A direct subclass has the keys
-    that are common to all of them; called, it makes the section that its arguments choose.
+    `registered`: for each of these keys, objects with a `section` by name. A direct subclass has the keys that are common
+    to all; called, it makes the section that its arguments choose. When there are two such keys, that is a class that
+    derives from the sections of both. Each section narrows its own one of the two, and the one of the last may declare
+    any other common key anew.
     """
 
-    chooser: ClassVar[str]
-    registered: ClassVar[Registry[Any]]
+    registered: ClassVar[Mapping[str, Registry[Any]]]
 
     @classmethod
     def chosen(cls, values: Mapping[str, Any]) -> type[OpenSection] | None:
-        """The class of the section that `values` choose; None when nothing is registered under that name."""
-        name = values.get(cls.chooser, cls.model_fields[cls.chooser].get_default())
-        return cls.registered[name].section if isinstance(name, str) and name in cls.registered else None
+        """The class of the section that `values` choose; None when nothing is registered under a name."""
+        parts = []
+        for key, registry in cls.registered.items():
+            name = values.get(key, cls.model_fields[key].get_default())
+            if not isinstance(name, str) or name not in registry:
+                return None
+            parts.append(registry[name].section)
+        return _composed(tuple(cls.registered), tuple(parts))
 
     def __new__(cls, /, **fields: Any) -> Self:
-        section = cls.chosen(fields) if OpenSection in cls.__bases__ else None
-        return super().__new__(section or cls)  # type: ignore[return-value]
+        section = cls.chosen(fields)
+        return super().__new__(section if section and issubclass(section, cls) else cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Takes a composed class apart into its sections, which can be imported, unlike the class itself."""
+        made_of = type(self).__bases__
+        if len(made_of) == 1:
+            return super().__reduce_ex__(protocol)
+        return _restored, (tuple(self.registered), made_of[::-1], self.__getstate__())
 
     @model_validator(mode="wrap")
     @classmethod
@@ -123,7 +143,26 @@ class OpenSection(Section):
 
     @classmethod
     def variants(cls) -> tuple[type[Section], ...]:
-        return tuple(cls.registered[name].section for name in cls.registered.names())
+        return tuple(registry[name].section for registry in cls.registered.values() for name in registry.names())
+
+
+@lru_cache(maxsize=64)
+def _composed(keys: tuple[str, ...], parts: tuple[type[OpenSection], ...]) -> type[OpenSection]:
+    """One class with the keys of all parts, which `keys` have chosen."""
+    if len(parts) == 1:
+        return parts[0]
+    narrowed: dict[str, Any] = {
+        key: (part.model_fields[key].annotation, part.model_fields[key]) for key, part in zip(keys, parts)
+    }
+    names = "As".join(part.__name__ for part in parts)
+    return create_model(names, __base__=parts[::-1], __module__=parts[0].__module__, **narrowed)
+
+
+def _restored(keys: tuple[str, ...], parts: tuple[type[OpenSection], ...], state: dict[str, Any]) -> OpenSection:
+    """What `OpenSection.__reduce_ex__` took apart."""
+    section: OpenSection = object.__new__(_composed(keys, parts))
+    section.__setstate__(state)
+    return section
 
 
 def _with_tuples(value: Any) -> Any:

@@ -231,17 +231,17 @@ def _as_number(given: Any) -> float | None:
 
 
 def _of_another_choice(loc: Location, values: Mapping[str, Any]) -> str | None:
-    """The sentence on a key that only other architectures have, or other optimizers; None for any other key."""
+    """The sentence on a key that only other architectures, tasks or optimizers have; None for any other key."""
     section = _section_at(loc[:-1])
     if section is None or not issubclass(section, OpenSection):
         return None
-    registered, chooser = section.registered, section.chooser
-    owners = [name for name in registered.names() if loc[-1] in registered[name].section.model_fields]
-    if not owners:
-        return None
-    own = values[str(loc[0])].get(chooser, section.model_fields[chooser].get_default())
-    reason = registered[own].why_not_elsewhere
-    return f"{_key_name(loc)}: {reason}. Remove it, or set {_key_name((*loc[:-1], chooser))} to {' or '.join(owners)}."
+    for chooser, registry in section.registered.items():
+        owners = [name for name in registry.names() if loc[-1] in registry[name].section.model_fields]
+        if owners:
+            own = values[str(loc[0])].get(chooser, section.model_fields[chooser].get_default())
+            remedy = f"Remove it, or set {_key_name((*loc[:-1], chooser))} to {' or '.join(owners)}"
+            return f"{_key_name(loc)}: {registry[own].why_not_elsewhere}. {remedy}."
+    return None
 
 
 def _unknown_key(loc: Location) -> str:
@@ -321,7 +321,7 @@ def _keys(section: type[Section]) -> list[str]:
 
 
 def _required_keys(section: type[Section]) -> list[str]:
-    return [field.alias or name for name, field in section.model_fields.items() if field.is_required()]
+    return [field.alias or name for name, field in section.usual().model_fields.items() if field.is_required()]
 
 
 def _all_keys(section: type[Section], prefix: str = "") -> Iterator[str]:

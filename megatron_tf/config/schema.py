@@ -35,6 +35,7 @@ from megatron_tf.config.fields import (
 )
 from megatron_tf.config.optimizers import DEFAULT as DEFAULT_OPTIMIZER
 from megatron_tf.config.optimizers import OPTIMIZERS
+from megatron_tf.config.tasks import TASKS
 
 
 def _list_activations(node: dict[str, Any]) -> None:
@@ -75,13 +76,14 @@ class ParameterTokens(Section):
 
 
 class Model(OpenSection):
-    """What every model has. An architecture adds its own keys; `Model(...)` makes the section of `architecture`."""
+    """What every model has. Its architecture and its task add their own keys; `Model(...)` makes the section of both."""
 
-    chooser = "architecture"
-    registered = ARCHITECTURES
+    registered = {"architecture": ARCHITECTURES, "task": TASKS}
 
     architecture: Annotated[str, name_in(ARCHITECTURES)] = "tokenformer"
     """What fills the blocks: a registered architecture."""
+    task: Annotated[str, name_in(TASKS)] = "language_model"
+    """What the model is trained for: a registered task. Since 0.2."""
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """Number of blocks."""
     hidden_size: Count
@@ -90,14 +92,16 @@ class Model(OpenSection):
     """Heads of the attention. They must divide hidden_size."""
     seq_length: Count
     """[tokens] Length of a training sample."""
-    vocab_size: Count
-    """[tokens] Rows of the embedding, which is also the output head."""
     rotary_fraction: Fraction = 0.25
     """Share of each head's channels that is rotated."""
     rotary_base: Annotated[float, Field(gt=1, le=1e30)] = 10000.0
     """Wavelengths of the rotation run from 2π to 2π times this."""
     norm_eps: Positive = 1e-5
     """Of the weightless block norms and of the final norm."""
+
+    @classmethod
+    def usual(cls) -> type[Section]:
+        return TASKS[cls.model_fields["task"].get_default()].section
 
 
 class Parallel(Section):
@@ -159,8 +163,7 @@ class Schedule(Section):
 class Optimizer(OpenSection):
     """What every optimizer has. `type` adds its own keys; `Optimizer(...)` makes the section of that type."""
 
-    chooser = "type"
-    registered = OPTIMIZERS
+    registered = {"type": OPTIMIZERS}
 
     type: Annotated[str, name_in(OPTIMIZERS)] = DEFAULT_OPTIMIZER
     """How parameters are updated: a registered optimizer."""

@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron_tf.config.architectures import architecture_of, with_parameter_tokens
 from megatron_tf.config.nearest import divisors, divisors_near, either, listed, multiples_near
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import Data, Model, RunConfig
+from megatron_tf.config.tasks import TASKS, task_of
 from megatron_tf.config.topology import Topology
 from megatron_tf.errors import ConfigError
 
@@ -109,7 +110,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         _schedule_problems,
         _zero_problems,
         _loss_scale_problems,
-        _document_problems,
+        _task_problems,
         _run_problems,
     ):
         problems += rule(config)
@@ -196,6 +197,7 @@ def _model_problems(model: Model) -> Iterator[str]:
     else:
         yield from _rotary_problems(model)
     yield from architecture_of(model).problems(model)
+    yield from task_of(model).problems(model)
 
 
 def _stage_problems(config: RunConfig) -> Iterator[str]:
@@ -227,7 +229,7 @@ def _sharding_problems(config: RunConfig) -> Iterator[str]:
             f"Set it to {either(divisors_near(model.num_attention_heads, tensor))}."
         )
     rows = architecture_of(model).sharded_rows(model)
-    for key, count in {"model.vocab_size": model.vocab_size, **rows}.items():
+    for key, count in {**task_of(model).sharded_rows(model), **rows}.items():
         if count < tensor:
             yield (
                 f"{key}: {count} rows cannot be split over parallel.tensor {tensor} ranks. "
@@ -313,19 +315,14 @@ def _loss_scale_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _document_problems(config: RunConfig) -> Iterator[str]:
-    data, vocabulary = config.data, config.model.vocab_size
-    for key, token in {"eod_id": data.eod_id, "pad_id": data.pad_id}.items():
-        if token is not None and token >= vocabulary:
-            yield (
-                f"data.{key}: {token} is beyond the vocabulary, model.vocab_size is {vocabulary}. Set it to a token "
-                f"below {vocabulary}, or raise model.vocab_size."
-            )
-    if data.pad_id is not None and data.pad_id == data.eod_id:
-        yield (
-            f"data.pad_id: {data.pad_id} is data.eod_id too, so the model would never learn where a document ends. "
-            "Remove data.pad_id; data.mask_eod_loss=true leaves out all but the first of such tokens in a row."
-        )
+def _task_problems(config: RunConfig) -> Iterator[str]:
+    own, task = task_of(config.model), config.model.task
+    for name in TASKS.names():
+        for key in TASKS[name].data_keys:
+            value = getattr(config.data, key)
+            if key not in own.data_keys and value != Data.model_fields[key].get_default():
+                yield (f"data.{key}: {value} means nothing to the task {task}. Remove it, or set model.task to {name}.")
+    yield from own.run_problems(config)
 
 
 def _run_problems(config: RunConfig) -> Iterator[str]:

@@ -28,6 +28,7 @@ from megatron_tf.errors import CheckpointError, file_errors
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import initial_scales, parameter_table
+from megatron_tf.tasks.language_model.section import vocab_size_of
 
 _LOGITS = ("logits", "logits_fp32", "logits_fp64")
 _FILE_OVERHEAD_BYTES = 2**20
@@ -110,13 +111,14 @@ def _read_reference(path: Path, model: Model) -> tuple[Tensor, Tensor]:
             ids, logits = file.get_tensor("input_ids").long(), file.get_tensor(kept)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: is not a safetensors file ({error})") from error
-    if tuple(logits.shape) != (*ids.shape, model.vocab_size) or ids.dim() != 2 or logits.dtype not in TOLERANCES:
+    vocab_size = vocab_size_of(model)
+    if tuple(logits.shape) != (*ids.shape, vocab_size) or ids.dim() != 2 or logits.dtype not in TOLERANCES:
         raise CheckpointError(
             f"{path}: input_ids {list(ids.shape)} and {kept} {list(logits.shape)} are not [b, s] and "
-            f"[b, s, {model.vocab_size}]"
+            f"[b, s, {vocab_size}]"
         )
-    if not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
-        raise CheckpointError(f"{path}: input_ids go to {int(ids.max())}, model.vocab_size is {model.vocab_size}")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise CheckpointError(f"{path}: input_ids go to {int(ids.max())}, model.vocab_size is {vocab_size}")
     return ids, logits
 
 

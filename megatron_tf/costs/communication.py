@@ -11,9 +11,11 @@ from dataclasses import replace
 from megatron_tf.architectures.work import Collective, Collectives, Kind, compute_bytes, hidden_bytes, positions_of
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Precision, RunConfig
+from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Axis, Topology
 from megatron_tf.config.validate import plan_batches, topology_for
-from megatron_tf.costs.estimate import stage_parameters
+from megatron_tf.costs.estimate import largest_shard, stage_parameters
+from megatron_tf.state.parameters import parameter_table
 
 
 def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
@@ -32,19 +34,14 @@ def recomputed_collectives(config: RunConfig) -> Collectives:
 
 
 def ends_collectives(config: RunConfig) -> tuple[tuple[Collectives, Collectives], tuple[Collectives, Collectives]]:
-    """((forward, backward) of the embedding, (forward, backward) of final norm, head and loss), a micro batch."""
+    """((forward, backward) of the input layer, (forward, backward) of final norm, head and loss), a micro batch."""
     if config.parallel.tensor == 1:
         return ((), ()), ((), ())
-    positions = positions_of(config)
-    whole = hidden_bytes(config)
-    # largest logit; then the sum of exponentials and the label's logit together
-    loss = (Collective("all_reduce", 4 * positions), Collective("all_reduce", 8 * positions))
+    entry, (forward, backward) = task_of(config.model).collectives(config)
     if not config.parallel.sequence:
-        reduced = (Collective("all_reduce", whole),)
-        return (reduced, ()), (loss, reduced)
-    gather, scatter = (Collective("all_gather", whole),), (Collective("reduce_scatter", whole),)
+        return entry, (forward, backward)
     norm = Collective("all_reduce", config.model.hidden_size * compute_bytes(config.training.precision), 2)
-    return (scatter, gather), (gather + loss, (*scatter, norm))
+    return entry, (forward, (*backward, norm))
 
 
 def stage_boundary(config: RunConfig) -> Collective:
@@ -73,12 +70,12 @@ def data_collectives(parameters: int, precision: Precision, zero_stage: int, dat
     return gradients, Collective("all_gather", compute_bytes(precision) * parameters)
 
 
-def tied_embedding(config: RunConfig, topology: Topology) -> Collectives:
-    """Once a step between first and last stage: the gradient of the embedding that both hold, in fp32."""
+def tied_gradients(config: RunConfig, topology: Topology) -> Collectives:
+    """Once a step between first and last stage: the gradients of what both hold, in fp32."""
     if topology.pipeline == 1:
         return ()
-    rows = -(-config.model.vocab_size // topology.tensor)
-    return (Collective("all_reduce", 4 * rows * config.model.hidden_size),)
+    tied = (spec for spec in parameter_table(config.model).values() if spec.tied)
+    return tuple(Collective("all_reduce", 4 * largest_shard(spec, topology.tensor)) for spec in tied)
 
 
 def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[Axis, float]:
@@ -98,6 +95,6 @@ def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[Axis, float]
     crossing = crossings * stage_boundary(config).bytes + (document_starts(config).bytes if crossings else 0)
     return {
         "tensor": micro_batches * (layers * block + end),
-        "pipeline": micro_batches * crossing + sum(c.sent_bytes(2) for c in tied_embedding(config, topology)),
+        "pipeline": micro_batches * crossing + sum(c.sent_bytes(2) for c in tied_gradients(config, topology)),
         "data": sum(c.sent_bytes(topology.data) for c in data),
     }

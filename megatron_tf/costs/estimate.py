@@ -14,13 +14,14 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.optimizers import DEFAULT as DEFAULT_OPTIMIZER
 from megatron_tf.config.optimizers import OPTIMIZERS
 from megatron_tf.config.schema import Model, Precision, RunConfig
+from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Topology, stage_layers
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.state.parameters import ParameterSpec, parameter_table, shard_range
 
 
 def num_parameters(model: Model) -> int:
-    """Parameters of the logical model; the output head is the embedding and counts once."""
+    """Parameters of the logical model; a head that is the input layer counts once."""
     return sum(spec.numel for spec in parameter_table(model).values())
 
 
@@ -33,8 +34,8 @@ def num_used_block_parameters(model: Model) -> int:
 def stage_parameters(model: Model, topology: Topology, stage: int) -> int:
     """Parameters on the fullest tensor rank of a pipeline stage.
 
-    The first stage holds the embedding, the last one the final norm and, as output head, its own copy of
-    the embedding.
+    The first stage holds the task's input layer, the last one the final norm and the task's head, which may be its own
+    copy of the input layer.
     """
     return _stage_parameters(model, topology.tensor, topology.pipeline, stage)
 
@@ -56,6 +57,11 @@ def _shard_numel(spec: ParameterSpec, tensor: int, rank: int) -> int:
     return (stop - start) * spec.width
 
 
+def largest_shard(spec: ParameterSpec, tensor: int) -> int:
+    """Elements of a parameter on the fullest of `tensor` ranks."""
+    return max(_shard_numel(spec, tensor, rank) for rank in range(tensor))
+
+
 def parameters_per_rank(model: Model, topology: Topology) -> int:
     """Parameters on the fullest rank, over all stages and tensor ranks."""
     return max(stage_parameters(model, topology, stage) for stage in range(topology.pipeline))
@@ -64,14 +70,14 @@ def parameters_per_rank(model: Model, topology: Topology) -> int:
 def flops_per_token(model: Model) -> int:
     """Floating-point operations of forward and backward for one trained token.
 
-    Two a multiply-add.  Forward: 2 an element of every key and value token (or matrix) that a position uses and of the
-    embedding as output head, and 4·s·d a layer for the two products of attention, counted at full length as is usual for MFU
-    although the causal half is skipped.  Backward is twice the forward.  Norms, activations and
+    Two a multiply-add.  Forward: 2 an element of every key and value token (or matrix) that a position uses, a token's share
+    of the task's input layer and head, and 4·s·d a layer for the two products of attention, counted at full length as is
+    usual for MFU although a causal model skips half of them.  Backward is twice the forward.  Norms, activations and
     recomputation under activation checkpointing do not count.
     """
-    head = model.vocab_size * model.hidden_size
+    ends = task_of(model).multiply_adds(model) // model.seq_length
     attention = 4 * model.seq_length * model.hidden_size * model.num_layers
-    return 3 * (2 * (num_used_block_parameters(model) + head) + attention)
+    return 3 * (2 * (num_used_block_parameters(model) + ends) + attention)
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Memory:
 def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
     """Memory of the fullest pipeline stage.  `config` has passed `validate` for `world_size`.
 
-    It is the first or the last: those between have no embedding, and no more layers or micro batches in flight than
+    It is the first or the last: those between have no layers of the task, and no more layers or micro batches in flight than
     the first.
     """
     topology = topology_for(config, world_size)
@@ -152,9 +158,8 @@ def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, i
         kept, backward = compute * positions * model.hidden_size // split, block + backward
     head = 0
     if stage == topology.pipeline - 1:
-        # the final norm's output; logits [s, b, V/T] and their gradient (what is in fp32 of them is a few rows)
-        rows = -(-model.vocab_size // topology.tensor)
-        head = positions * compute * (model.hidden_size + 2 * rows)
+        # the final norm's output; logits and their gradient (what is in fp32 of them is a few rows)
+        head = compute * (positions * model.hidden_size + 2 * task_of(model).work(config).logits)
     return in_flight * layers * kept + max(head, backward)
 
 

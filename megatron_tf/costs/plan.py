@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
+from megatron_tf.config.tasks import task_of
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
 from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
 from megatron_tf.telemetry.text import plural, size
@@ -29,7 +30,7 @@ def describe(
         "run": f"{config.run.name} in {config.run.dir}, seed {config.run.seed}{origin}",
         "model": (
             f"{num_parameters(model):,} parameters: {model.num_layers} layers × {model.hidden_size}, "
-            f"{model.num_attention_heads} heads, {architecture_of(model).describe(model)}, vocabulary {model.vocab_size:,}"
+            f"{model.num_attention_heads} heads, {architecture_of(model).describe(model)}, {task_of(model).describe(model)}"
         ),
         "layout": (
             f"{world_size:,} {plural('rank', world_size)} as {topology}{sequence}, ZeRO {config.zero.stage}, "

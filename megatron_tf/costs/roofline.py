@@ -20,11 +20,11 @@ from megatron_tf.costs.communication import (
     ends_collectives,
     recomputed_collectives,
     stage_boundary,
-    tied_embedding,
+    tied_gradients,
 )
 from megatron_tf.costs.estimate import flops_per_token, stage_parameters
 from megatron_tf.costs.hardware import Assumptions, Gpu, group_bandwidth
-from megatron_tf.costs.work import Seconds, accumulation_seconds, block_seconds, head_seconds, update_seconds
+from megatron_tf.costs.work import Seconds, accumulation_seconds, block_seconds, ends_seconds, update_seconds
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class StepTime:
 def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions) -> StepTime:
     """Estimate for one optimizer step. `config` has passed `validate` for `world_size`."""
     topology, batches = topology_for(config, world_size), plan_batches(config, world_size)
-    stages = {0, topology.pipeline - 1}  # those between have no embedding, head, or more layers
+    stages = {0, topology.pipeline - 1}  # those between have no layers of the task, or more blocks
     slots = [_slot(config, topology, stage, gpu, assumed) for stage in stages]
     compute, tensor, sending = max(slots, key=sum)
     micro_batches = batches.num_micro_batches
     parameters = max(stage_parameters(config.model, topology, stage) for stage in stages)
     data = data_collectives(parameters, config.training.precision, config.zero.stage, topology.data)
-    tied = tied_embedding(config, topology)
+    tied = tied_gradients(config, topology)
     # between first and last stage, but as costly as between neighbours
     end = _seconds(data, topology.data, "data", topology, gpu, assumed) + _seconds(
         tied, 2, "pipeline", topology, gpu, assumed
@@ -104,11 +104,10 @@ def _slot(
     again = layers * _seconds(recomputed_collectives(config), topology.tensor, "tensor", topology, gpu, assumed)
     work_again = work.forward
     is_end = (stage == 0, stage == topology.pipeline - 1)
-    for at_end, pair in zip(is_end, ends_collectives(config)):
+    for at_end, pair, seconds in zip(is_end, ends_collectives(config), ends_seconds(config, gpu, assumed)):
         if at_end:
             sent += Seconds(*(_seconds(c, topology.tensor, "tensor", topology, gpu, assumed) for c in pair))
-    if is_end[1]:
-        work += head_seconds(config, gpu, assumed)
+            work += seconds
     compute = work.forward + work.backward
     compute += accumulation_seconds(stage_parameters(config.model, topology, stage), config, gpu, assumed)
     tensor = sent.forward + sent.backward

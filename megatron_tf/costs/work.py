@@ -13,6 +13,7 @@ from megatron_tf.architectures.work import Passes, Product, compute_bytes, posit
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.hardware import Assumptions, Gpu
 
 # For each element of [s, b, d] of a block: norms and residual sums, and what is done on a rank's own heads.
@@ -46,8 +47,8 @@ def block_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
     hidden = model.hidden_size
     work = architecture_of(model).work(config)
     of_products = _products_seconds(work.products, config, gpu, assumed)
-    # causal: half of the s × s scores
-    attention = 2 * model.seq_length * hidden * positions / tensor
+    # of the s × s scores a causal model computes half
+    attention = (2 if task_of(model).causal else 4) * model.seq_length * hidden * positions / tensor
     attention /= assumed.attention * gpu.peak_flops(training.precision)
     bandwidth = assumed.memory * gpu.memory_bandwidth / compute_bytes(training.precision)
 
@@ -65,18 +66,13 @@ def block_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
     )
 
 
-def head_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
-    """Time of the output head and the cross-entropy."""
-    model, precision = config.model, config.training.precision
-    positions, rows = (
-        model.seq_length * config.training.micro_batch_size,
-        -(-model.vocab_size // config.parallel.tensor),
-    )
-    products = _products_seconds([Product(positions, model.hidden_size, rows)], config, gpu, assumed)
-    bandwidth = assumed.memory * gpu.memory_bandwidth
-    per_logit = LOGIT_BYTES[precision]
-    forward, backward = (positions * rows * count / bandwidth for count in (per_logit.forward, per_logit.backward))
-    return Seconds(products + forward, 2 * products + backward)
+def ends_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> tuple[Seconds, Seconds]:
+    """Time of the task's input layer, and of its head and loss."""
+    work = task_of(config.model).work(config)
+    entry, head = (_products_seconds(p, config, gpu, assumed) for p in (work.input_products, work.head_products))
+    bandwidth, per_logit = assumed.memory * gpu.memory_bandwidth, LOGIT_BYTES[config.training.precision]
+    forward, backward = (work.logits * count / bandwidth for count in (per_logit.forward, per_logit.backward))
+    return Seconds(entry, 2 * entry), Seconds(head + forward, 2 * head + backward)
 
 
 def accumulation_seconds(parameters: int, config: RunConfig, gpu: Gpu, assumed: Assumptions) -> float:

@@ -11,7 +11,7 @@ from megatron_tf.config.schema import Data, DataSource
 from megatron_tf.data.indexed import IndexedDataset, data_file
 from megatron_tf.data.summary import read_summary, summary_file
 from megatron_tf.errors import DataError
-from megatron_tf.parallel.vocab import IGNORED
+from megatron_tf.tasks.classes import IGNORED
 
 DOCUMENTS_LOOKED_AT = 16  # of each source, to see whether they end as they should
 

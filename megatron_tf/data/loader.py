@@ -228,7 +228,11 @@ class BatchLoader:
 
     def sample_sources(self, first_sample: int) -> list[int]:
         """Number of the source of each sample of `step_batches`, in their order."""
-        return [self.dataset.locate(sample)[0] for sample in self._samples(first_sample)]
+        return [self.source_of(sample) for sample in self._samples(first_sample)]
+
+    def source_of(self, sample: int) -> int:
+        """Number of the source that a sample is of."""
+        return self.dataset.locate(sample)[0]
 
     def _samples(self, first_sample: int) -> list[int]:
         size = self.micro_batch_size

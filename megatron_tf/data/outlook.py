@@ -15,6 +15,7 @@ from megatron_tf.data.indexed import IndexedDataset, data_file
 from megatron_tf.data.summary import CorpusSummary, known_end, read_summary, summary_file
 from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.errors import DataError
+from megatron_tf.tasks.language_model.section import LanguageModel, vocab_size_of
 from megatron_tf.telemetry.text import plural
 
 # Up to here text that is seen again is worth nearly as much as new text (Muennighoff et al., "Scaling Data-Constrained
@@ -146,9 +147,10 @@ def _end_warnings(data: Data) -> Iterator[str]:
 
 def vocabulary_problem(config: RunConfig) -> str | None:
     """What is wrong when data.tokenizer has more tokens than the model; as far as summaries or the file tell."""
-    name, size = config.data.tokenizer, config.model.vocab_size
-    if name is None:
+    name = config.data.tokenizer
+    if name is None or not isinstance(config.model, LanguageModel):
         return None
+    size = config.model.vocab_size
     try:
         found = _sizes(config.data) or load_tokenizer(name, known_end(config.data)).vocab_size
     except DataError:
@@ -163,7 +165,7 @@ def vocabulary_problem(config: RunConfig) -> str | None:
 
 
 def _vocabulary_warnings(config: RunConfig) -> Iterator[str]:
-    found, size = _sizes(config.data), config.model.vocab_size
+    found, size = _sizes(config.data), vocab_size_of(config.model)
     if config.data.tokenizer is None and found is not None and found > size:
         yield (
             f"model.vocab_size: {size:,}, but the data were made with a tokenizer of {found:,} tokens, which evaluation, "

@@ -8,18 +8,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from megatron_tf.data.loader import Batch, BatchLoader
+from megatron_tf.tasks.data import Batch, Loader
 
 STEPS_AHEAD = 2
 
 
 class Prefetcher:
-    """A `BatchLoader` that is ahead of its caller; which samples a step takes is the loader's affair alone.
+    """A `Loader` that is ahead of its caller; which samples a step takes is the loader's affair alone.
 
     On a GPU the batches are copied from pinned memory, which the device does by itself. Use `close` at the end.
     """
 
-    def __init__(self, loader: BatchLoader, samples_per_step: int, device: torch.device):
+    def __init__(self, loader: Loader, samples_per_step: int, device: torch.device):
         """`samples_per_step`: of all ranks, so that the step after the one at sample i begins at i + samples_per_step."""
         self._loader, self._samples_per_step, self._device = loader, samples_per_step, device
         self._pins = device.type == "cuda"
@@ -27,7 +27,7 @@ class Prefetcher:
         self._coming: deque[tuple[int, Future[list[Batch]]]] = deque()  # (first sample, its step's batches)
 
     def step_batches(self, first_sample: int) -> Iterator[Batch]:
-        """As `BatchLoader.step_batches`, on the device. Waits for them, and raises what went wrong in preparing them.
+        """As `Loader.step_batches`, on the device. Waits for them, and raises what went wrong in preparing them.
 
         An error belongs to its step: it is raised when that step is asked for, not when the thread meets it.
         """
@@ -37,7 +37,7 @@ class Prefetcher:
         while len(self._coming) <= STEPS_AHEAD:
             self._prepare(self._coming[-1][0] + self._samples_per_step)
         batches = self._coming.popleft()[1].result()
-        return ((self._on_device(ids), self._on_device(labels)) for ids, labels in batches)
+        return ((self._on_device(inputs), self._on_device(targets)) for inputs, targets in batches)
 
     def close(self) -> None:
         """Ends the thread, after what it is at."""
@@ -54,7 +54,7 @@ class Prefetcher:
 
     def _read(self, first_sample: int) -> list[Batch]:
         batches = list(self._loader.step_batches(first_sample))
-        return [(ids.pin_memory(), labels.pin_memory()) for ids, labels in batches] if self._pins else batches
+        return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches] if self._pins else batches
 
     def _attach(self) -> None:
         # The current CUDA device is per thread.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.config.validate import BatchPlan
-from megatron_tf.data.loader import Batch
 from megatron_tf.engine.optimizer import Segment
 from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.model.stage import Stage
+from megatron_tf.tasks.data import Batch
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,17 @@ class Age(NamedTuple):
     start: int
     stop: int
     updates: int
+
+
+class Evaluated(NamedTuple):
+    """`loss`: mean over all losses that count.  `by_group`: the same of each group; None where none counts.
+
+    `metrics`: the means of `Task.metrics` by name.
+    """
+
+    loss: float
+    by_group: list[float | None]
+    metrics: Mapping[str, float]
 
 
 class Engine(Protocol):
@@ -83,13 +94,10 @@ class Engine(Protocol):
         """The parameters, over all ranks, whose gradient was inf or nan in the step that was just skipped."""
         ...
 
-    def evaluate_groups(
-        self, batches: Iterable[Batch], groups: Sequence[int], num_groups: int
-    ) -> tuple[float, list[float | None]]:
-        """(mean loss over all unmasked labels of every data-parallel rank, the same for each group), identical on all ranks.
+    def evaluate_groups(self, batches: Iterable[Batch], groups: Sequence[int], num_groups: int) -> Evaluated:
+        """Of every data-parallel rank together, identical on all ranks.
 
-        `groups`: the group, below `num_groups`, of each of this rank's samples in the order of `batches`. A group without
-        unmasked labels gives None.
+        `groups`: the group, below `num_groups`, of each of this rank's samples in the order of `batches`.
         """
         ...
 

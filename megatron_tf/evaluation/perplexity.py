@@ -15,7 +15,7 @@ from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.loader import check_vocabulary
 from megatron_tf.evaluation.windows import Window, Windows
 from megatron_tf.model.stage import Stage
-from megatron_tf.parallel.vocab import IGNORED, cross_entropy
+from megatron_tf.tasks.classes import IGNORED
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def num_batches(windows: Windows, batch_size: int, data_rank: int = 0, data_size
 def token_losses(stage: Stage, logits: Tensor, labels: Tensor) -> Tensor:
     """logits [s, b, V/T] of `stage`, labels [b, s] -> loss of each token [b, s], 0 where it is IGNORED, at least fp32, on
     each tensor rank."""
-    assert stage.embedding is not None
-    return cross_entropy(logits, labels.mT, stage.embedding.start, stage.tensor.group).mT
+    return stage.task_layers.losses(stage.model, logits, labels, stage.tensor.group).mT
 
 
 def _batches(windows: Windows, batch_size: int, data_rank: int, data_size: int) -> Iterator[list[Window]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_tf.evaluation import paper
 from megatron_tf.evaluation.perplexity import Score, pooled
-from megatron_tf.telemetry.meters import format_perplexity
+from megatron_tf.tasks.language_model.perplexity import format_perplexity
 from megatron_tf.telemetry.text import table
 
 

@@ -48,6 +48,7 @@ from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import NO_FACTS, join_ranks, leave
 from megatron_tf.runtime.watchdog import Watchdog, watched
 from megatron_tf.streams import report
+from megatron_tf.tasks.language_model.section import vocab_size_of
 from megatron_tf.telemetry.console import Console
 
 
@@ -217,7 +218,7 @@ def _run_tasks(
 
 def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDataset]:
     check_tokenizer([DataSource(path=literal(prefix)) for prefix in prefixes], config.data.tokenizer)
-    datasets = [open_tokens(prefix, config.model.vocab_size) for prefix in prefixes]
+    datasets = [open_tokens(prefix, vocab_size_of(config.model)) for prefix in prefixes]
     for dataset in datasets:
         if dataset.num_tokens < 2:
             raise DataError(
@@ -230,10 +231,10 @@ def _open_tokenizer(config: RunConfig) -> Tokenizer | None:
     if config.data.tokenizer is None:
         return None
     tokenizer = load_tokenizer(config.data.tokenizer, known_end(config.data))
-    if tokenizer.vocab_size > config.model.vocab_size:
+    if tokenizer.vocab_size > vocab_size_of(config.model):
         raise DataError(
             f"data.tokenizer: {config.data.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size is "
-            f"{config.model.vocab_size}. It is another model's tokenizer: name the right one."
+            f"{vocab_size_of(config.model)}. It is another model's tokenizer: name the right one."
         )
     return tokenizer
 
@@ -289,7 +290,7 @@ def _score(
     with console.progress(total, 0, Path(dataset.prefix).name) as bar:
         own, scored = together(
             lambda: summed_loss(
-                model.stage, dataset, windows, vocab_size=config.model.vocab_size, batch_size=batch,
+                model.stage, dataset, windows, vocab_size=vocab_size_of(config.model), batch_size=batch,
                 data_rank=model.data_rank, data_size=data_size, loss_mask=model.documents.loss_mask, progress=lambda done: bar.advance(done, ""),
             )
         )  # fmt: skip

@@ -11,7 +11,8 @@ from torch import Tensor
 from megatron_tf.errors import ArgumentError
 from megatron_tf.evaluation.perplexity import token_losses
 from megatron_tf.model.stage import Stage
-from megatron_tf.parallel.vocab import argmax
+from megatron_tf.tasks.classes import argmax
+from megatron_tf.tasks.language_model.layers import first_row
 
 Request = tuple[list[int], list[int]]  # context and continuation, neither of them empty
 Answer = tuple[float, bool]  # log-likelihood in nats, and whether the continuation is what greedy decoding gives
@@ -84,8 +85,7 @@ def score_continuations(stage: Stage, requests: Sequence[Request], max_length: i
     if logits is None:
         return None
     likelihood = -(token_losses(stage, logits, labels).double() * counts).sum(-1)
-    assert stage.embedding is not None
-    likeliest = argmax(logits, stage.embedding.start, stage.tensor.group).mT
+    likeliest = argmax(logits, first_row(stage.model, stage.tensor.group), stage.tensor.group).mT
     greedy = ((likeliest == labels) | (counts == 0)).all(-1)
     return torch.stack((likelihood, greedy.double()), -1)
 

@@ -21,9 +21,11 @@ from torch.nn import functional as F
 from megatron_tf.checks import described
 from megatron_tf.errors import ArgumentError
 from megatron_tf.model.attention import Documents, apply_rotary, causal_attention, rotary_tables
-from megatron_tf.model.checks import check_device, check_id_tensor, check_padding, check_vocabulary
+from megatron_tf.model.checks import check_device, check_padding
 from megatron_tf.model.layers import Attention
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.tasks.language_model.checks import check_id_tensor, check_vocabulary
+from megatron_tf.tasks.language_model.section import vocab_size_of
 
 _CAPACITY_STEP = 256  # positions that room is made for at once
 _TABLE_STEP = 1024  # positions of a table of angles, so that few are made
@@ -47,7 +49,7 @@ class CachedModel:
     @torch.no_grad()
     def __call__(self, ids: Tensor, padding: Tensor) -> Tensor:
         check_id_tensor("ids", ids)
-        check_device("ids", ids, "the model", self._model.embedding.weight.device)
+        check_device("ids", ids, "the model", self._model.final_norm.weight.device)
         check_padding(padding, ids)
         known = self._ids.shape[1]
         if not (
@@ -58,11 +60,11 @@ class CachedModel:
         ):
             known = 0
             self._layers = [LayerCache(padding) for _ in self._model.blocks]
-        check_vocabulary("ids", ids[:, known:], self._model.config.vocab_size)
+        check_vocabulary("ids", ids[:, known:], vocab_size_of(self._model.config))
         self._ids, self._padding = ids.clone(), padding.clone()
         with self._attached():
             hidden = self._model.hidden_states(ids[:, known:])
-        return self._model.embedding.logits(self._model.final_norm(hidden[-1:]))[0]
+        return self._model.logits(hidden[-1:])[0]
 
     @contextmanager
     def _attached(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ from megatron_tf.durable import open_plain
 from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
 from megatron_tf.model.checks import check_dtype
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.tasks.language_model.section import vocab_size_of
 
 
 @torch.no_grad()
@@ -77,9 +78,9 @@ def open_tokenizer(
     """The tokenizer `name`, with `eod` at the end of a text. UserError when it has more tokens than `model`: it is
     another model's."""
     tokenizer = load_tokenizer(name, eod)
-    if tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.vocab_size > vocab_size_of(model):
         raise UserError(
-            f"{name}: has {tokenizer.vocab_size} tokens, the model's vocabulary {model.vocab_size}. "
+            f"{name}: has {tokenizer.vocab_size} tokens, the model's vocabulary {vocab_size_of(model)}. "
             f"It is another model's tokenizer: {remedy}."
         )
     return tokenizer

@@ -1,4 +1,4 @@
-"""Causal self-attention over the heads that this rank holds, with partial rotary position embedding.
+"""Self-attention, causal or not, over the heads that this rank holds, with partial rotary position embedding.
 
 Hidden states are [s, b, d]: sequence first, so that a split over the sequence is contiguous.
 
@@ -116,6 +116,29 @@ def causal_attention(
     g divides heads: query heads i·heads/g to (i + 1)·heads/g − 1 see the i-th key and value (grouped-query attention).
     `channels` of each head are rotated (0 is none). `documents`: None is one document a sample.
     """
+    query, key, value = _by_head(query, key, value, channels, base, documents)
+    if documents is None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    elif isinstance(documents.mask, Tensor):
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=documents.mask)
+    else:
+        out = _fused_flex_attention()(query, key, value, block_mask=documents.mask)
+    return out.permute(2, 0, 1, 3).flatten(-2)
+
+
+def full_attention(
+    query: Tensor, key: Tensor, value: Tensor, channels: int, base: float, documents: Documents | None = None
+) -> Tensor:
+    """As `causal_attention`, but every position sees all others. A sample is one document."""
+    assert documents is None
+    query, key, value = _by_head(query, key, value, channels, base)
+    return F.scaled_dot_product_attention(query, key, value).permute(2, 0, 1, 3).flatten(-2)
+
+
+def _by_head(
+    query: Tensor, key: Tensor, value: Tensor, channels: int, base: float, documents: Documents | None = None
+) -> tuple[Tensor, ...]:
+    """Query, key and value with their positions, [b, heads, s, head_dim] each."""
     if channels:
         cos, sin = rotary_tables(query.shape[0], channels, base, query.device)
         if documents is not None:
@@ -124,14 +147,7 @@ def causal_attention(
             cos, sin = cos[positions, 0], sin[positions, 0]
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
     key, value = (shared_heads(t, query.shape[2]) for t in (key, value))
-    query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-    if documents is None:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    elif isinstance(documents.mask, Tensor):
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=documents.mask)
-    else:
-        out = _fused_flex_attention()(query, key, value, block_mask=documents.mask)
-    return out.permute(2, 0, 1, 3).flatten(-2)
+    return tuple(t.permute(1, 2, 0, 3) for t in (query, key, value))
 
 
 def shared_heads(t: Tensor, heads: int) -> Tensor:

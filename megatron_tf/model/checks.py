@@ -1,7 +1,6 @@
 """What the public functions of the model refuse, in one message each: types, shapes, devices, numbers.
 
-Nothing here waits for a device or breaks a compiled graph. Token ids are the one argument whose values count: a CPU
-looks at them at once; elsewhere, and in a compiled graph, an assertion goes with the work.
+Nothing here waits for a device or breaks a compiled graph.
 """
 
 from __future__ import annotations
@@ -67,50 +66,6 @@ def check_device(name: str, tensor: Tensor, other: str, device: torch.device) ->
         raise ArgumentError(f"{name}: is on {tensor.device}, {other} on {device}. Move it: {name}.to({str(device)!r}).")
 
 
-def checked_ids(name: str, ids: Tensor, model: Model, device: torch.device) -> Tensor:
-    """int64 `ids`; ArgumentError unless they are token ids [b, s] of `model` on `device`, s at most its seq_length.
-
-    A compiled graph, and a device other than a CPU, can only say that one of them is out of range, and not which.
-    """
-    check_id_tensor(name, ids)
-    if ids.shape[1] > model.seq_length:
-        raise ArgumentError(
-            f"{name}: has samples of {ids.shape[1]} tokens, model.seq_length is {model.seq_length}. Give shorter ones, "
-            f"or build the model with seq_length={ids.shape[1]}: no weight depends on it."
-        )
-    check_device(name, ids, "the model", device)
-    ids = ids.long()
-    check_vocabulary(name, ids, model.vocab_size)
-    return ids
-
-
-def check_id_tensor(name: str, ids: Tensor) -> None:
-    """ArgumentError unless `ids` are integers [b, s], s at least 1."""
-    if not isinstance(ids, Tensor):
-        raise ArgumentError(f"{name}: {described(ids)}, but a tensor is expected. Give torch.tensor({name}).")
-    if not _is_whole(ids):
-        raise ArgumentError(f"{name}: the type is {type_of(ids)}, but token ids are whole numbers. Give int64.")
-    if ids.dim() != 2 or ids.shape[1] == 0:
-        remedy = f" Give {name}[None] for one sample." if ids.dim() == 1 and len(ids) else ""
-        raise ArgumentError(
-            f"{name}: the shape is {shape_of(ids)}, but [samples, tokens] is expected, at least one token.{remedy}"
-        )
-
-
-def check_vocabulary(name: str, ids: Tensor, vocab_size: int) -> None:
-    """ArgumentError unless 0 <= ids < `vocab_size`."""
-    if ids.numel() == 0 or ids.device.type == "meta":
-        return
-    expected = f"model.vocab_size is {vocab_size}. Token ids are 0 to {vocab_size - 1}: is it another tokenizer?"
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        # not awaited, unlike a comparison here
-        torch._assert_async(((ids >= 0) & (ids < vocab_size)).all(), f"{name}: an id is out of range, {expected}")
-        return
-    lowest, highest = (int(bound) for bound in torch.aminmax(ids))
-    if lowest < 0 or highest >= vocab_size:
-        raise ArgumentError(f"{name}: {lowest if lowest < 0 else highest} is out of range, {expected}")
-
-
 def check_starts(starts: Tensor, ids: Tensor) -> None:
     """ArgumentError unless `starts` has a number for each of `ids` [b, s], on the same device."""
     remedy = "attention.document_starts makes them"
@@ -124,7 +79,7 @@ def check_padding(padding: Tensor, ids: Tensor) -> None:
 
 
 def _check_whole_numbers(name: str, tensor: Tensor, shape: torch.Size, meaning: str) -> None:
-    if isinstance(tensor, Tensor) and _is_whole(tensor) and tensor.shape == shape:
+    if isinstance(tensor, Tensor) and is_whole(tensor) and tensor.shape == shape:
         return
     given = described(tensor)
     if isinstance(tensor, Tensor):
@@ -177,7 +132,8 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise ArgumentError(f"dtype: {given}, but one of {_listed(FLOATING)} is expected.")
 
 
-def _is_whole(tensor: Tensor) -> bool:
+def is_whole(tensor: Tensor) -> bool:
+    """Whether it holds whole numbers."""
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
 
 

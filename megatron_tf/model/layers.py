@@ -4,12 +4,10 @@ Parameter names are the logical names.
 
 | tensor | local shape | under sequence parallelism |
 |---|---|---|
-| ids, labels | [b, s] | [b, s] |
 | hidden between layers | [s, b, d] | [s/T, b, d] |
 | query, key, value | [s, b, heads/T, head_dim] | the same |
 | attention output | [s, b, d/T] | the same |
 | activations of a Transformer's MLP | [s, b, f/T] | the same |
-| logits | [s, b, V/T] | the same |
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pkgutil import resolve_name
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +26,17 @@ from megatron_tf.checks import check_scale, check_whole_number
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Model
-from megatron_tf.model.attention import Documents, causal_attention
+from megatron_tf.config.tasks import task_of
+from megatron_tf.model.attention import Documents, causal_attention, full_attention
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.context import BlockContext, Reports, attach
 from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
-from megatron_tf.parallel.vocab import partial_embedding
 from megatron_tf.state.parameters import INITIAL_STD, check_activation, default_scale, shard_range
+
+if TYPE_CHECKING:
+    from megatron_tf.tasks.layers import TaskLayers
 
 
 class TensorParallel:
@@ -120,27 +121,8 @@ def partial_outputs(projections: Sequence[Pattention], x: Tensor) -> tuple[Tenso
     )
 
 
-class Embedding(nn.Module):
-    """Token embedding and, tied, the output head. Vocabulary rows are split over the tensor group."""
-
-    def __init__(self, model: Model, tensor: TensorParallel):
-        super().__init__()
-        self.tensor = tensor
-        self.start, stop = shard_range(model.vocab_size, tensor.group.size, tensor.group.rank)
-        self.weight = nn.Parameter(torch.empty(stop - self.start, model.hidden_size))
-        nn.init.normal_(self.weight, std=INITIAL_STD)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids [b, s] -> hidden between layers."""
-        return self.tensor.leave(partial_embedding(ids.mT, self.weight, self.start))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden between layers -> logits [s, b, V/T] over this rank's rows of the vocabulary."""
-        return self.tensor.enter(hidden) @ self.weight.mT
-
-
 class Attention(nn.Module, ABC):
-    """Causal attention over this rank's heads, between two projections that an architecture makes its own way."""
+    """Attention over this rank's heads, causal if the model's task is, between two projections that an architecture makes its own way."""
 
     def __init__(self, model: Model, tensor: TensorParallel):
         super().__init__()
@@ -148,7 +130,8 @@ class Attention(nn.Module, ABC):
         self.head_dim = model.hidden_size // model.num_attention_heads
         self.rotary_channels = int(self.head_dim * model.rotary_fraction)
         self.rotary_base = model.rotary_base
-        self.attend: Callable[..., Tensor] = causal_attention  # generation puts attention over its cache here
+        # generation puts attention over its cache here
+        self.attend: Callable[..., Tensor] = causal_attention if task_of(model).causal else full_attention
 
     @abstractmethod
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,3 +230,8 @@ def build_block(model: Model, layer: int, scales: Mapping[str, float], tensor: T
     """Block `layer` as the model's architecture makes it, its weights still to be written. `scales`: τ by projection."""
     factory: BlockFactory = resolve_name(architecture_of(model).block)
     return factory(model, layer, scales, tensor)
+
+
+def task_layers(model: Model) -> TaskLayers:
+    """The layers, loss and metrics of the model's task."""
+    return resolve_name(task_of(model).layers)

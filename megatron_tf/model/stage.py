@@ -1,4 +1,4 @@
-"""One rank's part of a TokenFormer under any layout, for inference: ids in, logits out at the last pipeline stage."""
+"""One rank's part of a model under any layout, for inference: inputs in, logits out at the last pipeline stage."""
 
 from __future__ import annotations
 
@@ -8,64 +8,72 @@ from typing import cast
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
+from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Topology, stage_layers
 from megatron_tf.model.attention import document_starts
 from megatron_tf.model.context import BlockContext, run_blocks
-from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel, build_block
+from megatron_tf.model.layers import Block, FinalNorm, TensorParallel, build_block, task_layers
 from megatron_tf.parallel.collectives import receive, send
 
 
 class Stage(nn.Module):
     """The layers of one pipeline stage. `named_parameters` gives logical names; each is this tensor rank's rows.
 
-    Only the hidden states cross a stage boundary. Every rank of a pipeline calls it with the same ids; batches may
+    Only the hidden states cross a stage boundary. Every rank of a pipeline calls it with the same inputs; batches may
     differ in shape, and a stage that has passed one on begins with the next.
     """
 
     def __init__(
         self,
-        embedding: Embedding | None,
+        model: Model,
+        tensor: TensorParallel,
+        input_layer: nn.Module | None,
         blocks: Mapping[int, Block],
         final_norm: FinalNorm | None,
-        tensor: TensorParallel,
-        hidden_size: int,
+        head: nn.Module | None,
         previous: int | None = None,
         following: int | None = None,
         document_ends: Sequence[int] = (),
     ):
-        """`embedding`: of the first and, as the head, of the last stage.  `blocks`: by layer number, in their order.
+        """`input_layer`: of the first stage.  `blocks`: by layer number, in their order.  `final_norm`, `head`: of the last.
 
         `previous`, `following`: the ranks of the neighbouring stages.  `document_ends`: the tokens after which attention
         begins anew.
         """
         super().__init__()
-        self.embedding, self.final_norm = embedding, final_norm
+        task = task_of(model)
+        # a tied head is the input layer, on one stage the same module
+        for name, layer in ((task.input_name, input_layer), (task.head_name, head)):
+            if layer is not None:
+                self.add_module(name, layer)
+        self.final_norm = final_norm
         self.blocks = nn.ModuleDict({str(layer): block for layer, block in blocks.items()})
-        self.tensor, self.hidden_size = tensor, hidden_size
+        self.model, self.tensor, self.task_layers = model, tensor, task_layers(model)
         self.previous, self.following, self.document_ends = previous, following, document_ends
 
-    def forward(self, ids: Tensor) -> Tensor | None:
-        """ids int64 [b, s] -> logits [s, b, V/T] at the last stage, None elsewhere.
+    def forward(self, inputs: Tensor) -> Tensor | None:
+        """Inputs [b, ...] of the task -> its logits at the last stage, None elsewhere.
 
-        Under sequence parallelism s is a multiple of T.
+        Under sequence parallelism the positions that they become are a multiple of T.
         """
+        task = task_of(self.model)
         if self.previous is None:
-            assert self.embedding is not None
-            hidden = self.embedding(ids)
+            hidden = self.get_submodule(task.input_name)(inputs)
         else:
-            hidden = receive(self._hidden_shape(ids), next(self.parameters()), self.previous)
-        starts = document_starts(ids, self.document_ends) if self.document_ends else None
+            hidden = receive(self._hidden_shape(inputs), next(self.parameters()), self.previous)
+        starts = document_starts(inputs, self.document_ends) if self.document_ends else None
         blocks = cast("Iterable[Block]", self.blocks.values())
         hidden = run_blocks(blocks, hidden, starts, BlockContext())
         if self.following is not None:
             send(hidden, self.following)
             return None
-        assert self.embedding is not None and self.final_norm is not None
-        return self.embedding.logits(self.final_norm(hidden))
+        assert self.final_norm is not None
+        return self.task_layers.logits(self.get_submodule(task.head_name), self.final_norm(hidden))
 
-    def _hidden_shape(self, ids: Tensor) -> tuple[int, int, int]:
-        rows, length = ids.shape
-        return length // self.tensor.group.size if self.tensor.sequence else length, rows, self.hidden_size
+    def _hidden_shape(self, inputs: Tensor) -> tuple[int, int, int]:
+        length, rows = self.task_layers.hidden_shape(self.model, inputs)
+        length = length // self.tensor.group.size if self.tensor.sequence else length
+        return length, rows, self.model.hidden_size
 
 
 def neighbours(topology: Topology, rank: int) -> tuple[int | None, int | None]:
@@ -86,10 +94,21 @@ def build_stage(
     """The stage of `rank` with weights that are still to be written."""
     previous, following = neighbours(topology, rank)
     layers = stage_layers(model.num_layers, topology.pipeline, topology.coordinate("pipeline", rank))
-    at_an_end = previous is None or following is None
+    input_layer, head = build_ends(model, tensor, first=previous is None, last=following is None)
     return Stage(
-        Embedding(model, tensor) if at_an_end else None,
+        model, tensor, input_layer,
         {layer: build_block(model, layer, scales, tensor) for layer in layers},
         FinalNorm(model, tensor) if following is None else None,
-        tensor, model.hidden_size, previous, following, document_ends,
+        head, previous, following, document_ends,
     )  # fmt: skip
+
+
+def build_ends(
+    model: Model, tensor: TensorParallel, first: bool = True, last: bool = True
+) -> tuple[nn.Module | None, nn.Module | None]:
+    """(input layer, head) of a stage that is the first, the last, both or neither."""
+    layers = task_layers(model)
+    input_layer = layers.input_layer(model, tensor) if first else None
+    if task_of(model).tied and first and last:
+        return input_layer, input_layer
+    return input_layer, layers.head(model, tensor) if last else None

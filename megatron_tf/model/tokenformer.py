@@ -1,4 +1,4 @@
-"""The TokenFormer language model on one process, and how any part of it gets its initial weights."""
+"""The TokenFormer on one process, a language model unless it has another task, and how any part of it gets its initial weights."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
+from megatron_tf.config.tasks import task_of
 from megatron_tf.config.validate import check_model
-from megatron_tf.model.checks import check_building, check_config, check_scales, check_starts, checked_ids
+from megatron_tf.model.checks import check_building, check_config, check_scales, check_starts
 from megatron_tf.model.context import BlockContext, run_blocks
-from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
+from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block, task_layers
+from megatron_tf.model.stage import build_ends
 from megatron_tf.state.initialize import initial_rows
 from megatron_tf.state.parameters import initial_scales, parameter_table, shard_range
 
 
 class TokenFormer(nn.Module):
-    """ids [b, s] -> logits [b, s, vocab]. `named_parameters` gives the logical names of `state.parameters.parameter_table`.
+    """ids [b, s] -> logits [b, s, vocab]; of another task, its inputs [b, ...] -> logits [b, ..., classes].
+
+    `named_parameters` gives the logical names of `state.parameters.parameter_table`.
 
     `scales`: τ by projection, from a checkpoint; the default is a fresh model's.
     ConfigError, as in training, when no network can be built of `config`; ArgumentError for `scales` of another.
@@ -32,27 +36,36 @@ class TokenFormer(nn.Module):
         self.config = config
         self.scales = dict(initial_scales(config) if scales is None else scales)
         tensor = TensorParallel()
-        self.embedding = Embedding(config, tensor)
+        self.task_layers, task = task_layers(config), task_of(config)
+        input_layer, head = build_ends(config, tensor)
+        assert input_layer is not None and head is not None
+        self.add_module(task.input_name, input_layer)
         self.blocks = nn.ModuleList(build_block(config, i, self.scales, tensor) for i in range(config.num_layers))
         self.final_norm = FinalNorm(config, tensor)
+        self.add_module(task.head_name, head)
 
     def forward(self, input_ids: Tensor, starts: Tensor | None = None, context: BlockContext | None = None) -> Tensor:
-        """input_ids: whole numbers, s at most config.seq_length.
+        """input_ids: of a language model whole numbers, s at most config.seq_length; else what the task reads.
 
         `starts`: see `attention.document_starts`; None is one document a sample. `context`: takes the auxiliary losses and
         metrics of an architecture that has any; without one they are left out.
         """
-        ids = checked_ids("input_ids", input_ids, self.config, self.embedding.weight.device)
+        device = self.final_norm.weight.device
+        inputs = self.task_layers.checked("input_ids", input_ids, self.config, device)
         if starts is not None:
-            check_starts(starts, ids)
-        hidden = self.hidden_states(ids, starts, context)
-        return self.embedding.logits(self.final_norm(hidden)).transpose(0, 1)
+            check_starts(starts, inputs)
+        return self.logits(self.hidden_states(inputs, starts, context)).movedim(-2, 0)
 
     def hidden_states(
         self, input_ids: Tensor, starts: Tensor | None = None, context: BlockContext | None = None
     ) -> Tensor:
-        """What the last block gives: ids [b, s] -> [s, b, d]. The ids are valid ones."""
-        return run_blocks(self.blocks, self.embedding(input_ids), starts, context or BlockContext())  # type: ignore[arg-type]
+        """What the last block gives: inputs [b, ...] -> [s, b, d]. The inputs are valid ones."""
+        hidden = self.get_submodule(task_of(self.config).input_name)(input_ids)
+        return run_blocks(self.blocks, hidden, starts, context or BlockContext())  # type: ignore[arg-type]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the last block gives [s, b, d] -> logits [..., b, classes]."""
+        return self.task_layers.logits(self.get_submodule(task_of(self.config).head_name), self.final_norm(hidden))
 
 
 def build_model(

@@ -35,6 +35,7 @@ from megatron_tf.pruning.source import PrunedSource
 from megatron_tf.state.optimizer_states import STATES, WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
 from megatron_tf.state.sources import StepZero
+from megatron_tf.tasks.language_model.section import vocab_size_of
 
 DEFAULT_SAMPLES = 64
 _SEED = 0  # of the order that samples are taken in: which they are depends on the data and on seq_length alone
@@ -90,7 +91,7 @@ class DataSample:
     """
 
     def __init__(self, prefix: str, model: Model, samples: int | None):
-        dataset = build_dataset([DataSource(path=literal(prefix))], model.seq_length, _SEED, model.vocab_size)
+        dataset = build_dataset([DataSource(path=literal(prefix))], model.seq_length, _SEED, vocab_size_of(model))
         available = dataset.sources[0].samples_per_epoch
         if available < 2:
             raise DataError(
@@ -105,7 +106,7 @@ class DataSample:
             )
         self._loader = BatchLoader(
             dataset, micro_batch_size=1, num_micro_batches=self.samples, data_rank=0, data_size=1,
-            vocab_size=model.vocab_size,
+            vocab_size=vocab_size_of(model),
         )  # fmt: skip
         self._together = max(1, _BATCH_TOKENS // model.seq_length)
 

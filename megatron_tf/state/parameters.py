@@ -12,6 +12,7 @@ from megatron_tf.checks import check_choice, check_whole_number
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Model
+from megatron_tf.config.tasks import task_of
 
 __all__ = [
     "INITIAL_STD",
@@ -23,7 +24,6 @@ __all__ = [
     "projections",
     "shard_range",
 ]
-EMBEDDING = "embedding.weight"
 
 
 def projections(model: Model) -> dict[str, ProjectionSpec]:
@@ -49,29 +49,15 @@ def initial_scales(model: Model) -> dict[str, float]:
 
 
 def parameter_table(model: Model) -> dict[str, ParameterSpec]:
-    """All parameters by logical name, in model order (embedding, blocks, final norm)."""
-    d = model.hidden_size
-    specs = [
-        ParameterSpec(
-            EMBEDDING,
-            (model.vocab_size, d),
-            sharded=True,
-            growable=False,
-            decayed=True,
-            std=INITIAL_STD,
-            mean=0.0,
-            ends=("first", "last"),
-            official_name="sequential.0.word_embeddings.weight",
-            huggingface_name="model.embed_tokens.weight",
-        )
-    ]
+    """All parameters by logical name, in model order: the task's input layer, blocks, final norm, the task's head."""
+    specs = list(task_of(model).input_parameters(model))
     for layer in range(model.num_layers):
         specs += architecture_of(model).block_parameters(model, layer)
     for name, mean in (("weight", 1.0), ("bias", 0.0)):
         specs.append(
             ParameterSpec(
                 f"final_norm.{name}",
-                (d,),
+                (model.hidden_size,),
                 sharded=False,
                 growable=False,
                 decayed=False,
@@ -82,4 +68,5 @@ def parameter_table(model: Model) -> dict[str, ParameterSpec]:
                 huggingface_name=f"model.norm.{name}",
             )
         )
+    specs += task_of(model).head_parameters(model)
     return {spec.name: spec for spec in specs}

@@ -146,16 +146,6 @@ def peak_bf16_flops(device_name: str) -> float | None:
     return None
 
 
-def perplexity(loss: float) -> float:
-    """exp(loss), at most 1e304: JSON has no infinity."""
-    return math.exp(min(loss, 700.0))
-
-
-def format_perplexity(value: float) -> str:
-    """With two decimals; one of a million or more, as after a divergence, in powers of ten."""
-    return f"{value:.2e}" if value >= 1e6 else f"{value:,.2f}"
-
-
 def format_duration(seconds: float) -> str:
     """3723.4 -> "1:02:03"; a day is 24:00:00."""
     whole = max(0, int(seconds))

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from megatron_tf.checkpoint.step_zero import state_bytes
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.costs.plan import describe, room_warning
-from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over
 from megatron_tf.training.opening import Opening
-from megatron_tf.training.run_data import Loaders, unseen_sources
+from megatron_tf.training.run_data import Loaders, RunData, unseen_sources
 from megatron_tf.training.running import Run
 from megatron_tf.training.start import Start, checkpoints_folder
 
 
-def announce(opening: Opening, loaders: Loaders) -> None:
+def announce(opening: Opening, data: RunData, loaders: Loaders) -> None:
     """Model, layout, batches, length, memory, start and data, with what may be meant otherwise as warnings."""
     run, start, told = opening.run, opening.start, opening.told
     console = run.console
@@ -27,19 +26,19 @@ def announce(opening: Opening, loaders: Loaders) -> None:
     for line in (start.description, *told.lines):
         console.info(line)
     if run.is_main:
-        _announce_data(run, start)
+        _announce_data(run, data, start)
         for warning in _validation_warnings(run, loaders):
             console.warning(warning)
 
 
-def _announce_data(run: Run, start: Start) -> None:
+def _announce_data(run: Run, data: RunData, start: Start) -> None:
     config, plan = run.config, run.plan.batches
     left = plan.train_steps - start.progress.step
-    passes = passes_over(config, start.progress.samples + left * plan.global_batch_size)
-    run.console.info(f"{'data':<7} {describe_passes(passes)}")
+    in_a_line, warnings = data.opened.outlook(start.progress.samples + left * plan.global_batch_size)
+    run.console.info(f"{'data':<7} {in_a_line}")
     free = shutil.disk_usage(checkpoints_folder(config)).free
     room = room_warning(config, left, state_bytes(config.model, rule_of(config.optimizer).state_names), free)
-    for warning in [*data_warnings(config, passes), *([room] if room else [])]:
+    for warning in [*warnings, *([room] if room else [])]:
         run.console.warning(warning)
 
 

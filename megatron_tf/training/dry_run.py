@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.tasks import task_of
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.plan import describe
-from megatron_tf.data.documents import find_boundaries
-from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint
-from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over
-from megatron_tf.parallel.vocab import IGNORED
+from megatron_tf.model.layers import task_layers
+from megatron_tf.tasks.data import task_data
 from megatron_tf.training.account import account, earlier_settings
+from megatron_tf.training.run_data import check_data
 from megatron_tf.training.start import begin, choose, first_stage_to_run
 
 
@@ -32,32 +32,28 @@ def dry_run(stages: Sequence[RunConfig], world_size: int) -> Iterator[str]:
 
 
 def _first(config: RunConfig, world_size: int) -> Iterator[str]:
-    data, model, topology = config.data, config.model, topology_for(config, world_size)
-    boundaries = find_boundaries(data)
-    check_tokenizer((*data.train, *data.validation), data.tokenizer)
-    dataset, *_ = [
-        build_dataset(sources, model.seq_length, config.run.seed, model.vocab_size)
-        for sources in (data.train, data.validation)
-        if sources
-    ]
+    check_data([config])
+    data = task_data(config.model).open(config)
     path, passed_over = choose(config)
-    start = begin(config, path, fingerprint(data.train, config.run.seed))
+    start = begin(config, path, data.fingerprint())
     step = start.progress.step
     plan = plan_batches(config, world_size, step, start.run_tokens, start.run_state.get("schedule_unit"))
     told = account(config, start, world_size, earlier_settings(Path(config.run.dir)) if step else None)
     yield describe(told.config, world_size, plan, step, told.origin)
     yield from (f"warning: {line}" for line in (*passed_over, *told.ineffective))
     yield from (start.description, *told.lines)
-    passes = passes_over(config, start.progress.samples + (plan.train_steps - step) * plan.global_batch_size)
-    yield f"{'data':<7} {describe_passes(passes)}"
-    yield from (f"warning: {line}" for line in data_warnings(config, passes))
-    loader = BatchLoader(
-        dataset, micro_batch_size=plan.micro_batch_size, num_micro_batches=plan.num_micro_batches, data_rank=0,
-        data_size=topology.data, vocab_size=model.vocab_size, loss_mask=boundaries.loss_mask,
-    )  # fmt: skip
-    ids, labels = next(loader.step_batches(start.progress.samples))
-    unmasked = int((labels != IGNORED).sum())
+    in_a_line, warnings = data.outlook(start.progress.samples + (plan.train_steps - step) * plan.global_batch_size)
+    yield f"{'data':<7} {in_a_line}"
+    yield from (f"warning: {line}" for line in warnings)
+    loader = data.loader(
+        config.data.train,
+        micro_batch_size=plan.micro_batch_size,
+        num_micro_batches=plan.num_micro_batches,
+        data_size=topology_for(config, world_size).data,
+    )
+    inputs, targets = next(loader.step_batches(start.progress.samples))
+    count, most = task_layers(config.model).counts(targets).sum(), task_of(config.model).losses_per_sample(config.model)
     yield (
-        f"{'batch':<7} micro batch of step {step + 1:,} on a rank: ids and labels {list(ids.shape)}, {unmasked:,} of "
-        f"{labels.numel():,} labels count"
+        f"{'batch':<7} micro batch of step {step + 1:,} on a rank: inputs {list(inputs.shape)}, targets "
+        f"{list(targets.shape)}, {int(count):,} of {len(inputs) * most:,} losses count"
     )

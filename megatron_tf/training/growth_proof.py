@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tf.config.schema import Precision
-from megatron_tf.data.loader import Batch
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.stage import Stage
-from megatron_tf.parallel.vocab import IGNORED, cross_entropy
+from megatron_tf.tasks.data import Batch
 
 # Rounding of one forward pass, relative to the largest logit. The old and the new product sum the same numbers
 # in another order; 8 bits of mantissa through a few layers give bf16 its share.
@@ -34,19 +33,19 @@ def probe(stage: Stage, batches: Sequence[Batch]) -> Probe:
     device = next(stage.parameters()).device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     first: Tensor | None = None
-    for ids, labels in batches:
-        logits = stage(ids.to(device))
+    layers = stage.task_layers
+    for inputs, targets in batches:
+        logits = stage(inputs.to(device))
         if logits is None:
             continue
         group = stage.tensor.group
-        assert stage.embedding is not None
-        losses = cross_entropy(logits, labels.to(device).mT, stage.embedding.start, group)
+        losses = layers.losses(stage.model, logits, targets.to(device), group)
         if group.rank == 0:
-            totals += torch.stack((losses.sum(dtype=torch.float64), (labels != IGNORED).sum().to(totals)))
+            totals += torch.stack((losses.sum(dtype=torch.float64), layers.counts(targets).sum().to(totals)))
         first = logits.float().cpu() if first is None else first
     dist.all_reduce(totals)
-    loss, labels_counted = totals.tolist()
-    return Probe(loss / max(1.0, labels_counted), first)
+    loss, counted = totals.tolist()
+    return Probe(loss / max(1.0, counted), first)
 
 
 def compare(before: Probe, after: Probe, precision: Precision, device: torch.device, preserves: bool) -> str:

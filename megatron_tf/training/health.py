@@ -26,13 +26,13 @@ from torch import Tensor
 
 from megatron_tf.architectures.spec import ProjectionSpec
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.data.loader import BatchLoader
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import token_weights
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.runtime.agreement import together
 from megatron_tf.state.parameters import shard_range
+from megatron_tf.tasks.data import OpenData
 from megatron_tf.training.running import Run
 
 DEAD_BELOW = 0.01  # of the root mean square of a position's weights
@@ -41,24 +41,17 @@ AFTER_GROWTH = ("new_share", "old_dead_share", "new_dead_share")
 
 
 def health_probe(
-    run: Run, stage: Callable[[], Stage], held: BatchLoader, old_tokens: Mapping[str, int]
+    run: Run, stage: Callable[[], Stage], data: OpenData, old_tokens: Mapping[str, int]
 ) -> HealthProbe | None:
-    """The probe that the configuration asks for, on the first samples of `held`. All ranks call it together."""
+    """The probe that the configuration asks for, on the first samples held out. All ranks call it together."""
     config, topology = run.config, run.plan.topology
     measured = architecture_of(config.model).projections(config.model)
     if config.logging.health_interval_steps is None or not measured:
         return None
-    loader = BatchLoader(
-        held.dataset,
-        micro_batch_size=config.training.micro_batch_size,
-        num_micro_batches=1,
-        data_rank=0,
-        data_size=1,
-        vocab_size=config.model.vocab_size,
-    )
-    ids, _ = together(lambda: next(loader.step_batches(0)))
+    sources, size = config.data.validation or config.data.train, config.training.micro_batch_size
+    inputs, _ = together(lambda: next(data.loader(sources, micro_batch_size=size, num_micro_batches=1).step_batches(0)))
     is_reporter = topology.coordinate("data", run.rank) == 0 and topology.coordinate("tensor", run.rank) == 0
-    return HealthProbe(stage(), ids, measured, old_tokens, is_reporter)
+    return HealthProbe(stage(), inputs, measured, old_tokens, is_reporter)
 
 
 class HealthProbe:
@@ -67,18 +60,18 @@ class HealthProbe:
     def __init__(
         self,
         stage: Stage,
-        ids: Tensor,
+        inputs: Tensor,
         projections: Sequence[ProjectionSpec],
         old_tokens: Mapping[str, int],
         is_reporter: bool,
     ):
-        """`ids` [b, s], the same on all ranks.  `projections`: of the whole model.  `old_tokens`: of each kind before the
-        last growth.
+        """`inputs` [b, ...] of the task, the same on all ranks.  `projections`: of the whole model.
 
+        `old_tokens`: of each kind before the last growth.
         `is_reporter`: one rank of those that hold the same layers.
         """
         self._stage = stage
-        self._ids = ids
+        self._inputs = inputs
         self._projections = projections
         self._num_tokens = {projection.kind: projection.tokens for projection in projections}
         self._old_tokens = old_tokens
@@ -99,7 +92,7 @@ class HealthProbe:
                 observed.append(projection)
         try:
             with torch.compiler.set_stance("force_eager"):  # an observer in the graph would compile it anew
-                self._stage(self._ids.to(self._device))
+                self._stage(self._inputs.to(self._device))
         finally:
             for projection in observed:
                 projection.observer = None

@@ -9,15 +9,17 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.estimate import flops_per_token
-from megatron_tf.data.loader import Batch, BatchLoader, source_names
+from megatron_tf.data.loader import source_names
 from megatron_tf.data.prefetch import Prefetcher
 from megatron_tf.engine.base import Engine, StepResult
 from megatron_tf.engine.step_clock import describe_shares
 from megatron_tf.errors import RunStopped
 from megatron_tf.runtime.stop_signals import StopSignals, describe_request
 from megatron_tf.runtime.watchdog import TRAINING, Watchdog
-from megatron_tf.telemetry.meters import MeanMeter, ThroughputMeter, format_duration, format_perplexity, perplexity
+from megatron_tf.tasks.data import Batch, Loader
+from megatron_tf.telemetry.meters import MeanMeter, ThroughputMeter, format_duration
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.account import run_settings
 from megatron_tf.training.guard import LossGuard
@@ -65,13 +67,13 @@ class Trainer:
         # so that a word between two steps never waits for a GPU
         self.meeting = dist.new_group(backend="gloo")
         self.metrics = StepMetrics(run.config, self.plan, run.device, self.meeting)
-        self.health = health_probe(run, engine.stage, loaders.held, start.old_tokens)
+        self.health = health_probe(run, engine.stage, loaders.data, start.old_tokens)
         self.profiler = StepProfiler(
             run.config.training.profile, run.rank, run.folder / "profile", engine.clock, run.console
         )
         # seconds that the newest step waited for its data, on this rank
         self.waited = 0.0
-        self.training: BatchLoader | Prefetcher = loaders.training
+        self.training: Loader | Prefetcher = loaders.training
         if engine.reads_data:
             self.training = Prefetcher(loaders.training, self.plan.global_batch_size, run.device)
 
@@ -206,13 +208,12 @@ class Trainer:
             firsts = range(0, self.config.evaluation.samples, size)
             sources = [source for first in firsts for source in self.validation.sample_sources(first)]
             batches = (batch for first in firsts for batch in self.validation.step_batches(first))
-            loss, by_source = self.engine.evaluate_groups(batches, sources, len(names))
+            loss, by_source, measured = self.engine.evaluate_groups(batches, sources, len(names))
             of_sources = {f"eval/loss/{name}": mean for name, mean in zip(names, by_source) if mean is not None}
-            found = self.metrics.validation(loss)
+            found = self.metrics.validation(loss, measured)
             self._record({**found, **(of_sources if len(names) > 1 else {})})
-            self.console.info(
-                f"step {self.progress.step:,}  validation loss {loss:.4f}  perplexity {format_perplexity(perplexity(loss))}"
-            )
+            words = task_of(self.config.model).in_words(loss, measured)
+            self.console.info(f"step {self.progress.step:,}  validation {words}")
 
     def _measure_health(self, health: HealthProbe) -> None:
         with self.meter.paused(), self.watchdog.during("measuring health"):

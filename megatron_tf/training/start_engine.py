@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.reader import CheckpointReader
-from megatron_tf.data.loader import Batch
 from megatron_tf.engine.base import Engine
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
@@ -15,6 +14,7 @@ from megatron_tf.model.precision import DTYPES
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.runtime.agreement import together
 from megatron_tf.runtime.watchdog import Watchdog
+from megatron_tf.tasks.data import Batch
 from megatron_tf.training.growth_proof import Probe, compare, probe
 from megatron_tf.training.run_data import Loaders, RunData
 from megatron_tf.training.running import Run
@@ -23,7 +23,10 @@ from megatron_tf.training.start import Start
 
 def start_engine(run: Run, start: Start, data: RunData, loaders: Loaders, watchdog: Watchdog) -> tuple[Engine, Start]:
     """The engine at its start. A growth is proved on a held batch first, and the proof goes into its history."""
-    tensor, ends = make_group(run.plan.topology, "tensor", run.config.parallel.timeout_seconds), data.boundaries.ends
+    tensor, ends = (
+        make_group(run.plan.topology, "tensor", run.config.parallel.timeout_seconds),
+        data.opened.document_ends,
+    )
     if start.grown_from is None:
         watchdog.begin("loading the weights")
         return _engine(run, start, tensor, ends), start

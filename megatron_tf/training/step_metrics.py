@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -11,10 +10,10 @@ import torch.distributed as dist
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan
 from megatron_tf.costs.estimate import flops_per_token
-from megatron_tf.data.summary import bytes_per_token
 from megatron_tf.engine.base import StepResult
+from megatron_tf.tasks.data import task_data
 from megatron_tf.telemetry.memory import memory_metric
-from megatron_tf.telemetry.meters import Rates, mfu, peak_bf16_flops, perplexity
+from megatron_tf.telemetry.meters import Rates, mfu, peak_bf16_flops
 from megatron_tf.telemetry.trackers import Value
 
 
@@ -25,8 +24,9 @@ class StepMetrics:
         self._config, self._plan, self._device, self._meeting = config, plan, device, meeting
         self._num_devices = plan.data_parallel * config.parallel.tensor * config.parallel.pipeline
         self._peak = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self._train_bytes = bytes_per_token(config.data.train)
-        self._validation_bytes = bytes_per_token(config.data.validation) if config.data.validation else None
+        data = task_data(config.model)
+        self._train_numbers = data.in_other_numbers(config.data.train)
+        self._validation_numbers = data.in_other_numbers(config.data.validation)
 
     def training(
         self,
@@ -44,7 +44,7 @@ class StepMetrics:
         largest = torch.tensor([size])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._meeting)
         return {
-            **_loss_metrics("train", mean_loss, self._train_bytes),
+            **_loss_metrics("train", mean_loss, self._train_numbers),
             "train/loss_step": float(result.loss),
             **{f"train/{name}": float(value) for name, value in result.reports.items()},
             "optim/lr": result.lr,
@@ -62,8 +62,10 @@ class StepMetrics:
             memory: int(largest),
         }
 
-    def validation(self, loss: float) -> dict[str, Value]:
-        return _loss_metrics("eval", loss, self._validation_bytes)
+    def validation(self, loss: float, measured: Mapping[str, float]) -> dict[str, Value]:
+        """`measured`: the means of the task's metrics."""
+        of_task = {f"eval/{name}": value for name, value in measured.items()}
+        return {**_loss_metrics("eval", loss, self._validation_numbers), **of_task}
 
     def _group_rates(self, lr: float) -> dict[str, Value]:
         """The learning rate of each group of parameters, where a growth gives them different ones."""
@@ -79,9 +81,5 @@ class StepMetrics:
         }
 
 
-def _loss_metrics(prefix: str, loss: float, text_bytes_per_token: float | None) -> dict[str, Value]:
-    """`text_bytes_per_token`: of the data on average; the samples of one step are a little above or below it."""
-    metrics: dict[str, Value] = {f"{prefix}/loss": loss, f"{prefix}/perplexity": perplexity(loss)}
-    if text_bytes_per_token is not None:
-        metrics[f"{prefix}/bits_per_byte"] = loss / math.log(2) / text_bytes_per_token
-    return metrics
+def _loss_metrics(prefix: str, loss: float, numbers: Callable[[float], dict[str, float]]) -> dict[str, Value]:
+    return {f"{prefix}/{name}": value for name, value in {"loss": loss, **numbers(loss)}.items()}

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.optimizers import rule_of
@@ -25,7 +24,6 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
 from megatron_tf.data.documents import Boundaries, boundaries
-from megatron_tf.data.samples import derived_seed
 from megatron_tf.engine.deepspeed.joining import join
 from megatron_tf.engine.optimizer import Segment
 from megatron_tf.engine.schedule import learning_rate
@@ -33,8 +31,8 @@ from megatron_tf.errors import ConfigError, LaunchError, exit_now
 from megatron_tf.model import build_model
 from megatron_tf.model.attention import document_starts
 from megatron_tf.model.context import BlockContext
+from megatron_tf.model.layers import task_layers
 from megatron_tf.parallel.groups import make_group
-from megatron_tf.parallel.vocab import IGNORED
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
 from megatron_tf.runtime.local_ranks import start_ranks
@@ -108,25 +106,14 @@ def layouts(config: RunConfig, num_ranks: int) -> list[Layout]:
     return found
 
 
-def sample(config: RunConfig, index: int) -> Tensor:
-    """Random but skewed token ids [s + 1]: a pure function of (seed, sample index)."""
-    generator = torch.Generator().manual_seed(derived_seed(config.run.seed, index) >> 1)  # torch takes 63 bits
-    uniform = torch.rand(config.model.seq_length + 1, generator=generator)
-    return (uniform.square() * config.model.vocab_size).long()
-
-
 def batches(
     config: RunConfig, plan: BatchPlan, step: int, data_rank: int, data_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The micro batches of one data-parallel rank for `step`."""
-    mask = configured_boundaries(config).loss_mask
+    """The micro batches of one data-parallel rank for `step`, made up by the task."""
+    layers = task_layers(config.model)
     for micro in range(plan.num_micro_batches):
         first = step * plan.global_batch_size + (micro * data_size + data_rank) * plan.micro_batch_size
-        rows = torch.stack([sample(config, first + i) for i in range(plan.micro_batch_size)])
-        ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        if mask is not None:
-            mask.apply(ids.numpy(), labels.numpy())
-        yield ids, labels
+        yield layers.examples(config, range(first, first + plan.micro_batch_size))
 
 
 def configured_boundaries(config: RunConfig) -> Boundaries:
@@ -150,19 +137,17 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = rule_of(settings).reference(settings, groups)
     ends = configured_boundaries(config).ends
-    architecture = architecture_of(config.model)
+    architecture, layers = architecture_of(config.model), task_layers(config.model)
     losses, norms, gradients = [], [], {}
     reports: list[float] = []
     for step in range(steps):
         means = dict.fromkeys((*architecture.losses(config.model), *architecture.metrics(config.model)), 0.0)
         total, micro_batches = 0.0, list(batches(config, plan, step, 0, 1))
-        count = sum(int((labels != IGNORED).sum()) for _, labels in micro_batches)
-        for ids, labels in micro_batches:
+        count = sum(int(layers.counts(targets).sum()) for _, targets in micro_batches)
+        for inputs, targets in micro_batches:
             context = BlockContext()
-            logits = model(ids, document_starts(ids, ends) if ends else None, context)
-            loss = (
-                F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum") / count
-            )
+            logits = model(inputs, document_starts(inputs, ends) if ends else None, context)
+            loss = layers.plain_loss(logits, targets) / count
             auxiliary = [given / plan.num_micro_batches for given in context.losses.values()]
             torch.stack([loss, *auxiliary]).sum().backward()
             total += loss.item()

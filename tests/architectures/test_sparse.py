@@ -23,9 +23,10 @@ from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.growth.rules import growth_problems
 from megatron_tf.model import build_model
 from megatron_tf.model.context import BlockContext
-from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
-from megatron_tf.parallel.vocab import cross_entropy
+from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
 from megatron_tf.state.parameters import initial_scales, parameter_table, shard_range
+from megatron_tf.tasks.classes import cross_entropy
+from megatron_tf.tasks.language_model.layers import Embedding
 from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
 from megatron_tf.verification.resume import Setting, check_resumes
 

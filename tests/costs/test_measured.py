@@ -22,10 +22,11 @@ from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
 from megatron_tf.model import build_model
 from megatron_tf.model.kernels import fused_stages
-from megatron_tf.model.layers import Embedding, FinalNorm, TensorParallel, build_block
+from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
 from megatron_tf.parallel.groups import SINGLE, make_group
-from megatron_tf.parallel.vocab import cross_entropy
 from megatron_tf.state.parameters import initial_scales
+from megatron_tf.tasks.classes import cross_entropy
+from megatron_tf.tasks.language_model.layers import Embedding
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yml"
 TRANSFORMER = ("model.architecture=transformer", "model.parameter_tokens=null", "model.ffn_hidden_size=768")

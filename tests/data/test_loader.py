@@ -27,7 +27,7 @@ from megatron_tf.data.loader import (
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.data.tokenizer import tokenizer_fingerprint
 from megatron_tf.errors import ConfigError, DataError
-from megatron_tf.parallel.vocab import IGNORED
+from megatron_tf.tasks.classes import IGNORED
 
 PROJECT = Path(__file__).parents[2]
 SEQ = 8

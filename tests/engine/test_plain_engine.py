@@ -17,16 +17,16 @@ from torch.nn import functional as F
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.config.topology import Topology
-from megatron_tf.engine.base import Age, Engine, StepResult
+from megatron_tf.engine.base import Age, Engine, Evaluated, StepResult
 from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import build_stage
-from megatron_tf.parallel.vocab import IGNORED
 from megatron_tf.runtime.environment import detect
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.parameters import parameter_table
+from megatron_tf.tasks.classes import IGNORED
 
 
 class PlainEngine:
@@ -102,7 +102,7 @@ class PlainEngine:
                 sums[group] += row.sum()
                 counts[group] += (label_row != IGNORED).sum()
         means = [float(loss / count) if count else None for loss, count in zip(sums, counts)]
-        return float(sums.sum() / counts.sum()), means
+        return Evaluated(float(sums.sum() / counts.sum()), means, {})
 
     def stage(self):
         return self._stage

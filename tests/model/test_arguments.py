@@ -12,8 +12,9 @@ from megatron_tf.config.schema import Model, ParameterTokens
 from megatron_tf.errors import ArgumentError, ConfigError, UserError
 from megatron_tf.model import Pattention, TokenFormer, build_model, pattention
 from megatron_tf.model.attention import document_starts
-from megatron_tf.model.checks import check_pattention, check_starts, checked_ids
+from megatron_tf.model.checks import check_pattention, check_starts
 from megatron_tf.state.parameters import default_scale, initial_scales
+from megatron_tf.tasks.language_model.checks import checked_ids
 
 X, KEYS, VALUES = torch.ones(3, 8), torch.ones(12, 8), torch.ones(12, 5)
 META = torch.ones(3, 8, device="meta")

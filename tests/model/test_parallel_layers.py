@@ -8,15 +8,16 @@ import torch.distributed as dist
 from distributed import spawn
 
 from megatron_tf.config.schema import Model
-from megatron_tf.model.layers import Embedding, FinalNorm, Pattention, TensorParallel, build_block
+from megatron_tf.model.layers import FinalNorm, Pattention, TensorParallel, build_block
 from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.model.tokenformer import build_model
 from megatron_tf.parallel import collectives
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.parallel.overlap import LEAST_ROWS
-from megatron_tf.parallel.vocab import cross_entropy
 from megatron_tf.state.parameters import initial_scales, parameter_table, shard_range
+from megatron_tf.tasks.classes import cross_entropy
+from megatron_tf.tasks.language_model.layers import Embedding
 
 SEQUENCE, BATCH, WIDTH = 8, 2, 16
 

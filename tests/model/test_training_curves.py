@@ -12,7 +12,7 @@ from megatron_tf.benchmark.references import plain_formula
 from megatron_tf.config.schema import Model
 from megatron_tf.model import build_model, layers
 from megatron_tf.parallel.groups import SINGLE
-from megatron_tf.parallel.vocab import cross_entropy
+from megatron_tf.tasks.classes import cross_entropy
 
 LENGTH, BATCH, STEPS, LAST = 64, 8, 500, 50
 

@@ -7,13 +7,13 @@ import pytest
 
 from megatron_tf.config.schema import Model, ParameterTokens
 from megatron_tf.state.parameters import (
-    EMBEDDING,
     default_scale,
     initial_scales,
     parameter_table,
     projections,
     shard_range,
 )
+from megatron_tf.tasks.language_model.task import EMBEDDING
 
 MODEL = Model(
     num_layers=2,

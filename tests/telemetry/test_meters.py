@@ -9,10 +9,8 @@ from megatron_tf.telemetry.meters import (
     Rates,
     ThroughputMeter,
     format_duration,
-    format_perplexity,
     mfu,
     peak_bf16_flops,
-    perplexity,
 )
 
 
@@ -154,15 +152,3 @@ def test_a_mean_goes_on_in_another_process():
     for value in values[2:]:
         second.add(value)
     assert second.take() == whole.take()
-
-
-@pytest.mark.parametrize(
-    ("loss", "text"),
-    [(2.0, "7.39"), (10.0, "22,026.47"), (14.0, "1.20e+06"), (1e6, "1.01e+304"), (float("nan"), "nan")],
-)
-def test_a_perplexity_is_short_whatever_it_is(loss, text):
-    assert format_perplexity(perplexity(loss)) == text
-
-
-def test_an_infinite_perplexity():
-    assert format_perplexity(float("inf")) == "inf"

@@ -38,7 +38,7 @@ def test_a_fresh_run_is_shown_with_its_first_batch(config):
     assert [line.split()[0] for line in found[:6]] == ["run", "model", "layout", "step", "length", "memory"]
     assert "2 ranks as TP1×PP1×DP2" in found[2]
     assert "initial weights of seed 7" in found
-    assert "batch   micro batch of step 1 on a rank: ids and labels [2, 16], 32 of 32 labels count" in found
+    assert "batch   micro batch of step 1 on a rank: inputs [2, 16], targets [2, 16], 32 of 32 losses count" in found
     assert found[-1] == "dry run: nothing was written"
 
 
@@ -73,5 +73,5 @@ def test_masked_labels_and_missing_data(config, tmp_path):
 def test_the_command_shows_it_and_exits_with_0(config, tmp_path):
     (tmp_path / "config.yml").write_text(dump_config(config()))
     done = run([sys.executable, TRAIN, tmp_path / "config.yml", "--dry-run"])
-    assert done.returncode == 0 and done.stdout.endswith("labels count\ndry run: nothing was written\n"), done.stdout
+    assert done.returncode == 0 and done.stdout.endswith("losses count\ndry run: nothing was written\n"), done.stdout
     assert not (tmp_path / "run").exists()

@@ -29,7 +29,7 @@ def test_bits_per_byte(config, tmp_path):
     first, second = with_summary(tmp_path / "a", 200), with_summary(tmp_path / "b", 100)
     own = config(data={"train": (first, {**second, "weight": 3.0}), "validation": (first,)})
     assert bytes_per_token(own.data.train) == pytest.approx(0.25 * 4 + 0.75 * 2)
-    metrics = StepMetrics(own, plan_batches(own, 2), torch.device("cpu"), None).validation(math.log(16))
+    metrics = StepMetrics(own, plan_batches(own, 2), torch.device("cpu"), None).validation(math.log(16), {})
     assert metrics == {"eval/loss": math.log(16), "eval/perplexity": pytest.approx(16), "eval/bits_per_byte": 1.0}
 
 
@@ -37,7 +37,7 @@ def test_data_without_a_summary_have_no_bytes(config, tmp_path):
     own = config(data={"train": (with_summary(tmp_path / "a", 200), {"path": str(tmp_path / "nowhere")})})
     assert bytes_per_token(own.data.train) is None
     metrics = StepMetrics(own, plan_batches(own, 2), torch.device("cpu"), None)
-    assert metrics.validation(2.0).keys() == {"eval/loss", "eval/perplexity"}
+    assert metrics.validation(2.0, {}).keys() == {"eval/loss", "eval/perplexity"}
 
 
 def test_memory_is_the_largest_of_the_ranks(config):

@@ -7,7 +7,8 @@ import torch
 
 from megatron_tf.config.topology import Topology
 from megatron_tf.errors import LaunchError
-from megatron_tf.verification.layout import Difference, Layout, Trace, compare, layouts, reference, run_layouts, sample
+from megatron_tf.tasks.language_model.layers import random_tokens
+from megatron_tf.verification.layout import Difference, Layout, Trace, compare, layouts, reference, run_layouts
 
 TOLERANCE = 1e-5  # relative; two fp32 orders of summation were seen to differ by 2e-6 over 20 steps
 
@@ -88,7 +89,7 @@ def test_more_ranks_than_gpus(config, monkeypatch):
 
 
 def test_samples_of_the_largest_seed(config):
-    ids = sample(config(run={"dir": "unused", "seed": 2**63 - 1}), 2**40)
+    ids = random_tokens(config(run={"dir": "unused", "seed": 2**63 - 1}), 2**40)
     assert ids.shape == (17,) and ids.min() >= 0 and ids.max() < 99
 
 

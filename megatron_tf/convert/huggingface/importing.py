@@ -19,7 +19,8 @@ from megatron_tf.convert.huggingface.configuration import model_from_config
 from megatron_tf.convert.huggingface.export import CONFIG_NAME, WEIGHTS_NAME
 from megatron_tf.durable import open_plain, read_plain
 from megatron_tf.errors import CheckpointError, file_errors, shown
-from megatron_tf.state.parameters import EMBEDDING, parameter_table
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.tasks.language_model.task import EMBEDDING
 
 INDEX_NAME = WEIGHTS_NAME + ".index.json"  # next to the parts of weights that transformers has split
 _ADAPTER_NAME = "adapter_config.json"  # of PEFT, which saves an adapter without its model

@@ -17,6 +17,7 @@ from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import CheckpointError, UserError
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.requirements import is_wanted, wanted_versions
+from megatron_tf.tasks.language_model.section import vocab_size_of
 
 _LONGEST_SAMPLE = 256  # tokens: a logit depends on all tokens before it, and seconds are enough
 _LONGEST_PROMPT, _CONTINUATION = 8, 4  # tokens: a cache that is not read shows at the second new one
@@ -151,7 +152,7 @@ def _load_model(folder: Path) -> Any:
 
 def _random_tokens(network: TokenFormer) -> Tensor:
     length = min(network.config.seq_length, _LONGEST_SAMPLE)
-    return torch.randint(network.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocab_size_of(network.config), (2, length), generator=torch.Generator().manual_seed(0))
 
 
 def _text_tokens(folder: Path, tokenizer: Tokenizer) -> Tensor:

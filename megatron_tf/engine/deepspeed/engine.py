@@ -22,10 +22,10 @@ from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.deepspeed_config import deepspeed_config
 from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import BatchPlan
-from megatron_tf.data.loader import Batch
-from megatron_tf.engine.base import Age, StepResult
+from megatron_tf.engine.base import Age, Evaluated, StepResult
 from megatron_tf.engine.deepspeed.patches import clip_by_true_norm, master_fragment, time_phases, watch_nonfinite
 from megatron_tf.engine.deepspeed.pipeline import ShardedParameter, TokenFormerPipeline
 from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
@@ -35,9 +35,9 @@ from megatron_tf.errors import CheckpointError
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group
-from megatron_tf.parallel.vocab import IGNORED
 from megatron_tf.state.parameters import ParameterSpec, parameter_table
 from megatron_tf.state.sources import StateSource
+from megatron_tf.tasks.data import Batch
 
 
 class DeepSpeedEngine:
@@ -67,7 +67,8 @@ class DeepSpeedEngine:
         self._pipeline = TokenFormerPipeline(
             model, source.scales, topology, TensorParallel(tensor, config.parallel.sequence), document_ends
         )
-        self._pipeline.loss_weight = 1 / (plan.micro_batch_size * plan.seq_length)
+        self._task, self._masks_losses = task_of(model), task_of(model).masks_losses(config)
+        self._pipeline.loss_weight = 1 / (plan.micro_batch_size * self._task.losses_per_sample(model))
         for block in self._pipeline.blocks().values():
             block.recompute = config.training.activation_checkpointing
             if config.training.compile:
@@ -117,7 +118,7 @@ class DeepSpeedEngine:
         scale = self.loss_scaler().get("cur_scale", 1.0)
         self._pipeline.auxiliary_weight = scale / self.plan.num_micro_batches
         self._pipeline.reports = {}
-        loss = self._deepspeed.train_batch(self._weighed(batches) if self.config.data.masks_loss else batches)
+        loss = self._deepspeed.train_batch(self._weighed(batches) if self._masks_losses else batches)
         norm = self._deepspeed.get_global_grad_norm() if self.config.zero.stage else self._stage_0_norm
         skipped = self.optimizer.num_updates == updates
         self.steps_skipped += skipped
@@ -157,25 +158,23 @@ class DeepSpeedEngine:
         return self._deepspeed.is_first_stage() or self._deepspeed.is_last_stage()
 
     @torch.no_grad()
-    def evaluate_groups(
-        self, batches: Iterable[Batch], groups: Sequence[int], num_groups: int
-    ) -> tuple[float, list[float | None]]:
-        """Returns (mean loss over all unmasked labels, mean of each group), identical on all ranks. A group without
-        unmasked labels gives None.
+    def evaluate_groups(self, batches: Iterable[Batch], groups: Sequence[int], num_groups: int) -> Evaluated:
+        """Of every data-parallel rank together; the same on all ranks, which must all call it.
 
-        `groups`: the group, below `num_groups`, of each of this rank's samples in the order of `batches`. All ranks must
-        call it.
+        `groups`: the group, below `num_groups`, of each of this rank's samples in the order of `batches`.
         """
+        metrics = self._task.metrics
         num_micro_batches = len(groups) // self.plan.micro_batch_size
         sums = self._forward(batches, num_micro_batches)
-        totals = torch.zeros(2, num_groups, dtype=torch.float64, device=self._deepspeed.device)
+        totals = torch.zeros(2 + len(metrics), num_groups, dtype=torch.float64, device=self._deepspeed.device)
         if self._deepspeed.is_last_stage() and self._pipeline.tensor.group.rank == 0:
             members = F.one_hot(torch.tensor(groups, device=totals.device), num_groups)
             totals += torch.cat(sums, 1).double() @ members.double()
         dist.all_reduce(totals)
-        losses, counts = totals.tolist()
-        means = [loss / count if count else None for loss, count in zip(losses, counts)]
-        return sum(losses) / max(1.0, sum(counts)), means
+        losses, counts, *measured = totals.tolist()
+        by_group = [loss / count if count else None for loss, count in zip(losses, counts)]
+        mean, *means = (sum(sums) / max(1.0, sum(counts)) for sums in (losses, *measured))
+        return Evaluated(mean, by_group, dict(zip(metrics, means)))
 
     def _forward(self, batches: Iterable[Batch], num_micro_batches: int) -> Any:
         """On the last stage the pipeline's `loss` of each micro batch; None elsewhere."""
@@ -233,8 +232,8 @@ class DeepSpeedEngine:
     def check_replicas(self) -> None:
         """CheckpointError, on every rank, when copies of one tensor have drifted apart, naming it and the ranks.
 
-        Compared are tensors that several ranks hold whole: the final norm over the tensor ranks, the tied embedding
-        over first and last stage. All ranks must call it.
+        Compared are tensors that several ranks hold whole: such as the final norm over the tensor ranks, and what
+        the first and the last stage share. All ranks must call it.
         """
         own = {
             f"{shard.spec.name} from row {shard.first_row}": _digest(shard.parameter)
@@ -282,16 +281,17 @@ class DeepSpeedEngine:
         self._deepspeed.destroy()
 
     def _weighed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Sets the loss weight so that the step's loss is the mean over all unmasked labels of the global batch. Yields
-        the same batches.
+        """Sets the loss weight so that the step's loss is the mean over all losses of the global batch that count. Yields the
+        same batches.
 
-        DeepSpeed averages over M micro batches and D data-parallel ranks, however many unmasked labels they have. With N
-        of them in the step, over all ranks, the weight of a token's loss is M·D / N.
+        DeepSpeed averages over M micro batches and D data-parallel ranks, however many such losses they have. With N of
+        them in the step, over all ranks, the weight of a loss is M·D / N.
         """
         if not self._deepspeed.is_last_stage():
             return batches
         taken = list(itertools.islice(batches, self.plan.num_micro_batches))
-        count = torch.stack([(labels != IGNORED).sum() for _, labels in taken]).sum().to(self._deepspeed.device)
+        counts = (self._pipeline.task_layers.counts(targets).sum() for _, targets in taken)
+        count = torch.stack(list(counts)).sum().to(self._deepspeed.device)
         dist.all_reduce(count, group=self._deepspeed.mpu.get_data_parallel_group())
         self._pipeline.loss_weight = self.plan.num_micro_batches * self.plan.data_parallel / count.clamp_min(1)
         return iter(taken)

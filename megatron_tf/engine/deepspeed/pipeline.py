@@ -1,7 +1,7 @@
-"""The TokenFormer as DeepSpeed's PipelineModule.
+"""A model as DeepSpeed's PipelineModule.
 
 One hidden-state tensor crosses a stage boundary, and where attention begins anew with each document, with it an
-integer a token: where its document begins. The first stage finds that in the ids, which no other stage has.
+integer a token: where its document begins. The first stage finds that in its inputs, which no other stage has.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
+from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Topology, stage_layers
 from megatron_tf.model.attention import document_starts
 from megatron_tf.model.context import BlockContext, run_blocks
-from megatron_tf.model.layers import Block, Embedding, FinalNorm, TensorParallel, build_block
+from megatron_tf.model.layers import Block, FinalNorm, TensorParallel, build_block, task_layers
 from megatron_tf.model.stage import Stage, neighbours
-from megatron_tf.parallel.vocab import IGNORED, cross_entropy
-from megatron_tf.state.parameters import EMBEDDING, ParameterSpec, parameter_table, shard_range
+from megatron_tf.state.parameters import ParameterSpec, parameter_table, shard_range
+from megatron_tf.tasks.layers import loss_sums
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,22 @@ class ShardedParameter:
 
 
 class _Layer(LayerSpec):
+    def __init__(self, build: Callable[[], nn.Module]):
+        super().__init__(nn.Module)
+        self._build = build
+
     def build(self, log: bool = False) -> nn.Module:
-        return _without_weights(super().build)
+        return _without_weights(self._build)
 
 
 class _TiedLayer(TiedLayerSpec):
-    def build(self, log: bool = False) -> nn.Module:
-        return _without_weights(super().build)
+    """A module that the first and the last stage have. `forward` says how it is called, if not as itself."""
 
-
-class _BlockLayer(_Layer):
-    """A block of whatever architecture the model has."""
-
-    def __init__(self, model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel):
-        super().__init__(Block)
-        self._build = partial(build_block, model, layer, scales, tensor)
+    def __init__(
+        self, key: str, build: Callable[[], nn.Module], forward: Callable[[nn.Module, Tensor], Tensor] | None = None
+    ):
+        super().__init__(key, nn.Module, forward_fn=forward)
+        self._build = build
 
     def build(self, log: bool = False) -> nn.Module:
         return _without_weights(self._build)
@@ -70,9 +72,9 @@ def _without_weights(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 class TokenFormerPipeline(PipelineModule):
-    """This rank's stage. Layers: embedding, blocks, final norm, head (tied to the embedding).
+    """This rank's stage. Layers: the task's input layer, blocks, final norm, the task's head.
 
-    The engine sets, before each step, `loss_weight`, what the loss of each token counts in training, and
+    The engine sets, before each step, `loss_weight`, what each loss counts in training, and
     `auxiliary_weight`, what an auxiliary loss counts in the gradient of a micro batch. `reports` has the sums of the step's
     auxiliary losses and metrics over this rank's blocks and micro batches.
     """
@@ -87,15 +89,17 @@ class TokenFormerPipeline(PipelineModule):
     ):
         """`document_ends`: the tokens after which attention begins anew."""
         self.config, self.grid_topology, self.tensor = model, topology, tensor
+        self.task, self.task_layers = task_of(model), task_layers(model)
         self.document_ends = document_ends
         self.loss_weight: Tensor | float = 1.0
         self.auxiliary_weight: Tensor | float = 1.0
         self.reports: dict[str, Tensor] = {}
+        input_layer, head = self._ends()
         layers = [
-            _TiedLayer("embedding", Embedding, model, tensor),
-            *(_BlockLayer(model, i, scales, tensor) for i in range(model.num_layers)),
-            _Layer(FinalNorm, model, tensor),
-            _TiedLayer("embedding", Embedding, model, tensor, forward_fn=Embedding.logits),
+            input_layer,
+            *(_Layer(partial(build_block, model, i, scales, tensor)) for i in range(model.num_layers)),
+            _Layer(partial(FinalNorm, model, tensor)),
+            head,
         ]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
             super().__init__(
@@ -111,7 +115,7 @@ class TokenFormerPipeline(PipelineModule):
                 shard.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """What this stage receives -> what it sends: ids [b, s] first, logits last, hidden states (and `starts`) between."""
+        """What this stage receives -> what it sends: inputs first, logits last, hidden states (and `starts`) between."""
         starts: Tensor | None = None
         if isinstance(inputs, tuple):
             hidden, starts = inputs
@@ -132,16 +136,26 @@ class TokenFormerPipeline(PipelineModule):
         is_last = self.stage_id == self.grid_topology.pipeline - 1
         return hidden if is_last or starts is None else (hidden, starts)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits [s, b, V/T], labels [b, s] -> the micro batch's weighted sum, fp32.
+    def _ends(self) -> tuple[LayerSpec, LayerSpec]:
+        """The task's input layer and head."""
+        layers, task = self.task_layers, self.task
+        input_layer = partial(layers.input_layer, self.config, self.tensor)
+        if task.tied:
+            name = task.input_name
+            return _TiedLayer(name, input_layer), _TiedLayer(name, input_layer, layers.logits)
+        return _Layer(input_layer), _Layer(partial(layers.head, self.config, self.tensor))
 
-        In evaluation [2, b]: of each sample the sum, and how many labels count.
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """logits [..., b, C/T], targets [b, ...] -> the micro batch's weighted sum, at least fp32.
+
+        In evaluation [2 + metrics, b]: of each sample the summed loss, how many losses count, and the task's metrics.
         """
-        start, _ = shard_range(self.config.vocab_size, self.tensor.group.size, self.tensor.group.rank)
-        losses = cross_entropy(logits, labels.mT, start, self.tensor.group)
+        layers, group = self.task_layers, self.tensor.group
+        losses = layers.losses(self.config, logits, targets, group)
         if self.training:
             return losses.sum() * self.loss_weight
-        return torch.stack((losses.sum(0), (labels != IGNORED).sum(1)))
+        own = torch.stack((loss_sums(losses), layers.counts(targets).to(losses)))
+        return torch.cat((own, layers.metrics(self.config, logits, targets, group).to(own)))
 
     def blocks(self) -> dict[int, Block]:
         """This stage's blocks by layer number."""
@@ -152,37 +166,50 @@ class TokenFormerPipeline(PipelineModule):
         """The same layers, for a forward pass without DeepSpeed."""
         previous, following = neighbours(self.grid_topology, self.global_rank)
         norms = [layer for layer in self.forward_funcs if isinstance(layer, FinalNorm)]
-        embedding = self.tied_modules["embedding"] if "embedding" in self.tied_modules else None  # noqa: SIM401 - no get
+        ends = self._named_ends()
         return Stage(
-            embedding,
+            self.config,
+            self.tensor,
+            ends.get(self.task.input_name) if previous is None else None,
             self.blocks(),
             norms[0] if norms else None,
-            self.tensor,
-            self.config.hidden_size,
+            ends.get(self.task.head_name) if following is None else None,
             previous,
             following,
             self.document_ends,
         )
 
+    def _named_ends(self) -> dict[str, nn.Module]:
+        """The task's input layer and head by name, as far as this stage has them."""
+        if self.task.tied:
+            return dict(self.tied_modules.items())
+        found = {}
+        if self.stage_id == 0:
+            found[self.task.input_name] = self.forward_funcs[0]
+        if self.stage_id == self.grid_topology.pipeline - 1:
+            found[self.task.head_name] = self.forward_funcs[-1]
+        return found
+
     def shards(self) -> list[ShardedParameter]:
         """Every parameter of this rank once, in model order, under its logical name."""
         group, pipeline = self.tensor.group, self.grid_topology.pipeline
         named: dict[str, nn.Parameter] = {}
-        if "embedding" in self.tied_modules:
-            named[EMBEDDING] = self.tied_modules["embedding"].weight
-        for layer, block in self.blocks().items():
-            named.update((f"blocks.{layer}.{name}", p) for name, p in block.named_parameters())
+        for name, layer in self._named_ends().items():
+            named.update((f"{name}.{of}", p) for of, p in layer.named_parameters())
+        for number, block in self.blocks().items():
+            named.update((f"blocks.{number}.{name}", p) for name, p in block.named_parameters())
         for layer in self.forward_funcs:
             if isinstance(layer, FinalNorm):
                 named.update((f"final_norm.{name}", p) for name, p in layer.named_parameters())
         table = parameter_table(self.config)
         shards = []
-        for name, parameter in named.items():
-            spec = table[name]
+        for name, spec in table.items():
+            if name not in named:
+                continue
             first_row = shard_range(spec.shape[0], group.size, group.rank)[0] if spec.sharded else 0
             tied_copy = spec.tied and pipeline > 1 and self.stage_id > 0
             shards.append(
-                ShardedParameter(spec, parameter, first_row, (spec.sharded or group.rank == 0) and not tied_copy)
+                ShardedParameter(spec, named[name], first_row, (spec.sharded or group.rank == 0) and not tied_copy)
             )
         return shards
 

@@ -114,8 +114,8 @@ def test_an_adapter_is_not_merged_silently(copy):
         ),
         (
             {"vocab_size": 0, "layer_norm_eps": float("nan")},
-            r"json: \n  - vocab_size: 0 is out of range. .*\n"
-            "  - layer_norm_eps: nan is out of range. It must be a finite number",
+            r"json: \n  - layer_norm_eps: nan is out of range. It must be a finite number.\n"
+            "  - vocab_size: 0 is out of range. It must be at least 1",
         ),
         (
             {"num_attention_heads": 3},

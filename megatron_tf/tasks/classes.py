@@ -1,11 +1,10 @@
-"""Vocabulary-parallel embedding lookup and cross-entropy. The vocabulary is split along its rows, like tokens.
+"""Cross-entropy over classes that are split over the tensor ranks: the tokens of a vocabulary, or kinds of images.
 
 | tensor | local shape |
 |---|---|
-| embedding E | [V/T, d], rows [start, stop) of the vocabulary |
-| ids, labels | [...], whole on every rank |
-| logits | [..., V/T] |
-| loss per token | [...], fp32 (fp64 for fp64 logits), whole on every rank |
+| labels | [...], whole on every rank |
+| logits | [..., C/T], of the classes from `start` on |
+| losses | [...], fp32 (fp64 for fp64 logits), whole on every rank |
 """
 
 from __future__ import annotations
@@ -21,28 +20,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from megatron_tf.caches import prepare_triton
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import Group
 
-IGNORED = -100  # label of a token that has no loss; the number that PyTorch's own cross-entropy has for it
+IGNORED = -100  # label of what has no loss; the number that PyTorch's own cross-entropy has for it
 _PART_ELEMENTS = {False: 2**18, True: 2**24}  # of logits worked on at once, on a CPU and on a GPU
-
-
-def partial_embedding(ids: Tensor, weight: Tensor, start: int) -> Tensor:
-    """Rows of this rank's shard for the ids it holds, zeros for the others: [..., d], to be summed over the group."""
-    local = ids - start
-    foreign = (local < 0) | (local >= weight.shape[0])
-    rows = F.embedding(local.masked_fill(foreign, 0), weight)
-    return rows.masked_fill(foreign.unsqueeze(-1), 0)
 
 
 class _CrossEntropy(Function):
     """loss = logΣexp(z) − z[label], with two small all-reduces: max ([...]), then Σexp and z[label] ([2, ...]).
 
-    Saved for backward: the logits as they came and logΣexp, one number a token; the softmax is recomputed.
+    Saved for backward: the logits as they came and logΣexp, one number a row; the softmax is recomputed.
     dz = (softmax(z) − onehot(label)) · dloss needs no communication.
     GPUs have a kernel for each pass (triton_loss.py). In PyTorch both go through a few rows at a time, so that no copy of the
     logits in the type of the loss ever exists whole.
@@ -119,15 +109,15 @@ def _parts(rows: Tensor) -> Iterator[slice]:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, start: int, group: Group) -> Tensor:
-    """Loss of every token, 0 where the label is IGNORED.
+    """Loss of every row, 0 where the label is IGNORED.
 
-    logits [..., V/T] (columns `start` onward), labels int64 [...] -> [...].
+    logits [..., C/T] (columns `start` onward), labels int64 [...] -> [...].
     """
     return _CrossEntropy.apply(logits, labels, start, group).masked_fill(labels == IGNORED, 0)
 
 
 def argmax(logits: Tensor, start: int, group: Group) -> Tensor:
-    """The likeliest id of every token, the first of equal ones. logits [..., V/T] (columns `start` onward) -> [...]."""
+    """The likeliest class of every row, the first of equal ones. logits [..., C/T] (columns `start` onward) -> [...]."""
     top, at = logits.max(-1)
     best = all_reduce(top, group, dist.ReduceOp.MAX)
     foreign = torch.iinfo(at.dtype).max

@@ -5,8 +5,8 @@ import torch
 from distributed import spawn
 
 from megatron_tf.parallel.groups import SINGLE
-from megatron_tf.parallel.vocab import argmax
 from megatron_tf.state.parameters import shard_range
+from megatron_tf.tasks.classes import argmax
 
 
 def logits():

@@ -1,0 +1,20 @@
+"""The tasks by the name that `model.task` gives. `tasks.base` says what each has to give."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_tf.registry import Registry
+
+if TYPE_CHECKING:
+    from megatron_tf.config.schema import Model
+    from megatron_tf.tasks.base import Task
+
+TASKS: Registry[Task] = Registry(
+    {"language_model": "megatron_tf.tasks.language_model.task:LANGUAGE_MODEL"},
+)
+
+
+def task_of(model: Model) -> Task:
+    """The task that `model` names."""
+    return TASKS[model.task]

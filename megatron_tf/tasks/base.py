@@ -1,0 +1,108 @@
+"""What a task is to the rest of the package."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_tf.architectures.spec import ParameterSpec
+from megatron_tf.architectures.work import Collectives, Product
+from megatron_tf.config.schema import Model, RunConfig
+
+
+@dataclass(frozen=True)
+class EndsWork:
+    """What a task's layers do with one micro batch, on the fullest tensor rank.
+
+    `input_products`, `head_products`: of the forward pass; the backward pass has each twice.
+    `logits`: elements of the head's output.
+    """
+
+    input_products: tuple[Product, ...]
+    head_products: tuple[Product, ...]
+    logits: int
+
+
+class Task(ABC):
+    """What a model is trained for: what stands before and behind its blocks, its loss, and its data.
+
+    Everything here is arithmetic without torch; what needs torch is named, and imported when it is first used.
+
+    `section`: its part of the `model:` section of a configuration.
+    `layers`: "module:object", a `tasks.layers.TaskLayers`.
+    `data`: "module:object", a `tasks.data.TaskData`.
+    `causal`: whether a position sees only those before it.
+    `input_name`, `head_name`: of the two modules, in the names of their parameters. One name for both is one module, on
+        the first and the last pipeline stage; it has one parameter, `weight`.
+    `metrics`: names of what `TaskLayers.metrics` gives; evaluation logs the mean of each.
+    `data_keys`: keys of the `data:` section that other tasks have no use for.
+    `why_not_elsewhere`: the reason, as a clause, why keys of other tasks mean nothing to it.
+    `formats`: the foreign formats that it can be written in and read from, if its model's architecture can.
+    """
+
+    section: ClassVar[type[Model]]
+    layers: ClassVar[str]
+    data: ClassVar[str]
+    causal: ClassVar[bool]
+    input_name: ClassVar[str]
+    head_name: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = ()
+    data_keys: ClassVar[tuple[str, ...]] = ()
+    formats: ClassVar[frozenset[str]] = frozenset()
+    why_not_elsewhere: ClassVar[str] = "another task has this key"
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the input layer."""
+        return self.input_name == self.head_name
+
+    @abstractmethod
+    def input_parameters(self, model: Model) -> Iterator[ParameterSpec]:
+        """The parameters of the input layer, and of a tied head, named "<input_name>.…", with the ends that hold them."""
+
+    def head_parameters(self, model: Model) -> Iterator[ParameterSpec]:
+        """The parameters of a head of its own, named "<head_name>.…"."""
+        return iter(())
+
+    @abstractmethod
+    def sharded_rows(self, model: Model) -> dict[str, int]:
+        """Key of the configuration -> rows that are split over the tensor ranks; each rank needs one at least."""
+
+    @abstractmethod
+    def describe(self, model: Model) -> str:
+        """What is special to the task in a few words."""
+
+    @abstractmethod
+    def losses_per_sample(self, model: Model) -> int:
+        """Losses of a sample when all of them count; the mean is taken over them."""
+
+    @abstractmethod
+    def multiply_adds(self, model: Model) -> int:
+        """Of the input layer and the head in the forward pass of one sample."""
+
+    @abstractmethod
+    def work(self, config: RunConfig) -> EndsWork:
+        """Products and memory of the input layer and the head."""
+
+    @abstractmethod
+    def collectives(self, config: RunConfig) -> tuple[tuple[Collectives, Collectives], tuple[Collectives, Collectives]]:
+        """((forward, backward) of the input layer, (forward, backward) of head and loss) of a micro batch over two or more
+        tensor ranks."""
+
+    def masks_losses(self, config: RunConfig) -> bool:
+        """Whether some losses of a sample may not count."""
+        return False
+
+    def problems(self, model: Model) -> Iterator[str]:
+        """Sentences on fields of the model that do not fit together, beyond what holds for every model."""
+        return iter(())
+
+    def run_problems(self, config: RunConfig) -> Iterator[str]:
+        """Sentences on a run's settings that the task cannot work with."""
+        return iter(())
+
+    def in_words(self, loss: float, metrics: Mapping[str, float]) -> str:
+        """What an evaluation has found, for the console."""
+        return "  ".join([f"loss {loss:.4f}", *(f"{name} {value:.4f}" for name, value in metrics.items())])

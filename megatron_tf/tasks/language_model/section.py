@@ -1,0 +1,20 @@
+"""The `model:` section of a language model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_tf.config.fields import Count
+from megatron_tf.config.schema import Model
+
+
+class LanguageModel(Model):
+    task: Literal["language_model"] = "language_model"
+    vocab_size: Count
+    """[tokens] Rows of the embedding, which is also the output head."""
+
+
+def vocab_size_of(model: Model) -> int:
+    """Rows of the vocabulary of `model`, which is known to be a language model."""
+    assert isinstance(model, LanguageModel), model.task
+    return model.vocab_size
