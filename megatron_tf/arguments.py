@@ -1,4 +1,5 @@
-"""Numbers and paths on a command line, as types for argparse: what is none is a usage error that says what is expected."""
+"""Numbers and paths on a command line, as types for argparse: what is none is a usage error that says what is
+expected."""
 
 from __future__ import annotations
 

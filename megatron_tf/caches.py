@@ -1,7 +1,7 @@
 """Cache folders, our own and those of libraries.
 
-No work ends because a cache cannot be written, as in a shared folder that is read-only, or in a container whose user has
-neither a name nor a home folder: a private folder among the temporary files takes its place. Libraries read their
+No work ends because a cache cannot be written, as in a shared folder that is read-only, or in a container whose user
+has neither a name nor a home folder: a private folder among the temporary files takes its place. Libraries read their
 variables when they are imported or first used, so their caches are prepared before.
 """
 

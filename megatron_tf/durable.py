@@ -134,7 +134,8 @@ def sync_folder(path: Path) -> None:
 def prepare_output(path: Path) -> None:
     """Create the folder that the file `path` will stand in, before work is spent on its content.
 
-    Raises `UserError` when that cannot be, when the folder is not writable, and when `path` itself is there and no file.
+    Raises `UserError` when that cannot be, when the folder is not writable, and when `path` itself is there and no
+    file.
     """
     with file_errors(UserError, path.parent, "The output cannot go there: choose another folder."):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,8 @@ def prepare_output(path: Path) -> None:
 
 
 def take_lock(descriptor: int) -> bool:
-    """Whether this process has the lock of an open file now. The system frees it when the process ends, however it ends.
+    """Whether this process has the lock of an open file now. The system frees it when the process ends, however it
+    ends.
 
     True also on a file system without locks, as some network file systems are: there nothing keeps two processes apart.
     """

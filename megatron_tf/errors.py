@@ -31,7 +31,8 @@ MESSAGE_LIMIT = 2_000  # characters: what a file holds must not decide how long 
 
 
 class UserError(Exception):
-    """Base of everything that the user can correct. `limit`: characters of its message; the middle of a longer one goes."""
+    """Base of everything that the user can correct. `limit`: characters of its message; the middle of a longer one
+    goes."""
 
     limit = MESSAGE_LIMIT
 
@@ -194,8 +195,8 @@ def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str
 
 
 def _failed_file(error: OSError, path: str) -> str:
-    """The file that the system names, but `path` where that is a name under which `path` is written first, or a new file in
-    a folder `path` that is not there.
+    """The file that the system names, but `path` where that is a name under which `path` is written first, or a new
+    file in a folder `path` that is not there.
     """
     named = error.filename
     if not isinstance(named, (str, bytes, os.PathLike)):
@@ -212,8 +213,8 @@ def run_command(main: Callable[[], None]) -> None:
 
     `UserError`: `error: <message>` on stderr, exit code 2; the same, as a last resort, for an OSError that names a
     file or speaks of the disk. Control-C: exit code 130, by a KeyboardInterrupt that lets `main` tidy up. A reader
-    that closed the pipe (`... | head`): exit code 1, without a word. `RunStopped`: exit code 75. `LostContactError`: one
-    message, exit code 69. Everything else is our bug and keeps its traceback.
+    that closed the pipe (`... | head`): exit code 1, without a word. `RunStopped`: exit code 75. `LostContactError`:
+    one message, exit code 69. Everything else is our bug and keeps its traceback.
     """
     _run(main, end_by_exception)
 

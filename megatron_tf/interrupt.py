@@ -1,9 +1,11 @@
-"""Control-C while a command is still importing. torch takes seconds to load, and a traceback of it tells nobody anything.
+"""Control-C while a command is still importing. torch takes seconds to load, and a traceback of it tells nobody
+anything.
 
 A script calls `end_quietly` before its other imports, when it is the main program or a process that this has spawned
 ("__mp_main__") and that loads it again: any other importer keeps Python's own handling. `run_command` calls
-`end_by_exception`, but for a rank, which has nothing to tidy up; spawned processes do their work without a word about Control-C, which reaches their parent as well:
-those started under `kept_from_children` never see it, from their first instruction on.
+`end_by_exception`, but for a rank, which has nothing to tidy up; spawned processes do their work without a word about
+Control-C, which reaches their parent as well: those started under `kept_from_children` never see it, from their first
+instruction on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Objects under the names that a configuration gives them, so that another one can be added from outside the package."""
+"""Objects under the names that a configuration gives them, so that another one can be added from outside the
+package."""
 
 from __future__ import annotations
 

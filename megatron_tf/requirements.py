@@ -1,4 +1,5 @@
-"""Which versions of other packages this one was tested with: setup.py says it, and its metadata when it is installed."""
+"""Which versions of other packages this one was tested with: setup.py says it, and its metadata when it is
+installed."""
 
 from __future__ import annotations
 

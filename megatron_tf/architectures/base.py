@@ -64,7 +64,8 @@ class Architecture(ABC):
         return iter(())
 
     def layout_problems(self, config: RunConfig) -> Iterator[str]:
-        """Sentences on a layout that the block cannot be split by, beyond `sharded_rows` and whole heads for each rank."""
+        """Sentences on a layout that the block cannot be split by, beyond `sharded_rows` and whole heads for each
+        rank."""
         return iter(())
 
     def token_counts(self, model: Model) -> dict[str, int]:

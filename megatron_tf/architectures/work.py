@@ -65,11 +65,11 @@ class BlockWork:
 
     `products`: of the forward pass; the backward pass has each twice.
     `inner_width`: columns between the products, for each position: a Pattention's scores, an MLP's activations.
-    `inner_passes`, `head_passes`: how often an elementwise kernel reads or writes an element of [s, b, inner_width], and
-        of the rank's own heads [s, b, d/T].
+    `inner_passes`, `head_passes`: how often an elementwise kernel reads or writes an element of [s, b, inner_width],
+        and of the rank's own heads [s, b, d/T].
     `kernels`: started in all.
-    `kept`: elements of the compute type that a position keeps for the backward pass, besides the inputs of the norms and
-        the whole inputs of attention and feed-forward.
+    `kept`: elements of the compute type that a position keeps for the backward pass, besides the inputs of the norms
+        and the whole inputs of attention and feed-forward.
     `kept_statistics`: fp32 numbers of a position, besides those of the norms and of attention.
     `backward_peak`: elements a position that the backward pass needs on top of what is kept, at its peak, besides the
         gradients of a projection's output and input.

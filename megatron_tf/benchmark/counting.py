@@ -39,8 +39,8 @@ class Counting(TorchDispatchMode):
     """Every operator that runs in this thread while it is entered, on the CPU: also those of the backward pass.
 
     `peak`: largest number of bytes alive of tensors made meanwhile. `traffic`: bytes that kernels other than matrix
-    products and attention read and wrote, `kernels` their number with those. `sent`: (kind, bytes of the whole tensor) of
-    collectives over more than one rank.
+    products and attention read and wrote, `kernels` their number with those. `sent`: (kind, bytes of the whole tensor)
+    of collectives over more than one rank.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,8 @@ class Counting(TorchDispatchMode):
 
 
 def saved_bytes(call) -> int:
-    """Bytes of what autograd keeps of `call()` for the backward pass, parameters and their views aside; each storage once."""
+    """Bytes of what autograd keeps of `call()` for the backward pass, parameters and their views aside; each storage
+    once."""
     kept = {}
 
     def pack(tensor):

@@ -20,7 +20,8 @@ LAYERS: dict[str, Layer] = {"pattention": pattention, "plain": plain_formula, "m
 def rows(
     device: torch.device, dtypes: Sequence[torch.dtype], tokens: Sequence[int], positions: int, width: int, rounds: int
 ) -> Iterator[Row]:
-    """One row for each type and number of tokens; x is [positions / 4, 4, width]. ConfigError if 4 does not divide them."""
+    """One row for each type and number of tokens; x is [positions / 4, 4, width]. ConfigError if 4 does not divide
+    them."""
     if positions % BATCH:
         raise ConfigError(f"--positions {positions}: they come in batches of {BATCH}. Give a multiple of it.")
     for dtype in dtypes:

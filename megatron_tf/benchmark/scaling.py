@@ -29,8 +29,9 @@ def rows(
     positions: int,
     rounds: int,
 ) -> Iterator[Row]:
-    """`tokens` of each of query, key, value and proj, 4 times as many of ffn, at the sequence length of `base`; then its
-    own tokens at each of `lengths`. Samples of a batch make up `positions` positions, or one sample if it is longer."""
+    """`tokens` of each of query, key, value and proj, 4 times as many of ffn, at the sequence length of `base`; then
+    its own tokens at each of `lengths`. Samples of a batch make up `positions` positions, or one sample if it is
+    longer."""
     grown = [base.model_copy(update={"parameter_tokens": ParameterTokens(qkv=n, proj=n, ffn=4 * n)}) for n in tokens]
     longer = [base.model_copy(update={"seq_length": length}) for length in lengths]
     for model in (*grown, *longer):

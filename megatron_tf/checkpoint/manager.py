@@ -184,7 +184,8 @@ def remove(path: Path) -> None:
 
 
 def _candidates(root: Path) -> tuple[list[tuple[Path, CheckpointError | None]], Skipped]:
-    """What may be the newest good checkpoint, newest first, some of them unreadable; and what is broken, with reasons."""
+    """What may be the newest good checkpoint, newest first, some of them unreadable; and what is broken, with
+    reasons."""
     readers, failures = _survey(root)
     unreadable = [(path, error) for path, error in failures if isinstance(error, UnreadableError)]
     broken = [(path, _problem(error)) for path, error in failures if not isinstance(error, UnreadableError)]
@@ -223,7 +224,8 @@ def complete_checkpoints(root: Path) -> list[CheckpointReader]:
 
 
 def _age(reader: CheckpointReader) -> tuple[int, bool, bool]:
-    """Orders by step. Of two with one step, the one that was set aside is the older, and a link stands behind a folder."""
+    """Orders by step. Of two with one step, the one that was set aside is the older, and a link stands behind a
+    folder."""
     return reader.index.step, not reader.path.name.startswith(REPLACED_PREFIX), not reader.path.is_symlink()
 
 

@@ -119,7 +119,8 @@ def write_weights(
 ) -> Path:
     """Write weights that were trained elsewhere as step 0 of a run of `model` under `root`; returns the checkpoint.
 
-    `weights`, of any float type, and τ in `scales` are by logical name; the states are AdamW's, as of a fresh model. See `write_step_zero` for the rest.
+    `weights`, of any float type, and τ in `scales` are by logical name; the states are AdamW's, as of a fresh model.
+    See `write_step_zero` for the rest.
     """
     start = StepZero(WeightsSource(weights, scales), samples=0, tokens=0, growth_history=())
     return write_step_zero(root, model, start, {}, progress)

@@ -117,7 +117,8 @@ def recorded_problems(model: Model, arguments: Mapping[str, Any]) -> list[str]:
 
 
 def stored_sizes(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int]]:
-    """(key of the configuration's model section, value) as far as shapes tell. CheckpointError when they tell nothing."""
+    """(key of the configuration's model section, value) as far as shapes tell. CheckpointError when they tell
+    nothing."""
     blocks = [int(match[1]) for name in shapes if (match := _BLOCK.match(name))]
     norms = [int(match[1]) for name in shapes if (match := _FINAL_NORM.match(name))]
     embedding = shapes.get(_EMBEDDING, ())

@@ -17,8 +17,8 @@ from megatron_tf.errors import CheckpointError, file_errors
 def write_weights_file(path: Path, reader: CheckpointReader) -> int:
     """Write fp32 weights by logical name, in logical shapes, to `path`; returns its bytes.
 
-    The file's metadata has "model" (the configuration's section) and "scales" (τ by projection), as JSON, and "step". The
-    whole model is held in memory. Errors: CheckpointError, with nothing left behind.
+    The file's metadata has "model" (the configuration's section) and "scales" (τ by projection), as JSON, and "step".
+    The whole model is held in memory. Errors: CheckpointError, with nothing left behind.
     """
     metadata = {
         "format": "pt",  # the library that reads it, as transformers expects

@@ -60,7 +60,8 @@ def lost_share(interval: float, stall: float, write: float, restart: float, mean
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """`bytes` on disk; the rest in seconds. `interval` is never shorter than `write`. `interval_steps` None: no failures."""
+    """`bytes` on disk; the rest in seconds. `interval` is never shorter than `write`. `interval_steps` None: no
+    failures."""
 
     bytes: int
     write: float  # until a checkpoint is whole

@@ -170,8 +170,8 @@ class IndexedDataset:
     Raises `DataError` on opening when a file is missing, unreadable, truncated, of another format, or when the two do
     not belong together. The sequences must lie in `.bin` in order and without gaps, since tokens are read from end to
     end; `check_index` looks whether they do, and what uses entries of the index looks at those.
-    An open one holds one file descriptor, that of `.bin`, and none from Python 3.13 on: the index is opened each time it
-    is asked.
+    An open one holds one file descriptor, that of `.bin`, and none from Python 3.13 on: the index is opened each time
+    it is asked.
     """
 
     def __init__(self, prefix: str | Path):

@@ -46,7 +46,8 @@ class Loss:
 
 
 class LossFinder:
-    """Knows which characters a tokenizer drops, once it has met them. White space is not looked at, see `comes_back`."""
+    """Knows which characters a tokenizer drops, once it has met them. White space is not looked at, see
+    `comes_back`."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer

@@ -1,7 +1,7 @@
 """tiktoken's tokenizers from local files: merge ranks (NAME.tiktoken), and how text is split before merging.
 
-Nothing is ever downloaded. What a rank file does not say (the pattern and the special tokens) is known here for OpenAI's
-public encodings, and otherwise read from `NAME.tiktoken.json` beside it:
+Nothing is ever downloaded. What a rank file does not say (the pattern and the special tokens) is known here for
+OpenAI's public encodings, and otherwise read from `NAME.tiktoken.json` beside it:
 
     {"pat_str": "...", "special_tokens": {"<|endoftext|>": 50256}}
 """

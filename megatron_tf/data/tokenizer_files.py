@@ -49,7 +49,8 @@ def as_in_preparation(content: bytes) -> bytes:
 
 
 def is_library_failure(error: BaseException) -> bool:
-    """Whether a library gave up. A panic in one that is written in Rust is no `Exception`, but must not end the work."""
+    """Whether a library gave up. A panic in one that is written in Rust is no `Exception`, but must not end the
+    work."""
     return (isinstance(error, Exception) and not isinstance(error, MemoryError)) or (
         type(error).__name__ == "PanicException"
     )

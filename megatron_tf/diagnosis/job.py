@@ -67,8 +67,8 @@ def examine(
     """All tests; `say` is told which one begins. What is wrong with the job is returned; only a mistake in starting it,
     on which no test can begin, is raised, as LaunchError or DisagreementError.
 
-    `store`: in which the ranks of `assembly` meet; `run`: see `Assembly.meet`; `options`: how the doctor was started, the
-    same on all ranks. `num_bytes`: of large messages. `slow_factor`: how many times the median is slow; None is 1.5
+    `store`: in which the ranks of `assembly` meet; `run`: see `Assembly.meet`; `options`: how the doctor was started,
+    the same on all ranks. `num_bytes`: of large messages. `slow_factor`: how many times the median is slow; None is 1.5
     between GPUs and 3 between processes on CPUs, which share cores.
     """
     found = Diagnosis()

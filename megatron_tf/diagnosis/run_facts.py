@@ -23,8 +23,8 @@ def run_facts(
 ) -> dict[str, str]:
     """For `runtime.facts.agree`: names and values that read "NAME is VALUE".
 
-    `command` with its `options`, None standing for one that is not given; `data`: prefixes that are read besides those of
-    the configuration.
+    `command` with its `options`, None standing for one that is not given; `data`: prefixes that are read besides those
+    of the configuration.
     """
     facts = {COMMAND: command}
     facts |= {name: json.dumps(value, default=str) for name, value in options.items() if value is not None}

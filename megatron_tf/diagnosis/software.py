@@ -14,8 +14,8 @@ from megatron_tf.shipped import PACKAGE
 # Libraries in which numbers, files or the way of ranks to speak to each other depend on the version.
 LIBRARIES = ("torch", "deepspeed", "numpy", "triton", "safetensors", "tokenizers", "xxhash")
 VARIABLE_PREFIX = "MEGATRON_TF_"
-# They change arithmetic, or what is sent between ranks. Not OMP_NUM_THREADS and the like: nodes may have other numbers of
-# cores, and results are the same to rounding. Not the names of interfaces: each node has its own.
+# They change arithmetic, or what is sent between ranks. Not OMP_NUM_THREADS and the like: nodes may have other numbers
+# of cores, and results are the same to rounding. Not the names of interfaces: each node has its own.
 VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "DS_ACCELERATOR",

@@ -1,7 +1,7 @@
 """From measurements to names: which rank is slow, which is broken, which differs. Pure arithmetic, no torch.
 
-The reference speed is the median over ranks of each rank's best link. A single slow rank slows two links, so a median over
-links would be fooled by it.
+The reference speed is the median over ranks of each rank's best link. A single slow rank slows two links, so a median
+over links would be fooled by it.
 """
 
 from __future__ import annotations

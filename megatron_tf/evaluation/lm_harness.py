@@ -48,8 +48,8 @@ class HarnessTasks:
     def __init__(
         self, tokenizer: Tokenizer, max_length: int, names: Sequence[str], folder: Path, limit: int | None
     ) -> None:
-        """`max_length`: tokens that the model reads at once.  `folder`: of task files, which come before the stock tasks
-        of the same name.  `limit`: documents of each task; None: all.
+        """`max_length`: tokens that the model reads at once.  `folder`: of task files, which come before the stock
+        tasks of the same name.  `limit`: documents of each task; None: all.
 
         UserError for an unknown task, one whose data cannot be had, and one that cannot be scored: it wants text
         generated, or pictures, or a package that is missing, or its documents are not as it expects them.
@@ -87,7 +87,8 @@ class HarnessTasks:
         self._rehearse()
 
     def run(self, ask: Ask) -> dict[str, Any]:
-        """The harness's own results, as values for JSON, and `lost`: what the tokenizer loses of the requests, in words.
+        """The harness's own results, as values for JSON, and `lost`: what the tokenizer loses of the requests, in
+        words.
         `ask`: the model."""
         from lm_eval import simple_evaluate
         from lm_eval.utils import handle_non_serializable

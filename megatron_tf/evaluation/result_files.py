@@ -28,7 +28,8 @@ def tasks_identity(values: Mapping[str, Any]) -> Identity:
 
 
 def result_file(path: Path, values: Mapping[str, Any], identity: Callable[[Mapping[str, Any]], Identity]) -> Path:
-    """Where to write `values`: `path`, or the first of NAME-2.json, NAME-3.json ... that is free or of the same settings."""
+    """Where to write `values`: `path`, or the first of NAME-2.json, NAME-3.json ... that is free or of the same
+    settings."""
     for number in count(1):
         candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
         if not candidate.exists() or _identity_in(candidate, identity) == identity(values):

@@ -1,6 +1,7 @@
 """The TokenFormer model; runs on one device without DeepSpeed."""
 
-# `native_stages` has its place in `kernels`; it is here under the name by which other code asks whether it is available.
+# `native_stages` has its place in `kernels`; it is here under the name by which other code asks whether it is
+# available.
 from megatron_tf.model.kernels import native_stages
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import pattention

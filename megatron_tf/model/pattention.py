@@ -2,8 +2,8 @@
 
     A = X Kᵀ,   S = θ(A),   out = S V
 
-What is done between the products, forward and backward, is the activation's `ScoreFunction`; how scores lie in memory is
-in score_layout.py.
+What is done between the products, forward and backward, is the activation's `ScoreFunction`; how scores lie in memory
+is in score_layout.py.
 
 Sharded over a group T (token axis): each Σ runs over all tokens, so it is all-reduced over T. That is one
 number a row and projection, forward and backward; everything else is local.
@@ -51,8 +51,8 @@ def pattention(
 ) -> Tensor:
     """Pattention on one process. Differentiable in all three tensors.
 
-    x [..., d_in], key_tokens [n, d_in], value_tokens [n, d_out] -> [..., d_out], in the type of the tokens, to which x is
-    converted; under autocast, in autocast's type.
+    x [..., d_in], key_tokens [n, d_in], value_tokens [n, d_out] -> [..., d_out], in the type of the tokens, to which x
+    is converted; under autocast, in autocast's type.
     `scale` is τ; the default is the activation's for n tokens, right only for a model that was never grown.
     ArgumentError when these do not fit together.
     """
@@ -95,8 +95,8 @@ def token_weights(x: Tensor, key_tokens: Tensor, scale: float, activation: str, 
 
 
 class _Pattention(Function):
-    # x stands among the tensors, an odd number of them. Where no gradient is wanted, torch.compile drops ctx from a call
-    # with as many arguments as `forward` has parameters, which keys and values alone would come to.
+    # x stands among the tensors, an odd number of them. Where no gradient is wanted, torch.compile drops ctx from a
+    # call with as many arguments as `forward` has parameters, which keys and values alone would come to.
     @staticmethod
     def forward(ctx, function, scales, group, *tensors):
         x, *tokens = tensors

@@ -2,10 +2,10 @@
 
     z = x · ρ,   choice = argmax over the candidates of a slot of (z + b)
 
-ρ is the router, b the balance of a candidate. The balance acts on the choice only and the loss does not know it. Its own
-gradient is the imbalance: b gets load/fair − 1, so a candidate with too many positions becomes less likely. It travels as an
-auxiliary loss that is linear in b, so micro batches and data-parallel ranks average it to the imbalance of the global batch,
-and every layout agrees.
+ρ is the router, b the balance of a candidate. The balance acts on the choice only and the loss does not know it. Its
+own gradient is the imbalance: b gets load/fair − 1, so a candidate with too many positions becomes less likely. It
+travels as an auxiliary loss that is linear in b, so micro batches and data-parallel ranks average it to the imbalance
+of the global batch, and every layout agrees.
 
 The largest score wins; of equal ones the first, and a NaN before all others.
 """

@@ -10,19 +10,19 @@ arXiv 2306.11695) ranks single weights, here for whole tokens.
 
 What goes is felt in two ways: its own terms are missing, and the normaliser of the others is smaller. τ' makes up for
 both as well as one number can. Let D_i = dS_i/d log τ · v_i be how term i of the output answers to a relative change of
-τ, and q = Σ_kept E / Σ E the share of the normaliser that a position keeps, where τ is divided by (ΣE)^`normaliser_power`
-(`ScoreFunction`: 1/2 for a norm, 1 for a sum). With p = q^`normaliser_power`, the kept tokens under τ' have the weights
-that they had under t times τ, t = τ'/τ / p.
+τ, and q = Σ_kept E / Σ E the share of the normaliser that a position keeps, where τ is divided by
+(ΣE)^`normaliser_power` (`ScoreFunction`: 1/2 for a norm, 1 for a sum). With p = q^`normaliser_power`, the kept tokens
+under τ' have the weights that they had under t times τ, t = τ'/τ / p.
 
 So with t = 1 at every position the kept terms would be what they were. To first order in t (exactly where S is
-proportional to τ), the output changes by (t − 1) D − R, with D = Σ_kept D_i and R = Σ_dropped S_i v_i. Least squares over
-all positions:
+proportional to τ), the output changes by (t − 1) D − R, with D = Σ_kept D_i and R = Σ_dropped S_i v_i. Least squares
+over all positions:
 
     τ'/τ = Σ ⟨D/p, D + R⟩ / Σ ‖D/p‖²
 
 Without R this is a mean of p: the kept tokens' weights stay as they are on average; R makes it larger where the lost
-terms point the way of the others. Where the dropped tokens have zero keys, as `zero_key` leaves them, p is 1 and R is 0,
-so τ' is τ, and pruning undoes that growth to the last bit; after `gram`, τ' is √n_old to rounding.
+terms point the way of the others. Where the dropped tokens have zero keys, as `zero_key` leaves them, p is 1 and R is
+0, so τ' is τ, and pruning undoes that growth to the last bit; after `gram`, τ' is √n_old to rounding.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ class PrunedSource:
 
     `table`: parameters of the smaller model.  `kept`: for each projection that loses tokens the old rows that stay,
     ascending [n_new].  `scales`: τ' of these projections. Nothing is rescaled: `kept` tokens keep their S and v.
-    A `StateSource`; holds one bounded buffer while it is read. ArgumentError when `kept` or `scales` are of other models.
+    A `StateSource`; holds one bounded buffer while it is read. ArgumentError when `kept` or `scales` are of other
+    models.
     """
 
     def __init__(

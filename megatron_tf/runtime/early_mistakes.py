@@ -1,4 +1,5 @@
-"""A user's mistake that a rank finds before the ranks meet, and that perhaps no other rank finds. No torch until then."""
+"""A user's mistake that a rank finds before the ranks meet, and that perhaps no other rank finds. No torch until
+then."""
 
 from __future__ import annotations
 

@@ -301,7 +301,8 @@ def check_port_free(addr: str, port: int, address_from: str = "MASTER_ADDR") -> 
 def wait_for_port(addr: str, port: int, timeout_seconds: float, address_from: str = "MASTER_ADDR") -> None:
     """Wait until rank 0 listens on `addr`:`port`. For the other ranks, before they meet it there.
 
-    LaunchError when `addr`, which the variable `address_from` names, is no host's name, or when nothing answers in time.
+    LaunchError when `addr`, which the variable `address_from` names, is no host's name, or when nothing answers in
+    time.
     """
     with ended_by_signals():
         _wait_for_port(addr, port, timeout_seconds, address_from)

@@ -1,4 +1,5 @@
-"""Facts that all ranks must have in common, compared when they meet: what differs is named, with rank, host and values."""
+"""Facts that all ranks must have in common, compared when they meet: what differs is named, with rank, host and
+values."""
 
 from __future__ import annotations
 

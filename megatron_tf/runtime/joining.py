@@ -33,8 +33,8 @@ def join_ranks(
     one machine, which meet through this file instead of an address and a port. `facts`: what all ranks must have in
     common, see `agree`; they are not compared with a `store_file`. A single process needs no network.
 
-    LaunchError when the port is in use or the ranks do not meet in time. DisagreementError when they are not the ranks of
-    one run, or cannot work together.
+    LaunchError when the port is in use or the ranks do not meet in time. DisagreementError when they are not the ranks
+    of one run, or cannot work together.
     """
     os.environ.update(
         RANK=str(environment.rank),

@@ -25,8 +25,8 @@ IMPORTS = ["torch", "deepspeed", "megatron_tf.engine.deepspeed.engine"]
 def start_ranks(function: Callable[..., None], world_size: int, *arguments: object) -> None:
     """Runs `function(rank, *arguments)` in `world_size` processes; raises what any of them raised.
 
-    On a CPU they are forked from a forkserver that has already imported torch, which saves seconds a rank. CUDA cannot be
-    forked, so GPUs use spawn. What has been registered in this process is registered in theirs as well.
+    On a CPU they are forked from a forkserver that has already imported torch, which saves seconds a rank. CUDA cannot
+    be forked, so GPUs use spawn. What has been registered in this process is registered in theirs as well.
     """
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     if method == "forkserver":

@@ -55,7 +55,8 @@ def interface_problems(environ: Mapping[str, str], hosts: Sequence[str], on_gpu:
 
 
 def stay_on_this_machine(environ: MutableMapping[str, str]) -> None:
-    """For ranks of one machine, which need no network: whatever `environ` says of interfaces is of no interest to them."""
+    """For ranks of one machine, which need no network: whatever `environ` says of interfaces is of no interest to
+    them."""
     environ.pop(NCCL_INTERFACE, None)
     environ.pop(GLOO_INTERFACE, None)
     if interfaces().get(LOOPBACK):

@@ -39,7 +39,8 @@ class Stuck(Exception):
 
 
 def open_store(environment: LaunchEnvironment, timeout_seconds: float) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 opens (torchrun: its agent). LaunchError when it is not found."""
+    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 opens (torchrun: its agent). LaunchError when it is not
+    found."""
     address, port, rank = environment.master_addr, environment.master_port, environment.rank
     by_agent = environment.launcher == "torchrun"
     if rank > 0 or by_agent:
@@ -112,7 +113,8 @@ class Assembly:
         return hosts
 
     def call_off(self, run: str, reason: str) -> bool:
-        """Instead of `meet`: all others get `reason` as a DisagreementError. False when the roll call was over before."""
+        """Instead of `meet`: all others get `reason` as a DisagreementError. False when the roll call was over
+        before."""
         try:
             self._find_rank_zero(run)
         except Stuck:
@@ -148,7 +150,8 @@ class Assembly:
         return outcome.value()
 
     def collect(self, name: str, value: Any) -> list[Any]:
-        """Every rank's `value`, which JSON can hold, on rank 0; [] on the others. Stuck, with the ranks that gave none."""
+        """Every rank's `value`, which JSON can hold, on rank 0; [] on the others. Stuck, with the ranks that gave
+        none."""
         name = f"results of {name}"  # no phase's
         self._store.set(f"{name}/value/{self.rank}", json.dumps(value))
         self._arrive(name)

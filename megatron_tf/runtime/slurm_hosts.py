@@ -1,7 +1,7 @@
 """The host of rank 0 of a SLURM step, from SLURM's variables. No torch.
 
-A node list is sorted, whatever the order of the ranks. Two kinds of steps put rank 0 on another node than the first: one
-over several components of a heterogeneous job begins with the nodes of its first component, and
+A node list is sorted, whatever the order of the ranks. Two kinds of steps put rank 0 on another node than the first:
+one over several components of a heterogeneous job begins with the nodes of its first component, and
 `--distribution=arbitrary` follows a host file.
 """
 

@@ -1,4 +1,5 @@
-"""Asking a run to stop between two steps: a signal from the scheduler, Control-C, or a time budget. No torch, no process group.
+"""Asking a run to stop between two steps: a signal from the scheduler, Control-C, or a time budget. No torch, no
+process group.
 
 Schedulers announce the end of a job by a signal: SLURM by what `--signal` names and by SIGTERM, torchrun by SIGTERM.
 """
@@ -26,8 +27,8 @@ SAVING_TEXT = "\nControl-C: this step is finished and saved, then the run ends. 
 class StopSignals:
     """Notes that this process was asked to stop. Make it before torch is imported: until then a signal kills.
 
-    Python gives signals to the main thread only. Made in another thread, this notes none, and only the time budget stops
-    the run.
+    Python gives signals to the main thread only. Made in another thread, this notes none, and only the time budget
+    stops the run.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,8 @@ class StopSignals:
     def saving(self, is_main: bool) -> Iterator[None]:
         """In the block the first Control-C asks to stop, as other signals do, and the second ends the process at once.
 
-        Before and after it there is nothing to save, and Control-C does what it did before. `is_main`: this rank says so.
+        Before and after it there is nothing to save, and Control-C does what it did before. `is_main`: this rank says
+        so.
         """
         self._saves = True
         self._is_main = is_main

@@ -1,10 +1,11 @@
-"""Ends a run that hangs or has lost a rank, and says which rank is to blame. Works from the first collective to the last.
+"""Ends a run that hangs or has lost a rank, and says which rank is to blame. Works from the first collective to the
+last.
 
 A rank that is stopped, cut off or dead leaves the others waiting where they can say nothing. So each rank has a thread
-that says "alive" through the store in which the ranks met, with the phase that the rank is in. Rank 0 listens to all ranks
-and the others to rank 0, so that the store's work grows with the number of ranks and not with its square. A rank that says
-nothing for run.hang_seconds ends the run in any phase. A rank that says "alive" may take any time, except for a training
-step: when no step ends for run.hang_seconds, that ends the run as well.
+that says "alive" through the store in which the ranks met, with the phase that the rank is in. Rank 0 listens to all
+ranks and the others to rank 0, so that the store's work grows with the number of ranks and not with its square. A rank
+that says nothing for run.hang_seconds ends the run in any phase. A rank that says "alive" may take any time, except for
+a training step: when no step ends for run.hang_seconds, that ends the run as well.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Watchdog:
     """Watches one rank until `close`; all ranks have one. Between `begin` and the next `beat` no time limit holds."""
 
     def __init__(self, rank: int, world_size: int, hang_seconds: float, console: Console):
-        """`hang_seconds`: longest time from one beat to the next, and longest silence of a rank (LEAST_PATIENCE or more)."""
+        """`hang_seconds`: longest time from one beat to the next, and longest silence of a rank (LEAST_PATIENCE or
+        more)."""
         self._rank = rank
         self._world_size = world_size
         self._hang_seconds = hang_seconds
@@ -131,7 +133,8 @@ class Watchdog:
 
     @contextlib.contextmanager
     def naming_the_lost(self) -> Iterator[None]:
-        """A collective of the block that fails because a rank is gone becomes a LostContactError that names the rank."""
+        """A collective of the block that fails because a rank is gone becomes a LostContactError that names the
+        rank."""
         try:
             yield
         except RuntimeError as error:
@@ -323,7 +326,8 @@ class Watchdog:
 
 
 def _end_later(seconds: float) -> None:
-    """Ends the process after `seconds` with its stacks on stderr, whichever thread holds the interpreter's lock then."""
+    """Ends the process after `seconds` with its stacks on stderr, whichever thread holds the interpreter's lock
+    then."""
     if sys.__stderr__ is not None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 

@@ -1,8 +1,8 @@
 """Where a run's state comes from, by logical tensor and range.
 
 A trainer reads every range it owns from one `StateSource` and never knows which kind it is, so that starting,
-resuming and growing are one code path at every layout. Here are the kinds that need no file: `checkpoint.source` has the
-one that reads a checkpoint, `growth.source` and `pruning.source` those that make another model of it.
+resuming and growing are one code path at every layout. Here are the kinds that need no file: `checkpoint.source` has
+the one that reads a checkpoint, `growth.source` and `pruning.source` those that make another model of it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class InitialSource:
 
 
 class WeightsSource:
-    """The state of weights that come from elsewhere: of any float type, in their logical shapes; nothing updated so far."""
+    """The state of weights that come from elsewhere: of any float type, in their logical shapes; nothing updated so
+    far."""
 
     def __init__(self, weights: Mapping[str, Tensor], scales: Mapping[str, float]):
         self._weights = weights

@@ -34,8 +34,8 @@ class _CrossEntropy(Function):
 
     Saved for backward: the logits as they came and logΣexp, one number a row; the softmax is recomputed.
     dz = (softmax(z) − onehot(label)) · dloss needs no communication.
-    GPUs have a kernel for each pass (triton_loss.py). In PyTorch both go through a few rows at a time, so that no copy of the
-    logits in the type of the loss ever exists whole.
+    GPUs have a kernel for each pass (triton_loss.py). In PyTorch both go through a few rows at a time, so that no copy
+    of the logits in the type of the loss ever exists whole.
     """
 
     @staticmethod

@@ -140,7 +140,8 @@ class Console:
 
 
 def quiet_libraries() -> None:
-    """Silences what libraries say about themselves; errors still show. For launch scripts, before deepspeed is imported.
+    """Silences what libraries say about themselves; errors still show. For launch scripts, before deepspeed is
+    imported.
 
     Without a CUDA device DeepSpeed is told to use the CPU, which it would find out, and complain about, itself.
     """

@@ -30,8 +30,8 @@ class JsonlTracker:
 
     What an earlier process logged after the checkpoint at `resume_step` is dropped, because those steps come again;
     so is a line that a kill tore. A run that starts at step 0 starts an empty file; what an earlier run in the folder
-    has logged of its steps is kept under another name, metrics.jsonl.1 and so on. UserError when it cannot be written at
-    the start; later a full disk loses records, which `warn` is told, until there is room again.
+    has logged of its steps is kept under another name, metrics.jsonl.1 and so on. UserError when it cannot be written
+    at the start; later a full disk loses records, which `warn` is told, until there is room again.
     """
 
     def __init__(self, path: Path, resume_step: int, warn: Callable[[str], None]):

@@ -45,8 +45,8 @@ def train(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str] =
     "section.field=value", as on a command line. The run is the one of `python launch/train.py`: it writes into run.dir,
     resumes what is there, grows when the configuration says so, and trains all stages of a chain.
 
-    Errors: UserError for whatever the user can correct, LaunchError among them when a launcher started this process as one
-    of several. RunStopped, when it has saved, if Control-C or a signal asked it to stop.
+    Errors: UserError for whatever the user can correct, LaunchError among them when a launcher started this process as
+    one of several. RunStopped, when it has saved, if Control-C or a signal asked it to stop.
     """
     stages = _stages(config, overrides)
     environment = detect(os.environ)

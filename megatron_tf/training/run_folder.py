@@ -8,7 +8,8 @@ from typing import Any
 
 
 def folder_identity(run_dir: Path) -> dict[str, Any]:
-    """What tells the folder from its copies, as the field `folder` of `CheckpointIndex.run`; {} when it is not there."""
+    """What tells the folder from its copies, as the field `folder` of `CheckpointIndex.run`; {} when it is not
+    there."""
     try:
         status = run_dir.stat()
     except OSError:

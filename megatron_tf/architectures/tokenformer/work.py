@@ -36,11 +36,11 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     | query, key, value and the output of attention  | 4 · d/T  |
     | input of proj, gathered from it; none if T = 1 | d        |
 
-    (of a projection with a bank: of the tokens that the position uses), and in fp32 the norm of each of the five projections' scores. The backward pass of a projection holds one tensor of
-    the size of its scores (query, key and value together: one of the size of theirs), 2 more for the projection it is
-    at; what was kept for projections that come later in the model is free by then. A
-    slot's choice and its place in the order of the rows are int64, its gate is fp32; its products are made on copies of
-    inputs and outputs in that order.
+    (of a projection with a bank: of the tokens that the position uses), and in fp32 the norm of each of the five
+    projections' scores. The backward pass of a projection holds one tensor of the size of its scores (query, key and
+    value together: one of the size of theirs), 2 more for the projection it is at; what was kept for projections that
+    come later in the model is free by then. A slot's choice and its place in the order of the rows are int64, its gate
+    is fp32; its products are made on copies of inputs and outputs in that order.
     """
     tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
     counts, activation = model.parameter_tokens, ACTIVATIONS[model.activation]
@@ -84,8 +84,8 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
     | ffn | norms, all-reduce | norms, all-reduce of dX |
 
     Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
-    on the other. Norms are [s, b, 1] in fp32, one for each projection; forward they go in the parts of `row_parts`, each
-    by the activation's number of reductions.
+    on the other. Norms are [s, b, 1] in fp32, one for each projection; forward they go in the parts of `row_parts`,
+    each by the activation's number of reductions.
     """
     positions, whole = positions_of(config), hidden_bytes(config)
     norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in (3, 1, 1))

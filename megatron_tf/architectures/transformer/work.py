@@ -1,4 +1,5 @@
-"""What a Transformer's block costs. `Passes` and numbers of kernels were counted in the model; tests count them again."""
+"""What a Transformer's block costs. `Passes` and numbers of kernels were counted in the model; tests count them
+again."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Records out of a file of any known format, with memory bounded by the largest document that is allowed.
 
-The formats are those of contents.py. Archives may hold files of all of them but Parquet, archives included (OpenWebText,
-OpenWebText2).
+The formats are those of contents.py. Archives may hold files of all of them but Parquet, archives included
+(OpenWebText, OpenWebText2).
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ def expand_inputs(
     """Files and globs (`**` included) to files, each once, those of a glob in alphabetical order.
 
     Links are followed. A file that several names lead to, hard links included, is read under one of them, and `note` is
-    told. A glob does not match what `is_output` says the caller wrote. Raises `DataError` for a pattern that matches nothing, for a link that leads nowhere, and for what is no file,
-    cannot be looked at, or has a content of no known kind.
+    told. A glob does not match what `is_output` says the caller wrote. Raises `DataError` for a pattern that matches
+    nothing, for a link that leads nowhere, and for what is no file, cannot be looked at, or has a content of no known
+    kind.
     """
     found: dict[Identity, str] = {}
     repeated: list[tuple[str, str]] = []

@@ -7,8 +7,8 @@ Windows overlap. One is left for the next at a place in the overlap where
 - a token begins with another kind of character than stands before it (white space, digits, letters or other signs), so
   that a group of digits counted from the beginning or the end of a number, or a run of spaces, lies within one window.
 
-So no place need be known to be a boundary: this works for texts without white space, and for tokenizers that put a space
-before every text. Where there is no such place, the text is encoded as a whole.
+So no place need be known to be a boundary: this works for texts without white space, and for tokenizers that put a
+space before every text. Where there is no such place, the text is encoded as a whole.
 """
 
 from __future__ import annotations

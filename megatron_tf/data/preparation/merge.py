@@ -33,8 +33,8 @@ NO_COPY = frozenset(
 def merge_pairs(prefixes: Sequence[Path], output: str, vocab_size: int) -> None:
     """Write the documents of all `prefixes`, each one sequence, under the temporary names of OUTPUT.bin and .idx.
 
-    `publish_pair` then gives them their own. A single pair is not copied but linked. The inputs stay. Raises `DataError`
-    for a damaged input, and OSError.
+    `publish_pair` then gives them their own. A single pair is not copied but linked. The inputs stay. Raises
+    `DataError` for a damaged input, and OSError.
     """
     bin_path, idx_path = partial_path(data_file(output)), partial_path(index_file(output))
     for path in (bin_path, idx_path):

@@ -1,4 +1,5 @@
-"""`PREFIX.report.json`: what a preparation read, wrote and left out, and why. Also the unit that parts are counted in."""
+"""`PREFIX.report.json`: what a preparation read, wrote and left out, and why. Also the unit that parts are counted
+in."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A C file as a loaded library, built on first use and kept in the user's cache folder where there is one.
 
-A library is kept under a name that has the checksum of its bytes in it. So one that was half written, by a process that was
-killed or a machine that lost power, is not loaded but built again, and processes may build the same one at the same time.
+A library is kept under a name that has the checksum of its bytes in it. So one that was half written, by a process that
+was killed or a machine that lost power, is not loaded but built again, and processes may build the same one at the same
+time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Memory layout of the scores: rows, and each projection's columns within a row, start at multiples of ALIGNMENT.
 
-Tensor cores and loads of 16 bytes want that, and a number of tokens does not give it: 8,620 over 8 ranks are 1,077 or 1,078.
-Between projections that share a product the gap is filled by keys of zeros, which add nothing to anything.
+Tensor cores and loads of 16 bytes want that, and a number of tokens does not give it: 8,620 over 8 ranks are 1,077 or
+1,078. Between projections that share a product the gap is filled by keys of zeros, which add nothing to anything.
 
 The columns behind a row's end are zeros. No stage reads them, but matrix products do: the bf16 product of CPUs takes
 columns in pairs, and for an odd number of them multiplies the next column by 0. 0 · NaN is NaN.
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALIGNMENT = 16
-# Where matrix products are slow unless every size, not only every row's beginning, is a multiple of 16 bytes. On an H200
-# cuBLAS took kernels of two generations ago for 8,620 tokens: half the speed.
+# Where matrix products are slow unless every size, not only every row's beginning, is a multiple of 16 bytes. On an
+# H200 cuBLAS took kernels of two generations ago for 8,620 tokens: half the speed.
 ALIGNED_SIZES = ("cuda",)
 
 
