@@ -14,6 +14,7 @@ import torch
 from distributed import spawn
 from safetensors.torch import save_file
 
+from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.convert.huggingface.export import write_export
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -132,6 +133,11 @@ def assert_gradients_do_not_depend_on_padding(folder: Path, ids: torch.Tensor, a
 def test_gradients_do_not_depend_on_padding(folder, ids):
     """The reference are the texts alone. Under sdpa a row of padding sees nothing: all its scores are 0."""
     assert_gradients_do_not_depend_on_padding(folder, ids, ("eager", "sdpa"))
+
+
+def test_it_has_the_activations_that_declare_it(exported):
+    known = sys.modules[type(exported.config).__module__].ACTIVATIONS
+    assert set(known) == {name for name in ACTIVATIONS.names() if "huggingface" in ACTIVATIONS[name].formats}
 
 
 @pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
