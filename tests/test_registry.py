@@ -21,7 +21,7 @@ def test_names_are_taken_once():
     registry: Registry[float] = Registry({"pi": "math:pi"})
     registry.register("pi", math.pi)
     registry.register("e", math.e)
-    assert registry.names() == ("pi", "e")
+    assert registry.names() == ("pi", "e") and registry.added() == {"e": math.e}
     with pytest.raises(ValueError, match=r"'e' is the name of 2.718\S* already"):
         registry.register("e", 3.0)
 
