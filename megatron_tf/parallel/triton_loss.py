@@ -1,4 +1,4 @@
-"""The loss's passes over the logits on GPUs: vocab.py has the formulas, and does the same in PyTorch elsewhere.
+"""The loss's passes over the logits on GPUs: tasks.classes has the formulas, and does the same in PyTorch elsewhere.
 
 One program a row. Forward: one reading of the logits; backward: one reading and one writing. Arithmetic is fp32.
 """

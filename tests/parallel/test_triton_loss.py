@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from megatron_tf.parallel import triton_loss, vocab
+from megatron_tf.parallel import triton_loss
 from megatron_tf.parallel.groups import SINGLE
+from megatron_tf.tasks import classes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts numbers off at bf16, GPUs round.
@@ -17,14 +18,14 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8 i
 
 @pytest.fixture
 def kernels(monkeypatch):
-    monkeypatch.setattr(vocab, "_kernels", lambda rows: triton_loss)
+    monkeypatch.setattr(classes, "_kernels", lambda rows: triton_loss)
 
 
 def drawn(rows, columns, dtype, spread=4.0):
     generator = torch.Generator().manual_seed(columns)
     logits = spread * torch.randn(rows, columns, generator=generator)
     labels = torch.randint(0, columns, (rows,), generator=generator)
-    labels[::3] = vocab.IGNORED
+    labels[::3] = classes.IGNORED
     return logits.to(DEVICE, dtype), labels.to(DEVICE)
 
 
@@ -34,10 +35,10 @@ def test_loss_and_gradient(kernels, columns, dtype):
     logits, labels = drawn(7, columns, dtype)
     weight = torch.linspace(0.5, 2, 7, device=DEVICE)
     wide = logits.double().requires_grad_()
-    expected = F.cross_entropy(wide, labels, reduction="none", ignore_index=vocab.IGNORED)
+    expected = F.cross_entropy(wide, labels, reduction="none", ignore_index=classes.IGNORED)
     (expected * weight).sum().backward()
     logits.requires_grad_()
-    found = vocab.cross_entropy(logits, labels, 0, SINGLE)
+    found = classes.cross_entropy(logits, labels, 0, SINGLE)
     (found * weight).sum().backward()
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
     assert logits.grad.dtype == dtype
@@ -62,6 +63,6 @@ def test_what_is_not_finite_goes_where_it_goes_in_pytorch(kernels, value):
     logits, labels = drawn(4, 40, torch.float32)
     labels.fill_(3)
     logits[1, 7] = value
-    found = vocab.cross_entropy(logits, labels, 0, SINGLE)
+    found = classes.cross_entropy(logits, labels, 0, SINGLE)
     expected = F.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5, equal_nan=True)
