@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Literal
 
@@ -207,8 +206,6 @@ class PatchData(TaskData):
 
 
 LAYERS, DATA, PATCHES = PatchLayers(), PatchData(), Patches()
-if current_process().name != "MainProcess":  # a rank that a test has started
-    TASKS.register("patches", PATCHES)
 
 
 @pytest.fixture(autouse=True)
