@@ -39,6 +39,10 @@ class ScoreFunction(ABC):
         """r over the columns that are here, at least fp32."""
 
     @abstractmethod
+    def combine(self, parts: Tensor) -> Tensor:
+        """Statistics of parts of the rows, [rows, parts] -> r [rows, 1]."""
+
+    @abstractmethod
     def begin_reduction(self, local: Tensor, group: Group) -> Callable[[], Tensor]:
         """Statistics [rows, any] over this rank's columns -> a function that waits for those over the group's."""
 
@@ -72,6 +76,13 @@ class ScoreFunction(ABC):
         s, total = self.backward(scores, r, gradient, scale)
         self.couple(scores, r, total, gradient, scale)
         return s
+
+    def backward_with_product(
+        self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(S, T, P) as `backward` makes them, and P = ΣdS∘S, the gradient of a factor on the row's S."""
+        product = (gradient * self.weights(scores, r, scale)).sum(-1, keepdim=True, dtype=r.dtype)
+        return *self.backward(scores, r, gradient, scale), product
 
 
 _MADE: dict[str, ScoreFunction] = {}

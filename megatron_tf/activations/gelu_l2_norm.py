@@ -28,6 +28,12 @@ class GeluL2Norm(L2Statistic):
         gradient.mul_(inverse(r, scale).to(scores.dtype))
         return s, total
 
+    def backward_with_product(
+        self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        s, total = self.backward(scores, r, gradient, scale)
+        return s, total, total
+
     def couple(self, scores: Tensor, r: Tensor, total: Tensor, gradient: Tensor, scale: float) -> None:
         gradient.addcmul_(F.gelu(scores), coupling(total, r).to(scores.dtype), value=-1)
         torch.ops.aten.gelu_backward.grad_input(gradient, scores, grad_input=gradient)

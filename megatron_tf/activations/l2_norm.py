@@ -18,6 +18,9 @@ class L2Statistic(ScoreFunction):
 
     normaliser_power = 0.5
 
+    def combine(self, parts: Tensor) -> Tensor:
+        return norm(parts)
+
     def begin_reduction(self, local: Tensor, group: Group) -> Callable[[], Tensor]:
         return begin_reduction(local, group)
 

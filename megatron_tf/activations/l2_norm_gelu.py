@@ -41,6 +41,13 @@ class L2NormGelu(NormedScores):
             return fused_stages.backward(scores, r, gradient, scale)
         return super().backward(scores, r, gradient, scale)
 
+    def backward_with_product(
+        self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if fused_stages.usable(scores):
+            return fused_stages.backward_with_product(scores, r, gradient, scale)
+        return super().backward_with_product(scores, r, gradient, scale)
+
     def couple(self, scores: Tensor, r: Tensor, total: Tensor, gradient: Tensor, scale: float) -> None:
         if fused_stages.usable(scores):
             fused_stages.couple(scores, r, total, gradient)

@@ -24,6 +24,9 @@ class Softmax(ScoreFunction):
     def statistic(self, scores: Tensor) -> Tensor:
         return torch.logsumexp(scores.to(accumulating(scores)), -1, keepdim=True)
 
+    def combine(self, parts: Tensor) -> Tensor:
+        return torch.logsumexp(parts, -1, keepdim=True)
+
     def begin_reduction(self, local: Tensor, group: Group) -> Callable[[], Tensor]:
         """Two all-reduces that wait: the largest first, for a sum that cannot overflow."""
         if group.size == 1:
@@ -38,6 +41,12 @@ class Softmax(ScoreFunction):
     def backward(self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         s = self.weights(scores, r, scale)
         return s, (gradient * s).sum(-1, keepdim=True, dtype=r.dtype)
+
+    def backward_with_product(
+        self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        s, total = self.backward(scores, r, gradient, scale)
+        return s, total, total
 
     def couple(self, scores: Tensor, r: Tensor, total: Tensor, gradient: Tensor, scale: float) -> None:
         gradient.sub_((total / scale).to(gradient.dtype)).mul_(self.weights(scores, r, scale))

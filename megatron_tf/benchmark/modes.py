@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel
-from megatron_tf.benchmark import communication, memory, pattention, scaling, stages, step
+from megatron_tf.benchmark import communication, memory, pattention, scaling, sparse, stages, step
 from megatron_tf.benchmark.device import check_dtypes, machine, quick_dtype
 from megatron_tf.benchmark.references import FORMULAS
 from megatron_tf.benchmark.report import Row, check_json, table, write_json
@@ -63,6 +63,14 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> list[Row]:
 def run_pattention(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
     dtypes = [DTYPES[name] for name in arguments.dtypes]
     return pattention.rows(device, dtypes, arguments.tokens, arguments.positions, arguments.width, arguments.rounds)
+
+
+def run_sparse(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    dtypes = [DTYPES[name] for name in arguments.dtypes]
+    return sparse.rows(
+        device, dtypes, arguments.tokens, arguments.candidates, arguments.group_size, arguments.positions,
+        arguments.width, arguments.rounds,
+    )  # fmt: skip
 
 
 def run_stages(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
@@ -141,6 +149,7 @@ def with_plain_formula(file: Path, seq_length: int | None) -> TokenFormerModel:
 
 MODES = {
     "pattention": run_pattention,
+    "sparse": run_sparse,
     "stages": run_stages,
     "communication": run_communication,
     "memory": run_memory,

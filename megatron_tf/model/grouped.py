@@ -1,23 +1,18 @@
-"""Products of rows with the one candidate of each slot that a row has chosen.
+"""Rows that use one of several candidates, and their products with the tokens of theirs.
 
-A slot has m candidates, each a group of g tokens; its columns in the scores are g whatever the choice is. So scores, their
-gradient and weights S are dense matrices [rows, slots · g], as those of a model that has the chosen tokens only, and
-everything between the products is that of such a model.
+A slot has m candidates, each a group of g tokens. A *pair* is a row and its choice in one slot. Pairs lie sorted: by slot, by
+candidate, and rows of one candidate in their own order. So the scores of a candidate are neighbours, and its products are
+products of matrices.
 
 | tensor | shape |
 |---|---|
 | tokens: keys or values of all candidates | [slots, m, g, width] |
-| scores | [rows, slots · g] |
-| inputs or outputs, one row a position | [rows, width] |
+| of pairs: scores, their gradient, weights S | [slots · rows, g] |
+| of rows: inputs, outputs | [rows, width] |
 
-| function | what it makes | used for |
-|---|---|---|
-| `scores_of` | scores from inputs | A = X Kᵀ, dS = dO Vᵀ |
-| `add_outputs` | outputs from scores | O = S V, dX = dA K |
-| `token_gradients` | gradients of tokens | dK = dAᵀ X, dV = Sᵀ dO |
-
-Rows are taken in the order of their candidates (`Assignment`), so each candidate has a product of its own. On a CPU that is a
-loop. On a GPU it is one grouped product a slot, whose sizes are read on the device: nothing waits for the host.
+Work goes over the pairs piece by piece. On a CPU a piece is a candidate with its rows, which the cache holds from one product
+to the next. On a GPU it is a slot, whose products are one grouped product; its sizes are read on the device, so nothing waits
+for the host, and shapes are the same whatever was chosen.
 """
 
 from __future__ import annotations
@@ -34,21 +29,25 @@ from torch.nn import functional as F
 class Assignment:
     """Which rows use which candidate.
 
-    `order`: int64 [slots, rows], the rows of each slot sorted by candidate, equal ones in their own order.
-    `ends`: int32 [slots, m], where in `order` the rows of each candidate end.
+    `order`: int64 [slots, rows], the row of each pair.
+    `ends`: int32 [slots, m], where among the pairs of a slot those of each candidate end.
     """
 
     order: Tensor
     ends: Tensor
 
     @property
-    def num_slots(self) -> int:
-        return self.order.shape[0]
+    def num_pairs(self) -> int:
+        return self.order.numel()
 
-    def columns(self, scores: Tensor, slot: int) -> Tensor:
-        """The columns of `slot` in scores."""
-        width = scores.shape[1] // self.num_slots
-        return scores[:, slot * width : (slot + 1) * width]
+    def by_row(self, values: Tensor) -> Tensor:
+        """A number a pair, [pairs, 1] -> [rows, slots]."""
+        out = values.new_empty(self.order.shape)
+        return out.scatter_(1, self.order, values.view(self.order.shape)).mT
+
+    def by_pair(self, values: Tensor) -> Tensor:
+        """A number a row, [rows, 1] -> [pairs, 1]."""
+        return values[self.order.flatten()]
 
 
 def assign(candidates: Tensor, num_candidates: int) -> Assignment:
@@ -60,70 +59,61 @@ def assign(candidates: Tensor, num_candidates: int) -> Assignment:
     return Assignment(order, counts.cumsum(1, dtype=torch.int32))
 
 
-def scores_of(inputs: Tensor, tokens: Tensor, assignment: Assignment, scores: Tensor) -> None:
-    """Writes inputs · tokensᵀ of the chosen candidates into `scores`."""
-    if _in_one_call(inputs):
-        for slot, own_tokens in enumerate(tokens):
-            chosen = assignment.order[slot]
-            product = F.grouped_mm(inputs[chosen], own_tokens.mT, offs=assignment.ends[slot])
-            assignment.columns(scores, slot)[chosen] = product
-        return
-    taken, product = _room(inputs, assignment, inputs.shape[1]), _room(inputs, assignment, tokens.shape[2])
-    for slot, candidate, rows in _groups(assignment):
-        own = torch.index_select(inputs, 0, rows, out=taken[: len(rows)])
-        torch.mm(own, tokens[slot, candidate].mT, out=product[: len(rows)])
-        assignment.columns(scores, slot).index_copy_(0, rows, product[: len(rows)])
+@dataclass(frozen=True)
+class Piece:
+    """Pairs that are worked on together: their `rows`, and where they lie among all pairs.
+
+    `slot`: theirs.  `candidate`: theirs, or None for those of the whole slot, which end at `ends`.
+    """
+
+    rows: Tensor
+    pairs: slice
+    slot: int
+    candidate: int | None
+    ends: Tensor
+
+    def scores(self, inputs: Tensor, tokens: Tensor, out: Tensor) -> None:
+        """Writes inputs · tokensᵀ. inputs [pairs of the piece, width], out [pairs of the piece, g]."""
+        if self.candidate is None:
+            out.copy_(F.grouped_mm(inputs, tokens[self.slot].mT, offs=self.ends))
+        else:
+            torch.mm(inputs, tokens[self.slot, self.candidate].mT, out=out)
+
+    def outputs(self, scores: Tensor, tokens: Tensor) -> Tensor:
+        """scores · tokens: [pairs of the piece, width]."""
+        if self.candidate is None:
+            return F.grouped_mm(scores, tokens[self.slot], offs=self.ends)
+        return scores @ tokens[self.slot, self.candidate]
+
+    def gradients(self, scores: Tensor, inputs: Tensor, out: Tensor) -> None:
+        """Writes scoresᵀ · inputs of each candidate into its part of `out`, which is shaped as the tokens."""
+        if self.candidate is None:
+            out[self.slot] = F.grouped_mm(scores.mT, inputs, offs=self.ends)
+        else:
+            torch.mm(scores.mT, inputs, out=out[self.slot, self.candidate])
 
 
-def add_outputs(scores: Tensor, tokens: Tensor, assignment: Assignment, outputs: Tensor) -> None:
-    """Adds scores · tokens of the chosen candidates to `outputs`. A slot adds to each row once: the order is always the same."""
-    if _in_one_call(outputs):
-        for slot, own_tokens in enumerate(tokens):
-            chosen = assignment.order[slot]
-            own = assignment.columns(scores, slot)[chosen]
-            outputs.index_add_(0, chosen, F.grouped_mm(own, own_tokens, offs=assignment.ends[slot]))
-        return
-    taken, product = _room(scores, assignment, tokens.shape[2]), _room(scores, assignment, tokens.shape[3])
-    for slot, candidate, rows in _groups(assignment):
-        own = torch.index_select(assignment.columns(scores, slot), 0, rows, out=taken[: len(rows)])
-        torch.mm(own, tokens[slot, candidate], out=product[: len(rows)])
-        outputs.index_add_(0, rows, product[: len(rows)])
-
-
-def token_gradients(scores: Tensor, inputs: Tensor, assignment: Assignment, tokens: Tensor) -> Tensor:
-    """scoresᵀ · inputs over the rows of each candidate, in the shape of `tokens`; 0 for one that nobody chose."""
-    if _in_one_call(inputs):
-        gradients = torch.empty_like(tokens)
-        for slot, own_gradients in enumerate(gradients):
-            chosen = assignment.order[slot]
-            own = assignment.columns(scores, slot)[chosen]
-            own_gradients.copy_(F.grouped_mm(own.mT, inputs[chosen], offs=assignment.ends[slot]))
-        return gradients
-    gradients = torch.zeros_like(tokens)
-    own_scores, own_inputs = _room(scores, assignment, tokens.shape[2]), _room(inputs, assignment, tokens.shape[3])
-    for slot, candidate, rows in _groups(assignment):
-        left = torch.index_select(assignment.columns(scores, slot), 0, rows, out=own_scores[: len(rows)])
-        right = torch.index_select(inputs, 0, rows, out=own_inputs[: len(rows)])
-        torch.mm(left.mT, right, out=gradients[slot, candidate])
-    return gradients
-
-
-def _in_one_call(inputs: Tensor) -> bool:
-    """Whether torch has a grouped product for such inputs that is faster than a loop, and does not wait for the host."""
-    return inputs.device.type == "cuda" and inputs.dtype == torch.bfloat16
-
-
-def _room(like: Tensor, assignment: Assignment, width: int) -> Tensor:
-    """Memory for the rows of any one candidate, which stays in the processor's cache."""
-    starts = F.pad(assignment.ends[:, :-1], (1, 0))
-    return like.new_empty(int((assignment.ends - starts).max()) if assignment.ends.numel() else 0, width)
-
-
-def _groups(assignment: Assignment) -> Iterator[tuple[int, int, Tensor]]:
-    """(slot, candidate, its rows) for each candidate that has any."""
-    for slot, ends in enumerate(assignment.ends.tolist()):
+def pieces(assignment: Assignment, dtype: torch.dtype) -> Iterator[Piece]:
+    """All pieces, of products in `dtype`. A candidate without rows is in none of its own."""
+    whole_slots = assignment.order.is_cuda and dtype == torch.bfloat16
+    num_rows = assignment.order.shape[1]
+    for slot, (rows, ends) in enumerate(zip(assignment.order, assignment.ends)):
+        start = slot * num_rows
+        if whole_slots:
+            yield Piece(rows, slice(start, start + num_rows), slot, None, ends)
+            continue
         first = 0
-        for candidate, last in enumerate(ends):
+        for candidate, last in enumerate(ends.tolist()):
             if last > first:
-                yield slot, candidate, assignment.order[slot, first:last]
+                yield Piece(rows[first:last], slice(start + first, start + last), slot, candidate, ends)
             first = last
+
+
+def empty_gradients(tokens: Tensor, assignment: Assignment) -> Tensor:
+    """Room for the gradients of tokens [slots, m, g, width], 0 for candidates that nobody chose."""
+    if tokens.is_cuda:
+        return torch.zeros_like(tokens)
+    out = torch.empty_like(tokens)
+    unused = assignment.ends.diff(dim=1, prepend=assignment.ends.new_zeros(len(out), 1)) == 0
+    out[unused] = 0
+    return out

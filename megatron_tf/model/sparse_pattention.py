@@ -14,7 +14,7 @@ construction, none needs to know what another one chose, and the exchange is the
 | X | [..., d_in], whole on every rank |
 | bank: K, V | [slots/T · m · g, d_in], [slots/T · m · g, d_out], rows by slot, candidate, token |
 | router, balance | [slots/T · m, d_in], [slots/T · m] |
-| A, S | [rows, slots/T · g + dense/T] |
+| A, S | [slots/T · rows, g], see `grouped`, and [rows, dense/T] |
 | out | [..., d_out], partial: the caller sums it over T |
 """
 
@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from megatron_tf.activations.function import score_function
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model.context import Reports
-from megatron_tf.model.grouped import Assignment, add_outputs, assign, scores_of, token_gradients
+from megatron_tf.model.grouped import Assignment, assign, empty_gradients, pieces
 from megatron_tf.model.kernels import score_layout
 from megatron_tf.model.routing import balance_loss, choose, relative_load, straight_through
 from megatron_tf.parallel.collectives import begin_all_reduce
@@ -150,20 +150,29 @@ def sparse_pattention(
 
 
 class _SparsePattention(Function):
+    # Pairs of rows and candidates go piece by piece, see `grouped`. A row's pairs meet in r and in T alone.
     @staticmethod
     def forward(ctx, scale, function, group, assignment, x, keys, values, dense_keys, dense_values, gate):
-        slots, candidates = assignment.ends.shape
-        shaped_keys, shaped_values = (_by_slot(tokens, slots, candidates) for tokens in (keys, values))
-        chosen = slots * shaped_keys.shape[2]
-        scores = score_layout.empty_scores(x, x.shape[0], chosen + len(dense_keys))
-        scores_of(x, shaped_keys, assignment, scores[:, :chosen])
+        by_slot = _by_slot(keys, assignment), _by_slot(values, assignment)
+        scores = x.new_empty(assignment.num_pairs, by_slot[0].shape[2])
+        for piece in pieces(assignment, x.dtype):
+            piece.scores(x.index_select(0, piece.rows), by_slot[0], scores[piece.pairs])
+        parts = assignment.by_row(function.statistic(scores))
+        dense = score_layout.empty_scores(x, len(x), len(dense_keys))
         if len(dense_keys):
-            scores[:, chosen:].addmm_(x, dense_keys.mT, beta=0)
-        r = function.begin_reduction(function.statistic(scores), group)()
-        s = function.weights(scores, r, scale)
-        out = s[:, chosen:] @ dense_values if len(dense_keys) else x.new_zeros(x.shape[0], values.shape[1])
-        add_outputs(s[:, :chosen], shaped_values, assignment, out)
-        ctx.save_for_backward(x, scores, r, keys, values, dense_keys, dense_values, assignment.order, assignment.ends)
+            dense.addmm_(x, dense_keys.mT, beta=0)
+            parts = torch.cat([parts, function.statistic(dense)], -1)
+        r = function.begin_reduction(function.combine(parts), group)()
+        if len(dense_keys):
+            out = function.weights(dense, r, scale) @ dense_values
+        else:
+            out = x.new_zeros(len(x), values.shape[1])
+        s = function.weights(scores, assignment.by_pair(r), scale)
+        for piece in pieces(assignment, x.dtype):
+            out.index_add_(0, piece.rows, piece.outputs(s[piece.pairs], by_slot[1]))
+        ctx.save_for_backward(
+            x, scores, dense, r, keys, values, dense_keys, dense_values, assignment.order, assignment.ends
+        )
         ctx.scale, ctx.function, ctx.group, ctx.gate_dtype = scale, function, group, gate.dtype
         return out
 
@@ -171,45 +180,43 @@ class _SparsePattention(Function):
     @once_differentiable
     def backward(ctx, grad):
         scale, function, group = ctx.scale, ctx.function, ctx.group
-        x, scores, r, keys, values, dense_keys, dense_values, order, ends = ctx.saved_tensors
-        assignment = Assignment(order, ends)
-        slots, candidates = ends.shape
-        shaped_keys, shaped_values = (_by_slot(tokens, slots, candidates) for tokens in (keys, values))
-        chosen = slots * shaped_keys.shape[2]
-        grad = grad.contiguous()
-        d = score_layout.empty_scores(scores, *scores.shape)
-        scores_of(grad, shaped_values, assignment, d[:, :chosen])
+        x, scores, dense, r, keys, values, dense_keys, dense_values, order, ends = ctx.saved_tensors
+        assignment, grad = Assignment(order, ends), grad.contiguous()
+        by_slot = _by_slot(keys, assignment), _by_slot(values, assignment)
+        key_grads, value_grads = (empty_gradients(tokens, assignment) for tokens in by_slot)
+        d, of_pairs = torch.empty_like(scores), assignment.by_pair(r)
+        totals, gate_grads = torch.empty_like(of_pairs), torch.empty_like(of_pairs)
+        for piece in pieces(assignment, x.dtype):
+            own, part = d[piece.pairs], piece.pairs
+            own_grad = grad.index_select(0, piece.rows)
+            piece.scores(own_grad, by_slot[1], own)
+            s, totals[part], gate_grads[part] = function.backward_with_product(scores[part], of_pairs[part], own, scale)
+            piece.gradients(s, own_grad, value_grads)
+        total = assignment.by_row(totals).sum(-1, keepdim=True)
+        d_dense, dense_key_grads, dense_value_grads = score_layout.empty_scores(dense, *dense.shape), None, None
         if len(dense_keys):
-            d[:, chosen:].addmm_(grad, dense_values.mT, beta=0)
-        d_gate = _slot_sums(d[:, :chosen], function.weights(scores, r, scale)[:, :chosen], slots)
-        if group.size == 1:
-            s = function.backward_and_couple(scores, r, d, scale)
-        else:
-            s, total = function.backward(scores, r, d, scale)
-            finish = begin_all_reduce(total, group)
-        value_grads = token_gradients(s[:, :chosen], grad, assignment, shaped_values).view_as(values)
-        dense_value_grads = s[:, chosen:].mT @ grad if len(dense_keys) else None
-        if group.size > 1:
-            function.couple(scores, r, finish(), d, scale)
-        d_x = d[:, chosen:] @ dense_keys if len(dense_keys) else torch.zeros_like(x)
-        add_outputs(d[:, :chosen], shaped_keys, assignment, d_x)
-        key_grads = token_gradients(d[:, :chosen], x, assignment, shaped_keys).view_as(keys)
-        dense_key_grads = d[:, chosen:].mT @ x if len(dense_keys) else None
+            d_dense.addmm_(grad, dense_values.mT, beta=0)
+            s, own_total = function.backward(dense, r, d_dense, scale)
+            total += own_total
+        finish = begin_all_reduce(total, group)
+        if len(dense_keys):  # while the sums are on their way
+            dense_value_grads = s.mT @ grad
+        total = finish()
+        if len(dense_keys):
+            function.couple(dense, r, total, d_dense, scale)
+            dense_key_grads = d_dense.mT @ x
+        d_x = d_dense @ dense_keys if len(dense_keys) else torch.zeros_like(x)
+        function.couple(scores, of_pairs, assignment.by_pair(total), d, scale)
+        for piece in pieces(assignment, x.dtype):
+            own = d[piece.pairs]
+            piece.gradients(own, x.index_select(0, piece.rows), key_grads)
+            d_x.index_add_(0, piece.rows, piece.outputs(own, by_slot[0]))
         return (
-            None, None, None, None,
-            d_x, key_grads, value_grads, dense_key_grads, dense_value_grads, d_gate.to(ctx.gate_dtype),
+            None, None, None, None, d_x, key_grads.view_as(keys), value_grads.view_as(values),
+            dense_key_grads, dense_value_grads, assignment.by_row(gate_grads).to(ctx.gate_dtype),
         )  # fmt: skip
 
 
-def _by_slot(tokens: Tensor, slots: int, candidates: int) -> Tensor:
+def _by_slot(tokens: Tensor, assignment: Assignment) -> Tensor:
     """[slots · m · g, width] -> [slots, m, g, width]."""
-    return tokens.view(slots, candidates, -1, tokens.shape[1])
-
-
-def _slot_sums(first: Tensor, second: Tensor, slots: int) -> Tensor:
-    """Σ over the tokens of each slot of first ∘ second: [rows, slots · g] each -> [rows, slots], at least fp32."""
-    accumulate = torch.promote_types(first.dtype, torch.float32)
-    sums = [
-        (own * other).sum(-1, dtype=accumulate) for own, other in zip(first.chunk(slots, -1), second.chunk(slots, -1))
-    ]
-    return torch.stack(sums, -1)
+    return tokens.view(*assignment.ends.shape, -1, tokens.shape[1])

@@ -109,6 +109,16 @@ def backward(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> t
 
 
 @_operator(["gradient"])
+def backward_with_product(
+    scores: Tensor, norms: Tensor, gradient: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(S, T, P); `gradient` is dS and becomes D."""
+    out = _alike(scores), _column(scores), _column(scores)
+    _run("backward_with_product", scores, norms, gradient, *out, scale)
+    return out
+
+
+@_operator(["gradient"])
 def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> None:
     """`gradient` is D and becomes dA."""
     _run("couple", scores, norms, totals, gradient)
@@ -140,6 +150,11 @@ register_fake("megatron_tf::weights", lambda scores, norms, scale: _alike(scores
 register_fake("megatron_tf::norm_and_weights", lambda scores, scale: (_column(scores), _alike(scores)), lib=_LIBRARY)
 register_fake(
     "megatron_tf::backward", lambda scores, norms, gradient, scale: (_alike(scores), _column(scores)), lib=_LIBRARY
+)
+register_fake(
+    "megatron_tf::backward_with_product",
+    lambda scores, norms, gradient, scale: (_alike(scores), _column(scores), _column(scores)),
+    lib=_LIBRARY,
 )
 register_fake("megatron_tf::backward_and_couple", lambda scores, norms, gradient, scale: _alike(scores), lib=_LIBRARY)
 register_fake("megatron_tf::couple", lambda scores, norms, totals, gradient: None, lib=_LIBRARY)

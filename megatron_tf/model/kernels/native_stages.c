@@ -60,7 +60,8 @@ static inline float normal_distribution(float u, float *density) {
 }
 
 /* The stages of one row: n scores a, their √Σa² (the norm), S = GELU(u) with u = τa/norm, and from d = dS
-   D = τ/norm · d ∘ GELU'(u), total = ΣD∘a and then da = D − a · total/norm². A row of zeros has no direction: all are 0. */
+   D = τ/norm · d ∘ GELU'(u), total = ΣD∘a, product = Σd∘S and then da = D − a · total/norm². A row of zeros has no
+   direction: all are 0. */
 #define ROW_STAGES(NAME, TYPE, LOAD, ROUND)                                                                            \
     static inline float norm_of_row_##NAME(const TYPE *a, long n) {                                                    \
         float sum = 0.0f;                                                                                              \
@@ -74,15 +75,18 @@ static inline float normal_distribution(float u, float *density) {
             s[j] = ROUND(u * normal_distribution(u, &density));                                                        \
         }                                                                                                              \
     }                                                                                                                  \
-    static inline float backward_of_row_##NAME(const TYPE *a, float norm, float scale, TYPE *d, TYPE *s, long n) {     \
-        float factor = norm > 0.0f ? scale / norm : 0.0f, total = 0.0f;                                                \
-        _Pragma("omp simd reduction(+ : total)") for (long j = 0; j < n; j++) {                                        \
+    static inline float backward_of_row_##NAME(const TYPE *a, float norm, float scale, TYPE *d, TYPE *s,               \
+                                               float *product, long n) {                                               \
+        float factor = norm > 0.0f ? scale / norm : 0.0f, total = 0.0f, sum = 0.0f;                                    \
+        _Pragma("omp simd reduction(+ : total, sum)") for (long j = 0; j < n; j++) {                                   \
             float density, score = LOAD(a[j]), u = score * factor, p = normal_distribution(u, &density);               \
             float g = LOAD(d[j]) * (p + u * density) * factor;                                                         \
+            sum += LOAD(d[j]) * u * p;                                                                                 \
             s[j] = ROUND(u * p);                                                                                       \
             d[j] = ROUND(g);                                                                                           \
             total += g * score;                                                                                        \
         }                                                                                                              \
+        *product = sum;                                                                                                \
         return total;                                                                                                  \
     }                                                                                                                  \
     static inline void couple_row_##NAME(const TYPE *a, float norm, float total, TYPE *d, long n) {                    \
@@ -105,8 +109,19 @@ static inline float normal_distribution(float u, float *density) {
     void backward_##NAME(const TYPE *a, long a_stride, const float *norm, long norm_stride, TYPE *d, long d_stride,    \
                          TYPE *s, long s_stride, float *total, long total_stride, long rows, long n, int threads,      \
                          float scale) {                                                                                \
-        EACH_ROW total[i * total_stride] = backward_of_row_##NAME(a + i * a_stride, norm[i * norm_stride], scale,      \
-                                                                  d + i * d_stride, s + i * s_stride, n);              \
+        EACH_ROW {                                                                                                     \
+            float product;                                                                                             \
+            total[i * total_stride] = backward_of_row_##NAME(a + i * a_stride, norm[i * norm_stride], scale,           \
+                                                             d + i * d_stride, s + i * s_stride, &product, n);         \
+        }                                                                                                              \
+    }                                                                                                                  \
+    void backward_with_product_##NAME(const TYPE *a, long a_stride, const float *norm, long norm_stride, TYPE *d,      \
+                                      long d_stride, TYPE *s, long s_stride, float *total, long total_stride,          \
+                                      float *product, long product_stride, long rows, long n, int threads,             \
+                                      float scale) {                                                                   \
+        EACH_ROW total[i * total_stride] =                                                                             \
+            backward_of_row_##NAME(a + i * a_stride, norm[i * norm_stride], scale, d + i * d_stride, s + i * s_stride, \
+                                   product + i * product_stride, n);                                                   \
     }                                                                                                                  \
     void couple_##NAME(const TYPE *a, long a_stride, const float *norm, long norm_stride, const float *total,          \
                        long total_stride, TYPE *d, long d_stride, long rows, long n, int threads) {                    \
@@ -124,8 +139,9 @@ static inline float normal_distribution(float u, float *density) {
                                     long d_stride, TYPE *s, long s_stride, long rows, long n, int threads,             \
                                     float scale) {                                                                     \
         EACH_ROW {                                                                                                     \
-            float r = norm[i * norm_stride];                                                                           \
-            float total = backward_of_row_##NAME(a + i * a_stride, r, scale, d + i * d_stride, s + i * s_stride, n);   \
+            float r = norm[i * norm_stride], product;                                                                  \
+            float total = backward_of_row_##NAME(a + i * a_stride, r, scale, d + i * d_stride, s + i * s_stride,       \
+                                                 &product, n);                                                         \
             couple_row_##NAME(a + i * a_stride, r, total, d + i * d_stride, n);                                        \
         }                                                                                                              \
     }

@@ -44,6 +44,18 @@ def backward(scores: Tensor, norms: Tensor, gradient: Tensor, weights: Tensor, t
     _call("backward", scores, norms, gradient, weights, totals, scale=scale)
 
 
+def backward_with_product(
+    scores: Tensor,
+    norms: Tensor,
+    gradient: Tensor,
+    weights: Tensor,
+    totals: Tensor,
+    products: Tensor,
+    scale: float,
+) -> None:
+    _call("backward_with_product", scores, norms, gradient, weights, totals, products, scale=scale)
+
+
 def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> None:
     _call("couple", scores, norms, totals, gradient)
 

@@ -14,10 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WARP = 256  # columns: 8 a thread, 16 bytes of bf16
-# (rows up to this length, columns of a block, columns of a warp): the fastest of seven on an H200, in bf16, for rows of
-# 2,144 to 34,480.
-BLOCKS = ((4096, 1024, WARP), (16384, 2048, WARP), (None, 8192, 2 * WARP))
+LARGEST_BLOCK = 2048  # columns
+COLUMNS_PER_WARP = 256  # 8 a thread: 16 bytes of bf16
 
 
 def is_available() -> bool:
@@ -40,6 +38,18 @@ def backward(scores: Tensor, norms: Tensor, gradient: Tensor, weights: Tensor, t
     _launch(_backward, scores, norms, gradient, weights, totals, scale=scale)
 
 
+def backward_with_product(
+    scores: Tensor,
+    norms: Tensor,
+    gradient: Tensor,
+    weights: Tensor,
+    totals: Tensor,
+    products: Tensor,
+    scale: float,
+) -> None:
+    _launch(_backward_with_product, scores, norms, gradient, weights, totals, products, scale=scale)
+
+
 def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> None:
     _launch(_couple, scores, norms, totals, gradient)
 
@@ -57,9 +67,8 @@ def _launch(kernel: triton.JITFunction, scores: Tensor, *others: Tensor, **scale
     for tensor in (scores, *others):
         assert tensor.stride(1) == 1 or tensor.shape[1] == 1, "neighbours in a row side by side"
         arguments += tensor, tensor.stride(0)
-    largest, per_warp = next(sizes for length, *sizes in BLOCKS if length is None or n <= length)
-    block = min(largest, max(WARP, triton.next_power_of_2(n + 1) // 2))  # not larger than n
-    kernel[(rows,)](*arguments, n, **scale, BLOCK=block, num_warps=max(1, block // per_warp))
+    block = min(LARGEST_BLOCK, max(COLUMNS_PER_WARP, triton.next_power_of_2(n + 1) // 2))  # not larger than n
+    kernel[(rows,)](*arguments, n, **scale, BLOCK=block, num_warps=block // COLUMNS_PER_WARP)
 
 
 @triton.jit
@@ -180,6 +189,28 @@ def _backward(
     a, d, s = _row(scores, a_stride), _row(gradient, d_stride), _row(weights, s_stride)
     factor = _over(scale, tl.load(_row(norms, r_stride)))
     tl.store(_row(totals, t_stride), _gradient_of_row(a, d, s, factor, n, BLOCK))
+
+
+@triton.jit
+def _backward_with_product(
+    scores, a_stride, norms, r_stride, gradient, d_stride, weights, s_stride, totals, t_stride, products, p_stride, n,
+    scale, BLOCK: tl.constexpr,
+):  # fmt: skip
+    a, d, s = _row(scores, a_stride), _row(gradient, d_stride), _row(weights, s_stride)
+    factor = _over(scale, tl.load(_row(norms, r_stride)))
+    total = tl.zeros((BLOCK,), tl.float32)
+    product = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        score = _block(a, start, n, BLOCK)
+        gelu, slope = _gelu(score * factor)
+        ds = _block(d, start, n, BLOCK)
+        g = ds * slope * factor
+        total += g * score
+        product += ds * gelu
+        _put(d, start, n, g, BLOCK)
+        _put(s, start, n, gelu, BLOCK)
+    tl.store(_row(totals, t_stride), tl.sum(total))
+    tl.store(_row(products, p_stride), tl.sum(product))
 
 
 @triton.jit

@@ -35,7 +35,7 @@ def scores_and_gradient(dtype):
 def stages(scores, gradient):
     """Everything that the stages compute, one after the other."""
     function = score_function("l2_norm_gelu")
-    whole_gradient = gradient.clone()
+    whole_gradient, third_gradient = gradient.clone(), gradient.clone()
     r = function.statistic(scores)
     forward = function.weights(scores, r, SCALE)
     weights, total = function.backward(scores, r, gradient, SCALE)
@@ -43,9 +43,14 @@ def stages(scores, gradient):
     function.couple(scores, r, total, gradient, SCALE)
     whole_r, whole_forward = function.statistic_and_weights(scores, SCALE)
     whole_weights = function.backward_and_couple(scores, r, whole_gradient, SCALE)
-    for split, whole in ((r, whole_r), (forward, whole_forward), (weights, whole_weights), (gradient, whole_gradient)):
+    third_weights, third_total, product = function.backward_with_product(scores, r, third_gradient, SCALE)
+    for split, whole in (
+        (r, whole_r), (forward, whole_forward), (weights, whole_weights), (gradient, whole_gradient),
+        (weights, third_weights), (total, third_total), (d, third_gradient),
+    ):  # fmt: skip
         assert torch.equal(split.nan_to_num(7), whole.nan_to_num(7))  # sharding must not change what is computed
-    return {"r": r, "forward": forward, "weights": weights, "total": total, "d": d, "d_scores": gradient}
+    return {"r": r, "forward": forward, "weights": weights, "total": total, "d": d, "d_scores": gradient,
+            "product": product}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -20,7 +20,8 @@ from megatron_tf.model.kernels import triton_stages
 
 ALIGNED = [["tt.divisibility", 16]]
 found = {}
-for stage in ("norm", "weights", "norm_and_weights", "backward", "couple", "backward_and_couple"):
+for stage in ("norm", "weights", "norm_and_weights", "backward", "backward_with_product", "couple",
+              "backward_and_couple"):
     kernel = getattr(triton_stages, f"_{stage}")
     types, constants, aligned = {}, {"BLOCK": 2048}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -31,10 +32,10 @@ for stage in ("norm", "weights", "norm_and_weights", "backward", "couple", "back
         elif name == "scale":
             types[name] = "fp32"
         else:
-            types[name] = "i32" if name.endswith("stride") else "*fp32" if name in ("norms", "totals") else "*bf16"
+            types[name] = "i32" if name.endswith("stride") else "*fp32" if name in ("norms", "totals", "products") else "*bf16"
             aligned[(i,)] = ALIGNED
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    options = {"num_warps": 2048 // triton_stages.WARP}
+    options = {"num_warps": 2048 // triton_stages.COLUMNS_PER_WARP}
     found[stage] = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["ptx"]
 print(json.dumps(found))
 """

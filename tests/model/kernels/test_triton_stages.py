@@ -36,18 +36,22 @@ def columns(device, count):
 
 def run(scores, gradient):
     """What the kernels compute, split and whole."""
-    r, total, whole_r = columns(scores.device, 3)
-    forward, s, whole_forward, whole_s = (torch.full_like(scores.contiguous(), torch.nan) for _ in range(4))
-    d, whole_d = gradient.clone(), gradient.clone()
+    r, total, whole_r, third_total, product = columns(scores.device, 5)
+    forward, s, whole_forward, whole_s, third_s = (torch.full_like(scores.contiguous(), torch.nan) for _ in range(5))
+    d, whole_d, third_d = gradient.clone(), gradient.clone(), gradient.clone()
     triton_stages.norm(scores, r)
     triton_stages.weights(scores, r, forward, SCALE)
     triton_stages.backward(scores, r, d, s, total, SCALE)
+    triton_stages.backward_with_product(scores, r, third_d, third_s, third_total, product, SCALE)
+    for split, third in ((d, third_d), (s, third_s), (total, third_total)):
+        assert torch.equal(split.nan_to_num(7), third.nan_to_num(7))
     triton_stages.couple(scores, r, total, d)
     triton_stages.norm_and_weights(scores, whole_r, whole_forward, SCALE)
     triton_stages.backward_and_couple(scores, r, whole_d, whole_s, SCALE)
     pairs = {"r": (r, whole_r), "forward": (forward, whole_forward), "s": (s, whole_s), "d": (d, whole_d)}
     return {
         "total": total,
+        "product": product,
         **{f"{way}{name}": x for name, both in pairs.items() for way, x in zip(("", "whole "), both)},
     }
 
@@ -55,24 +59,16 @@ def run(scores, gradient):
 @pytest.mark.parametrize("tokens", [1, 203, 700])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_agrees_with_fp64(device, monkeypatch, dtype, tokens):
-    # So that rows of one block, of several and of a part are there.
-    monkeypatch.setattr(triton_stages, "BLOCKS", ((None, 256, 256),))
-    check_against_fp64(dtype, tokens, device)
-
-
-@pytest.mark.parametrize("tokens", [4096, 4097, 17000])
-def test_agrees_with_fp64_in_blocks_of_each_size(device, tokens):
-    check_against_fp64(torch.float32, tokens, device)
-
-
-def check_against_fp64(dtype, tokens, device):
+    monkeypatch.setattr(
+        triton_stages, "LARGEST_BLOCK", 256
+    )  # so that rows of one block, of several and of a part are there
     scores, gradient = tensors(dtype, tokens, device)
     a, d = scores.double(), gradient.double()
     r = FUNCTION.statistic(a)
-    s, total = FUNCTION.backward(a, r, d, SCALE)
+    s, total, product = FUNCTION.backward_with_product(a, r, d, SCALE)
     rounded = d.clone()  # D, which the split stages round before A · T/r² is taken from it
     FUNCTION.couple(a, r, total, d, SCALE)
-    expected = {"r": r, "total": total, "forward": s, "s": s, "d": d}
+    expected = {"r": r, "total": total, "product": product, "forward": s, "s": s, "d": d}
     for name, actual in run(scores, gradient).items():
         exact = expected[name.removeprefix("whole ")]
         scale = exact.abs().max().item() + (rounded.abs().max().item() if name.endswith("d") else 0)

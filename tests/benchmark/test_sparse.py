@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_tf.benchmark import sparse as mode
+from megatron_tf.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def test_a_row_agrees_with_the_formula_and_has_both_speeds():
+    (row,) = mode.rows(CPU, [torch.float32], [69], [3], group_size=16, positions=40, width=24, rounds=1)
+    assert (row["used tokens"], row["candidates"], row["slots"]) == (69, 3, 4)
+    assert all(row[f"error {name}"] < 1e-5 for name in ("output", "x", "keys", "values", "router"))
+    assert row["dense ms"] > 0 and row["sparse ms"] > 0
+    with pytest.raises(ConfigError, match="a slot has --group-size 16"):
+        next(mode.rows(CPU, [torch.float32], [8], [3], group_size=16, positions=40, width=24, rounds=1))
