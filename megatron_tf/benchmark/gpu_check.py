@@ -57,16 +57,23 @@ def run(device: torch.device, seconds: float) -> Iterator[Part]:
 def parts(device: torch.device) -> Mapping[str, Callable[[], Iterable[Row]]]:
     """Name -> a function that makes its rows; the most telling first."""
     bf16 = [torch.bfloat16]
-    sizes = {name: _config(name) for name in ("354M", "1.4B")}
-    setting = step.Setting(device, torch.bfloat16, samples=16, layers=None, compile=True, rounds=5)
     return {
         "results": lambda: results(device),
         "NCCL": lambda: nccl(device),
         "pattention": lambda: pattention.rows(device, bf16, TOKENS, 8192, 768, 9),
         "stages": lambda: stages.rows(device, bf16, 8560, 8192, 768, 9),
-        "step": lambda: step.rows({name: config.model for name, config in sizes.items()}, setting),
-        "memory": lambda: memory.rows(device, sizes["354M"]),
+        "step 354M": lambda: _steps(device, "354M", samples=16),
+        "step 1.4B": lambda: _steps(device, "1.4B", samples=8),
+        "memory": lambda: memory.rows(device, _config("354M")),
     }
+
+
+def _steps(device: torch.device, name: str, samples: int) -> Iterable[Row]:
+    """With three models in memory, which take turns; where that is less than 100 GB, at half their depth."""
+    whole = device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory > 100e9
+    layers = None if whole else _config(name).model.num_layers // 2
+    setting = step.Setting(device, torch.bfloat16, samples, layers, compile=True, rounds=5)
+    return step.rows({name: _config(name).model}, setting)
 
 
 def results(device: torch.device) -> Iterator[Row]:
@@ -102,6 +109,9 @@ def as_json(device: torch.device, done: Iterable[Part]) -> dict[str, object]:
 
 
 def _run(name: str, make: Callable[[], Iterable[Row]]) -> Part:
+    if torch.cuda.is_available():
+        # What the part before has left is not another part's to run out of.
+        torch.cuda.empty_cache()
     began, rows = time.monotonic(), []
     problem = None
     try:

@@ -15,6 +15,7 @@ from megatron_tf.config.differences import TOKENS, differing
 from megatron_tf.config.nearest import either
 from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
 from megatron_tf.config.schema import Model
+from megatron_tf.config.tasks import TASKS, task_of
 from megatron_tf.errors import CheckpointError, shown
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
@@ -62,8 +63,14 @@ def check_prunable(model: Model) -> None:
 
 
 def check_format(model: Model, form: str, action: str) -> None:
-    """CheckpointError unless the model's architecture and activations have a place in the foreign format `form`."""
+    """CheckpointError unless the model's task, architecture and activations have a place in the foreign format `form`."""
     token_counts(model, action)
+    if form not in task_of(model).formats:
+        able = [name for name in TASKS.names() if form in TASKS[name].formats]
+        raise CheckpointError(
+            f"a model of the task {model.task} cannot be {action}: the {form} format has no place for it. Give a model "
+            f"whose model.task is {either(able)}"
+        )
     if form not in architecture_of(model).formats:
         able = [name for name in ARCHITECTURES.names() if form in ARCHITECTURES[name].formats]
         raise CheckpointError(

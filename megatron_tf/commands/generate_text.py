@@ -80,6 +80,7 @@ def main() -> None:
     from megatron_tf.convert.huggingface.importing import is_export
     from megatron_tf.data.losses import LossFinder
     from megatron_tf.inference.load import configured_tokenizer, known_eod, load_model, open_tokenizer, other_tokenizer
+    from megatron_tf.tasks.language_model.section import check_reads_text
 
     prompts = read_prompts(arguments.prompts) if arguments.prompts else arguments.prompt or [""]
     name = arguments.tokenizer or configured_tokenizer(arguments.checkpoint)
@@ -91,6 +92,7 @@ def main() -> None:
             "Give the file with --tokenizer."
         )
     model = load_model(arguments.checkpoint)
+    check_reads_text(model.config, "generation")
     tokenizer = open_tokenizer(name, model.config, arguments.eod_token or known_eod(arguments.checkpoint, name))
     if warning := other_tokenizer(arguments.checkpoint, name):
         print(f"warning: {warning}", file=sys.stderr)

@@ -61,6 +61,7 @@ def main() -> None:
         select_tokens,
         target_counts,
     )
+    from megatron_tf.tasks.language_model.section import check_reads_text
 
     prefix = str(arguments.data)
     root = target_folder(arguments.target)
@@ -68,6 +69,7 @@ def main() -> None:
     old = stored_model(reader.index)
     old_counts = token_counts(old, "pruned")
     check_prunable(old)
+    check_reads_text(old, "a measurement on prepared text")
     counts = target_counts(arguments.tokens, old_counts)
     new = architecture_of(old).with_token_counts(old, counts)
     kinds = {name: projection.kind for name, projection in projections(old).items()}

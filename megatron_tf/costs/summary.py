@@ -128,9 +128,9 @@ def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, A
 def _tokenizer_problems(config: RunConfig) -> list[str]:
     if not _is_here(config):
         return []
-    from megatron_tf.data.outlook import vocabulary_problem
+    from megatron_tf.data.outlook import tokenizer_problem
 
-    problem = vocabulary_problem(config)
+    problem = tokenizer_problem(config)
     return [problem] if problem else []
 
 

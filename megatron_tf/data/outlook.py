@@ -145,7 +145,7 @@ def _end_warnings(data: Data) -> Iterator[str]:
         )
 
 
-def vocabulary_problem(config: RunConfig) -> str | None:
+def tokenizer_problem(config: RunConfig) -> str | None:
     """What is wrong when data.tokenizer has more tokens than the model; as far as summaries or the file tell."""
     name = config.data.tokenizer
     if name is None or not isinstance(config.model, LanguageModel):

@@ -48,7 +48,7 @@ from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import NO_FACTS, join_ranks, leave
 from megatron_tf.runtime.watchdog import Watchdog, watched
 from megatron_tf.streams import report
-from megatron_tf.tasks.language_model.section import vocab_size_of
+from megatron_tf.tasks.language_model.section import check_reads_text, vocab_size_of
 from megatron_tf.telemetry.console import Console
 
 
@@ -95,6 +95,7 @@ class LoadedModel:
 def evaluate(config: RunConfig, environment: LaunchEnvironment, request: EvaluationRequest) -> None:
     """Evaluates, prints tables and writes JSON. Raises UserError, on every rank alike, for what the user can correct."""
     with told_to_all(environment):
+        check_reads_text(config.model, "this evaluation")
         if request.tasks:
             check_installed()
         validate_layout(config, environment.world_size)

@@ -25,7 +25,7 @@ from megatron_tf.model.checks import check_device, check_padding
 from megatron_tf.model.layers import Attention
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.tasks.language_model.checks import check_id_tensor, check_vocabulary
-from megatron_tf.tasks.language_model.section import vocab_size_of
+from megatron_tf.tasks.language_model.section import check_reads_text, vocab_size_of
 
 _CAPACITY_STEP = 256  # positions that room is made for at once
 _TABLE_STEP = 1024  # positions of a table of angles, so that few are made
@@ -42,6 +42,7 @@ class CachedModel:
     def __init__(self, model: TokenFormer):
         if not isinstance(model, TokenFormer):
             raise ArgumentError(f"model: {described(model)}, but a TokenFormer is expected.")
+        check_reads_text(model.config, "generation")
         self._model = model
         self._layers: list[LayerCache] = []
         self._ids, self._padding = torch.empty(0, 0, dtype=torch.long), torch.empty(0, dtype=torch.long)

@@ -19,7 +19,7 @@ from megatron_tf.state.parameters import initial_scales, parameter_table, shard_
 
 
 class TokenFormer(nn.Module):
-    """ids [b, s] -> logits [b, s, vocab]; of another task, its inputs [b, ...] -> logits [b, ..., classes].
+    """ids [b, s] -> logits [b, s, V]; of another task, its inputs [b, ...] -> logits [b, ..., classes].
 
     `named_parameters` gives the logical names of `state.parameters.parameter_table`.
 

@@ -13,11 +13,12 @@ import torch.multiprocessing
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import ARCHITECTURES
 from megatron_tf.config.optimizers import OPTIMIZERS
+from megatron_tf.config.tasks import TASKS
 from megatron_tf.interrupt import end_quietly
 from megatron_tf.registry import Registry
 from megatron_tf.telemetry.console import quiet_libraries
 
-REGISTRIES: tuple[Registry[Any], ...] = (ACTIVATIONS, ARCHITECTURES, OPTIMIZERS)
+REGISTRIES: tuple[Registry[Any], ...] = (ACTIVATIONS, ARCHITECTURES, OPTIMIZERS, TASKS)
 # What ranks need and take seconds to import. What is not installed is passed over.
 IMPORTS = ["torch", "deepspeed", "megatron_tf.engine.deepspeed.engine"]
 

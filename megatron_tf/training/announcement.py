@@ -3,43 +3,64 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from megatron_tf.checkpoint.step_zero import state_bytes
 from megatron_tf.config.optimizers import rule_of
+from megatron_tf.config.run_plan import RunPlan
 from megatron_tf.costs.plan import describe, room_warning
+from megatron_tf.tasks.data import OpenData
+from megatron_tf.training.account import Account
 from megatron_tf.training.opening import Opening
-from megatron_tf.training.run_data import Loaders, RunData, unseen_sources
+from megatron_tf.training.run_data import Loaders, unseen_sources
 from megatron_tf.training.running import Run
 from megatron_tf.training.start import Start, checkpoints_folder
 
 
-def announce(opening: Opening, data: RunData, loaders: Loaders) -> None:
-    """Model, layout, batches, length, memory, start and data, with what may be meant otherwise as warnings."""
-    run, start, told = opening.run, opening.start, opening.told
-    console = run.console
-    plan = describe(run.config, run.world_size, run.plan.batches, start.progress.step, told.origin)
-    for line in plan.splitlines():
-        console.info(line)
-    for line in (*opening.passed_over, *told.ineffective) if run.is_main else ():
-        console.warning(line)
-    for line in (start.description, *told.lines):
-        console.info(line)
-    if run.is_main:
-        _announce_data(run, data, start)
-        for warning in _validation_warnings(run, loaders):
-            console.warning(warning)
+class Line(NamedTuple):
+    text: str
+    is_warning: bool = False
 
 
-def _announce_data(run: Run, data: RunData, start: Start) -> None:
-    config, plan = run.config, run.plan.batches
-    left = plan.train_steps - start.progress.step
-    in_a_line, warnings = data.opened.outlook(start.progress.samples + left * plan.global_batch_size)
-    run.console.info(f"{'data':<7} {in_a_line}")
-    free = shutil.disk_usage(checkpoints_folder(config)).free
-    room = room_warning(config, left, state_bytes(config.model, rule_of(config.optimizer).state_names), free)
-    for warning in [*warnings, *([room] if room else [])]:
+def announce(opening: Opening, loaders: Loaders) -> None:
+    """Says in the log of the first rank what the run is, and what may be meant otherwise."""
+    run, start = opening.run, opening.start
+    if not run.is_main:
+        return
+    for line in lines_about(run.plan, start, opening.told, opening.passed_over, loaders.data):
+        (run.console.warning if line.is_warning else run.console.info)(line.text)
+    for warning in (*_room_warnings(run, start), *_validation_warnings(run, loaders)):
         run.console.warning(warning)
+
+
+def lines_about(
+    plan: RunPlan, start: Start, told: Account, passed_over: Sequence[str], data: OpenData
+) -> Iterator[Line]:
+    """Model, layout, batches, length and memory of a run; where it begins; its data.
+
+    `told`: see `account`.  `passed_over`: checkpoints that could not be used, with reasons.
+    """
+    step, batches = start.progress.step, plan.batches
+    for text in describe(told.config, plan.topology.world_size, batches, step, told.origin).splitlines():
+        yield Line(text)
+    for text in (*passed_over, *told.ineffective):
+        yield Line(text, is_warning=True)
+    for text in (start.description, *told.lines):
+        yield Line(text)
+    left = batches.train_steps - step
+    in_a_line, warnings = data.outlook(start.progress.samples + left * batches.global_batch_size)
+    yield Line(f"{'data':<7} {in_a_line}")
+    for text in warnings:
+        yield Line(text, is_warning=True)
+
+
+def _room_warnings(run: Run, start: Start) -> Iterator[str]:
+    free = shutil.disk_usage(checkpoints_folder(run.config)).free
+    size = state_bytes(run.config.model, rule_of(run.config.optimizer).state_names)
+    warning = room_warning(run.config, run.plan.batches.train_steps - start.progress.step, size, free)
+    if warning:
+        yield warning
 
 
 def _validation_warnings(run: Run, loaders: Loaders) -> Iterator[str]:

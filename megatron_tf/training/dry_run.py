@@ -7,11 +7,11 @@ from pathlib import Path
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
-from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.plan import describe
 from megatron_tf.model.layers import task_layers
 from megatron_tf.tasks.data import task_data
 from megatron_tf.training.account import account, earlier_settings
+from megatron_tf.training.announcement import lines_about
 from megatron_tf.training.run_data import check_data
 from megatron_tf.training.start import begin, choose, first_stage_to_run
 
@@ -37,19 +37,15 @@ def _first(config: RunConfig, world_size: int) -> Iterator[str]:
     path, passed_over = choose(config)
     start = begin(config, path, data.fingerprint())
     step = start.progress.step
-    plan = plan_batches(config, world_size, step, start.run_tokens, start.run_state.get("schedule_unit"))
+    plan = start.plan(config, world_size)
     told = account(config, start, world_size, earlier_settings(Path(config.run.dir)) if step else None)
-    yield describe(told.config, world_size, plan, step, told.origin)
-    yield from (f"warning: {line}" for line in (*passed_over, *told.ineffective))
-    yield from (start.description, *told.lines)
-    in_a_line, warnings = data.outlook(start.progress.samples + (plan.train_steps - step) * plan.global_batch_size)
-    yield f"{'data':<7} {in_a_line}"
-    yield from (f"warning: {line}" for line in warnings)
+    for line in lines_about(plan, start, told, passed_over, data):
+        yield f"warning: {line.text}" if line.is_warning else line.text
     loader = data.loader(
         config.data.train,
-        micro_batch_size=plan.micro_batch_size,
-        num_micro_batches=plan.num_micro_batches,
-        data_size=topology_for(config, world_size).data,
+        micro_batch_size=plan.batches.micro_batch_size,
+        num_micro_batches=plan.batches.num_micro_batches,
+        data_size=plan.topology.data,
     )
     inputs, targets = next(loader.step_batches(start.progress.samples))
     count, most = task_layers(config.model).counts(targets).sum(), task_of(config.model).losses_per_sample(config.model)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from megatron_tf.checkpoint.manager import Ranks
-from megatron_tf.config.run_plan import plan_run
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import ConfigError, system_reason
@@ -62,7 +61,7 @@ def open_run(
     start = together(lambda: begin(config, path, data))
     if not all(gather(start.grown_from is not None)):
         start = replace(start, grown_from=None)
-    plan = plan_run(config, world_size, start.progress.step, start.run_tokens, start.run_state.get("schedule_unit"))
+    plan = start.plan(config, world_size)
     if world_size > 1:
         check_shared(folder, is_main)
     earlier = from_rank_zero(lambda: earlier_settings(folder) if start.progress.step else None)

@@ -11,7 +11,7 @@ from megatron_tf.config.machine import machine_problems
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import memory_per_rank
-from megatron_tf.data.outlook import vocabulary_problem
+from megatron_tf.data.outlook import tokenizer_problem
 from megatron_tf.engine.device import accelerator_problems, precision_problems
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import chain_problems
@@ -37,7 +37,7 @@ def preflight(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> No
         else:
             lacking += [stage + problem for problem in memory_problems(config, environment.world_size, memory)]
         lacking += [stage + problem for problem in machine_problems(config)]
-        lacking += [stage + problem for problem in [vocabulary_problem(config)] if problem]
+        lacking += [stage + problem for problem in [tokenizer_problem(config)] if problem]
         if not wrong_accelerator:
             lacking += [stage + problem for problem in precision_problems(config)]
     wrong += chain_problems(stages)

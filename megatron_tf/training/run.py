@@ -71,8 +71,8 @@ def _train(
         run = opening.run
         watchdog.report_to(run.console, run.folder, opening.start.progress.step)
         loaders = open_loaders(run, data)
-        announce(opening, data, loaders)
-        engine, start = start_engine(run, opening.start, data, loaders, watchdog)
+        announce(opening, loaders)
+        engine, start = start_engine(run, opening.start, loaders, watchdog)
         closing.callback(engine.close)
         watchdog.begin("opening the trackers")
         trackers = _trackers(run, start)

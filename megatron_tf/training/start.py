@@ -21,6 +21,7 @@ from megatron_tf.checkpoint.manager import (
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.run_plan import RunPlan, plan_run
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.validate import plan_batches
 from megatron_tf.costs.estimate import flops_per_token
@@ -78,6 +79,10 @@ class Start:
             flops += (entry["tokens"] - tokens) * flops_per_token(before)
             tokens = entry["tokens"]
         return flops
+
+    def plan(self, config: RunConfig, world_size: int) -> RunPlan:
+        """From here to the end of a run of `config`."""
+        return plan_run(config, world_size, self.progress.step, self.run_tokens, self.run_state.get("schedule_unit"))
 
     @property
     def old_tokens(self) -> dict[str, int]:

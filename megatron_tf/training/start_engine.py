@@ -16,17 +16,15 @@ from megatron_tf.runtime.agreement import together
 from megatron_tf.runtime.watchdog import Watchdog
 from megatron_tf.tasks.data import Batch
 from megatron_tf.training.growth_proof import Probe, compare, probe
-from megatron_tf.training.run_data import Loaders, RunData
+from megatron_tf.training.run_data import Loaders
 from megatron_tf.training.running import Run
 from megatron_tf.training.start import Start
 
 
-def start_engine(run: Run, start: Start, data: RunData, loaders: Loaders, watchdog: Watchdog) -> tuple[Engine, Start]:
+def start_engine(run: Run, start: Start, loaders: Loaders, watchdog: Watchdog) -> tuple[Engine, Start]:
     """The engine at its start. A growth is proved on a held batch first, and the proof goes into its history."""
-    tensor, ends = (
-        make_group(run.plan.topology, "tensor", run.config.parallel.timeout_seconds),
-        data.opened.document_ends,
-    )
+    tensor = make_group(run.plan.topology, "tensor", run.config.parallel.timeout_seconds)
+    ends = loaders.data.document_ends
     if start.grown_from is None:
         watchdog.begin("loading the weights")
         return _engine(run, start, tensor, ends), start

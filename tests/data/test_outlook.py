@@ -11,7 +11,7 @@ import pytest
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.data.indexed import IndexedWriter
-from megatron_tf.data.outlook import data_warnings, describe_passes, evaluation_warning, passes_over, vocabulary_problem
+from megatron_tf.data.outlook import data_warnings, describe_passes, evaluation_warning, passes_over, tokenizer_problem
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.errors import DataError
 
@@ -142,25 +142,25 @@ def test_ends_of_documents_that_differ(tmp_path):
 
 def test_a_tokenizer_larger_than_the_vocabulary(tmp_path):
     data = write(tmp_path / "a", 50, vocab_size=403)
-    problem = vocabulary_problem(config([data], vocab_size=400, tokenizer="t.json"))
+    problem = tokenizer_problem(config([data], vocab_size=400, tokenizer="t.json"))
     assert problem == (
         "model.vocab_size: 400, but data.tokenizer t.json has 403 tokens, and some of them would have no row in the "
         "model. Set model.vocab_size to at least 403."
     )
-    assert vocabulary_problem(config([data], vocab_size=403, tokenizer="t.json")) is None
+    assert tokenizer_problem(config([data], vocab_size=403, tokenizer="t.json")) is None
     own = config([data], vocab_size=400)
-    assert vocabulary_problem(own) is None
+    assert tokenizer_problem(own) is None
     (warning,) = warnings(own)
     assert warning.startswith("model.vocab_size: 400, but the data were made with a tokenizer of 403 tokens")
 
 
 def test_a_tokenizer_beside_data_of_other_programs(tmp_path):
     data = write(tmp_path / "a", 50)
-    problem = vocabulary_problem(config([data], vocab_size=256, tokenizer="bytes"))
+    problem = tokenizer_problem(config([data], vocab_size=256, tokenizer="bytes"))
     assert problem is not None and "data.tokenizer bytes has 257 tokens" in problem
-    assert vocabulary_problem(config([data], vocab_size=257, tokenizer="bytes")) is None
+    assert tokenizer_problem(config([data], vocab_size=257, tokenizer="bytes")) is None
     # Training does without the tokenizer, and says itself what it cannot read.
-    assert vocabulary_problem(config([data], vocab_size=5, tokenizer=str(tmp_path / "none.json"))) is None
+    assert tokenizer_problem(config([data], vocab_size=5, tokenizer=str(tmp_path / "none.json"))) is None
 
 
 def test_an_evaluation_within_the_validation_data_is_silent():

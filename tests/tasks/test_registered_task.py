@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from megatron_tf.architectures.spec import ParameterSpec, shard_range
 from megatron_tf.architectures.work import Collective, Product, hidden_bytes, positions_of
+from megatron_tf.checkpoint.architecture import check_format
 from megatron_tf.config import load_config
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import Count, Growth, Model, RunConfig
@@ -31,8 +31,9 @@ from megatron_tf.costs.hardware import Assumptions, find_gpu
 from megatron_tf.costs.plan import describe
 from megatron_tf.costs.roofline import step_time
 from megatron_tf.data.samples import derived_seed
-from megatron_tf.errors import ArgumentError, ConfigError
+from megatron_tf.errors import ArgumentError, CheckpointError, ConfigError, UserError
 from megatron_tf.growth.source import GrownSource
+from megatron_tf.inference.cache import CachedModel
 from megatron_tf.model import build_model
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.runtime.environment import detect
@@ -205,8 +206,6 @@ class PatchData(TaskData):
 
 
 LAYERS, DATA, PATCHES = PatchLayers(), PatchData(), Patches()
-if current_process().name != "MainProcess":  # a rank that a test has started
-    TASKS.register("patches", PATCHES)
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +248,13 @@ def test_what_it_has_no_use_for_is_refused():
         validate(config(model={"num_classes": 2}, data=wrong.data.model_dump(), parallel={"tensor": 4}), 4)
     assert "model.num_classes: 2 rows cannot be split over parallel.tensor 4" in str(error.value)
     assert "data.eod_id: 3 means nothing to the task patches" in str(error.value)
+
+
+def test_what_is_made_for_text_refuses_it():
+    with pytest.raises(CheckpointError, match="patches cannot be exported.*model.task is language_model"):
+        check_format(config().model, "huggingface", "exported")
+    with pytest.raises(UserError, match="model.task: patches, but generation needs a model of text"):
+        CachedModel(build_model(config().model))
 
 
 def test_it_is_planned():

@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_tf.config.fields import Count
 from megatron_tf.config.schema import Model
+from megatron_tf.errors import UserError
 
 
 class LanguageModel(Model):
@@ -18,3 +19,11 @@ def vocab_size_of(model: Model) -> int:
     """Rows of the vocabulary of `model`, which is known to be a language model."""
     assert isinstance(model, LanguageModel), model.task
     return model.vocab_size
+
+
+def check_reads_text(model: Model, action: str) -> None:
+    """UserError unless `model` is a language model, for an `action` that needs one ("generation")."""
+    if not isinstance(model, LanguageModel):
+        raise UserError(
+            f"model.task: {model.task}, but {action} needs a model of text. Give one whose model.task is language_model."
+        )

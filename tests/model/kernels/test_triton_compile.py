@@ -35,7 +35,7 @@ for stage in ("norm", "weights", "norm_and_weights", "backward", "backward_with_
             types[name] = "i32" if name.endswith("stride") else "*fp32" if name in ("norms", "totals", "products") else "*bf16"
             aligned[(i,)] = ALIGNED
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    options = {"num_warps": 2048 // triton_stages.COLUMNS_PER_WARP}
+    options = {"num_warps": 2048 // triton_stages.WARP}
     found[stage] = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["ptx"]
 print(json.dumps(found))
 """

@@ -59,9 +59,17 @@ def run(scores, gradient):
 @pytest.mark.parametrize("tokens", [1, 203, 700])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_agrees_with_fp64(device, monkeypatch, dtype, tokens):
-    monkeypatch.setattr(
-        triton_stages, "LARGEST_BLOCK", 256
-    )  # so that rows of one block, of several and of a part are there
+    # So that rows of one block, of several and of a part are there.
+    monkeypatch.setattr(triton_stages, "BLOCKS", ((None, 256, 256),))
+    check_against_fp64(dtype, tokens, device)
+
+
+@pytest.mark.parametrize("tokens", [4096, 4097, 17000])
+def test_agrees_with_fp64_in_blocks_of_each_size(device, tokens):
+    check_against_fp64(torch.float32, tokens, device)
+
+
+def check_against_fp64(dtype, tokens, device):
     scores, gradient = tensors(dtype, tokens, device)
     a, d = scores.double(), gradient.double()
     r = FUNCTION.statistic(a)
