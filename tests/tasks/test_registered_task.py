@@ -21,21 +21,23 @@ from megatron_tf.architectures.spec import ParameterSpec, shard_range
 from megatron_tf.architectures.work import Collective, Product, hidden_bytes, positions_of
 from megatron_tf.checkpoint.architecture import check_format
 from megatron_tf.config import load_config
+from megatron_tf.config.fields import Count, Fraction
 from megatron_tf.config.load import dump_config
-from megatron_tf.config.schema import Count, Growth, Model, RunConfig
+from megatron_tf.config.schema import Growth, Model, RunConfig
 from megatron_tf.config.tasks import TASKS
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import validate
+from megatron_tf.config.validate import plan_batches, validate
 from megatron_tf.costs.estimate import memory_per_rank, num_parameters
 from megatron_tf.costs.hardware import Assumptions, find_gpu
 from megatron_tf.costs.plan import describe
 from megatron_tf.costs.roofline import step_time
 from megatron_tf.data.samples import derived_seed
-from megatron_tf.errors import ArgumentError, CheckpointError, ConfigError, UserError
+from megatron_tf.errors import ArgumentError, CheckpointError, ConfigError, UserError, exit_now
 from megatron_tf.growth.source import GrownSource
 from megatron_tf.inference.cache import CachedModel
 from megatron_tf.model import build_model
 from megatron_tf.model.layers import TensorParallel
+from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.environment import detect
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.sources import InitialSource
@@ -43,7 +45,7 @@ from megatron_tf.tasks.base import EndsWork, Task
 from megatron_tf.tasks.classes import IGNORED, argmax, cross_entropy
 from megatron_tf.tasks.data import OpenData, TaskData
 from megatron_tf.tasks.layers import TaskLayers
-from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
+from megatron_tf.verification.layout import Layout, batches, compare, joined, reference, run_layouts
 from megatron_tf.verification.resume import Setting, check_resumes
 
 
@@ -51,6 +53,7 @@ class PatchModel(Model):
     task: Literal["patches"] = "patches"
     patch_size: Count
     num_classes: Count
+    rotary_fraction: Fraction = 0.0
 
 
 class Patches(Task):
@@ -222,7 +225,6 @@ def config(model: dict | None = None, **changes) -> RunConfig:
         "seq_length": 6,
         "patch_size": 7,
         "num_classes": 5,
-        "rotary_fraction": 0.0,
     }
     return run_config(model={**keys, **(model or {})}, **changes)
 
@@ -299,6 +301,31 @@ def test_every_layout_is_one_process():
     for layout, trace in zip(chosen, run_layouts(config(), chosen, 3)):
         difference = compare(trace, expected)
         assert difference.agrees(1e-5), f"{layout}: {difference}"
+
+
+def _evaluate(rank: int, folder: str, topology: Topology) -> None:
+    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
+
+    with joined(rank, topology.world_size, folder):
+        run = Layout(topology).apply(config())
+        plan, group = plan_batches(run, topology.world_size), make_group(topology, "tensor", 60)
+        engine = DeepSpeedEngine(run, run.model, plan, topology, group, InitialSource(run.model, 7))
+        samples = [0] * (plan.micro_batch_size * plan.num_micro_batches)
+        found = engine.evaluate_groups(batches(run, plan, 0, 0, topology.data), samples, 1)
+        (Path(folder) / f"{rank}.json").write_text(json.dumps([found.loss, found.metrics]))
+    exit_now()
+
+
+@pytest.mark.slow
+def test_an_evaluation_gives_loss_and_metrics_to_every_rank(tmp_path: Path):
+    start_ranks(_evaluate, 4, str(tmp_path), Topology(2, 2, 1))
+    inputs, targets = LAYERS.examples(config(), range(8))
+    with torch.no_grad():
+        logits = build_model(config().model, seed=7)(inputs)
+    for rank in range(4):
+        loss, metrics = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert loss == pytest.approx(float(LAYERS.plain_loss(logits, targets)) / 8, rel=1e-5)
+        assert metrics == {"top1": float((logits.argmax(1) == targets).float().mean())}
 
 
 @pytest.mark.slow
