@@ -45,6 +45,7 @@ from megatron_tf.tasks.base import EndsWork, Task
 from megatron_tf.tasks.classes import IGNORED, argmax, cross_entropy
 from megatron_tf.tasks.data import OpenData, TaskData
 from megatron_tf.tasks.layers import TaskLayers
+from megatron_tf.training.dry_run import dry_run
 from megatron_tf.verification.layout import Layout, batches, compare, joined, reference, run_layouts
 from megatron_tf.verification.resume import Setting, check_resumes
 
@@ -266,6 +267,11 @@ def test_it_is_planned():
     assert step_time(config(), 2, find_gpu("H100"), Assumptions()).total > 0
 
 
+def test_a_dry_run_shows_its_first_batch(tmp_path: Path):
+    found = list(dry_run([config(run={"dir": str(tmp_path / "run")})], 1))
+    assert any("inputs [2, 6, 7], targets [2], 2 of 2 losses count" in line for line in found), found
+
+
 def test_every_position_sees_all_others():
     model = build_model(config().model, dtype=torch.float64)
     inputs, _ = LAYERS.examples(config(), range(1))
@@ -351,6 +357,7 @@ def test_it_learns_is_evaluated_and_grows(tmp_path: Path):
         "training": {"train_steps": 30},
         "data": {"train": ({"path": "made up"},), "validation": ({"path": "made up"},)},
         "optimizer": {"lr": 1e-2},
+        "logging": {"health_interval_steps": 15},
     }
     small = config(run={"dir": str(tmp_path / "small")}, **common)
     grown = config(
@@ -360,6 +367,7 @@ def test_it_learns_is_evaluated_and_grows(tmp_path: Path):
     start_ranks(_train, 1, small, grown)
     for run in (small, grown):
         records = [json.loads(line) for line in (Path(run.run.dir) / "metrics.jsonl").read_text().splitlines()]
+        assert any("health/ffn/active_share" in record for record in records)
         assert not any("perplexity" in key for record in records for key in record)
         first, last = (next(r for r in order if "eval/top1" in r) for order in (records, records[::-1]))
         assert last["eval/loss"] < first["eval/loss"] and last["eval/top1"] >= first["eval/top1"]
