@@ -79,6 +79,14 @@ class _LossWindow(_Record):
     count: Count = 0
 
 
+class _EarlyStop(_Record):
+    """State of `training.early_stop.EarlyStop`: validation losses, and evaluations since the best one."""
+
+    best: Number | None = None
+    newest: Number | None = None
+    waited: Count = 0
+
+
 class _Folder(_Record):
     """See `training.run_folder`."""
 
@@ -106,6 +114,7 @@ class _RunState(_Record):
 
     guard: _Guard = _Guard()
     loss_window: _LossWindow = _LossWindow()
+    early_stop: _EarlyStop = _EarlyStop()
     folder: _Folder | None = None
     schedule_unit: Annotated[int, Field(ge=1, le=MOST)] = 1
     cur_scale: Positive = 1.0

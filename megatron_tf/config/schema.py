@@ -126,6 +126,17 @@ class Profile(Section):
     """Trace every rank instead of rank 0 alone."""
 
 
+class StopWhen(Section):
+    """Ends the run before its last step, by the validation loss. The run is then complete, and a chain goes on."""
+
+    loss_below: Positive | None = None
+    """Validation loss that is low enough."""
+    patience: Count | None = None
+    """[evaluations] In a row without an improvement of the best validation loss."""
+    min_improvement: NonNegative = 0.0
+    """Difference of the validation loss that counts as an improvement."""
+
+
 class Training(Section):
     train_steps: Count | None = None
     """[steps] Optimizer steps. Give this or train_tokens."""
@@ -143,6 +154,8 @@ class Training(Section):
     """Recompute each block in the backward pass."""
     compile: bool = False
     """Run torch.compile on each block."""
+    stop_when: StopWhen | None = None
+    """When to end before the last step. null: never."""
     profile: Profile | None = None
     """Steps to record with torch's profiler."""
     init_from: Path | None = None
@@ -291,6 +304,10 @@ class Evaluation(Section):
     """[steps] Between evaluations. The last step is always evaluated when there is validation data."""
     samples: Count = 64
     """[samples] Validation samples, the same ones each time; rounded up to whole batches."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that the model writes on after each evaluation, by the likeliest tokens; shown in the log and at trackers."""
+    sample_tokens: Annotated[int, Field(ge=1, le=1000)] = 40
+    """[tokens] Most that are added to a prompt."""
 
 
 class Logging(Section):

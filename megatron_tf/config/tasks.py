@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from megatron_tf.config.schema import Model
     from megatron_tf.tasks.base import Task
 
+TEXT = "language_model"
 TASKS: Registry[Task] = Registry(
-    {"language_model": "megatron_tf.tasks.language_model.task:LANGUAGE_MODEL"},
+    {TEXT: "megatron_tf.tasks.language_model.task:LANGUAGE_MODEL"},
 )
 
 

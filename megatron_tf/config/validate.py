@@ -15,7 +15,7 @@ from typing import Any
 from megatron_tf.config.architectures import architecture_of, with_parameter_tokens
 from megatron_tf.config.nearest import divisors, divisors_near, either, listed, multiples_near
 from megatron_tf.config.schema import Data, Model, RunConfig
-from megatron_tf.config.tasks import TASKS, task_of
+from megatron_tf.config.tasks import TASKS, TEXT, task_of
 from megatron_tf.config.topology import Topology
 from megatron_tf.errors import ConfigError
 
@@ -334,7 +334,6 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
                 f"training.profile: steps {profile.first_step} to {last} are to be recorded, but the run has {steps}. "
                 "Lower first_step or num_steps."
             )
-    interval = config.evaluation.interval_steps
     health = config.logging.health_interval_steps
     has_tokens = bool(architecture_of(config.model).token_counts(config.model))
     if health is not None and not has_tokens:
@@ -342,11 +341,7 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             f"logging.health_interval_steps: {health}, but a {config.model.architecture} has no parameter tokens to "
             "measure. Remove logging.health_interval_steps."
         )
-    if interval is not None and not config.data.validation:
-        yield (
-            f"evaluation.interval_steps: {interval}, but data.validation is empty. "
-            "Give data.validation, or remove evaluation.interval_steps."
-        )
+    yield from _evaluation_problems(config)
     if config.training.init_from is not None:
         if config.growth is not None:
             yield (
@@ -361,6 +356,32 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
                 f"scratch, or set model.architecture to {either(with_parameter_tokens())}."
             )
         yield from _own_folder("growth.from", config.growth.source, config.run.dir, "smaller")
+
+
+def _evaluation_problems(config: RunConfig) -> Iterator[str]:
+    interval, stop_when, prompts = (
+        config.evaluation.interval_steps,
+        config.training.stop_when,
+        config.evaluation.sample_prompts,
+    )
+    if interval is not None and not config.data.validation:
+        yield (
+            f"evaluation.interval_steps: {interval}, but data.validation is empty. "
+            "Give data.validation, or remove evaluation.interval_steps."
+        )
+    if stop_when is not None and interval is None:
+        yield "training.stop_when: without evaluation.interval_steps there is no validation loss to stop by. Set both."
+    if stop_when is not None and stop_when.loss_below is None and stop_when.patience is None:
+        yield "training.stop_when: says no condition. Give loss_below or patience, or remove it."
+    if prompts and config.model.task != TEXT:
+        yield f"evaluation.sample_prompts: mean nothing to the task {config.model.task}. Remove them."
+    elif prompts and config.data.tokenizer is None:
+        yield "evaluation.sample_prompts: need data.tokenizer to become tokens. Give it, or remove the prompts."
+    if prompts and not config.data.validation:
+        yield (
+            "evaluation.sample_prompts: are written on after each evaluation, but data.validation is empty. Give "
+            "data.validation, or remove the prompts."
+        )
 
 
 def _own_folder(key: str, source: str, run_dir: str, meant: str) -> Iterator[str]:

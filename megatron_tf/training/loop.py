@@ -22,11 +22,13 @@ from megatron_tf.tasks.data import Batch, Loader
 from megatron_tf.telemetry.meters import MeanMeter, ThroughputMeter, format_duration
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.account import run_settings
+from megatron_tf.training.early_stop import EarlyStop
 from megatron_tf.training.guard import LossGuard
 from megatron_tf.training.health import HealthProbe, health_probe
 from megatron_tf.training.profiler import StepProfiler
 from megatron_tf.training.run_data import Loaders
 from megatron_tf.training.running import Run
+from megatron_tf.training.samples import sample_texts
 from megatron_tf.training.saving import Saver
 from megatron_tf.training.start import Progress, Start
 from megatron_tf.training.step_metrics import StepMetrics
@@ -62,12 +64,14 @@ class Trainer:
         self.earlier_flops = start.earlier_flops(run.config.model)
         self.history = list(start.run_state.get("history", ()))
         self.guard = LossGuard(run.config.guard, start.run_state.get("guard", {}))
+        self.early_stop = EarlyStop(run.config.training.stop_when, start.run_state.get("early_stop", {}))
         self.losses = MeanMeter(start.run_state.get("loss_window"))
         self.meter = ThroughputMeter()
         # so that a word between two steps never waits for a GPU
         self.meeting = dist.new_group(backend="gloo")
         self.metrics = StepMetrics(run.config, self.plan, run.device, self.meeting)
         self.health = health_probe(run, engine.stage, loaders.data, start.old_tokens)
+        self.samples = sample_texts(run, engine.stage)
         self.profiler = StepProfiler(
             run.config.training.profile, run.rank, run.folder / "profile", engine.clock, run.console
         )
@@ -91,7 +95,8 @@ class Trainer:
         """
         config = self.config
         if self._finished():
-            self.console.info(f"step {self.progress.step:,} of {self.plan.train_steps:,}: the run is complete")
+            because = f", because {self.early_stop.reason}" if self.early_stop.reason else ""
+            self.console.info(f"step {self.progress.step:,} of {self.plan.train_steps:,}: the run is complete{because}")
             return
         if self.progress.step == 0:
             self._evaluate()
@@ -111,10 +116,11 @@ class Trainer:
                 if self.health is not None and self._due(config.logging.health_interval_steps):
                     self._measure_health(self.health)
                 if self._due(config.evaluation.interval_steps):
-                    self._evaluate()
+                    self._watch(self._evaluate())
                 if self._finished():
                     self.guard.check_end(self.progress.step)
-                if (self._due(config.checkpoint.interval_steps) and not self.guard.is_skipping) or request:
+                due = self._due(config.checkpoint.interval_steps) or self._finished()
+                if (due and not self.guard.is_skipping) or request:
                     self._save()
                 if request and not self._finished():
                     self._end_early(request)
@@ -142,7 +148,15 @@ class Trainer:
         )
 
     def _finished(self) -> bool:
-        return self.progress.step >= self.plan.train_steps
+        return self.progress.step >= self.plan.train_steps or self.early_stop.reason is not None
+
+    def _watch(self, loss: float | None) -> None:
+        """Whether the validation loss ends the run. A skipped step leaves a state that is suspect, and ends nothing."""
+        if loss is None or self.guard.is_skipping:
+            return
+        self.early_stop.watch(loss)
+        if self.early_stop.reason and self.progress.step < self.plan.train_steps:
+            self.console.info(f"step {self.progress.step:,}: the run ends here, because {self.early_stop.reason}")
 
     def _due(self, interval: int | None, step: int | None = None) -> bool:
         """Whether something is done at the end of `step` (default: the last step done) that is done each `interval`."""
@@ -199,10 +213,10 @@ class Trainer:
         self.console.info(f"step {self.progress.step:,}/{self.plan.train_steps:,}  {text}  left {eta}{where}")
         return text
 
-    def _evaluate(self) -> None:
-        """Mean loss over the same validation samples each time, whatever the layout."""
+    def _evaluate(self) -> float | None:
+        """Mean loss over the same validation samples each time, whatever the layout; None without such data."""
         if self.validation is None:
-            return
+            return None
         with self.meter.paused(), self.watchdog.during("evaluating"):
             size, names = self.plan.global_batch_size, source_names(self.config.data.validation)
             firsts = range(0, self.config.evaluation.samples, size)
@@ -214,6 +228,12 @@ class Trainer:
             self._record({**found, **(of_sources if len(names) > 1 else {})})
             words = task_of(self.config.model).in_words(loss, measured)
             self.console.info(f"step {self.progress.step:,}  validation {words}")
+            if self.samples is not None:
+                texts = self.samples.write()
+                self._record({f"sample/{number}": text for number, text in enumerate(texts, 1)})
+                for text in texts:
+                    self.console.info(f"step {self.progress.step:,}  writes  {text!r}")
+            return loss
 
     def _measure_health(self, health: HealthProbe) -> None:
         with self.meter.paused(), self.watchdog.during("measuring health"):
@@ -230,7 +250,11 @@ class Trainer:
     def _run_state(self) -> dict:
         """What a resumed run must know besides weights and moments; see `Start`."""
         unit = round(self.plan.tokens_per_step / self.plan.schedule_pace)
-        states = {"guard": self.guard.state(), "loss_window": self.losses.state()}
+        states = {
+            "guard": self.guard.state(),
+            "loss_window": self.losses.state(),
+            "early_stop": self.early_stop.state(),
+        }
         story = {"settings": run_settings(self.config, self.run.world_size), "history": self.history}
         return {**self.engine.loss_scaler(), **states, **story, "schedule_unit": unit}
 

@@ -30,6 +30,7 @@ from megatron_tf.growth.grow import grow
 from megatron_tf.growth.methods import SPLIT
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import InitialSource, StateSource
+from megatron_tf.training.early_stop import EarlyStop
 from megatron_tf.training.run_folder import copied_from
 from megatron_tf.training.warm_start import find_weights, open_weights
 
@@ -170,13 +171,15 @@ def first_stage_to_run(stages: Sequence[RunConfig], world_size: int) -> int:
 
 
 def _is_complete(config: RunConfig, world_size: int) -> bool:
-    """Whether the run has reached its last step, judged by its newest checkpoint without reading the weights."""
+    """Whether the run has reached its last step or ended early, judged by its newest checkpoint without its weights."""
     latest, _ = find_latest(checkpoints_folder(config), verify=False)
     if latest is None:
         return False
     index = open_checkpoint(latest).index
     stored_model(index)  # refuses an index that contradicts itself
     run_tokens = index.tokens - _earlier_tokens(index.growth_history)
+    if EarlyStop(config.training.stop_when, index.run.get("early_stop", {})).reason is not None:
+        return True
     return index.step >= plan_batches(config, world_size, index.step, run_tokens).train_steps
 
 

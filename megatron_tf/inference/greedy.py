@@ -1,0 +1,41 @@
+"""Text from a model on all ranks, at any layout: the likeliest token, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_tf.model.stage import Stage
+from megatron_tf.tasks.classes import argmax
+from megatron_tf.tasks.language_model.layers import first_row
+
+
+@torch.no_grad()
+def continue_greedily(
+    stage: Stage, prompt: Sequence[int], *, num_tokens: int, context: int, vocab_size: int, end: int, last_rank: int
+) -> list[int]:
+    """The likeliest `num_tokens` ids after `prompt` (not empty), up to the first `end`; the same on all ranks.
+
+    All ranks call it together, every data-parallel replica on its own copy of the model. `context`: most tokens that the
+    model reads.  `vocab_size`: ids from it on are padding and never chosen.  `last_rank`: a rank of the last pipeline
+    stage, whose choice holds. Nothing is cached: each token costs a forward pass over all before it.
+    """
+    device, group = next(stage.parameters()).device, stage.tensor.group
+    ids: list[int] = list(prompt)
+    for _ in range(num_tokens):
+        seen = ids[-context:]
+        padding = -len(seen) % group.size if stage.tensor.sequence else 0
+        logits = stage(torch.tensor([[*seen, *[0] * padding]], device=device))
+        chosen = torch.zeros(1, dtype=torch.int64, device=device)
+        if logits is not None:
+            first = first_row(stage.model, group)
+            row = logits[len(seen) - 1].float().clone()  # [1, V/T]
+            row[:, max(0, vocab_size - first) :] = -torch.inf
+            chosen = argmax(row, first, group)
+        dist.broadcast(chosen, last_rank)
+        if int(chosen) == end:
+            break
+        ids.append(int(chosen))
+    return ids[len(prompt) :]

@@ -1,0 +1,54 @@
+"""Ending a run before its last step, by the validation loss.
+
+All ranks see the same losses, so all of them decide alike without asking each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+from megatron_tf.config.schema import StopWhen
+
+
+class EarlyStop:
+    """Follows the validation losses of a run. Without a configuration it follows them too, and never ends the run."""
+
+    def __init__(self, config: StopWhen | None, state: Mapping[str, Any]):
+        """`state`: what `state()` of the run gave at its checkpoint, {} at the start."""
+        self._config = config
+        self._best: float | None = state.get("best")
+        self._newest: float | None = state.get("newest")
+        self._waited = int(state.get("waited", 0))
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint: a resumed run decides as the run that was not interrupted."""
+        return {"best": self._best, "newest": self._newest, "waited": self._waited}
+
+    def watch(self, loss: float) -> None:
+        """After an evaluation of a state that training reached."""
+        if not isfinite(loss):
+            self._waited += 1
+            return
+        least = self._config.min_improvement if self._config else 0.0
+        self._newest = loss
+        if self._best is None or loss < self._best - least:
+            self._best, self._waited = loss, 0
+        else:
+            self._waited += 1
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run ends here, as a clause; None: it goes on. Asked again after a resume with other settings."""
+        if self._config is None or self._newest is None or self._best is None:
+            return None
+        below, patience = self._config.loss_below, self._config.patience
+        if below is not None and self._newest < below:
+            return f"the validation loss {self._newest:.4f} is below {below:g} (training.stop_when.loss_below)"
+        if patience is not None and self._waited >= patience:
+            return (
+                f"{self._waited} evaluations in a row are no better than {self._best:.4f} (training.stop_when.patience "
+                f"{patience})"
+            )
+        return None
