@@ -4,11 +4,15 @@ import pytest
 
 from megatron_tf.checkpoint.architecture import check_same_architecture, stored_model, token_counts
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
-from megatron_tf.config.schema import Model, ParameterTokens
+from megatron_tf.config.schema import Growth, Model, ParameterTokens
 from megatron_tf.errors import CheckpointError, ConfigError
-from megatron_tf.growth.grow import check_growable
+from megatron_tf.growth import grow
 from megatron_tf.growth.rules import growth_problems
 from megatron_tf.state.parameters import initial_scales, parameter_table
+
+
+def check_growable(index, model):
+    grow.check_growable(index, model, Growth.model_validate({"from": "unused"}))
 
 
 def model(qkv=6, proj=6, ffn=24, **changes) -> Model:
