@@ -22,6 +22,7 @@ from megatron_tf.errors import ConfigError, UserError
 from megatron_tf.growth.methods import METHODS
 from megatron_tf.growth.rules import chain_problems, growth_problems
 from megatron_tf.paths import literal
+from megatron_tf.telemetry import text
 from megatron_tf.telemetry.plot import RunCurve, plot_groups, read_run
 
 SCRATCH = "from scratch"
@@ -114,7 +115,7 @@ def run(config: Path, ranks: int, folder: Path, seed: int, overrides: list[str])
 
 def table(groups: dict[str, list[list[RunCurve]]]) -> str:
     """Validation loss of each group just before and after growth and at the end: the mean, and each seed's."""
-    lines = [f"{'':<14}{'tokens':>12}{'FLOPs':>10}{'before':>9}{'after':>9}{'end':>9}   end, by seed"]
+    rows = [("", "tokens", "FLOPs", "before", "after", "end", "end, by seed")]
     for name, members in groups.items():
         evaluations = [[evaluated(run) for run in chain] for chain in members]
         last = evaluations[0][-1][-1]
@@ -122,10 +123,8 @@ def table(groups: dict[str, list[list[RunCurve]]]) -> str:
         after = mean([chain[1][0] for chain in evaluations]) if len(evaluations[0]) == 2 else "-"
         ends = [chain[-1][-1] for chain in evaluations]
         seeds = ", ".join(f"{record['eval/loss']:.4f}" for record in ends)
-        lines.append(
-            f"{name:<14}{last['tokens']:>12,}{last['flops']:>10.2e}{before:>9}{after:>9}{mean(ends):>9}   {seeds}"
-        )
-    return "\n".join(lines)
+        rows.append((name, f"{last['tokens']:,}", f"{last['flops']:.2e}", before, after, mean(ends), seeds))
+    return text.table(rows, to_left=(0, 6))
 
 
 def evaluated(run: RunCurve) -> list[dict]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import path
 from megatron_tf.errors import printable
+from megatron_tf.telemetry.text import table
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.compare import Difference
@@ -105,8 +106,8 @@ def print_differences(other: Path, differences: Sequence[Difference]) -> None:
 
 
 def print_table(rows: Iterable[Sequence[str]], title: str) -> None:
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[printable(cell) for cell in row] for row in rows]
+    lines = table(cells, to_left=range(len(cells[0]))) if cells else ""
     print(f"\n{title}")
-    for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in lines.splitlines():
+        print(f"  {line}")

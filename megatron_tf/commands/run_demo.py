@@ -25,6 +25,7 @@ from megatron_tf.paths import literal
 from megatron_tf.shipped import configurations
 from megatron_tf.tasks.language_model.perplexity import format_perplexity
 from megatron_tf.tasks.language_model.section import vocab_size_of
+from megatron_tf.telemetry import text
 
 DATA = Path("data/demo")
 SMALL, GROWN = "demo", "demo_grow"
@@ -145,11 +146,9 @@ def read_records(run: Path) -> list[dict[str, Any]]:
 
 def table(small: Summary, control: Summary, grown: Summary) -> str:
     """Each model against the others; `control` is the small one, trained on for as long as the grown one."""
-    lines = [f"{'':<25}  {'parameters':>10}  {'tokens':>10}  {'FLOPs':>8}  {'perplexity':>10}  {'tokens/s':>8}"]
+    rows = [("", "parameters", "tokens", "FLOPs", "perplexity", "tokens/s")]
     for label, run in (("small", small), ("small, trained on", control), ("grown, and trained on", grown)):
         speed = "" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"
-        lines.append(
-            f"{label:<25}  {run.parameters:>10,}  {run.tokens:>10,}  {run.flops:>8.1e}  "
-            f"{format_perplexity(run.perplexity):>10}  {speed:>8}"
-        )
-    return "\n".join(lines)
+        perplexity = format_perplexity(run.perplexity)
+        rows.append((label, f"{run.parameters:,}", f"{run.tokens:,}", f"{run.flops:.1e}", perplexity, speed))
+    return text.table(rows)

@@ -17,10 +17,11 @@ from megatron_tf.config.load import load_config
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import topology_for, validate
 from megatron_tf.errors import ConfigError
+from megatron_tf.telemetry.text import table
 
 if TYPE_CHECKING:
     from megatron_tf.verification.layout import Layout, Trace
-    from megatron_tf.verification.rounding import Error, Verdict
+    from megatron_tf.verification.rounding import Verdict
 
 MOST_RANKS = 256
 count = whole_number(1_000_000)
@@ -83,23 +84,19 @@ def number_of_ranks(text: str) -> int:
 
 
 def print_steps(trace: Trace, expected: Trace, layout: Layout) -> None:
-    print(f"{'step':>4}  {'loss, one process':>17}  {str(layout):>22}  {'norm, one process':>17}  {str(layout):>22}")
-    rows = zip(expected.losses, trace.losses, expected.grad_norms, trace.grad_norms)
-    for step, (loss, other_loss, norm, other_norm) in enumerate(rows):
-        print(f"{step:>4}  {loss:>17.8f}  {other_loss:>22.8f}  {norm:>17.8f}  {other_norm:>22.8f}")
-    print()
+    values = zip(expected.losses, trace.losses, expected.grad_norms, trace.grad_norms)
+    rows = [("step", "loss, one process", str(layout), "norm, one process", str(layout))]
+    rows += [(str(step), *(f"{value:.8f}" for value in of_step)) for step, of_step in enumerate(values)]
+    print(table(rows, to_left=()) + "\n")
 
 
 def print_table(chosen: list[Layout], verdicts: list[Verdict], steps: int) -> None:
     """Of each kind of value the relative error that is nearest to its limit."""
     print(f"relative errors over {steps} steps against one process in fp64, and their limits (gradients: first step)")
-    kinds = "  ".join(f"{kind:>8}  {'limit':>8}" for kind in ("loss", "norm", "gradient"))
-    print(f"{'layout':<20}  {kinds}  verdict    of parameter")
+    rows = [("layout", "loss", "limit", "norm", "limit", "gradient", "limit", "verdict", "of parameter")]
     for layout, verdict in zip(chosen, verdicts):
         word = "agrees" if verdict.agrees else "DIFFERS"
-        numbers = "  ".join(map(error_and_limit, (verdict.loss, verdict.grad_norm, verdict.gradient)))
-        print(f"{str(layout):<20}  {numbers}  {word:<9}  {verdict.parameter}")
-
-
-def error_and_limit(error: Error) -> str:
-    return f"{error.value:>8.1e}  {error.limit:>8.1e}"
+        errors = (verdict.loss, verdict.grad_norm, verdict.gradient)
+        numbers = [f"{number:.1e}" for error in errors for number in (error.value, error.limit)]
+        rows.append((str(layout), *numbers, word, verdict.parameter))
+    print(table(rows, to_left=(0, 7, 8)))

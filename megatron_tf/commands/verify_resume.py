@@ -19,6 +19,7 @@ from megatron_tf.config.load import load_config
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
+from megatron_tf.telemetry.text import table
 
 if TYPE_CHECKING:
     from megatron_tf.verification.resume import Resumed
@@ -59,11 +60,12 @@ def main() -> None:
 def print_table(results: list[Resumed], tolerance: float, steps: int) -> None:
     print(f"{steps} steps, saved, resumed for {steps} more; worst relative difference of a loss from one process")
     print(f"that was not interrupted, tolerance {tolerance:g}; SP: sequence-parallel, Z0: without ZeRO")
-    print(f"{'from':<17}  {'to':<17}  {'loss':>8}  {'state loaded':<13}  verdict")
+    rows = [("from", "to", "loss", "state loaded", "verdict")]
     for result in results:
         state = "bit-equal" if not result.differing else f"{len(result.differing)} differ"
         verdict = "agrees" if result.agrees(tolerance) else "DIFFERS"
-        print(f"{result.before!s:<17}  {result.after!s:<17}  {result.loss:>8.1e}  {state:<13}  {verdict}")
+        rows.append((str(result.before), str(result.after), f"{result.loss:.1e}", state, verdict))
+    print(table(rows, to_left=(0, 1, 3, 4)))
     for result in results:
         for problem in result.differing:
             print(f"{result.before} → {result.after}: {problem}")

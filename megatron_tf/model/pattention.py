@@ -33,12 +33,12 @@ from torch.autograd.function import once_differentiable
 
 from megatron_tf.activations import l2_norm
 from megatron_tf.activations.function import ScoreFunction, score_function
+from megatron_tf.activations.overlap import row_parts
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.kernels import score_layout
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
-from megatron_tf.parallel.overlap import row_parts
 
 
 def pattention(

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from distributed import spawn
 
+from megatron_tf.activations.overlap import LEAST_ROWS
 from megatron_tf.config.schema import Model
 from megatron_tf.model.layers import FinalNorm, Pattention, TensorParallel, build_block
 from megatron_tf.model.pattention import partial_pattention
@@ -14,7 +15,6 @@ from megatron_tf.model.tokenformer import build_model
 from megatron_tf.parallel import collectives
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import SINGLE
-from megatron_tf.parallel.overlap import LEAST_ROWS
 from megatron_tf.state.parameters import initial_scales, parameter_table, shard_range
 from megatron_tf.tasks.classes import cross_entropy
 from megatron_tf.tasks.language_model.layers import Embedding

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_tf.activations.overlap import row_parts
 from megatron_tf.architectures.tokenformer.section import Bank, TokenFormerModel, bank_of
 from megatron_tf.architectures.work import (
     BlockWork,
@@ -20,7 +21,6 @@ from megatron_tf.architectures.work import (
 )
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.parallel.overlap import row_parts
 
 HEAD_PASSES = Passes(15.5, 15)
 CHOICE_STATISTICS = 5  # fp32 numbers that a position keeps of its choice in a slot

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from megatron_tf.state.sources import InitialSource
+from megatron_tf.tasks.data import OpenData
+from megatron_tf.training.account import Account
+from megatron_tf.training.announcement import Line, lines_about
+from megatron_tf.training.start import Progress, Start
+
+
+class Outlook(OpenData):
+    def loader(self, sources, **sizes):
+        raise AssertionError("nothing is read before the first step")
+
+    def fingerprint(self):
+        return {}
+
+    def outlook(self, samples):
+        return f"{samples} samples", ["they are few"]
+
+
+def test_plan_checkpoints_start_and_data_in_this_order(config):
+    run = config()
+    start = Start(InitialSource(run.model, 7), "resumed from a checkpoint", Progress(step=5, samples=40, tokens=640))
+    told = Account(run, ("configuration: as it was",), "", (), ineffective=("growth: has no effect",))
+    plan = start.plan(run, world_size=2)
+    *described, of_checkpoint, of_config, begins, changed, data, of_data = lines_about(
+        plan, start, told, ["step_00000006: not used: damaged"], Outlook()
+    )
+    assert [line.text.split()[0] for line in described] == ["run", "model", "layout", "step", "length", "memory"]
+    assert of_checkpoint == Line("step_00000006: not used: damaged", is_warning=True)
+    assert of_config == Line("growth: has no effect", is_warning=True)
+    assert (begins.text, changed.text) == ("resumed from a checkpoint", "configuration: as it was")
+    # 15 of the 20 steps are left, of 8 samples each
+    assert (data.text, of_data) == ("data    160 samples", Line("they are few", is_warning=True))
