@@ -86,10 +86,10 @@ def name_in(registry: Registry[Any]) -> BeforeValidator:
 
 
 class OpenSection(Section):
-    """A section whose keys depend on some of them: what is registered under their values has a section with keys of its own.
+    """A section whose keys depend on some of them: what is registered under their values adds keys of its own.
 
-    `registered`: for each of these keys, objects with a `section` by name. A direct subclass has the keys that are common
-    to all; called, it makes the section that its arguments choose. When there are two such keys, that is a class that
+    `registered`: for each of these keys, objects with a `section` by name. A direct subclass has the keys that are
+    common to all; called, it makes the section that its arguments choose. When there are two such keys, that is a class that
     derives from the sections of both. Each section narrows its own one of the two, and the one of the last may declare
     any other common key anew.
     """

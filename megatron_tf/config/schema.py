@@ -76,7 +76,7 @@ class ParameterTokens(Section):
 
 
 class Model(OpenSection):
-    """What every model has. Its architecture and its task add their own keys; `Model(...)` makes the section of both."""
+    """What every model has. Its architecture and its task add keys; `Model(...)` makes the section of both."""
 
     registered = {"architecture": ARCHITECTURES, "task": TASKS}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_tf.config.architectures import architecture_of, with_parameter_tokens
 from megatron_tf.config.nearest import divisors, divisors_near, either, listed, multiples_near
-from megatron_tf.config.schema import Data, Model, RunConfig
+from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.tasks import TASKS, TEXT, task_of
 from megatron_tf.config.topology import Topology
 from megatron_tf.errors import ConfigError
@@ -317,11 +317,13 @@ def _loss_scale_problems(config: RunConfig) -> Iterator[str]:
 
 def _task_problems(config: RunConfig) -> Iterator[str]:
     own, task = task_of(config.model), config.model.task
-    for name in TASKS.names():
-        for key in TASKS[name].data_keys:
-            value = getattr(config.data, key)
-            if key not in own.data_keys and value != Data.model_fields[key].get_default():
-                yield (f"data.{key}: {value} means nothing to the task {task}. Remove it, or set model.task to {name}.")
+    for owner in TASKS.names():
+        for key in TASKS[owner].own_keys:
+            section, _, name = key.partition(".")
+            value = getattr(getattr(config, section), name)
+            default = type(getattr(config, section)).model_fields[name].get_default()
+            if key not in own.own_keys and value != default:
+                yield f"{key}: {value} means nothing to the task {task}. Remove it, or set model.task to {owner}."
     yield from own.run_problems(config)
 
 

@@ -70,9 +70,9 @@ def parameters_per_rank(model: Model, topology: Topology) -> int:
 def flops_per_token(model: Model) -> int:
     """Floating-point operations of forward and backward for one trained token.
 
-    Two a multiply-add.  Forward: 2 an element of every key and value token (or matrix) that a position uses, a token's share
-    of the task's input layer and head, and 4·s·d a layer for the two products of attention, counted at full length as is
-    usual for MFU although a causal model skips half of them.  Backward is twice the forward.  Norms, activations and
+    Two a multiply-add.  Forward: 2 an element of every key and value token (or matrix) that a position uses, a token's
+    share of the task's input layer and head, and 4·s·d a layer for the two products of attention, counted at full length
+    as is usual for MFU although a causal model skips half of them.  Backward is twice the forward.  Norms, activations and
     recomputation under activation checkpointing do not count.
     """
     ends = task_of(model).multiply_adds(model) // model.seq_length

@@ -35,10 +35,10 @@ class Stage(nn.Module):
         following: int | None = None,
         document_ends: Sequence[int] = (),
     ):
-        """`input_layer`: of the first stage.  `blocks`: by layer number, in their order.  `final_norm`, `head`: of the last.
+        """`input_layer`: of the first stage.  `final_norm`, `head`: of the last one.
 
-        `previous`, `following`: the ranks of the neighbouring stages.  `document_ends`: the tokens after which attention
-        begins anew.
+        `blocks`: by layer number, in their order.  `previous`, `following`: the ranks of the neighbouring stages.
+        `document_ends`: the tokens after which attention begins anew.
         """
         super().__init__()
         task = task_of(model)

@@ -1,4 +1,4 @@
-"""The TokenFormer on one process, a language model unless it has another task, and how any part of it gets its initial weights."""
+"""The TokenFormer on one process, and how any part of it gets its initial weights."""
 
 from __future__ import annotations
 

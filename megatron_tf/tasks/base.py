@@ -37,7 +37,8 @@ class Task(ABC):
     `input_name`, `head_name`: of the two modules, in the names of their parameters. One name for both is one module, on
         the first and the last pipeline stage; it has one parameter, `weight`.
     `metrics`: names of what `TaskLayers.metrics` gives; evaluation logs the mean of each.
-    `data_keys`: keys of the `data:` section that other tasks have no use for.
+    `own_keys`: keys outside the `model:` section that other tasks have no use for, such as "data.tokenizer". Their defaults
+        stand for no use of them.
     `why_not_elsewhere`: the reason, as a clause, why keys of other tasks mean nothing to it.
     `formats`: the foreign formats that it can be written in and read from, if its model's architecture can.
     """
@@ -49,7 +50,7 @@ class Task(ABC):
     input_name: ClassVar[str]
     head_name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()
-    data_keys: ClassVar[tuple[str, ...]] = ()
+    own_keys: ClassVar[tuple[str, ...]] = ()
     formats: ClassVar[frozenset[str]] = frozenset()
     why_not_elsewhere: ClassVar[str] = "another task has this key"
 
@@ -60,7 +61,7 @@ class Task(ABC):
 
     @abstractmethod
     def input_parameters(self, model: Model) -> Iterator[ParameterSpec]:
-        """The parameters of the input layer, and of a tied head, named "<input_name>.…", with the ends that hold them."""
+        """The parameters of the input layer or tied head, named "<input_name>.…", with the ends that hold them."""
 
     def head_parameters(self, model: Model) -> Iterator[ParameterSpec]:
         """The parameters of a head of its own, named "<head_name>.…"."""
@@ -88,8 +89,10 @@ class Task(ABC):
 
     @abstractmethod
     def collectives(self, config: RunConfig) -> tuple[tuple[Collectives, Collectives], tuple[Collectives, Collectives]]:
-        """((forward, backward) of the input layer, (forward, backward) of head and loss) of a micro batch over two or more
-        tensor ranks."""
+        """((forward, backward) of the input layer, (forward, backward) of head and loss).
+
+        Of a micro batch over two or more tensor ranks, without those of the final norm.
+        """
 
     def masks_losses(self, config: RunConfig) -> bool:
         """Whether some losses of a sample may not count."""

@@ -117,7 +117,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, start: int, group: Group) -> T
 
 
 def argmax(logits: Tensor, start: int, group: Group) -> Tensor:
-    """The likeliest class of every row, the first of equal ones. logits [..., C/T] (columns `start` onward) -> [...]."""
+    """The likeliest class of every row, the first of equal ones. logits [..., C/T] from column `start` on -> [...]."""
     top, at = logits.max(-1)
     best = all_reduce(top, group, dist.ReduceOp.MAX)
     foreign = torch.iinfo(at.dtype).max

@@ -21,8 +21,8 @@ class Loader(Protocol):
     def step_batches(self, first_sample: int) -> Iterator[Batch]:
         """All micro batches of a step, whose samples are the same ones whatever the layout.
 
-        Micro batch m of b samples takes first_sample + (m·data_size + data_rank)·b + [0, b). DataError for what cannot be
-        read.
+        Micro batch m of b samples takes first_sample + (m·data_size + data_rank)·b + [0, b). DataError for what cannot
+        be read.
         """
         ...
 

@@ -41,7 +41,10 @@ class TaskLayers(ABC):
 
     @abstractmethod
     def checked(self, name: str, inputs: Tensor, model: Model, device: torch.device) -> Tensor:
-        """`inputs` as the input layer takes them. ArgumentError, under `name`, for what `model` on `device` cannot read."""
+        """`inputs` as the input layer takes them.
+
+        ArgumentError, under `name`, for what `model` on `device` cannot read.
+        """
 
     @abstractmethod
     def losses(self, model: Model, logits: Tensor, targets: Tensor, group: Group) -> Tensor:

@@ -1,7 +1,7 @@
 """A second task, registered from outside the package: all that the package does with a task works.
 
-Patches: each sample is a row of vectors, of which the model names the class. The vectors go through a matrix that is split
-over their entries; attention sees all of them; the head reads their mean and is split over the classes.
+Patches: each sample is a row of vectors, of which the model names the class. The vectors go through a matrix that is
+split over their entries; attention sees all of them; the head reads their mean and is split over the classes.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class TokenFormerPipeline(PipelineModule):
                 shard.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """What this stage receives -> what it sends: inputs first, logits last, hidden states (and `starts`) between."""
+        """What this stage receives -> what it sends: first inputs, last logits, between hidden states (and `starts`)."""
         starts: Tensor | None = None
         if isinstance(inputs, tuple):
             hidden, starts = inputs

@@ -25,5 +25,6 @@ def check_reads_text(model: Model, action: str) -> None:
     """UserError unless `model` is a language model, for an `action` that needs one ("generation")."""
     if not isinstance(model, LanguageModel):
         raise UserError(
-            f"model.task: {model.task}, but {action} needs a model of text. Give one whose model.task is language_model."
+            f"model.task: {model.task}, but {action} needs a model of text. Give one whose model.task is "
+            "language_model."
         )

@@ -20,7 +20,7 @@ class LanguageModelling(Task):
     data = "megatron_tf.tasks.language_model.data:LANGUAGE_MODEL_DATA"
     causal = True
     input_name = head_name = "embedding"
-    data_keys = ("tokenizer", "eod_id", "pad_id", "reset_at_eod", "mask_eod_loss")
+    own_keys = ("data.tokenizer", "data.eod_id", "data.pad_id", "data.reset_at_eod", "data.mask_eod_loss")
     formats = frozenset({"official", "huggingface"})
 
     def input_parameters(self, model: Model) -> Iterator[ParameterSpec]:
