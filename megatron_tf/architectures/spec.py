@@ -23,6 +23,8 @@ class ParameterSpec:
     `shape`: logical shape.  `sharded`: split along dim 0 over the tensor group, else replicated.
     `growable`: dim 0 counts parameter tokens.  `decayed`: weight decay applies.
     `std`, `mean`: of the normal initialiser; std 0 is a constant.
+    `output`: what the block adds to the hidden states is a sum of products with such tensors, so that with zeros in all of
+        them it adds nothing.
     `one_in`: a position uses one of so many elements; 1 is all of them.
     `ends`: held by the first pipeline stage, the last one, or by both (tied); () is a parameter of a block.
     `official_name`, `huggingface_name`: in these formats; "" where a format has no such parameter.
@@ -36,6 +38,7 @@ class ParameterSpec:
     decayed: bool
     std: float
     mean: float
+    output: bool = False
     one_in: int = 1
     ends: tuple[Literal["first", "last"], ...] = ()
     official_name: str = ""

@@ -160,12 +160,19 @@ def _contradictions(index: CheckpointIndex, model: Model) -> Iterator[str]:
 
 
 def _other_kinds(index: CheckpointIndex, model: Model) -> Iterator[str]:
-    """Entries of the history whose token counts are of other projections than the model has."""
+    """Entries of the history whose token counts are of other projections than the model has, or whose layers are none
+    that it can have come from."""
     kinds = architecture_of(model).token_counts(model).keys()
     for number, entry in enumerate(index.growth_history):
         for key in ("from", "to"):
             if entry[key].keys() != kinds:
                 yield f"growth_history.{number}.{key} has {shown(list(entry[key]))}, the model {shown(list(kinds))}"
+    layers = model.num_layers
+    for number, entry in reversed(list(enumerate(index.growth_history))):
+        if (grown := entry.get("layers")) is not None:
+            if grown["to"] != layers:
+                yield f"growth_history.{number}.layers.to is {grown['to']}, the model then had {layers} layers"
+            layers = grown["from"]
 
 
 def _states(index: CheckpointIndex, name: str) -> Collection[str]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.state.parameters import in_layer, layer_of
 
 _CHUNK_ELEMENTS = 4 * 2**20
 
@@ -35,31 +37,61 @@ class Difference:
 
 
 def compare(first: CheckpointReader, second: CheckpointReader) -> Iterator[Difference]:
-    """One `Difference` for each tensor and state that either checkpoint has, equal ones included."""
-    for name in {**first.index.tensors, **second.index.tensors}:
-        for state in {**_states(first, name), **_states(second, name)}:
-            shapes = (_shape(first, name, state), _shape(second, name, state))
+    """One `Difference` for each tensor and state that either checkpoint has, equal ones included.
+
+    When the one is grown from the other and deeper, its old layers are compared with what they were; a difference has the
+    name of the second checkpoint, where that has the tensor.
+    """
+    for names in _pairs(first.index, second.index):
+        name = names[1] or names[0]
+        for state in {**_states(first, names[0]), **_states(second, names[1])}:
+            shapes = (_shape(first, names[0], state), _shape(second, names[1], state))
             if shapes[0] is None or shapes[1] is None or shapes[0][1:] != shapes[1][1:]:
                 yield Difference(name, state, shapes, 0, 0, 0.0)
                 continue
             numel = min(math.prod(shapes[0]), math.prod(shapes[1]))
-            yield Difference(name, state, shapes, numel, *_compare_range(first, second, name, state, numel))
+            yield Difference(name, state, shapes, numel, *_compare_range(first, second, names, state, numel))
 
 
 def _compare_range(
-    first: CheckpointReader, second: CheckpointReader, name: str, state: str, numel: int
+    first: CheckpointReader, second: CheckpointReader, names: tuple[str, str], state: str, numel: int
 ) -> tuple[int, float]:
     """(unequal elements, largest absolute difference) of the leading `numel` elements."""
     unequal, largest = 0, 0.0
     for start in range(0, numel, _CHUNK_ELEMENTS):
         stop = min(start + _CHUNK_ELEMENTS, numel)
-        one, other = first.read(name, state, start, stop), second.read(name, state, start, stop)
+        one, other = first.read(names[0], state, start, stop), second.read(names[1], state, start, stop)
         differs = one.view(torch.int32) != other.view(torch.int32)
         if count := int(differs.sum()):
             unequal += count
             distance = float((one[differs].double() - other[differs].double()).abs().max())
             largest = math.nan if math.isnan(distance) else max(largest, distance)
     return unequal, largest
+
+
+def _pairs(first: CheckpointIndex, second: CheckpointIndex) -> Iterator[tuple[str, str]]:
+    """Tensors of both checkpoints that are one, or were before a growth moved it; "" where there is no other."""
+    moved = _moved(first, second)
+    back = {old: new for new, old in _moved(second, first).items()}
+    counterparts = {name: moved.get(name, back.get(name, "" if back else name)) for name in first.tensors}
+    for name, other in counterparts.items():
+        yield name, other if other in second.tensors else ""
+    found = set(counterparts.values())
+    yield from (("", name) for name in second.tensors if name not in found)
+
+
+def _moved(smaller: CheckpointIndex, grown: CheckpointIndex) -> dict[str, str]:
+    """Tensors of the smaller model -> their names in the one that was grown from it in depth; empty for all others."""
+    layers = (grown.growth_history[-1].get("layers") if grown.growth_history else None) or {}
+    counts, old_at = [index.model.get("num_layers") for index in (smaller, grown)], layers.get("old_at", ())
+    if counts != [len(old_at), layers.get("to")]:
+        return {}
+    moved = {name: name for name in smaller.tensors}
+    for name in smaller.tensors:
+        layer = layer_of(name)
+        if layer is not None and layer < len(old_at):
+            moved[name] = in_layer(name, old_at[layer])
+    return moved
 
 
 def _states(reader: CheckpointReader, name: str) -> Mapping[str, object]:

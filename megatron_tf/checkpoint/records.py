@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from megatron_tf.checkpoint.strict_json import LARGEST_NUMBER, MOST
 from megatron_tf.config.fields import Count as TokenCount
@@ -21,10 +22,27 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 Number = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 Text = Annotated[str, Field(max_length=256)]
 _Method = GrowthMethod | Literal["pruned"]
+_LayerCount = Annotated[int, Field(ge=1, le=10_000)]
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+
+class _LayerGrowth(_Record):
+    """A growth in depth. `old_at`: where each layer of the smaller model stands in the bigger one."""
+
+    method: Text
+    before: _LayerCount = Field(alias="from")
+    to: _LayerCount
+    old_at: list[Count]
+
+    @model_validator(mode="after")
+    def _stands(self) -> Self:
+        places = self.old_at
+        if len(places) != self.before or places != sorted(set(places)) or places[-1] >= self.to:
+            raise ValueError(f"old_at is not {self.before} ascending numbers below {self.to}")
+        return self
 
 
 class GrowthEntry(_Record):
@@ -44,6 +62,7 @@ class GrowthEntry(_Record):
     preserves: bool = False
     data: str = ""
     data_samples: Count = 0
+    layers: _LayerGrowth | None = None
 
 
 class _Source(_Record):

@@ -3,7 +3,8 @@
 
 Writes step 0 of the bigger run, to the last bit what training would begin with when it grows the model itself: a run
 of this configuration in this folder resumes from it. Needs no GPU, and memory for a few buffers whatever the size.
-Only token counts may differ. `growth` in the configuration says how to grow; without it, by zero_key.
+Token counts and the number of layers may differ. `growth` in the configuration says how to grow; without it, tokens by
+zero_key and layers by identity.
 """
 
 from __future__ import annotations
@@ -98,6 +99,10 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
         if growth.method == SPLIT and used[kind].bank:
             row = f"{count:,} tokens, copied to {used[kind].bank}"
         print(f"{kind:<11} {row}, τ {scale_of(old, index.scales, kind)} -> {scale_of(old, start.source.scales, kind)}")
+    if old.num_layers != config.model.num_layers:
+        print(
+            f"{'layers':<11} {old.num_layers} -> {config.model.num_layers} by {growth.depth_method}; moments of new ones: 0"
+        )
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(config.model):,}")
     held = sum(file.num_bytes for file in reader.manifest.files.values())
     print(f"bytes       {held:,} -> {state_bytes(config.model, start.states):,}")

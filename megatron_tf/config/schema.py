@@ -47,6 +47,7 @@ ActivationName = Annotated[str, name_in(ACTIVATIONS), Field(json_schema_extra=_l
 Precision = Literal["bf16", "fp16", "fp32"]
 TokenMethod = Literal["zero_key", "gram", "random"]
 GrowthMethod = Literal["zero_key", "gram", "random", "split"]
+DepthMethod = Literal["identity", "stack", "interleave"]
 
 
 class Run(Section):
@@ -252,8 +253,10 @@ class LearningRates(Section):
     """Tokens of the smaller model. 0 freezes them, to the last bit."""
     new_tokens: NonNegative = 1.0
     """Tokens that the growth added."""
+    new_layers: NonNegative = 1.0
+    """Everything in layers that the growth added."""
     other: NonNegative = 1.0
-    """Embedding and final norm."""
+    """Embedding, final norm, and a transformer's matrices in layers that are not new."""
 
 
 class GrowthMethods(Section):
@@ -272,10 +275,12 @@ class Growth(Section):
     """What new tokens begin as; split copies tokens to the candidates of model.sparse. Only random changes the function."""
     methods: GrowthMethods = GrowthMethods()
     """Methods of single projections, instead of growth.method."""
+    depth_method: DepthMethod = "identity"
+    """What new layers begin as, where model.num_layers rises. identity keeps the function, the others copy layers."""
     noise: Fraction = 0.0
     """Standard deviation of a change to each old token weight, relative to it. 0 keeps the function."""
     moments: Literal["keep", "reset"] = "keep"
-    """Adam moments of the old tokens. New ones start at 0."""
+    """Optimizer states of what there was. New tokens and layers start afresh."""
     lr_multipliers: LearningRates = LearningRates()
     """Factors of the schedule's learning rate."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tf.config.architectures import architecture_of, with_parameter_tokens
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.nearest import divisors, divisors_near, either, listed, multiples_near
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.tasks import TASKS, TEXT, task_of
@@ -352,11 +352,6 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             )
         yield from _own_folder("training.init_from", config.training.init_from, config.run.dir, "other")
     if config.growth is not None:
-        if not has_tokens:
-            yield (
-                f"growth: a {config.model.architecture} has no parameter tokens to append to. Remove it and train from "
-                f"scratch, or set model.architecture to {either(with_parameter_tokens())}."
-            )
         yield from _own_folder("growth.from", config.growth.source, config.run.dir, "smaller")
 
 

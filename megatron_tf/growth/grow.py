@@ -12,10 +12,8 @@ from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import ConfigError
-from megatron_tf.growth.methods import SPLIT
-from megatron_tf.growth.rules import growth_problems
+from megatron_tf.growth.rules import DEFAULTS, growth_problems
 from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed
-from megatron_tf.growth.split import SplitSource
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.sources import InitialSource, StepZero
 
@@ -34,8 +32,8 @@ def grow(
     `seed`: the run's.  `data`: fingerprint of the data that the bigger model is trained on. It goes on where the smaller
     one stopped if that is the same, and otherwise begins at its beginning; None stands for the same.
     `optimizer`: of the bigger model, a name of the configuration.
-    ConfigError, with all problems, when more than token counts differ or a method cannot grow this model, or when states
-    are to be kept that `optimizer` does not know.
+    ConfigError, with all problems, when growth does not lead from the one model to the other, a method cannot grow this
+    model, or states are to be kept that `optimizer` does not know.
     """
     index = reader.index
     check_growable(index, model, growth)
@@ -44,24 +42,23 @@ def grow(
         raise ConfigError(f"growth.moments: they are to be kept, but {problem}")
     source = grown_source(reader, model, growth, seed)
     entry = growth_entry(
-        method=source.method, moments=growth.moments, source=str(reader.path), step=index.step, samples=index.samples,
+        method=source.record["method"], moments=growth.moments, source=str(reader.path), step=index.step, samples=index.samples,
         tokens=index.tokens, old_model=stored_model(index), new_model=model,
     )  # fmt: skip
-    entry |= {"noise": growth.noise, "preserves": source.preserves}
+    entry |= {**source.record, "noise": growth.noise, "preserves": source.preserves}
     same_data = data is None or dict(index.data) == dict(data)
     samples, states = index.samples if same_data else 0, OPTIMIZERS[optimizer].state_names
     return StepZero(source, samples, index.tokens, (*index.growth_history, entry), states)
 
 
-def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: int) -> GrownSource | SplitSource:
+def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: int) -> GrownSource:
     """The state of the bigger `model`, grown from an open checkpoint as `growth` says.
 
     `seed` is the run's; new tokens depend on it and on how many growths came before. ConfigError when a
     method cannot grow this model; see `check_growable` for what may differ between the two models.
     """
     own_seed = growth_seed(seed, len(reader.index.growth_history) + 1)
-    kind = SplitSource if growth.method == SPLIT else GrownSource
-    return kind(
+    return GrownSource(
         CheckpointSource(reader),
         InitialSource(model, own_seed),
         old_model=stored_model(reader.index),
@@ -71,7 +68,7 @@ def grown_source(reader: CheckpointReader, model: Model, growth: Growth, seed: i
     )
 
 
-def check_growable(index: CheckpointIndex, model: Model, growth: Growth) -> None:
+def check_growable(index: CheckpointIndex, model: Model, growth: Growth = DEFAULTS) -> None:
     """ConfigError unless the checkpoint's model can grow into `model`, see `growth_problems`."""
-    if problems := growth_problems(stored_model(index), model, growth.method):
+    if problems := growth_problems(stored_model(index), model, growth):
         raise ConfigError(problems)

@@ -20,7 +20,7 @@ What the activation has to be like is a fact that it declares (`activations.base
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,8 @@ class Projection:
     `name`: such as "blocks.0.ffn".  `kind`: its token count's name in model.parameter_tokens.
     `key`: where the configuration chose the method, for messages.
     `width`: elements of a token.  `scale`: τ before.  `seed`: of this growth.
-    `old_keys`: range of each smaller key tensor, by its name in the projection (a Pattention has one, "key_tokens").
+    `old_keys`, `old_values`: range of each smaller tensor, by its name in the projection (a Pattention has one of each,
+        "key_tokens" and "value_tokens").
     `initial_keys`, `initial_values`: what the normal initialiser puts into a range of each grown tensor.
     """
 
@@ -63,6 +64,7 @@ class Projection:
     old_keys: Mapping[str, Elements]
     initial_keys: Mapping[str, Elements]
     initial_values: Mapping[str, Elements]
+    old_values: Mapping[str, Elements] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_activation(self.activation)

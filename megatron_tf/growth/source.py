@@ -17,12 +17,15 @@ from torch import Tensor
 
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Growth, Model
-from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, NewTokens
-from megatron_tf.growth.rules import decide, growing
+from megatron_tf.errors import ConfigError
+from megatron_tf.growth.axes import steps
+from megatron_tf.growth.methods import METHODS, Elements, NewTokens
+from megatron_tf.growth.rules import growth_problems
+from megatron_tf.growth.tokens import decide, growing
 from megatron_tf.state.initialize import initial_rows
 from megatron_tf.state.optimizer_states import WEIGHT, declared_states, initial_value
 from megatron_tf.state.parameters import ParameterSpec, parameter_table
-from megatron_tf.state.sources import StateSource, copy_in_slices
+from megatron_tf.state.sources import FreshSource, StateSource, copy_in_slices
 
 PRUNED = "pruned"  # stands for a method in the history of a model that has lost tokens
 
@@ -53,11 +56,57 @@ class _Grown:
 class GrownSource:
     """State of `new_model`, grown from `old` (state of `old_model`) with new values from `fresh` (of `new_model`).
 
-    `growth`: the method of each projection, noise, and what becomes of moments: "keep" leaves the old elements' optimizer
-    states and step counts, "reset" starts all of the model's afresh, also those of tensors that do not grow. New
-    elements always start afresh.  `seed`: of this growth, see `growth_seed`.
-    ConfigError, with all problems, when the models differ in more than token counts or a method cannot grow its
-    projection; no state is read to find out.
+    `growth`: the methods, noise, and what becomes of moments: "keep" leaves the old elements' optimizer states and step
+    counts, "reset" starts all of the model's afresh, also those of tensors that do not grow. New elements always start
+    afresh.  `seed`: of this growth, see `growth_seed`.
+    ConfigError, with all problems, when the one model cannot grow into the other, see `growth.rules`, or a method cannot
+    grow its projection; no state is read to find out.
+
+    `record`: what the methods keep in the checkpoint's history.
+    `preserves`: whether the growth promises to keep the function, to rounding.
+    """
+
+    def __init__(
+        self,
+        old: StateSource,
+        fresh: StateSource,
+        *,
+        old_model: Model,
+        new_model: Model,
+        growth: Growth,
+        seed: int,
+    ):
+        if problems := growth_problems(old_model, new_model, growth):
+            raise ConfigError(problems)
+        source, preserves = old, True
+        record: dict[str, Any] = {"method": {}}
+        for axis, before, after in steps(old_model, new_model):
+            source = axis.source(source, fresh, old_model=before, new_model=after, growth=growth, seed=seed)
+            record |= axis.record(before, after, growth)
+            preserves = preserves and axis.preserves(before, after, growth)
+        self._source = FreshSource(source) if growth.moments == "reset" else source
+        self.record: Mapping[str, Any] = record
+        self.preserves = preserves
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        return self._source.scales
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        return self._source.read(name, state, start, stop)
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        self._source.read_into(name, state, start, target)
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+        return self._source.adam_steps(name, start, stop)
+
+
+class AppendedSource:
+    """State of `new_model`, which has more tokens than `old_model`, from `old` with new values from `fresh`.
+
+    `growth`: the method of each projection, and noise.  `seed`: of this growth, see `growth_seed`.
+    ConfigError, with all problems, when a method cannot grow its projection; no state is read to find out.
 
     A read computes in fp64 what is not a plain copy and rounds once, to the type of its target. So the result does not
     depend on the ranges or devices that it is read by.
@@ -93,22 +142,6 @@ class GrownSource:
         self._factors = factors
         self._latest: tuple[str, NewTokens] | None = None
 
-    @property
-    def methods(self) -> dict[str, str]:
-        """The method of each kind of projection that grows."""
-        return {kind: self._growth.method_of(kind) for kind in {p.kind: p for p in self._projections.values()}}
-
-    @property
-    def method(self) -> str | dict[str, str]:
-        """The one method, or `methods` when there are several."""
-        distinct = set(self.methods.values())
-        return distinct.pop() if len(distinct) == 1 else self.methods
-
-    @property
-    def preserves(self) -> bool:
-        """Whether the growth promises to keep the function, to rounding."""
-        return set(self.methods.values()) <= PRESERVING and not self._growth.noise
-
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
         result = torch.empty(stop - start)
         self.read_into(name, state, start, result)
@@ -127,8 +160,6 @@ class GrownSource:
                 copy_in_slices(elements, boundary, new)
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
-        if self._growth.moments == "reset":
-            return [(start, stop, 0)] if start < stop else []
         boundary = self._boundary(name, start, stop)
         steps = self._old.adam_steps(name, start, boundary) if start < boundary else []
         if boundary == stop:
@@ -143,9 +174,7 @@ class GrownSource:
         return stop if grown is None else min(max(grown.old_numel, start), stop)
 
     def _read_old(self, name: str, state: str, start: int, target: Tensor) -> None:
-        if state != WEIGHT and self._growth.moments == "reset":
-            target.fill_(initial_value(state))
-        elif (factor := self._factor(name, state)) != 1 or (state == WEIGHT and self._noisy(name)):
+        if (factor := self._factor(name, state)) != 1 or (state == WEIGHT and self._noisy(name)):
             copy_in_slices(lambda low, high: self._changed(name, state, low, high, factor), start, target)
         else:
             self._old.read_into(name, state, start, target)
@@ -196,7 +225,7 @@ def growth_entry(
     """The entry that a growth adds to the checkpoint's history, ready for JSON.
 
     `method`: of all projections, or by kind.  `source`: the checkpoint grown from.  `step`, `samples`, `tokens`: how far that one was trained.
-    "from" and "to" are the token counts by kind. The losses on a held batch are None until the trainer measures them.
+    "from" and "to" are the token counts by kind. A growth in depth adds "layers", see `growth.layers`. The losses on a held batch are None until the trainer measures them.
     """
     return {
         "method": method,

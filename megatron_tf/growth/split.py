@@ -25,9 +25,8 @@ from torch import Tensor
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer, bank_of
 from megatron_tf.config.schema import Growth, Model
-from megatron_tf.growth.methods import SPLIT
 from megatron_tf.growth.source import noise
-from megatron_tf.state.optimizer_states import WEIGHT, initial_value
+from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
 from megatron_tf.state.ranges import StepRange
 from megatron_tf.state.sources import StateSource, copy_in_slices
@@ -54,8 +53,7 @@ class _Copies:
 class SplitSource:
     """State of `new_model`, split from `old` (state of `old_model`) with routers from `fresh` (of `new_model`).
 
-    `growth`: what becomes of the optimizer's states, and noise on the copies, see `growth.source.GrownSource`.  `seed`: of
-    this growth.
+    `growth`: noise on the copies.  `seed`: of this growth.
     """
 
     def __init__(
@@ -77,15 +75,6 @@ class SplitSource:
     def scales(self) -> Mapping[str, float]:
         return self._old.scales
 
-    @property
-    def method(self) -> str:
-        return SPLIT
-
-    @property
-    def preserves(self) -> bool:
-        """Whether the growth promises to keep the function, to rounding."""
-        return not self._growth.noise
-
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
         result = torch.empty(stop - start)
         self.read_into(name, state, start, result)
@@ -95,8 +84,6 @@ class SplitSource:
         copies = self._copies.get(name)
         if copies is None and name not in self._known:
             self._fresh.read_into(name, state, start, target)
-        elif state != WEIGHT and self._growth.moments == "reset":
-            target.fill_(initial_value(state))
         elif copies is None:
             self._old.read_into(name, state, start, target)
         elif state == WEIGHT and self._growth.noise:
@@ -107,7 +94,7 @@ class SplitSource:
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         copies = self._copies.get(name)
-        if self._growth.moments == "reset" or (copies is None and name not in self._known):
+        if copies is None and name not in self._known:
             return [(start, stop, 0)] if start < stop else []
         if copies is None:
             return self._old.adam_steps(name, start, stop)

@@ -31,6 +31,18 @@ def projections(model: Model) -> dict[str, ProjectionSpec]:
     return {projection.name: projection for projection in architecture_of(model).projections(model)}
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the block that a parameter or projection is in, None of one that is in none."""
+    parts = name.split(".", 2)
+    return int(parts[1]) if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal() else None
+
+
+def in_layer(name: str, layer: int) -> str:
+    """The parameter or projection that in block `layer` is what `name` is in its own."""
+    first, _, rest = name.split(".", 2)
+    return f"{first}.{layer}.{rest}"
+
+
 def check_activation(name: str) -> None:
     """ArgumentError unless `name` is an activation."""
     check_choice("activation", name, ACTIVATIONS.names())

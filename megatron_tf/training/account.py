@@ -126,6 +126,10 @@ def _true_growth(growth: Growth, entry: Mapping[str, Any]) -> Iterator[tuple[str
         yield "method", (_method(given), f"by {_method(methods)}", fields)
     elif (method == SPLIT) != (growth.method == SPLIT):
         yield "method", (growth.method, f"by {_method(method)}", {"method": method})
+    layers = entry.get("layers")
+    if layers is not None and layers["method"] != growth.depth_method:
+        was = layers["method"]
+        yield "depth_method", (growth.depth_method, f"by {was}", {"depth_method": was})
     for key in ("noise", "moments"):
         was, now = entry.get(key), getattr(growth, key)
         if was is not None and was != now:
@@ -139,7 +143,7 @@ def _origin(start: Start) -> str:
         entry = start.growth_history[-1]
         if entry["method"] == PRUNED:
             return f", pruned from {entry['source']}"
-        return f", grown from {entry['source']} by {_method(entry['method'])}"
+        return f", grown from {entry['source']} by {_how(entry)}"
     began_with = _warm_start(start)
     return f", begun with the weights of {began_with}" if began_with else ""
 
@@ -147,6 +151,13 @@ def _origin(start: Start) -> str:
 def _warm_start(start: Start) -> str | None:
     """The checkpoint or export that the run took its first weights from."""
     return next((event.get("source") for event in start.run_state.get("history", ()) if event["event"] == EVENT), None)
+
+
+def _how(entry: Mapping[str, Any]) -> str:
+    """The methods of a growth in words."""
+    tokens, layers = _method(entry["method"]), entry.get("layers")
+    of_layers = [] if layers is None else [f"{layers['from']} layers -> {layers['to']} by {layers['method']}"]
+    return ", ".join([*([tokens] if tokens else []), *of_layers])
 
 
 def _method(method: str | Mapping[str, str]) -> str:

@@ -28,7 +28,7 @@ from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.errors import CheckpointError, ConfigError, shortened
 from megatron_tf.growth.grow import grow
 from megatron_tf.growth.methods import SPLIT
-from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.parameters import in_layer, layer_of, parameter_table
 from megatron_tf.state.sources import InitialSource, StateSource
 from megatron_tf.training.early_stop import EarlyStop
 from megatron_tf.training.run_folder import copied_from
@@ -75,8 +75,7 @@ class Start:
     def earlier_flops(self, model: Model) -> float:
         """Floating-point operations of the training before this run's growth; `model` is the run's."""
         flops, tokens = 0.0, 0
-        for number, entry in enumerate(self.growth_history):
-            before = _model_before(model, self.growth_history[number:])
+        for entry, before in zip(self.growth_history, _models_before(model, self.growth_history)):
             flops += (entry["tokens"] - tokens) * flops_per_token(before)
             tokens = entry["tokens"]
         return flops
@@ -94,9 +93,22 @@ class Start:
         """Where, in the flattened tensors of `model`, the tokens of its last growth begin."""
         if not self.growth_history:
             return {}
-        smaller = parameter_table(_model_before(model, self.growth_history[-1:]))
-        growable = [name for name, spec in parameter_table(model).items() if spec.growable]
-        return {name: smaller[name].numel if name in smaller else 0 for name in growable}
+        (before,) = _models_before(model, self.growth_history[-1:])
+        old_at = self._old_at(model)
+        old = {
+            name if (layer := layer_of(name)) is None else in_layer(name, old_at[layer]): spec.numel
+            for name, spec in parameter_table(before).items()
+        }
+        return {name: old.get(name, 0) for name, spec in parameter_table(model).items() if spec.growable}
+
+    def new_layers(self, model: Model) -> frozenset[int]:
+        """The layers of `model` that its last growth added."""
+        return frozenset(range(model.num_layers)).difference(self._old_at(model))
+
+    def _old_at(self, model: Model) -> Sequence[int]:
+        """Where each layer of the model before the last growth stands now."""
+        layers = self.growth_history[-1].get("layers") if self.growth_history else None
+        return range(model.num_layers) if layers is None else layers["old_at"]
 
 
 def _earlier_tokens(growth_history: Sequence[Mapping[str, Any]]) -> int:
@@ -107,12 +119,17 @@ def _token_counts(model: Model) -> dict[str, int]:
     return architecture_of(model).token_counts(model)
 
 
-def _model_before(model: Model, growths: Sequence[Mapping[str, Any]]) -> Model:
-    """The model that became `model` by these entries of its history, oldest first."""
-    architecture = architecture_of(model)
-    if any(entry.get("method") == SPLIT for entry in growths):
-        model = architecture.unsplit(model)
-    return architecture.with_token_counts(model, growths[0]["from"])
+def _models_before(model: Model, growth_history: Sequence[Mapping[str, Any]]) -> list[Model]:
+    """The models that these growths, oldest first, made bigger ones of; `model` is what came out in the end."""
+    found: list[Model] = []
+    for entry in reversed(growth_history):
+        if (layers := entry.get("layers")) is not None:
+            model = model.model_copy(update={"num_layers": layers["from"]})
+        if entry.get("method") == SPLIT:
+            model = architecture_of(model).unsplit(model)
+        model = architecture_of(model).with_token_counts(model, entry["from"])
+        found.append(model)
+    return found[::-1]
 
 
 def checkpoints_folder(config: RunConfig) -> Path:
@@ -242,7 +259,8 @@ def _unproved(index: CheckpointIndex) -> CheckpointReader | None:
     if index.step > 0 or not index.growth_history:
         return None
     entry = index.growth_history[-1]
-    if entry["loss_before"] is not None or entry["to"] != _token_counts(stored_model(index)):
+    model = stored_model(index)
+    if entry["loss_before"] is not None or entry["to"] != _token_counts(model):
         return None
     with suppress(CheckpointError):
         return open_checkpoint(Path(entry["source"]))

@@ -48,7 +48,15 @@ def _engine(run: Run, start: Start, tensor: Group, ends: Sequence[int]) -> Engin
 
     model, plan = run.config.model, run.plan
     engine = DeepSpeedEngine(
-        run.config, model, plan.batches, plan.topology, tensor, start.source, start.first_new(model), ends
+        run.config,
+        model,
+        plan.batches,
+        plan.topology,
+        tensor,
+        start.source,
+        start.first_new(model),
+        ends,
+        start.new_layers(model),
     )
     engine.load_loss_scaler(dict(start.run_state))
     return engine

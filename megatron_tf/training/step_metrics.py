@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 
-from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.schema import LearningRates, RunConfig
 from megatron_tf.config.validate import BatchPlan
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.engine.base import StepResult
@@ -72,9 +72,11 @@ class StepMetrics:
         if self._config.growth is None:
             return {}
         rates = self._config.growth.lr_multipliers
-        if rates.old_tokens == rates.new_tokens == rates.other == 1:
+        if rates == LearningRates():
             return {}
+        new_layers = {"optim/lr_new_layers": lr * rates.new_layers} if rates.new_layers != 1 else {}
         return {
+            **new_layers,
             "optim/lr_old_tokens": lr * rates.old_tokens,
             "optim/lr_new_tokens": lr * rates.new_tokens,
             "optim/lr_other": lr * rates.other,

@@ -160,9 +160,6 @@ def test_plans_refuse_what_they_cannot_compute(small):
           "model.ffn_hidden_size=3"], 4,
          "model.ffn_hidden_size: 3 rows cannot be split over parallel.tensor 4 ranks. Set it to at least 4, or "
          "parallel.tensor to at most 3."),
-        (["growth.from=runs/other", "model.architecture=transformer", "model.parameter_tokens=null"], 1,
-         "growth: a transformer has no parameter tokens to append to. Remove it and train from scratch, or set "
-         "model.architecture to tokenformer."),
         (["growth.from=./runs/small/"], 1,
          "growth.from: ./runs/small/ is this run's own folder (run.dir runs/small). Give the smaller run's folder, or "
          "another run.dir."),

@@ -32,7 +32,7 @@ from megatron_tf.tasks.classes import IGNORED
 class PlainEngine:
     """One process, fp32."""
 
-    def __init__(self, config, model, plan, topology, tensor, source, first_new=None, document_ends=()):
+    def __init__(self, config, model, plan, topology, tensor, source, first_new=None, document_ends=(), new_layers=()):
         assert topology == Topology()
         self.plan, self.clock, self.steps_skipped = plan, StepClock(), 0
         self._adam, self._scales, self._clip = config.optimizer, dict(source.scales), config.training.gradient_clipping

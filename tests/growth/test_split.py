@@ -11,7 +11,6 @@ from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import chain_problems, growth_problems, scales_after_growth
 from megatron_tf.growth.source import GrownSource
-from megatron_tf.growth.split import SplitSource
 from megatron_tf.model import build_model
 from megatron_tf.state.parameters import initial_scales, parameter_table
 from megatron_tf.state.sources import InitialSource
@@ -44,9 +43,9 @@ class Trained(InitialSource):
         ]
 
 
-def split(bank: dict, old: Model | None = None, **growth) -> SplitSource:
+def split(bank: dict | None, old: Model | None = None, **growth) -> GrownSource:
     old, new = old or model(), model(bank, activation=(old or model()).activation)
-    return SplitSource(
+    return GrownSource(
         Trained(old, 7), InitialSource(new, 7), old_model=old, new_model=new,
         growth=Growth(source="small", method="split", **growth), seed=3,
     )  # fmt: skip
@@ -143,22 +142,22 @@ def test_what_was_split_grows_by_slots_and_keeps_the_function():
 
 def test_what_cannot_be_split_is_said_before():
     small, large = model(), model(BANK)
-    assert growth_problems(small, large, "split") == []
+    assert growth_problems(small, large, Growth(source="x", method="split")) == []
     assert scales_after_growth(small, large, Growth(source="x", method="split"), {"a": 2.0}) == {"a": 2.0}
     for old, new, method, message in (
         (small, small, "split", "split copies tokens to candidates, and the model has none. Set model.sparse.ffn"),
         (small, model(BANK, parameter_tokens={**TOKENS, "qkv": 20}), "split",
-         "model.parameter_tokens.qkv: 13 before, 20 after. split changes model.sparse only"),
+         "model.parameter_tokens.qkv: 13 before, 20 after. split changes model.sparse, and no token counts"),
         (large, model({**BANK, "candidates": 6}), "split",
          "model.sparse.ffn.candidates: 3 before, 6 after. Candidates cannot be split again"),
         (large, model({**BANK, "group_size": 32}), "split", "model.sparse.ffn.group_size: 16 before, 32 after"),
         (large, large, "split", "the smaller model has these candidates already"),
         (small, large, "zero_key", "to copy those of a dense model to candidates, set growth.method to split"),
     ):  # fmt: skip
-        problems = growth_problems(old, new, method)
+        problems = growth_problems(old, new, Growth(source="x", method=method))
         assert any(message in problem for problem in problems), problems
     with pytest.raises(ConfigError, match="split copies tokens"):
-        scales_after_growth(small, small, Growth(source="x", method="split"), {})
+        split(None)
 
 
 def test_a_chain_with_a_split_is_checked_as_a_whole():

@@ -67,6 +67,56 @@ def test_a_chain_on_three_layouts_resumes_anywhere(chain):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+DEEPER = """
+stages:
+  - name: small
+    training: {train_steps: 2}
+  - name: wide
+    model: {parameter_tokens: {qkv: 19, ffn: 61}}
+    training: {train_steps: 2}
+    parallel: {tensor: 2}
+  - name: deep
+    model: {num_layers: 5, parameter_tokens: {qkv: 19, ffn: 61}}
+    growth: {lr_multipliers: {new_layers: 0.5}}
+    training: {train_steps: 4}
+    parallel: {pipeline: 2}
+  - name: big
+    model: {num_layers: 5, parameter_tokens: {qkv: 29, proj: 17, ffn: 90}}
+    training: {train_steps: 2}
+    parallel: {tensor: 2}
+"""
+
+
+@pytest.mark.slow
+def test_a_chain_of_tokens_depth_and_tokens_resumes(folder):
+    config = folder / "config.yml"
+    config.write_text(config.read_text() + DEEPER)
+    whole = train(folder, "checkpoint.interval_steps=2", "logging.interval_steps=1", ranks=2)
+    assert whole.returncode == 0, whole.stdout
+    assert "2 layers -> 5 by identity" in whole.stdout
+    records = [json.loads(line) for line in (folder / "run" / "deep" / "metrics.jsonl").read_text().splitlines()]
+    rates = [record for record in records if "optim/lr_new_layers" in record]
+    assert rates and all(r["optim/lr_new_layers"] == pytest.approx(r["optim/lr"] / 2) for r in rates)
+    newest = folder / "run" / "big" / "checkpoints" / "step_00000002"
+    expected, index = load_logical(newest), open_checkpoint(newest).index
+    assert all(entry["loss_before"] == pytest.approx(entry["loss_after"]) for entry in index.growth_history)
+    assert [entry["method"] for entry in index.growth_history] == ["zero_key", {}, "zero_key"]
+    assert index.growth_history[1]["layers"] == {"method": "identity", "from": 2, "to": 5, "old_at": [0, 3]}
+    # a layer of the start, tokens of the second stage in it, a layer of the third stage, tokens of the last one in that
+    width = index.tensors["final_norm.bias"].shape[0]
+    old, new = (index.adam_steps[f"blocks.{layer}.ffn.key_tokens"] for layer in (3, 1))
+    assert [steps for *_, steps in old] == [10, 8, 2] and [steps for *_, steps in new] == [6, 2]
+    assert old[1][1] == new[0][1] == 61 * width
+
+    # cut off within the deeper stage, and gone on with the learning rates of its own
+    shutil.rmtree(folder / "run" / "deep" / "checkpoints" / "step_00000004")
+    shutil.rmtree(folder / "run" / "big")
+    resumed = train(folder, "checkpoint.interval_steps=2", "logging.interval_steps=1", ranks=2)
+    assert resumed.returncode == 0, resumed.stdout
+    again = load_logical(newest)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
 def test_every_stage_is_checked_before_the_first_starts(chain):
     result = train(chain, "stages.big.training.global_batch_size=7", "stages.middle.parallel.tensor=3",
                    "stages.big.parallel.pipeline=1")  # fmt: skip

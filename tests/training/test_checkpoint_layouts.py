@@ -21,7 +21,7 @@ from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
 from megatron_tf.runtime.local_ranks import start_ranks
-from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.parameters import layer_of, parameter_table
 from megatron_tf.state.sources import InitialSource
 from megatron_tf.training.growth_proof import compare, probe
 from megatron_tf.verification.layout import Layout, batches
@@ -108,6 +108,62 @@ def _grow(rank, small, big, folder):
         other, *_ = engine_for(after, small, InitialSource(small.model, 99))
         with pytest.raises(Exception, match="changed the function"):
             compare(first, probe(other.stage(), held), "fp32", device, preserves=True)
+    finally:
+        leave()
+
+
+DEEPER = {"num_layers": 5, "parameter_tokens": {"qkv": 29, "proj": 11, "ffn": 75}}
+TRANSFORMER = {"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 37}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("small", "big"),
+    [({}, DEEPER), (TRANSFORMER, {**TRANSFORMER, "num_layers": 5})],
+    ids=["tokenformer", "transformer"],
+)
+def test_depth_is_grown_under_other_layouts(config, tmp_path, small, big):
+    """One layer a stage before, two and three after; also as the file operation, and by methods that copy layers."""
+    start_ranks(_deepen, 4, config(model=small), config(model=big), str(tmp_path))
+
+
+def _deepen(rank, small, big, folder):
+    before, layouts = Layout(Topology(1, 2, 2)), [Layout(Topology(2, 2, 1), True), Layout(Topology(1, 1, 4))]
+    device = start(rank, 4, folder)
+    try:
+        engine, own, plan = engine_for(before, small, InitialSource(small.model, small.run.seed))
+        train(engine, own, plan, before, 0, 4, rank)
+        reader = open_checkpoint(save(engine, own, f"{folder}/checkpoints", 4, rank, 4))
+        engine.close()
+        for layout in layouts:
+            for method in ("identity", "stack", "interleave"):
+                layers = 4 if method == "stack" else 5
+                grown_model = big.model.model_copy(update={"num_layers": layers})
+                growth = Growth(source="unused", depth_method=method)
+                source = grown_source(reader, grown_model, growth, big.run.seed)
+                to = big.model_copy(update={"model": grown_model})
+                engine, own, plan = engine_for(layout, to, source)
+                # the same at every layout, to the last bit
+                for piece in engine.pieces():
+                    assert torch.equal(piece.tensor, source.read(piece.name, piece.state, piece.start, piece.stop))
+                held = list(batches(layout.apply(small), plan_batches(layout.apply(small), 4), 99, 0, 1))
+                after = probe(engine.stage(), held)
+                engine.close()
+                engine, *_ = engine_for(layout, small, CheckpointSource(reader))
+                first = probe(engine.stage(), held)
+                engine.close()
+                assert "held batch" in compare(first, after, "fp32", device, preserves=source.preserves)
+                assert (abs(after.loss - first.loss) <= 1e-6 * first.loss) == (method == "identity")
+        engine, own, plan = engine_for(layouts[0], big, grown_source(reader, big.model, Growth(source="x"), 7))
+        train(engine, own, plan, layouts[0], 0, 3, rank)
+        trained = open_checkpoint(save(engine, own, f"{folder}/grown", 3, rank, 4))
+        # old layers stand at 0 and 3; the others have learnt, and are younger
+        for name, spec in parameter_table(big.model).items():
+            layer = layer_of(name)
+            ages = {steps for _, _, steps in trained.index.adam_steps[name]}
+            assert max(ages) == (7 if layer in (None, 0, 3) else 3)
+            assert spec.numel == 1 or trained.read(name, "exp_avg_sq", 0, spec.numel).any()
+            assert trained.read(name, "weight", 0, spec.numel).any()
     finally:
         leave()
 

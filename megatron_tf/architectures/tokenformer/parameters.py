@@ -24,13 +24,14 @@ PROJECTIONS = {
     "attention.proj": ProjectionNames("proj", "attention.proj", "self_attn.o_proj"),
     "ffn": ProjectionNames("ffn", "mlp", "mlp"),
 }
+OUTPUTS = ("attention.proj", "ffn")  # projections whose output is added to the hidden states
 
 
 def block_parameters(model: TokenFormerModel, layer: int) -> Iterator[ParameterSpec]:
     for name, projection in PROJECTIONS.items():
         tokens = getattr(model.parameter_tokens, projection.tokens)
         if (bank := bank_of(model, projection.tokens)) is not None:
-            yield from _bank_parameters(model, f"blocks.{layer}.{name}", bank, tokens)
+            yield from _bank_parameters(model, layer, name, bank, tokens)
             tokens = bank.dense
         if tokens == 0:
             continue
@@ -43,14 +44,18 @@ def block_parameters(model: TokenFormerModel, layer: int) -> Iterator[ParameterS
                 decayed=True,
                 std=std,
                 mean=0.0,
+                output=kind == "value" and name in OUTPUTS,
                 official_name=f"sequential.{layer + 2}.{projection.official}.{kind}_param_tokens",
                 huggingface_name=f"model.layers.{layer}.{projection.huggingface}.{kind}s.weight",
                 transposed=kind == "value",
             )
 
 
-def _bank_parameters(model: TokenFormerModel, prefix: str, bank: Bank, tokens: int) -> Iterator[ParameterSpec]:
+def _bank_parameters(
+    model: TokenFormerModel, layer: int, name: str, bank: Bank, tokens: int
+) -> Iterator[ParameterSpec]:
     """Rows by slot, candidate and token, so that whole slots are one range."""
+    prefix = f"blocks.{layer}.{name}"
     groups = bank.groups(tokens)
     for kind, std in (("key", INITIAL_STD), ("value", output_std(model))):
         yield ParameterSpec(
@@ -61,6 +66,7 @@ def _bank_parameters(model: TokenFormerModel, prefix: str, bank: Bank, tokens: i
             decayed=True,
             std=std,
             mean=0.0,
+            output=kind == "value" and name in OUTPUTS,
             one_in=bank.candidates,
         )
     router = (groups, model.hidden_size)

@@ -34,6 +34,7 @@ def block_parameters(model: TransformerModel, layer: int) -> Iterator[ParameterS
             decayed=True,
             std=std,
             mean=0.0,
+            output=matrix in ("attention.proj", "ffn.down"),
         )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,7 @@ from megatron_tf.errors import CheckpointError
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group
-from megatron_tf.state.parameters import ParameterSpec, parameter_table
+from megatron_tf.state.parameters import ParameterSpec, layer_of, parameter_table
 from megatron_tf.state.sources import StateSource
 from megatron_tf.tasks.data import Batch
 
@@ -53,11 +53,12 @@ class DeepSpeedEngine:
         source: StateSource,
         first_new: Mapping[str, int] | None = None,
         document_ends: Sequence[int] = (),
+        new_layers: Collection[int] = (),
     ):
         """`model` and the weights, moments and τ of `source` must belong together.
 
         `first_new`: for each tensor that the run's growth made bigger, the element where its new tokens begin.
-        `document_ends`: the tokens after which attention begins anew.
+        `document_ends`: the tokens after which attention begins anew.  `new_layers`: those that the run's growth added.
         """
         self.config, self.model, self.plan = config, model, plan
         self.clock = clock = StepClock()
@@ -91,6 +92,7 @@ class DeepSpeedEngine:
             # Otherwise DeepSpeed ends the run by an exception of its own. The guard decides, as for other precisions.
             self._wrapper.loss_scaler.raise_error_at_min_scale = False
         self._first_new = first_new or {}
+        self._new_layers = frozenset(new_layers)
         self.steps_skipped = 0  # steps without an update so far, because a gradient was not finite
         self._scales = dict(source.scales)
         self._loaded_steps = {
@@ -332,8 +334,8 @@ class DeepSpeedEngine:
             yield start, stop, 1.0
             return
         rates = self.config.growth.lr_multipliers
-        if not spec.growable:
-            yield start, stop, rates.other
+        if layer_of(spec.name) in self._new_layers or not spec.growable:
+            yield start, stop, rates.new_layers if layer_of(spec.name) in self._new_layers else rates.other
             return
         boundary = min(max(self._first_new.get(spec.name, stop), start), stop)
         if rates.old_tokens == rates.new_tokens:

@@ -1,0 +1,99 @@
+"""The directions in which a model grows: each changes keys of the `model:` section, and says how the state follows.
+
+A growth goes along one axis after the other, so that any of them may be combined. Arithmetic on configurations; torch is
+imported when state is asked for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from megatron_tf.config.schema import Growth, Model
+from megatron_tf.registry import Registry
+
+if TYPE_CHECKING:
+    from megatron_tf.state.sources import StateSource
+
+
+class Axis(ABC):
+    """One direction in which a model grows.
+
+    `order`: axes are grown along in ascending order; new layers come last, and have what the others have made.
+    `keys`: those of the model section that it changes; one that ends with a dot stands for all keys below it.
+    `changes`: what that is in words, such as "token counts".
+    `takes_noise`: whether `growth.noise` changes what it makes.
+    """
+
+    order: ClassVar[int]
+    keys: ClassVar[tuple[str, ...]]
+    changes: ClassVar[str]
+    takes_noise: ClassVar[bool] = False
+
+    @classmethod
+    def claims(cls, key: str) -> bool:
+        """Whether a key of the model section is one that this axis changes."""
+        return any(key.startswith(own) if own.endswith(".") else key == own for own in cls.keys)
+
+    @abstractmethod
+    def between(self, old: Model, new: Model) -> Model:
+        """`old` with this axis' keys as `new` has them: what has grown along this axis alone."""
+
+    def problems(self, old: Model, new: Model, growth: Growth) -> list[str]:
+        """Why `old` cannot grow into `new` along this axis, as sentences without their full stop. The rest of the two may
+        differ."""
+        return []
+
+    def scales(self, old: Model, new: Model, growth: Growth, scales: Mapping[str, float]) -> Mapping[str, float]:
+        """τ of every projection afterwards, from those of `old`. ConfigError, with all problems, when a method cannot do
+        it. Here and below, `old` and `new` differ along this axis alone."""
+        return scales
+
+    @abstractmethod
+    def preserves(self, old: Model, new: Model, growth: Growth) -> bool:
+        """Whether the growth promises to keep the function, to rounding."""
+
+    @abstractmethod
+    def record(self, old: Model, new: Model, growth: Growth) -> dict[str, Any]:
+        """What the checkpoint's history keeps of it, ready for JSON."""
+
+    @abstractmethod
+    def source(
+        self, old: StateSource, fresh: StateSource, *, old_model: Model, new_model: Model, growth: Growth, seed: int
+    ) -> StateSource:
+        """The state of `new_model`, as a pure function of that of `old_model`, by range.
+
+        `fresh`: initial state of the model that the whole growth ends with.  `seed`: of this growth.
+        """
+
+
+AXES: Registry[Axis] = Registry(
+    {
+        "tokens": "megatron_tf.growth.tokens:TOKENS",
+        "candidates": "megatron_tf.growth.candidates:CANDIDATES",
+        "layers": "megatron_tf.growth.layers:LAYERS",
+    }
+)
+
+
+class Step(NamedTuple):
+    """A part of a growth, along one axis."""
+
+    axis: Axis
+    before: Model
+    after: Model
+
+
+def axes() -> list[Axis]:
+    """All of them, in the order in which a growth goes along them."""
+    return sorted((AXES[name] for name in AXES.names()), key=lambda axis: axis.order)
+
+
+def steps(old: Model, new: Model) -> Iterator[Step]:
+    """The growth of `old` into `new`, axis by axis; nothing along an axis in which they are equal."""
+    for axis in axes():
+        after = axis.between(old, new)
+        if after != old:
+            yield Step(axis, old, after)
+            old = after

@@ -1,0 +1,77 @@
+"""Candidates: the tokens of a dense projection become slots of candidates. `growth.split` has the state, and the proof."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron_tf.config.differences import TOKENS, differing
+from megatron_tf.config.schema import Growth, Model
+from megatron_tf.growth.axes import Axis
+from megatron_tf.growth.methods import SPLIT
+from megatron_tf.state.parameters import projections
+
+if TYPE_CHECKING:
+    from megatron_tf.state.sources import StateSource
+
+
+class CandidatesAxis(Axis):
+    order = 2
+    keys = ("sparse.",)
+    changes = "candidates"
+    takes_noise = True
+
+    def between(self, old: Model, new: Model) -> Model:
+        if "sparse" not in type(new).model_fields:
+            return old
+        return old.model_copy(update={"sparse": dict(new)["sparse"]})
+
+    def problems(self, old: Model, new: Model, growth: Growth) -> list[str]:
+        changed = [(key, before, after) for key, before, after in differing(old, new) if self.claims(key)]
+        if growth.method == SPLIT:
+            return _split_problems(old, new, changed)
+        return [
+            f"model.{key}: {before} before, {after} after. Growth by {growth.method} appends tokens to the slots and dense "
+            "tokens that there are; to copy those of a dense model to candidates, set growth.method to split"
+            for key, before, after in changed
+        ]
+
+    def preserves(self, old: Model, new: Model, growth: Growth) -> bool:
+        return not growth.noise
+
+    def record(self, old: Model, new: Model, growth: Growth) -> dict[str, Any]:
+        return {"method": SPLIT}
+
+    def source(
+        self, old: StateSource, fresh: StateSource, *, old_model: Model, new_model: Model, growth: Growth, seed: int
+    ) -> StateSource:
+        from megatron_tf.growth.split import SplitSource
+
+        return SplitSource(old, fresh, old_model=old_model, new_model=new_model, growth=growth, seed=seed)
+
+
+CANDIDATES = CandidatesAxis()
+
+
+def _split_problems(old: Model, new: Model, changed: list[tuple[str, Any, Any]]) -> list[str]:
+    """Why `old` cannot be split into `new`, unless `old` is dense and `new` has candidates, and as many tokens."""
+    problems = []
+    if not any(projection.bank for projection in projections(new).values()):
+        problems.append(
+            "growth.method: split copies tokens to candidates, and the model has none. Set model.sparse.ffn to "
+            "{group_size: 256, candidates: 4}, or growth.method to zero_key"
+        )
+    for key, before, after in differing(old, new):
+        if key.startswith(TOKENS):
+            problems.append(
+                f"model.{key}: {before} before, {after} after. split changes model.sparse, and no token counts: grow by "
+                "another method in a run before or after it"
+            )
+    for key, before, after in changed:
+        if before != "null":
+            problems.append(
+                f"model.{key}: {before} before, {after} after. Candidates cannot be split again, because positions choose "
+                "among them already: split the dense model that they come from, or restore the key"
+            )
+    if not problems and any(projection.bank for projection in projections(old).values()):
+        problems.append("growth: the smaller model has these candidates already. Go on with it, without growth")
+    return problems

@@ -1,0 +1,122 @@
+"""Parameter tokens: which projections of a model grow, and what their methods make of them. `growth.source` has the state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.differences import TOKENS as TOKENS_KEY
+from megatron_tf.config.differences import differing
+from megatron_tf.config.schema import Growth, Model
+from megatron_tf.errors import ConfigError
+from megatron_tf.growth.axes import Axis
+from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, NewTokens, Projection
+from megatron_tf.state.parameters import parameter_table, projections
+
+if TYPE_CHECKING:
+    from megatron_tf.state.sources import StateSource
+
+
+class TokensAxis(Axis):
+    order = 1
+    keys = (TOKENS_KEY,)
+    changes = "token counts"
+    takes_noise = True
+
+    def between(self, old: Model, new: Model) -> Model:
+        return architecture_of(old).with_token_counts(old, architecture_of(new).token_counts(new))
+
+    def problems(self, old: Model, new: Model, growth: Growth) -> list[str]:
+        return [
+            f"model.{key}: {before} before, {after} after. Growth cannot take tokens away"
+            for key, before, after in differing(old, new)
+            if self.claims(key) and after < before
+        ]
+
+    def scales(self, old: Model, new: Model, growth: Growth, scales: Mapping[str, float]) -> Mapping[str, float]:
+        decided = decide(growing(old, new, growth, scales, 0, _no_state, _no_state), growth)
+        return {**scales, **{name: tokens.scale for name, tokens in decided.items()}}
+
+    def preserves(self, old: Model, new: Model, growth: Growth) -> bool:
+        return set(methods(old, new, growth).values()) <= PRESERVING and not growth.noise
+
+    def record(self, old: Model, new: Model, growth: Growth) -> dict[str, Any]:
+        by_kind = methods(old, new, growth)
+        distinct = set(by_kind.values())
+        return {"method": distinct.pop() if len(distinct) == 1 else by_kind}
+
+    def source(
+        self, old: StateSource, fresh: StateSource, *, old_model: Model, new_model: Model, growth: Growth, seed: int
+    ) -> StateSource:
+        from megatron_tf.growth.source import AppendedSource
+
+        return AppendedSource(old, fresh, old_model=old_model, new_model=new_model, growth=growth, seed=seed)
+
+
+TOKENS = TokensAxis()
+
+
+def methods(old: Model, new: Model, growth: Growth) -> dict[str, str]:
+    """The method of each kind of projection that grows."""
+    before, after = (architecture_of(model).token_counts(model) for model in (old, new))
+    return {kind: growth.method_of(kind) for kind, count in after.items() if count != before[kind]}
+
+
+def growing(
+    old_model: Model,
+    new_model: Model,
+    growth: Growth,
+    scales: Mapping[str, float],
+    seed: int,
+    old_weights: Callable[[str], Elements],
+    initial_weights: Callable[[str], Elements],
+) -> dict[str, Projection]:
+    """The projections that grow, by name.
+
+    `scales`: τ before.  `seed`: of this growth.  `old_weights`, `initial_weights`: of a tensor of the smaller model, and
+    what the initialiser puts into one of the bigger model.
+    """
+    before = projections(old_model)
+    shapes = parameter_table(new_model)
+    found = {}
+    for name, spec in projections(new_model).items():
+        if before[name].tokens == spec.tokens:
+            continue
+        chosen = getattr(growth.methods, spec.kind, None)
+        found[name] = Projection(
+            name=name,
+            kind=spec.kind,
+            key=f"growth.methods.{spec.kind}" if chosen else "growth.method",
+            activation=spec.activation,
+            width=shapes[f"{name}.{spec.keys[0]}"].width,
+            old_tokens=before[name].tokens,
+            new_tokens=spec.tokens,
+            scale=scales[name],
+            seed=seed,
+            old_keys={key: old_weights(f"{name}.{key}") for key in spec.keys},
+            old_values={value: old_weights(f"{name}.{value}") for value in spec.values},
+            initial_keys={key: initial_weights(f"{name}.{key}") for key in spec.keys},
+            initial_values={value: initial_weights(f"{name}.{value}") for value in spec.values},
+        )
+    return found
+
+
+def decide(growing: Mapping[str, Projection], growth: Growth) -> dict[str, NewTokens]:
+    """What the method of each projection makes of it; ConfigError with all problems."""
+    decided, problems = {}, []
+    for name, projection in growing.items():
+        try:
+            decided[name] = METHODS[growth.method_of(projection.kind)](projection)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))  # layers repeat each other
+    return decided
+
+
+def _no_state(tensor: str) -> Elements:
+    def read(start: int, stop: int) -> Any:
+        raise AssertionError("a method has read state before it was asked for elements")
+
+    return read
