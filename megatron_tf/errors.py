@@ -185,7 +185,7 @@ def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str
     except UnicodeEncodeError:
         is_path = False
     if not is_path:
-        raise kind(f"{os.fspath(path)!r}: can be no path. {remedy}")
+        raise kind(f"{os.fspath(path)!r}: cannot be a path. {remedy}")
     try:
         yield
     except OSError as error:

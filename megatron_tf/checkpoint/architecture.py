@@ -46,7 +46,7 @@ def token_counts(model: Model, action: str) -> dict[str, int]:
     counts = architecture_of(model).token_counts(model)
     if not counts:
         raise CheckpointError(
-            f"a {model.architecture} cannot be {action}, for it has no parameter tokens. Give a model whose "
+            f"a {model.architecture} cannot be {action}, because it has no parameter tokens. Give a model whose "
             f"model.architecture is {either(with_parameter_tokens())}"
         )
     return counts
@@ -57,7 +57,7 @@ def check_prunable(model: Model) -> None:
     for projection in projections(model).values():
         if (projection.keys, projection.values) != (("key_tokens",), ("value_tokens",)):
             raise CheckpointError(
-                f"{projection.name}: cannot be pruned, for its tokens are {', '.join(projection.keys + projection.values)}, and "
+                f"{projection.name}: cannot be pruned, because its tokens are {', '.join(projection.keys + projection.values)}, and "
                 "only a projection of key_tokens and value_tokens alone can lose some. Give a model without model.sparse"
             )
 

@@ -74,7 +74,7 @@ def check(arguments: argparse.Namespace, small: RunConfig, big: RunConfig) -> No
             problems += [f"--{name}: {problem}" for problem in error.problems]
         problems += [f"--{name}: {problem}" for problem in machine_problems(config)]
         if config.training.train_steps is None:
-            problems.append(f"--{name}: training.train_steps must be given, for the steps of both are added up.")
+            problems.append(f"--{name}: training.train_steps must be given, because the steps of both are added up.")
         if not config.data.validation:
             problems.append(f"--{name}: data.validation is empty, and losses on it are what is compared. Name some.")
     if found := growth_problems(small.model, big.model):
@@ -108,7 +108,7 @@ def run(config: Path, ranks: int, folder: Path, seed: int, overrides: list[str])
     if code := subprocess.run(words).returncode:
         raise UserError(
             f"this command ended with exit code {code}, its message is above: {' '.join(words)}\n"
-            "Mend that and start this comparison again: what is trained is kept, and a run that was cut off goes on."
+            "Correct it and start this comparison again: what is trained is kept, and a run that was cut off goes on."
         )
     return read_run(folder)
 

@@ -265,7 +265,7 @@ def _refusal(key: str) -> str | None:
     """Why a key that DeepSpeed knows is not for the `deepspeed` section; None when there is no such reason."""
     if key in OWNED_KEYS:
         return f"this is decided by {OWNED_KEYS[key]}. Remove it here and set that instead."
-    return f"refused, for {REFUSED_KEYS[key]}. Remove it." if key in REFUSED_KEYS else None
+    return f"refused, because {REFUSED_KEYS[key]}. Remove it." if key in REFUSED_KEYS else None
 
 
 def _missing_key(loc: Location, given: Any) -> str:

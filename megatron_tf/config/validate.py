@@ -295,12 +295,12 @@ def _zero_problems(config: RunConfig) -> Iterator[str]:
     precision = config.training.precision
     if precision in reasons:
         yield (
-            f"zero.stage: 0 with training.precision {precision} is refused, for {reasons[precision]}. "
+            f"zero.stage: 0 with training.precision {precision} is refused, because {reasons[precision]}. "
             f"{remedy}, or training.precision to fp32."
         )
     if config.parallel.pipeline > 1:
         yield (
-            f"zero.stage: 0 with parallel.pipeline {config.parallel.pipeline} is refused, for DeepSpeed then leaves "
+            f"zero.stage: 0 with parallel.pipeline {config.parallel.pipeline} is refused, because DeepSpeed then leaves "
             f"parameters of later stages out of the gradient norm. {remedy}, or parallel.pipeline to 1."
         )
 

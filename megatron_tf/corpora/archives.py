@@ -32,7 +32,7 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, by
                     assert content is not None
                     yield name, content.read()
     except errors as error:
-        raise DataError(f"{path}: is no whole package ({error}). Delete it and run again.") from None
+        raise DataError(f"{path}: is not a whole package ({error}). Delete it and run again.") from None
 
 
 def _open_tar(path: Path) -> tarfile.TarFile:

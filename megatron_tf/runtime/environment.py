@@ -279,7 +279,7 @@ def check_port_free(addr: str, port: int, address_from: str = "MASTER_ADDR") -> 
     if not any(_is_of_this_machine(family, address) for family, _, _, _, address in found):
         remedy = "Name the host of rank 0, or unset it under srun." if address_from == "MASTER_ADDR" else _SET_ADDRESS
         raise LaunchError(
-            f"{_named(addr, address_from)} ({found[0][4][0]}) is no address of this machine, {socket.gethostname()}, where "
+            f"{_named(addr, address_from)} ({found[0][4][0]}) is not an address of this machine, {socket.gethostname()}, where "
             f"rank 0 runs. {remedy}"
         )
     if port == 0:

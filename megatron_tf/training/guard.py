@@ -49,7 +49,7 @@ class LossGuard:
         self._skipped += 1
         text = f"step {step:,}: {reason}; the step is skipped and changes nothing"
         if self._config.nonfinite == "stop":
-            raise TrainingError(f"{text}. The run stops, for guard.nonfinite is stop.")
+            raise TrainingError(f"{text}. The run stops, because guard.nonfinite is stop.")
         if self._skipped >= self._config.nonfinite_patience:
             raise TrainingError(
                 f"{text}. That was {self._skipped} in a row, as many as guard.nonfinite_patience allows: the run "
@@ -61,7 +61,7 @@ class LossGuard:
         """At the last step: TrainingError when it, and maybe more before it, was skipped."""
         if self._skipped:
             raise TrainingError(
-                f"the run reached its last step {step:,}, but the last {self._skipped} were skipped, for their gradients "
+                f"the run reached its last step {step:,}, but the last {self._skipped} were skipped, because their gradients "
                 f"were not finite. That state is not saved. {_REMEDY}"
             )
 
@@ -90,7 +90,7 @@ class LossGuard:
         )
         if self._config.spike_action == "stop":
             raise TrainingError(
-                f"{text}: the run stops, for guard.spike_action is stop. Resume from an earlier checkpoint with a "
+                f"{text}: the run stops, because guard.spike_action is stop. Resume from an earlier checkpoint with a "
                 "lower optimizer.lr, or set guard.spike_action=lower_lr."
             )
         self.lr_factor *= self._config.spike_lr_factor

@@ -81,7 +81,7 @@ def test_a_transformer_has_a_width_and_no_tokens():
     ):
         check_growable(index(transformer()), transformer(ffn_hidden_size=40))
     assert token_counts(model(), "pruned") == {"qkv": 6, "proj": 6, "ffn": 24}
-    with pytest.raises(CheckpointError, match="a transformer cannot be pruned, for it has no parameter tokens"):
+    with pytest.raises(CheckpointError, match="a transformer cannot be pruned, because it has no parameter tokens"):
         token_counts(transformer(), "pruned")
 
 

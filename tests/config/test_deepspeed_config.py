@@ -91,7 +91,7 @@ def test_keys_that_another_section_decides_are_refused(key, value):
 
 @pytest.mark.parametrize("key", sorted(REFUSED_KEYS))
 def test_keys_that_break_a_promise_are_refused(key):
-    assert problem_of(f"deepspeed.{key}=true") == f"deepspeed.{key}: refused, for {REFUSED_KEYS[key]}. Remove it."
+    assert problem_of(f"deepspeed.{key}=true") == f"deepspeed.{key}: refused, because {REFUSED_KEYS[key]}. Remove it."
 
 
 def test_owners_exist():

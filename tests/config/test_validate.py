@@ -136,16 +136,16 @@ def test_plans_refuse_what_they_cannot_compute(small):
         (["optimizer.schedule.min_lr=1e-3"], 1,
          "optimizer.schedule.min_lr: 0.001 is above optimizer.lr 0.0006. Set it to at most 0.0006."),
         (["zero.stage=0", "training.precision=bf16"], 1,
-         "zero.stage: 0 with training.precision bf16 is refused, for DeepSpeed does not implement it with fp32 "
+         "zero.stage: 0 with training.precision bf16 is refused, because DeepSpeed does not implement it with fp32 "
          "accumulation of bf16 gradients. Set zero.stage to 1, or training.precision to fp32."),
         (["zero.stage=0", "training.precision=fp16"], 1,
-         "zero.stage: 0 with training.precision fp16 is refused, for DeepSpeed's results are then wrong, even on one "
+         "zero.stage: 0 with training.precision fp16 is refused, because DeepSpeed's results are then wrong, even on one "
          "rank. Set zero.stage to 1, or training.precision to fp32."),
         (["deepspeed.fp16.min_loss_scale=32", "deepspeed.fp16.initial_scale_power=4"], 1,
          "deepspeed.fp16.min_loss_scale: 32 is above the first loss scale, 16, which is 2 to the power of "
          "deepspeed.fp16.initial_scale_power 4. Set it to at most 16."),
         (["zero.stage=0", "parallel.pipeline=2"], 2,
-         "zero.stage: 0 with parallel.pipeline 2 is refused, for DeepSpeed then leaves parameters of later stages out "
+         "zero.stage: 0 with parallel.pipeline 2 is refused, because DeepSpeed then leaves parameters of later stages out "
          "of the gradient norm. Set zero.stage to 1, or parallel.pipeline to 1."),
         (["evaluation.interval_steps=5", "data.validation=[]"], 1,
          "evaluation.interval_steps: 5, but data.validation is empty. Give data.validation, or remove "

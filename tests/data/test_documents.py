@@ -41,7 +41,7 @@ def test_the_configuration_says_it_for_data_of_other_programs(tmp_path):
     other = prepared(tmp_path / "a", eod_id=None)
     assert end_of_document(data(other, eod_id=EOD)) == EOD
     assert end_of_document(data(other, validation=(prepared(tmp_path / "b"),))) == EOD
-    with pytest.raises(DataError, match=r"data\.mask_eod_loss: which token .* no .*/a\.json\. Give it as data\.eod_id"):
+    with pytest.raises(DataError, match=r"data\.mask_eod_loss: the token .* no .*/a\.json\. Give it as data\.eod_id"):
         end_of_document(data(other, reset_at_eod=False, mask_eod_loss=True))
 
 

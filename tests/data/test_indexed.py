@@ -315,7 +315,7 @@ def test_suffix_given_instead_of_prefix(tmp_path):
     ("name", "message"),
     [
         ("x" * 300, "x.bin: File name too long. Prepare the data"),
-        ("a\0b", r"a.x00b\.bin': can be no path"),
+        ("a\0b", r"a.x00b\.bin': cannot be a path"),
         ("folder", "folder.bin: is a folder or a device, not a file"),
         ("good.idx/a", "a.bin: no such file. Prepare the data"),
     ],

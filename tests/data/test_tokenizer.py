@@ -187,7 +187,7 @@ def test_too_little_text_gives_a_smaller_vocabulary(tmp_path):
 
 
 def test_a_path_with_a_nul(tmp_path):
-    with pytest.raises(DataError, match=r"t.x00\.json': can be no path"):
+    with pytest.raises(DataError, match=r"t.x00\.json': cannot be a path"):
         load_tokenizer(f"{tmp_path}/t\0.json")
 
 

@@ -31,7 +31,7 @@ def test_inputs_that_match_nothing(tmp_path, name, message):
     ("name", "message"),
     [
         ("x" * 300 + ".txt", "File name too long. Correct the path"),
-        ("a\0b.txt", "can be no path. Correct the path"),
+        ("a\0b.txt", "cannot be a path. Correct the path"),
         ("folder.txt", "folder.txt: is no file, but a folder. Name the files in a folder as a quoted glob"),
     ],
 )
