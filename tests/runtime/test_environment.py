@@ -259,8 +259,9 @@ def test_port_in_use_on_another_address():
 
 
 def test_address_of_another_machine():
-    with pytest.raises(LaunchError, match=r"MASTER_ADDR=192\.0\.2\.1 .*not an address of this machine"):  # never assigned
-        check_port_free("192.0.2.1", 29500)
+    never_assigned = "192.0.2.1"
+    with pytest.raises(LaunchError, match=r"MASTER_ADDR=192\.0\.2\.1 .*not an address of this machine"):
+        check_port_free(never_assigned, 29500)
 
 
 def test_unknown_host():
