@@ -27,7 +27,7 @@ from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tf.diagnosis.run_facts import run_facts
 from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.engine.device import precision_problems
-from megatron_tf.errors import CheckpointError, ConfigError, DataError, LostContactError, UserError, file_errors
+from megatron_tf.errors import CheckpointError, ConfigError, DataError, UserError, file_errors
 from megatron_tf.evaluation.eval_data import TASK_FOLDER
 from megatron_tf.evaluation.lm_harness import HarnessTasks, check_installed
 from megatron_tf.evaluation.perplexity import Score, num_batches, summed_loss
@@ -45,8 +45,9 @@ from megatron_tf.paths import literal
 from megatron_tf.runtime.agreement import gather, together
 from megatron_tf.runtime.early_mistakes import told_to_all
 from megatron_tf.runtime.environment import LaunchEnvironment
-from megatron_tf.runtime.joining import NO_FACTS, join_ranks, leave
-from megatron_tf.runtime.watchdog import Watchdog, watched
+from megatron_tf.runtime.joining import NO_FACTS, join_ranks
+from megatron_tf.runtime.session import session
+from megatron_tf.runtime.watchdog import Watchdog
 from megatron_tf.streams import report
 from megatron_tf.tasks.language_model.section import check_reads_text, vocab_size_of
 from megatron_tf.telemetry.console import Console
@@ -70,6 +71,17 @@ class EvaluationRequest:
     task_folder: Path = TASK_FOLDER
     limit: int | None = None
     output: Path | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation on one rank."""
+
+    config: RunConfig
+    request: EvaluationRequest
+    rank: int
+    device: torch.device
+    console: Console
 
 
 @dataclass(frozen=True)
@@ -106,18 +118,10 @@ def evaluate(config: RunConfig, environment: LaunchEnvironment, request: Evaluat
         options = {f"--{name.replace('_', '-')}": value for name, value in asdict(request).items() if value != ()}
         facts = run_facts("evaluate", [config], options, request.data)
     device = join_ranks(environment, config.parallel.timeout_seconds, facts=facts)
-    rank = environment.rank
-    console = Console(rank=rank)
-    try:
-        with watched(rank, environment.world_size, config.run.hang_seconds, console) as watchdog:
-            watchdog.report_to(console, Path(config.run.dir))
-            _evaluate(config, rank, request, device, console, watchdog)
-    except LostContactError:
-        raise  # a rank is gone, and to leave the others in order could take for ever
-    except UserError:
-        leave()  # all ranks are here; after any other error some may be in a collective, and waiting would hang
-        raise
-    leave()
+    evaluation = Evaluation(config, request, environment.rank, device, Console(rank=environment.rank))
+    with session(environment, config.run.hang_seconds) as watchdog:
+        watchdog.report_to(evaluation.console, Path(config.run.dir))
+        _evaluate(evaluation, watchdog)
 
 
 def _request_problems(config: RunConfig, request: EvaluationRequest) -> list[str]:
@@ -136,35 +140,29 @@ def _request_problems(config: RunConfig, request: EvaluationRequest) -> list[str
     return problems
 
 
-def _evaluate(
-    config: RunConfig,
-    rank: int,
-    request: EvaluationRequest,
-    device: torch.device,
-    console: Console,
-    watchdog: Watchdog,
-) -> None:
+def _evaluate(evaluation: Evaluation, watchdog: Watchdog) -> None:
+    config, request, rank = evaluation.config, evaluation.request, evaluation.rank
     watchdog.begin("opening the data")
     prefixes = request.data or tuple(source.path for source in config.data.validation if not request.tasks)
     datasets = together(lambda: _open_data(config, prefixes))
     tokenizer = together(lambda: _open_tokenizer(config))
     documents = together(lambda: _boundaries(config, prefixes, tokenizer))
     watchdog.begin("verifying the checkpoint")
-    reader = _open_checkpoint(config, request, rank)
+    reader = _open_checkpoint(evaluation)
     output = Path(request.output or Path(config.run.dir) / "evaluation") / reader.path.name
     together(lambda: prepare_output(output) if rank == 0 else None)
     watchdog.begin("preparing the tasks")
     tasks = together(lambda: _open_tasks(config, tokenizer, request) if rank == 0 else None)
     watchdog.begin("loading the weights")
-    model = load(config, reader, rank, device, documents)
+    model = load(config, reader, rank, evaluation.device, documents)
     watchdog.begin("evaluating")
-    settings = _settings(config, model, request)
-    console.info(
+    settings = _settings(evaluation, model)
+    evaluation.console.info(
         f"{reader.path}: {settings['parameters']:,} parameters after {reader.index.tokens:,} tokens, on {model.topology}, "
         f"{config.training.precision}"
     )
     if datasets:
-        scores = [_score(config, model, dataset, request, device, console) for dataset in datasets]
+        scores = [_score(evaluation, model, dataset) for dataset in datasets]
 
         def report_scores() -> None:
             results = [_with_bytes(request, tokenizer, dataset, score) for dataset, score in zip(datasets, scores)]
@@ -175,7 +173,7 @@ def _evaluate(
         together(lambda: report_scores() if rank == 0 else None)
     if request.tasks:
         watchdog.begin("evaluating tasks")
-        together(lambda: _run_tasks(config, model, tasks, request, settings, Path(f"{output}_tasks.json")))
+        together(lambda: _run_tasks(evaluation, model, tasks, settings, Path(f"{output}_tasks.json")))
 
 
 def _open_tasks(config: RunConfig, tokenizer: Tokenizer | None, request: EvaluationRequest) -> HarnessTasks | None:
@@ -187,14 +185,10 @@ def _open_tasks(config: RunConfig, tokenizer: Tokenizer | None, request: Evaluat
 
 
 def _run_tasks(
-    config: RunConfig,
-    model: LoadedModel,
-    tasks: HarnessTasks | None,
-    request: EvaluationRequest,
-    settings: dict[str, Any],
-    output: Path,
+    evaluation: Evaluation, model: LoadedModel, tasks: HarnessTasks | None, settings: dict[str, Any], output: Path
 ) -> None:
     """The first rank runs the harness, the others compute what it asks."""
+    config, request = evaluation.config, evaluation.request
     scorer = Scorer(
         model.stage, max_length=config.model.seq_length, batch_size=config.training.micro_batch_size,
         data_rank=model.data_rank, data_size=model.topology.data, is_reporter=model.is_reporter,
@@ -240,10 +234,11 @@ def _open_tokenizer(config: RunConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _open_checkpoint(config: RunConfig, request: EvaluationRequest, rank: int) -> CheckpointReader:
+def _open_checkpoint(evaluation: Evaluation) -> CheckpointReader:
     """The checkpoint to evaluate; all its checksums are compared, a share by each rank."""
-    ranks = Ranks(rank, dist.get_world_size(), gather)
-    path = resolve(request.checkpoint or config.run.dir, ranks)
+    config = evaluation.config
+    ranks = Ranks(evaluation.rank, dist.get_world_size(), gather)
+    path = resolve(evaluation.request.checkpoint or config.run.dir, ranks)
     verify_checkpoint(path, ranks)
 
     def read() -> CheckpointReader:
@@ -275,27 +270,29 @@ def load(
     return LoadedModel(stage, documents, reader, topology, rank)
 
 
-def _score(
-    config: RunConfig,
-    model: LoadedModel,
-    dataset: IndexedDataset,
-    request: EvaluationRequest,
-    device: torch.device,
-    console: Console,
-) -> Score:
+def _score(evaluation: Evaluation, model: LoadedModel, dataset: IndexedDataset) -> Score:
     """Over all ranks; how many bytes of text it is about is still open."""
+    config, request = evaluation.config, evaluation.request
     length = config.model.seq_length
     windows = Windows(_num_tokens(dataset, request), length, request.stride or length)
     batch, data_size = config.training.micro_batch_size, model.topology.data
     total = num_batches(windows, batch, model.data_rank, data_size)
-    with console.progress(total, 0, Path(dataset.prefix).name) as bar:
+    with evaluation.console.progress(total, 0, Path(dataset.prefix).name) as bar:
         own, scored = together(
             lambda: summed_loss(
-                model.stage, dataset, windows, vocab_size=vocab_size_of(config.model), batch_size=batch,
-                data_rank=model.data_rank, data_size=data_size, loss_mask=model.documents.loss_mask, progress=lambda done: bar.advance(done, ""),
+                model.stage,
+                dataset,
+                windows,
+                vocab_size=vocab_size_of(config.model),
+                batch_size=batch,
+                data_rank=model.data_rank,
+                data_size=data_size,
+                loss_mask=model.documents.loss_mask,
+                progress=lambda done: bar.advance(done, ""),
             )
-        )  # fmt: skip
-    sums = torch.tensor([own, scored] if model.is_reporter else [0.0, 0.0], dtype=torch.float64, device=device)
+        )
+    of_this_rank = [own, scored] if model.is_reporter else [0.0, 0.0]
+    sums = torch.tensor(of_this_rank, dtype=torch.float64, device=evaluation.device)
     dist.all_reduce(sums)
     nats, tokens = sums.tolist()
     if not tokens:
@@ -319,8 +316,8 @@ def _num_tokens(dataset: IndexedDataset, request: EvaluationRequest) -> int:
     return min(dataset.num_tokens, request.max_tokens or dataset.num_tokens)
 
 
-def _settings(config: RunConfig, model: LoadedModel, request: EvaluationRequest) -> dict[str, Any]:
-    index = model.reader.index
+def _settings(evaluation: Evaluation, model: LoadedModel) -> dict[str, Any]:
+    config, request, index = evaluation.config, evaluation.request, model.reader.index
     return {
         "checkpoint": str(model.reader.path),
         "step": index.step,

@@ -14,12 +14,13 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.diagnosis.run_facts import run_facts
 from megatron_tf.engine.base import Engine
 from megatron_tf.engine.deepspeed.joining import join
-from megatron_tf.errors import LostContactError, RunStopped, TrainingError, UserError
+from megatron_tf.errors import RunStopped, TrainingError, UserError
 from megatron_tf.runtime.agreement import from_rank_zero, together
 from megatron_tf.runtime.environment import LaunchEnvironment
-from megatron_tf.runtime.joining import NO_FACTS, leave
+from megatron_tf.runtime.joining import NO_FACTS
+from megatron_tf.runtime.session import session
 from megatron_tf.runtime.stop_signals import StopSignals
-from megatron_tf.runtime.watchdog import Watchdog, watched
+from megatron_tf.runtime.watchdog import Watchdog
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers, open_trackers
 from megatron_tf.training.announcement import announce
@@ -39,22 +40,15 @@ def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: Sto
     `stages` have passed `preflight`. RunStopped, on every rank, when `stop` asked for it. Raises UserError, on every
     rank alike, before anything is written, for whatever the user can correct.
     """
-    rank, world_size = environment.rank, environment.world_size
+    world_size = environment.world_size
     timeout = max(config.parallel.timeout_seconds for config in stages)
     hang_seconds = max(config.run.hang_seconds for config in stages)
     device = join(environment, timeout, facts=run_facts("train", stages) if world_size > 1 else NO_FACTS)
-    try:
-        with watched(rank, world_size, hang_seconds, Console(rank=rank)) as watchdog:
-            first = from_rank_zero(lambda: first_stage_to_run(stages, world_size))
-            together(lambda: check_data(stages[first:]))
-            for config in stages[first:]:
-                _train(config, environment, device, stop, watchdog)
-    except LostContactError:
-        raise  # a rank is gone, and to leave the others in order could take for ever
-    except (UserError, RunStopped):
-        leave()  # all ranks are here; after any other error some may be in a collective, and waiting would hang
-        raise
-    leave()
+    with session(environment, hang_seconds) as watchdog:
+        first = from_rank_zero(lambda: first_stage_to_run(stages, world_size))
+        together(lambda: check_data(stages[first:]))
+        for config in stages[first:]:
+            _train(config, environment, device, stop, watchdog)
 
 
 def _train(
