@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     from megatron_tf.config.schema import Model
     from megatron_tf.tasks.base import Task
 
-TEXT = "language_model"
 TASKS: Registry[Task] = Registry(
-    {TEXT: "megatron_tf.tasks.language_model.task:LANGUAGE_MODEL"},
+    {"language_model": "megatron_tf.tasks.language_model.task:LANGUAGE_MODEL"},
 )
 
 

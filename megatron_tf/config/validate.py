@@ -15,7 +15,7 @@ from typing import Any
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.nearest import divisors, divisors_near, either, listed, multiples_near
 from megatron_tf.config.schema import Model, RunConfig
-from megatron_tf.config.tasks import TASKS, TEXT, task_of
+from megatron_tf.config.tasks import TASKS, task_of
 from megatron_tf.config.topology import Topology
 from megatron_tf.errors import ConfigError
 
@@ -356,11 +356,7 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _evaluation_problems(config: RunConfig) -> Iterator[str]:
-    interval, stop_when, prompts = (
-        config.evaluation.interval_steps,
-        config.training.stop_when,
-        config.evaluation.sample_prompts,
-    )
+    interval, stop_when = config.evaluation.interval_steps, config.training.stop_when
     if interval is not None and not config.data.validation:
         yield (
             f"evaluation.interval_steps: {interval}, but data.validation is empty. "
@@ -370,15 +366,6 @@ def _evaluation_problems(config: RunConfig) -> Iterator[str]:
         yield "training.stop_when: without evaluation.interval_steps there is no validation loss to stop by. Set both."
     if stop_when is not None and stop_when.loss_below is None and stop_when.patience is None:
         yield "training.stop_when: says no condition. Give loss_below or patience, or remove it."
-    if prompts and config.model.task != TEXT:
-        yield f"evaluation.sample_prompts: mean nothing to the task {config.model.task}. Remove them."
-    elif prompts and config.data.tokenizer is None:
-        yield "evaluation.sample_prompts: need data.tokenizer to become tokens. Give it, or remove the prompts."
-    if prompts and not config.data.validation:
-        yield (
-            "evaluation.sample_prompts: are written on after each evaluation, but data.validation is empty. Give "
-            "data.validation, or remove the prompts."
-        )
 
 
 def _own_folder(key: str, source: str, run_dir: str, meant: str) -> Iterator[str]:

@@ -246,11 +246,12 @@ def test_its_section_is_strict(tmp_path: Path):
 
 
 def test_what_it_has_no_use_for_is_refused():
-    wrong = config(data={"train": ({"path": "unused"},), "eod_id": 3}, parallel={"tensor": 4, "pipeline": 1})
+    data, evaluation = {"train": ({"path": "unused"},), "eod_id": 3}, {"sample_prompts": ("a",)}
     with pytest.raises(ConfigError) as error:
-        validate(config(model={"num_classes": 2}, data=wrong.data.model_dump(), parallel={"tensor": 4}), 4)
+        validate(config(model={"num_classes": 2}, data=data, evaluation=evaluation, parallel={"tensor": 4}), 4)
     assert "model.num_classes: 2 rows cannot be split over parallel.tensor 4" in str(error.value)
     assert "data.eod_id: 3 means nothing to the task patches" in str(error.value)
+    assert "evaluation.sample_prompts: ('a',) means nothing to the task patches" in str(error.value)
 
 
 def test_what_is_made_for_text_refuses_it():

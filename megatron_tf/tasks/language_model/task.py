@@ -20,7 +20,15 @@ class LanguageModelling(Task):
     data = "megatron_tf.tasks.language_model.data:LANGUAGE_MODEL_DATA"
     causal = True
     input_name = head_name = "embedding"
-    own_keys = ("data.tokenizer", "data.eod_id", "data.pad_id", "data.reset_at_eod", "data.mask_eod_loss")
+    own_keys = (
+        "data.tokenizer",
+        "data.eod_id",
+        "data.pad_id",
+        "data.reset_at_eod",
+        "data.mask_eod_loss",
+        "evaluation.sample_prompts",
+        "evaluation.sample_tokens",
+    )
     formats = frozenset({"official", "huggingface"})
 
     def input_parameters(self, model: Model) -> Iterator[ParameterSpec]:
@@ -80,6 +88,17 @@ class LanguageModelling(Task):
             yield (
                 f"data.pad_id: {data.pad_id} is data.eod_id too, so the model would never learn where a document ends. "
                 "Remove data.pad_id; data.mask_eod_loss=true leaves out all but the first of such tokens in a row."
+            )
+        if config.evaluation.sample_prompts:
+            yield from self._prompt_problems(config)
+
+    def _prompt_problems(self, config: RunConfig) -> Iterator[str]:
+        if config.data.tokenizer is None:
+            yield "evaluation.sample_prompts: need data.tokenizer to become tokens. Give it, or remove the prompts."
+        if not config.data.validation:
+            yield (
+                "evaluation.sample_prompts: are written on after each evaluation, but data.validation is empty. Give "
+                "data.validation, or remove the prompts."
             )
 
     def in_words(self, loss: float, metrics: Mapping[str, float]) -> str:
