@@ -15,7 +15,7 @@ from typing_extensions import Self
 from megatron_tf.checkpoint.strict_json import LARGEST_NUMBER, MOST
 from megatron_tf.config.fields import Count as TokenCount
 from megatron_tf.config.fields import ExpandedPath, Fraction, Positive
-from megatron_tf.config.schema import GrowthMethod
+from megatron_tf.config.schema import DepthMethod, GrowthMethod
 from megatron_tf.errors import shown
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -32,7 +32,7 @@ class _Record(BaseModel):
 class _LayerGrowth(_Record):
     """A growth in depth. `old_at`: where each layer of the smaller model stands in the bigger one."""
 
-    method: Text
+    method: DepthMethod
     before: _LayerCount = Field(alias="from")
     to: _LayerCount
     old_at: list[Count]

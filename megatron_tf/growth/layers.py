@@ -83,7 +83,7 @@ class LayersAxis(Axis):
         if after < before:
             return [f"model.num_layers: {before} before, {after} after. Growth cannot take layers away"]
         if growth.depth_method == "stack" and after % before:
-            near = " or ".join(str(count) for count in multiples_near(after, before) if count >= before)
+            near = " or ".join(str(count) for count in multiples_near(after, before) if count > before)
             return [
                 f"{key}: stack repeats all {before} layers, and model.num_layers {after} is no multiple of {before}. Set "
                 f"model.num_layers to {near}, or {key} to interleave or identity"

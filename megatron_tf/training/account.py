@@ -156,7 +156,7 @@ def _warm_start(start: Start) -> str | None:
 def _how(entry: Mapping[str, Any]) -> str:
     """The methods of a growth in words."""
     tokens, layers = _method(entry["method"]), entry.get("layers")
-    of_layers = [] if layers is None else [f"{layers['from']} layers -> {layers['to']} by {layers['method']}"]
+    of_layers = [] if layers is None else [f"{layers['from']} -> {layers['to']} layers by {layers['method']}"]
     return ", ".join([*([tokens] if tokens else []), *of_layers])
 
 

@@ -62,13 +62,14 @@ def checkpoint(run) -> Path:
     small = run.model.model_copy(update={"parameter_tokens": ParameterTokens(qkv=8, proj=9, ffn=10)})
     entry = growth_entry(method="zero_key", moments="keep", source="runs/small/checkpoints/step_00000010", step=10,
                          samples=80, tokens=1280, old_model=small, new_model=run.model)  # fmt: skip
+    layers = {"method": "identity", "from": 1, "to": run.model.num_layers, "old_at": [0]}
     guard = {"lr_factor": 0.5, "mean_loss": 3.0, "lowest_mean_loss": 2.9, "losses_seen": 9, "spikes_in_a_row": 0}
     index = CheckpointIndex(
         20, 160, 3840, run.model.model_dump(mode="json"), initial.scales,
         expected_tensors({name: spec.shape for name, spec in table.items()}),
         {name: ((0, spec.width, 20), (spec.width, spec.numel, 10)) if spec.numel > spec.width else ((0, spec.numel, 20),)
          for name, spec in table.items()},
-        ({**entry, "noise": 0.0, "preserves": True, "loss_before": 3.5, "loss_after": 3.5},), DATA, {"wandb": "1a2b3c"},
+        ({**entry, "noise": 0.0, "preserves": True, "loss_before": 3.5, "loss_after": 3.5, "layers": layers},), DATA, {"wandb": "1a2b3c"},
         {"guard": guard, "schedule_unit": 128, "cur_scale": 65536.0, "cur_iter": 20, "last_overflow_iter": -1,
          "settings": run_settings(run, 2),
          "history": [{"event": EVENT, "source": "runs/other", "step": 5, "tokens": 640},

@@ -175,7 +175,7 @@ def test_what_cannot_grow_is_one_message(monkeypatch):
     assert problems(model(4), model(2)) == ["model.num_layers: 4 before, 2 after. Growth cannot take layers away."]
     assert problems(model(4), model(6), depth_method="stack") == [
         "growth.depth_method: stack repeats all 4 layers, and model.num_layers 6 is no multiple of 4. Set model.num_layers "
-        "to 4 or 8, or growth.depth_method to interleave or identity."
+        "to 8, or growth.depth_method to interleave or identity."
     ]
     assert problems(model(2), model(4), noise=0.1) == [
         "growth.noise: 0.1 changes the old tokens of projections that grow, and 0 of them do. Set it to 0, or raise "

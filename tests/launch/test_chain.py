@@ -93,7 +93,7 @@ def test_a_chain_of_tokens_depth_and_tokens_resumes(folder):
     config.write_text(config.read_text() + DEEPER)
     whole = train(folder, "checkpoint.interval_steps=2", "logging.interval_steps=1", ranks=2)
     assert whole.returncode == 0, whole.stdout
-    assert "2 layers -> 5 by identity" in whole.stdout
+    assert "2 -> 5 layers by identity" in whole.stdout
     records = [json.loads(line) for line in (folder / "run" / "deep" / "metrics.jsonl").read_text().splitlines()]
     rates = [record for record in records if "optim/lr_new_layers" in record]
     assert rates and all(r["optim/lr_new_layers"] == pytest.approx(r["optim/lr"] / 2) for r in rates)

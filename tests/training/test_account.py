@@ -136,3 +136,13 @@ def test_config_yml_keeps_its_earlier_versions(config, tmp_path):
     keep_config(tmp_path, config(optimizer={"lr": 1e-4}))
     assert load_config(mine).optimizer.lr == load_config(tmp_path / "config.3.yml").optimizer.lr == 2e-4
     assert load_config(tmp_path / "config.yml").optimizer.lr == 1e-4
+
+
+def test_a_growth_in_depth_is_told_and_cannot_be_changed_any_more(config):
+    layers = {"method": "stack", "from": 1, "to": 2, "old_at": [0]}
+    entry = {**GROWN, "method": {}, "from": TOKENS["to"], "layers": layers}
+    now = config(growth={"source": "runs/small"})
+    told = account(now, resumed(now, history=(entry,)), 1, None)
+    assert told.origin == f", grown from {GROWN['source']} by 1 -> 2 layers by stack"
+    assert told.config.growth.depth_method == "stack"
+    assert "growth.depth_method: identity has no effect: the run was grown by stack" in told.ineffective

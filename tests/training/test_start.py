@@ -43,6 +43,29 @@ def test_new_tokens_are_those_of_the_last_growth(start):
     assert "embedding.weight" not in first
 
 
+def test_depth_of_earlier_stages(config):
+    """Tokens, then layers, then tokens again: what each model cost, and what the last growth but one added."""
+    few, many = {"qkv": 13, "proj": 11, "ffn": 37}, {"qkv": 20, "proj": 20, "ffn": 60}
+    layers = {"method": "identity", "from": 2, "to": 5, "old_at": [0, 3]}
+    history = (
+        {"tokens": 1000, "from": few, "to": many, "method": "zero_key"},
+        {"tokens": 1500, "from": many, "to": many, "method": {}, "layers": layers},
+        {"tokens": 1900, "from": many, "to": {**many, "ffn": 90}, "method": "gram"},
+    )
+
+    def model(layers: int, tokens: dict[str, int]):
+        return config(model={"num_layers": layers, "parameter_tokens": tokens}).model
+
+    grown, last = Start(None, "", growth_history=history), model(5, {**many, "ffn": 90})
+    costs = [flops_per_token(of) for of in (model(2, few), model(2, many), model(5, many))]
+    assert grown.earlier_flops(last) == 1000 * costs[0] + 500 * costs[1] + 400 * costs[2]
+    assert grown.new_layers(last) == frozenset()
+    assert grown.first_new(last)["blocks.4.ffn.key_tokens"] == 60 * last.hidden_size
+    deeper = Start(None, "", growth_history=history[:2])
+    assert deeper.new_layers(model(5, many)) == {1, 2, 4}
+    assert deeper.first_new(model(5, many))["blocks.3.ffn.key_tokens"] == 60 * last.hidden_size
+
+
 def test_a_run_that_did_not_grow(start):
     model, _ = start
     fresh = Start(None, "", Progress(3, 9, 300))
