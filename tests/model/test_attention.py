@@ -17,6 +17,7 @@ from megatron_tf.model.attention import (
     dense_mask,
     document_starts,
     find_documents,
+    full_attention,
 )
 
 SEQUENCE, BATCH, HEADS, HEAD_DIM, CHANNELS, BASE = 12, 2, 3, 8, 4, 100.0
@@ -35,8 +36,11 @@ def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
     return torch.stack(parts)
 
 
-def formula(query, key, value, starts):
-    """softmax over the tokens of a document up to the query, one query at a time; [s, b, heads·head_dim] each."""
+def formula(query, key, value, starts, causal=True):
+    """softmax over the tokens of a document up to the query, one query at a time; [s, b, heads·head_dim] each.
+
+    Not `causal`: over all tokens of a sample.
+    """
     out = torch.zeros_like(query)
     for b in range(BATCH):
         for h in range(HEADS):
@@ -44,9 +48,10 @@ def formula(query, key, value, starts):
             for i in range(SEQUENCE):
                 first = int(starts[b, i])
                 q = rotated(query[i, b, own], i - first)
-                keys = torch.stack([rotated(key[j, b, own], j - first) for j in range(first, i + 1)])
+                stop = i + 1 if causal else SEQUENCE
+                keys = torch.stack([rotated(key[j, b, own], j - first) for j in range(first, stop)])
                 weights = (keys @ q / math.sqrt(HEAD_DIM)).softmax(0)
-                out[i, b, own] = weights @ value[first : i + 1, b, own]
+                out[i, b, own] = weights @ value[first:stop, b, own]
     return out
 
 
@@ -56,10 +61,10 @@ def inputs(dtype=torch.float64):
     return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for _ in range(4)]
 
 
-def attend(query, key, value, documents=None):
+def attend(query, key, value, documents=None, how=causal_attention):
     """All [s, b, heads·head_dim]."""
     heads = (tensor.unflatten(-1, (HEADS, HEAD_DIM)) for tensor in (query, key, value))
-    return causal_attention(*heads, CHANNELS, BASE, documents)
+    return how(*heads, CHANNELS, BASE, documents)
 
 
 def test_outputs_and_gradients():
@@ -68,6 +73,15 @@ def test_outputs_and_gradients():
     documents = find_documents(STARTS, torch.float64, HEAD_DIM)
     actual = attend(*tensors, documents)
     expected = formula(*tensors, STARTS)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    gradients = [torch.autograd.grad(out, tensors, grad) for out in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+
+
+def test_full_attention_sees_all_positions():
+    *tensors, grad = inputs()
+    actual = attend(*tensors, how=full_attention)
+    expected = formula(*tensors, torch.zeros(BATCH, SEQUENCE, dtype=torch.int32), causal=False)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
     gradients = [torch.autograd.grad(out, tensors, grad) for out in (actual, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
