@@ -140,7 +140,9 @@ def _by_head(
 ) -> tuple[Tensor, ...]:
     """Query, key and value with their positions, [b, heads, s, head_dim] each."""
     if channels:
-        cos, sin = rotary_tables(query.shape[0], channels, base, query.device)
+        # torch.compile looks through a cache, and warns of it.
+        tables = rotary_tables.__wrapped__ if torch.compiler.is_compiling() else rotary_tables
+        cos, sin = tables(query.shape[0], channels, base, query.device)
         if documents is not None:
             starts = documents.starts.mT
             positions = torch.arange(starts.shape[0], device=starts.device)[:, None] - starts

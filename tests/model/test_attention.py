@@ -138,3 +138,11 @@ def test_documents_packed_into_a_sample_have_the_logits_of_each_alone():
     # fp64: what is left is the order of summation
     torch.testing.assert_close(logits, alone, rtol=0, atol=1e-13)
     assert (one(packed) - alone)[:, 10:].abs().max() > 1e-3, "without boundaries the second sees the first"
+
+
+def test_the_compiler_has_nothing_to_warn_of(recwarn):
+    query, key, value = (torch.randn(8, 2, 4, 16) for _ in range(3))
+    compiled = torch.compile(causal_attention, backend="eager", fullgraph=True)
+    expected = causal_attention(query, key, value, 16, 10000.0)
+    torch.testing.assert_close(compiled(query, key, value, 16, 10000.0), expected)
+    assert [str(warning.message) for warning in recwarn if "lru_cache" in str(warning.message)] == []
