@@ -34,7 +34,7 @@ from megatron_tf.state.sources import StepZero, WeightsSource
 FIRST_STEP = 0
 
 
-def state_bytes(model: Model, states: Sequence[str] = STATES) -> int:
+def checkpoint_bytes(model: Model, states: Sequence[str] = STATES) -> int:
     """Bytes of a model's weights, and of what an optimizer keeps beside them, in a checkpoint."""
     return sum(spec.numel for spec in parameter_table(model).values()) * len(states) * BYTES_PER_ELEMENT
 
@@ -103,7 +103,7 @@ def write_step_zero(
     ]
     try:
         clear_leftovers(root, report=_warn)
-        _check_space(root, state_bytes(model, start.states))
+        _check_space(root, checkpoint_bytes(model, start.states))
         return save_checkpoint(root, pieces, index, rank=0, world_size=1, token=secrets.token_hex(4))
     except KeyboardInterrupt:  # many gigabytes that nobody would look for under a hidden name
         clear_leftovers(root, report=_warn)

@@ -39,7 +39,7 @@ def main() -> None:
     from megatron_tf.checkpoint.architecture import stored_model
     from megatron_tf.checkpoint.averaging import averaged
     from megatron_tf.checkpoint.format import folder_name
-    from megatron_tf.checkpoint.step_zero import FIRST_STEP, state_bytes, target_folder, write_step_zero
+    from megatron_tf.checkpoint.step_zero import FIRST_STEP, checkpoint_bytes, target_folder, write_step_zero
     from megatron_tf.state.sources import StepZero
 
     root = target_folder(arguments.target)
@@ -53,7 +53,7 @@ def main() -> None:
     print("\ncomparing the checksums")
     for reader in readers:
         reader.verify()
-    total, began = state_bytes(model), time.monotonic()
+    total, began = checkpoint_bytes(model), time.monotonic()
     with Console(rank=0).bytes_written(total) as progress:
         start = StepZero(source, samples=0, tokens=0, growth_history=())
         written = write_step_zero(root, model, start, {}, progress)

@@ -115,9 +115,9 @@ def from_official(arguments: argparse.Namespace) -> None:
 
 
 def write_run(root: Path, model: Model, write: Callable[[Progress], Path], config: Path | None = None) -> None:
-    from megatron_tf.checkpoint.step_zero import state_bytes
+    from megatron_tf.checkpoint.step_zero import checkpoint_bytes
 
-    total, began = state_bytes(model), time.monotonic()
+    total, began = checkpoint_bytes(model), time.monotonic()
     with Console(rank=0).bytes_written(total) as progress:
         path = write(progress)
     print(f"wrote {path}: {total:,} bytes in {time.monotonic() - began:.1f} s")

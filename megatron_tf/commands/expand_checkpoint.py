@@ -85,7 +85,7 @@ def training_data(config: RunConfig) -> dict[str, Any] | None:
 
 def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start: StepZero, target: Path) -> None:
     from megatron_tf.checkpoint.architecture import stored_model
-    from megatron_tf.checkpoint.step_zero import state_bytes
+    from megatron_tf.checkpoint.step_zero import checkpoint_bytes
     from megatron_tf.growth.methods import SPLIT
 
     index, old = reader.index, stored_model(reader.index)
@@ -105,7 +105,7 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
         )
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(config.model):,}")
     held = sum(file.num_bytes for file in reader.manifest.files.values())
-    print(f"bytes       {held:,} -> {state_bytes(config.model, start.states):,}")
+    print(f"bytes       {held:,} -> {checkpoint_bytes(config.model, start.states):,}")
     print(f"moments     of old tokens: {growth.moments}; of new tokens: 0")
     noise = f", noise {growth.noise:g} on old tokens" if growth.noise else ""
     print(f"function    {'kept, to rounding' if start.growth_history[-1]['preserves'] else f'CHANGED{noise}'}")
@@ -118,9 +118,9 @@ def scale_of(model: Model, scales: Mapping[str, float], kind: str) -> str:
 
 
 def write(config: RunConfig, start: StepZero, data: Mapping[str, Any], root: Path) -> None:
-    from megatron_tf.checkpoint.step_zero import state_bytes, write_step_zero
+    from megatron_tf.checkpoint.step_zero import checkpoint_bytes, write_step_zero
 
-    total, began = state_bytes(config.model, start.states), time.monotonic()
+    total, began = checkpoint_bytes(config.model, start.states), time.monotonic()
     with Console(rank=0).bytes_written(total) as progress:
         path = write_step_zero(root, config.model, start, data, progress)
     seconds = time.monotonic() - began

@@ -118,9 +118,9 @@ def describe(kind: str, old: int, new: int, shares: Sequence[float], factors: Se
 
 
 def write(root: Path, model: Model, start: StepZero, reader: CheckpointReader) -> None:
-    from megatron_tf.checkpoint.step_zero import state_bytes, write_step_zero
+    from megatron_tf.checkpoint.step_zero import checkpoint_bytes, write_step_zero
 
-    total = state_bytes(model, start.states)
+    total = checkpoint_bytes(model, start.states)
     with Console(rank=0).bytes_written(total) as progress:
         path = write_step_zero(root, model, start, reader.index.data, progress)
     changes = " ".join(

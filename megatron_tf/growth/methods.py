@@ -1,8 +1,9 @@
 """Growth methods: what the new parameter tokens of one Pattention are, and its τ afterwards.
 
-A method is a function from `Projection` to `NewTokens`, registered in METHODS under its name in the configuration. It
-sees logical, unsharded state by range, so it works at every layout and holds no whole tensor. It decides at once and
-computes elements only when they are read, so whether a growth is possible is known before any state is, and without torch.
+A method is a function from `GrowingProjection` to `NewTokens`, registered in METHODS under its name in the
+configuration. It sees logical, unsharded state by range, so it works at every layout and holds no whole tensor. It
+decides at once and computes elements only when they are read, so whether a growth is possible is known before any
+state is, and without torch.
 
 In the formulas A = X Kᵀ are the scores, K and R the old and the new key tokens, n_old and n_new the numbers of tokens
 before and after, τ and τ' the stored scale of the projection before and after.
@@ -41,7 +42,7 @@ Elements = Callable[[int, int], "Tensor"]
 
 
 @dataclass(frozen=True)
-class Projection:
+class GrowingProjection:
     """One Pattention about to grow.
 
     `name`: such as "blocks.0.ffn".  `kind`: its token count's name in model.parameter_tokens.
@@ -104,7 +105,7 @@ class NewTokens:
             )
 
 
-def zero_key(projection: Projection) -> NewTokens:
+def zero_key(projection: GrowingProjection) -> NewTokens:
     """New keys 0, new values random, τ held: keeps the function exactly, to the last bit in exact arithmetic.
 
     A new key k = 0 has the score x·k = 0 at every position. An activation that ignores zero scores leaves the statistic
@@ -120,7 +121,7 @@ def zero_key(projection: Projection) -> NewTokens:
     return NewTokens(projection.scale, keys=None, values=projection.initial_values)
 
 
-def gram(projection: Projection) -> NewTokens:
+def gram(projection: GrowingProjection) -> NewTokens:
     """τ' as the official code computes it from n_new, so that this code loads the grown model and keeps its function.
 
     By keys, where S is a function φ of τA/‖A‖: out = Σ_i φ(τ A_i / ‖A‖) v_i. The new tokens have value 0, so only ‖A‖
@@ -175,13 +176,13 @@ def gram(projection: Projection) -> NewTokens:
     return NewTokens(scale, {name: read}, values=None)
 
 
-def random(projection: Projection) -> NewTokens:
+def random(projection: GrowingProjection) -> NewTokens:
     """New keys and values random, τ' the default, as the official code grows: the function changes. For comparison."""
     return NewTokens(projection.default_scale, projection.initial_keys, projection.initial_values)
 
 
 SPLIT = "split"  # makes candidates of tokens instead of new ones, see `growth.split`
-METHODS: dict[str, Callable[[Projection], NewTokens]] = {"zero_key": zero_key, "gram": gram, "random": random}
+METHODS: dict[str, Callable[[GrowingProjection], NewTokens]] = {"zero_key": zero_key, "gram": gram, "random": random}
 PRESERVING = frozenset({"zero_key", "gram"})  # methods that promise to keep the function; without noise they do
 
 
@@ -193,7 +194,9 @@ def _makes_up_for_scale(activation: Activation) -> bool:
     return activation.scales_normed_scores or (activation.proportional_to_scale and activation.ignores_zero)
 
 
-def _refusal(method: str, projection: Projection, is_able: Callable[[Activation], bool], reason: str) -> ConfigError:
+def _refusal(
+    method: str, projection: GrowingProjection, is_able: Callable[[Activation], bool], reason: str
+) -> ConfigError:
     """`reason`: as a clause, for activations that do not give their own."""
     able = [name for name in ACTIVATIONS.names() if is_able(ACTIVATIONS[name])]
     return ConfigError(

@@ -11,7 +11,7 @@ from megatron_tf.config.differences import differing
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.axes import Axis
-from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, NewTokens, Projection
+from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, GrowingProjection, NewTokens
 from megatron_tf.state.parameters import parameter_table, projections
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def growing(
     seed: int,
     old_weights: Callable[[str], Elements],
     initial_weights: Callable[[str], Elements],
-) -> dict[str, Projection]:
+) -> dict[str, GrowingProjection]:
     """The projections that grow, by name.
 
     `scales`: τ before.  `seed`: of this growth.  `old_weights`, `initial_weights`: of a tensor of the smaller model, and
@@ -84,7 +84,7 @@ def growing(
         if before[name].tokens == spec.tokens:
             continue
         chosen = getattr(growth.methods, spec.kind, None)
-        found[name] = Projection(
+        found[name] = GrowingProjection(
             name=name,
             kind=spec.kind,
             key=f"growth.methods.{spec.kind}" if chosen else "growth.method",
@@ -102,7 +102,7 @@ def growing(
     return found
 
 
-def decide(growing: Mapping[str, Projection], growth: Growth) -> dict[str, NewTokens]:
+def decide(growing: Mapping[str, GrowingProjection], growth: Growth) -> dict[str, NewTokens]:
     """What the method of each projection makes of it; ConfigError with all problems."""
     decided, problems = {}, []
     for name, projection in growing.items():

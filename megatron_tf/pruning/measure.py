@@ -23,7 +23,7 @@ from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checks import check_whole_number
 from megatron_tf.config.schema import DataSource, Model
-from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
+from megatron_tf.data.loader import Batch, BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.source import PRUNED, growth_entry
 from megatron_tf.inference.load import run_config
@@ -40,7 +40,6 @@ from megatron_tf.tasks.language_model.section import vocab_size_of
 DEFAULT_SAMPLES = 64
 _SEED = 0  # of the order that samples are taken in: which they are depends on the data and on seq_length alone
 _BATCH_TOKENS = 2048
-Batch = tuple[Tensor, Tensor]  # input ids and labels, each int64 [b, s]
 
 
 def target_counts(text: str, old: Mapping[str, int]) -> dict[str, int]:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from megatron_tf.checkpoint.step_zero import state_bytes
+from megatron_tf.checkpoint.step_zero import checkpoint_bytes
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.run_plan import RunPlan
 from megatron_tf.costs.plan import describe, room_warning
@@ -57,7 +57,7 @@ def lines_about(
 
 def _room_warnings(run: Run, start: Start) -> Iterator[str]:
     free = shutil.disk_usage(checkpoints_folder(run.config)).free
-    size = state_bytes(run.config.model, rule_of(run.config.optimizer).state_names)
+    size = checkpoint_bytes(run.config.model, rule_of(run.config.optimizer).state_names)
     warning = room_warning(run.config, run.plan.batches.train_steps - start.progress.step, size, free)
     if warning:
         yield warning

@@ -10,7 +10,7 @@ import torch
 from megatron_tf.checkpoint import step_zero
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.checkpoint.step_zero import state_bytes, target_folder, write_step_zero
+from megatron_tf.checkpoint.step_zero import checkpoint_bytes, target_folder, write_step_zero
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import CheckpointError
@@ -70,7 +70,7 @@ def test_what_is_written_is_the_grown_state_and_step_0_of_the_run(small, tmp_pat
     assert entry["method"] == {"qkv": "zero_key", "proj": "zero_key", "ffn": "gram"}
     assert (entry["noise"], entry["preserves"], entry["step"], entry["tokens"]) == (0.0, True, 100, 12_800)
     assert [done for done, _ in reported] == sorted(done for done, _ in reported)
-    assert reported[-1] == (state_bytes(LARGE), "final_norm.bias")
+    assert reported[-1] == (checkpoint_bytes(LARGE), "final_norm.bias")
 
 
 @pytest.mark.parametrize(("data", "samples"), [(DATA, 800), (None, 800), ({"seed": 6, "sources": []}, 0)])
@@ -126,7 +126,7 @@ def test_a_full_disk_is_said_before_anything_is_written(small, tmp_path, monkeyp
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(step_zero.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5, 5))
     start = grow(small, LARGE, GROWTH, seed=5, data=DATA)
-    with pytest.raises(CheckpointError, match=f"takes {state_bytes(LARGE):,} bytes, and 5 are free there"):
+    with pytest.raises(CheckpointError, match=f"takes {checkpoint_bytes(LARGE):,} bytes, and 5 are free there"):
         write_step_zero(tmp_path / "large", LARGE, start, DATA, lambda done, name: None)
     assert not (tmp_path / "large").exists()
 

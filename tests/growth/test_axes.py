@@ -16,12 +16,12 @@ from deepening import IDS, Trained, built, grown, model
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth import methods
 from megatron_tf.growth.axes import AXES, Axis, steps
-from megatron_tf.growth.methods import NewTokens, Projection
+from megatron_tf.growth.methods import GrowingProjection, NewTokens
 from megatron_tf.growth.rules import growth_problems
 from megatron_tf.state.parameters import parameter_table
 
 
-def clone(projection: Projection) -> NewTokens:
+def clone(projection: GrowingProjection) -> NewTokens:
     """Every token twice. With τ' = √2 τ each weight of the L2 forms is what it was, and half of each value is added twice;
     for softmax each weight is halved, and the value added twice."""
     assert projection.new_tokens == 2 * projection.old_tokens

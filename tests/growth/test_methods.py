@@ -10,7 +10,7 @@ from torch.nn.functional import gelu
 
 from megatron_tf.config.schema import Growth, GrowthMethods, ParameterTokens, TokenMethod
 from megatron_tf.errors import ArgumentError, CheckpointError, ConfigError
-from megatron_tf.growth.methods import METHODS, PRESERVING, NewTokens, Projection, gram, zero_key
+from megatron_tf.growth.methods import METHODS, PRESERVING, GrowingProjection, NewTokens, gram, zero_key
 
 D, OLD, NEW = 16, 24, 41
 
@@ -24,7 +24,9 @@ def pattention(x: Tensor, keys: Tensor, values: Tensor, scale: float, activation
     return scale * weights / weights.norm(dim=-1, keepdim=True) @ values
 
 
-def projection(activation: str, scale: float = 3.0, old_keys: Tensor | None = None, old=OLD, new=NEW) -> Projection:
+def projection(
+    activation: str, scale: float = 3.0, old_keys: Tensor | None = None, old=OLD, new=NEW
+) -> GrowingProjection:
     initial = torch.randn(new * D, generator=torch.Generator().manual_seed(9))
 
     def elements(start: int, stop: int) -> Tensor:
@@ -35,7 +37,7 @@ def projection(activation: str, scale: float = 3.0, old_keys: Tensor | None = No
         return old_keys.reshape(-1)[start:stop]
 
     key = {"key_tokens": elements}
-    return Projection(
+    return GrowingProjection(
         "blocks.0.ffn", "ffn", "growth.method", activation, D, old, new, scale, 5, {"key_tokens": keys}, key,
         {"value_tokens": elements},
     )  # fmt: skip
