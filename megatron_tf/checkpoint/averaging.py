@@ -1,4 +1,4 @@
-"""The mean of the weights of several checkpoints of one model, by range."""
+"""Averages of weights, by range: the mean of several checkpoints of one model, and the moving average in one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.errors import CheckpointError
+from megatron_tf.optimizers.adamw_ema import EMA_OFFSET
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.ranges import StepRange
 from megatron_tf.state.sources import FreshSource, copy_in_slices
@@ -40,6 +41,19 @@ def averaged(readers: Sequence[CheckpointReader]) -> FreshSource:
     return FreshSource(_Mean(readers))
 
 
+def moving_average(reader: CheckpointReader) -> FreshSource:
+    """The average of the weights that optimizer.type adamw_ema keeps, nothing updated so far.
+
+    CheckpointError when the checkpoint holds none.
+    """
+    if any(EMA_OFFSET not in tensor.states for tensor in reader.index.tensors.values()):
+        raise CheckpointError(
+            f"{reader.path}: holds no moving average of its weights. Give a checkpoint of a run with optimizer.type "
+            "adamw_ema, or average several with --last"
+        )
+    return FreshSource(_MovingAverage([reader]))
+
+
 class _Mean:
     """A `StateSource` of weights alone."""
 
@@ -63,3 +77,11 @@ class _Mean:
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         return [(start, stop, 0)] if start < stop else []
+
+
+class _MovingAverage(_Mean):
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        """The weight and its offset to the average, added."""
+        assert state == WEIGHT
+        (reader,) = self._readers
+        return reader.read(name, WEIGHT, start, stop) + reader.read(name, EMA_OFFSET, start, stop)

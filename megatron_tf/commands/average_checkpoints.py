@@ -1,7 +1,8 @@
 """Average the weights of checkpoints:
 `python tools/average_checkpoints.py runs/124M --last 5 --to runs/124M_average`.
 
-Of the newest checkpoints of one run, or of the checkpoints that are named. The result is step 0 of a run: evaluate, export,
+Of the newest checkpoints of one run, or of the checkpoints that are named; with --ema, the moving average in the newest
+checkpoint of a run with optimizer.type adamw_ema. The result is step 0 of a run: evaluate, export,
 grow or train it on; Adam's moments begin at 0. Needs no GPU, and memory for a few buffers whatever the size.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_tf.arguments import path, whole_number
+from megatron_tf.errors import UserError
 from megatron_tf.paths import literal
 from megatron_tf.telemetry.console import Console
 
@@ -27,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--last", type=whole_number(10_000, least=2), default=5, metavar="K",
                         help="of one run, average its newest K checkpoints, or all that it has if fewer (default 5)")  # fmt: skip
+    parser.add_argument("--ema", action="store_true", help="the moving average that one checkpoint holds")
     parser.add_argument(
         "--to", dest="target", type=path, required=True, metavar="DIR", help="the folder of the new run"
     )
@@ -37,17 +40,22 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from megatron_tf.checkpoint.architecture import stored_model
-    from megatron_tf.checkpoint.averaging import averaged
+    from megatron_tf.checkpoint.averaging import averaged, moving_average
     from megatron_tf.checkpoint.format import folder_name
     from megatron_tf.checkpoint.step_zero import FIRST_STEP, checkpoint_bytes, target_folder, write_step_zero
     from megatron_tf.state.sources import StepZero
 
     root = target_folder(arguments.target)
-    readers = open_sources(arguments.sources, arguments.last)
-    source, model = averaged(readers), stored_model(readers[0].index)
+    if arguments.ema and len(arguments.sources) > 1:
+        raise UserError(
+            f"--ema: is of one checkpoint, and {len(arguments.sources)} are given. Give one, or leave it out."
+        )
+    readers = open_sources(arguments.sources, 1 if arguments.ema else arguments.last)
+    source, model = moving_average(readers[0]) if arguments.ema else averaged(readers), stored_model(readers[0].index)
     for reader in readers:
         print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
-    print(f"to          {root / folder_name(FIRST_STEP)}, the mean of {len(readers)}")
+    result = "the moving average" if arguments.ema else f"the mean of {len(readers)}"
+    print(f"to          {root / folder_name(FIRST_STEP)}, {result}")
     if arguments.dry_run:
         return print("\ndry run: nothing is written")
     print("\ncomparing the checksums")

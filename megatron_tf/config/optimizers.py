@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from megatron_tf.optimizers.base import UpdateRule
 
 DEFAULT = "adamw"
-OPTIMIZERS: Registry[UpdateRule] = Registry({DEFAULT: "megatron_tf.optimizers.adamw:ADAMW"})
+OPTIMIZERS: Registry[UpdateRule] = Registry(
+    {DEFAULT: "megatron_tf.optimizers.adamw:ADAMW", "adamw_ema": "megatron_tf.optimizers.adamw_ema:ADAMW_EMA"}
+)
 
 
 def rule_of(optimizer: Optimizer) -> UpdateRule:

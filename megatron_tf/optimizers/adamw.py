@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from megatron_tf.config.fields import Beta, Positive
 from megatron_tf.config.schema import Optimizer
@@ -23,8 +23,11 @@ class AdamWOptimizer(Optimizer):
 
 
 class AdamW(UpdateRule):
-    section = AdamWOptimizer
-    states = (OptimizerState("exp_avg", gradient_power=1), OptimizerState("exp_avg_sq", gradient_power=2))
+    section: ClassVar[type[Optimizer]] = AdamWOptimizer
+    states: ClassVar[tuple[OptimizerState, ...]] = (
+        OptimizerState("exp_avg", gradient_power=1),
+        OptimizerState("exp_avg_sq", gradient_power=2),
+    )
 
     def update(self, optimizer: Optimizer, batch: Batch, lr: float, weight_decay: float) -> None:
         from torch.optim.adamw import adamw

@@ -1,0 +1,44 @@
+"""AdamW that also keeps an exponential moving average of the weights.
+
+    ema ← d·ema + (1 − d)·w          after each update of the weight w, with ema = w in the beginning
+
+What is kept is the offset o = ema − w, so that it is 0 for what was never updated, such as a token that growth has just
+added, and scales with the weight. From w to w' it becomes o' = d·(o + w − w').
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_tf.config.fields import Beta
+from megatron_tf.config.schema import Optimizer
+from megatron_tf.optimizers.adamw import AdamW, AdamWOptimizer
+from megatron_tf.optimizers.base import Batch, OptimizerState
+
+EMA_OFFSET = "ema_offset"
+
+
+class AdamWEmaOptimizer(AdamWOptimizer):
+    type: Literal["adamw_ema"] = "adamw_ema"  # type: ignore[assignment]
+    """How parameters are updated: AdamW, with an average of the weights."""
+    ema_decay: Beta = 0.999
+    """Share of the average that stays at each step."""
+
+
+class AdamWEma(AdamW):
+    section = AdamWEmaOptimizer
+    # weights times f have offsets times f
+    states = (*AdamW.states, OptimizerState(EMA_OFFSET, gradient_power=-1))
+    why_not_elsewhere = "it keeps no average of the weights"
+
+    def update(self, optimizer: Optimizer, batch: Batch, lr: float, weight_decay: float) -> None:
+        assert isinstance(optimizer, AdamWEmaOptimizer), optimizer.type
+        offsets = batch.states[EMA_OFFSET]
+        for offset, weight in zip(offsets, batch.weights, strict=True):
+            offset.add_(weight)
+        super().update(optimizer, batch, lr, weight_decay)
+        for offset, weight in zip(offsets, batch.weights, strict=True):
+            offset.sub_(weight).mul_(optimizer.ema_decay)
+
+
+ADAMW_EMA = AdamWEma()
