@@ -1,6 +1,6 @@
 """Which candidate of each slot a position uses, and how the candidates share the positions evenly.
 
-    z = x · ρ,   choice = argmax over the candidates of a slot of (z + b)
+    z = x · ρ,   choice = argmax over the candidates of a slot of (z + 10 b)
 
 ρ is the router, b the balance of a candidate. The balance acts on the choice only and the loss does not know it. Its
 own gradient is the imbalance: b gets load/fair − 1, so a candidate with too many positions becomes less likely. It
@@ -17,11 +17,13 @@ from torch import Tensor
 
 # Gradients of the balance are scaled by it: they count in the norm that clipping sees, and Adam does not feel a scale.
 BALANCE_SCALE = 1e-4
+# The balance follows faster than the router changes: an optimizer moves each by about a learning rate a step.
+BALANCE_SPEED = 10.0
 
 
 def choose(logits: Tensor, balance: Tensor) -> Tensor:
     """int64 [rows, slots]: the chosen candidates. logits [rows, slots, m], balance [slots, m]. Not differentiable."""
-    return (logits.detach() + balance.detach()).argmax(-1)
+    return (logits.detach() + BALANCE_SPEED * balance.detach()).argmax(-1)
 
 
 def straight_through(logits: Tensor, candidates: Tensor) -> Tensor:

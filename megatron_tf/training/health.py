@@ -11,6 +11,16 @@ query, key and value) of a kind of projection:
 | `new_share` | after a growth: what the new tokens contribute, Σ|S|·‖v‖ over the positions, of what all contribute |
 | `old_dead_share`, `new_dead_share` | after a growth: dead ones among the old and among the new tokens |
 
+Of a projection whose positions choose among candidates, over its slots, with the load of a candidate relative to an equal
+share of the positions:
+
+| metric | meaning |
+|---|---|
+| `load_max` | the largest load, mean over the slots |
+| `load_spread` | exp(entropy of the loads) over the number of candidates: 1 is even, 1/candidates is all on one |
+| `unused_share` | share of the candidates with a load below 0.1 |
+| `copy_distance` | √(Σ‖w − mean of the slot‖² / Σ‖w‖²) over keys and values: 0 for copies, near 1 for tokens of their own |
+
 Each rank looks at its own tokens, and sums go over the tensor group; every data-parallel rank looks at the same batch. No
 gradient, no random number and no state of training is touched.
 """
@@ -26,8 +36,11 @@ from torch import Tensor
 
 from megatron_tf.architectures.spec import ProjectionSpec
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.model.grouped import assign
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import token_weights
+from megatron_tf.model.routing import relative_load
+from megatron_tf.model.sparse_pattention import SparsePattention
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.runtime.agreement import together
@@ -38,6 +51,9 @@ from megatron_tf.training.running import Run
 DEAD_BELOW = 0.01  # of the root mean square of a position's weights
 ALWAYS = ("score_norm", "active_share", "dead_share")
 AFTER_GROWTH = ("new_share", "old_dead_share", "new_dead_share")
+OF_CANDIDATES = ("load_max", "load_spread", "unused_share", "copy_distance")
+NAMES = ALWAYS + AFTER_GROWTH + OF_CANDIDATES
+UNUSED_BELOW = 0.1  # of an equal share of the positions
 
 
 def health_probe(
@@ -82,13 +98,16 @@ class HealthProbe:
     def measure(self) -> dict[str, float]:
         """The metrics by name, the same on all ranks; all of them must call it."""
         kinds = list(self._num_tokens)
-        found: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
-        observed = []
+        found: dict[str, list[dict[str, Tensor]]] = {kind: [] for kind in kinds}
+        observed: list[Pattention | SparsePattention] = []
         modules = dict(self._stage.named_modules())
         for spec in self._projections:
             projection = modules.get(spec.name)
             if isinstance(projection, Pattention):
                 projection.observer = partial(self._observe, projection, spec.kind, found[spec.kind])
+                observed.append(projection)
+            elif isinstance(projection, SparsePattention):
+                projection.observer = partial(_observe_candidates, projection, found[spec.kind])
                 observed.append(projection)
         try:
             with torch.compiler.set_stance("force_eager"):  # an observer in the graph would compile it anew
@@ -96,23 +115,26 @@ class HealthProbe:
         finally:
             for projection in observed:
                 projection.observer = None
-        sums = torch.zeros(len(kinds), len(ALWAYS + AFTER_GROWTH) + 1, dtype=torch.float64, device=self._device)
+        # of each kind and metric: the sum over the projections that have it, and their number
+        sums = torch.zeros(len(kinds), len(NAMES), 2, dtype=torch.float64, device=self._device)
         for row, kind in enumerate(kinds):
-            if found[kind] and self._is_reporter:
-                sums[row, :-1], sums[row, -1] = torch.stack(found[kind]).sum(0), len(found[kind])
+            for values in found[kind] if self._is_reporter else ():
+                for name, value in values.items():
+                    sums[row, NAMES.index(name)] += torch.stack(
+                        (value.double(), value.new_ones((), dtype=torch.float64))
+                    )
         dist.all_reduce(sums)
-        measured = [(kind, (row[:-1] / row[-1]).tolist()) for kind, row in zip(kinds, sums) if row[-1]]
         return {
-            f"health/{kind}/{metric}": value
-            for kind, values in measured
-            for metric, value in zip(ALWAYS + AFTER_GROWTH, values)
-            if metric in ALWAYS or self._has_grown(kind)
+            f"health/{kind}/{metric}": total / count
+            for kind, values in zip(kinds, sums.tolist())
+            for metric, (total, count) in zip(NAMES, values)
+            if count and (metric not in AFTER_GROWTH or self._has_grown(kind))
         }
 
     def _has_grown(self, kind: str) -> bool:
         return 0 < self._old_tokens.get(kind, 0) < self._num_tokens[kind]
 
-    def _observe(self, projection: Pattention, kind: str, found: list[Tensor], x: Tensor) -> None:
+    def _observe(self, projection: Pattention, kind: str, found: list[dict[str, Tensor]], x: Tensor) -> None:
         group, tokens = projection.group, self._num_tokens[kind]
         norm, weights = token_weights(x, projection.key_tokens, projection.scale, projection.activation, group)
         size = weights.flatten(0, -2).abs().float()  # [positions, n/T]
@@ -129,14 +151,28 @@ class HealthProbe:
         ).double()
         all_dead, old_dead, new_dead, by_new, by_all = all_reduce(counts, group)
         found.append(
-            torch.stack(
-                [
-                    norm.double().mean(),
-                    active.double().mean(),
-                    all_dead / tokens,
-                    by_new / by_all if by_all > 0 else by_all,
-                    old_dead / min(old_tokens, tokens),
-                    new_dead / max(1, tokens - old_tokens),
-                ]
-            )
+            {
+                "score_norm": norm.double().mean(),
+                "active_share": active.double().mean(),
+                "dead_share": all_dead / tokens,
+                "new_share": by_new / by_all if by_all > 0 else by_all,
+                "old_dead_share": old_dead / min(old_tokens, tokens),
+                "new_dead_share": new_dead / max(1, tokens - old_tokens),
+            }
         )
+
+
+def _observe_candidates(projection: SparsePattention, found: list[dict[str, Tensor]], x: Tensor) -> None:
+    """Sums over the slots of all ranks, by their number."""
+    bank = projection.bank
+    logits = bank.logits(x.flatten(0, -2))
+    chosen = projection.choose(logits, bank.slot_balance())
+    load = relative_load(assign(chosen, logits.shape[-1]).ends).double()
+    shares = load / load.shape[1]
+    spread = torch.special.entr(shares).sum(1).exp() / load.shape[1]
+    # keys and values of a slot's candidates: [slots, candidates, elements]
+    tokens = torch.cat([part.unflatten(0, bank.shape).flatten(2) for part in (bank.key_tokens, bank.value_tokens)], -1)
+    distance = (tokens - tokens.mean(1, keepdim=True)).flatten(1).norm(dim=1) / tokens.flatten(1).norm(dim=1)
+    unused = (load < UNUSED_BELOW).double().mean(1)
+    sums = torch.stack([load.amax(1).sum(), spread.sum(), unused.sum(), distance.double().sum()])
+    found.append(dict(zip(OF_CANDIDATES, all_reduce(sums, projection.group) / projection.num_slots)))

@@ -21,6 +21,8 @@ from megatron_tf.costs.estimate import flops_per_token, num_parameters
 from megatron_tf.costs.plan import describe
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.growth.rules import growth_problems
+from megatron_tf.inference.cache import CachedModel
+from megatron_tf.inference.sampling import generate
 from megatron_tf.model import build_model
 from megatron_tf.model.context import BlockContext
 from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
@@ -171,3 +173,19 @@ def test_what_knows_dense_projections_only_refuses():
         check_prunable(config().model)
     assert growth_problems(config().model, config(bank={"group_size": 16, "candidates": 4, "dense": 5}).model)
     assert growth_problems(dense().model, config().model)
+
+
+def test_a_compiled_block_compiles_attention_alone():
+    """Sizes of products with candidates are known only when positions have chosen."""
+    block = build_model(config().model).blocks[0]
+    block.compile()
+    assert block._compiled_call_impl is None and block.attention._compiled_call_impl is not None
+
+
+def test_generation_with_a_cache_is_the_model_itself():
+    model = build_model(config().model, dtype=torch.float64)
+    ids = torch.randint(0, 99, (1, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for (token,) in generate(CachedModel(model), ids.tolist(), num_tokens=6, context=16):
+            assert model(ids)[0, -1].argmax() == token
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)

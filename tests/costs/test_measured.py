@@ -29,6 +29,7 @@ from megatron_tf.tasks.classes import cross_entropy
 from megatron_tf.tasks.language_model.layers import Embedding
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yml"
+SPARSE = ("model.sparse={ffn: {group_size: 64, candidates: 4}}",)
 TRANSFORMER = ("model.architecture=transformer", "model.parameter_tokens=null", "model.ffn_hidden_size=768")
 TOLERANCE = 0.10
 SMALL = ("model.seq_length=128", "training.micro_batch_size=2", "training.global_batch_size=8")
@@ -69,6 +70,8 @@ PEAKS = {
     "qkv": ("model.vocab_size=256", "model.parameter_tokens.qkv=900", "training.precision=bf16"),
     "transformer": (*TRANSFORMER, "model.vocab_size=256", "training.precision=bf16"),
     "transformer, recomputed": (*TRANSFORMER, "model.vocab_size=256", "training.activation_checkpointing=true"),
+    # many positions: the gradients of one layer's candidates, before they are added up, are left out
+    "sparse": (*SPARSE, "model.vocab_size=256", "training.precision=bf16", "training.micro_batch_size=8"),
     "wide": ("model.vocab_size=256", "model.hidden_size=512", "model.num_attention_heads=8"),
 }
 
@@ -104,6 +107,10 @@ def saved_by_block(group, sequence, precision, architecture):
 @pytest.mark.parametrize("sequence", [False, True])
 def test_what_a_block_keeps_on_two_tensor_ranks(sequence, precision):
     spawn(saved_by_block, 2, sequence, precision, ())
+
+
+def test_what_a_block_with_candidates_keeps():
+    spawn(saved_by_block, 2, True, "bf16", SPARSE)
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -197,6 +204,13 @@ def sent_by_layers(group, sequence, precision, *model):
 )
 def test_tensor_parallel_communication_to_the_byte(sequence, precision, activation):
     spawn(sent_by_layers, 2, sequence, precision, f"model.activation={activation}")
+
+
+def test_candidates_are_chosen_without_communication():
+    """What is sent is what a dense model of as many used tokens sends."""
+    sparse, dense = load(*SPARSE, "parallel.tensor=2"), load("parallel.tensor=2")
+    assert list(map(as_counter, block_collectives(sparse))) == list(map(as_counter, block_collectives(dense)))
+    spawn(sent_by_layers, 2, True, "bf16", *SPARSE)
 
 
 @pytest.mark.parametrize("sequence", [False, True])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed import spawn
+from tiny import run_config
 from torch.nn.functional import gelu
 
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -10,10 +11,12 @@ from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.config.topology import Topology
 from megatron_tf.inference.load import load_model
 from megatron_tf.inference.sharded import load_stage
+from megatron_tf.model import build_model
 from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.stage import build_stage
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.pruning.measure import visit_projections
-from megatron_tf.state.parameters import projections
+from megatron_tf.state.parameters import initial_scales, parameter_table, projections, shard_range
 from megatron_tf.state.sources import InitialSource, StepZero
 from megatron_tf.training.health import DEAD_BELOW, HealthProbe
 
@@ -105,3 +108,40 @@ def _layouts(group, checkpoint, model, expected):
             assert found[name] == pytest.approx(value, rel=1e-5), (name, topology)  # the probe's own sums are fp32
         assert probe.measure() == found
         assert all(block.ffn.observer is None for block in stage.blocks.values())
+
+
+def candidates_over(group):
+    """One process and two tensor ranks measure the same of a bank; copies have distance 0."""
+    bank = {"group_size": 16, "candidates": 3, "dense": 5}
+    model = run_config(
+        model={"parameter_tokens": {"qkv": 13, "proj": 11, "ffn": 69}, "sparse": {"ffn": bank}}
+    ).model  # fmt: skip
+    table, one = parameter_table(model), build_model(model, dtype=torch.float64)
+    with torch.no_grad():
+        for tokens in (one.blocks[0].ffn.bank.key_tokens, one.blocks[0].ffn.bank.value_tokens):
+            by_slot = tokens.view(4, 3, 16, 32)
+            by_slot.copy_(by_slot[:, :1].clone().expand_as(by_slot))
+        one.blocks[1].ffn.bank.balance.view(4, 3)[:, 0] = 100.0
+        one.blocks[0].ffn.bank.router.mul_(0)
+    whole = dict(one.named_parameters())
+    found = []
+    for topology in (Topology(data=2), Topology(tensor=2)):
+        tensor = TensorParallel(make_group(topology, "tensor", 60.0))
+        stage = build_stage(model, initial_scales(model), topology, group.rank, tensor).double()
+        with torch.no_grad():
+            for name, parameter in stage.named_parameters():
+                rows = shard_range(len(whole[name]), tensor.group.size, tensor.group.rank)
+                parameter.copy_(whole[name][slice(*rows)] if table[name].sharded else whole[name])
+        is_reporter = tensor.group.rank == 0 and topology.coordinate("data", group.rank) == 0
+        found.append(HealthProbe(stage, ids(), tuple(projections(model).values()), {}, is_reporter).measure())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    ffn = {name.removeprefix("health/ffn/"): value for name, value in found[0].items() if "/ffn/" in name}
+    assert ffn.keys() == {"load_max", "load_spread", "unused_share", "copy_distance"}
+    # both layers send all positions to the first of three candidates, and one has copies
+    assert ffn["load_max"] == pytest.approx(3) and ffn["unused_share"] == pytest.approx(2 / 3)
+    assert ffn["load_spread"] == pytest.approx(1 / 3)
+    assert 0.35 < ffn["copy_distance"] < 0.45
+
+
+def test_candidates_are_measured_alike_over_tensor_ranks():
+    spawn(candidates_over, 2)

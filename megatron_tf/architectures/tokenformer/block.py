@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -42,6 +43,10 @@ class SparseBlock(Block):
 
     def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
         return self.ffn.partial(x, losses, metrics)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles attention alone: products with candidates have the sizes that the choice gives them."""
+        self.attention.compile(*args, **kwargs)
 
 
 def tokenformer_block(model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:

@@ -85,16 +85,17 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
 
     Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
     on the other. Norms are [s, b, 1] in fp32, one for each projection; forward they go in the parts of `row_parts`,
-    each by the activation's number of reductions.
+    each by the activation's number of reductions, those of a projection with a bank whole.
     """
     positions, whole = positions_of(config), hidden_bytes(config)
     norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in (3, 1, 1))
     reductions = ACTIVATIONS[model.activation].reductions
     parts = row_parts(positions, reductions, config.training.compile)
+    ffn_parts = parts if bank_of(model, "ffn") is None else (positions,)
     forward_norms = tuple(
         Collective("all_reduce", 4 * rows * projections, reductions, overlapped=part > 0)
-        for projections in (3, 1, 1)
-        for part, rows in enumerate(parts)
+        for projections, own_parts in ((3, parts), (1, parts), (1, ffn_parts))
+        for part, rows in enumerate(own_parts)
     )
     forward: Collectives
     backward: Collectives
