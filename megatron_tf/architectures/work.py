@@ -68,6 +68,7 @@ class BlockWork:
     `inner_passes`, `head_passes`: how often an elementwise kernel reads or writes an element of [s, b, inner_width],
         and of the rank's own heads [s, b, d/T].
     `kernels`: started in all.
+    `moved`: elements a position, read and written, of rows that are put into another order.
     `kept`: elements of the compute type that a position keeps for the backward pass, besides the inputs of the norms
         and the whole inputs of attention and feed-forward.
     `kept_statistics`: fp32 numbers of a position, besides those of the norms and of attention.
@@ -83,6 +84,7 @@ class BlockWork:
     kept: int
     kept_statistics: int
     backward_peak: int
+    moved: Passes = Passes(0, 0)
 
 
 def positions_of(config: RunConfig) -> int:

@@ -55,7 +55,8 @@ def block_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
     def elementwise(direction: str) -> float:
         passes = (getattr(kind, direction) for kind in (work.inner_passes, HIDDEN_PASSES, work.head_passes))
         sizes = (positions * work.inner_width, positions * hidden / split, positions * hidden / tensor)
-        return sum(count * size for count, size in zip(passes, sizes)) / bandwidth
+        moved = positions * getattr(work.moved, direction)
+        return (moved + sum(count * size for count, size in zip(passes, sizes))) / bandwidth
 
     launches = 0.25 if training.compile else 1.0  # what is left of the kernels
     forward = of_products + attention + elementwise("forward")

@@ -17,8 +17,11 @@ from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
+from megatron_tf.costs.communication import sent_bytes_per_step
 from megatron_tf.costs.estimate import flops_per_token, num_parameters
+from megatron_tf.costs.hardware import GPUS, Assumptions
 from megatron_tf.costs.plan import describe
+from megatron_tf.costs.work import block_seconds
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.growth.rules import growth_problems
 from megatron_tf.inference.cache import CachedModel
@@ -189,3 +192,11 @@ def test_generation_with_a_cache_is_the_model_itself():
         for (token,) in generate(CachedModel(model), ids.tolist(), num_tokens=6, context=16):
             assert model(ids)[0, -1].argmax() == token
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
+
+
+def test_the_planner_sees_gathers_and_all_gradients():
+    """A step takes longer than a dense one of as many used tokens: rows are gathered, and more gradients are reduced."""
+    gpu = GPUS["h100"]
+    sparse, small = config(), dense()
+    assert block_seconds(sparse, gpu, Assumptions()).backward > block_seconds(small, gpu, Assumptions()).backward
+    assert sent_bytes_per_step(sparse, 2)["data"] > 1.5 * sent_bytes_per_step(small, 2)["data"]

@@ -23,6 +23,10 @@ from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.schema import RunConfig
 
 HEAD_PASSES = Passes(15.5, 15)
+# Of each slot, in a GPU's grouped products: inputs are gathered (read and written), outputs are added to others (read
+# twice and written).
+SLOT_PASSES = Passes(5, 7)
+SLOT_KERNELS = Passes(7, 12)
 CHOICE_STATISTICS = 5  # fp32 numbers that a position keeps of its choice in a slot
 KERNELS = Passes(73, 133)
 
@@ -55,7 +59,14 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
         inner_width=scores,
         inner_passes=activation.compiled_passes if config.training.compile else activation.passes,
         head_passes=HEAD_PASSES,
-        kernels=KERNELS,
+        kernels=Passes(
+            KERNELS.forward + SLOT_KERNELS.forward * chosen_slots,
+            KERNELS.backward + SLOT_KERNELS.backward * chosen_slots,
+        ),
+        moved=Passes(
+            SLOT_PASSES.forward * hidden * chosen_slots,
+            SLOT_PASSES.backward * hidden * chosen_slots,
+        ),
         kept=scores + 4 * hidden // tensor + (hidden if tensor > 1 else 0),
         kept_statistics=5 + CHOICE_STATISTICS * chosen_slots,
         backward_peak=(2 * hidden if bank else 0) + max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn),
