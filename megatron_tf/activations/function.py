@@ -24,7 +24,8 @@ from megatron_tf.parallel.groups import Group
 
 
 class ScoreFunction(ABC):
-    """θ of one activation, without state. All tensors of scores are [rows, n] with any distance between rows, r and T [rows, 1].
+    """θ of one activation, without state. All tensors of scores are [rows, n] with any distance between rows, r and T
+    [rows, 1].
 
     For pruning, the normaliser of a row is (ΣE)^`normaliser_power` up to a factor, with one E ≥ 0 a token.
     """

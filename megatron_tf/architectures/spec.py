@@ -23,8 +23,8 @@ class ParameterSpec:
     `shape`: logical shape.  `sharded`: split along dim 0 over the tensor group, else replicated.
     `growable`: dim 0 counts parameter tokens.  `decayed`: weight decay applies.
     `std`, `mean`: of the normal initialiser; std 0 is a constant.
-    `output`: what the block adds to the hidden states is a sum of products with such tensors, so that with zeros in all of
-        them it adds nothing.
+    `output`: what the block adds to the hidden states is a sum of products with such tensors, so that with zeros in all
+        of them it adds nothing.
     `one_in`: a position uses one of so many elements; 1 is all of them.
     `ends`: held by the first pipeline stage, the last one, or by both (tied); () is a parameter of a block.
     `official_name`, `huggingface_name`: in these formats; "" where a format has no such parameter.
@@ -79,8 +79,8 @@ class ProjectionSpec:
     `name`: of its module, such as "blocks.0.attention.query".
     `kind`: the field of `model.parameter_tokens` that counts its tokens.
     `tokens`: that a position uses. All that there are, unless the projection has a `bank`.
-    `keys`, `values`: names of its tensors below `name`, rows in the order of the tokens. A token whose keys are all 0 adds
-        nothing to the output, whatever its values are.
+    `keys`, `values`: names of its tensors below `name`, rows in the order of the tokens. A token whose keys are all 0
+        adds nothing to the output, whatever its values are.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""Everything that a GPU can get wrong or slow, in a few minutes: results against fp64, speeds, memory, one rank of NCCL.
+"""Everything that a GPU can get wrong or slow, in a few minutes: results against fp64, speeds, memory, one rank of
+NCCL.
 
 The parts are independent: one that fails is reported and the others go on. The last ones are left out when time is up.
 """

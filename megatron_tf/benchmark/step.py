@@ -1,8 +1,9 @@
-"""A whole training step of a configuration, compared with the same model of plain formulas and a Transformer of its size.
+"""A whole training step of a configuration, compared with the same model of plain formulas and a Transformer of its
+size.
 
-Forward, backward, clipping and AdamW with fp32 master weights, in torch alone. The Transformer has as many parameters and
-as many layers, and is wider. MFU is against a product of two square matrices, measured in the same rounds; floating-point
-operations count as in training, attention in full.
+Forward, backward, clipping and AdamW with fp32 master weights, in torch alone. The Transformer has as many parameters
+and as many layers, and is wider. MFU is against a product of two square matrices, measured in the same rounds;
+floating-point operations count as in training, attention in full.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class TrainingStep:
 
 
 def rows(models: Mapping[str, Model], setting: Setting) -> Iterator[Row]:
-    """One row for each of `models`, by the name of its configuration. ConfigError, first of all, for what does not fit."""
+    """One row for each of `models`, by the name of its configuration. ConfigError, first of all, for what does not
+    fit."""
     chosen = {name: _cut(model, setting.layers) for name, model in models.items()}
     problems = [problem for name, pair in chosen.items() for problem in _memory_problems(name, pair, setting)]
     if problems:

@@ -39,8 +39,8 @@ class Difference:
 def compare(first: CheckpointReader, second: CheckpointReader) -> Iterator[Difference]:
     """One `Difference` for each tensor and state that either checkpoint has, equal ones included.
 
-    When the one is grown from the other and deeper, its old layers are compared with what they were; a difference has the
-    name of the second checkpoint, where that has the tensor.
+    When the one is grown from the other and deeper, its old layers are compared with what they were; a difference has
+    the name of the second checkpoint, where that has the tensor.
     """
     for names in _pairs(first.index, second.index):
         name = names[1] or names[0]

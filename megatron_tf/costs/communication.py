@@ -79,7 +79,8 @@ def tied_gradients(config: RunConfig, topology: Topology) -> Collectives:
 
 
 def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[Axis, float]:
-    """Bytes that the busiest stage's rank sends in a step over each axis of the grid. `config` is valid for `world_size`."""
+    """Bytes that the busiest stage's rank sends in a step over each axis of the grid. `config` is valid for
+    `world_size`."""
     topology = topology_for(config, world_size)
     micro_batches = plan_batches(config, world_size).num_micro_batches
     layers = -(-config.model.num_layers // topology.pipeline)

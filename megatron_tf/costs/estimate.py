@@ -71,9 +71,9 @@ def flops_per_token(model: Model) -> int:
     """Floating-point operations of forward and backward for one trained token.
 
     Two a multiply-add.  Forward: 2 an element of every key and value token (or matrix) that a position uses, a token's
-    share of the task's input layer and head, and 4·s·d a layer for the two products of attention, counted at full length
-    as is usual for MFU although a causal model skips half of them.  Backward is twice the forward.  Norms, activations and
-    recomputation under activation checkpointing do not count.
+    share of the task's input layer and head, and 4·s·d a layer for the two products of attention, counted at full
+    length as is usual for MFU although a causal model skips half of them.  Backward is twice the forward.  Norms,
+    activations and recomputation under activation checkpointing do not count.
     """
     ends = task_of(model).multiply_adds(model) // model.seq_length
     attention = 4 * model.seq_length * model.hidden_size * model.num_layers
@@ -97,8 +97,8 @@ class Memory:
 def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
     """Memory of the fullest pipeline stage.  `config` has passed `validate` for `world_size`.
 
-    It is the first or the last: those between have no layers of the task, and no more layers or micro batches in flight than
-    the first.
+    It is the first or the last: those between have no layers of the task, and no more layers or micro batches in flight
+    than the first.
     """
     topology = topology_for(config, world_size)
     num_micro_batches = plan_batches(config, world_size).num_micro_batches

@@ -29,7 +29,8 @@ from megatron_tf.costs.work import Seconds, accumulation_seconds, block_seconds,
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by what they are spent on; what `Collective` calls overlapped takes none, else nothing overlaps."""
+    """Seconds of a step by what they are spent on; what `Collective` calls overlapped takes none, else nothing
+    overlaps."""
 
     compute: float  # of the slowest stage, over all micro batches
     tensor: float  # communication of the tensor group within it

@@ -84,8 +84,8 @@ def accumulation_seconds(parameters: int, config: RunConfig, gpu: Gpu, assumed: 
 def update_seconds(parameters: int, config: RunConfig, data_parallel: int, gpu: Gpu, assumed: Assumptions) -> float:
     """Norm, clipping and the optimizer of a rank, once a step.
 
-    Norm 4 bytes a parameter, clipping 8, zeroing 6. The optimizer reads weight, gradient and its states and writes all but
-    the gradient (AdamW 28 bytes), and the weight in the compute type 6; both for a rank's share.
+    Norm 4 bytes a parameter, clipping 8, zeroing 6. The optimizer reads weight, gradient and its states and writes all
+    but the gradient (AdamW 28 bytes), and the weight in the compute type 6; both for a rank's share.
     """
     share = parameters / (data_parallel if config.zero.stage else 1)
     updated = 3 * 4 + 2 * rule_of(config.optimizer).state_bytes

@@ -20,7 +20,8 @@ DOCUMENTS_LOOKED_AT = 16  # of each source, to see whether they end as they shou
 class LossMask:
     """The labels that have no loss: what follows an end-of-document token, and padding.
 
-    The label after `eod_id` is masked, because it begins an unrelated document; the end itself is learnt. Labels equal to
+    The label after `eod_id` is masked, because it begins an unrelated document; the end itself is learnt. Labels equal
+    to
     `pad_id`, or following it, are masked too. None disables.
     """
 

@@ -100,7 +100,8 @@ def _outside_vocabulary(place: str, token_id: int, vocab_size: int) -> DataError
 def check_tokenizer(sources: Sequence[DataSource], tokenizer_path: str | None) -> None:
     """Raise `DataError` when data were made with another tokenizer than the file, or, without one, than each other.
 
-    A file that was written anew and gives the same tokens is the same tokenizer. Sources without a summary (made by other programs) cannot be checked.
+    A file that was written anew and gives the same tokens is the same tokenizer. Sources without a summary (made by
+    other programs) cannot be checked.
     """
     expected, origin = None, ""
     if tokenizer_path is not None:

@@ -35,7 +35,8 @@ class Passes:
 
 
 def passes_over(config: RunConfig, samples: int) -> list[Passes]:
-    """Of each source of data.train, when the run takes `samples` samples in all. Raises `DataError` for missing data."""
+    """Of each source of data.train, when the run takes `samples` samples in all. Raises `DataError` for missing
+    data."""
     total = sum(source.weight for source in config.data.train)
     found = []
     for source in config.data.train:

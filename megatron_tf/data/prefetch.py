@@ -20,8 +20,11 @@ class Prefetcher:
     """
 
     def __init__(self, loader: Loader, samples_per_step: int, device: torch.device):
-        """`samples_per_step`: of all ranks, so that the step after the one at sample i begins at i + samples_per_step."""
-        self._loader, self._samples_per_step, self._device = loader, samples_per_step, device
+        """`samples_per_step`: of all ranks, so that the step after the one at sample i begins at i +
+        samples_per_step."""
+        self._loader = loader
+        self._samples_per_step = samples_per_step
+        self._device = device
         self._pins = device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, "prefetch", self._attach)
         self._coming: deque[tuple[int, Future[list[Batch]]]] = deque()  # (first sample, its step's batches)

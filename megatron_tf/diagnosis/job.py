@@ -22,6 +22,7 @@ from megatron_tf.diagnosis.measure import (
 from megatron_tf.diagnosis.software import software_facts
 from megatron_tf.diagnosis.verdict import Link, best_of, judge_devices, judge_facts, judge_links, worst_of
 from megatron_tf.errors import UserError
+from megatron_tf.runtime.device import choose_device
 from megatron_tf.runtime.facts import COMMAND, agree
 from megatron_tf.runtime.network import interface_problems
 from megatron_tf.runtime.patient_store import Unreachable
@@ -42,16 +43,6 @@ class Diagnosis:
     collectives: list[dict[str, Any]] = field(default_factory=list)  # kind, bytes, latency, seconds, bus_bandwidth
     broken: list[str] = field(default_factory=list)
     slow: list[str] = field(default_factory=list)
-
-
-def choose_device(local_rank: int) -> torch.device:
-    """This rank's GPU, or the CPU of a machine without any. IndexError when there is no GPU of that number."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise IndexError(f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def examine(

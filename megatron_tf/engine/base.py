@@ -1,7 +1,7 @@
 """What an engine is to the rest of the package.
 
-An engine holds the weights and the optimizer's state of one rank. State goes in and out as ranges of logical tensors, so
-nothing above knows how an engine lays it out.
+An engine holds the weights and the optimizer's state of one rank. State goes in and out as ranges of logical tensors,
+so nothing above knows how an engine lays it out.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from megatron_tf.tasks.data import Batch
 class StepResult:
     """`loss`: mean over the global batch, on the device. `grad_norm`: before clipping.
 
-    `skipped`: the gradient was not finite, on any rank, so nothing was updated. `seeks_scale`: that was in fp16 with a loss
-    scale that could still fall, which is how the scale is found. `loss_scale`: for the next step, None but in fp16.
+    `skipped`: the gradient was not finite, on any rank, so nothing was updated. `seeks_scale`: that was in fp16 with a
+    loss scale that could still fall, which is how the scale is found. `loss_scale`: for the next step, None but in
+    fp16.
     `reports`: auxiliary losses and metrics of the model's architecture.
     """
 
@@ -64,7 +65,8 @@ class Engine(Protocol):
     `clock`: where the time of a step goes.
     `steps_skipped`: steps without an update so far, because a gradient was not finite.
     `before_update`: called before the state changes; between two of its calls no state changes at all.
-    `on_gradients`: called with every segment of this rank and its final gradient, averaged and clipped, before the update.
+    `on_gradients`: called with every segment of this rank and its final gradient, averaged and clipped, before the
+    update.
     """
 
     plan: BatchPlan

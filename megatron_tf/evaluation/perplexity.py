@@ -20,7 +20,8 @@ from megatron_tf.tasks.classes import IGNORED
 
 @dataclass(frozen=True)
 class Score:
-    """`nats`: summed loss of the `tokens` scored ones.  `text_bytes`: of the text that they stand for; None: not known."""
+    """`nats`: summed loss of the `tokens` scored ones.  `text_bytes`: of the text that they stand for; None: not
+    known."""
 
     nats: float
     tokens: int
@@ -71,7 +72,8 @@ def summed_loss(
     """Summed loss in nats of this data-parallel rank's windows and the number of scored tokens, at the last stage; 0
     elsewhere.
 
-    `loss_mask`: the tokens that are not scored.  Batches of `batch_size` windows go round the data-parallel ranks. All ranks of one of them must call it together.
+    `loss_mask`: the tokens that are not scored.  Batches of `batch_size` windows go round the data-parallel ranks. All
+    ranks of one of them must call it together.
     `progress` is told the batches that are done. DataError, on all of these alike, for an id outside the vocabulary.
     """
     device = next(stage.parameters()).device
@@ -92,8 +94,8 @@ def num_batches(windows: Windows, batch_size: int, data_rank: int = 0, data_size
 
 
 def token_losses(stage: Stage, logits: Tensor, labels: Tensor) -> Tensor:
-    """logits [s, b, V/T] of `stage`, labels [b, s] -> loss of each token [b, s], 0 where it is IGNORED, at least fp32, on
-    each tensor rank."""
+    """logits [s, b, V/T] of `stage`, labels [b, s] -> loss of each token [b, s], 0 where it is IGNORED, at least fp32,
+    on each tensor rank."""
     return stage.task_layers.losses(stage.model, logits, labels, stage.tensor.group).mT
 
 

@@ -57,10 +57,10 @@ from megatron_tf.telemetry.console import Console
 class EvaluationRequest:
     """What to evaluate.
 
-    `checkpoint`: a checkpoint, a checkpoints or a run folder; None: the newest of run.dir.  `data`: prefixes of prepared
-    data; empty: data.validation, or none when there are tasks.  `stride`, `max_tokens` (of each data): None stands for
-    model.seq_length and for all.  `tasks`: of lm-evaluation-harness, looked for in `task_folder` first, `limit` documents
-    of each.  `output`: folder of the JSON files; None: in run.dir.
+    `checkpoint`: a checkpoint, a checkpoints or a run folder; None: the newest of run.dir.  `data`: prefixes of
+    prepared data; empty: data.validation, or none when there are tasks.  `stride`, `max_tokens` (of each data): None
+    stands for model.seq_length and for all.  `tasks`: of lm-evaluation-harness, looked for in `task_folder` first,
+    `limit` documents of each.  `output`: folder of the JSON files; None: in run.dir.
     """
 
     checkpoint: Path | None = None
@@ -105,7 +105,8 @@ class LoadedModel:
 
 
 def evaluate(config: RunConfig, environment: LaunchEnvironment, request: EvaluationRequest) -> None:
-    """Evaluates, prints tables and writes JSON. Raises UserError, on every rank alike, for what the user can correct."""
+    """Evaluates, prints tables and writes JSON. Raises UserError, on every rank alike, for what the user can
+    correct."""
     with told_to_all(environment):
         check_reads_text(config.model, "this evaluation")
         if request.tasks:

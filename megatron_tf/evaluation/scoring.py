@@ -25,12 +25,18 @@ class Scorer:
     def __init__(
         self, stage: Stage, *, max_length: int, batch_size: int, data_rank: int, data_size: int, is_reporter: bool
     ):
-        """`max_length`: most tokens that the model reads at once.  `is_reporter`: one rank of each replica that has logits."""
-        self._stage, self._max_length, self._batch_size = stage, max_length, batch_size
-        self._data_rank, self._data_size, self._is_reporter = data_rank, data_size, is_reporter
+        """`max_length`: most tokens that the model reads at once.  `is_reporter`: one rank of each replica that has
+        logits."""
+        self._stage = stage
+        self._max_length = max_length
+        self._batch_size = batch_size
+        self._data_rank = data_rank
+        self._data_size = data_size
+        self._is_reporter = is_reporter
 
     def __call__(self, requests: Sequence[Request]) -> list[Answer]:
-        """An answer to each request, in their order. For the first rank. ArgumentError for one of which a part is empty."""
+        """An answer to each request, in their order. For the first rank. ArgumentError for one of which a part is
+        empty."""
         _check(requests)
         _broadcast(list(requests))
         return self._answers(requests)

@@ -1,7 +1,7 @@
 """The directions in which a model grows: each changes keys of the `model:` section, and says how the state follows.
 
-A growth goes along one axis after the other, so that any of them may be combined. Arithmetic on configurations; torch is
-imported when state is asked for.
+A growth goes along one axis after the other, so that any of them may be combined. Arithmetic on configurations; torch
+is imported when state is asked for.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Axis(ABC):
         """`old` with this axis' keys as `new` has them: what has grown along this axis alone."""
 
     def problems(self, old: Model, new: Model, growth: Growth) -> list[str]:
-        """Why `old` cannot grow into `new` along this axis, as sentences without their full stop. The rest of the two may
-        differ."""
+        """Why `old` cannot grow into `new` along this axis, as sentences without their full stop. The rest of the two
+        may differ."""
         return []
 
     def scales(self, old: Model, new: Model, growth: Growth, scales: Mapping[str, float]) -> Mapping[str, float]:
-        """τ of every projection afterwards, from those of `old`. ConfigError, with all problems, when a method cannot do
-        it. Here and below, `old` and `new` differ along this axis alone."""
+        """τ of every projection afterwards, from those of `old`. ConfigError, with all problems, when a method cannot
+        do it. Here and below, `old` and `new` differ along this axis alone."""
         return scales
 
     @abstractmethod

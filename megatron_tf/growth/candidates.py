@@ -1,4 +1,5 @@
-"""Candidates: the tokens of a dense projection become slots of candidates. `growth.split` has the state, and the proof."""
+"""Candidates: the tokens of a dense projection become slots of candidates. `growth.split` has the state, and the
+proof."""
 
 from __future__ import annotations
 

@@ -30,7 +30,10 @@ class DeeperSource:
         origins: Origins,
         scales: Mapping[str, float],
     ):
-        self._old, self._fresh, self._table, self._origins = old, fresh, table, origins
+        self._old = old
+        self._fresh = fresh
+        self._table = table
+        self._origins = origins
         self._old_at = frozenset(origins.old_at)
         self.scales = scales
 

@@ -29,8 +29,8 @@ def grow(
 ) -> StepZero:
     """The bigger `model` from an open checkpoint: the one growth of trainer and tool.
 
-    `seed`: the run's.  `data`: fingerprint of the data that the bigger model is trained on. It goes on where the smaller
-    one stopped if that is the same, and otherwise begins at its beginning; None stands for the same.
+    `seed`: the run's.  `data`: fingerprint of the data that the bigger model is trained on. It goes on where the
+    smaller one stopped if that is the same, and otherwise begins at its beginning; None stands for the same.
     `optimizer`: of the bigger model, a name of the configuration.
     ConfigError, with all problems, when growth does not lead from the one model to the other, a method cannot grow this
     model, or states are to be kept that `optimizer` does not know.

@@ -83,8 +83,8 @@ class GrowingProjection:
 class NewTokens:
     """What a method decides. ConfigError when the new tokens would be dead.
 
-    `scale`: τ afterwards.  `keys`, `values`: the new rows of each key and value tensor, by range of the grown tensor; None
-    is zeros in all of them.
+    `scale`: τ afterwards.  `keys`, `values`: the new rows of each key and value tensor, by range of the grown tensor;
+    None is zeros in all of them.
     `old_values_factor`: the old value tokens are multiplied by it.
     """
 
@@ -110,8 +110,8 @@ def zero_key(projection: GrowingProjection) -> NewTokens:
 
     A new key k = 0 has the score x·k = 0 at every position. An activation that ignores zero scores leaves the statistic
     of the row as it is and, with τ held, every old term S_i v_i too; a new term is 0 · v = 0. Old values are *not*
-    rescaled: the factor √(n_old/n_new) on them that is known from the official code makes up for τ moving from √n_old to
-    √n_new (see `gram`), which it does not do here.
+    rescaled: the factor √(n_old/n_new) on them that is known from the official code makes up for τ moving from √n_old
+    to √n_new (see `gram`), which it does not do here.
 
     In the first step the new values get no gradient (their weight is 0) but the new keys do, since the values are
     not 0; with both 0 the token would be dead for ever.

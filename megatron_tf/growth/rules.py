@@ -1,4 +1,5 @@
-"""Whether one model can grow into another, and by which methods: arithmetic on configurations, without torch or state."""
+"""Whether one model can grow into another, and by which methods: arithmetic on configurations, without torch or
+state."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
 
 
 def growth_problems(old: Model, new: Model, growth: Growth = DEFAULTS) -> list[str]:
-    """Why `old` cannot grow into `new`: every differing key with both values, unless they differ along the axes of growth
-    alone, and `new` is more along at least one and less along none."""
+    """Why `old` cannot grow into `new`: every differing key with both values, unless they differ along the axes of
+    growth alone, and `new` is more along at least one and less along none."""
     if old.architecture != new.architecture:
         return [
             f"model.architecture: {old.architecture} before, {new.architecture} after. Growth keeps the architecture: train "

@@ -59,8 +59,8 @@ class GrownSource:
     `growth`: the methods, noise, and what becomes of moments: "keep" leaves the old elements' optimizer states and step
     counts, "reset" starts all of the model's afresh, also those of tensors that do not grow. New elements always start
     afresh.  `seed`: of this growth, see `growth_seed`.
-    ConfigError, with all problems, when the one model cannot grow into the other, see `growth.rules`, or a method cannot
-    grow its projection; no state is read to find out.
+    ConfigError, with all problems, when the one model cannot grow into the other, see `growth.rules`, or a method
+    cannot grow its projection; no state is read to find out.
 
     `record`: what the methods keep in the checkpoint's history.
     `preserves`: whether the growth promises to keep the function, to rounding.
@@ -122,7 +122,10 @@ class AppendedSource:
         growth: Growth,
         seed: int,
     ):
-        self._old, self._fresh, self._growth, self._seed = old, fresh, growth, seed
+        self._old = old
+        self._fresh = fresh
+        self._growth = growth
+        self._seed = seed
         self._shapes = parameter_table(new_model)
         self._tensors: dict[str, _Grown] = {}
         old_shapes = parameter_table(old_model)
@@ -224,8 +227,9 @@ def growth_entry(
 ) -> dict[str, Any]:
     """The entry that a growth adds to the checkpoint's history, ready for JSON.
 
-    `method`: of all projections, or by kind.  `source`: the checkpoint grown from.  `step`, `samples`, `tokens`: how far that one was trained.
-    "from" and "to" are the token counts by kind. A growth in depth adds "layers", see `growth.layers`. The losses on a held batch are None until the trainer measures them.
+    `method`: of all projections, or by kind.  `source`: the checkpoint grown from.  `step`, `samples`, `tokens`: how
+    far that one was trained. "from" and "to" are the token counts by kind. A growth in depth adds "layers", see
+    `growth.layers`. The losses on a held batch are None until the trainer measures them.
     """
     return {
         "method": method,

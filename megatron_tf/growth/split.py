@@ -1,8 +1,8 @@
 """Splitting: the tokens of a dense projection become slots, and each slot's tokens are copied to all its candidates.
 
-Whichever candidate of a slot a position chooses, it finds the tokens that it used before. So the function is kept exactly,
-for any router, any activation and with τ held, while there are `candidates` times as many tokens and a position uses no
-more of them than before. The copies see different positions from then on, and part.
+Whichever candidate of a slot a position chooses, it finds the tokens that it used before. So the function is kept
+exactly, for any router, any activation and with τ held, while there are `candidates` times as many tokens and a
+position uses no more of them than before. The copies see different positions from then on, and part.
 
 | tensor of the bigger model | what it begins as |
 |---|---|
@@ -66,7 +66,10 @@ class SplitSource:
         growth: Growth,
         seed: int,
     ):
-        self._old, self._fresh, self._growth, self._seed = old, fresh, growth, seed
+        self._old = old
+        self._fresh = fresh
+        self._growth = growth
+        self._seed = seed
         self._table = parameter_table(new_model)
         self._known = parameter_table(old_model)
         self._copies = dict(_copies(as_tokenformer(old_model), as_tokenformer(new_model)))

@@ -1,4 +1,5 @@
-"""Parameter tokens: which projections of a model grow, and what their methods make of them. `growth.source` has the state."""
+"""Parameter tokens: which projections of a model grow, and what their methods make of them. `growth.source` has the
+state."""
 
 from __future__ import annotations
 
@@ -74,8 +75,8 @@ def growing(
 ) -> dict[str, GrowingProjection]:
     """The projections that grow, by name.
 
-    `scales`: τ before.  `seed`: of this growth.  `old_weights`, `initial_weights`: of a tensor of the smaller model, and
-    what the initialiser puts into one of the bigger model.
+    `scales`: τ before.  `seed`: of this growth.  `old_weights`, `initial_weights`: of a tensor of the smaller model,
+    and what the initialiser puts into one of the bigger model.
     """
     before = projections(old_model)
     shapes = parameter_table(new_model)

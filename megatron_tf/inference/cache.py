@@ -45,7 +45,8 @@ class CachedModel:
         check_reads_text(model.config, "generation")
         self._model = model
         self._layers: list[LayerCache] = []
-        self._ids, self._padding = torch.empty(0, 0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+        self._ids = torch.empty(0, 0, dtype=torch.long)
+        self._padding = torch.empty(0, dtype=torch.long)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, padding: Tensor) -> Tensor:

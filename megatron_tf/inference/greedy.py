@@ -18,9 +18,9 @@ def continue_greedily(
 ) -> list[int]:
     """The likeliest `num_tokens` ids after `prompt` (not empty), up to the first `end`; the same on all ranks.
 
-    All ranks call it together, every data-parallel replica on its own copy of the model. `context`: most tokens that the
-    model reads.  `vocab_size`: ids from it on are padding and never chosen.  `last_rank`: a rank of the last pipeline
-    stage, whose choice holds. Nothing is cached: each token costs a forward pass over all before it.
+    All ranks call it together, every data-parallel replica on its own copy of the model. `context`: most tokens that
+    the model reads.  `vocab_size`: ids from it on are padding and never chosen.  `last_rank`: a rank of the last
+    pipeline stage, whose choice holds. Nothing is cached: each token costs a forward pass over all before it.
     """
     device, group = next(stage.parameters()).device, stage.tensor.group
     ids: list[int] = list(prompt)

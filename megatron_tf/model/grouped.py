@@ -1,8 +1,8 @@
 """Rows that use one of several candidates, and their products with the tokens of theirs.
 
-A slot has m candidates, each a group of g tokens. A *pair* is a row and its choice in one slot. Pairs lie sorted: by slot, by
-candidate, and rows of one candidate in their own order. So the scores of a candidate are neighbours, and its products are
-products of matrices.
+A slot has m candidates, each a group of g tokens. A *pair* is a row and its choice in one slot. Pairs lie sorted: by
+slot, by candidate, and rows of one candidate in their own order. So the scores of a candidate are neighbours, and its
+products are products of matrices.
 
 | tensor | shape |
 |---|---|
@@ -10,9 +10,9 @@ products of matrices.
 | of pairs: scores, their gradient, weights S | [slots · rows, g] |
 | of rows: inputs, outputs | [rows, width] |
 
-Work goes over the pairs piece by piece. On a CPU a piece is a candidate with its rows, which the cache holds from one product
-to the next. On a GPU it is a slot, whose products are one grouped product; its sizes are read on the device, so nothing waits
-for the host, and shapes are the same whatever was chosen.
+Work goes over the pairs piece by piece. On a CPU a piece is a candidate with its rows, which the cache holds from one
+product to the next. On a GPU it is a slot, whose products are one grouped product; its sizes are read on the device, so
+nothing waits for the host, and shapes are the same whatever was chosen.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ class Pattention(nn.Module):
         self.key_tokens = nn.Parameter(torch.empty(stop - start, d_in))
         self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out))
         self.scale = default_scale(num_tokens, activation) if scale is None else scale
-        self.activation, self.group = activation, group
+        self.activation = activation
+        self.group = group
         self.observer: Callable[[Tensor], None] | None = None  # sees each input x [s, b, d], whole on every rank
         nn.init.normal_(self.key_tokens, std=INITIAL_STD)
         nn.init.normal_(self.value_tokens, std=1 / d_out**0.5)
@@ -122,7 +123,8 @@ def partial_outputs(projections: Sequence[Pattention], x: Tensor) -> tuple[Tenso
 
 
 class Attention(nn.Module, ABC):
-    """Attention over this rank's heads, causal if the model's task is, between two projections that an architecture makes its own way."""
+    """Attention over this rank's heads, causal if the model's task is, between two projections that an architecture
+    makes its own way."""
 
     def __init__(self, model: Model, tensor: TensorParallel):
         super().__init__()
@@ -194,8 +196,8 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
         """x [..., d], whole -> [..., d], still to be summed over the tensor group.
 
-        A block with auxiliary losses or metrics overrides this and writes them, scalars and partial as `context` has it,
-        into `losses` and `metrics`. Their names are in its architecture's `losses` and `metrics`.
+        A block with auxiliary losses or metrics overrides this and writes them, scalars and partial as `context` has
+        it, into `losses` and `metrics`. Their names are in its architecture's `losses` and `metrics`.
         """
         return self.ffn.partial(x)
 
@@ -227,7 +229,8 @@ class FinalNorm(nn.Module):
 
 
 def build_block(model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
-    """Block `layer` as the model's architecture makes it, its weights still to be written. `scales`: τ by projection."""
+    """Block `layer` as the model's architecture makes it, its weights still to be written. `scales`: τ by
+    projection."""
     factory: BlockFactory = resolve_name(architecture_of(model).block)
     return factory(model, layer, scales, tensor)
 

@@ -5,9 +5,9 @@ slot. The layer is the dense Pattention over the chosen tokens, and those that e
 
     A = X K_chosenᵀ,   S = θ(A),   out = S V_chosen
 
-θ sees all chosen tokens of a row, so τ, learning rates and initial values are those of a dense model with as many tokens.
-With one candidate a slot it is that dense model. Ranks of the tensor group hold whole slots: each has the same work by
-construction, none needs to know what another one chose, and the exchange is the dense layer's one number a row.
+θ sees all chosen tokens of a row, so τ, learning rates and initial values are those of a dense model with as many
+tokens. With one candidate a slot it is that dense model. Ranks of the tensor group hold whole slots: each has the same
+work by construction, none needs to know what another one chose, and the exchange is the dense layer's one number a row.
 
 | tensor | local shape |
 |---|---|
@@ -94,7 +94,8 @@ class SparsePattention(nn.Module):
             self.key_tokens = nn.Parameter(torch.empty(stop - start, d_in).normal_(std=INITIAL_STD))
             self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out).normal_(std=1 / d_out**0.5))
         self.scale = default_scale(num_tokens, activation) if scale is None else scale
-        self.activation, self.group = activation, group
+        self.activation = activation
+        self.group = group
         self.choose: Callable[[Tensor, Tensor], Tensor] = choose  # a test of layouts puts recorded choices here
         self.observer: Callable[[Tensor], None] | None = None  # sees each input x [s, b, d], whole on every rank
 
@@ -136,8 +137,9 @@ def sparse_pattention(
 ) -> Tensor:
     """x [rows, d_in] -> [rows, d_out], still to be summed over `group`.
 
-    `keys`, `values`: of this rank's slots, [slots/T · m · g, width].  `dense_keys`, `dense_values`: of the tokens that every
-    position uses.  `gate`: ones [rows, slots/T]; the gradient that it gets is that of a factor on the slot's weights S.
+    `keys`, `values`: of this rank's slots, [slots/T · m · g, width].  `dense_keys`, `dense_values`: of the tokens that
+    every position uses.  `gate`: ones [rows, slots/T]; the gradient that it gets is that of a factor on the slot's
+    weights S.
     """
     function = score_function(activation)
     device, dtype = x.device.type, keys.dtype

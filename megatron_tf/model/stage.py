@@ -48,8 +48,12 @@ class Stage(nn.Module):
                 self.add_module(name, layer)
         self.final_norm = final_norm
         self.blocks = nn.ModuleDict({str(layer): block for layer, block in blocks.items()})
-        self.model, self.tensor, self.task_layers = model, tensor, task_layers(model)
-        self.previous, self.following, self.document_ends = previous, following, document_ends
+        self.model = model
+        self.tensor = tensor
+        self.task_layers = task_layers(model)
+        self.previous = previous
+        self.following = following
+        self.document_ends = document_ends
 
     def forward(self, inputs: Tensor) -> Tensor | None:
         """Inputs [b, ...] of the task -> its logits at the last stage, None elsewhere.

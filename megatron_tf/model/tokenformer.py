@@ -47,8 +47,8 @@ class TokenFormer(nn.Module):
     def forward(self, input_ids: Tensor, starts: Tensor | None = None, context: BlockContext | None = None) -> Tensor:
         """input_ids: of a language model whole numbers, s at most config.seq_length; else what the task reads.
 
-        `starts`: see `attention.document_starts`; None is one document a sample. `context`: takes the auxiliary losses and
-        metrics of an architecture that has any; without one they are left out.
+        `starts`: see `attention.document_starts`; None is one document a sample. `context`: takes the auxiliary losses
+        and metrics of an architecture that has any; without one they are left out.
         """
         device = self.final_norm.weight.device
         inputs = self.task_layers.checked("input_ids", input_ids, self.config, device)

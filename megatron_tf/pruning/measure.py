@@ -1,8 +1,8 @@
 """Measuring what the parameter tokens of a model contribute on real data, and dropping those that contribute least.
 
-`pruning.criterion` has the criterion and the maths. All projections are measured in the whole model, over the same data,
-before any of them loses a token. Memory is the model's weights, the state of one block on a few samples, and a number
-a token; every projection of every layer makes its own selection.
+`pruning.criterion` has the criterion and the maths. All projections are measured in the whole model, over the same
+data, before any of them loses a token. Memory is the model's weights, the state of one block on a few samples, and a
+number a token; every projection of every layer makes its own selection.
 """
 
 from __future__ import annotations

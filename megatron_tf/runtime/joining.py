@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tf.errors import LaunchError, LostContactError, first_line
+from megatron_tf.runtime.device import choose_device, missing_gpu
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.facts import agree
 from megatron_tf.runtime.host_memory import keep_freed_memory
@@ -55,11 +56,8 @@ def join_ranks(
             raise LaunchError(problems[0])
     else:
         store = _meet(environment, timeout_seconds, {**facts, "the device": "cuda" if on_gpu else "cpu"}, problems)
-    device = torch.device("cpu")
-    if on_gpu:
-        device = torch.device("cuda", environment.local_rank)
-        torch.cuda.set_device(device)
-    else:
+    device = choose_device(environment.local_rank)
+    if not on_gpu:
         keep_freed_memory()
     try:
         dist.init_process_group(
@@ -103,10 +101,9 @@ def _meet(
 
 
 def _device_problems(environment: LaunchEnvironment) -> Iterator[str]:
-    if torch.cuda.is_available() and environment.local_rank >= torch.cuda.device_count():
+    if problem := missing_gpu(environment.local_rank):
         yield (
-            f"local rank {environment.local_rank} has no GPU: this node shows {torch.cuda.device_count()}. "
-            "Start as many ranks a node as it has GPUs, or set LOCAL_RANK=0 where each task sees only its own."
+            f"{problem}. Start as many ranks a node as it has GPUs, or set LOCAL_RANK=0 where each task sees only its own."
         )
 
 

@@ -37,8 +37,8 @@ class Task(ABC):
     `input_name`, `head_name`: of the two modules, in the names of their parameters. One name for both is one module, on
         the first and the last pipeline stage; it has one parameter, `weight`.
     `metrics`: names of what `TaskLayers.metrics` gives; evaluation logs the mean of each.
-    `own_keys`: keys outside the `model:` section that other tasks have no use for, such as "data.tokenizer". Their defaults
-        stand for no use of them.
+    `own_keys`: keys outside the `model:` section that other tasks have no use for, such as "data.tokenizer". Their
+        defaults stand for no use of them.
     `why_not_elsewhere`: the reason, as a clause, why keys of other tasks mean nothing to it.
     `formats`: the foreign formats that it can be written in and read from, if its model's architecture can.
     """

@@ -133,7 +133,9 @@ class Trackers:
         ids: Mapping[str, str] | None = None,
         places: Sequence[str] = (),
     ):
-        self._trackers, self._warn, self._ids = list(trackers), warn, dict(ids or {})
+        self._trackers = list(trackers)
+        self._warn = warn
+        self._ids = dict(ids or {})
         self.places = tuple(places)
 
     @property

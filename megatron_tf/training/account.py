@@ -1,8 +1,8 @@
 """What a run is, told by its checkpoint, and what its configuration now says otherwise.
 
-A run that is started again follows its new configuration in all that can change, such as the learning rate; each such key
-is announced and goes into the history in the checkpoint. What has happened cannot change: a run that was grown by one
-method was not grown by another one because its configuration says so now.
+A run that is started again follows its new configuration in all that can change, such as the learning rate; each such
+key is announced and goes into the history in the checkpoint. What has happened cannot change: a run that was grown by
+one method was not grown by another one because its configuration says so now.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def _as_it_was(config: RunConfig, start: Start) -> tuple[RunConfig, tuple[str, .
 
 
 def _true_growth(growth: Growth, entry: Mapping[str, Any]) -> Iterator[tuple[str, tuple[object, str, dict[str, Any]]]]:
-    """For each key that is not as it was at the growth in `entry`: the value given, how the run was grown, and the fields
-    of `growth` that say so."""
+    """For each key that is not as it was at the growth in `entry`: the value given, how the run was grown, and the
+    fields of `growth` that say so."""
     grew = [kind for kind, count in entry["to"].items() if count > entry["from"][kind]]
     method = entry["method"]
     methods = {kind: method if isinstance(method, str) else method.get(kind, growth.method_of(kind)) for kind in grew}

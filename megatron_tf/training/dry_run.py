@@ -1,4 +1,5 @@
-"""What a run would do, without doing it: plan, layout, memory, start and the first batch. Writes nothing, joins no ranks."""
+"""What a run would do, without doing it: plan, layout, memory, start and the first batch. Writes nothing, joins no
+ranks."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ from megatron_tf.training.start import begin, choose, first_stage_to_run
 
 
 def dry_run(stages: Sequence[RunConfig], world_size: int) -> Iterator[str]:
-    """Lines about each stage of `stages` that is not complete, as the log of the run begins; they have passed `preflight`.
+    """Lines about each stage of `stages` that is not complete, as the log of the run begins; they have passed
+    `preflight`.
 
     The first of these stages is opened as the run would: its data, its checkpoint or what it begins with, with all
-    checksums. UserError for what would stop the run there. Later stages grow from what does not exist yet, so only their
-    plans are shown.
+    checksums. UserError for what would stop the run there. Later stages grow from what does not exist yet, so only
+    their plans are shown.
     """
     first = first_stage_to_run(stages, world_size)
     yield from _first(stages[first], world_size)

@@ -37,7 +37,8 @@ class Loaders:
 
 
 def check_data(stages: Sequence[RunConfig]) -> None:
-    """DataError with all that is wrong with the data of all stages: what the last one lacks is said before the first."""
+    """DataError with all that is wrong with the data of all stages: what the last one lacks is said before the
+    first."""
     problems = []
     for check in (check for config in stages for check in task_data(config.model).checks(config)):
         try:

@@ -26,7 +26,9 @@ class SampleTexts:
     """Writes the same prompts on whenever it is asked to."""
 
     def __init__(self, run: Run, stage: Stage, tokenizer: Tokenizer):
-        self._run, self._stage, self._tokenizer = run, stage, tokenizer
+        self._run = run
+        self._stage = stage
+        self._tokenizer = tokenizer
         # rank 0 of the last stage: stages are the outermost axis
         topology = run.plan.topology
         self._last_rank = topology.peers("pipeline", 0)[-1]

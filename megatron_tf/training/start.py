@@ -48,7 +48,8 @@ class Progress:
 class Start:
     """Everything a run starts from.
 
-    `grown_from`: the open source checkpoint of a growth that is not proved yet.  `resumed`: from a checkpoint of its own.
+    `grown_from`: the open source checkpoint of a growth that is not proved yet.  `resumed`: from a checkpoint of its
+    own.
     `changes`: what is another than before, although no key of the configuration says so: [before, now] by name.
     """
 

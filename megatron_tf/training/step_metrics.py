@@ -21,7 +21,10 @@ class StepMetrics:
     """All ranks call `training` together, because memory is the largest of theirs."""
 
     def __init__(self, config: RunConfig, plan: BatchPlan, device: torch.device, meeting: dist.ProcessGroup | None):
-        self._config, self._plan, self._device, self._meeting = config, plan, device, meeting
+        self._config = config
+        self._plan = plan
+        self._device = device
+        self._meeting = meeting
         self._num_devices = plan.data_parallel * config.parallel.tensor * config.parallel.pipeline
         self._peak = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         data = task_data(config.model)

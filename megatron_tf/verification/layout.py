@@ -67,7 +67,8 @@ class Layout:
 class Trace:
     """Loss and gradient norm of every step, and the clipped gradients of the first, by logical name.
 
-    `reports`: auxiliary losses and metrics of every step, in the order of their names, for an architecture that has any.
+    `reports`: auxiliary losses and metrics of every step, in the order of their names, for an architecture that has
+    any.
     """
 
     losses: list[float]
@@ -117,7 +118,8 @@ def batches(
 
 
 def configured_boundaries(config: RunConfig) -> Boundaries:
-    """There are no data that could say where documents end: without data.eod_id it is token 0, the most frequent one."""
+    """There are no data that could say where documents end: without data.eod_id it is token 0, the most frequent
+    one."""
     return boundaries(config.data, config.data.eod_id or 0)
 
 
@@ -176,7 +178,8 @@ def _nudge(model: torch.nn.Module) -> None:
 
 
 def _clip(gradients: list[Tensor], config: RunConfig) -> float:
-    """Clips in place; returns the norm before. In fp64, because torch's own fp32 sum over 10⁶ elements is off by 1e-5."""
+    """Clips in place; returns the norm before. In fp64, because torch's own fp32 sum over 10⁶ elements is off by
+    1e-5."""
     norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm().item()
     limit = config.training.gradient_clipping
     if limit and norm + 1e-6 > limit:

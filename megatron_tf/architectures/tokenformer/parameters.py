@@ -79,8 +79,8 @@ def _bank_parameters(
 
 
 def token_tensors(bank: Bank | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of a projection's (keys, values), see `ProjectionSpec`. A bank's router and balance count as values: they are
-    rows of its groups, and no key."""
+    """Names of a projection's (keys, values), see `ProjectionSpec`. A bank's router and balance count as values: they
+    are rows of its groups, and no key."""
     keys, values = ("key_tokens",), ("value_tokens",)
     if bank is None:
         return keys, values

@@ -85,7 +85,8 @@ def verify_export(folder: Path, network: TokenFormer, tokenizer: Tokenizer | Non
 
 
 def _compare_generation(exported: Any, network: TokenFormer, ids: Tensor) -> Agreement:
-    """Let transformers continue prompts of two lengths, padded on the left, with each kind of cache; the worst agreement.
+    """Let transformers continue prompts of two lengths, padded on the left, with each kind of cache; the worst
+    agreement.
 
     The reference is `network` on each whole text alone, without padding and cache. Logits are compared, and not the
     tokens chosen, which rounding decides where two are about as likely.
@@ -113,7 +114,8 @@ def _compare_generation(exported: Any, network: TokenFormer, ids: Tensor) -> Agr
 
 @contextmanager
 def _transformers_errors(kind: str) -> Iterator[None]:
-    """Whatever the export's own code and transformers make of each other, as CheckpointError; an OSError names its file."""
+    """Whatever the export's own code and transformers make of each other, as CheckpointError; an OSError names its
+    file."""
     try:
         yield
     except OSError:

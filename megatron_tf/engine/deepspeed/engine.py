@@ -60,7 +60,9 @@ class DeepSpeedEngine:
         `first_new`: for each tensor that the run's growth made bigger, the element where its new tokens begin.
         `document_ends`: the tokens after which attention begins anew.  `new_layers`: those that the run's growth added.
         """
-        self.config, self.model, self.plan = config, model, plan
+        self.config = config
+        self.model = model
+        self.plan = plan
         self.clock = clock = StepClock()
         # Inside a compiled block collectives cannot be timed separately: their time counts as forward and backward.
         if not config.training.compile:
@@ -68,7 +70,8 @@ class DeepSpeedEngine:
         self._pipeline = TokenFormerPipeline(
             model, source.scales, topology, TensorParallel(tensor, config.parallel.sequence), document_ends
         )
-        self._task, self._masks_losses = task_of(model), task_of(model).masks_losses(config)
+        self._task = task_of(model)
+        self._masks_losses = task_of(model).masks_losses(config)
         self._pipeline.loss_weight = 1 / (plan.micro_batch_size * self._task.losses_per_sample(model))
         for block in self._pipeline.blocks().values():
             block.recompute = config.training.activation_checkpointing
@@ -283,8 +286,8 @@ class DeepSpeedEngine:
         self._deepspeed.destroy()
 
     def _weighed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Sets the loss weight so that the step's loss is the mean over all losses of the global batch that count. Yields the
-        same batches.
+        """Sets the loss weight so that the step's loss is the mean over all losses of the global batch that count.
+        Yields the same batches.
 
         DeepSpeed averages over M micro batches and D data-parallel ranks, however many such losses they have. With N of
         them in the step, over all ranks, the weight of a loss is M·D / N.

@@ -75,8 +75,8 @@ class TokenFormerPipeline(PipelineModule):
     """This rank's stage. Layers: the task's input layer, blocks, final norm, the task's head.
 
     The engine sets, before each step, `loss_weight`, what each loss counts in training, and
-    `auxiliary_weight`, what an auxiliary loss counts in the gradient of a micro batch. `reports` has the sums of the step's
-    auxiliary losses and metrics over this rank's blocks and micro batches.
+    `auxiliary_weight`, what an auxiliary loss counts in the gradient of a micro batch. `reports` has the sums of the
+    step's auxiliary losses and metrics over this rank's blocks and micro batches.
     """
 
     def __init__(
@@ -88,8 +88,11 @@ class TokenFormerPipeline(PipelineModule):
         document_ends: Sequence[int] = (),
     ):
         """`document_ends`: the tokens after which attention begins anew."""
-        self.config, self.grid_topology, self.tensor = model, topology, tensor
-        self.task, self.task_layers = task_of(model), task_layers(model)
+        self.config = model
+        self.grid_topology = topology
+        self.tensor = tensor
+        self.task = task_of(model)
+        self.task_layers = task_layers(model)
         self.document_ends = document_ends
         self.loss_weight: Tensor | float = 1.0
         self.auxiliary_weight: Tensor | float = 1.0
@@ -115,7 +118,8 @@ class TokenFormerPipeline(PipelineModule):
                 shard.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """What this stage receives -> what it sends: first inputs, last logits, between hidden states (and `starts`)."""
+        """What this stage receives -> what it sends: first inputs, last logits, between hidden states (and
+        `starts`)."""
         starts: Tensor | None = None
         if isinstance(inputs, tuple):
             hidden, starts = inputs

@@ -1,8 +1,8 @@
 """The elementwise stages of `l2_norm_gelu` as operators of few passes, where there are kernels for them.
 
 CPUs: native_stages.c, built on first use. GPUs: triton_stages.py. Elsewhere `activations.l2_norm.NormedScores` does the
-same in PyTorch, and has the formulas. Scores A, their gradient and weights S are [rows, n], norms r and totals T [rows, 1] in fp32, each with
-any distance between rows; all arithmetic is fp32.
+same in PyTorch, and has the formulas. Scores A, their gradient and weights S are [rows, n], norms r and totals T [rows,
+1] in fp32, each with any distance between rows; all arithmetic is fp32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""native_stages.c, built on first use: about a second, once for each kind of processor. Without a C compiler: nothing."""
+"""native_stages.c, built on first use: about a second, once for each kind of processor. Without a C compiler:
+nothing."""
 
 from __future__ import annotations
 

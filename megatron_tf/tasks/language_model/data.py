@@ -21,7 +21,8 @@ class OpenText(OpenData):
     def __init__(self, config: RunConfig):
         self._config = config
         boundaries = find_boundaries(config.data)
-        self.document_ends, self._loss_mask = boundaries.ends, boundaries.loss_mask
+        self.document_ends = boundaries.ends
+        self._loss_mask = boundaries.loss_mask
         check_tokenizer((*config.data.train, *config.data.validation), config.data.tokenizer)
 
     def loader(
