@@ -59,8 +59,14 @@ def main() -> None:
         command("evaluate", str(run / "config.yml"), *UNSPLIT, "--output", str(run / "evaluation"))
     picture = arguments.folder / "loss.png"
     command("plot", str(small), str(grown), "--output", str(picture))
-    print("\nThe grown model writes:")
-    command("generate", str(grown), "--prompt", "The return value is", "--tokens", "60")
+    writers = {
+        "The small model writes, and so does the grown one before it is trained on": small,
+        "The small model, trained on, writes": control,
+        "The grown model writes": grown,
+    }
+    for words, run in writers.items():
+        print(f"\n{words}:")
+        command("generate", str(run), "--prompt", "The return value is", "--tokens", "60")
     print("\n" + table(summary(small), summary(control, after=small), summary(grown)))
     print(f"\nloss against tokens: {picture}\nall of it took {time.monotonic() - started:.0f} s")
 

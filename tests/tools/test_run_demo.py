@@ -76,7 +76,8 @@ def test_growth_and_control_begin_with_the_small_run(started, tmp_path):
     assert {"run.dir=runs/demo/grown", "growth.from=runs/demo/small"} <= set(grown)
     tokens = 'model.parameter_tokens={"qkv": 8, "proj": 8, "ffn": 32}'
     assert {"run.dir=runs/demo/control", "growth=null", "training.init_from=runs/demo/small", tokens} <= set(control)
-    assert [words[1] for words in rest] == ["evaluate", "evaluate", "evaluate", "plot", "generate"]
+    assert [words[1] for words in rest] == ["evaluate", "evaluate", "evaluate", "plot", *["generate"] * 3]
+    assert [words[2].rpartition("/")[2] for words in rest[-3:]] == ["small", "control", "grown"]
     assert sorted(tmp_path.rglob("*")) == before
 
 
