@@ -108,7 +108,8 @@ def _formula(layer: SparsePattention, x: Tensor) -> Tensor:
     factors = F.one_hot(chosen, logits.shape[-1]) * straight_through(logits, chosen).unsqueeze(-1)
     mask = (factors > 0).flatten(1).repeat_interleave(bank.shape[2], 1)
     gate = factors.flatten(1).repeat_interleave(bank.shape[2], 1)
-    keys, values = [bank.key_tokens], [bank.value_tokens]
+    keys: list[Tensor] = [bank.key_tokens]
+    values: list[Tensor] = [bank.value_tokens]
     if layer.key_tokens is not None and layer.value_tokens is not None:
         keys, values = [*keys, layer.key_tokens], [*values, layer.value_tokens]
         always = mask.new_ones(len(x), len(layer.key_tokens))

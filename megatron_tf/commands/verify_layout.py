@@ -85,7 +85,7 @@ def number_of_ranks(text: str) -> int:
 
 def print_steps(trace: Trace, expected: Trace, layout: Layout) -> None:
     values = zip(expected.losses, trace.losses, expected.grad_norms, trace.grad_norms)
-    rows = [("step", "loss, one process", str(layout), "norm, one process", str(layout))]
+    rows: list[tuple[str, ...]] = [("step", "loss, one process", str(layout), "norm, one process", str(layout))]
     rows += [(str(step), *(f"{value:.8f}" for value in of_step)) for step, of_step in enumerate(values)]
     print(table(rows, to_left=()) + "\n")
 
@@ -93,7 +93,7 @@ def print_steps(trace: Trace, expected: Trace, layout: Layout) -> None:
 def print_table(chosen: list[Layout], verdicts: list[Verdict], steps: int) -> None:
     """Of each kind of value the relative error that is nearest to its limit."""
     print(f"relative errors over {steps} steps against one process in fp64, and their limits (gradients: first step)")
-    rows = [("layout", "loss", "limit", "norm", "limit", "gradient", "limit", "verdict", "of parameter")]
+    rows: list[tuple[str, ...]] = [("layout", "loss", "limit", "norm", "limit", "gradient", "limit", "verdict", "of parameter")]
     for layout, verdict in zip(chosen, verdicts):
         word = "agrees" if verdict.agrees else "DIFFERS"
         errors = (verdict.loss, verdict.grad_norm, verdict.gradient)
