@@ -93,7 +93,9 @@ def print_steps(trace: Trace, expected: Trace, layout: Layout) -> None:
 def print_table(chosen: list[Layout], verdicts: list[Verdict], steps: int) -> None:
     """Of each kind of value the relative error that is nearest to its limit."""
     print(f"relative errors over {steps} steps against one process in fp64, and their limits (gradients: first step)")
-    rows: list[tuple[str, ...]] = [("layout", "loss", "limit", "norm", "limit", "gradient", "limit", "verdict", "of parameter")]
+    rows: list[tuple[str, ...]] = [
+        ("layout", "loss", "limit", "norm", "limit", "gradient", "limit", "verdict", "of parameter")
+    ]
     for layout, verdict in zip(chosen, verdicts):
         word = "agrees" if verdict.agrees else "DIFFERS"
         errors = (verdict.loss, verdict.grad_norm, verdict.gradient)
