@@ -105,11 +105,18 @@ def test_run_folder_of_another_run(folder):
     assert sorted(path for path in (folder / "run").rglob("*")) == before
 
 
-def test_growth_that_changes_more_than_tokens(folder):
+def test_growth_that_takes_layers_away(folder):
     assert train(folder).returncode == 0
-    result = train(folder, f"growth.from={folder}/run", f"run.dir={folder}/grown", "model.num_layers=3",
+    result = train(folder, f"growth.from={folder}/run", f"run.dir={folder}/grown", "model.num_layers=1",
                    "model.parameter_tokens.ffn=75")  # fmt: skip
-    refused(result, folder, "model.num_layers", "2", "3", run_dir="grown")
+    refused(result, folder, "model.num_layers", "2", "1", run_dir="grown")
+
+
+def test_growth_that_changes_more_than_tokens_and_layers(folder):
+    assert train(folder).returncode == 0
+    result = train(folder, f"growth.from={folder}/run", f"run.dir={folder}/grown", "model.num_attention_heads=2",
+                   "model.parameter_tokens.ffn=75")  # fmt: skip
+    refused(result, folder, "model.num_attention_heads", "4", "2", run_dir="grown")
 
 
 def test_other_data_on_resume(folder):
