@@ -49,6 +49,12 @@ def settings(config: RunConfig) -> dict[str, str]:
     return dict(_leaves(config.model_copy(update={"run": run}).model_dump(by_alias=True), ""))
 
 
+def defaults(config: RunConfig) -> set[str]:
+    """The keys of `settings` that have their default values."""
+    chosen = dict(_leaves(config.model_dump(by_alias=True, exclude_defaults=True), ""))
+    return settings(config).keys() - chosen.keys()
+
+
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
     """Every value of nested sections and lists of sections, with its key: data.train[0].path."""
     if isinstance(value, dict):

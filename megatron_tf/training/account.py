@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_tf.config.load import dump_config, load_config
 from megatron_tf.config.schema import Growth, GrowthMethods, RunConfig
-from megatron_tf.diagnosis.run_facts import settings
+from megatron_tf.diagnosis.run_facts import defaults, settings
 from megatron_tf.durable import open_plain, read_plain, write_atomically
 from megatron_tf.errors import ConfigError, file_errors
 from megatron_tf.growth.methods import SPLIT
@@ -56,7 +56,12 @@ def account(config: RunConfig, start: Start, ranks: int, earlier: Mapping[str, s
         unknown = [f"configuration: what it was until step {step:,} is not known"] if step else []
         return Account(config, tuple(unknown), origin, history, ineffective)
     now = run_settings(config, ranks)
-    changes = {key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)}
+    new = _new_keys(config, before)
+    changes = {
+        key: [before.get(key), now.get(key)]
+        for key in {**before, **now}
+        if key not in new and before.get(key) != now.get(key)
+    }
     changes |= start.changes
     if not changes:
         return Account(config, (f"configuration: as it was until step {step:,}",), origin, history, ineffective)
@@ -69,6 +74,16 @@ def account(config: RunConfig, start: Start, ranks: int, earlier: Mapping[str, s
 def run_settings(config: RunConfig, ranks: int) -> dict[str, str]:
     """Every key of the configuration, and the number of ranks, with its value as text."""
     return {**settings(config), "ranks": str(ranks)}
+
+
+def _new_keys(config: RunConfig, before: Mapping[str, str]) -> set[str]:
+    """Keys that an older version did not have in sections that it had, where they now have their defaults."""
+    sections = {_section(key) for key in before}
+    return {key for key in defaults(config) - before.keys() if _section(key) in sections}
+
+
+def _section(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def earlier_settings(run_dir: Path) -> dict[str, str] | None:

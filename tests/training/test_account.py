@@ -65,6 +65,16 @@ def test_a_checkpoint_of_an_older_version(config, tmp_path):
     assert earlier_settings(tmp_path) is None
 
 
+def test_a_key_that_an_older_version_did_not_have_has_not_changed(config):
+    """While it has its default; nothing in the run is otherwise for it."""
+    start = resumed(config())
+    for key in ("run.tags", "evaluation.samples"):
+        del start.run_state["settings"][key]
+    now = config(run={"tags": ("long",)})
+    assert account(config(), start, 1, None).lines == ("configuration: as it was until step 20",)
+    assert account(now, start, 1, None).lines[1:] == ('  run.tags: not given before, ["long"] now',)
+
+
 def test_a_growth_that_is_done_is_told_as_it_was(config):
     now = config(growth={"from": "runs/small", "method": "gram", "noise": 0.5, "lr_multipliers": {"old_tokens": 0.1}})
     told = account(now, resumed(config(growth={"from": "runs/small"}), [GROWN]), 1, None)
