@@ -7,8 +7,10 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -89,7 +91,7 @@ def resolve(path: Path | str, ranks: Ranks = ALONE) -> Path:
     """The checkpoint that a user means by `path`: a checkpoint, or the newest valid one of a checkpoints or run folder.
 
     One of `ranks` looks, and all of them get its answer, or its CheckpointError: there is none, with the reason for
-    each that was passed over.
+    each that was passed over. It warns of broken ones that are newer than what it takes.
     """
     return from_first(lambda: _resolve(path), ranks)
 
@@ -110,7 +112,17 @@ def _resolve(path: Path | str) -> Path:
                 f"{folder}: holds no complete checkpoint:{reasons}\nCopy them again, or give another folder"
             )
         raise CheckpointError(f"{folder}: holds no complete checkpoint. Give the folder of a run that has saved one")
+    step = open_checkpoint(latest).index.step
+    for broken, reason in skipped:
+        if _named_step(broken) > step:
+            _warn_once(f"not used: {reason}. {latest.name} is taken in its place")
     return latest
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """A command may look for the same checkpoint several times."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def prune(

@@ -21,14 +21,16 @@ from megatron_tf.telemetry.console import Console
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.reader import CheckpointReader
 
+LAST = 5  # checkpoints of a run, where --last does not say
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "sources", nargs="+", type=path, metavar="DIR", help="a run's folder, or two or more checkpoints"
     )
-    parser.add_argument("--last", type=whole_number(10_000, least=2), default=5, metavar="K",
-                        help="of one run, average its newest K checkpoints, or all that it has if fewer (default 5)")  # fmt: skip
+    parser.add_argument("--last", type=whole_number(10_000, least=2), metavar="K",
+                        help=f"of one run, average its newest K checkpoints, or all that it has if fewer (default {LAST})")  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="the moving average that one checkpoint holds")
     parser.add_argument(
         "--to", dest="target", type=path, required=True, metavar="DIR", help="the folder of the new run"
@@ -50,7 +52,9 @@ def main() -> None:
         raise UserError(
             f"--ema: is of one checkpoint, and {len(arguments.sources)} are given. Give one, or leave it out."
         )
-    readers = open_sources(arguments.sources, 1 if arguments.ema else arguments.last)
+    if arguments.ema and arguments.last is not None:
+        raise UserError(f"--ema and --last {arguments.last}: one is of a single checkpoint. Give one of the two.")
+    readers = open_sources(arguments.sources, 1 if arguments.ema else arguments.last or LAST)
     source, model = moving_average(readers[0]) if arguments.ema else averaged(readers), stored_model(readers[0].index)
     for reader in readers:
         print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
@@ -69,13 +73,20 @@ def main() -> None:
     print(f"To evaluate it, give the run's configuration and --checkpoint {literal(str(root.parent))}")
 
 
+def _real(paths: list[Path]) -> set[Path]:
+    return {path.resolve() for path in paths}
+
+
 def open_sources(sources: list[Path], last: int) -> list[CheckpointReader]:
     """Of several `sources` the checkpoint of each, of one its newest `last`. CheckpointError when one holds none."""
     from megatron_tf.checkpoint.manager import complete_checkpoints, resolve
     from megatron_tf.checkpoint.reader import open_checkpoint
 
     if len(sources) > 1:
-        return [open_checkpoint(resolve(source)) for source in sources]
+        found = [resolve(source) for source in sources]
+        if twice := next((path for number, path in enumerate(found) if path.resolve() in _real(found[:number])), None):
+            raise UserError(f"{twice}: is given twice, and would count double. Name each checkpoint once.")
+        return [open_checkpoint(path) for path in found]
     newest = resolve(sources[0])  # says what is wrong where there is none
     if newest == sources[0]:
         return [open_checkpoint(newest)]

@@ -74,5 +74,8 @@ def _split_problems(old: Model, new: Model, changed: list[tuple[str, Any, Any]])
                 "among them already: split the dense model that they come from, or restore the key"
             )
     if not problems and any(projection.bank for projection in projections(old).values()):
-        problems.append("growth: the smaller model has these candidates already. Go on with it, without growth")
+        problems.append(
+            "growth.method: split makes candidates, and the smaller model has those of model.sparse already. Set it to "
+            "zero_key to add tokens or layers, or go on without growth"
+        )
     return problems

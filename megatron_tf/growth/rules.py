@@ -77,9 +77,12 @@ def _needless(old: Model, new: Model, growth: Growth) -> list[str]:
     """What is asked for and would do nothing."""
     grown = [axis for axis, _, _ in steps(old, new)]
     if not grown:
-        return [
-            "growth: the smaller model has these token counts already. Raise model.parameter_tokens or model.num_layers"
-        ]
+        sizes: dict[str, object] = {"model.num_layers": new.num_layers}
+        if tokens := new.model_dump().get("parameter_tokens"):
+            counts = ", ".join(f"{kind}: {count}" for kind, count in tokens.items())
+            sizes = {"model.parameter_tokens": f"{{{counts}}}", **sizes}
+        given = " and ".join(f"{key} {value}" for key, value in sizes.items())
+        return [f"growth: the smaller model has {given} already. Raise {' or '.join(sizes)}, or go on without growth"]
     if growth.noise and not any(axis.takes_noise for axis in grown):
         return [
             f"growth.noise: {growth.noise:g} changes the old tokens of projections that grow, and 0 of them do. Set it to "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_tf.config.load import build_config
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.stages import load_stages
-from megatron_tf.errors import LaunchError
+from megatron_tf.errors import ConfigError, LaunchError
 from megatron_tf.runtime.environment import LaunchEnvironment, detect
 from megatron_tf.runtime.stop_signals import SIGNALS, StopSignals
 from megatron_tf.shipped import find_configuration
@@ -61,8 +61,15 @@ def train(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str] =
 
 
 def _stages(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]) -> list[RunConfig]:
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides: {overrides!r} is text. Give a list: [{overrides!r}].")
     if isinstance(config, RunConfig):
         return [build_config(config.model_dump(by_alias=True), [], overrides)]
+    if not isinstance(config, (str, os.PathLike)):
+        raise ConfigError(
+            f"config: {config!r} is a {type(config).__name__}. Give the path of a YAML file, the name of a shipped "
+            "configuration, or a RunConfig."
+        )
     return load_stages(find_configuration(os.fspath(config)), overrides)
 
 

@@ -110,6 +110,16 @@ def test_resolve_never_falls_back_from_a_checkpoint_that_was_named(three):
         resolve(three[2])
 
 
+def test_resolve_warns_of_a_newer_one_that_is_broken(sandbox, three, tmp_path, capsys):
+    """Once; of an older one that is broken nothing depends."""
+    damage_manifest(three[0])
+    damage_manifest(three[2])
+    assert [resolve(tmp_path), resolve(sandbox.root)] == [three[1]] * 2
+    found = capsys.readouterr().err
+    assert found.count("warning: not used: ") == 1 and str(three[2]) in found and str(three[0]) not in found
+    assert f"{three[1].name} is taken in its place" in found
+
+
 def test_resolve_says_why_there_is_none(sandbox, three, tmp_path):
     for path in three:
         damage_manifest(path)

@@ -151,7 +151,7 @@ def test_what_cannot_be_split_is_said_before():
         (large, model({**BANK, "candidates": 6}), "split",
          "model.sparse.ffn.candidates: 3 before, 6 after. Candidates cannot be split again"),
         (large, model({**BANK, "group_size": 32}), "split", "model.sparse.ffn.group_size: 16 before, 32 after"),
-        (large, large, "split", "the smaller model has these candidates already"),
+        (large, large, "split", "the smaller model has those of model.sparse already"),
         (small, large, "zero_key", "to copy those of a dense model to candidates, set growth.method to split"),
     ):  # fmt: skip
         problems = growth_problems(old, new, Growth(source="x", method=method))

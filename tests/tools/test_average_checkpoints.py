@@ -10,7 +10,7 @@ from launching import train
 from prepared import write_tokens
 from safetensors import safe_open
 from tiny import run_config
-from tooling import tool
+from tooling import assert_refused, tool
 
 from megatron_tf.checkpoint import load_logical
 from megatron_tf.checkpoint.averaging import averaged
@@ -18,7 +18,7 @@ from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.step_zero import write_weights
 from megatron_tf.commands.average_checkpoints import open_sources
 from megatron_tf.config.load import dump_config
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, UserError
 from megatron_tf.model import build_model
 from megatron_tf.state.parameters import initial_scales
 
@@ -76,6 +76,13 @@ def test_what_cannot_be_averaged_is_refused(folder, tmp_path):
     write_weights(tmp_path / "checkpoints", model, weights, initial_scales(model), lambda *_: None)
     with pytest.raises(CheckpointError, match="is of another model"):
         averaged(open_sources([folder / "small", tmp_path], 5))
+
+
+def test_a_checkpoint_counts_once(folder, tmp_path):
+    with pytest.raises(UserError, match=r"step_00000004: is given twice"):
+        open_sources([step(folder, 4), step(folder, 3), folder / "small"], 5)
+    done = tool("average_checkpoints", folder / "small", "--ema", "--last", 3, "--to", tmp_path / "none")
+    assert_refused(done, "--ema and --last 3: one is of a single checkpoint")
 
 
 def test_other_scales_are_refused(folder):

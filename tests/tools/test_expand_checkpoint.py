@@ -136,7 +136,7 @@ def test_a_users_mistake_is_one_message(folder):
         "holds step_00000001 already. Nothing is overwritten": {"target": "taken"},
         "damaged: its checksum is": {"source": "damaged", "target": "new"},
         "so it is with the Pile models": {"arguments": ("model.hidden_size=64",)},
-        "has these token counts already": {
+        "has model.parameter_tokens {qkv: 13, proj: 11, ffn: 37} and model.num_layers 2 already": {
             "arguments": ("model.parameter_tokens.qkv=13", "model.parameter_tokens.ffn=37")
         },
         "growth.method: gram needs at least 13 new qkv tokens": {

@@ -90,5 +90,9 @@ def test_mistakes_are_exceptions_and_handlers_stay(monkeypatch, tmp_path):
         train(tmp_path / "no_such.yml")
     with pytest.raises(ConfigError, match="parallel: tensor 2 × pipeline 1 needs a multiple of 2 ranks"):
         train("tiny", ["parallel.tensor=2"])
+    with pytest.raises(ConfigError, match=r"overrides: 'run.dir=x' is text. Give a list: \['run.dir=x'\]"):
+        train("tiny", "run.dir=x")
+    with pytest.raises(ConfigError, match="config: 3 is a int"):
+        train(3)
     assert signal.getsignal(signal.SIGTERM) is before
     assert list(tmp_path.iterdir()) == []
