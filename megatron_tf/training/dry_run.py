@@ -3,12 +3,14 @@ ranks."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.plan import describe
+from megatron_tf.errors import ConfigError
 from megatron_tf.model.layers import task_layers
 from megatron_tf.tasks.data import task_data
 from megatron_tf.training.account import account, earlier_settings
@@ -34,6 +36,7 @@ def dry_run(stages: Sequence[RunConfig], world_size: int) -> Iterator[str]:
 
 
 def _first(config: RunConfig, world_size: int) -> Iterator[str]:
+    _check_folder(Path(config.run.dir))
     check_data([config])
     data = task_data(config.model).open(config)
     path, passed_over = choose(config)
@@ -55,3 +58,15 @@ def _first(config: RunConfig, world_size: int) -> Iterator[str]:
         f"{'batch':<7} micro batch of step {step + 1:,} on a rank: inputs {list(inputs.shape)}, targets "
         f"{list(targets.shape)}, {int(count):,} of {len(inputs) * most:,} losses count"
     )
+
+
+def _check_folder(folder: Path) -> None:
+    """ConfigError where run.dir cannot be made or written, as far as can be seen without writing."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        problem = "is a file" if nearest.is_file() else "is no folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        problem = "does not let you write"
+    else:
+        return
+    raise ConfigError(f"run.dir: {folder} cannot be made: {nearest} {problem}. Choose another folder.")

@@ -42,6 +42,14 @@ def test_a_fresh_run_is_shown_with_its_first_batch(config):
     assert found[-1] == "dry run: nothing was written"
 
 
+@pytest.mark.parametrize("inside", ["", "/run", "/a/b"])
+def test_a_folder_that_cannot_be_made(config, tmp_path, inside):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run\.dir: .* cannot be made: .*/file is a file\. Choose another folder"):
+        lines(config(f"file{inside}"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "tokens.bin", "tokens.idx"]
+
+
 def test_a_growth_opens_its_source(config, tmp_path):
     small = config()
     model = build_model(small.model)
