@@ -13,6 +13,8 @@ import stat
 import tempfile
 from collections.abc import MutableMapping
 from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 # Below HF_HOME. The downloads themselves (HF_HUB_CACHE) are not among them: they may be there to be read only.
@@ -83,6 +85,15 @@ def prepare_triton(environ: MutableMapping[str, str] = os.environ) -> None:
             is_usable = False
         if not is_usable:
             environ["TRITON_CACHE_DIR"] = str(temporary_cache("triton"))
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; its cache is then prepared."""
+    if find_spec("triton") is None:
+        return False
+    prepare_triton()
+    return True
 
 
 def _replace(variable: str, name: str, environ: MutableMapping[str, str]) -> Path:

@@ -23,6 +23,7 @@ from megatron_tf.benchmark.references import plain_formula
 from megatron_tf.benchmark.report import Row
 from megatron_tf.config import load_config
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.errors import first_line
 from megatron_tf.model import build_model
 from megatron_tf.model import pattention as pattention_layer
 from megatron_tf.parallel.groups import SINGLE
@@ -120,7 +121,7 @@ def _run(name: str, make: Callable[[], Iterable[Row]]) -> Part:
             rows.append(row)
     # Whatever a part ends with, the report of the others is wanted.
     except Exception as error:
-        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        problem = f"{type(error).__name__}: {first_line(error)}"
     wrong = [row for row in rows if row.get("right") is False]
     if wrong and problem is None:
         problem = f"{len(wrong)} of {len(rows)} results are wrong"

@@ -112,9 +112,8 @@ def _resolve(path: Path | str) -> Path:
                 f"{folder}: holds no complete checkpoint:{reasons}\nCopy them again, or give another folder"
             )
         raise CheckpointError(f"{folder}: holds no complete checkpoint. Give the folder of a run that has saved one")
-    step = open_checkpoint(latest).index.step
     for broken, reason in skipped:
-        if _named_step(broken) > step:
+        if _named_step(broken) > open_checkpoint(latest).index.step:
             _warn_once(f"not used: {reason}. {latest.name} is taken in its place")
     return latest
 

@@ -73,10 +73,6 @@ def main() -> None:
     print(f"To evaluate it, give the run's configuration and --checkpoint {literal(str(root.parent))}")
 
 
-def _real(paths: list[Path]) -> set[Path]:
-    return {path.resolve() for path in paths}
-
-
 def open_sources(sources: list[Path], last: int) -> list[CheckpointReader]:
     """Of several `sources` the checkpoint of each, of one its newest `last`. CheckpointError when one holds none."""
     from megatron_tf.checkpoint.manager import complete_checkpoints, resolve
@@ -84,8 +80,9 @@ def open_sources(sources: list[Path], last: int) -> list[CheckpointReader]:
 
     if len(sources) > 1:
         found = [resolve(source) for source in sources]
-        if twice := next((path for number, path in enumerate(found) if path.resolve() in _real(found[:number])), None):
-            raise UserError(f"{twice}: is given twice, and would count double. Name each checkpoint once.")
+        places = [path.resolve() for path in found]
+        if twice := [path for path in places if places.count(path) > 1]:
+            raise UserError(f"{twice[0]}: is given twice, and would count double. Name each checkpoint once.")
         return [open_checkpoint(path) for path in found]
     newest = resolve(sources[0])  # says what is wrong where there is none
     if newest == sources[0]:

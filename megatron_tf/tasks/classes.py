@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megatron_tf.caches import prepare_triton
+from megatron_tf.caches import has_triton
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import Group
 
@@ -64,19 +62,11 @@ class _CrossEntropy(Function):
 
 def _kernels(rows: Tensor) -> ModuleType | None:
     """A module with `sums` and `gradient` for such logits; MEGATRON_TF_NATIVE=0 wants none."""
-    if rows.device.type != "cuda" or os.environ.get("MEGATRON_TF_NATIVE") == "0" or not _has_triton():
+    if rows.device.type != "cuda" or os.environ.get("MEGATRON_TF_NATIVE") == "0" or not has_triton():
         return None
-    from megatron_tf.parallel import triton_loss
+    from megatron_tf.tasks import triton_loss
 
     return triton_loss if rows.dtype in triton_loss.DTYPES and rows.stride(1) == 1 else None
-
-
-@cache
-def _has_triton() -> bool:
-    if find_spec("triton") is None:
-        return False
-    prepare_triton()
-    return True
 
 
 def _sums(rows: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import spawn
+from registered import check_both_ways, check_layouts
 from tiny import run_config
 from torch import Tensor
 
@@ -37,8 +38,7 @@ from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.pruning.criterion import summed_scale_terms
 from megatron_tf.state.sources import InitialSource
-from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
-from megatron_tf.verification.resume import Setting, check_resumes
+from megatron_tf.verification.layout import Layout
 
 
 class SquaredRelu(NormedScores):
@@ -165,15 +165,9 @@ def test_formats_without_a_place_for_it_refuse(form):
 
 @pytest.mark.slow
 def test_every_layout_is_one_process():
-    chosen = [Layout(Topology(2, 1, 1)), Layout(Topology(1, 2, 1)), Layout(Topology(2, 2, 1), True)]
-    expected = reference(config(), 3)
-    for layout, trace in zip(chosen, run_layouts(config(), chosen, 3)):
-        difference = compare(trace, expected)
-        assert difference.agrees(1e-5), f"{layout}: {difference}"
+    check_layouts(config())
 
 
 @pytest.mark.slow
 def test_it_resumes_at_another_layout():
-    first, second = Setting(Layout(Topology(2, 2, 1), True)), Setting(Layout(Topology(1, 1, 2)))
-    for result in check_resumes(config(), [(first, second), (second, first)], 3):
-        assert result.agrees(1e-5), result
+    check_both_ways(config(), Layout(Topology(2, 2, 1), True))

@@ -11,6 +11,7 @@ from typing import Literal
 import pytest
 import torch
 from prepared import write_tokens
+from registered import check_both_ways, check_layouts
 from tiny import run_config
 from tooling import assert_refused, tool
 
@@ -33,8 +34,7 @@ from megatron_tf.optimizers.base import OptimizerState, UpdateRule
 from megatron_tf.runtime.environment import detect
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.optimizer_states import declared_states
-from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
-from megatron_tf.verification.resume import Setting, check_resumes
+from megatron_tf.verification.layout import Layout
 
 
 class MomentumOptimizer(Optimizer):
@@ -125,18 +125,12 @@ def test_a_rescaled_parameter_is_updated_as_it_would_have_been():
 
 @pytest.mark.slow
 def test_every_layout_is_one_process():
-    chosen = [Layout(Topology(2, 1, 1)), Layout(Topology(1, 2, 1)), Layout(Topology(2, 2, 1), True)]
-    expected = reference(config(), 3)
-    for layout, trace in zip(chosen, run_layouts(config(), chosen, 3)):
-        difference = compare(trace, expected)
-        assert difference.agrees(1e-5), f"{layout}: {difference}"
+    check_layouts(config())
 
 
 @pytest.mark.slow
 def test_it_resumes_at_another_layout():
-    first, second = Setting(Layout(Topology(2, 1, 1), True)), Setting(Layout(Topology(1, 1, 2)))
-    for result in check_resumes(config(), [(first, second), (second, first)], 3):
-        assert result.agrees(1e-5), result
+    check_both_ways(config(), Layout(Topology(2, 1, 1), True))
 
 
 def _train(rank: int, *configs: RunConfig) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, infer_schema, register_fake
 
-from megatron_tf.caches import prepare_triton
+from megatron_tf.caches import has_triton
 from megatron_tf.compiling import constant_when_compiled
 from megatron_tf.model.kernels.score_layout import empty_scores
 
@@ -43,8 +42,7 @@ def _kernels(device_type: str) -> ModuleType | None:
         from megatron_tf.model.kernels import native_stages
 
         return native_stages
-    if device_type == "cuda" and find_spec("triton") is not None:
-        prepare_triton()
+    if device_type == "cuda" and has_triton():
         from megatron_tf.model.kernels import triton_stages
 
         return triton_stages

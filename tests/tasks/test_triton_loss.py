@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from megatron_tf.parallel import triton_loss
 from megatron_tf.parallel.groups import SINGLE
-from megatron_tf.tasks import classes
+from megatron_tf.tasks import classes, triton_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts numbers off at bf16, GPUs round.
