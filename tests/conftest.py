@@ -24,3 +24,16 @@ def config():
     from tiny import run_config
 
     return run_config
+
+
+@pytest.fixture(autouse=True)
+def environment_variables_stay():
+    """What a test, or a library that it imports, puts into the environment ends with the test."""
+    before = dict(os.environ)
+    yield
+    # pytest's own, which it changes and removes itself
+    for name in (before.keys() | os.environ.keys()) - {"PYTEST_CURRENT_TEST"}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]

@@ -37,13 +37,6 @@ def join_ranks(
     LaunchError when the port is in use or the ranks do not meet in time. DisagreementError when they are not the ranks
     of one run, or cannot work together.
     """
-    os.environ.update(
-        RANK=str(environment.rank),
-        WORLD_SIZE=str(environment.world_size),
-        LOCAL_RANK=str(environment.local_rank),
-        MASTER_ADDR=environment.master_addr,
-        MASTER_PORT=str(environment.master_port),
-    )
     timeout = timedelta(seconds=timeout_seconds)
     rank, world_size = environment.rank, environment.world_size
     on_gpu = torch.cuda.is_available()
@@ -74,6 +67,14 @@ def join_ranks(
             environment, f": {reason} Check that the nodes reach each other: firewalls, and GLOO_SOCKET_IFNAME or "
             "NCCL_SOCKET_IFNAME. tools/doctor.py tests every link."
         ) from error  # fmt: skip
+    # Libraries look here for a rank's place. A process that did not become a rank keeps its own variables.
+    os.environ.update(
+        RANK=str(environment.rank),
+        WORLD_SIZE=str(environment.world_size),
+        LOCAL_RANK=str(environment.local_rank),
+        MASTER_ADDR=environment.master_addr,
+        MASTER_PORT=str(environment.master_port),
+    )
     return device
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from distributed import spawn
 from launching import free_port
@@ -43,6 +45,7 @@ def test_an_error_of_one_rank_is_an_error_of_all():
 def test_a_rank_that_does_not_find_rank_0():
     with pytest.raises(LaunchError) as error:
         join(LaunchEnvironment("deepspeed", 1, 2, 1, 2, "127.0.0.1", free_port()), 1)
+    assert "WORLD_SIZE" not in os.environ
     assert "\n" not in str(error.value) and "within 1 seconds" in str(error.value)
 
 
