@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.activations.l2_norm import NormedScores
-from megatron_tf.model.kernels import fused_stages
+from megatron_tf.model.kernels import fused_passes
 
 
 class L2NormGelu(NormedScores):
@@ -22,39 +22,39 @@ class L2NormGelu(NormedScores):
         return torch.ops.aten.gelu_backward.grad_input(gradient, u, grad_input=gradient)
 
     def statistic(self, scores: Tensor) -> Tensor:
-        if fused_stages.usable(scores):
-            return fused_stages.norm(scores)
+        if fused_passes.usable(scores):
+            return fused_passes.norm(scores)
         return super().statistic(scores)
 
     def weights(self, scores: Tensor, r: Tensor, scale: float) -> Tensor:
-        if fused_stages.usable(scores):
-            return fused_stages.weights(scores, r, scale)
+        if fused_passes.usable(scores):
+            return fused_passes.weights(scores, r, scale)
         return super().weights(scores, r, scale)
 
     def statistic_and_weights(self, scores: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if fused_stages.usable(scores):
-            return fused_stages.norm_and_weights(scores, scale)
+        if fused_passes.usable(scores):
+            return fused_passes.norm_and_weights(scores, scale)
         return super().statistic_and_weights(scores, scale)
 
     def backward(self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if fused_stages.usable(scores):
-            return fused_stages.backward(scores, r, gradient, scale)
+        if fused_passes.usable(scores):
+            return fused_passes.backward(scores, r, gradient, scale)
         return super().backward(scores, r, gradient, scale)
 
     def backward_with_product(
         self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if fused_stages.usable(scores):
-            return fused_stages.backward_with_product(scores, r, gradient, scale)
+        if fused_passes.usable(scores):
+            return fused_passes.backward_with_product(scores, r, gradient, scale)
         return super().backward_with_product(scores, r, gradient, scale)
 
     def couple(self, scores: Tensor, r: Tensor, total: Tensor, gradient: Tensor, scale: float) -> None:
-        if fused_stages.usable(scores):
-            fused_stages.couple(scores, r, total, gradient)
+        if fused_passes.usable(scores):
+            fused_passes.couple(scores, r, total, gradient)
         else:
             super().couple(scores, r, total, gradient, scale)
 
     def backward_and_couple(self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float) -> Tensor:
-        if fused_stages.usable(scores):
-            return fused_stages.backward_and_couple(scores, r, gradient, scale)
+        if fused_passes.usable(scores):
+            return fused_passes.backward_and_couple(scores, r, gradient, scale)
         return super().backward_and_couple(scores, r, gradient, scale)

@@ -11,7 +11,7 @@ import torch
 
 from megatron_tf.config.schema import Precision
 from megatron_tf.errors import ConfigError
-from megatron_tf.model.kernels import fused_stages
+from megatron_tf.model.kernels import fused_passes
 
 
 def check_dtypes(device: torch.device, names: Iterable[str]) -> None:
@@ -37,7 +37,7 @@ def machine(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "native kernels": fused_stages.usable(torch.empty(0, device=device)),
+        "native kernels": fused_passes.usable(torch.empty(0, device=device)),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -52,7 +52,7 @@ def _measure(device: torch.device, dtype: torch.dtype, n: int, positions: int, w
         "× plain": ours.speed_against(timings["plain"]),
         "× mlp": ours.speed_against(timings["mlp"]),
         "of floor": ours.speed_against(timings["products"]),
-        # what the elementwise stages cost, whatever the speed of the products
+        # what the elementwise passes cost, whatever the speed of the products
         "overhead ns/score": 1e9 * ours.median_excess(timings["products"]) / (positions * n),
         **{f"saved/row {name}": int(size) for name, size in saved.items()},
     }

@@ -1,8 +1,7 @@
 """The TokenFormer model; runs on one device without DeepSpeed."""
 
-# `native_stages` has its place in `kernels`; it is here under the name by which other code asks whether it is
-# available.
-from megatron_tf.model.kernels import native_stages
+# The CPU's kernels, under the public name by which other code asks whether they are available.
+from megatron_tf.model.kernels import native_passes as native_stages
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import pattention
 from megatron_tf.model.tokenformer import TokenFormer, build_model

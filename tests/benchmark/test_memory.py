@@ -7,7 +7,7 @@ import torch
 
 from megatron_tf.benchmark import memory
 from megatron_tf.config import load_config
-from megatron_tf.model.kernels import fused_stages
+from megatron_tf.model.kernels import fused_passes
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yml"
 
@@ -15,7 +15,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yml"
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("recomputed", ["false", "true"])
 def test_a_step_is_within_a_tenth_of_the_estimate(monkeypatch, precision, recomputed):
-    monkeypatch.setattr(fused_stages, "usable", lambda scores: False)  # the estimate is without native kernels
+    monkeypatch.setattr(fused_passes, "usable", lambda scores: False)  # the estimate is without native kernels
     # 8 samples: the few rows that the loss has in fp32, which the estimate leaves out, are some per cent then
     overrides = (
         "training.micro_batch_size=8",

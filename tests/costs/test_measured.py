@@ -21,7 +21,7 @@ from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank, 
 from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
 from megatron_tf.model import build_model
-from megatron_tf.model.kernels import fused_stages
+from megatron_tf.model.kernels import fused_passes
 from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
 from megatron_tf.parallel.groups import SINGLE, make_group
 from megatron_tf.state.parameters import initial_scales
@@ -39,7 +39,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @pytest.fixture(autouse=True)
 def portable(monkeypatch):
     """The estimates are for GPUs; the native kernels of a CPU need less."""
-    monkeypatch.setattr(fused_stages, "usable", lambda scores: False)
+    monkeypatch.setattr(fused_passes, "usable", lambda scores: False)
 
 
 def load(*overrides):

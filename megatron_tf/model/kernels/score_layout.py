@@ -3,8 +3,8 @@
 Tensor cores and loads of 16 bytes want that, and a number of tokens does not give it: 8,620 over 8 ranks are 1,077 or
 1,078. Between projections that share a product the gap is filled by keys of zeros, which add nothing to anything.
 
-The columns behind a row's end are zeros. No stage reads them, but matrix products do: the bf16 product of CPUs takes
-columns in pairs, and for an odd number of them multiplies the next column by 0. 0 · NaN is NaN.
+The columns behind a row's end are zeros. No pass over scores reads them, but matrix products do: the bf16 product of
+CPUs takes columns in pairs, and for an odd number of them multiplies the next column by 0. 0 · NaN is NaN.
 """
 
 from __future__ import annotations

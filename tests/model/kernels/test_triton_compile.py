@@ -16,13 +16,13 @@ import inspect, json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_tf.model.kernels import triton_stages
+from megatron_tf.model.kernels import triton_passes
 
 ALIGNED = [["tt.divisibility", 16]]
 found = {}
-for stage in ("norm", "weights", "norm_and_weights", "backward", "backward_with_product", "couple",
-              "backward_and_couple"):
-    kernel = getattr(triton_stages, f"_{stage}")
+for operation in ("norm", "weights", "norm_and_weights", "backward", "backward_with_product", "couple",
+                  "backward_and_couple"):
+    kernel = getattr(triton_passes, f"_{operation}")
     types, constants, aligned = {}, {"BLOCK": 2048}, {}
     for i, name in enumerate(kernel.arg_names):
         if name == "BLOCK":
@@ -35,8 +35,8 @@ for stage in ("norm", "weights", "norm_and_weights", "backward", "backward_with_
             types[name] = "i32" if name.endswith("stride") else "*fp32" if name in ("norms", "totals", "products") else "*bf16"
             aligned[(i,)] = ALIGNED
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    options = {"num_warps": 2048 // triton_stages.WARP}
-    found[stage] = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["ptx"]
+    options = {"num_warps": 2048 // triton_passes.WARP}
+    found[operation] = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["ptx"]
 print(json.dumps(found))
 """
 
@@ -48,6 +48,6 @@ def test_kernels_for_gpus(tmp_path, architecture):
         [sys.executable, "-c", COMPILE, str(architecture)], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
-    for stage, code in json.loads(done.stdout).items():
-        assert "ld.global.v4.b32" in code, stage
-        assert "st.global.v4.b32" in code or stage == "norm", stage
+    for operation, code in json.loads(done.stdout).items():
+        assert "ld.global.v4.b32" in code, operation
+        assert "st.global.v4.b32" in code or operation == "norm", operation

@@ -1,4 +1,4 @@
-"""The native kernels against the same stages in PyTorch, in fp64; and what happens without a compiler."""
+"""The native kernels against the same passes in PyTorch, in fp64; and what happens without a compiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from megatron_tf.activations.function import score_function
 from megatron_tf.config.schema import Model
 from megatron_tf.model import build_model, pattention
-from megatron_tf.model.kernels import fused_stages, native_stages
+from megatron_tf.model.kernels import fused_passes, native_passes
 
 ROWS, TOKENS, SCALE = 37, 203, 5.0
 # errors are of rounding once to the type; fp32 sums of 203 terms add a few roundings more
@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 
 @pytest.fixture
 def portable(monkeypatch):
-    monkeypatch.setattr(fused_stages, "usable", lambda scores: False)
+    monkeypatch.setattr(fused_passes, "usable", lambda scores: False)
 
 
 def scores_and_gradient(dtype):
@@ -32,8 +32,8 @@ def scores_and_gradient(dtype):
     return scores, gradient
 
 
-def stages(scores, gradient):
-    """Everything that the stages compute, one after the other."""
+def passes(scores, gradient):
+    """Everything that the passes compute, one after the other."""
     function = score_function("l2_norm_gelu")
     whole_gradient, third_gradient = gradient.clone(), gradient.clone()
     r = function.statistic(scores)
@@ -56,9 +56,9 @@ def stages(scores, gradient):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_native_agrees_with_fp64(dtype):
     scores, gradient = scores_and_gradient(dtype)
-    assert fused_stages.usable(scores), "these tests want a C compiler"
-    native = stages(scores, gradient.clone())
-    exact = stages(scores.double(), gradient.double())
+    assert fused_passes.usable(scores), "these tests want a C compiler"
+    native = passes(scores, gradient.clone())
+    exact = passes(scores.double(), gradient.double())
     for name, actual in native.items():
         scale = exact[name].abs().max().item()
         if name == "d_scores":  # D is rounded before A · T/r² is taken from it, and then the difference is
@@ -70,13 +70,13 @@ def test_gelu_of_any_argument_is_as_exact_as_fp32_can_say():
     u = torch.cat((torch.linspace(-12, 12, 100_001), torch.tensor([0.0, -0.0, 1e-30, -1e30, 1e30])))[None]
     one = torch.ones(1, 1)
     gradient = torch.ones_like(u)
-    weights, _ = fused_stages.backward(u, one, gradient, 1.0)
+    weights, _ = fused_passes.backward(u, one, gradient, 1.0)
     exact = u.double().requires_grad_()
     gelu = torch.nn.functional.gelu(exact)
     (slope,) = torch.autograd.grad(gelu.sum(), exact)
     torch.testing.assert_close(weights.double(), gelu.detach(), rtol=2e-7, atol=4e-7)
     torch.testing.assert_close(gradient.double(), slope, rtol=2e-7, atol=4e-7)
-    torch.testing.assert_close(fused_stages.weights(u, one, 1.0), weights, rtol=2e-7, atol=4e-7)
+    torch.testing.assert_close(fused_passes.weights(u, one, 1.0), weights, rtol=2e-7, atol=4e-7)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -84,12 +84,12 @@ def test_gelu_of_any_argument_is_as_exact_as_fp32_can_say():
 def test_native_kernels_keep_what_is_not_finite(dtype, value):
     scores, gradient = (tensor.clone() for tensor in scores_and_gradient(dtype))
     scores[5, 2] = value
-    native = stages(scores, gradient)
+    native = passes(scores, gradient)
     for name in ("forward", "weights", "d_scores"):
         assert not native[name][5].isfinite().all() and native[name][6].isfinite().all(), name
     scores, gradient = (tensor.clone() for tensor in scores_and_gradient(dtype))
     gradient[5, 2] = value
-    assert not stages(scores, gradient)["d_scores"][5].isfinite().any()
+    assert not passes(scores, gradient)["d_scores"][5].isfinite().any()
 
 
 def test_results_do_not_depend_on_threads():
@@ -98,14 +98,14 @@ def test_results_do_not_depend_on_threads():
     results = []
     for count in (1, 3):
         torch.set_num_threads(count)
-        results.append(stages(scores, gradient.clone()))
+        results.append(passes(scores, gradient.clone()))
     torch.set_num_threads(threads)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_float16_and_other_types_take_the_portable_way():
     for dtype in (torch.float16, torch.float64):
-        assert not fused_stages.usable(torch.zeros(1, 1, dtype=dtype))
+        assert not fused_passes.usable(torch.zeros(1, 1, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -129,7 +129,7 @@ def test_portable_stages_agree_with_fp64(portable, dtype, activation):
 
 def test_without_a_compiler_one_message_and_the_portable_way(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build = native_stages._library.__wrapped__
+    build = native_passes._library.__wrapped__
     monkeypatch.setenv("CC", str(tmp_path / "no_compiler"))
     assert build() is None
     monkeypatch.setenv("CC", "false")
@@ -142,16 +142,16 @@ def test_without_a_compiler_one_message_and_the_portable_way(monkeypatch, caplog
 
 def test_kernels_are_not_used_where_they_are_not_wanted(monkeypatch):
     scores = torch.ones(1, 1)
-    assert fused_stages.usable(scores)
+    assert fused_passes.usable(scores)
     monkeypatch.setenv("MEGATRON_TF_NATIVE", "0")
-    assert not fused_stages.usable(scores)
+    assert not fused_passes.usable(scores)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("native", [True, False])
 def test_a_block_compiles_without_a_graph_break(monkeypatch, native):
     if not native:
-        monkeypatch.setattr(fused_stages, "usable", lambda scores: False)
+        monkeypatch.setattr(fused_passes, "usable", lambda scores: False)
     sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 8, "vocab_size": 8}
     config = Model.model_validate({**sizes, "parameter_tokens": {"qkv": 24, "proj": 16, "ffn": 40}})
     block = build_model(config).blocks[0]

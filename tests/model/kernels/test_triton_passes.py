@@ -1,4 +1,4 @@
-"""The GPU's kernels in Triton's interpreter against the same stages in fp64; on a GPU itself where there is one."""
+"""The GPU's kernels in Triton's interpreter against the same passes in fp64; on a GPU itself where there is one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_tf.activations.function import score_function
-from megatron_tf.model.kernels import triton_stages
+from megatron_tf.model.kernels import triton_passes
 
 FUNCTION = score_function("l2_norm_gelu")
 ROWS, SCALE = 7, 5.0
@@ -39,15 +39,15 @@ def run(scores, gradient):
     r, total, whole_r, third_total, product = columns(scores.device, 5)
     forward, s, whole_forward, whole_s, third_s = (torch.full_like(scores.contiguous(), torch.nan) for _ in range(5))
     d, whole_d, third_d = gradient.clone(), gradient.clone(), gradient.clone()
-    triton_stages.norm(scores, r)
-    triton_stages.weights(scores, r, forward, SCALE)
-    triton_stages.backward(scores, r, d, s, total, SCALE)
-    triton_stages.backward_with_product(scores, r, third_d, third_s, third_total, product, SCALE)
+    triton_passes.norm(scores, r)
+    triton_passes.weights(scores, r, forward, SCALE)
+    triton_passes.backward(scores, r, d, s, total, SCALE)
+    triton_passes.backward_with_product(scores, r, third_d, third_s, third_total, product, SCALE)
     for split, third in ((d, third_d), (s, third_s), (total, third_total)):
         assert torch.equal(split.nan_to_num(7), third.nan_to_num(7))
-    triton_stages.couple(scores, r, total, d)
-    triton_stages.norm_and_weights(scores, whole_r, whole_forward, SCALE)
-    triton_stages.backward_and_couple(scores, r, whole_d, whole_s, SCALE)
+    triton_passes.couple(scores, r, total, d)
+    triton_passes.norm_and_weights(scores, whole_r, whole_forward, SCALE)
+    triton_passes.backward_and_couple(scores, r, whole_d, whole_s, SCALE)
     pairs = {"r": (r, whole_r), "forward": (forward, whole_forward), "s": (s, whole_s), "d": (d, whole_d)}
     return {
         "total": total,
@@ -60,7 +60,7 @@ def run(scores, gradient):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_agrees_with_fp64(device, monkeypatch, dtype, tokens):
     # So that rows of one block, of several and of a part are there.
-    monkeypatch.setattr(triton_stages, "BLOCKS", ((None, 256, 256),))
+    monkeypatch.setattr(triton_passes, "BLOCKS", ((None, 256, 256),))
     check_against_fp64(dtype, tokens, device)
 
 
@@ -74,7 +74,7 @@ def check_against_fp64(dtype, tokens, device):
     a, d = scores.double(), gradient.double()
     r = FUNCTION.statistic(a)
     s, total, product = FUNCTION.backward_with_product(a, r, d, SCALE)
-    rounded = d.clone()  # D, which the split stages round before A · T/r² is taken from it
+    rounded = d.clone()  # D, which the split passes round before A · T/r² is taken from it
     FUNCTION.couple(a, r, total, d, SCALE)
     expected = {"r": r, "total": total, "product": product, "forward": s, "s": s, "d": d}
     for name, actual in run(scores, gradient).items():

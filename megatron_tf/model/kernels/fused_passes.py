@@ -1,6 +1,6 @@
-"""The elementwise stages of `l2_norm_gelu` as operators of few passes, where there are kernels for them.
+"""The elementwise passes over the scores of `l2_norm_gelu` as operators, where there are kernels for them.
 
-CPUs: native_stages.c, built on first use. GPUs: triton_stages.py. Elsewhere `activations.l2_norm.NormedScores` does the
+CPUs: native_passes.c, built on first use. GPUs: triton_passes.py. Elsewhere `activations.l2_norm.NormedScores` does the
 same in PyTorch, and has the formulas. Scores A, their gradient and weights S are [rows, n], norms r and totals T [rows,
 1] in fp32, each with any distance between rows; all arithmetic is fp32.
 """
@@ -39,13 +39,13 @@ def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
 def _kernels(device_type: str) -> ModuleType | None:
     """A module with a function for each operator below that writes its results into tensors it is given."""
     if device_type == "cpu":
-        from megatron_tf.model.kernels import native_stages
+        from megatron_tf.model.kernels import native_passes
 
-        return native_stages
+        return native_passes
     if device_type == "cuda" and has_triton():
-        from megatron_tf.model.kernels import triton_stages
+        from megatron_tf.model.kernels import triton_passes
 
-        return triton_stages
+        return triton_passes
     return None
 
 
@@ -66,10 +66,10 @@ def _operator(mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]]
         operator = getattr(torch.ops.megatron_tf, name).default
 
         @wraps(function)
-        def stage(*arguments: Tensor | float) -> Any:
+        def dispatch(*arguments: Tensor | float) -> Any:
             return operator(*arguments) if torch.compiler.is_compiling() else function(*arguments)
 
-        return stage
+        return dispatch
 
     return register
 
@@ -130,8 +130,8 @@ def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, scale: 
     return out
 
 
-def _run(stage: str, scores: Tensor, *arguments: Tensor | float) -> None:
-    getattr(_kernels(scores.device.type), stage)(scores, *arguments)
+def _run(name: str, scores: Tensor, *arguments: Tensor | float) -> None:
+    getattr(_kernels(scores.device.type), name)(scores, *arguments)
 
 
 def _column(scores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-/* The elementwise stages of `l2_norm_gelu` on a CPU; see activations/l2_norm.py for the maths.
+/* The elementwise passes of `l2_norm_gelu` on a CPU; see activations/l2_norm.py for the maths.
 
    Rows are shared out among the threads, one row is always summed by one thread: results do not depend on their number.
    bf16 is held as its upper half of an fp32; all arithmetic is fp32.
@@ -59,7 +59,7 @@ static inline float normal_distribution(float u, float *density) {
     return u < 0.0f ? tail : 1.0f - tail;
 }
 
-/* The stages of one row: n scores a, their √Σa² (the norm), S = GELU(u) with u = τa/norm, and from d = dS
+/* The passes of one row: n scores a, their √Σa² (the norm), S = GELU(u) with u = τa/norm, and from d = dS
    D = τ/norm · d ∘ GELU'(u), total = ΣD∘a, product = Σd∘S and then da = D − a · total/norm². A row of zeros has no
    direction: all are 0. */
 #define ROW_STAGES(NAME, TYPE, LOAD, ROUND)                                                                            \

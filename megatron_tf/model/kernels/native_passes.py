@@ -1,4 +1,4 @@
-"""native_stages.c, built on first use: about a second, once for each kind of processor. Without a C compiler:
+"""native_passes.c, built on first use: about a second, once for each kind of processor. Without a C compiler:
 nothing."""
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, weights
     _call("backward_and_couple", scores, norms, gradient, weights, scale=scale)
 
 
-def _call(stage: str, scores: Tensor, *others: Tensor, scale: float | None = None) -> None:
+def _call(name: str, scores: Tensor, *others: Tensor, scale: float | None = None) -> None:
     """The function of the library: address and distance between rows of each tensor, sizes, threads, scale."""
     library = _library()
     assert library is not None
@@ -77,7 +77,7 @@ def _call(stage: str, scores: Tensor, *others: Tensor, scale: float | None = Non
     arguments.append(ctypes.c_int(torch.get_num_threads()))
     if scale is not None:
         arguments.append(ctypes.c_float(scale))
-    getattr(library, f"{stage}_{DTYPES[scores.dtype]}")(*arguments)
+    getattr(library, f"{name}_{DTYPES[scores.dtype]}")(*arguments)
 
 
 @lru_cache(maxsize=1)

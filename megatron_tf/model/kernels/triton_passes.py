@@ -1,9 +1,9 @@
-"""The elementwise stages of `l2_norm_gelu` on GPUs: fused_stages.py names them, activations/l2_norm.py has the
+"""The elementwise passes of `l2_norm_gelu` on GPUs: fused_passes.py names them, activations/l2_norm.py has the
 formulas.
 
-One program a row, in blocks that the registers hold. What is read a second time comes from the cache, so the two stages
+One program a row, in blocks that the registers hold. What is read a second time comes from the cache, so the two passes
 of a whole row that are made in one kernel cost one reading of the scores less. One program sums each row: results do
-not depend on what else runs. On an H200 a stage takes as long as its instructions, not its memory, until GELU takes
+not depend on what else runs. On an H200 a pass takes as long as its instructions, not its memory, until GELU takes
 few.
 """
 
@@ -113,7 +113,7 @@ def _over(numerator, r):
 def _gelu(u):
     """GELU at u, and its derivative: from the standard normal distribution and its density.
 
-    Both come from one exponential, by Abramowitz & Stegun 7.1.26, as in native_stages.c: off by at most 7.5e-8, the
+    Both come from one exponential, by Abramowitz & Stegun 7.1.26, as in native_passes.c: off by at most 7.5e-8, the
     rounding of fp32 at 1, at half the instructions of erf, and nearer where the distribution is small. exp2 and rsqrt
     are one instruction each, exp and a division are not.
     """
