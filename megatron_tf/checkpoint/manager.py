@@ -31,6 +31,7 @@ UNFINISHED_PREFIX = ".tmp-"  # a folder being written or deleted: never a checkp
 REPLACED_PREFIX = ".old-"  # a complete checkpoint, set aside while another one takes its name
 FAILED_PREFIX = ".failed-"  # a small file: why a save failed, for the ranks that wait for it
 CHECKPOINTS_FOLDER = "checkpoints"  # within a run's folder
+BEFORE_DECAY = "before_decay"  # in `CheckpointIndex.run` of one that is never deleted
 
 Skipped = list[tuple[Path, str]]
 T = TypeVar("T")
@@ -130,7 +131,8 @@ def prune(
     """Delete all but the newest `keep_last` good checkpoints of `root`; returns what was deleted.
 
     A checkpoint counts as kept only when all its checksums are right, so that a damaged newest one never
-    makes the last good one disposable. Damaged and unreadable ones are left for the user to see.
+    makes the last good one disposable. Damaged and unreadable ones are left for the user to see, and those that a decay
+    began with stay and do not count.
     Of a checkpoint that lies elsewhere only the link to it is deleted.
     `known`: whether checkpoints, by resolved path, are good, for those that this process has written or verified;
     they are not read again, and what is read now is added.
@@ -140,6 +142,8 @@ def prune(
     known = {} if known is None else known
     kept, deleted = 0, []
     for reader in _survey(Path(root))[0]:
+        if reader.index.run.get(BEFORE_DECAY):
+            continue
         path = reader.path.resolve()
         if kept < keep_last:
             if path not in known:

@@ -48,6 +48,7 @@ Precision = Literal["bf16", "fp16", "fp32"]
 TokenMethod = Literal["zero_key", "gram", "random"]
 GrowthMethod = Literal["zero_key", "gram", "random", "split"]
 DepthMethod = Literal["identity", "stack", "interleave"]
+Moment = Literal["end", "before_decay"]
 
 
 class Run(Section):
@@ -238,6 +239,8 @@ class Checkpoint(Section):
     """[steps] Between checkpoints. The last step is always saved."""
     keep_last: Count | None = None
     """[checkpoints] Older complete ones are deleted. null keeps all."""
+    keep_before_decay: bool = False
+    """Save what the decay of a wsd schedule begins with, and never delete it: growths and branches start there. Since 0.2."""
     asynchronous: bool = True
     """Write in the background, from a copy of the state in CPU memory."""
     on_failure: Literal["warn", "stop"] = "warn"
@@ -271,6 +274,8 @@ class GrowthMethods(Section):
 class Growth(Section):
     source: Path = Field(alias="from")
     """Run folder, checkpoints folder or checkpoint to grow from."""
+    at: Moment = "end"
+    """Which checkpoint of the folder: end is the newest; before_decay needs checkpoint.keep_before_decay. Since 0.2."""
     method: GrowthMethod = "zero_key"
     """What new tokens begin as; split copies tokens to the candidates of model.sparse. Only random changes the function."""
     methods: GrowthMethods = GrowthMethods()
@@ -287,6 +292,15 @@ class Growth(Section):
     def method_of(self, projection: str) -> GrowthMethod:
         """The method of `projection`, a field of model.parameter_tokens."""
         return getattr(self.methods, projection, None) or self.method
+
+
+class Branch(Section):
+    """A run that goes on from another one's checkpoint as from its own, and leaves that run as it is."""
+
+    source: Path = Field(alias="from")
+    """Run folder, checkpoints folder or checkpoint of the same model on the same data."""
+    at: Moment = "end"
+    """Which checkpoint of the folder: end is the newest; before_decay needs checkpoint.keep_before_decay."""
 
 
 class Guard(Section):
@@ -350,6 +364,8 @@ class RunConfig(Section):
     """When to save, and where to go on."""
     growth: Growth | None = None
     """Where the run grows from. null: it does not."""
+    branch: Branch | None = None
+    """The run that this one branches off. Its length counts from the other's first step. null: none. Since 0.2."""
     guard: Guard = Guard()
     """What to do about bad steps."""
     evaluation: Evaluation = Evaluation()

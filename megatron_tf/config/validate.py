@@ -265,6 +265,11 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.schedule.warmup_steps: {schedule.warmup_steps} is more than the run's {steps} steps. "
             f"Set it to at most {steps}; 1 % would be {math.ceil(steps / 100)}."
         )
+    if config.checkpoint.keep_before_decay and schedule.type != "wsd":
+        yield (
+            f"checkpoint.keep_before_decay: true is for schedule type wsd only, but optimizer.schedule.type is "
+            f"{schedule.type}. Set it to false, or the type to wsd."
+        )
     if schedule.type != "wsd":
         if schedule.decay_steps is not None:
             yield (
@@ -353,6 +358,11 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
         yield from _own_folder("training.init_from", config.training.init_from, config.run.dir, "other")
     if config.growth is not None:
         yield from _own_folder("growth.from", config.growth.source, config.run.dir, "smaller")
+    if config.branch is not None:
+        others = {"training.init_from": config.training.init_from, "growth": config.growth}
+        for key in (key for key, value in others.items() if value is not None):
+            yield f"branch: the run goes on from {config.branch.source}, but {key} is given as well. Remove one of the two."
+        yield from _own_folder("branch.from", config.branch.source, config.run.dir, "other")
 
 
 def _evaluation_problems(config: RunConfig) -> Iterator[str]:

@@ -75,6 +75,8 @@ def room_warning(config: RunConfig, steps_left: int, num_bytes: int, free_bytes:
 def _configured_origin(config: RunConfig) -> str:
     if config.growth:
         return f", grown from {config.growth.source} by {_method(config.growth)}"
+    if config.branch:
+        return f", branched off {config.branch.source} at {config.branch.at}"
     return f", begun with the weights of {config.training.init_from}" if config.training.init_from else ""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from megatron_tf.config.schema import Optimizer
+from megatron_tf.config.schema import Optimizer, Schedule
+from megatron_tf.config.validate import BatchPlan
 
 
 def learning_rate(step: float, optimizer: Optimizer, train_steps: float) -> float:
@@ -25,3 +26,11 @@ def learning_rate(step: float, optimizer: Optimizer, train_steps: float) -> floa
     left = min(1.0, max(0.0, train_steps - step) / max(1, falling or 0))  # share of the fall still to come
     share = (1 - math.cos(math.pi * left)) / 2 if schedule.type == "cosine" else left
     return schedule.min_lr + (optimizer.lr - schedule.min_lr) * share
+
+
+def decay_step(schedule: Schedule, plan: BatchPlan) -> int | None:
+    """The step whose state the decay of a wsd schedule begins with: the last one at the full rate. None without one."""
+    if schedule.type != "wsd" or schedule.decay_steps is None:
+        return None
+    first, position = plan.schedule_from
+    return first + math.ceil((plan.schedule_steps - schedule.decay_steps - position) / plan.schedule_pace)

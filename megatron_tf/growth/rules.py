@@ -22,6 +22,11 @@ def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
         if after.growth is None:
             break
         found = growth_problems(before.model, after.model, after.growth)
+        if after.growth.at == "before_decay" and not before.checkpoint.keep_before_decay:
+            found.append(
+                f"growth.at: before_decay, but checkpoint.keep_before_decay of {before.run.name} is false. Set it to true, or "
+                "growth.at to end."
+            )
         try:
             if not found:
                 scales = scales_after_growth(before.model, after.model, after.growth, scales)

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_tf.config.tasks import task_of
+from megatron_tf.checkpoint.manager import BEFORE_DECAY
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.data.loader import source_names
 from megatron_tf.data.prefetch import Prefetcher
 from megatron_tf.engine.base import Engine, StepResult
+from megatron_tf.engine.schedule import decay_step
 from megatron_tf.engine.step_clock import describe_shares
 from megatron_tf.errors import RunStopped
 from megatron_tf.runtime.stop_signals import StopSignals, describe_request
@@ -63,6 +65,8 @@ class Trainer:
         self.earlier_tokens = start.earlier_tokens
         self.earlier_flops = start.earlier_flops(run.config.model)
         self.history = list(start.run_state.get("history", ()))
+        keeps = run.config.checkpoint.keep_before_decay
+        self.decay_step = decay_step(run.config.optimizer.schedule, self.plan) if keeps else None
         self.guard = LossGuard(run.config.guard, start.run_state.get("guard", {}))
         self.early_stop = EarlyStop(run.config.training.stop_when, start.run_state.get("early_stop", {}))
         self.losses = MeanMeter(start.run_state.get("loss_window"))
@@ -120,7 +124,7 @@ class Trainer:
                 if self._finished():
                     self.guard.check_end(self.progress.step)
                 due = self._due(config.checkpoint.interval_steps) or self._finished()
-                if (due and not self.guard.is_skipping) or request:
+                if (due and not self.guard.is_skipping) or request or self._before_decay():
                     self._save()
                 if request and not self._finished():
                     self._end_early(request)
@@ -146,6 +150,9 @@ class Trainer:
             f"stopped after step {self.progress.step:,} of {self.plan.train_steps:,}, because {describe_request(request)}. "
             "That step is saved: start the run again to go on."
         )
+
+    def _before_decay(self) -> bool:
+        return self.progress.step == self.decay_step
 
     def _finished(self) -> bool:
         return self.progress.step >= self.plan.train_steps or self.early_stop.reason is not None
@@ -255,7 +262,9 @@ class Trainer:
             "loss_window": self.losses.state(),
             "early_stop": self.early_stop.state(),
         }
-        story = {"settings": run_settings(self.config, self.run.world_size), "history": self.history}
+        story: dict = {"settings": run_settings(self.config, self.run.world_size), "history": self.history}
+        if self._before_decay():
+            story[BEFORE_DECAY] = True
         return {**self.engine.loss_scaler(), **states, **story, "schedule_unit": unit}
 
     def _record(self, metrics: dict) -> None:

@@ -1,4 +1,5 @@
-"""Where a run begins: at its own newest checkpoint, at a smaller model's, at other weights, or at initial ones."""
+"""Where a run begins: at its own newest checkpoint, at another run's, at a smaller model's, at other weights, or at
+initial ones."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from megatron_tf.checkpoint.manager import (
     CHECKPOINTS_FOLDER,
     Ranks,
     find_latest,
-    resolve,
     verify_checkpoint,
 )
+from megatron_tf.checkpoint.moments import resolve_at
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.architectures import architecture_of
@@ -161,12 +162,13 @@ def choose(config: RunConfig, ranks: Ranks = ALONE) -> tuple[Path | None, list[s
         )
     if latest is None and config.training.init_from is not None:
         latest = find_weights(config.training.init_from, ranks)
-    elif latest is None and config.growth is not None:
-        try:
-            latest = resolve(config.growth.source, ranks)
-            verify_checkpoint(latest, ranks)
-        except CheckpointError as error:
-            raise CheckpointError(f"growth.from: {error}") from error
+    for key, section in (("growth", config.growth), ("branch", config.branch)):
+        if latest is None and section is not None:
+            try:
+                latest = resolve_at(section.source, section.at, ranks)
+                verify_checkpoint(latest, ranks)
+            except CheckpointError as error:
+                raise CheckpointError(f"{key}.from: {error}") from error
     return latest, [f"{path}: not used: {reason}" for path, reason in passed]
 
 
@@ -210,16 +212,18 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
     if path is None:
         return Start(InitialSource(config.model, config.run.seed), f"initial weights of seed {config.run.seed}")
     # of the run's own folder, although what lies there may be a link to elsewhere
-    if path.parent.resolve() == checkpoints_folder(config).resolve():
+    own = path.parent.resolve() == checkpoints_folder(config).resolve()
+    if own or config.branch is not None:
         reader = open_checkpoint(path)
         index = reader.index
         check_same_architecture(index, config.model, config.optimizer.type)
         _check_data(config, index.data, data, path)
-        trackers, note = _own_trackers(config, index)
+        trackers, note = _own_trackers(config, index) if own else ({}, "")
+        how = "resumed from" if own else "branched off"
         before, now = (shortened(_sources(of), 500) for of in (index.data, data))
         other_data = index.data.get("sources") not in (None, data.get("sources"))
         return Start(
-            CheckpointSource(reader), f"resumed from {path} at step {index.step:,}{note}",
+            CheckpointSource(reader), f"{how} {path} at step {index.step:,}{note}",
             Progress(index.step, index.samples, index.tokens), index.growth_history, _unproved(index),
             trackers=trackers, run_state=index.run, resumed=True,
             changes={"data.train (content)": [before, now]} if other_data else {},

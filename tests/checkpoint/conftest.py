@@ -88,9 +88,9 @@ class Sandbox:
         with ThreadPoolExecutor(len(shares)) as pool:
             return list(pool.map(one, ranks or range(len(shares))))
 
-    def saved(self, step: int = 10, seed: int = 0, world_size: int = 1) -> Path:
+    def saved(self, step: int = 10, seed: int = 0, world_size: int = 1, **changes) -> Path:
         """One good checkpoint."""
-        (path, *_) = self.save(self.split(self.state(seed), world_size, seed), self.index(step))
+        (path, *_) = self.save(self.split(self.state(seed), world_size, seed), self.index(step, **changes))
         assert isinstance(path, Path), path
         return path
 

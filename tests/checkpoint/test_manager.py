@@ -12,6 +12,7 @@ import pytest
 
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME, shard_name
 from megatron_tf.checkpoint.manager import Ranks, clear_leftovers, find_latest, prune, resolve, verify_checkpoint
+from megatron_tf.checkpoint.moments import resolve_at
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.errors import CheckpointError, DisagreementError, UnreadableError
 
@@ -133,6 +134,16 @@ def test_prune_keeps_the_newest(sandbox, three):
     assert prune(sandbox.root, 2) == [three[0]]
     assert sandbox.entries() == [three[1].name, three[2].name]
     assert prune(sandbox.root, 2) == []
+
+
+def test_what_a_decay_began_with_stays_and_is_found(sandbox, tmp_path):
+    kept = sandbox.saved(step=10, run={"before_decay": True})
+    others = [sandbox.saved(step=step) for step in (20, 30)]
+    assert prune(sandbox.root, 1) == [others[0]]
+    assert resolve_at(tmp_path, "before_decay") == resolve_at(kept, "before_decay") == kept
+    assert resolve_at(tmp_path, "end") == others[1]
+    with pytest.raises(CheckpointError, match="checkpoints of step 30, and a decay began with none of them"):
+        resolve_at(others[1], "before_decay")
 
 
 @pytest.mark.parametrize("damage", [damage_manifest, damage_index, damage_size, damage_presence, damage_version])

@@ -266,7 +266,7 @@ def test_duplicate_key_is_reported_beside_the_other_problems(small_path):
         ("interval_steps=3", "interval_steps: unknown key. Did you mean checkpoint.interval_steps or "
          "evaluation.interval_steps or logging.interval_steps?"),
         ("zero.zzz=3", "zero.zzz: unknown key. The keys of zero are stage."),
-        ("growth={from: a, source: b}", "growth.source: unknown key. The keys of growth are from, method, methods, "
+        ("growth={from: a, source: b}", "growth.source: unknown key. The keys of growth are from, at, method, methods, "
          "depth_method, noise, moments, lr_multipliers."),
         ("data.train=[{path: a, wieght: 2}]", "data.train[0].wieght: unknown key. Did you mean data.train[0].weight?"),
         # wrong types

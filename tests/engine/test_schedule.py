@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from tiny import run_config
+
 from megatron_tf.config.schema import Optimizer
-from megatron_tf.engine.schedule import learning_rate
+from megatron_tf.config.validate import plan_batches
+from megatron_tf.engine.schedule import decay_step, learning_rate
 
 
 def optimizer(**schedule):
@@ -37,3 +40,15 @@ def test_warmup_stable_decay():
     assert learning_rate(10, adam, 100) == learning_rate(80, adam, 100) == 1e-3
     assert learning_rate(90, adam, 100) == pytest.approx((1e-3 + 1e-4) / 2)
     assert learning_rate(100, adam, 100) == learning_rate(120, adam, 100) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("training", [{"train_steps": 20}, {"train_steps": None, "train_tokens": 20 * 8 * 16 - 5}])
+def test_the_step_that_the_decay_begins_with(training):
+    """The last step at the full rate, also when the batch is another one than the schedule counts in."""
+    config = run_config(training=training)
+    wsd = optimizer(type="wsd", warmup_steps=2, decay_steps=5).schedule
+    assert decay_step(wsd, plan_batches(config, 1)) == 15
+    assert decay_step(optimizer().schedule, plan_batches(config, 1)) is None
+    if training["train_steps"] is None:
+        resumed = plan_batches(config, 1, step=5, tokens=5 * 4 * 16, schedule_unit=4 * 16)
+        assert decay_step(wsd, resumed) == 5 + -(-(40 - 5 - 5) // 2)
