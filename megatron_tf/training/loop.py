@@ -9,8 +9,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from megatron_tf.config.tasks import task_of
 from megatron_tf.checkpoint.manager import BEFORE_DECAY
+from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.data.loader import source_names
 from megatron_tf.data.prefetch import Prefetcher

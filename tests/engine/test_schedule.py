@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-
 from tiny import run_config
 
 from megatron_tf.config.schema import Optimizer
