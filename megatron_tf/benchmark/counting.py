@@ -97,14 +97,16 @@ class Counting(TorchDispatchMode):
         self.sent[kind, sum(tensor.numel() * tensor.element_size() for tensor in tensors)] += 1
 
 
-def saved_bytes(call) -> int:
-    """Bytes of what autograd keeps of `call()` for the backward pass, parameters and their views aside; each storage
-    once."""
+def saved_bytes(call, inputs=()) -> int:
+    """Bytes of what autograd keeps of `call()` for the backward pass, each storage once. Parameters, their views and
+    the tensors `inputs` do not count."""
+    known = {tensor.untyped_storage()._cdata for tensor in inputs}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if not isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter):
+        is_parameter = isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter)
+        if not is_parameter and storage._cdata not in known:
             kept[storage._cdata] = storage
         return tensor
 

@@ -37,7 +37,7 @@ BOUNDS = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckedPart:
     """One table of the report. `problem`: why it is missing, or what is wrong in it."""
 
     name: str
@@ -46,12 +46,12 @@ class Part:
     problem: str | None = None
 
 
-def run(device: torch.device, seconds: float) -> Iterator[Part]:
+def run(device: torch.device, seconds: float) -> Iterator[CheckedPart]:
     """The parts, as each is done. None begins after `seconds`."""
     began = time.monotonic()
     for name, make in parts(device).items():
         if time.monotonic() - began > seconds:
-            yield Part(name, [], 0.0, f"not run: {seconds:.0f} s were over")
+            yield CheckedPart(name, [], 0.0, f"not run: {seconds:.0f} s were over")
         else:
             yield _run(name, make)
 
@@ -74,8 +74,8 @@ def _steps(device: torch.device, name: str, samples: int) -> Iterable[Row]:
     """With three models in memory, which take turns; where that is less than 100 GB, at half their depth."""
     whole = device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory > 100e9
     layers = None if whole else _config(name).model.num_layers // 2
-    setting = step.Setting(device, torch.bfloat16, samples, layers, compile=True, rounds=5)
-    return step.rows({name: _config(name).model}, setting)
+    options = step.StepOptions(device, torch.bfloat16, samples, layers, compile=True, rounds=5)
+    return step.rows({name: _config(name).model}, options)
 
 
 def results(device: torch.device) -> Iterator[Row]:
@@ -106,11 +106,11 @@ def nccl(device: torch.device) -> Iterator[Row]:
             dist.destroy_process_group()
 
 
-def as_json(device: torch.device, done: Iterable[Part]) -> dict[str, object]:
+def as_json(device: torch.device, done: Iterable[CheckedPart]) -> dict[str, object]:
     return {"machine": machine(device), "parts": [asdict(part) for part in done]}
 
 
-def _run(name: str, make: Callable[[], Iterable[Row]]) -> Part:
+def _run(name: str, make: Callable[[], Iterable[Row]]) -> CheckedPart:
     if torch.cuda.is_available():
         # What the part before has left is not another part's to run out of.
         torch.cuda.empty_cache()
@@ -125,7 +125,7 @@ def _run(name: str, make: Callable[[], Iterable[Row]]) -> Part:
     wrong = [row for row in rows if row.get("right") is False]
     if wrong and problem is None:
         problem = f"{len(wrong)} of {len(rows)} results are wrong"
-    return Part(name, rows, time.monotonic() - began, problem)
+    return CheckedPart(name, rows, time.monotonic() - began, problem)
 
 
 def _compared(what: str, size: int, dtype: torch.dtype, found: list[Tensor], expected: list[Tensor]) -> Row:

@@ -107,7 +107,7 @@ def run_step(device: torch.device, arguments: argparse.Namespace) -> Iterable[Ro
     for name in arguments.dtypes:
         yield from step.rows(
             models,
-            step.Setting(
+            step.StepOptions(
                 device, DTYPES[name], arguments.samples, arguments.layers, arguments.compile, arguments.rounds
             ),
         )

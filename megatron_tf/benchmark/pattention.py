@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
 
+from megatron_tf.benchmark.counting import saved_bytes
 from megatron_tf.benchmark.references import Layer, bare_products, gelu_mlp, plain_formula
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
@@ -42,7 +43,7 @@ def _measure(device: torch.device, dtype: torch.dtype, n: int, positions: int, w
     plain_inputs = x.detach(), keys.detach(), values.detach()
     timings = interleaved({**calls, "products": lambda: bare_products(*plain_inputs, grad)}, device, rounds)
     ours = timings["pattention"]
-    saved = {name: saved_bytes(layer, inputs) / positions for name, layer in LAYERS.items()}
+    saved = {name: saved_bytes(partial(layer, *inputs), inputs) / positions for name, layer in LAYERS.items()}
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": n,
@@ -56,20 +57,3 @@ def _measure(device: torch.device, dtype: torch.dtype, n: int, positions: int, w
         "overhead ns/score": 1e9 * ours.median_excess(timings["products"]) / (positions * n),
         **{f"saved/row {name}": int(size) for name, size in saved.items()},
     }
-
-
-def saved_bytes(layer: Layer, inputs: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps of `layer(*inputs)` for the backward pass, without the inputs; each storage once."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = layer(*inputs)  # held, so that no storage is freed and counted under another's address
-    del out
-    return sum(kept.values())

@@ -34,7 +34,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepOptions:
     """What a step is measured with. `layers` None: all; `compile`: the blocks, but for the plain formula's."""
 
     device: torch.device
@@ -77,17 +77,17 @@ class TrainingStep:
         return loss.detach()
 
 
-def rows(models: Mapping[str, Model], setting: Setting) -> Iterator[Row]:
+def rows(models: Mapping[str, Model], options: StepOptions) -> Iterator[Row]:
     """One row for each of `models`, by the name of its configuration. ConfigError, first of all, for what does not
     fit."""
-    chosen = {name: _cut(model, setting.layers) for name, model in models.items()}
-    problems = [problem for name, pair in chosen.items() for problem in _memory_problems(name, pair, setting)]
+    chosen = {name: _cut(model, options.layers) for name, model in models.items()}
+    problems = [problem for name, pair in chosen.items() for problem in _memory_problems(name, pair, options)]
     if problems:
         raise ConfigError(problems)
     for name, (model, transformer) in chosen.items():
         # Otherwise the compiler takes the next configuration's sizes for dynamic ones, which no training run has.
         torch.compiler.reset()
-        yield _measure(name, models[name], model, transformer, setting)
+        yield _measure(name, models[name], model, transformer, options)
 
 
 def _cut(model: Model, layers: int | None) -> tuple[Model, Model]:
@@ -100,8 +100,8 @@ def _cut(model: Model, layers: int | None) -> tuple[Model, Model]:
     return model.model_copy(update=sizes), equal_transformer(model).model_copy(update=sizes)
 
 
-def _measure(name: str, whole: Model, model: Model, transformer: Model, setting: Setting) -> Row:
-    tokens = setting.samples * model.seq_length
+def _measure(name: str, whole: Model, model: Model, transformer: Model, options: StepOptions) -> Row:
+    tokens = options.samples * model.seq_length
 
     def step(build: Callable[[Model], TokenFormer], of: Model, compiled: bool) -> Call:
         torch.manual_seed(0)
@@ -110,25 +110,25 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, setting:
             prepare_compiler()
             for block in built.blocks:
                 block.compile()
-        return TrainingStep(built, setting.samples, setting.device, setting.dtype)
+        return TrainingStep(built, options.samples, options.device, options.dtype)
 
-    product, product_flops = square_product(setting.device, setting.dtype)
+    product, product_flops = square_product(options.device, options.dtype)
     timings = interleaved(
         {
-            "tokenformer": step(build_model, model, setting.compile),
+            "tokenformer": step(build_model, model, options.compile),
             "plain": step(plain_model, model, False),
-            "transformer": step(build_model, transformer, setting.compile),
+            "transformer": step(build_model, transformer, options.compile),
             "product": product,
         },
-        setting.device,
-        setting.rounds,
+        options.device,
+        options.rounds,
     )
     ours, theirs = timings["tokenformer"], timings["transformer"]
     speeds = {name: tokens / timings[name].median for name in ("tokenformer", "plain", "transformer")}
     work = {"mfu": (ours, model), "mfu transformer": (theirs, transformer)}
     return {
         "config": name,
-        "dtype": str(setting.dtype).removeprefix("torch."),
+        "dtype": str(options.dtype).removeprefix("torch."),
         "layers": f"{model.num_layers} of {whole.num_layers}",
         "vocabulary": f"{vocab_size_of(model):,} of {vocab_size_of(whole):,}",
         "tokens/step": tokens,
@@ -152,12 +152,12 @@ def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]
     return lambda: left @ right, 2 * side**3
 
 
-def _memory_problems(name: str, pair: Sequence[Model], setting: Setting) -> Iterator[str]:
+def _memory_problems(name: str, pair: Sequence[Model], options: StepOptions) -> Iterator[str]:
     """All three models are in memory at once, because they take turns."""
     model, transformer = pair
     state = _STATE_BYTES * (2 * num_parameters(model) + num_parameters(transformer))
-    if setting.device.type == "cuda":
-        available = torch.cuda.get_device_properties(setting.device).total_memory
+    if options.device.type == "cuda":
+        available = torch.cuda.get_device_properties(options.device).total_memory
     else:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if state > available:

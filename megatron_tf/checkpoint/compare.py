@@ -16,7 +16,7 @@ _CHUNK_ELEMENTS = 4 * 2**20
 
 
 @dataclass(frozen=True)
-class Difference:
+class StateDifference:
     """How one state of one tensor differs.
 
     `shapes`: of the first and the second checkpoint, None where it is missing.  `compared`: leading elements
@@ -36,8 +36,8 @@ class Difference:
         return self.shapes[0] == self.shapes[1] and self.unequal == 0
 
 
-def compare(first: CheckpointReader, second: CheckpointReader) -> Iterator[Difference]:
-    """One `Difference` for each tensor and state that either checkpoint has, equal ones included.
+def compare(first: CheckpointReader, second: CheckpointReader) -> Iterator[StateDifference]:
+    """One `StateDifference` for each tensor and state that either checkpoint has, equal ones included.
 
     When the one is grown from the other and deeper, its old layers are compared with what they were; a difference has
     the name of the second checkpoint, where that has the tensor.
@@ -47,10 +47,10 @@ def compare(first: CheckpointReader, second: CheckpointReader) -> Iterator[Diffe
         for state in {**_states(first, names[0]), **_states(second, names[1])}:
             shapes = (_shape(first, names[0], state), _shape(second, names[1], state))
             if shapes[0] is None or shapes[1] is None or shapes[0][1:] != shapes[1][1:]:
-                yield Difference(name, state, shapes, 0, 0, 0.0)
+                yield StateDifference(name, state, shapes, 0, 0, 0.0)
                 continue
             numel = min(math.prod(shapes[0]), math.prod(shapes[1]))
-            yield Difference(name, state, shapes, numel, *_compare_range(first, second, names, state, numel))
+            yield StateDifference(name, state, shapes, numel, *_compare_range(first, second, names, state, numel))
 
 
 def _compare_range(

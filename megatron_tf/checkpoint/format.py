@@ -250,7 +250,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Part:
+class RankContribution:
     """What one rank contributes to a save: its shard and the (tensor, state, start, stop, key) in it, or an error."""
 
     rank: int
@@ -273,7 +273,7 @@ class Part:
         return encode(part_name(self.rank), value)
 
     @classmethod
-    def from_json(cls, file: str, text: bytes) -> Part:
+    def from_json(cls, file: str, text: bytes) -> RankContribution:
         fields = parse_object(file, text)
         _check_version(fields)
         pieces = []

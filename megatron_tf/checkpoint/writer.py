@@ -33,7 +33,7 @@ from megatron_tf.checkpoint.format import (
     MANIFEST_NAME,
     CheckpointIndex,
     Manifest,
-    Part,
+    RankContribution,
     StoredFile,
     StoredPiece,
     folder_name,
@@ -158,20 +158,20 @@ class _Attempt:
         share = [piece for piece in pieces if piece.stop > piece.start]
         for piece in share:
             assert tensor_length(piece.tensor) == piece.stop - piece.start, f"{piece.key}: {piece.stop}"
-        part = Part(rank)
+        part = RankContribution(rank)
         if share:
             tensors = [(piece.key, piece.tensor) for piece in share]
             stored = write_shard(self.folder / shard_name(rank), tensors, lambda: self.at("tensor"))
             entries = tuple((piece.name, piece.state, piece.start, piece.stop, piece.key) for piece in share)
-            part = Part(rank, None, shard_name(rank), stored.num_bytes, stored.checksum, entries)
+            part = RankContribution(rank, None, shard_name(rank), stored.num_bytes, stored.checksum, entries)
         self.at("shard")
         write_atomically(self.folder / part_name(rank), part.to_json())
         self._handed_over = True
         self.at("part")
 
-    def collect(self, world_size: int) -> list[Part]:
+    def collect(self, world_size: int) -> list[RankContribution]:
         """The parts of all ranks, as soon as they are there; CheckpointError as soon as one of them is an error."""
-        parts: dict[int, Part] = {}
+        parts: dict[int, RankContribution] = {}
 
         def missing() -> list[int]:
             return [rank for rank in range(world_size) if rank not in parts]
@@ -180,7 +180,7 @@ class _Attempt:
             for rank in missing():
                 path = self.folder / part_name(rank)
                 if path.exists():
-                    parts[rank] = Part.from_json(str(path), path.read_bytes())
+                    parts[rank] = RankContribution.from_json(str(path), path.read_bytes())
             errors = [f"rank {part.rank} could not save: {part.error}" for part in parts.values() if part.error]
             if errors:
                 raise CheckpointError(f"{self.final}: " + "; ".join(errors))
@@ -188,7 +188,7 @@ class _Attempt:
                 break
         return [parts[rank] for rank in range(world_size)]
 
-    def publish(self, index: CheckpointIndex, parts: list[Part]) -> None:
+    def publish(self, index: CheckpointIndex, parts: list[RankContribution]) -> None:
         """Write index and manifest and give the folder its name."""
         self.at("parts")
         complete = self._assemble(index, parts)
@@ -248,9 +248,11 @@ class _Attempt:
         elif not self._handed_over:
             _try(lambda: self.folder.mkdir(parents=True, exist_ok=True))
             _try(lambda: (self.folder / shard_name(rank)).unlink())
-            _try(lambda: write_atomically(self.folder / part_name(rank), Part(rank, error=reason).to_json()))
+            _try(
+                lambda: write_atomically(self.folder / part_name(rank), RankContribution(rank, error=reason).to_json())
+            )
 
-    def _assemble(self, index: CheckpointIndex, parts: list[Part]) -> CheckpointIndex:
+    def _assemble(self, index: CheckpointIndex, parts: list[RankContribution]) -> CheckpointIndex:
         """The index with every rank's pieces; CheckpointError unless they make up each tensor exactly."""
         pieces: dict[tuple[str, str], list[StoredPiece]] = {}
         for part in parts:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from megatron_tf.convert.huggingface.export import ExportedTokenizer
     from megatron_tf.model.tokenformer import TokenFormer
 
-Progress = Callable[[int, str], None]
+ReportProgress = Callable[[int, str], None]
 OFFICIAL_VOCABULARY_MULTIPLE = 128  # make_vocab_size_divisible_by, unless a configuration says otherwise
 
 
@@ -114,7 +114,7 @@ def from_official(arguments: argparse.Namespace) -> None:
     write_run(root, model, lambda progress: write_imported(root, model, weights, progress), arguments.config)
 
 
-def write_run(root: Path, model: Model, write: Callable[[Progress], Path], config: Path | None = None) -> None:
+def write_run(root: Path, model: Model, write: Callable[[ReportProgress], Path], config: Path | None = None) -> None:
     from megatron_tf.checkpoint.step_zero import checkpoint_bytes
 
     total, began = checkpoint_bytes(model), time.monotonic()

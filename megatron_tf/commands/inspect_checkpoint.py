@@ -20,7 +20,7 @@ from megatron_tf.errors import printable
 from megatron_tf.telemetry.text import table
 
 if TYPE_CHECKING:
-    from megatron_tf.checkpoint.compare import Difference
+    from megatron_tf.checkpoint.compare import StateDifference
     from megatron_tf.checkpoint.reader import CheckpointReader
 
 
@@ -94,7 +94,7 @@ def print_summary(reader: CheckpointReader, summary: dict[str, Any]) -> None:
         print(f"\nverified: {summary['verified_files']} files, every checksum and range is right")
 
 
-def print_differences(other: Path, differences: Sequence[Difference]) -> None:
+def print_differences(other: Path, differences: Sequence[StateDifference]) -> None:
     if not differences:
         print(f"\nno difference to {other}: every tensor and state is equal to the last bit")
         return

@@ -94,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from megatron_tf.data.preparation.preprocess import PreprocessSettings, merge_shards, preprocess
-    from megatron_tf.data.preparation.progress import Progress
+    from megatron_tf.data.preparation.progress import ProgressDisplay
 
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),
@@ -113,7 +113,7 @@ def main() -> None:
         keep_lossy=arguments.keep_lossy,
     )
     command = merge_shards if arguments.merge else preprocess
-    for prefix, summary in command(settings, Progress(sys.stderr)).items():
+    for prefix, summary in command(settings, ProgressDisplay(sys.stderr)).items():
         print(f"{prefix}: {summary.documents} documents, {summary.tokens} tokens, {summary.bytes} bytes of text")
         if summary.skipped_records or summary.empty_documents:
             print(

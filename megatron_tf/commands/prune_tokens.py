@@ -25,8 +25,8 @@ from megatron_tf.telemetry.console import Console
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.reader import CheckpointReader
-    from megatron_tf.pruning.measure import Batch
     from megatron_tf.state.sources import StepZero
+    from megatron_tf.tasks.data import Batch
 
 
 def parse_arguments() -> argparse.Namespace:

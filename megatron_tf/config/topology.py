@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Axis = Literal["pipeline", "data", "tensor"]
+GridAxis = Literal["pipeline", "data", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -24,23 +24,23 @@ class Topology:
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.data
 
-    def coordinate(self, axis: Axis, rank: int) -> int:
+    def coordinate(self, axis: GridAxis, rank: int) -> int:
         """Position of `rank` along `axis`."""
         assert 0 <= rank < self.world_size
         stride, size = self.stride(axis), getattr(self, axis)
         return rank // stride % size
 
-    def peers(self, axis: Axis, rank: int) -> list[int]:
+    def peers(self, axis: GridAxis, rank: int) -> list[int]:
         """The ranks that differ from `rank` along `axis` only, in order; `rank` itself is among them."""
         stride, size = self.stride(axis), getattr(self, axis)
         first = rank - self.coordinate(axis, rank) * stride
         return [first + i * stride for i in range(size)]
 
-    def groups(self, axis: Axis) -> list[list[int]]:
+    def groups(self, axis: GridAxis) -> list[list[int]]:
         """Every group along `axis`; together they hold each rank once."""
         return [self.peers(axis, rank) for rank in range(self.world_size) if self.coordinate(axis, rank) == 0]
 
-    def stride(self, axis: Axis) -> int:
+    def stride(self, axis: GridAxis) -> int:
         """How far apart neighbours along `axis` are in the order of ranks."""
         return {"tensor": 1, "data": self.tensor, "pipeline": self.tensor * self.data}[axis]
 

@@ -16,7 +16,7 @@ from megatron_tf.corpora.cleaning import LEAST_CHARACTERS, Deduplicator, clean, 
 from megatron_tf.corpora.corpus import Document
 from megatron_tf.corpora.packages import Downloads, UnavailableError
 from megatron_tf.corpora.shards import ShardWriter
-from megatron_tf.data.preparation.parts import locked
+from megatron_tf.data.preparation.parts import file_lock
 from megatron_tf.data.preparation.split import is_held_out
 from megatron_tf.durable import partial_path, prepare_output, sync_folder
 from megatron_tf.errors import DataError, file_errors
@@ -60,7 +60,7 @@ def build_corpus(
     with file_errors(DataError, downloads.folder, REMEDY):
         opened = fetch(settings.sources, downloads, note)
     work = partial_path(target)
-    with file_errors(DataError, target, REMEDY), locked(target.with_name(target.name + ".lock"), 0) as held:
+    with file_errors(DataError, target, REMEDY), file_lock(target.with_name(target.name + ".lock"), 0) as held:
         if not held:
             raise DataError(f"{target}: another run is writing it. Wait for its end, or choose another folder.")
         shutil.rmtree(work, ignore_errors=True)

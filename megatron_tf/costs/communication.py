@@ -12,7 +12,7 @@ from megatron_tf.architectures.work import Collective, Collectives, Kind, comput
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Precision, RunConfig
 from megatron_tf.config.tasks import task_of
-from megatron_tf.config.topology import Axis, Topology
+from megatron_tf.config.topology import GridAxis, Topology
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.estimate import largest_shard, stage_parameters
 from megatron_tf.state.parameters import parameter_table
@@ -50,7 +50,7 @@ def stage_boundary(config: RunConfig) -> Collective:
     return Collective("send", hidden_bytes(config) // split)
 
 
-def document_starts(config: RunConfig) -> Collective:
+def sent_document_starts(config: RunConfig) -> Collective:
     """Where documents begin, an int32 a token, which goes with the hidden states but not back with their gradient."""
     positions = positions_of(config)
     return Collective("send", 4 * positions if config.data.reset_at_eod else 0)
@@ -78,7 +78,7 @@ def tied_gradients(config: RunConfig, topology: Topology) -> Collectives:
     return tuple(Collective("all_reduce", 4 * largest_shard(spec, topology.tensor)) for spec in tied)
 
 
-def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[Axis, float]:
+def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[GridAxis, float]:
     """Bytes that the busiest stage's rank sends in a step over each axis of the grid. `config` is valid for
     `world_size`."""
     topology = topology_for(config, world_size)
@@ -93,7 +93,7 @@ def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[Axis, float]
     parameters = stage_parameters(config.model, topology, topology.pipeline - 1)
     data = data_collectives(parameters, config.training.precision, config.zero.stage, topology.data)
     crossings = min(2, topology.pipeline - 1)  # to the stage after and to the one before
-    crossing = crossings * stage_boundary(config).bytes + (document_starts(config).bytes if crossings else 0)
+    crossing = crossings * stage_boundary(config).bytes + (sent_document_starts(config).bytes if crossings else 0)
     return {
         "tensor": micro_batches * (layers * block + end),
         "pipeline": micro_batches * crossing + sum(c.sent_bytes(2) for c in tied_gradients(config, topology)),

@@ -108,7 +108,7 @@ def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
 
 def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> Memory:
     parameters = stage_parameters(config.model, topology, stage)
-    weights, gradients, optimizer = state_bytes(
+    weights, gradients, optimizer = parameter_state_bytes(
         parameters, config.training.precision, config.zero.stage, topology.data, config.optimizer.type
     )
     # One forward, one backward: stage i has started this many micro batches before its first backward.
@@ -116,7 +116,7 @@ def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int,
     return Memory(weights, gradients, optimizer, _stage_activation_bytes(config, topology, stage, in_flight))
 
 
-def state_bytes(
+def parameter_state_bytes(
     parameters: int, precision: Precision, zero_stage: int, data_parallel: int, optimizer: str = DEFAULT_OPTIMIZER
 ) -> tuple[int, int, int]:
     """Bytes of (weights, gradients, optimizer) for `parameters` elements on a rank, as DeepSpeed lays them out.

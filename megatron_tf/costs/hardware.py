@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_tf.config.schema import Precision
-from megatron_tf.config.topology import Axis, Topology
+from megatron_tf.config.topology import GridAxis, Topology
 from megatron_tf.errors import ConfigError
 from megatron_tf.telemetry.meters import peak_bf16_flops
 
@@ -99,7 +99,7 @@ class Assumptions:
         )
 
 
-def group_bandwidth(gpu: Gpu, topology: Topology, axis: Axis) -> tuple[float, bool]:
+def group_bandwidth(gpu: Gpu, topology: Topology, axis: GridAxis) -> tuple[float, bool]:
     """(bytes/s per direction, whether it leaves the node) of a collective over `axis`.
 
     A group with g ranks on each node drives g network adapters at once, for every GPU of a node belongs to one group.

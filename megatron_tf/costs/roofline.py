@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.config.topology import Axis, Topology, stage_layers
+from megatron_tf.config.topology import GridAxis, Topology, stage_layers
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.communication import (
     Collective,
@@ -122,7 +122,7 @@ def _slot(
 
 
 def _seconds(
-    collectives: Iterable[Collective], ranks: int, axis: Axis, topology: Topology, gpu: Gpu, assumed: Assumptions
+    collectives: Iterable[Collective], ranks: int, axis: GridAxis, topology: Topology, gpu: Gpu, assumed: Assumptions
 ) -> float:
     bandwidth, leaves_node = group_bandwidth(gpu, topology, axis)
     latency = assumed.network_latency if leaves_node else assumed.node_latency

@@ -21,12 +21,12 @@ from megatron_tf.data.summary import read_summary, summary_file
 from megatron_tf.data.tokenizer_identity import tokenizer_identity
 from megatron_tf.errors import DataError, file_errors
 from megatron_tf.open_files import too_many
+from megatron_tf.tasks.data import Batch
 
 # Places of a file that `content_digest` reads, from its first byte to its last, and how much of each.
 DIGEST_SAMPLES = 16
 DIGEST_BYTES = 1 << 12
 NOT_COMPARED = " Where you know that both give the same tokens, data.tokenizer=null compares nothing."
-Batch = tuple[torch.Tensor, torch.Tensor]  # input_ids and labels, int64 [b, s] each; a label may be IGNORED
 
 
 def build_dataset(sources: Sequence[DataSource], seq_length: int, seed: int, vocab_size: int) -> Blend:
@@ -210,7 +210,8 @@ class BatchLoader:
         self.loss_mask = loss_mask
 
     def step_batches(self, first_sample: int) -> Iterator[Batch]:
-        """(input_ids, labels), each int64 [micro_batch_size, seq_length], for every micro batch of a step.
+        """(input_ids, labels), each int64 [micro_batch_size, seq_length], for every micro batch of a step. A label may
+        be IGNORED.
 
         Micro batch m takes samples first_sample + (m·data_size + data_rank)·micro_batch_size + [0, micro_batch_size),
         so a step takes the same samples whatever the layout. Raises `DataError` for an id outside the vocabulary.

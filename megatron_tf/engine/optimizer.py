@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import Optimizer
-from megatron_tf.optimizers.base import Batch
+from megatron_tf.optimizers.base import UpdateBatch
 from megatron_tf.state.optimizer_states import WEIGHT
 
 
@@ -103,7 +103,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
             if self.observe:
                 for segment, grad in zip(segments, grads):
                     self.observe(segment, grad)
-            batch = Batch(
+            batch = UpdateBatch(
                 weights=[view[WEIGHT] for view in views],
                 gradients=grads,
                 states={state.name: [view[state.name] for view in views] for state in self.rule.states},

@@ -23,7 +23,7 @@ from megatron_tf.data.documents import Boundaries, boundaries, find_boundaries
 from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.loader import check_tokenizer, open_tokens
 from megatron_tf.data.summary import known_end, read_summary
-from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.diagnosis.run_facts import run_facts
 from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.engine.device import precision_problems
@@ -36,6 +36,7 @@ from megatron_tf.evaluation.result_files import Identity, perplexity_identity, r
 from megatron_tf.evaluation.scoring import Scorer
 from megatron_tf.evaluation.text_bytes import count_text_bytes
 from megatron_tf.evaluation.windows import Windows
+from megatron_tf.inference.load import open_tokenizer
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.precision import DTYPES
@@ -146,7 +147,7 @@ def _evaluate(evaluation: Evaluation, watchdog: Watchdog) -> None:
     watchdog.begin("opening the data")
     prefixes = request.data or tuple(source.path for source in config.data.validation if not request.tasks)
     datasets = together(lambda: _open_data(config, prefixes))
-    tokenizer = together(lambda: _open_tokenizer(config))
+    tokenizer = together(lambda: _configured_tokenizer(config))
     documents = together(lambda: _boundaries(config, prefixes, tokenizer))
     watchdog.begin("verifying the checkpoint")
     reader = _open_checkpoint(evaluation)
@@ -223,16 +224,11 @@ def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDatase
     return datasets
 
 
-def _open_tokenizer(config: RunConfig) -> Tokenizer | None:
-    if config.data.tokenizer is None:
+def _configured_tokenizer(config: RunConfig) -> Tokenizer | None:
+    name = config.data.tokenizer
+    if name is None:
         return None
-    tokenizer = load_tokenizer(config.data.tokenizer, known_end(config.data))
-    if tokenizer.vocab_size > vocab_size_of(config.model):
-        raise DataError(
-            f"data.tokenizer: {config.data.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size is "
-            f"{vocab_size_of(config.model)}. It is another model's tokenizer: name the right one."
-        )
-    return tokenizer
+    return open_tokenizer(name, config.model, known_end(config.data), "name the right one in data.tokenizer")
 
 
 def _open_checkpoint(evaluation: Evaluation) -> CheckpointReader:

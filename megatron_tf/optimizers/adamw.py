@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from megatron_tf.config.fields import Beta, Positive
 from megatron_tf.config.schema import Optimizer
-from megatron_tf.optimizers.base import Batch, OptimizerState, UpdateRule
+from megatron_tf.optimizers.base import OptimizerState, UpdateBatch, UpdateRule
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class AdamW(UpdateRule):
         OptimizerState("exp_avg_sq", gradient_power=2),
     )
 
-    def update(self, optimizer: Optimizer, batch: Batch, lr: float, weight_decay: float) -> None:
+    def update(self, optimizer: Optimizer, batch: UpdateBatch, lr: float, weight_decay: float) -> None:
         from torch.optim.adamw import adamw
 
         settings = as_adamw(optimizer)

@@ -13,7 +13,7 @@ from typing import Literal
 from megatron_tf.config.fields import Beta
 from megatron_tf.config.schema import Optimizer
 from megatron_tf.optimizers.adamw import AdamW, AdamWOptimizer
-from megatron_tf.optimizers.base import Batch, OptimizerState
+from megatron_tf.optimizers.base import OptimizerState, UpdateBatch
 
 EMA_OFFSET = "ema_offset"
 
@@ -31,7 +31,7 @@ class AdamWEma(AdamW):
     states = (*AdamW.states, OptimizerState(EMA_OFFSET, gradient_power=-1))
     why_not_elsewhere = "it keeps no average of the weights"
 
-    def update(self, optimizer: Optimizer, batch: Batch, lr: float, weight_decay: float) -> None:
+    def update(self, optimizer: Optimizer, batch: UpdateBatch, lr: float, weight_decay: float) -> None:
         assert isinstance(optimizer, AdamWEmaOptimizer), optimizer.type
         offsets = batch.states[EMA_OFFSET]
         for offset, weight in zip(offsets, batch.weights, strict=True):

@@ -37,7 +37,7 @@ class OptimizerState:
 
 
 @dataclass(frozen=True)
-class Batch:
+class UpdateBatch:
     """Elements that are updated alike, as lists of flat fp32 tensors: one tensor for each segment.
 
     `states`: by name, in the order of the weights.  `ages`: updates so far, a tensor [] each.
@@ -72,7 +72,7 @@ class UpdateRule(ABC):
         return sum(state.bytes for state in self.states)
 
     @abstractmethod
-    def update(self, optimizer: Optimizer, batch: Batch, lr: float, weight_decay: float) -> None:
+    def update(self, optimizer: Optimizer, batch: UpdateBatch, lr: float, weight_decay: float) -> None:
         """One step, in place. Adds 1 to each of `batch.ages`.
 
         `lr`: of this step and these elements.  `weight_decay`: theirs; 0 for what is not decayed.

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_tf.config.topology import Axis, Topology
+from megatron_tf.config.topology import GridAxis, Topology
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Group:
 SINGLE = Group()
 
 
-def make_group(topology: Topology, axis: Axis, timeout_seconds: float, backend: str | None = None) -> Group:
+def make_group(topology: Topology, axis: GridAxis, timeout_seconds: float, backend: str | None = None) -> Group:
     """This rank's group along `axis`. Every rank of the world must call it, in the same order.
 
     `backend` None is the world's own; "gloo" gives a group for small CPU tensors in addition to nccl.

@@ -23,7 +23,7 @@ from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checks import check_whole_number
 from megatron_tf.config.schema import DataSource, Model
-from megatron_tf.data.loader import Batch, BatchLoader, build_dataset, check_tokenizer
+from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.source import PRUNED, growth_entry
 from megatron_tf.inference.load import run_config
@@ -35,6 +35,7 @@ from megatron_tf.pruning.source import PrunedSource
 from megatron_tf.state.optimizer_states import STATES, WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
 from megatron_tf.state.sources import StepZero
+from megatron_tf.tasks.data import Batch
 from megatron_tf.tasks.language_model.section import vocab_size_of
 
 DEFAULT_SAMPLES = 64

@@ -17,7 +17,7 @@ LOCK_NAME = "run.lock"
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path, patience_seconds: float = 10.0) -> Iterator[None]:
+def run_folder_lock(run_dir: Path, patience_seconds: float = 10.0) -> Iterator[None]:
     """Hold the folder's lock; the system frees it when the process ends, however it ends.
 
     A run that was killed just now may take a moment to be gone, so this waits `patience_seconds` before it raises

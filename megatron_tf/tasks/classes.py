@@ -66,7 +66,7 @@ def _kernels(rows: Tensor) -> ModuleType | None:
         return None
     from megatron_tf.tasks import triton_loss
 
-    return triton_loss if rows.dtype in triton_loss.DTYPES and rows.stride(1) == 1 else None
+    return triton_loss if rows.dtype in triton_loss.SUPPORTED_DTYPES and rows.stride(1) == 1 else None
 
 
 def _sums(rows: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,8 +16,8 @@ from megatron_tf.durable import atomic_path, prepare_output, read_plain
 from megatron_tf.errors import UserError, file_errors, shown
 from megatron_tf.text_files import decode_text
 
-Axis = Literal["tokens", "steps", "flops"]
-LABELS: dict[Axis, str] = {
+XAxis = Literal["tokens", "steps", "flops"]
+LABELS: dict[XAxis, str] = {
     "tokens": "training tokens",
     "steps": "optimizer steps",
     "flops": "training floating-point operations",
@@ -34,11 +34,11 @@ class RunCurve:
     grown: bool
     records: tuple[dict[str, Any], ...]
 
-    def position(self, record: dict[str, Any], axis: Axis) -> float:
+    def position(self, record: dict[str, Any], axis: XAxis) -> float:
         value = record.get("step" if axis == "steps" else axis)
         return math.nan if value is None else float(value)
 
-    def points(self, metric: str, axis: Axis) -> tuple[list[float], list[float]]:
+    def points(self, metric: str, axis: XAxis) -> tuple[list[float], list[float]]:
         """Positions and values of the records that hold a number for `metric`."""
         held = [record for record in self.records if record.get(metric) is not None]
         return [self.position(record, axis) for record in held], [float(record[metric]) for record in held]
@@ -80,7 +80,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def starts(runs: Sequence[RunCurve], axis: Axis) -> list[float]:
+def starts(runs: Sequence[RunCurve], axis: XAxis) -> list[float]:
     """What to add to each run's positions, so that a grown run goes on where the run before it ended.
 
     Only steps need it: they begin at 0 in every run, while tokens are counted from the very first stage on.
@@ -95,7 +95,7 @@ def starts(runs: Sequence[RunCurve], axis: Axis) -> list[float]:
     return offsets
 
 
-def plot_runs(runs: Sequence[RunCurve], output: Path, axis: Axis = "tokens") -> None:
+def plot_runs(runs: Sequence[RunCurve], output: Path, axis: XAxis = "tokens") -> None:
     """Draw training loss (lines) and validation loss (points) of `runs` into `output`; its suffix says the format.
 
     A vertical line marks where a grown run begins. UserError when matplotlib is missing, or `output` cannot be
@@ -126,7 +126,7 @@ def plot_groups(groups: Mapping[str, Sequence[Sequence[RunCurve]]], output: Path
     their seed and are evaluated at the same steps. UserError as `plot_runs`.
     """
     figure = new_figure(output, (12, 5))
-    both: tuple[Axis, Axis] = ("tokens", "flops")
+    both: tuple[XAxis, XAxis] = ("tokens", "flops")
     for axes, axis in zip(figure.subplots(1, 2, sharey=True), both):
         for number, (name, members) in enumerate(groups.items()):
             curves = [_joined(member, axis) for member in members]
@@ -138,7 +138,7 @@ def plot_groups(groups: Mapping[str, Sequence[Sequence[RunCurve]]], output: Path
     save_figure(figure, output)
 
 
-def _joined(chain: Sequence[RunCurve], axis: Axis) -> tuple[list[float], list[float]]:
+def _joined(chain: Sequence[RunCurve], axis: XAxis) -> tuple[list[float], list[float]]:
     points = [run.points("eval/loss", axis) for run in chain]
     return [x for at, _ in points for x in at], [y for _, losses in points for y in losses]
 
@@ -164,7 +164,7 @@ def save_figure(figure: Any, output: Path) -> None:
         figure.savefig(temporary, dpi=150, format=output.suffix.lstrip(".").lower())
 
 
-def _label(axes: Any, axis: Axis) -> None:
+def _label(axes: Any, axis: XAxis) -> None:
     axes.set_xlabel(LABELS[axis])
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)

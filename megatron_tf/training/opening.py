@@ -17,7 +17,7 @@ from megatron_tf.durable import write_atomically
 from megatron_tf.errors import ConfigError, system_reason
 from megatron_tf.runtime.agreement import from_rank_zero, gather, together
 from megatron_tf.runtime.environment import LaunchEnvironment
-from megatron_tf.runtime.run_lock import locked
+from megatron_tf.runtime.run_lock import run_folder_lock
 from megatron_tf.telemetry.console import Console
 from megatron_tf.training.account import Account, account, earlier_settings, keep_config
 from megatron_tf.training.running import Run
@@ -85,7 +85,7 @@ def _lock(config: RunConfig, closing: contextlib.ExitStack, environment: LaunchE
     if environment.restarts > 0:
         patience = min(config.run.hang_seconds + 60.0, config.parallel.timeout_seconds / 2)
     try:
-        closing.enter_context(locked(Path(config.run.dir), patience))
+        closing.enter_context(run_folder_lock(Path(config.run.dir), patience))
     except OSError as error:
         raise _cannot_write(config, error) from error
 

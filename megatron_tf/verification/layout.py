@@ -78,7 +78,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Deviation:
     """Worst relative errors of a layout against one process. `loss`: auxiliary losses and metrics as well."""
 
     loss: float
@@ -209,14 +209,14 @@ def run_layouts(config: RunConfig, chosen: Sequence[Layout], steps: int) -> list
     return [traces[layout] for layout in chosen]
 
 
-def compare(trace: Trace, expected: Trace) -> Difference:
+def compare(trace: Trace, expected: Trace) -> Deviation:
     """Worst relative errors; of a gradient, the error's norm over the gradient's."""
     worst, parameter = 0.0, ""
     for name, gradient in expected.gradients.items():
         error = ((trace.gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-30)).item()
         if not error < worst:  # so that nan is the worst
             worst, parameter = error, name
-    return Difference(
+    return Deviation(
         max(map(relative_error, [*trace.losses, *trace.reports], [*expected.losses, *expected.reports])),
         max(map(relative_error, trace.grad_norms, expected.grad_norms)),
         worst,

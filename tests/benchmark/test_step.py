@@ -33,7 +33,7 @@ def model(**changes):
 
 def setting(**changes):
     values = {"device": CPU, "dtype": torch.float32, "samples": 2, "layers": None, "compile": False, "rounds": 1}
-    return step.Setting(**{**values, **changes})
+    return step.StepOptions(**{**values, **changes})
 
 
 def test_a_step_is_what_torch_would_do():

@@ -8,7 +8,7 @@ import pytest
 from megatron_tf.checkpoint.format import (
     CheckpointIndex,
     Manifest,
-    Part,
+    RankContribution,
     StoredFile,
     StoredPiece,
     expected_tensors,
@@ -166,9 +166,9 @@ def test_each_malformed_field_of_the_manifest_is_named(files, problem):
 
 
 def test_part_survives_json():
-    part = Part(3, None, "shard_00003.safetensors", 12, CHECKSUM, (("a", "weight", 0, 3, "a/weight/0"),))
-    assert Part.from_json("part", part.to_json()) == part
-    assert Part.from_json("part", Part(3, error="disk full").to_json()).error == "disk full"
+    part = RankContribution(3, None, "shard_00003.safetensors", 12, CHECKSUM, (("a", "weight", 0, 3, "a/weight/0"),))
+    assert RankContribution.from_json("part", part.to_json()) == part
+    assert RankContribution.from_json("part", RankContribution(3, error="disk full").to_json()).error == "disk full"
 
 
 def test_weights_only_needs_no_step_counts(sandbox):

@@ -13,7 +13,7 @@ from megatron_tf.corpora import readers
 from megatron_tf.corpora.build import CorpusSettings, build_corpus
 from megatron_tf.corpora.catalogue import DebianPackage, PythonPackage, Source
 from megatron_tf.corpora.packages import Downloads, UnavailableError, sha256_of
-from megatron_tf.data.preparation.parts import locked
+from megatron_tf.data.preparation.parts import file_lock
 from megatron_tf.data.preparation.records import read_records, read_texts
 from megatron_tf.errors import DataError
 
@@ -167,7 +167,10 @@ def test_what_a_killed_run_left_is_in_nobodys_way(apt, tmp_path):
 
 
 def test_two_runs_do_not_write_one_folder(apt, tmp_path):
-    with locked(tmp_path / "out.lock"), pytest.raises(DataError, match="out: another run is writing it. Wait for its"):
+    with (
+        file_lock(tmp_path / "out.lock"),
+        pytest.raises(DataError, match="out: another run is writing it. Wait for its"),
+    ):
         build(tmp_path, ALPHA)
     assert list((tmp_path / "out").iterdir()) == []
 

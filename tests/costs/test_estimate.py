@@ -68,7 +68,9 @@ def test_flops_per_token_by_hand():
     [("bf16", 1, (2, 6, 3)), ("fp16", 1, (2, 3, 3)), ("fp32", 1, (4, 5, 3)), ("fp32", 0, (4, 4, 8))],
 )
 def test_state_bytes_at_four_data_parallel_ranks(precision, zero_stage, per_parameter):
-    assert estimate.state_bytes(1000, precision, zero_stage, 4) == tuple(1000 * size for size in per_parameter)
+    assert estimate.parameter_state_bytes(1000, precision, zero_stage, 4) == tuple(
+        1000 * size for size in per_parameter
+    )
 
 
 def test_memory_of_bf16_is_eight_and_a_share_of_twelve_bytes():

@@ -17,7 +17,7 @@ from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.communication import block_collectives, ends_collectives, sent_bytes_per_step
-from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank, state_bytes
+from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank, parameter_state_bytes
 from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
 from megatron_tf.model import build_model
@@ -246,7 +246,7 @@ def step_of_engine(group, overrides):
 
     parameters = [shard.parameter for shard in engine._pipeline.shards()]
     numel = sum(p.numel() for p in parameters)
-    weights, _, optimizer = state_bytes(numel, config.training.precision, 1, topology.data)
+    weights, _, optimizer = parameter_state_bytes(numel, config.training.precision, 1, topology.data)
     assert sum(p.numel() * p.element_size() for p in parameters) == weights
     buffers = {id(segment.buffer): segment.buffer for segment in engine.optimizer.segments}.values()
     held = sum(3 * 4 * buffer.numel() for buffer in buffers)  # a weight and two moments

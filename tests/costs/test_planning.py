@@ -21,7 +21,7 @@ from megatron_tf.costs.checkpoints import (
     plan_checkpoints,
     young_interval,
 )
-from megatron_tf.costs.estimate import state_bytes
+from megatron_tf.costs.estimate import parameter_state_bytes
 from megatron_tf.costs.hardware import GPUS, Assumptions, find_gpu, group_bandwidth
 from megatron_tf.costs.layouts import estimate, ranked
 from megatron_tf.costs.roofline import step_time
@@ -45,7 +45,7 @@ def test_failures_of_llama_3():
 
 def test_memory_of_zero():
     """arXiv:1910.02054, figure 1: 7.5 B parameters, 64 ranks, fp16 Adam, ZeRO 1: 31.4 GB of state."""
-    assert sum(state_bytes(7_500_000_000, "fp16", 1, 64)) == pytest.approx(31.4e9, rel=0.05)
+    assert sum(parameter_state_bytes(7_500_000_000, "fp16", 1, 64)) == pytest.approx(31.4e9, rel=0.05)
 
 
 def test_bubble_of_megatron():

@@ -17,7 +17,7 @@ from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import Optimizer
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model import build_model
-from megatron_tf.optimizers.base import Batch
+from megatron_tf.optimizers.base import UpdateBatch
 
 DECAY = 0.6
 EMA = Optimizer(type="adamw_ema", lr=0.1, ema_decay=DECAY)
@@ -32,7 +32,7 @@ def test_the_average_is_the_textbooks_and_the_update_is_adamws():
         weight, age = start.clone(), torch.zeros(())
         states = {state.name: [torch.full_like(weight, state.initial)] for state in rule.states}
         for gradient in gradients:
-            rule.update(settings, Batch([weight], [gradient], states, [age]), lr=0.1, weight_decay=0.1)
+            rule.update(settings, UpdateBatch([weight], [gradient], states, [age]), lr=0.1, weight_decay=0.1)
             if settings is EMA:
                 ema = DECAY * ema + (1 - DECAY) * weight.double()
         weights[settings.type] = weight

@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from megatron_tf.errors import ConfigError
-from megatron_tf.runtime.run_lock import locked
+from megatron_tf.runtime.run_lock import run_folder_lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from megatron_tf.runtime.run_lock import locked
-with locked(Path(sys.argv[1])):
+from megatron_tf.runtime.run_lock import run_folder_lock
+with run_folder_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -25,12 +25,12 @@ def test_two_runs_in_one_folder(tmp_path):
     try:
         assert other.stdout.readline() == "held\n"
         message = f"run.dir: .* is in use by process {other.pid} on "
-        with pytest.raises(ConfigError, match=message), locked(tmp_path, patience_seconds=0.2):
+        with pytest.raises(ConfigError, match=message), run_folder_lock(tmp_path, patience_seconds=0.2):
             pass
     finally:
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
-    with locked(tmp_path, patience_seconds=5):  # the killed run does not block the next one
+    with run_folder_lock(tmp_path, patience_seconds=5):  # the killed run does not block the next one
         pass
-    with locked(tmp_path, patience_seconds=0):
+    with run_folder_lock(tmp_path, patience_seconds=0):
         pass

@@ -8,7 +8,7 @@ import torch
 from megatron_tf.config.topology import Topology
 from megatron_tf.errors import LaunchError
 from megatron_tf.tasks.language_model.layers import random_tokens
-from megatron_tf.verification.layout import Difference, Layout, Trace, compare, layouts, reference, run_layouts
+from megatron_tf.verification.layout import Deviation, Layout, Trace, compare, layouts, reference, run_layouts
 
 TOLERANCE = 1e-5  # relative; two fp32 orders of summation were seen to differ by 2e-6 over 20 steps
 
@@ -146,7 +146,7 @@ def test_compiled_blocks(config, resets):
 def test_compare_finds_the_worst_gradient():
     one = Trace([1.0, 2.0], [1.0, 1.0], {"a": torch.ones(4), "b": torch.ones(4)})
     other = Trace([1.0, 2.2], [1.0, 1.01], {"a": torch.ones(4), "b": torch.tensor([1.0, 1, 1, 3])})
-    assert compare(one, one) == Difference(0, 0, 0, "b")
+    assert compare(one, one) == Deviation(0, 0, 0, "b")
     difference = compare(other, one)
     assert difference.parameter == "b" and difference.gradient == pytest.approx(1.0)
     assert difference.loss == pytest.approx(0.1) and not difference.agrees(0.5)

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.preparation.encoding import EncodedBatch, EncodeSettings, encode_group
-from megatron_tf.data.preparation.parts import Part, locked
+from megatron_tf.data.preparation.parts import Part, file_lock
 from megatron_tf.data.preparation.progress import Advance, Observer
 from megatron_tf.data.preparation.record_types import RawRecord, ReadLimits
 from megatron_tf.data.preparation.records import read_records
@@ -44,7 +44,7 @@ def write_part(job: PartJob, part: Part, encode_all: EncodeAll, observer: Observ
     Raises `DataError` for a bad record under `on_error="stop"`; what was written of this part is then gone.
     """
     remedy = "Free space, correct the permissions or choose another prefix, then run again: finished parts are kept."
-    with file_errors(DataError, part.folder, remedy), locked(part.lock_path) as held:
+    with file_errors(DataError, part.folder, remedy), file_lock(part.lock_path) as held:
         if not held:
             return False
         if part.report() is not None:  # finished while we waited for the lock

@@ -94,7 +94,7 @@ def key_of(content: object) -> str:
 
 
 @contextmanager
-def locked(path: Path, patience_seconds: float = LOCK_SECONDS) -> Iterator[bool]:
+def file_lock(path: Path, patience_seconds: float = LOCK_SECONDS) -> Iterator[bool]:
     """Hold the lock file `path` in the block, which is told whether we have it; the file is gone afterwards.
 
     It is the system's own lock, so that it ends with its process however that ends. Where the file system knows no

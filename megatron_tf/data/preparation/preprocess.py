@@ -22,8 +22,8 @@ from megatron_tf.data.preparation.lanes import write_parts
 from megatron_tf.data.preparation.merge import merge_pairs
 from megatron_tf.data.preparation.parquet import check_columns
 from megatron_tf.data.preparation.part_writer import OnError, PartJob
-from megatron_tf.data.preparation.parts import Part, key_of, locked, plan_parts
-from megatron_tf.data.preparation.progress import Progress
+from megatron_tf.data.preparation.parts import Part, file_lock, key_of, plan_parts
+from megatron_tf.data.preparation.progress import ProgressDisplay
 from megatron_tf.data.preparation.record_types import ReadLimits
 from megatron_tf.data.preparation.records import is_one_document
 from megatron_tf.data.preparation.report import Report, SplitCounts, read_report, write_report
@@ -82,7 +82,7 @@ class Plan:
         return self.parts[0].folder
 
 
-def preprocess(settings: PreprocessSettings, progress: Progress) -> dict[str, CorpusSummary]:
+def preprocess(settings: PreprocessSettings, progress: ProgressDisplay) -> dict[str, CorpusSummary]:
     """Write the parts of this shard that are not finished, and merge when those of all shards are.
 
     Writes PREFIX.bin, .idx, .json, or with a validation fraction those of PREFIX_train and PREFIX_validation, and
@@ -116,7 +116,7 @@ def preprocess(settings: PreprocessSettings, progress: Progress) -> dict[str, Co
     return _merge_if_possible(plan, progress, insist=settings.num_shards == 1 and not busy)
 
 
-def merge_shards(settings: PreprocessSettings, progress: Progress) -> dict[str, CorpusSummary]:
+def merge_shards(settings: PreprocessSettings, progress: ProgressDisplay) -> dict[str, CorpusSummary]:
     """Only merge: the summaries as `preprocess` returns them. Raises `DataError` when parts are missing."""
     plan = make_plan(settings)
     _check_replaceable(plan)
@@ -180,7 +180,7 @@ def _check_replaceable(plan: Plan) -> None:
         )
 
 
-def _merge_if_possible(plan: Plan, progress: Progress, *, insist: bool) -> dict[str, CorpusSummary]:
+def _merge_if_possible(plan: Plan, progress: ProgressDisplay, *, insist: bool) -> dict[str, CorpusSummary]:
     """Make the output out of the parts and delete them; nothing when parts are missing or another process does it.
 
     `insist`: these two are a `DataError`.
@@ -188,7 +188,7 @@ def _merge_if_possible(plan: Plan, progress: Progress, *, insist: bool) -> dict[
     try:
         with (
             file_errors(DataError, plan.settings.output_prefix, REMEDY),
-            locked(plan.folder / "merge.lock", patience_seconds=0.5) as held,
+            file_lock(plan.folder / "merge.lock", patience_seconds=0.5) as held,
         ):
             summaries = _finished(plan)
             if summaries is None:
@@ -296,7 +296,7 @@ def _finished(plan: Plan) -> dict[str, CorpusSummary] | None:
     return summaries
 
 
-def _note_remarks(plan: Plan, progress: Progress) -> None:
+def _note_remarks(plan: Plan, progress: ProgressDisplay) -> None:
     report = read_report(plan.report_path, plan.key)
     for remark in report.remarks() if report else ():
         progress.note(f"{plan.settings.output_prefix}: {remark}, see {plan.report_path}")

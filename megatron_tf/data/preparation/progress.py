@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, TextIO
 
 import rich.console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from megatron_tf.data.preparation.record_types import BadSample
 
@@ -34,13 +33,13 @@ class Observer(Protocol):
         """It was left out."""
 
 
-class Progress:
+class ProgressDisplay:
     """Counts, and shows the counts with their rates. Use it as a context manager once the total is known."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic):
         self._stream = stream
         self._clock = clock
-        self._bar: RichProgress | None = None
+        self._bar: Progress | None = None
         self.documents = self.text_bytes = self.tokens = self.input_bytes = self.skipped = 0
         self._started = self._shown = clock()
 
@@ -48,7 +47,7 @@ class Progress:
         """`total_bytes`: of the input files that will be read."""
         self._started = self._shown = self._clock()
         if self._stream.isatty():
-            self._bar = RichProgress(
+            self._bar = Progress(
                 BarColumn(bar_width=20),
                 TaskProgressColumn(),
                 TextColumn("{task.description}"),

@@ -32,7 +32,7 @@ def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
     if os.environ.get("MEGATRON_TF_NATIVE") == "0":
         return False
     kernels = _kernels(device_type)
-    return kernels is not None and dtype in kernels.DTYPES and kernels.is_available()
+    return kernels is not None and dtype in kernels.SUPPORTED_DTYPES and kernels.is_available()
 
 
 @cache

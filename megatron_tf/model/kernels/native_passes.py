@@ -21,7 +21,7 @@ FLAGS = (
     "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast",
 )  # fmt: skip
 X86_FLAGS = ("-mprefer-vector-width=512",)
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+SUPPORTED_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def is_available() -> bool:
@@ -77,7 +77,7 @@ def _call(name: str, scores: Tensor, *others: Tensor, scale: float | None = None
     arguments.append(ctypes.c_int(torch.get_num_threads()))
     if scale is not None:
         arguments.append(ctypes.c_float(scale))
-    getattr(library, f"{name}_{DTYPES[scores.dtype]}")(*arguments)
+    getattr(library, f"{name}_{SUPPORTED_DTYPES[scores.dtype]}")(*arguments)
 
 
 @lru_cache(maxsize=1)

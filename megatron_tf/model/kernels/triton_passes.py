@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WARP = 256  # columns: 8 a thread, 16 bytes of bf16
 # (rows up to this length, columns of a block, columns of a warp): the fastest of seven on an H200, in bf16, for rows of
 # 2,144 to 34,480.

@@ -24,7 +24,7 @@ from pathlib import Path
 from megatron_tf.corpora.corpus import python_modules
 from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.preparation.preprocess import PreprocessSettings, preprocess
-from megatron_tf.data.preparation.progress import Progress
+from megatron_tf.data.preparation.progress import ProgressDisplay
 from megatron_tf.data.tiktoken_files import GPT2_PATTERN
 
 ROUNDS = 3
@@ -119,7 +119,7 @@ def cpu_seconds() -> float:
 def our_seconds(folder: Path, path: Path, workers: int) -> tuple[float, float]:
     settings = PreprocessSettings((str(folder / "*.jsonl"),), str(path), str(folder / "out"), workers=workers)
     started, cpu = time.perf_counter(), cpu_seconds()
-    preprocess(settings, Progress(io.StringIO()))
+    preprocess(settings, ProgressDisplay(io.StringIO()))
     seconds = time.perf_counter() - started, cpu_seconds() - cpu
     for file in folder.glob("out*"):
         file.unlink()

@@ -15,7 +15,7 @@ import pytest
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.preparation import parts
 from megatron_tf.data.preparation.encoding import EncodeSettings
-from megatron_tf.data.preparation.parts import Part, locked, plan_parts
+from megatron_tf.data.preparation.parts import Part, file_lock, plan_parts
 from megatron_tf.data.preparation.record_types import BadSample, ReadLimits
 from megatron_tf.data.preparation.report import SAMPLES_PER_KIND, Report, SplitCounts, read_report, write_report
 from megatron_tf.errors import DataError
@@ -119,28 +119,28 @@ def test_samples_are_the_first_of_each_kind():
 
 def test_a_lock_is_held_once_and_leaves_nothing(tmp_path):
     path = tmp_path / "new" / "a.lock"
-    with locked(path) as first, locked(path, patience_seconds=0) as second:
+    with file_lock(path) as first, file_lock(path, patience_seconds=0) as second:
         assert (first, second) == (True, False)
     assert list(path.parent.iterdir()) == []
-    with pytest.raises(ZeroDivisionError), locked(path):
+    with pytest.raises(ZeroDivisionError), file_lock(path):
         raise ZeroDivisionError
-    with locked(path, patience_seconds=0) as again:
+    with file_lock(path, patience_seconds=0) as again:
         assert again
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
     path = tmp_path / "a.lock"
     code = f"""
-import time; from pathlib import Path; from megatron_tf.data.preparation.parts import locked
-with locked(Path({str(path)!r})):
+import time; from pathlib import Path; from megatron_tf.data.preparation.parts import file_lock
+with file_lock(Path({str(path)!r})):
     print("held", flush=True); time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with locked(path, patience_seconds=0) as held:
+        with file_lock(path, patience_seconds=0) as held:
             assert not held
         holder.kill()
-        with locked(path) as held:
+        with file_lock(path) as held:
             assert held
 
 
@@ -149,5 +149,5 @@ def test_where_there_are_no_locks_we_go_on(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with locked(tmp_path / "a.lock") as held:
+    with file_lock(tmp_path / "a.lock") as held:
         assert held

@@ -18,7 +18,7 @@ from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.preparation.lanes import share_workers
 from megatron_tf.data.preparation.preprocess import PreprocessSettings, merge_shards, preprocess
-from megatron_tf.data.preparation.progress import Progress
+from megatron_tf.data.preparation.progress import ProgressDisplay
 from megatron_tf.data.preparation.records import read_records
 from megatron_tf.data.preparation.split import is_held_out
 from megatron_tf.data.summary import CorpusSummary, read_summary
@@ -48,7 +48,7 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 def run(tokenizer: Path, inputs: Path, prefix: Path, **options) -> dict[str, CorpusSummary]:
     settings = PreprocessSettings((str(inputs),), str(tokenizer), str(prefix), **options)
-    return preprocess(settings, Progress(io.StringIO()))
+    return preprocess(settings, ProgressDisplay(io.StringIO()))
 
 
 def documents(prefix: str | Path, tokenizer: Path) -> list[str]:
@@ -121,7 +121,7 @@ def test_skipped_records_are_named_and_counted(tokenizer, tmp_path):
     bad.write_text("\n".join(BAD_LINES))
     stream = io.StringIO()
     settings = PreprocessSettings((str(bad),), str(tokenizer), str(tmp_path / "x"), on_error="skip")
-    summary = preprocess(settings, Progress(stream))[str(tmp_path / "x")]
+    summary = preprocess(settings, ProgressDisplay(stream))[str(tmp_path / "x")]
     assert documents(tmp_path / "x", tokenizer) == ["good", "also good"]
     assert (summary.documents, summary.skipped_records, summary.empty_documents) == (2, 2, 1)
     shown = stream.getvalue()
@@ -158,7 +158,7 @@ def test_a_single_document_is_split_by_blocks(tokenizer, tmp_path, name):
     settings = PreprocessSettings(
         (str(tmp_path / name),), str(tokenizer), str(tmp_path / "x"), validation_fraction=0.05, workers=2
     )
-    summaries = preprocess(settings, Progress(stream))
+    summaries = preprocess(settings, ProgressDisplay(stream))
     assert f"{name}: holds one document, of which 5 % are held out, in blocks" in stream.getvalue()
     train, validation = (documents(tmp_path / f"x_{split}", tokenizer) for split in ("train", "validation"))
     assert len("".join(validation)) == pytest.approx(0.05 * len(text), rel=0.3)
@@ -168,9 +168,9 @@ def test_a_single_document_is_split_by_blocks(tokenizer, tmp_path, name):
         rest = rest.replace(held, "", 1)
     assert rest == "".join(train)
     assert sum(summary.bytes for summary in summaries.values()) == len(text)
-    assert preprocess(settings, Progress(io.StringIO())) == summaries, "done before"
+    assert preprocess(settings, ProgressDisplay(io.StringIO())) == summaries, "done before"
     with pytest.raises(DataError, match="is there already"):
-        preprocess(replace(settings, split_by="documents"), Progress(stream))
+        preprocess(replace(settings, split_by="documents"), ProgressDisplay(stream))
 
 
 def test_few_documents_are_split_when_it_is_asked_for(tokenizer, tmp_path):
@@ -258,7 +258,7 @@ def share(tokenizer: Path, inputs: Path, prefix: Path, index: int, number: int, 
         (str(inputs),), str(tokenizer), str(prefix), shard_index=index, num_shards=number, **options
     )
     stream = io.StringIO()
-    return preprocess(settings, Progress(stream)), stream.getvalue()
+    return preprocess(settings, ProgressDisplay(stream)), stream.getvalue()
 
 
 def test_shards_in_any_order_give_what_one_run_gives(tokenizer, tmp_path):
@@ -278,15 +278,15 @@ def test_merging_too_early_names_what_is_missing(tokenizer, tmp_path):
     inputs = shards(tmp_path / "in")
     settings = PreprocessSettings((str(inputs),), str(tokenizer), str(tmp_path / "x"))
     with pytest.raises(DataError, match=r"x\.parts: 6 of 6 parts are still to be prepared, the first from .*0\.jsonl"):
-        merge_shards(settings, Progress(io.StringIO()))
+        merge_shards(settings, ProgressDisplay(io.StringIO()))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
     share(tokenizer, inputs, tmp_path / "x", 0, 2)
     with pytest.raises(DataError, match=r"3 of 6 parts are still .*1\.jsonl"):
-        merge_shards(settings, Progress(io.StringIO()))
+        merge_shards(settings, ProgressDisplay(io.StringIO()))
     for index in (1, 0):  # the merging job that comes after does nothing
         share(tokenizer, inputs, tmp_path / "x", index, 2)
     before = (tmp_path / "x.bin").stat().st_mtime_ns
-    assert merge_shards(settings, Progress(io.StringIO())) == {str(tmp_path / "x"): read_summary(tmp_path / "x")}
+    assert merge_shards(settings, ProgressDisplay(io.StringIO())) == {str(tmp_path / "x"): read_summary(tmp_path / "x")}
     assert (tmp_path / "x.bin").stat().st_mtime_ns == before and not (tmp_path / "x.parts").exists()
 
 
@@ -387,7 +387,7 @@ def test_the_report_says_what_was_left_out_and_why(tokenizer, tmp_path):
         tuple(str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.txt")), str(tokenizer), str(tmp_path / "x"),
         on_error="skip", max_document_bytes=300,
     )  # fmt: skip
-    preprocess(settings, Progress(io.StringIO()))
+    preprocess(settings, ProgressDisplay(io.StringIO()))
     report = json.loads((tmp_path / "x.report.json").read_text())
     kinds = {"invalid_json": 1, "missing_field": 1, "empty": 1, "not_utf8": 1, "too_long": 1}
     assert report["skipped"] == kinds and report["skipped_records"] == 5
@@ -434,7 +434,7 @@ def test_lanes_do_not_change_the_output(tokenizer, tmp_path, workers):
     settings = PreprocessSettings(
         (str(inputs),), str(tokenizer), str(tmp_path / "x"), workers=workers, validation_fraction=0.2
     )
-    preprocess(settings, Progress(stream))
+    preprocess(settings, ProgressDisplay(stream))
     for ending in ("_train", "_validation"):
         assert token_files(tmp_path / f"x{ending}") == token_files(tmp_path / f"one{ending}")
     assert stream.getvalue().startswith("1500 documents (")

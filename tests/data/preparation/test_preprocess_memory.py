@@ -54,12 +54,12 @@ def peak_bytes(folder: Path, size: int, workers: int, name: str = "a.txt") -> in
 import resource, sys
 from megatron_tf.data.preparation.lanes import share_workers
 from megatron_tf.data.preparation.preprocess import PreprocessSettings, merge_shards, preprocess
-from megatron_tf.data.preparation.progress import Progress
+from megatron_tf.data.preparation.progress import ProgressDisplay
 if __name__ == "__main__":
     inputs = ({str(folder / name)!r}, {str(folder / "small.txt")!r})
     settings = PreprocessSettings(inputs, {str(folder / "t.json")!r}, {str(folder / "x")!r}, workers={workers},
                                   on_error="skip")
-    preprocess(settings, Progress(sys.stderr))
+    preprocess(settings, ProgressDisplay(sys.stderr))
     print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 """
     (folder / "script.py").write_text(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from megatron_tf.data.preparation.progress import BAD_RECORDS_SHOWN, Advance, Progress
+from megatron_tf.data.preparation.progress import BAD_RECORDS_SHOWN, Advance, ProgressDisplay
 from megatron_tf.data.preparation.record_types import BadSample
 
 
@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 def test_a_line_every_ten_seconds_of_an_injected_clock():
     now = [5.0]
     stream = io.StringIO()
-    progress = Progress(stream, clock=lambda: now[0])
+    progress = ProgressDisplay(stream, clock=lambda: now[0])
     progress.start(100)
     now[0] = 14.0
     progress.advance(Advance(documents=2, text_bytes=2_000_000, tokens=6, input_bytes=40))
@@ -32,7 +32,7 @@ def test_a_line_every_ten_seconds_of_an_injected_clock():
 
 def test_millions_of_bad_records_do_not_fill_the_log():
     stream = io.StringIO()
-    progress = Progress(stream)
+    progress = ProgressDisplay(stream)
     for number in range(1000):
         progress.bad_record(BadSample("empty", "f", number, "why", ""))
     lines = stream.getvalue().splitlines()
@@ -43,7 +43,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     stream = Terminal()
-    progress = Progress(stream)
+    progress = ProgressDisplay(stream)
     progress.start(200)
     progress.advance(Advance(documents=3, text_bytes=1, tokens=9, input_bytes=100))
     progress.note("[file] says")
@@ -54,7 +54,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
 
 def test_nothing_done_shows_nothing():
     stream = io.StringIO()
-    progress = Progress(stream)
+    progress = ProgressDisplay(stream)
     progress.start(0)
     progress.stop()
     assert stream.getvalue() == ""
