@@ -29,7 +29,7 @@ def recomputed_collectives(config: RunConfig) -> Collectives:
     """What activation checkpointing sends again of a block's forward pass: all but its end, which nothing needs."""
     forward, _ = block_collectives(config)
     end: Kind = "reduce_scatter" if config.parallel.sequence else "all_reduce"
-    whole = max((c.bytes for c in forward), default=0)
+    whole = hidden_bytes(config)
     return tuple(replace(c, count=c.count - 1) if (c.kind, c.bytes) == (end, whole) else c for c in forward)
 
 

@@ -9,11 +9,12 @@ each is the identity for a group of one.
 | `reduce_from` | all-reduce | identity | partial results become whole on every rank |
 | `gather_from` | all-gather along a dim | reduce-scatter | a split tensor enters sharded work whole |
 | `scatter_to` | reduce-scatter along a dim | all-gather | partial results become whole, split |
+| `scatter_together` | one reduce-scatter of several | one all-gather | as `scatter_to` |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -130,6 +131,20 @@ class _ScatterTo(Function):
         return all_gather(grad, ctx.group, ctx.dim), None, None
 
 
+class _ScatterTogether(Function):
+    @staticmethod
+    def forward(ctx, group, dim, *tensors):
+        ctx.group, ctx.dim = group, dim
+        ranks = torch.stack([x.unflatten(dim, (group.size, -1)).movedim(dim, 0) for x in tensors], 1)
+        # each in memory of its own: what is kept of one for the backward pass would keep all
+        return tuple(own.clone() for own in reduce_scatter(ranks, group, 0)[0])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        whole = all_gather(torch.stack(grads), ctx.group, ctx.dim + 1)
+        return None, None, *whole.unbind()
+
+
 def copy_to(x: Tensor, group: Group) -> Tensor:
     """Identity forward, all-reduce backward."""
     return x if group.size == 1 else _CopyTo.apply(x, group)
@@ -148,3 +163,10 @@ def gather_from(x: Tensor, group: Group, dim: int) -> Tensor:
 def scatter_to(x: Tensor, group: Group, dim: int) -> Tensor:
     """Reduce-scatter along `dim` forward, all-gather backward."""
     return x if group.size == 1 else _ScatterTo.apply(x, group, dim)
+
+
+def scatter_together(tensors: Sequence[Tensor], group: Group, dim: int) -> tuple[Tensor, ...]:
+    """`scatter_to` of several tensors of one shape, in one exchange."""
+    if group.size == 1:
+        return tuple(tensors)
+    return _ScatterTogether.apply(group, dim % tensors[0].dim(), *tensors)

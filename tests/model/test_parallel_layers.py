@@ -182,11 +182,11 @@ def count(group, sequence):
     rows, whole = SEQUENCE * BATCH, SEQUENCE * BATCH * WIDTH
     norms = [("all_reduce", 3 * rows), ("all_reduce", rows), ("all_reduce", rows)]
     if sequence:
-        forward = [("all_gather", whole)] * 3 + [("reduce_scatter", whole)] * 5
-        backward = [("all_gather", whole)] * 5 + [("reduce_scatter", whole)] * 3
+        forward = [("all_gather", whole)] * 3 + [("reduce_scatter", 3 * whole)] + [("reduce_scatter", whole)] * 2
+        backward = [("all_gather", whole)] * 2 + [("all_gather", 3 * whole)] + [("reduce_scatter", whole)] * 3
     else:
-        forward = [("all_gather", whole)] + [("reduce_scatter", whole)] * 3 + [("all_reduce", whole)] * 2
-        backward = [("all_gather", whole)] * 3 + [("reduce_scatter", whole)] + [("all_reduce", whole)] * 2
+        forward = [("all_gather", whole), ("reduce_scatter", 3 * whole)] + [("all_reduce", whole)] * 2
+        backward = [("all_gather", 3 * whole), ("reduce_scatter", whole)] + [("all_reduce", whole)] * 2
     assert communication(model_config(), group, sequence) == (sorted(forward + norms), sorted(backward + norms))
     both = [("all_gather", whole)] * 2 + [("reduce_scatter", whole)] * 2 if sequence else [("all_reduce", whole)] * 2
     assert communication(transformer(), group, sequence) == (both, both)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from distributed import spawn
 
-from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
+from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to, scatter_together
 from megatron_tf.parallel.groups import SINGLE
 
 PAIRS = [copy_to, reduce_from, lambda x, g: gather_from(x, g, 0), lambda x, g: scatter_to(x, g, -1)]
@@ -36,8 +36,12 @@ def _everything(group):
         grads = [torch.cat([y * (r + 1) for y in xs], dim) for r in range(size)]
         check(gather_from(x, group, dim), whole, torch.stack(grads).sum(0).chunk(size, dim)[rank], grads)
     for dim in (0, -1):
+        own = total.chunk(size, dim)[rank]
         parts = [y.chunk(size, dim)[0].contiguous() for y in xs]
-        check(scatter_to(x, group, dim), total.chunk(size, dim)[rank], torch.cat(parts, dim), parts)
+        check(scatter_to(x, group, dim), own, torch.cat(parts, dim), parts)
+        first, second = scatter_together((x, 2 * x), group, dim)
+        torch.testing.assert_close(second.detach(), 2 * own)
+        check(first + second, 3 * own, 3 * torch.cat(parts, dim), parts)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -12,7 +12,7 @@ from megatron_tf.config.schema import Model
 from megatron_tf.model.context import Reports
 from megatron_tf.model.layers import Attention, Block, Pattention, TensorParallel, partial_outputs
 from megatron_tf.model.sparse_pattention import SparsePattention
-from megatron_tf.parallel.collectives import gather_from, scatter_to
+from megatron_tf.parallel.collectives import gather_from, scatter_together
 
 
 class PattentionAttention(Attention):
@@ -29,7 +29,8 @@ class PattentionAttention(Attention):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         partial = partial_outputs([self.query, self.key, self.value], x)
         # a rank needs only its own heads, so the sum over the ranks is a reduce-scatter, never an all-reduce
-        query, key, value = (scatter_to(p, self.tensor.group, -1).unflatten(-1, (-1, self.head_dim)) for p in partial)
+        own = scatter_together(partial, self.tensor.group, -1)
+        query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in own)
         return query, key, value
 
     def join(self, heads: Tensor) -> Tensor:

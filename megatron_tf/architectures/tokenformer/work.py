@@ -90,7 +90,7 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
 
     | | forward | backward |
     |---|---|---|
-    | q, k, v | scores' norms, reduce-scatter over heads × 3 | all-gather × 3, norms, all-reduce of dX |
+    | q, k, v | scores' norms, one reduce-scatter over heads | one all-gather, norms, all-reduce of dX |
     | proj | all-gather of heads, norms, all-reduce | norms, reduce-scatter of heads |
     | ffn | norms, all-reduce | norms, all-reduce of dX |
 
@@ -99,6 +99,8 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
     each by the activation's number of reductions, those of a projection with a bank whole.
     """
     positions, whole = positions_of(config), hidden_bytes(config)
+    # query, key and value together, and their gradients
+    scattered, gathered = (Collective(kind, 3 * whole) for kind in ("reduce_scatter", "all_gather"))
     norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in (3, 1, 1))
     reductions = ACTIVATIONS[model.activation].reductions
     parts = row_parts(positions, reductions, config.training.compile)
@@ -111,10 +113,10 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
     forward: Collectives
     backward: Collectives
     if config.parallel.sequence:
-        forward = (Collective("all_gather", whole, 3), Collective("reduce_scatter", whole, 5))
-        backward = (Collective("all_gather", whole, 5), Collective("reduce_scatter", whole, 3))
+        forward = (Collective("all_gather", whole, 3), scattered, Collective("reduce_scatter", whole, 2))
+        backward = (gathered, Collective("all_gather", whole, 2), Collective("reduce_scatter", whole, 3))
     else:
         reduced = Collective("all_reduce", whole, 2)
-        forward = (Collective("all_gather", whole), Collective("reduce_scatter", whole, 3), reduced)
-        backward = (Collective("all_gather", whole, 3), Collective("reduce_scatter", whole), reduced)
+        forward = (Collective("all_gather", whole), scattered, reduced)
+        backward = (gathered, Collective("reduce_scatter", whole), reduced)
     return forward + forward_norms, backward + norms
