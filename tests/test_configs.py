@@ -12,7 +12,7 @@ from megatron_tf.config.stages import load_stages
 from megatron_tf.config.validate import plan_batches, validate
 from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters
 from megatron_tf.costs.plan import describe
-from megatron_tf.growth.rules import growth_problems
+from megatron_tf.growth.rules import chain_problems, growth_problems
 from megatron_tf.model import build_model
 from megatron_tf.state.parameters import parameter_table
 
@@ -72,7 +72,11 @@ GROWS_FROM = {
 }
 
 
-CHAINS = {"chain_124M_to_1.4B": ["124M", "354M", "757M", "1.4B"], "tiny_chain": ["tokens128", "tokens192", "tokens256"]}
+CHAINS = {
+    "chain_124M_to_1.4B": ["124M", "354M", "757M", "1.4B"],
+    "chain_sparse": ["124M", "candidates4", "candidates16"],
+    "tiny_chain": ["tokens128", "tokens192", "tokens256"],
+}
 
 
 def load(name):
@@ -191,6 +195,20 @@ def test_chain(name):
         assert stage.growth is not None and stage.growth.source == before.run.dir
     for stage in stages:
         validate(stage, 8 if name.startswith("chain") else 2)
+
+
+def test_the_sparse_chain_multiplies_parameters_at_the_cost_of_its_first_stage():
+    stages = load_stages(CONFIGS / "chain_sparse.yml")
+    assert chain_problems(stages) == []
+    first, last = load("124M"), load("sparse_124M_to_762M")
+    assert stages[0].model_copy(update={"run": first.run}) == first
+    assert stages[2].model_copy(update={"run": last.run, "growth": last.growth}) == last
+    header = (CONFIGS / "chain_sparse.yml").read_text(encoding="utf-8").partition("\n\n")[0]
+    for stage, size in zip(stages, (123_569_664, 251_303_856, 761_908_416)):
+        parameters = build_model(stage.model, device="meta").parameters()
+        assert num_parameters(stage.model) == sum(parameter.numel() for parameter in parameters) == size
+        assert f"{size:,}" in header
+        assert flops_per_token(stage.model) < 1.01 * flops_per_token(first.model)
 
 
 def test_the_papers_chain_is_its_four_configurations():

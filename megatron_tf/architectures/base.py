@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron_tf.architectures.spec import ParameterSpec, ProjectionSpec
 from megatron_tf.architectures.work import BlockWork, Collectives
@@ -77,8 +77,10 @@ class Architecture(ABC):
         assert not counts, f"{model.architecture} has no parameter tokens"
         return model
 
-    def unsplit(self, model: Model) -> Model:
-        """The same model without candidates to choose among."""
+    def with_sparse(self, model: Model, sparse: Mapping[str, Any] | None) -> Model:
+        """The same model with other candidates to choose among: `sparse` as its section of a configuration, None for
+        none. pydantic's ValidationError for what is no such section."""
+        assert sparse is None, f"{model.architecture} has no candidates"
         return model
 
     def projections(self, model: Model) -> tuple[ProjectionSpec, ...]:

@@ -35,7 +35,7 @@ def stored_model(index: CheckpointIndex) -> Model:
         ]
         raise CheckpointError(_listed("the checkpoint's own model section is not valid", problems)) from error
     history = record_problems(index.growth_history, index.data, index.run, index.tokens, complete=True)
-    history = history or list(_other_kinds(index, model))
+    history = history or list(_other_kinds(index, model)) or list(_other_candidates(index, model))
     if problems := [*_contradictions(index, model), *history]:
         raise CheckpointError(_listed("the checkpoint contradicts its own model section", problems))
     return model
@@ -173,6 +173,31 @@ def _other_kinds(index: CheckpointIndex, model: Model) -> Iterator[str]:
             if grown["to"] != layers:
                 yield f"growth_history.{number}.layers.to is {grown['to']}, the model then had {layers} layers"
             layers = grown["from"]
+
+
+def _other_candidates(index: CheckpointIndex, model: Model) -> Iterator[str]:
+    """The newest entry of the history whose candidates are none that the model can have come from."""
+    architecture = architecture_of(model)
+    for number, entry in reversed(list(enumerate(index.growth_history))):
+        if (changed := entry.get("sparse")) is None:
+            continue
+        place = f"growth_history.{number}.sparse"
+        if "sparse" not in type(model).model_fields:
+            yield f"{place} has candidates, a {model.architecture} none"
+            return
+        try:
+            after = architecture.with_sparse(model, changed["to"])
+            before = architecture.with_sparse(model, changed["from"])
+        except ValidationError:
+            yield f"{place} has {shown(changed)}, which is no section model.sparse before and after"
+            return
+        if after != model:
+            yield f"{place}.to has {shown(changed['to'])}, the model then had {shown(dict(model)['sparse'])}"
+            return
+        if problems := list(architecture.problems(architecture.with_token_counts(before, entry["from"]))):
+            yield f"{place}.from: {problems[0]}"
+            return
+        model = before
 
 
 def _states(index: CheckpointIndex, name: str) -> Collection[str]:

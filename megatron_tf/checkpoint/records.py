@@ -24,6 +24,7 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 Number = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 Text = Annotated[str, Field(max_length=256)]
 _Method = GrowthMethod | Literal["pruned"]
+_Banks = dict[Text, dict[Text, Count]]
 _LayerCount = Annotated[int, Field(ge=1, le=10_000)]
 
 
@@ -47,6 +48,13 @@ class _LayerGrowth(_Record):
         return self
 
 
+class _CandidatesGrowth(_Record):
+    """A growth, or pruning, of candidates: the section model.sparse before and after; None has none."""
+
+    before: _Banks | None = Field(alias="from")
+    to: _Banks | None
+
+
 class GrowthEntry(_Record):
     """One growth, or pruning, see `growth.source.growth_entry`. Fields with a default are not in all of them."""
 
@@ -65,6 +73,7 @@ class GrowthEntry(_Record):
     data: str = ""
     data_samples: Count = 0
     layers: _LayerGrowth | None = None
+    sparse: _CandidatesGrowth | None = None
 
 
 class _Source(_Record):

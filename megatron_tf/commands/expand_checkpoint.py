@@ -92,12 +92,15 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
     print(f"from        {reader.path}, step {index.step:,}, {index.tokens:,} tokens")
     print(f"to          {target}, seed {config.run.seed}, position {start.samples:,} in the data")
     after = architecture_of(config.model).token_counts(config.model)
+    banks = {projection.kind: projection.bank for projection in projections(old).values()}
     used = {projection.kind: projection for projection in projections(config.model).values()}
     for kind, count in architecture_of(old).token_counts(old).items():
         grows = after[kind] > count
         row = f"{count:,} tokens" + (f" -> {after[kind]:,} by {growth.method_of(kind)}" if grows else ", as they are")
         if growth.method == SPLIT and used[kind].bank:
             row = f"{count:,} tokens, copied to {used[kind].bank}"
+            if bank := banks[kind]:
+                row = f"{count:,} tokens, {bank.candidates} candidates copied to {used[kind].bank}"
         print(f"{kind:<11} {row}, τ {scale_of(old, index.scales, kind)} -> {scale_of(old, start.source.scales, kind)}")
     if old.num_layers != config.model.num_layers:
         print(

@@ -1,11 +1,12 @@
-"""Candidates: the tokens of a dense projection become slots of candidates. `growth.split` has the state, and the
-proof."""
+"""Candidates: the tokens of a dense projection become slots of candidates, and candidates become more of them.
+`growth.split` has the state, and the proof."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from megatron_tf.config.differences import TOKENS, differing
+from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth.axes import Axis
 from megatron_tf.growth.methods import SPLIT
@@ -32,7 +33,7 @@ class CandidatesAxis(Axis):
             return _split_problems(old, new, changed)
         return [
             f"model.{key}: {before} before, {after} after. Growth by {growth.method} appends tokens to the slots and dense "
-            "tokens that there are; to copy those of a dense model to candidates, set growth.method to split"
+            "tokens that there are; to copy them to candidates, or candidates to more of them, set growth.method to split"
             for key, before, after in changed
         ]
 
@@ -40,7 +41,8 @@ class CandidatesAxis(Axis):
         return not growth.noise
 
     def record(self, old: Model, new: Model, growth: Growth) -> dict[str, Any]:
-        return {"method": SPLIT}
+        before, after = (dict(model)["sparse"] for model in (old, new))
+        return {"method": SPLIT, "sparse": {"from": before and before.model_dump(), "to": after.model_dump()}}
 
     def source(
         self, old: StateSource, fresh: StateSource, *, old_model: Model, new_model: Model, growth: Growth, seed: int
@@ -54,7 +56,8 @@ CANDIDATES = CandidatesAxis()
 
 
 def _split_problems(old: Model, new: Model, changed: list[tuple[str, Any, Any]]) -> list[str]:
-    """Why `old` cannot be split into `new`, unless `old` is dense and `new` has candidates, and as many tokens."""
+    """Why `old` cannot be split into `new`, unless `new` has candidates of the tokens, or more of the candidates, that
+    `old` has."""
     problems = []
     if not any(projection.bank for projection in projections(new).values()):
         problems.append(
@@ -68,14 +71,22 @@ def _split_problems(old: Model, new: Model, changed: list[tuple[str, Any, Any]])
                 "another method in a run before or after it"
             )
     for key, before, after in changed:
-        if before != "null":
+        if before == "null" or after == "null":
+            continue
+        if not key.endswith(".candidates"):
             problems.append(
-                f"model.{key}: {before} before, {after} after. Candidates cannot be split again, because positions choose "
-                "among them already: split the dense model that they come from, or restore the key"
+                f"model.{key}: {before} before, {after} after. Candidates are split as they are, each into copies of its own "
+                f"size: set it to {before}, or split the dense model that they come from"
             )
-    if not problems and any(projection.bank for projection in projections(old).values()):
+        elif after % before:
+            several = [count for count in multiples_near(after, before) if count > before] or [2 * before]
+            problems.append(
+                f"model.{key}: {before} before, {after} after. Each candidate is split into as many copies as the others: set "
+                f"it to a multiple of {before}, such as {either(several)}"
+            )
+    if not problems and not changed:
         problems.append(
-            "growth.method: split makes candidates, and the smaller model has those of model.sparse already. Set it to "
-            "zero_key to add tokens or layers, or go on without growth"
+            "growth.method: split makes candidates, and the smaller model has those of model.sparse already. Raise "
+            "model.sparse.ffn.candidates, set the method to zero_key to add tokens or layers, or go on without growth"
         )
     return problems

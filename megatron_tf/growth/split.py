@@ -1,8 +1,9 @@
-"""Splitting: the tokens of a dense projection become slots, and each slot's tokens are copied to all its candidates.
+"""Splitting: tokens are copied to candidates, those of a dense projection or those of the candidates that there are.
 
-Whichever candidate of a slot a position chooses, it finds the tokens that it used before. So the function is kept
-exactly, for any router, any activation and with τ held, while there are `candidates` times as many tokens and a
-position uses no more of them than before. The copies see different positions from then on, and part.
+Of a dense projection, each slot's tokens are copied to all candidates of the slot. Whichever one a position chooses, it
+finds the tokens that it used before. So the function is kept exactly, for any router, any activation and with τ held,
+while there are `candidates` times as many tokens and a position uses no more of them than before. The copies see
+different positions from then on, and part.
 
 | tensor of the bigger model | what it begins as |
 |---|---|
@@ -12,7 +13,23 @@ position uses no more of them than before. The copies see different positions fr
 | `bank.balance` | 0 |
 | all others | as they were |
 
-The optimizer's states are copied with the tokens, and their step counts.
+Split again, with c copies of each of m candidates:
+
+| tensor of the bigger model | what it begins as, for copy k of candidate j, which is candidate j · c + k of its slot |
+|---|---|
+| `bank.key_tokens`, `bank.value_tokens`, `bank.balance` | those of candidate j |
+| `bank.router` | ρ_j + δ_k, with δ_k the initialiser's row of candidate k of the slot: the same for all j |
+| all others | as they were |
+
+A position chooses the largest x·(ρ_j + δ_k) + 10 b_j. The part with j and the part with k are a sum, so the largest
+one has the j with the largest x·ρ_j + 10 b_j and the k with the largest x·δ_k: first the candidate that was chosen
+before, then one of its copies, in one choice among all. So it is for any routers, balances and δ, and for ties: of equal
+sums the first is chosen, which has the first j, and then the first k. All copies of j hold the same tokens and the gate
+is 1, so the function is kept exactly; where two candidates are as close as rounding, a position may find the other one.
+If positions choose evenly among the δ_k, each copy has the load, relative to an equal share, that candidate j had: the
+balance stays where it was.
+
+The optimizer's states are copied with tokens, routers and balances, and so are their step counts.
 """
 
 from __future__ import annotations
@@ -34,12 +51,16 @@ from megatron_tf.state.sources import StateSource, copy_in_slices
 
 @dataclass(frozen=True)
 class _Copies:
-    """A tensor of copies: `count` of every `size` elements of the old tensor `name`, from element `first` of it on."""
+    """A tensor of copies: `count` of every `size` elements of the old tensor `name`, from element `first` of it on.
+
+    `candidates`: of a slot, where each copy gets the initial value of its place among the copies, see above; 0: none.
+    """
 
     name: str
     first: int
     size: int
     count: int
+    candidates: int = 0
 
     def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(start, stop, start in the old tensor) for each part of elements [start, stop) that is one range there."""
@@ -89,7 +110,9 @@ class SplitSource:
             self._fresh.read_into(name, state, start, target)
         elif copies is None:
             self._old.read_into(name, state, start, target)
-        elif state == WEIGHT and self._growth.noise:
+        elif state == WEIGHT and copies.candidates:
+            copy_in_slices(lambda low, high: self._parted(name, copies, low, high), start, target)
+        elif state == WEIGHT and self._growth.noise and name.endswith("_tokens"):
             copy_in_slices(lambda low, high: self._noisy(name, copies, low, high), start, target)
         else:
             for low, high, old in copies.stretches(start, start + target.numel()):
@@ -112,19 +135,44 @@ class SplitSource:
 
     def _noisy(self, name: str, copies: _Copies, start: int, stop: int) -> Tensor:
         """Copies w, fp64, as w · (1 + noise · N(0, 1)): each one with noise of its own."""
+        old = self._originals(copies, start, stop)
+        return old * (1 + self._growth.noise * noise(self._table[name], self._seed, start, stop))
+
+    def _parted(self, name: str, copies: _Copies, start: int, stop: int) -> Tensor:
+        """Routers of copies, fp64: ρ_j + δ_k."""
+        added = []
+        for low, high, _ in copies.stretches(start, stop):
+            row, offset = divmod(low, copies.size)
+            slot, candidate = divmod(row, copies.candidates)
+            first = (slot * copies.candidates + candidate % copies.count) * copies.size + offset
+            added.append(self._fresh.read(name, WEIGHT, first, first + high - low))
+        return self._originals(copies, start, stop) + torch.cat(added)
+
+    def _originals(self, copies: _Copies, start: int, stop: int) -> Tensor:
+        """What elements [start, stop) are copies of, fp64."""
         stretches = copies.stretches(start, stop)
-        old = torch.cat(
+        return torch.cat(
             [self._old.read(copies.name, WEIGHT, first, first + high - low) for low, high, first in stretches]
-        )
-        return old.double() * (1 + self._growth.noise * noise(self._table[name], self._seed, start, stop))
+        ).double()
 
 
 def _copies(old: TokenFormerModel, new: TokenFormerModel) -> Iterator[tuple[str, _Copies]]:
     """Tensors of the bigger model that hold copies, by name."""
     table = parameter_table(new)
     for name, projection in projections(new).items():
-        bank = bank_of(new, projection.kind)
-        if bank is None or bank_of(old, projection.kind) is not None:
+        bank, before = bank_of(new, projection.kind), bank_of(old, projection.kind)
+        if bank is None:
+            continue
+        if before is not None:
+            count = bank.candidates // before.candidates
+            for tensor, rows, candidates in (
+                ("key_tokens", bank.group_size, 0),
+                ("value_tokens", bank.group_size, 0),
+                ("router", 1, bank.candidates),
+                ("balance", 1, 0),
+            ):
+                tensor = f"{name}.bank.{tensor}"
+                yield tensor, _Copies(tensor, 0, rows * table[tensor].width, count, candidates)
             continue
         for tensor in ("key_tokens", "value_tokens"):
             width = table[f"{name}.bank.{tensor}"].width

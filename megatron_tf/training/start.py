@@ -101,7 +101,13 @@ class Start:
             name if (layer := layer_of(name)) is None else in_layer(name, old_at[layer]): spec.numel
             for name, spec in parameter_table(before).items()
         }
-        return {name: old.get(name, 0) for name, spec in parameter_table(model).items() if spec.growable}
+        # what was split lies between its copies, and none of them is older than the others
+        copied = self.growth_history[-1].get("method") == SPLIT
+        return {
+            name: 0 if copied and old.get(name) != spec.numel else old.get(name, 0)
+            for name, spec in parameter_table(model).items()
+            if spec.growable
+        }
 
     def new_layers(self, model: Model) -> frozenset[int]:
         """The layers of `model` that its last growth added."""
@@ -128,7 +134,8 @@ def _models_before(model: Model, growth_history: Sequence[Mapping[str, Any]]) ->
         if (layers := entry.get("layers")) is not None:
             model = model.model_copy(update={"num_layers": layers["from"]})
         if entry.get("method") == SPLIT:
-            model = architecture_of(model).unsplit(model)
+            # a history of an earlier version has splits of dense models alone
+            model = architecture_of(model).with_sparse(model, entry.get("sparse", {}).get("from"))
         model = architecture_of(model).with_token_counts(model, entry["from"])
         found.append(model)
     return found[::-1]

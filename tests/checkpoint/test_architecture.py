@@ -4,6 +4,7 @@ import pytest
 
 from megatron_tf.checkpoint.architecture import check_same_architecture, stored_model, token_counts
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Growth, Model, ParameterTokens
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.growth import grow
@@ -17,13 +18,17 @@ def check_growable(index, model):
 
 def model(qkv=6, proj=6, ffn=24, **changes) -> Model:
     fields = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 32}
-    return Model(**{**fields, **changes}, parameter_tokens=ParameterTokens(qkv=qkv, proj=proj, ffn=ffn))
+    tokens = ParameterTokens(qkv=qkv, proj=proj, ffn=ffn)
+    return Model.model_validate({**fields, **changes, "parameter_tokens": tokens})
 
 
 def transformer(**changes) -> Model:
     return Model.model_validate(
         {**model().model_dump(), "architecture": "transformer", "parameter_tokens": None, **changes}
     )
+
+
+BANKS = {"ffn": {"group_size": 16, "candidates": 2, "dense": 0}}
 
 
 def index(of: Model, **changes) -> CheckpointIndex:
@@ -48,6 +53,25 @@ def test_every_differing_key_is_named_with_both_values():
     ):
         assert text in str(caught.value)
     assert "growth" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("of", "sparse", "message"),
+    [
+        (model(ffn=32), {"from": None, "to": BANKS}, "sparse.to has .*'candidates': 2.*, the model then had None"),
+        (model(ffn=32, sparse=BANKS), {"from": {"ffn": {"group_size": 64, "candidates": 2, "dense": 0}}, "to": BANKS},
+         "sparse.from: model.parameter_tokens.ffn: 32, of which .* no whole slots"),
+        (model(ffn=32, sparse=BANKS), {"from": {"qkv": {}}, "to": BANKS}, "which is no section model.sparse"),
+        (model(ffn=32), {"from": {"ffn": {"group_size": "x"}}, "to": None}, "growth_history.0.sparse.from.ffn.group_size"),
+        (transformer(), {"from": None, "to": None}, "sparse has candidates, a transformer none"),
+    ],
+)  # fmt: skip
+def test_a_history_of_other_candidates_contradicts_the_model(of, sparse, message):
+    counts = architecture_of(of).token_counts(of)
+    entry = {"method": "split", "moments": "keep", "source": "x", "step": 1, "samples": 1, "tokens": 1, "from": counts,
+             "to": counts, "loss_before": 1.0, "loss_after": 1.0, "sparse": sparse}  # fmt: skip
+    with pytest.raises(CheckpointError, match=message):
+        stored_model(index(of, growth_history=(entry,)))
 
 
 def test_differing_token_counts_lead_to_growth():

@@ -69,7 +69,8 @@ def checkpoint(run) -> Path:
         expected_tensors({name: spec.shape for name, spec in table.items()}),
         {name: ((0, spec.width, 20), (spec.width, spec.numel, 10)) if spec.numel > spec.width else ((0, spec.numel, 20),)
          for name, spec in table.items()},
-        ({**entry, "noise": 0.0, "preserves": True, "loss_before": 3.5, "loss_after": 3.5, "layers": layers},), DATA, {"wandb": "1a2b3c"},
+        ({**entry, "noise": 0.0, "preserves": True, "loss_before": 3.5, "loss_after": 3.5, "layers": layers,
+          "sparse": {"from": None, "to": None}},), DATA, {"wandb": "1a2b3c"},
         {"guard": guard, "schedule_unit": 128, "cur_scale": 65536.0, "cur_iter": 20, "last_overflow_iter": -1,
          "settings": run_settings(run, 2),
          "history": [{"event": EVENT, "source": "runs/other", "step": 5, "tokens": 640},

@@ -12,6 +12,7 @@ from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import chain_problems, growth_problems, scales_after_growth
 from megatron_tf.growth.source import GrownSource
 from megatron_tf.model import build_model
+from megatron_tf.model.routing import choose
 from megatron_tf.state.parameters import initial_scales, parameter_table
 from megatron_tf.state.sources import InitialSource
 
@@ -140,6 +141,79 @@ def test_what_was_split_grows_by_slots_and_keeps_the_function():
     assert not bank.key_tokens[-96:].any() and bank.value_tokens[-96:].all() and bank.router[-6:].all()
 
 
+AGAIN = {**BANK, "candidates": 6}
+
+
+class Chosen(Trained):
+    """Routers as large as those of a trained model, and a balance."""
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        values = super().read(name, state, start, stop)
+        if state == "weight" and name.endswith("bank.balance"):
+            return values + torch.arange(start, stop).sin() / 10
+        return values * 20 if state == "weight" and name.endswith("bank.router") else values
+
+
+def split_again(activation: str = "l2_norm_gelu", **growth) -> GrownSource:
+    old, new = model(BANK, activation=activation), model(AGAIN, activation=activation)
+    return GrownSource(
+        Chosen(old, 7), InitialSource(new, 5), old_model=old, new_model=new,
+        growth=Growth(source="small", method="split", **growth), seed=3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+def test_the_function_stays_when_candidates_are_split_again(activation):
+    """Each position finds a copy of the candidate that it had, and not the same copy everywhere."""
+    small, large = model(BANK, activation=activation), model(AGAIN, activation=activation)
+    before, grown = built(small, Chosen(small, 7)), built(large, split_again(activation))
+    chosen = {}
+    for name, of in (("before", before), ("grown", grown)):
+        bank = of.blocks[0].ffn
+        bank.choose = lambda z, b, name=name: chosen.setdefault(name, choose(z, b))
+    ids = torch.randint(0, 99, (3, 16), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(grown(ids), before(ids), rtol=1e-12, atol=1e-12)
+    assert torch.equal(chosen["grown"] // 2, chosen["before"])
+    assert 0.2 < (chosen["grown"] % 2).double().mean() < 0.8
+
+
+def test_the_choice_among_copies_is_one_of_two_levels_for_any_router():
+    """ρ_j + δ_k is largest where ρ_j is, and then δ_k, whatever both are; the first of equal ones."""
+    generator = torch.Generator().manual_seed(0)
+    families, among = (torch.randint(-2, 3, (999, 2, m), generator=generator).double() for m in (4, 3))
+    balance = torch.randint(-1, 2, (2, 4), generator=generator).double()
+    flat = (families.unsqueeze(-1) + among.unsqueeze(-2)).flatten(2)
+    found = choose(flat, balance.repeat_interleave(3, 1))
+    assert torch.equal(found // 3, choose(families, balance))
+    assert torch.equal(found % 3, choose(among, torch.zeros(2, 3)))
+
+
+def test_every_copy_of_a_candidate_has_the_state_of_its_original():
+    source, old = split_again(), Chosen(model(BANK), 7)
+    fresh = InitialSource(model(AGAIN), 5).read("blocks.1.ffn.bank.router", "weight", 0, SLOTS * 6 * WIDTH)
+    for tensor, size in (("key_tokens", 16 * WIDTH), ("value_tokens", 16 * WIDTH), ("router", WIDTH), ("balance", 1)):
+        name = f"blocks.1.ffn.bank.{tensor}"
+        for state in STATES:
+            original = old.read(name, state, 0, SLOTS * 3 * size).view(SLOTS, 3, 1, size)
+            copies = whole(source, name, state, SLOTS * 6 * size).view(SLOTS, 3, 2, size)
+            if tensor == "router" and state == "weight":
+                original = original + fresh.view(SLOTS, 1, 6, WIDTH)[:, :, :2]
+            assert torch.equal(copies, original.expand_as(copies))
+        assert source.adam_steps(name, 0, SLOTS * 6 * size) == [(0, SLOTS * 6 * size, 4)]
+    assert source.preserves and source.scales == initial_scales(model())
+    assert source.record["sparse"] == {"from": {"ffn": BANK}, "to": {"ffn": AGAIN}}
+
+
+@pytest.mark.parametrize("growth", [{}, {"noise": 0.1}, {"moments": "reset"}])
+def test_ranges_do_not_matter_when_candidates_are_split_again(growth):
+    source = split_again(**growth)
+    for name, spec in parameter_table(model(AGAIN)).items():
+        for state in STATES:
+            assert torch.equal(whole(source, name, state, spec.numel), whole(source, name, state, spec.numel, 177))
+    balance = whole(source, "blocks.0.ffn.bank.balance", "weight", 24).view(SLOTS, 3, 2)
+    assert torch.equal(balance[..., 0], balance[..., 1])
+
+
 def test_what_cannot_be_split_is_said_before():
     small, large = model(), model(BANK)
     assert growth_problems(small, large, Growth(source="x", method="split")) == []
@@ -148,11 +222,17 @@ def test_what_cannot_be_split_is_said_before():
         (small, small, "split", "split copies tokens to candidates, and the model has none. Set model.sparse.ffn"),
         (small, model(BANK, parameter_tokens={**TOKENS, "qkv": 20}), "split",
          "model.parameter_tokens.qkv: 13 before, 20 after. split changes model.sparse, and no token counts"),
-        (large, model({**BANK, "candidates": 6}), "split",
-         "model.sparse.ffn.candidates: 3 before, 6 after. Candidates cannot be split again"),
-        (large, model({**BANK, "group_size": 32}), "split", "model.sparse.ffn.group_size: 16 before, 32 after"),
+        (large, model({**BANK, "candidates": 8}), "split",
+         "model.sparse.ffn.candidates: 3 before, 8 after. Each candidate is split into as many copies as the others: set it "
+         "to a multiple of 3, such as 6 or 9."),
+        (large, model({**BANK, "candidates": 2}), "split", "3 before, 2 after. Each candidate is split into as many copies"),
+        (large, model({"group_size": 32, "candidates": 6, "dense": 5}), "split",
+         "model.sparse.ffn.group_size: 16 before, 32 after. Candidates are split as they are, each into copies of its own "
+         "size: set it to 16, or split the dense model that they come from."),
+        (large, model({**BANK, "dense": 21, "candidates": 6}), "split", "model.sparse.ffn.dense: 5 before, 21 after."),
+        (large, small, "split", "split copies tokens to candidates, and the model has none"),
         (large, large, "split", "the smaller model has those of model.sparse already"),
-        (small, large, "zero_key", "to copy those of a dense model to candidates, set growth.method to split"),
+        (small, large, "zero_key", "to copy them to candidates, or candidates to more of them, set growth.method to split"),
     ):  # fmt: skip
         problems = growth_problems(old, new, Growth(source="x", method=method))
         assert any(message in problem for problem in problems), problems
@@ -166,7 +246,8 @@ def test_a_chain_with_a_split_is_checked_as_a_whole():
         for name, tokens, sparse, growth in (
             ("small", TOKENS, None, {"from": "x"}),
             ("split", TOKENS, {"ffn": BANK}, {"from": "x", "method": "split"}),
-            ("big", {**TOKENS, "qkv": 20}, {"ffn": BANK}, {"from": "x"}),
+            ("again", TOKENS, {"ffn": AGAIN}, {"from": "x", "method": "split"}),
+            ("big", {**TOKENS, "qkv": 20}, {"ffn": AGAIN}, {"from": "x"}),
         )
     ]
     assert chain_problems(stages) == []

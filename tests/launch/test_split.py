@@ -1,4 +1,4 @@
-"""A chain that splits tokens into candidates at another layout, and goes on growing."""
+"""A chain that splits tokens into candidates at another layout, splits these again, and goes on growing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ stages:
     parallel: {tensor: 2, sequence: true}
     training: {train_steps: 4, activation_checkpointing: true}
     logging: {health_interval_steps: 2}
+  - name: again
+    model: {sparse: {ffn: {group_size: 16, candidates: 6, dense: 5}}}
+    growth: {method: split}
+    parallel: {tensor: 1, sequence: false, pipeline: 2}
+    training: {train_steps: 4}
   - name: big
-    model: {parameter_tokens: {qkv: 19, ffn: 69}, sparse: {ffn: {group_size: 16, candidates: 3, dense: 5}}}
+    model: {parameter_tokens: {qkv: 19, ffn: 69}, sparse: {ffn: {group_size: 16, candidates: 6, dense: 5}}}
     growth: {method: zero_key}
     parallel: {tensor: 1, sequence: false, pipeline: 2}
 """
@@ -33,10 +38,10 @@ def test_a_chain_with_a_split_proves_itself_at_every_layout(folder):
     done = train(folder, ranks=2)
     assert done.returncode == 0, done.stdout[:6000]
     index = open_checkpoint(folder / "run" / "big" / "checkpoints" / "step_00000006").index
-    assert [entry["method"] for entry in index.growth_history] == ["split", "zero_key"]
+    assert [entry["method"] for entry in index.growth_history] == ["split", "split", "zero_key"]
     for entry in index.growth_history:
         assert entry["preserves"] and entry["loss_before"] == pytest.approx(entry["loss_after"], rel=1e-6)
-    assert index.tensors["blocks.1.ffn.bank.key_tokens"].shape == (4 * 3 * 16, 32)
+    assert index.tensors["blocks.1.ffn.bank.key_tokens"].shape == (4 * 6 * 16, 32)
     metrics = [json.loads(line) for line in (folder / "run" / "split" / "metrics.jsonl").read_text().splitlines()]
     logged = {key for record in metrics for key in record}
     assert {"train/balance", "train/load_max"} <= logged, logged

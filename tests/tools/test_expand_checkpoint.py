@@ -89,6 +89,22 @@ def test_a_change_of_the_function_is_said(folder):
         assert "function    CHANGED" in done.stdout, done.stdout
 
 
+def test_a_split_of_what_was_split_is_told_and_written(folder):
+    """The file has what training would begin with: the tests of `growth.split` compare every range of it."""
+    assert expand(folder, "split", "growth.from=x", "growth.method=split", SPLIT, bigger=()).returncode == 0
+    more = SPLIT.replace("candidates: 3", "candidates: 6")
+    done = expand(folder, "again", "growth.from=x", "growth.method=split", more, source="split", bigger=())
+    assert done.returncode == 0, done.stdout
+    told = "ffn 37 tokens, 3 candidates copied to 6 candidates in each of 2 slots of 16, τ 6.08276 -> 6.08276"
+    assert told in [" ".join(line.split()) for line in done.stdout.splitlines()], done.stdout
+    reader = open_checkpoint(folder / "again" / "checkpoints" / "step_00000000")
+    before, after = reader.index.growth_history
+    assert before["sparse"]["from"] is None and after["sparse"]["from"] == before["sparse"]["to"]
+    other = more.replace("candidates: 6", "candidates: 4")
+    done = expand(folder, "no", "growth.from=x", "growth.method=split", other, source="split", bigger=())
+    assert done.returncode == 2 and "3 before, 4 after. Each candidate is split into as many copies" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("growth", [("growth.method=zero_key",), ("growth.method=gram", "growth.moments=reset"),
                                     ("growth.method=random", "growth.noise=0.02"),

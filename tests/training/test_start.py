@@ -66,6 +66,25 @@ def test_depth_of_earlier_stages(config):
     assert deeper.first_new(model(5, many))["blocks.3.ffn.key_tokens"] == 60 * last.hidden_size
 
 
+def test_candidates_of_earlier_stages(config):
+    """A split, which an earlier version recorded without its candidates, and one of what it had made."""
+    tokens = {"qkv": 13, "proj": 11, "ffn": 64}
+
+    def model(candidates: int | None):
+        bank = {"group_size": 16, "candidates": candidates}
+        return config(model={"parameter_tokens": tokens, "sparse": candidates and {"ffn": bank}}).model
+
+    sections = [model(candidates).sparse.model_dump() for candidates in (3, 6)]
+    split = {"tokens": 1000, "from": tokens, "to": tokens, "method": "split"}
+    again = {**split, "tokens": 1500, "sparse": dict(zip(("from", "to"), sections))}
+    grown, last = Start(None, "", growth_history=(split, again)), model(6)
+    assert grown.earlier_flops(last) == 1000 * flops_per_token(model(None)) + 500 * flops_per_token(model(3))
+    for start, of in ((grown, last), (Start(None, "", growth_history=(split,)), model(3))):
+        first = start.first_new(of)
+        assert first["blocks.0.ffn.bank.key_tokens"] == first["blocks.0.ffn.bank.router"] == 0
+        assert first["blocks.0.attention.proj.key_tokens"] == 11 * of.hidden_size
+
+
 def test_a_run_that_did_not_grow(start):
     model, _ = start
     fresh = Start(None, "", Progress(3, 9, 300))

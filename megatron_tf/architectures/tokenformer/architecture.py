@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from megatron_tf.architectures.base import Architecture
 from megatron_tf.architectures.spec import ParameterSpec, ProjectionSpec
 from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS, block_parameters, token_tensors
 from megatron_tf.architectures.tokenformer.section import (
+    Sparse,
     TokenFormerModel,
     as_tokenformer,
     bank_layout_problems,
@@ -68,8 +70,9 @@ class TokenFormerArchitecture(Architecture):
     def with_token_counts(self, model: Model, counts: Mapping[str, int]) -> Model:
         return model.model_copy(update={"parameter_tokens": ParameterTokens.model_validate(dict(counts))})
 
-    def unsplit(self, model: Model) -> Model:
-        return model.model_copy(update={"sparse": None})
+    def with_sparse(self, model: Model, sparse: Mapping[str, Any] | None) -> Model:
+        section = None if sparse is None else Sparse.model_validate(dict(sparse))
+        return model.model_copy(update={"sparse": section})
 
     def projections(self, model: Model) -> tuple[ProjectionSpec, ...]:
         counts = self.token_counts(model)
