@@ -212,7 +212,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and turn what the user can correct into one message and an exit code.
 
     `UserError`: `error: <message>` on stderr, exit code 2; the same, as a last resort, for an OSError that names a
-    file or speaks of the disk. Control-C: exit code 130, by a KeyboardInterrupt that lets `main` tidy up. A reader
+    file or concerns the disk. Control-C: exit code 130, by a KeyboardInterrupt that lets `main` tidy up. A reader
     that closed the pipe (`... | head`): exit code 1, without a word. `RunStopped`: exit code 75. `LostContactError`:
     one message, exit code 69. Everything else is our bug and keeps its traceback.
     """

@@ -72,7 +72,7 @@ FLOORS = (
     # files of others, what the machines are worth, and text to try it all with
     {"megatron_tf.convert", "megatron_tf.diagnosis", "megatron_tf.corpora"},
     {"megatron_tf.engine"},
-    # a model from a checkpoint, sampling, scoring, pruning; speeds: beside training, which they do not know
+    # a model from a checkpoint, sampling, scoring, pruning; speeds: independent of training
     {"megatron_tf.inference", "megatron_tf.evaluation", "megatron_tf.benchmark", "megatron_tf.pruning"},
     {"megatron_tf.training"},
     # proofs of layouts and of resuming

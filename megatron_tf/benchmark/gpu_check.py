@@ -172,7 +172,7 @@ def _loss_pair(device: torch.device, dtype: torch.dtype, vocabulary: int) -> tup
 
 
 def _model_pair(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """The tiny model's loss and gradients, all in one vector, beside the same in fp64 on the CPU."""
+    """The tiny model's loss and gradients, all in one vector, and the same in fp64 on the CPU."""
     model = _config("tiny").model
     ids = torch.randint(0, vocab_size_of(model), (2, model.seq_length), generator=torch.Generator().manual_seed(0))
 

@@ -90,7 +90,7 @@ def check_format(model: Model, form: str, action: str) -> None:
 
 def check_same_architecture(index: CheckpointIndex, model: Model, optimizer: str = DEFAULT) -> None:
     """CheckpointError, naming every differing key with both values, unless `model` is what the checkpoint holds,
-    with what `optimizer`, a name of the configuration, keeps beside the weights."""
+    with what `optimizer`, a name of the configuration, keeps in addition to the weights."""
     problems = [f"model.{key}: checkpoint {old}, configuration {new}" for key, old, new in _differences(index, model)]
     if problems:
         remedy = "Restore these keys, or start in another run.dir."
@@ -102,7 +102,7 @@ def check_same_architecture(index: CheckpointIndex, model: Model, optimizer: str
 
 
 def optimizer_problem(index: CheckpointIndex, optimizer: str, otherwise: str) -> str | None:
-    """Why `optimizer`, a name of the configuration, cannot go on with what the checkpoint keeps beside the weights.
+    """Why `optimizer`, a name of the configuration, cannot go on with what the checkpoint keeps in addition to the weights.
 
     `otherwise`: what to do when the optimizer is to stay.
     """
@@ -115,7 +115,7 @@ def optimizer_problem(index: CheckpointIndex, optimizer: str, otherwise: str) ->
         f"Set optimizer.type to {either(able)}, or {otherwise}." if able else f"{otherwise[0].upper()}{otherwise[1:]}."
     )
     return (
-        f"{optimizer} keeps {' and '.join(needed) or 'nothing'} beside the weights, and the checkpoint has "
+        f"{optimizer} keeps {' and '.join(needed) or 'nothing'} in addition to the weights, and the checkpoint has "
         f"{' and '.join(held) or 'weights alone'}. {choice}"
     )
 

@@ -25,7 +25,7 @@ index.json
                     that growth has added are younger than the others. Covers every tensor that has more than its weight
     tensors         {tensor: {"shape": [...], "states": {state: {"dtype": "float32", "pieces": [...]}}}}
                     state: "weight" (fp32 master), and under the names that the optimizer declares what it keeps
-                    beside that, such as AdamW's "exp_avg" and "exp_avg_sq"; each tensor has the same states
+                    in addition, such as AdamW's "exp_avg" and "exp_avg_sq"; each tensor has the same states
                     piece: [start, stop, file, key], elements [start, stop) of the flattened tensor are the flat
                     tensor `key` of `file`; the pieces of a state hold each of its elements exactly once
 

@@ -13,7 +13,7 @@ from megatron_tf.state.ranges import StepRange, clip_steps
 
 
 class CheckpointSource:
-    """The state that a checkpoint holds. What it does not hold beside the weights is as in a fresh model."""
+    """The state that a checkpoint holds. Optimizer states that it does not hold are as in a fresh model."""
 
     def __init__(self, reader: CheckpointReader):
         self._reader = reader

@@ -35,7 +35,7 @@ FIRST_STEP = 0
 
 
 def checkpoint_bytes(model: Model, states: Sequence[str] = STATES) -> int:
-    """Bytes of a model's weights, and of what an optimizer keeps beside them, in a checkpoint."""
+    """Bytes of a model's weights, and of what an optimizer keeps in addition, in a checkpoint."""
     return sum(spec.numel for spec in parameter_table(model).values()) * len(states) * BYTES_PER_ELEMENT
 
 

@@ -8,7 +8,7 @@ training. They need one file system and a `token` that all of them know and that
                  writes index and manifest, renames the folder to its final name
     other ranks  wait until the final folder carries the token, or a failure note appears
 
-Whoever dies, and wherever, the folder has its final name only when every byte is on the disk. If any rank
+Whichever rank dies, and wherever, the folder has its final name only when every byte is on the disk. If any rank
 fails, nothing is published, the temporary folder goes, and every rank raises a CheckpointError with the reason.
 
 A folder of the same step that exists already is replaced: it can only stem from a run that was abandoned and

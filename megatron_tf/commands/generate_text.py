@@ -88,7 +88,7 @@ def main() -> None:
         if is_export(arguments.checkpoint):
             raise UserError(f"{arguments.checkpoint}: has no tokenizer.json. Give the file with --tokenizer.")
         raise UserError(
-            f"{resolve(arguments.checkpoint)}: no config.yml with data.tokenizer is beside it. "
+            f"{resolve(arguments.checkpoint)}: no config.yml with data.tokenizer is next to it. "
             "Give the file with --tokenizer."
         )
     model = load_model(arguments.checkpoint)

@@ -81,7 +81,7 @@ def _inside(folder: Path) -> Path:
         found.append(folder / Path(tag).name)
         if not tag or not found[-1].is_dir():
             raise CheckpointError(
-                f"{latest}: names {shown(tag)}, and there is no such folder beside it. Give the checkpoint"
+                f"{latest}: names {shown(tag)}, and there is no such folder next to it. Give the checkpoint"
             )
     if any(_STATES.fullmatch(file.name) for file in folder.iterdir()):
         found.append(folder)
@@ -197,7 +197,7 @@ def _masters(folder: Path, state: Mapping[str, Any], files: list[Path]) -> Itera
     if not groups or any(len(part) != len(groups) for part in parts):
         raise CheckpointError(
             f"{folder}: holds no {_PARTITIONS} for the groups in param_shapes, as ZeRO stage 1 writes them. Make "
-            f"{WEIGHTS_NAME} of it with the script zero_to_fp32.py that DeepSpeed has put beside it, and give that"
+            f"{WEIGHTS_NAME} of it with the script zero_to_fp32.py that DeepSpeed has put next to it, and give that"
         )
     for number, shapes in enumerate(groups):
         partitions = [part[number].reshape(-1) for part in parts]

@@ -89,7 +89,7 @@ def fetch(sources: Sequence[Source], downloads: Downloads, note: Callable[[str],
         remedy = f"go on without them: --sources {' '.join(opened)}" if opened else "none of the sources is left"
         raise DataError(
             f"{len(missing)} of {len(sources)} sources cannot be fetched here:{lines}\n"
-            f"What was fetched is kept. Mend it and run again, or {remedy}"
+            f"What was fetched is kept. Correct it and run again, or {remedy}"
         )
     return opened
 

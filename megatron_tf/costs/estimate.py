@@ -86,7 +86,7 @@ class Memory:
 
     weights: int  # in the compute type
     gradients: int  # as the backward pass makes them, and the fp32 sums over micro batches
-    optimizer: int  # fp32 master weights and what the optimizer keeps beside them
+    optimizer: int  # fp32 master weights and what the optimizer keeps in addition
     activations: int  # saved for the backward pass, and what that makes in passing, at the peak of a step
 
     @property
@@ -128,7 +128,7 @@ def parameter_state_bytes(
     | fp32, 1         | 4       | 4 + 4/DP (copy of a part)      | (4 + s)/DP (a master copy) |
     | fp32, 0         | 4       | 4                              | s                          |
 
-    s: bytes of what `optimizer`, a name of the configuration, keeps beside the weight; 8 for adamw.
+    s: bytes of what `optimizer`, a name of the configuration, keeps in addition to the weight; 8 for adamw.
     """
     kept = OPTIMIZERS[optimizer].state_bytes
     share = -(-parameters // data_parallel)

@@ -63,8 +63,8 @@ def open_tokens(prefix: str, vocab_size: int) -> IndexedDataset:
     else:
         if (summary.documents, summary.tokens) != (dataset.num_documents, dataset.num_tokens):
             raise DataError(
-                f"{summary_file(prefix)}: speaks of {summary.documents} documents and {summary.tokens} tokens, the files "
-                f"beside it have {dataset.num_documents} and {dataset.num_tokens}. Prepare the data again."
+                f"{summary_file(prefix)}: describes {summary.documents} documents and {summary.tokens} tokens, the files "
+                f"next to it have {dataset.num_documents} and {dataset.num_tokens}. Prepare the data again."
             )
         if summary.max_token_id >= vocab_size:
             raise _outside_vocabulary(str(data_file(prefix)), summary.max_token_id, vocab_size)

@@ -112,7 +112,7 @@ class LossFinder:
         loss.visible |= any(map(_is_visible, piece))
 
     def _find_base(self) -> str:
-        """A character that is known, to put others beside; empty when there is none."""
+        """A known character to put next to unknown ones; empty when there is none."""
         for base in BASES:
             ids = self._tokens(base)
             if ids and self._tokenizer.unknown_id not in ids:

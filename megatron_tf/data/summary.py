@@ -123,7 +123,7 @@ def check_replaceable(prefix: str | Path) -> None:
 
 def _own_content(path: Path) -> dict[str, Any] | None:
     """The JSON object of a file that we wrote, of any version; None for any other JSON and for no file."""
-    with file_errors(DataError, path, "Make it readable, or move it away if it does not describe the data beside it."):
+    with file_errors(DataError, path, "Make it readable, or move it away if it does not describe the data next to it."):
         try:
             raw = read_plain(path, MOST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
@@ -134,7 +134,7 @@ def _own_content(path: Path) -> dict[str, Any] | None:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: has {len(raw)} bytes that are no JSON ({error}). It should describe the data beside it: copy it "
+            f"{path}: has {len(raw)} bytes that are no JSON ({error}). It should describe the data next to it: copy it "
             f"again, or delete it and the data and prepare them again."
         ) from None
     ours = isinstance(content, dict) and str(content.get("format", "")).startswith(FORMAT_NAME)

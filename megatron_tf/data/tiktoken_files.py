@@ -1,7 +1,7 @@
 """tiktoken's tokenizers from local files: merge ranks (NAME.tiktoken), and how text is split before merging.
 
 Nothing is ever downloaded. What a rank file does not say (the pattern and the special tokens) is known here for
-OpenAI's public encodings, and otherwise read from `NAME.tiktoken.json` beside it:
+OpenAI's public encodings, and otherwise read from `NAME.tiktoken.json` next to it:
 
     {"pat_str": "...", "special_tokens": {"<|endoftext|>": 50256}}
 """
@@ -153,7 +153,7 @@ def _files(tokenizer: str) -> tuple[bytes, Spec]:
     name = path.name.removesuffix(SUFFIX)
     if name not in ENCODINGS:
         raise DataError(
-            f"{path}: it is not known how this encoding splits text. Write {spec_path.name} beside it, with pat_str and "
+            f"{path}: it is not known how this encoding splits text. Write {spec_path.name} next to it, with pat_str and "
             f"special_tokens, or give the file its public name ({', '.join(ENCODINGS)})."
         )
     return ranks, _known_spec(name, path, ranks)
@@ -165,7 +165,7 @@ def _known_spec(name: str, path: Path, ranks: bytes) -> Spec:
     if found != expected:
         raise DataError(
             f"{path}: has SHA-256 {found[:12]}, OpenAI's {name} has {expected[:12]}. Copy it again, or write "
-            f"{path.name}.json beside it if it is an encoding of your own."
+            f"{path.name}.json next to it if it is an encoding of your own."
         )
     return spec
 

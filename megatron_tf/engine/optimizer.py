@@ -78,7 +78,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
                     state[declared.name] = torch.full_like(segment.buffer, declared.initial, requires_grad=False)
 
     def states(self, segment: Segment) -> dict[str, Tensor]:
-        """Live flat fp32 views of the segment's master weight and of what the optimizer keeps beside it."""
+        """Live flat fp32 views of the segment's master weight and of what the optimizer keeps in addition."""
         state = self.state[segment.buffer]
         kept = {declared.name: segment.view(state[declared.name]) for declared in self.rule.states}
         return {WEIGHT: segment.view(segment.buffer.detach()), **kept}

@@ -18,7 +18,7 @@ WEIGHT = "weight"  # the state that every parameter has: its fp32 master
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """One fp32 number that an optimizer keeps for each element of a parameter, beside its weight.
+    """One fp32 number that an optimizer keeps for each element of a parameter, in addition to its weight.
 
     `name`: in checkpoints. Optimizers may share a name only if they mean the same by it.
     `gradient_power`: the state is proportional to this power of the gradient, which says what becomes of it when the
@@ -53,7 +53,7 @@ class UpdateRule(ABC):
     """An optimizer that works element by element. Nothing here imports torch before `update` or `reference` is called.
 
     `section`: the `optimizer:` section of a configuration.
-    `states`: what it keeps beside the weight. Checkpoints, growth, estimates, plans and checks read it.
+    `states`: what it keeps in addition to the weight. Checkpoints, growth, estimates, plans and checks read it.
     `why_not_elsewhere`: the reason, as a clause, why keys of other optimizers mean nothing to it.
     """
 
@@ -68,7 +68,7 @@ class UpdateRule(ABC):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of an element beside its weight."""
+        """Bytes of an element in addition to its weight."""
         return sum(state.bytes for state in self.states)
 
     @abstractmethod

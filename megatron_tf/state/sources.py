@@ -26,7 +26,7 @@ SLICE_ELEMENTS = 2**20  # 4 MiB in fp32
 class StateSource(Protocol):
     """Everything a run starts from, by logical tensor and range.
 
-    States: "weight" (fp32 master), and under the names that the optimizer declares what it keeps beside that.
+    States: "weight" (fp32 master), and under the names that the optimizer declares what it keeps in addition.
     """
 
     @property
@@ -136,7 +136,7 @@ class StepZero:
     """What a run begins with: its state, its position, and the history of the models before it.
 
     `samples`: position in the data.  `tokens`: trained on since the very first model.
-    `states`: of each parameter, the weight and what the optimizer keeps beside it.
+    `states`: of each parameter, the weight and what the optimizer keeps in addition.
     """
 
     source: StateSource

@@ -70,9 +70,9 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
         bad = [key for key in ("step", "tokens") if not _is_number(record[key])]
         bad += [key for key in (*DRAWN, "flops") if record.get(key) is not None and not _is_number(record[key])]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise UserError(f"{place}: has no step and tokens: {line[:40]!r}. Mend or delete the line.") from None
+        raise UserError(f"{place}: has no step and tokens: {line[:40]!r}. Correct or delete the line.") from None
     if bad:
-        raise UserError(f"{place}: {bad[0]} is {shown(record[bad[0]])}, not a number. Mend or delete the line.")
+        raise UserError(f"{place}: {bad[0]} is {shown(record[bad[0]])}, not a number. Correct or delete the line.")
     return record
 
 

@@ -86,7 +86,7 @@ class Trainer:
             self.training = Prefetcher(loaders.training, self.plan.global_batch_size, run.device)
 
     def close(self) -> None:
-        """Ends what runs beside the steps: while the time limit of a step holds, the reading ahead."""
+        """Ends what runs in parallel to the steps: while the time limit of a step holds, the reading ahead."""
         if isinstance(self.training, Prefetcher):
             self.training.close()
         self.profiler.finish()

@@ -113,7 +113,7 @@ class Saver:
         """Where a run ends: CheckpointError when its last save, of `step`, has failed and training went on."""
         if self._failure is not None:
             raise CheckpointError(
-                f"the run ends after step {step:,}, but that state is not saved: {self._failure}. Mend this and "
+                f"the run ends after step {step:,}, but that state is not saved: {self._failure}. Correct this and "
                 "start the run again: it repeats the steps since its newest checkpoint."
             )
 

@@ -244,7 +244,7 @@ def test_the_prefix_of_a_source_stands_for_it(small, small_path, monkeypatch, ke
     assert load_config(small_path) == config
 
 
-def test_duplicate_key_is_reported_beside_the_other_problems(small_path):
+def test_duplicate_key_is_reported_with_the_other_problems(small_path):
     small_path.write_text(small_path.read_text().replace("num_layers: 4", "num_layers: 4\n  num_layers: 8\n  nope: 1"))
     with pytest.raises(ConfigError) as error:
         load_config(small_path)

@@ -46,7 +46,7 @@ def test_trackers_that_are_not_installed(small, data, tmp_path, monkeypatch):
     for name in ("wandb", "tensorboard"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "tensorboard.py").touch()
-    (tmp_path / "wandb").mkdir()  # what wandb writes beside a script is no package
+    (tmp_path / "wandb").mkdir()  # what wandb writes next to a script is no package
     (problem,) = machine_problems(config)
     assert problem == (
         "logging.trackers: wandb is named but not installed. Install it with `pip install 'megatron_tf[wandb]'`, or take "

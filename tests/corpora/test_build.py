@@ -74,7 +74,7 @@ def test_the_same_again_and_in_smaller_files(apt, tmp_path):
     assert set(record) == {"source", "name", "text"} and record["name"].startswith("alpha/html/")
 
 
-def test_licences_are_beside_the_text(apt, tmp_path):
+def test_licences_are_next_to_the_text(apt, tmp_path):
     build(tmp_path, ALPHA, BETA)
     text = (tmp_path / "out" / "LICENSES.txt").read_text()
     for fragment in ("version 1.0-1", "licence: Y (permissive)", "usr/share/doc/alpha/copyright in alpha_1.0-1_all.deb",
@@ -111,7 +111,7 @@ def test_all_that_is_missing_is_said_at_once_and_what_to_do(apt, tmp_path, monke
     assert str(raised.value).splitlines() == [
         "1 of 2 sources cannot be fetched here:",
         "  gamma: apt knows no package gamma or delta; apt-get update may help",
-        "What was fetched is kept. Mend it and run again, or go on without them: --sources alpha",
+        "What was fetched is kept. Correct it and run again, or go on without them: --sources alpha",
     ]
     assert list((tmp_path / "out").iterdir()) == [] and (tmp_path / "downloads" / "alpha_1.0-1_all.deb").exists()
     monkeypatch.setenv("PATH", path_with(None))

@@ -153,7 +153,7 @@ def test_all_broken_sources_are_reported_at_once(tmp_path):
     message = str(error.value)
     assert "none.bin: no such file" in message
     assert "short.bin: has 5 tokens, one sample needs 9" in message
-    assert "foreign.json: speaks of 1 documents and 49 tokens" in message
+    assert "foreign.json: describes 1 documents and 49 tokens" in message
 
 
 def test_summary_of_an_unknown_version(tmp_path):
@@ -193,7 +193,7 @@ def test_an_index_of_other_programs_is_looked_at_whole(tmp_path):
         build_dataset([source], SEQ, 1, 60_000)
 
 
-def test_foreign_json_beside_the_data_is_ignored(tmp_path):
+def test_foreign_json_next_to_the_data_is_ignored(tmp_path):
     source = make_source(tmp_path / "a", 50)
     for content in ('{"text": "raw"}', "[]", "5"):
         (tmp_path / "a.json").write_text(content)

@@ -154,7 +154,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(tmp_path):
     assert warning.startswith("model.vocab_size: 400, but the data were made with a tokenizer of 403 tokens")
 
 
-def test_a_tokenizer_beside_data_of_other_programs(tmp_path):
+def test_a_tokenizer_for_data_of_other_programs(tmp_path):
     data = write(tmp_path / "a", 50)
     problem = tokenizer_problem(config([data], vocab_size=256, tokenizer="bytes"))
     assert problem is not None and "data.tokenizer bytes has 257 tokens" in problem

@@ -115,7 +115,7 @@ def write(path: Path, ranks: bytes | None, spec: str | None) -> None:
 NO_EOD = json.dumps({**SPEC, "special_tokens": {"<|pad|>": 263}})
 BAD_FILES = {
     "missing": (None, None, r"own\.tiktoken: No such file or directory. The tokenizer cannot be read"),
-    "no spec": (b"", None, r"not known how this encoding splits text. Write own\.tiktoken\.json beside it"),
+    "no spec": (b"", None, r"not known how this encoding splits text. Write own\.tiktoken\.json next to it"),
     "spec no json": (b"", "{", r"own\.tiktoken\.json: must be {\"pat_str\""),
     "spec incomplete": (b"", '{"pat_str": "."}', r"own\.tiktoken\.json: must be"),
     "spec of other types": (b"", '{"pat_str": ".", "special_tokens": {"a": "b"}}', r"\.json: must be"),

@@ -1,4 +1,4 @@
-"""What decides what a rank computes, beside its configuration and its data."""
+"""What decides what a rank computes, in addition to its configuration and its data."""
 
 from __future__ import annotations
 

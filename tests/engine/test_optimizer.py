@@ -87,7 +87,7 @@ def test_segments_of_one_buffer_equal_separate_parameters():
 
 
 def test_a_young_segment_has_its_own_bias_correction():
-    """A segment of age 0 beside an old one moves like a fresh Adam, by about lr, whatever β₂."""
+    """A segment of age 0 next to an old one moves like a fresh Adam, by about lr, whatever β₂."""
     flat = torch.zeros(4).requires_grad_()
     adam = SegmentedOptimizer([flat], Optimizer(lr=1e-2, betas=(0.9, 0.999), eps=1e-12, weight_decay=0.0))
     adam.bind([segment("old", 0, 2, flat, 0, age=10_000.0), segment("new", 2, 4, flat, 2)])

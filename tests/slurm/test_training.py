@@ -141,7 +141,7 @@ def test_a_node_without_power_is_replaced(start_cluster, submit, undisturbed):
 
 
 def test_ranks_of_a_lost_node_come_back_and_do_no_harm(start_cluster, submit, undisturbed):
-    """Split brain: rank 0 of the old start, which saves, beside the new start in the same folder."""
+    """Split brain: rank 0 of the old start, which saves, and the new start in the same folder."""
     cluster = start_cluster(3, 4)
     job, run = submit(cluster, "cable", "checkpoint.interval_steps=1")
     cluster.until(lambda: last_step(run) >= 7, job=job)

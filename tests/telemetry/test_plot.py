@@ -101,7 +101,7 @@ def test_a_broken_record_is_named(chain, case, place):
     lines = path.read_bytes().splitlines()
     lines.insert(place - 1, line.encode("utf-8", "surrogateescape"))
     path.write_bytes(b"".join(line + b"\n" for line in lines))
-    with pytest.raises(UserError, match=rf"metrics\.jsonl:{place}: {message}.*Mend or delete the line"):
+    with pytest.raises(UserError, match=rf"metrics\.jsonl:{place}: {message}.*Correct or delete the line"):
         read_run(chain[0])
 
 

@@ -57,7 +57,7 @@ def test_thousands_of_gpus_in_words():
         assert text in done.stdout, done.stdout
 
 
-def test_a_chain_beside_training_from_scratch():
+def test_a_chain_compared_with_training_from_scratch():
     made = plan(CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--scratch-tokens", "30e9")
     assert [cost["name"] for cost in made["chain"]] == ["chain-124M", "chain-354M", "chain-757M", "chain-1.4B"]
     assert {cost["scratch_tokens"] for cost in made["chain"]} == {30_000_000_000}
@@ -80,7 +80,7 @@ def test_a_chain_that_the_trainer_refuses_is_refused(tmp_path):
     ):
         (tmp_path / "chain.yml").write_text(text.replace(old, new))
         done = tool("plan_run", tmp_path / "chain.yml", "--gpus", 2)
-        assert done.returncode == 2 and "The chain, beside" not in done.stdout
+        assert done.returncode == 2 and "The chain, compared" not in done.stdout
         assert "error: " in done.stderr and f"stage tiny_chain-tokens192: {problem}" in done.stderr.replace(
             "growth.method: gram", "gram"
         )

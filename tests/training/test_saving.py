@@ -71,7 +71,7 @@ def test_an_update_waits_for_a_slow_copy_and_the_forward_pass_does_not(config, t
         expected = state_of(engine)
         copied = slow_copies()
         saver.save(Progress(step, 8, 128), {})
-        assert slow_copies() - copied < len(expected) / 2, "the copy was to go on beside the forward pass"
+        assert slow_copies() - copied < len(expected) / 2, "the copy was to go on during the forward pass"
         engine.update()
         assert slow_copies() - copied == len(expected)
         engine.update()

@@ -49,7 +49,7 @@ def test_the_pause_is_a_small_share_of_a_save(config, tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     pauses = [call + wait for call, wait in zip(figures["call"], figures["wait"])]
     print(f"\n{figures['bytes'] / 1e9:.2f} GB; seconds, medians of {ROUNDS}: " + ", ".join(
-        f"{name} {median(figures[name]):.3f}" for name in ("synchronous", "call", "wait", "copy", "step", "step_beside")
+        f"{name} {median(figures[name]):.3f}" for name in ("synchronous", "call", "wait", "copy", "step", "step_during_copy")
     ))  # fmt: skip
     print(f"the pause is {median(pauses) / median(figures['synchronous']):.1%} of a synchronous save; "
           f"the first one, which allocates, {figures['first'] / median(figures['synchronous']):.1%}")  # fmt: skip
@@ -87,7 +87,7 @@ def _measure(rank, config, folder):
         return waits[0], taken
 
     both = {kind: saver(kind) for kind in (False, True)}
-    figures = {name: [] for name in ("synchronous", "call", "wait", "copy", "step", "step_beside")}
+    figures = {name: [] for name in ("synchronous", "call", "wait", "copy", "step", "step_during_copy")}
     figures["bytes"] = sum(piece.tensor.nbytes for piece in engine.pieces())
     step(5)
     for number in range(ROUNDS + 1):
@@ -105,7 +105,7 @@ def _measure(rank, config, folder):
         if number == 0:
             figures["first"] = call + wait
             continue
-        for name, value in (("call", call), ("wait", wait), ("copy", copies[0]), ("step_beside", taken)):
+        for name, value in (("call", call), ("wait", wait), ("copy", copies[0]), ("step_during_copy", taken)):
             figures[name].append(value)
     Path(folder, "figures.json").write_text(json.dumps(figures))
     leave()

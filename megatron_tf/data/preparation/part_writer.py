@@ -83,7 +83,7 @@ def _write(job: PartJob, part: Part, encode_all: EncodeAll, observer: Observer) 
 def _take_bad_records(job: PartJob, batch: EncodedBatch, report: Report, observer: Observer) -> None:
     if batch.bad_records and job.on_error == "stop":
         first = batch.bad_records[0]
-        remedy = "Mend or remove the record, or leave out what is bad with --on-error skip."
+        remedy = "Correct or remove the record, or leave out what is bad with --on-error skip."
         if first.kind == "lost_text":
             remedy = (
                 "Use a tokenizer that knows them, keep such documents without them with --keep-lossy, or leave out what "

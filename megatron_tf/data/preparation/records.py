@@ -109,7 +109,7 @@ def _nested_field(value: _Fields, json_key: str) -> str:
 
 def bad_record_error(file: str, line: int, reason: str) -> DataError:
     """The error of a command that does not go on after a bad record."""
-    return DataError(f"{file}:{line}: {reason}. Mend or remove the record.")
+    return DataError(f"{file}:{line}: {reason}. Correct or remove the record.")
 
 
 def is_one_document(paths: Iterable[Path], limits: ReadLimits) -> bool:

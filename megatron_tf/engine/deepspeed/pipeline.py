@@ -33,7 +33,7 @@ from megatron_tf.tasks.layers import loss_sums
 class ShardedParameter:
     """A parameter of this rank: the rows of the logical tensor from `first_row` on.
 
-    `owned`: false where another rank holds the same elements and speaks for them.
+    `owned`: false where another rank holds the same elements and reports for them.
     """
 
     spec: ParameterSpec

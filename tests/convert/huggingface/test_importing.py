@@ -45,7 +45,7 @@ def test_the_way_back_is_exact(folder, network):
 
 
 def test_what_transformers_saved_comes_back(folder, network, tmp_path):
-    """In parts, in bf16, and with the head beside the embedding."""
+    """In parts, in bf16, and with a head of its own next to the embedding."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)

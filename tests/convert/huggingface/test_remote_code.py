@@ -266,7 +266,7 @@ def test_continuous_batching(exported, ids):
         assert out.generated_tokens == expected[0, len(prompt) :].tolist()
 
 
-def test_what_is_asked_for_beside_logits(folder, ids):
+def test_what_is_asked_for_in_addition_to_logits(folder, ids):
     out = load(folder, attn_implementation="eager")(ids, output_hidden_states=True, output_attentions=True)
     assert [tuple(hidden.shape) for hidden in out.hidden_states] == [(2, 20, 64)] * 3
     assert [tuple(weights.shape) for weights in out.attentions] == [(2, 2, 20, 20)] * 2

@@ -79,7 +79,7 @@ def test_a_file_with_many_names_is_read_once(linked, pattern):
     assert len(notes) == 1 and notes[0].endswith("read once; 1 other names lead to files twice as well")
 
 
-def test_names_of_one_file_beside_each_other(linked):
+def test_names_of_one_file_next_to_each_other(linked):
     patterns = ["a/one.txt", "a/../a/one.txt", "b/loop3/loop4/one.txt", "a/hard.txt", "b/*.txt", "a/inner/two.txt"]
     found, notes = names(linked, *patterns)
     assert found == ["a/one.txt", "a/inner/two.txt"] and "b/loop3" not in notes[0] and "; 5 other names" in notes[0]

@@ -405,7 +405,7 @@ def test_the_report_says_what_was_left_out_and_why(tokenizer, tmp_path):
 @pytest.mark.parametrize("kind", BAD_LINES[1:4])
 def test_every_kind_of_bad_record_stops_by_default(tokenizer, tmp_path, kind):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + kind)
-    with pytest.raises(DataError, match=r"a\.jsonl:2: .*Mend or remove the record, or leave out what is bad with"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*Correct or remove the record, or leave out what is bad with"):
         run(tokenizer, tmp_path / "a.jsonl", tmp_path / "x")
 
 
