@@ -188,7 +188,9 @@ def exported_tokenizer(arguments: argparse.Namespace, network: TokenFormer) -> E
 
     name = arguments.tokenizer or configured_tokenizer(arguments.source)
     if name is None:
-        print("tokenizer   none: no config.yml with data.tokenizer is next to the checkpoint. Give one with --tokenizer")
+        print(
+            "tokenizer   none: no config.yml with data.tokenizer is next to the checkpoint. Give one with --tokenizer"
+        )
         return None
     tokenizer = open_tokenizer(name, network.config, arguments.eod_token or known_eod(arguments.source, name))
     if warning := other_tokenizer(arguments.source, name):

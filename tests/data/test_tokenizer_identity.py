@@ -13,7 +13,7 @@ from megatron_tf.config.schema import DataSource
 from megatron_tf.data.loader import check_tokenizer
 from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.preparation.preprocess import PreprocessSettings, preprocess
-from megatron_tf.data.preparation.progress import Progress
+from megatron_tf.data.preparation.progress import ProgressDisplay
 from megatron_tf.data.summary import read_summary
 from megatron_tf.data.tokenizer_identity import TokenizerIdentity, tokenizer_identity
 from megatron_tf.errors import DataError
@@ -159,7 +159,7 @@ def test_data_fit_a_file_that_was_written_anew(tmp_path):
     settings = PreprocessSettings(
         inputs=(str(tmp_path / "text.txt"),), output_prefix=str(tmp_path / "data"), tokenizer=str(tmp_path / "t.json")
     )
-    preprocess(settings, Progress(io.StringIO()))
+    preprocess(settings, ProgressDisplay(io.StringIO()))
     described = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
     anew(tmp_path / "t.json", json.dumps(described))
     source = DataSource(path=str(tmp_path / "data"))

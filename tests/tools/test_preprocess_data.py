@@ -221,7 +221,7 @@ def test_control_c_while_workers_start(tmp_path, delay, shards):
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
-    wait_until(lambda: len(children.read_text().split()) == 2, "a worker begins, in addition to Python's resource tracker")
+    wait_until(lambda: len(children.read_text().split()) == 2, "a worker and Python's resource tracker run")
     time.sleep(delay)
     os.killpg(started.pid, signal.SIGINT)
     _, errors = started.communicate(timeout=60)
