@@ -23,7 +23,21 @@ BALANCE_SPEED = 10.0
 
 def choose(logits: Tensor, balance: Tensor) -> Tensor:
     """int64 [rows, slots]: the chosen candidates. logits [rows, slots, m], balance [slots, m]. Not differentiable."""
-    return (logits.detach() + BALANCE_SPEED * balance.detach()).argmax(-1)
+    return _sums(logits, balance).argmax(-1)
+
+
+def choose_among_copies(logits: Tensor, balance: Tensor, originals: Tensor, copies: int) -> Tensor:
+    """int64 [rows, slots]: of the copies of `originals`, int64 [rows, slots], the one that `choose` prefers.
+
+    logits [rows, slots, m], balance [slots, m]; the copies of original j are candidates j · copies and those after it.
+    """
+    families = _sums(logits, balance).unflatten(-1, (-1, copies))
+    own = families.gather(2, originals[..., None, None].expand(*originals.shape, 1, copies)).squeeze(2)
+    return originals * copies + own.argmax(-1)
+
+
+def _sums(logits: Tensor, balance: Tensor) -> Tensor:
+    return logits.detach() + BALANCE_SPEED * balance.detach()
 
 
 def straight_through(logits: Tensor, candidates: Tensor) -> Tensor:

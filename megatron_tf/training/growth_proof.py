@@ -13,7 +13,10 @@ from megatron_tf.config.schema import Precision
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.stage import Stage
 from megatron_tf.tasks.data import Batch
+from megatron_tf.training.choices import Followed
 
+# Of all choices among candidates, the share that rounding may decide: those between two that are as close as that.
+CHOICE_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 3e-2}
 # Rounding of one forward pass, relative to the largest logit. The old and the new product sum the same numbers
 # in another order; 8 bits of mantissa through a few layers give bf16 its share.
 LOGIT_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
@@ -48,8 +51,12 @@ def probe(stage: Stage, batches: Sequence[Batch]) -> Probe:
     return Probe(loss / max(1.0, counted), first)
 
 
-def compare(before: Probe, after: Probe, precision: Precision, device: torch.device, preserves: bool) -> str:
+def compare(
+    before: Probe, after: Probe, followed: Followed, precision: Precision, device: torch.device, preserves: bool
+) -> str:
     """A sentence for the log.
+
+    `followed`: of the pass that gave `after`, on this rank.
 
     `preserves`: the growth claims to keep the function. Then, when the models differ beyond rounding, CheckpointError
     on all ranks.
@@ -64,8 +71,17 @@ def compare(before: Probe, after: Probe, precision: Precision, device: torch.dev
         f"held batch: loss {before.loss:.7f} before, {after.loss:.7f} after; logits differ by at most "
         f"{difference:.2e}, the largest is {scale:.2f}"
     )
+    counts = torch.tensor([followed.total, followed.elsewhere], dtype=torch.int64, device=device)
+    dist.all_reduce(counts)
+    total, elsewhere = counts.tolist()
+    if elsewhere:
+        text += (
+            f"; {elsewhere:,} of {total:,} choices among candidates are so close that rounding decides them, and follow the "
+            "smaller model here"
+        )
     if not preserves:
         return f"{text}; this growth does not claim to keep the function"
-    if not difference <= LOGIT_TOLERANCE[precision] * scale:
+    same_choices = elsewhere <= CHOICE_TOLERANCE[precision] * total
+    if not same_choices or not difference <= LOGIT_TOLERANCE[precision] * scale:
         raise CheckpointError(f"the growth changed the function, so the run stops. {text}")
     return text

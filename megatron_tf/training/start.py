@@ -96,11 +96,7 @@ class Start:
         if not self.growth_history:
             return {}
         (before,) = _models_before(model, self.growth_history[-1:])
-        old_at = self._old_at(model)
-        old = {
-            name if (layer := layer_of(name)) is None else in_layer(name, old_at[layer]): spec.numel
-            for name, spec in parameter_table(before).items()
-        }
+        old = {self.name_now(name, model): spec.numel for name, spec in parameter_table(before).items()}
         # what was split lies between its copies, and none of them is older than the others
         copied = self.growth_history[-1].get("method") == SPLIT
         return {
@@ -108,6 +104,11 @@ class Start:
             for name, spec in parameter_table(model).items()
             if spec.growable
         }
+
+    def name_now(self, name: str, model: Model) -> str:
+        """The parameter or projection of `model` that was `name` before the last growth."""
+        layer = layer_of(name)
+        return name if layer is None else in_layer(name, self._old_at(model)[layer])
 
     def new_layers(self, model: Model) -> frozenset[int]:
         """The layers of `model` that its last growth added."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from megatron_tf.checkpoint.architecture import stored_model
@@ -15,6 +15,7 @@ from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.runtime.agreement import together
 from megatron_tf.runtime.watchdog import Watchdog
 from megatron_tf.tasks.data import Batch
+from megatron_tf.training.choices import Choices, following, recorded
 from megatron_tf.training.growth_proof import Probe, compare, probe
 from megatron_tf.training.run_data import Loaders
 from megatron_tf.training.running import Run
@@ -30,13 +31,15 @@ def start_engine(run: Run, start: Start, loaders: Loaders, watchdog: Watchdog) -
         return _engine(run, start, tensor, ends), start
     watchdog.begin("proving the growth, with the smaller model")
     held = together(lambda: list(loaders.held.step_batches(0)))
-    before = _probe_smaller(run, start.grown_from, tensor, ends, held)
+    before, choices = _probe_smaller(run, start.grown_from, tensor, ends, held)
     watchdog.begin("loading the weights")
     engine = _engine(run, start, tensor, ends)
     watchdog.begin("proving the growth, with the grown model")
-    after = probe(engine.stage(), held)
-    entry = start.growth_history[-1]
-    proof = compare(before, after, run.config.training.precision, run.device, entry["preserves"])
+    stage, entry = engine.stage(), start.growth_history[-1]
+    known = choices if entry["preserves"] else {}
+    with following(stage, {start.name_now(name, run.config.model): own for name, own in known.items()}) as followed:
+        after = probe(stage, held)
+    proof = compare(before, after, followed, run.config.training.precision, run.device, entry["preserves"])
     run.console.info(f"growth: {proof}")
     entry = {**entry, "loss_before": before.loss, "loss_after": after.loss}
     return engine, replace(start, growth_history=(*start.growth_history[:-1], entry))
@@ -64,7 +67,7 @@ def _engine(run: Run, start: Start, tensor: Group, ends: Sequence[int]) -> Engin
 
 def _probe_smaller(
     run: Run, smaller: CheckpointReader, tensor: Group, ends: Sequence[int], held: Sequence[Batch]
-) -> Probe:
+) -> tuple[Probe, Mapping[str, Choices]]:
     stage = load_stage(
         smaller,
         stored_model(smaller.index),
@@ -75,4 +78,5 @@ def _probe_smaller(
         run.device,
         ends,
     )
-    return probe(stage, held)
+    with recorded(stage) as choices:
+        return probe(stage, held), choices

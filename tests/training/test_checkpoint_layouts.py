@@ -23,6 +23,7 @@ from megatron_tf.runtime.joining import leave
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.parameters import layer_of, parameter_table
 from megatron_tf.state.sources import InitialSource
+from megatron_tf.training.choices import Followed
 from megatron_tf.training.growth_proof import compare, probe
 from megatron_tf.verification.layout import Layout, batches
 
@@ -95,7 +96,7 @@ def _grow(rank, small, big, folder):
         growth = Growth.model_validate({"from": "unused"})
         engine, own, plan = engine_for(after, big, grown_source(reader, big.model, growth, big.run.seed))
         assert abs(probe(engine.stage(), held).loss - first.loss) <= 1e-6 * first.loss
-        assert "held batch" in compare(first, probe(engine.stage(), held), "fp32", device, preserves=True)
+        assert "held batch" in compare(first, probe(engine.stage(), held), Followed(), "fp32", device, preserves=True)
         assert engine.scales["blocks.0.ffn"] == 37**0.5  # held
         ages = engine.adam_steps()["blocks.0.ffn.key_tokens"]
         assert ages == ((0, 37 * 32, 4), (37 * 32, 75 * 32, 0))
@@ -107,7 +108,7 @@ def _grow(rank, small, big, folder):
         # a model that differs is noticed
         other, *_ = engine_for(after, small, InitialSource(small.model, 99))
         with pytest.raises(Exception, match="changed the function"):
-            compare(first, probe(other.stage(), held), "fp32", device, preserves=True)
+            compare(first, probe(other.stage(), held), Followed(), "fp32", device, preserves=True)
     finally:
         leave()
 
@@ -152,7 +153,7 @@ def _deepen(rank, small, big, folder):
                 engine, *_ = engine_for(layout, small, CheckpointSource(reader))
                 first = probe(engine.stage(), held)
                 engine.close()
-                assert "held batch" in compare(first, after, "fp32", device, preserves=source.preserves)
+                assert "held batch" in compare(first, after, Followed(), "fp32", device, preserves=source.preserves)
                 assert (abs(after.loss - first.loss) <= 1e-6 * first.loss) == (method == "identity")
         engine, own, plan = engine_for(layouts[0], big, grown_source(reader, big.model, Growth(source="x"), 7))
         train(engine, own, plan, layouts[0], 0, 3, rank)
