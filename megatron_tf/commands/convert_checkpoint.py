@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tf.architectures.tokenformer.section import as_tokenformer
+from megatron_tf.architectures.tokenformer.section import as_tokenformer, bank_of
 from megatron_tf.arguments import config_file, path, text_path
 from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import Model
@@ -252,7 +252,10 @@ def describe(model: Model, origin: str, scales: Mapping[str, float] | None = Non
     scales = scales or initial_scales(model)
     for kind, count in model.parameter_tokens.model_dump().items():
         found = {scales[name] for name, projection in projections(model).items() if projection.kind == kind}
+        bank = bank_of(model, kind)
+        stored = "" if bank is None else f" of {bank.stored(count):,}"
         print(
-            f"{kind:<11} {count:,} tokens, τ {' to '.join(f'{scale:.6g}' for scale in sorted({min(found), max(found)}))}"
+            f"{kind:<11} {count:,}{stored} tokens, "
+            f"τ {' to '.join(f'{scale:.6g}' for scale in sorted({min(found), max(found)}))}"
         )
     print(f"parameters  {num_parameters(model):,}")

@@ -168,6 +168,23 @@ def test_to_transformers_and_back_again(folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
+def test_candidates_go_to_transformers_and_back_and_not_to_the_official_format(folder, tmp_path):
+    (tmp_path / "config.yml").write_text(CONFIG.format(folder=folder))
+    done = run(["python", PROJECT / "tools" / "expand_checkpoint.py", "--from", folder / "run", "--config",
+                tmp_path / "config.yml", "--to", tmp_path / "split", "growth.from=x", "growth.method=split",
+                "model.sparse.ffn={group_size: 32, candidates: 3}"])  # fmt: skip
+    assert done.returncode == 0 and "function    kept" in done.stdout, done.stdout
+    done = tool("convert_checkpoint", "to-hf", tmp_path / "split", "--to", tmp_path / "out")
+    assert done.returncode == 0 and "ffn         160 of 480 tokens, τ 12.6491" in done.stdout, done.stdout + done.stderr
+    done = tool("convert_checkpoint", "from-hf", tmp_path / "out", "--to", tmp_path / "back")
+    assert done.returncode == 0, done.stdout + done.stderr
+    there, back = (open_checkpoint(tmp_path / name / "checkpoints" / "step_00000000") for name in ("split", "back"))
+    assert [difference for difference in compare(there, back) if not difference.equal] == []
+    out = tool("convert_checkpoint", "to-official", tmp_path / "split", "--to", tmp_path / "out.bin")
+    assert_refused(out, "the official format has no place for model.sparse")
+
+
 def test_an_export_that_cannot_be_leaves_nothing(folder, tmp_path):
     train_bpe([" ".join(map(str, range(1000)))], 300, tmp_path / "other.json")
     done = tool("convert_checkpoint", "to-hf", folder / "run", "--to", tmp_path / "out", "--tokenizer",

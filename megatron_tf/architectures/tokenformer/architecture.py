@@ -41,9 +41,12 @@ class TokenFormerArchitecture(Architecture):
         return ("load_max",) if as_tokenformer(model).sparse else ()
 
     def format_problem(self, model: Model, form: str) -> str | None:
-        if as_tokenformer(model).sparse is None:
+        if form == "huggingface" or as_tokenformer(model).sparse is None:
             return None
-        return f"the {form} format has no place for model.sparse, tokens of which a position uses a part"
+        return (
+            f"the {form} format has no place for model.sparse, tokens of which a position uses a part. Export it by "
+            "to-hf, or give a model without model.sparse, such as the one that it was split from"
+        )
 
     def block_parameters(self, model: Model, layer: int) -> Iterator[ParameterSpec]:
         return block_parameters(as_tokenformer(model), layer)

@@ -55,11 +55,12 @@ def _bank_parameters(
     model: TokenFormerModel, layer: int, name: str, bank: Bank, tokens: int
 ) -> Iterator[ParameterSpec]:
     """Rows by slot, candidate and token, so that whole slots are one range."""
-    prefix = f"blocks.{layer}.{name}"
+    prefix = f"blocks.{layer}.{name}.bank"
+    huggingface = f"model.layers.{layer}.{PROJECTIONS[name].huggingface}.bank"
     groups = bank.groups(tokens)
     for kind, std in (("key", INITIAL_STD), ("value", output_std(model))):
         yield ParameterSpec(
-            f"{prefix}.bank.{kind}_tokens",
+            f"{prefix}.{kind}_tokens",
             (groups * bank.group_size, model.hidden_size),
             sharded=True,
             growable=True,
@@ -68,14 +69,19 @@ def _bank_parameters(
             mean=0.0,
             output=kind == "value" and name in OUTPUTS,
             one_in=bank.candidates,
+            huggingface_name=f"{huggingface}.{kind}s",
         )
-    router = (groups, model.hidden_size)
-    yield ParameterSpec(
-        f"{prefix}.bank.router", router, sharded=True, growable=True, decayed=True, std=INITIAL_STD, mean=0.0
-    )
-    yield ParameterSpec(
-        f"{prefix}.bank.balance", (groups,), sharded=True, growable=True, decayed=False, std=0.0, mean=0.0
-    )
+    for kind, shape, std in (("router", (groups, model.hidden_size), INITIAL_STD), ("balance", (groups,), 0.0)):
+        yield ParameterSpec(
+            f"{prefix}.{kind}",
+            shape,
+            sharded=True,
+            growable=True,
+            decayed=kind == "router",
+            std=std,
+            mean=0.0,
+            huggingface_name=f"{huggingface}.{kind}",
+        )
 
 
 def token_tensors(bank: Bank | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

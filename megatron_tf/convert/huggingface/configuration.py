@@ -15,6 +15,7 @@ from megatron_tf.errors import CheckpointError, ConfigError, shown
 MODEL_TYPE = "tokenformer"
 CONFIGURATION_CODE = "configuration_tokenformer.py"
 MODELING_CODE = "modeling_tokenformer.py"
+CODE = (CONFIGURATION_CODE, MODELING_CODE, "pattention_tokenformer.py")
 # field of our model section -> key of config.json
 _KEYS = {
     "num_layers": "num_hidden_layers",
@@ -23,11 +24,13 @@ _KEYS = {
     "seq_length": "max_position_embeddings",
     "vocab_size": "vocab_size",
     "parameter_tokens": "parameter_tokens",
+    "sparse": "sparse",
     "activation": "activation",
     "rotary_fraction": "rotary_fraction",
     "rotary_base": "rotary_base",
     "norm_eps": "layer_norm_eps",
 }
+_OPTIONAL = {"sparse"}  # left out where they are null
 _AS_WRITTEN = "Give the one that to-hf or save_pretrained wrote."
 
 
@@ -38,7 +41,7 @@ def huggingface_config(model: Model, scales: Mapping[str, float], eod_id: int | 
         "AutoModel": (MODELING_CODE, "TokenFormerModel"),  # vLLM builds from it
         "AutoModelForCausalLM": (MODELING_CODE, "TokenFormerForCausalLM"),
     }
-    values = model.model_dump()
+    values = model.model_dump(exclude_none=True)
     return {
         "architectures": ["TokenFormerForCausalLM"],
         "auto_map": {kind: f"{code.removesuffix('.py')}.{name}" for kind, (code, name) in classes.items()},
@@ -46,7 +49,7 @@ def huggingface_config(model: Model, scales: Mapping[str, float], eod_id: int | 
         "dtype": "float32",
         "tie_word_embeddings": True,
         **special_tokens(eod_id),
-        **{key: values[field] for field, key in _KEYS.items()},
+        **{key: values[field] for field, key in _KEYS.items() if field in values},
         "scales": [
             {_short(projection): scales[f"blocks.{layer}.{projection}"] for projection in PROJECTIONS}
             for layer in range(model.num_layers)
@@ -67,7 +70,8 @@ def model_from_config(config: Any) -> tuple[Model, dict[str, float]]:
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(f"is of a model of type {shown(kind)}, expected {MODEL_TYPE!r}. Give a TokenFormer's")
-    problems = [f"{key}: missing. {_AS_WRITTEN}" for key in (*_KEYS.values(), "scales") if key not in config]
+    needed = [key for field, key in _KEYS.items() if field not in _OPTIONAL]
+    problems = [f"{key}: missing. {_AS_WRITTEN}" for key in (*needed, "scales") if key not in config]
     if problems:
         raise CheckpointError(_listed(problems))
     if config.get("tie_word_embeddings", True) is not True:
@@ -75,7 +79,7 @@ def model_from_config(config: Any) -> tuple[Model, dict[str, float]]:
             "has an output head of its own, and here the head is the embedding. Give a model with tie_word_embeddings true"
         )
     try:
-        model = read_model({field: config[key] for field, key in _KEYS.items()})
+        model = read_model({field: config[key] for field, key in _KEYS.items() if key in config})
     except ConfigError as error:
         raise CheckpointError(_listed([_under_its_keys(problem) for problem in error.problems])) from None
     return model, _scales(config["scales"], model)

@@ -5,7 +5,7 @@
 | model.safetensors | fp32 weights under their Hugging Face names; value tokens transposed, as linear layers have them |
 | config.json | the architecture, τ of every projection, and the versions that the export was verified with |
 | generation_config.json | the token that ends a text, when the tokenizer is known |
-| configuration_tokenformer.py, modeling_tokenformer.py | the model for transformers; needs torch and transformers alone |
+| configuration_, modeling_, pattention_tokenformer.py | the model for transformers; needs torch and transformers alone |
 | tokenizer.json, tokenizer_config.json | the tokenizer as in preparation, when it is a Hugging Face tokenizers file |
 """
 
@@ -24,8 +24,7 @@ from safetensors.torch import save_file
 
 from megatron_tf.convert.agreement import Agreement
 from megatron_tf.convert.huggingface.configuration import (
-    CONFIGURATION_CODE,
-    MODELING_CODE,
+    CODE,
     huggingface_config,
     special_tokens,
 )
@@ -88,7 +87,7 @@ def _write_configuration(
     _write_json(folder / "generation_config.json", special_tokens(eod_id))
     # The code stays as it is while transformers changes: a reader years later sees what it was made for.
     verified = "# Verified with " + " and ".join(f"{name} {version}" for name, version in versions.items())
-    for name in (CONFIGURATION_CODE, MODELING_CODE):
+    for name in CODE:
         code = resources.files("megatron_tf.convert.huggingface") / "remote_code" / name
         text = f"{verified}. With others, compare a cached generation with an uncached one, or export again.\n"
         (folder / name).write_bytes(text.encode() + code.read_bytes())

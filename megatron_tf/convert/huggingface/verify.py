@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_tf.caches import prepare_hugging_face
 from megatron_tf.convert.agreement import Agreement, agreement
+from megatron_tf.convert.huggingface.choices import Choices
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import CheckpointError, UserError
 from megatron_tf.model.tokenformer import TokenFormer
@@ -67,24 +68,26 @@ def verify_export(folder: Path, network: TokenFormer, tokenizer: Tokenizer | Non
     """
     prepare_hugging_face()
     exported = _load_model(folder)
+    choices = Choices(exported)
     samples = {"random tokens": _random_tokens(network)}
     if tokenizer is not None:
         samples["text"] = _text_tokens(folder, tokenizer)[:, : samples["random tokens"].shape[1]]
     found = {}
     for kind, ids in samples.items():
-        expected = network(ids)
+        with _transformers_errors(kind), choices.recorded():
+            logits = exported(input_ids=ids).logits.float()
+        with choices.replayed(network, len(ids)):
+            expected = network(ids)
         if not expected.isfinite().all():
             raise CheckpointError(
                 "the model's own logits are not finite: its training diverged. Use an earlier checkpoint"
             )
-        with _transformers_errors(kind):
-            logits = exported(input_ids=ids).logits.float()
         found[kind] = _checked(kind, logits, expected)
-    found["generation"] = _compare_generation(exported, network, samples["random tokens"])
+    found["generation"] = _compare_generation(exported, choices, network, samples["random tokens"])
     return found
 
 
-def _compare_generation(exported: Any, network: TokenFormer, ids: Tensor) -> Agreement:
+def _compare_generation(exported: Any, choices: Choices, network: TokenFormer, ids: Tensor) -> Agreement:
     """Let transformers continue prompts of two lengths, padded on the left, with each kind of cache; the worst
     agreement.
 
@@ -100,13 +103,15 @@ def _compare_generation(exported: Any, network: TokenFormer, ids: Tensor) -> Agr
     found = []
     for cache, options in _CACHES.items():
         kind = f"generation {cache}"
-        with _transformers_errors(kind):
+        with _transformers_errors(kind), choices.recorded():
             out = exported.generate(
                 ids * mask, attention_mask=mask, do_sample=False, min_new_tokens=new, max_new_tokens=new,
                 return_dict_in_generate=True, output_logits=True, **options,
             )  # fmt: skip
         for row, length in enumerate(lengths):
-            expected = network(out.sequences[row : row + 1, prompt - length : -1])[0, length - 1 :]
+            padding = prompt - length
+            with choices.replayed(network, len(lengths), slice(row, row + 1), padding):
+                expected = network(out.sequences[row : row + 1, padding:-1])[0, length - 1 :]
             logits = torch.stack([step[row] for step in out.logits]).float()
             found.append(_checked(kind, logits, expected))
     return max(found, key=lambda one: one.error)

@@ -15,7 +15,7 @@ from megatron_tf.errors import CheckpointError, UserError
 from megatron_tf.state.parameters import parameter_table
 
 MODEL_FILES = ["config.json", "configuration_tokenformer.py", "generation_config.json", "model.safetensors",
-               "modeling_tokenformer.py"]  # fmt: skip
+               "modeling_tokenformer.py", "pattention_tokenformer.py"]  # fmt: skip
 
 
 def test_the_folder_holds_what_transformers_wants(folder, network, tokenizer_file):
@@ -84,7 +84,7 @@ def test_a_cache_that_is_not_read_is_seen(network, tmp_path, monkeypatch, forgot
 def test_an_export_says_what_it_was_verified_with(folder):
     transformers, torch = metadata.version("transformers"), metadata.version("torch")
     assert json.loads((folder / "config.json").read_text())["verified_with"]["transformers"] == transformers
-    for name in ("configuration_tokenformer.py", "modeling_tokenformer.py"):
+    for name in ("configuration_tokenformer.py", "modeling_tokenformer.py", "pattention_tokenformer.py"):
         first = (folder / name).read_text().splitlines()[0]
         assert first.startswith(f"# Verified with transformers {transformers} and torch {torch}")
 

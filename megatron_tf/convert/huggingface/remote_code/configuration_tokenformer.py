@@ -5,12 +5,15 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 PROJECTIONS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "proj", "mlp": "ffn"}
+BANK = ("group_size", "candidates", "dense")
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
 
 class TokenFormerConfig(PretrainedConfig):
     """`parameter_tokens`: number of parameter tokens of the projections, {"qkv": n, "proj": n, "ffn": n}.
 
+    `sparse`: of the kinds of projection whose positions choose among more tokens than these, {"ffn": {"group_size": g,
+    "candidates": m, "dense": n}}. All tokens but n lie in slots of g, with m candidates each. None: no projection has any.
     `scales`: of each layer, τ of its projections, {"q_proj": τ, "k_proj": τ, "v_proj": τ, "o_proj": τ, "mlp": τ}.
     A model that was grown may hold another τ than the √n of a fresh one, so τ never follows from anything else here.
     `activation`: how scores over the parameter tokens become weights: l2_norm_gelu, gelu_l2_norm or softmax.
@@ -22,7 +25,8 @@ class TokenFormerConfig(PretrainedConfig):
     has_no_defaults_at_init = True  # a saved configuration holds every value
     # A Pattention's norm needs the scores of all tokens, so its keys and values are never simply split column by row.
     # Query, key and value: whole scores on every rank, outputs split by heads. Output: heads come in split, whole
-    # scores by a sum. Feed-forward: tokens split, scores gathered for the norm, then split again.
+    # scores by a sum. Feed-forward: tokens split, scores gathered for the norm, then split again. A bank is whole on
+    # every rank.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj.values": "colwise",
         "layers.*.self_attn.k_proj.values": "colwise",
@@ -46,6 +50,7 @@ class TokenFormerConfig(PretrainedConfig):
         max_position_embeddings=2048,
         parameter_tokens=None,
         scales=None,
+        sparse=None,
         activation="l2_norm_gelu",
         rotary_fraction=0.25,
         rotary_base=10000.0,
@@ -61,6 +66,11 @@ class TokenFormerConfig(PretrainedConfig):
             raise ValueError(
                 f"parameter_tokens is {parameter_tokens!r}, expected the numbers of qkv, proj and ffn tokens"
             )
+        sizes = list(sparse.values()) if isinstance(sparse, dict) and set(sparse) <= set(parameter_tokens) else [None]
+        if sparse is not None and not all(isinstance(size, dict) and set(size) == set(BANK) for size in sizes):
+            raise ValueError(
+                f"sparse is {sparse!r}, expected {', '.join(BANK)} of projections that choose among tokens"
+            )
         if not isinstance(scales, list) or [set(layer) for layer in scales] != [set(PROJECTIONS)] * num_hidden_layers:
             raise ValueError(f"scales must hold, for each of {num_hidden_layers} layers, τ of {', '.join(PROJECTIONS)}")
         self.vocab_size = vocab_size
@@ -69,6 +79,7 @@ class TokenFormerConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.max_position_embeddings = max_position_embeddings
         self.parameter_tokens = parameter_tokens
+        self.sparse = sparse
         self.scales = scales
         self.activation = activation
         self.rotary_fraction = rotary_fraction

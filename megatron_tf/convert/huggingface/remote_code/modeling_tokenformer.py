@@ -1,9 +1,6 @@
 """A TokenFormer for transformers: a decoder whose projections attend to learnable parameter tokens.
 
-    Pattention:  A = X Kᵀ,   S = θ(A),   out = S V        K [n, d_in] key tokens, V [n, d_out] value tokens
-
-`keys` and `values` of a Pattention are linear layers without bias (weights K and Vᵀ), because tensor parallelism,
-quantisation, LoRA and vLLM all act on linear layers. Hidden states are [batch, sequence, hidden].
+Hidden states are [batch, sequence, hidden].
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -23,7 +21,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tokenformer import PROJECTIONS, TokenFormerConfig
+from .configuration_tokenformer import TokenFormerConfig
+from .pattention_tokenformer import Pattention, TokenBank
 
 # What transformers calls the cache in its own functions and outputs: another name since 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -71,39 +70,6 @@ def check_keywords(keywords: Mapping[str, object], position_ids: Tensor | None) 
     packed = [name for name in PACKED if keywords.get(name) is not None]
     if packed and position_ids is None:
         raise ValueError(f"{packed[0]} says where packed samples begin. Give position_ids too, 0 at each beginning")
-
-
-class Pattention(nn.Module):
-    """One projection: [..., hidden] -> [..., hidden] by attention to its parameter tokens."""
-
-    def __init__(self, config: TokenFormerConfig, layer_idx: int, name: str):
-        super().__init__()
-        tokens = config.parameter_tokens[PROJECTIONS[name]]
-        self.keys = nn.Linear(config.hidden_size, tokens, bias=False)
-        self.values = nn.Linear(tokens, config.hidden_size, bias=False)
-        self.scale = config.scales[layer_idx][name]
-        self.activation = config.activation
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.values(self.weigh(self.keys(hidden_states)))
-
-    def weigh(self, scores: Tensor) -> Tensor:
-        """θ over the last dimension, the parameter tokens. Sums over tokens are at least fp32."""
-        precise = torch.promote_types(scores.dtype, torch.float32)
-        if self.activation == "softmax":
-            return (torch.softmax(scores, -1, dtype=precise) * self.scale).to(scores.dtype)
-        if self.activation == "gelu_l2_norm":
-            return self.normalise(F.gelu(scores), precise)
-        if self.activation == "l2_norm_gelu":
-            return F.gelu(self.normalise(scores, precise))
-        raise NotImplementedError(f"activation {self.activation!r} has no formula here")
-
-    def normalise(self, scores: Tensor, precise: torch.dtype) -> Tensor:
-        """scores · τ/‖scores‖₂; where a whole row is 0, as padding's may be, it and its gradient are 0."""
-        norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=precise)
-        # The division sees no 0: its derivative there would be infinite, and 0 times that is not a number.
-        inverse = self.scale / torch.where(norm > 0, norm, 1)
-        return scores * torch.where(norm > 0, inverse, 0).to(scores.dtype)
 
 
 def counted_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -222,6 +188,17 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": TokenFormerLayer, "attentions": TokenFormerAttention}
+
+    def __init__(self, config: TokenFormerConfig, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        self._can_compile_fullgraph = config.sparse is None  # sizes of a bank's products are known when it has chosen
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TokenBank):
+            for tokens in (module.keys, module.values, module.router):
+                initialization.normal_(tokens, std=self.config.initializer_range)
+            initialization.zeros_(module.balance)
 
 
 class TokenFormerModel(TokenFormerPreTrainedModel):

@@ -1,0 +1,124 @@
+"""The projection of a TokenFormer: attention to learnable parameter tokens.
+
+    A = X Kᵀ,   S = θ(A),   out = S V        K [n, d_in] key tokens, V [n, d_out] value tokens
+
+`keys` and `values` of a Pattention are linear layers without bias (weights K and Vᵀ), because tensor parallelism,
+quantisation, LoRA and vLLM all act on linear layers. One with a bank has more tokens than a position uses: θ is over
+those that it chooses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .configuration_tokenformer import PROJECTIONS, TokenFormerConfig
+
+BALANCE_SPEED = 10.0  # the factor of a candidate's balance in the choice
+
+
+class TokenBank(nn.Module):
+    """Parameter tokens in slots. A slot has m candidates of g tokens each, and a position uses one of every slot.
+
+    `keys`, `values`: [slots · m · g, hidden], by slot, candidate and token. Only those of chosen candidates are read.
+    `router`: [slots · m, hidden], scores the candidates.  `balance`: [slots · m], what training has added to the scores
+    so that all candidates are used. The loss does not know it.
+    """
+
+    balance: Tensor
+
+    def __init__(self, hidden_size: int, tokens: int, group_size: int, candidates: int):
+        super().__init__()
+        self.shape = tokens // group_size, candidates, group_size
+        groups = self.shape[0] * candidates
+        self.keys = nn.Parameter(torch.empty(groups * group_size, hidden_size))
+        self.values = nn.Parameter(torch.empty(groups * group_size, hidden_size))
+        self.router = nn.Parameter(torch.empty(groups, hidden_size))
+        self.register_buffer("balance", torch.zeros(groups))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [rows, hidden] -> [rows, slots, m], at least fp32."""
+        logits = F.linear(x, self.router).unflatten(-1, self.shape[:2])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """int64 [rows, slots]: of each slot the best candidate."""
+        return (logits.detach() + BALANCE_SPEED * self.balance.view(self.shape[:2])).argmax(-1)
+
+    def gate(self, logits: Tensor, chosen: Tensor) -> Tensor:
+        """[rows, slots] of ones, whose gradient is that of 2σ of the chosen candidate's score: the router learns by it."""
+        soft = 2 * torch.sigmoid(logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1))
+        return 1 + (soft - soft.detach())
+
+    def products(self, inputs: Tensor, tokens: Tensor, chosen: Tensor, transposed: bool = False) -> Tensor:
+        """Of each row and slot, its inputs times the tokens of the chosen candidate, or times these transposed.
+
+        inputs [rows, slots, width], tokens as `keys` and `values` -> [rows, slots, width of the product].
+        """
+        slots, candidates, group_size = self.shape
+        groups = (chosen + candidates * torch.arange(slots, device=chosen.device)).flatten()
+        order = groups.argsort(stable=True)
+        counts = groups.bincount(minlength=slots * candidates).tolist()
+        # unbind: the gradients of all candidates are put together once
+        matrices = tokens.unflatten(0, (-1, group_size)).unbind(0)
+        parts = inputs.flatten(0, 1)[order].split(counts)
+        out = [part @ (matrix.mT if transposed else matrix) for part, matrix in zip(parts, matrices) if len(part)]
+        return torch.cat(out)[order.argsort()].unflatten(0, (-1, slots))
+
+
+class Pattention(nn.Module):
+    """One projection: [..., hidden] -> [..., hidden] by attention to its parameter tokens.
+
+    `keys`, `values`: the tokens that every position uses; None when all are in the `bank`.
+    """
+
+    def __init__(self, config: TokenFormerConfig, layer_idx: int, name: str):
+        super().__init__()
+        tokens, sparse = config.parameter_tokens[PROJECTIONS[name]], (config.sparse or {}).get(PROJECTIONS[name])
+        dense = tokens if sparse is None else sparse["dense"]
+        self.keys = nn.Linear(config.hidden_size, dense, bias=False) if dense else None
+        self.values = nn.Linear(dense, config.hidden_size, bias=False) if dense else None
+        self.bank = None
+        if sparse is not None:
+            self.bank = TokenBank(config.hidden_size, tokens - dense, sparse["group_size"], sparse["candidates"])
+        self.scale = config.scales[layer_idx][name]
+        self.activation = config.activation
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.bank is None:
+            assert self.keys is not None and self.values is not None
+            return self.values(self.weigh(self.keys(hidden_states)))
+        x = hidden_states.flatten(0, -2)
+        logits = self.bank.logits(x)
+        chosen = self.bank.choose(logits)
+        inputs = x.unsqueeze(1).expand(-1, chosen.shape[1], -1)
+        scores = self.bank.products(inputs, self.bank.keys, chosen, transposed=True)
+        all_scores = scores.flatten(1)
+        if self.keys is not None:
+            all_scores = torch.cat((all_scores, self.keys(x)), -1)
+        weights = self.weigh(all_scores)  # over all tokens that the position uses
+        in_bank = weights[:, : scores[0].numel()].view_as(scores)
+        in_bank = in_bank * self.bank.gate(logits, chosen).unsqueeze(-1).to(in_bank.dtype)
+        out = self.bank.products(in_bank, self.bank.values, chosen).sum(1)
+        if self.values is not None:
+            out = out + self.values(weights[:, scores[0].numel() :])
+        return out.view_as(hidden_states)
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        """θ over the last dimension, the parameter tokens. Sums over tokens are at least fp32."""
+        precise = torch.promote_types(scores.dtype, torch.float32)
+        if self.activation == "softmax":
+            return (torch.softmax(scores, -1, dtype=precise) * self.scale).to(scores.dtype)
+        if self.activation == "gelu_l2_norm":
+            return self.normalise(F.gelu(scores), precise)
+        if self.activation == "l2_norm_gelu":
+            return F.gelu(self.normalise(scores, precise))
+        raise NotImplementedError(f"activation {self.activation!r} has no formula here")
+
+    def normalise(self, scores: Tensor, precise: torch.dtype) -> Tensor:
+        """scores · τ/‖scores‖₂; where a whole row is 0, as padding's may be, it and its gradient are 0."""
+        norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=precise)
+        # The division sees no 0: its derivative there would be infinite, and 0 times that is not a number.
+        inverse = self.scale / torch.where(norm > 0, norm, 1)
+        return scores * torch.where(norm > 0, inverse, 0).to(scores.dtype)
