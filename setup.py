@@ -10,6 +10,7 @@ TENSORBOARD = ["tensorboard>=2.20,<3"]
 SENTENCEPIECE = ["sentencepiece>=0.2,<0.3"]
 PARQUET = ["pyarrow>=17,<27"]
 TRANSFORMERS = ["transformers>=5.16,<5.25"]
+ADAPTERS = ["peft>=0.21,<0.22", *TRANSFORMERS]
 EVAL = ["lm_eval>=0.4.13,<0.4.14", *TRANSFORMERS, *PARQUET]
 DOCS = ["mkdocs>=1.6,<1.7", "mkdocs-material>=9.8,<9.9"]  # also for `make docs`, which builds without a network
 # Comes with PyTorch's builds for GPUs; without one the kernels are tested in its interpreter.
@@ -49,6 +50,7 @@ setup(
         "zstandard>=0.22,<0.26",
     ],
     extras_require={
+        "adapters": ADAPTERS,
         "docs": DOCS,
         "eval": EVAL,
         "hf": TRANSFORMERS,
@@ -60,10 +62,10 @@ setup(
         "wandb": WANDB,
         "dev": [
             "mypy>=1.15,<3",
-            "peft>=0.18,<0.22",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
             "ruff>=0.15,<0.18",
+            *ADAPTERS,
             *EVAL,
             *PARQUET,
             *PLOT,

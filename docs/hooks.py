@@ -29,6 +29,7 @@ PYTHON_NAMES = (
     "megatron_tf.model.pattention:pattention",
     "megatron_tf.checkpoint:load_logical",
     "megatron_tf.convert.official:load_official_state_dict",
+    "megatron_tf.adapters:PattentionConfig",
 )
 
 

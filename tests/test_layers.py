@@ -72,8 +72,14 @@ FLOORS = (
     # files of others, what the machines are worth, and text to try it all with
     {"megatron_tf.convert", "megatron_tf.diagnosis", "megatron_tf.corpora"},
     {"megatron_tf.engine"},
-    # a model from a checkpoint, sampling, scoring, pruning; speeds: independent of training
-    {"megatron_tf.inference", "megatron_tf.evaluation", "megatron_tf.benchmark", "megatron_tf.pruning"},
+    # a model from a checkpoint, sampling, scoring, pruning, adapters of other models; speeds: independent of training
+    {
+        "megatron_tf.inference",
+        "megatron_tf.evaluation",
+        "megatron_tf.benchmark",
+        "megatron_tf.pruning",
+        "megatron_tf.adapters",
+    },
     {"megatron_tf.training"},
     # proofs of layouts and of resuming
     {"megatron_tf.verification"},
@@ -88,6 +94,7 @@ RESERVED = {
     "deepspeed": ("megatron_tf.engine.deepspeed.",),
     "lm_eval": ("megatron_tf.evaluation.lm_harness",),
     "matplotlib": ("megatron_tf.telemetry.plot",),
+    "peft": ("megatron_tf.adapters.branch", "megatron_tf.adapters.tuner"),
     "pyarrow": ("megatron_tf.data.preparation.parquet", "megatron_tf.evaluation.eval_data"),
     "sentencepiece": ("megatron_tf.data.tokenizer",),
     "tensorboard": ("megatron_tf.telemetry.trackers",),
@@ -300,9 +307,10 @@ def test_arithmetic_starts_without_torch():
     assert loaded_by(modules, ("torch", "deepspeed", "numpy")) in ("", "numpy")
 
 
-def test_everything_but_the_deepspeed_engine_starts_without_deepspeed_and_optional_packages():
-    engine = "megatron_tf.engine.deepspeed."
-    modules = tuple(name for name in MODULES if name.startswith("megatron_tf.") and not name.startswith(engine))
+def test_everything_but_deepspeed_s_engine_and_peft_s_method_starts_without_optional_packages():
+    # what a class of theirs is the base of
+    derived = ("megatron_tf.engine.deepspeed.", "megatron_tf.adapters.branch", "megatron_tf.adapters.tuner")
+    modules = tuple(name for name in MODULES if name.startswith("megatron_tf.") and not name.startswith(derived))
     for required in ("megatron_tf.model", "megatron_tf.checkpoint", "megatron_tf.training.run"):
         assert required in modules
     assert (
@@ -311,6 +319,7 @@ def test_everything_but_the_deepspeed_engine_starts_without_deepspeed_and_option
             (
                 "deepspeed",
                 "lm_eval",
+                "peft",
                 "datasets",
                 "wandb",
                 "tensorboard",

@@ -50,6 +50,7 @@ PACKAGES = (
     Package("tiktoken", "tiktoken tokenizers", False, "pip install -e '.[tiktoken]'"),
     Package("wandb", "the wandb tracker", False, "pip install -e '.[wandb]'"),
     Package("transformers", "conversion to and from Hugging Face", False, "pip install -e '.[hf]'"),
+    Package("peft", "adapters of other models", False, "pip install -e '.[adapters]'"),
     Package("lm_eval", "zero-shot tasks", False, "pip install -e '.[eval]'"),
 )  # fmt: skip
 

@@ -1,0 +1,214 @@
+"""An adapter's folder, in PEFT's layout: adapter_model.safetensors and adapter_config.json.
+
+| field of adapter_config.json | meaning |
+|---|---|
+| PEFT's own | base_model_name_or_path, task_type and the like |
+| format_version | of this layout |
+| num_tokens | parameter tokens of each branch |
+| frozen_tokens | the first of them, which training leaves as they are; tensors of their own in the weights |
+| scale | τ of all branches: stored, never computed from num_tokens again, so that growth can hold it |
+| activation | l2_norm_gelu |
+| modules, target_modules | kinds of modules, and the names that they were resolved to |
+| base | shape and digests of the base's weights, see `fingerprint` |
+| history | one entry a growth or shrinking |
+| checksum | SHA-256 of adapter_model.safetensors and of the fields that say what it computes |
+
+Tensors are `base_model.model.<module>.pattention_branch.<key_tokens or value_tokens>` [num_tokens, width], with
+`frozen_` before the last part for the frozen ones. Nothing in a folder is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_tf.adapters.modules import BRANCH, KINDS
+from megatron_tf.checkpoint.strict_json import Fields, NotJsonError, parse_json
+from megatron_tf.config.activations import DEFAULT_ACTIVATION
+from megatron_tf.durable import atomic_folder, open_plain, partial_path, prepare_output, read_plain
+from megatron_tf.errors import CheckpointError, file_errors, shown
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+METHOD = "PATTENTION"  # as PEFT calls it
+FORMAT_VERSION = 1
+KEYS, VALUES, FROZEN = "key_tokens", "value_tokens", "frozen_"
+OWN_FIELDS = (
+    "format_version", "num_tokens", "frozen_tokens", "scale", "activation", "modules", "target_modules", "base",
+    "history", "checksum",
+)  # fmt: skip
+# What the weights mean; a change of these makes another adapter of them.
+COVERED_FIELDS = ("format_version", "num_tokens", "frozen_tokens", "scale", "activation", "target_modules", "base")
+PEFT_FIELDS = (
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
+)  # fmt: skip
+_PREFIX = "base_model.model."
+_LARGEST_CONFIG = 2**24
+_LISTED = 4
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The tokens of one branch, all of them: keys [n, d_in], values [n, d_out]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`config`: the fields of adapter_config.json.  `branches`: by module name."""
+
+    config: Mapping[str, Any]
+    branches: Mapping[str, Branch]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields of an adapter_config.json. CheckpointError for what is no adapter of ours, or not whole."""
+    with file_errors(CheckpointError, path, "Give the folder of a Pattention adapter."):
+        content = read_plain(path, _LARGEST_CONFIG)
+    try:
+        values = parse_json(content)
+    except NotJsonError as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}). Copy it again") from error
+    fields = Fields(str(path), "", values)
+    method = fields.text("peft_type")
+    if method != METHOD:
+        raise fields.error("peft_type", f"is {shown(method)}: the adapter is of another method. Give one of {METHOD}")
+    version = fields.integer("format_version", 1)
+    if version > FORMAT_VERSION:
+        raise fields.error(
+            "format_version", f"is {version}, and this megatron_tf knows up to {FORMAT_VERSION}. Install a newer one"
+        )
+    fields.only(*OWN_FIELDS, *PEFT_FIELDS)
+    tokens = fields.integer("num_tokens", 1)
+    frozen = fields.integer("frozen_tokens")
+    if frozen >= tokens:
+        raise fields.error("frozen_tokens", f"is {frozen}, and there are {tokens} tokens. One at least is trained")
+    fields.positive("scale")
+    if fields.text("activation") != DEFAULT_ACTIVATION:
+        raise fields.error("activation", f"is {shown(values['activation'])}, expected {DEFAULT_ACTIVATION}")
+    for kind in fields.array("modules"):
+        if kind not in KINDS:
+            raise fields.error("modules", f"holds {shown(kind)}, expected {', '.join(KINDS)}")
+    if not fields.array("target_modules") or not all(isinstance(name, str) for name in values["target_modules"]):
+        raise fields.error("target_modules", "must be the names of modules")
+    fields.plain_objects("history")
+    fields.optional_text("checksum")
+    base = fields.object("base")
+    base.only("model_type", "hidden_size", "num_layers", "vectors", "matrices")
+    base.text("model_type")
+    base.integer("hidden_size", 1)
+    base.integer("num_layers", 1)
+    base.optional_text("vectors")
+    base.optional_text("matrices")
+    return dict(values)
+
+
+def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
+    """CheckpointError unless the weights in `folder` are those that its configuration was written for."""
+    path = folder / WEIGHTS_NAME
+    with file_errors(CheckpointError, path, "Give the whole folder."):
+        found = checksum(path, config)
+    if found != config["checksum"]:
+        raise CheckpointError(
+            f"{folder}: the checksum of {WEIGHTS_NAME} and {CONFIG_NAME} is {found}, expected {config['checksum']}. The "
+            "adapter is damaged or was changed by hand, or its two files are of two adapters: copy both again"
+        )
+
+
+def checksum(weights: Path, config: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal digits, of a file of weights and of what decides its meaning. OSError when it cannot be
+    read."""
+    digest = hashlib.sha256(json.dumps({name: config[name] for name in COVERED_FIELDS}, sort_keys=True).encode())
+    with open_plain(weights) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """A folder, checked: fields, checksum, and a pair of tensors of the right shape for each branch."""
+    config = read_config(folder / CONFIG_NAME)
+    check_weights(folder, config)
+    path = folder / WEIGHTS_NAME
+    with file_errors(CheckpointError, path, "Give the whole folder."):
+        try:
+            with open_plain(path), safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: is no safetensors file, or a damaged one ({error})") from error
+    return Adapter(config, dict(_branches(path, config, tensors)))
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> int:
+    """Write a new folder, whole or not at all; the bytes of its weights. CheckpointError when it exists."""
+    check_new_folder(folder)
+    frozen, tensors = adapter.config["frozen_tokens"], {}
+    for module, branch in adapter.branches.items():
+        for leaf, tokens in ((KEYS, branch.keys), (VALUES, branch.values)):
+            tensors[tensor_name(module, leaf)] = tokens[frozen:].contiguous()
+            if frozen:
+                tensors[tensor_name(module, FROZEN + leaf)] = tokens[:frozen].contiguous()
+    with file_errors(CheckpointError, folder, "Nothing was written."), atomic_folder(folder) as partial:
+        path = partial / WEIGHTS_NAME
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: {error}. Nothing was written.") from error
+        config = {**adapter.config, "checksum": checksum(path, adapter.config)}
+        write_config(partial / CONFIG_NAME, config)
+        shutil.copymode(partial / CONFIG_NAME, path)  # the library's files are for their owner alone
+        return path.stat().st_size
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_new_folder(folder: Path) -> None:
+    """CheckpointError when something stands in the way of a new folder; what is above it is made."""
+    for place in (folder, partial_path(folder)):
+        if os.path.lexists(place):
+            raise CheckpointError(f"{place}: exists already. Nothing is overwritten: remove it, or give another folder")
+    prepare_output(folder)
+
+
+def tensor_name(module: str, leaf: str) -> str:
+    return f"{_PREFIX}{module}.{BRANCH}.{leaf}"
+
+
+def _branches(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Iterator[tuple[str, Branch]]:
+    frozen, tokens = config["frozen_tokens"], config["num_tokens"]
+    ending = f".{BRANCH}.{KEYS}"
+    modules = [name.removeprefix(_PREFIX).removesuffix(ending) for name in tensors if name.endswith(ending)]
+    leaves = [FROZEN + KEYS, FROZEN + VALUES, KEYS, VALUES] if frozen else [KEYS, VALUES]
+    expected = {tensor_name(module, leaf) for module in modules for leaf in leaves}
+    if not modules or expected != set(tensors):
+        odd = sorted(expected ^ set(tensors))
+        raise CheckpointError(
+            f"{path}: the tensors are not those of an adapter of {tokens} tokens, {frozen} of them frozen: "
+            f"{', '.join(odd[:_LISTED]) or 'there are none'}. Copy the folder again"
+        )
+    for module in modules:
+        found = [tensors[tensor_name(module, leaf)] for leaf in leaves]
+        counts = [frozen] * (len(found) - 2) + [tokens - frozen] * 2
+        for leaf, tensor, count in zip(leaves, found, counts):
+            if tensor.dim() != 2 or tensor.shape[0] != count or not tensor.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{path}: {tensor_name(module, leaf)} is {list(tensor.shape)}, and its {CONFIG_NAME} says {count} "
+                    "tokens. Copy the folder again"
+                )
+        yield module, Branch(torch.cat(found[0::2]), torch.cat(found[1::2]))

@@ -1,0 +1,164 @@
+"""The PEFT method: `PattentionConfig` for get_peft_model, PeftModel.from_pretrained, Trainer and what is built on them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import PeftType, register_peft_method
+from torch import nn
+
+from megatron_tf.adapters.branch import PattentionLayer
+from megatron_tf.adapters.fingerprint import base_facts, check_base
+from megatron_tf.adapters.folder import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    METHOD,
+    WEIGHTS_NAME,
+    check_weights,
+    checksum,
+    read_config,
+    write_config,
+)
+from megatron_tf.adapters.modules import ATTENTION, BRANCH, LINEAR, MLP, Place, select, select_named
+from megatron_tf.checks import check_choice, check_scale, check_whole_number
+from megatron_tf.config.activations import DEFAULT_ACTIVATION
+from megatron_tf.durable import atomic_path
+from megatron_tf.errors import ArgumentError
+from megatron_tf.state.parameters import default_scale
+
+
+@dataclass
+class PattentionConfig(PeftConfig):
+    """Parameter tokens in parallel to modules of a decoder. ArgumentError for what cannot be.
+
+    `num_tokens`: of each branch.  `modules`: "attention", "mlp" or both, whole modules; or "linear", each linear layer
+        within them.  `target_modules`: names of modules or linear layers instead.
+    `frozen_tokens`: the first of the tokens, which are not trained.  `scale`: τ; the default is √num_tokens.
+    `base`: what the adapter was trained on, filled in; None takes any base.  The other fields are the folder's.
+    """
+
+    num_tokens: int = 64
+    modules: list[str] | str = field(default_factory=lambda: [ATTENTION, MLP])
+    target_modules: list[str] | set[str] | str | None = None
+    frozen_tokens: int = 0
+    scale: float | None = None
+    activation: str = DEFAULT_ACTIVATION
+    base: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+    checksum: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[METHOD]
+        check_choice("activation", self.activation, [DEFAULT_ACTIVATION])
+        check_whole_number("num_tokens", self.num_tokens, 1)
+        check_whole_number("frozen_tokens", self.frozen_tokens, 0, self.num_tokens - 1)
+        check_whole_number("format_version", self.format_version, 1, FORMAT_VERSION)
+        if self.scale is None:
+            self.scale = default_scale(self.num_tokens, self.activation)
+        check_scale("scale", self.scale)
+        self.modules = [self.modules] if isinstance(self.modules, str) else list(self.modules)
+        if self.target_modules == "all-linear":
+            self.modules, self.target_modules = [LINEAR], None
+        if isinstance(self.target_modules, str):
+            self.target_modules = [self.target_modules]
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The fields of an adapter_config.json, after its checksum has been compared with the weights next to it."""
+        path = Path(path_json_file)
+        config = read_config(path)
+        if os.path.lexists(path.parent / WEIGHTS_NAME):  # from the hub the configuration comes first
+            check_weights(path.parent, config)
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, for the weights that PEFT has written next to it."""
+        weights = Path(save_directory) / WEIGHTS_NAME
+        if not weights.is_file():
+            raise ArgumentError(
+                f"{weights}: is not there, and the configuration holds its checksum. Save the model, with "
+                "save_pretrained and without safe_serialization=False."
+            )
+        fields = self.to_dict()
+        fields["auto_mapping"] = kwargs.get("auto_mapping_dict") or fields["auto_mapping"]
+        fields["target_modules"] = sorted(self.target_modules or ())
+        fields["checksum"] = checksum(weights, fields)
+        with atomic_path(Path(save_directory) / CONFIG_NAME) as partial:
+            write_config(partial, fields)
+
+
+class PattentionModel(BaseTuner):
+    """Adds the branches of a `PattentionConfig` to a decoder and takes them out again."""
+
+    prefix = "pattention_"
+    tuner_layer_cls = PattentionLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """`target_modules` as full names. All that can be wrong is found before anything is added."""
+        if peft_config.base is not None:
+            check_base(self.model, peft_config.base)
+        if peft_config.target_modules is None:
+            places = select(self.model, peft_config.modules)
+        else:
+            places = select_named(self.model, peft_config.target_modules)
+            peft_config.modules = sorted({place.kind for place in places})
+        peft_config.base = peft_config.base or base_facts(self.model)
+        peft_config.target_modules = {place.name for place in places}
+        self._places: dict[str, Place] = {place.name: place for place in places}
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer: Any = getattr(target, BRANCH, None) or PattentionLayer(target, self._places[current_key])
+        layer.update_layer(adapter_name, peft_config.num_tokens, peft_config.frozen_tokens, peft_config.scale)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
+
+    def _check_merge_allowed(self) -> NoReturn:
+        raise ArgumentError(
+            "merge: a Pattention is no linear function of its input, so no weight of the base equals it. "
+            "`megatron_tf export-adapter` writes base and adapter as one folder, and unload() takes the adapter out."
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        for module in list(self.model.modules()):
+            layer = getattr(module, BRANCH, None)
+            if isinstance(layer, PattentionLayer):
+                layer.remove(module)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+
+def _register() -> None:
+    """PEFT's list of methods is an enumeration, which cannot be extended by inheriting from it: a member is added."""
+    if METHOD in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, METHOD)
+    member._name_ = member._value_ = METHOD
+    type.__setattr__(PeftType, METHOD, member)
+    PeftType._member_names_.append(METHOD)
+    PeftType._member_map_[METHOD] = member
+    PeftType._value2member_map_[METHOD] = member
+    register_peft_method(name=METHOD.lower(), config_cls=PattentionConfig, model_cls=PattentionModel)
+
+
+_register()
