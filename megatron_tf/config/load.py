@@ -28,6 +28,7 @@ from megatron_tf.text_files import decode_text
 
 Location = tuple[int | str, ...]
 MOST_BYTES = 1 << 24  # of a configuration
+_FEW_KEYS = 3  # so many are named also where a key of this name stands elsewhere
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -255,10 +256,11 @@ def _unknown_key(loc: Location) -> str:
     if near:
         return f"{sentence} Did you mean {_key_name((*loc[:-1], near[0]))}?"
     elsewhere = [key for key in _all_keys(RunConfig) if key.rpartition(".")[2] == name]
-    if elsewhere:
-        return f"{sentence} Did you mean {' or '.join(elsewhere)}?"
+    question = f" Did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+    if elsewhere and len(keys) > _FEW_KEYS:
+        return sentence + question
     where = f"The keys of {_key_name(loc[:-1])}" if len(loc) > 1 else "The sections"
-    return f"{sentence} {where} are {', '.join(keys)}."
+    return f"{sentence} {where} are {', '.join(keys)}.{question}"
 
 
 def _refusal(key: str) -> str | None:

@@ -45,6 +45,10 @@ class Axis(ABC):
         may differ."""
         return []
 
+    def without_effect(self, old: Model, new: Model, growth: Growth) -> list[str]:
+        """What `growth` asks of this axis though nothing grows along it, as sentences without their full stop."""
+        return []
+
     def scales(self, old: Model, new: Model, growth: Growth, scales: Mapping[str, float]) -> Mapping[str, float]:
         """τ of every projection afterwards, from those of `old`. ConfigError, with all problems, when a method cannot
         do it. Here and below, `old` and `new` differ along this axis alone."""

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from megatron_tf.architectures.tokenformer.section import suggested_bank
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.differences import TOKENS, differing
+from megatron_tf.config.fields import Section
 from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth.axes import Axis
@@ -28,7 +32,9 @@ class CandidatesAxis(Axis):
         return old.model_copy(update={"sparse": dict(new)["sparse"]})
 
     def problems(self, old: Model, new: Model, growth: Growth) -> list[str]:
-        changed = [(key, before, after) for key, before, after in differing(old, new) if self.claims(key)]
+        if removed := list(_removed(old, new)):
+            return removed
+        changed = list(_changed(old, new))
         if growth.method == SPLIT:
             return _split_problems(old, new, changed)
         return [
@@ -55,15 +61,58 @@ class CandidatesAxis(Axis):
 CANDIDATES = CandidatesAxis()
 
 
+def _banks(model: Model) -> dict[str, Section]:
+    """The banks of candidates by kind of projection."""
+    return dict(dict(model).get("sparse") or {})
+
+
+def _written(bank: Section | None) -> str:
+    """A bank as a configuration has it."""
+    if bank is None:
+        return "null"
+    return f"{{{', '.join(f'{key}: {value}' for key, value in bank.model_dump(exclude_defaults=True).items())}}}"
+
+
+def _removed(old: Model, new: Model) -> Iterator[str]:
+    after = _banks(new)
+    for kind, bank in _banks(old).items():
+        if kind not in after:
+            yield (
+                f"model.sparse.{kind}: {_written(bank)} before, null after. Growth cannot take candidates away: set it to "
+                f"{_written(bank)}, or train the new model from scratch, without growth"
+            )
+
+
+def _changed(old: Model, new: Model) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in each) where the banks differ; one that is new is one key."""
+    before, after = _banks(old), _banks(new)
+    yield from ((f"sparse.{kind}", "null", _written(after[kind])) for kind in after if kind not in before)
+    for key, *values in differing(old, new):
+        if CANDIDATES.claims(key) and key.split(".")[1] in before:
+            yield key, *values
+
+
+def _without_banks(model: Model) -> str:
+    """The sentence on a split into a model that has no candidates."""
+    counts = architecture_of(model).token_counts(model)
+    if not counts:
+        return (
+            f"growth.method: split copies parameter tokens to candidates, and a {model.architecture} has none. Remove "
+            "growth.method"
+        )
+    bank = suggested_bank(counts["ffn"])
+    remedy = f"Set model.sparse.ffn to {_written(bank)}, or" if bank else "Set"
+    return (
+        f"growth.method: split copies tokens to candidates, and the model has none. {remedy} growth.method to zero_key"
+    )
+
+
 def _split_problems(old: Model, new: Model, changed: list[tuple[str, Any, Any]]) -> list[str]:
     """Why `old` cannot be split into `new`, unless `new` has candidates of the tokens, or more of the candidates, that
     `old` has."""
     problems = []
     if not any(projection.bank for projection in projections(new).values()):
-        problems.append(
-            "growth.method: split copies tokens to candidates, and the model has none. Set model.sparse.ffn to "
-            "{group_size: 256, candidates: 4}, or growth.method to zero_key"
-        )
+        problems.append(_without_banks(new))
     for key, before, after in differing(old, new):
         if key.startswith(TOKENS):
             problems.append(
@@ -71,7 +120,7 @@ def _split_problems(old: Model, new: Model, changed: list[tuple[str, Any, Any]])
                 "another method in a run before or after it"
             )
     for key, before, after in changed:
-        if before == "null" or after == "null":
+        if before == "null":
             continue
         if not key.endswith(".candidates"):
             problems.append(

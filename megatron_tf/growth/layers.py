@@ -97,6 +97,15 @@ class LayersAxis(Axis):
             ]
         return []
 
+    def without_effect(self, old: Model, new: Model, growth: Growth) -> list[str]:
+        usual = type(growth).model_fields["depth_method"].default
+        if new.num_layers > old.num_layers or growth.depth_method == usual:
+            return []
+        return [
+            f"growth.depth_method: {growth.depth_method} makes new layers, and model.num_layers is {old.num_layers} before "
+            f"and after. Raise model.num_layers, or remove growth.depth_method"
+        ]
+
     def scales(self, old: Model, new: Model, growth: Growth, scales: Mapping[str, float]) -> Mapping[str, float]:
         taken = origins(old, new, growth).taken
         found = {}

@@ -12,6 +12,10 @@ from megatron_tf.growth.axes import axes, steps
 from megatron_tf.state.parameters import initial_scales
 
 DEFAULTS = Growth(source="anywhere")
+_WIDTHS = (
+    ". The Pile models 150M, 450M, 900M and 1.5B differ in it, and none grows into another; nor do the paper's models of 768 "
+    "(124M to 1.4B) into the official repository's of 1024 (354M, 757M)"
+)
 
 
 def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
@@ -49,16 +53,11 @@ def growth_problems(old: Model, new: Model, growth: Growth = DEFAULTS) -> list[s
     *several, last = (axis.changes for axis in axes())
     changes = f"{', '.join(several)} and {last}"
     problems = [
-        f"model.{key}: {before} before, {after} after. Growth changes {changes} only"
+        f"model.{key}: {before} before, {after} after. Growth changes {changes} only: set it to {before}, or train the "
+        f"new model from scratch, without growth{_WIDTHS if key == 'hidden_size' else ''}"
         for key, before, after in differing(old, new)
         if not any(axis.claims(key) for axis in axes())
     ]
-    if problems:
-        problems[-1] += (
-            ". Models that differ in width, heads or vocabulary never grow into each other; so it is with the Pile models "
-            "150M, 450M, 900M and 1.5B, and with the paper's 12 × 768 models (124M to 1.4B) and the official repository's "
-            "24 × 1024 ones (354M, 757M)"
-        )
     for axis in axes():
         problems += axis.problems(old, new, growth)
     if not problems:
@@ -93,4 +92,4 @@ def _needless(old: Model, new: Model, growth: Growth) -> list[str]:
             f"growth.noise: {growth.noise:g} changes the old tokens of projections that grow, and 0 of them do. Set it to "
             "0, or raise model.parameter_tokens"
         ]
-    return []
+    return [problem for axis in axes() for problem in axis.without_effect(old, new, growth)]

@@ -35,6 +35,25 @@ class TokensAxis(Axis):
             if self.claims(key) and after < before
         ]
 
+    def without_effect(self, old: Model, new: Model, growth: Growth) -> list[str]:
+        counts = architecture_of(new).token_counts(new)
+        grown = methods(old, new, growth)
+        found = []
+        for kind, chosen in growth.methods:
+            if chosen is None or kind in grown:
+                continue
+            key = f"growth.methods.{kind}"
+            if kind in counts:
+                found.append(
+                    f"{key}: {chosen} makes new tokens, and model.parameter_tokens.{kind} is {counts[kind]} before and "
+                    f"after. Raise model.parameter_tokens.{kind}, or remove {key}"
+                )
+            else:
+                found.append(
+                    f"{key}: {chosen}, but a {new.architecture} has no {kind} tokens that could grow. Remove it"
+                )
+        return found
+
     def scales(self, old: Model, new: Model, growth: Growth, scales: Mapping[str, float]) -> Mapping[str, float]:
         decided = decide(growing(old, new, growth, scales, 0, _no_state, _no_state), growth)
         return {**scales, **{name: tokens.scale for name, tokens in decided.items()}}

@@ -60,6 +60,8 @@ def test_the_section_is_read_and_written(tmp_path: Path):
         load_config(file, ["model.sparse.ffn.group_size=24"])
     with pytest.raises(ConfigError, match="model.sparse.ffn.candidates: .*at least 2"):
         load_config(file, ["model.sparse.ffn.candidates=1"])
+    with pytest.raises(ConfigError, match="model.sparse.qkv: unknown key. The keys of model.sparse are ffn."):
+        load_config(file, ["model.sparse.qkv=null"])
     with pytest.raises(ConfigError, match="model.sparse.ffn.group_size: missing"):
         load_config(file, ["model.sparse.ffn={candidates: 4}"])
 
@@ -72,7 +74,16 @@ def test_the_section_is_read_and_written(tmp_path: Path):
             r"model.parameter_tokens.ffn: 70, of which model.sparse.ffn.dense 5 are used by every position; the other 65 "
             r"are no whole slots of model.sparse.ffn.group_size 16 tokens. Set it to 69 or 85.",
         ),
-        ({"ffn": 5}, "the other 0 are no whole slots of model.sparse.ffn.group_size 16 tokens. Set it to 21."),
+        (
+            {"ffn": 5},
+            "model.sparse.ffn.dense: 5 tokens are used by every position, which leaves none of model.parameter_tokens.ffn 5 "
+            "for slots. Set model.parameter_tokens.ffn to 21.",
+        ),
+        (
+            {"ffn": 48, "bank": {"group_size": 16, "candidates": 3, "dense": 64}},
+            "model.sparse.ffn.dense: 64 tokens .* none of model.parameter_tokens.ffn 48 for slots. Set model.sparse.ffn.dense "
+            "to 32, or model.parameter_tokens.ffn to 80.",
+        ),
         (
             {"ffn": 101, "tensor": 4},
             r"parallel.tensor: 4 does not divide the 6 slots of model.sparse.ffn \(96 tokens in groups of 16\), and a rank "

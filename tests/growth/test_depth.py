@@ -181,8 +181,23 @@ def test_what_cannot_grow_is_one_message(monkeypatch):
         "growth.noise: 0.1 changes the old tokens of projections that grow, and 0 of them do. Set it to 0, or raise "
         "model.parameter_tokens."
     ]
+    assert problems(model(2), model(2, parameter_tokens=MORE_TOKENS), depth_method="stack") == [
+        "growth.depth_method: stack makes new layers, and model.num_layers is 2 before and after. Raise model.num_layers, "
+        "or remove growth.depth_method."
+    ]
+    assert problems(model(2), model(4), methods={"ffn": "gram"}) == [
+        "growth.methods.ffn: gram makes new tokens, and model.parameter_tokens.ffn is 37 before and after. Raise "
+        "model.parameter_tokens.ffn, or remove growth.methods.ffn."
+    ]
     transformers = [model(layers, **TRANSFORMER) for layers in (2, 4)]
     assert problems(*transformers) == []
+    assert problems(*transformers, methods={"qkv": "gram"}) == [
+        "growth.methods.qkv: gram, but a transformer has no qkv tokens that could grow. Remove it."
+    ]
+    assert problems(model(2), model(2, activation="softmax"))[0] == (
+        "model.activation: l2_norm_gelu before, softmax after. Growth changes token counts, candidates and model.num_layers "
+        "only: set it to l2_norm_gelu, or train the new model from scratch, without growth."
+    )
     monkeypatch.setitem(ARCHITECTURES._objects, "transformer", Closed())
     assert problems(*transformers) == [
         "growth.depth_method: identity sets to 0 what a block adds to the hidden states, and 0 of the 4 tensors of a "

@@ -72,14 +72,31 @@ def bank_spec(model: TokenFormerModel, kind: str) -> BankSpec | None:
     return None if bank is None else BankSpec(bank.slots(used), bank.candidates, bank.group_size)
 
 
+def suggested_bank(used: int) -> Bank | None:
+    """A bank for a projection whose positions use `used` tokens: at least two slots where there are tokens for two. None
+    when they are too few for a slot."""
+    dense = used % 16
+    in_slots = used - dense
+    largest = min(256, max(16, in_slots // 2))
+    sizes = [size for size in divisors(in_slots) if size % 16 == 0 and size <= largest] if in_slots else []
+    return Bank(group_size=sizes[-1], candidates=4, dense=dense) if sizes else None
+
+
 def bank_problems(model: TokenFormerModel) -> Iterator[str]:
     """Sentences on banks whose tokens are no whole slots."""
     for kind in Sparse.model_fields if model.sparse else ():
         bank, used = getattr(model.sparse, kind), getattr(model.parameter_tokens, kind)
         in_slots, size = used - bank.dense, bank.group_size
-        if in_slots < size or in_slots % size:
-            counts = either(bank.dense + count for count in multiples_near(max(in_slots, 1), size))
-            sizes = [count for count in divisors(in_slots) if count % 16 == 0] if in_slots > 0 else []
+        if in_slots <= 0:
+            fitting = f"model.sparse.{kind}.dense to {used - size}, or " if used >= size else ""
+            yield (
+                f"model.sparse.{kind}.dense: {bank.dense} tokens are used by every position, which leaves none of "
+                f"model.parameter_tokens.{kind} {used} for slots. Set {fitting}model.parameter_tokens.{kind} to "
+                f"{bank.dense + size}."
+            )
+        elif in_slots < size or in_slots % size:
+            counts = either(bank.dense + count for count in multiples_near(in_slots, size))
+            sizes = [count for count in divisors(in_slots) if count % 16 == 0]
             others = f", or model.sparse.{kind}.group_size to {either(sizes)}" if sizes else ""
             yield (
                 f"model.parameter_tokens.{kind}: {used}, of which model.sparse.{kind}.dense {bank.dense} are used by every "
