@@ -34,7 +34,7 @@ setup(
         "megatron_tf.convert.huggingface": ["remote_code/*.py"],  # goes into every export, as it is
         "megatron_tf.model.kernels": ["*.c"],  # built on first use
     },
-    entry_points={"console_scripts": ["megatron_tf = megatron_tf.__main__:main"]},
+    entry_points={"console_scripts": ["megatron_tf = megatron_tf.entry:main"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.11,<2.14",

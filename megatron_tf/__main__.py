@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from megatron_tf.interrupt import end_quietly
+
+if __name__ == "__main__":
+    end_quietly()  # before the other imports: Control-C while they are loaded is quiet
+
 import platform
 import sys
 from collections.abc import Sequence
@@ -10,7 +15,6 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from megatron_tf.errors import UserError, run_command, run_rank
-from megatron_tf.interrupt import end_quietly
 from megatron_tf.streams import prepare_streams
 
 
@@ -55,7 +59,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """The console command."""
+    """What the console command and `python -m megatron_tf` do."""
     end_quietly()
     words = sys.argv[1:]
     # The deepspeed launcher puts it before all other arguments. LOCAL_RANK says the same.

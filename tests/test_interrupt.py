@@ -28,6 +28,19 @@ def test_while_torch_is_loaded(tmp_path, script):
     assert (child.returncode, out, err) == (130, "", "")
 
 
+@pytest.mark.parametrize("words", [["-m", "megatron_tf"], ["-c", "from megatron_tf.entry import main; main()"]])
+def test_while_the_command_itself_is_loaded(tmp_path, words):
+    """Its first import is that of `platform`."""
+    (tmp_path / "platform.py").write_text(SLOW_TORCH)
+    paths = os.pathsep.join((str(tmp_path), str(PROJECT)))
+    child = subprocess.Popen([sys.executable, *words, "config", "list"], env={**os.environ, "PYTHONPATH": paths},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert child.stdout is not None and child.stdout.readline() == "loading\n"
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    assert (child.returncode, out, err) == (130, "", "")
+
+
 CHILDREN = """
 import multiprocessing, os, signal
 from megatron_tf.interrupt import kept_from_children

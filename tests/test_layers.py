@@ -84,7 +84,7 @@ FLOORS = (
     # proofs of layouts and of resuming
     {"megatron_tf.verification"},
     # `megatron_tf.train` is found in training when it is asked for
-    {"megatron_tf.commands", "megatron_tf.__main__", "megatron_tf"},
+    {"megatron_tf.commands", "megatron_tf.__main__", "megatron_tf.entry", "megatron_tf"},
     {"launch", "tools"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -116,6 +116,7 @@ NO_TORCH = (
     "megatron_tf.shipped",
     "megatron_tf.streams",
     "megatron_tf.__main__",
+    "megatron_tf.entry",
     "megatron_tf.text_files",
     "megatron_tf.activations.base",
     "megatron_tf.activations.built_in",

@@ -31,6 +31,7 @@ def shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedP
     pytest.param("run nonsense 2>/dev/full", 2, marks=needs_full),
     pytest.param("run config list >/dev/full 2>/dev/full", 2, marks=needs_full),
     ("run config show tiny --help | head -1", 0),
+    ("{ sleep 0.3; run config list; } | true", 1),
     ("run plan tiny --gpus 1 --gpu", 2),
 ])  # fmt: skip
 def test_exit_codes_do_not_depend_on_who_listens(tmp_path, command, code):
