@@ -100,7 +100,7 @@ RESERVED = {
     "tensorboard": ("megatron_tf.telemetry.trackers",),
     "tiktoken": ("megatron_tf.data.tiktoken_files",),
     "torch.utils.tensorboard": ("megatron_tf.telemetry.trackers",),
-    "transformers": ("megatron_tf.convert.huggingface.verify",),
+    "transformers": ("megatron_tf.adapters.loading", "megatron_tf.convert.huggingface.verify"),
     "wandb": ("megatron_tf.telemetry.trackers",),
 }
 NO_TORCH = (

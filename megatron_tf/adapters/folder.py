@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,8 +153,11 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(config, dict(_branches(path, config, tensors)))
 
 
-def write_adapter(folder: Path, adapter: Adapter) -> int:
-    """Write a new folder, whole or not at all; the bytes of its weights. CheckpointError when it exists."""
+def write_adapter(folder: Path, adapter: Adapter, verify: Callable[[Path], None] | None = None) -> int:
+    """Write a new folder, whole or not at all; the bytes of its weights. CheckpointError when it exists.
+
+    `verify`: looks at the folder, which has another name still, and raises when it is not to be.
+    """
     check_new_folder(folder)
     frozen, tensors = adapter.config["frozen_tokens"], {}
     for module, branch in adapter.branches.items():
@@ -171,6 +174,8 @@ def write_adapter(folder: Path, adapter: Adapter) -> int:
         config = {**adapter.config, "checksum": checksum(path, adapter.config)}
         write_config(partial / CONFIG_NAME, config)
         shutil.copymode(partial / CONFIG_NAME, path)  # the library's files are for their owner alone
+        if verify is not None:
+            verify(partial)
         return path.stat().st_size
 
 

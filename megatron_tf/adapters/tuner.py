@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 from torch import nn
@@ -146,6 +147,15 @@ class PattentionModel(BaseTuner):
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+
+def with_adapters(base: nn.Module, folders: Mapping[str, Path]) -> Any:
+    """`base` with the adapters in `folders` by name, the first one active, none of them trained."""
+    (first, folder), *others = folders.items()
+    model = PeftModel.from_pretrained(base, folder, adapter_name=first)
+    for name, place in others:
+        model.load_adapter(place, adapter_name=name)
+    return model
 
 
 def _register() -> None:

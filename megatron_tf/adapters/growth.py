@@ -1,0 +1,208 @@
+"""More parameter tokens for a trained adapter, or fewer: a function on its folder, which needs no base model.
+
+The methods are those that grow models (`growth.methods`), for each branch by itself; τ stays one number for all branches.
+With `freeze_old` the tokens that were there are not trained any more, and `shrink` to their number gives the adapter back
+as it was, to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tf.adapters.folder import Adapter, Branch
+from megatron_tf.checks import check_choice, check_whole_number
+from megatron_tf.errors import ArgumentError, CheckpointError
+from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, GrowingProjection
+from megatron_tf.model.pattention import pattention
+from megatron_tf.pruning.criterion import largest, summed_contributions, summed_scale_terms
+from megatron_tf.state.parameters import INITIAL_STD, default_scale
+
+_ROWS = 256  # inputs that the functions before and after are compared on, and that contributions are measured on
+TOLERANCE = 1e-5  # of the largest output: two orders of summation in fp32
+
+
+def grow_adapter(
+    adapter: Adapter, num_tokens: int, method: str = "zero_key", *, freeze_old: bool = False, seed: int = 0
+) -> Adapter:
+    """The adapter with `num_tokens` tokens in each branch, the old ones first. ArgumentError for what cannot be.
+
+    `zero_key` and `gram` keep its function, `random` does not. New values are as large as the old ones are (RMS).
+    """
+    config = adapter.config
+    old, scale = config["num_tokens"], config["scale"]
+    check_choice("method", method, METHODS)
+    check_whole_number("seed", seed, 0)
+    check_whole_number("num_tokens", num_tokens, 1)
+    if num_tokens <= old:
+        raise ArgumentError(
+            f"num_tokens: {num_tokens}, and the adapter has {old} tokens. Give more to grow it, or shrink it."
+        )
+    if method == "gram":
+        _check_gram(adapter, num_tokens)
+    branches = {}
+    for name, branch in adapter.branches.items():
+        keys, values = _initial(branch, num_tokens, seed, name)
+        projection = GrowingProjection(
+            name=name, kind="adapter", key="method", activation=config["activation"], width=branch.keys.shape[1],
+            old_tokens=old, new_tokens=num_tokens, scale=scale, seed=seed, old_keys={"key_tokens": _flat(branch.keys)},
+            initial_keys={"key_tokens": _flat(keys)}, initial_values={"value_tokens": _flat(values)},
+        )  # fmt: skip
+        decided = METHODS[method](projection)
+        grown = {}
+        for part, tokens in (("key_tokens", branch.keys), ("value_tokens", branch.values)):
+            width, elements = tokens.shape[1], decided.elements(part)
+            new = tokens.new_zeros(num_tokens - old, width)
+            if elements is not None:
+                new = elements(old * width, num_tokens * width).view(-1, width).to(tokens.dtype)
+            grown[part] = torch.cat([tokens, new])
+        branches[name] = Branch(grown["key_tokens"], grown["value_tokens"])
+        new_scale = decided.scale
+    entry = {"method": method, "from": old, "to": num_tokens, "scale_from": scale, "scale_to": new_scale, "seed": seed,
+             "frozen_from": config["frozen_tokens"]}  # fmt: skip
+    frozen = old if freeze_old else config["frozen_tokens"]
+    return _changed(adapter, branches, entry, num_tokens=num_tokens, scale=new_scale, frozen_tokens=frozen)
+
+
+def shrink_adapter(adapter: Adapter, num_tokens: int, *, seed: int = 0) -> Adapter:
+    """The adapter with the `num_tokens` tokens of each branch that contribute most. ArgumentError for what cannot be.
+
+    Measured on random inputs of equal variance in every direction; τ is the one with which the outputs stay closest.
+    Frozen tokens stay; where only they stay, they are not frozen any more and have the τ of then.
+    """
+    config = adapter.config
+    old, frozen, scale = config["num_tokens"], config["frozen_tokens"], config["scale"]
+    check_whole_number("num_tokens", num_tokens, 1)
+    if num_tokens >= old:
+        raise ArgumentError(
+            f"num_tokens: {num_tokens}, and the adapter has {old} tokens. Give fewer to shrink it, or grow it."
+        )
+    if num_tokens < frozen:
+        raise ArgumentError(
+            f"num_tokens: {num_tokens}, and {frozen} tokens are frozen, which stay. Give at least {frozen}."
+        )
+    entry = {
+        "method": "shrink",
+        "from": old,
+        "to": num_tokens,
+        "scale_from": scale,
+        "seed": seed,
+        "frozen_from": frozen,
+    }
+    if num_tokens == frozen:
+        back = next(one for one in reversed(config["history"]) if one["from"] == frozen and one["to"] > frozen)
+        kept = {name: torch.arange(frozen) for name in adapter.branches}
+        scale, frozen = back["scale_from"], back["frozen_from"]
+    else:
+        kept, scale = _most_contributing(adapter, num_tokens, seed)
+    branches = {name: Branch(one.keys[kept[name]], one.values[kept[name]]) for name, one in adapter.branches.items()}
+    return _changed(adapter, branches, {**entry, "scale_to": scale}, num_tokens=num_tokens, scale=scale,
+                    frozen_tokens=frozen)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`error`: largest difference of any output of any branch.  `largest`: largest output before."""
+
+    error: float
+    largest: float
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= TOLERANCE * self.largest
+
+    def __str__(self) -> str:
+        return f"outputs differ by {self.error:.2g} at most; the largest is {self.largest:.3g}"
+
+
+@torch.no_grad()
+def compare(before: Adapter, after: Adapter, seed: int = 0) -> Difference:
+    """Outputs of every branch on random inputs, as fp32 computes them."""
+    errors, sizes = [0.0], [0.0]
+    for name, branch in before.branches.items():
+        x = _inputs(branch, seed, name)
+        one, other = (_output(adapter, adapter.branches[name], x) for adapter in (before, after))
+        errors.append((one - other).abs().max().item())
+        sizes.append(one.abs().max().item())
+    return Difference(max(errors), max(sizes))
+
+
+def check_growth(before: Adapter, after: Adapter, method: str) -> Difference:
+    """`compare`; CheckpointError when a method that promises to keep the function has not."""
+    found = compare(before, after)
+    if method in PRESERVING and not found.holds:
+        raise CheckpointError(
+            f"the growth by {method} changes the adapter's function: {found}. Nothing was written. Please report this, "
+            "with the adapter's adapter_config.json"
+        )
+    return found
+
+
+def _output(adapter: Adapter, branch: Branch, x: Tensor) -> Tensor:
+    keys, values = branch.keys.float(), branch.values.float()
+    return pattention(x, keys, values, scale=adapter.config["scale"], activation=adapter.config["activation"])
+
+
+def _check_gram(adapter: Adapter, num_tokens: int) -> None:
+    old, scale = adapter.config["num_tokens"], adapter.config["scale"]
+    needed = max(min(old, branch.keys.shape[1]) for branch in adapter.branches.values())
+    if num_tokens - old < needed:
+        raise ArgumentError(
+            f"num_tokens: gram needs at least {needed} new tokens, the lesser of the {old} old ones and the width of their "
+            f"module; from {old} to {num_tokens} they are {num_tokens - old}. Give at least {old + needed}, or zero_key."
+        )
+    new_scale = default_scale(num_tokens, adapter.config["activation"])
+    if new_scale <= scale:
+        raise ArgumentError(
+            f"num_tokens: gram sets τ to √{num_tokens} = {new_scale:.6g}, which must be more than the {scale:.6g} of now. "
+            f"Give more than {scale**2:.0f}, or zero_key."
+        )
+
+
+def _most_contributing(adapter: Adapter, num_tokens: int, seed: int) -> tuple[dict[str, Tensor], float]:
+    """Rows of each branch that stay, ascending, and the τ of them all."""
+    config = adapter.config
+    frozen, scale, activation = config["frozen_tokens"], config["scale"], config["activation"]
+    kept, above, below = {}, 0.0, 0.0
+    for name, branch in adapter.branches.items():
+        x, tokens = _inputs(branch, seed, name), (branch.keys.float(), branch.values.float())
+        contributions = summed_contributions(x, *tokens, scale, activation)
+        rows = frozen + largest(contributions[frozen:], num_tokens - frozen)
+        kept[name] = torch.cat([torch.arange(frozen), rows])
+        terms = summed_scale_terms(x, *tokens, kept[name], scale, activation)
+        above, below = above + terms[0], below + terms[1]
+    return kept, scale * (above / below if above > 0 and below > 0 else 1.0)
+
+
+def _changed(adapter: Adapter, branches: Mapping[str, Branch], entry: Mapping[str, Any], **fields: Any) -> Adapter:
+    history = [*adapter.config["history"], dict(entry)]
+    return Adapter({**adapter.config, **fields, "history": history}, branches)
+
+
+def _initial(branch: Branch, num_tokens: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """Random keys and values of all tokens of the grown branch, as large as those that are there."""
+    generator = _generator(seed, name, "growth")
+    drawn = []
+    for tokens in (branch.keys, branch.values):
+        std = tokens.double().square().mean().sqrt().item() or INITIAL_STD
+        drawn.append(torch.randn(num_tokens, tokens.shape[1], generator=generator, dtype=torch.float64) * std)
+    return drawn[0], drawn[1]
+
+
+def _inputs(branch: Branch, seed: int, name: str) -> Tensor:
+    return torch.randn(_ROWS, branch.keys.shape[1], generator=_generator(seed, name, "inputs"))
+
+
+def _generator(seed: int, name: str, purpose: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _flat(tokens: Tensor) -> Elements:
+    flat = tokens.reshape(-1)
+    return lambda start, stop: flat[start:stop]

@@ -1,0 +1,87 @@
+"""Give a trained adapter more parameter tokens, or fewer:
+`python tools/grow_adapter.py --from adapters/first --tokens 128 --to adapters/grown`
+`python tools/grow_adapter.py --from adapters/grown --tokens 64 --shrink --to adapters/back`.
+
+zero_key and gram keep what was learnt: the outputs of every branch before and after are compared, and with --base the
+logits of the whole model, before anything is published. With --freeze-old only the new tokens are trained from there on,
+and --shrink to the number of the old ones gives the adapter back as it was, to the last bit. Otherwise --shrink drops the
+tokens that contribute least. The optimizer's state is not carried over: begin with a warm-up. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_tf.arguments import path, whole_number
+from megatron_tf.errors import UserError
+from megatron_tf.growth.methods import METHODS, PRESERVING
+
+if TYPE_CHECKING:
+    from megatron_tf.convert.agreement import Agreement
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", type=path, required=True, metavar="DIR", help="the adapter's folder")
+    parser.add_argument(
+        "--tokens", type=whole_number(2**31 - 1), required=True, metavar="N", help="of each branch, afterwards"
+    )
+    parser.add_argument("--method", choices=METHODS, help="of growth (default zero_key); random changes the function")
+    parser.add_argument("--freeze-old", action="store_true", help="train only the new tokens from there on")
+    parser.add_argument("--shrink", action="store_true", help="fewer tokens instead of more")
+    parser.add_argument(
+        "--seed", type=whole_number(2**31 - 1, least=0), default=0, help="of the new tokens (default 0)"
+    )
+    parser.add_argument("--base", type=path, metavar="DIR", help="the base model: compares logits of the whole too")
+    parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the new adapter's folder")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from megatron_tf.adapters.folder import check_new_folder, read_adapter, write_adapter
+    from megatron_tf.adapters.growth import check_growth, compare, grow_adapter, shrink_adapter
+
+    if arguments.shrink and (arguments.method or arguments.freeze_old):
+        raise UserError("--shrink: takes tokens away, and --method and --freeze-old are of growth. Leave them out.")
+    check_new_folder(arguments.target)
+    old = read_adapter(arguments.source)
+    method = arguments.method or "zero_key"
+    if arguments.shrink:
+        new = shrink_adapter(old, arguments.tokens, seed=arguments.seed)
+        found, method = compare(old, new), "shrink"
+    else:
+        new = grow_adapter(old, arguments.tokens, method, freeze_old=arguments.freeze_old, seed=arguments.seed)
+        found = check_growth(old, new, method)
+    print(f"from        {arguments.source}: {len(old.branches)} branches of {old.config['num_tokens']:,} tokens")
+    print(
+        f"to          {arguments.target}: {new.config['num_tokens']:,} tokens, {new.config['frozen_tokens']:,} frozen"
+    )
+    print(f"method      {method}; τ {old.config['scale']:.6g} -> {new.config['scale']:.6g}")
+    print(f"compared    branch by branch, on random inputs: {found}")
+    if arguments.dry_run:
+        return print("\ndry run: nothing is written")
+
+    def verify(folder: Path) -> None:
+        if arguments.base is not None:
+            print(f"compared    on {arguments.base}: {on_base(arguments.base, arguments.source, folder, method)}")
+
+    size = write_adapter(arguments.target, new, verify)
+    print(f"wrote {arguments.target}: {size:,} bytes")
+
+
+def on_base(base: Path, before: Path, after: Path, method: str) -> Agreement:
+    """Of the logits of the base with each of the two. UserError when a method that keeps the function has not."""
+    from megatron_tf.adapters.loading import load_adapted, load_base, random_logits
+    from megatron_tf.convert.agreement import agreement
+
+    model = load_adapted(load_base(base), {"before": before, "after": after})
+    expected = random_logits(model)
+    model.set_adapter("after")
+    found = agreement(random_logits(model), expected)
+    if method in PRESERVING and not found.holds:
+        raise UserError(f"the growth by {method} changes the model's function: {found}. Nothing was written")
+    return found
