@@ -94,16 +94,17 @@ def resolve(path: Path | str, ranks: Ranks = ALONE) -> Path:
     One of `ranks` looks, and all of them get its answer, or its CheckpointError: there is none, with the reason for
     each that was passed over. It warns of broken ones that are newer than what it takes.
     """
-    return from_first(lambda: _resolve(path), ranks)
+    return from_first(lambda: find_checkpoint(path)[0], ranks)
 
 
-def _resolve(path: Path | str) -> Path:
+def find_checkpoint(path: Path | str) -> tuple[Path, list[str]]:
+    """As `resolve`, on one process: the checkpoint, and why newer ones were passed over."""
     folder = Path(path)
     if not folder.is_dir():
         problem = "is a file" if folder.is_file() else broken_link(folder) or "there is no such folder"
         raise CheckpointError(f"{folder}: {problem}. Give a checkpoint, a checkpoints or a run folder")
     if _looks_like_checkpoint(folder):
-        return open_checkpoint(folder).path
+        return open_checkpoint(folder).path, []
     inner = folder / CHECKPOINTS_FOLDER
     latest, skipped = find_latest(inner if inner.is_dir() else folder, verify=False)
     if latest is None:
@@ -113,10 +114,11 @@ def _resolve(path: Path | str) -> Path:
                 f"{folder}: holds no complete checkpoint:{reasons}\nCopy them again, or give another folder"
             )
         raise CheckpointError(f"{folder}: holds no complete checkpoint. Give the folder of a run that has saved one")
-    for broken, reason in skipped:
-        if _named_step(broken) > open_checkpoint(latest).index.step:
-            _warn_once(f"not used: {reason}. {latest.name} is taken in its place")
-    return latest
+    step = open_checkpoint(latest).index.step
+    newer = [reason for broken, reason in skipped if _named_step(broken) > step]
+    for reason in newer:
+        _warn_once(f"not used: {reason}. {latest.name} is taken in its place")
+    return latest, newer
 
 
 @cache

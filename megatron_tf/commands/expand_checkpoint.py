@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the bigger run's folder")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace values of the file")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:

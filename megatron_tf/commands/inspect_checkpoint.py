@@ -1,8 +1,9 @@
 """What is inside a checkpoint; are its bytes right; how does it differ from another one.
 
 Reads the index only, and with --verify or --diff the shards through a bounded buffer: a laptop is enough for
-any size. Exit code 0; 1 when --diff finds a difference; 2 when a checkpoint is missing or damaged. Damage of the
-weights themselves is told from a difference by --verify alone, which reads both checkpoints once more.
+any size. Exit code 0; 1 when --diff finds a difference; 2 when a checkpoint is missing or damaged, with --verify
+also when that is a newer one of the folder. Damage of the weights themselves is told from a difference by --verify
+alone, which reads both checkpoints once more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import path
-from megatron_tf.errors import printable
+from megatron_tf.errors import CheckpointError, printable
 from megatron_tf.telemetry.text import table
 
 if TYPE_CHECKING:
@@ -41,18 +42,21 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     arguments = parser.parse_args()
     from megatron_tf.checkpoint.compare import compare
-    from megatron_tf.checkpoint.manager import resolve
+    from megatron_tf.checkpoint.manager import find_checkpoint
     from megatron_tf.checkpoint.reader import open_checkpoint
     from megatron_tf.checkpoint.summary import summarize
 
-    reader = open_checkpoint(resolve(arguments.path))
+    found, passed_over = find_checkpoint(arguments.path)
+    reader = open_checkpoint(found)
     summary = summarize(reader)
     if arguments.verify:
         reader.verify()
         summary["verified_files"] = len(reader.manifest.files)
     differences = None
     if arguments.diff:
-        other = open_checkpoint(resolve(arguments.diff))
+        found, more = find_checkpoint(arguments.diff)
+        other = open_checkpoint(found)
+        passed_over += more
         if arguments.verify:
             other.verify()
         differences = [d for d in compare(reader, other) if not d.equal]
@@ -66,6 +70,9 @@ def main() -> None:
         print_summary(reader, summary)
         if differences is not None:
             print_differences(arguments.diff, differences)
+    if arguments.verify and passed_over:
+        reasons = "".join(f"\n  - {reason}" for reason in passed_over)
+        raise CheckpointError(f"newer checkpoints are damaged:{reasons}\nCopy them again, or move them away")
     if differences:
         sys.exit(1)
 

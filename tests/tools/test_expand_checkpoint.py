@@ -51,7 +51,7 @@ def expand(folder: Path, target: str, *arguments, source="small", bigger=BIGGER)
 
 
 def test_a_dry_run_says_everything_and_writes_nothing(folder):
-    done = expand(folder, "dry", "growth.from=x", "growth.methods.ffn=gram", "--dry-run")
+    done = expand(folder, "dry", "growth.from=x", "--dry-run", "growth.methods.ffn=gram")
     assert done.returncode == 0, done.stdout
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     source = folder / "small" / "checkpoints" / "step_00000002"

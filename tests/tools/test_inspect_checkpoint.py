@@ -131,6 +131,18 @@ def test_a_damaged_checkpoint_is_one_message_and_exit_code_2(tmp_path):
     assert done.returncode == 2 and f"{path}: shard_00000.safetensors is damaged" in done.stderr
 
 
+def test_a_newer_one_that_is_damaged_is_no_success(tmp_path):
+    save(tmp_path / "checkpoints", 10, 0.0)
+    newest = save(tmp_path / "checkpoints", 20, 0.25)
+    (newest / "manifest.json").unlink()
+    done = inspect(tmp_path, "--verify")
+    assert done.returncode == 2 and "verified: 2 files" in done.stdout, done.stdout
+    assert f"error: newer checkpoints are damaged:\n  - {newest}: has no manifest.json" in done.stderr
+    assert done.stderr.endswith("Copy them again, or move them away\n")
+    done = inspect(tmp_path)
+    assert done.returncode == 0 and "taken in its place" in done.stderr
+
+
 def test_remedies(tmp_path):
     path = save(tmp_path, 10, 0.0)
     shard = path / shard_name(0)
