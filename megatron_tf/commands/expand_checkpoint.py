@@ -86,7 +86,7 @@ def training_data(config: RunConfig) -> dict[str, Any] | None:
 def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start: StepZero, target: Path) -> None:
     from megatron_tf.checkpoint.architecture import stored_model
     from megatron_tf.checkpoint.step_zero import checkpoint_bytes
-    from megatron_tf.growth.methods import SPLIT
+    from megatron_tf.growth.methods import BANK, SPLIT
 
     index, old = reader.index, stored_model(reader.index)
     print(f"from        {reader.path}, step {index.step:,}, {index.tokens:,} tokens")
@@ -97,6 +97,8 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
     for kind, count in architecture_of(old).token_counts(old).items():
         grows = after[kind] > count
         row = f"{count:,} tokens" + (f" -> {after[kind]:,} by {growth.method_of(kind)}" if grows else ", as they are")
+        if grows and growth.method == BANK and used[kind].bank and not banks[kind]:
+            row += f", {used[kind].bank}"
         if growth.method == SPLIT and used[kind].bank:
             row = f"{count:,} tokens, copied to {used[kind].bank}"
             if bank := banks[kind]:

@@ -46,7 +46,7 @@ def _list_activations(node: dict[str, Any]) -> None:
 ActivationName = Annotated[str, name_in(ACTIVATIONS), Field(json_schema_extra=_list_activations)]
 Precision = Literal["bf16", "fp16", "fp32"]
 TokenMethod = Literal["zero_key", "gram", "random"]
-GrowthMethod = Literal["zero_key", "gram", "random", "split"]
+GrowthMethod = Literal["zero_key", "gram", "random", "split", "bank"]
 DepthMethod = Literal["identity", "stack", "interleave"]
 Moment = Literal["end", "before_decay"]
 
@@ -277,7 +277,7 @@ class Growth(Section):
     at: Moment = "end"
     """Which checkpoint of the folder: end is the newest; before_decay needs checkpoint.keep_before_decay. Since 0.2."""
     method: GrowthMethod = "zero_key"
-    """What new tokens begin as; split copies tokens to the candidates of model.sparse. Only random changes the function."""
+    """What new tokens begin as; split and bank make candidates of model.sparse. Only random changes the function."""
     methods: GrowthMethods = GrowthMethods()
     """Methods of single projections, instead of growth.method."""
     depth_method: DepthMethod = "identity"

@@ -1,5 +1,5 @@
-"""Candidates: the tokens of a dense projection become slots of candidates, and candidates become more of them.
-`growth.split` has the state, and the proof."""
+"""Candidates: the tokens of a dense projection become slots of candidates, candidates become more of them, or slots come
+next to the tokens. `growth.split` and `growth.bank` have the state, and the proofs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from megatron_tf.architectures.tokenformer.section import suggested_bank
+from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.differences import TOKENS, differing
 from megatron_tf.config.fields import Section
 from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth.axes import Axis
-from megatron_tf.growth.methods import SPLIT
+from megatron_tf.growth.methods import BANK, SPLIT
 from megatron_tf.state.parameters import projections
 
 if TYPE_CHECKING:
@@ -37,9 +38,12 @@ class CandidatesAxis(Axis):
         changed = list(_changed(old, new))
         if growth.method == SPLIT:
             return _split_problems(old, new, changed)
+        if growth.method == BANK:
+            return _bank_problems(old, new, growth, changed)
         return [
             f"model.{key}: {before} before, {after} after. Growth by {growth.method} appends tokens to the slots and dense "
-            "tokens that there are; to copy them to candidates, or candidates to more of them, set growth.method to split"
+            "tokens that there are; to copy them to candidates, or candidates to more of them, set growth.method to split; to "
+            "put candidates next to the tokens of a dense model, to bank"
             for key, before, after in changed
         ]
 
@@ -48,13 +52,17 @@ class CandidatesAxis(Axis):
 
     def record(self, old: Model, new: Model, growth: Growth) -> dict[str, Any]:
         before, after = (dict(model)["sparse"] for model in (old, new))
-        return {"method": SPLIT, "sparse": {"from": before and before.model_dump(), "to": after.model_dump()}}
+        record = {"sparse": {"from": before and before.model_dump(), "to": after.model_dump()}}
+        return record if growth.method == BANK else {"method": SPLIT, **record}
 
     def source(
         self, old: StateSource, fresh: StateSource, *, old_model: Model, new_model: Model, growth: Growth, seed: int
     ) -> StateSource:
+        from megatron_tf.growth.bank import BankSource
         from megatron_tf.growth.split import SplitSource
 
+        if growth.method == BANK:
+            return BankSource(old, fresh, old_model)
         return SplitSource(old, fresh, old_model=old_model, new_model=new_model, growth=growth, seed=seed)
 
 
@@ -139,3 +147,54 @@ def _split_problems(old: Model, new: Model, changed: list[tuple[str, Any, Any]])
             "model.sparse.ffn.candidates, set the method to zero_key to add tokens or layers, or go on without growth"
         )
     return problems
+
+
+def _bank_problems(old: Model, new: Model, growth: Growth, changed: list[tuple[str, Any, Any]]) -> list[str]:
+    """Why `old` cannot get banks as `new` has them, unless `old` has none, and all its tokens stay in use."""
+    banks = {projection.kind: projection for projection in projections(new).values() if projection.bank}
+    if not banks:
+        counts = architecture_of(old).token_counts(old)
+        if not counts:
+            return [
+                f"growth.method: bank adds parameter tokens, and a {old.architecture} has none. Remove growth.method"
+            ]
+        dense = counts["ffn"]
+        return [
+            f"growth.method: bank adds candidates to the {dense} tokens, and the model has none. Set model.sparse.ffn to "
+            f"{{group_size: 256, candidates: 4, dense: {dense}}} and model.parameter_tokens.ffn to {dense + 256}, or "
+            "growth.method to zero_key"
+        ]
+    if any(projection.bank for projection in projections(old).values()):
+        differ = [f"model.{key}: {before} before, {after} after. " for key, before, after in changed]
+        return [
+            f"{''.join(differ)}growth.method: bank begins with a dense model, and the smaller one has model.sparse already. Set "
+            "it to zero_key to add slots, or to split to copy candidates to more of them"
+        ]
+    problems = []
+    before, after = (architecture_of(model).token_counts(model) for model in (old, new))
+    for kind, projection in banks.items():
+        assert projection.bank is not None
+        dense = after[kind] - projection.bank.slots * projection.bank.group_size
+        if dense != before[kind]:
+            problems.append(
+                f"model.sparse.{kind}.dense: {dense}, and the smaller model has {before[kind]} {kind} tokens, which stay in "
+                f"use at every position. Set it to {before[kind]}, and model.parameter_tokens.{kind} to that and whole slots "
+                "more; or set growth.method to split, which makes candidates of the tokens"
+            )
+        if not ACTIVATIONS[projection.activation].ignores_zero:
+            problems.append(
+                f"growth.method: bank cannot keep the function of a {projection.activation} model: "
+                f"{ACTIVATIONS[projection.activation].refusals.get('zero_key', 'a key of 0 has a weight')}. Set it to split"
+            )
+        if (method := growth.method_of(kind)) != BANK:
+            problems.append(
+                f"growth.methods.{kind}: {method}, and growth.method bank makes the new {kind} tokens. Leave "
+                f"growth.methods.{kind} out"
+            )
+    problems += [
+        f"model.parameter_tokens.{kind}: {before[kind]} before, {after[kind]} after, and model.sparse has no {kind}. Set "
+        f"growth.methods.{kind} to zero_key"
+        for kind in before
+        if kind not in banks and after[kind] != before[kind] and growth.method_of(kind) == BANK
+    ]
+    return list(dict.fromkeys(problems))

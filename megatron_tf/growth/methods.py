@@ -183,7 +183,13 @@ def random(projection: GrowingProjection) -> NewTokens:
 
 SPLIT = "split"  # makes candidates of tokens instead of new ones, see `growth.split`
 METHODS: dict[str, Callable[[GrowingProjection], NewTokens]] = {"zero_key": zero_key, "gram": gram, "random": random}
+BANK = "bank"  # puts slots of candidates next to the tokens, see `growth.bank`
 PRESERVING = frozenset({"zero_key", "gram"})  # methods that promise to keep the function; without noise they do
+
+
+def method_named(name: str) -> Callable[[GrowingProjection], NewTokens]:
+    """What makes the new tokens. Those that stand for the slots of a bank are zero_key's."""
+    return METHODS["zero_key" if name == BANK else name]
 
 
 def _ignores_zero(activation: Activation) -> bool:

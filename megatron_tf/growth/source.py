@@ -19,7 +19,7 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.axes import steps
-from megatron_tf.growth.methods import METHODS, Elements, NewTokens
+from megatron_tf.growth.methods import Elements, NewTokens, method_named
 from megatron_tf.growth.rules import growth_problems
 from megatron_tf.growth.tokens import decide, growing
 from megatron_tf.state.initialize import initial_rows
@@ -207,7 +207,7 @@ class AppendedSource:
 
     def _tokens_of(self, name: str) -> NewTokens:
         projection = self._projections[name]
-        return METHODS[self._growth.method_of(projection.kind)](projection)
+        return method_named(self._growth.method_of(projection.kind))(projection)
 
     @staticmethod
     def _weights_of(source: StateSource, tensor: str) -> Elements:

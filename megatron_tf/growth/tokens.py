@@ -12,7 +12,7 @@ from megatron_tf.config.differences import differing
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.axes import Axis
-from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, GrowingProjection, NewTokens
+from megatron_tf.growth.methods import BANK, PRESERVING, Elements, GrowingProjection, NewTokens, method_named
 from megatron_tf.state.parameters import parameter_table, projections
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class TokensAxis(Axis):
         return {**scales, **{name: tokens.scale for name, tokens in decided.items()}}
 
     def preserves(self, old: Model, new: Model, growth: Growth) -> bool:
-        return set(methods(old, new, growth).values()) <= PRESERVING and not growth.noise
+        return set(methods(old, new, growth).values()) <= {*PRESERVING, BANK} and not growth.noise
 
     def record(self, old: Model, new: Model, growth: Growth) -> dict[str, Any]:
         by_kind = methods(old, new, growth)
@@ -127,7 +127,7 @@ def decide(growing: Mapping[str, GrowingProjection], growth: Growth) -> dict[str
     decided, problems = {}, []
     for name, projection in growing.items():
         try:
-            decided[name] = METHODS[growth.method_of(projection.kind)](projection)
+            decided[name] = method_named(growth.method_of(projection.kind))(projection)
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -18,7 +18,7 @@ from megatron_tf.config.schema import Growth, GrowthMethods, RunConfig
 from megatron_tf.diagnosis.run_facts import defaults, settings
 from megatron_tf.durable import open_plain, read_plain, write_atomically
 from megatron_tf.errors import ConfigError, file_errors
-from megatron_tf.growth.methods import SPLIT
+from megatron_tf.growth.methods import BANK, SPLIT
 from megatron_tf.growth.source import PRUNED
 from megatron_tf.training.start import Start
 from megatron_tf.training.warm_start import EVENT, KEY
@@ -137,7 +137,11 @@ def _true_growth(growth: Growth, entry: Mapping[str, Any]) -> Iterator[tuple[str
         one = dict.fromkeys(methods.values())
         fields = {"method": next(iter(one)), "methods": GrowthMethods()}
         if len(one) > 1:
-            fields = {"methods": GrowthMethods.model_validate(methods)}
+            # a bank is chosen for the model, other methods for a kind of tokens as well
+            of_kinds = {kind: name for kind, name in methods.items() if name != BANK}
+            fields = {"methods": GrowthMethods.model_validate(of_kinds)}
+            if BANK in one:
+                fields["method"] = BANK
         yield "method", (_method(given), f"by {_method(methods)}", fields)
     elif (method == SPLIT) != (growth.method == SPLIT):
         yield "method", (growth.method, f"by {_method(method)}", {"method": method})

@@ -134,9 +134,9 @@ def _models_before(model: Model, growth_history: Sequence[Mapping[str, Any]]) ->
     for entry in reversed(growth_history):
         if (layers := entry.get("layers")) is not None:
             model = model.model_copy(update={"num_layers": layers["from"]})
-        if entry.get("method") == SPLIT:
+        if (changed := entry.get("sparse")) is not None or entry.get("method") == SPLIT:
             # a history of an earlier version has splits of dense models alone
-            model = architecture_of(model).with_sparse(model, entry.get("sparse", {}).get("from"))
+            model = architecture_of(model).with_sparse(model, None if changed is None else changed["from"])
         model = architecture_of(model).with_token_counts(model, entry["from"])
         found.append(model)
     return found[::-1]

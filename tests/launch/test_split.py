@@ -1,4 +1,4 @@
-"""A chain that splits tokens into candidates at another layout, splits these again, and goes on growing."""
+"""Chains that split tokens into candidates at another layout, or put a bank next to them, and go on growing."""
 
 from __future__ import annotations
 
@@ -45,3 +45,31 @@ def test_a_chain_with_a_split_proves_itself_at_every_layout(folder):
     metrics = [json.loads(line) for line in (folder / "run" / "split" / "metrics.jsonl").read_text().splitlines()]
     logged = {key for record in metrics for key in record}
     assert {"train/balance", "train/load_max"} <= logged, logged
+
+
+BANK = """
+stages:
+  - name: small
+    training: {train_steps: 3}
+  - name: bank
+    model: {parameter_tokens: {ffn: 69}, sparse: {ffn: {group_size: 16, candidates: 3, dense: 37}}}
+    growth: {method: bank}
+    parallel: {tensor: 2, sequence: true}
+"""
+
+
+@pytest.mark.slow
+def test_a_bank_next_to_the_tokens_proves_itself_and_learns(folder):
+    config = folder / "config.yml"
+    config.write_text(config.read_text() + BANK)
+    done = train(folder, ranks=2)
+    assert done.returncode == 0, done.stdout[:6000]
+    reader = open_checkpoint(folder / "run" / "bank" / "checkpoints" / "step_00000006")
+    (entry,) = reader.index.growth_history
+    assert entry["method"] == "bank" and entry["preserves"]
+    assert entry["loss_before"] == pytest.approx(entry["loss_after"], rel=1e-6)
+    name = "blocks.1.ffn.bank.key_tokens"
+    shape = reader.index.tensors[name].shape
+    assert shape == (2 * 3 * 16, 32) and reader.read(name, "weight", 0, 96 * 32).any()
+    assert reader.index.adam_steps[name] == ((0, 96 * 32, 6),)
+    assert reader.index.adam_steps["blocks.1.ffn.key_tokens"] == ((0, 37 * 32, 9),)

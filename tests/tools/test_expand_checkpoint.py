@@ -89,6 +89,14 @@ def test_a_change_of_the_function_is_said(folder):
         assert "function    CHANGED" in done.stdout, done.stdout
 
 
+def test_a_dry_run_of_a_bank(folder):
+    bank = ("model.parameter_tokens.ffn=69", "model.sparse={ffn: {group_size: 16, candidates: 3, dense: 37}}")
+    done = expand(folder, "dry", "growth.from=x", "growth.method=bank", "--dry-run", bigger=bank)
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    told = "ffn 37 tokens -> 69 by bank, 3 candidates in each of 2 slots of 16, τ 6.08276 -> 6.08276"
+    assert told in lines and "function kept, to rounding" in lines, done.stdout
+
+
 def test_a_split_of_what_was_split_is_told_and_written(folder):
     """The file has what training would begin with: the tests of `growth.split` compare every range of it."""
     assert expand(folder, "split", "growth.from=x", "growth.method=split", SPLIT, bigger=()).returncode == 0

@@ -91,6 +91,12 @@ def test_a_growth_that_is_done_is_told_as_it_was(config):
     assert (growth.method, growth.noise, growth.lr_multipliers.old_tokens) == ("zero_key", 0.0, 0.1)
 
 
+def test_a_bank_stays_the_method_of_the_whole_model(config):
+    entry = {**GROWN, "method": {"qkv": "gram", "ffn": "bank"}, "sparse": {"from": None, "to": {}}}
+    growth = account(config(growth={"from": "runs/small"}), resumed(config(), [entry]), 1, None).config.growth
+    assert (growth.method, growth.method_of("qkv"), growth.method_of("ffn")) == ("bank", "gram", "bank")
+
+
 def test_methods_of_single_projections_and_another_source(config):
     entry = {**GROWN, "method": {"qkv": "gram", "ffn": "zero_key"}}
     as_it_was = config(growth={"from": "runs/small", "method": "gram", "methods": {"ffn": "zero_key"}})
