@@ -27,13 +27,16 @@ Values = dict[str, Any]
 Reader = Callable[[str], tuple[Values, list[str]]]
 
 
-def read_extended(path: str, read: Reader, extending: tuple[str, ...] = ()) -> tuple[Values, list[str]]:
+def read_extended(
+    path: str, read: Reader, read_base: Reader, extending: tuple[str, ...] = ()
+) -> tuple[Values, list[str]]:
     """The plain values of `path` merged over those of the files that it extends, and the problems of all of them.
 
-    `read`: gives the values and problems of one file. `extending`: real paths of the files that extend this one.
+    `read`: gives the values and problems of one file; `read_base`: of one that another extends.  `extending`: real paths
+    of the files that extend this one.
     ConfigError when a file is missing or extends itself; the message names every file on the way.
     """
-    values, problems = read(path)
+    values, problems = (read_base if extending else read)(path)
     if KEY not in values:
         return values, problems
     base = _path_of_base(path, values.pop(KEY))
@@ -41,7 +44,7 @@ def read_extended(path: str, read: Reader, extending: tuple[str, ...] = ()) -> t
     if os.path.realpath(base) in extending:
         raise ConfigError(f"{path}: extends: {base} is a circle of files. Remove extends from one of them.")
     try:
-        inherited, more = read_extended(base, read, extending)
+        inherited, more = read_extended(base, read, read_base, extending)
     except ConfigError as error:
         raise ConfigError([f"{path}: extends: {problem}" for problem in error.problems]) from None
     if isinstance(inherited.get("run"), dict):
@@ -61,8 +64,10 @@ def merged(base: Values, extra: Values) -> Values:
 def _path_of_base(path: str, given: Any) -> str:
     """The file that `path` extends. A link counts as the file that it leads to."""
     if not isinstance(given, str) or not given or "\0" in given:
+        shown = "null" if given is None else repr(given)
         raise ConfigError(
-            f"{path}: extends: {given!r}, but the path of one configuration is expected. Write it as extends: 124M.yml."
+            f"{path}: extends: {shown}, but the path of one configuration is expected. Write it as extends: 124M.yml, or "
+            "remove the line."
         )
     try:
         base = os.path.join(os.path.dirname(os.path.realpath(path)), expand(given))

@@ -24,6 +24,7 @@ from megatron_tf.config.validate import check_model
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.durable import read_plain
 from megatron_tf.errors import ConfigError, broken_link, system_reason
+from megatron_tf.shipped import configurations
 from megatron_tf.text_files import decode_text
 
 Location = tuple[int | str, ...]
@@ -84,7 +85,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
 
     ConfigError when one of them is missing or holds no sections.
     """
-    return read_extended(os.fspath(path), _read_alone)
+    return read_extended(os.fspath(path), _read_alone, _read_base)
 
 
 def _read_alone(path: str) -> tuple[dict[str, Any], list[str]]:
@@ -92,7 +93,9 @@ def _read_alone(path: str) -> tuple[dict[str, Any], list[str]]:
         content = read_plain(path, MOST_BYTES)
     except FileNotFoundError:
         reason = broken_link(path) or "there is no such file"
-        remedy = "Give the path of a run's YAML file, or a name of `megatron_tf config list`."
+        near = difflib.get_close_matches(os.path.basename(path).removesuffix(".yml"), configurations(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        remedy = f"Give the path of a run's YAML file, or a name of `megatron_tf config list`.{hint}"
         raise ConfigError(f"{path}: {reason}. {remedy}") from None
     except OSError as error:
         reason = system_reason(error, path)
@@ -104,6 +107,27 @@ def _read_alone(path: str) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: the top level is {_describe(values)}. It must be sections, such as `model:`.")
     return values, problems
+
+
+def _read_base(path: str) -> tuple[dict[str, Any], list[str]]:
+    """As `_read_alone`, for a file that another extends: its unknown keys are taken out, and named with the file."""
+    values, problems = _read_alone(path)
+    own = {key: value for key, value in values.items() if key not in (EXTENDS, "stages")}
+    try:
+        RunConfig.model_validate_json(json.dumps(own), by_alias=True, by_name=False)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            loc = problem["loc"]
+            if problem["type"] == "extra_forbidden" and _of_another_choice(loc, values) is None:
+                problems.append(f"{path}: {_unknown_key(loc)}")
+                _remove(values, loc)
+    return values, problems
+
+
+def _remove(values: Any, loc: Location) -> None:
+    for part in loc[:-1]:
+        values = values[part]
+    del values[loc[-1]]
 
 
 def apply_override(values: dict[str, Any], override: str) -> list[str]:

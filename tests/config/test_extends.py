@@ -119,7 +119,8 @@ def test_a_circle_is_named_file_by_file(write, tmp_path):
 @pytest.mark.parametrize("given", [None, 3, ["small.yml"], ""])
 def test_anything_but_a_path_is_refused(write, given):
     (problem,) = problems_of(write("own.yml", extends=given))
-    assert f"extends: {given!r}, but the path of one configuration is expected" in problem
+    shown = "null" if given is None else repr(given)
+    assert f"extends: {shown}, but the path of one configuration is expected" in problem
 
 
 def test_an_unset_variable_is_refused(write):
@@ -131,6 +132,18 @@ def test_what_is_wrong_in_the_other_file_is_reported_too(write, small_path):
     problems = problems_of(write("own.yml", extends="small.yml", run=OWN_RUN, optimizer={"lr": 0}))
     assert any("logging: given twice" in problem and str(small_path) in problem for problem in problems)
     assert "optimizer.lr: 0 is out of range. It must be greater than 0." in problems
+
+
+def test_an_unknown_key_is_named_with_its_file(write, small_path):
+    """Keys of another architecture than that of the file may be what the extending file means."""
+    base = write("base.yml", extends="small.yml", model={"hiden_size": 64, "num_key_value_heads": 2}, trainig={})
+    transformer = {"architecture": "transformer", "ffn_hidden_size": 8, "parameter_tokens": None}
+    problems = problems_of(write("own.yml", extends="base.yml", run=OWN_RUN, model=transformer, trainin=1))
+    assert [problem for problem in problems if "unknown key" in problem] == [
+        f"{base}: model.hiden_size: unknown key. Did you mean model.hidden_size?",
+        f"{base}: trainig: unknown key. Did you mean training?",
+        "trainin: unknown key. Did you mean training?",
+    ]
 
 
 def test_an_override_cannot_extend(small_path):
