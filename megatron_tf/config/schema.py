@@ -113,6 +113,12 @@ class Parallel(Section):
     """[stages] They share the depth."""
     sequence: bool = False
     """Also split hidden states over the tensor ranks between the projections."""
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """What trains: DeepSpeed, or torch alone. Checkpoints of one resume in the other."""
+    shard: Literal["optimizer", "gradients", "parameters"] = "optimizer"
+    """What each data-parallel rank keeps a part of, and with it all that stands before: needs engine torch."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of the micro batches in a pipeline. gpipe needs engine torch."""
     timeout_seconds: Seconds = 1800.0
     """[seconds] A collective that waits longer ends the run."""
 

@@ -102,12 +102,14 @@ def validate(config: RunConfig, world_size: int) -> None:
     """Raise one ConfigError with everything that cannot run on `world_size` ranks; each with its remedy."""
     problems = list(_layout_problems(config, world_size))
     if not problems:
-        problems += _batch_problems(config, topology_for(config, world_size).data)
+        data_parallel = topology_for(config, world_size).data
+        problems += [*_batch_problems(config, data_parallel), *_pipeline_problems(config, data_parallel)]
     problems += [*_length_problems(config), *_model_problems(config.model)]
     for rule in (
         _stage_problems,
         _sharding_problems,
         _schedule_problems,
+        _engine_problems,
         _zero_problems,
         _loss_scale_problems,
         _task_problems,
@@ -289,8 +291,43 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _engine_problems(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.engine == "deepspeed":
+        for key, usual in (("shard", "optimizer"), ("schedule", "1f1b")):
+            if getattr(parallel, key) != usual:
+                yield (
+                    f"parallel.{key}: {getattr(parallel, key)} needs parallel.engine: torch, and it is deepspeed. "
+                    f"Set parallel.engine to torch, or parallel.{key} to {usual}."
+                )
+        return
+    if config.training.precision == "fp16":
+        yield (
+            "training.precision: fp16 needs parallel.engine: deepspeed, which has a loss scale, and it is torch. "
+            "Set training.precision to bf16 or fp32."
+        )
+    if config.zero.stage != 1:
+        yield (
+            f"zero.stage: {config.zero.stage} is for parallel.engine: deepspeed, and it is torch, which shards what "
+            "parallel.shard says. Leave out zero.stage."
+        )
+    if config.deepspeed != type(config.deepspeed)():
+        yield "deepspeed: this section has no effect with parallel.engine: torch. Leave it out."
+
+
+def _pipeline_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
+    parallel, training = config.parallel, config.training
+    micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel)
+    if parallel.engine == "torch" and parallel.schedule == "1f1b" and micro_batches < parallel.pipeline:
+        yield (
+            f"parallel.schedule: 1f1b needs a micro batch for each of parallel.pipeline {parallel.pipeline} stages, and "
+            f"a step has {micro_batches} of them. Set it to gpipe, or training.micro_batch_size to at most "
+            f"{max(1, training.global_batch_size // (parallel.pipeline * data_parallel))}."
+        )
+
+
 def _zero_problems(config: RunConfig) -> Iterator[str]:
-    if config.zero.stage != 0:
+    if config.zero.stage != 0 or config.parallel.engine == "torch":
         return
     remedy = "Set zero.stage to 1"
     reasons = {

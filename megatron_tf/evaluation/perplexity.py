@@ -80,7 +80,7 @@ def summed_loss(
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for number, batch in enumerate(_batches(windows, batch_size, data_rank, data_size)):
         ids, labels = _tensors(dataset, batch, windows.length, vocab_size, loss_mask)
-        logits = stage(ids.to(device))
+        logits = stage.infer(ids.to(device))
         if logits is not None:
             total += token_losses(stage, logits, labels.to(device)).sum(dtype=torch.float64)
             count += int((labels != IGNORED).sum())

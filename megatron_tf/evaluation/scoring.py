@@ -87,7 +87,7 @@ def score_continuations(stage: Stage, requests: Sequence[Request], max_length: i
         counts[at, max(0, size - len(continuation)) : size] = 1
     device = next(stage.parameters()).device
     ids, labels, counts = ids.to(device), labels.to(device), counts.to(device)
-    logits = stage(ids)
+    logits = stage.infer(ids)
     if logits is None:
         return None
     likelihood = -(token_losses(stage, logits, labels).double() * counts).sum(-1)

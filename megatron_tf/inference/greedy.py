@@ -27,7 +27,7 @@ def continue_greedily(
     for _ in range(num_tokens):
         seen = ids[-context:]
         padding = -len(seen) % group.size if stage.tensor.sequence else 0
-        logits = stage(torch.tensor([[*seen, *[0] * padding]], device=device))
+        logits = stage.infer(torch.tensor([[*seen, *[0] * padding]], device=device))
         chosen = torch.zeros(1, dtype=torch.int64, device=device)
         if logits is not None:
             first = first_row(stage.model, group)

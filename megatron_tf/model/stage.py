@@ -1,4 +1,4 @@
-"""One rank's part of a model under any layout, for inference: inputs in, logits out at the last pipeline stage."""
+"""One rank's part of a model under any layout: inputs in, logits out at the last pipeline stage."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from megatron_tf.parallel.collectives import receive, send
 class Stage(nn.Module):
     """The layers of one pipeline stage. `named_parameters` gives logical names; each is this tensor rank's rows.
 
-    Only the hidden states cross a stage boundary. Every rank of a pipeline calls it with the same inputs; batches may
-    differ in shape, and a stage that has passed one on begins with the next.
+    Only the hidden states cross a stage boundary. Every rank of a pipeline calls `infer` with the same inputs; batches
+    may differ in shape, and a stage that has passed one on begins with the next.
     """
 
     def __init__(
@@ -55,26 +55,38 @@ class Stage(nn.Module):
         self.following = following
         self.document_ends = document_ends
 
-    def forward(self, inputs: Tensor) -> Tensor | None:
-        """Inputs [b, ...] of the task -> its logits at the last stage, None elsewhere.
+    def forward(self, received: Tensor, starts: Tensor | None = None, context: BlockContext | None = None) -> Tensor:
+        """This stage's own work: what the first stage reads, or hidden states -> hidden states, or at the last one logits.
 
-        Under sequence parallelism the positions that they become are a multiple of T.
+        `starts`: see `attention.document_starts`; None is one document a sample. Under sequence parallelism the
+        positions that the inputs become are a multiple of T.
         """
         task = task_of(self.model)
-        if self.previous is None:
-            hidden = self.get_submodule(task.input_name)(inputs)
-        else:
-            hidden = receive(self._hidden_shape(inputs), next(self.parameters()), self.previous)
-        starts = document_starts(inputs, self.document_ends) if self.document_ends else None
+        hidden = self.get_submodule(task.input_name)(received) if self.previous is None else received
         blocks = cast("Iterable[Block]", self.blocks.values())
-        hidden = run_blocks(blocks, hidden, starts, BlockContext())
+        hidden = run_blocks(blocks, hidden, starts, context or BlockContext())
         if self.following is not None:
-            send(hidden, self.following)
-            return None
+            return hidden
         assert self.final_norm is not None
         return self.task_layers.logits(self.get_submodule(task.head_name), self.final_norm(hidden))
 
-    def _hidden_shape(self, inputs: Tensor) -> tuple[int, int, int]:
+    def infer(self, inputs: Tensor) -> Tensor | None:
+        """Inputs [b, ...] of the task, through all stages -> its logits at the last one, None elsewhere."""
+        received = inputs
+        if self.previous is not None:
+            received = receive(self.hidden_shape(inputs), next(self.parameters()), self.previous)
+        output = self(received, self.starts(inputs))
+        if self.following is None:
+            return output
+        send(output, self.following)
+        return None
+
+    def starts(self, inputs: Tensor) -> Tensor | None:
+        """Where the document of each token of `inputs` begins; None is one document a sample."""
+        return document_starts(inputs, self.document_ends) if self.document_ends else None
+
+    def hidden_shape(self, inputs: Tensor) -> tuple[int, int, int]:
+        """Of the hidden states between stages that `inputs` become on this rank."""
         length, rows = self.task_layers.hidden_shape(self.model, inputs)
         length = length // self.tensor.group.size if self.tensor.sequence else length
         return length, rows, self.model.hidden_size

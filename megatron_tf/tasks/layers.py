@@ -73,3 +73,10 @@ class TaskLayers(ABC):
 def loss_sums(losses: Tensor) -> Tensor:
     """Losses [..., b] -> of each sample the sum, [b]."""
     return losses.reshape(-1, losses.shape[-1]).sum(0)
+
+
+def evaluation_sums(layers: TaskLayers, model: Model, logits: Tensor, targets: Tensor, group: Group) -> Tensor:
+    """[2 + metrics, b]: of each sample the summed loss, how many losses count, and the task's metrics."""
+    losses = layers.losses(model, logits, targets, group)
+    own = torch.stack((loss_sums(losses), layers.counts(targets).to(losses)))
+    return torch.cat((own, layers.metrics(model, logits, targets, group).to(own)))

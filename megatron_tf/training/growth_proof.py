@@ -38,7 +38,7 @@ def probe(stage: Stage, batches: Sequence[Batch]) -> Probe:
     first: Tensor | None = None
     layers = stage.task_layers
     for inputs, targets in batches:
-        logits = stage(inputs.to(device))
+        logits = stage.infer(inputs.to(device))
         if logits is None:
             continue
         group = stage.tensor.group

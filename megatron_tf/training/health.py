@@ -111,7 +111,7 @@ class HealthProbe:
                 observed.append(projection)
         try:
             with torch.compiler.set_stance("force_eager"):  # an observer in the graph would compile it anew
-                self._stage(self._inputs.to(self._device))
+                self._stage.infer(self._inputs.to(self._device))
         finally:
             for projection in observed:
                 projection.observer = None

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.diagnosis.run_facts import run_facts
 from megatron_tf.engine.base import Engine
-from megatron_tf.engine.deepspeed.joining import join
+from megatron_tf.engine.choice import join
 from megatron_tf.errors import RunStopped, TrainingError, UserError
 from megatron_tf.runtime.agreement import from_rank_zero, together
 from megatron_tf.runtime.environment import LaunchEnvironment
@@ -43,7 +43,7 @@ def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: Sto
     world_size = environment.world_size
     timeout = max(config.parallel.timeout_seconds for config in stages)
     hang_seconds = max(config.run.hang_seconds for config in stages)
-    device = join(environment, timeout, facts=run_facts("train", stages) if world_size > 1 else NO_FACTS)
+    device = join(stages, environment, timeout, facts=run_facts("train", stages) if world_size > 1 else NO_FACTS)
     with session(environment, hang_seconds) as watchdog:
         first = from_rank_zero(lambda: first_stage_to_run(stages, world_size))
         together(lambda: check_data(stages[first:]))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.engine.base import Engine
+from megatron_tf.engine.choice import build_engine
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.precision import DTYPES
@@ -46,11 +47,8 @@ def start_engine(run: Run, start: Start, loaders: Loaders, watchdog: Watchdog) -
 
 
 def _engine(run: Run, start: Start, tensor: Group, ends: Sequence[int]) -> Engine:
-    # imported here, because DeepSpeed takes seconds
-    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
-
     model, plan = run.config.model, run.plan
-    engine = DeepSpeedEngine(
+    engine = build_engine(
         run.config,
         model,
         plan.batches,

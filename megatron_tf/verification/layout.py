@@ -24,7 +24,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
 from megatron_tf.data.documents import Boundaries, boundaries
-from megatron_tf.engine.deepspeed.joining import join
+from megatron_tf.engine.choice import build_engine, join
 from megatron_tf.engine.optimizer import Segment
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.errors import ConfigError, LaunchError, exit_now
@@ -231,14 +231,14 @@ def relative_error(value: float, expected: float) -> float:
 
 
 @contextmanager
-def joined(rank: int, world: int, folder: str) -> Iterator[None]:
-    """This process as one of `world` gloo ranks that meet in `folder`."""
+def joined(configs: Sequence[RunConfig], rank: int, world: int, folder: str) -> Iterator[None]:
+    """This process as one of `world` gloo ranks that meet in `folder` to train `configs`."""
     from megatron_tf.telemetry.console import quiet_libraries
 
     torch.set_num_threads(1)
     quiet_libraries()
     environment = LaunchEnvironment("torchrun", rank, world, rank, world, "localhost", 0)
-    join(environment, TIMEOUT_SECONDS, store_file=f"{folder}/store")
+    join(configs, environment, TIMEOUT_SECONDS, store_file=f"{folder}/store")
     try:
         yield
     finally:
@@ -246,7 +246,7 @@ def joined(rank: int, world: int, folder: str) -> Iterator[None]:
 
 
 def _rank(rank: int, config: RunConfig, chosen: list[Layout], steps: int, world: int, folder: str) -> None:
-    with joined(rank, world, folder):
+    with joined([config], rank, world, folder):
         for number, layout in enumerate(chosen):
             _run(layout.apply(config), layout.topology, rank, steps, Path(folder), number)
             dist.barrier()
@@ -254,12 +254,10 @@ def _rank(rank: int, config: RunConfig, chosen: list[Layout], steps: int, world:
 
 
 def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: Path, number: int) -> None:
-    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
-
     plan = plan_batches(config, topology.world_size)
     group = make_group(topology, "tensor", TIMEOUT_SECONDS)
-    engine = DeepSpeedEngine(config, config.model, plan, topology, group, InitialSource(config.model, config.run.seed),
-                    document_ends=configured_boundaries(config).ends)  # fmt: skip
+    source, ends = InitialSource(config.model, config.run.seed), configured_boundaries(config).ends
+    engine = build_engine(config, config.model, plan, topology, group, source, document_ends=ends)
     gradients: dict[str, Tensor] = {}
 
     def keep(segment: Segment, gradient: Tensor) -> None:

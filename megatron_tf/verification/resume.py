@@ -29,6 +29,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import BatchPlan, plan_batches, validate
 from megatron_tf.engine.base import Age, Engine
+from megatron_tf.engine.choice import build_engine
 from megatron_tf.errors import ConfigError, exit_now
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.local_ranks import start_ranks
@@ -55,22 +56,25 @@ _PAIRS_AT_ONCE = 25  # engines that the same processes build one after the other
 
 @dataclass(frozen=True)
 class Setting:
-    """A layout, with or without ZeRO."""
+    """A layout under an engine, DeepSpeed with or without ZeRO."""
 
     layout: Layout
     zero_stage: int = 1
+    engine: str = "deepspeed"
 
     @property
     def world_size(self) -> int:
         return self.layout.topology.world_size
 
     def __str__(self) -> str:
-        return str(self.layout) + ("" if self.zero_stage else "+Z0")
+        return str(self.layout) + ("" if self.zero_stage else "+Z0") + (" torch" if self.engine == "torch" else "")
 
     def apply(self, config: RunConfig) -> RunConfig:
         """The same run under this setting."""
         zero = config.zero.model_copy(update={"stage": self.zero_stage})
-        return self.layout.apply(config).model_copy(update={"zero": zero})
+        config = self.layout.apply(config)
+        parallel = config.parallel.model_copy(update={"engine": self.engine})
+        return config.model_copy(update={"zero": zero, "parallel": parallel})
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def settings(config: RunConfig, num_ranks: int) -> list[Setting]:
         sizes = layout.topology
         if not all(size in AXIS_SIZES for size in (sizes.tensor, sizes.pipeline, sizes.data)):
             continue
-        for setting in (Setting(layout), Setting(layout, zero_stage=0)):
+        for setting in (Setting(layout), Setting(layout, zero_stage=0), Setting(layout, engine="torch")):
             try:
                 validate(setting.apply(config), setting.world_size)
             except ConfigError:
@@ -149,7 +153,7 @@ def _spawn(config: RunConfig, steps: int, jobs: Sequence[_Job]) -> list[_Outcome
 
 
 def _rank(rank: int, config: RunConfig, steps: int, jobs: list[_Job], world: int, folder: str) -> None:
-    with joined(rank, world, folder):
+    with joined([setting.apply(config) for setting, *_ in jobs], rank, world, folder):
         if config.training.precision == "fp16" and not torch.cuda.is_available():
             from megatron_tf.engine.deepspeed.patches import allow_fp16_on_cpu
 
@@ -161,8 +165,6 @@ def _rank(rank: int, config: RunConfig, steps: int, jobs: list[_Job], world: int
 
 
 def _run(setting: Setting, config: RunConfig, rank: int, steps: int, run_dir: str, resume_at: int | None) -> _Outcome:
-    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
-
     config = setting.apply(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
     plan, topology = plan_batches(config, setting.world_size), setting.layout.topology
@@ -173,7 +175,7 @@ def _run(setting: Setting, config: RunConfig, rank: int, steps: int, run_dir: st
         source = CheckpointSource(reader)
     group = make_group(topology, "tensor", TIMEOUT_SECONDS)
     ends = configured_boundaries(config).ends
-    engine = DeepSpeedEngine(config, config.model, plan, topology, group, source, document_ends=ends)
+    engine = build_engine(config, config.model, plan, topology, group, source, document_ends=ends)
     first = 0 if resume_at is None else resume_at
     differing = []
     if reader is not None:

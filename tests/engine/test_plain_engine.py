@@ -79,7 +79,7 @@ class PlainEngine:
         self._optimizer.param_groups[0]["lr"] = lr
         total = torch.tensor(0.0)
         for (ids, labels), _ in zip(batches, range(self.plan.num_micro_batches)):
-            logits = self._stage(ids).transpose(0, 1)
+            logits = self._stage.infer(ids).transpose(0, 1)
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) / self.plan.num_micro_batches
             loss.backward()
             total += loss.detach()
@@ -96,7 +96,9 @@ class PlainEngine:
         sums, counts = torch.zeros(num_groups), torch.zeros(num_groups)
         samples = iter(groups)
         for ids, labels in batches:
-            losses = F.cross_entropy(self._stage(ids).permute(1, 2, 0), labels, ignore_index=IGNORED, reduction="none")
+            losses = F.cross_entropy(
+                self._stage.infer(ids).permute(1, 2, 0), labels, ignore_index=IGNORED, reduction="none"
+            )
             for row, label_row in zip(losses, labels):
                 group = next(samples)
                 sums[group] += row.sum()

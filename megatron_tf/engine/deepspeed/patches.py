@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe import schedule as instructions
 from torch import Tensor, nn
 
-from megatron_tf.engine.deepspeed.pipeline import ShardedParameter
+from megatron_tf.engine.shards import ShardedParameter
 from megatron_tf.engine.step_clock import StepClock
 
 # Phase of each instruction of the pipeline engine. ZeRO communicates in the optimizer's step as well.

@@ -10,7 +10,6 @@ import contextlib
 import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,25 +20,12 @@ from torch import Tensor, nn
 from megatron_tf.config.schema import Model
 from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Topology, stage_layers
+from megatron_tf.engine.shards import ShardedParameter, shards_of
 from megatron_tf.model.attention import document_starts
 from megatron_tf.model.context import BlockContext, run_blocks
 from megatron_tf.model.layers import Block, FinalNorm, TensorParallel, build_block, task_layers
 from megatron_tf.model.stage import Stage, neighbours
-from megatron_tf.state.parameters import ParameterSpec, parameter_table, shard_range
-from megatron_tf.tasks.layers import loss_sums
-
-
-@dataclass(frozen=True)
-class ShardedParameter:
-    """A parameter of this rank: the rows of the logical tensor from `first_row` on.
-
-    `owned`: false where another rank holds the same elements and reports for them.
-    """
-
-    spec: ParameterSpec
-    parameter: nn.Parameter
-    first_row: int
-    owned: bool
+from megatron_tf.tasks.layers import evaluation_sums
 
 
 class _Layer(LayerSpec):
@@ -155,11 +141,9 @@ class TokenFormerPipeline(PipelineModule):
         In evaluation [2 + metrics, b]: of each sample the summed loss, how many losses count, and the task's metrics.
         """
         layers, group = self.task_layers, self.tensor.group
-        losses = layers.losses(self.config, logits, targets, group)
         if self.training:
-            return losses.sum() * self.loss_weight
-        own = torch.stack((loss_sums(losses), layers.counts(targets).to(losses)))
-        return torch.cat((own, layers.metrics(self.config, logits, targets, group).to(own)))
+            return layers.losses(self.config, logits, targets, group).sum() * self.loss_weight
+        return evaluation_sums(layers, self.config, logits, targets, group)
 
     def blocks(self) -> dict[int, Block]:
         """This stage's blocks by layer number."""
@@ -196,26 +180,7 @@ class TokenFormerPipeline(PipelineModule):
 
     def shards(self) -> list[ShardedParameter]:
         """Every parameter of this rank once, in model order, under its logical name."""
-        group, pipeline = self.tensor.group, self.grid_topology.pipeline
-        named: dict[str, nn.Parameter] = {}
-        for name, layer in self._named_ends().items():
-            named.update((f"{name}.{of}", p) for of, p in layer.named_parameters())
-        for number, block in self.blocks().items():
-            named.update((f"blocks.{number}.{name}", p) for name, p in block.named_parameters())
-        for layer in self.forward_funcs:
-            if isinstance(layer, FinalNorm):
-                named.update((f"final_norm.{name}", p) for name, p in layer.named_parameters())
-        table = parameter_table(self.config)
-        shards = []
-        for name, spec in table.items():
-            if name not in named:
-                continue
-            first_row = shard_range(spec.shape[0], group.size, group.rank)[0] if spec.sharded else 0
-            tied_copy = spec.tied and pipeline > 1 and self.stage_id > 0
-            shards.append(
-                ShardedParameter(spec, named[name], first_row, (spec.sharded or group.rank == 0) and not tied_copy)
-            )
-        return shards
+        return shards_of(self.as_stage(), self.grid_topology)
 
     def _partition_layers(self, method: str = "uniform") -> None:
         """By blocks, so that every stage has at least one and the estimates know the split."""

@@ -1,0 +1,57 @@
+"""The engine that a configuration asks for. It is imported when it is needed, because DeepSpeed takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+
+from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.topology import Topology
+from megatron_tf.config.validate import BatchPlan
+from megatron_tf.engine.base import Engine
+from megatron_tf.parallel.groups import Group
+from megatron_tf.runtime.environment import LaunchEnvironment
+from megatron_tf.runtime.joining import NO_FACTS, join_ranks
+from megatron_tf.state.sources import StateSource
+
+
+def join(
+    configs: Iterable[RunConfig],
+    environment: LaunchEnvironment,
+    timeout_seconds: float,
+    store_file: str | None = None,
+    facts: Mapping[str, str] = NO_FACTS,
+) -> torch.device:
+    """`join_ranks`, and what the engines of `configs` need besides."""
+    if any(config.parallel.engine == "deepspeed" for config in configs):
+        from megatron_tf.engine.deepspeed import joining
+
+        return joining.join(environment, timeout_seconds, store_file, facts)
+    return join_ranks(environment, timeout_seconds, store_file, facts)
+
+
+def build_engine(
+    config: RunConfig,
+    model: Model,
+    plan: BatchPlan,
+    topology: Topology,
+    tensor: Group,
+    source: StateSource,
+    first_new: Mapping[str, int] | None = None,
+    document_ends: Sequence[int] = (),
+    new_layers: Collection[int] = (),
+) -> Engine:
+    """`model` and the weights, moments and τ of `source` must belong together. All ranks call it together.
+
+    `tensor`: this rank's tensor-parallel group.
+    `first_new`: for each tensor that the run's growth made bigger, the element where its new tokens begin.
+    `document_ends`: the tokens after which attention begins anew.  `new_layers`: those that the run's growth added.
+    """
+    if config.parallel.engine == "torch":
+        from megatron_tf.engine.torch.engine import TorchEngine
+
+        return TorchEngine(config, model, plan, topology, tensor, source, first_new, document_ends, new_layers)
+    from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, model, plan, topology, tensor, source, first_new, document_ends, new_layers)

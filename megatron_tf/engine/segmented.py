@@ -1,0 +1,264 @@
+"""What engines have in common whose optimizer is a `SegmentedOptimizer`: logical state in, out and compared."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_tf.checkpoint.writer import Piece
+from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.tasks import task_of
+from megatron_tf.config.validate import BatchPlan
+from megatron_tf.engine.base import Age, Evaluated
+from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
+from megatron_tf.engine.shards import ShardedParameter
+from megatron_tf.engine.step_clock import StepClock
+from megatron_tf.errors import CheckpointError
+from megatron_tf.state.parameters import ParameterSpec, layer_of, parameter_table
+from megatron_tf.state.sources import StateSource
+from megatron_tf.tasks.data import Batch
+
+
+class Fragment(NamedTuple):
+    """Elements [start, stop) of a logical tensor, whose fp32 state lies in `buffer` from `offset` on.
+
+    `owned`: false where another rank saves the same elements.
+    """
+
+    spec: ParameterSpec
+    buffer: Tensor
+    start: int
+    stop: int
+    offset: int
+    owned: bool
+
+
+class SegmentedEngine(ABC):
+    """See `base.Engine`. A subclass sets `optimizer` and then calls `_load`."""
+
+    optimizer: SegmentedOptimizer
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Model,
+        plan: BatchPlan,
+        source: StateSource,
+        first_new: Mapping[str, int] | None,
+        new_layers: Collection[int],
+    ):
+        self.config = config
+        self.model = model
+        self.plan = plan
+        self.clock = StepClock()
+        self.steps_skipped = 0
+        self._task = task_of(model)
+        self._masks_losses = self._task.masks_losses(config)
+        self._first_new = first_new or {}
+        self._new_layers = frozenset(new_layers)
+        self._scales = dict(source.scales)
+        self._loaded_steps = {
+            name: source.adam_steps(name, 0, spec.numel) for name, spec in parameter_table(model).items()
+        }
+
+    @abstractmethod
+    def shards(self) -> list[ShardedParameter]:
+        """Every parameter of this rank once, in model order."""
+
+    @abstractmethod
+    def _own_nonfinite(self) -> list[str]:
+        """The parameters of this rank whose gradient was inf or nan in the step that was just skipped."""
+
+    @abstractmethod
+    def _evaluation_sums(self, batches: Iterable[Batch], num_micro_batches: int) -> list[Tensor]:
+        """On the last stage `tasks.layers.evaluation_sums` of each micro batch; empty elsewhere."""
+
+    @property
+    @abstractmethod
+    def _device(self) -> torch.device: ...
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """τ of every projection of the whole model."""
+        return dict(self._scales)
+
+    def nonfinite_gradients(self) -> list[str]:
+        """The parameters, over all ranks, whose gradient was inf or nan in the step that was just skipped.
+
+        All ranks must call it.
+        """
+        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, self._own_nonfinite())
+        named = {name for names in everyone for name in names}
+        # in the model's order
+        return [name for name in self._loaded_steps if name in named]
+
+    @torch.no_grad()
+    def evaluate_groups(self, batches: Iterable[Batch], groups: Sequence[int], num_groups: int) -> Evaluated:
+        """Of every data-parallel rank together; the same on all ranks, which must all call it.
+
+        `groups`: the group, below `num_groups`, of each of this rank's samples in the order of `batches`.
+        """
+        metrics = self._task.metrics
+        sums = self._evaluation_sums(batches, len(groups) // self.plan.micro_batch_size)
+        totals = torch.zeros(2 + len(metrics), num_groups, dtype=torch.float64, device=self._device)
+        if sums and self._tensor_rank == 0:
+            members = F.one_hot(torch.tensor(groups, device=totals.device), num_groups)
+            totals += torch.cat(sums, 1).double() @ members.double()
+        dist.all_reduce(totals)
+        losses, counts, *measured = totals.tolist()
+        by_group = [loss / count if count else None for loss, count in zip(losses, counts)]
+        mean, *means = (sum(sums) / max(1.0, sum(counts)) for sums in (losses, *measured))
+        return Evaluated(mean, by_group, dict(zip(metrics, means)))
+
+    @property
+    @abstractmethod
+    def _tensor_rank(self) -> int: ...
+
+    def pieces(self) -> list[Piece]:
+        """Live views of the state this rank saves; over all ranks each logical element is there exactly once."""
+        return [
+            Piece(segment.name, state, segment.start, segment.stop, tensor)
+            for segment in self.optimizer.segments
+            if segment.owned
+            for state, tensor in self.optimizer.states(segment).items()
+        ]
+
+    def ages(self) -> list[Age]:
+        """Updates of the elements that this rank saves."""
+        return [
+            Age(segment.name, segment.start, segment.stop, int(segment.age))
+            for segment in self.optimizer.segments
+            if segment.owned
+        ]
+
+    def adam_steps(self) -> dict[str, tuple[tuple[int, int, int], ...]]:
+        """Update counts of the whole model: name -> ((start, stop, updates), ...)."""
+        done = self.optimizer.num_updates
+        return {
+            name: tuple((start, stop, steps + done) for start, stop, steps in ranges)
+            for name, ranges in self._loaded_steps.items()
+        }
+
+    @property
+    def before_update(self) -> Callable[[], None] | None:
+        return self.optimizer.before_update
+
+    @before_update.setter
+    def before_update(self, call: Callable[[], None] | None) -> None:
+        self.optimizer.before_update = call
+
+    @property
+    def on_gradients(self) -> Callable[[Segment, Tensor], None] | None:
+        return self.optimizer.observe
+
+    @on_gradients.setter
+    def on_gradients(self, call: Callable[[Segment, Tensor], None] | None) -> None:
+        self.optimizer.observe = call
+
+    def check_replicas(self) -> None:
+        """CheckpointError, on every rank, when copies of one tensor have drifted apart, naming it and the ranks.
+
+        Compared are tensors that several ranks hold whole: such as the final norm over the tensor ranks, and what
+        the first and the last stage share. All ranks must call it.
+        """
+        own = {
+            f"{fragment.spec.name} from row {fragment.start // fragment.spec.width}": _digest(_elements(fragment))
+            for fragment in self._replicated()
+        }
+        everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, own)
+        problems = []
+        for name in sorted({name for copies in everyone for name in copies}):
+            holders: dict[str, list[int]] = {}
+            for rank, copies in enumerate(everyone):
+                if name in copies:
+                    holders.setdefault(copies[name], []).append(rank)
+            if len(holders) > 1:
+                problems.append(f"{name}: " + " differ from ".join(f"ranks {ranks}" for ranks in holders.values()))
+        if problems:
+            raise CheckpointError(
+                f"copies of one parameter have drifted apart: {'; '.join(problems)}. Nothing was saved. Resume from "
+                "the last checkpoint; if it happens again, look for a failing device among these ranks."
+            )
+
+    def _replicated(self) -> list[Fragment]:
+        """What this rank holds of tensors that several ranks hold alike."""
+        return [
+            Fragment(shard.spec, shard.parameter, first, first + shard.parameter.numel(), 0, shard.owned)
+            for shard in self.shards()
+            if not shard.spec.sharded or shard.spec.tied
+            for first in (shard.first_row * shard.spec.width,)
+        ]
+
+    @torch.no_grad()
+    def _load(self, source: StateSource, fragments: Iterable[Fragment]) -> None:
+        """Binds the optimizer to `fragments` and writes their state."""
+        segments = []
+        for spec, buffer, start, stop, offset, owned in fragments:
+            for low, high, updates in source.adam_steps(spec.name, start, stop):
+                for first, last, multiplier in self._learning_rates(spec, low, high):
+                    segments.append(
+                        Segment(
+                            spec.name,
+                            first,
+                            last,
+                            buffer,
+                            offset + first - start,
+                            owned,
+                            spec.decayed,
+                            torch.tensor(float(updates), device=buffer.device),
+                            multiplier,
+                        )
+                    )
+        self.optimizer.bind(segments)
+        for segment in segments:
+            for state, tensor in self.optimizer.states(segment).items():
+                source.read_into(segment.name, state, segment.start, tensor)
+
+    def _learning_rates(self, spec: ParameterSpec, start: int, stop: int) -> Iterator[tuple[int, int, float]]:
+        """[start, stop) cut where new tokens begin, each part with its learning rate multiplier."""
+        if self.config.growth is None:
+            yield start, stop, 1.0
+            return
+        rates = self.config.growth.lr_multipliers
+        if layer_of(spec.name) in self._new_layers or not spec.growable:
+            yield start, stop, rates.new_layers if layer_of(spec.name) in self._new_layers else rates.other
+            return
+        boundary = min(max(self._first_new.get(spec.name, stop), start), stop)
+        if rates.old_tokens == rates.new_tokens:
+            boundary = stop
+        for first, last, rate in ((start, boundary, rates.old_tokens), (boundary, stop, rates.new_tokens)):
+            if first < last:
+                yield first, last, rate
+
+    def _reports(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A step's auxiliary losses and metrics, the same on all ranks, from their sums over this rank's blocks."""
+        architecture, model = architecture_of(self.model), self.model
+        losses, metrics = architecture.losses(model), architecture.metrics(model)
+        names = (*losses, *metrics)
+        if not names:
+            return {}
+        sums = torch.stack([torch.as_tensor(found.get(name, 0.0), device=self._device).float() for name in names])
+        dist.all_reduce(sums)
+        sums /= self.plan.num_micro_batches * self.plan.data_parallel
+        sums[len(losses) :] /= model.num_layers
+        return dict(zip(names, sums))
+
+
+def _elements(fragment: Fragment) -> Tensor:
+    length = fragment.stop - fragment.start
+    return fragment.buffer.detach().reshape(-1)[fragment.offset : fragment.offset + length]
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().contiguous().view(torch.uint8).cpu().numpy().data
+    return xxhash.xxh3_128(data).hexdigest()

@@ -1,0 +1,273 @@
+"""A model under a layout, run by torch alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.topology import Topology
+from megatron_tf.config.validate import BatchPlan
+from megatron_tf.engine.base import StepResult
+from megatron_tf.engine.optimizer import SegmentedOptimizer
+from megatron_tf.engine.schedule import learning_rate
+from megatron_tf.engine.segmented import Fragment, SegmentedEngine
+from megatron_tf.engine.shards import ShardedParameter, shards_of
+from megatron_tf.engine.torch import sharding
+from megatron_tf.engine.torch.pipeline import Pipeline
+from megatron_tf.model.context import BlockContext
+from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.precision import DTYPES
+from megatron_tf.model.stage import Stage, build_stage
+from megatron_tf.parallel.groups import Group, make_group
+from megatron_tf.state.sources import StateSource
+from megatron_tf.tasks.data import Batch
+from megatron_tf.tasks.layers import evaluation_sums
+
+
+class TorchEngine(SegmentedEngine):
+    """`base.Engine` on torch: parameters, gradients and optimizer state sharded by `fully_shard`, pipelines by
+    torch.distributed.pipelining."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Model,
+        plan: BatchPlan,
+        topology: Topology,
+        tensor: Group,
+        source: StateSource,
+        first_new: Mapping[str, int] | None = None,
+        document_ends: Sequence[int] = (),
+        new_layers: Collection[int] = (),
+    ):
+        """`model` and the weights, moments and τ of `source` must belong together.
+
+        `first_new`: for each tensor that the run's growth made bigger, the element where its new tokens begin.
+        `document_ends`: the tokens after which attention begins anew.  `new_layers`: those that the run's growth added.
+        """
+        super().__init__(config, model, plan, source, first_new, new_layers)
+        clock, rank = self.clock, dist.get_rank()
+        # Inside a compiled block collectives cannot be timed separately: their time counts as forward and backward.
+        if not config.training.compile:
+            tensor = replace(tensor, around=lambda: clock.phase("communication"))
+        self._topology = topology
+        self._tensor = tensor
+        self._data = make_group(topology, "data", config.parallel.timeout_seconds)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self._on = device
+        dtype = DTYPES[config.training.precision]
+        with torch.device("meta"):
+            self._stage = build_stage(
+                model, source.scales, topology, rank, TensorParallel(tensor, config.parallel.sequence), document_ends
+            )
+        self._stage.to_empty(device=device)
+        for block in self._stage.blocks.values():
+            block.recompute = config.training.activation_checkpointing  # type: ignore[assignment]
+            if config.training.compile:
+                block.compile()
+        self._keep_parameters = config.parallel.shard != "parameters"
+        self._keep_gradients = config.parallel.shard == "optimizer"
+        sharding.shard(self._stage, self._data, topology, dtype, device, self._keep_parameters)
+        self._context = BlockContext()
+        self._found: dict[str, Tensor] = {}
+        self._loss_weight: Tensor | float = 1 / (
+            plan.num_micro_batches * plan.micro_batch_size * self._task.losses_per_sample(model)
+        )
+        self._pipeline: Pipeline | None = None
+        pipeline = make_group(topology, "pipeline", config.parallel.timeout_seconds)
+        if pipeline.handle is not None:
+            self._pipeline = Pipeline(
+                self._stage,
+                topology,
+                rank,
+                pipeline.handle,
+                schedule=config.parallel.schedule,
+                num_micro_batches=plan.num_micro_batches,
+                dtype=dtype,
+                device=device,
+                clock=clock,
+                context=self._next_context,
+            )
+        self._tied = sharding.tied_group(topology, rank) if self._task.tied and topology.pipeline > 1 else None
+        self._shards = shards_of(self._stage, topology)
+        found = ((shard, sharding.fragment(shard, self._data)) for shard in self._shards)
+        self._fragments = [(shard, fragment) for shard, fragment in found if fragment is not None]
+        self._skipped: list[str] = []
+        self.optimizer = SegmentedOptimizer([fragment.buffer for _, fragment in self._fragments], config.optimizer)
+        self._load(source, (fragment for _, fragment in self._fragments))
+
+    @property
+    def _device(self) -> torch.device:
+        return self._on
+
+    @property
+    def _tensor_rank(self) -> int:
+        return self._tensor.rank
+
+    @property
+    def reads_data(self) -> bool:
+        """Every rank does: where documents begin is seen in the inputs, and hidden states have the inputs' shape."""
+        return True
+
+    def shards(self) -> list[ShardedParameter]:
+        """Every parameter of this rank once, in model order."""
+        return self._shards
+
+    def stage(self) -> Stage:
+        """The model's layers on this rank, for a look into its forward pass."""
+        return self._stage
+
+    def train_step(self, step: int, batches: Iterator[Batch], lr_factor: float = 1.0) -> StepResult:
+        """One optimizer step (0-based `step`) on `plan.num_micro_batches` batches of this data-parallel rank.
+
+        `lr_factor`: times the learning rate that the schedule gives.
+        """
+        lr = lr_factor * learning_rate(
+            self.plan.schedule_position(step), self.config.optimizer, self.plan.schedule_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with self.clock.phase("data"):
+            taken = [
+                (inputs.to(self._on), targets.to(self._on))
+                for inputs, targets in itertools.islice(batches, self.plan.num_micro_batches)
+            ]
+        if self._masks_losses:
+            self._weigh(taken)
+        self._found = {}
+        self._stage.train()
+        losses = self._one_stage(taken) if self._pipeline is None else self._through(self._pipeline, taken)
+        self._collect_reports()
+        with self.clock.phase("communication"):
+            self._add_tied_gradients()
+            loss, norm = self._loss_and_norm(losses)
+        with self.clock.phase("optimizer"):
+            skipped = not self._update(norm)
+        self.steps_skipped += skipped
+        return StepResult(loss, norm, lr, skipped, reports=self._reports(self._found))
+
+    def _one_stage(self, batches: Sequence[Batch]) -> list[Tensor]:
+        losses = []
+        for number, (inputs, targets) in enumerate(batches):
+            with self.clock.phase("forward"):
+                logits = self._stage(inputs, self._stage.starts(inputs), self._next_context())
+                loss = self._loss(logits, targets)
+            with self.clock.phase("backward"):
+                last = number == len(batches) - 1
+                sharding.set_last_backward(self._stage, last, self._keep_gradients)
+                loss.backward()
+            losses.append(loss.detach())
+        return losses
+
+    def _through(self, pipeline: Pipeline, batches: Sequence[Batch]) -> list[Tensor]:
+        inputs, targets = zip(*batches)
+        return [loss.detach() for loss in pipeline.step(inputs, targets, self._loss)]
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """logits [..., b, C/T], targets [b, ...] -> what the micro batch adds to the step's loss, at least fp32."""
+        layers = self._stage.task_layers
+        return layers.losses(self.model, logits, targets, self._tensor).sum() * self._loss_weight
+
+    def _next_context(self) -> BlockContext:
+        self._collect_reports()
+        self._context = BlockContext(loss_weight=1 / self.plan.num_micro_batches)
+        return self._context
+
+    def _collect_reports(self) -> None:
+        for name, value in (self._context.losses | self._context.metrics).items():
+            self._found[name] = self._found.get(name, 0.0) + value
+        self._context = BlockContext()
+
+    def _weigh(self, batches: Sequence[Batch]) -> None:
+        """Sets the loss weight so that the step's loss is the mean over all losses of the global batch that count.
+
+        Gradients are means over the D data-parallel ranks. With N such losses over all of them, one weighs D / N.
+        """
+        layers = self._stage.task_layers
+        count = torch.stack([layers.counts(targets).sum() for _, targets in batches]).sum().to(self._on)
+        if self._data.handle is not None:
+            dist.all_reduce(count, group=self._data.handle)
+        self._loss_weight = self.plan.data_parallel / count.clamp_min(1)
+
+    def _add_tied_gradients(self) -> None:
+        """The first and the last stage hold the same weight, and each has the gradient of its own use."""
+        for shard, gradient in sharding.gradients(self._shards) if self._tied is not None else ():
+            if shard.spec.tied:
+                dist.all_reduce(gradient, group=self._tied)
+
+    def _loss_and_norm(self, losses: Sequence[Tensor]) -> tuple[Tensor, float]:
+        """The loss of the global batch, and the norm of its gradient; the same on all ranks."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._on)
+        if losses and self._tensor.rank == 0:
+            sums[0] = torch.stack(losses).sum().double() / self.plan.data_parallel
+        squares = [
+            gradient.float().square().sum(dtype=torch.float64)
+            for shard, gradient in sharding.gradients(self._shards)
+            if shard.owned
+        ]
+        if squares:
+            sums[1] = torch.stack(squares).sum()
+        dist.all_reduce(sums)
+        return sums[0].float(), math.sqrt(squared) if (squared := float(sums[1])) >= 0 else math.nan
+
+    def _update(self, norm: float) -> bool:
+        """Updates the weights, unless the gradient is not finite."""
+        limit = self.config.training.gradient_clipping
+        finite = math.isfinite(norm)
+        self._skipped = [] if finite else _nonfinite(self._shards)
+        factor = limit / (norm + 1e-6) if finite and limit else 1.0
+        for shard, fragment in self._fragments:
+            gradient = sharding.gradient(shard.parameter)
+            if gradient is not None and factor < 1:
+                gradient.mul_(factor)
+            fragment.buffer.grad = gradient
+        self.optimizer.skip_next = not finite
+        self.optimizer.step()
+        for _, fragment in self._fragments:
+            fragment.buffer.grad = None
+        for shard in self._shards:
+            shard.parameter.grad = None
+        return finite
+
+    def _own_nonfinite(self) -> list[str]:
+        return self._skipped
+
+    def _evaluation_sums(self, batches: Iterable[Batch], num_micro_batches: int) -> list[Tensor]:
+        self._stage.eval()
+        sums = []
+        for inputs, targets in itertools.islice(batches, num_micro_batches):
+            logits = self._stage.infer(inputs.to(self._on))
+            if logits is not None:
+                layers = self._stage.task_layers
+                sums.append(evaluation_sums(layers, self.model, logits, targets.to(self._on), self._tensor))
+        return sums
+
+    def _replicated(self) -> list[Fragment]:
+        return [fragment for shard, fragment in self._fragments if not shard.spec.sharded or shard.spec.tied]
+
+    def loss_scaler(self) -> dict[str, Any]:
+        """Empty: there is no fp16 here."""
+        return {}
+
+    def load_loss_scaler(self, state: dict[str, Any]) -> None:
+        """Nothing: what an fp16 run left says nothing about other precisions."""
+
+    def close(self) -> None:
+        """Frees the parameters and buffers."""
+        self._stage.to_empty(device="meta")
+        self.optimizer.state.clear()
+        self._shards, self._fragments = [], []
+
+
+def _nonfinite(shards: Sequence[ShardedParameter]) -> list[str]:
+    return [
+        shard.spec.name for shard, gradient in sharding.gradients(list(shards)) if not torch.isfinite(gradient).all()
+    ]

@@ -1,0 +1,103 @@
+"""Micro batches through the stages of a pipeline, in the order of one of torch's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+from megatron_tf.config.topology import Topology
+from megatron_tf.engine.step_clock import StepClock
+from megatron_tf.model.context import BlockContext
+from megatron_tf.model.stage import Stage
+
+# parallel.schedule -> class
+SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+
+
+class _TimedStage(PipelineStage):
+    """A stage that gives its blocks a context, and the clock the time of its passes."""
+
+    def __init__(self, stage: Stage, clock: StepClock, context: Callable[[], BlockContext], **arguments: Any):
+        super().__init__(stage, **arguments)
+        self._clock = clock
+        self._context = context
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        with self._clock.phase("forward"):
+            return self.submod(*args, context=self._context(), **kwargs)
+
+    def backward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        with self._clock.phase("backward"):
+            return super().backward_maybe_with_nosync(*args, **kwargs)
+
+
+class Pipeline:
+    """One rank's place in a pipeline of two stages or more."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        topology: Topology,
+        rank: int,
+        group: dist.ProcessGroup,
+        *,
+        schedule: str,
+        num_micro_batches: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        clock: StepClock,
+        context: Callable[[], BlockContext],
+    ):
+        """`context`: a new one for each micro batch.  `dtype`: of the hidden states between stages."""
+        self._stage = stage
+        self._clock = clock
+        self._context = context
+        self._topology = topology
+        self._rank = rank
+        self._group = group
+        self._class = SCHEDULES[schedule]
+        self._num_micro_batches = num_micro_batches
+        self._dtype = dtype
+        self._device = device
+        self._schedule: Any = None
+
+    def step(
+        self, inputs: Sequence[Tensor], targets: Sequence[Tensor], loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Forward and backward passes of all micro batches -> at the last stage the loss of each."""
+        if self._schedule is None:
+            self._schedule = self._build(inputs[0], targets[0], loss)
+        losses: list[Tensor] = []
+        whole = torch.cat(list(inputs))
+        starts = self._stage.starts(whole)
+        arguments = {} if starts is None else {"starts": starts}
+        # what is neither forward nor backward is sending, and waiting for what others send
+        with self._clock.phase("communication"):
+            if self._stage.previous is None:
+                self._schedule.step(whole, return_outputs=False, **arguments)
+            elif self._stage.following is None:
+                self._schedule.step(target=torch.cat(list(targets)), losses=losses, return_outputs=False, **arguments)
+            else:
+                self._schedule.step(return_outputs=False, **arguments)
+        return losses
+
+    def _build(self, inputs: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        hidden = torch.empty(self._stage.hidden_shape(inputs), dtype=self._dtype, device="meta", requires_grad=True)
+        first, last = self._stage.previous is None, self._stage.following is None
+        stage = _TimedStage(
+            self._stage,
+            self._clock,
+            self._context,
+            stage_index=self._topology.coordinate("pipeline", self._rank),
+            num_stages=self._topology.pipeline,
+            device=self._device,
+            input_args=torch.empty_like(inputs, device="meta") if first else hidden,
+            output_args=torch.empty((), device="meta") if last else hidden,
+            group=self._group,
+        )
+        return self._class(stage, self._num_micro_batches, loss_fn=loss, scale_grads=False)

@@ -1,0 +1,90 @@
+"""A stage's parameters sharded over the data-parallel ranks by torch's `fully_shard`.
+
+Each parameter is cut by rows into chunks of equal size, the last ones smaller or empty. A rank keeps its chunk in fp32:
+the master weight. The forward pass gathers whole parameters in the compute type, one block at a time; the backward pass
+sums gradients in fp32, and leaves each rank the mean of its own chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from megatron_tf.config.topology import Topology
+from megatron_tf.engine.segmented import Fragment
+from megatron_tf.engine.shards import ShardedParameter
+from megatron_tf.model.stage import Stage
+from megatron_tf.parallel.groups import Group
+
+
+def shard(stage: Stage, data: Group, topology: Topology, dtype: torch.dtype, device: torch.device, keep: bool) -> bool:
+    """Shards `stage` over `data` and returns True, or, where one rank needs no other compute type, leaves it alone.
+
+    `keep`: whether parameters stay whole between the forward and the backward pass.
+    """
+    if data.size == 1 and dtype == torch.float32:
+        return False
+    handle = data.handle
+    if handle is None:
+        for rank in range(topology.world_size):
+            alone = dist.new_group([rank])
+            handle = alone if rank == dist.get_rank() else handle
+    assert handle is not None
+    mesh = DeviceMesh.from_group(handle, device.type)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in stage.blocks.values():
+        fully_shard(block, mesh=mesh, reshard_after_forward=not keep, mp_policy=policy)
+    fully_shard(stage, mesh=mesh, reshard_after_forward=not keep, mp_policy=policy)
+    return True
+
+
+def set_last_backward(stage: nn.Module, last: bool, keep: bool) -> None:
+    """Before a backward pass. `last`: of the step. `keep`: whether parameters and gradients stay whole until then."""
+    if isinstance(stage, FSDPModule):
+        stage.set_is_last_backward(last)
+        stage.set_requires_gradient_sync(last or not keep)
+        stage.set_reshard_after_backward(last or not keep)
+
+
+def fragment(shard: ShardedParameter, data: Group) -> Fragment | None:
+    """Where this rank keeps the shard's fp32 state; None where its chunk is empty."""
+    parameter, width = shard.parameter, shard.spec.width
+    first = shard.first_row * width
+    if not isinstance(parameter, DTensor):
+        return Fragment(shard.spec, parameter, first, first + parameter.numel(), 0, shard.owned)
+    local = parameter.to_local().detach()
+    rows = parameter.shape[0]
+    begin = min(data.rank * -(-rows // data.size), rows)
+    assert local.shape[0] == min(-(-rows // data.size), rows - begin), "fully_shard cuts by rows, as torch.chunk does"
+    start = first + begin * width
+    return Fragment(shard.spec, local, start, start + local.numel(), 0, shard.owned) if local.numel() else None
+
+
+def gradient(parameter: nn.Parameter) -> Tensor | None:
+    """This rank's chunk of the final gradient."""
+    grad = parameter.grad
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def tied_group(topology: Topology, rank: int) -> dist.ProcessGroup | None:
+    """The first and the last stage of this rank's pipeline, where it is one of them. All ranks call it together."""
+    mine = None
+    for ranks in topology.groups("pipeline"):
+        ends = [ranks[0], ranks[-1]]
+        handle = dist.new_group(ends)
+        mine = handle if rank in ends else mine
+    return mine
+
+
+def gradients(shards: list[ShardedParameter]) -> Iterator[tuple[ShardedParameter, Tensor]]:
+    """Those that are there."""
+    for shard_ in shards:
+        grad = gradient(shard_.parameter)
+        if grad is not None:
+            yield shard_, grad
