@@ -1,7 +1,7 @@
 """Prove that a run can change its layout: train under one, save, resume under another, and compare.
 
-The configured model is trained on random tokens, in fp32, under every layout that fits, saved in the background, and
-resumed under another. For each change the table says how far the losses are from one process that was never
+The configured model is trained on random tokens, in fp32, under every layout that fits and by both engines, saved in
+the background, and resumed under another. For each change the table says how far the losses are from one process that was never
 interrupted, and whether weights, both Adam moments and step counts were equal to the last bit after loading.
 No data is needed.
 """
@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument(
         "--all", action="store_true", help="every change; by default each layout is left once and entered once"
     )
+    parser.add_argument(
+        "--engines", choices=("deepspeed", "torch", "both"), default="both", help="what trains (default both)"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative error (default 1e-5)")
     arguments = parser.parse_intermixed_args()
     for name in ("steps", "ranks"):
@@ -43,9 +46,10 @@ def main() -> None:
         raise ConfigError(f"--tolerance: is {arguments.tolerance}, must be a number of 0 or more, such as 1e-5.")
     config = load_config(arguments.config, ["training.precision=fp32", *arguments.overrides])
     from megatron_tf.verification.layout import Layout
-    from megatron_tf.verification.resume import check_resumes, rotation, settings
+    from megatron_tf.verification.resume import ENGINES, check_resumes, rotation, settings
 
-    found = settings(config, arguments.ranks)
+    engines = ENGINES if arguments.engines == "both" else (arguments.engines,)
+    found = settings(config, arguments.ranks, engines)
     if not found:
         validate(Layout(Topology(1, 1, 1)).apply(config), 1)  # says so if it is the model that is wrong
         raise ConfigError(f"no layout of 1 to {arguments.ranks} ranks fits this model and batch.")
@@ -59,7 +63,9 @@ def main() -> None:
 
 def print_table(results: list[Resumed], tolerance: float, steps: int) -> None:
     print(f"{steps} steps, saved, resumed for {steps} more; worst relative difference of a loss from one process")
-    print(f"that was not interrupted, tolerance {tolerance:g}; SP: sequence-parallel, Z0: without ZeRO")
+    print(
+        f"that was not interrupted, tolerance {tolerance:g}; SP: sequence-parallel, Z0: without ZeRO, torch: by that engine"
+    )
     rows = [("from", "to", "loss", "state loaded", "verdict")]
     for result in results:
         state = "bit-equal" if not result.differing else f"{len(result.differing)} differ"

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from megatron_tf.architectures.work import Collective, Collectives, Kind, compute_bytes, hidden_bytes, positions_of
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Precision, RunConfig
+from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import GridAxis, Topology
 from megatron_tf.config.validate import plan_batches, topology_for
@@ -56,18 +56,34 @@ def sent_document_starts(config: RunConfig) -> Collective:
     return Collective("send", 4 * positions if config.data.reset_at_eod else 0)
 
 
-def data_collectives(parameters: int, precision: Precision, zero_stage: int, data_parallel: int) -> Collectives:
-    """Once a step over the data-parallel group, for the `parameters` of a rank, as DeepSpeed does it.
+def data_collectives(config: RunConfig, parameters: int, data_parallel: int, num_micro_batches: int) -> Collectives:
+    """In a step over the data-parallel group, for the `parameters` of a rank. Gradients travel in fp32.
 
-    Gradients are all-reduced in fp32 whatever the precision; under ZeRO 1 the updated weights are gathered in the
-    compute type.
+    | engine              | gradients                         | parameters, in the compute type           |
+    |---------------------|-----------------------------------|-------------------------------------------|
+    | deepspeed, ZeRO 0   | all-reduce                        | none                                      |
+    | deepspeed, ZeRO 1   | all-reduce                        | all-gather                                |
+    | torch, `optimizer`  | reduce-scatter                    | all-gather                                |
+    | torch, `gradients`  | reduce-scatter of each micro batch | all-gather of each micro batch            |
+    | torch, `parameters` | reduce-scatter of each micro batch | all-gather of each micro batch and pass   |
+
+    In a pipeline the torch engine keeps gradients, and reduces them once.
     """
     if data_parallel == 1:
         return ()
     gradients = Collective("all_reduce", 4 * parameters)
-    if zero_stage == 0:
-        return (gradients,)
-    return gradients, Collective("all_gather", compute_bytes(precision) * parameters)
+    gathered = Collective("all_gather", compute_bytes(config.training.precision) * parameters)
+    if config.parallel.engine == "deepspeed":
+        return (gradients,) if config.zero.stage == 0 else (gradients, gathered)
+    times = {"optimizer": (1, 1), "gradients": (1, 1), "parameters": (1, 2)}
+    reductions, gatherings = times[config.parallel.shard]
+    if config.parallel.shard != "optimizer":
+        gatherings *= num_micro_batches
+        reductions *= num_micro_batches if config.parallel.pipeline == 1 else 1
+    return (
+        Collective("reduce_scatter", 4 * parameters, reductions),
+        replace(gathered, count=gatherings),
+    )
 
 
 def tied_gradients(config: RunConfig, topology: Topology) -> Collectives:
@@ -91,7 +107,7 @@ def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[GridAxis, fl
     sides = ends if topology.pipeline == 1 else ends[1:]
     end = sum(c.sent_bytes(topology.tensor) for side in sides for pass_ in side for c in pass_)
     parameters = stage_parameters(config.model, topology, topology.pipeline - 1)
-    data = data_collectives(parameters, config.training.precision, config.zero.stage, topology.data)
+    data = data_collectives(config, parameters, topology.data, micro_batches)
     crossings = min(2, topology.pipeline - 1)  # to the stage after and to the one before
     crossing = crossings * stage_boundary(config).bytes + (sent_document_starts(config).bytes if crossings else 0)
     return {

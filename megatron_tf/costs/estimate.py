@@ -108,9 +108,20 @@ def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
 
 def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> Memory:
     parameters = stage_parameters(config.model, topology, stage)
-    weights, gradients, optimizer = parameter_state_bytes(
-        parameters, config.training.precision, config.zero.stage, topology.data, config.optimizer.type
-    )
+    precision, optimizer_type = config.training.precision, config.optimizer.type
+    if config.parallel.engine == "torch":
+        weights, gradients, optimizer = sharded_state_bytes(
+            parameters,
+            2 * parameters // (1 + len(stage_layers(config.model.num_layers, topology.pipeline, stage))),
+            precision,
+            config.parallel.shard if topology.pipeline == 1 else "optimizer",
+            topology.data,
+            optimizer_type,
+        )
+    else:
+        weights, gradients, optimizer = parameter_state_bytes(
+            parameters, precision, config.zero.stage, topology.data, optimizer_type
+        )
     # One forward, one backward: stage i has started this many micro batches before its first backward.
     in_flight = min(num_micro_batches, topology.pipeline - stage)
     return Memory(weights, gradients, optimizer, _stage_activation_bytes(config, topology, stage, in_flight))
@@ -138,6 +149,34 @@ def parameter_state_bytes(
     compute = compute_bytes(precision)
     sums = 4 * parameters if precision == "bf16" else 4 * share
     return compute * parameters, compute * parameters + sums, (4 + kept) * share
+
+
+def sharded_state_bytes(
+    parameters: int,
+    gathered: int,
+    precision: Precision,
+    shard: str,
+    data_parallel: int,
+    optimizer: str = DEFAULT_OPTIMIZER,
+) -> tuple[int, int, int]:
+    """Bytes of (weights, gradients, optimizer) for `parameters` elements on a rank, as torch's `fully_shard` does it.
+
+    `gathered`: elements that are whole at a time where parameters are sharded: of two blocks.
+
+    | shard        | weights      | gradients         | optimizer  |
+    |--------------|--------------|-------------------|------------|
+    | `optimizer`  | c            | 4 + 4/DP          | (4 + s)/DP |
+    | `gradients`  | c            | 4/DP, 4 of blocks | (4 + s)/DP |
+    | `parameters` | c of blocks  | 4/DP, 4 of blocks | (4 + s)/DP |
+
+    c: bytes of the compute type; s: see `parameter_state_bytes`. One rank in fp32 shards nothing: 4, 4 and s.
+    """
+    kept, compute = OPTIMIZERS[optimizer].state_bytes, compute_bytes(precision)
+    if data_parallel == 1 and precision == "fp32":
+        return 4 * parameters, 4 * parameters, kept * parameters
+    share, blocks = -(-parameters // data_parallel), min(gathered, parameters)
+    weights = compute * (blocks if shard == "parameters" else parameters)
+    return weights, 4 * (parameters if shard == "optimizer" else blocks) + 4 * share, (4 + kept) * share
 
 
 def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, in_flight: int) -> int:

@@ -33,7 +33,7 @@ def describe(
             f"{model.num_attention_heads} heads, {architecture_of(model).describe(model)}, {task_of(model).describe(model)}"
         ),
         "layout": (
-            f"{world_size:,} {plural('rank', world_size)} as {topology}{sequence}, ZeRO {config.zero.stage}, "
+            f"{world_size:,} {plural('rank', world_size)} as {topology}{sequence}, {_sharding(config)}, "
             f"{training.precision}{checkpointing}; "
             f"at most {parameters_per_rank(model, topology):,} parameters a rank"
         ),
@@ -70,6 +70,12 @@ def room_warning(config: RunConfig, steps_left: int, num_bytes: int, free_bytes:
         f"checkpoint: {count:,} {plural('checkpoint', count)} of {size(num_bytes)} need {size(count * num_bytes)}, and "
         f"{size(free_bytes)} are free in {config.run.dir}. Make room, or {remedy}."
     )
+
+
+def _sharding(config: RunConfig) -> str:
+    if config.parallel.engine == "deepspeed":
+        return f"ZeRO {config.zero.stage}"
+    return f"torch, sharded {config.parallel.shard}"
 
 
 def _configured_origin(config: RunConfig) -> str:

@@ -72,7 +72,7 @@ def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions
     compute, tensor, sending = max(slots, key=sum)
     micro_batches = batches.num_micro_batches
     parameters = max(stage_parameters(config.model, topology, stage) for stage in stages)
-    data = data_collectives(parameters, config.training.precision, config.zero.stage, topology.data)
+    data = data_collectives(config, parameters, topology.data, micro_batches)
     tied = tied_gradients(config, topology)
     # between first and last stage, but as costly as between neighbours
     end = _seconds(data, topology.data, "data", topology, gpu, assumed) + _seconds(

@@ -51,6 +51,7 @@ from megatron_tf.verification.layout import (
 )
 
 AXIS_SIZES = (1, 2, 4)
+ENGINES = ("deepspeed", "torch")
 _PAIRS_AT_ONCE = 25  # engines that the same processes build one after the other: DeepSpeed never frees their groups
 
 
@@ -93,15 +94,16 @@ class Resumed:
         return self.loss <= tolerance and not self.differing
 
 
-def settings(config: RunConfig, num_ranks: int) -> list[Setting]:
-    """Every valid setting of 1 to `num_ranks` ranks with 1, 2 or 4 of them along each axis."""
+def settings(config: RunConfig, num_ranks: int, engines: Sequence[str] = ENGINES) -> list[Setting]:
+    """Every valid setting of `engines`, on 1 to `num_ranks` ranks with 1, 2 or 4 of them along each axis."""
     chosen = [Layout(Topology()), *layouts(config, num_ranks)]
     found = []
     for layout in chosen:
         sizes = layout.topology
         if not all(size in AXIS_SIZES for size in (sizes.tensor, sizes.pipeline, sizes.data)):
             continue
-        for setting in (Setting(layout), Setting(layout, zero_stage=0), Setting(layout, engine="torch")):
+        of_layout = (Setting(layout), Setting(layout, zero_stage=0), Setting(layout, engine="torch"))
+        for setting in (setting for setting in of_layout if setting.engine in engines):
             try:
                 validate(setting.apply(config), setting.world_size)
             except ConfigError:

@@ -22,8 +22,8 @@ from megatron_tf.verification.layout import Layout
 from megatron_tf.verification.resume import Resumed, Setting, check_resumes, rotation, settings
 
 
-def setting(tensor, pipeline, data, sequence=False, zero_stage=1):
-    return Setting(Layout(Topology(tensor, pipeline, data), sequence), zero_stage)
+def setting(tensor, pipeline, data, sequence=False, zero_stage=1, engine="deepspeed"):
+    return Setting(Layout(Topology(tensor, pipeline, data), sequence), zero_stage, engine)
 
 
 def check(config, pairs, steps=4, tolerance=1e-5):
@@ -35,6 +35,8 @@ def test_settings_are_the_valid_ones(config):
     found = settings(config(model={"num_layers": 4}), 4)
     assert len(set(found)) == len(found) and setting(1, 1, 1) in found and setting(1, 4, 1) in found
     assert all(s.world_size in (1, 2, 4) for s in found)
+    assert setting(2, 1, 2, True, engine="torch") in found
+    assert settings(config(model={"num_layers": 4}), 4, ["deepspeed"]) == [s for s in found if s.engine == "deepspeed"]
     without_zero = [s for s in found if not s.zero_stage]
     assert setting(2, 1, 2, True, 0) in without_zero
     assert all(s.layout.topology.pipeline == 1 for s in without_zero)
@@ -72,7 +74,24 @@ def test_a_transformer(config):
 @pytest.mark.timeout(1200)
 def test_every_layout_of_up_to_four_ranks(config):
     tall = config(model={"num_layers": 4}, training={"micro_batch_size": 4})
-    check(tall, rotation(settings(tall, 4)), steps=10)
+    check(tall, rotation(settings(tall, 4, ["deepspeed"])), steps=10)
+
+
+def test_from_one_engine_to_the_other(config):
+    torch_alone = setting(1, 1, 2, engine="torch")
+    check(config(), [(torch_alone, setting(2, 1, 1)), (setting(1, 2, 1), torch_alone)], steps=2)
+
+
+@pytest.mark.slow
+def test_from_one_engine_to_the_other_on_four_ranks(config):
+    mixed = [
+        setting(2, 1, 2),
+        setting(1, 2, 2, engine="torch"),
+        setting(1, 1, 4),
+        setting(2, 1, 2, True, engine="torch"),
+        setting(2, 2, 1, engine="torch"),
+    ]
+    check(config(), rotation(mixed), steps=2)
 
 
 @pytest.mark.slow

@@ -1,0 +1,164 @@
+"""The engine on torch alone: every layout computes what one process computes, and deepspeed is not needed for it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from launching import run, train
+from prepared import write_tokens
+from tiny import run_config
+
+from megatron_tf.config.topology import Topology
+from megatron_tf.config.validate import plan_batches, validate
+from megatron_tf.engine.choice import build_engine
+from megatron_tf.errors import CheckpointError, ConfigError
+from megatron_tf.parallel.groups import make_group
+from megatron_tf.runtime.local_ranks import start_ranks
+from megatron_tf.state.sources import InitialSource
+from megatron_tf.verification.layout import Layout, batches, compare, joined, reference, run_layouts
+
+TOLERANCE = 1e-5
+BOUNDARIES = {"train": ({"path": "unused"},), "reset_at_eod": True, "mask_eod_loss": True, "pad_id": 1}
+# five tokens over four data-parallel ranks leave the last one none
+FEW_TOKENS = {"parameter_tokens": {"qkv": 5, "proj": 11, "ffn": 37}}
+
+
+def config(**changes):
+    parallel = {"engine": "torch", **changes.pop("parallel", {})}
+    return run_config(parallel=parallel, **changes)
+
+
+def check(config, *chosen, steps=3):
+    expected = reference(config, steps)
+    for layout, trace in zip(chosen, run_layouts(config, chosen, steps)):
+        difference = compare(trace, expected)
+        assert difference.agrees(TOLERANCE), f"{layout}: {difference}"
+
+
+def test_two_ranks():
+    layouts = [Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)), Layout(Topology(1, 1, 2))]
+    check(config(data=BOUNDARIES), *layouts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["optimizer", "gradients", "parameters"])
+def test_four_ranks(shard):
+    layouts = [
+        Layout(Topology(1, 1, 4)),
+        Layout(Topology(2, 1, 2), True),
+        Layout(Topology(1, 2, 2)),
+        Layout(Topology(2, 2, 1), True),
+    ]
+    check(config(parallel={"shard": shard}, model=FEW_TOKENS, training={"micro_batch_size": 1}), *layouts)
+
+
+@pytest.mark.slow
+def test_other_order_depth_and_recomputation():
+    changes = {"data": BOUNDARIES, "model": {"num_layers": 3}, "training": {"activation_checkpointing": True}}
+    check(config(parallel={"schedule": "gpipe"}, **changes), Layout(Topology(1, 3, 1)))
+
+
+@pytest.mark.slow
+def test_a_transformer_and_sparse_tokens():
+    plain = {"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 37}
+    check(config(model=plain), Layout(Topology(2, 1, 2), True), Layout(Topology(1, 2, 2)))
+    bank = {"group_size": 16, "candidates": 4, "dense": 0}
+    sparse = {"parameter_tokens": {"qkv": 13, "proj": 11, "ffn": 64}, "sparse": {"ffn": bank}}
+    check(config(model=sparse), Layout(Topology(2, 1, 2)), Layout(Topology(1, 2, 1)))
+
+
+def test_a_gradient_that_is_not_finite_and_a_drifted_copy(tmp_path):
+    start_ranks(_faults, 2, str(tmp_path))
+
+
+def _faults(rank, folder):
+    of = config()
+    plan, topology = plan_batches(of, 2), Topology(1, 2, 1)
+    of = of.model_copy(update={"parallel": of.parallel.model_copy(update={"pipeline": 2})})
+    with joined([of], rank, 2, folder):
+        plan = plan_batches(of, 2)
+        tensor = make_group(topology, "tensor", 60.0)
+        engine = build_engine(of, of.model, plan, topology, tensor, InitialSource(of.model, 7))
+        before = [piece.tensor.clone() for piece in engine.pieces()]
+        engine.check_replicas()
+        weights = dict(engine.stage().named_parameters())
+        if rank == 1:
+            handle = weights["final_norm.weight"].register_hook(lambda gradient: gradient * torch.inf)
+        result = engine.train_step(0, batches(of, plan, 0, 0, 1))
+        assert result.skipped and engine.steps_skipped == 1
+        assert engine.nonfinite_gradients() == ["final_norm.weight"]
+        assert all(torch.equal(a, piece.tensor) for a, piece in zip(before, engine.pieces()))
+        if rank == 1:
+            handle.remove()
+        assert not engine.train_step(1, batches(of, plan, 1, 0, 1)).skipped
+        engine.check_replicas()
+        if rank == 1:
+            with torch.no_grad():
+                weights["embedding.weight"][0, 0] += 1
+        with pytest.raises(CheckpointError, match=r"embedding.weight from row 0: ranks \[0\] differ from ranks \[1\]"):
+            engine.check_replicas()
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"parallel": {"engine": "deepspeed", "shard": "parameters"}},
+            "parallel.shard: parameters needs parallel.engine",
+        ),
+        ({"training": {"precision": "fp16"}}, "training.precision: fp16 needs parallel.engine: deepspeed"),
+        ({"zero": {"stage": 0}}, "zero.stage: 0 is for parallel.engine: deepspeed"),
+        ({"deepspeed": {"fp16": {"loss_scale_window": 10}}}, "deepspeed: this section has no effect"),
+        (
+            {"parallel": {"pipeline": 2}, "training": {"micro_batch_size": 8}},
+            "parallel.schedule: 1f1b needs a micro batch for each of parallel.pipeline 2 stages, and a step has 1 of "
+            "them. Set it to gpipe, or training.micro_batch_size to at most 4.",
+        ),
+    ],
+)
+def test_what_an_engine_does_not_have(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(config(**changes), 2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_tokens(tmp_path / "data")
+    model = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "vocab_size": 99}
+    values = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {**model, "parameter_tokens": {"qkv": 13, "proj": 11, "ffn": 37}},
+        "parallel": {"engine": "torch"},
+        "training": {"train_steps": 4, "global_batch_size": 8, "micro_batch_size": 2, "precision": "bf16"},
+        "optimizer": {"lr": 1e-3, "schedule": {"type": "constant"}},
+        "data": {"train": [{"path": str(tmp_path / "data")}]},
+        "logging": {"interval_steps": 1, "health_interval_steps": 2},
+    }
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_training_without_deepspeed(folder):
+    """bf16 on one process, resumed with sharded parameters on two, then grown."""
+    blocked = folder / "blocked" / "deepspeed"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").write_text("raise ImportError('deepspeed is not here')")
+    assert run(["python", "-c", "import deepspeed"], PYTHONPATH=str(blocked.parent)).returncode != 0
+    hidden = {"PYTHONPATH": f"{blocked.parent}:."}
+    done = train(folder, **hidden)
+    assert done.returncode == 0, done.stdout
+    done = train(folder, "training.train_steps=8", "parallel.shard=parameters", ranks=2, **hidden)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout
+    assert "2 ranks as TP1×PP1×DP2, torch, sharded parameters, bf16" in done.stdout
+    losses = [
+        json.loads(line).get("train/loss") for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert len([loss for loss in losses if loss is not None]) == 8
+    grown = [f"run.dir={folder}/grown", f"growth.from={folder}/run", "model.parameter_tokens.ffn=80"]
+    done = train(folder, *grown, ranks=2, **hidden)
+    assert done.returncode == 0 and "growth: held batch" in done.stdout, done.stdout
