@@ -10,6 +10,8 @@ TENSORBOARD = ["tensorboard>=2.20,<3"]
 SENTENCEPIECE = ["sentencepiece>=0.2,<0.3"]
 PARQUET = ["pyarrow>=17,<27"]
 TRANSFORMERS = ["transformers>=5.16,<5.25"]
+# Exactly this one: what its engine relies on, and works around, is in DeepSpeed's internals. Installing it needs torch.
+DEEPSPEED = ["deepspeed==0.19.8"]
 ADAPTERS = ["peft>=0.21,<0.22", *TRANSFORMERS]
 EVAL = ["lm_eval>=0.4.13,<0.4.14", *TRANSFORMERS, *PARQUET]
 DOCS = ["mkdocs>=1.6,<1.7", "mkdocs-material>=9.8,<9.9"]  # also for `make docs`, which builds without a network
@@ -38,8 +40,6 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.11,<2.14",
-        # Exactly this one: what this project relies on, and works around, is in its internals.
-        "deepspeed==0.19.8",
         "numpy>=1.26,<3",
         "pydantic>=2.11,<3",
         "PyYAML>=6,<7",
@@ -51,6 +51,7 @@ setup(
     ],
     extras_require={
         "adapters": ADAPTERS,
+        "deepspeed": DEEPSPEED,
         "docs": DOCS,
         "eval": EVAL,
         "hf": TRANSFORMERS,
@@ -66,6 +67,7 @@ setup(
             "pytest-timeout>=2.3,<3",
             "ruff>=0.15,<0.18",
             *ADAPTERS,
+            *DEEPSPEED,
             *EVAL,
             *PARQUET,
             *PLOT,

@@ -1,12 +1,14 @@
-"""What DeepSpeed needs of this machine's device, known before a rank starts."""
+"""What the engine of a run needs of this machine, known before a rank starts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 
 import torch
 
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.requirements import wanted_versions
 
 
 def accelerator_problems(environ: Mapping[str, str]) -> Iterator[str]:
@@ -17,9 +19,19 @@ def accelerator_problems(environ: Mapping[str, str]) -> Iterator[str]:
         yield f"DS_ACCELERATOR={name}, but PyTorch's device here is {device}. Unset it, or {remedy}."
 
 
+def engine_problems(config: RunConfig) -> Iterator[str]:
+    """An engine that is not installed."""
+    if config.parallel.engine == "deepspeed" and find_spec("deepspeed") is None:
+        version = wanted_versions("deepspeed")
+        yield (
+            "parallel.engine: deepspeed is not installed here. Set it to torch, or `pip install setuptools wheel ninja && "
+            f"pip install --no-build-isolation deepspeed{version}`."
+        )
+
+
 def precision_problems(config: RunConfig) -> Iterator[str]:
     """Compute types that DeepSpeed refuses on a CPU."""
-    if config.training.precision != "fp16" or torch.cuda.is_available():
+    if config.training.precision != "fp16" or config.parallel.engine != "deepspeed" or torch.cuda.is_available():
         return
     from megatron_tf.engine.deepspeed.patches import has_fp16
 

@@ -14,7 +14,6 @@ rank computes alike there is divided by their number.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 Reports = dict[str, Tensor]  # name -> scalar
 
 
-@dataclass
 class BlockContext:
     """Of one micro batch, for all blocks of a stage.
 
@@ -39,10 +37,12 @@ class BlockContext:
     `losses`, `metrics`: sums over the blocks so far, by name.
     """
 
-    documents: Documents | None = None
-    loss_weight: Tensor | float | None = None
-    losses: Reports = field(default_factory=dict)
-    metrics: Reports = field(default_factory=dict)
+    # Not a dataclass: torch's `fully_shard` copies those among a module's arguments, and what blocks add would be lost.
+    def __init__(self, documents: Documents | None = None, loss_weight: Tensor | float | None = None):
+        self.documents = documents
+        self.loss_weight = loss_weight
+        self.losses: Reports = {}
+        self.metrics: Reports = {}
 
     def add(self, losses: Reports, metrics: Reports) -> None:
         """What one block has given back."""

@@ -12,7 +12,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import memory_per_rank
 from megatron_tf.data.outlook import tokenizer_problem
-from megatron_tf.engine.device import accelerator_problems, precision_problems
+from megatron_tf.engine.device import accelerator_problems, engine_problems, precision_problems
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import chain_problems
 from megatron_tf.runtime.environment import LaunchEnvironment
@@ -38,7 +38,9 @@ def preflight(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> No
             lacking += [stage + problem for problem in memory_problems(config, environment.world_size, memory)]
         lacking += [stage + problem for problem in machine_problems(config)]
         lacking += [stage + problem for problem in [tokenizer_problem(config)] if problem]
-        if not wrong_accelerator:
+        not_installed = [stage + problem for problem in engine_problems(config)]
+        lacking += not_installed
+        if not wrong_accelerator and not not_installed:
             lacking += [stage + problem for problem in precision_problems(config)]
     wrong += chain_problems(stages)
     if wrong or lacking:

@@ -203,7 +203,7 @@ class TorchEngine(SegmentedEngine):
             if shard.spec.tied:
                 dist.all_reduce(gradient, group=self._tied)
 
-    def _loss_and_norm(self, losses: Sequence[Tensor]) -> tuple[Tensor, float]:
+    def _loss_and_norm(self, losses: list[Tensor]) -> tuple[Tensor, float]:
         """The loss of the global batch, and the norm of its gradient; the same on all ranks."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._on)
         if losses and self._tensor.rank == 0:

@@ -7,6 +7,7 @@ sums gradients in fp32, and leaves each rank the mean of its own chunk.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -36,6 +37,8 @@ def shard(stage: Stage, data: Group, topology: Topology, dtype: torch.dtype, dev
             alone = dist.new_group([rank])
             handle = alone if rank == dist.get_rank() else handle
     assert handle is not None
+    # No block changes its hidden states in place, so that some leave it as a view does no harm.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = DeviceMesh.from_group(handle, device.type)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in stage.blocks.values():
