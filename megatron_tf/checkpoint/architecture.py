@@ -54,12 +54,22 @@ def token_counts(model: Model, action: str) -> dict[str, int]:
 
 def check_prunable(model: Model) -> None:
     """CheckpointError unless each projection of the model is one list of tokens that all positions use."""
+    problems = []
     for projection in projections(model).values():
-        if (projection.keys, projection.values) != (("key_tokens",), ("value_tokens",)):
-            raise CheckpointError(
-                f"{projection.name}: cannot be pruned, because its tokens are {', '.join(projection.keys + projection.values)}, and "
-                "only a projection of key_tokens and value_tokens alone can lose some. Give a model without model.sparse"
+        kind = projection.kind
+        if projection.bank:
+            problems.append(
+                f"model.sparse.{kind}: the {kind} projections cannot be pruned, because positions choose among "
+                f"{projection.bank} tokens. Give a model without model.sparse, such as the one that it was grown from"
             )
+        elif (projection.keys, projection.values) != (("key_tokens",), ("value_tokens",)):
+            problems.append(
+                f"the {kind} projections cannot be pruned, because their tokens are "
+                f"{', '.join(projection.keys + projection.values)}. Give a model whose tokens are key_tokens and "
+                "value_tokens alone"
+            )
+    if problems:
+        raise CheckpointError("\n".join(dict.fromkeys(problems)))
 
 
 def check_format(model: Model, form: str, action: str) -> None:

@@ -138,9 +138,12 @@ def gram(projection: GrowingProjection) -> NewTokens:
         raise _refusal("gram", projection, _makes_up_for_scale, "neither keys nor values make up for another τ")
     tensors = (*projection.initial_keys, *projection.initial_values)
     if len(tensors) != 2:
+        kind = projection.kind
+        has_bank = any(name.startswith("bank.") for name in tensors)
+        others = f"model.sparse.{kind} has candidates" if has_bank else f"those of {kind} are {', '.join(tensors)}"
         raise ConfigError(
-            f"{projection.key}: gram grows projections of one key and one value tensor, and {projection.name} has "
-            f"{len(tensors)} tensors ({', '.join(tensors)}). Set the method to zero_key."
+            f"{projection.key}: gram grows projections of one key and one value tensor, and {others}. Set the method to "
+            "zero_key."
         )
     if not activation.scales_normed_scores:
         return NewTokens(scale, None, projection.initial_values, old_values_factor=projection.scale / scale)
@@ -154,7 +157,7 @@ def gram(projection: GrowingProjection) -> NewTokens:
     factor = (scale / projection.scale) ** 2 - 1
     if factor <= 0:
         raise ConfigError(
-            f"{projection.key}: gram sets τ of {projection.name} to √{new} = {scale:.6g}, which must be more than the "
+            f"{projection.key}: gram sets τ of {projection.kind} to √{new} = {scale:.6g}, which must be more than the "
             f"{projection.scale:.6g} of now. Set model.parameter_tokens.{projection.kind} to more than "
             f"{projection.scale**2:.0f}, or the method to zero_key."
         )

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from megatron_tf.checkpoint.architecture import check_format, check_prunable
 from megatron_tf.config import load_config
 from megatron_tf.config.load import dump_config
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import Growth, Model, RunConfig
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.communication import sent_bytes_per_step
@@ -23,7 +23,7 @@ from megatron_tf.costs.hardware import GPUS, Assumptions
 from megatron_tf.costs.plan import describe
 from megatron_tf.costs.work import block_seconds
 from megatron_tf.errors import CheckpointError, ConfigError
-from megatron_tf.growth.rules import growth_problems
+from megatron_tf.growth.rules import growth_problems, scales_after_growth
 from megatron_tf.inference.cache import CachedModel
 from megatron_tf.inference.sampling import generate
 from megatron_tf.model import build_model
@@ -184,8 +184,20 @@ def test_it_resumes_at_another_layout():
 
 def test_what_knows_dense_projections_only_refuses():
     check_prunable(dense().model)
-    with pytest.raises(CheckpointError, match="blocks.0.ffn: cannot be pruned.*without model.sparse"):
+    message = (
+        "^model.sparse.ffn: the ffn projections cannot be pruned, because positions choose among 3 candidates in each of 4 "
+        "slots of 16 tokens. Give a model without model.sparse, such as the one that it was grown from$"
+    )
+    with pytest.raises(CheckpointError, match=message):
         check_prunable(config().model)
+    with pytest.raises(ConfigError) as caught:
+        larger = config(ffn=101)
+        growth = Growth(source="x", method="gram")
+        scales_after_growth(config().model, larger.model, growth, initial_scales(config().model))
+    assert caught.value.problems == [
+        "growth.method: gram grows projections of one key and one value tensor, and model.sparse.ffn has candidates. Set the "
+        "method to zero_key."
+    ]
     assert growth_problems(config().model, config(bank={"group_size": 16, "candidates": 4, "dense": 5}).model)
     assert growth_problems(dense().model, config().model)
 
