@@ -9,6 +9,7 @@ WANDB = ["wandb>=0.31,<0.32"]
 TENSORBOARD = ["tensorboard>=2.20,<3"]
 SENTENCEPIECE = ["sentencepiece>=0.2,<0.3"]
 PARQUET = ["pyarrow>=17,<27"]
+IMAGES = ["pillow>=10.1,<14"]
 TRANSFORMERS = ["transformers>=5.16,<5.25"]
 # Exactly this one: what its engine relies on, and works around, is in DeepSpeed's internals. Installing it needs torch.
 DEEPSPEED = ["deepspeed==0.19.8"]
@@ -55,6 +56,7 @@ setup(
         "docs": DOCS,
         "eval": EVAL,
         "hf": TRANSFORMERS,
+        "images": IMAGES,
         "parquet": PARQUET,
         "plot": PLOT,
         "sentencepiece": SENTENCEPIECE,
@@ -69,6 +71,7 @@ setup(
             *ADAPTERS,
             *DEEPSPEED,
             *EVAL,
+            *IMAGES,
             *PARQUET,
             *PLOT,
             *SENTENCEPIECE,

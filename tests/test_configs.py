@@ -44,11 +44,26 @@ TRANSFORMERS = {
     "transformer_1.4B": (1_310_986_240, 24, 2048, 32, 8192),
     "tiny_transformer": (1_573_120, 4, 128, 4, 768),
 }
-SIZES = {**TOKENFORMERS, **TRANSFORMERS}
+# Of images, in the same columns
+VISION = {
+    "vision_b16_86M": (86_447_848, 12, 768, 12, 576, 2304),
+    "vision_b16_115M": (114_759_400, 12, 768, 12, 768, 3072),
+    "vision_l16_304M": (304_007_144, 24, 1024, 16, 768, 3072),
+    "vision_l16_405M": (404_670_440, 24, 1024, 16, 1024, 4096),
+    "tiny_vision": (201_610, 4, 64, 4, 48, 192),
+    "tiny_vision_grow": (398_218, 4, 64, 4, 96, 384),
+}
+VISION_TRANSFORMERS = {
+    "vision_b16_vit": (86_447_848, 12, 768, 12, 3072),
+    "tiny_vision_vit": (201_610, 4, 64, 4, 256),
+}
+SIZES = {**TOKENFORMERS, **TRANSFORMERS, **VISION, **VISION_TRANSFORMERS}
 # TokenFormer -> the Transformer it is compared with
 BASELINES = {
     **{size: f"transformer_{size}" for size in ("124M", "354M", "757M", "1.4B")},
     "tiny": "tiny_transformer",
+    "tiny_vision": "tiny_vision_vit",
+    "vision_b16_86M": "vision_b16_vit",
 }
 WORLD_SIZES = {
     "tiny": [1, 2],
@@ -57,9 +72,13 @@ WORLD_SIZES = {
     "tiny_transformer": [1, 2],
     "demo": [1, 2],
     "demo_grow": [2],
+    "tiny_vision": [1, 2],
+    "tiny_vision_grow": [2],
+    "tiny_vision_vit": [1, 2],
 }
 DEMO_FOLDERS = {"demo": "runs/demo/small", "demo_grow": "runs/demo/grown"}
-FULL_SIZE = sorted(set(SIZES) - set(WORLD_SIZES))
+FULL_SIZE = sorted({*TOKENFORMERS, *TRANSFORMERS} - set(WORLD_SIZES))
+FULL_VISION = sorted({*VISION, *VISION_TRANSFORMERS} - set(WORLD_SIZES))
 GROWS_FROM = {
     "354M": "124M",
     "757M": "354M",
@@ -69,6 +88,9 @@ GROWS_FROM = {
     "tiny_split": "tiny",
     "sparse_124M_to_762M": "124M",
     "demo_grow": "demo",
+    "tiny_vision_grow": "tiny_vision",
+    "vision_b16_115M": "vision_b16_86M",
+    "vision_l16_405M": "vision_l16_304M",
 }
 
 
@@ -91,7 +113,7 @@ def test_this_list_is_complete():
 def test_size(name):
     model = load(name).model
     found = num_parameters(model), model.num_layers, model.hidden_size, model.num_attention_heads
-    if name in TRANSFORMERS:
+    if name in {**TRANSFORMERS, **VISION_TRANSFORMERS}:
         assert (*found, model.ffn_hidden_size) == SIZES[name]
         return
     tokens = model.parameter_tokens
@@ -103,8 +125,12 @@ def test_size(name):
 def test_a_baseline_has_as_many_parameters_and_is_trained_the_same_way(name):
     config, baseline = load(name), load(BASELINES[name])
     assert num_parameters(baseline.model) == pytest.approx(num_parameters(config.model), rel=0.01)
-    assert (baseline.model.seq_length, baseline.model.vocab_size) == (config.model.seq_length, config.model.vocab_size)
-    first = config if name == "tiny" else load("124M")  # the stages that grow have a shorter schedule of their own
+    own = {"architecture", "parameter_tokens", "activation", "sparse", "ffn_hidden_size", "num_key_value_heads"}
+    if "vision" in name or name == "tiny":
+        assert baseline.model.model_dump(exclude=own) == config.model.model_dump(exclude=own)
+    assert (baseline.model.seq_length, baseline.model.task) == (config.model.seq_length, config.model.task)
+    # the stages that grow have a shorter schedule of their own
+    first = config if name == "tiny" or "vision" in name else load("124M")
     assert (baseline.optimizer, baseline.data) == (first.optimizer, first.data)
     same = {"micro_batch_size": first.training.micro_batch_size}  # as much as fits
     assert baseline.training.model_copy(update=same) == first.training
@@ -159,7 +185,25 @@ def test_full_size_hyperparameters(name):
     assert 0.0099 <= optimizer.schedule.warmup_steps / steps <= 0.02
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize("name", FULL_VISION)
+def test_the_recipe_of_the_papers_vision_models(name):
+    """MAE's for supervised training from scratch; 1,281,167 images."""
+    config = load(name)
+    optimizer, training, augmentation = config.optimizer, config.training, config.data.augmentation
+    assert (optimizer.type, optimizer.lr, optimizer.betas, optimizer.eps) == ("adamw_ema", 1.6e-3, (0.9, 0.95), 1e-8)
+    assert (optimizer.weight_decay, optimizer.ema_decay, optimizer.schedule.min_lr) == (0.3, 0.9999, 0)
+    assert (training.global_batch_size, training.gradient_clipping, training.label_smoothing) == (4096, 0, 0.1)
+    assert (augmentation.crop_scale, augmentation.flip) == ((0.08, 1), 0.5)
+    assert (augmentation.mixup, augmentation.cutmix) == (0.8, 1)
+    assert config.model.image.model_dump(exclude={"mean", "std"}) == {
+        "size": 224, "patch": 16, "channels": 3, "classes": 1000, "pooling": "class_token", "crop": 0.875,
+    }  # fmt: skip
+    epochs = training.train_steps * 4096 / 1_281_167
+    expected = {"vision_l16_304M": 200, "vision_b16_115M": 60, "vision_l16_405M": 40}.get(name, 300)
+    assert epochs == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [*FULL_SIZE, *FULL_VISION])
 def test_full_size_fits_the_gpus_that_its_header_asks_for(name):
     # a quarter is left for fragmentation, buffers and workspaces, which the estimate does not count
     assert memory_per_rank(load(name), 8).total < 0.75 * 40e9

@@ -44,6 +44,7 @@ FLOORS = (
     {
         "megatron_tf.parallel",
         "megatron_tf.tasks.classes",
+        "megatron_tf.tasks.soft_targets",
         "megatron_tf.tasks.triton_loss",
         "megatron_tf.telemetry",
         "megatron_tf.runtime",
@@ -64,6 +65,8 @@ FLOORS = (
         "megatron_tf.tasks.language_model.checks",
         "megatron_tf.tasks.language_model.data",
         "megatron_tf.tasks.language_model.layers",
+        "megatron_tf.tasks.image_classification.data",
+        "megatron_tf.tasks.image_classification.layers",
     },
     {"megatron_tf.checkpoint"},
     {"megatron_tf.growth"},
@@ -90,6 +93,7 @@ FLOORS = (
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # package -> where it may be imported
 RESERVED = {
+    "PIL": ("megatron_tf.data.images.",),
     "datasets": ("megatron_tf.evaluation.lm_harness",),
     "deepspeed": ("megatron_tf.engine.deepspeed.",),
     "lm_eval": ("megatron_tf.evaluation.lm_harness",),
@@ -131,6 +135,8 @@ NO_TORCH = (
     "megatron_tf.tasks.language_model.perplexity",
     "megatron_tf.tasks.language_model.section",
     "megatron_tf.tasks.language_model.task",
+    "megatron_tf.tasks.image_classification.section",
+    "megatron_tf.tasks.image_classification.task",
     "megatron_tf.config",
     "megatron_tf.state.optimizer_states",
     "megatron_tf.state.parameters",
@@ -327,6 +333,7 @@ def test_everything_but_deepspeed_s_engine_and_peft_s_method_starts_without_opti
                 "sentencepiece",
                 "transformers",
                 "pyarrow",
+                "PIL",
                 "tiktoken",
             ),
         )

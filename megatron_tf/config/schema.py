@@ -93,7 +93,7 @@ class Model(OpenSection):
     num_attention_heads: Count
     """Heads of the attention. They must divide hidden_size."""
     seq_length: Count
-    """[tokens] Length of a training sample."""
+    """[tokens] Length of a training sample. Of images it follows from model.image."""
     rotary_fraction: Fraction = 0.25
     """Share of each head's channels that is rotated."""
     rotary_base: Annotated[float, Field(gt=1, le=1e30)] = 10000.0
@@ -166,6 +166,8 @@ class Training(Section):
     """When to end before the last step. null: never."""
     profile: Profile | None = None
     """Steps to record with torch's profiler."""
+    label_smoothing: Fraction = 0.0
+    """[share] Of a target that all classes share alike. Since 0.2."""
     init_from: Path | None = None
     """Run folder, checkpoint or export. A new run begins with its weights instead of random ones; all else is fresh."""
 
@@ -196,6 +198,9 @@ class Optimizer(OpenSection):
     """Learning rate over the steps."""
 
 
+Span = tuple[Fraction, Fraction]
+
+
 class DataSource(Section):
     path: Path
     """Prefix of a .bin/.idx pair."""
@@ -218,6 +223,25 @@ Sources = Annotated[
 ]
 
 
+class Augmentation(Section):
+    """What is done to training images. All of it is a function of the seed and the sample."""
+
+    crop_scale: Span | None = None
+    """[share] Least and largest area of a random crop, which becomes the image. null: the square in the middle."""
+    crop_ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
+    """Least and largest width of such a crop over its height."""
+    shift: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """[pixels] Largest move to each side; black comes in."""
+    flip: Fraction = 0.0
+    """[share] Of the images that are mirrored."""
+    erasing: Fraction = 0.0
+    """[share] Of the images in which a rectangle becomes noise."""
+    mixup: NonNegative = 0.0
+    """Two neighbours become mixtures by a share from Beta(mixup, mixup). 0: never."""
+    cutmix: NonNegative = 0.0
+    """Two neighbours exchange a rectangle, by a share from Beta(cutmix, cutmix). With mixup, one of both. 0: never."""
+
+
 class Data(Section):
     tokenizer: Path | None = None
     """A .json, .model or .tiktoken file, tiktoken:NAME, or bytes. It is compared with that of the data."""
@@ -233,6 +257,8 @@ class Data(Section):
     """Begin attention and rotary positions anew with each document."""
     mask_eod_loss: bool = False
     """No loss for the token after an end of document, the first of an unrelated one."""
+    augmentation: Augmentation = Augmentation()
+    """Changes to training images. Since 0.2."""
 
     @property
     def masks_loss(self) -> bool:

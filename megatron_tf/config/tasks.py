@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from megatron_tf.tasks.base import Task
 
 TASKS: Registry[Task] = Registry(
-    {"language_model": "megatron_tf.tasks.language_model.task:LANGUAGE_MODEL"},
+    {
+        "language_model": "megatron_tf.tasks.language_model.task:LANGUAGE_MODEL",
+        "image_classification": "megatron_tf.tasks.image_classification.task:IMAGE_CLASSIFICATION",
+    },
 )
 
 

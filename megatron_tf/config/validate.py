@@ -248,8 +248,7 @@ def _sharding_problems(config: RunConfig) -> Iterator[str]:
     elif model.seq_length % tensor:
         yield (
             f"model.seq_length: {model.seq_length} is not a multiple of parallel.tensor {tensor}, which "
-            f"parallel.sequence needs. Set it to {either(multiples_near(model.seq_length, tensor))}, "
-            "or parallel.sequence to false."
+            f"parallel.sequence needs. {task_of(model).length_remedy(model, tensor)}, or parallel.sequence to false."
         )
 
 

@@ -44,15 +44,12 @@ class Split:
     phase: int  # u
 
 
-class Blend:
-    """Endless samples of all sources; sample i is a function of (sources, weights, seed, i), found in O(sources)."""
+class Shares:
+    """Which source each sample is of: a function of (weights, seed, number of the sample), found in O(sources)."""
 
-    def __init__(self, sources: Sequence[TokenSource], weights: Sequence[float], seed: int):
+    def __init__(self, weights: Sequence[float], seed: int):
         """`weights`: positive, relative to one another, read as the decimal number they print as."""
-        assert sources and len(sources) == len(weights) and all(weight > 0 for weight in weights)
-        self.sources = tuple(sources)
-        self.seq_length = sources[0].seq_length
-        assert all(source.seq_length == self.seq_length for source in sources)
+        assert weights and all(weight > 0 for weight in weights)
         self._tree = _huffman_tree([Fraction(str(weight)) for weight in weights], seed)
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -64,6 +61,17 @@ class Blend:
             taken_next = ((index + 1) * node.numerator + node.phase) // node.denominator
             node, index = (node.left, taken) if taken_next > taken else (node.right, index - taken)
         return node, index
+
+
+class Blend(Shares):
+    """Endless samples of the tokens of all sources."""
+
+    def __init__(self, sources: Sequence[TokenSource], weights: Sequence[float], seed: int):
+        assert len(sources) == len(weights)
+        super().__init__(weights, seed)
+        self.sources = tuple(sources)
+        self.seq_length = sources[0].seq_length
+        assert all(source.seq_length == self.seq_length for source in sources)
 
     def first_tokens(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(number of the source, place in it of the first token) of each sample, both int64 [n]."""

@@ -88,13 +88,14 @@ class IndexedWriter:
     `.idx` there is no data set. When the block raises, what was written is deleted and older files stay as they were.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int):
-        """`vocab_size`: ids are below it; it decides between u16 and i32."""
+    def __init__(self, prefix: str | Path, vocab_size: int, code: int | None = None):
+        """`vocab_size`: ids are below it; it decides between u16 and i32, unless `code` of TOKEN_TYPES does."""
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
         self.num_tokens = 0
         self.max_token_id = -1  # of all documents so far; -1 before the first token
-        self._type_code, self._dtype = token_type(vocab_size)
+        self._type_code = token_type(vocab_size)[0] if code is None else code
+        self._dtype = np.dtype(TOKEN_TYPES[self._type_code])
         self._sizes = array("i")
         for path in (index_file(prefix), data_file(prefix)):
             prepare_output(path)
@@ -189,6 +190,11 @@ class IndexedDataset:
         """Tokens [start, stop) of all documents one after another, as int64 [stop - start], copied."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         return self._tokens[start:stop].astype(np.int64)
+
+    def content(self, start: int, stop: int) -> bytes:
+        """Tokens [start, stop) as they stand in the file."""
+        assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
+        return self._tokens[start:stop].tobytes()
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         """Fill the int64 [n] `out` with tokens [start, start + n)."""

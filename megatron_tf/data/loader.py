@@ -16,7 +16,7 @@ from megatron_tf.config.schema import DataSource
 from megatron_tf.data.blend import Blend
 from megatron_tf.data.documents import LossMask
 from megatron_tf.data.indexed import IndexedDataset, data_file, index_file
-from megatron_tf.data.samples import TokenSource, derived_seed
+from megatron_tf.data.samples import TokenSource, derived_seed, samples_of_rank
 from megatron_tf.data.summary import read_summary, summary_file
 from megatron_tf.data.tokenizer_identity import tokenizer_identity
 from megatron_tf.errors import DataError, file_errors
@@ -237,9 +237,9 @@ class BatchLoader:
         return self.dataset.locate(sample)[0]
 
     def _samples(self, first_sample: int) -> list[int]:
-        size = self.micro_batch_size
-        firsts = (first_sample + (m * self.data_size + self.data_rank) * size for m in range(self.num_micro_batches))
-        return [first + row for first in firsts for row in range(size)]
+        return samples_of_rank(
+            first_sample, self.micro_batch_size, self.num_micro_batches, self.data_rank, self.data_size
+        )
 
     def _check_vocabulary(self, rows: np.ndarray, places: Sequence[tuple[int, int]]) -> None:
         """`places`: (source, place in it of the first token) of each row."""

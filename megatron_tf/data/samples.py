@@ -57,6 +57,16 @@ class KeyedPermutation:
         return left * self._right_range + right
 
 
+def samples_of_rank(
+    first_sample: int, micro_batch_size: int, num_micro_batches: int, data_rank: int, data_size: int
+) -> list[int]:
+    """What one data-parallel rank takes of the step that begins at `first_sample`: micro batch m has first_sample +
+    (m·data_size + data_rank)·micro_batch_size + [0, micro_batch_size)."""
+    size = micro_batch_size
+    firsts = (first_sample + (m * data_size + data_rank) * size for m in range(num_micro_batches))
+    return [first + row for first in firsts for row in range(size)]
+
+
 def derived_seed(*parts: int) -> int:
     """A 64-bit number that is a function of the parts; other parts give an unrelated number."""
     text = ",".join(str(int(part)) for part in parts)

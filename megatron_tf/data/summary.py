@@ -15,6 +15,7 @@ from megatron_tf.errors import DataError, broken_link, file_errors, shown
 
 FORMAT_NAME = "megatron_tf corpus"
 FORMAT = f"{FORMAT_NAME} 1"
+IMAGES_FORMAT = "megatron_tf images"  # what images have instead: see `data.images.summary`
 MOST_BYTES = 1 << 28  # of a summary: millions of input files
 MOST = 2**63 - 1  # of a number in it
 TEXTS = ("tokenizer_fingerprint", "tokenizer_content")  # fields that are strings; the others but `files` are numbers
@@ -137,5 +138,10 @@ def _own_content(path: Path) -> dict[str, Any] | None:
             f"{path}: has {len(raw)} bytes that are no JSON ({error}). It should describe the data next to it: copy it "
             f"again, or delete it and the data and prepare them again."
         ) from None
-    ours = isinstance(content, dict) and str(content.get("format", "")).startswith(FORMAT_NAME)
+    name = str(content.get("format", "")) if isinstance(content, dict) else ""
+    if name.startswith(IMAGES_FORMAT):
+        raise DataError(
+            f"{path}: holds images, and not text. Give prepared text, or set model.task to image_classification."
+        )
+    ours = name.startswith(FORMAT_NAME)
     return content if ours else None

@@ -44,6 +44,7 @@ PACKAGES = (
         f"pip install setuptools wheel ninja && pip install --no-build-isolation deepspeed{wanted_versions('deepspeed')}",
     ),
     Package("matplotlib", "tools/plot_run.py", False, "pip install -e '.[plot]'"),
+    Package("pillow", "models of images", False, "pip install -e '.[images]'"),
     Package("pyarrow", "data preparation from .parquet files", False, "pip install -e '.[parquet]'"),
     Package("sentencepiece", "SentencePiece tokenizers", False, "pip install -e '.[sentencepiece]'"),
     Package("tensorboard", "the tensorboard tracker", False, "pip install -e '.[tensorboard]'"),

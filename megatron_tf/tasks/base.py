@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from megatron_tf.architectures.spec import ParameterSpec
 from megatron_tf.architectures.work import Collectives, Product
+from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.schema import Model, RunConfig
 
 
@@ -93,6 +94,10 @@ class Task(ABC):
 
         Of a micro batch over two or more tensor ranks, without those of the final norm.
         """
+
+    def length_remedy(self, model: Model, multiple: int) -> str:
+        """How a model gets a seq_length that is a multiple of `multiple`: the first half of a sentence."""
+        return f"Set it to {either(multiples_near(model.seq_length, multiple))}"
 
     def masks_losses(self, config: RunConfig) -> bool:
         """Whether some losses of a sample may not count."""

@@ -49,8 +49,12 @@ class OpenData(ABC):
         num_micro_batches: int,
         data_rank: int = 0,
         data_size: int = 1,
+        training: bool = False,
     ) -> Loader:
-        """Of data.train or data.validation. DataError for what cannot be read."""
+        """Of data.train or data.validation. DataError for what cannot be read.
+
+        `training`: samples are to be learned from, and not to be measured on.
+        """
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:

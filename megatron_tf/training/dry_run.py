@@ -51,6 +51,7 @@ def _first(config: RunConfig, world_size: int) -> Iterator[str]:
         micro_batch_size=plan.batches.micro_batch_size,
         num_micro_batches=plan.batches.num_micro_batches,
         data_size=plan.topology.data,
+        training=True,
     )
     inputs, targets = next(loader.step_batches(start.progress.samples))
     count, most = task_layers(config.model).counts(targets).sum(), task_of(config.model).losses_per_sample(config.model)

@@ -59,18 +59,21 @@ def open_loaders(run: Run, data: RunData) -> Loaders:
     """All ranks call it together. DataError, on all of them, for what cannot be read."""
     topology, plan = run.plan.topology, run.plan.batches
 
-    def loader(sources: Sequence[DataSource]) -> Loader:
+    def loader(sources: Sequence[DataSource], training: bool) -> Loader:
         return data.opened.loader(
             sources,
             micro_batch_size=plan.micro_batch_size,
             num_micro_batches=plan.num_micro_batches,
             data_rank=topology.coordinate("data", run.rank),
             data_size=topology.data,
+            training=training,
         )
 
     train, validation = run.config.data.train, run.config.data.validation
     return Loaders(
-        data.opened, together(lambda: loader(train)), together(lambda: loader(validation) if validation else None)
+        data.opened,
+        together(lambda: loader(train, True)),
+        together(lambda: loader(validation, False) if validation else None),
     )
 
 

@@ -176,7 +176,7 @@ class MadeUpPatches(OpenData):
     def __init__(self, config: RunConfig):
         self._config = config
 
-    def loader(self, sources, *, micro_batch_size, num_micro_batches, data_rank=0, data_size=1):
+    def loader(self, sources, *, micro_batch_size, num_micro_batches, data_rank=0, data_size=1, training=False):
         return PatchLoader(self._config, micro_batch_size, num_micro_batches, data_rank, data_size)
 
     def fingerprint(self):

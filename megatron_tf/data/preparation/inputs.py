@@ -24,12 +24,22 @@ def expand_inputs(
     note: Callable[[str], None] = lambda text: None,
     is_output: Callable[[str], bool] = lambda name: False,
 ) -> list[Path]:
+    """The files of `find_inputs`. Raises `DataError` also for one that has a content of no known kind."""
+    files = find_inputs(patterns, note, is_output)
+    _check_contents(files)
+    return files
+
+
+def find_inputs(
+    patterns: Iterable[str],
+    note: Callable[[str], None] = lambda text: None,
+    is_output: Callable[[str], bool] = lambda name: False,
+) -> list[Path]:
     """Files and globs (`**` included) to files, each once, those of a glob in alphabetical order.
 
     Links are followed. A file that several names lead to, hard links included, is read under one of them, and `note` is
     told. A glob does not match what `is_output` says the caller wrote. Raises `DataError` for a pattern that matches
-    nothing, for a link that leads nowhere, and for what is no file, cannot be looked at, or has a content of no known
-    kind.
+    nothing, for a link that leads nowhere, and for what is no file or cannot be looked at.
     """
     found: dict[Identity, str] = {}
     repeated: list[tuple[str, str]] = []
@@ -50,9 +60,7 @@ def expand_inputs(
         name, known = repeated[0]
         others = f"; {len(repeated) - 1} other names lead to files twice as well" if len(repeated) > 1 else ""
         note(f"{name} is the file {known}, which is read once{others}")
-    files = [Path(name) for name in found.values()]
-    _check_contents(files)
-    return files
+    return [Path(name) for name in found.values()]
 
 
 def _preference(name: str) -> tuple[bool, bool, str]:

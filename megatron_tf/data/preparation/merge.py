@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_tf.data.indexed import (
     HEADER,
+    TOKEN_TYPES,
     IndexedDataset,
     data_file,
     index_file,
@@ -30,8 +31,10 @@ NO_COPY = frozenset(
 )
 
 
-def merge_pairs(prefixes: Sequence[Path], output: str, vocab_size: int) -> None:
+def merge_pairs(prefixes: Sequence[Path], output: str, vocab_size: int, code: int | None = None) -> None:
     """Write the documents of all `prefixes`, each one sequence, under the temporary names of OUTPUT.bin and .idx.
+
+    `vocab_size`, `code`: as the `IndexedWriter` of each was given them.
 
     `publish_pair` then gives them their own. A single pair is not copied but linked. The inputs stay. Raises
     `DataError` for a damaged input, and OSError.
@@ -39,7 +42,8 @@ def merge_pairs(prefixes: Sequence[Path], output: str, vocab_size: int) -> None:
     bin_path, idx_path = partial_path(data_file(output)), partial_path(index_file(output))
     for path in (bin_path, idx_path):
         path.unlink(missing_ok=True)
-    sizes = [_size(prefix, vocab_size) for prefix in prefixes]
+    code = token_type(vocab_size)[0] if code is None else code
+    sizes = [_size(prefix, code) for prefix in prefixes]
     if len(prefixes) == 1:
         _link_or_copy(data_file(prefixes[0]), bin_path)
         _link_or_copy(index_file(prefixes[0]), idx_path)
@@ -49,19 +53,19 @@ def merge_pairs(prefixes: Sequence[Path], output: str, vocab_size: int) -> None:
             with open(data_file(prefix), "rb") as source:
                 _append(source, out, os.fstat(source.fileno()).st_size)
     with open(idx_path, "wb") as out:
-        _write_index(prefixes, sizes, vocab_size, out)
+        _write_index(prefixes, sizes, code, out)
 
 
-def _size(prefix: Path, vocab_size: int) -> tuple[int, int]:
+def _size(prefix: Path, code: int) -> tuple[int, int]:
     """(documents, tokens) of a part. It is opened and closed again: thousands would be too many open files."""
     dataset = IndexedDataset(prefix)
-    if dataset.dtype != token_type(vocab_size)[1] or dataset.num_documents != dataset.num_sequences:
+    if dataset.dtype != np.dtype(TOKEN_TYPES[code]) or dataset.num_documents != dataset.num_sequences:
         raise DataError(f"{prefix}.idx: is no part of this preparation. Delete it and run again.")
     return dataset.num_documents, dataset.num_tokens
 
 
-def _write_index(prefixes: Sequence[Path], sizes: Sequence[tuple[int, int]], vocab_size: int, out: BinaryIO) -> None:
-    code, dtype = token_type(vocab_size)
+def _write_index(prefixes: Sequence[Path], sizes: Sequence[tuple[int, int]], code: int, out: BinaryIO) -> None:
+    dtype = np.dtype(TOKEN_TYPES[code])
     total = sum(documents for documents, _ in sizes)
     out.write(pack_header(code, total))
     for prefix, (documents, _) in zip(prefixes, sizes, strict=True):

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 
 from megatron_tf.data.indexed import IndexedWriter
-from megatron_tf.data.preparation.encoding import EncodedBatch, EncodeSettings, encode_group
+from megatron_tf.data.preparation.encoding import EncodedBatch
 from megatron_tf.data.preparation.parts import Part, file_lock
 from megatron_tf.data.preparation.progress import Advance, Observer
-from megatron_tf.data.preparation.record_types import RawRecord, ReadLimits
-from megatron_tf.data.preparation.records import read_records
+from megatron_tf.data.preparation.record_types import RawRecord
 from megatron_tf.data.preparation.report import Report, SplitCounts, write_report
-from megatron_tf.data.preparation.workers import EncodeAll
+from megatron_tf.data.preparation.workers import Encode, EncodeAll
 from megatron_tf.errors import DataError, file_errors
 
 BATCH_DOCUMENTS = 512
@@ -27,14 +26,21 @@ BATCH_BYTES = 1 << 16  # small, so that workers end a part at about the same tim
 OnError = Literal["stop", "skip"]
 
 
+class Read(Protocol):
+    """Files -> their records, in order. `on_read` is told the bytes read of the files."""
+
+    def __call__(self, paths: Iterable[Path], *, on_read: Callable[[int], None]) -> Iterator[RawRecord]: ...
+
+
 @dataclass(frozen=True)
 class PartJob:
     """What is the same for all parts of a preparation."""
 
-    encode: EncodeSettings
-    limits: ReadLimits
+    read: Read
+    encode: Encode
     on_error: OnError
     vocab_size: int
+    code: int  # of the type in which tokens are written, see `data.indexed`
     endings: tuple[str, ...]  # of the prefixes that are written: all documents, or those for training and held out
 
 
@@ -63,10 +69,12 @@ def _write(job: PartJob, part: Part, encode_all: EncodeAll, observer: Observer) 
         num_read += num_bytes
 
     report = Report({ending: SplitCounts() for ending in job.endings})
-    groups = batches(read_records(part.files, job.limits, on_read))
+    groups = batches(job.read(part.files, on_read=on_read))
     with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedWriter(part.prefix(ending), job.vocab_size)) for ending in job.endings]
-        for batch in encode_all(partial(encode_group, job.encode), groups):
+        writers = [
+            stack.enter_context(IndexedWriter(part.prefix(ending), job.vocab_size, job.code)) for ending in job.endings
+        ]
+        for batch in encode_all(job.encode, groups):
             _take_bad_records(job, batch, report, observer)
             report.add_kept(batch.kept, batch.loss)
             for number, (ending, writer) in enumerate(zip(job.endings, writers, strict=True)):

@@ -15,12 +15,10 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tf.data.indexed import IndexedDataset
-from megatron_tf.data.preparation.encoding import EncodeSettings
-from megatron_tf.data.preparation.record_types import ReadLimits
 from megatron_tf.data.preparation.report import Report, read_report
 from megatron_tf.durable import take_lock
 from megatron_tf.errors import DataError, file_errors
@@ -67,11 +65,9 @@ class Part:
             path.unlink(missing_ok=True)
 
 
-def plan_parts(
-    prefix: str, files: Sequence[Path], encode: EncodeSettings, limits: ReadLimits, fingerprint: str
-) -> list[Part]:
-    """All parts, in the order in which they are merged. `fingerprint`: of the tokenizer."""
-    settings = [{**asdict(encode), "tokenizer": fingerprint}, limits._asdict()]
+def plan_parts(prefix: str, files: Sequence[Path], settings: object) -> list[Part]:
+    """All parts, in the order in which they are merged. `settings`: what decides their content besides the files, a JSON
+    value."""
     per_part = -(-len(files) // MOST_PARTS)
     parts = []
     for start in range(0, len(files), per_part):

@@ -17,6 +17,8 @@ BadKind = Literal[
     "unknown_member",  # a file, in an archive or alone, that is of no known format
     "not_encodable",  # the tokenizer gave up
     "lost_text",  # the tokenizer has no token for some characters
+    "bad_image",  # no image can be made of it
+    "bad_label",  # an image without a class, or with one that is none
 ]
 
 

@@ -33,6 +33,7 @@ class OpenText(OpenData):
         num_micro_batches: int,
         data_rank: int = 0,
         data_size: int = 1,
+        training: bool = False,
     ) -> BatchLoader:
         vocab_size = vocab_size_of(self._config.model)
         return BatchLoader(

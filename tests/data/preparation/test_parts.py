@@ -16,6 +16,7 @@ from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.preparation import parts
 from megatron_tf.data.preparation.encoding import EncodeSettings
 from megatron_tf.data.preparation.parts import Part, file_lock, plan_parts
+from megatron_tf.data.preparation.preprocess import decisive
 from megatron_tf.data.preparation.record_types import BadSample, ReadLimits
 from megatron_tf.data.preparation.report import SAMPLES_PER_KIND, Report, SplitCounts, read_report, write_report
 from megatron_tf.errors import DataError
@@ -33,7 +34,7 @@ def files(tmp_path) -> list[Path]:
 
 
 def plan(files: list[Path], encode: EncodeSettings = ENCODE, fingerprint: str = "f", **limits) -> list[Part]:
-    return plan_parts("out/x", files, encode, ReadLimits(**limits), fingerprint)
+    return plan_parts("out/x", files, decisive(encode, ReadLimits(**limits), fingerprint))
 
 
 def test_a_part_is_a_file_named_after_all_that_decides_its_content(files):

@@ -302,8 +302,8 @@ def test_finished_parts_are_not_done_again(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "in" / "3.jsonl").write_bytes(good)
     read = []
     monkeypatch.setattr(
-        "megatron_tf.data.preparation.part_writer.read_records",
-        lambda paths, *rest: read.extend(path.name for path in paths) or read_records(paths, *rest),
+        "megatron_tf.data.preparation.preprocess.read_records",
+        lambda paths, **rest: read.extend(path.name for path in paths) or read_records(paths, **rest),
     )
     summaries, shown = share(tokenizer, inputs, tmp_path / "x", 0, 1)
     assert read == ["3.jsonl", "4.jsonl", "5.jsonl"] and "3 of 6 parts were finished before" in shown

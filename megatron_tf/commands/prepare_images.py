@@ -1,0 +1,106 @@
+"""Turn images into PREFIX.bin and PREFIX.idx, with their classes in PREFIX.json, and read every one of them once.
+
+A run that was interrupted goes on where it stopped when it is started again. Several runs with --shard-index and
+--num-shards, on any nodes, share the work; the last to finish merges. PREFIX.report.json says what was left out and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_tf.arguments import input_path, number, text_path, whole_number
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--input",
+        type=input_path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="one folder with a folder of images for each class; or files or quoted globs: .tar shards as WebDataset has "
+        "them (KEY.jpg and KEY.cls), or files of images of the MNIST family with their labels next to them, plain or .gz",
+    )
+    parser.add_argument(
+        "--output-prefix", type=text_path, required=True, metavar="PREFIX", help="path of the output without suffix"
+    )
+    parser.add_argument(
+        "--classes",
+        type=text_path,
+        metavar="FILE",
+        help="names of the classes in the order of their numbers, one a line; or how many there are (default: of folders "
+        "their names in alphabetical order, of the MNIST family the numbers)",
+    )
+    parser.add_argument(
+        "--classes-from", type=text_path, metavar="PREFIX", help="the classes of these prepared images, in their order"
+    )
+    parser.add_argument(
+        "--shortest-side",
+        type=whole_number(10**5),
+        metavar="PIXELS",
+        help="make larger images so small, and write them anew as JPEG of quality 95: they are read faster in training, "
+        "and are no longer quite what they were",
+    )
+    parser.add_argument(
+        "--ignore-orientation",
+        action="store_true",
+        help="leave images as their pixels lie, as timm and torchvision do, instead of turning them as EXIF says",
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read images (default: 1)")
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what is no whole image, or has no class, ends the run (default), or is named, counted and left out",
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=number(0, 0.999),
+        default=0.0,
+        metavar="F",
+        help="hold out this share of the images, chosen by hash: writes PREFIX_train and PREFIX_validation",
+    )
+    parser.add_argument(
+        "--shard-index", type=int, default=0, metavar="I", help="which share of the work this run does (default: 0)"
+    )
+    parser.add_argument(
+        "--num-shards", type=int, default=1, metavar="N", help="number of runs that share the work (default: 1)"
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="let go of other images under PREFIX, which otherwise is an error"
+    )
+    parser.add_argument("--merge", action="store_true", help="only merge what all shards have written")
+    arguments = parser.parse_args()
+    if arguments.classes is not None and arguments.classes_from is not None:
+        parser.error("--classes and --classes-from both name the classes: give one of them")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from megatron_tf.data.images.prepare import ImageSettings, merge_images, prepare_images
+    from megatron_tf.data.preparation.progress import ProgressDisplay
+    from megatron_tf.data.preparation.work import Share
+
+    settings = ImageSettings(
+        inputs=tuple(arguments.input),
+        output_prefix=arguments.output_prefix,
+        classes=arguments.classes,
+        classes_from=arguments.classes_from,
+        shortest_side=arguments.shortest_side,
+        ignore_orientation=arguments.ignore_orientation,
+        validation_fraction=arguments.validation_fraction,
+        on_error=arguments.on_error,
+        share=Share(arguments.workers, arguments.shard_index, arguments.num_shards),
+        replace=arguments.replace,
+    )
+    command = merge_images if arguments.merge else prepare_images
+    for prefix, summary in command(settings, ProgressDisplay(sys.stderr)).items():
+        print(f"{prefix}: {summary.images:,} images of {len(summary.classes):,} classes, {summary.bytes:,} bytes")
+        if summary.skipped_records:
+            print(
+                f"{prefix}: {summary.skipped_records:,} bad images of the input were left out, see "
+                f"{settings.output_prefix}.report.json"
+            )

@@ -1,0 +1,50 @@
+"""A set of images by package name: Fashion-MNIST, as Debian distributes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_tf.corpora.archives import members
+from megatron_tf.corpora.packages import Downloads, UnavailableError
+from megatron_tf.durable import prepare_output, write_atomically
+from megatron_tf.errors import DataError, file_errors
+
+PACKAGE = "dataset-fashion-mnist"
+PINS = {
+    f"{PACKAGE}_0.0~git20200523.55506a9-1_all.deb": "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0"
+}
+# Of its README, in the order of their numbers.
+CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+_IMAGES, _LICENSE = "usr/share/datasets/fashion-mnist/", f"usr/share/doc/{PACKAGE}/copyright"
+_NUM_FILES = 4
+
+
+def fetch_fashion_mnist(folder: Path, downloads: Downloads) -> list[Path]:
+    """Writes the files of images and labels of both halves, classes.txt and LICENSE.txt; returns them. DataError."""
+    prepare_output(downloads.folder / "downloads.json")
+    prepare_output(folder / "classes.txt")
+    try:
+        with file_errors(DataError, downloads.folder, "Free space or choose another folder."):
+            package = downloads.debian([PACKAGE], PINS)
+    except UnavailableError as reason:
+        raise DataError(
+            f"{PACKAGE}: cannot be fetched here: {reason}. Files of the MNIST family from elsewhere, with their labels, do "
+            "as well: give them to tools/prepare_images.py."
+        ) from None
+    written = []
+    for name, content in members(package, lambda name: name.startswith(_IMAGES) or name == _LICENSE):
+        written.append(_write(folder / ("LICENSE.txt" if name == _LICENSE else Path(name).name), content))
+    if len(written) != _NUM_FILES + 1:
+        raise DataError(
+            f"{package}: has {len(written)} of the {_NUM_FILES + 1} files expected. Delete it and run again."
+        )
+    written.append(_write(folder / "classes.txt", ("\n".join(CLASSES) + "\n").encode()))
+    return sorted(written)
+
+
+def _write(path: Path, content: bytes) -> Path:
+    with file_errors(DataError, path, "Free space or choose another folder."):
+        write_atomically(path, content)
+    return path

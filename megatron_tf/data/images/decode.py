@@ -1,0 +1,95 @@
+"""The bytes of an image file into pixels, by Pillow."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_tf.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_PIXELS = 1 << 27  # of one image: 134 million
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+class BadImage(Exception):
+    """No image can be made of some bytes; the message is a phrase."""
+
+
+def opened(content: bytes) -> Image:
+    """The image, known by its content, not yet read. UserError without Pillow; BadImage."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError:
+        raise UserError("Pillow is missing, which reads images. pip install 'megatron_tf[images]' brings it.") from None
+    try:
+        image = Image.open(io.BytesIO(content))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(_reason(error)) from None
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise BadImage(f"{width} × {height} pixels are more than {MOST_PIXELS:,}")
+    if not width * height:
+        raise BadImage(f"{width} × {height} pixels")
+    return image
+
+
+def in_channels(image: Image, channels: int) -> Image:
+    """The image in modes L or RGB; BadImage when it breaks off, or has colours where there is one channel.
+
+    Transparency is dropped, as timm and torchvision drop it. 16 bits of grey are scaled to 8.
+    """
+    try:
+        if image.mode.startswith("I;16") or image.mode == "I":
+            image = _in_8_bits(image)
+        if channels == 3:
+            return image.convert("RGB")
+        if image.mode not in ("1", "L", "LA", "La"):
+            raise BadImage(f"mode {image.mode} has colours, but model.image.channels is 1")
+        return image.convert("L")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadImage(_reason(error)) from None
+
+
+def upright(image: Image) -> Image | None:
+    """The image turned as its EXIF orientation says; None where it stands upright."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadImage(_reason(error)) from None
+
+
+def encoded(image: Image) -> bytes:
+    """As a file without loss, or for photographs nearly so: what JPEG can hold, JPEG of quality 95."""
+    content = io.BytesIO()
+    if image.format == "JPEG" or image.mode in ("RGB", "CMYK"):
+        image.save(content, "JPEG", quality=95, subsampling=0)
+    else:
+        image.save(content, "PNG")
+    return content.getvalue()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 [h, w] as a file."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG", compress_level=1)
+    return content.getvalue()
+
+
+def _in_8_bits(image: Image) -> Image:
+    from PIL import Image as images
+
+    pixels = np.asarray(image).astype(np.int64)
+    return images.fromarray((pixels.clip(0, 65535) // 257).astype(np.uint8))
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()).replace(" <_io.BytesIO object", "").split(" at 0x")[0] or type(error).__name__

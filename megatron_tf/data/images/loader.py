@@ -1,0 +1,124 @@
+"""From prepared images to the batches of one data-parallel rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_tf.config.schema import DataSource, RunConfig
+from megatron_tf.data.blend import Shares
+from megatron_tf.data.images.augment import augmented, finished, seen, targets_of
+from megatron_tf.data.images.decode import BadImage, opened
+from megatron_tf.data.images.source import ImageFiles, ImageSource
+from megatron_tf.data.samples import derived_seed, samples_of_rank
+from megatron_tf.errors import DataError
+from megatron_tf.tasks.image_classification.section import image_of
+
+CLASSES_NAMED = 3
+
+
+class ImageLoader:
+    """Micro batches of images uint8 [b, c, h, w] and targets fp32 [b, C]. What a step reads follows from its first
+    sample.
+
+    In training, images are augmented and targets smoothed, and samples go on for ever. Otherwise each image is there
+    once: behind the last one come black images whose targets are 0, so that they do not count.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[ImageFiles],
+        weights: Sequence[float],
+        config: RunConfig,
+        *,
+        training: bool,
+        micro_batch_size: int,
+        num_micro_batches: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+    ):
+        seed = config.run.seed
+        self._sources = [ImageSource(file, derived_seed(seed, number)) for number, file in enumerate(files)]
+        self._shares = Shares(weights, seed)
+        self._config = config
+        self._image = image_of(config.model)
+        self._training = training
+        self._micro_batch_size = micro_batch_size
+        self._place = micro_batch_size, num_micro_batches, data_rank, data_size
+
+    def step_batches(self, first_sample: int) -> Iterator[tuple[Tensor, Tensor]]:
+        samples = samples_of_rank(first_sample, *self._place)
+        for first in range(0, len(samples), self._micro_batch_size):
+            yield self._batch(samples[first : first + self._micro_batch_size])
+
+    def sample_sources(self, first_sample: int) -> list[int]:
+        return [self.source_of(sample) for sample in samples_of_rank(first_sample, *self._place)]
+
+    def source_of(self, sample: int) -> int:
+        return self._shares.locate(sample)[0]
+
+    def _batch(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        image = self._image
+        images = np.zeros((len(samples), image.channels, image.size, image.size), np.uint8)
+        labels = np.full(len(samples), -1)
+        for row, sample in enumerate(samples):
+            number, within = self._shares.locate(sample)
+            source = self._sources[number]
+            if self._training or within < len(source.files):
+                labels[row], images[row] = self._read(source, within, sample)
+        if self._training:
+            images, targets = finished(images, labels, samples, self._config)
+        else:
+            targets = targets_of(labels, image.classes)
+        return torch.from_numpy(images), torch.from_numpy(targets)
+
+    def _read(self, source: ImageSource, within: int, sample: int) -> tuple[int, np.ndarray]:
+        """(class, uint8 [c, h, w]) of sample `sample` of the run, `within` of its source."""
+        config, number = self._config, source.number(within)
+        label, content = source.files.read(number)
+        try:
+            picture = opened(content)
+            if self._training:
+                return label, augmented(picture, self._image, config.data.augmentation, config.run.seed, sample)
+            return label, seen(picture, self._image)
+        except BadImage as problem:
+            raise source.files.damaged(number, str(problem)) from None
+
+
+def open_images(sources: Sequence[DataSource], num_classes: int) -> list[ImageFiles]:
+    """The files of all sources. One DataError with what is wrong with any: also other classes than `num_classes`, or
+    than those of the first."""
+    files: list[ImageFiles] = []
+    problems = []
+    for source in sources:
+        try:
+            file = ImageFiles(source.path)
+            _check_classes(file, num_classes, files[0] if files else None)
+            files.append(file)
+        except DataError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise DataError("\n".join(problems))
+    return files
+
+
+def _check_classes(file: ImageFiles, num_classes: int, other: ImageFiles | None) -> None:
+    own = file.summary.classes
+    if len(own) != num_classes:
+        beyond = ", ".join(map(repr, own[num_classes : num_classes + CLASSES_NAMED]))
+        more = f" (beyond: {beyond})" if beyond else ""
+        raise DataError(
+            f"{file.prefix}.json: {len(own):,} classes{more}, model.image.classes is {num_classes:,}. Set it to "
+            f"{len(own)}, or prepare other images."
+        )
+    if other is None or own == other.summary.classes:
+        return
+    pairs = [(a, b) for a, b in zip(own, other.summary.classes) if a != b][:CLASSES_NAMED]
+    differing = ", ".join(f"{a!r} for {b!r}" for a, b in pairs)
+    raise DataError(
+        f"{file.prefix}.json: has other classes than {other.prefix}.json, or in another order ({differing}). Prepare the "
+        f"images with --classes-from {other.prefix}."
+    )

@@ -1,0 +1,207 @@
+"""Images out of files: class folders, the files of the MNIST family, and tar shards as WebDataset has them.
+
+A record is a class (i32) and the bytes of an image file. Its `line` is the number of the image in its file, from 1.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from megatron_tf.data.images.decode import png
+from megatron_tf.data.images.source import LABEL
+from megatron_tf.data.preparation.record_types import BadRecord, RawRecord, bad_raw
+from megatron_tf.errors import DataError, file_errors
+
+IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801
+LABEL_SUFFIX = ".cls"
+NOT_IMAGES = (".json", ".txt")  # members of a tar that go with an image
+REMEDY = "Make it readable, or leave it out."
+
+
+def folder_records(
+    paths: Iterable[Path], *, classes: Mapping[str, int], on_read: Callable[[int], None]
+) -> Iterator[RawRecord]:
+    """Each file is an image. `classes`: folder -> number of its class."""
+    for path in paths:
+        with file_errors(DataError, path, REMEDY):
+            content = path.read_bytes()
+        on_read(len(content))
+        label = next(classes[str(parent)] for parent in path.parents if str(parent) in classes)
+        yield _record(str(path), 1, label, content)
+
+
+def idx_records(paths: Iterable[Path], *, num_classes: int, on_read: Callable[[int], None]) -> Iterator[RawRecord]:
+    """Files of images, each with a file of as many labels next to it."""
+    for path in paths:
+        images, labels = read_idx(path, IMAGES_MAGIC), read_labels(path)
+        if len(images) != len(labels):
+            raise DataError(f"{path}: has {len(images)} images, {labels_file(path)} has {len(labels)} labels.")
+        for number, (image, label) in enumerate(zip(images, labels.tolist()), 1):
+            yield _checked(str(path), number, label, num_classes, partial(png, image))
+        on_read(os.stat(path).st_size)
+
+
+def tar_records(paths: Iterable[Path], *, num_classes: int, on_read: Callable[[int], None]) -> Iterator[RawRecord]:
+    """Tar archives in which KEY.jpg (or another ending) and KEY.cls are neighbours: an image and its class."""
+    for path in paths:
+        try:
+            with file_errors(DataError, path, REMEDY), tarfile.open(path, "r|*") as archive:
+                yield from _pairs(str(path), archive, num_classes)
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            yield bad_raw(str(path), 1, BadRecord("truncated", f"the archive breaks off ({error})"))
+        on_read(os.stat(path).st_size)
+
+
+def _pairs(file: str, archive: tarfile.TarFile, num_classes: int) -> Iterator[RawRecord]:
+    number, key = 0, ""
+    content: bytes | None = None
+    label: bytes | None = None
+
+    def pair() -> Iterator[RawRecord]:
+        place = f"{file}:{key}"
+        if content is not None and label is not None:
+            yield _with_text_label(place, number, label, num_classes, content)
+        elif content is not None:
+            yield bad_raw(place, number, BadRecord("bad_label", f"the image has no {key}{LABEL_SUFFIX} next to it"))
+        elif label is not None:
+            yield bad_raw(place, number, BadRecord("bad_image", "the class has no image next to it"))
+
+    for member in archive:
+        base = os.path.basename(member.name)
+        if not member.isreg() or base.startswith("."):
+            continue
+        stem, dot, ending = base.partition(".")
+        own = os.path.join(os.path.dirname(member.name), stem)
+        if own != key:
+            yield from pair()
+            number, key, content, label = number + 1, own, None, None
+        stream = archive.extractfile(member)
+        assert stream is not None
+        if dot + ending == LABEL_SUFFIX:
+            label = stream.read()
+        elif not ending.endswith(NOT_IMAGES) and dot + ending not in NOT_IMAGES:
+            content = stream.read()
+    yield from pair()
+
+
+def _with_text_label(file: str, line: int, text: bytes, num_classes: int, content: bytes) -> RawRecord:
+    try:
+        label = int(text)
+    except ValueError:
+        return bad_raw(file, line, BadRecord("bad_label", f"its class is {text[:20]!r}, and no number"))
+    return _checked(file, line, label, num_classes, lambda: content)
+
+
+def _checked(file: str, line: int, label: int, num_classes: int, content: Callable[[], bytes]) -> RawRecord:
+    if not 0 <= label < num_classes:
+        return bad_raw(file, line, BadRecord("bad_label", f"its class is {label}, but there are {num_classes}"))
+    return _record(file, line, label, content())
+
+
+def _record(file: str, line: int, label: int, content: bytes) -> RawRecord:
+    return RawRecord(file, line, LABEL.pack(label) + content)
+
+
+def is_idx(path: Path) -> bool:
+    """Whether it is a file of images of the MNIST family."""
+    try:
+        with _plain(path) as file:
+            return file.read(4) == IMAGES_MAGIC.to_bytes(4, "big")
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
+def read_idx(path: Path, magic: int) -> np.ndarray:
+    """uint8 [n, h, w] or [n]. DataError for what is no such file, or breaks off."""
+    try:
+        with file_errors(DataError, path, REMEDY), _plain(path) as file:
+            content = file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: is damaged ({error}). Copy it again.") from None
+    axes = magic & 0xFF
+    start = 4 + 4 * axes
+    if len(content) < start or content[:4] != magic.to_bytes(4, "big"):
+        kind = "images" if magic == IMAGES_MAGIC else "labels"
+        raise DataError(f"{path}: is no file of {kind} of the MNIST family: it begins with {content[:4].hex()}.")
+    shape = struct.unpack(f">{axes}I", content[4:start])
+    if len(content) - start != np.prod(shape, dtype=np.int64):
+        raise DataError(f"{path}: says it is {list(shape)}, but {len(content) - start} bytes follow. Copy it again.")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """uint8 [n] of the images in `path`."""
+    return read_idx(labels_file(path), LABELS_MAGIC)
+
+
+def labels_file(path: Path) -> Path:
+    """Where the labels of the images in `path` are."""
+    name = path.name.replace("images", "labels").replace("idx3", "idx1")
+    if name == path.name or not path.with_name(name).exists():
+        raise DataError(
+            f"{path}: has no labels next to it: {path.with_name(name) if name != path.name else 'its name has no images'}. "
+            "Put both files into one folder, under the names of the MNIST family."
+        )
+    return path.with_name(name)
+
+
+def _plain(path: Path) -> IO[bytes]:
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if packed else open(path, "rb")  # type: ignore[return-value]
+
+
+def class_folders(top: Path) -> dict[str, list[Path]]:
+    """Name of each class -> its images, both in alphabetical order. Hidden files are passed over, folders in a class
+    are looked into. DataError for a class without an image, for files outside of all classes, and for no class."""
+    with file_errors(DataError, top, REMEDY):
+        entries = sorted((entry for entry in top.iterdir() if not entry.name.startswith(".")), key=lambda e: e.name)
+    loose = [entry for entry in entries if not entry.is_dir()]
+    if loose:
+        raise DataError(
+            f"{loose[0]}: is in no class; each image stands in a folder that is named after its class. Move it, or give "
+            "another folder."
+        )
+    found = {entry.name: list(_files_below(entry)) for entry in entries}
+    empty = [name for name, files in found.items() if not files]
+    if empty:
+        raise DataError(f"{top / empty[0]}: has no image. Put some into it, or remove the folder.")
+    if len(found) < 2:
+        raise DataError(f"{top}: has {len(found)} folders, but a class is a folder, and two are needed at least.")
+    return found
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for where, below, names in os.walk(folder, onerror=_raise, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield from (Path(where, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise DataError(f"{error.filename}: {error.strerror}. {REMEDY}")
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """The classes in a file with one name a line."""
+    with file_errors(DataError, path, REMEDY):
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    _check_distinct(path, names)
+    return names
+
+
+def _check_distinct(path: Path, names: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise DataError(f"{path}: names {name!r} twice. Give each class a name of its own.")
+        seen.add(name)

@@ -1,0 +1,251 @@
+"""The course of a preparation, of text or of images: its parts are written, by one run or by many, and then merged.
+
+The output depends on the inputs and on the settings that decide what a document is; not on the number of processes, on
+who wrote which part, or on how often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from megatron_tf.data.indexed import IndexedDataset, data_file, index_file, publish_pair
+from megatron_tf.data.preparation.lanes import write_parts
+from megatron_tf.data.preparation.merge import merge_pairs
+from megatron_tf.data.preparation.part_writer import PartJob
+from megatron_tf.data.preparation.parts import Part, file_lock, key_of
+from megatron_tf.data.preparation.progress import ProgressDisplay
+from megatron_tf.data.preparation.report import Report, SplitCounts, read_report, write_report
+from megatron_tf.durable import partial_path, prepare_output
+from megatron_tf.errors import DataError, file_errors
+
+REMEDY = "Free space, correct the permissions or choose another prefix, then run again: finished parts are kept."
+Summary = TypeVar("Summary")
+_OUTPUT = re.compile(r"\.parts(/.*)?|((_train|_validation)?\.(bin|idx|json)|\.report\.json)(\.partial)?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one run does of a preparation: the parts of a shard of `num_shards`, by `workers` processes."""
+
+    workers: int = 1
+    shard_index: int = 0
+    num_shards: int = 1
+
+
+@dataclass(frozen=True)
+class Preparation(ABC, Generic[Summary]):
+    """A preparation, checked, before anything is read."""
+
+    output_prefix: str
+    files: tuple[Path, ...]
+    parts: tuple[Part, ...]  # of all shards, in the order in which they are merged
+    endings: tuple[str, ...]  # of the prefixes that are written
+    job: PartJob
+    replace: bool  # what is there already under the prefix, when it is not what this gives
+
+    @abstractmethod
+    def write_summary(self, prefix: str, report: Report, ending: str) -> None:
+        """PREFIX.json, of the documents with `ending` in `report`."""
+
+    @abstractmethod
+    def read_summary(self, prefix: str) -> tuple[Summary, tuple[int, int]] | None:
+        """PREFIX.json, and the documents and tokens that it counts; None when there is none of ours."""
+
+    @abstractmethod
+    def remedy_for_nothing(self, report: Report) -> str:
+        """What to do when a prefix would hold no document."""
+
+    def remarks(self) -> Iterator[str]:
+        """What is noteworthy before the work begins."""
+        return iter(())
+
+    @property
+    def key(self) -> str:
+        """Names the work: the same for all that may share it."""
+        return key_of([part.key for part in self.parts])
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """Ending -> prefix."""
+        return {ending: self.output_prefix + ending for ending in self.endings}
+
+    @property
+    def report_path(self) -> Path:
+        return Path(f"{self.output_prefix}.report.json")
+
+    @property
+    def folder(self) -> Path:
+        """Where the parts stand."""
+        return self.parts[0].folder
+
+
+def check_share(share: Share, output_prefix: str) -> None:
+    """DataError for numbers that cannot be, and for a prefix without a name."""
+    if share.workers < 1:
+        raise DataError(f"the number of workers is {share.workers}. Choose at least 1.")
+    if not 0 <= share.shard_index < share.num_shards:
+        raise DataError(
+            f"shard index is {share.shard_index} of {share.num_shards} shards. Choose it in [0, number of shards)."
+        )
+    if not os.path.basename(output_prefix):
+        raise DataError(f"the output prefix {output_prefix!r} ends without a name. Add one: data/openwebtext.")
+
+
+def is_output(prefix: str, name: str) -> bool:
+    """Whether a preparation under `prefix` writes what is called `name`, its parts included."""
+    start, path = os.path.realpath(prefix), os.path.realpath(name)
+    return path.startswith(start) and _OUTPUT.fullmatch(path[len(start) :]) is not None
+
+
+def carry_out(work: Preparation[Summary], share: Share, progress: ProgressDisplay) -> dict[str, Summary]:
+    """Write the parts of `share` that are not finished, and merge when those of all shards are.
+
+    Returns the summary of each prefix; of none when other shards have yet to finish. What is there already is left as it
+    is. Raises `DataError` for every mistake in the inputs, and for other data under the prefix unless they may be
+    replaced; older output is then unchanged.
+    """
+    summaries = _finished(work)
+    if summaries is not None:
+        progress.note(f"{work.output_prefix}: was prepared from the same files with the same settings before")
+        _note_remarks(work, progress)
+        return summaries
+    check_others(work)
+    for remark in work.remarks():
+        progress.note(remark)
+    own = work.parts[share.shard_index :: share.num_shards]
+    todo = [part for part in own if part.report() is None]
+    if len(todo) < len(own):
+        progress.note(f"{len(own) - len(todo)} of {len(own)} parts were finished before")
+    for prefix in work.prefixes.values():
+        prepare_output(index_file(prefix))
+    progress.start(sum(part.bytes for part in todo))
+    try:
+        busy = write_parts(work.job, todo, share.workers, progress)
+    finally:
+        progress.stop()
+        _remove_if_empty(work.folder)
+    if busy:
+        progress.note(f"{len(busy)} parts are in the hands of other processes")
+    return _merge_if_possible(work, progress, insist=share.num_shards == 1 and not busy)
+
+
+def merge_only(work: Preparation[Summary], progress: ProgressDisplay) -> dict[str, Summary]:
+    """The summaries as `carry_out` returns them. Raises `DataError` when parts are missing."""
+    check_others(work)
+    return _merge_if_possible(work, progress, insist=True)
+
+
+def check_others(work: Preparation[Summary]) -> None:
+    """Raise `DataError` when the output would take the place of other data than this work's own, cut off or damaged."""
+    outputs = (name(prefix) for prefix in work.prefixes.values() for name in (data_file, index_file))
+    path = next(filter(Path.exists, outputs), None)
+    if path is None or work.replace or read_report(work.report_path, work.key) is not None:
+        return
+    if _obstacle(work):  # with all parts there, a merge of ours was cut off
+        raise DataError(
+            f"{path}: is there already and not what these inputs and settings give. Choose another prefix, or have it "
+            f"replaced with --replace."
+        )
+
+
+def _merge_if_possible(work: Preparation[Summary], progress: ProgressDisplay, *, insist: bool) -> dict[str, Summary]:
+    """Make the output out of the parts and delete them; nothing when parts are missing or another process does it.
+
+    `insist`: these two are a `DataError`.
+    """
+    try:
+        with (
+            file_errors(DataError, work.output_prefix, REMEDY),
+            file_lock(work.folder / "merge.lock", patience_seconds=0.5) as held,
+        ):
+            summaries = _finished(work)
+            if summaries is None:
+                problem = _obstacle(work) if held else "another process is merging the parts"
+                if problem and insist:
+                    raise DataError(f"{work.folder}: {problem}.")
+                if problem:
+                    progress.note(f"{work.folder}: {problem}")
+                    return {}
+                summaries = _merge(work)
+            if held:  # other settings may have parts there as well
+                for part in work.parts:
+                    part.discard()
+            _note_remarks(work, progress)
+            return summaries
+    finally:
+        _remove_if_empty(work.folder)
+
+
+def _obstacle(work: Preparation[Summary]) -> str:
+    """Why it is too early to merge; empty when it is not."""
+    missing = [part for part in work.parts if part.report() is None]
+    if not missing:
+        return ""
+    return f"{len(missing)} of {len(work.parts)} parts are still to be prepared, the first from {missing[0].files[0]}"
+
+
+def _merge(work: Preparation[Summary]) -> dict[str, Summary]:
+    report = Report({ending: SplitCounts() for ending in work.endings})
+    for part in work.parts:
+        of_part = part.report()
+        assert of_part is not None
+        report.add(of_part)
+    for ending, prefix in work.prefixes.items():
+        if report.splits[ending].documents == 0:
+            for part in work.parts:
+                part.discard()
+            raise DataError(
+                f"{prefix}: got none of the {report.documents} documents of {len(work.files)} files ({report.empty} "
+                f"empty, {report.bad} skipped). {work.remedy_for_nothing(report)}"
+            )
+    try:
+        for ending, prefix in work.prefixes.items():
+            merge_pairs([part.prefix(ending) for part in work.parts], prefix, work.job.vocab_size, work.job.code)
+        # Before the token files get their names: a kill in between leaves counts that the reader sees to disagree,
+        # whereas token files without a summary would be read unchecked.
+        for ending, prefix in work.prefixes.items():
+            work.write_summary(prefix, report, ending)
+            publish_pair(prefix)
+    finally:
+        for prefix in work.prefixes.values():
+            for path in (data_file(prefix), index_file(prefix)):
+                partial_path(path).unlink(missing_ok=True)
+    write_report(work.report_path, report, work.key, [str(path) for path in work.files])
+    summaries = _finished(work)
+    assert summaries is not None, work.output_prefix
+    return summaries
+
+
+def _finished(work: Preparation[Summary]) -> dict[str, Summary] | None:
+    """The summaries of the output, when it is this very work's and whole."""
+    if read_report(work.report_path, work.key) is None:
+        return None
+    summaries = {}
+    for prefix in work.prefixes.values():
+        try:
+            dataset = IndexedDataset(prefix)
+        except DataError:
+            return None
+        found = work.read_summary(prefix)
+        if found is None or found[1] != (dataset.num_documents, dataset.num_tokens):
+            return None
+        summaries[prefix] = found[0]
+    return summaries
+
+
+def _note_remarks(work: Preparation[Summary], progress: ProgressDisplay) -> None:
+    report = read_report(work.report_path, work.key)
+    for remark in report.remarks() if report else ():
+        progress.note(f"{work.output_prefix}: {remark}, see {work.report_path}")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

@@ -1,0 +1,100 @@
+"""The `model:` section of a classifier of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from megatron_tf.config.fields import Count, Fraction, Positive, Section
+from megatron_tf.config.schema import Model
+from megatron_tf.errors import UserError
+
+# ImageNet's, which most tools take for photographs of any data set
+COLOUR_MEAN, COLOUR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _from_list(value: Any) -> Any:
+    # checkpoints keep the model as JSON, which knows lists only
+    return tuple(value) if isinstance(value, list) else value
+
+
+ByChannel = BeforeValidator(_from_list, json_schema_input_type=tuple[float, ...])
+
+
+class Image(Section):
+    size: Count
+    """[pixels] Height and width of what the model sees. A multiple of patch."""
+    patch: Count
+    """[pixels] Height and width of a patch, which becomes one position."""
+    channels: Literal[1, 3] = 3
+    """3: red, green, blue. 1: grey."""
+    classes: Annotated[int, Field(ge=2, lt=2**31)]
+    """Classes to tell apart, numbered from 0."""
+    pooling: Literal["class_token", "mean"] = "class_token"
+    """What the head reads: one more position of its own, or the mean over all patches."""
+    mean: Annotated[tuple[Fraction, ...], ByChannel] = Field(
+        default_factory=lambda earlier: COLOUR_MEAN if earlier.get("channels") == 3 else (0.5,)
+    )
+    """Taken from the pixels, a number a channel, 1 being white. By default ImageNet's means, or 0.5 for grey."""
+    std: Annotated[tuple[Positive, ...], ByChannel] = Field(
+        default_factory=lambda earlier: COLOUR_STD if earlier.get("channels") == 3 else (0.5,)
+    )
+    """The pixels are divided by it then, a number a channel. By default ImageNet's deviations, or 0.5 for grey."""
+    crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """[share] What is seen of an image: a square in its middle, so much of its shorter side."""
+
+    @property
+    def patches(self) -> int:
+        """That an image has."""
+        return (self.size // self.patch) ** 2
+
+    @property
+    def positions(self) -> int:
+        """That an image becomes."""
+        return self.patches + (self.pooling == "class_token")
+
+    @property
+    def pixels(self) -> int:
+        """Numbers in a patch, of all channels."""
+        return self.channels * self.patch**2
+
+
+class ImageModel(Model):
+    task: Literal["image_classification"] = "image_classification"
+    image: Image
+    """What the images are like, and what is told apart. Since 0.2."""
+    rotary_fraction: Fraction = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_positions(cls, values: Any) -> Any:
+        """seq_length follows from the image. (Where that is wrong itself, nothing is to be said of the length.)"""
+        if not isinstance(values, Mapping) or values.get("seq_length") is not None:
+            return values
+        return {**values, "seq_length": _positions(values.get("image"))}
+
+
+def _positions(image: Any) -> int:
+    if not isinstance(image, Image):
+        try:
+            image = Image.model_validate(image)
+        except ValidationError:
+            return 1
+    return max(1, image.positions)
+
+
+def image_of(model: Model) -> Image:
+    """The images of `model`, which is known to be a classifier of them."""
+    assert isinstance(model, ImageModel), model.task
+    return model.image
+
+
+def check_sees_images(model: Model, action: str) -> None:
+    """UserError unless `model` classifies images, for an `action` that needs one ("classification")."""
+    if not isinstance(model, ImageModel):
+        raise UserError(
+            f"model.task: {model.task}, but {action} needs a model of images. Give one whose model.task is "
+            "image_classification."
+        )

@@ -1,0 +1,229 @@
+"""Preparation of images: what is read, what is refused, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from images import made_up
+from PIL import Image as Pictures
+
+from megatron_tf.data.images.decode import png
+from megatron_tf.data.images.prepare import ImageSettings, merge_images, prepare_images
+from megatron_tf.data.images.source import ImageFiles
+from megatron_tf.data.preparation.progress import ProgressDisplay
+from megatron_tf.data.preparation.work import Share
+from megatron_tf.errors import DataError
+
+IMAGES, LABELS = made_up(6, classes=3)
+
+
+def prepare(inputs, prefix: Path, merge: bool = False, **settings) -> tuple[dict, str]:
+    shown = io.StringIO()
+    inputs = tuple(map(str, inputs if isinstance(inputs, list) else [inputs]))
+    command = merge_images if merge else prepare_images
+    return command(ImageSettings(inputs, str(prefix), **settings), ProgressDisplay(shown)), shown.getvalue()
+
+
+def contents(prefix: Path) -> list[tuple[int, bytes]]:
+    files = ImageFiles(prefix)
+    return [files.read(number) for number in range(len(files))]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Class folders zebra, ape, bee; hidden files and a folder within a class."""
+    top = tmp_path / "in"
+    for number, (image, label) in enumerate(zip(IMAGES, LABELS)):
+        place = top / ("zebra", "ape", "bee")[label] / ("deep" if number == 5 else "")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.JPEG").write_bytes(png(image))
+    (top / ".DS_Store").write_bytes(b"x")
+    (top / "ape" / ".hidden").write_bytes(b"x")
+    return top
+
+
+def write_idx(folder: Path, name: str = "t", packed: bool = False, classes: int = 3) -> Path:
+    images, labels = made_up(6, classes=classes)
+    folder.mkdir(exist_ok=True)
+    parts = {
+        f"{name}-images-idx3-ubyte": struct.pack(">4I", 0x803, 6, 6, 6) + np.stack(images).tobytes(),
+        f"{name}-labels-idx1-ubyte": struct.pack(">2I", 0x801, 6) + bytes(labels),
+    }
+    for file, content in parts.items():
+        (folder / (file + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
+    return folder / (f"{name}-images-idx3-ubyte" + ".gz" * packed)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_class_folders(folder, tmp_path):
+    (summary,) = prepare(folder, tmp_path / "x")[0].values()
+    assert (summary.images, summary.classes, summary.files) == (6, ("ape", "bee", "zebra"), (str(folder),))
+    found = contents(tmp_path / "x")
+    assert [label for label, _ in found] == [0, 0, 1, 1, 2, 2]
+    assert sorted(content for _, content in found) == sorted(map(png, IMAGES))
+    report = json.loads((tmp_path / "x.report.json").read_text())
+    assert report["documents"] == 6 and report["skipped_records"] == 0
+    assert not (tmp_path / "x.parts").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_mnist_family(tmp_path, packed):
+    names = tmp_path / "names.txt"
+    names.write_text("shirt\n\nshoe\nbag\n")
+    (summary,) = prepare(write_idx(tmp_path / "in", packed=packed), tmp_path / "x", classes=str(names))[0].values()
+    assert summary.classes == ("shirt", "shoe", "bag")
+    assert contents(tmp_path / "x") == [(label, png(image)) for label, image in zip(LABELS, IMAGES)]
+    (numbers,) = prepare(write_idx(tmp_path / "in"), tmp_path / "y")[0].values()
+    assert numbers.classes == ("0", "1", "2")
+
+
+def test_webdataset_shards(tmp_path):
+    shards = [
+        write_tar(
+            tmp_path / f"{n}.tar", {f"a/{n}.png": png(IMAGES[n]), f"a/{n}.cls": b"%d" % LABELS[n], f"a/{n}.json": b""}
+        )
+        for n in range(3)
+    ]
+    (summary,) = prepare(shards, tmp_path / "x", classes="3")[0].values()
+    assert summary.images == 3 and contents(tmp_path / "x")[2] == (LABELS[2], png(IMAGES[2]))
+
+
+def test_what_a_shard_lacks_is_named(tmp_path):
+    members = {
+        "1.png": png(IMAGES[0]), "2.cls": b"0", "3.png": png(IMAGES[0]), "3.cls": b"many",
+        "4.png": png(IMAGES[0]), "4.cls": b"7", "5.png": png(IMAGES[0])[:60], "5.cls": b"0",
+        "6.png": png(IMAGES[0]), "6.cls": b"1",
+    }  # fmt: skip
+    shard = write_tar(tmp_path / "s.tar", members)
+    (summary,), shown = prepare(shard, tmp_path / "x", classes="3", on_error="skip")[0].values(), ""
+    assert (summary.images, summary.skipped_records) == (1, 5), shown
+    report = json.loads((tmp_path / "x.report.json").read_text())
+    reasons = {sample["file"].rpartition(":")[2]: sample["reason"] for sample in report["samples"]}
+    assert reasons["1"] == "the image has no 1.cls next to it" and reasons["2"] == "the class has no image next to it"
+    assert reasons["3"] == "its class is b'many', and no number" and reasons["4"] == "its class is 7, but there are 3"
+    assert report["skipped"] == {"bad_image": 2, "bad_label": 3}
+    with pytest.raises(DataError, match=r"s.tar:1:1: the image has no 1.cls next to it. Correct or remove"):
+        prepare(shard, tmp_path / "y", classes="3")
+
+
+def test_classes_from_others_keep_their_numbers(folder, tmp_path):
+    prepare(folder, tmp_path / "x")
+    for file in (folder / "ape").rglob("*.JPEG"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"in/ape: has no image. Put some into it, or remove the folder"):
+        prepare(folder, tmp_path / "y")
+    (folder / "ape" / ".hidden").unlink()
+    (folder / "ape").rmdir()
+    prepare(folder, tmp_path / "y", classes_from=str(tmp_path / "x"))
+    assert {label for label, _ in contents(tmp_path / "y")} == {1, 2}
+    (folder / "bee").rename(folder / "yak")
+    with pytest.raises(DataError, match=r"in/yak: is none of the 3 classes, which begin with ape, bee, zebra"):
+        prepare(folder, tmp_path / "z", classes_from=str(tmp_path / "x"))
+
+
+def test_large_images_are_made_smaller_and_turned(tmp_path):
+    exif = Pictures.Exif()
+    exif[0x0112] = 6
+    for number, name in enumerate("ab"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Pictures.new("RGB", (40, 20), (9, 99, 199)).save(tmp_path / "in" / name / f"{number}.jpg", exif=exif)
+    sizes = {}
+    for name, options in {"as": {"ignore_orientation": True}, "turned": {}, "small": {"shortest_side": 10}}.items():
+        prepare(tmp_path / "in", tmp_path / name, **options)
+        sizes[name] = Pictures.open(io.BytesIO(contents(tmp_path / name)[0][1])).size
+    assert sizes == {"as": (40, 20), "turned": (20, 40), "small": (10, 20)}
+
+
+def test_a_share_is_held_out(folder, tmp_path):
+    prefixes, _ = prepare(folder, tmp_path / "x", validation_fraction=0.5)
+    assert set(prefixes) == {f"{tmp_path}/x_train", f"{tmp_path}/x_validation"}
+    assert sum(summary.images for summary in prefixes.values()) == 6
+
+
+@pytest.mark.slow
+def test_workers_and_shards_do_not_change_the_output(folder, tmp_path):
+    prepare(folder, tmp_path / "x")
+    prepare(folder, tmp_path / "workers", share=Share(workers=3))
+    for number in range(2):
+        prefixes, shown = prepare(folder, tmp_path / "shards", share=Share(1, number, 2))
+        assert bool(prefixes) == bool(number), shown
+    for ending in (".bin", ".idx", ".json"):
+        expected = Path(f"{tmp_path}/x{ending}").read_bytes()
+        assert Path(f"{tmp_path}/workers{ending}").read_bytes() == expected
+        assert Path(f"{tmp_path}/shards{ending}").read_bytes() == expected
+
+
+def test_it_goes_on_where_it_stopped(folder, tmp_path):
+    bad = folder / "zebra" / "9.JPEG"
+    bad.write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"9.JPEG:1: cannot identify image file"):
+        prepare(folder, tmp_path / "x")
+    bad.write_bytes(png(IMAGES[0]))
+    _, shown = prepare(folder, tmp_path / "x")
+    assert "6 of 7 parts were finished before" in shown
+    assert "was prepared from the same files" in prepare(folder, tmp_path / "x")[1]
+    (folder / "ape" / "1.JPEG").unlink()
+    with pytest.raises(DataError, match="have it replaced with --replace"):
+        prepare(folder, tmp_path / "x")
+    prepare(folder, tmp_path / "x", replace=True)
+    with pytest.raises(DataError, match="parts are still to be prepared"):
+        prepare(folder, tmp_path / "new", merge=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda top: (top / "readme.txt").write_text("x"), "readme.txt: is in no class; each image stands in a folder"),
+        (lambda top: [file.unlink() for file in (top / "bee").rglob("*.JPEG")], "bee: has no image"),
+        (lambda top: (top / "ape" / "x.txt").write_text("text"), "x.txt:1: cannot identify image file"),
+    ],
+)
+def test_folders_that_are_refused(folder, tmp_path, change, message):
+    change(folder)
+    with pytest.raises(DataError, match=message):
+        prepare(folder, tmp_path / "x")
+    assert not (tmp_path / "x.bin").exists()
+
+
+def test_files_that_are_refused(tmp_path):
+    images = write_idx(tmp_path / "in")
+    with pytest.raises(DataError, match="in: has 0 folders|is in no class"):
+        prepare(tmp_path / "in", tmp_path / "x")
+    with pytest.raises(DataError, match="is neither a .tar nor a file of images of the MNIST family"):
+        prepare(tmp_path / "in" / "t-labels-idx1-ubyte", tmp_path / "x")
+    with pytest.raises(DataError, match="numbers of classes and not their names. Give --classes"):
+        prepare(write_tar(tmp_path / "s.tar", {"1.png": b""}), tmp_path / "x")
+    with pytest.raises(DataError, match="its class is 2, but there are 2"):
+        prepare(images, tmp_path / "x", classes="2")
+    images.write_bytes(images.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"says it is \[6, 6, 6\], but 215 bytes follow"):
+        prepare(images, tmp_path / "x")
+    (tmp_path / "in" / "t-labels-idx1-ubyte").unlink()
+    with pytest.raises(DataError, match="has no labels next to it: .*t-labels-idx1-ubyte"):
+        prepare(images, tmp_path / "x")
+    names = tmp_path / "names"
+    names.write_text("a\nb\na\n")
+    with pytest.raises(DataError, match="names 'a' twice"):
+        prepare(images, tmp_path / "x", classes=str(names))
+
+
+def test_without_pillow_it_says_what_to_install(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(Exception, match=r"Pillow is missing, which reads images. pip install 'megatron_tf\[images\]'"):
+        prepare(folder, tmp_path / "x")

@@ -1,0 +1,74 @@
+"""The model section of a classifier: what follows from the image, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+from images import image_config
+
+from megatron_tf.config import load_config
+from megatron_tf.config.load import dump_config
+from megatron_tf.config.schema import Model
+from megatron_tf.config.validate import validate
+from megatron_tf.errors import ConfigError
+from megatron_tf.tasks.image_classification.section import image_of
+
+
+def write(tmp_path, config) -> str:
+    (tmp_path / "run.yml").write_text(dump_config(config))
+    return str(tmp_path / "run.yml")
+
+
+@pytest.mark.parametrize("pooling, positions", [("class_token", 5), ("mean", 4)])
+def test_positions_follow_from_the_image(tmp_path, pooling, positions):
+    config = image_config({"pooling": pooling})
+    assert (config.model.seq_length, config.model.rotary_fraction) == (positions, 0)
+    assert load_config(write(tmp_path, config)) == config
+    assert pickle.loads(pickle.dumps(config.model)) == config.model
+    assert Model.model_validate(json.loads(config.model.model_dump_json())) == config.model
+
+
+def test_normalisation_is_imagenets_for_colours_and_one_half_for_grey():
+    assert image_of(image_config().model).mean == (0.485, 0.456, 0.406)
+    grey = image_of(image_config({"channels": 1}).model)
+    assert (grey.mean, grey.std) == ((0.5,), (0.5,))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.seq_length=9", "model.seq_length: 9, but images of 6 in patches of 3 and a class token are 5 positions. Rem"),
+        ("model.image.size=7", "model.image.size: 7 is not a multiple of model.image.patch 3. Set it to 6 or 9."),
+        ("model.image.classes=1", "model.image.classes: 1 is out of range. It must be at least 2."),
+        ("model.image.channels=2", "model.image.channels: the number 2, but one of 1, 3 is expected"),
+        ("model.image.mean=[0.5]", "model.image.mean: has 1 numbers, but model.image.channels is 3"),
+        ("model.image.pooling=max", "one of class_token, mean is expected"),
+        ("model.image=null", "model.image: missing. Add this section; it needs size, patch, classes."),
+        ("model.rotary_fraction=0.5", "model.rotary_fraction: 0.5, but the positions of an image are learned"),
+        ("model.vocab_size=99", "a classifier of images has model.image instead. Remove it, or set model.task to lang"),
+        ("data.eod_id=0", "data.eod_id: 0 means nothing to the task image_classification"),
+        ("data.augmentation.crop_scale=[0.5,0.1]", "data.augmentation.crop_scale: [0.5, 0.1] is no range"),
+        ("data.augmentation.mixup=0.8 training.micro_batch_size=1", "training.micro_batch_size: 1 is odd, but mixup"),
+        ("parallel.tensor=4 parallel.sequence=true", "Set model.image.pooling to mean, which leaves 4 positions"),
+        ("parallel.tensor=8", "model.image.classes: 5 rows cannot be split over parallel.tensor 8"),
+    ],
+)  # fmt: skip
+def test_refusals(tmp_path, override, message):
+    file = write(tmp_path, image_config({"pooling": "class_token"}))
+    text = (tmp_path / "run.yml").read_text()
+    (tmp_path / "run.yml").write_text("\n".join(line for line in text.splitlines() if "seq_length" not in line))
+    with pytest.raises(ConfigError) as error:
+        config = load_config(file, override.split())
+        validate(config, config.parallel.tensor)
+    assert message in str(error.value)
+    assert "seq_length: missing" not in str(error.value)
+
+
+def test_settings_of_images_mean_nothing_to_a_language_model():
+    from tiny import run_config
+
+    config = run_config(training={"label_smoothing": 0.1})
+    with pytest.raises(ConfigError, match="training.label_smoothing: 0.1 means nothing to the task language_model"):
+        validate(config, 1)
