@@ -34,6 +34,7 @@ setup(
         "megatron_tf": ["py.typed"],
         "megatron_tf.configs": ["*.yml", "schema.json"],
         "megatron_tf.slurm": ["*.sbatch"],
+        "megatron_tf.adapters": ["remote_code/*.py"],  # goes into every export of an adapter
         "megatron_tf.convert.huggingface": ["remote_code/*.py"],  # goes into every export, as it is
         "megatron_tf.model.kernels": ["*.c"],  # built on first use
     },

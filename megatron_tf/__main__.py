@@ -40,6 +40,7 @@ COMMANDS = {
     "average": Command("average_checkpoints", "average the weights of checkpoints"),
     "prune": Command("prune_tokens", "drop the parameter tokens that contribute least"),
     "grow-adapter": Command("grow_adapter", "more parameter tokens for a trained adapter, or fewer"),
+    "export-adapter": Command("export_adapter", "a base model and an adapter as one folder for transformers"),
     "convert": Command("convert_checkpoint", "weights from and to other formats"),
     "inspect": Command("inspect_checkpoint", "what is inside a checkpoint, and whether its bytes are right"),
     "generate": Command("generate_text", "write text with a trained model"),

@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_tf.adapters.folder import read_adapter
 from megatron_tf.caches import prepare_hugging_face
 from megatron_tf.convert.huggingface.verify import require_transformers
-from megatron_tf.errors import CheckpointError, UserError, first_line
+from megatron_tf.durable import read_plain
+from megatron_tf.errors import CheckpointError, UserError, file_errors, first_line
 from megatron_tf.requirements import is_wanted, wanted_versions
+
+_CONFIG = "config.json"
+_LARGEST_CONFIG = 2**24
+_SAMPLE = 32  # tokens: a logit depends on all tokens before it
 
 
 def require_peft() -> str:
@@ -30,25 +36,46 @@ def require_peft() -> str:
     return version
 
 
-def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The causal language model in a folder, in evaluation mode. CheckpointError when there is none to be loaded."""
+def load_base(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
+    """The causal language model in a folder, in evaluation mode; `dtype` "auto" is that of its weights. CheckpointError
+    when there is none to be loaded whole."""
+    with file_errors(
+        CheckpointError, folder / _CONFIG, "Give the folder of a base model, as save_pretrained writes it."
+    ):
+        content = read_plain(folder / _CONFIG, _LARGEST_CONFIG)
+    if b'"pattention"' in content:
+        raise CheckpointError(f"{folder}: is an export with an adapter in it. Give the base that it was made from")
+    return _load(folder, dtype)
+
+
+def load_exported(folder: Path) -> Any:
+    """What `export_adapter` has written, with the code that lies in it, in fp32. Errors: as of `load_base`."""
+    return _load(folder, torch.float32, trust_remote_code=True)
+
+
+def _load(folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:
     require_peft()
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: has no config.json. Give the folder of a base model, as save_pretrained of transformers writes it"
-        )
     prepare_hugging_face()
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: transformers cannot load it as a causal language model ({first_line(error)}). Give a whole folder "
             "of weights and configuration"
         ) from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report.get(kind):
+            names = sorted(map(str, report[kind]))
+            raise CheckpointError(
+                f"{folder}: the weights are not those of its {_CONFIG}: {kind.replace('_', ' ')} {', '.join(names[:3])}. "
+                "Give a whole folder of weights and configuration"
+            )
     return model.eval()
 
 
@@ -61,10 +88,14 @@ def load_adapted(base: Any, adapters: Mapping[str, Path]) -> Any:
     return with_adapters(base, adapters)
 
 
-@torch.no_grad()
-def random_logits(model: Any, seed: int = 0) -> Tensor:
-    """Logits [2, s, vocabulary] on random tokens, fp32."""
+def random_ids(model: Any, seed: int = 0) -> Tensor:
+    """Tokens [2, s] within the model's vocabulary and context."""
     config = model.config.get_text_config()
-    length = min(getattr(config, "max_position_embeddings", None) or 32, 32)
-    ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(seed))
-    return model(input_ids=ids).logits.float()
+    length = min(getattr(config, "max_position_embeddings", None) or _SAMPLE, _SAMPLE)
+    return torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def random_logits(model: Any) -> Tensor:
+    """Logits [2, s, vocabulary] on random tokens, fp32."""
+    return model(input_ids=random_ids(model)).logits.float()

@@ -1,0 +1,136 @@
+"""A base model and an adapter as one folder that transformers loads, with the code of the branches in it.
+
+| file | content |
+|---|---|
+| model.safetensors, or several | the base's weights in their own type, and the adapter's tokens |
+| config.json | the base's, with the branches in `pattention` |
+| modeling_pattention_adapter.py | the base's class with branches; needs torch and transformers alone |
+| others | the base's tokenizer and generation settings |
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_tf.adapters.folder import Adapter, read_adapter
+from megatron_tf.adapters.loading import load_adapted, load_base, load_exported, random_ids
+from megatron_tf.adapters.modules import BRANCH, find_places
+from megatron_tf.convert.agreement import Agreement, agreement
+from megatron_tf.convert.huggingface.verify import verifying_versions
+from megatron_tf.durable import atomic_folder
+from megatron_tf.errors import CheckpointError, file_errors
+
+MODELING_CODE = "modeling_pattention_adapter.py"
+_CLASS = "PattentionAdapterForCausalLM"
+_BASE_LINE = "from transformers import PreTrainedModel as BaseForCausalLM"
+_PROMPT, _NEW = 6, 4  # tokens: a cache that is not read shows at the second new one
+_CACHES: dict[str, dict[str, Any]] = {"without a cache": {"use_cache": False}, "with a cache": {}}
+_TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "spiece.model",
+)  # fmt: skip
+
+
+def export_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreement]:
+    """Write the folder `target`, load it as a user would, and compare; returns the agreement on each kind of sample.
+
+    Errors: CheckpointError, with nothing left behind, also when what transformers computes is not what base and adapter
+    do.
+    """
+    stored = read_adapter(adapter)
+    model = load_base(base, "auto")
+    kind = type(model).__name__
+    settings = _settings(stored, model)
+    versions = verifying_versions()
+    _add_tokens(model, stored, settings)
+    with file_errors(CheckpointError, target, "Nothing was written."), atomic_folder(target) as folder:
+        # Names as they are in memory: of a class with code of its own, transformers translates no others.
+        model.save_pretrained(folder, save_original_format=False)
+        del model
+        _write_code(folder, kind, versions)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config |= {
+            "architectures": [_CLASS],
+            "auto_map": {"AutoModelForCausalLM": f"{MODELING_CODE.removesuffix('.py')}.{_CLASS}"},
+            "pattention": settings,
+            "verified_with": versions,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for pattern in _TOKENIZER_FILES:
+            for file in base.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+        return verify(folder, base, adapter)
+
+
+@torch.no_grad()
+def verify(folder: Path, base: Path, adapter: Path) -> dict[str, Agreement]:
+    """Compare logits, and generation with and without a cache, in fp32. CheckpointError when they are others."""
+    expected = load_adapted(load_base(base), {"default": adapter})
+    exported = load_exported(folder)
+    ids = random_ids(expected)
+
+    found = {"random tokens": agreement(exported(input_ids=ids).logits.float(), expected(input_ids=ids).logits.float())}
+    for cache, options in _CACHES.items():
+        found[f"generation {cache}"] = _generation(exported, expected, ids[:, :_PROMPT], options)
+    for kind, one in found.items():
+        if not one.holds:
+            raise CheckpointError(
+                f"transformers computes another function from the export than base and adapter do: on {kind}, {one}. "
+                "Nothing was written. Please report this, with the versions of torch and transformers"
+            )
+    return found
+
+
+def _generation(exported: Any, expected: Any, ids: Tensor, options: Mapping[str, Any]) -> Agreement:
+    """Of the logits by which `exported` continues `ids` [2, s] with those of `expected` on the whole texts, without a
+    cache. Logits are compared, and not the tokens chosen, which rounding decides where two are about as likely."""
+    out = exported.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=_NEW, max_new_tokens=_NEW,
+        pad_token_id=0, return_dict_in_generate=True, output_logits=True, **options,
+    )  # fmt: skip
+    whole = expected(input_ids=out.sequences[:, :-1]).logits.float()
+    return agreement(torch.stack(out.logits, 1).float(), whole[:, ids.shape[1] - 1 :])
+
+
+def _settings(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
+    places = find_places(model)
+    unknown = [name for name in adapter.branches if name not in places]
+    if unknown:
+        raise CheckpointError(
+            f"the adapter has a branch at {unknown[0]}, which {type(model).__name__} does not have. Give the model that it "
+            "was trained on"
+        )
+    return {
+        "num_tokens": adapter.config["num_tokens"],
+        "scale": adapter.config["scale"],
+        "branches": {name: [places[name].d_in, places[name].d_out, places[name].argument] for name in adapter.branches},
+    }
+
+
+def _add_tokens(model: nn.Module, adapter: Adapter, settings: dict[str, Any]) -> None:
+    from megatron_tf.adapters.remote_code.modeling_pattention_adapter import add_branches  # imports transformers
+
+    add_branches(model, settings)
+    for name, branch in adapter.branches.items():
+        added: Any = getattr(model.get_submodule(name), BRANCH)
+        added.key_tokens.data, added.value_tokens.data = branch.keys, branch.values
+
+
+def _write_code(folder: Path, kind: str, versions: dict[str, str]) -> None:
+    import transformers
+
+    if not hasattr(transformers, kind):
+        raise CheckpointError(f"the base is a {kind}, which is no class of transformers: it cannot be exported with it")
+    code = resources.files("megatron_tf.adapters") / "remote_code" / MODELING_CODE
+    text = code.read_text(encoding="utf-8")
+    assert text.count(_BASE_LINE) == 1
+    verified = "# Verified with " + " and ".join(f"{name} {version}" for name, version in versions.items()) + ".\n"
+    text = verified + text.replace(_BASE_LINE, f"from transformers import {kind} as BaseForCausalLM")
+    (folder / MODELING_CODE).write_text(text, encoding="utf-8")
