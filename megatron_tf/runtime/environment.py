@@ -33,6 +33,9 @@ _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 # Slurm numbers the steps that are no `srun` of the user from here up (batch script, interactive shell, extern, ...).
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _RETRY_SECONDS = 0.5
+# After so long a rank says for whom it waits.
+NOTICE_SECONDS = 10.0
+Notice = Callable[[str], None]
 _LATER_SECONDS = 20.0
 _SOON_SECONDS = 2.0
 _SRUN_REMEDY = (
@@ -298,21 +301,35 @@ def check_port_free(addr: str, port: int, address_from: str = "MASTER_ADDR") -> 
             ) from None
 
 
-def wait_for_port(addr: str, port: int, timeout_seconds: float, address_from: str = "MASTER_ADDR") -> None:
-    """Wait until rank 0 listens on `addr`:`port`. For the other ranks, before they meet it there.
+def notice_of(environment: LaunchEnvironment) -> Notice | None:
+    """Prints what this rank waits for. None for a rank that would repeat what others print: rank 0, rank 1 and the first
+    rank of each node do so."""
+    if environment.rank > 1 and environment.local_rank > 0:
+        return None
+    who = f"rank {environment.rank} of {environment.world_size}"
+    return lambda text: print(f"{who} {text}", file=sys.stderr, flush=True)
+
+
+def wait_for_port(
+    addr: str, port: int, timeout_seconds: float, address_from: str = "MASTER_ADDR", notice: Notice | None = None
+) -> None:
+    """Wait until rank 0 listens on `addr`:`port`. For the other ranks, before they meet it there. `notice` is told once
+    that this takes long.
 
     LaunchError when `addr`, which the variable `address_from` names, is no host's name, or when nothing answers in
     time.
     """
     with ended_by_signals():
-        _wait_for_port(addr, port, timeout_seconds, address_from)
+        _wait_for_port(addr, port, timeout_seconds, address_from, notice)
 
 
-def _wait_for_port(addr: str, port: int, timeout_seconds: float, address_from: str) -> None:
-    deadline = time.monotonic() + timeout_seconds
+def _wait_for_port(addr: str, port: int, timeout_seconds: float, address_from: str, notice: Notice | None) -> None:
+    began = time.monotonic()
+    deadline = began + timeout_seconds
     while True:
         try:
-            socket.create_connection((addr, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            patience = min(deadline - time.monotonic(), NOTICE_SECONDS)
+            socket.create_connection((addr, port), timeout=max(0.1, patience)).close()
             return
         except OSError as error:
             if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
@@ -323,6 +340,13 @@ def _wait_for_port(addr: str, port: int, timeout_seconds: float, address_from: s
                     f"({error.strerror or error}). Check that rank 0 has started, that these name its host and port, and that no "
                     "firewall is between; parallel.timeout_seconds is how long ranks wait."
                 ) from None
+            waited = time.monotonic() - began
+            if notice and waited >= NOTICE_SECONDS:
+                notice(
+                    f"has waited {waited:.0f} seconds for rank 0 at MASTER_ADDR={addr}, MASTER_PORT={port} "
+                    f"({error.strerror or error}). It waits up to {timeout_seconds:g}: parallel.timeout_seconds"
+                )
+                notice = None
         time.sleep(_RETRY_SECONDS)
 
 

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_tf.errors import DisagreementError, shortened
-from megatron_tf.runtime.rendezvous import Assembly
+from megatron_tf.runtime.rendezvous import Assembly, some_of
 
 Facts = Mapping[str, str]
 NOT_SET = "not set"
 COMMAND = "the command"
 MOST_DIFFERENCES = 12  # that a message names
-MOST_RANKS = 4  # named for a value
 VALUE_LIMIT = 120  # characters
 REMEDY = (
     "Start every rank with the same command and environment, and give every node the same code, libraries and files. If "
@@ -59,13 +58,8 @@ def differences(reference: Facts, by_rank: Sequence[Facts], names: Sequence[str]
             if fact in own:
                 ranks.setdefault(own[fact], []).append(name)
         values = [f"{_shown(reference.get(fact, NOT_SET))} on {names[0]}"]
-        values += [f"{_shown(value)} on {listed(who)}" for value, who in ranks.items()]
+        values += [f"{_shown(value)} on {some_of(who)}" for value, who in ranks.items()]
         yield f"{fact} is {' and '.join(values)}"
-
-
-def listed(names: Sequence[str], most: int = MOST_RANKS) -> str:
-    """Names of ranks, not more than `most`."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _verdict(assembly: Assembly, reference: Facts, reports: Sequence[Mapping[str, Any]]) -> str:
@@ -81,9 +75,9 @@ def _verdict(assembly: Assembly, reference: Facts, reports: Sequence[Mapping[str
         by_gpu.setdefault(report["gpu"], []).append(name)
         for problem in report["problems"]:
             who.setdefault(problem, []).append(name)
-    parts = [f"on {listed(ranks)}: {problem}" for problem, ranks in who.items()]
+    parts = [f"on {some_of(ranks)}: {problem}" for problem, ranks in who.items()]
     parts += [
-        f"{listed(ranks)} use the same GPU, {gpu}. Start a rank for each GPU, with a LOCAL_RANK of its own on its node."
+        f"{some_of(ranks)} use the same GPU, {gpu}. Start a rank for each GPU, with a LOCAL_RANK of its own on its node."
         for gpu, ranks in by_gpu.items()
         if gpu and len(ranks) > 1
     ]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_tf.errors import LaunchError, LostContactError, first_line
 from megatron_tf.runtime.device import choose_device, missing_gpu
-from megatron_tf.runtime.environment import LaunchEnvironment
+from megatron_tf.runtime.environment import LaunchEnvironment, notice_of
 from megatron_tf.runtime.facts import agree
 from megatron_tf.runtime.host_memory import keep_freed_memory
 from megatron_tf.runtime.network import interface_problems, stay_on_this_machine
@@ -83,7 +83,7 @@ def _meet(
 ) -> dist.Store:
     """The store in which all ranks of this run have come together, and found that they may work together."""
     store = open_store(environment, timeout_seconds)
-    assembly = Assembly(store, environment.rank, environment.world_size, timeout_seconds)
+    assembly = Assembly(store, environment.rank, environment.world_size, timeout_seconds, notice_of(environment))
     try:
         hosts = assembly.meet(environment.run)
         problems += interface_problems(os.environ, hosts, torch.cuda.is_available())

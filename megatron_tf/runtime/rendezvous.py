@@ -17,13 +17,21 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megatron_tf.errors import DisagreementError, LaunchError, first_line
-from megatron_tf.runtime.environment import LaunchEnvironment, check_port_free, wait_for_port
+from megatron_tf.runtime.environment import (
+    NOTICE_SECONDS,
+    LaunchEnvironment,
+    Notice,
+    check_port_free,
+    notice_of,
+    wait_for_port,
+)
 from megatron_tf.runtime.patient_store import STORE_ERRORS, PatientStore, Result, Unreachable, within
 
 FAREWELL_SECONDS = 5.0
 ALL_HERE = "all here"
 # A store that is alive answers in less, whatever else the ranks wait for.
 ANSWER_SECONDS = 60.0
+MOST_RANKS = 4  # that a message names
 # A process may meet the others more than once, in a store of torchrun's that outlives the meeting.
 _MEETINGS = itertools.count()
 
@@ -38,13 +46,18 @@ class Stuck(Exception):
         self.what = what
 
 
+def some_of(names: Sequence[str], most: int = MOST_RANKS) -> str:
+    """Names of ranks, not more than `most`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def open_store(environment: LaunchEnvironment, timeout_seconds: float) -> dist.Store:
     """The store at MASTER_ADDR:MASTER_PORT, which rank 0 opens (torchrun: its agent). LaunchError when it is not
     found."""
     address, port, rank = environment.master_addr, environment.master_port, environment.rank
     by_agent = environment.launcher == "torchrun"
     if rank > 0 or by_agent:
-        wait_for_port(address, port, timeout_seconds, environment.address_from)
+        wait_for_port(address, port, timeout_seconds, environment.address_from, notice_of(environment))
     else:
         check_port_free(address, port, environment.address_from)
     try:
@@ -67,12 +80,16 @@ class Assembly:
 
     Only rank 0 reads what each of the others wrote, so that thousands of ranks do not ask for thousands of things each.
     Every method raises Unreachable when the store does not answer. Phases have names of their own each.
+    `notice` is told for whom this rank waits, when it takes long.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float):
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float, notice: Notice | None = None
+    ):
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout_seconds
+        self._notice = notice
         self._store = PatientStore(store, min(timeout_seconds, ANSWER_SECONDS))
         self._names: list[str] = [f"rank {rank}" for rank in range(world_size)]
 
@@ -195,7 +212,7 @@ class Assembly:
 
     def _find_rank_zero(self, run: str) -> dict[str, Any]:
         """What rank 0 has said of itself. Stuck when it does not come; LaunchError when it is another run's."""
-        if not self._store.wait("run", self.timeout):
+        if not self._wait("run", "the roll call", lambda: [0]):
             raise Stuck([0], "the roll call", "did not come")
         first = json.loads(self._store.get("run") or "{}")
         self._name([first["host"]])
@@ -219,12 +236,24 @@ class Assembly:
         self._store.set(f"{name}/here/{self.rank}", "")
         if self._store.add(f"{name}/count", 1) == self.world_size:
             self._store.set_once(f"{name}/all here", ALL_HERE)
-        if not self._store.wait(f"{name}/all here", self.timeout):
+        if not self._wait(f"{name}/all here", name, lambda: self._without(f"{name}/here")):
             raise Stuck(self._without(f"{name}/here"), name, "did not arrive")
         refusal = self._store.get(f"{name}/all here")
         if refusal != ALL_HERE:
             self.farewell()
             raise DisagreementError(refusal)
+
+    def _wait(self, key: str, phase: str, absent: Callable[[], list[int]]) -> bool:
+        """Whether `key` was set in time. `absent`: the ranks that it waits for, which are named when that takes long."""
+        at_first = min(NOTICE_SECONDS, self.timeout)
+        if self._store.wait(key, at_first):
+            return True
+        if self._notice and self.timeout > at_first and (missing := absent()):
+            self._notice(
+                f"has waited {at_first:g} seconds for {some_of([self.name(rank) for rank in missing])} ({phase}). It waits up "
+                f"to {self.timeout:g}: parallel.timeout_seconds"
+            )
+        return self._store.wait(key, self.timeout - at_first)
 
     def _without(self, prefix: str) -> list[int]:
         return [rank for rank in self._ranks() if self._store.get(f"{prefix}/{rank}") is None]

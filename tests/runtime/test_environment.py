@@ -10,7 +10,15 @@ import time
 import pytest
 
 from megatron_tf.errors import LaunchError, UserError
-from megatron_tf.runtime.environment import LaunchEnvironment, check_port_free, detect, one_message, wait_for_port
+from megatron_tf.runtime import environment
+from megatron_tf.runtime.environment import (
+    LaunchEnvironment,
+    check_port_free,
+    detect,
+    notice_of,
+    one_message,
+    wait_for_port,
+)
 
 TORCHRUN = {
     "RANK": "5",
@@ -288,6 +296,21 @@ def test_nobody_listens():
         ):
             wait_for_port("127.0.0.1", port, 1)
         assert time.monotonic() - began < 2
+
+
+def test_for_whom_a_rank_waits_is_said_once(monkeypatch, capsys):
+    """By rank 1 and the first rank of each node, that of thousands not all say the same."""
+    monkeypatch.setattr(environment, "NOTICE_SECONDS", 0.1)
+    who = [LaunchEnvironment("torchrun", rank, 16, rank % 8, 8, "127.0.0.1", 1) for rank in (1, 2, 8)]
+    assert [notice_of(rank) is not None for rank in who] == [True, False, True]
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        with pytest.raises(LaunchError):
+            wait_for_port("127.0.0.1", port, 1.6, notice=notice_of(who[0]))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rank 1 of 16 has waited ") and line.endswith("up to 1.6: parallel.timeout_seconds")
+    assert f"for rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT={port} (Connection refused)" in line
 
 
 def test_waiting_for_an_unknown_host_ends_at_once():

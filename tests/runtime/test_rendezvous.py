@@ -78,6 +78,20 @@ def test_who_does_not_come_is_named():
     assert absent is None and isinstance(first, Stuck) and first.ranks == [1]
 
 
+def test_for_whom_rank_0_waits_is_said(monkeypatch):
+    monkeypatch.setattr(rendezvous, "NOTICE_SECONDS", 0.1)
+    said: list[str] = []
+    with pytest.raises(Stuck):
+        Assembly(dist.HashStore(), 0, 7, 0.3, said.append).meet()
+    missing = "rank 1, rank 2, rank 3, rank 4 and 2 more"
+    assert said == [
+        f"has waited 0.1 seconds for {missing} (the roll call). It waits up to 0.3: parallel.timeout_seconds"
+    ]
+    with pytest.raises(Stuck):
+        Assembly(dist.HashStore(), 1, 2, 0.3, said.append).meet()
+    assert said[1].startswith("has waited 0.1 seconds for rank 0 (the roll call)")
+
+
 def test_a_store_that_does_not_answer():
     class Stopped:
         def check(self, keys):
