@@ -210,3 +210,13 @@ def test_the_plain_torch_loop_trains_without_deepspeed():
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]
     assert len(losses) == 4 and losses[-1] < losses[0] - 2, done.stdout
+
+
+def test_the_page_of_the_architecture_names_every_room_and_files_that_are_there():
+    page = (PROJECT / "docs" / "design" / "architecture.md").read_text(encoding="utf-8")
+    package = PROJECT / "megatron_tf"
+    rooms = {f"`{folder.name}/`" for folder in package.iterdir() if (folder / "__init__.py").exists()}
+    assert {room for room in rooms if f"| {room}" not in page} == set()
+    named = re.findall(r"`([a-z_/]+/[a-z_]*(?:\.py)?)`", page.partition("## What a change touches")[2])
+    assert len(named) > 40
+    assert [path for path in named if not (package / path).exists() and not (PROJECT / path).exists()] == []
