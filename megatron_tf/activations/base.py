@@ -17,6 +17,8 @@ class Activation:
     `default_scale`: number of tokens -> τ of a projection that was never grown.
     `passes`: how often elementwise kernels read or write a score when PyTorch runs `function` operator by operator.
     `compiled_passes`: the same when torch.compile makes one kernel between two reductions or products.
+    `gram_saves`: those of them that are not made where r = ‖A‖₂ is found from KᵀK instead of the scores (`model.gram`).
+        Then T of the `ScoreFunction` is ΣD∘A. None: there is no such form.
     `reductions`: all-reduces, each waiting for the one before, in which tensor ranks find r in the forward pass.
     `formats`: the foreign formats whose code computes it, of "official" and "huggingface".
     `ignores_zero`: a score of 0 has the weight 0 and leaves r as it is. Then tokens with zero keys change nothing.
@@ -30,6 +32,7 @@ class Activation:
     default_scale: Callable[[int], float]
     passes: Passes
     compiled_passes: Passes = Passes(3, 8)
+    gram_saves: Passes | None = None
     reductions: int = 1
     formats: frozenset[str] = frozenset()
     ignores_zero: bool = False

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from megatron_tf.activations.forms import Norm
 from megatron_tf.architectures.spec import ParameterSpec, ProjectionSpec
 from megatron_tf.architectures.work import BlockWork, Collectives
 from megatron_tf.config.schema import Model, RunConfig
@@ -70,6 +71,10 @@ class Architecture(ABC):
 
     def token_counts(self, model: Model) -> dict[str, int]:
         """Parameter tokens by kind of projection; empty for an architecture without parameter tokens."""
+        return {}
+
+    def norm_forms(self, config: RunConfig, device: str) -> dict[str, Norm]:
+        """How each kind of projection finds the norm of its scores on a `device` type; empty as `token_counts`."""
         return {}
 
     def with_token_counts(self, model: Model, counts: Mapping[str, int]) -> Model:

@@ -63,7 +63,8 @@ Collectives = tuple[Collective, ...]
 class BlockWork:
     """What one block does with one micro batch, on the fullest tensor rank.
 
-    `products`: of the forward pass; the backward pass has each twice.
+    `products`: of the forward pass; the backward pass has each twice.  `products_again`: what it makes once more
+        besides, because it was not kept.
     `inner_width`: columns between the products, for each position: a Pattention's scores, an MLP's activations.
     `inner_passes`, `head_passes`: how often an elementwise kernel reads or writes an element of [s, b, inner_width],
         and of the rank's own heads [s, b, d/T].
@@ -84,6 +85,7 @@ class BlockWork:
     kept: int
     kept_statistics: int
     backward_peak: int
+    products_again: tuple[Product, ...] = ()
     moved: Passes = Passes(0, 0)
 
 

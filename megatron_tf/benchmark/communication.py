@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tf.activations.forms import GPU
 from megatron_tf.architectures.work import Collective, Collectives, Kind
 from megatron_tf.benchmark.counting import Counting
 from megatron_tf.benchmark.report import Row
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.communication import block_collectives, ends_collectives
 from megatron_tf.errors import exit_now
-from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
+from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block, choose_forms
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.parallel.groups import Group
 from megatron_tf.runtime.local_ranks import start_ranks
@@ -109,6 +110,7 @@ def count_layers(config: RunConfig, group: Group) -> list[tuple[str, str, Sent]]
     embedding, norm = Embedding(model, tensor).to(dtype), FinalNorm(model, tensor).to(dtype)
     torch.nn.init.normal_(embedding.weight, std=0.02)
     block = build_block(model, 0, initial_scales(model), tensor).to(dtype)
+    choose_forms(block, config.training, GPU)
     ids = torch.zeros(config.training.micro_batch_size, model.seq_length, dtype=torch.int64)
 
     counted: list[tuple[str, str, Sent]] = []

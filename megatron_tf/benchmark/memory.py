@@ -12,7 +12,7 @@ from megatron_tf.benchmark.report import Row
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.estimate import memory_per_rank
 from megatron_tf.model import build_model
-from megatron_tf.model.layers import Block
+from megatron_tf.model.layers import Block, choose_forms
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.tasks.classes import cross_entropy
@@ -51,6 +51,7 @@ def _measure(device: torch.device, config: RunConfig) -> tuple[int, int]:
         for block in model.blocks:
             assert isinstance(block, Block)
             block.recompute = config.training.activation_checkpointing
+            choose_forms(block, config.training, device.type)
         weights = list(model.parameters())
         masters = [weight.detach().float().clone() for weight in weights]
         sums = [torch.zeros_like(master) for master in masters]

@@ -162,6 +162,10 @@ class Training(Section):
     """Recompute each block in the backward pass."""
     compile: bool = False
     """Run torch.compile on each block."""
+    norm: Literal["auto", "direct", "gram"] = "auto"
+    """Where the norm of Pattention's scores comes from: from them, or from KᵀK. auto: by size and device. Since 0.2."""
+    scores: Literal["keep", "recompute"] = "keep"
+    """Pattention's scores, for the backward pass. recompute: one more product, and no memory for them. Since 0.2."""
     stop_when: StopWhen | None = None
     """When to end before the last step. null: never."""
     profile: Profile | None = None

@@ -384,6 +384,13 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             f"logging.health_interval_steps: {health}, but a {config.model.architecture} has no parameter tokens to "
             "measure. Remove logging.health_interval_steps."
         )
+    for key, usual in {"norm": "auto", "scores": "keep"}.items():
+        value = getattr(config.training, key)
+        if value != usual and not has_tokens:
+            yield (
+                f"training.{key}: {value}, but a {config.model.architecture} has no parameter tokens, and so no scores of "
+                f"them. Set it to {usual}."
+            )
     yield from _evaluation_problems(config)
     if config.training.init_from is not None:
         if config.growth is not None:

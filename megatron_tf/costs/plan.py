@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from megatron_tf.activations.forms import GPU
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
 from megatron_tf.config.tasks import task_of
@@ -11,12 +14,17 @@ from megatron_tf.telemetry.text import plural, size
 
 
 def describe(
-    config: RunConfig, world_size: int, batches: BatchPlan | None = None, step: int = 0, origin: str | None = None
+    config: RunConfig,
+    world_size: int,
+    batches: BatchPlan | None = None,
+    step: int = 0,
+    origin: str | None = None,
+    device: str = GPU,
 ) -> str:
     """Model, layout, batch arithmetic, length and memory, one line each, without a last newline.
 
     `config` has passed `validate` for `world_size`. `batches`: the plan of a run that has done `step` steps already.
-    `origin`: where its weights come from, as the end of a sentence; None: as the configuration says.
+    `device`: the type of device that it runs on.  `origin`: where its weights come from, as the end of a sentence; None: as the configuration says.
     """
     model, training = config.model, config.training
     topology, batches = topology_for(config, world_size), batches or plan_batches(config, world_size)
@@ -52,7 +60,21 @@ def describe(
             f"{size(memory.gradients)}, optimizer {size(memory.optimizer)}, activations {size(memory.activations)}"
         ),
     }
+    if forms := architecture_of(model).norm_forms(config, device):
+        lines["scores"] = _scores(config, world_size, forms)
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+
+def _scores(config: RunConfig, world_size: int, forms: Mapping[str, str]) -> str:
+    """Where the norms of scores come from, and what it takes to keep the scores."""
+    kinds = {form: ", ".join(kind for kind in forms if forms[kind] == form) for form in ("direct", "gram")}
+    sources = {"direct": "the scores", "gram": "KᵀK"}
+    norms = "; ".join(f"norms of {names} from {sources[form]}" for form, names in kinds.items() if names)
+    scores = config.training.scores
+    other = "recompute" if scores == "keep" else "keep"
+    with_other = config.training.model_copy(update={"scores": other})
+    there = memory_per_rank(config.model_copy(update={"training": with_other}), world_size).activations
+    return f"{norms}; training.scores {scores}, with {other} activations would be {size(there)}"
 
 
 def room_warning(config: RunConfig, steps_left: int, num_bytes: int, free_bytes: int) -> str | None:

@@ -47,6 +47,7 @@ def block_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
     hidden = model.hidden_size
     work = architecture_of(model).work(config)
     of_products = _products_seconds(work.products, config, gpu, assumed)
+    again = _products_seconds(work.products_again, config, gpu, assumed)
     # of the s × s scores a causal model computes half
     attention = (2 if task_of(model).causal else 4) * model.seq_length * hidden * positions / tensor
     attention /= assumed.attention * gpu.peak_flops(training.precision)
@@ -60,7 +61,7 @@ def block_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
 
     launches = 0.25 if training.compile else 1.0  # what is left of the kernels
     forward = of_products + attention + elementwise("forward")
-    backward = 2 * of_products + ATTENTION_BACKWARD * attention + elementwise("backward")
+    backward = 2 * of_products + again + ATTENTION_BACKWARD * attention + elementwise("backward")
     return Seconds(
         max(forward, launches * work.kernels.forward * assumed.launch),
         max(backward, launches * work.kernels.backward * assumed.launch),

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from megatron_tf.activations.forms import norm_form
 from megatron_tf.checks import check_scale, check_whole_number
-from megatron_tf.config.activations import DEFAULT_ACTIVATION
+from megatron_tf.config.activations import ACTIVATIONS, DEFAULT_ACTIVATION
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Model
+from megatron_tf.config.schema import Model, Training
 from megatron_tf.config.tasks import task_of
 from megatron_tf.model.attention import Documents, causal_attention, full_attention
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.context import BlockContext, Reports, attach
-from megatron_tf.model.pattention import partial_pattention
+from megatron_tf.model.pattention import DIRECT, Form, partial_pattention
 from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.state.parameters import INITIAL_STD, check_activation, default_scale, shard_range
@@ -90,6 +91,8 @@ class Pattention(nn.Module):
         start, stop = shard_range(num_tokens, group.size, group.rank)
         self.key_tokens = nn.Parameter(torch.empty(stop - start, d_in))
         self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out))
+        self.num_tokens = num_tokens
+        self.form = DIRECT
         self.scale = default_scale(num_tokens, activation) if scale is None else scale
         self.activation = activation
         self.group = group
@@ -107,7 +110,7 @@ class Pattention(nn.Module):
 
 
 def partial_outputs(projections: Sequence[Pattention], x: Tensor) -> tuple[Tensor, ...]:
-    """Outputs of projections that share x, each partial over their tensor group."""
+    """Outputs of projections that share x and how they are computed, each partial over their tensor group."""
     first = projections[0]
     for projection in projections:
         if projection.observer is not None:
@@ -119,7 +122,19 @@ def partial_outputs(projections: Sequence[Pattention], x: Tensor) -> tuple[Tenso
         [p.scale for p in projections],
         first.activation,
         first.group,
+        first.form,
     )
+
+
+def choose_forms(block: nn.Module, training: Training, device: str) -> None:
+    """Sets how each Pattention of a block is computed on a `device` type, as `training` wants it."""
+    for module in block.modules():
+        if isinstance(module, Pattention):
+            norm = norm_form(
+                training.norm, ACTIVATIONS[module.activation], module.num_tokens, module.key_tokens.shape[1],
+                module.group.size, device,
+            )  # fmt: skip
+            module.form = Form(norm, training.scores == "keep")
 
 
 class Attention(nn.Module, ABC):

@@ -18,13 +18,18 @@ number a row and projection, forward and backward; everything else is local.
 
 Projections that share X (query, key, value) go through one product against their concatenated keys and one
 all-reduce. Saved for backward: X once, A in the compute type, and r; S is recomputed, and dA is made in the memory of
-dS. So the backward holds A, dS and one projection's S.
+dS. So the backward holds A, dS and one projection's S. A `Form` can have A recomputed too: one more product, and X and r
+are all that is saved.
+
+In the Gram form r comes from gram.py, and with it a Pattention is a GELU MLP of (τ/r)X: no row is exchanged, and the
+backward hands on dr = −T/r instead of coupling the tokens.
 Where r is a norm, a row of scores that is all zero has r = 0: its output and gradients are 0, never NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,13 +37,30 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_tf.activations import l2_norm
+from megatron_tf.activations.forms import Norm
 from megatron_tf.activations.function import ScoreFunction, score_function
 from megatron_tf.activations.overlap import row_parts
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
+from megatron_tf.model import gram
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.kernels import score_layout
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
+
+
+class Form(NamedTuple):
+    """How a Pattention is computed; what it computes is the same to rounding.
+
+    `norm`: "direct", or "gram" for an activation that has it. On one process, rows whose norm would lose digits are
+    computed directly, with all others of the call.
+    `keep_scores`: for the backward pass, which otherwise makes them again.
+    """
+
+    norm: Norm = "direct"
+    keep_scores: bool = True
+
+
+DIRECT = Form()
 
 
 def pattention(
@@ -69,6 +91,7 @@ def partial_pattention(
     scales: Sequence[float],
     activation: str,
     group: Group,
+    form: Form = DIRECT,
 ) -> tuple[Tensor, ...]:
     """Outputs of several projections of one x, each still to be summed over `group`.
 
@@ -81,8 +104,28 @@ def partial_pattention(
         dtype = torch.get_autocast_dtype(device)
         keys, values = ([token.to(dtype) for token in tokens] for tokens in (keys, values))
         with torch.autocast(device, enabled=False):
-            return _Pattention.apply(function, tuple(scales), group, x.to(dtype), *keys, *values)
-    return _Pattention.apply(function, tuple(scales), group, x.to(dtype), *keys, *values)
+            return _outputs(x.to(dtype), keys, values, scales, function, group, form)
+    return _outputs(x.to(dtype), keys, values, scales, function, group, form)
+
+
+def _outputs(
+    x: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scales: Sequence[float],
+    function: ScoreFunction,
+    group: Group,
+    form: Form,
+) -> tuple[Tensor, ...]:
+    tensors = [x, *keys, *values]
+    if form.norm == "gram":
+        matrices = gram.matrices(keys, group)
+        norms = gram.norms(_rows(x), matrices)
+        # over ranks all would have to agree, and a compiled graph has no choice
+        certain = group.size > 1 or torch.compiler.is_compiling()
+        if certain or not gram.loses_digits(_rows(x), matrices, norms):
+            tensors.append(norms)
+    return _Pattention.apply(function, tuple(scales), group, form.keep_scores, *tensors)
 
 
 @torch.no_grad()
@@ -95,49 +138,63 @@ def token_weights(x: Tensor, key_tokens: Tensor, scale: float, activation: str, 
 
 
 class _Pattention(Function):
-    # x stands among the tensors, an odd number of them. Where no gradient is wanted, torch.compile drops ctx from a
-    # call with as many arguments as `forward` has parameters, which keys and values alone would come to.
+    # Where no gradient is wanted, torch.compile drops ctx from a call with as many arguments as `forward` has
+    # parameters, which are six: there must be more tensors than two.
     @staticmethod
-    def forward(ctx, function, scales, group, *tensors):
-        x, *tokens = tensors
+    def forward(ctx, function, scales, group, keep_scores, *tensors):
+        x, tokens, norms = _taken_apart(tensors, scales)
         keys, values = _for_products(tokens, function)
-        if group.size == 1:
-            scores, statistics, outputs = _forward(_rows(x), keys, values, scales, function)
+        if norms is not None or group.size == 1:
+            scores, statistics, outputs = _forward(_rows(x), keys, values, scales, function, norms)
         else:
             scores, statistics, outputs = _sharded_forward(_rows(x), keys, values, scales, function, group)
-        ctx.save_for_backward(x, scores, *statistics, *tokens)
-        ctx.function, ctx.scales, ctx.group = function, scales, group
+        ctx.save_for_backward(x, *tokens, *statistics, *([scores] if keep_scores else []))
+        ctx.function, ctx.scales, ctx.group, ctx.normed = function, scales, group, norms is not None
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         function, scales, group = ctx.function, ctx.scales, ctx.group
-        x, scores, *others = ctx.saved_tensors
-        statistics, tokens = others[: len(scales)], others[len(scales) :]
+        x, *others = ctx.saved_tensors
+        count = len(scales)
+        tokens, statistics, kept = others[: 2 * count], others[2 * count : 3 * count], others[3 * count :]
         keys, values = _for_products(tokens, function)
+        scores = kept[0] if kept else _scores(_rows(x), score_layout.joined(keys))
         gradient = score_layout.empty_scores(scores, *scores.shape)
         score_layout.clear_gaps(gradient, keys)
         own = score_layout.split(gradient, keys), score_layout.split(scores, keys)
         parts = list(zip(*own, statistics, scales))
+        coupled_here = group.size == 1 and not ctx.normed
+        exchanged = group.size > 1 and not ctx.normed
         value_grads, totals = [], []
         for (d, a, r, scale), v, grad in zip(parts, values, grads):
             d.addmm_(_rows(grad), v.mT, beta=0)  # beta 0: what is in d is not read. torch.compile takes no out= here
-            if group.size == 1:
+            if coupled_here:
                 s = function.backward_and_couple(a, r, d, scale)
             else:
                 s, total = function.backward(a, r, d, scale)
                 totals.append(total)
-                if len(totals) == len(parts):  # on its way while the last value tokens' gradients are made
+                if exchanged and len(totals) == count:  # on its way while the last value tokens' gradients are made
                     finish = begin_all_reduce(torch.cat(totals, -1), group)
             value_grads.append(s.mT @ _rows(grad))
-        if group.size > 1:
+        if exchanged:
             for (d, a, r, scale), total in zip(parts, finish().split(1, -1)):
                 function.couple(a, r, total, d, scale)
-        d_x = (gradient @ score_layout.joined(keys)).view(x.shape) if ctx.needs_input_grad[3] else None
+        d_x = (gradient @ score_layout.joined(keys)).view(x.shape) if ctx.needs_input_grad[4] else None
         key_grads = score_layout.split(gradient.mT @ _rows(x), keys, 0)
-        token_grads = (grad[: len(own)] for own, grad in zip(tokens, (*key_grads, *value_grads)))
-        return None, None, None, d_x, *token_grads
+        token_grads = [grad[: len(own)] for own, grad in zip(tokens, (*key_grads, *value_grads))]
+        if ctx.normed:
+            norms = torch.cat(statistics, -1)
+            token_grads.append(torch.where(norms > 0, -torch.cat(totals, -1) / norms, 0))
+        return None, None, None, None, d_x, *token_grads
+
+
+def _taken_apart(tensors: Sequence[Tensor], scales: Sequence[float]) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
+    """(x, keys and values, r [rows, projections] where it is known already)."""
+    x, *others = tensors
+    tokens, norms = others[: 2 * len(scales)], others[2 * len(scales) :]
+    return x, tokens, norms[0] if norms else None
 
 
 def _for_products(tokens: Sequence[Tensor], function: ScoreFunction) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -152,16 +209,30 @@ _Results = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
 
 
 def _forward(
-    x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[float], function: ScoreFunction
+    x: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scales: Sequence[float],
+    function: ScoreFunction,
+    norms: Tensor | None,
 ) -> _Results:
-    joined = score_layout.joined(keys)
-    scores = score_layout.empty_scores(x, x.shape[0], joined.shape[0]).addmm_(x, joined.mT, beta=0)
+    """Of rows that are whole here, or whose `norms` are known."""
+    scores = _scores(x, score_layout.joined(keys))
     statistics, outputs = [], []
-    for a, v, scale in zip(score_layout.split(scores, keys), values, scales):
-        r, s = function.statistic_and_weights(a, scale)
+    known = [None] * len(keys) if norms is None else norms.split(1, -1)
+    for a, v, scale, r in zip(score_layout.split(scores, keys), values, scales, known):
+        if r is None:
+            r, s = function.statistic_and_weights(a, scale)
+        else:
+            s = function.weights(a, r, scale)
         statistics.append(r)
         outputs.append(s @ v)
     return scores, statistics, outputs
+
+
+def _scores(x: Tensor, joined: Tensor) -> Tensor:
+    """A of x [rows, d] and keys [columns, d]: [rows, columns]."""
+    return score_layout.empty_scores(x, x.shape[0], joined.shape[0]).addmm_(x, joined.mT, beta=0)
 
 
 def _sharded_forward(

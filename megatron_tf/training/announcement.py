@@ -28,21 +28,22 @@ def announce(opening: Opening, loaders: Loaders) -> None:
     run, start = opening.run, opening.start
     if not run.is_main:
         return
-    for line in lines_about(run.plan, start, opening.told, opening.passed_over, loaders.data):
+    lines = lines_about(run.plan, start, opening.told, opening.passed_over, loaders.data, run.device.type)
+    for line in lines:
         (run.console.warning if line.is_warning else run.console.info)(line.text)
     for warning in (*_room_warnings(run, start), *_validation_warnings(run, loaders)):
         run.console.warning(warning)
 
 
 def lines_about(
-    plan: RunPlan, start: Start, told: Account, passed_over: Sequence[str], data: OpenData
+    plan: RunPlan, start: Start, told: Account, passed_over: Sequence[str], data: OpenData, device: str
 ) -> Iterator[Line]:
     """Model, layout, batches, length and memory of a run; where it begins; its data.
 
-    `told`: see `account`.  `passed_over`: checkpoints that could not be used, with reasons.
+    `told`: see `account`.  `passed_over`: checkpoints that could not be used, with reasons.  `device`: its type.
     """
     step, batches = start.progress.step, plan.batches
-    for text in describe(told.config, plan.topology.world_size, batches, step, told.origin).splitlines():
+    for text in describe(told.config, plan.topology.world_size, batches, step, told.origin, device).splitlines():
         yield Line(text)
     for text in (*passed_over, *told.ineffective):
         yield Line(text, is_warning=True)

@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
+from megatron_tf.activations.forms import GPU
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.plan import describe
@@ -31,7 +34,7 @@ def dry_run(stages: Sequence[RunConfig], world_size: int) -> Iterator[str]:
     yield from _first(stages[first], world_size)
     for config in stages[first + 1 :]:
         yield ""
-        yield describe(config, world_size)
+        yield describe(config, world_size, device=_device())
     yield "dry run: nothing was written"
 
 
@@ -44,7 +47,7 @@ def _first(config: RunConfig, world_size: int) -> Iterator[str]:
     step = start.progress.step
     plan = start.plan(config, world_size)
     told = account(config, start, world_size, earlier_settings(Path(config.run.dir)) if step else None)
-    for line in lines_about(plan, start, told, passed_over, data):
+    for line in lines_about(plan, start, told, passed_over, data, _device()):
         yield f"warning: {line.text}" if line.is_warning else line.text
     loader = data.loader(
         config.data.train,
@@ -59,6 +62,11 @@ def _first(config: RunConfig, world_size: int) -> Iterator[str]:
         f"{'batch':<7} micro batch of step {step + 1:,} on a rank: inputs {list(inputs.shape)}, targets "
         f"{list(targets.shape)}, {int(count):,} of {len(inputs) * most:,} losses count"
     )
+
+
+def _device() -> str:
+    """The type of device that a run would have here."""
+    return GPU if torch.cuda.is_available() else "cpu"
 
 
 def _check_folder(folder: Path) -> None:

@@ -130,6 +130,21 @@ def test_plans_refuse_what_they_cannot_compute(small):
         (["parallel={tensor: 4, sequence: true}", "model.seq_length=30"], 4,
          "model.seq_length: 30 is not a multiple of parallel.tensor 4, which parallel.sequence needs. Set it to 28 or "
          "32, or parallel.sequence to false."),
+        (["training.norm=gram", "model.activation=softmax"], 1,
+         "training.norm: gram finds the norm of scores before their activation, which model.activation softmax does not "
+         "have. Set it to auto, or the activation to l2_norm_gelu."),
+        (["training.norm=gram", "model.sparse={ffn: {group_size: 16, candidates: 2}}",
+          "model.parameter_tokens.ffn=192"], 1,
+         "training.norm: gram is for projections whose positions use all their tokens, but model.sparse is given. Set "
+         "it to auto, or model.sparse to null."),
+        (["training.scores=recompute", "model.sparse={ffn: {group_size: 16, candidates: 2}}",
+          "model.parameter_tokens.ffn=192"], 1,
+         "training.scores: recompute is for projections whose positions use all their tokens, but model.sparse is given. "
+         "Set it to keep, or model.sparse to null."),
+        (["training.scores=recompute", "model.architecture=transformer", "model.ffn_hidden_size=64",
+          "model.parameter_tokens=null"], 1,
+         "training.scores: recompute, but a transformer has no parameter tokens, and so no scores of them. Set it to "
+         "keep."),
         (["optimizer.schedule.warmup_steps=101"], 1,
          "optimizer.schedule.warmup_steps: 101 is more than the run's 100 steps. Set it to at most 100; 1 % "
          "would be 1."),

@@ -10,6 +10,7 @@ from megatron_tf.config.validate import topology_for
 from megatron_tf.costs import estimate
 from megatron_tf.costs.plan import describe
 from megatron_tf.state.parameters import parameter_table, shard_range
+from megatron_tf.telemetry.text import size
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -130,4 +131,36 @@ def test_describe_shows_model_layout_batch_length_and_memory():
         "a rank: weights",
     ):
         assert fact in text
-    assert [line.split()[0] for line in text.splitlines()] == ["run", "model", "layout", "step", "length", "memory"]
+    assert [line.split()[0] for line in text.splitlines()] == [
+        "run",
+        "model",
+        "layout",
+        "step",
+        "length",
+        "memory",
+        "scores",
+    ]
+
+
+def test_describe_says_where_norms_come_from_and_what_the_scores_take():
+    config = load("1.4B", "model.parameter_tokens.proj=2304")
+    recomputed = load("1.4B", "model.parameter_tokens.proj=2304", "training.scores=recompute")
+    there = size(estimate.memory_per_rank(recomputed, 16).activations)
+    assert describe(config, 16).splitlines()[-1] == (
+        "scores  norms of proj from the scores; norms of qkv, ffn from KᵀK; training.scores keep, with recompute "
+        f"activations would be {there}"
+    )
+    assert "scores  norms of qkv, proj, ffn from the scores;" in describe(config, 16, device="cpu")
+    assert "scores" not in describe(load("transformer_124M"), 16)
+
+
+def test_without_scores_a_layer_keeps_what_does_not_depend_on_its_tokens():
+    kept, recomputed = (
+        estimate.block_activation_bytes(
+            load("1.4B", f"training.scores={scores}", "parallel={tensor: 1, sequence: false}")
+        )
+        for scores in ("keep", "recompute")
+    )
+    positions = 8 * 1024
+    assert kept - recomputed == positions * 2 * (4 * 8620 + 34480)
+    assert recomputed / positions == 2 * 8 * 768 + 4 * (9 + 12)

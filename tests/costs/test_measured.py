@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from distributed import spawn
 
+from megatron_tf.activations.forms import GPU
 from megatron_tf.benchmark.counting import Counting, saved_bytes
 from megatron_tf.config import load_config
 from megatron_tf.config.activations import ACTIVATIONS
@@ -20,9 +21,9 @@ from megatron_tf.costs.communication import block_collectives, ends_collectives,
 from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank, parameter_state_bytes
 from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
-from megatron_tf.model import build_model
+from megatron_tf.model import build_model, gram
 from megatron_tf.model.kernels import fused_passes
-from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
+from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block, choose_forms
 from megatron_tf.parallel.groups import SINGLE, make_group
 from megatron_tf.state.parameters import initial_scales
 from megatron_tf.tasks.classes import cross_entropy
@@ -54,7 +55,9 @@ def hidden_for(config, split=1):
 
 def block_for(config, group=SINGLE):
     tensor = TensorParallel(group, config.parallel.sequence)
-    return build_block(config.model, 0, initial_scales(config.model), tensor).to(TYPES[config.training.precision])
+    block = build_block(config.model, 0, initial_scales(config.model), tensor).to(TYPES[config.training.precision])
+    choose_forms(block, config.training, GPU)
+    return block
 
 
 PEAKS = {
@@ -67,6 +70,14 @@ PEAKS = {
     "logits in fp32": ("model.vocab_size=32768",),
     "ffn": ("model.vocab_size=256",),
     "ffn, recomputed": ("model.vocab_size=256", "training.activation_checkpointing=true", "training.precision=bf16"),
+    "ffn, scores recomputed": ("model.vocab_size=256", "training.scores=recompute"),
+    "qkv, scores recomputed": (
+        "model.vocab_size=256",
+        "model.parameter_tokens.qkv=900",
+        "training.precision=bf16",
+        "training.scores=recompute",
+        "training.micro_batch_size=8",
+    ),
     "qkv": ("model.vocab_size=256", "model.parameter_tokens.qkv=900", "training.precision=bf16"),
     "transformer": (*TRANSFORMER, "model.vocab_size=256", "training.precision=bf16"),
     "transformer, recomputed": (*TRANSFORMER, "model.vocab_size=256", "training.activation_checkpointing=true"),
@@ -82,6 +93,7 @@ def test_peak_of_activations(overrides):
     model = build_model(config.model, dtype=TYPES[config.training.precision])
     for block in model.blocks:
         block.recompute = config.training.activation_checkpointing
+        choose_forms(block, config.training, GPU)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     ids = torch.zeros(config.training.micro_batch_size, config.model.seq_length, dtype=torch.int64)
@@ -109,6 +121,10 @@ def test_what_a_block_keeps_on_two_tensor_ranks(sequence, precision):
     spawn(saved_by_block, 2, sequence, precision, ())
 
 
+def test_what_a_block_keeps_without_its_scores():
+    spawn(saved_by_block, 2, True, "bf16", ("training.scores=recompute",))
+
+
 def test_what_a_block_with_candidates_keeps():
     spawn(saved_by_block, 2, True, "bf16", SPARSE)
 
@@ -129,6 +145,13 @@ def test_elementwise_traffic_and_kernels_of_a_transformers_block():
     count_block(config)
 
 
+def test_elementwise_traffic_and_kernels_of_a_block_in_the_gram_form(monkeypatch):
+    """Of many positions, beside which KᵀK is small. Over ranks nobody asks for lost digits."""
+    monkeypatch.setattr(gram, "loses_digits", lambda *tensors: False)
+    tokens = "model.parameter_tokens={qkv: 512, proj: 512, ffn: 2048}"
+    count_block(load("training.norm=gram", "training.precision=bf16", "training.micro_batch_size=16", tokens))
+
+
 def count_block(config):
     block, hidden, work = block_for(config), hidden_for(config), architecture_of(config.model).work(config)
     positions = hidden[..., 0].numel()
@@ -141,6 +164,7 @@ def count_block(config):
                 out.backward(torch.ones_like(out))
         of_hidden = getattr(HIDDEN_PASSES, direction) + getattr(work.head_passes, direction)
         elements = getattr(work.inner_passes, direction) * work.inner_width + of_hidden * config.model.hidden_size
+        elements += getattr(work.moved, direction)
         assert 2 * positions * elements == pytest.approx(counted.traffic, rel=TOLERANCE), direction
         if getattr(config.model, "activation", "l2_norm_gelu") == "l2_norm_gelu":
             assert getattr(work.kernels, direction) == pytest.approx(counted.kernels, rel=TOLERANCE), direction
@@ -204,6 +228,10 @@ def sent_by_layers(group, sequence, precision, *model):
 )
 def test_tensor_parallel_communication_to_the_byte(sequence, precision, activation):
     spawn(sent_by_layers, 2, sequence, precision, f"model.activation={activation}")
+
+
+def test_tensor_parallel_communication_of_the_gram_form_to_the_byte():
+    spawn(sent_by_layers, 2, True, "bf16", "training.norm=gram")
 
 
 def test_candidates_are_chosen_without_communication():

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from distributed import spawn
 
 from megatron_tf.activations.overlap import LEAST_ROWS
-from megatron_tf.config.schema import Model
-from megatron_tf.model.layers import FinalNorm, Pattention, TensorParallel, build_block
+from megatron_tf.config.schema import Model, Training
+from megatron_tf.model.layers import FinalNorm, Pattention, TensorParallel, build_block, choose_forms
 from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.model.tokenformer import build_model
 from megatron_tf.parallel import collectives
@@ -38,7 +38,7 @@ def local(name, tensor, config, group):
     return tensor[slice(*shard_range(spec.shape[0], group.size, group.rank))] if spec.sharded else tensor
 
 
-def whole_model(group, config, sequence):
+def whole_model(group, config, sequence, **forms):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 37, (BATCH, SEQUENCE), generator=generator)
     labels = torch.randint(0, 37, (BATCH, SEQUENCE), generator=generator)
@@ -50,6 +50,7 @@ def whole_model(group, config, sequence):
     layers = torch.nn.ModuleDict({"embedding": Embedding(config, tensor), "final_norm": FinalNorm(config, tensor)})
     layers["blocks"] = torch.nn.ModuleList(build_block(config, i, initial_scales(config), tensor) for i in range(2))
     layers = layers.double()
+    choose_forms(layers, Training(global_batch_size=BATCH, micro_batch_size=BATCH, **forms), "cpu")
     with torch.no_grad():
         for (name, parameter), full in (
             (item, dict(one.named_parameters())[item[0]]) for item in layers.named_parameters()
@@ -79,6 +80,15 @@ def test_whole_model_in_fp64(world_size, sequence):
 @pytest.mark.parametrize("sequence", [False, True])
 def test_whole_transformer_in_fp64(world_size, sequence):
     spawn(whole_model, world_size, transformer(), sequence)
+
+
+def whole_model_in_gram_form(group, config):
+    for sequence, scores in ((False, "recompute"), (True, "keep")):
+        whole_model(group, config, sequence, norm="gram", scores=scores)
+
+
+def test_the_gram_form_in_fp64():
+    spawn(whole_model_in_gram_form, 2, model_config())
 
 
 @pytest.mark.parametrize("activation", ["gelu_l2_norm", "softmax"])

@@ -24,9 +24,10 @@ def test_plan_checkpoints_start_and_data_in_this_order(config):
     told = Account(run, ("configuration: as it was",), "", (), ineffective=("growth: has no effect",))
     plan = start.plan(run, world_size=2)
     *described, of_checkpoint, of_config, begins, changed, data, of_data = lines_about(
-        plan, start, told, ["step_00000006: not used: damaged"], Outlook()
+        plan, start, told, ["step_00000006: not used: damaged"], Outlook(), "cpu"
     )
-    assert [line.text.split()[0] for line in described] == ["run", "model", "layout", "step", "length", "memory"]
+    kinds = ["run", "model", "layout", "step", "length", "memory", "scores"]
+    assert [line.text.split()[0] for line in described] == kinds
     assert of_checkpoint == Line("step_00000006: not used: damaged", is_warning=True)
     assert of_config == Line("growth: has no effect", is_warning=True)
     assert (begins.text, changed.text) == ("resumed from a checkpoint", "configuration: as it was")

@@ -62,7 +62,7 @@ def test_a_growth_opens_its_source(config, tmp_path):
     grown = config("grown", model=tokens, growth=growth)
     found = lines(grown, config("later", model=tokens))
     assert any("grown from" in line and "by zero_key" in line for line in found)
-    assert found.count("") == 1 and found[-7].startswith(f"run     tokenformer in {tmp_path}/later")
+    assert found.count("") == 1 and found[-8].startswith(f"run     tokenformer in {tmp_path}/later")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "tokens.bin", "tokens.idx"]
     with pytest.raises(CheckpointError):
         lines(config("other", growth={"from": str(tmp_path / "absent")}))

@@ -70,6 +70,13 @@ def test_activation_checkpointing(config):
                                                                 Layout(Topology(1, 2, 1))], steps=3)  # fmt: skip
 
 
+@pytest.mark.slow
+def test_gram_form_without_kept_scores(config):
+    """The reference keeps its scores and takes the direct form."""
+    check(config(training={"norm": "gram", "scores": "recompute"}),
+          [Layout(Topology(2, 1, 1)), Layout(Topology(2, 2, 1), True)], steps=3)  # fmt: skip
+
+
 def test_zero_stage_0_without_clipping(config):
     # DeepSpeed itself then computes no norm of the gradient
     check(config(zero={"stage": 0}, training={"gradient_clipping": 0.0}), [Layout(Topology(1, 1, 2))], steps=3)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_tf.activations.forms import Norm
 from megatron_tf.architectures.base import Architecture
 from megatron_tf.architectures.spec import ParameterSpec, ProjectionSpec
+from megatron_tf.architectures.tokenformer.forms import form_problems, norm_forms
 from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS, block_parameters, token_tensors
 from megatron_tf.architectures.tokenformer.section import (
     Sparse,
@@ -32,7 +34,8 @@ class TokenFormerArchitecture(Architecture):
         return bank_problems(as_tokenformer(model))
 
     def layout_problems(self, config: RunConfig) -> Iterator[str]:
-        return bank_layout_problems(as_tokenformer(config.model), config.parallel.tensor)
+        yield from bank_layout_problems(as_tokenformer(config.model), config.parallel.tensor)
+        yield from form_problems(as_tokenformer(config.model), config.training)
 
     def losses(self, model: Model) -> tuple[str, ...]:
         return ("balance",) if as_tokenformer(model).sparse else ()
@@ -69,6 +72,9 @@ class TokenFormerArchitecture(Architecture):
 
     def token_counts(self, model: Model) -> dict[str, int]:
         return as_tokenformer(model).parameter_tokens.model_dump()
+
+    def norm_forms(self, config: RunConfig, device: str) -> dict[str, Norm]:
+        return norm_forms(as_tokenformer(config.model), config, device)
 
     def with_token_counts(self, model: Model, counts: Mapping[str, int]) -> Model:
         return model.model_copy(update={"parameter_tokens": ParameterTokens.model_validate(dict(counts))})

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_tf.activations.base import Activation
+from megatron_tf.activations.forms import GPU
 from megatron_tf.activations.overlap import row_parts
+from megatron_tf.architectures.tokenformer.forms import norm_forms
 from megatron_tf.architectures.tokenformer.section import Bank, TokenFormerModel, bank_of
 from megatron_tf.architectures.work import (
     BlockWork,
@@ -27,6 +30,10 @@ HEAD_PASSES = Passes(15.5, 15)
 # twice and written).
 SLOT_PASSES = Passes(5, 7)
 SLOT_KERNELS = Passes(7, 12)
+# Of x, for each projection in the Gram form: xG times x and its sum; x times a number a row.
+GRAM_PASSES = Passes(11, 4)
+GRAM_KERNELS = Passes(15, 14)  # of projections that share an input
+SHARING = {"qkv": 3, "proj": 1, "ffn": 1}  # that share an input
 CHOICE_STATISTICS = 5  # fp32 numbers that a position keeps of its choice in a slot
 KERNELS = Passes(73, 133)
 
@@ -43,7 +50,8 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     (of a projection with a bank: of the tokens that the position uses), and in fp32 the norm of each of the five
     projections' scores. The backward pass of a projection holds one tensor of the size of its scores (query, key and
     value together: one of the size of theirs), 2 more for the projection it is at; what was kept for projections that
-    come later in the model is free by then. A slot's choice and its place in the order of the rows are int64, its gate
+    come later in the model is free by then. With training.scores: recompute no scores are kept, and the backward pass
+    holds those of the projection it is at besides. A slot's choice and its place in the order of the rows are int64, its gate
     is fp32; its products are made on copies of inputs and outputs in that order.
     """
     tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
@@ -54,23 +62,39 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     values = [Product(positions, n, hidden) for n in (qkv, qkv, qkv, proj)]
     bank, used = bank_of(model, "ffn"), counts.ffn
     chosen_slots = 0 if bank is None else bank.slots(used) // tensor
+    keep = config.training.scores == "keep"
+    widths = {"qkv": 3 * qkv, "proj": proj, "ffn": ffn}
+    with_gram = [kind for kind, form in norm_forms(model, config, GPU).items() if form == "gram"]
+    gram_share = sum(widths[kind] for kind in with_gram) / scores
+    gram_projections = sum(SHARING[kind] for kind in with_gram)
+    gram = [Product(positions, hidden, gram_projections * hidden)] if with_gram else []
+    gram += [Product(hidden, widths[kind], hidden) for kind in with_gram]
     return BlockWork(
-        products=(*keys, *values, *_ffn_products(positions, hidden, ffn, bank, chosen_slots)),
+        products=(*keys, *values, *_ffn_products(positions, hidden, ffn, bank, chosen_slots), *gram),
+        products_again=() if keep else tuple(keys) + (Product(positions, hidden, ffn),),
         inner_width=scores,
-        inner_passes=activation.compiled_passes if config.training.compile else activation.passes,
+        inner_passes=_score_passes(activation, config.training.compile, gram_share),
         head_passes=HEAD_PASSES,
         kernels=Passes(
-            KERNELS.forward + SLOT_KERNELS.forward * chosen_slots,
-            KERNELS.backward + SLOT_KERNELS.backward * chosen_slots,
+            KERNELS.forward + SLOT_KERNELS.forward * chosen_slots + GRAM_KERNELS.forward * len(with_gram),
+            KERNELS.backward + SLOT_KERNELS.backward * chosen_slots + GRAM_KERNELS.backward * len(with_gram),
         ),
         moved=Passes(
-            SLOT_PASSES.forward * hidden * chosen_slots,
-            SLOT_PASSES.backward * hidden * chosen_slots,
+            hidden * (SLOT_PASSES.forward * chosen_slots + GRAM_PASSES.forward * gram_projections),
+            hidden * (SLOT_PASSES.backward * chosen_slots + GRAM_PASSES.backward * gram_projections),
         ),
-        kept=scores + 4 * hidden // tensor + (hidden if tensor > 1 else 0),
+        kept=(scores if keep else 0) + 4 * hidden // tensor + (hidden if tensor > 1 else 0),
         kept_statistics=5 + CHOICE_STATISTICS * chosen_slots,
-        backward_peak=(2 * hidden if bank else 0) + max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn),
+        backward_peak=(2 * hidden if bank else 0)
+        + (max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn) if keep else max(4 * ffn, 4 * proj, 8 * qkv)),
     )
+
+
+def _score_passes(activation: Activation, compiled: bool, gram_share: float) -> Passes:
+    """Of a score, on average; `gram_share` of them are in the Gram form."""
+    whole = activation.compiled_passes if compiled else activation.passes
+    saved = activation.gram_saves or Passes(0, 0)
+    return Passes(whole.forward - gram_share * saved.forward, whole.backward - gram_share * saved.backward)
 
 
 def _ffn_products(positions: int, hidden: int, ffn: int, bank: Bank | None, slots: int) -> Iterator[Product]:
@@ -96,19 +120,26 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
 
     Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
     on the other. Norms are [s, b, 1] in fp32, one for each projection; forward they go in the parts of `row_parts`,
-    each by the activation's number of reductions, those of a projection with a bank whole.
+    each by the activation's number of reductions, those of a projection with a bank whole. In the Gram form there are no
+    norms, but KᵀK forward and its gradient backward, [d, d] in fp32 for each projection.
     """
     positions, whole = positions_of(config), hidden_bytes(config)
     # query, key and value together, and their gradients
     scattered, gathered = (Collective(kind, 3 * whole) for kind in ("reduce_scatter", "all_gather"))
-    norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in (3, 1, 1))
+    forms = norm_forms(model, config, GPU)
+    matrices = tuple(
+        Collective("all_reduce", 4 * model.hidden_size**2 * SHARING[kind])
+        for kind, form in forms.items()
+        if form == "gram"
+    )
+    direct = {kind: SHARING[kind] for kind, form in forms.items() if form == "direct"}
+    norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in direct.values())
     reductions = ACTIVATIONS[model.activation].reductions
     parts = row_parts(positions, reductions, config.training.compile)
-    ffn_parts = parts if bank_of(model, "ffn") is None else (positions,)
     forward_norms = tuple(
         Collective("all_reduce", 4 * rows * projections, reductions, overlapped=part > 0)
-        for projections, own_parts in ((3, parts), (1, parts), (1, ffn_parts))
-        for part, rows in enumerate(own_parts)
+        for kind, projections in direct.items()
+        for part, rows in enumerate(parts if bank_of(model, kind) is None else (positions,))
     )
     forward: Collectives
     backward: Collectives
@@ -119,4 +150,4 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
         reduced = Collective("all_reduce", whole, 2)
         forward = (Collective("all_gather", whole), scattered, reduced)
         backward = (gathered, Collective("reduce_scatter", whole), reduced)
-    return forward + forward_norms, backward + norms
+    return forward + forward_norms + matrices, backward + norms + matrices

@@ -27,7 +27,7 @@ from megatron_tf.engine.optimizer import SegmentedOptimizer
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.engine.segmented import Fragment, SegmentedEngine
 from megatron_tf.engine.shards import ShardedParameter
-from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.layers import TensorParallel, choose_forms
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group
 from megatron_tf.state.sources import StateSource
@@ -74,6 +74,8 @@ class DeepSpeedEngine(SegmentedEngine):
                 config=deepspeed_config(config, plan),
                 dist_init_required=False,
             )
+        for block in self._pipeline.blocks().values():
+            choose_forms(block, config.training, self._deepspeed.device.type)
         time_phases(self._deepspeed, clock)
         self.optimizer: SegmentedOptimizer = self._deepspeed.basic_optimizer
         self._stage_0_norm: float | None = None

@@ -23,7 +23,7 @@ from megatron_tf.engine.shards import ShardedParameter, shards_of
 from megatron_tf.engine.torch import sharding
 from megatron_tf.engine.torch.pipeline import Pipeline
 from megatron_tf.model.context import BlockContext
-from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.layers import TensorParallel, choose_forms
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.model.stage import Stage, build_stage
 from megatron_tf.parallel.groups import Group, make_group
@@ -71,6 +71,7 @@ class TorchEngine(SegmentedEngine):
         self._stage.to_empty(device=device)
         for block in self._stage.blocks.values():
             block.recompute = config.training.activation_checkpointing  # type: ignore[assignment]
+            choose_forms(block, config.training, device.type)
             if config.training.compile:
                 block.compile()
         self._keep_parameters = config.parallel.shard != "parameters"

@@ -1,0 +1,29 @@
+"""Which form a projection takes: arithmetic without torch, for the model and for the plan alike."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_tf.activations.base import Activation
+
+Norm = Literal["direct", "gram"]
+# Tokens on a rank for each channel from which the passes over scores that the Gram form saves take longer than its
+# products with KᵀK: 8 bytes a token at 2.8 TB/s against 6 d FLOPs a channel at 690 TFLOP/s, for d up to 1,500.
+TOKENS_A_CHANNEL = 4
+GPU = "cuda"  # the device type that plans are made for
+
+
+def norm_form(wanted: str, activation: Activation, tokens: int, width: int, ranks: int, device: str) -> Norm:
+    """How a projection of `tokens` tokens of `width` channels, on all `ranks` tensor ranks, finds the norm of its
+    scores on a `device` type.
+
+    `wanted`: "auto", "direct" or "gram". An activation without the Gram form is direct. Of auto, the Gram form is taken
+    on GPUs by two ranks or more with TOKENS_A_CHANNEL or more. On one rank norm and weights are one pass, and on a
+    CPU a pass over the scores costs less than a product of d channels with d.
+    """
+    if activation.gram_saves is None:
+        return "direct"
+    if wanted == "gram":
+        return "gram"
+    pays = device == GPU and ranks > 1 and tokens >= TOKENS_A_CHANNEL * width * ranks
+    return "gram" if wanted == "auto" and pays else "direct"

@@ -1,0 +1,45 @@
+"""How each kind of projection is computed, where there is a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_tf.activations.forms import Norm, norm_form
+from megatron_tf.architectures.tokenformer.section import TokenFormerModel, bank_of
+from megatron_tf.config.activations import ACTIVATIONS
+from megatron_tf.config.nearest import either
+from megatron_tf.config.schema import RunConfig, Training
+
+
+def norm_forms(model: TokenFormerModel, config: RunConfig, device: str) -> dict[str, Norm]:
+    """By kind of projection; one with candidates has only the direct form."""
+    return {
+        kind: "direct"
+        if bank_of(model, kind) is not None
+        else norm_form(
+            config.training.norm,
+            ACTIVATIONS[model.activation],
+            tokens,
+            model.hidden_size,
+            config.parallel.tensor,
+            device,
+        )
+        for kind, tokens in model.parameter_tokens.model_dump().items()
+    }
+
+
+def form_problems(model: TokenFormerModel, training: Training) -> Iterator[str]:
+    """Sentences on forms that the activation or the projections do not have."""
+    with_gram = [name for name in ACTIVATIONS.names() if ACTIVATIONS[name].gram_saves is not None]
+    if training.norm == "gram" and model.activation not in with_gram:
+        yield (
+            f"training.norm: gram finds the norm of scores before their activation, which model.activation "
+            f"{model.activation} does not have. Set it to auto, or the activation to {either(with_gram)}."
+        )
+    wanted = {"norm": (training.norm, "gram", "auto"), "scores": (training.scores, "recompute", "keep")}
+    for key, (value, refused, remedy) in wanted.items():
+        if value == refused and model.sparse is not None:
+            yield (
+                f"training.{key}: {value} is for projections whose positions use all their tokens, but model.sparse is "
+                f"given. Set it to {remedy}, or model.sparse to null."
+            )

@@ -1,0 +1,188 @@
+"""The Gram form against the direct one: outputs, gradients, what is saved and sent, and where it would lose digits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed import spawn
+
+from megatron_tf.activations.built_in import GELU_L2_NORM, L2_NORM_GELU, SOFTMAX
+from megatron_tf.activations.forms import norm_form
+from megatron_tf.benchmark.counting import Counting
+from megatron_tf.model import gram
+from megatron_tf.model.pattention import DIRECT, Form, partial_pattention
+from megatron_tf.parallel.collectives import all_reduce
+from megatron_tf.parallel.groups import SINGLE
+from megatron_tf.state.parameters import shard_range
+
+GRAM = Form("gram")
+
+
+def tensors(tokens=(40, 29), width=6, rows=(3, 2), dtype=torch.float64):
+    """x, keys and values of projections, and gradients of their outputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+
+    keys, values = ([random(n, width) for n in tokens] for _ in range(2))
+    return random(*rows, width), keys, values, [random(*rows, width) for _ in tokens]
+
+
+def both_passes(x, keys, values, grads, form, group=SINGLE, scales=(2.5, 3.0)):
+    """(outputs and dx, gradients of the tokens)."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, *keys, *values)]
+    count = len(keys)
+    outs = partial_pattention(
+        leaves[0], leaves[1 : 1 + count], leaves[1 + count :], scales[:count], "l2_norm_gelu", group, form
+    )
+    d_x, *others = torch.autograd.grad(outs, leaves, grads)
+    return [*(out.detach() for out in outs), d_x], others
+
+
+@pytest.fixture
+def never_direct(monkeypatch):
+    """The Gram form even where it loses digits."""
+    monkeypatch.setattr(gram, "loses_digits", lambda *tensors: False)
+
+
+@pytest.mark.parametrize("keep_scores", [True, False])
+@pytest.mark.parametrize("sizes", [{}, {"tokens": (4, 3), "width": 9}, {"tokens": (64,), "rows": (1,)}])
+def test_equals_the_direct_form(sizes, keep_scores, never_direct):
+    """Of many tokens, of fewer tokens than channels, and of one position."""
+    given = tensors(**sizes)
+    expected, ours = (both_passes(*given, form) for form in (DIRECT, Form("gram", keep_scores)))
+    for direct, own in zip((*expected[0], *expected[1]), (*ours[0], *ours[1])):
+        torch.testing.assert_close(own, direct, rtol=1e-12, atol=1e-12)
+
+
+def test_equals_the_direct_form_in_fp32(never_direct):
+    given = tensors(dtype=torch.float32)
+    expected, ours = (both_passes(*given, form) for form in (DIRECT, GRAM))
+    for direct, own in zip((*expected[0], *expected[1]), (*ours[0], *ours[1])):
+        torch.testing.assert_close(own, direct)
+
+
+def test_is_as_near_in_bf16(never_direct):
+    """Its error against fp64 is at most twice the direct form's."""
+    exact = both_passes(*tensors(tokens=(256,), width=32, rows=(64,)), DIRECT)
+    given = tensors(tokens=(256,), width=32, rows=(64,), dtype=torch.bfloat16)
+
+    def errors(form):
+        own = both_passes(*given, form)
+        pairs = zip((*own[0], *own[1]), (*exact[0], *exact[1]))
+        return torch.stack([(a.double() - b).norm() / b.norm() for a, b in pairs])
+
+    assert (errors(GRAM) < 2 * errors(DIRECT)).all()
+
+
+def test_gradcheck(never_direct):
+    x, keys, values, _ = tensors(tokens=(8,), width=3, rows=(2,))
+    leaves = [tensor.requires_grad_() for tensor in (x, *keys, *values)]
+    assert torch.autograd.gradcheck(
+        lambda x, k, v: partial_pattention(x, [k], [v], [1.7], "l2_norm_gelu", SINGLE, GRAM), leaves
+    )
+
+
+def test_rows_and_keys_of_zeros_give_zeros():
+    for zero in ("row", "keys"):
+        x, keys, values, grads = tensors()
+        (x[0, 0] if zero == "row" else keys[0]).zero_()
+        whole, of_tokens = both_passes(x, keys, values, grads, GRAM)
+        direct, of_tokens_directly = both_passes(x, keys, values, grads, DIRECT)
+        assert (whole[0][0, 0] == 0).all()
+        for own, expected in zip((*whole, *of_tokens), (*direct, *of_tokens_directly)):
+            torch.testing.assert_close(own, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_compiled_without_a_graph_break():
+    x, keys, values, _ = tensors()
+
+    def layer(x, form):
+        return partial_pattention(x, keys, values, (2.5, 3.0), "l2_norm_gelu", SINGLE, form)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    leaf = x.clone().requires_grad_()
+    for form in (GRAM, Form("gram", keep_scores=False), DIRECT):
+        outs = compiled(leaf, form)
+        torch.testing.assert_close(outs, layer(x, form), rtol=1e-12, atol=1e-12)
+        expected = torch.autograd.grad(sum(layer(leaf, DIRECT)).square().sum(), leaf)
+        torch.testing.assert_close(torch.autograd.grad(sum(outs).square().sum(), leaf), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, GRAM), layer(x, GRAM))
+
+
+def near_singular(dtype):
+    """Keys whose last channel has almost no weight, and a row along it."""
+    x, keys, values, grads = tensors(tokens=(40,), dtype=dtype)
+    keys[0][:, -1] *= 1e-6
+    x[0, 0] = torch.tensor([0, 0, 0, 0, 0, 1], dtype=dtype)
+    return x, keys, values, grads
+
+
+def test_where_digits_would_be_lost_the_direct_form_is_taken():
+    given = near_singular(torch.float32)
+    expected, ours = both_passes(*given, DIRECT), both_passes(*given, GRAM)
+    assert all(torch.equal(own, direct) for own, direct in zip((*ours[0], *ours[1]), (*expected[0], *expected[1])))
+
+
+def test_no_norm_is_smaller_than_the_rounding_of_its_terms(never_direct):
+    """So a row near the null space of the keys gives what is finite and no larger than the direct form's."""
+    x, keys, values, grads = near_singular(torch.float32)
+    keys[0][:, -1] *= 1e-6
+    matrices = gram.matrices(keys, SINGLE)
+    norms = gram.norms(x.flatten(0, 1), matrices)
+    scores = x.flatten(0, 1) @ keys[0].mT
+    assert (norms >= scores.norm(dim=-1, keepdim=True) * (1 - 1e-5)).all()
+    ours = both_passes(x, keys, values, grads, GRAM)
+    assert all(own.isfinite().all() for own in (*ours[0], *ours[1]))
+
+
+def test_average_rows_lose_no_digits():
+    x, keys, _, _ = tensors()
+    matrices = gram.matrices(keys, SINGLE)
+    assert not gram.loses_digits(x.flatten(0, 1), matrices, gram.norms(x.flatten(0, 1), matrices))
+    assert 100 * gram.NOISE * torch.finfo(torch.float32).eps * x.shape[-1] < gram.DOUBTFUL
+
+
+@pytest.mark.parametrize(("norm", "matrices"), [("direct", 0), ("gram", 4 * 16 * 16)])
+def test_saved_without_scores_are_x_and_at_most_two_numbers_a_row(norm, matrices):
+    x, keys, values, _ = tensors(tokens=(64,), rows=(12,), width=16, dtype=torch.bfloat16)
+    leaves = [tensor.requires_grad_() for tensor in (x, *keys, *values)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        partial_pattention(
+            leaves[0], leaves[1:2], leaves[2:], [8.0], "l2_norm_gelu", SINGLE, Form(norm, keep_scores=False)
+        )
+    known = {tensor.data_ptr() for tensor in leaves}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    assert sum(size for pointer, size in storages.items() if pointer not in known) <= matrices + 12 * 2 * 4
+
+
+def over_ranks(group, keep_scores):
+    x, keys, values, grads = tensors(tokens=(41, 29), rows=(7,))
+    expected, token_grads = both_passes(x, keys, values, grads, DIRECT)
+    own = [slice(*shard_range(len(k), group.size, group.rank)) for k in keys]
+    own_tokens = ([token[rows] for token, rows in zip(tokens, own)] for tokens in (keys, values))
+    with Counting() as counted:
+        partial, own_grads = both_passes(x, *own_tokens, grads, Form("gram", keep_scores), group)
+    assert counted.sent == {("all_reduce", 8 * 2 * 6 * 6): 2}  # KᵀK and its gradient, and no row
+    torch.testing.assert_close(all_reduce(torch.stack(partial), group), torch.stack(expected), rtol=1e-11, atol=1e-12)
+    for grad, whole, rows in zip(own_grads, token_grads, (*own, *own)):
+        torch.testing.assert_close(grad, whole[rows], rtol=1e-11, atol=1e-12)
+
+
+def test_over_ranks_no_row_is_exchanged():
+    """41 and 29 tokens do not divide by 2."""
+    spawn(over_ranks, 2, False)
+
+
+def test_which_projections_take_it():
+    def chosen(wanted, tokens, ranks, device, activation=L2_NORM_GELU):
+        return norm_form(wanted, activation, tokens, 768, ranks, device)
+
+    assert chosen("auto", 34480, 2, "cuda") == "gram"
+    assert chosen("auto", 34480, 1, "cuda") == chosen("auto", 34480, 2, "cpu") == "direct"
+    assert chosen("auto", 4 * 768 * 2 - 1, 2, "cuda") == chosen("direct", 34480, 2, "cuda") == "direct"
+    assert chosen("gram", 10, 1, "cpu") == "gram"
+    assert {chosen("gram", 34480, 2, "cuda", other) for other in (GELU_L2_NORM, SOFTMAX)} == {"direct"}
