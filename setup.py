@@ -20,7 +20,11 @@ DOCS = ["mkdocs>=1.6,<1.7", "mkdocs-material>=9.8,<9.9"]  # also for `make docs`
 TRITON = ["triton>=3.5,<4; platform_system == 'Linux'"]
 TIKTOKEN = ["tiktoken>=0.11,<0.15"]  # before, it took special tokens that a text spells out for special tokens
 # Beside the code in a source tree, inside the package when installed: see megatron_tf/shipped.py.
-FOLDERS = {"megatron_tf.configs": "configs", "megatron_tf.slurm": "launch/slurm"}
+FOLDERS = {
+    "megatron_tf.configs": "configs",
+    "megatron_tf.slurm": "launch/slurm",
+    "megatron_tf.experiments": "experiments",
+}
 
 setup(
     name="megatron_tf",
@@ -34,6 +38,7 @@ setup(
         "megatron_tf": ["py.typed"],
         "megatron_tf.configs": ["*.yml", "schema.json"],
         "megatron_tf.slurm": ["*.sbatch"],
+        "megatron_tf.experiments": ["*.yml"],
         "megatron_tf.adapters": ["remote_code/*.py"],  # goes into every export of an adapter
         "megatron_tf.convert.huggingface": ["remote_code/*.py"],  # goes into every export, as it is
         "megatron_tf.model.kernels": ["*.c"],  # built on first use

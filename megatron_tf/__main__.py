@@ -49,9 +49,7 @@ COMMANDS = {
     "doctor": Command("doctor", "what is installed, what is missing, and which rank is slow or broken", ranks=True),
     "benchmark": Command("benchmark", "measure speed, memory and communication"),
     "gpu-check": Command("gpu_check", "check a GPU's results, speeds and memory in a few minutes"),
-    "compare-growth": Command(
-        "compare_growth", "compare growth methods with each other and with training from scratch"
-    ),
+    "study": Command("study", "many runs that answer one question: plan, run and report them"),
     "verify-layout": Command("verify_layout", "prove that a layout computes what one process computes"),
     "verify-resume": Command("verify_resume", "prove that a run can change its layout"),
     "measure-opening": Command("measure_opening", "what opening a corpus costs against its size"),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tf.paths import expand
-from megatron_tf.shipped import find_configuration
+from megatron_tf.shipped import find_configuration, find_study
 
 
 def whole_number(most: int, least: int = 1) -> Callable[[str], int]:
@@ -65,3 +65,8 @@ def input_path(text: str) -> str:
 def config_file(text: str) -> Path:
     """A configuration: the path of a file, or the name of one that comes with the package."""
     return find_configuration(text_path(text))
+
+
+def study_file(text: str) -> Path:
+    """A study: the path of a file, or the name of one that comes with the package."""
+    return find_study(text_path(text))

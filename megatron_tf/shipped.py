@@ -26,5 +26,13 @@ def find_configuration(text: str) -> Path:
     return path
 
 
+def find_study(text: str) -> Path:
+    """As `find_configuration`, of a study."""
+    path = Path(text)
+    if "/" not in text and not path.exists():
+        return shipped_files("experiments", "experiments", ".yml").get(path.name.removesuffix(".yml"), path)
+    return path
+
+
 def slurm_scripts() -> dict[str, Path]:
     return shipped_files("slurm", "launch/slurm", ".sbatch")

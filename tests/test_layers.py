@@ -84,8 +84,8 @@ FLOORS = (
         "megatron_tf.adapters",
     },
     {"megatron_tf.training"},
-    # proofs of layouts and of resuming
-    {"megatron_tf.verification"},
+    # proofs of layouts and of resuming; studies, which start runs as users do
+    {"megatron_tf.verification", "megatron_tf.study"},
     # `megatron_tf.train` is found in training when it is asked for
     {"megatron_tf.commands", "megatron_tf.__main__", "megatron_tf.entry", "megatron_tf"},
     {"launch", "tools"},

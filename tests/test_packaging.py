@@ -19,7 +19,7 @@ def installed(tmp_path_factory) -> Path:
     """The `bin` of an environment into which a wheel was installed. Other packages come from this environment."""
     root = tmp_path_factory.mktemp("installed")
     source = root / "source"
-    for name in ("megatron_tf", "configs", "launch"):
+    for name in ("megatron_tf", "configs", "experiments", "launch"):
         shutil.copytree(PROJECT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(PROJECT / name, source)
@@ -53,7 +53,7 @@ def test_every_command_configuration_and_script_is_there(installed, tmp_path):
     assert "vocab_size: 4096" in extended and "from: runs/tiny" in extended
     schema = run(tmp_path, command, "config", "reference", "--schema").stdout
     assert schema == (PROJECT / "configs" / "schema.json").read_text()
-    for name in ("train", "preprocess"):
+    for name in ("train", "preprocess", "study"):
         script = PROJECT / "launch" / "slurm" / f"{name}.sbatch"
         assert run(tmp_path, command, "sbatch", name).stdout == script.read_text()
     modules = {path.stem for path in (PROJECT / "megatron_tf" / "commands").glob("[!_]*.py")}
@@ -62,6 +62,8 @@ def test_every_command_configuration_and_script_is_there(installed, tmp_path):
     assert helped.stdout.startswith("usage: megatron_tf verify-resume ")
     wrong = run(tmp_path, command, "trian")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: 'trian' is no command. Choose one of train,")
+    planned = run(tmp_path, command, "study", "plan", "growth_tiny", "--flops-per-second", "1e9", "--workers", "1")
+    assert "12 runs, 12 of them left" in planned.stdout
     assert list(tmp_path.iterdir()) == []
 
 

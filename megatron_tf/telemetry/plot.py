@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,28 +119,41 @@ def plot_runs(runs: Sequence[RunCurve], output: Path, axis: XAxis = "tokens") ->
     save_figure(figure, output)
 
 
-def plot_groups(groups: Mapping[str, Sequence[Sequence[RunCurve]]], output: Path) -> None:
-    """Draw validation loss against tokens and against FLOPs: a line for each group's mean, a thin one for each member.
+@dataclass(frozen=True)
+class Ends:
+    """What runs that differ in their seed alone have come to. `parent`: the name of those that they started from."""
 
-    A member is a run, or a chain of runs that grew from each other, oldest first; the members of a group differ in
-    their seed and are evaluated at the same steps. UserError as `plot_runs`.
+    name: str
+    tokens: int
+    flops: float
+    losses: tuple[float, ...]
+    parent: str | None = None
+
+
+def plot_ends(ends: Sequence[Ends], output: Path) -> None:
+    """Draw the validation loss that runs end with against tokens and FLOPs: the mean of the seeds, from the least to the
+    greatest of them; a thin line leads there from what a run started from. UserError as `plot_runs`.
     """
-    figure = new_figure(output, (12, 5))
+    figure = new_figure(output, (13, 6))
+    by_name = {end.name: end for end in ends}
     both: tuple[XAxis, XAxis] = ("tokens", "flops")
     for axes, axis in zip(figure.subplots(1, 2, sharey=True), both):
-        for number, (name, members) in enumerate(groups.items()):
-            curves = [_joined(member, axis) for member in members]
-            for at, losses in curves:
-                axes.plot(at, losses, color=f"C{number}", linewidth=0.5, alpha=0.6)
-            means = [sum(values) / len(values) for values in zip(*(losses for _, losses in curves))]
-            axes.plot(curves[0][0][: len(means)], means, "o-", color=f"C{number}", markersize=3, label=name)
+        for number, end in enumerate(ends):
+            color, at, mean = f"C{number % 10}", getattr(end, axis), _mean(end.losses)
+            spread = [[mean - min(end.losses)], [max(end.losses) - mean]]
+            marker = "osD^vP"[number // 10 % 6]
+            axes.errorbar([at], [mean], yerr=spread, fmt=marker, color=color, markersize=5, capsize=3, label=end.name)
+            if end.parent in by_name:
+                before = by_name[end.parent]
+                line = [getattr(before, axis), at], [_mean(before.losses), mean]
+                axes.plot(*line, color=color, linewidth=0.6, alpha=0.6)
         _label(axes, axis)
+        axes.set_xscale("log")
     save_figure(figure, output)
 
 
-def _joined(chain: Sequence[RunCurve], axis: XAxis) -> tuple[list[float], list[float]]:
-    points = [run.points("eval/loss", axis) for run in chain]
-    return [x for at, _ in points for x in at], [y for _, losses in points for y in losses]
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def new_figure(output: Path, size: tuple[float, float]) -> Any:

@@ -1,4 +1,4 @@
-"""The command `megatron_tf compare-growth`, as a file to start."""
+"""The command `megatron_tf study`, as a file to start."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ if __name__ in ("__main__", "__mp_main__"):
 if __name__ == "__main__":
     from megatron_tf.__main__ import run
 
-    run("compare-growth")
+    run("study")

@@ -1,0 +1,143 @@
+"""Many runs that answer one question: arms in a file, what they start from, seeds and sweeps.
+
+`plan` shows the runs, their order, their cost and, where speeds are known, how long they take. `run` works through
+them and goes on where it was stopped; any number of tasks of a SLURM array may share one study. `report` writes
+results.json, a table and a picture of what has ended. Studies that come with megatron_tf are in experiments/, and are found by their names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_tf.arguments import number, path, study_file, whole_number
+from megatron_tf.config.machine import machine_problems
+from megatron_tf.errors import ConfigError
+from megatron_tf.study.comparable import check_comparable
+from megatron_tf.study.file import Study, load_study
+from megatron_tf.study.plan import Plan, make_plan
+from megatron_tf.telemetry import text
+from megatron_tf.telemetry.meters import format_duration
+
+MODES = ("plan", "run", "report")
+OPTIONS = {
+    "workers": ("plan", "run"),
+    "probe": ("plan",),
+    "flops_per_second": ("plan",),
+    "task": ("run",),
+    "output": ("report",),
+}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    study = load_study(arguments.study, arguments.overrides)
+    if arguments.mode == "report":
+        show_report(study, arguments.output)
+        return
+    # whatever has ended: what the file says is checked first of all
+    check_comparable(make_plan(study))
+    if arguments.mode == "plan":
+        show_plan(study, arguments)
+    else:
+        run_study(study, arguments)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=MODES, help="what to do")
+    parser.add_argument("study", type=study_file, help="YAML file, or the name of a study that comes with megatron_tf")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace keys of the top level")
+    parser.add_argument("--workers", type=whole_number(4096), metavar="N",
+                        help="plan, run: runs at once (default: as many as cores, or GPUs, allow)")  # fmt: skip
+    parser.add_argument(
+        "--probe", action="store_true", help="plan: measure the speed of each model, on this process alone"
+    )
+    parser.add_argument("--flops-per-second", type=number(1, 1e20), metavar="X",
+                        help="plan: of the machine that it will run on")  # fmt: skip
+    parser.add_argument("--task", type=whole_number(10**6, least=0), metavar="N",
+                        help="run: this process is one of several; begin its lines with this number")  # fmt: skip
+    parser.add_argument(
+        "--output", type=path, metavar="DIR", help="report: where to (default: the folder of the study)"
+    )
+    arguments = parser.parse_intermixed_args()
+    for name, modes in OPTIONS.items():
+        if arguments.mode not in modes and getattr(arguments, name) not in (None, False):
+            parser.error(f"--{name.replace('_', '-')} is for {' and '.join(modes)}, not for {arguments.mode}")
+    return arguments
+
+
+def known_plan(study: Study) -> Plan:
+    """After what has ended, and none of it another run than the file says now."""
+    from megatron_tf.study.result import check_unchanged, loss_of
+
+    plan = make_plan(study, loss_of)
+    check_unchanged(plan)
+    return plan
+
+
+def show_plan(study: Study, arguments: argparse.Namespace) -> None:
+    from megatron_tf.study.hours import Speeds, measured, probe, total_seconds
+    from megatron_tf.study.result import has_ended
+
+    plan = known_plan(study)
+    workers = arguments.workers or workers_here(study)
+    if arguments.flops_per_second is not None:
+        speeds = Speeds({}, arguments.flops_per_second)
+    else:
+        speeds = probe(plan) if arguments.probe else measured(plan)
+    rows = [("run", "starts from", "parameters", "own tokens", "own FLOPs", "FLOPs", "time", "")]
+    for node in plan.nodes:
+        seconds = speeds.seconds(node)
+        origin = "" if node.parent is None else f"{node.arm.by} of {node.parent.name}"
+        state = "has ended" if has_ended(node) else f"after the sweep of {node.waits}" if node.waits else ""
+        if node.waits and node.value is not None:
+            state += ", or its other value"
+        rows.append((node.name, origin, f"{node.parameters:,}", f"{node.own_tokens:,}", f"{node.own_flops:.2e}",
+                     f"{node.end.flops:.2e}", "?" if seconds is None else format_duration(seconds), state))  # fmt: skip
+    print(text.table(rows, to_left=(0, 1, 7)))
+    left = [node for node in plan.nodes if not has_ended(node)]
+    print(f"\n{len(plan.nodes)} runs, {len(left)} of them left: {sum(node.own_flops for node in left):.2e} FLOPs")
+    total = total_seconds(plan, workers, speeds.seconds)
+    if total is None:
+        print("time: not known. Give --probe, or --flops-per-second")
+    else:
+        print(f"time: about {format_duration(total)} with {workers} at once, without start-up and evaluation")
+    for problem in missing(plan):
+        print(f"warning: {problem}")
+
+
+def run_study(study: Study, arguments: argparse.Namespace) -> None:
+    from megatron_tf.study.machine import share
+    from megatron_tf.study.queue import Queue
+
+    plan = known_plan(study)
+    if problems := missing(plan):
+        raise ConfigError(problems)
+    own = share(study.ranks, arguments.workers)
+    task = "" if arguments.task is None else f"task {arguments.task}: "
+    print(f"{task}{len(plan.nodes)} runs, {own.workers} at once with {own.threads} threads a process", flush=True)
+    Queue(
+        study, workers=own.workers, threads=own.threads, devices=own.devices,
+        say=lambda line: print(f"{task}{line}", flush=True),
+    ).run()  # fmt: skip
+    show_report(study, None)
+
+
+def show_report(study: Study, output: Path | None) -> None:
+    from megatron_tf.study.report import write_report
+
+    folder = Path(study.dir) if output is None else output
+    print("\n" + write_report(known_plan(study), folder))
+    print(f"\n{folder}/results.json, table.txt, loss.png")
+
+
+def workers_here(study: Study) -> int:
+    from megatron_tf.study.machine import share
+
+    return share(study.ranks, None).workers
+
+
+def missing(plan: Plan) -> list[str]:
+    """Files and packages that this machine lacks."""
+    return list(dict.fromkeys(problem for node in plan.nodes for problem in machine_problems(node.config)))

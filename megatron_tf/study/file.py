@@ -1,0 +1,194 @@
+"""A study file: its arms, what they start from, their budgets, seeds and sweeps, as they stand in YAML.
+
+name: growth
+dir: runs/studies/growth
+seeds: [1, 2, 3]
+reference: going_on
+common: {sections of a configuration, for all arms}
+arms:
+  - {name: small, config: tiny.yml, flops: 1e13, decay: 0.2, comparable: false,
+     sweep: {key: optimizer.lr, values: [1e-3, 2e-3, 4e-3]}}
+  - {name: going_on, parent: small, by: branch, flops: 2e13, decay: 0.2}
+  - {name: grown, parent: small, flops: 2e13, decay: 0.2, overrides: {model: {...}, growth: {method: gram}}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from megatron_tf.config.fields import Count, Path, Positive, Section
+from megatron_tf.config.load import read_file
+from megatron_tf.config.schema import Moment
+from megatron_tf.errors import ConfigError, shown
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+Name = Annotated[str, Field(pattern=NAME)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
+
+
+class Sweep(Section):
+    """Values of one key, of which the arm takes the one that ends with the lowest validation loss at its first seed."""
+
+    key: str
+    """Such as optimizer.lr."""
+    values: Annotated[tuple[Positive, ...], Field(min_length=2)]
+    """To try."""
+    flops: Positive | None = None
+    """Of a trial, with those of its parents. null: the arm's own length, and the trial is the arm's first run."""
+    extend: Annotated[int, Field(ge=0, le=5)] = 0
+    """Most values that are tried beyond an end of the list when the best one stands there."""
+
+
+class Arm(Section):
+    name: Name
+    """Also the folder of its runs."""
+    config: Path | None = None
+    """A configuration. null: that of the parent, or the common sections alone."""
+    overrides: dict[str, Any] = {}
+    """Sections that differ."""
+    parent: str | None = None
+    """The arm whose checkpoint it starts from. null: initial weights."""
+    by: Literal["growth", "branch"] = "growth"
+    """How it starts: grown from the parent, or the same model going on."""
+    at: Moment | None = None
+    """Which of the parent's checkpoints. null: before_decay where the parent's schedule is wsd, else end."""
+    flops: Positive | None = None
+    """At its end, with those of its parents. Sets training.train_steps."""
+    tokens: Positive | None = None
+    """At its end, with those of its parents. Sets training.train_steps."""
+    decay: Share | None = None
+    """Share of `flops` or `tokens` in which the rate falls: a wsd schedule. null: optimizer.schedule as it stands."""
+    seeds: Seeds | None = None
+    """null: those of the study."""
+    sweep: Sweep | None = None
+    """null: nothing is tried out."""
+    comparable: bool = True
+    """Whether it is compared with the others. They must have the same data, budget and end of the schedule."""
+    family: Name | None = None
+    """Arms of one model at several budgets: what they reach is the curve by which others are measured."""
+
+
+class Study(Section):
+    name: Name
+    """Shown in reports."""
+    dir: Path
+    """Folder of its runs, results and pictures."""
+    seeds: Seeds = (1, 2, 3)
+    """Of each arm; the first one is that of sweeps."""
+    ranks: Count = 1
+    """Processes of a run."""
+    reference: str | None = None
+    """The arm that the others are compared with. null: the first one that is comparable."""
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Largest difference of the FLOPs of arms that are compared, as a share."""
+    common: dict[str, Any] = {}
+    """Sections of a configuration, for all arms."""
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
+    """In the order of tables."""
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+        return arm.seeds or self.seeds
+
+
+def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Study:
+    """The study of a file. `overrides`: "dir=..." and other keys of the top level, as text in YAML.
+
+    ConfigError with all problems: keys, values, parents that are missing or form a circle.
+    """
+    values, problems = read_file(path)
+    problems = [*problems, *_override(values, overrides)]
+    try:
+        study = Study.model_validate_json(json.dumps(values), by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise ConfigError([*problems, *(_sentence(problem, values) for problem in error.errors())]) from None
+    problems += [*_arm_problems(study), *_parent_problems(study)]
+    if problems:
+        raise ConfigError(problems)
+    return study
+
+
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    from megatron_tf.config.load import apply_override
+
+    for text in overrides:
+        yield from apply_override(values, text)
+
+
+def _sentence(problem: Any, values: Mapping[str, Any]) -> str:
+    place, kind = problem["loc"], problem["type"]
+    names = [arm.get("name") if isinstance(arm, dict) else None for arm in _list(values.get("arms"))]
+    key = ""
+    for number, part in enumerate(place):
+        if number == 1 and place[0] == "arms" and isinstance(part, int) and part < len(names) and names[part]:
+            key = f"arm {names[part]}: "
+        else:
+            key += f"[{part}]" if isinstance(part, int) else f".{part}" if key and not key.endswith(": ") else str(part)
+    if kind == "missing":
+        return f"{key}: missing. Give it."
+    if kind == "extra_forbidden":
+        section: type[Section] = Study if len(place) == 1 else Sweep if "sweep" in place[:-1] else Arm
+        return f"{key}: unknown key. The keys here are {', '.join(section.model_fields)}."
+    return f"{key}: {shown(problem['input'])} is not valid: {problem['msg']}."
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _arm_problems(study: Study) -> Iterator[str]:
+    names = [arm.name for arm in study.arms]
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        yield f"arm {name}: is there twice. Give each arm a name of its own."
+    if study.reference is not None and study.reference not in names:
+        yield f"reference: there is no arm {study.reference}. The arms are {', '.join(names)}."
+    elif study.reference is not None and not study.arm(study.reference).comparable:
+        yield f"reference: {study.reference} is not comparable. Name another arm, or set its comparable to true."
+    for arm in study.arms:
+        seeds = study.seeds_of(arm)
+        if len(set(seeds)) < len(seeds):
+            yield f"arm {arm.name}: seeds: {list(seeds)} has one twice, and one run would count as two. Give it once."
+        if arm.flops is not None and arm.tokens is not None:
+            yield f"arm {arm.name}: both flops ({arm.flops:g}) and tokens ({arm.tokens:g}) are given. Give one."
+        if arm.decay is not None and arm.flops is None and arm.tokens is None:
+            yield f"arm {arm.name}: decay {arm.decay:g} is a share of flops or tokens, and neither is given. Give one."
+        if arm.by == "branch" and arm.parent is None:
+            yield f"arm {arm.name}: by branch, but it has no parent. Name one."
+        if arm.by == "branch" and arm.config is not None:
+            yield f"arm {arm.name}: config: a branch has the configuration of its parent. Remove config."
+        if arm.sweep is not None and len(set(arm.sweep.values)) < len(arm.sweep.values):
+            yield f"arm {arm.name}: sweep.values: {list(arm.sweep.values)} has one twice. Give each once."
+        if arm.sweep is not None and arm.sweep.flops is not None and arm.flops is None and arm.tokens is None:
+            yield f"arm {arm.name}: sweep.flops shortens flops or tokens, and neither is given. Give one."
+
+
+def _parent_problems(study: Study) -> Iterator[str]:
+    by_name = {arm.name: arm for arm in study.arms}
+    circles: set[frozenset[str]] = set()
+    for arm in study.arms:
+        if arm.parent is None:
+            continue
+        if arm.parent not in by_name:
+            yield f"arm {arm.name}: parent: there is no arm {arm.parent}. The arms are {', '.join(by_name)}."
+            continue
+        missing = [seed for seed in study.seeds_of(arm) if seed not in study.seeds_of(by_name[arm.parent])]
+        if missing:
+            yield (
+                f"arm {arm.name}: seeds {missing} start from the parent's runs of these seeds, and {arm.parent} has "
+                f"{list(study.seeds_of(by_name[arm.parent]))}. Give both the same."
+            )
+        way = [arm.name]
+        while (parent := by_name[way[-1]].parent) in by_name and parent not in way:
+            way.append(str(parent))
+        if parent == arm.name and frozenset(way) not in circles:
+            circles.add(frozenset(way))
+            yield f"arms {' -> '.join([*way, arm.name])}: each starts from the next, in a circle. Remove a parent."

@@ -1,0 +1,293 @@
+"""From the arms of a study to its runs: what each is, what it starts from, what it costs. Arithmetic, no torch.
+
+A run is a node: an arm, one seed, and the value that a sweep has it try. Nodes that start from the same run share it,
+so what they have in common is trained once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tf.config.extends import merged
+from megatron_tf.config.load import apply_override, build_config, read_file
+from megatron_tf.config.schema import Moment, RunConfig
+from megatron_tf.config.validate import plan_batches, validate
+from megatron_tf.costs.estimate import flops_per_token, num_parameters
+from megatron_tf.errors import ConfigError
+from megatron_tf.growth.rules import chain_problems
+from megatron_tf.paths import literal
+from megatron_tf.shipped import find_configuration
+from megatron_tf.study.file import Arm, Study
+from megatron_tf.study.sweep import Choice, choose
+
+Values = dict[str, Any]
+Outcome = Callable[["Node"], "float | None"]  # the validation loss that a run has ended with; None: it has not
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is. `tokens` and `flops` are of all that led there, `step` is the run's own count."""
+
+    step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One run.
+
+    `value`: what the arm's sweep sets its key to; None without a sweep.  `is_trial`: it only tries that value.
+    `waits`: the arm whose sweep must have ended before the configuration is known; what stands there now is a guess.
+    `plain`: the configuration as it was written, for those that inherit it.
+    `begin`, `end`: of the run itself; `begin` is where its parent was left.
+    """
+
+    name: str
+    arm: Arm
+    seed: int
+    value: float | None
+    is_trial: bool
+    waits: str | None
+    folder: Path
+    config: RunConfig
+    plain: Values
+    parent: Node | None
+    begin: Position
+    end: Position
+
+    @property
+    def own_flops(self) -> float:
+        return self.end.flops - self.begin.flops
+
+    @property
+    def own_tokens(self) -> int:
+        return self.end.tokens - self.begin.tokens
+
+    @property
+    def parameters(self) -> int:
+        return num_parameters(self.config.model)
+
+    def position(self, at: Moment) -> Position:
+        """Where its checkpoint `at` stands."""
+        decay = self.config.optimizer.schedule.decay_steps
+        if at == "end" or decay is None:
+            return self.end
+        return _advance(self.begin, self.end.step - decay, self.config)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`nodes`: in an order in which they can run.  `choices`: of all sweeps, also those that go on, by arm."""
+
+    study: Study
+    nodes: tuple[Node, ...]
+    choices: Mapping[str, Choice]
+
+    def of(self, arm: Arm) -> list[Node]:
+        """The runs that count for an arm, one a seed."""
+        return [node for node in self.nodes if node.arm.name == arm.name and not node.is_trial]
+
+    @property
+    def reference(self) -> Arm | None:
+        """The arm that others are compared with."""
+        if self.study.reference is not None:
+            return self.study.arm(self.study.reference)
+        return next((arm for arm in self.study.arms if arm.comparable), None)
+
+
+def make_plan(study: Study, outcome: Outcome = lambda node: None) -> Plan:
+    """The runs of `study`, as far as what has ended decides them. ConfigError with all that is wrong with any arm."""
+    nodes: dict[str, Node] = {}
+    choices: dict[str, Choice] = {}
+    runs: dict[tuple[str, int], Node] = {}
+    problems: list[str] = []
+    for arm in in_order(study):
+        if arm.parent is not None and (arm.parent, study.seeds_of(arm)[0]) not in runs:
+            continue  # what is wrong with the parent is said already
+        try:
+            found = list(_runs_of(study, arm, runs, choices, outcome))
+        except ConfigError as error:
+            problems += [f"arm {arm.name}: {problem}" for problem in error.problems]
+            continue
+        for node in found:
+            if not node.is_trial:
+                runs[arm.name, node.seed] = node
+            # A trial of the arm's own length becomes the arm's run when its value is chosen.
+            if node.name not in nodes or (not node.is_trial and node.waits is None):
+                nodes[node.name] = node
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return Plan(study, tuple(nodes.values()), choices)
+
+
+def in_order(study: Study) -> list[Arm]:
+    """The arms, parents first."""
+    by_name = {arm.name: arm for arm in study.arms}
+    ordered: dict[str, Arm] = {}
+
+    def add(arm: Arm) -> None:
+        if arm.parent is not None and arm.parent not in ordered:
+            add(by_name[arm.parent])
+        ordered.setdefault(arm.name, arm)
+
+    for arm in study.arms:
+        add(arm)
+    return list(ordered.values())
+
+
+def _runs_of(
+    study: Study, arm: Arm, runs: Mapping[tuple[str, int], Node], choices: dict[str, Choice], outcome: Outcome
+) -> Iterator[Node]:
+    seeds, value, waits = study.seeds_of(arm), None, None
+    if arm.sweep is not None:
+        trials: dict[float, Node] = {}
+
+        def loss_of(value: float) -> float | None:
+            trial = trials[value] = _node(study, arm, seeds[0], value, runs, is_trial=True)
+            return None if trial.waits else outcome(trial)
+
+        choice = choices[arm.name] = choose(arm.sweep, loss_of)
+        yield from (trials[value] for value in choice.values)
+        value = choice.value
+        if value is None:
+            value, waits = choice.values[len(choice.values) // 2], arm.name
+    for seed in seeds:
+        yield _node(study, arm, seed, value, runs, waits=waits)
+
+
+def _node(
+    study: Study,
+    arm: Arm,
+    seed: int,
+    value: float | None,
+    runs: Mapping[tuple[str, int], Node],
+    *,
+    waits: str | None = None,
+    is_trial: bool = False,
+) -> Node:
+    parent = None if arm.parent is None else runs[arm.parent, seed]
+    flops, tokens, name = arm.flops, arm.tokens, arm.name
+    if arm.sweep is not None:
+        is_short = is_trial and arm.sweep.flops is not None
+        if is_short:
+            flops, tokens = arm.sweep.flops, None
+        name += f"/{'trial_' if is_short else ''}{arm.sweep.key.rpartition('.')[2]}={value:g}"
+    name += f"/seed{seed}"
+    folder = Path(study.dir, "runs", name)
+    at = _moment(arm, parent)
+    begin = Position() if parent is None else parent.position(at)
+    if parent is not None and arm.by == "growth":
+        begin = Position(0, begin.tokens, begin.flops)
+    plain = _plain_values(study, arm, parent, value)
+    values = copy.deepcopy(plain)
+    run = {"name": f"{study.name}-{name}", "dir": literal(str(folder)), "seed": seed}
+    values["run"] = {**(values.get("run") or {}), **run}
+    if parent is not None:
+        section = "branch" if arm.by == "branch" else "growth"
+        values[section] = {**(values.get(section) or {}), "from": literal(str(parent.folder)), "at": at}
+    if flops is not None or tokens is not None:
+        _add_budget(values, arm, begin, flops, tokens)
+    if any(_moment(child, None) != "end" for child in study.arms if child.parent == arm.name):
+        _keep_before_decay(values)
+    config = build_config(values, [])
+    validate(config, study.ranks)
+    if parent is not None and arm.by == "growth" and (problems := chain_problems([*_lineage(parent), config])):
+        raise ConfigError(problems)
+    end = _advance(begin, plan_batches(config, study.ranks).train_steps, config)
+    if end.step <= begin.step:
+        raise ConfigError(
+            f"its parent has done {begin.step:,} steps where it branches off, and the arm ends at step {end.step:,}. "
+            "Give it more steps."
+        )
+    waits = waits or (None if parent is None else parent.waits)
+    return Node(name, arm, seed, value, is_trial, waits, folder, config, plain, parent, begin, end)
+
+
+def _moment(arm: Arm, parent: Node | None) -> Moment:
+    """Which checkpoint of its parent an arm starts from; before the parent is known: before_decay if it may be."""
+    if arm.at is not None:
+        return arm.at
+    return "before_decay" if parent is None or parent.config.optimizer.schedule.type == "wsd" else "end"
+
+
+def _plain_values(study: Study, arm: Arm, parent: Node | None, value: float | None) -> Values:
+    problems: list[str] = []
+    if arm.config is not None:
+        file, problems = read_file(find_configuration(arm.config))
+        if "stages" in file:
+            raise ConfigError(f"config: {arm.config} is a chain. Give one run; each size is an arm with a parent.")
+        values = merged(file, study.common)
+    else:
+        values = copy.deepcopy(study.common if parent is None else parent.plain)
+    values = merged(values, arm.overrides)
+    growth = values.get("growth")
+    if isinstance(growth, dict) and "from" in (arm.overrides.get("growth") or {}):
+        raise ConfigError(f"growth.from: {growth['from']}, but an arm starts from another arm. Name it as parent.")
+    if growth is not None and parent is None:
+        raise ConfigError("growth: is given, but the arm has no parent to grow from. Name one, or set growth to null.")
+    if arm.by == "branch":
+        values["growth"] = None
+    values.pop("branch", None)
+    if value is not None and arm.sweep is not None:
+        problems += apply_override(values, f"{arm.sweep.key}={value!r}")
+    if problems:
+        raise ConfigError(problems)
+    return values
+
+
+def _add_budget(values: Values, arm: Arm, begin: Position, flops: float | None, tokens: float | None) -> None:
+    """Sets the number of steps, and the decay, so that the run ends at the budget."""
+    training = values.get("training")
+    values["training"] = {**(training if isinstance(training, dict) else {}), "train_tokens": None, "train_steps": 1}
+    plain_schedule = {"optimizer": {"schedule": {"type": "constant", "decay_steps": None, "warmup_steps": 0}}}
+    model = build_config(merged(merged(values, plain_schedule), {"checkpoint": {"keep_before_decay": False}}), [])
+    a_step = model.training.global_batch_size * model.model.seq_length
+    whole, spent, unit = float(tokens or 0), float(begin.tokens), "tokens"
+    if flops is not None:
+        a_step *= flops_per_token(model.model)
+        whole, spent, unit = flops, begin.flops, "flops"
+    steps = round((whole - spent) / a_step)
+    if steps < 1:
+        raise ConfigError(
+            f"{unit}: {whole:.4g}, of which its parents take {spent:.4g}, and a step {a_step:.4g}: none is left. "
+            "Raise it."
+        )
+    values["training"]["train_steps"] = begin.step + steps
+    if arm.decay is None:
+        return
+    decay = max(1, round(arm.decay * whole / a_step))
+    optimizer = values["optimizer"]
+    schedule = optimizer.get("schedule") or {}
+    warmup = 0 if begin.step else schedule.get("warmup_steps", 0)
+    if decay + warmup > steps:
+        raise ConfigError(
+            f"decay: {arm.decay:g} of {whole:.4g} {unit} are {decay:,} steps, but of the arm's own {steps:,} steps "
+            f"{max(0, steps - warmup):,} are left after the warm-up. Lower it, or start the arm earlier."
+        )
+    values["optimizer"] = {**optimizer, "schedule": {**schedule, "type": "wsd", "decay_steps": decay}}
+
+
+def _keep_before_decay(values: Values) -> None:
+    schedule = (values.get("optimizer") or {}).get("schedule") or {}
+    if schedule.get("type") == "wsd":
+        values["checkpoint"] = {**(values.get("checkpoint") or {}), "keep_before_decay": True}
+
+
+def _lineage(node: Node) -> list[RunConfig]:
+    """The configurations that led to a node by growth, oldest first; a branch stands for the run that it left."""
+    if node.parent is None:
+        return [node.config]
+    before = _lineage(node.parent)
+    if node.arm.by == "growth":
+        return [*before, node.config]
+    return [*before[:-1], node.config.model_copy(update={"growth": before[-1].growth})]
+
+
+def _advance(begin: Position, step: int, config: RunConfig) -> Position:
+    tokens = (step - begin.step) * config.training.global_batch_size * config.model.seq_length
+    return Position(step, begin.tokens + tokens, begin.flops + float(tokens) * flops_per_token(config.model))

@@ -1,0 +1,212 @@
+"""The queue of a study: each worker takes the next run that can start, until none is left. State is files alone.
+
+A run has ended when its result is there, and is taken while its claim is locked, so any number of workers, in one
+process or on many machines with one folder, share a study. A run that was cut off goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_tf.durable import take_lock
+from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped, UserError, file_errors
+from megatron_tf.study.file import Study
+from megatron_tf.study.plan import Node, Plan, make_plan
+from megatron_tf.study.result import has_ended, loss_of, measure, write_config, write_result
+from megatron_tf.telemetry.meters import format_duration
+
+POLL_SECONDS = 3.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Queue:
+    """Runs what is left of `study`, `workers` runs at a time.
+
+    `threads`: of each process of a run.  `devices`: what each worker's CUDA_VISIBLE_DEVICES is; empty: as it is.
+    `say`: takes a line on what has begun or ended.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        *,
+        workers: int,
+        threads: int,
+        devices: Sequence[str] = (),
+        say: Callable[[str], Any] = print,
+    ):
+        self._study = study
+        self._workers = workers
+        self._threads = threads
+        self._devices = devices
+        self._say = say
+        self._lock = threading.Lock()
+        self._plan: tuple[frozenset[str], Plan] | None = None
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._failed: dict[str, str] = {}
+        self._bug: BaseException | None = None
+        self._stop = threading.Event()
+        self._ended = threading.Condition()
+
+    def run(self) -> None:
+        """Returns when all runs have ended. RunStopped when a signal asked it to stop and the runs have saved;
+        UserError, with their logs, when runs failed: the others have ended then, but for those that start from
+        them."""
+        threads = [threading.Thread(target=self._work, args=(number,)) for number in range(self._workers)]
+        with self._signals():
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+        if self._bug is not None:
+            raise self._bug
+        left = [node for node in self._current().nodes if not has_ended(node)]
+        if self._failed:
+            told = "".join(f"\n  - {name}: {why}" for name, why in self._failed.items())
+            raise UserError(f"{len(self._failed)} of the runs failed:{told}\nCorrect it and start the study again.")
+        if left:
+            total = len(self._current().nodes)
+            raise RunStopped(
+                f"stopped: {total - len(left)} of {total} runs have ended. Start the study again to go on."
+            )
+
+    def _work(self, worker: int) -> None:
+        try:
+            while not self._stop.is_set() and self._step(worker):
+                pass
+        except BaseException as error:  # raised again by `run`
+            self._bug = error
+            self._ask_to_stop()
+
+    def _step(self, worker: int) -> bool:
+        """Takes one run, or waits for what others do; False when nothing is left for anyone."""
+        is_busy = False
+        for node in self._ready():
+            with self._claim(node) as claim:
+                if claim is None:
+                    is_busy = True
+                elif not has_ended(node):
+                    self._train(node, worker, claim)
+                    return True
+                else:
+                    return True
+        if is_busy:
+            with self._ended:
+                self._ended.wait(POLL_SECONDS)
+        return is_busy
+
+    def _current(self) -> Plan:
+        """The plan after what has ended so far; made anew only when more has."""
+        with self._lock:
+            if self._plan is not None:
+                ended = frozenset(node.name for node in self._plan[1].nodes if has_ended(node))
+                if ended == self._plan[0]:
+                    return self._plan[1]
+            plan = make_plan(self._study, loss_of)
+            self._plan = frozenset(node.name for node in plan.nodes if has_ended(node)), plan
+            return plan
+
+    def _ready(self) -> list[Node]:
+        nodes = self._current().nodes
+        return [
+            node
+            for node in nodes
+            if node.waits is None
+            and node.name not in self._failed
+            and not has_ended(node)
+            and (node.parent is None or has_ended(node.parent))
+        ]
+
+    @contextmanager
+    def _claim(self, node: Node) -> Iterator[int | None]:
+        """The open claim of a run, or None while another worker has it. The system frees it with its last process."""
+        path = Path(self._study.dir, "claims", node.name.replace("/", "_"))
+        with file_errors(UserError, path, "Choose another dir."):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            yield descriptor if take_lock(descriptor) else None
+        finally:
+            os.close(descriptor)
+
+    def _train(self, node: Node, worker: int, claim: int) -> None:
+        config = write_config(node, self._study.dir)
+        log = Path(self._study.dir, "logs", f"{node.name.replace('/', '_')}.log")
+        with file_errors(UserError, log, "Choose another dir."):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = open(log, "ab")
+        began = time.monotonic()
+        with output:
+            # The claim stays taken while the run lives, also when this process is killed.
+            process = subprocess.Popen(
+                command(config, self._study.ranks), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env=self._environment(worker), pass_fds=(claim,), start_new_session=True,
+            )  # fmt: skip
+            with self._lock:
+                self._running[node.name] = process
+            self._say(f"{node.name}: {node.own_flops:.2e} FLOPs, log in {log}")
+            if self._stop.is_set():
+                process.send_signal(signal.SIGTERM)
+            code = process.wait()
+        with self._lock:
+            del self._running[node.name]
+        if code == 0:
+            result = measure(node)
+            write_result(node, result)
+            self._say(f"{node.name}: loss {result.loss:.4f} after {format_duration(time.monotonic() - began)}")
+        elif code == STOPPED_EXIT_CODE or self._stop.is_set():
+            self._ask_to_stop()
+        else:
+            self._failed[node.name] = f"exit code {code}, see {log}"
+            self._say(f"{node.name}: failed with exit code {code}, see {log}")
+        with self._ended:
+            self._ended.notify_all()
+
+    def _environment(self, worker: int) -> Mapping[str, str]:
+        """Of a run: a job of SLURM around the study is not the run's launcher."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        own = {"OMP_NUM_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
+        if self._devices:
+            own["CUDA_VISIBLE_DEVICES"] = self._devices[worker]
+        return {**kept, **own}
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """In the block, signals that end a job let the runs save, and end the study."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._noted) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _noted(self, number: int, frame: FrameType | None) -> None:
+        self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
+        self._stop.set()
+        for process in list(self._running.values()):
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+
+
+def command(config: Path, ranks: int) -> list[str]:
+    """What starts a run on so many processes of this machine."""
+    own = ["-m", "megatron_tf", "train", str(config)]
+    if ranks == 1:
+        return [sys.executable, *own]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *own]

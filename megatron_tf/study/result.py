@@ -1,0 +1,141 @@
+"""What a run of a study has come to: a small file in its folder, which also says that the run has ended."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tf.checkpoint.manager import resolve
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.config.load import dump_config, load_config
+from megatron_tf.diagnosis.run_facts import settings
+from megatron_tf.durable import write_atomically
+from megatron_tf.errors import ConfigError, UserError, file_errors
+from megatron_tf.study.plan import Node, Plan
+from megatron_tf.telemetry.plot import read_run
+
+RESULT_NAME = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """`tokens` and `flops` are cumulative, parents included; those of the run itself begin with `own_`.
+
+    `loss`: on the validation data, at the end.  `seconds`: of training steps.  `state_bytes`: weights and optimizer, as
+    its checkpoint has them.  `curve`: [tokens, FLOPs, validation loss] of each evaluation.
+    """
+
+    name: str
+    arm: str
+    seed: int
+    value: float | None
+    loss: float
+    tokens: int
+    flops: float
+    own_tokens: int
+    own_flops: float
+    seconds: float
+    tokens_per_second: float
+    parameters: int
+    state_bytes: int
+    curve: tuple[tuple[int, float, float], ...]
+
+
+def measure(node: Node) -> Result:
+    """The result of a run whose training has just ended. UserError when it has not logged a validation loss."""
+    records = read_run(node.folder).records
+    evaluated = [record for record in records if record.get("eval/loss") is not None]
+    if not evaluated or evaluated[-1]["step"] != records[-1]["step"]:
+        raise UserError(
+            f"{node.folder}: has no validation loss of its last step. Move the folder away and run it again."
+        )
+    reader = open_checkpoint(resolve(node.folder))
+    return Result(
+        name=node.name, arm=node.arm.name, seed=node.seed, value=node.value, loss=float(evaluated[-1]["eval/loss"]),
+        tokens=evaluated[-1]["tokens"], flops=evaluated[-1]["flops"],
+        own_tokens=evaluated[-1]["tokens"] - node.begin.tokens, own_flops=evaluated[-1]["flops"] - node.begin.flops,
+        seconds=_seconds(records, node.begin.step),
+        tokens_per_second=statistics.median(r["perf/tokens_per_second"] for r in records if "perf/step_seconds" in r),
+        parameters=node.parameters, state_bytes=sum(file.num_bytes for file in reader.manifest.files.values()),
+        curve=tuple((r["tokens"], r["flops"], float(r["eval/loss"])) for r in evaluated),
+    )  # fmt: skip
+
+
+def _seconds(records: Sequence[dict[str, Any]], first: int) -> float:
+    """Of all steps once, also where a run that was cut off has done some of them twice."""
+    by_step = {record["step"]: record["perf/step_seconds"] for record in records if "perf/step_seconds" in record}
+    total, before = 0.0, first
+    for step in sorted(by_step):
+        total += (step - before) * by_step[step]
+        before = step
+    return total
+
+
+def write_result(node: Node, result: Result) -> None:
+    with file_errors(UserError, node.folder, "Make room, and start the study again."):
+        write_atomically(node.folder / RESULT_NAME, (json.dumps(asdict(result), indent=1) + "\n").encode())
+
+
+def has_ended(node: Node) -> bool:
+    return (node.folder / RESULT_NAME).is_file()
+
+
+def read_result(node: Node) -> Result | None:
+    """None for a run that has not ended. UserError when the file is not what was written."""
+    path = node.folder / RESULT_NAME
+    if not path.is_file():
+        return None
+    with file_errors(UserError, path, "Make it readable."):
+        text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text)
+        result = Result(**{**values, "curve": tuple(map(tuple, values["curve"]))})
+    except (ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{path}: is not the result of a run. Delete it: the study then measures the run anew."
+        ) from None
+    return result
+
+
+def loss_of(node: Node) -> float | None:
+    """An `Outcome`."""
+    result = read_result(node)
+    return None if result is None else (result.loss if result.loss is not None else math.nan)
+
+
+def config_file(node: Node, study_dir: str) -> Path:
+    """Where the configuration of a run stands, as it is started with."""
+    return Path(study_dir, "configs", f"{node.name.replace('/', '_')}.yml")
+
+
+def write_config(node: Node, study_dir: str) -> Path:
+    path = config_file(node, study_dir)
+    with file_errors(UserError, path, "Choose another dir."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump_config(node.config).encode())
+    return path
+
+
+def check_unchanged(plan: Plan) -> None:
+    """ConfigError when a run that has begun was another one than the file says now, with the keys that differ."""
+    problems = []
+    for node in plan.nodes:
+        path = config_file(node, plan.study.dir)
+        if node.waits is not None or not node.folder.exists() or not path.exists():
+            continue
+        before, now = settings(load_config(path)), settings(node.config)
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "run.name"]
+        if changed:
+            told = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in changed[:4])
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            problems.append(
+                f"{node.folder}: was begun with another configuration: {told}{more}. Restore it, move the folder away, "
+                "or choose another dir."
+            )
+    if problems:
+        raise ConfigError(problems)

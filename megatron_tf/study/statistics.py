@@ -1,0 +1,59 @@
+"""Means of few seeds and their intervals, and what a loss costs on the curve of other runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; of more, the last one, which is a little wide.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval; without one of a single value."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Of a difference from something that should be lower."""
+        if self.low is None or self.high is None:
+            return "one seed"
+        return "better" if self.high < 0 else "worse" if self.low > 0 else "not significant"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of independent values, by Student's t."""
+    mean, count = sum(values) / len(values), len(values)
+    if count == 1:
+        return Interval(mean)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    half = _T[min(count - 1, len(_T)) - 1] * deviation / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations that a curve takes to a loss. `beyond`: the loss is not on the curve, and `flops` is
+    only a bound: "more" than the last point, or "less" than the first."""
+
+    flops: float
+    beyond: str = ""
+
+
+def cost_of(loss: float, curve: Sequence[tuple[float, float]]) -> Cost:
+    """`curve`: (FLOPs, loss) of at least two points. Between them the loss is a straight line in log FLOPs."""
+    points = sorted(curve)
+    if loss < min(loss for _, loss in points):
+        return Cost(points[-1][0], "more")
+    if loss > points[0][1]:
+        return Cost(points[0][0], "less")
+    for (few, high), (many, low) in zip(points, points[1:]):
+        if low <= loss <= high and high > low:
+            share = (high - loss) / (high - low)
+            return Cost(math.exp(math.log(few) + share * (math.log(many) - math.log(few))))
+    return Cost(next(flops for flops, other in points if other <= loss))

@@ -1,0 +1,47 @@
+"""Which value a sweep chooses: the one with the lowest validation loss; and whether it stands at an end of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megatron_tf.study.file import Sweep
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`values`: all that are tried, ascending.  `losses`: of those that have ended.
+
+    `value`: the chosen one; None while one is missing.  `at_end`: it is the least or the greatest, so that a better one
+    may lie beyond.
+    """
+
+    values: tuple[float, ...]
+    losses: Mapping[float, float]
+    value: float | None = None
+    at_end: bool = False
+
+
+def choose(sweep: Sweep, loss_of: Callable[[float], float | None]) -> Choice:
+    """`loss_of`: what the trial of a value ended with; None: it has not ended. A loss that is no number counts as the
+    worst.
+
+    When the best value stands at an end, the next one beyond it, by the ratio of the last two, is tried as well, up to
+    `sweep.extend` times.
+    """
+    values = sorted(sweep.values)
+    for left in range(sweep.extend, -1, -1):
+        found = {value: loss_of(value) for value in values}
+        losses = {value: math.inf if math.isnan(loss) else loss for value, loss in found.items() if loss is not None}
+        if len(losses) < len(values):
+            break
+        best = min(values, key=losses.__getitem__)
+        at_end = best in (values[0], values[-1])
+        if not at_end or left == 0:
+            return Choice(tuple(values), losses, best, at_end)
+        if best == values[-1]:
+            values.append(best * best / values[-2])
+        else:
+            values.insert(0, best * best / values[1])
+    return Choice(tuple(values), losses)

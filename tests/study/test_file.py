@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+from study_names import problems_of
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"arms": {"small": {"parent": "grown", "seeds": None}}},
+            "arms small -> grown -> small: each starts from the next",
+        ),
+        (
+            {"arms": {"grown": {"parent": "smal"}}},
+            "arm grown: parent: there is no arm smal. The arms are small, going_on",
+        ),
+        ({"arms": {"grown": {"name": "going_on"}}}, "arm going_on: is there twice"),
+        ({"arms": {"grown": {"tokens": 5.0}}}, "arm grown: both flops (2e+07) and tokens (5) are given"),
+        ({"arms": {"grown": {"flops": None}}}, "arm grown: decay 0.2 is a share of flops or tokens, and neither"),
+        ({"arms": {"grown": {"seeds": [2, 3]}}}, "arm grown: seeds [3] start from the parent's runs"),
+        ({"arms": {"grown": {"seeds": [2, 2]}}}, "arm grown: seeds: [2, 2] has one twice"),
+        ({"arms": {"going_on": {"parent": None}}}, "arm going_on: by branch, but it has no parent"),
+        ({"arms": {"going_on": {"config": "tiny"}}}, "a branch has the configuration of its parent"),
+        ({"arms": {"grown": {"flop": 1.0}}}, "arm grown: flop: unknown key. The keys here are name, config"),
+        ({"arms": {"small": {"sweep": {"key": "a", "values": [1.0]}}}}, "arm small: sweep.values: [1.0] is not valid"),
+        ({"arms": {"small": {"sweep": {"key": "a", "values": [1.0, 1.0]}}}}, "sweep.values: [1.0, 1.0] has one twice"),
+        ({"arms": {"grown": {"name": "a b"}}}, "arm a b: name: 'a b' is not valid"),
+        ({"reference": "nobody"}, "reference: there is no arm nobody"),
+        ({"reference": "small"}, "reference: small is not comparable"),
+        ({"seeds": []}, "seeds: [] is not valid"),
+        ({"tolerance": 2.0}, "tolerance: 2.0 is not valid"),
+        ({"arm": []}, "arm: unknown key. The keys here are name, dir, seeds"),
+        ({"arms": {"grown": {"decay": 1.0}}}, "arm grown: decay: 1.0 is not valid"),
+    ],
+)
+def test_what_is_refused(study, changes, problem):
+    found = problems_of(lambda: study(**changes))
+    assert any(problem in text for text in found), found
+
+
+def test_a_circle_is_told_once(study):
+    assert len(problems_of(lambda: study(arms={"small": {"parent": "grown"}}))) == 1
+
+
+def test_overrides(write):
+    from megatron_tf.study.file import load_study
+
+    assert load_study(write(), ["dir=elsewhere", "seeds=[7]"]).dir == "elsewhere"

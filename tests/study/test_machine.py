@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megatron_tf.errors import UserError
+from megatron_tf.study import machine
+from megatron_tf.study.machine import Share, share
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(machine, "_gpus", list)
+
+
+def test_runs_never_share_a_core(cores):
+    assert share(1, None) == Share(8, 1)
+    assert share(2, 2) == Share(2, 2)
+    assert share(3, None) == Share(2, 1)
+    with pytest.raises(
+        UserError, match="--workers: 5 runs of 2 processes need 10 cores, and here are 8. Give at most 4."
+    ):
+        share(2, 5)
+    with pytest.raises(UserError, match="1 runs of 9 processes need 9 cores, and here are 8. Set ranks to less"):
+        share(9, None)
+
+
+def test_each_worker_has_gpus_of_its_own(cores, monkeypatch):
+    monkeypatch.setattr(machine, "_gpus", lambda: ["4", "5", "6", "7"])
+    assert share(2, None) == Share(2, 2, ("4,5", "6,7"))
+    with pytest.raises(UserError, match="need 6 GPUs, and here are 4"):
+        share(2, 3)

@@ -1,0 +1,124 @@
+"""The arithmetic of a study's runs, and what makes its arms impossible or incomparable."""
+
+from __future__ import annotations
+
+import pytest
+from study_names import BIGGER, problems_of
+
+from megatron_tf.costs.estimate import flops_per_token
+from megatron_tf.study.comparable import check_comparable
+from megatron_tf.study.plan import Position, make_plan
+
+LOSSES = {"small/lr=0.01/seed1": 3.0, "small/lr=0.02/seed1": 2.0, "small/lr=0.04/seed1": 4.0}
+
+
+def by_name(plan):
+    return {node.name: node for node in plan.nodes}
+
+
+def test_before_a_sweep_has_ended(study):
+    """Its trials can start; what depends on the choice is a guess, with the cost that it will have."""
+    nodes = by_name(make_plan(study()))
+    assert [name for name, node in nodes.items() if node.waits is None] == [*LOSSES]
+    assert all(nodes[name].is_trial for name in LOSSES)
+    assert {nodes[name].waits for name in nodes.keys() - LOSSES} == {"small"}
+    assert len(nodes) == 3 + 1 + 2 * 2
+
+
+def test_after_a_sweep(study):
+    """The trial of the chosen value is the arm's run; children inherit the value and start from it."""
+    plan = make_plan(study(), lambda node: LOSSES.get(node.name))
+    nodes, choice = by_name(plan), plan.choices["small"]
+    assert (choice.value, choice.at_end) == (0.02, False)
+    assert not nodes["small/lr=0.02/seed1"].is_trial and all(node.waits is None for node in plan.nodes)
+    small, on, grown = (plan.of(study().arm(name))[1] for name in ("small", "going_on", "grown"))
+    assert small.name == "small/lr=0.02/seed2" and (small.config.run.seed, grown.config.run.seed) == (2, 2)
+    assert on.parent is small and grown.parent is small
+    assert on.config.optimizer.lr == grown.config.optimizer.lr == 0.02
+    assert small.config.checkpoint.keep_before_decay and not on.config.checkpoint.keep_before_decay
+    assert (on.config.branch.source, on.config.branch.at) == (small.config.run.dir, "before_decay")
+    assert on.config.growth is None and grown.config.branch is None
+    assert (grown.config.growth.source, grown.config.growth.method) == (small.config.run.dir, "gram")
+
+
+def test_budgets(study):
+    """A run ends at its budget, parents included, and decays in a share of all of it."""
+    plan = make_plan(study(), lambda node: LOSSES.get(node.name))
+    small, on, grown = (plan.of(arm)[0] for arm in plan.study.arms)
+    cost, grown_cost = (flops_per_token(node.config.model) for node in (small, grown))
+    assert small.end == Position(20, 20 * 64, 20 * 64 * cost)
+    assert small.config.optimizer.schedule.decay_steps == 4
+    left = 16 * 64 * cost
+    assert on.begin == Position(16, 16 * 64, left) and grown.begin == Position(0, 16 * 64, left)
+    for node, own in ((on, cost), (grown, grown_cost)):
+        steps = node.end.step - node.begin.step
+        assert steps == round((2e7 - left) / (64 * own))
+        assert node.end.flops == left + steps * 64 * own and node.own_tokens == steps * 64
+        assert node.config.training.train_steps == node.end.step
+        assert node.config.optimizer.schedule.decay_steps == round(0.2 * 2e7 / (64 * own))
+
+
+def test_short_trials_are_runs_of_their_own(study):
+    sweep = {"key": "optimizer.lr", "values": [1e-2, 2e-2], "flops": 2e6}
+    plan = make_plan(study(arms={"small": {"sweep": sweep}}), lambda node: node.value)
+    trials = [node for node in plan.nodes if node.is_trial]
+    assert [node.name for node in trials] == ["small/trial_lr=0.01/seed1", "small/trial_lr=0.02/seed1"]
+    assert {node.end.flops for node in trials} != {plan.of(plan.study.arms[0])[0].end.flops}
+    assert [node.name for node in plan.of(plan.study.arms[0])] == ["small/lr=0.01/seed1", "small/lr=0.01/seed2"]
+
+
+def test_a_chain_inherits_from_the_stage_before(study):
+    bigger = {"model": {"parameter_tokens": {"qkv": 32, "proj": 32, "ffn": 64}}}
+    more = [{"name": "twice", "parent": "grown", "flops": 4e7, "overrides": bigger, "comparable": False}]
+    plan = make_plan(study(more=more), lambda node: LOSSES.get(node.name))
+    *_, last = plan.nodes
+    assert last.config.growth.method == "gram" and last.config.growth.source == last.parent.config.run.dir
+    assert last.parent.config.checkpoint.keep_before_decay
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"arms": {"grown": {"flops": 1e6}}}, "arm grown: flops: 1e+06, of which its parents take 1.116e+07"),
+        ({"arms": {"grown": {"decay": 0.95}}}, "arm grown: decay: 0.95 of 2e+07 flops are"),
+        ({"arms": {"grown": {"overrides": {"growth": {"from": "x"}}}}}, "arm grown: growth.from: x, but an arm starts"),
+        ({"arms": {"grown": {"overrides": {}}}}, "the smaller model has model.parameter_tokens"),
+        ({"arms": {"grown": {"parent": None}}}, "arm grown: growth: is given, but the arm has no parent"),
+        ({"arms": {"small": {"sweep": {"key": "optimizer.lrr", "values": [1.0, 2.0]}}}}, "arm small: optimizer.lrr"),
+        ({"arms": {"grown": {"config": "nowhere.yml"}}}, "arm grown: nowhere.yml: there is no such file"),
+        ({"arms": {"grown": {"config": "tiny_chain"}}}, "arm grown: config: tiny_chain is a chain"),
+        ({"ranks": 3}, "arm small: training.global_batch_size: 4 is not a multiple of 12"),
+        ({"common": {"model": {"hidden_size": 9}}}, "arm small: model.hidden_size: 9 is not a multiple"),
+    ],
+)
+def test_arms_that_cannot_be(study, changes, problem):
+    found = problems_of(lambda: make_plan(study(**changes)))
+    assert any(problem in text for text in found), found
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"arms": {"grown": {"flops": 3e7}}}, "flops: grown takes 3"),
+        (
+            {"arms": {"grown": {"overrides": {"optimizer": {"schedule": {"min_lr": 1e-3}}}}}},
+            "the share of the rate that is left at the end differs: 0 in going_on; 0.05 in grown",
+        ),
+        (
+            {"arms": {"grown": {"overrides": {"evaluation": {"samples": 8}}}}},
+            "evaluation.samples differs: 4 in going_on",
+        ),
+        ({"common": {"data": {"validation": []}}}, "arms small, going_on, grown: data.validation is empty"),
+    ],
+)
+def test_arms_that_cannot_be_compared(study, changes, problem):
+    values = dict(changes)
+    for arm in values.get("arms", {}).values():
+        if "overrides" in arm:
+            arm["overrides"] = {**BIGGER, **arm["overrides"]}
+    found = problems_of(lambda: check_comparable(make_plan(study(**values))))
+    assert any(problem in text for text in found), found
+
+
+def test_what_is_not_compared_may_differ(study):
+    check_comparable(make_plan(study(arms={"grown": {"flops": 3e7, "comparable": False}})))

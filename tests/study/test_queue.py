@@ -1,0 +1,173 @@
+"""The queue of a study: order, sharing with other workers, what fails, what is stopped. Runs are tiny programs here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from megatron_tf.durable import take_lock
+from megatron_tf.errors import ConfigError, RunStopped, UserError
+from megatron_tf.study import queue as module
+from megatron_tf.study.hours import Speeds, total_seconds
+from megatron_tf.study.plan import make_plan
+from megatron_tf.study.queue import Queue, command
+from megatron_tf.study.report import in_words, results_of, write_report
+from megatron_tf.study.result import Result, check_unchanged, has_ended, loss_of, read_result, write_config
+
+LOSSES = {"small/lr=0.01/seed1": 3.0, "small/lr=0.04/seed1": 4.0}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Names of the runs that were started, in order. Their program is `program`, which is given the name."""
+    names: list[str] = []
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
+
+    def start(program="pass"):
+        def measured(node):
+            names.append(node.name)
+            node.folder.mkdir(parents=True, exist_ok=True)
+            loss = LOSSES.get(node.name, 2.0 + 0.1 * node.seed)
+            return Result(
+                node.name, node.arm.name, node.seed, node.value, loss, node.end.tokens, node.end.flops,
+                node.own_tokens, node.own_flops, 9.0, 100.0, node.parameters, 1000,
+                ((node.end.tokens, node.end.flops, loss),),
+            )  # fmt: skip
+
+        monkeypatch.setattr(module, "measure", measured)
+        monkeypatch.setattr(module, "command", lambda config, ranks: [sys.executable, "-c", program, str(config)])
+        return names
+
+    return start
+
+
+def queue(study, workers=2, say=lambda line: None):
+    return Queue(study, workers=workers, threads=1, say=say)
+
+
+def test_all_runs_once_and_parents_first(study, started):
+    names, of = started(), study()
+    queue(of).run()
+    assert sorted(names) == sorted(node.name for node in make_plan(of, loss_of).nodes)
+    assert names.index("small/lr=0.02/seed1") < names.index("grown/seed1")
+    assert set(names[:3]) == {f"small/lr={value}/seed1" for value in ("0.01", "0.02", "0.04")}
+    del names[:]
+    queue(of).run()
+    assert names == []
+
+
+def test_a_worker_leaves_alone_what_another_one_has(study, started):
+    """Until that one is gone: then the run is its own."""
+    names, of = started(), study()
+    with queue(of)._claim(make_plan(of).nodes[0]) as claim:
+        thread = threading.Thread(target=queue(of, workers=1).run)
+        thread.start()
+        time.sleep(1.0)
+        assert claim is not None and names == ["small/lr=0.02/seed1", "small/lr=0.04/seed1"]
+    thread.join(20)
+    assert not thread.is_alive() and len(names) == 8
+
+
+def test_a_claim_lives_as_long_as_the_run(study, started, tmp_path):
+    """The study may be killed: its run still trains, and must not be started a second time."""
+    started()
+    with queue(study())._claim(make_plan(study()).nodes[0]) as claim:
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        assert claim is not None
+    with open(next((tmp_path / "study" / "claims").iterdir()), "a+") as file:
+        assert not take_lock(file.fileno())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert take_lock(file.fileno())
+
+
+def test_what_fails_is_named_and_all_else_runs(study, started):
+    names, lines = started("import sys; sys.exit(2 if 'going_on_seed1' in sys.argv[1] else 0)"), []
+    of = study()
+    with pytest.raises(
+        UserError, match="1 of the runs failed:\n  - going_on/seed1: exit code 2, see .*going_on_seed1.log"
+    ):
+        queue(of, say=lines.append).run()
+    assert len(names) == 7 and any("failed with exit code 2" in line for line in lines)
+
+
+def test_what_is_stopped_goes_on(study, started):
+    """A signal is passed on to the runs, which save; the study is not over."""
+    names, of = started("import time; time.sleep(60)"), study()
+    mine = queue(of)
+    threading.Timer(1.0, mine._ask_to_stop).start()
+    began = time.monotonic()
+    with pytest.raises(RunStopped, match="stopped: 0 of 8 runs have ended"):
+        mine.run()
+    assert names == [] and time.monotonic() - began < 20
+    started()
+    queue(of).run()
+    assert all(has_ended(node) for node in make_plan(of, loss_of).nodes)
+
+
+def test_report(study, started, tmp_path):
+    started()
+    of = study(more=[{"name": "longer", "parent": "small", "by": "branch", "flops": 4e7, "decay": 0.2, "family": "static",
+                      "comparable": False}], arms={"going_on": {"family": "static"}})  # fmt: skip
+    with pytest.raises(UserError, match="no run has ended yet"):
+        results_of(make_plan(of, loss_of))
+    queue(of).run()
+    plan = make_plan(of, loss_of)
+    text = write_report(plan, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["loss.png", "results.json", "table.txt"]
+    found = results_of(plan)
+    small, on, grown, _ = found["arms"]
+    assert found["reference"] == "going_on" and (found["runs_ended"], found["runs"]) == (10, 10)
+    assert small["sweep"] == {
+        "key": "optimizer.lr", "chosen": 0.02, "at_end_of_values": False, "losses": {"0.01": 3.0, "0.02": 2.1, "0.04": 4.0}
+    }  # fmt: skip
+    assert on["loss"]["mean"] == pytest.approx(2.15) and "difference" not in on
+    assert grown["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "verdict": "not significant"}
+    assert grown["cost_against"]["static"]["ratio"] == pytest.approx(1.0, rel=0.1)
+    assert "not significant" in text and "chosen 0.02." in text and "10 of 10 runs have ended" in text
+    assert in_words(found) == text
+
+
+def test_a_run_that_is_another_one_now_is_refused(study, write, started):
+    of = study()
+    node = make_plan(of).nodes[0]
+    node.folder.mkdir(parents=True)
+    write_config(node, of.dir)
+    check_unchanged(make_plan(of))
+    changed = study(common={"optimizer": {"weight_decay": 0.3}})
+    with pytest.raises(ConfigError, match=r"optimizer.weight_decay \(0.1 then, 0.3 now\)"):
+        check_unchanged(make_plan(changed))
+
+
+def test_a_result_that_is_none_is_refused(study):
+    node = make_plan(study()).nodes[0]
+    node.folder.mkdir(parents=True)
+    for text in ("", "[]", '{"curve": []}', '{"loss": 1}'):
+        (node.folder / "result.json").write_text(text)
+        with pytest.raises(UserError, match="is not the result of a run"):
+            read_result(node)
+
+
+def test_time(study):
+    """Three trials of 10 s, then the second seed, then two branches and two growths: two at a time, and one."""
+    plan = make_plan(study())
+    assert total_seconds(plan, 1, lambda node: 10.0) == 80
+    assert total_seconds(plan, 2, lambda node: 10.0) == 50
+    assert total_seconds(plan, 2, Speeds({}).seconds) is None
+    assert total_seconds(plan, 1, Speeds({}, 1e6).seconds) == pytest.approx(
+        sum(node.own_flops for node in plan.nodes) / 1e6
+    )
+
+
+def test_command(tmp_path):
+    one, four = command(tmp_path, 1), command(tmp_path, 4)
+    assert one[1:4] == ["-m", "megatron_tf", "train"]
+    assert four[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]

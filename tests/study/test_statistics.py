@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megatron_tf.study.file import Sweep
+from megatron_tf.study.statistics import Cost, Interval, cost_of, interval
+from megatron_tf.study.sweep import choose
+
+
+def test_interval():
+    """Of 1, 2, 3: the deviation of the mean is 1/√3, times 4.303 of two degrees of freedom."""
+    found = interval([1.0, 2.0, 3.0])
+    assert found.mean == 2 and found.high == pytest.approx(2 + 4.303 / math.sqrt(3), abs=1e-3)
+    assert interval([5.0]) == Interval(5.0)
+    assert interval([1.0] * 30).low == 1.0
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [([-1.0, -1.1], "better"), ([1.0, 1.1], "worse"), ([-1.0, 1.0], "not significant"), ([-1.0], "one seed")],
+)
+def test_verdict(differences, verdict):
+    assert interval(differences).verdict == verdict
+
+
+def test_cost_of_a_loss():
+    curve = [(1e4, 3.0), (1e2, 5.0), (1e3, 4.0)]
+    assert cost_of(4.5, curve).flops == pytest.approx(10**2.5)
+    assert cost_of(3.0, curve) == Cost(pytest.approx(1e4))
+    assert (cost_of(2.0, curve), cost_of(6.0, curve)) == (Cost(1e4, "more"), Cost(1e2, "less"))
+
+
+def sweep(losses, **fields):
+    values = tuple(fields.pop("values", (1.0, 2.0, 4.0)))
+    return choose(Sweep(key="optimizer.lr", values=values, **fields), losses.get)
+
+
+def test_the_lowest_loss_is_chosen_and_an_end_is_told():
+    inner = sweep({1.0: 3.0, 2.0: 2.0, 4.0: 5.0})
+    assert (inner.value, inner.at_end) == (2.0, False)
+    outer = sweep({1.0: 3.0, 2.0: 4.0, 4.0: 5.0})
+    assert (outer.value, outer.at_end) == (1.0, True)
+    assert sweep({1.0: 3.0, 2.0: 4.0}).value is None
+    assert sweep({1.0: math.nan, 2.0: 4.0, 4.0: 3.0}).value == 4.0
+
+
+def test_a_sweep_goes_on_beyond_its_end():
+    losses = {1.0: 3.0, 2.0: 2.0, 4.0: 1.0}
+    assert sweep(losses, extend=1).values == (1.0, 2.0, 4.0, 8.0)
+    found = sweep({**losses, 8.0: 0.5}, extend=1)
+    assert (found.value, found.at_end) == (8.0, True)
+    assert sweep({**losses, 8.0: 1.5}, extend=2).value == 4.0
+    low = {1.0: 1.0, 2.0: 2.0, 4.0: 3.0}
+    assert sweep(low, extend=1).values == (0.5, 1.0, 2.0, 4.0)

@@ -1,0 +1,80 @@
+"""A study from its file to its report, with real runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from prepared import write_tokens
+from tooling import assert_refused, tool
+
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.commands.study import main
+
+STUDY = """
+name: test
+dir: {folder}/study
+seeds: [1]
+common:
+  model: {{num_layers: 1, hidden_size: 8, num_attention_heads: 2, seq_length: 16, vocab_size: 99, rotary_fraction: 0.5,
+    parameter_tokens: {{qkv: 8, proj: 8, ffn: 16}}}}
+  training: {{train_steps: 10, global_batch_size: 4, micro_batch_size: 4, precision: fp32}}
+  optimizer: {{lr: 1e-2, schedule: {{warmup_steps: 2}}}}
+  data: {{train: {folder}/text, validation: {folder}/text}}
+arms:
+  - {{name: small, flops: 2e7, decay: 0.2, comparable: false}}
+  - {{name: grown, parent: small, flops: 4e7, decay: 0.2, overrides: {{growth: {{method: gram}},
+     model: {{parameter_tokens: {{qkv: 16, proj: 16, ffn: 32}}}}, optimizer: {{schedule: {{warmup_steps: 0}}}}}}}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_tokens(tmp_path / "text")
+    path = tmp_path / "study.yml"
+    path.write_text(STUDY.format(folder=tmp_path))
+    return path
+
+
+@pytest.fixture
+def study(monkeypatch, capsys):
+    """What the command prints; in this process, so that only the runs have to start."""
+
+    def printed(*words):
+        monkeypatch.setattr("sys.argv", ["study", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+
+    return printed
+
+
+@pytest.mark.slow
+def test_plan_run_and_report(study, file, tmp_path):
+    planned = study("plan", file, "--flops-per-second", 1e6)
+    assert "2 runs, 2 of them left" in planned and "time: about" in planned
+    done = study("run", file, "--workers", 1, "--task", 5)
+    assert "task 5: grown/seed1: loss" in done and "2 of 2 runs have ended" in done
+    found = json.loads((tmp_path / "study" / "results.json").read_text())
+    small, grown = found["arms"]
+    # The product counts what was planned, and what they have in common is there once.
+    by_name = {run["name"]: run for run in found["all_runs"]}
+    for arm in found["arms"]:
+        run = by_name[f"{arm['name']}/seed1"]
+        assert (run["flops"], run["tokens"], run["own_flops"]) == (arm["flops"], arm["tokens"], arm["own_flops"])
+    assert found["flops_spent"] == sum(arm["own_flops"] for arm in found["arms"]) < small["flops"] + 4e7
+    newest = max((tmp_path / "study" / "runs" / "grown" / "seed1" / "checkpoints").glob("step_*"))
+    index = open_checkpoint(newest).index
+    assert index.tokens == grown["tokens"] and index.growth_history[-1]["source"].endswith("/step_00000023")
+    assert small["state_bytes"] < grown["state_bytes"]
+    again = study("plan", file)
+    assert again.count("has ended") == 2 and "2 runs, 0 of them left" in again
+
+
+def test_what_is_refused_before_a_run_starts(file, tmp_path):
+    assert_refused(tool("study", "run", file, "ranks=3"), "arm small: training.global_batch_size: 4 is not a multiple")
+    assert_refused(tool("study", "report", file), "no run has ended yet")
+    assert_refused(tool("study", "run", tmp_path / "no.yml"), "no.yml: there is no such file")
+    assert_refused(tool("study", "run", file, "--probe"), "--probe is for plan, not for run")
+    (tmp_path / "text.bin").unlink()
+    assert_refused(tool("study", "run", file), "data.train[0].path: ")
+    assert not (tmp_path / "study").exists()
