@@ -1,4 +1,5 @@
-"""The console command `megatron_tf`: Control-C is quiet from its first instruction on, while modules are still loaded."""
+"""The console command `megatron_tf`: Control-C is quiet from its first instruction on, while modules are still
+loaded."""
 
 from __future__ import annotations
 

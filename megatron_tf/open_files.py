@@ -38,6 +38,6 @@ def remedy(error: OSError) -> str | None:
         return None
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
-        f"This process may have {limit:,} files open. Allow more where it is started (`ulimit -n {MOST}`, in a container "
-        f"`--ulimit nofile={MOST}`, in a service LimitNOFILE={MOST}), or give it fewer sources or files."
+        f"This process may have {limit:,} files open. Allow more where it is started (`ulimit -n {MOST}`, in a "
+        f"container `--ulimit nofile={MOST}`, in a service LimitNOFILE={MOST}), or give it fewer sources or files."
     )

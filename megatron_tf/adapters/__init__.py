@@ -1,6 +1,7 @@
 """Parameter tokens in parallel to the modules of any Hugging Face decoder.
 
-`from megatron_tf.adapters import PattentionConfig` makes PEFT know the method; importing this package alone loads nothing.
+`from megatron_tf.adapters import PattentionConfig` makes PEFT know the method; importing this package alone loads
+nothing.
 """
 
 from __future__ import annotations

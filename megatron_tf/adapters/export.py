@@ -104,8 +104,8 @@ def _settings(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
     unknown = [name for name in adapter.branches if name not in places]
     if unknown:
         raise CheckpointError(
-            f"the adapter has a branch at {unknown[0]}, which {type(model).__name__} does not have. Give the model that it "
-            "was trained on"
+            f"the adapter has a branch at {unknown[0]}, which {type(model).__name__} does not have. Give the model "
+            "that it was trained on"
         )
     return {
         "num_tokens": adapter.config["num_tokens"],

@@ -1,7 +1,9 @@
-"""Which base model an adapter was trained on: its shape, and a digest of its weights that survives another file or type.
+"""Which base model an adapter was trained on: its shape, and a digest of its weights that survives another file or
+type.
 
-Of every tensor a few values are taken, spread over it, and rounded to bf16, so that the same weights in fp32, bf16, sharded
-or saved again give the same digest. Names do not count: other versions of transformers call the same tensor otherwise.
+Of every tensor a few values are taken, spread over it, and rounded to bf16, so that the same weights in fp32, bf16,
+sharded or saved again give the same digest. Names do not count: other versions of transformers call the same tensor
+otherwise.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """More parameter tokens for a trained adapter, or fewer: a function on its folder, which needs no base model.
 
-The methods are those that grow models (`growth.methods`), for each branch by itself; τ stays one number for all branches.
-With `freeze_old` the tokens that were there are not trained any more, and `shrink` to their number gives the adapter back
-as it was, to the last bit.
+The methods are those that grow models (`growth.methods`), for each branch by itself; τ stays one number for all
+branches. With `freeze_old` the tokens that were there are not trained any more, and `shrink` to their number gives the
+adapter back as it was, to the last bit.
 """
 
 from __future__ import annotations
@@ -153,14 +153,15 @@ def _check_gram(adapter: Adapter, num_tokens: int) -> None:
     needed = max(min(old, branch.keys.shape[1]) for branch in adapter.branches.values())
     if num_tokens - old < needed:
         raise ArgumentError(
-            f"num_tokens: gram needs at least {needed} new tokens, the lesser of the {old} old ones and the width of their "
-            f"module; from {old} to {num_tokens} they are {num_tokens - old}. Give at least {old + needed}, or zero_key."
+            f"num_tokens: gram needs at least {needed} new tokens, the lesser of the {old} old ones and the width of "
+            f"their module; from {old} to {num_tokens} they are {num_tokens - old}. Give at least {old + needed}, or "
+            "zero_key."
         )
     new_scale = default_scale(num_tokens, adapter.config["activation"])
     if new_scale <= scale:
         raise ArgumentError(
-            f"num_tokens: gram sets τ to √{num_tokens} = {new_scale:.6g}, which must be more than the {scale:.6g} of now. "
-            f"Give more than {scale**2:.0f}, or zero_key."
+            f"num_tokens: gram sets τ to √{num_tokens} = {new_scale:.6g}, which must be more than the {scale:.6g} of "
+            f"now. Give more than {scale**2:.0f}, or zero_key."
         )
 
 

@@ -1,7 +1,8 @@
-"""Where an adapter can stand in a decoder: its attention modules, its MLPs, its linear layers. By structure, not by name.
+"""Where an adapter can stand in a decoder: its attention modules, its MLPs, its linear layers. By structure, not by
+name.
 
-The layers are the one list of modules as long as the configuration's number of layers. Within a layer, a child that holds
-matrices and children of its own is *attention* when its forward takes a mask or positions, and an *MLP* when not.
+The layers are the one list of modules as long as the configuration's number of layers. Within a layer, a child that
+holds matrices and children of its own is *attention* when its forward takes a mask or positions, and an *MLP* when not.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def _text_config(model: nn.Module) -> Any:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if any(type(getattr(config, name, None)) is not int for name in ("num_hidden_layers", "hidden_size")):
         raise ArgumentError(
-            f"model: {type(model).__name__} has no configuration with num_hidden_layers and hidden_size. Give a decoder "
-            "of transformers, such as AutoModelForCausalLM.from_pretrained makes."
+            f"model: {type(model).__name__} has no configuration with num_hidden_layers and hidden_size. Give a "
+            "decoder of transformers, such as AutoModelForCausalLM.from_pretrained makes."
         )
     return config
 

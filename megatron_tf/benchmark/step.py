@@ -162,6 +162,6 @@ def _memory_problems(name: str, pair: Sequence[Model], options: StepOptions) -> 
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if state > available:
         yield (
-            f"{name}: the weights, gradients and optimizer of three such models take {state / _GIB:.0f} GiB, and here are "
-            f"{available / _GIB:.0f} GiB. Give fewer --layers."
+            f"{name}: the weights, gradients and optimizer of three such models take {state / _GIB:.0f} GiB, and here "
+            f"are {available / _GIB:.0f} GiB. Give fewer --layers."
         )

@@ -23,8 +23,8 @@ def averaged(readers: Sequence[CheckpointReader]) -> FreshSource:
     """
     if len(readers) < 2:
         raise CheckpointError(
-            f"{readers[0].path}: is one checkpoint, and an average is of two or more. Give several, or a run that keeps "
-            "more of them (checkpoint.keep_last)"
+            f"{readers[0].path}: is one checkpoint, and an average is of two or more. Give several, or a run that "
+            "keeps more of them (checkpoint.keep_last)"
         )
     first, *others = readers
     for other in others:

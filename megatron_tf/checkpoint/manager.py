@@ -309,8 +309,8 @@ def _check_one_checkpoint(path: Path, found: Sequence[tuple[str, str]]) -> None:
     for who, other in found:
         if other != content:
             raise DisagreementError(
-                f"{path}: the index of this checkpoint is {content} (SHA-256) on {first} and {other} on {who}. Let all nodes "
-                "see one folder, or give each the same copy."
+                f"{path}: the index of this checkpoint is {content} (SHA-256) on {first} and {other} on {who}. Let all "
+                "nodes see one folder, or give each the same copy."
             )
 
 

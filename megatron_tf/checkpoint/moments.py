@@ -1,4 +1,5 @@
-"""The checkpoint of a run that a growth or a branch begins with: its newest one, or the one that its decay began with."""
+"""The checkpoint of a run that a growth or a branch begins with: its newest one, or the one that its decay began
+with."""
 
 from __future__ import annotations
 
@@ -34,6 +35,6 @@ def _before_decay(path: Path) -> Path:
             return reader.path
     steps = ", ".join(f"{reader.index.step:,}" for reader in found)
     raise CheckpointError(
-        f"{path}: holds the checkpoints of step {steps}, and a decay began with none of them. Train it with a wsd schedule "
-        "and checkpoint.keep_before_decay: true, or begin at the end (at: end)"
+        f"{path}: holds the checkpoints of step {steps}, and a decay began with none of them. Train it with a wsd "
+        "schedule and checkpoint.keep_before_decay: true, or begin at the end (at: end)"
     )

@@ -1,8 +1,8 @@
 """What the objects inside an index may hold, as types and ranges: the history of growths, the data, the state of the
 run.
 
-They are written by other packages and read by them again. A checkpoint that somebody changed can have right checksums, so
-nothing in it is used before it has passed here. Fields that are not known are let through: a later version may add
+They are written by other packages and read by them again. A checkpoint that somebody changed can have right checksums,
+so nothing in it is used before it has passed here. Fields that are not known are let through: a later version may add
 some.
 """
 

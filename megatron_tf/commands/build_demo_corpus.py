@@ -1,4 +1,5 @@
-"""Build a small corpus of real English without any download: this Python's documentation and its library's docstrings."""
+"""Build a small corpus of real English without any download: this Python's documentation and its library's
+docstrings."""
 
 from __future__ import annotations
 

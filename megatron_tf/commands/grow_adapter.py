@@ -3,9 +3,9 @@
 `python tools/grow_adapter.py --from adapters/grown --tokens 64 --shrink --to adapters/back`.
 
 zero_key and gram keep what was learnt: the outputs of every branch before and after are compared, and with --base the
-logits of the whole model, before anything is published. With --freeze-old only the new tokens are trained from there on,
-and --shrink to the number of the old ones gives the adapter back as it was, to the last bit. Otherwise --shrink drops the
-tokens that contribute least. The optimizer's state is not carried over: begin with a warm-up. Needs no GPU.
+logits of the whole model, before anything is published. With --freeze-old only the new tokens are trained from there
+on, and --shrink to the number of the old ones gives the adapter back as it was, to the last bit. Otherwise --shrink
+drops the tokens that contribute least. The optimizer's state is not carried over: begin with a warm-up. Needs no GPU.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Is the layout valid, does it fit, how long is a step, what does the run cost, how often to save, and which layouts would
 be faster. For one run or a chain of growth stages, on any number of GPUs. Times are estimates; their assumptions are
-printed with them. Exit code 2 when the configuration cannot run on so many GPUs; layouts that can are named all the same.
+printed with them. Exit code 2 when the configuration cannot run on so many GPUs; layouts that can are named all the
+same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Turn images into PREFIX.bin and PREFIX.idx, with their classes in PREFIX.json, and read every one of them once.
 
 A run that was interrupted goes on where it stopped when it is started again. Several runs with --shard-index and
---num-shards, on any nodes, share the work; the last to finish merges. PREFIX.report.json says what was left out and why.
+--num-shards, on any nodes, share the work; the last to finish merges. PREFIX.report.json says what was left out and
+why.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Turn text into token files: PREFIX.bin, PREFIX.idx (the format of Megatron-LM and GPT-NeoX) and PREFIX.json.
 
 A run that was interrupted goes on where it stopped when it is started again. Several runs with --shard-index and
---num-shards, on any nodes, share the work; the last to finish merges. PREFIX.report.json says what was left out and why.
+--num-shards, on any nodes, share the work; the last to finish merges. PREFIX.report.json says what was left out and
+why.
 """
 
 from __future__ import annotations

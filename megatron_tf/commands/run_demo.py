@@ -1,8 +1,9 @@
 """The whole story on a bare machine: prepare real text, train, grow, go on training, and show what came of it.
 
-Every step is one of the project's own commands and is printed before it runs. In addition to the grown model the small one is
-trained on for as many steps, as a control. Data go to data/demo, runs to --folder. Nothing is deleted: runs that are
-complete are not repeated, and one that was cut off goes on; remove the folder for a new story. `make demo` calls this.
+Every step is one of the project's own commands and is printed before it runs. In addition to the grown model the small
+one is trained on for as many steps, as a control. Data go to data/demo, runs to --folder. Nothing is deleted: runs that
+are complete are not repeated, and one that was cut off goes on; remove the folder for a new story. `make demo` calls
+this.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Prove that a run can change its layout: train under one, save, resume under another, and compare.
 
 The configured model is trained on random tokens, in fp32, under every layout that fits and by both engines, saved in
-the background, and resumed under another. For each change the table says how far the losses are from one process that was never
-interrupted, and whether weights, both Adam moments and step counts were equal to the last bit after loading.
+the background, and resumed under another. For each change the table says how far the losses are from one process that
+was never interrupted, and whether weights, both Adam moments and step counts were equal to the last bit after loading.
 No data is needed.
 """
 
@@ -64,7 +64,8 @@ def main() -> None:
 def print_table(results: list[Resumed], tolerance: float, steps: int) -> None:
     print(f"{steps} steps, saved, resumed for {steps} more; worst relative difference of a loss from one process")
     print(
-        f"that was not interrupted, tolerance {tolerance:g}; SP: sequence-parallel, Z0: without ZeRO, torch: by that engine"
+        f"that was not interrupted, tolerance {tolerance:g}; SP: sequence-parallel, Z0: without ZeRO, torch: by that "
+        "engine"
     )
     rows = [("from", "to", "loss", "state loaded", "verdict")]
     for result in results:

@@ -32,9 +32,9 @@ def read_extended(
 ) -> tuple[Values, list[str]]:
     """The plain values of `path` merged over those of the files that it extends, and the problems of all of them.
 
-    `read`: gives the values and problems of one file; `read_base`: of one that another extends.  `extending`: real paths
-    of the files that extend this one.
-    ConfigError when a file is missing or extends itself; the message names every file on the way.
+    `read`: gives the values and problems of one file; `read_base`: of one that another extends.  `extending`: real
+    paths of the files that extend this one. ConfigError when a file is missing or extends itself; the message names
+    every file on the way.
     """
     values, problems = (read_base if extending else read)(path)
     if KEY not in values:
@@ -66,8 +66,8 @@ def _path_of_base(path: str, given: Any) -> str:
     if not isinstance(given, str) or not given or "\0" in given:
         shown = "null" if given is None else repr(given)
         raise ConfigError(
-            f"{path}: extends: {shown}, but the path of one configuration is expected. Write it as extends: 124M.yml, or "
-            "remove the line."
+            f"{path}: extends: {shown}, but the path of one configuration is expected. Write it as extends: 124M.yml, "
+            "or remove the line."
         )
     try:
         base = os.path.join(os.path.dirname(os.path.realpath(path)), expand(given))

@@ -44,8 +44,8 @@ def _path(text: str) -> str:
     return text
 
 
-# `~` and environment variables are replaced when a value is read. What is written, such as a run's config.yml, therefore
-# names the very files that the run used, whatever the variables are when it is read again.
+# `~` and environment variables are replaced when a value is read. What is written, such as a run's config.yml,
+# therefore names the very files that the run used, whatever the variables are when it is read again.
 Path = Annotated[
     str,
     AfterValidator(_path),
@@ -89,9 +89,9 @@ class OpenSection(Section):
     """A section whose keys depend on some of them: what is registered under their values adds keys of its own.
 
     `registered`: for each of these keys, objects with a `section` by name. A direct subclass has the keys that are
-    common to all; called, it makes the section that its arguments choose. When there are two such keys, that is a class that
-    derives from the sections of both. Each section narrows its own one of the two, and the one of the last may declare
-    any other common key anew.
+    common to all; called, it makes the section that its arguments choose. When there are two such keys, that is a class
+    that derives from the sections of both. Each section narrows its own one of the two, and the one of the last may
+    declare any other common key anew.
     """
 
     registered: ClassVar[Mapping[str, Registry[Any]]]
@@ -123,8 +123,8 @@ class OpenSection(Section):
     def _as_it_is_chosen(cls, values: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         """Validates a mapping as the section that it chooses.
 
-        A key that not all have may be null, which is the same as leaving it out. A key of another section may also stand
-        there with its default.
+        A key that not all have may be null, which is the same as leaving it out. A key of another section may also
+        stand there with its default.
         """
         if not isinstance(values, Mapping):
             return handler(values)

@@ -168,8 +168,8 @@ def _sentences(error: ValidationError, values: Mapping[str, Any], section: Locat
 
 
 def _follows_from_another(problem: ErrorDetails) -> bool:
-    """pydantic counts only the valid items of a list, and so calls one with a bad item too short as well. It names every
-    default that it could not compute from fields with problems of their own.
+    """pydantic counts only the valid items of a list, and so calls one with a bad item too short as well. It names
+    every default that it could not compute from fields with problems of their own.
     """
     if problem["type"] == "default_factory_not_called":
         return True

@@ -107,8 +107,8 @@ def _shape_problems(stages: Any) -> list[str]:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             quoted = " Write it in quotes." if isinstance(name, (int, float)) else ""
             problems.append(
-                f"stages[{number}].name: {name!r} is not a name.{quoted} Give letters, digits, '-', '_' and '.', such as "
-                "'354M'; it becomes the folder of the stage."
+                f"stages[{number}].name: {name!r} is not a name.{quoted} Give letters, digits, '-', '_' and '.', such "
+                "as '354M'; it becomes the folder of the stage."
             )
             continue
         if name in seen:

@@ -185,8 +185,8 @@ def _check_all_there(folder: Path, rank: int, parts: Mapping[int, Path], state: 
     count = recorded if isinstance(recorded, int) else len(parts)
     if len(parts) != count or list(parts) != list(range(len(parts))):
         raise CheckpointError(
-            f"{folder}: holds {len(parts)} of the {shown(count)} files zero_pp_rank_*_mp_rank_{rank:02d}_optim_states.pt. "
-            "Copy all of the folder"
+            f"{folder}: holds {len(parts)} of the {shown(count)} files "
+            f"zero_pp_rank_*_mp_rank_{rank:02d}_optim_states.pt. Copy all of the folder"
         )
 
 

@@ -105,8 +105,8 @@ def _check_replaceable(folder: Path) -> None:
             )
         if foreign := sorted(names - {REPORT, LICENSES, *SPLITS}):
             raise DataError(
-                f"{replaced}: holds {foreign[0]!r}, which is of no corpus and would be deleted with it. Move it away, or "
-                "choose another folder."
+                f"{replaced}: holds {foreign[0]!r}, which is of no corpus and would be deleted with it. Move it away, "
+                "or choose another folder."
             )
 
 

@@ -30,8 +30,8 @@ def fetch_fashion_mnist(folder: Path, downloads: Downloads) -> list[Path]:
             package = downloads.debian([PACKAGE], PINS)
     except UnavailableError as reason:
         raise DataError(
-            f"{PACKAGE}: cannot be fetched here: {reason}. Files of the MNIST family from elsewhere, with their labels, do "
-            "as well: give them to tools/prepare_images.py."
+            f"{PACKAGE}: cannot be fetched here: {reason}. Files of the MNIST family from elsewhere, with their "
+            "labels, do as well: give them to tools/prepare_images.py."
         ) from None
     written = []
     for name, content in members(package, lambda name: name.startswith(_IMAGES) or name == _LICENSE):

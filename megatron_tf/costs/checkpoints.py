@@ -23,8 +23,8 @@ COPY_BANDWIDTH = 10e9  # bytes/s of a rank, from the GPU to the host's memory, f
 
 
 def checkpoint_bytes(model: Model, optimizer: str = DEFAULT) -> int:
-    """fp32 weight of every parameter and what `optimizer`, a name of the configuration, keeps in addition; the rest of a
-    checkpoint is small."""
+    """fp32 weight of every parameter and what `optimizer`, a name of the configuration, keeps in addition; the rest of
+    a checkpoint is small."""
     return (4 + OPTIMIZERS[optimizer].state_bytes) * num_parameters(model)
 
 

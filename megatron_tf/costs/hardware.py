@@ -87,14 +87,14 @@ class Assumptions:
     def sentences(self) -> tuple[str, ...]:
         """For the reader of a plan."""
         return (
-            f"matrix products reach {self.gemm:.0%} of the GPU's dense peak, attention {self.attention:.0%}, elementwise "
-            f"kernels {self.memory:.0%} of the memory bandwidth, large messages {self.link:.0%} of the links",
-            f"a collective takes {self.node_latency * 1e6:.0f} µs within a node and {self.network_latency * 1e6:.0f} µs "
-            f"between nodes in addition to its transfer; a kernel {self.launch * 1e6:.0f} µs to start",
-            "communication does not overlap with computation, but for the second half of a long input's norms; the data "
-            "loader, evaluation and logging cost nothing",
-            f"of a GPU's memory {self.reserved_bytes / GB:.0f} GB are reserved and {self.usable_memory:.0%} of the rest "
-            "can be used",
+            f"matrix products reach {self.gemm:.0%} of the GPU's dense peak, attention {self.attention:.0%}, "
+            f"elementwise kernels {self.memory:.0%} of the memory bandwidth, large messages {self.link:.0%} of the links",
+            f"a collective takes {self.node_latency * 1e6:.0f} µs within a node and {self.network_latency * 1e6:.0f} "
+            f"µs between nodes in addition to its transfer; a kernel {self.launch * 1e6:.0f} µs to start",
+            "communication does not overlap with computation, but for the second half of a long input's norms; the "
+            "data loader, evaluation and logging cost nothing",
+            f"of a GPU's memory {self.reserved_bytes / GB:.0f} GB are reserved and {self.usable_memory:.0%} of the "
+            "rest can be used",
             "tensor-parallel ranks are neighbours on a node, and every GPU has its share of the node's network",
         )
 

@@ -12,8 +12,8 @@ def report(plan: dict[str, Any]) -> str:
     """The text of `summary.plan`'s object, without a last newline."""
     gpu = plan["gpu"]
     parts = [
-        f"{plan['gpus']:,} × {gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB, {gpu['bf16_flops'] / 1e12:.0f} TFLOP/s, "
-        f"{gpu['per_node']} a node, {gpu['node_bandwidth'] / 1e9:g} GB/s within a node and "
+        f"{plan['gpus']:,} × {gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB, {gpu['bf16_flops'] / 1e12:.0f} "
+        f"TFLOP/s, {gpu['per_node']} a node, {gpu['node_bandwidth'] / 1e9:g} GB/s within a node and "
         f"{gpu['network_bandwidth'] / 1e9:g} GB/s a GPU between nodes)"
     ]
     parts += [f"not valid     {problem}" for problem in plan["problems"]]
@@ -53,8 +53,8 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
     policies = stage["activations_by_checkpointing"]
     yield f"              activations without checkpointing {size(policies['off'])}, with it {size(policies['on'])}"
     yield (
-        f"  step        {_duration(step['total'])}, {step['tokens']:,} tokens, {step['tokens_per_second']:,.0f} tokens/s, "
-        f"MFU {stage['mfu']:.1%}"
+        f"  step        {_duration(step['total'])}, {step['tokens']:,} tokens, {step['tokens_per_second']:,.0f} "
+        f"tokens/s, MFU {stage['mfu']:.1%}"
     )
     shares = ((name, step[key] / step["total"]) for name, key in _PARTS)
     yield f"              {', '.join(f'{name} {share:.1%}' for name, share in shares if share)}"
@@ -68,8 +68,8 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
         yield "              with failures it would never end: save more often or to faster storage"
     else:
         yield (
-            f"              {_duration(run['hours'] * 3600)} with checkpoints and failures: {run['gpu_hours']:,.0f} GPU-hours, "
-            f"at most {run['megawatt_hours']:,.1f} MWh without cooling"
+            f"              {_duration(run['hours'] * 3600)} with checkpoints and failures: {run['gpu_hours']:,.0f} "
+            f"GPU-hours, at most {run['megawatt_hours']:,.1f} MWh without cooling"
         )
     data = stage["data"]
     yield f"  data        {data['words'] if data else 'not on this machine, so passes over them are not known'}"
@@ -90,8 +90,8 @@ _PARTS = (
 
 def _checkpoint_lines(checkpoint: dict[str, Any]) -> Iterable[str]:
     yield (
-        f"  checkpoint  {size(checkpoint['bytes'])}, written in {_duration(checkpoint['write'])}; training stands still for "
-        f"{_duration(checkpoint['stall'])}"
+        f"  checkpoint  {size(checkpoint['bytes'])}, written in {_duration(checkpoint['write'])}; training stands "
+        f"still for {_duration(checkpoint['stall'])}"
     )
     steps = checkpoint["interval_steps"]
     if steps is None:

@@ -81,7 +81,8 @@ def end_of_document(data: Data) -> int:
     if eod_id is None:
         raise DataError(
             f"data.{_reason(data)}: the token that ends a document is not known, because there is no "
-            f"{summary_file(data.train[0].path)}. Give it as data.eod_id, or prepare the data with tools/preprocess_data.py."
+            f"{summary_file(data.train[0].path)}. Give it as data.eod_id, or prepare the data with "
+            "tools/preprocess_data.py."
         )
     if eod_id == data.pad_id:
         problems.append(

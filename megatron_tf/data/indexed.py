@@ -120,7 +120,8 @@ class IndexedWriter:
                 document = self.num_documents + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
                 raise DataError(
                     f"{self.prefix}: document {document} has token id {int(ids[place])}, "
-                    f"outside the vocabulary of {self.vocab_size}. Use the tokenizer that the vocabulary size belongs to."
+                    f"outside the vocabulary of {self.vocab_size}. Use the tokenizer that the vocabulary size belongs "
+                    "to."
                 )
             self.max_token_id = max(self.max_token_id, largest)
         self._bin.write(ids.astype(self._dtype).data)
@@ -262,17 +263,17 @@ class IndexedDataset:
         path, tokens_path = index_file(self.prefix), data_file(self.prefix)
         if tokens < 0:
             return DataError(
-                f"{path}: sequence {sequence} has {tokens} tokens. The file is damaged: copy it again or prepare the data "
-                f"again."
+                f"{path}: sequence {sequence} has {tokens} tokens. The file is damaged: copy it again or prepare the "
+                f"data again."
             )
         if first > expected:
             problem = f"{first - expected} bytes of {tokens_path.name} before it are in no document"
         else:
             problem = "some tokens are in two documents, or these are in another order"
         return DataError(
-            f"{path}: sequence {sequence} begins at byte {first}, but the one before it ends at byte {expected}: {problem}. "
-            f"{tokens_path.name} is read from end to end, whatever documents the index leaves out: write those that it "
-            f"lists into a pair of files of their own, or prepare them again."
+            f"{path}: sequence {sequence} begins at byte {first}, but the one before it ends at byte {expected}: "
+            f"{problem}. {tokens_path.name} is read from end to end, whatever documents the index leaves out: write "
+            f"those that it lists into a pair of files of their own, or prepare them again."
         )
 
     def _check_document_index(self, entries: np.ndarray, first: int = 0) -> None:
@@ -282,8 +283,8 @@ class IndexedDataset:
             place = int(falls[0]) if falls.size else 0 if entries[0] < 0 else entries.size - 2
             raise DataError(
                 f"{index_file(self.prefix)}: the document index has {int(entries[place])} at entry {first + place} and "
-                f"{int(entries[place + 1])} after it, but must rise from 0 to {self.num_sequences}. The file is damaged: "
-                f"copy it again or prepare the data again."
+                f"{int(entries[place + 1])} after it, but must rise from 0 to {self.num_sequences}. The file is "
+                f"damaged: copy it again or prepare the data again."
             )
 
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -310,13 +311,14 @@ class IndexedDataset:
         described = int(pointers[-1]) + int(sizes[-1]) * dtype.itemsize if count else 0
         if described != bin_bytes:
             raise DataError(
-                f"{data_file(self.prefix)}: has {bin_bytes} bytes, but {path.name} describes {described}. One of the two "
-                f"is truncated or belongs to other data: copy both again or prepare the data again."
+                f"{data_file(self.prefix)}: has {bin_bytes} bytes, but {path.name} describes {described}. One of the "
+                f"two is truncated or belongs to other data: copy both again or prepare the data again."
             )
         if bin_bytes % dtype.itemsize:
             raise DataError(
-                f"{data_file(self.prefix)}: has {bin_bytes} bytes, which are no whole number of tokens of {dtype.itemsize} "
-                f"bytes. The file is truncated or belongs to another index: copy both again or prepare the data again."
+                f"{data_file(self.prefix)}: has {bin_bytes} bytes, which are no whole number of tokens of "
+                f"{dtype.itemsize} bytes. The file is truncated or belongs to another index: copy both again or "
+                "prepare the data again."
             )
 
 
@@ -363,7 +365,7 @@ def _read_header(path: Path, file_bytes: int) -> tuple[np.dtype, int, int]:
         raise DataError(f"{path}: is an index of multimodal data, which are not read here. Prepare the text alone.")
     if entries < 1 or file_bytes != expected:
         raise DataError(
-            f"{path}: has {file_bytes} bytes, but {sequences} sequences and {entries} document entries need {expected}. "
-            f"The file is truncated or damaged: copy it again or prepare the data again."
+            f"{path}: has {file_bytes} bytes, but {sequences} sequences and {entries} document entries need "
+            f"{expected}. The file is truncated or damaged: copy it again or prepare the data again."
         )
     return np.dtype(TOKEN_TYPES[code]), sequences, entries

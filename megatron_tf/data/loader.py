@@ -63,8 +63,8 @@ def open_tokens(prefix: str, vocab_size: int) -> IndexedDataset:
     else:
         if (summary.documents, summary.tokens) != (dataset.num_documents, dataset.num_tokens):
             raise DataError(
-                f"{summary_file(prefix)}: describes {summary.documents} documents and {summary.tokens} tokens, the files "
-                f"next to it have {dataset.num_documents} and {dataset.num_tokens}. Prepare the data again."
+                f"{summary_file(prefix)}: describes {summary.documents} documents and {summary.tokens} tokens, the "
+                f"files next to it have {dataset.num_documents} and {dataset.num_tokens}. Prepare the data again."
             )
         if summary.max_token_id >= vocab_size:
             raise _outside_vocabulary(str(data_file(prefix)), summary.max_token_id, vocab_size)
@@ -79,8 +79,8 @@ def check_vocabulary(dataset: IndexedDataset, start: int, ids: np.ndarray, vocab
     token = start + int(outside[0])
     document = int(np.searchsorted(dataset.document_offsets, token, side="right")) - 1
     place = (
-        f"{data_file(dataset.prefix)}: document {document}, token {token - int(dataset.document_offsets[document])} of it "
-        f"(token {token} of the file)"
+        f"{data_file(dataset.prefix)}: document {document}, token {token - int(dataset.document_offsets[document])} of "
+        f"it (token {token} of the file)"
     )
     raise _outside_vocabulary(place, int(ids[outside[0]]), vocab_size)
 
@@ -92,8 +92,9 @@ def _outside_vocabulary(place: str, token_id: int, vocab_size: int) -> DataError
             f"The file is damaged or its token type is wrong: prepare the data again."
         )
     return DataError(
-        f"{place}: token id {token_id} is beyond the vocabulary, model.vocab_size is {vocab_size}. Raise model.vocab_size "
-        f"to at least {token_id + 1}, or prepare the data again (tools/preprocess_data.py) with the tokenizer of this model."
+        f"{place}: token id {token_id} is beyond the vocabulary, model.vocab_size is {vocab_size}. Raise "
+        f"model.vocab_size to at least {token_id + 1}, or prepare the data again (tools/preprocess_data.py) with the "
+        "tokenizer of this model."
     )
 
 

@@ -79,9 +79,9 @@ def _pass_warnings(found: Sequence[Passes]) -> Iterator[str]:
         named = ", ".join(f"{_times(source)} over {source.path} ({source.tokens:,} tokens)" for source in often[:3])
         more = f", and more than {MANY_PASSES} over {len(often) - 3} others" if len(often) > 3 else ""
         yield (
-            f"data.train: the run makes {named}{more}. Beyond {MANY_PASSES} passes a model learns less and less from text "
-            "that it has seen, and in the end learns it by heart. Train for fewer steps, lower the weight, or prepare "
-            "more text."
+            f"data.train: the run makes {named}{more}. Beyond {MANY_PASSES} passes a model learns less and less from "
+            "text that it has seen, and in the end learns it by heart. Train for fewer steps, lower the weight, or "
+            "prepare more text."
         )
 
 
@@ -91,9 +91,9 @@ def _overlap_warnings(data: Data) -> Iterator[str]:
         for training in dict.fromkeys(source.path for source in data.train):
             if reason := _same_text(validation, training):
                 yield (
-                    f"data.validation: {validation} is training data too ({reason}), so the validation loss says nothing "
-                    "about text that was not trained on. Hold text out with preprocess_data.py --validation-fraction, or "
-                    "prepare other text."
+                    f"data.validation: {validation} is training data too ({reason}), so the validation loss says "
+                    "nothing about text that was not trained on. Hold text out with preprocess_data.py "
+                    "--validation-fraction, or prepare other text."
                 )
                 break
 
@@ -169,8 +169,8 @@ def _vocabulary_warnings(config: RunConfig) -> Iterator[str]:
     found, size = _sizes(config.data), vocab_size_of(config.model)
     if config.data.tokenizer is None and found is not None and found > size:
         yield (
-            f"model.vocab_size: {size:,}, but the data were made with a tokenizer of {found:,} tokens, which evaluation, "
-            f"generation and export will refuse for this model. Set model.vocab_size to at least {found}."
+            f"model.vocab_size: {size:,}, but the data were made with a tokenizer of {found:,} tokens, which "
+            f"evaluation, generation and export will refuse for this model. Set model.vocab_size to at least {found}."
         )
 
 

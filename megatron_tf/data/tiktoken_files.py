@@ -153,8 +153,8 @@ def _files(tokenizer: str) -> tuple[bytes, Spec]:
     name = path.name.removesuffix(SUFFIX)
     if name not in ENCODINGS:
         raise DataError(
-            f"{path}: it is not known how this encoding splits text. Write {spec_path.name} next to it, with pat_str and "
-            f"special_tokens, or give the file its public name ({', '.join(ENCODINGS)})."
+            f"{path}: it is not known how this encoding splits text. Write {spec_path.name} next to it, with pat_str "
+            f"and special_tokens, or give the file its public name ({', '.join(ENCODINGS)})."
         )
     return ranks, _known_spec(name, path, ranks)
 
@@ -178,8 +178,8 @@ def _cached(name: str) -> tuple[bytes, Spec]:
     path = cache / hashlib.sha1(URL.format(name).encode()).hexdigest()
     if not path.is_file():
         raise DataError(
-            f"{NAME_PREFIX}{name}: is not in tiktoken's cache ({cache}), and nothing is downloaded unasked. Get it with "
-            f"`python -c \"import tiktoken; tiktoken.get_encoding('{name}')\"`, or give a {name}.tiktoken file."
+            f"{NAME_PREFIX}{name}: is not in tiktoken's cache ({cache}), and nothing is downloaded unasked. Get it "
+            f"with `python -c \"import tiktoken; tiktoken.get_encoding('{name}')\"`, or give a {name}.tiktoken file."
         )
     ranks = read_tokenizer_file(path)
     return ranks, _known_spec(name, path, ranks)

@@ -97,8 +97,8 @@ def machine_warnings(num_gpus: int) -> Iterator[str]:
     shared = "/dev/shm"
     if num_gpus > 1 and os.path.isdir(shared) and shutil.disk_usage(shared).total < 1e9:
         yield (
-            f"{shared} has {shutil.disk_usage(shared).total / 1e6:,.0f} MB, too little for NCCL between {num_gpus} GPUs. "
-            "Start the container with --ipc=host or --shm-size=8g."
+            f"{shared} has {shutil.disk_usage(shared).total / 1e6:,.0f} MB, too little for NCCL between {num_gpus} "
+            "GPUs. Start the container with --ipc=host or --shm-size=8g."
         )
     open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if open_files != resource.RLIM_INFINITY and open_files < 1024:

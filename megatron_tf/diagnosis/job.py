@@ -203,8 +203,8 @@ def _who_is_missing(missing: list[str], stuck: Stuck, world_size: int) -> list[s
     """If nobody finishes, nobody in particular is to blame."""
     if len(missing) == world_size:
         return [
-            f"all ranks {stuck.what} in {stuck.phase}, so it is what connects them: the network interface (NCCL_SOCKET_IFNAME, "
-            "GLOO_SOCKET_IFNAME), a firewall, or the links between GPUs"
+            f"all ranks {stuck.what} in {stuck.phase}, so it is what connects them: the network interface "
+            "(NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), a firewall, or the links between GPUs"
         ]
     return [f"{name} {stuck.what} in time: {stuck.phase}" for name in missing]
 

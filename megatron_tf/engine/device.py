@@ -24,8 +24,8 @@ def engine_problems(config: RunConfig) -> Iterator[str]:
     if config.parallel.engine == "deepspeed" and find_spec("deepspeed") is None:
         version = wanted_versions("deepspeed")
         yield (
-            "parallel.engine: deepspeed is not installed here. Set it to torch, or `pip install setuptools wheel ninja && "
-            f"pip install --no-build-isolation deepspeed{version}`."
+            "parallel.engine: deepspeed is not installed here. Set it to torch, or `pip install setuptools wheel ninja "
+            f"&& pip install --no-build-isolation deepspeed{version}`."
         )
 
 

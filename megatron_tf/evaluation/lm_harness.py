@@ -131,8 +131,8 @@ class HarnessTasks:
             some = "one of them wants" if len(generating) == 1 else f"{len(generating)} of them want"
             problems.insert(
                 0,
-                f"--tasks: {some} text generated, which is not done on a live model: {', '.join(generating)}. Export the "
-                "model and run `lm_eval --model hf` on it.",
+                f"--tasks: {some} text generated, which is not done on a live model: {', '.join(generating)}. Export "
+                "the model and run `lm_eval --model hf` on it.",
             )
         if problems:
             raise UserError("\n".join(problems))
@@ -172,8 +172,8 @@ def _check_known(names: Sequence[str], known: Sequence[str], folder: Path) -> No
         return
     if broken := [name for name in unknown if name in local_tasks(folder)]:
         raise UserError(
-            f"{folder / broken[0]}.yaml: cannot be used: it names a file of the harness that is not there, or is damaged. "
-            f"Write it anew with `{FETCH}`."
+            f"{folder / broken[0]}.yaml: cannot be used: it names a file of the harness that is not there, or is "
+            f"damaged. Write it anew with `{FETCH}`."
         )
     near = {name: difflib.get_close_matches(name, known, 2) for name in unknown}
     hints = [name + (f" (did you mean {' or '.join(found)}?)" if found else "") for name, found in near.items()]
@@ -225,7 +225,8 @@ def live_model(ask: Ask, tokenizer: Tokenizer, max_length: int) -> Any:
                 asked, answer = self.tok_encode(context), self.tok_encode(continuation)
             if not answer:
                 raise UserError(
-                    f"cannot be scored: no token stands for the answer {shown(continuation)} after {shown(context[-60:])}."
+                    f"cannot be scored: no token stands for the answer {shown(continuation)} after "
+                    f"{shown(context[-60:])}."
                 )
             if not asked and answer[0] == self.prefix_token_id and len(answer) > 1:
                 return answer[:1], answer[1:]  # the document begins with the very token

@@ -1,4 +1,5 @@
-"""A bank next to the tokens of a dense projection: they stay in use at every position, and slots of candidates are added.
+"""A bank next to the tokens of a dense projection: they stay in use at every position, and slots of candidates are
+added.
 
 | tensor of the bigger model | what it begins as |
 |---|---|
@@ -8,9 +9,9 @@
 | all others, `key_tokens` and `value_tokens` among them | as they were |
 
 Whichever candidates a position chooses, their keys are 0, and so are its scores with them. An activation that ignores
-zero scores leaves the statistic over the tokens in use as it is; with τ held every old term S_i v_i stays too, and a new
-one is 0 · v = 0. So the function is kept exactly, for any router, and with the gate 1. A position uses one group more of
-tokens for each slot, however many candidates there are.
+zero scores leaves the statistic over the tokens in use as it is; with τ held every old term S_i v_i stays too, and a
+new one is 0 · v = 0. So the function is kept exactly, for any router, and with the gate 1. A position uses one group
+more of tokens for each slot, however many candidates there are.
 
 In the first step the new keys of the chosen candidates have gradients, through their values; values and routers have
 them from the second step on, when S is no longer 0.
@@ -33,8 +34,8 @@ from megatron_tf.state.sources import StateSource
 class BankSource:
     """State of a model with banks, from `old` and with new values from `fresh` (of that model).
 
-    `old_model`: without banks, but with as many tokens as positions of the new model use. A projection's first ones stay
-    as its dense tokens; the others stand for the slots, and are not read.
+    `old_model`: without banks, but with as many tokens as positions of the new model use. A projection's first ones
+    stay as its dense tokens; the others stand for the slots, and are not read.
     """
 
     def __init__(self, old: StateSource, fresh: StateSource, old_model: Model):

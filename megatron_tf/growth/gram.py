@@ -130,8 +130,8 @@ class GramKeys:
         flat = self._old_keys(first * self._width, last * self._width)
         if not flat.isfinite().all():
             raise CheckpointError(
-                f"{self._name}.key_tokens: holds values that are infinite or no numbers: the training diverged. Grow an "
-                "earlier checkpoint"
+                f"{self._name}.key_tokens: holds values that are infinite or no numbers: the training diverged. Grow "
+                "an earlier checkpoint"
             )
         return flat.to(torch.float64).view(last - first, self._width)
 

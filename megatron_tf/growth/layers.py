@@ -85,15 +85,15 @@ class LayersAxis(Axis):
         if growth.depth_method == "stack" and after % before:
             near = " or ".join(str(count) for count in multiples_near(after, before) if count > before)
             return [
-                f"{key}: stack repeats all {before} layers, and model.num_layers {after} is no multiple of {before}. Set "
-                f"model.num_layers to {near}, or {key} to interleave or identity"
+                f"{key}: stack repeats all {before} layers, and model.num_layers {after} is no multiple of {before}. "
+                f"Set model.num_layers to {near}, or {key} to interleave or identity"
             ]
         blocks = [spec for spec in parameter_table(new).values() if layer_of(spec.name) is not None]
         if growth.depth_method == "identity" and after > before and not any(spec.output for spec in blocks):
             return [
-                f"{key}: identity sets to 0 what a block adds to the hidden states, and 0 of the {len(blocks) // after} "
-                f"tensors of a {new.architecture}'s block are known to be that. Set {key} to stack or interleave, which "
-                "change the function"
+                f"{key}: identity sets to 0 what a block adds to the hidden states, and 0 of the "
+                f"{len(blocks) // after} tensors of a {new.architecture}'s block are known to be that. Set {key} to "
+                "stack or interleave, which change the function"
             ]
         return []
 
@@ -102,8 +102,8 @@ class LayersAxis(Axis):
         if new.num_layers > old.num_layers or growth.depth_method == usual:
             return []
         return [
-            f"growth.depth_method: {growth.depth_method} makes new layers, and model.num_layers is {old.num_layers} before "
-            f"and after. Raise model.num_layers, or remove growth.depth_method"
+            f"growth.depth_method: {growth.depth_method} makes new layers, and model.num_layers is {old.num_layers} "
+            f"before and after. Raise model.num_layers, or remove growth.depth_method"
         ]
 
     def scales(self, old: Model, new: Model, growth: Growth, scales: Mapping[str, float]) -> Mapping[str, float]:

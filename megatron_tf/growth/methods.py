@@ -142,8 +142,8 @@ def gram(projection: GrowingProjection) -> NewTokens:
         has_bank = any(name.startswith("bank.") for name in tensors)
         others = f"model.sparse.{kind} has candidates" if has_bank else f"those of {kind} are {', '.join(tensors)}"
         raise ConfigError(
-            f"{projection.key}: gram grows projections of one key and one value tensor, and {others}. Set the method to "
-            "zero_key."
+            f"{projection.key}: gram grows projections of one key and one value tensor, and {others}. Set the method "
+            "to zero_key."
         )
     if not activation.scales_normed_scores:
         return NewTokens(scale, None, projection.initial_values, old_values_factor=projection.scale / scale)
@@ -210,6 +210,6 @@ def _refusal(
     able = [name for name in ACTIVATIONS.names() if is_able(ACTIVATIONS[name])]
     return ConfigError(
         f"{projection.key}: {method} cannot keep the function of a {projection.activation} model: "
-        f"{ACTIVATIONS[projection.activation].refusals.get(method, reason)}. Set the method to random, which changes the "
-        f"function, or grow a model of model.activation {either(able)}."
+        f"{ACTIVATIONS[projection.activation].refusals.get(method, reason)}. Set the method to random, which changes "
+        f"the function, or grow a model of model.activation {either(able)}."
     )

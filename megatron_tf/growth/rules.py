@@ -13,8 +13,8 @@ from megatron_tf.state.parameters import initial_scales
 
 DEFAULTS = Growth(source="anywhere")
 _WIDTHS = (
-    ". The Pile models 150M, 450M, 900M and 1.5B differ in it, and none grows into another; nor do the paper's models of 768 "
-    "(124M to 1.4B) into the official repository's of 1024 (354M, 757M)"
+    ". The Pile models 150M, 450M, 900M and 1.5B differ in it, and none grows into another; nor do the paper's models "
+    "of 768 (124M to 1.4B) into the official repository's of 1024 (354M, 757M)"
 )
 
 
@@ -28,8 +28,8 @@ def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
         found = growth_problems(before.model, after.model, after.growth)
         if after.growth.at == "before_decay" and not before.checkpoint.keep_before_decay:
             found.append(
-                f"growth.at: before_decay, but checkpoint.keep_before_decay of {before.run.name} is false. Set it to true, or "
-                "growth.at to end."
+                f"growth.at: before_decay, but checkpoint.keep_before_decay of {before.run.name} is false. Set it to "
+                "true, or growth.at to end."
             )
         try:
             if not found:
@@ -47,8 +47,8 @@ def growth_problems(old: Model, new: Model, growth: Growth = DEFAULTS) -> list[s
     growth alone, and `new` is more along at least one and less along none."""
     if old.architecture != new.architecture:
         return [
-            f"model.architecture: {old.architecture} before, {new.architecture} after. Growth keeps the architecture: train "
-            "the new one from scratch, without growth."
+            f"model.architecture: {old.architecture} before, {new.architecture} after. Growth keeps the architecture: "
+            "train the new one from scratch, without growth."
         ]
     *several, last = (axis.changes for axis in axes())
     changes = f"{', '.join(several)} and {last}"
@@ -89,7 +89,7 @@ def _needless(old: Model, new: Model, growth: Growth) -> list[str]:
         return [f"growth: the smaller model has {given} already. Raise {' or '.join(sizes)}, or go on without growth"]
     if growth.noise and not any(axis.takes_noise for axis in grown):
         return [
-            f"growth.noise: {growth.noise:g} changes the old tokens of projections that grow, and 0 of them do. Set it to "
-            "0, or raise model.parameter_tokens"
+            f"growth.noise: {growth.noise:g} changes the old tokens of projections that grow, and 0 of them do. Set it "
+            "to 0, or raise model.parameter_tokens"
         ]
     return [problem for axis in axes() for problem in axis.without_effect(old, new, growth)]

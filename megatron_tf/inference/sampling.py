@@ -68,8 +68,8 @@ def _generated(
         logits = model(ids[:, fallen:], (padding - fallen).clamp(min=0)).double()
         if logits.dim() != 2 or logits.shape[0] != len(ids):
             raise ArgumentError(
-                f"model: gives {list(logits.shape)} for {len(ids)} prompts, but logits [{len(ids)}, vocabulary] after the "
-                "last token are expected. Wrap a TokenFormer: CachedModel(model)."
+                f"model: gives {list(logits.shape)} for {len(ids)} prompts, but logits [{len(ids)}, vocabulary] after "
+                "the last token are expected. Wrap a TokenFormer: CachedModel(model)."
             )
         if not logits.isfinite().all():
             raise CheckpointError(

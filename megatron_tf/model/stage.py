@@ -56,7 +56,8 @@ class Stage(nn.Module):
         self.document_ends = document_ends
 
     def forward(self, received: Tensor, starts: Tensor | None = None, context: BlockContext | None = None) -> Tensor:
-        """This stage's own work: what the first stage reads, or hidden states -> hidden states, or at the last one logits.
+        """This stage's own work: what the first stage reads, or hidden states -> hidden states, or at the last one
+        logits.
 
         `starts`: see `attention.document_starts`; None is one document a sample. Under sequence parallelism the
         positions that the inputs become are a multiple of T.

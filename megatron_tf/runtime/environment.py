@@ -45,8 +45,8 @@ _SRUN_REMEDY = (
 
 _SET_ADDRESS = "Set MASTER_ADDR to the host of rank 0, by a name that all nodes can resolve."
 _MPI_REMEDY = (
-    "every MPI process would train alone. Start with `deepspeed launch/train.py CONFIG`, torchrun or srun, or give every "
-    "process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of its own."
+    "every MPI process would train alone. Start with `deepspeed launch/train.py CONFIG`, torchrun or srun, or give "
+    "every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of its own."
 )
 
 
@@ -126,7 +126,8 @@ def _from_rank_variables(environ: Mapping[str, str]) -> LaunchEnvironment:
         present = ", ".join(f"{name}={environ[name]}" for name in _RANK_VARIABLES if name in environ)
         raise LaunchError(
             f"{present} set, but not {', '.join(missing)}. Start with deepspeed, torchrun or srun, which set all of "
-            "them, set LOCAL_RANK=0 where each machine or pod runs one rank, or unset them all for a run of one process."
+            "them, set LOCAL_RANK=0 where each machine or pod runs one rank, or unset them all for a run of one "
+            "process."
         )
     rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
     local_rank = _integer(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else 0
@@ -282,8 +283,8 @@ def check_port_free(addr: str, port: int, address_from: str = "MASTER_ADDR") -> 
     if not any(_is_of_this_machine(family, address) for family, _, _, _, address in found):
         remedy = "Name the host of rank 0, or unset it under srun." if address_from == "MASTER_ADDR" else _SET_ADDRESS
         raise LaunchError(
-            f"{_named(addr, address_from)} ({found[0][4][0]}) is not an address of this machine, {socket.gethostname()}, where "
-            f"rank 0 runs. {remedy}"
+            f"{_named(addr, address_from)} ({found[0][4][0]}) is not an address of this machine, "
+            f"{socket.gethostname()}, where rank 0 runs. {remedy}"
         )
     if port == 0:
         return
@@ -302,8 +303,8 @@ def check_port_free(addr: str, port: int, address_from: str = "MASTER_ADDR") -> 
 
 
 def notice_of(environment: LaunchEnvironment) -> Notice | None:
-    """Prints what this rank waits for. None for a rank that would repeat what others print: rank 0, rank 1 and the first
-    rank of each node do so."""
+    """Prints what this rank waits for. None for a rank that would repeat what others print: rank 0, rank 1 and the
+    first rank of each node do so."""
     if environment.rank > 1 and environment.local_rank > 0:
         return None
     who = f"rank {environment.rank} of {environment.world_size}"
@@ -336,9 +337,9 @@ def _wait_for_port(addr: str, port: int, timeout_seconds: float, address_from: s
                 raise _unresolved(addr, address_from, error) from None
             if time.monotonic() + _RETRY_SECONDS > deadline:
                 raise LostContactError(
-                    f"rank 0 was not found at MASTER_ADDR={addr}, MASTER_PORT={port} within {timeout_seconds:g} seconds "
-                    f"({error.strerror or error}). Check that rank 0 has started, that these name its host and port, and that no "
-                    "firewall is between; parallel.timeout_seconds is how long ranks wait."
+                    f"rank 0 was not found at MASTER_ADDR={addr}, MASTER_PORT={port} within {timeout_seconds:g} "
+                    f"seconds ({error.strerror or error}). Check that rank 0 has started, that these name its host and "
+                    "port, and that no firewall is between; parallel.timeout_seconds is how long ranks wait."
                 ) from None
             waited = time.monotonic() - began
             if notice and waited >= NOTICE_SECONDS:

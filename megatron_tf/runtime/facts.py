@@ -15,8 +15,8 @@ COMMAND = "the command"
 MOST_DIFFERENCES = 12  # that a message names
 VALUE_LIMIT = 120  # characters
 REMEDY = (
-    "Start every rank with the same command and environment, and give every node the same code, libraries and files. If "
-    "ranks of two runs have met, give each run a MASTER_PORT of its own (`deepspeed --master_port PORT`)."
+    "Start every rank with the same command and environment, and give every node the same code, libraries and files. "
+    "If ranks of two runs have met, give each run a MASTER_PORT of its own (`deepspeed --master_port PORT`)."
 )
 
 

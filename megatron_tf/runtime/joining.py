@@ -60,8 +60,8 @@ def join_ranks(
         reason = first_line(error)
         if isinstance(store, (dist.HashStore, dist.FileStore)):
             raise LaunchError(
-                f"torch.distributed cannot start on this machine alone: {reason}. Where not even the loopback is up, give "
-                "it an address: `ip link set lo up`."
+                f"torch.distributed cannot start on this machine alone: {reason}. Where not even the loopback is up, "
+                "give it an address: `ip link set lo up`."
             ) from error
         raise _no_meeting(
             environment, f": {reason} Check that the nodes reach each other: firewalls, and GLOO_SOCKET_IFNAME or "
@@ -104,7 +104,8 @@ def _meet(
 def _device_problems(environment: LaunchEnvironment) -> Iterator[str]:
     if problem := missing_gpu(environment.local_rank):
         yield (
-            f"{problem}. Start as many ranks a node as it has GPUs, or set LOCAL_RANK=0 where each task sees only its own."
+            f"{problem}. Start as many ranks a node as it has GPUs, or set LOCAL_RANK=0 where each task sees only its "
+            "own."
         )
 
 

@@ -30,8 +30,8 @@ def interface_problems(environ: Mapping[str, str], hosts: Sequence[str], on_gpu:
         if name not in usable:
             what = "an interface without an address" if name in own else "no interface"
             yield (
-                f"{GLOO_INTERFACE}={environ[GLOO_INTERFACE]}: {name} is {what} of this machine, which has {listed}. Set it "
-                "to one of them, or unset it."
+                f"{GLOO_INTERFACE}={environ[GLOO_INTERFACE]}: {name} is {what} of this machine, which has {listed}. "
+                "Set it to one of them, or unset it."
             )
             return
     addresses = [address for name in chosen for address in own[name]] or _address_of_host_name()
@@ -43,14 +43,14 @@ def interface_problems(environ: Mapping[str, str], hosts: Sequence[str], on_gpu:
         )
         others = ", ".join(name for name in usable if name != LOOPBACK) or "none other"
         yield (
-            f"{named}: an address that other machines cannot reach, and the ranks are on {len(set(hosts))} machines. Set "
-            f"{GLOO_INTERFACE} to an interface that they share; here are {others}."
+            f"{named}: an address that other machines cannot reach, and the ranks are on {len(set(hosts))} machines. "
+            f"Set {GLOO_INTERFACE} to an interface that they share; here are {others}."
         )
     wanted = environ.get(NCCL_INTERFACE, "").strip()
     if on_gpu and wanted and not _matches_nccl(wanted, usable):
         yield (
-            f"{NCCL_INTERFACE}={wanted}: no interface of this machine is meant by it; it has {listed}. Set it to one of "
-            "them, or unset it."
+            f"{NCCL_INTERFACE}={wanted}: no interface of this machine is meant by it; it has {listed}. Set it to one "
+            "of them, or unset it."
         )
 
 

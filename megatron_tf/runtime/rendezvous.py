@@ -109,15 +109,16 @@ class Assembly:
         first = self._find_rank_zero(run)
         if first["world_size"] != self.world_size:
             self._refuse(
-                f"the number of ranks is {first['world_size']} on {self.name(0)} and {self.world_size} on rank {self.rank} "
-                f"({host}). Start all ranks of a run with the same WORLD_SIZE, and give each run a MASTER_PORT of its own."
+                f"the number of ranks is {first['world_size']} on {self.name(0)} and {self.world_size} on rank "
+                f"{self.rank} ({host}). Start all ranks of a run with the same WORLD_SIZE, and give each run a "
+                "MASTER_PORT of its own."
             )
         own = f"process {os.getpid()} on {host}"
         other = self._store.set_once(f"process/{self.rank}", own)
         if other != own:
             self._refuse(
-                f"two processes are rank {self.rank}: {other}, and {own}. Give each process a RANK of its own, end what is "
-                "left of an earlier start, and give each run a MASTER_PORT of its own."
+                f"two processes are rank {self.rank}: {other}, and {own}. Give each process a RANK of its own, end "
+                "what is left of an earlier start, and give each run a MASTER_PORT of its own."
             )
         self._store.set(f"host/{self.rank}", host)
         try:
@@ -218,9 +219,9 @@ class Assembly:
         self._name([first["host"]])
         if first["run"] != run:
             raise LaunchError(
-                f"{self.name(0)} at this meeting point belongs to another run: {first['run'] or 'one without a name'}, and "
-                f"rank {self.rank} on {socket.gethostname()} to {run or 'one without a name'}. Give each run a MASTER_PORT "
-                "of its own."
+                f"{self.name(0)} at this meeting point belongs to another run: {first['run'] or 'one without a name'}, "
+                f"and rank {self.rank} on {socket.gethostname()} to {run or 'one without a name'}. Give each run a "
+                "MASTER_PORT of its own."
             )
         return first
 
@@ -244,14 +245,15 @@ class Assembly:
             raise DisagreementError(refusal)
 
     def _wait(self, key: str, phase: str, absent: Callable[[], list[int]]) -> bool:
-        """Whether `key` was set in time. `absent`: the ranks that it waits for, which are named when that takes long."""
+        """Whether `key` was set in time. `absent`: the ranks that it waits for, which are named when that takes
+        long."""
         at_first = min(NOTICE_SECONDS, self.timeout)
         if self._store.wait(key, at_first):
             return True
         if self._notice and self.timeout > at_first and (missing := absent()):
             self._notice(
-                f"has waited {at_first:g} seconds for {some_of([self.name(rank) for rank in missing])} ({phase}). It waits up "
-                f"to {self.timeout:g}: parallel.timeout_seconds"
+                f"has waited {at_first:g} seconds for {some_of([self.name(rank) for rank in missing])} ({phase}). It "
+                f"waits up to {self.timeout:g}: parallel.timeout_seconds"
             )
         return self._store.wait(key, self.timeout - at_first)
 

@@ -76,8 +76,8 @@ def compare(
     total, elsewhere = counts.tolist()
     if elsewhere:
         text += (
-            f"; {elsewhere:,} of {total:,} choices among candidates are so close that rounding decides them, and follow the "
-            "smaller model here"
+            f"; {elsewhere:,} of {total:,} choices among candidates are so close that rounding decides them, and "
+            "follow the smaller model here"
         )
     if not preserves:
         return f"{text}; this growth does not claim to keep the function"

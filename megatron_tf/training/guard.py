@@ -61,8 +61,8 @@ class LossGuard:
         """At the last step: TrainingError when it, and maybe more before it, was skipped."""
         if self._skipped:
             raise TrainingError(
-                f"the run reached its last step {step:,}, but the last {self._skipped} were skipped, because their gradients "
-                f"were not finite. That state is not saved. {_REMEDY}"
+                f"the run reached its last step {step:,}, but the last {self._skipped} were skipped, because their "
+                f"gradients were not finite. That state is not saved. {_REMEDY}"
             )
 
     def watch(self, step: int, loss: float) -> str | None:

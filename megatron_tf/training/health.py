@@ -1,7 +1,7 @@
 """What the parameter tokens of a model do, measured in the forward pass of one held micro batch.
 
-Of each Pattention, with scores A = X Kᵀ and weights S = θ(A) over all its n tokens, and averaged over the layers (and over
-query, key and value) of a kind of projection:
+Of each Pattention, with scores A = X Kᵀ and weights S = θ(A) over all its n tokens, and averaged over the layers (and
+over query, key and value) of a kind of projection:
 
 | metric | meaning |
 |---|---|
@@ -11,8 +11,8 @@ query, key and value) of a kind of projection:
 | `new_share` | after a growth: what the new tokens contribute, Σ|S|·‖v‖ over the positions, of what all contribute |
 | `old_dead_share`, `new_dead_share` | after a growth: dead ones among the old and among the new tokens |
 
-Of a projection whose positions choose among candidates, over its slots, with the load of a candidate relative to an equal
-share of the positions:
+Of a projection whose positions choose among candidates, over its slots, with the load of a candidate relative to an
+equal share of the positions:
 
 | metric | meaning |
 |---|---|
@@ -21,8 +21,8 @@ share of the positions:
 | `unused_share` | share of the candidates with a load below 0.1 |
 | `copy_distance` | √(Σ‖w − mean of the slot‖² / Σ‖w‖²) over keys and values: 0 for copies, near 1 for tokens of their own |
 
-Each rank looks at its own tokens, and sums go over the tensor group; every data-parallel rank looks at the same batch. No
-gradient, no random number and no state of training is touched.
+Each rank looks at its own tokens, and sums go over the tensor group; every data-parallel rank looks at the same batch.
+No gradient, no random number and no state of training is touched.
 """
 
 from __future__ import annotations

@@ -147,8 +147,8 @@ class Trainer:
         self._finish_saving()
         self.saver.require(self.progress.step)
         raise RunStopped(
-            f"stopped after step {self.progress.step:,} of {self.plan.train_steps:,}, because {describe_request(request)}. "
-            "That step is saved: start the run again to go on."
+            f"stopped after step {self.progress.step:,} of {self.plan.train_steps:,}, because "
+            f"{describe_request(request)}. That step is saved: start the run again to go on."
         )
 
     def _before_decay(self) -> bool:

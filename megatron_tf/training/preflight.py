@@ -53,10 +53,10 @@ def memory_problems(config: RunConfig, world_size: int, available: int) -> Itera
     state = memory.weights + memory.gradients + memory.optimizer
     if state > available or memory.total > MARGIN * available:
         yield (
-            f"model: a rank needs about {memory.total / GIB:,.1f} GiB ({state / GIB:,.1f} GiB for weights, gradients and "
-            f"optimizer, {memory.activations / GIB:,.1f} GiB for activations), but it has {available / GIB:,.1f} GiB. "
-            "Raise parallel.tensor or parallel.pipeline with more ranks, lower training.micro_batch_size, or make the "
-            "model smaller."
+            f"model: a rank needs about {memory.total / GIB:,.1f} GiB ({state / GIB:,.1f} GiB for weights, gradients "
+            f"and optimizer, {memory.activations / GIB:,.1f} GiB for activations), but it has {available / GIB:,.1f} "
+            "GiB. Raise parallel.tensor or parallel.pipeline with more ranks, lower training.micro_batch_size, or make "
+            "the model smaller."
         )
 
 

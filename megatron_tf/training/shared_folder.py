@@ -47,7 +47,7 @@ def _see(mark: Path, run_dir: Path, patience_seconds: float) -> None:
     while not mark.exists():
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"run.dir: {run_dir} on {socket.gethostname()} is not the folder of rank 0, whose file {mark} is not there. "
-                "Choose a folder that all nodes share."
+                f"run.dir: {run_dir} on {socket.gethostname()} is not the folder of rank 0, whose file {mark} is not "
+                "there. Choose a folder that all nodes share."
             )
         time.sleep(PAUSE_SECONDS)

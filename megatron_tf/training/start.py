@@ -191,8 +191,8 @@ def first_stage_to_run(stages: Sequence[RunConfig], world_size: int) -> int:
         for later in stages[number + 1 :]:
             if find_latest(checkpoints_folder(later), verify=False)[0] is not None:
                 raise ConfigError(
-                    f"stage {config.run.name}: has steps to do, but {later.run.dir} was grown from it already. Move that "
-                    "folder away to grow it anew, or restore the length and the folder of this stage."
+                    f"stage {config.run.name}: has steps to do, but {later.run.dir} was grown from it already. Move "
+                    "that folder away to grow it anew, or restore the length and the folder of this stage."
                 )
         return number
     return len(stages) - 1

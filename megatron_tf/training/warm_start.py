@@ -58,6 +58,7 @@ def open_weights(path: Path, model: Model) -> tuple[StateSource, dict[str, Any]]
     if problems:
         raise CheckpointError(
             f"{KEY}: {path} holds the weights of another model:{''.join(problems)}\nGive this run the same model; only "
-            f"{' and '.join(f'model.{key}' for key in _FREE)} may differ. To add parameter tokens, grow it: growth.from."
+            f"{' and '.join(f'model.{key}' for key in _FREE)} may differ. To add parameter tokens, grow it: "
+            "growth.from."
         )
     return source, {"event": EVENT, "source": str(path), "step": step, "tokens": tokens}

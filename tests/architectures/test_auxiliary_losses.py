@@ -38,7 +38,8 @@ class PenaltyArchitecture(TokenFormerArchitecture):
 
 
 class PenaltyBlock(Block):
-    """Penalises the squared scores of the feed-forward projection: a loss of the input, and of the tokens on this rank."""
+    """Penalises the squared scores of the feed-forward projection: a loss of the input, and of the tokens on this
+    rank."""
 
     def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
         losses["penalty"] = 0.1 * (x @ self.ffn.key_tokens.mT).square().mean(tuple(range(x.dim() - 1))).sum()

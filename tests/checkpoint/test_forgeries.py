@@ -1,4 +1,5 @@
-"""A checkpoint that somebody changed, with its checksums: it loads, or one message says which file and field is wrong."""
+"""A checkpoint that somebody changed, with its checksums: it loads, or one message says which file and field is
+wrong."""
 
 from __future__ import annotations
 

@@ -49,6 +49,6 @@ def test_trackers_that_are_not_installed(small, data, tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # what wandb writes next to a script is no package
     (problem,) = machine_problems(config)
     assert problem == (
-        "logging.trackers: wandb is named but not installed. Install it with `pip install 'megatron_tf[wandb]'`, or take "
-        "it out of logging.trackers."
+        "logging.trackers: wandb is named but not installed. Install it with `pip install 'megatron_tf[wandb]'`, or "
+        "take it out of logging.trackers."
     )

@@ -1,4 +1,5 @@
-"""Official files and exports that somebody changed: they are read, or one message says what is wrong; no code is run."""
+"""Official files and exports that somebody changed: they are read, or one message says what is wrong; no code is
+run."""
 
 from __future__ import annotations
 

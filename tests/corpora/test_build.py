@@ -212,7 +212,8 @@ def test_a_source_archive_is_fetched_by_pip_and_never_run(index, tmp_path):
 
 
 def test_packages_are_fetched_into_a_relative_folder(index, apt, tmp_path, monkeypatch):
-    """The package managers run in folders of their own; before Python 3.12 even temporary folders had relative names."""
+    """The package managers run in folders of their own; before Python 3.12 even temporary folders had relative
+    names."""
     archive, _ = index
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIP_FIND_LINKS", "index")

@@ -111,7 +111,8 @@ def test_neighbours_are_unrelated(size, stride):
     """Images of indices in a row, near and at a stride, as fractions of the range: 100,000 of them.
 
     They are spread evenly (chi-square over 1000 cells: mean 999, deviation 44.7), and uncorrelated with those 1, 2 and
-    100 places on (deviation 1/sqrt(100,000) = 0.0032), as are the tops of their differences. Five deviations are allowed.
+    100 places on (deviation 1/sqrt(100,000) = 0.0032), as are the tops of their differences. Five deviations are
+    allowed.
     """
     count = min(100_000, size // stride)
     start = (size - count * stride) // 3

@@ -1,4 +1,5 @@
-"""The zero-shot tasks on a live model: equal to the harness's own class for Hugging Face models, and at every layout."""
+"""The zero-shot tasks on a live model: equal to the harness's own class for Hugging Face models, and at every
+layout."""
 
 from __future__ import annotations
 
@@ -184,9 +185,9 @@ def test_mistakes(tokenizer_file, eval_folder, monkeypatch, tasks, folder, fragm
     monkeypatch.chdir(eval_folder)
     (eval_folder / "generate.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     (eval_folder / "tasks" / "gsm8k_local.yaml").write_text(
-        f"task: gsm8k_local\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {eval_folder}/generate.jsonl}}}}\n"
-        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
-        "metric_list: [{metric: exact_match}]\n"
+        f"task: gsm8k_local\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: "
+        f"{eval_folder}/generate.jsonl}}}}\ntest_split: test\noutput_type: generate_until\ndoc_to_text: "
+        f"'{{{{question}}}}'\ndoc_to_target: '{{{{answer}}}}'\nmetric_list: [{{metric: exact_match}}]\n"
     )
     with pytest.raises(UserError) as error:
         run_tasks(never, load_tokenizer(tokenizer_file), LENGTH, tasks, Path(folder), None)

@@ -22,8 +22,8 @@ from megatron_tf.state.parameters import parameter_table
 
 
 def clone(projection: GrowingProjection) -> NewTokens:
-    """Every token twice. With τ' = √2 τ each weight of the L2 forms is what it was, and half of each value is added twice;
-    for softmax each weight is halved, and the value added twice."""
+    """Every token twice. With τ' = √2 τ each weight of the L2 forms is what it was, and half of each value is added
+    twice; for softmax each weight is halved, and the value added twice."""
     assert projection.new_tokens == 2 * projection.old_tokens
     half = projection.old_tokens * projection.width
     is_softmax = projection.activation == "softmax"

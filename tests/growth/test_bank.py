@@ -120,12 +120,12 @@ def test_what_cannot_be_is_said_before():
         (small, model(tokens={"ffn": 69}), bank, "growth.method: bank adds candidates to the 37 tokens, and the model has none. Set model.sparse.ffn to {group_size: "
          "256, candidates: 4, dense: 37} and model.parameter_tokens.ffn to 293, or growth.method to zero_key"),
         (large, model({**BANK, "candidates": 6}), bank,
-         "model.sparse.ffn.candidates: 3 before, 6 after. growth.method: bank begins with a dense model, and the smaller one "
-         "has model.sparse already. Set it to zero_key to add slots"),
+         "model.sparse.ffn.candidates: 3 before, 6 after. growth.method: bank begins with a dense model, and the "
+         "smaller one has model.sparse already. Set it to zero_key to add slots"),
         (large, model(BANK, tokens={"ffn": 85}), bank, "growth.method: bank begins with a dense model"),
         (small, model({**BANK, "dense": 21}, tokens={"ffn": 37}), bank,
-         "model.sparse.ffn.dense: 21, and the smaller model has 37 ffn tokens, which stay in use at every position. Set it to "
-         "37, and model.parameter_tokens.ffn to that and whole slots more"),
+         "model.sparse.ffn.dense: 21, and the smaller model has 37 ffn tokens, which stay in use at every position. "
+         "Set it to 37, and model.parameter_tokens.ffn to that and whole slots more"),
         (model(activation="softmax"), model(BANK, activation="softmax"), bank,
          "bank cannot keep the function of a softmax model: a zero key has the weight exp(0) = 1, not 0. Set it to split"),
         (small, large, bank.model_copy(update={"methods": ffn_gram}), "growth.methods.ffn: gram, and growth.method bank"),

@@ -174,16 +174,16 @@ def test_what_cannot_grow_is_one_message(monkeypatch):
 
     assert problems(model(4), model(2)) == ["model.num_layers: 4 before, 2 after. Growth cannot take layers away."]
     assert problems(model(4), model(6), depth_method="stack") == [
-        "growth.depth_method: stack repeats all 4 layers, and model.num_layers 6 is no multiple of 4. Set model.num_layers "
-        "to 8, or growth.depth_method to interleave or identity."
+        "growth.depth_method: stack repeats all 4 layers, and model.num_layers 6 is no multiple of 4. Set "
+        "model.num_layers to 8, or growth.depth_method to interleave or identity."
     ]
     assert problems(model(2), model(4), noise=0.1) == [
         "growth.noise: 0.1 changes the old tokens of projections that grow, and 0 of them do. Set it to 0, or raise "
         "model.parameter_tokens."
     ]
     assert problems(model(2), model(2, parameter_tokens=MORE_TOKENS), depth_method="stack") == [
-        "growth.depth_method: stack makes new layers, and model.num_layers is 2 before and after. Raise model.num_layers, "
-        "or remove growth.depth_method."
+        "growth.depth_method: stack makes new layers, and model.num_layers is 2 before and after. Raise "
+        "model.num_layers, or remove growth.depth_method."
     ]
     assert problems(model(2), model(4), methods={"ffn": "gram"}) == [
         "growth.methods.ffn: gram makes new tokens, and model.parameter_tokens.ffn is 37 before and after. Raise "
@@ -195,13 +195,14 @@ def test_what_cannot_grow_is_one_message(monkeypatch):
         "growth.methods.qkv: gram, but a transformer has no qkv tokens that could grow. Remove it."
     ]
     assert problems(model(2), model(2, activation="softmax"))[0] == (
-        "model.activation: l2_norm_gelu before, softmax after. Growth changes token counts, candidates and model.num_layers "
-        "only: set it to l2_norm_gelu, or train the new model from scratch, without growth."
+        "model.activation: l2_norm_gelu before, softmax after. Growth changes token counts, candidates and "
+        "model.num_layers only: set it to l2_norm_gelu, or train the new model from scratch, without growth."
     )
     monkeypatch.setitem(ARCHITECTURES._objects, "transformer", Closed())
     assert problems(*transformers) == [
         "growth.depth_method: identity sets to 0 what a block adds to the hidden states, and 0 of the 4 tensors of a "
-        "transformer's block are known to be that. Set growth.depth_method to stack or interleave, which change the function."
+        "transformer's block are known to be that. Set growth.depth_method to stack or interleave, which change the "
+        "function."
     ]
     assert problems(*transformers, depth_method="stack") == []
     with pytest.raises(ConfigError, match="no multiple of 4"):
@@ -220,8 +221,8 @@ def test_a_chain_of_tokens_depth_and_tokens_is_checked_before_it_begins():
     # of the layers of the first two stages τ is held, and of those of the third it is their own
     assert chain_problems(stages) == [
         "stage d: growth.methods.ffn: gram needs at least 32 new ffn tokens, the lesser of the 51 old ones and "
-        "model.hidden_size 32; from 51 to 70 they are 19. Set model.parameter_tokens.ffn to at least 83, or the method to "
-        "zero_key."
+        "model.hidden_size 32; from 51 to 70 they are 19. Set model.parameter_tokens.ffn to at least 83, or the method "
+        "to zero_key."
     ]
     scales = initial_scales(stages[0].model)
     for before, after in zip(stages, stages[1:3]):

@@ -83,8 +83,9 @@ def test_the_number_of_threads_does_not_matter():
         "import sys, torch, hashlib; torch.set_num_threads(int(sys.argv[1]))\n"
         "from megatron_tf.growth.gram import GramKeys\n"
         "old = torch.randn(700 * 384, generator=torch.Generator().manual_seed(0))\n"
-        "new = GramKeys(lambda a, b: old[a:b], old_tokens=700, added_tokens=1000, width=384, factor=2.0, seed=1, name='x')\n"
-        "print(hashlib.sha256(new.read(700 * 384, 1700 * 384).numpy().tobytes()).hexdigest(), torch.get_num_threads())"
+        "new = GramKeys(lambda a, b: old[a:b], old_tokens=700, added_tokens=1000, width=384, factor=2.0, seed=1, "
+        "name='x')\nprint(hashlib.sha256(new.read(700 * 384, 1700 * 384).numpy().tobytes()).hexdigest(), "
+        "torch.get_num_threads())"
     )
     results = [
         subprocess.run(

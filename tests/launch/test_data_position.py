@@ -29,7 +29,8 @@ STEPS = 4  # of each layout
 
 @pytest.fixture
 def countable(tmp_path, folder):
-    """The configuration of `folder` with data in which no token comes twice, so that a sample's first token is its id."""
+    """The configuration of `folder` with data in which no token comes twice, so that a sample's first token is its
+    id."""
     with IndexedWriter(tmp_path / "countable", vocab_size=60_000) as writer:
         writer.add_document(range(2_000))
     return folder / "config.yml", (f"data.train=[{{path: {tmp_path}/countable}}]", "model.vocab_size=60000")
@@ -48,7 +49,8 @@ class Recorder:
 
 
 def consume(countable, progress: Progress, ranks: int, micro_batch: int) -> tuple[list[int], Progress]:
-    """The ids of the samples of STEPS steps from `progress`, as the trainer takes them, in their order; where it ends."""
+    """The ids of the samples of STEPS steps from `progress`, as the trainer takes them, in their order; where it
+    ends."""
     path, overrides = countable
     config = load_config(path, [*overrides, f"training.micro_batch_size={micro_batch}"])
     plan = plan_batches(config, ranks)

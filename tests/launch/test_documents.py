@@ -16,7 +16,8 @@ ASKED = ("data.eod_id=98", "data.reset_at_eod=true", "data.mask_eod_loss=true")
 
 @pytest.fixture
 def documents(folder):
-    """The folder, with three sets of short documents that end with EOD, and overrides that train and validate on them."""
+    """The folder, with three sets of short documents that end with EOD, and overrides that train and validate on
+    them."""
     for name, factor in (("mixed", 7), ("prose", 3), ("code", 11)):
         with IndexedWriter(folder / name, vocab_size=99) as writer:
             for document in range(200):

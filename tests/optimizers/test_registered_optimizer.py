@@ -99,7 +99,8 @@ def test_one_name_has_one_meaning():
 
 
 def test_a_rescaled_parameter_is_updated_as_it_would_have_been():
-    """Weights times f with gradients times 1/f: what the optimizer keeps must follow the gradients, for every optimizer."""
+    """Weights times f with gradients times 1/f: what the optimizer keeps must follow the gradients, for every
+    optimizer."""
     for name in OPTIMIZERS.names():
         rule, factor = OPTIMIZERS[name], 4.0
         weights = torch.ones(3)

@@ -89,7 +89,8 @@ def test_an_output_on_a_full_disk_does_not_stop_the_run(tmp_path):
 
 
 def test_an_output_that_nobody_reads_does_not_end_the_run(tmp_path):
-    """As in `launch/train.py CONFIG | head`, or when `tee` is killed: hours of training do not end for want of a reader."""
+    """As in `launch/train.py CONFIG | head`, or when `tee` is killed: hours of training do not end for want of a
+    reader."""
     reader, writer = os.pipe()
     output = os.fdopen(writer, "w")
     os.close(reader)

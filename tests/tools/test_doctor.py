@@ -48,8 +48,8 @@ def test_it_never_imports_deepspeed():
     """So it works, and says so, where deepspeed is not installed."""
     script = (
         "import importlib.metadata as m, runpy, sys; original = m.version\n"
-        "def version(name):\n    if name == 'deepspeed': raise m.PackageNotFoundError(name)\n    return original(name)\n"
-        "m.version = version; sys.modules['deepspeed'] = None; sys.argv = ['doctor']\n"
+        "def version(name):\n    if name == 'deepspeed': raise m.PackageNotFoundError(name)\n    return "
+        "original(name)\nm.version = version; sys.modules['deepspeed'] = None; sys.argv = ['doctor']\n"
         f"runpy.run_path({str(DOCTOR)!r}, run_name='__main__')"
     )
     done = run([sys.executable, "-c", script], PYTHONPATH=str(PROJECT))

@@ -29,8 +29,8 @@ class TransformerArchitecture(Architecture):
         heads, shared = model.num_attention_heads, as_transformer(model).num_key_value_heads
         if heads % shared:
             yield (
-                f"model.num_key_value_heads: {shared} does not divide model.num_attention_heads {heads}, and each of its "
-                f"heads serves as many query heads as any other. Set it to {either(divisors_near(heads, shared))}."
+                f"model.num_key_value_heads: {shared} does not divide model.num_attention_heads {heads}, and each of "
+                f"its heads serves as many query heads as any other. Set it to {either(divisors_near(heads, shared))}."
             )
 
     def layout_problems(self, config: RunConfig) -> Iterator[str]:

@@ -76,7 +76,8 @@ def model_from_config(config: Any) -> tuple[Model, dict[str, float]]:
         raise CheckpointError(_listed(problems))
     if config.get("tie_word_embeddings", True) is not True:
         raise CheckpointError(
-            "has an output head of its own, and here the head is the embedding. Give a model with tie_word_embeddings true"
+            "has an output head of its own, and here the head is the embedding. Give a model with tie_word_embeddings "
+            "true"
         )
     try:
         model = read_model({field: config[key] for field, key in _KEYS.items() if key in config})

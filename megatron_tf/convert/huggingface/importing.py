@@ -92,8 +92,8 @@ def open_export(path: Path | str) -> HuggingFaceModel:
         tensor = stored.pop(spec.huggingface_name)  # one copy at a time
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{folder}: {spec.huggingface_name} holds values that are infinite or no numbers: the training diverged, "
-                "or the file is damaged. Give an earlier model, or copy the file again"
+                f"{folder}: {spec.huggingface_name} holds values that are infinite or no numbers: the training "
+                "diverged, or the file is damaged. Give an earlier model, or copy the file again"
             )
         weights[name] = (tensor.mT if spec.transposed else tensor).contiguous()
     return HuggingFaceModel(model, scales, weights)

@@ -119,6 +119,6 @@ def _check_classes(file: ImageFiles, num_classes: int, other: ImageFiles | None)
     pairs = [(a, b) for a, b in zip(own, other.summary.classes) if a != b][:CLASSES_NAMED]
     differing = ", ".join(f"{a!r} for {b!r}" for a, b in pairs)
     raise DataError(
-        f"{file.prefix}.json: has other classes than {other.prefix}.json, or in another order ({differing}). Prepare the "
-        f"images with --classes-from {other.prefix}."
+        f"{file.prefix}.json: has other classes than {other.prefix}.json, or in another order ({differing}). Prepare "
+        f"the images with --classes-from {other.prefix}."
     )

@@ -134,8 +134,8 @@ def _of_folders(top: Path, known: tuple[str, ...] | None) -> tuple[list[Path], t
     foreign = [name for name in found if name not in classes]
     if foreign:
         raise DataError(
-            f"{top / foreign[0]}: is none of the {len(classes)} classes, which begin with {', '.join(classes[:3])}. Remove "
-            "the folder, or give other classes."
+            f"{top / foreign[0]}: is none of the {len(classes)} classes, which begin with {', '.join(classes[:3])}. "
+            "Remove the folder, or give other classes."
         )
     numbers = {str(top / name): classes.index(name) for name in found}
     files = [file for images in found.values() for file in images]
@@ -152,13 +152,13 @@ def _of_files(files: Sequence[Path], known: tuple[str, ...] | None) -> tuple[tup
     other = next((path for path in files if ".tar" not in path.suffixes), None)
     if other is not None:
         raise DataError(
-            f"{other}: is neither a .tar nor a file of images of the MNIST family. Give such files, or one folder with a "
-            "folder for each class."
+            f"{other}: is neither a .tar nor a file of images of the MNIST family. Give such files, or one folder with "
+            "a folder for each class."
         )
     if known is None:
         raise DataError(
-            f"{files[0]}: a .tar has numbers of classes and not their names. Give --classes, a file with one name a line "
-            "or how many there are, or --classes-from."
+            f"{files[0]}: a .tar has numbers of classes and not their names. Give --classes, a file with one name a "
+            "line or how many there are, or --classes-from."
         )
     return known, partial(tar_records, num_classes=len(known)), None
 

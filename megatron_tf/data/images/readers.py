@@ -149,8 +149,9 @@ def labels_file(path: Path) -> Path:
     name = path.name.replace("images", "labels").replace("idx3", "idx1")
     if name == path.name or not path.with_name(name).exists():
         raise DataError(
-            f"{path}: has no labels next to it: {path.with_name(name) if name != path.name else 'its name has no images'}. "
-            "Put both files into one folder, under the names of the MNIST family."
+            f"{path}: has no labels next to it: "
+            f"{path.with_name(name) if name != path.name else 'its name has no images'}. Put both files into one "
+            "folder, under the names of the MNIST family."
         )
     return path.with_name(name)
 
@@ -169,8 +170,8 @@ def class_folders(top: Path) -> dict[str, list[Path]]:
     loose = [entry for entry in entries if not entry.is_dir()]
     if loose:
         raise DataError(
-            f"{loose[0]}: is in no class; each image stands in a folder that is named after its class. Move it, or give "
-            "another folder."
+            f"{loose[0]}: is in no class; each image stands in a folder that is named after its class. Move it, or "
+            "give another folder."
         )
     found = {entry.name: list(_files_below(entry)) for entry in entries}
     empty = [name for name, files in found.items() if not files]

@@ -29,8 +29,8 @@ class ImageFiles:
         found = self._dataset.num_documents, self._dataset.num_tokens
         if found != (self.summary.images, self.summary.bytes):
             raise DataError(
-                f"{summary_file(prefix)}: says there are {self.summary.images} images and {self.summary.bytes} bytes, the files "
-                f"next to it have {found[0]} and {found[1]}. Prepare the images again."
+                f"{summary_file(prefix)}: says there are {self.summary.images} images and {self.summary.bytes} bytes, "
+                f"the files next to it have {found[0]} and {found[1]}. Prepare the images again."
             )
         if not len(self):
             raise DataError(f"{data_file(prefix)}: holds no image. Prepare some with tools/prepare_images.py.")
@@ -50,7 +50,8 @@ class ImageFiles:
     def damaged(self, number: int, reason: str) -> DataError:
         """What is said when image `number` cannot be used."""
         return DataError(
-            f"{data_file(self.prefix)}: image {number} cannot be read: {reason}. Prepare the images again, or correct model.image."
+            f"{data_file(self.prefix)}: image {number} cannot be read: {reason}. Prepare the images again, or correct "
+            "model.image."
         )
 
 

@@ -76,8 +76,8 @@ def _identity(name: str, pattern: str) -> Identity:
         origin = "" if name == pattern else f" that {pattern} does not look into"
         folder = name.rstrip("/")
         raise DataError(
-            f"{name}: is no file, but a folder{origin}. Name the files in a folder as a quoted glob: '{folder}/*.jsonl', "
-            f"or '{folder}/**/*.jsonl' with those of the folders below it."
+            f"{name}: is no file, but a folder{origin}. Name the files in a folder as a quoted glob: "
+            f"'{folder}/*.jsonl', or '{folder}/**/*.jsonl' with those of the folders below it."
         )
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{name}: is no file, but a FIFO, a socket or a device. Write what it gives into a file first.")

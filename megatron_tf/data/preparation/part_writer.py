@@ -94,8 +94,8 @@ def _take_bad_records(job: PartJob, batch: EncodedBatch, report: Report, observe
         remedy = "Correct or remove the record, or leave out what is bad with --on-error skip."
         if first.kind == "lost_text":
             remedy = (
-                "Use a tokenizer that knows them, keep such documents without them with --keep-lossy, or leave out what "
-                "is bad with --on-error skip."
+                "Use a tokenizer that knows them, keep such documents without them with --keep-lossy, or leave out "
+                "what is bad with --on-error skip."
             )
         raise DataError(f"{first.file}:{first.line}: {first.reason}. {remedy}")
     report.add_bad(batch.bad_records)

@@ -66,8 +66,8 @@ class Part:
 
 
 def plan_parts(prefix: str, files: Sequence[Path], settings: object) -> list[Part]:
-    """All parts, in the order in which they are merged. `settings`: what decides their content besides the files, a JSON
-    value."""
+    """All parts, in the order in which they are merged. `settings`: what decides their content besides the files, a
+    JSON value."""
     per_part = -(-len(files) // MOST_PARTS)
     parts = []
     for start in range(0, len(files), per_part):

@@ -87,8 +87,8 @@ class TextPreparation(Preparation[CorpusSummary]):
         if self.settings.split_by == "blocks":
             return "Give more text."
         return (
-            "Each document goes to one side whole, by its hash: hold out a part of each instead with --split-by blocks, "
-            "or give more documents or another --validation-fraction."
+            "Each document goes to one side whole, by its hash: hold out a part of each instead with --split-by "
+            "blocks, or give more documents or another --validation-fraction."
         )
 
     def remarks(self) -> Iterator[str]:

@@ -107,8 +107,8 @@ def is_output(prefix: str, name: str) -> bool:
 def carry_out(work: Preparation[Summary], share: Share, progress: ProgressDisplay) -> dict[str, Summary]:
     """Write the parts of `share` that are not finished, and merge when those of all shards are.
 
-    Returns the summary of each prefix; of none when other shards have yet to finish. What is there already is left as it
-    is. Raises `DataError` for every mistake in the inputs, and for other data under the prefix unless they may be
+    Returns the summary of each prefix; of none when other shards have yet to finish. What is there already is left as
+    it is. Raises `DataError` for every mistake in the inputs, and for other data under the prefix unless they may be
     replaced; older output is then unchanged.
     """
     summaries = _finished(work)

@@ -66,8 +66,8 @@ def _warnings(config: RunConfig, files: Sequence[ImageFiles]) -> list[str]:
     available = sum(map(len, validation))
     if validation and config.evaluation.samples < min(available, 1000):
         found.append(
-            f"evaluation.samples: {config.evaluation.samples} of {available:,} validation images tell an accuracy to some "
-            "percent only. Raise it; beyond the number of images it is all of them, once."
+            f"evaluation.samples: {config.evaluation.samples} of {available:,} validation images tell an accuracy to "
+            "some percent only. Raise it; beyond the number of images it is all of them, once."
         )
     return found
 

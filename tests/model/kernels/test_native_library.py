@@ -1,4 +1,5 @@
-"""Building a C file where the compiler, the cache folder and the folder for temporary files are not as one would like."""
+"""Building a C file where the compiler, the cache folder and the folder for temporary files are not as one would
+like."""
 
 from __future__ import annotations
 

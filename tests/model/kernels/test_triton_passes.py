@@ -10,7 +10,8 @@ from megatron_tf.model.kernels import triton_passes
 
 FUNCTION = score_function("l2_norm_gelu")
 ROWS, SCALE = 7, 5.0
-# Of rounding once to the type. Triton's interpreter cuts bf16 off instead of rounding it, which is off by up to twice that.
+# Of rounding once to the type. Triton's interpreter cuts bf16 off instead of rounding it, which is off by up to twice
+# that.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8 if torch.cuda.is_available() else 2**-7}
 
 

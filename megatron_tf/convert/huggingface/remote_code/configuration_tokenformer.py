@@ -13,7 +13,8 @@ class TokenFormerConfig(PretrainedConfig):
     """`parameter_tokens`: number of parameter tokens of the projections, {"qkv": n, "proj": n, "ffn": n}.
 
     `sparse`: of the kinds of projection whose positions choose among more tokens than these, {"ffn": {"group_size": g,
-    "candidates": m, "dense": n}}. All tokens but n lie in slots of g, with m candidates each. None: no projection has any.
+    "candidates": m, "dense": n}}. All tokens but n lie in slots of g, with m candidates each. None: no projection has
+    any.
     `scales`: of each layer, τ of its projections, {"q_proj": τ, "k_proj": τ, "v_proj": τ, "o_proj": τ, "mlp": τ}.
     A model that was grown may hold another τ than the √n of a fresh one, so τ never follows from anything else here.
     `activation`: how scores over the parameter tokens become weights: l2_norm_gelu, gelu_l2_norm or softmax.

@@ -47,7 +47,8 @@ class TokenBank(nn.Module):
         return (logits.detach() + BALANCE_SPEED * self.balance.view(self.shape[:2])).argmax(-1)
 
     def gate(self, logits: Tensor, chosen: Tensor) -> Tensor:
-        """[rows, slots] of ones, whose gradient is that of 2σ of the chosen candidate's score: the router learns by it."""
+        """[rows, slots] of ones, whose gradient is that of 2σ of the chosen candidate's score: the router learns by
+        it."""
         soft = 2 * torch.sigmoid(logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1))
         return 1 + (soft - soft.detach())
 
