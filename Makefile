@@ -1,7 +1,9 @@
 # make demo        set up, then the main job on real text: train, grow, train on
-# make test        set up, then every test; PYTEST_ARGS=... goes to pytest
-#                  (also -m timing: the few that compare speeds and want a quiet machine)
+# make test        set up, then the tests that fit into ten minutes on two cores; PYTEST_ARGS=... goes to pytest
+# make test-all    set up, then every test, those that repeat at scale and those on a real SLURM as well
 # make test-fast   the same without the slow tests
+# make test-timing those that compare speeds and want a quiet machine
+# make test-long   training curves over 500 steps
 # make gpu-check   on a machine with a GPU, without set-up: results, speeds and memory, in at most 8 minutes
 # make lint        set up, then ruff and mypy
 # make docs        set up, then the documentation in site/; a warning is an error
@@ -23,7 +25,10 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 # Ranks share the cores of one machine; more than a few threads do not make a tiny model faster.
 HALF_OF_CORES := $(shell n=$$(($(CORES) / 2)); echo $$((n < 1 ? 1 : n > 4 ? 4 : n)))
 
-.PHONY: demo test test-fast lint docs clean setup
+# Processes that run tests at the same time, each a file at a time; 0 runs them in pytest itself
+WORKERS ?= $(shell n=$(CORES); echo $$((n > 8 ? 8 : n)))
+
+.PHONY: demo test test-all test-fast test-timing test-long lint docs clean setup
 
 demo: export OMP_NUM_THREADS ?= $(HALF_OF_CORES)
 demo: $(STAMP)
@@ -31,11 +36,22 @@ demo: $(STAMP)
 
 PYTEST = PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
+AT_THE_SAME_TIME = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: $(STAMP)
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) $(AT_THE_SAME_TIME) -m "not scale and not timing and not long" $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(PYTEST) $(AT_THE_SAME_TIME) $(PYTEST_ARGS)
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow and not timing and not long" $(PYTEST_ARGS)
+	$(PYTEST) $(AT_THE_SAME_TIME) -m "not slow and not timing and not long" $(PYTEST_ARGS)
+
+test-timing: $(STAMP)
+	$(PYTEST) -m timing -s $(PYTEST_ARGS)
+
+test-long: $(STAMP)
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 gpu-check:
 	$(PYTHON) tools/gpu_check.py

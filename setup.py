@@ -73,6 +73,7 @@ setup(
             "mypy>=1.15,<3",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.15,<0.18",
             *ADAPTERS,
             *DEEPSPEED,

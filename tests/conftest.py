@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # tests share `distributed.py`; spawned ranks must find it as well
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """With several workers (pytest -n), a file is one worker's, and so are all tests on SLURM, and all that compare speeds.
+
+    Those that take longest are given out first, so that no worker has a long one left when the others are done.
+    """
+    if not config.pluginmanager.hasplugin("xdist") or not getattr(config, "workerinput", None):
+        return
+    seconds = Counter()
+    groups = {}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        folder, _, _ = item.nodeid.partition("/test_")
+        group = (
+            "timing" if "timing" in marks else "slurm" if folder.endswith("slurm") else item.nodeid.partition("::")[0]
+        )
+        item.add_marker(pytest.mark.xdist_group(group))
+        groups[item] = group
+        seconds[group] += 30 if "scale" in marks else 10 if "slow" in marks else 1
+    items.sort(key=lambda item: -seconds[groups[item]])
 
 
 @pytest.fixture

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+from warm_server import warm_python
 
 PROJECT = Path(__file__).parents[1]
 TRAIN = str(PROJECT / "launch" / "train.py")
@@ -14,9 +18,15 @@ EVALUATE = str(PROJECT / "launch" / "evaluate.py")
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on. Workers of pytest choose from a thousand of their own, below those that systems
+    give to connections."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 20_000 + 1_000 * (worker % 12)
+    for port in random.sample(range(first, first + 1_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"100 ports from {first} to {first + 999} are all taken")
 
 
 def environment(**extra) -> dict[str, str]:
@@ -25,12 +35,23 @@ def environment(**extra) -> dict[str, str]:
     return {**kept, **own, **extra}
 
 
-def run(command, **extra) -> subprocess.CompletedProcess:
-    """Runs a command; what it printed is in stdout (both streams together)."""
+def run(command, fresh=False, **extra) -> subprocess.CompletedProcess:
+    """Runs a command; what it printed is in stdout (both streams together).
+
+    Python and the launchers come from `warm_server`, unless the test is about starting: `fresh`.
+    """
+    words = list(map(str, command)) if fresh else warm(command)
     return subprocess.run(
-        list(map(str, command)), env=environment(**extra), cwd=PROJECT, text=True, timeout=200,
+        words, env=environment(**extra), cwd=PROJECT, text=True, timeout=200,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def warm(command) -> list[str]:
+    """`command`, with a Python or a launcher that has already imported what takes seconds."""
+    head, *words = map(str, command)
+    name = "python" if head == sys.executable else head
+    return [str(warm_python() / name) if name in ("python", "torchrun", "deepspeed") else head, *words]
 
 
 def train(folder, *overrides, ranks=0, launcher="torchrun", **extra) -> subprocess.CompletedProcess:

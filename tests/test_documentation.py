@@ -198,7 +198,7 @@ def test_the_pictures_are_those_of_their_script():
 def test_the_readme_is_short_and_tells_what_ci_runs():
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 125
-    assert "make test " in readme and "\nmake test\n" in (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "\nmake test-all " in readme and "\nmake test-all\n" in (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_the_plain_torch_loop_trains_without_deepspeed():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
+
+from warm_server import warm_python
 
 PROJECT = Path(__file__).parents[1]
 
@@ -20,11 +21,11 @@ def tool(
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
+    # Triton's interpreter is for the tests in this process.
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     extra = {"PYTHONPATH": str(PROJECT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, str(PROJECT / "tools" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, env={**os.environ, **extra}, capture_output=True, text=True, timeout=120, preexec_fn=limit
-    )  # noqa: PLW1509 - no thread runs here
+    command = [str(warm_python() / "python"), str(PROJECT / "tools" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, env={**kept, **extra}, capture_output=True, text=True, timeout=120, preexec_fn=limit)  # noqa: PLW1509 - no thread runs here
 
 
 def assert_refused(done: subprocess.CompletedProcess, *fragments: object) -> None:

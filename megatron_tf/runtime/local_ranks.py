@@ -19,8 +19,9 @@ from megatron_tf.registry import Registry
 from megatron_tf.telemetry.console import quiet_libraries
 
 REGISTRIES: tuple[Registry[Any], ...] = (ACTIVATIONS, ARCHITECTURES, OPTIMIZERS, TASKS)
-# What ranks need and take seconds to import. What is not installed is passed over.
-IMPORTS = ["torch", "deepspeed", "megatron_tf.engine.deepspeed.engine"]
+# What ranks need and take seconds to import; the last brings PyTorch's compiler, which DeepSpeed imports when it starts
+# an engine. What is not installed is passed over.
+IMPORTS = ["torch", "deepspeed", "megatron_tf.engine.deepspeed.engine", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
 
 def start_ranks(function: Callable[..., None], world_size: int, *arguments: object) -> None:

@@ -56,7 +56,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(folder, ranks, number):
     "victim, number",
     [
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
-        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, marks=(pytest.mark.slow, pytest.mark.scale)),
         (1, signal.SIGKILL),
     ],
 )

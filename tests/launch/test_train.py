@@ -113,7 +113,8 @@ def test_another_batch_on_resume_keeps_the_tokens_and_the_learning_rate(folder):
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_launchers(folder, launcher):
-    out = succeed(train(folder, "parallel.tensor=2", "parallel.sequence=true", ranks=2, launcher=launcher))
+    """Real ones, which import everything themselves."""
+    out = succeed(train(folder, "parallel.tensor=2", "parallel.sequence=true", ranks=2, launcher=launcher, fresh=True))
     assert out.count("step 6/6") == 1 and "TP2×PP1×DP1, sequence-parallel" in out
     succeed(train(folder, f"run.dir={folder}/one"))
     assert losses(folder) == pytest.approx(losses(folder, "one"), rel=1e-5)

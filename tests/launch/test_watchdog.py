@@ -92,7 +92,7 @@ SYNCHRONOUS = ["checkpoint.asynchronous=false"]
 
 
 def cases(fast: list[tuple], rest: list[tuple]) -> list:
-    return [*fast, *(pytest.param(*case, marks=pytest.mark.slow) for case in rest)]
+    return [*fast, *(pytest.param(*case, marks=(pytest.mark.slow, pytest.mark.scale)) for case in rest)]
 
 
 @pytest.mark.parametrize(

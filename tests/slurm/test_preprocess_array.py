@@ -13,7 +13,7 @@ from launching import PROJECT, run
 from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.preparation.bpe import train_bpe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.scale]
 
 NUM_FILES = 20
 DOCUMENTS_PER_FILE = 250

@@ -7,7 +7,7 @@ import sys
 import pytest
 from launching import PROJECT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.scale]
 
 # in place of launch/train.py; its first argument says how it behaves
 RANK = """

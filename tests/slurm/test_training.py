@@ -14,7 +14,11 @@ import torch
 
 from megatron_tf.checkpoint import load_logical
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a test starts the ranks up to three times
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.scale,
+    pytest.mark.timeout(900),
+]  # a test starts the ranks up to three times
 
 STEPS = 40
 TWO_NODES = "--nodes=2 --ntasks-per-node=2 --cpus-per-task=1 --gpus-per-node=2"

@@ -34,6 +34,7 @@ def test_four_ranks(config):
 
 
 @pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("sequence", [False, True])
 def test_eight_ranks(config, sequence):
     check(config(), [Layout(Topology(2, 2, 2), sequence)])

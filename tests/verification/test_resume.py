@@ -71,6 +71,7 @@ def test_a_transformer(config):
 
 
 @pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.timeout(1200)
 def test_every_layout_of_up_to_four_ranks(config):
     tall = config(model={"num_layers": 4}, training={"micro_batch_size": 4})

@@ -25,6 +25,7 @@ PROMPTS = {"some": [40, 5, 77, 31, 9], "one": [90]}
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.scale,
     pytest.mark.skipif(PYTHON is None, reason="MEGATRON_TF_VLLM_PYTHON names no Python that has vLLM"),
 ]
 

@@ -13,10 +13,12 @@ from peak_memory import counted_from_zero
 
 from megatron_tf.data.preparation.bpe import train_bpe
 
+LARGE = (pytest.mark.slow, pytest.mark.scale)
+
 
 @pytest.mark.parametrize(
     ("megabytes", "workers"),
-    [(4, 1), pytest.param(20, 1, marks=pytest.mark.slow), pytest.param(20, 2, marks=pytest.mark.slow)],
+    [(4, 1), pytest.param(20, 1, marks=LARGE), pytest.param(20, 2, marks=LARGE)],
 )
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory")
 def test_a_large_document_takes_memory_in_proportion(tmp_path, megabytes, workers):
@@ -26,6 +28,7 @@ def test_a_large_document_takes_memory_in_proportion(tmp_path, megabytes, worker
 
 
 @pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl.zst"])
 def test_a_document_of_a_gigabyte_is_passed_over_in_little_memory(tmp_path, name):
     assert peak_bytes(tmp_path, 10**9, 2, name) < 1 << 30

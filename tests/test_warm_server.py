@@ -1,0 +1,138 @@
+"""What stands in for Python in most tests behaves as Python does."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from launching import environment
+from warm_server import warm_python
+
+REPORT = """
+import atexit, json, os, resource, signal, sys
+atexit.register(lambda: print("at exit", file=sys.stderr))
+print(json.dumps({
+    "argv": sys.argv, "folder": os.getcwd(), "environment": dict(os.environ), "path": sys.path, "main": __name__,
+    "file": __file__, "input": sys.stdin.read(), "encodings": [s.encoding for s in (sys.stdin, sys.stdout, sys.stderr)],
+    "by line": [s.line_buffering for s in (sys.stdout, sys.stderr)], "through": sys.stdout.write_through,
+    "limit": resource.getrlimit(resource.RLIMIT_FSIZE), "umask": os.umask(0),
+    "files": [name for name in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd/" + name)],
+    "signals": [str(signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD)],
+    "blocked": [int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
+    "threads": len(os.listdir("/proc/self/task")),
+}))
+print("an error", file=sys.stderr)
+sys.exit(7)
+"""
+ENDS = {
+    "falls off the end": "print('a')",
+    "exit with a message": "import sys; sys.exit('sorry')",
+    "exit now": "import os; os._exit(3)",
+    "an exception": "raise ValueError('no')",
+    "a signal": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "Control-C": "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
+    "a closed pipe": "import os; os.close(1); print('a', flush=True)",
+    "a thread that goes on": "import threading, time; threading.Thread(target=lambda: (time.sleep(0.1), print('b'))).start()",
+}
+
+
+@pytest.fixture(scope="module")
+def warm() -> str:
+    return str(warm_python() / "python")
+
+
+def both(warm, words, **options):
+    """Results of a real Python and of a warm one."""
+    options = {"env": environment(), "capture_output": True, "text": True, "timeout": 60, **options}
+    return [subprocess.run([python, *map(str, words)], **options) for python in (sys.executable, warm)]
+
+
+@pytest.mark.parametrize(
+    "words", [["script.py", "a", "--b=ä"], ["-u", "script.py"], ["-m", "script", "a b"], ["-u", "-m", "script"]]
+)
+def test_a_process_is_made_alike(warm, tmp_path, words):
+    def limit():
+        os.umask(0o077)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+    (tmp_path / "script.py").write_text(REPORT)
+    real, served = both(
+        warm,
+        words,
+        cwd=tmp_path,
+        env=environment(MINE="\udcff"),
+        input="some\ninput",
+        preexec_fn=limit,
+        errors="surrogateescape",
+    )
+    assert (real.returncode, real.stderr) == (served.returncode, served.stderr) == (7, "an error\nat exit\n")
+    first, second = json.loads(real.stdout), json.loads(served.stdout)
+    # the two differ in what the shell that starts the second one leaves
+    for name in ("_", "SHLVL", "PWD", "OLDPWD"):
+        first["environment"].pop(name, None), second["environment"].pop(name, None)
+    assert second == first
+
+
+@pytest.mark.parametrize("body", ENDS.values(), ids=ENDS)
+def test_it_ends_alike(warm, tmp_path, body):
+    (tmp_path / "script.py").write_text(body)
+    real, served = both(warm, ["script.py"], cwd=tmp_path)
+    assert (served.returncode, served.stdout) == (real.returncode, real.stdout)
+    assert served.stderr.splitlines()[-1:] == real.stderr.splitlines()[-1:]
+
+
+def test_it_has_imported_what_takes_seconds_and_children_are_warm_as_well(warm, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import subprocess, sys\nprint('deepspeed' in sys.modules)\n"
+        "if len(sys.argv) == 1: print(subprocess.run([sys.executable, __file__, 'x'], capture_output=True).stdout.decode())"
+    )
+    done = subprocess.run([warm, script], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "changes", [{"OMP_NUM_THREADS": "2"}, {"PYTHONPATH": "/elsewhere"}, {"PYTHONHASHSEED": "0"}, {"LC_ALL": "C"}]
+)
+def test_what_is_read_at_import_is_left_to_a_real_python(warm, tmp_path, changes):
+    (tmp_path / "script.py").write_text("import sys; print('deepspeed' in sys.modules)")
+    words = [warm, tmp_path / "script.py"]
+    done = subprocess.run(words, env=environment(**changes), capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_code_on_the_command_line_is_left_to_a_real_python(warm):
+    words = [warm, "-c", "import sys; print('deepspeed' in sys.modules, sys.argv)", "a"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False ['-c', 'a']\n"
+
+
+def test_signals_reach_it(warm, tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'heard\\n'))\nprint('ready', flush=True)\n"
+        "for _ in range(600): time.sleep(0.1)"
+    )
+    words = [warm, tmp_path / "script.py"]
+    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.stdout.readline() == "heard\n"
+    process.terminate()
+    assert process.wait(20) == -signal.SIGTERM
+
+
+def test_it_dies_with_the_one_that_stands_for_it(warm, tmp_path):
+    (tmp_path / "script.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    process = subprocess.Popen([warm, tmp_path / "script.py"], env=environment(), stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    process.kill()
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.wait(20) == -signal.SIGKILL and not os.path.exists(f"/proc/{pid}")
