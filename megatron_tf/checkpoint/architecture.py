@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -52,15 +52,21 @@ def token_counts(model: Model, action: str) -> dict[str, int]:
     return counts
 
 
-def check_prunable(model: Model) -> None:
-    """CheckpointError unless each projection of the model is one list of tokens that all positions use."""
+def check_prunable(model: Model, counts: Mapping[str, int]) -> None:
+    """CheckpointError unless each projection that would lose tokens is one list of them that all positions use.
+
+    `counts`: tokens by kind of projection afterwards.
+    """
     problems = []
     for projection in projections(model).values():
         kind = projection.kind
-        if projection.bank:
+        if counts[kind] == projection.tokens:
+            continue
+        if bank := projection.bank:
             problems.append(
-                f"model.sparse.{kind}: the {kind} projections cannot be pruned, because positions choose among "
-                f"{projection.bank} tokens. Give a model without model.sparse, such as the one that it was grown from"
+                f"model.sparse.{kind}: the {kind} projections cannot lose some of their {projection.tokens} tokens, because "
+                f"positions choose {bank.slots * bank.group_size} of them among {bank} tokens. Give --candidates {kind}=1, which "
+                "makes the model dense, and prune that one"
             )
         elif (projection.keys, projection.values) != (("key_tokens",), ("value_tokens",)):
             problems.append(

@@ -1,32 +1,43 @@
-"""Drop the parameter tokens that contribute least:
+"""Drop the parameter tokens that contribute least, or take candidates of model.sparse away:
 `python tools/prune_tokens.py --from runs/tiny_grow --tokens qkv=128,ffn=512 --data data/demo/validation --to runs/small`.
 
 What a token contributes is the mean of |S|·‖v‖ over the positions of a sample of prepared data; every projection of
 every layer makes its own selection, and gets the scale τ with which its output stays closest. The loss before and after
-is measured on another part of the data. The result is step 0 of a smaller run: it can be trained further and grown
+is measured on another part of the data.
+
+--candidates ffn=4 leaves 4 candidates in each slot of a model with model.sparse, and ffn=1 makes it dense. Those that
+contribute least are dropped, or neighbours are merged into their mean: both are measured, and the better one is taken.
+
+The result is step 0 of a smaller run: it can be trained further and grown
 again. Needs no GPU, and memory for the model's weights.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import path
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.fields import Section
 from megatron_tf.config.schema import Model
 from megatron_tf.costs.estimate import num_parameters
+from megatron_tf.errors import UserError
 from megatron_tf.paths import literal
 from megatron_tf.state.parameters import projections
 from megatron_tf.telemetry.console import Console
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.reader import CheckpointReader
+    from megatron_tf.pruning.measure import Batch, DataSample
     from megatron_tf.state.sources import StepZero
-    from megatron_tf.tasks.data import Batch
+
+    Watch = Callable[[Iterable[Batch], str], Iterator[Batch]]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,7 +45,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--from", dest="source", type=path, required=True, metavar="DIR", help="run folder or checkpoint to prune"
     )
-    parser.add_argument("--tokens", required=True, metavar="KIND=N,...", help="counts to prune to, of qkv, proj, ffn")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tokens", metavar="KIND=N,...", help="counts to prune to, of qkv, proj, ffn")
+    what.add_argument("--candidates", metavar="ffn=N", help="candidates to leave in each slot; 1 makes the model dense")
     parser.add_argument("--data", type=path, required=True, metavar="PREFIX", help="prepared data to measure on")
     parser.add_argument("--samples", type=int, metavar="N", help="samples to measure, and as many others for the loss "
                         "(default 64, or half of the data)")  # fmt: skip
@@ -45,34 +58,23 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from megatron_tf.checkpoint.architecture import check_prunable, stored_model, token_counts
+    from megatron_tf.checkpoint.architecture import stored_model, token_counts
     from megatron_tf.checkpoint.format import folder_name
     from megatron_tf.checkpoint.manager import resolve
     from megatron_tf.checkpoint.reader import open_checkpoint
     from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder
-    from megatron_tf.inference.load import load_model
-    from megatron_tf.pruning.measure import (
-        DataSample,
-        check_run_tokenizer,
-        drop_tokens,
-        fit_scales,
-        mean_loss,
-        pruned_start,
-        select_tokens,
-        target_counts,
-    )
+    from megatron_tf.pruning.measure import DataSample, check_run_tokenizer
     from megatron_tf.tasks.language_model.section import check_reads_text
 
     prefix = str(arguments.data)
     root = target_folder(arguments.target)
     reader = open_checkpoint(resolve(arguments.source))
     old = stored_model(reader.index)
-    old_counts = token_counts(old, "pruned")
-    check_prunable(old)
+    token_counts(old, "pruned")
     check_reads_text(old, "a measurement on prepared text")
-    counts = target_counts(arguments.tokens, old_counts)
-    new = architecture_of(old).with_token_counts(old, counts)
-    kinds = {name: projection.kind for name, projection in projections(old).items()}
+    new = (
+        fewer_candidates(old, arguments.candidates) if arguments.tokens is None else fewer_tokens(old, arguments.tokens)
+    )
     data = DataSample(prefix, old, arguments.samples)
     compared = check_run_tokenizer(reader.path, prefix)
     print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
@@ -80,8 +82,42 @@ def main() -> None:
     if not compared:
         print("tokenizer   not compared: there is no config.yml of a run around the checkpoint")
 
-    model = load_model(reader.path)
-    with Console(rank=0).progress(4 * data.num_batches, 0, "batches") as bar:
+    prune = take_candidates_of if arguments.tokens is None else drop_tokens_of
+    start = prune(reader, old, new, data)
+    entry = start.growth_history[-1]
+    before, after = entry["loss_before"], entry["loss_after"]
+    print(f"parameters  {num_parameters(old):,} -> {num_parameters(new):,}")
+    print(f"loss        {before:.6f} -> {after:.6f}, on {data.samples} samples of {old.seq_length} tokens")
+    if arguments.dry_run:
+        return print("\ndry run: nothing is written")
+    write(root, old, new, start, reader)
+
+
+def fewer_tokens(old: Model, text: str) -> Model:
+    """The model that `--tokens` asks for."""
+    from megatron_tf.checkpoint.architecture import check_prunable
+    from megatron_tf.pruning.measure import target_counts
+
+    counts = target_counts(text, architecture_of(old).token_counts(old))
+    check_prunable(old, counts)
+    return architecture_of(old).with_token_counts(old, counts)
+
+
+def fewer_candidates(old: Model, text: str) -> Model:
+    """The model that `--candidates` asks for. UserError when `old` has no candidates."""
+    from megatron_tf.pruning.candidates import candidate_counts, with_candidates
+    from megatron_tf.pruning.measure import target_counts
+
+    counts = candidate_counts(old)
+    if not counts:
+        raise UserError(f"--candidates: {text}, and the model has 0: model.sparse is null. Give --tokens instead.")
+    return with_candidates(old, target_counts(text, counts, "--candidates"))
+
+
+@contextmanager
+def watching(passes: int, data: DataSample) -> Iterator[Watch]:
+    """Shows `passes` over the data as they go on."""
+    with Console(rank=0).progress(passes * data.num_batches, 0, "batches") as bar:
         done = count(1)
 
         def watched(batches: Iterable[Batch], purpose: str) -> Iterator[Batch]:
@@ -89,23 +125,77 @@ def main() -> None:
                 bar.advance(next(done), purpose)
                 yield batch
 
+        yield watched
+
+
+def drop_tokens_of(reader: CheckpointReader, old: Model, new: Model, data: DataSample) -> StepZero:
+    """Measures and reports; what the smaller model begins with."""
+    from megatron_tf.inference.load import load_model
+    from megatron_tf.pruning.measure import drop_tokens, fit_scales, mean_loss, pruned_start, select_tokens
+
+    old_counts, counts = (architecture_of(of).token_counts(of) for of in (old, new))
+    kinds = {name: projection.kind for name, projection in projections(old).items()}
+    model = load_model(reader.path)
+    with watching(4, data) as watched:
         before = mean_loss(model, watched(data.held, "loss before"))
         selection = select_tokens(model, watched(data.measured, "contributions"), counts)
         scales = fit_scales(model, watched(data.measured, "scales"), selection.kept)
         drop_tokens(model, selection.kept, scales)
         after = mean_loss(model, watched(data.held, "loss after"))
-    del model
     ratios = {name: scale / reader.index.scales[name] for name, scale in scales.items()}
     for kind, tokens in old_counts.items():
         of_kind = [name for name in ratios if kinds[name] == kind]
         shares = [selection.dropped_share[name] for name in of_kind]
         describe(kind, tokens, counts[kind], shares, [ratios[name] for name in of_kind])
-    print(f"parameters  {num_parameters(old):,} -> {num_parameters(new):,}")
-    print(f"loss        {before:.6f} -> {after:.6f}, on {data.samples} samples of {old.seq_length} tokens")
-    measured = {"loss_before": before, "loss_after": after, "data": prefix, "data_samples": data.samples}
-    if arguments.dry_run:
-        return print("\ndry run: nothing is written")
-    write(root, new, pruned_start(reader, new, selection.kept, scales, measured), reader)
+    return pruned_start(reader, new, selection.kept, scales, measured(before, after, data))
+
+
+def take_candidates_of(reader: CheckpointReader, old: Model, new: Model, data: DataSample) -> StepZero:
+    """Likewise."""
+    from megatron_tf.checkpoint.source import CheckpointSource
+    from megatron_tf.inference.load import load_model
+    from megatron_tf.pruning.candidates import DROP, measure_use, mixtures
+    from megatron_tf.pruning.condensed import CondensedSource, condensed_model
+    from megatron_tf.pruning.measure import mean_loss, smaller_start
+
+    model = load_model(reader.path)
+    with watching(5, data) as watched:
+        before = mean_loss(model, watched(data.held, "loss before"))
+        use = measure_use(model, watched(data.measured, "contributions"))
+        del model
+        ways = mixtures(use, new)
+        sources, losses = {}, {}
+        for way, mixture in ways.items():
+            sources[way] = CondensedSource(CheckpointSource(reader), old_model=old, model=new, mixtures=mixture)
+            losses[way] = mean_loss(condensed_model(sources[way], new), watched(data.measured, f"loss of {way}"))
+        best = min(losses, key=lambda way: losses[way])
+        after = mean_loss(condensed_model(sources[best], new), watched(data.held, "loss after"))
+    shares = [use[name].dropped_share(mixture) for name, mixture in ways[DROP].items()]
+    describe_candidates(old, new, shares)
+    told = ", ".join(f"{way} {loss:.6f}" for way, loss in losses.items())
+    print(f"ways        {told}, on the samples that were measured; taken: {best}")
+    sections = {key: as_dict(dict(of)["sparse"]) for key, of in (("from", old), ("to", new))}
+    return smaller_start(
+        reader, new, sources[best], {**measured(before, after, data), "sparse": sections, "candidates_by": best}
+    )
+
+
+def as_dict(section: Section | None) -> dict[str, Any] | None:
+    return None if section is None else section.model_dump()
+
+
+def measured(before: float, after: float, data: DataSample) -> dict[str, Any]:
+    """What the history keeps of the measurement."""
+    return {"loss_before": before, "loss_after": after, "data": data.prefix, "data_samples": data.samples}
+
+
+def describe_candidates(old: Model, new: Model, shares: Sequence[float]) -> None:
+    """`shares`: of each projection with candidates, what those contribute that the way drop leaves out."""
+    after = {spec.kind: spec for spec in projections(new).values()}
+    for kind, bank in {spec.kind: spec.bank for spec in projections(old).values() if spec.bank}.items():
+        left = after[kind].bank or f"{after[kind].tokens:,} tokens, which every position uses"
+        print(f"{kind:<11} {bank} -> {left}")
+    print(f"drop        leaves out {min(shares):.2%} to {max(shares):.2%} of what the candidates contribute")
 
 
 def describe(kind: str, old: int, new: int, shares: Sequence[float], factors: Sequence[float]) -> None:
@@ -117,15 +207,17 @@ def describe(kind: str, old: int, new: int, shares: Sequence[float], factors: Se
     print(f"{kind:<11} {old:,} {change}")
 
 
-def write(root: Path, model: Model, start: StepZero, reader: CheckpointReader) -> None:
+def write(root: Path, old: Model, model: Model, start: StepZero, reader: CheckpointReader) -> None:
     from megatron_tf.checkpoint.step_zero import checkpoint_bytes, write_step_zero
 
     total = checkpoint_bytes(model, start.states)
     with Console(rank=0).bytes_written(total) as progress:
         path = write_step_zero(root, model, start, reader.index.data, progress)
-    changes = " ".join(
-        f"model.parameter_tokens.{kind}={n}" for kind, n in architecture_of(model).token_counts(model).items()
-    )
+    counts, old_counts = (architecture_of(of).token_counts(of) for of in (model, old))
+    changes = " ".join(f"model.parameter_tokens.{kind}={n}" for kind, n in counts.items())
+    if counts == old_counts:
+        sparse = json.dumps(as_dict(dict(model)["sparse"])).replace('"', "")
+        changes = f"'model.sparse={sparse}'"
     print(
         f"\nwrote {path}: {total:,} bytes. A run resumes from it with\n  run.dir={literal(str(root.parent))} {changes}"
     )

@@ -45,7 +45,7 @@ from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth.source import noise
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
-from megatron_tf.state.ranges import StepRange
+from megatron_tf.state.ranges import StepRange, add_steps
 from megatron_tf.state.sources import StateSource, copy_in_slices
 
 
@@ -127,10 +127,7 @@ class SplitSource:
         found: list[StepRange] = []
         for low, high, old in copies.stretches(start, stop):
             for first, last, steps in self._old.adam_steps(copies.name, old, old + high - low):
-                if found and found[-1][2] == steps:
-                    found[-1] = (found[-1][0], last - old + low, steps)
-                else:
-                    found.append((first - old + low, last - old + low, steps))
+                add_steps(found, first - old + low, last - old + low, steps)
         return found
 
     def _noisy(self, name: str, copies: _Copies, start: int, stop: int) -> Tensor:

@@ -37,7 +37,7 @@ from megatron_tf.checks import check_whole_number
 from megatron_tf.errors import ArgumentError
 from megatron_tf.model.checks import check_pattention
 
-_SCORE_ELEMENTS = 2**22  # of [positions, n] at once: 16 MiB in fp32
+SCORE_ELEMENTS = 2**22  # of [positions, n] at once: 16 MiB in fp32
 
 
 def summed_contributions(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, scale: float, activation: str) -> Tensor:
@@ -93,7 +93,7 @@ def check_kept(name: str, rows: Tensor, tokens: int | None = None) -> None:
 
 def _scores(x: Tensor, key_tokens: Tensor) -> Iterator[Tensor]:
     """A = X Kᵀ, some positions at a time."""
-    for part in x.split(max(1, _SCORE_ELEMENTS // key_tokens.shape[0])):
+    for part in x.split(max(1, SCORE_ELEMENTS // key_tokens.shape[0])):
         yield part @ key_tokens.mT
 
 

@@ -34,7 +34,7 @@ from megatron_tf.pruning.criterion import largest, summed_contributions, summed_
 from megatron_tf.pruning.source import PrunedSource
 from megatron_tf.state.optimizer_states import STATES, WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
-from megatron_tf.state.sources import StepZero
+from megatron_tf.state.sources import StateSource, StepZero
 from megatron_tf.tasks.data import Batch
 from megatron_tf.tasks.language_model.section import vocab_size_of
 
@@ -43,8 +43,8 @@ _SEED = 0  # of the order that samples are taken in: which they are depends on t
 _BATCH_TOKENS = 2048
 
 
-def target_counts(text: str, old: Mapping[str, int]) -> dict[str, int]:
-    """The smaller counts that the `--tokens` "qkv=96,ffn=384" means; what it does not name stays.
+def target_counts(text: str, old: Mapping[str, int], option: str = "--tokens") -> dict[str, int]:
+    """The smaller counts that the `option` "qkv=96,ffn=384" means; what it does not name stays.
 
     UserError with all that is wrong.
     """
@@ -52,12 +52,12 @@ def target_counts(text: str, old: Mapping[str, int]) -> dict[str, int]:
     for part in text.split(","):
         kind, _, number = (piece.strip() for piece in part.partition("="))
         if kind not in counts or not (number.isascii() and number.isdigit()):
-            problems.append(f"--tokens: {part!r} is not KIND=N with a KIND of {', '.join(counts)}.")
+            problems.append(f"{option}: {part!r} is not KIND=N with a KIND of {', '.join(counts)}.")
         elif kind in given:
-            problems.append(f"--tokens: names {kind} twice.")
+            problems.append(f"{option}: names {kind} twice.")
         elif not 1 <= int(number) < old[kind]:
             problems.append(
-                f"--tokens: {kind} is {int(number)}, the checkpoint has {old[kind]}. Choose 1 to {old[kind] - 1}, or leave "
+                f"{option}: {kind} is {int(number)}, the checkpoint has {old[kind]}. Choose 1 to {old[kind] - 1}, or leave "
                 f"{kind} out to keep all."
             )
         else:
@@ -104,6 +104,7 @@ class DataSample:
                 f"--samples: {self.samples} to measure and as many others for the loss are asked of {prefix}, which has "
                 f"{available} of {model.seq_length} tokens. Choose 1 to {available // 2}."
             )
+        self.prefix = prefix
         self._loader = BatchLoader(
             dataset, micro_batch_size=1, num_micro_batches=self.samples, data_rank=0, data_size=1,
             vocab_size=vocab_size_of(model),
@@ -227,12 +228,20 @@ def pruned_start(
     scales: Mapping[str, float],
     measured: Mapping[str, Any],
 ) -> StepZero:
+    """Step 0 of the smaller `model`, with the tokens that stay.
+
+    `kept`, `scales`: see `Selection` and `fit_scales`.  `measured`: see `smaller_start`.
+    """
+    source = PrunedSource(CheckpointSource(reader), parameter_table(model), kept, scales)
+    return smaller_start(reader, model, source, measured)
+
+
+def smaller_start(reader: CheckpointReader, model: Model, source: StateSource, measured: Mapping[str, Any]) -> StepZero:
     """Step 0 of the smaller `model`, at the position in the data where the checkpoint stands, ready to be written.
 
-    `kept`, `scales`: see `Selection` and `fit_scales`.  `measured`: goes into the history entry, such as both losses.
+    `source`: its state.  `measured`: goes into the history entry, such as both losses.
     """
     index = reader.index
-    source = PrunedSource(CheckpointSource(reader), parameter_table(model), kept, scales)
     entry = growth_entry(
         method=PRUNED, moments="keep", source=str(reader.path), step=index.step, samples=index.samples,
         tokens=index.tokens, old_model=stored_model(index), new_model=model,

@@ -79,3 +79,10 @@ def join_steps(ranges: Sequence[StepRange]) -> list[StepRange]:
         else:
             joined.append((start, stop, steps))
     return joined
+
+
+def add_steps(ranges: list[StepRange], start: int, stop: int, steps: int) -> None:
+    """Append what begins where the last range ends; elements as old as those of the last range join it."""
+    if ranges and ranges[-1][2] == steps:
+        start = ranges.pop()[0]
+    ranges.append((start, stop, steps))

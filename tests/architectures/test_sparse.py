@@ -183,13 +183,14 @@ def test_it_resumes_at_another_layout():
 
 
 def test_what_knows_dense_projections_only_refuses():
-    check_prunable(dense().model)
+    check_prunable(dense().model, {**TOKENS, "ffn": 9})
+    check_prunable(config().model, {**TOKENS, "qkv": 9})
     message = (
-        "^model.sparse.ffn: the ffn projections cannot be pruned, because positions choose among 3 candidates in each of 4 "
-        "slots of 16 tokens. Give a model without model.sparse, such as the one that it was grown from$"
+        "^model.sparse.ffn: the ffn projections cannot lose some of their 69 tokens, because positions choose 64 of them among 3 "
+        "candidates in each of 4 slots of 16 tokens. Give --candidates ffn=1, which makes the model dense, and prune that one$"
     )
     with pytest.raises(CheckpointError, match=message):
-        check_prunable(config().model)
+        check_prunable(config().model, {**TOKENS, "ffn": 9})
     with pytest.raises(ConfigError) as caught:
         larger = config(ffn=101)
         growth = Growth(source="x", method="gram")

@@ -27,7 +27,7 @@ def draw(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(params=[2**22, 3 * N + 1], ids=["at_once", "in_parts"])
 def _parts(request, monkeypatch):
-    monkeypatch.setattr(criterion, "_SCORE_ELEMENTS", request.param)
+    monkeypatch.setattr(criterion, "SCORE_ELEMENTS", request.param)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

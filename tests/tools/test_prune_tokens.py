@@ -39,9 +39,9 @@ data:
 """
 
 
-def model(tokens: dict[str, int]) -> Model:
+def model(tokens: dict[str, int], **changes: object) -> Model:
     return Model.model_validate({"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16,
-                                 "vocab_size": 99, "parameter_tokens": tokens})  # fmt: skip
+                                 "vocab_size": 99, "parameter_tokens": tokens, **changes})  # fmt: skip
 
 
 def prepare(prefix: Path, tokenizer: str = "a" * 64, documents: int = 40, vocab_size: int = 99) -> None:
@@ -140,6 +140,76 @@ def test_a_users_mistake_is_one_message(folder, changes, message):
 def test_little_data_is_halved(folder):
     done = prune(folder, "dry", "qkv=13", "--dry-run", data="few")
     assert done.returncode == 0 and "on 3 samples of 16 tokens" in done.stdout, done.stdout + done.stderr
+
+
+BANK = {"group_size": 16, "candidates": 4, "dense": 5}
+
+
+@pytest.fixture(scope="module")
+def candidates(folder) -> Path:
+    """The run `candidates`, split from `small` twice."""
+    source = folder / "small" / "checkpoints" / "step_00000005"
+    for name, number in (("pairs", 2), ("candidates", 4)):
+        bigger = model(SMALL, sparse={"ffn": {**BANK, "candidates": number}})
+        reader = open_checkpoint(source)
+        start = grow(reader, bigger, Growth(source="x", method="split"), seed=1, data=None)
+        source = write_step_zero(
+            target_folder(folder / name), bigger, start, reader.index.data, lambda done, tensor: None
+        )
+    return folder
+
+
+def take(folder: Path, target: str, number: object, *arguments, source="candidates"):
+    return tool("prune_tokens", "--from", folder / source, "--candidates", f"ffn={number}", "--data", folder / "tokens",
+                "--to", folder / target, *arguments)  # fmt: skip
+
+
+def test_taking_all_candidates_but_one_undoes_both_splits_to_the_last_bit(candidates):
+    done = take(candidates, "dense", 1, "--samples", "6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    small = open_checkpoint(candidates / "small" / "checkpoints" / "step_00000005")
+    back = open_checkpoint(candidates / "dense" / "checkpoints" / "step_00000000")
+    back.verify()
+    assert [d for d in compare(small, back) if not d.equal] == []
+    for field in ("samples", "tokens", "scales", "adam_steps", "data", "model"):
+        assert getattr(back.index, field) == getattr(small.index, field), field
+    entry = back.index.growth_history[-1]
+    assert entry["sparse"] == {"from": {"ffn": BANK}, "to": None} and entry["candidates_by"] in ("drop", "merge")
+    assert entry["loss_before"] == pytest.approx(entry["loss_after"], rel=1e-6)
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "ffn 4 candidates in each of 2 slots of 16 -> 37 tokens, which every position uses" in lines, done.stdout
+    assert "'model.sparse=null'" in done.stdout and "drop leaves out" in " ".join(lines)
+
+
+def test_what_cannot_be_taken_away_is_one_message(candidates):
+    assert_refused(take(candidates, "no", 4), "--candidates: ffn is 4, the checkpoint has 4. Choose 1 to 3")
+    assert_refused(
+        take(candidates, "no", 1, source="small"), "--candidates: ffn=1, and the model has 0: model.sparse is null"
+    )
+    assert_refused(
+        prune(candidates, "no", "ffn=30", source="candidates"), "Give --candidates ffn=1, which makes the model dense"
+    )
+    done = prune(candidates, "fewer", "qkv=10", "--dry-run", source="candidates")
+    assert done.returncode == 0 and "qkv         13 tokens -> 10" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_model_with_fewer_candidates_is_trained_further_and_grown_again(candidates, tmp_path):
+    done = take(candidates, "two", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (change,) = [line for line in done.stdout.splitlines() if "run.dir=" in line]
+    (tmp_path / "config.yml").write_text(CONFIG.format(folder=candidates))
+    counts = [f"model.parameter_tokens.{kind}={number}" for kind, number in SMALL.items()]
+    done = train(tmp_path, *(part.strip("'") for part in change.split(" ", 3)[2:]), *counts)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout
+    bank = "model.sparse={ffn: {group_size: 16, candidates: 6, dense: 5}}"
+    done = train(
+        tmp_path, f"run.dir={candidates}/again", f"growth.from={candidates}/two", "growth.method=split", bank, *counts
+    )
+    assert done.returncode == 0 and "grown from" in done.stdout, done.stdout
+    history = open_checkpoint(candidates / "again" / "checkpoints" / "step_00000002").index.growth_history
+    assert [entry["method"] for entry in history] == ["split", "split", "pruned", "split"]
+    assert history[3]["loss_before"] == pytest.approx(history[3]["loss_after"], rel=1e-5)
 
 
 @pytest.mark.slow

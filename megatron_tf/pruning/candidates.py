@@ -1,0 +1,139 @@
+"""Fewer candidates: what they contribute on real data, and which of them stay or are merged.
+
+There are two ways from m candidates of a slot to m' of them.
+
+| way | a candidate of the smaller model | possible |
+|---|---|---|
+| `drop` | one that was there: the m' of a slot that contribute most stay | always |
+| `merge` | the mean of m/m' neighbours: of tokens weighted by the positions that chose each, of routers even | m' divides m |
+
+What a candidate contributes is Σ |S_i|·‖v_i‖ over its tokens and the positions that chose it, as in `criterion`. The
+positions of one that is dropped choose among the others. Neighbours are what `split` makes of one candidate, so merging
+undoes a split: copies have the mean that each of them is, and routers ρ_j + δ_k have the mean ρ_j + mean δ, whose
+second part is the same for all j and decides nothing. Which way is better depends on how far the copies have parted, and is measured.
+
+A position uses as many tokens as before, so τ stays. With one candidate a slot the model is dense: its tokens are the
+dense ones, and then those of the slots in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_tf.activations.function import score_function
+from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.schema import Model
+from megatron_tf.data.loader import Batch
+from megatron_tf.errors import CheckpointError
+from megatron_tf.model.grouped import assign, pieces
+from megatron_tf.model.routing import choose
+from megatron_tf.model.sparse_pattention import SparsePattention
+from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.pruning.criterion import SCORE_ELEMENTS
+from megatron_tf.state.parameters import projections
+
+DROP, MERGE = "drop", "merge"
+# By projection, fp64 [slots, m', m]: the share that each old candidate has in each of the smaller model's.
+Mixtures = Mapping[str, Tensor]
+
+
+@dataclass
+class Use:
+    """Of one projection: positions that chose each candidate, and what it contributes. fp64 [slots, m] each."""
+
+    positions: Tensor
+    contributions: Tensor
+
+    def dropped_share(self, mixture: Tensor) -> float:
+        """Of all contributions, what the candidates contribute that are in none of the smaller model's."""
+        total = float(self.contributions.sum())
+        return float(self.contributions[mixture.sum(1) == 0].sum()) / total if total else 0.0
+
+
+def candidate_counts(model: Model) -> dict[str, int]:
+    """Candidates of a slot by kind of projection; nothing for dense ones."""
+    return {spec.kind: spec.bank.candidates for spec in projections(model).values() if spec.bank}
+
+
+def with_candidates(model: Model, counts: Mapping[str, int]) -> Model:
+    """`model` with `counts` candidates by kind of projection; 1 is a dense projection."""
+    sections = dict(model)["sparse"].model_dump()
+    smaller = {kind: {**bank, "candidates": counts[kind]} for kind, bank in sections.items() if counts[kind] > 1}
+    return architecture_of(model).with_sparse(model, smaller or None)
+
+
+@torch.no_grad()
+def measure_use(model: TokenFormer, batches: Iterable[Batch]) -> dict[str, Use]:
+    """Of each projection that has candidates. CheckpointError when the model is not finite."""
+    observed = {name: module for name, module in model.named_modules() if isinstance(module, SparsePattention)}
+    found: dict[str, Use] = {}
+    try:
+        for name, projection in observed.items():
+            slots, candidates, _ = projection.bank.shape
+            found[name] = Use(*torch.zeros(2, slots, candidates, dtype=torch.float64))
+            projection.observer = partial(_add_use, projection, found[name])
+        for ids, _ in batches:
+            model.hidden_states(ids)
+    finally:
+        for projection in observed.values():
+            projection.observer = None
+    for name, use in found.items():
+        if not use.contributions.isfinite().all():
+            raise CheckpointError(
+                f"{name}: what its candidates contribute is not finite: the training diverged. Use an earlier checkpoint."
+            )
+    return found
+
+
+def _add_use(projection: SparsePattention, use: Use, x: Tensor) -> None:
+    function, bank = score_function(projection.activation), projection.bank
+    slots, candidates, size = bank.shape
+    keys, values = bank.key_tokens.unflatten(0, bank.shape), bank.value_tokens.unflatten(0, bank.shape)
+    norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
+    dense = 0 if projection.key_tokens is None else len(projection.key_tokens)
+    used = dense + slots * size
+    for rows in x.flatten(0, -2).split(max(1, SCORE_ELEMENTS // used)):
+        chosen = choose(bank.logits(rows), bank.slot_balance())
+        of_candidates = list(pieces(assign(chosen, candidates), rows.dtype))
+        scores = rows.new_empty(len(rows), used)
+        if projection.key_tokens is not None:
+            scores[:, :dense] = rows @ projection.key_tokens.mT
+        places = [slice(dense + piece.slot * size, dense + (piece.slot + 1) * size) for piece in of_candidates]
+        for piece, place in zip(of_candidates, places):
+            scores[piece.rows, place] = rows[piece.rows] @ keys[piece.slot, piece.candidate].mT
+        _, weights = function.statistic_and_weights(scores, projection.scale)
+        for piece, place in zip(of_candidates, places):
+            summed = weights[piece.rows, place].abs().sum(0, dtype=torch.float64)
+            use.contributions[piece.slot, piece.candidate] += summed @ norms[piece.slot, piece.candidate]
+            use.positions[piece.slot, piece.candidate] += len(piece.rows)
+
+
+def mixtures(use: Mapping[str, Use], smaller: Model) -> dict[str, Mixtures]:
+    """The ways to the candidates of the model `smaller`."""
+    banks = {name: spec.bank for name, spec in projections(smaller).items()}
+    counts = {name: bank.candidates if (bank := banks[name]) else 1 for name in use}
+    ways: dict[str, Mixtures] = {DROP: {name: _dropped(own.contributions, counts[name]) for name, own in use.items()}}
+    if all(own.positions.shape[1] % counts[name] == 0 for name, own in use.items()):
+        ways[MERGE] = {name: _merged(own.positions, counts[name]) for name, own in use.items()}
+    return ways
+
+
+def _dropped(contributions: Tensor, count: int) -> Tensor:
+    """Of equal contributions the first candidates stay; those that stay keep their order."""
+    kept = contributions.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+    return torch.zeros(*kept.shape, contributions.shape[1], dtype=torch.float64).scatter_(2, kept.unsqueeze(-1), 1.0)
+
+
+def _merged(positions: Tensor, count: int) -> Tensor:
+    """By the positions and one more, so that each neighbour has a share, and those that nobody chose have equal ones."""
+    families = positions.unflatten(1, (count, -1)) + 1
+    shares = families / families.sum(-1, keepdim=True)
+    mixture = shares.new_zeros(len(positions), count, *families.shape[1:])
+    for candidate in range(count):
+        mixture[:, candidate, candidate] = shares[:, candidate]
+    return mixture.flatten(2)
