@@ -68,9 +68,15 @@ def run_pattention(device: torch.device, arguments: argparse.Namespace) -> Itera
 def run_sparse(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
     dtypes = [DTYPES[name] for name in arguments.dtypes]
     return sparse.rows(
-        device, dtypes, arguments.tokens, arguments.candidates, arguments.group_size, arguments.positions,
-        arguments.width, arguments.rounds,
-    )  # fmt: skip
+        device,
+        dtypes,
+        arguments.tokens,
+        arguments.candidates,
+        arguments.group_size,
+        arguments.positions,
+        arguments.width,
+        arguments.rounds,
+    )
 
 
 def run_stages(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:

@@ -56,7 +56,7 @@ def _measure(
     torch.manual_seed(0)
     sparse = SparsePattention(
         used, width, width, group_size=group_size, candidates=candidates, dense=used % group_size
-    ).to(device, dtype)  # fmt: skip
+    ).to(device, dtype)
     dense = Pattention(used, width, width).to(device, dtype)
     x, grad = (torch.randn(positions, width, device=device).to(dtype) for _ in range(2))
     errors = _errors(sparse, x[:CHECKED_ROWS], grad[:CHECKED_ROWS])

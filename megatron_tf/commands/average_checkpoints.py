@@ -29,8 +29,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "sources", nargs="+", type=path, metavar="DIR", help="a run's folder, or two or more checkpoints"
     )
-    parser.add_argument("--last", type=whole_number(10_000, least=2), metavar="K",
-                        help=f"of one run, average its newest K checkpoints, or all that it has if fewer (default {LAST})")  # fmt: skip
+    parser.add_argument(
+        "--last",
+        type=whole_number(10_000, least=2),
+        metavar="K",
+        help=f"of one run, average its newest K checkpoints, or all that it has if fewer (default {LAST})",
+    )
     parser.add_argument("--ema", action="store_true", help="the moving average that one checkpoint holds")
     parser.add_argument(
         "--to", dest="target", type=path, required=True, metavar="DIR", help="the folder of the new run"

@@ -78,8 +78,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def add_config(mode: argparse.ArgumentParser) -> None:
     mode.add_argument("config", type=config_file, help="YAML file, see configs/")
-    mode.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
-                      help="replace values of the file; they come right after it")  # fmt: skip
+    mode.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.field=value",
+        help="replace values of the file; they come right after it",
+    )
 
 
 def add_device(mode: argparse.ArgumentParser) -> None:
@@ -89,8 +94,12 @@ def add_device(mode: argparse.ArgumentParser) -> None:
 def add_timing(mode: argparse.ArgumentParser) -> None:
     add_device(mode)
     mode.add_argument("--rounds", type=count, default=11, help="interleaved rounds (default 11)")
-    mode.add_argument("--dtypes", choices=get_args(Precision), nargs="+",
-                      help="default: bf16 where the device has instructions for it, else fp32")  # fmt: skip
+    mode.add_argument(
+        "--dtypes",
+        choices=get_args(Precision),
+        nargs="+",
+        help="default: bf16 where the device has instructions for it, else fp32",
+    )
 
 
 def add_mode(modes: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:

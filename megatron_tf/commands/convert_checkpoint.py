@@ -53,8 +53,12 @@ def parse_arguments() -> argparse.Namespace:
     importer.add_argument(
         "--config", type=config_file, metavar="FILE", help="configuration whose model the weights must be of"
     )
-    importer.add_argument("--reference", type=path, metavar="FILE", help="safetensors of the official code's input_ids "
-                          "and logits, to compare with before anything is written")  # fmt: skip
+    importer.add_argument(
+        "--reference",
+        type=path,
+        metavar="FILE",
+        help="safetensors of the official code's input_ids and logits, to compare with before anything is written",
+    )
     importer.set_defaults(command=from_official)
     exporter = commands.add_parser("to-official", help="a checkpoint's weights into an official file")
     exporter.add_argument("source", type=path, help="run folder or checkpoint; memory for its weights is needed")
@@ -99,8 +103,10 @@ def from_official(arguments: argparse.Namespace) -> None:
     given = load_config(arguments.config).model if arguments.config else None
     weights = open_official(arguments.source)
     model, origin = matching_model(weights, given)
-    print(f"from        {arguments.source}: {weights.description}, "
-          f"{sum(file.stat().st_size for file in weights.files):,} bytes")  # fmt: skip
+    print(
+        f"from        {arguments.source}: {weights.description}, "
+        f"{sum(file.stat().st_size for file in weights.files):,} bytes"
+    )
     print(f"to          {root / folder_name(FIRST_STEP)}")
     describe(model, origin)
     print("moments     0: training goes on from the weights alone, with a schedule of its own")
@@ -223,8 +229,9 @@ def from_hf(arguments: argparse.Namespace) -> None:
     print("moments     0: training goes on from the weights alone, with a schedule of its own")
     if arguments.dry_run:
         return print("\ndry run: nothing is written")
-    write_run(root, export.model,
-              lambda progress: write_weights(root, export.model, export.weights, export.scales, progress))  # fmt: skip
+    write_run(
+        root, export.model, lambda progress: write_weights(root, export.model, export.weights, export.scales, progress)
+    )
 
 
 def to_safetensors(arguments: argparse.Namespace) -> None:
@@ -248,8 +255,10 @@ def to_safetensors(arguments: argparse.Namespace) -> None:
 def describe(model: Model, origin: str, scales: Mapping[str, float] | None = None) -> None:
     print(f"model       {origin}")
     model = as_tokenformer(model)
-    print(f"            {model.num_layers} layers × {model.hidden_size}, {model.num_attention_heads} heads, "
-          f"{model.seq_length:,} positions, {vocab_size_of(model):,} vocabulary rows, {model.activation}")  # fmt: skip
+    print(
+        f"            {model.num_layers} layers × {model.hidden_size}, {model.num_attention_heads} heads, "
+        f"{model.seq_length:,} positions, {vocab_size_of(model):,} vocabulary rows, {model.activation}"
+    )
     scales = scales or initial_scales(model)
     for kind, count in model.parameter_tokens.model_dump().items():
         found = {scales[name] for name, projection in projections(model).items() if projection.kind == kind}

@@ -52,12 +52,25 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=number(0.001, 100_000), metavar="X",
-                        help="size of large messages (default 256 between GPUs, 4 between CPUs)")  # fmt: skip
-    parser.add_argument("--timeout-seconds", type=number(1, 86_400), default=60.0, metavar="X",
-                        help="how long ranks wait for each other in each test (default 60)")  # fmt: skip
-    parser.add_argument("--slow-factor", type=number(1, 1e6), metavar="X",
-                        help="how many times slower than the median is slow (default 1.5 on GPUs, 3 on CPUs)")  # fmt: skip
+    parser.add_argument(
+        "--megabytes",
+        type=number(0.001, 100_000),
+        metavar="X",
+        help="size of large messages (default 256 between GPUs, 4 between CPUs)",
+    )
+    parser.add_argument(
+        "--timeout-seconds",
+        type=number(1, 86_400),
+        default=60.0,
+        metavar="X",
+        help="how long ranks wait for each other in each test (default 60)",
+    )
+    parser.add_argument(
+        "--slow-factor",
+        type=number(1, 1e6),
+        metavar="X",
+        help="how many times slower than the median is slow (default 1.5 on GPUs, 3 on CPUs)",
+    )
     parser.add_argument("--fail-on-slow", action="store_true", help="exit code 1 also for what is slow")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it

@@ -34,8 +34,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default 64)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument("--top-k", type=int, default=40, help="sample from the k likeliest tokens; 0: all (default 40)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest tokens that have this share of "
-                        "the probability (default 1)")  # fmt: skip
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the fewest tokens that have this share of the probability (default 1)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument(
         "--tokenizer",
@@ -125,9 +129,15 @@ def pieces(
     cached = CachedModel(model)
     steps = generate(
         lambda ids, padding: cached(ids, padding)[:, : tokenizer.vocab_size],  # the model's may be padded beyond it
-        encoded, num_tokens=arguments.tokens, context=model.config.seq_length, end=tokenizer.eod_id,
-        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
-    )  # fmt: skip
+        encoded,
+        num_tokens=arguments.tokens,
+        context=model.config.seq_length,
+        end=tokenizer.eod_id,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
     for step in steps:
         for row, token in enumerate(step):
             if token is not None:

@@ -62,22 +62,46 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=config_file, help="YAML file, see configs/; also one with stages")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
-                        help="replace values of the file")  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.field=value", help="replace values of the file"
+    )
     parser.add_argument("--gpus", type=count, required=True, metavar="N", help="number of GPUs")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"one of {', '.join(GPUS)} (default h100)")
     parser.add_argument("--gpus-per-node", type=count, metavar="N", help="default: 8")
-    parser.add_argument("--network-gb-per-s", type=bandwidth, metavar="X",
-                        help="bandwidth between nodes for each GPU, GB/s in each direction (default: its DGX's)")  # fmt: skip
+    parser.add_argument(
+        "--network-gb-per-s",
+        type=bandwidth,
+        metavar="X",
+        help="bandwidth between nodes for each GPU, GB/s in each direction (default: its DGX's)",
+    )
     parser.add_argument("--tokens", type=tokens, metavar="T", help="train on so many, such as 300e9")
-    parser.add_argument("--scratch-tokens", type=tokens, metavar="T",
-                        help="for a chain: what each size would be trained on from scratch (default: the first stage's)")  # fmt: skip
-    parser.add_argument("--failures-per-gpu-year", type=not_negative, metavar="X", default=LLAMA_3_FAILURES_PER_GPU_YEAR,
-                        help="failures that end the run (default %(default).2f, as in Llama 3's pre-training)")  # fmt: skip
-    parser.add_argument("--storage-gb-per-s", type=bandwidth, metavar="X", default=5.0,
-                        help="speed at which all ranks together write a checkpoint (default 5)")  # fmt: skip
-    parser.add_argument("--restart-minutes", type=not_negative, metavar="X", default=10.0,
-                        help="from a failure to the first step afterwards (default 10)")  # fmt: skip
+    parser.add_argument(
+        "--scratch-tokens",
+        type=tokens,
+        metavar="T",
+        help="for a chain: what each size would be trained on from scratch (default: the first stage's)",
+    )
+    parser.add_argument(
+        "--failures-per-gpu-year",
+        type=not_negative,
+        metavar="X",
+        default=LLAMA_3_FAILURES_PER_GPU_YEAR,
+        help="failures that end the run (default %(default).2f, as in Llama 3's pre-training)",
+    )
+    parser.add_argument(
+        "--storage-gb-per-s",
+        type=bandwidth,
+        metavar="X",
+        default=5.0,
+        help="speed at which all ranks together write a checkpoint (default 5)",
+    )
+    parser.add_argument(
+        "--restart-minutes",
+        type=not_negative,
+        metavar="X",
+        default=10.0,
+        help="from a failure to the first step afterwards (default 10)",
+    )
     parser.add_argument("--best", type=count, default=5, metavar="K", help="layouts to name (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser.parse_intermixed_args()

@@ -24,10 +24,12 @@ from megatron_tf.streams import flush_or_discard
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=config_file, help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
-                        help="replace values of the file")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true",
-                        help="show plan, layout, memory, start and the first batch, and write nothing")  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.field=value", help="replace values of the file"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show plan, layout, memory, start and the first batch, and write nothing"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_intermixed_args()
     environment = detect(os.environ)

@@ -31,10 +31,12 @@ tolerance = number(0, sys.float_info.max, "a number of 0 or more, such as 1e-5")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=config_file, help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
-                        help="replace values of the file")  # fmt: skip
-    parser.add_argument("--ranks", type=number_of_ranks,
-                        help="number of ranks; default: tensor × pipeline, or 2 when that is 1")  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.field=value", help="replace values of the file"
+    )
+    parser.add_argument(
+        "--ranks", type=number_of_ranks, help="number of ranks; default: tensor × pipeline, or 2 when that is 1"
+    )
     parser.add_argument("--all", action="store_true", help="every layout of 2 to --ranks ranks instead of one")
     parser.add_argument("--steps", type=count, default=20, help="optimizer steps (default 20)")
     parser.add_argument("--tolerance", type=tolerance, help="largest relative error; default: what rounding explains")

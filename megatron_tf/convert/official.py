@@ -32,9 +32,15 @@ _OTHER_VOCABULARY = " rows: another tokenizer, or another padding of its vocabul
 
 def _model(layers: int, width: int, heads: int, positions: int, tokens: tuple[int, int, int], vocab: int) -> Model:
     return Model.model_validate(
-        {"num_layers": layers, "hidden_size": width, "num_attention_heads": heads, "seq_length": positions,
-         "vocab_size": vocab, "parameter_tokens": dict(zip(("qkv", "proj", "ffn"), tokens))}
-    )  # fmt: skip
+        {
+            "num_layers": layers,
+            "hidden_size": width,
+            "num_attention_heads": heads,
+            "seq_length": positions,
+            "vocab_size": vocab,
+            "parameter_tokens": dict(zip(("qkv", "proj", "ffn"), tokens)),
+        }
+    )
 
 
 # Heads and sequence length leave no trace in the weights; of these models they are known.
@@ -75,9 +81,11 @@ def check_official(shapes: Mapping[str, Shape], model: Model) -> None:
     if problems:
         more = f"\n  - and {len(problems) - _LISTED:,} more" if len(problems) > _LISTED else ""
         raise CheckpointError(
-            "these are not the official weights of this model:\n  - " + "\n  - ".join(problems[:_LISTED]) + more
+            "these are not the official weights of this model:\n  - "
+            + "\n  - ".join(problems[:_LISTED])
+            + more
             + "\nGive the configuration that they were trained with, or the whole file."
-        )  # fmt: skip
+        )
 
 
 def known_model(shapes: Mapping[str, Shape], arguments: Mapping[str, Any]) -> tuple[Model, str]:

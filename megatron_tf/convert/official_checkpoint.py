@@ -47,9 +47,10 @@ def matching_model(weights: OfficialWeights, given: Model | None) -> tuple[Model
     check_official(weights.shapes, model)
     if problems := recorded_problems(model, weights.arguments):
         raise CheckpointError(
-            "these weights are of another model:\n  - " + "\n  - ".join(problems)
+            "these weights are of another model:\n  - "
+            + "\n  - ".join(problems)
             + "\nGive the configuration that they were trained with."
-        )  # fmt: skip
+        )
     for name, tensor in weights.tensors.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{name}: holds values that are infinite or no numbers, so the file is damaged")
@@ -135,8 +136,9 @@ def exportable_model(reader: CheckpointReader) -> Model:
     # A scale that differs by its last bits is √n all the same, reached over another way.
     other = [name for name, scale in assumed.items() if not math.isclose(held[name], scale, rel_tol=1e-9)]
     if other:
-        listed = "".join(f"\n  - {name}: τ {held[name]:.6g}, the official code takes {assumed[name]:.6g}"
-                         for name in other[:5])  # fmt: skip
+        listed = "".join(
+            f"\n  - {name}: τ {held[name]:.6g}, the official code takes {assumed[name]:.6g}" for name in other[:5]
+        )
         more = f"\n  - and {len(other) - 5:,} more" if len(other) > 5 else ""
         raise CheckpointError(
             f"{reader.path}: the official code would compute another function from these weights, because it takes "
@@ -185,8 +187,14 @@ def official_settings(model: Model) -> dict[str, object]:
     model = as_tokenformer(model)
     counts = {f"{kind}_slot_num": count for kind, count in model.parameter_tokens.model_dump().items()}
     return {
-        "num_layers": model.num_layers, "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_attention_heads, **counts, "seq_length": model.seq_length,
-        "max_position_embeddings": model.seq_length, "norm_activation_type": model.activation,
-        "rotary_pct": model.rotary_fraction, "rotary_emb_base": model.rotary_base, "layernorm_epsilon": model.norm_eps,
-    }  # fmt: skip
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        **counts,
+        "seq_length": model.seq_length,
+        "max_position_embeddings": model.seq_length,
+        "norm_activation_type": model.activation,
+        "rotary_pct": model.rotary_fraction,
+        "rotary_emb_base": model.rotary_base,
+        "layernorm_epsilon": model.norm_eps,
+    }

@@ -215,10 +215,12 @@ def _shapes(state: Mapping[str, Any]) -> list[dict[str, torch.Size]]:
     groups = state.get("param_shapes")
     usable = isinstance(groups, list) and all(
         isinstance(group, dict)
-        and all(isinstance(name, str) and isinstance(shape, torch.Size) and all(n > 0 for n in shape)
-                for name, shape in group.items())
+        and all(
+            isinstance(name, str) and isinstance(shape, torch.Size) and all(n > 0 for n in shape)
+            for name, shape in group.items()
+        )
         for group in groups
-    )  # fmt: skip
+    )
     return groups if usable and groups is not None else []
 
 

@@ -134,9 +134,15 @@ def _run(command: Sequence[str], variables: Mapping[str, str], folder: str | Non
     environment = {**os.environ, "LC_ALL": "C", **variables}
     try:
         done = subprocess.run(
-            command, env=environment, cwd=folder, capture_output=True, text=True, errors="replace", timeout=COMMAND_SECONDS,
+            command,
+            env=environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COMMAND_SECONDS,
             stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
         raise UnavailableError(f"{Path(command[0]).name} gave no answer in {COMMAND_SECONDS} seconds") from None
     if done.returncode != 0:

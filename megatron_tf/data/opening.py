@@ -58,10 +58,18 @@ def write_sparse_pair(prefix: Path, documents: int, tokens_per_document: int) ->
     write_summary(
         prefix,
         CorpusSummary(
-            documents, tokens, bytes=tokens, max_token_id=0, tokenizer_fingerprint="", vocab_size=VOCAB_SIZE, eod_id=0,
-            files=(), skipped_records=0, empty_documents=0,
+            documents,
+            tokens,
+            bytes=tokens,
+            max_token_id=0,
+            tokenizer_fingerprint="",
+            vocab_size=VOCAB_SIZE,
+            eod_id=0,
+            files=(),
+            skipped_records=0,
+            empty_documents=0,
         ),
-    )  # fmt: skip
+    )
 
 
 def measure_opening(documents: int, tokens_per_document: int, seq_length: int, folder: Path) -> OpeningCost:

@@ -92,8 +92,10 @@ def _chosen(path: str | Path, vocabulary: Mapping[str, int], eod: Eod, special: 
 
 def _offered(vocabulary: Mapping[str, int], special: Mapping[str, int]) -> str:
     """The tokens that may be meant."""
-    names = sorted(special or {name: number for name, number in vocabulary.items() if name[:1] + name[-1:] == "<>"},
-                   key=vocabulary.__getitem__)  # fmt: skip
+    names = sorted(
+        special or {name: number for name, number in vocabulary.items() if name[:1] + name[-1:] == "<>"},
+        key=vocabulary.__getitem__,
+    )
     if not names:
         return f"None of its {len(vocabulary)} tokens is a special one."
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""

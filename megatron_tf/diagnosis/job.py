@@ -122,9 +122,12 @@ def _examine(
         "init_process_group",
         lambda: dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timeout,
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
         ),
-    )  # fmt: skip
+    )
     say("links between pairs of ranks")
     found.links = _links(assembly, found.hosts, num_bytes, device)
     _add(found, judge_links(found.links, names, found.hosts, factor))

@@ -42,9 +42,15 @@ def grow(
         raise ConfigError(f"growth.moments: they are to be kept, but {problem}")
     source = grown_source(reader, model, growth, seed)
     entry = growth_entry(
-        method=source.record["method"], moments=growth.moments, source=str(reader.path), step=index.step, samples=index.samples,
-        tokens=index.tokens, old_model=stored_model(index), new_model=model,
-    )  # fmt: skip
+        method=source.record["method"],
+        moments=growth.moments,
+        source=str(reader.path),
+        step=index.step,
+        samples=index.samples,
+        tokens=index.tokens,
+        old_model=stored_model(index),
+        new_model=model,
+    )
     entry |= {**source.record, "noise": growth.noise, "preserves": source.preserves}
     same_data = data is None or dict(index.data) == dict(data)
     samples, states = index.samples if same_data else 0, OPTIMIZERS[optimizer].state_names

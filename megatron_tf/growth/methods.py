@@ -172,9 +172,14 @@ def gram(projection: GrowingProjection) -> NewTokens:
         from megatron_tf.growth.gram import GramKeys  # needs torch
 
         return GramKeys(
-            old_keys, old_tokens=old, added_tokens=new - old, width=projection.width, factor=factor,
-            seed=projection.seed, name=projection.name,
-        )  # fmt: skip
+            old_keys,
+            old_tokens=old,
+            added_tokens=new - old,
+            width=projection.width,
+            factor=factor,
+            seed=projection.seed,
+            name=projection.name,
+        )
 
     return NewTokens(scale, {name: read}, values=None)
 

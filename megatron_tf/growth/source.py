@@ -130,9 +130,14 @@ class AppendedSource:
         self._tensors: dict[str, _Grown] = {}
         old_shapes = parameter_table(old_model)
         self._projections = growing(
-            old_model, new_model, growth, old.scales, seed,
-            lambda tensor: self._weights_of(old, tensor), lambda tensor: self._weights_of(fresh, tensor),
-        )  # fmt: skip
+            old_model,
+            new_model,
+            growth,
+            old.scales,
+            seed,
+            lambda tensor: self._weights_of(old, tensor),
+            lambda tensor: self._weights_of(fresh, tensor),
+        )
         for name, projection in self._projections.items():
             for part in (*projection.initial_keys, *projection.initial_values):
                 tensor = f"{name}.{part}"

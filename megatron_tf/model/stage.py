@@ -113,11 +113,16 @@ def build_stage(
     layers = stage_layers(model.num_layers, topology.pipeline, topology.coordinate("pipeline", rank))
     input_layer, head = build_ends(model, tensor, first=previous is None, last=following is None)
     return Stage(
-        model, tensor, input_layer,
+        model,
+        tensor,
+        input_layer,
         {layer: build_block(model, layer, scales, tensor) for layer in layers},
         FinalNorm(model, tensor) if following is None else None,
-        head, previous, following, document_ends,
-    )  # fmt: skip
+        head,
+        previous,
+        following,
+        document_ends,
+    )
 
 
 def build_ends(

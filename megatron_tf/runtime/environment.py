@@ -145,9 +145,15 @@ def _from_rank_variables(environ: Mapping[str, str]) -> LaunchEnvironment:
     if world_size == 1:
         return LaunchEnvironment(launcher, 0, 1, local_rank, local_world_size, "127.0.0.1", 0)
     return LaunchEnvironment(
-        launcher, rank, world_size, local_rank, local_world_size, _address(environ), _port(environ),
+        launcher,
+        rank,
+        world_size,
+        local_rank,
+        local_world_size,
+        _address(environ),
+        _port(environ),
         run=_torchrun_run(environ),
-    )  # fmt: skip
+    )
 
 
 def _one_rank_a_machine(environ: Mapping[str, str]) -> bool:

@@ -64,9 +64,10 @@ def join_ranks(
                 "give it an address: `ip link set lo up`."
             ) from error
         raise _no_meeting(
-            environment, f": {reason} Check that the nodes reach each other: firewalls, and GLOO_SOCKET_IFNAME or "
-            "NCCL_SOCKET_IFNAME. tools/doctor.py tests every link."
-        ) from error  # fmt: skip
+            environment,
+            f": {reason} Check that the nodes reach each other: firewalls, and GLOO_SOCKET_IFNAME or "
+            "NCCL_SOCKET_IFNAME. tools/doctor.py tests every link.",
+        ) from error
     # Libraries look here for a rank's place. A process that did not become a rank keeps its own variables.
     os.environ.update(
         RANK=str(environment.rank),
@@ -91,13 +92,14 @@ def _meet(
     except Stuck as stuck:
         absent = ", ".join(assembly.name(rank) for rank in stuck.ranks) or "another rank"
         raise _no_meeting(
-            environment, f" within {timeout_seconds:g} seconds: {absent} {stuck.what} ({stuck.phase}). Start all ranks with "
-            "the same address and port; parallel.timeout_seconds is how long ranks wait."
-        ) from stuck  # fmt: skip
+            environment,
+            f" within {timeout_seconds:g} seconds: {absent} {stuck.what} ({stuck.phase}). Start all ranks with "
+            "the same address and port; parallel.timeout_seconds is how long ranks wait.",
+        ) from stuck
     except Unreachable as error:
         raise _no_meeting(
             environment, f": {assembly.name(0)} does not answer, or has ended, and its own output says why. ({error})"
-        ) from error  # fmt: skip
+        ) from error
     return dist.PrefixStore("process group", store)
 
 

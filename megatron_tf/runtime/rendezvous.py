@@ -62,9 +62,12 @@ def open_store(environment: LaunchEnvironment, timeout_seconds: float) -> dist.S
         check_port_free(address, port, environment.address_from)
     try:
         store = dist.TCPStore(
-            address, port, is_master=rank == 0 and not by_agent,
-            timeout=timedelta(seconds=timeout_seconds), wait_for_workers=False,
-        )  # fmt: skip
+            address,
+            port,
+            is_master=rank == 0 and not by_agent,
+            timeout=timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,
+        )
     except STORE_ERRORS as error:
         raise LaunchError(
             f"rank {rank} could not reach the store at MASTER_ADDR={address}, MASTER_PORT={port}: {first_line(error)}"

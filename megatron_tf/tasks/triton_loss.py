@@ -33,9 +33,17 @@ def gradient(rows: Tensor, local: Tensor, log_total: Tensor, scale: Tensor) -> T
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if rows.shape[0]:
         _gradient[(rows.shape[0],)](
-            rows, rows.stride(0), local, log_total, scale, out, out.stride(0), rows.shape[1], BLOCK=BLOCK,
+            rows,
+            rows.stride(0),
+            local,
+            log_total,
+            scale,
+            out,
+            out.stride(0),
+            rows.shape[1],
+            BLOCK=BLOCK,
             num_warps=WARPS,
-        )  # fmt: skip
+        )
     return out
 
 

@@ -68,9 +68,15 @@ class WandbTracker:
         self._dir = dir
         with without_terminal():  # at one, wandb would ask for an account, and wait
             self._run = wandb.init(
-                config=dict(config), project=project, name=run.name, tags=list(run.tags), notes=run.notes, dir=str(dir),
-                id=os.environ.get("WANDB_RUN_ID") or run_id, resume="allow",
-            )  # fmt: skip
+                config=dict(config),
+                project=project,
+                name=run.name,
+                tags=list(run.tags),
+                notes=run.notes,
+                dir=str(dir),
+                id=os.environ.get("WANDB_RUN_ID") or run_id,
+                resume="allow",
+            )
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
 

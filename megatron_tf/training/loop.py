@@ -134,8 +134,9 @@ class Trainer:
     def _meet(self) -> int:
         """One small all-reduce (max) a step: stop request, save still running, seconds that the step waited for data.
         Returns the stop request."""
-        word = torch.tensor([self.stop.request(self.config.run.max_hours), self.saver.is_writing, self.waited],
-                            dtype=torch.float64)  # fmt: skip
+        word = torch.tensor(
+            [self.stop.request(self.config.run.max_hours), self.saver.is_writing, self.waited], dtype=torch.float64
+        )
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.meeting)
         request, writing, waited = word.tolist()
         self.meter.waited(waited)

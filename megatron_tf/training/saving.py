@@ -127,9 +127,14 @@ class Saver:
         """Runs in the background: ranks meet through files only, see `checkpoint.writer`."""
         root, keep_last = checkpoints_folder(self._config), self._config.checkpoint.keep_last
         path = save_checkpoint(
-            root, pieces, index, rank=self._run.rank, world_size=self._run.world_size, token=f"{self._token}-{index.step}",
+            root,
+            pieces,
+            index,
+            rank=self._run.rank,
+            world_size=self._run.world_size,
+            token=f"{self._token}-{index.step}",
             timeout_seconds=self._config.parallel.timeout_seconds,
-        )  # fmt: skip
+        )
         if self._run.is_main and keep_last is not None:
             try:
                 self._sound[path.resolve()] = True

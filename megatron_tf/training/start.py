@@ -231,19 +231,27 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
         before, now = (shortened(_sources(of), 500) for of in (index.data, data))
         other_data = index.data.get("sources") not in (None, data.get("sources"))
         return Start(
-            CheckpointSource(reader), f"{how} {path} at step {index.step:,}{note}",
-            Progress(index.step, index.samples, index.tokens), index.growth_history, _unproved(index),
-            trackers=trackers, run_state=index.run, resumed=True,
+            CheckpointSource(reader),
+            f"{how} {path} at step {index.step:,}{note}",
+            Progress(index.step, index.samples, index.tokens),
+            index.growth_history,
+            _unproved(index),
+            trackers=trackers,
+            run_state=index.run,
+            resumed=True,
             changes={"data.train (content)": [before, now]} if other_data else {},
-        )  # fmt: skip
+        )
     if config.growth is None:
         return _warm_start(config, path)
     reader = open_checkpoint(path)
     grown = grow(reader, config.model, config.growth, seed=config.run.seed, data=data, optimizer=config.optimizer.type)
     return Start(
-        grown.source, f"grown from {path}", Progress(0, grown.samples, grown.tokens), grown.growth_history,
+        grown.source,
+        f"grown from {path}",
+        Progress(0, grown.samples, grown.tokens),
+        grown.growth_history,
         grown_from=reader,
-    )  # fmt: skip
+    )
 
 
 def _own_trackers(config: RunConfig, index: CheckpointIndex) -> tuple[Mapping[str, str], str]:
@@ -262,9 +270,10 @@ def _warm_start(config: RunConfig, path: Path) -> Start:
     source, event = open_weights(path, config.model)
     trained = f" (step {event['step']:,}, {event['tokens']:,} tokens)" if event["step"] else ""
     return Start(
-        source, f"begins with the weights of {path}{trained}; optimizer, schedule and data from their beginning",
+        source,
+        f"begins with the weights of {path}{trained}; optimizer, schedule and data from their beginning",
         run_state={"history": [event]},
-    )  # fmt: skip
+    )
 
 
 def _unproved(index: CheckpointIndex) -> CheckpointReader | None:
@@ -285,8 +294,10 @@ def _check_data(config: RunConfig, stored: Mapping[str, Any], data: Mapping[str,
         return
     problems, remedies = [], []
     if stored.get("seed") != data.get("seed"):
-        problems.append(f"run.seed: the checkpoint's samples are in the order of seed {stored.get('seed')}, "
-                        f"now it is {data.get('seed')}")  # fmt: skip
+        problems.append(
+            f"run.seed: the checkpoint's samples are in the order of seed {stored.get('seed')}, "
+            f"now it is {data.get('seed')}"
+        )
         remedies.append(f"set run.seed={stored.get('seed')}")
     if stored.get("sources") != data.get("sources"):
         problems.append(f"data.train: the checkpoint was trained on {_sources(stored)}; now it is {_sources(data)}")

@@ -234,10 +234,16 @@ def _save(
 def _differences(state: _State, reader: CheckpointReader) -> list[str]:
     """What the ranks hold otherwise than the checkpoint; the same on all of them."""
     index = reader.index
-    own = [f"{name}, {kind}" for name, kind, start, stop, tensor in state.pieces
-           if not torch.equal(tensor, reader.read(name, kind, start, stop))]  # fmt: skip
-    own += [f"{name}, adam_steps" for name, start, stop, age in state.ages
-            if clip_steps(index.adam_steps[name], start, stop) != [(start, stop, age)]]  # fmt: skip
+    own = [
+        f"{name}, {kind}"
+        for name, kind, start, stop, tensor in state.pieces
+        if not torch.equal(tensor, reader.read(name, kind, start, stop))
+    ]
+    own += [
+        f"{name}, adam_steps"
+        for name, start, stop, age in state.ages
+        if clip_steps(index.adam_steps[name], start, stop) != [(start, stop, age)]
+    ]
     own += [f"loss scaler, {key}" for key, value in state.loss_scaler.items() if index.run.get(key) != value]
     everyone: list[tuple[list[str], int]] = [([], 0)] * dist.get_world_size()
     dist.all_gather_object(everyone, (own, sum(len(tensor) for *_, tensor in state.pieces)))

@@ -118,9 +118,11 @@ def _check(folder: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping
     if problems:
         more = f"\n  - and {len(problems) - _LISTED:,} more" if len(problems) > _LISTED else ""
         raise CheckpointError(
-            f"{folder}: the weights are not those of its {CONFIG_NAME}:\n  - " + "\n  - ".join(problems[:_LISTED]) + more
+            f"{folder}: the weights are not those of its {CONFIG_NAME}:\n  - "
+            + "\n  - ".join(problems[:_LISTED])
+            + more
             + "\nGive the whole folder as it was exported or saved; an adapter has to be merged first."
-        )  # fmt: skip
+        )
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

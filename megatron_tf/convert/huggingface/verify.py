@@ -105,9 +105,15 @@ def _compare_generation(exported: Any, choices: Choices, network: TokenFormer, i
         kind = f"generation {cache}"
         with _transformers_errors(kind), choices.recorded():
             out = exported.generate(
-                ids * mask, attention_mask=mask, do_sample=False, min_new_tokens=new, max_new_tokens=new,
-                return_dict_in_generate=True, output_logits=True, **options,
-            )  # fmt: skip
+                ids * mask,
+                attention_mask=mask,
+                do_sample=False,
+                min_new_tokens=new,
+                max_new_tokens=new,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **options,
+            )
         for row, length in enumerate(lengths):
             padding = prompt - length
             with choices.replayed(network, len(lengths), slice(row, row + 1), padding):

@@ -158,9 +158,13 @@ def _with_split(settings: PreprocessSettings, files: Sequence[Path], note: Calla
 
 def _encode_settings(settings: PreprocessSettings, tokenizer: Tokenizer) -> EncodeSettings:
     return EncodeSettings(
-        settings.tokenizer, settings.json_key, settings.validation_fraction, tokenizer.eod_id, settings.keep_lossy,
+        settings.tokenizer,
+        settings.json_key,
+        settings.validation_fraction,
+        tokenizer.eod_id,
+        settings.keep_lossy,
         blocks=settings.split_by == "blocks",
-    )  # fmt: skip
+    )
 
 
 def _limits(settings: PreprocessSettings) -> ReadLimits:

@@ -57,9 +57,15 @@ def _build(source: Path, command: Sequence[str], name: str, caches: Sequence[Pat
     with tempfile.TemporaryDirectory(dir=place) as folder:
         built = Path(folder, f"{name}.so")
         subprocess.run(
-            [*command, str(source), "-o", str(built), "-lm"], check=True, capture_output=True, text=True, errors="replace",
-            timeout=BUILD_SECONDS, stdin=subprocess.DEVNULL, env={**os.environ, "TMPDIR": folder},
-        )  # fmt: skip
+            [*command, str(source), "-o", str(built), "-lm"],
+            check=True,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=BUILD_SECONDS,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": folder},
+        )
         kept = next(filter(None, (_keep(built, cache, name) for cache in caches)), None)
         try:
             return ctypes.CDLL(str(built))  # stays loaded when its file is gone
