@@ -29,7 +29,9 @@ class Command:
 
 COMMANDS = {
     "train": Command("train", "train a model, or resume or grow one", ranks=True),
-    "evaluate": Command("evaluate", "perplexity and zero-shot tasks of a checkpoint", ranks=True),
+    "evaluate": Command(
+        "evaluate", "perplexity and zero-shot tasks of a checkpoint, or the accuracy of a classifier", ranks=True
+    ),
     "preprocess": Command("preprocess_data", "turn text into token files"),
     "prepare-images": Command("prepare_images", "turn images into .bin/.idx files"),
     "train-tokenizer": Command("train_tokenizer", "train a byte-level BPE tokenizer on text"),

@@ -1,8 +1,9 @@
 """Evaluate a checkpoint: `deepspeed launch/evaluate.py CONFIG [section.field=value ...]`.
 
 Perplexity and bits per byte on data.validation, or on any prepared data with --data, and with --tasks the zero-shot tasks
-of lm-evaluation-harness; from the newest checkpoint of run.dir, or any other with --checkpoint. The same file runs under torchrun, under srun, and as plain python on one
-process, on any layout: only weights are loaded, so a model needs a fraction of the memory of its training.
+of lm-evaluation-harness; of a model of images, top-1 and top-5 of every image. From the newest checkpoint of run.dir, or
+any other with --checkpoint. The same file runs under torchrun, under srun, and as plain python on one process, on any
+layout: only weights are loaded, so a model needs a fraction of the memory of its training.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=whole_number(2**31), metavar="N", help="only the first N documents of each task"
     )
+    parser.add_argument("--per-class", action="store_true", help="also show the accuracy of each class of images")
     parser.add_argument(
         "--output", type=path, metavar="DIR", help="folder of the JSON files (default: run.dir/evaluation)"
     )
@@ -67,10 +69,11 @@ def main() -> None:
         from megatron_tf.telemetry.console import quiet_libraries
 
         quiet_libraries()
-        from megatron_tf.evaluation.run import EvaluationRequest, evaluate
+        from megatron_tf.evaluation.loaded import EvaluationRequest
+        from megatron_tf.evaluation.run import evaluate
 
         request = EvaluationRequest(
             arguments.checkpoint, tuple(map(str, arguments.data)), arguments.stride, arguments.max_tokens, arguments.tasks,
-            arguments.task_folder, arguments.limit, arguments.output,
+            arguments.task_folder, arguments.limit, arguments.per_class, arguments.output,
         )  # fmt: skip
         evaluate(config, environment, request)

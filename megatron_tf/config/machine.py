@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.tasks import task_of
 
 
 def machine_problems(config: RunConfig) -> Iterator[str]:
@@ -20,7 +21,7 @@ def machine_problems(config: RunConfig) -> Iterator[str]:
     """
     for name, sources in (("train", config.data.train), ("validation", config.data.validation)):
         for number, source in enumerate(sources):
-            yield from _prefix_problems(f"data.{name}[{number}].path", source.path)
+            yield from _prefix_problems(f"data.{name}[{number}].path", source.path, task_of(config.model).prepared_by)
     tokenizer = config.data.tokenizer
     is_file = tokenizer is not None and tokenizer != "bytes" and not tokenizer.startswith("tiktoken:")
     if tokenizer is not None and is_file and not os.path.isfile(tokenizer):
@@ -34,11 +35,11 @@ def machine_problems(config: RunConfig) -> Iterator[str]:
             )
 
 
-def _prefix_problems(key: str, prefix: str) -> Iterator[str]:
+def _prefix_problems(key: str, prefix: str, tool: str) -> Iterator[str]:
     missing = [f"{prefix}{ending}" for ending in (".bin", ".idx") if not os.path.isfile(prefix + ending)]
     if not missing:
         return
-    remedy = "Prepare the data with tools/preprocess_data.py, or correct the path."
+    remedy = f"Prepare the data with {tool}, or correct the path."
     if prefix.endswith((".bin", ".idx")):
         remedy = f"Give the common prefix of the two files: {prefix[:-4]}"
     yield f"{key}: {' and '.join(missing)}: no such file. {remedy}"

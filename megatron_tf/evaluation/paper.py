@@ -1,7 +1,8 @@
-"""The zero-shot results of the paper, next to which ours are shown.
+"""The results of the paper, next to which ours are shown.
 
-Table 1 of arXiv 2410.23168: TokenFormers of configs/pile_*.yml after 300B tokens of the Pile. Accuracies in percent, of
-HellaSwag and ARC-Challenge normalised by the length of the answers, as usual for this set of tasks.
+Zero-shot, Table 1 of arXiv 2410.23168: TokenFormers of configs/pile_*.yml after 300B tokens of the Pile. Accuracies in
+percent, of HellaSwag and ARC-Challenge normalised by the length of the answers, as usual for this set of tasks. Of
+images, Table 2.
 """
 
 from __future__ import annotations
@@ -26,3 +27,10 @@ ACCURACIES = {
 }
 LAMBADA_PERPLEXITY = (16.38, 7.69, 5.46, 5.24)
 AVERAGE = (44.7, 52.0, 56.4, 59.3)
+# Parameters of configs/vision_*.yml -> name there, and top-1 in percent on ImageNet-1k
+VISION = {
+    86_447_848: ("TokenFormer-B/16 of 86M", 82.1),
+    114_759_400: ("TokenFormer-B/16 of 109M", 82.5),
+    304_007_144: ("TokenFormer-L/16 of 307M", 83.0),
+    404_670_440: ("TokenFormer-L/16 of 407M", 83.1),
+}

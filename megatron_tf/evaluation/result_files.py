@@ -11,20 +11,29 @@ from typing import Any
 from megatron_tf.durable import read_plain
 
 _LARGEST_FILE = 2**30
-# Of the settings that both kinds of file hold. The layout is not among them: it does not change the result.
-_SETTINGS = ("checkpoint", "precision", "window")
+# Of the settings that all kinds of file hold. The layout is not among them: it does not change the result.
+_SETTINGS = ("checkpoint", "precision")
+_TEXT_SETTINGS = (*_SETTINGS, "window")
 Identity = tuple[Any, ...]
 
 
 def perplexity_identity(values: Mapping[str, Any]) -> Identity:
     """What tells an evaluation on data from another one, of `report.perplexity_values`. KeyError when it is none."""
-    return (*(values[key] for key in (*_SETTINGS, "stride", "max_tokens")), *(data["path"] for data in values["data"]))
+    return (
+        *(values[key] for key in (*_TEXT_SETTINGS, "stride", "max_tokens")),
+        *(data["path"] for data in values["data"]),
+    )
 
 
 def tasks_identity(values: Mapping[str, Any]) -> Identity:
     """What tells a run of tasks from another one, of the values of a tasks file. KeyError when it is none."""
     settings = values["megatron_tf"]
-    return (*(settings[key] for key in (*_SETTINGS, "limit")), *settings["tasks"])
+    return (*(settings[key] for key in (*_TEXT_SETTINGS, "limit")), *settings["tasks"])
+
+
+def images_identity(values: Mapping[str, Any]) -> Identity:
+    """What tells an evaluation on images from another one, of the values of its file. KeyError when it is none."""
+    return (*(values[key] for key in (*_SETTINGS, "crop")), *(data["path"] for data in values["data"]))
 
 
 def result_file(path: Path, values: Mapping[str, Any], identity: Callable[[Mapping[str, Any]], Identity]) -> Path:

@@ -34,6 +34,8 @@ class Task(ABC):
     `section`: its part of the `model:` section of a configuration.
     `layers`: "module:object", a `tasks.layers.TaskLayers`.
     `data`: "module:object", a `tasks.data.TaskData`.
+    `evaluation`: "module:object", an `evaluation.loaded.TaskEvaluation`; "" where `evaluate` knows nothing of the task.
+    `prepared_by`: the tool that writes its data.
     `causal`: whether a position sees only those before it.
     `input_name`, `head_name`: of the two modules, in the names of their parameters. One name for both is one module, on
         the first and the last pipeline stage; it has one parameter, `weight`.
@@ -47,6 +49,8 @@ class Task(ABC):
     section: ClassVar[type[Model]]
     layers: ClassVar[str]
     data: ClassVar[str]
+    evaluation: ClassVar[str] = ""
+    prepared_by: ClassVar[str] = "tools/preprocess_data.py"
     causal: ClassVar[bool]
     input_name: ClassVar[str]
     head_name: ClassVar[str]

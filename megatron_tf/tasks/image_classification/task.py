@@ -23,6 +23,8 @@ class ImageClassification(Task):
     section = ImageModel
     layers = "megatron_tf.tasks.image_classification.layers:IMAGE_LAYERS"
     data = "megatron_tf.tasks.image_classification.data:IMAGE_DATA"
+    evaluation = "megatron_tf.evaluation.images:IMAGE_EVALUATION"
+    prepared_by = "tools/prepare_images.py"
     causal = False
     input_name, head_name = "patches", "head"
     metrics = ("top1", "top5")

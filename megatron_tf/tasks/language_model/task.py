@@ -18,6 +18,7 @@ class LanguageModelling(Task):
     section = LanguageModel
     layers = "megatron_tf.tasks.language_model.layers:LANGUAGE_MODEL_LAYERS"
     data = "megatron_tf.tasks.language_model.data:LANGUAGE_MODEL_DATA"
+    evaluation = "megatron_tf.evaluation.text:TEXT_EVALUATION"
     causal = True
     input_name = head_name = "embedding"
     own_keys = (

@@ -1,0 +1,208 @@
+"""The evaluation of a language model: perplexity on prepared data, and zero-shot tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tf.config.schema import DataSource, RunConfig
+from megatron_tf.data.documents import Boundaries, boundaries, find_boundaries
+from megatron_tf.data.indexed import IndexedDataset
+from megatron_tf.data.loader import check_tokenizer, open_tokens
+from megatron_tf.data.summary import known_end, read_summary
+from megatron_tf.data.tokenizer import Tokenizer
+from megatron_tf.errors import CheckpointError, DataError, UserError
+from megatron_tf.evaluation.lm_harness import HarnessTasks, check_installed
+from megatron_tf.evaluation.loaded import (
+    Evaluation,
+    EvaluationRequest,
+    LoadedModel,
+    TaskEvaluation,
+    load,
+    open_evaluated,
+    output_of,
+    settings_of,
+    write_result,
+)
+from megatron_tf.evaluation.perplexity import Score, num_batches, summed_loss
+from megatron_tf.evaluation.report import DataResult, perplexity_table, perplexity_values, tasks_table
+from megatron_tf.evaluation.result_files import perplexity_identity, tasks_identity
+from megatron_tf.evaluation.scoring import Scorer
+from megatron_tf.evaluation.text_bytes import count_text_bytes
+from megatron_tf.evaluation.windows import Windows
+from megatron_tf.inference.load import open_tokenizer
+from megatron_tf.paths import literal
+from megatron_tf.runtime.agreement import together
+from megatron_tf.runtime.watchdog import Watchdog
+from megatron_tf.streams import report
+from megatron_tf.tasks.language_model.section import vocab_size_of
+
+
+class TextEvaluation(TaskEvaluation):
+    """Perplexity on prepared data, and zero-shot tasks."""
+
+    def request_problems(self, config: RunConfig, request: EvaluationRequest) -> Iterator[str]:
+        length = config.model.seq_length
+        if request.stride is not None and request.stride > length:
+            yield (
+                f"--stride: {request.stride} is beyond model.seq_length {length}, and tokens between two windows would not "
+                f"be scored. Choose 1 to {length}."
+            )
+        if request.max_tokens == 1:
+            yield "--max-tokens: is 1, and the first token is only read. Choose 2 or more."
+        if request.tasks and config.data.tokenizer is None:
+            yield "data.tokenizer: is not given, and the texts of tasks need one. Name the model's tokenizer."
+        if not request.data and not request.tasks and not config.data.validation:
+            yield "data.validation: is empty. Name prepared data there, or with --data PREFIX."
+        if request.per_class:
+            yield "--per-class: a model of text has no classes. Remove it."
+        if request.tasks:
+            check_installed()
+
+    def evaluate(self, evaluation: Evaluation, watchdog: Watchdog) -> None:
+        config, request, rank = evaluation.config, evaluation.request, evaluation.rank
+        watchdog.begin("opening the data")
+        prefixes = request.data or tuple(source.path for source in config.data.validation if not request.tasks)
+        datasets = together(lambda: _open_data(config, prefixes))
+        tokenizer = together(lambda: _configured_tokenizer(config))
+        documents = together(lambda: _boundaries(config, prefixes, tokenizer))
+        watchdog.begin("verifying the checkpoint")
+        reader = open_evaluated(evaluation)
+        output = output_of(evaluation, reader)
+        watchdog.begin("preparing the tasks")
+        tasks = together(lambda: _open_tasks(config, tokenizer, request) if rank == 0 else None)
+        watchdog.begin("loading the weights")
+        model = load(config, reader, rank, evaluation.device, documents)
+        watchdog.begin("evaluating")
+        length = config.model.seq_length
+        settings = {**settings_of(evaluation, model), "window": length, "stride": request.stride or length}
+        if datasets:
+            scores = [_score(evaluation, model, dataset) for dataset in datasets]
+
+            def report_scores() -> None:
+                results = [_with_bytes(request, tokenizer, dataset, score) for dataset, score in zip(datasets, scores)]
+                values = perplexity_values(results, {**settings, "max_tokens": request.max_tokens})
+                path = write_result(Path(f"{output}_perplexity.json"), values, perplexity_identity)
+                report(f"{perplexity_table(results)}\nwrote {path}")
+
+            together(lambda: report_scores() if rank == 0 else None)
+        if request.tasks:
+            watchdog.begin("evaluating tasks")
+            together(lambda: _run_tasks(evaluation, model, tasks, settings, Path(f"{output}_tasks.json")))
+
+
+def _open_tasks(config: RunConfig, tokenizer: Tokenizer | None, request: EvaluationRequest) -> HarnessTasks | None:
+    """Before anything is scored, so that what is wrong with a task is known at once."""
+    if not request.tasks:
+        return None
+    assert tokenizer is not None
+    return HarnessTasks(tokenizer, config.model.seq_length, request.tasks, request.task_folder, request.limit)
+
+
+def _run_tasks(
+    evaluation: Evaluation, model: LoadedModel, tasks: HarnessTasks | None, settings: dict[str, Any], output: Path
+) -> None:
+    """The first rank runs the harness, the others compute what it asks."""
+    config, request = evaluation.config, evaluation.request
+    scorer = Scorer(
+        model.stage, max_length=config.model.seq_length, batch_size=config.training.micro_batch_size,
+        data_rank=model.data_rank, data_size=model.topology.data, is_reporter=model.is_reporter,
+    )  # fmt: skip
+    if tasks is None:
+        return scorer.follow()
+    try:
+        results = tasks.run(scorer)
+    except UserError:
+        scorer.release()  # after any other error the ranks may be in the middle of an answer
+        raise
+    scorer.release()
+    settings = {**settings, "tasks": sorted(request.tasks), "limit": request.limit}
+    path = write_result(output, {"megatron_tf": settings, **results}, tasks_identity)
+    lines = [tasks_table(results["results"])]
+    if results["lost"]:
+        lines.append(
+            f"WARNING: {config.data.tokenizer} has no token for {results['lost']} of the requests, which are lost"
+        )
+    report("\n".join([*lines, f"wrote {path}"]))
+
+
+def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDataset]:
+    check_tokenizer([DataSource(path=literal(prefix)) for prefix in prefixes], config.data.tokenizer)
+    datasets = [open_tokens(prefix, vocab_size_of(config.model)) for prefix in prefixes]
+    for dataset in datasets:
+        if dataset.num_tokens < 2:
+            raise DataError(
+                f"{dataset.prefix}.bin: has {dataset.num_tokens} tokens, and the first one is only read. Prepare more text."
+            )
+    return datasets
+
+
+def _configured_tokenizer(config: RunConfig) -> Tokenizer | None:
+    name = config.data.tokenizer
+    if name is None:
+        return None
+    return open_tokenizer(name, config.model, known_end(config.data), "name the right one in data.tokenizer")
+
+
+def _boundaries(config: RunConfig, prefixes: Sequence[str], tokenizer: Tokenizer | None) -> Boundaries:
+    """Where documents end, as the run had it in training; tasks alone take it from the tokenizer."""
+    if prefixes:
+        sources = tuple(DataSource(path=literal(prefix)) for prefix in prefixes)
+        return find_boundaries(config.data.model_copy(update={"train": sources, "validation": ()}))
+    assert tokenizer is not None
+    return boundaries(config.data, tokenizer.eod_id)
+
+
+def _score(evaluation: Evaluation, model: LoadedModel, dataset: IndexedDataset) -> Score:
+    """Over all ranks; how many bytes of text it is about is still open."""
+    config, request = evaluation.config, evaluation.request
+    length = config.model.seq_length
+    windows = Windows(_num_tokens(dataset, request), length, request.stride or length)
+    batch, data_size = config.training.micro_batch_size, model.topology.data
+    total = num_batches(windows, batch, model.data_rank, data_size)
+    with evaluation.console.progress(total, 0, Path(dataset.prefix).name) as bar:
+        own, scored = together(
+            lambda: summed_loss(
+                model.stage,
+                dataset,
+                windows,
+                vocab_size=vocab_size_of(config.model),
+                batch_size=batch,
+                data_rank=model.data_rank,
+                data_size=data_size,
+                loss_mask=model.documents.loss_mask,
+                progress=lambda done: bar.advance(done, ""),
+            )
+        )
+    of_this_rank = [own, scored] if model.is_reporter else [0.0, 0.0]
+    sums = torch.tensor(of_this_rank, dtype=torch.float64, device=evaluation.device)
+    dist.all_reduce(sums)
+    nats, tokens = sums.tolist()
+    if not tokens:
+        raise DataError(f"{dataset.prefix}: data.pad_id and data.mask_eod_loss leave no token to score.")
+    if not math.isfinite(nats):
+        raise CheckpointError(
+            f"{model.reader.path}: the model's loss is not finite: its training diverged. Use an earlier checkpoint."
+        )
+    return Score(nats, int(tokens), None)
+
+
+def _with_bytes(
+    request: EvaluationRequest, tokenizer: Tokenizer | None, dataset: IndexedDataset, score: Score
+) -> DataResult:
+    summary = read_summary(dataset.prefix)
+    text_bytes, known_from = count_text_bytes(dataset, _num_tokens(dataset, request), summary, tokenizer)
+    return DataResult(dataset.prefix, replace(score, text_bytes=text_bytes), known_from)
+
+
+def _num_tokens(dataset: IndexedDataset, request: EvaluationRequest) -> int:
+    return min(dataset.num_tokens, request.max_tokens or dataset.num_tokens)
+
+
+TEXT_EVALUATION = TextEvaluation()
