@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from megatron_tf.paths import literal
 from megatron_tf.runtime.agreement import together
 from megatron_tf.runtime.watchdog import Watchdog
 from megatron_tf.streams import report
+from megatron_tf.tasks.data import Batch
 from megatron_tf.tasks.image_classification.section import image_of
 from megatron_tf.telemetry.text import table
 
@@ -115,7 +117,7 @@ def _count(evaluation: Evaluation, model: LoadedModel, file: ImageFiles) -> Coun
     firsts = range(0, len(file), size)
     with evaluation.console.progress(len(firsts), 0, Path(file.prefix).name) as bar:
         for number, first in enumerate(firsts):
-            (batch,) = together(lambda first=first: list(loader.step_batches(first)))
+            batch = together(partial(_batch, loader, first))
             _add(by_class, model, *(tensor.to(evaluation.device) for tensor in batch))
             bar.advance(number + 1, "")
     if not model.is_reporter:
@@ -126,6 +128,11 @@ def _count(evaluation: Evaluation, model: LoadedModel, file: ImageFiles) -> Coun
             f"{model.reader.path}: the model's loss is not finite: its training diverged. Use an earlier checkpoint."
         )
     return Counts(file.prefix, file.summary.classes, by_class.cpu())
+
+
+def _batch(loader: ImageLoader, first: int) -> Batch:
+    """The only one of the step that begins at sample `first`."""
+    return next(loader.step_batches(first))
 
 
 @torch.no_grad()
