@@ -19,7 +19,8 @@ number a row and projection, forward and backward; everything else is local.
 Projections that share X (query, key, value) go through one product against their concatenated keys and one
 all-reduce. Saved for backward: X once, A in the compute type, and r; S is recomputed, and dA is made in the memory of
 dS. So the backward holds A, dS and one projection's S. A `Form` can have A recomputed too: one more product, and X and r
-are all that is saved.
+are all that is saved. Unless rows wait for an exchange, forward and backward then go over them chunk by chunk, so that
+nothing of all rows and tokens is ever there; gradients of tokens are added up in fp32.
 
 In the Gram form r comes from gram.py, and with it a Pattention is a GELU MLP of (τ/r)X: no row is exchanged, and the
 backward hands on dr = −T/r instead of coupling the tokens.
@@ -38,8 +39,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_tf.activations import l2_norm
 from megatron_tf.activations.forms import Norm
-from megatron_tf.activations.function import ScoreFunction, score_function
-from megatron_tf.activations.overlap import row_parts
+from megatron_tf.activations.function import ScoreFunction, accumulating, score_function
+from megatron_tf.activations.overlap import row_chunks, row_parts
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model import gram
 from megatron_tf.model.checks import check_pattention
@@ -142,124 +143,175 @@ class _Pattention(Function):
     # parameters, which are six: there must be more tensors than two.
     @staticmethod
     def forward(ctx, function, scales, group, keep_scores, *tensors):
-        x, tokens, norms = _taken_apart(tensors, scales)
-        keys, values = _for_products(tokens, function)
-        if norms is not None or group.size == 1:
-            scores, statistics, outputs = _forward(_rows(x), keys, values, scales, function, norms)
+        x, *others = tensors
+        tokens, norms = others[: 2 * len(scales)], others[2 * len(scales) :]
+        layer = _layer(tokens, scales, function, group, bool(norms))
+        scores: Tensor | None = None
+        if layer.exchanges:
+            scores, statistics, outputs = _sharded_forward(_rows(x), layer)
+        elif keep_scores:
+            scores, statistics, outputs = _forward((_rows(x), *norms), layer)
         else:
-            scores, statistics, outputs = _sharded_forward(_rows(x), keys, values, scales, function, group)
+            chunks = [_forward(own, layer)[1:] for own in _chunks(_rows(x), *norms)]
+            statistics, outputs = ([torch.cat(own) for own in zip(*parts)] for parts in zip(*chunks))
         ctx.save_for_backward(x, *tokens, *statistics, *([scores] if keep_scores else []))
-        ctx.function, ctx.scales, ctx.group, ctx.normed = function, scales, group, norms is not None
+        ctx.function, ctx.scales, ctx.group, ctx.normed = function, scales, group, layer.normed
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        function, scales, group = ctx.function, ctx.scales, ctx.group
         x, *others = ctx.saved_tensors
-        count = len(scales)
+        count = len(ctx.scales)
         tokens, statistics, kept = others[: 2 * count], others[2 * count : 3 * count], others[3 * count :]
-        keys, values = _for_products(tokens, function)
-        scores = kept[0] if kept else _scores(_rows(x), score_layout.joined(keys))
-        gradient = score_layout.empty_scores(scores, *scores.shape)
-        score_layout.clear_gaps(gradient, keys)
-        own = score_layout.split(gradient, keys), score_layout.split(scores, keys)
-        parts = list(zip(*own, statistics, scales))
-        coupled_here = group.size == 1 and not ctx.normed
-        exchanged = group.size > 1 and not ctx.normed
-        value_grads, totals = [], []
-        for (d, a, r, scale), v, grad in zip(parts, values, grads):
-            d.addmm_(_rows(grad), v.mT, beta=0)  # beta 0: what is in d is not read. torch.compile takes no out= here
-            if coupled_here:
-                s = function.backward_and_couple(a, r, d, scale)
-            else:
-                s, total = function.backward(a, r, d, scale)
-                totals.append(total)
-                if exchanged and len(totals) == count:  # on its way while the last value tokens' gradients are made
-                    finish = begin_all_reduce(torch.cat(totals, -1), group)
-            value_grads.append(s.mT @ _rows(grad))
-        if exchanged:
-            for (d, a, r, scale), total in zip(parts, finish().split(1, -1)):
-                function.couple(a, r, total, d, scale)
-        d_x = (gradient @ score_layout.joined(keys)).view(x.shape) if ctx.needs_input_grad[4] else None
-        key_grads = score_layout.split(gradient.mT @ _rows(x), keys, 0)
-        token_grads = [grad[: len(own)] for own, grad in zip(tokens, (*key_grads, *value_grads))]
-        if ctx.normed:
+        layer = _layer(tokens, ctx.scales, ctx.function, ctx.group, ctx.normed, ctx.needs_input_grad[4])
+        rows = _rows(x), *map(_rows, grads), *statistics
+        if kept or layer.exchanges:
+            d_x, token_grads, totals = _backward(rows, *kept, layer)
+        else:
+            d_x, token_grads, totals = _backward_by_chunks(rows, layer)
+        gradients = [
+            None if d_x is None else d_x.view(x.shape),
+            *(grad[: len(own)].to(own.dtype) for own, grad in zip(tokens, token_grads)),
+        ]
+        if layer.normed:
             norms = torch.cat(statistics, -1)
-            token_grads.append(torch.where(norms > 0, -torch.cat(totals, -1) / norms, 0))
-        return None, None, None, None, d_x, *token_grads
+            gradients.append(torch.where(norms > 0, -torch.cat(totals, -1) / norms, 0))
+        return None, None, None, None, *gradients
 
 
-def _taken_apart(tensors: Sequence[Tensor], scales: Sequence[float]) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
-    """(x, keys and values, r [rows, projections] where it is known already)."""
-    x, *others = tensors
-    tokens, norms = others[: 2 * len(scales)], others[2 * len(scales) :]
-    return x, tokens, norms[0] if norms else None
+class _Layer(NamedTuple):
+    """What all rows of a call share.
+
+    `normed`: their norms are known before their scores.  `wants_dx`: whether the gradient of x is made.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    scales: Sequence[float]
+    function: ScoreFunction
+    group: Group
+    normed: bool
+    wants_dx: bool
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether a row waits for an exchange of its statistic."""
+        return self.group.size > 1 and not self.normed
 
 
-def _for_products(tokens: Sequence[Tensor], function: ScoreFunction) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """(Keys, values) of the projections, with sizes that products are fast with."""
+def _layer(
+    tokens: Sequence[Tensor],
+    scales: Sequence[float],
+    function: ScoreFunction,
+    group: Group,
+    normed: bool,
+    wants_dx: bool = False,
+) -> _Layer:
+    """With keys and values of sizes that products are fast with."""
     if function.facts.ignores_zero:
         tokens = [score_layout.filled(own) for own in tokens]
-    return tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+    return _Layer(tokens[: len(scales)], tokens[len(scales) :], scales, function, group, normed, wants_dx)
 
 
 # Scores [rows, keys of all projections], and each projection's r [rows, 1] and output [rows, d_out].
 _Results = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
+# dx [rows, d_in] if it is wanted; gradients of keys and values, in the order of the tokens; each projection's T [rows, 1].
+_Gradients = tuple["Tensor | None", Sequence[Tensor], Sequence[Tensor]]
 
 
-def _forward(
-    x: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    scales: Sequence[float],
-    function: ScoreFunction,
-    norms: Tensor | None,
-) -> _Results:
-    """Of rows that are whole here, or whose `norms` are known."""
-    scores = _scores(x, score_layout.joined(keys))
+def _forward(rows: Sequence[Tensor], layer: _Layer) -> _Results:
+    """`rows`: x, and where it is known r [rows, projections]. Otherwise all tokens are here."""
+    x, *norms = rows
+    scores = _scores(x, layer.keys)
+    known = norms[0].split(1, -1) if norms else [None] * len(layer.keys)
     statistics, outputs = [], []
-    known = [None] * len(keys) if norms is None else norms.split(1, -1)
-    for a, v, scale, r in zip(score_layout.split(scores, keys), values, scales, known):
+    for a, v, scale, r in zip(score_layout.split(scores, layer.keys), layer.values, layer.scales, known):
         if r is None:
-            r, s = function.statistic_and_weights(a, scale)
+            r, s = layer.function.statistic_and_weights(a, scale)
         else:
-            s = function.weights(a, r, scale)
+            s = layer.function.weights(a, r, scale)
         statistics.append(r)
         outputs.append(s @ v)
     return scores, statistics, outputs
 
 
-def _scores(x: Tensor, joined: Tensor) -> Tensor:
-    """A of x [rows, d] and keys [columns, d]: [rows, columns]."""
-    return score_layout.empty_scores(x, x.shape[0], joined.shape[0]).addmm_(x, joined.mT, beta=0)
-
-
-def _sharded_forward(
-    x: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    scales: Sequence[float],
-    function: ScoreFunction,
-    group: Group,
-) -> _Results:
+def _sharded_forward(x: Tensor, layer: _Layer) -> _Results:
     """In parts of the rows, where there are many: the first's statistic travels while the second's scores are made, and
     the second's while the first's outputs are."""
+    keys, function = layer.keys, layer.function
     sizes = row_parts(x.shape[0], function.facts.reductions, torch.compiler.is_compiling())
     joined = score_layout.joined(keys)
     scores = score_layout.empty_scores(x, x.shape[0], joined.shape[0])
-    outputs = [x.new_empty(x.shape[0], v.shape[1]) for v in values]
+    outputs = [x.new_empty(x.shape[0], v.shape[1]) for v in layer.values]
     exchanges = []
     for a, x_part in zip(scores.split(sizes), x.split(sizes)):
         a.addmm_(x_part, joined.mT, beta=0)
-        exchanges.append(_begin_row_statistic(a, keys, function, group))
+        exchanges.append(_begin_row_statistic(a, layer))
     statistics = []
     for finish, a, *out_parts in zip(exchanges, scores.split(sizes), *(out.split(sizes) for out in outputs)):
         statistics.append(finish())
         own = score_layout.split(a, keys), statistics[-1].split(1, -1)
-        for own_scores, r, v, scale, out in zip(*own, values, scales, out_parts):
+        for own_scores, r, v, scale, out in zip(*own, layer.values, layer.scales, out_parts):
             out.addmm_(function.weights(own_scores, r, scale), v, beta=0)
     return scores, torch.cat(statistics).split(1, -1), outputs
+
+
+def _backward(rows: Sequence[Tensor], scores: Tensor, layer: _Layer) -> _Gradients:
+    """`rows`: x, the outputs' gradients and r of each projection."""
+    keys, function, group = layer.keys, layer.function, layer.group
+    x, grads, statistics = rows[0], rows[1 : 1 + len(keys)], rows[1 + len(keys) :]
+    gradient = score_layout.empty_scores(scores, *scores.shape)
+    score_layout.clear_gaps(gradient, keys)
+    own = score_layout.split(gradient, keys), score_layout.split(scores, keys)
+    parts = list(zip(*own, statistics, layer.scales))
+    value_grads, totals = [], []
+    for (d, a, r, scale), v, grad in zip(parts, layer.values, grads):
+        d.addmm_(grad, v.mT, beta=0)  # beta 0: what is in d is not read. torch.compile takes no out= here
+        if layer.normed or layer.exchanges:
+            s, total = function.backward(a, r, d, scale)
+            totals.append(total)
+            if layer.exchanges and len(totals) == len(parts):
+                # on its way while the last value tokens' gradients are made
+                finish = begin_all_reduce(torch.cat(totals, -1), group)
+        else:
+            s = function.backward_and_couple(a, r, d, scale)
+        value_grads.append(s.mT @ grad)
+    if layer.exchanges:
+        for (d, a, r, scale), total in zip(parts, finish().split(1, -1)):
+            function.couple(a, r, total, d, scale)
+    d_x = gradient @ score_layout.joined(keys) if layer.wants_dx else None
+    return d_x, [*score_layout.split(gradient.mT @ x, keys, 0), *value_grads], totals
+
+
+def _backward_by_chunks(rows: Sequence[Tensor], layer: _Layer) -> _Gradients:
+    """Of scores that are made again, of some rows at a time."""
+    chunks = _chunks(*rows)
+    d_x: list[Tensor] = []
+    totals: list[Sequence[Tensor]] = []
+    sums: list[Tensor] = []
+    for own in chunks:
+        own_d_x, token_grads, own_totals = _backward(own, _scores(own[0], layer.keys), layer)
+        if own_d_x is not None:
+            d_x.append(own_d_x)
+        totals.append(own_totals)
+        if not sums:
+            sums = [grad.to(accumulating(grad)) if len(chunks) > 1 else grad for grad in token_grads]
+        else:
+            for whole, grad in zip(sums, token_grads):
+                whole += grad
+    return torch.cat(d_x) if d_x else None, sums, [torch.cat(own) for own in zip(*totals)]
+
+
+def _chunks(*rows: Tensor) -> list[tuple[Tensor, ...]]:
+    """The rows of several tensors, some at a time."""
+    return list(zip(*(tensor.split(row_chunks(len(tensor))) for tensor in rows)))
+
+
+def _scores(x: Tensor, keys: Sequence[Tensor]) -> Tensor:
+    """A of x [rows, d]: [rows, columns]."""
+    joined = score_layout.joined(keys)
+    return score_layout.empty_scores(x, x.shape[0], joined.shape[0]).addmm_(x, joined.mT, beta=0)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -267,9 +319,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _begin_row_statistic(
-    scores: Tensor, keys: Sequence[Tensor], function: ScoreFunction, group: Group
-) -> Callable[[], Tensor]:
+def _begin_row_statistic(scores: Tensor, layer: _Layer) -> Callable[[], Tensor]:
     """A function that waits for r of every row and projection, over all tokens of the group: [rows, projections]."""
-    local = torch.cat([function.statistic(a) for a in score_layout.split(scores, keys)], -1)
-    return function.begin_reduction(local, group)
+    local = torch.cat([layer.function.statistic(a) for a in score_layout.split(scores, layer.keys)], -1)
+    return layer.function.begin_reduction(local, layer.group)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from distributed import spawn
 
+from megatron_tf.activations import overlap
 from megatron_tf.activations.forms import GPU
 from megatron_tf.benchmark.counting import Counting, saved_bytes
 from megatron_tf.config import load_config
@@ -85,6 +86,14 @@ PEAKS = {
     "sparse": (*SPARSE, "model.vocab_size=256", "training.precision=bf16", "training.micro_batch_size=8"),
     "wide": ("model.vocab_size=256", "model.hidden_size=512", "model.num_attention_heads=8"),
 }
+
+
+def test_peak_of_activations_without_scores_by_chunks(monkeypatch):
+    monkeypatch.setattr(overlap, "ROWS_AT_ONCE", 128)
+    tokens = "model.parameter_tokens={qkv: 512, proj: 512, ffn: 4096}"
+    test_peak_of_activations(
+        ("model.vocab_size=256", tokens, "training.scores=recompute", "training.micro_batch_size=8")
+    )
 
 
 @pytest.mark.parametrize("overrides", PEAKS.values(), ids=PEAKS.keys())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from distributed import spawn
 
+from megatron_tf.activations import overlap
 from megatron_tf.activations.built_in import GELU_L2_NORM, L2_NORM_GELU, SOFTMAX
 from megatron_tf.activations.forms import norm_form
 from megatron_tf.benchmark.counting import Counting
@@ -54,6 +55,20 @@ def test_equals_the_direct_form(sizes, keep_scores, never_direct):
     expected, ours = (both_passes(*given, form) for form in (DIRECT, Form("gram", keep_scores)))
     for direct, own in zip((*expected[0], *expected[1]), (*ours[0], *ours[1])):
         torch.testing.assert_close(own, direct, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["direct", "gram"])
+def test_scores_of_some_rows_at_a_time(norm, never_direct, monkeypatch):
+    monkeypatch.setattr(overlap, "ROWS_AT_ONCE", 2)
+    given = tensors(rows=(5,))
+    expected, ours = (both_passes(*given, form) for form in (DIRECT, Form(norm, keep_scores=False)))
+    for direct, own in zip((*expected[0], *expected[1]), (*ours[0], *ours[1])):
+        torch.testing.assert_close(own, direct, rtol=1e-12, atol=1e-12)
+
+
+def test_chunks_of_rows_are_nearly_equal(monkeypatch):
+    monkeypatch.setattr(overlap, "ROWS_AT_ONCE", 4)
+    assert [overlap.row_chunks(rows) for rows in (0, 1, 4, 9)] == [(0,), (1,), (4,), (3, 3, 3)]
 
 
 def test_equals_the_direct_form_in_fp32(never_direct):

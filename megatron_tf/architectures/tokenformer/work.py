@@ -6,11 +6,11 @@ scores are the activation's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_tf.activations.base import Activation
 from megatron_tf.activations.forms import GPU
-from megatron_tf.activations.overlap import row_parts
+from megatron_tf.activations.overlap import row_chunks, row_parts
 from megatron_tf.architectures.tokenformer.forms import norm_forms
 from megatron_tf.architectures.tokenformer.section import Bank, TokenFormerModel, bank_of
 from megatron_tf.architectures.work import (
@@ -19,6 +19,7 @@ from megatron_tf.architectures.work import (
     Collectives,
     Passes,
     Product,
+    compute_bytes,
     hidden_bytes,
     positions_of,
 )
@@ -50,8 +51,8 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     (of a projection with a bank: of the tokens that the position uses), and in fp32 the norm of each of the five
     projections' scores. The backward pass of a projection holds one tensor of the size of its scores (query, key and
     value together: one of the size of theirs), 2 more for the projection it is at; what was kept for projections that
-    come later in the model is free by then. With training.scores: recompute no scores are kept, and the backward pass
-    holds those of the projection it is at besides. A slot's choice and its place in the order of the rows are int64, its gate
+    come later in the model is free by then. With training.scores: recompute no scores are kept; the backward pass holds
+    those of the projection it is at besides, all for some positions at a time where these wait for no exchange. A slot's choice and its place in the order of the rows are int64, its gate
     is fp32; its products are made on copies of inputs and outputs in that order.
     """
     tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
@@ -86,8 +87,23 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
         kept=(scores if keep else 0) + 4 * hidden // tensor + (hidden if tensor > 1 else 0),
         kept_statistics=5 + CHOICE_STATISTICS * chosen_slots,
         backward_peak=(2 * hidden if bank else 0)
-        + (max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn) if keep else max(4 * ffn, 4 * proj, 8 * qkv)),
+        + (max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn) if keep else _recomputed_peak(config, widths, with_gram)),
     )
+
+
+def _recomputed_peak(config: RunConfig, widths: Mapping[str, int], with_gram: Sequence[str]) -> int:
+    """Elements a position, on average, of a projection's scores and what is made of them: of one chunk of the positions
+    unless they wait for an exchange. Chunks have their tokens' gradients, and fp32 sums of these, besides."""
+    positions = positions_of(config)
+    chunks = row_chunks(positions)
+    sums = 2 * config.model.hidden_size * (1 + 4 // compute_bytes(config.training.precision))
+    peaks = []
+    for kind, width in widths.items():
+        by_chunk = len(chunks) > 1 and (config.parallel.tensor == 1 or kind in with_gram)
+        # scores and their gradient, and 2 more for the projection it is at
+        of_scores = 2 * (width + width // SHARING[kind]) * (max(chunks) if by_chunk else positions)
+        peaks.append(of_scores + (sums * width if by_chunk else 0))
+    return -(-max(peaks) // positions)
 
 
 def _score_passes(activation: Activation, compiled: bool, gram_share: float) -> Passes:
