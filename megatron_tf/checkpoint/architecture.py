@@ -19,6 +19,7 @@ from megatron_tf.config.tasks import TASKS, task_of
 from megatron_tf.errors import CheckpointError, shown
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
+from megatron_tf.telemetry.text import bullets
 
 
 def stored_model(index: CheckpointIndex) -> Model:
@@ -225,4 +226,4 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _listed(head: str, problems: list[str]) -> str:
-    return f"{head}:" + "".join(f"\n  - {problem}" for problem in problems)
+    return f"{head}:{bullets(problems)}"

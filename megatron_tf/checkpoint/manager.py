@@ -25,6 +25,7 @@ from megatron_tf.errors import (
     file_errors,
     system_reason,
 )
+from megatron_tf.telemetry.text import bullets
 
 STEP_PREFIX = "step_"
 UNFINISHED_PREFIX = ".tmp-"  # a folder being written or deleted: never a checkpoint
@@ -108,7 +109,7 @@ def find_checkpoint(path: Path | str) -> tuple[Path, list[str]]:
     inner = folder / CHECKPOINTS_FOLDER
     latest, skipped = find_latest(inner if inner.is_dir() else folder, verify=False)
     if latest is None:
-        reasons = "".join(f"\n  - {reason}" for _, reason in skipped)
+        reasons = bullets([reason for _, reason in skipped])
         if reasons:
             raise CheckpointError(
                 f"{folder}: holds no complete checkpoint:{reasons}\nCopy them again, or give another folder"

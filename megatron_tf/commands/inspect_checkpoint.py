@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import path
 from megatron_tf.errors import CheckpointError, printable
-from megatron_tf.telemetry.text import table
+from megatron_tf.telemetry.text import bullets, table
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.compare import StateDifference
@@ -71,8 +71,9 @@ def main() -> None:
         if differences is not None:
             print_differences(arguments.diff, differences)
     if arguments.verify and passed_over:
-        reasons = "".join(f"\n  - {reason}" for reason in passed_over)
-        raise CheckpointError(f"newer checkpoints are damaged:{reasons}\nCopy them again, or move them away")
+        raise CheckpointError(
+            f"newer checkpoints are damaged:{bullets(passed_over)}\nCopy them again, or move them away"
+        )
     if differences:
         sys.exit(1)
 

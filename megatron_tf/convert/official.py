@@ -20,6 +20,7 @@ from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError, shown
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.state.parameters import parameter_table
+from megatron_tf.telemetry.text import bullets
 
 Shape = tuple[int, ...]
 _EMBEDDING = "sequential.0.word_embeddings.weight"
@@ -79,11 +80,8 @@ def check_official(shapes: Mapping[str, Shape], model: Model) -> None:
             if name in shapes and shapes[name] != shape
         ]
     if problems:
-        more = f"\n  - and {len(problems) - _LISTED:,} more" if len(problems) > _LISTED else ""
         raise CheckpointError(
-            "these are not the official weights of this model:\n  - "
-            + "\n  - ".join(problems[:_LISTED])
-            + more
+            f"these are not the official weights of this model:{bullets(problems, _LISTED)}"
             + "\nGive the configuration that they were trained with, or the whole file."
         )
 

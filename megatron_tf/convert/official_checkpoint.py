@@ -29,6 +29,7 @@ from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import initial_scales, parameter_table
 from megatron_tf.tasks.language_model.section import vocab_size_of
+from megatron_tf.telemetry.text import bullets
 
 _LOGITS = ("logits", "logits_fp32", "logits_fp64")
 _FILE_OVERHEAD_BYTES = 2**20
@@ -47,8 +48,7 @@ def matching_model(weights: OfficialWeights, given: Model | None) -> tuple[Model
     check_official(weights.shapes, model)
     if problems := recorded_problems(model, weights.arguments):
         raise CheckpointError(
-            "these weights are of another model:\n  - "
-            + "\n  - ".join(problems)
+            f"these weights are of another model:{bullets(problems)}"
             + "\nGive the configuration that they were trained with."
         )
     for name, tensor in weights.tensors.items():
@@ -136,14 +136,11 @@ def exportable_model(reader: CheckpointReader) -> Model:
     # A scale that differs by its last bits is √n all the same, reached over another way.
     other = [name for name, scale in assumed.items() if not math.isclose(held[name], scale, rel_tol=1e-9)]
     if other:
-        listed = "".join(
-            f"\n  - {name}: τ {held[name]:.6g}, the official code takes {assumed[name]:.6g}" for name in other[:5]
-        )
-        more = f"\n  - and {len(other) - 5:,} more" if len(other) > 5 else ""
+        differing = [f"{name}: τ {held[name]:.6g}, the official code takes {assumed[name]:.6g}" for name in other]
         raise CheckpointError(
             f"{reader.path}: the official code would compute another function from these weights, because it takes "
-            f"τ from the number of tokens:{listed}{more}\nGrowth by zero_key holds τ as it was. Growth by gram ends "
-            "with this τ and the same function: grow by it instead, or once more"
+            f"τ from the number of tokens:{bullets(differing, 5)}\nGrowth by zero_key holds τ as it was. Growth by "
+            "gram ends with this τ and the same function: grow by it instead, or once more"
         )
     return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_tf.config.nearest import divisors
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import topology_for, validate
 from megatron_tf.costs.estimate import Memory, memory_per_rank
@@ -103,4 +104,4 @@ def _is_valid(config: RunConfig, world_size: int) -> bool:
 
 def _divisors(largest: int, number: int) -> list[int]:
     """Those of `number` up to `largest`."""
-    return [size for size in range(1, largest + 1) if number % size == 0]
+    return [size for size in divisors(number) if size <= largest]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+from megatron_tf.telemetry.text import some_of
+
 LATENCY_FACTOR = 5.0  # small messages vary more than large ones
 
 
@@ -124,13 +126,9 @@ def judge_facts(facts: Sequence[dict[str, Any]], names: Sequence[str]) -> list[s
             if value != usual:
                 others.setdefault(value, []).append(name)
         sentences += [
-            f"{_listed(who)}: {key} {value}, the others have {usual}" for value, who in sorted(others.items())
+            f"{some_of(who, 8)}: {key} {value}, the others have {usual}" for value, who in sorted(others.items())
         ]
     return sentences
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _rate(value: float, unit: str) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_tf.errors import DisagreementError, shortened
-from megatron_tf.runtime.rendezvous import Assembly, some_of
+from megatron_tf.runtime.rendezvous import MOST_RANKS, Assembly
+from megatron_tf.telemetry.text import bullets, some_of
 
 Facts = Mapping[str, str]
 NOT_SET = "not set"
@@ -58,7 +59,7 @@ def differences(reference: Facts, by_rank: Sequence[Facts], names: Sequence[str]
             if fact in own:
                 ranks.setdefault(own[fact], []).append(name)
         values = [f"{_shown(reference.get(fact, NOT_SET))} on {names[0]}"]
-        values += [f"{_shown(value)} on {some_of(who)}" for value, who in ranks.items()]
+        values += [f"{_shown(value)} on {some_of(who, MOST_RANKS)}" for value, who in ranks.items()]
         yield f"{fact} is {' and '.join(values)}"
 
 
@@ -75,14 +76,15 @@ def _verdict(assembly: Assembly, reference: Facts, reports: Sequence[Mapping[str
         by_gpu.setdefault(report["gpu"], []).append(name)
         for problem in report["problems"]:
             who.setdefault(problem, []).append(name)
-    parts = [f"on {some_of(ranks)}: {problem}" for problem, ranks in who.items()]
+    parts = [f"on {some_of(ranks, MOST_RANKS)}: {problem}" for problem, ranks in who.items()]
     parts += [
-        f"{some_of(ranks)} use the same GPU, {gpu}. Start a rank for each GPU, with a LOCAL_RANK of its own on its node."
+        f"{some_of(ranks, MOST_RANKS)} use the same GPU, {gpu}. Start a rank for each GPU, with a LOCAL_RANK of its own on "
+        "its node."
         for gpu, ranks in by_gpu.items()
         if gpu and len(ranks) > 1
     ]
     if sentences:
-        parts.append("the ranks would not do the same work:\n  - " + "\n  - ".join(sentences) + f"\n{REMEDY}")
+        parts.append(f"the ranks would not do the same work:{bullets(sentences)}\n{REMEDY}")
     return "\n".join(parts)
 
 

@@ -26,6 +26,7 @@ from megatron_tf.runtime.environment import (
     wait_for_port,
 )
 from megatron_tf.runtime.patient_store import STORE_ERRORS, PatientStore, Result, Unreachable, within
+from megatron_tf.telemetry.text import some_of
 
 FAREWELL_SECONDS = 5.0
 ALL_HERE = "all here"
@@ -44,11 +45,6 @@ class Stuck(Exception):
         self.ranks = ranks
         self.phase = phase
         self.what = what
-
-
-def some_of(names: Sequence[str], most: int = MOST_RANKS) -> str:
-    """Names of ranks, not more than `most`."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def open_store(environment: LaunchEnvironment, timeout_seconds: float) -> dist.Store:
@@ -255,8 +251,8 @@ class Assembly:
             return True
         if self._notice and self.timeout > at_first and (missing := absent()):
             self._notice(
-                f"has waited {at_first:g} seconds for {some_of([self.name(rank) for rank in missing])} ({phase}). It "
-                f"waits up to {self.timeout:g}: parallel.timeout_seconds"
+                f"has waited {at_first:g} seconds for {some_of([self.name(rank) for rank in missing], MOST_RANKS)} "
+                f"({phase}). It waits up to {self.timeout:g}: parallel.timeout_seconds"
             )
         return self._store.wait(key, self.timeout - at_first)
 

@@ -10,6 +10,18 @@ def plural(noun: str, count: int) -> str:
     return noun if count == 1 else f"{noun}s"
 
 
+def some_of(names: Sequence[str], most: int) -> str:
+    """Names as "a, b and 3 more", not more than `most`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def bullets(items: Sequence[str], most: int | None = None) -> str:
+    """Lines of a list that stands below a sentence, each with its line end in front; not more than `most`."""
+    shown = items[:most]
+    more = [f"and {len(items) - len(shown):,} more"] if len(items) > len(shown) else []
+    return "".join(f"\n  - {item}" for item in (*shown, *more))
+
+
 def size(num_bytes: float) -> str:
     """Bytes in the largest unit up to GiB that leaves 1 or more: "12.5 MiB"."""
     for unit in ("B", "KiB", "MiB"):

@@ -31,6 +31,7 @@ from megatron_tf.growth.grow import grow
 from megatron_tf.growth.methods import SPLIT
 from megatron_tf.state.parameters import in_layer, layer_of, parameter_table
 from megatron_tf.state.sources import InitialSource, StateSource
+from megatron_tf.telemetry.text import bullets
 from megatron_tf.training.early_stop import EarlyStop
 from megatron_tf.training.run_folder import copied_from
 from megatron_tf.training.warm_start import find_weights, open_weights
@@ -163,7 +164,7 @@ def choose(config: RunConfig, ranks: Ranks = ALONE) -> tuple[Path | None, list[s
             "or delete that folder."
         )
     if latest is None and passed:
-        reasons = "".join(f"\n  - {reason}" for _, reason in passed)
+        reasons = bullets([reason for _, reason in passed])
         raise CheckpointError(
             f"{own}: there are checkpoints of this run, but none that can be used:{reasons}\n"
             "Starting over would write over them. Restore one, or move them away, or choose another run.dir."
@@ -303,7 +304,7 @@ def _check_data(config: RunConfig, stored: Mapping[str, Any], data: Mapping[str,
         problems.append(f"data.train: the checkpoint was trained on {_sources(stored)}; now it is {_sources(data)}")
         remedies.append("restore the data")
     raise CheckpointError(
-        f"{path}: the sample order would not continue.\n  - " + "\n  - ".join(problems) + "\n"
+        f"{path}: the sample order would not continue.{bullets(problems)}\n"
         f"To go on as before, {' and '.join(remedies)}; to go on all the same, set checkpoint.allow_data_change=true."
     )
 

@@ -11,6 +11,7 @@ from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS
 from megatron_tf.config.load import read_model
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError, ConfigError, shown
+from megatron_tf.telemetry.text import bullets
 
 MODEL_TYPE = "tokenformer"
 CONFIGURATION_CODE = "configuration_tokenformer.py"
@@ -114,4 +115,4 @@ def _short(projection: str) -> str:
 
 
 def _listed(problems: list[str]) -> str:
-    return problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
+    return problems[0] if len(problems) == 1 else bullets(problems)

@@ -21,6 +21,7 @@ from megatron_tf.durable import open_plain, read_plain
 from megatron_tf.errors import CheckpointError, file_errors, shown
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.tasks.language_model.task import EMBEDDING
+from megatron_tf.telemetry.text import bullets
 
 INDEX_NAME = WEIGHTS_NAME + ".index.json"  # next to the parts of weights that transformers has split
 _ADAPTER_NAME = "adapter_config.json"  # of PEFT, which saves an adapter without its model
@@ -116,11 +117,8 @@ def _check(folder: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping
         if name in found and found[name] != shape
     ]
     if problems:
-        more = f"\n  - and {len(problems) - _LISTED:,} more" if len(problems) > _LISTED else ""
         raise CheckpointError(
-            f"{folder}: the weights are not those of its {CONFIG_NAME}:\n  - "
-            + "\n  - ".join(problems[:_LISTED])
-            + more
+            f"{folder}: the weights are not those of its {CONFIG_NAME}:{bullets(problems, _LISTED)}"
             + "\nGive the whole folder as it was exported or saved; an adapter has to be merged first."
         )
 
