@@ -83,10 +83,14 @@ class Architecture(ABC):
         return model
 
     def with_sparse(self, model: Model, sparse: Mapping[str, Any] | None) -> Model:
-        """The same model with other candidates to choose among: `sparse` as its section of a configuration, None for
-        none. pydantic's ValidationError for what is no such section."""
+        """The same model with other candidates to choose among: `sparse` as `sparse_sections`, None for none.
+        pydantic's ValidationError for what is no such section."""
         assert sparse is None, f"{model.architecture} has no candidates"
         return model
+
+    def sparse_sections(self, model: Model) -> dict[str, Any] | None:
+        """The candidates of its slots by kind of projection, ready for JSON; None for a model without any."""
+        return None
 
     def projections(self, model: Model) -> tuple[ProjectionSpec, ...]:
         """Every Pattention of the model, in model order. They can grow, be pruned and be measured."""

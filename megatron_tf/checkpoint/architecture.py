@@ -209,7 +209,7 @@ def _other_candidates(index: CheckpointIndex, model: Model) -> Iterator[str]:
             yield f"{place} has {shown(changed)}, which is no section model.sparse before and after"
             return
         if after != model:
-            yield f"{place}.to has {shown(changed['to'])}, the model then had {shown(dict(model)['sparse'])}"
+            yield f"{place}.to has {shown(changed['to'])}, the model then had {shown(architecture.sparse_sections(model))}"
             return
         if problems := list(architecture.problems(architecture.with_token_counts(before, entry["from"]))):
             yield f"{place}.from: {problems[0]}"

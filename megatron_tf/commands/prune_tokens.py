@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import path
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.fields import Section
 from megatron_tf.config.schema import Model
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.errors import UserError
@@ -174,14 +173,10 @@ def take_candidates_of(reader: CheckpointReader, old: Model, new: Model, data: D
     describe_candidates(old, new, shares)
     told = ", ".join(f"{way} {loss:.6f}" for way, loss in losses.items())
     print(f"ways        {told}, on the samples that were measured; taken: {best}")
-    sections = {key: as_dict(dict(of)["sparse"]) for key, of in (("from", old), ("to", new))}
+    sections = {key: architecture_of(of).sparse_sections(of) for key, of in (("from", old), ("to", new))}
     return smaller_start(
         reader, new, sources[best], {**measured(before, after, data), "sparse": sections, "candidates_by": best}
     )
-
-
-def as_dict(section: Section | None) -> dict[str, Any] | None:
-    return None if section is None else section.model_dump()
 
 
 def measured(before: float, after: float, data: DataSample) -> dict[str, Any]:
@@ -216,7 +211,8 @@ def write(root: Path, old: Model, model: Model, start: StepZero, reader: Checkpo
     counts, old_counts = (architecture_of(of).token_counts(of) for of in (model, old))
     changes = " ".join(f"model.parameter_tokens.{kind}={n}" for kind, n in counts.items())
     if counts == old_counts:
-        sparse = json.dumps(as_dict(dict(model)["sparse"])).replace('"', "")
+        section = dict(model)["sparse"]
+        sparse = json.dumps(section and section.model_dump()).replace('"', "")
         changes = f"'model.sparse={sparse}'"
     print(
         f"\nwrote {path}: {total:,} bytes. A run resumes from it with\n  run.dir={literal(str(root.parent))} {changes}"

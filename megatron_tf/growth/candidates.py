@@ -30,7 +30,8 @@ class CandidatesAxis(Axis):
     def between(self, old: Model, new: Model) -> Model:
         if "sparse" not in type(new).model_fields:
             return old
-        return old.model_copy(update={"sparse": dict(new)["sparse"]})
+        # what balances the choice may differ, and is nothing to grow along
+        return old if _banks(old) == _banks(new) else old.model_copy(update={"sparse": dict(new)["sparse"]})
 
     def problems(self, old: Model, new: Model, growth: Growth) -> list[str]:
         if removed := list(_removed(old, new)):
@@ -51,8 +52,8 @@ class CandidatesAxis(Axis):
         return not growth.noise
 
     def record(self, old: Model, new: Model, growth: Growth) -> dict[str, Any]:
-        before, after = (dict(model)["sparse"] for model in (old, new))
-        record = {"sparse": {"from": before and before.model_dump(), "to": after.model_dump()}}
+        before, after = (architecture_of(model).sparse_sections(model) for model in (old, new))
+        record = {"sparse": {"from": before, "to": after}}
         return record if growth.method == BANK else {"method": SPLIT, **record}
 
     def source(
@@ -71,7 +72,7 @@ CANDIDATES = CandidatesAxis()
 
 def _banks(model: Model) -> dict[str, Section]:
     """The banks of candidates by kind of projection."""
-    return dict(dict(model).get("sparse") or {})
+    return {kind: bank for kind, bank in (dict(model).get("sparse") or ()) if isinstance(bank, Section)}
 
 
 def _written(bank: Section | None) -> str:

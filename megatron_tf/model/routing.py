@@ -56,3 +56,12 @@ def relative_load(ends: Tensor) -> Tensor:
 def balance_loss(balance: Tensor, load: Tensor) -> Tensor:
     """The auxiliary loss whose gradient is the imbalance. balance [slots, m], load of `relative_load`."""
     return BALANCE_SCALE * (balance.float() * (load - 1)).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """(log Σ exp z)² over the candidates of a slot, mean over the rows, sum over the slots. logits [rows, slots, m].
+
+    The gate's gradient goes to 0 where scores are large, and then a router learns no more. Zoph et al., 2022, arXiv
+    2202.08906, equation 5.
+    """
+    return logits.logsumexp(-1).square().mean(0).sum()

@@ -32,7 +32,7 @@ from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model.context import Reports
 from megatron_tf.model.grouped import Assignment, assign, empty_gradients, pieces
 from megatron_tf.model.kernels import score_layout
-from megatron_tf.model.routing import balance_loss, choose, relative_load, straight_through
+from megatron_tf.model.routing import balance_loss, choose, relative_load, straight_through, z_loss
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.state.parameters import INITIAL_STD, default_scale, shard_range
@@ -67,7 +67,8 @@ class TokenBank(nn.Module):
 class SparsePattention(nn.Module):
     """One projection whose positions use `num_tokens` parameter tokens: `dense` ones alike, and a group of each slot.
 
-    `scale` is τ, that of a dense Pattention of `num_tokens` tokens.
+    `scale` is τ, that of a dense Pattention of `num_tokens` tokens.  `z_loss`: weight of `routing.z_loss`, the mean over
+    the slots.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class SparsePattention(nn.Module):
         scale: float | None = None,
         activation: str = DEFAULT_ACTIVATION,
         group: Group = SINGLE,
+        z_loss: float = 0.0,
     ):
         super().__init__()
         self.num_slots = (num_tokens - dense) // group_size
@@ -96,6 +98,7 @@ class SparsePattention(nn.Module):
         self.scale = default_scale(num_tokens, activation) if scale is None else scale
         self.activation = activation
         self.group = group
+        self.z_loss = z_loss
         self.choose: Callable[[Tensor, Tensor], Tensor] = choose  # a test of layouts puts recorded choices here
         self.observer: Callable[[Tensor], None] | None = None  # sees each input x [s, b, d], whole on every rank
 
@@ -114,6 +117,8 @@ class SparsePattention(nn.Module):
         if losses is not None and metrics is not None:
             load = relative_load(assignment.ends)
             losses["balance"] = balance_loss(balance, load)
+            if self.z_loss:
+                losses["z_loss"] = z_loss(logits) * (self.z_loss / self.num_slots)
             metrics["load_max"] = load.amax(1).sum() / self.num_slots
         gate = straight_through(logits, candidates)
         out = sparse_pattention(

@@ -62,7 +62,7 @@ def candidate_counts(model: Model) -> dict[str, int]:
 
 def with_candidates(model: Model, counts: Mapping[str, int]) -> Model:
     """`model` with `counts` candidates by kind of projection; 1 is a dense projection."""
-    sections = dict(model)["sparse"].model_dump()
+    sections = architecture_of(model).sparse_sections(model) or {}
     smaller = {kind: {**bank, "candidates": counts[kind]} for kind, bank in sections.items() if counts[kind] > 1}
     return architecture_of(model).with_sparse(model, smaller or None)
 

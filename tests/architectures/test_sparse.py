@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from megatron_tf.checkpoint.architecture import check_format, check_prunable
 from megatron_tf.config import load_config
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.schema import Growth, Model, RunConfig
 from megatron_tf.config.topology import Topology
@@ -29,6 +30,7 @@ from megatron_tf.inference.sampling import generate
 from megatron_tf.model import build_model
 from megatron_tf.model.context import BlockContext
 from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
+from megatron_tf.model.routing import choose
 from megatron_tf.state.parameters import initial_scales, parameter_table, shard_range
 from megatron_tf.tasks.classes import cross_entropy
 from megatron_tf.tasks.language_model.layers import Embedding
@@ -38,11 +40,13 @@ from megatron_tf.verification.resume import Setting, check_resumes
 TOKENS = {"qkv": 13, "proj": 11, "ffn": 69}
 
 
-def config(ffn: int = 69, bank: dict | None = None, tensor: int = 1, **training: object) -> RunConfig:
+def config(
+    ffn: int = 69, bank: dict | None = None, tensor: int = 1, z_loss: float = 0.0, **training: object
+) -> RunConfig:
     """Four slots of three candidates, and five tokens that every position uses."""
     bank = {"group_size": 16, "candidates": 3, "dense": 5} if bank is None else bank
     return run_config(
-        model={"parameter_tokens": {**TOKENS, "ffn": ffn}, "sparse": {"ffn": bank}},
+        model={"parameter_tokens": {**TOKENS, "ffn": ffn}, "sparse": {"ffn": bank, "z_loss": z_loss}},
         parallel={"tensor": tensor},
         training=training,
     )
@@ -118,11 +122,13 @@ def test_the_official_format_refuses():
 
 def whole_model(group, sequence):
     """Loss and every gradient over a tensor group, in fp64."""
-    model: Model = config().model
+    model: Model = config(z_loss=0.5).model
     generator = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(0, 99, (2, 2, 16), generator=generator)
     one, context = build_model(model, dtype=torch.float64), BlockContext()
-    (F.cross_entropy(one(ids, context=context).flatten(0, 1), labels.flatten()) + context.losses["balance"]).backward()
+    (
+        F.cross_entropy(one(ids, context=context).flatten(0, 1), labels.flatten()) + sum(context.losses.values())
+    ).backward()
 
     tensor = TensorParallel(group, sequence)
     layers = nn.ModuleDict({"embedding": Embedding(model, tensor), "final_norm": FinalNorm(model, tensor)})
@@ -146,6 +152,20 @@ def whole_model(group, sequence):
         assert (parameter.grad - expected).norm() < 1e-11 * whole[name].grad.norm(), name
 
 
+def test_a_z_loss_is_that_of_the_router_scores_and_makes_them_smaller():
+    model = build_model(config(z_loss=0.5).model, dtype=torch.float64)
+    scores = []
+    for block in model.blocks:
+        block.ffn.choose = lambda z, b: scores.append(z) or choose(z, b)
+    context = BlockContext()
+    model(torch.arange(32).view(2, 16), context=context)
+    expected = sum(0.5 * z.exp().sum(-1).log().square().mean() for z in scores)
+    torch.testing.assert_close(context.losses["z_loss"], expected)
+    context.losses["z_loss"].backward()
+    router = model.blocks[1].ffn.bank.router
+    assert router.grad.any() and "z_loss" not in architecture_of(dense().model).losses(config().model)
+
+
 @pytest.mark.parametrize("sequence", [False, True])
 def test_over_a_tensor_group_in_fp64(sequence):
     spawn(whole_model, 2, sequence)
@@ -167,10 +187,10 @@ def test_the_reference_reports_the_load():
 )
 def test_layouts_are_one_process(checkpointing, chosen):
     """Every choice is the same: in so few steps no two candidates come as close as rounding."""
-    run = config(activation_checkpointing=checkpointing)
+    run = config(activation_checkpointing=checkpointing, z_loss=0.01)
     expected = reference(run, 3)
     for layout, trace in zip(chosen, run_layouts(run, chosen, 3)):
-        assert len(trace.reports) == len(expected.reports) == 6
+        assert len(trace.reports) == len(expected.reports) == 9
         difference = compare(trace, expected)
         assert difference.agrees(1e-5), f"{layout}: {difference}"
 

@@ -246,6 +246,23 @@ def test_what_cannot_be_split_is_said_before():
         split(None)
 
 
+def test_another_z_loss_is_no_growth_and_stops_none():
+    small, large, growth = model(BANK), model(AGAIN), Growth(source="x", method="split")
+    other = small.model_copy(update={"sparse": small.sparse.model_copy(update={"z_loss": 0.1})})
+    assert growth_problems(other, large, growth) == []
+    assert "the smaller model has" in growth_problems(other, small, Growth(source="x"))[0]
+    more = model(BANK, parameter_tokens={**TOKENS, "qkv": 20})
+    source = GrownSource(
+        InitialSource(other, 7),
+        InitialSource(more, 7),
+        old_model=other,
+        new_model=more,
+        growth=Growth(source="x"),
+        seed=1,
+    )
+    assert source.record == {"method": "zero_key"}
+
+
 def test_a_chain_with_a_split_is_checked_as_a_whole():
     stages = [
         run_config(run={"dir": "a", "name": name}, model={"parameter_tokens": tokens, "sparse": sparse}, growth=growth)

@@ -38,7 +38,10 @@ class TokenFormerArchitecture(Architecture):
         yield from form_problems(as_tokenformer(config.model), config.training)
 
     def losses(self, model: Model) -> tuple[str, ...]:
-        return ("balance",) if as_tokenformer(model).sparse else ()
+        sparse = as_tokenformer(model).sparse
+        if sparse is None:
+            return ()
+        return ("balance", "z_loss") if sparse.z_loss else ("balance",)
 
     def metrics(self, model: Model) -> tuple[str, ...]:
         return ("load_max",) if as_tokenformer(model).sparse else ()
@@ -80,8 +83,15 @@ class TokenFormerArchitecture(Architecture):
         return model.model_copy(update={"parameter_tokens": ParameterTokens.model_validate(dict(counts))})
 
     def with_sparse(self, model: Model, sparse: Mapping[str, Any] | None) -> Model:
-        section = None if sparse is None else Sparse.model_validate(dict(sparse))
-        return model.model_copy(update={"sparse": section})
+        if sparse is None:
+            return model.model_copy(update={"sparse": None})
+        own = as_tokenformer(model).sparse
+        kept = {} if own is None else {"z_loss": own.z_loss}
+        return model.model_copy(update={"sparse": Sparse.model_validate({**kept, **sparse})})
+
+    def sparse_sections(self, model: Model) -> dict[str, Any] | None:
+        sparse = as_tokenformer(model).sparse
+        return None if sparse is None else {kind: bank.model_dump() for kind, bank in sparse.banks().items()}
 
     def projections(self, model: Model) -> tuple[ProjectionSpec, ...]:
         counts = self.token_counts(model)

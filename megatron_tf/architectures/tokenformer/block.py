@@ -76,4 +76,5 @@ def _sparse(
         model.parameter_tokens.ffn, d, d,
         group_size=bank.group_size, candidates=bank.candidates, dense=bank.dense,
         scale=scales[name], activation=model.activation, group=tensor.group,
+        z_loss=model.sparse.z_loss if model.sparse else 0.0,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from megatron_tf.architectures.spec import BankSpec
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
-from megatron_tf.config.fields import Section
+from megatron_tf.config.fields import NonNegative, Section
 from megatron_tf.config.nearest import divisors, divisors_near, either, multiples_near
 from megatron_tf.config.schema import ActivationName, Model, ParameterTokens
 
@@ -42,6 +42,12 @@ class Sparse(Section):
 
     ffn: Bank
     """Of the feed-forward Pattention."""
+    z_loss: NonNegative = 0.0
+    """Weight of a loss that keeps the routers' scores small: the mean of (log Σ exp z)² over a slot's candidates."""
+
+    def banks(self) -> dict[str, Bank]:
+        """By kind of projection."""
+        return {"ffn": self.ffn}
 
 
 class TokenFormerModel(Model):
@@ -63,7 +69,7 @@ def as_tokenformer(model: Model) -> TokenFormerModel:
 
 def bank_of(model: TokenFormerModel, kind: str) -> Bank | None:
     """The bank of a projection of `kind`; None for one whose positions use all its tokens."""
-    return getattr(model.sparse, kind, None)
+    return None if model.sparse is None else model.sparse.banks().get(kind)
 
 
 def bank_spec(model: TokenFormerModel, kind: str) -> BankSpec | None:
@@ -84,8 +90,8 @@ def suggested_bank(used: int) -> Bank | None:
 
 def bank_problems(model: TokenFormerModel) -> Iterator[str]:
     """Sentences on banks whose tokens are no whole slots."""
-    for kind in Sparse.model_fields if model.sparse else ():
-        bank, used = getattr(model.sparse, kind), getattr(model.parameter_tokens, kind)
+    for kind, bank in model.sparse.banks().items() if model.sparse else ():
+        used = getattr(model.parameter_tokens, kind)
         in_slots, size = used - bank.dense, bank.group_size
         if in_slots <= 0:
             fitting = f"model.sparse.{kind}.dense to {used - size}, or " if used >= size else ""
@@ -107,8 +113,8 @@ def bank_problems(model: TokenFormerModel) -> Iterator[str]:
 
 def bank_layout_problems(model: TokenFormerModel, tensor: int) -> Iterator[str]:
     """Sentences on slots that the tensor ranks cannot share evenly."""
-    for kind in Sparse.model_fields if model.sparse else ():
-        bank, used = getattr(model.sparse, kind), getattr(model.parameter_tokens, kind)
+    for kind, bank in model.sparse.banks().items() if model.sparse else ():
+        used = getattr(model.parameter_tokens, kind)
         slots = bank.slots(used)
         if slots % tensor:
             yield (

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import read_model
 from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError, ConfigError, shown
@@ -43,6 +44,8 @@ def huggingface_config(model: Model, scales: Mapping[str, float], eod_id: int | 
         "AutoModelForCausalLM": (MODELING_CODE, "TokenFormerForCausalLM"),
     }
     values = model.model_dump(exclude_none=True)
+    if (sections := architecture_of(model).sparse_sections(model)) is not None:
+        values["sparse"] = sections  # losses of the training are nothing that an export has
     return {
         "architectures": ["TokenFormerForCausalLM"],
         "auto_map": {kind: f"{code.removesuffix('.py')}.{name}" for kind, (code, name) in classes.items()},

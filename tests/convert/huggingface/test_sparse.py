@@ -13,6 +13,7 @@ from distributed import spawn
 from torch import nn
 
 from megatron_tf.convert.huggingface import choices, verify
+from megatron_tf.convert.huggingface.configuration import huggingface_config
 from megatron_tf.convert.huggingface.export import write_export
 from megatron_tf.convert.huggingface.importing import open_export
 from megatron_tf.errors import CheckpointError
@@ -70,6 +71,12 @@ def test_every_kind_goes_out_and_comes_back(sparse_of, tmp_path, ids, bank, acti
     network = sparse_of(bank, activation=activation)
     assert all(one.largest > 1 for one in write_export(tmp_path / "out", network, None).values())
     assert torch.equal(load_model(tmp_path / "out")(ids), network(ids))
+
+
+def test_a_loss_of_the_training_is_not_exported(network):
+    sparse = network.config.sparse.model_copy(update={"z_loss": 0.1})
+    exported = huggingface_config(network.config.model_copy(update={"sparse": sparse}), network.scales, None)
+    assert exported["sparse"] == {"ffn": BANK}
 
 
 def test_all_candidates_are_chosen_and_the_configuration_says_how_many(folder, network, ids):
