@@ -36,7 +36,7 @@ setup(
     license_files=["LICENSE"],
     package_data={
         "megatron_tf": ["py.typed"],
-        "megatron_tf.configs": ["*.yml", "schema.json"],
+        "megatron_tf.configs": ["*.yml", "finetune/*.yml", "schema.json"],
         "megatron_tf.slurm": ["*.sbatch"],
         "megatron_tf.experiments": ["*.yml"],
         "megatron_tf.adapters": ["remote_code/*.py"],  # goes into every export of an adapter

@@ -41,6 +41,7 @@ COMMANDS = {
     "expand": Command("expand_checkpoint", "grow a checkpoint into a bigger model's"),
     "average": Command("average_checkpoints", "average the weights of checkpoints"),
     "prune": Command("prune_tokens", "drop the parameter tokens that contribute least"),
+    "finetune": Command("finetune", "train an adapter of a frozen base model", ranks=True),
     "grow-adapter": Command("grow_adapter", "more parameter tokens for a trained adapter, or fewer"),
     "export-adapter": Command("export_adapter", "a base model and an adapter as one folder for transformers"),
     "convert": Command("convert_checkpoint", "weights from and to other formats"),

@@ -83,7 +83,7 @@ FLOORS = (
         "megatron_tf.pruning",
         "megatron_tf.adapters",
     },
-    {"megatron_tf.training"},
+    {"megatron_tf.training", "megatron_tf.finetuning"},
     # proofs of layouts and of resuming; studies, which start runs as users do
     {"megatron_tf.verification", "megatron_tf.study"},
     # `megatron_tf.train` is found in training when it is asked for

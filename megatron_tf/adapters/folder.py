@@ -153,10 +153,10 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(config, dict(_branches(path, config, tensors)))
 
 
-def write_adapter(folder: Path, adapter: Adapter, verify: Callable[[Path], None] | None = None) -> int:
+def write_adapter(folder: Path, adapter: Adapter, complete: Callable[[Path], None] | None = None) -> int:
     """Write a new folder, whole or not at all; the bytes of its weights. CheckpointError when it exists.
 
-    `verify`: looks at the folder, which has another name still, and raises when it is not to be.
+    `complete`: looks at the folder, which has another name still, or adds to it, and raises when it is not to be.
     """
     check_new_folder(folder)
     frozen, tensors = adapter.config["frozen_tokens"], {}
@@ -174,8 +174,8 @@ def write_adapter(folder: Path, adapter: Adapter, verify: Callable[[Path], None]
         config = {**adapter.config, "checksum": checksum(path, adapter.config)}
         write_config(partial / CONFIG_NAME, config)
         shutil.copymode(partial / CONFIG_NAME, path)  # the library's files are for their owner alone
-        if verify is not None:
-            verify(partial)
+        if complete is not None:
+            complete(partial)
         return path.stat().st_size
 
 

@@ -15,7 +15,7 @@ from megatron_tf.adapters.folder import read_adapter
 from megatron_tf.caches import prepare_hugging_face
 from megatron_tf.convert.huggingface.verify import require_transformers
 from megatron_tf.durable import read_plain
-from megatron_tf.errors import CheckpointError, UserError, file_errors, first_line
+from megatron_tf.errors import CheckpointError, DataError, UserError, file_errors, first_line
 from megatron_tf.requirements import is_wanted, wanted_versions
 
 _CONFIG = "config.json"
@@ -86,6 +86,22 @@ def load_adapted(base: Any, adapters: Mapping[str, Path]) -> Any:
     for folder in adapters.values():
         read_adapter(folder)
     return with_adapters(base, adapters)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a base's folder. DataError when there is none, or none with an end of text."""
+    prepare_hugging_face()
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the many kinds of tokenizers raise what they like
+        raise DataError(
+            f"{folder}: transformers finds no tokenizer ({first_line(error)}). Put its files there"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{folder}: its tokenizer has no end of text. Set eos_token in its tokenizer_config.json")
+    return tokenizer
 
 
 def random_ids(model: Any, seed: int = 0) -> Tensor:

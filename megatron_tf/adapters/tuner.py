@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from peft import PeftConfig, PeftModel
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 from torch import nn
@@ -20,6 +21,8 @@ from megatron_tf.adapters.folder import (
     FORMAT_VERSION,
     METHOD,
     WEIGHTS_NAME,
+    Adapter,
+    Branch,
     check_weights,
     checksum,
     read_config,
@@ -149,13 +152,32 @@ class PattentionModel(BaseTuner):
         return self.model
 
 
-def with_adapters(base: nn.Module, folders: Mapping[str, Path]) -> Any:
-    """`base` with the adapters in `folders` by name, the first one active, none of them trained."""
+def with_adapters(base: nn.Module, folders: Mapping[str, Path], trained: bool = False) -> Any:
+    """`base` with the adapters in `folders` by name, the first one active, `trained` or not."""
     (first, folder), *others = folders.items()
-    model = PeftModel.from_pretrained(base, folder, adapter_name=first)
+    model = PeftModel.from_pretrained(base, folder, adapter_name=first, is_trainable=trained)
     for name, place in others:
-        model.load_adapter(place, adapter_name=name)
+        model.load_adapter(place, adapter_name=name, is_trainable=trained)
     return model
+
+
+def with_new_adapter(base: nn.Module, num_tokens: int, modules: Sequence[str]) -> Any:
+    """`base` with a new adapter, to be trained."""
+    return get_peft_model(base, PattentionConfig(num_tokens=num_tokens, modules=list(modules), task_type="CAUSAL_LM"))
+
+
+@torch.no_grad()
+def adapter_of(model: Any, name: str = "default") -> Adapter:
+    """A copy of an adapter of a PEFT model, on the CPU."""
+    config: PattentionConfig = model.peft_config[name]
+    fields = config.to_dict() | {"target_modules": sorted(config.target_modules or ()), "inference_mode": True}
+    branches = {}
+    for place, module in model.get_base_model().named_modules():
+        layer = getattr(module, BRANCH, None)
+        if isinstance(layer, PattentionLayer) and name in layer.scales:
+            keys, values = layer.tokens(name)
+            branches[place] = Branch(keys.detach().cpu().clone(), values.detach().cpu().clone())
+    return Adapter(fields, branches)
 
 
 def _register() -> None:

@@ -1,0 +1,92 @@
+"""From examples to batches: packed into sequences, in an order that is a function of the seed and the step.
+
+| tensor | shape | content |
+|---|---|---|
+| input_ids | [b, s] | tokens, filled up with 0 |
+| targets | [b, s] | the token that follows, where it is to be learnt, else −100; never one of another example |
+| position_ids | [b, s] | 0 at the first token of each example |
+| attention_mask | [b, s] | only without packing: 0 where it is filled up |
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tf.finetuning.examples import Example
+
+IGNORED = -100
+_OPEN = 64  # sequences that are still being filled
+
+Row = Sequence[Example]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """See the table above."""
+
+    input_ids: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+
+
+def pack(examples: Sequence[Example], seq_length: int, seed: int) -> list[Row]:
+    """Each example whole in one row of at most `seq_length` tokens: in random order, into the fullest row that it fits
+    in."""
+    order = list(examples)
+    random.Random(seed).shuffle(order)
+    done: list[list[Example]] = []
+    rows: list[tuple[int, list[Example]]] = []
+    for example in order:
+        size = len(example.ids)
+        fitting = [row for row in rows if row[0] + size <= seq_length]
+        chosen = max(fitting, key=lambda row: row[0], default=(0, []))
+        rows = [row for row in rows if row is not chosen]
+        rows.append((chosen[0] + size, [*chosen[1], example]))
+        if len(rows) > _OPEN:
+            fullest = max(rows, key=lambda row: row[0])
+            rows = [row for row in rows if row is not fullest]
+            done.append(fullest[1])
+    return [*done, *(row for _, row in rows)]
+
+
+def rows_of_step(rows: Sequence[Row], step: int, count: int, seed: int) -> list[Row]:
+    """The `count` rows of a step. Each epoch has all rows once, in an order of its own."""
+    found = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, place = divmod(position, len(rows))
+        order = list(range(len(rows)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        found.append(rows[order[place]])
+    return found
+
+
+def count_targets(rows: Sequence[Row]) -> int:
+    return sum(sum(example.learnt) for row in rows for example in row)
+
+
+def collate(rows: Sequence[Row], length: int | None) -> Batch:
+    """A batch of `length` tokens a row, packed; None: of one example a row, as long as the longest."""
+    longest = length or max(len(example.ids) for row in rows for example in row)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    targets = torch.full_like(ids, IGNORED)
+    positions = torch.zeros_like(ids)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row:
+            stop = start + len(example.ids)
+            tokens = torch.tensor(example.ids)
+            ids[number, start:stop] = tokens
+            positions[number, start:stop] = torch.arange(stop - start)
+            mask[number, start:stop] = 1
+            learnt = torch.tensor(example.learnt[1:], dtype=torch.bool)
+            targets[number, start : stop - 1] = torch.where(learnt, tokens[1:], IGNORED)
+            start = stop
+        positions[number, start:] = torch.arange(longest - start)  # what fills up is an example of its own
+    return Batch(ids, targets, positions, None if length else mask)

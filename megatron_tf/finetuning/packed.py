@@ -1,0 +1,32 @@
+"""Does a base model keep packed examples apart? Asked of the model itself, before a run relies on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_tf.convert.agreement import agreement
+from megatron_tf.errors import ConfigError
+from megatron_tf.finetuning.batches import collate
+from megatron_tf.finetuning.examples import Example
+
+_LENGTHS = (5, 7)
+
+
+@torch.no_grad()
+def check_packing(model: Any, device: torch.device) -> None:
+    """ConfigError unless logits of two examples in one sequence are those of each alone."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in _LENGTHS]
+    batch = collate([[Example(ids, [False] * len(ids), "") for ids in texts]], sum(_LENGTHS))
+    found = model(
+        input_ids=batch.input_ids.to(device), position_ids=batch.position_ids.to(device), use_cache=False
+    ).logits[0]
+    alone = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0] for ids in texts]
+    compared = agreement(found, torch.cat(alone))
+    if not compared.holds:
+        raise ConfigError(
+            f"data.packing: the base lets packed examples see each other ({compared}). Set data.packing to false."
+        )

@@ -1,0 +1,182 @@
+"""The configuration of a fine-tuning run: a frozen base model, an adapter, and examples to train it on."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron_tf.config.fields import Count, NonNegative, Path, Positive, Seconds, Section
+from megatron_tf.config.load import apply_override
+from megatron_tf.config.nearest import either
+from megatron_tf.config.schema import Optimizer
+from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
+from megatron_tf.durable import read_plain
+from megatron_tf.errors import ConfigError, file_errors, shown
+from megatron_tf.text_files import decode_text
+
+_MOST_BYTES = 1 << 24
+
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Files = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
+
+
+class Run(Section):
+    dir: Path
+    """Folder of everything that the run writes: config.yml, metrics.jsonl, train.log, checkpoints/, adapter/."""
+    seed: int = Field(1234, ge=0, lt=2**63)
+    """New tokens and the order of the examples are functions of it."""
+    max_hours: Positive | None = None
+    """[hours] The run saves and stops when this time has passed since its start."""
+    hang_seconds: Annotated[float, Field(ge=1, le=1e7)] = 900.0
+    """[seconds] A longer step, or a longer silence of a rank, ends the run."""
+    timeout_seconds: Seconds = 1800.0
+    """[seconds] A collective that waits longer ends the run."""
+
+
+class Base(Section):
+    path: Path
+    """Folder of a causal language model of transformers, with its tokenizer."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the frozen weights. Tokens, their gradients and moments are fp32."""
+
+
+class AdapterSection(Section):
+    tokens: Count | None = None
+    """[tokens] Of each branch. null: 64, or those of adapter.from."""
+    modules: tuple[str, ...] = ()
+    """attention, mlp, or linear alone. Empty: attention and mlp, or those of adapter.from."""
+    source: Path | None = Field(None, alias="from")
+    """Folder of an adapter to begin with, such as a grown one."""
+
+
+class Data(Section):
+    train: Files = Field(min_length=1)
+    """Files of one JSON object a line: prompt and answer, messages, or text."""
+    validation: Files = ()
+    """The same, to measure the loss on."""
+    seq_length: Count
+    """[tokens] Of a sequence that is computed at once."""
+    packing: bool = True
+    """Put several examples into a sequence; attention and positions begin anew with each."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What an example of more than seq_length tokens does. Text is cut into pieces instead."""
+
+
+class Training(Section):
+    train_steps: Count
+    """[steps] Optimizer steps."""
+    global_batch_size: Count
+    """[sequences] Of a step, over all ranks."""
+    micro_batch_size: Count
+    """[sequences] Computed by a rank at once."""
+    gradient_clipping: NonNegative = 1.0
+    """Largest global L2 norm of the gradient. 0 turns clipping off."""
+    activation_checkpointing: bool = False
+    """Recompute each layer of the base in the backward pass."""
+
+
+class Checkpoint(Section):
+    interval_steps: Count | None = None
+    """[steps] Between checkpoints. The last step is always saved."""
+    keep_last: Count = 2
+    """[checkpoints] Older ones are deleted."""
+
+
+class Interval(Section):
+    interval_steps: Count
+    """[steps] Between two of them."""
+
+
+class FinetuneConfig(Section):
+    run: Run
+    base: Base
+    adapter: AdapterSection = AdapterSection()
+    data: Data
+    training: Training
+    optimizer: SerializeAsAny[Optimizer]
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Interval = Interval(interval_steps=100)
+    logging: Interval = Interval(interval_steps=10)
+
+
+def load_finetune(path: FilePath, overrides: Sequence[str] = ()) -> FinetuneConfig:
+    """Read a YAML file, apply "section.field=value", check every key. ConfigError with all problems."""
+    with file_errors(ConfigError, path, "Give the path of a fine-tuning run's YAML file."):
+        content = read_plain(path, _MOST_BYTES)
+    values, problems = parse_yaml(decode_text(ConfigError, str(path), content), str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds no sections. A configuration needs {', '.join(_required(FinetuneConfig))}.")
+    for override in overrides:
+        problems += apply_override(values, override)
+    try:
+        config = FinetuneConfig.model_validate_json(json.dumps(values), by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise ConfigError([*problems, *map(_sentence, error.errors(include_url=False))]) from None
+    if problems := [*problems, *_contradictions(config)]:
+        raise ConfigError(problems)
+    return config
+
+
+def dump_finetune(config: FinetuneConfig) -> str:
+    return dump_yaml(config.model_dump(by_alias=True))
+
+
+def check_ranks(config: FinetuneConfig, world_size: int) -> None:
+    """ConfigError unless the batch can be shared out."""
+    training = config.training
+    at_once = training.micro_batch_size * world_size
+    if training.global_batch_size % at_once:
+        raise ConfigError(
+            f"training.global_batch_size: {training.global_batch_size} is not a multiple of {at_once}, which is "
+            f"training.micro_batch_size {training.micro_batch_size} × {world_size} ranks. Set it to a multiple of {at_once}."
+        )
+
+
+def _contradictions(config: FinetuneConfig) -> Iterator[str]:
+    schedule, adapter = config.optimizer.schedule, config.adapter
+    if config.optimizer.type != "adamw":
+        yield f"optimizer.type: {config.optimizer.type}, and adapters are trained by adamw. Set it to adamw."
+    if schedule.type == "wsd" and schedule.decay_steps is None:
+        yield "optimizer.schedule.decay_steps: missing, and wsd needs it. Give the steps in which the rate falls."
+    if schedule.warmup_steps >= config.training.train_steps:
+        yield (
+            f"optimizer.schedule.warmup_steps: {schedule.warmup_steps}, and training.train_steps is "
+            f"{config.training.train_steps}. Set it to fewer."
+        )
+    if adapter.source is not None and (adapter.tokens is not None or adapter.modules):
+        yield "adapter.from: has tokens and modules of its own. Remove adapter.tokens and adapter.modules."
+
+
+def _required(section: type[Section]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items() if field.is_required()]
+
+
+def _sentence(problem: ErrorDetails) -> str:
+    """What pydantic found, as "section.field: what is wrong. Remedy."."""
+    parts = [str(part) for part in problem["loc"]]
+    key = ".".join(parts) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        keys = _keys_at(parts[:-1])
+        near = difflib.get_close_matches(parts[-1], keys, n=1)
+        hint = f"Did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else f"Choose of {either(keys)}."
+        return f"{key}: unknown key. {hint}"
+    if problem["type"] == "missing":
+        return f"{key}: missing, and it has no default. Give it a value."
+    return f"{key}: {shown(problem['input'])} cannot be. {problem['msg'].removeprefix('Input ').capitalize()}."
+
+
+def _keys_at(parts: Sequence[str]) -> list[str]:
+    section: Any = FinetuneConfig
+    for part in parts:
+        section = section.model_fields[part].annotation
+    return [field.alias or name for name, field in section.model_fields.items()]

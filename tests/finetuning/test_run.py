@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bases import decoder, questions, write_base, write_lines
+from launching import PROJECT, environment, free_port
+from peft import PeftModel
+
+from megatron_tf.adapters import PattentionConfig
+from megatron_tf.adapters.folder import read_adapter, write_adapter
+from megatron_tf.adapters.growth import grow_adapter
+from megatron_tf.errors import ConfigError
+from megatron_tf.finetuning.section import load_finetune
+
+CONFIG = """
+run: {{dir: {folder}/run}}
+base: {{path: {folder}/base, precision: fp32}}
+adapter: {{tokens: 4}}
+data: {{train: {folder}/train.jsonl, validation: {folder}/train.jsonl, seq_length: 32}}
+training: {{train_steps: 6, global_batch_size: 4, micro_batch_size: 2}}
+optimizer: {{lr: 1e-2, weight_decay: 0.0, schedule: {{warmup_steps: 1}}}}
+checkpoint: {{interval_steps: 2}}
+evaluation: {{interval_steps: 3}}
+logging: {{interval_steps: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune")
+    write_base(folder / "base")
+    write_lines(folder / "train.jsonl", questions())
+    (folder / "config.yml").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+def command(folder: Path, *overrides: str, ranks: int = 0) -> list[str]:
+    head = [sys.executable]
+    if ranks:
+        head = ["torchrun", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+    return [*head, str(PROJECT / "launch" / "finetune.py"), str(folder / "config.yml"), *overrides]
+
+
+def finetune(folder: Path, *overrides: str, ranks: int = 0) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(folder, *overrides, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=200
+    )
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+@pytest.mark.slow
+def test_a_run_trains_resumes_and_shares_its_batch_out(folder):
+    done = finetune(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = losses(folder / "run")
+    assert sorted(found) == [1, 2, 3, 4, 5, 6] and found[6] < found[1] - 0.2
+    assert [path.name for path in sorted((folder / "run" / "checkpoints").iterdir())] == [
+        "step_00000004",
+        "step_00000006",
+    ]
+    adapter = read_adapter(folder / "run" / "adapter")
+    config = PattentionConfig.from_pretrained(folder / "run" / "adapter")
+    PeftModel.from_pretrained(decoder(), folder / "run" / "adapter")
+    assert adapter.config["num_tokens"] == config.num_tokens == 4
+
+    # half, stopped by a signal, and gone on with, is the same to the last bit
+    half = f"run.dir={folder}/half"
+    process = subprocess.Popen(
+        command(folder, half, "training.train_steps=6"), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 2 " in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    assert process.wait(timeout=60) == 75
+    assert not (folder / "half" / "adapter").exists()
+    done = finetune(folder, half)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder / "half") == found
+    again = read_adapter(folder / "half" / "adapter")
+    assert all(torch.equal(branch.values, again.branches[name].values) for name, branch in adapter.branches.items())
+
+    done = finetune(folder, f"run.dir={folder}/two", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(folder / "two") == pytest.approx(found, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_grown_adapter_goes_on_without_packing_and_recomputed(folder, tmp_path):
+    done = finetune(folder, f"run.dir={tmp_path}/first", "training.train_steps=2")
+    assert done.returncode == 0, done.stderr
+    grown = grow_adapter(read_adapter(tmp_path / "first" / "adapter"), 8, freeze_old=True)
+    write_adapter(tmp_path / "grown", grown)
+    options = ("adapter.tokens=null", f"adapter.from={tmp_path}/grown", f"run.dir={tmp_path}/second", "data.packing=false",
+               "training.activation_checkpointing=true", "base.precision=bf16")  # fmt: skip
+    done = finetune(folder, *options)
+    assert done.returncode == 0, done.stderr
+    trained = read_adapter(tmp_path / "second" / "adapter")
+    assert (trained.config["num_tokens"], trained.config["frozen_tokens"]) == (8, 4)
+    for name, branch in trained.branches.items():
+        assert torch.equal(branch.keys[:4], grown.branches[name].keys[:4])
+        assert not torch.equal(branch.keys[4:], grown.branches[name].keys[4:])
+    # what a resume would not do as it was asked is refused
+    write_lines(tmp_path / "other.jsonl", questions(5))
+    for change, message in (
+        (f"data.train={tmp_path}/other.jsonl", "data.train: the files are not those that"),
+        ("training.train_steps=2", "training.train_steps: 2, and"),
+    ):
+        done = finetune(folder, *options, change)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_message_and_nothing_is_written(folder, tmp_path):
+    run = f"run.dir={tmp_path}/run"
+    for override, message in (
+        ("data.seq_length=100", "data.seq_length: 100, and the base's context is 64 tokens"),
+        ("base.path=/nowhere", "/nowhere: transformers finds no tokenizer"),
+    ):
+        done = finetune(folder, run, override)
+        assert (done.returncode, done.stderr.count("error: ")) == (2, 1) and message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.token=4", "adapter.token: unknown key. Did you mean adapter.tokens?"),
+        ("training.train_steps=0", "training.train_steps: 0 cannot be. Should be greater than or equal to 1."),
+        ("base.precision=fp8", "base.precision: 'fp8' cannot be. Should be 'bf16' or 'fp32'."),
+        ("optimizer.schedule.warmup_steps=6", "warmup_steps: 6, and training.train_steps is 6"),
+        ("optimizer.schedule.type=wsd", "optimizer.schedule.decay_steps: missing"),
+        ("adapter.from=x", "adapter.from: has tokens and modules of its own"),
+        ("base=null", "base: None cannot be"),
+        ("model.hidden_size=3", "model: unknown key"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_by_key(folder, override, message):
+    with pytest.raises(ConfigError) as refused:
+        load_finetune(folder / "config.yml", [override])
+    assert message in str(refused.value)
+
+
+def test_the_shipped_configuration_is_whole():
+    config = load_finetune(PROJECT / "configs" / "finetune" / "smollm2.yml")
+    assert config.adapter.tokens == 64 and config.optimizer.schedule.warmup_steps == 10
