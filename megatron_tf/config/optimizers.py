@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 DEFAULT = "adamw"
 OPTIMIZERS: Registry[UpdateRule] = Registry(
-    {DEFAULT: "megatron_tf.optimizers.adamw:ADAMW", "adamw_ema": "megatron_tf.optimizers.adamw_ema:ADAMW_EMA"}
+    {
+        DEFAULT: "megatron_tf.optimizers.adamw:ADAMW",
+        "adamw_ema": "megatron_tf.optimizers.adamw_ema:ADAMW_EMA",
+        "muon": "megatron_tf.optimizers.muon:MUON",
+    }
 )
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.nearest import divisors, divisors_near, either, listed, multiples_near
+from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.tasks import TASKS, task_of
 from megatron_tf.config.topology import Topology
 from megatron_tf.errors import ConfigError
+from megatron_tf.optimizers.base import MatrixRule
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def validate(config: RunConfig, world_size: int) -> None:
     problems = list(_layout_problems(config, world_size))
     if not problems:
         data_parallel = topology_for(config, world_size).data
-        problems += [*_batch_problems(config, data_parallel), *_pipeline_problems(config, data_parallel)]
+        for needs_layout in (_batch_problems, _pipeline_problems, _matrix_problems):
+            problems += needs_layout(config, data_parallel)
     problems += [*_length_problems(config), *_model_problems(config.model)]
     for rule in (
         _stage_problems,
@@ -322,6 +325,17 @@ def _pipeline_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
             f"parallel.schedule: 1f1b needs a micro batch for each of parallel.pipeline {parallel.pipeline} stages, and "
             f"a step has {micro_batches} of them. Set it to gpipe, or training.micro_batch_size to at most "
             f"{max(1, training.global_batch_size // (parallel.pipeline * data_parallel))}."
+        )
+
+
+def _matrix_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
+    if not isinstance(rule_of(config.optimizer), MatrixRule) or config.parallel.engine != "deepspeed":
+        return
+    if config.zero.stage and data_parallel > 1:
+        yield (
+            f"optimizer.type: {config.optimizer.type} updates whole rows, and zero.stage {config.zero.stage} of "
+            f"parallel.engine: deepspeed cuts them between {data_parallel} data-parallel ranks. Set parallel.engine to "
+            "torch, or optimizer.type to adamw."
         )
 
 

@@ -11,16 +11,20 @@ With the count of the old tokens, AdamW's first updates of them would be (1 − 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import Optimizer
-from megatron_tf.optimizers.base import UpdateBatch
+from megatron_tf.optimizers.base import MatrixRule, UpdateBatch
+from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.state.optimizer_states import WEIGHT
+from megatron_tf.state.parameters import ParameterSpec, layer_of
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,19 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         self.num_updates = 0  # since `bind`
         self.observe: Callable[[Segment, Tensor], None] | None = None
         self.before_update: Callable[[], None] | None = None
+        self._matrices: list[ParameterSpec] = []
+        self._rows = SINGLE
         self.skip_next = False  # makes the next call of `step` do nothing
 
-    def bind(self, segments: Iterable[Segment]) -> None:
-        """Sets the segments and allocates the states of their buffers."""
+    def bind(self, segments: Iterable[Segment], matrices: Sequence[ParameterSpec] = (), rows: Group = SINGLE) -> None:
+        """Sets the segments and allocates the states of their buffers.
+
+        `matrices`: those of this rank's blocks, for a `MatrixRule`; `segments` cut them between rows.
+        `rows`: the ranks that share the rows of each. They bind the same matrices.
+        """
         self.segments = list(segments)
+        self._matrices = list(matrices)
+        self._rows = rows
         self.num_updates = 0
         for segment in self.segments:
             state = self.state[segment.buffer]
@@ -93,21 +105,69 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         if self.before_update:
             self.before_update()
         self.num_updates += 1
+        whole = {spec.name for spec in self._matrices}
         alike = defaultdict(list)
+        of_matrices: dict[str, list[Segment]] = {name: [] for name in whole}
         for segment in self.segments:
-            if segment.buffer.grad is not None:
+            if segment.buffer.grad is None:
+                continue
+            if segment.name in whole:
+                of_matrices[segment.name].append(segment)
+            else:
                 alike[segment.decayed, segment.lr_multiplier].append(segment)
         for (decayed, multiplier), segments in alike.items():
-            views = [self.states(segment) for segment in segments]
-            grads = [segment.view(segment.buffer.grad).to(torch.float32) for segment in segments]
-            if self.observe:
-                for segment, grad in zip(segments, grads):
-                    self.observe(segment, grad)
-            batch = UpdateBatch(
-                weights=[view[WEIGHT] for view in views],
-                gradients=grads,
-                states={state.name: [view[state.name] for view in views] for state in self.rule.states},
-                ages=[segment.age for segment in segments],
-            )
             decay = self.settings.weight_decay if decayed else 0.0
-            self.rule.update(self.settings, batch, group["lr"] * multiplier, decay)
+            self.rule.update(self.settings, self._batch(segments), group["lr"] * multiplier, decay)
+        for _, specs in groupby(self._matrices, lambda spec: layer_of(spec.name)):
+            self._update_matrices([(spec, of_matrices[spec.name]) for spec in specs], group["lr"])
+
+    def _batch(self, segments: Sequence[Segment]) -> UpdateBatch:
+        """What is updated; `observe` sees the gradients first."""
+        views = [self.states(segment) for segment in segments]
+        grads = []
+        for segment in segments:
+            gradient = segment.buffer.grad
+            assert gradient is not None, "step leaves out what has none"
+            grads.append(segment.view(gradient).to(torch.float32))
+        if self.observe:
+            for segment, grad in zip(segments, grads):
+                self.observe(segment, grad)
+        return UpdateBatch(
+            weights=[view[WEIGHT] for view in views],
+            gradients=grads,
+            states={state.name: [view[state.name] for view in views] for state in self.rule.states},
+            ages=[segment.age for segment in segments],
+        )
+
+    def _update_matrices(self, matrices: Sequence[tuple[ParameterSpec, list[Segment]]], lr: float) -> None:
+        """Of one block, so that one all-reduce serves all of them. A rank may hold no row of some."""
+        rule = self.rule
+        assert isinstance(rule, MatrixRule)
+        found = []
+        for spec, segments in matrices:
+            batch = self._batch(segments)
+            flat_rows = rule.directions(self.settings, batch) if segments else []
+            directions = [direction.view(-1, spec.width) for direction in flat_rows]
+            found.append((spec, segments, batch, directions))
+        device = self.param_groups[0]["params"][0].device
+        flat = torch.cat([_gram(directions, spec.width, device).flatten() for spec, _, _, directions in found])
+        if self._rows.handle is not None:
+            dist.all_reduce(flat, group=self._rows.handle)
+        grams = flat.split([spec.width**2 for spec, *_ in found])
+        for (spec, segments, batch, directions), gram in zip(found, grams):
+            transform = rule.transform(gram.view(spec.width, spec.width))
+            size = rule.size(spec.shape)
+            for segment, weight, direction in zip(segments, batch.weights, directions):
+                rate = lr * segment.lr_multiplier
+                if segment.decayed:
+                    weight.mul_(1 - rate * self.settings.weight_decay)
+                weight.view(direction.shape).sub_(direction.double() @ transform, alpha=rate * size)
+
+
+def _gram(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
+    """In fp64, because it has the squares of singular values: the small ones would drown in fp32."""
+    total = torch.zeros(width, width, dtype=torch.float64, device=device)
+    for part in rows:
+        exact = part.double()
+        total.addmm_(exact.mT, exact)
+    return total

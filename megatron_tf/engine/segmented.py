@@ -22,7 +22,9 @@ from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.engine.shards import ShardedParameter
 from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.errors import CheckpointError
-from megatron_tf.state.parameters import ParameterSpec, layer_of, parameter_table
+from megatron_tf.optimizers.base import MatrixRule
+from megatron_tf.parallel.groups import Group
+from megatron_tf.state.parameters import ParameterSpec, is_matrix, layer_of, parameter_table
 from megatron_tf.state.sources import StateSource
 from megatron_tf.tasks.data import Batch
 
@@ -80,6 +82,11 @@ class SegmentedEngine(ABC):
     @abstractmethod
     def _evaluation_sums(self, batches: Iterable[Batch], num_micro_batches: int) -> list[Tensor]:
         """On the last stage `tasks.layers.evaluation_sums` of each micro batch; empty elsewhere."""
+
+    @property
+    @abstractmethod
+    def _rows(self) -> Group:
+        """The ranks that share the rows of this rank's matrices and of their optimizer state."""
 
     @property
     @abstractmethod
@@ -219,7 +226,8 @@ class SegmentedEngine(ABC):
                             multiplier,
                         )
                     )
-        self.optimizer.bind(segments)
+        matrices = [shard.spec for shard in self.shards() if is_matrix(shard.spec)]
+        self.optimizer.bind(segments, matrices if isinstance(self.optimizer.rule, MatrixRule) else (), self._rows)
         for segment in segments:
             for state, tensor in self.optimizer.states(segment).items():
                 source.read_into(segment.name, state, segment.start, tensor)

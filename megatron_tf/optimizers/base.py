@@ -81,3 +81,23 @@ class UpdateRule(ABC):
     @abstractmethod
     def reference(self, optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         """The same optimizer by other means, for checks: of parameter groups with a weight_decay each."""
+
+
+class MatrixRule(ABC):
+    """What an optimizer has in addition that updates a block's matrices whole: W ← W − lr (size · D·P + λW).
+
+    D [n, d] is a matrix's direction, of which each rank has some rows, and P [d, d] a function of DᵀD alone. So ranks
+    exchange nothing but the sum of their rows' DᵀD.
+    """
+
+    @abstractmethod
+    def directions(self, optimizer: Optimizer, batch: UpdateBatch) -> list[Tensor]:
+        """Rows of D, flat as the gradients are; updates the states in place, and adds 1 to each of `batch.ages`."""
+
+    @abstractmethod
+    def transform(self, gram: Tensor) -> Tensor:
+        """DᵀD -> P, both [d, d] in fp64."""
+
+    @abstractmethod
+    def size(self, shape: Sequence[int]) -> float:
+        """The factor of the whole matrix's update."""

@@ -37,6 +37,11 @@ def layer_of(name: str) -> int | None:
     return int(parts[1]) if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal() else None
 
 
+def is_matrix(spec: ParameterSpec) -> bool:
+    """Whether it is a matrix of a block: parameter tokens, or a weight of a linear layer."""
+    return len(spec.shape) == 2 and spec.sharded and layer_of(spec.name) is not None
+
+
 def in_layer(name: str, layer: int) -> str:
     """The parameter or projection that in block `layer` is what `name` is in its own."""
     first, _, rest = name.split(".", 2)

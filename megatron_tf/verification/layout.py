@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
 from megatron_tf.runtime.local_ranks import start_ranks
-from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.parameters import is_matrix, parameter_table
 from megatron_tf.state.sources import InitialSource
 
 TIMEOUT_SECONDS = 300.0
@@ -133,10 +134,14 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
     if nudged:
         _nudge(model)
     table = parameter_table(config.model)
-    decayed = [p for name, p in model.named_parameters() if table[name].decayed]
-    others = [p for name, p in model.named_parameters() if not table[name].decayed]
     settings = config.optimizer
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    alike: dict[tuple[bool, bool], list[Tensor]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        alike[table[name].decayed, is_matrix(table[name])].append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": settings.weight_decay if decayed else 0.0, "matrices": matrices}
+        for (decayed, matrices), parameters in alike.items()
+    ]
     optimizer = rule_of(settings).reference(settings, groups)
     ends = configured_boundaries(config).ends
     architecture, layers = architecture_of(config.model), task_layers(config.model)

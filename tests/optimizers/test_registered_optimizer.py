@@ -76,7 +76,7 @@ def test_its_section_is_strict(tmp_path: Path):
     assert load_config(file) == config() and isinstance(load_config(file).optimizer, MomentumOptimizer)
     with pytest.raises(ConfigError, match="optimizer.momentum: 1 is out of range"):
         load_config(file, ["optimizer.momentum=1"])
-    with pytest.raises(ConfigError, match="one of adamw, adamw_ema, momentum is expected. Did you mean momentum"):
+    with pytest.raises(ConfigError, match="one of adamw, adamw_ema, muon, momentum is expected. Did you mean momentum"):
         load_config(file, ["optimizer.type=momntum"])
     with pytest.raises(ConfigError, match="optimizer.betas: momentum has one average.*set optimizer.type to adamw"):
         load_config(file, ["optimizer.betas=[0.5, 0.5]"])

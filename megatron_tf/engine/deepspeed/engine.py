@@ -138,6 +138,11 @@ class DeepSpeedEngine(SegmentedEngine):
         return self._deepspeed.device
 
     @property
+    def _rows(self) -> Group:
+        # `validate` refuses a partition that cuts rows
+        return self._pipeline.tensor.group
+
+    @property
     def _tensor_rank(self) -> int:
         return self._pipeline.tensor.group.rank
 

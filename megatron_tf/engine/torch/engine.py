@@ -98,6 +98,7 @@ class TorchEngine(SegmentedEngine):
                 context=self._next_context,
             )
         self._tied = sharding.tied_group(topology, rank) if self._task.tied and topology.pipeline > 1 else None
+        self._sharing = sharding.row_group(topology, tensor, self._data)
         self._shards = shards_of(self._stage, topology)
         found = ((shard, sharding.fragment(shard, self._data)) for shard in self._shards)
         self._fragments = [(shard, fragment) for shard, fragment in found if fragment is not None]
@@ -108,6 +109,10 @@ class TorchEngine(SegmentedEngine):
     @property
     def _device(self) -> torch.device:
         return self._on
+
+    @property
+    def _rows(self) -> Group:
+        return self._sharing
 
     @property
     def _tensor_rank(self) -> int:

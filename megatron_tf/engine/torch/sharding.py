@@ -85,6 +85,20 @@ def tied_group(topology: Topology, rank: int) -> dist.ProcessGroup | None:
     return mine
 
 
+def row_group(topology: Topology, tensor: Group, data: Group) -> Group:
+    """The tensor- and data-parallel ranks of one stage, in the order of the world. All ranks call it together."""
+    if data.size == 1:
+        return tensor
+    if tensor.size == 1:
+        return data
+    size, rank = topology.tensor * topology.data, dist.get_rank()
+    mine = None
+    for first in range(0, topology.world_size, size):
+        handle = dist.new_group(list(range(first, first + size)))
+        mine = handle if first <= rank < first + size else mine
+    return Group(size, rank % size, mine)
+
+
 def gradients(shards: list[ShardedParameter]) -> Iterator[tuple[ShardedParameter, Tensor]]:
     """Those that are there."""
     for shard_ in shards:

@@ -1,0 +1,84 @@
+"""Muon under every layout is Muon on whole matrices, and all that ranks exchange for it is d × d numbers a matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import run_config
+
+from megatron_tf.config.topology import Topology
+from megatron_tf.config.validate import validate
+from megatron_tf.errors import ConfigError
+from megatron_tf.optimizers.muon import COEFFICIENTS, ITERATIONS, MUON
+from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
+from megatron_tf.verification.resume import Setting, check_resumes
+
+
+def config(engine="torch", **changes):
+    optimizer = {"type": "muon", "lr": 1e-2, "schedule": {"type": "constant", "warmup_steps": 1}}
+    return run_config(optimizer=optimizer, parallel={"engine": engine}, **changes)
+
+
+def iterate(x):
+    a, b, c = COEFFICIENTS
+    x = x / x.norm()
+    for _ in range(ITERATIONS):
+        square = x.mT @ x
+        x = a * x + x @ (b * square + c * square @ square)
+    return x
+
+
+@pytest.mark.parametrize("rows", [300, 40, 1])
+def test_the_gram_form_is_the_iteration(rows):
+    x = torch.randn(rows, 24, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
+    x[:, 3] = x[:, 4]  # singular
+    expected = iterate(x)
+    assert torch.allclose(x @ MUON.transform(x.mT @ x), expected, atol=1e-12, rtol=0)
+    values = torch.linalg.svdvals(expected)
+    assert 0.6 < values[0] < 1.25 and values[min(rows, 23) - 1] > 0.3
+
+
+def test_no_gradient_is_no_update():
+    zero = torch.zeros(8, 4)
+    assert torch.equal(zero @ MUON.transform(zero.mT @ zero), zero)
+
+
+def check(config, *chosen, steps=6):
+    expected = reference(config, steps)
+    adam = config.model_copy(update={"optimizer": run_config().optimizer.model_copy(update={"lr": 1e-2})})
+    assert abs(reference(adam, steps).losses[-1] / expected.losses[-1] - 1) > 1e-4, "the optimizers differ"
+    for layout, trace in zip(chosen, run_layouts(config, chosen, steps)):
+        difference = compare(trace, expected)
+        assert difference.agrees(1e-5), f"{layout}: {difference}"
+
+
+def test_two_ranks():
+    check(config(), Layout(Topology(1, 1, 2)), Layout(Topology(2, 1, 1)))
+
+
+def test_with_deepspeed():
+    check(config("deepspeed"), Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)))
+
+
+@pytest.mark.slow
+def test_four_ranks():
+    # five tokens over four ranks leave the last one none
+    few = config(model={"parameter_tokens": {"qkv": 5, "proj": 11, "ffn": 37}}, training={"micro_batch_size": 1})
+    check(few, Layout(Topology(1, 1, 4)), Layout(Topology(2, 1, 2), True), Layout(Topology(1, 2, 2)))
+    plain = {"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 37}
+    check(config(model=plain), Layout(Topology(2, 1, 2)))
+
+
+@pytest.mark.slow
+def test_a_resume_at_another_layout():
+    one, two = Setting(Layout(Topology(1, 1, 2)), engine="torch"), Setting(Layout(Topology(2, 1, 1)))
+    for result in check_resumes(config(), [(one, two), (two, one)], 3):
+        assert result.agrees(1e-5), result
+
+
+def test_a_partition_that_cuts_rows_is_refused():
+    with pytest.raises(
+        ConfigError, match="optimizer.type: muon updates whole rows, and zero.stage 1 .* 2 data-parallel"
+    ):
+        validate(config("deepspeed"), 2)
+    validate(config("deepspeed"), 1)
