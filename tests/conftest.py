@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """With several workers (pytest -n), a file is one worker's, and so are all tests on SLURM, and all that compare speeds.
+    """With several workers (pytest -n), a file is one worker's, and so are all tests on SLURM, and all that compare
+    speeds.
 
     Those that take longest are given out first, so that no worker has a long one left when the others are done.
     """

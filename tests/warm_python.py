@@ -2,8 +2,8 @@
 
 Started as `python -IS warm_python.py SOCKET PYTHON ...`, because it must start in milliseconds. The server forks a
 process that does the work; this one passes it the arguments, environment, folder, limits and open streams, hands
-signals on, and ends as it ends. Where the server cannot stand in (see `warm_server.differs`) PYTHON does the work itself.
-SIGSTOP cannot be handed on: what stops processes starts real ones.
+signals on, and ends as it ends. Where the server cannot stand in (see `warm_server.differs`) PYTHON does the work
+itself. SIGSTOP cannot be handed on: what stops processes starts real ones.
 """
 
 import array

@@ -42,7 +42,8 @@ def arrow(x: float, y: float, x_end: float, y_end: float) -> str:
 def picture(width: int, height: int, parts: Iterator[str]) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">',
-        '<defs><marker id="head" markerUnits="userSpaceOnUse" markerWidth="12" markerHeight="12" refX="9" refY="5" orient="auto">'
+        '<defs><marker id="head" markerUnits="userSpaceOnUse" markerWidth="12" markerHeight="12" refX="9" '
+        'refY="5" orient="auto">'
         f'<path d="M0,0 L10,5 L0,10 z" fill="{SOFT}"/></marker></defs>',
         box(0, 0, width, height, "#ffffff", 'rx="12"'),
         *parts,

@@ -1,5 +1,5 @@
-"""In which parts work goes over its rows: of sharded work, so that the products of one part hide the exchange of another;
-of scores that are not kept, so that few are there at once."""
+"""In which parts work goes over its rows: of sharded work, so that the products of one part hide the exchange of
+another; of scores that are not kept, so that few are there at once."""
 
 from __future__ import annotations
 

@@ -65,9 +65,9 @@ def check_prunable(model: Model, counts: Mapping[str, int]) -> None:
             continue
         if bank := projection.bank:
             problems.append(
-                f"model.sparse.{kind}: the {kind} projections cannot lose some of their {projection.tokens} tokens, because "
-                f"positions choose {bank.slots * bank.group_size} of them among {bank} tokens. Give --candidates {kind}=1, which "
-                "makes the model dense, and prune that one"
+                f"model.sparse.{kind}: the {kind} projections cannot lose some of their {projection.tokens} tokens, "
+                f"because positions choose {bank.slots * bank.group_size} of them among {bank} tokens. Give "
+                f"--candidates {kind}=1, which makes the model dense, and prune that one"
             )
         elif (projection.keys, projection.values) != (("key_tokens",), ("value_tokens",)):
             problems.append(
@@ -91,8 +91,8 @@ def check_format(model: Model, form: str, action: str) -> None:
     if form not in architecture_of(model).formats:
         able = [name for name in ARCHITECTURES.names() if form in ARCHITECTURES[name].formats]
         raise CheckpointError(
-            f"a {model.architecture} cannot be {action}: the {form} format has no place for its parameters. Give a model "
-            f"whose model.architecture is {either(able)}"
+            f"a {model.architecture} cannot be {action}: the {form} format has no place for its parameters. Give a "
+            f"model whose model.architecture is {either(able)}"
         )
     if problem := architecture_of(model).format_problem(model, form):
         raise CheckpointError(f"the model cannot be {action}: {problem}")
@@ -119,7 +119,8 @@ def check_same_architecture(index: CheckpointIndex, model: Model, optimizer: str
 
 
 def optimizer_problem(index: CheckpointIndex, optimizer: str, otherwise: str) -> str | None:
-    """Why `optimizer`, a name of the configuration, cannot go on with what the checkpoint keeps in addition to the weights.
+    """Why `optimizer`, a name of the configuration, cannot go on with what the checkpoint keeps in addition to the
+    weights.
 
     `otherwise`: what to do when the optimizer is to stay.
     """
@@ -209,7 +210,10 @@ def _other_candidates(index: CheckpointIndex, model: Model) -> Iterator[str]:
             yield f"{place} has {shown(changed)}, which is no section model.sparse before and after"
             return
         if after != model:
-            yield f"{place}.to has {shown(changed['to'])}, the model then had {shown(architecture.sparse_sections(model))}"
+            yield (
+                f"{place}.to has {shown(changed['to'])}, the model then had "
+                f"{shown(architecture.sparse_sections(model))}"
+            )
             return
         if problems := list(architecture.problems(architecture.with_token_counts(before, entry["from"]))):
             yield f"{place}.from: {problems[0]}"

@@ -1,9 +1,9 @@
 """Evaluate a checkpoint: `deepspeed launch/evaluate.py CONFIG [section.field=value ...]`.
 
-Perplexity and bits per byte on data.validation, or on any prepared data with --data, and with --tasks the zero-shot tasks
-of lm-evaluation-harness; of a model of images, top-1 and top-5 of every image. From the newest checkpoint of run.dir, or
-any other with --checkpoint. The same file runs under torchrun, under srun, and as plain python on one process, on any
-layout: only weights are loaded, so a model needs a fraction of the memory of its training.
+Perplexity and bits per byte on data.validation, or on any prepared data with --data, and with --tasks the zero-shot
+tasks of lm-evaluation-harness; of a model of images, top-1 and top-5 of every image. From the newest checkpoint of
+run.dir, or any other with --checkpoint. The same file runs under torchrun, under srun, and as plain python on one
+process, on any layout: only weights are loaded, so a model needs a fraction of the memory of its training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=path, action="append", default=[], metavar="PREFIX",
                         help="prepared data to evaluate on; may be repeated; default: data.validation")  # fmt: skip
     parser.add_argument("--stride", type=whole_number(2**31), metavar="TOKENS",
-                        help="from one window of model.seq_length tokens to the next; smaller is slower and gives every "
+                        help="from one window of model.seq_length tokens to the next; smaller is slower and gives "
+                        "every "
                         "token more context (default: model.seq_length)")  # fmt: skip
     parser.add_argument("--max-tokens", type=whole_number(MOST_TOKENS), metavar="N",
                         help="read only the first N tokens of each data")  # fmt: skip

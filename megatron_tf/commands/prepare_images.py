@@ -21,8 +21,9 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="one folder with a folder of images for each class; or files or quoted globs: .tar shards as WebDataset has "
-        "them (KEY.jpg and KEY.cls), or files of images of the MNIST family with their labels next to them, plain or .gz",
+        help="one folder with a folder of images for each class; or files or quoted globs: .tar shards as WebDataset "
+        "has them (KEY.jpg and KEY.cls), or files of images of the MNIST family with their labels next to them, plain "
+        "or .gz",
     )
     parser.add_argument(
         "--output-prefix", type=text_path, required=True, metavar="PREFIX", help="path of the output without suffix"
@@ -31,8 +32,8 @@ def parse_arguments() -> argparse.Namespace:
         "--classes",
         type=text_path,
         metavar="FILE",
-        help="names of the classes in the order of their numbers, one a line; or how many there are (default: of folders "
-        "their names in alphabetical order, of the MNIST family the numbers)",
+        help="names of the classes in the order of their numbers, one a line; or how many there are (default: of "
+        "folders their names in alphabetical order, of the MNIST family the numbers)",
     )
     parser.add_argument(
         "--classes-from", type=text_path, metavar="PREFIX", help="the classes of these prepared images, in their order"
@@ -41,8 +42,8 @@ def parse_arguments() -> argparse.Namespace:
         "--shortest-side",
         type=whole_number(10**5),
         metavar="PIXELS",
-        help="make larger images so small, and write them anew as JPEG of quality 95: they are read faster in training, "
-        "and are no longer quite what they were",
+        help="make larger images so small, and write them anew as JPEG of quality 95: they are read faster in "
+        "training, and are no longer quite what they were",
     )
     parser.add_argument(
         "--ignore-orientation",

@@ -22,8 +22,8 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files or quoted globs: .jsonl, .ndjson or .json (one document a line), .txt (one document), .tar (an archive "
-        "of such files, or of archives), each also with .zst, .gz, .xz or .bz2; .parquet",
+        help="files or quoted globs: .jsonl, .ndjson or .json (one document a line), .txt (one document), .tar (an "
+        "archive of such files, or of archives), each also with .zst, .gz, .xz or .bz2; .parquet",
     )
     parser.add_argument(
         "--tokenizer",
@@ -56,16 +56,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--keep-lossy",
         action="store_true",
-        help="keep documents with characters that the tokenizer has no token for, and count what is lost; otherwise such "
-        "a document is a bad record",
+        help="keep documents with characters that the tokenizer has no token for, and count what is lost; otherwise "
+        "such a document is a bad record",
     )
     parser.add_argument(
         "--max-document-bytes",
         type=int,
         default=ReadLimits().max_document_bytes,
         metavar="N",
-        help="a longer document is a bad record; a process may need fifteen times as much memory, and for one that cannot "
-        "be taken apart (the report says which) two hundred times (default: %(default)s)",
+        help="a longer document is a bad record; a process may need fifteen times as much memory, and for one that "
+        "cannot be taken apart (the report says which) two hundred times (default: %(default)s)",
     )
     parser.add_argument(
         "--validation-fraction",

@@ -2,7 +2,8 @@
 
 `plan` shows the runs, their order, their cost and, where speeds are known, how long they take. `run` works through
 them and goes on where it was stopped; any number of tasks of a SLURM array may share one study. `report` writes
-results.json, a table and a picture of what has ended. Studies that come with megatron_tf are in experiments/, and are found by their names.
+results.json, a table and a picture of what has ended. Studies that come with megatron_tf are in experiments/, and are
+found by their names.
 """
 
 from __future__ import annotations

@@ -208,7 +208,10 @@ def _sentence(loc: Location, problem: ErrorDetails, values: Mapping[str, Any]) -
         return f"{key}: the list has {len(given)} items. It holds {bounds['max_length']}."
     expected = _EXPECTED.get(kind)
     if expected is None:
-        return f"{key or 'configuration'}: {_describe(given)} is not valid: {problem['msg'].removeprefix('Value error, ')}."
+        return (
+            f"{key or 'configuration'}: {_describe(given)} is not valid: "
+            f"{problem['msg'].removeprefix('Value error, ')}."
+        )
     return f"{key}: {_describe(given)}, but {expected} is expected.{_remedy(kind, loc, given)}"
 
 

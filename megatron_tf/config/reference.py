@@ -27,8 +27,8 @@ _FILE_KEYS = {
     },
     "stages": {
         "type": "array",
-        "description": "Runs that grow from one another, in order. Each has a name and repeats only what differs from the "
-        "common sections.",
+        "description": "Runs that grow from one another, in order. Each has a name and repeats only what differs from "
+        "the common sections.",
     },
 }
 

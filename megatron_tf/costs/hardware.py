@@ -88,7 +88,8 @@ class Assumptions:
         """For the reader of a plan."""
         return (
             f"matrix products reach {self.gemm:.0%} of the GPU's dense peak, attention {self.attention:.0%}, "
-            f"elementwise kernels {self.memory:.0%} of the memory bandwidth, large messages {self.link:.0%} of the links",
+            f"elementwise kernels {self.memory:.0%} of the memory bandwidth, large messages {self.link:.0%} of the "
+            "links",
             f"a collective takes {self.node_latency * 1e6:.0f} µs within a node and {self.network_latency * 1e6:.0f} "
             f"µs between nodes in addition to its transfer; a kernel {self.launch * 1e6:.0f} µs to start",
             "communication does not overlap with computation, but for the second half of a long input's norms; the "

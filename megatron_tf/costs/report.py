@@ -24,7 +24,8 @@ def report(plan: dict[str, Any]) -> str:
     parts.append(
         "\n".join(
             [
-                "Parameters, bytes sent and checkpoint sizes are counted; memory is within 10 % of what tensors took in runs on CPUs.",
+                "Parameters, bytes sent and checkpoint sizes are counted; memory is within 10 % of what tensors took "
+                "in runs on CPUs.",
                 "Times, MFU, GPU-hours and energy are estimates from a roofline. They assume that",
                 *(f"- {sentence}" for sentence in plan["assumptions"]),
             ]

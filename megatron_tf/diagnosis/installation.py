@@ -41,7 +41,8 @@ PACKAGES = (
     Package("zstandard", "data preparation from .zst files"),
     Package(
         "deepspeed", "training", False,
-        f"pip install setuptools wheel ninja && pip install --no-build-isolation deepspeed{wanted_versions('deepspeed')}",
+        "pip install setuptools wheel ninja && "
+        f"pip install --no-build-isolation deepspeed{wanted_versions('deepspeed')}",
     ),
     Package("matplotlib", "tools/plot_run.py", False, "pip install -e '.[plot]'"),
     Package("pillow", "models of images", False, "pip install -e '.[images]'"),

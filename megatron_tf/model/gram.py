@@ -9,18 +9,19 @@
 | G | [projections, d, d], fp32, summed over the tokens of all ranks |
 | r | [rows, projections], fp32 |
 
-So r is known before the first product, and over tensor ranks no row waits for an exchange, forward or backward. Backward,
-with w = dr/r and what the layer says of dr (its T is ΣD∘A, and dr = −T/r):
+So r is known before the first product, and over tensor ranks no row waits for an exchange, forward or backward.
+Backward, with w = dr/r and what the layer says of dr (its T is ΣD∘A, and dr = −T/r):
 
     dx = w (x G),   dG = ½ xᵀ(w x),   dK = K (dG + dGᵀ)
 
-All are linear in dr. So each rank takes the part of dr that its own tokens give: dx is summed over the ranks with that of
-the products, and dG by itself, once for a micro batch. Together this is the direct form's (D − A T/r²) K, because A K = x G.
+All are linear in dr. So each rank takes the part of dr that its own tokens give: dx is summed over the ranks with that
+of the products, and dG by itself, once for a micro batch. Together this is the direct form's (D − A T/r²) K, because A
+K = x G.
 
 Saved for backward are x, K, G and r. xG is made again there, within one product of all projections.
 
-x G xᵀ loses digits where x lies near the null space of K: rounding of the largest terms is what remains of r². No row has a
-smaller r than that rounding, so none becomes large by it.
+x G xᵀ loses digits where x lies near the null space of K: rounding of the largest terms is what remains of r². No row
+has a smaller r than that rounding, so none becomes large by it.
 """
 
 from __future__ import annotations

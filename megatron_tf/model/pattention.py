@@ -18,9 +18,9 @@ number a row and projection, forward and backward; everything else is local.
 
 Projections that share X (query, key, value) go through one product against their concatenated keys and one
 all-reduce. Saved for backward: X once, A in the compute type, and r; S is recomputed, and dA is made in the memory of
-dS. So the backward holds A, dS and one projection's S. A `Form` can have A recomputed too: one more product, and X and r
-are all that is saved. Unless rows wait for an exchange, forward and backward then go over them chunk by chunk, so that
-nothing of all rows and tokens is ever there; gradients of tokens are added up in fp32.
+dS. So the backward holds A, dS and one projection's S. A `Form` can have A recomputed too: one more product, and X and
+r are all that is saved. Unless rows wait for an exchange, forward and backward then go over them chunk by chunk, so
+that nothing of all rows and tokens is ever there; gradients of tokens are added up in fp32.
 
 In the Gram form r comes from gram.py, and with it a Pattention is a GELU MLP of (τ/r)X: no row is exchanged, and the
 backward hands on dr = −T/r instead of coupling the tokens.
@@ -216,7 +216,8 @@ def _layer(
 
 # Scores [rows, keys of all projections], and each projection's r [rows, 1] and output [rows, d_out].
 _Results = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
-# dx [rows, d_in] if it is wanted; gradients of keys and values, in the order of the tokens; each projection's T [rows, 1].
+# dx [rows, d_in] if it is wanted; gradients of keys and values, in the order of the tokens; each projection's T [rows,
+# 1].
 _Gradients = tuple["Tensor | None", Sequence[Tensor], Sequence[Tensor]]
 
 

@@ -20,8 +20,8 @@ from megatron_tf.state.sources import StateSource, copy_in_slices
 
 @dataclass(frozen=True)
 class _Mixed:
-    """A tensor of the smaller model whose groups of `size` elements, from element `first` on, are means of groups of the
-    old tensor `name`; what is before `first` is the old tensor of its own name."""
+    """A tensor of the smaller model whose groups of `size` elements, from element `first` on, are means of groups of
+    the old tensor `name`; what is before `first` is the old tensor of its own name."""
 
     name: str
     first: int
@@ -29,7 +29,8 @@ class _Mixed:
     mixture: Tensor
 
     def groups(self, start: int, stop: int) -> Iterator[tuple[int, int, list[tuple[int, float]]]]:
-        """(start, stop, [(start in the old tensor, share), ...]) of each part of elements [start, stop) in one group."""
+        """(start, stop, [(start in the old tensor, share), ...]) of each part of elements [start, stop) in one
+        group."""
         slots, count, candidates = self.mixture.shape
         while start < stop:
             group, offset = divmod(start - self.first, self.size)
@@ -48,8 +49,8 @@ class _Mixed:
 
 
 class CondensedSource:
-    """State of `model`, which has fewer candidates than `old_model`: means of those of `old`, with the optimizer's states
-    alike.
+    """State of `model`, which has fewer candidates than `old_model`: means of those of `old`, with the optimizer's
+    states alike.
 
     `mixtures`: of each projection that loses candidates, see `pruning.candidates`.
     Ages are those of the candidate with the largest share. A `StateSource`; holds one bounded buffer while it is read.

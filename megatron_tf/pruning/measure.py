@@ -57,8 +57,8 @@ def target_counts(text: str, old: Mapping[str, int], option: str = "--tokens") -
             problems.append(f"{option}: names {kind} twice.")
         elif not 1 <= int(number) < old[kind]:
             problems.append(
-                f"{option}: {kind} is {int(number)}, the checkpoint has {old[kind]}. Choose 1 to {old[kind] - 1}, or leave "
-                f"{kind} out to keep all."
+                f"{option}: {kind} is {int(number)}, the checkpoint has {old[kind]}. Choose 1 to {old[kind] - 1}, or "
+                f"leave {kind} out to keep all."
             )
         else:
             counts[kind] = int(number)
@@ -101,8 +101,8 @@ class DataSample:
         self.samples = min(DEFAULT_SAMPLES, available // 2) if samples is None else samples
         if not 1 <= self.samples <= available // 2:
             raise DataError(
-                f"--samples: {self.samples} to measure and as many others for the loss are asked of {prefix}, which has "
-                f"{available} of {model.seq_length} tokens. Choose 1 to {available // 2}."
+                f"--samples: {self.samples} to measure and as many others for the loss are asked of {prefix}, which "
+                f"has {available} of {model.seq_length} tokens. Choose 1 to {available // 2}."
             )
         self.prefix = prefix
         self._loader = BatchLoader(

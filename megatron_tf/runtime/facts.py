@@ -78,8 +78,8 @@ def _verdict(assembly: Assembly, reference: Facts, reports: Sequence[Mapping[str
             who.setdefault(problem, []).append(name)
     parts = [f"on {some_of(ranks, MOST_RANKS)}: {problem}" for problem, ranks in who.items()]
     parts += [
-        f"{some_of(ranks, MOST_RANKS)} use the same GPU, {gpu}. Start a rank for each GPU, with a LOCAL_RANK of its own on "
-        "its node."
+        f"{some_of(ranks, MOST_RANKS)} use the same GPU, {gpu}. Start a rank for each GPU, with a LOCAL_RANK of its "
+        "own on its node."
         for gpu, ranks in by_gpu.items()
         if gpu and len(ranks) > 1
     ]

@@ -131,8 +131,8 @@ class Ends:
 
 
 def plot_ends(ends: Sequence[Ends], output: Path) -> None:
-    """Draw the validation loss that runs end with against tokens and FLOPs: the mean of the seeds, from the least to the
-    greatest of them; a thin line leads there from what a run started from. UserError as `plot_runs`.
+    """Draw the validation loss that runs end with against tokens and FLOPs: the mean of the seeds, from the least to
+    the greatest of them; a thin line leads there from what a run started from. UserError as `plot_runs`.
     """
     figure = new_figure(output, (13, 6))
     by_name = {end.name: end for end in ends}

@@ -127,7 +127,8 @@ def test_a_rank_that_hangs_is_named_and_the_job_requeued(cluster, submit, undist
     assert 1 <= int(named[0][2]) < STEPS
     stack = (run / "hang-rank0.txt").read_text()
     assert re.search("all_reduce|all_gather|reduce_scatter", stack) or (run / "hang-rank3.txt").exists(), stack
-    # hang_seconds, 6 to find out and to say it, KillWait for the stopped rank, which hears no SIGTERM, and the way there
+    # hang_seconds, 6 to find out and to say it, KillWait for the stopped rank, which hears no SIGTERM, and the way
+    # there
     assert seconds < 6 + 6 + 25 + 30, seconds
     assert_same_weights(run, undisturbed)
     assert losses(run) == losses(undisturbed)

@@ -16,7 +16,7 @@ class TransformerModel(Model):
     ffn_hidden_size: Count = Field(default_factory=lambda earlier: 4 * earlier.get("hidden_size", 1))
     """[channels] Width of the MLP. By default 4 × hidden_size."""
     num_key_value_heads: Count = Field(default_factory=lambda earlier: earlier.get("num_attention_heads", 1))
-    """Heads of keys and values; several query heads share one (grouped-query attention). By default num_attention_heads."""
+    """Heads of keys and values, each for several query heads (grouped-query attention). By default one for each."""
 
 
 def as_transformer(model: Model) -> TransformerModel:

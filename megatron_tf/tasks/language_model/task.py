@@ -82,8 +82,8 @@ class LanguageModelling(Task):
         for key, token in {"eod_id": data.eod_id, "pad_id": data.pad_id}.items():
             if token is not None and token >= vocabulary:
                 yield (
-                    f"data.{key}: {token} is beyond the vocabulary, model.vocab_size is {vocabulary}. Set it to a token "
-                    f"below {vocabulary}, or raise model.vocab_size."
+                    f"data.{key}: {token} is beyond the vocabulary, model.vocab_size is {vocabulary}. Set it to a "
+                    f"token below {vocabulary}, or raise model.vocab_size."
                 )
         if data.pad_id is not None and data.pad_id == data.eod_id:
             yield (
