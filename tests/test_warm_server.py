@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from launching import environment
+from launching import PROJECT, environment
 from warm_server import warm_python
 
 REPORT = """
@@ -33,6 +33,8 @@ sys.exit(7)
 ENDS = {
     "falls off the end": "print('a')",
     "exit with a message": "import sys; sys.exit('sorry')",
+    "exit with a negative number": "import sys; sys.exit(-1)",
+    "at exit, and a file left open": "import atexit; f = open(chr(120), chr(119)); atexit.register(print, 3); f.write(chr(97))",
     "exit now": "import os; os._exit(3)",
     "an exception": "raise ValueError('no')",
     "a signal": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
@@ -136,3 +138,19 @@ def test_it_dies_with_the_one_that_stands_for_it(warm, tmp_path):
     while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
         time.sleep(0.01)
     assert process.wait(20) == -signal.SIGKILL and not os.path.exists(f"/proc/{pid}")
+
+
+def test_nothing_is_left_when_the_session_ends_with_the_server(tmp_path):
+    (tmp_path / "script.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    session = (
+        "import subprocess, sys; sys.path.insert(0, sys.argv[1]); from warm_server import warm_python\n"
+        "words = [str(warm_python() / 'python'), sys.argv[2]]; process = subprocess.Popen(words, stdout=subprocess.PIPE)\n"
+        "print(process.stdout.readline().decode(), warm_python())"
+    )
+    words = [sys.executable, "-c", session, PROJECT / "tests", tmp_path / "script.py"]
+    done = subprocess.run(words, env=environment(PYTHONPATH=str(PROJECT)), capture_output=True, text=True, timeout=100)
+    pid, folder = done.stdout.split()
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not os.path.exists(f"/proc/{pid}") and not os.path.exists(folder)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import array
 import atexit
 import functools
+import gc
 import importlib
 import io
 import json
@@ -28,8 +29,11 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 PROJECT = Path(__file__).parents[1]
 CLIENT = Path(__file__).with_name("warm_python.py")
@@ -73,7 +77,7 @@ def warm_python() -> Path:
 
 
 def end(server: subprocess.Popen, folder: Path) -> None:
-    server.kill()
+    server.stdin.close()
     server.wait()
     for path in folder.iterdir():
         path.unlink()
@@ -89,9 +93,10 @@ def serve() -> None:
     sys.path.insert(0, str(PROJECT))
     import_everything()
     sys.executable = python
+    gc.freeze()  # collections in forked processes would copy every page
     request = Server(socket.socket(fileno=int(listening)), starting).next_request()
     become(request, base)
-    work(request)
+    end_as_python_does(lambda: work(request))
 
 
 def import_everything() -> None:
@@ -127,7 +132,7 @@ class Server:
         while True:
             for key, _ in self.selector.select():
                 if key.fileobj == 0:
-                    os._exit(0)
+                    self.end()
                 if key.fileobj is self.listening:
                     request = self.fork()
                     if request is not None:
@@ -137,6 +142,11 @@ class Server:
                 elif key.data in self.children:
                     os.kill(self.children[key.data][0], signal.SIGKILL)
                     self.selector.unregister(key.fileobj)
+
+    def end(self) -> NoReturn:
+        for pid, _ in self.children.values():
+            os.kill(pid, signal.SIGKILL)
+        os._exit(0)
 
     def fork(self) -> dict | None:
         client, _ = self.listening.accept()
@@ -297,3 +307,29 @@ def work(request: dict) -> None:
     script = os.path.abspath(request["words"][0])
     main.__dict__.update(__file__=script, __cached__=None, __builtins__=__builtins__)
     exec(compile(Path(script).read_bytes(), script, "exec"), main.__dict__)
+
+
+def end_as_python_does(main_program: Callable[[], None]) -> None:
+    """Ends the process after `main_program`, but does not take apart what is imported, which takes seconds as well."""
+    code, interrupted = 0, False
+    try:
+        main_program()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if code and not isinstance(ended.code, int):
+            print(ended.code, file=sys.stderr)
+    except BaseException as error:
+        code, interrupted = 1, isinstance(error, KeyboardInterrupt)
+        sys.excepthook(type(error), error, error.__traceback__)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        print(f"Exception ignored in: {sys.stdout!r}\n{type(error).__name__}: {error}", file=sys.stderr)
+        code = 120
+    sys.stderr.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code & 0xFF)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 
-from launching import EVALUATE, PROJECT, TRAIN, environment, free_port, train
+from launching import EVALUATE, PROJECT, TRAIN, environment, free_port, train, warm
 
 PATIENCE = "parallel.timeout_seconds=100"
 
@@ -16,7 +16,7 @@ def started(folder, *ranks, program=TRAIN):
     port = str(free_port())
     processes = [
         subprocess.Popen(
-            [sys.executable, program, folder / "config.yml", *arguments],
+            warm([sys.executable, program, folder / "config.yml", *arguments]),
             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(ranks)), MASTER_ADDR="127.0.0.1",
                             MASTER_PORT=port, PYTHONPATH=str(PROJECT), **variables),
             cwd=PROJECT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tooling import tool
 
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors, shard_name
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
@@ -58,7 +59,7 @@ def save(root: Path, step: int, value: float) -> Path:
 
 
 def inspect(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
+    return tool("inspect_checkpoint", *arguments)
 
 
 @pytest.fixture(scope="module")

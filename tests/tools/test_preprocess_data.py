@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tooling import tool
 
 from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.summary import read_summary
@@ -20,10 +21,8 @@ from megatron_tf.data.tokenizer import load_tokenizer
 ROOT = Path(__file__).parents[2]
 
 
-def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # also from a checkout that is not installed
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return tool(name.removesuffix(".py"), *arguments)
 
 
 def test_corpus_tokenizer_and_data_in_a_row(tmp_path):
