@@ -104,8 +104,11 @@ def show_plan(study: Study, arguments: argparse.Namespace) -> None:
         print("time: not known. Give --probe, or --flops-per-second")
     else:
         print(f"time: about {format_duration(total)} with {workers} at once, without start-up and evaluation")
-    for problem in missing(plan):
+    problems = missing(plan)
+    for problem in problems:
         print(f"warning: {problem}")
+    if not problems:
+        print(f"data: at most {most_passes(plan):.2f} passes")
 
 
 def run_study(study: Study, arguments: argparse.Namespace) -> None:
@@ -137,6 +140,15 @@ def workers_here(study: Study) -> int:
     from megatron_tf.study.machine import share
 
     return share(study.ranks, None).workers
+
+
+def most_passes(plan: Plan) -> float:
+    """Over the training data, of the run that sees most of them, with its parents."""
+    from megatron_tf.data.outlook import passes_over
+
+    most = max(plan.nodes, key=lambda node: node.end.tokens)
+    found = passes_over(most.config, most.end.tokens // most.config.model.seq_length)
+    return max(source.passes for source in found)
 
 
 def missing(plan: Plan) -> list[str]:

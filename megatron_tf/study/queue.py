@@ -22,7 +22,7 @@ from megatron_tf.durable import take_lock
 from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped, UserError, file_errors
 from megatron_tf.study.file import Study
 from megatron_tf.study.plan import Node, Plan, make_plan
-from megatron_tf.study.result import has_ended, loss_of, measure, write_config, write_result
+from megatron_tf.study.result import changed, has_ended, loss_of, measure, write_config, write_result
 from megatron_tf.telemetry.meters import format_duration
 
 POLL_SECONDS = 3.0
@@ -141,6 +141,10 @@ class Queue:
             os.close(descriptor)
 
     def _train(self, node: Node, worker: int, claim: int) -> None:
+        if (problem := changed(node, self._study.dir)) is not None:
+            # a sweep that has ended since then chose another value
+            self._failed[node.name] = problem
+            return
         config = write_config(node, self._study.dir)
         log = Path(self._study.dir, "logs", f"{node.name.replace('/', '_')}.log")
         with file_errors(UserError, log, "Choose another dir."):

@@ -123,19 +123,23 @@ def write_config(node: Node, study_dir: str) -> Path:
 
 def check_unchanged(plan: Plan) -> None:
     """ConfigError when a run that has begun was another one than the file says now, with the keys that differ."""
-    problems = []
-    for node in plan.nodes:
-        path = config_file(node, plan.study.dir)
-        if node.waits is not None or not node.folder.exists() or not path.exists():
-            continue
-        before, now = settings(load_config(path)), settings(node.config)
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "run.name"]
-        if changed:
-            told = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in changed[:4])
-            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-            problems.append(
-                f"{node.folder}: was begun with another configuration: {told}{more}. Restore it, move the folder away, "
-                "or choose another dir."
-            )
-    if problems:
+    known = (node for node in plan.nodes if node.waits is None)
+    if problems := [problem for node in known if (problem := changed(node, plan.study.dir)) is not None]:
         raise ConfigError(problems)
+
+
+def changed(node: Node, study_dir: str) -> str | None:
+    """What differs between a run that has begun and what it would be now; None when nothing does."""
+    path = config_file(node, study_dir)
+    if not node.folder.exists() or not path.exists():
+        return None
+    before, now = settings(load_config(path)), settings(node.config)
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "run.name"]
+    if not keys:
+        return None
+    told = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in keys[:4])
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return (
+        f"{node.folder}: was begun with another configuration: {told}{more}. Restore it, move the folder away, or "
+        "choose another dir."
+    )

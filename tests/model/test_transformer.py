@@ -90,7 +90,8 @@ def test_parameters_are_those_of_the_table_and_no_bias():
         norm = name.startswith("final_norm")
         assert (spec.sharded, spec.decayed, spec.growable) == (not norm, not norm, False)
         output = name.endswith(("proj.weight", "down.weight"))
-        assert spec.std == (0.0 if norm else 2 / (LAYERS * math.sqrt(WIDTH)) if output else 0.02)
+        first = 0.02 if name.startswith("embedding") else 1 / math.sqrt(WIDTH)
+        assert spec.std == (0.0 if norm else 2 / (LAYERS * math.sqrt(WIDTH)) if output else first)
 
 
 def test_gradients_under_recomputation_are_the_same():

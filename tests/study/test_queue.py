@@ -145,6 +145,10 @@ def test_a_run_that_is_another_one_now_is_refused(study, write, started):
     changed = study(common={"optimizer": {"weight_decay": 0.3}})
     with pytest.raises(ConfigError, match=r"optimizer.weight_decay \(0.1 then, 0.3 now\)"):
         check_unchanged(make_plan(changed))
+    names = started()
+    with pytest.raises(UserError, match="was begun with another configuration"):
+        queue(changed).run()
+    assert node.name not in names and len(names) == 2
 
 
 def test_a_result_that_is_none_is_refused(study):

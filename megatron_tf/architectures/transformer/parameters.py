@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_tf.architectures.spec import INITIAL_STD, ParameterSpec, output_std
+from megatron_tf.architectures.spec import ParameterSpec, input_std, output_std
 from megatron_tf.architectures.transformer.section import TransformerModel
 
 
@@ -21,9 +21,9 @@ def block_parameters(model: TransformerModel, layer: int) -> Iterator[ParameterS
     | ffn.down | [f, d] | inputs |
     """
     for matrix, rows, std in (
-        ("attention.qkv", qkv_rows(model), INITIAL_STD),
+        ("attention.qkv", qkv_rows(model), input_std(model)),
         ("attention.proj", model.hidden_size, output_std(model)),
-        ("ffn.up", model.ffn_hidden_size, INITIAL_STD),
+        ("ffn.up", model.ffn_hidden_size, input_std(model)),
         ("ffn.down", model.ffn_hidden_size, output_std(model)),
     ):
         yield ParameterSpec(
