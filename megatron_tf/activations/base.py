@@ -17,6 +17,7 @@ class Activation:
     `default_scale`: number of tokens -> τ of a projection that was never grown.
     `passes`: how often elementwise kernels read or write a score when PyTorch runs `function` operator by operator.
     `compiled_passes`: the same when torch.compile makes one kernel between two reductions or products.
+    `kernel_passes`: the same in kernels of its own (`model.kernels`), which GPUs have. None: there are none.
     `gram_saves`: those of them that are not made where r = ‖A‖₂ is found from KᵀK instead of the scores (`model.gram`).
         Then T of the `ScoreFunction` is ΣD∘A. None: there is no such form.
     `reductions`: all-reduces, each waiting for the one before, in which tensor ranks find r in the forward pass.
@@ -32,6 +33,7 @@ class Activation:
     default_scale: Callable[[int], float]
     passes: Passes
     compiled_passes: Passes = Passes(3, 8)
+    kernel_passes: Passes | None = None
     gram_saves: Passes | None = None
     reductions: int = 1
     formats: frozenset[str] = frozenset()

@@ -14,6 +14,7 @@ L2_NORM_GELU = Activation(
     function="megatron_tf.activations.l2_norm_gelu:L2NormGelu",
     default_scale=sqrt,
     passes=Passes(5, 17),
+    kernel_passes=Passes(3, 7),
     gram_saves=Passes(1, 3),
     formats=_EVERYWHERE,
     ignores_zero=True,

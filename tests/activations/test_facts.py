@@ -7,6 +7,7 @@ import torch
 
 from megatron_tf.activations.function import score_function
 from megatron_tf.config.activations import ACTIVATIONS
+from megatron_tf.model.kernels import fused_passes
 
 SCORES = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -36,3 +37,38 @@ def test_whether_weights_are_of_normed_scores(activation):
     is_norm = torch.allclose(r, SCORES.norm(dim=-1, keepdim=True), rtol=1e-12)
     same = torch.allclose(function.weights(2 * SCORES, 4 * r, 4.0), function.weights(SCORES, r, 2.0), rtol=1e-12)
     assert ACTIVATIONS[activation].scales_normed_scores is (is_norm and same)
+
+
+def test_kernels_read_and_write_scores_as_often_as_declared(monkeypatch):
+    """Over tensor ranks as `kernel_passes` says; of whole rows, and in the Gram form, `gram_saves` less."""
+    passes = []
+
+    def count(name, scores, *arguments):
+        scored = [tensor for tensor in (scores, *arguments) if getattr(tensor, "shape", None) == scores.shape]
+        changes_gradient = name.startswith(("backward", "couple"))
+        passes.append(len(scored) + changes_gradient)
+
+    monkeypatch.setattr(fused_passes, "_run", count)
+    monkeypatch.setattr(fused_passes, "usable", lambda scores: True)
+    function, facts = score_function("l2_norm_gelu"), ACTIVATIONS["l2_norm_gelu"]
+    scores, gradient, r = torch.zeros(3, 32), torch.zeros(3, 32), torch.ones(3, 1)
+
+    def counted(*calls):
+        passes.clear()
+        for call in calls:
+            call()
+        return sum(passes)
+
+    def weights():
+        function.weights(scores, r, 1.0)
+
+    def backward():
+        function.backward(scores, r, gradient, 1.0)
+
+    sharded, saved = facts.kernel_passes, facts.gram_saves
+    assert counted(lambda: function.statistic(scores), weights) == sharded.forward
+    assert counted(backward, lambda: function.couple(scores, r, r, gradient, 1.0)) == sharded.backward
+    assert counted(lambda: function.statistic_and_weights(scores, 1.0)) == sharded.forward - saved.forward
+    assert counted(lambda: function.backward_and_couple(scores, r, gradient, 1.0)) == sharded.backward - saved.backward
+    assert counted(weights) == sharded.forward - saved.forward
+    assert counted(backward) == sharded.backward - saved.backward

@@ -143,11 +143,10 @@ def test_describe_shows_model_layout_batch_length_and_memory():
 
 
 def test_describe_says_where_norms_come_from_and_what_the_scores_take():
-    config = load("1.4B", "model.parameter_tokens.proj=2304")
-    recomputed = load("1.4B", "model.parameter_tokens.proj=2304", "training.scores=recompute")
+    config, recomputed = load("1.4B"), load("1.4B", "training.scores=recompute")
     there = size(estimate.memory_per_rank(recomputed, 16).activations)
     assert describe(config, 16).splitlines()[-1] == (
-        "scores  norms of proj from the scores; norms of qkv, ffn from KᵀK; training.scores keep, with recompute "
+        "scores  norms of qkv, proj from the scores; norms of ffn from KᵀK; training.scores keep, with recompute "
         f"activations would be {there}"
     )
     assert "scores  norms of qkv, proj, ffn from the scores;" in describe(config, 16, device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,13 +125,17 @@ def test_step_time_is_bounded_by_the_roofline():
     assert step_time(config, 64, GPUS["a100"], ASSUMED).total > time.total
     kept = load("pile_1.5B", "training.activation_checkpointing=false")
     assert 1.2 < time.compute / step_time(kept, 64, H100, ASSUMED).compute < 1.4
-    compiled = load("pile_1.5B", "training.compile=true")
-    assert step_time(compiled, 64, H100, ASSUMED).compute < time.compute
+    # what is done to the scores of softmax is left to the compiler, having no kernels of its own
+    softmax, compiled = (
+        load("pile_1.5B", "model.activation=softmax", f"training.compile={on}") for on in ("false", "true")
+    )
+    assert step_time(compiled, 64, H100, ASSUMED).compute < step_time(softmax, 64, H100, ASSUMED).compute
 
 
 def test_tiny_models_wait_for_kernels_to_start():
     config = load("tiny", "training.micro_batch_size=1")
-    assert step_time(config, 1, H100, ASSUMED).mfu < 0.02
+    at_once = replace(ASSUMED, launch=0.0)
+    assert step_time(config, 1, H100, at_once).compute < 0.2 * step_time(config, 1, H100, ASSUMED).compute
 
 
 def test_every_gpu_has_a_peak():
@@ -179,3 +184,13 @@ def test_chain_costs_by_hand():
     assert costs[3].scratch_flops == pytest.approx(costs[3].flops * base / costs[3].tokens)
     assert costs[3].chain_gpu_hours < costs[3].scratch_gpu_hours
     assert chain_costs(stages, 30_000_000_000)[2].scratch_tokens == 30_000_000_000
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+@pytest.mark.parametrize("name", ["354M", "757M", "1.4B"])
+def test_auto_takes_no_form_of_the_norm_that_is_slower_by_the_estimate(name, tensor):
+    def seconds(norm):
+        config = load(name, f"parallel={{tensor: {tensor}, sequence: true}}", f"training.norm={norm}")
+        return step_time(config, 8, H100, ASSUMED).total
+
+    assert seconds("auto") <= min(seconds("direct"), seconds("gram"))

@@ -198,6 +198,6 @@ def test_which_projections_take_it():
 
     assert chosen("auto", 34480, 2, "cuda") == "gram"
     assert chosen("auto", 34480, 1, "cuda") == chosen("auto", 34480, 2, "cpu") == "direct"
-    assert chosen("auto", 4 * 768 * 2 - 1, 2, "cuda") == chosen("direct", 34480, 2, "cuda") == "direct"
+    assert chosen("auto", 16 * 768 * 2 - 1, 2, "cuda") == chosen("direct", 34480, 2, "cuda") == "direct"
     assert chosen("gram", 10, 1, "cpu") == "gram"
     assert {chosen("gram", 34480, 2, "cuda", other) for other in (GELU_L2_NORM, SOFTMAX)} == {"direct"}

@@ -37,6 +37,7 @@ GRAM_KERNELS = Passes(15, 14)  # of projections that share an input
 SHARING = {"qkv": 3, "proj": 1, "ffn": 1}  # that share an input
 CHOICE_STATISTICS = 5  # fp32 numbers that a position keeps of its choice in a slot
 KERNELS = Passes(73, 133)
+FUSED_KERNELS = Passes(40, 52)  # of an activation with kernels of its own
 
 
 def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
@@ -64,6 +65,7 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     bank, used = bank_of(model, "ffn"), counts.ffn
     chosen_slots = 0 if bank is None else bank.slots(used) // tensor
     keep = config.training.scores == "keep"
+    kernels = KERNELS if activation.kernel_passes is None else FUSED_KERNELS
     widths = {"qkv": 3 * qkv, "proj": proj, "ffn": ffn}
     with_gram = [kind for kind, form in norm_forms(model, config, GPU).items() if form == "gram"]
     gram_share = sum(widths[kind] for kind in with_gram) / scores
@@ -74,11 +76,11 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
         products=(*keys, *values, *_ffn_products(positions, hidden, ffn, bank, chosen_slots), *gram),
         products_again=() if keep else tuple(keys) + (Product(positions, hidden, ffn),),
         inner_width=scores,
-        inner_passes=_score_passes(activation, config.training.compile, gram_share),
+        inner_passes=_score_passes(activation, config, gram_share),
         head_passes=HEAD_PASSES,
         kernels=Passes(
-            KERNELS.forward + SLOT_KERNELS.forward * chosen_slots + GRAM_KERNELS.forward * len(with_gram),
-            KERNELS.backward + SLOT_KERNELS.backward * chosen_slots + GRAM_KERNELS.backward * len(with_gram),
+            kernels.forward + SLOT_KERNELS.forward * chosen_slots + GRAM_KERNELS.forward * len(with_gram),
+            kernels.backward + SLOT_KERNELS.backward * chosen_slots + GRAM_KERNELS.backward * len(with_gram),
         ),
         moved=Passes(
             hidden * (SLOT_PASSES.forward * chosen_slots + GRAM_PASSES.forward * gram_projections),
@@ -106,11 +108,15 @@ def _recomputed_peak(config: RunConfig, widths: Mapping[str, int], with_gram: Se
     return -(-max(peaks) // positions)
 
 
-def _score_passes(activation: Activation, compiled: bool, gram_share: float) -> Passes:
+def _score_passes(activation: Activation, config: RunConfig, gram_share: float) -> Passes:
     """Of a score, on average; `gram_share` of them are in the Gram form."""
-    whole = activation.compiled_passes if compiled else activation.passes
+    passes = activation.compiled_passes if config.training.compile else activation.passes
     saved = activation.gram_saves or Passes(0, 0)
-    return Passes(whole.forward - gram_share * saved.forward, whole.backward - gram_share * saved.backward)
+    if activation.kernel_passes is not None:
+        passes = activation.kernel_passes
+        if config.parallel.tensor == 1:  # norm and weights are one kernel, and so are D and dA
+            gram_share = 1
+    return Passes(passes.forward - gram_share * saved.forward, passes.backward - gram_share * saved.backward)
 
 
 def _ffn_products(positions: int, hidden: int, ffn: int, bank: Bank | None, slots: int) -> Iterator[Product]:
