@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -18,7 +18,17 @@ from pydantic_core import ErrorDetails
 from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
 from megatron_tf.config.extends import KEY as EXTENDS
 from megatron_tf.config.extends import read_extended
-from megatron_tf.config.fields import NOT_REGISTERED, OpenSection, Section
+from megatron_tf.config.fields import NOT_REGISTERED, OpenSection
+from megatron_tf.config.lookup import (
+    Location,
+    all_keys,
+    annotation_at,
+    choices_in,
+    key_name,
+    keys_of,
+    required_keys,
+    section_at,
+)
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.validate import check_model
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
@@ -27,7 +37,6 @@ from megatron_tf.errors import ConfigError, broken_link, system_reason
 from megatron_tf.shipped import configurations
 from megatron_tf.text_files import decode_text
 
-Location = tuple[int | str, ...]
 MOST_BYTES = 1 << 24  # of a configuration
 _FEW_KEYS = 3  # so many are named also where a key of this name stands elsewhere
 
@@ -102,7 +111,7 @@ def _read_alone(path: str) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(f"{path}: cannot be read ({reason}). Give a readable YAML file.") from None
     values, problems = parse_yaml(decode_text(ConfigError, path, content), path)
     if values is None:
-        needed = ", ".join(_required_keys(RunConfig))
+        needed = ", ".join(required_keys(RunConfig))
         raise ConfigError(f"{path}: the file is empty. A configuration needs the sections {needed}.")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: the top level is {_describe(values)}. It must be sections, such as `model:`.")
@@ -179,7 +188,7 @@ def _follows_from_another(problem: ErrorDetails) -> bool:
 def _sentence(loc: Location, problem: ErrorDetails, values: Mapping[str, Any]) -> str:
     kind, given = problem["type"], problem["input"]
     bounds = problem.get("ctx", {})
-    key = _key_name(loc)
+    key = key_name(loc)
     if kind == "extra_forbidden":
         return _of_another_choice(loc, values) or _unknown_key(loc)
     if kind == "missing":
@@ -199,7 +208,7 @@ def _sentence(loc: Location, problem: ErrorDetails, values: Mapping[str, Any]) -
     if kind == "finite_number":
         return f"{key}: {given} is out of range. It must be a finite number."
     if kind == "literal_error":
-        return _not_a_choice(key, _choices(_annotation_at(loc)), given)
+        return _not_a_choice(key, choices_in(annotation_at(loc)), given)
     if kind == NOT_REGISTERED:
         return _not_a_choice(key, bounds["choices"], given)
     if kind == "too_short":
@@ -230,13 +239,15 @@ _EXPECTED = {
 
 def _remedy(kind: str, loc: Location, given: Any) -> str:
     """How to write what was probably meant: a sentence with a leading space, or nothing."""
-    section = _section_at(loc)
+    section = section_at(loc)
     if kind == "tuple_type" and section:
-        return f" Write the prefix of one, or a list of prefixes or of items with the keys {', '.join(_keys(section))}."
+        return (
+            f" Write the prefix of one, or a list of prefixes or of items with the keys {', '.join(keys_of(section))}."
+        )
     if kind in ("model_type", "model_attributes_type") and section:
         if given is None:
             return " Give it keys, or remove the line to take its defaults."
-        return f" Its keys are {', '.join(_keys(section))}."
+        return f" Its keys are {', '.join(keys_of(section))}."
     if kind == "string_type" and isinstance(given, (bool, int, float)):
         return f" Write it in quotes: '{json.dumps(given)}'."
     if kind == "bool_type" and str(given).lower() in ("yes", "on", "1", "no", "off", "0"):
@@ -260,33 +271,33 @@ def _as_number(given: Any) -> float | None:
 
 def _of_another_choice(loc: Location, values: Mapping[str, Any]) -> str | None:
     """The sentence on a key that only other architectures, tasks or optimizers have; None for any other key."""
-    section = _section_at(loc[:-1])
+    section = section_at(loc[:-1])
     if section is None or not issubclass(section, OpenSection):
         return None
     for chooser, registry in section.registered.items():
         owners = [name for name in registry.names() if loc[-1] in registry[name].section.model_fields]
         if owners:
             own = values[str(loc[0])].get(chooser, section.model_fields[chooser].get_default())
-            remedy = f"Remove it, or set {_key_name((*loc[:-1], chooser))} to {' or '.join(owners)}"
-            return f"{_key_name(loc)}: {registry[own].why_not_elsewhere}. {remedy}."
+            remedy = f"Remove it, or set {key_name((*loc[:-1], chooser))} to {' or '.join(owners)}"
+            return f"{key_name(loc)}: {registry[own].why_not_elsewhere}. {remedy}."
     return None
 
 
 def _unknown_key(loc: Location) -> str:
-    name, section = str(loc[-1]), _section_at(loc[:-1])
+    name, section = str(loc[-1]), section_at(loc[:-1])
     assert section is not None, loc
-    keys = _keys(section)
-    if loc[0] == "deepspeed" and (reason := _refusal(_key_name(loc[1:]))):
-        return f"{_key_name(loc)}: {reason}"
+    keys = keys_of(section)
+    if loc[0] == "deepspeed" and (reason := _refusal(key_name(loc[1:]))):
+        return f"{key_name(loc)}: {reason}"
     near = difflib.get_close_matches(name, keys, n=1)
-    sentence = f"{_key_name(loc)}: unknown key."
+    sentence = f"{key_name(loc)}: unknown key."
     if near:
-        return f"{sentence} Did you mean {_key_name((*loc[:-1], near[0]))}?"
-    elsewhere = [key for key in _all_keys(RunConfig) if key.rpartition(".")[2] == name]
+        return f"{sentence} Did you mean {key_name((*loc[:-1], near[0]))}?"
+    elsewhere = [key for key in all_keys(RunConfig) if key.rpartition(".")[2] == name]
     question = f" Did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
     if elsewhere and len(keys) > _FEW_KEYS:
         return sentence + question
-    where = f"The keys of {_key_name(loc[:-1])}" if len(loc) > 1 else "The sections"
+    where = f"The keys of {key_name(loc[:-1])}" if len(loc) > 1 else "The sections"
     return f"{sentence} {where} are {', '.join(keys)}.{question}"
 
 
@@ -299,11 +310,11 @@ def _refusal(key: str) -> str | None:
 
 def _missing_key(loc: Location, given: Any) -> str:
     if isinstance(loc[-1], int):
-        return f"{_key_name(loc[:-1])}: the list has {len(given)} items, too few. Give all of them."
-    section = _section_at(loc)
+        return f"{key_name(loc[:-1])}: the list has {len(given)} items, too few. Give all of them."
+    section = section_at(loc)
     if section is not None:
-        return f"{_key_name(loc)}: missing. Add this section; it needs {', '.join(_required_keys(section))}."
-    return f"{_key_name(loc)}: missing, and it has no default. Give it a value."
+        return f"{key_name(loc)}: missing. Add this section; it needs {', '.join(required_keys(section))}."
+    return f"{key_name(loc)}: missing, and it has no default. Give it a value."
 
 
 def _not_a_choice(key: str, allowed: Iterable[Any], given: Any) -> str:
@@ -325,77 +336,3 @@ def _describe(value: Any) -> str:
         return f"the number {text}"
     kind = "text" if isinstance(value, str) else "list" if isinstance(value, (list, tuple)) else "mapping"
     return f"the {kind} {text}"
-
-
-# ---- looking things up in the schema ---------------------------------------------------------------------------------
-
-
-def _key_name(loc: Location) -> str:
-    """("data", "train", 0, "path") as "data.train[0].path"."""
-    name = ""
-    for part in loc:
-        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
-    return name
-
-
-def _fields(section: type[Section]) -> Iterator[tuple[str, Any, bool]]:
-    """(key as it is written, annotation, required) of each field, of all variants of the section."""
-    fields = {name: field for variant in section.variants() for name, field in variant.model_fields.items()}
-    for name, field in {**fields, **section.model_fields}.items():
-        yield field.alias or name, field.annotation, field.is_required()
-
-
-def _keys(section: type[Section]) -> list[str]:
-    return [key for key, _, _ in _fields(section)]
-
-
-def _required_keys(section: type[Section]) -> list[str]:
-    return [field.alias or name for name, field in section.usual().model_fields.items() if field.is_required()]
-
-
-def _all_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
-    """Every key of the schema with its path, sections included, list items left out."""
-    for key, annotation, _ in _fields(section):
-        yield prefix + key
-        inner = _as_section(annotation)
-        if inner is not None:
-            yield from _all_keys(inner, f"{prefix}{key}.")
-
-
-def _annotation_at(loc: Location) -> Any:
-    """The annotation of a place in the configuration; an item of a list has that of the list."""
-    annotation: Any = RunConfig
-    for part in loc:
-        if isinstance(part, str):
-            section = _section_in(annotation)
-            if section is None:
-                return None
-            annotation = next((found for key, found, _ in _fields(section) if key == part), None)
-    return annotation
-
-
-def _section_at(loc: Location) -> type[Section] | None:
-    """The section class at a place: also for `Section | None`, and for lists of sections."""
-    return _section_in(_annotation_at(loc))
-
-
-def _as_section(annotation: Any) -> type[Section] | None:
-    """The section class of `Section` or `Section | None`."""
-    for candidate in (annotation, *(arg for arg in get_args(annotation) if type(None) in get_args(annotation))):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    candidates = (annotation, *get_args(annotation))
-    return next((item for item in candidates if isinstance(item, type) and issubclass(item, Section)), None)
-
-
-def _choices(annotation: Any) -> Iterator[Any]:
-    """The values of the Literal inside an annotation."""
-    for argument in get_args(annotation):
-        if get_args(argument):
-            yield from _choices(argument)
-        elif argument is not Ellipsis and argument is not type(None):
-            yield argument

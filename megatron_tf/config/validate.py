@@ -13,13 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.engine_rules import (
+    engine_problems,
+    loss_scale_problems,
+    matrix_problems,
+    pipeline_problems,
+    zero_problems,
+)
 from megatron_tf.config.nearest import divisors, divisors_near, either, listed, multiples_near
-from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.config.tasks import TASKS, task_of
 from megatron_tf.config.topology import Topology
 from megatron_tf.errors import ConfigError
-from megatron_tf.optimizers.base import MatrixRule
 
 
 @dataclass(frozen=True)
@@ -105,16 +110,16 @@ def validate(config: RunConfig, world_size: int) -> None:
     problems = list(_layout_problems(config, world_size))
     if not problems:
         data_parallel = topology_for(config, world_size).data
-        for needs_layout in (_batch_problems, _pipeline_problems, _matrix_problems):
+        for needs_layout in (_batch_problems, pipeline_problems, matrix_problems):
             problems += needs_layout(config, data_parallel)
     problems += [*_length_problems(config), *_model_problems(config.model)]
     for rule in (
         _stage_problems,
         _sharding_problems,
         _schedule_problems,
-        _engine_problems,
-        _zero_problems,
-        _loss_scale_problems,
+        engine_problems,
+        zero_problems,
+        loss_scale_problems,
         _task_problems,
         _run_problems,
     ):
@@ -290,83 +295,6 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.schedule.decay_steps: {schedule.decay_steps} and optimizer.schedule.warmup_steps "
             f"{schedule.warmup_steps} are together more than the run's {steps} steps. Set decay_steps to at most "
             f"{max(0, steps - schedule.warmup_steps)}."
-        )
-
-
-def _engine_problems(config: RunConfig) -> Iterator[str]:
-    parallel = config.parallel
-    if parallel.engine == "deepspeed":
-        for key, usual in (("shard", "optimizer"), ("schedule", "1f1b")):
-            if getattr(parallel, key) != usual:
-                yield (
-                    f"parallel.{key}: {getattr(parallel, key)} needs parallel.engine: torch, and it is deepspeed. "
-                    f"Set parallel.engine to torch, or parallel.{key} to {usual}."
-                )
-        return
-    if config.training.precision == "fp16":
-        yield (
-            "training.precision: fp16 needs parallel.engine: deepspeed, which has a loss scale, and it is torch. "
-            "Set training.precision to bf16 or fp32."
-        )
-    if config.zero.stage != 1:
-        yield (
-            f"zero.stage: {config.zero.stage} is for parallel.engine: deepspeed, and it is torch, which shards what "
-            "parallel.shard says. Leave out zero.stage."
-        )
-    if config.deepspeed != type(config.deepspeed)():
-        yield "deepspeed: this section has no effect with parallel.engine: torch. Leave it out."
-
-
-def _pipeline_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
-    parallel, training = config.parallel, config.training
-    micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel)
-    if parallel.engine == "torch" and parallel.schedule == "1f1b" and micro_batches < parallel.pipeline:
-        yield (
-            f"parallel.schedule: 1f1b needs a micro batch for each of parallel.pipeline {parallel.pipeline} stages, and "
-            f"a step has {micro_batches} of them. Set it to gpipe, or training.micro_batch_size to at most "
-            f"{max(1, training.global_batch_size // (parallel.pipeline * data_parallel))}."
-        )
-
-
-def _matrix_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
-    if not isinstance(rule_of(config.optimizer), MatrixRule) or config.parallel.engine != "deepspeed":
-        return
-    if config.zero.stage and data_parallel > 1:
-        yield (
-            f"optimizer.type: {config.optimizer.type} updates whole rows, and zero.stage {config.zero.stage} of "
-            f"parallel.engine: deepspeed cuts them between {data_parallel} data-parallel ranks. Set parallel.engine to "
-            "torch, or optimizer.type to adamw."
-        )
-
-
-def _zero_problems(config: RunConfig) -> Iterator[str]:
-    if config.zero.stage != 0 or config.parallel.engine == "torch":
-        return
-    remedy = "Set zero.stage to 1"
-    reasons = {
-        "bf16": "DeepSpeed does not implement it with fp32 accumulation of bf16 gradients",
-        "fp16": "DeepSpeed's results are then wrong, even on one rank",
-    }
-    precision = config.training.precision
-    if precision in reasons:
-        yield (
-            f"zero.stage: 0 with training.precision {precision} is refused, because {reasons[precision]}. "
-            f"{remedy}, or training.precision to fp32."
-        )
-    if config.parallel.pipeline > 1:
-        yield (
-            f"zero.stage: 0 with parallel.pipeline {config.parallel.pipeline} is refused, because DeepSpeed then leaves "
-            f"parameters of later stages out of the gradient norm. {remedy}, or parallel.pipeline to 1."
-        )
-
-
-def _loss_scale_problems(config: RunConfig) -> Iterator[str]:
-    fp16 = config.deepspeed.fp16
-    first = 2**fp16.initial_scale_power
-    if fp16.min_loss_scale > first:
-        yield (
-            f"deepspeed.fp16.min_loss_scale: {fp16.min_loss_scale} is above the first loss scale, {first}, which is 2 to "
-            f"the power of deepspeed.fp16.initial_scale_power {fp16.initial_scale_power}. Set it to at most {first}."
         )
 
 

@@ -1,0 +1,82 @@
+"""Places in the configuration, such as data.train[0].path, and what the schema says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from megatron_tf.config.fields import Section
+from megatron_tf.config.schema import RunConfig
+
+Location = tuple[int | str, ...]
+
+
+def key_name(loc: Location) -> str:
+    """("data", "train", 0, "path") as "data.train[0].path"."""
+    name = ""
+    for part in loc:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
+    return name
+
+
+def fields_of(section: type[Section]) -> Iterator[tuple[str, Any, bool]]:
+    """(key as it is written, annotation, required) of each field, of all variants of the section."""
+    fields = {name: field for variant in section.variants() for name, field in variant.model_fields.items()}
+    for name, field in {**fields, **section.model_fields}.items():
+        yield field.alias or name, field.annotation, field.is_required()
+
+
+def keys_of(section: type[Section]) -> list[str]:
+    return [key for key, _, _ in fields_of(section)]
+
+
+def required_keys(section: type[Section]) -> list[str]:
+    return [field.alias or name for name, field in section.usual().model_fields.items() if field.is_required()]
+
+
+def all_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Every key of the schema with its path, sections included, list items left out."""
+    for key, annotation, _ in fields_of(section):
+        yield prefix + key
+        inner = as_section(annotation)
+        if inner is not None:
+            yield from all_keys(inner, f"{prefix}{key}.")
+
+
+def annotation_at(loc: Location) -> Any:
+    """The annotation of a place in the configuration; an item of a list has that of the list."""
+    annotation: Any = RunConfig
+    for part in loc:
+        if isinstance(part, str):
+            section = section_in(annotation)
+            if section is None:
+                return None
+            annotation = next((found for key, found, _ in fields_of(section) if key == part), None)
+    return annotation
+
+
+def section_at(loc: Location) -> type[Section] | None:
+    """The section class at a place: also for `Section | None`, and for lists of sections."""
+    return section_in(annotation_at(loc))
+
+
+def as_section(annotation: Any) -> type[Section] | None:
+    """The section class of `Section` or `Section | None`."""
+    for candidate in (annotation, *(arg for arg in get_args(annotation) if type(None) in get_args(annotation))):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    candidates = (annotation, *get_args(annotation))
+    return next((item for item in candidates if isinstance(item, type) and issubclass(item, Section)), None)
+
+
+def choices_in(annotation: Any) -> Iterator[Any]:
+    """The values of the Literal inside an annotation."""
+    for argument in get_args(annotation):
+        if get_args(argument):
+            yield from choices_in(argument)
+        elif argument is not Ellipsis and argument is not type(None):
+            yield argument
