@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from megatron_tf.architectures.tokenformer.section import suggested_bank
+from megatron_tf.architectures.tokenformer.section import Bank, suggested_bank, written
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.differences import TOKENS, differing
-from megatron_tf.config.fields import Section
 from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.schema import Growth, Model
 from megatron_tf.growth.axes import Axis
@@ -70,16 +69,13 @@ class CandidatesAxis(Axis):
 CANDIDATES = CandidatesAxis()
 
 
-def _banks(model: Model) -> dict[str, Section]:
+def _banks(model: Model) -> dict[str, Bank]:
     """The banks of candidates by kind of projection."""
-    return {kind: bank for kind, bank in (dict(model).get("sparse") or ()) if isinstance(bank, Section)}
+    return {kind: bank for kind, bank in (dict(model).get("sparse") or ()) if isinstance(bank, Bank)}
 
 
-def _written(bank: Section | None) -> str:
-    """A bank as a configuration has it."""
-    if bank is None:
-        return "null"
-    return f"{{{', '.join(f'{key}: {value}' for key, value in bank.model_dump(exclude_defaults=True).items())}}}"
+def _written(bank: Bank | None) -> str:
+    return "null" if bank is None else written(bank)
 
 
 def _removed(old: Model, new: Model) -> Iterator[str]:

@@ -72,6 +72,10 @@ class Piece:
     candidate: int | None
     ends: Tensor
 
+    def gather(self, source: Tensor, room: Tensor) -> Tensor:
+        """The piece's rows of `source` [rows, width], in the memory of `room`, which is shaped alike."""
+        return torch.index_select(source, 0, self.rows, out=room[: len(self.rows)])
+
     def scores(self, inputs: Tensor, tokens: Tensor, out: Tensor) -> None:
         """Writes inputs · tokensᵀ. inputs [pairs of the piece, width], out [pairs of the piece, g]."""
         if self.candidate is None:
@@ -79,11 +83,13 @@ class Piece:
         else:
             torch.mm(inputs, tokens[self.slot, self.candidate].mT, out=out)
 
-    def outputs(self, scores: Tensor, tokens: Tensor) -> Tensor:
-        """scores · tokens: [pairs of the piece, width]."""
+    def add_outputs(self, scores: Tensor, tokens: Tensor, total: Tensor, room: Tensor) -> None:
+        """Adds scores · tokens to the piece's rows of `total` [rows, width]. `room`: shaped alike, for the product."""
         if self.candidate is None:
-            return F.grouped_mm(scores, tokens[self.slot], offs=self.ends)
-        return scores @ tokens[self.slot, self.candidate]
+            product = F.grouped_mm(scores, tokens[self.slot], offs=self.ends)
+        else:
+            product = torch.mm(scores, tokens[self.slot, self.candidate], out=room[: len(self.rows)])
+        total.index_add_(0, self.rows, product)
 
     def gradients(self, scores: Tensor, inputs: Tensor, out: Tensor) -> None:
         """Writes scoresᵀ · inputs of each candidate into its part of `out`, which is shaped as the tokens."""
@@ -115,5 +121,6 @@ def empty_gradients(tokens: Tensor, assignment: Assignment) -> Tensor:
         return torch.zeros_like(tokens)
     out = torch.empty_like(tokens)
     unused = assignment.ends.diff(dim=1, prepend=assignment.ends.new_zeros(len(out), 1)) == 0
-    out[unused] = 0
+    for slot, candidate in unused.nonzero().tolist():
+        out[slot, candidate] = 0
     return out

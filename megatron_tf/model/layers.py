@@ -204,16 +204,22 @@ class Block(nn.Module):
     def _forward(self, hidden: Tensor, documents: Documents | None) -> tuple[Tensor, Reports, Reports]:
         losses: Reports = {}
         metrics: Reports = {}
-        hidden = hidden + self.attention(self._norm(hidden), documents)
+        hidden = hidden + self.forward_attention(self._norm(hidden), documents, losses, metrics)
         partial = self.feed_forward(self.tensor.enter(self._norm(hidden)), losses, metrics)
         return hidden + self.tensor.leave(partial), losses, metrics
 
-    def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
-        """x [..., d], whole -> [..., d], still to be summed over the tensor group.
+    def forward_attention(
+        self, hidden: Tensor, documents: Documents | None, losses: Reports, metrics: Reports
+    ) -> Tensor:
+        """Hidden between layers, after their norm -> what attention adds to them.
 
-        A block with auxiliary losses or metrics overrides this and writes them, scalars and partial as `context` has
-        it, into `losses` and `metrics`. Their names are in its architecture's `losses` and `metrics`.
+        A block with auxiliary losses or metrics overrides this or `feed_forward` and writes them, scalars and partial
+        as `context` has it, into `losses` and `metrics`. Their names are in its architecture's `losses` and `metrics`.
         """
+        return self.attention(hidden, documents)
+
+    def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
+        """x [..., d], whole -> [..., d], still to be summed over the tensor group."""
         return self.ffn.partial(x)
 
     def _norm(self, hidden: Tensor) -> Tensor:

@@ -20,20 +20,16 @@ work by construction, none needs to know what another one chose, and the exchang
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from megatron_tf.activations.function import score_function
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model.context import Reports
-from megatron_tf.model.grouped import Assignment, assign, empty_gradients, pieces
-from megatron_tf.model.kernels import score_layout
+from megatron_tf.model.grouped import assign
 from megatron_tf.model.routing import balance_loss, choose, relative_load, straight_through, z_loss
-from megatron_tf.parallel.collectives import begin_all_reduce
+from megatron_tf.model.sparse_function import ChosenTokens, sparse_pattention
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.state.parameters import INITIAL_STD, default_scale, shard_range
 
@@ -107,123 +103,41 @@ class SparsePattention(nn.Module):
 
         `losses` and `metrics` get what `routing` has to report, as `context` wants it.
         """
-        if self.observer is not None:
-            self.observer(x)
-        rows = x.reshape(-1, x.shape[-1])
+        return sparse_outputs([self], x, losses, metrics)[0]
+
+    def chosen(self, rows: Tensor, losses: Reports | None, metrics: Reports | None) -> ChosenTokens:
+        """What `rows` [rows, d_in] choose. Reports are added to those that are there."""
         logits = self.bank.logits(rows)
         balance = self.bank.slot_balance()
         candidates = self.choose(logits, balance)
         assignment = assign(candidates, logits.shape[-1])
         if losses is not None and metrics is not None:
             load = relative_load(assignment.ends)
-            losses["balance"] = balance_loss(balance, load)
+            _add(losses, "balance", balance_loss(balance, load))
             if self.z_loss:
-                losses["z_loss"] = z_loss(logits) * (self.z_loss / self.num_slots)
-            metrics["load_max"] = load.amax(1).sum() / self.num_slots
-        gate = straight_through(logits, candidates)
-        out = sparse_pattention(
-            rows, self.bank.key_tokens, self.bank.value_tokens, self.key_tokens, self.value_tokens, gate, assignment,
-            self.scale, self.activation, self.group,
-        )  # fmt: skip
-        return out.view(*x.shape[:-1], out.shape[1])
-
-
-def sparse_pattention(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    dense_keys: Tensor | None,
-    dense_values: Tensor | None,
-    gate: Tensor,
-    assignment: Assignment,
-    scale: float,
-    activation: str,
-    group: Group,
-) -> Tensor:
-    """x [rows, d_in] -> [rows, d_out], still to be summed over `group`.
-
-    `keys`, `values`: of this rank's slots, [slots/T · m · g, width].  `dense_keys`, `dense_values`: of the tokens that
-    every position uses.  `gate`: ones [rows, slots/T]; the gradient that it gets is that of a factor on the slot's
-    weights S.
-    """
-    function = score_function(activation)
-    device, dtype = x.device.type, keys.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    x, keys, values = (tensor.to(dtype) for tensor in (x, keys, values))
-    dense = [x.new_empty(0, 0) if tokens is None else tokens.to(dtype) for tokens in (dense_keys, dense_values)]
-    with torch.autocast(device, enabled=False):
-        return _SparsePattention.apply(scale, function, group, assignment, x, keys, values, *dense, gate)
-
-
-class _SparsePattention(Function):
-    # Pairs of rows and candidates go piece by piece, see `grouped`. A row's pairs meet in r and in T alone.
-    @staticmethod
-    def forward(ctx, scale, function, group, assignment, x, keys, values, dense_keys, dense_values, gate):
-        by_slot = _by_slot(keys, assignment), _by_slot(values, assignment)
-        scores = x.new_empty(assignment.num_pairs, by_slot[0].shape[2])
-        for piece in pieces(assignment, x.dtype):
-            piece.scores(x.index_select(0, piece.rows), by_slot[0], scores[piece.pairs])
-        parts = assignment.by_row(function.statistic(scores))
-        dense = score_layout.empty_scores(x, len(x), len(dense_keys))
-        if len(dense_keys):
-            dense.addmm_(x, dense_keys.mT, beta=0)
-            parts = torch.cat([parts, function.statistic(dense)], -1)
-        r = function.begin_reduction(function.combine(parts), group)()
-        if len(dense_keys):
-            out = function.weights(dense, r, scale) @ dense_values
-        else:
-            out = x.new_zeros(len(x), values.shape[1])
-        s = function.weights(scores, assignment.by_pair(r), scale)
-        for piece in pieces(assignment, x.dtype):
-            out.index_add_(0, piece.rows, piece.outputs(s[piece.pairs], by_slot[1]))
-        ctx.save_for_backward(
-            x, scores, dense, r, keys, values, dense_keys, dense_values, assignment.order, assignment.ends
+                _add(losses, "z_loss", z_loss(logits) * (self.z_loss / self.num_slots))
+            _add(metrics, "load_max", load.amax(1).sum() / self.num_slots)
+        bank, gate = self.bank, straight_through(logits, candidates)
+        return ChosenTokens(
+            assignment, self.scale, bank.key_tokens, bank.value_tokens, self.key_tokens, self.value_tokens, gate
         )
-        ctx.scale, ctx.function, ctx.group, ctx.gate_dtype = scale, function, group, gate.dtype
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        scale, function, group = ctx.scale, ctx.function, ctx.group
-        x, scores, dense, r, keys, values, dense_keys, dense_values, order, ends = ctx.saved_tensors
-        assignment, grad = Assignment(order, ends), grad.contiguous()
-        by_slot = _by_slot(keys, assignment), _by_slot(values, assignment)
-        key_grads, value_grads = (empty_gradients(tokens, assignment) for tokens in by_slot)
-        d, of_pairs = torch.empty_like(scores), assignment.by_pair(r)
-        totals, gate_grads = torch.empty_like(of_pairs), torch.empty_like(of_pairs)
-        for piece in pieces(assignment, x.dtype):
-            own, part = d[piece.pairs], piece.pairs
-            own_grad = grad.index_select(0, piece.rows)
-            piece.scores(own_grad, by_slot[1], own)
-            s, totals[part], gate_grads[part] = function.backward_with_product(scores[part], of_pairs[part], own, scale)
-            piece.gradients(s, own_grad, value_grads)
-        total = assignment.by_row(totals).sum(-1, keepdim=True)
-        d_dense, dense_key_grads, dense_value_grads = score_layout.empty_scores(dense, *dense.shape), None, None
-        if len(dense_keys):
-            d_dense.addmm_(grad, dense_values.mT, beta=0)
-            s, own_total = function.backward(dense, r, d_dense, scale)
-            total += own_total
-        finish = begin_all_reduce(total, group)
-        if len(dense_keys):  # while the sums are on their way
-            dense_value_grads = s.mT @ grad
-        total = finish()
-        if len(dense_keys):
-            function.couple(dense, r, total, d_dense, scale)
-            dense_key_grads = d_dense.mT @ x
-        d_x = d_dense @ dense_keys if len(dense_keys) else torch.zeros_like(x)
-        function.couple(scores, of_pairs, assignment.by_pair(total), d, scale)
-        for piece in pieces(assignment, x.dtype):
-            own = d[piece.pairs]
-            piece.gradients(own, x.index_select(0, piece.rows), key_grads)
-            d_x.index_add_(0, piece.rows, piece.outputs(own, by_slot[0]))
-        return (
-            None, None, None, None, d_x, key_grads.view_as(keys), value_grads.view_as(values),
-            dense_key_grads, dense_value_grads, assignment.by_row(gate_grads).to(ctx.gate_dtype),
-        )  # fmt: skip
 
 
-def _by_slot(tokens: Tensor, assignment: Assignment) -> Tensor:
-    """[slots · m · g, width] -> [slots, m, g, width]."""
-    return tokens.view(*assignment.ends.shape, -1, tokens.shape[1])
+def sparse_outputs(
+    projections: Sequence[SparsePattention],
+    x: Tensor,
+    losses: Reports | None = None,
+    metrics: Reports | None = None,
+) -> tuple[Tensor, ...]:
+    """Outputs [..., d_out] of projections that share x [..., d_in], each still to be summed over their group."""
+    for projection in projections:
+        if projection.observer is not None:
+            projection.observer(x)
+    rows = x.reshape(-1, x.shape[-1])
+    chosen = [projection.chosen(rows, losses, metrics) for projection in projections]
+    outputs = sparse_pattention(rows, chosen, projections[0].activation, projections[0].group)
+    return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outputs)
+
+
+def _add(reports: Reports, name: str, value: Tensor) -> None:
+    reports[name] = reports[name] + value if name in reports else value

@@ -52,6 +52,17 @@ def config(
     )
 
 
+def everywhere(z_loss: float = 0.0) -> RunConfig:
+    """Every projection has four slots, and candidates of its own."""
+    banks = {"qkv": {"group_size": 16, "candidates": 2, "dense": 3}, "proj": {"group_size": 16, "candidates": 3}}
+    return run_config(
+        model={
+            "parameter_tokens": {"qkv": 67, "proj": 64, "ffn": 69},
+            "sparse": {**banks, "ffn": {"group_size": 16, "candidates": 3, "dense": 5}, "z_loss": z_loss},
+        },
+    )
+
+
 def dense() -> RunConfig:
     return run_config(model={"parameter_tokens": TOKENS})
 
@@ -64,10 +75,12 @@ def test_the_section_is_read_and_written(tmp_path: Path):
         load_config(file, ["model.sparse.ffn.group_size=24"])
     with pytest.raises(ConfigError, match="model.sparse.ffn.candidates: .*at least 2"):
         load_config(file, ["model.sparse.ffn.candidates=1"])
-    with pytest.raises(ConfigError, match="model.sparse.qkv: unknown key. The keys of model.sparse are ffn."):
-        load_config(file, ["model.sparse.qkv=null"])
+    with pytest.raises(ConfigError, match="model.sparse.mlp: unknown key. The keys of model.sparse are"):
+        load_config(file, ["model.sparse.mlp=null"])
     with pytest.raises(ConfigError, match="model.sparse.ffn.group_size: missing"):
         load_config(file, ["model.sparse.ffn={candidates: 4}"])
+    file.write_text(dump_config(everywhere()))
+    assert load_config(file) == everywhere()
 
 
 @pytest.mark.parametrize(
@@ -100,6 +113,36 @@ def test_what_does_not_divide(changes, message):
         validate(config(**changes), changes.get("tensor", 1))
 
 
+def test_a_section_without_a_bank_and_slots_of_each_projection():
+    empty = run_config(model={"parameter_tokens": TOKENS, "sparse": {}})
+    remedy = r"Set model.sparse.ffn to {group_size: 32, candidates: 4, dense: 5}, or model.sparse to null."
+    with pytest.raises(ConfigError, match=f"model.sparse: names none of the projections qkv, proj, ffn. {remedy}"):
+        validate(empty, 1)
+    bank = {"group_size": 16, "candidates": 2}
+    for kind in ("qkv", "proj"):
+        wrong = run_config(model={"parameter_tokens": {**TOKENS, kind: 24}, "sparse": {kind: bank}})
+        with pytest.raises(ConfigError, match=rf"model.parameter_tokens.{kind}: 24, of which .* Set it to 16 or 32"):
+            validate(wrong, 1)
+
+
+def test_attention_chooses_too():
+    """Parameters and FLOPs are counted, and what blocks report is of all their projections."""
+    model = everywhere().model
+    small = run_config(model={"parameter_tokens": {"qkv": 67, "proj": 64, "ffn": 69}}).model
+    assert num_parameters(model) == sum(p.numel() for p in build_model(model).parameters())
+    groups, layers, width = 3 * 8 + 12 + 12, 2, 32
+    assert flops_per_token(model) - flops_per_token(small) == 6 * layers * groups * (width + 1)
+    assert "qkv 67 of 131 (2 candidates in each of 4 slots of 16)" in describe(everywhere(), 1)
+    context, network = BlockContext(), build_model(model)
+    network(torch.randint(0, 99, (2, 16)), context=context)
+    assert layers < context.metrics["load_max"] < 3 * layers
+    context.losses["balance"].backward()
+    of_balance = {name: p.grad for name, p in network.named_parameters() if name.endswith("bank.balance")}
+    assert len(of_balance) == 5 * layers and all(grad.abs().sum() > 0 for grad in of_balance.values())
+    network.blocks[0].compile()
+    assert network.blocks[0].attention._compiled_call_impl is None
+
+
 def test_costs_are_those_of_the_used_tokens_and_the_router():
     sparse, small = config().model, dense().model
     assert num_parameters(sparse) == sum(p.numel() for p in build_model(sparse).parameters())
@@ -122,7 +165,7 @@ def test_the_official_format_refuses():
 
 def whole_model(group, sequence):
     """Loss and every gradient over a tensor group, in fp64."""
-    model: Model = config(z_loss=0.5).model
+    model: Model = everywhere(z_loss=0.5).model
     generator = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(0, 99, (2, 2, 16), generator=generator)
     one, context = build_model(model, dtype=torch.float64), BlockContext()
@@ -187,7 +230,10 @@ def test_the_reference_reports_the_load():
 )
 def test_layouts_are_one_process(checkpointing, chosen):
     """Every choice is the same: in so few steps no two candidates come as close as rounding."""
-    run = config(activation_checkpointing=checkpointing, z_loss=0.01)
+    run = everywhere(z_loss=0.01) if checkpointing else config(z_loss=0.01)
+    run = run.model_copy(
+        update={"training": run.training.model_copy(update={"activation_checkpointing": checkpointing})}
+    )
     expected = reference(run, 3)
     for layout, trace in zip(chosen, run_layouts(run, chosen, 3)):
         assert len(trace.reports) == len(expected.reports) == 9

@@ -33,6 +33,10 @@ from megatron_tf.tasks.language_model.layers import Embedding
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yml"
 SPARSE = ("model.sparse={ffn: {group_size: 64, candidates: 4}}",)
+EVERYWHERE = (
+    "model.sparse={qkv: {group_size: 32, candidates: 2, dense: 64}, proj: {group_size: 64, candidates: 2}, "
+    "ffn: {group_size: 64, candidates: 4}}",
+)
 TRANSFORMER = ("model.architecture=transformer", "model.parameter_tokens=null", "model.ffn_hidden_size=768")
 TOLERANCE = 0.10
 SMALL = ("model.seq_length=128", "training.micro_batch_size=2", "training.global_batch_size=8")
@@ -86,6 +90,12 @@ PEAKS = {
     "transformer, recomputed": (*TRANSFORMER, "model.vocab_size=256", "training.activation_checkpointing=true"),
     # many positions: the gradients of one layer's candidates, before they are added up, are left out
     "sparse": (*SPARSE, "model.vocab_size=256", "training.precision=bf16", "training.micro_batch_size=8"),
+    "sparse everywhere": (
+        *EVERYWHERE,
+        "model.vocab_size=256",
+        "training.precision=bf16",
+        "training.micro_batch_size=8",
+    ),
     "wide": ("model.vocab_size=256", "model.hidden_size=512", "model.num_attention_heads=8"),
 }
 
@@ -137,7 +147,7 @@ def test_what_a_block_keeps_without_its_scores():
 
 
 def test_what_a_block_with_candidates_keeps():
-    spawn(saved_by_block, 2, True, "bf16", SPARSE)
+    spawn(saved_by_block, 2, True, "bf16", EVERYWHERE)
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -247,9 +257,11 @@ def test_tensor_parallel_communication_of_the_gram_form_to_the_byte():
 
 def test_candidates_are_chosen_without_communication():
     """What is sent is what a dense model of as many used tokens sends."""
-    sparse, dense = load(*SPARSE, "parallel.tensor=2"), load("parallel.tensor=2")
-    assert list(map(as_counter, block_collectives(sparse))) == list(map(as_counter, block_collectives(dense)))
-    spawn(sent_by_layers, 2, True, "bf16", *SPARSE)
+    dense = load("parallel.tensor=2")
+    for architecture in (SPARSE, EVERYWHERE):
+        sparse = load(*architecture, "parallel.tensor=2")
+        assert list(map(as_counter, block_collectives(sparse))) == list(map(as_counter, block_collectives(dense)))
+    spawn(sent_by_layers, 2, True, "bf16", *EVERYWHERE)
 
 
 @pytest.mark.parametrize("sequence", [False, True])

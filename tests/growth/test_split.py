@@ -81,6 +81,24 @@ def test_the_function_stays(activation, bank):
     torch.testing.assert_close(grown(ids), before(ids), rtol=1e-12, atol=1e-12)
 
 
+def test_attention_is_split_and_then_the_rest():
+    """Every projection, the second time next to one that stays as it is."""
+    tokens = {"qkv": 32, "proj": 35, "ffn": 69}
+    banks = {"qkv": {"group_size": 16, "candidates": 2}, "proj": {"group_size": 16, "candidates": 3, "dense": 3}}
+    models = [
+        run_config(model={"parameter_tokens": tokens, "sparse": sparse}).model
+        for sparse in (None, banks, {**banks, "qkv": {**banks["qkv"], "candidates": 4}, "ffn": BANK})
+    ]
+    ids = torch.randint(0, 99, (3, 16), generator=torch.Generator().manual_seed(0))
+    source = Trained(models[0], 7)
+    expected = built(models[0], source)(ids)
+    for old, new in zip(models, models[1:]):
+        growth = Growth(source="small", method="split")
+        assert growth_problems(old, new, growth) == []
+        source = GrownSource(source, InitialSource(new, 7), old_model=old, new_model=new, growth=growth, seed=3)
+        torch.testing.assert_close(built(new, source)(ids), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_every_copy_has_the_state_of_its_original():
     source, old = split(BANK), Trained(model(), 7)
     table = parameter_table(model(BANK))

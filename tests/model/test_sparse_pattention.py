@@ -12,7 +12,8 @@ from megatron_tf.model.grouped import assign
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import pattention
 from megatron_tf.model.routing import balance_loss, choose, relative_load, straight_through
-from megatron_tf.model.sparse_pattention import SparsePattention, sparse_pattention
+from megatron_tf.model.sparse_function import ChosenTokens, sparse_pattention
+from megatron_tf.model.sparse_pattention import SparsePattention, sparse_outputs
 from megatron_tf.parallel.collectives import all_reduce, copy_to
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.state.parameters import shard_range
@@ -108,9 +109,39 @@ def test_gradcheck(activation):
     tensors = [torch.randn(size, 3, dtype=torch.float64, requires_grad=True) for size in (5, groups, groups, 3, 3)]
 
     def function(*tensors: Tensor) -> Tensor:
-        return sparse_pattention(*tensors, torch.ones(5, SLOTS), chosen, 2.5, activation, SINGLE)
+        x, *tokens = tensors
+        return sparse_pattention(x, [ChosenTokens(chosen, 2.5, *tokens, torch.ones(5, SLOTS))], activation, SINGLE)[0]
 
     assert torch.autograd.gradcheck(function, tensors)
+
+
+def several(dense: int, activation: str, group=SINGLE) -> list[SparsePattention]:
+    """Three projections with tokens of their own."""
+    made = [layer(dense, activation=activation, group=group) for _ in range(3)]
+    for number, own in enumerate(made):
+        generator = torch.Generator().manual_seed(number)
+        for parameter in own.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return made
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_projections_that_share_x_are_each_of_them(activation):
+    made, x = several(5, activation), inputs().requires_grad_()
+    losses, metrics = {}, {}
+    outputs = sparse_outputs(made, x, losses, metrics)
+    expected = [plain(x, own) for own in made]
+    torch.testing.assert_close(list(outputs), expected, rtol=1e-12, atol=1e-12)
+    learning = [parameter for own in made for name, parameter in own.named_parameters() if name != "bank.balance"]
+    found, exact = (
+        torch.autograd.grad(sum(out.square().sum() for out in outs), [x, *learning]) for outs in (outputs, expected)
+    )  # fmt: skip
+    torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-9)
+    alone = [({}, {}) for _ in made]
+    for own, reports in zip(made, alone):
+        own.partial(x, *reports)
+    assert losses["balance"] == sum(own["balance"] for own, _ in alone)
+    assert metrics["load_max"] == sum(own["load_max"] for _, own in alone)
 
 
 def test_ties_nan_and_candidates_without_rows():

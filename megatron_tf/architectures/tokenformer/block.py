@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_tf.architectures.tokenformer.section import Bank, TokenFormerModel, as_tokenformer, bank_of
+from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer, bank_of, banks_of
 from megatron_tf.config.schema import Model
+from megatron_tf.model.attention import Documents
 from megatron_tf.model.context import Reports
 from megatron_tf.model.layers import Attention, Block, Pattention, TensorParallel, partial_outputs
-from megatron_tf.model.sparse_pattention import SparsePattention
+from megatron_tf.model.sparse_pattention import SparsePattention, sparse_outputs
 from megatron_tf.parallel.collectives import gather_from, scatter_together
 
 
@@ -21,59 +22,122 @@ class PattentionAttention(Attention):
     def __init__(self, model: TokenFormerModel, prefix: str, scales: Mapping[str, float], tensor: TensorParallel):
         super().__init__(model, tensor)
         tokens = model.parameter_tokens
-        self.query = _projection(model, f"{prefix}.query", tokens.qkv, scales, tensor)
-        self.key = _projection(model, f"{prefix}.key", tokens.qkv, scales, tensor)
-        self.value = _projection(model, f"{prefix}.value", tokens.qkv, scales, tensor)
-        self.proj = _projection(model, f"{prefix}.proj", tokens.proj, scales, tensor)
+        self.query = _dense(model, f"{prefix}.query", tokens.qkv, scales, tensor)
+        self.key = _dense(model, f"{prefix}.key", tokens.qkv, scales, tensor)
+        self.value = _dense(model, f"{prefix}.value", tokens.qkv, scales, tensor)
+        self.proj = _dense(model, f"{prefix}.proj", tokens.proj, scales, tensor)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        partial = partial_outputs([self.query, self.key, self.value], x)
-        # a rank needs only its own heads, so the sum over the ranks is a reduce-scatter, never an all-reduce
-        own = scatter_together(partial, self.tensor.group, -1)
-        query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in own)
-        return query, key, value
+        return _own_heads(self, partial_outputs([self.query, self.key, self.value], x))
 
     def join(self, heads: Tensor) -> Tensor:
         return self.proj.partial(gather_from(heads, self.tensor.group, -1))
 
 
-class SparseBlock(Block):
-    """Its feed-forward projection chooses among parameter tokens, and reports how evenly."""
+class SparseAttention(Attention):
+    """Query, key and value, or the output projection, or all, choose among parameter tokens, and report how evenly."""
 
-    ffn: SparsePattention
+    def __init__(self, model: TokenFormerModel, prefix: str, scales: Mapping[str, float], tensor: TensorParallel):
+        super().__init__(model, tensor)
+        self.query = _projection(model, f"{prefix}.query", "qkv", scales, tensor)
+        self.key = _projection(model, f"{prefix}.key", "qkv", scales, tensor)
+        self.value = _projection(model, f"{prefix}.value", "qkv", scales, tensor)
+        self.proj = _projection(model, f"{prefix}.proj", "proj", scales, tensor)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        documents: Documents | None = None,
+        losses: Reports | None = None,
+        metrics: Reports | None = None,
+    ) -> Tensor:
+        query, key, value = self.split(self.tensor.enter(hidden), losses, metrics)
+        out = self.attend(query, key, value, self.rotary_channels, self.rotary_base, documents)
+        return self.tensor.leave(self.join(out, losses, metrics))
+
+    def split(
+        self, x: Tensor, losses: Reports | None = None, metrics: Reports | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _own_heads(self, _outputs([self.query, self.key, self.value], x, losses, metrics))
+
+    def join(self, heads: Tensor, losses: Reports | None = None, metrics: Reports | None = None) -> Tensor:
+        return _outputs([self.proj], gather_from(heads, self.tensor.group, -1), losses, metrics)[0]
+
+
+class SparseBlock(Block):
+    """Projections that choose among parameter tokens report how evenly, the load as their mean."""
+
+    ffn: Pattention | SparsePattention
+
+    def forward_attention(
+        self, hidden: Tensor, documents: Documents | None, losses: Reports, metrics: Reports
+    ) -> Tensor:
+        if isinstance(self.attention, SparseAttention):
+            return self.attention(hidden, documents, losses, metrics)
+        return self.attention(hidden, documents)
 
     def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
-        return self.ffn.partial(x, losses, metrics)
+        (out,) = _outputs([self.ffn], x, losses, metrics)
+        metrics["load_max"] = metrics["load_max"] / _choosing(self)
+        return out
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles attention alone: products with candidates have the sizes that the choice gives them."""
-        self.attention.compile(*args, **kwargs)
+        """Compiles attention without candidates: products with them have the sizes that the choice gives them."""
+        if not isinstance(self.attention, SparseAttention):
+            self.attention.compile(*args, **kwargs)
+
+
+def _choosing(module: nn.Module) -> int:
+    """The number of projections that choose among parameter tokens."""
+    return sum(isinstance(part, SparsePattention) for part in module.modules())
 
 
 def tokenformer_block(model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
     """A `BlockFactory`."""
     model = as_tokenformer(model)
     prefix = f"blocks.{layer}"
-    attention = PattentionAttention(model, f"{prefix}.attention", scales, tensor)
-    if (bank := bank_of(model, "ffn")) is not None:
-        return SparseBlock(attention, _sparse(model, f"{prefix}.ffn", bank, scales, tensor), tensor, model.norm_eps)
-    ffn = _projection(model, f"{prefix}.ffn", model.parameter_tokens.ffn, scales, tensor)
-    return Block(attention, ffn, tensor, model.norm_eps)
+    banks = banks_of(model)
+    kind = SparseAttention if {"qkv", "proj"} & banks.keys() else PattentionAttention
+    attention = kind(model, f"{prefix}.attention", scales, tensor)
+    ffn = _projection(model, f"{prefix}.ffn", "ffn", scales, tensor)
+    return (SparseBlock if banks else Block)(attention, ffn, tensor, model.norm_eps)
 
 
-def _projection(
+def _own_heads(attention: Attention, partial: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial query, key and value [s, b, d] -> those of this rank's heads, [s, b, heads/T, head_dim] each."""
+    # a rank needs only its own heads, so the sum over the ranks is a reduce-scatter, never an all-reduce
+    own = scatter_together(partial, attention.tensor.group, -1)
+    query, key, value = (heads.unflatten(-1, (-1, attention.head_dim)) for heads in own)
+    return query, key, value
+
+
+def _outputs(
+    projections: Sequence[Pattention | SparsePattention],
+    x: Tensor,
+    losses: Reports | None,
+    metrics: Reports | None,
+) -> tuple[Tensor, ...]:
+    """Of projections of one kind, which share x."""
+    if isinstance(projections[0], SparsePattention):
+        return sparse_outputs(cast(Sequence[SparsePattention], projections), x, losses, metrics)
+    return partial_outputs(cast(Sequence[Pattention], projections), x)
+
+
+def _dense(
     model: TokenFormerModel, name: str, tokens: int, scales: Mapping[str, float], tensor: TensorParallel
 ) -> Pattention:
     d = model.hidden_size
     return Pattention(tokens, d, d, scale=scales[name], activation=model.activation, group=tensor.group)
 
 
-def _sparse(
-    model: TokenFormerModel, name: str, bank: Bank, scales: Mapping[str, float], tensor: TensorParallel
-) -> SparsePattention:
-    d = model.hidden_size
+def _projection(
+    model: TokenFormerModel, name: str, kind: str, scales: Mapping[str, float], tensor: TensorParallel
+) -> Pattention | SparsePattention:
+    d, used, bank = model.hidden_size, getattr(model.parameter_tokens, kind), bank_of(model, kind)
+    if bank is None:
+        return _dense(model, name, used, scales, tensor)
     return SparsePattention(
-        model.parameter_tokens.ffn, d, d,
+        used, d, d,
         group_size=bank.group_size, candidates=bank.candidates, dense=bank.dense,
         scale=scales[name], activation=model.activation, group=tensor.group,
         z_loss=model.sparse.z_loss if model.sparse else 0.0,

@@ -40,14 +40,19 @@ class Bank(Section):
 class Sparse(Section):
     """Projections with more parameter tokens than a position uses; `parameter_tokens` counts the used ones."""
 
-    ffn: Bank
+    qkv: Bank | None = None
+    """Of the query, key and value Pattentions, each with candidates of its own."""
+    proj: Bank | None = None
+    """Of attention's output Pattention."""
+    ffn: Bank | None = None
     """Of the feed-forward Pattention."""
     z_loss: NonNegative = 0.0
     """Weight of a loss that keeps the routers' scores small: the mean of (log Σ exp z)² over a slot's candidates."""
 
     def banks(self) -> dict[str, Bank]:
-        """By kind of projection."""
-        return {"ffn": self.ffn}
+        """Those that there are, by kind of projection."""
+        banks = {"qkv": self.qkv, "proj": self.proj, "ffn": self.ffn}
+        return {kind: bank for kind, bank in banks.items() if bank is not None}
 
 
 class TokenFormerModel(Model):
@@ -72,6 +77,16 @@ def bank_of(model: TokenFormerModel, kind: str) -> Bank | None:
     return None if model.sparse is None else model.sparse.banks().get(kind)
 
 
+def banks_of(model: TokenFormerModel) -> dict[str, Bank]:
+    """The banks of the model by kind of projection."""
+    return {} if model.sparse is None else model.sparse.banks()
+
+
+def written(bank: Bank) -> str:
+    """A bank as a configuration has it."""
+    return f"{{{', '.join(f'{key}: {value}' for key, value in bank.model_dump(exclude_defaults=True).items())}}}"
+
+
 def bank_spec(model: TokenFormerModel, kind: str) -> BankSpec | None:
     """The sizes of a projection's bank; None for one that has none."""
     bank, used = bank_of(model, kind), getattr(model.parameter_tokens, kind)
@@ -89,8 +104,12 @@ def suggested_bank(used: int) -> Bank | None:
 
 
 def bank_problems(model: TokenFormerModel) -> Iterator[str]:
-    """Sentences on banks whose tokens are no whole slots."""
-    for kind, bank in model.sparse.banks().items() if model.sparse else ():
+    """Sentences on banks whose tokens are no whole slots, and on a section without a bank."""
+    if model.sparse is not None and not model.sparse.banks():
+        bank = suggested_bank(model.parameter_tokens.ffn)
+        remedy = f"Set model.sparse.ffn to {written(bank)}, or" if bank else "Set"
+        yield f"model.sparse: names none of the projections {', '.join(ParameterTokens.model_fields)}. {remedy} model.sparse to null."
+    for kind, bank in banks_of(model).items():
         used = getattr(model.parameter_tokens, kind)
         in_slots, size = used - bank.dense, bank.group_size
         if in_slots <= 0:
@@ -113,7 +132,7 @@ def bank_problems(model: TokenFormerModel) -> Iterator[str]:
 
 def bank_layout_problems(model: TokenFormerModel, tensor: int) -> Iterator[str]:
     """Sentences on slots that the tensor ranks cannot share evenly."""
-    for kind, bank in model.sparse.banks().items() if model.sparse else ():
+    for kind, bank in banks_of(model).items():
         used = getattr(model.parameter_tokens, kind)
         slots = bank.slots(used)
         if slots % tensor:

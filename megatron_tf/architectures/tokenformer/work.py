@@ -12,7 +12,7 @@ from megatron_tf.activations.base import Activation
 from megatron_tf.activations.forms import GPU
 from megatron_tf.activations.overlap import row_chunks, row_parts
 from megatron_tf.architectures.tokenformer.forms import norm_forms
-from megatron_tf.architectures.tokenformer.section import Bank, TokenFormerModel, bank_of
+from megatron_tf.architectures.tokenformer.section import Bank, TokenFormerModel, bank_of, banks_of
 from megatron_tf.architectures.work import (
     BlockWork,
     Collective,
@@ -60,21 +60,26 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     counts, activation = model.parameter_tokens, ACTIVATIONS[model.activation]
     qkv, proj, ffn = (-(-count // tensor) for count in (counts.qkv, counts.proj, counts.ffn))
     scores = 3 * qkv + proj + ffn
-    keys = [Product(positions, hidden, n) for n in (3 * qkv, proj)]
-    values = [Product(positions, n, hidden) for n in (qkv, qkv, qkv, proj)]
-    bank, used = bank_of(model, "ffn"), counts.ffn
-    chosen_slots = 0 if bank is None else bank.slots(used) // tensor
+    widths = {"qkv": 3 * qkv, "proj": proj, "ffn": ffn}
+    slots = {kind: bank.slots(getattr(counts, kind)) // tensor for kind, bank in banks_of(model).items()}
+    chosen_slots = sum(SHARING[kind] * count for kind, count in slots.items())
+    products = [
+        product
+        for kind, sharing in SHARING.items()
+        for product in _products(
+            positions, hidden, widths[kind] // sharing, sharing, bank_of(model, kind), slots.get(kind, 0)
+        )
+    ]
     keep = config.training.scores == "keep"
     kernels = KERNELS if activation.kernel_passes is None else FUSED_KERNELS
-    widths = {"qkv": 3 * qkv, "proj": proj, "ffn": ffn}
     with_gram = [kind for kind, form in norm_forms(model, config, GPU).items() if form == "gram"]
     gram_share = sum(widths[kind] for kind in with_gram) / scores
     gram_projections = sum(SHARING[kind] for kind in with_gram)
     gram = [Product(positions, hidden, gram_projections * hidden)] if with_gram else []
     gram += [Product(hidden, widths[kind], hidden) for kind in with_gram]
     return BlockWork(
-        products=(*keys, *values, *_ffn_products(positions, hidden, ffn, bank, chosen_slots), *gram),
-        products_again=() if keep else tuple(keys) + (Product(positions, hidden, ffn),),
+        products=(*products, *gram),
+        products_again=() if keep else tuple(Product(positions, hidden, width) for width in widths.values()),
         inner_width=scores,
         inner_passes=_score_passes(activation, config, gram_share),
         head_passes=HEAD_PASSES,
@@ -88,7 +93,7 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
         ),
         kept=(scores if keep else 0) + 4 * hidden // tensor + (hidden if tensor > 1 else 0),
         kept_statistics=5 + CHOICE_STATISTICS * chosen_slots,
-        backward_peak=(2 * hidden if bank else 0)
+        backward_peak=(2 * hidden if slots else 0)
         + (max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn) if keep else _recomputed_peak(config, widths, with_gram)),
     )
 
@@ -119,16 +124,21 @@ def _score_passes(activation: Activation, config: RunConfig, gram_share: float) 
     return Passes(passes.forward - gram_share * saved.forward, passes.backward - gram_share * saved.backward)
 
 
-def _ffn_products(positions: int, hidden: int, ffn: int, bank: Bank | None, slots: int) -> Iterator[Product]:
-    """Of the feed-forward projection, with `slots` slots on this rank."""
+def _products(
+    positions: int, hidden: int, tokens: int, number: int, bank: Bank | None, slots: int
+) -> Iterator[Product]:
+    """Of `number` projections that share their input, with so many tokens each and `slots` slots on this rank."""
     in_slots = 0 if bank is None else slots * bank.group_size
     if bank is not None:
-        yield Product(positions, hidden, slots * bank.candidates)
-        yield Product(positions, hidden, in_slots, bank.candidates)
-        yield Product(positions, in_slots, hidden, bank.candidates)
-    if dense := ffn - in_slots:
-        yield Product(positions, hidden, dense)
-        yield Product(positions, dense, hidden)
+        yield from number * [
+            Product(positions, hidden, slots * bank.candidates),
+            Product(positions, hidden, in_slots, bank.candidates),
+            Product(positions, in_slots, hidden, bank.candidates),
+        ]
+    if dense := tokens - in_slots:
+        sharing = number if bank is None else 1  # projections whose keys are in one product
+        yield from (number // sharing) * [Product(positions, hidden, sharing * dense)]
+        yield from number * [Product(positions, dense, hidden)]
 
 
 def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Collectives, Collectives]:

@@ -79,6 +79,18 @@ def test_a_loss_of_the_training_is_not_exported(network):
     assert exported["sparse"] == {"ffn": BANK}
 
 
+def test_attention_chooses_too(network_of, tmp_path, ids):
+    network = network_of(
+        sparse={kind: {"group_size": 16, "candidates": 2, "dense": dense} for kind, dense in (("qkv", 8), ("proj", 0))},
+        parameter_tokens={"qkv": 40, "proj": 48, "ffn": 96},
+    )
+    for block in network.blocks:
+        for projection in (block.attention.query, block.attention.key, block.attention.value, block.attention.proj):
+            projection.bank.balance.data.mul_(0.05)
+    write_export(tmp_path / "out", network, None)
+    assert torch.equal(load_model(tmp_path / "out")(ids), network(ids))
+
+
 def test_all_candidates_are_chosen_and_the_configuration_says_how_many(folder, network, ids):
     """Else agreement would say little."""
     assert json.loads((folder / "config.json").read_text())["sparse"] == {"ffn": BANK}
@@ -207,7 +219,7 @@ def test_adapters_and_fresh_models(folder, ids):
     [
         ({"ffn": {**BANK, "group_size": 24}}, "json: sparse.ffn.group_size: 24 .*multiple of 16"),
         ({"ffn": {**BANK, "dense": 40}}, "parameter_tokens.ffn: 96, of which sparse.ffn.dense 40 .* no whole slots"),
-        ({"mlp": BANK}, "json: (.|\n)*sparse.ffn: missing"),
+        ({"mlp": BANK}, "json: (.|\n)*sparse.mlp: unknown key"),
         ({"ffn": {**BANK, "candidates": 4}}, r"mlp.bank.keys has shape \[192, 64\], config.json says \[256, 64\]"),
         (None, "model.layers.0.mlp.bank.keys(.|\n)*Give the whole folder"),
     ],
