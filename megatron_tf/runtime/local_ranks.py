@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,7 @@ def _with_environment(
     arguments: Sequence[object],
 ) -> None:
     end_quietly()  # Control-C reaches the process that started the ranks as well
+    gc.freeze()  # a collection would touch, and so copy, all that the forkserver has imported
     os.environ.clear()
     os.environ.update(environment)  # of the process that starts ranks now, not of the one that they are forked from
     for registry, things in zip(REGISTRIES, added):
