@@ -242,7 +242,7 @@ def _sharded_forward(x: Tensor, layer: _Layer) -> _Results:
     the second's while the first's outputs are."""
     keys, function = layer.keys, layer.function
     sizes = row_parts(x.shape[0], function.facts.reductions, torch.compiler.is_compiling())
-    joined = score_layout.joined(keys)
+    joined = score_layout.concatenated(keys)
     scores = score_layout.empty_scores(x, x.shape[0], joined.shape[0])
     outputs = [x.new_empty(x.shape[0], v.shape[1]) for v in layer.values]
     exchanges = []
@@ -281,7 +281,7 @@ def _backward(rows: Sequence[Tensor], scores: Tensor, layer: _Layer) -> _Gradien
     if layer.exchanges:
         for (d, a, r, scale), total in zip(parts, finish().split(1, -1)):
             function.couple(a, r, total, d, scale)
-    d_x = gradient @ score_layout.joined(keys) if layer.wants_dx else None
+    d_x = gradient @ score_layout.concatenated(keys) if layer.wants_dx else None
     return d_x, [*score_layout.split(gradient.mT @ x, keys, 0), *value_grads], totals
 
 
@@ -311,7 +311,7 @@ def _chunks(*rows: Tensor) -> list[tuple[Tensor, ...]]:
 
 def _scores(x: Tensor, keys: Sequence[Tensor]) -> Tensor:
     """A of x [rows, d]: [rows, columns]."""
-    joined = score_layout.joined(keys)
+    joined = score_layout.concatenated(keys)
     return score_layout.empty_scores(x, x.shape[0], joined.shape[0]).addmm_(x, joined.mT, beta=0)
 
 

@@ -167,7 +167,7 @@ def test_elementwise_traffic_and_kernels_of_a_transformers_block():
 
 
 def test_elementwise_traffic_and_kernels_of_a_block_in_the_gram_form(monkeypatch):
-    """Of many positions, beside which KᵀK is small. Over ranks nobody asks for lost digits."""
+    """Of many positions, compared with which KᵀK is small. Over ranks nobody asks for lost digits."""
     monkeypatch.setattr(gram, "loses_digits", lambda *tensors: False)
     tokens = "model.parameter_tokens={qkv: 512, proj: 512, ffn: 2048}"
     count_block(load("training.norm=gram", "training.precision=bf16", "training.micro_batch_size=16", tokens))

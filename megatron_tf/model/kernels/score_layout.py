@@ -40,7 +40,7 @@ def filled(tokens: Tensor) -> Tensor:
     return F.pad(tokens, (0, 0, 0, missing))
 
 
-def joined(keys: Sequence[Tensor]) -> Tensor:
+def concatenated(keys: Sequence[Tensor]) -> Tensor:
     """Keys [n_i, d] of projections that share a product, with zeros in the gaps: [columns, d]."""
     if len(keys) == 1:
         return keys[0]
@@ -49,7 +49,7 @@ def joined(keys: Sequence[Tensor]) -> Tensor:
 
 
 def split(scores: Tensor, keys: Sequence[Tensor], dim: int = -1) -> tuple[Tensor, ...]:
-    """Views of the projections' own parts of what has their `joined` columns along `dim`."""
+    """Views of the projections' own parts of what has their `concatenated` columns along `dim`."""
     return _parts(scores, keys, dim)[::2]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_tf.model.kernels import score_layout
-from megatron_tf.model.kernels.score_layout import ALIGNMENT, clear_gaps, empty_scores, joined, split
+from megatron_tf.model.kernels.score_layout import ALIGNMENT, clear_gaps, concatenated, empty_scores, split
 from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.parallel.groups import SINGLE
 
@@ -21,7 +21,7 @@ def keys_of(counts, width=3):
 def test_rows_and_parts_are_aligned(counts):
     keys = keys_of(counts)
     x = torch.randn(5, 3)
-    together = joined(keys)
+    together = concatenated(keys)
     scores = empty_scores(x, 5, together.shape[0]).addmm_(x, together.mT, beta=0)
     assert scores.stride() == (-(-together.shape[0] // ALIGNMENT) * ALIGNMENT, 1)
     parts = split(scores, keys)
