@@ -182,7 +182,9 @@ class Schedule(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """[steps] The rate rises linearly from 0; the first update has rate 0."""
     decay_steps: Count | None = None
-    """[steps] Of wsd: the last steps, in which the rate falls on a straight line."""
+    """[steps] Of wsd: the last steps, in which the rate falls."""
+    decay_shape: Literal["linear", "sqrt"] = "linear"
+    """Of wsd: how it falls. linear: on a straight line; sqrt: by 1 - √(share of the decay), faster at first. Since 0.2."""
     min_lr: NonNegative = 0.0
     """Where cosine and wsd end, at the last step."""
 

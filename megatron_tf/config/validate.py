@@ -279,6 +279,11 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
             f"checkpoint.keep_before_decay: true is for schedule type wsd only, but optimizer.schedule.type is "
             f"{schedule.type}. Set it to false, or the type to wsd."
         )
+    if schedule.type != "wsd" and schedule.decay_shape != "linear":
+        yield (
+            f"optimizer.schedule.decay_shape: {schedule.decay_shape} is for schedule type wsd only, but "
+            f"optimizer.schedule.type is {schedule.type}. Remove it, or set the type to wsd."
+        )
     if schedule.type != "wsd":
         if schedule.decay_steps is not None:
             yield (

@@ -14,7 +14,7 @@ def learning_rate(step: float, optimizer: Optimizer, train_steps: float) -> floa
     Linear from 0 over `warmup_steps`, so that the first update has rate 0 when there is a warm-up; then
         constant: `lr`;
         cosine:   half a cosine from `lr` to `min_lr` at step `train_steps`;
-        wsd:      `lr`, and over the last `decay_steps` linear to `min_lr` at step `train_steps`.
+        wsd:      `lr`, and over the last `decay_steps` to `min_lr` at step `train_steps`: linear, or as 1 - √(their share).
     Steps count from the beginning of the run, so a growth warms up afresh.
     """
     schedule = optimizer.schedule
@@ -24,7 +24,11 @@ def learning_rate(step: float, optimizer: Optimizer, train_steps: float) -> floa
         return optimizer.lr
     falling = train_steps - schedule.warmup_steps if schedule.type == "cosine" else schedule.decay_steps
     left = min(1.0, max(0.0, train_steps - step) / max(1, falling or 0))  # share of the fall still to come
-    share = (1 - math.cos(math.pi * left)) / 2 if schedule.type == "cosine" else left
+    share = left
+    if schedule.type == "cosine":
+        share = (1 - math.cos(math.pi * left)) / 2
+    elif schedule.decay_shape == "sqrt":
+        share = 1 - math.sqrt(1 - left)
     return schedule.min_lr + (optimizer.lr - schedule.min_lr) * share
 
 

@@ -69,10 +69,17 @@ class Arm(Section):
     """null: those of the study."""
     sweep: Sweep | None = None
     """null: nothing is tried out."""
+    value_of: str | None = None
+    """An arm with a sweep, whose key and chosen value this one takes as well. null: none."""
     comparable: bool = True
     """Whether it is compared with the others. They must have the same data, budget and end of the schedule."""
     family: Name | None = None
     """Arms of one model at several budgets: what they reach is the curve by which others are measured."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arms that it cannot begin without."""
+        return tuple(name for name in (self.parent, self.value_of) if name is not None)
 
 
 class Study(Section):
@@ -175,10 +182,21 @@ def _parent_problems(study: Study) -> Iterator[str]:
     by_name = {arm.name: arm for arm in study.arms}
     circles: set[frozenset[str]] = set()
     for arm in study.arms:
-        if arm.parent is None:
-            continue
+        for key, name in (("parent", arm.parent), ("value_of", arm.value_of)):
+            if name is not None and name not in by_name:
+                yield f"arm {arm.name}: {key}: there is no arm {name}. The arms are {', '.join(by_name)}."
+        if (way := _circle(arm.name, by_name)) and frozenset(way) not in circles:
+            circles.add(frozenset(way))
+            yield f"arms {' -> '.join([*way, arm.name])}: each starts from the next, in a circle. Remove a parent."
+        swept = by_name.get(arm.value_of or "")
+        if swept is not None and (swept.sweep is None or arm.sweep is not None):
+            who = arm.name if arm.sweep is not None else swept.name
+            yield (
+                f"arm {arm.name}: value_of: takes what a sweep of {swept.name} has chosen, and {who} has "
+                f"{'a sweep of its own' if arm.sweep is not None else 'no sweep'}. Remove value_of, or name another "
+                "arm."
+            )
         if arm.parent not in by_name:
-            yield f"arm {arm.name}: parent: there is no arm {arm.parent}. The arms are {', '.join(by_name)}."
             continue
         missing = [seed for seed in study.seeds_of(arm) if seed not in study.seeds_of(by_name[arm.parent])]
         if missing:
@@ -186,9 +204,12 @@ def _parent_problems(study: Study) -> Iterator[str]:
                 f"arm {arm.name}: seeds {missing} start from the parent's runs of these seeds, and {arm.parent} has "
                 f"{list(study.seeds_of(by_name[arm.parent]))}. Give both the same."
             )
-        way = [arm.name]
-        while (parent := by_name[way[-1]].parent) in by_name and parent not in way:
-            way.append(str(parent))
-        if parent == arm.name and frozenset(way) not in circles:
-            circles.add(frozenset(way))
-            yield f"arms {' -> '.join([*way, arm.name])}: each starts from the next, in a circle. Remove a parent."
+
+
+def _circle(name: str, by_name: Mapping[str, Arm], way: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The arms on a way from `name` back to it; empty when there is none."""
+    if name in way:
+        return way if way[0] == name else ()
+    if name not in by_name:
+        return ()
+    return next((found for need in by_name[name].needs if (found := _circle(need, by_name, (*way, name)))), ())

@@ -107,8 +107,8 @@ def make_plan(study: Study, outcome: Outcome = lambda node: None) -> Plan:
     runs: dict[tuple[str, int], Node] = {}
     problems: list[str] = []
     for arm in in_order(study):
-        if arm.parent is not None and (arm.parent, study.seeds_of(arm)[0]) not in runs:
-            continue  # what is wrong with the parent is said already
+        if any((name, study.seeds_of(study.arm(name))[0]) not in runs for name in arm.needs):
+            continue  # what is wrong with the other arm is said already
         try:
             found = list(_runs_of(study, arm, runs, choices, outcome))
         except ConfigError as error:
@@ -126,13 +126,14 @@ def make_plan(study: Study, outcome: Outcome = lambda node: None) -> Plan:
 
 
 def in_order(study: Study) -> list[Arm]:
-    """The arms, parents first."""
+    """The arms, each behind those that it needs."""
     by_name = {arm.name: arm for arm in study.arms}
     ordered: dict[str, Arm] = {}
 
     def add(arm: Arm) -> None:
-        if arm.parent is not None and arm.parent not in ordered:
-            add(by_name[arm.parent])
+        for name in arm.needs:
+            if name not in ordered:
+                add(by_name[name])
         ordered.setdefault(arm.name, arm)
 
     for arm in study.arms:
@@ -156,6 +157,9 @@ def _runs_of(
         value = choice.value
         if value is None:
             value, waits = choice.values[len(choice.values) // 2], arm.name
+    elif arm.value_of is not None:
+        other = runs[arm.value_of, study.seeds_of(study.arm(arm.value_of))[0]]
+        value, waits = other.value, other.waits
     for seed in seeds:
         yield _node(study, arm, seed, value, runs, waits=waits)
 
@@ -172,11 +176,12 @@ def _node(
 ) -> Node:
     parent = None if arm.parent is None else runs[arm.parent, seed]
     flops, tokens, name = arm.flops, arm.tokens, arm.name
-    if arm.sweep is not None:
-        is_short = is_trial and arm.sweep.flops is not None
-        if is_short:
+    key = _swept_key(study, arm)
+    if key is not None:
+        is_short = is_trial and arm.sweep is not None and arm.sweep.flops is not None
+        if is_short and arm.sweep is not None:
             flops, tokens = arm.sweep.flops, None
-        name += f"/{'trial_' if is_short else ''}{arm.sweep.key.rpartition('.')[2]}={value:g}"
+        name += f"/{'trial_' if is_short else ''}{key.rpartition('.')[2]}={value:g}"
     name += f"/seed{seed}"
     folder = Path(study.dir, "runs", name)
     at = _moment(arm, parent)
@@ -208,6 +213,12 @@ def _node(
     return Node(name, arm, seed, value, is_trial, waits, folder, config, plain, parent, begin, end)
 
 
+def _swept_key(study: Study, arm: Arm) -> str | None:
+    """The key that the arm's own sweep, or that of another arm, has chosen a value for."""
+    sweep = arm.sweep if arm.value_of is None else study.arm(arm.value_of).sweep
+    return None if sweep is None else sweep.key
+
+
 def _moment(arm: Arm, parent: Node | None) -> Moment:
     """Which checkpoint of its parent an arm starts from; before the parent is known: before_decay if it may be."""
     if arm.at is not None:
@@ -233,8 +244,8 @@ def _plain_values(study: Study, arm: Arm, parent: Node | None, value: float | No
     if arm.by == "branch":
         values["growth"] = None
     values.pop("branch", None)
-    if value is not None and arm.sweep is not None:
-        problems += apply_override(values, f"{arm.sweep.key}={value!r}")
+    if (key := _swept_key(study, arm)) is not None:
+        problems += apply_override(values, f"{key}={value!r}")
     if problems:
         raise ConfigError(problems)
     return values

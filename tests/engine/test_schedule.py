@@ -51,3 +51,11 @@ def test_the_step_that_the_decay_begins_with(training):
     if training["train_steps"] is None:
         resumed = plan_batches(config, 1, step=5, tokens=5 * 4 * 16, schedule_unit=4 * 16)
         assert decay_step(wsd, resumed) == 5 + -(-(40 - 5 - 5) // 2)
+
+
+def test_a_decay_by_the_square_root():
+    """It begins and ends where the straight one does, and is below it between."""
+    adam = optimizer(type="wsd", decay_steps=20, decay_shape="sqrt", min_lr=1e-4)
+    assert learning_rate(80, adam, 100) == 1e-3
+    assert learning_rate(85, adam, 100) == pytest.approx(1e-4 + 9e-4 * 0.5)
+    assert learning_rate(100, adam, 100) == pytest.approx(1e-4)

@@ -15,6 +15,12 @@ from study_names import problems_of
             {"arms": {"grown": {"parent": "smal"}}},
             "arm grown: parent: there is no arm smal. The arms are small, going_on",
         ),
+        ({"arms": {"grown": {"value_of": "smal"}}}, "arm grown: value_of: there is no arm smal"),
+        (
+            {"arms": {"grown": {"value_of": "going_on"}}},
+            "arm grown: value_of: takes what a sweep of going_on has chosen",
+        ),
+        ({"arms": {"small": {"value_of": "grown"}}}, "arms small -> grown -> small: each starts from the next"),
         ({"arms": {"grown": {"name": "going_on"}}}, "arm going_on: is there twice"),
         ({"arms": {"grown": {"tokens": 5.0}}}, "arm grown: both flops (2e+07) and tokens (5) are given"),
         ({"arms": {"grown": {"flops": None}}}, "arm grown: decay 0.2 is a share of flops or tokens, and neither"),

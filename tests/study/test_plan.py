@@ -58,6 +58,17 @@ def test_budgets(study):
         assert node.config.optimizer.schedule.decay_steps == round(0.2 * 2e7 / (64 * own))
 
 
+def test_the_value_that_another_sweep_has_chosen(study):
+    """Before it has ended, the arm waits; then it has that value, at each of its seeds."""
+    more = [{"name": "again", "flops": 2e7, "decay": 0.2, "value_of": "small"}]
+    waiting = make_plan(study(more=more))
+    assert {node.waits for node in waiting.of(waiting.study.arm("again"))} == {"small"}
+    plan = make_plan(study(more=more), lambda node: LOSSES.get(node.name))
+    nodes = plan.of(plan.study.arm("again"))
+    assert [node.name for node in nodes] == ["again/lr=0.02/seed1", "again/lr=0.02/seed2"]
+    assert {(node.config.optimizer.lr, node.waits, node.parent) for node in nodes} == {(0.02, None, None)}
+
+
 def test_short_trials_are_runs_of_their_own(study):
     sweep = {"key": "optimizer.lr", "values": [1e-2, 2e-2], "flops": 2e6}
     plan = make_plan(study(arms={"small": {"sweep": sweep}}), lambda node: node.value)
