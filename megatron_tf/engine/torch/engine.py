@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.engine.segmented import Fragment, SegmentedEngine
 from megatron_tf.engine.shards import ShardedParameter, shards_of
 from megatron_tf.engine.torch import sharding
-from megatron_tf.engine.torch.pipeline import Pipeline
 from megatron_tf.model.context import BlockContext
 from megatron_tf.model.layers import TensorParallel, choose_forms
 from megatron_tf.model.precision import DTYPES
@@ -30,6 +29,9 @@ from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.state.sources import StateSource
 from megatron_tf.tasks.data import Batch
 from megatron_tf.tasks.layers import evaluation_sums
+
+if TYPE_CHECKING:
+    from megatron_tf.engine.torch.pipeline import Pipeline
 
 
 class TorchEngine(SegmentedEngine):
@@ -76,7 +78,7 @@ class TorchEngine(SegmentedEngine):
                 block.compile()
         self._keep_parameters = config.parallel.shard != "parameters"
         self._keep_gradients = config.parallel.shard == "optimizer"
-        sharding.shard(self._stage, self._data, topology, dtype, device, self._keep_parameters)
+        self._is_sharded = sharding.shard(self._stage, self._data, topology, dtype, device, self._keep_parameters)
         self._context = BlockContext()
         self._found: dict[str, Tensor] = {}
         self._loss_weight: Tensor | float = 1 / (
@@ -85,6 +87,9 @@ class TorchEngine(SegmentedEngine):
         self._pipeline: Pipeline | None = None
         pipeline = make_group(topology, "pipeline", config.parallel.timeout_seconds)
         if pipeline.handle is not None:
+            # imported where it is needed, because it takes as long as torch itself
+            from megatron_tf.engine.torch.pipeline import Pipeline
+
             self._pipeline = Pipeline(
                 self._stage,
                 topology,
@@ -168,7 +173,8 @@ class TorchEngine(SegmentedEngine):
                 loss = self._loss(logits, targets)
             with self.clock.phase("backward"):
                 last = number == len(batches) - 1
-                sharding.set_last_backward(self._stage, last, self._keep_gradients)
+                if self._is_sharded:
+                    sharding.set_last_backward(self._stage, last, self._keep_gradients)
                 loss.backward()
             losses.append(loss.detach())
         return losses

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from megatron_tf.config.topology import Topology
 from megatron_tf.engine.segmented import Fragment
@@ -31,6 +29,10 @@ def shard(stage: Stage, data: Group, topology: Topology, dtype: torch.dtype, dev
     """
     if data.size == 1 and dtype == torch.float32:
         return False
+    # imported where it is needed, because it takes as long as torch itself
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     handle = data.handle
     if handle is None:
         for rank in range(topology.world_size):
@@ -47,19 +49,22 @@ def shard(stage: Stage, data: Group, topology: Topology, dtype: torch.dtype, dev
     return True
 
 
-def set_last_backward(stage: nn.Module, last: bool, keep: bool) -> None:
-    """Before a backward pass. `last`: of the step. `keep`: whether parameters and gradients stay whole until then."""
-    if isinstance(stage, FSDPModule):
-        stage.set_is_last_backward(last)
-        stage.set_requires_gradient_sync(last or not keep)
-        stage.set_reshard_after_backward(last or not keep)
+def set_last_backward(stage: Any, last: bool, keep: bool) -> None:
+    """Before a backward pass of a stage that `shard` has sharded.
+
+    `last`: of the step. `keep`: whether parameters and gradients stay whole until then.
+    """
+    stage.set_is_last_backward(last)
+    stage.set_requires_gradient_sync(last or not keep)
+    stage.set_reshard_after_backward(last or not keep)
 
 
 def fragment(shard: ShardedParameter, data: Group) -> Fragment | None:
     """Where this rank keeps the shard's fp32 state; None where its chunk is empty."""
-    parameter, width = shard.parameter, shard.spec.width
+    parameter: Any = shard.parameter
+    width = shard.spec.width
     first = shard.first_row * width
-    if not isinstance(parameter, DTensor):
+    if not _is_sharded(parameter):
         return Fragment(shard.spec, parameter, first, first + parameter.numel(), 0, shard.owned)
     local = parameter.to_local().detach()
     rows = parameter.shape[0]
@@ -71,8 +76,13 @@ def fragment(shard: ShardedParameter, data: Group) -> Fragment | None:
 
 def gradient(parameter: nn.Parameter) -> Tensor | None:
     """This rank's chunk of the final gradient."""
-    grad = parameter.grad
-    return grad.to_local() if isinstance(grad, DTensor) else grad
+    grad: Any = parameter.grad
+    return grad.to_local() if _is_sharded(grad) else grad
+
+
+def _is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, whose class takes long to import."""
+    return hasattr(tensor, "to_local")
 
 
 def tied_group(topology: Topology, rank: int) -> dist.ProcessGroup | None:
