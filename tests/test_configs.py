@@ -198,9 +198,11 @@ def test_the_recipe_of_the_papers_vision_models(name):
     assert config.model.image.model_dump(exclude={"mean", "std"}) == {
         "size": 224, "patch": 16, "channels": 3, "classes": 1000, "pooling": "class_token", "crop": 0.875,
     }  # fmt: skip
-    epochs = training.train_steps * 4096 / 1_281_167
+    assert augmentation.rand_augment.model_dump() == {"operations": 2, "magnitude": 9, "deviation": 0.5}
+    assert training.drop_path == (0.2 if "_l16_" in name else 0.1)
+    epochs = training.train_samples / 1_281_167
     expected = {"vision_l16_304M": 200, "vision_b16_115M": 60, "vision_l16_405M": 40}.get(name, 300)
-    assert epochs == pytest.approx(expected, rel=1e-3)
+    assert epochs == expected
 
 
 @pytest.mark.parametrize("name", [*FULL_SIZE, *FULL_VISION])

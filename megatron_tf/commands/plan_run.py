@@ -30,7 +30,11 @@ def main() -> None:
     gpu = find_gpu(arguments.gpu, per_node=arguments.gpus_per_node, network_gb_per_s=arguments.network_gb_per_s)
     overrides = list(arguments.overrides)
     if arguments.tokens is not None:
-        overrides += [f"training.train_tokens={arguments.tokens}", "training.train_steps=null"]
+        overrides += [
+            f"training.train_tokens={arguments.tokens}",
+            "training.train_steps=null",
+            "training.train_samples=null",
+        ]
     configs = load_stages(arguments.config, overrides)
     if arguments.tokens is not None and len(configs) > 1:
         raise ConfigError(

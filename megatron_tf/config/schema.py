@@ -21,6 +21,7 @@ from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import ARCHITECTURES
 from megatron_tf.config.deepspeed_section import DeepSpeed
 from megatron_tf.config.fields import (
+    Beta,
     Count,
     Fraction,
     NonNegative,
@@ -147,9 +148,11 @@ class StopWhen(Section):
 
 class Training(Section):
     train_steps: Count | None = None
-    """[steps] Optimizer steps. Give this or train_tokens."""
+    """[steps] Optimizer steps. Give this, train_tokens or train_samples."""
     train_tokens: TotalCount | None = None
     """[tokens] Rounded up to whole steps."""
+    train_samples: TotalCount | None = None
+    """[samples] Such as images times epochs. Rounded up to whole steps. Since 0.2."""
     global_batch_size: Count
     """[samples] Of a step, over all ranks."""
     micro_batch_size: Count
@@ -170,6 +173,8 @@ class Training(Section):
     """When to end before the last step. null: never."""
     profile: Profile | None = None
     """Steps to record with torch's profiler."""
+    drop_path: Beta = 0.0
+    """[share] Of the samples that skip a residual branch of the last block; towards the first one it falls to 0. Since 0.2."""
     label_smoothing: Fraction = 0.0
     """[share] Of a target that all classes share alike. Since 0.2."""
     init_from: Path | None = None
@@ -229,6 +234,17 @@ Sources = Annotated[
 ]
 
 
+class RandAugment(Section):
+    """timm's rand-m9-mstd0.5-inc1: each operation is one of fifteen and is done half of the time."""
+
+    operations: Annotated[int, Field(ge=1, le=15)] = 2
+    """That are drawn for an image."""
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
+    """How strong they are, 10 being the strongest."""
+    deviation: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """Standard deviation of the magnitude."""
+
+
 class Augmentation(Section):
     """What is done to training images. All of it is a function of the seed and the sample."""
 
@@ -240,6 +256,8 @@ class Augmentation(Section):
     """[pixels] Largest move to each side; black comes in."""
     flip: Fraction = 0.0
     """[share] Of the images that are mirrored."""
+    rand_augment: RandAugment | None = None
+    """Random operations on colours and geometry. null: none."""
     erasing: Fraction = 0.0
     """[share] Of the images in which a rectangle becomes noise."""
     mixup: NonNegative = 0.0
@@ -265,6 +283,8 @@ class Data(Section):
     """No loss for the token after an end of document, the first of an unrelated one."""
     augmentation: Augmentation = Augmentation()
     """Changes to training images. Since 0.2."""
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    """[threads] That read and change images, on each rank. Since 0.2."""
 
     @property
     def masks_loss(self) -> bool:

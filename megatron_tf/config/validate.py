@@ -76,7 +76,7 @@ def plan_batches(
 ) -> BatchPlan:
     """Batch arithmetic of a run that has done `step` steps on `tokens` tokens so far.
 
-    `training.train_tokens` is met by whole steps, rounded up, the ones that are left being of the present size.
+    `training.train_tokens`, or `train_samples`, is met by whole steps, rounded up, the ones that are left being of the present size.
     `schedule_unit`: tokens of a step when the run began. The schedule, with its warm-up and decay, is counted in such
     steps throughout, so the learning rate goes on where it was when the batch is another than before.
     With `training.train_steps` a step is a step. ConfigError when the arithmetic has no solution.
@@ -86,12 +86,12 @@ def plan_batches(
     training = config.training
     train_steps = _train_steps(config)
     schedule: dict[str, Any] = {"schedule_steps": float(train_steps)}
-    if training.train_tokens is not None:
+    if (tokens_in_all := tokens_to_train(config)) is not None:
         tokens_per_step = training.global_batch_size * config.model.seq_length
-        train_steps = step + math.ceil(max(0, training.train_tokens - tokens) / tokens_per_step)
+        train_steps = step + math.ceil(max(0, tokens_in_all - tokens) / tokens_per_step)
         unit = schedule_unit or tokens_per_step
         schedule = {
-            "schedule_steps": float(math.ceil(training.train_tokens / unit)),
+            "schedule_steps": float(math.ceil(tokens_in_all / unit)),
             "schedule_from": (step, tokens / unit),
             "schedule_pace": tokens_per_step / unit,
         }
@@ -178,23 +178,34 @@ def _batch_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
 
 
 def _length_problems(config: RunConfig) -> Iterator[str]:
-    steps, tokens = config.training.train_steps, config.training.train_tokens
-    if steps is None and tokens is None:
-        yield "training: neither train_steps nor train_tokens is given. Give one of them."
-    if steps is not None and tokens is not None:
+    lengths = {name: getattr(config.training, name) for name in ("train_steps", "train_tokens", "train_samples")}
+    given = [(name, value) for name, value in lengths.items() if value is not None]
+    if not given:
+        yield "training: neither train_steps nor train_tokens nor train_samples is given. Give one of them."
+    if len(given) > 1:
+        (first, one), (second, other) = given[:2]
         yield (
-            f"training: both train_steps ({steps}) and train_tokens ({tokens}) are given. Give one; "
-            "an override removes the other with training.train_steps=null or training.train_tokens=null."
+            f"training: both {first} ({one}) and {second} ({other}) are given. Give one; "
+            f"an override removes the other with training.{first}=null or training.{second}=null."
         )
 
 
+def tokens_to_train(config: RunConfig) -> int | None:
+    """What training.train_tokens or train_samples gives, in tokens; None where training.train_steps is the length."""
+    training = config.training
+    if training.train_samples is not None:
+        return training.train_samples * config.model.seq_length
+    return training.train_tokens
+
+
 def _train_steps(config: RunConfig) -> int:
-    """Steps of the run; requires that exactly one of train_steps and train_tokens is given."""
+    """Steps of the run; requires that its length is given exactly once."""
     training = config.training
     if training.train_steps is not None:
         return training.train_steps
-    assert training.train_tokens is not None
-    return math.ceil(training.train_tokens / (training.global_batch_size * config.model.seq_length))
+    tokens = tokens_to_train(config)
+    assert tokens is not None
+    return math.ceil(tokens / (training.global_batch_size * config.model.seq_length))
 
 
 def _model_problems(model: Model) -> Iterator[str]:

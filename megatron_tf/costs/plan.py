@@ -8,7 +8,7 @@ from megatron_tf.activations.forms import GPU
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
 from megatron_tf.config.tasks import task_of
-from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for
+from megatron_tf.config.validate import BatchPlan, plan_batches, tokens_to_train, topology_for
 from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
 from megatron_tf.telemetry.text import plural, size
 
@@ -30,7 +30,7 @@ def describe(
     topology, batches = topology_for(config, world_size), batches or plan_batches(config, world_size)
     memory = memory_per_rank(config, world_size)
     flops = flops_per_token(model)
-    tokens = training.train_tokens or batches.train_tokens
+    tokens = tokens_to_train(config) or batches.train_tokens
     sequence = ", sequence-parallel" if config.parallel.sequence else ""
     origin = _configured_origin(config) if origin is None else origin
     checkpointing = ", activation checkpointing" if training.activation_checkpointing else ""

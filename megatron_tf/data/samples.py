@@ -52,8 +52,8 @@ class KeyedPermutation:
     def _pass(self, index: Index) -> Index:
         left, right = index // self._right_range, index % self._right_range
         for round_key in self._round_keys[::2]:
-            left = (left + _hash(right ^ round_key) % self._left_range) % self._left_range
-            right = (right + _hash(left ^ (round_key >> 1)) % self._right_range) % self._right_range
+            left = (left + mixed(right ^ round_key) % self._left_range) % self._left_range
+            right = (right + mixed(left ^ (round_key >> 1)) % self._right_range) % self._right_range
         return left * self._right_range + right
 
 
@@ -73,8 +73,8 @@ def derived_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("ascii"), digest_size=8).digest(), "little")
 
 
-def _hash(value: Index) -> Index:
-    """Mix 64 bits (finaliser of SplitMix64). The mask changes nothing for uint64 arrays, which wrap by themselves."""
+def mixed(value: Index) -> Index:
+    """64 bits that depend on all bits of `value` (finaliser of SplitMix64). The mask changes nothing for uint64 arrays, which wrap by themselves."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK
     return value ^ (value >> 31)

@@ -22,6 +22,7 @@ from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.engine.shards import ShardedParameter
 from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.errors import CheckpointError
+from megatron_tf.model.drop_path import DropPath
 from megatron_tf.optimizers.base import MatrixRule
 from megatron_tf.parallel.groups import Group
 from megatron_tf.state.parameters import ParameterSpec, is_matrix, layer_of, parameter_table
@@ -64,12 +65,27 @@ class SegmentedEngine(ABC):
         self.steps_skipped = 0
         self._task = task_of(model)
         self._masks_losses = self._task.masks_losses(config)
+        self._drop_path: DropPath | None = None
+        if config.training.drop_path:
+            self._drop_path = DropPath(config.training.drop_path, model.num_layers, config.run.seed)
         self._first_new = first_new or {}
         self._new_layers = frozenset(new_layers)
         self._scales = dict(source.scales)
         self._loaded_steps = {
             name: source.adam_steps(name, 0, spec.numel) for name, spec in parameter_table(model).items()
         }
+
+    def _branches(self, step: int) -> Iterator[Tensor | None]:
+        """`BlockContext.branches` of each micro batch of this rank in the 0-based `step`."""
+        plan, chosen = self.plan, self._drop_path
+        for micro in range(plan.num_micro_batches):
+            first = (micro * plan.data_parallel + self._data_rank) * plan.micro_batch_size
+            places = range(first, first + plan.micro_batch_size)
+            yield None if chosen is None else chosen.scales(step, places).to(self._device)
+
+    @property
+    @abstractmethod
+    def _data_rank(self) -> int: ...
 
     @abstractmethod
     def shards(self) -> list[ShardedParameter]:

@@ -34,13 +34,21 @@ class BlockContext:
     `documents`: None is one document a sample.
     `loss_weight`: what an auxiliary loss counts in the gradient. None: losses are only collected, with their graph, and
         the caller adds them to the objective.
+    `branches`: what each sample's residual branches are multiplied by, [layers, branches, b] as `drop_path` gives it;
+        None: by 1.
     `losses`, `metrics`: sums over the blocks so far, by name.
     """
 
     # Not a dataclass: torch's `fully_shard` copies those among a module's arguments, and what blocks add would be lost.
-    def __init__(self, documents: Documents | None = None, loss_weight: Tensor | float | None = None):
+    def __init__(
+        self,
+        documents: Documents | None = None,
+        loss_weight: Tensor | float | None = None,
+        branches: Tensor | None = None,
+    ):
         self.documents = documents
         self.loss_weight = loss_weight
+        self.branches = branches
         self.losses: Reports = {}
         self.metrics: Reports = {}
 

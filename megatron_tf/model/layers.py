@@ -185,15 +185,18 @@ class Block(nn.Module):
         self.ffn = ffn
         self.tensor = tensor
         self.eps = eps
+        # its number, which `build_block` sets
+        self.layer = 0
         self.recompute = False  # keep only the block's input for the backward pass
 
     def forward(self, hidden: Tensor, context: BlockContext | None = None) -> Tensor:
         """Hidden between layers -> the same. `context`: None is one document a sample, and nobody asks for reports."""
         documents = None if context is None else context.documents
+        branches = None if context is None or context.branches is None else context.branches[self.layer]
         if self.recompute and torch.is_grad_enabled():
-            hidden, losses, metrics = checkpoint(self._forward, hidden, documents, use_reentrant=False)
+            hidden, losses, metrics = checkpoint(self._forward, hidden, documents, branches, use_reentrant=False)
         else:
-            hidden, losses, metrics = self._forward(hidden, documents)
+            hidden, losses, metrics = self._forward(hidden, documents, branches)
         if context is not None and (losses or metrics):
             if context.loss_weight is not None and torch.is_grad_enabled():
                 for loss in losses.values():
@@ -201,12 +204,15 @@ class Block(nn.Module):
             context.add(losses, metrics)
         return hidden
 
-    def _forward(self, hidden: Tensor, documents: Documents | None) -> tuple[Tensor, Reports, Reports]:
+    def _forward(
+        self, hidden: Tensor, documents: Documents | None, branches: Tensor | None
+    ) -> tuple[Tensor, Reports, Reports]:
         losses: Reports = {}
         metrics: Reports = {}
-        hidden = hidden + self.forward_attention(self._norm(hidden), documents, losses, metrics)
+        attended = self.forward_attention(self._norm(hidden), documents, losses, metrics)
+        hidden = hidden + _scaled(attended, branches, 0)
         partial = self.feed_forward(self.tensor.enter(self._norm(hidden)), losses, metrics)
-        return hidden + self.tensor.leave(partial), losses, metrics
+        return hidden + _scaled(self.tensor.leave(partial), branches, 1), losses, metrics
 
     def forward_attention(
         self, hidden: Tensor, documents: Documents | None, losses: Reports, metrics: Reports
@@ -224,6 +230,11 @@ class Block(nn.Module):
 
     def _norm(self, hidden: Tensor) -> Tensor:
         return F.layer_norm(hidden, hidden.shape[-1:], eps=self.eps)
+
+
+def _scaled(branch: Tensor, branches: Tensor | None, number: int) -> Tensor:
+    """A branch [s, b, d], times what `branches` [branches, b] has for each sample."""
+    return branch if branches is None else branch * branches[number].to(branch.dtype)[:, None]
 
 
 class BlockFactory(Protocol):
@@ -253,7 +264,9 @@ def build_block(model: Model, layer: int, scales: Mapping[str, float], tensor: T
     """Block `layer` as the model's architecture makes it, its weights still to be written. `scales`: τ by
     projection."""
     factory: BlockFactory = resolve_name(architecture_of(model).block)
-    return factory(model, layer, scales, tensor)
+    block = factory(model, layer, scales, tensor)
+    block.layer = layer
+    return block
 
 
 def task_layers(model: Model) -> TaskLayers:

@@ -254,7 +254,8 @@ def _plain_values(study: Study, arm: Arm, parent: Node | None, value: float | No
 def _add_budget(values: Values, arm: Arm, begin: Position, flops: float | None, tokens: float | None) -> None:
     """Sets the number of steps, and the decay, so that the run ends at the budget."""
     training = values.get("training")
-    values["training"] = {**(training if isinstance(training, dict) else {}), "train_tokens": None, "train_steps": 1}
+    given = training if isinstance(training, dict) else {}
+    values["training"] = {**given, "train_tokens": None, "train_samples": None, "train_steps": 1}
     plain_schedule = {"optimizer": {"schedule": {"type": "constant", "decay_steps": None, "warmup_steps": 0}}}
     model = build_config(merged(merged(values, plain_schedule), {"checkpoint": {"keep_before_decay": False}}), [])
     a_step = model.training.global_batch_size * model.model.seq_length

@@ -32,6 +32,7 @@ from megatron_tf.errors import ConfigError, LaunchError, exit_now
 from megatron_tf.model import build_model
 from megatron_tf.model.attention import document_starts
 from megatron_tf.model.context import BlockContext
+from megatron_tf.model.drop_path import DropPath
 from megatron_tf.model.layers import task_layers
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.environment import LaunchEnvironment
@@ -145,14 +146,16 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
     optimizer = rule_of(settings).reference(settings, groups)
     ends = configured_boundaries(config).ends
     architecture, layers = architecture_of(config.model), task_layers(config.model)
+    drop_path = DropPath(config.training.drop_path, config.model.num_layers, config.run.seed)
     losses, norms, gradients = [], [], {}
     reports: list[float] = []
     for step in range(steps):
         means = dict.fromkeys((*architecture.losses(config.model), *architecture.metrics(config.model)), 0.0)
         total, micro_batches = 0.0, list(batches(config, plan, step, 0, 1))
         count = sum(int(layers.counts(targets).sum()) for _, targets in micro_batches)
-        for inputs, targets in micro_batches:
-            context = BlockContext()
+        for number, (inputs, targets) in enumerate(micro_batches):
+            places = range(number * plan.micro_batch_size, (number + 1) * plan.micro_batch_size)
+            context = BlockContext(branches=drop_path.scales(step, places))
             logits = model(inputs, document_starts(inputs, ends) if ends else None, context)
             loss = layers.plain_loss(logits, targets) / count
             auxiliary = [given / plan.num_micro_batches for given in context.losses.values()]

@@ -82,6 +82,13 @@ def test_plans_refuse_what_they_cannot_compute(small):
 # ---- each rule, with its sentence ------------------------------------------------------------------------------------
 
 
+def test_a_length_in_samples_is_one_in_tokens(small):
+    of_tokens = small("training.train_steps=null", "training.train_tokens=32000")
+    samples = 32000 // of_tokens.model.seq_length
+    of_samples = small("training.train_steps=null", f"training.train_samples={samples}")
+    assert plan_batches(of_samples, 1, 3, 96) == plan_batches(of_tokens, 1, 3, 96)
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "problem"),
     [
@@ -101,7 +108,7 @@ def test_plans_refuse_what_they_cannot_compute(small):
          "training.global_batch_size: 2 is not a multiple of 8 (training.micro_batch_size 8 × 1 data-parallel ranks). "
          "Set it to 8, or training.micro_batch_size to 1 or 2."),
         (["training.train_steps=null"], 1,
-         "training: neither train_steps nor train_tokens is given. Give one of them."),
+         "training: neither train_steps nor train_tokens nor train_samples is given. Give one of them."),
         (["training.train_tokens=512"], 1,
          "training: both train_steps (100) and train_tokens (512) are given. Give one; an override removes the other "
          "with training.train_steps=null or training.train_tokens=null."),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_tf.data.indexed import IndexedDataset, IndexedWriter
-from megatron_tf.data.samples import KeyedPermutation, TokenSource, _hash
+from megatron_tf.data.samples import KeyedPermutation, TokenSource, mixed
 from megatron_tf.errors import DataError
 
 
@@ -81,8 +81,8 @@ def inverse(permutation: KeyedPermutation, image: int) -> int:
     while True:
         left, right = divmod(image, right_range)
         for key in reversed(keys):
-            right = (right - _hash(left ^ (key >> 1))) % right_range
-            left = (left - _hash(right ^ key)) % left_range
+            right = (right - mixed(left ^ (key >> 1))) % right_range
+            left = (left - mixed(right ^ key)) % left_range
         image = left * right_range + right
         if image < permutation.size:
             return image

@@ -1,6 +1,6 @@
 """From an image to what the model sees, with random changes in training. All of them are functions of (seed, sample).
 
-Of one image, in this order: crop, shift, flip, erasing; then pairs are mixed, sample 2i with sample 2i + 1 of the run.
+Of one image, in this order: crop, flip, random operations, shift, erasing; then pairs are mixed, sample 2i with sample 2i + 1 of the run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_tf.config.schema import Augmentation, RunConfig
 from megatron_tf.data.images.decode import in_channels
+from megatron_tf.data.images.rand_augment import mirrored, rand_augmented
 from megatron_tf.data.samples import derived_seed
 from megatron_tf.tasks.image_classification.section import Image, image_of
 
@@ -38,11 +39,14 @@ def augmented(picture: Picture, image: Image, settings: Augmentation, seed: int,
     else:
         box = random_box(random, picture.size, settings.crop_scale, settings.crop_ratio)
         square = _resized(picture, image, box)
+    if random.random() < settings.flip:
+        square = mirrored(square)
+    if settings.rand_augment is not None:
+        fill = tuple(round(255 * mean) for mean in image.mean)
+        square = rand_augmented(random, square, settings.rand_augment, fill)
     pixels = _channels_first(square)
     if settings.shift:
         pixels = shifted(pixels, *random.integers(-settings.shift, settings.shift + 1, 2).tolist())
-    if random.random() < settings.flip:
-        pixels = pixels[:, :, ::-1]
     if random.random() < settings.erasing:
         pixels = _erased(random, pixels, image)
     return pixels

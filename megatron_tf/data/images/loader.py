@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ class ImageLoader:
         self._image = image_of(config.model)
         self._training = training
         self._micro_batch_size = micro_batch_size
+        # Pillow lets go of Python's lock while it works
+        self._threads = ThreadPoolExecutor(config.data.workers, "images") if config.data.workers > 1 else None
         self._place = micro_batch_size, num_micro_batches, data_rank, data_size
 
     def step_batches(self, first_sample: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -64,20 +67,24 @@ class ImageLoader:
         image = self._image
         images = np.zeros((len(samples), image.channels, image.size, image.size), np.uint8)
         labels = np.full(len(samples), -1)
-        for row, sample in enumerate(samples):
-            number, within = self._shares.locate(sample)
-            source = self._sources[number]
-            if self._training or within < len(source.files):
-                labels[row], images[row] = self._read(source, within, sample)
+        run = map if self._threads is None else self._threads.map
+        for row, found in enumerate(run(self._sample, samples)):
+            if found is not None:
+                labels[row], images[row] = found
         if self._training:
             images, targets = finished(images, labels, samples, self._config)
         else:
             targets = targets_of(labels, image.classes)
         return torch.from_numpy(images), torch.from_numpy(targets)
 
-    def _read(self, source: ImageSource, within: int, sample: int) -> tuple[int, np.ndarray]:
-        """(class, uint8 [c, h, w]) of sample `sample` of the run, `within` of its source."""
-        config, number = self._config, source.number(within)
+    def _sample(self, sample: int) -> tuple[int, np.ndarray] | None:
+        """(class, uint8 [c, h, w]); None behind the last image of an evaluation."""
+        config = self._config
+        source_number, within = self._shares.locate(sample)
+        source = self._sources[source_number]
+        if not self._training and within >= len(source.files):
+            return None
+        number = source.number(within)
         label, content = source.files.read(number)
         try:
             picture = opened(content)

@@ -110,6 +110,7 @@ class DeepSpeedEngine(SegmentedEngine):
         scale = self.loss_scaler().get("cur_scale", 1.0)
         self._pipeline.auxiliary_weight = scale / self.plan.num_micro_batches
         self._pipeline.reports = {}
+        self._pipeline.branches = self._branches(step)
         loss = self._deepspeed.train_batch(self._weighed(batches) if self._masks_losses else batches)
         norm = self._deepspeed.get_global_grad_norm() if self.config.zero.stage else self._stage_0_norm
         skipped = self.optimizer.num_updates == updates
@@ -141,6 +142,10 @@ class DeepSpeedEngine(SegmentedEngine):
     def _rows(self) -> Group:
         # `validate` refuses a partition that cuts rows
         return self._pipeline.tensor.group
+
+    @property
+    def _data_rank(self) -> int:
+        return self._deepspeed.mpu.get_data_parallel_rank()
 
     @property
     def _tensor_rank(self) -> int:

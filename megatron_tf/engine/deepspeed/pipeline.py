@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -61,7 +61,8 @@ class TokenFormerPipeline(PipelineModule):
     """This rank's stage. Layers: the task's input layer, blocks, final norm, the task's head.
 
     The engine sets, before each step, `loss_weight`, what each loss counts in training, and
-    `auxiliary_weight`, what an auxiliary loss counts in the gradient of a micro batch. `reports` has the sums of the
+    `auxiliary_weight`, what an auxiliary loss counts in the gradient of a micro batch, and `branches`, see
+    `model.context`, of each micro batch. `reports` has the sums of the
     step's auxiliary losses and metrics over this rank's blocks and micro batches.
     """
 
@@ -82,6 +83,7 @@ class TokenFormerPipeline(PipelineModule):
         self.document_ends = document_ends
         self.loss_weight: Tensor | float = 1.0
         self.auxiliary_weight: Tensor | float = 1.0
+        self.branches: Iterator[Tensor | None] = itertools.repeat(None)
         self.reports: dict[str, Tensor] = {}
         input_layer, head = self._ends()
         layers = [
@@ -113,7 +115,9 @@ class TokenFormerPipeline(PipelineModule):
             hidden = inputs
             if self.document_ends:
                 starts = document_starts(inputs, self.document_ends)
-        context = BlockContext(loss_weight=self.auxiliary_weight if self.training else None)
+        context = BlockContext()
+        if self.training:
+            context = BlockContext(loss_weight=self.auxiliary_weight, branches=next(self.branches))
         for is_block, layers in itertools.groupby(self.forward_funcs, lambda layer: isinstance(layer, Block)):
             if is_block:
                 hidden = run_blocks(layers, hidden, starts, context)

@@ -80,6 +80,7 @@ class TorchEngine(SegmentedEngine):
         self._keep_gradients = config.parallel.shard == "optimizer"
         self._is_sharded = sharding.shard(self._stage, self._data, topology, dtype, device, self._keep_parameters)
         self._context = BlockContext()
+        self._coming_branches: Iterator[Tensor | None] = iter(())
         self._found: dict[str, Tensor] = {}
         self._loss_weight: Tensor | float = 1 / (
             plan.num_micro_batches * plan.micro_batch_size * self._task.losses_per_sample(model)
@@ -120,6 +121,10 @@ class TorchEngine(SegmentedEngine):
         return self._sharing
 
     @property
+    def _data_rank(self) -> int:
+        return self._data.rank
+
+    @property
     def _tensor_rank(self) -> int:
         return self._tensor.rank
 
@@ -154,6 +159,7 @@ class TorchEngine(SegmentedEngine):
         if self._masks_losses:
             self._weigh(taken)
         self._found = {}
+        self._coming_branches = self._branches(step)
         self._stage.train()
         losses = self._one_stage(taken) if self._pipeline is None else self._through(self._pipeline, taken)
         self._collect_reports()
@@ -190,7 +196,7 @@ class TorchEngine(SegmentedEngine):
 
     def _next_context(self) -> BlockContext:
         self._collect_reports()
-        self._context = BlockContext(loss_weight=1 / self.plan.num_micro_batches)
+        self._context = BlockContext(loss_weight=1 / self.plan.num_micro_batches, branches=next(self._coming_branches))
         return self._context
 
     def _collect_reports(self) -> None:

@@ -28,7 +28,7 @@ class ImageClassification(Task):
     causal = False
     input_name, head_name = "patches", "head"
     metrics = ("top1", "top5")
-    own_keys = ("data.augmentation", "training.label_smoothing")
+    own_keys = ("data.augmentation", "data.workers", "training.label_smoothing")
     why_not_elsewhere = "a classifier of images has model.image instead"
 
     def input_parameters(self, model: Model) -> Iterator[ParameterSpec]:

@@ -89,7 +89,9 @@ def test_pairs_are_mixed_by_what_their_targets_say(settings):
 
 def digest(samples: range, seed: int = 7) -> list[str]:
     config = image_config(
-        {"channels": 1}, run={"seed": seed}, data={"augmentation": MIXING | {"crop_scale": (0.3, 1.0)}}
+        {"channels": 1},
+        run={"seed": seed},
+        data={"augmentation": MIXING | {"crop_scale": (0.3, 1.0), "rand_augment": {}}},
     )
     image, settings = image_of(config.model), config.data.augmentation
     images = np.stack([augmented(picture(9, 8), image, settings, config.run.seed, sample) for sample in samples])

@@ -52,6 +52,13 @@ def test_a_step_is_the_same_at_every_layout(source):
     assert [tensor.shape for tensor in whole] == [(12, 1, 6, 6), (12, 5)]
 
 
+def test_threads_change_nothing(source):
+    config = run(source, **MIXING)
+    threaded = config.model_copy(update={"data": config.data.model_copy(update={"workers": 3})})
+    assert all(map(torch.equal, step(loader(config)), step(loader(threaded))))
+    assert step(loader(threaded, False, 5, 3))[1].sum() == 13
+
+
 def test_an_epoch_has_every_image_once_in_an_order_of_its_own(source):
     files = ImageFiles(source)
     order = ImageSource(files, 3)

@@ -24,7 +24,7 @@ from megatron_tf.tasks.image_classification.section import image_of
 from megatron_tf.verification.layout import Layout
 from megatron_tf.verification.resume import Setting, check_resumes
 
-MIXED = {"training": {"label_smoothing": 0.1}, "data": {"augmentation": MIXING}}
+MIXED = {"training": {"label_smoothing": 0.1, "drop_path": 0.4}, "data": {"augmentation": MIXING}}
 
 
 @pytest.mark.parametrize("architecture", ["tokenformer", "transformer"])
