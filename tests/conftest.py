@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
         )
         item.add_marker(pytest.mark.xdist_group(group))
         groups[item] = group
-        seconds[group] += 30 if "scale" in marks else 10 if "slow" in marks else 1
+        seconds[group] += 100 if "scale" in marks else 30 if "slow" in marks else 1
     items.sort(key=lambda item: -seconds[groups[item]])
 
 
