@@ -18,6 +18,7 @@ from megatron_tf.activations.forms import GPU
 from megatron_tf.architectures.work import Collective, Collectives, Kind
 from megatron_tf.benchmark.counting import Counting
 from megatron_tf.benchmark.report import Row
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.communication import block_collectives, ends_collectives
 from megatron_tf.errors import exit_now
@@ -41,10 +42,12 @@ def rows(configs: Sequence[RunConfig]) -> Iterator[Row]:
     """
     for config in configs:
         ranks = config.parallel.tensor
+        forms = architecture_of(config.model).norm_forms(config, GPU).values()
         for (part, direction), (expected, counted) in _count(config).items():
             for kind in sorted({kind for kind, _ in (*expected, *counted)}):
                 yield {
                     "layout": f"TP{ranks}{' +sequence' if config.parallel.sequence else ''}",
+                    "norms": " and ".join(sorted({*forms})),
                     "part": part,
                     "direction": direction,
                     "collective": kind,

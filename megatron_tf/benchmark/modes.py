@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from megatron_tf.benchmark.references import FORMULAS
 from megatron_tf.benchmark.report import Row, check_json, table, write_json
 from megatron_tf.config import load_config
 from megatron_tf.config.nearest import either
+from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.model.precision import DTYPES
@@ -94,14 +96,29 @@ def run_communication(device: torch.device, arguments: argparse.Namespace) -> It
             layout = f"parallel.tensor={tensor}", f"parallel.sequence={sequence}", "parallel.pipeline=1"
             config = load_config(arguments.config, [*arguments.overrides, *layout, "training.compile=false"])
             validate(config, tensor)
-            configs.append(config)
+            configs += forms_of(config, "norm", "direct", "gram") if tensor > 1 else [config]
     return communication.rows(configs)
 
 
 def run_memory(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
     config = load_config(arguments.config, arguments.overrides)
     validate(config, 1)
-    return memory.rows(device, config)
+    for scores in forms_of(config, "scores", "keep", "recompute"):
+        yield from memory.rows(device, scores)
+
+
+def forms_of(config: RunConfig, key: str, *values: str) -> list[RunConfig]:
+    """The configuration with each of `values` of training.`key` that its model has; itself alone where it says one."""
+    if getattr(config.training, key) not in ("auto", "keep"):
+        return [config]
+    found = []
+    for value in values:
+        training = config.training.model_copy(update={key: value})
+        other = config.model_copy(update={"training": training})
+        with suppress(ConfigError):
+            validate(other, config.parallel.tensor)
+            found.append(other)
+    return found or [config]
 
 
 def run_step(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:

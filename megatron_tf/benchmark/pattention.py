@@ -1,4 +1,4 @@
-"""Forward and backward of one Pattention against the plain formula, a GELU MLP and its bare products."""
+"""Forward and backward of one Pattention against its Gram form, the plain formula, a GELU MLP and its bare products."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from megatron_tf.benchmark.counting import saved_bytes
 from megatron_tf.benchmark.references import Layer, bare_products, gelu_mlp, plain_formula
@@ -13,9 +14,19 @@ from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
 from megatron_tf.errors import ConfigError
 from megatron_tf.model import pattention
+from megatron_tf.model.pattention import Form, partial_pattention
+from megatron_tf.parallel.groups import SINGLE
 
 BATCH = 4
-LAYERS: dict[str, Layer] = {"pattention": pattention, "plain": plain_formula, "mlp": gelu_mlp}
+
+
+def gram_form(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The same layer with the norm of its scores from KᵀK, made at every call."""
+    scale = keys.shape[0] ** 0.5
+    return partial_pattention(x, [keys], [values], [scale], "l2_norm_gelu", SINGLE, Form("gram"))[0]
+
+
+LAYERS: dict[str, Layer] = {"pattention": pattention, "gram": gram_form, "plain": plain_formula, "mlp": gelu_mlp}
 
 
 def rows(
@@ -50,6 +61,7 @@ def _measure(device: torch.device, dtype: torch.dtype, n: int, positions: int, w
         "positions": positions,
         "width": width,
         **{f"{name} ms": 1e3 * timing.median for name, timing in timings.items()},
+        "× gram": ours.speed_against(timings["gram"]),
         "× plain": ours.speed_against(timings["plain"]),
         "× mlp": ours.speed_against(timings["mlp"]),
         "of floor": ours.speed_against(timings["products"]),

@@ -53,7 +53,8 @@ def test_rows():
     row, other = mode.rows(CPU, [torch.float32, torch.bfloat16], [32], 16, 8, 1)
     assert (row["dtype"], row["tokens"], other["dtype"]) == ("float32", 32, "bfloat16")
     assert row["saved/row pattention"] == 4 * 32 + 4 and other["saved/row pattention"] == 2 * 32 + 4
-    assert all(row[name] > 0 for name in ("× plain", "× mlp", "of floor"))
+    assert all(row[name] > 0 for name in ("× gram", "× plain", "× mlp", "of floor"))
+    assert row["saved/row gram"] == 4 * 32 + 4 + 4 * 8 * 8 // 16  # and KᵀK
 
 
 @pytest.mark.timing
