@@ -98,7 +98,7 @@ RESERVED = {
     "deepspeed": ("megatron_tf.engine.deepspeed.",),
     "lm_eval": ("megatron_tf.evaluation.lm_harness",),
     "matplotlib": ("megatron_tf.telemetry.plot",),
-    "peft": ("megatron_tf.adapters.branch", "megatron_tf.adapters.tuner"),
+    "peft": ("megatron_tf.benchmark.adapters", "megatron_tf.adapters.branch", "megatron_tf.adapters.tuner"),
     "pyarrow": ("megatron_tf.data.preparation.parquet", "megatron_tf.evaluation.eval_data"),
     "sentencepiece": ("megatron_tf.data.tokenizer",),
     "tensorboard": ("megatron_tf.telemetry.trackers",),

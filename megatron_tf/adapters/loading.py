@@ -88,6 +88,19 @@ def load_adapted(base: Any, adapters: Mapping[str, Path]) -> Any:
     return with_adapters(base, adapters)
 
 
+def random_llama(layers: int, width: int, vocabulary: int) -> Any:
+    """A Llama of random weights, to measure speeds with."""
+    prepare_hugging_face()
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width * 2 // 3 // 8 * 8, num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64), num_key_value_heads=max(1, width // 64), tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a base's folder. DataError when there is none, or none with an end of text."""
     prepare_hugging_face()

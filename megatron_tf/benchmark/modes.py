@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel
-from megatron_tf.benchmark import communication, memory, pattention, scaling, sparse, stages, step
+from megatron_tf.benchmark import adapters, communication, memory, pattention, scaling, sparse, stages, step
 from megatron_tf.benchmark.device import check_dtypes, machine, quick_dtype
 from megatron_tf.benchmark.references import FORMULAS
 from megatron_tf.benchmark.report import Row, check_json, table, write_json
@@ -170,6 +170,11 @@ def with_plain_formula(file: Path, seq_length: int | None) -> TokenFormerModel:
     return model if seq_length is None else model.model_copy(update={"seq_length": seq_length})
 
 
+def run_adapters(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    sizes = arguments.layers, arguments.width, arguments.samples, arguments.positions, arguments.rank
+    return adapters.rows(device, *sizes, arguments.rounds)
+
+
 MODES = {
     "pattention": run_pattention,
     "sparse": run_sparse,
@@ -178,4 +183,5 @@ MODES = {
     "memory": run_memory,
     "step": run_step,
     "scaling": run_scaling,
+    "adapters": run_adapters,
 }

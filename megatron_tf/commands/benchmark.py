@@ -73,6 +73,14 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument("--lengths", type=count, nargs="*", default=(1024, 2048, 4096, 8192), help="of sequences")
     mode.add_argument("--positions", type=count, default=4096, help="positions of a batch (default 4096)")
     add_timing(mode)
+    mode = add_mode(modes, "adapters")
+    mode.add_argument("--layers", type=count, default=4, help="of the base (default 4)")
+    mode.add_argument("--width", type=count, default=768, help="hidden size of the base (default 768)")
+    mode.add_argument("--samples", type=count, default=2, help="samples a step (default 2)")
+    mode.add_argument("--positions", type=count, default=256, help="tokens a sample (default 256)")
+    mode.add_argument("--rank", type=count, default=8, help="of LoRA (default 8)")
+    mode.add_argument("--rounds", type=count, default=11, help="interleaved rounds (default 11)")
+    add_device(mode)
     return parser.parse_args()
 
 
