@@ -112,8 +112,8 @@ def start(command: Command) -> None:
         if package in ("", "megatron_tf") or find_spec(package) is not None:
             raise
         raise UserError(
-            f"this Python, {sys.executable} ({platform.python_version()}), has no package {package}. Start the command with "
-            "the Python of megatron_tf's environment, or install there what `megatron_tf doctor` finds missing."
+            f"this Python, {sys.executable} ({platform.python_version()}), has no package {package}. Start the command "
+            "with the Python of megatron_tf's environment, or install there what `megatron_tf doctor` finds missing."
         ) from error
 
 

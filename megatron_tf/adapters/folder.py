@@ -124,8 +124,8 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
         found = checksum(path, config)
     if found != config["checksum"]:
         raise CheckpointError(
-            f"{folder}: the checksum of {WEIGHTS_NAME} and {CONFIG_NAME} is {found}, expected {config['checksum']}. The "
-            "adapter is damaged or was changed by hand, or its two files are of two adapters: copy both again"
+            f"{folder}: the checksum of {WEIGHTS_NAME} and {CONFIG_NAME} is {found}, expected {config['checksum']}. "
+            "The adapter is damaged or was changed by hand, or its two files are of two adapters: copy both again"
         )
 
 

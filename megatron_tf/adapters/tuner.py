@@ -1,4 +1,5 @@
-"""The PEFT method: `PattentionConfig` for get_peft_model, PeftModel.from_pretrained, Trainer and what is built on them."""
+"""The PEFT method: `PattentionConfig` for get_peft_model, PeftModel.from_pretrained, Trainer and what is built on
+them."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ INITIAL_STD = 0.02  # of key tokens, whose size means nothing under the L2 norm,
 
 
 def input_std(model: Model) -> float:
-    """Of a Transformer's first matrices: what they make of a normed hidden state has unit variance at every width. It is
-    0.036 at width 768, and 0.022 at 2048; the usual 0.02 is too small for what is narrower."""
+    """Of a Transformer's first matrices: what they make of a normed hidden state has unit variance at every width. It
+    is 0.036 at width 768, and 0.022 at 2048; the usual 0.02 is too small for what is narrower."""
     return 1 / math.sqrt(model.hidden_size)
 
 

@@ -1,4 +1,5 @@
-"""Train an adapter of a frozen base model: `python launch/finetune.py configs/finetune/smollm2.yml [section.field=value ...]`.
+"""Train an adapter of a frozen base model: `python launch/finetune.py configs/finetune/smollm2.yml [section.field=value
+...]`.
 
 Examples are JSON lines of prompt and answer, messages, or text. The same file runs under torchrun, deepspeed and srun,
 data-parallel, and as plain python on one process. It resumes from the newest checkpoint of run.dir by itself.

@@ -1,5 +1,6 @@
 """Drop the parameter tokens that contribute least, or take candidates of model.sparse away:
-`python tools/prune_tokens.py --from runs/tiny_grow --tokens qkv=128,ffn=512 --data data/demo/validation --to runs/small`.
+`python tools/prune_tokens.py --from runs/tiny_grow --tokens qkv=128,ffn=512 --data data/demo/validation --to
+runs/small`.
 
 What a token contributes is the mean of |S|·‖v‖ over the positions of a sample of prepared data; every projection of
 every layer makes its own selection, and gets the scale τ with which its output stays closest. The loss before and after

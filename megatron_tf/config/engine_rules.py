@@ -1,4 +1,5 @@
-"""Rules between the engine, its sections, the precision, the schedule and the optimizer: sentences with key and remedy."""
+"""Rules between the engine, its sections, the precision, the schedule and the optimizer: sentences with key and
+remedy."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ def pipeline_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
     micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel)
     if parallel.engine == "torch" and parallel.schedule == "1f1b" and micro_batches < parallel.pipeline:
         yield (
-            f"parallel.schedule: 1f1b needs a micro batch for each of parallel.pipeline {parallel.pipeline} stages, and "
-            f"a step has {micro_batches} of them. Set it to gpipe, or training.micro_batch_size to at most "
+            f"parallel.schedule: 1f1b needs a micro batch for each of parallel.pipeline {parallel.pipeline} stages, "
+            f"and a step has {micro_batches} of them. Set it to gpipe, or training.micro_batch_size to at most "
             f"{max(1, training.global_batch_size // (parallel.pipeline * data_parallel))}."
         )
 
@@ -71,8 +72,8 @@ def zero_problems(config: RunConfig) -> Iterator[str]:
         )
     if config.parallel.pipeline > 1:
         yield (
-            f"zero.stage: 0 with parallel.pipeline {config.parallel.pipeline} is refused, because DeepSpeed then leaves "
-            f"parameters of later stages out of the gradient norm. {remedy}, or parallel.pipeline to 1."
+            f"zero.stage: 0 with parallel.pipeline {config.parallel.pipeline} is refused, because DeepSpeed then "
+            f"leaves parameters of later stages out of the gradient norm. {remedy}, or parallel.pipeline to 1."
         )
 
 
@@ -81,6 +82,6 @@ def loss_scale_problems(config: RunConfig) -> Iterator[str]:
     first = 2**fp16.initial_scale_power
     if fp16.min_loss_scale > first:
         yield (
-            f"deepspeed.fp16.min_loss_scale: {fp16.min_loss_scale} is above the first loss scale, {first}, which is 2 to "
-            f"the power of deepspeed.fp16.initial_scale_power {fp16.initial_scale_power}. Set it to at most {first}."
+            f"deepspeed.fp16.min_loss_scale: {fp16.min_loss_scale} is above the first loss scale, {first}, which is 2 "
+            f"to the power of deepspeed.fp16.initial_scale_power {fp16.initial_scale_power}. Set it to at most {first}."
         )

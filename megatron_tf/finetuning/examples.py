@@ -50,8 +50,8 @@ def read_examples(files: Sequence[str], tokenizer: Any, seq_length: int, drop_lo
         longest = max(long, key=lambda one: len(one.ids))
         raise DataError(
             f"{longest.place}: has {len(longest.ids):,} tokens, and data.seq_length is {seq_length:,}; {len(long)} of "
-            f"{len(long) + len(found)} examples are too long. Raise data.seq_length, shorten them, or set data.too_long to "
-            "drop."
+            f"{len(long) + len(found)} examples are too long. Raise data.seq_length, shorten them, or set "
+            "data.too_long to drop."
         )
     if not found:
         raise DataError(
@@ -88,7 +88,8 @@ def _example(place: str, record: Mapping[str, Any], tokenizer: Any) -> Example:
 
 
 def _encoded(place: str, record: Mapping[str, Any], field: str, tokenizer: Any, begins: bool = True) -> list[int]:
-    """Tokens of a field, with what the tokenizer puts before a text if one `begins` here, but not what it puts after."""
+    """Tokens of a field, with what the tokenizer puts before a text if one `begins` here, but not what it puts
+    after."""
     text = record[field]
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{place}: {field} is {shown(text)}, and a text is expected. Give one, or take the line out.")

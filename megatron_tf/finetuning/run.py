@@ -214,8 +214,8 @@ def _model(config: FinetuneConfig, newest: Path | None, data: str, device: torch
             )
         if resumed.step > config.training.train_steps:
             raise ConfigError(
-                f"training.train_steps: {config.training.train_steps}, and {newest} has had {resumed.step}. Raise it, or "
-                "give another run.dir."
+                f"training.train_steps: {config.training.train_steps}, and {newest} has had {resumed.step}. Raise it, "
+                "or give another run.dir."
             )
     base = load_base(Path(config.base.path), torch.bfloat16 if config.base.precision == "bf16" else torch.float32)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)

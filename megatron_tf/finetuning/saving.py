@@ -32,7 +32,8 @@ _STATES = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Resumed:
-    """`step`: that training goes on with.  `data`: digest of the files trained on.  `moments`: by state and parameter."""
+    """`step`: that training goes on with.  `data`: digest of the files trained on.  `moments`: by state and
+    parameter."""
 
     step: int
     data: str

@@ -138,7 +138,8 @@ def check_ranks(config: FinetuneConfig, world_size: int) -> None:
     if training.global_batch_size % at_once:
         raise ConfigError(
             f"training.global_batch_size: {training.global_batch_size} is not a multiple of {at_once}, which is "
-            f"training.micro_batch_size {training.micro_batch_size} × {world_size} ranks. Set it to a multiple of {at_once}."
+            f"training.micro_batch_size {training.micro_batch_size} × {world_size} ranks. Set it to a multiple of "
+            f"{at_once}."
         )
 
 

@@ -70,8 +70,8 @@ def backward(
     norm = joined[:-1].norm().item()
     if not joined.isfinite().all():
         raise TrainingError(
-            "the loss or the gradient is infinite or no number: the training diverged. Lower optimizer.lr, or give it a "
-            "warm-up, and start again from the last checkpoint"
+            "the loss or the gradient is infinite or no number: the training diverged. Lower optimizer.lr, or give it "
+            "a warm-up, and start again from the last checkpoint"
         )
     for parameter, gradient in zip(parameters, joined[:-1].split([p.numel() for p in parameters])):
         parameter.grad = gradient.view_as(parameter)

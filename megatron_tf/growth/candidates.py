@@ -1,5 +1,5 @@
-"""Candidates: the tokens of a dense projection become slots of candidates, candidates become more of them, or slots come
-next to the tokens. `growth.split` and `growth.bank` have the state, and the proofs."""
+"""Candidates: the tokens of a dense projection become slots of candidates, candidates become more of them, or slots
+come next to the tokens. `growth.split` and `growth.bank` have the state, and the proofs."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class CandidatesAxis(Axis):
         if growth.method == BANK:
             return _bank_problems(old, new, growth, changed)
         return [
-            f"model.{key}: {before} before, {after} after. Growth by {growth.method} appends tokens to the slots and dense "
-            "tokens that there are; to copy them to candidates, or candidates to more of them, set growth.method to split; to "
-            "put candidates next to the tokens of a dense model, to bank"
+            f"model.{key}: {before} before, {after} after. Growth by {growth.method} appends tokens to the slots and "
+            "dense tokens that there are; to copy them to candidates, or candidates to more of them, set growth.method "
+            "to split; to put candidates next to the tokens of a dense model, to bank"
             for key, before, after in changed
         ]
 
@@ -83,8 +83,8 @@ def _removed(old: Model, new: Model) -> Iterator[str]:
     for kind, bank in _banks(old).items():
         if kind not in after:
             yield (
-                f"model.sparse.{kind}: {_written(bank)} before, null after. Growth cannot take candidates away: set it to "
-                f"{_written(bank)}, or train the new model from scratch, without growth"
+                f"model.sparse.{kind}: {_written(bank)} before, null after. Growth cannot take candidates away: set it "
+                f"to {_written(bank)}, or train the new model from scratch, without growth"
             )
 
 
@@ -121,22 +121,22 @@ def _split_problems(old: Model, new: Model, changed: list[tuple[str, Any, Any]])
     for key, before, after in differing(old, new):
         if key.startswith(TOKENS):
             problems.append(
-                f"model.{key}: {before} before, {after} after. split changes model.sparse, and no token counts: grow by "
-                "another method in a run before or after it"
+                f"model.{key}: {before} before, {after} after. split changes model.sparse, and no token counts: grow "
+                "by another method in a run before or after it"
             )
     for key, before, after in changed:
         if before == "null":
             continue
         if not key.endswith(".candidates"):
             problems.append(
-                f"model.{key}: {before} before, {after} after. Candidates are split as they are, each into copies of its own "
-                f"size: set it to {before}, or split the dense model that they come from"
+                f"model.{key}: {before} before, {after} after. Candidates are split as they are, each into copies of "
+                f"its own size: set it to {before}, or split the dense model that they come from"
             )
         elif after % before:
             several = [count for count in multiples_near(after, before) if count > before] or [2 * before]
             problems.append(
-                f"model.{key}: {before} before, {after} after. Each candidate is split into as many copies as the others: set "
-                f"it to a multiple of {before}, such as {either(several)}"
+                f"model.{key}: {before} before, {after} after. Each candidate is split into as many copies as the "
+                f"others: set it to a multiple of {before}, such as {either(several)}"
             )
     if not problems and not changed:
         problems.append(
@@ -157,15 +157,15 @@ def _bank_problems(old: Model, new: Model, growth: Growth, changed: list[tuple[s
             ]
         dense = counts["ffn"]
         return [
-            f"growth.method: bank adds candidates to the {dense} tokens, and the model has none. Set model.sparse.ffn to "
-            f"{{group_size: 256, candidates: 4, dense: {dense}}} and model.parameter_tokens.ffn to {dense + 256}, or "
-            "growth.method to zero_key"
+            f"growth.method: bank adds candidates to the {dense} tokens, and the model has none. Set model.sparse.ffn "
+            f"to {{group_size: 256, candidates: 4, dense: {dense}}} and model.parameter_tokens.ffn to {dense + 256}, "
+            "or growth.method to zero_key"
         ]
     if any(projection.bank for projection in projections(old).values()):
         differ = [f"model.{key}: {before} before, {after} after. " for key, before, after in changed]
         return [
-            f"{''.join(differ)}growth.method: bank begins with a dense model, and the smaller one has model.sparse already. Set "
-            "it to zero_key to add slots, or to split to copy candidates to more of them"
+            f"{''.join(differ)}growth.method: bank begins with a dense model, and the smaller one has model.sparse "
+            "already. Set it to zero_key to add slots, or to split to copy candidates to more of them"
         ]
     problems = []
     before, after = (architecture_of(model).token_counts(model) for model in (old, new))
@@ -174,14 +174,15 @@ def _bank_problems(old: Model, new: Model, growth: Growth, changed: list[tuple[s
         dense = after[kind] - projection.bank.slots * projection.bank.group_size
         if dense != before[kind]:
             problems.append(
-                f"model.sparse.{kind}.dense: {dense}, and the smaller model has {before[kind]} {kind} tokens, which stay in "
-                f"use at every position. Set it to {before[kind]}, and model.parameter_tokens.{kind} to that and whole slots "
-                "more; or set growth.method to split, which makes candidates of the tokens"
+                f"model.sparse.{kind}.dense: {dense}, and the smaller model has {before[kind]} {kind} tokens, which "
+                f"stay in use at every position. Set it to {before[kind]}, and model.parameter_tokens.{kind} to that "
+                "and whole slots more; or set growth.method to split, which makes candidates of the tokens"
             )
         if not ACTIVATIONS[projection.activation].ignores_zero:
             problems.append(
                 f"growth.method: bank cannot keep the function of a {projection.activation} model: "
-                f"{ACTIVATIONS[projection.activation].refusals.get('zero_key', 'a key of 0 has a weight')}. Set it to split"
+                f"{ACTIVATIONS[projection.activation].refusals.get('zero_key', 'a key of 0 has a weight')}. Set it to "
+                "split"
             )
         if (method := growth.method_of(kind)) != BANK:
             problems.append(
@@ -189,8 +190,8 @@ def _bank_problems(old: Model, new: Model, growth: Growth, changed: list[tuple[s
                 f"growth.methods.{kind} out"
             )
     problems += [
-        f"model.parameter_tokens.{kind}: {before[kind]} before, {after[kind]} after, and model.sparse has no {kind}. Set "
-        f"growth.methods.{kind} to zero_key"
+        f"model.parameter_tokens.{kind}: {before[kind]} before, {after[kind]} after, and model.sparse has no {kind}. "
+        f"Set growth.methods.{kind} to zero_key"
         for kind in before
         if kind not in banks and after[kind] != before[kind] and growth.method_of(kind) == BANK
     ]

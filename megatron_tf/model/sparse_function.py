@@ -1,8 +1,8 @@
 """The products of sparse Pattention, and what is between them, with their gradients.
 
 Pairs of rows and candidates go piece by piece, see `grouped`. On a CPU the passes over the scores do so too: a piece is
-in the cache then. On a GPU they are one kernel for all pieces. A row's pairs meet in r and in T alone: one number a row and
-projection, all-reduced over the tensor ranks as the dense layer does it, for all projections that share x at once.
+in the cache then. On a GPU they are one kernel for all pieces. A row's pairs meet in r and in T alone: one number a row
+and projection, all-reduced over the tensor ranks as the dense layer does it, for all projections that share x at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class ChosenTokens(NamedTuple):
     """The tokens of one projection, and which of them each row uses.
 
     `keys`, `values`: of this rank's slots, [slots/T · m · g, width].  `dense_keys`, `dense_values`: of the tokens that
-    every row uses.  `gate`: ones [rows, slots/T]; the gradient that it gets is that of a factor on the slot's weights S.
+    every row uses.  `gate`: ones [rows, slots/T]; the gradient that it gets is that of a factor on the slot's weights
+    S.
     """
 
     assignment: Assignment

@@ -63,8 +63,8 @@ class TokenBank(nn.Module):
 class SparsePattention(nn.Module):
     """One projection whose positions use `num_tokens` parameter tokens: `dense` ones alike, and a group of each slot.
 
-    `scale` is τ, that of a dense Pattention of `num_tokens` tokens.  `z_loss`: weight of `routing.z_loss`, the mean over
-    the slots.
+    `scale` is τ, that of a dense Pattention of `num_tokens` tokens.  `z_loss`: weight of `routing.z_loss`, the mean
+    over the slots.
     """
 
     def __init__(

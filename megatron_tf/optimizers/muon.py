@@ -1,7 +1,7 @@
 """Muon: the momentum of a matrix, with all its singular values brought near 1; AdamW for everything else.
 
-The direction M [n, d] of a matrix (Nesterov momentum of its gradients) is divided by its Frobenius norm and goes through
-five Newton-Schulz iterations
+The direction M [n, d] of a matrix (Nesterov momentum of its gradients) is divided by its Frobenius norm and goes
+through five Newton-Schulz iterations
 
     X ← aX + bX(XᵀX) + cX(XᵀX)²,        (a, b, c) = (3.4445, −4.7750, 2.0315),
 

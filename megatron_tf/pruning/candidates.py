@@ -10,7 +10,8 @@ There are two ways from m candidates of a slot to m' of them.
 What a candidate contributes is Σ |S_i|·‖v_i‖ over its tokens and the positions that chose it, as in `criterion`. The
 positions of one that is dropped choose among the others. Neighbours are what `split` makes of one candidate, so merging
 undoes a split: copies have the mean that each of them is, and routers ρ_j + δ_k have the mean ρ_j + mean δ, whose
-second part is the same for all j and decides nothing. Which way is better depends on how far the copies have parted, and is measured.
+second part is the same for all j and decides nothing. Which way is better depends on how far the copies have parted,
+and is measured.
 
 A position uses as many tokens as before, so τ stays. With one candidate a slot the model is dense: its tokens are the
 dense ones, and then those of the slots in their order.
@@ -85,7 +86,8 @@ def measure_use(model: TokenFormer, batches: Iterable[Batch]) -> dict[str, Use]:
     for name, use in found.items():
         if not use.contributions.isfinite().all():
             raise CheckpointError(
-                f"{name}: what its candidates contribute is not finite: the training diverged. Use an earlier checkpoint."
+                f"{name}: what its candidates contribute is not finite: the training diverged. Use an earlier "
+                "checkpoint."
             )
     return found
 
@@ -130,7 +132,8 @@ def _dropped(contributions: Tensor, count: int) -> Tensor:
 
 
 def _merged(positions: Tensor, count: int) -> Tensor:
-    """By the positions and one more, so that each neighbour has a share, and those that nobody chose have equal ones."""
+    """By the positions and one more, so that each neighbour has a share, and those that nobody chose have equal
+    ones."""
     families = positions.unflatten(1, (count, -1)) + 1
     shares = families / families.sum(-1, keepdim=True)
     mixture = shares.new_zeros(len(positions), count, *families.shape[1:])

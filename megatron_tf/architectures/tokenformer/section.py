@@ -94,8 +94,8 @@ def bank_spec(model: TokenFormerModel, kind: str) -> BankSpec | None:
 
 
 def suggested_bank(used: int) -> Bank | None:
-    """A bank for a projection whose positions use `used` tokens: at least two slots where there are tokens for two. None
-    when they are too few for a slot."""
+    """A bank for a projection whose positions use `used` tokens: at least two slots where there are tokens for two.
+    None when they are too few for a slot."""
     dense = used % 16
     in_slots = used - dense
     largest = min(256, max(16, in_slots // 2))
@@ -108,7 +108,10 @@ def bank_problems(model: TokenFormerModel) -> Iterator[str]:
     if model.sparse is not None and not model.sparse.banks():
         bank = suggested_bank(model.parameter_tokens.ffn)
         remedy = f"Set model.sparse.ffn to {written(bank)}, or" if bank else "Set"
-        yield f"model.sparse: names none of the projections {', '.join(ParameterTokens.model_fields)}. {remedy} model.sparse to null."
+        yield (
+            f"model.sparse: names none of the projections {', '.join(ParameterTokens.model_fields)}. {remedy} "
+            "model.sparse to null."
+        )
     for kind, bank in banks_of(model).items():
         used = getattr(model.parameter_tokens, kind)
         in_slots, size = used - bank.dense, bank.group_size
@@ -124,9 +127,9 @@ def bank_problems(model: TokenFormerModel) -> Iterator[str]:
             sizes = [count for count in divisors(in_slots) if count % 16 == 0]
             others = f", or model.sparse.{kind}.group_size to {either(sizes)}" if sizes else ""
             yield (
-                f"model.parameter_tokens.{kind}: {used}, of which model.sparse.{kind}.dense {bank.dense} are used by every "
-                f"position; the other {in_slots} are no whole slots of model.sparse.{kind}.group_size {size} tokens. Set it "
-                f"to {counts}{others}."
+                f"model.parameter_tokens.{kind}: {used}, of which model.sparse.{kind}.dense {bank.dense} are used by "
+                f"every position; the other {in_slots} are no whole slots of model.sparse.{kind}.group_size {size} "
+                f"tokens. Set it to {counts}{others}."
             )
 
 
@@ -137,8 +140,8 @@ def bank_layout_problems(model: TokenFormerModel, tensor: int) -> Iterator[str]:
         slots = bank.slots(used)
         if slots % tensor:
             yield (
-                f"parallel.tensor: {tensor} does not divide the {slots} slots of model.sparse.{kind} ({used - bank.dense} "
-                f"tokens in groups of {bank.group_size}), and a rank holds whole slots. Set it to "
+                f"parallel.tensor: {tensor} does not divide the {slots} slots of model.sparse.{kind} "
+                f"({used - bank.dense} tokens in groups of {bank.group_size}), and a rank holds whole slots. Set it to "
                 f"{either(divisors_near(slots, tensor))}, or model.parameter_tokens.{kind} to "
                 f"{either(bank.dense + bank.group_size * count for count in multiples_near(slots, tensor))}."
             )

@@ -53,8 +53,9 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     projections' scores. The backward pass of a projection holds one tensor of the size of its scores (query, key and
     value together: one of the size of theirs), 2 more for the projection it is at; what was kept for projections that
     come later in the model is free by then. With training.scores: recompute no scores are kept; the backward pass holds
-    those of the projection it is at besides, all for some positions at a time where these wait for no exchange. A slot's choice and its place in the order of the rows are int64, its gate
-    is fp32; its products are made on copies of inputs and outputs in that order.
+    those of the projection it is at besides, all for some positions at a time where these wait for no exchange. A
+    slot's choice and its place in the order of the rows are int64, its gate is fp32; its products are made on copies of
+    inputs and outputs in that order.
     """
     tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
     counts, activation = model.parameter_tokens, ACTIVATIONS[model.activation]
@@ -152,8 +153,8 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
 
     Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
     on the other. Norms are [s, b, 1] in fp32, one for each projection; forward they go in the parts of `row_parts`,
-    each by the activation's number of reductions, those of a projection with a bank whole. In the Gram form there are no
-    norms, but KᵀK forward and its gradient backward, [d, d] in fp32 for each projection.
+    each by the activation's number of reductions, those of a projection with a bank whole. In the Gram form there are
+    no norms, but KᵀK forward and its gradient backward, [d, d] in fp32 for each projection.
     """
     positions, whole = positions_of(config), hidden_bytes(config)
     # query, key and value together, and their gradients
