@@ -47,6 +47,7 @@ COMMANDS = {
     "convert": Command("convert_checkpoint", "weights from and to other formats"),
     "inspect": Command("inspect_checkpoint", "what is inside a checkpoint, and whether its bytes are right"),
     "generate": Command("generate_text", "write text with a trained model"),
+    "classify-images": Command("classify_images", "show the likeliest classes of images"),
     "plot": Command("plot_run", "draw loss against tokens or steps"),
     "plan": Command("plan_run", "what a run would need and cost"),
     "doctor": Command("doctor", "what is installed, what is missing, and which rank is slow or broken", ranks=True),

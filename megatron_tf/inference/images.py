@@ -1,0 +1,59 @@
+"""The likeliest classes of single images, and the names of the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_tf.data.images.augment import seen
+from megatron_tf.data.images.decode import BadImage, opened, upright
+from megatron_tf.data.images.readers import read_names
+from megatron_tf.data.images.summary import read_image_summary
+from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
+from megatron_tf.inference.load import run_config
+from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.tasks.image_classification.section import Image, image_of
+
+BATCH = 64
+
+
+def class_names(path: Path, model: TokenFormer, file: Path | None) -> tuple[str, ...]:
+    """Of the classes of the model at `path`: from `file`, one a line; else from the images that the run was trained on,
+    as far as they are at hand; else numbers. UserError when the file names another number of classes."""
+    count = image_of(model.config).classes
+    if file is not None:
+        names = read_names(file)
+        if len(names) != count:
+            raise UserError(f"{file}: names {len(names)} classes, the model tells {count} apart. Give one a line.")
+        return names
+    with suppress(ConfigError, DataError):
+        config = run_config(path)
+        if config is not None:
+            names = read_image_summary(config.data.train[0].path).classes
+            if len(names) == count:
+                return names
+    return tuple(map(str, range(count)))
+
+
+@torch.no_grad()
+def probabilities(model: TokenFormer, files: Sequence[Path]) -> Iterator[np.ndarray]:
+    """fp32 [classes] of each file. UserError for what is no image."""
+    image = image_of(model.config)
+    for first in range(0, len(files), BATCH):
+        pixels = np.stack([_read(file, image) for file in files[first : first + BATCH]])
+        yield from model(torch.from_numpy(pixels)).float().softmax(1).numpy()
+
+
+def _read(file: Path, image: Image) -> np.ndarray:
+    """uint8 [c, size, size], as in an evaluation, after EXIF has turned it."""
+    with file_errors(UserError, file, "Give files of images."):
+        content = file.read_bytes()
+    try:
+        picture = opened(content)
+        return seen(upright(picture) or picture, image)
+    except BadImage as problem:
+        raise UserError(f"{file}: {problem}. Give files of images that the model can see.") from None
