@@ -17,6 +17,7 @@ from megatron_tf.adapters.folder import read_adapter, write_adapter
 from megatron_tf.adapters.growth import grow_adapter
 from megatron_tf.errors import ConfigError
 from megatron_tf.finetuning.section import load_finetune
+from megatron_tf.shipped import find_finetuning
 
 CONFIG = """
 run: {{dir: {folder}/run}}
@@ -154,5 +155,7 @@ def test_a_configuration_that_cannot_be_is_refused_by_key(folder, override, mess
 
 
 def test_the_shipped_configuration_is_whole():
-    config = load_finetune(PROJECT / "configs" / "finetune" / "smollm2.yml")
+    assert find_finetuning("smollm2") == PROJECT / "configs" / "finetune" / "smollm2.yml"
+    assert find_finetuning("./smollm2") == Path("smollm2") and find_finetuning("other") == Path("other")
+    config = load_finetune(find_finetuning("smollm2"))
     assert config.adapter.tokens == 64 and config.optimizer.schedule.warmup_steps == 10
