@@ -25,24 +25,49 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "config", type=config_file, help="YAML file of the run; the config.yml in its folder, or one of configs/"
     )
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value",
-                        help="replace values of the file, such as parallel.tensor=2")  # fmt: skip
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.field=value",
+        help="replace values of the file, such as parallel.tensor=2",
+    )
     parser.add_argument(
         "--checkpoint", type=path, metavar="DIR", help="a checkpoint, or a run folder; default: run.dir"
     )
-    parser.add_argument("--data", type=path, action="append", default=[], metavar="PREFIX",
-                        help="prepared data to evaluate on; may be repeated; default: data.validation")  # fmt: skip
-    parser.add_argument("--stride", type=whole_number(2**31), metavar="TOKENS",
-                        help="from one window of model.seq_length tokens to the next; smaller is slower and gives "
-                        "every "
-                        "token more context (default: model.seq_length)")  # fmt: skip
-    parser.add_argument("--max-tokens", type=whole_number(MOST_TOKENS), metavar="N",
-                        help="read only the first N tokens of each data")  # fmt: skip
-    parser.add_argument("--tasks", type=names, default=(), metavar="A,B,...",
-                        help="zero-shot tasks, instead of data.validation: lambada_openai, hellaswag, piqa, arc_easy, "
-                        "arc_challenge, winogrande (after tools/fetch_eval_data.py), or any other of the harness")  # fmt: skip
-    parser.add_argument("--task-folder", type=path, default=TASK_FOLDER, metavar="DIR",
-                        help=f"task files that come before the harness's own (default: {TASK_FOLDER})")  # fmt: skip
+    parser.add_argument(
+        "--data",
+        type=path,
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="prepared data to evaluate on; may be repeated; default: data.validation",
+    )
+    parser.add_argument(
+        "--stride",
+        type=whole_number(2**31),
+        metavar="TOKENS",
+        help="from one window of model.seq_length tokens to the next; smaller is slower and gives "
+        "every token more context (default: model.seq_length)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=whole_number(MOST_TOKENS), metavar="N", help="read only the first N tokens of each data"
+    )
+    parser.add_argument(
+        "--tasks",
+        type=names,
+        default=(),
+        metavar="A,B,...",
+        help="zero-shot tasks, instead of data.validation: lambada_openai, hellaswag, piqa, arc_easy, "
+        "arc_challenge, winogrande (after tools/fetch_eval_data.py), or any other of the harness",
+    )
+    parser.add_argument(
+        "--task-folder",
+        type=path,
+        default=TASK_FOLDER,
+        metavar="DIR",
+        help=f"task files that come before the harness's own (default: {TASK_FOLDER})",
+    )
     parser.add_argument(
         "--limit", type=whole_number(2**31), metavar="N", help="only the first N documents of each task"
     )
@@ -74,7 +99,14 @@ def main() -> None:
         from megatron_tf.evaluation.run import evaluate
 
         request = EvaluationRequest(
-            arguments.checkpoint, tuple(map(str, arguments.data)), arguments.stride, arguments.max_tokens, arguments.tasks,
-            arguments.task_folder, arguments.limit, arguments.per_class, arguments.output,
-        )  # fmt: skip
+            arguments.checkpoint,
+            tuple(map(str, arguments.data)),
+            arguments.stride,
+            arguments.max_tokens,
+            arguments.tasks,
+            arguments.task_folder,
+            arguments.limit,
+            arguments.per_class,
+            arguments.output,
+        )
         evaluate(config, environment, request)

@@ -49,8 +49,12 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--tokens", metavar="KIND=N,...", help="counts to prune to, of qkv, proj, ffn")
     what.add_argument("--candidates", metavar="ffn=N", help="candidates to leave in each slot; 1 makes the model dense")
     parser.add_argument("--data", type=path, required=True, metavar="PREFIX", help="prepared data to measure on")
-    parser.add_argument("--samples", type=int, metavar="N", help="samples to measure, and as many others for the loss "
-                        "(default 64, or half of the data)")  # fmt: skip
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="samples to measure, and as many others for the loss (default 64, or half of the data)",
+    )
     parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the smaller run's folder")
     parser.add_argument("--dry-run", action="store_true", help="measure and report, and write nothing")
     return parser.parse_args()

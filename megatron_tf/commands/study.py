@@ -49,15 +49,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("mode", choices=MODES, help="what to do")
     parser.add_argument("study", type=study_file, help="YAML file, or the name of a study that comes with megatron_tf")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace keys of the top level")
-    parser.add_argument("--workers", type=whole_number(4096), metavar="N",
-                        help="plan, run: runs at once (default: as many as cores, or GPUs, allow)")  # fmt: skip
+    parser.add_argument(
+        "--workers",
+        type=whole_number(4096),
+        metavar="N",
+        help="plan, run: runs at once (default: as many as cores, or GPUs, allow)",
+    )
     parser.add_argument(
         "--probe", action="store_true", help="plan: measure the speed of each model, on this process alone"
     )
-    parser.add_argument("--flops-per-second", type=number(1, 1e20), metavar="X",
-                        help="plan: of the machine that it will run on")  # fmt: skip
-    parser.add_argument("--task", type=whole_number(10**6, least=0), metavar="N",
-                        help="run: this process is one of several; begin its lines with this number")  # fmt: skip
+    parser.add_argument(
+        "--flops-per-second", type=number(1, 1e20), metavar="X", help="plan: of the machine that it will run on"
+    )
+    parser.add_argument(
+        "--task",
+        type=whole_number(10**6, least=0),
+        metavar="N",
+        help="run: this process is one of several; begin its lines with this number",
+    )
     parser.add_argument(
         "--output", type=path, metavar="DIR", help="report: where to (default: the folder of the study)"
     )
@@ -94,8 +103,18 @@ def show_plan(study: Study, arguments: argparse.Namespace) -> None:
         state = "has ended" if has_ended(node) else f"after the sweep of {node.waits}" if node.waits else ""
         if node.waits and node.value is not None:
             state += ", or its other value"
-        rows.append((node.name, origin, f"{node.parameters:,}", f"{node.own_tokens:,}", f"{node.own_flops:.2e}",
-                     f"{node.end.flops:.2e}", "?" if seconds is None else format_duration(seconds), state))  # fmt: skip
+        rows.append(
+            (
+                node.name,
+                origin,
+                f"{node.parameters:,}",
+                f"{node.own_tokens:,}",
+                f"{node.own_flops:.2e}",
+                f"{node.end.flops:.2e}",
+                "?" if seconds is None else format_duration(seconds),
+                state,
+            )
+        )
     print(text.table(rows, to_left=(0, 1, 7)))
     left = [node for node in plan.nodes if not has_ended(node)]
     print(f"\n{len(plan.nodes)} runs, {len(left)} of them left: {sum(node.own_flops for node in left):.2e} FLOPs")
@@ -122,9 +141,12 @@ def run_study(study: Study, arguments: argparse.Namespace) -> None:
     task = "" if arguments.task is None else f"task {arguments.task}: "
     print(f"{task}{len(plan.nodes)} runs, {own.workers} at once with {own.threads} threads a process", flush=True)
     Queue(
-        study, workers=own.workers, threads=own.threads, devices=own.devices,
+        study,
+        workers=own.workers,
+        threads=own.threads,
+        devices=own.devices,
         say=lambda line: print(f"{task}{line}", flush=True),
-    ).run()  # fmt: skip
+    ).run()
     show_report(study, None)
 
 

@@ -45,8 +45,16 @@ from megatron_tf.telemetry.text import table
 _NORMAL_95 = 1.959963984540054  # 95 % of a normal distribution are within so many deviations
 # As timm's validate.py writes them
 CSV_COLUMNS = (
-    "model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation",
-)  # fmt: skip
+    "model",
+    "img_size",
+    "top1",
+    "top1_err",
+    "top5",
+    "top5_err",
+    "param_count",
+    "crop_pct",
+    "interpolation",
+)
 _TEXT_OPTIONS = {"stride": None, "max_tokens": None, "tasks": (), "limit": None}
 
 
@@ -109,9 +117,15 @@ def _count(evaluation: Evaluation, model: LoadedModel, file: ImageFiles) -> Coun
     """Over all ranks."""
     config, data_size = evaluation.config, model.topology.data
     loader = ImageLoader(
-        [file], [1.0], config, training=False, micro_batch_size=config.training.micro_batch_size, num_micro_batches=1,
-        data_rank=model.data_rank, data_size=data_size,
-    )  # fmt: skip
+        [file],
+        [1.0],
+        config,
+        training=False,
+        micro_batch_size=config.training.micro_batch_size,
+        num_micro_batches=1,
+        data_rank=model.data_rank,
+        data_size=data_size,
+    )
     size = config.training.micro_batch_size * data_size
     by_class = torch.zeros(len(file.summary.classes), 4, dtype=torch.float64, device=evaluation.device)
     firsts = range(0, len(file), size)
@@ -192,10 +206,14 @@ def summary_table(found: Sequence[Counts]) -> str:
         low, high = interval(counts.mean(2), counts.images)
         rows.append(
             (
-                counts.path, f"{counts.images:,}", f"{counts.mean(1):.4f}", _percent(counts.mean(2)),
-                f"{_percent(low)} to {_percent(high)}", _percent(counts.mean(3)),
+                counts.path,
+                f"{counts.images:,}",
+                f"{counts.mean(1):.4f}",
+                _percent(counts.mean(2)),
+                f"{_percent(low)} to {_percent(high)}",
+                _percent(counts.mean(3)),
             )
-        )  # fmt: skip
+        )
     return table(rows)
 
 

@@ -111,9 +111,13 @@ def _run_tasks(
     """The first rank runs the harness, the others compute what it asks."""
     config, request = evaluation.config, evaluation.request
     scorer = Scorer(
-        model.stage, max_length=config.model.seq_length, batch_size=config.training.micro_batch_size,
-        data_rank=model.data_rank, data_size=model.topology.data, is_reporter=model.is_reporter,
-    )  # fmt: skip
+        model.stage,
+        max_length=config.model.seq_length,
+        batch_size=config.training.micro_batch_size,
+        data_rank=model.data_rank,
+        data_size=model.topology.data,
+        is_reporter=model.is_reporter,
+    )
     if tasks is None:
         return scorer.follow()
     try:

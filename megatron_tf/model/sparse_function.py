@@ -97,13 +97,18 @@ class _Projection:
     """The forward pass of one projection, and what both passes need."""
 
     def __init__(
-        self, function: ScoreFunction, assignment: Assignment, scale: float, keys: Tensor, values: Tensor,
-        dense_keys: Tensor, dense_values: Tensor, gate: Tensor,
-    ):  # fmt: skip
+        self,
+        function: ScoreFunction,
+        assignment: Assignment,
+        scale: float,
+        keys: Tensor,
+        values: Tensor,
+        dense_keys: Tensor,
+        dense_values: Tensor,
+        gate: Tensor,
+    ):
         self.function, self.assignment, self.scale, self.gate = function, assignment, scale, gate
-        self.keys, self.values = (
-            tokens.view(*assignment.ends.shape, -1, tokens.shape[1]) for tokens in (keys, values)
-        )  # fmt: skip
+        self.keys, self.values = (tokens.view(*assignment.ends.shape, -1, tokens.shape[1]) for tokens in (keys, values))
         self.dense_keys, self.dense_values = dense_keys, dense_values
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +153,7 @@ class _Backward:
         self.d, self.d_dense = torch.empty_like(scores), score_layout.empty_scores(dense, *dense.shape)
         self.key_grads, self.value_grads = (
             empty_gradients(tokens, projection.assignment) for tokens in (projection.keys, projection.values)
-        )  # fmt: skip
+        )
         self.dense_key_grads: Tensor | None = None
         self.dense_value_grads: Tensor | None = None
 

@@ -106,9 +106,13 @@ class DataSample:
             )
         self.prefix = prefix
         self._loader = BatchLoader(
-            dataset, micro_batch_size=1, num_micro_batches=self.samples, data_rank=0, data_size=1,
+            dataset,
+            micro_batch_size=1,
+            num_micro_batches=self.samples,
+            data_rank=0,
+            data_size=1,
             vocab_size=vocab_size_of(model),
-        )  # fmt: skip
+        )
         self._together = max(1, _BATCH_TOKENS // model.seq_length)
 
     @property
@@ -243,9 +247,15 @@ def smaller_start(reader: CheckpointReader, model: Model, source: StateSource, m
     """
     index = reader.index
     entry = growth_entry(
-        method=PRUNED, moments="keep", source=str(reader.path), step=index.step, samples=index.samples,
-        tokens=index.tokens, old_model=stored_model(index), new_model=model,
-    )  # fmt: skip
+        method=PRUNED,
+        moments="keep",
+        source=str(reader.path),
+        step=index.step,
+        samples=index.samples,
+        tokens=index.tokens,
+        old_model=stored_model(index),
+        new_model=model,
+    )
     history = (*index.growth_history, {**entry, "preserves": False, **measured})
     # Of a start's source only what every `StateSource` has is needed to write it.
     states = STATES if index.states == (WEIGHT,) else index.states

@@ -154,9 +154,14 @@ class Queue:
         with output:
             # The claim stays taken while the run lives, also when this process is killed.
             process = subprocess.Popen(
-                command(config, self._study.ranks), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=self._environment(worker), pass_fds=(claim,), start_new_session=True,
-            )  # fmt: skip
+                command(config, self._study.ranks),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self._environment(worker),
+                pass_fds=(claim,),
+                start_new_session=True,
+            )
             with self._lock:
                 self._running[node.name] = process
             self._say(f"{node.name}: {node.own_flops:.2e} FLOPs, log in {log}")

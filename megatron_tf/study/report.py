@@ -87,9 +87,11 @@ def _arm(
     }
     if choice is not None and arm.sweep is not None:
         found["sweep"] = {
-            "key": arm.sweep.key, "chosen": choice.value, "at_end_of_values": choice.at_end,
+            "key": arm.sweep.key,
+            "chosen": choice.value,
+            "at_end_of_values": choice.at_end,
             "losses": {f"{value:g}": loss for value, loss in choice.losses.items()},
-        }  # fmt: skip
+        }
     if not results:
         return found
     losses = {seed: result.loss for seed, result in results.items()}
@@ -116,8 +118,12 @@ def _cost(results: Mapping[int, Result], curves: Mapping[int, Sequence[tuple[flo
     logs = [math.log(results[seed].flops / cost.flops) for seed, cost in costs.items()]
     ratio = {key: None if value is None else math.exp(value) for key, value in asdict(interval(logs)).items()}
     beyond = {cost.beyond for cost in costs.values()} - {""}
-    return {"ratio": ratio["mean"], "low": ratio["low"], "high": ratio["high"],
-            "bound": {"more": "at most", "less": "at least"}[beyond.pop()] if beyond else None}  # fmt: skip
+    return {
+        "ratio": ratio["mean"],
+        "low": ratio["low"],
+        "high": ratio["high"],
+        "bound": {"more": "at most", "less": "at least"}[beyond.pop()] if beyond else None,
+    }
 
 
 def in_words(found: Json) -> str:

@@ -56,14 +56,21 @@ def measure(node: Node) -> Result:
         )
     reader = open_checkpoint(resolve(node.folder))
     return Result(
-        name=node.name, arm=node.arm.name, seed=node.seed, value=node.value, loss=float(evaluated[-1]["eval/loss"]),
-        tokens=evaluated[-1]["tokens"], flops=evaluated[-1]["flops"],
-        own_tokens=evaluated[-1]["tokens"] - node.begin.tokens, own_flops=evaluated[-1]["flops"] - node.begin.flops,
+        name=node.name,
+        arm=node.arm.name,
+        seed=node.seed,
+        value=node.value,
+        loss=float(evaluated[-1]["eval/loss"]),
+        tokens=evaluated[-1]["tokens"],
+        flops=evaluated[-1]["flops"],
+        own_tokens=evaluated[-1]["tokens"] - node.begin.tokens,
+        own_flops=evaluated[-1]["flops"] - node.begin.flops,
         seconds=_seconds(records, node.begin.step),
         tokens_per_second=statistics.median(r["perf/tokens_per_second"] for r in records if "perf/step_seconds" in r),
-        parameters=node.parameters, state_bytes=sum(file.num_bytes for file in reader.manifest.files.values()),
+        parameters=node.parameters,
+        state_bytes=sum(file.num_bytes for file in reader.manifest.files.values()),
         curve=tuple((r["tokens"], r["flops"], float(r["eval/loss"])) for r in evaluated),
-    )  # fmt: skip
+    )
 
 
 def _seconds(records: Sequence[dict[str, Any]], first: int) -> float:

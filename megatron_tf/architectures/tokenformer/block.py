@@ -137,8 +137,14 @@ def _projection(
     if bank is None:
         return _dense(model, name, used, scales, tensor)
     return SparsePattention(
-        used, d, d,
-        group_size=bank.group_size, candidates=bank.candidates, dense=bank.dense,
-        scale=scales[name], activation=model.activation, group=tensor.group,
+        used,
+        d,
+        d,
+        group_size=bank.group_size,
+        candidates=bank.candidates,
+        dense=bank.dense,
+        scale=scales[name],
+        activation=model.activation,
+        group=tensor.group,
         z_loss=model.sparse.z_loss if model.sparse else 0.0,
-    )  # fmt: skip
+    )
