@@ -277,7 +277,7 @@ def test_a_compiled_block_compiles_attention_alone():
 
 
 def test_generation_with_a_cache_is_the_model_itself():
-    model = build_model(config().model, dtype=torch.float64)
+    model = build_model(everywhere().model, dtype=torch.float64)
     ids = torch.randint(0, 99, (1, 4), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for (token,) in generate(CachedModel(model), ids.tolist(), num_tokens=6, context=16):

@@ -19,6 +19,9 @@ import urllib.request
 import pytest
 import torch
 
+from megatron_tf.convert.huggingface.export import ExportedTokenizer, write_export
+from megatron_tf.data.tokenizer import load_tokenizer
+
 PYTHON = os.environ.get("MEGATRON_TF_VLLM_PYTHON")
 START_SECONDS = 240.0
 PROMPTS = {"some": [40, 5, 77, 31, 9], "one": [90]}
@@ -38,9 +41,22 @@ def post(port: int, path: str, **body) -> dict:
         return json.load(answer)
 
 
+@pytest.fixture(params=["dense", "candidates"])
+def served(request, network_of, network, folder, tokenizer_file, tmp_path):
+    """A model and its export."""
+    if request.param == "dense":
+        return network, folder
+    network = network_of(sparse={"ffn": {"group_size": 16, "candidates": 3, "dense": 32}})
+    for block in network.blocks:
+        block.ffn.bank.balance.data.mul_(0.05)
+    write_export(tmp_path / "candidates", network, ExportedTokenizer(load_tokenizer(tokenizer_file), tokenizer_file))
+    return network, tmp_path / "candidates"
+
+
 @pytest.fixture
-def port(folder, tmp_path):
-    """A server of `folder` that is ready."""
+def port(served, tmp_path):
+    """A server of the export that is ready."""
+    folder = served[1]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
@@ -73,7 +89,8 @@ def port(folder, tmp_path):
 
 
 @pytest.mark.timeout(400)
-def test_completions_are_those_of_our_own_model(port, network):
+def test_completions_are_those_of_our_own_model(port, served):
+    network = served[0]
     for ids in PROMPTS.values():
         answer = post(
             port, "/v1/completions", model="model", prompt=ids, temperature=0, max_tokens=10, ignore_eos=True,
