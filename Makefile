@@ -36,7 +36,7 @@ demo: $(STAMP)
 
 PYTEST = PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
-AT_THE_SAME_TIME = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+AT_THE_SAME_TIME = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	$(PYTEST) $(AT_THE_SAME_TIME) -m "not scale and not timing and not long" $(PYTEST_ARGS)

@@ -19,27 +19,33 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """With several workers (pytest -n), a file is one worker's, and so are all tests on SLURM, and all that compare
-    speeds.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several workers (pytest -n), a file is one worker's, and so are all tests on SLURM."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    Those that take longest are given out first, so that no worker has a long one left when the others are done.
-    """
-    if not config.pluginmanager.hasplugin("xdist") or not getattr(config, "workerinput", None):
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return worker_group(nodeid)
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Workers are given first what takes longest, so that none has a long file left when the others are done."""
+    if not hasattr(config, "workerinput"):
         return
     seconds = Counter()
-    groups = {}
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
-        folder, _, _ = item.nodeid.partition("/test_")
-        group = (
-            "timing" if "timing" in marks else "slurm" if folder.endswith("slurm") else item.nodeid.partition("::")[0]
-        )
-        item.add_marker(pytest.mark.xdist_group(group))
-        groups[item] = group
-        seconds[group] += 100 if "scale" in marks else 30 if "slow" in marks else 1
-    items.sort(key=lambda item: -seconds[groups[item]])
+        seconds[worker_group(item.nodeid)] += 100 if "scale" in marks else 30 if "slow" in marks else 1
+    items.sort(key=lambda item: -seconds[worker_group(item.nodeid)])
+
+
+def worker_group(nodeid):
+    """What a test is kept together with."""
+    file, _, _ = nodeid.partition("::")
+    return "tests/slurm" if file.startswith("tests/slurm/") else file
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,43 +17,38 @@ CONFTEST = Path(__file__).with_name("conftest.py")
 class Item:
     nodeid: str
     marks: tuple[str, ...] = ()
-    group: str = field(default="", init=False)
 
     def iter_markers(self):
         return [SimpleNamespace(name=name) for name in self.marks]
 
-    def add_marker(self, mark):
-        (self.group,) = mark.args
 
-
-def given_out(items, **config):
+@pytest.fixture
+def conftest():
     spec = importlib.util.spec_from_file_location("conftest_of_workers", CONFTEST)
     conftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conftest)
-    manager = SimpleNamespace(hasplugin=lambda name: name == "xdist")
-    conftest.pytest_collection_modifyitems(SimpleNamespace(pluginmanager=manager, **config), items)
-    return [(item.nodeid, item.group) for item in items]
+    return conftest
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning")
-def test_a_file_is_of_one_worker_and_long_ones_come_first(monkeypatch):
-    # without pytest-xdist its mark is not known, and unknown ones are errors
-    monkeypatch.setattr(pytest.mark, "_config", None)
+def test_a_file_stays_together_and_so_does_slurm(conftest):
+    assert conftest.worker_group("tests/a/test_one.py::test_a[tests/slurm/test_x::y]") == "tests/a/test_one.py"
+    assert conftest.worker_group("tests/slurm/test_a.py::test_a") == "tests/slurm"
+
+
+def test_long_files_come_first(conftest):
     items = [
-        Item("tests/a/test_one.py::test_a"), Item("tests/b/test_two.py::test_a", ("slow",)),
-        Item("tests/slurm/test_a.py::test_a", ("slow", "scale")), Item("tests/a/test_one.py::test_b[tests/slurm/test_x]"),
-        Item("tests/slurm/test_b.py::test_a"), Item("tests/b/test_two.py::test_b", ("timing",)),
+        Item("tests/a/test_one.py::test_a"), Item("tests/b/test_two.py::test_a", ("slow",)), Item("tests/a/test_one.py::test_b"),
+        Item("tests/slurm/test_a.py::test_a", ("slow", "scale")), Item("tests/b/test_two.py::test_b"),
+        Item("tests/slurm/test_b.py::test_a"),
     ]  # fmt: skip
-    assert given_out(items, workerinput={"workerid": "gw0"}) == [
-        ("tests/slurm/test_a.py::test_a", "slurm"), ("tests/slurm/test_b.py::test_a", "slurm"),
-        ("tests/b/test_two.py::test_a", "tests/b/test_two.py"), ("tests/a/test_one.py::test_a", "tests/a/test_one.py"),
-        ("tests/a/test_one.py::test_b[tests/slurm/test_x]", "tests/a/test_one.py"), ("tests/b/test_two.py::test_b", "timing"),
+    before = [item.nodeid for item in items]
+    conftest.pytest_collection_modifyitems(SimpleNamespace(), items)
+    assert [item.nodeid for item in items] == before, "without workers the order stays"
+    conftest.pytest_collection_modifyitems(SimpleNamespace(workerinput={}), items)
+    assert [item.nodeid for item in items] == [
+        "tests/slurm/test_a.py::test_a", "tests/slurm/test_b.py::test_a", "tests/b/test_two.py::test_a",
+        "tests/b/test_two.py::test_b", "tests/a/test_one.py::test_a", "tests/a/test_one.py::test_b",
     ]  # fmt: skip
-
-
-def test_without_workers_the_order_stays():
-    items = [Item("tests/a.py::test_a"), Item("tests/b.py::test_b", ("slow",))]
-    assert given_out(items) == [("tests/a.py::test_a", ""), ("tests/b.py::test_b", "")]
 
 
 def test_workers_have_ports_of_their_own(monkeypatch):
