@@ -57,6 +57,7 @@ class StepMetrics:
             **({} if result.loss_scale is None else {"optim/loss_scale": result.loss_scale}),
             "perf/tokens_per_second": tokens_per_second,
             "perf/tokens_per_second_per_device": tokens_per_second / self._num_devices,
+            "perf/samples_per_second": tokens_per_second / self._plan.seq_length,
             "perf/step_seconds": rates.step_seconds,
             **{f"perf/share_{phase}": share for phase, share in shares.items()},
             "perf/data_wait_share": rates.data_wait_share,

@@ -51,6 +51,7 @@ def _ranks(group, config):
     found = metrics.training(result, 2.5, 4, Rates(2.0, 800.0, 0.125), {"forward": 0.25}, 10)
     assert found["memory/cpu_resident_bytes"] == 2**40 + 1
     assert (found["perf/tokens_per_second_per_device"], found["perf/eta_seconds"]) == (400.0, 20.0)
+    assert found["perf/samples_per_second"] == 800 / config.model.seq_length
     assert (found["optim/skipped_steps"], found["optim/grad_norm"], found["optim/loss_scale"]) == (4, None, 1024.0)
     assert (found["train/loss"], found["train/loss_step"]) == (2.5, 3.0)
     assert (found["perf/share_forward"], found["perf/data_wait_share"]) == (0.25, 0.125)
