@@ -63,6 +63,8 @@ def export_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreeme
             "verified_with": versions,
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for weights in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", weights)  # the library's files are for their owner alone
         for pattern in _TOKENIZER_FILES:
             for file in base.glob(pattern):
                 shutil.copyfile(file, folder / file.name)

@@ -42,6 +42,7 @@ def test_frozen_tokens_linear_layers_and_a_base_of_16_bits(tmp_path):
     (base / "tokenizer.json").write_text("{}")
     export_adapter(base, adapter, export)
     assert (export / "tokenizer.json").read_text() == "{}"
+    assert len({file.stat().st_mode for file in export.iterdir()}) == 1
     config = json.loads((export / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and len(config["pattention"]["branches"]) == 14
     expected = PeftModel.from_pretrained(load_base(base), adapter)
