@@ -66,15 +66,15 @@ def _load(folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: transformers cannot load it as a causal language model ({first_line(error)}). Give a whole folder "
-            "of weights and configuration"
+            f"{folder}: transformers cannot load it as a causal language model ({first_line(error)}). Give a whole "
+            "folder of weights and configuration"
         ) from error
     for kind in ("missing_keys", "mismatched_keys"):
         if report.get(kind):
             names = sorted(map(str, report[kind]))
             raise CheckpointError(
-                f"{folder}: the weights are not those of its {_CONFIG}: {kind.replace('_', ' ')} {', '.join(names[:3])}. "
-                "Give a whole folder of weights and configuration"
+                f"{folder}: the weights are not those of its {_CONFIG}: {kind.replace('_', ' ')} "
+                f"{', '.join(names[:3])}. Give a whole folder of weights and configuration"
             )
     return model.eval()
 

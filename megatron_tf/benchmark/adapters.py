@@ -1,8 +1,9 @@
 """Training of adapters with as many parameters each, on a frozen Llama: speed, and what is kept for the backward pass.
 
-LoRA is PEFT's, on all linear layers, and the others have as many trained parameters as it has, to a token. "soft mixture" is
-the adapter that ScalarLM calls Tokenformer, by its formula: a mixture of four LoRA matrices for each position, at the MLPs.
-Kept bytes are counted and exact; times are medians of interleaved rounds. Random weights: what is learnt is not compared.
+LoRA is PEFT's, on all linear layers, and the others have as many trained parameters as it has, to a token. "soft
+mixture" is the adapter that ScalarLM calls Tokenformer, by its formula: a mixture of four LoRA matrices for each
+position, at the MLPs. Kept bytes are counted and exact; times are medians of interleaved rounds. Random weights: what
+is learnt is not compared.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _BASE, _LORA = "none", "LoRA"
 
 
 class SoftMixture(nn.Module):
-    """Σ over heads of softmax(x_h k_hᵀ/√(d/H)) v_h is a matrix M(x) [d, r] for each position; the output is (x M(x)) p."""
+    """Σ over heads of softmax(x_h k_hᵀ/√(d/H)) v_h is a matrix M(x) [d, r] for each position; the output is (x M(x))
+    p."""
 
     def __init__(self, width: int, rank: int):
         super().__init__()

@@ -76,7 +76,8 @@ def plan_batches(
 ) -> BatchPlan:
     """Batch arithmetic of a run that has done `step` steps on `tokens` tokens so far.
 
-    `training.train_tokens`, or `train_samples`, is met by whole steps, rounded up, the ones that are left being of the present size.
+    `training.train_tokens`, or `train_samples`, is met by whole steps, rounded up, the ones that are left being of the
+    present size.
     `schedule_unit`: tokens of a step when the run began. The schedule, with its warm-up and decay, is counted in such
     steps throughout, so the learning rate goes on where it was when the batch is another than before.
     With `training.train_steps` a step is a step. ConfigError when the arithmetic has no solution.
@@ -346,8 +347,8 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
         value = getattr(config.training, key)
         if value != usual and not has_tokens:
             yield (
-                f"training.{key}: {value}, but a {config.model.architecture} has no parameter tokens, and so no scores of "
-                f"them. Set it to {usual}."
+                f"training.{key}: {value}, but a {config.model.architecture} has no parameter tokens, and so no scores "
+                f"of them. Set it to {usual}."
             )
     yield from _evaluation_problems(config)
     if config.training.init_from is not None:
@@ -362,7 +363,10 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
     if config.branch is not None:
         others = {"training.init_from": config.training.init_from, "growth": config.growth}
         for key in (key for key, value in others.items() if value is not None):
-            yield f"branch: the run goes on from {config.branch.source}, but {key} is given as well. Remove one of the two."
+            yield (
+                f"branch: the run goes on from {config.branch.source}, but {key} is given as well. Remove one of the "
+                "two."
+            )
         yield from _own_folder("branch.from", config.branch.source, config.run.dir, "other")
 
 

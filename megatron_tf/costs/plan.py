@@ -24,7 +24,8 @@ def describe(
     """Model, layout, batch arithmetic, length and memory, one line each, without a last newline.
 
     `config` has passed `validate` for `world_size`. `batches`: the plan of a run that has done `step` steps already.
-    `device`: the type of device that it runs on.  `origin`: where its weights come from, as the end of a sentence; None: as the configuration says.
+    `device`: the type of device that it runs on.  `origin`: where its weights come from, as the end of a sentence;
+        None: as the configuration says.
     """
     model, training = config.model, config.training
     topology, batches = topology_for(config, world_size), batches or plan_batches(config, world_size)
@@ -38,7 +39,8 @@ def describe(
         "run": f"{config.run.name} in {config.run.dir}, seed {config.run.seed}{origin}",
         "model": (
             f"{num_parameters(model):,} parameters: {model.num_layers} layers × {model.hidden_size}, "
-            f"{model.num_attention_heads} heads, {architecture_of(model).describe(model)}, {task_of(model).describe(model)}"
+            f"{model.num_attention_heads} heads, {architecture_of(model).describe(model)}, "
+            f"{task_of(model).describe(model)}"
         ),
         "layout": (
             f"{world_size:,} {plural('rank', world_size)} as {topology}{sequence}, {_sharding(config)}, "

@@ -74,7 +74,8 @@ def derived_seed(*parts: int) -> int:
 
 
 def mixed(value: Index) -> Index:
-    """64 bits that depend on all bits of `value` (finaliser of SplitMix64). The mask changes nothing for uint64 arrays, which wrap by themselves."""
+    """64 bits that depend on all bits of `value` (finaliser of SplitMix64). The mask changes nothing for uint64 arrays,
+    which wrap by themselves."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK
     return value ^ (value >> 31)

@@ -14,7 +14,8 @@ def learning_rate(step: float, optimizer: Optimizer, train_steps: float) -> floa
     Linear from 0 over `warmup_steps`, so that the first update has rate 0 when there is a warm-up; then
         constant: `lr`;
         cosine:   half a cosine from `lr` to `min_lr` at step `train_steps`;
-        wsd:      `lr`, and over the last `decay_steps` to `min_lr` at step `train_steps`: linear, or as 1 - √(their share).
+        wsd:      `lr`, and over the last `decay_steps` to `min_lr` at step `train_steps`: linear, or as 1 - √(their
+        share).
     Steps count from the beginning of the run, so a growth warms up afresh.
     """
     schedule = optimizer.schedule

@@ -1,6 +1,7 @@
 """From an image to what the model sees, with random changes in training. All of them are functions of (seed, sample).
 
-Of one image, in this order: crop, flip, random operations, shift, erasing; then pairs are mixed, sample 2i with sample 2i + 1 of the run.
+Of one image, in this order: crop, flip, random operations, shift, erasing; then pairs are mixed, sample 2i with sample
+2i + 1 of the run.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""RandAugment (Cubuk et al., 2019) as timm does it under the name rand-mM-mstdS-inc1: operations that grow stronger with
-the magnitude, each done half of the time. What is drawn comes from a generator of the sample's own.
+"""RandAugment (Cubuk et al., 2019) as timm does it under the name rand-mM-mstdS-inc1: operations that grow stronger
+with the magnitude, each done half of the time. What is drawn comes from a generator of the sample's own.
 """
 
 from __future__ import annotations

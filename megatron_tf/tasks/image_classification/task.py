@@ -93,19 +93,20 @@ class ImageClassification(Task):
         elif model.seq_length != image.positions:
             token = " and a class token" if image.pooling == "class_token" else ""
             yield (
-                f"model.seq_length: {model.seq_length}, but images of {image.size} in patches of {image.patch}{token} are "
-                f"{image.positions} positions. Remove it."
+                f"model.seq_length: {model.seq_length}, but images of {image.size} in patches of {image.patch}{token} "
+                f"are {image.positions} positions. Remove it."
             )
         for name in ("mean", "std"):
             count = len(getattr(image, name))
             if count != image.channels:
                 yield (
-                    f"model.image.{name}: has {count} numbers, but model.image.channels is {image.channels}. Give one a "
-                    "channel, or remove it."
+                    f"model.image.{name}: has {count} numbers, but model.image.channels is {image.channels}. Give one "
+                    "a channel, or remove it."
                 )
         if model.rotary_fraction:
             yield (
-                f"model.rotary_fraction: {model.rotary_fraction:g}, but the positions of an image are learned. Remove it."
+                f"model.rotary_fraction: {model.rotary_fraction:g}, but the positions of an image are learned. Remove "
+                "it."
             )
 
     def length_remedy(self, model: Model, multiple: int) -> str:
@@ -118,13 +119,16 @@ class ImageClassification(Task):
         augmentation, micro = config.data.augmentation, config.training.micro_batch_size
         if (augmentation.mixup or augmentation.cutmix) and micro % 2:
             yield (
-                f"training.micro_batch_size: {micro} is odd, but mixup and cutmix mix pairs of neighbours. Set it to an "
-                "even number, or remove data.augmentation.mixup and cutmix."
+                f"training.micro_batch_size: {micro} is odd, but mixup and cutmix mix pairs of neighbours. Set it to "
+                "an even number, or remove data.augmentation.mixup and cutmix."
             )
         for name in ("crop_scale", "crop_ratio"):
             span = getattr(augmentation, name)
             if span is not None and not 0 < span[0] <= span[1]:
-                yield f"data.augmentation.{name}: {list(span)} is no range. Give the least, above 0, and then the largest."
+                yield (
+                    f"data.augmentation.{name}: {list(span)} is no range. Give the least, above 0, and then the "
+                    "largest."
+                )
 
     def in_words(self, loss: float, metrics: Mapping[str, float]) -> str:
         shares = "  ".join(f"{name.replace('top', 'top-')} {100 * value:.2f} %" for name, value in metrics.items())
