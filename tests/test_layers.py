@@ -99,7 +99,11 @@ RESERVED = {
     "lm_eval": ("megatron_tf.evaluation.lm_harness",),
     "matplotlib": ("megatron_tf.telemetry.plot",),
     "peft": ("megatron_tf.benchmark.adapters", "megatron_tf.adapters.branch", "megatron_tf.adapters.tuner"),
-    "pyarrow": ("megatron_tf.data.preparation.parquet", "megatron_tf.evaluation.eval_data"),
+    "pyarrow": (
+        "megatron_tf.data.images.parquet",
+        "megatron_tf.data.preparation.parquet",
+        "megatron_tf.evaluation.eval_data",
+    ),
     "sentencepiece": ("megatron_tf.data.tokenizer",),
     "tensorboard": ("megatron_tf.telemetry.trackers",),
     "tiktoken": ("megatron_tf.data.tiktoken_files",),

@@ -22,8 +22,8 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         metavar="PATH",
         help="one folder with a folder of images for each class; or files or quoted globs: .tar shards as WebDataset "
-        "has them (KEY.jpg and KEY.cls), or files of images of the MNIST family with their labels next to them, plain "
-        "or .gz",
+        "has them (KEY.jpg and KEY.cls), .parquet as Hugging Face has it (image, label), or files of images of the MNIST "
+        "family with their labels next to them, plain or .gz",
     )
     parser.add_argument(
         "--output-prefix", type=text_path, required=True, metavar="PREFIX", help="path of the output without suffix"

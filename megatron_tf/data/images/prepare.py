@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tf.data.images.decode import BadImage, encoded, in_channels, opened, upright
+from megatron_tf.data.images.parquet import is_parquet, named_classes, parquet_records
 from megatron_tf.data.images.readers import (
     class_folders,
     folder_records,
@@ -36,6 +37,8 @@ from megatron_tf.data.preparation.split import is_held_out
 from megatron_tf.data.preparation.work import Preparation, Share, carry_out, check_share, merge_only
 from megatron_tf.data.summary import summary_file
 from megatron_tf.errors import DataError
+
+_GIVE_CLASSES = "Give --classes, a file with one name a line or how many there are, or --classes-from."
 
 
 @dataclass(frozen=True)
@@ -149,17 +152,23 @@ def _of_files(files: Sequence[Path], known: tuple[str, ...] | None) -> tuple[tup
         classes = known or tuple(map(str, range(1 + max(int(label.max(initial=0)) for label in labels))))
         states = [os.stat(labels_file(path)) for path in files]
         return classes, partial(idx_records, num_classes=len(classes)), [[s.st_size, s.st_mtime_ns] for s in states]
+    if all(map(is_parquet, files)):
+        named = [named_classes(path) for path in files]
+        other = next((path for path, names in zip(files, named) if names != named[0]), None)
+        if other is not None:
+            raise DataError(f"{other}: has other names for its classes than {files[0]}. Give files of one data set.")
+        parquet_classes = known or named[0]
+        if parquet_classes is None:
+            raise DataError(f"{files[0]}: has no names for its classes. {_GIVE_CLASSES}")
+        return parquet_classes, partial(parquet_records, num_classes=len(parquet_classes)), None
     other = next((path for path in files if ".tar" not in path.suffixes), None)
     if other is not None:
         raise DataError(
-            f"{other}: is neither a .tar nor a file of images of the MNIST family. Give such files, or one folder with "
-            "a folder for each class."
+            f"{other}: is neither a .tar nor a .parquet nor a file of images of the MNIST family, or not all are of one "
+            "kind. Give such files, or one folder with a folder for each class."
         )
     if known is None:
-        raise DataError(
-            f"{files[0]}: a .tar has numbers of classes and not their names. Give --classes, a file with one name a "
-            "line or how many there are, or --classes-from."
-        )
+        raise DataError(f"{files[0]}: a .tar has numbers of classes and not their names. {_GIVE_CLASSES}")
     return known, partial(tar_records, num_classes=len(known)), None
 
 

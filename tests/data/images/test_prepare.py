@@ -11,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from images import made_up
 from PIL import Image as Pictures
@@ -122,6 +124,35 @@ def test_what_a_shard_lacks_is_named(tmp_path):
         prepare(shard, tmp_path / "y", classes="3")
 
 
+def write_parquet(path: Path, rows: list[tuple[bytes | None, int]], names: list[str] | None = None) -> Path:
+    images = pyarrow.array([{"bytes": content, "path": "x.png"} for content, _ in rows])
+    table = pyarrow.table({"image": images, "label": [label for _, label in rows]})
+    if names:
+        info = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    pyarrow.parquet.write_table(table, path)
+    return path
+
+
+def test_parquet_files_of_hugging_face(tmp_path):
+    rows = [(png(image), label) for image, label in zip(IMAGES, LABELS)]
+    files = [write_parquet(tmp_path / f"{n}.parquet", rows[3 * n : 3 * n + 3], ["a", "b", "c"]) for n in range(2)]
+    (summary,) = prepare(files, tmp_path / "x")[0].values()
+    assert summary.classes == ("a", "b", "c")
+    assert contents(tmp_path / "x") == [(label, content) for content, label in rows]
+    bad = write_parquet(tmp_path / "bad.parquet", [rows[0], (None, 0), (rows[1][0], 9)])
+    with pytest.raises(DataError, match="has no names for its classes. Give --classes"):
+        prepare(bad, tmp_path / "y")
+    (summary,) = prepare(bad, tmp_path / "y", classes="3", on_error="skip")[0].values()
+    assert (summary.images, summary.skipped_records) == (1, 2)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "text.parquet")
+    with pytest.raises(DataError, match="has no column 'image', its columns are text"):
+        prepare(tmp_path / "text.parquet", tmp_path / "z")
+    files[0].write_bytes(files[0].read_bytes()[:200])
+    with pytest.raises(DataError, match="broken Parquet data"):
+        prepare(files[0], tmp_path / "z", classes="3")
+
+
 def test_classes_from_others_keep_their_numbers(folder, tmp_path):
     prepare(folder, tmp_path / "x")
     for file in (folder / "ape").rglob("*.JPEG"):
@@ -205,7 +236,7 @@ def test_files_that_are_refused(tmp_path):
     images = write_idx(tmp_path / "in")
     with pytest.raises(DataError, match="in: has 0 folders|is in no class"):
         prepare(tmp_path / "in", tmp_path / "x")
-    with pytest.raises(DataError, match="is neither a .tar nor a file of images of the MNIST family"):
+    with pytest.raises(DataError, match="is neither a .tar nor a .parquet nor a file of images"):
         prepare(tmp_path / "in" / "t-labels-idx1-ubyte", tmp_path / "x")
     with pytest.raises(DataError, match="numbers of classes and not their names. Give --classes"):
         prepare(write_tar(tmp_path / "s.tar", {"1.png": b""}), tmp_path / "x")
