@@ -38,7 +38,7 @@ from typing import NoReturn
 PROJECT = Path(__file__).parents[1]
 CLIENT = Path(__file__).with_name("warm_python.py")
 # Variables that Python or a library reads once, when it starts or is imported, and those that are seen to here.
-READ_AT_IMPORT = ("CUDA", "DS_", "HF_", "KMP_", "LD_", "MKL_", "NCCL_", "OMP_", "PYTHON", "PYTORCH",
+READ_AT_IMPORT = ("CUDA", "DS_", "KMP_", "LD_", "MKL_", "NCCL_", "OMP_", "PYTHON", "PYTORCH",
                   "TORCH", "TQDM_", "TRITON_")  # fmt: skip
 SEEN_TO = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_NCCL_ASYNC")
 
@@ -114,6 +114,7 @@ def import_everything() -> None:
     assert megatron_tf.__file__ == str(PROJECT / "megatron_tf" / "__init__.py"), megatron_tf.__file__
     for name in names:
         importlib.import_module(name)
+    assert "huggingface_hub" not in sys.modules, "it reads HF_HOME when it is imported"
 
 
 class Server:

@@ -28,6 +28,7 @@ def results(folder, done, name="step_00000000_perplexity.json"):
 
 
 @pytest.mark.slow
+@pytest.mark.scale
 def test_one_process_then_other_layouts(run_folder):
     data = run_folder / "held_out"
     done = evaluate(run_folder, "--stride", 6, "training.micro_batch_size=3")

@@ -82,7 +82,12 @@ def test_a_rank_that_hangs_or_dies_is_named_in_bounded_time(folder, victim, numb
 
 
 @pytest.mark.parametrize(
-    "launcher", ["python", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchrun", "deepspeed"))]
+    "launcher",
+    [
+        "python",
+        pytest.param("torchrun", marks=pytest.mark.slow),
+        pytest.param("deepspeed", marks=(pytest.mark.slow, pytest.mark.scale)),
+    ],
 )
 def test_control_c_at_a_terminal_saves(folder, launcher):
     """The terminal sends it to launcher and ranks; the launchers pass it on to ranks, or end them by SIGTERM."""

@@ -145,7 +145,7 @@ def test_gelu_before_norm(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("resets", [False, pytest.param(True, marks=pytest.mark.scale)])
 def test_compiled_blocks(config, resets):
     changes = {"data": BOUNDARIES} if resets else {}
     check(config(training={"compile": True}, **changes), [Layout(Topology(2, 1, 1))], steps=2)
