@@ -235,7 +235,9 @@ def test_its_section_is_strict(tmp_path: Path):
     file = tmp_path / "run.yml"
     file.write_text(dump_config(config()))
     assert load_config(file) == config() and isinstance(load_config(file).model, PatchModel)
-    with pytest.raises(ConfigError, match="one of language_model, patches is expected. Did you mean patches"):
+    with pytest.raises(
+        ConfigError, match="one of language_model, image_classification, patches is expected. Did you mean patches"
+    ):
         load_config(file, ["model.task=patch"])
     with pytest.raises(ConfigError, match="model.num_classes: 0 is out of range"):
         load_config(file, ["model.num_classes=0"])
