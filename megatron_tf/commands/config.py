@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from megatron_tf.arguments import config_file
-from megatron_tf.config.load import read_file
+from megatron_tf.config.load import check_keys, read_file
 from megatron_tf.config.reference import json_schema, markdown
 from megatron_tf.config.yaml_core import dump_yaml
 from megatron_tf.errors import ConfigError
@@ -48,13 +48,14 @@ def main() -> None:
 
 def print_file(file: Path, is_resolved: bool) -> None:
     """A shipped file as it is, or the values of a file and of those that it extends. ConfigError for one that cannot be
-    read or has unknown keys in a file that it extends."""
+    read or has unknown keys."""
     if file in configurations().values() and not is_resolved:
         sys.stdout.buffer.write(file.read_bytes())  # a copy, whatever the locale's encoding
         return
     values, problems = read_file(file)
     if problems:
         raise ConfigError(problems)
+    check_keys(values)
     print(dump_yaml(values), end="")
 
 

@@ -121,16 +121,29 @@ def _read_alone(path: str) -> tuple[dict[str, Any], list[str]]:
 def _read_base(path: str) -> tuple[dict[str, Any], list[str]]:
     """As `_read_alone`, for a file that another extends: its unknown keys are taken out, and named with the file."""
     values, problems = _read_alone(path)
+    for loc in _unknown_keys(values):
+        problems.append(f"{path}: {_unknown_key(loc)}")
+        _remove(values, loc)
+    return values, problems
+
+
+def check_keys(values: dict[str, Any]) -> None:
+    """ConfigError with the keys among `values`, a configuration's or a part of one, that no configuration has."""
+    if problems := [_unknown_key(loc) for loc in _unknown_keys(values)]:
+        raise ConfigError(problems)
+
+
+def _unknown_keys(values: dict[str, Any]) -> list[Location]:
     own = {key: value for key, value in values.items() if key not in (EXTENDS, "stages")}
     try:
         RunConfig.model_validate_json(json.dumps(own), by_alias=True, by_name=False)
     except ValidationError as error:
-        for problem in error.errors(include_url=False):
-            loc = problem["loc"]
-            if problem["type"] == "extra_forbidden" and _of_another_choice(loc, values) is None:
-                problems.append(f"{path}: {_unknown_key(loc)}")
-                _remove(values, loc)
-    return values, problems
+        return [
+            problem["loc"]
+            for problem in error.errors(include_url=False)
+            if problem["type"] == "extra_forbidden" and _of_another_choice(problem["loc"], values) is None
+        ]
+    return []
 
 
 def _remove(values: Any, loc: Location) -> None:

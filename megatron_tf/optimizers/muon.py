@@ -47,7 +47,7 @@ class Muon(AdamW, MatrixRule):
     and its `exp_avg_sq` is kept up to date though Muon does not read it."""
 
     section: ClassVar[type[Optimizer]] = MuonOptimizer
-    why_not_elsewhere = "it knows no matrices"
+    why_not_elsewhere = "it keeps no average of the weights"
 
     def directions(self, optimizer: Optimizer, batch: UpdateBatch) -> list[Tensor]:
         import torch

@@ -54,6 +54,7 @@ class Queue:
         self._plan: tuple[frozenset[str], Plan] | None = None
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._failed: dict[str, str] = {}
+        self._conflicts: dict[str, str] = {}
         self._bug: BaseException | None = None
         self._stop = threading.Event()
         self._ended = threading.Condition()
@@ -92,7 +93,11 @@ class Queue:
     def _step(self, worker: int) -> bool:
         """Takes one run, or waits for what others do; False when nothing is left for anyone."""
         is_busy = False
-        for node in self._ready():
+        ready = self._ready()
+        if self._conflicts:
+            # what began under the other value and what would begin now must not stand in one table
+            return False
+        for node in ready:
             with self._claim(node) as claim:
                 if claim is None:
                     is_busy = True
@@ -114,6 +119,12 @@ class Queue:
                 if ended == self._plan[0]:
                     return self._plan[1]
             plan = make_plan(self._study, loss_of)
+            # a sweep that has ended since then may have chosen another value than the one that runs have begun with
+            known = [node for node in plan.nodes if node.waits is None]
+            self._conflicts = {
+                node.name: problem for node in known if (problem := changed(node, self._study.dir)) is not None
+            }
+            self._failed.update(self._conflicts)
             self._plan = frozenset(node.name for node in plan.nodes if has_ended(node)), plan
             return plan
 
@@ -141,10 +152,6 @@ class Queue:
             os.close(descriptor)
 
     def _train(self, node: Node, worker: int, claim: int) -> None:
-        if (problem := changed(node, self._study.dir)) is not None:
-            # a sweep that has ended since then chose another value
-            self._failed[node.name] = problem
-            return
         config = write_config(node, self._study.dir)
         log = Path(self._study.dir, "logs", f"{node.name.replace('/', '_')}.log")
         with file_errors(UserError, log, "Choose another dir."):

@@ -225,6 +225,8 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
     if own or config.branch is not None:
         reader = open_checkpoint(path)
         index = reader.index
+        if not own:
+            _check_longer_than_branch(config, index)
         check_same_architecture(index, config.model, config.optimizer.type)
         _check_data(config, index.data, data, path)
         trackers, note = _own_trackers(config, index) if own else ({}, "")
@@ -253,6 +255,17 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
         grown.growth_history,
         grown_from=reader,
     )
+
+
+def _check_longer_than_branch(config: RunConfig, index: CheckpointIndex) -> None:
+    tokens = index.tokens - _earlier_tokens(index.growth_history)
+    training = config.training
+    lengths = (("train_steps", training.train_steps, index.step), ("train_tokens", training.train_tokens, tokens))
+    for key, length, begins in lengths:
+        if length is not None and length <= begins:
+            raise ConfigError(
+                f"training.{key}: {length:,}, but the branch begins at {begins:,}. Set it to more than {begins}."
+            )
 
 
 def _own_trackers(config: RunConfig, index: CheckpointIndex) -> tuple[Mapping[str, str], str]:

@@ -57,6 +57,14 @@ def test_one_trunk_and_what_begins_before_its_decay(folder):
     (entry,) = open_checkpoint(folder / "grown" / "checkpoints" / "step_00000006").index.growth_history
     assert (entry["step"], entry["tokens"]) == (4, 4 * 8 * 16)
     assert entry["loss_before"] == pytest.approx(entry["loss_after"])
+    short = train(
+        folder,
+        f"branch={{from: {folder}/trunk, at: before_decay}}",
+        f"run.dir={folder}/short",
+        "training.train_steps=4",
+    )
+    assert short.returncode == 2 and not (folder / "short").exists(), short.stdout
+    assert "training.train_steps: 4, but the branch begins at 4. Set it to more than 4." in short.stdout
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,19 @@ def test_a_run_that_is_another_one_now_is_refused(study, write, started):
     names = started()
     with pytest.raises(UserError, match="was begun with another configuration"):
         queue(changed).run()
-    assert node.name not in names and len(names) == 2
+    assert names == []
+
+
+def test_a_sweep_that_now_chooses_another_value_starts_nothing_from_it(study, started, monkeypatch):
+    """What began under the old value and what would begin under the new one must not stand in one table."""
+    names, of = started(), study()
+    queue(of).run()
+    del names[:]
+    monkeypatch.setitem(LOSSES, "small/lr=0.03/seed1", 1.0)
+    arms = {"small": {"sweep": {"key": "optimizer.lr", "values": [1e-2, 2e-2, 3e-2, 4e-2]}}}
+    with pytest.raises(UserError, match=r"(?s)going_on.*optimizer.lr \(0.02 then, 0.03 now\).*grown"):
+        queue(study(arms=arms)).run()
+    assert names == ["small/lr=0.03/seed1"]
 
 
 def test_a_result_that_is_none_is_refused(study):

@@ -45,3 +45,7 @@ def test_what_cannot_be_shown_is_one_message(show, tmp_path):
     (tmp_path / "own.yml").write_text("extends: base.yml\n")
     with pytest.raises(ConfigError, match=r"base\.yml: modle: unknown key. Did you mean model?"):
         show(str(tmp_path / "own.yml"))
+    (tmp_path / "own.yml").write_text("extends: tiny\ntrainng: {a: 1}\nmodel: {layers: 3}\n")
+    with pytest.raises(ConfigError, match="trainng: unknown key. Did you mean training?") as error:
+        show(str(tmp_path / "own.yml"))
+    assert "model.layers: unknown key" in str(error.value)
