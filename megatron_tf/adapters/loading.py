@@ -103,6 +103,8 @@ def random_llama(layers: int, width: int, vocabulary: int) -> Any:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a base's folder. DataError when there is none, or none with an end of text."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder. Give that of a model of transformers.")
     prepare_hugging_face()
     import transformers
 

@@ -80,7 +80,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    from megatron_tf.checkpoint.architecture import stored_model
     from megatron_tf.checkpoint.manager import resolve
+    from megatron_tf.checkpoint.reader import open_checkpoint
     from megatron_tf.convert.huggingface.importing import is_export
     from megatron_tf.data.losses import LossFinder
     from megatron_tf.inference.load import configured_tokenizer, known_eod, load_model, open_tokenizer, other_tokenizer
@@ -91,9 +93,10 @@ def main() -> None:
     if name is None:
         if is_export(arguments.checkpoint):
             raise UserError(f"{arguments.checkpoint}: has no tokenizer.json. Give the file with --tokenizer.")
+        checkpoint = resolve(arguments.checkpoint)
+        check_reads_text(stored_model(open_checkpoint(checkpoint).index), "generation")
         raise UserError(
-            f"{resolve(arguments.checkpoint)}: no config.yml with data.tokenizer is next to it. "
-            "Give the file with --tokenizer."
+            f"{checkpoint}: no config.yml with data.tokenizer is next to it. Give the file with --tokenizer."
         )
     model = load_model(arguments.checkpoint)
     check_reads_text(model.config, "generation")

@@ -184,12 +184,12 @@ def apply_override(values: dict[str, Any], override: str) -> list[str]:
 
 def _sentences(error: ValidationError, values: Mapping[str, Any], section: Location = ()) -> list[str]:
     """`values`: the whole configuration.  `section`: where in it the validated values stand."""
-    problems = [problem for problem in error.errors(include_url=False) if not _follows_from_another(problem)]
+    problems = [problem for problem in error.errors(include_url=False) if not follows_from_another(problem)]
     sentences = (_sentence((*section, *problem["loc"]), problem, values) for problem in problems)
     return list(dict.fromkeys(sentences))  # a pair that lacks both items is reported for each
 
 
-def _follows_from_another(problem: ErrorDetails) -> bool:
+def follows_from_another(problem: ErrorDetails) -> bool:
     """pydantic counts only the valid items of a list, and so calls one with a bad item too short as well. It names
     every default that it could not compute from fields with problems of their own.
     """
@@ -206,6 +206,24 @@ def _sentence(loc: Location, problem: ErrorDetails, values: Mapping[str, Any]) -
         return _of_another_choice(loc, values) or _unknown_key(loc)
     if kind == "missing":
         return _missing_key(loc, given)
+    if (sentence := value_sentence(key, problem)) is not None:
+        return sentence
+    if kind == "literal_error":
+        return _not_a_choice(key, choices_in(annotation_at(loc)), given)
+    if kind == NOT_REGISTERED:
+        return _not_a_choice(key, bounds["choices"], given)
+    expected = EXPECTED.get(kind)
+    if expected is None:
+        return (
+            f"{key or 'configuration'}: {_describe(given)} is not valid: "
+            f"{problem['msg'].removeprefix('Value error, ')}."
+        )
+    return f"{key}: {_describe(given)}, but {expected} is expected.{_remedy(kind, loc, given)}"
+
+
+def value_sentence(key: str, problem: ErrorDetails) -> str | None:
+    """What is wrong with a number or a list, and what it must be; None for other kinds of mistakes."""
+    kind, given, bounds = problem["type"], problem["input"], problem.get("ctx", {})
     if kind in ("greater_than_equal", "greater_than", "less_than", "less_than_equal"):
         bound, words = {
             "greater_than_equal": ("ge", "at least"),
@@ -220,24 +238,14 @@ def _sentence(loc: Location, problem: ErrorDetails, values: Mapping[str, Any]) -
         return f"{key}: {given} is not a multiple of {bounds['multiple_of']}. Set it to one."
     if kind == "finite_number":
         return f"{key}: {given} is out of range. It must be a finite number."
-    if kind == "literal_error":
-        return _not_a_choice(key, choices_in(annotation_at(loc)), given)
-    if kind == NOT_REGISTERED:
-        return _not_a_choice(key, bounds["choices"], given)
     if kind == "too_short":
         return f"{key}: the list has {bounds['actual_length']} items. It needs at least {bounds['min_length']}."
     if kind == "too_long":
         return f"{key}: the list has {len(given)} items. It holds {bounds['max_length']}."
-    expected = _EXPECTED.get(kind)
-    if expected is None:
-        return (
-            f"{key or 'configuration'}: {_describe(given)} is not valid: "
-            f"{problem['msg'].removeprefix('Value error, ')}."
-        )
-    return f"{key}: {_describe(given)}, but {expected} is expected.{_remedy(kind, loc, given)}"
+    return None
 
 
-_EXPECTED = {
+EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",

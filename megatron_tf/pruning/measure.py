@@ -51,7 +51,9 @@ def target_counts(text: str, old: Mapping[str, int], option: str = "--tokens") -
     counts, given, problems = dict(old), set(), []
     for part in text.split(","):
         kind, _, number = (piece.strip() for piece in part.partition("="))
-        if kind not in counts or not (number.isascii() and number.isdigit()):
+        if option == "--candidates" and kind in ("qkv", "proj", "ffn") and kind not in counts:
+            problems.append(f"{option}: {kind} has no candidates in this model; {', '.join(counts)} has. Name that.")
+        elif kind not in counts or not (number.isascii() and number.isdigit()):
             problems.append(f"{option}: {part!r} is not KIND=N with a KIND of {', '.join(counts)}.")
         elif kind in given:
             problems.append(f"{option}: names {kind} twice.")

@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from megatron_tf.config.fields import Count, Path, Positive, Section
-from megatron_tf.config.load import read_file
-from megatron_tf.config.schema import Moment
+from megatron_tf.config.load import EXPECTED, follows_from_another, read_file, value_sentence
+from megatron_tf.config.schema import Moment, RunConfig
 from megatron_tf.errors import ConfigError, shown
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -117,7 +117,8 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     try:
         study = Study.model_validate_json(json.dumps(values), by_alias=True, by_name=False)
     except ValidationError as error:
-        raise ConfigError([*problems, *(_sentence(problem, values) for problem in error.errors())]) from None
+        found = [problem for problem in error.errors(include_url=False) if not follows_from_another(problem)]
+        raise ConfigError([*problems, *(_sentence(problem, values) for problem in found)]) from None
     problems += [*_arm_problems(study), *_parent_problems(study)]
     if problems:
         raise ConfigError(problems)
@@ -144,8 +145,14 @@ def _sentence(problem: Any, values: Mapping[str, Any]) -> str:
         return f"{key}: missing. Give it."
     if kind == "extra_forbidden":
         section: type[Section] = Study if len(place) == 1 else Sweep if "sweep" in place[:-1] else Arm
+        if len(place) == 1 and key in RunConfig.model_fields:
+            return f"{key}: is a section of a run's configuration, and this is read as a study. Write it under common."
         return f"{key}: unknown key. The keys here are {', '.join(section.model_fields)}."
-    return f"{key}: {shown(problem['input'])} is not valid: {problem['msg']}."
+    if (sentence := value_sentence(key, problem)) is not None:
+        return sentence
+    if kind in EXPECTED:
+        return f"{key}: {shown(problem['input'])}, but {EXPECTED[kind]} is expected."
+    return f"{key}: {shown(problem['input'])} is not valid: {problem['msg'].removeprefix('Value error, ')}."
 
 
 def _list(value: Any) -> list[Any]:

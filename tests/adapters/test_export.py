@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model
 
 from megatron_tf.adapters import PattentionConfig
 from megatron_tf.adapters.export import export_adapter
-from megatron_tf.adapters.loading import load_base, load_exported
-from megatron_tf.errors import ArgumentError, CheckpointError
+from megatron_tf.adapters.loading import load_base, load_exported, load_tokenizer
+from megatron_tf.errors import ArgumentError, CheckpointError, DataError
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +73,8 @@ def test_bad_input_is_one_message_and_nothing_is_written(tmp_path):
     os.truncate(base / "model.safetensors", 100)
     with pytest.raises(CheckpointError, match="transformers cannot load it"):
         load_base(base)
+
+
+def test_a_mistyped_folder_is_looked_for_here_alone(tmp_path):
+    with pytest.raises(DataError, match="none: there is no such folder. Give that of a model of transformers."):
+        load_tokenizer(tmp_path / "none")

@@ -8,13 +8,14 @@ from tiny import run_config
 from torch import Tensor
 
 from megatron_tf.config.schema import Growth, Model
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, UserError
 from megatron_tf.growth.source import GrownSource
 from megatron_tf.model import build_model
 from megatron_tf.model.routing import choose
 from megatron_tf.pruning import candidates as module
 from megatron_tf.pruning.candidates import DROP, MERGE, Use, candidate_counts, measure_use, mixtures, with_candidates
 from megatron_tf.pruning.condensed import CondensedSource, condensed_model
+from megatron_tf.pruning.measure import target_counts
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import InitialSource, StateSource
 
@@ -147,3 +148,8 @@ def test_a_model_that_diverged_is_refused():
         broken.blocks[1].ffn.bank.balance[0] = 1e9
     with pytest.raises(CheckpointError, match="blocks.1.ffn: what its candidates contribute is not finite"):
         measure_use(broken, [(IDS, IDS)])
+
+
+def test_a_kind_without_candidates_is_named():
+    with pytest.raises(UserError, match="--candidates: qkv has no candidates in this model; ffn has. Name that."):
+        target_counts("qkv=1", {"ffn": 4}, "--candidates")

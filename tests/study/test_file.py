@@ -29,15 +29,23 @@ from study_names import problems_of
         ({"arms": {"going_on": {"parent": None}}}, "arm going_on: by branch, but it has no parent"),
         ({"arms": {"going_on": {"config": "tiny"}}}, "a branch has the configuration of its parent"),
         ({"arms": {"grown": {"flop": 1.0}}}, "arm grown: flop: unknown key. The keys here are name, config"),
-        ({"arms": {"small": {"sweep": {"key": "a", "values": [1.0]}}}}, "arm small: sweep.values: [1.0] is not valid"),
+        (
+            {"arms": {"small": {"sweep": {"key": "a", "values": [1.0]}}}},
+            "arm small: sweep.values: the list has 1 items. It needs at least 2.",
+        ),
+        (
+            {"arms": {"small": {"sweep": {"key": "a", "values": ["fast", 1.0]}}}},
+            "sweep.values[0]: 'fast', but a number",
+        ),
+        ({"training": {}}, "training: is a section of a run's configuration, and this is read as a study"),
         ({"arms": {"small": {"sweep": {"key": "a", "values": [1.0, 1.0]}}}}, "sweep.values: [1.0, 1.0] has one twice"),
         ({"arms": {"grown": {"name": "a b"}}}, "arm a b: name: 'a b' is not valid"),
         ({"reference": "nobody"}, "reference: there is no arm nobody"),
         ({"reference": "small"}, "reference: small is not comparable"),
-        ({"seeds": []}, "seeds: [] is not valid"),
-        ({"tolerance": 2.0}, "tolerance: 2.0 is not valid"),
+        ({"seeds": []}, "seeds: the list has 0 items. It needs at least 1."),
+        ({"tolerance": 2.0}, "tolerance: 2.0 is out of range. It must be"),
         ({"arm": []}, "arm: unknown key. The keys here are name, dir, seeds"),
-        ({"arms": {"grown": {"decay": 1.0}}}, "arm grown: decay: 1.0 is not valid"),
+        ({"arms": {"grown": {"decay": 1.0}}}, "arm grown: decay: 1.0 is out of range. It must be less than 1."),
     ],
 )
 def test_what_is_refused(study, changes, problem):
