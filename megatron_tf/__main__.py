@@ -7,6 +7,7 @@ from megatron_tf.interrupt import end_quietly
 if __name__ == "__main__":
     end_quietly()  # before the other imports: Control-C while they are loaded is quiet
 
+import difflib
 import platform
 import sys
 from collections.abc import Sequence
@@ -86,12 +87,13 @@ def main() -> None:
 def find(words: Sequence[str]) -> tuple[str, Sequence[str]] | None:
     """The command that `words` begin with, and the words after it.
 
-    A name may also be written as two words (`verify layout`), or as its file is called (`generate_text`).
+    A name may also be written as two words (`verify layout`), or as its file is called (`generate_text`, or
+    `generate-text`).
     """
     by_module = {command.module: name for name, command in COMMANDS.items()}
     for count in (1, 2):
         name = "-".join(words[:count])
-        name = by_module.get(name, name)
+        name = by_module.get(name.replace("-", "_"), name)
         if name in COMMANDS:
             return name, words[count:]
     return None
@@ -128,7 +130,9 @@ def print_help() -> None:
 
 
 def refuse(word: str) -> None:
-    raise UserError(f"{word[:100]!r} is no command. Choose one of {', '.join(COMMANDS)}.")
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(f"{word[:100]!r} is no command. Choose one of {', '.join(COMMANDS)}.{hint}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_help_is_given_before_anything_heavy_is_imported():
 
 def test_names_of_commands():
     assert find(["train", "tiny"]) == ("train", ["tiny"])
-    assert find(["generate_text", "x"]) == ("generate", ["x"])
+    assert find(["generate_text", "x"]) == find(["generate-text", "x"]) == ("generate", ["x"])
     assert find(["verify", "layout", "x"]) == find(["verify-layout", "x"]) == ("verify-layout", ["x"])
     assert find(["config", "show", "tiny"]) == ("config", ["show", "tiny"])
     assert find(["verify"]) is find(["trian"]) is find([""]) is None
