@@ -313,7 +313,7 @@ def test_every_layout_is_one_process():
 def _evaluate(rank: int, folder: str, topology: Topology) -> None:
     from megatron_tf.engine.deepspeed.engine import DeepSpeedEngine
 
-    with joined(rank, topology.world_size, folder):
+    with joined([config()], rank, topology.world_size, folder):
         run = Layout(topology).apply(config())
         plan, group = plan_batches(run, topology.world_size), make_group(topology, "tensor", 60)
         engine = DeepSpeedEngine(run, run.model, plan, topology, group, InitialSource(run.model, 7))

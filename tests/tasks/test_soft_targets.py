@@ -66,7 +66,7 @@ def test_what_is_no_number_is_never_right():
 
 
 def _split(rank: int, folder: str) -> None:
-    with joined(rank, 2, folder):
+    with joined([], rank, 2, folder):
         group = make_group(Topology(2, 1, 1), "tensor", 60)
         logits, targets = made_up()
         start, stop = shard_range(CLASSES, 2, rank)

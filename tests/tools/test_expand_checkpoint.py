@@ -159,7 +159,7 @@ def test_a_users_mistake_is_one_message(folder):
         "there is no such folder": {"source": "nothing", "target": "new"},
         "holds step_00000001 already. Nothing is overwritten": {"target": "taken"},
         "damaged: its checksum is": {"source": "damaged", "target": "new"},
-        "so it is with the Pile models": {"arguments": ("model.hidden_size=64",)},
+        "The Pile models 150M, 450M, 900M and 1.5B differ": {"arguments": ("model.hidden_size=64",)},
         "has model.parameter_tokens {qkv: 13, proj: 11, ffn: 37} and model.num_layers 2 already": {
             "arguments": ("model.parameter_tokens.qkv=13", "model.parameter_tokens.ffn=37")
         },

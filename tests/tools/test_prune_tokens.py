@@ -204,10 +204,10 @@ def test_a_model_with_fewer_candidates_is_trained_further_and_grown_again(candid
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout
     bank = "model.sparse={ffn: {group_size: 16, candidates: 6, dense: 5}}"
     done = train(
-        tmp_path, f"run.dir={candidates}/again", f"growth.from={candidates}/two", "growth.method=split", bank, *counts
+        tmp_path, f"run.dir={candidates}/more", f"growth.from={candidates}/two", "growth.method=split", bank, *counts
     )
     assert done.returncode == 0 and "grown from" in done.stdout, done.stdout
-    history = open_checkpoint(candidates / "again" / "checkpoints" / "step_00000002").index.growth_history
+    history = open_checkpoint(candidates / "more" / "checkpoints" / "step_00000002").index.growth_history
     assert [entry["method"] for entry in history] == ["split", "split", "pruned", "split"]
     assert history[3]["loss_before"] == pytest.approx(history[3]["loss_after"], rel=1e-5)
 

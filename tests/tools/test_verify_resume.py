@@ -17,8 +17,8 @@ def verify(*arguments):
 def test_one_rank():
     done = verify("--ranks", 1, "--steps", 2)
     assert done.returncode == 0, done.stdout
-    assert "2 layouts, 2 changes of layout" in done.stdout
-    assert "2 changes: 2 bit-equal, worst loss" in done.stdout
+    assert "3 layouts, 3 changes of layout" in done.stdout
+    assert "3 changes: 3 bit-equal, worst loss" in done.stdout
 
 
 @pytest.mark.parametrize(

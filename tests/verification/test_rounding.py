@@ -99,7 +99,7 @@ FAULTS = {fault.__name__: fault for fault in (
 
 
 def _ranks(rank, runs, folder):
-    with check.joined(rank, 2, folder):
+    with check.joined([config for config, *_ in runs], rank, 2, folder):
         for number, (config, layout, fault) in enumerate(runs):
             with pytest.MonkeyPatch.context() as patch:
                 if fault:
