@@ -20,7 +20,7 @@ import numpy as np
 from megatron_tf.data.spans import Spans
 from megatron_tf.data.tokenizer import Tokenizer
 
-WINDOW_CHARACTERS = 1 << 18
+WINDOW_CHARACTERS = 1 << 17
 OVERLAP_CHARACTERS = 8192
 
 
