@@ -128,7 +128,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(folder, tmp_path):
     run = f"run.dir={tmp_path}/run"
     for override, message in (
         ("data.seq_length=100", "data.seq_length: 100, and the base's context is 64 tokens"),
-        ("base.path=/nowhere", "/nowhere: transformers finds no tokenizer"),
+        ("base.path=/nowhere", "/nowhere: there is no such folder"),
     ):
         done = finetune(folder, run, override)
         assert (done.returncode, done.stderr.count("error: ")) == (2, 1) and message in done.stderr, done.stderr

@@ -50,7 +50,8 @@ def planned_runs():
 
 def no_sum_of_norms(patch):
     begin = pattention._begin_row_statistic
-    patch.setattr(pattention, "_begin_row_statistic", lambda a, k, kind, group: begin(a, k, kind, pattention.SINGLE))
+    alone = {"group": pattention.SINGLE}
+    patch.setattr(pattention, "_begin_row_statistic", lambda scores, layer: begin(scores, layer._replace(**alone)))
 
 
 def no_sum_of_totals(patch):
