@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,10 +36,19 @@ def make_group(topology: Topology, axis: GridAxis, timeout_seconds: float, backe
     size, rank = getattr(topology, axis), dist.get_rank() if dist.is_initialized() else 0
     if size == 1:
         return SINGLE
-    timeout = timedelta(seconds=timeout_seconds)
-    mine = None
-    for ranks in topology.groups(axis):
-        handle = dist.new_group(ranks, timeout=timeout, backend=backend)
-        if rank in ranks:
+    return Group(size, topology.coordinate(axis, rank), own_of(topology.groups(axis), timeout_seconds, backend))
+
+
+def own_of(
+    groups: Iterable[Sequence[int]], timeout_seconds: float, backend: str | None = None
+) -> dist.ProcessGroup | None:
+    """The communicator of that of `groups` which this rank is in, None of a rank in none.
+
+    Every rank of the world must call it with the same groups, in the same order.
+    """
+    timeout, mine = timedelta(seconds=timeout_seconds), None
+    for ranks in groups:
+        handle = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+        if dist.get_rank() in ranks:
             mine = handle
-    return Group(size, topology.coordinate(axis, rank), mine)
+    return mine

@@ -76,9 +76,10 @@ class TorchEngine(SegmentedEngine):
             choose_forms(block, config.training, device.type)
             if config.training.compile:
                 block.compile()
-        self._keep_parameters = config.parallel.shard != "parameters"
+        timeout = config.parallel.timeout_seconds
+        keep_parameters = config.parallel.shard != "parameters"
         self._keep_gradients = config.parallel.shard == "optimizer"
-        self._is_sharded = sharding.shard(self._stage, self._data, topology, dtype, device, self._keep_parameters)
+        self._is_sharded = sharding.shard(self._stage, self._data, timeout, dtype, device, keep_parameters)
         self._context = BlockContext()
         self._coming_branches: Iterator[Tensor | None] = iter(())
         self._found: dict[str, Tensor] = {}
@@ -86,7 +87,7 @@ class TorchEngine(SegmentedEngine):
             plan.num_micro_batches * plan.micro_batch_size * self._task.losses_per_sample(model)
         )
         self._pipeline: Pipeline | None = None
-        pipeline = make_group(topology, "pipeline", config.parallel.timeout_seconds)
+        pipeline = make_group(topology, "pipeline", timeout)
         if pipeline.handle is not None:
             # imported where it is needed, because it takes as long as torch itself
             from megatron_tf.engine.torch.pipeline import Pipeline
@@ -103,8 +104,8 @@ class TorchEngine(SegmentedEngine):
                 clock=clock,
                 context=self._next_context,
             )
-        self._tied = sharding.tied_group(topology, rank) if self._task.tied and topology.pipeline > 1 else None
-        self._sharing = sharding.row_group(topology, tensor, self._data)
+        self._tied = sharding.tied_group(topology, timeout) if self._task.tied and topology.pipeline > 1 else None
+        self._sharing = sharding.row_group(topology, tensor, self._data, timeout)
         self._shards = shards_of(self._stage, topology)
         found = ((shard, sharding.fragment(shard, self._data)) for shard in self._shards)
         self._fragments = [(shard, fragment) for shard, fragment in found if fragment is not None]
@@ -234,7 +235,7 @@ class TorchEngine(SegmentedEngine):
         if squares:
             sums[1] = torch.stack(squares).sum()
         dist.all_reduce(sums)
-        return sums[0].float(), math.sqrt(squared) if (squared := float(sums[1])) >= 0 else math.nan
+        return sums[0].float(), math.sqrt(float(sums[1]))
 
     def _update(self, norm: float) -> bool:
         """Updates the weights, unless the gradient is not finite."""
@@ -286,6 +287,4 @@ class TorchEngine(SegmentedEngine):
 
 
 def _nonfinite(shards: Sequence[ShardedParameter]) -> list[str]:
-    return [
-        shard.spec.name for shard, gradient in sharding.gradients(list(shards)) if not torch.isfinite(gradient).all()
-    ]
+    return [shard.spec.name for shard, gradient in sharding.gradients(shards) if not torch.isfinite(gradient).all()]

@@ -8,7 +8,7 @@ sums gradients in fp32, and leaves each rank the mean of its own chunk.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from megatron_tf.config.topology import Topology
 from megatron_tf.engine.segmented import Fragment
 from megatron_tf.engine.shards import ShardedParameter
 from megatron_tf.model.stage import Stage
-from megatron_tf.parallel.groups import Group
+from megatron_tf.parallel.groups import Group, own_of
 
 
-def shard(stage: Stage, data: Group, topology: Topology, dtype: torch.dtype, device: torch.device, keep: bool) -> bool:
+def shard(
+    stage: Stage, data: Group, timeout_seconds: float, dtype: torch.dtype, device: torch.device, keep: bool
+) -> bool:
     """Shards `stage` over `data` and returns True, or, where one rank needs no other compute type, leaves it alone.
 
     `keep`: whether parameters stay whole between the forward and the backward pass.
@@ -33,11 +35,8 @@ def shard(stage: Stage, data: Group, topology: Topology, dtype: torch.dtype, dev
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    handle = data.handle
-    if handle is None:
-        for rank in range(topology.world_size):
-            alone = dist.new_group([rank])
-            handle = alone if rank == dist.get_rank() else handle
+    # `fully_shard` needs a communicator also for a group of one
+    handle = data.handle or own_of(([rank] for rank in range(dist.get_world_size())), timeout_seconds)
     assert handle is not None
     # No block changes its hidden states in place, so that some leave it as a view does no harm.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -85,31 +84,23 @@ def _is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def tied_group(topology: Topology, rank: int) -> dist.ProcessGroup | None:
+def tied_group(topology: Topology, timeout_seconds: float) -> dist.ProcessGroup | None:
     """The first and the last stage of this rank's pipeline, where it is one of them. All ranks call it together."""
-    mine = None
-    for ranks in topology.groups("pipeline"):
-        ends = [ranks[0], ranks[-1]]
-        handle = dist.new_group(ends)
-        mine = handle if rank in ends else mine
-    return mine
+    return own_of([(ranks[0], ranks[-1]) for ranks in topology.groups("pipeline")], timeout_seconds)
 
 
-def row_group(topology: Topology, tensor: Group, data: Group) -> Group:
+def row_group(topology: Topology, tensor: Group, data: Group, timeout_seconds: float) -> Group:
     """The tensor- and data-parallel ranks of one stage, in the order of the world. All ranks call it together."""
     if data.size == 1:
         return tensor
     if tensor.size == 1:
         return data
-    size, rank = topology.tensor * topology.data, dist.get_rank()
-    mine = None
-    for first in range(0, topology.world_size, size):
-        handle = dist.new_group(list(range(first, first + size)))
-        mine = handle if first <= rank < first + size else mine
-    return Group(size, rank % size, mine)
+    size = topology.tensor * topology.data
+    stages = [range(first, first + size) for first in range(0, topology.world_size, size)]
+    return Group(size, dist.get_rank() % size, own_of(stages, timeout_seconds))
 
 
-def gradients(shards: list[ShardedParameter]) -> Iterator[tuple[ShardedParameter, Tensor]]:
+def gradients(shards: Iterable[ShardedParameter]) -> Iterator[tuple[ShardedParameter, Tensor]]:
     """Those that are there."""
     for shard_ in shards:
         grad = gradient(shard_.parameter)
