@@ -45,6 +45,7 @@ COMMANDS = {
     "finetune": Command("finetune", "train an adapter of a frozen base model", ranks=True),
     "grow-adapter": Command("grow_adapter", "more parameter tokens for a trained adapter, or fewer"),
     "export-adapter": Command("export_adapter", "a base model and an adapter as one folder for transformers"),
+    "merge-adapter": Command("merge_adapter", "an adapter of a TokenFormer into it, as a folder of the usual kind"),
     "convert": Command("convert_checkpoint", "weights from and to other formats"),
     "inspect": Command("inspect_checkpoint", "what is inside a checkpoint, and whether its bytes are right"),
     "generate": Command("generate_text", "write text with a trained model"),

@@ -6,9 +6,9 @@
 | format_version | of this layout |
 | num_tokens | parameter tokens of each branch |
 | frozen_tokens | the first of them, which training leaves as they are; tensors of their own in the weights |
-| scale | τ of all branches: stored, never computed from num_tokens again, so that growth can hold it |
-| activation | l2_norm_gelu |
-| modules, target_modules | kinds of modules, and the names that they were resolved to |
+| scale | τ of all branches: stored, never computed from num_tokens again, so that growth can hold it; null for appended ones |
+| activation | l2_norm_gelu; of appended tokens that of the base |
+| modules, target_modules | kinds of modules, and the names that they were resolved to; pattention: appended to a TokenFormer's |
 | base | shape and digests of the base's weights, see `fingerprint` |
 | history | one entry a growth or shrinking |
 | checksum | SHA-256 of adapter_model.safetensors and of the fields that say what it computes |
@@ -33,9 +33,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tf.adapters.modules import BRANCH, KINDS
+from megatron_tf.adapters.modules import BRANCH, KINDS, PATTENTION
 from megatron_tf.checkpoint.strict_json import Fields, NotJsonError, parse_json
-from megatron_tf.config.activations import DEFAULT_ACTIVATION
+from megatron_tf.config.activations import ACTIVATIONS, DEFAULT_ACTIVATION
 from megatron_tf.durable import atomic_folder, open_plain, partial_path, prepare_output, read_plain
 from megatron_tf.errors import CheckpointError, file_errors, shown
 
@@ -97,9 +97,14 @@ def read_config(path: Path) -> dict[str, Any]:
     frozen = fields.integer("frozen_tokens")
     if frozen >= tokens:
         raise fields.error("frozen_tokens", f"is {frozen}, and there are {tokens} tokens. One at least is trained")
-    fields.positive("scale")
-    if fields.text("activation") != DEFAULT_ACTIVATION:
-        raise fields.error("activation", f"is {shown(values['activation'])}, expected {DEFAULT_ACTIVATION}")
+    appended = is_appended(values)
+    activations = ACTIVATIONS.names() if appended else [DEFAULT_ACTIVATION]
+    if fields.text("activation") not in activations:
+        raise fields.error("activation", f"is {shown(values['activation'])}, expected {' or '.join(activations)}")
+    if not appended:
+        fields.positive("scale")
+    elif values.get("scale", "missing") is not None:
+        raise fields.error("scale", "must be null: appended tokens share τ of the base's own")
     for kind in fields.array("modules"):
         if kind not in KINDS:
             raise fields.error("modules", f"holds {shown(kind)}, expected {', '.join(KINDS)}")
@@ -115,6 +120,11 @@ def read_config(path: Path) -> dict[str, Any]:
     base.optional_text("vectors")
     base.optional_text("matrices")
     return dict(values)
+
+
+def is_appended(config: Mapping[str, Any]) -> bool:
+    """Whether the tokens are appended to a TokenFormer's own."""
+    return config.get("modules") == [PATTENTION]
 
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> None:

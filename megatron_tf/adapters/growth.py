@@ -1,8 +1,9 @@
 """More parameter tokens for a trained adapter, or fewer: a function on its folder, which needs no base model.
 
 The methods are those that grow models (`growth.methods`), for each branch by itself; τ stays one number for all
-branches. With `freeze_old` the tokens that were there are not trained any more, and `shrink` to their number gives the
-adapter back as it was, to the last bit.
+branches. Of tokens appended to a TokenFormer's, zero_key alone keeps the function: norm and τ are also the base's. With
+`freeze_old` the tokens that were there are not trained any more, and `shrink` to their number gives the adapter back as
+it was, to the last bit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tf.adapters.folder import Adapter, Branch
+from megatron_tf.adapters.folder import Adapter, Branch, is_appended
 from megatron_tf.checks import check_choice, check_whole_number
 from megatron_tf.errors import ArgumentError, CheckpointError
 from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, GrowingProjection
@@ -43,6 +44,11 @@ def grow_adapter(
         raise ArgumentError(
             f"num_tokens: {num_tokens}, and the adapter has {old} tokens. Give more to grow it, or shrink it."
         )
+    appended = is_appended(config)
+    if appended and method != "zero_key":
+        raise ArgumentError(
+            f"method: {method} needs the tokens of the base, whose norm appended tokens share. Set it to zero_key."
+        )
     if method == "gram":
         _check_gram(adapter, num_tokens)
     branches = {}
@@ -50,8 +56,9 @@ def grow_adapter(
         keys, values = _initial(branch, num_tokens, seed, name)
         projection = GrowingProjection(
             name=name, kind="adapter", key="method", activation=config["activation"], width=branch.keys.shape[1],
-            old_tokens=old, new_tokens=num_tokens, scale=scale, seed=seed, old_keys={"key_tokens": _flat(branch.keys)},
-            initial_keys={"key_tokens": _flat(keys)}, initial_values={"value_tokens": _flat(values)},
+            old_tokens=old, new_tokens=num_tokens, scale=_scale(adapter), seed=seed,
+            old_keys={"key_tokens": _flat(branch.keys)}, initial_keys={"key_tokens": _flat(keys)},
+            initial_values={"value_tokens": _flat(values)},
         )  # fmt: skip
         decided = METHODS[method](projection)
         grown = {}
@@ -62,7 +69,7 @@ def grow_adapter(
                 new = elements(old * width, num_tokens * width).view(-1, width).to(tokens.dtype)
             grown[part] = torch.cat([tokens, new])
         branches[name] = Branch(grown["key_tokens"], grown["value_tokens"])
-        new_scale = decided.scale
+        new_scale = None if appended else decided.scale
     entry = {"method": method, "from": old, "to": num_tokens, "scale_from": scale, "scale_to": new_scale, "seed": seed,
              "frozen_from": config["frozen_tokens"]}  # fmt: skip
     frozen = old if freeze_old else config["frozen_tokens"]
@@ -85,6 +92,11 @@ def shrink_adapter(adapter: Adapter, num_tokens: int, *, seed: int = 0) -> Adapt
     if num_tokens < frozen:
         raise ArgumentError(
             f"num_tokens: {num_tokens}, and {frozen} tokens are frozen, which stay. Give at least {frozen}."
+        )
+    if num_tokens != frozen and is_appended(config):
+        raise ArgumentError(
+            f"num_tokens: {num_tokens}, and what an appended token contributes depends on the base's tokens, whose norm "
+            "it shares. Merge the adapter and prune the model."
         )
     entry = {
         "method": "shrink",
@@ -145,7 +157,12 @@ def check_growth(before: Adapter, after: Adapter, method: str) -> Difference:
 
 def _output(adapter: Adapter, branch: Branch, x: Tensor) -> Tensor:
     keys, values = branch.keys.float(), branch.values.float()
-    return pattention(x, keys, values, scale=adapter.config["scale"], activation=adapter.config["activation"])
+    return pattention(x, keys, values, scale=_scale(adapter), activation=adapter.config["activation"])
+
+
+def _scale(adapter: Adapter) -> float:
+    """τ; of appended tokens, to which the base's is common, one by which two of them can be compared."""
+    return 1.0 if is_appended(adapter.config) else adapter.config["scale"]
 
 
 def _check_gram(adapter: Adapter, num_tokens: int) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_tf.adapters.folder import read_adapter
 from megatron_tf.caches import prepare_hugging_face
+from megatron_tf.checkpoint.strict_json import NotJsonError, parse_json
+from megatron_tf.convert.huggingface.configuration import MODEL_TYPE
 from megatron_tf.convert.huggingface.verify import require_transformers
 from megatron_tf.durable import read_plain
 from megatron_tf.errors import CheckpointError, DataError, UserError, file_errors, first_line
@@ -38,14 +40,17 @@ def require_peft() -> str:
 
 def load_base(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
     """The causal language model in a folder, in evaluation mode; `dtype` "auto" is that of its weights. CheckpointError
-    when there is none to be loaded whole."""
+    when there is none to be loaded whole.
+
+    Nothing in the folder is run: of an exported TokenFormer the code is ours, and not its copy that lies there.
+    """
     with file_errors(
         CheckpointError, folder / _CONFIG, "Give the folder of a base model, as save_pretrained writes it."
     ):
         content = read_plain(folder / _CONFIG, _LARGEST_CONFIG)
     if b'"pattention"' in content:
         raise CheckpointError(f"{folder}: is an export with an adapter in it. Give the base that it was made from")
-    return _load(folder, dtype)
+    return _load(folder, dtype, is_tokenformer=_model_type(folder, content) == MODEL_TYPE)
 
 
 def load_exported(folder: Path) -> Any:
@@ -53,15 +58,27 @@ def load_exported(folder: Path) -> Any:
     return _load(folder, torch.float32, trust_remote_code=True)
 
 
-def _load(folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:
+def _model_type(folder: Path, config: bytes) -> Any:
+    try:
+        values = parse_json(config, finite=False)
+    except NotJsonError as error:
+        raise CheckpointError(f"{folder / _CONFIG}: is not JSON ({error}). Copy it again") from error
+    return values.get("model_type") if isinstance(values, dict) else None
+
+
+def _load(folder: Path, dtype: torch.dtype | str, *, is_tokenformer: bool = False, **options: Any) -> Any:
     require_peft()
     prepare_hugging_face()
     import transformers
 
+    kind: Any = transformers.AutoModelForCausalLM
+    if is_tokenformer:
+        from megatron_tf.convert.huggingface.remote_code.modeling_tokenformer import TokenFormerForCausalLM as kind
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:

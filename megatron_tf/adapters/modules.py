@@ -3,6 +3,7 @@ name.
 
 The layers are the one list of modules as long as the configuration's number of layers. Within a layer, a child that
 holds matrices and children of its own is *attention* when its forward takes a mask or positions, and an *MLP* when not.
+In a TokenFormer, an adapter can also stand in the Pattentions themselves, with tokens next to theirs.
 """
 
 from __future__ import annotations
@@ -15,16 +16,22 @@ from typing import Any
 
 from torch import nn
 
+from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS
+from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.nearest import either
+from megatron_tf.convert.huggingface.configuration import MODEL_TYPE
 from megatron_tf.errors import ArgumentError
 
 ATTENTION = "attention"
 MLP = "mlp"
 LINEAR = "linear"
-KINDS = (ATTENTION, MLP, LINEAR)
+PATTENTION = "pattention"
+KINDS = (ATTENTION, MLP, LINEAR, PATTENTION)
 BRANCH = "pattention_branch"  # works in parallel to a module, as a child of it
 _POSITIONS = ("mask", "position", "rotary", "alibi", "cache_params")
 _LISTED = 4  # names that a message spells out
+# name of a Pattention within its layer, in an export -> the kind that its tokens are counted by
+_TOKEN_KINDS = {names.huggingface.rpartition(".")[2]: names.tokens for names in PROJECTIONS.values()}
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,13 @@ def select(model: nn.Module, kinds: Sequence[str]) -> list[Place]:
     for kind in kinds:
         if kind not in KINDS:
             raise ArgumentError(f"modules: {kind!r} is no kind of module. Choose of {either(KINDS)}.")
-    if not kinds or (LINEAR in kinds and len(kinds) > 1):
+    if not kinds or (len(kinds) > 1 and {LINEAR, PATTENTION} & set(kinds)):
         raise ArgumentError(
-            f"modules: {list(kinds)}. Give attention, mlp or both, or linear alone, which is the layers within them."
+            f"modules: {list(kinds)}. Give attention, mlp or both, or linear alone, which is the layers within them, or "
+            "pattention alone, in a TokenFormer."
         )
+    if PATTENTION in kinds:
+        return select_projections(model)
     places = find_places(model)
     present = {place.kind for place in places.values()}
     missing = [kind for kind in kinds if kind not in present]
@@ -100,6 +110,65 @@ def select_named(model: nn.Module, targets: Iterable[str]) -> list[Place]:
             f"target_modules: {inner[0]} is within another target. Give either whole modules or their linear layers."
         )
     return list(found.values())
+
+
+def select_projections(model: nn.Module, targets: Iterable[str] | None = None) -> list[Place]:
+    """The Pattentions of a TokenFormer that tokens can be appended to: all, or those whose names end in one of
+    `targets`.
+
+    ArgumentError for another model, for an activation in which new tokens cannot keep the function, for targets that
+    are none, and for a part of the projections whose tokens the model counts as one number.
+    """
+    if not is_tokenformer(model):
+        raise ArgumentError(
+            f"modules: pattention is for TokenFormers, and this is a {type(model).__name__}. Give attention and mlp."
+        )
+    config = _text_config(model)
+    if not ACTIVATIONS[config.activation].ignores_zero:
+        raise ArgumentError(
+            f"modules: pattention appends tokens with key 0, and in a {config.activation} model these have a weight, so "
+            "its function would change. Give attention and mlp."
+        )
+    found: dict[str, Place] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "weigh") and name.rpartition(".")[2] in _TOKEN_KINDS:
+            if module.keys is None:
+                raise ArgumentError(
+                    f"modules: all tokens of {name} are candidates, and pattention needs some that every position uses. "
+                    "Give attention and mlp."
+                )
+            found[name] = Place(name, PATTENTION, _argument(module), config.hidden_size, config.hidden_size)
+    return list(found.values()) if targets is None else _whole_kinds(found, list(targets))
+
+
+def is_tokenformer(model: nn.Module) -> bool:
+    """Whether it is one of our own models, as an export of them is loaded."""
+    return getattr(getattr(model, "config", None), "model_type", None) == MODEL_TYPE
+
+
+def default_kinds(model: nn.Module) -> tuple[str, ...]:
+    """Where an adapter stands when nothing is said: in a TokenFormer's projections, else in parallel to whole modules."""
+    return (PATTENTION,) if is_tokenformer(model) else (ATTENTION, MLP)
+
+
+def _whole_kinds(places: dict[str, Place], targets: list[str]) -> list[Place]:
+    ends = sorted({name.rpartition(".")[2] for name in places})
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in places):
+            raise ArgumentError(
+                f"target_modules: {target!r} is no Pattention of this TokenFormer. Choose of {', '.join(ends)}."
+            )
+    chosen = [name for name in places if any(name == target or name.endswith(f".{target}") for target in targets)]
+    kinds = {_TOKEN_KINDS[name.rpartition(".")[2]] for name in chosen}
+    left = [name for name in places if _TOKEN_KINDS[name.rpartition(".")[2]] in kinds and name not in chosen]
+    if left:
+        kind = _TOKEN_KINDS[left[0].rpartition(".")[2]]
+        others = [end for end in ends if _TOKEN_KINDS[end] == kind]
+        raise ArgumentError(
+            f"target_modules: {left[0]} is not among them, and a TokenFormer has one number of {kind} tokens, for "
+            f"{' and '.join(others)} of all layers. Give all of them, or none."
+        )
+    return [places[name] for name in chosen]
 
 
 def num_layers(model: nn.Module) -> int:

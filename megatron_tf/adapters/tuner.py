@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 
-from megatron_tf.adapters.branch import PattentionLayer
+from megatron_tf.adapters.branch import AppendedLayer, PattentionLayer, TokenLayer
 from megatron_tf.adapters.fingerprint import base_facts, check_base
 from megatron_tf.adapters.folder import (
     CONFIG_NAME,
@@ -29,9 +29,19 @@ from megatron_tf.adapters.folder import (
     read_config,
     write_config,
 )
-from megatron_tf.adapters.modules import ATTENTION, BRANCH, LINEAR, MLP, Place, select, select_named
+from megatron_tf.adapters.modules import (
+    ATTENTION,
+    BRANCH,
+    LINEAR,
+    MLP,
+    PATTENTION,
+    Place,
+    select,
+    select_named,
+    select_projections,
+)
 from megatron_tf.checks import check_choice, check_scale, check_whole_number
-from megatron_tf.config.activations import DEFAULT_ACTIVATION
+from megatron_tf.config.activations import ACTIVATIONS, DEFAULT_ACTIVATION
 from megatron_tf.durable import atomic_path
 from megatron_tf.errors import ArgumentError
 from megatron_tf.state.parameters import default_scale
@@ -61,14 +71,17 @@ class PattentionConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[METHOD]
-        check_choice("activation", self.activation, [DEFAULT_ACTIVATION])
+        self.modules = [self.modules] if isinstance(self.modules, str) else list(self.modules)
+        is_appended = self.modules == [PATTENTION]
+        check_choice("activation", self.activation, ACTIVATIONS.names() if is_appended else [DEFAULT_ACTIVATION])
         check_whole_number("num_tokens", self.num_tokens, 1)
         check_whole_number("frozen_tokens", self.frozen_tokens, 0, self.num_tokens - 1)
         check_whole_number("format_version", self.format_version, 1, FORMAT_VERSION)
-        if self.scale is None:
-            self.scale = default_scale(self.num_tokens, self.activation)
-        check_scale("scale", self.scale)
-        self.modules = [self.modules] if isinstance(self.modules, str) else list(self.modules)
+        if is_appended and self.scale is not None:
+            raise ArgumentError(f"scale: {self.scale:g}, and appended tokens share τ of the base's own. Leave it out.")
+        if not is_appended:
+            self.scale = default_scale(self.num_tokens, self.activation) if self.scale is None else self.scale
+            check_scale("scale", self.scale)
         if self.target_modules == "all-linear":
             self.modules, self.target_modules = [LINEAR], None
         if isinstance(self.target_modules, str):
@@ -103,18 +116,28 @@ class PattentionModel(BaseTuner):
     """Adds the branches of a `PattentionConfig` to a decoder and takes them out again."""
 
     prefix = "pattention_"
-    tuner_layer_cls = PattentionLayer
+    tuner_layer_cls = TokenLayer
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """`target_modules` as full names. All that can be wrong is found before anything is added."""
         if peft_config.base is not None:
             check_base(self.model, peft_config.base)
-        if peft_config.target_modules is None:
+        if peft_config.modules == [PATTENTION]:
+            places = select_projections(self.model, peft_config.target_modules)
+            peft_config.activation = self.model.config.activation  # type: ignore[union-attr]
+        elif peft_config.target_modules is None:
             places = select(self.model, peft_config.modules)
         else:
             places = select_named(self.model, peft_config.target_modules)
             peft_config.modules = sorted({place.kind for place in places})
+        for place in places:
+            layer = getattr(self.model.get_submodule(place.name), BRANCH, None)
+            if layer is not None and type(layer) is not _layer_class(place):
+                raise ArgumentError(
+                    f"modules: {place.name} has a branch of another kind already, of an adapter that is loaded. Load "
+                    "this one on a base of its own."
+                )
         peft_config.base = peft_config.base or base_facts(self.model)
         peft_config.target_modules = {place.name for place in places}
         self._places: dict[str, Place] = {place.name: place for place in places}
@@ -130,12 +153,18 @@ class PattentionModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer: Any = getattr(target, BRANCH, None) or PattentionLayer(target, self._places[current_key])
+        place = self._places[current_key]
+        layer: Any = getattr(target, BRANCH, None) or _layer_class(place)(target, place)
         layer.update_layer(adapter_name, peft_config.num_tokens, peft_config.frozen_tokens, peft_config.scale)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
     def _check_merge_allowed(self) -> NoReturn:
+        if all(config.modules == [PATTENTION] for config in self.peft_config.values()):
+            raise ArgumentError(
+                "merge: `megatron_tf merge-adapter` puts the tokens of a saved adapter into its TokenFormer, which gets "
+                "another configuration by it, and unload() takes the adapter out."
+            )
         raise ArgumentError(
             "merge: a Pattention is no linear function of its input, so no weight of the base equals it. "
             "`megatron_tf export-adapter` writes base and adapter as one folder, and unload() takes the adapter out."
@@ -146,11 +175,15 @@ class PattentionModel(BaseTuner):
             self._check_merge_allowed()
         for module in list(self.model.modules()):
             layer = getattr(module, BRANCH, None)
-            if isinstance(layer, PattentionLayer):
+            if isinstance(layer, TokenLayer):
                 layer.remove(module)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+
+def _layer_class(place: Place) -> type[TokenLayer]:
+    return AppendedLayer if place.kind == PATTENTION else PattentionLayer
 
 
 def with_adapters(base: nn.Module, folders: Mapping[str, Path], trained: bool = False) -> Any:
@@ -175,7 +208,7 @@ def adapter_of(model: Any, name: str = "default") -> Adapter:
     branches = {}
     for place, module in model.get_base_model().named_modules():
         layer = getattr(module, BRANCH, None)
-        if isinstance(layer, PattentionLayer) and name in layer.scales:
+        if isinstance(layer, TokenLayer) and name in layer.scales:
             keys, values = layer.tokens(name)
             branches[place] = Branch(keys.detach().cpu().clone(), values.detach().cpu().clone())
     return Adapter(fields, branches)

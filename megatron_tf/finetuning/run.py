@@ -14,7 +14,7 @@ from torch import nn
 
 from megatron_tf.adapters.folder import read_adapter
 from megatron_tf.adapters.loading import load_base, load_tokenizer
-from megatron_tf.adapters.modules import ATTENTION, MLP
+from megatron_tf.adapters.modules import default_kinds
 from megatron_tf.durable import atomic_path
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.errors import CheckpointError, ConfigError, DataError, RunStopped, UserError, file_errors
@@ -233,7 +233,7 @@ def _model(config: FinetuneConfig, newest: Path | None, data: str, device: torch
         read_adapter(source)
         model = with_adapters(base, {"default": source}, trained=True)
     else:
-        model = with_new_adapter(base, adapter.tokens or DEFAULT_TOKENS, adapter.modules or (ATTENTION, MLP))
+        model = with_new_adapter(base, adapter.tokens or DEFAULT_TOKENS, adapter.modules or default_kinds(base))
     if config.training.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, resumed

@@ -54,7 +54,8 @@ class AdapterSection(Section):
     tokens: Count | None = None
     """[tokens] Of each branch. null: 64, or those of adapter.from."""
     modules: tuple[str, ...] = ()
-    """attention, mlp, or linear alone. Empty: attention and mlp, or those of adapter.from."""
+    """attention, mlp, or linear alone; pattention alone in a TokenFormer. Empty: attention and mlp, pattention in a
+    TokenFormer, or those of adapter.from."""
     source: Path | None = Field(None, alias="from")
     """Folder of an adapter to begin with, such as a grown one."""
 

@@ -80,7 +80,7 @@ def test_what_is_no_decoder_or_no_kind_is_refused():
     with pytest.raises(ArgumentError, match="Linear has no configuration with num_hidden_layers"):
         find_places(nn.Linear(2, 2))
     for kinds, message in (
-        (["ffn"], "'ffn' is no kind of module. Choose of attention, mlp or linear"),
+        (["ffn"], "'ffn' is no kind of module. Choose of attention, mlp, linear or pattention"),
         (["mlp", "linear"], "Give attention, mlp or both, or linear alone"),
         ([], "Give attention, mlp or both"),
     ):

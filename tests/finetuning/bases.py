@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer of single characters in a folder, and examples for it."""
+"""A tiny model with a tokenizer of single characters in a folder, and examples for it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
 from decoders import decoder  # noqa: E402
+from tokenformers import tokenformer as tokenformer  # noqa: E402
 
 CHARACTERS = [chr(code) for code in range(32, 125)]  # 93, after the three below
 TEMPLATE = (
@@ -21,10 +23,11 @@ TEMPLATE = (
 )
 
 
-def write_base(folder: Path, template: str | None = TEMPLATE) -> Path:
+def write_base(folder: Path, template: str | None = TEMPLATE, model: nn.Module | None = None) -> Path:
+    """`model`: None is a Llama."""
     from transformers import PreTrainedTokenizerFast
 
-    decoder().save_pretrained(folder)
+    (model or decoder()).save_pretrained(folder)
     vocabulary = {token: number for number, token in enumerate(["[pad]", "[bos]", "[eos]", *CHARACTERS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[pad]"))
     tokenizer.pre_tokenizer = Split("", "isolated")

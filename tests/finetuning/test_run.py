@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import decoder, questions, write_base, write_lines
+from bases import decoder, questions, tokenformer, write_base, write_lines
 from launching import PROJECT, environment, free_port
 from peft import PeftModel
+from tooling import tool
 
 from megatron_tf.adapters import PattentionConfig
 from megatron_tf.adapters.folder import read_adapter, write_adapter
 from megatron_tf.adapters.growth import grow_adapter
 from megatron_tf.errors import ConfigError
 from megatron_tf.finetuning.section import load_finetune
+from megatron_tf.inference.load import load_model
 from megatron_tf.shipped import find_finetuning
 
 CONFIG = """
@@ -121,6 +123,27 @@ def test_a_grown_adapter_goes_on_without_packing_and_recomputed(folder, tmp_path
     ):
         done = finetune(folder, *options, change)
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_a_tokenformer_is_fine_tuned_by_more_tokens_and_they_are_merged(folder, tmp_path):
+    write_base(tmp_path / "base", model=tokenformer())
+    run = (f"base.path={tmp_path}/base", f"run.dir={tmp_path}/run", "training.train_steps=4")
+    done = finetune(folder, *run)
+    assert done.returncode == 0, done.stderr
+    found = losses(tmp_path / "run")
+    assert found[4] < found[1] - 0.05
+    adapter = read_adapter(tmp_path / "run" / "adapter").config
+    assert (adapter["modules"], adapter["scale"], len(adapter["target_modules"])) == (["pattention"], None, 10)
+    done = tool("merge_adapter", "--base", tmp_path / "base", "--adapter", tmp_path / "run" / "adapter",
+                "--to", tmp_path / "merged", HF_HOME=str(tmp_path / "home"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "on base and adapter: logits differ by" in done.stdout and "on text: logits differ by" in done.stdout
+    done = tool("convert_checkpoint", "from-hf", tmp_path / "merged", "--to", tmp_path / "on")
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        ids = torch.arange(20).view(2, 10)
+        torch.testing.assert_close(load_model(tmp_path / "on")(ids), load_model(tmp_path / "merged")(ids))
 
 
 @pytest.mark.slow

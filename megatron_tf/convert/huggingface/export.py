@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -62,9 +62,12 @@ def check_target(path: Path) -> None:
     prepare_output(path)
 
 
-def write_export(path: Path, network: TokenFormer, tokenizer: ExportedTokenizer | None) -> dict[str, Agreement]:
+def write_export(
+    path: Path, network: TokenFormer, tokenizer: ExportedTokenizer | None, copied: Sequence[Path] = ()
+) -> dict[str, Agreement]:
     """Write `network`, load the result as a user would, and compare; returns the agreement on each sample.
 
+    `copied`: files of another export that go along as they are.
     Errors: CheckpointError, with nothing left behind, also when what transformers computes is not what `network` does.
     """
     versions = verifying_versions()
@@ -75,6 +78,8 @@ def write_export(path: Path, network: TokenFormer, tokenizer: ExportedTokenizer 
     with file_errors(CheckpointError, path, "Nothing was written."), atomic_folder(path) as folder:
         _write_configuration(folder, network, tokenizer, versions)
         _write_weights(folder, network)
+        for file in copied:
+            shutil.copyfile(file, folder / file.name)
         return verify_export(folder, network, tokenizer.tokenizer if tokenizer and tokenizer.file else None)
 
 
