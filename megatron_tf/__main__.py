@@ -47,7 +47,9 @@ COMMANDS = {
     "export-adapter": Command("export_adapter", "a base model and an adapter as one folder for transformers"),
     "merge-adapter": Command("merge_adapter", "an adapter of a TokenFormer into it, as a folder of the usual kind"),
     "convert": Command("convert_checkpoint", "weights from and to other formats"),
-    "inspect": Command("inspect_checkpoint", "what is inside a checkpoint, and whether its bytes are right"),
+    "inspect": Command(
+        "inspect_checkpoint", "what is inside a checkpoint or an adapter, and whether its bytes are right"
+    ),
     "generate": Command("generate_text", "write text with a trained model"),
     "classify-images": Command("classify_images", "show the likeliest classes of images"),
     "plot": Command("plot_run", "draw loss against tokens or steps"),

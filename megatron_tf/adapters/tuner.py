@@ -125,7 +125,7 @@ class PattentionModel(BaseTuner):
             check_base(self.model, peft_config.base)
         if peft_config.modules == [PATTENTION]:
             places = select_projections(self.model, peft_config.target_modules)
-            peft_config.activation = self.model.config.activation  # type: ignore[union-attr]
+            peft_config.activation = self.model.config.activation
         elif peft_config.target_modules is None:
             places = select(self.model, peft_config.modules)
         else:

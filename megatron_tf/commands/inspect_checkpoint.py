@@ -1,9 +1,10 @@
-"""What is inside a checkpoint; are its bytes right; how does it differ from another one.
+"""What is inside a checkpoint or an adapter's folder; are its bytes right; how does it differ from another one.
 
 Reads the index only, and with --verify or --diff the shards through a bounded buffer: a laptop is enough for
 any size. Exit code 0; 1 when --diff finds a difference; 2 when a checkpoint is missing or damaged, with --verify
 also when that is a newer one of the folder. Damage of the weights themselves is told from a difference by --verify
-alone, which reads both checkpoints once more.
+alone, which reads both checkpoints once more. An adapter is small: it is read whole, and its checksum compared,
+always.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "path", type=path, help="a checkpoint, or a checkpoints or run folder (its newest complete one)"
+        "path",
+        type=path,
+        help="a checkpoint, or a checkpoints or run folder (its newest complete one); an adapter, or a fine-tuning run",
     )
     parser.add_argument(
         "--verify", action="store_true", help="compare the checksum of every file with the manifest, also of OTHER"
@@ -41,11 +44,15 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     arguments = parser.parse_args()
+    from megatron_tf.adapters.summary import adapter_folder
     from megatron_tf.checkpoint.compare import compare
     from megatron_tf.checkpoint.manager import find_checkpoint
     from megatron_tf.checkpoint.reader import open_checkpoint
     from megatron_tf.checkpoint.summary import summarize
 
+    adapter = adapter_folder(arguments.path)
+    if adapter is not None:
+        return inspect_adapter(adapter, arguments.diff, arguments.json)
     found, passed_over = find_checkpoint(arguments.path)
     reader = open_checkpoint(found)
     summary = summarize(reader)
@@ -60,10 +67,7 @@ def main() -> None:
         if arguments.verify:
             other.verify()
         differences = [d for d in compare(reader, other) if not d.equal]
-        # NaN and infinity have no JSON form
-        summary["differences"] = [
-            {**vars(d), "largest": d.largest if math.isfinite(d.largest) else str(d.largest)} for d in differences
-        ]
+        summary["differences"] = [as_json(d) for d in differences]
     if arguments.json:
         print(json.dumps(summary, indent=2))
     else:
@@ -76,6 +80,53 @@ def main() -> None:
         )
     if differences:
         sys.exit(1)
+
+
+def inspect_adapter(folder: Path, diff: Path | None, as_object: bool) -> None:
+    from megatron_tf.adapters.folder import read_adapter
+    from megatron_tf.adapters.summary import adapter_folder, differences, differing_settings, summarize
+
+    adapter = read_adapter(folder)
+    summary = summarize(folder, adapter)
+    found: list[StateDifference] = []
+    if diff is not None:
+        other = read_adapter(adapter_folder(diff) or diff)
+        found = list(differences(adapter, other))
+        summary["differences"] = [as_json(d) for d in found]
+        summary["differing_settings"] = differing_settings(adapter, other)
+    if as_object:
+        print(json.dumps(summary, indent=2))
+    else:
+        print_adapter(summary)
+        if diff is not None:
+            settings = summary["differing_settings"].items()
+            print_table([(key, f"{one} -> {other}") for key, (one, other) in settings], title="settings")
+            print_differences(diff, found)
+    if found:
+        sys.exit(1)
+
+
+def print_adapter(summary: dict[str, Any]) -> None:
+    print(f"{summary['path']} (adapter, format {summary['format_version']}, {summary['bytes']:,} bytes)")
+    scale = "of the base's projections" if summary["scale"] is None else f"{summary['scale']:.6g}"
+    tokens = f"{summary['num_tokens']:,} in each branch, {summary['frozen_tokens']:,} frozen"
+    rows = [("at", ", ".join(summary["modules"])), ("tokens", tokens), ("parameters", f"{summary['parameters']:,}"),
+            ("τ", scale), ("activation", summary["activation"]), ("checksum", summary["checksum"])]  # fmt: skip
+    print_table(rows, title="adapter")
+    print_table([(key, str(value)) for key, value in summary["base"].items()], title="base")
+    for number, entry in enumerate(summary["history"], 1):
+        print_table([(key, str(value)) for key, value in entry.items()], title=f"growth {number}")
+    branches = [
+        (name, "{} -> {}".format(*branch["widths"]), f"{branch['keys_rms']:.3g}", f"{branch['values_rms']:.3g}")
+        for name, branch in summary["branches"].items()
+    ]
+    print_table([("module", "widths", "keys, rms", "values, rms"), *branches], title="branches")
+
+
+def as_json(difference: StateDifference) -> dict[str, Any]:
+    """NaN and infinity have no JSON form."""
+    largest = difference.largest
+    return {**vars(difference), "largest": largest if math.isfinite(largest) else str(largest)}
 
 
 def print_summary(reader: CheckpointReader, summary: dict[str, Any]) -> None:

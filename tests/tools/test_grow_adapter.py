@@ -53,3 +53,18 @@ def test_bad_input_is_one_message(folder):
     ):
         assert_refused(tool("grow_adapter", *arguments), *fragments)
     assert not (folder / "no").exists()
+
+
+def test_inspect_shows_an_adapter_and_what_a_growth_has_changed(folder):
+    done = tool("grow_adapter", "--from", folder / "adapter", "--tokens", 10, "--to", folder / "ten")
+    assert done.returncode == 0, done.stderr
+    done = tool("inspect_checkpoint", folder / "ten", "--diff", folder / "adapter")
+    assert done.returncode == 1, done.stderr
+    for text in ("10 in each branch, 0 frozen", "llama", "growth 1", "model.layers.1.mlp", "10 -> 8", "0 of 256"):
+        assert text in done.stdout, (text, done.stdout)
+    done = tool("inspect_checkpoint", folder / "ten", "--json", "--diff", folder / "ten")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and (found["differences"], found["differing_settings"]) == ([], {})
+    assert_refused(
+        tool("inspect_checkpoint", folder / "ten", "--diff", folder / "base"), "adapter_config.json: No such"
+    )

@@ -1,0 +1,88 @@
+"""What an adapter's folder holds, as plain values for tables and JSON; and how two of them differ."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_tf.adapters.folder import CONFIG_NAME, KEYS, VALUES, WEIGHTS_NAME, Adapter
+from megatron_tf.checkpoint.compare import StateDifference
+
+_SETTINGS = ("modules", "num_tokens", "frozen_tokens", "scale", "activation")
+
+
+def adapter_folder(path: Path) -> Path | None:
+    """The adapter at `path`: this folder, or of a fine-tuning run that of the newest checkpoint, or what the run
+    published. None when there is none."""
+    newest = sorted((*path.glob("step_*"), *path.glob("checkpoints/step_*")), reverse=True)
+    places = (path, *newest, path / "adapter")
+    return next((place for place in places if os.path.lexists(place / CONFIG_NAME)), None)
+
+
+def summarize(folder: Path, adapter: Adapter) -> dict[str, Any]:
+    """Plain values only. `branches`: by module, [d_in, d_out] and the root mean squares of keys and values."""
+    config = adapter.config
+    branches = {
+        name: {
+            "widths": [branch.keys.shape[1], branch.values.shape[1]],
+            "keys_rms": _rms(branch.keys),
+            "values_rms": _rms(branch.values),
+        }
+        for name, branch in adapter.branches.items()
+    }
+    return {
+        "path": str(folder),
+        "format_version": config["format_version"],
+        "bytes": (folder / WEIGHTS_NAME).stat().st_size,
+        "parameters": sum(one.keys.numel() + one.values.numel() for one in adapter.branches.values()),
+        **{key: config[key] for key in _SETTINGS},
+        "base": dict(config["base"]),
+        "checksum": config["checksum"],
+        "history": [dict(entry) for entry in config["history"]],
+        "branches": branches,
+    }
+
+
+def differences(one: Adapter, other: Adapter) -> Iterator[StateDifference]:
+    """One for each tensor that differs. Tokens of a grown adapter have the old ones in front, which are compared."""
+    for name in {**one.branches, **other.branches}:
+        for leaf in (KEYS, VALUES):
+            found = _difference(f"{name}.{leaf}", *(_tokens(adapter, name, leaf) for adapter in (one, other)))
+            if not found.equal:
+                yield found
+
+
+def differing_settings(one: Adapter, other: Adapter) -> dict[str, list[Any]]:
+    """Both values of all that says what the tokens compute, where they differ; of the base, its digests too."""
+
+    def settings(adapter: Adapter) -> Mapping[str, Any]:
+        base = {f"base.{key}": value for key, value in adapter.config["base"].items()}
+        return {**{key: adapter.config[key] for key in _SETTINGS}, **base}
+
+    before, after = settings(one), settings(other)
+    return {key: [value, after[key]] for key, value in before.items() if value != after[key]}
+
+
+def _tokens(adapter: Adapter, name: str, leaf: str) -> Tensor | None:
+    branch = adapter.branches.get(name)
+    return None if branch is None else branch.keys if leaf == KEYS else branch.values
+
+
+def _difference(name: str, one: Tensor | None, other: Tensor | None) -> StateDifference:
+    shapes = tuple(None if tokens is None else tuple(tokens.shape) for tokens in (one, other))
+    if one is None or other is None or one.shape[1] != other.shape[1]:
+        return StateDifference(name, "weight", (shapes[0], shapes[1]), 0, 0, 0.0)
+    count = min(len(one), len(other))
+    distance = (one[:count].double() - other[:count].double()).abs()
+    unequal = int((distance != 0).sum())  # a NaN is not 0
+    largest = distance.max().item()
+    return StateDifference(name, "weight", (shapes[0], shapes[1]), distance.numel(), unequal, largest)
+
+
+def _rms(tokens: Tensor) -> float:
+    return math.sqrt(tokens.double().square().mean().item())
