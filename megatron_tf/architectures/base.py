@@ -69,6 +69,10 @@ class Architecture(ABC):
         rank."""
         return iter(())
 
+    def key_value_heads(self, model: Model) -> int:
+        """Heads of keys and values."""
+        return model.num_attention_heads
+
     def token_counts(self, model: Model) -> dict[str, int]:
         """Parameter tokens by kind of projection; empty for an architecture without parameter tokens."""
         return {}

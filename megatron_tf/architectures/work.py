@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron_tf.config.schema import Precision, RunConfig
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send", "all_to_all"]
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ class BlockWork:
 
 
 def positions_of(config: RunConfig) -> int:
-    """Positions of a micro batch: s · b."""
-    return config.model.seq_length * config.training.micro_batch_size
+    """Positions of a micro batch on a rank: s · b, shared by the context ranks."""
+    return config.model.seq_length // config.parallel.context * config.training.micro_batch_size
 
 
 def hidden_bytes(config: RunConfig) -> int:
-    """Bytes of whole hidden states [s, b, d] in the compute type."""
+    """Bytes of hidden states [s, b, d] in the compute type, whole over the tensor ranks."""
     return positions_of(config) * config.model.hidden_size * compute_bytes(config.training.precision)
 
 

@@ -20,6 +20,7 @@ COLLECTIVES: dict[str, Kind] = {
     "c10d.allgather_.default": "all_gather",
     "c10d._reduce_scatter_base_.default": "reduce_scatter",
     "c10d.send.default": "send",
+    "c10d.alltoall_base_.default": "all_to_all",
 }
 # Operators without real memory traffic.
 FREE = (

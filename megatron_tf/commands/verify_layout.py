@@ -35,7 +35,7 @@ def main() -> None:
         "overrides", nargs="*", default=[], metavar="section.field=value", help="replace values of the file"
     )
     parser.add_argument(
-        "--ranks", type=number_of_ranks, help="number of ranks; default: tensor × pipeline, or 2 when that is 1"
+        "--ranks", type=number_of_ranks, help="number of ranks; default: what the layout needs, or 2 when that is 1"
     )
     parser.add_argument("--all", action="store_true", help="every layout of 2 to --ranks ranks instead of one")
     parser.add_argument("--steps", type=count, default=20, help="optimizer steps (default 20)")
@@ -47,7 +47,8 @@ def main() -> None:
     from megatron_tf.verification.rounding import equal_limits, exact_and_limits, judge
 
     config = load_config(arguments.config, [*arguments.overrides, "training.precision=fp32"])
-    ranks = arguments.ranks or max(2, config.parallel.tensor * config.parallel.pipeline)
+    parallel = config.parallel
+    ranks = arguments.ranks or max(2, parallel.tensor * parallel.pipeline * parallel.context)
     if arguments.all:
         chosen = layouts(config, ranks)
         if not chosen:

@@ -13,7 +13,7 @@ from megatron_tf.optimizers.base import MatrixRule
 def engine_problems(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     if parallel.engine == "deepspeed":
-        for key, usual in (("shard", "optimizer"), ("schedule", "1f1b")):
+        for key, usual in (("shard", "optimizer"), ("schedule", "1f1b"), ("context", 1)):
             if getattr(parallel, key) != usual:
                 yield (
                     f"parallel.{key}: {getattr(parallel, key)} needs parallel.engine: torch, and it is deepspeed. "

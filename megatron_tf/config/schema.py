@@ -114,6 +114,8 @@ class Parallel(Section):
     """[stages] They share the depth."""
     sequence: bool = False
     """Also split hidden states over the tensor ranks between the projections."""
+    context: Count = 1
+    """[ranks] They share the positions of each sample. Needs engine torch. Since 0.2."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """What trains: DeepSpeed, or torch alone. Checkpoints of one resume in the other."""
     shard: Literal["optimizer", "gradients", "parameters"] = "optimizer"

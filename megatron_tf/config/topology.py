@@ -1,7 +1,7 @@
 """The rank grid as arithmetic. No process group, no torch: testable for any world size.
 
-Ranks are ordered (pipeline, data, tensor), tensor innermost so that tensor-parallel ranks are neighbours
-on a node. This is also the order of DeepSpeed's PipeModelDataParallelTopology.
+Ranks are ordered (pipeline, data, context, tensor), tensor innermost so that tensor-parallel ranks are neighbours
+on a node. Without a context axis this is also the order of DeepSpeed's PipeModelDataParallelTopology.
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-GridAxis = Literal["pipeline", "data", "tensor"]
+# "replicas" is data and context together: the ranks that hold the same part of the model
+GridAxis = Literal["pipeline", "data", "context", "tensor", "replicas"]
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes of the three axes; world size is their product."""
+    """Sizes of the four axes; world size is their product."""
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same part of the model, each for samples or positions of its own."""
+        return self.data * self.context
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.replicas
 
     def coordinate(self, axis: GridAxis, rank: int) -> int:
         """Position of `rank` along `axis`."""
@@ -42,10 +49,18 @@ class Topology:
 
     def stride(self, axis: GridAxis) -> int:
         """How far apart neighbours along `axis` are in the order of ranks."""
-        return {"tensor": 1, "data": self.tensor, "pipeline": self.tensor * self.data}[axis]
+        strides = {
+            "tensor": 1,
+            "context": self.tensor,
+            "replicas": self.tensor,
+            "data": self.tensor * self.context,
+            "pipeline": self.tensor * self.replicas,
+        }
+        return strides[axis]
 
     def __str__(self) -> str:
-        return f"TP{self.tensor}×PP{self.pipeline}×DP{self.data}"
+        context = f"×CP{self.context}" if self.context > 1 else ""
+        return f"TP{self.tensor}×PP{self.pipeline}×DP{self.data}{context}"
 
 
 def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:

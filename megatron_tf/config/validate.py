@@ -65,10 +65,11 @@ class BatchPlan:
 
 
 def topology_for(config: RunConfig, world_size: int) -> Topology:
-    """The rank grid; ranks left over by tensor × pipeline become data-parallel. ConfigError when uneven."""
+    """The rank grid; ranks left over by tensor × pipeline × context become data-parallel. ConfigError when uneven."""
     _raise_if_any(_layout_problems(config, world_size))
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    return Topology(tensor=tensor, pipeline=pipeline, data=world_size // (tensor * pipeline))
+    parallel = config.parallel
+    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    return Topology(parallel.tensor, parallel.pipeline, data, parallel.context)
 
 
 def plan_batches(
@@ -152,13 +153,16 @@ def _raise_if_any(problems: Iterable[str]) -> None:
 
 
 def _layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    ranks = tensor * pipeline
+    parallel = config.parallel
+    axes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    if parallel.context > 1:
+        axes["context"] = parallel.context
+    ranks = math.prod(axes.values())
     if world_size % ranks:
         yield (
-            f"parallel: tensor {tensor} × pipeline {pipeline} needs a multiple of {ranks} ranks, but there are "
-            f"{world_size}. Start {either(multiples_near(world_size, ranks))} ranks, or choose tensor × pipeline "
-            f"among {listed(divisors(world_size))}."
+            f"parallel: {' × '.join(f'{axis} {size}' for axis, size in axes.items())} needs a multiple of {ranks} "
+            f"ranks, but there are {world_size}. Start {either(multiples_near(world_size, ranks))} ranks, or choose "
+            f"{' × '.join(axes)} among {listed(divisors(world_size))}."
         )
 
 
@@ -258,6 +262,7 @@ def _sharding_problems(config: RunConfig) -> Iterator[str]:
                 f"Set it to at least {tensor}, or parallel.tensor to at most {count}."
             )
     yield from architecture_of(model).layout_problems(config)
+    yield from _context_problems(config)
     if not config.parallel.sequence:
         return
     if tensor == 1:
@@ -265,10 +270,35 @@ def _sharding_problems(config: RunConfig) -> Iterator[str]:
             "parallel.sequence: true splits hidden states over the tensor ranks, but parallel.tensor is 1. "
             "Set it to false, or parallel.tensor to 2 or more."
         )
-    elif model.seq_length % tensor:
+    elif config.parallel.context == 1 and model.seq_length % tensor:
         yield (
             f"model.seq_length: {model.seq_length} is not a multiple of parallel.tensor {tensor}, which "
             f"parallel.sequence needs. {task_of(model).length_remedy(model, tensor)}, or parallel.sequence to false."
+        )
+
+
+def _context_problems(config: RunConfig) -> Iterator[str]:
+    """Each context rank has positions of its own between the layers, and heads of its own in attention."""
+    model, context, tensor = config.model, config.parallel.context, config.parallel.tensor
+    if context == 1:
+        return
+    if not task_of(model).splits_samples:
+        yield (
+            f"parallel.context: {context} ranks would share the positions of a sample, which the task {model.task} "
+            "does not split. Set it to 1."
+        )
+        return
+    heads = math.gcd(model.num_attention_heads, architecture_of(model).key_value_heads(model))
+    if heads % tensor == 0 and heads // tensor % context:
+        yield (
+            f"parallel.context: {context} does not divide the {heads // tensor} attention heads of a rank (of "
+            f"{heads}, with parallel.tensor {tensor}). Set it to {either(divisors_near(heads // tensor, context))}."
+        )
+    multiple = context * (tensor if config.parallel.sequence else 1)
+    if model.seq_length % multiple:
+        yield (
+            f"model.seq_length: {model.seq_length} is not a multiple of the {multiple} ranks that share its positions "
+            f"(parallel.context {context}). {task_of(model).length_remedy(model, multiple)}, or parallel.context to 1."
         )
 
 

@@ -33,6 +33,20 @@ def recomputed_collectives(config: RunConfig) -> Collectives:
     return tuple(replace(c, count=c.count - 1) if (c.kind, c.bytes) == (end, whole) else c for c in forward)
 
 
+def context_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
+    """(forward, backward) of one block and micro batch over the context group; recomputation sends forward again.
+
+    Query, key and value are exchanged, and what attention makes of them.
+    """
+    if config.parallel.context == 1:
+        return (), ()
+    model = config.model
+    own = hidden_bytes(config) // config.parallel.tensor
+    shared = own * architecture_of(model).key_value_heads(model) // model.num_attention_heads
+    exchanged = Collective("all_to_all", own, 2), Collective("all_to_all", shared, 2)
+    return exchanged, exchanged
+
+
 def ends_collectives(config: RunConfig) -> tuple[tuple[Collectives, Collectives], tuple[Collectives, Collectives]]:
     """((forward, backward) of the input layer, (forward, backward) of final norm, head and loss), a micro batch."""
     if config.parallel.tensor == 1:
@@ -56,8 +70,8 @@ def sent_document_starts(config: RunConfig) -> Collective:
     return Collective("send", 4 * positions if config.data.reset_at_eod else 0)
 
 
-def data_collectives(config: RunConfig, parameters: int, data_parallel: int, num_micro_batches: int) -> Collectives:
-    """In a step over the data-parallel group, for the `parameters` of a rank. Gradients travel in fp32.
+def data_collectives(config: RunConfig, parameters: int, replicas: int, num_micro_batches: int) -> Collectives:
+    """In a step over the replicas, for the `parameters` of a rank. Gradients travel in fp32.
 
     | engine              | gradients                         | parameters, in the compute type           |
     |---------------------|-----------------------------------|-------------------------------------------|
@@ -69,7 +83,7 @@ def data_collectives(config: RunConfig, parameters: int, data_parallel: int, num
 
     In a pipeline the torch engine keeps gradients, and reduces them once.
     """
-    if data_parallel == 1:
+    if replicas == 1:
         return ()
     gradients = Collective("all_reduce", 4 * parameters)
     gathered = Collective("all_gather", compute_bytes(config.training.precision) * parameters)
@@ -101,17 +115,21 @@ def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[GridAxis, fl
     micro_batches = plan_batches(config, world_size).num_micro_batches
     layers = -(-config.model.num_layers // topology.pipeline)
     forward, backward = block_collectives(config)
-    again = recomputed_collectives(config) if config.training.activation_checkpointing else ()
+    again_forward = config.training.activation_checkpointing
+    again = recomputed_collectives(config) if again_forward else ()
     block = sum(c.sent_bytes(topology.tensor) for c in (*forward, *again, *backward))
     ends = ends_collectives(config)
     sides = ends if topology.pipeline == 1 else ends[1:]
     end = sum(c.sent_bytes(topology.tensor) for side in sides for pass_ in side for c in pass_)
     parameters = stage_parameters(config.model, topology, topology.pipeline - 1)
-    data = data_collectives(config, parameters, topology.data, micro_batches)
+    data = data_collectives(config, parameters, topology.replicas, micro_batches)
     crossings = min(2, topology.pipeline - 1)  # to the stage after and to the one before
     crossing = crossings * stage_boundary(config).bytes + (sent_document_starts(config).bytes if crossings else 0)
+    out, back = context_collectives(config)
+    exchanged = sum(c.sent_bytes(topology.context) for c in (*out, *(out if again_forward else ()), *back))
     return {
         "tensor": micro_batches * (layers * block + end),
         "pipeline": micro_batches * crossing + sum(c.sent_bytes(2) for c in tied_gradients(config, topology)),
-        "data": sum(c.sent_bytes(topology.data) for c in data),
+        "data": sum(c.sent_bytes(topology.replicas) for c in data),
+        **({"context": micro_batches * layers * exchanged} if topology.context > 1 else {}),
     }

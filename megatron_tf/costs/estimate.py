@@ -1,6 +1,6 @@
 """What a model costs: parameters, floating-point operations, memory a rank. Pure arithmetic, no torch.
 
-Symbols: s sequence length, b micro batch, d hidden size, n tokens of a projection, T tensor-parallel ranks,
+Symbols: s positions of a sample on a rank, b micro batch, d hidden size, n tokens of a projection, T tensor-parallel ranks,
 c bytes of the compute type (2 for bf16 and fp16, 4 for fp32).
 """
 
@@ -115,7 +115,7 @@ def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int,
             2 * parameters // (1 + len(stage_layers(config.model.num_layers, topology.pipeline, stage))),
             precision,
             config.parallel.shard if topology.pipeline == 1 else "optimizer",
-            topology.data,
+            topology.replicas,
             optimizer_type,
         )
     else:
@@ -188,7 +188,7 @@ def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, i
     """
     model, training = config.model, config.training
     layers = len(stage_layers(model.num_layers, topology.pipeline, stage))
-    positions = model.seq_length * training.micro_batch_size
+    positions = positions_of(config)
     compute = compute_bytes(training.precision)
     block, backward = block_activation_bytes(config), block_backward_bytes(config)
     kept = block

@@ -34,6 +34,7 @@ class Estimate:
             f"parallel.tensor={parallel.tensor}",
             f"parallel.pipeline={parallel.pipeline}",
             f"parallel.sequence={sequence}",
+            *([f"parallel.context={parallel.context}"] if parallel.engine == "torch" else []),
             f"training.micro_batch_size={training.micro_batch_size}",
             f"training.activation_checkpointing={checkpointing}",
         ]
@@ -56,12 +57,17 @@ def estimate(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions)
 def ranked(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions) -> list[Estimate]:
     """All layouts that fit, by time of a step; among equals the simpler. Empty when none does.
 
-    Varied are tensor × pipeline × data, sequence, micro batch and checkpointing; the batch and all else stays. Tensor
-    groups do not leave a node.
+    Varied are tensor × pipeline × context × data, sequence, micro batch and checkpointing; the batch and all else
+    stays. Tensor groups do not leave a node.
     """
     found = (estimate(candidate, world_size, gpu, assumed) for candidate in _candidates(config, world_size, gpu))
     fitting = [choice for choice in found if choice.fits]
-    return sorted(fitting, key=lambda choice: (choice.time.total, choice.config.parallel.tensor))
+    return sorted(fitting, key=_rank_of)
+
+
+def _rank_of(choice: Estimate) -> tuple[float, int, int]:
+    parallel = choice.config.parallel
+    return choice.time.total, parallel.context, parallel.tensor
 
 
 def _candidates(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunConfig]:
@@ -70,21 +76,27 @@ def _candidates(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunCon
         if model.num_attention_heads % tensor:
             continue
         for pipeline in _divisors(min(model.num_layers, world_size // tensor), world_size // tensor):
-            data = world_size // (tensor * pipeline)
-            if batch % data:
-                continue
-            for micro in _divisors(min(LARGEST_MICRO_BATCH, batch // data), batch // data):
-                for sequence in (False, True)[: 1 + (tensor > 1)]:
-                    for checkpointing in (False, True):
-                        candidate = _with(config, tensor, pipeline, sequence, micro, checkpointing)
-                        if _is_valid(candidate, world_size):
-                            yield candidate
+            for context in _context_sizes(config, tensor, world_size // (tensor * pipeline)):
+                data = world_size // (tensor * pipeline * context)
+                if batch % data:
+                    continue
+                parallel = {"tensor": tensor, "pipeline": pipeline, "context": context}
+                for micro in _divisors(min(LARGEST_MICRO_BATCH, batch // data), batch // data):
+                    for sequence in (False, True)[: 1 + (tensor > 1)]:
+                        for checkpointing in (False, True):
+                            candidate = _with(config, {**parallel, "sequence": sequence}, micro, checkpointing)
+                            if _is_valid(candidate, world_size):
+                                yield candidate
 
 
-def _with(
-    config: RunConfig, tensor: int, pipeline: int, sequence: bool, micro_batch: int, checkpointing: bool
-) -> RunConfig:
-    parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence}
+def _context_sizes(config: RunConfig, tensor: int, ranks: int) -> list[int]:
+    """Those that may fit, of the `ranks` that hold the same part of the model."""
+    if config.parallel.engine != "torch":
+        return [1]
+    return _divisors(config.model.num_attention_heads // tensor, ranks)
+
+
+def _with(config: RunConfig, parallel: dict[str, int | bool], micro_batch: int, checkpointing: bool) -> RunConfig:
     training = {"micro_batch_size": micro_batch, "activation_checkpointing": checkpointing}
     return config.model_copy(
         update={

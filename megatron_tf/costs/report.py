@@ -82,6 +82,7 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
 _PARTS = (
     ("computing", "compute"),
     ("tensor-parallel communication", "tensor"),
+    ("context-parallel communication", "context"),
     ("sending between stages", "pipeline"),
     ("pipeline bubble", "bubble"),
     ("data-parallel communication", "data"),

@@ -16,6 +16,7 @@ from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.communication import (
     Collective,
     block_collectives,
+    context_collectives,
     data_collectives,
     ends_collectives,
     recomputed_collectives,
@@ -34,6 +35,7 @@ class StepTime:
 
     compute: float  # of the slowest stage, over all micro batches
     tensor: float  # communication of the tensor group within it
+    context: float  # of the context group
     pipeline: float  # sending hidden states and their gradients
     bubble: float  # waiting for other stages
     data: float  # reducing gradients, gathering weights
@@ -44,11 +46,11 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.update
+        return self.compute + self.tensor + self.context + self.pipeline + self.bubble + self.data + self.update
 
     @property
     def communication_share(self) -> float:
-        return (self.tensor + self.pipeline + self.data) / self.total
+        return (self.tensor + self.context + self.pipeline + self.data) / self.total
 
     @property
     def bubble_share(self) -> float:
@@ -69,22 +71,23 @@ def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions
     topology, batches = topology_for(config, world_size), plan_batches(config, world_size)
     stages = {0, topology.pipeline - 1}  # those between have no layers of the task, or more blocks
     slots = [_slot(config, topology, stage, gpu, assumed) for stage in stages]
-    compute, tensor, sending = max(slots, key=sum)
+    compute, tensor, context, sending = max(slots, key=sum)
     micro_batches = batches.num_micro_batches
     parameters = max(stage_parameters(config.model, topology, stage) for stage in stages)
-    data = data_collectives(config, parameters, topology.data, micro_batches)
+    data = data_collectives(config, parameters, topology.replicas, micro_batches)
     tied = tied_gradients(config, topology)
     # between first and last stage, but as costly as between neighbours
-    end = _seconds(data, topology.data, "data", topology, gpu, assumed) + _seconds(
+    end = _seconds(data, topology.replicas, "replicas", topology, gpu, assumed) + _seconds(
         tied, 2, "pipeline", topology, gpu, assumed
     )
     return StepTime(
         compute=micro_batches * compute,
         tensor=micro_batches * tensor,
+        context=micro_batches * context,
         pipeline=micro_batches * sending,
-        bubble=(topology.pipeline - 1) * (compute + tensor + sending),
+        bubble=(topology.pipeline - 1) * (compute + tensor + context + sending),
         data=end,
-        update=update_seconds(parameters, config, topology.data, gpu, assumed),
+        update=update_seconds(parameters, config, topology.replicas, gpu, assumed),
         tokens=batches.tokens_per_step,
         flops=float(flops_per_token(config.model)) * batches.tokens_per_step,
         peak_flops=world_size * gpu.peak_flops(config.training.precision),
@@ -93,8 +96,8 @@ def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions
 
 def _slot(
     config: RunConfig, topology: Topology, stage: int, gpu: Gpu, assumed: Assumptions
-) -> tuple[float, float, float]:
-    """Seconds of one micro batch on a stage, forward and backward: (compute, tensor group, sending)."""
+) -> tuple[float, float, float, float]:
+    """Seconds of one micro batch on a stage, forward and backward: (compute, tensor group, context group, sending)."""
     layers = len(stage_layers(config.model.num_layers, topology.pipeline, stage))
     work = block_seconds(config, gpu, assumed) * layers
     forward, backward = (
@@ -112,13 +115,17 @@ def _slot(
     compute = work.forward + work.backward
     compute += accumulation_seconds(stage_parameters(config.model, topology, stage), config, gpu, assumed)
     tensor = sent.forward + sent.backward
+    exchanged = [
+        layers * _seconds(c, topology.context, "context", topology, gpu, assumed) for c in context_collectives(config)
+    ]
+    context = sum(exchanged)
     if config.training.activation_checkpointing:
-        compute, tensor = compute + work_again, tensor + again
+        compute, tensor, context = compute + work_again, tensor + again, context + exchanged[0]
     # an inner stage receives and sends hidden states and gradients, one after the other: DeepSpeed's are blocking
     crossings = 2 * min(2, topology.pipeline - 1)
     boundary = stage_boundary(config)
     sending = crossings * _seconds((boundary,), 2, "pipeline", topology, gpu, assumed)
-    return compute, tensor, sending
+    return compute, tensor, context, sending
 
 
 def _seconds(

@@ -273,7 +273,7 @@ class SegmentedEngine(ABC):
             return {}
         sums = torch.stack([torch.as_tensor(found.get(name, 0.0), device=self._device).float() for name in names])
         dist.all_reduce(sums)
-        sums /= self.plan.num_micro_batches * self.plan.data_parallel
+        sums /= self.plan.num_micro_batches * self.plan.data_parallel * self.config.parallel.context
         sums[len(losses) :] /= model.num_layers
         return dict(zip(names, sums))
 

@@ -24,6 +24,8 @@ from megatron_tf.telemetry.console import Console
 def evaluate(config: RunConfig, environment: LaunchEnvironment, request: EvaluationRequest) -> None:
     """Evaluates, prints tables and writes JSON. Raises UserError, on every rank alike, for what the user can
     correct."""
+    # without a backward pass a sample needs no ranks to share its positions: they share the samples
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"context": 1})})
     with told_to_all(environment):
         name = task_of(config.model).evaluation
         if not name:

@@ -78,8 +78,7 @@ def score_continuations(stage: Stage, requests: Sequence[Request], max_length: i
     _check(requests)
     rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in requests]
     longest = max(len(row) for row in rows) - 1
-    if stage.tensor.sequence:
-        longest += -longest % stage.tensor.group.size
+    longest += -longest % stage.tensor.length_multiple
     ids, labels, counts = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(3))
     for at, (row, (_, continuation)) in enumerate(zip(rows, requests)):
         size = len(row) - 1

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tf.model.stage import Stage
+from megatron_tf.parallel.collectives import all_gather
 from megatron_tf.tasks.classes import argmax
 from megatron_tf.tasks.language_model.layers import first_row
 
@@ -26,14 +27,15 @@ def continue_greedily(
     ids: list[int] = list(prompt)
     for _ in range(num_tokens):
         seen = ids[-context:]
-        padding = -len(seen) % group.size if stage.tensor.sequence else 0
+        padding = -len(seen) % stage.tensor.length_multiple
         logits = stage.infer(torch.tensor([[*seen, *[0] * padding]], device=device))
         chosen = torch.zeros(1, dtype=torch.int64, device=device)
         if logits is not None:
             first = first_row(stage.model, group)
-            row = logits[len(seen) - 1].float().clone()  # [1, V/T]
+            holder, at = divmod(len(seen) - 1, len(logits))  # the context rank that has the last token's logits
+            row = logits[at].float().clone()  # [1, V/T]
             row[:, max(0, vocab_size - first) :] = -torch.inf
-            chosen = argmax(row, first, group)
+            chosen = all_gather(argmax(row, first, group), stage.tensor.context, 0)[[holder]]
         dist.broadcast(chosen, last_rank)
         if int(chosen) == end:
             break

@@ -8,6 +8,9 @@ Parameter names are the logical names.
 | query, key, value | [s, b, heads/T, head_dim] | the same |
 | attention output | [s, b, d/T] | the same |
 | activations of a Transformer's MLP | [s, b, f/T] | the same |
+
+With C context ranks a rank has s/C positions wherever s stands here, the r-th of them the r-th part of each sample.
+For attention itself they exchange these for heads: [s, b, heads/(T·C), head_dim] with all positions.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from megatron_tf.model.attention import Documents, causal_attention, full_attent
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.context import BlockContext, Reports, attach
 from megatron_tf.model.pattention import DIRECT, Form, partial_pattention
-from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
+from megatron_tf.parallel.collectives import copy_to, exchange, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.state.parameters import INITIAL_STD, check_activation, default_scale, shard_range
 
@@ -41,11 +44,24 @@ if TYPE_CHECKING:
 
 
 class TensorParallel:
-    """How hidden states enter and leave sharded work: by `sequence`, split over the sequence or replicated."""
+    """How hidden states enter and leave sharded work: by `sequence`, split over the sequence or replicated.
 
-    def __init__(self, group: Group = SINGLE, sequence: bool = False):
+    `context`: the ranks that hold the other positions of the same samples.
+    """
+
+    def __init__(self, group: Group = SINGLE, sequence: bool = False, context: Group = SINGLE):
         self.group = group
         self.sequence = sequence and group.size > 1
+        self.context = context
+
+    @property
+    def length_multiple(self) -> int:
+        """Ranks that positions are split over; lengths must be a multiple of it."""
+        return self.context.size * (self.group.size if self.sequence else 1)
+
+    def own_positions(self, t: Tensor) -> Tensor:
+        """This context rank's part [b, s/C] of ids or labels [b, s]."""
+        return t if self.context.size == 1 else t.chunk(self.context.size, 1)[self.context.rank]
 
     def enter(self, hidden: Tensor) -> Tensor:
         """Hidden between layers -> [s, b, d], whole on every rank; its gradients are summed over the ranks."""
@@ -159,9 +175,19 @@ class Attention(nn.Module, ABC):
         """Output of this rank's heads [s, b, d/T] -> [s, b, d], still to be summed over the tensor group."""
 
     def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
-        query, key, value = self.split(self.tensor.enter(hidden))
+        heads = self.split(self.tensor.enter(hidden))
+        return self.tensor.leave(self.join(self.attended(heads, documents)))
+
+    def attended(self, heads: tuple[Tensor, Tensor, Tensor], documents: Documents | None) -> Tensor:
+        """Query, key and value of this rank's heads -> their output [s, b, d/T].
+
+        Context ranks exchange their positions for heads, so that each computes some heads over all positions. That
+        divides causal attention evenly, and needs to know nothing of positions and documents.
+        """
+        context = self.tensor.context
+        query, key, value = (exchange(t, context, 2, 0) for t in heads)
         out = self.attend(query, key, value, self.rotary_channels, self.rotary_base, documents)
-        return self.tensor.leave(self.join(out))
+        return exchange(out, context, 0, 2)
 
 
 class FeedForward(Protocol):

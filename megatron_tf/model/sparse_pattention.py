@@ -30,6 +30,7 @@ from megatron_tf.model.context import Reports
 from megatron_tf.model.grouped import assign
 from megatron_tf.model.routing import balance_loss, choose, relative_load, straight_through, z_loss
 from megatron_tf.model.sparse_function import ChosenTokens, sparse_pattention
+from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.state.parameters import INITIAL_STD, default_scale, shard_range
 
@@ -64,7 +65,7 @@ class SparsePattention(nn.Module):
     """One projection whose positions use `num_tokens` parameter tokens: `dense` ones alike, and a group of each slot.
 
     `scale` is τ, that of a dense Pattention of `num_tokens` tokens.  `z_loss`: weight of `routing.z_loss`, the mean
-    over the slots.
+    over the slots.  `context`: the ranks that hold the other positions of the same samples.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class SparsePattention(nn.Module):
         scale: float | None = None,
         activation: str = DEFAULT_ACTIVATION,
         group: Group = SINGLE,
+        context: Group = SINGLE,
         z_loss: float = 0.0,
     ):
         super().__init__()
@@ -94,6 +96,7 @@ class SparsePattention(nn.Module):
         self.scale = default_scale(num_tokens, activation) if scale is None else scale
         self.activation = activation
         self.group = group
+        self.context = context
         self.z_loss = z_loss
         self.choose: Callable[[Tensor, Tensor], Tensor] = choose  # a test of layouts puts recorded choices here
         self.observer: Callable[[Tensor], None] | None = None  # sees each input x [s, b, d], whole on every rank
@@ -112,7 +115,7 @@ class SparsePattention(nn.Module):
         candidates = self.choose(logits, balance)
         assignment = assign(candidates, logits.shape[-1])
         if losses is not None and metrics is not None:
-            load = relative_load(assignment.ends)
+            load = relative_load(all_reduce(assignment.ends, self.context))
             _add(losses, "balance", balance_loss(balance, load))
             if self.z_loss:
                 _add(losses, "z_loss", z_loss(logits) * (self.z_loss / self.num_slots))

@@ -59,11 +59,14 @@ class Stage(nn.Module):
         """This stage's own work: what the first stage reads, or hidden states -> hidden states, or at the last one
         logits.
 
-        `starts`: see `attention.document_starts`; None is one document a sample. Under sequence parallelism the
-        positions that the inputs become are a multiple of T.
+        `starts`: see `attention.document_starts`; None is one document a sample. Inputs and `starts` have all
+        positions, what comes out has those of this context rank. The positions that the inputs become are a multiple
+        of `tensor.length_multiple`.
         """
         task = task_of(self.model)
-        hidden = self.get_submodule(task.input_name)(received) if self.previous is None else received
+        hidden = received
+        if self.previous is None:
+            hidden = self.get_submodule(task.input_name)(self.tensor.own_positions(received))
         blocks = cast("Iterable[Block]", self.blocks.values())
         hidden = run_blocks(blocks, hidden, starts, context or BlockContext())
         if self.following is not None:
@@ -72,7 +75,10 @@ class Stage(nn.Module):
         return self.task_layers.logits(self.get_submodule(task.head_name), self.final_norm(hidden))
 
     def infer(self, inputs: Tensor) -> Tensor | None:
-        """Inputs [b, ...] of the task, through all stages -> its logits at the last one, None elsewhere."""
+        """Inputs [b, ...] of the task, through all stages -> its logits at the last one, None elsewhere.
+
+        The logits are those of this context rank's positions.
+        """
         received = inputs
         if self.previous is not None:
             received = receive(self.hidden_shape(inputs), next(self.parameters()), self.previous)
@@ -89,8 +95,7 @@ class Stage(nn.Module):
     def hidden_shape(self, inputs: Tensor) -> tuple[int, int, int]:
         """Of the hidden states between stages that `inputs` become on this rank."""
         length, rows = self.task_layers.hidden_shape(self.model, inputs)
-        length = length // self.tensor.group.size if self.tensor.sequence else length
-        return length, rows, self.model.hidden_size
+        return length // self.tensor.length_multiple, rows, self.model.hidden_size
 
 
 def neighbours(topology: Topology, rank: int) -> tuple[int | None, int | None]:

@@ -10,6 +10,7 @@ each is the identity for a group of one.
 | `gather_from` | all-gather along a dim | reduce-scatter | a split tensor enters sharded work whole |
 | `scatter_to` | reduce-scatter along a dim | all-gather | partial results become whole, split |
 | `scatter_together` | one reduce-scatter of several | one all-gather | as `scatter_to` |
+| `exchange` | all-to-all: one dim split, another whole | the same, back | positions for heads, and heads for positions |
 """
 
 from __future__ import annotations
@@ -74,6 +75,20 @@ def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     with group.around():
         _reduce_scatter(out.view(-1), parts.view(-1), group=group.handle)
     return out
+
+
+def all_to_all(x: Tensor, group: Group, split: int, gather: int) -> Tensor:
+    """Slice r of `x` along `split` goes to rank r; what comes from the ranks is concatenated along `gather`.
+
+    Not differentiable.
+    """
+    if group.size == 1:
+        return x
+    parts = x.unflatten(split, (group.size, -1)).movedim(split, 0).contiguous()
+    out = torch.empty_like(parts)
+    with group.around():
+        dist.all_to_all_single(out.view(-1), parts.view(-1), group=group.handle)
+    return out.movedim(0, gather).flatten(gather, gather + 1)
 
 
 def send(x: Tensor, rank: int) -> None:
@@ -145,6 +160,17 @@ class _ScatterTogether(Function):
         return None, None, *whole.unbind()
 
 
+class _Exchange(Function):
+    @staticmethod
+    def forward(ctx, x, group, split, gather):
+        ctx.group, ctx.split, ctx.gather = group, split, gather
+        return all_to_all(x, group, split, gather)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_to_all(grad, ctx.group, ctx.gather, ctx.split), None, None, None
+
+
 def copy_to(x: Tensor, group: Group) -> Tensor:
     """Identity forward, all-reduce backward."""
     return x if group.size == 1 else _CopyTo.apply(x, group)
@@ -170,3 +196,8 @@ def scatter_together(tensors: Sequence[Tensor], group: Group, dim: int) -> tuple
     if group.size == 1:
         return tuple(tensors)
     return _ScatterTogether.apply(group, dim % tensors[0].dim(), *tensors)
+
+
+def exchange(x: Tensor, group: Group, split: int, gather: int) -> Tensor:
+    """`x`, whole along dim `split` and a part along `gather` -> a part along `split` and whole along `gather`."""
+    return x if group.size == 1 else _Exchange.apply(x, group, split % x.dim(), gather % x.dim())

@@ -37,6 +37,7 @@ class Task(ABC):
     `evaluation`: "module:object", an `evaluation.loaded.TaskEvaluation`; "" where `evaluate` knows nothing of the task.
     `prepared_by`: the tool that writes its data.
     `causal`: whether a position sees only those before it.
+    `splits_samples`: whether ranks can share a sample: inputs and targets are [b, s], one for each position.
     `input_name`, `head_name`: of the two modules, in the names of their parameters. One name for both is one module, on
         the first and the last pipeline stage; it has one parameter, `weight`.
     `metrics`: names of what `TaskLayers.metrics` gives; evaluation logs the mean of each.
@@ -52,6 +53,7 @@ class Task(ABC):
     evaluation: ClassVar[str] = ""
     prepared_by: ClassVar[str] = "tools/preprocess_data.py"
     causal: ClassVar[bool]
+    splits_samples: ClassVar[bool] = False
     input_name: ClassVar[str]
     head_name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()

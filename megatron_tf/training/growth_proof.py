@@ -41,7 +41,7 @@ def probe(stage: Stage, batches: Sequence[Batch]) -> Probe:
         logits = stage.infer(inputs.to(device))
         if logits is None:
             continue
-        group = stage.tensor.group
+        group, targets = stage.tensor.group, stage.tensor.own_positions(targets)
         losses = layers.losses(stage.model, logits, targets.to(device), group)
         if group.rank == 0:
             totals += torch.stack((losses.sum(dtype=torch.float64), layers.counts(targets).sum().to(totals)))

@@ -21,7 +21,8 @@ equal share of the positions:
 | `unused_share` | share of the candidates with a load below 0.1 |
 | `copy_distance` | √(Σ‖w − mean of the slot‖² / Σ‖w‖²) over keys and values: 0 for copies, near 1 for tokens of their own |
 
-Each rank looks at its own tokens, and sums go over the tensor group; every data-parallel rank looks at the same batch.
+Each rank looks at its own tokens and positions, and sums go over the tensor and context groups; every data-parallel
+rank looks at the same batch.
 No gradient, no random number and no state of training is touched.
 """
 
@@ -43,6 +44,7 @@ from megatron_tf.model.routing import relative_load
 from megatron_tf.model.sparse_pattention import SparsePattention
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.collectives import all_reduce
+from megatron_tf.parallel.groups import Group
 from megatron_tf.runtime.agreement import together
 from megatron_tf.state.parameters import shard_range
 from megatron_tf.tasks.data import OpenData
@@ -66,7 +68,7 @@ def health_probe(
         return None
     sources, size = config.data.validation or config.data.train, config.training.micro_batch_size
     inputs, _ = together(lambda: next(data.loader(sources, micro_batch_size=size, num_micro_batches=1).step_batches(0)))
-    is_reporter = topology.coordinate("data", run.rank) == 0 and topology.coordinate("tensor", run.rank) == 0
+    is_reporter = topology.coordinate("replicas", run.rank) == 0 and topology.coordinate("tensor", run.rank) == 0
     return HealthProbe(stage(), inputs, measured, old_tokens, is_reporter)
 
 
@@ -135,14 +137,15 @@ class HealthProbe:
         return 0 < self._old_tokens.get(kind, 0) < self._num_tokens[kind]
 
     def _observe(self, projection: Pattention, kind: str, found: list[dict[str, Tensor]], x: Tensor) -> None:
-        group, tokens = projection.group, self._num_tokens[kind]
+        group, context, tokens = projection.group, self._stage.tensor.context, self._num_tokens[kind]
         norm, weights = token_weights(x, projection.key_tokens, projection.scale, projection.activation, group)
         size = weights.flatten(0, -2).abs().float()  # [positions, n/T]
         total, squares = all_reduce(torch.stack((size.sum(-1), size.square().sum(-1))), group)
         active = torch.where(squares > 0, total.square() / (tokens * squares), 0.0)
         limit = DEAD_BELOW * (squares / tokens).sqrt()
-        dead = ~((size > 0) & (size >= limit.unsqueeze(-1))).any(0)
-        contribution = size.sum(0) * projection.value_tokens.float().norm(dim=1)
+        reached = ((size > 0) & (size >= limit.unsqueeze(-1))).any(0)
+        dead = all_reduce(reached.int(), context) == 0
+        contribution = all_reduce(size.sum(0), context) * projection.value_tokens.float().norm(dim=1)
         first, last = shard_range(tokens, group.size, group.rank)
         old_tokens = self._old_tokens.get(kind, tokens)
         new = torch.arange(first, last, device=dead.device) >= old_tokens
@@ -152,8 +155,8 @@ class HealthProbe:
         all_dead, old_dead, new_dead, by_new, by_all = all_reduce(counts, group)
         found.append(
             {
-                "score_norm": norm.double().mean(),
-                "active_share": active.double().mean(),
+                "score_norm": _mean(norm, context),
+                "active_share": _mean(active, context),
                 "dead_share": all_dead / tokens,
                 "new_share": by_new / by_all if by_all > 0 else by_all,
                 "old_dead_share": old_dead / min(old_tokens, tokens),
@@ -162,12 +165,18 @@ class HealthProbe:
         )
 
 
+def _mean(values: Tensor, context: Group) -> Tensor:
+    """Over the positions of all context ranks, of which each has as many."""
+    return all_reduce(values.double().mean(), context) / context.size
+
+
 def _observe_candidates(projection: SparsePattention, found: list[dict[str, Tensor]], x: Tensor) -> None:
     """Sums over the slots of all ranks, by their number."""
     bank = projection.bank
     logits = bank.logits(x.flatten(0, -2))
     chosen = projection.choose(logits, bank.slot_balance())
-    load = relative_load(assign(chosen, logits.shape[-1]).ends).double()
+    ends = assign(chosen, logits.shape[-1]).ends
+    load = relative_load(all_reduce(ends, projection.context)).double()
     shares = load / load.shape[1]
     spread = torch.special.entr(shares).sum(1).exp() / load.shape[1]
     # keys and values of a slot's candidates: [slots, candidates, elements]

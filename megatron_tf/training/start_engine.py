@@ -25,14 +25,16 @@ from megatron_tf.training.start import Start
 
 def start_engine(run: Run, start: Start, loaders: Loaders, watchdog: Watchdog) -> tuple[Engine, Start]:
     """The engine at its start. A growth is proved on a held batch first, and the proof goes into its history."""
-    tensor = make_group(run.plan.topology, "tensor", run.config.parallel.timeout_seconds)
+    topology, timeout = run.plan.topology, run.config.parallel.timeout_seconds
+    tensor = make_group(topology, "tensor", timeout)
     ends = loaders.data.document_ends
     if start.grown_from is None:
         watchdog.begin("loading the weights")
         return _engine(run, start, tensor, ends), start
     watchdog.begin("proving the growth, with the smaller model")
     held = together(lambda: list(loaders.held.step_batches(0)))
-    before, choices = _probe_smaller(run, start.grown_from, tensor, ends, held)
+    split = TensorParallel(tensor, run.config.parallel.sequence, make_group(topology, "context", timeout))
+    before, choices = _probe_smaller(run, start.grown_from, split, ends, held)
     watchdog.begin("loading the weights")
     engine = _engine(run, start, tensor, ends)
     watchdog.begin("proving the growth, with the grown model")
@@ -64,14 +66,14 @@ def _engine(run: Run, start: Start, tensor: Group, ends: Sequence[int]) -> Engin
 
 
 def _probe_smaller(
-    run: Run, smaller: CheckpointReader, tensor: Group, ends: Sequence[int], held: Sequence[Batch]
+    run: Run, smaller: CheckpointReader, tensor: TensorParallel, ends: Sequence[int], held: Sequence[Batch]
 ) -> tuple[Probe, Mapping[str, Choices]]:
     stage = load_stage(
         smaller,
         stored_model(smaller.index),
         run.plan.topology,
         run.rank,
-        TensorParallel(tensor, run.config.parallel.sequence),
+        tensor,
         DTYPES[run.config.training.precision],
         run.device,
         ends,

@@ -6,6 +6,7 @@ every step, and every parameter's gradient of the first step as a logical tensor
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections import defaultdict
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.nearest import divisors
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.topology import Topology
@@ -56,8 +58,14 @@ class Layout:
 
     def apply(self, config: RunConfig) -> RunConfig:
         """The same run under this layout, with the micro batch that its data-parallel ranks allow."""
+        topology = self.topology
         parallel = config.parallel.model_copy(
-            update={"tensor": self.topology.tensor, "pipeline": self.topology.pipeline, "sequence": self.sequence}
+            update={
+                "tensor": topology.tensor,
+                "pipeline": topology.pipeline,
+                "context": topology.context,
+                "sequence": self.sequence,
+            }
         )
         per_rank = max(1, config.training.global_batch_size // self.topology.data)
         micro = min(config.training.micro_batch_size, per_rank)
@@ -96,16 +104,19 @@ def layouts(config: RunConfig, num_ranks: int) -> list[Layout]:
     """Every valid layout of 2 to `num_ranks` ranks, with and without sequence parallelism."""
     found: list[Layout] = []
     for world in range(2, num_ranks + 1):
-        for tensor in (t for t in range(1, world + 1) if world % t == 0):
-            for pipeline in (p for p in range(1, world // tensor + 1) if world // tensor % p == 0):
-                topology = Topology(tensor, pipeline, world // tensor // pipeline)
-                for sequence in (False, True)[: 2 if tensor > 1 else 1]:
-                    layout = Layout(topology, sequence)
-                    try:
-                        validate(layout.apply(config), world)
-                    except ConfigError:
-                        continue
-                    found.append(layout)
+        sizes = divisors(world)
+        for tensor, pipeline, context in itertools.product(sizes, sizes, sizes):
+            ranks = tensor * pipeline * context
+            if world % ranks:
+                continue
+            topology = Topology(tensor, pipeline, world // ranks, context)
+            for sequence in (False, True)[: 2 if tensor > 1 else 1]:
+                layout = Layout(topology, sequence)
+                try:
+                    validate(layout.apply(config), world)
+                except ConfigError:
+                    continue
+                found.append(layout)
     return found
 
 

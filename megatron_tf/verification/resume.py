@@ -8,6 +8,7 @@ losses of both halves.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -96,11 +97,13 @@ class Resumed:
 
 def settings(config: RunConfig, num_ranks: int, engines: Sequence[str] = ENGINES) -> list[Setting]:
     """Every valid setting of `engines`, on 1 to `num_ranks` ranks with 1, 2 or 4 of them along each axis."""
-    chosen = [Layout(Topology()), *layouts(config, num_ranks)]
+    alone = Layout(Topology())
+    # an engine may have layouts that the other has not
+    by_engine = (layouts(Setting(alone, engine=engine).apply(config), num_ranks) for engine in engines)
     found = []
-    for layout in chosen:
+    for layout in (alone, *dict.fromkeys(itertools.chain.from_iterable(by_engine))):
         sizes = layout.topology
-        if not all(size in AXIS_SIZES for size in (sizes.tensor, sizes.pipeline, sizes.data)):
+        if not all(size in AXIS_SIZES for size in (sizes.tensor, sizes.pipeline, sizes.data, sizes.context)):
             continue
         of_layout = (Setting(layout), Setting(layout, zero_stage=0), Setting(layout, engine="torch"))
         for setting in (setting for setting in of_layout if setting.engine in engines):

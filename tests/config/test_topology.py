@@ -6,15 +6,21 @@ import pytest
 
 from megatron_tf.config.topology import Topology, stage_layers
 
-AXES = ("pipeline", "data", "tensor")
-TOPOLOGIES = [Topology(tensor=t, pipeline=p, data=d) for t, p, d in itertools.product((1, 2, 3, 4), repeat=3)]
+AXES = ("pipeline", "data", "context", "tensor")
+TOPOLOGIES = [Topology(*sizes) for sizes in itertools.product((1, 2, 3), (1, 2, 4), (1, 3), (1, 2))]
 
 
-def test_ranks_are_ordered_pipeline_data_tensor():
-    topology = Topology(tensor=2, pipeline=3, data=2)
-    assert topology.world_size == 12
-    order = [tuple(topology.coordinate(axis, rank) for axis in AXES) for rank in range(12)]
-    assert order == list(itertools.product(range(3), range(2), range(2)))
+def test_ranks_are_ordered_pipeline_data_context_tensor():
+    topology = Topology(tensor=2, pipeline=3, data=2, context=2)
+    assert topology.world_size == 24 and str(topology) == "TP2×PP3×DP2×CP2"
+    order = [tuple(topology.coordinate(axis, rank) for axis in AXES) for rank in range(24)]
+    assert order == list(itertools.product(range(3), range(2), range(2), range(2)))
+
+
+def test_replicas_are_data_and_context_together():
+    topology = Topology(tensor=2, pipeline=1, data=2, context=2)
+    assert topology.groups("replicas") == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [topology.coordinate("replicas", rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_tensor_peers_are_neighbours():

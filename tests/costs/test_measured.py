@@ -19,7 +19,12 @@ from megatron_tf.config import load_config
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.validate import plan_batches, topology_for
-from megatron_tf.costs.communication import block_collectives, ends_collectives, sent_bytes_per_step
+from megatron_tf.costs.communication import (
+    block_collectives,
+    context_collectives,
+    ends_collectives,
+    sent_bytes_per_step,
+)
 from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank, parameter_state_bytes
 from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
@@ -60,8 +65,8 @@ def hidden_for(config, split=1):
     return torch.randn(shape).to(TYPES[config.training.precision]).requires_grad_()
 
 
-def block_for(config, group=SINGLE):
-    tensor = TensorParallel(group, config.parallel.sequence)
+def block_for(config, group=SINGLE, context=SINGLE):
+    tensor = TensorParallel(group, config.parallel.sequence, context)
     block = build_block(config.model, 0, initial_scales(config.model), tensor).to(TYPES[config.training.precision])
     choose_forms(block, config.training, GPU)
     return block
@@ -267,6 +272,26 @@ def test_candidates_are_chosen_without_communication():
 @pytest.mark.parametrize("sequence", [False, True])
 def test_communication_of_a_transformer_to_the_byte(sequence):
     spawn(sent_by_layers, 2, sequence, "bf16", *TRANSFORMER)
+
+
+def context_of_a_block(group, model):
+    """What a block keeps and sends where two ranks share its positions."""
+    config = load("parallel={engine: torch, context: 2}", "training.precision=bf16", *model)
+    block, hidden = block_for(config, context=group), hidden_for(config, 2)
+    block(hidden)  # the tables of the rotation are made once
+    assert block_activation_bytes(config) == pytest.approx(saved_bytes(lambda: block(hidden)), rel=TOLERANCE)
+    for expected in context_collectives(config):
+        with Counting() as counted:
+            if hidden.grad_fn is None:
+                hidden = block(hidden)
+            else:
+                hidden.backward(torch.ones_like(hidden))
+        assert counted.sent == as_counter(expected)
+
+
+@pytest.mark.parametrize("model", [(), (*TRANSFORMER, "model.num_key_value_heads=2")], ids=["tokens", "grouped heads"])
+def test_context_parallel_memory_and_communication(model):
+    spawn(context_of_a_block, 2, model)
 
 
 def step_of_engine(group, overrides):

@@ -26,6 +26,7 @@ LAYOUTS = {
         (Topology(tensor=2), True),
         (Topology(pipeline=2), False),
         (Topology(data=2), False),
+        (Topology(context=2), False),
     ],
     4: [(Topology(2, 2, 1), True)],
 }
@@ -68,7 +69,8 @@ def test_every_layout_writes_what_one_process_writes(checkpoint, ranks):
 
 def _write(group, checkpoint, expected, end, until):
     for topology, sequence in LAYOUTS[group.size]:
-        tensor = TensorParallel(make_group(topology, "tensor", 60.0), sequence)
+        context = make_group(topology, "context", 60.0)
+        tensor = TensorParallel(make_group(topology, "tensor", 60.0), sequence, context)
         stage = load_stage(open_checkpoint(checkpoint), MODEL, topology, group.rank, tensor, torch.float64)
         last = topology.peers("pipeline", 0)[-1]
 

@@ -4,10 +4,16 @@ import pytest
 import torch
 from distributed import spawn
 
-from megatron_tf.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to, scatter_together
+from megatron_tf.parallel.collectives import copy_to, exchange, gather_from, reduce_from, scatter_to, scatter_together
 from megatron_tf.parallel.groups import SINGLE
 
-PAIRS = [copy_to, reduce_from, lambda x, g: gather_from(x, g, 0), lambda x, g: scatter_to(x, g, -1)]
+PAIRS = [
+    copy_to,
+    reduce_from,
+    lambda x, g: gather_from(x, g, 0),
+    lambda x, g: scatter_to(x, g, -1),
+    lambda x, g: exchange(x, g, -1, 0),
+]
 
 
 @pytest.mark.parametrize("collective", PAIRS)
@@ -42,6 +48,11 @@ def _everything(group):
         first, second = scatter_together((x, 2 * x), group, dim)
         torch.testing.assert_close(second.detach(), 2 * own)
         check(first + second, 3 * own, 3 * torch.cat(parts, dim), parts)
+    for split, gather in ((-1, 0), (0, -1)):
+        own = torch.cat([y.chunk(size, split)[rank] for y in xs], gather)
+        grads = [torch.cat([y.chunk(size, split)[r] for y in xs], gather) * (r + 1) for r in range(size)]
+        back = torch.cat([grads[r].chunk(size, gather)[rank] for r in range(size)], split)
+        check(exchange(x, group, split, gather), own, back, grads)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -23,7 +23,12 @@ from megatron_tf.training.health import DEAD_BELOW, HealthProbe
 OLD = {"qkv": 13, "proj": 7, "ffn": 20}  # of 13, 11 and 37: qkv has not grown
 LAYOUTS = {
     1: [(Topology(), False)],
-    2: [(Topology(tensor=2), True), (Topology(pipeline=2), False), (Topology(data=2), False)],
+    2: [
+        (Topology(tensor=2), True),
+        (Topology(pipeline=2), False),
+        (Topology(data=2), False),
+        (Topology(context=2), False),
+    ],
     4: [(Topology(2, 2, 1), True), (Topology(2, 1, 2), False)],
 }
 
@@ -98,9 +103,10 @@ def test_equal_at_every_layout(checkpoint, config, ranks):
 
 def _layouts(group, checkpoint, model, expected):
     for topology, sequence in LAYOUTS[group.size]:
-        tensor = TensorParallel(make_group(topology, "tensor", 60.0), sequence)
+        context = make_group(topology, "context", 60.0)
+        tensor = TensorParallel(make_group(topology, "tensor", 60.0), sequence, context)
         stage = load_stage(open_checkpoint(checkpoint), model, topology, group.rank, tensor, torch.float64)
-        is_reporter = tensor.group.rank == 0 and topology.coordinate("data", group.rank) == 0
+        is_reporter = tensor.group.rank == 0 and topology.coordinate("replicas", group.rank) == 0
         probe = HealthProbe(stage, ids(), tuple(projections(model).values()), OLD, is_reporter)
         found = probe.measure()
         assert found.keys() == expected.keys()
@@ -125,16 +131,18 @@ def candidates_over(group):
         one.blocks[0].ffn.bank.router.mul_(0)
     whole = dict(one.named_parameters())
     found = []
-    for topology in (Topology(data=2), Topology(tensor=2)):
-        tensor = TensorParallel(make_group(topology, "tensor", 60.0))
+    for topology in (Topology(data=2), Topology(tensor=2), Topology(context=2)):
+        context = make_group(topology, "context", 60.0)
+        tensor = TensorParallel(make_group(topology, "tensor", 60.0), context=context)
         stage = build_stage(model, initial_scales(model), topology, group.rank, tensor).double()
         with torch.no_grad():
             for name, parameter in stage.named_parameters():
                 rows = shard_range(len(whole[name]), tensor.group.size, tensor.group.rank)
                 parameter.copy_(whole[name][slice(*rows)] if table[name].sharded else whole[name])
-        is_reporter = tensor.group.rank == 0 and topology.coordinate("data", group.rank) == 0
+        is_reporter = tensor.group.rank == 0 and topology.coordinate("replicas", group.rank) == 0
         found.append(HealthProbe(stage, ids(), tuple(projections(model).values()), {}, is_reporter).measure())
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] == pytest.approx(found[2], rel=1e-5)
     ffn = {name.removeprefix("health/ffn/"): value for name, value in found[0].items() if "/ffn/" in name}
     assert ffn.keys() == {"load_max", "load_spread", "unused_share", "copy_distance"}
     # both layers send all positions to the first of three candidates, and one has copies

@@ -36,6 +36,7 @@ def test_settings_are_the_valid_ones(config):
     assert len(set(found)) == len(found) and setting(1, 1, 1) in found and setting(1, 4, 1) in found
     assert all(s.world_size in (1, 2, 4) for s in found)
     assert setting(2, 1, 2, True, engine="torch") in found
+    assert Setting(Layout(Topology(context=4)), engine="torch") in found
     assert settings(config(model={"num_layers": 4}), 4, ["deepspeed"]) == [s for s in found if s.engine == "deepspeed"]
     without_zero = [s for s in found if not s.zero_stage]
     assert setting(2, 1, 2, True, 0) in without_zero

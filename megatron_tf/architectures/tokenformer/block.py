@@ -51,9 +51,8 @@ class SparseAttention(Attention):
         losses: Reports | None = None,
         metrics: Reports | None = None,
     ) -> Tensor:
-        query, key, value = self.split(self.tensor.enter(hidden), losses, metrics)
-        out = self.attend(query, key, value, self.rotary_channels, self.rotary_base, documents)
-        return self.tensor.leave(self.join(out, losses, metrics))
+        heads = self.split(self.tensor.enter(hidden), losses, metrics)
+        return self.tensor.leave(self.join(self.attended(heads, documents), losses, metrics))
 
     def split(
         self, x: Tensor, losses: Reports | None = None, metrics: Reports | None = None
@@ -146,5 +145,6 @@ def _projection(
         scale=scales[name],
         activation=model.activation,
         group=tensor.group,
+        context=tensor.context,
         z_loss=model.sparse.z_loss if model.sparse else 0.0,
     )

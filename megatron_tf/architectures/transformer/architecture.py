@@ -41,6 +41,9 @@ class TransformerArchitecture(Architecture):
                 f"Set it to {either(divisors_near(shared, tensor))}."
             )
 
+    def key_value_heads(self, model: Model) -> int:
+        return as_transformer(model).num_key_value_heads
+
     def describe(self, model: Model) -> str:
         shared = as_transformer(model).num_key_value_heads
         heads = f", {shared} of keys and values" if shared != model.num_attention_heads else ""

@@ -56,19 +56,26 @@ class TorchEngine(SegmentedEngine):
         `document_ends`: the tokens after which attention begins anew.  `new_layers`: those that the run's growth added.
         """
         super().__init__(config, model, plan, source, first_new, new_layers)
-        clock, rank = self.clock, dist.get_rank()
+        clock, rank, timeout = self.clock, dist.get_rank(), config.parallel.timeout_seconds
+        context = make_group(topology, "context", timeout)
         # Inside a compiled block collectives cannot be timed separately: their time counts as forward and backward.
         if not config.training.compile:
             tensor = replace(tensor, around=lambda: clock.phase("communication"))
+            context = replace(context, around=lambda: clock.phase("communication"))
         self._topology = topology
         self._tensor = tensor
-        self._data = make_group(topology, "data", config.parallel.timeout_seconds)
+        self._replicas = make_group(topology, "replicas", timeout)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self._on = device
         dtype = DTYPES[config.training.precision]
         with torch.device("meta"):
             self._stage = build_stage(
-                model, source.scales, topology, rank, TensorParallel(tensor, config.parallel.sequence), document_ends
+                model,
+                source.scales,
+                topology,
+                rank,
+                TensorParallel(tensor, config.parallel.sequence, context),
+                document_ends,
             )
         self._stage.to_empty(device=device)
         for block in self._stage.blocks.values():
@@ -76,14 +83,14 @@ class TorchEngine(SegmentedEngine):
             choose_forms(block, config.training, device.type)
             if config.training.compile:
                 block.compile()
-        timeout = config.parallel.timeout_seconds
         keep_parameters = config.parallel.shard != "parameters"
         self._keep_gradients = config.parallel.shard == "optimizer"
-        self._is_sharded = sharding.shard(self._stage, self._data, timeout, dtype, device, keep_parameters)
+        self._is_sharded = sharding.shard(self._stage, self._replicas, timeout, dtype, device, keep_parameters)
         self._context = BlockContext()
         self._coming_branches: Iterator[Tensor | None] = iter(())
         self._found: dict[str, Tensor] = {}
-        self._loss_weight: Tensor | float = 1 / (
+        # gradients are means over the replicas, of which the context ranks have each a part of the same losses
+        self._loss_weight: Tensor | float = topology.context / (
             plan.num_micro_batches * plan.micro_batch_size * self._task.losses_per_sample(model)
         )
         self._pipeline: Pipeline | None = None
@@ -105,9 +112,9 @@ class TorchEngine(SegmentedEngine):
                 context=self._next_context,
             )
         self._tied = sharding.tied_group(topology, timeout) if self._task.tied and topology.pipeline > 1 else None
-        self._sharing = sharding.row_group(topology, tensor, self._data, timeout)
+        self._sharing = sharding.row_group(topology, tensor, self._replicas, timeout)
         self._shards = shards_of(self._stage, topology)
-        found = ((shard, sharding.fragment(shard, self._data)) for shard in self._shards)
+        found = ((shard, sharding.fragment(shard, self._replicas)) for shard in self._shards)
         self._fragments = [(shard, fragment) for shard, fragment in found if fragment is not None]
         self._skipped: list[str] = []
         self.optimizer = SegmentedOptimizer([fragment.buffer for _, fragment in self._fragments], config.optimizer)
@@ -123,7 +130,7 @@ class TorchEngine(SegmentedEngine):
 
     @property
     def _data_rank(self) -> int:
-        return self._data.rank
+        return self._topology.coordinate("data", dist.get_rank())
 
     @property
     def _tensor_rank(self) -> int:
@@ -154,7 +161,7 @@ class TorchEngine(SegmentedEngine):
             group["lr"] = lr
         with self.clock.phase("data"):
             taken = [
-                (inputs.to(self._on), targets.to(self._on))
+                (inputs.to(self._on), self._own(targets))
                 for inputs, targets in itertools.islice(batches, self.plan.num_micro_batches)
             ]
         if self._masks_losses:
@@ -171,6 +178,10 @@ class TorchEngine(SegmentedEngine):
             skipped = not self._update(norm)
         self.steps_skipped += skipped
         return StepResult(loss, norm, lr, skipped, reports=self._reports(self._found))
+
+    def _own(self, targets: Tensor) -> Tensor:
+        """Those of this rank's positions, on the device."""
+        return self._stage.tensor.own_positions(targets).to(self._on)
 
     def _one_stage(self, batches: Sequence[Batch]) -> list[Tensor]:
         losses = []
@@ -208,13 +219,13 @@ class TorchEngine(SegmentedEngine):
     def _weigh(self, batches: Sequence[Batch]) -> None:
         """Sets the loss weight so that the step's loss is the mean over all losses of the global batch that count.
 
-        Gradients are means over the D data-parallel ranks. With N such losses over all of them, one weighs D / N.
+        Gradients are means over the D replicas. With N such losses over all of them, one weighs D / N.
         """
         layers = self._stage.task_layers
         count = torch.stack([layers.counts(targets).sum() for _, targets in batches]).sum().to(self._on)
-        if self._data.handle is not None:
-            dist.all_reduce(count, group=self._data.handle)
-        self._loss_weight = self.plan.data_parallel / count.clamp_min(1)
+        if self._replicas.handle is not None:
+            dist.all_reduce(count, group=self._replicas.handle)
+        self._loss_weight = self._topology.replicas / count.clamp_min(1)
 
     def _add_tied_gradients(self) -> None:
         """The first and the last stage hold the same weight, and each has the gradient of its own use."""
@@ -226,7 +237,7 @@ class TorchEngine(SegmentedEngine):
         """The loss of the global batch, and the norm of its gradient; the same on all ranks."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._on)
         if losses and self._tensor.rank == 0:
-            sums[0] = torch.stack(losses).sum().double() / self.plan.data_parallel
+            sums[0] = torch.stack(losses).sum().double() / self._topology.replicas
         squares = [
             gradient.float().square().sum(dtype=torch.float64)
             for shard, gradient in sharding.gradients(self._shards)
@@ -266,7 +277,7 @@ class TorchEngine(SegmentedEngine):
             logits = self._stage.infer(inputs.to(self._on))
             if logits is not None:
                 layers = self._stage.task_layers
-                sums.append(evaluation_sums(layers, self.model, logits, targets.to(self._on), self._tensor))
+                sums.append(evaluation_sums(layers, self.model, logits, self._own(targets), self._tensor))
         return sums
 
     def _replicated(self) -> list[Fragment]:

@@ -1,4 +1,4 @@
-"""A stage's parameters sharded over the data-parallel ranks by torch's `fully_shard`.
+"""A stage's parameters sharded over the replicas, the data- and context-parallel ranks, by torch's `fully_shard`.
 
 Each parameter is cut by rows into chunks of equal size, the last ones smaller or empty. A rank keeps its chunk in fp32:
 the master weight. The forward pass gathers whole parameters in the compute type, one block at a time; the backward pass
@@ -23,20 +23,20 @@ from megatron_tf.parallel.groups import Group, own_of
 
 
 def shard(
-    stage: Stage, data: Group, timeout_seconds: float, dtype: torch.dtype, device: torch.device, keep: bool
+    stage: Stage, replicas: Group, timeout_seconds: float, dtype: torch.dtype, device: torch.device, keep: bool
 ) -> bool:
-    """Shards `stage` over `data` and returns True, or, where one rank needs no other compute type, leaves it alone.
+    """Shards `stage` over `replicas` and returns True, or, where one rank needs no other compute type, leaves it alone.
 
     `keep`: whether parameters stay whole between the forward and the backward pass.
     """
-    if data.size == 1 and dtype == torch.float32:
+    if replicas.size == 1 and dtype == torch.float32:
         return False
     # imported where it is needed, because it takes as long as torch itself
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # `fully_shard` needs a communicator also for a group of one
-    handle = data.handle or own_of(([rank] for rank in range(dist.get_world_size())), timeout_seconds)
+    handle = replicas.handle or own_of(([rank] for rank in range(dist.get_world_size())), timeout_seconds)
     assert handle is not None
     # No block changes its hidden states in place, so that some leave it as a view does no harm.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -58,7 +58,7 @@ def set_last_backward(stage: Any, last: bool, keep: bool) -> None:
     stage.set_reshard_after_backward(last or not keep)
 
 
-def fragment(shard: ShardedParameter, data: Group) -> Fragment | None:
+def fragment(shard: ShardedParameter, replicas: Group) -> Fragment | None:
     """Where this rank keeps the shard's fp32 state; None where its chunk is empty."""
     parameter: Any = shard.parameter
     width = shard.spec.width
@@ -67,8 +67,10 @@ def fragment(shard: ShardedParameter, data: Group) -> Fragment | None:
         return Fragment(shard.spec, parameter, first, first + parameter.numel(), 0, shard.owned)
     local = parameter.to_local().detach()
     rows = parameter.shape[0]
-    begin = min(data.rank * -(-rows // data.size), rows)
-    assert local.shape[0] == min(-(-rows // data.size), rows - begin), "fully_shard cuts by rows, as torch.chunk does"
+    begin = min(replicas.rank * -(-rows // replicas.size), rows)
+    assert local.shape[0] == min(-(-rows // replicas.size), rows - begin), (
+        "fully_shard cuts by rows, as torch.chunk does"
+    )
     start = first + begin * width
     return Fragment(shard.spec, local, start, start + local.numel(), 0, shard.owned) if local.numel() else None
 
@@ -89,13 +91,13 @@ def tied_group(topology: Topology, timeout_seconds: float) -> dist.ProcessGroup 
     return own_of([(ranks[0], ranks[-1]) for ranks in topology.groups("pipeline")], timeout_seconds)
 
 
-def row_group(topology: Topology, tensor: Group, data: Group, timeout_seconds: float) -> Group:
-    """The tensor- and data-parallel ranks of one stage, in the order of the world. All ranks call it together."""
-    if data.size == 1:
+def row_group(topology: Topology, tensor: Group, replicas: Group, timeout_seconds: float) -> Group:
+    """All ranks of one stage, in the order of the world. All ranks call it together."""
+    if replicas.size == 1:
         return tensor
     if tensor.size == 1:
-        return data
-    size = topology.tensor * topology.data
+        return replicas
+    size = topology.tensor * topology.replicas
     stages = [range(first, first + size) for first in range(0, topology.world_size, size)]
     return Group(size, dist.get_rank() % size, own_of(stages, timeout_seconds))
 

@@ -20,6 +20,7 @@ class LanguageModelling(Task):
     data = "megatron_tf.tasks.language_model.data:LANGUAGE_MODEL_DATA"
     evaluation = "megatron_tf.evaluation.text:TEXT_EVALUATION"
     causal = True
+    splits_samples = True
     input_name = head_name = "embedding"
     own_keys = (
         "data.tokenizer",

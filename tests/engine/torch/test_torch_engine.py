@@ -144,7 +144,7 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_training_without_deepspeed(folder):
-    """bf16 on one process, resumed with sharded parameters on two, then grown."""
+    """bf16 on one process, resumed with sharded parameters on two, then grown and with samples split over them."""
     blocked = folder / "blocked" / "deepspeed"
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise ImportError('deepspeed is not here')")
@@ -160,5 +160,9 @@ def test_training_without_deepspeed(folder):
     ]
     assert len([loss for loss in losses if loss is not None]) == 8
     grown = [f"run.dir={folder}/grown", f"growth.from={folder}/run", "model.parameter_tokens.ffn=80"]
+    grown += ["parallel.context=2", f"data.validation=[{{path: {folder}/data}}]", "evaluation.interval_steps=4"]
     done = train(folder, *grown, ranks=2, **hidden)
     assert done.returncode == 0 and "growth: held batch" in done.stdout, done.stdout
+    assert "2 ranks as TP1×PP1×DP1×CP2" in done.stdout
+    values = [json.loads(line) for line in (folder / "grown" / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval/loss" in line for line in values) and any("health/ffn/dead_share" in line for line in values)
