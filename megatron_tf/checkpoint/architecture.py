@@ -81,7 +81,6 @@ def check_prunable(model: Model, counts: Mapping[str, int]) -> None:
 
 def check_format(model: Model, form: str, action: str) -> None:
     """CheckpointError unless task, architecture and activations have a place in the foreign format `form`."""
-    token_counts(model, action)
     if form not in task_of(model).formats:
         able = [name for name in TASKS.names() if form in TASKS[name].formats]
         raise CheckpointError(

@@ -11,8 +11,9 @@ and Adam moments of 0. The model is known by its shapes if it is one of those pu
 --config. to-official is the inverse, to the last bit, for every model whose τ is √n.
 
 to-hf writes a folder that transformers and vLLM load: weights, configuration with τ of every projection, tokenizer, and
-the model's code. It is loaded with transformers and compared with our own model before it gets its name. from-hf is the
-inverse, to the last bit, and also takes what was trained further with transformers. Needs no GPU.
+the model's code; of a classifier of images an image processor and the names of the classes. It is loaded with
+transformers and compared with our own model before it gets its name. from-hf is the inverse, to the last bit, and also
+takes what was trained further with transformers. Needs no GPU.
 
 to-safetensors writes the fp32 weights alone, by logical name, with the model's configuration and τ in the file's
 metadata.
@@ -23,24 +24,32 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_tf.architectures.tokenformer.section import as_tokenformer, bank_of
 from megatron_tf.arguments import config_file, path, text_path
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import load_config
 from megatron_tf.config.schema import Model
+from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.estimate import num_parameters
+from megatron_tf.errors import UserError
 from megatron_tf.paths import literal
 from megatron_tf.state.parameters import initial_scales, projections
-from megatron_tf.tasks.language_model.section import vocab_size_of
+from megatron_tf.tasks.image_classification.section import ImageModel
+from megatron_tf.tasks.language_model.section import LanguageModel, vocab_size_of
 from megatron_tf.telemetry.console import Console
 
 if TYPE_CHECKING:
+    from megatron_tf.convert.agreement import Agreement
     from megatron_tf.convert.huggingface.export import ExportedTokenizer
     from megatron_tf.model.tokenformer import TokenFormer
 
 ReportProgress = Callable[[int, str], None]
+Write = Callable[[], "dict[str, Agreement]"]
+CLASSES_NAMED = 5
 OFFICIAL_VOCABULARY_MULTIPLE = 128  # make_vocab_size_divisible_by, unless a configuration says otherwise
 
 
@@ -72,6 +81,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     to_folder.add_argument(
         "--eod-token", metavar="NAME", help="token that ends a text; default: what the run's data say"
+    )
+    to_folder.add_argument(
+        "--classes",
+        type=path,
+        metavar="FILE",
+        help="names of a classifier's classes, one a line; default: those of the run's data.train, or numbers",
     )
     to_folder.set_defaults(command=to_hf)
     from_folder = commands.add_parser("from-hf", help="such a folder into step 0 of a run")
@@ -168,25 +183,52 @@ def to_hf(arguments: argparse.Namespace) -> None:
     from megatron_tf.checkpoint.architecture import check_format, stored_model
     from megatron_tf.checkpoint.manager import resolve
     from megatron_tf.checkpoint.reader import open_checkpoint
-    from megatron_tf.convert.huggingface.export import check_target, write_export
+    from megatron_tf.convert.huggingface.export import check_target
     from megatron_tf.convert.huggingface.verify import require_transformers
     from megatron_tf.inference.load import load_model
 
     check_target(arguments.target)
     version = require_transformers()
     reader = open_checkpoint(resolve(arguments.source))
-    check_format(stored_model(reader.index), "huggingface", "exported")
+    stored = stored_model(reader.index)
+    check_format(stored, "huggingface", "exported")
+    check_options(arguments, is_image := isinstance(stored, ImageModel))
     print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
     network = load_model(reader.path)
-    tokenizer = exported_tokenizer(arguments, network)
+    write = image_writer(arguments, network) if is_image else text_writer(arguments, network)
     print(f"to          {arguments.target}")
     describe(network.config, "as the checkpoint says", network.scales)
     if arguments.dry_run:
         return print("\ndry run: nothing is written")
-    found = write_export(arguments.target, network, tokenizer)
-    for kind, agreement in found.items():
+    for kind, agreement in write().items():
         print(f"compared    with transformers {version} on {kind}: {agreement}")
     print(f"wrote {arguments.target}: {sum(file.stat().st_size for file in arguments.target.iterdir()):,} bytes")
+
+
+def check_options(arguments: argparse.Namespace, is_image: bool) -> None:
+    """UserError for an option that means nothing to the model."""
+    given = {name: getattr(arguments, name) for name in ("tokenizer", "eod_token") if is_image} or {
+        "classes": arguments.classes
+    }
+    for name, value in given.items():
+        if value is not None:
+            has = "classifies images and has no tokenizer" if is_image else "is of text and has no classes"
+            raise UserError(f"--{name.replace('_', '-')}: the model {has}. Remove it.")
+
+
+def text_writer(arguments: argparse.Namespace, network: TokenFormer) -> Write:
+    from megatron_tf.convert.huggingface.export import write_export
+
+    return partial(write_export, arguments.target, network, exported_tokenizer(arguments, network))
+
+
+def image_writer(arguments: argparse.Namespace, network: TokenFormer) -> Write:
+    from megatron_tf.convert.huggingface.image_export import write_image_export
+    from megatron_tf.inference.images import class_names
+
+    names = class_names(arguments.source, network, arguments.classes)
+    print(f"classes     {', '.join(names[:CLASSES_NAMED])}{', ...' if len(names) > CLASSES_NAMED else ''}")
+    return partial(write_image_export, arguments.target, network, names)
 
 
 def exported_tokenizer(arguments: argparse.Namespace, network: TokenFormer) -> ExportedTokenizer | None:
@@ -254,15 +296,19 @@ def to_safetensors(arguments: argparse.Namespace) -> None:
 
 def describe(model: Model, origin: str, scales: Mapping[str, float] | None = None) -> None:
     print(f"model       {origin}")
-    model = as_tokenformer(model)
+    has = (
+        f"{vocab_size_of(model):,} vocabulary rows, {as_tokenformer(model).activation}"
+        if isinstance(model, LanguageModel)
+        else task_of(model).describe(model)
+    )
     print(
         f"            {model.num_layers} layers × {model.hidden_size}, {model.num_attention_heads} heads, "
-        f"{model.seq_length:,} positions, {vocab_size_of(model):,} vocabulary rows, {model.activation}"
+        f"{model.seq_length:,} positions, {has}"
     )
     scales = scales or initial_scales(model)
-    for kind, count in model.parameter_tokens.model_dump().items():
+    for kind, count in architecture_of(model).token_counts(model).items():
         found = {scales[name] for name, projection in projections(model).items() if projection.kind == kind}
-        bank = bank_of(model, kind)
+        bank = bank_of(as_tokenformer(model), kind)
         stored = "" if bank is None else f" of {bank.stored(count):,}"
         print(
             f"{kind:<11} {count:,}{stored} tokens, "

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_tf.convert.huggingface.importing import is_export, stored_classes
 from megatron_tf.data.images.augment import seen
 from megatron_tf.data.images.decode import BadImage, opened, upright
 from megatron_tf.data.images.readers import read_names
@@ -22,13 +23,16 @@ BATCH = 64
 
 
 def class_names(path: Path, model: TokenFormer, file: Path | None) -> tuple[str, ...]:
-    """Of the classes of the model at `path`: from `file`, one a line; else from the images that the run was trained on,
-    as far as they are at hand; else numbers. UserError when the file names another number of classes."""
+    """Of the classes of the model at `path`: from `file`, one a line; else as an export says, or from the images that
+    the run was trained on, as far as they are at hand; else numbers. UserError when the file names another number of
+    classes."""
     count = image_of(model.config).classes
     if file is not None:
         names = read_names(file)
         if len(names) != count:
             raise UserError(f"{file}: names {len(names)} classes, the model tells {count} apart. Give one a line.")
+        return names
+    if is_export(path) and len(names := stored_classes(path)) == count:
         return names
     with suppress(ConfigError, DataError):
         config = run_config(path)

@@ -50,6 +50,23 @@ def test_the_best_classes_are_shown(run, tmp_path):
     assert lines[1:4] == expected
 
 
+def test_an_export_is_classified_with_and_named_as_the_run(run, tmp_path):
+    out = tmp_path / "out"
+    done = tool("convert_checkpoint", "to-hf", run, "--to", out)
+    assert done.returncode == 0, done.stderr
+    said = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "classes ape, bee, cat, dog, emu" in said
+    assert any("5 classes of images of 6 in patches of 3" in line for line in said), said
+    assert any(line.startswith("compared with transformers") and " on images: " in line for line in said)
+    answers = [tool("classify_images", model, tmp_path / "0.png").stdout for model in (run, out)]
+    assert answers[0] == answers[1] and "emu" in answers[0]
+    done = tool("convert_checkpoint", "from-hf", out, "--to", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    assert tool("classify_images", tmp_path / "back", tmp_path / "0.png").stdout.count("%") == 5
+    wrong = tool("convert_checkpoint", "to-hf", run, "--to", tmp_path / "other", "--tokenizer", "bytes")
+    assert_refused(wrong, "--tokenizer: the model classifies images and has no tokenizer. Remove it.")
+
+
 def test_refusals(run, tmp_path):
     image = tmp_path / "0.png"
     (tmp_path / "names").write_text("a\nb\n")
@@ -61,4 +78,6 @@ def test_refusals(run, tmp_path):
         tool("classify_images", run, image, "--classes", tmp_path / "names"), "names 2 classes, the model tells 5"
     )
     text = write_run(tmp_path / "text", run_config())
+    wrong = tool("convert_checkpoint", "to-hf", text, "--to", tmp_path / "other", "--classes", tmp_path / "names")
+    assert_refused(wrong, "--classes: the model is of text and has no classes. Remove it.")
     assert_refused(tool("classify_images", text, image), "model.task: language_model, but classification needs a model")

@@ -12,11 +12,13 @@ from megatron_tf.architectures.transformer.work import block_collectives, block_
 from megatron_tf.architectures.work import BlockWork, Collectives
 from megatron_tf.config.nearest import divisors_near, either
 from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.tasks import task_of
 
 
 class TransformerArchitecture(Architecture):
     section = TransformerModel
     block = "megatron_tf.architectures.transformer.block:transformer_block"
+    formats = frozenset({"huggingface"})
     why_not_elsewhere = "a transformer has no parameter tokens"
 
     def block_parameters(self, model: Model, layer: int) -> Iterator[ParameterSpec]:
@@ -24,6 +26,14 @@ class TransformerArchitecture(Architecture):
 
     def sharded_rows(self, model: Model) -> dict[str, int]:
         return {"model.ffn_hidden_size": as_transformer(model).ffn_hidden_size}
+
+    def format_problem(self, model: Model, form: str) -> str | None:
+        if not task_of(model).causal:
+            return None
+        return (
+            f"the code for the {form} format computes a transformer that classifies images only. Give one whose "
+            "model.task is image_classification, or a model whose model.architecture is tokenformer"
+        )
 
     def problems(self, model: Model) -> Iterator[str]:
         heads, shared = model.num_attention_heads, as_transformer(model).num_key_value_heads

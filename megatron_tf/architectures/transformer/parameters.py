@@ -20,12 +20,13 @@ def block_parameters(model: TransformerModel, layer: int) -> Iterator[ParameterS
     | ffn.up | [f, d] | outputs |
     | ffn.down | [f, d] | inputs |
     """
-    for matrix, rows, std in (
-        ("attention.qkv", qkv_rows(model), input_std(model)),
-        ("attention.proj", model.hidden_size, output_std(model)),
-        ("ffn.up", model.ffn_hidden_size, input_std(model)),
-        ("ffn.down", model.ffn_hidden_size, output_std(model)),
+    for matrix, rows, std, huggingface in (
+        ("attention.qkv", qkv_rows(model), input_std(model), "self_attn.qkv_proj"),
+        ("attention.proj", model.hidden_size, output_std(model), "self_attn.o_proj"),
+        ("ffn.up", model.ffn_hidden_size, input_std(model), "mlp.up_proj"),
+        ("ffn.down", model.ffn_hidden_size, output_std(model), "mlp.down_proj"),
     ):
+        is_output = matrix in ("attention.proj", "ffn.down")
         yield ParameterSpec(
             f"blocks.{layer}.{matrix}.weight",
             (rows, model.hidden_size),
@@ -34,7 +35,9 @@ def block_parameters(model: TransformerModel, layer: int) -> Iterator[ParameterS
             decayed=True,
             std=std,
             mean=0.0,
-            output=matrix in ("attention.proj", "ffn.down"),
+            output=is_output,
+            huggingface_name=f"model.layers.{layer}.{huggingface}.weight",
+            transposed=is_output,
         )
 
 

@@ -14,7 +14,7 @@ from megatron_tf.config.schema import Model
 from megatron_tf.errors import CheckpointError, ConfigError, shown
 from megatron_tf.telemetry.text import bullets
 
-MODEL_TYPE = "tokenformer"
+MODEL_TYPE, IMAGE_MODEL_TYPE = "tokenformer", "tokenformer_image"
 CONFIGURATION_CODE = "configuration_tokenformer.py"
 MODELING_CODE = "modeling_tokenformer.py"
 CODE = (CONFIGURATION_CODE, MODELING_CODE, "pattention_tokenformer.py")
@@ -32,7 +32,24 @@ _KEYS = {
     "rotary_base": "rotary_base",
     "norm_eps": "layer_norm_eps",
 }
-_OPTIONAL = {"sparse"}  # left out where they are null
+# the same for a classifier of images
+IMAGE_KEYS = {
+    "architecture": "block_type",
+    "image": "image",
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "norm_eps": "layer_norm_eps",
+    "parameter_tokens": "parameter_tokens",
+    "sparse": "sparse",
+    "activation": "activation",
+    "ffn_hidden_size": "intermediate_size",
+    "num_key_value_heads": "num_key_value_heads",
+}
+_TYPES = {MODEL_TYPE: ("language_model", _KEYS), IMAGE_MODEL_TYPE: ("image_classification", IMAGE_KEYS)}
+# left out where they are null, or of the other architecture
+_OPTIONAL = {"sparse"}
+_IMAGE_OPTIONAL = {*_OPTIONAL, "parameter_tokens", "activation", "ffn_hidden_size", "num_key_value_heads"}
 _AS_WRITTEN = "Give the one that to-hf or save_pretrained wrote."
 
 
@@ -43,9 +60,6 @@ def huggingface_config(model: Model, scales: Mapping[str, float], eod_id: int | 
         "AutoModel": (MODELING_CODE, "TokenFormerModel"),  # vLLM builds from it
         "AutoModelForCausalLM": (MODELING_CODE, "TokenFormerForCausalLM"),
     }
-    values = model.model_dump(exclude_none=True)
-    if (sections := architecture_of(model).sparse_sections(model)) is not None:
-        values["sparse"] = sections  # losses of the training are nothing that an export has
     return {
         "architectures": ["TokenFormerForCausalLM"],
         "auto_map": {kind: f"{code.removesuffix('.py')}.{name}" for kind, (code, name) in classes.items()},
@@ -53,11 +67,29 @@ def huggingface_config(model: Model, scales: Mapping[str, float], eod_id: int | 
         "dtype": "float32",
         "tie_word_embeddings": True,
         **special_tokens(eod_id),
-        **{key: values[field] for field, key in _KEYS.items() if field in values},
+        **under_keys(model, _KEYS),
+        **scales_by_layer(model, scales),
+    }
+
+
+def under_keys(model: Model, keys: Mapping[str, str]) -> dict[str, Any]:
+    """What `keys` name of the model, without what is null."""
+    values = model.model_dump(mode="json", exclude_none=True)
+    if (sections := architecture_of(model).sparse_sections(model)) is not None:
+        values["sparse"] = sections  # losses of the training are nothing that an export has
+    return {key: values[field] for field, key in keys.items() if field in values}
+
+
+def scales_by_layer(model: Model, scales: Mapping[str, float]) -> dict[str, Any]:
+    """τ of every projection; nothing for a model without projections."""
+    if not scales:
+        return {}
+    layers = range(model.num_layers)
+    return {
         "scales": [
             {_short(projection): scales[f"blocks.{layer}.{projection}"] for projection in PROJECTIONS}
-            for layer in range(model.num_layers)
-        ],
+            for layer in layers
+        ]
     }
 
 
@@ -71,23 +103,28 @@ def model_from_config(config: Any) -> tuple[Model, dict[str, float]]:
 
     CheckpointError, with all problems, when it is not of a TokenFormer, or incomplete.
     """
-    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"is of a model of type {shown(kind)}, expected {MODEL_TYPE!r}. Give a TokenFormer's")
-    needed = [key for field, key in _KEYS.items() if field not in _OPTIONAL]
-    problems = [f"{key}: missing. {_AS_WRITTEN}" for key in (*needed, "scales") if key not in config]
+    kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+    if not isinstance(config, dict) or kind not in _TYPES:
+        expected = " or ".join(map(repr, _TYPES))
+        raise CheckpointError(f"is of a model of type {shown(kind)}, expected {expected}. Give a TokenFormer's")
+    task, keys = _TYPES[kind]
+    is_image, has_scales = kind == IMAGE_MODEL_TYPE, config.get("block_type") != "transformer"
+    optional = _IMAGE_OPTIONAL if is_image else _OPTIONAL
+    needed = [key for field, key in keys.items() if field not in optional] + ["scales"] * has_scales
+    problems = [f"{key}: missing. {_AS_WRITTEN}" for key in needed if key not in config]
     if problems:
         raise CheckpointError(_listed(problems))
-    if config.get("tie_word_embeddings", True) is not True:
+    if not is_image and config.get("tie_word_embeddings", True) is not True:
         raise CheckpointError(
             "has an output head of its own, and here the head is the embedding. Give a model with tie_word_embeddings "
             "true"
         )
+    values = {field: config[key] for field, key in keys.items() if config.get(key) is not None}
     try:
-        model = read_model({field: config[key] for field, key in _KEYS.items() if key in config})
+        model = read_model({"task": task, **values})
     except ConfigError as error:
-        raise CheckpointError(_listed([_under_its_keys(problem) for problem in error.problems])) from None
-    return model, _scales(config["scales"], model)
+        raise CheckpointError(_listed([_under_its_keys(problem, keys) for problem in error.problems])) from None
+    return model, _scales(config["scales"], model) if has_scales else {}
 
 
 def _scales(stored: Any, model: Model) -> dict[str, float]:
@@ -107,9 +144,9 @@ def _scales(stored: Any, model: Model) -> dict[str, float]:
     return scales
 
 
-def _under_its_keys(problem: str) -> str:
+def _under_its_keys(problem: str, keys: Mapping[str, str]) -> str:
     """A sentence about our model section, as one about config.json."""
-    return re.sub(r"\bmodel\.(\w+)", lambda key: _KEYS.get(key[1], key[1]), problem)
+    return re.sub(r"\bmodel\.(\w+)", lambda key: keys.get(key[1], key[1]), problem)
 
 
 def _short(projection: str) -> str:

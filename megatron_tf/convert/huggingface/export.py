@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -71,16 +72,23 @@ def write_export(
     Errors: CheckpointError, with nothing left behind, also when what transformers computes is not what `network` does.
     """
     versions = verifying_versions()
+    with new_folder(path, network) as folder:
+        _write_configuration(folder, network, tokenizer, versions)
+        write_weights(folder, network)
+        for file in copied:
+            shutil.copyfile(file, folder / file.name)
+        return verify_export(folder, network, tokenizer.tokenizer if tokenizer and tokenizer.file else None)
+
+
+@contextmanager
+def new_folder(path: Path, network: TokenFormer) -> Iterator[Path]:
+    """The folder that becomes `path` when all went well. CheckpointError, with nothing left behind, when it did not."""
     needed = 4 * num_parameters(network.config) + _FILE_OVERHEAD_BYTES
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise CheckpointError(f"{path}: the export takes {needed:,} bytes, and {free:,} are free there. Make room")
     with file_errors(CheckpointError, path, "Nothing was written."), atomic_folder(path) as folder:
-        _write_configuration(folder, network, tokenizer, versions)
-        _write_weights(folder, network)
-        for file in copied:
-            shutil.copyfile(file, folder / file.name)
-        return verify_export(folder, network, tokenizer.tokenizer if tokenizer and tokenizer.file else None)
+        yield folder
 
 
 def _write_configuration(
@@ -88,14 +96,9 @@ def _write_configuration(
 ) -> None:
     eod_id = exported.tokenizer.eod_id if exported else None
     config = huggingface_config(network.config, network.scales, eod_id)
-    _write_json(folder / CONFIG_NAME, {**config, "verified_with": versions})
-    _write_json(folder / "generation_config.json", special_tokens(eod_id))
-    # The code stays as it is while transformers changes: a reader years later sees what it was made for.
-    verified = "# Verified with " + " and ".join(f"{name} {version}" for name, version in versions.items())
-    for name in CODE:
-        code = resources.files("megatron_tf.convert.huggingface") / "remote_code" / name
-        text = f"{verified}. With others, compare a cached generation with an uncached one, or export again.\n"
-        (folder / name).write_bytes(text.encode() + code.read_bytes())
+    write_json(folder / CONFIG_NAME, {**config, "verified_with": versions})
+    write_json(folder / "generation_config.json", special_tokens(eod_id))
+    write_code(folder, CODE, versions, "compare a cached generation with an uncached one")
     if exported and exported.file:
         (folder / TOKENIZER_NAME).write_bytes(as_in_preparation(read_tokenizer_file(exported.file)))
         end = exported.tokenizer.decode([exported.tokenizer.eod_id])
@@ -108,10 +111,19 @@ def _write_configuration(
             "eos_token": end,
             "pad_token": end,
         }
-        _write_json(folder / "tokenizer_config.json", settings)
+        write_json(folder / "tokenizer_config.json", settings)
 
 
-def _write_weights(folder: Path, network: TokenFormer) -> None:
+def write_code(folder: Path, names: Sequence[str], versions: Mapping[str, str], comparison: str) -> None:
+    """The code stays as it is while transformers changes: a reader years later sees what it was made for."""
+    verified = "# Verified with " + " and ".join(f"{name} {version}" for name, version in versions.items())
+    for name in names:
+        code = resources.files("megatron_tf.convert.huggingface") / "remote_code" / name
+        text = f"{verified}. With others, {comparison}, or export again.\n"
+        (folder / name).write_bytes(text.encode() + code.read_bytes())
+
+
+def write_weights(folder: Path, network: TokenFormer) -> None:
     state = network.state_dict()
     tensors = {
         spec.huggingface_name: (state[name].mT if spec.transposed else state[name]).contiguous()
@@ -124,5 +136,5 @@ def _write_weights(folder: Path, network: TokenFormer) -> None:
     shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)  # the library's files are for their owner alone
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.strict_json import NotJsonError, parse_json
 from megatron_tf.config.schema import Model
+from megatron_tf.config.tasks import task_of
 from megatron_tf.convert.huggingface.configuration import model_from_config
 from megatron_tf.convert.huggingface.export import CONFIG_NAME, WEIGHTS_NAME
 from megatron_tf.durable import open_plain, read_plain
@@ -44,6 +45,16 @@ class HuggingFaceModel:
 def is_export(path: Path | str) -> bool:
     """Is there a configuration of transformers in the folder, whole or not? Our own checkpoints have none."""
     return any(os.path.lexists(Path(path) / name) for name in (CONFIG_NAME, _ADAPTER_NAME))
+
+
+def stored_classes(path: Path | str) -> tuple[str, ...]:
+    """Names of the classes, as the configuration in an exported folder says; () where it does not. CheckpointError as
+    `open_export`."""
+    config = _read_json(Path(path) / CONFIG_NAME)
+    names = config.get("id2label") if isinstance(config, dict) else None
+    if not isinstance(names, dict) or set(names) != {str(number) for number in range(len(names))}:
+        return ()
+    return tuple(str(names[str(number)]) for number in range(len(names)))
 
 
 def stored_eod(path: Path | str) -> int | None:
@@ -79,13 +90,8 @@ def open_export(path: Path | str) -> HuggingFaceModel:
                 f"{' or '.join(map(_type_name, _DTYPES))}. Save the model in one of them, neither quantised nor cast"
             )
     table = parameter_table(model)
-    embedding = table[EMBEDDING].huggingface_name
-    head = stored.pop(_HEAD, None)
-    if head is not None and embedding in stored and not _same(head, stored[embedding]):
-        raise CheckpointError(
-            f"{folder}: {_HEAD} is not {embedding}, and here the output head is the embedding. Give a model that was "
-            "trained with the two tied"
-        )
+    if task_of(model).tied:
+        _take_head(folder, stored, table[EMBEDDING].huggingface_name)
     expected = {spec.huggingface_name: spec.shape[::-1] if spec.transposed else spec.shape for spec in table.values()}
     _check(folder, {name: tuple(tensor.shape) for name, tensor in stored.items()}, expected)
     weights = {}
@@ -98,6 +104,16 @@ def open_export(path: Path | str) -> HuggingFaceModel:
             )
         weights[name] = (tensor.mT if spec.transposed else tensor).contiguous()
     return HuggingFaceModel(model, scales, weights)
+
+
+def _take_head(folder: Path, stored: dict[str, Tensor], embedding: str) -> None:
+    """Takes the head out of `stored`, if there is one next to the embedding."""
+    head = stored.pop(_HEAD, None)
+    if head is not None and embedding in stored and not _same(head, stored[embedding]):
+        raise CheckpointError(
+            f"{folder}: {_HEAD} is not {embedding}, and here the output head is the embedding. Give a model that was "
+            "trained with the two tied"
+        )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

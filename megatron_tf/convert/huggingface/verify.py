@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -67,24 +67,30 @@ def verify_export(folder: Path, network: TokenFormer, tokenizer: Tokenizer | Non
     Returns the agreement by kind of sample. CheckpointError when logits or tokens are others.
     """
     prepare_hugging_face()
-    exported = _load_model(folder)
+    exported = load_exported(folder, "AutoModelForCausalLM")
     choices = Choices(exported)
     samples = {"random tokens": _random_tokens(network)}
     if tokenizer is not None:
         samples["text"] = _text_tokens(folder, tokenizer)[:, : samples["random tokens"].shape[1]]
     found = {}
     for kind, ids in samples.items():
-        with _transformers_errors(kind), choices.recorded():
-            logits = exported(input_ids=ids).logits.float()
-        with choices.replayed(network, len(ids)):
-            expected = network(ids)
-        if not expected.isfinite().all():
-            raise CheckpointError(
-                "the model's own logits are not finite: its training diverged. Use an earlier checkpoint"
-            )
-        found[kind] = _checked(kind, logits, expected)
+        found[kind] = compare_logits(kind, exported, choices, network, {"input_ids": ids})
     found["generation"] = _compare_generation(exported, choices, network, samples["random tokens"])
     return found
+
+
+def compare_logits(
+    kind: str, exported: Any, choices: Choices, network: TokenFormer, inputs: Mapping[str, Tensor]
+) -> Agreement:
+    """Of one forward pass. `inputs`: one tensor [b, ...], under the name that the exported model takes it by."""
+    with transformers_errors(kind), choices.recorded():
+        logits = exported(**inputs).logits.float()
+    (own,) = inputs.values()
+    with choices.replayed(network, len(own)):
+        expected = network(own)
+    if not expected.isfinite().all():
+        raise CheckpointError("the model's own logits are not finite: its training diverged. Use an earlier checkpoint")
+    return checked(kind, logits, expected)
 
 
 def _compare_generation(exported: Any, choices: Choices, network: TokenFormer, ids: Tensor) -> Agreement:
@@ -103,7 +109,7 @@ def _compare_generation(exported: Any, choices: Choices, network: TokenFormer, i
     found = []
     for cache, options in _CACHES.items():
         kind = f"generation {cache}"
-        with _transformers_errors(kind), choices.recorded():
+        with transformers_errors(kind), choices.recorded():
             out = exported.generate(
                 ids * mask,
                 attention_mask=mask,
@@ -119,12 +125,12 @@ def _compare_generation(exported: Any, choices: Choices, network: TokenFormer, i
             with choices.replayed(network, len(lengths), slice(row, row + 1), padding):
                 expected = network(out.sequences[row : row + 1, padding:-1])[0, length - 1 :]
             logits = torch.stack([step[row] for step in out.logits]).float()
-            found.append(_checked(kind, logits, expected))
+            found.append(checked(kind, logits, expected))
     return max(found, key=lambda one: one.error)
 
 
 @contextmanager
-def _transformers_errors(kind: str) -> Iterator[None]:
+def transformers_errors(kind: str) -> Iterator[None]:
     """Whatever the export's own code and transformers make of each other, as CheckpointError; an OSError names its
     file."""
     try:
@@ -138,7 +144,7 @@ def _transformers_errors(kind: str) -> Iterator[None]:
         ) from error
 
 
-def _checked(kind: str, found: Tensor, expected: Tensor) -> Agreement:
+def checked(kind: str, found: Tensor, expected: Tensor) -> Agreement:
     """The agreement of logits. CheckpointError when it does not hold."""
     result = agreement(found, expected)
     if not result.holds:
@@ -149,18 +155,28 @@ def _checked(kind: str, found: Tensor, expected: Tensor) -> Agreement:
     return result
 
 
-def _load_model(folder: Path) -> Any:
+def load_exported(folder: Path, auto_class: str) -> Any:
+    """The model, by a class of transformers such as "AutoModelForCausalLM". CheckpointError when it does not load
+    whole."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with _transformers_errors("loading"):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    with transformers_errors("loading"):
+        model, report = getattr(transformers, auto_class).from_pretrained(
             folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
     if problems := {kind: names for kind, names in report.items() if names}:
         raise CheckpointError(f"transformers did not load the export as it was written: {problems}")
     return model.eval()
+
+
+def load_processor(folder: Path) -> Any:
+    """Of images."""
+    import transformers
+
+    with transformers_errors("loading the image processor"):
+        return transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
 
 
 def _random_tokens(network: TokenFormer) -> Tensor:
@@ -174,7 +190,7 @@ def _text_tokens(folder: Path, tokenizer: Tokenizer) -> Tensor:
 
     texts = list(_english())
     expected = tokenizer.encode_batch(texts)
-    with _transformers_errors("text"):
+    with transformers_errors("text"):
         exported = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
         # As a user calls it: what it puts around a text by itself must be there
         found = exported([*texts, *_ODD_TEXTS])["input_ids"]

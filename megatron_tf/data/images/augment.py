@@ -39,7 +39,7 @@ def augmented(picture: Picture, image: Image, settings: Augmentation, seed: int,
         square = _centre(picture, image)
     else:
         box = random_box(random, picture.size, settings.crop_scale, settings.crop_ratio)
-        square = _resized(picture, image, box)
+        square = _resized(in_channels(picture, image.channels), (image.size, image.size), box)
     if random.random() < settings.flip:
         square = mirrored(square)
     if settings.rand_augment is not None:
@@ -112,16 +112,19 @@ def shifted(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def _centre(picture: Picture, image: Image) -> Picture:
-    side = image.crop * min(picture.size)
-    left, top = (picture.size[0] - side) / 2, (picture.size[1] - side) / 2
-    return _resized(picture, image, (left, top, left + side, top + side))
-
-
-def _resized(picture: Picture, image: Image, box: tuple[float, float, float, float]) -> Picture:
-    """What is in `box`, as a square of the model's size."""
+    """As timm and torchvision do it, to the last bit: the shorter side becomes size / crop, and the middle is cut out."""
     picture = in_channels(picture, image.channels)
-    size = (image.size, image.size)
-    if picture.size == size and tuple(box) == (0, 0, *size):
+    shorter = math.floor(image.size / image.crop)
+    width, height = picture.size
+    longer = int(shorter * max(width, height) / min(width, height))
+    resized = _resized(picture, (shorter, longer) if width <= height else (longer, shorter))
+    left, top = (round((side - image.size) / 2) for side in resized.size)
+    return resized.crop((left, top, left + image.size, top + image.size))
+
+
+def _resized(picture: Picture, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Picture:
+    """What is in `box`, or all of the picture, in another size."""
+    if picture.size == size and box in (None, (0, 0, *size)):
         return picture
     from PIL.Image import Resampling
 

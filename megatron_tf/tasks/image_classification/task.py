@@ -12,6 +12,14 @@ from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.tasks.base import EndsWork, Task
 from megatron_tf.tasks.image_classification.section import ImageModel, image_of
 
+# logical name -> Hugging Face name, where it is another
+_HUGGING_FACE = {
+    "patches.weight": "model.patches.proj.weight",
+    "patches.bias": "model.patches.proj.bias",
+    "patches.positions": "model.patches.positions",
+    "patches.class_token": "model.patches.class_token",
+}
+
 
 class ImageClassification(Task):
     """Patches, positions, a class token or a mean, a head with bias.
@@ -29,12 +37,15 @@ class ImageClassification(Task):
     input_name, head_name = "patches", "head"
     metrics = ("top1", "top5")
     own_keys = ("data.augmentation", "data.workers", "training.label_smoothing")
+    formats = frozenset({"huggingface"})
     why_not_elsewhere = "a classifier of images has model.image instead"
 
     def input_parameters(self, model: Model) -> Iterator[ParameterSpec]:
         image, width = image_of(model), model.hidden_size
         matrix = (image.pixels, width)
-        yield _parameter("patches.weight", matrix, "first", std=image.pixels**-0.5, sharded=True, decayed=True)
+        yield _parameter(
+            "patches.weight", matrix, "first", std=image.pixels**-0.5, sharded=True, decayed=True, transposed=True
+        )
         yield _parameter("patches.bias", (width,), "first", std=0.0)
         yield _parameter("patches.positions", (image.positions, width), "first", std=INITIAL_STD)
         if image.pooling == "class_token":
@@ -143,9 +154,21 @@ def _parameter(
     std: float,
     sharded: bool = False,
     decayed: bool = False,
+    transposed: bool = False,
 ) -> ParameterSpec:
     """Of one end of the model, which no growth of tokens changes."""
-    return ParameterSpec(name, shape, sharded, growable=False, decayed=decayed, std=std, mean=0.0, ends=(end,))
+    return ParameterSpec(
+        name,
+        shape,
+        sharded,
+        growable=False,
+        decayed=decayed,
+        std=std,
+        mean=0.0,
+        ends=(end,),
+        huggingface_name=_HUGGING_FACE.get(name, name),
+        transposed=transposed,
+    )
 
 
 IMAGE_CLASSIFICATION = ImageClassification()

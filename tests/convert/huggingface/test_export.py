@@ -61,10 +61,10 @@ def test_what_computes_something_else_gets_no_name(network, tmp_path, monkeypatc
 @pytest.mark.parametrize("forgotten", ["DynamicCache", "StaticCache"])
 def test_a_cache_that_is_not_read_is_seen(network, tmp_path, monkeypatch, forgotten):
     """As with a transformers that calls it by a name which the export does not know."""
-    load = verify._load_model
+    load = verify.load_exported
 
-    def forgetful(folder):
-        model = load(folder)
+    def forgetful(*which):
+        model = load(*which)
         forward = model.model.forward
 
         def without_it(**values):
@@ -74,7 +74,7 @@ def test_a_cache_that_is_not_read_is_seen(network, tmp_path, monkeypatch, forgot
         model.model.forward = without_it
         return model
 
-    monkeypatch.setattr(verify, "_load_model", forgetful)
+    monkeypatch.setattr(verify, "load_exported", forgetful)
     kind = forgotten.removesuffix("Cache").lower()
     with pytest.raises(CheckpointError, match=f"transformers c.* export.* on generation with a {kind} cache"):
         write_export(tmp_path / "out", network, None)

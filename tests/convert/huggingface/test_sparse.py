@@ -147,17 +147,17 @@ def test_gradients_are_those_of_our_own_model(folder, network, ids):
 
 def perturbed(monkeypatch, by: float):
     """Exports are loaded with routers that are other ones by so much."""
-    loaded = verify._load_model
+    loaded = verify.load_exported
 
-    def other_routers(folder):
-        model = loaded(folder)
+    def other_routers(*which):
+        model = loaded(*which)
         for layer in model.model.layers:
             router = layer.mlp.bank.router
             with torch.no_grad():
                 router.add_(torch.randn(router.shape, generator=torch.Generator().manual_seed(4)), alpha=by)
         return model
 
-    monkeypatch.setattr(verify, "_load_model", other_routers)
+    monkeypatch.setattr(verify, "load_exported", other_routers)
 
 
 def test_where_rounding_decides_both_choices_are_right(sparse_of, tmp_path, monkeypatch):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-PROJECTIONS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "proj", "mlp": "ffn"}
+from .pattention_tokenformer import PROJECTIONS
+
 BANK = ("group_size", "candidates", "dense")
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 

@@ -9,12 +9,14 @@ those that it chooses.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .configuration_tokenformer import PROJECTIONS, TokenFormerConfig
-
+# projection of a layer -> what counts its tokens
+PROJECTIONS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "proj", "mlp": "ffn"}
 BALANCE_SPEED = 10.0  # the factor of a candidate's balance in the choice
 
 
@@ -71,10 +73,11 @@ class TokenBank(nn.Module):
 class Pattention(nn.Module):
     """One projection: [..., hidden] -> [..., hidden] by attention to its parameter tokens.
 
+    `config`: has hidden_size, parameter_tokens, sparse, scales and activation, see `TokenFormerConfig`.
     `keys`, `values`: the tokens that every position uses; None when all are in the `bank`.
     """
 
-    def __init__(self, config: TokenFormerConfig, layer_idx: int, name: str):
+    def __init__(self, config: Any, layer_idx: int, name: str):
         super().__init__()
         tokens, sparse = config.parameter_tokens[PROJECTIONS[name]], (config.sparse or {}).get(PROJECTIONS[name])
         dense = tokens if sparse is None else sparse["dense"]
