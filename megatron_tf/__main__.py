@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from megatron_tf.errors import UserError, run_command, run_rank
+from megatron_tf.libraries import quiet_warnings
 from megatron_tf.streams import prepare_streams
 
 
@@ -105,6 +106,7 @@ def find(words: Sequence[str]) -> tuple[str, Sequence[str]] | None:
 def run(name: str) -> None:
     """Runs a command with the arguments of this process."""
     prepare_streams()  # before what is imported opens files
+    quiet_warnings()
     command = COMMANDS[name]
     (run_rank if command.ranks else run_command)(lambda: start(command))
 

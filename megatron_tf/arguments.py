@@ -6,11 +6,26 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_tf.errors import ArgumentError, UserError
 from megatron_tf.paths import expand
 from megatron_tf.shipped import find_configuration, find_study
+
+
+@contextmanager
+def options_for(**options: str) -> Iterator[None]:
+    """In the block, what is wrong with an argument of a function is said of the option that it came from:
+    `options_for(num_tokens="--tokens")`."""
+    try:
+        yield
+    except ArgumentError as error:
+        name, colon, problem = str(error).partition(":")
+        if name not in options:
+            raise
+        raise UserError(f"{options[name]}{colon}{problem}") from error
 
 
 def whole_number(most: int, least: int = 1) -> Callable[[str], int]:

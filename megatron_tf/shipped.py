@@ -34,11 +34,15 @@ def find_study(text: str) -> Path:
     return path
 
 
+def finetunings() -> dict[str, Path]:
+    return shipped_files("configs/finetune", "configs/finetune", ".yml")
+
+
 def find_finetuning(text: str) -> Path:
     """As `find_configuration`, for the configuration of a fine-tuning run."""
     path = Path(text)
     if "/" not in text and not path.exists():
-        return shipped_files("configs/finetune", "configs/finetune", ".yml").get(path.name.removesuffix(".yml"), path)
+        return finetunings().get(path.name.removesuffix(".yml"), path)
     return path
 
 

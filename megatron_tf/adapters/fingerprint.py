@@ -37,8 +37,11 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
     return {**facts, "vectors": _digest(vectors), "matrices": _digest(matrices)}
 
 
-def check_base(model: nn.Module, expected: Mapping[str, Any]) -> None:
-    """ArgumentError unless `model` is the base that `expected`, of `base_facts`, was taken of."""
+def check_base(model: nn.Module, expected: Mapping[str, Any], otherwise: str = "") -> None:
+    """ArgumentError unless `model` is the base that `expected`, of `base_facts`, was taken of.
+
+    `otherwise`: what else can be done where other weights are meant, as the end of a sentence.
+    """
     found = base_facts(model)
     for key in ("model_type", "hidden_size", "num_layers"):
         if found[key] != expected[key]:
@@ -51,8 +54,7 @@ def check_base(model: nn.Module, expected: Mapping[str, Any]) -> None:
         if None not in (found[key], expected[key]) and found[key] != expected[key]:
             raise ArgumentError(
                 f"base: the {key} of this model are not those that the adapter was trained on (digest {found[key]}, "
-                f"expected {expected[key]}). Give the same weights, or set base=None in the adapter's PattentionConfig "
-                "and give that to PeftModel.from_pretrained as config."
+                f"expected {expected[key]}). Give the same weights{otherwise}."
             )
 
 

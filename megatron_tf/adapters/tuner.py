@@ -46,6 +46,8 @@ from megatron_tf.durable import atomic_path
 from megatron_tf.errors import ArgumentError
 from megatron_tf.state.parameters import default_scale
 
+_ANY_BASE = ", or set base=None in the adapter's PattentionConfig and give that to PeftModel.from_pretrained as config"
+
 
 @dataclass
 class PattentionConfig(PeftConfig):
@@ -122,7 +124,7 @@ class PattentionModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """`target_modules` as full names. All that can be wrong is found before anything is added."""
         if peft_config.base is not None:
-            check_base(self.model, peft_config.base)
+            check_base(self.model, peft_config.base, otherwise=_ANY_BASE)
         if peft_config.modules == [PATTENTION]:
             places = select_projections(self.model, peft_config.target_modules)
             peft_config.activation = self.model.config.activation
@@ -187,7 +189,10 @@ def _layer_class(place: Place) -> type[TokenLayer]:
 
 
 def with_adapters(base: nn.Module, folders: Mapping[str, Path], trained: bool = False) -> Any:
-    """`base` with the adapters in `folders` by name, the first one active, `trained` or not."""
+    """`base` with the adapters in `folders` by name, the first one active, `trained` or not. ArgumentError when it is
+    not the base of all."""
+    for place in folders.values():
+        check_base(base, read_config(place / CONFIG_NAME)["base"])
     (first, folder), *others = folders.items()
     model = PeftModel.from_pretrained(base, folder, adapter_name=first, is_trainable=trained)
     for name, place in others:

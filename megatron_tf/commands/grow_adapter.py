@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tf.arguments import path, whole_number
+from megatron_tf.arguments import options_for, path, whole_number
 from megatron_tf.errors import UserError
 from megatron_tf.growth.methods import METHODS, PRESERVING
 
@@ -51,10 +51,12 @@ def main() -> None:
     old = read_adapter(arguments.source)
     method = arguments.method or "zero_key"
     if arguments.shrink:
-        new = shrink_adapter(old, arguments.tokens, seed=arguments.seed)
+        with options_for(num_tokens="--tokens"):
+            new = shrink_adapter(old, arguments.tokens, seed=arguments.seed)
         found, method = compare(old, new), "shrink"
     else:
-        new = grow_adapter(old, arguments.tokens, method, freeze_old=arguments.freeze_old, seed=arguments.seed)
+        with options_for(num_tokens="--tokens"):
+            new = grow_adapter(old, arguments.tokens, method, freeze_old=arguments.freeze_old, seed=arguments.seed)
         found = check_growth(old, new, method)
     print(f"from        {arguments.source}: {len(old.branches)} branches of {old.config['num_tokens']:,} tokens")
     print(

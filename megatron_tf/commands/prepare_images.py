@@ -10,23 +10,21 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_tf.arguments import input_path, number, text_path, whole_number
+from megatron_tf.arguments import text_path, whole_number
+from megatron_tf.data.preparation.options import add_preparation_options
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input",
-        type=input_path,
-        nargs="+",
-        required=True,
+    add_preparation_options(
+        parser,
         metavar="PATH",
-        help="one folder with a folder of images for each class; or files or quoted globs: .tar shards as WebDataset "
+        inputs="one folder with a folder of images for each class; or files or quoted globs: .tar shards as WebDataset "
         "has them (KEY.jpg and KEY.cls), .parquet as Hugging Face has it (image, label), or files of images of the MNIST "
         "family with their labels next to them, plain or .gz",
-    )
-    parser.add_argument(
-        "--output-prefix", type=text_path, required=True, metavar="PREFIX", help="path of the output without suffix"
+        things="images",
+        bad="what is no whole image, or has no class,",
+        does="read images",
     )
     parser.add_argument(
         "--classes",
@@ -50,30 +48,6 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="leave images as their pixels lie, as timm and torchvision do, instead of turning them as EXIF says",
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read images (default: 1)")
-    parser.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="what is no whole image, or has no class, ends the run (default), or is named, counted and left out",
-    )
-    parser.add_argument(
-        "--validation-fraction",
-        type=number(0, 0.999),
-        default=0.0,
-        metavar="F",
-        help="hold out this share of the images, chosen by hash: writes PREFIX_train and PREFIX_validation",
-    )
-    parser.add_argument(
-        "--shard-index", type=int, default=0, metavar="I", help="which share of the work this run does (default: 0)"
-    )
-    parser.add_argument(
-        "--num-shards", type=int, default=1, metavar="N", help="number of runs that share the work (default: 1)"
-    )
-    parser.add_argument(
-        "--replace", action="store_true", help="let go of other images under PREFIX, which otherwise is an error"
-    )
-    parser.add_argument("--merge", action="store_true", help="only merge what all shards have written")
     arguments = parser.parse_args()
     if arguments.classes is not None and arguments.classes_from is not None:
         parser.error("--classes and --classes-from both name the classes: give one of them")

@@ -10,20 +10,21 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_tf.arguments import input_path, text_path
+from megatron_tf.arguments import text_path
+from megatron_tf.data.preparation.options import add_preparation_options
 from megatron_tf.data.preparation.record_types import ReadLimits
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input",
-        type=input_path,
-        nargs="+",
-        required=True,
+    add_preparation_options(
+        parser,
         metavar="FILE",
-        help="files or quoted globs: .jsonl, .ndjson or .json (one document a line), .txt (one document), .tar (an "
+        inputs="files or quoted globs: .jsonl, .ndjson or .json (one document a line), .txt (one document), .tar (an "
         "archive of such files, or of archives), each also with .zst, .gz, .xz or .bz2; .parquet",
+        things="documents",
+        bad="a record without text",
+        does="encode",
     )
     parser.add_argument(
         "--tokenizer",
@@ -38,20 +39,10 @@ def parse_arguments() -> argparse.Namespace:
         help="token to put after each document (default: the tokenizer's <|endoftext|>, </s>, <eos> or the like)",
     )
     parser.add_argument(
-        "--output-prefix", type=text_path, required=True, metavar="PREFIX", help="path of the output without suffix"
-    )
-    parser.add_argument(
         "--json-key",
         default="text",
         metavar="KEY",
         help="field of a .jsonl line, column of a .parquet, that holds the text (default: text)",
-    )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)")
-    parser.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="a record without text ends the run (default), or is named, counted and left out",
     )
     parser.add_argument(
         "--keep-lossy",
@@ -68,27 +59,10 @@ def parse_arguments() -> argparse.Namespace:
         "cannot be taken apart (the report says which) two hundred times (default: %(default)s)",
     )
     parser.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=0.0,
-        metavar="F",
-        help="hold out this share of the documents, chosen by hash: writes PREFIX_train and PREFIX_validation",
-    )
-    parser.add_argument(
         "--split-by",
         choices=("documents", "blocks"),
         help="hold out whole documents, or blocks of each one (default: blocks where there is one document)",
     )
-    parser.add_argument(
-        "--shard-index", type=int, default=0, metavar="I", help="which share of the files this run does (default: 0)"
-    )
-    parser.add_argument(
-        "--num-shards", type=int, default=1, metavar="N", help="number of runs that share the files (default: 1)"
-    )
-    parser.add_argument(
-        "--replace", action="store_true", help="let go of other data under PREFIX, which otherwise is an error"
-    )
-    parser.add_argument("--merge", action="store_true", help="only merge what all shards have written")
     return parser.parse_args()
 
 

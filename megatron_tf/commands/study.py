@@ -9,6 +9,7 @@ found by their names.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_tf.arguments import number, path, study_file, whole_number
@@ -140,6 +141,13 @@ def run_study(study: Study, arguments: argparse.Namespace) -> None:
     own = share(study.ranks, arguments.workers)
     task = "" if arguments.task is None else f"task {arguments.task}: "
     print(f"{task}{len(plan.nodes)} runs, {own.workers} at once with {own.threads} threads a process", flush=True)
+    given = os.environ.get("OMP_NUM_THREADS", str(own.threads))
+    if given != str(own.threads):
+        print(
+            f"{task}OMP_NUM_THREADS: {given} has no effect: each process gets its share of the cores, {own.threads} "
+            "threads. --workers changes it",
+            flush=True,
+        )
     Queue(
         study,
         workers=own.workers,

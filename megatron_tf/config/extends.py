@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_tf.errors import ConfigError
@@ -25,26 +26,27 @@ _OWN_OF_A_RUN = ("name", "dir")
 
 Values = dict[str, Any]
 Reader = Callable[[str], tuple[Values, list[str]]]
+Shipped = Callable[[], Mapping[str, Path]]
 
 
 def read_extended(
-    path: str, read: Reader, read_base: Reader, extending: tuple[str, ...] = ()
+    path: str, read: Reader, read_base: Reader, shipped: Shipped = configurations, extending: tuple[str, ...] = ()
 ) -> tuple[Values, list[str]]:
     """The plain values of `path` merged over those of the files that it extends, and the problems of all of them.
 
-    `read`: gives the values and problems of one file; `read_base`: of one that another extends.  `extending`: real
-    paths of the files that extend this one. ConfigError when a file is missing or extends itself; the message names
-    every file on the way.
+    `read`: gives the values and problems of one file; `read_base`: of one that another extends.  `shipped`: gives
+    the files that come with megatron_tf, by name.  `extending`: real paths of the files that extend this one.
+    ConfigError when a file is missing or extends itself; the message names every file on the way.
     """
     values, problems = (read_base if extending else read)(path)
     if KEY not in values:
         return values, problems
-    base = _path_of_base(path, values.pop(KEY))
+    base = _path_of_base(path, values.pop(KEY), shipped)
     extending = (*extending, os.path.realpath(path))
     if os.path.realpath(base) in extending:
         raise ConfigError(f"{path}: extends: {base} is a circle of files. Remove extends from one of them.")
     try:
-        inherited, more = read_extended(base, read, read_base, extending)
+        inherited, more = read_extended(base, read, read_base, shipped, extending)
     except ConfigError as error:
         raise ConfigError([f"{path}: extends: {problem}" for problem in error.problems]) from None
     if isinstance(inherited.get("run"), dict):
@@ -61,7 +63,7 @@ def merged(base: Values, extra: Values) -> Values:
     return out
 
 
-def _path_of_base(path: str, given: Any) -> str:
+def _path_of_base(path: str, given: Any, shipped: Shipped) -> str:
     """The file that `path` extends. A link counts as the file that it leads to."""
     if not isinstance(given, str) or not given or "\0" in given:
         shown = "null" if given is None else repr(given)
@@ -74,5 +76,5 @@ def _path_of_base(path: str, given: Any) -> str:
     except ValueError as error:
         raise ConfigError(f"{path}: extends: {given!r}: {error}.") from None
     if "/" not in given and not os.path.exists(base):
-        return str(configurations().get(given.removesuffix(".yml"), base))
+        return str(shipped().get(given.removesuffix(".yml"), base))
     return base

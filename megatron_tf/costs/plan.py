@@ -99,7 +99,8 @@ def room_warning(config: RunConfig, steps_left: int, num_bytes: int, free_bytes:
 def _sharding(config: RunConfig) -> str:
     if config.parallel.engine == "deepspeed":
         return f"ZeRO {config.zero.stage}"
-    return f"torch, sharded {config.parallel.shard}"
+    ignored = "; zero.stage has no effect" if "stage" in config.zero.model_fields_set else ""
+    return f"torch, sharded {config.parallel.shard}{ignored}"
 
 
 def _configured_origin(config: RunConfig) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_tf.config.extends import read_extended
 from megatron_tf.config.fields import Count, NonNegative, Path, Positive, Seconds, Section
 from megatron_tf.config.load import apply_override
 from megatron_tf.config.nearest import either
@@ -18,6 +19,7 @@ from megatron_tf.config.schema import Optimizer
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.durable import read_plain
 from megatron_tf.errors import ConfigError, file_errors, shown
+from megatron_tf.shipped import finetunings
 from megatron_tf.text_files import decode_text
 
 _MOST_BYTES = 1 << 24
@@ -111,12 +113,9 @@ class FinetuneConfig(Section):
 
 
 def load_finetune(path: FilePath, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """Read a YAML file, apply "section.field=value", check every key. ConfigError with all problems."""
-    with file_errors(ConfigError, path, "Give the path of a fine-tuning run's YAML file."):
-        content = read_plain(path, _MOST_BYTES)
-    values, problems = parse_yaml(decode_text(ConfigError, str(path), content), str(path))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds no sections. A configuration needs {', '.join(_required(FinetuneConfig))}.")
+    """Read a YAML file and what it extends, apply "section.field=value", check every key. ConfigError with all
+    problems."""
+    values, problems = read_extended(str(path), _read, _read, finetunings)
     for override in overrides:
         problems += apply_override(values, override)
     try:
@@ -126,6 +125,16 @@ def load_finetune(path: FilePath, overrides: Sequence[str] = ()) -> FinetuneConf
     if problems := [*problems, *_contradictions(config)]:
         raise ConfigError(problems)
     return config
+
+
+def _read(path: str) -> tuple[dict[str, Any], list[str]]:
+    """The plain values of one file, and what is wrong with its syntax."""
+    with file_errors(ConfigError, path, "Give the path of a fine-tuning run's YAML file."):
+        content = read_plain(path, _MOST_BYTES)
+    values, problems = parse_yaml(decode_text(ConfigError, path, content), path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds no sections. A configuration needs {', '.join(_required(FinetuneConfig))}.")
+    return values, problems
 
 
 def dump_finetune(config: FinetuneConfig) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 from megatron_tf.errors import ConfigError
 from megatron_tf.study.plan import Node, Plan
 
-REMEDY = "Give them one, or set comparable: false in arms that are not to be compared."
+NOT_COMPARED = "or set comparable: false in arms that are not to be compared."
+REMEDY = f"Give them one, {NOT_COMPARED}"
 
 
 def check_comparable(plan: Plan) -> None:
@@ -32,10 +33,17 @@ def _budget_problems(nodes: Sequence[Node], tolerance: float) -> Iterator[str]:
     if apart:
         first = next(node for node in nodes if node.end.flops == most)
         named = ", ".join(f"{node.arm.name} {node.end.flops:.4g}" for node in apart)
+        keys = dict.fromkeys(_budget_key(node) for node in (first, *apart))
         yield (
-            f"flops: {first.arm.name} takes {most:.4g} with its parents, but {named}: more than the tolerance "
-            f"{tolerance:g} apart. {REMEDY}"
+            f"{' and '.join(keys)}: {first.arm.name} takes {most:.4g} FLOPs with its parents, but {named}: more than "
+            f"the tolerance {tolerance:g} apart. Give them the same flops, {NOT_COMPARED}"
         )
+
+
+def _budget_key(node: Node) -> str:
+    """Where the length of a run is given."""
+    arm = node.arm
+    return "flops" if arm.flops is not None else "tokens" if arm.tokens is not None else "training"
 
 
 def _other_problems(nodes: Sequence[Node]) -> Iterator[str]:

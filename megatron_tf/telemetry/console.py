@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -17,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 from megatron_tf.caches import prepare_compiler
+from megatron_tf.libraries import quiet_warnings
 from megatron_tf.streams import Unfailing, discard
 from megatron_tf.telemetry.line_file import LineFile
 
@@ -152,21 +151,9 @@ def quiet_libraries() -> None:
 
     import torch
 
-    logger = logging.getLogger("DeepSpeed")
-    if not any(isinstance(existing, ErrorsOnly) for existing in logger.filters):
-        logger.addFilter(ErrorsOnly())
+    quiet_warnings()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for module in (r"torch(\.|$)", r"deepspeed(\.|$)"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=module)
-
-
-class ErrorsOnly(logging.Filter):
-    """A filter and not a level: DeepSpeed sets the level of its logger when it is imported."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
 
 
 def _is_terminal(stream: TextIO) -> bool:

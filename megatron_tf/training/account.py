@@ -60,7 +60,7 @@ def account(config: RunConfig, start: Start, ranks: int, earlier: Mapping[str, s
     changes = {
         key: [before.get(key), now.get(key)]
         for key in {**before, **now}
-        if key not in new and before.get(key) != now.get(key)
+        if key not in new and before.get(key) != now.get(key) and not _has_keys(key, before, now)
     }
     changes |= start.changes
     if not changes:
@@ -80,6 +80,11 @@ def _new_keys(config: RunConfig, before: Mapping[str, str]) -> set[str]:
     """Keys that an older version did not have in sections that it had, where they now have their defaults."""
     sections = {_section(key) for key in before}
     return {key for key in defaults(config) - before.keys() if _section(key) in sections}
+
+
+def _has_keys(key: str, before: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    """Whether `key` is a section or a list that one of the two leaves empty (null, []): the keys in it say all."""
+    return any(other.startswith((f"{key}.", f"{key}[")) for other in {**before, **now})
 
 
 def _section(key: str) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from megatron_tf.checkpoint.step_zero import checkpoint_bytes
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.run_plan import RunPlan
+from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.plan import describe, room_warning
 from megatron_tf.tasks.data import OpenData
 from megatron_tf.training.account import Account
@@ -45,7 +46,7 @@ def lines_about(
     step, batches = start.progress.step, plan.batches
     for text in describe(told.config, plan.topology.world_size, batches, step, told.origin, device).splitlines():
         yield Line(text)
-    for text in (*passed_over, *told.ineffective):
+    for text in (*passed_over, *told.ineffective, *_shorter_than_trained(told.config, start)):
         yield Line(text, is_warning=True)
     for text in (start.description, *told.lines):
         yield Line(text)
@@ -54,6 +55,23 @@ def lines_about(
     yield Line(f"{'data':<7} {in_a_line}")
     for text in warnings:
         yield Line(text, is_warning=True)
+
+
+def _shorter_than_trained(config: RunConfig, start: Start) -> Iterator[str]:
+    """A length below what was trained already, by a step or more: the last step rounds the number of tokens up."""
+    training, length = config.training, config.model.seq_length
+    for key, asked, trained, a_step in (
+        ("train_steps", training.train_steps, start.progress.step, 1),
+        ("train_samples", training.train_samples, start.run_tokens // length, training.global_batch_size),
+        ("train_tokens", training.train_tokens, start.run_tokens, training.global_batch_size * length),
+    ):
+        if asked is None or trained - asked < a_step:
+            continue
+        yield (
+            f"training.{key}: {asked:,}, and the run was trained for {trained:,} already: nothing is left to do, and "
+            f"its checkpoints stay as they are. Set it to more than {trained} to go on, or choose another run.dir for a "
+            "shorter run"
+        )
 
 
 def _room_warnings(run: Run, start: Start) -> Iterator[str]:

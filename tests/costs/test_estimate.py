@@ -142,6 +142,12 @@ def test_describe_shows_model_layout_batch_length_and_memory():
     ]
 
 
+def test_describe_says_that_the_torch_engine_takes_no_zero():
+    assert "TP1×PP1×DP2, torch, sharded optimizer, fp32" in describe(load("tiny", "parallel.engine=torch"), 2)
+    given = load("tiny", "parallel.engine=torch", "zero.stage=1")
+    assert "torch, sharded optimizer; zero.stage has no effect, fp32" in describe(given, 2)
+
+
 def test_describe_says_where_norms_come_from_and_what_the_scores_take():
     config, recomputed = load("1.4B"), load("1.4B", "training.scores=recompute")
     there = size(estimate.memory_per_rank(recomputed, 16).activations)

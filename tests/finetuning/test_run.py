@@ -177,6 +177,25 @@ def test_a_configuration_that_cannot_be_is_refused_by_key(folder, override, mess
     assert message in str(refused.value)
 
 
+def test_a_configuration_shows_what_differs_from_the_one_it_extends(folder, tmp_path):
+    own = tmp_path / "own.yml"
+    own.write_text(f"extends: {folder}/config.yml\nrun: {{dir: {tmp_path}/run}}\ntraining: {{train_steps: 9}}\n")
+    config = load_finetune(own)
+    base = load_finetune(folder / "config.yml")
+    assert (config.run.dir, config.training.train_steps, base.training.train_steps) == (f"{tmp_path}/run", 9, 6)
+    assert (config.training.global_batch_size, config.data) == (base.training.global_batch_size, base.data)
+    own.write_text("extends: smollm2\nrun: {dir: elsewhere}\n")
+    assert load_finetune(own).base.path == "models/smollm2"
+    for text, message in (
+        ("extends: smollm2\ntraining: {train_steps: 9}\n", "run.dir: missing"),
+        ("extends: own.yml\nrun: {dir: x}\n", "is a circle of files"),
+        ("extends: nowhere.yml\nrun: {dir: x}\n", "nowhere.yml: No such file"),
+    ):
+        own.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_finetune(own)
+
+
 def test_the_shipped_configuration_is_whole():
     assert find_finetuning("smollm2") == PROJECT / "configs" / "finetune" / "smollm2.yml"
     assert find_finetuning("./smollm2") == Path("smollm2") and find_finetuning("other") == Path("other")

@@ -79,6 +79,8 @@ def test_a_finished_run_only_says_so(folder):
     succeed(train(folder))
     before = metrics(folder)
     assert "the run is complete" in succeed(train(folder))
+    shorter = succeed(train(folder, "training.train_steps=5"))
+    assert "WARNING: training.train_steps: 5, and the run was trained for 6 already: nothing is left to do" in shorter
     assert metrics(folder) == before
 
 

@@ -110,7 +110,11 @@ def test_arms_that_cannot_be(study, changes, problem):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"arms": {"grown": {"flops": 3e7}}}, "flops: grown takes 3"),
+        (
+            {"arms": {"grown": {"flops": 3e7}}},
+            "flops: grown takes 3.001e+07 FLOPs with its parents, but going_on 2.022e+07",
+        ),
+        ({"arms": {"grown": {"flops": None, "tokens": 4000}}}, "tokens and flops: grown takes"),
         (
             {"arms": {"grown": {"overrides": {"optimizer": {"schedule": {"min_lr": 1e-3}}}}}},
             "the share of the rate that is left at the end differs: 0 in going_on; 0.05 in grown",

@@ -30,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
 def test_growth_is_proved_on_the_base_before_it_is_published(folder):
     done = tool("grow_adapter", "--from", folder / "adapter", "--tokens", 12, "--freeze-old", "--base", folder / "base",
                 "--to", folder / "grown")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "4 branches of 8 tokens" in done.stdout and "12 tokens, 8 frozen" in done.stdout
     assert "branch by branch, on random inputs: outputs differ by" in done.stdout
     assert f"on {folder / 'base'}: logits differ by" in done.stdout and "\nwrote " in done.stdout
@@ -40,13 +40,14 @@ def test_growth_is_proved_on_the_base_before_it_is_published(folder):
         "grow_adapter", "--from", folder / "adapter", "--tokens", 12, "--base", folder / "other", "--to", folder / "no"
     )
     assert done.returncode == 2 and "the matrices of this model are not those" in done.stderr
+    assert done.stderr.rstrip().endswith("). Give the same weights.")
     assert not (folder / "no").exists() and not (folder / "no.partial").exists()
 
 
 def test_bad_input_is_one_message(folder):
     source = ("--from", folder / "adapter")
     for arguments, fragments in (
-        ((*source, "--tokens", 8, "--to", folder / "no"), ("num_tokens: 8", "Give more to grow it")),
+        ((*source, "--tokens", 8, "--to", folder / "no"), ("--tokens: 8", "Give more to grow it")),
         ((*source, "--tokens", 4, "--shrink", "--method", "gram", "--to", folder / "no"), ("--shrink", "of growth")),
         ((*source, "--tokens", 16, "--to", folder / "base"), ("exists already",)),
         (("--from", folder / "base", "--tokens", 16, "--to", folder / "no"), ("adapter_config.json: No such file",)),

@@ -32,6 +32,8 @@ def test_a_folder_is_prepared(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path}/out/x: 4 images of 2 classes" in done.stdout
     assert f"1 bad images of the input were left out, see {tmp_path}/out/x.report.json" in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("4 images (") and last.endswith("), 1 skipped") and "tokens" not in done.stderr
     assert "skipped " in done.stderr and "bad.jpg:1: cannot identify image file" in done.stderr
     assert read_image_summary(tmp_path / "out/x").classes == ("class 0", "class 1")
 

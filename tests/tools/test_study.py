@@ -49,11 +49,13 @@ def study(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_plan_run_and_report(study, file, tmp_path):
+def test_plan_run_and_report(study, file, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "77")
     planned = study("plan", file, "--flops-per-second", 1e6)
     assert "2 runs, 2 of them left" in planned and "time: about" in planned
     assert "data: at most 0.7" in planned
     done = study("run", file, "--workers", 1, "--task", 5)
+    assert done.count("task 5: OMP_NUM_THREADS: 77 has no effect: each process gets its share of the cores") == 1
     assert "task 5: grown/seed1: loss" in done and "2 of 2 runs have ended" in done
     found = json.loads((tmp_path / "study" / "results.json").read_text())
     small, grown = found["arms"]

@@ -75,6 +75,15 @@ def test_a_key_that_an_older_version_did_not_have_has_not_changed(config):
     assert account(now, start, 1, None).lines[1:] == ('  run.tags: not given before, ["long"] now',)
 
 
+def test_a_section_that_was_not_there_is_told_by_its_keys_alone(config):
+    branched = config(branch={"from": "runs/long"})
+    lines = account(branched, resumed(config()), 1, None).lines
+    assert lines[1] == "  branch.from: not given before, runs/long now"
+    assert not any(line.startswith("  branch:") for line in lines)
+    back = account(config(), resumed(branched), 1, None).lines
+    assert "  branch.from: runs/long before, not given now" in back and not any("branch:" in line for line in back)
+
+
 def test_a_growth_that_is_done_is_told_as_it_was(config):
     now = config(growth={"from": "runs/small", "method": "gram", "noise": 0.5, "lr_multipliers": {"old_tokens": 0.1}})
     told = account(now, resumed(config(growth={"from": "runs/small"}), [GROWN]), 1, None)

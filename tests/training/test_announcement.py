@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from megatron_tf.state.sources import InitialSource
 from megatron_tf.tasks.data import OpenData
 from megatron_tf.training.account import Account
@@ -33,3 +35,23 @@ def test_plan_checkpoints_start_and_data_in_this_order(config):
     assert (begins.text, changed.text) == ("resumed from a checkpoint", "configuration: as it was")
     # 15 of the 20 steps are left, of 8 samples each
     assert (data.text, of_data) == ("data    160 samples", Line("they are few", is_warning=True))
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [
+        ({"train_steps": 5}, None),
+        ({"train_steps": 4}, "training.train_steps: 4, and the run was trained for 5 already"),
+        ({"train_steps": None, "train_tokens": 520}, None),
+        ({"train_steps": None, "train_tokens": 512}, "training.train_tokens: 512, and the run was trained for 640"),
+        ({"train_steps": None, "train_samples": 32}, "training.train_samples: 32, and the run was trained for 40"),
+    ],
+)
+def test_a_length_below_what_was_trained_is_said(config, length, said):
+    """520 tokens are 5 steps of 128, the last of them in part."""
+    run = config(training=length)
+    start = Start(InitialSource(run.model, 7), "", Progress(step=5, samples=40, tokens=640))
+    lines = lines_about(start.plan(run, 1), start, Account(run, (), "", ()), [], Outlook(), "cpu")
+    found = [line for line in lines if line.text.startswith("training.")]
+    assert [line.is_warning for line in found] == ([] if said is None else [True])
+    assert said is None or said in found[0].text

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -67,6 +67,7 @@ class _Changes:
 @dataclass(frozen=True)
 class ImagePreparation(Preparation[ImageSummary]):
     classes: tuple[str, ...]
+    unit: ClassVar[str] = "images"
 
     def write_summary(self, prefix: str, report: Report, ending: str) -> None:
         counts, files = report.splits[ending], tuple(map(str, self.files))

@@ -14,6 +14,7 @@ from megatron_tf.data.preparation.record_types import BadSample
 
 SECONDS_BETWEEN_LINES = 10.0
 BAD_RECORDS_SHOWN = 20
+DOCUMENTS = "documents"  # what is prepared, as messages call it
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ class ProgressDisplay:
         self._stream = stream
         self._clock = clock
         self._bar: Progress | None = None
+        self._unit = DOCUMENTS
         self.documents = self.text_bytes = self.tokens = self.input_bytes = self.skipped = 0
         self._started = self._shown = clock()
 
-    def start(self, total_bytes: int) -> None:
-        """`total_bytes`: of the input files that will be read."""
+    def start(self, total_bytes: int, unit: str = DOCUMENTS) -> None:
+        """`total_bytes`: of the input files that will be read.  `unit`: what is counted; tokens are of documents."""
+        self._unit = unit
         self._started = self._shown = self._clock()
         if self._stream.isatty():
             self._bar = Progress(
@@ -91,8 +94,8 @@ class ProgressDisplay:
 
     def _text(self) -> str:
         seconds = max(self._clock() - self._started, 1e-9)
+        tokens = f"{self.tokens} tokens ({self.tokens / seconds:.0f}/s), " if self._unit == DOCUMENTS else ""
         return (
-            f"{self.documents} documents ({self.documents / seconds:.0f}/s), {self.text_bytes / 1e6:.1f} MB "
-            f"({self.text_bytes / 1e6 / seconds:.2f} MB/s), {self.tokens} tokens ({self.tokens / seconds:.0f}/s), "
-            f"{self.skipped} skipped"
+            f"{self.documents} {self._unit} ({self.documents / seconds:.0f}/s), {self.text_bytes / 1e6:.1f} MB "
+            f"({self.text_bytes / 1e6 / seconds:.2f} MB/s), {tokens}{self.skipped} skipped"
         )

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from megatron_tf.data.indexed import IndexedDataset, data_file, index_file, publish_pair
 from megatron_tf.data.preparation.lanes import write_parts
 from megatron_tf.data.preparation.merge import merge_pairs
 from megatron_tf.data.preparation.part_writer import PartJob
 from megatron_tf.data.preparation.parts import Part, file_lock, key_of
-from megatron_tf.data.preparation.progress import ProgressDisplay
+from megatron_tf.data.preparation.progress import DOCUMENTS, ProgressDisplay
 from megatron_tf.data.preparation.report import Report, SplitCounts, read_report, write_report
 from megatron_tf.durable import partial_path, prepare_output
 from megatron_tf.errors import DataError, file_errors
@@ -49,6 +49,7 @@ class Preparation(ABC, Generic[Summary]):
     endings: tuple[str, ...]  # of the prefixes that are written
     job: PartJob
     replace: bool  # what is there already under the prefix, when it is not what this gives
+    unit: ClassVar[str] = DOCUMENTS
 
     @abstractmethod
     def write_summary(self, prefix: str, report: Report, ending: str) -> None:
@@ -125,7 +126,7 @@ def carry_out(work: Preparation[Summary], share: Share, progress: ProgressDispla
         progress.note(f"{len(own) - len(todo)} of {len(own)} parts were finished before")
     for prefix in work.prefixes.values():
         prepare_output(index_file(prefix))
-    progress.start(sum(part.bytes for part in todo))
+    progress.start(sum(part.bytes for part in todo), work.unit)
     try:
         busy = write_parts(work.job, todo, share.workers, progress)
     finally:
@@ -202,8 +203,8 @@ def _merge(work: Preparation[Summary]) -> dict[str, Summary]:
             for part in work.parts:
                 part.discard()
             raise DataError(
-                f"{prefix}: got none of the {report.documents} documents of {len(work.files)} files ({report.empty} "
-                f"empty, {report.bad} skipped). {work.remedy_for_nothing(report)}"
+                f"{prefix}: got none of the {report.documents} {work.unit} of {len(work.files)} files ("
+                f"{report.empty} empty, {report.bad} skipped). {work.remedy_for_nothing(report)}"
             )
     try:
         for ending, prefix in work.prefixes.items():
