@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from tiny import run_config
 
 from megatron_tf.config.schema import RunConfig
@@ -12,6 +13,8 @@ from megatron_tf.data.images.decode import png
 from megatron_tf.data.images.source import LABEL
 from megatron_tf.data.images.summary import ImageSummary, write_image_summary
 from megatron_tf.data.indexed import HEADER, MAGIC, data_file, index_file
+from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.state.parameters import initial_scales
 
 MIXING = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.25, "flip": 0.5, "shift": 1}
 
@@ -50,3 +53,15 @@ def made_up(count: int, size: int = 6, classes: int = 5) -> tuple[list[np.ndarra
         random.normal(64 + 128 * label / classes, 30, (size, size)).clip(0, 255).astype(np.uint8) for label in labels
     ]
     return images, labels
+
+
+def odd_classifier(image: dict, model: dict) -> TokenFormer:
+    """Weights far above an initialiser's, and scales that do not follow from the numbers of tokens."""
+    config = image_config(image, model).model
+    network = TokenFormer(config, {name: 0.9 * scale for name, scale in initial_scales(config).items()})
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: torch.randn(tensor.shape, generator=generator) * 0.3 for name, tensor in network.state_dict().items()
+    }
+    network.load_state_dict(weights)
+    return network.eval()

@@ -18,6 +18,7 @@ IMAGE_CODE = (
     PROCESSING_CODE,
     "network_tokenformer_image.py",
     "pattention_tokenformer.py",
+    "tokenformer_timm.py",
 )
 _CLASSIFIER, _PROCESSOR = "TokenFormerForImageClassification", "TokenFormerImageProcessor"
 

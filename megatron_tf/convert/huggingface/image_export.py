@@ -1,4 +1,4 @@
-"""A trained classifier of images as a folder that transformers loads: weights, configurations, and its own code.
+"""A trained classifier of images as a folder that transformers and timm load: weights, configurations, and its own code.
 
 | file | content |
 |---|---|
@@ -6,6 +6,7 @@
 | config.json | architecture, τ of every projection, names of the classes, and the versions that it was verified with |
 | preprocessor_config.json | size, crop, mean and deviation: how an evaluation sees an image |
 | configuration_, modeling_, image_processing_, network_tokenformer_image.py, pattention_tokenformer.py | the code |
+| tokenformer_timm.py | to be imported before timm makes the model |
 """
 
 from __future__ import annotations

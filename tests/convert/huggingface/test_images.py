@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+from functools import partial
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from images import image_config, made_up
+from images import made_up, odd_classifier
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import run_config
 
 from megatron_tf.checkpoint.architecture import check_format
-from megatron_tf.config.schema import Model
 from megatron_tf.convert.huggingface import image_export
 from megatron_tf.convert.huggingface.image_export import write_image_export
 from megatron_tf.convert.huggingface.importing import open_export
@@ -20,7 +24,6 @@ from megatron_tf.data.images.augment import seen
 from megatron_tf.errors import CheckpointError
 from megatron_tf.inference.images import class_names
 from megatron_tf.inference.load import load_model
-from megatron_tf.model.tokenformer import TokenFormer, build_model
 from megatron_tf.tasks.image_classification.layers import normalised
 from megatron_tf.tasks.image_classification.section import image_of
 
@@ -44,19 +47,6 @@ KINDS = {
 }  # fmt: skip
 
 
-def network_of(image: dict, model: dict) -> TokenFormer:
-    """Weights far above an initialiser's, and scales that do not follow from the numbers of tokens."""
-    config: Model = image_config(image, model).model
-    fresh = build_model(config, seed=3)
-    network = TokenFormer(config, {name: 0.9 * scale for name, scale in fresh.scales.items()})
-    generator = torch.Generator().manual_seed(1)
-    weights = {
-        name: torch.randn(tensor.shape, generator=generator) * 0.3 for name, tensor in fresh.state_dict().items()
-    }
-    network.load_state_dict(weights)
-    return network.eval()
-
-
 def load(folder):
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -66,7 +56,7 @@ def load(folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_computes_what_the_model_does_and_comes_back(kind, tmp_path):
-    network = network_of(*KINDS[kind])
+    network = odd_classifier(*KINDS[kind])
     found = write_image_export(tmp_path / "out", network, CLASSES)
     assert found["images"].holds and found["images"].largest > 0.1
     export = open_export(tmp_path / "out")
@@ -77,7 +67,7 @@ def test_an_export_computes_what_the_model_does_and_comes_back(kind, tmp_path):
 
 @pytest.fixture(scope="module")
 def network():
-    return network_of(*KINDS["tokenformer"])
+    return odd_classifier(*KINDS["tokenformer"])
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +77,19 @@ def folder(network, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def processor(folder):
+    return load(folder)[1]
+
+
 @pytest.mark.parametrize("size", [(9, 20), (31, 8), (5, 4), (8, 8), (6, 6), (7, 15)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "I;16"])
-def test_the_processor_sees_what_an_evaluation_sees(folder, network, size, mode):
+def test_the_processor_sees_what_an_evaluation_sees(processor, network, size, mode):
     levels = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
     picture = Image.fromarray(levels)
     deep = Image.fromarray(levels[..., 0].astype(np.uint16) * 250)
     picture = deep if mode == "I;16" else picture.convert(mode)
     image = image_of(network.config)
-    _, processor = load(folder)
     expected = normalised(torch.from_numpy(seen(picture, image))[None], image)
     assert torch.equal(processor(picture, return_tensors="pt")["pixel_values"], expected)
 
@@ -117,7 +111,7 @@ def test_a_pipeline_names_the_classes(folder, network, tmp_path):
 
 def test_a_grey_model_takes_grey_pictures_by_their_path(tmp_path):
     """transformers makes three channels of whatever it reads."""
-    network = network_of(*KINDS["grey"])
+    network = odd_classifier(*KINDS["grey"])
     write_image_export(tmp_path / "out", network, CLASSES)
     _, processor = load(tmp_path / "out")
     Image.fromarray(made_up(1)[0][0]).save(tmp_path / "grey.png")
@@ -176,6 +170,36 @@ def test_forged_configurations_are_refused(folder, tmp_path):
         (copy / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(CheckpointError, match=message):
             open_export(copy)
+
+
+def test_timm_makes_the_model(folder, network, monkeypatch):
+    """With stand-ins for the two functions of timm that the module calls; tests/evaluation has the real ones."""
+    registered = {}
+
+    def build(kind, name, pretrained, pretrained_filter_fn, **kwargs):
+        model = kind(**kwargs)
+        model.load_state_dict(pretrained_filter_fn(load_file(folder / "model.safetensors"), model))
+        return model
+
+    models = ModuleType("timm.models")
+    models.build_model_with_cfg, models.register_model = build, lambda make: registered.setdefault(make.__name__, make)
+    for name, module in (("timm", ModuleType("timm")), ("timm.models", models)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.syspath_prepend(folder)
+    for name in ("tokenformer_timm", "tokenformer_export"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    timm_module = importlib.import_module("tokenformer_timm")
+    settings = timm_module.default_cfgs["tokenformer_image"]
+    channels, *size = settings["input_size"]
+    make = partial(registered["tokenformer_image"], True, num_classes=settings["num_classes"])
+    model = make(in_chans=channels, img_size=size).eval()
+    pixels = torch.rand(3, 3, 6, 6)
+    torch.testing.assert_close(model(pixels), network(pixels), rtol=1e-5, atol=1e-5)
+    assert model.forward_head(model.forward_features(pixels), pre_logits=True).shape == (3, model.num_features)
+    model.reset_classifier(2)
+    assert model(pixels).shape == (3, 2)
+    with pytest.raises(ValueError, match="sees 3 channels of 6 pixels squared, and in_chans is 1"):
+        make(in_chans=1)
 
 
 def test_a_transformer_of_text_has_no_place():

@@ -8,7 +8,6 @@ from .pattention_tokenformer import PROJECTIONS
 
 BLOCK_TYPES = ("tokenformer", "transformer")
 IMAGE = ("size", "patch", "channels", "classes", "pooling", "mean", "std", "crop")
-OF_TIMM = ("architecture", "num_classes", "pretrained_cfg", "model_args")
 
 
 class TokenFormerImageConfig(PretrainedConfig):
@@ -61,9 +60,6 @@ class TokenFormerImageConfig(PretrainedConfig):
         self.activation = activation
         self.intermediate_size = intermediate_size
         self.num_key_value_heads = num_key_value_heads
-        # they describe the exported file, and not what transformers makes of it later
-        for name in OF_TIMM:
-            kwargs.pop(name, None)
         if not {"num_labels", "id2label"} & set(kwargs):
             kwargs["num_labels"] = image["classes"]
         super().__init__(**kwargs)
