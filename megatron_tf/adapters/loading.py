@@ -125,6 +125,7 @@ def load_tokenizer(folder: Path) -> Any:
     prepare_hugging_face()
     import transformers
 
+    transformers.logging.set_verbosity_error()  # of a TokenFormer it would say that it does not know the model
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the many kinds of tokenizers raise what they like

@@ -171,6 +171,11 @@ def _whole_kinds(places: dict[str, Place], targets: list[str]) -> list[Place]:
     return [places[name] for name in chosen]
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder's stack of layers. ArgumentError when it cannot be told."""
+    return _layers(model, num_layers(model))[1]
+
+
 def num_layers(model: nn.Module) -> int:
     return _text_config(model).num_hidden_layers
 

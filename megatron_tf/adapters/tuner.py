@@ -20,7 +20,10 @@ from megatron_tf.adapters.fingerprint import base_facts, check_base
 from megatron_tf.adapters.folder import (
     CONFIG_NAME,
     FORMAT_VERSION,
+    FROZEN,
+    KEYS,
     METHOD,
+    VALUES,
     WEIGHTS_NAME,
     Adapter,
     Branch,
@@ -207,16 +210,23 @@ def with_new_adapter(base: nn.Module, num_tokens: int, modules: Sequence[str]) -
 
 @torch.no_grad()
 def adapter_of(model: Any, name: str = "default") -> Adapter:
-    """A copy of an adapter of a PEFT model, on the CPU."""
+    """A copy of an adapter of a PEFT model, on the CPU. Where ranks have parts of it, all call it together."""
     config: PattentionConfig = model.peft_config[name]
     fields = config.to_dict() | {"target_modules": sorted(config.target_modules or ()), "inference_mode": True}
     branches = {}
     for place, module in model.get_base_model().named_modules():
         layer = getattr(module, BRANCH, None)
         if isinstance(layer, TokenLayer) and name in layer.scales:
-            keys, values = layer.tokens(name)
-            branches[place] = Branch(keys.detach().cpu().clone(), values.detach().cpu().clone())
+            branches[place] = Branch(*(_copied(layer, leaf, name) for leaf in (KEYS, VALUES)))
     return Adapter(fields, branches)
+
+
+def _copied(layer: TokenLayer, leaf: str, name: str) -> torch.Tensor:
+    """All keys or all values of an adapter, frozen ones first."""
+    parts: list[Any] = [
+        getattr(layer, prefix + leaf)[name] for prefix in (FROZEN, "") if name in getattr(layer, prefix + leaf)
+    ]
+    return torch.cat([(part.full_tensor() if hasattr(part, "full_tensor") else part).cpu() for part in parts]).clone()
 
 
 def _register() -> None:

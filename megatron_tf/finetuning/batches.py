@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -60,10 +61,15 @@ def rows_of_step(rows: Sequence[Row], step: int, count: int, seed: int) -> list[
     found = []
     for position in range(step * count, (step + 1) * count):
         epoch, place = divmod(position, len(rows))
-        order = list(range(len(rows)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        found.append(rows[order[place]])
+        found.append(rows[_order(len(rows), seed, epoch)[place]])
     return found
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> Sequence[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
 
 
 def count_targets(rows: Sequence[Row]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,18 @@ from megatron_tf.errors import CheckpointError, ConfigError, DataError, RunStopp
 from megatron_tf.finetuning.batches import Row, count_targets, pack, rows_of_step
 from megatron_tf.finetuning.examples import read_examples
 from megatron_tf.finetuning.packed import check_packing
-from megatron_tf.finetuning.saving import Resumed, checkpoints, delete_old, publish_adapter, read_progress, save
+from megatron_tf.finetuning.saving import (
+    Progress,
+    Resumed,
+    checkpoints,
+    delete_old,
+    publish_adapter,
+    read_progress,
+    save,
+    whole_moments,
+)
 from megatron_tf.finetuning.section import FinetuneConfig, check_ranks, dump_finetune
+from megatron_tf.finetuning.sharding import part_like, shard
 from megatron_tf.finetuning.steps import Computing, backward, mean_loss
 from megatron_tf.optimizers.adamw import as_adamw
 from megatron_tf.runtime.agreement import from_rank_zero, together
@@ -33,7 +44,7 @@ from megatron_tf.runtime.session import session
 from megatron_tf.runtime.stop_signals import StopSignals, describe_request
 from megatron_tf.runtime.watchdog import Watchdog
 from megatron_tf.telemetry.console import Console
-from megatron_tf.telemetry.trackers import JsonlTracker
+from megatron_tf.telemetry.trackers import Trackers, open_trackers
 
 DEFAULT_TOKENS = 64
 _CHECKPOINTS = "checkpoints"
@@ -53,14 +64,22 @@ def finetune(config: FinetuneConfig, environment: LaunchEnvironment, stop: StopS
         digest = together(lambda: _digest(config.data.train))
         watchdog.begin("loading the base")
         newest = from_rank_zero(lambda: next(reversed(checkpoints(folder / _CHECKPOINTS)), None))
-        model, resumed = together(lambda: _model(config, newest, digest, device))
+        model, resumed = together(lambda: _model(config, newest, digest))
+        together(lambda: _place(config, model, device))
         from_rank_zero(lambda: _open_folder(config, folder, closing))
         console = Console(rank=environment.rank, log_path=folder / "train.log")
         watchdog.report_to(console, folder)
         computing = Computing(device, environment.rank, environment.world_size, config.base.precision == "bf16",
                               config.data.seq_length if config.data.packing else None,
-                              config.training.micro_batch_size)  # fmt: skip
-        _Finetuning(config, model, resumed, train, validation, digest, computing, console).fit(stop, watchdog)
+                              config.training.micro_batch_size, config.parallel.shard is not None)  # fmt: skip
+        ids = resumed.progress.trackers if resumed else {}
+        step = resumed.progress.step if resumed else 0
+        trackers = together(lambda: open_trackers(config, folder, step, ids, environment.rank == 0, console.warning))
+        closing.callback(trackers.close)
+        for place in trackers.places:
+            console.info(f"{'tracker':<7} {place}")
+        run = _Finetuning(config, model, resumed, train, validation, digest, computing, console, trackers)
+        run.fit(stop, watchdog)
 
 
 class _Finetuning:
@@ -76,11 +95,12 @@ class _Finetuning:
         data: str,
         computing: Computing,
         console: Console,
+        trackers: Trackers,
     ):
         self.config, self.model, self.train, self.validation = config, model, train, validation
-        self.data, self.computing, self.console = data, computing, console
+        self.computing, self.console, self.trackers = computing, console, trackers
         self.folder = Path(config.run.dir)
-        self.step = resumed.step if resumed else 0
+        self.progress = resumed.progress if resumed else Progress(0, data)
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         settings = as_adamw(config.optimizer)
         self.optimizer = torch.optim.AdamW(
@@ -89,7 +109,11 @@ class _Finetuning:
         if resumed:
             _restore(self.optimizer, self.names, resumed)
         self.is_main = computing.rank == 0
-        self.metrics = JsonlTracker(self.folder / "metrics.jsonl", self.step, console.warning) if self.is_main else None
+
+    @property
+    def step(self) -> int:
+        """Updates so far."""
+        return self.progress.step
 
     def fit(self, stop: StopSignals, watchdog: Watchdog) -> None:
         steps = self.config.training.train_steps
@@ -120,7 +144,7 @@ class _Finetuning:
                 if request and self.step < steps:
                     raise RunStopped(f"stopped at step {self.step:,}, because {describe_request(request)}; saved")
         with watchdog.during("saving"):
-            from_rank_zero(self._publish)
+            self._publish()
         self.console.info(f"complete: {self.folder / _ADAPTER}")
 
     def _step(self, watchdog: Watchdog) -> int:
@@ -137,18 +161,18 @@ class _Finetuning:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.step += 1
+        learnt = count_targets(rows)
+        self.progress = replace(self.progress, step=self.step + 1, tokens=self.progress.tokens + learnt)
         watchdog.beat(self.step)
         self.last = {"train/loss": loss, "train/gradient_norm": norm, "train/learning_rate": rate}
-        return count_targets(rows)
+        return learnt
 
     def _log(self, more: dict[str, float]) -> None:
         values = {**self.last, **more}
         text = "  ".join(f"{name.rpartition('/')[2].replace('_', ' ')} {value:.5g}" for name, value in values.items())
         kind = "eval " if "eval/loss" in values else ""
         self.console.info(f"step {self.step:,}  {kind}{text}")
-        if self.metrics is not None:
-            self.metrics.log(values, self.step)
+        self.trackers.log({"tokens": self.progress.tokens, **values}, self.step)
 
     def _agreed(self, request: int) -> int:
         """The request of any rank to stop."""
@@ -157,11 +181,14 @@ class _Finetuning:
         return int(found)
 
     def _save(self) -> None:
-        def write() -> Path:
-            from megatron_tf.adapters.tuner import adapter_of
+        from megatron_tf.adapters.tuner import adapter_of
 
+        adapter, moments = adapter_of(self.model), whole_moments(self.optimizer, self.names)
+
+        def write() -> Path:
             place = self.folder / _CHECKPOINTS
-            path = save(place, self.step, self.data, adapter_of(self.model), self.optimizer, self.names)
+            progress = replace(self.progress, trackers=self.trackers.ids)
+            path = save(place, progress, adapter, moments)
             delete_old(place, self.config.checkpoint.keep_last)
             return path
 
@@ -170,7 +197,8 @@ class _Finetuning:
     def _publish(self) -> None:
         from megatron_tf.adapters.tuner import adapter_of
 
-        publish_adapter(self.folder / _ADAPTER, adapter_of(self.model))
+        adapter = adapter_of(self.model)
+        from_rank_zero(lambda: publish_adapter(self.folder / _ADAPTER, adapter))
 
 
 def _read(config: FinetuneConfig, tokenizer: Any) -> tuple[list[Row], list[Row]]:
@@ -196,14 +224,14 @@ def _digest(files: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def _model(config: FinetuneConfig, newest: Path | None, data: str, device: torch.device) -> tuple[Any, Resumed | None]:
+def _model(config: FinetuneConfig, newest: Path | None, data: str) -> tuple[Any, Resumed | None]:
     """The base with the adapter that is trained, and what training goes on from."""
     from megatron_tf.adapters.tuner import with_adapters, with_new_adapter
 
     adapter, resumed = config.adapter, None
     if newest is not None:
         stored, resumed = read_adapter(newest).config, read_progress(newest)
-        if resumed.data != data:
+        if resumed.progress.data != data:
             raise ConfigError(
                 f"data.train: the files are not those that {newest} was trained on. Give these, or another run.dir."
             )
@@ -212,9 +240,9 @@ def _model(config: FinetuneConfig, newest: Path | None, data: str, device: torch
                 f"adapter.tokens: {adapter.tokens}, and {newest} has {stored['num_tokens']}. Give another run.dir, or "
                 "grow the adapter and set adapter.from."
             )
-        if resumed.step > config.training.train_steps:
+        if resumed.progress.step > config.training.train_steps:
             raise ConfigError(
-                f"training.train_steps: {config.training.train_steps}, and {newest} has had {resumed.step}. Raise it, "
+                f"training.train_steps: {config.training.train_steps}, and {newest} has had {resumed.progress.step}. Raise it, "
                 "or give another run.dir."
             )
     base = load_base(Path(config.base.path), torch.bfloat16 if config.base.precision == "bf16" else torch.float32)
@@ -224,9 +252,6 @@ def _model(config: FinetuneConfig, newest: Path | None, data: str, device: torch
             f"data.seq_length: {config.data.seq_length}, and the base's context is {context} tokens. Set it to at most "
             f"{context}."
         )
-    base.to(device)
-    if config.data.packing:
-        check_packing(base, device)
     torch.manual_seed(config.run.seed)
     source = newest or (Path(adapter.source) if adapter.source else None)
     if source is not None:
@@ -234,9 +259,19 @@ def _model(config: FinetuneConfig, newest: Path | None, data: str, device: torch
         model = with_adapters(base, {"default": source}, trained=True)
     else:
         model = with_new_adapter(base, adapter.tokens or DEFAULT_TOKENS, adapter.modules or default_kinds(base))
+    return model, resumed
+
+
+def _place(config: FinetuneConfig, model: Any, device: torch.device) -> None:
+    """To the device, or each rank's part of it; and all that only a model there can be asked. The same on all ranks."""
+    if config.parallel.shard:
+        shard(model, device)
+    else:
+        model.to(device)
+    if config.data.packing:
+        check_packing(model, device)
     if config.training.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, resumed
 
 
 def _restore(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], resumed: Resumed) -> None:
@@ -244,8 +279,8 @@ def _restore(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], r
         state = {kind: tensors.get(name) for kind, tensors in resumed.moments.items()}
         if any(tensor is None or tensor.shape != parameter.shape for tensor in state.values()):
             raise CheckpointError(f"the checkpoint has no moments of {name}. Remove it to go on from an older one")
-        moments = {kind: tensor.to(parameter.device) for kind, tensor in state.items() if tensor is not None}
-        optimizer.state[parameter] = {"step": torch.tensor(float(resumed.step)), **moments}
+        moments = {kind: part_like(tensor, parameter) for kind, tensor in state.items() if tensor is not None}
+        optimizer.state[parameter] = {"step": torch.tensor(float(resumed.progress.step)), **moments}
 
 
 def _open_folder(config: FinetuneConfig, folder: Path, closing: contextlib.ExitStack) -> None:

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_tf.adapters.folder import Adapter, write_adapter
 from megatron_tf.checkpoint.strict_json import parse_object
 from megatron_tf.durable import partial_path, read_plain
 from megatron_tf.errors import CheckpointError, file_errors
+from megatron_tf.finetuning.sharding import whole
 
 _MOMENTS = "optimizer.safetensors"
 _PROGRESS = "training.json"
@@ -31,33 +32,45 @@ _STATES = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """`step`: that training goes on with.  `data`: digest of the files trained on.  `moments`: by state and
-    parameter."""
+class Progress:
+    """What training.json holds.
+
+    `data`: digest of the files trained on.  `tokens`: learnt so far.  `trackers`: runs there, see `Trackers.ids`.
+    """
 
     step: int
     data: str
+    tokens: int = 0
+    trackers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """`progress`: that training goes on with.  `moments`: of Adam, by state and parameter."""
+
+    progress: Progress
     moments: Mapping[str, Mapping[str, Tensor]]
 
 
-def save(
-    folder: Path, step: int, data: str, adapter: Adapter, optimizer: torch.optim.Optimizer, names: Mapping[Any, str]
-) -> Path:
-    """Write the checkpoint of `step`; one that is there already is left. `names`: of the parameters."""
-    target = folder / f"step_{step:08d}"
-    if target.exists():
-        return target
-    tensors = {
-        f"{state}/{name}": optimizer.state[parameter][state].detach().cpu().contiguous()
+def whole_moments(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
+    """Adam's moments on the CPU by state and parameter, whose `names` are given. All ranks call it together."""
+    return {
+        f"{state}/{name}": whole(optimizer.state[parameter][state]).detach().cpu().contiguous()
         for parameter, name in names.items()
         for state in _STATES
         if parameter in optimizer.state
     }
 
+
+def save(folder: Path, progress: Progress, adapter: Adapter, moments: Mapping[str, Tensor]) -> Path:
+    """Write a checkpoint; one of this step that is there already is left. `moments`: of `whole_moments`."""
+    target = folder / f"step_{progress.step:08d}"
+    if target.exists():
+        return target
+
     def complete(partial: Path) -> None:
-        save_file(tensors, partial / _MOMENTS)
-        progress = {"step": step, "data": data}
-        (partial / _PROGRESS).write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        save_file(dict(moments), partial / _MOMENTS)
+        (partial / _PROGRESS).write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
 
     shutil.rmtree(partial_path(target), ignore_errors=True)  # what a killed run left
     write_adapter(target, adapter, complete)
@@ -88,7 +101,7 @@ def read_progress(path: Path) -> Resumed:
     """What training goes on from. CheckpointError when it is damaged."""
     with file_errors(CheckpointError, path / _PROGRESS, "Remove this checkpoint to go on from an older one."):
         fields = parse_object(str(path / _PROGRESS), read_plain(path / _PROGRESS, 2**16))
-        fields.only("step", "data")
+        fields.only(*Progress.__dataclass_fields__)
         try:
             tensors = load_file(path / _MOMENTS)
         except SafetensorError as error:
@@ -99,4 +112,7 @@ def read_progress(path: Path) -> Resumed:
     for name, tensor in tensors.items():
         state, _, parameter = name.partition("/")
         moments.setdefault(state, {})[parameter] = tensor
-    return Resumed(fields.integer("step"), fields.text("data"), moments)
+    more: dict[str, Any] = {}
+    if "tokens" in fields:  # 0 and none in a checkpoint of an earlier version
+        more = {"tokens": fields.integer("tokens"), "trackers": fields.plain("trackers")}
+    return Resumed(Progress(fields.integer("step"), fields.text("data"), **more), moments)

@@ -33,8 +33,14 @@ Files = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
 
 
 class Run(Section):
+    name: str = "finetune"
+    """Shown at trackers."""
     dir: Path
     """Folder of everything that the run writes: config.yml, metrics.jsonl, train.log, checkpoints/, adapter/."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by at trackers."""
+    notes: str = ""
+    """A text on the run, shown at trackers."""
     seed: int = Field(1234, ge=0, lt=2**63)
     """New tokens and the order of the examples are functions of it."""
     max_hours: Positive | None = None
@@ -88,6 +94,11 @@ class Training(Section):
     """Recompute each layer of the base in the backward pass."""
 
 
+class Parallel(Section):
+    shard: Literal["parameters"] | None = None
+    """parameters: each rank keeps a part of the base, of the tokens and of their moments. null: all of it."""
+
+
 class Checkpoint(Section):
     interval_steps: Count | None = None
     """[steps] Between checkpoints. The last step is always saved."""
@@ -100,16 +111,26 @@ class Interval(Section):
     """[steps] Between two of them."""
 
 
+class Logging(Section):
+    interval_steps: Count = 10
+    """[steps] Between logged steps."""
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """In addition to metrics.jsonl, which is always written."""
+    project: str = "megatron_tf"
+    """Name of the project at the tracker."""
+
+
 class FinetuneConfig(Section):
     run: Run
     base: Base
     adapter: AdapterSection = AdapterSection()
+    parallel: Parallel = Parallel()
     data: Data
     training: Training
     optimizer: SerializeAsAny[Optimizer]
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Interval = Interval(interval_steps=100)
-    logging: Interval = Interval(interval_steps=10)
+    logging: Logging = Logging()
 
 
 def load_finetune(path: FilePath, overrides: Sequence[str] = ()) -> FinetuneConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,16 @@ from torch.nn import functional as F
 
 from megatron_tf.errors import TrainingError
 from megatron_tf.finetuning.batches import IGNORED, Batch, Row, collate, count_targets
+from megatron_tf.finetuning.sharding import is_sharded, local
 
 
 @dataclass(frozen=True)
 class Computing:
-    """How this rank computes. `length`: of packed sequences, None without packing.  `micro_batch`: rows at once."""
+    """How this rank computes.
+
+    `length`: of packed sequences, None without packing.  `micro_batch`: rows at once.  `sharded`: whether each rank has
+    a part of the model, and all of them compute together.
+    """
 
     device: torch.device
     rank: int
@@ -26,11 +32,16 @@ class Computing:
     bf16: bool
     length: int | None
     micro_batch: int
+    sharded: bool
 
     def own_parts(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
         """This rank's share of `rows`, in micro batches."""
         own = rows[self.rank :: self.world_size]
         return [own[first : first + self.micro_batch] for first in range(0, len(own), self.micro_batch)]
+
+    def most_parts(self, rows: Sequence[Row]) -> int:
+        """Micro batches of the rank that has most."""
+        return -(-len(rows[:: self.world_size]) // self.micro_batch)
 
 
 def summed_loss(model: Any, batch: Batch, computing: Computing) -> Tensor:
@@ -60,22 +71,39 @@ def backward(
     total = count_targets(rows)
     loss = torch.zeros((), device=computing.device)
     for part in computing.own_parts(rows):
-        if count_targets(part):
-            own = summed_loss(model, collate(part, computing.length), computing) / total
-            own.backward()
-            loss += own.detach()
-    flat = [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters]
-    joined = torch.cat([*flat, loss.view(1)])
-    dist.all_reduce(joined)
-    norm = joined[:-1].norm().item()
-    if not joined.isfinite().all():
+        # also where nothing is learnt, because layers of which ranks have parts are gathered by all of them
+        own = summed_loss(model, collate(part, computing.length), computing) / total
+        own.backward()
+        loss += own.detach()
+    summed, length = _summed(parameters, loss)
+    mean, norm = summed.item(), length.item()
+    if not math.isfinite(mean + norm):
         raise TrainingError(
             "the loss or the gradient is infinite or no number: the training diverged. Lower optimizer.lr, or give it "
             "a warm-up, and start again from the last checkpoint"
         )
-    for parameter, gradient in zip(parameters, joined[:-1].split([p.numel() for p in parameters])):
-        parameter.grad = gradient.view_as(parameter)
-    return joined[-1].item(), norm
+    return mean, norm
+
+
+def _summed(parameters: Sequence[nn.Parameter], loss: Tensor) -> tuple[Tensor, Tensor]:
+    """(Loss, the gradient's L2 norm) over all ranks, after the gradients have been made those of all ranks.
+
+    Of parameters that ranks have parts of they are already, each of its part.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [local(parameter.grad) for parameter in parameters]
+    if is_sharded(parameters[0]):
+        norms = torch.stack(torch._foreach_norm(gradients))
+        both = torch.stack([loss, norms.square().sum()])
+        dist.all_reduce(both)
+        return both[0], both[1].sqrt()
+    joined = torch.cat([*(gradient.reshape(-1) for gradient in gradients), loss.view(1)])
+    dist.all_reduce(joined)
+    for gradient, summed in zip(gradients, joined[:-1].split([own.numel() for own in gradients])):
+        gradient.copy_(summed.view_as(gradient))
+    return joined[-1], joined[:-1].norm()
 
 
 @torch.no_grad()
@@ -84,9 +112,12 @@ def mean_loss(model: Any, rows: Sequence[Row], computing: Computing) -> float:
     was_training = model.training
     model.eval()
     loss = torch.zeros((), device=computing.device)
-    for part in computing.own_parts(rows):
-        if count_targets(part):
-            loss += summed_loss(model, collate(part, computing.length), computing)
+    parts = computing.own_parts(rows)
+    for part in parts:
+        loss += summed_loss(model, collate(part, computing.length), computing)
+    if computing.sharded:
+        for _ in range(computing.most_parts(rows) - len(parts)):  # layers are gathered by all ranks
+            summed_loss(model, collate(rows[:1], computing.length), computing)
     dist.all_reduce(loss)
     model.train(was_training)
     return loss.item() / count_targets(rows)

@@ -10,13 +10,47 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_tf.config.schema import Run, RunConfig
 from megatron_tf.durable import atomic_path, open_plain
 from megatron_tf.errors import UserError, file_errors
 from megatron_tf.streams import without_terminal
 from megatron_tf.telemetry.line_file import LineFile
 
 Value = float | int | str | None
+
+
+class Described(Protocol):
+    """What a configuration says of its run."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tags(self) -> Sequence[str]: ...
+
+    @property
+    def notes(self) -> str: ...
+
+
+class Tracking(Protocol):
+    """Which trackers a configuration names, and the project there."""
+
+    @property
+    def trackers(self) -> Sequence[str]: ...
+
+    @property
+    def project(self) -> str: ...
+
+
+class Tracked(Protocol):
+    """The configuration of a run, of pretraining or of fine-tuning."""
+
+    @property
+    def run(self) -> Described: ...
+
+    @property
+    def logging(self) -> Tracking: ...
+
+    def model_dump(self, *, mode: str, by_alias: bool) -> dict[str, Any]: ...
 
 
 class Tracker(Protocol):
@@ -60,7 +94,7 @@ class WandbTracker:
     UserError when wandb is not installed.
     """
 
-    def __init__(self, config: Mapping[str, Any], project: str, run: Run, dir: Path, run_id: str | None):
+    def __init__(self, config: Mapping[str, Any], project: str, run: Described, dir: Path, run_id: str | None):
         try:
             import wandb
         except ImportError as error:
@@ -166,7 +200,7 @@ class Trackers:
 
 
 def open_trackers(
-    config: RunConfig,
+    config: Tracked,
     run_dir: Path,
     resume_step: int,
     ids: Mapping[str, str],
@@ -203,13 +237,13 @@ def open_trackers(
     return Trackers(trackers, warn, ids, places)
 
 
-def _about(run: Run) -> str:
+def _about(run: Described) -> str:
     """Name, tags and notes as a text; "" without tags and notes."""
     return "\n\n".join(filter(None, (run.name, ", ".join(run.tags), run.notes))) if run.tags or run.notes else ""
 
 
 def _open_wandb(
-    config: Mapping[str, Any], project: str, run: Run, dir: Path, run_id: str | None, warn: Callable[[str], None]
+    config: Mapping[str, Any], project: str, run: Described, dir: Path, run_id: str | None, warn: Callable[[str], None]
 ) -> WandbTracker:
     try:
         return WandbTracker(config, project, run, dir, run_id)

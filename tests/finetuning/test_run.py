@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from megatron_tf.adapters import PattentionConfig
 from megatron_tf.adapters.folder import read_adapter, write_adapter
 from megatron_tf.adapters.growth import grow_adapter
 from megatron_tf.errors import ConfigError
+from megatron_tf.finetuning.saving import read_progress
 from megatron_tf.finetuning.section import load_finetune
 from megatron_tf.inference.load import load_model
 from megatron_tf.shipped import find_finetuning
@@ -61,6 +63,10 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
+def evaluated(run: Path) -> float:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]["eval/loss"]
+
+
 @pytest.mark.slow
 def test_a_run_trains_resumes_and_shares_its_batch_out(folder):
     done = finetune(folder)
@@ -99,6 +105,24 @@ def test_a_run_trains_resumes_and_shares_its_batch_out(folder):
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(folder / "two") == pytest.approx(found, abs=1e-5)
 
+    # a checkpoint of one process goes on over two ranks with a part of everything each, and the last of theirs on one
+    shutil.copytree(
+        folder / "run" / "checkpoints" / "step_00000004", folder / "parts" / "checkpoints" / "step_00000004"
+    )
+    parts = (f"run.dir={folder}/parts", "parallel.shard=parameters", "training.activation_checkpointing=true")
+    done = finetune(folder, *parts, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(folder / "parts") == pytest.approx({step: found[step] for step in (5, 6)}, abs=1e-5)
+    assert evaluated(folder / "parts") == pytest.approx(evaluated(folder / "run"), abs=1e-5)
+    of_one, of_two = (read_progress(folder / name / "checkpoints" / "step_00000006") for name in ("run", "parts"))
+    assert of_two.progress == of_one.progress and of_one.progress.tokens > 0
+    for state, moments in of_one.moments.items():
+        for name, tensor in moments.items():
+            torch.testing.assert_close(of_two.moments[state][name], tensor, rtol=1e-3, atol=1e-6)
+    sharded = read_adapter(folder / "parts" / "adapter")
+    for name, branch in adapter.branches.items():
+        torch.testing.assert_close(sharded.branches[name].keys, branch.keys, rtol=0, atol=1e-4)
+
 
 @pytest.mark.slow
 def test_a_grown_adapter_goes_on_without_packing_and_recomputed(folder, tmp_path):
@@ -107,9 +131,11 @@ def test_a_grown_adapter_goes_on_without_packing_and_recomputed(folder, tmp_path
     grown = grow_adapter(read_adapter(tmp_path / "first" / "adapter"), 8, freeze_old=True)
     write_adapter(tmp_path / "grown", grown)
     options = ("adapter.tokens=null", f"adapter.from={tmp_path}/grown", f"run.dir={tmp_path}/second", "data.packing=false",
-               "training.activation_checkpointing=true", "base.precision=bf16")  # fmt: skip
+               "training.activation_checkpointing=true", "base.precision=bf16", "logging.trackers=[tensorboard]")  # fmt: skip
     done = finetune(folder, *options)
     assert done.returncode == 0, done.stderr
+    assert f"tensorboard --logdir {tmp_path}/second/tensorboard" in done.stdout
+    assert list((tmp_path / "second" / "tensorboard").glob("events*"))
     trained = read_adapter(tmp_path / "second" / "adapter")
     assert (trained.config["num_tokens"], trained.config["frozen_tokens"]) == (8, 4)
     for name, branch in trained.branches.items():
