@@ -149,6 +149,7 @@ NO_TORCH = (
     "megatron_tf.tasks.image_classification.section",
     "megatron_tf.tasks.image_classification.task",
     "megatron_tf.config",
+    "megatron_tf.state.lr_rule",
     "megatron_tf.state.optimizer_states",
     "megatron_tf.state.parameters",
     "megatron_tf.state.ranges",

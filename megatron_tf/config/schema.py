@@ -196,6 +196,23 @@ class Schedule(Section):
     """Where cosine and wsd end, at the last step."""
 
 
+class LrRule(Section):
+    """Learning rates of parameter tokens by their number, so that a rate that was tuned at one number serves at others.
+
+    Each factor is a power of base / number, by kind of projection, where number is model.parameter_tokens: those that a
+    position uses.
+    """
+
+    base_tokens: ParameterTokens
+    """[tokens] At which optimizer.lr was tuned, by kind of projection. Since 0.2."""
+    key_power: NonNegative = 0.5
+    """Of the factor of key tokens' rate. Since 0.2."""
+    value_power: NonNegative = 1.0
+    """Of the factor of value tokens' rate. Their weight decay is divided by it, so that rate times decay stays. Since 0.2."""
+    scale_initial_values: bool = False
+    """Multiply initial value tokens of a new model by √(base / number), so that outputs begin equally large. Since 0.2."""
+
+
 class Optimizer(OpenSection):
     """What every optimizer has. `type` adds its own keys; `Optimizer(...)` makes the section of that type."""
 
@@ -207,6 +224,8 @@ class Optimizer(OpenSection):
     """Largest learning rate of the schedule."""
     weight_decay: NonNegative = 0.1
     """Of parameter tokens and embedding, never of the final norm."""
+    lr_rule: LrRule | None = None
+    """Learning rates by the number of tokens. null: all of a group learn at one rate. Since 0.2."""
     schedule: Schedule = Schedule()
     """Learning rate over the steps."""
 

@@ -380,6 +380,11 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
                 f"training.{key}: {value}, but a {config.model.architecture} has no parameter tokens, and so no scores "
                 f"of them. Set it to {usual}."
             )
+    if config.optimizer.lr_rule is not None and not has_tokens:
+        yield (
+            f"optimizer.lr_rule: is given, but a {config.model.architecture} has no parameter tokens. Set it to null, "
+            "and tune optimizer.lr for each size."
+        )
     yield from _evaluation_problems(config)
     if config.training.init_from is not None:
         if config.growth is not None:

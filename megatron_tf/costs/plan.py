@@ -10,6 +10,7 @@ from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.config.validate import BatchPlan, plan_batches, tokens_to_train, topology_for
 from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
+from megatron_tf.state.lr_rule import in_words
 from megatron_tf.telemetry.text import plural, size
 
 
@@ -62,6 +63,8 @@ def describe(
             f"{size(memory.gradients)}, optimizer {size(memory.optimizer)}, activations {size(memory.activations)}"
         ),
     }
+    if rates := in_words(model, config.optimizer):
+        lines["rates"] = f"× optimizer.lr: {rates}"
     if forms := architecture_of(model).norm_forms(config, device):
         lines["scores"] = _scores(config, world_size, forms)
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())

@@ -35,6 +35,7 @@ class Segment:
     `age`: number of updates so far, a tensor [] as torch's optimizers keep it.
     `lr_multiplier`: times the learning rate. 0 leaves the weights as they are to the last bit: weight decay is
     multiplied by the learning rate too.
+    `decay_multiplier`: times the weight decay.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Segment:
     decayed: bool
     age: Tensor
     lr_multiplier: float = 1.0
+    decay_multiplier: float = 1.0
 
     def view(self, flat: Tensor) -> Tensor:
         """This segment's elements of a tensor that is laid out like `buffer`."""
@@ -114,12 +116,14 @@ class SegmentedOptimizer(torch.optim.Optimizer):
             if segment.name in whole:
                 of_matrices[segment.name].append(segment)
             else:
-                alike[segment.decayed, segment.lr_multiplier].append(segment)
-        for (decayed, multiplier), segments in alike.items():
-            decay = self.settings.weight_decay if decayed else 0.0
+                alike[self._decay(segment), segment.lr_multiplier].append(segment)
+        for (decay, multiplier), segments in alike.items():
             self.rule.update(self.settings, self._batch(segments), group["lr"] * multiplier, decay)
         for _, specs in groupby(self._matrices, lambda spec: layer_of(spec.name)):
             self._update_matrices([(spec, of_matrices[spec.name]) for spec in specs], group["lr"])
+
+    def _decay(self, segment: Segment) -> float:
+        return self.settings.weight_decay * segment.decay_multiplier if segment.decayed else 0.0
 
     def _batch(self, segments: Sequence[Segment]) -> UpdateBatch:
         """What is updated; `observe` sees the gradients first."""
@@ -160,7 +164,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
             for segment, weight, direction in zip(segments, batch.weights, directions):
                 rate = lr * segment.lr_multiplier
                 if segment.decayed:
-                    weight.mul_(1 - rate * self.settings.weight_decay)
+                    weight.mul_(1 - rate * self._decay(segment))
                 weight.view(direction.shape).sub_(direction.double() @ transform, alpha=rate * size)
 
 

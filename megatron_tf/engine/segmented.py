@@ -25,6 +25,7 @@ from megatron_tf.errors import CheckpointError
 from megatron_tf.model.drop_path import DropPath
 from megatron_tf.optimizers.base import MatrixRule
 from megatron_tf.parallel.groups import Group
+from megatron_tf.state.lr_rule import PLAIN, factors
 from megatron_tf.state.parameters import ParameterSpec, is_matrix, layer_of, parameter_table
 from megatron_tf.state.sources import StateSource
 from megatron_tf.tasks.data import Batch
@@ -226,7 +227,9 @@ class SegmentedEngine(ABC):
     def _load(self, source: StateSource, fragments: Iterable[Fragment]) -> None:
         """Binds the optimizer to `fragments` and writes their state."""
         segments = []
+        rule = factors(self.model, self.config.optimizer)
         for spec, buffer, start, stop, offset, owned in fragments:
+            by_rule = rule.get(spec.name, PLAIN)
             for low, high, updates in source.adam_steps(spec.name, start, stop):
                 for first, last, multiplier in self._learning_rates(spec, low, high):
                     segments.append(
@@ -239,7 +242,8 @@ class SegmentedEngine(ABC):
                             owned,
                             spec.decayed,
                             torch.tensor(float(updates), device=buffer.device),
-                            multiplier,
+                            multiplier * by_rule.lr,
+                            by_rule.weight_decay,
                         )
                     )
         matrices = [shard.spec for shard in self.shards() if is_matrix(shard.spec)]
@@ -249,7 +253,7 @@ class SegmentedEngine(ABC):
                 source.read_into(segment.name, state, segment.start, tensor)
 
     def _learning_rates(self, spec: ParameterSpec, start: int, stop: int) -> Iterator[tuple[int, int, float]]:
-        """[start, stop) cut where new tokens begin, each part with its learning rate multiplier."""
+        """[start, stop) cut where new tokens begin, each part with the multiplier that growth gives its learning rate."""
         if self.config.growth is None:
             yield start, stop, 1.0
             return

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.state.initialize import initial_rows
+from megatron_tf.state.lr_rule import factors
 from megatron_tf.state.optimizer_states import STATES, WEIGHT, initial_value
 from megatron_tf.state.parameters import initial_scales, parameter_table
 from megatron_tf.state.ranges import StepRange
@@ -80,9 +81,13 @@ class FreshSource:
 
 
 class InitialSource:
-    """The state of a fresh model: weights as a function of (seed, name, row), nothing updated so far."""
+    """The state of a fresh model: weights as a function of (seed, name, row), nothing updated so far.
 
-    def __init__(self, model: Model, seed: int):
+    `sizes`: what the weights of a parameter are multiplied by, where that is not 1.
+    """
+
+    def __init__(self, model: Model, seed: int, sizes: Mapping[str, float] | None = None):
+        self._sizes = sizes or {}
         self._table = parameter_table(model)
         self._seed = seed
         self.scales: Mapping[str, float] = initial_scales(model)
@@ -95,13 +100,20 @@ class InitialSource:
         spec = self._table[name]
         first, last = start // spec.width, -(-stop // spec.width)
         rows = initial_rows(spec, self._seed, first, last).reshape(-1)
-        return rows[start - first * spec.width : stop - first * spec.width]
+        own = rows[start - first * spec.width : stop - first * spec.width]
+        return own.mul_(self._sizes[name]) if name in self._sizes else own
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         copy_in_slices(lambda low, high: self.read(name, state, low, high), start, target)
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         return [(start, stop, 0)] if start < stop else []
+
+
+def initial_source(config: RunConfig) -> InitialSource:
+    """The state that the run begins with when it has none from elsewhere."""
+    sizes = {name: of.initial for name, of in factors(config.model, config.optimizer).items() if of.initial != 1}
+    return InitialSource(config.model, config.run.seed, sizes)
 
 
 class WeightsSource:

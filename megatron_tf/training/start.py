@@ -30,7 +30,7 @@ from megatron_tf.errors import CheckpointError, ConfigError, shortened
 from megatron_tf.growth.grow import grow
 from megatron_tf.growth.methods import SPLIT
 from megatron_tf.state.parameters import in_layer, layer_of, parameter_table
-from megatron_tf.state.sources import InitialSource, StateSource
+from megatron_tf.state.sources import StateSource, initial_source
 from megatron_tf.telemetry.text import bullets
 from megatron_tf.training.early_stop import EarlyStop
 from megatron_tf.training.run_folder import copied_from
@@ -219,7 +219,7 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
     or was trained on other data; ConfigError when the model cannot be grown from it.
     """
     if path is None:
-        return Start(InitialSource(config.model, config.run.seed), f"initial weights of seed {config.run.seed}")
+        return Start(initial_source(config), f"initial weights of seed {config.run.seed}")
     # of the run's own folder, although what lies there may be a link to elsewhere
     own = path.parent.resolve() == checkpoints_folder(config).resolve()
     if own or config.branch is not None:

@@ -40,8 +40,9 @@ from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
 from megatron_tf.runtime.local_ranks import start_ranks
+from megatron_tf.state.lr_rule import PLAIN, Factors, factors
 from megatron_tf.state.parameters import is_matrix, parameter_table
-from megatron_tf.state.sources import InitialSource
+from megatron_tf.state.sources import initial_source
 
 TIMEOUT_SECONDS = 300.0
 
@@ -147,12 +148,21 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
         _nudge(model)
     table = parameter_table(config.model)
     settings = config.optimizer
-    alike: dict[tuple[bool, bool], list[Tensor]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        alike[table[name].decayed, is_matrix(table[name])].append(parameter)
+    rule = factors(config.model, settings)
+    alike: dict[tuple[bool, bool, Factors], list[Tensor]] = defaultdict(list)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            own = rule.get(name, PLAIN)
+            parameter.mul_(own.initial)
+            alike[table[name].decayed, is_matrix(table[name]), own].append(parameter)
     groups = [
-        {"params": parameters, "weight_decay": settings.weight_decay if decayed else 0.0, "matrices": matrices}
-        for (decayed, matrices), parameters in alike.items()
+        {
+            "params": parameters,
+            "weight_decay": settings.weight_decay * own.weight_decay if decayed else 0.0,
+            "matrices": matrices,
+            "factor": own.lr,
+        }
+        for (decayed, matrices, own), parameters in alike.items()
     ]
     optimizer = rule_of(settings).reference(settings, groups)
     ends = configured_boundaries(config).ends
@@ -182,7 +192,7 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
         if step == 0:
             gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings, plan.train_steps)
+            group["lr"] = group["factor"] * learning_rate(step, settings, plan.train_steps)
         optimizer.step()
         optimizer.zero_grad()
     return Trace(losses, norms, gradients, reports)
@@ -275,7 +285,7 @@ def _rank(rank: int, config: RunConfig, chosen: list[Layout], steps: int, world:
 def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: Path, number: int) -> None:
     plan = plan_batches(config, topology.world_size)
     group = make_group(topology, "tensor", TIMEOUT_SECONDS)
-    source, ends = InitialSource(config.model, config.run.seed), configured_boundaries(config).ends
+    source, ends = initial_source(config), configured_boundaries(config).ends
     engine = build_engine(config, config.model, plan, topology, group, source, document_ends=ends)
     gradients: dict[str, Tensor] = {}
 

@@ -35,7 +35,7 @@ from megatron_tf.errors import ConfigError, exit_now
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.ranges import clip_steps
-from megatron_tf.state.sources import InitialSource, StateSource
+from megatron_tf.state.sources import StateSource, initial_source
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.running import Run
@@ -174,7 +174,7 @@ def _run(setting: Setting, config: RunConfig, rank: int, steps: int, run_dir: st
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
     plan, topology = plan_batches(config, setting.world_size), setting.layout.topology
     reader = None if resume_at is None else open_checkpoint(_checkpoint(run_dir, resume_at))
-    source: StateSource = InitialSource(config.model, config.run.seed)
+    source: StateSource = initial_source(config)
     if reader is not None:
         check_same_architecture(reader.index, config.model, config.optimizer.type)
         source = CheckpointSource(reader)

@@ -192,6 +192,10 @@ def test_bad_input_is_one_message_and_nothing_is_written(folder, tmp_path):
         ("base.precision=fp8", "base.precision: 'fp8' cannot be. Should be 'bf16' or 'fp32'."),
         ("optimizer.schedule.warmup_steps=6", "warmup_steps: 6, and training.train_steps is 6"),
         ("optimizer.schedule.type=wsd", "optimizer.schedule.decay_steps: missing"),
+        (
+            "optimizer.lr_rule={base_tokens: {qkv: 1, proj: 1, ffn: 1}}",
+            "optimizer.lr_rule: is for models of parameter tokens",
+        ),
         ("adapter.from=x", "adapter.from: has tokens and modules of its own"),
         ("base=null", "base: None cannot be"),
         ("model.hidden_size=3", "model: unknown key"),

@@ -165,5 +165,25 @@ def test_frozen_old_tokens_stay_to_the_last_bit(folder):
     assert (keys.norm(dim=1) > 0).all()  # new keys were 0
 
 
+@pytest.mark.slow
+def test_the_rates_of_a_grown_model_follow_its_tokens(folder):
+    """Fresh moments make the first update of each element its rate: that of the new count, times that of the growth."""
+    succeed(train(folder, "training.train_steps=2", "evaluation.interval_steps=null"))
+    grow = [f"run.dir={folder}/grown", f"growth.from={folder}/run", "model.parameter_tokens.ffn=148",
+            "growth.moments=reset", "growth.lr_multipliers.old_tokens=0.5", "optimizer.weight_decay=0",
+            "optimizer.lr_rule={base_tokens: {qkv: 13, proj: 11, ffn: 37}}", "training.train_steps=1",
+            "optimizer.schedule={type: constant, warmup_steps: 0}", "checkpoint.interval_steps=1"]  # fmt: skip
+    out = succeed(train(folder, *grow, ranks=2))
+    assert "rates   × optimizer.lr: qkv 1 keys, 1 values; proj 1 keys, 1 values; ffn 0.5 keys, 0.25 values" in out
+    old, new = load_logical(folder / "run"), load_logical(folder / "grown")
+    change = {name: (new[name][: len(tensor)] - tensor).abs().median().item() for name, tensor in old.items()}
+    assert change["blocks.0.ffn.key_tokens"] == pytest.approx(1e-2 * 0.5 * 0.5, rel=1e-2)
+    assert change["blocks.1.ffn.value_tokens"] == pytest.approx(1e-2 * 0.25 * 0.5, rel=1e-2)
+    assert change["blocks.1.attention.query.key_tokens"] == pytest.approx(1e-2 * 0.5, rel=1e-2)
+    # they were 0
+    new_keys = new["blocks.0.ffn.key_tokens"][37:]
+    assert new_keys.abs().median().item() == pytest.approx(1e-2 * 0.5, rel=1e-2)
+
+
 def test_help_needs_no_set_up():
     assert "section.field=value" in succeed(run([sys.executable, TRAIN, "--help"]))

@@ -1,0 +1,63 @@
+"""What `optimizer.lr_rule` makes of each parameter: its learning rate, weight decay and initial size. No torch.
+
+A projection with n tokens adds up n values, each weighted by a score of unit variance, whatever n is. An update of Adam
+moves every value by the rate, in directions that agree, so it moves the output by n times the rate: values want a rate
+that falls as 1/n. A score moves by the same amount at every n, but the scores of n keys move together, which moves the
+output by n times the size of the values; with values that fall as 1/√n, keys want a rate that falls as 1/√n.
+
+Decoupled weight decay acts through rate × decay, so values keep that product. Keys are normed: decay alone keeps their
+size, and with rate × decay held, they would turn as fast as without the rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_tf.config.schema import Model, Optimizer
+from megatron_tf.state.parameters import parameter_table, projections
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Of one parameter: times the learning rate, times the weight decay, times the weights of a new model."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    initial: float = 1.0
+
+
+PLAIN = Factors()
+
+
+def factors(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
+    """Those of the parameters that the rule changes, by name; none without a rule."""
+    rule = optimizer.lr_rule
+    if rule is None:
+        return {}
+    table = parameter_table(model)
+    found: dict[str, Factors] = {}
+    for projection in projections(model).values():
+        share = getattr(rule.base_tokens, projection.kind) / projection.tokens
+        of_values = share**rule.value_power
+        initial = share**0.5 if rule.scale_initial_values else 1.0
+        rows = {}
+        for key in projection.keys:
+            name = f"{projection.name}.{key}"
+            found[name] = Factors(lr=share**rule.key_power)
+            rows[key.rpartition(".")[0]] = table[name].shape[0]
+        for value in projection.values:
+            name = f"{projection.name}.{value}"
+            # The router of a bank and its balance have a row for each candidate and not for each token.
+            if table[name].shape[0] == rows.get(value.rpartition(".")[0]):
+                found[name] = Factors(lr=of_values, weight_decay=1 / of_values, initial=initial)
+    return found
+
+
+def in_words(model: Model, optimizer: Optimizer) -> str:
+    """The factors of learning rates by kind of projection: "qkv 0.5 keys, 0.25 values; ..."; "" without a rule."""
+    found = factors(model, optimizer)
+    by_kind: dict[str, str] = {}
+    for projection in projections(model).values() if found else ():
+        key, value = (found[f"{projection.name}.{names[0]}"].lr for names in (projection.keys, projection.values))
+        by_kind[projection.kind] = f"{projection.kind} {key:.3g} keys, {value:.3g} values"
+    return "; ".join(by_kind.values())
