@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import UserError, file_errors
+from megatron_tf.study.comparison import (
+    BEST_STATIC,
+    Baseline,
+    against,
+    best_static,
+    family_baselines,
+    growth_of,
+    has_grown,
+    static_curves,
+)
+from megatron_tf.study.comparison_words import compared, within
 from megatron_tf.study.file import Arm
-from megatron_tf.study.plan import Plan
+from megatron_tf.study.plan import Node, Plan
 from megatron_tf.study.result import Result, read_result
-from megatron_tf.study.statistics import cost_of, interval
+from megatron_tf.study.statistics import interval
 from megatron_tf.telemetry.meters import format_duration
 from megatron_tf.telemetry.plot import Ends, plot_ends
 from megatron_tf.telemetry.text import size, table
@@ -33,8 +43,9 @@ def results_of(plan: Plan) -> Json:
         raise UserError(f"{plan.study.dir}: no run has ended yet. Start it: megatron_tf study run FILE.")
     by_arm = {arm.name: _by_seed(plan, arm, runs) for arm in plan.study.arms}
     reference = plan.reference
-    against = {} if reference is None else by_arm[reference.name]
-    families = _families(plan, by_arm)
+    of_reference = {} if reference is None else by_arm[reference.name]
+    curves = static_curves(plan, runs)
+    baselines = {**family_baselines(plan, runs), BEST_STATIC: best_static(curves)}
     return {
         "study": plan.study.name,
         "reference": None if reference is None else reference.name,
@@ -42,34 +53,42 @@ def results_of(plan: Plan) -> Json:
         "runs": len(plan.nodes),
         "flops_spent": sum(result.own_flops for result in runs.values()),
         "seconds_spent": sum(result.seconds for result in runs.values()),
-        "arms": [_arm(plan, arm, by_arm[arm.name], against, families) for arm in plan.study.arms],
+        "arms": [
+            {
+                **_arm(plan, arm, by_arm[arm.name], of_reference),
+                "cost_against": _costs(plan, arm, by_arm[arm.name], baselines),
+                "growth": growth_of(_ended(plan, arm, runs), runs, curves),
+            }
+            for arm in plan.study.arms
+        ],
         "all_runs": [asdict(result) for result in runs.values()],
     }
 
 
+def _ended(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> list[Node]:
+    return [node for node in plan.of(arm) if node.waits is None and node.name in runs]
+
+
 def _by_seed(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> dict[int, Result]:
-    nodes = [node for node in plan.of(arm) if node.waits is None and node.name in runs]
-    return {node.seed: runs[node.name] for node in nodes}
+    return {node.seed: runs[node.name] for node in _ended(plan, arm, runs)}
 
 
-def _families(
-    plan: Plan, by_arm: Mapping[str, Mapping[int, Result]]
-) -> dict[str, dict[int, list[tuple[float, float]]]]:
-    """By family and seed, the points (FLOPs, loss) of its arms, where there are two or more."""
-    found: dict[str, dict[int, list[tuple[float, float]]]] = {}
-    for arm in plan.study.arms:
-        if arm.family is not None:
-            for seed, result in by_arm[arm.name].items():
-                found.setdefault(arm.family, {}).setdefault(seed, []).append((result.flops, result.loss))
-    return {name: {seed: points for seed, points in of.items() if len(points) > 1} for name, of in found.items()}
+def _costs(plan: Plan, arm: Arm, results: Mapping[int, Result], baselines: Mapping[str, Baseline]) -> Json:
+    """Against each family that is not its own and, for an arm that has grown, whichever arm is best that has not."""
+    found = {}
+    for name, baseline in baselines.items():
+        if name == arm.family or (name == BEST_STATIC and not has_grown(plan.of(arm)[0])):
+            continue
+        if (cost := against(results, baseline, plan.study.tolerance)) is not None:
+            found[name] = cost
+    return found
 
 
 def _arm(
     plan: Plan,
     arm: Arm,
     results: Mapping[int, Result],
-    against: Mapping[int, Result],
-    families: Mapping[str, Mapping[int, Sequence[tuple[float, float]]]],
+    reference: Mapping[int, Result],
 ) -> Json:
     node, choice = plan.of(arm)[0], plan.choices.get(arm.name)
     found: Json = {
@@ -98,42 +117,20 @@ def _arm(
     found["loss"] = {**asdict(interval(list(losses.values()))), "by_seed": losses}
     found["seconds"] = sum(result.seconds for result in results.values()) / len(results)
     found["state_bytes"] = next(iter(results.values())).state_bytes
-    pairs = [result.loss - against[seed].loss for seed, result in results.items() if seed in against]
-    if arm.comparable and pairs and results is not against:
+    pairs = [result.loss - reference[seed].loss for seed, result in results.items() if seed in reference]
+    if arm.comparable and pairs and results is not reference:
         difference = interval(pairs)
         found["difference"] = {**asdict(difference), "verdict": difference.verdict}
-    found["cost_against"] = {
-        family: cost
-        for family, curves in families.items()
-        if family != arm.family and (cost := _cost(results, curves)) is not None
-    }
     return found
-
-
-def _cost(results: Mapping[int, Result], curves: Mapping[int, Sequence[tuple[float, float]]]) -> Json | None:
-    """FLOPs of an arm over those that a family takes to its loss; `bound`: where the curve does not reach that loss."""
-    costs = {seed: cost_of(result.loss, curves[seed]) for seed, result in results.items() if seed in curves}
-    if not costs:
-        return None
-    logs = [math.log(results[seed].flops / cost.flops) for seed, cost in costs.items()]
-    ratio = {key: None if value is None else math.exp(value) for key, value in asdict(interval(logs)).items()}
-    beyond = {cost.beyond for cost in costs.values()} - {""}
-    return {
-        "ratio": ratio["mean"],
-        "low": ratio["low"],
-        "high": ratio["high"],
-        "bound": {"more": "at most", "less": "at least"}[beyond.pop()] if beyond else None,
-    }
 
 
 def in_words(found: Json) -> str:
     """The table of a report and what is to be said of it."""
-    families = list(dict.fromkeys(name for arm in found["arms"] for name in arm.get("cost_against", {})))
     head = ("", "parameters", "tokens", "FLOPs", "loss", "95 %", f"against {found['reference']}", "95 %", "")
-    rows = [(*head, *(f"FLOPs / {family}" for family in families), "hours", "state")]
-    for arm in found["arms"]:
-        rows.append((*_cells(arm), *(_cost_cell(arm, family) for family in families), *_last_cells(arm)))
+    rows = [(*head, "hours", "state")]
+    rows += [(*_cells(arm), *_last_cells(arm)) for arm in found["arms"]]
     lines = [table(rows, to_left=(0, 8)), ""]
+    lines += compared(found["arms"])
     lines += [_sweep_line(arm) for arm in found["arms"] if arm["sweep"] is not None and arm["sweep"]["losses"]]
     lines.append(
         f"{found['runs_ended']} of {found['runs']} runs have ended: {found['flops_spent']:.2e} FLOPs, "
@@ -149,20 +146,8 @@ def _cells(arm: Json) -> tuple[str, ...]:
         return (*first, "", "", "", "", "not ended")
     compared = ("", "", "" if arm["comparable"] else "not compared")
     if difference is not None:
-        compared = (f"{difference['mean']:+.4f}", _interval(difference, "+.4f"), difference["verdict"])
-    return (*first, f"{loss['mean']:.4f}", _interval(loss, ".4f"), *compared)
-
-
-def _interval(values: Json, form: str) -> str:
-    return "" if values["low"] is None else f"{values['low']:{form}} to {values['high']:{form}}"
-
-
-def _cost_cell(arm: Json, family: str) -> str:
-    cost = arm.get("cost_against", {}).get(family)
-    if cost is None:
-        return ""
-    within = "" if cost["low"] is None or cost["bound"] else f" ({cost['low']:.2f} to {cost['high']:.2f})"
-    return f"{cost['bound'] + ' ' if cost['bound'] else ''}{cost['ratio']:.2f}{within}"
+        compared = (f"{difference['mean']:+.4f}", within(difference, "+.4f"), difference["verdict"])
+    return (*first, f"{loss['mean']:.4f}", within(loss, ".4f"), *compared)
 
 
 def _last_cells(arm: Json) -> tuple[str, str]:

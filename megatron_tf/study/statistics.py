@@ -46,7 +46,7 @@ class Cost:
 
 
 def cost_of(loss: float, curve: Sequence[tuple[float, float]]) -> Cost:
-    """`curve`: (FLOPs, loss) of at least two points. Between them the loss is a straight line in log FLOPs."""
+    """`curve`: (FLOPs, loss) of one point or more. Between them the loss is a straight line in log FLOPs."""
     points = sorted(curve)
     if loss < min(loss for _, loss in points):
         return Cost(points[-1][0], "more")
@@ -57,3 +57,34 @@ def cost_of(loss: float, curve: Sequence[tuple[float, float]]) -> Cost:
             share = (high - loss) / (high - low)
             return Cost(math.exp(math.log(few) + share * (math.log(many) - math.log(few))))
     return Cost(next(flops for flops, other in points if other <= loss))
+
+
+def cheapest(loss: float, curves: Sequence[Sequence[tuple[float, float]]]) -> Cost:
+    """What the cheapest of some curves takes to a loss, as far as they go.
+
+    "less" when one of them may take less still; "more" when none reaches the loss, and then more than that of them which
+    ends first.
+    """
+    costs = [cost_of(loss, curve) for curve in curves]
+    reached = [cost for cost in costs if cost.beyond != "more"]
+    if not reached:
+        return Cost(min(cost.flops for cost in costs), "more")
+    least = min(cost.flops for cost in reached)
+    return Cost(least, "less" if any(cost.beyond for cost in reached) else "")
+
+
+def loss_at(flops: float, curve: Sequence[tuple[float, float]], tolerance: float = 0.0) -> float | None:
+    """The loss of a curve at a cost, a straight line in log FLOPs between its points; None outside of them.
+
+    `tolerance`: how far, as a share, a cost may be beyond an end and still have the loss of that end.
+    """
+    points = sorted(curve)
+    (first, start), (last, end) = points[0], points[-1]
+    if not first * (1 - tolerance) <= flops <= last * (1 + tolerance):
+        return None
+    if flops <= first:
+        return start
+    for (few, high), (many, low) in zip(points, points[1:]):
+        if few < flops <= many:
+            return high + (low - high) * math.log(flops / few) / math.log(many / few)
+    return end

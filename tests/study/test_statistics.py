@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_tf.study.file import Sweep
-from megatron_tf.study.statistics import Cost, Interval, cost_of, interval
+from megatron_tf.study.statistics import Cost, Interval, cheapest, cost_of, interval, loss_at
 from megatron_tf.study.sweep import choose
 
 
@@ -30,6 +30,22 @@ def test_cost_of_a_loss():
     assert cost_of(4.5, curve).flops == pytest.approx(10**2.5)
     assert cost_of(3.0, curve) == Cost(pytest.approx(1e4))
     assert (cost_of(2.0, curve), cost_of(6.0, curve)) == (Cost(1e4, "more"), Cost(1e2, "less"))
+
+
+def test_loss_at_a_cost():
+    curve = [(1e4, 3.0), (1e2, 5.0)]
+    assert loss_at(1e3, curve) == pytest.approx(4.0)
+    assert (loss_at(1e2, curve), loss_at(1e4, curve)) == (5.0, pytest.approx(3.0))
+    assert loss_at(1.02e4, curve) is None and loss_at(0.98e2, curve) is None
+    assert (loss_at(1.01e4, curve, 0.02), loss_at(0.99e2, curve, 0.02)) == (3.0, 5.0)
+
+
+def test_the_cheapest_of_several_curves():
+    steep, flat, point = [(1e2, 5.0), (1e4, 3.0)], [(1e2, 4.0), (1e4, 3.5)], [(1e3, 4.5)]
+    assert cheapest(3.2, [steep, flat]) == cost_of(3.2, steep)
+    assert cheapest(3.75, [steep, flat]) == cost_of(3.75, flat)
+    assert cheapest(2.0, [steep, point]) == Cost(1e3, "more")
+    assert cheapest(4.6, [steep, point]) == Cost(cost_of(4.6, steep).flops, "less")
 
 
 def sweep(losses, **fields):

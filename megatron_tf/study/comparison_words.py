@@ -1,0 +1,62 @@
+"""What `comparison` finds, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_tf.telemetry.text import table
+
+Json = dict[str, Any]
+
+
+def compared(arms: Sequence[Json]) -> Iterator[str]:
+    """Two tables, where there is something in them: arms against families, and what growth has gained."""
+    rows = [row for arm in arms for row in _rows_against(arm)]
+    if rows:
+        head = ("at equal FLOPs, at equal loss", "against", "loss", "95 %", "", "FLOPs ×", "95 %", "")
+        yield from (table([head, *rows], to_left=(0, 1, 4, 7)), "")
+    grown = [_grown_row(arm) for arm in arms if arm["growth"] is not None]
+    if grown:
+        scratch = "its size from scratch: FLOPs ×"
+        head = ("growth", scratch, "95 %", "κ", "95 %", "pays above", "all sizes: FLOPs", "from scratch ×", "95 %", "")
+        yield from (table([head, *grown], to_left=(0, 9)), "")
+
+
+def _rows_against(arm: Json) -> Iterator[tuple[str, ...]]:
+    for name, cost in arm["cost_against"].items():
+        difference = cost["difference"]
+        loss = ("", "", "beyond its budgets")
+        if difference is not None:
+            loss = (f"{difference['mean']:+.4f}", within(difference, "+.4f"), difference["verdict"])
+        yield (arm["name"], name, *loss, factor(cost), within(cost, ".2f"), _beyond(cost, name))
+
+
+def _beyond(cost: Json, name: str) -> str:
+    told = {"at most": f"loss not reached by {name}", "at least": f"{name} may reach it before its first point"}
+    return told.get(cost["bound"], "" if cost["ratio"] is not None else "seeds in both directions")
+
+
+def _grown_row(arm: Json) -> tuple[str, ...]:
+    found = arm["growth"]
+    scratch, kappa, sizes = found["from_scratch"], found["kappa"], found["all_sizes"]
+    cells = ("not measured", "") if scratch is None else (factor(scratch), within(scratch, ".2f"))
+    worth = ("", "") if kappa is None else (factor(kappa, "mean"), within(kappa, ".2f"))
+    in_all = ("", "", "", "")
+    if sizes is not None:
+        missing = ", ".join(sizes["sizes_missing"])
+        about = f"no run from scratch of the size of {missing}" if missing else ""
+        in_all = (f"{sizes['flops']:.2e}", factor(sizes), within(sizes, ".2f"), about)
+    return (arm["name"], *cells, *worth, f"{found['break_even']:.2f}", *in_all)
+
+
+def factor(values: Json, key: str = "ratio") -> str:
+    """A number with the bound that it may be; "?" where nothing is known."""
+    if values[key] is None:
+        return "?"
+    return f"{values['bound'] + ' ' if values.get('bound') else ''}{values[key]:.2f}"
+
+
+def within(values: Json, form: str) -> str:
+    """Its interval; "" without one."""
+    return "" if values["low"] is None else f"{values['low']:{form}} to {values['high']:{form}}"
