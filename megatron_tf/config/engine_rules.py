@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.optimizers.base import MatrixRule
@@ -53,6 +54,14 @@ def matrix_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
             f"optimizer.type: {config.optimizer.type} updates whole rows, and zero.stage {config.zero.stage} of "
             f"parallel.engine: deepspeed cuts them between {data_parallel} data-parallel ranks. Set parallel.engine to "
             "torch, or optimizer.type to adamw."
+        )
+
+
+def lr_rule_problems(config: RunConfig) -> Iterator[str]:
+    if config.optimizer.lr_rule is not None and not architecture_of(config.model).token_counts(config.model):
+        yield (
+            f"optimizer.lr_rule: is given, but a {config.model.architecture} has no parameter tokens. Set it to null, "
+            "and tune optimizer.lr for each size."
         )
 
 

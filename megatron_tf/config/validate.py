@@ -16,6 +16,7 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.engine_rules import (
     engine_problems,
     loss_scale_problems,
+    lr_rule_problems,
     matrix_problems,
     pipeline_problems,
     zero_problems,
@@ -122,6 +123,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         engine_problems,
         zero_problems,
         loss_scale_problems,
+        lr_rule_problems,
         _task_problems,
         _run_problems,
     ):
@@ -380,11 +382,6 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
                 f"training.{key}: {value}, but a {config.model.architecture} has no parameter tokens, and so no scores "
                 f"of them. Set it to {usual}."
             )
-    if config.optimizer.lr_rule is not None and not has_tokens:
-        yield (
-            f"optimizer.lr_rule: is given, but a {config.model.architecture} has no parameter tokens. Set it to null, "
-            "and tune optimizer.lr for each size."
-        )
     yield from _evaluation_problems(config)
     if config.training.init_from is not None:
         if config.growth is not None:
