@@ -16,6 +16,7 @@ from megatron_tf.checkpoint.architecture import check_evaluable
 from megatron_tf.checkpoint.manager import Ranks, resolve, verify_checkpoint
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import topology_for
 from megatron_tf.costs.estimate import num_parameters
@@ -137,8 +138,10 @@ def settings_of(evaluation: Evaluation, model: LoadedModel) -> dict[str, Any]:
     """Which model it is, in JSON values; also said in the log."""
     config, index = evaluation.config, model.reader.index
     parameters = num_parameters(config.model)
+    task = task_of(config.model)
+    trained = f"{task.in_units(config.model, index.tokens):,.0f} {task.unit}"
     evaluation.console.info(
-        f"{model.reader.path}: {parameters:,} parameters after {index.tokens:,} tokens, on {model.topology}, "
+        f"{model.reader.path}: {parameters:,} parameters after {trained}, on {model.topology}, "
         f"{config.training.precision}"
     )
     return {

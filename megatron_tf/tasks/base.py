@@ -40,6 +40,7 @@ class Task(ABC):
     `splits_samples`: whether ranks can share a sample: inputs and targets are [b, s], one for each position.
     `input_name`, `head_name`: of the two modules, in the names of their parameters. One name for both is one module, on
         the first and the last pipeline stage; it has one parameter, `weight`.
+    `unit`: what a run's speed is told in: "tokens", or what a sample is called, such as "images".
     `metrics`: names of what `TaskLayers.metrics` gives; evaluation logs the mean of each.
     `own_keys`: keys outside the `model:` section that other tasks have no use for, such as "data.tokenizer". Their
         defaults stand for no use of them.
@@ -56,6 +57,7 @@ class Task(ABC):
     splits_samples: ClassVar[bool] = False
     input_name: ClassVar[str]
     head_name: ClassVar[str]
+    unit: ClassVar[str] = "tokens"
     metrics: ClassVar[tuple[str, ...]] = ()
     own_keys: ClassVar[tuple[str, ...]] = ()
     formats: ClassVar[frozenset[str]] = frozenset()
@@ -116,6 +118,10 @@ class Task(ABC):
     def run_problems(self, config: RunConfig) -> Iterator[str]:
         """Sentences on a run's settings that the task cannot work with."""
         return iter(())
+
+    def in_units(self, model: Model, positions: float) -> float:
+        """How many `unit` so many positions are."""
+        return positions if self.unit == "tokens" else positions / model.seq_length
 
     def in_words(self, loss: float, metrics: Mapping[str, float]) -> str:
         """What an evaluation has found, for the console."""

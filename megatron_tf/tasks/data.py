@@ -64,6 +64,10 @@ class OpenData(ABC):
     def outlook(self, samples: int) -> tuple[str, list[str]]:
         """For a run over `samples` training samples in all: the data in a line, and warnings."""
 
+    def epoch(self, samples: int) -> float | None:
+        """How often `samples` samples are all that there is to train on; None where nobody counts so."""
+        return None
+
 
 class TaskData(ABC):
     """Of all models of a task."""

@@ -55,6 +55,7 @@ class Trainer:
         self.plan = run.plan.batches
         self.console = run.console
         self.engine = engine
+        self.data = loaders.data
         self.validation = loaders.validation
         self.saver = saver
         self.trackers = trackers
@@ -216,7 +217,8 @@ class Trainer:
         shares, left = self.engine.clock.shares(), self.plan.train_steps - self.progress.step
         self._record(self.metrics.training(result, loss, self.engine.steps_skipped, rates, shares, left))
         text = f"loss {loss:.4f}  " + ("" if norm is None else f"norm {norm:.3f}  ")
-        text += f"lr {result.lr:.2e}  {rates.tokens_per_second:,.0f} tokens/s"
+        task, model = task_of(self.config.model), self.config.model
+        text += f"lr {result.lr:.2e}  {task.in_units(model, rates.tokens_per_second):,.0f} {task.unit}/s"
         eta, where = format_duration(left * rates.step_seconds), f"  ({describe_shares(shares)})"
         self.console.info(f"step {self.progress.step:,}/{self.plan.train_steps:,}  {text}  left {eta}{where}")
         return text
@@ -271,4 +273,6 @@ class Trainer:
     def _record(self, metrics: dict) -> None:
         tokens = self.progress.tokens
         flops = self.earlier_flops + (tokens - self.earlier_tokens) * flops_per_token(self.config.model)
-        self.trackers.log({"tokens": tokens, "flops": flops, **metrics}, self.progress.step)
+        epoch = self.data.epoch(self.progress.samples) if self.run.is_main else None
+        counted = {"tokens": tokens, "flops": flops, **({} if epoch is None else {"epoch": epoch})}
+        self.trackers.log({**counted, **metrics}, self.progress.step)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tf.config.schema import LearningRates, RunConfig
+from megatron_tf.config.tasks import task_of
 from megatron_tf.config.validate import BatchPlan
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.engine.base import StepResult
@@ -42,7 +43,9 @@ class StepMetrics:
     ) -> dict[str, Value]:
         """Of the last step: `result`, and `shares` of its time. `mean_loss` and `rates`: since the last logged one."""
         norm = None if result.grad_norm is None else float(result.grad_norm)
-        tokens_per_second = rates.tokens_per_second
+        tokens_per_second, task = rates.tokens_per_second, task_of(self._config.model)
+        per_second = task.in_units(self._config.model, tokens_per_second)
+        in_units = {} if task.unit == "tokens" else {f"perf/{task.unit}_per_second": per_second}
         memory, size = memory_metric(self._device)
         largest = torch.tensor([size])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._meeting)
@@ -58,6 +61,7 @@ class StepMetrics:
             "perf/tokens_per_second": tokens_per_second,
             "perf/tokens_per_second_per_device": tokens_per_second / self._num_devices,
             "perf/samples_per_second": tokens_per_second / self._plan.seq_length,
+            **in_units,
             "perf/step_seconds": rates.step_seconds,
             **{f"perf/share_{phase}": share for phase, share in shares.items()},
             "perf/data_wait_share": rates.data_wait_share,

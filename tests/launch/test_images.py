@@ -46,7 +46,9 @@ def test_trained_evaluated_and_grown(folder):
     done = train(folder)
     assert done.returncode == 0, done.stdout
     assert "30 images in" in done.stdout and "validation loss" in done.stdout and "top-1" in done.stdout
+    assert " images/s " in done.stdout and " tokens/s " not in done.stdout
     last = next(record for record in reversed(records(folder / "run")) if "eval/top1" in record)
+    assert last["epoch"] == pytest.approx(6 * 8 / 30)
     for ranks, *overrides in ((0,), (4, "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")):
         output = folder / f"with {ranks} ranks"
         done = evaluate(folder, "--output", output, "--per-class", *overrides, ranks=ranks)

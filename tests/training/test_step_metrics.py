@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from distributed import spawn
+from images import image_config
 
 from megatron_tf.config.validate import plan_batches
 from megatron_tf.data.indexed import IndexedWriter
@@ -40,7 +41,7 @@ def test_data_without_a_summary_have_no_bytes(config, tmp_path):
     assert metrics.validation(2.0, {}).keys() == {"eval/loss", "eval/perplexity"}
 
 
-def test_memory_is_the_largest_of_the_ranks(config):
+def test_memory_is_the_largest_of_the_ranks_and_images_are_counted(config):
     spawn(_ranks, 2, config())
 
 
@@ -52,6 +53,11 @@ def _ranks(group, config):
     assert found["memory/cpu_resident_bytes"] == 2**40 + 1
     assert (found["perf/tokens_per_second_per_device"], found["perf/eta_seconds"]) == (400.0, 20.0)
     assert found["perf/samples_per_second"] == 800 / config.model.seq_length
+    assert "perf/images_per_second" not in found
+    of_images = image_config()
+    images = StepMetrics(of_images, plan_batches(of_images, 2), torch.device("cpu"), None)
+    found_there = images.training(result, 2.5, 4, Rates(2.0, 800.0, 0.125), {}, 10)
+    assert found_there["perf/images_per_second"] == 800 / of_images.model.seq_length
     assert (found["optim/skipped_steps"], found["optim/grad_norm"], found["optim/loss_scale"]) == (4, None, 1024.0)
     assert (found["train/loss"], found["train/loss_step"]) == (2.5, 3.0)
     assert (found["perf/share_forward"], found["perf/data_wait_share"]) == (0.25, 0.125)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from megatron_tf.config.schema import DataSource, RunConfig
@@ -42,9 +42,15 @@ class OpenImages(OpenData):
     def fingerprint(self) -> dict[str, Any]:
         return fingerprint(self._config.data.train, self._config.run.seed)
 
+    @cached_property
+    def _files(self) -> list[ImageFiles]:
+        return open_images(self._config.data.train, image_of(self._config.model).classes)
+
+    def epoch(self, samples: int) -> float:
+        return samples / sum(map(len, self._files))
+
     def outlook(self, samples: int) -> tuple[str, list[str]]:
-        config = self._config
-        files = open_images(config.data.train, image_of(config.model).classes)
+        config, files = self._config, self._files
         total = sum(source.weight for source in config.data.train)
         epochs = [samples * source.weight / total / len(file) for source, file in zip(config.data.train, files)]
         said = ", ".join(

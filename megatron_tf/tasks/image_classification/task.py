@@ -35,6 +35,7 @@ class ImageClassification(Task):
     prepared_by = "tools/prepare_images.py"
     causal = False
     input_name, head_name = "patches", "head"
+    unit = "images"
     metrics = ("top1", "top5")
     own_keys = ("data.augmentation", "data.workers", "training.label_smoothing")
     formats = frozenset({"huggingface"})
