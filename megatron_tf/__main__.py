@@ -47,6 +47,9 @@ COMMANDS = {
     "grow-adapter": Command("grow_adapter", "more parameter tokens for a trained adapter, or fewer"),
     "export-adapter": Command("export_adapter", "a base model and an adapter as one folder for transformers"),
     "merge-adapter": Command("merge_adapter", "an adapter of a TokenFormer into it, as a folder of the usual kind"),
+    "compare-adapters": Command(
+        "compare_adapters", "what adapters of as many parameters learn and forget, LoRA among them"
+    ),
     "convert": Command("convert_checkpoint", "weights from and to other formats"),
     "inspect": Command(
         "inspect_checkpoint", "what is inside a checkpoint or an adapter, and whether its bytes are right"

@@ -8,7 +8,7 @@ is learnt is not compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,16 @@ from megatron_tf.benchmark.timing import interleaved
 VOCABULARY = 4096
 _HEADS = 4  # of the soft mixture, and of its mixtures
 _BASE, _LORA = "none", "LoRA"
+LORA, MIXTURE = "lora", "mixture"
+# name on a command line -> in tables
+FORMS: Mapping[str, str] = {
+    LORA: _LORA,
+    "modules": "Pattention, attention and MLPs",
+    "mlp": "Pattention, MLPs",
+    "linear": "Pattention, linear layers",
+    MIXTURE: "soft mixture, MLPs",
+}
+_PLACES: Mapping[str, Sequence[str]] = {"modules": (ATTENTION, MLP), "mlp": (MLP,), "linear": (LINEAR,)}
 
 
 class SoftMixture(nn.Module):
@@ -52,9 +62,17 @@ def rows(
     device: torch.device, layers: int, width: int, samples: int, positions: int, rank: int, rounds: int
 ) -> Iterator[Row]:
     """One row for each adapter, the frozen base without any and LoRA first; fp32."""
-    require_peft()
     ids = torch.randint(VOCABULARY, (samples, positions), generator=torch.Generator().manual_seed(0)).to(device)
-    models = _models(layers, width, rank, device)
+    yield from rows_on(partial(random_llama, layers, width, VOCABULARY), ids, rank, FORMS, rounds)
+
+
+def rows_on(base: Callable[[], Any], ids: Tensor, rank: int, forms: Collection[str], rounds: int) -> Iterator[Row]:
+    """As `rows`, of `forms`, names of FORMS with LoRA among them, on models that `base` makes; `ids` [b, s] are on the
+    device."""
+    require_peft()
+    device = ids.device
+    models = {_BASE: _without_adapter(base().to(device))}
+    models |= {FORMS[form]: with_adapter(base().to(device), form, rank) for form in forms}
     kept = {name: saved_bytes(partial(_loss, model, ids)) for name, model in models.items()}
     trained = interleaved({name: partial(_step, model, ids) for name, model in models.items()}, device, rounds)
     forward = interleaved({name: partial(_forward, model, ids) for name, model in models.items()}, device, rounds)
@@ -64,7 +82,7 @@ def rows(
     for name, model in models.items():
         yield {
             "adapter": name,
-            "parameters": sum(parameter.numel() for parameter in _trained(model)),
+            "parameters": sum(parameter.numel() for parameter in trained_parameters(model)),
             "kept MiB": kept[name] / 2**20,
             "above base MiB": (kept[name] - kept[_BASE]) / 2**20,
             "of LoRA's": (kept[name] - kept[_BASE]) / (kept[_LORA] - kept[_BASE]),
@@ -75,31 +93,34 @@ def rows(
         }
 
 
-def _models(layers: int, width: int, rank: int, device: torch.device) -> dict[str, Any]:
+def with_adapter(base: Any, form: str, rank: int) -> Any:
+    """`base` with an adapter of as many parameters as LoRA of `rank` has on all linear layers, to a token. `form`: a
+    name of FORMS."""
+    budget = rank * sum(place.d_in + place.d_out for place in select(base, (LINEAR,)))
+    if form == LORA:
+        return _with_lora(base, rank)
+    if form == MIXTURE:
+        return _with_mixtures(base, budget).to(base.device)
+    return _with_tokens(base, _PLACES[form], budget)
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _with_lora(base: Any, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    def base() -> Any:
-        return random_llama(layers, width, VOCABULARY).to(device)
+    targets = sorted(place.name for place in select(base, (LINEAR,)))
+    return get_peft_model(base, LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM"))
 
-    plain = base().requires_grad_(False)
-    # Without an adapter: the gradient reaches the first MLP's output, the least that any adapter here needs.
+
+def _without_adapter(plain: Any) -> Any:
+    """The gradient reaches the first MLP's output, the least that any adapter here needs."""
+    plain.requires_grad_(False)
     first = select(plain, (MLP,))[0]
     plain.get_submodule(first.name).register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    settings = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    lora = get_peft_model(base(), settings).to(device)
-    budget = sum(parameter.numel() for parameter in _trained(lora))
-    found = {_BASE: plain, _LORA: lora}
-    for name, kinds in _PLACES.items():
-        found[name] = _with_tokens(base(), kinds, budget)
-    found["soft mixture, MLPs"] = _with_mixtures(base(), budget).to(device)
-    return found
-
-
-_PLACES: Mapping[str, Sequence[str]] = {
-    "Pattention, attention and MLPs": (ATTENTION, MLP),
-    "Pattention, MLPs": (MLP,),
-    "Pattention, linear layers": (LINEAR,),
-}
+    return plain
 
 
 def _with_tokens(base: Any, kinds: Sequence[str], budget: int) -> Any:
@@ -123,10 +144,6 @@ def _add_mixture(base: Any, place: Place, mixture: SoftMixture) -> None:
     module = base.get_submodule(place.name)
     module.add_module("soft_mixture", mixture)
     module.register_forward_hook(lambda module, inputs, output: output + mixture(inputs[0]))
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _loss(model: Callable[..., Any], ids: Tensor) -> Tensor:

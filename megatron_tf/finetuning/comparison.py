@@ -1,0 +1,238 @@
+"""Adapters of as many parameters on one frozen base: what they learn of one text, and forget of another.
+
+Each form is tried with every learning rate and one seed; with its best rate it has the other seeds too.
+
+| file of the folder | content |
+|---|---|
+| comparison.json | what all trials have in common, with digests of the texts |
+| trials.jsonl | a line for each trial that has ended: one that was cut off is done again, all others are not |
+| results.json | everything, for programs |
+| results.md | the table |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tf.adapters.fingerprint import base_facts
+from megatron_tf.adapters.loading import load_base, load_tokenizer
+from megatron_tf.benchmark.adapters import FORMS, LORA, rows_on
+from megatron_tf.benchmark.device import machine
+from megatron_tf.durable import write_atomically
+from megatron_tf.errors import DataError, UserError, file_errors
+from megatron_tf.finetuning.batches import collate
+from megatron_tf.finetuning.packed import check_packing
+from megatron_tf.finetuning.trial import BASE, Outcome, Setting, Texts, Trial, read_texts, run_trial
+
+_SETTING, _TRIALS, _RESULTS, _TABLE = "comparison.json", "trials.jsonl", "results.json", "results.md"
+Done = dict[Trial, Outcome]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`forms`: names of FORMS.  `seeds`: how many, from 0 on.  `rounds`: of the measurement of speed; 0 is none."""
+
+    setting: Setting
+    learn: str
+    keep: str
+    forms: Sequence[str]
+    rates: Sequence[float]
+    seeds: int
+    rounds: int
+
+
+def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callable[[str], None]) -> str:
+    """Run all trials that are missing, and write and return the table. UserError when the folder is of another
+    comparison, or the base cannot keep packed examples apart."""
+    tokenizer = load_tokenizer(plan.setting.base)
+    texts = read_texts(plan.learn, plan.keep, plan.setting, tokenizer)
+    base = load_base(plan.setting.base)
+    _check_setting(folder, {**_plain(plan), "base": base_facts(base)})
+    check_packing(base, torch.device("cpu"))
+    del base
+    done = _read_trials(folder)
+    for trial in _missing(plan, done):
+        done[trial] = run_trial(plan.setting, texts, trial, device)
+        say(f"{_label(trial)}: {_said(done[trial])}")
+        line = json.dumps({**asdict(trial), **asdict(done[trial])}) + "\n"
+        path = folder / _TRIALS
+        with file_errors(UserError, path, "Make room, or give another folder."), open(path, "a") as file:
+            file.write(line)
+    speeds = _speeds(plan, texts, device) if plan.rounds else {}
+    results = _results(plan, done, speeds)
+    text = _table(results)
+    content = {"setting": _plain(plan), "machine": machine(device), "forms": results, "speeds": list(speeds.values()),
+               "trials": [{**asdict(trial), **asdict(outcome)} for trial, outcome in done.items()]}  # fmt: skip
+    with file_errors(UserError, folder, "Make room, or give another folder."):
+        write_atomically(folder / _RESULTS, (json.dumps(content, indent=2) + "\n").encode())
+        write_atomically(folder / _TABLE, text.encode())
+    return text
+
+
+def _missing(plan: Plan, done: Done) -> Iterator[Trial]:
+    """Trials to run, each decided on when those before have ended."""
+    wanted: list[Callable[[], list[Trial]]] = [lambda: [Trial(BASE, 0.0, 0)]]
+    for form in plan.forms:
+        wanted.append(lambda form=form: [Trial(form, rate, 0) for rate in plan.rates])  # type: ignore[misc]
+    for form in plan.forms:
+        wanted.append(lambda form=form: _seeds(plan, done, form))  # type: ignore[misc]
+    for trials in wanted:
+        yield from [trial for trial in trials() if trial not in done]
+
+
+def _seeds(plan: Plan, done: Done, form: str) -> list[Trial]:
+    rate = _best_rate(plan, done, form)
+    return [] if rate is None else [Trial(form, rate, seed) for seed in range(1, plan.seeds)]
+
+
+def _best_rate(plan: Plan, done: Done, form: str) -> float | None:
+    """Of the lowest loss on held-out text with the first seed; None when all diverged."""
+    losses = {rate: done[Trial(form, rate, 0)].held for rate in plan.rates}
+    ended = {rate: loss for rate, loss in losses.items() if loss is not None}
+    return min(ended, key=ended.__getitem__, default=None)
+
+
+def _results(plan: Plan, done: Done, speeds: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each form, the base first."""
+    base = done[Trial(BASE, 0.0, 0)]
+    assert base.held is not None and base.keep is not None
+    found: list[dict[str, Any]] = [{"adapter": "none", "parameters": 0, "rate": None, "seeds": 1, "held": base.held,
+                                    "held_spread": None, "keep": base.keep, "keep_spread": None}]  # fmt: skip
+    for form in plan.forms:
+        rate = _best_rate(plan, done, form)
+        own = [done[Trial(form, rate, seed)] for seed in range(plan.seeds)] if rate is not None else []
+        held, keep = ([value for one in own if (value := getattr(one, name)) is not None] for name in ("held", "keep"))
+        found.append(
+            {
+                "adapter": FORMS[form],
+                "parameters": done[Trial(form, plan.rates[0], 0)].parameters,
+                "rate": rate,
+                # a better rate may lie beyond
+                "rate_at_end": len(plan.rates) > 1 and rate in (min(plan.rates), max(plan.rates)),
+                "seeds": len(held),
+                "held": _mean(held),
+                "held_spread": max(held) - min(held) if len(held) > 1 else None,
+                "learnt": base.held - statistics.fmean(held) if held else None,
+                "keep": _mean(keep),
+                "keep_spread": max(keep) - min(keep) if len(keep) > 1 else None,
+                "forgotten": statistics.fmean(keep) - base.keep if keep else None,
+                "tokens_per_second": _mean([one.tokens_per_second for one in own if one.tokens_per_second]),
+                "peak_bytes": max((one.peak_bytes for one in own if one.peak_bytes), default=None),
+                **{key: speeds[FORMS[form]][name] for key, name in _MEASURED.items() if FORMS[form] in speeds},
+            }
+        )
+    return found
+
+
+# key in results.json -> column of the benchmark
+_MEASURED = {"training_of_lora": "training × LoRA", "kept_mib_above_base": "above base MiB"}
+_COLUMNS = {
+    "adapter": "adapter", "parameters": "parameters", "rate": "rate", "seeds": "seeds", "held": "held-out loss",
+    "held_spread": "spread", "learnt": "learnt", "keep": "other text's loss", "keep_spread": "spread",
+    "forgotten": "forgotten", "tokens_per_second": "tokens/s", "training_of_lora": "training × LoRA",
+    "kept_mib_above_base": "kept above base, MiB",
+}  # fmt: skip
+
+
+def _table(results: Sequence[Mapping[str, Any]]) -> str:
+    """As Markdown. A rate that stands at an end of those that were tried has a star."""
+    lines = [f"| {' | '.join(_COLUMNS.values())} |", "|---" * len(_COLUMNS) + "|"]
+    for entry in results:
+        cells = [_cell(key, entry.get(key)) + ("*" if key == "rate" and entry.get("rate_at_end") else "")
+                 for key in _COLUMNS]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if key in ("parameters", "seeds"):
+        return f"{value:,}"
+    return (
+        f"{value:.4f}"
+        if key in ("held", "held_spread", "learnt", "keep", "keep_spread", "forgotten")
+        else f"{value:.3g}"
+    )
+
+
+def _speeds(plan: Plan, texts: Texts, device: torch.device) -> dict[str, Mapping[str, Any]]:
+    """Interleaved on the base itself, in fp32, by form; empty where LoRA, which they are compared with, is not
+    among them."""
+    if LORA not in plan.forms:
+        return {}
+    batch = collate(texts.learn[: plan.setting.micro_batch], plan.setting.seq_length)
+    found = rows_on(lambda: load_base(plan.setting.base), batch.input_ids.to(device), plan.setting.rank, plan.forms,
+                    plan.rounds)  # fmt: skip
+    return {str(row["adapter"]): row for row in found}
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    """What trials have in common, as JSON has it. How much is computed at once changes nothing but rounding."""
+    setting = asdict(plan.setting)
+    del setting["base"], setting["micro_batch"]
+    return {**setting, "learn": _digest(plan.learn), "keep": _digest(plan.keep)}
+
+
+def _check_setting(folder: Path, setting: Mapping[str, Any]) -> None:
+    """The folder is made, or is of the same setting."""
+    path = folder / _SETTING
+    with file_errors(UserError, path, "Give another folder."):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_atomically(path, (json.dumps(setting, indent=2) + "\n").encode())
+        before = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in setting.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{folder}: is of a comparison with {key} {before.get(key)}, and this one has {value}. Give another "
+                "folder with --to."
+            )
+
+
+def _read_trials(folder: Path) -> Done:
+    path, done = folder / _TRIALS, Done()
+    if not path.exists():
+        return done
+    with file_errors(UserError, path, "Give another folder."):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):  # torn by a kill
+            write_atomically(path, "".join(lines[:-1]).encode())
+            lines.pop()
+    for line in lines:
+        record = json.loads(line)
+        trial = Trial(*(record.pop(name) for name in Trial.__dataclass_fields__))
+        done[trial] = Outcome(**record)
+    return done
+
+
+def _digest(file: str) -> str:
+    with file_errors(DataError, file, "Give a readable file."):
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _label(trial: Trial) -> str:
+    if trial.form == BASE:
+        return "the base alone"
+    return f"{FORMS[trial.form]}, rate {trial.rate:g}, seed {trial.seed}"
+
+
+def _said(outcome: Outcome) -> str:
+    if outcome.held is None or outcome.keep is None:
+        return "diverged"
+    speed = f", {outcome.tokens_per_second:,.0f} tokens/s" if outcome.tokens_per_second else ""
+    return f"held-out loss {outcome.held:.4f}, other text's {outcome.keep:.4f}{speed}"

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tooling import assert_refused, tool
+
+from megatron_tf.benchmark import adapters
+from megatron_tf.commands.compare_adapters import FORMS
+from megatron_tf.finetuning.comparison import Plan, _best_rate, _missing, _results, _table
+from megatron_tf.finetuning.trial import BASE, Outcome, Setting, Trial
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "finetuning"))
+from bases import questions, write_base, write_lines  # noqa: E402
+
+SETTING = Setting(Path("base"), "fp32", 8, 10, 4, 2, 32, 16)
+PLAN = Plan(SETTING, "a", "b", ("lora", "modules"), (0.1, 0.2, 0.4), seeds=3, rounds=0)
+
+
+def test_the_command_knows_all_forms_without_torch():
+    assert tuple(adapters.FORMS) == FORMS
+
+
+def test_rates_are_tried_with_one_seed_and_seeds_with_the_best_rate():
+    done = {}
+    losses = {"none": 3.0, "lora": {0.1: 2.0, 0.2: 1.5, 0.4: None}, "modules": {0.1: 1.9, 0.2: 1.8, 0.4: 1.7}}
+    asked = []
+    for trial in _missing(PLAN, done):
+        asked.append(trial)
+        loss = losses[trial.form] if trial.form == BASE else losses[trial.form][trial.rate]
+        held = None if loss is None else loss + 0.1 * trial.seed
+        done[trial] = Outcome(0 if trial.form == BASE else 64, held, held and held + 1.0, 100.0)
+    assert len(asked) == 1 + 2 * 3 + 2 * 2 and list(_missing(PLAN, done)) == []
+    assert _best_rate(PLAN, done, "lora") == 0.2 and _best_rate(PLAN, done, "modules") == 0.4
+    base, lora, modules = _results(PLAN, done, {})
+    assert (base["held"], base["keep"]) == (3.0, 4.0)
+    assert (lora["held"], lora["held_spread"], lora["seeds"]) == (pytest.approx(1.6), pytest.approx(0.2), 3)
+    assert lora["learnt"] == pytest.approx(1.4) and lora["forgotten"] == pytest.approx(-1.4)
+    assert not lora["rate_at_end"] and modules["rate_at_end"]
+    assert "| 0.4* | 3 | 1.8000 | 0.2000 |" in _table([base, lora, modules])
+
+
+def test_a_form_that_always_diverges_is_in_the_table():
+    done = {Trial(BASE, 0.0, 0): Outcome(0, 3.0, 4.0)}
+    done |= {Trial(form, rate, 0): Outcome(64, None, None) for form in PLAN.forms for rate in PLAN.rates}
+    assert list(_missing(PLAN, done)) == []
+    assert "| LoRA | 64 | – | 0 | – |" in _table(_results(PLAN, done, {}))
+
+
+@pytest.mark.slow
+def test_forms_are_compared_and_a_comparison_goes_on(tmp_path):
+    write_base(tmp_path / "base")
+    learn, keep = (write_lines(tmp_path / f"{name}.jsonl", lines) for name, lines in
+                   (("learn", questions(60)), ("keep", [{"text": "what was known before " * 3}] * 8)))  # fmt: skip
+    sizes = ["--rank", 8, "--steps", 8, "--batch", 4, "--seq-length", 32, "--measured", 8, "--rates", 1e-3, 1e-2]
+    arguments = ["--base", tmp_path / "base", "--learn", learn, "--keep", keep, "--to", tmp_path / "out", *sizes]
+    done = tool("compare_adapters", *arguments, "--forms", "lora", "modules", "mixture", "--seeds", 1, "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    none, lora, modules, mixture = found["forms"]
+    assert modules["parameters"] == pytest.approx(lora["parameters"], rel=0.02) and len(found["trials"]) == 1 + 3 * 2
+    assert lora["held"] < none["held"] - 0.05 and modules["held"] < none["held"] - 0.05
+    assert mixture["kept_mib_above_base"] > modules["kept_mib_above_base"] > 0 and lora["training_of_lora"] == 1
+    assert (tmp_path / "out" / "results.md").read_text().strip() in done.stdout
+
+    lines = (tmp_path / "out" / "trials.jsonl").read_text()
+    (tmp_path / "out" / "trials.jsonl").write_text(lines + '{"form": "lo')  # a kill tore it
+    done = tool("compare_adapters", *arguments, "--forms", "lora", "modules", "--seeds", 2, "--rounds", 0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(", seed 1: held-out loss") == 2 and ", seed 0:" not in done.stdout
+    assert (tmp_path / "out" / "trials.jsonl").read_text().startswith(lines)
+    assert_refused(
+        tool("compare_adapters", *arguments, "--rank", 4), "is of a comparison with rank 8, and this one has 4"
+    )
