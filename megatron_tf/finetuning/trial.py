@@ -103,7 +103,7 @@ def run_trial(setting: Setting, texts: Texts, trial: Trial, device: torch.device
     computing = Computing(device, 0, 1, bf16, setting.seq_length, setting.micro_batch, False)
     base = load_base(setting.base, torch.bfloat16 if bf16 else torch.float32).to(device)
     if trial.form == BASE:
-        return Outcome(0, *(mean_loss(base, rows, computing) for rows in (texts.held, texts.keep)))
+        return Outcome(0, mean_loss(base, texts.held, computing), mean_loss(base, texts.keep, computing))
     torch.manual_seed(trial.seed)
     model = with_adapter(base, trial.form, setting.rank)
     parameters = trained_parameters(model)
@@ -114,7 +114,7 @@ def run_trial(setting: Setting, texts: Texts, trial: Trial, device: torch.device
         speed = _train(setting, texts.learn, trial, model, computing)
     except TrainingError:
         return Outcome(count, None, None)
-    held, keep = (mean_loss(model, rows, computing) for rows in (texts.held, texts.keep))
+    held, keep = mean_loss(model, texts.held, computing), mean_loss(model, texts.keep, computing)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if not math.isfinite(held + keep):
         return Outcome(count, None, None, speed, peak)
