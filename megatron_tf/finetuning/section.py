@@ -180,6 +180,8 @@ def _contradictions(config: FinetuneConfig) -> Iterator[str]:
         yield f"optimizer.type: {config.optimizer.type}, and adapters are trained by adamw. Set it to adamw."
     if config.optimizer.lr_rule is not None:
         yield "optimizer.lr_rule: is for models of parameter tokens, and this is an adapter. Set it to null."
+    if config.optimizer.layer_decay != 1:
+        yield "optimizer.layer_decay: is for layers of a model, and this is an adapter. Set it to 1."
     if schedule.type == "wsd" and schedule.decay_steps is None:
         yield "optimizer.schedule.decay_steps: missing, and wsd needs it. Give the steps in which the rate falls."
     if schedule.warmup_steps >= config.training.train_steps:

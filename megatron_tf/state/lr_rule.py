@@ -1,4 +1,5 @@
-"""What `optimizer.lr_rule` makes of each parameter: its learning rate, weight decay and initial size. No torch.
+"""What `optimizer.lr_rule` and `optimizer.layer_decay` make of each parameter: its learning rate, weight decay and
+initial size. No torch.
 
 A projection with n tokens adds up n values, each weighted by a score of unit variance, whatever n is. An update of Adam
 moves every value by the rate, in directions that agree, so it moves the output by n times the rate: values want a rate
@@ -7,14 +8,17 @@ output by n times the size of the values; with values that fall as 1/√n, keys 
 
 Decoupled weight decay acts through rate × decay, so values keep that product. Keys are normed: decay alone keeps their
 size, and with rate × decay held, they would turn as fast as without the rule.
+
+With a layer decay, the final norm and the head learn at the whole rate, each block at a fixed share of the next one's, and
+the input layer, also one that is the head as well, at the same share of the first block's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_tf.config.schema import Model, Optimizer
-from megatron_tf.state.parameters import parameter_table, projections
+from megatron_tf.state.parameters import ParameterSpec, layer_of, parameter_table, projections
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,25 @@ PLAIN = Factors()
 
 
 def factors(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
-    """Those of the parameters that the rule changes, by name; none without a rule."""
+    """Those of the parameters that the rule or the layer decay changes, by name; none without either."""
+    found = _by_rule(model, optimizer)
+    if optimizer.layer_decay == 1:
+        return found
+    for name, spec in parameter_table(model).items():
+        own, rate = found.get(name, PLAIN), optimizer.layer_decay ** _layers_above(spec, model)
+        found[name] = replace(own, lr=own.lr * rate)
+    return found
+
+
+def _layers_above(spec: ParameterSpec, model: Model) -> int:
+    """Of a parameter: blocks behind it, and the head. 0 for the head itself."""
+    layer = layer_of(spec.name)
+    if layer is not None:
+        return model.num_layers - layer
+    return model.num_layers + 1 if "first" in spec.ends else 0
+
+
+def _by_rule(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
     rule = optimizer.lr_rule
     if rule is None:
         return {}
@@ -54,10 +76,13 @@ def factors(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
 
 
 def in_words(model: Model, optimizer: Optimizer) -> str:
-    """The factors of learning rates by kind of projection: "qkv 0.5 keys, 0.25 values; ..."; "" without a rule."""
-    found = factors(model, optimizer)
+    """The factors of learning rates: "qkv 0.5 keys, 0.25 values; ...; layers 0.0625 to 0.5"; "" where all are 1."""
+    found = _by_rule(model, optimizer)
     by_kind: dict[str, str] = {}
     for projection in projections(model).values() if found else ():
         key, value = (found[f"{projection.name}.{names[0]}"].lr for names in (projection.keys, projection.values))
         by_kind[projection.kind] = f"{projection.kind} {key:.3g} keys, {value:.3g} values"
-    return "; ".join(by_kind.values())
+    words = list(by_kind.values())
+    if (decay := optimizer.layer_decay) != 1:
+        words.append(f"layers {decay**model.num_layers:.3g} to {decay:.3g}")
+    return "; ".join(words)

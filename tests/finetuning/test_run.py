@@ -196,6 +196,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(folder, tmp_path):
             "optimizer.lr_rule={base_tokens: {qkv: 1, proj: 1, ffn: 1}}",
             "optimizer.lr_rule: is for models of parameter tokens",
         ),
+        ("optimizer.layer_decay=0.5", "optimizer.layer_decay: is for layers of a model"),
         ("adapter.from=x", "adapter.from: has tokens and modules of its own"),
         ("base=null", "base: None cannot be"),
         ("model.hidden_size=3", "model: unknown key"),

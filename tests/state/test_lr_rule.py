@@ -1,4 +1,4 @@
-"""optimizer.lr_rule: the factors, the updates that follow from them, and the same ones at every layout and engine."""
+"""optimizer.lr_rule and layer_decay: the factors, the updates that follow from them, and the same ones at every layout and engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from images import image_config
 from study_names import problems_of
 from tiny import run_config
 
@@ -15,6 +16,7 @@ from megatron_tf.config.validate import validate
 from megatron_tf.costs.plan import describe
 from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.state.lr_rule import Factors, factors
+from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import InitialSource, initial_source
 from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
 
@@ -41,6 +43,20 @@ def test_the_factors_by_hand():
     assert len(found) == 2 * 5 * 2 and all(name.startswith("blocks.") for name in found)
     others = factors_of(config({"key_power": 1.0, "value_power": 0.0}))
     assert others["blocks.0.ffn.key_tokens"].lr == 4 and others["blocks.0.ffn.value_tokens"] == Factors()
+
+
+def test_layers_by_hand():
+    """Blocks, ends and the rule together; of images too."""
+    found = factors_of(config(optimizer={"layer_decay": 0.5}))
+    assert found["blocks.1.ffn.value_tokens"] == Factors(0.5 * 4.0, 0.25)
+    assert found["blocks.0.ffn.key_tokens"] == Factors(0.25 * 2.0)
+    assert found["embedding.weight"] == Factors(0.125) and found["final_norm.weight"] == Factors()
+    images = image_config(optimizer={"lr": 1e-3, "layer_decay": 0.5})
+    found = factors_of(images)
+    assert {found[f"patches.{name}"].lr for name in ("weight", "bias", "positions")} == {0.125}
+    assert {found[name] for name in ("head.weight", "head.bias", "final_norm.bias")} == {Factors()}
+    assert found.keys() == parameter_table(images.model).keys()
+    assert "rates   × optimizer.lr: layers 0.25 to 0.5" in describe(images, 1)
 
 
 def test_after_a_growth_the_new_count_is_what_counts():
@@ -101,16 +117,19 @@ def check(config, *chosen, steps=6):
 
 
 RULE = {"scale_initial_values": True}
+DECAY = {"layer_decay": 0.6}
 
 
 def test_two_ranks_with_deepspeed():
-    check(config(RULE), Layout(Topology(2, 1, 1)), Layout(Topology(1, 2, 1)), Layout(Topology(1, 1, 2)))
+    check(
+        config(RULE, optimizer=DECAY), Layout(Topology(2, 1, 1)), Layout(Topology(1, 2, 1)), Layout(Topology(1, 1, 2))
+    )
 
 
 @pytest.mark.slow
 def test_two_ranks_with_torch():
-    check(config(RULE, "torch"), Layout(Topology(2, 1, 1), True), Layout(Topology(1, 1, 2)))
-    check(config(RULE, "torch", optimizer={"type": "muon"}), Layout(Topology(2, 1, 1)))
+    check(config(RULE, "torch", optimizer=DECAY), Layout(Topology(2, 1, 1), True), Layout(Topology(1, 1, 2)))
+    check(config(RULE, "torch", optimizer={"type": "muon", **DECAY}), Layout(Topology(2, 1, 1)))
 
 
 def test_a_transformer_has_no_use_for_it():
