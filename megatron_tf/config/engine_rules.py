@@ -6,15 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.optimizers import rule_of
-from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.schema import Parallel, RunConfig
 from megatron_tf.optimizers.base import MatrixRule
 
 
 def engine_problems(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     if parallel.engine == "deepspeed":
-        for key, usual in (("shard", "optimizer"), ("schedule", "1f1b"), ("context", 1)):
+        for key, usual in (("shard", "optimizer"), ("schedule", "1f1b"), ("virtual_stages", 1), ("context", 1)):
             if getattr(parallel, key) != usual:
                 yield (
                     f"parallel.{key}: {getattr(parallel, key)} needs parallel.engine: torch, and it is deepspeed. "
@@ -37,12 +38,34 @@ def engine_problems(config: RunConfig) -> Iterator[str]:
 
 def pipeline_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
     parallel, training = config.parallel, config.training
-    micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel)
+    samples = training.micro_batch_size * data_parallel
+    micro_batches = training.global_batch_size // samples
+    if parallel.engine == "torch" and parallel.virtual_stages > 1:
+        yield from _interleaving_problems(parallel, micro_batches, samples)
     if parallel.engine == "torch" and parallel.schedule == "1f1b" and micro_batches < parallel.pipeline:
         yield (
             f"parallel.schedule: 1f1b needs a micro batch for each of parallel.pipeline {parallel.pipeline} stages, "
             f"and a step has {micro_batches} of them. Set it to gpipe, or training.micro_batch_size to at most "
             f"{max(1, training.global_batch_size // (parallel.pipeline * data_parallel))}."
+        )
+
+
+def _interleaving_problems(parallel: Parallel, micro_batches: int, samples: int) -> Iterator[str]:
+    """`samples`: of one micro batch on all data-parallel ranks."""
+    stages, parts = parallel.pipeline, parallel.virtual_stages
+    if stages == 1:
+        yield f"parallel.virtual_stages: {parts} needs a pipeline, and parallel.pipeline is 1. Set it to 1."
+    elif parallel.schedule != "1f1b":
+        yield (
+            f"parallel.virtual_stages: {parts} needs parallel.schedule: 1f1b, and it is {parallel.schedule}. Set "
+            "parallel.schedule to 1f1b, or parallel.virtual_stages to 1."
+        )
+    elif micro_batches > stages and micro_batches % stages:
+        near = [samples * number for number in multiples_near(micro_batches, stages)]
+        yield (
+            f"parallel.virtual_stages: {parts} needs micro batches in multiples of parallel.pipeline {stages}, and a "
+            f"step has {micro_batches} of them. Set training.global_batch_size to {either(near)}, or "
+            "parallel.virtual_stages to 1."
         )
 
 

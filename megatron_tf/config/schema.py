@@ -122,6 +122,8 @@ class Parallel(Section):
     """What each data-parallel rank keeps a part of, and with it all that stands before: needs engine torch."""
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """Order of the micro batches in a pipeline. gpipe needs engine torch."""
+    virtual_stages: Count = 1
+    """Parts of the depth that a pipeline rank holds, dealt out in turn: interleaved 1F1B. Needs engine torch. Since 0.2."""
     timeout_seconds: Seconds = 1800.0
     """[seconds] A collective that waits longer ends the run."""
 

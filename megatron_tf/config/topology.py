@@ -15,12 +15,25 @@ GridAxis = Literal["pipeline", "data", "context", "tensor", "replicas"]
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes of the four axes; world size is their product."""
+    """Sizes of the four axes; world size is their product.
+
+    `virtual_stages`: parts of the depth that a pipeline rank holds, dealt out in turn.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
     context: int = 1
+    virtual_stages: int = 1
+
+    def parts(self, num_layers: int, stage: int) -> list[range]:
+        """The layers of pipeline rank `stage`, part by part in the order of the depth."""
+        stages = self.pipeline * self.virtual_stages
+        return [stage_layers(num_layers, stages, number) for number in range(stage, stages, self.pipeline)]
+
+    def num_layers(self, num_layers: int, stage: int) -> int:
+        """Of `num_layers` those that pipeline rank `stage` holds."""
+        return sum(map(len, self.parts(num_layers, stage)))
 
     @property
     def replicas(self) -> int:
@@ -60,7 +73,8 @@ class Topology:
 
     def __str__(self) -> str:
         context = f"×CP{self.context}" if self.context > 1 else ""
-        return f"TP{self.tensor}×PP{self.pipeline}×DP{self.data}{context}"
+        virtual = f"v{self.virtual_stages}" if self.virtual_stages > 1 else ""
+        return f"TP{self.tensor}×PP{self.pipeline}{virtual}×DP{self.data}{context}"
 
 
 def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:

@@ -70,7 +70,7 @@ def topology_for(config: RunConfig, world_size: int) -> Topology:
     _raise_if_any(_layout_problems(config, world_size))
     parallel = config.parallel
     data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
-    return Topology(parallel.tensor, parallel.pipeline, data, parallel.context)
+    return Topology(parallel.tensor, parallel.pipeline, data, parallel.context, parallel.virtual_stages)
 
 
 def plan_batches(
@@ -234,6 +234,12 @@ def _stage_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"parallel.pipeline: {config.parallel.pipeline} stages, but model.num_layers is {model.num_layers} and "
             f"each stage needs a layer. Set it to at most {model.num_layers}."
+        )
+    elif config.parallel.pipeline * config.parallel.virtual_stages > model.num_layers:
+        pipeline, parts = config.parallel.pipeline, config.parallel.virtual_stages
+        yield (
+            f"parallel.virtual_stages: {parts} parts on each of {pipeline} pipeline ranks need a layer each, but "
+            f"model.num_layers is {model.num_layers}. Set it to at most {model.num_layers // pipeline}."
         )
 
 

@@ -64,6 +64,14 @@ def stage_boundary(config: RunConfig) -> Collective:
     return Collective("send", hidden_bytes(config) // split)
 
 
+def boundaries(topology: Topology) -> int:
+    """Ends of parts of the depth, on the busiest rank of a pipeline, at which hidden states come or go."""
+    if topology.pipeline == 1:
+        return 0
+    # with two ranks each of them is the first or the last one
+    return 2 * topology.virtual_stages - (topology.pipeline == 2)
+
+
 def sent_document_starts(config: RunConfig) -> Collective:
     """Where documents begin, an int32 a token, which goes with the hidden states but not back with their gradient."""
     positions = positions_of(config)
@@ -123,7 +131,7 @@ def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[GridAxis, fl
     end = sum(c.sent_bytes(topology.tensor) for side in sides for pass_ in side for c in pass_)
     parameters = stage_parameters(config.model, topology, topology.pipeline - 1)
     data = data_collectives(config, parameters, topology.replicas, micro_batches)
-    crossings = min(2, topology.pipeline - 1)  # to the stage after and to the one before
+    crossings = boundaries(topology)  # hidden states at some, their gradient at the others
     crossing = crossings * stage_boundary(config).bytes + (sent_document_starts(config).bytes if crossings else 0)
     out, back = context_collectives(config)
     exchanged = sum(c.sent_bytes(topology.context) for c in (*out, *(out if again_forward else ()), *back))

@@ -15,7 +15,7 @@ from megatron_tf.config.optimizers import DEFAULT as DEFAULT_OPTIMIZER
 from megatron_tf.config.optimizers import OPTIMIZERS
 from megatron_tf.config.schema import Model, Precision, RunConfig
 from megatron_tf.config.tasks import task_of
-from megatron_tf.config.topology import Topology, stage_layers
+from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.state.parameters import ParameterSpec, parameter_table, shard_range
 
@@ -32,19 +32,20 @@ def num_used_block_parameters(model: Model) -> int:
 
 
 def stage_parameters(model: Model, topology: Topology, stage: int) -> int:
-    """Parameters on the fullest tensor rank of a pipeline stage.
+    """Parameters on the fullest tensor rank of a pipeline rank.
 
     The first stage holds the task's input layer, the last one the final norm and the task's head, which may be its own
     copy of the input layer.
     """
-    return _stage_parameters(model, topology.tensor, topology.pipeline, stage)
+    return _stage_parameters(model, Topology(topology.tensor, topology.pipeline, 1, 1, topology.virtual_stages), stage)
 
 
 @lru_cache(maxsize=4096)
-def _stage_parameters(model: Model, tensor: int, pipeline: int, stage: int) -> int:
-    blocks = tuple(f"blocks.{layer}." for layer in stage_layers(model.num_layers, pipeline, stage))
+def _stage_parameters(model: Model, topology: Topology, stage: int) -> int:
+    tensor = topology.tensor
+    blocks = tuple(f"blocks.{layer}." for part in topology.parts(model.num_layers, stage) for layer in part)
     ends = {"first"} if stage == 0 else set()
-    if stage == pipeline - 1:
+    if stage == topology.pipeline - 1:
         ends.add("last")
     held = [spec for name, spec in parameter_table(model).items() if ends & set(spec.ends) or name.startswith(blocks)]
     return max(sum(_shard_numel(spec, tensor, rank) for spec in held) for rank in range(tensor))
@@ -112,7 +113,7 @@ def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int,
     if config.parallel.engine == "torch":
         weights, gradients, optimizer = sharded_state_bytes(
             parameters,
-            2 * parameters // (1 + len(stage_layers(config.model.num_layers, topology.pipeline, stage))),
+            2 * parameters // (1 + topology.num_layers(config.model.num_layers, stage)),
             precision,
             config.parallel.shard if topology.pipeline == 1 else "optimizer",
             topology.replicas,
@@ -122,9 +123,21 @@ def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int,
         weights, gradients, optimizer = parameter_state_bytes(
             parameters, precision, config.zero.stage, topology.data, optimizer_type
         )
-    # One forward, one backward: stage i has started this many micro batches before its first backward.
-    in_flight = min(num_micro_batches, topology.pipeline - stage)
+    in_flight = _layers_in_flight(config, topology, num_micro_batches, stage)
     return Memory(weights, gradients, optimizer, _stage_activation_bytes(config, topology, stage, in_flight))
+
+
+def _layers_in_flight(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> int:
+    """Layers, counted once for each micro batch, whose forward pass is done before the first backward pass.
+
+    One forward, one backward: stage i has begun P − i micro batches by then. Interleaved, with v parts of the depth on
+    a rank, it is (v − 1) P + 2 (P − i) − 1 passes of a part.
+    """
+    parts, ranks = topology.parts(config.model.num_layers, stage), topology.pipeline
+    if len(parts) == 1:
+        return min(num_micro_batches, ranks - stage) * len(parts[0])
+    passes = (len(parts) - 1) * ranks + 2 * (ranks - stage) - 1
+    return min(num_micro_batches * len(parts), passes) * max(map(len, parts))
 
 
 def parameter_state_bytes(
@@ -180,14 +193,13 @@ def sharded_state_bytes(
 
 
 def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, in_flight: int) -> int:
-    """Activations at the peak of a stage.
+    """Activations at the peak of a stage.  `in_flight`: see `_layers_in_flight`.
 
     Without checkpointing every layer of every micro batch in flight keeps what `block_activation_bytes`
     says; with it, only its input.  On top comes the larger of two that are never there at once: the backward
     pass of one block (with checkpointing, that block whole), and on the last stage the head.
     """
     model, training = config.model, config.training
-    layers = len(stage_layers(model.num_layers, topology.pipeline, stage))
     positions = positions_of(config)
     compute = compute_bytes(training.precision)
     block, backward = block_activation_bytes(config), block_backward_bytes(config)
@@ -199,7 +211,7 @@ def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, i
     if stage == topology.pipeline - 1:
         # the final norm's output; logits and their gradient (what is in fp32 of them is a few rows)
         head = compute * (positions * model.hidden_size + 2 * task_of(model).work(config).logits)
-    return in_flight * layers * kept + max(head, backward)
+    return in_flight * kept + max(head, backward)
 
 
 def block_activation_bytes(config: RunConfig) -> int:

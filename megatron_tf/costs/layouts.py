@@ -34,10 +34,16 @@ class Estimate:
             f"parallel.tensor={parallel.tensor}",
             f"parallel.pipeline={parallel.pipeline}",
             f"parallel.sequence={sequence}",
-            *([f"parallel.context={parallel.context}"] if parallel.engine == "torch" else []),
+            *self._of_torch(),
             f"training.micro_batch_size={training.micro_batch_size}",
             f"training.activation_checkpointing={checkpointing}",
         ]
+
+    def _of_torch(self) -> list[str]:
+        parallel = self.config.parallel
+        if parallel.engine != "torch":
+            return []
+        return [f"parallel.{key}={getattr(parallel, key)}" for key in ("context", "virtual_stages")]
 
     def __str__(self) -> str:
         parallel, training = self.config.parallel, self.config.training
@@ -81,6 +87,8 @@ def _candidates(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunCon
                 if batch % data:
                     continue
                 parallel = {"tensor": tensor, "pipeline": pipeline, "context": context}
+                if pipeline == 1:
+                    parallel["virtual_stages"] = 1
                 for micro in _divisors(min(LARGEST_MICRO_BATCH, batch // data), batch // data):
                     for sequence in (False, True)[: 1 + (tensor > 1)]:
                         for checkpointing in (False, True):

@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.config.topology import GridAxis, Topology, stage_layers
+from megatron_tf.config.topology import GridAxis, Topology
 from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.communication import (
     Collective,
     block_collectives,
+    boundaries,
     context_collectives,
     data_collectives,
     ends_collectives,
@@ -85,7 +86,7 @@ def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions
         tensor=micro_batches * tensor,
         context=micro_batches * context,
         pipeline=micro_batches * sending,
-        bubble=(topology.pipeline - 1) * (compute + tensor + context + sending),
+        bubble=(topology.pipeline - 1) / topology.virtual_stages * (compute + tensor + context + sending),
         data=end,
         update=update_seconds(parameters, config, topology.replicas, gpu, assumed),
         tokens=batches.tokens_per_step,
@@ -98,7 +99,7 @@ def _slot(
     config: RunConfig, topology: Topology, stage: int, gpu: Gpu, assumed: Assumptions
 ) -> tuple[float, float, float, float]:
     """Seconds of one micro batch on a stage, forward and backward: (compute, tensor group, context group, sending)."""
-    layers = len(stage_layers(config.model.num_layers, topology.pipeline, stage))
+    layers = topology.num_layers(config.model.num_layers, stage)
     work = block_seconds(config, gpu, assumed) * layers
     forward, backward = (
         _seconds(collectives, topology.tensor, "tensor", topology, gpu, assumed)
@@ -122,7 +123,7 @@ def _slot(
     if config.training.activation_checkpointing:
         compute, tensor, context = compute + work_again, tensor + again, context + exchanged[0]
     # an inner stage receives and sends hidden states and gradients, one after the other: DeepSpeed's are blocking
-    crossings = 2 * min(2, topology.pipeline - 1)
+    crossings = 2 * boundaries(topology)
     boundary = stage_boundary(config)
     sending = crossings * _seconds((boundary,), 2, "pipeline", topology, gpu, assumed)
     return compute, tensor, context, sending

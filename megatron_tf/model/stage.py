@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
 from megatron_tf.config.tasks import task_of
-from megatron_tf.config.topology import Topology, stage_layers
+from megatron_tf.config.topology import Topology
 from megatron_tf.model.attention import document_starts
 from megatron_tf.model.context import BlockContext, run_blocks
 from megatron_tf.model.layers import Block, FinalNorm, TensorParallel, build_block, task_layers
@@ -17,10 +17,11 @@ from megatron_tf.parallel.collectives import receive, send
 
 
 class Stage(nn.Module):
-    """The layers of one pipeline stage. `named_parameters` gives logical names; each is this tensor rank's rows.
+    """The layers of one pipeline rank. `named_parameters` gives logical names; each is this tensor rank's rows.
 
-    Only the hidden states cross a stage boundary. Every rank of a pipeline calls `infer` with the same inputs; batches
-    may differ in shape, and a stage that has passed one on begins with the next.
+    They are one part of the depth, or several that are dealt out in turn. Only the hidden states cross the boundary of
+    a part. Every rank of a pipeline calls `infer` with the same inputs; batches may differ in shape, and a stage that
+    has passed one on begins with the next.
     """
 
     def __init__(
@@ -34,11 +35,16 @@ class Stage(nn.Module):
         previous: int | None = None,
         following: int | None = None,
         document_ends: Sequence[int] = (),
+        parts: Sequence[range] = (),
+        around: tuple[int, int] | None = None,
     ):
         """`input_layer`: of the first stage.  `final_norm`, `head`: of the last one.
 
-        `blocks`: by layer number, in their order.  `previous`, `following`: the ranks of the neighbouring stages.
+        `blocks`: by layer number, in their order.  `previous`, `following`: the ranks of the neighbouring stages, that
+        the first part receives from and that the last part sends to.
         `document_ends`: the tokens after which attention begins anew.
+        `parts`: layers of each; empty: all blocks are one part.  `around`: the ranks that other parts receive from and
+        send to.
         """
         super().__init__()
         task = task_of(model)
@@ -54,10 +60,21 @@ class Stage(nn.Module):
         self.previous = previous
         self.following = following
         self.document_ends = document_ends
+        self.parts = [[str(layer) for layer in layers] for layers in parts] or [[str(layer) for layer in blocks]]
+        self.around = around
 
-    def forward(self, received: Tensor, starts: Tensor | None = None, context: BlockContext | None = None) -> Tensor:
-        """This stage's own work: what the first stage reads, or hidden states -> hidden states, or at the last one
-        logits.
+    def source(self, part: int = 0) -> int | None:
+        """The rank that `part` receives from; None: it reads the inputs."""
+        return self.previous if part == 0 or self.around is None else self.around[0]
+
+    def target(self, part: int = 0) -> int | None:
+        """The rank that `part` sends to; None: it ends with the logits."""
+        return self.following if part == len(self.parts) - 1 or self.around is None else self.around[1]
+
+    def forward(
+        self, received: Tensor, starts: Tensor | None = None, context: BlockContext | None = None, part: int = 0
+    ) -> Tensor:
+        """A part's own work: what the first one reads, or hidden states -> hidden states, or at the last one logits.
 
         `starts`: see `attention.document_starts`; None is one document a sample. Inputs and `starts` have all
         positions, what comes out has those of this context rank. The positions that the inputs become are a multiple
@@ -65,11 +82,11 @@ class Stage(nn.Module):
         """
         task = task_of(self.model)
         hidden = received
-        if self.previous is None:
+        if self.source(part) is None:
             hidden = self.get_submodule(task.input_name)(self.tensor.own_positions(received))
-        blocks = cast("Iterable[Block]", self.blocks.values())
+        blocks = cast("Iterable[Block]", (self.blocks[layer] for layer in self.parts[part]))
         hidden = run_blocks(blocks, hidden, starts, context or BlockContext())
-        if self.following is not None:
+        if self.target(part) is not None:
             return hidden
         assert self.final_norm is not None
         return self.task_layers.logits(self.get_submodule(task.head_name), self.final_norm(hidden))
@@ -79,13 +96,15 @@ class Stage(nn.Module):
 
         The logits are those of this context rank's positions.
         """
-        received = inputs
-        if self.previous is not None:
-            received = receive(self.hidden_shape(inputs), next(self.parameters()), self.previous)
-        output = self(received, self.starts(inputs))
-        if self.following is None:
-            return output
-        send(output, self.following)
+        starts = self.starts(inputs)
+        for part in range(len(self.parts)):
+            received, source, target = inputs, self.source(part), self.target(part)
+            if source is not None:
+                received = receive(self.hidden_shape(inputs), next(self.parameters()), source)
+            output = self(received, starts, part=part)
+            if target is None:
+                return output
+            send(output, target)
         return None
 
     def starts(self, inputs: Tensor) -> Tensor | None:
@@ -115,18 +134,22 @@ def build_stage(
 ) -> Stage:
     """The stage of `rank` with weights that are still to be written."""
     previous, following = neighbours(topology, rank)
-    layers = stage_layers(model.num_layers, topology.pipeline, topology.coordinate("pipeline", rank))
+    peers, number = topology.peers("pipeline", rank), topology.coordinate("pipeline", rank)
+    parts = topology.parts(model.num_layers, number)
+    around = peers[number - 1], peers[(number + 1) % topology.pipeline]
     input_layer, head = build_ends(model, tensor, first=previous is None, last=following is None)
     return Stage(
         model,
         tensor,
         input_layer,
-        {layer: build_block(model, layer, scales, tensor) for layer in layers},
+        {layer: build_block(model, layer, scales, tensor) for layers in parts for layer in layers},
         FinalNorm(model, tensor) if following is None else None,
         head,
         previous,
         following,
         document_ends,
+        parts,
+        around if len(parts) > 1 else None,
     )
 
 

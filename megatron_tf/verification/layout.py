@@ -65,6 +65,7 @@ class Layout:
                 "tensor": topology.tensor,
                 "pipeline": topology.pipeline,
                 "context": topology.context,
+                "virtual_stages": topology.virtual_stages,
                 "sequence": self.sequence,
             }
         )
@@ -106,11 +107,11 @@ def layouts(config: RunConfig, num_ranks: int) -> list[Layout]:
     found: list[Layout] = []
     for world in range(2, num_ranks + 1):
         sizes = divisors(world)
-        for tensor, pipeline, context in itertools.product(sizes, sizes, sizes):
+        for tensor, pipeline, context, virtual in itertools.product(sizes, sizes, sizes, (1, 2)):
             ranks = tensor * pipeline * context
             if world % ranks:
                 continue
-            topology = Topology(tensor, pipeline, world // ranks, context)
+            topology = Topology(tensor, pipeline, world // ranks, context, virtual)
             for sequence in (False, True)[: 2 if tensor > 1 else 1]:
                 layout = Layout(topology, sequence)
                 try:

@@ -87,7 +87,7 @@ class TorchEngine(SegmentedEngine):
         self._keep_gradients = config.parallel.shard == "optimizer"
         self._is_sharded = sharding.shard(self._stage, self._replicas, timeout, dtype, device, keep_parameters)
         self._context = BlockContext()
-        self._coming_branches: Iterator[Tensor | None] = iter(())
+        self._of_step: list[Tensor | None] = []
         self._found: dict[str, Tensor] = {}
         # gradients are means over the replicas, of which the context ranks have each a part of the same losses
         self._loss_weight: Tensor | float = topology.context / (
@@ -167,7 +167,7 @@ class TorchEngine(SegmentedEngine):
         if self._masks_losses:
             self._weigh(taken)
         self._found = {}
-        self._coming_branches = self._branches(step)
+        self._of_step = list(self._branches(step))
         self._stage.train()
         losses = self._one_stage(taken) if self._pipeline is None else self._through(self._pipeline, taken)
         self._collect_reports()
@@ -187,7 +187,7 @@ class TorchEngine(SegmentedEngine):
         losses = []
         for number, (inputs, targets) in enumerate(batches):
             with self.clock.phase("forward"):
-                logits = self._stage(inputs, self._stage.starts(inputs), self._next_context())
+                logits = self._stage(inputs, self._stage.starts(inputs), self._next_context(number))
                 loss = self._loss(logits, targets)
             with self.clock.phase("backward"):
                 last = number == len(batches) - 1
@@ -206,9 +206,10 @@ class TorchEngine(SegmentedEngine):
         layers = self._stage.task_layers
         return layers.losses(self.model, logits, targets, self._tensor).sum() * self._loss_weight
 
-    def _next_context(self) -> BlockContext:
+    def _next_context(self, number: int) -> BlockContext:
+        """For a pass of micro batch `number`."""
         self._collect_reports()
-        self._context = BlockContext(loss_weight=1 / self.plan.num_micro_batches, branches=next(self._coming_branches))
+        self._context = BlockContext(loss_weight=1 / self.plan.num_micro_batches, branches=self._of_step[number])
         return self._context
 
     def _collect_reports(self) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import REDUCE_GRAD, RESHARD, UNSHARD
 
 from megatron_tf.config.topology import Topology
 from megatron_tf.engine.step_clock import StepClock
@@ -20,16 +21,24 @@ SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 
 
 class _TimedStage(PipelineStage):
-    """A stage that gives its blocks a context, and the clock the time of its passes."""
+    """A part of a stage, that gives its blocks a context, and the clock the time of its passes."""
 
-    def __init__(self, stage: Stage, clock: StepClock, context: Callable[[], BlockContext], **arguments: Any):
+    def __init__(
+        self, stage: Stage, part: int, clock: StepClock, context: Callable[[int], BlockContext], **arguments: Any
+    ):
         super().__init__(stage, **arguments)
+        self._part = part
         self._clock = clock
         self._context = context
+        self._micro_batch = 0
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self._micro_batch = fwd_chunk_id
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         with self._clock.phase("forward"):
-            return self.submod(*args, context=self._context(), **kwargs)
+            return self.submod(*args, context=self._context(self._micro_batch), part=self._part, **kwargs)
 
     def backward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         with self._clock.phase("backward"):
@@ -51,9 +60,9 @@ class Pipeline:
         dtype: torch.dtype,
         device: torch.device,
         clock: StepClock,
-        context: Callable[[], BlockContext],
+        context: Callable[[int], BlockContext],
     ):
-        """`context`: a new one for each micro batch.  `dtype`: of the hidden states between stages."""
+        """`context`: a new one for a pass of a micro batch.  `dtype`: of the hidden states between stages."""
         self._stage = stage
         self._clock = clock
         self._context = context
@@ -88,16 +97,46 @@ class Pipeline:
 
     def _build(self, inputs: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Any:
         hidden = torch.empty(self._stage.hidden_shape(inputs), dtype=self._dtype, device="meta", requires_grad=True)
-        first, last = self._stage.previous is None, self._stage.following is None
-        stage = _TimedStage(
-            self._stage,
-            self._clock,
-            self._context,
-            stage_index=self._topology.coordinate("pipeline", self._rank),
-            num_stages=self._topology.pipeline,
-            device=self._device,
-            input_args=torch.empty_like(inputs, device="meta") if first else hidden,
-            output_args=torch.empty((), device="meta") if last else hidden,
-            group=self._group,
-        )
-        return self._class(stage, self._num_micro_batches, loss_fn=loss, scale_grads=False)
+        ranks, number = self._topology.pipeline, self._topology.coordinate("pipeline", self._rank)
+        stages = [
+            _TimedStage(
+                self._stage,
+                part,
+                self._clock,
+                self._context,
+                stage_index=part * ranks + number,
+                num_stages=ranks * len(self._stage.parts),
+                device=self._device,
+                input_args=torch.empty_like(inputs, device="meta") if self._stage.source(part) is None else hidden,
+                output_args=torch.empty((), device="meta") if self._stage.target(part) is None else hidden,
+                group=self._group,
+            )
+            for part in range(len(self._stage.parts))
+        ]
+        if len(stages) > 1:
+            return _interleaved(stages, self._num_micro_batches, loss)
+        return self._class(stages[0], self._num_micro_batches, loss_fn=loss, scale_grads=False)
+
+
+def _interleaved(
+    stages: list[_TimedStage], num_micro_batches: int, loss: Callable[[Tensor, Tensor], Tensor]
+) -> ScheduleInterleaved1F1B:
+    """Parts share one sharded module, which gathers what it needs by itself and reduces once all parts are done."""
+    schedule = ScheduleInterleaved1F1B(stages, num_micro_batches, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]
+    done: set[int] = set()
+
+    def begin(action: Any, context: Any) -> None:
+        context.schedule_ref.unsharded_stages.add(action.stage_index)
+
+    def end(action: Any, context: Any) -> None:
+        context.schedule_ref.unsharded_stages.discard(action.stage_index)
+
+    def reduce(action: Any, context: Any) -> None:
+        done.add(action.stage_index)
+        if len(done) == len(stages):
+            stages[0].perform_reduce_grad(1)
+            done.clear()
+
+    for kind, call in ((UNSHARD, begin), (RESHARD, end), (REDUCE_GRAD, reduce)):
+        schedule.register_custom_function(kind, call)
+    return schedule

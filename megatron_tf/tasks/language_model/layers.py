@@ -87,7 +87,8 @@ class LanguageModelLayers(TaskLayers):
     def examples(self, config: RunConfig, samples: range) -> tuple[Tensor, Tensor]:
         """Random but skewed token ids. Without data.eod_id documents end with token 0, the most frequent one."""
         rows = torch.stack([random_tokens(config, sample) for sample in samples])
-        ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        # copies: those of a single row would share memory, and the labels are masked
+        ids, labels = rows[:, :-1].clone(), rows[:, 1:].clone()
         mask = boundaries(config.data, config.data.eod_id or 0).loss_mask
         if mask is not None:
             mask.apply(ids.numpy(), labels.numpy())
