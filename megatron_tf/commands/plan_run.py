@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from megatron_tf.arguments import config_file, number, whole_number
+from megatron_tf.arguments import config_file, input_path, number, whole_number
 from megatron_tf.config.stages import load_stages
 from megatron_tf.costs.checkpoints import LLAMA_3_FAILURES_PER_GPU_YEAR
 from megatron_tf.costs.hardware import GPUS, find_gpu
+from megatron_tf.costs.law import ASSUMED_KAPPA, read_findings
 from megatron_tf.costs.report import report
 from megatron_tf.costs.summary import Circumstances, plan
 from megatron_tf.errors import ConfigError
@@ -43,6 +44,10 @@ def main() -> None:
         )
     if arguments.scratch_tokens is not None and len(configs) == 1:
         raise ConfigError(f"--scratch-tokens: {arguments.config} is no chain. Give --tokens instead.")
+    check_chain_options(arguments, len(configs))
+    findings = None
+    if arguments.study is not None:
+        findings = read_findings(arguments.study, configs[0].model.architecture)
     circumstances = Circumstances(
         num_gpus=arguments.gpus,
         gpu=gpu,
@@ -51,6 +56,9 @@ def main() -> None:
         restart_seconds=arguments.restart_minutes * 60,
         num_best=arguments.best,
         scratch_tokens=arguments.scratch_tokens,
+        findings=findings,
+        kappa=None if arguments.kappa is None else (min(arguments.kappa), max(arguments.kappa)),
+        budget=arguments.budget,
     )
     made = plan(configs, circumstances)
     print(json.dumps(made, indent=2) if arguments.json else report(made), flush=True)
@@ -61,6 +69,17 @@ def main() -> None:
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def check_chain_options(arguments: argparse.Namespace, num_stages: int) -> None:
+    """ConfigError when an option is given that means nothing without another one, or without a chain."""
+    for option in ("study", "kappa", "budget"):
+        if getattr(arguments, option) is not None and num_stages == 1:
+            raise ConfigError(f"--{option}: {arguments.config} is no chain. Give one with stages, or leave it out.")
+    if arguments.budget is not None and arguments.study is None:
+        raise ConfigError("--budget: what to do with it follows from a law. Give --study results.json as well.")
+    if arguments.kappa is not None and arguments.scratch_tokens is not None:
+        raise ConfigError("--kappa: follows from --scratch-tokens, which is given as well. Give one of the two.")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -83,7 +102,24 @@ def parse_arguments() -> argparse.Namespace:
         "--scratch-tokens",
         type=tokens,
         metavar="T",
-        help="for a chain: what each size would be trained on from scratch (default: the first stage's)",
+        help="for a chain: what each size needs from scratch for the same loss (default: follows from --kappa)",
+    )
+    parser.add_argument(
+        "--kappa",
+        type=number(1e-3, 10),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="for a chain: tokens from scratch that a token before the growth is worth (default: as --study measured, or "
+        f"{ASSUMED_KAPPA[0]:g} {ASSUMED_KAPPA[1]:g})",
+    )
+    parser.add_argument(
+        "--study",
+        type=input_path,
+        metavar="FILE",
+        help="for a chain: results.json of a study, whose fitted law says when to grow, and by how much",
+    )
+    parser.add_argument(
+        "--budget", type=number(1, 1e40), metavar="FLOPS", help="for --study: to be spent (default: those of the chain)"
     )
     parser.add_argument(
         "--failures-per-gpu-year",

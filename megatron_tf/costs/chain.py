@@ -1,4 +1,8 @@
-"""What a chain of growths costs, compared with training each of its sizes from scratch."""
+"""What a chain of growths costs, compared with training each of its sizes from scratch to the same loss.
+
+How many tokens a size needs from scratch for that is not known before it was tried. It is D₂ + κ·D₁ (see `law`): those of
+the stage itself, and κ for each token of the stages before it. So every comparison is a function of κ.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_tf.config.validate import plan_batches
 from megatron_tf.costs.estimate import flops_per_token, num_parameters
+from megatron_tf.costs.law import ASSUMED_KAPPA, Range
 from megatron_tf.costs.layouts import Estimate
 
 
@@ -15,7 +20,10 @@ class StageCost:
     """One stage. GPU-hours are of all GPUs, without what failures cost.
 
     `chain_*`: of this stage and all before it, that is what a model of this size costs by growing.
-    `scratch_*`: of the same model trained on `scratch_tokens` tokens at the same speed.
+    `scratch_*`: of the same model from scratch to the same loss at the same speed, at the least and the greatest κ.
+    `ratio`: R, chain_flops over scratch_flops, least and greatest.
+    `kappa`: that it is of.  `break_even`: the κ above which R is below 1.  None for the first stage, which is from
+        scratch itself.
     """
 
     name: str
@@ -26,36 +34,56 @@ class StageCost:
     chain_tokens: int
     chain_flops: float
     chain_gpu_hours: float
-    scratch_tokens: int
-    scratch_flops: float
-    scratch_gpu_hours: float
+    scratch_tokens: Range
+    scratch_flops: Range
+    scratch_gpu_hours: Range
+    ratio: Range
+    kappa: Range | None
+    break_even: float | None
 
 
-def chain_costs(stages: Sequence[Estimate], scratch_tokens: int | None = None) -> list[StageCost]:
+def chain_costs(
+    stages: Sequence[Estimate], kappa: Range = ASSUMED_KAPPA, scratch_tokens: int | None = None
+) -> list[StageCost]:
     """One entry a stage, in order.
 
-    `scratch_tokens` None: as many as the first stage, which is itself trained from scratch, is trained on.
+    `kappa`: least and greatest.  `scratch_tokens`: what each size needs from scratch, from which κ follows instead.
     """
     costs: list[StageCost] = []
     for stage in stages:
         tokens = plan_batches(stage.config, stage.world_size).train_tokens
-        scratch = scratch_tokens or (costs[0].tokens if costs else tokens)
-        per_token = flops_per_token(stage.config.model)
+        per_token = float(flops_per_token(stage.config.model))
         hours = stage.world_size / stage.time.tokens_per_second / 3600  # a token
         before = costs[-1] if costs else None
+        worth, scratch = _from_scratch(tokens, 0 if before is None else before.chain_tokens, kappa, scratch_tokens)
+        chain_flops = per_token * tokens + (before.chain_flops if before else 0)
         costs.append(
             StageCost(
                 name=stage.config.run.name,
                 parameters=num_parameters(stage.config.model),
                 tokens=tokens,
-                flops=float(per_token) * tokens,
+                flops=per_token * tokens,
                 gpu_hours=hours * tokens,
                 chain_tokens=tokens + (before.chain_tokens if before else 0),
-                chain_flops=float(per_token) * tokens + (before.chain_flops if before else 0),
+                chain_flops=chain_flops,
                 chain_gpu_hours=hours * tokens + (before.chain_gpu_hours if before else 0),
                 scratch_tokens=scratch,
-                scratch_flops=float(per_token) * scratch,
-                scratch_gpu_hours=hours * scratch,
+                scratch_flops=(per_token * scratch[0], per_token * scratch[1]),
+                scratch_gpu_hours=(hours * scratch[0], hours * scratch[1]),
+                ratio=(chain_flops / (per_token * scratch[1]), chain_flops / (per_token * scratch[0])),
+                kappa=worth,
+                break_even=None if before is None else before.chain_flops / before.chain_tokens / per_token,
             )
         )
     return costs
+
+
+def _from_scratch(tokens: int, earlier: int, kappa: Range, scratch_tokens: int | None) -> tuple[Range | None, Range]:
+    """κ of a stage, None of the first one, and the tokens that its model needs from scratch."""
+    if earlier == 0:
+        own = float(scratch_tokens or tokens)
+        return None, (own, own)
+    if scratch_tokens is not None:
+        implied = (scratch_tokens - tokens) / earlier
+        kappa = (implied, implied)
+    return kappa, (tokens + kappa[0] * earlier, tokens + kappa[1] * earlier)

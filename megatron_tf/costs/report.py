@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_tf.telemetry.text import size, table
@@ -20,7 +20,9 @@ def report(plan: dict[str, Any]) -> str:
     for stage in plan["stages"]:
         parts += ["\n".join(lines) for lines in (list(_stage_lines(stage)), list(_layout_lines(stage))) if lines]
     if plan["chain"]:
-        parts.append("\n".join(_chain_lines(plan["chain"])))
+        parts.append("\n".join(_chain_lines(plan)))
+    if plan["advice"]:
+        parts.append("\n".join(_advice_lines(plan["advice"])))
     parts.append(
         "\n".join(
             [
@@ -133,11 +135,14 @@ def _layout_lines(stage: dict[str, Any]) -> Iterable[str]:
     yield f"  the first: {' '.join(best[0]['overrides'])}"
 
 
-def _chain_lines(costs: Sequence[dict[str, Any]]) -> Iterable[str]:
-    yield "The chain, compared with training each size from scratch (GPU-hours without failures)"
-    rows = [("  stage", "parameters", "tokens", "GPU-hours", "so far", "from scratch", "tokens", "GPU-hours", "saved")]
+def _chain_lines(plan: dict[str, Any]) -> Iterable[str]:
+    costs = plan["chain"]
+    yield "The chain, compared with training each size from scratch to the same loss (GPU-hours without failures)"
+    head = ("  stage", "parameters", "tokens", "GPU-hours", "so far", "from scratch: tokens", "GPU-hours")
+    rows = [(*head, "R, chain's FLOPs ×", "growth pays above κ")]
     for cost in costs:
-        saved = 1 - cost["chain_gpu_hours"] / cost["scratch_gpu_hours"]
+        low, high = cost["scratch_tokens"]
+        above = cost["break_even"]
         rows.append(
             (
                 f"  {cost['name']}",
@@ -145,15 +150,59 @@ def _chain_lines(costs: Sequence[dict[str, Any]]) -> Iterable[str]:
                 f"{cost['tokens'] / 1e9:,.4g} B",
                 f"{cost['gpu_hours']:,.0f}",
                 f"{cost['chain_gpu_hours']:,.0f}",
-                "",
-                f"{cost['scratch_tokens'] / 1e9:,.4g} B",
-                f"{cost['scratch_gpu_hours']:,.0f}",
-                f"{saved:.0%}",
+                f"{_span(low / 1e9, high / 1e9, ',.4g')} B",
+                _span(*cost["scratch_gpu_hours"], ",.0f"),
+                _span(*cost["ratio"], ".2f"),
+                "" if above is None else f"{above:.2f}",
             )
         )
     yield table(rows)
-    total, scratch = costs[-1]["chain_gpu_hours"], sum(cost["scratch_gpu_hours"] for cost in costs)
-    yield f"  all sizes: {total:,.0f} GPU-hours by growing, {scratch:,.0f} from scratch one by one"
+    total = costs[-1]["chain_gpu_hours"]
+    scratch = [sum(cost["scratch_gpu_hours"][end] for cost in costs) for end in (0, 1)]
+    yield f"  all sizes: {total:,.0f} GPU-hours by growing, {_span(*scratch, ',.0f')} from scratch one by one"
+    kappas = dict.fromkeys(_span(*cost["kappa"], ".2f") for cost in costs if cost["kappa"] is not None)
+    yield "  R = φ + (1 - φ)·(c_s/c_l)/κ, φ = own tokens / from scratch. κ, tokens from scratch that a token of the"
+    yield f"  sizes before is worth, is {', '.join(kappas)}, {plan['kappa']}."
+
+
+def _advice_lines(advice: dict[str, Any]) -> Iterable[str]:
+    yield f"When to grow, for {advice['budget']:.3g} FLOPs, by {advice['source']}"
+    if advice["law"] is None:
+        yield f"  nothing can be said: {advice['why_no_law']}"
+        return
+    static, share = advice["static"], advice["least_share"]
+    yield f"  law         {advice['law']}"
+    if advice["beyond"]:
+        yield f"  warning     outside of these sizes: {', '.join(advice['beyond'])}. What is said of them is extrapolated."
+    yield f"  best size   {static['name']} from scratch, {static['tokens']:.3g} tokens: loss {static['loss']:.4g}"
+    for kappa, step in zip(advice["kappa"], advice["steps"]):
+        if step is None:
+            yield f"  κ {kappa:<9.2g} no growth: each costs more than its larger size from scratch"
+            continue
+        less = step["against_static"]
+        verdict = "which does not reach the best size's loss"
+        if less is not None:
+            verdict = (
+                f"the best size's loss at {less:.2f} of the FLOPs: growth {'pays' if less < 1 else 'does not pay'}"
+            )
+        yield (
+            f"  κ {kappa:<9.2g} {step['small']} for {step['before']:.3g} tokens, then {step['large']} for "
+            f"{step['after']:.3g}: loss {step['loss']:.4g}, {verdict} (κ {step['kappa_of_loss']:.2g} if it only goes on "
+            "from its loss)"
+        )
+    yield (
+        f"  assumed     κ holds down to φ = {share:g} and does not fall with the tokens before the growth; it does, where "
+        "a small model is used up"
+    )
+    yield (
+        f"  for scale   growth that only goes on from its loss, without more, costs {advice['ceiling']:.3f} of the best "
+        "size at the least, by this law"
+    )
+
+
+def _span(low: float, high: float, form: str) -> str:
+    first, last = f"{low:{form}}", f"{high:{form}}"
+    return first if first == last else f"{first} to {last}"
 
 
 def _duration(seconds: float) -> str:

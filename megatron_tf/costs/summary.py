@@ -10,11 +10,13 @@ from typing import Any
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for, validate
+from megatron_tf.costs.advice import advise
 from megatron_tf.costs.chain import chain_costs
 from megatron_tf.costs.checkpoints import plan_checkpoints
 from megatron_tf.costs.communication import sent_bytes_per_step
 from megatron_tf.costs.estimate import memory_per_rank, num_parameters, parameters_per_rank
 from megatron_tf.costs.hardware import Assumptions, Gpu
+from megatron_tf.costs.law import ASSUMED_KAPPA, Findings, Range
 from megatron_tf.costs.layouts import Estimate, estimate, ranked
 from megatron_tf.errors import ConfigError, DataError
 from megatron_tf.growth.rules import chain_problems
@@ -31,6 +33,9 @@ class Circumstances:
     restart_seconds: float
     num_best: int  # layouts to name
     scratch_tokens: int | None = None
+    findings: Findings | None = None  # of a study
+    kappa: Range | None = None  # None: what the findings say, or an assumption
+    budget: float | None = None  # FLOPs; None: those of the chain
     assumed: Assumptions = Assumptions()
 
 
@@ -38,7 +43,8 @@ def plan(configs: Sequence[RunConfig], circumstances: Circumstances) -> dict[str
     """The plan of a run, or of a chain of them. What cannot run is said under `problems`, and nothing is raised.
 
     Keys: gpu, gpus, problems (of stages that cannot grow from each other), stages (see `_stage`), chain (see StageCost;
-    empty for one run, or when a stage cannot run), assumptions. Bytes, seconds, FLOPs and tokens without prefixes; all
+    empty for one run, or when a stage cannot run), kappa (where that of the chain comes from), advice (see `advise`; None
+    without findings), assumptions. Bytes, seconds, FLOPs and tokens without prefixes; all
     but memory, sent bytes and sizes are estimates.
     """
     stages, estimates = [], []
@@ -50,14 +56,33 @@ def plan(configs: Sequence[RunConfig], circumstances: Circumstances) -> dict[str
     problems = chain_problems(configs)
     whole = len(configs) > 1 and len(estimates) == len(configs) and not problems
     gpu = circumstances.gpu
+    kappa, source = _kappa(circumstances)
+    costs = chain_costs(estimates, kappa, circumstances.scratch_tokens) if whole else []
+    advice = None
+    if costs and circumstances.findings is not None:
+        advice = advise(configs, circumstances.findings, kappa, circumstances.budget or costs[-1].chain_flops)
     return {
         "gpu": {**asdict(gpu), "bf16_flops": gpu.peak_flops("bf16")},
         "gpus": circumstances.num_gpus,
         "problems": problems,
         "stages": stages,
-        "chain": [asdict(cost) for cost in chain_costs(estimates, circumstances.scratch_tokens)] if whole else [],
+        "chain": [asdict(cost) for cost in costs],
+        "kappa": source,
+        "advice": advice,
         "assumptions": list(circumstances.assumed.sentences()),
     }
+
+
+def _kappa(circumstances: Circumstances) -> tuple[Range, str]:
+    """κ, and where it comes from, as the end of a sentence."""
+    findings = circumstances.findings
+    if circumstances.scratch_tokens is not None:
+        return ASSUMED_KAPPA, "as --scratch-tokens has it"
+    if circumstances.kappa is not None:
+        return circumstances.kappa, "as given by --kappa"
+    if findings is not None and findings.kappa is not None:
+        return findings.kappa, f"as measured in {findings.source}"
+    return ASSUMED_KAPPA, "an assumption; a study measures it"
 
 
 def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, Any], Estimate | None]:

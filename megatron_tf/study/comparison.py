@@ -28,7 +28,7 @@ BEST_STATIC = "best static"
 def family_baselines(plan: Plan, runs: Mapping[str, Result]) -> dict[str, Baseline]:
     """Each family by name, at the seeds that have two points or more."""
     found: dict[str, dict[int, list[tuple[float, float]]]] = {}
-    for node, result in _counted(plan, runs):
+    for node, result in counted(plan, runs):
         if node.arm.family is not None:
             found.setdefault(node.arm.family, {}).setdefault(node.seed, []).append((result.flops, result.loss))
     return {
@@ -41,7 +41,7 @@ def family_baselines(plan: Plan, runs: Mapping[str, Result]) -> dict[str, Baseli
 def static_curves(plan: Plan, runs: Mapping[str, Result]) -> dict[int, dict[Model, list[tuple[float, float]]]]:
     """By seed and model, the points of the arms that have not grown."""
     found: dict[int, dict[Model, list[tuple[float, float]]]] = {}
-    for node, result in _counted(plan, runs):
+    for node, result in counted(plan, runs):
         if not has_grown(node):
             points = found.setdefault(node.seed, {}).setdefault(node.config.model, [])
             points.append((result.flops, result.loss))
@@ -98,6 +98,14 @@ def growth_of(
     }
 
 
+def counted(plan: Plan, runs: Mapping[str, Result]) -> Iterable[tuple[Node, Result]]:
+    """The runs that count for their arms and have ended."""
+    for arm in plan.study.arms:
+        for node in plan.of(arm):
+            if node.waits is None and node.name in runs:
+                yield node, runs[node.name]
+
+
 def has_grown(node: Node) -> bool:
     return any(step.parent is not None and step.arm.by == "growth" for step in _way(node))
 
@@ -105,13 +113,6 @@ def has_grown(node: Node) -> bool:
 def _way(node: Node) -> list[Node]:
     """The runs that led to `node`, and it, first to last."""
     return [*([] if node.parent is None else _way(node.parent)), node]
-
-
-def _counted(plan: Plan, runs: Mapping[str, Result]) -> Iterable[tuple[Node, Result]]:
-    for arm in plan.study.arms:
-        for node in plan.of(arm):
-            if node.waits is None and node.name in runs:
-                yield node, runs[node.name]
 
 
 def _scratch_cost(node: Node, runs: Mapping[str, Result], curves: Mapping[int, Mapping[Model, Curve]]) -> Cost:

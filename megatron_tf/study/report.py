@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.costs.law import law_of
 from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import UserError, file_errors
 from megatron_tf.study.comparison import (
@@ -22,6 +23,7 @@ from megatron_tf.study.comparison import (
 )
 from megatron_tf.study.comparison_words import compared, within
 from megatron_tf.study.file import Arm
+from megatron_tf.study.law import laws_of
 from megatron_tf.study.plan import Node, Plan
 from megatron_tf.study.result import Result, read_result
 from megatron_tf.study.statistics import interval
@@ -61,6 +63,7 @@ def results_of(plan: Plan) -> Json:
             }
             for arm in plan.study.arms
         ],
+        "laws": laws_of(plan, runs),
         "all_runs": [asdict(result) for result in runs.values()],
     }
 
@@ -131,6 +134,7 @@ def in_words(found: Json) -> str:
     rows += [(*_cells(arm), *_last_cells(arm)) for arm in found["arms"]]
     lines = [table(rows, to_left=(0, 8)), ""]
     lines += compared(found["arms"])
+    lines += [_law_line(name, law) for name, law in found["laws"].items()]
     lines += [_sweep_line(arm) for arm in found["arms"] if arm["sweep"] is not None and arm["sweep"]["losses"]]
     lines.append(
         f"{found['runs_ended']} of {found['runs']} runs have ended: {found['flops_spent']:.2e} FLOPs, "
@@ -152,6 +156,11 @@ def _cells(arm: Json) -> tuple[str, ...]:
 
 def _last_cells(arm: Json) -> tuple[str, str]:
     return ("", "") if arm["loss"] is None else (f"{arm['seconds'] / 3600:.2f}", size(arm["state_bytes"]))
+
+
+def _law_line(architecture: str, law: Json) -> str:
+    missing = law.get("missing")
+    return f"law of a {architecture}: {law_of(law).in_words() if missing is None else f'none; {missing}'}."
 
 
 def _sweep_line(arm: Json) -> str:

@@ -24,6 +24,7 @@ from megatron_tf.costs.checkpoints import (
 )
 from megatron_tf.costs.estimate import parameter_state_bytes
 from megatron_tf.costs.hardware import GPUS, Assumptions, find_gpu, group_bandwidth
+from megatron_tf.costs.law import cost_ratio
 from megatron_tf.costs.layouts import estimate, ranked
 from megatron_tf.costs.roofline import step_time
 from megatron_tf.errors import ConfigError
@@ -178,12 +179,29 @@ def test_chain_costs_by_hand():
     assert base == pytest.approx(300e9, rel=1e-5) and costs[3].tokens == pytest.approx(60e9, rel=1e-5)
     assert costs[3].chain_tokens == sum(cost.tokens for cost in costs)
     assert costs[3].chain_gpu_hours == pytest.approx(sum(cost.gpu_hours for cost in costs))
-    assert costs[0].gpu_hours == costs[0].scratch_gpu_hours == costs[0].chain_gpu_hours
+    assert costs[0].gpu_hours == costs[0].scratch_gpu_hours[0] == costs[0].chain_gpu_hours
     assert costs[0].gpu_hours == pytest.approx(8 * base / stages[0].time.tokens_per_second / 3600)
-    assert costs[3].scratch_gpu_hours == pytest.approx(costs[3].gpu_hours * base / costs[3].tokens)
-    assert costs[3].scratch_flops == pytest.approx(costs[3].flops * base / costs[3].tokens)
-    assert costs[3].chain_gpu_hours < costs[3].scratch_gpu_hours
-    assert chain_costs(stages, 30_000_000_000)[2].scratch_tokens == 30_000_000_000
+    assert (costs[0].kappa, costs[0].break_even, costs[0].ratio) == (None, None, (1.0, 1.0))
+
+
+def test_a_stage_from_scratch_needs_what_kappa_says():
+    """Its own tokens, and κ for each of those before; R is then φ + (1 − φ)·(c_s/c_l)/κ."""
+    stages = [estimate(config, 8, H100, ASSUMED) for config in load_stages(CONFIGS / "chain_124M_to_1.4B.yml")]
+    _, _, before, last = chain_costs(stages, (0.2, 0.8))
+    assert last.kappa == (0.2, 0.8)
+    for end, kappa in enumerate(last.kappa):
+        scratch = last.tokens + kappa * before.chain_tokens
+        assert last.scratch_tokens[end] == scratch
+        assert last.scratch_flops[end] == pytest.approx(last.flops * scratch / last.tokens)
+        assert last.scratch_gpu_hours[end] == pytest.approx(last.gpu_hours * scratch / last.tokens)
+        assert last.ratio[1 - end] == pytest.approx(cost_ratio(last.tokens / scratch, last.break_even, kappa))
+    assert last.ratio[0] < 1
+    # at break-even, growing costs what scratch costs
+    even = chain_costs(stages, (last.break_even, last.break_even))[3]
+    assert even.ratio == (pytest.approx(1.0), pytest.approx(1.0))
+    given = chain_costs(stages, scratch_tokens=30_000_000_000)[2]
+    assert given.scratch_tokens == (pytest.approx(30e9), pytest.approx(30e9))
+    assert given.kappa[0] == given.kappa[1] < 0
 
 
 @pytest.mark.parametrize("tensor", [2, 4, 8])

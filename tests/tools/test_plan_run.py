@@ -60,9 +60,25 @@ def test_thousands_of_gpus_in_words():
 def test_a_chain_compared_with_training_from_scratch():
     made = plan(CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--scratch-tokens", "30e9")
     assert [cost["name"] for cost in made["chain"]] == ["chain-124M", "chain-354M", "chain-757M", "chain-1.4B"]
-    assert {cost["scratch_tokens"] for cost in made["chain"]} == {30_000_000_000}
+    assert {round(tokens) for cost in made["chain"] for tokens in cost["scratch_tokens"]} == {30_000_000_000}
+    assert made["advice"] is None
     text = tool("plan_run", CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--best", 1).stdout
     assert "The chain, compared with training each size from scratch" in text and "all sizes:" in text
+    assert "is 0.30 to 0.70, an assumption; a study measures it." in text and "growth pays above κ" in text
+
+
+def test_when_to_grow_by_what_a_study_has_found(tmp_path):
+    law = {"E": 1.69, "A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "points": 40, "residual": 0.01,
+           "parameters": [1e5, 1e6], "tokens": [1e6, 1e7], "flops": [1e13, 1e14]}  # fmt: skip
+    growth = {"kappa": {"mean": 0.55, "bound": None}}
+    (tmp_path / "results.json").write_text(json.dumps({"laws": {"tokenformer": law}, "arms": [{"growth": growth}]}))
+    chain = (CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--best", 1, "--study", tmp_path / "results.json")
+    text = tool("plan_run", *chain, "--budget", "1e21").stdout
+    for words in (f"is 0.55, as measured in {tmp_path}/results.json", "When to grow, for 1e+21 FLOPs", "best size   chain-",
+                  "warning     outside of these sizes: chain-124M, chain-354M", "κ 0.55", "costs 0.946 of the best size",
+                  "fitted to 40 runs of 1e+05 to 1e+06 parameters"):  # fmt: skip
+        assert words in text, text
+    assert "no growth: each costs more" in tool("plan_run", *chain, "--kappa", "0.01", "0.02").stdout
 
 
 def test_a_layout_that_cannot_run_is_refused_and_others_are_named():
@@ -103,6 +119,8 @@ def test_mistakes(tmp_path):
         tool("plan_run", chain, "--gpus", 8, "--tokens", "1e9"), "--tokens", "stages.NAME.training.train_tokens"
     )
     assert_refused(tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 2, "--scratch-tokens", "1e9"), "is no chain")
+    assert_refused(tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 2, "--kappa", 0.1, 0.2), "--kappa: ", "is no chain")
+    assert_refused(tool("plan_run", chain, "--gpus", 8, "--budget", "1e20"), "--budget: ", "Give --study results.json")
     assert_refused(tool("plan_run", tmp_path / "none.yml", "--gpus", 8), "none.yml")
     for option, value, expected in (
         ("--gpus", "0", "not a whole number from 1 to"),

@@ -1,0 +1,111 @@
+"""A law of the loss by parameters and tokens, and what follows from it for growth. Arithmetic, no torch.
+
+    L(N, D) = E + A·N^−α + B·D^−β        N parameters, D tokens, of annealed models from scratch
+
+Growth has D₁ tokens of a smaller model (c_s floating-point operations each) and D₂ of the larger one (c_l). κ is defined by
+D_scr = D₂ + κ·D₁: the larger model from scratch needs D_scr tokens for the same loss. With φ = D₂ / D_scr, growth costs
+
+    R = (c_s·D₁ + c_l·D₂) / (c_l·D_scr) = φ + (1 − φ)·(c_s/c_l)/κ
+
+of what the larger model costs from scratch: less than 1 exactly when κ > c_s/c_l.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_tf.errors import ConfigError, file_errors
+
+Range = tuple[float, float]
+# Of studies in which growth was compared with scratch fairly: an assumption wherever it was not measured
+ASSUMED_KAPPA: Range = (0.3, 0.7)
+
+
+def cost_ratio(share: float, token_cost: float, kappa: float) -> float:
+    """R. `share`: φ.  `token_cost`: c_s/c_l."""
+    return share + (1 - share) * token_cost / kappa
+
+
+@dataclass(frozen=True)
+class Law:
+    """`parameters`, `tokens`, `flops`: least and most of the runs that it was fitted to, `points` of them.
+
+    `residual`: the largest distance of the loss of one from the law.
+    """
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+    points: int = 0
+    residual: float = 0.0
+    parameters: Range = (0.0, 0.0)
+    tokens: Range = (0.0, 0.0)
+    flops: Range = (0.0, 0.0)
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        return self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta
+
+    def tokens_for(self, parameters: float, loss: float) -> float | None:
+        """What a model needs to reach `loss`; None when it never does."""
+        left = loss - self.E - self.A * parameters**-self.alpha
+        return (self.B / left) ** (1 / self.beta) if left > 0 else None
+
+    def ceiling(self) -> float:
+        """Least cost of any growth that goes on from the loss that it has at the speed of a model from scratch at that
+        loss, over that of the best static size; at 6·N a token.
+
+        It grows at every instant to the size at which a floating-point operation lowers the loss most, where the share
+        of A·N^−α in what is left of the loss is 1/(1 + q) with q = α(1 + β)/β; the best static size has β/(α + β) there.
+        """
+        a, b = self.alpha, self.beta
+        q = a * (1 + b) / b
+        grown = (1 + q) ** (1 / a) * (1 + 1 / q) ** (1 + 1 / b) / (1 + b / a)
+        return grown / (((a + b) / b) ** (1 / a) * ((a + b) / a) ** (1 / b))
+
+    def in_words(self) -> str:
+        sizes, tokens, flops = (f"{low:.3g} to {high:.3g}" for low, high in (self.parameters, self.tokens, self.flops))
+        return (
+            f"L = {self.E:.3g} + {self.A:.3g}·N^-{self.alpha:.3g} + {self.B:.3g}·D^-{self.beta:.3g}, fitted to "
+            f"{self.points} runs of {sizes} parameters, {tokens} tokens, {flops} FLOPs; largest residual "
+            f"{self.residual:.3g}"
+        )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Of a study: the law of an architecture, None where there is none; `kappa` over its grown arms, None without."""
+
+    source: str
+    law: Law | None
+    why_no_law: str
+    kappa: Range | None
+
+
+def read_findings(path: str | os.PathLike[str], architecture: str) -> Findings:
+    """From the results.json of `megatron_tf study report`. ConfigError when it is none."""
+    with file_errors(ConfigError, path, "Give the results.json of megatron_tf study report."), open(path) as file:
+        text = file.read()
+    try:
+        values = json.loads(text)
+        found = values["laws"].get(architecture, {"missing": f"no run of the study is of a {architecture}"})
+        law = None if "missing" in found else law_of(found)
+        worth = [arm["growth"]["kappa"] for arm in values["arms"] if arm["growth"] and arm["growth"]["kappa"]]
+        measured = [kappa["mean"] for kappa in worth if kappa["bound"] is None and kappa["mean"] is not None]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ConfigError(
+            f"{os.fspath(path)}: is not the results.json of a study. Write it anew: megatron_tf study report FILE."
+        ) from None
+    return Findings(str(path), law, found.get("missing", ""), (min(measured), max(measured)) if measured else None)
+
+
+def law_of(values: Mapping[str, Any]) -> Law:
+    """As results.json has it."""
+    pairs = {key: (float(values[key][0]), float(values[key][1])) for key in ("parameters", "tokens", "flops")}
+    numbers = {key: float(values[key]) for key in ("E", "A", "alpha", "B", "beta", "residual")}
+    return Law(**numbers, points=int(values["points"]), **pairs)

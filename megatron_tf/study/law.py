@@ -1,0 +1,124 @@
+"""A law of the loss by parameters and tokens, fitted to what a study has found of models that have not grown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_tf.costs.estimate import num_parameters
+from megatron_tf.costs.law import Law
+from megatron_tf.state.parameters import parameter_table
+from megatron_tf.study.comparison import counted, has_grown
+from megatron_tf.study.plan import Plan
+from megatron_tf.study.result import Result
+
+Json = dict[str, Any]
+LEAST_POINTS = 6
+LEAST_SIZES = 3
+HUBER = 1e-3  # a relative error: beyond it a point pulls no more than one at it
+# Of the search: range of both exponents, exponents on a side of the grid, how often it closes in, and how often weights
+# are set anew
+EXPONENTS = ((0.02, 0.02), (3.0, 3.0))
+GRID = 25
+ROUNDS = 24
+REWEIGHTINGS = 12
+
+
+class Point(NamedTuple):
+    parameters: int
+    tokens: int
+    flops: float
+    loss: float
+
+
+def laws_of(plan: Plan, runs: Mapping[str, Result]) -> dict[str, Json]:
+    """By architecture the fitted law, or under "missing" why there is none.
+
+    Of the arms that were annealed, have not grown, and whose positions use all parameters.
+    """
+    by_architecture: dict[str, list[Point]] = {}
+    for node, result in counted(plan, runs):
+        model = node.config.model
+        chooses = any(spec.one_in > 1 for spec in parameter_table(model).values())
+        if has_grown(node) or chooses or node.config.optimizer.schedule.type == "constant":
+            continue
+        point = Point(num_parameters(model), result.tokens, result.flops, result.loss)
+        by_architecture.setdefault(model.architecture, []).append(point)
+    return {name: law_in_json(points) for name, points in by_architecture.items()}
+
+
+def law_in_json(points: Sequence[Point]) -> Json:
+    """The law of some points, or why they do not give one."""
+    distinct = {(point.parameters, point.tokens) for point in points}
+    sizes, tokens = ({pair[number] for pair in distinct} for number in (0, 1))
+    if len(distinct) < LEAST_POINTS or len(sizes) < LEAST_SIZES or len(tokens) < LEAST_SIZES:
+        return {
+            "missing": f"a law has 5 numbers and takes {LEAST_POINTS} runs of {LEAST_SIZES} sizes and {LEAST_SIZES} "
+            f"lengths, and here are {len(distinct)} of {len(sizes)} sizes and {len(tokens)} lengths"
+        }
+    law = fit(points)
+    return {
+        **{key: getattr(law, key) for key in ("E", "A", "alpha", "B", "beta", "points", "residual")},
+        **{key: list(getattr(law, key)) for key in ("parameters", "tokens", "flops")},
+    }
+
+
+def fit(points: Sequence[Point]) -> Law:
+    """By least squares of relative errors that are Huber's beyond `HUBER`.
+
+    E, A and B are found for each pair of exponents on a grid, because the law is linear in them, and the grid closes in on
+    the best pair. Parameters and tokens are counted in units of their geometric means, so that no number is far from 1.
+    """
+    sizes, tokens, losses = (
+        torch.tensor([getattr(point, key) for point in points], dtype=torch.float64)
+        for key in ("parameters", "tokens", "loss")
+    )
+    size_unit, token_unit = (values.log().mean().exp() for values in (sizes, tokens))
+    low, high = (torch.tensor(bounds, dtype=torch.float64).log() for bounds in EXPONENTS)
+    center, width = (low + high) / 2, (high - low) / 2
+    for _ in range(ROUNDS):
+        steps = torch.linspace(-1, 1, GRID, dtype=torch.float64)
+        pairs = (center + width * torch.cartesian_prod(steps, steps)).clamp(low, high).exp()
+        distances, factors = _factors(pairs, sizes / size_unit, tokens / token_unit, losses)
+        best = distances.argmin()
+        (alpha, beta), (floor, of_size, of_tokens) = pairs[best].tolist(), factors[best].tolist()
+        center, width = pairs[best].log(), width / 2
+    law = Law(
+        floor, of_size * size_unit.item() ** alpha, alpha, of_tokens * token_unit.item() ** beta, beta, len(points)
+    )
+    residual = max(abs(law.loss(point.parameters, point.tokens) - point.loss) for point in points)
+    of = {key: [float(getattr(point, key)) for point in points] for key in ("parameters", "tokens", "flops")}
+    return replace(law, residual=residual, **{key: (min(values), max(values)) for key, values in of.items()})
+
+
+def _factors(pairs: Tensor, sizes: Tensor, tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponents [k, 2] -> the distances [k] and (E, A, B) [k, 3] of the best law with each pair; none of the three is
+    negative."""
+    columns = torch.stack(
+        [torch.ones_like(sizes).expand(len(pairs), -1), sizes ** -pairs[:, :1], tokens ** -pairs[:, 1:]], -1
+    )
+    relative = columns / losses[:, None]
+    best = torch.full((len(pairs),), torch.inf, dtype=torch.float64)
+    factors = torch.zeros(len(pairs), 3, dtype=torch.float64)
+    # with a floor, and without one where it would be negative
+    for used in ([0, 1, 2], [1, 2]):
+        own = relative[..., used]
+        weights = torch.ones(relative.shape[:2], dtype=torch.float64)
+        for _ in range(REWEIGHTINGS):
+            left = own.mT @ (weights[..., None] * own)
+            jitter = 1e-14 * torch.eye(len(used), dtype=torch.float64)
+            found = torch.linalg.solve(left + jitter, (own.mT @ weights[..., None])[..., 0])
+            errors = (own @ found[..., None])[..., 0] - 1
+            weights = HUBER / errors.abs().clamp_min(HUBER)
+        size = errors.abs()
+        distance = torch.where(size < HUBER, size.square() / 2, HUBER * (size - HUBER / 2)).sum(-1)
+        better = (found > 0).all(-1) & (distance < best)
+        best = torch.where(better, distance, best)
+        whole = torch.zeros_like(factors)
+        whole[:, used] = found
+        factors = torch.where(better[:, None], whole, factors)
+    return best, factors
