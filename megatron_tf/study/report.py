@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,10 @@ def _arm(
     found["loss"] = {**asdict(interval(list(losses.values()))), "by_seed": losses}
     found["seconds"] = sum(result.seconds for result in results.values()) / len(results)
     found["state_bytes"] = next(iter(results.values())).state_bytes
+    found["metrics"] = {
+        name: _metric(name, results, reference if arm.comparable and results is not reference else {})
+        for name in next(iter(results.values())).metrics
+    }
     pairs = [result.loss - reference[seed].loss for seed, result in results.items() if seed in reference]
     if arm.comparable and pairs and results is not reference:
         difference = interval(pairs)
@@ -127,12 +131,20 @@ def _arm(
     return found
 
 
+def _metric(name: str, results: Mapping[int, Result], reference: Mapping[int, Result]) -> Json:
+    """Of an arm: mean and interval over seeds, and the same of its difference from the reference."""
+    by_seed = {seed: result.metrics[name] for seed, result in results.items()}
+    pairs = [value - reference[seed].metrics[name] for seed, value in by_seed.items() if seed in reference]
+    difference = asdict(interval(pairs)) if pairs else None
+    return {**asdict(interval(list(by_seed.values()))), "by_seed": by_seed, "difference": difference}
+
+
 def in_words(found: Json) -> str:
     """The table of a report and what is to be said of it."""
     head = ("", "parameters", "tokens", "FLOPs", "loss", "95 %", f"against {found['reference']}", "95 %", "")
     rows = [(*head, "hours", "state")]
     rows += [(*_cells(arm), *_last_cells(arm)) for arm in found["arms"]]
-    lines = [table(rows, to_left=(0, 8)), ""]
+    lines = [table(rows, to_left=(0, 8)), "", *_metric_lines(found)]
     lines += compared(found["arms"])
     lines += [_law_line(name, law) for name, law in found["laws"].items()]
     lines += [_sweep_line(arm) for arm in found["arms"] if arm["sweep"] is not None and arm["sweep"]["losses"]]
@@ -141,6 +153,25 @@ def in_words(found: Json) -> str:
         f"{format_duration(found['seconds_spent'])} of training."
     )
     return "\n".join(lines)
+
+
+def _metric_lines(found: Json) -> list[str]:
+    """A table of the task's metrics, of the arms that have ended; nothing where it has none."""
+    measured = [arm for arm in found["arms"] if arm.get("metrics")]
+    rows: list[Sequence[str]] = []
+    for arm in measured:
+        cells = [arm["name"]]
+        for value in arm["metrics"].values():
+            cells += [f"{value['mean']:.4f}", within(value, ".4f")]
+            difference = value["difference"]
+            cells += ["", ""] if difference is None else [f"{difference['mean']:+.4f}", within(difference, "+.4f")]
+        rows.append(cells)
+    if not rows:
+        return []
+    head = [""]
+    for name in measured[0]["metrics"]:
+        head += [name, "95 %", f"against {found['reference']}", "95 %"]
+    return [table([head, *rows]), ""]
 
 
 def _cells(arm: Json) -> tuple[str, ...]:
@@ -174,7 +205,7 @@ def _sweep_line(arm: Json) -> str:
 
 
 def write_report(plan: Plan, output: Path) -> str:
-    """Writes results.json, table.txt and loss.png into the folder `output`; returns the table."""
+    """Writes results.json, table.txt, loss.png and a picture of each metric of the task into the folder `output`; returns the table."""
     found = results_of(plan)
     text = in_words(found)
     for name, content in (("results.json", json.dumps(found, indent=1)), ("table.txt", text)):
@@ -187,4 +218,11 @@ def write_report(plan: Plan, output: Path) -> str:
         for arm in ended
     ]
     plot_ends(ends, output / "loss.png")
+    for name in {name: None for arm in ended for name in arm["metrics"]}:
+        of_metric = [
+            replace(end, values=tuple(arm["metrics"][name]["by_seed"].values()))
+            for end, arm in zip(ends, ended)
+            if name in arm["metrics"]
+        ]
+        plot_ends(of_metric, output / f"{name}.png", name)
     return text

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.config.load import dump_config, load_config
+from megatron_tf.config.tasks import task_of
 from megatron_tf.diagnosis.run_facts import settings
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import ConfigError, UserError, file_errors
@@ -27,7 +28,8 @@ class Result:
     """`tokens` and `flops` are cumulative, parents included; those of the run itself begin with `own_`.
 
     `loss`: on the validation data, at the end.  `seconds`: of training steps.  `state_bytes`: weights and optimizer, as
-    its checkpoint has them.  `curve`: [tokens, FLOPs, validation loss] of each evaluation.
+    its checkpoint has them.  `curve`: [tokens, FLOPs, validation loss] of each evaluation.  `metrics`: of the task, on
+    the validation data at the end, such as "top1".
     """
 
     name: str
@@ -44,6 +46,7 @@ class Result:
     parameters: int
     state_bytes: int
     curve: tuple[tuple[int, float, float], ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure(node: Node) -> Result:
@@ -70,6 +73,7 @@ def measure(node: Node) -> Result:
         parameters=node.parameters,
         state_bytes=sum(file.num_bytes for file in reader.manifest.files.values()),
         curve=tuple((r["tokens"], r["flops"], float(r["eval/loss"])) for r in evaluated),
+        metrics={name: float(evaluated[-1][f"eval/{name}"]) for name in task_of(node.config.model).metrics},
     )
 
 

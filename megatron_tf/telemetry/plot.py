@@ -22,6 +22,7 @@ LABELS: dict[XAxis, str] = {
     "steps": "optimizer steps",
     "flops": "training floating-point operations",
 }
+LOSS_LABEL = "loss (nats per token)"
 DRAWN = ("train/loss", "eval/loss")
 _LARGEST_FILE = 2**33
 
@@ -121,17 +122,20 @@ def plot_runs(runs: Sequence[RunCurve], output: Path, axis: XAxis = "tokens") ->
 
 @dataclass(frozen=True)
 class Ends:
-    """What runs that differ in their seed alone have come to. `parent`: the name of those that they started from."""
+    """What runs that differ in their seed alone have come to: validation losses, or other `values`.
+
+    `parent`: the name of those that they started from.
+    """
 
     name: str
     tokens: int
     flops: float
-    losses: tuple[float, ...]
+    values: tuple[float, ...]
     parent: str | None = None
 
 
-def plot_ends(ends: Sequence[Ends], output: Path) -> None:
-    """Draw the validation loss that runs end with against tokens and FLOPs: the mean of the seeds, from the least to
+def plot_ends(ends: Sequence[Ends], output: Path, label: str = LOSS_LABEL) -> None:
+    """Draw the validation loss, or what `label` says, that runs end with against tokens and FLOPs: the mean of the seeds, from the least to
     the greatest of them; a thin line leads there from what a run started from. UserError as `plot_runs`.
     """
     figure = new_figure(output, (13, 6))
@@ -139,15 +143,15 @@ def plot_ends(ends: Sequence[Ends], output: Path) -> None:
     both: tuple[XAxis, XAxis] = ("tokens", "flops")
     for axes, axis in zip(figure.subplots(1, 2, sharey=True), both):
         for number, end in enumerate(ends):
-            color, at, mean = f"C{number % 10}", getattr(end, axis), _mean(end.losses)
-            spread = [[mean - min(end.losses)], [max(end.losses) - mean]]
+            color, at, mean = f"C{number % 10}", getattr(end, axis), _mean(end.values)
+            spread = [[mean - min(end.values)], [max(end.values) - mean]]
             marker = "osD^vP"[number // 10 % 6]
             axes.errorbar([at], [mean], yerr=spread, fmt=marker, color=color, markersize=5, capsize=3, label=end.name)
             if end.parent in by_name:
                 before = by_name[end.parent]
-                line = [getattr(before, axis), at], [_mean(before.losses), mean]
+                line = [getattr(before, axis), at], [_mean(before.values), mean]
                 axes.plot(*line, color=color, linewidth=0.6, alpha=0.6)
-        _label(axes, axis)
+        _label(axes, axis, label)
         axes.set_xscale("log")
     save_figure(figure, output)
 
@@ -177,8 +181,8 @@ def save_figure(figure: Any, output: Path) -> None:
         figure.savefig(temporary, dpi=150, format=output.suffix.lstrip(".").lower())
 
 
-def _label(axes: Any, axis: XAxis) -> None:
+def _label(axes: Any, axis: XAxis, label: str = LOSS_LABEL) -> None:
     axes.set_xlabel(LABELS[axis])
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend()

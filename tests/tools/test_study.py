@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from images import made_up, write_images
 from prepared import write_tokens
 from tooling import assert_refused, tool
 
@@ -71,6 +72,61 @@ def test_plan_run_and_report(study, file, tmp_path, monkeypatch):
     assert small["state_bytes"] < grown["state_bytes"]
     again = study("plan", file)
     assert again.count("has ended") == 2 and "2 runs, 0 of them left" in again
+
+
+IMAGES = """
+name: images
+dir: {folder}/study
+seeds: [1]
+common:
+  model: {{task: image_classification, num_layers: 1, hidden_size: 8, num_attention_heads: 2,
+    image: {{size: 6, patch: 3, channels: 1, classes: 5, pooling: mean, crop: 1}},
+    parameter_tokens: {{qkv: 8, proj: 8, ffn: 16}}}}
+  training: {{train_steps: 6, global_batch_size: 4, micro_batch_size: 4, precision: fp32}}
+  optimizer: {{lr: 1e-2, schedule: {{warmup_steps: 2}}}}
+  data: {{train: {folder}/train, validation: {folder}/test}}
+arms:
+  - {{name: tokens}}
+  - {{name: matrices, overrides: {{model: {{architecture: transformer, parameter_tokens: null, ffn_hidden_size: 32}}}}}}
+"""
+
+
+@pytest.mark.slow
+def test_images_have_their_accuracy_in_the_report(study, tmp_path):
+    classes = tuple("abcde")
+    write_images(tmp_path / "train", *made_up(20), classes)
+    write_images(tmp_path / "test", *made_up(13), classes)
+    (tmp_path / "study.yml").write_text(IMAGES.format(folder=tmp_path))
+    study("run", tmp_path / "study.yml", "--workers", 1)
+    found = json.loads((tmp_path / "study" / "results.json").read_text())
+    text = (tmp_path / "study" / "table.txt").read_text()
+    head = next(line.split() for line in text.splitlines() if line.lstrip().startswith("top1"))
+    assert head == [
+        "top1",
+        "95",
+        "%",
+        "against",
+        "tokens",
+        "95",
+        "%",
+        "top5",
+        "95",
+        "%",
+        "against",
+        "tokens",
+        "95",
+        "%",
+    ]
+    tokens, matrices = found["arms"]
+    for arm in (tokens, matrices):
+        folder = tmp_path / "study" / "runs" / arm["name"] / "seed1"
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert arm["metrics"]["top1"]["by_seed"] == {"1": last["eval/top1"]} and last["epoch"] == 6 * 4 / 20
+        assert (arm["flops"], arm["tokens"]) == (last["flops"], last["tokens"])
+    difference = matrices["metrics"]["top1"]["mean"] - tokens["metrics"]["top1"]["mean"]
+    assert matrices["metrics"]["top1"]["difference"]["mean"] == pytest.approx(difference)
+    assert tokens["metrics"]["top1"]["difference"] is None
+    assert {"loss.png", "top1.png", "top5.png"} <= {path.name for path in (tmp_path / "study").iterdir()}
 
 
 def test_what_is_refused_before_a_run_starts(file, tmp_path):
