@@ -115,6 +115,17 @@ def _with_lora(base: Any, rank: int) -> Any:
     return get_peft_model(base, LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM"))
 
 
+def add_lora(model: Any, rank: int) -> None:
+    """A second LoRA on a model with a first one, which stays as it is; both are switched on."""
+    from peft import LoraConfig
+
+    first = model.peft_config["default"]
+    model.add_adapter("second", LoraConfig(r=rank, target_modules=first.target_modules, task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".second." in name)
+
+
 def _without_adapter(plain: Any) -> Any:
     """The gradient reaches the first MLP's output, the least that any adapter here needs."""
     plain.requires_grad_(False)

@@ -5,7 +5,9 @@ LoRA is PEFT's, on all linear layers; the others are Pattention in parallel to w
 each linear layer, and the formula of ScalarLM's adapter, at the MLPs. Each is trained on the one text, of which the last tenth of
 the examples is held out, with every rate of --rates and one seed, and with its best rate with all seeds. A trial that
 has ended is not done again: the same command goes on where it was cut off, and more rates, seeds or forms are added to
-it. Speed and kept bytes are measured in interleaved rounds on the base itself, which needs memory for one more base
+it. With --then, what has learnt the one text then learns a second one, at that rate: LoRA and Pattention trained on,
+a second LoRA with the first one frozen, and Pattention grown by as many tokens with the old ones frozen. Speed and
+kept bytes are measured in interleaved rounds on the base itself, which needs memory for one more base
 than there are forms; --rounds 0 leaves that out. Texts are JSON lines, as fine-tuning has them.
 """
 
@@ -24,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--base", type=path, required=True, metavar="DIR", help="the base model's folder")
     parser.add_argument("--learn", type=text_path, required=True, metavar="FILE", help="text that is trained on")
     parser.add_argument("--keep", type=text_path, required=True, metavar="FILE", help="text that may be forgotten")
+    parser.add_argument("--then", type=text_path, metavar="FILE", help="second text, learnt after the first")
     parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--forms", choices=FORMS, nargs="+", default=FORMS, help="default: all")
     parser.add_argument(
@@ -60,7 +63,7 @@ def main() -> None:
         arguments.base, arguments.precision, arguments.rank, arguments.steps, arguments.batch, arguments.micro_batch,
         arguments.seq_length, arguments.measured,
     )  # fmt: skip
-    plan = Plan(setting, arguments.learn, arguments.keep, tuple(dict.fromkeys(arguments.forms)),
+    plan = Plan(setting, arguments.learn, arguments.keep, arguments.then, tuple(dict.fromkeys(arguments.forms)),
                 tuple(sorted(set(arguments.rates))), arguments.seeds, arguments.rounds)  # fmt: skip
     device = join_ranks(detect({}), timeout_seconds=60)  # one process; steps and losses are those of any number
     try:

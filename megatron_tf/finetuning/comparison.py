@@ -1,6 +1,7 @@
 """Adapters of as many parameters on one frozen base: what they learn of one text, and forget of another.
 
-Each form is tried with every learning rate and one seed; with its best rate it has the other seeds too.
+Each form is tried with every learning rate and one seed; with its best rate it has the other seeds too. Where there is a
+second text, what was trained on the first is trained on the second, in several ways, at that rate.
 
 | file of the folder | content |
 |---|---|
@@ -30,7 +31,7 @@ from megatron_tf.durable import write_atomically
 from megatron_tf.errors import DataError, UserError, file_errors
 from megatron_tf.finetuning.batches import collate
 from megatron_tf.finetuning.packed import check_packing
-from megatron_tf.finetuning.trial import BASE, Outcome, Setting, Texts, Trial, read_texts, run_trial
+from megatron_tf.finetuning.trial import BASE, SECOND, Outcome, Setting, Texts, Trial, read_texts, run_trial
 
 _SETTING, _TRIALS, _RESULTS, _TABLE = "comparison.json", "trials.jsonl", "results.json", "results.md"
 Done = dict[Trial, Outcome]
@@ -38,11 +39,12 @@ Done = dict[Trial, Outcome]
 
 @dataclass(frozen=True)
 class Plan:
-    """`forms`: names of FORMS.  `seeds`: how many, from 0 on.  `rounds`: of the measurement of speed; 0 is none."""
+    """`then`: the second text.  `forms`: names of FORMS.  `seeds`: how many, from 0 on.  `rounds`: of the measurement of speed; 0 is none."""
 
     setting: Setting
     learn: str
     keep: str
+    then: str | None
     forms: Sequence[str]
     rates: Sequence[float]
     seeds: int
@@ -53,7 +55,7 @@ def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callab
     """Run all trials that are missing, and write and return the table. UserError when the folder is of another
     comparison, or the base cannot keep packed examples apart."""
     tokenizer = load_tokenizer(plan.setting.base)
-    texts = read_texts(plan.learn, plan.keep, plan.setting, tokenizer)
+    texts = read_texts(plan.learn, plan.keep, plan.then, plan.setting, tokenizer)
     base = load_base(plan.setting.base)
     _check_setting(folder, {**_plain(plan), "base": base_facts(base)})
     check_packing(base, torch.device("cpu"))
@@ -68,8 +70,9 @@ def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callab
             file.write(line)
     speeds = _speeds(plan, texts, device) if plan.rounds else {}
     results = _results(plan, done, speeds)
-    text = _table(results)
-    content = {"setting": _plain(plan), "machine": machine(device), "forms": results, "speeds": list(speeds.values()),
+    second = _second_results(plan, done)
+    text = _table(_COLUMNS, results) + ("\n" + _table(_SECOND_COLUMNS, second) if second else "")
+    content = {"setting": _plain(plan), "machine": machine(device), "forms": results, "second_text": second, "speeds": list(speeds.values()),
                "trials": [{**asdict(trial), **asdict(outcome)} for trial, outcome in done.items()]}  # fmt: skip
     with file_errors(UserError, folder, "Make room, or give another folder."):
         write_atomically(folder / _RESULTS, (json.dumps(content, indent=2) + "\n").encode())
@@ -84,6 +87,8 @@ def _missing(plan: Plan, done: Done) -> Iterator[Trial]:
         wanted.append(lambda form=form: [Trial(form, rate, 0) for rate in plan.rates])  # type: ignore[misc]
     for form in plan.forms:
         wanted.append(lambda form=form: _seeds(plan, done, form))  # type: ignore[misc]
+    for name in _second(plan):
+        wanted.append(lambda name=name: _second_trials(plan, done, name))  # type: ignore[misc]
     for trials in wanted:
         yield from [trial for trial in trials() if trial not in done]
 
@@ -91,6 +96,16 @@ def _missing(plan: Plan, done: Done) -> Iterator[Trial]:
 def _seeds(plan: Plan, done: Done, form: str) -> list[Trial]:
     rate = _best_rate(plan, done, form)
     return [] if rate is None else [Trial(form, rate, seed) for seed in range(1, plan.seeds)]
+
+
+def _second(plan: Plan) -> list[str]:
+    """Names of SECOND that are tried: those of forms that are."""
+    return [name for name, (form, _) in SECOND.items() if plan.then and form in plan.forms]
+
+
+def _second_trials(plan: Plan, done: Done, name: str) -> list[Trial]:
+    rate = _best_rate(plan, done, SECOND[name][0])
+    return [] if rate is None else [Trial(name, rate, seed) for seed in range(plan.seeds)]
 
 
 def _best_rate(plan: Plan, done: Done, form: str) -> float | None:
@@ -132,6 +147,33 @@ def _results(plan: Plan, done: Done, speeds: Mapping[str, Mapping[str, Any]]) ->
     return found
 
 
+def _second_results(plan: Plan, done: Done) -> list[dict[str, Any]]:
+    """One entry for each way to go on with the second text."""
+    found = []
+    for name in _second(plan):
+        trials = [trial for trial in _second_trials(plan, done, name) if done[trial].held is not None]
+        after = [done[trial] for trial in trials]
+        before = [done[Trial(SECOND[name][0], trial.rate, trial.seed)] for trial in trials]
+        lost = [one.first - other.held for one, other in zip(after, before)
+                if one.first is not None and other.held is not None]  # fmt: skip
+        held = [one.held for one in after if one.held is not None]
+        found.append(
+            {
+                "adapter": SECOND[name][1],
+                "parameters": after[0].parameters if after else 0,
+                "rate": trials[0].rate if trials else None,
+                "seeds": len(held),
+                "held": _mean(held),
+                "held_spread": max(held) - min(held) if len(held) > 1 else None,
+                "first": _mean([one.first for one in after if one.first is not None]),
+                "first_forgotten": _mean(lost),
+                "keep": _mean([one.keep for one in after if one.keep is not None]),
+                "tokens_per_second": _mean([one.tokens_per_second for one in after if one.tokens_per_second]),
+            }
+        )
+    return found
+
+
 # key in results.json -> column of the benchmark
 _MEASURED = {"training_of_lora": "training × LoRA", "kept_mib_above_base": "above base MiB"}
 _COLUMNS = {
@@ -142,12 +184,20 @@ _COLUMNS = {
 }  # fmt: skip
 
 
-def _table(results: Sequence[Mapping[str, Any]]) -> str:
+_SECOND_COLUMNS = {
+    "adapter": "then, on the second text", "parameters": "trained", "rate": "rate", "seeds": "seeds",
+    "held": "held-out loss", "held_spread": "spread", "first": "first text's loss", "first_forgotten": "forgotten",
+    "keep": "other text's loss", "tokens_per_second": "tokens/s",
+}  # fmt: skip
+_LOSSES = ("held", "held_spread", "learnt", "keep", "keep_spread", "forgotten", "first", "first_forgotten")
+
+
+def _table(columns: Mapping[str, str], results: Sequence[Mapping[str, Any]]) -> str:
     """As Markdown. A rate that stands at an end of those that were tried has a star."""
-    lines = [f"| {' | '.join(_COLUMNS.values())} |", "|---" * len(_COLUMNS) + "|"]
+    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
     for entry in results:
         cells = [_cell(key, entry.get(key)) + ("*" if key == "rate" and entry.get("rate_at_end") else "")
-                 for key in _COLUMNS]  # fmt: skip
+                 for key in columns]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -159,11 +209,7 @@ def _cell(key: str, value: Any) -> str:
         return value
     if key in ("parameters", "seeds"):
         return f"{value:,}"
-    return (
-        f"{value:.4f}"
-        if key in ("held", "held_spread", "learnt", "keep", "keep_spread", "forgotten")
-        else f"{value:.3g}"
-    )
+    return f"{value:.4f}" if key in _LOSSES else f"{value:.3g}"
 
 
 def _speeds(plan: Plan, texts: Texts, device: torch.device) -> dict[str, Mapping[str, Any]]:
@@ -181,7 +227,8 @@ def _plain(plan: Plan) -> dict[str, Any]:
     """What trials have in common, as JSON has it. How much is computed at once changes nothing but rounding."""
     setting = asdict(plan.setting)
     del setting["base"], setting["micro_batch"]
-    return {**setting, "learn": _digest(plan.learn), "keep": _digest(plan.keep)}
+    texts = {"learn": plan.learn, "keep": plan.keep, "then": plan.then}
+    return {**setting, **{name: _digest(file) for name, file in texts.items() if file is not None}}
 
 
 def _check_setting(folder: Path, setting: Mapping[str, Any]) -> None:
@@ -189,15 +236,14 @@ def _check_setting(folder: Path, setting: Mapping[str, Any]) -> None:
     path = folder / _SETTING
     with file_errors(UserError, path, "Give another folder."):
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_atomically(path, (json.dumps(setting, indent=2) + "\n").encode())
-        before = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in setting.items():
-        if before.get(key) != value:
-            raise UserError(
-                f"{folder}: is of a comparison with {key} {before.get(key)}, and this one has {value}. Give another "
-                "folder with --to."
-            )
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for key, value in setting.items():
+            if before.get(key, value) != value:
+                raise UserError(
+                    f"{folder}: is of a comparison with {key} {before[key]}, and this one has {value}. Give another "
+                    "folder with --to."
+                )
+        write_atomically(path, (json.dumps({**before, **setting}, indent=2) + "\n").encode())
 
 
 def _read_trials(folder: Path) -> Done:
@@ -228,11 +274,13 @@ def _mean(values: Sequence[float]) -> float | None:
 def _label(trial: Trial) -> str:
     if trial.form == BASE:
         return "the base alone"
-    return f"{FORMS[trial.form]}, rate {trial.rate:g}, seed {trial.seed}"
+    name = SECOND[trial.form][1] if trial.form in SECOND else FORMS[trial.form]
+    return f"{name}, rate {trial.rate:g}, seed {trial.seed}"
 
 
 def _said(outcome: Outcome) -> str:
     if outcome.held is None or outcome.keep is None:
         return "diverged"
     speed = f", {outcome.tokens_per_second:,.0f} tokens/s" if outcome.tokens_per_second else ""
-    return f"held-out loss {outcome.held:.4f}, other text's {outcome.keep:.4f}{speed}"
+    first = f", first text's {outcome.first:.4f}" if outcome.first is not None else ""
+    return f"held-out loss {outcome.held:.4f}{first}, other text's {outcome.keep:.4f}{speed}"

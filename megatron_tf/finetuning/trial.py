@@ -1,8 +1,10 @@
-"""One adapter trained on one text, and what the model knows afterwards: losses on this text and on another one."""
+"""One adapter trained on one text, or on a second one after it, and what the model knows afterwards: losses on these
+texts and on another one."""
 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +13,10 @@ from typing import Any
 
 import torch
 
+from megatron_tf.adapters.folder import write_adapter
+from megatron_tf.adapters.growth import grow_adapter
 from megatron_tf.adapters.loading import load_base
-from megatron_tf.benchmark.adapters import trained_parameters, with_adapter
+from megatron_tf.benchmark.adapters import LORA, add_lora, trained_parameters, with_adapter
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.errors import DataError, TrainingError
 from megatron_tf.finetuning.batches import Row, count_targets, pack, rows_of_step
@@ -21,6 +25,13 @@ from megatron_tf.finetuning.steps import Computing, backward, mean_loss
 from megatron_tf.optimizers.adamw import AdamWOptimizer
 
 BASE = "none"  # the base alone
+# what is done with a trained adapter before it is trained on the second text: name -> (form, in tables)
+SECOND = {
+    "lora-on": (LORA, "LoRA, trained on"),
+    "lora-second": (LORA, "LoRA, frozen, and a second one"),
+    "modules-on": ("modules", "Pattention, trained on"),
+    "modules-grown": ("modules", "Pattention, frozen, grown by as many tokens"),
+}
 _HELD_OUT = 10  # one in so many examples, the last ones, is not trained on
 _WARM_UP = 10  # one in so many steps
 _CLIPPING = 1.0
@@ -47,16 +58,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class Texts:
-    """Packed sequences: trained on, held out of the same text, and of the text that may be forgotten."""
+    """Packed sequences: trained on, held out of the same text, and of the text that may be forgotten; and those of the
+    second text, where there is one."""
 
     learn: Sequence[Row]
     held: Sequence[Row]
     keep: Sequence[Row]
+    then: Sequence[Row] = ()
+    then_held: Sequence[Row] = ()
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A name of `benchmark.adapters.FORMS` or BASE, and how it is trained. `seed`: of new tokens and data order."""
+    """A name of `benchmark.adapters.FORMS` or SECOND, or BASE, and how it is trained. `seed`: of new tokens and data
+    order."""
 
     form: str
     rate: float
@@ -68,6 +83,7 @@ class Outcome:
     """Mean losses of a learnt token on held-out text and on the other text, None where the training diverged.
 
     `tokens_per_second`: learnt ones, without the first steps; None of the base.  `peak_bytes`: of a GPU.
+    Of a trial of SECOND, `held` is of the second text and `first` of the first.
     """
 
     parameters: int
@@ -75,26 +91,31 @@ class Outcome:
     keep: float | None
     tokens_per_second: float | None = None
     peak_bytes: int | None = None
+    first: float | None = None
 
 
-def read_texts(learn: str, keep: str, setting: Setting, tokenizer: Any) -> Texts:
-    """Both texts; of the one that is learnt the last tenth of its examples is held out. DataError when that leaves
+def read_texts(learn: str, keep: str, then: str | None, setting: Setting, tokenizer: Any) -> Texts:
+    """All texts; of those that are learnt the last tenth of the examples is held out. DataError when that leaves
     nothing."""
 
-    def packed(examples: Sequence[Example], most: int | None = None) -> Sequence[Row]:
-        return pack(examples, setting.seq_length, seed=0)[:most]
-
-    examples, others = (read_examples([file], tokenizer, setting.seq_length, drop_long=True) for file in (learn, keep))
-    count = max(1, len(examples) // _HELD_OUT)
-    if len(examples) <= count:
-        raise DataError(f"{learn}: holds {len(examples)} example, and one is held out. Give more.")
-    texts = Texts(
-        packed(examples[:-count]), packed(examples[-count:], setting.measured), packed(others, setting.measured)
-    )
-    for file, rows in ((learn, texts.learn), (learn, texts.held), (keep, texts.keep)):
+    def packed(file: str, examples: Sequence[Example], most: int | None = None) -> Sequence[Row]:
+        rows = pack(examples, setting.seq_length, seed=0)[:most]
         if not count_targets(rows):
             raise DataError(f"{file}: nothing in it is to be learnt. Give answers, or texts.")
-    return texts
+        return rows
+
+    def read(file: str) -> list[Example]:
+        return read_examples([file], tokenizer, setting.seq_length, drop_long=True)
+
+    def parted(file: str) -> tuple[Sequence[Row], Sequence[Row]]:
+        examples = read(file)
+        count = max(1, len(examples) // _HELD_OUT)
+        if len(examples) <= count:
+            raise DataError(f"{file}: holds {len(examples)} example, and one is held out. Give more.")
+        return packed(file, examples[:-count]), packed(file, examples[-count:], setting.measured)
+
+    second = parted(then) if then else ((), ())
+    return Texts(*parted(learn), packed(keep, read(keep), setting.measured), *second)
 
 
 def run_trial(setting: Setting, texts: Texts, trial: Trial, device: torch.device) -> Outcome:
@@ -104,21 +125,48 @@ def run_trial(setting: Setting, texts: Texts, trial: Trial, device: torch.device
     base = load_base(setting.base, torch.bfloat16 if bf16 else torch.float32).to(device)
     if trial.form == BASE:
         return Outcome(0, mean_loss(base, texts.held, computing), mean_loss(base, texts.keep, computing))
-    torch.manual_seed(trial.seed)
-    model = with_adapter(base, trial.form, setting.rank)
-    parameters = trained_parameters(model)
-    count = sum(parameter.numel() for parameter in parameters)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    torch.manual_seed(trial.seed)
+    is_second = trial.form in SECOND
+    model = with_adapter(base, SECOND[trial.form][0] if is_second else trial.form, setting.rank)
     try:
         speed = _train(setting, texts.learn, trial, model, computing)
+        if is_second:
+            model = _prepared(setting, trial, model, device)
+            speed = _train(setting, texts.then, trial, model, computing)
     except TrainingError:
-        return Outcome(count, None, None)
-    held, keep = mean_loss(model, texts.held, computing), mean_loss(model, texts.keep, computing)
+        return Outcome(_size(model), None, None)
+    held, keep = (
+        mean_loss(model, rows, computing) for rows in (texts.then_held if is_second else texts.held, texts.keep)
+    )
+    first = mean_loss(model, texts.held, computing) if is_second else None
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if not math.isfinite(held + keep):
-        return Outcome(count, None, None, speed, peak)
-    return Outcome(count, held, keep, speed, peak)
+        return Outcome(_size(model), None, None, speed, peak)
+    return Outcome(_size(model), held, keep, speed, peak, first)
+
+
+def _prepared(setting: Setting, trial: Trial, model: Any, device: torch.device) -> Any:
+    """A model that has learnt the first text, for the second one."""
+    if trial.form == "lora-second":
+        add_lora(model, setting.rank)
+    if trial.form != "modules-grown":
+        return model
+    from megatron_tf.adapters.tuner import adapter_of, with_adapters
+
+    trained = adapter_of(model)
+    grown = grow_adapter(trained, 2 * trained.config["num_tokens"], freeze_old=True, seed=trial.seed)
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(Path(folder) / "grown", grown)
+        return with_adapters(
+            load_base(setting.base, dtype).to(device), {"default": Path(folder) / "grown"}, trained=True
+        )
+
+
+def _size(model: Any) -> int:
+    return sum(parameter.numel() for parameter in trained_parameters(model))
 
 
 def _train(setting: Setting, learn: Sequence[Row], trial: Trial, model: Any, computing: Computing) -> float | None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,14 @@ from tooling import assert_refused, tool
 
 from megatron_tf.benchmark import adapters
 from megatron_tf.commands.compare_adapters import FORMS
-from megatron_tf.finetuning.comparison import Plan, _best_rate, _missing, _results, _table
+from megatron_tf.finetuning.comparison import _COLUMNS, Plan, _best_rate, _missing, _results, _second_results, _table
 from megatron_tf.finetuning.trial import BASE, Outcome, Setting, Trial
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "finetuning"))
 from bases import questions, write_base, write_lines  # noqa: E402
 
 SETTING = Setting(Path("base"), "fp32", 8, 10, 4, 2, 32, 16)
-PLAN = Plan(SETTING, "a", "b", ("lora", "modules"), (0.1, 0.2, 0.4), seeds=3, rounds=0)
+PLAN = Plan(SETTING, "a", "b", None, ("lora", "modules"), (0.1, 0.2, 0.4), seeds=3, rounds=0)
 
 
 def test_the_command_knows_all_forms_without_torch():
@@ -39,14 +40,29 @@ def test_rates_are_tried_with_one_seed_and_seeds_with_the_best_rate():
     assert (lora["held"], lora["held_spread"], lora["seeds"]) == (pytest.approx(1.6), pytest.approx(0.2), 3)
     assert lora["learnt"] == pytest.approx(1.4) and lora["forgotten"] == pytest.approx(-1.4)
     assert not lora["rate_at_end"] and modules["rate_at_end"]
-    assert "| 0.4* | 3 | 1.8000 | 0.2000 |" in _table([base, lora, modules])
+    assert "| 0.4* | 3 | 1.8000 | 0.2000 |" in _table(_COLUMNS, [base, lora, modules])
 
 
 def test_a_form_that_always_diverges_is_in_the_table():
     done = {Trial(BASE, 0.0, 0): Outcome(0, 3.0, 4.0)}
     done |= {Trial(form, rate, 0): Outcome(64, None, None) for form in PLAN.forms for rate in PLAN.rates}
     assert list(_missing(PLAN, done)) == []
-    assert "| LoRA | 64 | – | 0 | – |" in _table(_results(PLAN, done, {}))
+    assert "| LoRA | 64 | – | 0 | – |" in _table(_COLUMNS, _results(PLAN, done, {}))
+
+
+def test_ways_to_a_second_text_are_tried_at_the_best_rate_of_the_first():
+    plan = replace(PLAN, then="c", forms=("modules",), rates=(0.1,), seeds=2)
+    done = {}
+    for trial in _missing(plan, done):
+        is_second = trial.form.startswith("modules-")
+        done[trial] = Outcome(64, 2.0 + trial.seed, 4.0, 100.0, None, 2.5 + trial.seed if is_second else None)
+    assert [trial.form for trial in done] == ["none", *["modules"] * 2, *["modules-on"] * 2, *["modules-grown"] * 2]
+    found = _second_results(plan, done)
+    assert [entry["adapter"] for entry in found] == [
+        "Pattention, trained on",
+        "Pattention, frozen, grown by as many tokens",
+    ]
+    assert (found[0]["held"], found[0]["first"], found[0]["first_forgotten"]) == (2.5, 3.0, 0.5)
 
 
 @pytest.mark.slow
@@ -67,9 +83,13 @@ def test_forms_are_compared_and_a_comparison_goes_on(tmp_path):
 
     lines = (tmp_path / "out" / "trials.jsonl").read_text()
     (tmp_path / "out" / "trials.jsonl").write_text(lines + '{"form": "lo')  # a kill tore it
-    done = tool("compare_adapters", *arguments, "--forms", "lora", "modules", "--seeds", 2, "--rounds", 0)
+    then = ("--then", write_lines(tmp_path / "then.jsonl", [{"text": "and then " * 5}] * 20))
+    done = tool("compare_adapters", *arguments, *then, "--forms", "lora", "modules", "--seeds", 2, "--rounds", 0)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(", seed 1: held-out loss") == 2 and ", seed 0:" not in done.stdout
+    ways = json.loads((tmp_path / "out" / "results.json").read_text())["second_text"]
+    assert [way["seeds"] for way in ways] == [2, 2, 2, 2] and all(way["first"] and way["held"] for way in ways)
+    assert ways[1]["parameters"] == lora["parameters"] and ways[3]["parameters"] == modules["parameters"]
+    assert done.stdout.count(", seed 1: held-out loss") == 2 + 4 and done.stdout.count(", seed 0:") == 4
     assert (tmp_path / "out" / "trials.jsonl").read_text().startswith(lines)
     assert_refused(
         tool("compare_adapters", *arguments, "--rank", 4), "is of a comparison with rank 8, and this one has 4"
