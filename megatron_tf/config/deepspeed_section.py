@@ -10,7 +10,7 @@ from megatron_tf.config.fields import Count, EvenCount, Section, TotalCount
 
 
 class DeepSpeedFp16(Section):
-    """Dynamic loss scaling, with training.precision fp16."""
+    """Dynamic loss scaling, with training.precision fp16 and either engine."""
 
     initial_scale_power: Annotated[int, Field(ge=0, le=40)] = 16
     """The first scale is 2 to this power."""

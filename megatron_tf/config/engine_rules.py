@@ -22,18 +22,20 @@ def engine_problems(config: RunConfig) -> Iterator[str]:
                     f"Set parallel.engine to torch, or parallel.{key} to {usual}."
                 )
         return
-    if config.training.precision == "fp16":
-        yield (
-            "training.precision: fp16 needs parallel.engine: deepspeed, which has a loss scale, and it is torch. "
-            "Set training.precision to bf16 or fp32."
-        )
     if config.zero.stage != 1:
         yield (
             f"zero.stage: {config.zero.stage} is for parallel.engine: deepspeed, and it is torch, which shards what "
             "parallel.shard says. Leave out zero.stage."
         )
-    if config.deepspeed != type(config.deepspeed)():
-        yield "deepspeed: this section has no effect with parallel.engine: torch. Leave it out."
+    unused = config.deepspeed
+    if config.training.precision == "fp16":
+        # the loss scale has these settings under both engines
+        unused = unused.model_copy(update={"fp16": type(unused.fp16)()})
+    if unused != type(unused)():
+        yield (
+            "deepspeed: this section has no effect with parallel.engine: torch, but for deepspeed.fp16 with "
+            "training.precision fp16. Leave it out."
+        )
 
 
 def pipeline_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:

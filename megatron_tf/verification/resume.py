@@ -159,7 +159,8 @@ def _spawn(config: RunConfig, steps: int, jobs: Sequence[_Job]) -> list[_Outcome
 
 def _rank(rank: int, config: RunConfig, steps: int, jobs: list[_Job], world: int, folder: str) -> None:
     with joined([setting.apply(config) for setting, *_ in jobs], rank, world, folder):
-        if config.training.precision == "fp16" and not torch.cuda.is_available():
+        under_deepspeed = any(setting.engine == "deepspeed" for setting, *_ in jobs)
+        if under_deepspeed and config.training.precision == "fp16" and not torch.cuda.is_available():
             from megatron_tf.engine.deepspeed.patches import allow_fp16_on_cpu
 
             allow_fp16_on_cpu()

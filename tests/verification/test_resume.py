@@ -102,7 +102,8 @@ def test_half_precision(config, precision):
     """fp32 masters and the loss scaler are restored bit for bit; the losses follow the fp32 run within rounding."""
     half = config(training={"precision": precision}, deepspeed={"fp16": {"initial_scale_power": 8}})
     pairs = [(setting(1, 1, 2), setting(2, 1, 1, True)), (setting(2, 1, 1, True), setting(1, 2, 1))]
-    check(half, pairs, tolerance=2e-2)
+    other = setting(1, 1, 2, engine="torch")
+    check(half, [*pairs, (pairs[0][0], other), (other, pairs[0][0])], tolerance=2e-2)
 
 
 def test_a_loss_or_a_state_that_differs_does_not_agree():

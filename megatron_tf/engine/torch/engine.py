@@ -21,6 +21,7 @@ from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.engine.segmented import Fragment, SegmentedEngine
 from megatron_tf.engine.shards import ShardedParameter, shards_of
 from megatron_tf.engine.torch import sharding
+from megatron_tf.engine.torch.loss_scale import LossScale
 from megatron_tf.model.context import BlockContext
 from megatron_tf.model.layers import TensorParallel, choose_forms
 from megatron_tf.model.precision import DTYPES
@@ -93,6 +94,8 @@ class TorchEngine(SegmentedEngine):
         self._loss_weight: Tensor | float = topology.context / (
             plan.num_micro_batches * plan.micro_batch_size * self._task.losses_per_sample(model)
         )
+        # of fp16 alone: what the loss is multiplied by, and gradients divided by again
+        self._loss_scale = LossScale(config.deepspeed.fp16) if config.training.precision == "fp16" else None
         self._pipeline: Pipeline | None = None
         pipeline = make_group(topology, "pipeline", timeout)
         if pipeline.handle is not None:
@@ -177,7 +180,16 @@ class TorchEngine(SegmentedEngine):
         with self.clock.phase("optimizer"):
             skipped = not self._update(norm)
         self.steps_skipped += skipped
-        return StepResult(loss, norm, lr, skipped, reports=self._reports(self._found))
+        seeks_scale = False
+        if self._loss_scale is not None:
+            seeks_scale = skipped and self._loss_scale.can_fall
+            self._loss_scale.update(skipped)
+        reports = self._reports(self._found)
+        return StepResult(loss, norm, lr, skipped, seeks_scale, self.loss_scaler().get("cur_scale"), reports)
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self._loss_scale is None else self._loss_scale.value
 
     def _own(self, targets: Tensor) -> Tensor:
         """Those of this rank's positions, on the device."""
@@ -202,14 +214,16 @@ class TorchEngine(SegmentedEngine):
         return [loss.detach() for loss in pipeline.step(inputs, targets, self._loss)]
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """logits [..., b, C/T], targets [b, ...] -> what the micro batch adds to the step's loss, at least fp32."""
+        """logits [..., b, C/T], targets [b, ...] -> what the micro batch adds to the step's loss, scaled, at least
+        fp32."""
         layers = self._stage.task_layers
-        return layers.losses(self.model, logits, targets, self._tensor).sum() * self._loss_weight
+        return layers.losses(self.model, logits, targets, self._tensor).sum() * (self._loss_weight * self._scale)
 
     def _next_context(self, number: int) -> BlockContext:
         """For a pass of micro batch `number`."""
         self._collect_reports()
-        self._context = BlockContext(loss_weight=1 / self.plan.num_micro_batches, branches=self._of_step[number])
+        weight = self._scale / self.plan.num_micro_batches
+        self._context = BlockContext(loss_weight=weight, branches=self._of_step[number])
         return self._context
 
     def _collect_reports(self) -> None:
@@ -238,7 +252,7 @@ class TorchEngine(SegmentedEngine):
         """The loss of the global batch, and the norm of its gradient; the same on all ranks."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._on)
         if losses and self._tensor.rank == 0:
-            sums[0] = torch.stack(losses).sum().double() / self._topology.replicas
+            sums[0] = torch.stack(losses).sum().double() / (self._topology.replicas * self._scale)
         squares = [
             gradient.float().square().sum(dtype=torch.float64)
             for shard, gradient in sharding.gradients(self._shards)
@@ -247,17 +261,18 @@ class TorchEngine(SegmentedEngine):
         if squares:
             sums[1] = torch.stack(squares).sum()
         dist.all_reduce(sums)
-        return sums[0].float(), math.sqrt(float(sums[1]))
+        return sums[0].float(), math.sqrt(float(sums[1])) / self._scale
 
     def _update(self, norm: float) -> bool:
-        """Updates the weights, unless the gradient is not finite."""
+        """Updates the weights, unless the gradient is not finite. `norm`: of the gradient without its scale."""
         limit = self.config.training.gradient_clipping
         finite = math.isfinite(norm)
         self._skipped = [] if finite else _nonfinite(self._shards)
-        factor = limit / (norm + 1e-6) if finite and limit else 1.0
+        factor = min(1.0, limit / (norm + 1e-6)) if finite and limit else 1.0
+        factor /= self._scale
         for shard, fragment in self._fragments:
             gradient = sharding.gradient(shard.parameter)
-            if gradient is not None and factor < 1:
+            if gradient is not None and factor != 1:
                 gradient.mul_(factor)
             fragment.buffer.grad = gradient
         self.optimizer.skip_next = not finite
@@ -285,11 +300,13 @@ class TorchEngine(SegmentedEngine):
         return [fragment for shard, fragment in self._fragments if not shard.spec.sharded or shard.spec.tied]
 
     def loss_scaler(self) -> dict[str, Any]:
-        """Empty: there is no fp16 here."""
-        return {}
+        """State of the fp16 loss scale; empty for other precisions."""
+        return {} if self._loss_scale is None else self._loss_scale.state()
 
     def load_loss_scaler(self, state: dict[str, Any]) -> None:
-        """Nothing: what an fp16 run left says nothing about other precisions."""
+        """Goes on from it. What an fp16 run left says nothing about other precisions."""
+        if self._loss_scale is not None:
+            self._loss_scale.load(state)
 
     def close(self) -> None:
         """Frees the parameters and buffers."""

@@ -110,7 +110,10 @@ def _faults(rank, folder):
             {"parallel": {"engine": "deepspeed", "shard": "parameters"}},
             "parallel.shard: parameters needs parallel.engine",
         ),
-        ({"training": {"precision": "fp16"}}, "training.precision: fp16 needs parallel.engine: deepspeed"),
+        (
+            {"training": {"precision": "fp16"}, "deepspeed": {"zero_optimization": {"overlap_comm": True}}},
+            "deepspeed: this section has no effect with parallel.engine: torch, but for deepspeed.fp16",
+        ),
         ({"zero": {"stage": 0}}, "zero.stage: 0 is for parallel.engine: deepspeed"),
         ({"deepspeed": {"fp16": {"loss_scale_window": 10}}}, "deepspeed: this section has no effect"),
         (
