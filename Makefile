@@ -86,6 +86,6 @@ $(STAMP): setup.py pyproject.toml Makefile
 clean:
 	test $(VENV) != .venv -a ! -e $(MADE_HERE) || rm -rf $(VENV)
 	rm -rf build site megatron_tf.egg-info .pytest_cache .mypy_cache .ruff_cache
-	rm -rf $(addprefix runs/demo/,small control grown loss.png)
+	rm -rf $(addprefix runs/demo/,small control grown expanded loss.png)
 	rmdir runs/demo runs 2>/dev/null || true
 	find megatron_tf launch tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

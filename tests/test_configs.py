@@ -33,8 +33,8 @@ TOKENFORMERS = {
     "tiny_grow": (2_621_696, 4, 128, 4, 256, 1024),
     "sparse_124M_to_762M": (761_908_416, 12, 768, 12, 576, 2304),
     "tiny_split": (3_162_496, 4, 128, 4, 128, 512),
-    "demo": (164_096, 2, 128, 4, 8, 32),
-    "demo_grow": (393_472, 2, 128, 4, 64, 256),
+    "demo": (491_904, 2, 192, 6, 16, 64),
+    "demo_grow": (1_180_032, 2, 192, 6, 128, 512),
 }
 # name -> (parameters, layers, hidden size, heads, width of the MLP)
 TRANSFORMERS = {

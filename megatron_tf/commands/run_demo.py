@@ -1,9 +1,10 @@
 """The whole story on a bare machine: prepare real text, train, grow, go on training, and show what came of it.
 
-Every step is one of the project's own commands and is printed before it runs. In addition to the grown model the small
-one is trained on for as many steps, as a control. Data go to data/demo, runs to --folder. Nothing is deleted: runs that
-are complete are not repeated, and one that was cut off goes on; remove the folder for a new story. `make demo` calls
-this.
+The text is novels in the public domain, fetched by package name, or this Python's own documentation where nothing can
+be fetched. Every step is one of the project's own commands and is printed before it runs. In addition to the grown
+model the small one is trained on for as many steps, as a control. Data go to data/demo, runs to --folder. Nothing is
+deleted: runs that are complete are not repeated, and one that was cut off goes on; remove the folder for a new story.
+`make demo` calls this.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 from megatron_tf.arguments import path, whole_number
 from megatron_tf.config.load import load_config
+from megatron_tf.corpora.build import REPORT
 from megatron_tf.errors import UserError
 from megatron_tf.paths import literal
 from megatron_tf.shipped import configurations
@@ -29,8 +32,20 @@ from megatron_tf.tasks.language_model.section import vocab_size_of
 from megatron_tf.telemetry import text
 
 DATA = Path("data/demo")
+NOVELS = DATA / "novels"
 SMALL, GROWN = "demo", "demo_grow"
 UNSPLIT = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false")
+FETCH_SECONDS = 180.0  # a package manager that has lost its network may wait for very long
+# What torch and its launcher say of themselves below errors; -v shows it.
+QUIET = {"LOGLEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+NEXT = """What to do next:
+
+megatron_tf generate {grown} --prompt "{prompt}" --tokens 200
+megatron_tf inspect {grown} --diff {small}
+megatron_tf convert to-hf {grown} --to exports/demo
+megatron_tf preprocess --input my.txt --tokenizer data/demo/tokenizer.json --output-prefix data/mine
+megatron_tf train demo run.dir=runs/mine data.train=data/mine
+megatron_tf plan 124M --gpus 8"""
 
 
 def main() -> None:
@@ -39,12 +54,15 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=path, default="runs/demo", metavar="DIR", help="of the runs (default runs/demo)"
     )
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what the launcher says of itself as well")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="for all runs")
     arguments = parser.parse_intermixed_args()
+    for name, value in () if arguments.verbose else QUIET.items():
+        os.environ.setdefault(name, value)
     started = time.monotonic()
     config = load_config(configurations()[SMALL], arguments.overrides)
-    prepare(vocab_size_of(config.model))
-    small, control, grown = (arguments.folder / name for name in ("small", "control", "grown"))
+    prompt = prepare(vocab_size_of(config.model))
+    small, control, grown, expanded = (arguments.folder / name for name in ("small", "control", "grown", "expanded"))
     tokens = json.dumps(config.model.model_dump()["parameter_tokens"])
     own = {
         small: [SMALL],
@@ -60,36 +78,63 @@ def main() -> None:
         command("evaluate", str(run / "config.yml"), *UNSPLIT, "--output", str(run / "evaluation"))
     picture = arguments.folder / "loss.png"
     command("plot", str(small), str(grown), "--output", str(picture))
+    if not expanded.exists():
+        command("expand", "--from", str(small), "--config", GROWN, "--to", str(expanded), *arguments.overrides)
     writers = {
-        "The small model writes, and so does the grown one before it is trained on": small,
-        "The small model, trained on, writes": control,
-        "The grown model writes": grown,
+        "The small model, before growth": small,
+        "The grown model, before it is trained on": expanded,
+        "The grown model, in the end": grown,
     }
-    for words, run in writers.items():
-        print(f"\n{words}:")
-        command("generate", str(run), "--prompt", "The return value is", "--tokens", "60")
+    texts = {head: written(run, prompt) for head, run in writers.items()}
     print("\n" + table(summary(small), summary(control, after=small), summary(grown)))
-    print(f"\nloss against tokens: {picture}\nall of it took {time.monotonic() - started:.0f} s")
+    for head, text_of_model in texts.items():
+        print(f"\n{head}, writes:\n\n{textwrap.indent(text_of_model.strip(), '    ')}")
+    print(f"\nloss against tokens: {picture}\nall of it took {time.monotonic() - started:.0f} s\n")
+    print(NEXT.format(grown=grown, small=small, prompt=prompt))
 
 
-def prepare(vocab_size: int) -> None:
-    """Corpus, tokenizer and training data in data/demo, unless they are there already."""
-    if not (DATA / "train.jsonl.zst").exists():
-        command("build-demo-corpus", str(DATA))
+def prepare(vocab_size: int) -> str:
+    """Corpus, tokenizer and training data in data/demo, unless they are there already; a beginning for samples."""
+    if not has_novels() and not (DATA / "train.jsonl.zst").exists():
+        fetch_or_build()
+    is_novels = has_novels()
+    inputs = {
+        split: str(NOVELS / split / "*.jsonl.zst" if is_novels else DATA / f"{split}.jsonl.zst")
+        for split in ("train", "validation")
+    }
     tokenizer = DATA / "tokenizer.json"
     if not tokenizer.exists():
-        command("train-tokenizer", "--input", str(DATA / "train.jsonl.zst"), "--vocab-size", str(vocab_size),
-                "--output", str(tokenizer))  # fmt: skip
+        command(
+            "train-tokenizer", "--input", inputs["train"], "--vocab-size", str(vocab_size), "--output", str(tokenizer)
+        )
     for split in ("train", "validation"):
         if not (DATA / f"{split}.idx").exists():
-            command("preprocess", "--input", str(DATA / f"{split}.jsonl.zst"), "--tokenizer", str(tokenizer),
+            command("preprocess", "--input", inputs[split], "--tokenizer", str(tokenizer),
                     "--output-prefix", str(DATA / split))  # fmt: skip
         found = json.loads((DATA / f"{split}.json").read_text(encoding="utf-8"))["vocab_size"]
-        if found > vocab_size:
+        if found != vocab_size:
             raise UserError(
                 f"{DATA}: holds data of an older demo, with a vocabulary of {found:,}; this one's has {vocab_size:,}. "
                 "Move the folder away and start again."
             )
+    return "She was" if is_novels else "The return value is"
+
+
+def has_novels() -> bool:
+    """Whether they are there and whole; a fetch that fails leaves an empty folder."""
+    return (NOVELS / REPORT).exists()
+
+
+def fetch_or_build() -> None:
+    """Novels; where they cannot be had, the documentation of this Python, saying so."""
+    try:
+        command("fetch-corpus", str(NOVELS), "--sources", "austen", seconds=FETCH_SECONDS)
+    except UserError as reason:
+        print(
+            f"\nNo novels can be fetched here ({reason}). The demo goes on with the documentation of this Python's "
+            "standard library."
+        )
+        command("build-demo-corpus", str(DATA))
 
 
 def train(config: str, ranks: int, overrides: list[str]) -> None:
@@ -108,16 +153,36 @@ def train(config: str, ranks: int, overrides: list[str]) -> None:
     run(words, [sys.executable, "-m", "torch.distributed.run", *words[1:]])
 
 
-def command(*words: str) -> None:
-    run(["megatron_tf", *words], [sys.executable, "-m", "megatron_tf", *words])
+def command(*words: str, **options: Any) -> str:
+    return run(["megatron_tf", *words], [sys.executable, "-m", "megatron_tf", *words], **options)
 
 
-def run(shown: list[str], words: list[str]) -> None:
-    """Prints a command as one would type it, and runs it; UserError when it fails."""
+def written(model: Path, prompt: str) -> str:
+    """A text of `model` that begins with `prompt`: of the same seed for all models."""
+    words = ("generate", str(model), "--prompt", prompt, "--tokens", "80", "--tokenizer", str(DATA / "tokenizer.json"))
+    return command(*words, captured=True)
+
+
+def run(shown: list[str], words: list[str], *, captured: bool = False, seconds: float | None = None) -> str:
+    """Prints a command as one would type it, and runs it; what it prints on stdout if that is `captured`.
+
+    UserError when it fails, or takes more than so many `seconds`.
+    """
     print(f"\n$ {shlex.join(shown)}", flush=True)
-    code = subprocess.run(words, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
-    if code:
-        raise UserError(f"this command ended with exit code {code}: {shlex.join(shown)}")
+    try:
+        done = subprocess.run(
+            words,
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+            stdout=subprocess.PIPE if captured else None,
+            timeout=seconds,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"this command had not ended after {seconds:g} s: {shlex.join(shown)}") from None
+    if done.returncode:
+        raise UserError(f"this command ended with exit code {done.returncode}: {shlex.join(shown)}")
+    return done.stdout or ""
 
 
 @dataclass(frozen=True)

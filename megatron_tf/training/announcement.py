@@ -69,8 +69,8 @@ def _shorter_than_trained(config: RunConfig, start: Start) -> Iterator[str]:
             continue
         yield (
             f"training.{key}: {asked:,}, and the run was trained for {trained:,} already: nothing is left to do, and "
-            f"its checkpoints stay as they are. Set it to more than {trained} to go on, or choose another run.dir for a "
-            "shorter run"
+            f"its checkpoints stay as they are. Set it to more than {trained} to go on, or choose another run.dir for "
+            "a shorter run"
         )
 
 

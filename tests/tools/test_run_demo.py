@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from launching import PROJECT
 
 from megatron_tf.commands import run_demo
 from megatron_tf.errors import UserError
@@ -44,17 +45,17 @@ def started(tmp_path, monkeypatch, capsys):
     """What the demo starts in an empty folder, without being run; its data are there."""
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data" / "demo"
-    data.mkdir(parents=True)
+    (data / "novels").mkdir(parents=True)  # as a fetch that failed leaves it
     for name in ("train.jsonl.zst", "tokenizer.json", "train.idx", "validation.idx"):
         (data / name).touch()
     for split in ("train", "validation"):
-        (data / f"{split}.json").write_text('{"vocab_size": 1024}')
+        (data / f"{split}.json").write_text('{"vocab_size": 2048}')
     for name in ("small", "control", "grown"):
         record_run(tmp_path / "runs" / "demo" / name, 1, 1, 1.0, 1.0, 1)
 
     def start(*words):
         commands = []
-        monkeypatch.setattr(run_demo, "run", lambda shown, words: commands.append(shown))
+        monkeypatch.setattr(run_demo, "run", lambda shown, words, **options: commands.append(shown) or "Text.\n")
         monkeypatch.setattr(sys, "argv", ["demo", *words])
         run_demo.main()
         return commands
@@ -74,14 +75,56 @@ def test_growth_and_control_begin_with_the_small_run(started, tmp_path):
     ]
     assert all("optimizer.lr=1e-3" in words for words in (small, grown, control))
     assert {"run.dir=runs/demo/grown", "growth.from=runs/demo/small"} <= set(grown)
-    tokens = 'model.parameter_tokens={"qkv": 8, "proj": 8, "ffn": 32}'
+    tokens = 'model.parameter_tokens={"qkv": 16, "proj": 16, "ffn": 64}'
     assert {"run.dir=runs/demo/control", "growth=null", "training.init_from=runs/demo/small", tokens} <= set(control)
-    assert [words[1] for words in rest] == ["evaluate", "evaluate", "evaluate", "plot", *["generate"] * 3]
-    assert [words[2].rpartition("/")[2] for words in rest[-3:]] == ["small", "control", "grown"]
+    assert [words[1] for words in rest] == ["evaluate", "evaluate", "evaluate", "plot", "expand", *["generate"] * 3]
+    assert [words[2].rpartition("/")[2] for words in rest[-3:]] == ["small", "expanded", "grown"]
+    assert all(words[4] == "The return value is" for words in rest[-3:])
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_data_of_an_older_demo_are_not_replaced(started, tmp_path):
-    (tmp_path / "data" / "demo" / "train.json").write_text('{"vocab_size": 4096}')
-    with pytest.raises(UserError, match=r"data/demo: holds data of an older demo, with a vocabulary of 4,096; .*1,024"):
+    (tmp_path / "data" / "demo" / "train.json").write_text('{"vocab_size": 1024}')
+    with pytest.raises(UserError, match=r"data/demo: holds data of an older demo, with a vocabulary of 1,024; .*2,048"):
         started()
+
+
+def test_where_no_novels_can_be_fetched_the_documentation_takes_their_place(tmp_path, monkeypatch, capsys):
+    """The first command is one that fails, or that does not end in time."""
+    for failing, seconds, reason in ((["false"], 60, "exit code 1"), (["sleep", "60"], 0.1, "not ended after 0.1 s")):
+        shown = []
+        monkeypatch.setattr(run_demo, "FETCH_SECONDS", seconds)
+
+        def command(*words, failing=failing, shown=shown, **options):
+            shown.append(words[0])
+            return run_demo.run(["megatron_tf", *words], failing if len(shown) == 1 else ["true"], **options)
+
+        monkeypatch.setattr(run_demo, "command", command)
+        run_demo.fetch_or_build()
+        assert shown == ["fetch-corpus", "build-demo-corpus"]
+        out = capsys.readouterr().out
+        assert reason in out and "goes on with the documentation of this Python's" in out
+
+
+def test_novels_are_prepared_from_their_folder(started, tmp_path):
+    (tmp_path / "data" / "demo" / "novels" / "corpus.json").touch()
+    for name in ("tokenizer.json", "train.idx", "validation.idx"):
+        (tmp_path / "data" / "demo" / name).unlink()
+    tokenizer, train, validation, *rest = started()
+    novels = "data/demo/novels"
+    assert tokenizer[1:4] == ["train-tokenizer", "--input", f"{novels}/train/*.jsonl.zst"]
+    assert [words[3] for words in (train, validation)] == [
+        f"{novels}/{split}/*.jsonl.zst" for split in ("train", "validation")
+    ]
+    assert rest[-1][4] == "She was"
+
+
+def test_what_is_said_to_do_next_stands_in_the_documentation(started, capsys):
+    """Where every command is checked."""
+    started()
+    out = capsys.readouterr().out
+    _, _, block = out.partition("What to do next:\n\n")
+    page = (PROJECT / "docs" / "start" / "demo.md").read_text()
+    commands = block.strip().replace("The return value is", "She was").splitlines()
+    assert len(commands) == 6 and all(line in page for line in commands), commands
+    assert "The small model, before growth, writes:\n\n    Text.\n" in out

@@ -19,10 +19,10 @@ def add_preparation_options(
     add("--input", type=input_path, nargs="+", required=True, metavar=metavar, help=inputs)
     add("--output-prefix", type=text_path, required=True, metavar="PREFIX", help="path of the output without suffix")
     add("--workers", type=int, default=1, metavar="N", help=f"processes that {does} (default: 1)")
-    add("--on-error", choices=("stop", "skip"), default="stop",
-        help=f"{bad} ends the run (default), or is named, counted and left out")  # fmt: skip
-    add("--validation-fraction", type=float, default=0.0, metavar="F",
-        help=f"hold out this share of the {things}, chosen by hash: writes PREFIX_train and PREFIX_validation")  # fmt: skip
+    either = f"{bad} ends the run (default), or is named, counted and left out"
+    add("--on-error", choices=("stop", "skip"), default="stop", help=either)
+    split = f"hold out this share of the {things}, chosen by hash: writes PREFIX_train and PREFIX_validation"
+    add("--validation-fraction", type=float, default=0.0, metavar="F", help=split)
     add("--shard-index", type=int, default=0, metavar="I", help="which share of the files this run does (default: 0)")
     add("--num-shards", type=int, default=1, metavar="N", help="number of runs that share the files (default: 1)")
     add("--replace", action="store_true", help="let go of other data under PREFIX, which otherwise is an error")
