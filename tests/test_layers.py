@@ -109,6 +109,7 @@ RESERVED = {
     "sentencepiece": ("megatron_tf.data.tokenizer",),
     "tensorboard": ("megatron_tf.telemetry.trackers",),
     "tiktoken": ("megatron_tf.data.tiktoken_files",),
+    "timm": ("megatron_tf.benchmark.images",),
     "torch.utils.tensorboard": ("megatron_tf.telemetry.trackers",),
     "transformers": (
         "megatron_tf.adapters.export",

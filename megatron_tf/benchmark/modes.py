@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel
-from megatron_tf.benchmark import adapters, communication, memory, pattention, scaling, sparse, stages, step
+from megatron_tf.benchmark import adapters, communication, images, memory, pattention, scaling, sparse, stages, step
 from megatron_tf.benchmark.device import check_dtypes, machine, quick_dtype
 from megatron_tf.benchmark.references import FORMULAS
 from megatron_tf.benchmark.report import Row, check_json, table, write_json
@@ -23,6 +23,7 @@ from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.runtime.host_memory import keep_freed_memory, refuse_beyond_free
+from megatron_tf.tasks.image_classification.section import ImageModel
 
 
 def run_benchmark(arguments: argparse.Namespace) -> None:
@@ -175,6 +176,16 @@ def run_adapters(device: torch.device, arguments: argparse.Namespace) -> Iterabl
     return adapters.rows(device, *sizes, arguments.rounds)
 
 
+def run_images(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    config = load_config(arguments.config)
+    if not isinstance(config.model, TokenFormerModel) or not isinstance(config.model, ImageModel):
+        raise ConfigError(
+            f"{arguments.config}: is a {config.model.architecture} of the task {config.model.task}, and this mode "
+            "measures a tokenformer of image_classification. Give one."
+        )
+    return images.rows(config, device, arguments.layers, arguments.samples, arguments.workers, arguments.rounds)
+
+
 MODES = {
     "pattention": run_pattention,
     "sparse": run_sparse,
@@ -184,4 +195,5 @@ MODES = {
     "step": run_step,
     "scaling": run_scaling,
     "adapters": run_adapters,
+    "images": run_images,
 }

@@ -81,6 +81,13 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument("--rank", type=count, default=8, help="of LoRA (default 8)")
     mode.add_argument("--rounds", type=count, default=11, help="interleaved rounds (default 11)")
     add_device(mode)
+    mode = add_mode(modes, "images")
+    mode.add_argument("config", type=config_file, metavar="CONFIG", help="a TokenFormer that classifies images")
+    mode.add_argument("--layers", type=count, default=2, help="of each model (default 2)")
+    mode.add_argument("--samples", type=count, default=8, help="images a step (default 8)")
+    mode.add_argument("--workers", type=ranks, default=1, help="threads of the loader (default 1)")
+    mode.add_argument("--rounds", type=count, default=11, help="interleaved rounds (default 11)")
+    add_device(mode)
     return parser.parse_args()
 
 
