@@ -177,8 +177,8 @@ def _contradictions(index: CheckpointIndex, model: Model) -> Iterator[str]:
 
 
 def _other_kinds(index: CheckpointIndex, model: Model) -> Iterator[str]:
-    """Entries of the history whose token counts are of other projections than the model has, or whose layers are none
-    that it can have come from."""
+    """Entries of the history whose token counts are of other projections than the model has, or whose layers or
+    widths are none that it can have come from."""
     kinds = architecture_of(model).token_counts(model).keys()
     for number, entry in enumerate(index.growth_history):
         for key in ("from", "to"):
@@ -190,6 +190,13 @@ def _other_kinds(index: CheckpointIndex, model: Model) -> Iterator[str]:
             if grown["to"] != layers:
                 yield f"growth_history.{number}.layers.to is {grown['to']}, the model then had {layers} layers"
             layers = grown["from"]
+    sizes = model.model_dump()
+    for number, entry in reversed(list(enumerate(index.growth_history))):
+        if (cloned := entry.get("width")) is not None:
+            for key, size in cloned["to"].items():
+                if sizes.get(key) != size:
+                    yield f"growth_history.{number}.width.to.{key} is {size}, the model then had {sizes.get(key)}"
+            sizes |= cloned["from"]
 
 
 def _other_candidates(index: CheckpointIndex, model: Model) -> Iterator[str]:

@@ -55,6 +55,14 @@ class _CandidatesGrowth(_Record):
     to: _Banks | None
 
 
+class _WidthGrowth(_Record):
+    """See `growth.width`: keys of the model section, before and after."""
+
+    before: dict[Text, Count] = Field(alias="from")
+    to: dict[Text, Count]
+    clone_noise: Fraction = 0.0
+
+
 class GrowthEntry(_Record):
     """One growth, or pruning, see `growth.source.growth_entry`. Fields with a default are not in all of them."""
 
@@ -74,6 +82,7 @@ class GrowthEntry(_Record):
     data_samples: Count = 0
     layers: _LayerGrowth | None = None
     sparse: _CandidatesGrowth | None = None
+    width: _WidthGrowth | None = None
 
 
 class _Source(_Record):

@@ -105,6 +105,9 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
             if bank := banks[kind]:
                 row = f"{count:,} tokens, {bank.candidates} candidates copied to {used[kind].bank}"
         print(f"{kind:<11} {row}, τ {scale_of(old, index.scales, kind)} -> {scale_of(old, start.source.scales, kind)}")
+    if (width := start.growth_history[-1].get("width")) is not None:
+        for key, size in width["from"].items():
+            print(f"{key} {size} -> {width['to'][key]} by cloning; moments of all: 0")
     if old.num_layers != config.model.num_layers:
         print(
             f"{'layers':<11} {old.num_layers} -> {config.model.num_layers} by {growth.depth_method}; moments of new "

@@ -106,6 +106,10 @@ def read_findings(path: str | os.PathLike[str], architecture: str) -> Findings:
 
 def law_of(values: Mapping[str, Any]) -> Law:
     """As results.json has it."""
-    pairs = {key: (float(values[key][0]), float(values[key][1])) for key in ("parameters", "tokens", "flops")}
-    numbers = {key: float(values[key]) for key in ("E", "A", "alpha", "B", "beta", "residual")}
-    return Law(**numbers, points=int(values["points"]), **pairs)
+    parameters, tokens, flops = (
+        (float(values[key][0]), float(values[key][1])) for key in ("parameters", "tokens", "flops")
+    )
+    floor, of_size, alpha, of_tokens, beta, residual = (
+        float(values[key]) for key in ("E", "A", "alpha", "B", "beta", "residual")
+    )
+    return Law(floor, of_size, alpha, of_tokens, beta, int(values["points"]), residual, parameters, tokens, flops)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_tf.telemetry.text import size, table
@@ -150,17 +150,17 @@ def _chain_lines(plan: dict[str, Any]) -> Iterable[str]:
                 f"{cost['tokens'] / 1e9:,.4g} B",
                 f"{cost['gpu_hours']:,.0f}",
                 f"{cost['chain_gpu_hours']:,.0f}",
-                f"{_span(low / 1e9, high / 1e9, ',.4g')} B",
-                _span(*cost["scratch_gpu_hours"], ",.0f"),
-                _span(*cost["ratio"], ".2f"),
+                f"{_span((low / 1e9, high / 1e9), ',.4g')} B",
+                _span(cost["scratch_gpu_hours"], ",.0f"),
+                _span(cost["ratio"], ".2f"),
                 "" if above is None else f"{above:.2f}",
             )
         )
     yield table(rows)
     total = costs[-1]["chain_gpu_hours"]
     scratch = [sum(cost["scratch_gpu_hours"][end] for cost in costs) for end in (0, 1)]
-    yield f"  all sizes: {total:,.0f} GPU-hours by growing, {_span(*scratch, ',.0f')} from scratch one by one"
-    kappas = dict.fromkeys(_span(*cost["kappa"], ".2f") for cost in costs if cost["kappa"] is not None)
+    yield f"  all sizes: {total:,.0f} GPU-hours by growing, {_span(scratch, ',.0f')} from scratch one by one"
+    kappas = dict.fromkeys(_span(cost["kappa"], ".2f") for cost in costs if cost["kappa"] is not None)
     yield "  R = φ + (1 - φ)·(c_s/c_l)/κ, φ = own tokens / from scratch. κ, tokens from scratch that a token of the"
     yield f"  sizes before is worth, is {', '.join(kappas)}, {plan['kappa']}."
 
@@ -200,8 +200,8 @@ def _advice_lines(advice: dict[str, Any]) -> Iterable[str]:
     )
 
 
-def _span(low: float, high: float, form: str) -> str:
-    first, last = f"{low:{form}}", f"{high:{form}}"
+def _span(ends: Sequence[float], form: str) -> str:
+    first, last = (f"{end:{form}}" for end in ends)
     return first if first == last else f"{first} to {last}"
 
 

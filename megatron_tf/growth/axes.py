@@ -36,6 +36,10 @@ class Axis(ABC):
         """Whether a key of the model section is one that this axis changes."""
         return any(key.startswith(own) if own.endswith(".") else key == own for own in cls.keys)
 
+    def serves(self, model: Model) -> bool:
+        """Whether models of this kind grow along the axis at all."""
+        return True
+
     @abstractmethod
     def between(self, old: Model, new: Model) -> Model:
         """`old` with this axis' keys as `new` has them: what has grown along this axis alone."""
@@ -74,6 +78,7 @@ class Axis(ABC):
 
 AXES: Registry[Axis] = Registry(
     {
+        "width": "megatron_tf.growth.width:WIDTH",
         "tokens": "megatron_tf.growth.tokens:TOKENS",
         "candidates": "megatron_tf.growth.candidates:CANDIDATES",
         "layers": "megatron_tf.growth.layers:LAYERS",

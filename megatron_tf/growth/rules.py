@@ -50,15 +50,16 @@ def growth_problems(old: Model, new: Model, growth: Growth = DEFAULTS) -> list[s
             f"model.architecture: {old.architecture} before, {new.architecture} after. Growth keeps the architecture: "
             "train the new one from scratch, without growth."
         ]
-    *several, last = (axis.changes for axis in axes())
+    own = [axis for axis in axes() if axis.serves(old)]
+    *several, last = (axis.changes for axis in own)
     changes = f"{', '.join(several)} and {last}"
     problems = [
         f"model.{key}: {before} before, {after} after. Growth changes {changes} only: set it to {before}, or train the "
         f"new model from scratch, without growth{_WIDTHS if key == 'hidden_size' else ''}"
         for key, before, after in differing(old, new)
-        if not any(axis.claims(key) for axis in axes())
+        if not any(axis.claims(key) for axis in own)
     ]
-    for axis in axes():
+    for axis in own:
         problems += axis.problems(old, new, growth)
     if not problems:
         problems += _needless(old, new, growth)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from megatron_tf.config.schema import Growth, Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.axes import steps
 from megatron_tf.growth.methods import Elements, NewTokens, method_named
+from megatron_tf.growth.noise import noise
 from megatron_tf.growth.rules import growth_problems
 from megatron_tf.growth.tokens import decide, growing
-from megatron_tf.state.initialize import initial_rows
 from megatron_tf.state.optimizer_states import WEIGHT, declared_states, initial_value
-from megatron_tf.state.parameters import ParameterSpec, parameter_table
+from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import FreshSource, StateSource, copy_in_slices
 
 PRUNED = "pruned"  # stands for a method in the history of a model that has lost tokens
@@ -33,14 +33,6 @@ PRUNED = "pruned"  # stands for a method in the history of a model that has lost
 def growth_seed(seed: int, number: int) -> int:
     """Seed of a run's `number`-th growth, so that the tokens of each growth are drawn apart from all others."""
     return int.from_bytes(hashlib.sha256(f"growth {number} of {seed}".encode()).digest()[:8], "big") >> 1
-
-
-def noise(spec: ParameterSpec, seed: int, start: int, stop: int) -> Tensor:
-    """N(0, 1) in fp64 for elements [start, stop) of a tensor, as a function of (seed of the growth, name, row)."""
-    spec = replace(spec, name=f"{spec.name}/noise", std=1.0)
-    first, last = start // spec.width, -(-stop // spec.width)
-    rows = initial_rows(spec, seed, first, last).reshape(-1)
-    return rows[start - first * spec.width : stop - first * spec.width].double()
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,10 @@ def _true_growth(growth: Growth, entry: Mapping[str, Any]) -> Iterator[tuple[str
     if layers is not None and layers["method"] != growth.depth_method:
         was = layers["method"]
         yield "depth_method", (growth.depth_method, f"by {was}", {"depth_method": was})
+    width = entry.get("width")
+    if width is not None and width["clone_noise"] != growth.clone_noise:
+        was = width["clone_noise"]
+        yield "clone_noise", (growth.clone_noise, f"with {was}", {"clone_noise": was})
     for key in ("noise", "moments"):
         was, now = entry.get(key), getattr(growth, key)
         if was is not None and was != now:
@@ -181,7 +185,13 @@ def _how(entry: Mapping[str, Any]) -> str:
     """The methods of a growth in words."""
     tokens, layers = _method(entry["method"]), entry.get("layers")
     of_layers = [] if layers is None else [f"{layers['from']} -> {layers['to']} layers by {layers['method']}"]
-    return ", ".join([*([tokens] if tokens else []), *of_layers])
+    width = entry.get("width")
+    of_width = [] if width is None else [f"width {_widths(width)} by cloning"]
+    return ", ".join([*of_width, *([tokens] if tokens else []), *of_layers])
+
+
+def _widths(width: Mapping[str, Any]) -> str:
+    return f"{width['from']['hidden_size']} -> {width['to']['hidden_size']}"
 
 
 def _method(method: str | Mapping[str, str]) -> str:

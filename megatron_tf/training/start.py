@@ -29,6 +29,7 @@ from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.errors import CheckpointError, ConfigError, shortened
 from megatron_tf.growth.grow import grow
 from megatron_tf.growth.methods import SPLIT
+from megatron_tf.growth.width import before_cloning
 from megatron_tf.state.parameters import in_layer, layer_of, parameter_table
 from megatron_tf.state.sources import StateSource, initial_source
 from megatron_tf.telemetry.text import bullets
@@ -135,6 +136,7 @@ def _models_before(model: Model, growth_history: Sequence[Mapping[str, Any]]) ->
     for entry in reversed(growth_history):
         if (layers := entry.get("layers")) is not None:
             model = model.model_copy(update={"num_layers": layers["from"]})
+        model = before_cloning(model, entry)
         if (changed := entry.get("sparse")) is not None or entry.get("method") == SPLIT:
             # a history of an earlier version has splits of dense models alone
             model = architecture_of(model).with_sparse(model, None if changed is None else changed["from"])

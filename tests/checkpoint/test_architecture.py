@@ -101,7 +101,8 @@ def test_a_transformer_has_a_width_and_no_tokens():
     with pytest.raises(CheckpointError, match="model.ffn_hidden_size: checkpoint 32, configuration 40"):
         check_same_architecture(index(transformer()), transformer(ffn_hidden_size=40))
     with pytest.raises(
-        ConfigError, match="model.ffn_hidden_size: 32 before, 40 after. Growth changes token counts, candid"
+        ConfigError,
+        match="model.ffn_hidden_size: 32 before, 40 after. Cloning repeats what there is: set it to 32, or 64",
     ):
         check_growable(index(transformer()), transformer(ffn_hidden_size=40))
     assert token_counts(model(), "pruned") == {"qkv": 6, "proj": 6, "ffn": 24}
@@ -208,3 +209,20 @@ def test_everything_else_must_be_equal_and_the_pile_models_are_mentioned():
 def test_nothing_to_grow_is_said():
     with pytest.raises(ConfigError, match=r"growth: the smaller model has model.parameter_tokens .* already"):
         check_growable(index(model()), model())
+
+
+@pytest.mark.parametrize(
+    ("width", "reason"),
+    [
+        ({"from": {"hidden_size": 4}, "to": {"hidden_size": 16}}, "width.to.hidden_size is 16, the model then had 8"),
+        ({"from": {"hidden_size": 4}, "to": {"depth": 16}}, "width.to.depth is 16, the model then had None"),
+        ({"from": 4, "to": {}}, "width.from"),
+    ],
+)
+def test_a_width_that_does_not_lead_to_the_model_is_refused(width, reason):
+    entry = {"method": {}, "moments": "keep", "source": "x", "step": 1, "samples": 1, "tokens": 1, "from": {}, "to": {},
+             "loss_before": None, "loss_after": None}  # fmt: skip
+    right = {"from": {"hidden_size": 4}, "to": {"hidden_size": 8}, "clone_noise": 0.1}
+    assert stored_model(index(transformer(), growth_history=({**entry, "width": right},))) == transformer()
+    with pytest.raises(CheckpointError, match=reason):
+        stored_model(index(transformer(), growth_history=({**entry, "width": width},)))

@@ -97,7 +97,7 @@ def test_columns_tokens_and_layers_in_one_growth():
     assert any(
         "Growth changes token counts, candidates and model.num_layers only" in p for p in growth_problems(small, large)
     )
-    with AXES.registered("width", Width()):
+    with AXES.registered("repeated", Width()):
         assert [step.axis.changes for step in steps(small, large)] == ["width", "token counts", "model.num_layers"]
         source = grown(small, large)
         assert source.preserves and source.record["width"] == [32, 64]

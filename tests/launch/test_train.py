@@ -185,5 +185,26 @@ def test_the_rates_of_a_grown_model_follow_its_tokens(folder):
     assert new_keys.abs().median().item() == pytest.approx(1e-2 * 0.5, rel=1e-2)
 
 
+@pytest.mark.slow
+def test_a_transformer_grows_in_width(folder):
+    """On two tensor ranks: the proof, another growth of the one before, and a resume."""
+    plain = ["model.architecture=transformer", "model.parameter_tokens=null", "training.train_steps=2"]
+    succeed(train(folder, *plain, "model.ffn_hidden_size=37"))
+    wide = [*plain, "model.hidden_size=64", "model.num_attention_heads=8", "model.num_key_value_heads=8",
+            "parallel.tensor=2"]  # fmt: skip
+    once = [*wide, f"run.dir={folder}/grown", f"growth.from={folder}/run", "model.ffn_hidden_size=74"]
+    out = succeed(train(folder, *once, ranks=2))
+    assert "width 32 -> 64 by cloning" in out and "held batch" in out
+    entry = open_checkpoint(folder / "grown" / "checkpoints" / "step_00000002").index.growth_history[0]
+    assert entry["preserves"] and entry["loss_before"] == pytest.approx(entry["loss_after"], rel=1e-6)
+    again = [*wide, f"run.dir={folder}/again", f"growth.from={folder}/grown", "model.ffn_hidden_size=148"]
+    succeed(train(folder, *again, ranks=2))
+    out = succeed(train(folder, *again, "training.train_steps=3", ranks=2))
+    assert (
+        "resumed from" in out
+        and len(open_checkpoint(folder / "again" / "checkpoints" / "step_00000003").index.growth_history) == 2
+    )
+
+
 def test_help_needs_no_set_up():
     assert "section.field=value" in succeed(run([sys.executable, TRAIN, "--help"]))

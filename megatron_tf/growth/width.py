@@ -1,0 +1,108 @@
+"""Width of a Transformer, by cloning (HyperCloning, arXiv 2409.12903). Arithmetic, without torch; `growth.cloned` has the
+state.
+
+With m times the channels the hidden states h become [h, h, ..., h]. Then what a block computes is repeated as well:
+
+* The norm of [h, ..., h] is that of h, repeated, because mean and variance are.
+* A matrix whose inputs are repeated k times is repeated along its inputs and its outputs, and divided by k: each output
+  adds up k equal sums, each a k-th of what it was. qkv: m times the heads of as many channels each, in the order of the
+  old ones, m times over; each head attends as the old one of its place does, at the same rotation and scale.
+  ffn: f'/f times the columns, which GELU does not mix.
+* The embedding is repeated, and so are the final norm's weight and bias, divided by m: the logits, products with the tied
+  embedding, add up m equal sums.
+
+So the function stays. But clones that are alike have gradients that are alike, and would stay alike for good. Therefore
+weight w of the i-th clone of an input is (w/k)·(1 + `growth.clone_noise`·(nᵢ − mean n)), with its own nᵢ ~ N(0, 1): over
+the clones of one input the changes add up to 0, and the function stays all the same.
+
+An optimizer's states begin afresh everywhere, because no weight stands where its gradients were.
+
+A TokenFormer is not cloned: it grows by tokens at one width, which keeps its states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from megatron_tf.config.nearest import multiples_near
+from megatron_tf.config.schema import Growth, Model
+from megatron_tf.growth.axes import Axis
+
+if TYPE_CHECKING:
+    from megatron_tf.state.sources import StateSource
+
+HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+class WidthAxis(Axis):
+    order = 0
+    keys = ("hidden_size", *HEADS, "ffn_hidden_size")
+    changes = "width"
+
+    def serves(self, model: Model) -> bool:
+        return model.architecture == "transformer" and model.task == "language_model"
+
+    def between(self, old: Model, new: Model) -> Model:
+        if not self.serves(old):
+            return old
+        return old.model_copy(update=_sizes(new))
+
+    def problems(self, old: Model, new: Model, growth: Growth) -> list[str]:
+        if not self.serves(old):
+            return []
+        before, after = _sizes(old), _sizes(new)
+        found = [
+            f"model.{key}: {size} before, {after[key]} after. Cloning repeats what there is: set it to "
+            f"{size}, or {_larger(after[key], size)}"
+            for key, size in before.items()
+            if after[key] % size
+        ]
+        times = after["hidden_size"] // before["hidden_size"]
+        for key in HEADS if not found else ():
+            if after[key] != times * before[key]:
+                found.append(
+                    f"model.{key}: {before[key]} before, {after[key]} after, but model.hidden_size is {times} times what "
+                    f"it was, and heads keep their size. Set it to {times * before[key]}"
+                )
+        return found
+
+    def without_effect(self, old: Model, new: Model, growth: Growth) -> list[str]:
+        usual = type(growth).model_fields["clone_noise"].default
+        if growth.clone_noise == usual or (self.serves(old) and _sizes(old) != _sizes(new)):
+            return []
+        return [
+            f"growth.clone_noise: {growth.clone_noise:g} sets clones apart, and the width of a {old.architecture} does not "
+            "grow. Remove growth.clone_noise"
+        ]
+
+    def preserves(self, old: Model, new: Model, growth: Growth) -> bool:
+        return True
+
+    def record(self, old: Model, new: Model, growth: Growth) -> dict[str, Any]:
+        return {"width": {"from": _sizes(old), "to": _sizes(new), "clone_noise": growth.clone_noise}}
+
+    def source(
+        self, old: StateSource, fresh: StateSource, *, old_model: Model, new_model: Model, growth: Growth, seed: int
+    ) -> StateSource:
+        from megatron_tf.growth.cloned import ClonedSource
+
+        return ClonedSource(old, old_model, new_model, growth.clone_noise, seed)
+
+
+def _sizes(model: Model) -> dict[str, int]:
+    """The keys of the axis that the model has."""
+    return {key: getattr(model, key) for key in WidthAxis.keys}
+
+
+def _larger(wanted: int, size: int) -> str:
+    return " or ".join(str(near) for near in multiples_near(max(wanted, size + 1), size) if near > size)
+
+
+def before_cloning(model: Model, entry: Mapping[str, Any]) -> Model:
+    """The model before a growth, of which `entry` is the history, as far as its width goes."""
+    width = entry.get("width")
+    return model if width is None else model.model_copy(update=width["from"])
+
+
+WIDTH = WidthAxis()
