@@ -42,7 +42,7 @@ from torch import Tensor
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer, bank_of
 from megatron_tf.config.schema import Growth, Model
-from megatron_tf.growth.source import noise
+from megatron_tf.growth.noise import noise
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
 from megatron_tf.state.ranges import StepRange, add_steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.costs.estimate import num_parameters
-from megatron_tf.costs.law import Law
+from megatron_tf.costs.law import Law, Range
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.study.comparison import counted, has_grown
 from megatron_tf.study.plan import Plan
@@ -91,8 +91,18 @@ def fit(points: Sequence[Point]) -> Law:
         floor, of_size * size_unit.item() ** alpha, alpha, of_tokens * token_unit.item() ** beta, beta, len(points)
     )
     residual = max(abs(law.loss(point.parameters, point.tokens) - point.loss) for point in points)
-    of = {key: [float(getattr(point, key)) for point in points] for key in ("parameters", "tokens", "flops")}
-    return replace(law, residual=residual, **{key: (min(values), max(values)) for key, values in of.items()})
+    return replace(
+        law,
+        residual=residual,
+        parameters=_range(point.parameters for point in points),
+        tokens=_range(point.tokens for point in points),
+        flops=_range(point.flops for point in points),
+    )
+
+
+def _range(values: Iterable[float]) -> Range:
+    ascending = sorted(values)
+    return float(ascending[0]), float(ascending[-1])
 
 
 def _factors(pairs: Tensor, sizes: Tensor, tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ def _metric(name: str, results: Mapping[int, Result], reference: Mapping[int, Re
 def in_words(found: Json) -> str:
     """The table of a report and what is to be said of it."""
     head = ("", "parameters", "tokens", "FLOPs", "loss", "95 %", f"against {found['reference']}", "95 %", "")
-    rows = [(*head, "hours", "state")]
+    rows: list[tuple[str, ...]] = [(*head, "hours", "state")]
     rows += [(*_cells(arm), *_last_cells(arm)) for arm in found["arms"]]
     lines = [table(rows, to_left=(0, 8)), "", *_metric_lines(found)]
     lines += compared(found["arms"])
