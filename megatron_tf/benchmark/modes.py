@@ -178,10 +178,11 @@ def run_adapters(device: torch.device, arguments: argparse.Namespace) -> Iterabl
 
 def run_images(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
     config = load_config(arguments.config)
-    if not isinstance(config.model, TokenFormerModel) or not isinstance(config.model, ImageModel):
+    model = config.model
+    if model.architecture != "tokenformer" or not isinstance(model, ImageModel):
         raise ConfigError(
-            f"{arguments.config}: is a {config.model.architecture} of the task {config.model.task}, and this mode "
-            "measures a tokenformer of image_classification. Give one."
+            f"{arguments.config}: is a {model.architecture} of the task {model.task}, and this mode measures a "
+            "tokenformer of image_classification. Give one."
         )
     return images.rows(config, device, arguments.layers, arguments.samples, arguments.workers, arguments.rounds)
 

@@ -39,6 +39,7 @@ def test_mistakes_are_one_message():
         (("communication", TINY, "--tensor", 1), ("--tensor", "Give more ranks")),
         (("scaling", TINY, "--tokens", "--lengths"), ("--tokens and --lengths", "Give one")),
         (("scaling", "configs/tiny_transformer.yml"), ("model.architecture transformer", "Give a tokenformer")),
+        (("images", TINY), ("of the task language_model", "tokenformer of image_classification")),
         (("step", TINY, "training.precision=bf16"), ("training.precision=bf16", "a copy of the file")),
         (("pattention", "--positions", 5), ("--positions 5", "multiple")),
         (("step", TINY, "--samples", 1_000_000_000), ("row 1 does not fit", "samples")),
