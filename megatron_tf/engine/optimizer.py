@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,11 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         self._matrices: list[ParameterSpec] = []
         self._rows = SINGLE
         self.skip_next = False  # makes the next call of `step` do nothing
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch has it, but for a wrapper that is there for compiled code and would import torch's compiler."""
+        wrapped = torch.optim.Optimizer.add_param_group
+        getattr(wrapped, "__wrapped__", wrapped)(self, param_group)
 
     def bind(self, segments: Iterable[Segment], matrices: Sequence[ParameterSpec] = (), rows: Group = SINGLE) -> None:
         """Sets the segments and allocates the states of their buffers.

@@ -34,6 +34,7 @@ from megatron_tf.config.tasks import task_of
 from megatron_tf.model.attention import Documents, causal_attention, full_attention
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.context import BlockContext, Reports, attach
+from megatron_tf.model.filling import fill_normal
 from megatron_tf.model.pattention import DIRECT, Form, partial_pattention
 from megatron_tf.parallel.collectives import copy_to, exchange, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
@@ -113,8 +114,8 @@ class Pattention(nn.Module):
         self.activation = activation
         self.group = group
         self.observer: Callable[[Tensor], None] | None = None  # sees each input x [s, b, d], whole on every rank
-        nn.init.normal_(self.key_tokens, std=INITIAL_STD)
-        nn.init.normal_(self.value_tokens, std=1 / d_out**0.5)
+        fill_normal(self.key_tokens, INITIAL_STD)
+        fill_normal(self.value_tokens, 1 / d_out**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         check_pattention(x, self.key_tokens, self.value_tokens, self.scale, self.activation)

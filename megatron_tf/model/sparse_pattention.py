@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model.context import Reports
+from megatron_tf.model.filling import fill_normal
 from megatron_tf.model.grouped import assign
 from megatron_tf.model.routing import balance_loss, choose, relative_load, straight_through, z_loss
 from megatron_tf.model.sparse_function import ChosenTokens, sparse_pattention
@@ -46,9 +47,9 @@ class TokenBank(nn.Module):
         self.value_tokens = nn.Parameter(torch.empty(groups * group_size, d_out))
         self.router = nn.Parameter(torch.empty(groups, d_in))
         self.balance = nn.Parameter(torch.empty(groups))
-        nn.init.normal_(self.key_tokens, std=INITIAL_STD)
-        nn.init.normal_(self.value_tokens, std=1 / d_out**0.5)
-        nn.init.normal_(self.router, std=INITIAL_STD)
+        fill_normal(self.key_tokens, INITIAL_STD)
+        fill_normal(self.value_tokens, 1 / d_out**0.5)
+        fill_normal(self.router, INITIAL_STD)
         nn.init.zeros_(self.balance)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -91,8 +92,10 @@ class SparsePattention(nn.Module):
         self.value_tokens: nn.Parameter | None = None
         if dense:
             start, stop = shard_range(dense, group.size, group.rank)
-            self.key_tokens = nn.Parameter(torch.empty(stop - start, d_in).normal_(std=INITIAL_STD))
-            self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out).normal_(std=1 / d_out**0.5))
+            self.key_tokens = nn.Parameter(torch.empty(stop - start, d_in))
+            self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out))
+            fill_normal(self.key_tokens, INITIAL_STD)
+            fill_normal(self.value_tokens, 1 / d_out**0.5)
         self.scale = default_scale(num_tokens, activation) if scale is None else scale
         self.activation = activation
         self.group = group

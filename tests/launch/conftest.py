@@ -24,9 +24,16 @@ logging: {{interval_steps: 1}}
 
 
 @pytest.fixture
-def folder(tmp_path):
+def engine():
+    """A test may give another one."""
+    return "deepspeed"
+
+
+@pytest.fixture
+def folder(tmp_path, engine):
     """A folder with config.yml and prepared data of 4,000 tokens below 99, and 3,900 held out."""
     write_tokens(tmp_path / "tokens")
     write_tokens(tmp_path / "held_out", documents=39)
-    (tmp_path / "config.yml").write_text(CONFIG.format(folder=tmp_path))
+    parallel = "" if engine == "deepspeed" else f"parallel: {{engine: {engine}}}\n"
+    (tmp_path / "config.yml").write_text(CONFIG.format(folder=tmp_path) + parallel)
     return tmp_path

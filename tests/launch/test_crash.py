@@ -137,7 +137,9 @@ class Killer:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.scale)])
+@pytest.mark.parametrize(
+    ("engine", "kills"), [("deepspeed", 6), pytest.param("deepspeed", 50, marks=pytest.mark.scale), ("torch", 6)]
+)
 def test_killed_at_random_moments(folder, kills):
     """A run that ends before all kills are spent is compared, and the next one bears the rest of them."""
     result = train(folder, f"run.dir={folder}/whole", *PLAN)
@@ -176,6 +178,7 @@ def small_disk(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed", "torch"])
 def test_a_full_disk_does_not_end_the_run(folder, small_disk):
     """It says so at the end, and goes on from its newest good checkpoint when there is room again."""
     whole = train(folder, f"run.dir={folder}/whole", "checkpoint.interval_steps=1")

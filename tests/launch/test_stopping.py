@@ -31,7 +31,14 @@ def children(pid):
     return [int(word) for word in out.split()]
 
 
-@pytest.mark.parametrize("ranks, number", [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    "engine, ranks, number",
+    [
+        ("deepspeed", 1, signal.SIGTERM),
+        ("deepspeed", 2, signal.SIGUSR1),
+        pytest.param("torch", 2, signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_rank_saves_and_stops_all(folder, ranks, number):
     words = ["torchrun", "--nproc-per-node", str(ranks), "--master-port", str(free_port())] if ranks > 1 else ["python"]
     process = subprocess.Popen(
@@ -53,11 +60,13 @@ def test_a_signal_to_one_rank_saves_and_stops_all(folder, ranks, number):
 
 
 @pytest.mark.parametrize(
-    "victim, number",
+    "engine, victim, number",
     [
-        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
-        pytest.param(0, signal.SIGSTOP, marks=(pytest.mark.slow, pytest.mark.scale)),
-        (1, signal.SIGKILL),
+        pytest.param("deepspeed", 1, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param("deepspeed", 0, signal.SIGSTOP, marks=(pytest.mark.slow, pytest.mark.scale)),
+        ("deepspeed", 1, signal.SIGKILL),
+        pytest.param("torch", 1, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param("torch", 1, signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_hangs_or_dies_is_named_in_bounded_time(folder, victim, number):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from megatron_tf.config.schema import Model, RunConfig
 from megatron_tf.data.documents import boundaries
 from megatron_tf.data.samples import derived_seed
+from megatron_tf.model.filling import fill_normal
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import Group
 from megatron_tf.state.parameters import INITIAL_STD, shard_range
@@ -48,7 +49,7 @@ class Embedding(nn.Module):
         rows = vocab_size_of(model)
         self.start, stop = shard_range(rows, tensor.group.size, tensor.group.rank)
         self.weight = nn.Parameter(torch.empty(stop - self.start, model.hidden_size))
-        nn.init.normal_(self.weight, std=INITIAL_STD)
+        fill_normal(self.weight, INITIAL_STD)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [b, s] -> hidden between layers."""

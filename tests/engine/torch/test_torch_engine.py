@@ -128,6 +128,18 @@ def test_what_an_engine_does_not_have(changes, message):
         validate(config(**changes), 2)
 
 
+def test_a_start_does_not_import_the_compiler_of_torch():
+    """It takes longer than torch itself, and torch imports it for trifles."""
+    script = (
+        "import sys, torch; sys.path.insert(0, 'tests'); from tiny import run_config\n"
+        "from megatron_tf.engine.optimizer import SegmentedOptimizer; from megatron_tf.model import build_model\n"
+        "sparse = {'sparse': {'ffn': {'group_size': 16, 'candidates': 2, 'dense': 5}}}\n"
+        "config = run_config(model=sparse); build_model(config.model, device='meta')\n"
+        "SegmentedOptimizer([torch.zeros(2)], config.optimizer); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert run(["python", "-c", script], fresh=True).returncode == 0
+
+
 @pytest.fixture
 def folder(tmp_path):
     write_tokens(tmp_path / "data")
