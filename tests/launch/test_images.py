@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from images import made_up, write_images
 from launching import evaluate, train
+from tooling import tool
 
 CONFIG = """
 run: {{dir: {folder}/run, name: test}}
@@ -64,6 +65,9 @@ def test_trained_evaluated_and_grown(folder):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "growth: held batch" in (folder / "grown" / "train.log").read_text()
+    # what two tensor-parallel ranks wrote is exported, and computes the same in transformers
+    done = tool("convert_checkpoint", "to-hf", folder / "grown", "--to", folder / "exported")
+    assert done.returncode == 0 and "on images: logits differ by" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
