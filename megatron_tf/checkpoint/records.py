@@ -83,6 +83,7 @@ class GrowthEntry(_Record):
     layers: _LayerGrowth | None = None
     sparse: _CandidatesGrowth | None = None
     width: _WidthGrowth | None = None
+    moments_factor: Positive = 1.0
 
 
 class _Source(_Record):

@@ -116,7 +116,8 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(config.model):,}")
     held = sum(file.num_bytes for file in reader.manifest.files.values())
     print(f"bytes       {held:,} -> {checkpoint_bytes(config.model, start.states):,}")
-    print(f"moments     of old tokens: {growth.moments}; of new tokens: 0")
+    times = f", times {growth.moments_factor:g}" if growth.moments_factor != 1 else ""
+    print(f"moments     of old tokens: {growth.moments}{times}; of new tokens: 0")
     noise = f", noise {growth.noise:g} on old tokens" if growth.noise else ""
     print(f"function    {'kept, to rounding' if start.growth_history[-1]['preserves'] else f'CHANGED{noise}'}")
 

@@ -371,6 +371,8 @@ class Growth(Section):
     """Standard deviation of a change to each old token weight, relative to it. 0 keeps the function."""
     moments: Literal["keep", "reset"] = "keep"
     """Optimizer states of what there was. New tokens and layers start afresh."""
+    moments_factor: Positive = 1.0
+    """Of moments that are kept, squares by its square. Below 1, gradients after the growth weigh more. Since 0.2."""
     lr_multipliers: LearningRates = LearningRates()
     """Factors of the schedule's learning rate."""
 

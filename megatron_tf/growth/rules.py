@@ -88,6 +88,11 @@ def _needless(old: Model, new: Model, growth: Growth) -> list[str]:
             sizes = {"model.parameter_tokens": f"{{{counts}}}", **sizes}
         given = " and ".join(f"{key} {value}" for key, value in sizes.items())
         return [f"growth: the smaller model has {given} already. Raise {' or '.join(sizes)}, or go on without growth"]
+    if growth.moments_factor != 1 and growth.moments == "reset":
+        return [
+            f"growth.moments_factor: {growth.moments_factor:g} is of moments that are kept, and growth.moments is reset. "
+            "Set it to 1, or growth.moments to keep"
+        ]
     if growth.noise and not any(axis.takes_noise for axis in grown):
         return [
             f"growth.noise: {growth.noise:g} changes the old tokens of projections that grow, and 0 of them do. Set it "

@@ -76,7 +76,12 @@ class GrownSource:
             source = axis.source(source, fresh, old_model=before, new_model=after, growth=growth, seed=seed)
             record |= axis.record(before, after, growth)
             preserves = preserves and axis.preserves(before, after, growth)
-        self._source = FreshSource(source) if growth.moments == "reset" else source
+        if growth.moments == "reset":
+            source = FreshSource(source)
+        elif growth.moments_factor != 1:
+            source = ScaledSource(source, growth.moments_factor)
+            record["moments_factor"] = growth.moments_factor
+        self._source = source
         self.record: Mapping[str, Any] = record
         self.preserves = preserves
 
@@ -89,6 +94,35 @@ class GrownSource:
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         self._source.read_into(name, state, start, target)
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+        return self._source.adam_steps(name, start, stop)
+
+
+class ScaledSource:
+    """The state of another source, as if all gradients so far had been `factor` times what they were.
+
+    An update of Adam is the same at first, and follows later gradients the sooner the smaller the factor is.
+    """
+
+    def __init__(self, source: StateSource, factor: float):
+        self._source = source
+        self._factor = factor
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        return self._source.scales
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        result = torch.empty(stop - start)
+        self.read_into(name, state, start, result)
+        return result
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        self._source.read_into(name, state, start, target)
+        power = 0 if state == WEIGHT else declared_states()[state].gradient_power
+        if power > 0:
+            target.mul_(self._factor**power)
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
         return self._source.adam_steps(name, start, stop)

@@ -158,8 +158,8 @@ def _true_growth(growth: Growth, entry: Mapping[str, Any]) -> Iterator[tuple[str
     if width is not None and width["clone_noise"] != growth.clone_noise:
         was = width["clone_noise"]
         yield "clone_noise", (growth.clone_noise, f"with {was}", {"clone_noise": was})
-    for key in ("noise", "moments"):
-        was, now = entry.get(key), getattr(growth, key)
+    for key in ("noise", "moments", "moments_factor"):
+        was, now = entry.get(key, 1.0 if key == "moments_factor" else None), getattr(growth, key)
         if was is not None and was != now:
             yield key, (now, f"with {was}", {key: was})
     if not _leads_to(growth.source, entry["source"]):
