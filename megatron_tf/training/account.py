@@ -155,8 +155,7 @@ def _true_growth(growth: Growth, entry: Mapping[str, Any]) -> Iterator[tuple[str
         was = layers["method"]
         yield "depth_method", (growth.depth_method, f"by {was}", {"depth_method": was})
     width = entry.get("width")
-    if width is not None and width["clone_noise"] != growth.clone_noise:
-        was = width["clone_noise"]
+    if width is not None and (was := width.get("clone_noise", 0.0)) != growth.clone_noise:
         yield "clone_noise", (growth.clone_noise, f"with {was}", {"clone_noise": was})
     for key in ("noise", "moments", "moments_factor"):
         was, now = entry.get(key, 1.0 if key == "moments_factor" else None), getattr(growth, key)

@@ -100,6 +100,18 @@ def test_a_growth_that_is_done_is_told_as_it_was(config):
     assert (growth.method, growth.noise, growth.lr_multipliers.old_tokens) == ("zero_key", 0.0, 0.1)
 
 
+def test_clones_and_scaled_moments_are_told_as_they_were(config):
+    width = {"from": {"hidden_size": 16}, "to": {"hidden_size": 32}, "clone_noise": 0.2}
+    now = config(growth={"from": "runs/small", "moments_factor": 0.5})
+    told = account(now, resumed(now, [{**GROWN, "width": width, "moments_factor": 0.25}]), 1, None)
+    assert told.origin == ", grown from runs/small/checkpoints/step_00000010 by width 16 -> 32 by cloning, zero_key"
+    assert told.ineffective == (
+        "growth.clone_noise: 0.1 has no effect: the run was grown with 0.2",
+        "growth.moments_factor: 0.5 has no effect: the run was grown with 0.25",
+    )
+    assert (told.config.growth.clone_noise, told.config.growth.moments_factor) == (0.2, 0.25)
+
+
 def test_a_bank_stays_the_method_of_the_whole_model(config):
     entry = {**GROWN, "method": {"qkv": "gram", "ffn": "bank"}, "sparse": {"from": None, "to": {}}}
     growth = account(config(growth={"from": "runs/small"}), resumed(config(), [entry]), 1, None).config.growth
