@@ -43,7 +43,10 @@ setup(
         "megatron_tf.convert.huggingface": ["remote_code/*.py"],  # goes into every export, as it is
         "megatron_tf.model.kernels": ["*.c"],  # built on first use
     },
-    entry_points={"console_scripts": ["megatron_tf = megatron_tf.entry:main"]},
+    entry_points={
+        "console_scripts": ["megatron_tf = megatron_tf.entry:main"],
+        "vllm.general_plugins": ["megatron_tf = megatron_tf.adapters.vllm_plugin:register"],
+    },
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.11,<2.14",

@@ -116,6 +116,7 @@ RESERVED = {
         "megatron_tf.adapters.loading",
         "megatron_tf.convert.huggingface.verify",
     ),
+    "vllm": ("megatron_tf.adapters.vllm_plugin",),
     "wandb": ("megatron_tf.telemetry.trackers",),
 }
 NO_TORCH = (

@@ -29,8 +29,8 @@ from megatron_tf.durable import atomic_folder
 from megatron_tf.errors import CheckpointError, file_errors
 
 MODELING_CODE = "modeling_pattention_adapter.py"
-_CLASS = "PattentionAdapterForCausalLM"
-_BASE_LINE = "from transformers import PreTrainedModel as BaseForCausalLM"
+_CLASSES = {"AutoModel": "PattentionAdapterModel", "AutoModelForCausalLM": "PattentionAdapterForCausalLM"}
+_BASE_LINE = "from transformers import PreTrainedModel as "
 _PROMPT, _NEW = 6, 4  # tokens: a cache that is not read shows at the second new one
 _CACHES: dict[str, dict[str, Any]] = {"without a cache": {"use_cache": False}, "with a cache": {}}
 _TOKENIZER_FILES = (
@@ -51,7 +51,7 @@ def export_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreeme
             "writes a folder of the usual kind"
         )
     model = load_base(base, "auto")
-    kind = type(model).__name__
+    bases = {"BaseForCausalLM": type(model).__name__, "BaseModel": type(model.base_model).__name__}
     settings = _settings(stored, model)
     versions = verifying_versions()
     _add_tokens(model, stored, settings)
@@ -59,11 +59,11 @@ def export_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreeme
         # Names as they are in memory: of a class with code of its own, transformers translates no others.
         model.save_pretrained(folder, save_original_format=False)
         del model
-        _write_code(folder, kind, versions)
+        _write_code(folder, bases, versions)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config |= {
-            "architectures": [_CLASS],
-            "auto_map": {"AutoModelForCausalLM": f"{MODELING_CODE.removesuffix('.py')}.{_CLASS}"},
+            "architectures": [_CLASSES["AutoModelForCausalLM"]],
+            "auto_map": {kind: f"{MODELING_CODE.removesuffix('.py')}.{name}" for kind, name in _CLASSES.items()},
             "pattention": settings,
             "verified_with": versions,
         }
@@ -130,14 +130,18 @@ def _add_tokens(model: nn.Module, adapter: Adapter, settings: dict[str, Any]) ->
         added.key_tokens.data, added.value_tokens.data = branch.keys, branch.values
 
 
-def _write_code(folder: Path, kind: str, versions: dict[str, str]) -> None:
+def _write_code(folder: Path, bases: Mapping[str, str], versions: dict[str, str]) -> None:
+    """`bases`: classes of transformers that the code's classes are derived from, by their names there."""
     import transformers
 
-    if not hasattr(transformers, kind):
-        raise CheckpointError(f"the base is a {kind}, which is no class of transformers: it cannot be exported with it")
     code = resources.files("megatron_tf.adapters") / "remote_code" / MODELING_CODE
     text = code.read_text(encoding="utf-8")
-    assert text.count(_BASE_LINE) == 1
+    for name, kind in bases.items():
+        if not hasattr(transformers, kind):
+            raise CheckpointError(
+                f"the base is a {kind}, which is no class of transformers: it cannot be exported with it"
+            )
+        assert text.count(f"{_BASE_LINE}{name}\n") == 1
+        text = text.replace(f"{_BASE_LINE}{name}\n", f"from transformers import {kind} as {name}\n")
     verified = "# Verified with " + " and ".join(f"{name} {version}" for name, version in versions.items()) + ".\n"
-    text = verified + text.replace(_BASE_LINE, f"from transformers import {kind} as BaseForCausalLM")
-    (folder / MODELING_CODE).write_text(text, encoding="utf-8")
+    (folder / MODELING_CODE).write_text(verified + text, encoding="utf-8")

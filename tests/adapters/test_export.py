@@ -52,6 +52,22 @@ def test_frozen_tokens_linear_layers_and_a_base_of_16_bits(tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX"])
+def test_the_model_without_its_head_has_the_branches_too(name, tmp_path):
+    """vLLM builds this one."""
+    from transformers import AutoModel
+
+    base, adapter, export = prepare(tmp_path, name)
+    export_adapter(base, adapter, export)
+    model = AutoModel.from_pretrained(export, trust_remote_code=True, local_files_only=True, dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = model(token_ids()).last_hidden_state
+        expected = load_exported(export)(token_ids(), output_hidden_states=True).hidden_states[-1]
+        plain = decoder(name)(token_ids(), output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-6)
+    assert (hidden - plain).abs().max() > 1e-3
+
+
 def test_bad_input_is_one_message_and_nothing_is_written(tmp_path):
     base, adapter, export = prepare(tmp_path)
     (tmp_path / "other").mkdir()

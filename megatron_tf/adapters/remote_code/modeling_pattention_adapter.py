@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel as BaseForCausalLM
+from transformers import PreTrainedModel as BaseModel
 
 
 class PattentionBranch(nn.Module):
@@ -45,3 +46,13 @@ class PattentionAdapterForCausalLM(BaseForCausalLM):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         add_branches(self, config.pattention)
+
+
+class PattentionAdapterModel(BaseModel):
+    """Without the head, as vLLM builds it."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        prefix = f"{self.base_model_prefix}."
+        branches = {name.removeprefix(prefix): branch for name, branch in config.pattention["branches"].items()}
+        add_branches(self, {**config.pattention, "branches": branches})

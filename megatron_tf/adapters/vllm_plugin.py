@@ -1,0 +1,106 @@
+"""Adapters in vLLM: a plugin (`vllm.general_plugins`), with which the base's folder and vLLM stay as they are.
+
+vLLM's own class of the base, with branches at its attention modules and MLPs by the code that exports have. The model
+is asked for by its configuration: architectures ["Pattention" + the base's], and the adapter's folder in
+`pattention_adapter`. Tokens are of the model's type, and whole on every rank of a tensor-parallel group, as these
+modules' inputs and outputs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_tf.adapters.folder import Adapter, is_appended, read_adapter
+from megatron_tf.adapters.modules import ATTENTION, BRANCH, MLP
+from megatron_tf.config.nearest import either
+from megatron_tf.errors import CheckpointError
+
+# Decoders whose layers vLLM gives the names that transformers gives them; each is tested.
+BASES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+_PREFIX = "Pattention"
+_INPUT = "hidden_states"
+
+
+def register() -> None:
+    """What vLLM calls in each of its processes."""
+    from vllm import ModelRegistry
+
+    for name in sorted({*BASES} & {*ModelRegistry.get_supported_archs()}):
+        ModelRegistry.register_model(_PREFIX + name, f"{__name__}:{_PREFIX}{name}")
+
+
+def __getattr__(name: str) -> Any:
+    base = name.removeprefix(_PREFIX)
+    if base == name or base not in BASES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _adapted(base)
+
+
+@cache
+def _adapted(name: str) -> type[nn.Module]:
+    from vllm import ModelRegistry
+
+    base: Any = ModelRegistry.models[name].load_model_cls()
+
+    class Adapted(base):
+        def __init__(self, *, vllm_config: Any, prefix: str = ""):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            config = vllm_config.model_config.hf_config
+            if vllm_config.parallel_config.pipeline_parallel_size > 1:
+                raise CheckpointError(
+                    "pipeline_parallel_size: a base with an adapter is served on 1 stage. Set it to 1"
+                )
+            self.adapter_parameters = add_adapter(self, Path(config.pattention_adapter), config)
+
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+            return set(super().load_weights(weights)) | self.adapter_parameters  # these are there already
+
+    Adapted.__name__ = Adapted.__qualname__ = _PREFIX + name
+    return Adapted
+
+
+@torch.no_grad()
+def add_adapter(model: nn.Module, folder: Path, config: Any) -> set[str]:
+    """Put the branches of the adapter in `folder` into `model`; the names of their parameters. CheckpointError when
+    they cannot stand there, or the base, which has transformers' `config`, is another one by its sizes."""
+    from megatron_tf.adapters.remote_code.modeling_pattention_adapter import add_branches  # imports transformers
+
+    adapter = read_adapter(folder)
+    _check(folder, adapter, config)
+    widths = {name: [one.keys.shape[1], one.values.shape[1], _INPUT] for name, one in adapter.branches.items()}
+    add_branches(
+        model, {"num_tokens": adapter.config["num_tokens"], "scale": adapter.config["scale"], "branches": widths}
+    )
+    added = set()
+    for name, branch in adapter.branches.items():
+        own: Any = model.get_submodule(f"{name}.{BRANCH}")
+        own.key_tokens.copy_(branch.keys)
+        own.value_tokens.copy_(branch.values)
+        own.requires_grad_(False)
+        added |= {f"{name}.{BRANCH}.{leaf}" for leaf, _ in own.named_parameters()}
+    return added
+
+
+def _check(folder: Path, adapter: Adapter, config: Any) -> None:
+    if is_appended(adapter.config):
+        raise CheckpointError(f"{folder}: its tokens are a TokenFormer's. Merge it, with `megatron_tf merge-adapter`")
+    others = set(adapter.config["modules"]) - {ATTENTION, MLP}
+    if others:
+        raise CheckpointError(
+            f"{folder}: has branches at {either(sorted(others))} layers, some of which vLLM joins into one. Give an "
+            "adapter at attention modules and MLPs, or serve an export with --model-impl transformers"
+        )
+    base = adapter.config["base"]
+    found = {"model_type": config.model_type, "hidden_size": config.hidden_size, "num_layers": config.num_hidden_layers}
+    for key, value in found.items():
+        if base[key] != value:
+            raise CheckpointError(
+                f"{folder}: was trained on a base whose {key} is {base[key]}, and this one's is {value}. Give the "
+                "model that it was trained on"
+            )
