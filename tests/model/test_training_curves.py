@@ -17,7 +17,7 @@ from megatron_tf.tasks.classes import cross_entropy
 LENGTH, BATCH, STEPS, LAST = 64, 8, 500, 50
 
 
-def plain_projections(x, keys, values, scales, activation, group):
+def plain_projections(x, keys, values, scales, activation, group, form):
     assert activation == "l2_norm_gelu" and group.size == 1
     return tuple(plain_formula(x, k, v, scale) for k, v, scale in zip(keys, values, scales))
 

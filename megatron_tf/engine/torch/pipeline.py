@@ -125,13 +125,13 @@ def _interleaved(
     schedule = ScheduleInterleaved1F1B(stages, num_micro_batches, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]
     done: set[int] = set()
 
-    def begin(action: Any, context: Any) -> None:
-        context.schedule_ref.unsharded_stages.add(action.stage_index)
+    def begin(action: Any, ctx: Any) -> None:
+        ctx.schedule_ref.unsharded_stages.add(action.stage_index)
 
-    def end(action: Any, context: Any) -> None:
-        context.schedule_ref.unsharded_stages.discard(action.stage_index)
+    def end(action: Any, ctx: Any) -> None:
+        ctx.schedule_ref.unsharded_stages.discard(action.stage_index)
 
-    def reduce(action: Any, context: Any) -> None:
+    def reduce(action: Any, ctx: Any) -> None:
         done.add(action.stage_index)
         if len(done) == len(stages):
             stages[0].perform_reduce_grad(1)
