@@ -112,7 +112,8 @@ def test_vllm_writes_what_transformers_does(name, way, tmp_path, monkeypatch):
     model, adapter = prepare(tmp_path, name)
     plain = load_base(model)
     expected = [greedy(plain, ids) for ids in PROMPTS]
-    adapted = [greedy(PeftModel.from_pretrained(plain, adapter), ids) for ids in PROMPTS]
+    with_adapter = PeftModel.from_pretrained(plain, adapter)
+    adapted = [greedy(with_adapter, ids) for ids in PROMPTS]
     assert adapted != expected
     options = {"hf_overrides": {"architectures": [f"Pattention{name}ForCausalLM"], "pattention_adapter": str(adapter)}}
     if way == "folder":
