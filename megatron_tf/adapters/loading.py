@@ -66,7 +66,9 @@ def _model_type(folder: Path, config: bytes) -> Any:
     return values.get("model_type") if isinstance(values, dict) else None
 
 
-def _load(folder: Path, dtype: torch.dtype | str, *, is_tokenformer: bool = False, **options: Any) -> Any:
+def _load(
+    folder: Path, dtype: torch.dtype | str, *, is_tokenformer: bool = False, trust_remote_code: bool = False
+) -> Any:
     require_peft()
     prepare_hugging_face()
     import transformers
@@ -79,7 +81,7 @@ def _load(folder: Path, dtype: torch.dtype | str, *, is_tokenformer: bool = Fals
     transformers.logging.disable_progress_bar()
     try:
         model, report = kind.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, output_loading_info=True, **options
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(
@@ -119,7 +121,8 @@ def random_llama(layers: int, width: int, vocabulary: int) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a base's folder. DataError when there is none, or none with an end of text."""
+    """The tokenizer in a base's folder. DataError when there is none, or none with an end of text. Nothing in the
+    folder is run."""
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder. Give that of a model of transformers.")
     prepare_hugging_face()
@@ -127,7 +130,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     transformers.logging.set_verbosity_error()  # of a TokenFormer it would say that it does not know the model
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the many kinds of tokenizers raise what they like
         raise DataError(
             f"{folder}: transformers finds no tokenizer ({first_line(error)}). Put its files there"

@@ -48,6 +48,11 @@ def summarize(folder: Path, adapter: Adapter) -> dict[str, Any]:
     }
 
 
+def scale_text(config: Mapping[str, Any]) -> str:
+    """τ of an adapter's settings or of its summary, for people. Appended tokens have none of their own."""
+    return "of the base's projections" if config["scale"] is None else f"{config['scale']:.6g}"
+
+
 def differences(one: Adapter, other: Adapter) -> Iterator[StateDifference]:
     """One for each tensor that differs. Tokens of a grown adapter have the old ones in front, which are compared."""
     for name in {**one.branches, **other.branches}:

@@ -44,6 +44,7 @@ def main() -> None:
     arguments = parse_arguments()
     from megatron_tf.adapters.folder import check_new_folder, read_adapter, write_adapter
     from megatron_tf.adapters.growth import check_growth, compare, grow_adapter, shrink_adapter
+    from megatron_tf.adapters.summary import scale_text
 
     if arguments.shrink and (arguments.method or arguments.freeze_old):
         raise UserError("--shrink: takes tokens away, and --method and --freeze-old are of growth. Leave them out.")
@@ -62,7 +63,8 @@ def main() -> None:
     print(
         f"to          {arguments.target}: {new.config['num_tokens']:,} tokens, {new.config['frozen_tokens']:,} frozen"
     )
-    print(f"method      {method}; τ {old.config['scale']:.6g} -> {new.config['scale']:.6g}")
+    scales = dict.fromkeys(scale_text(one.config) for one in (old, new))
+    print(f"method      {method}; τ {' -> '.join(scales)}")
     print(f"compared    branch by branch, on random inputs: {found}")
     if arguments.dry_run:
         return print("\ndry run: nothing is written")

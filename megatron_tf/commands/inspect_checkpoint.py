@@ -107,11 +107,12 @@ def inspect_adapter(folder: Path, diff: Path | None, as_object: bool) -> None:
 
 
 def print_adapter(summary: dict[str, Any]) -> None:
+    from megatron_tf.adapters.summary import scale_text
+
     print(f"{summary['path']} (adapter, format {summary['format_version']}, {summary['bytes']:,} bytes)")
-    scale = "of the base's projections" if summary["scale"] is None else f"{summary['scale']:.6g}"
     tokens = f"{summary['num_tokens']:,} in each branch, {summary['frozen_tokens']:,} frozen"
     rows = [("at", ", ".join(summary["modules"])), ("tokens", tokens), ("parameters", f"{summary['parameters']:,}"),
-            ("τ", scale), ("activation", summary["activation"]), ("checksum", summary["checksum"])]  # fmt: skip
+            ("τ", scale_text(summary)), ("activation", summary["activation"]), ("checksum", summary["checksum"])]  # fmt: skip
     print_table(rows, title="adapter")
     print_table([(key, str(value)) for key, value in summary["base"].items()], title="base")
     for number, entry in enumerate(summary["history"], 1):

@@ -14,6 +14,7 @@ from megatron_tf.adapters.folder import read_adapter, write_adapter
 from megatron_tf.adapters.growth import check_growth, grow_adapter, shrink_adapter
 from megatron_tf.adapters.loading import load_base, load_exported
 from megatron_tf.adapters.merge import compare, merge_adapter, merged_network
+from megatron_tf.commands.grow_adapter import main as grow_adapter_command
 from megatron_tf.convert.huggingface.importing import open_export
 from megatron_tf.errors import ArgumentError, CheckpointError
 
@@ -134,6 +135,29 @@ def test_growth_of_appended_tokens_keeps_the_function_and_shrinks_back(tmp_path)
         grow_adapter(small, 64, "gram")
     with pytest.raises(ArgumentError, match="Merge the adapter and prune the model"):
         shrink_adapter(small, 3)
+
+
+def test_the_command_grows_appended_tokens_and_gives_them_back(tmp_path, monkeypatch, capsys):
+    tokenformer().save_pretrained(tmp_path / "base")
+    model = appended(load_base(tmp_path / "base"))
+    train(model)
+    model.save_pretrained(tmp_path / "small")
+    base = ("--base", tmp_path / "base")
+
+    def grow(*arguments):
+        monkeypatch.setattr("sys.argv", ["grow_adapter", *map(str, (*arguments, *base))])
+        grow_adapter_command()
+        return capsys.readouterr().out
+
+    said = grow("--from", tmp_path / "small", "--tokens", 10, "--freeze-old", "--to", tmp_path / "grown")
+    assert "10 tokens, 6 frozen" in said and "zero_key; τ of the base's projections\n" in said
+    assert f"on {tmp_path / 'base'}: logits differ by" in said and "\nwrote " in said
+    said = grow("--from", tmp_path / "grown", "--tokens", 6, "--shrink", "--to", tmp_path / "back")
+    assert "shrink; τ of the base's projections\n" in said and "\nwrote " in said
+    small, back = read_adapter(tmp_path / "small"), read_adapter(tmp_path / "back")
+    for name, branch in small.branches.items():
+        assert torch.equal(branch.keys, back.branches[name].keys)
+        assert torch.equal(branch.values, back.branches[name].values)
 
 
 def test_what_cannot_be_appended_is_one_message():
