@@ -1,6 +1,6 @@
 """Show the likeliest classes of images: `python tools/classify_images.py RUN_DIR IMAGE ...`.
 
-Of a run, a checkpoints folder or a checkpoint whose model.task is image_classification. Needs no GPU and no launcher.
+Of a run, a checkpoint or an export whose model.task is image_classification. Needs no GPU and no launcher.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron_tf.arguments import path, whole_number
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=path, help="run folder, checkpoints folder or checkpoint")
+    parser.add_argument("checkpoint", type=path, help="run folder, checkpoints folder, checkpoint or export")
     parser.add_argument("images", type=path, nargs="+", metavar="IMAGE", help="image files of any kind")
     parser.add_argument(
         "--best", type=whole_number(2**31), default=5, metavar="N", help="classes to show of each (default: 5)"
@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
         "--classes",
         type=path,
         metavar="FILE",
-        help="names of the classes, one a line (default: those of the run's data.train, or numbers)",
+        help="names of the classes, one a line (default: those of the run or export, or numbers)",
     )
     return parser.parse_args()
 

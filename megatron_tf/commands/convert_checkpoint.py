@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -227,8 +227,12 @@ def image_writer(arguments: argparse.Namespace, network: TokenFormer) -> Write:
     from megatron_tf.inference.images import class_names
 
     names = class_names(arguments.source, network, arguments.classes)
-    print(f"classes     {', '.join(names[:CLASSES_NAMED])}{', ...' if len(names) > CLASSES_NAMED else ''}")
+    print(f"classes     {first_classes(names)}")
     return partial(write_image_export, arguments.target, network, names)
+
+
+def first_classes(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:CLASSES_NAMED])}{', ...' if len(names) > CLASSES_NAMED else ''}"
 
 
 def exported_tokenizer(arguments: argparse.Namespace, network: TokenFormer) -> ExportedTokenizer | None:
@@ -255,7 +259,8 @@ def exported_tokenizer(arguments: argparse.Namespace, network: TokenFormer) -> E
 def from_hf(arguments: argparse.Namespace) -> None:
     from megatron_tf.checkpoint.format import folder_name
     from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder, write_weights
-    from megatron_tf.convert.huggingface.importing import open_export
+    from megatron_tf.convert.huggingface.importing import open_export, stored_classes
+    from megatron_tf.inference.images import keep_names
     from megatron_tf.inference.load import configured_tokenizer, known_eod, open_tokenizer
 
     root = target_folder(arguments.target)
@@ -267,13 +272,19 @@ def from_hf(arguments: argparse.Namespace) -> None:
     print(f"from        {arguments.source}")
     print(f"to          {root / folder_name(FIRST_STEP)}")
     describe(export.model, "as its config.json says", export.scales)
-    print(f"tokenizer   {tokenizer or 'none there'}")
+    names = stored_classes(arguments.source) if isinstance(export.model, ImageModel) else ()
+    if isinstance(export.model, ImageModel):
+        print(f"classes     {first_classes(names) or 'none there'}")
+    else:
+        print(f"tokenizer   {tokenizer or 'none there'}")
     print("moments     0: training goes on from the weights alone, with a schedule of its own")
     if arguments.dry_run:
         return print("\ndry run: nothing is written")
     write_run(
         root, export.model, lambda progress: write_weights(root, export.model, export.weights, export.scales, progress)
     )
+    if names and not keep_names(root.parent, names):
+        print("warning: the names of the classes are not kept: some are empty, or the same. --classes takes others")
 
 
 def to_safetensors(arguments: argparse.Namespace) -> None:

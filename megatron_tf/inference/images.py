@@ -14,18 +14,20 @@ from megatron_tf.data.images.augment import seen
 from megatron_tf.data.images.decode import BadImage, opened, upright
 from megatron_tf.data.images.readers import read_names
 from megatron_tf.data.images.summary import read_image_summary
+from megatron_tf.durable import write_atomically
 from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
-from megatron_tf.inference.load import run_config
+from megatron_tf.inference.load import file_of_run, run_config
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.tasks.image_classification.section import Image, image_of
 
 BATCH = 64
+CLASSES_NAME = "classes.txt"
 
 
 def class_names(path: Path, model: TokenFormer, file: Path | None) -> tuple[str, ...]:
     """Of the classes of the model at `path`: from `file`, one a line; else as an export says, or from the images that
-    the run was trained on, as far as they are at hand; else numbers. UserError when the file names another number of
-    classes."""
+    the run was trained on, as far as they are at hand, or from its CLASSES_NAME; else numbers. UserError when the file
+    names another number of classes."""
     count = image_of(model.config).classes
     if file is not None:
         names = read_names(file)
@@ -40,7 +42,23 @@ def class_names(path: Path, model: TokenFormer, file: Path | None) -> tuple[str,
             names = read_image_summary(config.data.train[0].path).classes
             if len(names) == count:
                 return names
+    kept = file_of_run(path, CLASSES_NAME)
+    if kept is not None and len(names := read_names(kept)) == count:
+        return names
     return tuple(map(str, range(count)))
+
+
+def keep_names(run: Path, names: Sequence[str]) -> bool:
+    """Writes the names of a model that comes without its images into the folder of its run, for `class_names`.
+
+    False, with nothing written, for names that a file with one a line cannot hold: empty, twice there, or with line
+    breaks or spaces at an end.
+    """
+    if len(set(names)) < len(names) or any(name.splitlines() != [name] or name.strip() != name for name in names):
+        return False
+    with file_errors(UserError, run / CLASSES_NAME, "Give another folder."):
+        write_atomically(run / CLASSES_NAME, "".join(f"{name}\n" for name in names).encode())
+    return True
 
 
 @torch.no_grad()

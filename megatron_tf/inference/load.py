@@ -121,12 +121,19 @@ def _data_tokenizer(path: Path | str) -> tuple[Path, TokenizerIdentity] | None:
 def run_config(path: Path | str) -> RunConfig | None:
     """The configuration of the run that the checkpoint `path` is of: in the folders around it, or, when it is reached
     through links, around one of these or where it lies. None when there is none; ConfigError when it cannot be read."""
+    file = file_of_run(path, "config.yml")
+    if file is None:
+        return None
+    with file_errors(ConfigError, file, "It was to say what the run was trained with."), open_plain(file):
+        return load_config(file)
+
+
+def file_of_run(path: Path | str, name: str) -> Path | None:
+    """The file `name` of the run that the checkpoint `path` is of, looked for as `run_config` does."""
     for place in _places(Path(path)):
         for folder in (place, *place.parents[:2]):
-            file = folder / "config.yml"
-            if os.path.lexists(file):
-                with file_errors(ConfigError, file, "It was to say what the run was trained with."), open_plain(file):
-                    return load_config(file)
+            if os.path.lexists(folder / name):
+                return folder / name
     return None
 
 

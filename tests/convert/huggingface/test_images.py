@@ -22,7 +22,7 @@ from megatron_tf.convert.huggingface.image_export import write_image_export
 from megatron_tf.convert.huggingface.importing import open_export
 from megatron_tf.data.images.augment import seen
 from megatron_tf.errors import CheckpointError
-from megatron_tf.inference.images import class_names
+from megatron_tf.inference.images import class_names, keep_names
 from megatron_tf.inference.load import load_model
 from megatron_tf.tasks.image_classification.layers import normalised
 from megatron_tf.tasks.image_classification.section import image_of
@@ -138,6 +138,13 @@ def test_training_goes_on_in_transformers_and_comes_back(folder, tmp_path):
 
 def test_the_names_of_an_export_are_known(folder):
     assert class_names(folder, load_model(folder), None) == CLASSES
+
+
+def test_names_that_a_file_of_lines_cannot_hold_are_not_kept(tmp_path):
+    for names in (("a", "a"), ("a", ""), ("a", "b\nc"), ("a", " b"), ("a", "b\x85")):
+        assert not keep_names(tmp_path, names)
+    assert not list(tmp_path.iterdir())
+    assert keep_names(tmp_path, CLASSES) and (tmp_path / "classes.txt").read_text().split() == list(CLASSES)
 
 
 def test_another_model_or_processor_is_not_published(network, tmp_path, monkeypatch):
