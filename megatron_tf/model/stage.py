@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from megatron_tf.config.schema import Model
@@ -62,6 +63,9 @@ class Stage(nn.Module):
         self.document_ends = document_ends
         self.parts = [[str(layer) for layer in layers] for layers in parts] or [[str(layer) for layer in blocks]]
         self.around = around
+        # Of the hidden states between stages; None: that of the parameters. An engine whose parameters are in another
+        # type than its compute type sets it.
+        self.hidden_dtype: torch.dtype | None = None
 
     def source(self, part: int = 0) -> int | None:
         """The rank that `part` receives from; None: it reads the inputs."""
@@ -100,7 +104,8 @@ class Stage(nn.Module):
         for part in range(len(self.parts)):
             received, source, target = inputs, self.source(part), self.target(part)
             if source is not None:
-                received = receive(self.hidden_shape(inputs), next(self.parameters()), source)
+                dtype = self.hidden_dtype or next(self.parameters()).dtype
+                received = receive(self.hidden_shape(inputs), dtype, inputs.device, source)
             output = self(received, starts, part=part)
             if target is None:
                 return output

@@ -96,9 +96,9 @@ def send(x: Tensor, rank: int) -> None:
     dist.send(x.contiguous(), rank)
 
 
-def receive(shape: tuple[int, ...], like: Tensor, rank: int) -> Tensor:
-    """What `rank` of the world sends: `shape`, of the type and on the device of `like`. Not differentiable."""
-    out = like.new_empty(shape)
+def receive(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rank: int) -> Tensor:
+    """What `rank` of the world sends. Not differentiable."""
+    out = torch.empty(shape, dtype=dtype, device=device)
     dist.recv(out, rank)
     return out
 

@@ -86,6 +86,7 @@ class TorchEngine(SegmentedEngine):
                 block.compile()
         keep_parameters = config.parallel.shard != "parameters"
         self._keep_gradients = config.parallel.shard == "optimizer"
+        self._stage.hidden_dtype = dtype
         self._is_sharded = sharding.shard(self._stage, self._replicas, timeout, dtype, device, keep_parameters)
         self._context = BlockContext()
         self._of_step: list[Tensor | None] = []

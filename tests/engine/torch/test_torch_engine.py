@@ -17,7 +17,7 @@ from megatron_tf.engine.choice import build_engine
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.local_ranks import start_ranks
-from megatron_tf.state.sources import InitialSource
+from megatron_tf.state.sources import InitialSource, initial_source
 from megatron_tf.verification.layout import Layout, batches, compare, joined, reference, run_layouts
 
 TOLERANCE = 1e-5
@@ -68,6 +68,25 @@ def test_a_transformer_and_sparse_tokens():
     bank = {"group_size": 16, "candidates": 4, "dense": 0}
     sparse = {"parameter_tokens": {"qkv": 13, "proj": 11, "ffn": 64}, "sparse": {"ffn": bank}}
     check(config(model=sparse), Layout(Topology(2, 1, 2)), Layout(Topology(1, 2, 1)))
+
+
+@pytest.mark.parametrize(("precision", "world"), [("bf16", 2), pytest.param("fp32", 4, marks=pytest.mark.slow)])
+def test_stages_of_sharded_parameters_evaluate_as_one_process(precision, world, tmp_path):
+    """Hidden states arrive in the compute type, in which sharded parameters are not."""
+    of = config(parallel={"pipeline": 2}, training={"precision": precision, "micro_batch_size": 1})
+    expected = reference(of, 1).losses[0]
+    start_ranks(_evaluation, world, of, world, expected, 1e-5 if precision == "fp32" else 1e-2, str(tmp_path))
+
+
+def _evaluation(rank, of, world, expected, tolerance, folder):
+    topology, plan = Topology(1, 2, world // 2), plan_batches(of, world)
+    with joined([of], rank, world, folder):
+        tensor = make_group(topology, "tensor", 60.0)
+        engine = build_engine(of, of.model, plan, topology, tensor, initial_source(of))
+        own = batches(of, plan, 0, topology.coordinate("data", rank), topology.data)
+        groups = [0] * (plan.num_micro_batches * plan.micro_batch_size)
+        assert engine.evaluate_groups(own, groups, 1).loss == pytest.approx(expected, rel=tolerance)
+        engine.close()
 
 
 def test_a_gradient_that_is_not_finite_and_a_drifted_copy(tmp_path):
