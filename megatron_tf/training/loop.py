@@ -217,6 +217,8 @@ class Trainer:
         shares, left = self.engine.clock.shares(), self.plan.train_steps - self.progress.step
         self._record(self.metrics.training(result, loss, self.engine.steps_skipped, rates, shares, left))
         text = f"loss {loss:.4f}  " + ("" if norm is None else f"norm {norm:.3f}  ")
+        if result.seeks_scale:
+            text += f"skipped, loss scale {result.loss_scale:g}  "
         task, model = task_of(self.config.model), self.config.model
         text += f"lr {result.lr:.2e}  {task.in_units(model, rates.tokens_per_second):,.0f} {task.unit}/s"
         eta, where = format_duration(left * rates.step_seconds), f"  ({describe_shares(shares)})"
