@@ -15,6 +15,7 @@ from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.tasks.classes import cross_entropy
 
 LENGTH, BATCH, STEPS, LAST = 64, 8, 500, 50
+SEEDS = range(1, 6)
 
 
 def plain_projections(x, keys, values, scales, activation, group, form):
@@ -50,18 +51,20 @@ def learning_curve(seed: int) -> list[float]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)  # four trainings; bf16 is slow on processors that lack it
+@pytest.mark.timeout(2400)  # ten trainings; bf16 is slow on processors that lack it
 def test_curves_of_plain_and_fast_layers_agree(monkeypatch):
     """Curves of the two layers lie closer together than those of two seeds, and the fast one does not end higher.
 
-    Rounding alone makes single curves part, in either direction: after 500 steps by some hundredths.
+    Rounding alone makes single curves part, in either direction: after 500 steps by up to a tenth. So the ends are
+    compared as means of five seeds, whose standard error is 0.03.
     """
-    fast = [learning_curve(seed) for seed in (1, 2)]
+    fast = [learning_curve(seed) for seed in SEEDS]
     monkeypatch.setattr(layers, "partial_pattention", plain_projections)
-    plain = [learning_curve(seed) for seed in (1, 2)]
+    plain = [learning_curve(seed) for seed in SEEDS]
     between_layers = [distance(a, b) for a, b in zip(fast, plain)]
-    print(f"fast {ends(fast)}, plain {ends(plain)}, between layers {between_layers}, seeds {distance(*plain)}")
-    assert max(between_layers) < distance(*plain)
+    of_seeds = distance(plain[0], plain[1])
+    print(f"fast {ends(fast)}, plain {ends(plain)}, between layers {between_layers}, seeds {of_seeds}")
+    assert max(between_layers) < of_seeds
     assert statistics.mean(ends(fast)) < statistics.mean(ends(plain)) + 0.03
     assert max(ends(fast)) < 3.0, "about 5.5 at the start"
 
