@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -12,9 +13,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_tf.adapters.folder import read_adapter
+from megatron_tf.adapters.summary import adapter_folder
 from megatron_tf.caches import prepare_hugging_face
+from megatron_tf.checkpoint.format import MANIFEST_NAME
+from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER
 from megatron_tf.checkpoint.strict_json import NotJsonError, parse_json
-from megatron_tf.convert.huggingface.configuration import MODEL_TYPE
+from megatron_tf.convert.huggingface.configuration import IMAGE_MODEL_TYPE, MODEL_TYPE
 from megatron_tf.convert.huggingface.verify import require_transformers
 from megatron_tf.durable import read_plain
 from megatron_tf.errors import CheckpointError, DataError, UserError, file_errors, first_line
@@ -44,10 +48,8 @@ def load_base(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
 
     Nothing in the folder is run: of an exported TokenFormer the code is ours, and not its copy that lies there.
     """
-    with file_errors(
-        CheckpointError, folder / _CONFIG, "Give the folder of a base model, as save_pretrained writes it."
-    ):
-        content = read_plain(folder / _CONFIG, _LARGEST_CONFIG)
+    _refuse_others(folder)
+    content = _read_config(folder)
     if b'"pattention"' in content:
         raise CheckpointError(f"{folder}: is an export with an adapter in it. Give the base that it was made from")
     return _load(folder, dtype, is_tokenformer=_model_type(folder, content) == MODEL_TYPE)
@@ -56,6 +58,30 @@ def load_base(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
 def load_exported(folder: Path) -> Any:
     """What `export_adapter` has written, with the code that lies in it, in fp32. Errors: as of `load_base`."""
     return _load(folder, torch.float32, trust_remote_code=True)
+
+
+def _refuse_others(folder: Path) -> None:
+    """CheckpointError, with what to give instead, for what else of ours may be meant as a base: a run, a checkpoint, an
+    adapter, a classifier of images. Weights are not looked at."""
+    if os.path.lexists(folder / _CONFIG):
+        if _model_type(folder, _read_config(folder)) == IMAGE_MODEL_TYPE:
+            raise CheckpointError(
+                f"{folder}: is a classifier of images, and adapters are for language models. Give the folder of one"
+            )
+    elif adapter_folder(folder) is not None:
+        raise CheckpointError(f"{folder}: is an adapter, or a run of one. Give the base model that it was trained on")
+    elif os.path.lexists(folder / CHECKPOINTS_FOLDER) or os.path.lexists(folder / MANIFEST_NAME):
+        raise CheckpointError(
+            f"{folder}: is a run or a checkpoint of one, and adapters are for models of transformers. Export it with "
+            f"`megatron_tf convert to-hf {folder} --to` and a new folder, and give that"
+        )
+
+
+def _read_config(folder: Path) -> bytes:
+    with file_errors(
+        CheckpointError, folder / _CONFIG, "Give the folder of a base model, as save_pretrained writes it."
+    ):
+        return read_plain(folder / _CONFIG, _LARGEST_CONFIG)
 
 
 def _model_type(folder: Path, config: bytes) -> Any:
@@ -121,10 +147,11 @@ def random_llama(layers: int, width: int, vocabulary: int) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a base's folder. DataError when there is none, or none with an end of text. Nothing in the
-    folder is run."""
+    """The tokenizer in a base's folder. DataError when there is none, or none with an end of text; errors of
+    `_refuse_others`. Nothing in the folder is run."""
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder. Give that of a model of transformers.")
+    _refuse_others(folder)
     prepare_hugging_face()
     import transformers
 

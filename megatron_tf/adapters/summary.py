@@ -12,7 +12,9 @@ from torch import Tensor
 
 from megatron_tf.adapters.folder import CONFIG_NAME, KEYS, VALUES, WEIGHTS_NAME, Adapter
 from megatron_tf.checkpoint.compare import StateDifference
+from megatron_tf.errors import CheckpointError
 
+PUBLISHED = "adapter"  # within the folder of a fine-tuning run that has ended
 _SETTINGS = ("modules", "num_tokens", "frozen_tokens", "scale", "activation")
 
 
@@ -20,8 +22,23 @@ def adapter_folder(path: Path) -> Path | None:
     """The adapter at `path`: this folder, or of a fine-tuning run that of the newest checkpoint, or what the run
     published. None when there is none."""
     newest = sorted((*path.glob("step_*"), *path.glob("checkpoints/step_*")), reverse=True)
-    places = (path, *newest, path / "adapter")
+    places = (path, *newest, path / PUBLISHED)
     return next((place for place in places if os.path.lexists(place / CONFIG_NAME)), None)
+
+
+def trained_adapter(path: Path) -> Path:
+    """The adapter that `path` names: this folder, or what this fine-tuning run has published. CheckpointError, with the
+    newest checkpoint, when the run has published none; a folder that is neither is given back as it is."""
+    for place in (path, path / PUBLISHED):
+        if os.path.lexists(place / CONFIG_NAME):
+            return place
+    newest = adapter_folder(path)
+    if newest is None:
+        return path
+    raise CheckpointError(
+        f"{path}: is a fine-tuning run that has not ended, so it has no {PUBLISHED}/. Start it again to go on with it, or "
+        f"give its newest checkpoint, {newest}"
+    )
 
 
 def summarize(folder: Path, adapter: Adapter) -> dict[str, Any]:

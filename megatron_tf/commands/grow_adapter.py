@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", type=path, required=True, metavar="DIR", help="the adapter's folder")
+    parser.add_argument(
+        "--from", dest="source", type=path, required=True, metavar="DIR", help="the adapter's folder, or the run's"
+    )
     parser.add_argument(
         "--tokens", type=whole_number(2**31 - 1), required=True, metavar="N", help="of each branch, afterwards"
     )
@@ -44,12 +46,13 @@ def main() -> None:
     arguments = parse_arguments()
     from megatron_tf.adapters.folder import check_new_folder, read_adapter, write_adapter
     from megatron_tf.adapters.growth import check_growth, compare, grow_adapter, shrink_adapter
-    from megatron_tf.adapters.summary import scale_text
+    from megatron_tf.adapters.summary import scale_text, trained_adapter
 
     if arguments.shrink and (arguments.method or arguments.freeze_old):
         raise UserError("--shrink: takes tokens away, and --method and --freeze-old are of growth. Leave them out.")
     check_new_folder(arguments.target)
-    old = read_adapter(arguments.source)
+    source = trained_adapter(arguments.source)
+    old = read_adapter(source)
     method = arguments.method or "zero_key"
     if arguments.shrink:
         with options_for(num_tokens="--tokens"):
@@ -59,7 +62,7 @@ def main() -> None:
         with options_for(num_tokens="--tokens"):
             new = grow_adapter(old, arguments.tokens, method, freeze_old=arguments.freeze_old, seed=arguments.seed)
         found = check_growth(old, new, method)
-    print(f"from        {arguments.source}: {len(old.branches)} branches of {old.config['num_tokens']:,} tokens")
+    print(f"from        {source}: {len(old.branches)} branches of {old.config['num_tokens']:,} tokens")
     print(
         f"to          {arguments.target}: {new.config['num_tokens']:,} tokens, {new.config['frozen_tokens']:,} frozen"
     )
@@ -71,7 +74,7 @@ def main() -> None:
 
     def verify(folder: Path) -> None:
         if arguments.base is not None:
-            print(f"compared    on {arguments.base}: {on_base(arguments.base, arguments.source, folder, method)}")
+            print(f"compared    on {arguments.base}: {on_base(arguments.base, source, folder, method)}")
 
     size = write_adapter(arguments.target, new, verify)
     print(f"wrote {arguments.target}: {size:,} bytes")

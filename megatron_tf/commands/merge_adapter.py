@@ -17,7 +17,7 @@ from megatron_tf.arguments import path
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=path, required=True, metavar="DIR", help="the exported TokenFormer's folder")
-    parser.add_argument("--adapter", type=path, required=True, metavar="DIR", help="the adapter's folder")
+    parser.add_argument("--adapter", type=path, required=True, metavar="DIR", help="the adapter's folder, or the run's")
     parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the folder to write")
     return parser.parse_args()
 
@@ -25,11 +25,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from megatron_tf.adapters.merge import merge_adapter
+    from megatron_tf.adapters.summary import trained_adapter
     from megatron_tf.convert.huggingface.export import check_target
 
     check_target(arguments.target)
-    found = merge_adapter(arguments.base, arguments.adapter, arguments.target)
-    print(f"from        {arguments.base}, with {arguments.adapter}")
+    adapter = trained_adapter(arguments.adapter)
+    found = merge_adapter(arguments.base, adapter, arguments.target)
+    print(f"from        {arguments.base}, with {adapter}")
     for kind, agreement in found.items():
         print(f"compared    on {kind}: {agreement}")
     size = sum(file.stat().st_size for file in arguments.target.iterdir())

@@ -16,6 +16,7 @@ from torch import nn
 from megatron_tf.adapters.folder import read_adapter
 from megatron_tf.adapters.loading import load_base, load_tokenizer
 from megatron_tf.adapters.modules import default_kinds
+from megatron_tf.adapters.summary import PUBLISHED, trained_adapter
 from megatron_tf.durable import atomic_path
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.errors import CheckpointError, ConfigError, DataError, RunStopped, UserError, file_errors
@@ -48,7 +49,6 @@ from megatron_tf.telemetry.trackers import Trackers, open_trackers
 
 DEFAULT_TOKENS = 64
 _CHECKPOINTS = "checkpoints"
-_ADAPTER = "adapter"
 
 
 def finetune(config: FinetuneConfig, environment: LaunchEnvironment, stop: StopSignals) -> None:
@@ -145,7 +145,7 @@ class _Finetuning:
                     raise RunStopped(f"stopped at step {self.step:,}, because {describe_request(request)}; saved")
         with watchdog.during("saving"):
             self._publish()
-        self.console.info(f"complete: {self.folder / _ADAPTER}")
+        self.console.info(f"complete: {self.folder / PUBLISHED}")
 
     def _step(self, watchdog: Watchdog) -> int:
         """One update; the number of tokens learnt from."""
@@ -198,7 +198,7 @@ class _Finetuning:
         from megatron_tf.adapters.tuner import adapter_of
 
         adapter = adapter_of(self.model)
-        from_rank_zero(lambda: publish_adapter(self.folder / _ADAPTER, adapter))
+        from_rank_zero(lambda: publish_adapter(self.folder / PUBLISHED, adapter))
 
 
 def _read(config: FinetuneConfig, tokenizer: Any) -> tuple[list[Row], list[Row]]:
@@ -253,7 +253,7 @@ def _model(config: FinetuneConfig, newest: Path | None, data: str) -> tuple[Any,
             f"{context}."
         )
     torch.manual_seed(config.run.seed)
-    source = newest or (Path(adapter.source) if adapter.source else None)
+    source = newest or (trained_adapter(Path(adapter.source)) if adapter.source else None)
     if source is not None:
         read_adapter(source)
         model = with_adapters(base, {"default": source}, trained=True)

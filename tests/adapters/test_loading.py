@@ -9,7 +9,7 @@ from decoders import decoder
 from tokenformers import tokenformer
 
 from megatron_tf.adapters.loading import load_base, load_tokenizer
-from megatron_tf.convert.huggingface.configuration import MODEL_TYPE
+from megatron_tf.convert.huggingface.configuration import IMAGE_MODEL_TYPE, MODEL_TYPE
 from megatron_tf.errors import CheckpointError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "finetuning"))
@@ -48,3 +48,23 @@ def test_a_model_that_needs_code_of_its_own_is_refused_without_a_question(asked,
     with pytest.raises(CheckpointError, match="transformers cannot load it as a causal language model"):
         load_base(tmp_path)
     assert asked == [] and not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("load", [load_base, load_tokenizer])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            "checkpoints/step_00000004/manifest.json",
+            r"is a run or .*Export it with `megatron_tf convert to-hf .* --to` and",
+        ),
+        ("manifest.json", r"is a run or a checkpoint of one"),
+        ("checkpoints/step_00000004/adapter_config.json", r"is an adapter, or a run of one. Give the base model that"),
+        ("config.json", r"is a classifier of images, and adapters are for language models. Give the folder of one"),
+    ],
+)
+def test_what_is_no_base_is_named(load, file, message, tmp_path):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(json.dumps({"model_type": IMAGE_MODEL_TYPE}))
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)

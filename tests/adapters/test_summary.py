@@ -9,7 +9,8 @@ from peft import get_peft_model
 from megatron_tf.adapters import PattentionConfig
 from megatron_tf.adapters.folder import Adapter, Branch, read_adapter, write_adapter
 from megatron_tf.adapters.growth import grow_adapter
-from megatron_tf.adapters.summary import adapter_folder, differences, differing_settings, summarize
+from megatron_tf.adapters.summary import adapter_folder, differences, differing_settings, summarize, trained_adapter
+from megatron_tf.errors import CheckpointError
 
 
 @pytest.fixture
@@ -57,3 +58,14 @@ def test_of_a_run_the_newest_checkpoint_is_looked_at(folder, tmp_path):
         write_adapter(tmp_path / "checkpoints" / f"step_{step:08d}", read_adapter(folder))
     assert adapter_folder(tmp_path) == tmp_path / "checkpoints" / "step_00000010"
     assert adapter_folder(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"
+
+
+def test_a_run_stands_for_what_it_has_published(folder, tmp_path):
+    assert trained_adapter(folder) == trained_adapter(tmp_path) == folder
+    assert trained_adapter(tmp_path / "none") == tmp_path / "none"
+    run = tmp_path / "stopped"
+    write_adapter(run / "checkpoints" / "step_00000002", read_adapter(folder))
+    with pytest.raises(
+        CheckpointError, match="has not ended, so it has no adapter/.* give its newest checkpoint, .*00002$"
+    ):
+        trained_adapter(run)

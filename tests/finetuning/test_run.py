@@ -161,7 +161,7 @@ def test_a_tokenformer_is_fine_tuned_by_more_tokens_and_they_are_merged(folder, 
     assert found[4] < found[1] - 0.05
     adapter = read_adapter(tmp_path / "run" / "adapter").config
     assert (adapter["modules"], adapter["scale"], len(adapter["target_modules"])) == (["pattention"], None, 10)
-    done = tool("merge_adapter", "--base", tmp_path / "base", "--adapter", tmp_path / "run" / "adapter",
+    done = tool("merge_adapter", "--base", tmp_path / "base", "--adapter", tmp_path / "run",
                 "--to", tmp_path / "merged", HF_HOME=str(tmp_path / "home"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "on base and adapter: logits differ by" in done.stdout and "on text: logits differ by" in done.stdout
