@@ -26,11 +26,15 @@ def find_configuration(text: str) -> Path:
     return path
 
 
+def studies() -> dict[str, Path]:
+    return shipped_files("experiments", "experiments", ".yml")
+
+
 def find_study(text: str) -> Path:
     """As `find_configuration`, of a study."""
     path = Path(text)
     if "/" not in text and not path.exists():
-        return shipped_files("experiments", "experiments", ".yml").get(path.name.removesuffix(".yml"), path)
+        return studies().get(path.name.removesuffix(".yml"), path)
     return path
 
 

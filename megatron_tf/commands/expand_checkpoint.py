@@ -3,8 +3,8 @@
 
 Writes step 0 of the bigger run, to the last bit what training would begin with when it grows the model itself: a run
 of this configuration in this folder resumes from it. Needs no GPU, and memory for a few buffers whatever the size.
-Token counts and the number of layers may differ. `growth` in the configuration says how to grow; without it, tokens by
-zero_key and layers by identity.
+Token counts, candidates of model.sparse and the number of layers may differ, and of a Transformer also the width.
+`growth` in the configuration says how to grow; without it, tokens by zero_key, layers by identity and width by cloning.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
     if (width := start.growth_history[-1].get("width")) is not None:
         for key, size in width["from"].items():
             print(f"{key} {size} -> {width['to'][key]} by cloning; moments of all: 0")
+        if growth.clone_noise == 0:
+            print("warning     growth.clone_noise is 0: clones are alike, and training never sets them apart")
     if old.num_layers != config.model.num_layers:
         print(
             f"{'layers':<11} {old.num_layers} -> {config.model.num_layers} by {growth.depth_method}; moments of new "

@@ -56,7 +56,10 @@ def _interleaving_problems(parallel: Parallel, micro_batches: int, samples: int)
     """`samples`: of one micro batch on all data-parallel ranks."""
     stages, parts = parallel.pipeline, parallel.virtual_stages
     if stages == 1:
-        yield f"parallel.virtual_stages: {parts} needs a pipeline, and parallel.pipeline is 1. Set it to 1."
+        yield (
+            f"parallel.virtual_stages: {parts} needs a pipeline, and parallel.pipeline is 1. Set parallel.virtual_stages "
+            "to 1, or parallel.pipeline to 2."
+        )
     elif parallel.schedule != "1f1b":
         yield (
             f"parallel.virtual_stages: {parts} needs parallel.schedule: 1f1b, and it is {parallel.schedule}. Set "

@@ -198,6 +198,9 @@ class Schedule(Section):
     """Where cosine and wsd end, at the last step."""
 
 
+LrPower = Annotated[float, Field(ge=0, le=2)]
+
+
 class LrRule(Section):
     """Learning rates of parameter tokens by their number, so that a rate that was tuned at one number serves at others.
 
@@ -207,9 +210,9 @@ class LrRule(Section):
 
     base_tokens: ParameterTokens
     """[tokens] At which optimizer.lr was tuned, by kind of projection. Since 0.2."""
-    key_power: NonNegative = 0.5
+    key_power: LrPower = 0.5
     """Of the factor of key tokens' rate. Since 0.2."""
-    value_power: NonNegative = 1.0
+    value_power: LrPower = 1.0
     """Of the factor of value tokens' rate. Their weight decay is divided by it, so that rate times decay stays. Since 0.2."""
     scale_initial_values: bool = False
     """Multiply initial value tokens of a new model by √(base / number), so that outputs begin equally large. Since 0.2."""
@@ -371,7 +374,7 @@ class Growth(Section):
     """Standard deviation of a change to each old token weight, relative to it. 0 keeps the function."""
     moments: Literal["keep", "reset"] = "keep"
     """Optimizer states of what there was. New tokens and layers start afresh."""
-    moments_factor: Positive = 1.0
+    moments_factor: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Of moments that are kept, squares by its square. Below 1, gradients after the growth weigh more. Since 0.2."""
     lr_multipliers: LearningRates = LearningRates()
     """Factors of the schedule's learning rate."""

@@ -13,6 +13,7 @@ from megatron_tf.config.validate import plan_batches
 from megatron_tf.costs.estimate import flops_per_token, num_parameters
 from megatron_tf.costs.law import ASSUMED_KAPPA, Range
 from megatron_tf.costs.layouts import Estimate
+from megatron_tf.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ def chain_costs(
 ) -> list[StageCost]:
     """One entry a stage, in order.
 
-    `kappa`: least and greatest.  `scratch_tokens`: what each size needs from scratch, from which κ follows instead.
+    `kappa`: least and greatest.  `scratch_tokens`: what each size needs from scratch, from which κ follows instead;
+    ConfigError when that makes κ negative.
     """
+    if scratch_tokens is not None:
+        _check_worth(stages, scratch_tokens)
     costs: list[StageCost] = []
     for stage in stages:
         tokens = plan_batches(stage.config, stage.world_size).train_tokens
@@ -76,6 +80,16 @@ def chain_costs(
             )
         )
     return costs
+
+
+def _check_worth(stages: Sequence[Estimate], scratch_tokens: int) -> None:
+    own = {stage.config.run.name: plan_batches(stage.config, stage.world_size).train_tokens for stage in stages[1:]}
+    longest = max(own, key=own.__getitem__)
+    if scratch_tokens < own[longest]:
+        raise ConfigError(
+            f"--scratch-tokens: {scratch_tokens:,}, but stage {longest} trains on {own[longest]:,} tokens of its own, so "
+            f"what came before it would be worth less than nothing. Give {own[longest]:,} or more."
+        )
 
 
 def _from_scratch(tokens: int, earlier: int, kappa: Range, scratch_tokens: int | None) -> tuple[Range | None, Range]:

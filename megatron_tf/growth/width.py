@@ -68,8 +68,15 @@ class WidthAxis(Axis):
         return found
 
     def without_effect(self, old: Model, new: Model, growth: Growth) -> list[str]:
+        if self.serves(old) and _sizes(old) != _sizes(new):
+            if growth.moments_factor == 1:
+                return []
+            return [
+                f"growth.moments_factor: {growth.moments_factor:g} is of moments that are kept, and a growth of the width "
+                "keeps none. Set it to 1"
+            ]
         usual = type(growth).model_fields["clone_noise"].default
-        if growth.clone_noise == usual or (self.serves(old) and _sizes(old) != _sizes(new)):
+        if growth.clone_noise == usual:
             return []
         return [
             f"growth.clone_noise: {growth.clone_noise:g} sets clones apart, and the width of a {old.architecture} does not "

@@ -34,7 +34,8 @@ def _rows_against(arm: Json) -> Iterator[tuple[str, ...]]:
 
 def _beyond(cost: Json, name: str) -> str:
     told = {"at most": f"loss not reached by {name}", "at least": f"{name} may reach it before its first point"}
-    return told.get(cost["bound"], "" if cost["ratio"] is not None else "seeds in both directions")
+    both = f"some seeds have lower losses than all of {name}, others higher ones"
+    return told.get(cost["bound"], "" if cost["ratio"] is not None else both)
 
 
 def _grown_row(arm: Json) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from megatron_tf.config.fields import Count, Path, Positive, Section
 from megatron_tf.config.load import EXPECTED, follows_from_another, read_file, value_sentence
 from megatron_tf.config.schema import Moment, RunConfig
 from megatron_tf.errors import ConfigError, shown
+from megatron_tf.shipped import studies
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
@@ -112,6 +113,9 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
 
     ConfigError with all problems: keys, values, parents that are missing or form a circle.
     """
+    if not os.path.lexists(path):
+        names = ", ".join(studies())
+        raise ConfigError(f"{path}: there is no such file. Give the path of a study's YAML file, or one of {names}.")
     values, problems = read_file(path)
     problems = [*problems, *_override(values, overrides)]
     try:

@@ -105,6 +105,7 @@ def _arm(
         "own_flops": node.own_flops,
         "sweep": None,
         "ended": len(results),
+        "seeds": len(plan.study.seeds_of(arm)),
         "loss": None,
     }
     if choice is not None and arm.sweep is not None:
@@ -182,7 +183,10 @@ def _cells(arm: Json) -> tuple[str, ...]:
     compared = ("", "", "" if arm["comparable"] else "not compared")
     if difference is not None:
         compared = (f"{difference['mean']:+.4f}", within(difference, "+.4f"), difference["verdict"])
-    return (*first, f"{loss['mean']:.4f}", within(loss, ".4f"), *compared)
+    *numbers, verdict = compared
+    if arm["ended"] < arm["seeds"]:
+        verdict = ", ".join(filter(None, (verdict, f"{arm['ended']} of {arm['seeds']} seeds")))
+    return (*first, f"{loss['mean']:.4f}", within(loss, ".4f"), *numbers, verdict)
 
 
 def _last_cells(arm: Json) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.config.load import dump_config, load_config
+from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.diagnosis.run_facts import settings
 from megatron_tf.durable import write_atomically
@@ -144,7 +146,7 @@ def changed(node: Node, study_dir: str) -> str | None:
     path = config_file(node, study_dir)
     if not node.folder.exists() or not path.exists():
         return None
-    before, now = settings(load_config(path)), settings(node.config)
+    before, now = _settings(load_config(path), node.name), _settings(node.config, node.name)
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "run.name"]
     if not keys:
         return None
@@ -154,3 +156,14 @@ def changed(node: Node, study_dir: str) -> str | None:
         f"{node.folder}: was begun with another configuration: {told}{more}. Restore it, move the folder away, or "
         "choose another dir."
     )
+
+
+def _settings(config: RunConfig, name: str) -> dict[str, str]:
+    """Of the run `name`, with folders of the study as they lie in it: it may have been moved since."""
+    found = settings(config)
+    own = found.pop("run.dir")
+    study_dir = os.path.abspath(own.removesuffix(os.path.join("runs", name)))
+    for key in ("branch.from", "growth.from"):
+        if key in found:
+            found[key] = os.path.relpath(found[key], study_dir)
+    return found

@@ -199,9 +199,13 @@ def test_a_stage_from_scratch_needs_what_kappa_says():
     # at break-even, growing costs what scratch costs
     even = chain_costs(stages, (last.break_even, last.break_even))[3]
     assert even.ratio == (pytest.approx(1.0), pytest.approx(1.0))
-    given = chain_costs(stages, scratch_tokens=30_000_000_000)[2]
-    assert given.scratch_tokens == (pytest.approx(30e9), pytest.approx(30e9))
-    assert given.kappa[0] == given.kappa[1] < 0
+    with pytest.raises(
+        ConfigError, match="--scratch-tokens: 1,000,000,000, but stage .* trains on .* tokens of its own"
+    ):
+        chain_costs(stages, scratch_tokens=1_000_000_000)
+    given = chain_costs(stages, scratch_tokens=96_000_000_000)[1]
+    assert given.scratch_tokens == (pytest.approx(96e9), pytest.approx(96e9))
+    assert given.kappa[0] == given.kappa[1] == pytest.approx(36 / 300, rel=1e-4)
 
 
 @pytest.mark.parametrize("tensor", [2, 4, 8])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from deepening import Trained, grown, model
+from pydantic import ValidationError
 
 from megatron_tf.config.schema import Growth
 from megatron_tf.growth.rules import growth_problems
@@ -26,6 +28,12 @@ def test_each_moment_is_scaled_by_its_power_of_the_gradient():
     moments = scaled.read("blocks.0.ffn.key_tokens", "exp_avg", 0, 70 * 32)
     assert torch.equal(moments[:9], 0.5 * Trained(SMALL, 0).read("blocks.0.ffn.key_tokens", "exp_avg", 0, 9))
     assert not moments[37 * 32 :].any()
+
+
+def test_a_factor_that_overflows_is_refused():
+    assert Growth(source="x", moments_factor=1000.0)
+    with pytest.raises(ValidationError, match="less than or equal to 1000"):
+        Growth(source="x", moments_factor=1e30)
 
 
 def test_what_is_reset_cannot_be_scaled():

@@ -102,6 +102,9 @@ def test_what_cannot_be_cloned_is_refused():
         "growth.clone_noise: 0.2 sets clones apart, and the width of a transformer does not grow. Remove "
         "growth.clone_noise."
     ]
+    assert problems(small, wider(2), moments_factor=0.5) == [
+        "growth.moments_factor: 0.5 is of moments that are kept, and a growth of the width keeps none. Set it to 1."
+    ]
     (refused,) = problems(model(2), model(2, hidden_size=64))
     assert refused.startswith(
         "model.hidden_size: 32 before, 64 after. Growth changes token counts, candidates and model"

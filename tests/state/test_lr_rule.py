@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from images import image_config
+from pydantic import ValidationError
 from study_names import problems_of
 from tiny import run_config
 
@@ -43,6 +44,13 @@ def test_the_factors_by_hand():
     assert len(found) == 2 * 5 * 2 and all(name.startswith("blocks.") for name in found)
     others = factors_of(config({"key_power": 1.0, "value_power": 0.0}))
     assert others["blocks.0.ffn.key_tokens"].lr == 4 and others["blocks.0.ffn.value_tokens"] == Factors()
+
+
+@pytest.mark.parametrize("key", ["key_power", "value_power"])
+def test_powers_that_floating_point_cannot_hold_are_refused(key):
+    assert config({key: 2.0})
+    with pytest.raises(ValidationError, match="less than or equal to 2"):
+        config({key: 1000.0})
 
 
 def test_layers_by_hand():

@@ -151,6 +151,24 @@ def test_a_run_that_is_another_one_now_is_refused(study, write, started):
     assert names == []
 
 
+def test_a_study_that_was_moved_is_the_same(study, tmp_path, monkeypatch):
+    """Its runs name their folders and their parents' as these lay, here relative to a working directory."""
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(study(dir="before"), lambda node: 2.0)
+    for node in plan.nodes:
+        node.folder.mkdir(parents=True)
+        write_config(node, plan.study.dir)
+    (tmp_path / "before").rename(tmp_path / "after")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    moved = make_plan(study(dir=str(tmp_path / "after")), lambda node: 2.0)
+    assert all(node.folder.is_dir() for node in moved.nodes)
+    check_unchanged(moved)
+    other = make_plan(study(dir=str(tmp_path / "after"), arms={"grown": {"at": "end"}}), lambda node: 2.0)
+    with pytest.raises(ConfigError, match=r"growth.at \(before_decay then, end now\)"):
+        check_unchanged(other)
+
+
 def test_a_sweep_that_now_chooses_another_value_starts_nothing_from_it(study, started, monkeypatch):
     """What began under the old value and what would begin under the new one must not stand in one table."""
     names, of = started(), study()

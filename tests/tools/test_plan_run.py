@@ -58,9 +58,9 @@ def test_thousands_of_gpus_in_words():
 
 
 def test_a_chain_compared_with_training_from_scratch():
-    made = plan(CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--scratch-tokens", "30e9")
+    made = plan(CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--scratch-tokens", "96e9")
     assert [cost["name"] for cost in made["chain"]] == ["chain-124M", "chain-354M", "chain-757M", "chain-1.4B"]
-    assert {round(tokens) for cost in made["chain"] for tokens in cost["scratch_tokens"]} == {30_000_000_000}
+    assert {round(tokens) for cost in made["chain"] for tokens in cost["scratch_tokens"]} == {96_000_000_000}
     assert made["advice"] is None
     text = tool("plan_run", CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--best", 1).stdout
     assert "The chain, compared with training each size from scratch" in text and "all sizes:" in text

@@ -132,7 +132,10 @@ def test_images_have_their_accuracy_in_the_report(study, tmp_path):
 def test_what_is_refused_before_a_run_starts(file, tmp_path):
     assert_refused(tool("study", "run", file, "ranks=3"), "arm small: training.global_batch_size: 4 is not a multiple")
     assert_refused(tool("study", "report", file), "no run has ended yet")
-    assert_refused(tool("study", "run", tmp_path / "no.yml"), "no.yml: there is no such file")
+    assert_refused(
+        tool("study", "run", tmp_path / "no.yml"),
+        "no.yml: there is no such file. Give the path of a study's YAML file, or one of growth_",
+    )
     assert_refused(tool("study", "run", file, "--probe"), "--probe is for plan, not for run")
     (tmp_path / "text.bin").unlink()
     assert_refused(tool("study", "run", file), "data.train[0].path: ")

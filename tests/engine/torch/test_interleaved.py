@@ -87,7 +87,11 @@ def test_the_layout_gate_knows_it():
             "parallel.virtual_stages: 2 needs parallel.engine: torch, and it is deepspeed. Set parallel.engine to "
             "torch, or parallel.virtual_stages to 1.",
         ),
-        ({}, "parallel.virtual_stages: 2 needs a pipeline, and parallel.pipeline is 1. Set it to 1."),
+        (
+            {},
+            "parallel.virtual_stages: 2 needs a pipeline, and parallel.pipeline is 1. Set parallel.virtual_stages to 1, "
+            "or parallel.pipeline to 2.",
+        ),
         (
             {"pipeline": 2, "schedule": "gpipe"},
             "parallel.virtual_stages: 2 needs parallel.schedule: 1f1b, and it is gpipe. Set parallel.schedule to 1f1b, "
