@@ -28,12 +28,13 @@ from megatron_tf.adapters.loading import load_base, load_tokenizer
 from megatron_tf.benchmark.adapters import FORMS, LORA, rows_on
 from megatron_tf.benchmark.device import machine
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import DataError, UserError, file_errors
+from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
 from megatron_tf.finetuning.batches import collate
-from megatron_tf.finetuning.packed import check_packing
+from megatron_tf.finetuning.packed import check_length, check_packing
 from megatron_tf.finetuning.trial import BASE, SECOND, Outcome, Setting, Texts, Trial, read_texts, run_trial
 
 _SETTING, _TRIALS, _RESULTS, _TABLE = "comparison.json", "trials.jsonl", "results.json", "results.md"
+_TEXTS = ("learn", "keep", "then")
 Done = dict[Trial, Outcome]
 
 
@@ -53,10 +54,12 @@ class Plan:
 
 def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callable[[str], None]) -> str:
     """Run all trials that are missing, and write and return the table. UserError when the folder is of another
-    comparison, or the base cannot keep packed examples apart."""
+    comparison, a size cannot be, or the base cannot keep packed examples apart."""
+    _check_batch(plan.setting)
     tokenizer = load_tokenizer(plan.setting.base)
     texts = read_texts(plan.learn, plan.keep, plan.then, plan.setting, tokenizer)
     base = load_base(plan.setting.base)
+    check_length(base, plan.setting.seq_length, "--seq-length")
     _check_setting(folder, {**_plain(plan), "base": base_facts(base)})
     check_packing(base, torch.device("cpu"))
     del base
@@ -227,7 +230,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
     """What trials have in common, as JSON has it. How much is computed at once changes nothing but rounding."""
     setting = asdict(plan.setting)
     del setting["base"], setting["micro_batch"]
-    texts = {"learn": plan.learn, "keep": plan.keep, "then": plan.then}
+    texts = {name: getattr(plan, name) for name in _TEXTS}
     return {**setting, **{name: _digest(file) for name, file in texts.items() if file is not None}}
 
 
@@ -240,10 +243,30 @@ def _check_setting(folder: Path, setting: Mapping[str, Any]) -> None:
         for key, value in setting.items():
             if before.get(key, value) != value:
                 raise UserError(
-                    f"{folder}: is of a comparison with {key} {before[key]}, and this one has {value}. Give another "
-                    "folder with --to."
+                    f"{folder}: is of a comparison with {_differing(key, before[key], value)}. Give another folder with "
+                    "--to."
                 )
         write_atomically(path, (json.dumps({**before, **setting}, indent=2) + "\n").encode())
+
+
+def _differing(key: str, before: Any, now: Any) -> str:
+    """What a value of the folder's setting was and now is, in words: digests say nothing to people."""
+    if key == "base":
+        one, other = (
+            "a {model_type} of {num_layers} layers × {hidden_size}".format(**facts) for facts in (before, now)
+        )
+        return f"another base, {one}, and this one is {other if one != other else 'one of the same shape with other weights'}"
+    if key in _TEXTS:
+        return f"another text: the file of --{key} was not what it is now"
+    return f"{key} {before}, and this one has {now}"
+
+
+def _check_batch(setting: Setting) -> None:
+    if setting.batch % setting.micro_batch:
+        raise ConfigError(
+            f"--batch: {setting.batch} is not a multiple of --micro-batch {setting.micro_batch}. Set it to a multiple of "
+            f"{setting.micro_batch}, or --micro-batch to a divisor of {setting.batch}."
+        )
 
 
 def _read_trials(folder: Path) -> Done:

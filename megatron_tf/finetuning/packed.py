@@ -1,4 +1,5 @@
-"""Does a base model keep packed examples apart? Asked of the model itself, before a run relies on it."""
+"""Can a base model compute sequences as long as asked for, and does it keep packed examples apart? Asked of the model
+itself, before a run relies on it."""
 
 from __future__ import annotations
 
@@ -12,6 +13,15 @@ from megatron_tf.finetuning.batches import collate
 from megatron_tf.finetuning.examples import Example
 
 _LENGTHS = (5, 7)
+
+
+def check_length(model: Any, seq_length: int, key: str) -> None:
+    """ConfigError, of `key`, when `seq_length` tokens are more than the model's context. Some have no such limit."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and seq_length > context:
+        raise ConfigError(
+            f"{key}: {seq_length}, and the base's context is {context} tokens. Set it to at most {context}."
+        )
 
 
 @torch.no_grad()

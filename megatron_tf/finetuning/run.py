@@ -22,7 +22,7 @@ from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.errors import CheckpointError, ConfigError, DataError, RunStopped, UserError, file_errors
 from megatron_tf.finetuning.batches import Row, count_targets, pack, rows_of_step
 from megatron_tf.finetuning.examples import read_examples
-from megatron_tf.finetuning.packed import check_packing
+from megatron_tf.finetuning.packed import check_length, check_packing
 from megatron_tf.finetuning.saving import (
     Progress,
     Resumed,
@@ -246,12 +246,7 @@ def _model(config: FinetuneConfig, newest: Path | None, data: str) -> tuple[Any,
                 "or give another run.dir."
             )
     base = load_base(Path(config.base.path), torch.bfloat16 if config.base.precision == "bf16" else torch.float32)
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and config.data.seq_length > context:
-        raise ConfigError(
-            f"data.seq_length: {config.data.seq_length}, and the base's context is {context} tokens. Set it to at most "
-            f"{context}."
-        )
+    check_length(base, config.data.seq_length, "data.seq_length")
     torch.manual_seed(config.run.seed)
     source = newest or (trained_adapter(Path(adapter.source)) if adapter.source else None)
     if source is not None:

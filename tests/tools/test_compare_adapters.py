@@ -6,17 +6,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tooling import assert_refused, tool
 
 from megatron_tf.benchmark import adapters
 from megatron_tf.commands.compare_adapters import FORMS
-from megatron_tf.finetuning.comparison import _COLUMNS, Plan, _best_rate, _missing, _results, _second_results, _table
+from megatron_tf.errors import ConfigError, UserError
+from megatron_tf.finetuning.comparison import (
+    _COLUMNS,
+    Plan,
+    _best_rate,
+    _check_setting,
+    _missing,
+    _results,
+    _second_results,
+    _table,
+    compare_adapters,
+)
 from megatron_tf.finetuning.trial import BASE, Outcome, Setting, Trial
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "finetuning"))
 from bases import questions, write_base, write_lines  # noqa: E402
 
 SETTING = Setting(Path("base"), "fp32", 8, 10, 4, 2, 32, 16)
+BASE_FACTS = {"model_type": "llama", "hidden_size": 32, "num_layers": 2, "vectors": "d" * 32, "matrices": "e" * 32}
 PLAN = Plan(SETTING, "a", "b", None, ("lora", "modules"), (0.1, 0.2, 0.4), seeds=3, rounds=0)
 
 
@@ -63,6 +76,50 @@ def test_ways_to_a_second_text_are_tried_at_the_best_rate_of_the_first():
         "Pattention, frozen, grown by as many tokens",
     ]
     assert (found[0]["held"], found[0]["first"], found[0]["first_forgotten"]) == (2.5, 3.0, 0.5)
+
+
+def compare(folder, **sizes) -> None:
+    texts = {name: write_lines(folder / f"{name}.jsonl", questions(8)) for name in ("learn", "keep")}
+    plan = replace(PLAN, setting=replace(SETTING, base=folder / "base", **sizes), **texts)
+    compare_adapters(plan, folder / "out", torch.device("cpu"), print)
+
+
+def test_sizes_that_cannot_be_are_refused_before_anything_is_written(tmp_path):
+    write_base(tmp_path / "base")
+    with pytest.raises(
+        ConfigError, match="--seq-length: 100, and the base's context is 64 tokens. Set it to at most 64"
+    ):
+        compare(tmp_path, seq_length=100)
+    with pytest.raises(
+        ConfigError, match="--batch: 3 is not a multiple of --micro-batch 2. Set it to a multiple of 2, or"
+    ):
+        compare(tmp_path, batch=3)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 4}, "with rank 8, and this one has 4. Give another folder with --to."),
+        ({"keep": "c" * 64}, "with another text: the file of --keep was not what it is now. Give another folder"),
+        (
+            {"base": BASE_FACTS | {"num_layers": 3}},
+            "a llama of 2 layers × 32, and this one is a llama of 3 layers × 32. G",
+        ),
+        (
+            {"base": BASE_FACTS | {"matrices": "f" * 32}},
+            "× 32, and this one is one of the same shape with other weights. G",
+        ),
+    ],
+)
+def test_a_folder_of_another_comparison_says_in_words_what_differs(change, message, tmp_path):
+    setting = {"rank": 8, "learn": "a" * 64, "keep": "b" * 64, "base": BASE_FACTS}
+    _check_setting(tmp_path, setting)
+    _check_setting(tmp_path, setting)
+    with pytest.raises(UserError) as refused:
+        _check_setting(tmp_path, setting | change)
+    assert message in str(refused.value)
+    assert json.loads((tmp_path / "comparison.json").read_text()) == setting
 
 
 @pytest.mark.slow
