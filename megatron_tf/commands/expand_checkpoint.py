@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,10 +106,7 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
                 row = f"{count:,} tokens, {bank.candidates} candidates copied to {used[kind].bank}"
         print(f"{kind:<11} {row}, τ {scale_of(old, index.scales, kind)} -> {scale_of(old, start.source.scales, kind)}")
     if (width := start.growth_history[-1].get("width")) is not None:
-        for key, size in width["from"].items():
-            print(f"{key} {size} -> {width['to'][key]} by cloning; moments of all: 0")
-        if growth.clone_noise == 0:
-            print("warning     growth.clone_noise is 0: clones are alike, and training never sets them apart")
+        print("\n".join(about_width(width)))
     if old.num_layers != config.model.num_layers:
         print(
             f"{'layers':<11} {old.num_layers} -> {config.model.num_layers} by {growth.depth_method}; moments of new "
@@ -122,6 +119,14 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
     print(f"moments     of old tokens: {growth.moments}{times}; of new tokens: 0")
     noise = f", noise {growth.noise:g} on old tokens" if growth.noise else ""
     print(f"function    {'kept, to rounding' if start.growth_history[-1]['preserves'] else f'CHANGED{noise}'}")
+
+
+def about_width(width: Mapping[str, Any]) -> Iterator[str]:
+    """`width`: as the growth's history has it."""
+    for key, size in width["from"].items():
+        yield f"{key} {size} -> {width['to'][key]} by cloning; moments of all: 0"
+    if width["clone_noise"] == 0:
+        yield "warning     growth.clone_noise is 0: clones are alike, and training never sets them apart"
 
 
 def scale_of(model: Model, scales: Mapping[str, float], kind: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ def main() -> None:
     adapter = adapter_folder(arguments.path)
     if adapter is not None:
         return inspect_adapter(adapter, arguments.diff, arguments.json)
+    for place in filter(None, (arguments.path, arguments.diff)):
+        check_is_no_export(place)
     found, passed_over = find_checkpoint(arguments.path)
     reader = open_checkpoint(found)
     summary = summarize(reader)
@@ -80,6 +83,16 @@ def main() -> None:
         )
     if differences:
         sys.exit(1)
+
+
+def check_is_no_export(folder: Path) -> None:
+    """CheckpointError for an exported model: transformers describes what it holds, in config.json."""
+    # by the file's name: what reads exports needs the model
+    if os.path.lexists(folder / "config.json"):
+        raise CheckpointError(
+            f"{folder}: is an export, not a checkpoint. Its config.json says what it holds; `megatron_tf convert from-hf "
+            f"{folder} --to RUN_DIR` makes a checkpoint of it"
+        )
 
 
 def inspect_adapter(folder: Path, diff: Path | None, as_object: bool) -> None:

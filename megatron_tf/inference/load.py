@@ -21,7 +21,7 @@ from megatron_tf.data.summary import known_end, read_summary, summary_file
 from megatron_tf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tf.data.tokenizer_identity import TokenizerIdentity, tokenizer_identity
 from megatron_tf.durable import open_plain
-from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
+from megatron_tf.errors import CheckpointError, ConfigError, DataError, UserError, file_errors
 from megatron_tf.model.checks import check_dtype
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.tasks.language_model.section import vocab_size_of
@@ -38,6 +38,10 @@ def load_model(path: Path | str, dtype: torch.dtype = torch.float32) -> TokenFor
         export = open_export(path)
         config, scales, weights = export.model, export.scales, export.weights
     else:
+        if not os.path.lexists(path):
+            raise CheckpointError(
+                f"{path}: there is no such folder. Give a run folder, a checkpoints folder, a checkpoint or an export"
+            )
         reader = open_checkpoint(resolve(path))
         reader.verify()
         config, scales, weights = stored_model(reader.index), reader.index.scales, read_weights(reader)

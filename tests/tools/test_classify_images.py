@@ -77,6 +77,7 @@ def test_refusals(run, tmp_path):
     assert_refused(
         tool("classify_images", run, image, "--classes", tmp_path / "names"), "names 2 classes, the model tells 5"
     )
+    assert_refused(tool("classify_images", tmp_path / "nosuch", image), "a checkpoint or an export")
     text = write_run(tmp_path / "text", run_config())
     wrong = tool("convert_checkpoint", "to-hf", text, "--to", tmp_path / "other", "--classes", tmp_path / "names")
     assert_refused(wrong, "--classes: the model is of text and has no classes. Remove it.")

@@ -14,6 +14,7 @@ from tooling import tool
 
 from megatron_tf.checkpoint.compare import compare
 from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.commands.expand_checkpoint import about_width
 
 TOOL = PROJECT / "tools" / "expand_checkpoint.py"
 CONFIG = """
@@ -81,6 +82,14 @@ def test_a_dry_run_of_a_split(folder):
         "function kept, to rounding",
     ):
         assert line in lines, done.stdout
+
+
+def test_clones_that_never_differ_are_said():
+    width = {"from": {"hidden_size": 16}, "to": {"hidden_size": 32}, "clone_noise": 0.1}
+    line = "hidden_size 16 -> 32 by cloning; moments of all: 0"
+    assert list(about_width(width)) == [line]
+    _, warning = about_width({**width, "clone_noise": 0.0})
+    assert "growth.clone_noise is 0: clones are alike" in warning
 
 
 def test_a_change_of_the_function_is_said(folder):

@@ -169,6 +169,11 @@ def test_a_missing_checkpoint_is_one_message_and_exit_code_2(tmp_path):
     assert done.stderr.startswith("error: ") and "there is no such folder" in done.stderr
 
 
+def test_an_export_is_named_as_one(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert f"{tmp_path}: is an export, not a checkpoint. Its config.json says" in inspect(tmp_path).stderr
+
+
 def test_it_needs_neither_deepspeed_nor_the_model(run_folder):
     script = (
         "import runpy, sys; sys.argv = ['x', sys.argv[1], '--verify']; "
