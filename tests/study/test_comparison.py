@@ -64,6 +64,18 @@ def found(study):
     return results
 
 
+def test_seeds_that_have_not_ended_and_seeds_that_disagree_are_said(found):
+    found(9.7)
+    whole = results_of(found.plan)
+    assert "1 of 2 seeds" not in in_words(whole)
+    grown = next(node for node in found.plan.nodes if node.arm.name == "grown" and node.seed == 2)
+    (grown.folder / "result.json").unlink()
+    part = results_of(found.plan)
+    assert [line.count("1 of 2 seeds") for line in in_words(part).splitlines() if line.startswith("grown")][0] == 1
+    part["arms"][0]["cost_against"] = {"big": {"difference": None, "ratio": None, "bound": None, "low": None}}
+    assert "some seeds have lower losses than all of big, others higher ones" in in_words(part)
+
+
 def test_at_equal_flops_and_at_equal_loss(found):
     arms, nodes = found(9.7)
     grown, end = arms["grown"]["cost_against"], nodes["grown"].end.flops
