@@ -13,11 +13,7 @@ from megatron_tf.adapters.export import export_adapter
 from megatron_tf.adapters.loading import load_base, load_exported, load_tokenizer
 from megatron_tf.errors import ArgumentError, CheckpointError, DataError
 
-
-@pytest.fixture(autouse=True)
-def modules_of_its_own(tmp_path, monkeypatch):
-    """transformers copies a folder's code into this cache before it runs it."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+pytestmark = pytest.mark.usefixtures("modules_of_its_own")
 
 
 def prepare(folder, name="Llama", dtype=torch.float32, **options):

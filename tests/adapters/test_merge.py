@@ -18,11 +18,7 @@ from megatron_tf.commands.grow_adapter import main as grow_adapter_command
 from megatron_tf.convert.huggingface.importing import open_export
 from megatron_tf.errors import ArgumentError, CheckpointError
 
-
-@pytest.fixture(autouse=True)
-def modules_of_its_own(tmp_path, monkeypatch):
-    """transformers copies a folder's code into this cache before it runs it."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+pytestmark = pytest.mark.usefixtures("modules_of_its_own")
 
 
 def appended(base, num_tokens=6, **options):
