@@ -47,8 +47,7 @@ def main() -> None:
     from megatron_tf.verification.rounding import equal_limits, exact_and_limits, judge
 
     config = load_config(arguments.config, [*arguments.overrides, "training.precision=fp32"])
-    parallel = config.parallel
-    ranks = arguments.ranks or max(2, parallel.tensor * parallel.pipeline * parallel.context)
+    ranks = arguments.ranks or max(2, config.parallel.ranks_per_sample)
     if arguments.all:
         chosen = layouts(config, ranks)
         if not chosen:

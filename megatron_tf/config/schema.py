@@ -127,6 +127,11 @@ class Parallel(Section):
     timeout_seconds: Seconds = 1800.0
     """[seconds] A collective that waits longer ends the run."""
 
+    @property
+    def ranks_per_sample(self) -> int:
+        """Ranks that work on one sample together: all, but for data parallelism."""
+        return self.tensor * self.pipeline * self.context
+
 
 class Profile(Section):
     """A trace of some steps by torch's profiler, in run.dir/profile."""

@@ -69,7 +69,7 @@ def topology_for(config: RunConfig, world_size: int) -> Topology:
     """The rank grid; ranks left over by tensor × pipeline × context become data-parallel. ConfigError when uneven."""
     _raise_if_any(_layout_problems(config, world_size))
     parallel = config.parallel
-    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    data = world_size // parallel.ranks_per_sample
     return Topology(parallel.tensor, parallel.pipeline, data, parallel.context, parallel.virtual_stages)
 
 
@@ -159,7 +159,7 @@ def _layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     axes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
     if parallel.context > 1:
         axes["context"] = parallel.context
-    ranks = math.prod(axes.values())
+    ranks = parallel.ranks_per_sample
     if world_size % ranks:
         yield (
             f"parallel: {' × '.join(f'{axis} {size}' for axis, size in axes.items())} needs a multiple of {ranks} "

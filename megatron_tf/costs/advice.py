@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.costs.estimate import flops_per_token, num_parameters
+from megatron_tf.costs.estimate import chooses, flops_per_token, num_parameters
 from megatron_tf.costs.law import Findings, Law, Range, cost_ratio
-from megatron_tf.state.parameters import parameter_table
 
 # Tokens that a grown model needs at least before κ holds, as a share of those from scratch. An assumption: the decay of
 # a schedule alone is a fifth.
@@ -99,9 +98,7 @@ def advise(configs: Sequence[RunConfig], findings: Findings, kappa: Range, budge
     (sizes outside those of the law's runs)."""
     found: dict[str, Any] = {"source": findings.source, "budget": budget, "least_share": LEAST_SHARE, "law": None}
     law, models = findings.law, [config.model for config in configs]
-    with_candidates = [
-        config.run.name for config in configs if any(spec.one_in > 1 for spec in parameter_table(config.model).values())
-    ]
+    with_candidates = [config.run.name for config in configs if chooses(config.model)]
     if law is None or with_candidates:
         names = ", ".join(with_candidates)
         reason = f"the law is of models whose positions use all tokens, and those of {names} choose"

@@ -31,6 +31,11 @@ def num_used_block_parameters(model: Model) -> int:
     return sum(spec.numel // spec.one_in for name, spec in parameter_table(model).items() if name.startswith("blocks."))
 
 
+def chooses(model: Model) -> bool:
+    """Whether a position uses some of the parameters only: those of the candidates that it chooses."""
+    return any(spec.one_in > 1 for spec in parameter_table(model).values())
+
+
 def stage_parameters(model: Model, topology: Topology, stage: int) -> int:
     """Parameters on the fullest tensor rank of a pipeline rank.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_tf.config.schema import Model
 from megatron_tf.costs.estimate import flops_per_token
+from megatron_tf.study.file import Arm
 from megatron_tf.study.plan import Node, Plan
 from megatron_tf.study.result import Result
 from megatron_tf.study.statistics import Cost, cheapest, interval, loss_at
@@ -101,9 +102,13 @@ def growth_of(
 def counted(plan: Plan, runs: Mapping[str, Result]) -> Iterable[tuple[Node, Result]]:
     """The runs that count for their arms and have ended."""
     for arm in plan.study.arms:
-        for node in plan.of(arm):
-            if node.waits is None and node.name in runs:
-                yield node, runs[node.name]
+        for node in ended_nodes(plan, arm, runs):
+            yield node, runs[node.name]
+
+
+def ended_nodes(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> list[Node]:
+    """Those of one arm."""
+    return [node for node in plan.of(arm) if node.waits is None and node.name in runs]
 
 
 def has_grown(node: Node) -> bool:

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_tf.costs.estimate import num_parameters
+from megatron_tf.costs.estimate import chooses, num_parameters
 from megatron_tf.costs.law import Law, Range
-from megatron_tf.state.parameters import parameter_table
 from megatron_tf.study.comparison import counted, has_grown
 from megatron_tf.study.plan import Plan
 from megatron_tf.study.result import Result
@@ -43,8 +42,7 @@ def laws_of(plan: Plan, runs: Mapping[str, Result]) -> dict[str, Json]:
     by_architecture: dict[str, list[Point]] = {}
     for node, result in counted(plan, runs):
         model = node.config.model
-        chooses = any(spec.one_in > 1 for spec in parameter_table(model).values())
-        if has_grown(node) or chooses or node.config.optimizer.schedule.type == "constant":
+        if has_grown(node) or chooses(model) or node.config.optimizer.schedule.type == "constant":
             continue
         point = Point(num_parameters(model), result.tokens, result.flops, result.loss)
         by_architecture.setdefault(model.architecture, []).append(point)

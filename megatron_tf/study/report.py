@@ -16,6 +16,7 @@ from megatron_tf.study.comparison import (
     Baseline,
     against,
     best_static,
+    ended_nodes,
     family_baselines,
     growth_of,
     has_grown,
@@ -24,7 +25,7 @@ from megatron_tf.study.comparison import (
 from megatron_tf.study.comparison_words import compared, within
 from megatron_tf.study.file import Arm
 from megatron_tf.study.law import laws_of
-from megatron_tf.study.plan import Node, Plan
+from megatron_tf.study.plan import Plan
 from megatron_tf.study.result import Result, read_result
 from megatron_tf.study.statistics import interval
 from megatron_tf.telemetry.meters import format_duration
@@ -59,7 +60,7 @@ def results_of(plan: Plan) -> Json:
             {
                 **_arm(plan, arm, by_arm[arm.name], of_reference),
                 "cost_against": _costs(plan, arm, by_arm[arm.name], baselines),
-                "growth": growth_of(_ended(plan, arm, runs), runs, curves),
+                "growth": growth_of(ended_nodes(plan, arm, runs), runs, curves),
             }
             for arm in plan.study.arms
         ],
@@ -68,12 +69,8 @@ def results_of(plan: Plan) -> Json:
     }
 
 
-def _ended(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> list[Node]:
-    return [node for node in plan.of(arm) if node.waits is None and node.name in runs]
-
-
 def _by_seed(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> dict[int, Result]:
-    return {node.seed: runs[node.name] for node in _ended(plan, arm, runs)}
+    return {node.seed: runs[node.name] for node in ended_nodes(plan, arm, runs)}
 
 
 def _costs(plan: Plan, arm: Arm, results: Mapping[int, Result], baselines: Mapping[str, Baseline]) -> Json:

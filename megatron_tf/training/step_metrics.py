@@ -26,8 +26,7 @@ class StepMetrics:
         self._plan = plan
         self._device = device
         self._meeting = meeting
-        parallel = config.parallel
-        self._num_devices = plan.data_parallel * parallel.tensor * parallel.pipeline * parallel.context
+        self._num_devices = plan.data_parallel * config.parallel.ranks_per_sample
         self._peak = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         data = task_data(config.model)
         self._train_numbers = data.in_other_numbers(config.data.train)

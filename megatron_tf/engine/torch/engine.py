@@ -110,7 +110,6 @@ class TorchEngine(SegmentedEngine):
                 pipeline.handle,
                 schedule=config.parallel.schedule,
                 num_micro_batches=plan.num_micro_batches,
-                dtype=dtype,
                 device=device,
                 clock=clock,
                 context=self._next_context,

@@ -57,12 +57,11 @@ class Pipeline:
         *,
         schedule: str,
         num_micro_batches: int,
-        dtype: torch.dtype,
         device: torch.device,
         clock: StepClock,
         context: Callable[[int], BlockContext],
     ):
-        """`context`: a new one for a pass of a micro batch.  `dtype`: of the hidden states between stages."""
+        """`context`: a new one for a pass of a micro batch."""
         self._stage = stage
         self._clock = clock
         self._context = context
@@ -71,7 +70,6 @@ class Pipeline:
         self._group = group
         self._class = SCHEDULES[schedule]
         self._num_micro_batches = num_micro_batches
-        self._dtype = dtype
         self._device = device
         self._schedule: Any = None
 
@@ -96,7 +94,8 @@ class Pipeline:
         return losses
 
     def _build(self, inputs: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Any:
-        hidden = torch.empty(self._stage.hidden_shape(inputs), dtype=self._dtype, device="meta", requires_grad=True)
+        dtype = self._stage.hidden_dtype
+        hidden = torch.empty(self._stage.hidden_shape(inputs), dtype=dtype, device="meta", requires_grad=True)
         ranks, number = self._topology.pipeline, self._topology.coordinate("pipeline", self._rank)
         stages = [
             _TimedStage(

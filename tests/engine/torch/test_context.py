@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from layout_checks import BOUNDARIES, TOLERANCE, check_layouts
 from tiny import run_config
 
 from megatron_tf.config.topology import Topology
@@ -11,12 +12,8 @@ from megatron_tf.costs.estimate import memory_per_rank
 from megatron_tf.costs.hardware import Assumptions, find_gpu
 from megatron_tf.costs.layouts import ranked
 from megatron_tf.errors import ConfigError
-from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
+from megatron_tf.verification.layout import Layout
 from megatron_tf.verification.resume import Setting, check_resumes
-
-TOLERANCE = 1e-5
-BOUNDARIES = {"train": ({"path": "unused"},), "reset_at_eod": True, "mask_eod_loss": True, "pad_id": 1}
-
 
 IMAGES = {
     "task": "image_classification",
@@ -30,16 +27,9 @@ def config(**changes):
     return run_config(parallel={"engine": "torch", **changes.pop("parallel", {})}, **changes)
 
 
-def check(config, *chosen, steps=3):
-    expected = reference(config, steps)
-    for layout, trace in zip(chosen, run_layouts(config, chosen, steps)):
-        difference = compare(trace, expected)
-        assert difference.agrees(TOLERANCE), f"{layout}: {difference}"
-
-
 def test_documents_and_recomputation_on_two_ranks():
     """A document may begin with one rank and end with the other; ranks have different numbers of labels that count."""
-    check(config(data=BOUNDARIES, training={"activation_checkpointing": True}), Layout(Topology(context=2)))
+    check_layouts(config(data=BOUNDARIES, training={"activation_checkpointing": True}), Layout(Topology(context=2)))
 
 
 @pytest.mark.slow
@@ -51,17 +41,17 @@ def test_four_ranks_with_every_other_axis():
         Layout(Topology(pipeline=2, context=2)),
         Layout(Topology(data=2, context=2)),
     ]
-    check(config(data=BOUNDARIES, parallel={"shard": "parameters"}), *layouts)
+    check_layouts(config(data=BOUNDARIES, parallel={"shard": "parameters"}), *layouts)
 
 
 @pytest.mark.slow
 def test_grouped_heads_and_chosen_tokens():
     """Two query heads share each key. The balance of candidates is that of whole samples, and so is its metric."""
     plain = {"architecture": "transformer", "parameter_tokens": None, "num_key_value_heads": 2}
-    check(config(model=plain), Layout(Topology(context=2)))
+    check_layouts(config(model=plain), Layout(Topology(context=2)))
     bank = {"group_size": 16, "candidates": 4, "dense": 0}
     sparse = {"parameter_tokens": {"qkv": 13, "proj": 16, "ffn": 64}, "sparse": {"proj": bank, "ffn": bank}}
-    check(config(model=sparse), Layout(Topology(context=2)), Layout(Topology(pipeline=2, context=2)))
+    check_layouts(config(model=sparse), Layout(Topology(context=2)), Layout(Topology(pipeline=2, context=2)))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from layout_checks import BOUNDARIES, TOLERANCE, check_layouts
 from tiny import run_config
 
 from megatron_tf.config.topology import Topology
@@ -15,11 +16,9 @@ from megatron_tf.errors import ConfigError
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.sources import InitialSource
-from megatron_tf.verification.layout import Layout, batches, compare, joined, layouts, reference, run_layouts
+from megatron_tf.verification.layout import Layout, batches, joined, layouts, reference
 from megatron_tf.verification.resume import Setting, check_resumes
 
-TOLERANCE = 1e-5
-BOUNDARIES = {"train": ({"path": "unused"},), "reset_at_eod": True, "mask_eod_loss": True, "pad_id": 1}
 TWO_PARTS = Topology(pipeline=2, virtual_stages=2)
 
 
@@ -28,17 +27,10 @@ def config(layers=5, **changes):
     return run_config(parallel=parallel, model={"num_layers": layers, **changes.pop("model", {})}, **changes)
 
 
-def check(config, *chosen, steps=3):
-    expected = reference(config, steps)
-    for layout, trace in zip(chosen, run_layouts(config, chosen, steps)):
-        difference = compare(trace, expected)
-        assert difference.agrees(TOLERANCE), f"{layout}: {difference}"
-
-
 def test_two_ranks():
     """Layers 0, 1 and 3 on the first rank, 2 and 4 on the last; micro batches of one sample."""
     assert TWO_PARTS.parts(5, 0) == [range(2), range(3, 4)]
-    check(config(data=BOUNDARIES, training={"micro_batch_size": 1}), Layout(TWO_PARTS))
+    check_layouts(config(data=BOUNDARIES, training={"micro_batch_size": 1}), Layout(TWO_PARTS))
 
 
 @pytest.mark.slow
@@ -50,7 +42,7 @@ def test_four_ranks_with_every_other_axis():
         Layout(Topology(pipeline=2, context=2, virtual_stages=2)),
     ]
     training = {"micro_batch_size": 1, "activation_checkpointing": True}
-    check(config(8, data=BOUNDARIES, training=training, parallel={"shard": "parameters"}), *layouts)
+    check_layouts(config(8, data=BOUNDARIES, training=training, parallel={"shard": "parameters"}), *layouts)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from launching import run, train
+from layout_checks import BOUNDARIES, check_layouts
 from prepared import write_tokens
 from tiny import run_config
 
@@ -18,10 +19,8 @@ from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.sources import InitialSource, initial_source
-from megatron_tf.verification.layout import Layout, batches, compare, joined, reference, run_layouts
+from megatron_tf.verification.layout import Layout, batches, joined, reference
 
-TOLERANCE = 1e-5
-BOUNDARIES = {"train": ({"path": "unused"},), "reset_at_eod": True, "mask_eod_loss": True, "pad_id": 1}
 # five tokens over four data-parallel ranks leave the last one none
 FEW_TOKENS = {"parameter_tokens": {"qkv": 5, "proj": 11, "ffn": 37}}
 
@@ -31,16 +30,9 @@ def config(**changes):
     return run_config(parallel=parallel, **changes)
 
 
-def check(config, *chosen, steps=3):
-    expected = reference(config, steps)
-    for layout, trace in zip(chosen, run_layouts(config, chosen, steps)):
-        difference = compare(trace, expected)
-        assert difference.agrees(TOLERANCE), f"{layout}: {difference}"
-
-
 def test_two_ranks():
     layouts = [Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)), Layout(Topology(1, 1, 2))]
-    check(config(data=BOUNDARIES), *layouts)
+    check_layouts(config(data=BOUNDARIES), *layouts)
 
 
 @pytest.mark.slow
@@ -52,22 +44,22 @@ def test_four_ranks(shard):
         Layout(Topology(1, 2, 2)),
         Layout(Topology(2, 2, 1), True),
     ]
-    check(config(parallel={"shard": shard}, model=FEW_TOKENS, training={"micro_batch_size": 1}), *layouts)
+    check_layouts(config(parallel={"shard": shard}, model=FEW_TOKENS, training={"micro_batch_size": 1}), *layouts)
 
 
 @pytest.mark.slow
 def test_other_order_depth_and_recomputation():
     changes = {"data": BOUNDARIES, "model": {"num_layers": 3}, "training": {"activation_checkpointing": True}}
-    check(config(parallel={"schedule": "gpipe"}, **changes), Layout(Topology(1, 3, 1)))
+    check_layouts(config(parallel={"schedule": "gpipe"}, **changes), Layout(Topology(1, 3, 1)))
 
 
 @pytest.mark.slow
 def test_a_transformer_and_sparse_tokens():
     plain = {"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 37}
-    check(config(model=plain), Layout(Topology(2, 1, 2), True), Layout(Topology(1, 2, 2)))
+    check_layouts(config(model=plain), Layout(Topology(2, 1, 2), True), Layout(Topology(1, 2, 2)))
     bank = {"group_size": 16, "candidates": 4, "dense": 0}
     sparse = {"parameter_tokens": {"qkv": 13, "proj": 11, "ffn": 64}, "sparse": {"ffn": bank}}
-    check(config(model=sparse), Layout(Topology(2, 1, 2)), Layout(Topology(1, 2, 1)))
+    check_layouts(config(model=sparse), Layout(Topology(2, 1, 2)), Layout(Topology(1, 2, 1)))
 
 
 @pytest.mark.parametrize(("precision", "world"), [("bf16", 2), pytest.param("fp32", 4, marks=pytest.mark.slow)])
