@@ -11,13 +11,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 def modules_of_its_own(tmp_path, monkeypatch) -> Iterator[None]:
     """transformers copies a folder's code into this cache before it runs it.
 
-    The package of all such code is imported from where the cache is, once in a process: what there is of another cache
-    is set aside, and nothing of this one stays.
+    The package of all such code is imported once in a process, from the first cache in the search path: what there is
+    of another cache is set aside, this one comes first, and nothing of it stays.
     """
     import transformers.dynamic_module_utils as dynamic
 
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", cache)
+    monkeypatch.setattr(sys, "path", [cache, *sys.path])
     for name in _copied():
         monkeypatch.delitem(sys.modules, name)
     yield

@@ -106,8 +106,8 @@ def plugged_in(folder):
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(PYTHON is None, reason="MEGATRON_TF_VLLM_PYTHON names no Python that has vLLM")
 @pytest.mark.parametrize(("name", "way"), [("Llama", "plugin"), ("Llama", "folder"), ("Qwen3", "plugin")])
-def test_vllm_writes_what_transformers_does(name, way, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+@pytest.mark.usefixtures("modules_of_its_own")
+def test_vllm_writes_what_transformers_does(name, way, tmp_path):
     assert f"{name}ForCausalLM" in BASES
     model, adapter = prepare(tmp_path, name)
     plain = load_base(model)
