@@ -71,10 +71,10 @@ def parts(device: torch.device) -> Mapping[str, Callable[[], Iterable[Row]]]:
 
 
 def _steps(device: torch.device, name: str, samples: int) -> Iterable[Row]:
-    """With three models in memory, which take turns; where that is less than 100 GB, at half their depth."""
+    """With two models in memory, which take turns; where that is less than 100 GB, at half their depth."""
     whole = device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory > 100e9
     layers = None if whole else _config(name).model.num_layers // 2
-    options = step.StepOptions(device, torch.bfloat16, samples, layers, compile=True, rounds=5)
+    options = step.StepOptions(device, torch.bfloat16, samples, layers, compile=True, rounds=5, formulas=("plain",))
     return step.rows({name: _config(name).model}, options)
 
 

@@ -34,6 +34,7 @@ def rows(device: torch.device, config: RunConfig) -> Iterator[Row]:
     }
     for kind, (measured, expected) in pairs.items():
         yield {
+            "norm": config.training.norm,
             "scores": config.training.scores,
             "kind": kind,
             "measured MB": measured / 1e6,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import partial
+
 from torch import Tensor
 
 from megatron_tf.architectures.tokenformer.block import PattentionAttention
 from megatron_tf.architectures.transformer.section import TransformerModel
-from megatron_tf.benchmark.references import plain_formula
+from megatron_tf.benchmark.references import Layer, bare_layer, gelu_mlp, plain_formula
 from megatron_tf.config.schema import Model
 from megatron_tf.config.tasks import TASKS
 from megatron_tf.costs.estimate import num_parameters
@@ -14,6 +17,7 @@ from megatron_tf.errors import ConfigError
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.tokenformer import TokenFormer, build_model
 
+FORMULAS: dict[str, Layer] = {"plain": plain_formula, "mlp": gelu_mlp, "products": bare_layer}
 _MLP_MULTIPLE = 64  # of tensor-core tiles and of AMX ones
 
 
@@ -58,15 +62,17 @@ def equal_transformer(model: Model) -> TransformerModel:
     return nearest.model_copy(update={"ffn_hidden_size": mlp})
 
 
-class PlainPattention(Pattention):
-    """A Pattention of the formula as it stands, in eager torch, on one process."""
+class FormulaPattention(Pattention):
+    """A Pattention of a formula as it stands, in eager torch, on one process."""
+
+    formula: Layer
 
     def partial(self, x: Tensor) -> Tensor:
-        return plain_formula(x, self.key_tokens, self.value_tokens, self.scale)
+        return self.formula(x, self.key_tokens, self.value_tokens)
 
 
-class PlainAttention(PattentionAttention):
-    """Query, key and value are three calls of the plain formula, and the output one."""
+class FormulaAttention(PattentionAttention):
+    """Query, key and value are three calls of the formula, and the output one."""
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (
@@ -77,10 +83,28 @@ class PlainAttention(PattentionAttention):
 
 def plain_model(config: Model) -> TokenFormer:
     """The same model on the CPU, with the plain formula for every Pattention."""
-    model = build_model(config)
+    return with_formula(build_model(config), "plain")
+
+
+def with_formula(model: TokenFormer, name: str) -> TokenFormer:
+    """`model`, changed: every Pattention is the plain formula, a GELU "mlp" or nothing but its "products"."""
     for module in model.modules():  # only how they compute is another
         if isinstance(module, Pattention):
-            module.__class__ = PlainPattention
+            module.__class__ = FormulaPattention
+            module.formula = partial(plain_formula, scale=module.scale) if name == "plain" else FORMULAS[name]
         elif isinstance(module, PattentionAttention):
-            module.__class__ = PlainAttention
+            module.__class__ = FormulaAttention
     return model
+
+
+def in_gram_form(model: TokenFormer) -> TokenFormer:
+    """`model`, changed: every Pattention finds the norm of its scores from KᵀK."""
+    for module in model.modules():
+        if isinstance(module, Pattention):
+            module.form = module.form._replace(norm="gram")
+    return model
+
+
+def of_the_same_weights(model: TokenFormer) -> TokenFormer:
+    """Another model whose parameters are those of `model`."""
+    return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})

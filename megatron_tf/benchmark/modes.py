@@ -104,8 +104,9 @@ def run_communication(device: torch.device, arguments: argparse.Namespace) -> It
 def run_memory(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
     config = load_config(arguments.config, arguments.overrides)
     validate(config, 1)
-    for scores in forms_of(config, "scores", "keep", "recompute"):
-        yield from memory.rows(device, scores)
+    for norm in forms_of(config, "norm", "direct", "gram"):
+        for scores in forms_of(norm, "scores", "keep", "recompute"):
+            yield from memory.rows(device, scores)
 
 
 def forms_of(config: RunConfig, key: str, *values: str) -> list[RunConfig]:

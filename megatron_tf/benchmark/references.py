@@ -32,6 +32,11 @@ def gelu_mlp(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return F.gelu(x @ keys.mT) @ values
 
 
+def bare_layer(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The same two products with nothing between them."""
+    return (x @ keys.mT) @ values
+
+
 def bare_products(x: Tensor, keys: Tensor, values: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """The six products of forward and backward (grad: of the output), with nothing between them: the floor."""
     x, grad = x.flatten(0, -2), grad.flatten(0, -2)

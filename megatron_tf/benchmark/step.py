@@ -1,8 +1,9 @@
-"""A whole training step of a configuration, compared with the same model of plain formulas and a Transformer of its
-size.
+"""A whole training step of a configuration, compared with its Gram form, the same model of other formulas, and a
+Transformer of its size.
 
-Forward, backward, clipping and AdamW with fp32 master weights, in torch alone. The Transformer has as many parameters
-and as many layers, and is wider. MFU is against a product of two square matrices, measured in the same rounds;
+Forward, backward, clipping and AdamW with fp32 master weights, in torch alone. The other formulas are the plain one, a
+GELU MLP's, and nothing but the products of a Pattention, which is the floor. All of these train the same weights. The
+Transformer has as many parameters and as many layers, and is wider. MFU is against a product of two square matrices, measured in the same rounds;
 floating-point operations count as in training, attention in full.
 """
 
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from megatron_tf.benchmark.models import equal_transformer, plain_model
+from megatron_tf.benchmark.models import equal_transformer, in_gram_form, of_the_same_weights, with_formula
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
 from megatron_tf.caches import prepare_compiler
@@ -35,7 +37,10 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a step is measured with. `layers` None: all; `compile`: the blocks, but for the plain formula's."""
+    """What a step is measured with. `layers` None: all; `compile`: the blocks, but for the plain formula's.
+
+    `formulas`: of the other models of the same weights.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -43,6 +48,7 @@ class StepOptions:
     layers: int | None
     compile: bool
     rounds: int
+    formulas: Sequence[str] = ("gram", "plain", "mlp", "products")
 
 
 class TrainingStep:
@@ -58,6 +64,12 @@ class TrainingStep:
         self._optimizer = torch.optim.AdamW(self._masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         shape = 2, samples, model.config.seq_length
         self._ids, self._labels = torch.randint(0, vocab_size_of(model.config), shape).to(device)
+
+    def of(self, model: TokenFormer) -> TrainingStep:
+        """A step of the same weights, optimizer and batch in a `model` that computes with them otherwise."""
+        other = copy(self)
+        other._model = model
+        return other
 
     def __call__(self) -> Tensor:
         """The loss, on the device."""
@@ -103,29 +115,41 @@ def _cut(model: Model, layers: int | None) -> tuple[Model, Model]:
 def _measure(name: str, whole: Model, model: Model, transformer: Model, options: StepOptions) -> Row:
     tokens = options.samples * model.seq_length
 
-    def step(build: Callable[[Model], TokenFormer], of: Model, compiled: bool) -> Call:
+    def step(of: Model) -> tuple[TokenFormer, TrainingStep]:
         torch.manual_seed(0)
-        built = build(of)
-        if compiled:
-            prepare_compiler()
-            for block in built.blocks:
-                block.compile()
-        return TrainingStep(built, options.samples, options.device, options.dtype)
+        built = build_model(of)
+        return built, TrainingStep(built, options.samples, options.device, options.dtype)
 
+    def compiled(model: TokenFormer) -> TokenFormer:
+        if options.compile:
+            prepare_compiler()
+            for block in model.blocks:
+                block.compile()
+        return model
+
+    ours, our_step = step(model)
+    others = {
+        formula: in_gram_form(shared) if formula == "gram" else with_formula(shared, formula)
+        for formula in options.formulas
+        for shared in (of_the_same_weights(ours),)
+    }
+    transformers, transformers_step = step(transformer)
+    compiled(ours), compiled(transformers)
     product, product_flops = square_product(options.device, options.dtype)
     timings = interleaved(
         {
-            "tokenformer": step(build_model, model, options.compile),
-            "plain": step(plain_model, model, False),
-            "transformer": step(build_model, transformer, options.compile),
+            "tokenformer": our_step,
+            **{name: our_step.of(other if name == "plain" else compiled(other)) for name, other in others.items()},
+            "transformer": transformers_step,
             "product": product,
         },
         options.device,
         options.rounds,
     )
-    ours, theirs = timings["tokenformer"], timings["transformer"]
-    speeds = {name: tokens / timings[name].median for name in ("tokenformer", "plain", "transformer")}
-    work = {"mfu": (ours, model), "mfu transformer": (theirs, transformer)}
+    own, theirs = timings["tokenformer"], timings["transformer"]
+    speeds = {name: tokens / timing.median for name, timing in timings.items() if name != "product"}
+    work = {"mfu": (own, model), "mfu transformer": (theirs, transformer)}
+    against = {f"× {name}" if name != "products" else "of floor": timings[name] for name in options.formulas}
     return {
         "config": name,
         "dtype": str(options.dtype).removeprefix("torch."),
@@ -135,8 +159,8 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, options:
         "parameters": num_parameters(model),
         "transformer's": num_parameters(transformer),
         **{f"tok/s {name}": speed for name, speed in speeds.items()},
-        "× plain": ours.speed_against(timings["plain"]),
-        "× transformer": ours.speed_against(theirs),
+        **{key: own.speed_against(timing) for key, timing in against.items()},
+        "× transformer": own.speed_against(theirs),
         **{
             key: timing.speed_against(timings["product"]) * tokens * flops_per_token(of) / product_flops
             for key, (timing, of) in work.items()
@@ -153,15 +177,15 @@ def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]
 
 
 def _memory_problems(name: str, pair: Sequence[Model], options: StepOptions) -> Iterator[str]:
-    """All three models are in memory at once, because they take turns."""
+    """All models are in memory at once, because they take turns; those of the same weights have them once."""
     model, transformer = pair
-    state = _STATE_BYTES * (2 * num_parameters(model) + num_parameters(transformer))
+    state = _STATE_BYTES * (num_parameters(model) + num_parameters(transformer))
     if options.device.type == "cuda":
         available = torch.cuda.get_device_properties(options.device).total_memory
     else:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if state > available:
         yield (
-            f"{name}: the weights, gradients and optimizer of three such models take {state / _GIB:.0f} GiB, and here "
+            f"{name}: the weights, gradients and optimizer of two such models take {state / _GIB:.0f} GiB, and here "
             f"are {available / _GIB:.0f} GiB. Give fewer --layers."
         )

@@ -37,4 +37,4 @@ def test_plain_formulas_compute_the_same_model():
         model(ids).square().sum().backward()
     for (name, one), other in zip(fast.named_parameters(), plain.parameters()):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-8, atol=1e-8, msg=name)
-    assert {type(module).__name__ for module in plain.modules()} >= {"PlainPattention", "PlainAttention"}
+    assert {type(module).__name__ for module in plain.modules()} >= {"FormulaPattention", "FormulaAttention"}

@@ -64,7 +64,18 @@ def test_bf16_learns_through_fp32_masters():
 def test_rows_of_a_step():
     (row,) = step.rows({"small": model(num_layers=3)}, setting(layers=2))
     assert (row["config"], row["layers"], row["tokens/step"]) == ("small", "2 of 3", 32)
-    for key in ("× plain", "× transformer", "mfu", "mfu transformer", "tok/s tokenformer", "GEMM TFLOP/s"):
+    for key in (
+        "× gram",
+        "× plain",
+        "× mlp",
+        "of floor",
+        "× transformer",
+        "tok/s gram",
+        "mfu",
+        "mfu transformer",
+        "tok/s tokenformer",
+        "GEMM TFLOP/s",
+    ):
         assert row[key] > 0, key
 
 
@@ -84,7 +95,7 @@ def test_a_model_smaller_than_any_transformer_is_refused():
 
 
 def test_models_beyond_memory_are_refused_before_any_is_measured():
-    with pytest.raises(ConfigError, match="large: the weights, gradients and optimizer of three such models take"):
+    with pytest.raises(ConfigError, match="large: the weights, gradients and optimizer of two such models take"):
         next(step.rows({"small": model(), "large": model(vocab_size=2**31)}, setting()))
 
 
