@@ -22,7 +22,7 @@ def report(plan: dict[str, Any]) -> str:
     if plan["chain"]:
         parts.append("\n".join(_chain_lines(plan)))
     if plan["advice"]:
-        parts.append("\n".join(_advice_lines(plan["advice"])))
+        parts.append("\n".join(_advice_lines(plan["advice"], plan["stages"][0])))
     parts.append(
         "\n".join(
             [
@@ -55,16 +55,17 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
     )
     policies = stage["activations_by_checkpointing"]
     yield f"              activations without checkpointing {size(policies['off'])}, with it {size(policies['on'])}"
+    unit, length = stage["unit"], stage["unit_tokens"]
     yield (
-        f"  step        {_duration(step['total'])}, {step['tokens']:,} tokens, {step['tokens_per_second']:,.0f} "
-        f"tokens/s, MFU {stage['mfu']:.1%}"
+        f"  step        {_duration(step['total'])}, {step['tokens'] / length:,.0f} {unit}, "
+        f"{step['tokens_per_second'] / length:,.0f} {unit}/s, MFU {stage['mfu']:.1%}"
     )
     shares = ((name, step[key] / step["total"]) for name, key in _PARTS)
     yield f"              {', '.join(f'{name} {share:.1%}' for name, share in shares if share)}"
     sent = stage["sent_bytes"]
     yield f"  sent        a rank and step: {', '.join(f'{axis} {size(sent[axis])}' for axis in sent)}"
     yield (
-        f"  run         {run['steps']:,} steps, {run['tokens']:,} tokens, {run['flops']:.2e} FLOPs, "
+        f"  run         {run['steps']:,} steps, {run['tokens'] / length:,.0f} {unit}, {run['flops']:.2e} FLOPs, "
         f"{_duration(run['hours_without_failures'] * 3600)} of training"
     )
     if run["hours"] is None:
@@ -136,9 +137,10 @@ def _layout_lines(stage: dict[str, Any]) -> Iterable[str]:
 
 
 def _chain_lines(plan: dict[str, Any]) -> Iterable[str]:
-    costs = plan["chain"]
+    costs, unit = plan["chain"], plan["stages"][0]["unit"]
+    billions = 1e9 * plan["stages"][0]["unit_tokens"]
     yield "The chain, compared with training each size from scratch to the same loss (GPU-hours without failures)"
-    head = ("  stage", "parameters", "tokens", "GPU-hours", "so far", "from scratch: tokens", "GPU-hours")
+    head = ("  stage", "parameters", unit, "GPU-hours", "so far", f"from scratch: {unit}", "GPU-hours")
     rows = [(*head, "R, chain's FLOPs ×", "growth pays above κ")]
     for cost in costs:
         low, high = cost["scratch_tokens"]
@@ -147,10 +149,10 @@ def _chain_lines(plan: dict[str, Any]) -> Iterable[str]:
             (
                 f"  {cost['name']}",
                 f"{cost['parameters']:,}",
-                f"{cost['tokens'] / 1e9:,.4g} B",
+                f"{cost['tokens'] / billions:,.4g} B",
                 f"{cost['gpu_hours']:,.0f}",
                 f"{cost['chain_gpu_hours']:,.0f}",
-                f"{_span((low / 1e9, high / 1e9), ',.4g')} B",
+                f"{_span((low / billions, high / billions), ',.4g')} B",
                 _span(cost["scratch_gpu_hours"], ",.0f"),
                 _span(cost["ratio"], ".2f"),
                 "" if above is None else f"{above:.2f}",
@@ -161,11 +163,13 @@ def _chain_lines(plan: dict[str, Any]) -> Iterable[str]:
     scratch = [sum(cost["scratch_gpu_hours"][end] for cost in costs) for end in (0, 1)]
     yield f"  all sizes: {total:,.0f} GPU-hours by growing, {_span(scratch, ',.0f')} from scratch one by one"
     kappas = dict.fromkeys(_span(cost["kappa"], ".2f") for cost in costs if cost["kappa"] is not None)
-    yield "  R = φ + (1 - φ)·(c_s/c_l)/κ, φ = own tokens / from scratch. κ, tokens from scratch that a token of the"
+    yield f"  R = φ + (1 - φ)·(c_s/c_l)/κ, φ = own {unit} / from scratch. κ, {unit} from scratch that one of the"
     yield f"  sizes before is worth, is {', '.join(kappas)}, {plan['kappa']}."
 
 
-def _advice_lines(advice: dict[str, Any]) -> Iterable[str]:
+def _advice_lines(advice: dict[str, Any], stage: dict[str, Any]) -> Iterable[str]:
+    """`stage`: one of the chain, which all count their samples alike."""
+    unit, length = stage["unit"], stage["unit_tokens"]
     yield f"When to grow, for {advice['budget']:.3g} FLOPs, by {advice['source']}"
     if advice["law"] is None:
         yield f"  nothing can be said: {advice['why_no_law']}"
@@ -174,7 +178,7 @@ def _advice_lines(advice: dict[str, Any]) -> Iterable[str]:
     yield f"  law         {advice['law']}"
     if advice["beyond"]:
         yield f"  warning     outside of these sizes: {', '.join(advice['beyond'])}. What is said of them is extrapolated."
-    yield f"  best size   {static['name']} from scratch, {static['tokens']:.3g} tokens: loss {static['loss']:.4g}"
+    yield f"  best size   {static['name']} from scratch, {static['tokens'] / length:.3g} {unit}: loss {static['loss']:.4g}"
     for kappa, step in zip(advice["kappa"], advice["steps"]):
         if step is None:
             yield f"  κ {kappa:<9.2g} no growth: each costs more than its larger size from scratch"
@@ -186,12 +190,12 @@ def _advice_lines(advice: dict[str, Any]) -> Iterable[str]:
                 f"the best size's loss at {less:.2f} of the FLOPs: growth {'pays' if less < 1 else 'does not pay'}"
             )
         yield (
-            f"  κ {kappa:<9.2g} {step['small']} for {step['before']:.3g} tokens, then {step['large']} for "
-            f"{step['after']:.3g}: loss {step['loss']:.4g}, {verdict} (κ {step['kappa_of_loss']:.2g} if it only goes on "
+            f"  κ {kappa:<9.2g} {step['small']} for {step['before'] / length:.3g} {unit}, then {step['large']} for "
+            f"{step['after'] / length:.3g}: loss {step['loss']:.4g}, {verdict} (κ {step['kappa_of_loss']:.2g} if it only goes on "
             "from its loss)"
         )
     yield (
-        f"  assumed     κ holds down to φ = {share:g} and does not fall with the tokens before the growth; it does, where "
+        f"  assumed     κ holds down to φ = {share:g} and does not fall with the {unit} before the growth; it does, where "
         "a small model is used up"
     )
     yield (

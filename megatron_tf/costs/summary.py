@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.tasks import task_of
 from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for, validate
 from megatron_tf.costs.advice import advise
 from megatron_tf.costs.chain import chain_costs
@@ -86,10 +87,15 @@ def _kappa(circumstances: Circumstances) -> tuple[Range, str]:
 
 
 def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, Any], Estimate | None]:
-    """The summary of one run, and its estimate under its own layout; None when it cannot run as it is."""
+    """The summary of one run, and its estimate under its own layout; None when it cannot run as it is.
+
+    `unit`: what people count its samples in, `unit_tokens` positions each: "tokens", or such as "images".
+    """
     world, gpu, assumed = circumstances.num_gpus, circumstances.gpu, circumstances.assumed
     summary: dict[str, Any] = {
         "name": config.run.name,
+        "unit": task_of(config.model).unit,
+        "unit_tokens": task_of(config.model).unit_length(config.model),
         "parameters": num_parameters(config.model),
         "problems": [],
         "best_layouts": [_choice(best) for best in ranked(config, world, gpu, assumed)[: circumstances.num_best]],

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.law import law_of
 from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import UserError, file_errors
@@ -38,7 +39,8 @@ Json = dict[str, Any]
 def results_of(plan: Plan) -> Json:
     """All that is known, ready for JSON: each arm against the reference, and each run.
 
-    Differences are of runs of one seed, which see the same data in the same order. Intervals are of 95 %.
+    Differences are of runs of one seed, which see the same data in the same order. Intervals are of 95 %. Tokens are
+    positions; people count `unit`, of `unit_tokens` positions each.
     UserError when no run has ended.
     """
     runs = {node.name: result for node in plan.nodes if (result := read_result(node)) is not None}
@@ -47,10 +49,12 @@ def results_of(plan: Plan) -> Json:
     by_arm = {arm.name: _by_seed(plan, arm, runs) for arm in plan.study.arms}
     reference = plan.reference
     of_reference = {} if reference is None else by_arm[reference.name]
-    curves = static_curves(plan, runs)
+    curves, task = static_curves(plan, runs), task_of(plan.nodes[0].config.model)
     baselines = {**family_baselines(plan, runs), BEST_STATIC: best_static(curves)}
     return {
         "study": plan.study.name,
+        "unit": task.unit,
+        "unit_tokens": task.unit_length(plan.nodes[0].config.model),
         "reference": None if reference is None else reference.name,
         "runs_ended": len(runs),
         "runs": len(plan.nodes),
@@ -139,9 +143,9 @@ def _metric(name: str, results: Mapping[int, Result], reference: Mapping[int, Re
 
 def in_words(found: Json) -> str:
     """The table of a report and what is to be said of it."""
-    head = ("", "parameters", "tokens", "FLOPs", "loss", "95 %", f"against {found['reference']}", "95 %", "")
+    head = ("", "parameters", found["unit"], "FLOPs", "loss", "95 %", f"against {found['reference']}", "95 %", "")
     rows: list[tuple[str, ...]] = [(*head, "hours", "state")]
-    rows += [(*_cells(arm), *_last_cells(arm)) for arm in found["arms"]]
+    rows += [(*_cells(arm, found["unit_tokens"]), *_last_cells(arm)) for arm in found["arms"]]
     lines = [table(rows, to_left=(0, 8)), "", *_metric_lines(found)]
     lines += compared(found["arms"])
     lines += [_law_line(name, law) for name, law in found["laws"].items()]
@@ -172,9 +176,9 @@ def _metric_lines(found: Json) -> list[str]:
     return [table([head, *rows]), ""]
 
 
-def _cells(arm: Json) -> tuple[str, ...]:
+def _cells(arm: Json, unit_tokens: int) -> tuple[str, ...]:
     loss, difference = arm["loss"], arm.get("difference")
-    first = (arm["name"], f"{arm['parameters']:,}", f"{arm['tokens']:,}", f"{arm['flops']:.2e}")
+    first = (arm["name"], f"{arm['parameters']:,}", f"{arm['tokens'] / unit_tokens:,.0f}", f"{arm['flops']:.2e}")
     if loss is None:
         return (*first, "", "", "", "", "not ended")
     compared = ("", "", "" if arm["comparable"] else "not compared")
@@ -214,16 +218,17 @@ def write_report(plan: Plan, output: Path) -> str:
         with file_errors(UserError, output / name, "Choose another --output."):
             write_atomically(output / name, (content + "\n").encode())
     ended = [arm for arm in found["arms"] if arm["loss"] is not None]
+    unit, length = found["unit"], found["unit_tokens"]
     ends = [
-        Ends(arm["name"], arm["tokens"], arm["flops"], tuple(arm["loss"]["by_seed"].values()), arm["parent"])
+        Ends(arm["name"], arm["tokens"] // length, arm["flops"], tuple(arm["loss"]["by_seed"].values()), arm["parent"])
         for arm in ended
     ]
-    plot_ends(ends, output / "loss.png")
+    plot_ends(ends, output / "loss.png", unit=unit)
     for name in {name: None for arm in ended for name in arm["metrics"]}:
         of_metric = [
             replace(end, values=tuple(arm["metrics"][name]["by_seed"].values()))
             for end, arm in zip(ends, ended)
             if name in arm["metrics"]
         ]
-        plot_ends(of_metric, output / f"{name}.png", name)
+        plot_ends(of_metric, output / f"{name}.png", name, unit)
     return text

@@ -119,9 +119,13 @@ class Task(ABC):
         """Sentences on a run's settings that the task cannot work with."""
         return iter(())
 
+    def unit_length(self, model: Model) -> int:
+        """Positions of one `unit`."""
+        return 1 if self.unit == "tokens" else model.seq_length
+
     def in_units(self, model: Model, positions: float) -> float:
         """How many `unit` so many positions are."""
-        return positions if self.unit == "tokens" else positions / model.seq_length
+        return positions / self.unit_length(model)
 
     def in_words(self, loss: float, metrics: Mapping[str, float]) -> str:
         """What an evaluation has found, for the console."""

@@ -22,7 +22,6 @@ LABELS: dict[XAxis, str] = {
     "steps": "optimizer steps",
     "flops": "training floating-point operations",
 }
-LOSS_LABEL = "loss (nats per token)"
 DRAWN = ("train/loss", "eval/loss")
 _LARGEST_FILE = 2**33
 
@@ -134,9 +133,12 @@ class Ends:
     parent: str | None = None
 
 
-def plot_ends(ends: Sequence[Ends], output: Path, label: str = LOSS_LABEL) -> None:
-    """Draw the validation loss, or what `label` says, that runs end with against tokens and FLOPs: the mean of the seeds, from the least to
-    the greatest of them; a thin line leads there from what a run started from. UserError as `plot_runs`.
+def plot_ends(ends: Sequence[Ends], output: Path, label: str | None = None, unit: str = "tokens") -> None:
+    """Draw the validation loss, or what `label` says, that runs end with against samples and FLOPs: the mean of the seeds,
+    from the least to the greatest of them; a thin line leads there from what a run started from. UserError as
+    `plot_runs`.
+
+    `unit`: what `Ends.tokens` counts, "tokens" or "images".
     """
     figure = new_figure(output, (13, 6))
     by_name = {end.name: end for end in ends}
@@ -151,7 +153,7 @@ def plot_ends(ends: Sequence[Ends], output: Path, label: str = LOSS_LABEL) -> No
                 before = by_name[end.parent]
                 line = [getattr(before, axis), at], [_mean(before.values), mean]
                 axes.plot(*line, color=color, linewidth=0.6, alpha=0.6)
-        _label(axes, axis, label)
+        _label(axes, axis, label, unit)
         axes.set_xscale("log")
     save_figure(figure, output)
 
@@ -181,8 +183,8 @@ def save_figure(figure: Any, output: Path) -> None:
         figure.savefig(temporary, dpi=150, format=output.suffix.lstrip(".").lower())
 
 
-def _label(axes: Any, axis: XAxis, label: str = LOSS_LABEL) -> None:
-    axes.set_xlabel(LABELS[axis])
-    axes.set_ylabel(label)
+def _label(axes: Any, axis: XAxis, label: str | None = None, unit: str = "tokens") -> None:
+    axes.set_xlabel(f"training {unit}" if axis == "tokens" else LABELS[axis])
+    axes.set_ylabel(label or f"loss (nats per {unit.removesuffix('s')})")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -15,6 +15,16 @@ from megatron_tf.config.validate import plan_batches
 from megatron_tf.costs.estimate import memory_per_rank, num_parameters
 
 CONFIGS = Path(PROJECT) / "configs"
+CHAIN_OF_IMAGES = """
+extends: {configs}/tiny_vision.yml
+run: {{name: images, dir: runs/images}}
+training: {{train_steps: 10}}
+optimizer: {{schedule: {{warmup_steps: 2}}}}
+growth: {{method: zero_key}}
+stages:
+  - {{name: small}}
+  - {{name: large, model: {{parameter_tokens: {{ffn: 384}}}}}}
+"""
 
 
 def plan(*arguments):
@@ -65,6 +75,20 @@ def test_a_chain_compared_with_training_from_scratch():
     text = tool("plan_run", CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--best", 1).stdout
     assert "The chain, compared with training each size from scratch" in text and "all sizes:" in text
     assert "is 0.30 to 0.70, an assumption; a study measures it." in text and "growth pays above κ" in text
+
+
+def test_a_plan_of_images_counts_images(tmp_path):
+    config = load_config(CONFIGS / "tiny_vision.yml")
+    (tmp_path / "chain.yml").write_text(CHAIN_OF_IMAGES.format(configs=CONFIGS))
+    made = plan(tmp_path / "chain.yml", "--gpus", 1)
+    stage = made["stages"][0]
+    assert (stage["unit"], stage["unit_tokens"]) == ("images", config.model.seq_length)
+    assert stage["run"]["tokens"] == 10 * 128 * config.model.seq_length
+    done = tool("plan_run", tmp_path / "chain.yml", "--gpus", 1, "--best", 1).stdout
+    speed = f"{stage['step']['tokens_per_second'] / config.model.seq_length:,.0f} images/s"
+    for words in (f"128 images, {speed}", "10 steps, 1,280 images", "from scratch: images", "φ = own images / from"):
+        assert words in done, done
+    assert "tokens" not in done.split("Parameters, bytes sent")[0]
 
 
 def test_when_to_grow_by_what_a_study_has_found(tmp_path):

@@ -100,6 +100,8 @@ def test_images_have_their_accuracy_in_the_report(study, tmp_path):
     study("run", tmp_path / "study.yml", "--workers", 1)
     found = json.loads((tmp_path / "study" / "results.json").read_text())
     text = (tmp_path / "study" / "table.txt").read_text()
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[0][:3] == ["parameters", "images", "FLOPs"] and rows[1][2] == str(6 * 4) and found["unit"] == "images"
     head = next(line.split() for line in text.splitlines() if line.lstrip().startswith("top1"))
     assert head == [
         "top1",
