@@ -10,7 +10,7 @@ import errno
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -53,6 +53,13 @@ class ConfigError(UserError):
         count = len(self.problems)
         head = "" if count == 1 else f"{count} problems in the configuration:\n  - "
         super().__init__(head + "\n  - ".join(map(shortened, self.problems)))
+
+
+def raise_if_any(problems: Iterable[str]) -> None:
+    """One ConfigError with all of `problems`, unless there are none."""
+    found = list(problems)
+    if found:
+        raise ConfigError(found)
 
 
 class ArgumentError(UserError, ValueError):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from tiny import run_config
 
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.growth.source import GrownSource
 from megatron_tf.model import build_model
 from megatron_tf.state.optimizer_states import STATES

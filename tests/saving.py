@@ -6,7 +6,7 @@ import torch
 
 from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.config.run_plan import plan_run
-from megatron_tf.config.schema import Optimizer
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.engine.base import Age
 from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.state.parameters import parameter_table

@@ -8,8 +8,9 @@ import pytest
 
 from megatron_tf.config import load_config
 from megatron_tf.config.load import dump_config
+from megatron_tf.config.run_plan import plan_batches
 from megatron_tf.config.stages import load_stages
-from megatron_tf.config.validate import plan_batches, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters
 from megatron_tf.costs.plan import describe
 from megatron_tf.growth.rules import chain_problems, growth_problems

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_tf import open_files
-from megatron_tf.config.schema import DataSource
+from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.loader import build_dataset
 from megatron_tf.errors import DataError, run_command

@@ -15,7 +15,7 @@ from megatron_tf.adapters.loading import load_adapted, load_base, random_ids
 from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS
 from megatron_tf.architectures.tokenformer.section import as_tokenformer
 from megatron_tf.config.load import read_model
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.convert.agreement import Agreement, agreement
 from megatron_tf.convert.huggingface.choices import Choices
 from megatron_tf.convert.huggingface.export import ExportedTokenizer, write_export

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from megatron_tf.activations.forms import Norm
 from megatron_tf.architectures.spec import ParameterSpec, ProjectionSpec
 from megatron_tf.architectures.work import BlockWork, Collectives
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 
 
 class Architecture(ABC):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 
 INITIAL_STD = 0.02  # of key tokens, whose size means nothing under the L2 norm, and of the embedding
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tf.config.schema import Precision, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.training import Precision
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send", "all_to_all"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_tf.config.schema import Precision
+from megatron_tf.config.sections.training import Precision
 from megatron_tf.errors import ConfigError
 from megatron_tf.model.kernels import fused_passes
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_tf.architectures.tokenformer.block import PattentionAttention
 from megatron_tf.architectures.transformer.section import TransformerModel
 from megatron_tf.benchmark.references import Layer, bare_layer, gelu_mlp, plain_formula
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import TASKS
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.errors import ConfigError

@@ -14,7 +14,7 @@ from megatron_tf.architectures.tokenformer.section import TokenFormerModel
 from megatron_tf.benchmark.models import equal_transformer
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
-from megatron_tf.config.schema import Model, ParameterTokens
+from megatron_tf.config.sections.model import Model, ParameterTokens
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.model import build_model
 from megatron_tf.model.attention import causal_attention

@@ -22,7 +22,7 @@ from megatron_tf.benchmark.models import equal_transformer, in_gram_form, of_the
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
 from megatron_tf.caches import prepare_compiler
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.costs.estimate import flops_per_token, num_parameters
 from megatron_tf.errors import ConfigError
 from megatron_tf.model import TokenFormer, build_model

@@ -14,7 +14,7 @@ from megatron_tf.config.architectures import ARCHITECTURES, architecture_of, wit
 from megatron_tf.config.differences import TOKENS, differing
 from megatron_tf.config.nearest import either
 from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import TASKS, task_of
 from megatron_tf.errors import CheckpointError, shown
 from megatron_tf.state.optimizer_states import WEIGHT

@@ -14,7 +14,7 @@ from megatron_tf.checkpoint.manager import (
     resolve,
 )
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.config.schema import Moment
+from megatron_tf.config.sections.growth import Moment
 from megatron_tf.errors import CheckpointError
 
 

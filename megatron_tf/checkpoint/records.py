@@ -17,7 +17,7 @@ from typing_extensions import Self
 from megatron_tf.checkpoint.strict_json import LARGEST_NUMBER, MOST
 from megatron_tf.config.fields import Count as TokenCount
 from megatron_tf.config.fields import ExpandedPath, Fraction, Positive
-from megatron_tf.config.schema import DepthMethod, GrowthMethod
+from megatron_tf.config.sections.growth import DepthMethod, GrowthMethod
 from megatron_tf.errors import shown
 
 Count = Annotated[int, Field(ge=0, le=MOST)]

@@ -25,7 +25,7 @@ from megatron_tf.checkpoint.manager import (
 )
 from megatron_tf.checkpoint.shards import ComputedTensor
 from megatron_tf.checkpoint.writer import ComputedPiece, save_checkpoint
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import CheckpointError, broken_link
 from megatron_tf.state.optimizer_states import STATES
 from megatron_tf.state.parameters import parameter_table

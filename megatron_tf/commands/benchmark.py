@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from megatron_tf.arguments import config_file, path, whole_number
-from megatron_tf.config.schema import Precision
+from megatron_tf.config.sections.training import Precision
 
 count, ranks = whole_number(1_000_000_000), whole_number(16)
 scaled = whole_number(100_000_000)  # 4 times as many are of the ffn

@@ -32,7 +32,7 @@ from megatron_tf.architectures.tokenformer.section import as_tokenformer, bank_o
 from megatron_tf.arguments import config_file, path, text_path
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import load_config
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.errors import UserError

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 from megatron_tf.arguments import config_file, path
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import load_config
-from megatron_tf.config.schema import Growth, Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.paths import literal
 from megatron_tf.state.parameters import projections

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import path
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.errors import UserError
 from megatron_tf.paths import literal

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from megatron_tf.arguments import config_file, number, whole_number
 from megatron_tf.config.load import load_config
+from megatron_tf.config.run_plan import topology_for
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import topology_for, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.telemetry.text import table
 

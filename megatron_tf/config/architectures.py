@@ -8,7 +8,7 @@ from megatron_tf.registry import Registry
 
 if TYPE_CHECKING:
     from megatron_tf.architectures.base import Architecture
-    from megatron_tf.config.schema import Model
+    from megatron_tf.config.sections.model import Model
 
 ARCHITECTURES: Registry[Architecture] = Registry(
     {

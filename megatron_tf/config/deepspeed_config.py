@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_tf.config.run_plan import BatchPlan
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.config.validate import BatchPlan
 
 # DeepSpeed's key (dotted) -> the section of ours that decides it
 OWNED_KEYS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 
 TOKENS = "parameter_tokens."
 

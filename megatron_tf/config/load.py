@@ -29,7 +29,8 @@ from megatron_tf.config.lookup import (
     required_keys,
     section_at,
 )
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.validate import check_model
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.durable import read_plain

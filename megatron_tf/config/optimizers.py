@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_tf.registry import Registry
 
 if TYPE_CHECKING:
-    from megatron_tf.config.schema import Optimizer
+    from megatron_tf.config.sections.optimizer import Optimizer
     from megatron_tf.optimizers.base import UpdateRule
 
 DEFAULT = "adamw"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_tf.registry import Registry
 
 if TYPE_CHECKING:
-    from megatron_tf.config.schema import Model
+    from megatron_tf.config.sections.model import Model
     from megatron_tf.tasks.base import Task
 
 TASKS: Registry[Task] = Registry(

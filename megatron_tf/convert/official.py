@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import read_model
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import CheckpointError, shown
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.state.parameters import parameter_table

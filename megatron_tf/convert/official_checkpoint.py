@@ -18,7 +18,7 @@ from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import STEP_PREFIX
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder, write_weights
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.validate import check_model
 from megatron_tf.convert.agreement import TOLERANCES, Agreement, agreement
 from megatron_tf.convert.official import check_official, known_model, recorded_problems

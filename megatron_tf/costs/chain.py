@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_tf.config.validate import plan_batches
+from megatron_tf.config.run_plan import plan_batches
 from megatron_tf.costs.estimate import flops_per_token, num_parameters
 from megatron_tf.costs.law import ASSUMED_KAPPA, Range
 from megatron_tf.costs.layouts import Estimate

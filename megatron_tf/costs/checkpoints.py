@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.costs.estimate import num_parameters
 
 LLAMA_3_FAILURES_PER_GPU_YEAR = 419 / (16384 * 54 / 365)

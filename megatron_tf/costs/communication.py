@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from megatron_tf.architectures.work import Collective, Collectives, Kind, compute_bytes, hidden_bytes, positions_of
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import GridAxis, Topology
-from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.estimate import largest_shard, stage_parameters
 from megatron_tf.state.parameters import parameter_table
 

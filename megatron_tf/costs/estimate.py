@@ -13,10 +13,12 @@ from megatron_tf.architectures.work import compute_bytes, positions_of
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.optimizers import DEFAULT as DEFAULT_OPTIMIZER
 from megatron_tf.config.optimizers import OPTIMIZERS
-from megatron_tf.config.schema import Model, Precision, RunConfig
+from megatron_tf.config.run_plan import plan_batches, topology_for
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
+from megatron_tf.config.sections.training import Precision
 from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.state.parameters import ParameterSpec, parameter_table, shard_range
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_tf.config.schema import Precision
+from megatron_tf.config.sections.training import Precision
 from megatron_tf.config.topology import GridAxis, Topology
 from megatron_tf.errors import ConfigError
 from megatron_tf.telemetry.meters import peak_bf16_flops

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_tf.config.nearest import divisors
+from megatron_tf.config.run_plan import topology_for
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.config.validate import topology_for, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import Memory, memory_per_rank
 from megatron_tf.costs.hardware import Assumptions, Gpu
 from megatron_tf.costs.roofline import StepTime, step_time

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 from megatron_tf.activations.forms import GPU
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
+from megatron_tf.config.run_plan import BatchPlan, plan_batches, tokens_to_train, topology_for
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import ParameterTokens
 from megatron_tf.config.tasks import task_of
-from megatron_tf.config.validate import BatchPlan, plan_batches, tokens_to_train, topology_for
 from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
 from megatron_tf.state.lr_rule import in_words
 from megatron_tf.telemetry.text import plural, size

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.topology import GridAxis, Topology
-from megatron_tf.config.validate import plan_batches, topology_for
 from megatron_tf.costs.communication import (
     Collective,
     block_collectives,

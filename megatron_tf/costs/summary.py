@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_tf.config.run_plan import BatchPlan, plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
-from megatron_tf.config.validate import BatchPlan, plan_batches, topology_for, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.costs.advice import advise
 from megatron_tf.costs.chain import chain_costs
 from megatron_tf.costs.checkpoints import plan_checkpoints

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_tf.config.schema import Data, DataSource
+from megatron_tf.config.sections.data import Data, DataSource
 from megatron_tf.data.indexed import IndexedDataset, data_file
 from megatron_tf.data.summary import read_summary, summary_file
 from megatron_tf.errors import DataError

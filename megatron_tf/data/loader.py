@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tf.config.schema import DataSource
+from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.blend import Blend
 from megatron_tf.data.documents import LossMask
 from megatron_tf.data.indexed import IndexedDataset, data_file, index_file

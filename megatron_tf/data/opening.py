@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_tf.config.schema import DataSource
+from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.indexed import HEADER, data_file, index_file, pack_header, token_type
 from megatron_tf.data.loader import build_dataset
 from megatron_tf.data.summary import CorpusSummary, write_summary

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tf.config.schema import Data, DataSource, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.data import Data, DataSource
 from megatron_tf.data.indexed import IndexedDataset, data_file
 from megatron_tf.data.summary import CorpusSummary, known_end, read_summary, summary_file
 from megatron_tf.data.tokenizer import load_tokenizer

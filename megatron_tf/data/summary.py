@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.config.schema import Data, DataSource
+from megatron_tf.config.sections.data import Data, DataSource
 from megatron_tf.data.tokenizer_identity import TokenizerIdentity
 from megatron_tf.durable import read_plain, write_atomically
 from megatron_tf.errors import DataError, broken_link, file_errors, shown

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from megatron_tf.checkpoint.writer import Piece
-from megatron_tf.config.validate import BatchPlan
+from megatron_tf.config.run_plan import BatchPlan
 from megatron_tf.engine.optimizer import Segment
 from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.model.stage import Stage

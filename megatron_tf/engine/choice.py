@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.run_plan import BatchPlan
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import BatchPlan
 from megatron_tf.engine.base import Engine
 from megatron_tf.parallel.groups import Group
 from megatron_tf.runtime.environment import LaunchEnvironment

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tf.config.optimizers import rule_of
-from megatron_tf.config.schema import Optimizer
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.optimizers.base import MatrixRule, UpdateBatch
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.state.optimizer_states import WEIGHT

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from megatron_tf.config.schema import Optimizer, Schedule
-from megatron_tf.config.validate import BatchPlan
+from megatron_tf.config.run_plan import BatchPlan
+from megatron_tf.config.sections.optimizer import Optimizer, Schedule
 
 
 def learning_rate(step: float, optimizer: Optimizer, train_steps: float) -> float:

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from megatron_tf.checkpoint.writer import Piece
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.run_plan import BatchPlan
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
-from megatron_tf.config.validate import BatchPlan
 from megatron_tf.engine.base import Age, Evaluated
 from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.engine.shards import ShardedParameter

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tf.config.schema import DataSource, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.documents import boundaries
 from megatron_tf.data.images.loader import ImageLoader, open_images
 from megatron_tf.data.images.source import ImageFiles

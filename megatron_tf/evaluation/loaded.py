@@ -15,10 +15,10 @@ import torch.distributed as dist
 from megatron_tf.checkpoint.architecture import check_evaluable
 from megatron_tf.checkpoint.manager import Ranks, resolve, verify_checkpoint
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
+from megatron_tf.config.run_plan import topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import topology_for
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.data.documents import Boundaries
 from megatron_tf.durable import prepare_output, write_atomically

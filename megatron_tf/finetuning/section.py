@@ -15,7 +15,7 @@ from megatron_tf.config.extends import read_extended
 from megatron_tf.config.fields import Count, NonNegative, Path, Positive, Seconds, Section
 from megatron_tf.config.load import apply_override
 from megatron_tf.config.nearest import either
-from megatron_tf.config.schema import Optimizer
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.durable import read_plain
 from megatron_tf.errors import ConfigError, file_errors, shown

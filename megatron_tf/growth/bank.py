@@ -24,7 +24,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.ranges import StepRange

@@ -11,7 +11,8 @@ from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.differences import TOKENS, differing
 from megatron_tf.config.nearest import either, multiples_near
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.growth.axes import Axis
 from megatron_tf.growth.methods import BANK, SPLIT
 from megatron_tf.state.parameters import projections

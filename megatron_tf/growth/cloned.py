@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.architectures.spec import ParameterSpec
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.growth.noise import noise
 from megatron_tf.state.optimizer_states import WEIGHT, initial_value
 from megatron_tf.state.parameters import layer_of, parameter_table

@@ -10,7 +10,8 @@ from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import DEFAULTS, growth_problems
 from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed

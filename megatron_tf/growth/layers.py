@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_tf.config.nearest import multiples_near
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.growth.axes import Axis
 from megatron_tf.state.parameters import in_layer, initial_scales, layer_of, parameter_table
 

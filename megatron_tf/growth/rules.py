@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from megatron_tf.config.differences import differing
-from megatron_tf.config.schema import Growth, Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.axes import axes, steps
 from megatron_tf.state.parameters import initial_scales

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.axes import steps
 from megatron_tf.growth.methods import Elements, NewTokens, method_named

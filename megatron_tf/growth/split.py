@@ -41,7 +41,8 @@ import torch
 from torch import Tensor
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer, bank_of
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.growth.noise import noise
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections

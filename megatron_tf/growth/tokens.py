@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.differences import TOKENS as TOKENS_KEY
 from megatron_tf.config.differences import differing
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.axes import Axis
 from megatron_tf.growth.methods import BANK, PRESERVING, Elements, GrowingProjection, NewTokens, method_named

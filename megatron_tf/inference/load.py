@@ -13,7 +13,8 @@ from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import open_checkpoint, read_weights
 from megatron_tf.config.load import load_config
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.convert.huggingface.export import TOKENIZER_NAME
 from megatron_tf.convert.huggingface.importing import is_export, open_export, stored_eod
 from megatron_tf.data.special_tokens import Eod

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_tf.checkpoint.reader import CheckpointReader
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.topology import Topology
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import Stage, build_stage

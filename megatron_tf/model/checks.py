@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checks import check_scale, check_whole_number, described
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ArgumentError
 from megatron_tf.state.parameters import check_activation, projections
 

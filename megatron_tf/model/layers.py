@@ -29,7 +29,8 @@ from megatron_tf.activations.forms import norm_form
 from megatron_tf.checks import check_scale, check_whole_number
 from megatron_tf.config.activations import ACTIVATIONS, DEFAULT_ACTIVATION
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Model, Training
+from megatron_tf.config.sections.model import Model
+from megatron_tf.config.sections.training import Training
 from megatron_tf.config.tasks import task_of
 from megatron_tf.model.attention import Documents, causal_attention, full_attention
 from megatron_tf.model.checks import check_pattention

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Topology
 from megatron_tf.model.attention import document_starts

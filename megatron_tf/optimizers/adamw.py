@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from megatron_tf.config.fields import Beta, Positive
-from megatron_tf.config.schema import Optimizer
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.optimizers.base import OptimizerState, UpdateBatch, UpdateRule
 
 if TYPE_CHECKING:

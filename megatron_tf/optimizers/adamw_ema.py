@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 from megatron_tf.config.fields import Beta
-from megatron_tf.config.schema import Optimizer
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.optimizers.adamw import AdamW, AdamWOptimizer
 from megatron_tf.optimizers.base import OptimizerState, UpdateBatch
 

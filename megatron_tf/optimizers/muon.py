@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from megatron_tf.config.fields import Beta
-from megatron_tf.config.schema import Optimizer
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.optimizers.adamw import AdamW, AdamWOptimizer
 from megatron_tf.optimizers.base import MatrixRule, UpdateBatch
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_tf.activations.function import score_function
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.data.loader import Batch
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.grouped import assign, pieces

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.model import build_model
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.state.optimizer_states import WEIGHT

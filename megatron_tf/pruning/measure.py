@@ -22,7 +22,8 @@ from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checks import check_whole_number
-from megatron_tf.config.schema import DataSource, Model
+from megatron_tf.config.sections.data import DataSource
+from megatron_tf.config.sections.model import Model
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.source import PRUNED, growth_entry

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_tf.config.schema import Model, Optimizer
+from megatron_tf.config.sections.model import Model
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.state.parameters import ParameterSpec, layer_of, parameter_table, projections
 
 

@@ -11,7 +11,7 @@ from megatron_tf.architectures.spec import INITIAL_STD, ParameterSpec, Projectio
 from megatron_tf.checks import check_choice, check_whole_number
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
 
 __all__ = [

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.state.initialize import initial_rows
 from megatron_tf.state.lr_rule import factors
 from megatron_tf.state.optimizer_states import STATES, WEIGHT, initial_value

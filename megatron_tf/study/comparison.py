@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.study.file import Arm
 from megatron_tf.study.plan import Node, Plan

@@ -23,7 +23,8 @@ from pydantic import Field, ValidationError
 
 from megatron_tf.config.fields import Count, Path, Positive, Section
 from megatron_tf.config.load import EXPECTED, follows_from_another, read_file, value_sentence
-from megatron_tf.config.schema import Moment, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Moment
 from megatron_tf.errors import ConfigError, shown
 from megatron_tf.shipped import studies
 

@@ -14,8 +14,10 @@ from typing import Any
 
 from megatron_tf.config.extends import merged
 from megatron_tf.config.load import apply_override, build_config, read_file
-from megatron_tf.config.schema import Moment, RunConfig
-from megatron_tf.config.validate import plan_batches, validate
+from megatron_tf.config.run_plan import plan_batches
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Moment
+from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import flops_per_token, num_parameters
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import chain_problems

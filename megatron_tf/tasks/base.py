@@ -10,7 +10,8 @@ from typing import ClassVar
 from megatron_tf.architectures.spec import ParameterSpec
 from megatron_tf.architectures.work import Collectives, Product
 from megatron_tf.config.nearest import either, multiples_near
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 
 
 @dataclass(frozen=True)

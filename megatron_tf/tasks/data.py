@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megatron_tf.config.schema import DataSource, Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.data import DataSource
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets of a micro batch, [b, ...] each

@@ -15,7 +15,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import Group
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.config.load import dump_config, load_config
-from megatron_tf.config.schema import Growth, GrowthMethods, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Growth, GrowthMethods
 from megatron_tf.diagnosis.run_facts import defaults, settings
 from megatron_tf.durable import open_plain, read_plain, write_atomically
 from megatron_tf.errors import ConfigError, file_errors

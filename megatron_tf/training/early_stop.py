@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-from megatron_tf.config.schema import StopWhen
+from megatron_tf.config.sections.training import StopWhen
 
 
 class EarlyStop:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tf.config.schema import Precision
+from megatron_tf.config.sections.training import Precision
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.stage import Stage
 from megatron_tf.tasks.data import Batch

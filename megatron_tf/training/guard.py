@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tf.config.schema import Guard
+from megatron_tf.config.sections.training import Guard
 from megatron_tf.errors import TrainingError
 
 _MEMORY = 0.98  # share of the running mean that stays at each step: it looks about 50 steps back

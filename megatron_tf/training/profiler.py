@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_tf.config.schema import Profile
+from megatron_tf.config.sections.training import Profile
 from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.telemetry.console import Console
 

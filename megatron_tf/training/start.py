@@ -22,9 +22,9 @@ from megatron_tf.checkpoint.moments import resolve_at
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.run_plan import RunPlan, plan_run
-from megatron_tf.config.schema import Model, RunConfig
-from megatron_tf.config.validate import plan_batches
+from megatron_tf.config.run_plan import RunPlan, plan_batches, plan_run
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.errors import CheckpointError, ConfigError, shortened
 from megatron_tf.growth.grow import grow

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 
-from megatron_tf.config.schema import LearningRates, RunConfig
+from megatron_tf.config.run_plan import BatchPlan
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import LearningRates
 from megatron_tf.config.tasks import task_of
-from megatron_tf.config.validate import BatchPlan
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.engine.base import StepResult
 from megatron_tf.tasks.data import task_data

@@ -13,7 +13,7 @@ from megatron_tf.checkpoint.manager import Ranks, from_first, resolve, verify_ch
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.differences import differing
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.convert.huggingface.importing import is_export, open_export
 from megatron_tf.errors import CheckpointError
 from megatron_tf.state.sources import FreshSource, StateSource, WeightsSource

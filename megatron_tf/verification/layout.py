@@ -23,9 +23,10 @@ from torch import Tensor
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.nearest import divisors
 from megatron_tf.config.optimizers import rule_of
+from megatron_tf.config.run_plan import BatchPlan, plan_batches
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import BatchPlan, plan_batches, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.data.documents import Boundaries, boundaries
 from megatron_tf.engine.choice import build_engine, join
 from megatron_tf.engine.optimizer import Segment

@@ -25,10 +25,10 @@ from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource
-from megatron_tf.config.run_plan import plan_run
+from megatron_tf.config.run_plan import BatchPlan, plan_batches, plan_run
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import BatchPlan, plan_batches, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.engine.base import Age, Engine
 from megatron_tf.engine.choice import build_engine
 from megatron_tf.errors import ConfigError, exit_now

@@ -26,7 +26,8 @@ from megatron_tf.config import load_config
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import dump_config
-from megatron_tf.config.schema import Growth, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.topology import Topology
 from megatron_tf.costs.estimate import memory_per_rank
 from megatron_tf.costs.plan import describe

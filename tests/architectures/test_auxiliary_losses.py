@@ -14,7 +14,8 @@ from megatron_tf.architectures.tokenformer.architecture import TokenFormerArchit
 from megatron_tf.architectures.tokenformer.block import tokenformer_block
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel
 from megatron_tf.config.architectures import ARCHITECTURES
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.topology import Topology
 from megatron_tf.model import build_model
 from megatron_tf.model.context import BlockContext, Reports

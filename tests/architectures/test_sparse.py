@@ -15,7 +15,9 @@ from megatron_tf.checkpoint.architecture import check_format, check_prunable
 from megatron_tf.config import load_config
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import dump_config
-from megatron_tf.config.schema import Growth, Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.communication import sent_bytes_per_step

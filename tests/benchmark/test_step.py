@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from megatron_tf.benchmark import scaling, step
 from megatron_tf.benchmark.models import equal_transformer
 from megatron_tf.config import load_config
-from megatron_tf.config.schema import ParameterTokens
+from megatron_tf.config.sections.model import ParameterTokens
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.errors import ConfigError
 from megatron_tf.model import build_model

@@ -5,7 +5,8 @@ import pytest
 from megatron_tf.checkpoint.architecture import check_same_architecture, stored_model, token_counts
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.schema import Growth, Model, ParameterTokens
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model, ParameterTokens
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.growth import grow
 from megatron_tf.growth.rules import growth_problems

@@ -22,8 +22,10 @@ from megatron_tf.checkpoint.summary import summarize
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.commands.inspect_checkpoint import print_summary
 from megatron_tf.config.load import dump_config
-from megatron_tf.config.schema import Growth, ParameterTokens, RunConfig
-from megatron_tf.config.validate import plan_batches
+from megatron_tf.config.run_plan import plan_batches
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import ParameterTokens
 from megatron_tf.convert.official_checkpoint import exportable_model
 from megatron_tf.errors import MESSAGE_LIMIT, CheckpointError, DamagedError, UserError
 from megatron_tf.growth.grow import grow

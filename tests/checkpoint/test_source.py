@@ -8,7 +8,8 @@ from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
-from megatron_tf.config.schema import Growth, Model, ParameterTokens
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model, ParameterTokens
 from megatron_tf.growth.grow import grown_source
 from megatron_tf.growth.source import growth_entry
 from megatron_tf.state.optimizer_states import STATES

@@ -12,7 +12,8 @@ from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.step_zero import checkpoint_bytes, target_folder, write_step_zero
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import CheckpointError
 from megatron_tf.growth.grow import grow, grown_source
 from megatron_tf.state.optimizer_states import STATES

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS, deepspeed_config
 from megatron_tf.config.load import load_config
-from megatron_tf.config.validate import plan_batches
+from megatron_tf.config.run_plan import plan_batches
 from megatron_tf.errors import ConfigError
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yml"

@@ -4,7 +4,9 @@ import pytest
 
 from megatron_tf.config import load_config
 from megatron_tf.config.load import dump_config, read_model
-from megatron_tf.config.schema import DataSource, Growth, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.data import DataSource
+from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.errors import ConfigError
 

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tf.config.run_plan import plan_run
+from megatron_tf.config.run_plan import plan_batches, plan_run
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import plan_batches
 from megatron_tf.errors import ConfigError
 
 

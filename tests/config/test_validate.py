@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import plan_batches, topology_for, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
 
 

@@ -10,7 +10,8 @@ from megatron_tf.checkpoint.architecture import check_same_architecture
 from megatron_tf.checkpoint.load import load_logical
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.step_zero import target_folder, write_step_zero
-from megatron_tf.config.schema import Growth, ParameterTokens
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import ParameterTokens
 from megatron_tf.convert.official import load_official_state_dict
 from megatron_tf.convert.official_checkpoint import (
     check_export_target,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tf.config import load_config
+from megatron_tf.config.run_plan import topology_for
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import topology_for
 from megatron_tf.costs import estimate
 from megatron_tf.costs.plan import describe
 from megatron_tf.state.parameters import parameter_table, shard_range

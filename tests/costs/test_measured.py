@@ -18,7 +18,7 @@ from megatron_tf.benchmark.counting import Counting, saved_bytes
 from megatron_tf.config import load_config
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.validate import plan_batches, topology_for
+from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.costs.communication import (
     block_collectives,
     context_collectives,

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tf.config import load_config
+from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.stages import load_stages
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import plan_batches, topology_for, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.costs.chain import chain_costs
 from megatron_tf.costs.checkpoints import (
     LLAMA_3_FAILURES_PER_GPU_YEAR,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_tf.config.schema import Data
+from megatron_tf.config.sections.data import Data
 from megatron_tf.data.documents import Boundaries, LossMask, boundaries, end_of_document, find_boundaries
 from megatron_tf.data.indexed import IndexedDataset, IndexedWriter
 from megatron_tf.data.summary import CorpusSummary, write_summary

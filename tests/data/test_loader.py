@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_tf.config.load import load_config
-from megatron_tf.config.schema import DataSource
+from megatron_tf.config.sections.data import DataSource
 from megatron_tf.costs.hardware import Assumptions, find_gpu
 from megatron_tf.costs.roofline import step_time
 from megatron_tf.data.documents import LossMask

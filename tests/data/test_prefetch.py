@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from megatron_tf.config.schema import DataSource
+from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.loader import BatchLoader, build_dataset
 from megatron_tf.data.prefetch import STEPS_AHEAD, Prefetcher

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from megatron_tf.config.schema import DataSource
+from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.loader import check_tokenizer
 from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.preparation.preprocess import PreprocessSettings, preprocess

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from megatron_tf.config.schema import Model, Optimizer
+from megatron_tf.config.sections.model import Model
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.convert.official import load_official_state_dict
 from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.engine.schedule import learning_rate

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from tiny import run_config
 
-from megatron_tf.config.schema import Optimizer
-from megatron_tf.config.validate import plan_batches
+from megatron_tf.config.run_plan import plan_batches
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.engine.schedule import decay_step, learning_rate
 
 

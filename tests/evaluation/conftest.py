@@ -7,7 +7,7 @@ from harness_data import ROWS, write_wheel
 from prepared import write_tokens
 
 from megatron_tf.checkpoint.step_zero import write_step_zero
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.evaluation import eval_data
 from megatron_tf.state.sources import InitialSource, StepZero
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from deepening import IDS, Trained, built, grown, model
 
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.growth import methods
 from megatron_tf.growth.axes import AXES, Axis, steps
 from megatron_tf.growth.methods import GrowingProjection, NewTokens

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import run_config
 
-from megatron_tf.config.schema import Growth, GrowthMethods, Model
+from megatron_tf.config.sections.growth import Growth, GrowthMethods
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import chain_problems, growth_problems
 from megatron_tf.growth.source import GrownSource

@@ -20,7 +20,8 @@ from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.config.architectures import ARCHITECTURES
-from megatron_tf.config.schema import DepthMethod, Growth, Model
+from megatron_tf.config.sections.growth import DepthMethod, Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.growth.grow import grow, grown_source
 from megatron_tf.growth.layers import DEPTH_METHODS, PRESERVING_DEPTH

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from megatron_tf.config.schema import Growth, GrowthMethods, ParameterTokens, TokenMethod
+from megatron_tf.config.sections.growth import Growth, GrowthMethods, TokenMethod
+from megatron_tf.config.sections.model import ParameterTokens
 from megatron_tf.errors import ArgumentError, CheckpointError, ConfigError
 from megatron_tf.growth.methods import METHODS, PRESERVING, GrowingProjection, NewTokens, gram, zero_key
 

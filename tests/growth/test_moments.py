@@ -7,7 +7,7 @@ import torch
 from deepening import Trained, grown, model
 from pydantic import ValidationError
 
-from megatron_tf.config.schema import Growth
+from megatron_tf.config.sections.growth import Growth
 from megatron_tf.growth.rules import growth_problems
 from megatron_tf.state.parameters import parameter_table
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tf.config.schema import Growth, Model, Optimizer
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
 from megatron_tf.growth.source import GrownSource
 from megatron_tf.state.parameters import initial_scales, parameter_table

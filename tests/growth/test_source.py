@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu, layer_norm
 
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import scales_after_growth
 from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed

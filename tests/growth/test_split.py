@@ -7,7 +7,8 @@ import torch
 from tiny import run_config
 from torch import Tensor
 
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import chain_problems, growth_problems, scales_after_growth
 from megatron_tf.growth.source import GrownSource

@@ -7,7 +7,7 @@ import torch
 from deepening import IDS, Trained, built, grown, model
 from torch.nn import functional as F
 
-from megatron_tf.config.schema import Growth
+from megatron_tf.config.sections.growth import Growth
 from megatron_tf.growth.rules import growth_problems
 from megatron_tf.growth.width import before_cloning
 from megatron_tf.state.parameters import parameter_table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ArgumentError
 from megatron_tf.inference import cache
 from megatron_tf.inference.cache import CachedModel

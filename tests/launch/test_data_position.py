@@ -12,7 +12,7 @@ from launching import train
 
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.config.load import load_config
-from megatron_tf.config.validate import plan_batches
+from megatron_tf.config.run_plan import plan_batches
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.loader import BatchLoader, build_dataset
 from megatron_tf.engine.base import StepResult

@@ -91,7 +91,7 @@ def test_a_token_beyond_the_vocabulary_ends_the_run_at_its_step(folder):
 
 def bad_step(folder) -> int:
     """Number of steps before the one that takes the sample with the bad token."""
-    from megatron_tf.config.schema import DataSource
+    from megatron_tf.config.sections.data import DataSource
     from megatron_tf.data.loader import build_dataset
 
     dataset = build_dataset([DataSource(path=f"{folder}/bad")], 16, 1234, 60_000)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from megatron_tf.config.schema import Model, ParameterTokens
+from megatron_tf.config.sections.model import Model, ParameterTokens
 from megatron_tf.errors import ArgumentError, ConfigError, UserError
 from megatron_tf.model import Pattention, TokenFormer, build_model, pattention
 from megatron_tf.model.attention import document_starts

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.convert.official import load_official_state_dict
 from megatron_tf.model import build_model, pattention
 from megatron_tf.model.attention import rotary_tables

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.convert.official import load_official_state_dict
 from megatron_tf.model import build_model
 from megatron_tf.state.parameters import initial_scales, parameter_table

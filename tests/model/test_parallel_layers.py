@@ -8,7 +8,8 @@ import torch.distributed as dist
 from distributed import spawn
 
 from megatron_tf.activations.overlap import LEAST_ROWS
-from megatron_tf.config.schema import Model, Training
+from megatron_tf.config.sections.model import Model
+from megatron_tf.config.sections.training import Training
 from megatron_tf.model.layers import FinalNorm, Pattention, TensorParallel, build_block, choose_forms
 from megatron_tf.model.pattention import partial_pattention
 from megatron_tf.model.tokenformer import build_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_tf.benchmark.references import plain_formula
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.model import build_model, layers
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.tasks.classes import cross_entropy

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.model import build_model
 from megatron_tf.state.parameters import parameter_table
 

@@ -14,7 +14,7 @@ from megatron_tf.checkpoint.averaging import moving_average
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.optimizers import rule_of
-from megatron_tf.config.schema import Optimizer
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model import build_model
 from megatron_tf.optimizers.base import UpdateBatch

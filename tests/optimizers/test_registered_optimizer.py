@@ -22,7 +22,9 @@ from megatron_tf.config import load_config
 from megatron_tf.config.fields import Beta
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.optimizers import OPTIMIZERS
-from megatron_tf.config.schema import Growth, Optimizer, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.config.topology import Topology
 from megatron_tf.costs.checkpoints import checkpoint_bytes
 from megatron_tf.costs.estimate import memory_per_rank, num_parameters

@@ -7,7 +7,8 @@ import torch
 from tiny import run_config
 from torch import Tensor
 
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import CheckpointError, UserError
 from megatron_tf.growth.source import GrownSource
 from megatron_tf.model import build_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, layer_norm
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ArgumentError, CheckpointError
 from megatron_tf.model import build_model
 from megatron_tf.pruning.measure import drop_tokens, fit_scales, mean_loss, select_tokens, visit_projections

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_tf.config.schema import Growth, Model
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ArgumentError
 from megatron_tf.growth.source import GrownSource
 from megatron_tf.pruning import source as pruned_source

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from study_names import problems_of
 from tiny import run_config
 
-from megatron_tf.config.schema import Optimizer
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.plan import describe

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from megatron_tf.config.schema import Model, ParameterTokens
+from megatron_tf.config.sections.model import Model, ParameterTokens
 from megatron_tf.state.parameters import (
     default_scale,
     initial_scales,

@@ -24,10 +24,13 @@ from megatron_tf.checkpoint.architecture import check_format
 from megatron_tf.config import load_config
 from megatron_tf.config.fields import Count, Fraction
 from megatron_tf.config.load import dump_config
-from megatron_tf.config.schema import Growth, Model, RunConfig
+from megatron_tf.config.run_plan import plan_batches
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import TASKS
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import plan_batches, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import memory_per_rank, num_parameters
 from megatron_tf.costs.hardware import Assumptions, find_gpu
 from megatron_tf.costs.plan import describe

@@ -15,7 +15,7 @@ from tooling import PROJECT, assert_refused
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
 from megatron_tf.commands.generate_text import read_prompts
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.convert.huggingface.export import ExportedTokenizer, write_export
 from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.summary import CorpusSummary, write_summary

@@ -11,7 +11,7 @@ from tooling import tool
 
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors, shard_name
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.state.optimizer_states import STATES
 from megatron_tf.state.parameters import initial_scales, parameter_table
 

@@ -11,7 +11,7 @@ from prepared import write_tokens
 from tooling import PROJECT, assert_refused, tool
 
 from megatron_tf.config import load_config
-from megatron_tf.config.validate import plan_batches
+from megatron_tf.config.run_plan import plan_batches
 from megatron_tf.costs.estimate import memory_per_rank, num_parameters
 
 CONFIGS = Path(PROJECT) / "configs"

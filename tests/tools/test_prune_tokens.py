@@ -13,7 +13,9 @@ from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.step_zero import target_folder, write_step_zero
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
-from megatron_tf.config.schema import DataSource, Growth, Model
+from megatron_tf.config.sections.data import DataSource
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
 from megatron_tf.data.loader import fingerprint
 from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.growth.grow import grow

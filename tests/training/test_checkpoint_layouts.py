@@ -11,9 +11,9 @@ from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checkpoint.writer import save_checkpoint
-from megatron_tf.config.schema import Growth
+from megatron_tf.config.run_plan import plan_batches
+from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import plan_batches
 from megatron_tf.engine.deepspeed.joining import join
 from megatron_tf.errors import CheckpointError
 from megatron_tf.growth.grow import grown_source

@@ -11,7 +11,7 @@ from launching import PROJECT, environment
 from tiny import run_config
 
 from megatron_tf.config.load import dump_config
-from megatron_tf.config.schema import StopWhen
+from megatron_tf.config.sections.training import StopWhen
 from megatron_tf.config.validate import validate
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.errors import ConfigError

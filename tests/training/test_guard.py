@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tf.config.schema import Guard
+from megatron_tf.config.sections.training import Guard
 from megatron_tf.errors import TrainingError
 from megatron_tf.training.guard import LossGuard
 

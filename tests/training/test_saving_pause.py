@@ -13,9 +13,8 @@ import torch.multiprocessing
 from saving import Recorder
 
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.config.run_plan import plan_run
+from megatron_tf.config.run_plan import plan_batches, plan_run
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import plan_batches
 from megatron_tf.engine.deepspeed.joining import join
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.environment import LaunchEnvironment

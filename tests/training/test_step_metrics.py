@@ -7,7 +7,7 @@ import torch
 from distributed import spawn
 from images import image_config
 
-from megatron_tf.config.validate import plan_batches
+from megatron_tf.config.run_plan import plan_batches
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.summary import CorpusSummary, bytes_per_token, write_summary
 from megatron_tf.engine.base import StepResult

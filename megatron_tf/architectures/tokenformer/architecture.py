@@ -21,7 +21,8 @@ from megatron_tf.architectures.tokenformer.section import (
 )
 from megatron_tf.architectures.tokenformer.work import block_collectives, block_work
 from megatron_tf.architectures.work import BlockWork, Collectives
-from megatron_tf.config.schema import Model, ParameterTokens, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model, ParameterTokens
 
 
 class TokenFormerArchitecture(Architecture):

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer, bank_of, banks_of
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.model.attention import Documents
 from megatron_tf.model.context import Reports
 from megatron_tf.model.layers import Attention, Block, Pattention, TensorParallel, partial_outputs

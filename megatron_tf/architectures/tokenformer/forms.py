@@ -8,7 +8,8 @@ from megatron_tf.activations.forms import Norm, norm_form
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel, bank_of
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.nearest import either
-from megatron_tf.config.schema import RunConfig, Training
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.training import Training
 
 
 def norm_forms(model: TokenFormerModel, config: RunConfig, device: str) -> dict[str, Norm]:

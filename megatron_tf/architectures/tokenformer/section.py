@@ -11,7 +11,7 @@ from megatron_tf.architectures.spec import BankSpec
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.config.fields import NonNegative, Section
 from megatron_tf.config.nearest import divisors, divisors_near, either, multiples_near
-from megatron_tf.config.schema import ActivationName, Model, ParameterTokens
+from megatron_tf.config.sections.model import ActivationName, Model, ParameterTokens
 
 
 class Bank(Section):

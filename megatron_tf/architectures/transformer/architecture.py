@@ -11,7 +11,8 @@ from megatron_tf.architectures.transformer.section import TransformerModel, as_t
 from megatron_tf.architectures.transformer.work import block_collectives, block_work
 from megatron_tf.architectures.work import BlockWork, Collectives
 from megatron_tf.config.nearest import divisors_near, either
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
 
 

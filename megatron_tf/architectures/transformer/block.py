@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from megatron_tf.architectures.spec import shard_range
 from megatron_tf.architectures.transformer.parameters import qkv_rows
 from megatron_tf.architectures.transformer.section import TransformerModel, as_transformer
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.model.layers import Attention, Block, TensorParallel
 from megatron_tf.parallel.groups import Group
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_tf.config.fields import Count
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 
 
 class TransformerModel(Model):

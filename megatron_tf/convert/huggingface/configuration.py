@@ -10,7 +10,7 @@ from typing import Any
 from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import read_model
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import CheckpointError, ConfigError, shown
 from megatron_tf.telemetry.text import bullets
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.convert.huggingface.configuration import IMAGE_KEYS, IMAGE_MODEL_TYPE, scales_by_layer, under_keys
 from megatron_tf.tasks.image_classification.section import image_of
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_tf.checkpoint.strict_json import NotJsonError, parse_json
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
 from megatron_tf.convert.huggingface.configuration import model_from_config
 from megatron_tf.convert.huggingface.export import CONFIG_NAME, WEIGHTS_NAME

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_tf.config.schema import Augmentation, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.data import Augmentation
 from megatron_tf.data.images.decode import in_channels
 from megatron_tf.data.images.rand_augment import mirrored, rand_augmented
 from megatron_tf.data.samples import derived_seed

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_tf.config.schema import DataSource, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.blend import Shares
 from megatron_tf.data.images.augment import augmented, finished, seen, targets_of
 from megatron_tf.data.images.decode import BadImage, opened

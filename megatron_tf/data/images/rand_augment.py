@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_tf.config.schema import RandAugment
+from megatron_tf.config.sections.data import RandAugment
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,9 +17,10 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor
 
 from megatron_tf.config.deepspeed_config import deepspeed_config
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.run_plan import BatchPlan
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import BatchPlan
 from megatron_tf.engine.base import StepResult
 from megatron_tf.engine.deepspeed.patches import clip_by_true_norm, master_fragment, time_phases, watch_nonfinite
 from megatron_tf.engine.deepspeed.pipeline import TokenFormerPipeline

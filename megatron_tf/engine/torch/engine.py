@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.run_plan import BatchPlan
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import BatchPlan
 from megatron_tf.engine.base import StepResult
 from megatron_tf.engine.optimizer import SegmentedOptimizer
 from megatron_tf.engine.schedule import learning_rate

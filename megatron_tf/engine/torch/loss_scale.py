@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_tf.config.deepspeed_section import DeepSpeedFp16
+from megatron_tf.config.sections.deepspeed import DeepSpeedFp16
 
 
 @dataclass

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
-from megatron_tf.config.schema import DataSource, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.images.loader import ImageLoader, open_images
 from megatron_tf.data.images.source import ImageFiles
 from megatron_tf.data.loader import fingerprint

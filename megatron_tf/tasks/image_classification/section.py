@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from megatron_tf.config.fields import Count, Fraction, Positive, Section
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import UserError
 
 # ImageNet's, which most tools take for photographs of any data set

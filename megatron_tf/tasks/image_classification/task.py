@@ -8,7 +8,8 @@ from typing import Literal
 from megatron_tf.architectures.spec import INITIAL_STD, ParameterSpec
 from megatron_tf.architectures.work import Collective, Collectives, Product, hidden_bytes, positions_of
 from megatron_tf.config.nearest import either, multiples_near
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.tasks.base import EndsWork, Task
 from megatron_tf.tasks.image_classification.section import ImageModel, image_of
 

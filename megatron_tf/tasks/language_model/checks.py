@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checks import described
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ArgumentError
 from megatron_tf.model.checks import check_device, is_whole, shape_of, type_of
 from megatron_tf.tasks.language_model.section import vocab_size_of

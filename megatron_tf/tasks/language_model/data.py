@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from megatron_tf.config.schema import DataSource, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.documents import find_boundaries
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer, fingerprint
 from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.data.documents import boundaries
 from megatron_tf.data.samples import derived_seed
 from megatron_tf.model.filling import fill_normal

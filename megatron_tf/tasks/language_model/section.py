@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from megatron_tf.config.fields import Count
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import UserError
 
 

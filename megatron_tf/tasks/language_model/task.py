@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from megatron_tf.architectures.spec import INITIAL_STD, ParameterSpec
 from megatron_tf.architectures.work import Collective, Collectives, Product, hidden_bytes, positions_of
-from megatron_tf.config.schema import Model, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.model import Model
 from megatron_tf.tasks.base import EndsWork, Task
 from megatron_tf.tasks.language_model.perplexity import format_perplexity, perplexity
 from megatron_tf.tasks.language_model.section import LanguageModel, vocab_size_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.convert.huggingface.export import ExportedTokenizer, write_export
 from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 from images import MIXING, image_config
 from PIL import Image as Pictures
 
-from megatron_tf.config.schema import Augmentation
+from megatron_tf.config.sections.data import Augmentation
 from megatron_tf.data.images.augment import augmented, finished, random_box, seen, shifted, targets_of
 from megatron_tf.tasks.image_classification.section import Image, image_of
 

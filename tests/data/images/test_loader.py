@@ -8,7 +8,8 @@ import torch
 from images import MIXING, image_config, made_up, write_contents, write_images
 from prepared import write_tokens
 
-from megatron_tf.config.schema import DataSource, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.images.loader import ImageLoader, open_images
 from megatron_tf.data.images.source import ImageFiles, ImageSource
 from megatron_tf.data.indexed import data_file

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pictures
 
-from megatron_tf.config.schema import RandAugment
+from megatron_tf.config.sections.data import RandAugment
 from megatron_tf.data.images import rand_augment
 from megatron_tf.data.images.rand_augment import OPERATIONS, mirrored, rand_augmented
 

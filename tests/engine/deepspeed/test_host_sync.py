@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_tf.config.run_plan import plan_batches
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import plan_batches
 from megatron_tf.engine.deepspeed.joining import join
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.environment import LaunchEnvironment

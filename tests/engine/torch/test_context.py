@@ -6,8 +6,9 @@ import pytest
 from layout_checks import BOUNDARIES, TOLERANCE, check_layouts
 from tiny import run_config
 
+from megatron_tf.config.run_plan import topology_for
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import topology_for, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import memory_per_rank
 from megatron_tf.costs.hardware import Assumptions, find_gpu
 from megatron_tf.costs.layouts import ranked

@@ -6,8 +6,9 @@ import pytest
 from layout_checks import BOUNDARIES, TOLERANCE, check_layouts
 from tiny import run_config
 
+from megatron_tf.config.run_plan import plan_batches
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import plan_batches, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import memory_per_rank, num_parameters, stage_parameters
 from megatron_tf.costs.hardware import Assumptions, find_gpu
 from megatron_tf.costs.roofline import step_time

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny import run_config
 
-from megatron_tf.config.deepspeed_section import DeepSpeedFp16
+from megatron_tf.config.run_plan import plan_batches
+from megatron_tf.config.sections.deepspeed import DeepSpeedFp16
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import plan_batches, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.engine.choice import build_engine
 from megatron_tf.engine.torch.loss_scale import LossScale
 from megatron_tf.parallel.groups import SINGLE

@@ -12,8 +12,9 @@ from layout_checks import BOUNDARIES, check_layouts
 from prepared import write_tokens
 from tiny import run_config
 
+from megatron_tf.config.run_plan import plan_batches
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import plan_batches, validate
+from megatron_tf.config.validate import validate
 from megatron_tf.engine.choice import build_engine
 from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.parallel.groups import make_group

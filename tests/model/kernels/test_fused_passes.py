@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_tf.activations.function import score_function
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.model import build_model, pattention
 from megatron_tf.model.kernels import fused_passes, native_passes
 

@@ -10,7 +10,7 @@ from images import image_config
 
 from megatron_tf.config import load_config
 from megatron_tf.config.load import dump_config
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.tasks.image_classification.section import image_of

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.optimizers import rule_of
-from megatron_tf.config.schema import Parallel, RunConfig
+from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.parallel import Parallel
 from megatron_tf.optimizers.base import MatrixRule
 
 

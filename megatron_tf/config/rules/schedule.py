@@ -1,0 +1,53 @@
+"""Rules of the learning rate's schedule and the length of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_tf.config.rules.batch import length_problems
+from megatron_tf.config.run_plan import steps_to_train
+from megatron_tf.config.schema import RunConfig
+
+
+def schedule_problems(config: RunConfig) -> Iterator[str]:
+    schedule, lr = config.optimizer.schedule, config.optimizer.lr
+    if schedule.min_lr > lr:
+        yield (
+            f"optimizer.schedule.min_lr: {schedule.min_lr:g} is above optimizer.lr {lr:g}. Set it to at most {lr:g}."
+        )
+    if list(length_problems(config)):
+        return
+    steps = steps_to_train(config)
+    if schedule.warmup_steps > steps:
+        yield (
+            f"optimizer.schedule.warmup_steps: {schedule.warmup_steps} is more than the run's {steps} steps. "
+            f"Set it to at most {steps}; 1 % would be {math.ceil(steps / 100)}."
+        )
+    if config.checkpoint.keep_before_decay and schedule.type != "wsd":
+        yield (
+            f"checkpoint.keep_before_decay: true is for schedule type wsd only, but optimizer.schedule.type is "
+            f"{schedule.type}. Set it to false, or the type to wsd."
+        )
+    if schedule.type != "wsd" and schedule.decay_shape != "linear":
+        yield (
+            f"optimizer.schedule.decay_shape: {schedule.decay_shape} is for schedule type wsd only, but "
+            f"optimizer.schedule.type is {schedule.type}. Remove it, or set the type to wsd."
+        )
+    if schedule.type != "wsd":
+        if schedule.decay_steps is not None:
+            yield (
+                f"optimizer.schedule.decay_steps: {schedule.decay_steps} is for schedule type wsd only, but "
+                f"optimizer.schedule.type is {schedule.type}. Remove it, or set the type to wsd."
+            )
+    elif schedule.decay_steps is None:
+        yield (
+            "optimizer.schedule.decay_steps: wsd needs the number of its last, decaying steps. "
+            f"Give it; 10 % would be {math.ceil(steps / 10)}."
+        )
+    elif schedule.warmup_steps + schedule.decay_steps > steps:
+        yield (
+            f"optimizer.schedule.decay_steps: {schedule.decay_steps} and optimizer.schedule.warmup_steps "
+            f"{schedule.warmup_steps} are together more than the run's {steps} steps. Set decay_steps to at most "
+            f"{max(0, steps - schedule.warmup_steps)}."
+        )

@@ -1,0 +1,38 @@
+"""The `parallel` and `zero` sections: how the ranks of a run share its work."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_tf.config.fields import Count, Seconds, Section
+
+
+class Parallel(Section):
+    tensor: Count = 1
+    """[ranks] They share each layer's parameter tokens, its heads and the vocabulary."""
+    pipeline: Count = 1
+    """[stages] They share the depth."""
+    sequence: bool = False
+    """Also split hidden states over the tensor ranks between the projections."""
+    context: Count = 1
+    """[ranks] They share the positions of each sample. Needs engine torch. Since 0.2."""
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """What trains: DeepSpeed, or torch alone. Checkpoints of one resume in the other."""
+    shard: Literal["optimizer", "gradients", "parameters"] = "optimizer"
+    """What each data-parallel rank keeps a part of, and with it all that stands before: needs engine torch."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of the micro batches in a pipeline. gpipe needs engine torch."""
+    virtual_stages: Count = 1
+    """Parts of the depth that a pipeline rank holds, dealt out in turn: interleaved 1F1B. Needs engine torch. Since 0.2."""
+    timeout_seconds: Seconds = 1800.0
+    """[seconds] A collective that waits longer ends the run."""
+
+    @property
+    def ranks_per_sample(self) -> int:
+        """Ranks that work on one sample together: all, but for data parallelism."""
+        return self.tensor * self.pipeline * self.context
+
+
+class Zero(Section):
+    stage: Literal[0, 1] = 1
+    """1 shards master weights and optimizer state over the data-parallel ranks."""
