@@ -163,7 +163,7 @@ def show_report(study: Study, output: Path | None) -> None:
 
     folder = Path(study.dir) if output is None else output
     print("\n" + write_report(known_plan(study), folder))
-    print(f"\n{folder}/results.json, table.txt, loss.png")
+    print(f"\n{folder}/results.json, table.txt, report.md, loss.png")
 
 
 def workers_here(study: Study) -> int:

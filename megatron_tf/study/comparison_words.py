@@ -1,26 +1,28 @@
-"""What `comparison` finds, as tables."""
+"""What `comparison` finds, as rows of tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_tf.telemetry.text import table
-
 Json = dict[str, Any]
+Rows = Sequence[Sequence[str]]
 
 
-def compared(arms: Sequence[Json]) -> Iterator[str]:
-    """Two tables, where there is something in them: arms against families, and what growth has gained."""
+def compared(arms: Sequence[Json]) -> Iterator[tuple[Rows, tuple[int, ...]]]:
+    """Two tables, where there is something in them: arms against families, and what growth has gained.
+
+    Each: its rows, and which columns go to the left.
+    """
     rows = [row for arm in arms for row in _rows_against(arm)]
     if rows:
         head = ("at equal FLOPs, at equal loss", "against", "loss", "95 %", "", "FLOPs ×", "95 %", "")
-        yield from (table([head, *rows], to_left=(0, 1, 4, 7)), "")
+        yield [head, *rows], (0, 1, 4, 7)
     grown = [_grown_row(arm) for arm in arms if arm["growth"] is not None]
     if grown:
         scratch = "its size from scratch: FLOPs ×"
         sizes = ("all sizes: FLOPs", "from scratch ×", "95 %", "")
-        yield from (table([("growth", scratch, "95 %", "κ", "95 %", "pays above", *sizes), *grown], to_left=(0, 9)), "")
+        yield [("growth", scratch, "95 %", "κ", "95 %", "pays above", *sizes), *grown], (0, 9)
 
 
 def _rows_against(arm: Json) -> Iterator[tuple[str, ...]]:

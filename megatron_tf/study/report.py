@@ -1,15 +1,14 @@
-"""What a study has found: a table, a picture and results.json, of the runs that have ended."""
+"""What a study has found: tables, pictures and results.json, of the runs that have ended."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_tf.config.tasks import task_of
-from megatron_tf.costs.law import law_of
 from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import UserError, file_errors
 from megatron_tf.study.comparison import (
@@ -23,17 +22,23 @@ from megatron_tf.study.comparison import (
     has_grown,
     static_curves,
 )
-from megatron_tf.study.comparison_words import compared, within
 from megatron_tf.study.file import Arm
 from megatron_tf.study.law import laws_of
 from megatron_tf.study.plan import Plan
 from megatron_tf.study.result import Result, read_result
+from megatron_tf.study.routing import routing_of
 from megatron_tf.study.statistics import interval
-from megatron_tf.telemetry.meters import format_duration
-from megatron_tf.telemetry.plot import Ends, plot_ends
-from megatron_tf.telemetry.text import size, table
+from megatron_tf.study.tables import as_page, in_words
+from megatron_tf.telemetry.plot import Ends, plot_ends, plot_panels
 
 Json = dict[str, Any]
+# Of routing.png, by measure of `routing`
+PANELS = {
+    "load_max": "fullest candidate: × an equal share",
+    "load_spread": "evenness: exp(entropy) over candidates",
+    "unused_share": "candidates with < 1/10 of their share",
+    "copy_distance": "distance of a slot's candidates from their mean",
+}
 
 
 def results_of(plan: Plan) -> Json:
@@ -65,6 +70,7 @@ def results_of(plan: Plan) -> Json:
                 **_arm(plan, arm, by_arm[arm.name], of_reference),
                 "cost_against": _costs(plan, arm, by_arm[arm.name], baselines),
                 "growth": growth_of(ended_nodes(plan, arm, runs), runs, curves),
+                "routing": routing_of(ended_nodes(plan, arm, runs)),
             }
             for arm in plan.study.arms
         ],
@@ -130,6 +136,9 @@ def _arm(
     if arm.comparable and pairs and results is not reference:
         difference = interval(pairs)
         found["difference"] = {**asdict(difference), "verdict": difference.verdict}
+    elif pairs and results is not reference:
+        cost = node.end.flops / plan.of(plan.reference)[0].end.flops if plan.reference is not None else 1.0
+        found["difference_at_other_cost"] = {**asdict(interval(pairs)), "cost": cost}
     return found
 
 
@@ -141,82 +150,28 @@ def _metric(name: str, results: Mapping[int, Result], reference: Mapping[int, Re
     return {**asdict(interval(list(by_seed.values()))), "by_seed": by_seed, "difference": difference}
 
 
-def in_words(found: Json) -> str:
-    """The table of a report and what is to be said of it."""
-    head = ("", "parameters", found["unit"], "FLOPs", "loss", "95 %", f"against {found['reference']}", "95 %", "")
-    rows: list[tuple[str, ...]] = [(*head, "hours", "state")]
-    rows += [(*_cells(arm, found["unit_tokens"]), *_last_cells(arm)) for arm in found["arms"]]
-    lines = [table(rows, to_left=(0, 8)), "", *_metric_lines(found)]
-    lines += compared(found["arms"])
-    lines += [_law_line(name, law) for name, law in found["laws"].items()]
-    lines += [_sweep_line(arm) for arm in found["arms"] if arm["sweep"] is not None and arm["sweep"]["losses"]]
-    lines.append(
-        f"{found['runs_ended']} of {found['runs']} runs have ended: {found['flops_spent']:.2e} FLOPs, "
-        f"{format_duration(found['seconds_spent'])} of training."
-    )
-    return "\n".join(lines)
-
-
-def _metric_lines(found: Json) -> list[str]:
-    """A table of the task's metrics, of the arms that have ended; nothing where it has none."""
-    measured = [arm for arm in found["arms"] if arm.get("metrics")]
-    rows: list[Sequence[str]] = []
-    for arm in measured:
-        cells = [arm["name"]]
-        for value in arm["metrics"].values():
-            cells += [f"{value['mean']:.4f}", within(value, ".4f")]
-            difference = value["difference"]
-            cells += ["", ""] if difference is None else [f"{difference['mean']:+.4f}", within(difference, "+.4f")]
-        rows.append(cells)
-    if not rows:
-        return []
-    head = [""]
-    for name in measured[0]["metrics"]:
-        head += [name, "95 %", f"against {found['reference']}", "95 %"]
-    return [table([head, *rows]), ""]
-
-
-def _cells(arm: Json, unit_tokens: int) -> tuple[str, ...]:
-    loss, difference = arm["loss"], arm.get("difference")
-    first = (arm["name"], f"{arm['parameters']:,}", f"{arm['tokens'] / unit_tokens:,.0f}", f"{arm['flops']:.2e}")
-    if loss is None:
-        return (*first, "", "", "", "", "not ended")
-    compared = ("", "", "" if arm["comparable"] else "not compared")
-    if difference is not None:
-        compared = (f"{difference['mean']:+.4f}", within(difference, "+.4f"), difference["verdict"])
-    *numbers, verdict = compared
-    if arm["ended"] < arm["seeds"]:
-        verdict = ", ".join(filter(None, (verdict, f"{arm['ended']} of {arm['seeds']} seeds")))
-    return (*first, f"{loss['mean']:.4f}", within(loss, ".4f"), *numbers, verdict)
-
-
-def _last_cells(arm: Json) -> tuple[str, str]:
-    return ("", "") if arm["loss"] is None else (f"{arm['seconds'] / 3600:.2f}", size(arm["state_bytes"]))
-
-
-def _law_line(architecture: str, law: Json) -> str:
-    missing = law.get("missing")
-    return f"law of a {architecture}: {law_of(law).in_words() if missing is None else f'none; {missing}'}."
-
-
-def _sweep_line(arm: Json) -> str:
-    sweep = arm["sweep"]
-    tried = ", ".join(f"{value} {loss:.4f}" for value, loss in sweep["losses"].items())
-    text = f"{arm['name']}: {sweep['key']} tried: {tried}"
-    if sweep["chosen"] is None:
-        return f"{text}; the others have not ended."
-    at_end = ", which is at an end of the values: a better one may lie beyond" if sweep["at_end_of_values"] else ""
-    return f"{text}; chosen {sweep['chosen']:g}{at_end}."
-
-
 def write_report(plan: Plan, output: Path) -> str:
-    """Writes results.json, table.txt, loss.png and a picture of each metric of the task into the folder `output`; returns the table."""
+    """Writes into the folder `output`, and returns the text of table.txt.
+
+    results.json; table.txt; report.md, the same as Markdown; loss.png; a picture of each metric of the task; routing.png
+    where a model chooses candidates.
+    """
     found = results_of(plan)
     text = in_words(found)
-    for name, content in (("results.json", json.dumps(found, indent=1)), ("table.txt", text)):
+    for name, content in (
+        ("results.json", json.dumps(found, indent=1)),
+        ("table.txt", text),
+        ("report.md", as_page(found)),
+    ):
         prepare_output(output / name)
         with file_errors(UserError, output / name, "Choose another --output."):
             write_atomically(output / name, (content + "\n").encode())
+    _draw_ends(found, output)
+    _draw_routing(found, output)
+    return text
+
+
+def _draw_ends(found: Json, output: Path) -> None:
     ended = [arm for arm in found["arms"] if arm["loss"] is not None]
     unit, length = found["unit"], found["unit_tokens"]
     ends = [
@@ -231,4 +186,13 @@ def write_report(plan: Plan, output: Path) -> str:
             if name in arm["metrics"]
         ]
         plot_ends(of_metric, output / f"{name}.png", name, unit)
-    return text
+
+
+def _draw_routing(found: Json, output: Path) -> None:
+    looked = {f"{arm['name']}, {kind}": of for arm in found["arms"] for kind, of in (arm["routing"] or {}).items()}
+    if looked:
+        panels = {
+            label: {name: (of["steps"], of[measure]) for name, of in looked.items()}
+            for measure, label in PANELS.items()
+        }
+        plot_panels(panels, output / "routing.png", "optimizer steps of the arm")

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -155,6 +155,22 @@ def plot_ends(ends: Sequence[Ends], output: Path, label: str | None = None, unit
                 axes.plot(*line, color=color, linewidth=0.6, alpha=0.6)
         _label(axes, axis, label, unit)
         axes.set_xscale("log")
+    save_figure(figure, output)
+
+
+def plot_panels(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], output: Path, x_label: str
+) -> None:
+    """Draw a panel for each label of an axis, two in a row, with the lines (x, y) of its names. UserError as `plot_runs`."""
+    rows = math.ceil(len(panels) / 2)
+    figure = new_figure(output, (13, 4 * rows))
+    for axes, (label, lines) in zip(figure.subplots(rows, 2, sharex=True, squeeze=False).flat, panels.items()):
+        for name, (x, y) in lines.items():
+            axes.plot(x, y, marker="o", markersize=4, linewidth=1, label=name)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
     save_figure(figure, output)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
 
@@ -42,3 +43,10 @@ def table(rows: Sequence[Sequence[str]], to_left: Collection[int] = (0,)) -> str
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(rows: Sequence[Sequence[str]], to_left: Collection[int] = (0,)) -> str:
+    """The same as a table of Markdown, with a minus for the hyphen of a number."""
+    head, *others = ([re.sub(r"(?<![\w.])-(?=[\d.])", "−", cell) for cell in row] for row in rows)
+    rule = ["---" if number in to_left else "---:" for number in range(len(head))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *others))

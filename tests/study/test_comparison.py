@@ -10,8 +10,9 @@ from study_names import BIGGER
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.study.comparison import BEST_STATIC
 from megatron_tf.study.plan import make_plan
-from megatron_tf.study.report import in_words, results_of
+from megatron_tf.study.report import results_of
 from megatron_tf.study.result import Result, write_result
+from megatron_tf.study.tables import in_words
 
 SEEDS = {1: 0.0, 2: 0.01}  # what each seed adds to every loss
 BIG = {"model": BIGGER["model"]}

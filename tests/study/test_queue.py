@@ -16,8 +16,9 @@ from megatron_tf.study import queue as module
 from megatron_tf.study.hours import Speeds, total_seconds
 from megatron_tf.study.plan import make_plan
 from megatron_tf.study.queue import Queue, command
-from megatron_tf.study.report import in_words, results_of, write_report
+from megatron_tf.study.report import results_of, write_report
 from megatron_tf.study.result import Result, check_unchanged, has_ended, loss_of, read_result, write_config
+from megatron_tf.study.tables import in_words
 
 LOSSES = {"small/lr=0.01/seed1": 3.0, "small/lr=0.04/seed1": 4.0}
 
@@ -122,7 +123,12 @@ def test_report(study, started, tmp_path):
     queue(of).run()
     plan = make_plan(of, loss_of)
     text = write_report(plan, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["loss.png", "results.json", "table.txt"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "loss.png",
+        "report.md",
+        "results.json",
+        "table.txt",
+    ]
     found = results_of(plan)
     small, on, grown, _ = found["arms"]
     assert found["reference"] == "going_on" and (found["runs_ended"], found["runs"]) == (10, 10)
