@@ -110,6 +110,7 @@ class _Guard(_Record):
     lowest_mean_loss: Number = 0.0
     losses_seen: Count = 0
     spikes_in_a_row: Count = 0
+    overflows_in_a_row: Count = 0
 
 
 class _LossWindow(_Record):

@@ -5,6 +5,7 @@ Both see numbers that are the same on all ranks, so all ranks decide alike witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ class LossGuard:
         self._seen = int(state.get("losses_seen", 0))
         self._spikes = int(state.get("spikes_in_a_row", 0))
         self._skipped = 0
+        self._overflowed = int(state.get("overflows_in_a_row", 0))
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint: a resumed run decides as the run that was not interrupted."""
@@ -37,6 +39,7 @@ class LossGuard:
             "lowest_mean_loss": self._lowest,
             "losses_seen": self._seen,
             "spikes_in_a_row": self._spikes,
+            "overflows_in_a_row": self._overflowed,
         }
 
     @property
@@ -44,25 +47,48 @@ class LossGuard:
         """Whether the newest step was skipped: the state is suspect then, and not for saving."""
         return self._skipped > 0
 
-    def skipped(self, step: int, reason: str) -> str:
-        """Step `step` (1-based) was skipped for `reason`: what to say. TrainingError when the run must stop."""
+    def overflowed(self) -> None:
+        """A step in fp16 was skipped and the loss scale falls. So the scale is found, unless all steps end like this."""
+        self._overflowed += 1
+
+    def skipped(self, step: int, reason: str, least_scale: float | None = None) -> str:
+        """Step `step` (1-based) was skipped for `reason`: what to say. TrainingError when the run must stop.
+
+        `least_scale`: in fp16, the loss scale, which cannot fall any more.
+        """
         self._skipped += 1
-        text = f"step {step:,}: {reason}; the step is skipped and changes nothing"
+        text, remedy = f"step {step:,}: {reason}; the step is skipped and changes nothing", _REMEDY
+        if least_scale is not None:
+            remedy += (
+                f" The loss scale {least_scale:g} is the least (deepspeed.fp16.min_loss_scale): training.precision bf16 "
+                "needs none."
+            )
         if self._config.nonfinite == "stop":
             raise TrainingError(f"{text}. The run stops, because guard.nonfinite is stop.")
         if self._skipped >= self._config.nonfinite_patience:
             raise TrainingError(
                 f"{text}. That was {self._skipped} in a row, as many as guard.nonfinite_patience allows: the run "
-                f"stops. {_REMEDY}"
+                f"stops. {remedy}"
             )
         return f"{text} ({self._skipped} in a row; the run stops at {self._config.nonfinite_patience})"
 
-    def check_end(self, step: int) -> None:
-        """At the last step: TrainingError when it, and maybe more before it, was skipped."""
+    def check_end(self, step: int, loss_scale: float | None = None) -> None:
+        """At the last step: TrainingError when it, and maybe more before it, was skipped.
+
+        In fp16 a few steps are skipped whenever the loss scale was raised too far: that is an error only of all steps of
+        the run, or of guard.nonfinite_patience of them.
+        """
         if self._skipped:
             raise TrainingError(
                 f"the run reached its last step {step:,}, but the last {self._skipped} were skipped, because their "
                 f"gradients were not finite. That state is not saved. {_REMEDY}"
+            )
+        if loss_scale is not None and self._overflowed >= min(step, self._config.nonfinite_patience):
+            raise TrainingError(
+                f"the run reached its last step {step:,}, but the last {self._overflowed:,} were skipped, because their "
+                f"gradients overflowed fp16 while the loss scale fell, to {loss_scale:g}. That state is not saved. Set "
+                f"deepspeed.fp16.initial_scale_power to at most {max(0, math.ceil(math.log2(loss_scale)) - 1)}, or "
+                "training.precision to bf16, or train for more steps."
             )
 
     def watch(self, step: int, loss: float) -> str | None:
@@ -71,7 +97,7 @@ class LossGuard:
         A spike is measured against the lowest that the running mean has been, so that a loss which explodes cannot
         draw its own measure up. The mean is kept also while nobody watches, in case the guard is switched on later.
         """
-        self._skipped = 0
+        self._skipped = self._overflowed = 0
         factor = self._config.spike_factor
         if self._seen >= WARMUP and factor is not None and loss > factor * self._lowest:
             self._spikes += 1

@@ -123,7 +123,7 @@ class Trainer:
                 if self._due(config.evaluation.interval_steps):
                     self._watch(self._evaluate())
                 if self._finished():
-                    self.guard.check_end(self.progress.step)
+                    self.guard.check_end(self.progress.step, result.loss_scale)
                 due = self._due(config.checkpoint.interval_steps) or self._finished()
                 if (due and not self.guard.is_skipping) or request or self._before_decay():
                     self._save()
@@ -195,11 +195,14 @@ class Trainer:
         step, said = self.progress.step, None
         self.losses.add(float(result.loss))
         if result.seeks_scale:
+            self.guard.overflowed()
             return
         if result.skipped:
             where = ", ".join(self.engine.nonfinite_gradients()[:3])
             said = self.guard.skipped(
-                step, f"loss {float(result.loss):g}, gradient not finite" + (f", first in {where}" if where else "")
+                step,
+                f"loss {float(result.loss):g}, gradient not finite" + (f", first in {where}" if where else ""),
+                result.loss_scale,
             )
         else:
             said = self.guard.watch(step, float(result.loss))

@@ -82,3 +82,38 @@ def test_a_run_that_ends_in_skipped_steps_has_failed():
     assert watched.is_skipping
     with pytest.raises(TrainingError, match="reached its last step 10, but the last 1 were skipped"):
         watched.check_end(10)
+
+
+def test_the_search_for_a_loss_scale_is_no_failure_unless_it_is_all_that_a_run_does():
+    watched = guard(nonfinite_patience=5)
+    for _ in range(4):
+        watched.overflowed()
+    assert not watched.is_skipping  # what there is may be saved
+    watched.check_end(9, 8.0)
+    watched.watch(5, 1.0)
+    watched.overflowed()
+    watched.check_end(6, 8.0)
+    short = guard()
+    short.overflowed()
+    resumed = guard(short.state())
+    resumed.overflowed()
+    expected = (
+        "last step 2, but the last 2 were skipped.* to 8. .*initial_scale_power to at most 2, or training.precision"
+    )
+    with pytest.raises(TrainingError, match=expected):
+        resumed.check_end(2, 8.0)
+    resumed.check_end(3, 8.0)
+
+
+def test_many_overflows_at_the_end_of_a_long_run_are_a_failure():
+    watched = guard(nonfinite_patience=5)
+    watched.watch(1, 1.0)
+    for _ in range(5):
+        watched.overflowed()
+    with pytest.raises(TrainingError, match="last step 1,000, but the last 5 were skipped, because .* overflowed fp16"):
+        watched.check_end(1000, 2.0)
+
+
+def test_the_least_loss_scale_is_named_with_a_precision_that_needs_none():
+    with pytest.raises(TrainingError, match=r"The loss scale 1 is the least \(deepspeed.fp16.min_loss_scale\)"):
+        guard(nonfinite_patience=1).skipped(4, "loss nan", 1.0)
