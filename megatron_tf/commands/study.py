@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from megatron_tf.arguments import number, path, study_file, whole_number
@@ -24,7 +25,7 @@ from megatron_tf.telemetry.meters import format_duration
 MODES = ("plan", "run", "report")
 OPTIONS = {
     "workers": ("plan", "run"),
-    "probe": ("plan",),
+    "probe": ("plan", "report"),
     "flops_per_second": ("plan",),
     "task": ("run",),
     "output": ("report",),
@@ -35,7 +36,7 @@ def main() -> None:
     arguments = parse_arguments()
     study = load_study(arguments.study, arguments.overrides)
     if arguments.mode == "report":
-        show_report(study, arguments.output)
+        show_report(study, arguments.output, arguments.probe)
         return
     # whatever has ended: what the file says is checked first of all
     check_comparable(make_plan(study))
@@ -57,7 +58,9 @@ def parse_arguments() -> argparse.Namespace:
         help="plan, run: runs at once (default: as many as cores, or GPUs, allow)",
     )
     parser.add_argument(
-        "--probe", action="store_true", help="plan: measure the speed of each model, on this process alone"
+        "--probe",
+        action="store_true",
+        help="plan, report: measure the speed of each model, in turns, on this process alone",
     )
     parser.add_argument(
         "--flops-per-second", type=number(1, 1e20), metavar="X", help="plan: of the machine that it will run on"
@@ -96,7 +99,7 @@ def show_plan(study: Study, arguments: argparse.Namespace) -> None:
     if arguments.flops_per_second is not None:
         speeds = Speeds({}, arguments.flops_per_second)
     else:
-        speeds = probe(plan) if arguments.probe else measured(plan)
+        speeds = probe(plan.nodes, study.ranks, threads_of(study, workers)) if arguments.probe else measured(plan)
     rows = [("run", "starts from", "parameters", "own tokens", "own FLOPs", "FLOPs", "time", "")]
     for node in plan.nodes:
         seconds = speeds.seconds(node)
@@ -158,11 +161,15 @@ def run_study(study: Study, arguments: argparse.Namespace) -> None:
     show_report(study, None)
 
 
-def show_report(study: Study, output: Path | None) -> None:
+def show_report(study: Study, output: Path | None, is_timed: bool = False) -> None:
+    from megatron_tf.study.hours import probe
     from megatron_tf.study.report import write_report
 
     folder = Path(study.dir) if output is None else output
-    print("\n" + write_report(known_plan(study), folder))
+    measure = None
+    if is_timed:
+        measure = partial(probe, ranks=study.ranks, threads=threads_of(study, workers_here(study)))
+    print("\n" + write_report(known_plan(study), folder, measure))
     print(f"\n{folder}/results.json, table.txt, report.md, loss.png")
 
 
@@ -170,6 +177,11 @@ def workers_here(study: Study) -> int:
     from megatron_tf.study.machine import share
 
     return share(study.ranks, None).workers
+
+
+def threads_of(study: Study, workers: int) -> int:
+    """Of each process of a run, when so many runs share this machine's cores."""
+    return max(1, len(os.sched_getaffinity(0)) // (workers * study.ranks))
 
 
 def most_passes(plan: Plan) -> float:

@@ -112,12 +112,12 @@ def ended_nodes(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> list[Node]:
 
 
 def has_grown(node: Node) -> bool:
-    return any(step.parent is not None and step.arm.by == "growth" for step in _way(node))
+    return any(step.parent is not None and step.arm.by == "growth" for step in way_to(node))
 
 
-def _way(node: Node) -> list[Node]:
+def way_to(node: Node) -> list[Node]:
     """The runs that led to `node`, and it, first to last."""
-    return [*([] if node.parent is None else _way(node.parent)), node]
+    return [*([] if node.parent is None else way_to(node.parent)), node]
 
 
 def _scratch_cost(node: Node, runs: Mapping[str, Result], curves: Mapping[int, Mapping[Model, Curve]]) -> Cost:
@@ -125,7 +125,7 @@ def _scratch_cost(node: Node, runs: Mapping[str, Result], curves: Mapping[int, M
 
 
 def _last_growth(node: Node) -> Node:
-    return next(step for step in reversed(_way(node)) if step.parent is not None and step.arm.by == "growth")
+    return next(step for step in reversed(way_to(node)) if step.parent is not None and step.arm.by == "growth")
 
 
 def _kappa(node: Node, cost: Cost) -> float:
@@ -145,7 +145,7 @@ def _all_sizes(
     """Decays of sizes that are left before them are paid for: the way itself goes on without."""
     spent, pairs, missing = [], [], set()
     for node in nodes:
-        way = _way(node)
+        way = way_to(node)
         sizes = [(here, after) for here, after in zip(way, [*way[1:], None]) if after is None or _grows(after)]
         if any(here.name not in runs for here, _ in sizes):
             continue

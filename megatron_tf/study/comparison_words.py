@@ -10,14 +10,22 @@ Rows = Sequence[Sequence[str]]
 
 
 def compared(arms: Sequence[Json]) -> Iterator[tuple[Rows, tuple[int, ...]]]:
-    """Two tables, where there is something in them: arms against families, and what growth has gained.
+    """Tables, where there is something in them: arms against families, at equal FLOPs and by the clock, and what growth has
+    gained.
 
     Each: its rows, and which columns go to the left.
     """
-    rows = [row for arm in arms for row in _rows_against(arm)]
-    if rows:
-        head = ("at equal FLOPs, at equal loss", "against", "loss", "95 %", "", "FLOPs ×", "95 %", "")
-        yield [head, *rows], (0, 1, 4, 7)
+    timed = [arm for arm in arms if arm["clock"] is not None]
+    costs = [("FLOPs", arm["name"], arm["cost_against"]) for arm in arms]
+    costs += [("time", arm["name"], arm["clock"]["cost_against"]) for arm in timed]
+    for what in ("FLOPs", "time"):
+        rows = [row for of, name, against in costs if of == what for row in _rows_against(name, against)]
+        if rows:
+            head = (f"at equal {what}, at equal loss", "against", "loss", "95 %", "", f"{what} ×", "95 %", "")
+            yield [head, *rows], (0, 1, 4, 7)
+    if timed:
+        clock = [(arm["name"], *_clock_cells(arm["clock"])) for arm in timed]
+        yield [("by the clock", "tokens a second", "speed ×", "hours in all"), *clock], (0,)
     grown = [_grown_row(arm) for arm in arms if arm["growth"] is not None]
     if grown:
         scratch = "its size from scratch: FLOPs ×"
@@ -25,13 +33,18 @@ def compared(arms: Sequence[Json]) -> Iterator[tuple[Rows, tuple[int, ...]]]:
         yield [("growth", scratch, "95 %", "κ", "95 %", "pays above", *sizes), *grown], (0, 9)
 
 
-def _rows_against(arm: Json) -> Iterator[tuple[str, ...]]:
-    for name, cost in arm["cost_against"].items():
+def _clock_cells(clock: Json) -> tuple[str, ...]:
+    relative = "" if clock["relative_speed"] is None else f"{clock['relative_speed']:.2f}"
+    return f"{clock['speed']:,.0f}", relative, f"{clock['seconds'] / 3600:.3f}"
+
+
+def _rows_against(arm: str, costs: Json) -> Iterator[tuple[str, ...]]:
+    for name, cost in costs.items():
         difference = cost["difference"]
         loss = ("", "", "beyond its budgets")
         if difference is not None:
             loss = (f"{difference['mean']:+.4f}", within(difference, "+.4f"), difference["verdict"])
-        yield (arm["name"], name, *loss, factor(cost), within(cost, ".2f"), _beyond(cost, name))
+        yield (arm, name, *loss, factor(cost), within(cost, ".2f"), _beyond(cost, name))
 
 
 def _beyond(cost: Json, name: str) -> str:

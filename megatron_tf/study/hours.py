@@ -5,10 +5,15 @@ from __future__ import annotations
 import heapq
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from megatron_tf.benchmark.step import TrainingStep
 from megatron_tf.costs.estimate import flops_per_token
+from megatron_tf.model import build_model
 from megatron_tf.study.plan import Node, Plan
 from megatron_tf.study.result import has_ended, read_result
 
@@ -24,10 +29,14 @@ class Speeds:
 
     def seconds(self, node: Node) -> float | None:
         """Of a run from its beginning to its end; None when nothing is known."""
-        speed = self.by_model.get(model_key(node))
-        if speed is not None:
-            return node.own_tokens / speed
-        return None if self.flops_per_second is None else node.own_flops / self.flops_per_second
+        speed = self.tokens_per_second(node)
+        return None if speed is None else node.own_tokens / speed
+
+    def tokens_per_second(self, node: Node) -> float | None:
+        """Of a run; None when nothing is known."""
+        if (speed := self.by_model.get(model_key(node))) is not None:
+            return speed
+        return None if self.flops_per_second is None else self.flops_per_second / flops_per_token(node.config.model)
 
 
 def model_key(node: Node) -> str:
@@ -48,31 +57,38 @@ def measured(plan: Plan) -> Speeds:
     return Speeds(by_model, statistics.median(flops) if flops else None)
 
 
-def probe(plan: Plan, steps: int = 4) -> Speeds:
-    """Trains each model for some steps on random tokens, on this process alone."""
-    import time
+def probe(nodes: Sequence[Node], ranks: int, threads: int, rounds: int = 3, steps: int = 4) -> Speeds:
+    """Trains the model of each run for some steps on random tokens, on this process alone; the median of the rounds
+    counts.
 
-    import torch
+    The models take turns, and each round begins with the next one, so that what else the machine does slows all of them.
+    `ranks`, `threads`: of a run, and of each of its processes.
+    """
+    models = {model_key(node): node for node in nodes}
+    keys, seconds = list(models), dict[str, list[float]]()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for i in range(rounds):
+            for key in keys[i % len(keys) :] + keys[: i % len(keys)]:
+                seconds.setdefault(key, []).append(_step_seconds(models[key], steps))
+    finally:
+        torch.set_num_threads(before)
+    tokens = {key: node.config.training.micro_batch_size * node.config.model.seq_length for key, node in models.items()}
+    return Speeds({key: ranks * tokens[key] / statistics.median(seconds[key]) for key in keys})
 
-    from megatron_tf.benchmark.step import TrainingStep
-    from megatron_tf.model import build_model
 
+def _step_seconds(node: Node, steps: int) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    found: dict[str, float] = {}
-    for node in plan.nodes:
-        if model_key(node) in found:
-            continue
-        training, model = node.config.training, node.config.model
-        step = TrainingStep(build_model(model), training.micro_batch_size, device, types[training.precision])
-        step().item()
-        began = time.perf_counter()
-        for _ in range(steps):
-            loss = step()
-        loss.item()
-        seconds = (time.perf_counter() - began) / steps
-        found[model_key(node)] = plan.study.ranks * training.micro_batch_size * model.seq_length / seconds
-    return Speeds(found)
+    training, model = node.config.training, node.config.model
+    step = TrainingStep(build_model(model), training.micro_batch_size, device, types[training.precision])
+    step().item()
+    began = time.perf_counter()
+    for _ in range(steps):
+        loss = step()
+    loss.item()
+    return (time.perf_counter() - began) / steps
 
 
 def total_seconds(plan: Plan, workers: int, seconds: Seconds) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,24 @@ from typing import Any
 from megatron_tf.config.tasks import task_of
 from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import UserError, file_errors
+from megatron_tf.study.clock import with_seconds
 from megatron_tf.study.comparison import (
     BEST_STATIC,
     Baseline,
     against,
     best_static,
+    counted,
     ended_nodes,
     family_baselines,
     growth_of,
     has_grown,
     static_curves,
+    way_to,
 )
 from megatron_tf.study.file import Arm
+from megatron_tf.study.hours import Speeds
 from megatron_tf.study.law import laws_of
-from megatron_tf.study.plan import Plan
+from megatron_tf.study.plan import Node, Plan
 from megatron_tf.study.result import Result, read_result
 from megatron_tf.study.routing import routing_of
 from megatron_tf.study.statistics import interval
@@ -32,6 +36,7 @@ from megatron_tf.study.tables import as_page, in_words
 from megatron_tf.telemetry.plot import Ends, plot_ends, plot_panels
 
 Json = dict[str, Any]
+Measure = Callable[[Sequence[Node]], Speeds]
 # Of routing.png, by measure of `routing`
 PANELS = {
     "load_max": "fullest candidate: × an equal share",
@@ -41,8 +46,10 @@ PANELS = {
 }
 
 
-def results_of(plan: Plan) -> Json:
+def results_of(plan: Plan, measure: Measure | None = None) -> Json:
     """All that is known, ready for JSON: each arm against the reference, and each run.
+
+    `measure`: gives the speeds of runs, of those that count and their parents; with it arms have their cost by the clock.
 
     Differences are of runs of one seed, which see the same data in the same order. Intervals are of 95 %. Tokens are
     positions; people count `unit`, of `unit_tokens` positions each.
@@ -56,6 +63,7 @@ def results_of(plan: Plan) -> Json:
     of_reference = {} if reference is None else by_arm[reference.name]
     curves, task = static_curves(plan, runs), task_of(plan.nodes[0].config.model)
     baselines = {**family_baselines(plan, runs), BEST_STATIC: best_static(curves)}
+    clock = {} if measure is None else _clock(plan, runs, measure)
     return {
         "study": plan.study.name,
         "unit": task.unit,
@@ -71,12 +79,35 @@ def results_of(plan: Plan) -> Json:
                 "cost_against": _costs(plan, arm, by_arm[arm.name], baselines),
                 "growth": growth_of(ended_nodes(plan, arm, runs), runs, curves),
                 "routing": routing_of(ended_nodes(plan, arm, runs)),
+                "clock": clock.get(arm.name),
             }
             for arm in plan.study.arms
         ],
         "laws": laws_of(plan, runs),
         "all_runs": [asdict(result) for result in runs.values()],
     }
+
+
+def _clock(plan: Plan, runs: Mapping[str, Result], measure: Measure) -> dict[str, Json]:
+    """By arm that has ended: `speed` in tokens a second, that over the reference's, `seconds` with those of its parents,
+    and what it costs against others at equal time."""
+    way = {node.name: node for end, _ in counted(plan, runs) for node in way_to(end)}
+    speeds = measure(list(way.values()))
+    timed = with_seconds(plan, runs, speeds)
+    baselines = {**family_baselines(plan, timed), BEST_STATIC: best_static(static_curves(plan, timed))}
+    usual = None if plan.reference is None else speeds.tokens_per_second(plan.of(plan.reference)[0])
+    found = {}
+    for arm in plan.study.arms:
+        nodes = ended_nodes(plan, arm, timed)
+        speed = speeds.tokens_per_second(nodes[0]) if nodes else None
+        if speed is not None:
+            found[arm.name] = {
+                "speed": speed,
+                "relative_speed": None if usual is None else speed / usual,
+                "seconds": timed[nodes[0].name].flops,
+                "cost_against": _costs(plan, arm, _by_seed(plan, arm, timed), baselines),
+            }
+    return found
 
 
 def _by_seed(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> dict[int, Result]:
@@ -150,13 +181,13 @@ def _metric(name: str, results: Mapping[int, Result], reference: Mapping[int, Re
     return {**asdict(interval(list(by_seed.values()))), "by_seed": by_seed, "difference": difference}
 
 
-def write_report(plan: Plan, output: Path) -> str:
-    """Writes into the folder `output`, and returns the text of table.txt.
+def write_report(plan: Plan, output: Path, measure: Measure | None = None) -> str:
+    """Writes into the folder `output`, and returns the text of table.txt. `measure` as in `results_of`.
 
     results.json; table.txt; report.md, the same as Markdown; loss.png; a picture of each metric of the task; routing.png
     where a model chooses candidates.
     """
-    found = results_of(plan)
+    found = results_of(plan, measure)
     text = in_words(found)
     for name, content in (
         ("results.json", json.dumps(found, indent=1)),
@@ -175,7 +206,14 @@ def _draw_ends(found: Json, output: Path) -> None:
     ended = [arm for arm in found["arms"] if arm["loss"] is not None]
     unit, length = found["unit"], found["unit_tokens"]
     ends = [
-        Ends(arm["name"], arm["tokens"] // length, arm["flops"], tuple(arm["loss"]["by_seed"].values()), arm["parent"])
+        Ends(
+            arm["name"],
+            arm["tokens"] // length,
+            arm["flops"],
+            tuple(arm["loss"]["by_seed"].values()),
+            arm["parent"],
+            None if arm["clock"] is None else arm["clock"]["seconds"] / 3600,
+        )
         for arm in ended
     ]
     plot_ends(ends, output / "loss.png", unit=unit)

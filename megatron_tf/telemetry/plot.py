@@ -16,11 +16,12 @@ from megatron_tf.durable import atomic_path, prepare_output, read_plain
 from megatron_tf.errors import UserError, file_errors, shown
 from megatron_tf.text_files import decode_text
 
-XAxis = Literal["tokens", "steps", "flops"]
+XAxis = Literal["tokens", "steps", "flops", "hours"]
 LABELS: dict[XAxis, str] = {
     "tokens": "training tokens",
     "steps": "optimizer steps",
     "flops": "training floating-point operations",
+    "hours": "hours of training, by speeds that were measured in turns",
 }
 DRAWN = ("train/loss", "eval/loss")
 _LARGEST_FILE = 2**33
@@ -123,7 +124,7 @@ def plot_runs(runs: Sequence[RunCurve], output: Path, axis: XAxis = "tokens") ->
 class Ends:
     """What runs that differ in their seed alone have come to: validation losses, or other `values`.
 
-    `parent`: the name of those that they started from.
+    `parent`: the name of those that they started from.  `hours`: of training that led there, where they are known.
     """
 
     name: str
@@ -131,19 +132,22 @@ class Ends:
     flops: float
     values: tuple[float, ...]
     parent: str | None = None
+    hours: float | None = None
 
 
 def plot_ends(ends: Sequence[Ends], output: Path, label: str | None = None, unit: str = "tokens") -> None:
-    """Draw the validation loss, or what `label` says, that runs end with against samples and FLOPs: the mean of the seeds,
-    from the least to the greatest of them; a thin line leads there from what a run started from. UserError as
-    `plot_runs`.
+    """Draw the validation loss, or what `label` says, that runs end with against samples, FLOPs and, where all of them are
+    known, hours: the mean of the seeds, from the least to the greatest of them; a thin line leads there from what a run
+    started from. UserError as `plot_runs`.
 
     `unit`: what `Ends.tokens` counts, "tokens" or "images".
     """
-    figure = new_figure(output, (13, 6))
+    axis_names: list[XAxis] = ["tokens", "flops"]
+    if all(end.hours is not None for end in ends):
+        axis_names.append("hours")
+    figure = new_figure(output, (6.5 * len(axis_names), 6))
     by_name = {end.name: end for end in ends}
-    both: tuple[XAxis, XAxis] = ("tokens", "flops")
-    for axes, axis in zip(figure.subplots(1, 2, sharey=True), both):
+    for axes, axis in zip(figure.subplots(1, len(axis_names), sharey=True), axis_names):
         for number, end in enumerate(ends):
             color, at, mean = f"C{number % 10}", getattr(end, axis), _mean(end.values)
             spread = [[mean - min(end.values)], [max(end.values) - mean]]

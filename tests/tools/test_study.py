@@ -138,7 +138,7 @@ def test_what_is_refused_before_a_run_starts(file, tmp_path):
         tool("study", "run", tmp_path / "no.yml"),
         "no.yml: there is no such file. Give the path of a study's YAML file, or one of growth_",
     )
-    assert_refused(tool("study", "run", file, "--probe"), "--probe is for plan, not for run")
+    assert_refused(tool("study", "run", file, "--probe"), "--probe is for plan and report, not for run")
     (tmp_path / "text.bin").unlink()
     assert_refused(tool("study", "run", file), "data.train[0].path: ")
     assert not (tmp_path / "study").exists()
