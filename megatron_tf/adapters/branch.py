@@ -9,6 +9,9 @@ Appended to a Pattention of a TokenFormer, tokens K', V' share the norm and τ o
 
     y = θ(x [K; K']ᵀ) [V; V']
 
+Where positions choose, a branch in parallel is `model.sparse_pattention` over the candidates that they choose, and the
+balance learns from the imbalance that the branch itself sees, in any loop of training.
+
 New K' are 0 and new V' random, as in growth by `zero_key`. A score of 0 has no weight and leaves the norm as it is, so
 the function is kept; K' has a gradient at once, and V' from the second step. Such an adapter is a part of a bigger
 TokenFormer, and merging is concatenation. In parallel it could not be: its norm would be over its own scores.
@@ -22,12 +25,15 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.utils.hooks import RemovableHandle
 
-from megatron_tf.adapters.folder import FROZEN, KEYS, VALUES
+from megatron_tf.adapters.folder import BANK, FROZEN, KEYS, VALUES
 from megatron_tf.adapters.modules import BRANCH, Place
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
+from megatron_tf.model.context import Reports
 from megatron_tf.model.pattention import partial_pattention
+from megatron_tf.model.sparse_pattention import SparsePattention
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.state.parameters import INITIAL_STD
 
@@ -35,20 +41,23 @@ from megatron_tf.state.parameters import INITIAL_STD
 class TokenLayer(nn.Module, BaseTunerLayer):
     """The tokens of all adapters at one module. They are fp32, also where the module has 16-bit weights."""
 
-    adapter_layer_names = (KEYS, VALUES, FROZEN + KEYS, FROZEN + VALUES)
-    other_param_names = ("scales",)
+    adapter_layer_names = (KEYS, VALUES, FROZEN + KEYS, FROZEN + VALUES, BANK)
+    other_param_names = ("scales", "choices")
     active_adapters: list[str]
     key_tokens: nn.ParameterDict
     value_tokens: nn.ParameterDict
     frozen_key_tokens: nn.ParameterDict
     frozen_value_tokens: nn.ParameterDict
+    bank: nn.ModuleDict
 
     def __init__(self, module: nn.Module, place: Place):
         super().__init__()
         self.place = place
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
+            setattr(self, name, nn.ModuleDict() if name == BANK else nn.ParameterDict())
         self.scales: dict[str, float | None] = {}
+        # PEFT finds an adapter's name next to the last part of a parameter's: in the banks, and not above them
+        self.choices: dict[str, SparsePattention] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         weight = next(module.parameters())
         self.device = weight.device
@@ -77,6 +86,17 @@ class TokenLayer(nn.Module, BaseTunerLayer):
         self.scales[adapter] = scale
         if frozen_tokens:
             self.frozen_peft_weight_names[adapter] = (FROZEN + KEYS, FROZEN + VALUES)
+
+    def update_choice(self, adapter: str, num_tokens: int, candidates: int, group_size: int, scale: float) -> None:
+        """As `update_layer`, of tokens among which positions choose."""
+        module = SparsePattention(
+            num_tokens // candidates, self.place.d_in, self.place.d_out, group_size=group_size, candidates=candidates,
+            scale=scale,
+        )  # fmt: skip
+        nn.init.zeros_(module.bank.value_tokens)
+        self.choices[adapter] = module.to(self.device, self.dtype)
+        self.bank[adapter] = module.bank
+        self.scales[adapter] = scale
 
     def remove(self, module: nn.Module) -> None:
         """Leave `module` as it was before there was a branch."""
@@ -113,12 +133,20 @@ class PattentionLayer(TokenLayer):
         total: Tensor | None = None
         for adapter in self.active_adapters:
             if adapter in self.scales:
-                keys, values = self.tokens(adapter)
-                scale = self.scales[adapter]
-                assert scale is not None
-                (out,) = partial_pattention(x, [keys], [values], [scale], DEFAULT_ACTIVATION, SINGLE)
+                out = self._chosen(x, adapter) if adapter in self.choices else self._all(x, adapter)
                 total = out if total is None else total + out
         return total
+
+    def _all(self, x: Tensor, adapter: str) -> Tensor:
+        keys, values = self.tokens(adapter)
+        scale = self.scales[adapter]
+        assert scale is not None
+        return partial_pattention(x, [keys], [values], [scale], DEFAULT_ACTIVATION, SINGLE)[0]
+
+    def _chosen(self, x: Tensor, adapter: str) -> Tensor:
+        losses: Reports = {}
+        out = self.choices[adapter].partial(x, losses, {})
+        return _WithLoss.apply(out, losses["balance"])
 
     def _add(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
         if self.disable_adapters:
@@ -129,6 +157,19 @@ class PattentionLayer(TokenLayer):
         if isinstance(output, tuple):  # attention weights, or what a router decided, come after the hidden states
             return (output[0] + added.to(output[0].dtype), *output[1:])
         return output + added.to(output.dtype)
+
+
+class _WithLoss(Function):
+    """An output that brings an auxiliary loss along: what is made of the output has that loss's gradient, too."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(loss))
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, *ctx.saved_tensors
 
 
 class AppendedLayer(TokenLayer):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_tf.adapters.folder import Adapter, is_appended, read_adapter
+from megatron_tf.adapters.folder import Adapter, check_uses_all, is_appended, read_adapter
 from megatron_tf.adapters.loading import load_adapted, load_base, load_exported, random_ids
 from megatron_tf.adapters.modules import BRANCH, find_places
 from megatron_tf.convert.agreement import Agreement, agreement
@@ -50,6 +50,7 @@ def export_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreeme
             f"{adapter}: its tokens are a TokenFormer's. Merge them into it, with `megatron_tf merge-adapter`, which "
             "writes a folder of the usual kind"
         )
+    check_uses_all(adapter, stored.config, "an export")
     model = load_base(base, "auto")
     bases = {"BaseForCausalLM": type(model).__name__, "BaseModel": type(model.base_model).__name__}
     settings = _settings(stored, model)

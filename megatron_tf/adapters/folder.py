@@ -5,6 +5,7 @@
 | PEFT's own | base_model_name_or_path, task_type and the like |
 | format_version | of this layout |
 | num_tokens | parameter tokens of each branch |
+| candidates, group_size | of a branch whose positions choose, see `model.sparse_pattention`: candidates of a slot, and tokens of one; only there, and format 2 |
 | frozen_tokens | the first of them, which training leaves as they are; tensors of their own in the weights |
 | scale | τ of all branches: stored, never computed from num_tokens again, so that growth can hold it; null for appended ones |
 | activation | l2_norm_gelu; of appended tokens that of the base |
@@ -14,7 +15,9 @@
 | checksum | SHA-256 of adapter_model.safetensors and of the fields that say what it computes |
 
 Tensors are `base_model.model.<module>.pattention_branch.<key_tokens or value_tokens>` [num_tokens, width], with
-`frozen_` before the last part for the frozen ones. Nothing in a folder is run.
+`frozen_` before the last part for the frozen ones. Tokens that positions choose among lie by slot, candidate and
+token, and before the last part is `bank.`; there is a `router` [slots · candidates, width] and a `balance` [slots ·
+candidates] too. Nothing in a folder is run.
 """
 
 from __future__ import annotations
@@ -35,21 +38,29 @@ from torch import Tensor
 
 from megatron_tf.adapters.modules import BRANCH, KINDS, PATTENTION
 from megatron_tf.checkpoint.strict_json import Fields, NotJsonError, parse_json
+from megatron_tf.checks import check_whole_number
 from megatron_tf.config.activations import ACTIVATIONS, DEFAULT_ACTIVATION
+from megatron_tf.config.nearest import divisors_near, either
 from megatron_tf.durable import atomic_folder, open_plain, partial_path, prepare_output, read_plain
-from megatron_tf.errors import CheckpointError, file_errors, shown
+from megatron_tf.errors import ArgumentError, CheckpointError, file_errors, shown
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 METHOD = "PATTENTION"  # as PEFT calls it
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+DENSE_VERSION = 1  # of adapters whose positions use all tokens
 KEYS, VALUES, FROZEN = "key_tokens", "value_tokens", "frozen_"
+ROUTER, BALANCE = "router", "balance"
+BANK = "bank"  # of a branch whose positions choose
+_IN_BANK = f"{BANK}."
 OWN_FIELDS = (
     "format_version", "num_tokens", "frozen_tokens", "scale", "activation", "modules", "target_modules", "base",
     "history", "checksum",
 )  # fmt: skip
+CHOICE_FIELDS = ("candidates", "group_size")
 # What the weights mean; a change of these makes another adapter of them.
-COVERED_FIELDS = ("format_version", "num_tokens", "frozen_tokens", "scale", "activation", "target_modules", "base")
+COVERED_FIELDS = ("format_version", "num_tokens", "frozen_tokens", "scale", "activation", "target_modules", "base",
+                  *CHOICE_FIELDS)  # fmt: skip
 PEFT_FIELDS = (
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
 )  # fmt: skip
@@ -61,10 +72,18 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Branch:
-    """The tokens of one branch, all of them: keys [n, d_in], values [n, d_out]."""
+    """The tokens of one branch, all of them: keys [n, d_in], values [n, d_out]; router [groups, d_in] and balance [groups]
+    where positions choose."""
 
     keys: Tensor
     values: Tensor
+    router: Tensor | None = None
+    balance: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by the last part of their names."""
+        found = {KEYS: self.keys, VALUES: self.values, ROUTER: self.router, BALANCE: self.balance}
+        return {leaf: tensor for leaf, tensor in found.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
@@ -92,11 +111,19 @@ def read_config(path: Path) -> dict[str, Any]:
         raise fields.error(
             "format_version", f"is {version}, and this megatron_tf knows up to {FORMAT_VERSION}. Install a newer one"
         )
-    fields.only(*OWN_FIELDS, *PEFT_FIELDS)
+    chooses = version > DENSE_VERSION
+    fields.only(*OWN_FIELDS, *PEFT_FIELDS, *(CHOICE_FIELDS if chooses else ()))
     tokens = fields.integer("num_tokens", 1)
     frozen = fields.integer("frozen_tokens")
     if frozen >= tokens:
         raise fields.error("frozen_tokens", f"is {frozen}, and there are {tokens} tokens. One at least is trained")
+    if chooses:
+        candidates, size = fields.integer("candidates", 2), fields.integer("group_size", 1)
+        if tokens % (candidates * size) or frozen or is_appended(values):
+            raise fields.error(
+                "candidates", f"is {candidates} of {size} tokens each, and there are {tokens} tokens, {frozen} of them "
+                "frozen. Tokens that positions choose among are whole slots in parallel to a module, none of them frozen"
+            )  # fmt: skip
     appended = is_appended(values)
     activations = ACTIVATIONS.names() if appended else [DEFAULT_ACTIVATION]
     if fields.text("activation") not in activations:
@@ -127,6 +154,33 @@ def is_appended(config: Mapping[str, Any]) -> bool:
     return config.get("modules") == [PATTENTION]
 
 
+def num_candidates(config: Mapping[str, Any]) -> int:
+    """Of each slot; 1 where positions use all tokens."""
+    return config.get("candidates") or 1
+
+
+def check_group(name: str, used: int, group_size: int | None) -> None:
+    """ArgumentError unless `used` tokens, those of a position, are whole slots of `group_size`."""
+    check_whole_number(name, group_size, 1)
+    assert group_size is not None
+    if used % group_size:
+        raise ArgumentError(
+            f"{name}: {group_size} does not divide the {used} tokens that a position uses. Set it to "
+            f"{either(divisors_near(used, group_size))}."
+        )
+
+
+def check_uses_all(folder: Path, config: Mapping[str, Any], purpose: str) -> None:
+    """CheckpointError where positions choose among the tokens of the adapter in `folder`, which `purpose`, as in "an
+    export", knows nothing of."""
+    if (count := num_candidates(config)) > 1:
+        used = config["num_tokens"] // count
+        raise CheckpointError(
+            f"{folder}: its positions choose among {count} candidates, and {purpose} has none. Load it with PEFT, or "
+            f"take the candidates away with `megatron_tf grow-adapter --shrink --tokens {used}`, which is felt"
+        )
+
+
 def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
     """CheckpointError unless the weights in `folder` are those that its configuration was written for."""
     path = folder / WEIGHTS_NAME
@@ -142,7 +196,9 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
 def checksum(weights: Path, config: Mapping[str, Any]) -> str:
     """SHA-256, in hexadecimal digits, of a file of weights and of what decides its meaning. OSError when it cannot be
     read."""
-    digest = hashlib.sha256(json.dumps({name: config[name] for name in COVERED_FIELDS}, sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps({name: config[name] for name in COVERED_FIELDS if name in config}, sort_keys=True).encode()
+    )
     with open_plain(weights) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
@@ -171,8 +227,10 @@ def write_adapter(folder: Path, adapter: Adapter, complete: Callable[[Path], Non
     check_new_folder(folder)
     frozen, tensors = adapter.config["frozen_tokens"], {}
     for module, branch in adapter.branches.items():
-        for leaf, tokens in ((KEYS, branch.keys), (VALUES, branch.values)):
-            tensors[tensor_name(module, leaf)] = tokens[frozen:].contiguous()
+        for leaf, tokens in branch.tensors().items():
+            tensors[tensor_name(module, leaf if branch.router is None else _IN_BANK + leaf)] = tokens[
+                frozen:
+            ].contiguous()
             if frozen:
                 tensors[tensor_name(module, FROZEN + leaf)] = tokens[:frozen].contiguous()
     with file_errors(CheckpointError, folder, "Nothing was written."), atomic_folder(folder) as partial:
@@ -205,25 +263,44 @@ def tensor_name(module: str, leaf: str) -> str:
     return f"{_PREFIX}{module}.{BRANCH}.{leaf}"
 
 
-def _branches(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Iterator[tuple[str, Branch]]:
+def _rows(config: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of each tensor of a branch, by the last parts of its name: keys and values by turns."""
     frozen, tokens = config["frozen_tokens"], config["num_tokens"]
-    ending = f".{BRANCH}.{KEYS}"
+    if num_candidates(config) > 1:
+        groups = tokens // config["group_size"]
+        return {
+            _IN_BANK + KEYS: tokens,
+            _IN_BANK + VALUES: tokens,
+            _IN_BANK + ROUTER: groups,
+            _IN_BANK + BALANCE: groups,
+        }
+    of_frozen = {FROZEN + KEYS: frozen, FROZEN + VALUES: frozen} if frozen else {}
+    return {**of_frozen, KEYS: tokens - frozen, VALUES: tokens - frozen}
+
+
+def _branches(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Iterator[tuple[str, Branch]]:
+    rows, chooses = _rows(config), num_candidates(config) > 1
+    ending = f".{BRANCH}.{_IN_BANK * chooses}{KEYS}"
     modules = [name.removeprefix(_PREFIX).removesuffix(ending) for name in tensors if name.endswith(ending)]
-    leaves = [FROZEN + KEYS, FROZEN + VALUES, KEYS, VALUES] if frozen else [KEYS, VALUES]
-    expected = {tensor_name(module, leaf) for module in modules for leaf in leaves}
+    expected = {tensor_name(module, leaf) for module in modules for leaf in rows}
     if not modules or expected != set(tensors):
         odd = sorted(expected ^ set(tensors))
         raise CheckpointError(
-            f"{path}: the tensors are not those of an adapter of {tokens} tokens, {frozen} of them frozen: "
-            f"{', '.join(odd[:_LISTED]) or 'there are none'}. Copy the folder again"
+            f"{path}: the tensors are not those of an adapter of {config['num_tokens']} tokens, "
+            f"{config['frozen_tokens']} of them frozen: {', '.join(odd[:_LISTED]) or 'there are none'}. Copy the folder "
+            "again"
         )
     for module in modules:
-        found = [tensors[tensor_name(module, leaf)] for leaf in leaves]
-        counts = [frozen] * (len(found) - 2) + [tokens - frozen] * 2
-        for leaf, tensor, count in zip(leaves, found, counts):
-            if tensor.dim() != 2 or tensor.shape[0] != count or not tensor.dtype.is_floating_point:
+        for leaf, count in rows.items():
+            tensor = tensors[tensor_name(module, leaf)]
+            dimensions = 1 if leaf.endswith(BALANCE) else 2
+            if tensor.dim() != dimensions or tensor.shape[0] != count or not tensor.dtype.is_floating_point:
                 raise CheckpointError(
                     f"{path}: {tensor_name(module, leaf)} is {list(tensor.shape)}, and its {CONFIG_NAME} says {count} "
-                    "tokens. Copy the folder again"
+                    f"{'tokens' if leaf.endswith('_tokens') else 'candidates'}. Copy the folder again"
                 )
-        yield module, Branch(torch.cat(found[0::2]), torch.cat(found[1::2]))
+        found = [tensors[tensor_name(module, leaf)] for leaf in rows]
+        if chooses:
+            yield module, Branch(*found)
+        else:
+            yield module, Branch(torch.cat(found[0::2]), torch.cat(found[1::2]))

@@ -3,7 +3,7 @@
 The methods are those that grow models (`growth.methods`), for each branch by itself; τ stays one number for all
 branches. Of tokens appended to a TokenFormer's, zero_key alone keeps the function: norm and τ are also the base's. With
 `freeze_old` the tokens that were there are not trained any more, and `shrink` to their number gives the adapter back as
-it was, to the last bit.
+it was, to the last bit. `split` copies the tokens to candidates, see `candidates`: a position uses as many as before.
 """
 
 from __future__ import annotations
@@ -16,10 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tf.adapters.folder import Adapter, Branch, is_appended
+from megatron_tf.adapters.candidates import projection, split_branch, usual_group, with_fewer
+from megatron_tf.adapters.folder import (
+    CHOICE_FIELDS,
+    DENSE_VERSION,
+    FORMAT_VERSION,
+    Adapter,
+    Branch,
+    check_group,
+    is_appended,
+    num_candidates,
+)
 from megatron_tf.checks import check_choice, check_whole_number
+from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.errors import ArgumentError, CheckpointError
-from megatron_tf.growth.methods import METHODS, PRESERVING, Elements, GrowingProjection
+from megatron_tf.growth.methods import METHODS, PRESERVING, SPLIT, Elements, GrowingProjection
 from megatron_tf.model.pattention import pattention
 from megatron_tf.pruning.criterion import largest, summed_contributions, summed_scale_terms
 from megatron_tf.state.parameters import INITIAL_STD, default_scale
@@ -29,15 +40,22 @@ TOLERANCE = 1e-5  # of the largest output: two orders of summation in fp32
 
 
 def grow_adapter(
-    adapter: Adapter, num_tokens: int, method: str = "zero_key", *, freeze_old: bool = False, seed: int = 0
+    adapter: Adapter,
+    num_tokens: int,
+    method: str = "zero_key",
+    *,
+    freeze_old: bool = False,
+    group_size: int | None = None,
+    seed: int = 0,
 ) -> Adapter:
     """The adapter with `num_tokens` tokens in each branch, the old ones first. ArgumentError for what cannot be.
 
-    `zero_key` and `gram` keep its function, `random` does not. New values are as large as the old ones are (RMS).
+    `zero_key`, `gram` and `split` keep its function, `random` does not. New values are as large as the old ones are
+    (RMS).  `group_size`: tokens of a candidate, for the first split.
     """
     config = adapter.config
-    old, scale = config["num_tokens"], config["scale"]
-    check_choice("method", method, METHODS)
+    old = config["num_tokens"]
+    check_choice("method", method, (*METHODS, SPLIT))
     check_whole_number("seed", seed, 0)
     check_whole_number("num_tokens", num_tokens, 1)
     if num_tokens <= old:
@@ -48,6 +66,15 @@ def grow_adapter(
     if appended and method != "zero_key":
         raise ArgumentError(
             f"method: {method} needs the tokens of the base, whose norm appended tokens share. Set it to zero_key."
+        )
+    if method == SPLIT:
+        return _split(adapter, num_tokens, group_size, freeze_old, seed)
+    if group_size is not None:
+        raise ArgumentError(f"group_size: {group_size}, and {method} makes no candidates. Leave it out.")
+    if num_candidates(config) > 1:
+        raise ArgumentError(
+            f"method: {method} adds tokens that all positions use, and those of this adapter choose among "
+            f"{num_candidates(config)} candidates. Set it to split."
         )
     if method == "gram":
         _check_gram(adapter, num_tokens)
@@ -70,8 +97,7 @@ def grow_adapter(
             grown[part] = torch.cat([tokens, new])
         branches[name] = Branch(grown["key_tokens"], grown["value_tokens"])
         new_scale = None if appended else decided.scale
-    entry = {"method": method, "from": old, "to": num_tokens, "scale_from": scale, "scale_to": new_scale, "seed": seed,
-             "frozen_from": config["frozen_tokens"]}  # fmt: skip
+    entry = _entry(adapter, method, num_tokens, new_scale, seed)
     frozen = old if freeze_old else config["frozen_tokens"]
     return _changed(adapter, branches, entry, num_tokens=num_tokens, scale=new_scale, frozen_tokens=frozen)
 
@@ -80,7 +106,8 @@ def shrink_adapter(adapter: Adapter, num_tokens: int, *, seed: int = 0) -> Adapt
     """The adapter with the `num_tokens` tokens of each branch that contribute most. ArgumentError for what cannot be.
 
     Measured on random inputs of equal variance in every direction; τ is the one with which the outputs stay closest.
-    Frozen tokens stay; where only they stay, they are not frozen any more and have the τ of then.
+    Frozen tokens stay; where only they stay, they are not frozen any more and have the τ of then. Of an adapter with
+    candidates whole ones go, in each slot alike, and τ stays.
     """
     config = adapter.config
     old, frozen, scale = config["num_tokens"], config["frozen_tokens"], config["scale"]
@@ -98,14 +125,8 @@ def shrink_adapter(adapter: Adapter, num_tokens: int, *, seed: int = 0) -> Adapt
             f"num_tokens: {num_tokens}, and what an appended token contributes depends on the base's tokens, whose norm "
             "it shares. Merge the adapter and prune the model."
         )
-    entry = {
-        "method": "shrink",
-        "from": old,
-        "to": num_tokens,
-        "scale_from": scale,
-        "seed": seed,
-        "frozen_from": frozen,
-    }
+    if num_candidates(config) > 1:
+        return _fewer_candidates(adapter, num_tokens, seed)
     if num_tokens == frozen:
         back = next(one for one in reversed(config["history"]) if one["from"] == frozen and one["to"] > frozen)
         kept = {name: torch.arange(frozen) for name in adapter.branches}
@@ -113,8 +134,61 @@ def shrink_adapter(adapter: Adapter, num_tokens: int, *, seed: int = 0) -> Adapt
     else:
         kept, scale = _most_contributing(adapter, num_tokens, seed)
     branches = {name: Branch(one.keys[kept[name]], one.values[kept[name]]) for name, one in adapter.branches.items()}
-    return _changed(adapter, branches, {**entry, "scale_to": scale}, num_tokens=num_tokens, scale=scale,
-                    frozen_tokens=frozen)  # fmt: skip
+    entry = _entry(adapter, "shrink", num_tokens, scale, seed)
+    return _changed(adapter, branches, entry, num_tokens=num_tokens, scale=scale, frozen_tokens=frozen)
+
+
+def _split(adapter: Adapter, num_tokens: int, group_size: int | None, freeze_old: bool, seed: int) -> Adapter:
+    config = adapter.config
+    old, frozen, before = config["num_tokens"], config["frozen_tokens"], num_candidates(config)
+    used = old // before
+    if freeze_old or frozen:
+        raise ArgumentError(
+            f"{'freeze_old' if freeze_old else 'method'}: split copies all tokens, and copies of frozen ones would not "
+            "part. Leave freeze_old out, or set the method to zero_key."
+        )
+    if num_tokens % old:
+        raise ArgumentError(
+            f"num_tokens: {num_tokens}, and split copies each of the {old} tokens as often. Set it to a multiple of "
+            f"{old}, such as {either(count for count in multiples_near(num_tokens, old) if count > old)}."
+        )
+    if before > 1 and group_size not in (None, config["group_size"]):
+        raise ArgumentError(
+            f"group_size: {group_size}, and the adapter's candidates are of {config['group_size']} tokens. Leave it out."
+        )
+    size = config["group_size"] if before > 1 else usual_group(used) if group_size is None else group_size
+    check_group("group_size", used, size)
+    candidates, branches = num_tokens // used, {}
+    for name, branch in adapter.branches.items():
+        fresh = torch.randn(num_tokens // size, branch.keys.shape[1], generator=_generator(seed, name, "routers"))
+        branches[name] = split_branch(branch, (fresh * INITIAL_STD).to(branch.keys.dtype), size, candidates)
+    return _changed(
+        adapter, branches, _entry(adapter, SPLIT, num_tokens, config["scale"], seed), num_tokens=num_tokens,
+        candidates=candidates, group_size=size, format_version=FORMAT_VERSION,
+    )  # fmt: skip
+
+
+def _fewer_candidates(adapter: Adapter, num_tokens: int, seed: int) -> Adapter:
+    config = adapter.config
+    used = config["num_tokens"] // num_candidates(config)
+    count = num_tokens // used
+    if num_tokens % used:
+        raise ArgumentError(
+            f"num_tokens: {num_tokens}, and of {num_candidates(config)} candidates whole ones go, {used} tokens each in "
+            f"all slots. Set it to a multiple of {used}, such as {either(multiples_near(num_tokens, used))}."
+        )
+    inputs = {name: _inputs(branch, seed, name) for name, branch in adapter.branches.items()}
+    entry = _entry(adapter, "shrink", num_tokens, config["scale"], seed)
+    if count > 1:
+        kept = {**config, "candidates": count}
+    else:
+        kept = {key: value for key, value in config.items() if key not in CHOICE_FIELDS}
+        kept["format_version"] = DENSE_VERSION
+    found = [
+        _changed(Adapter(kept, adapter.branches), branches, entry, num_tokens=num_tokens)
+        for branches in with_fewer(adapter.branches, config, count, inputs)
+    ]
+    return min(found, key=lambda one: compare(adapter, one, seed).error)
 
 
 @dataclass(frozen=True)
@@ -147,7 +221,7 @@ def compare(before: Adapter, after: Adapter, seed: int = 0) -> Difference:
 def check_growth(before: Adapter, after: Adapter, method: str) -> Difference:
     """`compare`; CheckpointError when a method that promises to keep the function has not."""
     found = compare(before, after)
-    if method in PRESERVING and not found.holds:
+    if method in (*PRESERVING, SPLIT) and not found.holds:
         raise CheckpointError(
             f"the growth by {method} changes the adapter's function: {found}. Nothing was written. Please report this, "
             "with the adapter's adapter_config.json"
@@ -156,6 +230,8 @@ def check_growth(before: Adapter, after: Adapter, method: str) -> Difference:
 
 
 def _output(adapter: Adapter, branch: Branch, x: Tensor) -> Tensor:
+    if branch.router is not None:
+        return projection(branch, adapter.config).partial(x)
     keys, values = branch.keys.float(), branch.values.float()
     return pattention(x, keys, values, scale=_scale(adapter), activation=adapter.config["activation"])
 
@@ -195,6 +271,13 @@ def _most_contributing(adapter: Adapter, num_tokens: int, seed: int) -> tuple[di
         terms = summed_scale_terms(x, *tokens, kept[name], scale, activation)
         above, below = above + terms[0], below + terms[1]
     return kept, scale * (above / below if above > 0 and below > 0 else 1.0)
+
+
+def _entry(adapter: Adapter, method: str, num_tokens: int, scale: float | None, seed: int) -> dict[str, Any]:
+    """What the history keeps of a growth or shrinking."""
+    config = adapter.config
+    return {"method": method, "from": config["num_tokens"], "to": num_tokens, "scale_from": config["scale"],
+            "scale_to": scale, "seed": seed, "frozen_from": config["frozen_tokens"]}  # fmt: skip
 
 
 def _changed(adapter: Adapter, branches: Mapping[str, Branch], entry: Mapping[str, Any], **fields: Any) -> Adapter:

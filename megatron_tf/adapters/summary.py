@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_tf.adapters.folder import CONFIG_NAME, KEYS, VALUES, WEIGHTS_NAME, Adapter
+from megatron_tf.adapters.folder import CHOICE_FIELDS, CONFIG_NAME, WEIGHTS_NAME, Adapter
 from megatron_tf.checkpoint.compare import StateDifference
 from megatron_tf.errors import CheckpointError
 
 PUBLISHED = "adapter"  # within the folder of a fine-tuning run that has ended
-_SETTINGS = ("modules", "num_tokens", "frozen_tokens", "scale", "activation")
+_SETTINGS = ("modules", "num_tokens", *CHOICE_FIELDS, "frozen_tokens", "scale", "activation")
 
 
 def adapter_folder(path: Path) -> Path | None:
@@ -56,8 +56,10 @@ def summarize(folder: Path, adapter: Adapter) -> dict[str, Any]:
         "path": str(folder),
         "format_version": config["format_version"],
         "bytes": (folder / WEIGHTS_NAME).stat().st_size,
-        "parameters": sum(one.keys.numel() + one.values.numel() for one in adapter.branches.values()),
-        **{key: config[key] for key in _SETTINGS},
+        "parameters": sum(
+            tensor.numel() for branch in adapter.branches.values() for tensor in branch.tensors().values()
+        ),
+        **{key: config[key] for key in _SETTINGS if key in config},
         "base": dict(config["base"]),
         "checksum": config["checksum"],
         "history": [dict(entry) for entry in config["history"]],
@@ -73,8 +75,9 @@ def scale_text(config: Mapping[str, Any]) -> str:
 def differences(one: Adapter, other: Adapter) -> Iterator[StateDifference]:
     """One for each tensor that differs. Tokens of a grown adapter have the old ones in front, which are compared."""
     for name in {**one.branches, **other.branches}:
-        for leaf in (KEYS, VALUES):
-            found = _difference(f"{name}.{leaf}", *(_tokens(adapter, name, leaf) for adapter in (one, other)))
+        leaves = [adapter.branches[name].tensors() if name in adapter.branches else {} for adapter in (one, other)]
+        for leaf in {**leaves[0], **leaves[1]}:
+            found = _difference(f"{name}.{leaf}", *(own.get(leaf) for own in leaves))
             if not found.equal:
                 yield found
 
@@ -84,20 +87,16 @@ def differing_settings(one: Adapter, other: Adapter) -> dict[str, list[Any]]:
 
     def settings(adapter: Adapter) -> Mapping[str, Any]:
         base = {f"base.{key}": value for key, value in adapter.config["base"].items()}
-        return {**{key: adapter.config[key] for key in _SETTINGS}, **base}
+        return {**{key: adapter.config[key] for key in _SETTINGS if key in adapter.config}, **base}
 
     before, after = settings(one), settings(other)
-    return {key: [value, after[key]] for key, value in before.items() if value != after[key]}
-
-
-def _tokens(adapter: Adapter, name: str, leaf: str) -> Tensor | None:
-    branch = adapter.branches.get(name)
-    return None if branch is None else branch.keys if leaf == KEYS else branch.values
+    pairs = {key: [before.get(key), after.get(key)] for key in {**before, **after}}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _difference(name: str, one: Tensor | None, other: Tensor | None) -> StateDifference:
     shapes = tuple(None if tokens is None else tuple(tokens.shape) for tokens in (one, other))
-    if one is None or other is None or one.shape[1] != other.shape[1]:
+    if one is None or other is None or one.shape[1:] != other.shape[1:]:
         return StateDifference(name, "weight", (shapes[0], shapes[1]), 0, 0, 0.0)
     count = min(len(one), len(other))
     distance = (one[:count].double() - other[:count].double()).abs()

@@ -18,15 +18,20 @@ from torch import nn
 from megatron_tf.adapters.branch import AppendedLayer, PattentionLayer, TokenLayer
 from megatron_tf.adapters.fingerprint import base_facts, check_base
 from megatron_tf.adapters.folder import (
+    BALANCE,
+    CHOICE_FIELDS,
     CONFIG_NAME,
+    DENSE_VERSION,
     FORMAT_VERSION,
     FROZEN,
     KEYS,
     METHOD,
+    ROUTER,
     VALUES,
     WEIGHTS_NAME,
     Adapter,
     Branch,
+    check_group,
     check_weights,
     checksum,
     read_config,
@@ -49,6 +54,7 @@ from megatron_tf.durable import atomic_path
 from megatron_tf.errors import ArgumentError
 from megatron_tf.state.parameters import default_scale
 
+_NAMES = {KEYS: "keys", VALUES: "values", ROUTER: "router", BALANCE: "balance"}  # in a folder -> of a `Branch`
 _ANY_BASE = ", or set base=None in the adapter's PattentionConfig and give that to PeftModel.from_pretrained as config"
 
 
@@ -58,19 +64,24 @@ class PattentionConfig(PeftConfig):
 
     `num_tokens`: of each branch.  `modules`: "attention", "mlp" or both, whole modules; or "linear", each linear layer
         within them.  `target_modules`: names of modules or linear layers instead.
-    `frozen_tokens`: the first of the tokens, which are not trained.  `scale`: τ; the default is √num_tokens.
+    `candidates`, `group_size`: a position uses one of so many candidates of so many tokens in each slot, and so
+        num_tokens / candidates of them all; 1: it uses all tokens.
+    `frozen_tokens`: the first of the tokens, which are not trained.  `scale`: τ; the default is √ of the tokens that
+        a position uses.
     `base`: what the adapter was trained on, filled in; None takes any base.  The other fields are the folder's.
     """
 
     num_tokens: int = 64
     modules: list[str] | str = field(default_factory=lambda: [ATTENTION, MLP])
     target_modules: list[str] | set[str] | str | None = None
+    candidates: int = 1
+    group_size: int | None = None
     frozen_tokens: int = 0
     scale: float | None = None
     activation: str = DEFAULT_ACTIVATION
     base: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
-    format_version: int = FORMAT_VERSION
+    format_version: int = DENSE_VERSION
     checksum: str | None = None
 
     def __post_init__(self) -> None:
@@ -82,15 +93,41 @@ class PattentionConfig(PeftConfig):
         check_whole_number("num_tokens", self.num_tokens, 1)
         check_whole_number("frozen_tokens", self.frozen_tokens, 0, self.num_tokens - 1)
         check_whole_number("format_version", self.format_version, 1, FORMAT_VERSION)
+        self._check_candidates(is_appended)
         if is_appended and self.scale is not None:
             raise ArgumentError(f"scale: {self.scale:g}, and appended tokens share τ of the base's own. Leave it out.")
         if not is_appended:
-            self.scale = default_scale(self.num_tokens, self.activation) if self.scale is None else self.scale
+            used = self.num_tokens // self.candidates
+            self.scale = default_scale(used, self.activation) if self.scale is None else self.scale
             check_scale("scale", self.scale)
         if self.target_modules == "all-linear":
             self.modules, self.target_modules = [LINEAR], None
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
+
+    def _check_candidates(self, is_appended: bool) -> None:
+        check_whole_number("candidates", self.candidates, 1)
+        self.format_version = DENSE_VERSION if self.candidates == 1 else FORMAT_VERSION
+        if self.candidates == 1:
+            return
+        if is_appended:
+            raise ArgumentError(
+                f"candidates: {self.candidates}, and positions use all tokens that are appended to a TokenFormer's. "
+                "Leave it out."
+            )
+        check_group("group_size", self.num_tokens // self.candidates, self.group_size)
+        if self.num_tokens % self.candidates or self.frozen_tokens:
+            raise ArgumentError(
+                f"candidates: {self.candidates}, and there are {self.num_tokens} tokens, {self.frozen_tokens} of them "
+                f"frozen. Set num_tokens to a multiple of {self.candidates}, and frozen_tokens to 0."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are written."""
+        fields = super().to_dict()
+        return (
+            fields if self.candidates > 1 else {key: value for key, value in fields.items() if key not in CHOICE_FIELDS}
+        )
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -160,7 +197,11 @@ class PattentionModel(BaseTuner):
     ) -> None:
         place = self._places[current_key]
         layer: Any = getattr(target, BRANCH, None) or _layer_class(place)(target, place)
-        layer.update_layer(adapter_name, peft_config.num_tokens, peft_config.frozen_tokens, peft_config.scale)
+        tokens, scale = peft_config.num_tokens, peft_config.scale
+        if peft_config.candidates > 1:
+            layer.update_choice(adapter_name, tokens, peft_config.candidates, peft_config.group_size, scale)
+        else:
+            layer.update_layer(adapter_name, tokens, peft_config.frozen_tokens, scale)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
@@ -217,15 +258,24 @@ def adapter_of(model: Any, name: str = "default") -> Adapter:
     for place, module in model.get_base_model().named_modules():
         layer = getattr(module, BRANCH, None)
         if isinstance(layer, TokenLayer) and name in layer.scales:
-            branches[place] = Branch(*(_copied(layer, leaf, name) for leaf in (KEYS, VALUES)))
+            branches[place] = Branch(**_copied(layer, name))
     return Adapter(fields, branches)
 
 
-def _copied(layer: TokenLayer, leaf: str, name: str) -> torch.Tensor:
-    """All keys or all values of an adapter, frozen ones first."""
-    parts: list[Any] = [
-        getattr(layer, prefix + leaf)[name] for prefix in (FROZEN, "") if name in getattr(layer, prefix + leaf)
-    ]
+def _copied(layer: TokenLayer, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter by their names in `Branch`, frozen tokens first."""
+    if name in layer.choices:
+        bank = layer.choices[name].bank
+        return {of: _whole([getattr(bank, leaf)]) for leaf, of in _NAMES.items()}
+    return {
+        _NAMES[leaf]: _whole(
+            [tokens[name] for prefix in (FROZEN, "") if name in (tokens := getattr(layer, prefix + leaf))]
+        )
+        for leaf in (KEYS, VALUES)
+    }
+
+
+def _whole(parts: Sequence[Any]) -> torch.Tensor:
     return torch.cat([(part.full_tensor() if hasattr(part, "full_tensor") else part).cpu() for part in parts]).clone()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_tf.adapters.folder import Adapter, is_appended, read_adapter
+from megatron_tf.adapters.folder import Adapter, check_uses_all, is_appended, read_adapter
 from megatron_tf.adapters.modules import ATTENTION, BRANCH, MLP
 from megatron_tf.config.nearest import either
 from megatron_tf.errors import CheckpointError
@@ -90,6 +90,7 @@ def add_adapter(model: nn.Module, folder: Path, config: Any) -> set[str]:
 def _check(folder: Path, adapter: Adapter, config: Any) -> None:
     if is_appended(adapter.config):
         raise CheckpointError(f"{folder}: its tokens are a TokenFormer's. Merge it, with `megatron_tf merge-adapter`")
+    check_uses_all(folder, adapter.config, "a branch in vLLM")
     others = set(adapter.config["modules"]) - {ATTENTION, MLP}
     if others:
         raise CheckpointError(

@@ -2,21 +2,23 @@
 `python tools/grow_adapter.py --from adapters/first --tokens 128 --to adapters/grown`
 `python tools/grow_adapter.py --from adapters/grown --tokens 64 --shrink --to adapters/back`.
 
-zero_key and gram keep what was learnt: the outputs of every branch before and after are compared, and with --base the
+zero_key, gram and split keep what was learnt: the outputs of every branch before and after are compared, and with --base the
 logits of the whole model, before anything is published. With --freeze-old only the new tokens are trained from there
 on, and --shrink to the number of the old ones gives the adapter back as it was, to the last bit. Otherwise --shrink
-drops the tokens that contribute least. The optimizer's state is not carried over: begin with a warm-up. Needs no GPU.
+drops the tokens that contribute least. --method split copies the tokens to candidates: a position uses as many as before,
+and --shrink takes candidates away again. The optimizer's state is not carried over: begin with a warm-up. Needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import options_for, path, whole_number
 from megatron_tf.errors import UserError
-from megatron_tf.growth.methods import METHODS, PRESERVING
+from megatron_tf.growth.methods import METHODS, PRESERVING, SPLIT
 
 if TYPE_CHECKING:
     from megatron_tf.convert.agreement import Agreement
@@ -30,7 +32,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=whole_number(2**31 - 1), required=True, metavar="N", help="of each branch, afterwards"
     )
-    parser.add_argument("--method", choices=METHODS, help="of growth (default zero_key); random changes the function")
+    parser.add_argument(
+        "--method", choices=(*METHODS, SPLIT), help="of growth (default zero_key); random changes the function"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=whole_number(2**31 - 1),
+        metavar="G",
+        help="of split: tokens of a candidate (default 16, or less)",
+    )
     parser.add_argument("--freeze-old", action="store_true", help="train only the new tokens from there on")
     parser.add_argument("--shrink", action="store_true", help="fewer tokens instead of more")
     parser.add_argument(
@@ -48,8 +58,10 @@ def main() -> None:
     from megatron_tf.adapters.growth import check_growth, compare, grow_adapter, shrink_adapter
     from megatron_tf.adapters.summary import scale_text, trained_adapter
 
-    if arguments.shrink and (arguments.method or arguments.freeze_old):
-        raise UserError("--shrink: takes tokens away, and --method and --freeze-old are of growth. Leave them out.")
+    if arguments.shrink and (arguments.method or arguments.freeze_old or arguments.group_size):
+        raise UserError(
+            "--shrink: takes tokens away, and --method, --freeze-old and --group-size are of growth. Leave them out."
+        )
     check_new_folder(arguments.target)
     source = trained_adapter(arguments.source)
     old = read_adapter(source)
@@ -59,12 +71,15 @@ def main() -> None:
             new = shrink_adapter(old, arguments.tokens, seed=arguments.seed)
         found, method = compare(old, new), "shrink"
     else:
-        with options_for(num_tokens="--tokens"):
-            new = grow_adapter(old, arguments.tokens, method, freeze_old=arguments.freeze_old, seed=arguments.seed)
+        with options_for(num_tokens="--tokens", group_size="--group-size", freeze_old="--freeze-old"):
+            new = grow_adapter(
+                old, arguments.tokens, method, freeze_old=arguments.freeze_old, group_size=arguments.group_size,
+                seed=arguments.seed,
+            )  # fmt: skip
         found = check_growth(old, new, method)
     print(f"from        {source}: {len(old.branches)} branches of {old.config['num_tokens']:,} tokens")
     print(
-        f"to          {arguments.target}: {new.config['num_tokens']:,} tokens, {new.config['frozen_tokens']:,} frozen"
+        f"to          {arguments.target}: {new.config['num_tokens']:,} tokens, {new.config['frozen_tokens']:,} frozen{_choice(new.config)}"
     )
     scales = dict.fromkeys(scale_text(one.config) for one in (old, new))
     print(f"method      {method}; τ {' -> '.join(scales)}")
@@ -80,6 +95,12 @@ def main() -> None:
     print(f"wrote {arguments.target}: {size:,} bytes")
 
 
+def _choice(config: Mapping[str, Any]) -> str:
+    if "candidates" not in config:
+        return ""
+    return f", of which a position uses {config['num_tokens'] // config['candidates']:,}"
+
+
 def on_base(base: Path, before: Path, after: Path, method: str) -> Agreement:
     """Of the logits of the base with each of the two. UserError when a method that keeps the function has not."""
     from megatron_tf.adapters.loading import load_adapted, load_base, random_logits
@@ -89,6 +110,6 @@ def on_base(base: Path, before: Path, after: Path, method: str) -> Agreement:
     expected = random_logits(model)
     model.set_adapter("after")
     found = agreement(random_logits(model), expected)
-    if method in PRESERVING and not found.holds:
+    if method in (*PRESERVING, SPLIT) and not found.holds:
         raise UserError(f"the growth by {method} changes the model's function: {found}. Nothing was written")
     return found

@@ -124,6 +124,8 @@ def print_adapter(summary: dict[str, Any]) -> None:
 
     print(f"{summary['path']} (adapter, format {summary['format_version']}, {summary['bytes']:,} bytes)")
     tokens = f"{summary['num_tokens']:,} in each branch, {summary['frozen_tokens']:,} frozen"
+    if "candidates" in summary:
+        tokens += f"; of each slot one of {summary['candidates']} candidates of {summary['group_size']} is used"
     rows = [("at", ", ".join(summary["modules"])), ("tokens", tokens), ("parameters", f"{summary['parameters']:,}"),
             ("τ", scale_text(summary)), ("activation", summary["activation"]), ("checksum", summary["checksum"])]  # fmt: skip
     print_table(rows, title="adapter")

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ from torch import Tensor
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer, bank_of
 from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.model import Model
+from megatron_tf.growth.methods import Elements
 from megatron_tf.growth.noise import noise
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
@@ -51,13 +53,12 @@ from megatron_tf.state.sources import StateSource, copy_in_slices
 
 
 @dataclass(frozen=True)
-class _Copies:
-    """A tensor of copies: `count` of every `size` elements of the old tensor `name`, from element `first` of it on.
+class Copies:
+    """A tensor of copies: `count` of every `size` elements of an old tensor, from element `first` of it on.
 
     `candidates`: of a slot, where each copy gets the initial value of its place among the copies, see above; 0: none.
     """
 
-    name: str
     first: int
     size: int
     count: int
@@ -70,6 +71,20 @@ class _Copies:
             end = min(stop, start + self.size - offset)
             yield start, end, self.first + group // self.count * self.size + offset
             start = end
+
+    def originals(self, old: Elements, start: int, stop: int) -> Tensor:
+        """What elements [start, stop) are copies of, fp64. `old`: the old tensor."""
+        return torch.cat([old(first, first + high - low) for low, high, first in self.stretches(start, stop)]).double()
+
+    def parted(self, old: Elements, fresh: Elements, start: int, stop: int) -> Tensor:
+        """Routers of copies, fp64: ρ_j + δ_k. `fresh`: what the initialiser puts into the new tensor."""
+        added = []
+        for low, high, _ in self.stretches(start, stop):
+            row, offset = divmod(low, self.size)
+            slot, candidate = divmod(row, self.candidates)
+            first = (slot * self.candidates + candidate % self.count) * self.size + offset
+            added.append(fresh(first, first + high - low))
+        return self.originals(old, start, stop) + torch.cat(added)
 
 
 class SplitSource:
@@ -106,56 +121,40 @@ class SplitSource:
         return result
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
-        copies = self._copies.get(name)
+        tensor, copies = self._copies.get(name, (name, None))
         if copies is None and name not in self._known:
             self._fresh.read_into(name, state, start, target)
         elif copies is None:
             self._old.read_into(name, state, start, target)
         elif state == WEIGHT and copies.candidates:
-            copy_in_slices(lambda low, high: self._parted(name, copies, low, high), start, target)
+            old, fresh = (partial(source.read, name, WEIGHT) for source in (self._old, self._fresh))
+            copy_in_slices(partial(copies.parted, old, fresh), start, target)
         elif state == WEIGHT and self._growth.noise and name.endswith("_tokens"):
-            copy_in_slices(lambda low, high: self._noisy(name, copies, low, high), start, target)
+            copy_in_slices(partial(self._noisy, name, tensor, copies), start, target)
         else:
             for low, high, old in copies.stretches(start, start + target.numel()):
-                self._old.read_into(copies.name, state, old, target[low - start : high - start])
+                self._old.read_into(tensor, state, old, target[low - start : high - start])
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
-        copies = self._copies.get(name)
+        tensor, copies = self._copies.get(name, (name, None))
         if copies is None and name not in self._known:
             return [(start, stop, 0)] if start < stop else []
         if copies is None:
             return self._old.adam_steps(name, start, stop)
         found: list[StepRange] = []
         for low, high, old in copies.stretches(start, stop):
-            for first, last, steps in self._old.adam_steps(copies.name, old, old + high - low):
+            for first, last, steps in self._old.adam_steps(tensor, old, old + high - low):
                 add_steps(found, first - old + low, last - old + low, steps)
         return found
 
-    def _noisy(self, name: str, copies: _Copies, start: int, stop: int) -> Tensor:
-        """Copies w, fp64, as w · (1 + noise · N(0, 1)): each one with noise of its own."""
-        old = self._originals(copies, start, stop)
+    def _noisy(self, name: str, tensor: str, copies: Copies, start: int, stop: int) -> Tensor:
+        """Copies w of the old `tensor`, fp64, as w · (1 + noise · N(0, 1)): each one with noise of its own."""
+        old = copies.originals(partial(self._old.read, tensor, WEIGHT), start, stop)
         return old * (1 + self._growth.noise * noise(self._table[name], self._seed, start, stop))
 
-    def _parted(self, name: str, copies: _Copies, start: int, stop: int) -> Tensor:
-        """Routers of copies, fp64: ρ_j + δ_k."""
-        added = []
-        for low, high, _ in copies.stretches(start, stop):
-            row, offset = divmod(low, copies.size)
-            slot, candidate = divmod(row, copies.candidates)
-            first = (slot * copies.candidates + candidate % copies.count) * copies.size + offset
-            added.append(self._fresh.read(name, WEIGHT, first, first + high - low))
-        return self._originals(copies, start, stop) + torch.cat(added)
 
-    def _originals(self, copies: _Copies, start: int, stop: int) -> Tensor:
-        """What elements [start, stop) are copies of, fp64."""
-        stretches = copies.stretches(start, stop)
-        return torch.cat(
-            [self._old.read(copies.name, WEIGHT, first, first + high - low) for low, high, first in stretches]
-        ).double()
-
-
-def _copies(old: TokenFormerModel, new: TokenFormerModel) -> Iterator[tuple[str, _Copies]]:
-    """Tensors of the bigger model that hold copies, by name."""
+def _copies(old: TokenFormerModel, new: TokenFormerModel) -> Iterator[tuple[str, tuple[str, Copies]]]:
+    """Tensors of the bigger model that hold copies, by name: the old tensor that they are of, and how."""
     table = parameter_table(new)
     for name, projection in projections(new).items():
         bank, before = bank_of(new, projection.kind), bank_of(old, projection.kind)
@@ -170,11 +169,9 @@ def _copies(old: TokenFormerModel, new: TokenFormerModel) -> Iterator[tuple[str,
                 ("balance", 1, 0),
             ):
                 tensor = f"{name}.bank.{tensor}"
-                yield tensor, _Copies(tensor, 0, rows * table[tensor].width, count, candidates)
+                yield tensor, (tensor, Copies(0, rows * table[tensor].width, count, candidates))
             continue
         for tensor in ("key_tokens", "value_tokens"):
             width = table[f"{name}.bank.{tensor}"].width
-            yield (
-                f"{name}.bank.{tensor}",
-                _Copies(f"{name}.{tensor}", bank.dense * width, bank.group_size * width, bank.candidates),
-            )
+            copies = Copies(bank.dense * width, bank.group_size * width, bank.candidates)
+            yield f"{name}.bank.{tensor}", (f"{name}.{tensor}", copies)

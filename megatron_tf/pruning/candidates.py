@@ -77,7 +77,7 @@ def measure_use(model: TokenFormer, batches: Iterable[Batch]) -> dict[str, Use]:
         for name, projection in observed.items():
             slots, candidates, _ = projection.bank.shape
             found[name] = Use(*torch.zeros(2, slots, candidates, dtype=torch.float64))
-            projection.observer = partial(_add_use, projection, found[name])
+            projection.observer = partial(add_use, projection, found[name])
         for ids, _ in batches:
             model.hidden_states(ids)
     finally:
@@ -92,7 +92,8 @@ def measure_use(model: TokenFormer, batches: Iterable[Batch]) -> dict[str, Use]:
     return found
 
 
-def _add_use(projection: SparsePattention, use: Use, x: Tensor) -> None:
+def add_use(projection: SparsePattention, use: Use, x: Tensor) -> None:
+    """Adds what positions x [..., d_in] choose, and what that contributes, to `use`."""
     function, bank = score_function(projection.activation), projection.bank
     slots, candidates, size = bank.shape
     keys, values = bank.key_tokens.unflatten(0, bank.shape), bank.value_tokens.unflatten(0, bank.shape)
@@ -118,7 +119,11 @@ def _add_use(projection: SparsePattention, use: Use, x: Tensor) -> None:
 def mixtures(use: Mapping[str, Use], smaller: Model) -> dict[str, Mixtures]:
     """The ways to the candidates of the model `smaller`."""
     banks = {name: spec.bank for name, spec in projections(smaller).items()}
-    counts = {name: bank.candidates if (bank := banks[name]) else 1 for name in use}
+    return ways_to(use, {name: bank.candidates if (bank := banks[name]) else 1 for name in use})
+
+
+def ways_to(use: Mapping[str, Use], counts: Mapping[str, int]) -> dict[str, Mixtures]:
+    """The ways to `counts` candidates, by projection as `use` is."""
     ways: dict[str, Mixtures] = {DROP: {name: _dropped(own.contributions, counts[name]) for name, own in use.items()}}
     if all(own.positions.shape[1] % counts[name] == 0 for name, own in use.items()):
         ways[MERGE] = {name: _merged(own.positions, counts[name]) for name, own in use.items()}

@@ -6,8 +6,11 @@ from decoders import decoder, fill, token_ids
 from peft import PeftModel, get_peft_model
 
 from megatron_tf.adapters import PattentionConfig
+from megatron_tf.adapters.export import export_adapter
 from megatron_tf.adapters.folder import Adapter, Branch, read_adapter, write_adapter
 from megatron_tf.adapters.growth import check_growth, compare, grow_adapter, shrink_adapter
+from megatron_tf.adapters.tuner import adapter_of
+from megatron_tf.adapters.vllm_plugin import add_adapter
 from megatron_tf.errors import ArgumentError, CheckpointError
 
 WIDTH = 32
@@ -25,6 +28,11 @@ def adapter(num_tokens: int = 16, **fields: object) -> Adapter:
               "activation": "l2_norm_gelu", "modules": ["mlp"], "target_modules": ["mlp"], "history": [],
               "checksum": None, "peft_type": "PATTENTION"}  # fmt: skip
     return Adapter({**config, **fields}, branches)
+
+
+def split() -> Adapter:
+    """Slots of 8 tokens, each with 4 candidates."""
+    return grow_adapter(adapter(), 64, "split", group_size=8)
 
 
 def same(one: Adapter, other: Adapter) -> bool:
@@ -48,6 +56,31 @@ def test_growth_keeps_the_function_also_in_chains(methods):
     assert same(first, Adapter(first.config, {n: Branch(b.keys[:16], b.values[:16]) for n, b in now.branches.items()}))
     # no token is dead: its key or its value is not 0
     assert all((b.keys.any(1) | b.values.any(1)).all() for b in now.branches.values())
+
+
+def test_a_split_keeps_the_function_of_any_choice_and_merging_gives_it_back():
+    first, now = adapter(), split()
+    assert now.config["candidates"] == 4 and now.config["scale"] == 4.0 and now.config["format_version"] == 2
+    again = grow_adapter(now, 128, "split", seed=3)
+    for one in (now, again):
+        assert check_growth(first, one, "split").holds
+        assert {name: tuple(branch.router.shape) for name, branch in one.branches.items()} == {
+            "model.layers.0.mlp": (one.config["num_tokens"] // 8, WIDTH), "model.layers.0.mlp.down_proj": (one.config["num_tokens"] // 8, 48)
+        }  # fmt: skip
+    back = shrink_adapter(again, 64)
+    assert back.config["candidates"] == 4 and same(back, now) and compare(now, back).holds
+    dense = shrink_adapter(back, 16)
+    assert same(dense, first) and "candidates" not in dense.config and dense.config["format_version"] == 1
+    assert [entry["method"] for entry in dense.config["history"]] == ["split", "split", "shrink", "shrink"]
+
+
+def test_of_candidates_that_have_parted_the_best_way_is_taken():
+    parted = split()
+    for branch in parted.branches.values():
+        branch.values.view(2, 4, 8, -1)[:, 1:] *= 1e-3
+        branch.balance.view(2, 4)[:, 0] = 1.0
+    kept = shrink_adapter(parted, 16)
+    assert same(kept, adapter()) and compare(parted, kept).holds
 
 
 def test_random_growth_changes_the_function_and_is_let_through():
@@ -113,7 +146,17 @@ def test_frozen_tokens_stay_when_others_are_dropped():
             "gram needs at least 16 new tokens.* Give at least 32, or zero_key",
         ),
         (lambda: grow_adapter(adapter(scale=9.0), 64, "gram"), "more than the 9 of now. Give more than 81"),
-        (lambda: grow_adapter(adapter(), 64, "split"), "method: the text 'split'"),
+        (lambda: grow_adapter(adapter(), 64, "bank"), "method: the text 'bank'"),
+        (lambda: grow_adapter(adapter(), 24, "split"), "num_tokens: 24, and split copies each of the 16 .* as 32"),
+        (lambda: grow_adapter(adapter(), 32, "split", group_size=6), "group_size: 6 does not divide the 16 .* 4 or 8"),
+        (lambda: grow_adapter(adapter(), 32, "split", freeze_old=True), "freeze_old: split copies all tokens"),
+        (lambda: grow_adapter(adapter(), 32, group_size=8), "group_size: 8, and zero_key makes no candidates"),
+        (lambda: grow_adapter(split(), 128), "method: zero_key adds tokens .* among 4 candidates. Set it to split"),
+        (lambda: grow_adapter(split(), 128, "split", group_size=4), "candidates are of 8 tokens. Leave it out"),
+        (
+            lambda: shrink_adapter(split(), 24),
+            "num_tokens: 24, and of 4 candidates whole ones go, 16 tokens .* 16 or 32",
+        ),
         (lambda: shrink_adapter(adapter(), 16), "Give fewer to shrink it"),
         (lambda: shrink_adapter(grow_adapter(adapter(), 24, freeze_old=True), 8), "16 tokens are frozen, which stay"),
     ],
@@ -121,6 +164,45 @@ def test_frozen_tokens_stay_when_others_are_dropped():
 def test_what_cannot_be_is_refused(change, message):
     with pytest.raises(ArgumentError, match=message):
         change()
+
+
+def test_a_split_folder_goes_on_in_peft_and_its_copies_part(tmp_path):
+    model = get_peft_model(decoder().double(), PattentionConfig(num_tokens=8))
+    fill(model)
+    model.save_pretrained(tmp_path / "old")
+    write_adapter(tmp_path / "new", grow_adapter(read_adapter(tmp_path / "old"), 24, "split", group_size=4))
+    new = PeftModel.from_pretrained(decoder().double(), tmp_path / "new", is_trainable=True)
+    with torch.no_grad():
+        torch.testing.assert_close(new(token_ids()).logits, model(token_ids()).logits, rtol=0, atol=1e-12)
+    optimizer = torch.optim.AdamW([p for p in new.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        new(token_ids(), labels=token_ids()).loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in new.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    branch = new.base_model.model.model.layers[0].mlp.pattention_branch.bank["default"]
+    copies = branch.key_tokens.view(2, 3, 4, -1)
+    assert not torch.equal(copies[:, 0], copies[:, 1]) and branch.balance.any()
+    with torch.no_grad():
+        expected = new(token_ids()).logits
+    new.save_pretrained(tmp_path / "trained")
+    stored, held = read_adapter(tmp_path / "trained"), adapter_of(new)
+    assert stored.config["candidates"] == 3 and set(stored.branches) == set(held.branches)
+    for name, one in held.branches.items():
+        assert all(torch.equal(tensor, stored.branches[name].tensors()[leaf]) for leaf, tensor in one.tensors().items())
+    write_adapter(tmp_path / "copy", held)
+    for folder in ("trained", "copy"):
+        loaded = PeftModel.from_pretrained(decoder().double(), tmp_path / folder)
+        with torch.no_grad():
+            assert torch.equal(loaded(token_ids()).logits, expected)
+            loaded.disable_adapter_layers()
+            assert torch.equal(loaded(token_ids()).logits, decoder().double()(token_ids()).logits)
+    for refused in (
+        lambda: export_adapter(tmp_path, tmp_path / "trained", tmp_path / "export"),
+        lambda: add_adapter(decoder(), tmp_path / "trained", decoder().config),
+    ):
+        with pytest.raises(CheckpointError, match="choose among 3 candidates, and .* has none.*--shrink --tokens 8"):
+            refused()
 
 
 @pytest.mark.parametrize("method", ["zero_key", "gram"])

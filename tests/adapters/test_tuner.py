@@ -216,7 +216,14 @@ def test_a_quantised_base_is_known_by_what_is_not_quantised(tmp_path):
         ({"num_tokens": 4, "frozen_tokens": 4}, "frozen_tokens: the number 4 is out of range"),
         ({"activation": "relu"}, "activation: the text 'relu'"),
         ({"scale": -1.0}, "scale: the number -1.0"),
-        ({"format_version": 2}, "format_version: the number 2 is out of range"),
+        ({"format_version": 3}, "format_version: the number 3 is out of range"),
+        ({"num_tokens": 6, "candidates": 4, "group_size": 1}, "candidates: 4, and there are 6 tokens"),
+        ({"num_tokens": 8, "candidates": 2}, "group_size: None"),
+        ({"num_tokens": 8, "candidates": 2, "group_size": 4, "frozen_tokens": 1}, "1 of them frozen"),
+        (
+            {"num_tokens": 8, "candidates": 2, "group_size": 4, "modules": "pattention"},
+            "candidates: 2, and positions use all",
+        ),
     ],
 )
 def test_what_an_adapter_cannot_be_is_refused_at_once(options, message):

@@ -89,7 +89,7 @@ def test_the_contributions_are_those_of_the_definition():
     ffn = small.blocks[1].ffn
     use = Use(*torch.zeros(2, SLOTS, 3, dtype=torch.float64))
     with torch.no_grad():
-        module._add_use(ffn, use, x.view(4, 10, WIDTH))
+        module.add_use(ffn, use, x.view(4, 10, WIDTH))
         keys, values = (tokens.view(SLOTS, 3, SIZE, WIDTH) for tokens in (ffn.bank.key_tokens, ffn.bank.value_tokens))
         chosen = choose(ffn.bank.logits(x), ffn.bank.slot_balance())
         expected = torch.zeros(2, SLOTS, 3, dtype=torch.float64)
