@@ -218,7 +218,7 @@ def test_a_quantised_base_is_known_by_what_is_not_quantised(tmp_path):
         ({"scale": -1.0}, "scale: the number -1.0"),
         ({"format_version": 3}, "format_version: the number 3 is out of range"),
         ({"num_tokens": 6, "candidates": 4, "group_size": 1}, "candidates: 4, and there are 6 tokens"),
-        ({"num_tokens": 8, "candidates": 2}, "group_size: None"),
+        ({"num_tokens": 8, "candidates": 2}, r"group_size: nothing \(None\)"),
         ({"num_tokens": 8, "candidates": 2, "group_size": 4, "frozen_tokens": 1}, "1 of them frozen"),
         (
             {"num_tokens": 8, "candidates": 2, "group_size": 4, "modules": "pattention"},
