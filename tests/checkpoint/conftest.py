@@ -104,6 +104,12 @@ def sandbox(tmp_path: Path) -> Sandbox:
 
 
 @pytest.fixture
+def three(sandbox: Sandbox) -> list[Path]:
+    """Good checkpoints of steps 10, 20 and 30."""
+    return [sandbox.saved(step=step, seed=step) for step in (10, 20, 30)]
+
+
+@pytest.fixture
 def flip() -> Callable[[Path, int], None]:
     """Turn one bit of a file around, at a byte counted from its start (or, negative, from its end)."""
 
