@@ -1,5 +1,5 @@
 # make demo        set up, then the main job on real text: train, grow, train on
-# make test        set up, then the tests that fit into ten minutes on two cores; PYTEST_ARGS=... goes to pytest
+# make test        set up, then a test of every behaviour; PYTEST_ARGS=... goes to pytest
 # make test-all    set up, then every test, those that repeat at scale and those on a real SLURM as well
 # make test-fast   the same without the slow tests
 # make test-timing those that compare speeds and want a quiet machine

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from warm_server import warm_python
+from warm_server import hugging_face, warm_python
 
 PROJECT = Path(__file__).parents[1]
 TRAIN = str(PROJECT / "launch" / "train.py")
@@ -32,7 +32,7 @@ def free_port() -> int:
 def environment(**extra) -> dict[str, str]:
     own = {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     kept = {k: v for k, v in os.environ.items() if k in ("HOME", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR", "LANG")}
-    return {**kept, **own, **extra}
+    return {**kept, **own, **hugging_face(), **extra}
 
 
 def run(command, fresh=False, **extra) -> subprocess.CompletedProcess:
@@ -52,6 +52,11 @@ def warm(command) -> list[str]:
     head, *words = map(str, command)
     name = "python" if head == sys.executable else head
     return [str(warm_python() / name) if name in ("python", "torchrun", "deepspeed") else head, *words]
+
+
+def at_work(pid: int) -> int:
+    """The process for which the warm one of this number stands; what stops or kills means that one."""
+    return int((warm_python() / f"socket.{pid}").read_text())
 
 
 def train(folder, *overrides, ranks=0, launcher="torchrun", **extra) -> subprocess.CompletedProcess:

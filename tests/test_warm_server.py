@@ -23,7 +23,7 @@ print(json.dumps({
     "by line": [s.line_buffering for s in (sys.stdout, sys.stderr)], "through": sys.stdout.write_through,
     "limit": resource.getrlimit(resource.RLIMIT_FSIZE), "umask": os.umask(0),
     "files": [name for name in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd/" + name)],
-    "signals": [str(signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD)],
+    "signals": [str(signal.getsignal(n)) for n in sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})],
     "blocked": [int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
     "threads": len(os.listdir("/proc/self/task")),
 }))
@@ -51,7 +51,7 @@ def warm() -> str:
 
 def both(warm, words, **options):
     """Results of a real Python and of a warm one."""
-    options = {"env": environment(), "capture_output": True, "text": True, "timeout": 60, **options}
+    options = {"env": environment(), "capture_output": True, "text": True, "timeout": 200, **options}
     return [subprocess.run([python, *map(str, words)], **options) for python in (sys.executable, warm)]
 
 
@@ -61,6 +61,8 @@ def both(warm, words, **options):
 def test_a_process_is_made_alike(warm, tmp_path, words):
     def limit():
         os.umask(0o077)
+        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
 
     (tmp_path / "script.py").write_text(REPORT)

@@ -7,7 +7,7 @@ import resource
 import subprocess
 from pathlib import Path
 
-from warm_server import warm_python
+from warm_server import hugging_face, warm_python
 
 PROJECT = Path(__file__).parents[1]
 
@@ -23,7 +23,8 @@ def tool(
 
     # Triton's interpreter is for the tests in this process.
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    extra = {"PYTHONPATH": str(PROJECT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **variables}
+    extra = {"PYTHONPATH": str(PROJECT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **hugging_face(),
+             **variables}  # fmt: skip
     command = [str(warm_python() / "python"), str(PROJECT / "tools" / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(command, env={**kept, **extra}, capture_output=True, text=True, timeout=120, preexec_fn=limit)  # noqa: PLW1509 - no thread runs here
 

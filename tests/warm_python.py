@@ -3,7 +3,7 @@
 Started as `python -IS warm_python.py SOCKET PYTHON ...`, because it must start in milliseconds. The server forks a
 process that does the work; this one passes it the arguments, environment, folder, limits and open streams, hands
 signals on, and ends as it ends. Where the server cannot stand in (see `warm_server.differs`) PYTHON does the work
-itself. SIGSTOP cannot be handed on: what stops processes starts real ones.
+itself. SIGSTOP and SIGKILL cannot be handed on: a file SOCKET.PID, with this one's number, has that of the process.
 """
 
 import array
@@ -44,6 +44,8 @@ def main(place, python, *words):
     pid = number_from(server)
     if pid is None:
         os.execv(python, [python, *words])
+    with open(f"{place}.{os.getpid()}", "w") as note:
+        note.write(str(pid))
     signals.go_to(pid)
     status = number_from(server)
     if status is None:

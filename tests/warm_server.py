@@ -1,4 +1,4 @@
-"""Processes that have already imported what takes seconds: torch, DeepSpeed and this package.
+"""Processes that have already imported what takes seconds: torch, DeepSpeed, transformers and this package.
 
 Most tests that start a command are about what it does, and not about how Python starts. `warm_python()` is a folder with
 `python`, `torchrun` and `deepspeed`, which behave like the real ones for `python SCRIPT` and `python -m MODULE`, but
@@ -23,6 +23,7 @@ import pkgutil
 import resource
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import stat
@@ -38,9 +39,17 @@ from typing import NoReturn
 PROJECT = Path(__file__).parents[1]
 CLIENT = Path(__file__).with_name("warm_python.py")
 # Variables that Python or a library reads once, when it starts or is imported, and those that are seen to here.
-READ_AT_IMPORT = ("CUDA", "DS_", "KMP_", "LD_", "MKL_", "NCCL_", "OMP_", "PYTHON", "PYTORCH",
-                  "TORCH", "TQDM_", "TRITON_")  # fmt: skip
+READ_AT_IMPORT = ("ACCELERATE_", "CUDA", "DS_", "HF_", "KMP_", "LD_", "MKL_", "NCCL_", "OMP_", "PYTHON", "PYTORCH",
+                  "TORCH", "TQDM_", "TRANSFORMERS_", "TRITON_")  # fmt: skip
 SEEN_TO = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_NCCL_ASYNC")
+
+
+@functools.cache
+def hugging_face() -> dict[str, str]:
+    """Variables of processes that tests start: a cache of the session's own, and no network."""
+    folder = tempfile.mkdtemp(prefix="hugging-face-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {"HF_HOME": folder, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 @functools.cache
@@ -69,7 +78,7 @@ def warm_python() -> Path:
     }
     server = subprocess.Popen(
         [*command, str(Path(__file__).parent), str(listening.fileno()), str(folder / "python")],
-        env={**kept, "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], start_new_session=True,
+        env={**kept, **hugging_face(), "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], start_new_session=True,
     )  # fmt: skip
     listening.close()
     atexit.register(end, server, folder)
@@ -89,6 +98,8 @@ def serve() -> None:
     _, listening, python = sys.argv[1:4]
     starting = dict(os.environ)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     base = [entry for entry in sys.path if entry not in ("", sys.argv[1], *search_path(starting))]
     sys.path.insert(0, str(PROJECT))
     import_everything()
@@ -107,14 +118,15 @@ def import_everything() -> None:
     quiet_libraries()
     from megatron_tf.runtime.local_ranks import IMPORTS
 
-    names = [*IMPORTS, "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"]
-    for name in ("engine", "training", "commands"):
+    names = [*IMPORTS, "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run", "peft",
+             "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+             "transformers.tokenization_utils_tokenizers", "transformers.generation.utils"]  # fmt: skip
+    for name in ("adapters", "commands", "convert", "engine", "evaluation", "finetuning", "inference", "training"):
         package = importlib.import_module(f"megatron_tf.{name}")
         names += [module.name for module in pkgutil.walk_packages(package.__path__, f"megatron_tf.{name}.")]
     assert megatron_tf.__file__ == str(PROJECT / "megatron_tf" / "__init__.py"), megatron_tf.__file__
     for name in names:
         importlib.import_module(name)
-    assert "huggingface_hub" not in sys.modules, "it reads HF_HOME when it is imported"
 
 
 class Server:
@@ -174,7 +186,7 @@ class Server:
     def differs(self, request: dict) -> bool:
         """Whether the process that is asked for would have imported something else, or otherwise."""
         wanted = request["environment"]
-        if request["ignored"] != IGNORED or not {*search_path(wanted)} <= {str(PROJECT), *search_path(self.starting)}:
+        if not {*search_path(wanted)} <= {str(PROJECT), *search_path(self.starting)}:
             return True
         if character_set(wanted) != character_set(self.starting):
             return True
@@ -223,9 +235,6 @@ def character_set(environment: dict[str, str]) -> str:
     return environment.get("LC_ALL") or environment.get("LC_CTYPE") or environment.get("LANG") or "C.UTF-8"
 
 
-IGNORED = [int(number) for number in (signal.SIGPIPE, signal.SIGXFSZ)]  # as every Python has them
-
-
 def receive(client: socket.socket) -> tuple[dict, list[int]]:
     head, ancillary, _, _ = client.recvmsg(8, socket.CMSG_SPACE(3 * 4))
     streams = array.array("i")
@@ -254,6 +263,9 @@ def become(request: dict, base: list[str]) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     os.umask(request["umask"])
+    # a shell has its jobs in the background ignore SIGINT and SIGQUIT, nohup has them ignore SIGHUP
+    for number in request["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
     for limit, pair in request["limits"]:
         if resource.getrlimit(limit) != tuple(pair):
             resource.setrlimit(limit, tuple(pair))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from bases import decoder, questions, tokenformer, write_base, write_lines
-from launching import PROJECT, environment, free_port
+from launching import PROJECT, environment, free_port, warm
 from peft import PeftModel
 from tooling import tool
 
@@ -49,7 +49,7 @@ def command(folder: Path, *overrides: str, ranks: int = 0) -> list[str]:
     head = [sys.executable]
     if ranks:
         head = ["torchrun", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
-    return [*head, str(PROJECT / "launch" / "finetune.py"), str(folder / "config.yml"), *overrides]
+    return warm([*head, PROJECT / "launch" / "finetune.py", folder / "config.yml", *overrides])
 
 
 def finetune(folder: Path, *overrides: str, ranks: int = 0) -> subprocess.CompletedProcess:
@@ -162,7 +162,7 @@ def test_a_tokenformer_is_fine_tuned_by_more_tokens_and_they_are_merged(folder, 
     adapter = read_adapter(tmp_path / "run" / "adapter").config
     assert (adapter["modules"], adapter["scale"], len(adapter["target_modules"])) == (["pattention"], None, 10)
     done = tool("merge_adapter", "--base", tmp_path / "base", "--adapter", tmp_path / "run",
-                "--to", tmp_path / "merged", HF_HOME=str(tmp_path / "home"))  # fmt: skip
+                "--to", tmp_path / "merged")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "on base and adapter: logits differ by" in done.stdout and "on text: logits differ by" in done.stdout
     done = tool("convert_checkpoint", "from-hf", tmp_path / "merged", "--to", tmp_path / "on")

@@ -3,6 +3,10 @@ from __future__ import annotations
 import pytest
 from prepared import write_tokens
 
+from megatron_tf.checkpoint.step_zero import write_step_zero
+from megatron_tf.config.load import load_config
+from megatron_tf.state.sources import InitialSource, StepZero
+
 CONFIG = """
 run: {{dir: {folder}/run, name: test}}
 model:
@@ -37,3 +41,12 @@ def folder(tmp_path, engine):
     parallel = "" if engine == "deepspeed" else f"parallel: {{engine: {engine}}}\n"
     (tmp_path / "config.yml").write_text(CONFIG.format(folder=tmp_path) + parallel)
     return tmp_path
+
+
+@pytest.fixture
+def started(folder):
+    """`folder` with a run in it that has a checkpoint of initial weights, to be resumed, grown and evaluated."""
+    model = load_config(folder / "config.yml").model
+    start = StepZero(InitialSource(model, 3), 0, 0, ())
+    write_step_zero(folder / "run" / "checkpoints", model, start, {}, lambda done, text: None)
+    return folder

@@ -94,29 +94,26 @@ def test_deepspeed_passes_the_exit_code_on(folder):
     assert result.returncode == 2 and result.stdout.count("error:") == 1, result.stdout
 
 
-def test_run_folder_of_another_run(folder):
-    assert train(folder).returncode == 0
-    before = sorted(path for path in (folder / "run").rglob("*"))
-    never = train(folder, "checkpoint.resume=never")
+def test_run_folder_of_another_run(started):
+    before = sorted(path for path in (started / "run").rglob("*"))
+    never = train(started, "checkpoint.resume=never")
     assert never.returncode == 2 and "checkpoint.resume" in never.stdout and "run.dir" in never.stdout, never.stdout
-    result = train(folder, "model.hidden_size=64")
+    result = train(started, "model.hidden_size=64")
     assert result.returncode == 2 and result.stdout.count("error:") == 1, result.stdout
     assert "hidden_size" in result.stdout and "32" in result.stdout and "64" in result.stdout
-    assert sorted(path for path in (folder / "run").rglob("*")) == before
+    assert sorted(path for path in (started / "run").rglob("*")) == before
 
 
-def test_growth_that_takes_layers_away(folder):
-    assert train(folder).returncode == 0
-    result = train(folder, f"growth.from={folder}/run", f"run.dir={folder}/grown", "model.num_layers=1",
+def test_growth_that_takes_layers_away(started):
+    result = train(started, f"growth.from={started}/run", f"run.dir={started}/grown", "model.num_layers=1",
                    "model.parameter_tokens.ffn=75")  # fmt: skip
-    refused(result, folder, "model.num_layers", "2", "1", run_dir="grown")
+    refused(result, started, "model.num_layers", "2", "1", run_dir="grown")
 
 
-def test_growth_that_changes_more_than_tokens_and_layers(folder):
-    assert train(folder).returncode == 0
-    result = train(folder, f"growth.from={folder}/run", f"run.dir={folder}/grown", "model.num_attention_heads=2",
+def test_growth_that_changes_more_than_tokens_and_layers(started):
+    result = train(started, f"growth.from={started}/run", f"run.dir={started}/grown", "model.num_attention_heads=2",
                    "model.parameter_tokens.ffn=75")  # fmt: skip
-    refused(result, folder, "model.num_attention_heads", "4", "2", run_dir="grown")
+    refused(result, started, "model.num_attention_heads", "4", "2", run_dir="grown")
 
 
 def test_other_data_on_resume(folder):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from launching import environment, train
+from launching import environment, train, warm
 
 from megatron_tf.checkpoint import load_logical
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -29,9 +29,14 @@ run("grown", "model.parameter_tokens.ffn=60", "growth={{from: " + folder + "/tru
 
 
 def script(folder) -> subprocess.CompletedProcess:
-    code = SCRIPT.format(folder=str(folder), wsd=WSD)
+    (folder / "script.py").write_text(SCRIPT.format(folder=str(folder), wsd=WSD))
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=200, cwd=folder
+        warm([sys.executable, folder / "script.py"]),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=folder,
     )
 
 

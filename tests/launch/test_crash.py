@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from launching import PROJECT, TRAIN, environment, train
+from launching import PROJECT, TRAIN, at_work, environment, train, warm
 
 from megatron_tf.checkpoint import load_logical
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME, CheckpointIndex, expected_tensors, shard_name
@@ -69,7 +70,7 @@ class Killer:
     """Starts a run again and again, and kills it at a random moment each time."""
 
     def __init__(self, folder: Path, run: Path, rng: random.Random, tally: Tally):
-        self.command = [sys.executable, TRAIN, str(folder / "config.yml"), f"run.dir={run}", *PLAN]
+        self.command = warm([sys.executable, TRAIN, folder / "config.yml", f"run.dir={run}", *PLAN])
         self.output, self.checkpoints, self.log = folder / "output", run / "checkpoints", run / "train.log"
         self.rng, self.tally = rng, tally
 
@@ -83,7 +84,7 @@ class Killer:
                 try:
                     if kills > 0:
                         self._wait_for_the_moment(process)
-                        process.kill()
+                        self._kill(process)
                     code = process.wait(LONGEST_START_SECONDS)
                 finally:
                     process.kill()
@@ -114,9 +115,14 @@ class Killer:
         while process.poll() is None and not happened():
             assert time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.001)
-        time.sleep({4: self.rng.uniform(0, 5), 1: self.rng.uniform(0, 0.3), 2: self.rng.uniform(0, 0.3)}.get(
+        time.sleep({4: self.rng.uniform(0, 2), 1: self.rng.uniform(0, 0.3), 2: self.rng.uniform(0, 0.3)}.get(
             turn, self.rng.choice([0.0, self.rng.uniform(0, 0.02)])
         ))  # fmt: skip
+
+    def _kill(self, process: subprocess.Popen) -> None:
+        """Kills the process that trains, at once, if it has not ended."""
+        with suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(at_work(process.pid), signal.SIGKILL)
 
     def _names(self, prefix: str) -> set[str]:
         try:

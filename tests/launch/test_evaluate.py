@@ -13,15 +13,6 @@ from megatron_tf.config.load import load_config
 from megatron_tf.state.sources import InitialSource, StepZero
 
 
-@pytest.fixture
-def run_folder(folder):
-    """`folder` with a run in it that has a checkpoint of initial weights."""
-    model = load_config(folder / "config.yml").model
-    start = StepZero(InitialSource(model, 3), 0, 0, ())
-    write_step_zero(folder / "run" / "checkpoints", model, start, {}, lambda done, text: None)
-    return folder
-
-
 def results(folder, done, name="step_00000000_perplexity.json"):
     assert done.returncode == 0, done.stdout
     return json.loads((folder / "run" / "evaluation" / name).read_text())
@@ -29,10 +20,10 @@ def results(folder, done, name="step_00000000_perplexity.json"):
 
 @pytest.mark.slow
 @pytest.mark.scale
-def test_one_process_then_other_layouts(run_folder):
-    data = run_folder / "held_out"
-    done = evaluate(run_folder, "--stride", 6, "training.micro_batch_size=3")
-    alone = results(run_folder, done)
+def test_one_process_then_other_layouts(started):
+    data = started / "held_out"
+    done = evaluate(started, "--stride", 6, "training.micro_batch_size=3")
+    alone = results(started, done)
     assert f"{alone['all']['loss']:.4f}" in done.stdout and "bits/byte" in done.stdout
     assert (alone["window"], alone["stride"], alone["all"]["tokens"]) == (16, 6, 3899)
     assert alone["all"]["perplexity"] == pytest.approx(math.exp(alone["all"]["loss"]))
@@ -42,8 +33,8 @@ def test_one_process_then_other_layouts(run_folder):
         (2, "deepspeed", "parallel.pipeline=2"),
         (3, "torchrun", "training.global_batch_size=7"),  # batches that no training could use
     ):
-        output = run_folder / "other"
-        done = evaluate(run_folder, "--stride", 6, "--data", data, "--data", data, "--output", output, *overrides,
+        output = started / "other"
+        done = evaluate(started, "--stride", 6, "--data", data, "--data", data, "--output", output, *overrides,
                         ranks=ranks, launcher=launcher)  # fmt: skip
         assert done.returncode == 0, done.stdout
         found = json.loads((output / "step_00000000_perplexity.json").read_text())
@@ -53,29 +44,29 @@ def test_one_process_then_other_layouts(run_folder):
 
 
 @pytest.mark.slow
-def test_agrees_with_the_evaluation_in_training(run_folder):
+def test_agrees_with_the_evaluation_in_training(started):
     """On whole windows, all of them, side by side, both see the same samples."""
     samples = 243  # of 16 tokens: an epoch of the 3,900 tokens
     tokenizer = ("data.tokenizer=bytes", "model.vocab_size=257")
-    done = train(run_folder, f"run.dir={run_folder}/trained", f"evaluation.samples={samples}",
+    done = train(started, f"run.dir={started}/trained", f"evaluation.samples={samples}",
                  "training.train_steps=1", "training.global_batch_size=3", "training.micro_batch_size=3",
                  "optimizer.schedule.warmup_steps=0", *tokenizer)  # fmt: skip
     assert done.returncode == 0, done.stdout
-    *_, last = map(json.loads, (run_folder / "trained" / "metrics.jsonl").read_text().splitlines())
-    done = evaluate(run_folder, f"run.dir={run_folder}/trained", "--max-tokens", samples * 16 + 1, *tokenizer)
+    *_, last = map(json.loads, (started / "trained" / "metrics.jsonl").read_text().splitlines())
+    done = evaluate(started, f"run.dir={started}/trained", "--max-tokens", samples * 16 + 1, *tokenizer)
     assert done.returncode == 0, done.stdout
-    found = json.loads((run_folder / "trained" / "evaluation" / "step_00000001_perplexity.json").read_text())
+    found = json.loads((started / "trained" / "evaluation" / "step_00000001_perplexity.json").read_text())
     assert found["all"]["loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
     assert found["all"]["text_bytes"] is not None
 
 
-def test_another_evaluation_is_kept_and_the_same_replaced(run_folder):
+def test_another_evaluation_is_kept_and_the_same_replaced(started):
     short = ("--max-tokens", 40)
-    first = results(run_folder, evaluate(run_folder, *short))
-    done = evaluate(run_folder, *short, "--stride", 6)
-    assert results(run_folder, done, "step_00000000_perplexity-2.json")["stride"] == 6
-    results(run_folder, evaluate(run_folder, *short))
-    folder = run_folder / "run" / "evaluation"
+    first = results(started, evaluate(started, *short))
+    done = evaluate(started, *short, "--stride", 6)
+    assert results(started, done, "step_00000000_perplexity-2.json")["stride"] == 6
+    results(started, evaluate(started, *short))
+    folder = started / "run" / "evaluation"
     assert sorted(path.name for path in folder.iterdir()) == [
         "step_00000000_perplexity-2.json", "step_00000000_perplexity.json",
     ]  # fmt: skip
@@ -96,23 +87,23 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_mistakes_are_one_message(run_folder, name):
+def test_mistakes_are_one_message(started, name):
     arguments, fragments = REFUSED[name]
-    done = evaluate(run_folder, *arguments)
+    done = evaluate(started, *arguments)
     assert done.returncode == 2, done.stdout
     assert done.stdout.count("error:") == 1 and "Traceback" not in done.stdout, done.stdout
     for fragment in fragments:
         assert fragment in done.stdout, done.stdout
-    assert not (run_folder / "run" / "evaluation" / "step_00000000_perplexity.json").exists()
+    assert not (started / "run" / "evaluation" / "step_00000000_perplexity.json").exists()
 
 
-def test_a_mistake_that_one_rank_meets_ends_all(run_folder):
+def test_a_mistake_that_one_rank_meets_ends_all(started):
     """Data without a summary tell of a foreign id only when it is read, here by the second data-parallel rank."""
     from megatron_tf.data.indexed import IndexedWriter
 
-    with IndexedWriter(run_folder / "wide", vocab_size=200) as writer:
+    with IndexedWriter(started / "wide", vocab_size=200) as writer:
         writer.add_document([1] * 40 + [150] + [1] * 7)
-    done = evaluate(run_folder, "--data", run_folder / "wide", ranks=2)
+    done = evaluate(started, "--data", started / "wide", ranks=2)
     assert done.returncode != 0
     assert done.stdout.count("error: ") == 1 and "token id 150 is beyond the vocabulary" in done.stdout, done.stdout
 
@@ -152,7 +143,7 @@ def test_tasks_on_two_layouts(with_tasks):
     folder, arguments = with_tasks
     accuracies = []
     for ranks, *overrides in ((0,), (2, "parallel.tensor=2")):
-        done = evaluate(folder, *arguments, "--tasks", "colours", *overrides, ranks=ranks, HF_HOME=str(folder / "hf"))
+        done = evaluate(folder, *arguments, "--tasks", "colours", *overrides, ranks=ranks)
         found = results(folder, done, "step_00000000_tasks.json")
         accuracies.append(found["results"]["colours"]["acc,none"])
         assert found["n-samples"]["colours"]["effective"] == 9 and "colours" in done.stdout
@@ -177,7 +168,7 @@ def test_mistakes_about_tasks_end_every_rank(with_tasks, name):
     folder, arguments = with_tasks
     own, fragments = TASK_MISTAKES[name]
     own = [str(argument).format(folder=folder) for argument in own]
-    done = evaluate(folder, *arguments, *own, ranks=2, HF_HOME=str(folder / "hf"))
+    done = evaluate(folder, *arguments, *own, ranks=2)
     assert done.returncode != 0 and "bits/byte" not in done.stdout  # nothing is scored before
     for fragment in fragments:
         assert fragment in done.stdout, done.stdout

@@ -14,12 +14,9 @@ from pathlib import Path
 import pytest
 from launching import EVALUATE, TRAIN, free_port
 
-from megatron_tf.checkpoint.step_zero import write_step_zero
-from megatron_tf.config.load import load_config
 from megatron_tf.errors import LOST_EXIT_CODE
 from megatron_tf.runtime import watchdog
 from megatron_tf.runtime.local_ranks import IMPORTS
-from megatron_tf.state.sources import InitialSource, StepZero
 from megatron_tf.telemetry.console import quiet_libraries
 
 HANG_SECONDS = 2
@@ -75,15 +72,6 @@ def assert_named(code: int | None, output: str, victim: int, place: str) -> None
     assert code == LOST_EXIT_CODE, output
     assert f"rank {victim} on {socket.gethostname()} is silent, or has ended, since" in output, output
     assert place in output and "Traceback" not in output, output
-
-
-@pytest.fixture
-def started(folder):
-    """`folder` with a run in it that has a checkpoint of initial weights, to be resumed, grown and evaluated."""
-    model = load_config(folder / "config.yml").model
-    start = StepZero(InitialSource(model, 3), 0, 0, ())
-    write_step_zero(folder / "run" / "checkpoints", model, start, {}, lambda done, text: None)
-    return folder
 
 
 STOP = signal.SIGSTOP

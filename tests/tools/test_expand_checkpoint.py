@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,13 +48,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def expand(folder: Path, target: str, *arguments, source="small", bigger=BIGGER):
-    return run([sys.executable, TOOL, "--from", folder / source, "--config", folder / "config.yml",
-                "--to", folder / target, *bigger, *arguments])  # fmt: skip
+@pytest.fixture
+def expand(folder, here):
+    """expand(target, *arguments) is the tool, from `source` to a bigger model."""
+
+    def run(target: str, *arguments: str, source: str = "small", bigger: Sequence[str] = BIGGER):
+        return here("expand_checkpoint", "--from", folder / source, "--config", folder / "config.yml",
+                    "--to", folder / target, *bigger, *arguments)  # fmt: skip
+
+    return run
 
 
-def test_a_dry_run_says_everything_and_writes_nothing(folder):
-    done = expand(folder, "dry", "growth.from=x", "--dry-run", "growth.methods.ffn=gram")
+def test_a_dry_run_says_everything_and_writes_nothing(folder, expand):
+    done = expand("dry", "growth.from=x", "--dry-run", "growth.methods.ffn=gram")
     assert done.returncode == 0, done.stdout
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     source = folder / "small" / "checkpoints" / "step_00000002"
@@ -73,8 +81,8 @@ def test_a_dry_run_says_everything_and_writes_nothing(folder):
     assert not (folder / "dry").exists()
 
 
-def test_a_dry_run_of_a_split(folder):
-    done = expand(folder, "dry", "growth.from=x", "growth.method=split", SPLIT, "--dry-run", bigger=())
+def test_a_dry_run_of_a_split(expand):
+    done = expand("dry", "growth.from=x", "growth.method=split", SPLIT, "--dry-run", bigger=())
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     for line in (
         "qkv 13 tokens, as they are, τ 3.60555 -> 3.60555",
@@ -92,25 +100,25 @@ def test_clones_that_never_differ_are_said():
     assert "growth.clone_noise is 0: clones are alike" in warning
 
 
-def test_a_change_of_the_function_is_said(folder):
+def test_a_change_of_the_function_is_said(expand):
     for override in ("growth.noise=0.02", "growth.methods.qkv=random"):
-        done = expand(folder, "dry", "growth.from=x", override, "--dry-run")
+        done = expand("dry", "growth.from=x", override, "--dry-run")
         assert "function    CHANGED" in done.stdout, done.stdout
 
 
-def test_a_dry_run_of_a_bank(folder):
+def test_a_dry_run_of_a_bank(expand):
     bank = ("model.parameter_tokens.ffn=69", "model.sparse={ffn: {group_size: 16, candidates: 3, dense: 37}}")
-    done = expand(folder, "dry", "growth.from=x", "growth.method=bank", "--dry-run", bigger=bank)
+    done = expand("dry", "growth.from=x", "growth.method=bank", "--dry-run", bigger=bank)
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     told = "ffn 37 tokens -> 69 by bank, 3 candidates in each of 2 slots of 16, τ 6.08276 -> 6.08276"
     assert told in lines and "function kept, to rounding" in lines, done.stdout
 
 
-def test_a_split_of_what_was_split_is_told_and_written(folder):
+def test_a_split_of_what_was_split_is_told_and_written(folder, expand):
     """The file has what training would begin with: the tests of `growth.split` compare every range of it."""
-    assert expand(folder, "split", "growth.from=x", "growth.method=split", SPLIT, bigger=()).returncode == 0
+    assert expand("split", "growth.from=x", "growth.method=split", SPLIT, bigger=()).returncode == 0
     more = SPLIT.replace("candidates: 3", "candidates: 6")
-    done = expand(folder, "again", "growth.from=x", "growth.method=split", more, source="split", bigger=())
+    done = expand("again", "growth.from=x", "growth.method=split", more, source="split", bigger=())
     assert done.returncode == 0, done.stdout
     told = "ffn 37 tokens, 3 candidates copied to 6 candidates in each of 2 slots of 16, τ 6.08276 -> 6.08276"
     assert told in [" ".join(line.split()) for line in done.stdout.splitlines()], done.stdout
@@ -118,29 +126,13 @@ def test_a_split_of_what_was_split_is_told_and_written(folder):
     before, after = reader.index.growth_history
     assert before["sparse"]["from"] is None and after["sparse"]["from"] == before["sparse"]["to"]
     other = more.replace("candidates: 6", "candidates: 4")
-    done = expand(folder, "no", "growth.from=x", "growth.method=split", other, source="split", bigger=())
-    assert done.returncode == 2 and "3 before, 4 after. Each candidate is split into as many copies" in done.stdout
+    done = expand("no", "growth.from=x", "growth.method=split", other, source="split", bigger=())
+    assert done.returncode == 2 and "3 before, 4 after. Each candidate is split into as many copies" in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("growth", [("growth.method=zero_key",), ("growth.method=gram", "growth.moments=reset"),
-                                    ("growth.method=random", "growth.noise=0.02"),
-                                    ("growth.method=split", SPLIT)])  # fmt: skip
-def test_training_goes_on_as_if_it_had_grown_the_model_itself(folder, tmp_path, growth):
+def assert_alike(folder: Path, runs: Path) -> None:
     """The last checkpoints of both runs are equal to the last bit: weights, moments, ages, position."""
-    bigger = (*(() if "growth.method=split" in growth else BIGGER), f"growth.from={folder}/small", *growth)
-    (tmp_path / "config.yml").write_text((folder / "config.yml").read_text())
-    done = train(tmp_path, f"run.dir={tmp_path}/inplace", *bigger)
-    assert done.returncode == 0, done.stdout
-    done = run([sys.executable, TOOL, "--from", folder / "small", "--config", folder / "config.yml", "--to",
-                tmp_path / "expanded", *bigger])  # fmt: skip
-    assert done.returncode == 0 and "wrote" in done.stdout, done.stdout
-    done = train(tmp_path, f"run.dir={tmp_path}/expanded", *bigger)
-    assert done.returncode == 0, done.stdout
-    assert "resumed from" in done.stdout and "grown from" not in done.stdout.split("resumed from")[1]
-    one, other = (
-        open_checkpoint(tmp_path / name / "checkpoints" / "step_00000002") for name in ("inplace", "expanded")
-    )
+    one, other = (open_checkpoint(runs / name / "checkpoints" / "step_00000002") for name in ("inplace", "expanded"))
     assert [d for d in compare(one, other) if not d.equal] == []
     for field in ("samples", "tokens", "scales", "adam_steps", "data", "model"):
         assert getattr(one.index, field) == getattr(other.index, field), field
@@ -150,15 +142,65 @@ def test_training_goes_on_as_if_it_had_grown_the_model_itself(folder, tmp_path, 
         folder / "small" / "checkpoints" / "step_00000002").path)  # fmt: skip
 
 
-def test_data_that_is_elsewhere_is_taken_to_be_the_same(folder):
-    done = expand(folder, "elsewhere", "data.train=[{path: /nowhere/tokens}]")
+@pytest.mark.slow
+def test_training_goes_on_as_if_it_had_grown_the_model_itself(folder, tmp_path):
+    bigger = (*BIGGER, f"growth.from={folder}/small", "growth.method=zero_key")
+    (tmp_path / "config.yml").write_text((folder / "config.yml").read_text())
+    done = train(tmp_path, f"run.dir={tmp_path}/inplace", *bigger)
+    assert done.returncode == 0, done.stdout
+    done = run([sys.executable, TOOL, "--from", folder / "small", "--config", folder / "config.yml", "--to",
+                tmp_path / "expanded", *bigger])  # fmt: skip
+    assert done.returncode == 0 and "wrote" in done.stdout, done.stdout
+    done = train(tmp_path, f"run.dir={tmp_path}/expanded", *bigger)
+    assert done.returncode == 0, done.stdout
+    assert "resumed from" in done.stdout and "grown from" not in done.stdout.split("resumed from")[1]
+    assert_alike(folder, tmp_path)
+
+
+GROWTHS = {
+    "gram": (*BIGGER, "growth.method=gram", "growth.moments=reset"),
+    "random": (*BIGGER, "growth.method=random", "growth.noise=0.02"),
+    "split": ("growth.method=split", SPLIT),
+}
+# One process for all runs: only the first pays for the start.
+ALL_GROWTHS = """
+import json, sys
+from megatron_tf import train
+from megatron_tf.commands.expand_checkpoint import main
+folder, runs, growths = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+for name, growth in growths.items():
+    overrides = [f"growth.from={folder}/small", *growth]
+    train(f"{folder}/config.yml", [f"run.dir={runs}/{name}/inplace", *overrides])
+    expanded = f"{runs}/{name}/expanded"
+    sys.argv = ["expand", "--from", f"{folder}/small", "--config", f"{folder}/config.yml", "--to", expanded, *overrides]
+    main()
+    print("expanded", name)
+    train(f"{folder}/config.yml", [f"run.dir={expanded}", *overrides])
+    print("went on", name)
+"""
+
+
+@pytest.mark.slow
+def test_so_it_does_by_every_other_method(folder, tmp_path):
+    (tmp_path / "script.py").write_text(ALL_GROWTHS)
+    done = run([sys.executable, tmp_path / "script.py", folder, tmp_path, json.dumps(GROWTHS)])
+    assert done.returncode == 0, done.stdout
+    for name in GROWTHS:
+        _, _, after = done.stdout.partition(f"expanded {name}\n")
+        printed, went_on, _ = after.partition(f"went on {name}\n")
+        assert went_on and "resumed from" in printed and "grown from" not in printed.split("resumed from")[1]
+        assert_alike(folder, tmp_path / name)
+
+
+def test_data_that_is_elsewhere_is_taken_to_be_the_same(folder, expand):
+    done = expand("elsewhere", "data.train=[{path: /nowhere/tokens}]")
     assert done.returncode == 0 and "data        not here" in done.stdout, done.stdout
     index = open_checkpoint(folder / "elsewhere" / "checkpoints" / "step_00000000").index
     source = open_checkpoint(folder / "small" / "checkpoints" / "step_00000002").index
     assert (index.data, index.samples) == (source.data, source.samples)
 
 
-def test_a_users_mistake_is_one_message(folder):
+def test_a_users_mistake_is_one_message(folder, expand):
     (folder / "taken" / "checkpoints" / "step_00000001").mkdir(parents=True)
     damaged = folder / "damaged"
     shutil.copytree(folder / "small", damaged, dirs_exist_ok=True)
@@ -178,9 +220,9 @@ def test_a_users_mistake_is_one_message(folder):
         "unknown": {"arguments": ("growth.from=x", "growth.noize=1")},
     }
     for message, case in cases.items():
-        done = expand(folder, case.get("target", "new"), *case.get("arguments", ()), source=case.get("source", "small"))
-        assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
-        assert done.stdout.count("error: ") == 1 and message in done.stdout, done.stdout
+        done = expand(case.get("target", "new"), *case.get("arguments", ()), source=case.get("source", "small"))
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout
+        assert done.stderr.count("error: ") == 1 and message in done.stderr, done.stderr
     assert not (folder / "new").exists()
 
 
@@ -205,11 +247,11 @@ ROUNDS = 3
 LARGE_CONFIG = """
 run: {{dir: {folder}/large}}
 model:
-  num_layers: 2
+  num_layers: {num_layers}
   hidden_size: 768
   num_attention_heads: 12
   seq_length: 16
-  vocab_size: 50304
+  vocab_size: {vocab_size}
   parameter_tokens: {{qkv: 4850, proj: 4850, ffn: 19400}}
 training: {{train_steps: 2, global_batch_size: 1, micro_batch_size: 1}}
 optimizer: {{lr: 1e-2}}
@@ -251,17 +293,25 @@ print(json.dumps({"bytes": peak() - before, "seconds": time.perf_counter() - beg
 LARGER = ("model.parameter_tokens.qkv=8620", "model.parameter_tokens.proj=8620", "model.parameter_tokens.ffn=34480")
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """A checkpoint of 1.8 GB: two layers of the 757M model; one of the 1.4B model's takes 3 GB."""
-    folder = tmp_path_factory.mktemp("large")
+@contextmanager
+def initial(root: Path, **sizes: int) -> Iterator[Path]:
+    """A folder with a checkpoint of layers of the 757M model, and their configuration."""
+    folder = root / "large"
+    folder.mkdir()
     if shutil.disk_usage(folder).free < 12e9:
         pytest.skip("needs 12 GB of disk")
-    (folder / "config.yml").write_text(LARGE_CONFIG.format(folder=folder))
+    (folder / "config.yml").write_text(LARGE_CONFIG.format(folder=folder, **sizes))
     checkpoints = folder / "large" / "checkpoints"
     subprocess.run([sys.executable, "-c", INITIAL, folder / "config.yml", checkpoints], check=True, env=environment())
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A checkpoint of 1.8 GB; one of the 1.4B model's takes 3 GB."""
+    with initial(tmp_path_factory.mktemp("large"), num_layers=2, vocab_size=50304) as folder:
+        yield folder
 
 
 def measured(folder: Path, target: Path, method: str) -> dict[str, float]:
@@ -275,6 +325,15 @@ def measured(folder: Path, target: Path, method: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
+def test_memory_is_bounded(tmp_path):
+    with initial(tmp_path, num_layers=1, vocab_size=99) as folder:
+        figures = measured(folder, folder / "grown", "zero_key")
+        assert next((folder / "grown").glob("*/*/shard*")).stat().st_size > 1.2e9
+    assert figures["bytes"] < 0.25 * MEMORY_LIMIT_BYTES, figures
+
+
+@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("method", ["zero_key", "gram"])
 def test_memory_is_bounded_whatever_the_size(large, method):
     figures = measured(large, large / "grown", method)

@@ -20,7 +20,7 @@ def test_base_and_adapter_become_one_folder(tmp_path):
     fill(model)
     model.save_pretrained(tmp_path / "adapter")
     arguments = ("--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--to", tmp_path / "export")
-    done = tool("export_adapter", *arguments, HF_HOME=str(tmp_path / "home"))
+    done = tool("export_adapter", *arguments)
     assert done.returncode == 0, done.stderr
     assert "on random tokens: logits differ by" in done.stdout and "on generation with a cache" in done.stdout
     assert "\nwrote " in done.stdout

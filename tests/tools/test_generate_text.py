@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
-import subprocess
 from dataclasses import fields
 
 import pytest
-from tooling import PROJECT, assert_refused
+from tooling import assert_refused
 
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
@@ -63,21 +61,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """The tool in this process, because a new one spends seconds on importing torch."""
-
-    def run(*arguments):
-        script = str(PROJECT / "tools" / "generate_text.py")
-        monkeypatch.setattr("sys.argv", [script, *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as ended:
-            code = ended.code
-        printed = capsys.readouterr()
-        return subprocess.CompletedProcess(script, code, printed.out, printed.err)
-
-    return run
+def command(here):
+    return lambda *arguments: here("generate_text", *arguments)
 
 
 @pytest.fixture

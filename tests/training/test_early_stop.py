@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from launching import PROJECT, environment
+from launching import PROJECT, environment, warm
 from tiny import run_config
 
 from megatron_tf.config.load import dump_config
@@ -85,8 +85,9 @@ def test_a_run_ends_early_is_complete_and_can_go_on(tmp_path):
     )  # fmt: skip
     (tmp_path / "config.yml").write_text(dump_config(config))
     overrides = [[], [], ["training.stop_when=null"]]
+    (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(overrides)], cwd=tmp_path, capture_output=True, text=True,
+        warm([sys.executable, tmp_path / "script.py", json.dumps(overrides)]), cwd=tmp_path, capture_output=True, text=True,
         env=environment(PYTHONPATH=str(PROJECT)), timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import environment
+from launching import environment, warm
 
 from megatron_tf import train
 from megatron_tf.errors import ConfigError, LaunchError
@@ -38,8 +38,10 @@ def notebook(tmp_path_factory):
     """What CHECKS print after the cells of the notebook ran one after another in an empty folder, and all output."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     script = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    folder = tmp_path_factory.mktemp("notebook")
+    (folder / "script.py").write_text(script + CHECKS)
     done = subprocess.run(
-        [sys.executable, "-c", script + CHECKS], cwd=tmp_path_factory.mktemp("notebook"), capture_output=True, text=True,
+        warm([sys.executable, folder / "script.py"]), cwd=folder, capture_output=True, text=True,
         env=environment(PYTHONPATH=str(PROJECT)), timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
