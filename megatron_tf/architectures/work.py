@@ -66,6 +66,7 @@ class BlockWork:
 
     `products`: of the forward pass; the backward pass has each twice.  `products_again`: what it makes once more
         besides, because it was not kept.
+    `weights`: of the products, those whose second one in the backward pass, the gradient of weights, can be made later.
     `inner_width`: columns between the products, for each position: a Pattention's scores, an MLP's activations.
     `inner_passes`, `head_passes`: how often an elementwise kernel reads or writes an element of [s, b, inner_width],
         and of the rank's own heads [s, b, d/T].
@@ -88,6 +89,7 @@ class BlockWork:
     backward_peak: int
     products_again: tuple[Product, ...] = ()
     moved: Passes = Passes(0, 0)
+    weights: tuple[Product, ...] = ()
 
 
 def positions_of(config: RunConfig) -> int:

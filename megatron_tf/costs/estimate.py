@@ -131,19 +131,38 @@ def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int,
             parameters, precision, config.zero.stage, topology.data, optimizer_type
         )
     in_flight = _layers_in_flight(config, topology, num_micro_batches, stage)
-    return Memory(weights, gradients, optimizer, _stage_activation_bytes(config, topology, stage, in_flight))
+    activations = _stage_activation_bytes(config, topology, stage, in_flight)
+    return Memory(
+        weights, gradients, optimizer, activations + _waiting_bytes(config, topology, num_micro_batches, stage)
+    )
+
+
+def _waiting_bytes(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> int:
+    """What gradients of weights wait with: under a zero-bubble schedule stage i has i passes of a part to make up for.
+
+    It is both factors of each gradient, over all positions.
+    """
+    if config.parallel.schedule != "zero_bubble":
+        return 0
+    parts = topology.parts(config.model.num_layers, stage)
+    elements = sum(
+        product.m * (product.k + product.n) for product in architecture_of(config.model).work(config).weights
+    )
+    passes = min(stage, num_micro_batches * len(parts))
+    return passes * max(map(len, parts)) * elements * compute_bytes(config.training.precision)
 
 
 def _layers_in_flight(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> int:
     """Layers, counted once for each micro batch, whose forward pass is done before the first backward pass.
 
     One forward, one backward: stage i has begun P − i micro batches by then. Interleaved, with v parts of the depth on
-    a rank, it is (v − 1) P + 2 (P − i) − 1 passes of a part.
+    a rank, it is (v − 1) P + 2 (P − i) − 1 passes of a part; with a zero-bubble schedule (v − 1) P + P − i of them.
     """
     parts, ranks = topology.parts(config.model.num_layers, stage), topology.pipeline
     if len(parts) == 1:
         return min(num_micro_batches, ranks - stage) * len(parts[0])
-    passes = (len(parts) - 1) * ranks + 2 * (ranks - stage) - 1
+    ahead = ranks - stage
+    passes = (len(parts) - 1) * ranks + (ahead if config.parallel.schedule == "zero_bubble" else 2 * ahead - 1)
     return min(num_micro_batches * len(parts), passes) * max(map(len, parts))
 
 

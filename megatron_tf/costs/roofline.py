@@ -2,7 +2,9 @@
 
 A step is (M + P − 1) slots of the slowest stage, one for each of M micro batches and one for each of the other P − 1
 stages that wait at its ends (the bubble, (P − 1)/(M + P − 1) of them: Narayanan et al. 2021, arXiv:2104.04473,
-whose (p − 1)/m is the same number relative to the work), then the reduction of gradients and the update.
+whose (p − 1)/m is the same number relative to the work), then the reduction of gradients and the update. With v parts
+of the depth on a rank a wait is 1/v as long. A zero-bubble schedule leaves gradients of weights, W of a slot, for when
+a stage would wait: it waits (P − 1)/v times slot − 2W (ZB-H1: Qi et al. 2024, arXiv:2401.10241).
 """
 
 from __future__ import annotations
@@ -26,7 +28,14 @@ from megatron_tf.costs.communication import (
 )
 from megatron_tf.costs.estimate import flops_per_token, stage_parameters
 from megatron_tf.costs.hardware import Assumptions, Gpu, group_bandwidth
-from megatron_tf.costs.work import Seconds, accumulation_seconds, block_seconds, ends_seconds, update_seconds
+from megatron_tf.costs.work import (
+    Seconds,
+    accumulation_seconds,
+    block_seconds,
+    ends_seconds,
+    later_seconds,
+    update_seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,9 @@ def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions
     topology, batches = topology_for(config, world_size), plan_batches(config, world_size)
     stages = {0, topology.pipeline - 1}  # those between have no layers of the task, or more blocks
     slots = [_slot(config, topology, stage, gpu, assumed) for stage in stages]
-    compute, tensor, context, sending = max(slots, key=sum)
+    slot = max(slots, key=sum)
+    compute, tensor, context, sending = slot
+    later = topology.num_layers(config.model.num_layers, 0) * later_seconds(config, gpu, assumed)
     micro_batches = batches.num_micro_batches
     parameters = max(stage_parameters(config.model, topology, stage) for stage in stages)
     data = data_collectives(config, parameters, topology.replicas, micro_batches)
@@ -86,7 +97,7 @@ def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions
         tensor=micro_batches * tensor,
         context=micro_batches * context,
         pipeline=micro_batches * sending,
-        bubble=(topology.pipeline - 1) / topology.virtual_stages * (compute + tensor + context + sending),
+        bubble=(topology.pipeline - 1) / topology.virtual_stages * (sum(slot) - 2 * later),
         data=end,
         update=update_seconds(parameters, config, topology.replicas, gpu, assumed),
         tokens=batches.tokens_per_step,

@@ -68,6 +68,13 @@ def block_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
     )
 
 
+def later_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> float:
+    """Of the backward pass of one block, what a zero-bubble schedule leaves for later."""
+    if config.parallel.schedule != "zero_bubble":
+        return 0.0
+    return _products_seconds(architecture_of(config.model).work(config).weights, config, gpu, assumed)
+
+
 def ends_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> tuple[Seconds, Seconds]:
     """Time of the task's input layer, and of its head and loss."""
     work = task_of(config.model).work(config)

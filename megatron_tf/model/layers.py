@@ -36,6 +36,7 @@ from megatron_tf.model.attention import Documents, causal_attention, full_attent
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.context import BlockContext, Reports, attach
 from megatron_tf.model.filling import fill_normal
+from megatron_tf.model.later import Later
 from megatron_tf.model.pattention import DIRECT, Form, partial_pattention
 from megatron_tf.parallel.collectives import copy_to, exchange, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
@@ -153,6 +154,16 @@ def choose_forms(block: nn.Module, training: Training, device: str) -> None:
                 module.group.size, device,
             )  # fmt: skip
             module.form = Form(norm, training.scores == "keep")
+
+
+def leave_weights(module: nn.Module, later: Later) -> None:
+    """From now on backward passes leave to `later` the gradients of the weights in `module`, where they can: of banks
+    of candidates, norms and embeddings they make them."""
+    for part in module.modules():
+        if isinstance(part, Pattention):
+            part.form = part.form._replace(later=later)
+        elif hasattr(part, "later"):
+            part.later = later  # type: ignore[assignment]
 
 
 class Attention(nn.Module, ABC):

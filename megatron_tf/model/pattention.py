@@ -45,6 +45,7 @@ from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model import gram
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.kernels import score_layout
+from megatron_tf.model.later import Later
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 
@@ -55,10 +56,13 @@ class Form(NamedTuple):
     `norm`: "direct", or "gram" for an activation that has it. On one process, rows whose norm would lose digits are
     computed directly, with all others of the call.
     `keep_scores`: for the backward pass, which otherwise makes them again.
+    `later`: where the backward pass leaves the gradients of tokens; None: it makes them. Scores must be kept, and
+    tokens be leaves.
     """
 
     norm: Norm = "direct"
     keep_scores: bool = True
+    later: Later | None = None
 
 
 DIRECT = Form()
@@ -126,7 +130,7 @@ def _outputs(
         certain = group.size > 1 or torch.compiler.is_compiling()
         if certain or not gram.loses_digits(_rows(x), matrices, norms):
             tensors.append(norms)
-    return _Pattention.apply(function, tuple(scales), group, form.keep_scores, *tensors)
+    return _Pattention.apply(function, tuple(scales), group, form.keep_scores, form.later, *tensors)
 
 
 @torch.no_grad()
@@ -140,9 +144,9 @@ def token_weights(x: Tensor, key_tokens: Tensor, scale: float, activation: str, 
 
 class _Pattention(Function):
     # Where no gradient is wanted, torch.compile drops ctx from a call with as many arguments as `forward` has
-    # parameters, which are six: there must be more tensors than two.
+    # parameters, which are seven: there must be more tensors than two.
     @staticmethod
-    def forward(ctx, function, scales, group, keep_scores, *tensors):
+    def forward(ctx, function, scales, group, keep_scores, later, *tensors):
         x, *others = tensors
         tokens, norms = others[: 2 * len(scales)], others[2 * len(scales) :]
         layer = _layer(tokens, scales, function, group, bool(norms))
@@ -156,6 +160,7 @@ class _Pattention(Function):
             statistics, outputs = ([torch.cat(own) for own in zip(*parts)] for parts in zip(*chunks))
         ctx.save_for_backward(x, *tokens, *statistics, *([scores] if keep_scores else []))
         ctx.function, ctx.scales, ctx.group, ctx.normed = function, scales, group, layer.normed
+        ctx.later, ctx.leaves = later, tokens if later is not None else None
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outputs)
 
     @staticmethod
@@ -164,20 +169,24 @@ class _Pattention(Function):
         x, *others = ctx.saved_tensors
         count = len(ctx.scales)
         tokens, statistics, kept = others[: 2 * count], others[2 * count : 3 * count], others[3 * count :]
-        layer = _layer(tokens, ctx.scales, ctx.function, ctx.group, ctx.normed, ctx.needs_input_grad[4])
+        layer = _layer(tokens, ctx.scales, ctx.function, ctx.group, ctx.normed, ctx.needs_input_grad[5])
         rows = _rows(x), *map(_rows, grads), *statistics
-        if kept or layer.exchanges:
+        if ctx.later is not None:
+            d_x, factors, totals = _backward_to_inputs(rows, *kept, layer)
+            ctx.later.add(ctx.leaves, _products(factors, [len(own) for own in tokens]))
+            token_grads = [None] * len(tokens)
+        elif kept or layer.exchanges:
             d_x, token_grads, totals = _backward(rows, *kept, layer)
         else:
             d_x, token_grads, totals = _backward_by_chunks(rows, layer)
         gradients = [
             None if d_x is None else d_x.view(x.shape),
-            *(grad[: len(own)].to(own.dtype) for own, grad in zip(tokens, token_grads)),
+            *(None if grad is None else grad[: len(own)].to(own.dtype) for own, grad in zip(tokens, token_grads)),
         ]
         if layer.normed:
             norms = torch.cat(statistics, -1)
             gradients.append(torch.where(norms > 0, -torch.cat(totals, -1) / norms, 0))
-        return None, None, None, None, *gradients
+        return None, None, None, None, None, *gradients
 
 
 class _Layer(NamedTuple):
@@ -260,13 +269,33 @@ def _sharded_forward(x: Tensor, layer: _Layer) -> _Results:
 
 def _backward(rows: Sequence[Tensor], scores: Tensor, layer: _Layer) -> _Gradients:
     """`rows`: x, the outputs' gradients and r of each projection."""
+    value_grads: list[Tensor] = []
+    gradient, totals = _to_scores(rows, scores, layer, lambda s, grad: value_grads.append(s.mT @ grad))
+    d_x = gradient @ score_layout.concatenated(layer.keys) if layer.wants_dx else None
+    return d_x, [*score_layout.split(gradient.mT @ rows[0], layer.keys, 0), *value_grads], totals
+
+
+def _backward_to_inputs(
+    rows: Sequence[Tensor], scores: Tensor, layer: _Layer
+) -> tuple[Tensor | None, Sequence[tuple[Tensor, Tensor]], Sequence[Tensor]]:
+    """`_backward`, but each gradient of tokens is (L, R), of which it is LᵀR."""
+    of_values: list[tuple[Tensor, Tensor]] = []
+    gradient, totals = _to_scores(rows, scores, layer, lambda s, grad: of_values.append((s, grad)))
+    d_x = gradient @ score_layout.concatenated(layer.keys) if layer.wants_dx else None
+    return d_x, [*((own, rows[0]) for own in score_layout.split(gradient, layer.keys)), *of_values], totals
+
+
+def _to_scores(
+    rows: Sequence[Tensor], scores: Tensor, layer: _Layer, of_values: Callable[[Tensor, Tensor], None]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """(dA of all projections, T of each).  `of_values`: is given S of each projection, and its output's gradient."""
     keys, function, group = layer.keys, layer.function, layer.group
-    x, grads, statistics = rows[0], rows[1 : 1 + len(keys)], rows[1 + len(keys) :]
+    grads, statistics = rows[1 : 1 + len(keys)], rows[1 + len(keys) :]
     gradient = score_layout.empty_scores(scores, *scores.shape)
     score_layout.clear_gaps(gradient, keys)
     own = score_layout.split(gradient, keys), score_layout.split(scores, keys)
     parts = list(zip(*own, statistics, layer.scales))
-    value_grads, totals = [], []
+    totals: list[Tensor] = []
     for (d, a, r, scale), v, grad in zip(parts, layer.values, grads):
         d.addmm_(grad, v.mT, beta=0)  # beta 0: what is in d is not read. torch.compile takes no out= here
         if layer.normed or layer.exchanges:
@@ -277,12 +306,16 @@ def _backward(rows: Sequence[Tensor], scores: Tensor, layer: _Layer) -> _Gradien
                 finish = begin_all_reduce(torch.cat(totals, -1), group)
         else:
             s = function.backward_and_couple(a, r, d, scale)
-        value_grads.append(s.mT @ grad)
+        of_values(s, grad)
     if layer.exchanges:
         for (d, a, r, scale), total in zip(parts, finish().split(1, -1)):
             function.couple(a, r, total, d, scale)
-    d_x = gradient @ score_layout.concatenated(keys) if layer.wants_dx else None
-    return d_x, [*score_layout.split(gradient.mT @ x, keys, 0), *value_grads], totals
+    return gradient, totals
+
+
+def _products(factors: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Callable[[], Sequence[Tensor]]:
+    """A function that makes LᵀR of each (L, R), the first `sizes` rows of it."""
+    return lambda: [(left.mT @ right)[:size] for (left, right), size in zip(factors, sizes)]
 
 
 def _backward_by_chunks(rows: Sequence[Tensor], layer: _Layer) -> _Gradients:

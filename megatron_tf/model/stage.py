@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -94,6 +94,12 @@ class Stage(nn.Module):
             return hidden
         assert self.final_norm is not None
         return self.task_layers.logits(self.get_submodule(task.head_name), self.final_norm(hidden))
+
+    def modules_of(self, part: int) -> Iterator[nn.Module]:
+        """Those that only `part` runs, where parts are several."""
+        yield from (self.blocks[layer] for layer in self.parts[part])
+        if self.target(part) is None:
+            yield self.get_submodule(task_of(self.model).head_name)
 
     def infer(self, inputs: Tensor) -> Tensor | None:
         """Inputs [b, ...] of the task, through all stages -> its logits at the last one, None elsewhere.

@@ -7,6 +7,7 @@ scores are the activation's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 from megatron_tf.activations.base import Activation
 from megatron_tf.activations.forms import GPU
@@ -64,13 +65,12 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     widths = {"qkv": 3 * qkv, "proj": proj, "ffn": ffn}
     slots = {kind: bank.slots(getattr(counts, kind)) // tensor for kind, bank in banks_of(model).items()}
     chosen_slots = sum(SHARING[kind] * count for kind, count in slots.items())
-    products = [
-        product
-        for kind, sharing in SHARING.items()
-        for product in _products(
-            positions, hidden, widths[kind] // sharing, sharing, bank_of(model, kind), slots.get(kind, 0)
+    of_kind = {
+        kind: tuple(
+            _products(positions, hidden, widths[kind] // sharing, sharing, bank_of(model, kind), slots.get(kind, 0))
         )
-    ]
+        for kind, sharing in SHARING.items()
+    }
     keep = config.training.scores == "keep"
     kernels = KERNELS if activation.kernel_passes is None else FUSED_KERNELS
     with_gram = [kind for kind, form in norm_forms(model, config, GPU).items() if form == "gram"]
@@ -79,7 +79,8 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     gram = [Product(positions, hidden, gram_projections * hidden)] if with_gram else []
     gram += [Product(hidden, widths[kind], hidden) for kind in with_gram]
     return BlockWork(
-        products=(*products, *gram),
+        products=(*chain.from_iterable(of_kind.values()), *gram),
+        weights=tuple(chain.from_iterable(own for kind, own in of_kind.items() if bank_of(model, kind) is None)),
         products_again=() if keep else tuple(Product(positions, hidden, width) for width in widths.values()),
         inner_width=scores,
         inner_passes=_score_passes(activation, config, gram_share),

@@ -12,6 +12,7 @@ from megatron_tf.architectures.spec import shard_range
 from megatron_tf.architectures.transformer.parameters import qkv_rows
 from megatron_tf.architectures.transformer.section import TransformerModel, as_transformer
 from megatron_tf.config.sections.model import Model
+from megatron_tf.model.later import Later, product
 from megatron_tf.model.layers import Attention, Block, TensorParallel
 from megatron_tf.parallel.groups import Group
 
@@ -23,14 +24,16 @@ class SplitMatrix(nn.Module):
         super().__init__()
         start, stop = shard_range(rows, group.size, group.rank)
         self.weight = nn.Parameter(torch.empty(stop - start, width))
+        # where a backward pass leaves the gradient of the weight; None: it makes it
+        self.later: Later | None = None
 
     def split(self, x: Tensor) -> Tensor:
         """x [..., width], whole -> [..., rows/T]."""
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight) if self.later is None else product(x, self.weight, self.later)
 
     def partial(self, x: Tensor) -> Tensor:
         """x [..., rows/T] -> [..., width], still to be summed over the group."""
-        return x @ self.weight
+        return x @ self.weight if self.later is None else product(x, self.weight, self.later, transposed=True)
 
 
 class LinearAttention(Attention):

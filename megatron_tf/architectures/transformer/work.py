@@ -38,8 +38,10 @@ def block_work(model: TransformerModel, config: RunConfig) -> BlockWork:
     own, qkv, mlp = hidden // tensor, qkv_rows(model) // tensor, -(-model.ffn_hidden_size // tensor)
     key = (qkv - own) // 2
     shapes = ((hidden, qkv), (own, hidden), (hidden, mlp), (mlp, hidden))
+    products = tuple(Product(positions, *shape) for shape in shapes)
     return BlockWork(
-        products=tuple(Product(positions, *shape) for shape in shapes),
+        products=products,
+        weights=products,
         inner_width=mlp,
         inner_passes=MLP_PASSES,
         head_passes=HEAD_PASSES,

@@ -43,12 +43,17 @@ def pipeline_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
     parallel, training = config.parallel, config.training
     samples = training.micro_batch_size * data_parallel
     micro_batches = training.global_batch_size // samples
-    if parallel.engine == "torch" and parallel.virtual_stages > 1:
+    if parallel.engine != "torch":
+        return
+    if parallel.virtual_stages > 1:
         yield from _interleaving_problems(parallel, micro_batches, samples)
-    if parallel.engine == "torch" and parallel.schedule == "1f1b" and micro_batches < parallel.pipeline:
+    if parallel.schedule == "zero_bubble":
+        yield from _zero_bubble_problems(config, micro_batches, samples)
+    if parallel.schedule != "gpipe" and micro_batches < parallel.pipeline:
         yield (
-            f"parallel.schedule: 1f1b needs a micro batch for each of parallel.pipeline {parallel.pipeline} stages, "
-            f"and a step has {micro_batches} of them. Set it to gpipe, or training.micro_batch_size to at most "
+            f"parallel.schedule: {parallel.schedule} needs a micro batch for each of parallel.pipeline "
+            f"{parallel.pipeline} stages, and a step has {micro_batches} of them. Set it to gpipe, or "
+            "training.micro_batch_size to at most "
             f"{max(1, training.global_batch_size // (parallel.pipeline * data_parallel))}."
         )
 
@@ -61,9 +66,9 @@ def _interleaving_problems(parallel: Parallel, micro_batches: int, samples: int)
             f"parallel.virtual_stages: {parts} needs a pipeline, and parallel.pipeline is 1. Set parallel.virtual_stages "
             "to 1, or parallel.pipeline to 2."
         )
-    elif parallel.schedule != "1f1b":
+    elif parallel.schedule == "gpipe":
         yield (
-            f"parallel.virtual_stages: {parts} needs parallel.schedule: 1f1b, and it is {parallel.schedule}. Set "
+            f"parallel.virtual_stages: {parts} needs parallel.schedule: 1f1b or zero_bubble, and it is gpipe. Set "
             "parallel.schedule to 1f1b, or parallel.virtual_stages to 1."
         )
     elif micro_batches > stages and micro_batches % stages:
@@ -72,6 +77,29 @@ def _interleaving_problems(parallel: Parallel, micro_batches: int, samples: int)
             f"parallel.virtual_stages: {parts} needs micro batches in multiples of parallel.pipeline {stages}, and a "
             f"step has {micro_batches} of them. Set training.global_batch_size to {either(near)}, or "
             "parallel.virtual_stages to 1."
+        )
+
+
+def _zero_bubble_problems(config: RunConfig, micro_batches: int, samples: int) -> Iterator[str]:
+    """`samples`: of one micro batch on all data-parallel ranks."""
+    parallel, training = config.parallel, config.training
+    if training.compile:
+        yield (
+            "parallel.schedule: zero_bubble leaves gradients of weights for later, and training.compile: true compiles "
+            "them into one pass with the others. Set training.compile to false, or parallel.schedule to 1f1b."
+        )
+    if training.scores == "recompute":
+        yield (
+            "parallel.schedule: zero_bubble keeps scores for the gradients of weights, and training.scores: recompute "
+            "keeps none. Set training.scores to keep, or parallel.schedule to 1f1b."
+        )
+    stages = parallel.pipeline
+    if parallel.virtual_stages == 1 and micro_batches > stages and micro_batches % stages:
+        near = [samples * number for number in multiples_near(micro_batches, stages)]
+        yield (
+            f"parallel.schedule: zero_bubble needs micro batches in multiples of parallel.pipeline {stages}, and a "
+            f"step has {micro_batches} of them. Set training.global_batch_size to {either(near)}, or "
+            "parallel.schedule to 1f1b."
         )
 
 

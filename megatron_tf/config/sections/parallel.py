@@ -20,8 +20,8 @@ class Parallel(Section):
     """What trains: DeepSpeed, or torch alone. Checkpoints of one resume in the other."""
     shard: Literal["optimizer", "gradients", "parameters"] = "optimizer"
     """What each data-parallel rank keeps a part of, and with it all that stands before: needs engine torch."""
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order of the micro batches in a pipeline. gpipe needs engine torch."""
+    schedule: Literal["1f1b", "gpipe", "zero_bubble"] = "1f1b"
+    """Order of the micro batches in a pipeline. All but 1f1b need engine torch. Since 0.2: zero_bubble."""
     virtual_stages: Count = 1
     """Parts of the depth that a pipeline rank holds, dealt out in turn: interleaved 1F1B. Needs engine torch. Since 0.2."""
     timeout_seconds: Seconds = 1800.0

@@ -8,25 +8,44 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
 from torch.distributed.pipelining.schedules import REDUCE_GRAD, RESHARD, UNSHARD
 
 from megatron_tf.config.topology import Topology
 from megatron_tf.engine.step_clock import StepClock
+from megatron_tf.engine.torch import sharding
 from megatron_tf.model.context import BlockContext
+from megatron_tf.model.later import Later
+from megatron_tf.model.layers import leave_weights
 from megatron_tf.model.stage import Stage
 
-# parallel.schedule -> class
+# parallel.schedule -> class for one part of the depth a rank, and for any number of them
 SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+OF_PARTS = {"1f1b": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}
 
 
 class _TimedStage(PipelineStage):
-    """A part of a stage, that gives its blocks a context, and the clock the time of its passes."""
+    """A part of a stage, that gives its blocks a context, and the clock the time of its passes.
+
+    `later`: what its backward passes leave for passes of weights; None: nothing.
+    """
 
     def __init__(
-        self, stage: Stage, part: int, clock: StepClock, context: Callable[[int], BlockContext], **arguments: Any
+        self,
+        stage: Stage,
+        part: int,
+        clock: StepClock,
+        context: Callable[[int], BlockContext],
+        later: Later | None,
+        **arguments: Any,
     ):
-        super().__init__(stage, **arguments)
+        super().__init__(stage, dw_builder=None if later is None else later.take, **arguments)
         self._part = part
         self._clock = clock
         self._context = context
@@ -43,6 +62,11 @@ class _TimedStage(PipelineStage):
     def backward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         with self._clock.phase("backward"):
             return super().backward_maybe_with_nosync(*args, **kwargs)
+
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+        with self._clock.phase("backward"):
+            super().backward_weight_one_chunk(*args, **kwargs)
+            sharding.add_up(self.submod)
 
 
 class Pipeline:
@@ -68,7 +92,7 @@ class Pipeline:
         self._topology = topology
         self._rank = rank
         self._group = group
-        self._class = SCHEDULES[schedule]
+        self._name = schedule
         self._num_micro_batches = num_micro_batches
         self._device = device
         self._schedule: Any = None
@@ -103,6 +127,7 @@ class Pipeline:
                 part,
                 self._clock,
                 self._context,
+                self._later(part),
                 stage_index=part * ranks + number,
                 num_stages=ranks * len(self._stage.parts),
                 device=self._device,
@@ -112,16 +137,28 @@ class Pipeline:
             )
             for part in range(len(self._stage.parts))
         ]
-        if len(stages) > 1:
-            return _interleaved(stages, self._num_micro_batches, loss)
-        return self._class(stages[0], self._num_micro_batches, loss_fn=loss, scale_grads=False)
+        if len(stages) > 1 or self._name not in SCHEDULES:
+            return _of_parts(OF_PARTS[self._name], stages, self._num_micro_batches, loss)
+        return SCHEDULES[self._name](stages[0], self._num_micro_batches, loss_fn=loss, scale_grads=False)
+
+    def _later(self, part: int) -> Later | None:
+        """Where the part's layers leave the gradients of weights, if the schedule has passes for them."""
+        if self._name != "zero_bubble":
+            return None
+        later = Later()
+        for module in self._stage.modules_of(part):
+            leave_weights(module, later)
+        return later
 
 
-def _interleaved(
-    stages: list[_TimedStage], num_micro_batches: int, loss: Callable[[Tensor, Tensor], Tensor]
-) -> ScheduleInterleaved1F1B:
+def _of_parts(
+    kind: Callable[..., Any],
+    stages: list[_TimedStage],
+    num_micro_batches: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> Any:
     """Parts share one sharded module, which gathers what it needs by itself and reduces once all parts are done."""
-    schedule = ScheduleInterleaved1F1B(stages, num_micro_batches, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]
+    schedule = kind(stages, num_micro_batches, loss_fn=loss, scale_grads=False)
     done: set[int] = set()
 
     def begin(action: Any, ctx: Any) -> None:

@@ -58,6 +58,16 @@ def set_last_backward(stage: Any, last: bool, keep: bool) -> None:
     stage.set_reshard_after_backward(last or not keep)
 
 
+def add_up(stage: nn.Module) -> None:
+    """Adds what came into `.grad` of whole parameters outside of a backward pass to their sums in fp32."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(stage, FSDPModule):
+        for state in fully_shard.state(stage)._state_ctx.all_states:  # type: ignore[attr-defined]
+            for group in state._fsdp_param_groups:
+                group.post_backward()
+
+
 def fragment(shard: ShardedParameter, replicas: Group) -> Fragment | None:
     """Where this rank keeps the shard's fp32 state; None where its chunk is empty."""
     parameter: Any = shard.parameter

@@ -19,6 +19,7 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.data.documents import boundaries
 from megatron_tf.data.samples import derived_seed
 from megatron_tf.model.filling import fill_normal
+from megatron_tf.model.later import Later, product
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.parallel.groups import Group
 from megatron_tf.state.parameters import INITIAL_STD, shard_range
@@ -50,6 +51,8 @@ class Embedding(nn.Module):
         rows = vocab_size_of(model)
         self.start, stop = shard_range(rows, tensor.group.size, tensor.group.rank)
         self.weight = nn.Parameter(torch.empty(stop - self.start, model.hidden_size))
+        # where a backward pass leaves the gradient of the head; None: it makes it
+        self.later: Later | None = None
         fill_normal(self.weight, INITIAL_STD)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -58,7 +61,8 @@ class Embedding(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden between layers -> logits [s, b, V/T] over this rank's rows of the vocabulary."""
-        return self.tensor.enter(hidden) @ self.weight.mT
+        whole = self.tensor.enter(hidden)
+        return whole @ self.weight.mT if self.later is None else product(whole, self.weight, self.later)
 
 
 class LanguageModelLayers(TaskLayers):

@@ -87,8 +87,8 @@ def test_the_layout_gate_knows_it():
         ),
         (
             {"pipeline": 2, "schedule": "gpipe"},
-            "parallel.virtual_stages: 2 needs parallel.schedule: 1f1b, and it is gpipe. Set parallel.schedule to 1f1b, "
-            "or parallel.virtual_stages to 1.",
+            "parallel.virtual_stages: 2 needs parallel.schedule: 1f1b or zero_bubble, and it is gpipe. Set "
+            "parallel.schedule to 1f1b, or parallel.virtual_stages to 1.",
         ),
         (
             {"pipeline": 2, "virtual_stages": 3},
