@@ -144,7 +144,13 @@ class Killer:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("engine", "kills"), [("deepspeed", 6), pytest.param("deepspeed", 50, marks=pytest.mark.scale), ("torch", 6)]
+    ("engine", "kills"),
+    [
+        ("deepspeed", 6),
+        ("torch", 6),
+        pytest.param("deepspeed", 50, marks=pytest.mark.scale),
+        pytest.param("torch", 50, marks=pytest.mark.scale),
+    ],
 )
 def test_killed_at_random_moments(folder, kills):
     """A run that ends before all kills are spent is compared, and the next one bears the rest of them."""

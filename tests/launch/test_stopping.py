@@ -99,11 +99,12 @@ def test_a_rank_that_hangs_or_dies_is_named_in_bounded_time(folder, victim, numb
 
 
 @pytest.mark.parametrize(
-    "launcher",
+    "engine, launcher",
     [
-        "python",
-        pytest.param("torchrun", marks=pytest.mark.slow),
-        pytest.param("deepspeed", marks=(pytest.mark.slow, pytest.mark.scale)),
+        ("deepspeed", "python"),
+        pytest.param("deepspeed", "torchrun", marks=pytest.mark.slow),
+        pytest.param("deepspeed", "deepspeed", marks=(pytest.mark.slow, pytest.mark.scale)),
+        pytest.param("torch", "torchrun", marks=(pytest.mark.slow, pytest.mark.scale)),
     ],
 )
 def test_control_c_at_a_terminal_saves(folder, launcher):

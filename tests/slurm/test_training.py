@@ -73,15 +73,23 @@ def submit(folder):
 @pytest.fixture(scope="module")
 def undisturbed(cluster, submit):
     """The folder of a run that nothing happens to."""
-    job, run = submit(cluster, "undisturbed")
+    return train_undisturbed(cluster, submit, "undisturbed")
+
+
+def train_undisturbed(cluster, submit, *words):
+    job, run = submit(cluster, *words)
     cluster.wait(job)
     assert cluster.restarts(job) == 0 and "4 ranks as TP2×PP1×DP2" in cluster.output(job)
     assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
     return run
 
 
-def test_preempted_and_then_a_rank_killed(cluster, submit, undisturbed, folder):
-    job, run = submit(cluster, "disturbed")
+@pytest.mark.parametrize("engine", ["deepspeed", "torch"])
+def test_preempted_and_then_a_rank_killed(cluster, submit, undisturbed, folder, engine):
+    words = f"parallel.engine={engine}"
+    if engine == "torch":
+        undisturbed = train_undisturbed(cluster, submit, "undisturbed_torch", words)
+    job, run = submit(cluster, f"disturbed_{engine}", words)
     cluster.until(lambda: last_step(run) >= 7, job=job)
     ranks = cluster.ranks(job)
     assert [rank.node for rank in ranks] == ["n1", "n1", "n2", "n2"]  # tensor parallel within a node
