@@ -34,7 +34,8 @@ _BASE_LINE = "from transformers import PreTrainedModel as "
 _PROMPT, _NEW = 6, 4  # tokens: a cache that is not read shows at the second new one
 _CACHES: dict[str, dict[str, Any]] = {"without a cache": {"use_cache": False}, "with a cache": {}}
 _TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "spiece.model",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+    "spiece.model",
 )  # fmt: skip
 
 

@@ -5,11 +5,11 @@
 | PEFT's own | base_model_name_or_path, task_type and the like |
 | format_version | of this layout |
 | num_tokens | parameter tokens of each branch |
-| candidates, group_size | of a branch whose positions choose, see `model.sparse_pattention`: candidates of a slot, and tokens of one; only there, and format 2 |
+| candidates, group_size | of a slot, and tokens of one, where positions choose (`model.sparse_pattention`); format 2 |
 | frozen_tokens | the first of them, which training leaves as they are; tensors of their own in the weights |
-| scale | τ of all branches: stored, never computed from num_tokens again, so that growth can hold it; null for appended ones |
+| scale | τ of all branches: stored, never computed from num_tokens, so that growth can hold it; null for appended |
 | activation | l2_norm_gelu; of appended tokens that of the base |
-| modules, target_modules | kinds of modules, and the names that they were resolved to; pattention: appended to a TokenFormer's |
+| modules, target_modules | kinds of modules, and their names in the base; pattention: appended to a TokenFormer's |
 | base | shape and digests of the base's weights, see `fingerprint` |
 | history | one entry a growth or shrinking |
 | checksum | SHA-256 of adapter_model.safetensors and of the fields that say what it computes |
@@ -72,8 +72,8 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Branch:
-    """The tokens of one branch, all of them: keys [n, d_in], values [n, d_out]; router [groups, d_in] and balance [groups]
-    where positions choose."""
+    """The tokens of one branch, all of them: keys [n, d_in], values [n, d_out]; router [groups, d_in] and balance
+    [groups] where positions choose."""
 
     keys: Tensor
     values: Tensor
@@ -121,9 +121,10 @@ def read_config(path: Path) -> dict[str, Any]:
         candidates, size = fields.integer("candidates", 2), fields.integer("group_size", 1)
         if tokens % (candidates * size) or frozen or is_appended(values):
             raise fields.error(
-                "candidates", f"is {candidates} of {size} tokens each, and there are {tokens} tokens, {frozen} of them "
-                "frozen. Tokens that positions choose among are whole slots in parallel to a module, none of them frozen"
-            )  # fmt: skip
+                "candidates",
+                f"is {candidates} of {size} tokens each, and there are {tokens} tokens, {frozen} of them frozen. "
+                "Tokens that positions choose among are whole slots in parallel to a module, none of them frozen",
+            )
     appended = is_appended(values)
     activations = ACTIVATIONS.names() if appended else [DEFAULT_ACTIVATION]
     if fields.text("activation") not in activations:
@@ -287,8 +288,8 @@ def _branches(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor])
         odd = sorted(expected ^ set(tensors))
         raise CheckpointError(
             f"{path}: the tensors are not those of an adapter of {config['num_tokens']} tokens, "
-            f"{config['frozen_tokens']} of them frozen: {', '.join(odd[:_LISTED]) or 'there are none'}. Copy the folder "
-            "again"
+            f"{config['frozen_tokens']} of them frozen: {', '.join(odd[:_LISTED]) or 'there are none'}. Copy the "
+            "folder again"
         )
     for module in modules:
         for leaf, count in rows.items():

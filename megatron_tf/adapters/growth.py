@@ -122,8 +122,8 @@ def shrink_adapter(adapter: Adapter, num_tokens: int, *, seed: int = 0) -> Adapt
         )
     if num_tokens != frozen and is_appended(config):
         raise ArgumentError(
-            f"num_tokens: {num_tokens}, and what an appended token contributes depends on the base's tokens, whose norm "
-            "it shares. Merge the adapter and prune the model."
+            f"num_tokens: {num_tokens}, and what an appended token contributes depends on the base's tokens, whose "
+            "norm it shares. Merge the adapter and prune the model."
         )
     if num_candidates(config) > 1:
         return _fewer_candidates(adapter, num_tokens, seed)
@@ -154,7 +154,8 @@ def _split(adapter: Adapter, num_tokens: int, group_size: int | None, freeze_old
         )
     if before > 1 and group_size not in (None, config["group_size"]):
         raise ArgumentError(
-            f"group_size: {group_size}, and the adapter's candidates are of {config['group_size']} tokens. Leave it out."
+            f"group_size: {group_size}, and the adapter's candidates are of {config['group_size']} tokens. "
+            "Leave it out."
         )
     size = config["group_size"] if before > 1 else usual_group(used) if group_size is None else group_size
     check_group("group_size", used, size)
@@ -174,8 +175,8 @@ def _fewer_candidates(adapter: Adapter, num_tokens: int, seed: int) -> Adapter:
     count = num_tokens // used
     if num_tokens % used:
         raise ArgumentError(
-            f"num_tokens: {num_tokens}, and of {num_candidates(config)} candidates whole ones go, {used} tokens each in "
-            f"all slots. Set it to a multiple of {used}, such as {either(multiples_near(num_tokens, used))}."
+            f"num_tokens: {num_tokens}, and of {num_candidates(config)} candidates whole ones go, {used} tokens each "
+            f"in all slots. Set it to a multiple of {used}, such as {either(multiples_near(num_tokens, used))}."
         )
     inputs = {name: _inputs(branch, seed, name) for name, branch in adapter.branches.items()}
     entry = _entry(adapter, "shrink", num_tokens, config["scale"], seed)

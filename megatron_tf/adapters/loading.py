@@ -140,7 +140,8 @@ def random_llama(layers: int, width: int, vocabulary: int) -> Any:
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width * 2 // 3 // 8 * 8, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width * 2 // 3 // 8 * 8,
+        num_hidden_layers=layers,
         num_attention_heads=max(1, width // 64), num_key_value_heads=max(1, width // 64), tie_word_embeddings=True,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)

@@ -74,8 +74,8 @@ def select(model: nn.Module, kinds: Sequence[str]) -> list[Place]:
             raise ArgumentError(f"modules: {kind!r} is no kind of module. Choose of {either(KINDS)}.")
     if not kinds or (len(kinds) > 1 and {LINEAR, PATTENTION} & set(kinds)):
         raise ArgumentError(
-            f"modules: {list(kinds)}. Give attention, mlp or both, or linear alone, which is the layers within them, or "
-            "pattention alone, in a TokenFormer."
+            f"modules: {list(kinds)}. Give attention, mlp or both, or linear alone, which is the layers within them, "
+            "or pattention alone, in a TokenFormer."
         )
     if PATTENTION in kinds:
         return select_projections(model)
@@ -126,16 +126,16 @@ def select_projections(model: nn.Module, targets: Iterable[str] | None = None) -
     config = _text_config(model)
     if not ACTIVATIONS[config.activation].ignores_zero:
         raise ArgumentError(
-            f"modules: pattention appends tokens with key 0, and in a {config.activation} model these have a weight, so "
-            "its function would change. Give attention and mlp."
+            f"modules: pattention appends tokens with key 0, and in a {config.activation} model these have a weight, "
+            "so its function would change. Give attention and mlp."
         )
     found: dict[str, Place] = {}
     for name, module in model.named_modules():
         if hasattr(module, "weigh") and name.rpartition(".")[2] in _TOKEN_KINDS:
             if module.keys is None:
                 raise ArgumentError(
-                    f"modules: all tokens of {name} are candidates, and pattention needs some that every position uses. "
-                    "Give attention and mlp."
+                    f"modules: all tokens of {name} are candidates, and pattention needs some that every position "
+                    "uses. Give attention and mlp."
                 )
             found[name] = Place(name, PATTENTION, _argument(module), config.hidden_size, config.hidden_size)
     return list(found.values()) if targets is None else _whole_kinds(found, list(targets))
@@ -147,7 +147,7 @@ def is_tokenformer(model: nn.Module) -> bool:
 
 
 def default_kinds(model: nn.Module) -> tuple[str, ...]:
-    """Where an adapter stands when nothing is said: in a TokenFormer's projections, else in parallel to whole modules."""
+    """Where an adapter stands when nothing is said: in a TokenFormer's projections, else parallel to whole modules."""
     return (PATTENTION,) if is_tokenformer(model) else (ATTENTION, MLP)
 
 

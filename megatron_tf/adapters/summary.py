@@ -36,8 +36,8 @@ def trained_adapter(path: Path) -> Path:
     if newest is None:
         return path
     raise CheckpointError(
-        f"{path}: is a fine-tuning run that has not ended, so it has no {PUBLISHED}/. Start it again to go on with it, or "
-        f"give its newest checkpoint, {newest}"
+        f"{path}: is a fine-tuning run that has not ended, so it has no {PUBLISHED}/. Start it again to go on with it, "
+        f"or give its newest checkpoint, {newest}"
     )
 
 

@@ -208,8 +208,8 @@ class PattentionModel(BaseTuner):
     def _check_merge_allowed(self) -> NoReturn:
         if all(config.modules == [PATTENTION] for config in self.peft_config.values()):
             raise ArgumentError(
-                "merge: `megatron_tf merge-adapter` puts the tokens of a saved adapter into its TokenFormer, which gets "
-                "another configuration by it, and unload() takes the adapter out."
+                "merge: `megatron_tf merge-adapter` puts the tokens of a saved adapter into its TokenFormer, which "
+                "gets another configuration by it, and unload() takes the adapter out."
             )
         raise ArgumentError(
             "merge: a Pattention is no linear function of its input, so no weight of the base equals it. "

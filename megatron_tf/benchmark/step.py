@@ -3,8 +3,8 @@ Transformer of its size.
 
 Forward, backward, clipping and AdamW with fp32 master weights, in torch alone. The other formulas are the plain one, a
 GELU MLP's, and nothing but the products of a Pattention, which is the floor. All of these train the same weights. The
-Transformer has as many parameters and as many layers, and is wider. MFU is against a product of two square matrices, measured in the same rounds;
-floating-point operations count as in training, attention in full.
+Transformer has as many parameters and as many layers, and is wider. MFU is against a product of two square matrices,
+measured in the same rounds; floating-point operations count as in training, attention in full.
 """
 
 from __future__ import annotations

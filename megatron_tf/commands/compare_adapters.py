@@ -2,12 +2,12 @@
 `python tools/compare_adapters.py --base models/smollm2 --learn code.jsonl --keep prose.jsonl --to studies/adapters`.
 
 LoRA is PEFT's, on all linear layers; the others are Pattention in parallel to whole modules, to the MLPs alone or to
-each linear layer, and the formula of ScalarLM's adapter, at the MLPs. Each is trained on the one text, of which the last tenth of
-the examples is held out, with every rate of --rates and one seed, and with its best rate with all seeds. A trial that
-has ended is not done again: the same command goes on where it was cut off, and more rates, seeds or forms are added to
-it. With --then, what has learnt the one text then learns a second one, at that rate: LoRA and Pattention trained on,
-a second LoRA with the first one frozen, and Pattention grown by as many tokens with the old ones frozen. Speed and
-kept bytes are measured in interleaved rounds on the base itself, which needs memory for one more base
+each linear layer, and the formula of ScalarLM's adapter, at the MLPs. Each is trained on the one text, of which the
+last tenth of the examples is held out, with every rate of --rates and one seed, and with its best rate with all seeds.
+A trial that has ended is not done again: the same command goes on where it was cut off, and more rates, seeds or forms
+are added to it. With --then, what has learnt the one text then learns a second one, at that rate: LoRA and Pattention
+trained on, a second LoRA with the first one frozen, and Pattention grown by as many tokens with the old ones frozen.
+Speed and kept bytes are measured in interleaved rounds on the base itself, which needs memory for one more base
 than there are forms; --rounds 0 leaves that out. Texts are JSON lines, as fine-tuning has them.
 """
 

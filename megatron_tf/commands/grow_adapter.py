@@ -2,11 +2,12 @@
 `python tools/grow_adapter.py --from adapters/first --tokens 128 --to adapters/grown`
 `python tools/grow_adapter.py --from adapters/grown --tokens 64 --shrink --to adapters/back`.
 
-zero_key, gram and split keep what was learnt: the outputs of every branch before and after are compared, and with --base the
-logits of the whole model, before anything is published. With --freeze-old only the new tokens are trained from there
-on, and --shrink to the number of the old ones gives the adapter back as it was, to the last bit. Otherwise --shrink
-drops the tokens that contribute least. --method split copies the tokens to candidates: a position uses as many as before,
-and --shrink takes candidates away again. The optimizer's state is not carried over: begin with a warm-up. Needs no GPU.
+zero_key, gram and split keep what was learnt: the outputs of every branch before and after are compared, and with
+--base the logits of the whole model, before anything is published. With --freeze-old only the new tokens are trained
+from there on, and --shrink to the number of the old ones gives the adapter back as it was, to the last bit. Otherwise
+--shrink drops the tokens that contribute least. --method split copies the tokens to candidates: a position uses as many
+as before, and --shrink takes candidates away again. The optimizer's state is not carried over: begin with a warm-up.
+Needs no GPU.
 """
 
 from __future__ import annotations
@@ -78,9 +79,8 @@ def main() -> None:
             )  # fmt: skip
         found = check_growth(old, new, method)
     print(f"from        {source}: {len(old.branches)} branches of {old.config['num_tokens']:,} tokens")
-    print(
-        f"to          {arguments.target}: {new.config['num_tokens']:,} tokens, {new.config['frozen_tokens']:,} frozen{_choice(new.config)}"
-    )
+    tokens = f"{new.config['num_tokens']:,} tokens, {new.config['frozen_tokens']:,} frozen{_choice(new.config)}"
+    print(f"to          {arguments.target}: {tokens}")
     scales = dict.fromkeys(scale_text(one.config) for one in (old, new))
     print(f"method      {method}; τ {' -> '.join(scales)}")
     print(f"compared    branch by branch, on random inputs: {found}")

@@ -90,8 +90,8 @@ def check_is_no_export(folder: Path) -> None:
     # by the file's name: what reads exports needs the model
     if os.path.lexists(folder / "config.json"):
         raise CheckpointError(
-            f"{folder}: is an export, not a checkpoint. Its config.json says what it holds; `megatron_tf convert from-hf "
-            f"{folder} --to RUN_DIR` makes a checkpoint of it"
+            f"{folder}: is an export, not a checkpoint. Its config.json says what it holds; `megatron_tf convert "
+            f"from-hf {folder} --to RUN_DIR` makes a checkpoint of it"
         )
 
 
@@ -127,7 +127,8 @@ def print_adapter(summary: dict[str, Any]) -> None:
     if "candidates" in summary:
         tokens += f"; of each slot one of {summary['candidates']} candidates of {summary['group_size']} is used"
     rows = [("at", ", ".join(summary["modules"])), ("tokens", tokens), ("parameters", f"{summary['parameters']:,}"),
-            ("τ", scale_text(summary)), ("activation", summary["activation"]), ("checksum", summary["checksum"])]  # fmt: skip
+            ("τ", scale_text(summary)), ("activation", summary["activation"]),
+            ("checksum", summary["checksum"])]  # fmt: skip
     print_table(rows, title="adapter")
     print_table([(key, str(value)) for key, value in summary["base"].items()], title="base")
     for number, entry in enumerate(summary["history"], 1):

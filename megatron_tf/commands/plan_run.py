@@ -109,8 +109,8 @@ def parse_arguments() -> argparse.Namespace:
         type=number(1e-3, 10),
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="for a chain: tokens from scratch that a token before the growth is worth (default: as --study measured, or "
-        f"{ASSUMED_KAPPA[0]:g} {ASSUMED_KAPPA[1]:g})",
+        help="for a chain: tokens from scratch that a token before the growth is worth (default: as --study measured, "
+        f"or {ASSUMED_KAPPA[0]:g} {ASSUMED_KAPPA[1]:g})",
     )
     parser.add_argument(
         "--study",

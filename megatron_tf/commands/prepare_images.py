@@ -20,8 +20,8 @@ def parse_arguments() -> argparse.Namespace:
         parser,
         metavar="PATH",
         inputs="one folder with a folder of images for each class; or files or quoted globs: .tar shards as WebDataset "
-        "has them (KEY.jpg and KEY.cls), .parquet as Hugging Face has it (image, label), or files of images of the MNIST "
-        "family with their labels next to them, plain or .gz",
+        "has them (KEY.jpg and KEY.cls), .parquet as Hugging Face has it (image, label), or files of images of the "
+        "MNIST family with their labels next to them, plain or .gz",
         things="images",
         bad="what is no whole image, or has no class,",
         does="read images",

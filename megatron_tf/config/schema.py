@@ -47,7 +47,7 @@ class Checkpoint(Section):
     keep_last: Count | None = None
     """[checkpoints] Older complete ones are deleted. null keeps all."""
     keep_before_decay: bool = False
-    """Save what the decay of a wsd schedule begins with, and never delete it: growths and branches start there. Since 0.2."""
+    """Save what the decay of a wsd schedule begins with, and never delete it, for growths and branches. Since 0.2."""
     asynchronous: bool = True
     """Write in the background, from a copy of the state in CPU memory."""
     on_failure: Literal["warn", "stop"] = "warn"
@@ -64,7 +64,7 @@ class Evaluation(Section):
     samples: Count = 64
     """[samples] Validation samples, the same ones each time; rounded up to whole batches."""
     sample_prompts: tuple[str, ...] = ()
-    """Texts that the model writes on after each evaluation, by the likeliest tokens; shown in the log and at trackers."""
+    """Texts that the model goes on with after each evaluation, by the likeliest tokens; in the log and at trackers."""
     sample_tokens: Annotated[int, Field(ge=1, le=1000)] = 40
     """[tokens] Most that are added to a prompt."""
 

@@ -103,7 +103,9 @@ SOURCES = {
                 ("r-cran-janeaustenr",),
                 readers.austen,
                 {
-                    "r-cran-janeaustenr_1.0.0-1_all.deb": "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95"
+                    "r-cran-janeaustenr_1.0.0-1_all.deb": (
+                        "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95"
+                    )
                 },
             ),
         ),

@@ -13,8 +13,8 @@ LEAST_COMMON_WORDS = 0.04  # share of the words; English has 0.3 and more, progr
 LEAST_PARAGRAPH_CHARACTERS = 60
 MOST_REPEATED = 0.5  # share of a document's characters, in paragraphs that were there before
 _COMMON = """
-a an and are as at be but by for from had he her his i if in is it my no not of on or she so that the their they this thou
-thy to was we which will with you your return self def none
+a an and are as at be but by for from had he her his i if in is it my no not of on or she so that the their they this
+thou thy to was we which will with you your return self def none
 """
 COMMON_WORDS = frozenset(_COMMON.split())
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2060\ufeff\ufffd]")

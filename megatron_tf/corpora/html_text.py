@@ -10,14 +10,16 @@ BEGINNINGS = ('role="main"', '<div id="content"', '<div class="body"', "<body")
 SKIPPED_TAGS = frozenset({"button", "form", "head", "nav", "noscript", "script", "select", "style", "svg", "title"})
 SKIPPED_CLASSES = frozenset(
     {
-        "footer", "headerlink", "indextable", "navfooter", "navheader", "related", "sphinxsidebar", "toc", "toctree-wrapper",
+        "footer", "headerlink", "indextable", "navfooter", "navheader", "related", "sphinxsidebar", "toc",
+        "toctree-wrapper",
         "viewcode-link", "skip", "leftnav", "lineno", "linenos",
     }
 )  # fmt: skip
 VOID_TAGS = frozenset({"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"})
 BLOCK_TAGS = frozenset(
     {
-        "address", "article", "aside", "blockquote", "body", "caption", "dd", "div", "dl", "dt", "figure", "h1", "h2", "h3",
+        "address", "article", "aside", "blockquote", "body", "caption", "dd", "div", "dl", "dt", "figure", "h1", "h2",
+        "h3",
         "h4", "h5", "h6", "hr", "li", "main", "ol", "p", "pre", "section", "table", "tbody", "thead", "tr", "ul",
     }
 )  # fmt: skip

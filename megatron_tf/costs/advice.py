@@ -28,9 +28,9 @@ class Size:
 class Step:
     """A growth of one size to another, once, that spends a budget.
 
-    `before`, `after`: tokens of either.  `kappa_of_loss`: what κ is if the grown model goes on from the loss that it has,
-    at the speed of one from scratch at that loss, and no better.  `loss`: at the end.  `against_static`: FLOPs that it takes to the loss of the
-    best static size, over the budget; None when it does not get there.
+    `before`, `after`: tokens of either.  `kappa_of_loss`: what κ is if the grown model goes on from the loss that it
+    has, at the speed of one from scratch at that loss, and no better.  `loss`: at the end.  `against_static`: FLOPs
+    that it takes to the loss of the best static size, over the budget; None when it does not get there.
     """
 
     small: str
@@ -63,8 +63,8 @@ def best_step(law: Law, sizes: Sequence[Size], budget: float, kappa: float, leas
     """The growth that ends with the lowest loss; None when none costs less than its larger size from scratch.
 
     `sizes`: from small to large.  `least_share`: the least φ at which κ holds: tokens that the grown model needs, as a
-    share of those from scratch. What a token before the growth is worth, κ/c_s a FLOP, does not depend on how many there
-    are, so the best growth is as late as that allows.
+    share of those from scratch. What a token before the growth is worth, κ/c_s a FLOP, does not depend on how many
+    there are, so the best growth is as late as that allows.
     """
     static = best_static(law, sizes, budget)
     found = []

@@ -1,7 +1,7 @@
 """What a chain of growths costs, compared with training each of its sizes from scratch to the same loss.
 
-How many tokens a size needs from scratch for that is not known before it was tried. It is D₂ + κ·D₁ (see `law`): those of
-the stage itself, and κ for each token of the stages before it. So every comparison is a function of κ.
+How many tokens a size needs from scratch for that is not known before it was tried. It is D₂ + κ·D₁ (see `law`): those
+of the stage itself, and κ for each token of the stages before it. So every comparison is a function of κ.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _check_worth(stages: Sequence[Estimate], scratch_tokens: int) -> None:
     longest = max(own, key=own.__getitem__)
     if scratch_tokens < own[longest]:
         raise ConfigError(
-            f"--scratch-tokens: {scratch_tokens:,}, but stage {longest} trains on {own[longest]:,} tokens of its own, so "
-            f"what came before it would be worth less than nothing. Give {own[longest]:,} or more."
+            f"--scratch-tokens: {scratch_tokens:,}, but stage {longest} trains on {own[longest]:,} tokens of its own, "
+            f"so what came before it would be worth less than nothing. Give {own[longest]:,} or more."
         )
 
 

@@ -1,7 +1,7 @@
 """What a model costs: parameters, floating-point operations, memory a rank. Pure arithmetic, no torch.
 
-Symbols: s positions of a sample on a rank, b micro batch, d hidden size, n tokens of a projection, T tensor-parallel ranks,
-c bytes of the compute type (2 for bf16 and fp16, 4 for fp32).
+Symbols: s positions of a sample on a rank, b micro batch, d hidden size, n tokens of a projection, T tensor-parallel
+ranks, c bytes of the compute type (2 for bf16 and fp16, 4 for fp32).
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     L(N, D) = E + A·N^−α + B·D^−β        N parameters, D tokens, of annealed models from scratch
 
-Growth has D₁ tokens of a smaller model (c_s floating-point operations each) and D₂ of the larger one (c_l). κ is defined by
-D_scr = D₂ + κ·D₁: the larger model from scratch needs D_scr tokens for the same loss. With φ = D₂ / D_scr, growth costs
+Growth has D₁ tokens of a smaller model (c_s floating-point operations each) and D₂ of the larger one (c_l). κ is
+defined by D_scr = D₂ + κ·D₁: the larger model from scratch needs D_scr tokens for the same loss. With φ = D₂ / D_scr,
+growth costs
 
     R = (c_s·D₁ + c_l·D₂) / (c_l·D_scr) = φ + (1 − φ)·(c_s/c_l)/κ
 
@@ -61,7 +62,7 @@ class Law:
         loss, over that of the best static size; at 6·N a token.
 
         It grows at every instant to the size at which a floating-point operation lowers the loss most, where the share
-        of A·N^−α in what is left of the loss is 1/(1 + q) with q = α(1 + β)/β; the best static size has β/(α + β) there.
+        of A·N^−α in what is left of the loss is 1/(1 + q) with q = α(1 + β)/β; the best static size has β/(α + β).
         """
         a, b = self.alpha, self.beta
         q = a * (1 + b) / b

@@ -177,8 +177,10 @@ def _advice_lines(advice: dict[str, Any], stage: dict[str, Any]) -> Iterable[str
     static, share = advice["static"], advice["least_share"]
     yield f"  law         {advice['law']}"
     if advice["beyond"]:
-        yield f"  warning     outside of these sizes: {', '.join(advice['beyond'])}. What is said of them is extrapolated."
-    yield f"  best size   {static['name']} from scratch, {static['tokens'] / length:.3g} {unit}: loss {static['loss']:.4g}"
+        beyond = ", ".join(advice["beyond"])
+        yield f"  warning     outside of these sizes: {beyond}. What is said of them is extrapolated."
+    amount = f"{static['tokens'] / length:.3g} {unit}"
+    yield f"  best size   {static['name']} from scratch, {amount}: loss {static['loss']:.4g}"
     for kappa, step in zip(advice["kappa"], advice["steps"]):
         if step is None:
             yield f"  κ {kappa:<9.2g} no growth: each costs more than its larger size from scratch"
@@ -191,16 +193,16 @@ def _advice_lines(advice: dict[str, Any], stage: dict[str, Any]) -> Iterable[str
             )
         yield (
             f"  κ {kappa:<9.2g} {step['small']} for {step['before'] / length:.3g} {unit}, then {step['large']} for "
-            f"{step['after'] / length:.3g}: loss {step['loss']:.4g}, {verdict} (κ {step['kappa_of_loss']:.2g} if it only goes on "
-            "from its loss)"
+            f"{step['after'] / length:.3g}: loss {step['loss']:.4g}, {verdict} (κ {step['kappa_of_loss']:.2g} if it "
+            "only goes on from its loss)"
         )
     yield (
-        f"  assumed     κ holds down to φ = {share:g} and does not fall with the {unit} before the growth; it does, where "
-        "a small model is used up"
+        f"  assumed     κ holds down to φ = {share:g} and does not fall with the {unit} before the growth; it does, "
+        "where a small model is used up"
     )
     yield (
-        f"  for scale   growth that only goes on from its loss, without more, costs {advice['ceiling']:.3f} of the best "
-        "size at the least, by this law"
+        f"  for scale   growth that only goes on from its loss, without more, costs {advice['ceiling']:.3f} of the "
+        "best size at the least, by this law"
     )
 
 

@@ -45,8 +45,8 @@ def plan(configs: Sequence[RunConfig], circumstances: Circumstances) -> dict[str
     """The plan of a run, or of a chain of them. What cannot run is said under `problems`, and nothing is raised.
 
     Keys: gpu, gpus, problems (of stages that cannot grow from each other), stages (see `_stage`), chain (see StageCost;
-    empty for one run, or when a stage cannot run), kappa (where that of the chain comes from), advice (see `advise`; None
-    without findings), assumptions. Bytes, seconds, FLOPs and tokens without prefixes; all
+    empty for one run, or when a stage cannot run), kappa (where that of the chain comes from), advice (see `advise`;
+    None without findings), assumptions. Bytes, seconds, FLOPs and tokens without prefixes; all
     but memory, sent bytes and sizes are estimates.
     """
     stages, estimates = [], []

@@ -254,7 +254,7 @@ class SegmentedEngine(ABC):
                 source.read_into(segment.name, state, segment.start, tensor)
 
     def _learning_rates(self, spec: ParameterSpec, start: int, stop: int) -> Iterator[tuple[int, int, float]]:
-        """[start, stop) cut where new tokens begin, each part with the multiplier that growth gives its learning rate."""
+        """[start, stop) cut where new tokens begin, each part with the multiplier of its learning rate by growth."""
         if self.config.growth is None:
             yield start, stop, 1.0
             return

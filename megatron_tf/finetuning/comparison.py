@@ -1,7 +1,7 @@
 """Adapters of as many parameters on one frozen base: what they learn of one text, and forget of another.
 
-Each form is tried with every learning rate and one seed; with its best rate it has the other seeds too. Where there is a
-second text, what was trained on the first is trained on the second, in several ways, at that rate.
+Each form is tried with every learning rate and one seed; with its best rate it has the other seeds too. Where there is
+a second text, what was trained on the first is trained on the second, in several ways, at that rate.
 
 | file of the folder | content |
 |---|---|
@@ -40,7 +40,10 @@ Done = dict[Trial, Outcome]
 
 @dataclass(frozen=True)
 class Plan:
-    """`then`: the second text.  `forms`: names of FORMS.  `seeds`: how many, from 0 on.  `rounds`: of the measurement of speed; 0 is none."""
+    """`then`: the second text.  `forms`: names of FORMS.  `seeds`: how many, from 0 on.
+
+    `rounds`: of the measurement of speed; 0 is none.
+    """
 
     setting: Setting
     learn: str
@@ -75,7 +78,8 @@ def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callab
     results = _results(plan, done, speeds)
     second = _second_results(plan, done)
     text = _table(_COLUMNS, results) + ("\n" + _table(_SECOND_COLUMNS, second) if second else "")
-    content = {"setting": _plain(plan), "machine": machine(device), "forms": results, "second_text": second, "speeds": list(speeds.values()),
+    content = {"setting": _plain(plan), "machine": machine(device), "forms": results, "second_text": second,
+               "speeds": list(speeds.values()),
                "trials": [{**asdict(trial), **asdict(outcome)} for trial, outcome in done.items()]}  # fmt: skip
     with file_errors(UserError, folder, "Make room, or give another folder."):
         write_atomically(folder / _RESULTS, (json.dumps(content, indent=2) + "\n").encode())
@@ -243,8 +247,8 @@ def _check_setting(folder: Path, setting: Mapping[str, Any]) -> None:
         for key, value in setting.items():
             if before.get(key, value) != value:
                 raise UserError(
-                    f"{folder}: is of a comparison with {_differing(key, before[key], value)}. Give another folder with "
-                    "--to."
+                    f"{folder}: is of a comparison with {_differing(key, before[key], value)}. Give another folder "
+                    "with --to."
                 )
         write_atomically(path, (json.dumps({**before, **setting}, indent=2) + "\n").encode())
 
@@ -255,7 +259,8 @@ def _differing(key: str, before: Any, now: Any) -> str:
         one, other = (
             "a {model_type} of {num_layers} layers × {hidden_size}".format(**facts) for facts in (before, now)
         )
-        return f"another base, {one}, and this one is {other if one != other else 'one of the same shape with other weights'}"
+        now_is = other if one != other else "one of the same shape with other weights"
+        return f"another base, {one}, and this one is {now_is}"
     if key in _TEXTS:
         return f"another text: the file of --{key} was not what it is now"
     return f"{key} {before}, and this one has {now}"
@@ -264,8 +269,8 @@ def _differing(key: str, before: Any, now: Any) -> str:
 def _check_batch(setting: Setting) -> None:
     if setting.batch % setting.micro_batch:
         raise ConfigError(
-            f"--batch: {setting.batch} is not a multiple of --micro-batch {setting.micro_batch}. Set it to a multiple of "
-            f"{setting.micro_batch}, or --micro-batch to a divisor of {setting.batch}."
+            f"--batch: {setting.batch} is not a multiple of --micro-batch {setting.micro_batch}. Set it to a multiple "
+            f"of {setting.micro_batch}, or --micro-batch to a divisor of {setting.batch}."
         )
 
 

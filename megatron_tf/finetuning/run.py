@@ -242,8 +242,8 @@ def _model(config: FinetuneConfig, newest: Path | None, data: str) -> tuple[Any,
             )
         if resumed.progress.step > config.training.train_steps:
             raise ConfigError(
-                f"training.train_steps: {config.training.train_steps}, and {newest} has had {resumed.progress.step}. Raise it, "
-                "or give another run.dir."
+                f"training.train_steps: {config.training.train_steps}, and {newest} has had {resumed.progress.step}. "
+                "Raise it, or give another run.dir."
             )
     base = load_base(Path(config.base.path), torch.bfloat16 if config.base.precision == "bf16" else torch.float32)
     check_length(base, config.data.seq_length, "data.seq_length")

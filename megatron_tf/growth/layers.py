@@ -2,7 +2,7 @@
 
 | method | layer i of L' | layers that are new | keeps the function |
 |---|---|---|---|
-| `identity` | old layers in their order, each followed by its share of the new ones | initial, but 0 in what is added to the hidden states | exactly |
+| `identity` | old layers in order, each followed by its share of new ones | initial, but 0 in what they add | exactly |
 | `stack` | old layer i mod L | copies | no |
 | `interleave` | old layer ⌊i·L/L'⌋ | copies, next to what they are copied from | no |
 

@@ -92,8 +92,8 @@ def _needless(old: Model, new: Model, growth: Growth) -> list[str]:
         return [f"growth: the smaller model has {given} already. Raise {' or '.join(sizes)}, or go on without growth"]
     if growth.moments_factor != 1 and growth.moments == "reset":
         return [
-            f"growth.moments_factor: {growth.moments_factor:g} is of moments that are kept, and growth.moments is reset. "
-            "Set it to 1, or growth.moments to keep"
+            f"growth.moments_factor: {growth.moments_factor:g} is of moments that are kept, and growth.moments is "
+            "reset. Set it to 1, or growth.moments to keep"
         ]
     if growth.noise and not any(axis.takes_noise for axis in grown):
         return [

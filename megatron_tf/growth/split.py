@@ -7,7 +7,7 @@ different positions from then on, and part.
 
 | tensor of the bigger model | what it begins as |
 |---|---|
-| `bank.key_tokens`, `bank.value_tokens` | row (slot, candidate, token) is row dense + slot · g + token of the old tokens |
+| `bank.key_tokens`, `bank.value_tokens` | row (slot, candidate, token) is old row dense + slot · g + token |
 | `key_tokens`, `value_tokens`, where some stay dense | the first of the old tokens |
 | `bank.router` | random |
 | `bank.balance` | 0 |

@@ -1,5 +1,5 @@
-"""Width of a Transformer, by cloning (HyperCloning, arXiv 2409.12903). Arithmetic, without torch; `growth.cloned` has the
-state.
+"""Width of a Transformer, by cloning (HyperCloning, arXiv 2409.12903). Arithmetic, without torch; `growth.cloned` has
+the state.
 
 With m times the channels the hidden states h become [h, h, ..., h]. Then what a block computes is repeated as well:
 
@@ -8,12 +8,12 @@ With m times the channels the hidden states h become [h, h, ..., h]. Then what a
   adds up k equal sums, each a k-th of what it was. qkv: m times the heads of as many channels each, in the order of the
   old ones, m times over; each head attends as the old one of its place does, at the same rotation and scale.
   ffn: f'/f times the columns, which GELU does not mix.
-* The embedding is repeated, and so are the final norm's weight and bias, divided by m: the logits, products with the tied
-  embedding, add up m equal sums.
+* The embedding is repeated, and so are the final norm's weight and bias, divided by m: the logits, products with the
+  tied embedding, add up m equal sums.
 
 So the function stays. But clones that are alike have gradients that are alike, and would stay alike for good. Therefore
-weight w of the i-th clone of an input is (w/k)·(1 + `growth.clone_noise`·(nᵢ − mean n)), with its own nᵢ ~ N(0, 1): over
-the clones of one input the changes add up to 0, and the function stays all the same.
+weight w of the i-th clone of an input is (w/k)·(1 + `growth.clone_noise`·(nᵢ − mean n)), with its own nᵢ ~ N(0, 1):
+over the clones of one input the changes add up to 0, and the function stays all the same.
 
 An optimizer's states begin afresh everywhere, because no weight stands where its gradients were.
 
@@ -63,8 +63,8 @@ class WidthAxis(Axis):
         for key in HEADS if not found else ():
             if after[key] != times * before[key]:
                 found.append(
-                    f"model.{key}: {before[key]} before, {after[key]} after, but model.hidden_size is {times} times what "
-                    f"it was, and heads keep their size. Set it to {times * before[key]}"
+                    f"model.{key}: {before[key]} before, {after[key]} after, but model.hidden_size is {times} times "
+                    f"what it was, and heads keep their size. Set it to {times * before[key]}"
                 )
         return found
 
@@ -73,15 +73,15 @@ class WidthAxis(Axis):
             if growth.moments_factor == 1:
                 return []
             return [
-                f"growth.moments_factor: {growth.moments_factor:g} is of moments that are kept, and a growth of the width "
-                "keeps none. Set it to 1"
+                f"growth.moments_factor: {growth.moments_factor:g} is of moments that are kept, and a growth of the "
+                "width keeps none. Set it to 1"
             ]
         usual = type(growth).model_fields["clone_noise"].default
         if growth.clone_noise == usual:
             return []
         return [
-            f"growth.clone_noise: {growth.clone_noise:g} sets clones apart, and the width of a {old.architecture} does not "
-            "grow. Remove growth.clone_noise"
+            f"growth.clone_noise: {growth.clone_noise:g} sets clones apart, and the width of a {old.architecture} does "
+            "not grow. Remove growth.clone_noise"
         ]
 
     def preserves(self, old: Model, new: Model, growth: Growth) -> bool:

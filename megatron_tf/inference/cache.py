@@ -3,7 +3,7 @@
 | tensor | shape |
 |---|---|
 | new query, key, value | [s, b, heads, head_dim], as everywhere in the model |
-| kept keys, values | [b, g, capacity, head_dim] with the g heads of keys and values, of which `length` positions are in use; keys are rotated already |
+| kept keys, values | [b, g, capacity, head_dim], `length` positions in use, g heads of keys and values; keys rotated |
 
 Rows of a batch are padded on the left to one length. A rotary embedding sees differences of positions only, so a row's
 positions may begin anywhere, and padding costs nothing but the mask.

@@ -10,7 +10,7 @@ each is the identity for a group of one.
 | `gather_from` | all-gather along a dim | reduce-scatter | a split tensor enters sharded work whole |
 | `scatter_to` | reduce-scatter along a dim | all-gather | partial results become whole, split |
 | `scatter_together` | one reduce-scatter of several | one all-gather | as `scatter_to` |
-| `exchange` | all-to-all: one dim split, another whole | the same, back | positions for heads, and heads for positions |
+| `exchange` | all-to-all: one dim split, another whole | the same, back | positions for heads, heads for positions |
 """
 
 from __future__ import annotations

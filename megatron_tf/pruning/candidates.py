@@ -5,7 +5,7 @@ There are two ways from m candidates of a slot to m' of them.
 | way | a candidate of the smaller model | possible |
 |---|---|---|
 | `drop` | one that was there: the m' of a slot that contribute most stay | always |
-| `merge` | the mean of m/m' neighbours: of tokens weighted by the positions that chose each, of routers even | m' divides m |
+| `merge` | the mean of m/m' neighbours: tokens weighted by the positions that chose them, routers even | m' divides m |
 
 What a candidate contributes is Σ |S_i|·‖v_i‖ over its tokens and the positions that chose it, as in `criterion`. The
 positions of one that is dropped choose among the others. Neighbours are what `split` makes of one candidate, so merging

@@ -9,8 +9,8 @@ output by n times the size of the values; with values that fall as 1/√n, keys 
 Decoupled weight decay acts through rate × decay, so values keep that product. Keys are normed: decay alone keeps their
 size, and with rate × decay held, they would turn as fast as without the rule.
 
-With a layer decay, the final norm and the head learn at the whole rate, each block at a fixed share of the next one's, and
-the input layer, also one that is the head as well, at the same share of the first block's.
+With a layer decay, the final norm and the head learn at the whole rate, each block at a fixed share of the next one's,
+and the input layer, also one that is the head as well, at the same share of the first block's.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Rows = Sequence[Sequence[str]]
 
 
 def compared(arms: Sequence[Json]) -> Iterator[tuple[Rows, tuple[int, ...]]]:
-    """Tables, where there is something in them: arms against families, at equal FLOPs and by the clock, and what growth has
-    gained.
+    """Tables, where there is something in them: arms against families, at equal FLOPs and by the clock, and what growth
+    has gained.
 
     Each: its rows, and which columns go to the left.
     """

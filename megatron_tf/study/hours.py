@@ -61,7 +61,7 @@ def probe(nodes: Sequence[Node], ranks: int, threads: int, rounds: int = 3, step
     """Trains the model of each run for some steps on random tokens, on this process alone; the median of the rounds
     counts.
 
-    The models take turns, and each round begins with the next one, so that what else the machine does slows all of them.
+    The models take turns, and each round begins with the next one: what else the machine does slows all of them.
     `ranks`, `threads`: of a run, and of each of its processes.
     """
     models = {model_key(node): node for node in nodes}

@@ -68,8 +68,8 @@ def law_in_json(points: Sequence[Point]) -> Json:
 def fit(points: Sequence[Point]) -> Law:
     """By least squares of relative errors that are Huber's beyond `HUBER`.
 
-    E, A and B are found for each pair of exponents on a grid, because the law is linear in them, and the grid closes in on
-    the best pair. Parameters and tokens are counted in units of their geometric means, so that no number is far from 1.
+    E, A and B are found for each pair of exponents on a grid, because the law is linear in them, and the grid closes in
+    on the best pair. Parameters and tokens are counted in units of their geometric means: no number is far from 1.
     """
     sizes, tokens, losses = (
         torch.tensor([getattr(point, key) for point in points], dtype=torch.float64)

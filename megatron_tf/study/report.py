@@ -49,7 +49,7 @@ PANELS = {
 def results_of(plan: Plan, measure: Measure | None = None) -> Json:
     """All that is known, ready for JSON: each arm against the reference, and each run.
 
-    `measure`: gives the speeds of runs, of those that count and their parents; with it arms have their cost by the clock.
+    `measure`: gives the speeds of runs, of those that count and their parents; with it arms have a cost by the clock.
 
     Differences are of runs of one seed, which see the same data in the same order. Intervals are of 95 %. Tokens are
     positions; people count `unit`, of `unit_tokens` positions each.
@@ -89,8 +89,8 @@ def results_of(plan: Plan, measure: Measure | None = None) -> Json:
 
 
 def _clock(plan: Plan, runs: Mapping[str, Result], measure: Measure) -> dict[str, Json]:
-    """By arm that has ended: `speed` in tokens a second, that over the reference's, `seconds` with those of its parents,
-    and what it costs against others at equal time."""
+    """By arm that has ended: `speed` in tokens a second, that over the reference's, `seconds` with those of its
+    parents, and what it costs against others at equal time."""
     way = {node.name: node for end, _ in counted(plan, runs) for node in way_to(end)}
     speeds = measure(list(way.values()))
     timed = with_seconds(plan, runs, speeds)
@@ -184,8 +184,8 @@ def _metric(name: str, results: Mapping[int, Result], reference: Mapping[int, Re
 def write_report(plan: Plan, output: Path, measure: Measure | None = None) -> str:
     """Writes into the folder `output`, and returns the text of table.txt. `measure` as in `results_of`.
 
-    results.json; table.txt; report.md, the same as Markdown; loss.png; a picture of each metric of the task; routing.png
-    where a model chooses candidates.
+    results.json; table.txt; report.md, the same as Markdown; loss.png; a picture of each metric of the task;
+    routing.png where a model chooses candidates.
     """
     found = results_of(plan, measure)
     text = in_words(found)

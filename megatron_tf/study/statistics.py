@@ -62,8 +62,8 @@ def cost_of(loss: float, curve: Sequence[tuple[float, float]]) -> Cost:
 def cheapest(loss: float, curves: Sequence[Sequence[tuple[float, float]]]) -> Cost:
     """What the cheapest of some curves takes to a loss, as far as they go.
 
-    "less" when one of them may take less still; "more" when none reaches the loss, and then more than that of them which
-    ends first.
+    "less" when one of them may take less still; "more" when none reaches the loss, and then more than that of them
+    which ends first.
     """
     costs = [cost_of(loss, curve) for curve in curves]
     reached = [cost for cost in costs if cost.beyond != "more"]

@@ -136,9 +136,9 @@ class Ends:
 
 
 def plot_ends(ends: Sequence[Ends], output: Path, label: str | None = None, unit: str = "tokens") -> None:
-    """Draw the validation loss, or what `label` says, that runs end with against samples, FLOPs and, where all of them are
-    known, hours: the mean of the seeds, from the least to the greatest of them; a thin line leads there from what a run
-    started from. UserError as `plot_runs`.
+    """Draw the validation loss, or what `label` says, that runs end with against samples, FLOPs and, where all of them
+    are known, hours: the mean of the seeds, from the least to the greatest of them; a thin line leads there from what a
+    run started from. UserError as `plot_runs`.
 
     `unit`: what `Ends.tokens` counts, "tokens" or "images".
     """
@@ -165,7 +165,7 @@ def plot_ends(ends: Sequence[Ends], output: Path, label: str | None = None, unit
 def plot_panels(
     panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], output: Path, x_label: str
 ) -> None:
-    """Draw a panel for each label of an axis, two in a row, with the lines (x, y) of its names. UserError as `plot_runs`."""
+    """Draw a panel for each label of an axis, two in a row, of the lines (x, y) of its names. Errors as `plot_runs`."""
     rows = math.ceil(len(panels) / 2)
     figure = new_figure(output, (13, 4 * rows))
     for axes, (label, lines) in zip(figure.subplots(rows, 2, sharex=True, squeeze=False).flat, panels.items()):

@@ -48,7 +48,7 @@ class LossGuard:
         return self._skipped > 0
 
     def overflowed(self) -> None:
-        """A step in fp16 was skipped and the loss scale falls. So the scale is found, unless all steps end like this."""
+        """A step in fp16 was skipped and the loss scale falls. So the scale is found, unless all steps end so."""
         self._overflowed += 1
 
     def skipped(self, step: int, reason: str, least_scale: float | None = None) -> str:
@@ -60,8 +60,8 @@ class LossGuard:
         text, remedy = f"step {step:,}: {reason}; the step is skipped and changes nothing", _REMEDY
         if least_scale is not None:
             remedy += (
-                f" The loss scale {least_scale:g} is the least (deepspeed.fp16.min_loss_scale): training.precision bf16 "
-                "needs none."
+                f" The loss scale {least_scale:g} is the least (deepspeed.fp16.min_loss_scale): training.precision "
+                "bf16 needs none."
             )
         if self._config.nonfinite == "stop":
             raise TrainingError(f"{text}. The run stops, because guard.nonfinite is stop.")
@@ -75,8 +75,8 @@ class LossGuard:
     def check_end(self, step: int, loss_scale: float | None = None) -> None:
         """At the last step: TrainingError when it, and maybe more before it, was skipped.
 
-        In fp16 a few steps are skipped whenever the loss scale was raised too far: that is an error only of all steps of
-        the run, or of guard.nonfinite_patience of them.
+        In fp16 a few steps are skipped whenever the loss scale was raised too far: that is an error only of all steps
+        of the run, or of guard.nonfinite_patience of them.
         """
         if self._skipped:
             raise TrainingError(
@@ -84,11 +84,12 @@ class LossGuard:
                 f"gradients were not finite. That state is not saved. {_REMEDY}"
             )
         if loss_scale is not None and self._overflowed >= min(step, self._config.nonfinite_patience):
+            lower = max(0, math.ceil(math.log2(loss_scale)) - 1)
             raise TrainingError(
-                f"the run reached its last step {step:,}, but the last {self._overflowed:,} were skipped, because their "
-                f"gradients overflowed fp16 while the loss scale fell, to {loss_scale:g}. That state is not saved. Set "
-                f"deepspeed.fp16.initial_scale_power to at most {max(0, math.ceil(math.log2(loss_scale)) - 1)}, or "
-                "training.precision to bf16, or train for more steps."
+                f"the run reached its last step {step:,}, but the last {self._overflowed:,} were skipped, because "
+                f"their gradients overflowed fp16 while the loss scale fell, to {loss_scale:g}. That state is not "
+                f"saved. Set deepspeed.fp16.initial_scale_power to at most {lower}, or training.precision to bf16, "
+                "or train for more steps."
             )
 
     def watch(self, step: int, loss: float) -> str | None:

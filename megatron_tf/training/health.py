@@ -6,7 +6,7 @@ over query, key and value) of a kind of projection:
 | metric | meaning |
 |---|---|
 | `score_norm` | ‖A‖₂, mean over the positions |
-| `active_share` | (Σ|S|)² / (n·ΣS²), mean over the positions: the share of the tokens that a position really uses. 1: all of them equally; 1/n: a single one |
+| `active_share` | (Σ|S|)² / (n·ΣS²), mean over the positions: share of the tokens in use, 1/n for a single one |
 | `dead_share` | share of the tokens whose |S| nowhere reaches 1 % of the position's root mean square |
 | `new_share` | after a growth: what the new tokens contribute, Σ|S|·‖v‖ over the positions, of what all contribute |
 | `old_dead_share`, `new_dead_share` | after a growth: dead ones among the old and among the new tokens |
@@ -19,7 +19,7 @@ equal share of the positions:
 | `load_max` | the largest load, mean over the slots |
 | `load_spread` | exp(entropy of the loads) over the number of candidates: 1 is even, 1/candidates is all on one |
 | `unused_share` | share of the candidates with a load below 0.1 |
-| `copy_distance` | √(Σ‖w − mean of the slot‖² / Σ‖w‖²) over keys and values: 0 for copies, near 1 for tokens of their own |
+| `copy_distance` | √(Σ‖w − mean of the slot‖² / Σ‖w‖²) over keys and values: 0 for copies, near 1 for other tokens |
 
 Each rank looks at its own tokens and positions, and sums go over the tensor and context groups; every data-parallel
 rank looks at the same batch.

@@ -1,1 +1,1 @@
-"""Rules between keys, a subject a file: generators of sentences with key and remedy. `config.validate` calls them all."""
+"""Rules between keys, a subject a file: they yield sentences with key and remedy. `config.validate` calls them all."""

@@ -63,8 +63,8 @@ def _interleaving_problems(parallel: Parallel, micro_batches: int, samples: int)
     stages, parts = parallel.pipeline, parallel.virtual_stages
     if stages == 1:
         yield (
-            f"parallel.virtual_stages: {parts} needs a pipeline, and parallel.pipeline is 1. Set parallel.virtual_stages "
-            "to 1, or parallel.pipeline to 2."
+            f"parallel.virtual_stages: {parts} needs a pipeline, and parallel.pipeline is 1. Set "
+            "parallel.virtual_stages to 1, or parallel.pipeline to 2."
         )
     elif parallel.schedule == "gpipe":
         yield (

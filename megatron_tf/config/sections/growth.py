@@ -46,7 +46,7 @@ class Growth(Section):
     depth_method: DepthMethod = "identity"
     """What new layers begin as, where model.num_layers rises. identity keeps the function, the others copy layers."""
     clone_noise: Fraction = 0.1
-    """What sets clones apart where model.hidden_size rises, relative to each weight; it cancels in the function. Since 0.2."""
+    """What sets clones apart where model.hidden_size rises, relative to a weight. The function stays. Since 0.2."""
     noise: Fraction = 0.0
     """Standard deviation of a change to each old token weight, relative to it. 0 keeps the function."""
     moments: Literal["keep", "reset"] = "keep"

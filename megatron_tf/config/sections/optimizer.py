@@ -21,7 +21,7 @@ class Schedule(Section):
     decay_steps: Count | None = None
     """[steps] Of wsd: the last steps, in which the rate falls."""
     decay_shape: Literal["linear", "sqrt"] = "linear"
-    """Of wsd: how it falls. linear: on a straight line; sqrt: by 1 - √(share of the decay), faster at first. Since 0.2."""
+    """Of wsd: how it falls. linear: in a straight line; sqrt: by 1 - √(share of decay), faster at first. Since 0.2."""
     min_lr: NonNegative = 0.0
     """Where cosine and wsd end, at the last step."""
 
@@ -38,9 +38,9 @@ class LrRule(Section):
     key_power: LrPower = 0.5
     """Of the factor of key tokens' rate. Since 0.2."""
     value_power: LrPower = 1.0
-    """Of the factor of value tokens' rate. Their weight decay is divided by it, so that rate times decay stays. Since 0.2."""
+    """Of the factor of value tokens' rate. Their weight decay is divided by it: rate times decay stays. Since 0.2."""
     scale_initial_values: bool = False
-    """Multiply initial value tokens of a new model by √(base / number), so that outputs begin equally large. Since 0.2."""
+    """Multiply initial value tokens of a new model by √(base / number): outputs begin equally large. Since 0.2."""
 
 
 class Optimizer(OpenSection):

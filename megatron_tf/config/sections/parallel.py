@@ -23,7 +23,7 @@ class Parallel(Section):
     schedule: Literal["1f1b", "gpipe", "zero_bubble"] = "1f1b"
     """Order of the micro batches in a pipeline. All but 1f1b need engine torch. Since 0.2: zero_bubble."""
     virtual_stages: Count = 1
-    """Parts of the depth that a pipeline rank holds, dealt out in turn: interleaved 1F1B. Needs engine torch. Since 0.2."""
+    """Parts of the depth on a pipeline rank, dealt out in turn: interleaved 1F1B. Needs engine torch. Since 0.2."""
     timeout_seconds: Seconds = 1800.0
     """[seconds] A collective that waits longer ends the run."""
 

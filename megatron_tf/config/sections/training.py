@@ -61,7 +61,7 @@ class Training(Section):
     profile: Profile | None = None
     """Steps to record with torch's profiler."""
     drop_path: Beta = 0.0
-    """[share] Of the samples that skip a residual branch of the last block; towards the first one it falls to 0. Since 0.2."""
+    """[share] Of the samples that skip a residual branch of the last block; it falls to 0 at the first. Since 0.2."""
     label_smoothing: Fraction = 0.0
     """[share] Of a target that all classes share alike. Since 0.2."""
     init_from: Path | None = None

@@ -5,7 +5,7 @@
 | model.safetensors | fp32 weights under their Hugging Face names; value tokens transposed, as linear layers have them |
 | config.json | the architecture, τ of every projection, and the versions that the export was verified with |
 | generation_config.json | the token that ends a text, when the tokenizer is known |
-| configuration_, modeling_, pattention_tokenformer.py | the model for transformers; needs torch and transformers alone |
+| configuration_, modeling_, pattention_tokenformer.py | the model for transformers; needs torch and transformers |
 | tokenizer.json, tokenizer_config.json | the tokenizer as in preparation, when it is a Hugging Face tokenizers file |
 """
 

@@ -1,4 +1,4 @@
-"""A trained classifier of images as a folder that transformers and timm load: weights, configurations, and its own code.
+"""A trained classifier of images as a folder that transformers and timm load: weights, configurations and its own code.
 
 | file | content |
 |---|---|

@@ -113,7 +113,7 @@ def shifted(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def _centre(picture: Picture, image: Image) -> Picture:
-    """As timm and torchvision do it, to the last bit: the shorter side becomes size / crop, and the middle is cut out."""
+    """As timm and torchvision do it, to the last bit: the shorter side becomes size / crop, and the middle is kept."""
     picture = in_channels(picture, image.channels)
     shorter = math.floor(image.size / image.crop)
     width, height = picture.size

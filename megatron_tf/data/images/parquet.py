@@ -32,8 +32,8 @@ def named_classes(path: Path) -> tuple[str, ...] | None:
         missing = [name for name in (IMAGE, LABEL_COLUMN) if name not in schema.names]
         if missing:
             raise DataError(
-                f"{path}: has no column {missing[0]!r}, its columns are {', '.join(schema.names):.200}. Images stand in "
-                f"{IMAGE!r}, with their bytes, and their classes in {LABEL_COLUMN!r}."
+                f"{path}: has no column {missing[0]!r}, its columns are {', '.join(schema.names):.200}. Images stand "
+                f"in {IMAGE!r}, with their bytes, and their classes in {LABEL_COLUMN!r}."
             )
         try:
             written = json.loads((schema.metadata or {})[b"huggingface"])

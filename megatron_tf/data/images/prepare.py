@@ -165,8 +165,8 @@ def _of_files(files: Sequence[Path], known: tuple[str, ...] | None) -> tuple[tup
     other = next((path for path in files if ".tar" not in path.suffixes), None)
     if other is not None:
         raise DataError(
-            f"{other}: is neither a .tar nor a .parquet nor a file of images of the MNIST family, or not all are of one "
-            "kind. Give such files, or one folder with a folder for each class."
+            f"{other}: is neither a .tar nor a .parquet nor a file of images of the MNIST family, or not all are of "
+            "one kind. Give such files, or one folder with a folder for each class."
         )
     if known is None:
         raise DataError(f"{files[0]}: a .tar has numbers of classes and not their names. {_GIVE_CLASSES}")

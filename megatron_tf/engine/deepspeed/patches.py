@@ -2,12 +2,12 @@
 
 | what | why |
 |---|---|
-| `__compatible_ops__["deepspeed_shm_comm"]` | compiling this op takes a minute at the first start on a CPU, and a killed build leaves a lock that hangs later starts |
-| `PipelineEngine._INSTRUCTION_MAP` | the only place where forward, backward and communication of a step can be told apart |
+| `__compatible_ops__["deepspeed_shm_comm"]` | a CPU compiles this op for a minute; a killed build leaves a lock |
+| `PipelineEngine._INSTRUCTION_MAP` | the only place that tells forward, backward and communication of a step apart |
 | `clip_fp32_gradients` | without ZeRO it forgets the norm that it computed, and updates whatever it was |
-| `clear_hp_grads`, `_update_scale` | the gradients of a skipped step are dropped before anyone can look which were not finite |
+| `clear_hp_grads`, `_update_scale` | they drop the gradients of a skipped step before a look which were not finite |
 | `_hp_mapping` | where the fp32 master weight and the moments of a parameter lie |
-| `PipelineModule._partition_layers`, `_synchronize_tied_weights` | overridden by `TokenFormerPipeline`, which says why |
+| `PipelineModule._partition_layers`, `_synchronize_tied_weights` | `TokenFormerPipeline` overrides them and says why |
 | `is_fp16_supported` of a CPU | only for checks: torch emulates fp16 well enough for them |
 """
 

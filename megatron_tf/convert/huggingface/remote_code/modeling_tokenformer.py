@@ -30,7 +30,8 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "shift_labels", "return_dict",
     # what continuous batching needs to find its cache
-    "logits_indices", "logits_processor_args", "read_index", "write_index", "block_table", "max_seqlen_q", "max_seqlen_k",
+    "logits_indices", "logits_processor_args", "read_index", "write_index", "block_table", "max_seqlen_q",
+    "max_seqlen_k",
     # of vLLM and SGLang, which have caches of their own
     "attention_instances", "forward_batch",
 }  # fmt: skip
