@@ -8,7 +8,9 @@ from typing import Literal
 
 from megatron_tf.config.sections.model import Model
 
-INITIAL_STD = 0.02  # of key tokens, whose size means nothing under the L2 norm, and of the embedding
+# Of the embedding and of key tokens. The size of keys cancels in the norm; it changes how far a step of Adam turns them
+# at first, and nothing after some thousand steps (docs/performance.md).
+INITIAL_STD = 0.02
 
 
 def input_std(model: Model) -> float:
