@@ -67,14 +67,14 @@ class FormulaPattention(Pattention):
 
     formula: Layer
 
-    def partial(self, x: Tensor) -> Tensor:
+    def partial(self, x: Tensor, norms: Tensor | None = None) -> Tensor:
         return self.formula(x, self.key_tokens, self.value_tokens)
 
 
 class FormulaAttention(PattentionAttention):
     """Query, key and value are three calls of the formula, and the output one."""
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, x: Tensor, norms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (
             p.partial(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value)
         )

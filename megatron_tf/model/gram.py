@@ -9,13 +9,15 @@
 | G | [projections, d, d], fp32, summed over the tokens of all ranks |
 | r | [rows, projections], fp32 |
 
-So r is known before the first product, and over tensor ranks no row waits for an exchange, forward or backward.
+So r is known before the first product, and over tensor ranks no row waits for an exchange, forward or backward. Under
+sequence parallelism a rank makes r of its own rows [rows/T, d] before they are gathered.
 Backward, with w = dr/r and what the layer says of dr (its T is ΣD∘A, and dr = −T/r):
 
     dx = w (x G),   dG = ½ xᵀ(w x),   dK = K (dG + dGᵀ)
 
 All are linear in dr. So each rank takes the part of dr that its own tokens give: dx is summed over the ranks with that
-of the products, and dG by itself, once for a micro batch. Together this is the direct form's (D − A T/r²) K, because A
+of the products, and dG by itself, once for a micro batch. (Of its own rows a rank has the whole dr, and dG is summed
+over the ranks alike.) Together this is the direct form's (D − A T/r²) K, because A
 K = x G.
 
 Saved for backward are x, K, G and r. xG is made again there, within one product of all projections.

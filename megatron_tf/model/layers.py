@@ -32,13 +32,21 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.sections.training import Training
 from megatron_tf.config.tasks import task_of
+from megatron_tf.model import gram
 from megatron_tf.model.attention import Documents, causal_attention, full_attention
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.context import BlockContext, Reports, attach
 from megatron_tf.model.filling import fill_normal
 from megatron_tf.model.later import Later
 from megatron_tf.model.pattention import DIRECT, Form, partial_pattention
-from megatron_tf.parallel.collectives import copy_to, exchange, gather_from, reduce_from, scatter_to
+from megatron_tf.parallel.collectives import (
+    copy_to,
+    exchange,
+    gather_from,
+    gather_together,
+    reduce_from,
+    scatter_to,
+)
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.state.parameters import INITIAL_STD, check_activation, default_scale, shard_range
 
@@ -123,13 +131,25 @@ class Pattention(nn.Module):
         check_pattention(x, self.key_tokens, self.value_tokens, self.scale, self.activation)
         return reduce_from(self.partial(copy_to(x, self.group)), self.group)
 
-    def partial(self, x: Tensor) -> Tensor:
-        """x [..., d_in], whole -> [..., d_out], still to be summed over the group."""
-        return partial_outputs([self], x)[0]
+    def partial(self, x: Tensor, norms: Tensor | None = None) -> Tensor:
+        """x [..., d_in], whole -> [..., d_out], still to be summed over the group. `norms`: see `entered`."""
+        return partial_outputs([self], x, norms)[0]
 
 
-def partial_outputs(projections: Sequence[Pattention], x: Tensor) -> tuple[Tensor, ...]:
-    """Outputs of projections that share x and how they are computed, each partial over their tensor group."""
+def entered(projections: Sequence[Pattention], hidden: Tensor, tensor: TensorParallel) -> tuple[Tensor, Tensor | None]:
+    """Hidden between layers -> x [s, b, d], whole on every rank, of projections that share it; and under sequence
+    parallelism in the Gram form their norms [s, b, projections], of which each rank has made those of its own rows."""
+    first = projections[0]
+    if first.form.norm == "direct" or not tensor.sequence:
+        return tensor.enter(hidden), None
+    matrices = gram.matrices([p.key_tokens for p in projections], first.group)
+    norms = gram.norms(hidden.flatten(0, -2), matrices).view(*hidden.shape[:-1], -1)
+    return gather_together(hidden, norms, first.group)
+
+
+def partial_outputs(projections: Sequence[Pattention], x: Tensor, norms: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Outputs of projections that share x and how they are computed, each partial over their tensor group. `norms`:
+    see `entered`."""
     first = projections[0]
     for projection in projections:
         if projection.observer is not None:
@@ -142,6 +162,7 @@ def partial_outputs(projections: Sequence[Pattention], x: Tensor) -> tuple[Tenso
         first.activation,
         first.group,
         first.form,
+        norms,
     )
 
 
@@ -250,8 +271,8 @@ class Block(nn.Module):
         metrics: Reports = {}
         attended = self.forward_attention(self._norm(hidden), documents, losses, metrics)
         hidden = hidden + _scaled(attended, branches, 0)
-        partial = self.feed_forward(self.tensor.enter(self._norm(hidden)), losses, metrics)
-        return hidden + _scaled(self.tensor.leave(partial), branches, 1), losses, metrics
+        fed = self.forward_ffn(self._norm(hidden), losses, metrics)
+        return hidden + _scaled(fed, branches, 1), losses, metrics
 
     def forward_attention(
         self, hidden: Tensor, documents: Documents | None, losses: Reports, metrics: Reports
@@ -262,6 +283,10 @@ class Block(nn.Module):
         as `context` has it, into `losses` and `metrics`. Their names are in its architecture's `losses` and `metrics`.
         """
         return self.attention(hidden, documents)
+
+    def forward_ffn(self, hidden: Tensor, losses: Reports, metrics: Reports) -> Tensor:
+        """Hidden between layers, after their norm -> what the feed-forward adds to them."""
+        return self.tensor.leave(self.feed_forward(self.tensor.enter(hidden), losses, metrics))
 
     def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
         """x [..., d], whole -> [..., d], still to be summed over the tensor group."""

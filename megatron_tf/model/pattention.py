@@ -23,7 +23,8 @@ r are all that is saved. Unless rows wait for an exchange, forward and backward 
 that nothing of all rows and tokens is ever there; gradients of tokens are added up in fp32.
 
 In the Gram form r comes from gram.py, and with it a Pattention is a GELU MLP of (τ/r)X: no row is exchanged, and the
-backward hands on dr = −T/r instead of coupling the tokens.
+backward hands on dr = −T/r instead of coupling the tokens. Under sequence parallelism each rank finds r of its own s/T
+rows, which travels with them.
 Where r is a norm, a row of scores that is all zero has r = 0: its output and gradients are 0, never NaN.
 """
 
@@ -97,11 +98,13 @@ def partial_pattention(
     activation: str,
     group: Group,
     form: Form = DIRECT,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Outputs of several projections of one x, each still to be summed over `group`.
 
     x [..., d_in]; keys[i] [n_i/T, d_in]; values[i] [n_i/T, d_out] -> one [..., d_out] a projection, in the type of the
     tokens; under autocast all are converted to autocast's type, as the arguments of a matrix product are.
+    `norms`: r of the Gram form [..., projections], where it is known.
     """
     function = score_function(activation)
     device, dtype = x.device.type, keys[0].dtype
@@ -109,8 +112,8 @@ def partial_pattention(
         dtype = torch.get_autocast_dtype(device)
         keys, values = ([token.to(dtype) for token in tokens] for tokens in (keys, values))
         with torch.autocast(device, enabled=False):
-            return _outputs(x.to(dtype), keys, values, scales, function, group, form)
-    return _outputs(x.to(dtype), keys, values, scales, function, group, form)
+            return _outputs(x.to(dtype), keys, values, scales, function, group, form, norms)
+    return _outputs(x.to(dtype), keys, values, scales, function, group, form, norms)
 
 
 def _outputs(
@@ -121,9 +124,12 @@ def _outputs(
     function: ScoreFunction,
     group: Group,
     form: Form,
+    norms: Tensor | None,
 ) -> tuple[Tensor, ...]:
     tensors = [x, *keys, *values]
-    if form.norm == "gram":
+    if norms is not None:
+        tensors.append(_rows(norms))
+    elif form.norm == "gram":
         matrices = gram.matrices(keys, group)
         norms = gram.norms(_rows(x), matrices)
         # over ranks all would have to agree, and a compiled graph has no choice

@@ -7,6 +7,7 @@ each is the identity for a group of one.
 |---|---|---|---|
 | `copy_to` | identity | all-reduce | a replicated tensor enters sharded work |
 | `reduce_from` | all-reduce | identity | partial results become whole on every rank |
+| `gather_together` | one all-gather of rows and of numbers of each | one reduce-scatter | as `gather_from` |
 | `gather_from` | all-gather along a dim | reduce-scatter | a split tensor enters sharded work whole |
 | `scatter_to` | reduce-scatter along a dim | all-gather | partial results become whole, split |
 | `scatter_together` | one reduce-scatter of several | one all-gather | as `scatter_to` |
@@ -135,6 +136,27 @@ class _GatherFrom(Function):
         return reduce_scatter(grad, ctx.group, ctx.dim), None, None
 
 
+class _GatherTogether(Function):
+    @staticmethod
+    def forward(ctx, x, numbers, group):
+        ctx.group, ctx.shapes, ctx.dtype = group, (x.shape, numbers.shape), numbers.dtype
+        # the numbers' bits as elements of x's type: nothing is rounded
+        sent = torch.cat([x.reshape(-1), numbers.contiguous().view(x.dtype).view(-1)])
+        ranks = all_gather(sent, group, 0).view(group.size, -1)
+        whole, bits = ranks[:, : x.numel()], ranks[:, x.numel() :].contiguous()
+        return (
+            whole.reshape(-1, *x.shape[1:]),
+            bits.view(numbers.dtype).view(-1, *numbers.shape[1:]),
+        )
+
+    @staticmethod
+    def backward(ctx, grad, of_numbers):
+        parts = [g.reshape(ctx.group.size, -1).to(grad.dtype) for g in (grad, of_numbers)]
+        own = reduce_scatter(torch.cat(parts, 1).view(-1), ctx.group, 0)
+        size = ctx.shapes[0].numel()
+        return own[:size].view(ctx.shapes[0]), own[size:].view(ctx.shapes[1]).to(ctx.dtype), None
+
+
 class _ScatterTo(Function):
     @staticmethod
     def forward(ctx, x, group, dim):
@@ -184,6 +206,14 @@ def reduce_from(x: Tensor, group: Group) -> Tensor:
 def gather_from(x: Tensor, group: Group, dim: int) -> Tensor:
     """All-gather along `dim` forward, reduce-scatter backward."""
     return x if group.size == 1 else _GatherFrom.apply(x, group, dim)
+
+
+def gather_together(x: Tensor, numbers: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """`gather_from` along dim 0 of x [rows, ...] and numbers [rows, ...], of at least x's precision, in one exchange.
+
+    The gradient of the numbers travels in the type of x's.
+    """
+    return (x, numbers) if group.size == 1 else _GatherTogether.apply(x, numbers, group)
 
 
 def scatter_to(x: Tensor, group: Group, dim: int) -> Tensor:

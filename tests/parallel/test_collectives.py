@@ -4,7 +4,15 @@ import pytest
 import torch
 from distributed import spawn
 
-from megatron_tf.parallel.collectives import copy_to, exchange, gather_from, reduce_from, scatter_to, scatter_together
+from megatron_tf.parallel.collectives import (
+    copy_to,
+    exchange,
+    gather_from,
+    gather_together,
+    reduce_from,
+    scatter_to,
+    scatter_together,
+)
 from megatron_tf.parallel.groups import SINGLE
 
 PAIRS = [
@@ -53,6 +61,19 @@ def _everything(group):
         grads = [torch.cat([y.chunk(size, split)[r] for y in xs], gather) * (r + 1) for r in range(size)]
         back = torch.cat([grads[r].chunk(size, gather)[rank] for r in range(size)], split)
         check(exchange(x, group, split, gather), own, back, grads)
+    rows_with_numbers(xs, group)
+
+
+def rows_with_numbers(xs, group):
+    """Numbers in fp32 keep every bit next to rows in bf16, and both have their gradients."""
+    numbers = [y[..., :3].sum(0, keepdim=True).expand(4, -1, -1).float() for y in xs]
+    own = xs[group.rank].bfloat16().requires_grad_(), numbers[group.rank].clone().requires_grad_()
+    gathered = gather_together(*own, group)
+    assert torch.equal(gathered[0], torch.cat(xs).bfloat16()) and torch.equal(gathered[1], torch.cat(numbers))
+    weights = [torch.arange(1.0, tensor.numel() + 1).view(tensor.shape).fmod(3) for tensor in gathered]
+    grads = torch.autograd.grad(gathered, own, [w.to(t.dtype) for w, t in zip(weights, gathered)])
+    for grad, weight, tensor in zip(grads, weights, own):
+        assert torch.equal(grad, group.size * weight.chunk(group.size)[group.rank].to(tensor.dtype))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

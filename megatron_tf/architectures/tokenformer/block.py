@@ -11,7 +11,7 @@ from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_t
 from megatron_tf.config.sections.model import Model
 from megatron_tf.model.attention import Documents
 from megatron_tf.model.context import Reports
-from megatron_tf.model.layers import Attention, Block, Pattention, TensorParallel, partial_outputs
+from megatron_tf.model.layers import Attention, Block, Pattention, TensorParallel, entered, partial_outputs
 from megatron_tf.model.sparse_pattention import SparsePattention, sparse_outputs
 from megatron_tf.parallel.collectives import gather_from, scatter_together
 
@@ -27,8 +27,12 @@ class PattentionAttention(Attention):
         self.value = _dense(model, f"{prefix}.value", tokens.qkv, scales, tensor)
         self.proj = _dense(model, f"{prefix}.proj", tokens.proj, scales, tensor)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _own_heads(self, partial_outputs([self.query, self.key, self.value], x))
+    def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
+        heads = self.split(*entered([self.query, self.key, self.value], hidden, self.tensor))
+        return self.tensor.leave(self.join(self.attended(heads, documents)))
+
+    def split(self, x: Tensor, norms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return _own_heads(self, partial_outputs([self.query, self.key, self.value], x, norms))
 
     def join(self, heads: Tensor) -> Tensor:
         return self.proj.partial(gather_from(heads, self.tensor.group, -1))
@@ -63,10 +67,20 @@ class SparseAttention(Attention):
         return _outputs([self.proj], gather_from(heads, self.tensor.group, -1), losses, metrics)[0]
 
 
-class SparseBlock(Block):
-    """Projections that choose among parameter tokens report how evenly, the load as their mean."""
+class TokenFormerBlock(Block):
+    """Its feed-forward is one projection."""
 
     ffn: Pattention | SparsePattention
+
+    def forward_ffn(self, hidden: Tensor, losses: Reports, metrics: Reports) -> Tensor:
+        if isinstance(self.ffn, SparsePattention):
+            return super().forward_ffn(hidden, losses, metrics)
+        x, norms = entered([self.ffn], hidden, self.tensor)
+        return self.tensor.leave(self.ffn.partial(x, norms))
+
+
+class SparseBlock(TokenFormerBlock):
+    """Projections that choose among parameter tokens report how evenly, the load as their mean."""
 
     def forward_attention(
         self, hidden: Tensor, documents: Documents | None, losses: Reports, metrics: Reports
@@ -75,10 +89,13 @@ class SparseBlock(Block):
             return self.attention(hidden, documents, losses, metrics)
         return self.attention(hidden, documents)
 
-    def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
-        (out,) = _outputs([self.ffn], x, losses, metrics)
+    def forward_ffn(self, hidden: Tensor, losses: Reports, metrics: Reports) -> Tensor:
+        fed = super().forward_ffn(hidden, losses, metrics)
         metrics["load_max"] = metrics["load_max"] / _choosing(self)
-        return out
+        return fed
+
+    def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
+        return _outputs([self.ffn], x, losses, metrics)[0]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles attention without candidates: products with them have the sizes that the choice gives them."""
@@ -99,7 +116,7 @@ def tokenformer_block(model: Model, layer: int, scales: Mapping[str, float], ten
     kind = SparseAttention if {"qkv", "proj"} & banks.keys() else PattentionAttention
     attention = kind(model, f"{prefix}.attention", scales, tensor)
     ffn = _projection(model, f"{prefix}.ffn", "ffn", scales, tensor)
-    return (SparseBlock if banks else Block)(attention, ffn, tensor, model.norm_eps)
+    return (SparseBlock if banks else TokenFormerBlock)(attention, ffn, tensor, model.norm_eps)
 
 
 def _own_heads(attention: Attention, partial: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

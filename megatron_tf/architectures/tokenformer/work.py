@@ -35,6 +35,8 @@ SLOT_KERNELS = Passes(7, 12)
 # Of x, for each projection in the Gram form: xG times x and its sum; x times a number a row.
 GRAM_PASSES = Passes(11, 4)
 GRAM_KERNELS = Passes(15, 14)  # of projections that share an input
+# Of x, whole, where norms of a rank's own rows travel with them: both are put together, and taken apart again.
+PACKED_PASSES = Passes(2, 2)
 SHARING = {"qkv": 3, "proj": 1, "ffn": 1}  # that share an input
 CHOICE_STATISTICS = 5  # fp32 numbers that a position keeps of its choice in a slot
 KERNELS = Passes(73, 133)
@@ -75,9 +77,12 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     kernels = KERNELS if activation.kernel_passes is None else FUSED_KERNELS
     with_gram = [kind for kind, form in norm_forms(model, config, GPU).items() if form == "gram"]
     gram_share = sum(widths[kind] for kind in with_gram) / scores
-    gram_projections = sum(SHARING[kind] for kind in with_gram)
-    gram = [Product(positions, hidden, gram_projections * hidden)] if with_gram else []
+    # rows of which a rank makes the norm: under sequence parallelism its own, but for proj, whose input comes by heads
+    own = {kind: positions // tensor if kind in _with_own_rows(config) else positions for kind in with_gram}
+    gram = [Product(rows, hidden, SHARING[kind] * hidden) for kind, rows in own.items()]
     gram += [Product(hidden, widths[kind], hidden) for kind in with_gram]
+    gram_rows = sum(SHARING[kind] * rows for kind, rows in own.items()) / positions
+    packed = len(own.keys() & _with_own_rows(config))
     return BlockWork(
         products=(*chain.from_iterable(of_kind.values()), *gram),
         weights=tuple(chain.from_iterable(own for kind, own in of_kind.items() if bank_of(model, kind) is None)),
@@ -90,14 +95,23 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
             kernels.backward + SLOT_KERNELS.backward * chosen_slots + GRAM_KERNELS.backward * len(with_gram),
         ),
         moved=Passes(
-            hidden * (SLOT_PASSES.forward * chosen_slots + GRAM_PASSES.forward * gram_projections),
-            hidden * (SLOT_PASSES.backward * chosen_slots + GRAM_PASSES.backward * gram_projections),
+            hidden
+            * (SLOT_PASSES.forward * chosen_slots + GRAM_PASSES.forward * gram_rows + PACKED_PASSES.forward * packed),
+            hidden
+            * (
+                SLOT_PASSES.backward * chosen_slots + GRAM_PASSES.backward * gram_rows + PACKED_PASSES.backward * packed
+            ),
         ),
         kept=(scores if keep else 0) + 4 * hidden // tensor + (hidden if tensor > 1 else 0),
         kept_statistics=5 + CHOICE_STATISTICS * chosen_slots,
         backward_peak=(2 * hidden if slots else 0)
         + (max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn) if keep else _recomputed_peak(config, widths, with_gram)),
     )
+
+
+def _with_own_rows(config: RunConfig) -> frozenset[str]:
+    """Kinds of projections whose input is split over the sequence before it is theirs."""
+    return frozenset({"qkv", "ffn"}) if config.parallel.sequence and config.parallel.tensor > 1 else frozenset()
 
 
 def _recomputed_peak(config: RunConfig, widths: Mapping[str, int], with_gram: Sequence[str]) -> int:
@@ -155,7 +169,9 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
     Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
     on the other. Norms are [s, b, 1] in fp32, one for each projection; forward they go in the parts of `row_parts`,
     each by the activation's number of reductions, those of a projection with a bank whole. In the Gram form there are
-    no norms, but KᵀK forward and its gradient backward, [d, d] in fp32 for each projection.
+    no norms, but KᵀK forward and its gradient backward, [d, d] in fp32 for each projection; under sequence parallelism
+    norms in fp32 are gathered with the input of q, k, v and with the ffn's, and their gradients, in the compute type,
+    are reduced with its own.
     """
     positions, whole = positions_of(config), hidden_bytes(config)
     # query, key and value together, and their gradients
@@ -178,8 +194,12 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
     forward: Collectives
     backward: Collectives
     if config.parallel.sequence:
-        forward = (Collective("all_gather", whole, 3), scattered, Collective("reduce_scatter", whole, 2))
-        backward = (gathered, Collective("all_gather", whole, 2), Collective("reduce_scatter", whole, 3))
+        with_norms = [SHARING[kind] * positions for kind in forms if forms[kind] == "gram" and kind != "proj"]
+        alone, compute = 3 - len(with_norms), compute_bytes(config.training.precision)
+        gathers = tuple(Collective("all_gather", whole + 4 * norms) for norms in with_norms)
+        scatters = tuple(Collective("reduce_scatter", whole + compute * norms) for norms in with_norms)
+        forward = Collective("all_gather", whole, alone), *gathers, scattered, Collective("reduce_scatter", whole, 2)
+        backward = gathered, Collective("all_gather", whole, 2), *scatters, Collective("reduce_scatter", whole, alone)
     else:
         reduced = Collective("all_reduce", whole, 2)
         forward = (Collective("all_gather", whole), scattered, reduced)
