@@ -49,6 +49,10 @@ class Architecture(ABC):
     def collectives(self, config: RunConfig) -> tuple[Collectives, Collectives]:
         """(forward, backward) of a block and a micro batch over two or more tensor ranks."""
 
+    def step_collectives(self, config: RunConfig) -> tuple[Collectives, Collectives]:
+        """(forward, backward) of a block besides, once a step; of a compiled one once a micro batch."""
+        return (), ()
+
     def losses(self, model: Model) -> tuple[str, ...]:
         """Names of the auxiliary losses of its blocks, see `model.context`. The log has the sum over the blocks."""
         return ()

@@ -65,7 +65,8 @@ class BlockWork:
     """What one block does with one micro batch, on the fullest tensor rank.
 
     `products`: of the forward pass; the backward pass has each twice.  `products_again`: what it makes once more
-        besides, because it was not kept.
+        besides, because it was not kept.  `products_of_step`: of forward and backward each, once a step whatever its
+        micro batches; of a compiled block once a micro batch.
     `weights`: of the products, those whose second one in the backward pass, the gradient of weights, can be made later.
     `inner_width`: columns between the products, for each position: a Pattention's scores, an MLP's activations.
     `inner_passes`, `head_passes`: how often an elementwise kernel reads or writes an element of [s, b, inner_width],
@@ -74,6 +75,7 @@ class BlockWork:
     `moved`: elements a position, read and written, of rows that are put into another order.
     `kept`: elements of the compute type that a position keeps for the backward pass, besides the inputs of the norms
         and the whole inputs of attention and feed-forward.
+    `kept_of_step`: fp32 numbers that are kept whatever the positions.
     `kept_statistics`: fp32 numbers of a position, besides those of the norms and of attention.
     `backward_peak`: elements a position that the backward pass needs on top of what is kept, at its peak, besides the
         gradients of a projection's output and input.
@@ -88,6 +90,8 @@ class BlockWork:
     kept_statistics: int
     backward_peak: int
     products_again: tuple[Product, ...] = ()
+    products_of_step: tuple[Product, ...] = ()
+    kept_of_step: int = 0
     moved: Passes = Passes(0, 0)
     weights: tuple[Product, ...] = ()
 

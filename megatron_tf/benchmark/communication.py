@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_tf.activations.forms import GPU
 from megatron_tf.architectures.work import Collective, Collectives, Kind
@@ -32,6 +32,7 @@ from megatron_tf.tasks.classes import cross_entropy
 from megatron_tf.tasks.language_model.layers import Embedding
 
 TIMEOUT = timedelta(minutes=5)
+ONCE = "block, once a step"  # whatever the micro batches of the step
 Sent = Counter[tuple[Kind, int]]  # (kind, bytes of the whole tensor) -> calls
 
 
@@ -75,6 +76,7 @@ def _count(config: RunConfig) -> dict[tuple[str, str], tuple[Sent, Sent]]:
 
 def _formula(config: RunConfig) -> dict[tuple[str, str], Sent]:
     parts = dict(zip(("embedding", "head and loss"), ends_collectives(config)), block=block_collectives(config))
+    parts[ONCE] = architecture_of(config.model).step_collectives(config)
     return {
         (part, direction): _as_sent(collectives)
         for part, passes in parts.items()
@@ -113,7 +115,7 @@ def count_layers(config: RunConfig, group: Group) -> list[tuple[str, str, Sent]]
     embedding, norm = Embedding(model, tensor).to(dtype), FinalNorm(model, tensor).to(dtype)
     torch.nn.init.normal_(embedding.weight, std=0.02)
     block = build_block(model, 0, initial_scales(model), tensor).to(dtype)
-    choose_forms(block, config.training, GPU)
+    of_steps = choose_forms(block, config.training, GPU)
     ids = torch.zeros(config.training.micro_batch_size, model.seq_length, dtype=torch.int64)
 
     counted: list[tuple[str, str, Sent]] = []
@@ -127,12 +129,34 @@ def count_layers(config: RunConfig, group: Group) -> list[tuple[str, str, Sent]]
         return out.detach().requires_grad_()
 
     hidden = both_passes("embedding", lambda: embedding(ids))
-    both_passes("block", lambda: block(hidden))
+    for matrices in of_steps:
+        matrices.begin(2)
+    counted += count_block(block, hidden)
     both_passes(
         "head and loss",
         lambda: cross_entropy(embedding.logits(norm(hidden)), ids.mT, embedding.start, group).mean(),
     )
     return counted
+
+
+def count_block(block: nn.Module, hidden: Tensor) -> list[tuple[str, str, Sent]]:
+    """As `count_layers`, of a step's two micro batches: what the first sends forward and the last sends backward more
+    than the other is sent once a step."""
+    outs, forward, backward = [], [], []
+    for _ in range(2):
+        with Counting() as counted:
+            outs.append(block(hidden))
+        forward.append(counted.sent)
+    for out in outs:
+        with Counting() as counted:
+            out.backward(torch.ones_like(out))
+        backward.append(counted.sent)
+    return [
+        ("block", "forward", forward[1]),
+        ("block", "backward", backward[0]),
+        (ONCE, "forward", forward[0] - forward[1]),
+        (ONCE, "backward", backward[1] - backward[0]),
+    ]
 
 
 def _of_kind(sent: Sent, kind: Kind) -> Sent:

@@ -25,6 +25,17 @@ def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
     return architecture_of(config.model).collectives(config)
 
 
+def step_collectives(config: RunConfig, micro_batches: int) -> Collectives:
+    """Of one block over the tensor group besides, in a step of so many micro batches."""
+    if config.parallel.tensor == 1:
+        return ()
+    forward, backward = architecture_of(config.model).step_collectives(config)
+    if not config.training.compile:
+        return forward + backward
+    again = forward if config.training.activation_checkpointing else ()
+    return micro_batches * (forward + again + backward)
+
+
 def recomputed_collectives(config: RunConfig) -> Collectives:
     """What activation checkpointing sends again of a block's forward pass: all but its end, which nothing needs."""
     forward, _ = block_collectives(config)
@@ -128,6 +139,7 @@ def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[GridAxis, fl
     block = sum(c.sent_bytes(topology.tensor) for c in (*forward, *again, *backward))
     ends = ends_collectives(config)
     sides = ends if topology.pipeline == 1 else ends[1:]
+    of_step = sum(c.sent_bytes(topology.tensor) for c in step_collectives(config, micro_batches))
     end = sum(c.sent_bytes(topology.tensor) for side in sides for pass_ in side for c in pass_)
     parameters = stage_parameters(config.model, topology, topology.pipeline - 1)
     data = data_collectives(config, parameters, topology.replicas, micro_batches)
@@ -136,7 +148,7 @@ def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[GridAxis, fl
     out, back = context_collectives(config)
     exchanged = sum(c.sent_bytes(topology.context) for c in (*out, *(out if again_forward else ()), *back))
     return {
-        "tensor": micro_batches * (layers * block + end),
+        "tensor": micro_batches * (layers * block + end) + layers * of_step,
         "pipeline": micro_batches * crossing + sum(c.sent_bytes(2) for c in tied_gradients(config, topology)),
         "data": sum(c.sent_bytes(topology.replicas) for c in data),
         **({"context": micro_batches * layers * exchanged} if topology.context > 1 else {}),

@@ -257,7 +257,8 @@ def block_activation_bytes(config: RunConfig) -> int:
     work = architecture_of(model).work(config)
     kept = 2 * model.hidden_size // split + 2 * model.hidden_size + work.kept
     statistics = 4 + model.num_attention_heads // tensor + work.kept_statistics
-    return positions_of(config) * (compute_bytes(config.training.precision) * kept + 4 * statistics)
+    of_positions = positions_of(config) * (compute_bytes(config.training.precision) * kept + 4 * statistics)
+    return of_positions + 4 * work.kept_of_step
 
 
 def block_backward_bytes(config: RunConfig) -> int:

@@ -24,6 +24,7 @@ from megatron_tf.costs.communication import (
     ends_collectives,
     recomputed_collectives,
     stage_boundary,
+    step_collectives,
     tied_gradients,
 )
 from megatron_tf.costs.estimate import flops_per_token, stage_parameters
@@ -34,6 +35,7 @@ from megatron_tf.costs.work import (
     block_seconds,
     ends_seconds,
     later_seconds,
+    step_seconds,
     update_seconds,
 )
 
@@ -85,6 +87,8 @@ def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions
     compute, tensor, context, sending = slot
     later = topology.num_layers(config.model.num_layers, 0) * later_seconds(config, gpu, assumed)
     micro_batches = batches.num_micro_batches
+    layers = max(topology.num_layers(config.model.num_layers, stage) for stage in stages)
+    once = _seconds(step_collectives(config, micro_batches), topology.tensor, "tensor", topology, gpu, assumed)
     parameters = max(stage_parameters(config.model, topology, stage) for stage in stages)
     data = data_collectives(config, parameters, topology.replicas, micro_batches)
     tied = tied_gradients(config, topology)
@@ -93,8 +97,8 @@ def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions
         tied, 2, "pipeline", topology, gpu, assumed
     )
     return StepTime(
-        compute=micro_batches * compute,
-        tensor=micro_batches * tensor,
+        compute=micro_batches * compute + layers * step_seconds(config, micro_batches, gpu, assumed),
+        tensor=micro_batches * tensor + layers * once,
         context=micro_batches * context,
         pipeline=micro_batches * sending,
         bubble=(topology.pipeline - 1) / topology.virtual_stages * (sum(slot) - 2 * later),

@@ -75,6 +75,15 @@ def later_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> float:
     return _products_seconds(architecture_of(config.model).work(config).weights, config, gpu, assumed)
 
 
+def step_seconds(config: RunConfig, micro_batches: int, gpu: Gpu, assumed: Assumptions) -> float:
+    """Time of one block besides, in a step of so many micro batches."""
+    work = architecture_of(config.model).work(config)
+    passes = 2
+    if config.training.compile:
+        passes = micro_batches * (3 if config.training.activation_checkpointing else 2)
+    return passes * _products_seconds(work.products_of_step, config, gpu, assumed)
+
+
 def ends_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> tuple[Seconds, Seconds]:
     """Time of the task's input layer, and of its head and loss."""
     work = task_of(config.model).work(config)

@@ -24,6 +24,7 @@ from megatron_tf.engine.shards import ShardedParameter
 from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.drop_path import DropPath
+from megatron_tf.model.gram import StepMatrices
 from megatron_tf.optimizers.base import MatrixRule
 from megatron_tf.parallel.groups import Group
 from megatron_tf.state.lr_rule import PLAIN, factors
@@ -70,12 +71,18 @@ class SegmentedEngine(ABC):
         self._drop_path: DropPath | None = None
         if config.training.drop_path:
             self._drop_path = DropPath(config.training.drop_path, model.num_layers, config.run.seed)
+        self._of_steps: list[StepMatrices] = []
         self._first_new = first_new or {}
         self._new_layers = frozenset(new_layers)
         self._scales = dict(source.scales)
         self._loaded_steps = {
             name: source.adam_steps(name, 0, spec.numel) for name, spec in parameter_table(model).items()
         }
+
+    def _begin_step(self) -> None:
+        """Before the first micro batch."""
+        for matrices in self._of_steps:
+            matrices.begin(self.plan.num_micro_batches)
 
     def _branches(self, step: int) -> Iterator[Tensor | None]:
         """`BlockContext.branches` of each micro batch of this rank in the 0-based `step`."""

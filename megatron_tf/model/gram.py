@@ -16,9 +16,14 @@ Backward, with w = dr/r and what the layer says of dr (its T is ΣD∘A, and dr 
     dx = w (x G),   dG = ½ xᵀ(w x),   dK = K (dG + dGᵀ)
 
 All are linear in dr. So each rank takes the part of dr that its own tokens give: dx is summed over the ranks with that
-of the products, and dG by itself, once for a micro batch. (Of its own rows a rank has the whole dr, and dG is summed
+of the products, and dG by itself. (Of its own rows a rank has the whole dr, and dG is summed
 over the ranks alike.) Together this is the direct form's (D − A T/r²) K, because A
 K = x G.
+
+G is the same for all micro batches of a step, and dK is linear in dG. So an engine has G made with the first forward
+pass of a step, and dG summed up and taken to dK with the last backward pass: two products of 2 n d²/T operations and
+two all-reduces of d² numbers a step, not a micro batch, and of pipelines one G in memory for all that is in flight. A
+compiled block makes them for each micro batch, as what is done once cannot stand in its graph.
 
 Saved for backward are x, K, G and r. xG is made again there, within one product of all projections.
 
@@ -36,7 +41,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_tf.activations.function import accumulating
-from megatron_tf.parallel.collectives import copy_to, reduce_from
+from megatron_tf.parallel.collectives import all_reduce, copy_to, reduce_from
 from megatron_tf.parallel.groups import Group
 
 # Of what r² is for an average direction of x. Below it, more than three of fp32's seven digits may be lost.
@@ -44,8 +49,51 @@ DOUBTFUL = 2.0**-10
 NOISE = 8  # roundings of the largest term of r²
 
 
-def matrices(keys: Sequence[Tensor], group: Group) -> Tensor:
-    """G of projections with keys [n_i/T, d]: [projections, d, d], the same on all ranks. Differentiable."""
+class StepMatrices:
+    """G of projections that share x, for the micro batches of a step that `begin` has told of, and the sum of dG.
+
+    Each micro batch goes forward once, recomputation aside, and backward once, in any order. Where none is to come, G
+    is made for each call.
+    """
+
+    def __init__(self) -> None:
+        self._to_come = 0
+        self._matrices: Tensor | None = None
+        self._gradient: Tensor | None = None
+
+    def begin(self, micro_batches: int) -> None:
+        """Forgets what was made of other keys."""
+        self._to_come, self._matrices, self._gradient = micro_batches, None, None
+
+    @property
+    def in_use(self) -> bool:
+        return self._to_come > 0
+
+    def made(self, keys: Sequence[Tensor], group: Group) -> Tensor:
+        """G. Not differentiable."""
+        if self._matrices is None:
+            self._matrices = all_reduce(torch.stack([_matrix(k) for k in keys]), group)
+        return self._matrices.detach()
+
+    def whole_gradient(self, gradient: Tensor, group: Group) -> Tensor | None:
+        """After the backward pass of a micro batch, with its dG: the step's, if it was the last one."""
+        self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
+        self._to_come -= 1
+        if self._to_come:
+            return None
+        whole = all_reduce(self._gradient, group)
+        self.begin(0)
+        return whole
+
+
+def matrices(keys: Sequence[Tensor], group: Group, step: StepMatrices | None = None) -> Tensor:
+    """G of projections with keys [n_i/T, d]: [projections, d, d], the same on all ranks. Differentiable.
+
+    `step`: keeps it over micro batches. (Not on one process, where a call can take the direct form after all.)
+    """
+    kept = step is not None and group.size > 1 and not torch.compiler.is_compiling()
+    if kept and torch.is_grad_enabled() and step.in_use:
+        return _MatricesOfStep.apply(step, group, *keys)
     own = torch.stack([_Matrix.apply(k) for k in keys])
     return copy_to(reduce_from(own, group), group)
 
@@ -67,13 +115,39 @@ class _Matrix(Function):
     @staticmethod
     def forward(ctx, keys):
         ctx.save_for_backward(keys)
-        return (keys.mT @ keys).to(accumulating(keys))
+        return _matrix(keys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         (keys,) = ctx.saved_tensors
-        return keys @ (gradient + gradient.mT).to(keys.dtype)
+        return _keys_gradient(keys, gradient)
+
+
+class _MatricesOfStep(Function):
+    """G of all micro batches of a step. Keys have their gradient from the last backward pass alone."""
+
+    @staticmethod
+    def forward(ctx, step, group, *keys):
+        ctx.save_for_backward(*keys)
+        ctx.step, ctx.group = step, group
+        return step.made(keys, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        whole = ctx.step.whole_gradient(gradient, ctx.group)
+        if whole is None:
+            return (None,) * (2 + len(ctx.saved_tensors))
+        return None, None, *map(_keys_gradient, ctx.saved_tensors, whole)
+
+
+def _matrix(keys: Tensor) -> Tensor:
+    return (keys.mT @ keys).to(accumulating(keys))
+
+
+def _keys_gradient(keys: Tensor, gradient: Tensor) -> Tensor:
+    return keys @ (gradient + gradient.mT).to(keys.dtype)
 
 
 class _Norms(Function):

@@ -120,6 +120,8 @@ class Pattention(nn.Module):
         self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out))
         self.num_tokens = num_tokens
         self.form = DIRECT
+        self.own_rows = False  # whether norms of the Gram form are of a rank's own rows, see `entered`
+        self.step: gram.StepMatrices | None = None  # of this and the projections that share its input
         self.scale = default_scale(num_tokens, activation) if scale is None else scale
         self.activation = activation
         self.group = group
@@ -140,9 +142,9 @@ def entered(projections: Sequence[Pattention], hidden: Tensor, tensor: TensorPar
     """Hidden between layers -> x [s, b, d], whole on every rank, of projections that share it; and under sequence
     parallelism in the Gram form their norms [s, b, projections], of which each rank has made those of its own rows."""
     first = projections[0]
-    if first.form.norm == "direct" or not tensor.sequence:
+    if first.form.norm == "direct" or not first.own_rows:
         return tensor.enter(hidden), None
-    matrices = gram.matrices([p.key_tokens for p in projections], first.group)
+    matrices = gram.matrices([p.key_tokens for p in projections], first.group, first.step)
     norms = gram.norms(hidden.flatten(0, -2), matrices).view(*hidden.shape[:-1], -1)
     return gather_together(hidden, norms, first.group)
 
@@ -163,18 +165,27 @@ def partial_outputs(projections: Sequence[Pattention], x: Tensor, norms: Tensor 
         first.group,
         first.form,
         norms,
+        first.step,
     )
 
 
-def choose_forms(block: nn.Module, training: Training, device: str) -> None:
-    """Sets how each Pattention of a block is computed on a `device` type, as `training` wants it."""
+def choose_forms(block: nn.Module, training: Training, device: str) -> list[gram.StepMatrices]:
+    """Sets how each Pattention of a block is computed on a `device` type, as `training` wants it.
+
+    Returns what keeps KᵀK over the micro batches of a step, if it is told when one begins.
+    """
+    of_steps = []
     for module in block.modules():
         if isinstance(module, Pattention):
             norm = norm_form(
                 training.norm, ACTIVATIONS[module.activation], module.num_tokens, module.key_tokens.shape[1],
-                module.group.size, device,
+                module.group.size, device, own_rows=module.own_rows, compiled=training.compile,
             )  # fmt: skip
             module.form = Form(norm, training.scores == "keep")
+            module.step = gram.StepMatrices() if norm == "gram" else None
+            if module.step is not None:
+                of_steps.append(module.step)
+    return of_steps
 
 
 def leave_weights(module: nn.Module, later: Later) -> None:

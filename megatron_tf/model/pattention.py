@@ -99,12 +99,13 @@ def partial_pattention(
     group: Group,
     form: Form = DIRECT,
     norms: Tensor | None = None,
+    step: gram.StepMatrices | None = None,
 ) -> tuple[Tensor, ...]:
     """Outputs of several projections of one x, each still to be summed over `group`.
 
     x [..., d_in]; keys[i] [n_i/T, d_in]; values[i] [n_i/T, d_out] -> one [..., d_out] a projection, in the type of the
     tokens; under autocast all are converted to autocast's type, as the arguments of a matrix product are.
-    `norms`: r of the Gram form [..., projections], where it is known.
+    `norms`: r of the Gram form [..., projections], where it is known.  `step`: keeps KᵀK over the micro batches of one.
     """
     function = score_function(activation)
     device, dtype = x.device.type, keys[0].dtype
@@ -112,8 +113,8 @@ def partial_pattention(
         dtype = torch.get_autocast_dtype(device)
         keys, values = ([token.to(dtype) for token in tokens] for tokens in (keys, values))
         with torch.autocast(device, enabled=False):
-            return _outputs(x.to(dtype), keys, values, scales, function, group, form, norms)
-    return _outputs(x.to(dtype), keys, values, scales, function, group, form, norms)
+            return _outputs(x.to(dtype), keys, values, scales, function, group, form, norms, step)
+    return _outputs(x.to(dtype), keys, values, scales, function, group, form, norms, step)
 
 
 def _outputs(
@@ -125,12 +126,13 @@ def _outputs(
     group: Group,
     form: Form,
     norms: Tensor | None,
+    step: gram.StepMatrices | None,
 ) -> tuple[Tensor, ...]:
     tensors = [x, *keys, *values]
     if norms is not None:
         tensors.append(_rows(norms))
     elif form.norm == "gram":
-        matrices = gram.matrices(keys, group)
+        matrices = gram.matrices(keys, group, step)
         norms = gram.norms(_rows(x), matrices)
         # over ranks all would have to agree, and a compiled graph has no choice
         certain = group.size > 1 or torch.compiler.is_compiling()

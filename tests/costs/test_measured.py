@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from operator import add
 from pathlib import Path
 
 import pytest
@@ -235,7 +236,8 @@ def sent_by_layers(group, sequence, precision, *model):
         assert counted.sent == as_counter(expected), (counted.sent, expected)
         return out
 
-    forward, backward = block_collectives(config)
+    # of a step with one micro batch
+    forward, backward = map(add, block_collectives(config), architecture_of(config.model).step_collectives(config))
     (first_forward, first_backward), (last_forward, last_backward) = ends_collectives(config)
     hidden = check(lambda: embedding(ids), first_forward)
     check(lambda: hidden.backward(torch.ones_like(hidden)), first_backward)

@@ -178,13 +178,42 @@ def over_ranks(group, keep_scores):
     x, keys, values, grads = tensors(tokens=(41, 29), rows=(7,))
     expected, token_grads = both_passes(x, keys, values, grads, DIRECT)
     own = [slice(*shard_range(len(k), group.size, group.rank)) for k in keys]
-    own_tokens = ([token[rows] for token, rows in zip(tokens, own)] for tokens in (keys, values))
+    own_tokens = [[token[rows] for token, rows in zip(tokens, own)] for tokens in (keys, values)]
     with Counting() as counted:
         partial, own_grads = both_passes(x, *own_tokens, grads, Form("gram", keep_scores), group)
     assert counted.sent == {("all_reduce", 8 * 2 * 6 * 6): 2}  # KᵀK and its gradient, and no row
     torch.testing.assert_close(all_reduce(torch.stack(partial), group), torch.stack(expected), rtol=1e-11, atol=1e-12)
     for grad, whole, rows in zip(own_grads, token_grads, (*own, *own)):
         torch.testing.assert_close(grad, whole[rows], rtol=1e-11, atol=1e-12)
+    of_a_step(group, x, own_tokens, grads, [whole[rows] for whole, rows in zip(token_grads, (*own, *own))])
+
+
+def of_a_step(group, x, own_tokens, grads, expected):
+    """Three micro batches, two of them in flight at a time: KᵀK and its gradient are made once, and are whole."""
+    step, leaves = gram.StepMatrices(), [token.clone().requires_grad_() for tokens in own_tokens for token in tokens]
+
+    def forward():
+        return partial_pattention(x, leaves[:2], leaves[2:], (2.5, 3.0), "l2_norm_gelu", group, GRAM, step=step)
+
+    for doubled in (1, 2):
+        step.begin(3)
+        for leaf in leaves:
+            leaf.grad = None
+        with Counting() as counted:
+            first, second = forward(), forward()
+            torch.autograd.backward(first, grads)
+            with torch.no_grad():
+                forward()  # an evaluation has its own
+            third = forward()
+            torch.autograd.backward(third, grads)
+            torch.autograd.backward(second, grads)
+        assert counted.sent == {("all_reduce", 8 * 2 * 6 * 6): 3} and not step.in_use
+        # a factor of the keys cancels in what they compute
+        factors = 3 / doubled, 3 / doubled, 3, 3
+        for leaf, grad, factor in zip(leaves, expected, factors):
+            torch.testing.assert_close(leaf.grad, factor * grad, rtol=1e-11, atol=1e-12)
+        for keys in leaves[:2]:
+            keys.data.mul_(2)  # as an update may be, out of autograd's sight
 
 
 def test_over_ranks_no_row_is_exchanged():
@@ -193,11 +222,14 @@ def test_over_ranks_no_row_is_exchanged():
 
 
 def test_which_projections_take_it():
-    def chosen(wanted, tokens, ranks, device, activation=L2_NORM_GELU):
-        return norm_form(wanted, activation, tokens, 768, ranks, device)
+    def chosen(wanted, tokens, ranks, device, activation=L2_NORM_GELU, **where):
+        return norm_form(wanted, activation, tokens, 768, ranks, device, **where)
 
     assert chosen("auto", 34480, 2, "cuda") == "gram"
     assert chosen("auto", 34480, 1, "cuda") == chosen("auto", 34480, 2, "cpu") == "direct"
-    assert chosen("auto", 16 * 768 * 2 - 1, 2, "cuda") == chosen("direct", 34480, 2, "cuda") == "direct"
+    least = 8 * 768
+    assert chosen("auto", 2 * least - 1, 2, "cuda") == chosen("direct", 34480, 2, "cuda") == "direct"
+    assert chosen("auto", least, 4, "cuda", own_rows=True) == chosen("auto", 4 * least, 4, "cuda") == "gram"
+    assert chosen("auto", 2 * least - 1, 4, "cuda", own_rows=True, compiled=True) == "direct"
     assert chosen("gram", 10, 1, "cpu") == "gram"
     assert {chosen("gram", 34480, 2, "cuda", other) for other in (GELU_L2_NORM, SOFTMAX)} == {"direct"}

@@ -19,7 +19,7 @@ from megatron_tf.architectures.tokenformer.section import (
     bank_problems,
     bank_spec,
 )
-from megatron_tf.architectures.tokenformer.work import block_collectives, block_work
+from megatron_tf.architectures.tokenformer.work import block_collectives, block_work, step_collectives
 from megatron_tf.architectures.work import BlockWork, Collectives
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model, ParameterTokens
@@ -73,6 +73,9 @@ class TokenFormerArchitecture(Architecture):
 
     def collectives(self, config: RunConfig) -> tuple[Collectives, Collectives]:
         return block_collectives(as_tokenformer(config.model), config)
+
+    def step_collectives(self, config: RunConfig) -> tuple[Collectives, Collectives]:
+        return step_collectives(as_tokenformer(config.model), config)
 
     def token_counts(self, model: Model) -> dict[str, int]:
         return as_tokenformer(model).parameter_tokens.model_dump()

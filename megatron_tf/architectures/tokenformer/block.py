@@ -26,6 +26,8 @@ class PattentionAttention(Attention):
         self.key = _dense(model, f"{prefix}.key", tokens.qkv, scales, tensor)
         self.value = _dense(model, f"{prefix}.value", tokens.qkv, scales, tensor)
         self.proj = _dense(model, f"{prefix}.proj", tokens.proj, scales, tensor)
+        for projection in (self.query, self.key, self.value):
+            projection.own_rows = tensor.sequence
 
     def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         heads = self.split(*entered([self.query, self.key, self.value], hidden, self.tensor))
@@ -71,6 +73,11 @@ class TokenFormerBlock(Block):
     """Its feed-forward is one projection."""
 
     ffn: Pattention | SparsePattention
+
+    def __init__(self, attention: Attention, ffn: Pattention | SparsePattention, tensor: TensorParallel, eps: float):
+        super().__init__(attention, ffn, tensor, eps)
+        if isinstance(ffn, Pattention):
+            ffn.own_rows = tensor.sequence
 
     def forward_ffn(self, hidden: Tensor, losses: Reports, metrics: Reports) -> Tensor:
         if isinstance(self.ffn, SparsePattention):

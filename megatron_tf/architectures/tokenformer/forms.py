@@ -12,6 +12,11 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.training import Training
 
 
+def kinds_with_own_rows(config: RunConfig) -> frozenset[str]:
+    """Kinds of projections whose input is split over the sequence before it is theirs; proj's comes split by heads."""
+    return frozenset({"qkv", "ffn"}) if config.parallel.sequence and config.parallel.tensor > 1 else frozenset()
+
+
 def norm_forms(model: TokenFormerModel, config: RunConfig, device: str) -> dict[str, Norm]:
     """By kind of projection; one with candidates has only the direct form."""
     return {
@@ -24,6 +29,8 @@ def norm_forms(model: TokenFormerModel, config: RunConfig, device: str) -> dict[
             model.hidden_size,
             config.parallel.tensor,
             device,
+            own_rows=kind in kinds_with_own_rows(config),
+            compiled=config.training.compile,
         )
         for kind, tokens in model.parameter_tokens.model_dump().items()
     }

@@ -12,7 +12,7 @@ from itertools import chain
 from megatron_tf.activations.base import Activation
 from megatron_tf.activations.forms import GPU
 from megatron_tf.activations.overlap import row_chunks, row_parts
-from megatron_tf.architectures.tokenformer.forms import norm_forms
+from megatron_tf.architectures.tokenformer.forms import kinds_with_own_rows, norm_forms
 from megatron_tf.architectures.tokenformer.section import Bank, TokenFormerModel, bank_of, banks_of
 from megatron_tf.architectures.work import (
     BlockWork,
@@ -77,15 +77,17 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     kernels = KERNELS if activation.kernel_passes is None else FUSED_KERNELS
     with_gram = [kind for kind, form in norm_forms(model, config, GPU).items() if form == "gram"]
     gram_share = sum(widths[kind] for kind in with_gram) / scores
-    # rows of which a rank makes the norm: under sequence parallelism its own, but for proj, whose input comes by heads
-    own = {kind: positions // tensor if kind in _with_own_rows(config) else positions for kind in with_gram}
+    # rows of which a rank makes the norm
+    own_rows = kinds_with_own_rows(config)
+    own = {kind: positions // tensor if kind in own_rows else positions for kind in with_gram}
     gram = [Product(rows, hidden, SHARING[kind] * hidden) for kind, rows in own.items()]
-    gram += [Product(hidden, widths[kind], hidden) for kind in with_gram]
     gram_rows = sum(SHARING[kind] * rows for kind, rows in own.items()) / positions
-    packed = len(own.keys() & _with_own_rows(config))
+    packed = len(own.keys() & own_rows)
     return BlockWork(
         products=(*chain.from_iterable(of_kind.values()), *gram),
         weights=tuple(chain.from_iterable(own for kind, own in of_kind.items() if bank_of(model, kind) is None)),
+        products_of_step=tuple(Product(hidden, widths[kind], hidden) for kind in with_gram),
+        kept_of_step=2 * hidden**2 * sum(SHARING[kind] for kind in with_gram),
         products_again=() if keep else tuple(Product(positions, hidden, width) for width in widths.values()),
         inner_width=scores,
         inner_passes=_score_passes(activation, config, gram_share),
@@ -107,11 +109,6 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
         backward_peak=(2 * hidden if slots else 0)
         + (max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn) if keep else _recomputed_peak(config, widths, with_gram)),
     )
-
-
-def _with_own_rows(config: RunConfig) -> frozenset[str]:
-    """Kinds of projections whose input is split over the sequence before it is theirs."""
-    return frozenset({"qkv", "ffn"}) if config.parallel.sequence and config.parallel.tensor > 1 else frozenset()
 
 
 def _recomputed_peak(config: RunConfig, widths: Mapping[str, int], with_gram: Sequence[str]) -> int:
@@ -169,19 +166,13 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
     Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
     on the other. Norms are [s, b, 1] in fp32, one for each projection; forward they go in the parts of `row_parts`,
     each by the activation's number of reductions, those of a projection with a bank whole. In the Gram form there are
-    no norms, but KᵀK forward and its gradient backward, [d, d] in fp32 for each projection; under sequence parallelism
-    norms in fp32 are gathered with the input of q, k, v and with the ffn's, and their gradients, in the compute type,
+    no such exchanges; under sequence parallelism norms in fp32 are gathered with the input of q, k, v and with the ffn's, and their gradients, in the compute type,
     are reduced with its own.
     """
     positions, whole = positions_of(config), hidden_bytes(config)
     # query, key and value together, and their gradients
     scattered, gathered = (Collective(kind, 3 * whole) for kind in ("reduce_scatter", "all_gather"))
     forms = norm_forms(model, config, GPU)
-    matrices = tuple(
-        Collective("all_reduce", 4 * model.hidden_size**2 * SHARING[kind])
-        for kind, form in forms.items()
-        if form == "gram"
-    )
     direct = {kind: SHARING[kind] for kind, form in forms.items() if form == "direct"}
     norms = tuple(Collective("all_reduce", 4 * positions * projections) for projections in direct.values())
     reductions = ACTIVATIONS[model.activation].reductions
@@ -194,7 +185,9 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
     forward: Collectives
     backward: Collectives
     if config.parallel.sequence:
-        with_norms = [SHARING[kind] * positions for kind in forms if forms[kind] == "gram" and kind != "proj"]
+        with_norms = [
+            SHARING[kind] * positions for kind in forms if forms[kind] == "gram" and kind in kinds_with_own_rows(config)
+        ]
         alone, compute = 3 - len(with_norms), compute_bytes(config.training.precision)
         gathers = tuple(Collective("all_gather", whole + 4 * norms) for norms in with_norms)
         scatters = tuple(Collective("reduce_scatter", whole + compute * norms) for norms in with_norms)
@@ -204,4 +197,15 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
         reduced = Collective("all_reduce", whole, 2)
         forward = (Collective("all_gather", whole), scattered, reduced)
         backward = (gathered, Collective("reduce_scatter", whole), reduced)
-    return forward + forward_norms + matrices, backward + norms + matrices
+    return forward + forward_norms, backward + norms
+
+
+def step_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Collectives, Collectives]:
+    """(forward, backward) of one block besides: in the Gram form KᵀK and its gradient, [d, d] in fp32 for each
+    projection."""
+    matrices = tuple(
+        Collective("all_reduce", 4 * model.hidden_size**2 * SHARING[kind])
+        for kind, form in norm_forms(model, config, GPU).items()
+        if form == "gram"
+    )
+    return matrices, matrices

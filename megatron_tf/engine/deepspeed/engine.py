@@ -76,7 +76,7 @@ class DeepSpeedEngine(SegmentedEngine):
                 dist_init_required=False,
             )
         for block in self._pipeline.blocks().values():
-            choose_forms(block, config.training, self._deepspeed.device.type)
+            self._of_steps += choose_forms(block, config.training, self._deepspeed.device.type)
         time_phases(self._deepspeed, clock)
         self.optimizer: SegmentedOptimizer = self._deepspeed.basic_optimizer
         self._stage_0_norm: float | None = None
@@ -110,6 +110,7 @@ class DeepSpeedEngine(SegmentedEngine):
         # DeepSpeed scales the loss of the last stage so; an auxiliary loss has its gradient from here, at any stage
         scale = self.loss_scaler().get("cur_scale", 1.0)
         self._pipeline.auxiliary_weight = scale / self.plan.num_micro_batches
+        self._begin_step()
         self._pipeline.reports = {}
         self._pipeline.branches = self._branches(step)
         loss = self._deepspeed.train_batch(self._weighed(batches) if self._masks_losses else batches)

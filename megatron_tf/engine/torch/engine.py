@@ -82,7 +82,7 @@ class TorchEngine(SegmentedEngine):
         self._stage.to_empty(device=device)
         for block in self._stage.blocks.values():
             block.recompute = config.training.activation_checkpointing  # type: ignore[assignment]
-            choose_forms(block, config.training, device.type)
+            self._of_steps += choose_forms(block, config.training, device.type)
             if config.training.compile:
                 block.compile()
         keep_parameters = config.parallel.shard != "parameters"
@@ -170,6 +170,7 @@ class TorchEngine(SegmentedEngine):
             ]
         if self._masks_losses:
             self._weigh(taken)
+        self._begin_step()
         self._found = {}
         self._of_step = list(self._branches(step))
         self._stage.train()
