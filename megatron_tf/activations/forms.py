@@ -9,7 +9,7 @@ from megatron_tf.activations.base import Activation
 Norm = Literal["direct", "gram"]
 # Tokens for each channel from which the passes over scores that the Gram form saves take longer than making xKᵀK: by the
 # estimate of a step, on an A100, H100 or H200 with micro batches of 8,192 positions.
-TOKENS_A_CHANNEL = 8
+TOKENS_A_CHANNEL = 6
 GPU = "cuda"  # the device type that plans are made for
 
 

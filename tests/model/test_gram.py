@@ -227,7 +227,7 @@ def test_which_projections_take_it():
 
     assert chosen("auto", 34480, 2, "cuda") == "gram"
     assert chosen("auto", 34480, 1, "cuda") == chosen("auto", 34480, 2, "cpu") == "direct"
-    least = 8 * 768
+    least = 6 * 768
     assert chosen("auto", 2 * least - 1, 2, "cuda") == chosen("direct", 34480, 2, "cuda") == "direct"
     assert chosen("auto", least, 4, "cuda", own_rows=True) == chosen("auto", 4 * least, 4, "cuda") == "gram"
     assert chosen("auto", 2 * least - 1, 4, "cuda", own_rows=True, compiled=True) == "direct"
