@@ -9,7 +9,7 @@ from megatron_tf.activations.base import Activation
 Norm = Literal["direct", "gram"]
 # Tokens for each channel from which the passes over scores that the Gram form saves take longer than making xKᵀK: by the
 # estimate of a step, on an A100, H100 or H200 with micro batches of 8,192 positions.
-TOKENS_A_CHANNEL = 6
+TOKENS_A_CHANNEL = 5
 GPU = "cuda"  # the device type that plans are made for
 
 
@@ -31,14 +31,14 @@ def norm_form(
     own rows alone.  `compiled`: whether KᵀK is made for each micro batch, not once a step.
 
     An activation without the Gram form is direct. Of auto, the Gram form is taken on GPUs by two ranks or more with
-    TOKENS_A_CHANNEL or more, counted on a rank where it makes the norms of all rows; twice as many when compiled. On
-    one rank norm and weights are one pass, and on a CPU a pass over the scores costs less than a product of d channels
-    with d.
+    TOKENS_A_CHANNEL or more, counted on a rank where it makes the norms of all rows; three times as many when
+    compiled. On one rank norm and weights are one pass, and on a CPU a pass over the scores costs less than a product
+    of d channels with d.
     """
     if activation.gram_saves is None:
         return "direct"
     if wanted == "gram":
         return "gram"
-    least = TOKENS_A_CHANNEL * width * (1 if own_rows else ranks) * (2 if compiled else 1)
+    least = TOKENS_A_CHANNEL * width * (1 if own_rows else ranks) * (3 if compiled else 1)
     pays = device == GPU and ranks > 1 and tokens >= least
     return "gram" if wanted == "auto" and pays else "direct"

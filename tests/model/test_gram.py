@@ -227,9 +227,9 @@ def test_which_projections_take_it():
 
     assert chosen("auto", 34480, 2, "cuda") == "gram"
     assert chosen("auto", 34480, 1, "cuda") == chosen("auto", 34480, 2, "cpu") == "direct"
-    least = 6 * 768
+    least = 5 * 768
     assert chosen("auto", 2 * least - 1, 2, "cuda") == chosen("direct", 34480, 2, "cuda") == "direct"
     assert chosen("auto", least, 4, "cuda", own_rows=True) == chosen("auto", 4 * least, 4, "cuda") == "gram"
-    assert chosen("auto", 2 * least - 1, 4, "cuda", own_rows=True, compiled=True) == "direct"
+    assert chosen("auto", 3 * least - 1, 4, "cuda", own_rows=True, compiled=True) == "direct"
     assert chosen("gram", 10, 1, "cpu") == "gram"
     assert {chosen("gram", 34480, 2, "cuda", other) for other in (GELU_L2_NORM, SOFTMAX)} == {"direct"}

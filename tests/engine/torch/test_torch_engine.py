@@ -55,6 +55,14 @@ def test_other_order_depth_and_recomputation():
 
 
 @pytest.mark.slow
+def test_the_gram_form_over_micro_batches():
+    """Its matrices are made once a step, of blocks that are recomputed and whose parameters are gathered each time."""
+    training = {"norm": "gram", "activation_checkpointing": True, "micro_batch_size": 1}
+    layouts = [Layout(Topology(2, 1, 2), True), Layout(Topology(2, 2, 1))]
+    check_layouts(config(parallel={"shard": "parameters"}, training=training), *layouts)
+
+
+@pytest.mark.slow
 def test_a_transformer_and_sparse_tokens():
     plain = {"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 37}
     check_layouts(config(model=plain), Layout(Topology(2, 1, 2), True), Layout(Topology(1, 2, 2)))
