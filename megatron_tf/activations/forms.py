@@ -7,8 +7,8 @@ from typing import Literal
 from megatron_tf.activations.base import Activation
 
 Norm = Literal["direct", "gram"]
-# Tokens for each channel from which the passes over scores that the Gram form saves take longer than making xKᵀK: by the
-# estimate of a step, on an A100, H100 or H200 with micro batches of 8,192 positions.
+# Tokens for each channel from which the passes over scores that the Gram form saves take longer than making xKᵀK: by
+# the estimate of a step, on an A100, H100 or H200 with micro batches of 8,192 positions.
 TOKENS_A_CHANNEL = 5
 GPU = "cuda"  # the device type that plans are made for
 

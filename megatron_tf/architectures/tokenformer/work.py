@@ -166,8 +166,8 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
     Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
     on the other. Norms are [s, b, 1] in fp32, one for each projection; forward they go in the parts of `row_parts`,
     each by the activation's number of reductions, those of a projection with a bank whole. In the Gram form there are
-    no such exchanges; under sequence parallelism norms in fp32 are gathered with the input of q, k, v and with the ffn's, and their gradients, in the compute type,
-    are reduced with its own.
+    no such exchanges; under sequence parallelism norms in fp32 are gathered with the input of q, k, v and with the
+    ffn's, and their gradients, in the compute type, are reduced with its own.
     """
     positions, whole = positions_of(config), hidden_bytes(config)
     # query, key and value together, and their gradients
