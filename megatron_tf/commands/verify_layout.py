@@ -1,4 +1,4 @@
-"""Prove that a layout computes what one process computes: losses, gradient norms, and every gradient.
+"""Prove that a layout computes what one process computes: losses, norms, every gradient, an evaluation.
 
 Trains the configured model on random tokens, in fp64 on one process in plain PyTorch and in fp32 under the
 configuration's layout (or every layout that fits), and prints how far they are apart, and how far rounding may take
@@ -95,13 +95,28 @@ def print_steps(trace: Trace, expected: Trace, layout: Layout) -> None:
 
 def print_table(chosen: list[Layout], verdicts: list[Verdict], steps: int) -> None:
     """Of each kind of value the relative error that is nearest to its limit."""
-    print(f"relative errors over {steps} steps against one process in fp64, and their limits (gradients: first step)")
+    print(
+        f"relative errors over {steps} steps against one process in fp64, and their limits "
+        "(gradients: first step; validation: after the last)"
+    )
     rows: list[tuple[str, ...]] = [
-        ("layout", "loss", "limit", "norm", "limit", "gradient", "limit", "verdict", "of parameter")
+        (
+            "layout",
+            "loss",
+            "limit",
+            "norm",
+            "limit",
+            "gradient",
+            "limit",
+            "validation",
+            "limit",
+            "verdict",
+            "of parameter",
+        )
     ]
     for layout, verdict in zip(chosen, verdicts):
         word = "agrees" if verdict.agrees else "DIFFERS"
-        errors = (verdict.loss, verdict.grad_norm, verdict.gradient)
+        errors = (verdict.loss, verdict.grad_norm, verdict.gradient, verdict.validation)
         numbers = [f"{number:.1e}" for error in errors for number in (error.value, error.limit)]
         rows.append((str(layout), *numbers, word, verdict.parameter))
-    print(table(rows, to_left=(0, 7, 8)))
+    print(table(rows, to_left=(0, 9, 10)))

@@ -1,7 +1,7 @@
 """The proof of parallelism: one model, trained on one process by plain PyTorch and under a layout by the engine.
 
 Both see the same samples and start from the same weights. What is compared: the loss and the gradient norm of
-every step, and every parameter's gradient of the first step as a logical tensor.
+every step, every parameter's gradient of the first step as a logical tensor, and the validation loss after all steps.
 """
 
 from __future__ import annotations
@@ -81,13 +81,14 @@ class Trace:
     """Loss and gradient norm of every step, and the clipped gradients of the first, by logical name.
 
     `reports`: auxiliary losses and metrics of every step, in the order of their names, for an architecture that has
-    any.
+    any. `validation`: the mean loss of one more step's samples, which are not trained on.
     """
 
     losses: list[float]
     grad_norms: list[float]
     gradients: dict[str, Tensor]
     reports: list[float] = field(default_factory=list)
+    validation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,10 @@ class Deviation:
     grad_norm: float
     gradient: float
     parameter: str  # the one with the worst gradient
+    validation: float = 0.0
 
     def agrees(self, tolerance: float) -> bool:
-        return all(error <= tolerance for error in (self.loss, self.grad_norm, self.gradient))
+        return all(error <= tolerance for error in (self.loss, self.grad_norm, self.gradient, self.validation))
 
 
 def layouts(config: RunConfig, num_ranks: int) -> list[Layout]:
@@ -197,7 +199,20 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
             group["lr"] = group["factor"] * learning_rate(step, settings, plan.train_steps)
         optimizer.step()
         optimizer.zero_grad()
-    return Trace(losses, norms, gradients, reports)
+    return Trace(losses, norms, gradients, reports, _validation_loss(model, config, plan, steps))
+
+
+@torch.no_grad()
+def _validation_loss(model: torch.nn.Module, config: RunConfig, plan: BatchPlan, step: int) -> float:
+    """The mean over the samples that `step` would have trained on."""
+    layers, ends = task_layers(config.model), configured_boundaries(config).ends
+    total, count = 0.0, 0
+    model.eval()
+    for inputs, targets in batches(config, plan, step, 0, 1):
+        logits = model(inputs, document_starts(inputs, ends) if ends else None)
+        total += layers.plain_loss(logits, targets).item()
+        count += int(layers.counts(targets).sum())
+    return total / count
 
 
 @torch.no_grad()
@@ -252,6 +267,7 @@ def compare(trace: Trace, expected: Trace) -> Deviation:
         max(map(relative_error, trace.grad_norms, expected.grad_norms)),
         worst,
         parameter,
+        relative_error(trace.validation, expected.validation),
     )
 
 
@@ -304,9 +320,12 @@ def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: P
         losses.append(float(result.loss))
         reports += map(float, result.reports.values())
         norms.append(float(result.grad_norm if result.grad_norm is not None else float("nan")))
+    own = batches(config, plan, steps, topology.coordinate("data", rank), topology.data)
+    groups = [0] * (plan.num_micro_batches * plan.micro_batch_size)
+    validation = engine.evaluate_groups(own, groups, 1).loss
     save_file(gradients, folder / f"{number}.{rank}.safetensors")
     if rank == 0:
-        (folder / f"{number}.json").write_text(json.dumps([losses, norms, reports]))
+        (folder / f"{number}.json").write_text(json.dumps([losses, norms, reports, validation]))
     engine.close()
 
 
@@ -317,6 +336,6 @@ def _collect(folder: Path, number: int, world: int, config: RunConfig) -> Trace:
         for key, part in load_file(folder / f"{number}.{rank}.safetensors").items():
             name, start = key.split(":")
             flat[name][int(start) : int(start) + part.numel()] = part
-    losses, norms, reports = json.loads((folder / f"{number}.json").read_text())
+    losses, norms, reports, validation = json.loads((folder / f"{number}.json").read_text())
     gradients = {name: tensor.view(table[name].shape) for name, tensor in flat.items()}
-    return Trace(losses, norms, gradients, reports)
+    return Trace(losses, norms, gradients, reports, validation)

@@ -37,12 +37,14 @@ _LEAST = 1e-30  # what is not divided by: an exact value of 0
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest relative errors of a trace: of each step's loss, gradient norm and reports, and of each gradient."""
+    """Largest relative errors of a trace: of each step's loss, gradient norm and reports, of each gradient, and of the
+    validation loss."""
 
     losses: Sequence[float]
     grad_norms: Sequence[float]
     reports: Sequence[float]
     gradients: Mapping[str, float]
+    validation: float
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,11 @@ class Verdict:
     grad_norm: Error
     gradient: Error
     parameter: str
+    validation: Error
 
     @property
     def agrees(self) -> bool:
-        return all(error.share <= 1 for error in (self.loss, self.grad_norm, self.gradient))
+        return all(error.share <= 1 for error in (self.loss, self.grad_norm, self.gradient, self.validation))
 
 
 def exact_and_limits(config: RunConfig, steps: int) -> tuple[Trace, Limits]:
@@ -102,6 +105,7 @@ def rounding_limits(exact: Trace, rounded: Sequence[Trace], positions: int) -> L
         of_series(exact.grad_norms, [run.grad_norms for run in rounded]),
         of_series(exact.reports, [run.reports for run in rounded], stride),
         {name: of_gradient(name) for name in exact.gradients},
+        *of_series([exact.validation], [[run.validation] for run in rounded]),
     )
 
 
@@ -110,7 +114,7 @@ def equal_limits(exact: Trace, tolerance: float) -> Limits:
     losses, grad_norms, reports = (
         [tolerance] * len(values) for values in (exact.losses, exact.grad_norms, exact.reports)
     )
-    return Limits(losses, grad_norms, reports, dict.fromkeys(exact.gradients, tolerance))
+    return Limits(losses, grad_norms, reports, dict.fromkeys(exact.gradients, tolerance), tolerance)
 
 
 def judge(trace: Trace, exact: Trace, limits: Limits) -> Verdict:
@@ -123,7 +127,8 @@ def judge(trace: Trace, exact: Trace, limits: Limits) -> Verdict:
     losses = [*_errors(trace.losses, exact.losses, limits.losses)]
     losses += _errors(trace.reports, exact.reports, limits.reports)
     norms = _errors(trace.grad_norms, exact.grad_norms, limits.grad_norms)
-    return Verdict(_nearest(losses), _nearest(norms), gradients[parameter], parameter)
+    [validation] = _errors([trace.validation], [exact.validation], [limits.validation])
+    return Verdict(_nearest(losses), _nearest(norms), gradients[parameter], parameter, validation)
 
 
 def _errors(values: Sequence[float], exact: Sequence[float], limits: Sequence[float]) -> list[Error]:

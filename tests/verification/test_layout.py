@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -164,6 +166,8 @@ def test_compare_finds_the_worst_gradient():
     difference = compare(other, one)
     assert difference.parameter == "b" and difference.gradient == pytest.approx(1.0)
     assert difference.loss == pytest.approx(0.1) and not difference.agrees(0.5)
+    evaluated = compare(replace(one, validation=1.1), replace(one, validation=1.0))
+    assert evaluated.validation == pytest.approx(0.1) and evaluated.agrees(0.2) and not evaluated.agrees(0.05)
 
 
 def test_a_nan_never_agrees():

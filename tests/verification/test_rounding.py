@@ -134,7 +134,7 @@ def test_true_layouts_agree(runs):
     ]
     assert [told for told in verdicts if not told[-1].agrees] == []
     # a limit that did not know the model would call some of them wrong, and none is so far that it says nothing
-    errors = [error for *_, v in verdicts for error in (v.loss, v.grad_norm, v.gradient)]
+    errors = [error for *_, v in verdicts for error in (v.loss, v.grad_norm, v.gradient, v.validation)]
     assert max(error.value for error in errors) > 1e-5
     assert max(verdict.loss.limit for *_, verdict in verdicts) < 1e-4
 
@@ -148,8 +148,9 @@ def test_faults_are_found(runs):
     assert verdicts["no_sum_of_the_norms_gradient"].parameter.startswith("final_norm.")
 
 
-def trace(losses=(1.0, 1.0), norms=(1.0, 1.0), gradient=(1.0, 2.0), reports=()) -> Trace:
-    return Trace(list(losses), list(norms), {"a": torch.tensor(gradient, dtype=torch.float64)}, list(reports))
+def trace(losses=(1.0, 1.0), norms=(1.0, 1.0), gradient=(1.0, 2.0), reports=(), validation=1.0) -> Trace:
+    gradients = {"a": torch.tensor(gradient, dtype=torch.float64)}
+    return Trace(list(losses), list(norms), gradients, list(reports), validation)
 
 
 def test_limits_are_what_rounding_did_and_what_a_sum_of_so_many_terms_does():
@@ -179,10 +180,18 @@ def test_the_error_nearest_to_its_limit_is_told():
     assert not judge(trace(gradient=(1.0, 2.0 + 1e-9)), exact, equal_limits(exact, 1e-30)).agrees
 
 
+def test_an_evaluation_that_is_off_by_more_than_rounding_does_not_agree():
+    exact = trace()
+    limits = rounding_limits(exact, [trace(validation=1 + 1e-6)], 1)
+    assert judge(trace(validation=1 + 9e-6), exact, limits).agrees
+    verdict = judge(trace(validation=1 + 2e-5), exact, limits)
+    assert not verdict.agrees and verdict.validation.value == pytest.approx(2e-5) and verdict.loss.value == 0
+
+
 def test_what_is_no_number_never_agrees():
     exact, nan = trace(), math.nan
     limits = equal_limits(exact, 1e9)
-    for wrong in (trace((nan, 1.0)), trace(norms=(1.0, nan)), trace(gradient=(nan, 1.0))):
+    for wrong in (trace((nan, 1.0)), trace(norms=(1.0, nan)), trace(gradient=(nan, 1.0)), trace(validation=nan)):
         assert not judge(wrong, exact, limits).agrees
 
 
