@@ -2,13 +2,18 @@
 
 vLLM's own class of the base, with branches at its attention modules and MLPs by the code that exports have. The model
 is asked for by its configuration: architectures ["Pattention" + the base's], and the adapter's folder in
-`pattention_adapter`. Tokens are of the model's type, and whole on every rank of a tensor-parallel group, as these
-modules' inputs and outputs are.
+`pattention_adapter`. Tokens are of the model's type. The ranks of a tensor-parallel group share them out, since these
+modules' inputs and outputs are whole on each: the squared norm of a position's scores, one number, and the branch's
+output are summed over the ranks, as `model.pattention` does it.
+
+A server has one adapter: what vLLM hands to a model in a forward pass says nothing of the request that a position is
+of, but for the LoRA that it asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ from megatron_tf.adapters.folder import Adapter, check_uses_all, is_appended, re
 from megatron_tf.adapters.modules import ATTENTION, BRANCH, MLP
 from megatron_tf.config.nearest import either
 from megatron_tf.errors import CheckpointError
+from megatron_tf.state.parameters import shard_range
 
 # Decoders whose layers vLLM gives the names that transformers gives them; each is tested.
 BASES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
@@ -56,7 +62,7 @@ def _adapted(name: str) -> type[nn.Module]:
                 raise CheckpointError(
                     "pipeline_parallel_size: a base with an adapter is served on 1 stage. Set it to 1"
                 )
-            self.adapter_parameters = add_adapter(self, Path(config.pattention_adapter), config)
+            self.adapter_parameters = add_adapter(self, Path(config.pattention_adapter), config, _tensor_ranks())
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
             return set(super().load_weights(weights)) | self.adapter_parameters  # these are there already
@@ -65,26 +71,59 @@ def _adapted(name: str) -> type[nn.Module]:
     return Adapted
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Those that share out the tokens.  `reduce`: the sum of a tensor over them, a new tensor."""
+
+    size: int = 1
+    rank: int = 0
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+ALONE = Ranks()
+
+
+def _tensor_ranks() -> Ranks:
+    from vllm import distributed
+
+    size, rank = distributed.get_tensor_model_parallel_world_size(), distributed.get_tensor_model_parallel_rank()
+    return Ranks(size, rank, distributed.tensor_model_parallel_all_reduce)
+
+
 @torch.no_grad()
-def add_adapter(model: nn.Module, folder: Path, config: Any) -> set[str]:
-    """Put the branches of the adapter in `folder` into `model`; the names of their parameters. CheckpointError when
-    they cannot stand there, or the base, which has transformers' `config`, is another one by its sizes."""
+def add_adapter(model: nn.Module, folder: Path, config: Any, ranks: Ranks = ALONE) -> set[str]:
+    """Put the branches of the adapter in `folder` into `model`, this rank's tokens of them; the names of their
+    parameters. CheckpointError when they cannot stand there, or the base, which has transformers' `config`, is another
+    one by its sizes."""
     from megatron_tf.adapters.remote_code.modeling_pattention_adapter import add_branches  # imports transformers
 
     adapter = read_adapter(folder)
     _check(folder, adapter, config)
     widths = {name: [one.keys.shape[1], one.values.shape[1], _INPUT] for name, one in adapter.branches.items()}
-    add_branches(
-        model, {"num_tokens": adapter.config["num_tokens"], "scale": adapter.config["scale"], "branches": widths}
-    )
+    start, stop = shard_range(adapter.config["num_tokens"], ranks.size, ranks.rank)
+    settings = {"num_tokens": stop - start, "scale": adapter.config["scale"], "branches": widths}
+    add_branches(model, settings, _branch_over(ranks))
     added = set()
     for name, branch in adapter.branches.items():
         own: Any = model.get_submodule(f"{name}.{BRANCH}")
-        own.key_tokens.copy_(branch.keys)
-        own.value_tokens.copy_(branch.values)
+        own.key_tokens.copy_(branch.keys[start:stop])
+        own.value_tokens.copy_(branch.values[start:stop])
         own.requires_grad_(False)
         added |= {f"{name}.{BRANCH}.{leaf}" for leaf, _ in own.named_parameters()}
     return added
+
+
+def _branch_over(ranks: Ranks) -> Callable[..., nn.Module]:
+    from megatron_tf.adapters.remote_code.modeling_pattention_adapter import PattentionBranch
+
+    class SharedBranch(PattentionBranch):
+        def norm(self, scores: Tensor) -> Tensor:
+            return ranks.reduce(super().norm(scores).square()).sqrt()
+
+        def total(self, output: Tensor) -> Tensor:
+            return ranks.reduce(output)
+
+    return PattentionBranch if ranks.size == 1 else SharedBranch
 
 
 def _check(folder: Path, adapter: Adapter, config: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import decoder, fill
+from distributed import spawn
 from peft import PeftModel, get_peft_model
 from tokenformers import tokenformer
 from torch import nn
@@ -20,8 +21,9 @@ from torch import nn
 from megatron_tf.adapters import PattentionConfig
 from megatron_tf.adapters.export import export_adapter
 from megatron_tf.adapters.loading import load_base
-from megatron_tf.adapters.vllm_plugin import BASES, add_adapter
+from megatron_tf.adapters.vllm_plugin import BASES, Ranks, add_adapter
 from megatron_tf.errors import CheckpointError
+from megatron_tf.parallel.collectives import all_reduce
 
 PYTHON = os.environ.get("MEGATRON_TF_VLLM_PYTHON")
 PROJECT = Path(__file__).parents[2]
@@ -39,11 +41,11 @@ if __name__ == "__main__":
 """
 
 
-def prepare(folder, name="Llama", **options):
+def prepare(folder, name="Llama", tokens=4, **options):
     """`base`, of heads that vLLM has kernels for, and `adapter`."""
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     decoder(name, **sizes).save_pretrained(folder / "base")
-    model: Any = get_peft_model(decoder(name, **sizes), PattentionConfig(num_tokens=4, **options))
+    model: Any = get_peft_model(decoder(name, **sizes), PattentionConfig(num_tokens=tokens, **options))
     fill(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -70,6 +72,28 @@ def test_the_branches_of_vllm_s_model_are_those_of_the_adapter(tmp_path):
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
+
+
+def shared(group, folder):
+    """Each rank's model, whose branches have a part of the tokens, against one process; fp64."""
+    base, adapter = folder / "base", folder / "adapter"
+    ranks = Ranks(group.size, group.rank, lambda tensor: all_reduce(tensor, group))
+    model, alone = load_base(base).double(), load_base(base).double()
+    add_adapter(model, adapter, model.config, ranks)
+    add_adapter(alone, adapter, alone.config)
+    for one in (model, alone):
+        one.double()
+    keys = [dict(one.named_parameters())["model.layers.0.mlp.pattention_branch.key_tokens"] for one in (model, alone)]
+    assert [len(tokens) for tokens in keys] == [(2, 1)[group.rank], 3]
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, alone(ids).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_ranks_share_the_tokens(tmp_path):
+    prepare(tmp_path, tokens=3)
+    spawn(shared, 2, tmp_path)
 
 
 def test_what_vllm_cannot_serve_is_one_message(tmp_path):

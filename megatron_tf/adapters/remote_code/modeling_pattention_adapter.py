@@ -20,11 +20,19 @@ class PattentionBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scores = x.to(self.key_tokens.dtype) @ self.key_tokens.mT
-        # Sums over tokens are at least fp32. The division sees no 0: its derivative there would be infinite.
-        precise = torch.promote_types(scores.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=precise)
+        norm = self.norm(scores)
+        # The division sees no 0: its derivative there would be infinite.
         inverse = torch.where(norm > 0, self.scale / torch.where(norm > 0, norm, 1), 0)
-        return F.gelu(scores * inverse.to(scores.dtype)) @ self.value_tokens
+        return self.total(F.gelu(scores * inverse.to(scores.dtype)) @ self.value_tokens)
+
+    def norm(self, scores: Tensor) -> Tensor:
+        """Of scores [..., n] over all tokens, [..., 1], at least fp32."""
+        precise = torch.promote_types(scores.dtype, torch.float32)
+        return torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=precise)
+
+    def total(self, output: Tensor) -> Tensor:
+        """The output of all tokens, of that of those that are here."""
+        return output
 
     def add(self, module, args, kwargs, output):
         added = self(args[0] if args else kwargs[self.argument])
@@ -33,11 +41,11 @@ class PattentionBranch(nn.Module):
         return output + added.to(output.dtype)
 
 
-def add_branches(model: nn.Module, pattention: dict) -> None:
+def add_branches(model: nn.Module, pattention: dict, make=PattentionBranch) -> None:
     """`pattention`: num_tokens, scale, and of each module's name d_in, d_out and the name of its input."""
     for name, (d_in, d_out, argument) in pattention["branches"].items():
         module = model.get_submodule(name)
-        branch = PattentionBranch(pattention["num_tokens"], d_in, d_out, pattention["scale"], argument)
+        branch = make(pattention["num_tokens"], d_in, d_out, pattention["scale"], argument)
         module.add_module("pattention_branch", branch)
         module.register_forward_hook(branch.add, with_kwargs=True)
 
