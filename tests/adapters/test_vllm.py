@@ -6,14 +6,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from decoders import decoder, fill
-from distributed import spawn
 from peft import PeftModel, get_peft_model
 from tokenformers import tokenformer
 from torch import nn
@@ -23,7 +25,6 @@ from megatron_tf.adapters.export import export_adapter
 from megatron_tf.adapters.loading import load_base
 from megatron_tf.adapters.vllm_plugin import BASES, Ranks, add_adapter
 from megatron_tf.errors import CheckpointError
-from megatron_tf.parallel.collectives import all_reduce
 
 PYTHON = os.environ.get("MEGATRON_TF_VLLM_PYTHON")
 PROJECT = Path(__file__).parents[2]
@@ -74,26 +75,42 @@ def test_the_branches_of_vllm_s_model_are_those_of_the_adapter(tmp_path):
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
 
 
-def shared(group, folder):
-    """Each rank's model, whose branches have a part of the tokens, against one process; fp64."""
-    base, adapter = folder / "base", folder / "adapter"
-    ranks = Ranks(group.size, group.rank, lambda tensor: all_reduce(tensor, group))
-    model, alone = load_base(base).double(), load_base(base).double()
-    add_adapter(model, adapter, model.config, ranks)
-    add_adapter(alone, adapter, alone.config)
-    for one in (model, alone):
-        one.double()
-    keys = [dict(one.named_parameters())["model.layers.0.mlp.pattention_branch.key_tokens"] for one in (model, alone)]
-    assert [len(tokens) for tokens in keys] == [(2, 1)[group.rank], 3]
-    ids = torch.tensor([PROMPTS[0]])
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, alone(ids).logits, rtol=0, atol=1e-12)
+class Exchange:
+    """Sums over ranks that are threads."""
+
+    def __init__(self, size: int):
+        self.barrier, self.parts = Barrier(size, timeout=60), [torch.empty(0)] * size
+
+    def reduce(self, rank: int, part: torch.Tensor) -> torch.Tensor:
+        self.parts[rank] = part
+        self.barrier.wait()
+        total = torch.stack(self.parts).sum(0)
+        self.barrier.wait()  # all have it before the next parts come
+        return total
 
 
-@pytest.mark.slow
-def test_tensor_parallel_ranks_share_the_tokens(tmp_path):
-    prepare(tmp_path, tokens=3)
-    spawn(shared, 2, tmp_path)
+@pytest.mark.parametrize("size", [2, 4])
+def test_tensor_parallel_ranks_share_the_tokens_and_compute_what_one_does(size, tmp_path):
+    """3 tokens over 2 ranks are 2 and 1; over 4 the last rank has none."""
+    base, adapter = prepare(tmp_path, tokens=3)
+    exchange, ids = Exchange(size), torch.tensor([PROMPTS[0]])
+
+    def loaded(ranks: Ranks) -> nn.Module:
+        model = load_base(base, torch.float64)
+        add_adapter(model, adapter, model.config, ranks)
+        return model.double()
+
+    @torch.no_grad()
+    def logits(model: nn.Module) -> torch.Tensor:
+        return model(ids).logits
+
+    expected = logits(loaded(Ranks()))
+    models = [loaded(Ranks(size, rank, partial(exchange.reduce, rank))) for rank in range(size)]
+    keys = [dict(model.named_parameters())["model.layers.0.mlp.pattention_branch.key_tokens"] for model in models]
+    assert [len(tokens) for tokens in keys] == {2: [2, 1], 4: [1, 1, 1, 0]}[size]
+    with ThreadPoolExecutor(size) as pool:
+        for found in pool.map(logits, models):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_what_vllm_cannot_serve_is_one_message(tmp_path):
