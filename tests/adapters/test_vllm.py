@@ -91,7 +91,7 @@ class Exchange:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel_ranks_share_the_tokens_and_compute_what_one_does(size, tmp_path):
-    """3 tokens over 2 ranks are 2 and 1; over 4 the last rank has none."""
+    """3 tokens over 2 ranks are 1 and 2; over 4 the first rank has none."""
     base, adapter = prepare(tmp_path, tokens=3)
     exchange, ids = Exchange(size), torch.tensor([PROMPTS[0]])
 
@@ -107,7 +107,7 @@ def test_tensor_parallel_ranks_share_the_tokens_and_compute_what_one_does(size, 
     expected = logits(loaded(Ranks()))
     models = [loaded(Ranks(size, rank, partial(exchange.reduce, rank))) for rank in range(size)]
     keys = [dict(model.named_parameters())["model.layers.0.mlp.pattention_branch.key_tokens"] for model in models]
-    assert [len(tokens) for tokens in keys] == {2: [2, 1], 4: [1, 1, 1, 0]}[size]
+    assert [len(tokens) for tokens in keys] == {2: [1, 2], 4: [0, 1, 1, 1]}[size]
     with ThreadPoolExecutor(size) as pool:
         for found in pool.map(logits, models):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
