@@ -80,3 +80,18 @@ def main() -> None:
                 f"{prefix}: {summary.skipped_records:,} bad images of the input were left out, see "
                 f"{settings.output_prefix}.report.json"
             )
+        if settings.classes_from is not None:
+            warn_of_duplicates(prefix, settings.classes_from)
+
+
+def warn_of_duplicates(prefix: str, others: str) -> None:
+    """Images for an evaluation that are among those of the training."""
+    from megatron_tf.data.images.duplicates import count_duplicates
+    from megatron_tf.data.images.source import ImageFiles
+
+    if count := count_duplicates(ImageFiles(prefix), ImageFiles(others)):
+        print(
+            f"warning: {prefix}: {count:,} of its images are in {others} too, byte for byte, and say little about images "
+            "that a model has not seen",
+            file=sys.stderr,
+        )

@@ -38,6 +38,13 @@ def test_a_folder_is_prepared(folder, tmp_path):
     assert read_image_summary(tmp_path / "out/x").classes == ("class 0", "class 1")
 
 
+def test_images_that_were_trained_on_are_counted(folder, tmp_path):
+    for name, options in (("train", ()), ("test", ("--classes-from", tmp_path / "train"))):
+        done = tool("prepare_images", "--input", folder, "--output-prefix", tmp_path / name, *options)
+        assert done.returncode == 0, done.stderr
+    assert f"warning: {tmp_path}/test: 4 of its images are in {tmp_path}/train too" in done.stderr
+
+
 def test_refusals(folder, tmp_path):
     out = ["--output-prefix", tmp_path / "x"]
     assert_refused(tool("prepare_images", "--input", tmp_path / "none", *out), "none: no such file")

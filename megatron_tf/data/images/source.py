@@ -47,6 +47,10 @@ class ImageFiles:
             raise self.damaged(number, f"its class is {label}, but there are {len(self.summary.classes)}")
         return label, content[LABEL.size :]
 
+    def sizes(self) -> np.ndarray:
+        """Bytes of each image's class and file, int64 [images]."""
+        return np.diff(self._dataset.document_offsets)
+
     def damaged(self, number: int, reason: str) -> DataError:
         """What is said when image `number` cannot be used."""
         return DataError(

@@ -10,6 +10,7 @@ from prepared import write_tokens
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.data import DataSource
+from megatron_tf.data.images.duplicates import count_duplicates
 from megatron_tf.data.images.loader import ImageLoader, open_images
 from megatron_tf.data.images.source import ImageFiles, ImageSource
 from megatron_tf.data.indexed import data_file
@@ -129,6 +130,14 @@ def test_what_can_hardly_be_meant_is_said(source):
     line, warnings = IMAGE_DATA.open(run(source)).outlook(130)
     assert line == f"13 images in {source}: 10 epochs"
     assert any("is training data too" in warning for warning in warnings)
+
+
+def test_images_of_two_data_sets_are_compared_byte_for_byte(tmp_path, source):
+    images, labels = made_up(20)
+    some = write_images(tmp_path / "some", [*images[:3], images[2], images[2] + 1], [*labels[:3], 0, 0], CLASSES)
+    files, others = ImageFiles(some), ImageFiles(source)
+    assert count_duplicates(files, others) == 4 and count_duplicates(others, others) == len(others)
+    assert count_duplicates(ImageFiles(write_images(tmp_path / "new", [images[0] + 1], [0], CLASSES)), others) == 0
 
 
 def test_the_checks_of_a_run_find_what_is_missing(tmp_path):
