@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_tf.adapters.loading import random_llama, require_peft
-from megatron_tf.adapters.modules import ATTENTION, LINEAR, MLP, Place, select
+from megatron_tf.adapters.modules import ATTENTION, LINEAR, MLP, PATTENTION, Place, is_tokenformer, select
 from megatron_tf.benchmark.counting import saved_bytes
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import interleaved
@@ -25,7 +25,7 @@ from megatron_tf.benchmark.timing import interleaved
 VOCABULARY = 4096
 _HEADS = 4  # of the soft mixture, and of its mixtures
 _BASE, _LORA = "none", "LoRA"
-LORA, MIXTURE = "lora", "mixture"
+LORA, MIXTURE, APPENDED = "lora", "mixture", "appended"
 # name on a command line -> in tables
 FORMS: Mapping[str, str] = {
     LORA: _LORA,
@@ -33,8 +33,11 @@ FORMS: Mapping[str, str] = {
     "mlp": "Pattention, MLPs",
     "linear": "Pattention, linear layers",
     MIXTURE: "soft mixture, MLPs",
+    APPENDED: "Pattention, appended tokens",
 }
-_PLACES: Mapping[str, Sequence[str]] = {"modules": (ATTENTION, MLP), "mlp": (MLP,), "linear": (LINEAR,)}
+_PLACES: Mapping[str, Sequence[str]] = {
+    "modules": (ATTENTION, MLP), "mlp": (MLP,), "linear": (LINEAR,), APPENDED: (PATTENTION,),
+}  # fmt: skip
 
 
 class SoftMixture(nn.Module):
@@ -63,7 +66,13 @@ def rows(
 ) -> Iterator[Row]:
     """One row for each adapter, the frozen base without any and LoRA first; fp32."""
     ids = torch.randint(VOCABULARY, (samples, positions), generator=torch.Generator().manual_seed(0)).to(device)
-    yield from rows_on(partial(random_llama, layers, width, VOCABULARY), ids, rank, FORMS, rounds)
+    forms = [form for form in FORMS if form != APPENDED]
+    yield from rows_on(partial(random_llama, layers, width, VOCABULARY), ids, rank, forms, rounds)
+
+
+def forms_of(base: Any) -> tuple[str, ...]:
+    """Names of the FORMS that a base can have."""
+    return tuple(form for form in FORMS if form != APPENDED or is_tokenformer(base))
 
 
 def rows_on(base: Callable[[], Any], ids: Tensor, rank: int, forms: Collection[str], rounds: int) -> Iterator[Row]:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ import torch
 
 from megatron_tf.adapters.fingerprint import base_facts
 from megatron_tf.adapters.loading import load_base, load_tokenizer
-from megatron_tf.benchmark.adapters import FORMS, LORA, rows_on
+from megatron_tf.adapters.modules import PATTENTION, select
+from megatron_tf.arguments import options_for
+from megatron_tf.benchmark.adapters import APPENDED, FORMS, LORA, forms_of, rows_on
 from megatron_tf.benchmark.device import machine
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
@@ -40,9 +42,9 @@ Done = dict[Trial, Outcome]
 
 @dataclass(frozen=True)
 class Plan:
-    """`then`: the second text.  `forms`: names of FORMS.  `seeds`: how many, from 0 on.
+    """`then`: the second text.  `forms`: names of FORMS; none are all that the base can have.
 
-    `rounds`: of the measurement of speed; 0 is none.
+    `seeds`: how many, from 0 on.  `rounds`: of the measurement of speed; 0 is none.
     """
 
     setting: Setting
@@ -58,16 +60,10 @@ class Plan:
 def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callable[[str], None]) -> str:
     """Run all trials that are missing, and write and return the table. UserError when the folder is of another
     comparison, a size cannot be, or the base cannot keep packed examples apart."""
-    _check_batch(plan.setting)
-    tokenizer = load_tokenizer(plan.setting.base)
-    texts = read_texts(plan.learn, plan.keep, plan.then, plan.setting, tokenizer)
-    base = load_base(plan.setting.base)
-    check_length(base, plan.setting.seq_length, "--seq-length")
-    _check_setting(folder, {**_plain(plan), "base": base_facts(base)})
-    check_packing(base, torch.device("cpu"))
-    del base
-    done = _read_trials(folder)
-    for trial in _missing(plan, done):
+    plan, texts, facts = checked(plan)
+    _check_setting(folder, {**_plain(plan), "base": facts})
+    done = read_trials(folder)
+    for trial in missing(plan, done):
         done[trial] = run_trial(plan.setting, texts, trial, device)
         say(f"{_label(trial)}: {_said(done[trial])}")
         line = json.dumps({**asdict(trial), **asdict(done[trial])}) + "\n"
@@ -87,7 +83,22 @@ def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callab
     return text
 
 
-def _missing(plan: Plan, done: Done) -> Iterator[Trial]:
+def checked(plan: Plan) -> tuple[Plan, Texts, dict[str, Any]]:
+    """The plan with its forms, its texts, and facts of the base. UserError when something cannot be."""
+    setting = plan.setting
+    _check_batch(setting)
+    texts = read_texts(plan.learn, plan.keep, plan.then, setting, load_tokenizer(setting.base))
+    base = load_base(setting.base)
+    check_length(base, setting.seq_length, "--seq-length")
+    if APPENDED in plan.forms:
+        with options_for(modules="--forms"):
+            select(base, (PATTENTION,))
+    if setting.packing:
+        check_packing(base, torch.device("cpu"), "--base", "Give --no-packing.")
+    return replace(plan, forms=plan.forms or forms_of(base)), texts, base_facts(base)
+
+
+def missing(plan: Plan, done: Done) -> Iterator[Trial]:
     """Trials to run, each decided on when those before have ended."""
     wanted: list[Callable[[], list[Trial]]] = [lambda: [Trial(BASE, 0.0, 0)]]
     for form in plan.forms:
@@ -224,7 +235,7 @@ def _speeds(plan: Plan, texts: Texts, device: torch.device) -> dict[str, Mapping
     among them."""
     if LORA not in plan.forms:
         return {}
-    batch = collate(texts.learn[: plan.setting.micro_batch], plan.setting.seq_length)
+    batch = collate(texts.learn[: plan.setting.micro_batch], plan.setting.length)
     found = rows_on(lambda: load_base(plan.setting.base), batch.input_ids.to(device), plan.setting.rank, plan.forms,
                     plan.rounds)  # fmt: skip
     return {str(row["adapter"]): row for row in found}
@@ -239,15 +250,16 @@ def _plain(plan: Plan) -> dict[str, Any]:
 
 
 def _check_setting(folder: Path, setting: Mapping[str, Any]) -> None:
-    """The folder is made, or is of the same setting."""
+    """The folder is made, or is of the same setting. Older ones do not say that they pack."""
     path = folder / _SETTING
     with file_errors(UserError, path, "Give another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = {"packing": True, **before} if before else {}
         for key, value in setting.items():
-            if before.get(key, value) != value:
+            if known.get(key, value) != value:
                 raise UserError(
-                    f"{folder}: is of a comparison with {_differing(key, before[key], value)}. Give another folder "
+                    f"{folder}: is of a comparison with {_differing(key, known[key], value)}. Give another folder "
                     "with --to."
                 )
         write_atomically(path, (json.dumps({**before, **setting}, indent=2) + "\n").encode())
@@ -274,7 +286,7 @@ def _check_batch(setting: Setting) -> None:
         )
 
 
-def _read_trials(folder: Path) -> Done:
+def read_trials(folder: Path) -> Done:
     path, done = folder / _TRIALS, Done()
     if not path.exists():
         return done

@@ -25,8 +25,9 @@ def check_length(model: Any, seq_length: int, key: str) -> None:
 
 
 @torch.no_grad()
-def check_packing(model: Any, device: torch.device) -> None:
-    """ConfigError unless logits of two examples in one sequence are those of each alone."""
+def check_packing(model: Any, device: torch.device, key: str, remedy: str) -> None:
+    """ConfigError, of `key` and with the `remedy`, unless logits of two examples in one sequence are those of each
+    alone."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in _LENGTHS]
@@ -37,6 +38,4 @@ def check_packing(model: Any, device: torch.device) -> None:
     alone = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0] for ids in texts]
     compared = agreement(found, torch.cat(alone))
     if not compared.holds:
-        raise ConfigError(
-            f"data.packing: the base lets packed examples see each other ({compared}). Set data.packing to false."
-        )
+        raise ConfigError(f"{key}: the base lets packed examples see each other ({compared}). {remedy}")

@@ -264,7 +264,7 @@ def _place(config: FinetuneConfig, model: Any, device: torch.device) -> None:
     else:
         model.to(device)
     if config.data.packing:
-        check_packing(model, device)
+        check_packing(model, device, "data.packing", "Set data.packing to false.")
     if config.training.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 

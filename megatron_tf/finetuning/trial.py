@@ -16,7 +16,7 @@ import torch
 from megatron_tf.adapters.folder import write_adapter
 from megatron_tf.adapters.growth import grow_adapter
 from megatron_tf.adapters.loading import load_base
-from megatron_tf.benchmark.adapters import LORA, add_lora, trained_parameters, with_adapter
+from megatron_tf.benchmark.adapters import APPENDED, LORA, add_lora, trained_parameters, with_adapter
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.errors import DataError, TrainingError
 from megatron_tf.finetuning.batches import Row, count_targets, pack, rows_of_step
@@ -31,6 +31,8 @@ SECOND = {
     "lora-second": (LORA, "LoRA, frozen, and a second one"),
     "modules-on": ("modules", "Pattention, trained on"),
     "modules-grown": ("modules", "Pattention, frozen, grown by as many tokens"),
+    "appended-on": (APPENDED, "appended tokens, trained on"),
+    "appended-grown": (APPENDED, "appended tokens, frozen, and as many more"),
 }
 _HELD_OUT = 10  # one in so many examples, the last ones, is not trained on
 _WARM_UP = 10  # one in so many steps
@@ -43,7 +45,8 @@ class Setting:
     """What all trials have in common.
 
     `rank`: of LoRA, which all others have as many parameters as.  `batch`: sequences of a step, `micro_batch` of them
-    at once.  `measured`: sequences that a loss is measured on, at most.
+    at once.  `measured`: sequences that a loss is measured on, at most.  `packing`: whether a sequence has several
+    examples.
     """
 
     base: Path
@@ -54,11 +57,17 @@ class Setting:
     micro_batch: int
     seq_length: int
     measured: int
+    packing: bool = True
+
+    @property
+    def length(self) -> int | None:
+        """Of all sequences; None where each is as long as its example."""
+        return self.seq_length if self.packing else None
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Packed sequences: trained on, held out of the same text, and of the text that may be forgotten; and those of the
+    """Sequences: trained on, held out of the same text, and of the text that may be forgotten; and those of the
     second text, where there is one."""
 
     learn: Sequence[Row]
@@ -99,7 +108,9 @@ def read_texts(learn: str, keep: str, then: str | None, setting: Setting, tokeni
     nothing."""
 
     def packed(file: str, examples: Sequence[Example], most: int | None = None) -> Sequence[Row]:
-        rows = pack(examples, setting.seq_length, seed=0)[:most]
+        rows: Sequence[Row] = [[one] for one in examples][:most]
+        if setting.packing:
+            rows = pack(examples, setting.seq_length, seed=0)[:most]
         if not count_targets(rows):
             raise DataError(f"{file}: nothing in it is to be learnt. Give answers, or texts.")
         return rows
@@ -121,7 +132,7 @@ def read_texts(learn: str, keep: str, then: str | None, setting: Setting, tokeni
 def run_trial(setting: Setting, texts: Texts, trial: Trial, device: torch.device) -> Outcome:
     """Train and measure. This process is one of a group of one."""
     bf16 = setting.precision == "bf16"
-    computing = Computing(device, 0, 1, bf16, setting.seq_length, setting.micro_batch, False)
+    computing = Computing(device, 0, 1, bf16, setting.length, setting.micro_batch, False)
     base = load_base(setting.base, torch.bfloat16 if bf16 else torch.float32).to(device)
     if trial.form == BASE:
         return Outcome(0, mean_loss(base, texts.held, computing), mean_loss(base, texts.keep, computing))
@@ -151,7 +162,7 @@ def _prepared(setting: Setting, trial: Trial, model: Any, device: torch.device) 
     """A model that has learnt the first text, for the second one."""
     if trial.form == "lora-second":
         add_lora(model, setting.rank)
-    if trial.form != "modules-grown":
+    if not trial.form.endswith("-grown"):
         return model
     from megatron_tf.adapters.tuner import adapter_of, with_adapters
 

@@ -17,11 +17,11 @@ from megatron_tf.finetuning.comparison import (
     Plan,
     _best_rate,
     _check_setting,
-    _missing,
     _results,
     _second_results,
     _table,
     compare_adapters,
+    missing,
 )
 from megatron_tf.finetuning.trial import BASE, Outcome, Setting, Trial
 
@@ -41,12 +41,12 @@ def test_rates_are_tried_with_one_seed_and_seeds_with_the_best_rate():
     done = {}
     losses = {"none": 3.0, "lora": {0.1: 2.0, 0.2: 1.5, 0.4: None}, "modules": {0.1: 1.9, 0.2: 1.8, 0.4: 1.7}}
     asked = []
-    for trial in _missing(PLAN, done):
+    for trial in missing(PLAN, done):
         asked.append(trial)
         loss = losses[trial.form] if trial.form == BASE else losses[trial.form][trial.rate]
         held = None if loss is None else loss + 0.1 * trial.seed
         done[trial] = Outcome(0 if trial.form == BASE else 64, held, held and held + 1.0, 100.0)
-    assert len(asked) == 1 + 2 * 3 + 2 * 2 and list(_missing(PLAN, done)) == []
+    assert len(asked) == 1 + 2 * 3 + 2 * 2 and list(missing(PLAN, done)) == []
     assert _best_rate(PLAN, done, "lora") == 0.2 and _best_rate(PLAN, done, "modules") == 0.4
     base, lora, modules = _results(PLAN, done, {})
     assert (base["held"], base["keep"]) == (3.0, 4.0)
@@ -59,14 +59,14 @@ def test_rates_are_tried_with_one_seed_and_seeds_with_the_best_rate():
 def test_a_form_that_always_diverges_is_in_the_table():
     done = {Trial(BASE, 0.0, 0): Outcome(0, 3.0, 4.0)}
     done |= {Trial(form, rate, 0): Outcome(64, None, None) for form in PLAN.forms for rate in PLAN.rates}
-    assert list(_missing(PLAN, done)) == []
+    assert list(missing(PLAN, done)) == []
     assert "| LoRA | 64 | – | 0 | – |" in _table(_COLUMNS, _results(PLAN, done, {}))
 
 
 def test_ways_to_a_second_text_are_tried_at_the_best_rate_of_the_first():
     plan = replace(PLAN, then="c", forms=("modules",), rates=(0.1,), seeds=2)
     done = {}
-    for trial in _missing(plan, done):
+    for trial in missing(plan, done):
         is_second = trial.form.startswith("modules-")
         done[trial] = Outcome(64, 2.0 + trial.seed, 4.0, 100.0, None, 2.5 + trial.seed if is_second else None)
     assert [trial.form for trial in done] == ["none", *["modules"] * 2, *["modules-on"] * 2, *["modules-grown"] * 2]
@@ -148,6 +148,9 @@ def test_forms_are_compared_and_a_comparison_goes_on(tmp_path):
     assert ways[1]["parameters"] == lora["parameters"] and ways[3]["parameters"] == modules["parameters"]
     assert done.stdout.count(", seed 1: held-out loss") == 2 + 4 and done.stdout.count(", seed 0:") == 4
     assert (tmp_path / "out" / "trials.jsonl").read_text().startswith(lines)
+    foreseen = tool("compare_adapters", *arguments, "--forms", "lora", "modules", "mlp", "--seeds", 2, "--plan")
+    assert "trials  3 of 16 are left\nwork    96 sequences to train on, " in foreseen.stdout, foreseen.stderr
+    assert "core-minutes, by " in foreseen.stdout
     assert_refused(
         tool("compare_adapters", *arguments, "--rank", 4), "is of a comparison with rank 8, and this one has 4"
     )

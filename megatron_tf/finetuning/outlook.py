@@ -1,0 +1,82 @@
+"""What a comparison of adapters has still to do, and how long that takes: nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tf.adapters.loading import load_base
+from megatron_tf.benchmark.adapters import trained_parameters, with_adapter
+from megatron_tf.finetuning.comparison import Plan, checked, missing, read_trials
+from megatron_tf.finetuning.steps import Computing, backward, mean_loss
+from megatron_tf.finetuning.trial import BASE, SECOND, Outcome, Setting, Texts, Trial
+
+_FORM = "modules"
+
+
+def foresee(plan: Plan, folder: Path, device: torch.device) -> str:
+    """In words. UserError as `compare_adapters`."""
+    plan, texts, _ = checked(plan)
+    done = read_trials(folder)
+    left, known = [], dict(done)
+    for trial in missing(plan, known):
+        left.append(trial)
+        known[trial] = Outcome(0, 0.0, 0.0)  # which rate is the best one does not change how many trials there are
+    trained = sum(_trained(plan.setting, trial) for trial in left)
+    measured = sum(_measured(texts, trial) for trial in left)
+    costs = _costs(plan.setting, texts, device)
+    minutes = (len(left) * costs["load"] + trained * costs["train"] + measured * costs["measure"]) / 60
+    unit = "core" if device.type == "cpu" else "GPU"
+    return (
+        f"trials  {len(left)} of {len(left) + len(done)} are left\n"
+        f"work    {trained:,} sequences to train on, {measured:,} to measure on\n"
+        f"time    about {minutes:,.1f} {unit}-minutes, by {costs['train']:.3g} and {costs['measure']:.3g} {unit}-seconds a "
+        f"sequence that were measured now, and {costs['load']:.3g} to load the base"
+        f"{'' if not plan.rounds else '; the rounds that compare speeds come on top'}"
+    )
+
+
+def _trained(setting: Setting, trial: Trial) -> int:
+    """Sequences that a trial trains on."""
+    return 0 if trial.form == BASE else setting.steps * setting.batch * (2 if trial.form in SECOND else 1)
+
+
+def _measured(texts: Texts, trial: Trial) -> int:
+    """Sequences whose loss a trial measures."""
+    second = len(texts.then_held) if trial.form in SECOND else 0
+    return len(texts.held) + len(texts.keep) + second
+
+
+def _costs(setting: Setting, texts: Texts, device: torch.device) -> Mapping[str, float]:
+    """Seconds to load the base, and of a sequence: processor time, or of a GPU the clock's."""
+    bf16 = setting.precision == "bf16"
+    computing = Computing(device, 0, 1, bf16, setting.length, setting.micro_batch, False)
+    rows = texts.learn[: setting.micro_batch]
+
+    def load() -> Any:
+        return load_base(setting.base, torch.bfloat16 if bf16 else torch.float32).to(device)
+
+    model = with_adapter(load(), _FORM, setting.rank)
+    parameters = trained_parameters(model)
+    works: dict[str, Callable[[], object]] = {
+        "load": load,
+        "train": lambda: backward(model, rows, parameters, computing),
+        "measure": lambda: mean_loss(model, rows, computing),
+    }
+    for name in ("train", "measure"):
+        works[name]()  # the first time memory is allocated
+    found = {name: _seconds(work, device) for name, work in works.items()}
+    return {"load": found["load"], **{name: found[name] / len(rows) for name in ("train", "measure")}}
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    began = clock()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - began
