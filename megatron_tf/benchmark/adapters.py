@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_tf.adapters.loading import random_llama, require_peft
-from megatron_tf.adapters.modules import ATTENTION, LINEAR, MLP, PATTENTION, Place, is_tokenformer, select
+from megatron_tf.adapters.modules import ATTENTION, LINEAR, MLP, PATTENTION, Place, select
 from megatron_tf.benchmark.counting import saved_bytes
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import interleaved
+from megatron_tf.errors import ArgumentError
 
 VOCABULARY = 4096
 _HEADS = 4  # of the soft mixture, and of its mixtures
@@ -72,7 +73,11 @@ def rows(
 
 def forms_of(base: Any) -> tuple[str, ...]:
     """Names of the FORMS that a base can have."""
-    return tuple(form for form in FORMS if form != APPENDED or is_tokenformer(base))
+    try:
+        select(base, _PLACES[APPENDED])
+    except ArgumentError:
+        return tuple(form for form in FORMS if form != APPENDED)
+    return tuple(FORMS)
 
 
 def rows_on(base: Callable[[], Any], ids: Tensor, rank: int, forms: Collection[str], rounds: int) -> Iterator[Row]:

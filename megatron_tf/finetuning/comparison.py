@@ -25,9 +25,7 @@ import torch
 
 from megatron_tf.adapters.fingerprint import base_facts
 from megatron_tf.adapters.loading import load_base, load_tokenizer
-from megatron_tf.adapters.modules import PATTENTION, select
-from megatron_tf.arguments import options_for
-from megatron_tf.benchmark.adapters import APPENDED, FORMS, LORA, forms_of, rows_on
+from megatron_tf.benchmark.adapters import FORMS, LORA, forms_of, rows_on
 from megatron_tf.benchmark.device import machine
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
@@ -90,12 +88,15 @@ def checked(plan: Plan) -> tuple[Plan, Texts, dict[str, Any]]:
     texts = read_texts(plan.learn, plan.keep, plan.then, setting, load_tokenizer(setting.base))
     base = load_base(setting.base)
     check_length(base, setting.seq_length, "--seq-length")
-    if APPENDED in plan.forms:
-        with options_for(modules="--forms"):
-            select(base, (PATTENTION,))
+    possible = forms_of(base)
+    if impossible := [form for form in plan.forms if form not in possible]:
+        raise ConfigError(
+            f"--forms: {impossible[0]} is for exported TokenFormers whose activation ignores scores of 0, and "
+            f"{setting.base} is none. Leave it out."
+        )
     if setting.packing:
         check_packing(base, torch.device("cpu"), "--base", "Give --no-packing.")
-    return replace(plan, forms=plan.forms or forms_of(base)), texts, base_facts(base)
+    return replace(plan, forms=plan.forms or possible), texts, base_facts(base)
 
 
 def missing(plan: Plan, done: Done) -> Iterator[Trial]:

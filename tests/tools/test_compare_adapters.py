@@ -26,7 +26,7 @@ from megatron_tf.finetuning.comparison import (
 from megatron_tf.finetuning.trial import BASE, Outcome, Setting, Trial
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "finetuning"))
-from bases import questions, write_base, write_lines  # noqa: E402
+from bases import decoder, questions, tokenformer, write_base, write_lines  # noqa: E402
 
 SETTING = Setting(Path("base"), "fp32", 8, 10, 4, 2, 32, 16)
 BASE_FACTS = {"model_type": "llama", "hidden_size": 32, "num_layers": 2, "vectors": "d" * 32, "matrices": "e" * 32}
@@ -78,9 +78,9 @@ def test_ways_to_a_second_text_are_tried_at_the_best_rate_of_the_first():
     assert (found[0]["held"], found[0]["first"], found[0]["first_forgotten"]) == (2.5, 3.0, 0.5)
 
 
-def compare(folder, **sizes) -> None:
+def compare(folder, forms=PLAN.forms, **sizes) -> None:
     texts = {name: write_lines(folder / f"{name}.jsonl", questions(8)) for name in ("learn", "keep")}
-    plan = replace(PLAN, setting=replace(SETTING, base=folder / "base", **sizes), **texts)
+    plan = replace(PLAN, forms=forms, setting=replace(SETTING, base=folder / "base", **sizes), **texts)
     compare_adapters(plan, folder / "out", torch.device("cpu"), print)
 
 
@@ -95,6 +95,19 @@ def test_sizes_that_cannot_be_are_refused_before_anything_is_written(tmp_path):
     ):
         compare(tmp_path, batch=3)
     assert not (tmp_path / "out").exists()
+
+
+def test_appended_tokens_are_a_form_of_tokenformers_alone(tmp_path):
+    assert set(FORMS) - set(adapters.forms_of(decoder())) == {"appended"}
+    assert adapters.forms_of(tokenformer()) == FORMS and adapters.forms_of(tokenformer("softmax")) == FORMS[:-1]
+    sizes = {}
+    for form in ("lora", "appended"):
+        model = adapters.with_adapter(tokenformer(), form, 4)
+        sizes[form] = sum(parameter.numel() for parameter in adapters.trained_parameters(model))
+    assert abs(sizes["appended"] / sizes["lora"] - 1) < 0.1
+    write_base(tmp_path / "base")
+    with pytest.raises(ConfigError, match="--forms: appended is for exported TokenFormers .* is none. Leave it out"):
+        compare(tmp_path, forms=("appended",))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +162,7 @@ def test_forms_are_compared_and_a_comparison_goes_on(tmp_path):
     assert done.stdout.count(", seed 1: held-out loss") == 2 + 4 and done.stdout.count(", seed 0:") == 4
     assert (tmp_path / "out" / "trials.jsonl").read_text().startswith(lines)
     foreseen = tool("compare_adapters", *arguments, "--forms", "lora", "modules", "mlp", "--seeds", 2, "--plan")
-    assert "trials  3 of 16 are left\nwork    96 sequences to train on, " in foreseen.stdout, foreseen.stderr
+    assert "trials  3 of 20 are left\nwork    96 sequences to train on, " in foreseen.stdout, foreseen.stderr
     assert "core-minutes, by " in foreseen.stdout
     assert_refused(
         tool("compare_adapters", *arguments, "--rank", 4), "is of a comparison with rank 8, and this one has 4"
