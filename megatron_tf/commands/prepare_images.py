@@ -91,7 +91,7 @@ def warn_of_duplicates(prefix: str, others: str) -> None:
 
     if count := count_duplicates(ImageFiles(prefix), ImageFiles(others)):
         print(
-            f"warning: {prefix}: {count:,} of its images are in {others} too, byte for byte, and say little about images "
-            "that a model has not seen",
+            f"warning: {prefix}: {count:,} of its images are in {others} too, byte for byte, and say little about "
+            "images that a model has not seen",
             file=sys.stderr,
         )

@@ -34,8 +34,8 @@ def foresee(plan: Plan, folder: Path, device: torch.device) -> str:
     return (
         f"trials  {len(left)} of {len(left) + len(done)} are left\n"
         f"work    {trained:,} sequences to train on, {measured:,} to measure on\n"
-        f"time    about {minutes:,.1f} {unit}-minutes, by {costs['train']:.3g} and {costs['measure']:.3g} {unit}-seconds a "
-        f"sequence that were measured now, and {costs['load']:.3g} to load the base"
+        f"time    about {minutes:,.1f} {unit}-minutes, by {costs['train']:.3g} and {costs['measure']:.3g} "
+        f"{unit}-seconds a sequence that were measured now, and {costs['load']:.3g} to load the base"
         f"{'' if not plan.rounds else '; the rounds that compare speeds come on top'}"
     )
 

@@ -127,8 +127,8 @@ class SplitSource:
         elif copies is None:
             self._old.read_into(name, state, start, target)
         elif state == WEIGHT and copies.candidates:
-            old, fresh = (partial(source.read, name, WEIGHT) for source in (self._old, self._fresh))
-            copy_in_slices(partial(copies.parted, old, fresh), start, target)
+            routers = (partial(source.read, name, WEIGHT) for source in (self._old, self._fresh))
+            copy_in_slices(partial(copies.parted, *routers), start, target)
         elif state == WEIGHT and self._growth.noise and name.endswith("_tokens"):
             copy_in_slices(partial(self._noisy, name, tensor, copies), start, target)
         else:
