@@ -9,55 +9,18 @@ import json
 import os
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from preparing import TEXTS, documents, run, shards, token_files, write_jsonl
 
 from megatron_tf.data.indexed import IndexedDataset
-from megatron_tf.data.preparation.bpe import train_bpe
 from megatron_tf.data.preparation.lanes import share_workers
-from megatron_tf.data.preparation.preprocess import PreprocessSettings, merge_shards, preprocess
+from megatron_tf.data.preparation.preprocess import PreprocessSettings, preprocess
 from megatron_tf.data.preparation.progress import ProgressDisplay
-from megatron_tf.data.preparation.records import read_records
 from megatron_tf.data.preparation.split import is_held_out
 from megatron_tf.data.summary import CorpusSummary, read_summary
-from megatron_tf.data.tokenizer import load_tokenizer
 from megatron_tf.errors import DataError, UserError
-
-TEXTS = [f"Document {number} says: the fox number {number * number} jumps.\n" for number in range(1500)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    train_bpe(TEXTS[:100], 300, path)
-    return path
-
-
-@pytest.fixture
-def corpus(tmp_path) -> Path:
-    return write_jsonl(tmp_path / "in" / "corpus.jsonl", TEXTS)
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def run(tokenizer: Path, inputs: Path, prefix: Path, **options) -> dict[str, CorpusSummary]:
-    settings = PreprocessSettings((str(inputs),), str(tokenizer), str(prefix), **options)
-    return preprocess(settings, ProgressDisplay(io.StringIO()))
-
-
-def documents(prefix: str | Path, tokenizer: Path) -> list[str]:
-    """Texts of the documents; each must end with the end-of-document token."""
-    encoder, dataset = load_tokenizer(tokenizer), IndexedDataset(prefix)
-    offsets = dataset.document_offsets.tolist()
-    ids = [dataset.tokens(*ends).tolist() for ends in pairwise(offsets)]
-    assert all(document[-1] == encoder.eod_id for document in ids)
-    return [encoder.decode(document[:-1]) for document in ids]
 
 
 def test_documents_come_back(tokenizer, corpus, tmp_path):
@@ -239,131 +202,6 @@ def test_full_disk_is_one_message_and_leaves_nothing(tokenizer, corpus, tmp_path
 def test_options_out_of_range(tokenizer, corpus, tmp_path, option, value, message):
     with pytest.raises(DataError, match=message):
         run(tokenizer, corpus, tmp_path / "x", **{option: value})
-
-
-def shards(folder: Path, number: int = 6) -> Path:
-    """A glob of `number` files of documents."""
-    for index in range(number):
-        write_jsonl(folder / f"{index}.jsonl", TEXTS[index::number])
-    return folder / "*.jsonl"
-
-
-def token_files(prefix: Path) -> list[bytes]:
-    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
-
-
-def share(tokenizer: Path, inputs: Path, prefix: Path, index: int, number: int, **options) -> tuple[dict, str]:
-    """Summaries and what was shown by one of `number` runs that share the work."""
-    settings = PreprocessSettings(
-        (str(inputs),), str(tokenizer), str(prefix), shard_index=index, num_shards=number, **options
-    )
-    stream = io.StringIO()
-    return preprocess(settings, ProgressDisplay(stream)), stream.getvalue()
-
-
-def test_shards_in_any_order_give_what_one_run_gives(tokenizer, tmp_path):
-    inputs = shards(tmp_path / "in")
-    run(tokenizer, inputs, tmp_path / "whole")
-    for index in (2, 0):
-        summaries, shown = share(tokenizer, inputs, tmp_path / "x", index, 3)
-        assert summaries == {} and "of 6 parts are still to be prepared, the first from" in shown
-        assert not (tmp_path / "x.bin").exists()
-    summaries, _ = share(tokenizer, inputs, tmp_path / "x", 1, 3)  # the last one merges
-    assert token_files(tmp_path / "x") == token_files(tmp_path / "whole")
-    assert summaries[str(tmp_path / "x")] == read_summary(tmp_path / "whole") == read_summary(tmp_path / "x")
-    assert not (tmp_path / "x.parts").exists()
-
-
-def test_merging_too_early_names_what_is_missing(tokenizer, tmp_path):
-    inputs = shards(tmp_path / "in")
-    settings = PreprocessSettings((str(inputs),), str(tokenizer), str(tmp_path / "x"))
-    with pytest.raises(DataError, match=r"x\.parts: 6 of 6 parts are still to be prepared, the first from .*0\.jsonl"):
-        merge_shards(settings, ProgressDisplay(io.StringIO()))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
-    share(tokenizer, inputs, tmp_path / "x", 0, 2)
-    with pytest.raises(DataError, match=r"3 of 6 parts are still .*1\.jsonl"):
-        merge_shards(settings, ProgressDisplay(io.StringIO()))
-    for index in (1, 0):  # the merging job that comes after does nothing
-        share(tokenizer, inputs, tmp_path / "x", index, 2)
-    before = (tmp_path / "x.bin").stat().st_mtime_ns
-    assert merge_shards(settings, ProgressDisplay(io.StringIO())) == {str(tmp_path / "x"): read_summary(tmp_path / "x")}
-    assert (tmp_path / "x.bin").stat().st_mtime_ns == before and not (tmp_path / "x.parts").exists()
-
-
-def test_finished_parts_are_not_done_again(tokenizer, tmp_path, monkeypatch):
-    """A bad record stops the run in the fourth file; the first three are kept, the fourth is done anew."""
-    inputs = shards(tmp_path / "in")
-    good = (tmp_path / "in" / "3.jsonl").read_bytes()
-    (tmp_path / "in" / "3.jsonl").write_bytes(good + b"{")
-    with pytest.raises(DataError, match=r"3\.jsonl:251: invalid JSON .*--on-error skip"):
-        run(tokenizer, inputs, tmp_path / "x")
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "x.parts").iterdir()}
-    assert len(kept) == 9 and not (tmp_path / "x.bin").exists()
-    (tmp_path / "in" / "3.jsonl").write_bytes(good)
-    read = []
-    monkeypatch.setattr(
-        "megatron_tf.data.preparation.preprocess.read_records",
-        lambda paths, **rest: read.extend(path.name for path in paths) or read_records(paths, **rest),
-    )
-    summaries, shown = share(tokenizer, inputs, tmp_path / "x", 0, 1)
-    assert read == ["3.jsonl", "4.jsonl", "5.jsonl"] and "3 of 6 parts were finished before" in shown
-    run(tokenizer, inputs, tmp_path / "whole")
-    assert token_files(tmp_path / "x") == token_files(tmp_path / "whole")
-    read.clear()
-    again, shown = share(tokenizer, inputs, tmp_path / "x", 0, 1)
-    assert (again, read) == (summaries, []) and "was prepared from the same files" in shown
-
-
-def test_a_finished_preparation_is_done_again_when_something_changed(tokenizer, tmp_path):
-    inputs = shards(tmp_path / "in", 2)
-    run(tokenizer, inputs, tmp_path / "x")
-    write_jsonl(tmp_path / "in" / "1.jsonl", ["other"])
-    with pytest.raises(DataError, match=r"x\.bin: is there already .* --replace"):
-        run(tokenizer, inputs, tmp_path / "x")
-    assert IndexedDataset(tmp_path / "x").num_documents == 1500
-    assert run(tokenizer, inputs, tmp_path / "x", replace=True)[str(tmp_path / "x")].documents == 751
-    Path(f"{tmp_path}/x.bin").write_bytes(b"")
-    assert run(tokenizer, inputs, tmp_path / "x")[str(tmp_path / "x")].documents == 751
-    assert documents(tmp_path / "x", tokenizer)[-1] == "other"
-
-
-def test_data_of_another_program_are_not_replaced(tokenizer, corpus, tmp_path):
-    (tmp_path / "x.idx").write_bytes(b"precious")
-    with pytest.raises(DataError, match=r"x\.idx: is there already"):
-        run(tokenizer, corpus, tmp_path / "x")
-    assert (tmp_path / "x.idx").read_bytes() == b"precious" and not (tmp_path / "x.parts").exists()
-
-
-def test_a_preparation_keeps_the_parts_of_another_with_its_prefix(tokenizer, tmp_path):
-    inputs, other = shards(tmp_path / "in", 4), shards(tmp_path / "other", 1)
-    assert not run(tokenizer, inputs, tmp_path / "x", num_shards=2, shard_index=0)
-    run(tokenizer, other, tmp_path / "x")
-    with pytest.raises(DataError, match="is there already"):
-        run(tokenizer, inputs, tmp_path / "x", num_shards=2, shard_index=1)
-    shards_of_both = {"num_shards": 2, "shard_index": 1, "replace": True}
-    assert run(tokenizer, inputs, tmp_path / "x", **shards_of_both)[str(tmp_path / "x")].documents == 1500
-    assert not (tmp_path / "x.parts").exists()
-
-
-def test_a_damaged_part_is_made_again(tokenizer, tmp_path):
-    inputs = shards(tmp_path / "in", 4)
-    run(tokenizer, inputs, tmp_path / "whole")
-    run(tokenizer, inputs, tmp_path / "x", num_shards=2, shard_index=0)
-    damaged = next((tmp_path / "x.parts").glob("*.bin"))
-    os.truncate(damaged, damaged.stat().st_size - 2)
-    run(tokenizer, inputs, tmp_path / "x")
-    assert (tmp_path / "x.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
-
-
-def test_a_glob_does_not_match_what_the_preparation_itself_writes(tokenizer, tmp_path):
-    """Neither its parts when it was cut off, nor its output when it is asked for again."""
-    write_jsonl(tmp_path / "in" / "a.json", TEXTS[:10])
-    write_jsonl(tmp_path / "in" / "b.jsonl", TEXTS[10:20])
-    inputs = tmp_path / "in" / "**" / "*"
-    for index in (0, 1, 0):
-        run(tokenizer, inputs, tmp_path / "in" / "x", shard_index=index, num_shards=2)
-    assert read_summary(tmp_path / "in" / "x").documents == 20
-    assert len(list((tmp_path / "in").iterdir())) == 6
 
 
 def test_parquet_without_the_column_is_said_before_any_work(tokenizer, corpus, tmp_path):
