@@ -94,14 +94,15 @@ def test_deepspeed_passes_the_exit_code_on(folder):
     assert result.returncode == 2 and result.stdout.count("error:") == 1, result.stdout
 
 
-def test_run_folder_of_another_run(started):
-    before = sorted(path for path in (started / "run").rglob("*"))
-    never = train(started, "checkpoint.resume=never")
+def test_run_folder_of_another_run(folder):
+    assert train(folder).returncode == 0
+    before = sorted(path for path in (folder / "run").rglob("*"))
+    never = train(folder, "checkpoint.resume=never")
     assert never.returncode == 2 and "checkpoint.resume" in never.stdout and "run.dir" in never.stdout, never.stdout
-    result = train(started, "model.hidden_size=64")
+    result = train(folder, "model.hidden_size=64")
     assert result.returncode == 2 and result.stdout.count("error:") == 1, result.stdout
     assert "hidden_size" in result.stdout and "32" in result.stdout and "64" in result.stdout
-    assert sorted(path for path in (started / "run").rglob("*")) == before
+    assert sorted(path for path in (folder / "run").rglob("*")) == before
 
 
 def test_growth_that_takes_layers_away(started):
