@@ -120,6 +120,7 @@ RESERVED = {
     "wandb": ("megatron_tf.telemetry.trackers",),
 }
 NO_TORCH = (
+    "megatron_tf.adapters.command_line",
     "megatron_tf.interrupt",
     "megatron_tf.errors",
     "megatron_tf.checks",

@@ -24,7 +24,7 @@ from megatron_tf.adapters.folder import Adapter, check_uses_all, is_appended, re
 from megatron_tf.adapters.loading import load_adapted, load_base, load_exported, random_ids
 from megatron_tf.adapters.modules import BRANCH, find_places
 from megatron_tf.convert.agreement import Agreement, agreement
-from megatron_tf.convert.huggingface.verify import verifying_versions
+from megatron_tf.convert.huggingface.verify import verified_with, verifying_versions
 from megatron_tf.durable import atomic_folder
 from megatron_tf.errors import CheckpointError, file_errors
 
@@ -145,5 +145,4 @@ def _write_code(folder: Path, bases: Mapping[str, str], versions: dict[str, str]
             )
         assert text.count(f"{_BASE_LINE}{name}\n") == 1
         text = text.replace(f"{_BASE_LINE}{name}\n", f"from transformers import {kind} as {name}\n")
-    verified = "# Verified with " + " and ".join(f"{name} {version}" for name, version in versions.items()) + ".\n"
-    (folder / MODELING_CODE).write_text(verified + text, encoding="utf-8")
+    (folder / MODELING_CODE).write_text(f"{verified_with(versions)}.\n{text}", encoding="utf-8")

@@ -235,6 +235,7 @@ def _layer_class(place: Place) -> type[TokenLayer]:
 def with_adapters(base: nn.Module, folders: Mapping[str, Path], trained: bool = False) -> Any:
     """`base` with the adapters in `folders` by name, the first one active, `trained` or not. ArgumentError when it is
     not the base of all."""
+    # PEFT's hook would say the same with a remedy that is for Python, and after the first ones are added.
     for place in folders.values():
         check_base(base, read_config(place / CONFIG_NAME)["base"])
     (first, folder), *others = folders.items()

@@ -8,21 +8,11 @@ and without caches, before it gets its name. Needs no GPU, and memory for two mo
 
 from __future__ import annotations
 
-import argparse
-
-from megatron_tf.arguments import path
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=path, required=True, metavar="DIR", help="the base model's folder")
-    parser.add_argument("--adapter", type=path, required=True, metavar="DIR", help="the adapter's folder, or the run's")
-    parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the folder to write")
-    return parser.parse_args()
+from megatron_tf.adapters.command_line import parse_arguments, print_written
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__, base="the base model's folder")
     from megatron_tf.adapters.export import export_adapter
     from megatron_tf.adapters.folder import check_new_folder
     from megatron_tf.adapters.summary import trained_adapter
@@ -30,7 +20,5 @@ def main() -> None:
     check_new_folder(arguments.target)
     adapter = trained_adapter(arguments.adapter)
     found = export_adapter(arguments.base, adapter, arguments.target)
-    print(f"from        {arguments.base}, with {adapter}")
-    for kind, agreement in found.items():
-        print(f"compared    with transformers on {kind}: {agreement}")
-    print(f"wrote {arguments.target}: {sum(file.stat().st_size for file in arguments.target.iterdir()):,} bytes")
+    compared = {f"with transformers on {kind}": agreement for kind, agreement in found.items()}
+    print_written(arguments.base, adapter, compared, arguments.target)

@@ -9,21 +9,11 @@ fp32.
 
 from __future__ import annotations
 
-import argparse
-
-from megatron_tf.arguments import path
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=path, required=True, metavar="DIR", help="the exported TokenFormer's folder")
-    parser.add_argument("--adapter", type=path, required=True, metavar="DIR", help="the adapter's folder, or the run's")
-    parser.add_argument("--to", dest="target", type=path, required=True, metavar="DIR", help="the folder to write")
-    return parser.parse_args()
+from megatron_tf.adapters.command_line import parse_arguments, print_written
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__, base="the exported TokenFormer's folder")
     from megatron_tf.adapters.merge import merge_adapter
     from megatron_tf.adapters.summary import trained_adapter
     from megatron_tf.convert.huggingface.export import check_target
@@ -31,9 +21,6 @@ def main() -> None:
     check_target(arguments.target)
     adapter = trained_adapter(arguments.adapter)
     found = merge_adapter(arguments.base, adapter, arguments.target)
-    print(f"from        {arguments.base}, with {adapter}")
-    for kind, agreement in found.items():
-        print(f"compared    on {kind}: {agreement}")
-    size = sum(file.stat().st_size for file in arguments.target.iterdir())
-    print(f"wrote {arguments.target}: {size:,} bytes")
+    compared = {f"on {kind}": agreement for kind, agreement in found.items()}
+    print_written(arguments.base, adapter, compared, arguments.target)
     print(f"To train on, convert from-hf {arguments.target} --to a run's folder")

@@ -29,7 +29,7 @@ from megatron_tf.convert.huggingface.configuration import (
     huggingface_config,
     special_tokens,
 )
-from megatron_tf.convert.huggingface.verify import verify_export, verifying_versions
+from megatron_tf.convert.huggingface.verify import verified_with, verify_export, verifying_versions
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.data.tokenizer_files import as_in_preparation, read_tokenizer_file
@@ -116,10 +116,9 @@ def _write_configuration(
 
 def write_code(folder: Path, names: Sequence[str], versions: Mapping[str, str], comparison: str) -> None:
     """The code stays as it is while transformers changes: a reader years later sees what it was made for."""
-    verified = "# Verified with " + " and ".join(f"{name} {version}" for name, version in versions.items())
     for name in names:
         code = resources.files("megatron_tf.convert.huggingface") / "remote_code" / name
-        text = f"{verified}. With others, {comparison}, or export again.\n"
+        text = f"{verified_with(versions)}. With others, {comparison}, or export again.\n"
         (folder / name).write_bytes(text.encode() + code.read_bytes())
 
 

@@ -60,6 +60,11 @@ def verifying_versions() -> dict[str, str]:
     return {"transformers": require_transformers(), "torch": torch.__version__}
 
 
+def verified_with(versions: Mapping[str, str]) -> str:
+    """The comment that an export's code begins with, without a full stop: `verifying_versions` as a sentence."""
+    return "# Verified with " + " and ".join(f"{name} {version}" for name, version in versions.items())
+
+
 @torch.no_grad()
 def verify_export(folder: Path, network: TokenFormer, tokenizer: Tokenizer | None) -> dict[str, Agreement]:
     """Compare logits on random tokens, on English text where `tokenizer` is that of the export, and in generation.
