@@ -49,14 +49,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from megatron_tf.checkpoint.format import folder_name
-    from megatron_tf.checkpoint.manager import resolve
+    from megatron_tf.checkpoint.moments import resolve_at
     from megatron_tf.checkpoint.reader import open_checkpoint
     from megatron_tf.checkpoint.step_zero import target_folder
     from megatron_tf.growth.grow import grow
 
     config = load_config(arguments.config, arguments.overrides)
     growth = config.growth or Growth.model_validate({"from": literal(str(arguments.source))})
-    reader = open_checkpoint(resolve(arguments.source))
+    reader = open_checkpoint(resolve_at(arguments.source, growth.at))
     root = target_folder(arguments.target)
     data = training_data(config)
     start = grow(reader, config.model, growth, seed=config.run.seed, data=data, optimizer=config.optimizer.type)
