@@ -83,7 +83,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(folder, expand):
 
 def test_the_growth_says_which_checkpoint_of_the_run(expand):
     done = expand("dry", "growth={from: x, at: before_decay}", "--dry-run")
-    assert done.returncode == 2 and "holds the checkpoints of step 2, and a decay began with none" in done.stdout
+    assert done.returncode == 2 and "holds the checkpoints of step 2, and a decay began with none" in done.stderr
 
 
 def test_a_dry_run_of_a_split(expand):
