@@ -125,10 +125,12 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
 
 def about_width(width: Mapping[str, Any]) -> Iterator[str]:
     """`width`: as the growth's history has it."""
+    from megatron_tf.growth.width import alike
+
     for key, size in width["from"].items():
         yield f"{key} {size} -> {width['to'][key]} by cloning; moments of all: 0"
-    if width["clone_noise"] == 0:
-        yield "warning     growth.clone_noise is 0: clones are alike, and training never sets them apart"
+    if (warning := alike(width)) is not None:
+        yield f"warning     {warning}"
 
 
 def scale_of(model: Model, scales: Mapping[str, float], kind: str) -> str:

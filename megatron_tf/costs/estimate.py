@@ -33,6 +33,11 @@ def num_used_block_parameters(model: Model) -> int:
     return sum(spec.numel // spec.one_in for name, spec in parameter_table(model).items() if name.startswith("blocks."))
 
 
+def num_used_parameters(model: Model) -> int:
+    """`num_parameters` without those of candidates that a position does not choose."""
+    return sum(spec.numel // spec.one_in for spec in parameter_table(model).values())
+
+
 def chooses(model: Model) -> bool:
     """Whether a position uses some of the parameters only: those of the candidates that it chooses."""
     return any(spec.one_in > 1 for spec in parameter_table(model).values())

@@ -37,7 +37,8 @@ def report(plan: dict[str, Any]) -> str:
 
 
 def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
-    yield f"{stage['name']}: {stage['parameters']:,} parameters"
+    count, used = stage["parameters"], stage["used_parameters"]
+    yield f"{stage['name']}: {count:,} parameters" + (f", of which a position uses {used:,}" if used < count else "")
     for problem in stage["problems"]:
         yield f"  not valid   {problem}"
     if stage["problems"]:
@@ -62,6 +63,11 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
     )
     shares = ((name, step[key] / step["total"]) for name, key in _PARTS)
     yield f"              {', '.join(f'{name} {share:.1%}' for name, share in shares if share)}"
+    if used < count and step["data"]:
+        yield (
+            f"              gradients of all parameters are reduced for the work of those that are used: "
+            f"{step['data'] / step['total']:.1%} of the step; a larger global batch makes it less"
+        )
     sent = stage["sent_bytes"]
     yield f"  sent        a rank and step: {', '.join(f'{axis} {size(sent[axis])}' for axis in sent)}"
     yield (

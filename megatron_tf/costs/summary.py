@@ -16,7 +16,7 @@ from megatron_tf.costs.advice import advise
 from megatron_tf.costs.chain import chain_costs
 from megatron_tf.costs.checkpoints import plan_checkpoints
 from megatron_tf.costs.communication import sent_bytes_per_step
-from megatron_tf.costs.estimate import memory_per_rank, num_parameters, parameters_per_rank
+from megatron_tf.costs.estimate import memory_per_rank, num_parameters, num_used_parameters, parameters_per_rank
 from megatron_tf.costs.hardware import Assumptions, Gpu
 from megatron_tf.costs.law import ASSUMED_KAPPA, Findings, Range
 from megatron_tf.costs.layouts import Estimate, estimate, ranked
@@ -98,6 +98,7 @@ def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, A
         "unit": task_of(config.model).unit,
         "unit_tokens": task_of(config.model).unit_length(config.model),
         "parameters": num_parameters(config.model),
+        "used_parameters": num_used_parameters(config.model),
         "problems": [],
         "best_layouts": [_choice(best) for best in ranked(config, world, gpu, assumed)[: circumstances.num_best]],
     }

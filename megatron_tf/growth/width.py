@@ -98,6 +98,13 @@ class WidthAxis(Axis):
         return ClonedSource(old, old_model, new_model, growth.clone_noise, seed)
 
 
+def alike(width: Mapping[str, Any]) -> str | None:
+    """What a growth without noise warns of. `width`: as the growth's history has it."""
+    if width["clone_noise"] != 0:
+        return None
+    return "growth.clone_noise is 0: clones are alike, and training never sets them apart"
+
+
 def _sizes(model: Model) -> dict[str, int]:
     """The keys of the axis that the model has."""
     return {key: getattr(model, key) for key in WidthAxis.keys}

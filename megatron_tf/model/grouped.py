@@ -11,8 +11,9 @@ products are products of matrices.
 | of rows: inputs, outputs | [rows, width] |
 
 Work goes over the pairs piece by piece. On a CPU a piece is a candidate with its rows, which the cache holds from one
-product to the next. On a GPU it is a slot, whose products are one grouped product; its sizes are read on the device, so
-nothing waits for the host, and shapes are the same whatever was chosen.
+product to the next; products in fp32 read rows and add to them where they lie, those of other types gather them. On a
+GPU it is a slot, whose products are one grouped product; its sizes are read on the device, so nothing waits for the
+host, and shapes are the same whatever was chosen.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from megatron_tf.model.kernels import native_grouped
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def assign(candidates: Tensor, num_candidates: int) -> Assignment:
 class Piece:
     """Pairs that are worked on together: their `rows`, and where they lie among all pairs.
 
-    `slot`: theirs.  `candidate`: theirs, or None for those of the whole slot, which end at `ends`.
+    `slot`: theirs.  `candidate`: theirs, or None for those of the whole slot, which end at `ends`.  `native`: whether
+    its products are those of `kernels.native_grouped`.
     """
 
     rows: Tensor
@@ -71,20 +75,28 @@ class Piece:
     slot: int
     candidate: int | None
     ends: Tensor
+    native: bool
 
-    def gather(self, source: Tensor, room: Tensor) -> Tensor:
-        """The piece's rows of `source` [rows, width], in the memory of `room`, which is shaped alike."""
+    def inputs(self, source: Tensor, room: Tensor) -> Tensor:
+        """`source` [rows, width] as products take it: itself, or in `room`, which is shaped alike, the piece's rows."""
+        if self.native:
+            return source
         return torch.index_select(source, 0, self.rows, out=room[: len(self.rows)])
 
     def scores(self, inputs: Tensor, tokens: Tensor, out: Tensor) -> None:
-        """Writes inputs · tokensᵀ. inputs [pairs of the piece, width], out [pairs of the piece, g]."""
+        """Writes the piece's rows of `inputs` · tokensᵀ to `out` [pairs of the piece, g]."""
         if self.candidate is None:
             out.copy_(F.grouped_mm(inputs, tokens[self.slot].mT, offs=self.ends))
+        elif self.native:
+            native_grouped.scores(inputs, self.rows, tokens[self.slot, self.candidate], out)
         else:
             torch.mm(inputs, tokens[self.slot, self.candidate].mT, out=out)
 
     def add_outputs(self, scores: Tensor, tokens: Tensor, total: Tensor, room: Tensor) -> None:
         """Adds scores · tokens to the piece's rows of `total` [rows, width]. `room`: shaped alike, for the product."""
+        if self.native:
+            native_grouped.add_outputs(scores, self.rows, tokens[self.slot, self.candidate], total)
+            return
         if self.candidate is None:
             product = F.grouped_mm(scores, tokens[self.slot], offs=self.ends)
         else:
@@ -92,26 +104,29 @@ class Piece:
         total.index_add_(0, self.rows, product)
 
     def gradients(self, scores: Tensor, inputs: Tensor, out: Tensor) -> None:
-        """Writes scoresᵀ · inputs of each candidate into its part of `out`, which is shaped as the tokens."""
+        """Writes scoresᵀ · `inputs` of each candidate into its part of `out`, which is shaped as the tokens."""
         if self.candidate is None:
             out[self.slot] = F.grouped_mm(scores.mT, inputs, offs=self.ends)
+        elif self.native:
+            native_grouped.gradients(scores, self.rows, inputs, out[self.slot, self.candidate])
         else:
             torch.mm(scores.mT, inputs, out=out[self.slot, self.candidate])
 
 
-def pieces(assignment: Assignment, dtype: torch.dtype) -> Iterator[Piece]:
-    """All pieces, of products in `dtype`. A candidate without rows is in none of its own."""
-    whole_slots = assignment.order.is_cuda and dtype == torch.bfloat16
+def pieces(assignment: Assignment, tokens: Tensor) -> Iterator[Piece]:
+    """All pieces, of products with `tokens`. A candidate without rows is in none of its own."""
+    whole_slots, native = tokens.is_cuda and tokens.dtype == torch.bfloat16, native_grouped.usable(tokens)
     num_rows = assignment.order.shape[1]
     for slot, (rows, ends) in enumerate(zip(assignment.order, assignment.ends)):
         start = slot * num_rows
         if whole_slots:
-            yield Piece(rows, slice(start, start + num_rows), slot, None, ends)
+            yield Piece(rows, slice(start, start + num_rows), slot, None, ends, False)
             continue
         first = 0
         for candidate, last in enumerate(ends.tolist()):
             if last > first:
-                yield Piece(rows[first:last], slice(start + first, start + last), slot, candidate, ends)
+                own, enough = slice(start + first, start + last), last - first >= native_grouped.LEAST_ROWS
+                yield Piece(rows[first:last], own, slot, candidate, ends, native and enough)
             first = last
 
 

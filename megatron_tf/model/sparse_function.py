@@ -53,7 +53,7 @@ def sparse_pattention(
         tensors.append(chosen.gate)
     choices = [(chosen.assignment, chosen.scale) for chosen in projections]
     with torch.autocast(device, enabled=False):
-        return _SparsePattention.apply(score_function(activation), group, choices, x.to(dtype), *tensors)
+        return _SparsePattention.apply(score_function(activation), group, choices, x.to(dtype).contiguous(), *tensors)
 
 
 class _SparsePattention(Function):
@@ -116,9 +116,9 @@ class _Projection:
         assignment, room = self.assignment, torch.empty_like(x)
         scores = x.new_empty(assignment.num_pairs, self.keys.shape[2])
         statistics = scores.new_empty(assignment.num_pairs, 1, dtype=accumulating(scores))
-        for piece in pieces(assignment, x.dtype):
+        for piece in pieces(assignment, self.keys):
             own = scores[piece.pairs]
-            piece.scores(piece.gather(x, room), self.keys, own)
+            piece.scores(piece.inputs(x, room), self.keys, own)
             if not x.is_cuda:
                 statistics[piece.pairs] = self.function.statistic(own)
         if x.is_cuda:
@@ -137,7 +137,7 @@ class _Projection:
             out = scores.new_zeros(len(r), self.values.shape[3])
         of_pairs, room = self.assignment.by_pair(r), torch.empty_like(out)
         s = self.function.weights(scores, of_pairs, self.scale) if scores.is_cuda else None
-        for piece in pieces(self.assignment, scores.dtype):
+        for piece in pieces(self.assignment, self.values):
             part = piece.pairs
             own = self.function.weights(scores[part], of_pairs[part], self.scale) if s is None else s[part]
             piece.add_outputs(own, self.values, out, room)
@@ -162,8 +162,8 @@ class _Backward:
         own, function, scale = self.projection, self.projection.function, self.projection.scale
         totals, room = torch.empty_like(self.of_pairs), torch.empty_like(grad)
         self.gate_grads = torch.empty_like(self.of_pairs)
-        for piece in pieces(own.assignment, grad.dtype):
-            part, d, own_grad = piece.pairs, self.d[piece.pairs], piece.gather(grad, room)
+        for piece in pieces(own.assignment, own.values):
+            part, d, own_grad = piece.pairs, self.d[piece.pairs], piece.inputs(grad, room)
             piece.scores(own_grad, own.values, d)
             s, totals[part], self.gate_grads[part] = function.backward_with_product(
                 self.scores[part], self.of_pairs[part], d, scale
@@ -190,11 +190,11 @@ class _Backward:
         of_pairs, inputs, room = own.assignment.by_pair(total), torch.empty_like(x), torch.empty_like(x)
         if x.is_cuda:
             function.couple(self.scores, self.of_pairs, of_pairs, self.d, scale)
-        for piece in pieces(own.assignment, x.dtype):
+        for piece in pieces(own.assignment, own.keys):
             part, d = piece.pairs, self.d[piece.pairs]
             if not x.is_cuda:
                 function.couple(self.scores[part], self.of_pairs[part], of_pairs[part], d, scale)
-            piece.gradients(d, piece.gather(x, inputs), self.key_grads)
+            piece.gradients(d, piece.inputs(x, inputs), self.key_grads)
             piece.add_outputs(d, own.keys, d_x, room)
 
     def gradients(self) -> tuple[Tensor | None, ...]:

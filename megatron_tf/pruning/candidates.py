@@ -102,7 +102,7 @@ def add_use(projection: SparsePattention, use: Use, x: Tensor) -> None:
     used = dense + slots * size
     for rows in x.flatten(0, -2).split(max(1, SCORE_ELEMENTS // used)):
         chosen = choose(bank.logits(rows), bank.slot_balance())
-        of_candidates = list(pieces(assign(chosen, candidates), rows.dtype))
+        of_candidates = list(pieces(assign(chosen, candidates), keys))
         scores = rows.new_empty(len(rows), used)
         if projection.key_tokens is not None:
             scores[:, :dense] = rows @ projection.key_tokens.mT

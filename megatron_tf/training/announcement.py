@@ -11,6 +11,7 @@ from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.run_plan import RunPlan
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.plan import describe, room_warning
+from megatron_tf.growth.width import alike
 from megatron_tf.tasks.data import OpenData
 from megatron_tf.training.account import Account
 from megatron_tf.training.opening import Opening
@@ -46,7 +47,7 @@ def lines_about(
     step, batches = start.progress.step, plan.batches
     for text in describe(told.config, plan.topology.world_size, batches, step, told.origin, device).splitlines():
         yield Line(text)
-    for text in (*passed_over, *told.ineffective, *_shorter_than_trained(told.config, start)):
+    for text in (*passed_over, *told.ineffective, *_shorter_than_trained(told.config, start), *_clones_alike(start)):
         yield Line(text, is_warning=True)
     for text in (start.description, *told.lines):
         yield Line(text)
@@ -72,6 +73,13 @@ def _shorter_than_trained(config: RunConfig, start: Start) -> Iterator[str]:
             f"its checkpoints stay as they are. Set it to more than {trained} to go on, or choose another run.dir for "
             "a shorter run"
         )
+
+
+def _clones_alike(start: Start) -> Iterator[str]:
+    """Of a run that begins with a growth of the width; a run that goes on has been told."""
+    width = start.growth_history[-1].get("width") if start.growth_history and not start.resumed else None
+    if width is not None and (warning := alike(width)) is not None:
+        yield f"{warning}. Leave the key out, or give it a share such as 0.1"
 
 
 def _room_warnings(run: Run, start: Start) -> Iterator[str]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_tf.config import load_config
+from megatron_tf.costs.estimate import num_parameters
+from megatron_tf.costs.hardware import find_gpu
 from megatron_tf.costs.plan import room_warning
+from megatron_tf.costs.report import report
+from megatron_tf.costs.summary import Circumstances, plan
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yml"
 
@@ -21,3 +25,22 @@ def test_checkpoints_that_do_not_fit_on_the_disk():
     assert room_warning(two, 10**6, mebibyte, 3 * mebibyte) is None
     assert "3 checkpoints of 1 MiB need 3 MiB, and 2 MiB" in room_warning(two, 10**6, mebibyte, 2 * mebibyte)
     assert room_warning(two, 5, mebibyte, mebibyte) is None and room_warning(two, 0, mebibyte, 0) is None
+
+
+def test_all_parameters_are_reduced_for_the_work_of_those_that_are_used():
+    """Named where data-parallel ranks exchange them: it is what candidates cost that dense tokens do not."""
+    sparse = load_config(TINY.with_name("sparse_124M_to_762M.yml"))
+    dense = load_config(TINY.with_name("124M.yml"))
+
+    def made(config, gpus):
+        return plan([config], Circumstances(gpus, find_gpu("h100"), 0.1, 1e9, 60, num_best=1))
+
+    (stage,) = made(sparse, 8)["stages"]
+    routers = stage["used_parameters"] - num_parameters(dense.model)
+    assert stage["parameters"] == num_parameters(sparse.model) > 6 * stage["used_parameters"]
+    assert 0 < routers < 0.02 * num_parameters(dense.model)
+    share = stage["step"]["data"] / stage["step"]["total"]
+    in_words = report(made(sparse, 8))
+    assert f"of which a position uses {stage['used_parameters']:,}" in in_words
+    assert f"those that are used: {share:.1%} of the step" in in_words
+    assert "those that are used" not in report(made(sparse, 1)) and "uses" not in report(made(dense, 8))

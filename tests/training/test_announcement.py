@@ -55,3 +55,13 @@ def test_a_length_below_what_was_trained_is_said(config, length, said):
     found = [line for line in lines if line.text.startswith("training.")]
     assert [line.is_warning for line in found] == ([] if said is None else [True])
     assert said is None or said in found[0].text
+
+
+@pytest.mark.parametrize(("noise", "resumed", "said"), [(0.0, False, True), (0.1, False, False), (0.0, True, False)])
+def test_clones_that_never_differ_are_said(config, noise, resumed, said):
+    run = config()
+    width = {"from": {"hidden_size": 16}, "to": {"hidden_size": 32}, "clone_noise": noise}
+    start = Start(InitialSource(run.model, 7), "", growth_history=({"width": width, "tokens": 0},), resumed=resumed)
+    lines = lines_about(start.plan(run, 1), start, Account(run, (), "", ()), [], Outlook(), "cpu")
+    found = [line for line in lines if line.text.startswith("growth.clone_noise is 0: clones are alike")]
+    assert [line.is_warning for line in found] == ([True] if said else [])

@@ -1,0 +1,99 @@
+"""native_grouped.c, built on first use as native_passes.c is: products of a candidate with the rows that chose it.
+
+x, scores and outputs are fp32 matrices with neighbours in a row side by side, and `rows` int64 the rows of x or of the
+outputs that belong to the scores' rows, each once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_tf.model.kernels.native_library import BuildError, load_library
+from megatron_tf.model.kernels.native_passes import FLAGS, X86_FLAGS
+
+SOURCE = Path(__file__).with_suffix(".c")
+# With fewer rows packing the tokens takes longer than the product.
+LEAST_ROWS = 32
+# Of a larger group the packed tokens do not stay in a cache of 2 MiB, and PyTorch's product of gathered rows is faster.
+LARGEST_GROUP = 256 * 768
+
+
+def usable(tokens: Tensor) -> bool:
+    """Whether the products below take such tokens [..., g, width] and are the faster ones; MEGATRON_TF_NATIVE=0 wants
+    none."""
+    wanted = os.environ.get("MEGATRON_TF_NATIVE") != "0" and tokens.shape[-2] * tokens.shape[-1] <= LARGEST_GROUP
+    return wanted and tokens.device.type == "cpu" and tokens.dtype == torch.float32 and _library() is not None
+
+
+def scores(x: Tensor, rows: Tensor, tokens: Tensor, out: Tensor) -> None:
+    """out [rows, n] = x[rows] · tokensᵀ; tokens [n, width]."""
+    _call("scores", tokens.shape, *_matrix(x), *_rows(rows), _address(tokens), *_sizes(tokens), *_matrix(out))
+
+
+def add_outputs(scores: Tensor, rows: Tensor, tokens: Tensor, total: Tensor) -> None:
+    """total[rows] += scores [rows, n] · tokens [n, width]."""
+    _call(
+        "add_outputs", tokens.shape, *_matrix(scores), *_rows(rows), _address(tokens), *_sizes(tokens), *_matrix(total)
+    )
+
+
+def gradients(scores: Tensor, rows: Tensor, x: Tensor, out: Tensor) -> None:
+    """out [n, width] = scores [rows, n]ᵀ · x[rows]."""
+    _call("gradients", out.shape, *_matrix(scores), *_rows(rows), *_matrix(x), *_sizes(out), _address(out))
+
+
+# Memory for what is packed, one a thread of Python. The same at each call, so that the cache has it.
+_kept = threading.local()
+
+_Argument = ctypes.c_void_p | ctypes.c_long
+
+
+def _matrix(tensor: Tensor) -> tuple[_Argument, _Argument]:
+    assert tensor.dim() == 2 and tensor.stride(1) == 1, "a matrix with neighbours in a row side by side"
+    return _address(tensor), ctypes.c_long(tensor.stride(0))
+
+
+def _rows(rows: Tensor) -> tuple[_Argument, _Argument]:
+    return _address(rows), ctypes.c_long(len(rows))
+
+
+def _sizes(tokens: Tensor) -> tuple[_Argument, _Argument]:
+    assert tokens.is_contiguous()
+    return ctypes.c_long(tokens.shape[0]), ctypes.c_long(tokens.shape[1])
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _call(name: str, sizes: torch.Size, *arguments: _Argument) -> None:
+    """The function of the library, with memory for the tokens of `sizes` that it packs, and threads."""
+    library = _library()
+    assert library is not None
+    wanted = library.room(*map(ctypes.c_long, sizes))
+    if getattr(_kept, "packed", None) is None or len(_kept.packed) < wanted:
+        _kept.packed = torch.empty(wanted, dtype=torch.float32)
+    getattr(library, name)(*arguments, _address(_kept.packed), ctypes.c_int(torch.get_num_threads()))
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    """None where there are no such vectors, or where native_passes.py has said why nothing can be built."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    try:
+        library = load_library(SOURCE, FLAGS + X86_FLAGS)
+    except BuildError as error:
+        logging.getLogger(__name__).warning("Sparse layers run without their native CPU products, slower: %s", error)
+        return None
+    library.room.restype = library.vector_lanes.restype = ctypes.c_long
+    return library if library.vector_lanes() else None

@@ -1,0 +1,97 @@
+"""The native products of a candidate with its rows, against fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_tf.model.grouped import assign, pieces
+from megatron_tf.model.kernels import native_grouped
+from megatron_tf.model.sparse_pattention import SparsePattention
+
+# rows, tokens, width: whole tiles and chunks, and what no tile divides
+SHAPES = [(33, 16, 24), (300, 80, 100), (513, 37, 9), (96, 64, 32)]
+
+
+def matrices(*shapes: tuple[int, int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def close(actual: Tensor, exact: Tensor) -> None:
+    assert ((actual - exact).norm() / exact.norm()).item() < 2e-6
+
+
+@pytest.mark.parametrize(("count", "tokens", "width"), SHAPES)
+def test_products_agree_with_fp64(count, tokens, width):
+    x, own, weights, total = matrices((2 * count, width), (tokens, width), (count, tokens), (2 * count, width))
+    assert native_grouped.usable(own), "these tests want a C compiler, and a processor with AVX2"
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))[:count]
+    # columns of a wider matrix, as the memory of scores may be
+    scores = torch.full((count, tokens + 3), 7.0)
+    native_grouped.scores(x, rows, own, scores[:, :tokens])
+    close(scores[:, :tokens], x.double()[rows] @ own.double().mT)
+    assert (scores[:, tokens:] == 7).all()
+    gradient = torch.full((tokens, width), torch.nan)
+    native_grouped.gradients(weights, rows, x, gradient)
+    close(gradient, weights.double().mT @ x.double()[rows])
+    expected = total.double().index_add(0, rows, weights.double() @ own.double())
+    native_grouped.add_outputs(weights, rows, own, total)
+    close(total, expected)
+
+
+def test_what_is_not_finite_stays_in_its_row_and_is_not_lost():
+    x, own, total = matrices((40, 24), (16, 24), (40, 24))
+    rows, scores = torch.arange(40), torch.zeros(40, 16)
+    x[5, 2] = math.inf
+    native_grouped.scores(x, rows, own, scores)
+    assert not scores[5].isfinite().any() and scores[[4, 6]].isfinite().all()
+    native_grouped.add_outputs(scores, rows, own, total)
+    assert not total[5].isfinite().any() and total[[4, 6]].isfinite().all()
+
+
+def test_results_do_not_depend_on_threads():
+    x, own, weights = matrices((600, 100), (80, 100), (300, 80))
+    rows, threads, results = torch.arange(0, 600, 2), torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        scores, gradient, total = torch.zeros(300, 80), torch.empty(80, 100), torch.zeros(600, 100)
+        native_grouped.scores(x, rows, own, scores)
+        native_grouped.gradients(weights, rows, x, gradient)
+        native_grouped.add_outputs(weights, rows, own, total)
+        results.append((scores, gradient, total))
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+def test_they_are_for_enough_rows_and_for_groups_that_fit_into_the_cache():
+    chosen = assign(torch.tensor([[0]] * 33 + [[1]] * 7), 2)
+    tokens = torch.zeros(1, 2, 16, 8)
+    assert [piece.native for piece in pieces(chosen, tokens)] == [True, False]
+    for other in (tokens.double(), torch.zeros(1, 2, 512, 768)):
+        assert not any(piece.native for piece in pieces(chosen, other))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_layer_with_and_without_them_agrees_with_fp64(monkeypatch, wanted):
+    if not wanted:
+        monkeypatch.setattr(native_grouped, "usable", lambda tokens: False)
+    torch.manual_seed(0)
+    layer = SparsePattention(70, 24, 24, group_size=32, candidates=3, dense=6)
+    exact = SparsePattention(70, 24, 24, group_size=32, candidates=3, dense=6).double()
+    exact.load_state_dict({name: tensor.double() for name, tensor in layer.state_dict().items()})
+    # the same choice for both: of scores as close as rounding, another one might win
+    (x,) = matrices((150, 24))
+    for own in (layer, exact):
+        own.choose = lambda logits, _: torch.arange(len(logits)).remainder(3)[:, None].expand(-1, 2)
+    results = []
+    for own, rows in ((layer, x), (exact, x.double())):
+        rows = rows.detach().requires_grad_()
+        out = own.partial(rows)
+        learning = [parameter for name, parameter in own.named_parameters() if name != "bank.balance"]
+        results.append([out, *torch.autograd.grad(out.square().sum(), [rows, *learning])])
+    for actual, expected in zip(*results):
+        close(actual.double(), expected)
