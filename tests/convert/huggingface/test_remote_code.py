@@ -100,6 +100,23 @@ def test_a_row_of_zero_scores_is_finite(exported):
     assert torch.equal(layer(torch.zeros(1, 3, 64)), torch.zeros(1, 3, 64))
 
 
+def test_the_norm_from_keys_is_that_of_the_scores(folder, exported, ids, monkeypatch):
+    model = load(folder, norm="gram")
+    layer = model.model.layers[0].mlp
+    code = sys.modules[type(layer).__module__]
+    monkeypatch.setattr(code, "TOKENS_A_CHANNEL", 0)
+    monkeypatch.setattr(code, "ROWS", 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, exported(ids).logits, rtol=0, atol=2e-4)
+        assert torch.equal(model.generate(ids, **GREEDY), exported.generate(ids, **GREEDY))
+        assert layer.matrix is not None and not model.state_dict().keys() ^ exported.state_dict().keys()
+        layer.keys.weight[::2] *= 3  # other keys, another KᵀK
+        x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+        x[0, 0] = 0
+        changed, layer.norm = layer(x), "direct"
+        torch.testing.assert_close(changed, layer(x), rtol=0, atol=1e-5)
+
+
 def padded(ids: torch.Tensor, side: str, padding: int = 5) -> dict[str, torch.Tensor]:
     """A batch of ids [2, s] with `padding` more tokens in the first row, all labels but theirs."""
     whole, mask = torch.zeros(2, ids.shape[1] + padding, dtype=torch.long), torch.ones(2, ids.shape[1] + padding)
@@ -316,7 +333,14 @@ def test_lora(folder, ids):
 
 def tensor_parallel(group, folder, ids):
     os.environ |= {"RANK": str(group.rank), "LOCAL_RANK": str(group.rank), "WORLD_SIZE": str(group.size)}
-    single, model = load(folder), load(folder, tp_plan="auto")
+    tensor_parallel_by_norm(folder, ids, "direct")
+    tensor_parallel_by_norm(folder, ids, "gram")
+
+
+def tensor_parallel_by_norm(folder, ids, norm):
+    single, model = load(folder), load(folder, tp_plan="auto", norm=norm)
+    plan = model.tp_plan["model.layers.*.mlp.values"]
+    assert plan == ("rowwise" if norm == "gram" else "rowwise_split_input")
     assert model.model.layers[0].self_attn.q_proj.values.weight.to_local().shape == (32, 24)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, single(ids).logits, rtol=0, atol=2e-4)

@@ -7,6 +7,7 @@ from transformers import PretrainedConfig
 from .pattention_tokenformer import PROJECTIONS
 
 BANK = ("group_size", "candidates", "dense")
+NORMS = ("direct", "gram")
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
 
@@ -19,16 +20,18 @@ class TokenFormerConfig(PretrainedConfig):
     `scales`: of each layer, τ of its projections, {"q_proj": τ, "k_proj": τ, "v_proj": τ, "o_proj": τ, "mlp": τ}.
     A model that was grown may hold another τ than the √n of a fresh one, so τ never follows from anything else here.
     `activation`: how scores over the parameter tokens become weights: l2_norm_gelu, gelu_l2_norm or softmax.
+    `norm`: how l2_norm_gelu finds the norm of scores: "direct", of the scores, or "gram", of KᵀK, see `Pattention`. The
+    latter is for weights that stay as they are.
     `rotary_fraction`: share of each head's channels that is rotated.
     """
 
     model_type = "tokenformer"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     has_no_defaults_at_init = True  # a saved configuration holds every value
-    # A Pattention's norm needs the scores of all tokens, so its keys and values are never simply split column by row.
-    # Query, key and value: whole scores on every rank, outputs split by heads. Output: heads come in split, whole
-    # scores by a sum. Feed-forward: tokens split, scores gathered for the norm, then split again. A bank is whole on
-    # every rank.
+    # A Pattention's direct norm needs the scores of all tokens, so keys and values are not simply split column by row
+    # (of the feed-forward they are with the norm "gram"). Query, key and value: whole scores on every rank, outputs
+    # split by heads. Output: heads come in split, whole scores by a sum. Feed-forward: tokens split, scores gathered for
+    # the norm, then split again. A bank is whole on every rank.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj.values": "colwise",
         "layers.*.self_attn.k_proj.values": "colwise",
@@ -54,6 +57,7 @@ class TokenFormerConfig(PretrainedConfig):
         scales=None,
         sparse=None,
         activation="l2_norm_gelu",
+        norm="direct",
         rotary_fraction=0.25,
         rotary_base=10000.0,
         layer_norm_eps=1e-5,
@@ -64,6 +68,8 @@ class TokenFormerConfig(PretrainedConfig):
     ):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        if norm not in NORMS:
+            raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
         if not isinstance(parameter_tokens, dict) or set(parameter_tokens) != set(PROJECTIONS.values()):
             raise ValueError(
                 f"parameter_tokens is {parameter_tokens!r}, expected the numbers of qkv, proj and ffn tokens"
@@ -84,6 +90,7 @@ class TokenFormerConfig(PretrainedConfig):
         self.sparse = sparse
         self.scales = scales
         self.activation = activation
+        self.norm = norm
         self.rotary_fraction = rotary_fraction
         self.rotary_base = rotary_base
         self.layer_norm_eps = layer_norm_eps

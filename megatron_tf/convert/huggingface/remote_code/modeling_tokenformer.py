@@ -38,6 +38,8 @@ KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
 # Of samples that are packed without padding. All attention functions but one find the samples by their positions.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
+MLP_PLAN = {"layers.*.mlp.keys": "colwise", "layers.*.mlp.values": "rowwise"}  # of an MLP, as which it then computes
+
 
 def take_cache(past_key_values: Cache | None, cache: Cache | None, keywords: dict[str, object]) -> Cache | None:
     """The cache, which may be given by either name.
@@ -212,6 +214,9 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+        mlp = self.layers[0].mlp
+        if mlp.norm == "gram" and mlp.bank is None:  # known before the scores, so they stay where their keys are
+            self._tp_plan = {**(self._tp_plan or {}), **MLP_PLAN}
 
     @merge_with_config_defaults
     @capture_outputs

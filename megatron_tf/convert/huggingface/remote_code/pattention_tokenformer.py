@@ -5,6 +5,13 @@
 `keys` and `values` of a Pattention are linear layers without bias (weights K and Vᵀ), because tensor parallelism,
 quantisation, LoRA and vLLM all act on linear layers. One with a bank has more tokens than a position uses: θ is over
 those that it chooses.
+
+With l2_norm_gelu the norm is a quadratic form of x, so with G = KᵀK [d_in, d_in] it is known before the scores, and the
+projection is an MLP without biases:
+
+    r² = ‖x Kᵀ‖² = x G xᵀ,   out = GELU((τ/r) x Kᵀ) V
+
+That is the `norm` "gram" of the configuration. G is made of the keys when they are first used, and never saved.
 """
 
 from __future__ import annotations
@@ -12,11 +19,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 # projection of a layer -> what counts its tokens
 PROJECTIONS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "proj", "mlp": "ffn"}
+# Of the norm "gram": tokens a channel, and rows of a call, from which it is faster where all keys are here.
+TOKENS_A_CHANNEL = 8
+ROWS = 32
+NOISE = 8  # roundings of the largest term of r², below which no r² is taken for more than noise
 BALANCE_SPEED = 10.0  # the factor of a candidate's balance in the choice
 
 
@@ -73,7 +85,7 @@ class TokenBank(nn.Module):
 class Pattention(nn.Module):
     """One projection: [..., hidden] -> [..., hidden] by attention to its parameter tokens.
 
-    `config`: has hidden_size, parameter_tokens, sparse, scales and activation, see `TokenFormerConfig`.
+    `config`: has hidden_size, parameter_tokens, sparse, scales, activation, and perhaps norm, see `TokenFormerConfig`.
     `keys`, `values`: the tokens that every position uses; None when all are in the `bank`.
     """
 
@@ -88,11 +100,22 @@ class Pattention(nn.Module):
             self.bank = TokenBank(config.hidden_size, tokens - dense, sparse["group_size"], sparse["candidates"])
         self.scale = config.scales[layer_idx][name]
         self.activation = config.activation
+        self.size = tokens, config.hidden_size
+        self.norm = getattr(config, "norm", "direct") if self.activation == "l2_norm_gelu" else "direct"
+        self.matrix: tuple[object, Tensor] | None = None  # what G was made of, and G
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.bank is None:
             assert self.keys is not None and self.values is not None
-            return self.values(self.weigh(self.keys(hidden_states)))
+            if self.norm == "gram" and (scaled := self.scaled(hidden_states)) is not None:
+                return self.values(F.gelu(self.keys(scaled)))
+            scores = self.keys(hidden_states)
+            if scores.shape[-1] != self.size[0]:
+                raise NotImplementedError(
+                    f"{scores.shape[-1]} of {self.size[0]} scores are here, which the norm gram can do with plain "
+                    'linear layers alone. Load the model with norm="direct"'
+                )
+            return self.values(self.weigh(scores))
         x = hidden_states.flatten(0, -2)
         logits = self.bank.logits(x)
         chosen = self.bank.choose(logits)
@@ -108,6 +131,40 @@ class Pattention(nn.Module):
         if self.values is not None:
             out = out + self.values(weights[:, scores[0].numel() :])
         return out.view_as(hidden_states)
+
+    def scaled(self, x: Tensor) -> Tensor | None:
+        """(τ/r) x; None where the norm of the scores is as fast, or where something else than keys makes scores."""
+        tokens, hidden = self.size
+        if type(self.keys) is not nn.Linear:  # LoRA, quantised keys, or those of another program
+            return None
+        weight: Any = self.keys.weight
+        keys = weight.to_local() if hasattr(weight, "to_local") else weight
+        if keys.shape[1] != hidden:
+            return None
+        if len(keys) == tokens:
+            few = tokens < TOKENS_A_CHANNEL * hidden or x[..., 0].numel() < ROWS
+            if few or torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return None
+        gram = self.key_matrix(weight, keys)
+        squares = ((x @ gram.to(x.dtype)).to(gram.dtype) * x).sum(-1, keepdim=True)
+        largest = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=gram.dtype).square() * gram.trace()
+        norm = squares.maximum(NOISE * torch.finfo(gram.dtype).eps * largest).sqrt()
+        inverse = self.scale / torch.where(norm > 0, norm, 1)
+        return x * torch.where(norm > 0, inverse, 0).to(x.dtype)
+
+    def key_matrix(self, weight: Any, keys: Tensor) -> Tensor:
+        """G over the keys of all ranks, at least fp32. With gradients it is made anew, and they go to `keys`."""
+        known = keys.data_ptr(), 0 if keys.is_inference() else keys._version
+        if not torch.is_grad_enabled() and self.matrix is not None and self.matrix[0] == known:
+            return self.matrix[1]
+        gram = (keys.mT @ keys).to(torch.promote_types(keys.dtype, torch.float32))
+        if len(keys) != self.size[0]:
+            whole = gram.detach().clone()
+            dist.all_reduce(whole, group=weight.device_mesh.get_group())
+            gram = gram + (whole - gram.detach())
+        if not torch.is_grad_enabled():
+            self.matrix = known, gram
+        return gram
 
     def weigh(self, scores: Tensor) -> Tensor:
         """θ over the last dimension, the parameter tokens. Sums over tokens are at least fp32."""
