@@ -127,7 +127,7 @@ class SplitSource:
         elif copies is None:
             self._old.read_into(name, state, start, target)
         elif state == WEIGHT and copies.candidates:
-            routers = (partial(source.read, name, WEIGHT) for source in (self._old, self._fresh))
+            routers = partial(self._old.read, name, WEIGHT), partial(self._fresh.read, name, WEIGHT)
             copy_in_slices(partial(copies.parted, *routers), start, target)
         elif state == WEIGHT and self._growth.noise and name.endswith("_tokens"):
             copy_in_slices(partial(self._noisy, name, tensor, copies), start, target)
