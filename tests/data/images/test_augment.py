@@ -36,6 +36,13 @@ def test_the_square_in_the_middle_is_seen():
     assert (half == 90).all()
 
 
+def test_images_smaller_than_the_crop_are_made_larger():
+    plain = Pictures.fromarray(np.full((2, 3), 90, np.uint8))
+    settings = Augmentation(crop_scale=(0.5, 1.0), flip=0.5)
+    for found in (seen(plain, GREY), augmented(plain, GREY, settings, 0, 3)):
+        assert found.shape == (1, 6, 6) and (found == 90).all()
+
+
 def test_grey_becomes_three_channels():
     colour = seen(picture(), Image(size=6, patch=3, classes=5, crop=1))
     assert colour.shape == (3, 6, 6) and (colour == pixels_of(picture())).all()
