@@ -111,6 +111,15 @@ def plan_batches(
     )
 
 
+def below_trained(key: str, asked: int, trained: int) -> str:
+    """What to say of a length that is less than what a run was trained for, in the unit of `key`."""
+    return (
+        f"{key}: {asked:,}, and the run was trained for {trained:,} already: nothing is left to do, and its "
+        f"checkpoints stay as they are. Set it to more than {trained} to go on, or choose another run.dir for a "
+        "shorter run"
+    )
+
+
 def tokens_to_train(config: RunConfig) -> int | None:
     """What training.train_tokens or train_samples gives, in tokens; None where training.train_steps is the length."""
     training = config.training

@@ -17,6 +17,7 @@ from megatron_tf.adapters.folder import read_adapter
 from megatron_tf.adapters.loading import load_base, load_tokenizer
 from megatron_tf.adapters.modules import default_kinds
 from megatron_tf.adapters.summary import PUBLISHED, trained_adapter
+from megatron_tf.config.run_plan import below_trained
 from megatron_tf.durable import atomic_path
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.errors import CheckpointError, ConfigError, DataError, RunStopped, UserError, file_errors
@@ -119,6 +120,8 @@ class _Finetuning:
         steps = self.config.training.train_steps
         learnt = count_targets(self.train)
         self.console.info(f"{'data':<7} {len(self.train):,} sequences, {learnt:,} learnt tokens an epoch")
+        if self.step > steps and self.is_main:
+            self.console.warning(below_trained("training.train_steps", steps, self.step))
         trained = sum(parameter.numel() for parameter in self.names)
         self.console.info(f"{'adapter':<7} {trained:,} trained parameters; step {self.step:,} of {steps:,}")
         # The base is frozen and needs no dropout; layers are recomputed in this mode alone.
@@ -239,11 +242,6 @@ def _model(config: FinetuneConfig, newest: Path | None, data: str) -> tuple[Any,
             raise ConfigError(
                 f"adapter.tokens: {adapter.tokens}, and {newest} has {stored['num_tokens']}. Give another run.dir, or "
                 "grow the adapter and set adapter.from."
-            )
-        if resumed.progress.step > config.training.train_steps:
-            raise ConfigError(
-                f"training.train_steps: {config.training.train_steps}, and {newest} has had {resumed.progress.step}. "
-                "Raise it, or give another run.dir."
             )
     base = load_base(Path(config.base.path), torch.bfloat16 if config.base.precision == "bf16" else torch.float32)
     check_length(base, config.data.seq_length, "data.seq_length")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_tf.checkpoint.step_zero import checkpoint_bytes
 from megatron_tf.config.optimizers import rule_of
-from megatron_tf.config.run_plan import RunPlan
+from megatron_tf.config.run_plan import RunPlan, below_trained
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.plan import describe, room_warning
 from megatron_tf.growth.width import alike
@@ -68,11 +68,7 @@ def _shorter_than_trained(config: RunConfig, start: Start) -> Iterator[str]:
     ):
         if asked is None or trained - asked < a_step:
             continue
-        yield (
-            f"training.{key}: {asked:,}, and the run was trained for {trained:,} already: nothing is left to do, and "
-            f"its checkpoints stay as they are. Set it to more than {trained} to go on, or choose another run.dir for "
-            "a shorter run"
-        )
+        yield below_trained(f"training.{key}", asked, trained)
 
 
 def _clones_alike(start: Start) -> Iterator[str]:
