@@ -7,12 +7,24 @@ import json
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel
-from megatron_tf.benchmark import adapters, communication, images, memory, pattention, scaling, sparse, stages, step
+from megatron_tf.benchmark import (
+    adapters,
+    communication,
+    engines,
+    images,
+    memory,
+    pattention,
+    scaling,
+    sparse,
+    stages,
+    step,
+)
 from megatron_tf.benchmark.device import check_dtypes, machine, quick_dtype
 from megatron_tf.benchmark.references import FORMULAS
 from megatron_tf.benchmark.report import Row, check_json, table, write_json
@@ -99,6 +111,21 @@ def run_communication(device: torch.device, arguments: argparse.Namespace) -> It
             validate(config, tensor)
             configs += forms_of(config, "norm", "direct", "gram") if tensor > 1 else [config]
     return communication.rows(configs)
+
+
+def run_engines(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    if not find_spec("deepspeed"):
+        raise ConfigError('benchmark engines: DeepSpeed is not here. pip install "megatron_tf[deepspeed]".')
+    configs: dict[str, dict[str, RunConfig]] = {}
+    for layout, axis in engines.LAYOUTS.items():
+        for engine in ("deepspeed", "torch"):
+            sizes = [f"parallel.{other}={2 if other == axis else 1}" for other in ("tensor", "pipeline")]
+            sizes.append(f"parallel.sequence={str(axis == 'tensor').lower()}")
+            words = [*arguments.overrides, *sizes, "training.compile=false", f"parallel.engine={engine}"]
+            config = load_config(arguments.config, words)
+            validate(config, engines.RANKS)
+            configs.setdefault(layout, {})[engine] = config
+    return engines.rows(configs, arguments.rounds)
 
 
 def run_memory(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
@@ -193,6 +220,7 @@ MODES = {
     "sparse": run_sparse,
     "stages": run_stages,
     "communication": run_communication,
+    "engines": run_engines,
     "memory": run_memory,
     "step": run_step,
     "scaling": run_scaling,

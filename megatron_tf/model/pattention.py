@@ -184,7 +184,8 @@ class _Pattention(Function):
             ctx.later.add(ctx.leaves, _products(factors, [len(own) for own in tokens]))
             token_grads = [None] * len(tokens)
         elif kept or layer.exchanges:
-            d_x, token_grads, totals = _backward(rows, *kept, layer)
+            scores = kept[0] if kept else _scores(rows[0], layer.keys)
+            d_x, token_grads, totals = _backward(rows, scores, layer)
         else:
             d_x, token_grads, totals = _backward_by_chunks(rows, layer)
         gradients = [

@@ -11,7 +11,7 @@ from megatron_tf.activations.overlap import LEAST_ROWS
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.sections.training import Training
 from megatron_tf.model.layers import FinalNorm, Pattention, TensorParallel, build_block, choose_forms
-from megatron_tf.model.pattention import partial_pattention
+from megatron_tf.model.pattention import DIRECT, Form, partial_pattention
 from megatron_tf.model.tokenformer import build_model
 from megatron_tf.parallel import collectives
 from megatron_tf.parallel.collectives import all_reduce
@@ -127,20 +127,22 @@ def in_parts(group, activation, sent):
     tokens = [torch.randn(n, 5, dtype=torch.float64, generator=generator) for n in (6, 9, 6, 9)]
     grads = [torch.randn(rows, 5, dtype=torch.float64, generator=generator) for _ in range(2)]
 
-    def both_passes(own_tokens, group):
+    def both_passes(own_tokens, group, form=DIRECT):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, *own_tokens)]
-        outs = partial_pattention(leaves[0], leaves[1:3], leaves[3:], (2.0, 3.0), activation, group)
+        outs = partial_pattention(leaves[0], leaves[1:3], leaves[3:], (2.0, 3.0), activation, group, form)
         d_x, *others = torch.autograd.grad(outs, leaves, grads)
         return torch.stack([*outs, d_x]).detach(), others
 
     expected, token_grads = both_passes(tokens, SINGLE)
     own = [slice(*shard_range(len(t), group.size, group.rank)) for t in tokens]
     counter = Counter()
-    partial, own_grads = both_passes([t[rows] for t, rows in zip(tokens, own)], group)
-    assert counter.take() == sorted(("all_reduce", 2 * rows) for rows in sent)
-    torch.testing.assert_close(all_reduce(partial, group), expected, rtol=1e-11, atol=1e-11)
-    for own_grad, grad, rows in zip(own_grads, token_grads, own):
-        torch.testing.assert_close(own_grad, grad[rows], rtol=1e-11, atol=1e-10)
+    for form in (DIRECT, Form(keep_scores=False)):
+        counter.take()
+        partial, own_grads = both_passes([t[rows] for t, rows in zip(tokens, own)], group, form)
+        assert counter.take() == sorted(("all_reduce", 2 * rows) for rows in sent)
+        torch.testing.assert_close(all_reduce(partial, group), expected, rtol=1e-11, atol=1e-11)
+        for own_grad, grad, rows in zip(own_grads, token_grads, own):
+            torch.testing.assert_close(own_grad, grad[rows], rtol=1e-11, atol=1e-10)
 
 
 @pytest.mark.parametrize(
