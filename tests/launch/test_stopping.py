@@ -72,9 +72,9 @@ def test_a_signal_to_one_rank_saves_and_stops_all(folder, ranks, number):
     "engine, victim, number",
     [
         pytest.param("deepspeed", 1, signal.SIGSTOP, marks=pytest.mark.slow),
-        pytest.param("deepspeed", 0, signal.SIGSTOP, marks=(pytest.mark.slow, pytest.mark.scale)),
+        pytest.param("deepspeed", 0, signal.SIGSTOP, marks=pytest.mark.slow),
         ("deepspeed", 1, signal.SIGKILL),
-        pytest.param("torch", 1, signal.SIGSTOP, marks=(pytest.mark.slow, pytest.mark.scale)),
+        pytest.param("torch", 1, signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param("torch", 1, signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )

@@ -113,10 +113,13 @@ def test_another_batch_on_resume_keeps_the_tokens_and_the_learning_rate(folder):
     assert after[5] == pytest.approx((rates[4] + rates[5]) / 2, rel=0.02)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_launchers(folder, launcher):
-    """Real ones, which import everything themselves."""
-    out = succeed(train(folder, "parallel.tensor=2", "parallel.sequence=true", ranks=2, launcher=launcher, fresh=True))
+@pytest.mark.parametrize(
+    ("launcher", "fresh"),
+    [("torchrun", True), ("deepspeed", False), pytest.param("deepspeed", True, marks=pytest.mark.scale)],
+)
+def test_launchers(folder, launcher, fresh):
+    """`fresh`: real ones, which import everything themselves."""
+    out = succeed(train(folder, "parallel.tensor=2", "parallel.sequence=true", ranks=2, launcher=launcher, fresh=fresh))
     assert out.count("step 6/6") == 1 and "TP2×PP1×DP1, sequence-parallel" in out
     succeed(train(folder, f"run.dir={folder}/one"))
     assert losses(folder) == pytest.approx(losses(folder, "one"), rel=1e-5)
