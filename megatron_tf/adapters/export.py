@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_tf.adapters.folder import Adapter, check_uses_all, is_appended, read_adapter
+from megatron_tf.adapters.folder import CHOICE_FIELDS, Adapter, is_appended, read_adapter
 from megatron_tf.adapters.loading import load_adapted, load_base, load_exported, random_ids
 from megatron_tf.adapters.modules import BRANCH, find_places
 from megatron_tf.convert.agreement import Agreement, agreement
@@ -51,7 +51,6 @@ def export_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreeme
             f"{adapter}: its tokens are a TokenFormer's. Merge them into it, with `megatron_tf merge-adapter`, which "
             "writes a folder of the usual kind"
         )
-    check_uses_all(adapter, stored.config, "an export")
     model = load_base(base, "auto")
     bases = {"BaseForCausalLM": type(model).__name__, "BaseModel": type(model.base_model).__name__}
     settings = _settings(stored, model)
@@ -119,6 +118,7 @@ def _settings(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
     return {
         "num_tokens": adapter.config["num_tokens"],
         "scale": adapter.config["scale"],
+        **{key: adapter.config[key] for key in CHOICE_FIELDS if key in adapter.config},
         "branches": {name: [places[name].d_in, places[name].d_out, places[name].argument] for name in adapter.branches},
     }
 
@@ -129,7 +129,8 @@ def _add_tokens(model: nn.Module, adapter: Adapter, settings: dict[str, Any]) ->
     add_branches(model, settings)
     for name, branch in adapter.branches.items():
         added: Any = getattr(model.get_submodule(name), BRANCH)
-        added.key_tokens.data, added.value_tokens.data = branch.keys, branch.values
+        for leaf, tensor in branch.tensors().items():
+            getattr(added, leaf).data = tensor
 
 
 def _write_code(folder: Path, bases: Mapping[str, str], versions: dict[str, str]) -> None:

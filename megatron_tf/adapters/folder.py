@@ -171,17 +171,6 @@ def check_group(name: str, used: int, group_size: int | None) -> None:
         )
 
 
-def check_uses_all(folder: Path, config: Mapping[str, Any], purpose: str) -> None:
-    """CheckpointError where positions choose among the tokens of the adapter in `folder`, which `purpose`, as in "an
-    export", knows nothing of."""
-    if (count := num_candidates(config)) > 1:
-        used = config["num_tokens"] // count
-        raise CheckpointError(
-            f"{folder}: its positions choose among {count} candidates, and {purpose} has none. Load it with PEFT, or "
-            f"take the candidates away with `megatron_tf grow-adapter --shrink --tokens {used}`, which is felt"
-        )
-
-
 def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
     """CheckpointError unless the weights in `folder` are those that its configuration was written for."""
     path = folder / WEIGHTS_NAME

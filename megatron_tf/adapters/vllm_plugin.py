@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_tf.adapters.folder import Adapter, check_uses_all, is_appended, read_adapter
+from megatron_tf.adapters.folder import CHOICE_FIELDS, KEYS, VALUES, Adapter, is_appended, num_candidates, read_adapter
 from megatron_tf.adapters.modules import ATTENTION, BRANCH, MLP
 from megatron_tf.config.nearest import either
 from megatron_tf.errors import CheckpointError
@@ -100,36 +100,39 @@ def add_adapter(model: nn.Module, folder: Path, config: Any, ranks: Ranks = ALON
     adapter = read_adapter(folder)
     _check(folder, adapter, config)
     widths = {name: [one.keys.shape[1], one.values.shape[1], _INPUT] for name, one in adapter.branches.items()}
-    start, stop = shard_range(adapter.config["num_tokens"], ranks.size, ranks.rank)
-    settings = {"num_tokens": stop - start, "scale": adapter.config["scale"], "branches": widths}
-    add_branches(model, settings, _branch_over(ranks))
+    size = adapter.config.get("group_size") or 1
+    slot = num_candidates(adapter.config) * size  # a rank has whole ones
+    first, last = shard_range(adapter.config["num_tokens"] // slot, ranks.size, ranks.rank)
+    choice = {key: adapter.config[key] for key in CHOICE_FIELDS if key in adapter.config}
+    settings = {"num_tokens": (last - first) * slot, "scale": adapter.config["scale"], "branches": widths, **choice}
+    add_branches(model, settings, partial(_over, ranks))
     added = set()
     for name, branch in adapter.branches.items():
         own: Any = model.get_submodule(f"{name}.{BRANCH}")
-        own.key_tokens.copy_(branch.keys[start:stop])
-        own.value_tokens.copy_(branch.values[start:stop])
+        for leaf, tensor in branch.tensors().items():
+            rows = slot if leaf in (KEYS, VALUES) else slot // size
+            getattr(own, leaf).copy_(tensor[first * rows : last * rows])
         own.requires_grad_(False)
         added |= {f"{name}.{BRANCH}.{leaf}" for leaf, _ in own.named_parameters()}
     return added
 
 
-def _branch_over(ranks: Ranks) -> Callable[..., nn.Module]:
-    from megatron_tf.adapters.remote_code.modeling_pattention_adapter import PattentionBranch
+def _over(ranks: Ranks, kind: Any) -> Any:
+    """The class of the branches whose tokens `ranks` share out."""
 
-    class SharedBranch(PattentionBranch):
+    class SharedBranch(kind):
         def norm(self, scores: Tensor) -> Tensor:
             return ranks.reduce(super().norm(scores).square()).sqrt()
 
         def total(self, output: Tensor) -> Tensor:
             return ranks.reduce(output)
 
-    return PattentionBranch if ranks.size == 1 else SharedBranch
+    return kind if ranks.size == 1 else SharedBranch
 
 
 def _check(folder: Path, adapter: Adapter, config: Any) -> None:
     if is_appended(adapter.config):
         raise CheckpointError(f"{folder}: its tokens are a TokenFormer's. Merge it, with `megatron_tf merge-adapter`")
-    check_uses_all(folder, adapter.config, "a branch in vLLM")
     others = set(adapter.config["modules"]) - {ATTENTION, MLP}
     if others:
         raise CheckpointError(

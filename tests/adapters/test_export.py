@@ -48,6 +48,15 @@ def test_frozen_tokens_linear_layers_and_a_base_of_16_bits(tmp_path):
         )
 
 
+def test_branches_whose_positions_choose(tmp_path):
+    decoder().save_pretrained(tmp_path / "base")
+    model = get_peft_model(decoder(), PattentionConfig(num_tokens=12, candidates=3, group_size=2))
+    fill(model)
+    model.save_pretrained(tmp_path / "adapter")
+    found = export_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "export")
+    assert all(one.holds for one in found.values())
+
+
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX"])
 def test_the_model_without_its_head_has_the_branches_too(name, tmp_path):
     """vLLM builds this one."""

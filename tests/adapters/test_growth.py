@@ -6,7 +6,6 @@ from decoders import decoder, fill, token_ids
 from peft import PeftModel, get_peft_model
 
 from megatron_tf.adapters import PattentionConfig
-from megatron_tf.adapters.export import export_adapter
 from megatron_tf.adapters.folder import Adapter, Branch, read_adapter, write_adapter
 from megatron_tf.adapters.growth import check_growth, compare, grow_adapter, shrink_adapter
 from megatron_tf.adapters.tuner import adapter_of
@@ -197,12 +196,11 @@ def test_a_split_folder_goes_on_in_peft_and_its_copies_part(tmp_path):
             assert torch.equal(loaded(token_ids()).logits, expected)
             loaded.disable_adapter_layers()
             assert torch.equal(loaded(token_ids()).logits, decoder().double()(token_ids()).logits)
-    for refused in (
-        lambda: export_adapter(tmp_path, tmp_path / "trained", tmp_path / "export"),
-        lambda: add_adapter(decoder(), tmp_path / "trained", decoder().config),
-    ):
-        with pytest.raises(CheckpointError, match="choose among 3 candidates, and .* has none.*--shrink --tokens 8"):
-            refused()
+    served = decoder().double()
+    add_adapter(served, tmp_path / "trained", served.config)
+    with torch.no_grad():
+        # vLLM's branches are made in the default type: the tokens were rounded to fp32
+        torch.testing.assert_close(served.double()(token_ids()).logits, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["zero_key", "gram"])

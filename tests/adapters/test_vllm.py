@@ -89,10 +89,10 @@ class Exchange:
         return total
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_tensor_parallel_ranks_share_the_tokens_and_compute_what_one_does(size, tmp_path):
+@pytest.mark.parametrize("size, tokens, choice", [(2, 3, {}), (4, 3, {}), (2, 6, {"candidates": 2, "group_size": 1})])
+def test_tensor_parallel_ranks_share_the_tokens_and_compute_what_one_does(size, tokens, choice, tmp_path):
     """3 tokens over 2 ranks are 1 and 2; over 4 the first rank has none."""
-    base, adapter = prepare(tmp_path, tokens=3)
+    base, adapter = prepare(tmp_path, tokens=tokens, **choice)
     exchange, ids = Exchange(size), torch.tensor([PROMPTS[0]])
 
     def loaded(ranks: Ranks) -> nn.Module:
@@ -107,7 +107,7 @@ def test_tensor_parallel_ranks_share_the_tokens_and_compute_what_one_does(size, 
     expected = logits(loaded(Ranks()))
     models = [loaded(Ranks(size, rank, partial(exchange.reduce, rank))) for rank in range(size)]
     keys = [dict(model.named_parameters())["model.layers.0.mlp.pattention_branch.key_tokens"] for model in models]
-    assert [len(tokens) for tokens in keys] == {2: [1, 2], 4: [0, 1, 1, 1]}[size]
+    assert [3 * len(own) // tokens for own in keys] == {2: [1, 2], 4: [0, 1, 1, 1]}[size]
     with ThreadPoolExecutor(size) as pool:
         for found in pool.map(logits, models):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel as BaseForCausalLM
 from transformers import PreTrainedModel as BaseModel
 
+BALANCE_SPEED = 10.0  # the factor of a candidate's balance in the choice
+
 
 class PattentionBranch(nn.Module):
     """[..., d_in] -> [..., d_out] by attention to parameter tokens: GELU(τ·xKᵀ/‖xKᵀ‖) V."""
@@ -19,11 +21,15 @@ class PattentionBranch(nn.Module):
         self.scale, self.argument = scale, argument
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = x.to(self.key_tokens.dtype) @ self.key_tokens.mT
+        scores = self.scores(x)
         norm = self.norm(scores)
         # The division sees no 0: its derivative there would be infinite.
         inverse = torch.where(norm > 0, self.scale / torch.where(norm > 0, norm, 1), 0)
         return self.total(F.gelu(scores * inverse.to(scores.dtype)) @ self.value_tokens)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., n]. Those of 0 have no weight, and no part in the norm."""
+        return x.to(self.key_tokens.dtype) @ self.key_tokens.mT
 
     def norm(self, scores: Tensor) -> Tensor:
         """Of scores [..., n] over all tokens, [..., 1], at least fp32."""
@@ -41,11 +47,33 @@ class PattentionBranch(nn.Module):
         return output + added.to(output.dtype)
 
 
-def add_branches(model: nn.Module, pattention: dict, make=PattentionBranch) -> None:
-    """`pattention`: num_tokens, scale, and of each module's name d_in, d_out and the name of its input."""
+class ChoosingBranch(PattentionBranch):
+    """Tokens by slot, candidate and token: a position uses one of the candidates of each slot."""
+
+    def __init__(self, num_tokens, d_in, d_out, scale, argument, candidates, group_size):
+        super().__init__(num_tokens, d_in, d_out, scale, argument)
+        groups = num_tokens // group_size
+        self.shape = groups // candidates, candidates, group_size
+        self.router = nn.Parameter(torch.empty(groups, d_in))
+        self.balance = nn.Parameter(torch.empty(groups))
+
+    def scores(self, x: Tensor) -> Tensor:
+        slots, candidates, _ = self.shape
+        logits = (x.to(self.router.dtype) @ self.router.mT).unflatten(-1, (slots, candidates))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chosen = (logits + BALANCE_SPEED * self.balance.view(slots, candidates)).argmax(-1, keepdim=True)
+        unused = torch.ones_like(logits, dtype=torch.bool).scatter(-1, chosen, False)
+        return super().scores(x).unflatten(-1, self.shape).masked_fill(unused.unsqueeze(-1), 0).flatten(-3)
+
+
+def add_branches(model: nn.Module, pattention: dict, over=lambda kind: kind) -> None:
+    """`pattention`: num_tokens, scale, candidates and group_size where positions choose, and of each module's name
+    d_in, d_out and the name of its input.  `over`: changes the class of the branches."""
+    choice = {key: pattention[key] for key in ("candidates", "group_size") if key in pattention}
+    make = over(ChoosingBranch if choice else PattentionBranch)
     for name, (d_in, d_out, argument) in pattention["branches"].items():
         module = model.get_submodule(name)
-        branch = make(pattention["num_tokens"], d_in, d_out, pattention["scale"], argument)
+        branch = make(pattention["num_tokens"], d_in, d_out, pattention["scale"], argument, **choice)
         module.add_module("pattention_branch", branch)
         module.register_forward_hook(branch.add, with_kwargs=True)
 
