@@ -215,7 +215,7 @@ void add_outputs(const float *scores, long scores_stride, const int64_t *rows, l
 
 /* out = sum of scores[i]^T x[rows[i]] over i < count; scores [count, n], out [n, width]. */
 void gradients(const float *scores, long scores_stride, const int64_t *rows, long count, const float *x, long x_stride,
-               long n, long width, float *out, float *packed, int threads) {
+               float *out, long n, long width, float *packed, int threads) {
     long panels = blocks(width, COLUMNS), token_blocks = blocks(n, ROWS);
     float *packed_scores = packed + panels * CHUNK_STRIDE;
 #pragma omp parallel num_threads(threads)

@@ -36,53 +36,46 @@ def usable(tokens: Tensor) -> bool:
 
 def scores(x: Tensor, rows: Tensor, tokens: Tensor, out: Tensor) -> None:
     """out [rows, n] = x[rows] · tokensᵀ; tokens [n, width]."""
-    _call("scores", tokens.shape, *_matrix(x), *_rows(rows), _address(tokens), *_sizes(tokens), *_matrix(out))
+    _call("scores", tokens.shape, *_matrix(x), *_rows(rows), *_tokens(tokens), *_matrix(out))
 
 
 def add_outputs(scores: Tensor, rows: Tensor, tokens: Tensor, total: Tensor) -> None:
     """total[rows] += scores [rows, n] · tokens [n, width]."""
-    _call(
-        "add_outputs", tokens.shape, *_matrix(scores), *_rows(rows), _address(tokens), *_sizes(tokens), *_matrix(total)
-    )
+    _call("add_outputs", tokens.shape, *_matrix(scores), *_rows(rows), *_tokens(tokens), *_matrix(total))
 
 
 def gradients(scores: Tensor, rows: Tensor, x: Tensor, out: Tensor) -> None:
     """out [n, width] = scores [rows, n]ᵀ · x[rows]."""
-    _call("gradients", out.shape, *_matrix(scores), *_rows(rows), *_matrix(x), *_sizes(out), _address(out))
+    _call("gradients", out.shape, *_matrix(scores), *_rows(rows), *_matrix(x), *_tokens(out))
 
 
 # Memory for what is packed, one a thread of Python. The same at each call, so that the cache has it.
 _kept = threading.local()
 
-_Argument = ctypes.c_void_p | ctypes.c_long
 
-
-def _matrix(tensor: Tensor) -> tuple[_Argument, _Argument]:
+def _matrix(tensor: Tensor) -> tuple[int, int]:
+    """Address and distance between rows."""
     assert tensor.dim() == 2 and tensor.stride(1) == 1, "a matrix with neighbours in a row side by side"
-    return _address(tensor), ctypes.c_long(tensor.stride(0))
+    return tensor.data_ptr(), tensor.stride(0)
 
 
-def _rows(rows: Tensor) -> tuple[_Argument, _Argument]:
-    return _address(rows), ctypes.c_long(len(rows))
+def _rows(rows: Tensor) -> tuple[int, int]:
+    return rows.data_ptr(), len(rows)
 
 
-def _sizes(tokens: Tensor) -> tuple[_Argument, _Argument]:
+def _tokens(tokens: Tensor) -> tuple[int, int, int]:
     assert tokens.is_contiguous()
-    return ctypes.c_long(tokens.shape[0]), ctypes.c_long(tokens.shape[1])
+    return tokens.data_ptr(), *tokens.shape
 
 
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _call(name: str, sizes: torch.Size, *arguments: _Argument) -> None:
+def _call(name: str, sizes: torch.Size, *arguments: int) -> None:
     """The function of the library, with memory for the tokens of `sizes` that it packs, and threads."""
     library = _library()
     assert library is not None
-    wanted = library.room(*map(ctypes.c_long, sizes))
+    wanted = library.room(*sizes)
     if getattr(_kept, "packed", None) is None or len(_kept.packed) < wanted:
         _kept.packed = torch.empty(wanted, dtype=torch.float32)
-    getattr(library, name)(*arguments, _address(_kept.packed), ctypes.c_int(torch.get_num_threads()))
+    getattr(library, name)(*arguments, _kept.packed.data_ptr(), torch.get_num_threads())
 
 
 @lru_cache(maxsize=1)
@@ -95,5 +88,11 @@ def _library() -> ctypes.CDLL | None:
     except BuildError as error:
         logging.getLogger(__name__).warning("Sparse layers run without their native CPU products, slower: %s", error)
         return None
-    library.room.restype = library.vector_lanes.restype = ctypes.c_long
+    address, number, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    matrix, rows, tokens = (address, number), (address, number), (address, number, number)
+    for function in (library.scores, library.add_outputs):
+        function.argtypes = (*matrix, *rows, *tokens, *matrix, address, threads)
+    library.gradients.argtypes = (*matrix, *rows, *matrix, *tokens, address, threads)
+    library.room.argtypes = (number, number)
+    library.room.restype = library.vector_lanes.restype = number
     return library if library.vector_lanes() else None
