@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from megatron_tf.errors import ConfigError
+from megatron_tf.study.plan import Node
+from megatron_tf.study.result import Result, write_result
 
 BIGGER = {"model": {"parameter_tokens": {"qkv": 16, "proj": 16, "ffn": 32}}, "growth": {"method": "gram"}}
 
@@ -15,3 +17,13 @@ def problems_of(work: Callable[[], object]) -> list[str]:
     with pytest.raises(ConfigError) as error:
         work()
     return error.value.problems
+
+
+def end(node: Node, loss: float) -> None:
+    """Writes that a run has ended with `loss`."""
+    node.folder.mkdir(parents=True, exist_ok=True)
+    result = Result(
+        node.name, node.arm.name, node.seed, node.value, loss, node.end.tokens, node.end.flops, node.own_tokens,
+        node.own_flops, 1.0, 1.0, node.parameters, 1000, (),
+    )  # fmt: skip
+    write_result(node, result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ def best_step(law: Law, sizes: Sequence[Size], budget: float, kappa: float, leas
 def advise(configs: Sequence[RunConfig], findings: Findings, kappa: Range, budget: float) -> dict[str, Any]:
     """For the sizes of a chain. Keys: law (in words; None with the reason in why_no_law), source, budget, least_share,
     ceiling, static, steps (the best growth at the least and at the greatest κ, None where growth costs more), beyond
-    (sizes outside those of the law's runs)."""
+    (sentences on what is outside of the law's runs, with both numbers)."""
     found: dict[str, Any] = {"source": findings.source, "budget": budget, "least_share": LEAST_SHARE, "law": None}
     law, models = findings.law, [config.model for config in configs]
     with_candidates = [config.run.name for config in configs if chooses(config.model)]
@@ -107,8 +107,8 @@ def advise(configs: Sequence[RunConfig], findings: Findings, kappa: Range, budge
         Size(config.run.name, num_parameters(model), float(flops_per_token(model)))
         for config, model in zip(configs, models)
     ]
-    least, most = law.parameters
     worths = list(dict.fromkeys(kappa))
+    static = best_static(law, sizes, budget)
     steps = [best_step(law, sizes, budget, worth, LEAST_SHARE) for worth in worths]
     return {
         **found,
@@ -116,7 +116,23 @@ def advise(configs: Sequence[RunConfig], findings: Findings, kappa: Range, budge
         "why_no_law": "",
         "kappa": worths,
         "ceiling": law.ceiling(),
-        "static": asdict(best_static(law, sizes, budget)),
+        "static": asdict(static),
         "steps": [None if step is None else asdict(step) for step in steps],
-        "beyond": [size.name for size in sizes if not least <= size.parameters <= most],
+        "beyond": list(_beyond(law, sizes, budget, static, [step for step in steps if step is not None])),
     }
+
+
+def _beyond(law: Law, sizes: Sequence[Size], budget: float, static: Static, steps: Sequence[Step]) -> Iterator[str]:
+    tokens = {f"{static.name} from scratch": static.tokens}
+    for step in steps:
+        tokens[f"{step.small} before it grows (κ {step.kappa:.2g})"] = step.before
+        tokens[f"{step.large}, as if from scratch (κ {step.kappa:.2g})"] = step.after + step.kappa * step.before
+    told: list[tuple[str, Mapping[str, float], Range]] = [
+        ("parameters", {size.name: size.parameters for size in sizes}, law.parameters),
+        ("tokens", tokens, law.tokens),
+        ("FLOPs", {"the budget": budget}, law.flops),
+    ]
+    for what, values, (least, most) in told:
+        outside = [f"{name} {value:.3g}" for name, value in values.items() if not least <= value <= most]
+        if outside:
+            yield f"{what}: {', '.join(outside)}, and the law's runs have {least:.3g} to {most:.3g}"

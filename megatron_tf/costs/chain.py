@@ -100,4 +100,6 @@ def _from_scratch(tokens: int, earlier: int, kappa: Range, scratch_tokens: int |
     if scratch_tokens is not None:
         implied = (scratch_tokens - tokens) / earlier
         kappa = (implied, implied)
-    return kappa, (tokens + kappa[0] * earlier, tokens + kappa[1] * earlier)
+    # A κ that was measured below 0 says that a model from scratch was faster by its own tokens alone.
+    least, most = (max(tokens + worth * earlier, 1.0) for worth in kappa)
+    return kappa, (least, most)

@@ -14,6 +14,7 @@ of what the larger model costs from scratch: less than 1 exactly when κ > c_s/c
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ ASSUMED_KAPPA: Range = (0.3, 0.7)
 
 
 def cost_ratio(share: float, token_cost: float, kappa: float) -> float:
-    """R. `share`: φ.  `token_cost`: c_s/c_l."""
+    """R. `share`: φ.  `token_cost`: c_s/c_l.  Infinite where the tokens before the growth were worth nothing."""
+    if kappa <= 0:
+        return math.inf
     return share + (1 - share) * token_cost / kappa
 
 
@@ -97,7 +100,8 @@ def read_findings(path: str | os.PathLike[str], architecture: str) -> Findings:
         found = values["laws"].get(architecture, {"missing": f"no run of the study is of a {architecture}"})
         law = None if "missing" in found else law_of(found)
         worth = [arm["growth"]["kappa"] for arm in values["arms"] if arm["growth"] and arm["growth"]["kappa"]]
-        measured = [kappa["mean"] for kappa in worth if kappa["bound"] is None and kappa["mean"] is not None]
+        known = [kappa["mean"] for kappa in worth if kappa["bound"] is None and kappa["mean"] is not None]
+        measured = [float(kappa) for kappa in known if math.isfinite(kappa)]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ConfigError(
             f"{os.fspath(path)}: is not the results.json of a study. Write it anew: megatron_tf study report FILE."
@@ -113,4 +117,6 @@ def law_of(values: Mapping[str, Any]) -> Law:
     floor, of_size, alpha, of_tokens, beta, residual = (
         float(values[key]) for key in ("E", "A", "alpha", "B", "beta", "residual")
     )
+    if not all(map(math.isfinite, (floor, of_size, alpha, of_tokens, beta, residual, *parameters, *tokens, *flops))):
+        raise ValueError("a law of numbers is expected")
     return Law(floor, of_size, alpha, of_tokens, beta, int(values["points"]), residual, parameters, tokens, flops)

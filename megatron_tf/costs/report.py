@@ -182,9 +182,8 @@ def _advice_lines(advice: dict[str, Any], stage: dict[str, Any]) -> Iterable[str
         return
     static, share = advice["static"], advice["least_share"]
     yield f"  law         {advice['law']}"
-    if advice["beyond"]:
-        beyond = ", ".join(advice["beyond"])
-        yield f"  warning     outside of these sizes: {beyond}. What is said of them is extrapolated."
+    for beyond in advice["beyond"]:
+        yield f"  warning     extrapolated: {beyond}"
     amount = f"{static['tokens'] / length:.3g} {unit}"
     yield f"  best size   {static['name']} from scratch, {amount}: loss {static['loss']:.4g}"
     for kappa, step in zip(advice["kappa"], advice["steps"]):

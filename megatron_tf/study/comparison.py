@@ -100,7 +100,7 @@ def growth_of(
 
 
 def counted(plan: Plan, runs: Mapping[str, Result]) -> Iterable[tuple[Node, Result]]:
-    """The runs that count for their arms and have ended."""
+    """The runs that count for their arms and have ended, but for those that have diverged."""
     for arm in plan.study.arms:
         for node in ended_nodes(plan, arm, runs):
             yield node, runs[node.name]
@@ -108,7 +108,8 @@ def counted(plan: Plan, runs: Mapping[str, Result]) -> Iterable[tuple[Node, Resu
 
 def ended_nodes(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> list[Node]:
     """Those of one arm."""
-    return [node for node in plan.of(arm) if node.waits is None and node.name in runs]
+    ended = [node for node in plan.of(arm) if node.waits is None and node.name in runs]
+    return [node for node in ended if math.isfinite(runs[node.name].loss)]
 
 
 def has_grown(node: Node) -> bool:

@@ -184,8 +184,9 @@ def _arm_problems(study: Study) -> Iterator[str]:
             yield f"arm {arm.name}: by branch, but it has no parent. Name one."
         if arm.by == "branch" and arm.config is not None:
             yield f"arm {arm.name}: config: a branch has the configuration of its parent. Remove config."
-        if arm.sweep is not None and len(set(arm.sweep.values)) < len(arm.sweep.values):
-            yield f"arm {arm.name}: sweep.values: {list(arm.sweep.values)} has one twice. Give each once."
+        # as the folders of runs have them
+        if arm.sweep is not None and len({f"{value:g}" for value in arm.sweep.values}) < len(arm.sweep.values):
+            yield f"arm {arm.name}: sweep.values: {list(arm.sweep.values)} has one twice, to 6 digits. Give each once."
         if arm.sweep is not None and arm.sweep.flops is not None and arm.flops is None and arm.tokens is None:
             yield f"arm {arm.name}: sweep.flops shortens flops or tokens, and neither is given. Give one."
 

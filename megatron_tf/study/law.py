@@ -22,6 +22,8 @@ HUBER = 1e-3  # a relative error: beyond it a point pulls no more than one at it
 # Of the search: range of both exponents, exponents on a side of the grid, how often it closes in, and how often weights
 # are set anew
 EXPONENTS = ((0.02, 0.02), (3.0, 3.0))
+LEAST_GAIN = 1e-4  # of the loss, by parameters and by tokens, from one end of the runs to the other
+EDGE = 1.01  # this near to an end of their range, exponents are not determined
 GRID = 25
 ROUNDS = 24
 REWEIGHTINGS = 12
@@ -59,6 +61,18 @@ def law_in_json(points: Sequence[Point]) -> Json:
             f"lengths, and here are {len(distinct)} of {len(sizes)} sizes and {len(tokens)} lengths"
         }
     law = fit(points)
+    gains = (
+        law.A * (law.parameters[0] ** -law.alpha - law.parameters[1] ** -law.alpha),
+        law.B * (law.tokens[0] ** -law.beta - law.tokens[1] ** -law.beta),
+    )
+    if min(gains) < LEAST_GAIN * min(point.loss for point in points):
+        return {"missing": f"of {len(distinct)} runs, the loss does not fall with both parameters and tokens"}
+    for name, exponent, low, high in zip(("α of parameters", "β of tokens"), (law.alpha, law.beta), *EXPONENTS):
+        if not low * EDGE < exponent < high / EDGE:
+            return {
+                "missing": f"{len(distinct)} runs do not determine the exponent {name}: it would be {exponent:.3g}, at "
+                f"an end of the range {low:g} to {high:g}"
+            }
     return {
         **{key: getattr(law, key) for key in ("E", "A", "alpha", "B", "beta", "points", "residual")},
         **{key: list(getattr(law, key)) for key in ("parameters", "tokens", "flops")},

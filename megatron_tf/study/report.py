@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +30,8 @@ from megatron_tf.study.file import Arm
 from megatron_tf.study.hours import Speeds
 from megatron_tf.study.law import laws_of
 from megatron_tf.study.plan import Node, Plan
-from megatron_tf.study.result import Result, read_result
+from megatron_tf.study.rates import transfers_of
+from megatron_tf.study.result import Result, in_json, read_result
 from megatron_tf.study.routing import routing_of
 from megatron_tf.study.statistics import interval
 from megatron_tf.study.tables import as_page, in_words
@@ -76,6 +78,7 @@ def results_of(plan: Plan, measure: Measure | None = None) -> Json:
         "arms": [
             {
                 **_arm(plan, arm, by_arm[arm.name], of_reference),
+                "diverged": sum(not math.isfinite(runs[node.name].loss) for node in plan.of(arm) if node.name in runs),
                 "cost_against": _costs(plan, arm, by_arm[arm.name], baselines),
                 "growth": growth_of(ended_nodes(plan, arm, runs), runs, curves),
                 "routing": routing_of(ended_nodes(plan, arm, runs)),
@@ -83,8 +86,9 @@ def results_of(plan: Plan, measure: Measure | None = None) -> Json:
             }
             for arm in plan.study.arms
         ],
+        "transfers": transfers_of(plan, runs),
         "laws": laws_of(plan, runs),
-        "all_runs": [asdict(result) for result in runs.values()],
+        "all_runs": [in_json(result) for result in runs.values()],
     }
 
 
@@ -151,7 +155,7 @@ def _arm(
             "key": arm.sweep.key,
             "chosen": choice.value,
             "at_end_of_values": choice.at_end,
-            "losses": {f"{value:g}": loss for value, loss in choice.losses.items()},
+            "losses": {f"{value:g}": loss if math.isfinite(loss) else None for value, loss in choice.losses.items()},
         }
     if not results:
         return found
@@ -185,7 +189,7 @@ def write_report(plan: Plan, output: Path, measure: Measure | None = None) -> st
     """Writes into the folder `output`, and returns the text of table.txt. `measure` as in `results_of`.
 
     results.json; table.txt; report.md, the same as Markdown; loss.png; a picture of each metric of the task;
-    routing.png where a model chooses candidates.
+    routing.png where a model chooses candidates; sweeps.png of what sweeps have tried.
     """
     found = results_of(plan, measure)
     text = in_words(found)
@@ -199,6 +203,7 @@ def write_report(plan: Plan, output: Path, measure: Measure | None = None) -> st
             write_atomically(output / name, (content + "\n").encode())
     _draw_ends(found, output)
     _draw_routing(found, output)
+    _draw_sweeps(found, output)
     return text
 
 
@@ -234,3 +239,15 @@ def _draw_routing(found: Json, output: Path) -> None:
             for measure, label in PANELS.items()
         }
         plot_panels(panels, output / "routing.png", "optimizer steps of the arm")
+
+
+def _draw_sweeps(found: Json, output: Path) -> None:
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for arm in found["arms"]:
+        tried = {} if arm["sweep"] is None else arm["sweep"]["losses"]
+        points = sorted((float(value), loss) for value, loss in tried.items() if loss is not None)
+        if points:
+            label = f"validation loss by {arm['sweep']['key']}"
+            panels.setdefault(label, {})[arm["name"]] = [value for value, _ in points], [loss for _, loss in points]
+    if panels:
+        plot_panels(panels, output / "sweeps.png", "value", is_log=True)

@@ -29,9 +29,9 @@ RESULT_NAME = "result.json"
 class Result:
     """`tokens` and `flops` are cumulative, parents included; those of the run itself begin with `own_`.
 
-    `loss`: on the validation data, at the end.  `seconds`: of training steps.  `state_bytes`: weights and optimizer, as
-    its checkpoint has them.  `curve`: [tokens, FLOPs, validation loss] of each evaluation.  `metrics`: of the task, on
-    the validation data at the end, such as "top1".
+    `loss`: on the validation data, at the end; NaN when the run has diverged.  `seconds`: of training steps.
+    `state_bytes`: weights and optimizer, as its checkpoint has them.  `curve`: [tokens, FLOPs, validation loss] of each
+    evaluation.  `metrics`: of the task, on the validation data at the end, such as "top1".
     """
 
     name: str
@@ -54,7 +54,7 @@ class Result:
 def measure(node: Node) -> Result:
     """The result of a run whose training has just ended. UserError when it has not logged a validation loss."""
     records = read_run(node.folder).records
-    evaluated = [record for record in records if record.get("eval/loss") is not None]
+    evaluated = [record for record in records if "eval/loss" in record]
     if not evaluated or evaluated[-1]["step"] != records[-1]["step"]:
         raise UserError(
             f"{node.folder}: has no validation loss of its last step. Move the folder away and run it again."
@@ -65,7 +65,7 @@ def measure(node: Node) -> Result:
         arm=node.arm.name,
         seed=node.seed,
         value=node.value,
-        loss=float(evaluated[-1]["eval/loss"]),
+        loss=_number(evaluated[-1]["eval/loss"]),
         tokens=evaluated[-1]["tokens"],
         flops=evaluated[-1]["flops"],
         own_tokens=evaluated[-1]["tokens"] - node.begin.tokens,
@@ -74,9 +74,14 @@ def measure(node: Node) -> Result:
         tokens_per_second=statistics.median(r["perf/tokens_per_second"] for r in records if "perf/step_seconds" in r),
         parameters=node.parameters,
         state_bytes=sum(file.num_bytes for file in reader.manifest.files.values()),
-        curve=tuple((r["tokens"], r["flops"], float(r["eval/loss"])) for r in evaluated),
-        metrics={name: float(evaluated[-1][f"eval/{name}"]) for name in task_of(node.config.model).metrics},
+        curve=tuple((r["tokens"], r["flops"], r["eval/loss"]) for r in evaluated if r["eval/loss"] is not None),
+        metrics={name: _number(evaluated[-1][f"eval/{name}"]) for name in task_of(node.config.model).metrics},
     )
+
+
+def _number(logged: float | None) -> float:
+    """What was no number when it was logged is null there."""
+    return math.nan if logged is None else float(logged)
 
 
 def _seconds(records: Sequence[dict[str, Any]], first: int) -> float:
@@ -91,7 +96,12 @@ def _seconds(records: Sequence[dict[str, Any]], first: int) -> float:
 
 def write_result(node: Node, result: Result) -> None:
     with file_errors(UserError, node.folder, "Make room, and start the study again."):
-        write_atomically(node.folder / RESULT_NAME, (json.dumps(asdict(result), indent=1) + "\n").encode())
+        write_atomically(node.folder / RESULT_NAME, (json.dumps(in_json(result), indent=1) + "\n").encode())
+
+
+def in_json(result: Result) -> dict[str, Any]:
+    """For a file: JSON has no NaN, so it is null there."""
+    return {**asdict(result), "loss": result.loss if math.isfinite(result.loss) else None}
 
 
 def has_ended(node: Node) -> bool:
@@ -107,7 +117,7 @@ def read_result(node: Node) -> Result | None:
         text = path.read_text(encoding="utf-8")
     try:
         values = json.loads(text)
-        result = Result(**{**values, "curve": tuple(map(tuple, values["curve"]))})
+        result = Result(**{**values, "loss": _number(values["loss"]), "curve": tuple(map(tuple, values["curve"]))})
     except (ValueError, TypeError, KeyError):
         raise UserError(
             f"{path}: is not the result of a run. Delete it: the study then measures the run anew."
@@ -118,7 +128,7 @@ def read_result(node: Node) -> Result | None:
 def loss_of(node: Node) -> float | None:
     """An `Outcome`."""
     result = read_result(node)
-    return None if result is None else (result.loss if result.loss is not None else math.nan)
+    return None if result is None else result.loss
 
 
 def config_file(node: Node, study_dir: str) -> Path:

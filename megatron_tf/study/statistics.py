@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; of more, the last one, which is a little wide.
@@ -88,3 +88,46 @@ def loss_at(flops: float, curve: Sequence[tuple[float, float]], tolerance: float
         if few < flops <= many:
             return high + (low - high) * math.log(flops / few) / math.log(many / few)
     return end
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best of some values, and the range of those that are not told apart from it; None at an end of the values."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def overlaps(self, other: Optimum) -> bool:
+        """Of two that have ranges."""
+        if self.low is None or self.high is None or other.low is None or other.high is None:
+            return True
+        return self.low <= other.high and other.low <= self.high
+
+
+def optimum(losses: Mapping[float, float], noise: float) -> Optimum:
+    """By a parabola over the logarithm of the values, through the best one and its neighbours. Its range is where the
+    parabola is less than `noise` above its least."""
+    values = sorted(losses)
+    number = min(range(len(values)), key=lambda number: losses[values[number]])
+    if number in (0, len(values) - 1):
+        return Optimum(values[number])
+    three = values[number - 1 : number + 2]
+    (x0, x1, x2), (y0, y1, y2) = map(math.log, three), (losses[value] for value in three)
+    slope = (y1 - y0) / (x1 - x0)
+    bend = ((y2 - y1) / (x2 - x1) - slope) / (x2 - x0)
+    if bend <= 0:
+        return Optimum(values[number])
+    least, half = (x0 + x1) / 2 - slope / (2 * bend), math.sqrt(noise / bend)
+    return Optimum(math.exp(least), math.exp(least - half), math.exp(least + half))
+
+
+def pooled_deviation(groups: Iterable[Sequence[float]]) -> float:
+    """Standard deviation within groups; 0 when none has two values."""
+    squares, degrees = 0.0, 0
+    for values in groups:
+        if len(values) > 1:
+            mean = sum(values) / len(values)
+            squares += sum((value - mean) ** 2 for value in values)
+            degrees += len(values) - 1
+    return math.sqrt(squares / degrees) if degrees else 0.0

@@ -41,6 +41,7 @@ def _others(found: Json) -> Iterator[Table]:
     yield from _metrics(found)
     yield from (Table(*table) for table in compared(found["arms"]))
     yield from _routing(found)
+    yield from _transfers(found)
 
 
 def _lines(found: Json) -> Iterator[str]:
@@ -63,17 +64,21 @@ def _cells(arm: Json, unit_tokens: int) -> tuple[str, ...]:
     loss, difference = arm["loss"], arm.get("difference")
     first = (arm["name"], f"{arm['parameters']:,}", f"{arm['tokens'] / unit_tokens:,.0f}", f"{arm['flops']:.2e}")
     if loss is None:
-        return (*first, "", "", "", "", "not ended")
+        return (*first, "", "", "", "", _diverged(arm) or "not ended")
     compared = ("", "", "" if arm["comparable"] else "not compared")
     if difference is not None:
         compared = (f"{difference['mean']:+.4f}", within(difference, "+.4f"), difference["verdict"])
     *numbers, verdict = compared
-    verdict = ", ".join(filter(None, (verdict, _seeds(arm))))
+    verdict = ", ".join(filter(None, (verdict, _seeds(arm), _diverged(arm))))
     return (*first, f"{loss['mean']:.4f}", within(loss, ".4f"), *numbers, verdict)
 
 
 def _seeds(arm: Json) -> str:
-    return f"{arm['ended']} of {arm['seeds']} seeds" if arm["ended"] < arm["seeds"] else ""
+    return f"{arm['ended']} of {arm['seeds']} seeds" if arm["ended"] + arm["diverged"] < arm["seeds"] else ""
+
+
+def _diverged(arm: Json) -> str:
+    return f"{arm['diverged']} of {arm['seeds']} seeds diverged" if arm["diverged"] else ""
 
 
 def _last_cells(arm: Json) -> tuple[str, str]:
@@ -88,7 +93,7 @@ def _arms_of_page(found: Json) -> Table:
     for arm in ended:
         about = arm.get("difference") or arm.get("difference_at_other_cost")
         is_alone = arm["ended"] == 1 < max(other["ended"] for other in ended)
-        seeds = "one seed" if is_alone else _seeds(arm)
+        seeds = ", ".join(filter(None, ("one seed" if is_alone else _seeds(arm), _diverged(arm))))
         difference, cost = ("", "") if about is None else (f"{about['mean']:+.3f}", about.get("cost"))
         rows.append(
             (
@@ -150,6 +155,31 @@ def _routing_cells(of: Json) -> tuple[str, ...]:
     )
 
 
+def _transfers(found: Json) -> Iterator[Table]:
+    """Of arms that take a value that another one's sweep has chosen, next to twins that have found their own."""
+    rows = [
+        (
+            of["arm"],
+            of["of"],
+            f"{of['parameters'][1] / of['parameters'][0]:.1f}",
+            *_optimum_cells(of["best_of"]),
+            *_optimum_cells(of["best"]),
+            f"{of['ratio']:.2f}",
+            f"{of['difference']['mean']:+.4f}",
+            within(of["difference"], "+.4f"),
+            of["verdict"],
+        )
+        for of in found["transfers"]
+    ]
+    if rows:
+        head = ("value of another arm", "of", "parameters ×", "best there", "range", "best here", "range", "ratio")
+        yield Table([(*head, "loss against its own best", "95 %", "is the best here too"), *rows], (0, 1, 10))
+
+
+def _optimum_cells(best: Json) -> tuple[str, str]:
+    return f"{best['value']:.3g}", within(best, ".2g") or "at an end"
+
+
 def _law_line(architecture: str, law: Json) -> str:
     missing = law.get("missing")
     return f"law of a {architecture}: {law_of(law).in_words() if missing is None else f'none; {missing}'}."
@@ -157,7 +187,8 @@ def _law_line(architecture: str, law: Json) -> str:
 
 def _sweep_line(arm: Json) -> str:
     sweep = arm["sweep"]
-    tried = ", ".join(f"{value} {loss:.4f}" for value, loss in sweep["losses"].items())
+    losses = sweep["losses"].items()
+    tried = ", ".join(f"{value} {'diverged' if loss is None else f'{loss:.4f}'}" for value, loss in losses)
     text = f"{arm['name']}: {sweep['key']} tried: {tried}"
     if sweep["chosen"] is None:
         return f"{text}; the others have not ended."

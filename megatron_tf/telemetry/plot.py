@@ -163,12 +163,20 @@ def plot_ends(ends: Sequence[Ends], output: Path, label: str | None = None, unit
 
 
 def plot_panels(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], output: Path, x_label: str
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    output: Path,
+    x_label: str,
+    *,
+    is_log: bool = False,
 ) -> None:
-    """Draw a panel for each label of an axis, two in a row, of the lines (x, y) of its names. Errors as `plot_runs`."""
-    rows = math.ceil(len(panels) / 2)
-    figure = new_figure(output, (13, 4 * rows))
-    for axes, (label, lines) in zip(figure.subplots(rows, 2, sharex=True, squeeze=False).flat, panels.items()):
+    """Draw a panel for each label of an axis, two in a row, of the lines (x, y) of its names; `is_log`: over log x.
+    Errors as `plot_runs`."""
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(output, (6.5 * columns, 4 * rows))
+    for axes, (label, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items()):
+        if is_log:
+            axes.set_xscale("log")
         for name, (x, y) in lines.items():
             axes.plot(x, y, marker="o", markersize=4, linewidth=1, label=name)
         axes.set_xlabel(x_label)
@@ -207,4 +215,5 @@ def _label(axes: Any, axis: XAxis, label: str | None = None, unit: str = "tokens
     axes.set_xlabel(f"training {unit}" if axis == "tokens" else LABELS[axis])
     axes.set_ylabel(label or f"loss (nats per {unit.removesuffix('s')})")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()

@@ -85,9 +85,28 @@ def test_advice_for_a_chain():
     configs = load_stages(CONFIGS / "chain_124M_to_1.4B.yml")
     found = advise(configs, Findings("results.json", CHINCHILLA, "", None), (0.01, 0.7), 1e21)
     assert found["steps"][0] is None and found["steps"][1]["kappa"] == 0.7
-    assert found["beyond"] == ["chain-1.4B"] and found["ceiling"] == pytest.approx(0.946, abs=5e-4)
+    assert found["beyond"][0] == "parameters: chain-1.4B 1.31e+09, and the law's runs have 1e+06 to 1e+09"
+    tokens, flops = found["beyond"][1:]
+    assert tokens.startswith("tokens: chain-") and tokens.endswith("and the law's runs have 1e+08 to 1e+10")
+    assert flops == "FLOPs: the budget 1e+21, and the law's runs have 1e+15 to 1e+20"
+    assert found["ceiling"] == pytest.approx(0.946, abs=5e-4)
     assert found["static"]["name"] in {config.run.name for config in configs} and found["least_share"] == LEAST_SHARE
     assert "fitted to 40 runs of 1e+06 to 1e+09 parameters" in found["law"]
+
+
+def test_within_the_runs_of_a_law_nothing_is_extrapolated():
+    configs = load_stages(CONFIGS / "chain_124M_to_1.4B.yml")[:2]
+    wide = Law(1.69, 406.4, 0.34, 410.7, 0.28, 40, 0.01, (1e6, 1e10), (1e6, 1e13), (1e15, 1e23))
+    assert advise(configs, Findings("x", wide, "", None), (0.5, 0.9), 1e21)["beyond"] == []
+
+
+def test_growth_that_was_worth_less_than_nothing():
+    """A κ that an arm which lost has measured below 0: never a growth, and no cost below that of its own tokens."""
+    assert cost_ratio(0.2, 0.4, -0.3) == cost_ratio(0.2, 0.4, 0.0) == math.inf
+    assert best_step(CHINCHILLA, SIZES, 1e19, -0.3, 0.2) is None
+    configs = load_stages(CONFIGS / "chain_124M_to_1.4B.yml")
+    found = advise(configs, Findings("x", CHINCHILLA, "", None), (-0.3, 0.0), 1e19)
+    assert found["steps"] == [None, None]
 
 
 def test_a_law_of_other_models_says_nothing():
@@ -105,7 +124,13 @@ def results(arms=(), **laws):
 def test_findings_are_read_from_a_report(tmp_path):
     law = {"E": 1.69, "A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "points": 40, "residual": 0.01,
            "parameters": [1e6, 1e9], "tokens": [1e8, 1e10], "flops": [1e15, 1e20]}  # fmt: skip
-    kappas = [{"mean": 0.4, "bound": None}, {"mean": 0.6, "bound": None}, {"mean": 0.9, "bound": "at least"}, None]
+    kappas = [
+        {"mean": math.nan, "bound": None},
+        {"mean": 0.4, "bound": None},
+        {"mean": 0.6, "bound": None},
+        {"mean": 0.9, "bound": "at least"},
+        None,
+    ]
     (tmp_path / "results.json").write_text(
         results([None, *({"kappa": kappa} for kappa in kappas)], tokenformer=law, transformer={"missing": "few runs"})
     )
@@ -115,7 +140,13 @@ def test_findings_are_read_from_a_report(tmp_path):
     assert read_findings(tmp_path / "results.json", "mlp").why_no_law == "no run of the study is of a mlp"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"laws": {"tokenformer": {"E": 1}}, "arms": []}'])
+NO_NUMBERS = (
+    '{"laws": {"tokenformer": {"E": NaN, "A": 1, "alpha": 1, "B": 1, "beta": 1, "points": 9, "residual": 0, '
+    '"parameters": [1, 2], "tokens": [1, 2], "flops": [1, 2]}}, "arms": []}'
+)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", NO_NUMBERS, '{"laws": {"tokenformer": {"E": 1}}, "arms": []}'])
 def test_what_is_no_report_is_refused(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ConfigError, match="results.json: is not the results.json of a study. Write it anew"):

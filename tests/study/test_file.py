@@ -39,6 +39,10 @@ from study_names import problems_of
         ),
         ({"training": {}}, "training: is a section of a run's configuration, and this is read as a study"),
         ({"arms": {"small": {"sweep": {"key": "a", "values": [1.0, 1.0]}}}}, "sweep.values: [1.0, 1.0] has one twice"),
+        (
+            {"arms": {"small": {"sweep": {"key": "a", "values": [1.0, 1.0000001]}}}},
+            "sweep.values: [1.0, 1.0000001] has one twice, to 6 digits",
+        ),
         ({"arms": {"grown": {"name": "a b"}}}, "arm a b: name: 'a b' is not valid"),
         ({"reference": "nobody"}, "reference: there is no arm nobody"),
         ({"reference": "small"}, "reference: small is not comparable"),

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_tf.durable import take_lock
 from megatron_tf.errors import ConfigError, RunStopped, UserError
 from megatron_tf.study import queue as module
+from megatron_tf.study import result
 from megatron_tf.study.hours import Speeds, total_seconds
 from megatron_tf.study.plan import make_plan
 from megatron_tf.study.queue import Queue, command
 from megatron_tf.study.report import results_of, write_report
-from megatron_tf.study.result import Result, check_unchanged, has_ended, loss_of, read_result, write_config
+from megatron_tf.study.result import (
+    Result,
+    check_unchanged,
+    has_ended,
+    loss_of,
+    read_result,
+    write_config,
+    write_result,
+)
 from megatron_tf.study.tables import in_words
 
 LOSSES = {"small/lr=0.01/seed1": 3.0, "small/lr=0.04/seed1": 4.0}
@@ -37,7 +49,7 @@ def started(monkeypatch):
             return Result(
                 node.name, node.arm.name, node.seed, node.value, loss, node.end.tokens, node.end.flops,
                 node.own_tokens, node.own_flops, 9.0, 100.0, node.parameters, 1000,
-                ((node.end.tokens, node.end.flops, loss),),
+                ((node.end.tokens, node.end.flops, loss),) if math.isfinite(loss) else (),
             )  # fmt: skip
 
         monkeypatch.setattr(module, "measure", measured)
@@ -127,6 +139,7 @@ def test_report(study, started, tmp_path):
         "loss.png",
         "report.md",
         "results.json",
+        "sweeps.png",
         "table.txt",
     ]
     found = results_of(plan)
@@ -140,6 +153,37 @@ def test_report(study, started, tmp_path):
     assert grown["cost_against"]["static"]["ratio"] == pytest.approx(1.0, rel=0.1)
     assert "not significant" in text and "chosen 0.02." in text and "10 of 10 runs have ended" in text
     assert in_words(found) == text
+
+
+def test_a_run_that_diverges_is_a_result(study, started, monkeypatch, tmp_path):
+    """A trial that does is the worst of its sweep; an arm's seed that does is told, and left out of means."""
+    started()
+    monkeypatch.setitem(LOSSES, "small/lr=0.04/seed1", math.nan)
+    monkeypatch.setitem(LOSSES, "grown/seed2", math.nan)
+    of = study()
+    queue(of).run()
+    plan = make_plan(of, loss_of)
+    text = write_report(plan, tmp_path / "out")
+    assert "0.04 diverged; chosen 0.02" in text and "one seed, 1 of 2 seeds diverged" in text
+    found = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+    grown = found["arms"][2]
+    assert grown["loss"]["by_seed"] == {"1": 2.1} and grown["diverged"] == 1
+
+
+def test_a_loss_that_was_no_number_when_it_was_logged(study, monkeypatch):
+    monkeypatch.setattr(result, "resolve", lambda folder: folder)
+    empty = SimpleNamespace(manifest=SimpleNamespace(files={}))
+    monkeypatch.setattr(result, "open_checkpoint", lambda folder: empty)
+    node = make_plan(study()).nodes[0]
+    node.folder.mkdir(parents=True)
+    (node.folder / "config.yml").write_text("{}")
+    records = [{"eval/loss": 3.0}, {"perf/step_seconds": 1.0, "perf/tokens_per_second": 5.0}, {"eval/loss": None}]
+    lines = [json.dumps({"step": step, "tokens": 9, "flops": 9.0, **more}) for step, more in zip((0, 5, 5), records)]
+    (node.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = result.measure(node)
+    assert math.isnan(found.loss) and found.curve == ((9, 9.0, 3.0),)
+    write_result(node, found)
+    assert math.isnan(read_result(node).loss) and "NaN" not in (node.folder / "result.json").read_text()
 
 
 def test_a_run_that_is_another_one_now_is_refused(study, write, started):

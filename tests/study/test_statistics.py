@@ -5,7 +5,17 @@ import math
 import pytest
 
 from megatron_tf.study.file import Sweep
-from megatron_tf.study.statistics import Cost, Interval, cheapest, cost_of, interval, loss_at
+from megatron_tf.study.statistics import (
+    Cost,
+    Interval,
+    Optimum,
+    cheapest,
+    cost_of,
+    interval,
+    loss_at,
+    optimum,
+    pooled_deviation,
+)
 from megatron_tf.study.sweep import choose
 
 
@@ -70,3 +80,17 @@ def test_a_sweep_goes_on_beyond_its_end():
     assert sweep({**losses, 8.0: 1.5}, extend=2).value == 4.0
     low = {1.0: 1.0, 2.0: 2.0, 4.0: 3.0}
     assert sweep(low, extend=1).values == (0.5, 1.0, 2.0, 4.0)
+
+
+def test_optimum():
+    losses = {rate: 2 + 0.3 * math.log(rate / 3e-3) ** 2 for rate in (1e-3, 2e-3, 4e-3, 8e-3)}
+    found = optimum(losses, noise=0.3)
+    assert found.value == pytest.approx(3e-3)
+    assert (found.low, found.high) == (pytest.approx(3e-3 / math.e), pytest.approx(3e-3 * math.e))
+    assert optimum({1.0: 2.0, 2.0: 3.0, 4.0: 4.0}, 0.1) == Optimum(1.0) == optimum({1.0: 5.0}, 0.1)
+    assert found.overlaps(Optimum(8e-3, 8e-3, 9e-3)) and not found.overlaps(Optimum(1e-2, 9e-3, 2e-2))
+
+
+def test_pooled_deviation():
+    assert pooled_deviation([[1.0, 3.0], [10.0], [4.0, 4.0]]) == pytest.approx(1.0)
+    assert pooled_deviation([[1.0], []]) == 0
