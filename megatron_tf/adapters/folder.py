@@ -242,7 +242,7 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """CheckpointError when something stands in the way of a new folder; what is above it is made."""
+    """CheckpointError when something stands in the way of a new folder; its parent folders are made."""
     for place in (folder, partial_path(folder)):
         if os.path.lexists(place):
             raise CheckpointError(f"{place}: exists already. Nothing is overwritten: remove it, or give another folder")

@@ -88,7 +88,7 @@ def open_sources(sources: list[Path], last: int) -> list[CheckpointReader]:
         if twice := [path for path in places if places.count(path) > 1]:
             raise UserError(f"{twice[0]}: is given twice, and would count double. Name each checkpoint once.")
         return [open_checkpoint(path) for path in found]
-    newest = resolve(sources[0])  # says what is wrong where there is none
+    newest = resolve(sources[0])  # reports a missing checkpoint
     if newest == sources[0]:
         return [open_checkpoint(newest)]
     return complete_checkpoints(newest.parent)[:last]

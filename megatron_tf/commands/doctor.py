@@ -115,7 +115,7 @@ def devices() -> list[str]:
 
 
 def the_job(arguments: argparse.Namespace, environment: LaunchEnvironment, report: dict[str, Any]) -> int:
-    """Tests all ranks; rank 0 prints what is found. The exit code, the same on every rank that is well."""
+    """Tests all ranks; rank 0 prints the findings. The exit code, the same on every rank that is well."""
     import torch
 
     from megatron_tf.diagnosis.job import examine

@@ -164,7 +164,7 @@ def written(model: Path, prompt: str) -> str:
 
 
 def run(shown: list[str], words: list[str], *, captured: bool = False, seconds: float | None = None) -> str:
-    """Prints a command as one would type it, and runs it; what it prints on stdout if that is `captured`.
+    """Prints a command as one would type it, and runs it; returns its stdout if that is `captured`.
 
     UserError when it fails, or takes more than so many `seconds`.
     """

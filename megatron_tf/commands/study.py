@@ -38,7 +38,7 @@ def main() -> None:
     if arguments.mode == "report":
         show_report(study, arguments.output, arguments.probe)
         return
-    # whatever has ended: what the file says is checked first of all
+    # the file is checked first, whatever runs have ended
     check_comparable(make_plan(study))
     if arguments.mode == "plan":
         show_plan(study, arguments)

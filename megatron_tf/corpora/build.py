@@ -24,7 +24,7 @@ from megatron_tf.errors import DataError, file_errors
 REPORT = "corpus.json"  # by it a folder is known as a corpus, which may be replaced
 LICENSES = "LICENSES.txt"
 REMEDY = "Free space or choose another folder."
-SPLITS = ("validation", "train")  # validation first: what is in both is then left out of training
+SPLITS = ("validation", "train")  # validation first: a text that is in both is then left out of training
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class UnavailableError(Exception):
 
 
 class Downloads:
-    """A folder of packages. What is there, and is what it was when it came, is not fetched again."""
+    """A folder of packages. One that is there, unchanged since it came, is not fetched again."""
 
     def __init__(self, folder: Path):
         # Package managers run in folders of their own, where a relative path would lead elsewhere.

@@ -94,5 +94,5 @@ def collate(rows: Sequence[Row], length: int | None) -> Batch:
             learnt = torch.tensor(example.learnt[1:], dtype=torch.bool)
             targets[number, start : stop - 1] = torch.where(learnt, tokens[1:], IGNORED)
             start = stop
-        positions[number, start:] = torch.arange(longest - start)  # what fills up is an example of its own
+        positions[number, start:] = torch.arange(longest - start)  # padding is an example of its own
     return Batch(ids, targets, positions, None if length else mask)

@@ -25,7 +25,7 @@ from megatron_tf.finetuning.steps import Computing, backward, mean_loss
 from megatron_tf.optimizers.adamw import AdamWOptimizer
 
 BASE = "none"  # the base alone
-# what is done with a trained adapter before it is trained on the second text: name -> (form, in tables)
+# the ways to prepare a trained adapter for the second text: name -> (form, in tables)
 SECOND = {
     "lora-on": (LORA, "LoRA, trained on"),
     "lora-second": (LORA, "LoRA, frozen, and a second one"),

@@ -30,7 +30,7 @@ class CandidatesAxis(Axis):
     def between(self, old: Model, new: Model) -> Model:
         if "sparse" not in type(new).model_fields:
             return old
-        # what balances the choice may differ, and is nothing to grow along
+        # the settings that balance the choice may differ: no growth depends on them
         return old if _banks(old) == _banks(new) else old.model_copy(update={"sparse": dict(new)["sparse"]})
 
     def problems(self, old: Model, new: Model, growth: Growth) -> list[str]:

@@ -40,7 +40,7 @@ def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
             found = error.problems
         problems += [f"stage {after.run.name}: {problem}" for problem in found]
         if found:
-            break  # what τ would be is not known from here on
+            break  # τ is not known from here on
     return problems
 
 

@@ -110,7 +110,7 @@ def make_plan(study: Study, outcome: Outcome = lambda node: None) -> Plan:
     problems: list[str] = []
     for arm in in_order(study):
         if any((name, study.seeds_of(study.arm(name))[0]) not in runs for name in arm.needs):
-            continue  # what is wrong with the other arm is said already
+            continue  # the problem of the other arm is in the list already
         try:
             found = list(_runs_of(study, arm, runs, choices, outcome))
         except ConfigError as error:

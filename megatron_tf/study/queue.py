@@ -91,7 +91,7 @@ class Queue:
             self._ask_to_stop()
 
     def _step(self, worker: int) -> bool:
-        """Takes one run, or waits for what others do; False when nothing is left for anyone."""
+        """Takes one run, or waits for the runs of others; False when no run is left."""
         is_busy = False
         ready = self._ready()
         if self._conflicts:

@@ -24,7 +24,7 @@ class Choice:
 
 
 def choose(sweep: Sweep, loss_of: Callable[[float], float | None]) -> Choice:
-    """`loss_of`: what the trial of a value ended with; None: it has not ended. A loss that is no number counts as the
+    """`loss_of`: the last loss of a value's trial; None: it has not ended. A loss that is no number counts as the
     worst.
 
     When the best value stands at an end, the next one beyond it, by the ratio of the last two, is tried as well, up to

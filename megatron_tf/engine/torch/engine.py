@@ -96,7 +96,7 @@ class TorchEngine(SegmentedEngine):
         self._loss_weight: Tensor | float = topology.context / (
             plan.num_micro_batches * plan.micro_batch_size * self._task.losses_per_sample(model)
         )
-        # of fp16 alone: what the loss is multiplied by, and gradients divided by again
+        # of fp16 alone: the loss is multiplied by it, and gradients are divided by it again
         self._loss_scale = LossScale(config.deepspeed.fp16) if config.training.precision == "fp16" else None
         self._pipeline: Pipeline | None = None
         pipeline = make_group(topology, "pipeline", timeout)

@@ -58,6 +58,6 @@ class LossScale:
         return asdict(self._state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state` gave; what is missing, or of no loss scale, stays as it is."""
+        """Goes on from an earlier `state`; keys that are missing, or of no loss scale, change nothing."""
         for key in asdict(self._state).keys() & state.keys():
             setattr(self._state, key, state[key])

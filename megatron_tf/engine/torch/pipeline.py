@@ -107,7 +107,7 @@ class Pipeline:
         whole = torch.cat(list(inputs))
         starts = self._stage.starts(whole)
         arguments = {} if starts is None else {"starts": starts}
-        # what is neither forward nor backward is sending, and waiting for what others send
+        # all time outside of forward and backward is sending, and waiting for other ranks
         with self._clock.phase("communication"):
             if self._stage.previous is None:
                 self._schedule.step(whole, return_outputs=False, **arguments)
