@@ -152,13 +152,13 @@ class Pipeline:
 
 
 def _of_parts(
-    kind: Callable[..., Any],
+    schedule_class: Callable[..., Any],
     stages: list[_TimedStage],
     num_micro_batches: int,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
     """Parts share one sharded module, which gathers what it needs by itself and reduces once all parts are done."""
-    schedule = kind(stages, num_micro_batches, loss_fn=loss, scale_grads=False)
+    schedule = schedule_class(stages, num_micro_batches, loss_fn=loss, scale_grads=False)
     done: set[int] = set()
 
     def begin(action: Any, ctx: Any) -> None:
