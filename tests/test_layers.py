@@ -113,6 +113,7 @@ RESERVED = {
     "torch.utils.tensorboard": ("megatron_tf.telemetry.trackers",),
     "transformers": (
         "megatron_tf.adapters.export",
+        "megatron_tf.benchmark.serving",
         "megatron_tf.adapters.loading",
         "megatron_tf.convert.huggingface.verify",
     ),

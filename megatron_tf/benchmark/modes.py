@@ -21,6 +21,7 @@ from megatron_tf.benchmark import (
     memory,
     pattention,
     scaling,
+    serving,
     sparse,
     stages,
     step,
@@ -29,6 +30,7 @@ from megatron_tf.benchmark.device import check_dtypes, machine, quick_dtype
 from megatron_tf.benchmark.references import FORMULAS
 from megatron_tf.benchmark.report import Row, check_json, table, write_json
 from megatron_tf.config import load_config
+from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.nearest import either
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import validate
@@ -204,6 +206,19 @@ def run_adapters(device: torch.device, arguments: argparse.Namespace) -> Iterabl
     return adapters.rows(device, *sizes, arguments.rounds)
 
 
+def run_serving(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    model = tokenformer_of(arguments.config)
+    if (problem := architecture_of(model).format_problem(model, "huggingface")) or model.task != "language_model":
+        raise ConfigError(f"{arguments.config}: {problem or 'is no language model'}. Give another configuration.")
+    if arguments.positions > model.seq_length - 1:
+        raise ConfigError(
+            f"--positions {arguments.positions}: with one more they are above model.seq_length {model.seq_length}. "
+            "Give fewer."
+        )
+    for name in arguments.dtypes:
+        yield from serving.rows(model, device, DTYPES[name], arguments.layers, arguments.positions, arguments.rounds)
+
+
 def run_images(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
     config = load_config(arguments.config)
     model = config.model
@@ -226,4 +241,5 @@ MODES = {
     "scaling": run_scaling,
     "adapters": run_adapters,
     "images": run_images,
+    "serving": run_serving,
 }

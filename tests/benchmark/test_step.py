@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from megatron_tf.benchmark import scaling, step
+from megatron_tf.benchmark import scaling, serving, step
 from megatron_tf.benchmark.models import equal_transformer
 from megatron_tf.config import load_config
 from megatron_tf.config.sections.model import ParameterTokens
@@ -97,6 +97,14 @@ def test_a_model_smaller_than_any_transformer_is_refused():
 def test_models_beyond_memory_are_refused_before_any_is_measured():
     with pytest.raises(ConfigError, match="large: the weights, gradients and optimizer of two such models take"):
         next(step.rows({"small": model(), "large": model(vocab_size=2**31)}, setting()))
+
+
+@pytest.mark.slow
+def test_rows_of_serving():
+    prompt, token = serving.rows(model(), CPU, torch.float32, layers=1, positions=8, rounds=1)
+    assert (prompt["call"], token["call"], prompt["layers"]) == ("prompt", "one token", 1)
+    assert all(row[key] > 0 for row in (prompt, token) for key in ("gram × direct", "gram × llama", "direct × llama"))
+    assert prompt["parameters"] == pytest.approx(prompt["llama's"], rel=0.1)
 
 
 def test_rows_of_scaling():
