@@ -1,6 +1,7 @@
 """An export in transformers by either norm: a prompt and one more token, against a Llama of as many parameters.
 
-Random weights. Models are cut to a few layers, and their vocabulary in proportion. The norm "gram" is what a user asks for when an export is loaded.
+Random weights. Models are cut to a few layers, and their vocabulary in proportion. The norm "gram" is what a user asks
+for when an export is loaded.
 """
 
 from __future__ import annotations
