@@ -41,7 +41,10 @@ CLIENT = Path(__file__).with_name("warm_python.py")
 # Variables that Python or a library reads once, when it starts or is imported, and those that are seen to here.
 READ_AT_IMPORT = ("ACCELERATE_", "CUDA", "DS_", "HF_", "KMP_", "LD_", "MKL_", "NCCL_", "OMP_", "PYTHON", "PYTORCH",
                   "TORCH", "TQDM_", "TRANSFORMERS_", "TRITON_")  # fmt: skip
-SEEN_TO = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_NCCL_ASYNC")
+SEEN_TO = ["PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_NCCL_ASYNC"]
+if not os.path.exists("/dev/nvidiactl"):
+    # the deepspeed launcher sets it, and without a GPU it means nothing
+    SEEN_TO.append("CUDA_VISIBLE_DEVICES")
 
 
 @functools.cache
@@ -194,7 +197,7 @@ class Server:
         return any(
             wanted.get(name) not in (self.starting.get(name), self.imported.get(name))
             for name in names
-            if not name.startswith(SEEN_TO)
+            if not name.startswith(tuple(SEEN_TO))
         )
 
     def forked(self, request: dict, streams: list[int]) -> dict:
