@@ -91,7 +91,8 @@ def with_formula(model: TokenFormer, name: str) -> TokenFormer:
     for module in model.modules():  # only how they compute is another
         if isinstance(module, Pattention):
             module.__class__ = FormulaPattention
-            module.formula = partial(plain_formula, scale=module.scale) if name == "plain" else FORMULAS[name]
+            formula = partial(plain_formula, scale=module.scale) if name == "plain" else FORMULAS[name]
+            module.formula = formula  # type: ignore[assignment]
         elif isinstance(module, PattentionAttention):
             module.__class__ = FormulaAttention
     return model

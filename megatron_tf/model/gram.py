@@ -91,8 +91,8 @@ def matrices(keys: Sequence[Tensor], group: Group, step: StepMatrices | None = N
 
     `step`: keeps it over micro batches. (Not on one process, where a call can take the direct form after all.)
     """
-    kept = step is not None and group.size > 1 and not torch.compiler.is_compiling()
-    if kept and torch.is_grad_enabled() and step.in_use:
+    kept = group.size > 1 and not torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if step is not None and kept and step.in_use:
         return _MatricesOfStep.apply(step, group, *keys)
     own = torch.stack([_Matrix.apply(k) for k in keys])
     return copy_to(reduce_from(own, group), group)

@@ -216,7 +216,7 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         self.post_init()
         mlp = self.layers[0].mlp
         if mlp.norm == "gram" and mlp.bank is None:  # known before the scores, so they stay where their keys are
-            self._tp_plan = {**(self._tp_plan or {}), **MLP_PLAN}
+            self._tp_plan = {**(self._tp_plan or {}), **MLP_PLAN}  # type: ignore[unreachable]
 
     @merge_with_config_defaults
     @capture_outputs
