@@ -18,7 +18,8 @@ _RAW = "@raw:"
 RAW = ("NaN", "-Infinity", "1e999", "9" * 5000, "[" * 400_000, "[" * 300 + "]" * 300, '{"a": 1, "a": 2}',
        r'"\ud800"', '"\\', "0x10", "tru")  # fmt: skip
 VALUES: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1, 3, 1.5, 2**31, 2**53 + 1, 2**63, -(2**70), 10**30, 10**320, 1e308, -1e-320, "", "x", "12",
+    None, True, False, -1, 0, 1, 3, 1.5, 2**31, 2**53 + 1, 2**63, -(2**70), 10**30, 10**320, 1e308, -1e-320, "", "x",
+    "12",
     "y" * 100_000, "../../escape", "/dev/zero", "a\0b", "\U0001f600\x1b[2J", [], {}, [[]], [1, 2], {"a": {"b": 1}},
     {"qkv": 10**9, "proj": 1, "ffn": 1}, [[0, 1, 2]], list(range(2000)), *(f"{_RAW}{raw}" for raw in RAW),
 )  # fmt: skip
@@ -26,9 +27,11 @@ VALUES: tuple[Any, ...] = (
 
 # What a pickle of torch can hold where weights are expected.
 OBJECTS: tuple[Any, ...] = (
-    *VALUES[:27], 10**5000, (), (1, 2), {1: 2}, float("nan"), torch.zeros(0), torch.tensor(1.0), torch.full((5, 8), torch.inf),
+    *VALUES[:27], 10**5000, (), (1, 2), {1: 2}, float("nan"), torch.zeros(0), torch.tensor(1.0), torch.full((5, 8),
+                                                                                                            torch.inf),
     torch.zeros(1).expand(2**30, 2**20), torch.zeros(5, 8, dtype=torch.complex64), torch.zeros(5, 8).to_sparse(),
-    torch.ones(5, 8, dtype=torch.int8), torch.empty(5, 8, device="meta"), torch.zeros(5, 8).bfloat16(), torch.Size((-1, 8)),
+    torch.ones(5, 8, dtype=torch.int8), torch.empty(5, 8, device="meta"), torch.zeros(5, 8).bfloat16(), torch.Size((-1,
+                                                                                                                    8)),
     torch.Size((2**32, 2**32)), torch.nn.Parameter(torch.zeros(5, 8)),
 )  # fmt: skip
 

@@ -69,7 +69,8 @@ def test_processes_that_never_get_it(tmp_path):
 
 
 def handler_after(body: str, run: str = "run_command") -> str:
-    head = "import signal\nfrom megatron_tf.errors import run_command, run_rank\nfrom megatron_tf.interrupt import end_quietly\n"
+    head = "import signal\nfrom megatron_tf.errors import run_command, run_rank\n"
+    head += "from megatron_tf.interrupt import end_quietly\n"
     tail = f"\n{run}(lambda: print(signal.getsignal(signal.SIGINT)))"
     done = subprocess.run([sys.executable, "-c", head + body + tail], capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode == 0, done.stderr

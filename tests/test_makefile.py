@@ -5,7 +5,8 @@ import subprocess
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
-MADE = (".venv/bin/python", "made/.made-by-set-up", "build/lib", "site/index.html", "runs/demo/small/config.yml", "runs/demo/grown/x",
+MADE = (".venv/bin/python", "made/.made-by-set-up", "build/lib", "site/index.html", "runs/demo/small/config.yml",
+        "runs/demo/grown/x",
         "runs/demo/control/x", "runs/demo/expanded/x", "runs/demo/loss.png", "tests/__pycache__/x.pyc")  # fmt: skip
 KEPT = ("runs/tiny/config.yml", "runs/demo/mine/config.yml", "mine/bin/python", "data/demo/train.bin", "megatron_tf/a",
         "launch/a", "tools/a")  # fmt: skip

@@ -34,13 +34,15 @@ ENDS = {
     "falls off the end": "print('a')",
     "exit with a message": "import sys; sys.exit('sorry')",
     "exit with a negative number": "import sys; sys.exit(-1)",
-    "at exit, and a file left open": "import atexit; f = open(chr(120), chr(119)); atexit.register(print, 3); f.write(chr(97))",
+    "at exit, and a file left open": "import atexit; f = open(chr(120), chr(119)); atexit.register(print, 3); "
+    "f.write(chr(97))",
     "exit now": "import os; os._exit(3)",
     "an exception": "raise ValueError('no')",
     "a signal": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "Control-C": "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
     "a closed pipe": "import os; os.close(1); print('a', flush=True)",
-    "a thread that goes on": "import threading, time; threading.Thread(target=lambda: (time.sleep(0.1), print('b'))).start()",
+    "a thread that goes on": "import threading, time; threading.Thread(target=lambda: (time.sleep(0.1), "
+    "print('b'))).start()",
 }
 
 
@@ -95,7 +97,8 @@ def test_it_has_imported_what_takes_seconds_and_children_are_warm_as_well(warm, 
     script = tmp_path / "script.py"
     script.write_text(
         "import subprocess, sys\nprint('deepspeed' in sys.modules)\n"
-        "if len(sys.argv) == 1: print(subprocess.run([sys.executable, __file__, 'x'], capture_output=True).stdout.decode())"
+        "if len(sys.argv) == 1: print(subprocess.run([sys.executable, __file__, 'x'], "
+        "capture_output=True).stdout.decode())"
     )
     done = subprocess.run([warm, script], env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["True", "True"], done.stderr
@@ -119,8 +122,8 @@ def test_code_on_the_command_line_is_left_to_a_real_python(warm):
 
 def test_signals_reach_it(warm, tmp_path):
     (tmp_path / "script.py").write_text(
-        "import os, signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'heard\\n'))\nprint('ready', flush=True)\n"
-        "for _ in range(600): time.sleep(0.1)"
+        "import os, signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'heard\\n'))\nprint('ready', "
+        "flush=True)\nfor _ in range(600): time.sleep(0.1)"
     )
     words = [warm, tmp_path / "script.py"]
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True)
@@ -146,8 +149,8 @@ def test_nothing_is_left_when_the_session_ends_with_the_server(tmp_path):
     (tmp_path / "script.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     session = (
         "import subprocess, sys; sys.path.insert(0, sys.argv[1]); from warm_server import warm_python\n"
-        "words = [str(warm_python() / 'python'), sys.argv[2]]; process = subprocess.Popen(words, stdout=subprocess.PIPE)\n"
-        "print(process.stdout.readline().decode(), warm_python())"
+        "words = [str(warm_python() / 'python'), sys.argv[2]]; process = subprocess.Popen(words, "
+        "stdout=subprocess.PIPE)\nprint(process.stdout.readline().decode(), warm_python())"
     )
     words = [sys.executable, "-c", session, PROJECT / "tests", tmp_path / "script.py"]
     done = subprocess.run(words, env=environment(PYTHONPATH=str(PROJECT)), capture_output=True, text=True, timeout=100)

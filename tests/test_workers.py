@@ -37,7 +37,8 @@ def test_a_file_stays_together_and_so_does_slurm(conftest):
 
 def test_long_files_come_first(conftest):
     items = [
-        Item("tests/a/test_one.py::test_a"), Item("tests/b/test_two.py::test_a", ("slow",)), Item("tests/a/test_one.py::test_b"),
+        Item("tests/a/test_one.py::test_a"), Item("tests/b/test_two.py::test_a", ("slow",)),
+        Item("tests/a/test_one.py::test_b"),
         Item("tests/slurm/test_a.py::test_a", ("slow", "scale")), Item("tests/b/test_two.py::test_b"),
         Item("tests/slurm/test_b.py::test_a"),
     ]  # fmt: skip

@@ -1,8 +1,8 @@
 """Processes that have already imported what takes seconds: torch, DeepSpeed, transformers and this package.
 
-Most tests that start a command are about what it does, and not about how Python starts. `warm_python()` is a folder with
-`python`, `torchrun` and `deepspeed`, which behave like the real ones for `python SCRIPT` and `python -m MODULE`, but
-fork from one server a test session. The ranks that such a launcher starts are warm as well. The forked process has
+Most tests that start a command are about what it does, and not about how Python starts. `warm_python()` is a folder
+with `python`, `torchrun` and `deepspeed`, which behave like the real ones for `python SCRIPT` and `python -m MODULE`,
+but fork from one server a test session. The ranks that such a launcher starts are warm as well. The forked process has
 arguments, environment, folder, streams, limits and signals of the one that it stands in for, a session of its own, and
 ends as Python does. What it shares with its siblings: the seed of `hash`, and what was read from the environment at
 import; a start that wants other values there gets a real process.
@@ -81,7 +81,8 @@ def warm_python() -> Path:
     }
     server = subprocess.Popen(
         [*command, str(Path(__file__).parent), str(listening.fileno()), str(folder / "python")],
-        env={**kept, **hugging_face(), "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], start_new_session=True,
+        env={**kept, **hugging_face(), "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, pass_fds=[listening.fileno()],
+        start_new_session=True,
     )  # fmt: skip
     listening.close()
     atexit.register(end, server, folder)

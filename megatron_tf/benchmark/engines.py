@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_tf.benchmark.report import Row
-from megatron_tf.config.run_plan import plan_batches
+from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.topology import Topology
-from megatron_tf.config.validate import topology_for
 from megatron_tf.engine.base import Engine
 from megatron_tf.engine.choice import build_engine, join
 from megatron_tf.model.layers import task_layers

@@ -19,7 +19,8 @@ def adapter(num_tokens: int = 16, **fields: object) -> Adapter:
     """Two branches, the second of another width in and out."""
     generator = torch.Generator().manual_seed(0)
     branches = {
-        name: Branch(torch.randn(num_tokens, d_in, generator=generator), torch.randn(num_tokens, d_out, generator=generator) * 0.1)
+        name: Branch(torch.randn(num_tokens, d_in, generator=generator), torch.randn(num_tokens, d_out,
+                                                                                     generator=generator) * 0.1)
         for name, d_in, d_out in (("model.layers.0.mlp", WIDTH, WIDTH), ("model.layers.0.mlp.down_proj", 48, 24))
     }  # fmt: skip
     base = {"model_type": "llama", "hidden_size": WIDTH, "num_layers": 1, "vectors": None, "matrices": None}
@@ -64,7 +65,8 @@ def test_a_split_keeps_the_function_of_any_choice_and_merging_gives_it_back():
     for one in (now, again):
         assert check_growth(first, one, "split").holds
         assert {name: tuple(branch.router.shape) for name, branch in one.branches.items()} == {
-            "model.layers.0.mlp": (one.config["num_tokens"] // 8, WIDTH), "model.layers.0.mlp.down_proj": (one.config["num_tokens"] // 8, 48)
+            "model.layers.0.mlp": (one.config["num_tokens"] // 8, WIDTH),
+            "model.layers.0.mlp.down_proj": (one.config["num_tokens"] // 8, 48)
         }  # fmt: skip
     back = shrink_adapter(again, 64)
     assert back.config["candidates"] == 4 and same(back, now) and compare(now, back).holds

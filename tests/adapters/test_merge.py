@@ -163,7 +163,8 @@ def test_what_cannot_be_appended_is_one_message():
         (tokenformer("softmax"), {}, "in a softmax model these have a weight"),
         (tokenformer(sparse=everything), {}, "all tokens of model.layers.0.mlp are candidates"),
         (tokenformer(), {"target_modules": ["q_proj"]}, "one number of qkv tokens, for k_proj and q_proj and v_proj"),
-        (tokenformer(), {"target_modules": ["up_proj"]}, "'up_proj' is no Pattention of this TokenFormer. Choose of k_pro"),
+        (tokenformer(), {"target_modules": ["up_proj"]},
+         "'up_proj' is no Pattention of this TokenFormer. Choose of k_pro"),
     ):  # fmt: skip
         with pytest.raises(ArgumentError, match=message):
             appended(base, **options)

@@ -90,23 +90,23 @@ def test_the_section_is_read_and_written(tmp_path: Path):
     [
         (
             {"ffn": 70},
-            r"model.parameter_tokens.ffn: 70, of which model.sparse.ffn.dense 5 are used by every position; the other 65 "
-            r"are no whole slots of model.sparse.ffn.group_size 16 tokens. Set it to 69 or 85.",
+            r"model.parameter_tokens.ffn: 70, of which model.sparse.ffn.dense 5 are used by every position; the other "
+            r"65 are no whole slots of model.sparse.ffn.group_size 16 tokens. Set it to 69 or 85.",
         ),
         (
             {"ffn": 5},
-            "model.sparse.ffn.dense: 5 tokens are used by every position, which leaves none of model.parameter_tokens.ffn 5 "
-            "for slots. Set model.parameter_tokens.ffn to 21.",
+            "model.sparse.ffn.dense: 5 tokens are used by every position, which leaves none of "
+            "model.parameter_tokens.ffn 5 for slots. Set model.parameter_tokens.ffn to 21.",
         ),
         (
             {"ffn": 48, "bank": {"group_size": 16, "candidates": 3, "dense": 64}},
-            "model.sparse.ffn.dense: 64 tokens .* none of model.parameter_tokens.ffn 48 for slots. Set model.sparse.ffn.dense "
-            "to 32, or model.parameter_tokens.ffn to 80.",
+            "model.sparse.ffn.dense: 64 tokens .* none of model.parameter_tokens.ffn 48 for slots. Set "
+            "model.sparse.ffn.dense to 32, or model.parameter_tokens.ffn to 80.",
         ),
         (
             {"ffn": 101, "tensor": 4},
-            r"parallel.tensor: 4 does not divide the 6 slots of model.sparse.ffn \(96 tokens in groups of 16\), and a rank "
-            r"holds whole slots. Set it to 3 or 6, or model.parameter_tokens.ffn to 69 or 133.",
+            r"parallel.tensor: 4 does not divide the 6 slots of model.sparse.ffn \(96 tokens in groups of 16\), and a "
+            r"rank holds whole slots. Set it to 3 or 6, or model.parameter_tokens.ffn to 69 or 133.",
         ),
     ],
 )
@@ -254,8 +254,10 @@ def test_what_knows_dense_projections_only_refuses():
     check_prunable(dense().model, {**TOKENS, "ffn": 9})
     check_prunable(config().model, {**TOKENS, "qkv": 9})
     message = (
-        "^model.sparse.ffn: the ffn projections cannot lose some of their 69 tokens, because positions choose 64 of them among 3 "
-        "candidates in each of 4 slots of 16 tokens. Give --candidates ffn=1, which makes the model dense, and prune that one$"
+        "^model.sparse.ffn: the ffn projections cannot lose some of their 69 tokens, because positions choose 64 of "
+        "them among 3 "
+        "candidates in each of 4 slots of 16 tokens. Give --candidates ffn=1, which makes the model dense, and prune "
+        "that one$"
     )
     with pytest.raises(CheckpointError, match=message):
         check_prunable(config().model, {**TOKENS, "ffn": 9})
@@ -264,8 +266,8 @@ def test_what_knows_dense_projections_only_refuses():
         growth = Growth(source="x", method="gram")
         scales_after_growth(config().model, larger.model, growth, initial_scales(config().model))
     assert caught.value.problems == [
-        "growth.method: gram grows projections of one key and one value tensor, and model.sparse.ffn has candidates. Set the "
-        "method to zero_key."
+        "growth.method: gram grows projections of one key and one value tensor, and model.sparse.ffn has candidates. "
+        "Set the method to zero_key."
     ]
     assert growth_problems(config().model, config(bank={"group_size": 16, "candidates": 4, "dense": 5}).model)
     assert growth_problems(dense().model, config().model)
@@ -288,7 +290,7 @@ def test_generation_with_a_cache_is_the_model_itself():
 
 
 def test_the_planner_sees_gathers_and_all_gradients():
-    """A step takes longer than a dense one of as many used tokens: rows are gathered, and more gradients are reduced."""
+    """A step takes longer than a dense one of as many used tokens: rows are gathered, and more gradients reduced."""
     gpu = GPUS["h100"]
     sparse, small = config(), dense()
     assert block_seconds(sparse, gpu, Assumptions()).backward > block_seconds(small, gpu, Assumptions()).backward

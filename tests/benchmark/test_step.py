@@ -109,7 +109,8 @@ def test_rows_of_serving():
 
 def test_rows_of_scaling():
     rows = list(scaling.rows(CPU, torch.float32, model(), [32, 64], [32], positions=32, rounds=1))
-    assert [(row["tokens"], row["seq_length"], row["samples"]) for row in rows] == [(32, 16, 2), (64, 16, 2), (128, 32, 1)]  # fmt: skip
+    sizes = [(row["tokens"], row["seq_length"], row["samples"]) for row in rows]
+    assert sizes == [(32, 16, 2), (64, 16, 2), (128, 32, 1)]
     assert [row["width"] for row in rows] == [32] * 3
     assert rows[0]["transformer's"] < rows[1]["transformer's"]
     assert all(row["attention, tokenformer ms"] > 0 and row["attention's share"] > 0 for row in rows)

@@ -63,7 +63,8 @@ def test_every_differing_key_is_named_with_both_values():
         (model(ffn=32, sparse=BANKS), {"from": {"ffn": {"group_size": 64, "candidates": 2, "dense": 0}}, "to": BANKS},
          "sparse.from: model.parameter_tokens.ffn: 32, of which .* no whole slots"),
         (model(ffn=32, sparse=BANKS), {"from": {"qkv": {}}, "to": BANKS}, "which is no section model.sparse"),
-        (model(ffn=32), {"from": {"ffn": {"group_size": "x"}}, "to": None}, "growth_history.0.sparse.from.ffn.group_size"),
+        (model(ffn=32), {"from": {"ffn": {"group_size": "x"}}, "to": None},
+         "growth_history.0.sparse.from.ffn.group_size"),
         (transformer(), {"from": None, "to": None}, "sparse has candidates, a transformer none"),
     ],
 )  # fmt: skip

@@ -51,7 +51,8 @@ DATA = {"seed": 7, "sources": [{"name": "text", "weight": 1.0, "tokens": 4000, "
 def run(tmp_path) -> RunConfig:
     return RunConfig.model_validate(
         {"run": {"dir": str(tmp_path / "run"), "seed": 7},
-         "model": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 32, "rotary_fraction": 0.5,
+         "model": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 32,
+                   "rotary_fraction": 0.5,
                    "parameter_tokens": COUNTS.model_dump()},
          "training": {"train_tokens": 100_000, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
          "optimizer": {"lr": 1e-3}, "data": {"train": ({"path": "unused"},)}}
@@ -70,7 +71,8 @@ def checkpoint(run) -> Path:
     index = CheckpointIndex(
         20, 160, 3840, run.model.model_dump(mode="json"), initial.scales,
         expected_tensors({name: spec.shape for name, spec in table.items()}),
-        {name: ((0, spec.width, 20), (spec.width, spec.numel, 10)) if spec.numel > spec.width else ((0, spec.numel, 20),)
+        {name: ((0, spec.width, 20), (spec.width, spec.numel, 10)) if spec.numel > spec.width else ((0, spec.numel, 20),
+                                                                                                    )
          for name, spec in table.items()},
         ({**entry, "noise": 0.0, "preserves": True, "loss_before": 3.5, "loss_after": 3.5, "layers": layers,
           "sparse": {"from": None, "to": None}},), DATA, {"wandb": "1a2b3c"},

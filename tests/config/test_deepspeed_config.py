@@ -106,8 +106,10 @@ def test_owners_exist():
     [
         ("deepspeed.zero_optimization=true", "deepspeed.zero_optimization: the truth value true, but a section"),
         ("deepspeed.fp16.initial_scale_power=5000", "deepspeed.fp16.initial_scale_power: 5000 is out of range"),
-        ("deepspeed.zero_optimization.reduce_bucket_size=big", "deepspeed.zero_optimization.reduce_bucket_size: the text"),
-        ("deepspeed.zero_optimization.overlap_com=true", "deepspeed.zero_optimization.overlap_com: unknown key. Did you "
+        ("deepspeed.zero_optimization.reduce_bucket_size=big",
+         "deepspeed.zero_optimization.reduce_bucket_size: the text"),
+        ("deepspeed.zero_optimization.overlap_com=true",
+         "deepspeed.zero_optimization.overlap_com: unknown key. Did you "
          "mean deepspeed.zero_optimization.overlap_comm?"),
         ("deepspeed.elasticity={}", "deepspeed.elasticity: unknown key. The keys of deepspeed are fp16, "),
     ],

@@ -230,9 +230,11 @@ def test_duplicate_key_is_reported_with_the_other_problems(small_path):
         ("training.compile=0", "training.compile: the number 0, but true or false is expected. Write false."),
         ("run.name=124", "run.name: the number 124, but text is expected. Write it in quotes: '124'."),
         ("run.dir={a: 1}", "run.dir: the mapping {\"a\": 1}, but text is expected."),
-        ("data.train=5", "data.train: the number 5, but a list is expected. Write the prefix of one, or a list of prefixes "
+        ("data.train=5",
+         "data.train: the number 5, but a list is expected. Write the prefix of one, or a list of prefixes "
          "or of items with the keys path, weight."),
-        ("data.validation=[data/x, 5]", "data.validation[1]: the number 5, but a section with keys is expected. Its keys "
+        ("data.validation=[data/x, 5]",
+         "data.validation[1]: the number 5, but a section with keys is expected. Its keys "
          "are path, weight."),
         ("data.train=''", "data.train[0].path: the text '' is not valid: must be a path: not empty, without NUL "
          "characters."),
@@ -276,11 +278,14 @@ def test_duplicate_key_is_reported_with_the_other_problems(small_path):
         ("data.train=[{weight: 1}]", "data.train[0].path: missing, and it has no default. Give it a value."),
         ("model.parameter_tokens=null", "model.parameter_tokens: missing. Add this section; it needs qkv, proj, ffn."),
         # what belongs to the other architecture
-        ("model.ffn_hidden_size=256", "model.ffn_hidden_size: a tokenformer has parameter tokens instead. Remove it, or "
+        ("model.ffn_hidden_size=256",
+         "model.ffn_hidden_size: a tokenformer has parameter tokens instead. Remove it, or "
          "set model.architecture to transformer."),
-        ("model.architecture=transformer", "model.parameter_tokens: a transformer has no parameter tokens. Remove it, or "
+        ("model.architecture=transformer",
+         "model.parameter_tokens: a transformer has no parameter tokens. Remove it, or "
          "set model.architecture to tokenformer."),
-        ("model.architecture=gpt", "model.architecture: the text 'gpt', but one of tokenformer, transformer is expected."),
+        ("model.architecture=gpt",
+         "model.architecture: the text 'gpt', but one of tokenformer, transformer is expected."),
     ],
 )  # fmt: skip
 def test_problem_sentence(small, override, problem):

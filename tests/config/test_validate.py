@@ -139,7 +139,8 @@ def test_a_length_in_samples_is_one_in_tokens(small):
          "model.seq_length: 30 is not a multiple of parallel.tensor 4, which parallel.sequence needs. Set it to 28 or "
          "32, or parallel.sequence to false."),
         (["training.norm=gram", "model.activation=softmax"], 1,
-         "training.norm: gram finds the norm of scores before their activation, which model.activation softmax does not "
+         "training.norm: gram finds the norm of scores before their activation, which model.activation softmax does "
+         "not "
          "have. Set it to auto, or the activation to l2_norm_gelu."),
         (["training.norm=gram", "model.sparse={ffn: {group_size: 16, candidates: 2}}",
           "model.parameter_tokens.ffn=192"], 1,
@@ -147,7 +148,8 @@ def test_a_length_in_samples_is_one_in_tokens(small):
          "it to auto, or model.sparse to null."),
         (["training.scores=recompute", "model.sparse={ffn: {group_size: 16, candidates: 2}}",
           "model.parameter_tokens.ffn=192"], 1,
-         "training.scores: recompute is for projections whose positions use all their tokens, but model.sparse is given. "
+         "training.scores: recompute is for projections whose positions use all their tokens, but model.sparse is "
+         "given. "
          "Set it to keep, or model.sparse to null."),
         (["training.scores=recompute", "model.architecture=transformer", "model.ffn_hidden_size=64",
           "model.parameter_tokens=null"], 1,
@@ -162,19 +164,22 @@ def test_a_length_in_samples_is_one_in_tokens(small):
          "zero.stage: 0 with training.precision bf16 is refused, because DeepSpeed does not implement it with fp32 "
          "accumulation of bf16 gradients. Set zero.stage to 1, or training.precision to fp32."),
         (["zero.stage=0", "training.precision=fp16"], 1,
-         "zero.stage: 0 with training.precision fp16 is refused, because DeepSpeed's results are then wrong, even on one "
+         "zero.stage: 0 with training.precision fp16 is refused, because DeepSpeed's results are then wrong, even on "
+         "one "
          "rank. Set zero.stage to 1, or training.precision to fp32."),
         (["deepspeed.fp16.min_loss_scale=32", "deepspeed.fp16.initial_scale_power=4"], 1,
          "deepspeed.fp16.min_loss_scale: 32 is above the first loss scale, 16, which is 2 to the power of "
          "deepspeed.fp16.initial_scale_power 4. Set it to at most 16."),
         (["zero.stage=0", "parallel.pipeline=2"], 2,
-         "zero.stage: 0 with parallel.pipeline 2 is refused, because DeepSpeed then leaves parameters of later stages out "
+         "zero.stage: 0 with parallel.pipeline 2 is refused, because DeepSpeed then leaves parameters of later stages "
+         "out "
          "of the gradient norm. Set zero.stage to 1, or parallel.pipeline to 1."),
         (["evaluation.interval_steps=5", "data.validation=[]"], 1,
          "evaluation.interval_steps: 5, but data.validation is empty. Give data.validation, or remove "
          "evaluation.interval_steps."),
         (["model.architecture=transformer", "model.parameter_tokens=null", "model.num_key_value_heads=3"], 1,
-         "model.num_key_value_heads: 3 does not divide model.num_attention_heads 4, and each of its heads serves as many "
+         "model.num_key_value_heads: 3 does not divide model.num_attention_heads 4, and each of its heads serves as "
+         "many "
          "query heads as any other. Set it to 2 or 4."),
         (["parallel.tensor=4", "model.architecture=transformer", "model.parameter_tokens=null",
           "model.num_key_value_heads=2"], 4,

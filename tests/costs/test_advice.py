@@ -27,8 +27,8 @@ def test_growth_pays_exactly_above_the_relative_cost_of_a_token():
 
 
 def test_growth_at_every_instant_to_the_best_size():
-    """That only goes on from its loss: 0.946 of the best static size by Chinchilla's law, also when it is followed step by
-    step."""
+    """That only goes on from its loss: 0.946 of the best static size by Chinchilla's law, also when it is followed
+    step by step."""
     assert CHINCHILLA.ceiling() == pytest.approx(0.946, abs=5e-4)
     assert stepwise(CHINCHILLA) == pytest.approx(CHINCHILLA.ceiling(), rel=1e-3)
     assert stepwise(Law(0.0, 3.0, 0.5, 7.0, 0.4)) == pytest.approx(Law(0, 1, 0.5, 1, 0.4).ceiling(), rel=1e-3)

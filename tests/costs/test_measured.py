@@ -308,7 +308,8 @@ def step_of_engine(group, overrides):
     config = load("model.seq_length=32", "model.vocab_size=512", *overrides)
     topology, batches = topology_for(config, group.size), plan_batches(config, group.size)
     tensor = make_group(topology, "tensor", 60.0)
-    engine = DeepSpeedEngine(config, config.model, batches, topology, tensor, InitialSource(config.model, config.run.seed),
+    engine = DeepSpeedEngine(config, config.model, batches, topology, tensor, InitialSource(config.model,
+                                                                                            config.run.seed),
                     document_ends=boundaries(config.data, 0).ends)  # fmt: skip
     ids = torch.zeros(config.training.micro_batch_size, config.model.seq_length, dtype=torch.int64)
     data = iter(lambda: (ids, ids), None)

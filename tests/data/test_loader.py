@@ -39,7 +39,8 @@ def make_source(prefix: Path, num_tokens: int, first: int = 0, weight: float = 1
         writer.add_document(np.arange(first, first + num_tokens))
     if summary:
         fields = dict(  # noqa: C408 - as keywords
-            documents=1, tokens=num_tokens, bytes=1, max_token_id=first + num_tokens - 1, tokenizer_fingerprint="f" * 64,
+            documents=1, tokens=num_tokens, bytes=1, max_token_id=first + num_tokens - 1,
+            tokenizer_fingerprint="f" * 64,
             vocab_size=60_000, eod_id=0, files=(), skipped_records=0, empty_documents=0,
         )  # fmt: skip
         write_summary(prefix, CorpusSummary(**{**fields, **summary}))

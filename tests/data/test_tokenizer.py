@@ -116,9 +116,11 @@ def test_the_token_that_ends_a_document(tmp_path, case):
 
 
 EOD_MISTAKES = {
-    "several": (("</s>", "<|endoftext|>"), None, r"several .*: <\|endoftext\|> \(id 2\), </s> \(id 1\)\. Name .* --eod-token"),
+    "several": (("</s>", "<|endoftext|>"), None,
+                r"several .*: <\|endoftext\|> \(id 2\), </s> \(id 1\)\. Name .* --eod-token"),
     "none": (("<end>",), None, r"has no end-of-document token under a usual name .* Its special tokens are <end>\."),
-    "a name that it lacks": (("<end>",), "</s>", r"has no token '</s>' to end documents with. Its special tokens are <end>"),
+    "a name that it lacks": (("<end>",), "</s>",
+                             r"has no token '</s>' to end documents with. Its special tokens are <end>"),
     "an id that it lacks": (("<end>",), 7, r"has no token of id 7, with which documents end .* Correct data.eod_id"),
 }  # fmt: skip
 

@@ -174,7 +174,8 @@ def never(requests):
 @pytest.mark.parametrize(
     ("tasks", "folder", "fragments"),
     [
-        (["hellaswagg"], "tasks", ["unknown: hellaswagg (did you mean hellaswag", "arc_challenge, arc_easy, gsm8k_local, hellaswag"]),
+        (["hellaswagg"], "tasks", ["unknown: hellaswagg (did you mean hellaswag",
+                                   "arc_challenge, arc_easy, gsm8k_local, hellaswag"]),
         (["piqa", "no_such_task_at_all"], "data/eval/tasks", ["unknown: no_such_task_at_all", "fetch_eval_data.py"]),
         (["piqa"], "elsewhere", ["elsewhere: there is no such folder", "fetch_eval_data.py"]),
         (["boolq"], "tasks", ["--tasks boolq: the data cannot be loaded", "fetch_eval_data.py"]),
@@ -242,7 +243,8 @@ def write_task(folder, name, rows, **values):
 
 GOOD = {"q": "The sky is", "c": [" blue", " green"], "a": 0}
 CANNOT_BE_SCORED = {
-    "an empty answer": ([GOOD, {**GOOD, "c": ["", " green"]}], {"target_delimiter": ""}, "bad cannot be scored: no token stands for the answer ''"),
+    "an empty answer": ([GOOD, {**GOOD, "c": ["", " green"]}], {"target_delimiter": ""},
+                        "bad cannot be scored: no token stands for the answer ''"),
     "a document without a field": ([GOOD, {"q": "The sky is"}], {}, r"bad cannot be scored \(\w+: "),
     "a metric of which nothing is left": (
         [GOOD], {"metric_list": [{"metric": "bypass"}]}, r"bad cannot be scored \(ValueError: log_samples must"

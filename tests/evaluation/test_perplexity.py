@@ -70,7 +70,8 @@ def test_each_token_counts_once_with_its_own_context(checkpoint, model, tokens, 
 
 
 LAYOUTS = {
-    2: [(Topology(tensor=2), False), (Topology(tensor=2), True), (Topology(pipeline=2), False), (Topology(data=2), False)],
+    2: [(Topology(tensor=2), False), (Topology(tensor=2), True), (Topology(pipeline=2), False), (Topology(data=2),
+                                                                                                 False)],
     4: [(Topology(2, 2, 1), True), (Topology(1, 2, 2), False), (Topology(2, 1, 2), True), (Topology(4, 1, 1), False)],
 }  # fmt: skip
 

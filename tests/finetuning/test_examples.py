@@ -35,7 +35,8 @@ def test_of_a_prompt_and_an_answer_the_answer_is_learnt(read, tokenizer):
 
 def test_of_messages_what_the_assistant_says_is_learnt(read, tokenizer):
     messages = [{"role": role, "content": text} for role, text in
-                (("system", "s"), ("user", "u"), ("assistant", "one"), ("user", "v"), ("assistant", "two"))]  # fmt: skip
+                (("system", "s"), ("user", "u"), ("assistant", "one"), ("user", "v"), ("assistant",
+                                                                                       "two"))]  # fmt: skip
     (example,) = read({"messages": messages})
     assert learnt(example, tokenizer) == "one[eos]two[eos]"
     whole = tokenizer.apply_chat_template(messages, tokenize=False)

@@ -130,8 +130,10 @@ def test_a_grown_adapter_goes_on_without_packing_and_recomputed(folder, tmp_path
     assert done.returncode == 0, done.stderr
     grown = grow_adapter(read_adapter(tmp_path / "first" / "adapter"), 8, freeze_old=True)
     write_adapter(tmp_path / "grown", grown)
-    options = ("adapter.tokens=null", f"adapter.from={tmp_path}/grown", f"run.dir={tmp_path}/second", "data.packing=false",
-               "training.activation_checkpointing=true", "base.precision=bf16", "logging.trackers=[tensorboard]")  # fmt: skip
+    options = ("adapter.tokens=null", f"adapter.from={tmp_path}/grown", f"run.dir={tmp_path}/second",
+               "data.packing=false",
+               "training.activation_checkpointing=true", "base.precision=bf16",
+               "logging.trackers=[tensorboard]")  # fmt: skip
     done = finetune(folder, *options)
     assert done.returncode == 0, done.stderr
     assert f"tensorboard --logdir {tmp_path}/second/tensorboard" in done.stdout

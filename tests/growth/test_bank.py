@@ -118,7 +118,9 @@ def test_what_cannot_be_is_said_before():
     bank, ffn_gram = Growth(source="x", method="bank"), GrowthMethods(ffn="gram")
     assert growth_problems(small, large, bank) == []
     for old, new, growth, message in (
-        (small, model(tokens={"ffn": 69}), bank, "growth.method: bank adds candidates to the 37 tokens, and the model has none. Set model.sparse.ffn to {group_size: "
+        (small, model(tokens={"ffn": 69}), bank,
+         "growth.method: bank adds candidates to the 37 tokens, and the model has none. Set model.sparse.ffn to "
+         "{group_size: "
          "256, candidates: 4, dense: 37} and model.parameter_tokens.ffn to 293, or growth.method to zero_key"),
         (large, model({**BANK, "candidates": 6}), bank,
          "model.sparse.ffn.candidates: 3 before, 6 after. growth.method: bank begins with a dense model, and the "
@@ -128,10 +130,13 @@ def test_what_cannot_be_is_said_before():
          "model.sparse.ffn.dense: 21, and the smaller model has 37 ffn tokens, which stay in use at every position. "
          "Set it to 37, and model.parameter_tokens.ffn to that and whole slots more"),
         (model(activation="softmax"), model(BANK, activation="softmax"), bank,
-         "bank cannot keep the function of a softmax model: a zero key has the weight exp(0) = 1, not 0. Set it to split"),
-        (small, large, bank.model_copy(update={"methods": ffn_gram}), "growth.methods.ffn: gram, and growth.method bank"),
+         "bank cannot keep the function of a softmax model: a zero key has the weight exp(0) = 1, not 0. Set it to "
+         "split"),
+        (small, large, bank.model_copy(update={"methods": ffn_gram}),
+         "growth.methods.ffn: gram, and growth.method bank"),
         (small, model(BANK, tokens={"qkv": 20}), bank,
-         "model.parameter_tokens.qkv: 13 before, 20 after, and model.sparse has no qkv. Set growth.methods.qkv to zero_key"),
+         "model.parameter_tokens.qkv: 13 before, 20 after, and model.sparse has no qkv. Set growth.methods.qkv to "
+         "zero_key"),
         (small, large, Growth(source="x"), "to put candidates next to the tokens of a dense model, to bank"),
     ):  # fmt: skip
         problems = growth_problems(old, new, growth)

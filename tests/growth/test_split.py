@@ -239,25 +239,31 @@ def test_what_cannot_be_split_is_said_before():
     assert scales_after_growth(small, large, Growth(source="x", method="split"), {"a": 2.0}) == {"a": 2.0}
     for old, new, method, message in (
         (small, small, "split",
-         "split copies tokens to candidates, and the model has none. Set model.sparse.ffn to {group_size: 32, candidates: 4, "
+         "split copies tokens to candidates, and the model has none. Set model.sparse.ffn to {group_size: 32, "
+         "candidates: 4, "
          "dense: 5}, or growth.method to zero_key."),
         (small, model(BANK, parameter_tokens={**TOKENS, "qkv": 20}), "split",
          "model.parameter_tokens.qkv: 13 before, 20 after. split changes model.sparse, and no token counts"),
         (large, model({**BANK, "candidates": 8}), "split",
-         "model.sparse.ffn.candidates: 3 before, 8 after. Each candidate is split into as many copies as the others: set it "
+         "model.sparse.ffn.candidates: 3 before, 8 after. Each candidate is split into as many copies as the others: "
+         "set it "
          "to a multiple of 3, such as 6 or 9."),
-        (large, model({**BANK, "candidates": 2}), "split", "3 before, 2 after. Each candidate is split into as many copies"),
+        (large, model({**BANK, "candidates": 2}), "split",
+         "3 before, 2 after. Each candidate is split into as many copies"),
         (large, model({"group_size": 32, "candidates": 6, "dense": 5}), "split",
-         "model.sparse.ffn.group_size: 16 before, 32 after. Candidates are split as they are, each into copies of its own "
+         "model.sparse.ffn.group_size: 16 before, 32 after. Candidates are split as they are, each into copies of its "
+         "own "
          "size: set it to 16, or split the dense model that they come from."),
         (large, model({**BANK, "dense": 21, "candidates": 6}), "split", "model.sparse.ffn.dense: 5 before, 21 after."),
         (large, small, "split",
-         "model.sparse.ffn: {group_size: 16, candidates: 3, dense: 5} before, null after. Growth cannot take candidates away: "
+         "model.sparse.ffn: {group_size: 16, candidates: 3, dense: 5} before, null after. Growth cannot take "
+         "candidates away: "
          "set it to {group_size: 16, candidates: 3, dense: 5}, or train the new model from scratch, without growth."),
         (large, small, "zero_key", "null after. Growth cannot take candidates away"),
         (large, large, "split", "the smaller model has those of model.sparse already"),
         (small, large, "zero_key", "model.sparse.ffn: null before, {group_size: 16, candidates: 3, dense: 5} after."),
-        (small, large, "zero_key", "to copy them to candidates, or candidates to more of them, set growth.method to split"),
+        (small, large, "zero_key",
+         "to copy them to candidates, or candidates to more of them, set growth.method to split"),
     ):  # fmt: skip
         problems = growth_problems(old, new, Growth(source="x", method=method))
         assert any(message in problem for problem in problems), problems

@@ -60,7 +60,8 @@ def test_clones_come_apart_with_noise_alone():
 
 
 @pytest.mark.parametrize("name", ["embedding.weight", "final_norm.bias", "blocks.0.attention.qkv.weight",
-                                  "blocks.1.attention.proj.weight", "blocks.1.ffn.up.weight", "blocks.0.ffn.down.weight"])  # fmt: skip
+                                  "blocks.1.attention.proj.weight", "blocks.1.ffn.up.weight",
+                                  "blocks.0.ffn.down.weight"])  # fmt: skip
 def test_any_range_is_that_of_the_whole(name):
     small, large = model(2, **GROUPED), wider(3, num_key_value_heads=2)
     source, numel = grown(small, large), parameter_table(large)[name].numel
@@ -93,10 +94,10 @@ def test_what_cannot_be_cloned_is_refused():
         "model.hidden_size: 32 before, 48 after. Cloning repeats what there is: set it to 32, or 64."
     ]
     assert problems(small, model(2, **{**PLAIN, "hidden_size": 64, "num_key_value_heads": 4})) == [
-        "model.num_attention_heads: 4 before, 4 after, but model.hidden_size is 2 times what it was, and heads keep their "
-        "size. Set it to 8.",
-        "model.num_key_value_heads: 4 before, 4 after, but model.hidden_size is 2 times what it was, and heads keep their "
-        "size. Set it to 8.",
+        "model.num_attention_heads: 4 before, 4 after, but model.hidden_size is 2 times what it was, and heads keep "
+        "their size. Set it to 8.",
+        "model.num_key_value_heads: 4 before, 4 after, but model.hidden_size is 2 times what it was, and heads keep "
+        "their size. Set it to 8.",
     ]
     assert problems(small, model(3, **PLAIN), clone_noise=0.2) == [
         "growth.clone_noise: 0.2 sets clones apart, and the width of a transformer does not grow. Remove "

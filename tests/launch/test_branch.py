@@ -18,7 +18,8 @@ SCRIPT = """
 from megatron_tf import train
 folder, wsd = {folder!r}, {wsd!r}
 def run(name, *overrides):
-    train(folder + "/config.yml", ["run.dir=" + folder + "/" + name, wsd, "checkpoint.keep_before_decay=true", *overrides])
+    own = "run.dir=" + folder + "/" + name
+    train(folder + "/config.yml", [own, wsd, "checkpoint.keep_before_decay=true", *overrides])
 run("trunk", "checkpoint.interval_steps=1", "checkpoint.keep_last=1")
 branch = "branch={{from: " + folder + "/trunk, at: before_decay}}"
 run("same", branch)

@@ -17,7 +17,8 @@ from megatron_tf.checkpoint import load_logical
 )
 def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(folder, engine, stage, precision):
     """In fp16 as soon as the loss scale, 2 and then 1, cannot fall any more."""
-    overrides = [f"zero.stage={stage}", f"training.precision={precision}", "deepspeed.fp16.initial_scale_power=1", "optimizer.lr=1e25", "optimizer.schedule.warmup_steps=0",
+    overrides = [f"zero.stage={stage}", f"training.precision={precision}", "deepspeed.fp16.initial_scale_power=1",
+                 "optimizer.lr=1e25", "optimizer.schedule.warmup_steps=0",
                  "optimizer.schedule.type=constant", "training.train_steps=9", "training.gradient_clipping=0",
                  "guard.nonfinite_patience=3", "checkpoint.interval_steps=1"]  # fmt: skip
     result = train(folder, *overrides)

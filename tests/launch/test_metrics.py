@@ -12,7 +12,8 @@ from launching import train
 from megatron_tf.checkpoint.load import load_logical
 
 EVERY_STEP = {
-    "train/loss", "train/loss_step", "train/perplexity", "optim/lr", "optim/grad_norm", "optim/skipped_steps", "perf/tokens_per_second",
+    "train/loss", "train/loss_step", "train/perplexity", "optim/lr", "optim/grad_norm", "optim/skipped_steps",
+    "perf/tokens_per_second",
     "perf/tokens_per_second_per_device", "perf/step_seconds", "perf/eta_seconds", "perf/mfu",
 }  # fmt: skip
 

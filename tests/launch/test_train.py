@@ -53,7 +53,8 @@ def test_a_run_writes_what_it_promises(folder):
 def test_the_time_of_a_step_and_a_trace_of_it(folder):
     """On two pipeline stages of one rank each, and tensor parallel: all phases are there."""
     for ranks, layout in ((2, "parallel.pipeline=2"), (2, "parallel.tensor=2")):
-        out = succeed(train(folder, layout, f"run.dir={folder}/{layout}", "training.profile={first_step: 3, num_steps: 2}",
+        out = succeed(train(folder, layout, f"run.dir={folder}/{layout}",
+                            "training.profile={first_step: 3, num_steps: 2}",
                             ranks=ranks))  # fmt: skip
         assert "forward" in out and "backward" in out
         shares = [{key.removeprefix("perf/share_"): value for key, value in record.items() if "perf/share_" in key}

@@ -44,7 +44,8 @@ def plain_logits(weights, ids, fraction, groups=HEADS):
     batch, length, _ = x.shape
     future = torch.ones(length, length).triu(1).bool()
     for layer in range(LAYERS):
-        w = {name: weights[f"blocks.{layer}.{name}.weight"] for name in ("attention.qkv", "attention.proj", "ffn.up", "ffn.down")}  # fmt: skip
+        w = {name: weights[f"blocks.{layer}.{name}.weight"] for name in ("attention.qkv", "attention.proj", "ffn.up",
+                                                                         "ffn.down")}  # fmt: skip
         u = normalised(x)
         heads = []
         for *queries, key, value in w["attention.qkv"].view(groups, HEADS // groups + 2, WIDTH // HEADS, WIDTH):

@@ -302,7 +302,8 @@ class Cluster:
         script.write_text(CONTROL.format(control=CONTROL_ADDRESS, work=self.work, reap=REAP))
         # setpriv: when pytest itself is killed, the cluster ends with it
         self._control = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc",
+            ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--uts", "--pid", "--fork",
+             "--mount-proc",
              "--kill-child", "bash", script], stdin=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 30

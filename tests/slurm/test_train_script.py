@@ -18,7 +18,8 @@ REQUEUED = -signal.SIGTERM  # SLURM ends the script in this way when it puts its
 STAND_INS = {
     # runs the command once, where SLURM would run it once a rank
     "srun": 'echo "srun $*" >>calls; while [[ $1 = --* ]]; do shift; done; exec "$@"',
-    "scontrol": 'echo "scontrol $*" >>calls; if [ $1 = show ]; then echo "A=1 Restarts=$RESTARTS B=2"; else kill $PPID; fi',
+    "scontrol": 'echo "scontrol $*" >>calls; if [ $1 = show ]; then echo "A=1 Restarts=$RESTARTS B=2"; else kill '
+    "$PPID; fi",
     "scancel": 'echo "scancel $*" >>calls; kill -USR1 $(cat rank.pid)',
     "apptainer": 'echo "apptainer $*" >>calls; while [[ $1 != *.sif ]]; do shift; done; shift; exec "$@"',
     "sleep": "exec /bin/sleep 0.1",
@@ -128,7 +129,8 @@ def test_pyxis(start, tmp_path):
 def test_apptainer(start, tmp_path):
     extra = {"CONTAINER_IMAGE": "train.sif", "CONTAINER_RUNTIME": "apptainer"}
     assert finish(start("c.yml", "a.b=1", **extra))[0] == 0
-    expected = f"apptainer exec --nv --bind {tmp_path}:{tmp_path} --pwd {tmp_path} train.sif {sys.executable} launch/train.py c.yml"
+    image = f"apptainer exec --nv --bind {tmp_path}:{tmp_path} --pwd {tmp_path} train.sif"
+    expected = f"{image} {sys.executable} launch/train.py c.yml"
     assert calls(tmp_path)[1] == f"{expected} a.b=1"
     assert (tmp_path / "arguments").read_text().splitlines() == ["c.yml", "a.b=1"]
 

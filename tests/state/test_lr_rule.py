@@ -1,4 +1,4 @@
-"""optimizer.lr_rule and layer_decay: the factors, the updates that follow from them, and the same ones at every layout and engine."""
+"""optimizer.lr_rule and layer_decay: the factors, the updates that follow, the same at every layout and engine."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from megatron_tf.study.file import load_study
 
 SECTIONS = {
     "model": {
-        "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 99, "rotary_fraction": 0.5,
+        "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 99,
+        "rotary_fraction": 0.5,
         "parameter_tokens": {"qkv": 8, "proj": 8, "ffn": 16},
     },
     "training": {"train_steps": 10, "global_batch_size": 4, "micro_batch_size": 4, "precision": "fp32"},

@@ -56,7 +56,7 @@ def test_it_is_in_json_what_it_was():
 
 @pytest.fixture
 def found(study, tmp_path):
-    """What a plan reads in the report of a study of three sizes and three lengths whose runs end with `loss_of(node)`."""
+    """What a plan reads in the report of a study of three sizes and lengths, whose runs end in `loss_of(node)`."""
     sizes = {8 * times: {"model": {"parameter_tokens": {"qkv": 8 * times, "proj": 8 * times, "ffn": 16 * times}}}
              for times in (1, 4, 16)}  # fmt: skip
     arms = [

@@ -128,7 +128,8 @@ def test_what_is_stopped_goes_on(study, started):
 
 def test_report(study, started, tmp_path):
     started()
-    of = study(more=[{"name": "longer", "parent": "small", "by": "branch", "flops": 4e7, "decay": 0.2, "family": "static",
+    of = study(more=[{"name": "longer", "parent": "small", "by": "branch", "flops": 4e7, "decay": 0.2,
+                      "family": "static",
                       "comparable": False}], arms={"going_on": {"family": "static"}})  # fmt: skip
     with pytest.raises(UserError, match="no run has ended yet"):
         results_of(make_plan(of, loss_of))
@@ -146,7 +147,8 @@ def test_report(study, started, tmp_path):
     small, on, grown, _ = found["arms"]
     assert found["reference"] == "going_on" and (found["runs_ended"], found["runs"]) == (10, 10)
     assert small["sweep"] == {
-        "key": "optimizer.lr", "chosen": 0.02, "at_end_of_values": False, "losses": {"0.01": 3.0, "0.02": 2.1, "0.04": 4.0}
+        "key": "optimizer.lr", "chosen": 0.02, "at_end_of_values": False, "losses": {"0.01": 3.0, "0.02": 2.1,
+                                                                                     "0.04": 4.0}
     }  # fmt: skip
     assert on["loss"]["mean"] == pytest.approx(2.15) and "difference" not in on
     assert grown["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "verdict": "not significant"}

@@ -25,7 +25,8 @@ def transfer(study):
             {"name": "wide_at_small", "tokens": 20 * 64, "decay": 0.2, "value_of": "small", "overrides": WIDE},
             {"name": "wide", "tokens": 20 * 64, "decay": 0.2, "overrides": WIDE,
              "sweep": {"key": "optimizer.lr", "values": RATES}},
-            {"name": "other", "tokens": 40 * 64, "decay": 0.2, "comparable": False, "value_of": "small", "overrides": WIDE},
+            {"name": "other", "tokens": 40 * 64, "decay": 0.2, "comparable": False, "value_of": "small",
+             "overrides": WIDE},
         ],
     )  # fmt: skip
 

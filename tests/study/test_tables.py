@@ -7,7 +7,8 @@ from megatron_tf.study.tables import as_page, in_words
 
 def arm(name, **changes):
     return {
-        "name": name, "comparable": True, "parameters": 12345, "tokens": 4_070_000, "flops": 1.5e13, "ended": 2, "seeds": 2,
+        "name": name, "comparable": True, "parameters": 12345, "tokens": 4_070_000, "flops": 1.5e13, "ended": 2,
+        "seeds": 2,
         "seconds": 3600.0, "state_bytes": 2**20, "loss": {"mean": 3.7052, "low": 3.5, "high": 3.9}, "sweep": None,
         "cost_against": {}, "growth": None, "routing": None, "clock": None, "diverged": 0, "metrics": {}, **changes,
     }  # fmt: skip
@@ -15,7 +16,8 @@ def arm(name, **changes):
 
 def found(*arms):
     return {
-        "unit": "tokens", "unit_tokens": 1, "reference": "on", "arms": arms, "laws": {}, "transfers": [], "runs_ended": 4, "runs": 6, "flops_spent": 1e14, "seconds_spent": 60.0,
+        "unit": "tokens", "unit_tokens": 1, "reference": "on", "arms": arms, "laws": {}, "transfers": [],
+        "runs_ended": 4, "runs": 6, "flops_spent": 1e14, "seconds_spent": 60.0,
     }  # fmt: skip
 
 

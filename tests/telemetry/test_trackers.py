@@ -76,7 +76,8 @@ def test_what_an_earlier_run_logged_is_kept(tmp_path):
     for run in (1, 2, 3):
         tracker = JsonlTracker(path, 0, warnings.append)
         tracker.log({"train/loss": float(run)}, 5)
-    assert [record["train/loss"] for name in ("", ".1", ".2") for record in records(tmp_path / f"metrics.jsonl{name}")] == [
+    assert [record["train/loss"] for name in ("", ".1",
+                                              ".2") for record in records(tmp_path / f"metrics.jsonl{name}")] == [
         3.0, 1.0, 2.0
     ]  # fmt: skip
     assert len(warnings) == 2 and warnings[1].endswith("this one starts at step 0. It is kept as metrics.jsonl.2.")

@@ -19,7 +19,8 @@ def ranks(world_size, *arguments, started=None, last=()):
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, str(DOCTOR), *QUICK, *map(str, arguments), *(last if rank == world_size - 1 else ())], text=True,
+            [sys.executable, str(DOCTOR), *QUICK, *map(str, arguments), *(last if rank == world_size - 1 else ())],
+            text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=PROJECT,
             env=environment(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                             MASTER_PORT=str(port), PYTHONPATH=str(PROJECT)),

@@ -288,7 +288,8 @@ save_checkpoint(sys.argv[2], pieces, index, rank=0, world_size=1, token="t")
 # Runs the tool of argv[1:] and prints what its work has added to the libraries' memory, and its seconds.
 MEASURE = """
 import json, resource, runpy, sys, time
-import torch, megatron_tf.checkpoint.step_zero, megatron_tf.data.loader, megatron_tf.config.load, megatron_tf.telemetry.console
+import torch, megatron_tf.checkpoint.step_zero, megatron_tf.data.loader, megatron_tf.config.load
+import megatron_tf.telemetry.console
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, began = peak(), time.perf_counter()
 sys.argv = sys.argv[1:]
@@ -355,7 +356,10 @@ def test_half_the_speed_of_copying(large, method):
     for _ in range(ROUNDS):
         growing.append(measured(large, large / "grown", method)["seconds"])
         shard, copy = next((large / "grown").glob("*/*/shard*")), large / "copy"
-        script = "import sys, time, subprocess; t = time.perf_counter(); subprocess.run(sys.argv[1:], check=True); print(time.perf_counter() - t)"
+        script = (
+            "import sys, time, subprocess; t = time.perf_counter(); subprocess.run(sys.argv[1:], check=True); "
+            "print(time.perf_counter() - t)"
+        )
         timed = [sys.executable, "-c", script, "dd", f"if={shard}", f"of={copy}", "bs=16M", "conv=fsync", "status=none"]
         copying.append(float(subprocess.run(timed, check=True, stdout=subprocess.PIPE, text=True).stdout))
         copy.unlink()

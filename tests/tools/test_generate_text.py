@@ -70,7 +70,8 @@ def generate_text(folder, command):
     return lambda *arguments: command(folder / "run", "--tokens", 4, *arguments)
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "the cat ", "the cat sat on the mat " * 9], ids=["none", "blank", "short", "long"])  # fmt: skip
+@pytest.mark.parametrize("prompt", ["", " ", "the cat ", "the cat sat on the mat " * 9], ids=["none", "blank", "short",
+                                                                                              "long"])  # fmt: skip
 def test_prompts_are_continued(generate_text, prompt):
     done = generate_text("--prompt", prompt)
     assert done.returncode == 0, done.stderr

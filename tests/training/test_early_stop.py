@@ -87,7 +87,8 @@ def test_a_run_ends_early_is_complete_and_can_go_on(tmp_path):
     overrides = [[], [], ["training.stop_when=null"]]
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run(
-        warm([sys.executable, tmp_path / "script.py", json.dumps(overrides)]), cwd=tmp_path, capture_output=True, text=True,
+        warm([sys.executable, tmp_path / "script.py", json.dumps(overrides)]), cwd=tmp_path, capture_output=True,
+        text=True,
         env=environment(PYTHONPATH=str(PROJECT)), timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -48,7 +48,8 @@ def test_the_pause_is_a_small_share_of_a_save(config, tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     pauses = [call + wait for call, wait in zip(figures["call"], figures["wait"])]
     print(f"\n{figures['bytes'] / 1e9:.2f} GB; seconds, medians of {ROUNDS}: " + ", ".join(
-        f"{name} {median(figures[name]):.3f}" for name in ("synchronous", "call", "wait", "copy", "step", "step_during_copy")
+        f"{name} {median(figures[name]):.3f}" for name in ("synchronous", "call", "wait", "copy", "step",
+                                                           "step_during_copy")
     ))  # fmt: skip
     print(f"the pause is {median(pauses) / median(figures['synchronous']):.1%} of a synchronous save; "
           f"the first one, which allocates, {figures['first'] / median(figures['synchronous']):.1%}")  # fmt: skip

@@ -69,13 +69,15 @@ def test_grouped_query_attention(config):
 @STEPS
 def test_transformer_on_four_ranks(config, steps):
     check(transformer(config, training={"activation_checkpointing": True}),
-          [Layout(Topology(2, 2, 1), True), Layout(Topology(2, 1, 2)), Layout(Topology(4, 1, 1), True)], steps)  # fmt: skip
+          [Layout(Topology(2, 2, 1), True), Layout(Topology(2, 1, 2)), Layout(Topology(4, 1, 1), True)],
+          steps)  # fmt: skip
 
 
 @pytest.mark.slow
 def test_activation_checkpointing(config):
     # DeepSpeed's default, reentrant, gave 58 of 59 parameters zero gradient with one stage
-    check(config(training={"activation_checkpointing": True}), [Layout(Topology(1, 1, 2)), Layout(Topology(2, 1, 1), True),
+    check(config(training={"activation_checkpointing": True}), [Layout(Topology(1, 1, 2)), Layout(Topology(2, 1, 1),
+                                                                                                  True),
                                                                 Layout(Topology(1, 2, 1))], steps=3)  # fmt: skip
 
 
@@ -118,13 +120,15 @@ BOUNDARIES = {"train": ({"path": "unused"},), "reset_at_eod": True, "mask_eod_lo
 
 def test_document_boundaries_on_two_ranks(config):
     """Micro batches and ranks have different numbers of labels that count."""
-    check(config(data=BOUNDARIES), [Layout(Topology(2, 1, 1)), Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)),
+    check(config(data=BOUNDARIES), [Layout(Topology(2, 1, 1)), Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2,
+                                                                                                                1)),
                                     Layout(Topology(1, 1, 2))], steps=3)  # fmt: skip
 
 
 @pytest.mark.slow
 def test_document_boundaries_on_four_ranks(config):
-    check(config(data=BOUNDARIES), [Layout(Topology(2, 2, 1)), Layout(Topology(2, 2, 1), True), Layout(Topology(1, 2, 2)),
+    check(config(data=BOUNDARIES), [Layout(Topology(2, 2, 1)), Layout(Topology(2, 2, 1), True), Layout(Topology(1, 2,
+                                                                                                                2)),
                                     Layout(Topology(2, 1, 2), True)], steps=3)  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def load(folder: Path, **options):
 
 @pytest.fixture(scope="module")
 def sparse_of(network_of):
-    """A network with a bank whose candidates are all chosen, its scores not so large that a softmax is all or nothing."""
+    """A network with a bank whose candidates are all chosen, its scores too small for a softmax of all or nothing."""
 
     def make(bank=BANK, **changes) -> TokenFormer:
         network = network_of(sparse={"ffn": bank}, **changes)

@@ -1,4 +1,4 @@
-"""Random operations: each keeps size and mode, does nothing at strength 0 where it has one, and is drawn as timm does."""
+"""Random operations: each keeps size and mode, does nothing at strength 0 where it has one, and is drawn as by timm."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def database(folder: Path) -> bytes:
     return (folder / "x.db").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "A.JSONL", "a.json", "a.b.jl", "a.jsonlines", "c4.00000-of-01024.json"])  # fmt: skip
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "A.JSONL", "a.json", "a.b.jl", "a.jsonlines",
+                                  "c4.00000-of-01024.json"])  # fmt: skip
 def test_names_of_json_lines(name):
     assert content_of(LINES, name) == content_of(b"", name) == Content("lines")
 

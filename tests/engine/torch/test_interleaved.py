@@ -82,8 +82,8 @@ def test_the_layout_gate_knows_it():
         ),
         (
             {},
-            "parallel.virtual_stages: 2 needs a pipeline, and parallel.pipeline is 1. Set parallel.virtual_stages to 1, "
-            "or parallel.pipeline to 2.",
+            "parallel.virtual_stages: 2 needs a pipeline, and parallel.pipeline is 1. Set parallel.virtual_stages to "
+            "1, or parallel.pipeline to 2.",
         ),
         (
             {"pipeline": 2, "schedule": "gpipe"},
@@ -92,8 +92,8 @@ def test_the_layout_gate_knows_it():
         ),
         (
             {"pipeline": 2, "virtual_stages": 3},
-            "parallel.virtual_stages: 3 parts on each of 2 pipeline ranks need a layer each, but model.num_layers is 5. "
-            "Set it to at most 2.",
+            "parallel.virtual_stages: 3 parts on each of 2 pipeline ranks need a layer each, but model.num_layers is "
+            "5. Set it to at most 2.",
         ),
     ],
 )

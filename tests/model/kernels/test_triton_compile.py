@@ -32,11 +32,13 @@ for operation in ("norm", "weights", "norm_and_weights", "backward", "backward_w
         elif name == "scale":
             types[name] = "fp32"
         else:
-            types[name] = "i32" if name.endswith("stride") else "*fp32" if name in ("norms", "totals", "products") else "*bf16"
+            of_sums = "*fp32" if name in ("norms", "totals", "products") else "*bf16"
+            types[name] = "i32" if name.endswith("stride") else of_sums
             aligned[(i,)] = ALIGNED
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     options = {"num_warps": 2048 // triton_passes.WARP}
-    found[operation] = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["ptx"]
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    found[operation] = triton.compile(source, target=target, options=options).asm["ptx"]
 print(json.dumps(found))
 """
 

@@ -39,7 +39,8 @@ def test_normalisation_is_imagenets_for_colours_and_one_half_for_grey():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.seq_length=9", "model.seq_length: 9, but images of 6 in patches of 3 and a class token are 5 positions. Rem"),
+        ("model.seq_length=9",
+         "model.seq_length: 9, but images of 6 in patches of 3 and a class token are 5 positions. Rem"),
         ("model.image.size=7", "model.image.size: 7 is not a multiple of model.image.patch 3. Set it to 6 or 9."),
         ("model.image.classes=1", "model.image.classes: 1 is out of range. It must be at least 2."),
         ("model.image.channels=2", "model.image.channels: the number 2, but one of 1, 3 is expected"),
