@@ -21,14 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from megatron_tf.config.sections.model import Model
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.ranges import StepRange
-from megatron_tf.state.sources import StateSource
+from megatron_tf.state.sources import StateSource, read_whole
 
 
 class BankSource:
@@ -48,9 +47,7 @@ class BankSource:
         return self._old.scales
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        result = torch.empty(stop - start)
-        self.read_into(name, state, start, result)
-        return result
+        return read_whole(self, name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         if name in self._known:

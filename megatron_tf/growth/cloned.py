@@ -13,7 +13,7 @@ from megatron_tf.growth.noise import noise
 from megatron_tf.state.optimizer_states import WEIGHT, initial_value
 from megatron_tf.state.parameters import layer_of, parameter_table
 from megatron_tf.state.ranges import StepRange
-from megatron_tf.state.sources import StateSource, copy_in_slices
+from megatron_tf.state.sources import StateSource, copy_in_slices, read_whole
 
 
 class ClonedSource:
@@ -33,9 +33,7 @@ class ClonedSource:
         self.scales: Mapping[str, float] = old.scales
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        result = torch.empty(stop - start)
-        self.read_into(name, state, start, result)
-        return result
+        return read_whole(self, name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         if state != WEIGHT:

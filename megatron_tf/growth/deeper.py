@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from megatron_tf.architectures.spec import ParameterSpec
@@ -12,7 +11,7 @@ from megatron_tf.growth.layers import Origins
 from megatron_tf.state.optimizer_states import WEIGHT, initial_value
 from megatron_tf.state.parameters import in_layer, layer_of
 from megatron_tf.state.ranges import StepRange
-from megatron_tf.state.sources import StateSource
+from megatron_tf.state.sources import StateSource, read_whole
 
 
 class DeeperSource:
@@ -38,9 +37,7 @@ class DeeperSource:
         self.scales = scales
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        result = torch.empty(stop - start)
-        self.read_into(name, state, start, result)
-        return result
+        return read_whole(self, name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         taken = self._taken(name)

@@ -26,7 +26,7 @@ from megatron_tf.growth.rules import growth_problems
 from megatron_tf.growth.tokens import decide, growing
 from megatron_tf.state.optimizer_states import WEIGHT, declared_states, initial_value
 from megatron_tf.state.parameters import parameter_table
-from megatron_tf.state.sources import FreshSource, StateSource, copy_in_slices
+from megatron_tf.state.sources import FreshSource, StateSource, copy_in_slices, read_whole
 
 PRUNED = "pruned"  # stands for a method in the history of a model that has lost tokens
 
@@ -115,9 +115,7 @@ class ScaledSource:
         return self._source.scales
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        result = torch.empty(stop - start)
-        self.read_into(name, state, start, result)
-        return result
+        return read_whole(self, name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         self._source.read_into(name, state, start, target)
@@ -178,9 +176,7 @@ class AppendedSource:
         self._latest: tuple[str, NewTokens] | None = None
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        result = torch.empty(stop - start)
-        self.read_into(name, state, start, result)
-        return result
+        return read_whole(self, name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         boundary = self._boundary(name, start, start + target.numel())

@@ -49,7 +49,7 @@ from megatron_tf.growth.noise import noise
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
 from megatron_tf.state.ranges import StepRange, add_steps
-from megatron_tf.state.sources import StateSource, copy_in_slices
+from megatron_tf.state.sources import StateSource, copy_in_slices, read_whole
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,7 @@ class SplitSource:
         return self._old.scales
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        result = torch.empty(stop - start)
-        self.read_into(name, state, start, result)
-        return result
+        return read_whole(self, name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         tensor, copies = self._copies.get(name, (name, None))

@@ -56,6 +56,13 @@ def copy_in_slices(read: Callable[[int, int], Tensor], start: int, target: Tenso
         part.copy_(read(start + low, start + low + part.numel()))
 
 
+def read_whole(source: StateSource, name: str, state: str, start: int, stop: int) -> Tensor:
+    """What `source.read_into` fills for elements [start, stop): the `read` of a source that computes in there."""
+    result = torch.empty(stop - start)
+    source.read_into(name, state, start, result)
+    return result
+
+
 class FreshSource:
     """The weights and τ of another source; nothing updated so far."""
 
