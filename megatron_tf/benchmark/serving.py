@@ -17,7 +17,7 @@ import torch
 from megatron_tf.benchmark.models import equal_transformer
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
-from megatron_tf.config.schema import Model
+from megatron_tf.config.sections.model import Model
 from megatron_tf.convert.huggingface.configuration import CODE, huggingface_config
 from megatron_tf.convert.huggingface.export import CONFIG_NAME, write_code, write_json
 from megatron_tf.convert.huggingface.verify import verifying_versions
