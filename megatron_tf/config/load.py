@@ -109,7 +109,9 @@ def _read_alone(path: str) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(f"{path}: {reason}. {remedy}") from None
     except OSError as error:
         reason = system_reason(error, path)
-        raise ConfigError(f"{path}: cannot be read ({reason}). Give a readable YAML file.") from None
+        of_run = os.path.join(path, "config.yml")
+        remedy = f"Give {of_run}, the run's own file." if os.path.isfile(of_run) else "Give a readable YAML file."
+        raise ConfigError(f"{path}: cannot be read ({reason}). {remedy}") from None
     values, problems = parse_yaml(decode_text(ConfigError, path, content), path)
     if values is None:
         needed = ", ".join(required_keys(RunConfig))

@@ -126,7 +126,10 @@ def test_a_link_to_a_file_and_to_nowhere(tmp_path, small_path):
 
 
 def test_folder_instead_of_file(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)\. Give a readable YAML file"):
+        load_config(tmp_path)
+    (tmp_path / "config.yml").touch()
+    with pytest.raises(ConfigError, match=rf"Give {tmp_path}/config\.yml, the run's own file"):
         load_config(tmp_path)
 
 
