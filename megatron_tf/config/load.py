@@ -29,6 +29,7 @@ from megatron_tf.config.lookup import (
     required_keys,
     section_at,
 )
+from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.validate import check_model
@@ -238,7 +239,8 @@ def value_sentence(key: str, problem: ErrorDetails) -> str | None:
         limit = f"{limit:g}" if isinstance(limit, float) else limit
         return f"{key}: {given} is out of range. It must be {words} {limit}."
     if kind == "multiple_of":
-        return f"{key}: {given} is not a multiple of {bounds['multiple_of']}. Set it to one."
+        unit = bounds["multiple_of"]
+        return f"{key}: {given} is not a multiple of {unit}. Set it to {either(multiples_near(given, unit))}."
     if kind == "finite_number":
         return f"{key}: {given} is out of range. It must be a finite number."
     if kind == "too_short":

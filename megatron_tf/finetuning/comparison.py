@@ -34,6 +34,7 @@ from megatron_tf.finetuning.packed import check_length, check_packing
 from megatron_tf.finetuning.trial import BASE, SECOND, Outcome, Setting, Texts, Trial, read_texts, run_trial
 
 _SETTING, _TRIALS, _RESULTS, _TABLE = "comparison.json", "trials.jsonl", "results.json", "results.md"
+_ELSEWHERE = "Give another folder with --to."
 _TEXTS = ("learn", "keep", "then")
 Done = dict[Trial, Outcome]
 
@@ -59,7 +60,9 @@ def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callab
     """Run all trials that are missing, and write and return the table. UserError when the folder is of another
     comparison, a size cannot be, or the base cannot keep packed examples apart."""
     plan, texts, facts = checked(plan)
-    _check_setting(folder, {**_plain(plan), "base": facts})
+    setting = {**shared(plan), "base": facts}
+    before = check_setting(folder, setting)
+    _keep_setting(folder, {**before, **setting})
     done = read_trials(folder)
     for trial in missing(plan, done):
         done[trial] = run_trial(plan.setting, texts, trial, device)
@@ -72,7 +75,7 @@ def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callab
     results = _results(plan, done, speeds)
     second = _second_results(plan, done)
     text = _table(_COLUMNS, results) + ("\n" + _table(_SECOND_COLUMNS, second) if second else "")
-    content = {"setting": _plain(plan), "machine": machine(device), "forms": results, "second_text": second,
+    content = {"setting": shared(plan), "machine": machine(device), "forms": results, "second_text": second,
                "speeds": list(speeds.values()),
                "trials": [{**asdict(trial), **asdict(outcome)} for trial, outcome in done.items()]}  # fmt: skip
     with file_errors(UserError, folder, "Make room, or give another folder."):
@@ -242,7 +245,7 @@ def _speeds(plan: Plan, texts: Texts, device: torch.device) -> dict[str, Mapping
     return {str(row["adapter"]): row for row in found}
 
 
-def _plain(plan: Plan) -> dict[str, Any]:
+def shared(plan: Plan) -> dict[str, Any]:
     """What trials have in common, as JSON has it. How much is computed at once changes nothing but rounding."""
     setting = asdict(plan.setting)
     del setting["base"], setting["micro_batch"]
@@ -250,20 +253,34 @@ def _plain(plan: Plan) -> dict[str, Any]:
     return {**setting, **{name: _digest(file) for name, file in texts.items() if file is not None}}
 
 
-def _check_setting(folder: Path, setting: Mapping[str, Any]) -> None:
-    """The folder is made, or is of the same setting. Older ones do not say that they pack."""
+def check_setting(folder: Path, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder says of its comparison, {} of a new one. UserError when that is another one. Nothing is written.
+    Older ones do not say that they pack."""
+    path = folder / _SETTING
+    if not path.exists():
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file. Give another folder with --to.")
+        return {}
+    with file_errors(UserError, path, "Give another folder."):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        before = json.loads(text)
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or not before:
+        raise UserError(f"{path}: is damaged, so what the trials have in common is not known. {_ELSEWHERE}")
+    known = {"packing": True, **before}
+    for key, value in setting.items():
+        if known.get(key, value) != value:
+            raise UserError(f"{folder}: is of a comparison with {_differing(key, known[key], value)}. {_ELSEWHERE}")
+    return before
+
+
+def _keep_setting(folder: Path, setting: Mapping[str, Any]) -> None:
     path = folder / _SETTING
     with file_errors(UserError, path, "Give another folder."):
         folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        known = {"packing": True, **before} if before else {}
-        for key, value in setting.items():
-            if known.get(key, value) != value:
-                raise UserError(
-                    f"{folder}: is of a comparison with {_differing(key, known[key], value)}. Give another folder "
-                    "with --to."
-                )
-        write_atomically(path, (json.dumps({**before, **setting}, indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps(setting, indent=2) + "\n").encode())
 
 
 def _differing(key: str, before: Any, now: Any) -> str:
@@ -296,10 +313,16 @@ def read_trials(folder: Path) -> Done:
         if lines and not lines[-1].endswith("\n"):  # torn by a kill
             write_atomically(path, "".join(lines[:-1]).encode())
             lines.pop()
-    for line in lines:
-        record = json.loads(line)
-        trial = Trial(*(record.pop(name) for name in Trial.__dataclass_fields__))
-        done[trial] = Outcome(**record)
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            trial = Trial(*(record.pop(name) for name in Trial.__dataclass_fields__))
+            done[trial] = Outcome(**record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{path}: line {number} is no trial. Remove the line, and its trial runs again, or give another "
+                "folder with --to."
+            ) from None
     return done
 
 

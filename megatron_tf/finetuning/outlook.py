@@ -11,7 +11,7 @@ import torch
 
 from megatron_tf.adapters.loading import load_base
 from megatron_tf.benchmark.adapters import trained_parameters, with_adapter
-from megatron_tf.finetuning.comparison import Plan, checked, missing, read_trials
+from megatron_tf.finetuning.comparison import Plan, check_setting, checked, missing, read_trials, shared
 from megatron_tf.finetuning.steps import Computing, backward, mean_loss
 from megatron_tf.finetuning.trial import BASE, SECOND, Outcome, Setting, Texts, Trial
 
@@ -20,7 +20,8 @@ _FORM = "modules"
 
 def foresee(plan: Plan, folder: Path, device: torch.device) -> str:
     """In words. UserError as `compare_adapters`."""
-    plan, texts, _ = checked(plan)
+    plan, texts, facts = checked(plan)
+    check_setting(folder, {**shared(plan), "base": facts})
     done = read_trials(folder)
     left, known = [], dict(done)
     for trial in missing(plan, known):

@@ -88,8 +88,9 @@ class LossGuard:
             raise TrainingError(
                 f"the run reached its last step {step:,}, but the last {self._overflowed:,} were skipped, because "
                 f"their gradients overflowed fp16 while the loss scale fell, to {loss_scale:g}. That state is not "
-                f"saved. Set deepspeed.fp16.initial_scale_power to at most {lower}, or training.precision to bf16, "
-                "or train for more steps."
+                f"saved. In a new run.dir, as checkpoints keep the scale, set deepspeed.fp16.initial_scale_power to at "
+                f"most {lower} (this scale overflowed, so that is an upper bound; the default is 16), or "
+                "training.precision to bf16; or go on here for more steps."
             )
 
     def watch(self, step: int, loss: float) -> str | None:

@@ -16,12 +16,14 @@ from megatron_tf.finetuning.comparison import (
     _COLUMNS,
     Plan,
     _best_rate,
-    _check_setting,
+    _keep_setting,
     _results,
     _second_results,
     _table,
+    check_setting,
     compare_adapters,
     missing,
+    read_trials,
 )
 from megatron_tf.finetuning.trial import BASE, Outcome, Setting, Trial
 
@@ -127,12 +129,33 @@ def test_appended_tokens_are_a_form_of_tokenformers_alone(tmp_path):
 )
 def test_a_folder_of_another_comparison_says_in_words_what_differs(change, message, tmp_path):
     setting = {"rank": 8, "learn": "a" * 64, "keep": "b" * 64, "base": BASE_FACTS}
-    _check_setting(tmp_path, setting)
-    _check_setting(tmp_path, setting)
+    assert check_setting(tmp_path, setting) == {}
+    _keep_setting(tmp_path, setting)
+    assert check_setting(tmp_path, setting) == setting
     with pytest.raises(UserError) as refused:
-        _check_setting(tmp_path, setting | change)
+        check_setting(tmp_path, setting | change)
     assert message in str(refused.value)
     assert json.loads((tmp_path / "comparison.json").read_text()) == setting
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[1]"])
+def test_a_damaged_setting_is_refused(text, tmp_path):
+    (tmp_path / "comparison.json").write_text(text)
+    with pytest.raises(UserError, match=r"comparison\.json: is damaged, .* Give another folder with --to"):
+        check_setting(tmp_path, {"rank": 8})
+
+
+def test_a_file_where_the_folder_belongs_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file: is a file\. Give another folder"):
+        check_setting(tmp_path / "file", {"rank": 8})
+
+
+@pytest.mark.parametrize("line", ['{"x', '{"a": 1}', "[]", "1"])
+def test_a_damaged_line_of_trials_is_named(line, tmp_path):
+    (tmp_path / "trials.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"trials\.jsonl: line 1 is no trial\. Remove the line"):
+        read_trials(tmp_path)
 
 
 @pytest.mark.slow

@@ -98,7 +98,8 @@ def test_the_search_for_a_loss_scale_is_no_failure_unless_it_is_all_that_a_run_d
     resumed = guard(short.state())
     resumed.overflowed()
     expected = (
-        "last step 2, but the last 2 were skipped.* to 8. .*initial_scale_power to at most 2, or training.precision"
+        "last step 2, but the last 2 were skipped.* to 8. .*In a new run.dir.*initial_scale_power to at most 2 .this "
+        "scale overflowed.*, or training.precision to bf16"
     )
     with pytest.raises(TrainingError, match=expected):
         resumed.check_end(2, 8.0)

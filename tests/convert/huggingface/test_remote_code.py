@@ -100,6 +100,11 @@ def test_a_row_of_zero_scores_is_finite(exported):
     assert torch.equal(layer(torch.zeros(1, 3, 64)), torch.zeros(1, 3, 64))
 
 
+def test_an_unknown_norm_is_refused(folder):
+    with pytest.raises(ValueError, match="norm is 'grams', expected one of direct, gram"):
+        load(folder, norm="grams")
+
+
 def test_the_norm_from_keys_is_that_of_the_scores(folder, exported, ids, monkeypatch):
     model = load(folder, norm="gram")
     layer = model.model.layers[0].mlp

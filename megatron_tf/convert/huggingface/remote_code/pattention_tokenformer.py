@@ -102,6 +102,8 @@ class Pattention(nn.Module):
         self.activation = config.activation
         self.size = tokens, config.hidden_size
         self.norm = getattr(config, "norm", "direct") if self.activation == "l2_norm_gelu" else "direct"
+        if self.norm not in ("direct", "gram"):  # `from_pretrained` sets it after the configuration has looked
+            raise ValueError(f"norm is {self.norm!r}, expected one of direct, gram")
         self.matrix: tuple[object, Tensor] | None = None  # what G was made of, and G
 
     def forward(self, hidden_states: Tensor) -> Tensor:
