@@ -89,7 +89,7 @@ def test_adapters_side_by_side_are_one_with_the_tokens_of_both(tmp_path):
     one, other = read_adapter(tmp_path / "a"), read_adapter(tmp_path / "b")
     joined = {
         name: type(branch)(
-            *(torch.cat(pair) for pair in zip(vars(branch).values(), vars(other.branches[name]).values()))
+            torch.cat([branch.keys, other.branches[name].keys]), torch.cat([branch.values, other.branches[name].values])
         )
         for name, branch in one.branches.items()
     }

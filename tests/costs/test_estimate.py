@@ -152,9 +152,10 @@ def test_describe_says_where_norms_come_from_and_what_the_scores_take():
     config, recomputed = load("1.4B"), load("1.4B", "training.scores=recompute")
     there = size(estimate.memory_per_rank(recomputed, 16).activations)
     assert describe(config, 16).splitlines()[-1] == (
-        "scores  norms of qkv, proj from the scores; norms of ffn from KᵀK; training.scores keep, with recompute "
-        f"activations would be {there}"
+        f"scores  norms of qkv, proj, ffn from KᵀK; training.scores keep, with recompute activations would be {there}"
     )
+    fewer = load("1.4B", "model.parameter_tokens.proj=768")
+    assert "scores  norms of proj from the scores; norms of qkv, ffn from KᵀK;" in describe(fewer, 16)
     assert "scores  norms of qkv, proj, ffn from the scores;" in describe(config, 16, device="cpu")
     assert "scores" not in describe(load("transformer_124M"), 16)
 

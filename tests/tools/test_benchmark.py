@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 from tooling import PROJECT, assert_refused, tool
@@ -24,8 +25,8 @@ def test_table_and_json(tmp_path):
 def test_memory_of_a_configuration():
     done = tool("benchmark", "memory", TINY, "model.seq_length=64", "model.num_layers=1", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    kinds = [line.split()[:2] for line in done.stdout.splitlines()[2:]]
-    assert kinds == [[scores, kind] for scores in ("keep", "recompute") for kind in ("state", "activations", "peak")]
+    kinds = [tuple(line.split()[:3]) for line in done.stdout.splitlines()[2:]]
+    assert kinds == list(product(("direct", "gram"), ("keep", "recompute"), ("state", "activations", "peak")))
 
 
 def test_mistakes_are_one_message():

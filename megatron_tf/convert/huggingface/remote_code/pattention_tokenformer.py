@@ -112,7 +112,8 @@ class Pattention(nn.Module):
             if self.norm == "gram" and (scaled := self.scaled(hidden_states)) is not None:
                 return self.values(F.gelu(self.keys(scaled)))
             scores = self.keys(hidden_states)
-            if scores.shape[-1] != self.size[0]:
+            # More than its own come from an adapter's appended tokens; fewer are a tensor rank's share.
+            if scores.shape[-1] < self.size[0]:
                 raise NotImplementedError(
                     f"{scores.shape[-1]} of {self.size[0]} scores are here, which the norm gram can do with plain "
                     'linear layers alone. Load the model with norm="direct"'
