@@ -20,15 +20,14 @@ import torch.distributed as dist
 from megatron_tf.benchmark.report import Row
 from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.config.topology import Topology
 from megatron_tf.engine.base import Engine
 from megatron_tf.engine.choice import build_engine, join
-from megatron_tf.model.layers import task_layers
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.sources import InitialSource
+from megatron_tf.tasks.layers import example_batches
 
 RANKS = 2
 LAYOUTS = {"TP2": "tensor", "PP2": "pipeline", "DP2": "data"}
@@ -76,20 +75,12 @@ def _in_turn(
     for step in range(WARM_UP + rounds):
         # the other one first in every second round
         for name in sorted(engines, reverse=bool(step % 2)):
-            own = _batches(configs[name], topology_for(configs[name], RANKS), rank, step)
+            config, topology = configs[name], topology_for(configs[name], RANKS)
+            plan, data = plan_batches(config, RANKS), topology.coordinate("data", rank)
+            own = list(example_batches(config, plan, step, data, topology.data))
             dist.barrier()
             begin = time.process_time()
             engines[name].train_step(step, iter(own))
             if step >= WARM_UP:
                 spent[name].append(time.process_time() - begin)
     return spent
-
-
-def _batches(config: RunConfig, topology: Topology, rank: int, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Samples that the task makes up."""
-    plan, data = plan_batches(config, RANKS), topology.coordinate("data", rank)
-    size = plan.micro_batch_size
-    firsts = (
-        (step * plan.num_micro_batches + number) * topology.data + data for number in range(plan.num_micro_batches)
-    )
-    return [task_layers(config.model).examples(config, range(first * size, (first + 1) * size)) for first in firsts]

@@ -11,13 +11,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from megatron_tf.config.run_plan import BatchPlan
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
-from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.layers import TensorParallel, task_layers
 from megatron_tf.parallel.groups import Group
 
 
@@ -69,6 +71,16 @@ class TaskLayers(ABC):
     @abstractmethod
     def examples(self, config: RunConfig, samples: range) -> tuple[Tensor, Tensor]:
         """Inputs and targets of made-up samples, each a pure function of the run's seed and its number."""
+
+
+def example_batches(
+    config: RunConfig, plan: BatchPlan, step: int, data_rank: int, data_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The micro batches of one data-parallel rank for `step`, made up by the task."""
+    layers = task_layers(config.model)
+    for micro in range(plan.num_micro_batches):
+        first = step * plan.global_batch_size + (micro * data_size + data_rank) * plan.micro_batch_size
+        yield layers.examples(config, range(first, first + plan.micro_batch_size))
 
 
 def loss_sums(losses: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.lr_rule import PLAIN, Factors, factors
 from megatron_tf.state.parameters import is_matrix, parameter_table
 from megatron_tf.state.sources import initial_source
+from megatron_tf.tasks.layers import example_batches
 
 TIMEOUT_SECONDS = 300.0
 
@@ -125,16 +126,6 @@ def layouts(config: RunConfig, num_ranks: int) -> list[Layout]:
     return found
 
 
-def batches(
-    config: RunConfig, plan: BatchPlan, step: int, data_rank: int, data_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The micro batches of one data-parallel rank for `step`, made up by the task."""
-    layers = task_layers(config.model)
-    for micro in range(plan.num_micro_batches):
-        first = step * plan.global_batch_size + (micro * data_size + data_rank) * plan.micro_batch_size
-        yield layers.examples(config, range(first, first + plan.micro_batch_size))
-
-
 def configured_boundaries(config: RunConfig) -> Boundaries:
     """There are no data that could say where documents end: without data.eod_id it is token 0, the most frequent
     one."""
@@ -176,7 +167,7 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
     reports: list[float] = []
     for step in range(steps):
         means = dict.fromkeys((*architecture.losses(config.model), *architecture.metrics(config.model)), 0.0)
-        total, micro_batches = 0.0, list(batches(config, plan, step, 0, 1))
+        total, micro_batches = 0.0, list(example_batches(config, plan, step, 0, 1))
         count = sum(int(layers.counts(targets).sum()) for _, targets in micro_batches)
         for number, (inputs, targets) in enumerate(micro_batches):
             places = range(number * plan.micro_batch_size, (number + 1) * plan.micro_batch_size)
@@ -208,7 +199,7 @@ def _validation_loss(model: torch.nn.Module, config: RunConfig, plan: BatchPlan,
     layers, ends = task_layers(config.model), configured_boundaries(config).ends
     total, count = 0.0, 0
     model.eval()
-    for inputs, targets in batches(config, plan, step, 0, 1):
+    for inputs, targets in example_batches(config, plan, step, 0, 1):
         logits = model(inputs, document_starts(inputs, ends) if ends else None)
         total += layers.plain_loss(logits, targets).item()
         count += int(layers.counts(targets).sum())
@@ -315,12 +306,12 @@ def _run(config: RunConfig, topology: Topology, rank: int, steps: int, folder: P
     reports: list[float] = []
     for step in range(steps):
         engine.on_gradients = keep if step == 0 else None
-        own = batches(config, plan, step, topology.coordinate("data", rank), topology.data)
+        own = example_batches(config, plan, step, topology.coordinate("data", rank), topology.data)
         result = engine.train_step(step, own)
         losses.append(float(result.loss))
         reports += map(float, result.reports.values())
         norms.append(float(result.grad_norm if result.grad_norm is not None else float("nan")))
-    own = batches(config, plan, steps, topology.coordinate("data", rank), topology.data)
+    own = example_batches(config, plan, steps, topology.coordinate("data", rank), topology.data)
     groups = [0] * (plan.num_micro_batches * plan.micro_batch_size)
     validation = engine.evaluate_groups(own, groups, 1).loss
     save_file(gradients, folder / f"{number}.{rank}.safetensors")

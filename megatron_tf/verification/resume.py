@@ -36,6 +36,7 @@ from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.ranges import clip_steps
 from megatron_tf.state.sources import StateSource, initial_source
+from megatron_tf.tasks.layers import example_batches
 from megatron_tf.telemetry.console import Console
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.running import Run
@@ -43,7 +44,6 @@ from megatron_tf.training.start import Progress
 from megatron_tf.verification.layout import (
     TIMEOUT_SECONDS,
     Layout,
-    batches,
     configured_boundaries,
     joined,
     layouts,
@@ -190,7 +190,7 @@ def _run(setting: Setting, config: RunConfig, rank: int, steps: int, run_dir: st
     data_rank = topology.coordinate("data", rank)
 
     def train(step: int) -> float:
-        return float(engine.train_step(step, batches(config, plan, step, data_rank, topology.data)).loss)
+        return float(engine.train_step(step, example_batches(config, plan, step, data_rank, topology.data)).loss)
 
     losses = [train(step) for step in range(first, first + steps)]
     if reader is None:

@@ -48,9 +48,9 @@ from megatron_tf.state.sources import InitialSource
 from megatron_tf.tasks.base import EndsWork, Task
 from megatron_tf.tasks.classes import IGNORED, argmax, cross_entropy
 from megatron_tf.tasks.data import OpenData, TaskData
-from megatron_tf.tasks.layers import TaskLayers
+from megatron_tf.tasks.layers import TaskLayers, example_batches
 from megatron_tf.training.dry_run import dry_run
-from megatron_tf.verification.layout import Layout, batches, joined
+from megatron_tf.verification.layout import Layout, joined
 from megatron_tf.verification.resume import Setting, check_resumes
 
 
@@ -321,7 +321,7 @@ def _evaluate(rank: int, folder: str, topology: Topology) -> None:
         plan, group = plan_batches(run, topology.world_size), make_group(topology, "tensor", 60)
         engine = DeepSpeedEngine(run, run.model, plan, topology, group, InitialSource(run.model, 7))
         samples = [0] * (plan.micro_batch_size * plan.num_micro_batches)
-        found = engine.evaluate_groups(batches(run, plan, 0, 0, topology.data), samples, 1)
+        found = engine.evaluate_groups(example_batches(run, plan, 0, 0, topology.data), samples, 1)
         (Path(folder) / f"{rank}.json").write_text(json.dumps([found.loss, found.metrics]))
     exit_now()
 

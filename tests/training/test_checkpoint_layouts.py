@@ -23,9 +23,10 @@ from megatron_tf.runtime.joining import leave
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.parameters import layer_of, parameter_table
 from megatron_tf.state.sources import InitialSource
+from megatron_tf.tasks.layers import example_batches
 from megatron_tf.training.choices import Followed
 from megatron_tf.training.growth_proof import compare, probe
-from megatron_tf.verification.layout import Layout, batches
+from megatron_tf.verification.layout import Layout
 
 
 def start(rank, world, folder):
@@ -45,7 +46,7 @@ def engine_for(layout, config, source, model=None):
 def train(engine, config, plan, layout, first, last, rank):
     data = layout.topology.coordinate("data", rank)
     return [
-        float(engine.train_step(s, batches(config, plan, s, data, layout.topology.data)).loss)
+        float(engine.train_step(s, example_batches(config, plan, s, data, layout.topology.data)).loss)
         for s in range(first, last)
     ]
 
@@ -89,7 +90,7 @@ def _grow(rank, small, big, folder):
         train(engine, own, plan, before, 0, 4, rank)
         reader = open_checkpoint(save(engine, own, f"{folder}/checkpoints", 4, rank, 4))
         engine.close()
-        held = list(batches(after.apply(small), plan_batches(after.apply(small), 4), 99, 0, 1))
+        held = list(example_batches(after.apply(small), plan_batches(after.apply(small), 4), 99, 0, 1))
         engine, *_ = engine_for(after, small, CheckpointSource(reader))
         first = probe(engine.stage(), held)
         engine.close()
@@ -147,7 +148,7 @@ def _deepen(rank, small, big, folder):
                 # the same at every layout, to the last bit
                 for piece in engine.pieces():
                     assert torch.equal(piece.tensor, source.read(piece.name, piece.state, piece.start, piece.stop))
-                held = list(batches(layout.apply(small), plan_batches(layout.apply(small), 4), 99, 0, 1))
+                held = list(example_batches(layout.apply(small), plan_batches(layout.apply(small), 4), 99, 0, 1))
                 after = probe(engine.stage(), held)
                 engine.close()
                 engine, *_ = engine_for(layout, small, CheckpointSource(reader))

@@ -20,10 +20,10 @@ from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
 from megatron_tf.state.sources import InitialSource
+from megatron_tf.tasks.layers import example_batches
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.running import Run
 from megatron_tf.training.start import Progress
-from megatron_tf.verification.layout import batches
 
 LARGEST_SHARE = 0.15
 ROUNDS = 5
@@ -73,7 +73,7 @@ def _measure(rank, config, folder):
         return Saver(run, engine, Trackers([], console.warning), token=f"t{asynchronous:d}", data={})
 
     def step(number):
-        engine.train_step(number, batches(config, plan, number, 0, 1))
+        engine.train_step(number, example_batches(config, plan, number, 0, 1))
 
     def save(kind, number):
         return seconds(lambda: both[kind].save(Progress(number), {}))

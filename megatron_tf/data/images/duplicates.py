@@ -16,12 +16,11 @@ def count_duplicates(files: ImageFiles, others: ImageFiles) -> int:
 
     Little is read of images of which there is none of the same size.
     """
-    sizes, found = files.sizes(), 0
+    sizes, theirs, found = files.sizes(), others.sizes(), 0
     ours: dict[tuple[int, bytes], list[int]] = {}
-    for number in _of_sizes(files, others.sizes()):
+    for number in _among(sizes, theirs):
         ours.setdefault((int(sizes[number]), _peek(files, number)), []).append(number)
-    theirs = others.sizes()
-    for number in _of_sizes(others, sizes):
+    for number in _among(theirs, sizes):
         alike = ours.get((int(theirs[number]), _peek(others, number)), [])
         if not alike:
             continue
@@ -33,9 +32,9 @@ def count_duplicates(files: ImageFiles, others: ImageFiles) -> int:
     return found
 
 
-def _of_sizes(files: ImageFiles, sizes: np.ndarray) -> Iterator[int]:
-    """Numbers of images whose size is one of `sizes`."""
-    return map(int, np.flatnonzero(np.isin(files.sizes(), sizes)))
+def _among(sizes: np.ndarray, others: np.ndarray) -> Iterator[int]:
+    """Numbers of images whose size is one of the others'."""
+    return map(int, np.flatnonzero(np.isin(sizes, others)))
 
 
 def _peek(files: ImageFiles, number: int) -> bytes:

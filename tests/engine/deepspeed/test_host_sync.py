@@ -16,7 +16,7 @@ from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.sources import InitialSource
-from megatron_tf.verification.layout import batches
+from megatron_tf.tasks.layers import example_batches
 
 # Operators whose result, or its shape, the host must know before it can go on.
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim")
@@ -51,8 +51,8 @@ def _count(rank, config, folder):
         plan, topology = plan_batches(config, 1), Topology()
         engine = DeepSpeedEngine(config, config.model, plan, topology, make_group(topology, "tensor", 120.0),
                         InitialSource(config.model, 1))  # fmt: skip
-        engine.train_step(0, batches(config, plan, 0, 0, 1))
-        data = list(batches(config, plan, 1, 0, 1))
+        engine.train_step(0, example_batches(config, plan, 0, 0, 1))
+        data = list(example_batches(config, plan, 1, 0, 1))
         with Waits() as waits:
             engine.train_step(1, iter(data))
         # what is left is DeepSpeed's look at the norm of the gradient before the update, once a step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from layout_checks import BOUNDARIES, TOLERANCE, check_layouts
+from layout_checks import BOUNDARIES, RECOMPUTED_AND_SHARDED, TOLERANCE, check_layouts, pipelines_of_four_ranks
 from tiny import run_config
 
 from megatron_tf.config.run_plan import plan_batches
@@ -17,7 +17,8 @@ from megatron_tf.errors import ConfigError
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.sources import InitialSource
-from megatron_tf.verification.layout import Layout, batches, joined, layouts, reference
+from megatron_tf.tasks.layers import example_batches
+from megatron_tf.verification.layout import Layout, joined, layouts, reference
 from megatron_tf.verification.resume import Setting, check_resumes
 
 TWO_PARTS = Topology(pipeline=2, virtual_stages=2)
@@ -36,14 +37,8 @@ def test_two_ranks():
 
 @pytest.mark.slow
 def test_four_ranks_with_every_other_axis():
-    layouts = [
-        Layout(Topology(pipeline=4, virtual_stages=2)),
-        Layout(Topology(pipeline=2, data=2, virtual_stages=2)),
-        Layout(Topology(tensor=2, pipeline=2, virtual_stages=2), True),
-        Layout(Topology(pipeline=2, context=2, virtual_stages=2)),
-    ]
-    training = {"micro_batch_size": 1, "activation_checkpointing": True}
-    check_layouts(config(8, data=BOUNDARIES, training=training, parallel={"shard": "parameters"}), *layouts)
+    layouts = pipelines_of_four_ranks(Topology(pipeline=2, data=2, virtual_stages=2))
+    check_layouts(config(8, **RECOMPUTED_AND_SHARDED), *layouts)
 
 
 @pytest.mark.slow
@@ -62,7 +57,7 @@ def _evaluate(rank, folder, expected):
     with joined([of], rank, 2, folder):
         plan, tensor = plan_batches(of, 2), make_group(TWO_PARTS, "tensor", 60.0)
         engine = build_engine(of, of.model, plan, TWO_PARTS, tensor, InitialSource(of.model, of.run.seed))
-        found = engine.evaluate_groups(batches(of, plan, 0, 0, 1), [0] * plan.global_batch_size, 1)
+        found = engine.evaluate_groups(example_batches(of, plan, 0, 0, 1), [0] * plan.global_batch_size, 1)
         assert found.loss == pytest.approx(expected, rel=1e-6)
         engine.close()
 

@@ -18,7 +18,8 @@ from megatron_tf.engine.torch.loss_scale import LossScale
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.sources import InitialSource
-from megatron_tf.verification.layout import batches, joined, reference
+from megatron_tf.tasks.layers import example_batches
+from megatron_tf.verification.layout import joined, reference
 
 
 @pytest.mark.parametrize("consecutive", [False, True])
@@ -68,16 +69,16 @@ def _steps(rank, folder, losses, norms):
             built.append(build_engine(config(power), of.model, plan, Topology(), SINGLE, source))
         engine, high = built
         for step in range(2):
-            result = engine.train_step(step, batches(of, plan, step, 0, 1))
+            result = engine.train_step(step, example_batches(of, plan, step, 0, 1))
             assert float(result.loss) == pytest.approx(losses[step], rel=2e-3)
             assert result.grad_norm == pytest.approx(norms[step], rel=2e-2)
             assert not result.skipped and result.loss_scale == 2.0**8
         before = [piece.tensor.clone() for piece in high.pieces()]
-        result = high.train_step(0, batches(of, plan, 0, 0, 1))
+        result = high.train_step(0, example_batches(of, plan, 0, 0, 1))
         assert result.skipped and result.seeks_scale and result.loss_scale == 2.0**29 and high.nonfinite_gradients()
         assert all(torch.equal(a, piece.tensor) for a, piece in zip(before, high.pieces()))
         while result.skipped:
-            result = high.train_step(0, batches(of, plan, 0, 0, 1))
+            result = high.train_step(0, example_batches(of, plan, 0, 0, 1))
         assert float(result.loss) == pytest.approx(losses[0], rel=2e-3) and result.loss_scale < 2.0**29
         for engine in built:
             engine.close()

@@ -20,7 +20,8 @@ from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.sources import InitialSource, initial_source
-from megatron_tf.verification.layout import Layout, batches, joined, reference
+from megatron_tf.tasks.layers import example_batches
+from megatron_tf.verification.layout import Layout, joined, reference
 
 # five tokens over four data-parallel ranks leave the last one none
 FEW_TOKENS = {"parameter_tokens": {"qkv": 5, "proj": 11, "ffn": 37}}
@@ -84,7 +85,7 @@ def _evaluation(rank, of, world, expected, tolerance, folder):
     with joined([of], rank, world, folder):
         tensor = make_group(topology, "tensor", 60.0)
         engine = build_engine(of, of.model, plan, topology, tensor, initial_source(of))
-        own = batches(of, plan, 0, topology.coordinate("data", rank), topology.data)
+        own = example_batches(of, plan, 0, topology.coordinate("data", rank), topology.data)
         groups = [0] * (plan.num_micro_batches * plan.micro_batch_size)
         assert engine.evaluate_groups(own, groups, 1).loss == pytest.approx(expected, rel=tolerance)
         engine.close()
@@ -107,13 +108,13 @@ def _faults(rank, folder):
         weights = dict(engine.stage().named_parameters())
         if rank == 1:
             handle = weights["final_norm.weight"].register_hook(lambda gradient: gradient * torch.inf)
-        result = engine.train_step(0, batches(of, plan, 0, 0, 1))
+        result = engine.train_step(0, example_batches(of, plan, 0, 0, 1))
         assert result.skipped and engine.steps_skipped == 1
         assert engine.nonfinite_gradients() == ["final_norm.weight"]
         assert all(torch.equal(a, piece.tensor) for a, piece in zip(before, engine.pieces()))
         if rank == 1:
             handle.remove()
-        assert not engine.train_step(1, batches(of, plan, 1, 0, 1)).skipped
+        assert not engine.train_step(1, example_batches(of, plan, 1, 0, 1)).skipped
         engine.check_replicas()
         if rank == 1:
             with torch.no_grad():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from layout_checks import BOUNDARIES, check_layouts
+from layout_checks import BOUNDARIES, RECOMPUTED_AND_SHARDED, check_layouts, pipelines_of_four_ranks
 from tiny import run_config
 from torch.distributed.pipelining import schedules
 
@@ -23,7 +23,8 @@ from megatron_tf.errors import ConfigError
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.sources import InitialSource
-from megatron_tf.verification.layout import Layout, batches, joined
+from megatron_tf.tasks.layers import example_batches
+from megatron_tf.verification.layout import Layout, joined
 
 # of a forward pass, a backward pass to the inputs, one to the weights, and one to both
 UNITS = {"F": 1, "I": 1, "W": 1, "B": 2}
@@ -42,14 +43,8 @@ def test_two_ranks():
 
 @pytest.mark.slow
 def test_four_ranks_with_every_other_axis():
-    layouts = [
-        Layout(Topology(pipeline=4, virtual_stages=2)),
-        Layout(Topology(pipeline=2, data=2)),
-        Layout(Topology(tensor=2, pipeline=2, virtual_stages=2), True),
-        Layout(Topology(pipeline=2, context=2, virtual_stages=2)),
-    ]
-    training = {"micro_batch_size": 1, "activation_checkpointing": True}
-    check_layouts(config(8, data=BOUNDARIES, training=training, parallel={"shard": "parameters"}), *layouts)
+    layouts = pipelines_of_four_ranks(Topology(pipeline=2, data=2))
+    check_layouts(config(8, **RECOMPUTED_AND_SHARDED), *layouts)
 
 
 @pytest.mark.slow
@@ -77,7 +72,9 @@ def _train_in_bf16(rank, folder):
     with joined(of.values(), rank, 2, folder):
         for own in of.values():
             engine, plan = _engine(own, layout.topology, 2)
-            norms.append([engine.train_step(step, batches(own, plan, step, 0, 1)).grad_norm for step in range(2)])
+            norms.append(
+                [engine.train_step(step, example_batches(own, plan, step, 0, 1)).grad_norm for step in range(2)]
+            )
             engine.close()
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
@@ -101,7 +98,7 @@ def _count_waits(rank, folder):
             with pytest.MonkeyPatch.context() as patch:
                 made = _recorded(patch)
                 engine, plan = _engine(of, topology, 4)
-                engine.train_step(0, batches(of, plan, 0, 0, 1))
+                engine.train_step(0, example_batches(of, plan, 0, 0, 1))
                 engine.close()
             orders = [None] * 4
             dist.all_gather_object(orders, made)

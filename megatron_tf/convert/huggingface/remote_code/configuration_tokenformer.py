@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from .pattention_tokenformer import PROJECTIONS
+from .pattention_tokenformer import PROJECTIONS, check_norm
 
 BANK = ("group_size", "candidates", "dense")
-NORMS = ("direct", "gram")
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
 
@@ -68,8 +67,7 @@ class TokenFormerConfig(PretrainedConfig):
     ):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        if norm not in NORMS:
-            raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
+        check_norm(norm)
         if not isinstance(parameter_tokens, dict) or set(parameter_tokens) != set(PROJECTIONS.values()):
             raise ValueError(
                 f"parameter_tokens is {parameter_tokens!r}, expected the numbers of qkv, proj and ffn tokens"

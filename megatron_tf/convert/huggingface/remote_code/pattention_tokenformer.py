@@ -25,11 +25,18 @@ from torch.nn import functional as F
 
 # projection of a layer -> what counts its tokens
 PROJECTIONS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "proj", "mlp": "ffn"}
+NORMS = ("direct", "gram")
 # Of the norm "gram": tokens a channel, and rows of a call, from which it is faster where all keys are here.
 TOKENS_A_CHANNEL = 8
 ROWS = 32
 NOISE = 8  # roundings of the largest term of r², below which no r² is taken for more than noise
 BALANCE_SPEED = 10.0  # the factor of a candidate's balance in the choice
+
+
+def check_norm(norm: str) -> None:
+    """ValueError when there is no such norm."""
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
 
 
 class TokenBank(nn.Module):
@@ -102,8 +109,7 @@ class Pattention(nn.Module):
         self.activation = config.activation
         self.size = tokens, config.hidden_size
         self.norm = getattr(config, "norm", "direct") if self.activation == "l2_norm_gelu" else "direct"
-        if self.norm not in ("direct", "gram"):  # `from_pretrained` sets it after the configuration has looked
-            raise ValueError(f"norm is {self.norm!r}, expected one of direct, gram")
+        check_norm(self.norm)  # again, as `from_pretrained` sets it when the configuration is made already
         self.matrix: tuple[object, Tensor] | None = None  # what G was made of, and G
 
     def forward(self, hidden_states: Tensor) -> Tensor:
