@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ from megatron_tf.runtime.network import interface_problems
 from megatron_tf.runtime.patient_store import Unreachable
 from megatron_tf.runtime.rendezvous import Assembly, Stuck
 
-# What disturbs a whole measurement of a link, others' traffic say, has passed by the next time it is measured.
+# What disturbs a whole measurement of a link, others' traffic say, has passed by the next time it is measured. While a
+# link still looks slow, all are measured some more times.
 LINK_PASSES = 3
+DOUBTFUL_PASSES = 3
 NO_OPTIONS: Mapping[str, str] = {}
 
 
@@ -129,18 +132,27 @@ def _examine(
         ),
     )
     say("links between pairs of ranks")
-    found.links = _links(assembly, found.hosts, num_bytes, device)
-    _add(found, judge_links(found.links, names, found.hosts, factor))
+    judge = partial(judge_links, names=names, hosts=found.hosts, factor=factor)
+    found.links = _links(assembly, found.hosts, num_bytes, device, lambda links: bool(judge(links).slow))
+    _add(found, judge(found.links))
 
     say("collectives between all ranks")
     speeds = assembly.phase("collectives", lambda: measure_collectives(rank, world, num_bytes, device))
     _judge_collectives(found, assembly.collect("collectives", [asdict(speed) for speed in speeds]), names)
 
 
-def _links(assembly: Assembly, hosts: Sequence[str], num_bytes: int, device: torch.device) -> list[Link]:
-    """Of the ring of neighbours, and of the ring through the ranks with the same place on each node.
+def _links(
+    assembly: Assembly,
+    hosts: Sequence[str],
+    num_bytes: int,
+    device: torch.device,
+    doubtful: Callable[[list[Link]], bool],
+) -> list[Link]:
+    """Of the ring of neighbours, and of the ring through the ranks with the same place on each node; [] on other ranks
+    than 0.
 
-    All are measured LINK_PASSES times; the best of a link counts.
+    All are measured LINK_PASSES times, and DOUBTFUL_PASSES times more where they look `doubtful`; the best of a link
+    counts.
     """
     rank, world = assembly.rank, assembly.world_size
     per_host = hosts.count(hosts[0])
@@ -151,7 +163,7 @@ def _links(assembly: Assembly, hosts: Sequence[str], num_bytes: int, device: tor
         for number, links in enumerate(ring_rounds(world, stride), 1)
     ]
     own: dict[tuple[int, int], Link] = {}
-    for link_pass in range(1, LINK_PASSES + 1):
+    for link_pass in range(1, LINK_PASSES + DOUBTFUL_PASSES + 1):
         for stride, number, links in rounds:
             mine = [link for link in links if rank in link]
 
@@ -162,9 +174,17 @@ def _links(assembly: Assembly, hosts: Sequence[str], num_bytes: int, device: tor
             for link in assembly.phase(what, work):
                 pair = link.first, link.second
                 own[pair] = best_of(own[pair], link) if pair in own else link
+        if link_pass >= LINK_PASSES:
+            found = _of_both_ends(assembly.collect(f"links, pass {link_pass}", [asdict(link) for link in own.values()]))
+            if not assembly.share(f"links are doubtful, pass {link_pass}", doubtful(found)):
+                break
+    return found
+
+
+def _of_both_ends(by_rank: Sequence[Sequence[dict[str, Any]]]) -> list[Link]:
     both: dict[tuple[int, int], list[Link]] = {}
-    for links_of_rank in assembly.collect("links", [asdict(link) for link in own.values()]):
-        for one in links_of_rank:
+    for links in by_rank:
+        for one in links:
             both.setdefault((one["first"], one["second"]), []).append(Link(**one))
     return [worst_of(*both[pair]) for pair in sorted(both)]
 
