@@ -18,7 +18,7 @@ from megatron_tf.config.machine import machine_problems
 from megatron_tf.errors import ConfigError
 from megatron_tf.study.comparable import check_comparable
 from megatron_tf.study.file import Study, load_study
-from megatron_tf.study.plan import Plan, make_plan
+from megatron_tf.study.plan import Node, Plan, make_plan
 from megatron_tf.telemetry import text
 from megatron_tf.telemetry.meters import format_duration
 
@@ -35,15 +35,14 @@ OPTIONS = {
 def main() -> None:
     arguments = parse_arguments()
     study = load_study(arguments.study, arguments.overrides)
-    if arguments.mode == "report":
-        show_report(study, arguments.output, arguments.probe)
-        return
     # the file is checked first, whatever runs have ended
     check_comparable(make_plan(study))
     if arguments.mode == "plan":
         show_plan(study, arguments)
-    else:
+    elif arguments.mode == "run":
         run_study(study, arguments)
+    else:
+        show_report(study, arguments.output, arguments.probe)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,9 +103,7 @@ def show_plan(study: Study, arguments: argparse.Namespace) -> None:
     for node in plan.nodes:
         seconds = speeds.seconds(node)
         origin = "" if node.parent is None else f"{node.arm.by} of {node.parent.name}"
-        state = "has ended" if has_ended(node) else f"after the sweep of {node.waits}" if node.waits else ""
-        if node.waits and node.value is not None:
-            state += ", or its other value"
+        state = state_of(node, study)
         rows.append(
             (
                 node.name,
@@ -132,6 +129,17 @@ def show_plan(study: Study, arguments: argparse.Namespace) -> None:
         print(f"warning: {problem}")
     if not problems:
         print(f"data: at most {most_passes(plan):.2f} passes")
+
+
+def state_of(node: Node, study: Study) -> str:
+    """For a row of the plan; empty for a run that can start."""
+    from megatron_tf.study.result import has_ended, has_failed
+
+    if has_ended(node):
+        return "has ended"
+    if node.waits:
+        return f"after the sweep of {node.waits}" + ("" if node.value is None else ", or its other value")
+    return "has failed, runs again" if has_failed(node, study.dir) else ""
 
 
 def run_study(study: Study, arguments: argparse.Namespace) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.errors import ConfigError
 from megatron_tf.study.plan import Node, Plan
 
@@ -30,14 +32,58 @@ def _budget_problems(nodes: Sequence[Node], tolerance: float) -> Iterator[str]:
         return
     most = max(node.end.flops for node in nodes)
     apart = [node for node in nodes if node.end.flops < (1 - tolerance) * most]
-    if apart:
-        first = next(node for node in nodes if node.end.flops == most)
+    if not apart:
+        return
+    first = next(node for node in nodes if node.end.flops == most)
+    keys = " and ".join(dict.fromkeys(_budget_key(node) for node in (first, *apart)))
+    asked = [_asked(node) for node in (first, *apart)]
+    if min(asked) < (1 - tolerance) * max(asked):
         named = ", ".join(f"{node.arm.name} {node.end.flops:.4g}" for node in apart)
-        keys = dict.fromkeys(_budget_key(node) for node in (first, *apart))
         yield (
-            f"{' and '.join(keys)}: {first.arm.name} takes {most:.4g} FLOPs with its parents, but {named}: more than "
+            f"{keys}: {first.arm.name} takes {most:.4g} FLOPs with its parents, but {named}: more than "
             f"the tolerance {tolerance:g} apart. Give them the same flops, {NOT_COMPARED}"
         )
+        return
+    named = ", ".join(_in_steps(node) for node in apart)
+    yield (
+        f"{keys}: the arms are given the same, but a run has whole steps: with its parents {_in_steps(first)}, but "
+        f"{named}: more than the tolerance {tolerance:g} apart. {_longer(first, apart, tolerance)} a smaller "
+        f"training.global_batch_size, or the study's tolerance to {_wide(first, apart):.3f}, {NOT_COMPARED}"
+    )
+
+
+def _asked(node: Node) -> float:
+    """The FLOPs of an arm as its file has them, before they become whole steps."""
+    arm = node.arm
+    if arm.flops is not None:
+        return arm.flops
+    if arm.tokens is None:
+        return node.end.flops
+    return node.end.flops + (arm.tokens - node.end.tokens) * flops_per_token(node.config.model)
+
+
+def _a_step(node: Node) -> float:
+    return node.own_flops / (node.end.step - node.begin.step)
+
+
+def _in_steps(node: Node) -> str:
+    return f"{node.arm.name} takes {node.end.flops:.4g} FLOPs in steps of {_a_step(node):.4g}"
+
+
+def _longer(first: Node, apart: Sequence[Node], tolerance: float) -> str:
+    """Begins the remedies by the budget from which on the rounding of each arm, at most half a step, is tolerated."""
+    if tolerance == 0:
+        return "Set"
+    widest = max(_a_step(node) for node in apart)
+    enough = (_a_step(first) + widest) / 2 / tolerance + _a_step(first)
+    # a twentieth more, because two digits of it are shown
+    return f"Give them {1.05 * enough:.2g} FLOPs or more, or set"
+
+
+def _wide(first: Node, apart: Sequence[Node]) -> float:
+    """The tolerance, in thousandths, that would do."""
+    share = 1 - min(node.end.flops for node in apart) / first.end.flops
+    return math.ceil(1000 * share) / 1000
 
 
 def _budget_key(node: Node) -> str:

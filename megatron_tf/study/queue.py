@@ -22,7 +22,16 @@ from megatron_tf.durable import take_lock
 from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped, UserError, file_errors
 from megatron_tf.study.file import Study
 from megatron_tf.study.plan import Node, Plan, make_plan
-from megatron_tf.study.result import changed, has_ended, loss_of, measure, write_config, write_result
+from megatron_tf.study.result import (
+    begin_again,
+    changed,
+    has_ended,
+    loss_of,
+    measure,
+    write_config,
+    write_failure,
+    write_result,
+)
 from megatron_tf.telemetry.meters import format_duration
 
 POLL_SECONDS = 3.0
@@ -152,6 +161,8 @@ class Queue:
             os.close(descriptor)
 
     def _train(self, node: Node, worker: int, claim: int) -> None:
+        if (kept := begin_again(node, self._study.dir)) is not None:
+            self._say(f"{node.name}: has failed with another configuration, begins anew; what it was is in {kept}")
         config = write_config(node, self._study.dir)
         log = Path(self._study.dir, "logs", f"{node.name.replace('/', '_')}.log")
         with file_errors(UserError, log, "Choose another dir."):
@@ -185,6 +196,7 @@ class Queue:
             self._ask_to_stop()
         else:
             self._failed[node.name] = f"exit code {code}, see {log}"
+            write_failure(node, self._study.dir, self._failed[node.name])
             self._say(f"{node.name}: failed with exit code {code}, see {log}")
         with self._ended:
             self._ended.notify_all()

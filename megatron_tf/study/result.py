@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -136,6 +137,36 @@ def config_file(node: Node, study_dir: str) -> Path:
     return Path(study_dir, "configs", f"{node.name.replace('/', '_')}.yml")
 
 
+def failure_file(node: Node, study_dir: str) -> Path:
+    """Where it stands that a run ended with an error when it was started last."""
+    return Path(study_dir, "failed", node.name.replace("/", "_"))
+
+
+def has_failed(node: Node, study_dir: str) -> bool:
+    return failure_file(node, study_dir).is_file()
+
+
+def write_failure(node: Node, study_dir: str, reason: str) -> None:
+    path = failure_file(node, study_dir)
+    with file_errors(UserError, path, "Choose another dir."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, f"{reason}\n".encode())
+
+
+def begin_again(node: Node, study_dir: str) -> Path | None:
+    """Forgets that a run has failed, for its next start. Where it is another one by now, its folder is moved away,
+    so that nothing of what it was goes on; returns where to."""
+    if not has_failed(node, study_dir):
+        return None
+    kept = None
+    if _differing(node, study_dir):
+        kept = next(path for n in itertools.count(1) if not (path := Path(f"{node.folder}.failed{n}")).exists())
+        with file_errors(UserError, node.folder, "Move the folder away."):
+            node.folder.rename(kept)
+    failure_file(node, study_dir).unlink()
+    return kept
+
+
 def write_config(node: Node, study_dir: str) -> Path:
     path = config_file(node, study_dir)
     with file_errors(UserError, path, "Choose another dir."):
@@ -152,20 +183,32 @@ def check_unchanged(plan: Plan) -> None:
 
 
 def changed(node: Node, study_dir: str) -> str | None:
-    """What differs between a run that has begun and what it would be now; None when nothing does."""
-    path = config_file(node, study_dir)
-    if not node.folder.exists() or not path.exists():
+    """What differs between a run that has begun and what it would be now; None when nothing does, and for a run that
+    has failed, which may be corrected."""
+    if has_failed(node, study_dir) and not has_ended(node):
         return None
-    before, now = _settings(load_config(path), node.name), _settings(node.config, node.name)
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "run.name"]
-    if not keys:
+    differing = _differing(node, study_dir)
+    if not differing:
         return None
-    told = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in keys[:4])
-    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    told = ", ".join(f"{key} ({before} then, {now} now)" for key, before, now in differing[:4])
+    more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
     return (
         f"{node.folder}: was begun with another configuration: {told}{more}. Restore it, move the folder away, or "
         "choose another dir."
     )
+
+
+def _differing(node: Node, study_dir: str) -> list[tuple[str, str | None, str | None]]:
+    """(key, value with which the run has begun, value that it has now) of each that differs."""
+    path = config_file(node, study_dir)
+    if not node.folder.exists() or not path.exists():
+        return []
+    before, now = _settings(load_config(path), node.name), _settings(node.config, node.name)
+    return [
+        (key, before.get(key), now.get(key))
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and key != "run.name"
+    ]
 
 
 def _settings(config: RunConfig, name: str) -> dict[str, str]:

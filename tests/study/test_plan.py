@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from study_names import BIGGER, problems_of
 
 from megatron_tf.costs.estimate import flops_per_token
+from megatron_tf.errors import ConfigError
 from megatron_tf.study.comparable import check_comparable
 from megatron_tf.study.plan import Position, make_plan
 
@@ -133,6 +136,34 @@ def test_arms_that_cannot_be_compared(study, changes, problem):
             arm["overrides"] = {**BIGGER, **arm["overrides"]}
     found = problems_of(lambda: check_comparable(make_plan(study(**values))))
     assert any(problem in text for text in found), found
+
+
+ROUNDED = {
+    "common": {"training": {"global_batch_size": 16}},
+    "arms": {
+        "small": {"tokens": 20 * 256},
+        "going_on": {"flops": 7.4e7},
+        "grown": {"flops": 7.4e7},
+    },
+}
+
+
+def test_arms_that_are_apart_by_whole_steps_alone(study):
+    """The message has FLOPs and those of a step, and each remedy that it names helps."""
+    plan = make_plan(study(**ROUNDED))
+    with pytest.raises(ConfigError) as refused:
+        check_comparable(plan)
+    (problem,) = refused.value.problems
+    for node in (plan.of(arm)[0] for arm in plan.study.arms if arm.comparable):
+        step = 256 * flops_per_token(node.config.model)
+        assert f"{node.arm.name} takes {node.end.flops:.4g} FLOPs in steps of {step:.4g}" in problem
+    assert "Give them the same flops" not in problem
+    enough, tolerance = (float(re.search(f"{word} ([0-9.e+]+)", problem)[1]) for word in ("Give them", "tolerance to"))
+    check_comparable(make_plan(study(**ROUNDED, tolerance=tolerance)))
+    longer = {name: {"flops": enough} for name in ("going_on", "grown")}
+    check_comparable(make_plan(study(common=ROUNDED["common"], arms={**ROUNDED["arms"], **longer})))
+    with pytest.raises(ConfigError, match="more than the tolerance 0 apart. Set a smaller"):
+        check_comparable(make_plan(study(**ROUNDED, tolerance=0)))
 
 
 def test_what_is_not_compared_may_differ(study):

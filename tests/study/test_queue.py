@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -12,7 +13,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from study_names import BIGGER
 
+from megatron_tf.config.extends import merged
 from megatron_tf.durable import take_lock
 from megatron_tf.errors import ConfigError, RunStopped, UserError
 from megatron_tf.study import queue as module
@@ -25,6 +28,7 @@ from megatron_tf.study.result import (
     Result,
     check_unchanged,
     has_ended,
+    has_failed,
     loss_of,
     read_result,
     write_config,
@@ -201,6 +205,46 @@ def test_a_run_that_is_another_one_now_is_refused(study, write, started):
     with pytest.raises(UserError, match="was begun with another configuration"):
         queue(changed).run()
     assert names == []
+
+
+def test_a_run_that_failed_may_be_corrected(study, started):
+    """It begins anew, and its folder as it was is kept; what has ended is the same run as before."""
+    fails = "import sys; sys.exit(2 if 'grown_seed1' in sys.argv[1] else 0)"
+    names, of = started(fails), study()
+    nodes = {node.name: node for node in make_plan(of, lambda node: LOSSES.get(node.name, 2.0)).nodes}
+    failed = nodes["grown/seed1"]
+    failed.folder.mkdir(parents=True)
+    (failed.folder / "train.log").write_text("what it was\n")
+    with pytest.raises(UserError, match="1 of the runs failed"):
+        queue(of).run()
+    assert has_failed(failed, of.dir) and not has_failed(nodes["grown/seed2"], of.dir)
+    changed = merged(BIGGER, {"optimizer": {"weight_decay": 0.3}})
+    corrected = study(arms={"grown": {"overrides": changed}})
+    with pytest.raises(ConfigError) as refused:
+        check_unchanged(make_plan(corrected, loss_of))
+    assert [text.partition(": was begun")[0] for text in refused.value.problems] == [str(nodes["grown/seed2"].folder)]
+    shutil.rmtree(nodes["grown/seed2"].folder)
+    check_unchanged(make_plan(corrected, loss_of))
+    del names[:]
+    lines = []
+    started()
+    queue(corrected, say=lines.append).run()
+    assert sorted(names) == ["grown/seed1", "grown/seed2"] and not has_failed(failed, of.dir)
+    assert (failed.folder.parent / "seed1.failed1" / "train.log").read_text() == "what it was\n"
+    assert not (failed.folder / "train.log").exists()
+    assert sum("has failed with another configuration, begins anew" in line for line in lines) == 1
+
+
+def test_a_run_that_failed_goes_on_when_it_is_the_same(study, started):
+    names, of = started("raise SystemExit(1)"), study()
+    with pytest.raises(UserError, match="3 of the runs failed"):
+        queue(of).run()
+    node = make_plan(of).nodes[0]
+    node.folder.mkdir(parents=True)
+    (node.folder / "train.log").write_text("so far\n")
+    started()
+    queue(of).run()
+    assert len(names) == 8 and (node.folder / "train.log").read_text() == "so far\n"
 
 
 def test_a_study_that_was_moved_is_the_same(study, tmp_path, monkeypatch):

@@ -134,6 +134,10 @@ def test_images_have_their_accuracy_in_the_report(study, tmp_path):
 def test_what_is_refused_before_a_run_starts(file, tmp_path):
     assert_refused(tool("study", "run", file, "ranks=3"), "arm small: training.global_batch_size: 4 is not a multiple")
     assert_refused(tool("study", "report", file), "no run has ended yet")
+    apart = tmp_path / "apart.yml"
+    apart.write_text(file.read_text() + "  - {name: longer, parent: small, by: branch, flops: 9e7}\n")
+    for mode in ("plan", "report"):
+        assert_refused(tool("study", mode, apart), "flops: longer takes", "Give them the same flops")
     assert_refused(
         tool("study", "run", tmp_path / "no.yml"),
         "no.yml: there is no such file. Give the path of a study's YAML file, or one of growth_",
