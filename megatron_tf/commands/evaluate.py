@@ -1,9 +1,10 @@
 """Evaluate a checkpoint: `deepspeed launch/evaluate.py CONFIG [section.field=value ...]`.
 
-Perplexity and bits per byte on data.validation, or on any prepared data with --data, and with --tasks the zero-shot
-tasks of lm-evaluation-harness; of a model of images, top-1 and top-5 of every image. From the newest checkpoint of
-run.dir, or any other with --checkpoint. The same file runs under torchrun, under srun, and as plain python on one
-process, on any layout: only weights are loaded, so a model needs a fraction of the memory of its training.
+Perplexity and bits per byte on data.validation, or on any prepared data with --data; with --tasks the zero-shot tasks
+of lm-evaluation-harness, and with --copying whether the model copies what it read; of a model of images, top-1 and
+top-5 of every image. From the newest checkpoint of run.dir, or any other with --checkpoint. The same file runs under
+torchrun, under srun, and as plain python on one process, on any layout: only weights are loaded, so a model needs a
+fraction of the memory of its training.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=whole_number(2**31), metavar="N", help="only the first N documents of each task"
     )
+    parser.add_argument(
+        "--copying",
+        action="store_true",
+        help="instead of data.validation: the loss of random tokens, and of the same tokens again",
+    )
     parser.add_argument("--per-class", action="store_true", help="also show the accuracy of each class of images")
     parser.add_argument(
         "--output", type=path, metavar="DIR", help="folder of the JSON files (default: run.dir/evaluation)"
@@ -106,6 +112,7 @@ def main() -> None:
             arguments.tasks,
             arguments.task_folder,
             arguments.limit,
+            arguments.copying,
             arguments.per_class,
             arguments.output,
         )

@@ -56,7 +56,7 @@ CSV_COLUMNS = (
     "crop_pct",
     "interpolation",
 )
-_TEXT_OPTIONS = {"stride": None, "max_tokens": None, "tasks": (), "limit": None}
+_TEXT_OPTIONS = {"stride": None, "max_tokens": None, "tasks": (), "limit": None, "copying": False}
 
 
 @dataclass(frozen=True)

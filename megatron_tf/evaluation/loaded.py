@@ -42,8 +42,8 @@ class EvaluationRequest:
     `checkpoint`: a checkpoint, a checkpoints or a run folder; None: the newest of run.dir.  `data`: prefixes of
     prepared data; empty: data.validation, or none when there are tasks.  `stride`, `max_tokens` (of each data): None
     stands for model.seq_length and for all.  `tasks`: of lm-evaluation-harness, looked for in `task_folder` first,
-    `limit` documents of each.  `per_class`: also show each class of images.  `output`: folder of the files; None: in
-    run.dir.
+    `limit` documents of each.  `copying`: the loss of random tokens read twice, and nothing else.  `per_class`: also
+    show each class of images.  `output`: folder of the files; None: in run.dir.
     """
 
     checkpoint: Path | None = None
@@ -53,6 +53,7 @@ class EvaluationRequest:
     tasks: tuple[str, ...] = ()
     task_folder: Path = TASK_FOLDER
     limit: int | None = None
+    copying: bool = False
     per_class: bool = False
     output: Path | None = None
 

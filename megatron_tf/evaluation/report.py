@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tf.evaluation import paper
+from megatron_tf.evaluation.copying import Copying
 from megatron_tf.evaluation.perplexity import Score, pooled
 from megatron_tf.tasks.language_model.perplexity import format_perplexity
 from megatron_tf.telemetry.text import table
@@ -55,6 +56,16 @@ def perplexity_table(results: Sequence[DataResult]) -> str:
 def _score_row(name: str, score: Score) -> tuple[str, ...]:
     bits = "–" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
     return name, f"{score.tokens:,}", f"{score.loss:.4f}", format_perplexity(score.perplexity), bits
+
+
+def copying_table(copying: Copying) -> str:
+    return table(
+        [
+            (f"{copying.samples} × {copying.tokens} random tokens", "loss"),
+            ("the first time", f"{copying.first:.4f}"),
+            ("again", f"{copying.again:.4f}"),
+        ]
+    )
 
 
 def tasks_table(results: Mapping[str, Mapping[str, Any]]) -> str:

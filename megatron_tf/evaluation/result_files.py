@@ -31,6 +31,11 @@ def tasks_identity(values: Mapping[str, Any]) -> Identity:
     return (*(settings[key] for key in (*_TEXT_SETTINGS, "limit")), *settings["tasks"])
 
 
+def copying_identity(values: Mapping[str, Any]) -> Identity:
+    """What tells an evaluation of copying from another one. KeyError when it is none."""
+    return (*(values[key] for key in _SETTINGS), values["copying"]["tokens"])
+
+
 def images_identity(values: Mapping[str, Any]) -> Identity:
     """What tells an evaluation on images from another one, of the values of its file. KeyError when it is none."""
     return (*(values[key] for key in (*_SETTINGS, "crop")), *(data["path"] for data in values["data"]))

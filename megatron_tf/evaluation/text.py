@@ -1,10 +1,10 @@
-"""The evaluation of a language model: perplexity on prepared data, and zero-shot tasks."""
+"""The evaluation of a language model: perplexity on prepared data, zero-shot tasks, and copying."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_tf.data.loader import check_tokenizer, open_tokens
 from megatron_tf.data.summary import known_end, read_summary
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
+from megatron_tf.evaluation.copying import measure_copying
 from megatron_tf.evaluation.lm_harness import HarnessTasks, check_installed
 from megatron_tf.evaluation.loaded import (
     Evaluation,
@@ -32,8 +33,8 @@ from megatron_tf.evaluation.loaded import (
     write_result,
 )
 from megatron_tf.evaluation.perplexity import Score, num_batches, summed_loss
-from megatron_tf.evaluation.report import DataResult, perplexity_table, perplexity_values, tasks_table
-from megatron_tf.evaluation.result_files import perplexity_identity, tasks_identity
+from megatron_tf.evaluation.report import DataResult, copying_table, perplexity_table, perplexity_values, tasks_table
+from megatron_tf.evaluation.result_files import copying_identity, perplexity_identity, tasks_identity
 from megatron_tf.evaluation.scoring import Scorer
 from megatron_tf.evaluation.text_bytes import count_text_bytes
 from megatron_tf.evaluation.windows import Windows
@@ -46,7 +47,7 @@ from megatron_tf.tasks.language_model.section import vocab_size_of
 
 
 class TextEvaluation(TaskEvaluation):
-    """Perplexity on prepared data, and zero-shot tasks."""
+    """Perplexity on prepared data, zero-shot tasks, and copying."""
 
     def request_problems(self, config: RunConfig, request: EvaluationRequest) -> Iterator[str]:
         length = config.model.seq_length
@@ -59,7 +60,12 @@ class TextEvaluation(TaskEvaluation):
             yield "--max-tokens: is 1, and the first token is only read. Choose 2 or more."
         if request.tasks and config.data.tokenizer is None:
             yield "data.tokenizer: is not given, and the texts of tasks need one. Name the model's tokenizer."
-        if not request.data and not request.tasks and not config.data.validation:
+        if request.copying and (request.data or request.tasks):
+            given = "--data" if request.data else "--tasks"
+            yield f"--copying: reads random tokens alone, and {given} is given too. Evaluate it without --copying."
+        if request.copying and length < 4:
+            yield f"--copying: model.seq_length is {length}, and two tokens twice are 4. Evaluate a longer context."
+        if not request.data and not request.tasks and not request.copying and not config.data.validation:
             yield "data.validation: is empty. Name prepared data there, or with --data PREFIX."
         if request.per_class:
             yield "--per-class: a model of text has no classes. Remove it."
@@ -69,10 +75,11 @@ class TextEvaluation(TaskEvaluation):
     def evaluate(self, evaluation: Evaluation, watchdog: Watchdog) -> None:
         config, request, rank = evaluation.config, evaluation.request, evaluation.rank
         watchdog.begin("opening the data")
-        prefixes = request.data or tuple(source.path for source in config.data.validation if not request.tasks)
+        needs_text = not request.tasks and not request.copying
+        prefixes = request.data or tuple(source.path for source in config.data.validation if needs_text)
         datasets = together(lambda: _open_data(config, prefixes))
         tokenizer = together(lambda: _configured_tokenizer(config))
-        documents = together(lambda: _boundaries(config, prefixes, tokenizer))
+        documents = Boundaries() if request.copying else together(lambda: _boundaries(config, prefixes, tokenizer))
         watchdog.begin("verifying the checkpoint")
         reader = open_evaluated(evaluation)
         output = output_of(evaluation, reader)
@@ -96,6 +103,19 @@ class TextEvaluation(TaskEvaluation):
         if request.tasks:
             watchdog.begin("evaluating tasks")
             together(lambda: _run_tasks(evaluation, model, tasks, settings, Path(f"{output}_tasks.json")))
+        if request.copying:
+            together(lambda: _measure_copying(evaluation, model, settings, Path(f"{output}_copying.json")))
+
+
+def _measure_copying(evaluation: Evaluation, model: LoadedModel, settings: dict[str, Any], output: Path) -> None:
+    """The first rank asks, the others compute."""
+    scorer = _scorer(evaluation.config, model)
+    if evaluation.rank != 0:
+        return scorer.follow()
+    found = measure_copying(scorer, vocab_size_of(evaluation.config.model), evaluation.config.model.seq_length)
+    scorer.release()
+    path = write_result(output, {**settings, "copying": asdict(found)}, copying_identity)
+    report(f"{copying_table(found)}\nwrote {path}")
 
 
 def _open_tasks(config: RunConfig, tokenizer: Tokenizer | None, request: EvaluationRequest) -> HarnessTasks | None:
@@ -111,14 +131,7 @@ def _run_tasks(
 ) -> None:
     """The first rank runs the harness, the others compute what it asks."""
     config, request = evaluation.config, evaluation.request
-    scorer = Scorer(
-        model.stage,
-        max_length=config.model.seq_length,
-        batch_size=config.training.micro_batch_size,
-        data_rank=model.data_rank,
-        data_size=model.topology.data,
-        is_reporter=model.is_reporter,
-    )
+    scorer = _scorer(config, model)
     if tasks is None:
         return scorer.follow()
     try:
@@ -135,6 +148,17 @@ def _run_tasks(
             f"WARNING: {config.data.tokenizer} has no token for {results['lost']} of the requests, which are lost"
         )
     report("\n".join([*lines, f"wrote {path}"]))
+
+
+def _scorer(config: RunConfig, model: LoadedModel) -> Scorer:
+    return Scorer(
+        model.stage,
+        max_length=config.model.seq_length,
+        batch_size=config.training.micro_batch_size,
+        data_rank=model.data_rank,
+        data_size=model.topology.data,
+        is_reporter=model.is_reporter,
+    )
 
 
 def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDataset]:

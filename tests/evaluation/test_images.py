@@ -64,6 +64,7 @@ def test_the_paper_is_quoted_where_it_is_about_the_model():
         (EvaluationRequest(), "data.validation: is empty. Name prepared images there"),
         (EvaluationRequest(data=("x",), stride=3), "--stride: is about text"),
         (EvaluationRequest(data=("x",), tasks=("piqa",)), "--tasks: is about text"),
+        (EvaluationRequest(data=("x",), copying=True), "--copying: is about text"),
     ],
 )
 def test_what_is_about_text_is_refused(request_, message):

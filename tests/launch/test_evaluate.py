@@ -73,11 +73,23 @@ def test_another_evaluation_is_kept_and_the_same_replaced(started):
     assert json.loads((folder / "step_00000000_perplexity.json").read_text()) == first and first["max_tokens"] == 40
 
 
+def test_copying_is_the_same_at_every_layout(started):
+    alone = results(started, evaluate(started, "--copying"), "step_00000000_copying.json")["copying"]
+    assert (alone["samples"], alone["tokens"]) == (64, 8) and alone["first"] != alone["again"]
+    done = evaluate(started, "--copying", "parallel.tensor=2", "parallel.sequence=true", ranks=2)
+    assert f"{alone['again']:.4f}" in done.stdout
+    found = results(started, done, "step_00000000_copying.json")["copying"]
+    assert found["first"] == pytest.approx(alone["first"], rel=1e-6)
+    assert found["again"] == pytest.approx(alone["again"], rel=1e-6)
+
+
 REFUSED = {
     "a stride that leaves gaps": (["--stride", 17], ["--stride: 17", "seq_length 16"]),
     "nothing to score": (["--max-tokens", 1], ["--max-tokens", "2 or more"]),
     "no data": (["--data", "nowhere"], ["nowhere.bin: no such file"]),
     "data not named": (["data.validation=[]"], ["data.validation: is empty", "--data"]),
+    "copying and data": (["--copying", "--data", "held_out"], ["--copying: reads random tokens alone", "--data"]),
+    "copying in three tokens": (["--copying", "model.seq_length=3"], ["--copying: model.seq_length is 3"]),
     "no checkpoint": (["--checkpoint", "nowhere"], ["nowhere: there is no such folder"]),
     "another model": (["model.num_layers=1"], ["model.num_layers: checkpoint 2, configuration 1", "config.yml"]),
     "heads over tensor ranks": (["parallel.tensor=3"], ["num_attention_heads", "multiple of 3"]),
