@@ -37,6 +37,7 @@ class Segment:
     `lr_multiplier`: times the learning rate. 0 leaves the weights as they are to the last bit: weight decay is
     multiplied by the learning rate too.
     `decay_multiplier`: times the weight decay.
+    `new`: of tokens that the run's growth added, whose rate is also multiplied by the optimizer's `new_tokens_factor`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Segment:
     age: Tensor
     lr_multiplier: float = 1.0
     decay_multiplier: float = 1.0
+    new: bool = False
 
     def view(self, flat: Tensor) -> Tensor:
         """This segment's elements of a tensor that is laid out like `buffer`."""
@@ -61,6 +63,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
     It does nothing until `bind` gave it its segments, because DeepSpeed first replaces the parameters by flat buffers.
     `observe`, when set, is called with every segment and its final gradient (averaged and clipped) before the update.
     `before_update`, when set, is called before anything changes; between two of its calls no state changes at all.
+    `new_tokens_factor`: of the next step, times the learning rate of segments that are `new`.
     """
 
     def __init__(self, params: Iterable[Tensor], settings: Optimizer):
@@ -70,6 +73,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         self.rule = rule_of(settings)
         self.segments: list[Segment] = []
         self.num_updates = 0  # since `bind`
+        self.new_tokens_factor = 1.0
         self.observe: Callable[[Segment, Tensor], None] | None = None
         self.before_update: Callable[[], None] | None = None
         self._matrices: list[ParameterSpec] = []
@@ -122,11 +126,14 @@ class SegmentedOptimizer(torch.optim.Optimizer):
             if segment.name in whole:
                 of_matrices[segment.name].append(segment)
             else:
-                alike[self._decay(segment), segment.lr_multiplier].append(segment)
+                alike[self._decay(segment), self._lr_multiplier(segment)].append(segment)
         for (decay, multiplier), segments in alike.items():
             self.rule.update(self.settings, self._batch(segments), group["lr"] * multiplier, decay)
         for _, specs in groupby(self._matrices, lambda spec: layer_of(spec.name)):
             self._update_matrices([(spec, of_matrices[spec.name]) for spec in specs], group["lr"])
+
+    def _lr_multiplier(self, segment: Segment) -> float:
+        return segment.lr_multiplier * self.new_tokens_factor if segment.new else segment.lr_multiplier
 
     def _decay(self, segment: Segment) -> float:
         return self.settings.weight_decay * segment.decay_multiplier if segment.decayed else 0.0
@@ -168,7 +175,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
             transform = rule.transform(gram.view(spec.width, spec.width))
             size = rule.size(spec.shape)
             for segment, weight, direction in zip(segments, batch.weights, directions):
-                rate = lr * segment.lr_multiplier
+                rate = lr * self._lr_multiplier(segment)
                 if segment.decayed:
                     weight.mul_(1 - rate * self._decay(segment))
                 weight.view(direction.shape).sub_(direction.double() @ transform, alpha=rate * size)

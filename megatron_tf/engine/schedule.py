@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_tf.config.run_plan import BatchPlan
+from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.optimizer import Optimizer, Schedule
 
 
@@ -31,6 +32,24 @@ def learning_rate(step: float, optimizer: Optimizer, train_steps: float) -> floa
     elif schedule.decay_shape == "sqrt":
         share = 1 - math.sqrt(1 - left)
     return schedule.min_lr + (optimizer.lr - schedule.min_lr) * share
+
+
+def new_tokens_factor(step: float, growth: Growth | None) -> float:
+    """Times the learning rate of the tokens that the run's growth added, at update `step` (0-based) since the growth.
+
+    `growth.lr_multipliers.new_tokens`, f; with `new_tokens_decay_steps`, N, it goes to 1: linear, 1 + (f - 1)(1 - step/N),
+    or as half a cosine. From update N on it is 1.
+    """
+    if growth is None:
+        return 1.0
+    rates = growth.lr_multipliers
+    if rates.new_tokens_decay_steps is None:
+        return rates.new_tokens
+    # share of the decay still to come
+    left = max(0.0, 1 - step / rates.new_tokens_decay_steps)
+    if rates.new_tokens_decay_shape == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return 1 + (rates.new_tokens - 1) * left
 
 
 def decay_step(schedule: Schedule, plan: BatchPlan) -> int | None:

@@ -20,6 +20,7 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
 from megatron_tf.engine.base import Age, Evaluated
 from megatron_tf.engine.optimizer import Segment, SegmentedOptimizer
+from megatron_tf.engine.schedule import learning_rate, new_tokens_factor
 from megatron_tf.engine.shards import ShardedParameter
 from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.errors import CheckpointError
@@ -78,6 +79,15 @@ class SegmentedEngine(ABC):
         self._loaded_steps = {
             name: source.adam_steps(name, 0, spec.numel) for name, spec in parameter_table(model).items()
         }
+
+    def _set_learning_rates(self, step: int, factor: float) -> float:
+        """Of the update of the 0-based `step`; gives back the schedule's, times `factor`."""
+        position = self.plan.schedule_position(step)
+        lr = factor * learning_rate(position, self.config.optimizer, self.plan.schedule_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.new_tokens_factor = new_tokens_factor(position, self.config.growth)
+        return lr
 
     def _begin_step(self) -> None:
         """Before the first micro batch."""
@@ -239,7 +249,7 @@ class SegmentedEngine(ABC):
         for spec, buffer, start, stop, offset, owned in fragments:
             by_rule = rule.get(spec.name, PLAIN)
             for low, high, updates in source.adam_steps(spec.name, start, stop):
-                for first, last, multiplier in self._learning_rates(spec, low, high):
+                for first, last, multiplier, new in self._learning_rates(spec, low, high):
                     segments.append(
                         Segment(
                             spec.name,
@@ -252,6 +262,7 @@ class SegmentedEngine(ABC):
                             torch.tensor(float(updates), device=buffer.device),
                             multiplier * by_rule.lr,
                             by_rule.weight_decay,
+                            new,
                         )
                     )
         matrices = [shard.spec for shard in self.shards() if is_matrix(shard.spec)]
@@ -260,21 +271,25 @@ class SegmentedEngine(ABC):
             for state, tensor in self.optimizer.states(segment).items():
                 source.read_into(segment.name, state, segment.start, tensor)
 
-    def _learning_rates(self, spec: ParameterSpec, start: int, stop: int) -> Iterator[tuple[int, int, float]]:
-        """[start, stop) cut where new tokens begin, each part with the multiplier of its learning rate by growth."""
+    def _learning_rates(self, spec: ParameterSpec, start: int, stop: int) -> Iterator[tuple[int, int, float, bool]]:
+        """[start, stop) cut where new tokens begin: each part's multiplier by growth, and whether it is of new tokens.
+
+        The multiplier of new tokens is the optimizer's `new_tokens_factor`, because it may change from step to step.
+        """
         if self.config.growth is None:
-            yield start, stop, 1.0
+            yield start, stop, 1.0, False
             return
         rates = self.config.growth.lr_multipliers
         if layer_of(spec.name) in self._new_layers or not spec.growable:
-            yield start, stop, rates.new_layers if layer_of(spec.name) in self._new_layers else rates.other
+            yield start, stop, rates.new_layers if layer_of(spec.name) in self._new_layers else rates.other, False
             return
         boundary = min(max(self._first_new.get(spec.name, stop), start), stop)
-        if rates.old_tokens == rates.new_tokens:
+        if rates.new_tokens_decay_steps is None and rates.old_tokens == rates.new_tokens:
             boundary = stop
-        for first, last, rate in ((start, boundary, rates.old_tokens), (boundary, stop, rates.new_tokens)):
-            if first < last:
-                yield first, last, rate
+        if start < boundary:
+            yield start, boundary, rates.old_tokens, False
+        if boundary < stop:
+            yield boundary, stop, 1.0, True
 
     def _reports(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A step's auxiliary losses and metrics, the same on all ranks, from their sums over this rank's blocks."""

@@ -13,6 +13,7 @@ from megatron_tf.config.sections.growth import LearningRates
 from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.engine.base import StepResult
+from megatron_tf.engine.schedule import new_tokens_factor
 from megatron_tf.tasks.data import task_data
 from megatron_tf.telemetry.memory import memory_metric
 from megatron_tf.telemetry.meters import Rates, mfu, peak_bf16_flops
@@ -55,7 +56,7 @@ class StepMetrics:
             "train/loss_step": float(result.loss),
             **{f"train/{name}": float(value) for name, value in result.reports.items()},
             "optim/lr": result.lr,
-            **self._group_rates(result.lr),
+            **self._group_rates(result.lr, self._plan.train_steps - steps_left - 1),
             "optim/grad_norm": norm,
             "optim/skipped_steps": skipped_steps,
             **({} if result.loss_scale is None else {"optim/loss_scale": result.loss_scale}),
@@ -76,18 +77,20 @@ class StepMetrics:
         of_task = {f"eval/{name}": value for name, value in measured.items()}
         return {**_loss_metrics("eval", loss, self._validation_numbers), **of_task}
 
-    def _group_rates(self, lr: float) -> dict[str, Value]:
-        """The learning rate of each group of parameters, where a growth gives them different ones."""
-        if self._config.growth is None:
+    def _group_rates(self, lr: float, step: int) -> dict[str, Value]:
+        """The learning rate of each group of parameters in the 0-based `step`, where a growth gives them different
+        ones."""
+        growth = self._config.growth
+        if growth is None:
             return {}
-        rates = self._config.growth.lr_multipliers
+        rates = growth.lr_multipliers
         if rates == LearningRates():
             return {}
         new_layers = {"optim/lr_new_layers": lr * rates.new_layers} if rates.new_layers != 1 else {}
         return {
             **new_layers,
             "optim/lr_old_tokens": lr * rates.old_tokens,
-            "optim/lr_new_tokens": lr * rates.new_tokens,
+            "optim/lr_new_tokens": lr * new_tokens_factor(self._plan.schedule_position(step), growth),
             "optim/lr_other": lr * rates.other,
         }
 

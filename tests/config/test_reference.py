@@ -46,7 +46,8 @@ def test_keys_of_one_architecture_say_so():
 @pytest.mark.parametrize("ending, unit", UNITS.items())
 def test_units_are_those_of_the_names(ending, unit):
     found = {key: entry.unit for key, entry in ENTRIES.items() if key.endswith(ending) and "number" in entry.type}
-    others = {"growth.lr_multipliers.old_tokens", "growth.lr_multipliers.new_tokens"}  # factors
+    # factors
+    others = {"growth.lr_multipliers.old_tokens", "growth.lr_multipliers.new_tokens"}
     assert {key for key, given in found.items() if given != unit} - others == set()
 
 

@@ -62,13 +62,13 @@ def test_metrics_of_a_grown_run(folder):
         assert "optim/lr_new_tokens" not in record
     assert [record["perf/eta_seconds"] > 0 for record in logged] == [True] * 5 + [False]
     grown = [f"run.dir={folder}/grown", f"growth.from={folder}/run", "model.parameter_tokens.ffn=50",
-             "growth.lr_multipliers={old_tokens: 0.5, new_tokens: 1.0, other: 0}"]  # fmt: skip
+             "growth.lr_multipliers={old_tokens: 0.5, new_tokens: 3, new_tokens_decay_steps: 2, other: 0}"]  # fmt: skip
     done = train(folder, *grown, "training.train_steps=2", "logging.health_interval_steps=1")
     assert done.returncode == 0, done.stdout
     every = records(folder / "grown")
     for record in (record for record in every if "optim/lr" in record):
         assert record["optim/lr_old_tokens"] == 0.5 * record["optim/lr"] and record["optim/lr_other"] == 0
-        assert record["optim/lr_new_tokens"] == record["optim/lr"]
+        assert record["optim/lr_new_tokens"] == {1: 3, 2: 2}[record["step"]] * record["optim/lr"]
     first, last = [record for record in every if "health/ffn/new_share" in record]
     # new keys are 0 and the first update has lr 0: the new tokens are dead, then they learn
     assert (first["health/ffn/new_dead_share"], first["health/ffn/new_share"]) == (1.0, 0.0)

@@ -157,11 +157,15 @@ def test_frozen_old_tokens_stay_to_the_last_bit(folder):
     succeed(train(folder))
     old = load_logical(folder / "run")
     grow = [f"run.dir={folder}/grown", f"growth.from={folder}/run", "model.parameter_tokens.ffn=75",
-            "growth.lr_multipliers={old_tokens: 0, new_tokens: 2}", "optimizer.weight_decay=0.5"]  # fmt: skip
+            "growth.lr_multipliers={old_tokens: 0, new_tokens: 2, new_tokens_decay_steps: 4}",
+            "optimizer.weight_decay=0.5"]  # fmt: skip
     succeed(train(folder, *grow, ranks=2))
+    whole = load_logical(folder / "grown")
     (folder / "grown" / "checkpoints" / "step_00000006" / "manifest.json").unlink()
     succeed(train(folder, *grow))
     new = load_logical(folder / "grown")
+    # the rate of new tokens goes on where it was: an update of Adam is about as large as the rate, 1e-2
+    assert all(torch.allclose(new[name], tensor, rtol=0, atol=1e-4) for name, tensor in whole.items())
     for name, tensor in old.items():
         kept = torch.equal(new[name][: len(tensor)], tensor)
         assert kept == name.endswith("tokens"), name

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tiny import run_config
 
 from megatron_tf.config.topology import Topology
-from megatron_tf.engine.deepspeed import engine
+from megatron_tf.engine import segmented
 from megatron_tf.errors import exit_now
 from megatron_tf.model.layers import Pattention, TensorParallel
 from megatron_tf.parallel import collectives
@@ -89,8 +89,8 @@ def scale_of_one_rank(patch):
 
 
 def learning_rate(patch):
-    right = engine.learning_rate
-    patch.setattr(engine, "learning_rate", lambda *arguments: 1.02 * right(*arguments))
+    right = segmented.learning_rate
+    patch.setattr(segmented, "learning_rate", lambda *arguments: 1.02 * right(*arguments))
 
 
 FAULTS = {fault.__name__: fault for fault in (

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megatron_tf.config.rules.batch import length_problems
 from megatron_tf.config.run_plan import steps_to_train
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import LearningRates
 
 
 def schedule_problems(config: RunConfig) -> Iterator[str]:
@@ -19,6 +20,8 @@ def schedule_problems(config: RunConfig) -> Iterator[str]:
     if list(length_problems(config)):
         return
     steps = steps_to_train(config)
+    if config.growth is not None:
+        yield from _new_tokens_problems(config.growth.lr_multipliers, steps)
     if schedule.warmup_steps > steps:
         yield (
             f"optimizer.schedule.warmup_steps: {schedule.warmup_steps} is more than the run's {steps} steps. "
@@ -51,3 +54,22 @@ def schedule_problems(config: RunConfig) -> Iterator[str]:
             f"{schedule.warmup_steps} are together more than the run's {steps} steps. Set decay_steps to at most "
             f"{max(0, steps - schedule.warmup_steps)}."
         )
+
+
+def _new_tokens_problems(rates: LearningRates, steps: int) -> Iterator[str]:
+    """`steps`: of the run."""
+    decay, key = rates.new_tokens_decay_steps, "growth.lr_multipliers.new_tokens_decay_steps"
+    if decay is None:
+        if rates.new_tokens_decay_shape != "linear":
+            yield (
+                f"growth.lr_multipliers.new_tokens_decay_shape: {rates.new_tokens_decay_shape} says how "
+                "growth.lr_multipliers.new_tokens goes to 1, but new_tokens_decay_steps is not given. Give it, or "
+                "remove the shape."
+            )
+    elif rates.new_tokens == 1:
+        yield (
+            f"{key}: {decay}, but growth.lr_multipliers.new_tokens is 1 already. Set new_tokens to what it begins with, "
+            "such as 4, or remove new_tokens_decay_steps."
+        )
+    elif decay > steps:
+        yield f"{key}: {decay} is more than the run's {steps} steps. Set it to at most {steps}."

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_tf.config.fields import Fraction, NonNegative, Path, Section
+from megatron_tf.config.fields import Count, Fraction, NonNegative, Path, Section
 
 TokenMethod = Literal["zero_key", "gram", "random"]
 GrowthMethod = Literal["zero_key", "gram", "random", "split", "bank"]
@@ -19,6 +19,10 @@ class LearningRates(Section):
     """Tokens of the smaller model. 0 freezes them, to the last bit."""
     new_tokens: NonNegative = 1.0
     """Tokens that the growth added."""
+    new_tokens_decay_steps: Count | None = None
+    """[steps] From the growth on, in which new_tokens goes to 1. null: it stays as it is. Since 0.2."""
+    new_tokens_decay_shape: Literal["linear", "cosine"] = "linear"
+    """How it goes there: in a straight line, or as half a cosine. Since 0.2."""
     new_layers: NonNegative = 1.0
     """Everything in layers that the growth added."""
     other: NonNegative = 1.0

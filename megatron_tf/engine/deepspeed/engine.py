@@ -25,7 +25,6 @@ from megatron_tf.engine.base import StepResult
 from megatron_tf.engine.deepspeed.patches import clip_by_true_norm, master_fragment, time_phases, watch_nonfinite
 from megatron_tf.engine.deepspeed.pipeline import TokenFormerPipeline
 from megatron_tf.engine.optimizer import SegmentedOptimizer
-from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.engine.segmented import Fragment, SegmentedEngine
 from megatron_tf.engine.shards import ShardedParameter
 from megatron_tf.model.layers import TensorParallel, choose_forms
@@ -101,10 +100,7 @@ class DeepSpeedEngine(SegmentedEngine):
 
         `lr_factor`: times the learning rate that the schedule gives.
         """
-        position, length = self.plan.schedule_position(step), self.plan.schedule_steps
-        lr = lr_factor * learning_rate(position, self.config.optimizer, length)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = self._set_learning_rates(step, lr_factor)
         updates = self.optimizer.num_updates
         can_fall = self._loss_scale_can_fall()
         # DeepSpeed scales the loss of the last stage so; an auxiliary loss has its gradient from here, at any stage

@@ -18,7 +18,6 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.config.topology import Topology
 from megatron_tf.engine.base import StepResult
 from megatron_tf.engine.optimizer import SegmentedOptimizer
-from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.engine.segmented import Fragment, SegmentedEngine
 from megatron_tf.engine.shards import ShardedParameter, shards_of
 from megatron_tf.engine.torch import sharding
@@ -158,11 +157,7 @@ class TorchEngine(SegmentedEngine):
 
         `lr_factor`: times the learning rate that the schedule gives.
         """
-        lr = lr_factor * learning_rate(
-            self.plan.schedule_position(step), self.config.optimizer, self.plan.schedule_steps
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = self._set_learning_rates(step, lr_factor)
         with self.clock.phase("data"):
             taken = [
                 (inputs.to(self._on), self._own(targets))
