@@ -37,8 +37,8 @@ def learning_rate(step: float, optimizer: Optimizer, train_steps: float) -> floa
 def new_tokens_factor(step: float, growth: Growth | None) -> float:
     """Times the learning rate of the tokens that the run's growth added, at update `step` (0-based) since the growth.
 
-    `growth.lr_multipliers.new_tokens`, f; with `new_tokens_decay_steps`, N, it goes to 1: linear, 1 + (f - 1)(1 - step/N),
-    or as half a cosine. From update N on it is 1.
+    `growth.lr_multipliers.new_tokens`, f. With `new_tokens_decay_steps`, N, it goes to 1, which it is from update N on:
+    1 + (f - 1)(1 - step/N), or as half a cosine.
     """
     if growth is None:
         return 1.0

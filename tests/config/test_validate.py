@@ -164,8 +164,8 @@ def test_a_length_in_samples_is_one_in_tokens(small):
          "growth.lr_multipliers.new_tokens_decay_steps: 50, but growth.lr_multipliers.new_tokens is 1 already. Set "
          "new_tokens to what it begins with, such as 4, or remove new_tokens_decay_steps."),
         (["growth={from: a, lr_multipliers: {new_tokens: 4, new_tokens_decay_shape: cosine}}"], 1,
-         "growth.lr_multipliers.new_tokens_decay_shape: cosine says how growth.lr_multipliers.new_tokens goes to 1, but "
-         "new_tokens_decay_steps is not given. Give it, or remove the shape."),
+         "growth.lr_multipliers.new_tokens_decay_shape: cosine says how growth.lr_multipliers.new_tokens goes to 1, "
+         "but new_tokens_decay_steps is not given. Give it, or remove the shape."),
         (["optimizer.schedule.min_lr=1e-3"], 1,
          "optimizer.schedule.min_lr: 0.001 is above optimizer.lr 0.0006. Set it to at most 0.0006."),
         (["zero.stage=0", "training.precision=bf16"], 1,

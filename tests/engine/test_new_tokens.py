@@ -89,10 +89,10 @@ def _train(rank, config, layouts, folder):
         for number, layout in enumerate(layouts):
             of, topology = layout.apply(config), layout.topology
             plan, tensor = plan_batches(of, 2), make_group(topology, "tensor", 60.0)
-            first_new = _first_new(of.model)
-            engine = build_engine(of, of.model, plan, topology, tensor, initial_source(of), first_new)
+            part = topology.coordinate("data", rank)
+            engine = build_engine(of, of.model, plan, topology, tensor, initial_source(of), _first_new(of.model))
             for step in range(STEPS):
-                engine.train_step(step, example_batches(of, plan, step, topology.coordinate("data", rank), topology.data))
+                engine.train_step(step, example_batches(of, plan, step, part, topology.data))
             weights = {
                 f"{piece.name}:{piece.start}": piece.tensor.clone()
                 for piece in engine.pieces()

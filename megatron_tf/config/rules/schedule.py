@@ -68,8 +68,8 @@ def _new_tokens_problems(rates: LearningRates, steps: int) -> Iterator[str]:
             )
     elif rates.new_tokens == 1:
         yield (
-            f"{key}: {decay}, but growth.lr_multipliers.new_tokens is 1 already. Set new_tokens to what it begins with, "
-            "such as 4, or remove new_tokens_decay_steps."
+            f"{key}: {decay}, but growth.lr_multipliers.new_tokens is 1 already. Set new_tokens to what it begins "
+            "with, such as 4, or remove new_tokens_decay_steps."
         )
     elif decay > steps:
         yield f"{key}: {decay} is more than the run's {steps} steps. Set it to at most {steps}."
