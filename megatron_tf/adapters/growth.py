@@ -30,7 +30,7 @@ from megatron_tf.adapters.folder import (
 from megatron_tf.checks import check_choice, check_whole_number
 from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.errors import ArgumentError, CheckpointError
-from megatron_tf.growth.methods import METHODS, PRESERVING, SPLIT, Elements, GrowingProjection
+from megatron_tf.growth.methods import METHODS, METHODS_OF_ADAPTERS, PRESERVING, SPLIT, Elements, GrowingProjection
 from megatron_tf.model.pattention import pattention
 from megatron_tf.pruning.criterion import largest, summed_contributions, summed_scale_terms
 from megatron_tf.state.parameters import INITIAL_STD, default_scale
@@ -55,7 +55,7 @@ def grow_adapter(
     """
     config = adapter.config
     old = config["num_tokens"]
-    check_choice("method", method, (*METHODS, SPLIT))
+    check_choice("method", method, METHODS_OF_ADAPTERS)
     check_whole_number("seed", seed, 0)
     check_whole_number("num_tokens", num_tokens, 1)
     if num_tokens <= old:

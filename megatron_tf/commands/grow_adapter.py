@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import options_for, path, whole_number
 from megatron_tf.errors import UserError
-from megatron_tf.growth.methods import METHODS, PRESERVING, SPLIT
+from megatron_tf.growth.methods import METHODS_OF_ADAPTERS, PRESERVING, SPLIT
 
 if TYPE_CHECKING:
     from megatron_tf.convert.agreement import Agreement
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         "--tokens", type=whole_number(2**31 - 1), required=True, metavar="N", help="of each branch, afterwards"
     )
     parser.add_argument(
-        "--method", choices=(*METHODS, SPLIT), help="of growth (default zero_key); random changes the function"
+        "--method", choices=METHODS_OF_ADAPTERS, help="of growth (default zero_key); random changes the function"
     )
     parser.add_argument(
         "--group-size",

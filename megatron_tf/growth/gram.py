@@ -19,16 +19,16 @@ unique: factors that depend on the signs of eigenvectors could differ between tw
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from megatron_tf.errors import CheckpointError
+from megatron_tf.growth.sizes import check_finite, one_thread
 
 BLOCK_ROWS = 256  # of R; part of the definition, as it decides on rounding
 _READ_ROWS = 4096  # of K, likewise
@@ -78,7 +78,7 @@ class GramKeys:
         """R's rows from block · BLOCK_ROWS on, flat."""
         if self._latest is None or self._latest[0] != block:
             rows = torch.arange(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self._added))
-            with _one_thread():
+            with one_thread():
                 self._latest = block, (self._mixing(rows) @ self._root).reshape(-1)
         return self._latest[1]
 
@@ -128,19 +128,5 @@ class GramKeys:
 
     def _rows(self, first: int, last: int) -> Tensor:
         flat = self._old_keys(first * self._width, last * self._width)
-        if not flat.isfinite().all():
-            raise CheckpointError(
-                f"{self._name}.key_tokens: holds values that are infinite or no numbers: the training diverged. Grow "
-                "an earlier checkpoint"
-            )
+        check_finite(flat, f"{self._name}.key_tokens")
         return flat.to(torch.float64).view(last - first, self._width)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -14,6 +14,7 @@ before and after, τ and τ' the stored scale of the projection before and after
 | `gram`, by keys | R with RᵀR = (τ'²/τ² − 1) KᵀK | 0 | default for n_new | to rounding |
 | `gram`, by values | 0, and old values times τ/τ' | random | default for n_new | to rounding |
 | `random` | random | random | default for n_new | no |
+| `matched` | random, as large as the old | random, all so that outputs keep their variance | with the norm | no |
 
 What the activation has to be like is a fact that it declares (`activations.base.Activation`); a method asks for these.
 """
@@ -51,6 +52,7 @@ class GrowingProjection:
     `old_keys`, `old_values`: range of each smaller tensor, by its name in the projection (a Pattention has one of each,
         "key_tokens" and "value_tokens").
     `initial_keys`, `initial_values`: what the normal initialiser puts into a range of each grown tensor.
+    `normal`: N(0, 1) in fp64 for a range of each grown tensor, drawn for this growth.
     """
 
     name: str
@@ -66,6 +68,7 @@ class GrowingProjection:
     initial_keys: Mapping[str, Elements]
     initial_values: Mapping[str, Elements]
     old_values: Mapping[str, Elements] = field(default_factory=dict)
+    normal: Mapping[str, Elements] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
@@ -136,15 +139,7 @@ def gram(projection: GrowingProjection) -> NewTokens:
     activation = ACTIVATIONS[projection.activation]
     if not _makes_up_for_scale(activation):
         raise _refusal("gram", projection, _makes_up_for_scale, "neither keys nor values make up for another τ")
-    tensors = (*projection.initial_keys, *projection.initial_values)
-    if len(tensors) != 2:
-        kind = projection.kind
-        has_bank = any(name.startswith("bank.") for name in tensors)
-        others = f"model.sparse.{kind} has candidates" if has_bank else f"those of {kind} are {', '.join(tensors)}"
-        raise ConfigError(
-            f"{projection.key}: gram grows projections of one key and one value tensor, and {others}. Set the method "
-            "to zero_key."
-        )
+    _check_one_pair("gram", projection, "zero_key")
     if not activation.scales_normed_scores:
         return NewTokens(scale, None, projection.initial_values, old_values_factor=projection.scale / scale)
     needed = min(old, projection.width)
@@ -189,9 +184,62 @@ def random(projection: GrowingProjection) -> NewTokens:
     return NewTokens(projection.default_scale, projection.initial_keys, projection.initial_values)
 
 
+def matched(projection: GrowingProjection) -> NewTokens:
+    """New tokens as large as the old ones, so that outputs keep their variance. The function changes.
+
+    Let w = E[S_i²] be the mean square weight of a token. Values that are drawn independently of all else, with variance
+    σ², give each element of the output the variance n_old w σ².
+
+    Keys: the new ones are normal with the root mean square of the old ones. Over inputs of equal variance in every
+        direction a new score is then as large as an old one, in the mean square, so the norm of the scores (after GELU
+        or before it) grows by √(n_new/n_old), and a sum of exponentials by n_new/n_old.
+    τ' grows by the same factor. So an old token keeps its weight, up to the chance of the draw, and a new one has the
+        same w. Under a held τ weights would shrink, and with them GELU would come into its straight part.
+    Values: all are multiplied by √(n_old/n_new), with new ones that are normal with the root mean square of the old
+        ones. The variance is n_new w (n_old/n_new) σ² = n_old w σ², what it was.
+
+    What is kept is this variance, and τ over its default. The function is not: √(n_old/n_new) of the old output is
+    left, and the rest of the variance comes from new tokens. Values of a trained projection are not independent of
+    their weights: if its outputs have f times the variance n_old w σ², the grown ones have 1 + (f − 1) n_old/n_new
+    times that.
+    """
+    _check_one_pair("matched", projection, "random")
+    default = ACTIVATIONS[projection.activation].default_scale
+    old, new = projection.old_tokens, projection.new_tokens
+    factor = (old / new) ** 0.5
+    ((key, keys),) = projection.old_keys.items()
+    ((value, values),) = projection.old_values.items()
+    return NewTokens(
+        projection.scale * default(new) / default(old),
+        {key: _as_large_as(keys, projection, key)},
+        {value: _as_large_as(values, projection, value, factor)},
+        old_values_factor=factor,
+    )
+
+
+def _as_large_as(old: Elements, projection: GrowingProjection, tensor: str, factor: float = 1.0) -> Elements:
+    """Normal, with `factor` times the root mean square of the old elements of `tensor`."""
+
+    @cache
+    def size() -> float:
+        from megatron_tf.growth.sizes import root_mean_square  # needs torch
+
+        count = projection.old_tokens * projection.width
+        return factor * root_mean_square(old, count, f"{projection.name}.{tensor}")
+
+    return lambda start, stop: projection.normal[tensor](start, stop) * size()
+
+
 SPLIT = "split"  # makes candidates of tokens instead of new ones, see `growth.split`
-METHODS: dict[str, Callable[[GrowingProjection], NewTokens]] = {"zero_key": zero_key, "gram": gram, "random": random}
+METHODS: dict[str, Callable[[GrowingProjection], NewTokens]] = {
+    "zero_key": zero_key,
+    "gram": gram,
+    "random": random,
+    "matched": matched,
+}
 BANK = "bank"  # puts slots of candidates next to the tokens, see `growth.bank`
+# matched makes old values smaller, and those of an adapter may be frozen
+METHODS_OF_ADAPTERS = (*(name for name in METHODS if name != "matched"), SPLIT)
 PRESERVING = frozenset({"zero_key", "gram"})  # methods that promise to keep the function; without noise they do
 
 
@@ -206,6 +254,19 @@ def _ignores_zero(activation: Activation) -> bool:
 
 def _makes_up_for_scale(activation: Activation) -> bool:
     return activation.scales_normed_scores or (activation.proportional_to_scale and activation.ignores_zero)
+
+
+def _check_one_pair(method: str, projection: GrowingProjection, instead: str) -> None:
+    """ConfigError unless the projection has one key and one value tensor."""
+    tensors = (*projection.initial_keys, *projection.initial_values)
+    if len(tensors) != 2:
+        kind = projection.kind
+        has_bank = any(name.startswith("bank.") for name in tensors)
+        others = f"model.sparse.{kind} has candidates" if has_bank else f"those of {kind} are {', '.join(tensors)}"
+        raise ConfigError(
+            f"{projection.key}: {method} grows projections of one key and one value tensor, and {others}. Set the "
+            f"method to {instead}."
+        )
 
 
 def _refusal(

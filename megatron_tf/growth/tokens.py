@@ -14,9 +14,11 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.axes import Axis
 from megatron_tf.growth.methods import BANK, PRESERVING, Elements, GrowingProjection, NewTokens, method_named
-from megatron_tf.state.parameters import parameter_table, projections
+from megatron_tf.state.parameters import ParameterSpec, parameter_table, projections
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_tf.state.sources import StateSource
 
 
@@ -119,6 +121,7 @@ def growing(
             old_values={value: old_weights(f"{name}.{value}") for value in spec.values},
             initial_keys={key: initial_weights(f"{name}.{key}") for key in spec.keys},
             initial_values={value: initial_weights(f"{name}.{value}") for value in spec.values},
+            normal={part: _normal(shapes[f"{name}.{part}"], seed) for part in (*spec.keys, *spec.values)},
         )
     return found
 
@@ -134,6 +137,15 @@ def decide(growing: Mapping[str, GrowingProjection], growth: Growth) -> dict[str
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))  # layers repeat each other
     return decided
+
+
+def _normal(spec: ParameterSpec, seed: int) -> Elements:
+    def read(start: int, stop: int) -> Tensor:
+        from megatron_tf.growth.noise import noise  # needs torch
+
+        return noise(spec, seed, start, stop)
+
+    return read
 
 
 def _no_state(tensor: str) -> Elements:

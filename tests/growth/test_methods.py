@@ -26,9 +26,10 @@ def pattention(x: Tensor, keys: Tensor, values: Tensor, scale: float, activation
 
 
 def projection(
-    activation: str, scale: float = 3.0, old_keys: Tensor | None = None, old=OLD, new=NEW
+    activation: str, scale: float = 3.0, old_keys: Tensor | None = None, old=OLD, new=NEW, old_values=None
 ) -> GrowingProjection:
     initial = torch.randn(new * D, generator=torch.Generator().manual_seed(9))
+    normal = torch.randn(new * D, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 
     def elements(start: int, stop: int) -> Tensor:
         return initial[start:stop]
@@ -37,17 +38,23 @@ def projection(
         assert old_keys is not None, "a method reads no state before its elements are asked for"
         return old_keys.reshape(-1)[start:stop]
 
+    def values(start: int, stop: int) -> Tensor:
+        assert old_values is not None, "a method reads no state before its elements are asked for"
+        return old_values.reshape(-1)[start:stop]
+
     key = {"key_tokens": elements}
+    drawn = {name: lambda start, stop, sign=sign: sign * normal[start:stop] for name, sign in
+             (("key_tokens", 1), ("value_tokens", -1))}  # fmt: skip
     return GrowingProjection(
         "blocks.0.ffn", "ffn", "growth.method", activation, D, old, new, scale, 5, {"key_tokens": keys}, key,
-        {"value_tokens": elements},
+        {"value_tokens": elements}, {"value_tokens": values}, drawn,
     )  # fmt: skip
 
 
 def grown(
     activation: str, keys: Tensor, values: Tensor, scale: float, method: str = "zero_key"
 ) -> tuple[Tensor, Tensor, float]:
-    tokens = METHODS[method](projection(activation, scale, keys))
+    tokens = METHODS[method](projection(activation, scale, keys, old_values=values))
 
     def rows(tensor: str) -> Tensor:
         elements = tokens.elements(tensor)
@@ -86,6 +93,62 @@ def test_random_does_not(tensors, activation):
     *tokens, scale = grown(activation, keys, values, math.sqrt(OLD), "random")
     assert (pattention(x, *tokens, scale, activation) - before).abs().max() > 0.1 * before.abs().max()
     assert scale == math.sqrt(NEW) and "random" not in PRESERVING
+
+
+def weights_and_output(x: Tensor, keys: Tensor, values: Tensor, scale: float, activation: str) -> tuple[Tensor, Tensor]:
+    """Weights of the tokens, and the output; the activations of `pattention` and softmax."""
+    if activation == "softmax":
+        weights = scale * (x @ keys.T).softmax(-1)
+        return weights, weights @ values
+    weights = pattention(x, keys, torch.eye(len(keys), dtype=x.dtype), scale, activation)
+    return weights, weights @ values
+
+
+@pytest.mark.parametrize("held", [1.0, 0.6])
+@pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+def test_matched_keeps_the_variance_of_outputs(activation, held):
+    """`held`: τ before over the default, below 1 after a growth by zero_key. Large enough that chance is small."""
+    width, old, new = 32, 600, 2400
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, keys, values, normal = draw(400, width), 0.1 * draw(old, width), 0.3 * draw(old, width), draw(2, new, width)
+    scale = held * (old if activation == "softmax" else old**0.5)
+    tensors = {"key_tokens": keys, "value_tokens": values}
+
+    def read(tensor: Tensor):
+        return lambda start, stop: tensor.reshape(-1)[start:stop]
+
+    growing = GrowingProjection(
+        "blocks.0.ffn", "ffn", "growth.method", activation, width, old, new, scale, 5,
+        {"key_tokens": read(keys)}, {"key_tokens": read(keys)}, {"value_tokens": read(values)},
+        {"value_tokens": read(values)}, {name: read(part) for name, part in zip(tensors, normal)},
+    )  # fmt: skip
+    tokens = METHODS["matched"](growing)
+    assert tokens.old_values_factor == 0.5
+    assert tokens.scale == pytest.approx(scale * (4 if activation == "softmax" else 2))
+    added = {name: tokens.elements(name)(old * width, new * width).view(-1, width) for name in tensors}
+    for name, size in (("key_tokens", 0.1), ("value_tokens", 0.15)):
+        assert added[name].std().item() == pytest.approx(size, rel=0.02)
+    parts = tokens.elements("key_tokens")
+    assert torch.equal(parts(old * width + 7, old * width + 99), parts(old * width, new * width)[7:99])
+    before_weights, before = weights_and_output(x, keys, values, scale, activation)
+    after_weights, after = weights_and_output(
+        x,
+        torch.cat([keys, added["key_tokens"]]),
+        torch.cat([values / 2, added["value_tokens"]]),
+        tokens.scale,
+        activation,
+    )
+    assert (after.var() / before.var()).item() == pytest.approx(1, rel=0.06)
+    # an old token keeps its weight, half of the old output is left, and the rest is new
+    torch.testing.assert_close(
+        after_weights[:, :old], before_weights, rtol=0.15, atol=0.15 * before_weights.std().item()
+    )
+    assert ((after - before / 2).var() / before.var()).item() == pytest.approx(0.75, rel=0.08)
+    assert "matched" not in PRESERVING
 
 
 @pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm"])

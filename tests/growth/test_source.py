@@ -173,7 +173,9 @@ def test_three_growths_on_top_of_each_other_keep_the_logits(activation, chain, g
     assert source.scales["blocks.2.attention.query"] == math.sqrt({"zero_key": 48, "gram": 203, "mixed": 48}[chain])
 
 
-@pytest.mark.parametrize("growth", [{"method": "random"}, {"noise": 0.01}, {"methods": {"proj": "random"}}])
+@pytest.mark.parametrize(
+    "growth", [{"method": "random"}, {"method": "matched"}, {"noise": 0.01}, {"methods": {"proj": "random"}}]
+)
 def test_what_changes_the_function_does_not_promise_otherwise(growth, golden):
     source = Tensors(SMALL, official(golden, "src", SMALL))
     grown = grow(source, **growth)
@@ -304,7 +306,9 @@ def test_reset_starts_all_moments_and_step_counts_at_zero_and_keeps_the_weights(
         assert reset.adam_steps(name, 0, spec.numel) == [(0, spec.numel, 0)]
 
 
-@pytest.mark.parametrize("growth", [{}, {"method": "gram", "noise": 0.1}, {"method": "gram", "activation": "gelu"}])
+@pytest.mark.parametrize(
+    "growth", [{}, {"method": "gram", "noise": 0.1}, {"method": "matched"}, {"method": "gram", "activation": "gelu"}]
+)
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", ["blocks.0.ffn.value_tokens", "blocks.0.ffn.key_tokens", "embedding.weight"])
 def test_any_range_is_that_part_of_the_whole(name, state, growth):

@@ -165,6 +165,7 @@ def test_training_goes_on_as_if_it_had_grown_the_model_itself(folder, tmp_path):
 GROWTHS = {
     "gram": (*BIGGER, "growth.method=gram", "growth.moments=reset"),
     "random": (*BIGGER, "growth.method=random", "growth.noise=0.02"),
+    "matched": (*BIGGER, "growth.method=matched", "growth.noise=0.02"),
     "split": ("growth.method=split", SPLIT),
 }
 # One process for all runs: only the first pays for the start.

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from megatron_tf.config.fields import Count, Fraction, NonNegative, Path, Section
 
-TokenMethod = Literal["zero_key", "gram", "random"]
-GrowthMethod = Literal["zero_key", "gram", "random", "split", "bank"]
+TokenMethod = Literal["zero_key", "gram", "random", "matched"]
+GrowthMethod = Literal["zero_key", "gram", "random", "matched", "split", "bank"]
 DepthMethod = Literal["identity", "stack", "interleave"]
 Moment = Literal["end", "before_decay"]
 
@@ -44,7 +44,7 @@ class Growth(Section):
     at: Moment = "end"
     """Which checkpoint of the folder: end is the newest; before_decay needs checkpoint.keep_before_decay. Since 0.2."""
     method: GrowthMethod = "zero_key"
-    """What new tokens begin as; split and bank make candidates of model.sparse. Only random changes the function."""
+    """What new tokens begin as. random and matched change the function; split and bank make candidates."""
     methods: GrowthMethods = GrowthMethods()
     """Methods of single projections, instead of growth.method."""
     depth_method: DepthMethod = "identity"
