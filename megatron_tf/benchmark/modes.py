@@ -16,6 +16,7 @@ from megatron_tf.architectures.tokenformer.section import TokenFormerModel
 from megatron_tf.benchmark import (
     adapters,
     communication,
+    context,
     engines,
     images,
     memory,
@@ -130,6 +131,17 @@ def run_engines(device: torch.device, arguments: argparse.Namespace) -> Iterable
     return engines.rows(configs, arguments.rounds)
 
 
+def run_context(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
+    one_sample = "training.global_batch_size=1", "training.micro_batch_size=1", "training.compile=false"
+    configs = []
+    for ranks in arguments.ranks:
+        layout = f"{{engine: torch, context: {ranks}, tensor: 1, pipeline: 1, sequence: false}}"
+        config = load_config(arguments.config, [*arguments.overrides, *one_sample, f"parallel={layout}"])
+        validate(config, ranks)
+        configs.append(config)
+    return context.rows(configs)
+
+
 def run_memory(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
     config = load_config(arguments.config, arguments.overrides)
     validate(config, 1)
@@ -235,6 +247,7 @@ MODES = {
     "sparse": run_sparse,
     "stages": run_stages,
     "communication": run_communication,
+    "context": run_context,
     "engines": run_engines,
     "memory": run_memory,
     "step": run_step,

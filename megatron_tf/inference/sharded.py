@@ -9,6 +9,7 @@ import torch
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.topology import Topology
+from megatron_tf.model.filling import allocate
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.stage import Stage, build_stage
 from megatron_tf.state.optimizer_states import WEIGHT
@@ -35,7 +36,7 @@ def load_stage(
     table, group = parameter_table(model), tensor.group
     with torch.device("meta"):
         stage = build_stage(model, reader.index.scales, topology, rank, tensor, document_ends).to(dtype)
-    stage.to_empty(device=device)
+    allocate(stage, device)
     for name, parameter in stage.named_parameters():
         spec = table[name]
         first, last = shard_range(spec.shape[0], group.size, group.rank) if spec.sharded else (0, spec.shape[0])

@@ -12,6 +12,7 @@ from megatron_tf.config.tasks import task_of
 from megatron_tf.config.validate import check_model
 from megatron_tf.model.checks import check_building, check_config, check_scales, check_starts
 from megatron_tf.model.context import BlockContext, run_blocks
+from megatron_tf.model.filling import allocate
 from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block, task_layers
 from megatron_tf.model.stage import build_ends
 from megatron_tf.state.initialize import initial_rows
@@ -82,7 +83,7 @@ def build_model(
         model = TokenFormer(config, scales)
     if device is not None and torch.device(device).type == "meta":
         return model
-    model.to_empty(device=device or "cpu")
+    allocate(model, device or "cpu")
     initialize(model.named_parameters(), config, seed)
     return model.to(dtype)
 

@@ -23,6 +23,7 @@ from megatron_tf.config.topology import Topology, stage_layers
 from megatron_tf.engine.shards import ShardedParameter, shards_of
 from megatron_tf.model.attention import document_starts
 from megatron_tf.model.context import BlockContext, run_blocks
+from megatron_tf.model.filling import allocate
 from megatron_tf.model.layers import Block, FinalNorm, TensorParallel, build_block, task_layers
 from megatron_tf.model.stage import Stage, neighbours
 from megatron_tf.tasks.layers import evaluation_sums
@@ -54,7 +55,8 @@ def _without_weights(build: Callable[[], nn.Module]) -> nn.Module:
     """A layer whose initial weights were not drawn: they are always written through the optimizer later."""
     with torch.device("meta"):
         layer = build()
-    return layer.to_empty(device="cpu")
+    allocate(layer, "cpu")
+    return layer
 
 
 class TokenFormerPipeline(PipelineModule):

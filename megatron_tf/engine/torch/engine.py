@@ -23,6 +23,7 @@ from megatron_tf.engine.shards import ShardedParameter, shards_of
 from megatron_tf.engine.torch import sharding
 from megatron_tf.engine.torch.loss_scale import LossScale
 from megatron_tf.model.context import BlockContext
+from megatron_tf.model.filling import allocate
 from megatron_tf.model.layers import TensorParallel, choose_forms
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.model.stage import Stage, build_stage
@@ -78,7 +79,7 @@ class TorchEngine(SegmentedEngine):
                 TensorParallel(tensor, config.parallel.sequence, context),
                 document_ends,
             )
-        self._stage.to_empty(device=device)
+        allocate(self._stage, device)
         for block in self._stage.blocks.values():
             block.recompute = config.training.activation_checkpointing  # type: ignore[assignment]
             self._of_steps += choose_forms(block, config.training, device.type)
