@@ -12,6 +12,8 @@ from megatron_tf.checkpoint.records import record_problems
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import ARCHITECTURES, architecture_of, with_parameter_tokens
 from megatron_tf.config.differences import TOKENS, differing
+from megatron_tf.config.lookup import key_name
+from megatron_tf.config.mistakes import reason
 from megatron_tf.config.nearest import either
 from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
 from megatron_tf.config.sections.model import Model
@@ -32,7 +34,9 @@ def stored_model(index: CheckpointIndex) -> Model:
         model = Model.model_validate(dict(index.model))
     except ValidationError as error:
         problems = [
-            f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}, here {shown(e['input'])}" for e in error.errors()
+            f"{key_name(('model', *found['loc']))} {reason(found)}"
+            + ("" if found["type"] == "missing" else f", here {shown(found['input'])}")
+            for found in error.errors()
         ]
         raise CheckpointError(_listed("the checkpoint's own model section is not valid", problems)) from error
     history = record_problems(index.growth_history, index.data, index.run, index.tokens, complete=True)

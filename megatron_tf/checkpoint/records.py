@@ -17,6 +17,7 @@ from typing_extensions import Self
 from megatron_tf.checkpoint.strict_json import LARGEST_NUMBER, MOST
 from megatron_tf.config.fields import Count as TokenCount
 from megatron_tf.config.fields import ExpandedPath, Fraction, Positive
+from megatron_tf.config.mistakes import reason
 from megatron_tf.config.sections.growth import DepthMethod, GrowthMethod
 from megatron_tf.errors import shown
 
@@ -199,7 +200,7 @@ def _problems(record: type[_Record], value: Mapping[str, Any], where: str, compl
     except ValidationError as error:
         return [
             f"{'.'.join([where, *map(str, found['loc'])])} "
-            + ("is missing" if found["type"] == "missing" else f"is {shown(found['input'])}: {found['msg']}")
+            + (reason(found) if found["type"] == "missing" else f"is {shown(found['input'])}: {reason(found)}")
             for found in error.errors(include_url=False)
             if complete or found["type"] != "missing"
         ]

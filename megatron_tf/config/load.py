@@ -6,10 +6,9 @@ what is expected and what to write instead.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,18 +17,16 @@ from pydantic_core import ErrorDetails
 from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
 from megatron_tf.config.extends import KEY as EXTENDS
 from megatron_tf.config.extends import read_extended
-from megatron_tf.config.fields import NOT_REGISTERED, OpenSection
+from megatron_tf.config.fields import OpenSection
 from megatron_tf.config.lookup import (
     Location,
     all_keys,
-    annotation_at,
-    choices_in,
     key_name,
     keys_of,
     required_keys,
     section_at,
 )
-from megatron_tf.config.nearest import either, multiples_near
+from megatron_tf.config.mistakes import describe, did_you_mean, follows_from_another, value_sentence
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.validate import check_model
@@ -104,8 +101,7 @@ def _read_alone(path: str) -> tuple[dict[str, Any], list[str]]:
         content = read_plain(path, MOST_BYTES)
     except FileNotFoundError:
         reason = broken_link(path) or "there is no such file"
-        near = difflib.get_close_matches(os.path.basename(path).removesuffix(".yml"), configurations(), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(os.path.basename(path).removesuffix(".yml"), configurations())
         remedy = f"Give the path of a run's YAML file, or a name of `megatron_tf config list`.{hint}"
         raise ConfigError(f"{path}: {reason}. {remedy}") from None
     except OSError as error:
@@ -118,7 +114,7 @@ def _read_alone(path: str) -> tuple[dict[str, Any], list[str]]:
         needed = ", ".join(required_keys(RunConfig))
         raise ConfigError(f"{path}: the file is empty. A configuration needs the sections {needed}.")
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: the top level is {_describe(values)}. It must be sections, such as `model:`.")
+        raise ConfigError(f"{path}: the top level is {describe(values)}. It must be sections, such as `model:`.")
     return values, problems
 
 
@@ -177,7 +173,7 @@ def apply_override(values: dict[str, Any], override: str) -> list[str]:
         section = section[part]
         if not isinstance(section, dict):
             parent = ".".join(parts[: depth + 1])
-            given = f"{parent} is {_describe(section)} and has no keys"
+            given = f"{parent} is {describe(section)} and has no keys"
             return [f"override {key.strip()}: {given}. Give it as a whole: {parent}=..."]
     section[parts[-1]] = value
     return problems
@@ -193,74 +189,13 @@ def _sentences(error: ValidationError, values: Mapping[str, Any], section: Locat
     return list(dict.fromkeys(sentences))  # a pair that lacks both items is reported for each
 
 
-def follows_from_another(problem: ErrorDetails) -> bool:
-    """pydantic counts only the valid items of a list, and so calls one with a bad item too short as well. It names
-    every default that it could not compute from fields with problems of their own.
-    """
-    if problem["type"] == "default_factory_not_called":
-        return True
-    return problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]
-
-
 def _sentence(loc: Location, problem: ErrorDetails, values: Mapping[str, Any]) -> str:
     kind, given = problem["type"], problem["input"]
-    bounds = problem.get("ctx", {})
-    key = key_name(loc)
     if kind == "extra_forbidden":
         return _of_another_choice(loc, values) or _unknown_key(loc)
     if kind == "missing":
         return _missing_key(loc, given)
-    if (sentence := value_sentence(key, problem)) is not None:
-        return sentence
-    if kind == "literal_error":
-        return _not_a_choice(key, choices_in(annotation_at(loc)), given)
-    if kind == NOT_REGISTERED:
-        return _not_a_choice(key, bounds["choices"], given)
-    expected = EXPECTED.get(kind)
-    if expected is None:
-        return (
-            f"{key or 'configuration'}: {_describe(given)} is not valid: "
-            f"{problem['msg'].removeprefix('Value error, ')}."
-        )
-    return f"{key}: {_describe(given)}, but {expected} is expected.{_remedy(kind, loc, given)}"
-
-
-def value_sentence(key: str, problem: ErrorDetails) -> str | None:
-    """What is wrong with a number or a list, and what it must be; None for other kinds of mistakes."""
-    kind, given, bounds = problem["type"], problem["input"], problem.get("ctx", {})
-    if kind in ("greater_than_equal", "greater_than", "less_than", "less_than_equal"):
-        bound, words = {
-            "greater_than_equal": ("ge", "at least"),
-            "greater_than": ("gt", "greater than"),
-            "less_than": ("lt", "less than"),
-            "less_than_equal": ("le", "at most"),
-        }[kind]
-        limit = bounds[bound]
-        limit = f"{limit:g}" if isinstance(limit, float) else limit
-        return f"{key}: {given} is out of range. It must be {words} {limit}."
-    if kind == "multiple_of":
-        unit = bounds["multiple_of"]
-        return f"{key}: {given} is not a multiple of {unit}. Set it to {either(multiples_near(given, unit))}."
-    if kind == "finite_number":
-        return f"{key}: {given} is out of range. It must be a finite number."
-    if kind == "too_short":
-        return f"{key}: the list has {bounds['actual_length']} items. It needs at least {bounds['min_length']}."
-    if kind == "too_long":
-        return f"{key}: the list has {len(given)} items. It holds {bounds['max_length']}."
-    return None
-
-
-EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "tuple_type": "a list",
-    "dict_type": "keys with values",
-    "model_type": "a section with keys",
-    "model_attributes_type": "a section with keys",
-}
+    return value_sentence(key_name(loc) or "configuration", problem) + _remedy(kind, loc, given)
 
 
 def _remedy(kind: str, loc: Location, given: Any) -> str:
@@ -315,12 +250,15 @@ def _unknown_key(loc: Location) -> str:
     keys = keys_of(section)
     if loc[0] == "deepspeed" and (reason := _refusal(key_name(loc[1:]))):
         return f"{key_name(loc)}: {reason}"
-    near = difflib.get_close_matches(name, keys, n=1)
     sentence = f"{key_name(loc)}: unknown key."
-    if near:
-        return f"{sentence} Did you mean {key_name((*loc[:-1], near[0]))}?"
+    if name == EXTENDS:
+        return f"{sentence} A whole file extends another: write it at the top level of one, or remove it."
+    if near := did_you_mean(name, keys, f"{key_name(loc[:-1])}." if len(loc) > 1 else ""):
+        return sentence + near
     elsewhere = [key for key in all_keys(RunConfig) if key.rpartition(".")[2] == name]
     question = f" Did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+    if len(loc) == 1 and not elsewhere and (near := did_you_mean(name, (EXTENDS, "stages"))):
+        return sentence + near
     if elsewhere and len(keys) > _FEW_KEYS:
         return sentence + question
     where = f"The keys of {key_name(loc[:-1])}" if len(loc) > 1 else "The sections"
@@ -341,24 +279,3 @@ def _missing_key(loc: Location, given: Any) -> str:
     if section is not None:
         return f"{key_name(loc)}: missing. Add this section; it needs {', '.join(required_keys(section))}."
     return f"{key_name(loc)}: missing, and it has no default. Give it a value."
-
-
-def _not_a_choice(key: str, allowed: Iterable[Any], given: Any) -> str:
-    choices = [str(choice) for choice in allowed]
-    near = difflib.get_close_matches(str(given), choices, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"{key}: {_describe(given)}, but one of {', '.join(choices)} is expected.{hint}"
-
-
-def _describe(value: Any) -> str:
-    """What was given, as a phrase: "the text 'abc'", "the list [1, 2]", "nothing"."""
-    if value is None:
-        return "nothing (null)"
-    text = json.dumps(value) if not isinstance(value, str) else repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    if isinstance(value, bool):
-        return f"the truth value {text}"
-    if isinstance(value, (int, float)):
-        return f"the number {text}"
-    kind = "text" if isinstance(value, str) else "list" if isinstance(value, (list, tuple)) else "mapping"
-    return f"the {kind} {text}"

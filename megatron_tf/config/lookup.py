@@ -71,12 +71,3 @@ def as_section(annotation: Any) -> type[Section] | None:
 def section_in(annotation: Any) -> type[Section] | None:
     candidates = (annotation, *get_args(annotation))
     return next((item for item in candidates if isinstance(item, type) and issubclass(item, Section)), None)
-
-
-def choices_in(annotation: Any) -> Iterator[Any]:
-    """The values of the Literal inside an annotation."""
-    for argument in get_args(annotation):
-        if get_args(argument):
-            yield from choices_in(argument)
-        elif argument is not Ellipsis and argument is not type(None):
-            yield argument

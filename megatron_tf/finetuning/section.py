@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
@@ -14,11 +13,13 @@ from pydantic_core import ErrorDetails
 from megatron_tf.config.extends import read_extended
 from megatron_tf.config.fields import Count, NonNegative, Path, Positive, Seconds, Section
 from megatron_tf.config.load import apply_override
+from megatron_tf.config.lookup import key_name
+from megatron_tf.config.mistakes import did_you_mean, follows_from_another, value_sentence
 from megatron_tf.config.nearest import either
 from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.durable import read_plain
-from megatron_tf.errors import ConfigError, file_errors, shown
+from megatron_tf.errors import ConfigError, file_errors
 from megatron_tf.shipped import finetunings
 from megatron_tf.text_files import decode_text
 
@@ -142,7 +143,8 @@ def load_finetune(path: FilePath, overrides: Sequence[str] = ()) -> FinetuneConf
     try:
         config = FinetuneConfig.model_validate_json(json.dumps(values), by_alias=True, by_name=False)
     except ValidationError as error:
-        raise ConfigError([*problems, *map(_sentence, error.errors(include_url=False))]) from None
+        found = [problem for problem in error.errors(include_url=False) if not follows_from_another(problem)]
+        raise ConfigError([*problems, *map(_sentence, found)]) from None
     if problems := [*problems, *_contradictions(config)]:
         raise ConfigError(problems)
     return config
@@ -199,19 +201,18 @@ def _required(section: type[Section]) -> list[str]:
 
 def _sentence(problem: ErrorDetails) -> str:
     """What pydantic found, as "section.field: what is wrong. Remedy."."""
-    parts = [str(part) for part in problem["loc"]]
-    key = ".".join(parts) or "configuration"
+    *parts, last = problem["loc"] or ("configuration",)
+    key = key_name((*parts, last))
     if problem["type"] == "extra_forbidden":
-        keys = _keys_at(parts[:-1])
-        near = difflib.get_close_matches(parts[-1], keys, n=1)
-        hint = f"Did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else f"Choose of {either(keys)}."
-        return f"{key}: unknown key. {hint}"
+        keys = _keys_at(parts)
+        near = did_you_mean(str(last), keys, f"{key_name(tuple(parts))}." if parts else "")
+        return f"{key}: unknown key.{near or f' Choose of {either(keys)}.'}"
     if problem["type"] == "missing":
         return f"{key}: missing, and it has no default. Give it a value."
-    return f"{key}: {shown(problem['input'])} cannot be. {problem['msg'].removeprefix('Input ').capitalize()}."
+    return value_sentence(key, problem)
 
 
-def _keys_at(parts: Sequence[str]) -> list[str]:
+def _keys_at(parts: Sequence[int | str]) -> list[str]:
     section: Any = FinetuneConfig
     for part in parts:
         section = section.model_fields[part].annotation

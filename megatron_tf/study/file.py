@@ -16,20 +16,34 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
+from megatron_tf.config.extends import KEY as EXTENDS
 from megatron_tf.config.fields import Count, Path, Positive, Section
-from megatron_tf.config.load import EXPECTED, follows_from_another, read_file, value_sentence
+from megatron_tf.config.load import MOST_BYTES, apply_override, check_keys
+from megatron_tf.config.lookup import all_keys
+from megatron_tf.config.mistakes import did_you_mean, follows_from_another, value_sentence
+from megatron_tf.config.nearest import either
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.growth import Moment
-from megatron_tf.errors import ConfigError, shown
+from megatron_tf.config.yaml_core import parse_yaml
+from megatron_tf.durable import read_plain
+from megatron_tf.errors import ConfigError, file_errors, shown
 from megatron_tf.shipped import studies
+from megatron_tf.text_files import decode_text
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-Name = Annotated[str, Field(pattern=NAME)]
+
+def _name(text: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text) is None:
+        raise ValueError("must be letters, digits, '-', '_' and '.', and begin with a letter or digit")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
@@ -114,27 +128,40 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
 
     ConfigError with all problems: keys, values, parents that are missing or form a circle.
     """
-    if not os.path.lexists(path):
-        names = ", ".join(studies())
-        raise ConfigError(f"{path}: there is no such file. Give the path of a study's YAML file, or one of {names}.")
-    values, problems = read_file(path)
-    problems = [*problems, *_override(values, overrides)]
+    values, problems = _read(path)
+    for text in overrides:
+        problems += apply_override(values, text)
     try:
         study = Study.model_validate_json(json.dumps(values), by_alias=True, by_name=False)
     except ValidationError as error:
         found = [problem for problem in error.errors(include_url=False) if not follows_from_another(problem)]
         raise ConfigError([*problems, *(_sentence(problem, values) for problem in found)]) from None
-    problems += [*_arm_problems(study), *_parent_problems(study)]
+    problems += [*_common_problems(study), *_arm_problems(study), *_sweep_problems(study), *_parent_problems(study)]
     if problems:
         raise ConfigError(problems)
     return study
 
 
-def _override(values: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
-    from megatron_tf.config.load import apply_override
-
-    for text in overrides:
-        yield from apply_override(values, text)
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
+    """The plain values of a file, and what is wrong with its syntax."""
+    if not os.path.lexists(path):
+        near = did_you_mean(os.path.basename(path).removesuffix(".yml"), studies())
+        raise ConfigError(
+            f"{path}: there is no such file. Give the path of a study's YAML file, or one of "
+            f"{', '.join(studies())}.{near}"
+        )
+    with file_errors(ConfigError, path, "Give the path of a study's YAML file."):
+        content = read_plain(path, MOST_BYTES)
+    values, problems = parse_yaml(decode_text(ConfigError, path, content), str(path))
+    if not isinstance(values, dict):
+        needed = ", ".join(name for name, field in Study.model_fields.items() if field.is_required())
+        raise ConfigError(f"{path}: has no keys. A study needs {needed}.")
+    if EXTENDS in values:
+        raise ConfigError(
+            f"{path}: {EXTENDS}: {shown(values[EXTENDS])}, but a study extends no file. Write what arms have in common "
+            "under common, and a configuration as the config of an arm."
+        )
+    return values, problems
 
 
 def _sentence(problem: Any, values: Mapping[str, Any]) -> str:
@@ -150,18 +177,37 @@ def _sentence(problem: Any, values: Mapping[str, Any]) -> str:
         return f"{key}: missing. Give it."
     if kind == "extra_forbidden":
         section: type[Section] = Study if len(place) == 1 else Sweep if "sweep" in place[:-1] else Arm
-        if len(place) == 1 and key in RunConfig.model_fields:
-            return f"{key}: is a section of a run's configuration, and this is read as a study. Write it under common."
-        return f"{key}: unknown key. The keys here are {', '.join(section.model_fields)}."
-    if (sentence := value_sentence(key, problem)) is not None:
-        return sentence
-    if kind in EXPECTED:
-        return f"{key}: {shown(problem['input'])}, but {EXPECTED[kind]} is expected."
-    return f"{key}: {shown(problem['input'])} is not valid: {problem['msg'].removeprefix('Value error, ')}."
+        return f"{key}: {_unknown_key(str(place[-1]), section)}"
+    return value_sentence(key.removesuffix(": "), problem)
+
+
+def _unknown_key(name: str, section: type[Section]) -> str:
+    if section is not Sweep and name in RunConfig.model_fields:
+        place = "common" if section is Study else "overrides"
+        return f"is a section of a run's configuration, and this is read as a study. Write it under {place}."
+    hint = did_you_mean(name, section.model_fields)
+    if section is not Sweep and did_you_mean(name, [EXTENDS]):
+        hint = " No part of a study extends a file: write one as the config of an arm."
+    return f"unknown key. The keys here are {', '.join(section.model_fields)}.{hint}"
 
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def _common_problems(study: Study) -> Iterator[str]:
+    """Keys that no configuration has are told once, and not for each arm."""
+    try:
+        check_keys({key: value for key, value in study.common.items() if key != EXTENDS})
+    except ConfigError as error:
+        yield from (f"common: {problem}" for problem in error.problems)
+    of_arms = ((f"arm {arm.name}: overrides", arm.overrides) for arm in study.arms)
+    for place, sections in (("common", study.common), *of_arms):
+        if EXTENDS in sections:
+            yield (
+                f"{place}.{EXTENDS}: {shown(sections[EXTENDS])}, but only a file extends another. Write it as the "
+                "config of an arm."
+            )
 
 
 def _arm_problems(study: Study) -> Iterator[str]:
@@ -169,7 +215,8 @@ def _arm_problems(study: Study) -> Iterator[str]:
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"arm {name}: is there twice. Give each arm a name of its own."
     if study.reference is not None and study.reference not in names:
-        yield f"reference: there is no arm {study.reference}. The arms are {', '.join(names)}."
+        near = did_you_mean(study.reference, names)
+        yield f"reference: there is no arm {study.reference}. The arms are {', '.join(names)}.{near}"
     elif study.reference is not None and not study.arm(study.reference).comparable:
         yield f"reference: {study.reference} is not comparable. Name another arm, or set its comparable to true."
     for arm in study.arms:
@@ -184,10 +231,22 @@ def _arm_problems(study: Study) -> Iterator[str]:
             yield f"arm {arm.name}: by branch, but it has no parent. Name one."
         if arm.by == "branch" and arm.config is not None:
             yield f"arm {arm.name}: config: a branch has the configuration of its parent. Remove config."
+
+
+def _sweep_problems(study: Study) -> Iterator[str]:
+    known = list(all_keys(RunConfig))
+    for arm, sweep in ((arm, arm.sweep) for arm in study.arms if arm.sweep is not None):
+        if sweep.key not in known:
+            elsewhere = [key for key in known if key.rpartition(".")[2] == sweep.key]
+            near = f" Did you mean {either(elsewhere)}?" if elsewhere else did_you_mean(sweep.key, known)
+            yield (
+                f"arm {arm.name}: sweep.key: {sweep.key}: unknown key. Give one of a configuration, such as "
+                f"optimizer.lr.{near}"
+            )
         # as the folders of runs have them
-        if arm.sweep is not None and len({f"{value:g}" for value in arm.sweep.values}) < len(arm.sweep.values):
-            yield f"arm {arm.name}: sweep.values: {list(arm.sweep.values)} has one twice, to 6 digits. Give each once."
-        if arm.sweep is not None and arm.sweep.flops is not None and arm.flops is None and arm.tokens is None:
+        if len({f"{value:g}" for value in sweep.values}) < len(sweep.values):
+            yield f"arm {arm.name}: sweep.values: {list(sweep.values)} has one twice, to 6 digits. Give each once."
+        if sweep.flops is not None and arm.flops is None and arm.tokens is None:
             yield f"arm {arm.name}: sweep.flops shortens flops or tokens, and neither is given. Give one."
 
 
@@ -197,7 +256,8 @@ def _parent_problems(study: Study) -> Iterator[str]:
     for arm in study.arms:
         for key, name in (("parent", arm.parent), ("value_of", arm.value_of)):
             if name is not None and name not in by_name:
-                yield f"arm {arm.name}: {key}: there is no arm {name}. The arms are {', '.join(by_name)}."
+                near = did_you_mean(name, [other for other in by_name if other != arm.name])
+                yield f"arm {arm.name}: {key}: there is no arm {name}. The arms are {', '.join(by_name)}.{near}"
         if (way := _circle(arm.name, by_name)) and frozenset(way) not in circles:
             circles.add(frozenset(way))
             yield f"arms {' -> '.join([*way, arm.name])}: each starts from the next, in a circle. Remove a parent."

@@ -364,3 +364,17 @@ def test_a_model_section_alone_gets_the_sentences_of_a_file(values, small):
     ]
     with pytest.raises(ConfigError, match="model.hidden_size: 64 is not a multiple of model.num_attention_heads 5"):
         read_model({**values["model"], "num_attention_heads": 5})
+
+
+def test_extends_that_is_mistyped(tmp_path):
+    """At the top level the nearest name is told; elsewhere, that only a file extends another."""
+    path = tmp_path / "run.yml"
+    for text, problem in {
+        "extend: tiny": "extend: unknown key. Did you mean extends?",
+        "stages_: []": "stages_: unknown key. Did you mean stages?",
+        "model: {extends: tiny}": "model.extends: unknown key. A whole file extends another: write it at the top level",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError) as refused:
+            load_config(path)
+        assert any(told.startswith(problem) for told in refused.value.problems), refused.value.problems

@@ -192,8 +192,8 @@ def test_bad_input_is_one_message_and_nothing_is_written(folder, tmp_path):
     ("override", "message"),
     [
         ("adapter.token=4", "adapter.token: unknown key. Did you mean adapter.tokens?"),
-        ("training.train_steps=0", "training.train_steps: 0 cannot be. Should be greater than or equal to 1."),
-        ("base.precision=fp8", "base.precision: 'fp8' cannot be. Should be 'bf16' or 'fp32'."),
+        ("training.train_steps=0", "training.train_steps: 0 is out of range. It must be at least 1."),
+        ("base.precision=fp8", "base.precision: the text 'fp8', but one of bf16, fp32 is expected."),
         ("optimizer.schedule.warmup_steps=6", "warmup_steps: 6, and training.train_steps is 6"),
         ("optimizer.schedule.type=wsd", "optimizer.schedule.decay_steps: missing"),
         (
@@ -202,7 +202,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(folder, tmp_path):
         ),
         ("optimizer.layer_decay=0.5", "optimizer.layer_decay: is for layers of a model"),
         ("adapter.from=x", "adapter.from: has tokens and modules of its own"),
-        ("base=null", "base: None cannot be"),
+        ("base=null", "base: nothing (null), but a section with keys is expected."),
         ("model.hidden_size=3", "model: unknown key"),
     ],
 )

@@ -98,7 +98,10 @@ def test_a_chain_inherits_from_the_stage_before(study):
         ({"arms": {"grown": {"overrides": {"growth": {"from": "x"}}}}}, "arm grown: growth.from: x, but an arm starts"),
         ({"arms": {"grown": {"overrides": {}}}}, "the smaller model has model.parameter_tokens"),
         ({"arms": {"grown": {"parent": None}}}, "arm grown: growth: is given, but the arm has no parent"),
-        ({"arms": {"small": {"sweep": {"key": "optimizer.lrr", "values": [1.0, 2.0]}}}}, "arm small: optimizer.lrr"),
+        (
+            {"arms": {"small": {"sweep": {"key": "optimizer.lrr", "values": [1.0, 2.0]}}}},
+            "arm small: sweep.key: optimizer.lrr",
+        ),
         ({"arms": {"grown": {"config": "nowhere.yml"}}}, "arm grown: nowhere.yml: there is no such file"),
         ({"arms": {"grown": {"config": "tiny_chain"}}}, "arm grown: config: tiny_chain is a chain"),
         ({"ranks": 3}, "arm small: training.global_batch_size: 4 is not a multiple of 12"),

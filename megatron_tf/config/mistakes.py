@@ -1,0 +1,120 @@
+"""What pydantic found wrong with a value, in our own words: the key, what was given, what it must be."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from megatron_tf.config.fields import NOT_REGISTERED
+from megatron_tf.config.nearest import either, multiples_near
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "keys with values",
+    "model_type": "a section with keys",
+    "model_attributes_type": "a section with keys",
+}
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "greater than"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def value_sentence(key: str, problem: ErrorDetails) -> str:
+    """What is wrong with the value of a key, and what it must be. (For an unknown or a missing key, see `reason`.)"""
+    kind, given, bounds = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind in _EXPECTED:
+        return f"{key}: {describe(given)}, but {_EXPECTED[kind]} is expected."
+    if (choices := _choices(problem)) is not None:
+        hint = did_you_mean(str(given), choices)
+        return f"{key}: {describe(given)}, but one of {', '.join(choices)} is expected.{hint}"
+    if kind in _BOUNDS or kind == "finite_number":
+        return f"{key}: {given} is out of range. It {reason(problem)}."
+    if kind == "multiple_of":
+        unit = bounds["multiple_of"]
+        return f"{key}: {given} is not a multiple of {unit}. Set it to {either(multiples_near(given, unit))}."
+    if kind == "too_short":
+        return f"{key}: the list has {bounds['actual_length']} items. It needs at least {bounds['min_length']}."
+    if kind == "too_long":
+        return f"{key}: the list has {len(given)} items. It holds {bounds['max_length']}."
+    return f"{key}: {describe(given)} is not valid: {reason(problem)}."
+
+
+def reason(problem: ErrorDetails) -> str:
+    """What a value must be, as the end of a sentence on it: "must be at least 1"."""
+    kind, bounds = problem["type"], problem.get("ctx", {})
+    if kind in _EXPECTED:
+        return f"must be {_EXPECTED[kind]}"
+    if (choices := _choices(problem)) is not None:
+        return f"must be {either(choices)}"
+    if kind in _BOUNDS:
+        bound, words = _BOUNDS[kind]
+        limit = bounds[bound]
+        return f"must be {words} {f'{limit:g}' if isinstance(limit, float) else limit}"
+    if kind == "finite_number":
+        return "must be a finite number"
+    if kind == "multiple_of":
+        return f"must be a multiple of {bounds['multiple_of']}"
+    if kind in ("too_short", "too_long"):
+        end = "at least {min_length}" if kind == "too_short" else "at most {max_length}"
+        return f"must have {end.format(**bounds)} items"
+    if kind == "missing":
+        return "is missing"
+    if kind == "extra_forbidden":
+        return "is an unknown key"
+    # what a validator of ours says, or a kind that no section has
+    return re.sub(r"^[A-Z]\w+ should\b", "must", problem["msg"].removeprefix("Value error, "))
+
+
+def did_you_mean(name: str, known: Iterable[str], place: str = "") -> str:
+    """A sentence with a leading space on the nearest name among `known`, behind `place`; nothing when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {place}{near[0]}?" if near else ""
+
+
+def follows_from_another(problem: ErrorDetails) -> bool:
+    """pydantic counts only the valid items of a list, and so calls one with a bad item too short as well. It names
+    every default that it could not compute from fields with problems of their own.
+    """
+    if problem["type"] == "default_factory_not_called":
+        return True
+    return problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]
+
+
+def describe(value: Any) -> str:
+    """What was given, as a phrase: "the text 'abc'", "the list [1, 2]", "nothing"."""
+    if value is None:
+        return "nothing (null)"
+    text = json.dumps(value) if not isinstance(value, str) else repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    if isinstance(value, bool):
+        return f"the truth value {text}"
+    if isinstance(value, (int, float)):
+        return f"the number {text}"
+    kind = "text" if isinstance(value, str) else "list" if isinstance(value, (list, tuple)) else "mapping"
+    return f"the {kind} {text}"
+
+
+def _choices(problem: ErrorDetails) -> list[str] | None:
+    """The values that a key may have, where it may have only some."""
+    bounds = problem.get("ctx", {})
+    if problem["type"] == NOT_REGISTERED:
+        return list(map(str, bounds["choices"]))
+    if problem["type"] == "literal_error":
+        return [word.strip("'") for word in bounds["expected"].replace(" or ", ", ").split(", ")]
+    return None
