@@ -134,7 +134,7 @@ def check_keys(values: dict[str, Any]) -> None:
 
 
 def _unknown_keys(values: dict[str, Any]) -> list[Location]:
-    own = {key: value for key, value in values.items() if key not in (EXTENDS, "stages")}
+    own = {key: value for key, value in values.items() if key not in (EXTENDS, "stages", "deliver")}
     try:
         RunConfig.model_validate_json(json.dumps(own), by_alias=True, by_name=False)
     except ValidationError as error:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from megatron_tf.config.deliver import KEY as DELIVER
 from megatron_tf.config.extends import KEY as EXTENDS
 from megatron_tf.config.fields import PATH, Section
 from megatron_tf.config.schema import RunConfig
@@ -24,6 +25,27 @@ _FILE_KEYS = {
         "format": PATH,
         "description": "Configuration that this one is merged over: a path from its own folder, or a shipped name. "
         "run.name and run.dir are not taken from it.",
+    },
+    DELIVER: {
+        "anyOf": [
+            {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["decay"],
+                "properties": {
+                    "decay": {
+                        "type": "number",
+                        "exclusiveMinimum": 0,
+                        "exclusiveMaximum": 1,
+                        "description": "Share of a stage's steps, the last ones, in which the rate decays. Since 0.2.",
+                    }
+                },
+            },
+            {"type": "null"},
+        ],
+        "default": None,
+        "description": "Of a chain, or of one of its stages: each ends with a decay, and the next one grows from the "
+        "state before it. Since 0.2.",
     },
     "stages": {
         "type": "array",
@@ -58,17 +80,16 @@ def json_schema() -> Node:
                 node["properties"][name] = {"anyOf": [value, {"type": "null"}], **about}
     sections = dict(root["properties"])
     stage = {"type": "object", "additionalProperties": False, "required": ["name"]}
-    stage["properties"] = {"name": {"type": "string"}, **sections}
+    stage["properties"] = {"name": {"type": "string"}, **sections, DELIVER: _FILE_KEYS[DELIVER]}
     stages = {**_FILE_KEYS["stages"], "items": stage}
-    root["properties"] = {EXTENDS: _FILE_KEYS[EXTENDS], **sections, "stages": stages}
+    root["properties"] = {EXTENDS: _FILE_KEYS[EXTENDS], **sections, DELIVER: _FILE_KEYS[DELIVER], "stages": stages}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root}
 
 
 def entries() -> Iterator[Entry]:
     """Every key of a configuration in the order of the schema; a section comes before its keys."""
     root = _schema()
-    for key, node in _FILE_KEYS.items():
-        yield _entry(key, node, {}, required=False)
+    yield from _entries({"properties": _FILE_KEYS}, {}, "")
     yield from _entries(root, root["$defs"], "")
 
 
@@ -157,6 +178,8 @@ def _section_of(node: Node, definitions: Mapping[str, Node]) -> tuple[Node | Non
     """(the section that stands in a node, whether it is an item of a list there)."""
     if "$ref" in node:
         return definitions[node["$ref"].rpartition("/")[2]], False
+    if "properties" in node:
+        return node, False
     for inner, item in (
         [(node["items"], True)] if "items" in node else [(part, False) for part in node.get("anyOf", ())]
     ):
@@ -167,7 +190,7 @@ def _section_of(node: Node, definitions: Mapping[str, Node]) -> tuple[Node | Non
 
 
 def _type(node: Node, definitions: Mapping[str, Node]) -> str:
-    if "$ref" in node:
+    if "$ref" in node or "properties" in node:
         return "section"
     if "anyOf" in node:
         return " or ".join(dict.fromkeys(_type(part, definitions) for part in node["anyOf"]))

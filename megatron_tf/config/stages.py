@@ -8,6 +8,8 @@
         model: {parameter_tokens: {qkv: 2140, proj: 2140, ffn: 8560}}
         optimizer: {lr: 3.0e-4}
 
+With `deliver` (see `deliver`), each stage grows from before the decay of the stage before it.
+
 A stage repeats only what differs from the common sections. It becomes an ordinary run of its own in
 `<run.dir>/<name>`, so that whatever works on a run works on a stage, and interrupting the chain anywhere is no
 different from interrupting a run.
@@ -20,6 +22,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_tf.config import deliver
 from megatron_tf.config.extends import merged
 from megatron_tf.config.load import apply_override, build_config, read_file
 from megatron_tf.config.schema import RunConfig
@@ -36,6 +39,7 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     values, problems = read_file(path)
     if "stages" not in values:
+        deliver.refuse_alone(values, problems)
         return [build_config(values, problems, overrides)]
     stages = values.pop("stages")
     problems += _shape_problems(stages)
@@ -57,6 +61,7 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             else:
                 own[name].append(text.removeprefix(f"stages.{name}."))
     configs: list[RunConfig] = []
+    delivered = False
     for stage in stages:
         if configs:  # only the first stage begins with weights from elsewhere
             common = [text for text in common if not text.startswith("training.init_from=")]
@@ -64,7 +69,9 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
                 key: _without(value, "init_from") if key == "training" else value for key, value in values.items()
             }
         try:
-            configs.append(_stage_config(values, stage, [*common, *own[stage["name"]]], configs[-1:]))
+            overridden = [*common, *own[stage["name"]]]
+            config, delivered = _stage_config(values, stage, overridden, configs[-1:], delivered)
+            configs.append(config)
         except ConfigError as error:
             problems += [f"stage {stage['name']}: {problem}" for problem in error.problems]
             if not configs:
@@ -75,8 +82,16 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def _stage_config(
-    common: dict[str, Any], stage: dict[str, Any], overrides: Sequence[str], previous: Sequence[RunConfig]
-) -> RunConfig:
+    common: dict[str, Any],
+    stage: dict[str, Any],
+    overrides: Sequence[str],
+    previous: Sequence[RunConfig],
+    was_delivered: bool,
+) -> tuple[RunConfig, bool]:
+    """The stage's run, and whether it is delivered, so that the next one grows from before its decay.
+
+    `was_delivered`: whether the previous one is.
+    """
     values = merged(common, {key: value for key, value in stage.items() if key != "name"})
     problems = [problem for text in overrides for problem in apply_override(values, text)]
     run = values.get("run")
@@ -91,11 +106,17 @@ def _stage_config(
             )
         if isinstance(growth, dict):
             values["growth"] = {"from": literal(previous[0].run.dir), **growth}
+            if was_delivered:
+                deliver.grow_from_before(values["growth"], problems)
     else:
         values.setdefault("growth", None)
         if values["growth"] is not None and "growth" not in stage:
             values["growth"] = None  # common growth settings are for the stages that grow
-    return build_config(values, problems)
+    share = deliver.take_share(values, problems)
+    if share is None:
+        return build_config(values, problems), False
+    deliver.keep_both(values, problems)
+    return deliver.with_decay(build_config(values, problems), share), True
 
 
 def _shape_problems(stages: Any) -> list[str]:

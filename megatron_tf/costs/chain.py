@@ -20,7 +20,8 @@ from megatron_tf.errors import ConfigError
 class StageCost:
     """One stage. GPU-hours are of all GPUs, without what failures cost.
 
-    `chain_*`: of this stage and all before it, that is what a model of this size costs by growing.
+    `chain_*`: of this stage and all before it, that is what a model of this size costs by growing. Of a stage that the
+        next one does not grow from the end of, the decay is left out there: it serves its own size alone.
     `scratch_*`: of the same model from scratch to the same loss at the same speed, at the least and the greatest κ.
     `ratio`: R, chain_flops over scratch_flops, least and greatest.
     `kappa`: that it is of.  `break_even`: the κ above which R is below 1.  None for the first stage, which is from
@@ -54,13 +55,14 @@ def chain_costs(
     if scratch_tokens is not None:
         _check_worth(stages, scratch_tokens)
     costs: list[StageCost] = []
-    for stage in stages:
+    # of what the model of a stage was grown from
+    earlier_tokens, earlier_flops, earlier_hours = 0, 0.0, 0.0
+    for stage, after in zip(stages, [*stages[1:], None]):
         tokens = plan_batches(stage.config, stage.world_size).train_tokens
         per_token = float(flops_per_token(stage.config.model))
         hours = stage.world_size / stage.time.tokens_per_second / 3600  # a token
-        before = costs[-1] if costs else None
-        worth, scratch = _from_scratch(tokens, 0 if before is None else before.chain_tokens, kappa, scratch_tokens)
-        chain_flops = per_token * tokens + (before.chain_flops if before else 0)
+        worth, scratch = _from_scratch(tokens, earlier_tokens, kappa, scratch_tokens)
+        chain_flops = per_token * tokens + earlier_flops
         costs.append(
             StageCost(
                 name=stage.config.run.name,
@@ -68,18 +70,30 @@ def chain_costs(
                 tokens=tokens,
                 flops=per_token * tokens,
                 gpu_hours=hours * tokens,
-                chain_tokens=tokens + (before.chain_tokens if before else 0),
+                chain_tokens=tokens + earlier_tokens,
                 chain_flops=chain_flops,
-                chain_gpu_hours=hours * tokens + (before.chain_gpu_hours if before else 0),
+                chain_gpu_hours=hours * tokens + earlier_hours,
                 scratch_tokens=scratch,
                 scratch_flops=(per_token * scratch[0], per_token * scratch[1]),
                 scratch_gpu_hours=(hours * scratch[0], hours * scratch[1]),
                 ratio=(chain_flops / (per_token * scratch[1]), chain_flops / (per_token * scratch[0])),
                 kappa=worth,
-                break_even=None if before is None else before.chain_flops / before.chain_tokens / per_token,
+                break_even=earlier_flops / earlier_tokens / per_token if earlier_tokens else None,
             )
         )
+        passed_on = tokens if after is None else tokens - _left_out(stage, after)
+        earlier_tokens += passed_on
+        earlier_flops += per_token * passed_on
+        earlier_hours += hours * passed_on
     return costs
+
+
+def _left_out(stage: Estimate, after: Estimate) -> int:
+    """Tokens of the decay of `stage`, if `after` grows from before it."""
+    growth, decay = after.config.growth, stage.config.optimizer.schedule.decay_steps
+    if growth is None or growth.at != "before_decay" or decay is None:
+        return 0
+    return decay * plan_batches(stage.config, stage.world_size).tokens_per_step
 
 
 def _check_worth(stages: Sequence[Estimate], scratch_tokens: int) -> None:

@@ -165,9 +165,16 @@ def _chain_lines(plan: dict[str, Any]) -> Iterable[str]:
             )
         )
     yield table(rows)
-    total = costs[-1]["chain_gpu_hours"]
-    scratch = [sum(cost["scratch_gpu_hours"][end] for cost in costs) for end in (0, 1)]
-    yield f"  all sizes: {total:,.0f} GPU-hours by growing, {_span(scratch, ',.0f')} from scratch one by one"
+    hours, flops = (sum(cost[key] for cost in costs) for key in ("gpu_hours", "flops"))
+    scratch, scratch_flops = (
+        [sum(cost[key][end] for cost in costs) for end in (0, 1)] for key in ("scratch_gpu_hours", "scratch_flops")
+    )
+    yield (
+        f"  all sizes: {hours:,.0f} GPU-hours by growing, {_span(scratch, ',.0f')} from scratch one by one; FLOPs "
+        f"{flops:.3g}, and {_span(scratch_flops, '.3g')}"
+    )
+    if flops > costs[-1]["chain_flops"] * (1 + 1e-9):
+        yield "  all sizes include the decay of each; a stage's own R leaves out the decays of the sizes before it"
     kappas = dict.fromkeys(_span(cost["kappa"], ".2f") for cost in costs if cost["kappa"] is not None)
     yield f"  R = φ + (1 - φ)·(c_s/c_l)/κ, φ = own {unit} / from scratch. κ, {unit} from scratch that one of the"
     yield f"  sizes before is worth, is {', '.join(kappas)}, {plan['kappa']}."

@@ -102,3 +102,60 @@ def test_only_the_first_stage_begins_with_weights_from_elsewhere(chain, values):
         assert (first.training.init_from, second.training.init_from) == (source, None)
         assert second.growth.source == "runs/small/small"
     assert load_stages(path, ["stages.big.training.init_from=x"])[1].training.init_from == "x"  # which validate refuses
+
+
+DELIVER = {"decay": 0.2}
+
+
+def test_a_chain_that_delivers_its_sizes(chain):
+    """Each ends with a decay over a share of its own steps, and the next one grows from before it."""
+    path = chain(SMALL, {**BIG, "deliver": {"decay": 0.5}}, {"name": "again"}, deliver=DELIVER)
+    small, big, again = load_stages(path)
+    for stage, decay in ((small, 20), (big, 25), (again, 20)):
+        schedule = stage.optimizer.schedule
+        assert (schedule.type, schedule.decay_steps, stage.checkpoint.keep_before_decay) == ("wsd", decay, True)
+    assert small.growth is None
+    assert (big.growth.source, big.growth.at, again.growth.at) == ("runs/small/small", "before_decay", "before_decay")
+    small, *_ = load_stages(path, ["stages.small.deliver.decay=0.001", "optimizer.schedule.type=cosine"])
+    assert (small.optimizer.schedule.type, small.optimizer.schedule.decay_steps) == ("wsd", 1)
+
+
+def test_a_stage_that_is_not_delivered_is_grown_from_its_end(chain):
+    small, big, again = load_stages(chain({**SMALL, "deliver": None}, BIG, {"name": "again"}, deliver=DELIVER))
+    assert small.optimizer.schedule.type == "cosine" and not small.checkpoint.keep_before_decay
+    assert (big.growth.at, again.growth.at) == ("end", "before_decay")
+    assert [stage.growth for stage in load_stages(chain(SMALL), ["deliver.decay=0.1"])] == [None]
+
+
+@pytest.mark.parametrize("given", [0.2, {}, {"decay": 0}, {"decay": 1}, {"decay": "0.2"}, {"decay": 0.2, "at": "end"}])
+def test_a_share_that_is_none(chain, given):
+    with pytest.raises(ConfigError) as caught:
+        load_stages(chain(SMALL, BIG, deliver=given))
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"stage small: deliver: {given!r} does not say how long the decay")
+    assert "deliver: {decay: 0.2}, a share of the stage's steps above 0 and below 1" in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.big.growth.at=end", "stage big: growth.at: end, but with deliver a stage grows from before the decay"),
+        ("optimizer.schedule.decay_steps=5", "optimizer.schedule.decay_steps: 5, but deliver says how long"),
+        ("stages.big.checkpoint.keep_before_decay=false", "stage big: checkpoint.keep_before_decay: false, but with"),
+        ("stages.big.optimizer.schedule.warmup_steps=41",
+         "stage big: deliver: a decay of 0.2 of 50 steps is 10 steps, and optimizer.schedule.warmup_steps is 41: "
+         "together more than the stage has"),
+        ("optimizer.schedule=5", "optimizer.schedule: the number 5, but a section with keys is expected"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_a_delivery(chain, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_stages(chain(SMALL, BIG, deliver=DELIVER), [override])
+    assert len(caught.value.problems) == 1 and message in caught.value.problems[0]
+
+
+def test_only_a_chain_delivers(tmp_path, values):
+    path = tmp_path / "one.yml"
+    path.write_text(dump_yaml({**values, "deliver": DELIVER}))
+    with pytest.raises(ConfigError, match="deliver: is for a chain, and this file has no stages"):
+        load_stages(path)

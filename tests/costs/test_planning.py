@@ -185,6 +185,23 @@ def test_chain_costs_by_hand():
     assert (costs[0].kappa, costs[0].break_even, costs[0].ratio) == (None, None, (1.0, 1.0))
 
 
+def test_decays_of_delivered_sizes_serve_their_own_size_alone():
+    path, deliver = CONFIGS / "chain_124M_to_1.4B.yml", {"decay": 0.2}
+    plain = [estimate(config, 8, H100, ASSUMED) for config in load_stages(path)]
+    overrides = [f"deliver={{decay: {deliver['decay']}}}"]
+    small, middle, *_, last = chain_costs(
+        [estimate(config, 8, H100, ASSUMED) for config in load_stages(path, overrides)], (0.5, 0.5)
+    )
+    of_plain = chain_costs(plain, (0.5, 0.5))
+    assert (small.tokens, small.flops, last.flops) == (of_plain[0].tokens, of_plain[0].flops, of_plain[3].flops)
+    assert small.chain_tokens == small.tokens
+    assert middle.chain_tokens - middle.tokens == pytest.approx(0.8 * small.tokens, rel=1e-4)
+    assert middle.chain_flops - middle.flops == pytest.approx(0.8 * small.flops, rel=1e-4)
+    assert middle.chain_gpu_hours - middle.gpu_hours == pytest.approx(0.8 * small.gpu_hours, rel=1e-4)
+    assert middle.scratch_tokens[0] == pytest.approx(middle.tokens + 0.5 * 0.8 * small.tokens, rel=1e-4)
+    assert middle.break_even == pytest.approx(of_plain[1].break_even)
+
+
 def test_a_stage_from_scratch_needs_what_kappa_says():
     """Its own tokens, and κ for each of those before; R is then φ + (1 − φ)·(c_s/c_l)/κ."""
     stages = [estimate(config, 8, H100, ASSUMED) for config in load_stages(CONFIGS / "chain_124M_to_1.4B.yml")]

@@ -117,6 +117,47 @@ def test_a_chain_of_tokens_depth_and_tokens_resumes(folder):
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
+DELIVERED = """
+deliver: {decay: 0.34}
+stages:
+  - name: small
+  - name: big
+    model: {parameter_tokens: {qkv: 19, ffn: 61}}
+    optimizer: {schedule: {warmup_steps: 0}}
+"""
+
+
+def rates(folder, stage):
+    records = [json.loads(line) for line in (folder / "run" / stage / "metrics.jsonl").read_text().splitlines()]
+    return [record["optim/lr"] for record in records if "optim/lr" in record]
+
+
+@pytest.mark.slow
+def test_a_chain_delivers_each_size_and_grows_from_before_its_decay(folder):
+    config = folder / "config.yml"
+    config.write_text(config.read_text() + DELIVERED)
+    done = train(folder)
+    assert done.returncode == 0, done.stdout
+    assert rates(folder, "small") == pytest.approx([0, 5e-3, 1e-2, 1e-2, 1e-2, 5e-3])
+    # the rate goes on as it was before that decay, and decays at the end of this stage as well
+    assert rates(folder, "big") == pytest.approx([1e-2] * 5 + [5e-3])
+    small, big = (folder / "run" / stage / "checkpoints" / "step_00000006" for stage in ("small", "big"))
+    index = open_checkpoint(big).index
+    (entry,) = index.growth_history
+    assert (entry["step"], entry["tokens"], index.tokens) == (4, 4 * 8 * 16, 10 * 8 * 16)
+    assert entry["loss_before"] == pytest.approx(entry["loss_after"])
+    expected = [load_logical(path) for path in (small, big)]
+
+    # cut off within the decay of the first stage
+    shutil.rmtree(small)
+    shutil.rmtree(folder / "run" / "big")
+    done = train(folder)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout
+    for path, weights in zip((small, big), expected):
+        again = load_logical(path)
+        assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
 def test_every_stage_is_checked_before_the_first_starts(chain):
     result = train(chain, "stages.big.training.global_batch_size=7", "stages.middle.parallel.tensor=3",
                    "stages.big.parallel.pipeline=1")  # fmt: skip
