@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.config.sections.training import Precision
+from megatron_tf.config.sections.training import ComputeType
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send", "all_to_all"]
 
@@ -103,9 +103,9 @@ def positions_of(config: RunConfig) -> int:
 
 def hidden_bytes(config: RunConfig) -> int:
     """Bytes of hidden states [s, b, d] in the compute type, whole over the tensor ranks."""
-    return positions_of(config) * config.model.hidden_size * compute_bytes(config.training.precision)
+    return positions_of(config) * config.model.hidden_size * compute_bytes(config.training.compute_type)
 
 
-def compute_bytes(precision: Precision) -> int:
+def compute_bytes(precision: ComputeType) -> int:
     """Bytes of an element in the compute type."""
     return 4 if precision == "fp32" else 2

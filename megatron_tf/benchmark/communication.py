@@ -111,7 +111,7 @@ def _rank(rank: int, ranks: int, folder: str, config: RunConfig) -> None:
 def count_layers(config: RunConfig, group: Group) -> list[tuple[str, str, Sent]]:
     """Forward and backward of each part on this rank: (part, direction, what was sent)."""
     model, tensor = config.model, TensorParallel(group, config.parallel.sequence)
-    dtype = DTYPES[config.training.precision]
+    dtype = DTYPES[config.training.compute_type]
     embedding, norm = Embedding(model, tensor).to(dtype), FinalNorm(model, tensor).to(dtype)
     torch.nn.init.normal_(embedding.weight, std=0.02)
     block = build_block(model, 0, initial_scales(model), tensor).to(dtype)

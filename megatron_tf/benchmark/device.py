@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_tf.config.sections.training import Precision
+from megatron_tf.config.sections.training import ComputeType
 from megatron_tf.errors import ConfigError
 from megatron_tf.model.kernels import fused_passes
 
@@ -20,7 +20,7 @@ def check_dtypes(device: torch.device, names: Iterable[str]) -> None:
         raise ConfigError("fp16: this processor has no instructions for it. Give bf16 or fp32, or --device cuda.")
 
 
-def quick_dtype(device: torch.device) -> Precision:
+def quick_dtype(device: torch.device) -> ComputeType:
     """bf16 where there are instructions for its products, else fp32."""
     if device.type == "cuda":
         return "bf16"

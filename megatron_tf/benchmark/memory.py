@@ -49,7 +49,7 @@ def _measure(device: torch.device, config: RunConfig) -> tuple[int, int]:
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     with Counting() as counted:
-        model = build_model(config.model, device=device, dtype=DTYPES[config.training.precision])
+        model = build_model(config.model, device=device, dtype=DTYPES[config.training.compute_type])
         for block in model.blocks:
             assert isinstance(block, Block)
             block.recompute = config.training.activation_checkpointing

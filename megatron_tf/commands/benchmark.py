@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from megatron_tf.arguments import config_file, path, whole_number
-from megatron_tf.config.sections.training import Precision
+from megatron_tf.config.sections.training import ComputeType
 
 count, ranks = whole_number(1_000_000_000), whole_number(16)
 scaled = whole_number(100_000_000)  # 4 times as many are of the ffn
@@ -124,7 +124,7 @@ def add_timing(mode: argparse.ArgumentParser) -> None:
     mode.add_argument("--rounds", type=count, default=11, help="interleaved rounds (default 11)")
     mode.add_argument(
         "--dtypes",
-        choices=get_args(Precision),
+        choices=get_args(ComputeType),
         nargs="+",
         help="default: bf16 where the device has instructions for it, else fp32",
     )

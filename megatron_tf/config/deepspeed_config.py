@@ -81,7 +81,7 @@ def deepspeed_config(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "gradient_clipping": training.gradient_clipping or (0.0 if config.zero.stage else math.inf),
         "zero_optimization": {"stage": config.zero.stage, **user.zero_optimization.model_dump()},
         "zero_allow_untested_optimizer": True,  # ours works on ranges of the flat partition
-        "bf16": {"enabled": training.precision == "bf16"},
+        "bf16": {"enabled": training.compute_type == "bf16"},
         "fp16": {"enabled": training.precision == "fp16", **user.fp16.model_dump()},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -65,7 +65,7 @@ def ends_collectives(config: RunConfig) -> tuple[tuple[Collectives, Collectives]
     entry, (forward, backward) = task_of(config.model).collectives(config)
     if not config.parallel.sequence:
         return entry, (forward, backward)
-    norm = Collective("all_reduce", config.model.hidden_size * compute_bytes(config.training.precision), 2)
+    norm = Collective("all_reduce", config.model.hidden_size * compute_bytes(config.training.compute_type), 2)
     return entry, (forward, (*backward, norm))
 
 
@@ -105,7 +105,7 @@ def data_collectives(config: RunConfig, parameters: int, replicas: int, num_micr
     if replicas == 1:
         return ()
     gradients = Collective("all_reduce", 4 * parameters)
-    gathered = Collective("all_gather", compute_bytes(config.training.precision) * parameters)
+    gathered = Collective("all_gather", compute_bytes(config.training.compute_type) * parameters)
     if config.parallel.engine == "deepspeed":
         return (gradients,) if config.zero.stage == 0 else (gradients, gathered)
     times = {"optimizer": (1, 1), "gradients": (1, 1), "parameters": (1, 2)}

@@ -16,7 +16,7 @@ from megatron_tf.config.optimizers import OPTIMIZERS
 from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
-from megatron_tf.config.sections.training import Precision
+from megatron_tf.config.sections.training import ComputeType
 from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Topology
 from megatron_tf.state.parameters import ParameterSpec, parameter_table, shard_range
@@ -121,7 +121,7 @@ def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
 
 def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> Memory:
     parameters = stage_parameters(config.model, topology, stage)
-    precision, optimizer_type = config.training.precision, config.optimizer.type
+    precision, optimizer_type = config.training.compute_type, config.optimizer.type
     if config.parallel.engine == "torch":
         weights, gradients, optimizer = sharded_state_bytes(
             parameters,
@@ -154,7 +154,7 @@ def _waiting_bytes(config: RunConfig, topology: Topology, num_micro_batches: int
         product.m * (product.k + product.n) for product in architecture_of(config.model).work(config).weights
     )
     passes = min(stage, num_micro_batches * len(parts))
-    return passes * max(map(len, parts)) * elements * compute_bytes(config.training.precision)
+    return passes * max(map(len, parts)) * elements * compute_bytes(config.training.compute_type)
 
 
 def _layers_in_flight(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> int:
@@ -172,7 +172,7 @@ def _layers_in_flight(config: RunConfig, topology: Topology, num_micro_batches: 
 
 
 def parameter_state_bytes(
-    parameters: int, precision: Precision, zero_stage: int, data_parallel: int, optimizer: str = DEFAULT_OPTIMIZER
+    parameters: int, precision: ComputeType, zero_stage: int, data_parallel: int, optimizer: str = DEFAULT_OPTIMIZER
 ) -> tuple[int, int, int]:
     """Bytes of (weights, gradients, optimizer) for `parameters` elements on a rank, as DeepSpeed lays them out.
 
@@ -198,7 +198,7 @@ def parameter_state_bytes(
 def sharded_state_bytes(
     parameters: int,
     gathered: int,
-    precision: Precision,
+    precision: ComputeType,
     shard: str,
     data_parallel: int,
     optimizer: str = DEFAULT_OPTIMIZER,
@@ -232,7 +232,7 @@ def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, i
     """
     model, training = config.model, config.training
     positions = positions_of(config)
-    compute = compute_bytes(training.precision)
+    compute = compute_bytes(training.compute_type)
     block, backward = block_activation_bytes(config), block_backward_bytes(config)
     kept = block
     if training.activation_checkpointing:
@@ -262,7 +262,7 @@ def block_activation_bytes(config: RunConfig) -> int:
     work = architecture_of(model).work(config)
     kept = 2 * model.hidden_size // split + 2 * model.hidden_size + work.kept
     statistics = 4 + model.num_attention_heads // tensor + work.kept_statistics
-    of_positions = positions_of(config) * (compute_bytes(config.training.precision) * kept + 4 * statistics)
+    of_positions = positions_of(config) * (compute_bytes(config.training.compute_type) * kept + 4 * statistics)
     return of_positions + 4 * work.kept_of_step
 
 
@@ -271,4 +271,4 @@ def block_backward_bytes(config: RunConfig) -> int:
     the gradients of a projection's output and input, and what the architecture's `BlockWork` says.
     """
     elements = architecture_of(config.model).work(config).backward_peak + 2 * config.model.hidden_size
-    return positions_of(config) * compute_bytes(config.training.precision) * elements
+    return positions_of(config) * compute_bytes(config.training.compute_type) * elements

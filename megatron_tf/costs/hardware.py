@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_tf.config.sections.training import Precision
+from megatron_tf.config.sections.training import ComputeType
 from megatron_tf.config.topology import GridAxis, Topology
 from megatron_tf.errors import ConfigError
 from megatron_tf.telemetry.meters import peak_bf16_flops
@@ -31,7 +31,7 @@ class Gpu:
     watts: float  # its share of the node's largest power, without cooling
     per_node: int = 8
 
-    def peak_flops(self, precision: Precision) -> float:
+    def peak_flops(self, precision: ComputeType) -> float:
         """Dense peak in FLOP/s."""
         if precision == "fp32":
             return self.fp32_flops

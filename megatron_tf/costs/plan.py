@@ -69,6 +69,10 @@ def describe(
         lines["rates"] = f"× optimizer.lr: {rates}"
     if forms := architecture_of(model).norm_forms(config, device):
         lines["scores"] = _scores(config, world_size, forms)
+    if training.precision == "fp8":
+        lines["fp8"] = "experimental: products of Pattention, all else in bf16" + (
+            "" if device == GPU else "; this device has none, so factors are rounded and multiplied in fp32"
+        )
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
 
 

@@ -106,7 +106,7 @@ def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions
         update=update_seconds(parameters, config, topology.replicas, gpu, assumed),
         tokens=batches.tokens_per_step,
         flops=float(flops_per_token(config.model)) * batches.tokens_per_step,
-        peak_flops=world_size * gpu.peak_flops(config.training.precision),
+        peak_flops=world_size * gpu.peak_flops(config.training.compute_type),
     )
 
 

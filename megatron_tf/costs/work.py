@@ -50,8 +50,8 @@ def block_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
     again = _products_seconds(work.products_again, config, gpu, assumed)
     # of the s × s scores a causal model computes half
     attention = (2 if task_of(model).causal else 4) * model.seq_length * hidden * positions / tensor
-    attention /= assumed.attention * gpu.peak_flops(training.precision)
-    bandwidth = assumed.memory * gpu.memory_bandwidth / compute_bytes(training.precision)
+    attention /= assumed.attention * gpu.peak_flops(training.compute_type)
+    bandwidth = assumed.memory * gpu.memory_bandwidth / compute_bytes(training.compute_type)
 
     def elementwise(direction: str) -> float:
         passes = (getattr(kind, direction) for kind in (work.inner_passes, HIDDEN_PASSES, work.head_passes))
@@ -88,14 +88,14 @@ def ends_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> tuple[Sec
     """Time of the task's input layer, and of its head and loss."""
     work = task_of(config.model).work(config)
     entry, head = (_products_seconds(p, config, gpu, assumed) for p in (work.input_products, work.head_products))
-    bandwidth, per_logit = assumed.memory * gpu.memory_bandwidth, LOGIT_BYTES[config.training.precision]
+    bandwidth, per_logit = assumed.memory * gpu.memory_bandwidth, LOGIT_BYTES[config.training.compute_type]
     forward, backward = (work.logits * count / bandwidth for count in (per_logit.forward, per_logit.backward))
     return Seconds(entry, 2 * entry), Seconds(head + forward, 2 * head + backward)
 
 
 def accumulation_seconds(parameters: int, config: RunConfig, gpu: Gpu, assumed: Assumptions) -> float:
     """Adding the gradient of one micro batch to the sum."""
-    return PARAMETER_BYTES[config.training.precision] * parameters / (assumed.memory * gpu.memory_bandwidth)
+    return PARAMETER_BYTES[config.training.compute_type] * parameters / (assumed.memory * gpu.memory_bandwidth)
 
 
 def update_seconds(parameters: int, config: RunConfig, data_parallel: int, gpu: Gpu, assumed: Assumptions) -> float:
@@ -111,6 +111,6 @@ def update_seconds(parameters: int, config: RunConfig, data_parallel: int, gpu: 
 
 def _products_seconds(products: Iterable[Product], config: RunConfig, gpu: Gpu, assumed: Assumptions) -> float:
     """Each product takes as long as its arithmetic or its memory traffic, whichever is more."""
-    precision = config.training.precision
+    precision = config.training.compute_type
     flops, bandwidth = assumed.gemm * gpu.peak_flops(precision), assumed.memory * gpu.memory_bandwidth
     return sum(max(p.flops / flops, compute_bytes(precision) * p.elements() / bandwidth) for p in products)

@@ -10,6 +10,8 @@ import torch
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.requirements import wanted_versions
 
+FP8_CAPABILITY = (8, 9)
+
 
 def accelerator_problems(environ: Mapping[str, str]) -> Iterator[str]:
     """A DeepSpeed that is told to use another device than PyTorch has here. It reads this when it is imported."""
@@ -30,7 +32,15 @@ def engine_problems(config: RunConfig) -> Iterator[str]:
 
 
 def precision_problems(config: RunConfig) -> Iterator[str]:
-    """Compute types that DeepSpeed refuses on a CPU."""
+    """GPUs without products in fp8, and compute types that DeepSpeed refuses on a CPU."""
+    if config.training.precision == "fp8" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < FP8_CAPABILITY:
+            least, own = (".".join(map(str, version)) for version in (FP8_CAPABILITY, capability))
+            yield (
+                f"training.precision: fp8 needs a GPU of compute capability {least} or more, such as an H100, and this "
+                f"{torch.cuda.get_device_name()} has {own}. Set it to bf16."
+            )
     if config.training.precision != "fp16" or config.parallel.engine != "deepspeed" or torch.cuda.is_available():
         return
     from megatron_tf.engine.deepspeed.patches import has_fp16

@@ -123,7 +123,7 @@ def load(
     topology = topology_for(config, dist.get_world_size())
     group = make_group(topology, "tensor", config.parallel.timeout_seconds)
     tensor = TensorParallel(group, config.parallel.sequence)
-    dtype = DTYPES[config.training.precision]
+    dtype = DTYPES[config.training.compute_type]
     stage = together(lambda: load_stage(reader, config.model, topology, rank, tensor, dtype, device, documents.ends))
     return LoadedModel(stage, documents, reader, topology, rank)
 
@@ -143,7 +143,7 @@ def settings_of(evaluation: Evaluation, model: LoadedModel) -> dict[str, Any]:
     trained = f"{task.in_units(config.model, index.tokens):,.0f} {task.unit}"
     evaluation.console.info(
         f"{model.reader.path}: {parameters:,} parameters after {trained}, on {model.topology}, "
-        f"{config.training.precision}"
+        f"{config.training.compute_type}"
     )
     return {
         "checkpoint": str(model.reader.path),
@@ -151,7 +151,7 @@ def settings_of(evaluation: Evaluation, model: LoadedModel) -> dict[str, Any]:
         "trained_tokens": index.tokens,
         "parameters": parameters,
         "layout": str(model.topology),
-        "precision": config.training.precision,
+        "precision": config.training.compute_type,
     }
 
 

@@ -16,7 +16,8 @@ For attention itself they exchange these for heads: [s, b, heads/(T·C), head_di
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
@@ -178,14 +179,28 @@ def choose_forms(block: nn.Module, training: Training, device: str) -> list[gram
     for module in block.modules():
         if isinstance(module, Pattention):
             norm = norm_form(
-                training.norm, ACTIVATIONS[module.activation], module.num_tokens, module.key_tokens.shape[1],
+                training.wanted_norm, ACTIVATIONS[module.activation], module.num_tokens, module.key_tokens.shape[1],
                 module.group.size, device, own_rows=module.own_rows, compiled=training.compile,
             )  # fmt: skip
-            module.form = Form(norm, training.scores == "keep")
+            module.form = Form(norm, training.scores == "keep", fp8=training.precision == "fp8")
             module.step = gram.StepMatrices() if norm == "gram" else None
             if module.step is not None:
                 of_steps.append(module.step)
     return of_steps
+
+
+@contextmanager
+def without_fp8(module: nn.Module) -> Iterator[None]:
+    """Within it the Pattentions in `module` make their products in the type of their tokens."""
+    projections = [part for part in module.modules() if isinstance(part, Pattention)]
+    forms = [projection.form for projection in projections]
+    for projection in projections:
+        projection.form = projection.form._replace(fp8=False)
+    try:
+        yield
+    finally:
+        for projection, form in zip(projections, forms):
+            projection.form = form
 
 
 def leave_weights(module: nn.Module, later: Later) -> None:

@@ -24,13 +24,14 @@ that nothing of all rows and tokens is ever there; gradients of tokens are added
 
 In the Gram form r comes from gram.py, and with it a Pattention is a GELU MLP of (τ/r)X: no row is exchanged, and the
 backward hands on dr = −T/r instead of coupling the tokens. Under sequence parallelism each rank finds r of its own s/T
-rows, which travels with them.
+rows, which travels with them. Its products, not those that r comes from, can be made in 8 bits: see fp8.py.
 Where r is a norm, a row of scores that is all zero has r = 0: its output and gradients are 0, never NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,10 +44,11 @@ from megatron_tf.activations.forms import Norm
 from megatron_tf.activations.function import ScoreFunction, accumulating, score_function
 from megatron_tf.activations.overlap import row_chunks, row_parts
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
-from megatron_tf.model import gram
+from megatron_tf.model import fp8, gram
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.kernels import score_layout
 from megatron_tf.model.later import Later
+from megatron_tf.model.products import Product, plain_product
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 
@@ -59,11 +61,13 @@ class Form(NamedTuple):
     `keep_scores`: for the backward pass, which otherwise makes them again.
     `later`: where the backward pass leaves the gradients of tokens; None: it makes them. Scores must be kept, and
     tokens be leaves.
+    `fp8`: make products of factors rounded to 8 bits, where the norm is "gram".
     """
 
     norm: Norm = "direct"
     keep_scores: bool = True
     later: Later | None = None
+    fp8: bool = False
 
 
 DIRECT = Form()
@@ -128,17 +132,20 @@ def _outputs(
     norms: Tensor | None,
     step: gram.StepMatrices | None,
 ) -> tuple[Tensor, ...]:
-    tensors = [x, *keys, *values]
-    if norms is not None:
-        tensors.append(_rows(norms))
-    elif form.norm == "gram":
+    if norms is None and form.norm == "gram":
         matrices = gram.matrices(keys, group, step)
-        norms = gram.norms(_rows(x), matrices)
+        norms = gram.norms(_rows(x), matrices).view(*x.shape[:-1], len(keys))
         # over ranks all would have to agree, and a compiled graph has no choice
         certain = group.size > 1 or torch.compiler.is_compiling()
-        if certain or not gram.loses_digits(_rows(x), matrices, norms):
-            tensors.append(norms)
-    return _Pattention.apply(function, tuple(scales), group, form.keep_scores, form.later, *tensors)
+        if not certain and gram.loses_digits(_rows(x), matrices, _rows(norms)):
+            norms = None
+    in_fp8 = form.fp8 and norms is not None
+    if norms is not None and in_fp8:
+        factors = fp8.row_factors(norms.detach(), scales)
+        x, norms = x * factors.to(x.dtype), norms * factors
+    tensors = [x, *keys, *values, *([] if norms is None else [_rows(norms)])]
+    product = fp8.product if in_fp8 else plain_product
+    return _Pattention.apply(function, tuple(scales), group, product, form.keep_scores, form.later, *tensors)
 
 
 @torch.no_grad()
@@ -152,12 +159,12 @@ def token_weights(x: Tensor, key_tokens: Tensor, scale: float, activation: str, 
 
 class _Pattention(Function):
     # Where no gradient is wanted, torch.compile drops ctx from a call with as many arguments as `forward` has
-    # parameters, which are seven: there must be more tensors than two.
+    # parameters, which are eight: there must be more tensors than two.
     @staticmethod
-    def forward(ctx, function, scales, group, keep_scores, later, *tensors):
+    def forward(ctx, function, scales, group, product, keep_scores, later, *tensors):
         x, *others = tensors
         tokens, norms = others[: 2 * len(scales)], others[2 * len(scales) :]
-        layer = _layer(tokens, scales, function, group, bool(norms))
+        layer = _layer(tokens, scales, function, group, product, bool(norms))
         scores: Tensor | None = None
         if layer.exchanges:
             scores, statistics, outputs = _sharded_forward(_rows(x), layer)
@@ -168,6 +175,7 @@ class _Pattention(Function):
             statistics, outputs = ([torch.cat(own) for own in zip(*parts)] for parts in zip(*chunks))
         ctx.save_for_backward(x, *tokens, *statistics, *([scores] if keep_scores else []))
         ctx.function, ctx.scales, ctx.group, ctx.normed = function, scales, group, layer.normed
+        ctx.product = product
         ctx.later, ctx.leaves = later, tokens if later is not None else None
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outputs)
 
@@ -177,14 +185,15 @@ class _Pattention(Function):
         x, *others = ctx.saved_tensors
         count = len(ctx.scales)
         tokens, statistics, kept = others[: 2 * count], others[2 * count : 3 * count], others[3 * count :]
-        layer = _layer(tokens, ctx.scales, ctx.function, ctx.group, ctx.normed, ctx.needs_input_grad[5])
+        shared = ctx.scales, ctx.function, ctx.group, ctx.product, ctx.normed
+        layer = _layer(tokens, *shared, wants_dx=ctx.needs_input_grad[6])
         rows = _rows(x), *map(_rows, grads), *statistics
         if ctx.later is not None:
-            d_x, factors, totals = _backward_to_inputs(rows, *kept, layer)
-            ctx.later.add(ctx.leaves, _products(factors, [len(own) for own in tokens]))
+            d_x, products, totals = _backward_to_inputs(rows, *kept, layer)
+            ctx.later.add(ctx.leaves, _made(products, [len(own) for own in tokens]))
             token_grads = [None] * len(tokens)
         elif kept or layer.exchanges:
-            scores = kept[0] if kept else _scores(rows[0], layer.keys)
+            scores = kept[0] if kept else _scores(rows[0], layer)
             d_x, token_grads, totals = _backward(rows, scores, layer)
         else:
             d_x, token_grads, totals = _backward_by_chunks(rows, layer)
@@ -195,7 +204,7 @@ class _Pattention(Function):
         if layer.normed:
             norms = torch.cat(statistics, -1)
             gradients.append(torch.where(norms > 0, -torch.cat(totals, -1) / norms, 0))
-        return None, None, None, None, None, *gradients
+        return None, None, None, None, None, None, *gradients
 
 
 class _Layer(NamedTuple):
@@ -209,6 +218,7 @@ class _Layer(NamedTuple):
     scales: Sequence[float]
     function: ScoreFunction
     group: Group
+    product: Product
     normed: bool
     wants_dx: bool
 
@@ -223,13 +233,14 @@ def _layer(
     scales: Sequence[float],
     function: ScoreFunction,
     group: Group,
+    product: Product,
     normed: bool,
     wants_dx: bool = False,
 ) -> _Layer:
     """With keys and values of sizes that products are fast with."""
     if function.facts.ignores_zero:
         tokens = [score_layout.filled(own) for own in tokens]
-    return _Layer(tokens[: len(scales)], tokens[len(scales) :], scales, function, group, normed, wants_dx)
+    return _Layer(tokens[: len(scales)], tokens[len(scales) :], scales, function, group, product, normed, wants_dx)
 
 
 # Scores [rows, keys of all projections], and each projection's r [rows, 1] and output [rows, d_out].
@@ -242,7 +253,7 @@ _Gradients = tuple["Tensor | None", Sequence[Tensor], Sequence[Tensor]]
 def _forward(rows: Sequence[Tensor], layer: _Layer) -> _Results:
     """`rows`: x, and where it is known r [rows, projections]. Otherwise all tokens are here."""
     x, *norms = rows
-    scores = _scores(x, layer.keys)
+    scores = _scores(x, layer)
     known = norms[0].split(1, -1) if norms else [None] * len(layer.keys)
     statistics, outputs = [], []
     for a, v, scale, r in zip(score_layout.split(scores, layer.keys), layer.values, layer.scales, known):
@@ -251,7 +262,7 @@ def _forward(rows: Sequence[Tensor], layer: _Layer) -> _Results:
         else:
             s = layer.function.weights(a, r, scale)
         statistics.append(r)
-        outputs.append(s @ v)
+        outputs.append(layer.product(s, v))
     return scores, statistics, outputs
 
 
@@ -279,19 +290,28 @@ def _sharded_forward(x: Tensor, layer: _Layer) -> _Results:
 def _backward(rows: Sequence[Tensor], scores: Tensor, layer: _Layer) -> _Gradients:
     """`rows`: x, the outputs' gradients and r of each projection."""
     value_grads: list[Tensor] = []
-    gradient, totals = _to_scores(rows, scores, layer, lambda s, grad: value_grads.append(s.mT @ grad))
-    d_x = gradient @ score_layout.concatenated(layer.keys) if layer.wants_dx else None
-    return d_x, [*score_layout.split(gradient.mT @ rows[0], layer.keys, 0), *value_grads], totals
+    product = layer.product
+    gradient, totals = _to_scores(rows, scores, layer, lambda s, grad: value_grads.append(product(s.mT, grad, "right")))
+    of_keys = score_layout.split(product(gradient.mT, rows[0], "left"), layer.keys, 0)
+    return _inputs_gradient(gradient, layer), [*of_keys, *value_grads], totals
 
 
 def _backward_to_inputs(
     rows: Sequence[Tensor], scores: Tensor, layer: _Layer
-) -> tuple[Tensor | None, Sequence[tuple[Tensor, Tensor]], Sequence[Tensor]]:
-    """`_backward`, but each gradient of tokens is (L, R), of which it is LᵀR."""
-    of_values: list[tuple[Tensor, Tensor]] = []
-    gradient, totals = _to_scores(rows, scores, layer, lambda s, grad: of_values.append((s, grad)))
-    d_x = gradient @ score_layout.concatenated(layer.keys) if layer.wants_dx else None
-    return d_x, [*((own, rows[0]) for own in score_layout.split(gradient, layer.keys)), *of_values], totals
+) -> tuple[Tensor | None, Sequence[Callable[[], Tensor]], Sequence[Tensor]]:
+    """`_backward`, but each gradient of tokens is a function that makes it."""
+    of_values: list[Callable[[], Tensor]] = []
+    product = layer.product
+    gradient, totals = _to_scores(
+        rows, scores, layer, lambda s, grad: of_values.append(partial(product, s.mT, grad, "right"))
+    )
+    of_keys = [partial(product, own.mT, rows[0], "left") for own in score_layout.split(gradient, layer.keys)]
+    return _inputs_gradient(gradient, layer), [*of_keys, *of_values], totals
+
+
+def _inputs_gradient(gradient: Tensor, layer: _Layer) -> Tensor | None:
+    """dx from dA, if it is wanted."""
+    return layer.product(gradient, score_layout.concatenated(layer.keys), "left") if layer.wants_dx else None
 
 
 def _to_scores(
@@ -306,7 +326,7 @@ def _to_scores(
     parts = list(zip(*own, statistics, layer.scales))
     totals: list[Tensor] = []
     for (d, a, r, scale), v, grad in zip(parts, layer.values, grads):
-        d.addmm_(grad, v.mT, beta=0)  # beta 0: what is in d is not read. torch.compile takes no out= here
+        layer.product(grad, v.mT, "left", d)
         if layer.normed or layer.exchanges:
             s, total = function.backward(a, r, d, scale)
             totals.append(total)
@@ -322,9 +342,9 @@ def _to_scores(
     return gradient, totals
 
 
-def _products(factors: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Callable[[], Sequence[Tensor]]:
-    """A function that makes LᵀR of each (L, R), the first `sizes` rows of it."""
-    return lambda: [(left.mT @ right)[:size] for (left, right), size in zip(factors, sizes)]
+def _made(products: Sequence[Callable[[], Tensor]], sizes: Sequence[int]) -> Callable[[], Sequence[Tensor]]:
+    """A function that makes the products, the first `sizes` rows of each."""
+    return lambda: [product()[:size] for product, size in zip(products, sizes)]
 
 
 def _backward_by_chunks(rows: Sequence[Tensor], layer: _Layer) -> _Gradients:
@@ -334,7 +354,7 @@ def _backward_by_chunks(rows: Sequence[Tensor], layer: _Layer) -> _Gradients:
     totals: list[Sequence[Tensor]] = []
     sums: list[Tensor] = []
     for own in chunks:
-        own_d_x, token_grads, own_totals = _backward(own, _scores(own[0], layer.keys), layer)
+        own_d_x, token_grads, own_totals = _backward(own, _scores(own[0], layer), layer)
         if own_d_x is not None:
             d_x.append(own_d_x)
         totals.append(own_totals)
@@ -351,10 +371,10 @@ def _chunks(*rows: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(tensor.split(row_chunks(len(tensor))) for tensor in rows)))
 
 
-def _scores(x: Tensor, keys: Sequence[Tensor]) -> Tensor:
+def _scores(x: Tensor, layer: _Layer) -> Tensor:
     """A of x [rows, d]: [rows, columns]."""
-    joined = score_layout.concatenated(keys)
-    return score_layout.empty_scores(x, x.shape[0], joined.shape[0]).addmm_(x, joined.mT, beta=0)
+    joined = score_layout.concatenated(layer.keys)
+    return layer.product(x, joined.mT, out=score_layout.empty_scores(x, x.shape[0], joined.shape[0]))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from megatron_tf.config.sections.training import Precision
+from megatron_tf.config.sections.training import ComputeType
 
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: dict[ComputeType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

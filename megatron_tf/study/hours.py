@@ -82,7 +82,7 @@ def _step_seconds(node: Node, steps: int) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     training, model = node.config.training, node.config.model
-    step = TrainingStep(build_model(model), training.micro_batch_size, device, types[training.precision])
+    step = TrainingStep(build_model(model), training.micro_batch_size, device, types[training.compute_type])
     step().item()
     began = time.perf_counter()
     for _ in range(steps):

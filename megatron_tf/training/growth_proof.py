@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tf.config.sections.training import Precision
+from megatron_tf.config.sections.training import ComputeType
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.stage import Stage
 from megatron_tf.tasks.data import Batch
 from megatron_tf.training.choices import Followed
 
 # Of all choices among candidates, the share that rounding may decide: those between two that are as close as that.
-CHOICE_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 3e-2}
+CHOICE_TOLERANCE: dict[ComputeType, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 3e-2}
 # Rounding of one forward pass, relative to the largest logit. The old and the new product sum the same numbers
 # in another order; 8 bits of mantissa through a few layers give bf16 its share.
-LOGIT_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
+LOGIT_TOLERANCE: dict[ComputeType, float] = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def probe(stage: Stage, batches: Sequence[Batch]) -> Probe:
 
 
 def compare(
-    before: Probe, after: Probe, followed: Followed, precision: Precision, device: torch.device, preserves: bool
+    before: Probe, after: Probe, followed: Followed, precision: ComputeType, device: torch.device, preserves: bool
 ) -> str:
     """A sentence for the log.
 

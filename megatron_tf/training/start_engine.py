@@ -10,7 +10,7 @@ from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.engine.base import Engine
 from megatron_tf.engine.choice import build_engine
 from megatron_tf.inference.sharded import load_stage
-from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.layers import TensorParallel, without_fp8
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.runtime.agreement import together
@@ -40,9 +40,10 @@ def start_engine(run: Run, start: Start, loaders: Loaders, watchdog: Watchdog) -
     watchdog.begin("proving the growth, with the grown model")
     stage, entry = engine.stage(), start.growth_history[-1]
     known = choices if entry["preserves"] else {}
-    with following(stage, {start.name_now(name, run.config.model): own for name, own in known.items()}) as followed:
+    named = {start.name_now(name, run.config.model): own for name, own in known.items()}
+    with following(stage, named) as followed, without_fp8(stage):
         after = probe(stage, held)
-    proof = compare(before, after, followed, run.config.training.precision, run.device, entry["preserves"])
+    proof = compare(before, after, followed, run.config.training.compute_type, run.device, entry["preserves"])
     run.console.info(f"growth: {proof}")
     entry = {**entry, "loss_before": before.loss, "loss_after": after.loss}
     return engine, replace(start, growth_history=(*start.growth_history[:-1], entry))
@@ -74,7 +75,7 @@ def _probe_smaller(
         run.plan.topology,
         run.rank,
         tensor,
-        DTYPES[run.config.training.precision],
+        DTYPES[run.config.training.compute_type],
         run.device,
         ends,
     )

@@ -245,8 +245,8 @@ def test_duplicate_key_is_reported_with_the_other_problems(small_path):
          "to take its defaults."),
         ("deepspeed=[1]", "deepspeed: the list [1], but a section with keys is expected. Its keys are fp16, "
          "zero_optimization."),
-        ("training.precision=bf61", "training.precision: the text 'bf61', but one of bf16, fp16, fp32 is expected. "
-         "Did you mean bf16?"),
+        ("training.precision=bf61", "training.precision: the text 'bf61', but one of bf16, fp16, fp32, fp8 is "
+         "expected. Did you mean bf16?"),
         ("zero.stage=2", "zero.stage: the number 2, but one of 0, 1 is expected."),
         ("logging.trackers=[mlflow]", "logging.trackers[0]: the text 'mlflow', but one of wandb, tensorboard "
          "is expected."),

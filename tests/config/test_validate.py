@@ -171,6 +171,19 @@ def test_a_length_in_samples_is_one_in_tokens(small):
         (["zero.stage=0", "training.precision=bf16"], 1,
          "zero.stage: 0 with training.precision bf16 is refused, because DeepSpeed does not implement it with fp32 "
          "accumulation of bf16 gradients. Set zero.stage to 1, or training.precision to fp32."),
+        (["training.precision=fp8", "model.activation=softmax"], 1,
+         "training.precision: fp8 is for activations whose norm is known before the scores, and model.activation "
+         "softmax is none of them. Set it to bf16, or the activation to l2_norm_gelu."),
+        (["training.precision=fp8", "training.norm=direct"], 1,
+         "training.precision: fp8 needs norms that are known before the scores, and training.norm is direct. Set it "
+         "to bf16, or training.norm to auto."),
+        (["training.precision=fp8", "model.sparse={ffn: {group_size: 16, candidates: 2, dense: 14}}"], 1,
+         "training.precision: fp8 is for projections whose positions use all their tokens, but model.sparse is given. "
+         "Set it to bf16, or model.sparse to null."),
+        (["training.precision=fp8", "model.architecture=transformer", "model.ffn_hidden_size=64",
+          "model.parameter_tokens=null"], 1,
+         "training.precision: fp8 is for products with parameter tokens, which a transformer does not have. Set it to "
+         "bf16."),
         (["zero.stage=0", "training.precision=fp16"], 1,
          "zero.stage: 0 with training.precision fp16 is refused, because DeepSpeed's results are then wrong, even on "
          "one "

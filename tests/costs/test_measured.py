@@ -29,7 +29,7 @@ from megatron_tf.costs.communication import (
 from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank, parameter_state_bytes
 from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
-from megatron_tf.model import build_model, gram
+from megatron_tf.model import build_model, fp8, gram
 from megatron_tf.model.kernels import fused_passes
 from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block, choose_forms
 from megatron_tf.parallel.groups import SINGLE, make_group
@@ -46,12 +46,13 @@ EVERYWHERE = (
 TRANSFORMER = ("model.architecture=transformer", "model.parameter_tokens=null", "model.ffn_hidden_size=768")
 TOLERANCE = 0.10
 SMALL = ("model.seq_length=128", "training.micro_batch_size=2", "training.global_batch_size=8")
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 @pytest.fixture(autouse=True)
 def portable(monkeypatch):
-    """PyTorch's own operators, which can be counted. (Memory is estimated for them.)"""
+    """PyTorch's own operators, which can be counted, and what GPUs do in fp8. (Memory is estimated for them.)"""
+    monkeypatch.setattr(fp8, "emulated_product", fp8.scaled_product)
     monkeypatch.setattr(fused_passes, "usable", lambda scores: False)
     monkeypatch.setitem(vars(L2_NORM_GELU), "kernel_passes", None)
 
@@ -92,6 +93,14 @@ PEAKS = {
         "training.micro_batch_size=8",
     ),
     "qkv": ("model.vocab_size=256", "model.parameter_tokens.qkv=900", "training.precision=bf16"),
+    "ffn, fp8": ("model.vocab_size=256", "training.precision=fp8", "training.micro_batch_size=8"),
+    "qkv, fp8, scores recomputed": (
+        "model.vocab_size=256",
+        "model.parameter_tokens.qkv=896",
+        "training.precision=fp8",
+        "training.scores=recompute",
+        "training.micro_batch_size=8",
+    ),
     "transformer": (*TRANSFORMER, "model.vocab_size=256", "training.precision=bf16"),
     "transformer, recomputed": (*TRANSFORMER, "model.vocab_size=256", "training.activation_checkpointing=true"),
     # many positions: the gradients of one layer's candidates, before they are added up, are left out
@@ -172,11 +181,12 @@ def test_elementwise_traffic_and_kernels_of_a_transformers_block():
     count_block(config)
 
 
-def test_elementwise_traffic_and_kernels_of_a_block_in_the_gram_form(monkeypatch):
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_elementwise_traffic_and_kernels_of_a_block_in_the_gram_form(precision, monkeypatch):
     """Of many positions, compared with which KᵀK is small. Over ranks nobody asks for lost digits."""
     monkeypatch.setattr(gram, "loses_digits", lambda *tensors: False)
     tokens = "model.parameter_tokens={qkv: 512, proj: 512, ffn: 2048}"
-    count_block(load("training.norm=gram", "training.precision=bf16", "training.micro_batch_size=16", tokens))
+    count_block(load("training.norm=gram", f"training.precision={precision}", "training.micro_batch_size=16", tokens))
 
 
 def count_block(config):

@@ -23,7 +23,7 @@ def norm_forms(model: TokenFormerModel, config: RunConfig, device: str) -> dict[
         kind: "direct"
         if bank_of(model, kind) is not None
         else norm_form(
-            config.training.norm,
+            config.training.wanted_norm,
             ACTIVATIONS[model.activation],
             tokens,
             model.hidden_size,
@@ -44,7 +44,21 @@ def form_problems(model: TokenFormerModel, training: Training) -> Iterator[str]:
             f"training.norm: gram finds the norm of scores before their activation, which model.activation "
             f"{model.activation} does not have. Set it to auto, or the activation to {either(with_gram)}."
         )
-    wanted = {"norm": (training.norm, "gram", "auto"), "scores": (training.scores, "recompute", "keep")}
+    if training.precision == "fp8" and model.activation not in with_gram:
+        yield (
+            f"training.precision: fp8 is for activations whose norm is known before the scores, and model.activation "
+            f"{model.activation} is none of them. Set it to bf16, or the activation to {either(with_gram)}."
+        )
+    if training.precision == "fp8" and training.norm == "direct":
+        yield (
+            "training.precision: fp8 needs norms that are known before the scores, and training.norm is direct. Set it "
+            "to bf16, or training.norm to auto."
+        )
+    wanted = {
+        "norm": (training.norm, "gram", "auto"),
+        "scores": (training.scores, "recompute", "keep"),
+        "precision": (training.precision, "fp8", "bf16"),
+    }
     for key, (value, refused, remedy) in wanted.items():
         if value == refused and model.sparse is not None:
             yield (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 from megatron_tf.activations.base import Activation
 from megatron_tf.activations.forms import GPU
@@ -37,6 +38,16 @@ GRAM_PASSES = Passes(11, 4)
 GRAM_KERNELS = Passes(15, 14)  # of projections that share an input
 # Of x, whole, where norms of a rank's own rows travel with them: both are put together, and taken apart again.
 PACKED_PASSES = Passes(2, 2)
+# What training.precision: fp8 adds: factors are measured, scaled, rounded and turned, and scores put in their place. Of
+# a score, eager and where one kernel scales and rounds; of x, for projections that share it; of the gradient of a
+# projection's output; of an element of its keys and values. Between them x is scaled by the row.
+FP8_PASSES = Passes(6.5, 17.5)
+FP8_COMPILED_PASSES = Passes(4.5, 9.5)
+FP8_INPUT_PASSES = Passes(6.5, 7.5)
+FP8_GRADIENT_PASSES = Passes(0, 10)
+FP8_TOKEN_PASSES = Passes(5, 5)
+FP8_KERNELS = Passes(255, 446)
+FP8_STATISTICS = 8  # fp32 numbers that a position keeps besides: scaled norms, and what they were scaled by
 SHARING = {"qkv": 3, "proj": 1, "ffn": 1}  # that share an input
 CHOICE_STATISTICS = 5  # fp32 numbers that a position keeps of its choice in a slot
 KERNELS = Passes(73, 133)
@@ -58,7 +69,7 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     come later in the model is free by then. With training.scores: recompute no scores are kept; the backward pass holds
     those of the projection it is at besides, all for some positions at a time where these wait for no exchange. A
     slot's choice and its place in the order of the rows are int64, its gate is fp32; its products are made on copies of
-    inputs and outputs in that order.
+    inputs and outputs in that order. In fp8 the larger factor of a product is there 1.5 times besides.
     """
     tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
     counts, activation = model.parameter_tokens, ACTIVATIONS[model.activation]
@@ -83,6 +94,25 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     gram = [Product(rows, hidden, SHARING[kind] * hidden) for kind, rows in own.items()]
     gram_rows = sum(SHARING[kind] * rows for kind, rows in own.items()) / positions
     packed = len(own.keys() & own_rows)
+    fp8 = _fp8_work(config, widths, len(with_gram) - packed)
+    kept = (scores if keep else 0) + 4 * hidden // tensor + (hidden if tensor > 1 else 0) + fp8.kept
+    if not keep:
+        peak = _recomputed_peak(config, widths, with_gram)
+    elif config.training.precision == "fp8":
+        peak = max(7 * ffn // 2, 7 * proj // 2 - ffn, 15 * qkv // 2 - proj - ffn)
+    else:
+        peak = max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn)
+
+    def started(direction: str) -> float:
+        of_slots, of_gram = getattr(SLOT_KERNELS, direction), getattr(GRAM_KERNELS, direction)
+        all_others = getattr(kernels, direction) + getattr(fp8.kernels, direction)
+        return all_others + of_slots * chosen_slots + of_gram * len(with_gram)
+
+    def moved(direction: str) -> float:
+        of_slots, of_gram = getattr(SLOT_PASSES, direction), getattr(GRAM_PASSES, direction)
+        of_rows = of_slots * chosen_slots + of_gram * gram_rows + getattr(PACKED_PASSES, direction) * packed
+        return hidden * of_rows + getattr(fp8.moved, direction)
+
     return BlockWork(
         products=(*chain.from_iterable(of_kind.values()), *gram),
         weights=tuple(chain.from_iterable(own for kind, own in of_kind.items() if bank_of(model, kind) is None)),
@@ -92,22 +122,46 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
         inner_width=scores,
         inner_passes=_score_passes(activation, config, gram_share),
         head_passes=HEAD_PASSES,
-        kernels=Passes(
-            kernels.forward + SLOT_KERNELS.forward * chosen_slots + GRAM_KERNELS.forward * len(with_gram),
-            kernels.backward + SLOT_KERNELS.backward * chosen_slots + GRAM_KERNELS.backward * len(with_gram),
-        ),
-        moved=Passes(
-            hidden
-            * (SLOT_PASSES.forward * chosen_slots + GRAM_PASSES.forward * gram_rows + PACKED_PASSES.forward * packed),
-            hidden
-            * (
-                SLOT_PASSES.backward * chosen_slots + GRAM_PASSES.backward * gram_rows + PACKED_PASSES.backward * packed
-            ),
-        ),
-        kept=(scores if keep else 0) + 4 * hidden // tensor + (hidden if tensor > 1 else 0),
-        kept_statistics=5 + CHOICE_STATISTICS * chosen_slots,
-        backward_peak=(2 * hidden if slots else 0)
-        + (max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn) if keep else _recomputed_peak(config, widths, with_gram)),
+        kernels=Passes(started("forward"), started("backward")),
+        moved=Passes(moved("forward"), moved("backward")),
+        kept=kept,
+        kept_statistics=5 + CHOICE_STATISTICS * chosen_slots + fp8.kept_statistics,
+        backward_peak=(2 * hidden if slots else 0) + peak + fp8.backward_peak,
+    )
+
+
+class _Fp8Work(NamedTuple):
+    """What `training.precision: fp8` adds to a block; fields as `BlockWork` has them."""
+
+    kernels: Passes = Passes(0, 0)
+    moved: Passes = Passes(0, 0)
+    kept: int = 0
+    kept_statistics: int = 0
+    backward_peak: int = 0
+
+
+def _fp8_work(config: RunConfig, widths: Mapping[str, int], copies: int) -> _Fp8Work:
+    """`widths`: scores by kind.  `copies`: inputs that are kept as they were as well, for their norms.
+
+    Of tokens in 8 bits nothing is kept: they are made from those in bf16 for each product. At the peak the keys of one
+    kind are there scaled, and rounded.
+    """
+    if config.training.precision != "fp8":
+        return _Fp8Work()
+    hidden, positions = config.model.hidden_size, positions_of(config)
+    tokens = 2 * sum(widths.values()) * hidden / positions
+
+    def moved(direction: str) -> float:
+        of_inputs = len(SHARING) * getattr(FP8_INPUT_PASSES, direction)
+        of_gradients = sum(SHARING.values()) * getattr(FP8_GRADIENT_PASSES, direction)
+        return hidden * (of_inputs + of_gradients) + tokens * getattr(FP8_TOKEN_PASSES, direction)
+
+    return _Fp8Work(
+        kernels=FP8_KERNELS,
+        moved=Passes(moved("forward"), moved("backward")),
+        kept=copies * hidden,
+        kept_statistics=FP8_STATISTICS,
+        backward_peak=3 * max(widths.values()) * hidden // (2 * positions),
     )
 
 
@@ -116,25 +170,35 @@ def _recomputed_peak(config: RunConfig, widths: Mapping[str, int], with_gram: Se
     unless they wait for an exchange. Chunks have their tokens' gradients, and fp32 sums of these, besides."""
     positions = positions_of(config)
     chunks = row_chunks(positions)
-    sums = 2 * config.model.hidden_size * (1 + 4 // compute_bytes(config.training.precision))
+    sums = 2 * config.model.hidden_size * (1 + 4 // compute_bytes(config.training.compute_type))
     peaks = []
     for kind, width in widths.items():
         by_chunk = len(chunks) > 1 and (config.parallel.tensor == 1 or kind in with_gram)
         # scores and their gradient, and 2 more for the projection it is at
-        of_scores = 2 * (width + width // SHARING[kind]) * (max(chunks) if by_chunk else positions)
+        own = width // SHARING[kind]
+        elements = 2 * (width + own)
+        if config.training.precision == "fp8":
+            # a factor is there scaled, and rounded
+            elements = max(2 * width + 5 * own // 2, 7 * width // 2)
+        of_scores = elements * (max(chunks) if by_chunk else positions)
         peaks.append(of_scores + (sums * width if by_chunk else 0))
     return -(-max(peaks) // positions)
 
 
 def _score_passes(activation: Activation, config: RunConfig, gram_share: float) -> Passes:
     """Of a score, on average; `gram_share` of them are in the Gram form."""
-    passes = activation.compiled_passes if config.training.compile else activation.passes
+    compiled, in_fp8 = config.training.compile, config.training.precision == "fp8"
+    passes = activation.compiled_passes if compiled else activation.passes
     saved = activation.gram_saves or Passes(0, 0)
     if activation.kernel_passes is not None:
         passes = activation.kernel_passes
         if config.parallel.tensor == 1:  # norm and weights are one kernel, and so are D and dA
             gram_share = 1
-    return Passes(passes.forward - gram_share * saved.forward, passes.backward - gram_share * saved.backward)
+    added = (FP8_COMPILED_PASSES if compiled else FP8_PASSES) if in_fp8 else Passes(0, 0)
+    return Passes(
+        passes.forward - gram_share * saved.forward + added.forward,
+        passes.backward - gram_share * saved.backward + added.backward,
+    )
 
 
 def _products(
@@ -188,7 +252,7 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
         with_norms = [
             SHARING[kind] * positions for kind in forms if forms[kind] == "gram" and kind in kinds_with_own_rows(config)
         ]
-        alone, compute = 3 - len(with_norms), compute_bytes(config.training.precision)
+        alone, compute = 3 - len(with_norms), compute_bytes(config.training.compute_type)
         gathers = tuple(Collective("all_gather", whole + 4 * norms) for norms in with_norms)
         scatters = tuple(Collective("reduce_scatter", whole + compute * norms) for norms in with_norms)
         forward = Collective("all_gather", whole, alone), *gathers, scattered, Collective("reduce_scatter", whole, 2)

@@ -130,10 +130,11 @@ def zero_problems(config: RunConfig) -> Iterator[str]:
         "bf16": "DeepSpeed does not implement it with fp32 accumulation of bf16 gradients",
         "fp16": "DeepSpeed's results are then wrong, even on one rank",
     }
-    precision = config.training.precision
-    if precision in reasons:
+    training = config.training
+    if training.compute_type in reasons:
         yield (
-            f"zero.stage: 0 with training.precision {precision} is refused, because {reasons[precision]}. "
+            f"zero.stage: 0 with training.precision {training.precision} is refused, because "
+            f"{reasons[training.compute_type]}. "
             f"{remedy}, or training.precision to fp32."
         )
     if config.parallel.pipeline > 1:

@@ -46,6 +46,11 @@ def run_problems(config: RunConfig) -> Iterator[str]:
                 f"training.{key}: {value}, but a {config.model.architecture} has no parameter tokens, and so no scores "
                 f"of them. Set it to {usual}."
             )
+    if config.training.precision == "fp8" and not has_tokens:
+        yield (
+            f"training.precision: fp8 is for products with parameter tokens, which a {config.model.architecture} does "
+            "not have. Set it to bf16."
+        )
     yield from _evaluation_problems(config)
 
 

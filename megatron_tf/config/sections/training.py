@@ -8,7 +8,9 @@ from pydantic import Field
 
 from megatron_tf.config.fields import Beta, Count, Fraction, NonNegative, Path, Positive, Section, TotalCount
 
-Precision = Literal["bf16", "fp16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32", "fp8"]
+Norm = Literal["auto", "direct", "gram"]
+ComputeType = Literal["bf16", "fp16", "fp32"]
 
 
 class Profile(Section):
@@ -45,14 +47,14 @@ class Training(Section):
     micro_batch_size: Count
     """[samples] Computed by a rank at once."""
     precision: Precision = "bf16"
-    """Of forward and backward pass. Master weights and gradient accumulation are always fp32."""
+    """Of forward and backward pass; fp8 (experimental): bf16, but Pattention's products. Masters are always fp32."""
     gradient_clipping: NonNegative = 1.0
     """Largest global L2 norm of the gradient. 0 turns clipping off."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     compile: bool = False
     """Run torch.compile on each block."""
-    norm: Literal["auto", "direct", "gram"] = "auto"
+    norm: Norm = "auto"
     """Where the norm of Pattention's scores comes from: from them, or from KᵀK. auto: by size and device. Since 0.2."""
     scores: Literal["keep", "recompute"] = "keep"
     """Pattention's scores, for the backward pass. recompute: one more product, and no memory for them. Since 0.2."""
@@ -66,6 +68,16 @@ class Training(Section):
     """[share] Of a target that all classes share alike. Since 0.2."""
     init_from: Path | None = None
     """Run folder, checkpoint or export. A new run begins with its weights instead of random ones; all else is fresh."""
+
+    @property
+    def compute_type(self) -> ComputeType:
+        """Of weights, hidden states and gradients, and of every product that is not in fp8."""
+        return "bf16" if self.precision == "fp8" else self.precision
+
+    @property
+    def wanted_norm(self) -> Norm:
+        """`norm`, or what the precision needs."""
+        return "gram" if self.precision == "fp8" and self.norm == "auto" else self.norm
 
 
 class Guard(Section):

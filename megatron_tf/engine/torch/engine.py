@@ -69,7 +69,7 @@ class TorchEngine(SegmentedEngine):
         self._replicas = make_group(topology, "replicas", timeout)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self._on = device
-        dtype = DTYPES[config.training.precision]
+        dtype = DTYPES[config.training.compute_type]
         with torch.device("meta"):
             self._stage = build_stage(
                 model,
