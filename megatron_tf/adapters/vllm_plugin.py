@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from megatron_tf.adapters.folder import CHOICE_FIELDS, KEYS, VALUES, Adapter, is_appended, num_candidates, read_adapter
 from megatron_tf.adapters.modules import ATTENTION, BRANCH, MLP
 from megatron_tf.config.nearest import either
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, shown
 from megatron_tf.state.parameters import shard_range
 
 # Decoders whose layers vLLM gives the names that transformers gives them; each is tested.
@@ -62,13 +62,24 @@ def _adapted(name: str) -> type[nn.Module]:
                 raise CheckpointError(
                     "pipeline_parallel_size: a base with an adapter is served on 1 stage. Set it to 1"
                 )
-            self.adapter_parameters = add_adapter(self, Path(config.pattention_adapter), config, _tensor_ranks())
+            self.adapter_parameters = add_adapter(self, configured_folder(config), config, _tensor_ranks())
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
             return set(super().load_weights(weights)) | self.adapter_parameters  # these are there already
 
     Adapted.__name__ = Adapted.__qualname__ = _PREFIX + name
     return Adapted
+
+
+def configured_folder(config: Any) -> Path:
+    """The folder that `pattention_adapter` of the model's configuration names. CheckpointError when none is named."""
+    folder = getattr(config, "pattention_adapter", None)
+    if not isinstance(folder, str) or not folder:
+        raise CheckpointError(
+            f"pattention_adapter: is {shown(folder)}, and the adapter's folder is expected. Give it next to "
+            "architectures, in --hf-overrides"
+        )
+    return Path(folder)
 
 
 @dataclass(frozen=True)

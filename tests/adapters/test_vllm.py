@@ -23,7 +23,7 @@ from torch import nn
 from megatron_tf.adapters import PattentionConfig
 from megatron_tf.adapters.export import export_adapter
 from megatron_tf.adapters.loading import load_base
-from megatron_tf.adapters.vllm_plugin import BASES, Ranks, add_adapter
+from megatron_tf.adapters.vllm_plugin import BASES, Ranks, add_adapter, configured_folder
 from megatron_tf.errors import CheckpointError
 
 PYTHON = os.environ.get("MEGATRON_TF_VLLM_PYTHON")
@@ -129,6 +129,8 @@ def test_what_vllm_cannot_serve_is_one_message(tmp_path):
     )
     with pytest.raises(CheckpointError, match="megatron_tf merge-adapter"):
         add_adapter(nn.Module(), tmp_path / "own", SimpleNamespace(**sizes))
+    with pytest.raises(CheckpointError, match="pattention_adapter: is None, .* in --hf-overrides"):
+        configured_folder(SimpleNamespace(**sizes))
 
 
 def plugged_in(folder):
@@ -146,9 +148,13 @@ def plugged_in(folder):
 @pytest.mark.scale
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(PYTHON is None, reason="MEGATRON_TF_VLLM_PYTHON names no Python that has vLLM")
-@pytest.mark.parametrize(("name", "way"), [("Llama", "plugin"), ("Llama", "folder"), ("Qwen3", "plugin")])
+@pytest.mark.parametrize(
+    ("name", "way", "ranks"),
+    [("Llama", "plugin", 1), ("Llama", "plugin", 2), ("Llama", "folder", 1), ("Llama", "folder", 2),
+     ("Qwen3", "plugin", 1)],
+)  # fmt: skip
 @pytest.mark.usefixtures("modules_of_its_own")
-def test_vllm_writes_what_transformers_does(name, way, tmp_path):
+def test_vllm_writes_what_transformers_does(name, way, ranks, tmp_path):
     assert f"{name}ForCausalLM" in BASES
     model, adapter = prepare(tmp_path, name)
     plain = load_base(model)
@@ -160,9 +166,13 @@ def test_vllm_writes_what_transformers_does(name, way, tmp_path):
     if way == "folder":
         export_adapter(model, adapter, tmp_path / "export")
         model, options = tmp_path / "export", {"trust_remote_code": True, "model_impl": "transformers"}
-    options["enforce_eager"] = True
+    options |= {"enforce_eager": True, "tensor_parallel_size": ranks}
     (tmp_path / "serve.py").write_text(SCRIPT)
     variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+                 # By itself vLLM gives each rank a NUMA node of its own, and ends where there are fewer.
+                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                 # Over ranks a function of its embedding is compiled at the first step, which has 300 seconds.
+                 "TORCH_COMPILE_DISABLE": "1",
                  "PYTHONPATH": f"{PROJECT}{os.pathsep}{plugged_in(tmp_path)}"}  # fmt: skip
     command = [PYTHON, tmp_path / "serve.py", json.dumps([str(model), options, PROMPTS, NEW])]
     done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=550)
