@@ -243,10 +243,15 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 def check_new_folder(folder: Path) -> None:
     """CheckpointError when something stands in the way of a new folder; its parent folders are made."""
+    check_absent(folder)
+    prepare_output(folder)
+
+
+def check_absent(folder: Path) -> None:
+    """CheckpointError when something has the name of a new folder. Nothing is written."""
     for place in (folder, partial_path(folder)):
         if os.path.lexists(place):
             raise CheckpointError(f"{place}: exists already. Nothing is overwritten: remove it, or give another folder")
-    prepare_output(folder)
 
 
 def tensor_name(module: str, leaf: str) -> str:

@@ -25,6 +25,7 @@ from megatron_tf.errors import CheckpointError, DataError, UserError, file_error
 from megatron_tf.requirements import is_wanted, wanted_versions
 
 _CONFIG = "config.json"
+_VOCABULARIES = ("tokenizer.*", "vocab.*", "spiece.model")  # without one of these, other files are no tokenizer
 _LARGEST_CONFIG = 2**24
 _SAMPLE = 32  # tokens: a logit depends on all tokens before it
 
@@ -160,6 +161,10 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the many kinds of tokenizers raise what they like
+        if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
+            raise DataError(
+                f"{folder}: holds no tokenizer. Put the base's there, as its save_pretrained writes it."
+            ) from error
         raise DataError(
             f"{folder}: transformers finds no tokenizer ({first_line(error)}). Put its files there"
         ) from error

@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from megatron_tf.adapters.folder import check_new_folder, read_adapter, write_adapter
+    from megatron_tf.adapters.folder import check_absent, read_adapter, write_adapter
     from megatron_tf.adapters.growth import check_growth, compare, grow_adapter, shrink_adapter
     from megatron_tf.adapters.summary import scale_text, trained_adapter
 
@@ -63,7 +63,7 @@ def main() -> None:
         raise UserError(
             "--shrink: takes tokens away, and --method, --freeze-old and --group-size are of growth. Leave them out."
         )
-    check_new_folder(arguments.target)
+    check_absent(arguments.target)
     source = trained_adapter(arguments.source)
     old = read_adapter(source)
     method = arguments.method or "zero_key"

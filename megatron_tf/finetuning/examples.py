@@ -30,8 +30,13 @@ class Example:
     place: str
 
 
-def read_examples(files: Sequence[str], tokenizer: Any, seq_length: int, drop_long: bool) -> list[Example]:
-    """All examples, in the order of the files. DataError with file and line for what is none, or too long."""
+def read_examples(
+    files: Sequence[str], tokenizer: Any, seq_length: int, drop_long: bool, key: str = "data.seq_length"
+) -> list[Example]:
+    """All examples, in the order of the files. DataError with file and line for what is none, or too long.
+
+    `key`: what the user sets `seq_length` by.
+    """
     found: list[Example] = []
     long: list[Example] = []
     for file in files:
@@ -49,14 +54,12 @@ def read_examples(files: Sequence[str], tokenizer: Any, seq_length: int, drop_lo
     if long and not drop_long:
         longest = max(long, key=lambda one: len(one.ids))
         raise DataError(
-            f"{longest.place}: has {len(longest.ids):,} tokens, and data.seq_length is {seq_length:,}; {len(long)} of "
-            f"{len(long) + len(found)} examples are too long. Raise data.seq_length, shorten them, or set "
+            f"{longest.place}: has {len(longest.ids):,} tokens, and {key} is {seq_length:,}; {len(long)} of "
+            f"{len(long) + len(found)} examples are too long. Raise {key}, shorten them, or set "
             "data.too_long to drop."
         )
     if not found:
-        raise DataError(
-            f"{', '.join(files)}: no example is left of at most {seq_length:,} tokens. Raise data.seq_length."
-        )
+        raise DataError(f"{', '.join(files)}: no example is left of at most {seq_length:,} tokens. Raise {key}.")
     return found
 
 
@@ -73,6 +76,10 @@ def _records(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             if not isinstance(record, dict) or not any(kind <= record.keys() for kind in _KINDS):
                 keys = f"the fields {', '.join(map(str, record))}" if isinstance(record, dict) else shown(record)
                 raise DataError(f"{place}: has {keys}. Give prompt and answer, or messages, or text.")
+            kinds = [kind for kind in _KINDS if kind <= record.keys()]
+            if len(kinds) > 1:
+                both = ", as well as ".join(" and ".join(sorted(kind, reverse=True)) for kind in kinds)
+                raise DataError(f"{place}: has {both}, and one of these is learnt. Leave the others out.")
             yield place, record
 
 

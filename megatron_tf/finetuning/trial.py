@@ -116,7 +116,7 @@ def read_texts(learn: str, keep: str, then: str | None, setting: Setting, tokeni
         return rows
 
     def read(file: str) -> list[Example]:
-        return read_examples([file], tokenizer, setting.seq_length, drop_long=True)
+        return read_examples([file], tokenizer, setting.seq_length, drop_long=True, key="--seq-length")
 
     def parted(file: str) -> tuple[Sequence[Row], Sequence[Row]]:
         examples = read(file)

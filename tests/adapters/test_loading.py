@@ -10,7 +10,7 @@ from tokenformers import tokenformer
 
 from megatron_tf.adapters.loading import load_base, load_tokenizer
 from megatron_tf.convert.huggingface.configuration import IMAGE_MODEL_TYPE, MODEL_TYPE
-from megatron_tf.errors import CheckpointError
+from megatron_tf.errors import CheckpointError, DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "finetuning"))
 from bases import write_base  # noqa: E402
@@ -68,3 +68,9 @@ def test_what_is_no_base_is_named(load, file, message, tmp_path):
     (tmp_path / file).write_text(json.dumps({"model_type": IMAGE_MODEL_TYPE}))
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path):
+    (write_base(tmp_path) / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="holds no tokenizer. Put the base's there"):
+        load_tokenizer(tmp_path)

@@ -55,6 +55,10 @@ def test_text_is_learnt_whole_and_cut_into_pieces(read, tokenizer):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
+        (
+            {"prompt": "a", "answer": "b", "text": "c"},
+            "line 1: has prompt and answer, as well as text, and one of these is learnt. Leave the others out",
+        ),
         ({"prompt": "a"}, "line 1: has the fields prompt. Give prompt and answer, or messages, or text"),
         ({"prompt": "a", "answer": " "}, "line 1: answer is ' ', and a text is expected"),
         ({"prompt": "a", "answer": None}, "answer is None"),

@@ -50,9 +50,12 @@ def test_bad_input_is_one_message(folder):
         ((*source, "--tokens", 8, "--to", folder / "no"), ("--tokens: 8", "Give more to grow it")),
         ((*source, "--tokens", 4, "--shrink", "--method", "gram", "--to", folder / "no"), ("--shrink", "of growth")),
         ((*source, "--tokens", 16, "--to", folder / "base"), ("exists already",)),
-        (("--from", folder / "base", "--tokens", 16, "--to", folder / "no"), ("adapter_config.json: No such file",)),
+        (("--from", folder / "base", "--tokens", 16, "--to", folder / "no/it"), ("adapter_config.json: No such file",)),
     ):
         assert_refused(tool("grow_adapter", *arguments), *fragments)
+    assert not (folder / "no").exists()
+    done = tool("grow_adapter", *source, "--tokens", 16, "--to", folder / "no/it", "--dry-run")
+    assert done.returncode == 0 and done.stdout.endswith("dry run: nothing is written\n"), done.stderr
     assert not (folder / "no").exists()
 
 
