@@ -22,6 +22,8 @@ from typing import Any
 
 from megatron_tf.errors import ConfigError, file_errors
 
+RESULTS = "results.json"
+
 Range = tuple[float, float]
 # Of studies in which growth was compared with scratch fairly: an assumption wherever it was not measured
 ASSUMED_KAPPA: Range = (0.3, 0.7)
@@ -92,8 +94,10 @@ class Findings:
 
 
 def read_findings(path: str | os.PathLike[str], architecture: str) -> Findings:
-    """From the results.json of `megatron_tf study report`. ConfigError when it is none."""
-    with file_errors(ConfigError, path, "Give the results.json of megatron_tf study report."), open(path) as file:
+    """From the results.json of `megatron_tf study report`, or the folder with it. ConfigError when it is none."""
+    path = os.path.join(path, RESULTS) if os.path.isdir(path) else os.fspath(path)
+    remedy = f"Give the {RESULTS} in the folder of a study: megatron_tf study report FILE writes it."
+    with file_errors(ConfigError, path, remedy), open(path) as file:
         text = file.read()
     try:
         values = json.loads(text)
@@ -104,9 +108,9 @@ def read_findings(path: str | os.PathLike[str], architecture: str) -> Findings:
         measured = [float(kappa) for kappa in known if math.isfinite(kappa)]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ConfigError(
-            f"{os.fspath(path)}: is not the results.json of a study. Write it anew: megatron_tf study report FILE."
+            f"{path}: is not the {RESULTS} of a study. Write it anew: megatron_tf study report FILE."
         ) from None
-    return Findings(str(path), law, found.get("missing", ""), (min(measured), max(measured)) if measured else None)
+    return Findings(path, law, found.get("missing", ""), (min(measured), max(measured)) if measured else None)
 
 
 def law_of(values: Mapping[str, Any]) -> Law:

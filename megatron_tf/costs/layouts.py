@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_tf.config.nearest import divisors
@@ -44,7 +44,7 @@ class Estimate:
         parallel = self.config.parallel
         if parallel.engine != "torch":
             return []
-        return [f"parallel.{key}={getattr(parallel, key)}" for key in ("context", "virtual_stages")]
+        return [f"parallel.{key}={getattr(parallel, key)}" for key in ("context", "virtual_stages", "schedule")]
 
     def __str__(self) -> str:
         parallel, training = self.config.parallel, self.config.training
@@ -87,9 +87,9 @@ def _candidates(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunCon
                 data = world_size // (tensor * pipeline * context)
                 if batch % data:
                     continue
-                parallel = {"tensor": tensor, "pipeline": pipeline, "context": context}
+                parallel: dict[str, int | str] = {"tensor": tensor, "pipeline": pipeline, "context": context}
                 if pipeline == 1:
-                    parallel["virtual_stages"] = 1
+                    parallel |= {"virtual_stages": 1, "schedule": "1f1b"}
                 for micro in _divisors(min(LARGEST_MICRO_BATCH, batch // data), batch // data):
                     for sequence in (False, True)[: 1 + (tensor > 1)]:
                         for checkpointing in (False, True):
@@ -105,7 +105,7 @@ def _context_sizes(config: RunConfig, tensor: int, ranks: int) -> list[int]:
     return _divisors(config.model.num_attention_heads // tensor, ranks)
 
 
-def _with(config: RunConfig, parallel: dict[str, int | bool], micro_batch: int, checkpointing: bool) -> RunConfig:
+def _with(config: RunConfig, parallel: Mapping[str, int | str], micro_batch: int, checkpointing: bool) -> RunConfig:
     training = {"micro_batch_size": micro_batch, "activation_checkpointing": checkpointing}
     return config.model_copy(
         update={

@@ -185,7 +185,8 @@ def _advice_lines(advice: dict[str, Any], stage: dict[str, Any]) -> Iterable[str
     unit, length = stage["unit"], stage["unit_tokens"]
     yield f"When to grow, for {advice['budget']:.3g} FLOPs, by {advice['source']}"
     if advice["law"] is None:
-        yield f"  nothing can be said: {advice['why_no_law']}"
+        yield f"  nothing can be said, as this has no law for these sizes: {advice['why_no_law']}"
+        yield "  with more runs of such models in the study, megatron_tf study report FILE fits one"
         return
     static, share = advice["static"], advice["least_share"]
     yield f"  law         {advice['law']}"

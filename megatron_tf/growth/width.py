@@ -79,10 +79,11 @@ class WidthAxis(Axis):
         usual = type(growth).model_fields["clone_noise"].default
         if growth.clone_noise == usual:
             return []
-        return [
-            f"growth.clone_noise: {growth.clone_noise:g} sets clones apart, and the width of a {old.architecture} does "
-            "not grow. Remove growth.clone_noise"
-        ]
+        if self.serves(old):
+            why = f"model.hidden_size is {old.hidden_size} before and after"
+        else:
+            why = f"a {old.architecture} grows by new tokens and layers, without clones"
+        return [f"growth.clone_noise: {growth.clone_noise:g} sets clones apart, but {why}. Remove growth.clone_noise"]
 
     def preserves(self, old: Model, new: Model, growth: Growth) -> bool:
         return True

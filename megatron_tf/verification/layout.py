@@ -68,6 +68,7 @@ class Layout:
                 "pipeline": topology.pipeline,
                 "context": topology.context,
                 "virtual_stages": topology.virtual_stages,
+                "schedule": config.parallel.schedule if topology.pipeline > 1 else "1f1b",
                 "sequence": self.sequence,
             }
         )

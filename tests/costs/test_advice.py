@@ -151,5 +151,7 @@ def test_what_is_no_report_is_refused(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ConfigError, match="results.json: is not the results.json of a study. Write it anew"):
         read_findings(tmp_path / "results.json", "tokenformer")
-    with pytest.raises(ConfigError, match=r"none.json: .*Give the results.json of megatron_tf study report."):
+    with pytest.raises(ConfigError, match=r"none.json: .*Give the results.json in the folder of a study: mega"):
         read_findings(tmp_path / "none.json", "tokenformer")
+    with pytest.raises(ConfigError, match="results.json: is not the results.json of a study"):
+        read_findings(tmp_path, "tokenformer")

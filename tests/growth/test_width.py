@@ -100,8 +100,12 @@ def test_what_cannot_be_cloned_is_refused():
         "their size. Set it to 8.",
     ]
     assert problems(small, model(3, **PLAIN), clone_noise=0.2) == [
-        "growth.clone_noise: 0.2 sets clones apart, and the width of a transformer does not grow. Remove "
+        "growth.clone_noise: 0.2 sets clones apart, but model.hidden_size is 32 before and after. Remove "
         "growth.clone_noise."
+    ]
+    assert problems(model(2), model(3), clone_noise=0.2) == [
+        "growth.clone_noise: 0.2 sets clones apart, but a tokenformer grows by new tokens and layers, without clones. "
+        "Remove growth.clone_noise."
     ]
     assert problems(small, wider(2), moments_factor=0.5) == [
         "growth.moments_factor: 0.5 is of moments that are kept, and a growth of the width keeps none. Set it to 1."

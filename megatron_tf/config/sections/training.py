@@ -82,7 +82,7 @@ class Training(Section):
 
 class Guard(Section):
     nonfinite: Literal["skip", "stop"] = "skip"
-    """What a step with an infinite or NaN gradient does. It never changes the weights."""
+    """What a step with an infinite or NaN gradient does; it changes nothing. In fp16: at the least loss scale."""
     nonfinite_patience: Count = 20
     """[steps] Skipped steps in a row that stop the run; in fp16 at the least loss scale."""
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None

@@ -17,13 +17,14 @@ from typing import IO
 
 import numpy as np
 
-from megatron_tf.data.images.decode import png
+from megatron_tf.data.images.decode import BadImage, opened, png
 from megatron_tf.data.images.source import LABEL
 from megatron_tf.data.preparation.record_types import BadRecord, RawRecord, bad_raw
 from megatron_tf.errors import DataError, file_errors
 
 IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801
 LABEL_SUFFIX = ".cls"
+NAMED = 8  # folders, in a message
 NOT_IMAGES = (".json", ".txt")  # members of a tar that go with an image
 REMEDY = "Make it readable, or leave it out."
 
@@ -164,7 +165,8 @@ def _plain(path: Path) -> IO[bytes]:
 
 def class_folders(top: Path) -> dict[str, list[Path]]:
     """Name of each class -> its images, both in alphabetical order. Hidden files are passed over, folders in a class
-    are looked into. DataError for a class without an image, for files outside of all classes, and for no class."""
+    are looked into. DataError for classes without an image, whatever else they hold, for files outside of all classes,
+    and for no class."""
     with file_errors(DataError, top, REMEDY):
         entries = sorted((entry for entry in top.iterdir() if not entry.name.startswith(".")), key=lambda e: e.name)
     loose = [entry for entry in entries if not entry.is_dir()]
@@ -174,12 +176,27 @@ def class_folders(top: Path) -> dict[str, list[Path]]:
             "give another folder."
         )
     found = {entry.name: list(_files_below(entry)) for entry in entries}
-    empty = [name for name, files in found.items() if not files]
+    empty = [str(top / name) for name, files in found.items() if not any(map(_is_image, files))]
     if empty:
-        raise DataError(f"{top / empty[0]}: has no image. Put some into it, or remove the folder.")
+        more = f" and {len(empty) - NAMED} more" if len(empty) > NAMED else ""
+        has, folder = ("has", "the folder") if len(empty) == 1 else ("have", "these folders")
+        raise DataError(
+            f"{', '.join(empty[:NAMED])}{more}: {has} no image. Put some into it, or remove {folder}; --classes and "
+            "--classes-from also name classes without a folder."
+        )
     if len(found) < 2:
         raise DataError(f"{top}: has {len(found)} folders, but a class is a folder, and two are needed at least.")
     return found
+
+
+def _is_image(path: Path) -> bool:
+    with file_errors(DataError, path, REMEDY):
+        content = path.read_bytes()
+    try:
+        opened(content)
+    except BadImage:
+        return False
+    return True
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

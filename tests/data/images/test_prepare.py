@@ -222,6 +222,11 @@ def test_it_goes_on_where_it_stopped(folder, tmp_path):
     [
         (lambda top: (top / "readme.txt").write_text("x"), "readme.txt: is in no class; each image stands in a folder"),
         (lambda top: [file.unlink() for file in (top / "bee").rglob("*.JPEG")], "bee: has no image"),
+        (lambda top: [file.write_text("x") for file in (top / "bee").rglob("*.JPEG")], "in/bee: has no image"),
+        (
+            lambda top: [file.unlink() for name in ("ape", "bee") for file in (top / name).rglob("*.JPEG")],
+            "in/ape, .*in/bee: have no image. Put some into it, or remove these folders",
+        ),
         (lambda top: (top / "ape" / "x.txt").write_text("text"), "x.txt:1: cannot identify image file"),
     ],
 )

@@ -210,6 +210,11 @@ def test_the_plan_has_a_smaller_bubble_and_what_waits():
             "1 of them. Set it to gpipe, or training.micro_batch_size to at most 1.",
         ),
         (
+            {"parallel": {"pipeline": 1}},
+            "parallel.schedule: zero_bubble is an order of micro batches in a pipeline, and parallel.pipeline is 1. "
+            "Set parallel.schedule to 1f1b, or parallel.pipeline to 2 or more.",
+        ),
+        (
             {"parallel": {"engine": "deepspeed"}},
             "parallel.schedule: zero_bubble needs parallel.engine: torch, and it is deepspeed. Set "
             "parallel.engine to torch, or parallel.schedule to 1f1b.",
@@ -221,3 +226,10 @@ def test_what_leaves_nothing_for_later(changes, message):
     with pytest.raises(ConfigError) as error:
         validate(config(parallel=parallel, **changes), 2)
     assert error.value.problems == [message]
+
+
+def test_one_process_has_no_order():
+    """What a pipeline is compared with is a run that can be."""
+    alone = Layout(Topology()).apply(config())
+    assert alone.parallel.schedule == "1f1b"
+    validate(alone, 1)
