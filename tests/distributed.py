@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import torch
@@ -21,6 +21,19 @@ def spawn(function: Callable[..., None], world_size: int, *arguments: object) ->
     """Runs `function(group, *arguments)` on `world_size` ranks; raises what any of them raised."""
     with tempfile.TemporaryDirectory() as folder:
         start_ranks(_rank, world_size, function, world_size, f"{folder}/store", arguments)
+
+
+def spawn_each(function: Callable[..., None], world_size: int, cases: Iterable[tuple]) -> None:
+    """`function(group, *case)` for each of `cases`, on ranks that are started once; an error names its case."""
+    spawn(_each, world_size, function, list(cases))
+
+
+def _each(group: Group, function: Callable[..., None], cases: list[tuple]) -> None:
+    for case in cases:
+        try:
+            function(group, *case)
+        except Exception as error:
+            raise AssertionError(f"in the case {case}") from error
 
 
 def _rank(rank: int, function: Callable[..., None], world_size: int, store: str, arguments: tuple) -> None:

@@ -47,6 +47,15 @@ def run(command, fresh=False, **extra) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+def start_warm(monkeypatch) -> None:
+    """Has the Pythons that this process itself starts during a test come from `warm_server`."""
+    monkeypatch.setattr(sys, "executable", str(warm_python() / "python"))
+    # Triton's interpreter is for the tests in this process.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, value in hugging_face().items():
+        monkeypatch.setenv(name, value)
+
+
 def warm(command) -> list[str]:
     """`command`, with a Python or a launcher that has already imported what takes seconds."""
     head, *words = map(str, command)

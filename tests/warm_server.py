@@ -38,13 +38,15 @@ from typing import NoReturn
 
 PROJECT = Path(__file__).parents[1]
 CLIENT = Path(__file__).with_name("warm_python.py")
+SERVE = "warm_server.serve()"  # what the server's process does
 # Variables that Python or a library reads once, when it starts or is imported, and those that are seen to here.
 READ_AT_IMPORT = ("ACCELERATE_", "CUDA", "DS_", "HF_", "KMP_", "LD_", "MKL_", "NCCL_", "OMP_", "PYTHON", "PYTORCH",
                   "TORCH", "TQDM_", "TRANSFORMERS_", "TRITON_")  # fmt: skip
-SEEN_TO = ["PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_NCCL_ASYNC"]
+SEEN_TO = ["PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_NCCL_ASYNC",
+           "TORCHINDUCTOR_COMPILE_THREADS"]  # fmt: skip
 if not os.path.exists("/dev/nvidiactl"):
-    # the deepspeed launcher sets it, and without a GPU it means nothing
-    SEEN_TO.append("CUDA_VISIBLE_DEVICES")
+    # without a GPU they mean nothing; the deepspeed launcher sets the first
+    SEEN_TO += ["CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME"]
 
 
 @functools.cache
@@ -71,11 +73,7 @@ def warm_python() -> Path:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(place))
     listening.listen(64)
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; sys.path.insert(0, sys.argv[1]); import warm_server; warm_server.serve()",
-    ]
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[1]); import warm_server; {SERVE}"]
     kept = {
         k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "TMPDIR")
     }

@@ -7,6 +7,8 @@ import pytest
 from tooling import PROJECT, assert_refused, tool
 
 TINY = PROJECT / "configs" / "tiny.yml"
+# terabytes of ids: what would fit partly takes long to fill
+HUGE_BATCH = ("training.global_batch_size=100000", "training.micro_batch_size=100000")
 SMALL = ("--tokens", 16, "--positions", 8, "--width", 8, "--dtypes", "fp32", "--rounds", 1, "--device", "cpu")
 
 
@@ -45,7 +47,7 @@ def test_mistakes_are_one_message():
         (("pattention", "--positions", 5), ("--positions 5", "multiple")),
         (("step", TINY, "--samples", 1_000_000_000), ("row 1 does not fit", "samples")),
         (("pattention", "--tokens", 1_000_000_000, "--positions", 64, "--width", 1000), ("row 1 does not fit",)),
-        (("memory", TINY, "model.seq_length=100000000"), ("row 1 does not fit",)),
+        (("memory", TINY, "model.seq_length=100000000", *HUGE_BATCH), ("row 1 does not fit",)),
     ],
 )
 def test_what_cannot_be_measured(arguments, fragments):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from images import made_up, write_images
+from launching import start_warm
 from prepared import write_tokens
 from tooling import assert_refused, tool
 
@@ -39,7 +40,10 @@ def file(tmp_path):
 
 @pytest.fixture
 def study(monkeypatch, capsys):
-    """What the command prints; in this process, so that only the runs have to start."""
+    """What the command prints; in this process, so that only the runs have to start, and they start warm."""
+    start_warm(monkeypatch)
+    # a run then has one thread, as the warm processes have
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
 
     def printed(*words):
         monkeypatch.setattr("sys.argv", ["study", *map(str, words)])

@@ -39,16 +39,16 @@ def test_the_configured_layout(config):
     assert "TP2×PP1×DP1" in result.stdout and "agrees" in result.stdout
 
 
-def test_a_limit_that_knows_the_model(config):
+def test_a_limit_that_knows_the_model(config, here):
     """With softmax gradients of queries are what is left of a sum of terms a million times as large."""
-    result = run([sys.executable, TOOL, config, "model.activation=softmax", "parallel.tensor=2", "--steps", "2"])
+    result = here("verify_layout", config, "model.activation=softmax", "parallel.tensor=2", "--steps", 2)
     assert result.returncode == 0, result.stdout
     error, limit = map(float, result.stdout.splitlines()[-1].split()[5:7])
     assert 1e-5 < error < limit < 0.1
 
 
-def test_a_tolerance_that_nothing_meets(config):
-    result = run([sys.executable, TOOL, config, "--steps", "1", "--tolerance", "1e-30"])
+def test_a_tolerance_that_nothing_meets(config, here):
+    result = here("verify_layout", config, "--steps", 1, "--tolerance", "1e-30")
     assert result.returncode == 1 and "DIFFERS" in result.stdout, result.stdout
 
 

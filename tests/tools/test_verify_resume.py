@@ -10,12 +10,11 @@ SMALL = ("model.seq_length=16", "model.hidden_size=32", "model.vocab_size=99", "
          "model.parameter_tokens={qkv: 13, proj: 11, ffn: 37}")  # fmt: skip
 
 
-def verify(*arguments):
-    return run([sys.executable, TOOL, PROJECT / "configs" / "tiny.yml", *SMALL, *arguments])
+TINY = PROJECT / "configs" / "tiny.yml"
 
 
-def test_one_rank():
-    done = verify("--ranks", 1, "--steps", 2)
+def test_one_rank(here):
+    done = here("verify_resume", TINY, *SMALL, "--ranks", 1, "--steps", 2)
     assert done.returncode == 0, done.stdout
     assert "3 layouts, 3 changes of layout" in done.stdout
     assert "3 changes: 3 bit-equal, worst loss" in done.stdout
@@ -33,6 +32,6 @@ def test_one_rank():
     ],
 )
 def test_bad_arguments_are_one_message(arguments, message):
-    done = verify(*arguments)
+    done = run([sys.executable, TOOL, TINY, *SMALL, *arguments])
     assert done.returncode == 2
     assert done.stdout.startswith("error: ") and message in done.stdout and "Traceback" not in done.stdout
