@@ -161,7 +161,8 @@ train(runs[2])
 @pytest.mark.slow
 def test_training_again_and_again_in_one_process_and_in_threads(folder):
     runs = [folder / "run1", folder / "run2", folder / "run3"]
-    done = run([sys.executable, "-c", AGAIN, folder / "config.yml", *runs])
+    (folder / "script.py").write_text(AGAIN)
+    done = run([sys.executable, folder / "script.py", folder / "config.yml", *runs])
     assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout
     first, *others = map(load_logical, runs)
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from launching import PROJECT, environment, free_port, run
+from launching import PROJECT, at_work, environment, free_port, run, warm
 
 DOCTOR = PROJECT / "tools" / "doctor.py"
 QUICK = ("--megabytes", "0.1", "--slow-factor", "1000")
@@ -19,8 +19,7 @@ def ranks(world_size, *arguments, started=None, last=()):
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, str(DOCTOR), *QUICK, *map(str, arguments), *(last if rank == world_size - 1 else ())],
-            text=True,
+            warm([sys.executable, DOCTOR, *QUICK, *arguments, *(last if rank == world_size - 1 else ())]), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=PROJECT,
             env=environment(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                             MASTER_PORT=str(port), PYTHONPATH=str(PROJECT)),
@@ -114,10 +113,10 @@ def test_a_rank_that_stops_is_named():
     try:
         while "devices" not in (line := processes[0].stdout.readline()) or line.startswith("devices"):
             assert line, "rank 0 ended early"
-        os.kill(processes[1].pid, signal.SIGSTOP)
+        os.kill(at_work(processes[1].pid), signal.SIGSTOP)
         first, third = ended([processes[0], processes[2]])
     finally:
-        os.kill(processes[1].pid, signal.SIGKILL)
+        os.kill(at_work(processes[1].pid), signal.SIGKILL)
         processes[1].wait()
     assert first[0] == third[0] == 1
     assert "BROKEN: rank 1 (" in first[1] and "in time" in first[1], first
@@ -130,11 +129,11 @@ def test_a_stopped_rank_0_is_told_by_the_others():
     try:
         while "... devices" not in processes[0].stdout.readline():
             assert processes[0].poll() is None
-        os.kill(processes[0].pid, signal.SIGSTOP)
+        os.kill(at_work(processes[0].pid), signal.SIGSTOP)
         began = time.monotonic()
         ((code, _, errors),) = ended(processes[1:])
     finally:
-        os.kill(processes[0].pid, signal.SIGKILL)
+        os.kill(at_work(processes[0].pid), signal.SIGKILL)
         processes[0].wait()
     assert code == 1 and "BROKEN, says rank 1" in errors and "rank 0" in errors, errors
     assert time.monotonic() - began < 120
