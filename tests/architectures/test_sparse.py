@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import spawn
+from distributed import spawn_each
 from tiny import run_config
 from torch import nn
 from torch.nn import functional as F
@@ -211,9 +211,8 @@ def test_a_z_loss_is_that_of_the_router_scores_and_makes_them_smaller():
     assert router.grad.any() and "z_loss" not in architecture_of(dense().model).losses(config().model)
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_over_a_tensor_group_in_fp64(sequence):
-    spawn(whole_model, 2, sequence)
+def test_over_a_tensor_group_in_fp64():
+    spawn_each(whole_model, 2, [(False,), (True,)])
 
 
 def test_the_reference_reports_the_load():

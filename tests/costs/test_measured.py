@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import spawn
+from distributed import spawn, spawn_each
 
 from megatron_tf.activations import overlap
 from megatron_tf.activations.built_in import L2_NORM_GELU
@@ -151,23 +151,18 @@ def saved_by_block(group, sequence, precision, architecture):
     assert block_activation_bytes(config) == pytest.approx(saved_bytes(lambda: block(hidden)), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("sequence", [False, True])
-def test_what_a_block_keeps_on_two_tensor_ranks(sequence, precision):
-    spawn(saved_by_block, 2, sequence, precision, ())
+BLOCKS = [
+    *((sequence, precision, ()) for sequence in (False, True) for precision in ("bf16", "fp32")),
+    (True, "bf16", ("training.scores=recompute",)),
+    (True, "bf16", EVERYWHERE),
+    (False, "bf16", TRANSFORMER),
+    (True, "bf16", TRANSFORMER),
+]
 
 
-def test_what_a_block_keeps_without_its_scores():
-    spawn(saved_by_block, 2, True, "bf16", ("training.scores=recompute",))
-
-
-def test_what_a_block_with_candidates_keeps():
-    spawn(saved_by_block, 2, True, "bf16", EVERYWHERE)
-
-
-@pytest.mark.parametrize("sequence", [False, True])
-def test_what_a_block_of_a_transformer_keeps(sequence):
-    spawn(saved_by_block, 2, sequence, "bf16", TRANSFORMER)
+def test_what_a_block_keeps_on_two_tensor_ranks():
+    """Also without its scores, with candidates, and of a transformer."""
+    spawn_each(saved_by_block, 2, BLOCKS)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS.names())
@@ -260,16 +255,20 @@ def sent_by_layers(group, sequence, precision, *model):
     check(lambda: loss.backward(), last_backward)
 
 
-@pytest.mark.parametrize(
-    ("sequence", "precision", "activation"),
-    [(False, "bf16", "l2_norm_gelu"), (True, "fp32", "l2_norm_gelu"), (True, "bf16", "softmax")],
-)
-def test_tensor_parallel_communication_to_the_byte(sequence, precision, activation):
-    spawn(sent_by_layers, 2, sequence, precision, f"model.activation={activation}")
+SENT = [
+    (False, "bf16"),
+    (True, "fp32"),
+    (True, "bf16", "model.activation=softmax"),
+    (True, "bf16", "training.norm=gram"),
+    (False, "bf16", *TRANSFORMER),
+    (True, "bf16", *TRANSFORMER),
+    (True, "bf16", *EVERYWHERE),
+]
 
 
-def test_tensor_parallel_communication_of_the_gram_form_to_the_byte():
-    spawn(sent_by_layers, 2, True, "bf16", "training.norm=gram")
+def test_tensor_parallel_communication_to_the_byte():
+    """Also of the gram form, of a transformer, and with candidates."""
+    spawn_each(sent_by_layers, 2, SENT)
 
 
 def test_candidates_are_chosen_without_communication():
@@ -278,12 +277,6 @@ def test_candidates_are_chosen_without_communication():
     for architecture in (SPARSE, EVERYWHERE):
         sparse = load(*architecture, "parallel.tensor=2")
         assert list(map(as_counter, block_collectives(sparse))) == list(map(as_counter, block_collectives(dense)))
-    spawn(sent_by_layers, 2, True, "bf16", *EVERYWHERE)
-
-
-@pytest.mark.parametrize("sequence", [False, True])
-def test_communication_of_a_transformer_to_the_byte(sequence):
-    spawn(sent_by_layers, 2, sequence, "bf16", *TRANSFORMER)
 
 
 def context_of_a_block(group, model):
@@ -301,9 +294,8 @@ def context_of_a_block(group, model):
         assert counted.sent == as_counter(expected)
 
 
-@pytest.mark.parametrize("model", [(), (*TRANSFORMER, "model.num_key_value_heads=2")], ids=["tokens", "grouped heads"])
-def test_context_parallel_memory_and_communication(model):
-    spawn(context_of_a_block, 2, model)
+def test_context_parallel_memory_and_communication():
+    spawn_each(context_of_a_block, 2, [((),), ((*TRANSFORMER, "model.num_key_value_heads=2"),)])
 
 
 def step_of_engine(group, overrides):

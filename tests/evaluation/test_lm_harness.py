@@ -3,6 +3,7 @@ layout."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -39,6 +40,27 @@ def offline(monkeypatch, tmp_path):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@functools.cache
+def stock_index():
+    """Of the harness's thousands of task files, which take ten seconds to read."""
+    from lm_eval.tasks._index import TaskIndex
+
+    return TaskIndex.build([harness_tasks()])
+
+
+@pytest.fixture
+def stock_tasks_are_read_once(monkeypatch):
+    from lm_eval.tasks._index import TaskIndex
+
+    stock, build = stock_index(), TaskIndex.build
+
+    def known(folders):
+        indices = [stock if folder == harness_tasks() else build([folder]) for folder in folders]
+        return {name: entry for index in indices for name, entry in index.items()}
+
+    monkeypatch.setattr(TaskIndex, "build", staticmethod(known))
 
 
 @pytest.fixture
@@ -111,7 +133,7 @@ def test_six_tasks_score_as_in_the_harness_itself(text_checkpoint, text_model, t
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     reference = simple_evaluate(
         as_hugging_face(load_model(text_checkpoint), tokenizer_file), tasks=list(TASKS), log_samples=False,
-        task_manager=TaskManager(include_path=str(eval_folder / "tasks")),
+        task_manager=TaskManager(include_path=str(eval_folder / "tasks"), include_defaults=False), bootstrap_iters=0,
     )  # fmt: skip
     same(found["results"], reference["results"])
     assert all(f"{metric},none" in found["results"][task] for task, metric in ACCURACY_METRICS.items())
@@ -150,21 +172,26 @@ def test_whole_texts(text_checkpoint, text_model, tokenizer_file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", [Topology(tensor=2), Topology(pipeline=2), Topology(data=2)], ids=str)
-def test_equal_at_every_layout(text_checkpoint, text_model, tokenizer_file, eval_folder, tmp_path, topology):
+def test_equal_at_every_layout(text_checkpoint, text_model, tokenizer_file, eval_folder, tmp_path):
     expected = run(0, text_checkpoint, text_model, tokenizer_file, eval_folder)
-    arguments = (str(text_checkpoint), text_model, tokenizer_file, str(eval_folder), topology, str(tmp_path))
-    spawn(_rank, 2, *arguments)
-    same(json.loads((tmp_path / "results.json").read_text()), expected["results"])
+    spawn(_rank, 2, str(text_checkpoint), text_model, tokenizer_file, str(eval_folder), str(tmp_path))
+    for topology in LAYOUTS:
+        same(json.loads((tmp_path / f"{topology}.json").read_text()), expected["results"])
 
 
-def _rank(group, checkpoint, model, tokenizer_file, folder, topology, out):
-    ask = scorer(group.rank, checkpoint, model, topology)
-    if group.rank > 0:
-        return ask.follow()
-    found = run_tasks(ask, load_tokenizer(tokenizer_file), LENGTH, TASKS, Path(folder) / "tasks", None)
-    ask.release()
-    (Path(out) / "results.json").write_text(json.dumps(found["results"]))
+LAYOUTS = [Topology(tensor=2), Topology(pipeline=2), Topology(data=2)]
+
+
+def _rank(group, checkpoint, model, tokenizer_file, folder, out):
+    """All layouts one after the other: the harness takes longer to import than to score."""
+    for topology in LAYOUTS:
+        ask = scorer(group.rank, checkpoint, model, topology)
+        if group.rank > 0:
+            ask.follow()
+            continue
+        found = run_tasks(ask, load_tokenizer(tokenizer_file), LENGTH, TASKS, Path(folder) / "tasks", None)
+        ask.release()
+        (Path(out) / f"{topology}.json").write_text(json.dumps(found["results"]))
 
 
 def never(requests):
@@ -182,7 +209,7 @@ def never(requests):
         (["gsm8k_local"], "tasks", ["one of them wants text generated"]),
     ],
 )  # fmt: skip
-def test_mistakes(tokenizer_file, eval_folder, monkeypatch, tasks, folder, fragments):
+def test_mistakes(tokenizer_file, eval_folder, monkeypatch, stock_tasks_are_read_once, tasks, folder, fragments):
     monkeypatch.chdir(eval_folder)
     (eval_folder / "generate.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     (eval_folder / "tasks" / "gsm8k_local.yaml").write_text(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import spawn
+from distributed import spawn, spawn_each
 
 from megatron_tf.activations.overlap import LEAST_ROWS
 from megatron_tf.config.sections.model import Model
@@ -72,15 +72,9 @@ def whole_model(group, config, sequence, **forms):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("sequence", [False, True])
-def test_whole_model_in_fp64(world_size, sequence):
-    spawn(whole_model, world_size, model_config(), sequence)
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("sequence", [False, True])
-def test_whole_transformer_in_fp64(world_size, sequence):
-    spawn(whole_model, world_size, transformer(), sequence)
+def test_whole_models_in_fp64(world_size):
+    configs = model_config(), transformer()
+    spawn_each(whole_model, world_size, [(config, sequence) for config in configs for sequence in (False, True)])
 
 
 def whole_model_in_gram_form(group, config):
@@ -92,9 +86,8 @@ def test_the_gram_form_in_fp64():
     spawn(whole_model_in_gram_form, 2, model_config())
 
 
-@pytest.mark.parametrize("activation", ["gelu_l2_norm", "softmax"])
-def test_other_activations(activation):
-    spawn(whole_model, 2, model_config(activation=activation), True)
+def test_other_activations():
+    spawn_each(whole_model, 2, [(model_config(activation=name), True) for name in ("gelu_l2_norm", "softmax")])
 
 
 def single_layer(group):
@@ -145,16 +138,15 @@ def in_parts(group, activation, sent):
             torch.testing.assert_close(own_grad, grad[rows], rtol=1e-11, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("activation", "sent"),
-    [
-        ("l2_norm_gelu", [LEAST_ROWS + 1, LEAST_ROWS, 2 * LEAST_ROWS + 1]),
-        ("gelu_l2_norm", [LEAST_ROWS + 1, LEAST_ROWS, 2 * LEAST_ROWS + 1]),
-        ("softmax", [2 * LEAST_ROWS + 1] * 3),
-    ],
-)
-def test_many_rows_go_in_two_parts(activation, sent):
-    spawn(in_parts, 2, activation, sent)
+IN_PARTS = [
+    ("l2_norm_gelu", [LEAST_ROWS + 1, LEAST_ROWS, 2 * LEAST_ROWS + 1]),
+    ("gelu_l2_norm", [LEAST_ROWS + 1, LEAST_ROWS, 2 * LEAST_ROWS + 1]),
+    ("softmax", [2 * LEAST_ROWS + 1] * 3),
+]
+
+
+def test_many_rows_go_in_two_parts():
+    spawn_each(in_parts, 2, IN_PARTS)
 
 
 class Counter:
@@ -205,6 +197,5 @@ def count(group, sequence):
     assert communication(transformer(), group, sequence) == (both, both)
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_communication_of_a_block(sequence):
-    spawn(count, 2, sequence)
+def test_communication_of_a_block():
+    spawn_each(count, 2, [(False,), (True,)])
