@@ -19,7 +19,7 @@ Node = dict[str, Any]
 FIRST_VERSION = "0.1"
 _MEANING = re.compile(r"(?:\[(?P<unit>[^\]]+)\] )?(?P<text>.*?)(?: Since (?P<since>\d+\.\d+)\.)?", re.DOTALL)
 _NO_REAL_BOUND = 1e9  # larger ones only keep the arithmetic within 64 bits
-_FILE_KEYS = {
+_FILE_KEYS: dict[str, Node] = {
     EXTENDS: {
         "type": "string",
         "format": PATH,

@@ -173,6 +173,8 @@ def test_it_needs_no_torch(config, tmp_path):
     paths = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=paths)
     assert done.returncode == 0, done.stderr
+    # whose sizes are delivered
+    assert ("all sizes include the decay of each" in done.stdout) == (config == "tiny_chain.yml")
 
 
 def test_passes_over_the_data_and_a_vocabulary_that_is_too_small(tmp_path):
