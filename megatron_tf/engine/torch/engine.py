@@ -85,10 +85,17 @@ class TorchEngine(SegmentedEngine):
             self._of_steps += choose_forms(block, config.training, device.type)
             if config.training.compile:
                 block.compile()
-        keep_parameters = config.parallel.shard != "parameters"
         self._keep_gradients = config.parallel.shard == "optimizer"
         self._stage.hidden_dtype = dtype
-        self._is_sharded = sharding.shard(self._stage, self._replicas, timeout, dtype, device, keep_parameters)
+        self._is_sharded = sharding.shard(
+            self._stage,
+            self._replicas,
+            timeout,
+            dtype,
+            device,
+            keep=config.parallel.shard != "parameters",
+            keep_gradients=self._keep_gradients,
+        )
         self._context = BlockContext()
         self._of_step: list[Tensor | None] = []
         self._found: dict[str, Tensor] = {}
@@ -246,6 +253,7 @@ class TorchEngine(SegmentedEngine):
             if shard.spec.tied:
                 dist.all_reduce(gradient, group=self._tied)
 
+    @torch.no_grad()
     def _loss_and_norm(self, losses: list[Tensor]) -> tuple[Tensor, float]:
         """The loss of the global batch, and the norm of its gradient; the same on all ranks."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._on)
@@ -261,6 +269,7 @@ class TorchEngine(SegmentedEngine):
         dist.all_reduce(sums)
         return sums[0].float(), math.sqrt(float(sums[1])) / self._scale
 
+    @torch.no_grad()
     def _update(self, norm: float) -> bool:
         """Updates the weights, unless the gradient is not finite. `norm`: of the gradient without its scale."""
         limit = self.config.training.gradient_clipping

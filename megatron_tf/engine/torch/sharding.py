@@ -2,7 +2,8 @@
 
 Each parameter is cut by rows into chunks of equal size, the last ones smaller or empty. A rank keeps its chunk in fp32:
 the master weight. The forward pass gathers whole parameters in the compute type, one block at a time; the backward pass
-sums gradients in fp32, and leaves each rank the mean of its own chunk.
+sums gradients in fp32, and leaves each rank the mean of its own chunk. While a block is at work the parameters of the
+next one and the gradients of the last one travel. A small stage has little to hide that behind, and goes in one piece.
 """
 
 from __future__ import annotations
@@ -21,13 +22,23 @@ from megatron_tf.engine.shards import ShardedParameter
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group, own_of
 
+# parameters up to which a stage is one piece: 32 MiB of gradients
+SMALL = 2**23
+
 
 def shard(
-    stage: Stage, replicas: Group, timeout_seconds: float, dtype: torch.dtype, device: torch.device, keep: bool
+    stage: Stage,
+    replicas: Group,
+    timeout_seconds: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: bool,
+    keep_gradients: bool,
 ) -> bool:
     """Shards `stage` over `replicas` and returns True, or, where one rank needs no other compute type, leaves it alone.
 
-    `keep`: whether parameters stay whole between the forward and the backward pass.
+    `keep`: whether parameters stay whole between the forward and the backward pass. `keep_gradients`: whether they do,
+    and gradients, until the end of the step. Then one piece takes no more memory than blocks.
     """
     if replicas.size == 1 and dtype == torch.float32:
         return False
@@ -42,7 +53,8 @@ def shard(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = DeviceMesh.from_group(handle, device.type)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in stage.blocks.values():
+    one_piece = keep_gradients and sum(parameter.numel() for parameter in stage.parameters()) <= SMALL
+    for block in () if one_piece else stage.blocks.values():
         fully_shard(block, mesh=mesh, reshard_after_forward=not keep, mp_policy=policy)
     fully_shard(stage, mesh=mesh, reshard_after_forward=not keep, mp_policy=policy)
     return True

@@ -16,8 +16,9 @@ from megatron_tf.config.run_plan import plan_batches
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
 from megatron_tf.engine.choice import build_engine
+from megatron_tf.engine.torch import sharding
 from megatron_tf.errors import CheckpointError, ConfigError
-from megatron_tf.parallel.groups import make_group
+from megatron_tf.parallel.groups import SINGLE, make_group
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.sources import InitialSource, initial_source
 from megatron_tf.tasks.layers import example_batches
@@ -122,6 +123,29 @@ def _faults(rank, folder):
         with pytest.raises(CheckpointError, match=r"embedding.weight from row 0: ranks \[0\] differ from ranks \[1\]"):
             engine.check_replicas()
         engine.close()
+
+
+def test_a_small_stage_travels_in_one_piece_and_trains_as_block_by_block(tmp_path):
+    start_ranks(_pieces, 2, str(tmp_path))
+
+
+def _pieces(rank, folder):
+    of = config(model=FEW_TOKENS, training={"micro_batch_size": 1})
+    plan, topology, trained = plan_batches(of, 2), Topology(data=2), []
+    with joined([of], rank, 2, folder):
+        for small in (sharding.SMALL, 0):
+            sharding.SMALL = small
+            engine = build_engine(of, of.model, plan, topology, SINGLE, InitialSource(of.model, 7))
+            blocks = engine.stage().blocks.values()
+            assert [hasattr(block, "unshard") for block in blocks] == [small == 0] * len(blocks)
+            results = [engine.train_step(step, example_batches(of, plan, step, rank, 2)) for step in range(2)]
+            state = {(piece.name, piece.state): piece.tensor.clone() for piece in engine.pieces()}
+            trained.append(([(result.loss, result.grad_norm) for result in results], state))
+            engine.close()
+    (losses, state), (others, other_state) = trained
+    assert losses == others and plan.num_micro_batches > 1
+    assert state.keys() == other_state.keys()
+    assert all(torch.equal(tensor, other_state[name]) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize(
