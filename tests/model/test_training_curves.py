@@ -10,6 +10,7 @@ import torch
 
 from megatron_tf.benchmark.references import plain_formula
 from megatron_tf.config.sections.model import Model
+from megatron_tf.config.sections.training import Training
 from megatron_tf.model import build_model, layers
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.tasks.classes import cross_entropy
@@ -18,17 +19,19 @@ LENGTH, BATCH, STEPS, LAST = 64, 8, 500, 50
 SEEDS = range(1, 6)
 
 
-def plain_projections(x, keys, values, scales, activation, group, form):
+def plain_projections(x, keys, values, scales, activation, group, *how):
     assert activation == "l2_norm_gelu" and group.size == 1
     return tuple(plain_formula(x, k, v, scale) for k, v, scale in zip(keys, values, scales))
 
 
-def learning_curve(seed: int) -> list[float]:
-    """Losses of byte-level training on the documentation of Python, bf16 with fp32 master weights."""
+def learning_curve(seed: int, **training: str) -> list[float]:
+    """Losses of byte-level training on the documentation of Python, bf16 with fp32 master weights. `training`: keys of
+    that section, on how Pattentions are computed."""
     text = torch.tensor(list("\n".join(pydoc_data.topics.topics.values()).encode()), dtype=torch.int64)
     tokens = {"qkv": 64, "proj": 64, "ffn": 256}
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": LENGTH, "vocab_size": 256}
     model = build_model(Model.model_validate({**sizes, "parameter_tokens": tokens}), seed=seed, dtype=torch.bfloat16)
+    layers.choose_forms(model, Training(global_batch_size=BATCH, micro_batch_size=BATCH, **training), "cpu")
     weights = list(model.parameters())
     masters = [weight.detach().float().clone() for weight in weights]
     adam = torch.optim.AdamW(masters, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -67,6 +70,21 @@ def test_curves_of_plain_and_fast_layers_agree(monkeypatch):
     assert max(between_layers) < of_seeds
     assert statistics.mean(ends(fast)) < statistics.mean(ends(plain)) + 0.03
     assert max(ends(fast)) < 3.0, "about 5.5 at the start"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2400)
+def test_curves_of_forms_and_of_fp8_lie_within_those_of_seeds():
+    """Of one seed. The first hundred steps, in which rounding has not made curves part yet, are closer still."""
+    direct, other = (learning_curve(seed, norm="direct") for seed in (1, 2))
+    others = {"gram": learning_curve(1, norm="gram"), "fp8": learning_curve(1, precision="fp8")}
+    of_seeds = distance(direct, other)
+    print(f"direct {ends([direct, other])}, seeds {of_seeds}")
+    for name, curve in others.items():
+        print(f"{name} {ends([curve])}, from direct {distance(curve, direct)}")
+        assert distance(curve, direct) < of_seeds / 2, name
+        assert distance(curve[:100], direct[:100]) < of_seeds / 4, name
+        assert ends([curve])[0] < ends([direct])[0] + 0.1, name
 
 
 def ends(curves: list[list[float]]) -> list[float]:
