@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,11 +51,19 @@ from megatron_tf.adapters.modules import (
 from megatron_tf.checks import check_choice, check_scale, check_whole_number
 from megatron_tf.config.activations import ACTIVATIONS, DEFAULT_ACTIVATION
 from megatron_tf.durable import atomic_path
-from megatron_tf.errors import ArgumentError
+from megatron_tf.errors import ArgumentError, shown
 from megatron_tf.state.parameters import default_scale
 
 _NAMES = {KEYS: "keys", VALUES: "values", ROUTER: "router", BALANCE: "balance"}  # in a folder -> of a `Branch`
+_HUB_FOLDER = "snapshots"
 _ANY_BASE = ", or set base=None in the adapter's PattentionConfig and give that to PeftModel.from_pretrained as config"
+
+
+def _check_names(name: str, value: Any) -> None:
+    """ArgumentError unless `value` is a text or several."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Collection) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ArgumentError(f"{name}: {shown(value)}, but a name or a list of names is expected.")
 
 
 @dataclass
@@ -87,6 +95,9 @@ class PattentionConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[METHOD]
+        _check_names("modules", self.modules)
+        if self.target_modules is not None:
+            _check_names("target_modules", self.target_modules)
         self.modules = [self.modules] if isinstance(self.modules, str) else list(self.modules)
         is_appended = self.modules == [PATTENTION]
         check_choice("activation", self.activation, ACTIVATIONS.names() if is_appended else [DEFAULT_ACTIVATION])
@@ -134,7 +145,8 @@ class PattentionConfig(PeftConfig):
         """The fields of an adapter_config.json, after its checksum has been compared with the weights next to it."""
         path = Path(path_json_file)
         config = read_config(path)
-        if os.path.lexists(path.parent / WEIGHTS_NAME):  # from the hub the configuration comes first
+        # From the hub, whose cache has such a folder, the configuration comes before the weights.
+        if os.path.lexists(path.parent / WEIGHTS_NAME) or _HUB_FOLDER not in path.parts:
             check_weights(path.parent, config)
         return config
 

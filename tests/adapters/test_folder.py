@@ -97,9 +97,18 @@ def test_what_is_no_adapter_of_ours_is_refused(folder, tmp_path):
     (folder / WEIGHTS_NAME).unlink()
     with pytest.raises(CheckpointError, match=f"{WEIGHTS_NAME}: No such file"):
         read_adapter(folder)
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS_NAME}: No such file"):
+        PeftModel.from_pretrained(decoder(), folder)  # which would look for it at the hub
     os.mkfifo(folder / WEIGHTS_NAME)
     with pytest.raises(CheckpointError, match="a FIFO"):
         read_adapter(folder)
+
+
+def test_from_the_hub_the_configuration_comes_before_the_weights(folder, tmp_path):
+    cached = tmp_path / "snapshots" / "revision"
+    cached.mkdir(parents=True)
+    (cached / CONFIG_NAME).write_bytes((folder / CONFIG_NAME).read_bytes())
+    assert PattentionConfig.from_pretrained(cached).num_tokens == read_adapter(folder).config["num_tokens"]
 
 
 def test_tensors_of_other_names_or_shapes_are_refused(folder, tmp_path):
