@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tf.errors import ConfigError, file_errors
+from megatron_tf.errors import ConfigError
+from megatron_tf.text_files import read_text_file
 
 RESULTS = "results.json"
 
@@ -97,8 +98,7 @@ def read_findings(path: str | os.PathLike[str], architecture: str) -> Findings:
     """From the results.json of `megatron_tf study report`, or the folder with it. ConfigError when it is none."""
     path = os.path.join(path, RESULTS) if os.path.isdir(path) else os.fspath(path)
     remedy = f"Give the {RESULTS} in the folder of a study: megatron_tf study report FILE writes it."
-    with file_errors(ConfigError, path, remedy), open(path) as file:
-        text = file.read()
+    text = read_text_file(ConfigError, path, remedy)
     try:
         values = json.loads(text)
         found = values["laws"].get(architecture, {"missing": f"no run of the study is of a {architecture}"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,9 +71,10 @@ def load_tokenizer(path: str | Path, eod: Eod = None) -> Tokenizer:
         return HuggingFaceTokenizer(path, eod)
     if path.suffix == ".model":
         return SentencePieceTokenizer(path, eod)
+    missing = "" if os.path.lexists(path) else " There is no such file."
     raise DataError(
-        f"{path}: unknown kind of tokenizer. Give a Hugging Face tokenizers .json, a SentencePiece .model, a .tiktoken "
-        f"file, or {BYTES!r}."
+        f"{path}: unknown kind of tokenizer. Give a Hugging Face tokenizers .json, a SentencePiece .model, a "
+        f".tiktoken file, or {BYTES!r}.{missing}"
     )
 
 

@@ -309,10 +309,9 @@ def read_trials(folder: Path) -> Done:
     if not path.exists():
         return done
     with file_errors(UserError, path, "Give another folder."):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):  # torn by a kill
-            write_atomically(path, "".join(lines[:-1]).encode())
-            lines.pop()
+        *lines, torn = path.read_bytes().split(b"\n")
+        if torn:  # by a kill
+            write_atomically(path, b"".join(line + b"\n" for line in lines))
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)

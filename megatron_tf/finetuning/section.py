@@ -152,7 +152,10 @@ def load_finetune(path: FilePath, overrides: Sequence[str] = ()) -> FinetuneConf
 
 def _read(path: str) -> tuple[dict[str, Any], list[str]]:
     """The plain values of one file, and what is wrong with its syntax."""
-    with file_errors(ConfigError, path, "Give the path of a fine-tuning run's YAML file."):
+    names = finetunings()
+    near = did_you_mean(FilePath(path).stem, names)
+    remedy = f"Give the path of a fine-tuning run's YAML file, or one of {', '.join(names)}.{near}"
+    with file_errors(ConfigError, path, remedy):
         content = read_plain(path, _MOST_BYTES)
     values, problems = parse_yaml(decode_text(ConfigError, path, content), path)
     if not isinstance(values, dict):

@@ -115,9 +115,9 @@ def read_result(node: Node) -> Result | None:
     if not path.is_file():
         return None
     with file_errors(UserError, path, "Make it readable."):
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     try:
-        values = json.loads(text)
+        values = json.loads(content)
         result = Result(**{**values, "loss": _number(values["loss"]), "curve": tuple(map(tuple, values["curve"]))})
     except (ValueError, TypeError, KeyError):
         raise UserError(

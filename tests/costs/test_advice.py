@@ -155,3 +155,6 @@ def test_what_is_no_report_is_refused(tmp_path, text):
         read_findings(tmp_path / "none.json", "tokenformer")
     with pytest.raises(ConfigError, match="results.json: is not the results.json of a study"):
         read_findings(tmp_path, "tokenformer")
+    (tmp_path / "results.json").write_bytes(b"\x89PNG")
+    with pytest.raises(ConfigError, match="results.json: byte 0 is not UTF-8 text"):
+        read_findings(tmp_path, "tokenformer")

@@ -280,8 +280,8 @@ def test_a_sweep_that_now_chooses_another_value_starts_nothing_from_it(study, st
 def test_a_result_that_is_none_is_refused(study):
     node = make_plan(study()).nodes[0]
     node.folder.mkdir(parents=True)
-    for text in ("", "[]", '{"curve": []}', '{"loss": 1}'):
-        (node.folder / "result.json").write_text(text)
+    for content in (b"", b"[]", b'{"curve": []}', b'{"loss": 1}', b"\x89PNG"):
+        (node.folder / "result.json").write_bytes(content)
         with pytest.raises(UserError, match="is not the result of a run"):
             read_result(node)
 

@@ -151,9 +151,9 @@ def test_a_file_where_the_folder_belongs_is_refused(tmp_path):
         check_setting(tmp_path / "file", {"rank": 8})
 
 
-@pytest.mark.parametrize("line", ['{"x', '{"a": 1}', "[]", "1"])
+@pytest.mark.parametrize("line", ['{"x', '{"a": 1}', "[]", "1", "é"])
 def test_a_damaged_line_of_trials_is_named(line, tmp_path):
-    (tmp_path / "trials.jsonl").write_text(line + "\n")
+    (tmp_path / "trials.jsonl").write_text(line + "\n", encoding="latin-1")
     with pytest.raises(UserError, match=r"trials\.jsonl: line 1 is no trial\. Remove the line"):
         read_trials(tmp_path)
 

@@ -47,11 +47,12 @@ def pipeline_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
         return
     if parallel.virtual_stages > 1:
         yield from _interleaving_problems(parallel, micro_batches, samples)
-    if parallel.schedule != "1f1b" and parallel.pipeline == 1:
-        yield (
-            f"parallel.schedule: {parallel.schedule} is an order of micro batches in a pipeline, and parallel.pipeline "
-            "is 1. Set parallel.schedule to 1f1b, or parallel.pipeline to 2 or more."
-        )
+    if parallel.pipeline == 1:
+        if parallel.schedule != "1f1b":
+            yield (
+                f"parallel.schedule: {parallel.schedule} is an order of micro batches in a pipeline, and "
+                "parallel.pipeline is 1. Set parallel.schedule to 1f1b, or parallel.pipeline to 2 or more."
+            )
         return
     if parallel.schedule == "zero_bubble":
         yield from _zero_bubble_problems(config, micro_batches, samples)

@@ -38,6 +38,7 @@ from megatron_tf.data.preparation.work import Preparation, Share, carry_out, che
 from megatron_tf.data.summary import summary_file
 from megatron_tf.errors import DataError
 
+MOST_CLASSES = 1_000_000
 _GIVE_CLASSES = "Give --classes, a file with one name a line or how many there are, or --classes-from."
 
 
@@ -127,8 +128,16 @@ def _known_classes(settings: ImageSettings) -> tuple[str, ...] | None:
     if settings.classes is None:
         return None
     if settings.classes.isdecimal():
-        return tuple(map(str, range(int(settings.classes))))
-    return read_names(Path(settings.classes))
+        count = int(settings.classes[:10])  # ten digits are too many already
+        names = tuple(map(str, range(min(count, MOST_CLASSES + 1))))
+    else:
+        names = read_names(Path(settings.classes))
+    if not 2 <= len(names) <= MOST_CLASSES:
+        raise DataError(
+            f"--classes: {settings.classes}: 2 to {MOST_CLASSES:,} classes can be told apart. Give how many there are, "
+            "or a file with one name a line."
+        )
+    return names
 
 
 def _of_folders(top: Path, known: tuple[str, ...] | None) -> tuple[list[Path], tuple[str, ...], Read, Any]:

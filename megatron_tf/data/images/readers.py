@@ -21,6 +21,7 @@ from megatron_tf.data.images.decode import BadImage, opened, png
 from megatron_tf.data.images.source import LABEL
 from megatron_tf.data.preparation.record_types import BadRecord, RawRecord, bad_raw
 from megatron_tf.errors import DataError, file_errors
+from megatron_tf.text_files import read_text_file
 
 IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801
 LABEL_SUFFIX = ".cls"
@@ -211,8 +212,8 @@ def _raise(error: OSError) -> None:
 
 def read_names(path: Path) -> tuple[str, ...]:
     """The classes in a file with one name a line."""
-    with file_errors(DataError, path, REMEDY):
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = read_text_file(DataError, path, "Give a file with one name a line, or how many there are.").splitlines()
+    names = tuple(line.strip() for line in lines if line.strip())
     _check_distinct(path, names)
     return names
 

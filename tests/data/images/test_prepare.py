@@ -237,6 +237,19 @@ def test_folders_that_are_refused(folder, tmp_path, change, message):
     assert not (tmp_path / "x.bin").exists()
 
 
+@pytest.mark.parametrize("given", ["0", "1", "9" * 30, "names"])
+def test_classes_that_cannot_be(folder, tmp_path, given):
+    """They were taken from the folders instead, or counted to."""
+    names = tmp_path / "names"
+    names.write_text("ape\n")
+    classes = str(names) if given == "names" else given
+    with pytest.raises(DataError, match=f"--classes: {classes}: 2 to 1,000,000 classes can be told apart"):
+        prepare(folder, tmp_path / "x", classes=classes)
+    names.write_bytes(b"\x89PNG")
+    with pytest.raises(DataError, match="names: byte 0 is not UTF-8 text"):
+        prepare(folder, tmp_path / "x", classes=str(names))
+
+
 def test_files_that_are_refused(tmp_path):
     images = write_idx(tmp_path / "in")
     with pytest.raises(DataError, match="in: has 0 folders|is in no class"):
