@@ -17,12 +17,12 @@ from megatron_tf.architectures.tokenformer.parameters import PROJECTIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.load import read_model
 from megatron_tf.config.sections.model import Model
+from megatron_tf.convert.tensors import Shape, differing_tensors
 from megatron_tf.errors import CheckpointError, shown
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.telemetry.text import bullets
 
-Shape = tuple[int, ...]
 _EMBEDDING = "sequential.0.word_embeddings.weight"
 _BLOCK = re.compile(r"sequential\.(\d{1,6})\.(?:attention|mlp)\.")
 _FINAL_NORM = re.compile(r"sequential\.(\d{1,6})\.norm\.")
@@ -70,16 +70,8 @@ def load_official_state_dict(state_dict: Mapping[str, Tensor], model: TokenForme
 def check_official(shapes: Mapping[str, Shape], model: Model) -> None:
     """CheckpointError unless tensors of these names and shapes are all weights of `model`, and nothing else."""
     official = {spec.official_name: spec.shape for spec in parameter_table(model).values()}
-    problems = _differing_sizes(shapes, model)
-    if not problems:  # else they would all be said again, once a tensor
-        problems += [f"missing tensor {name}" for name in official if name not in shapes]
-        problems += [f"unknown tensor {name}" for name in shapes if name not in official]
-        problems += [
-            f"{name} has shape {list(shapes[name])}, the model wants {list(shape)}"
-            for name, shape in official.items()
-            if name in shapes and shapes[name] != shape
-        ]
-    if problems:
+    # sizes that differ would all be said again, once a tensor
+    if problems := _differing_sizes(shapes, model) or differing_tensors(shapes, official, "the model wants"):
         raise CheckpointError(
             f"these are not the official weights of this model:{bullets(problems, _LISTED)}"
             + "\nGive the configuration that they were trained with, or the whole file."

@@ -18,6 +18,7 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
 from megatron_tf.convert.huggingface.configuration import model_from_config
 from megatron_tf.convert.huggingface.export import CONFIG_NAME, WEIGHTS_NAME
+from megatron_tf.convert.tensors import differing_tensors
 from megatron_tf.durable import open_plain, read_plain
 from megatron_tf.errors import CheckpointError, file_errors, shown
 from megatron_tf.state.parameters import parameter_table
@@ -125,14 +126,7 @@ def _type_name(dtype: torch.dtype) -> str:
 
 
 def _check(folder: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"missing tensor {name}" for name in expected if name not in found]
-    problems += [f"unknown tensor {name}" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {list(found[name])}, {CONFIG_NAME} says {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
+    if problems := differing_tensors(found, expected, f"{CONFIG_NAME} says"):
         raise CheckpointError(
             f"{folder}: the weights are not those of its {CONFIG_NAME}:{bullets(problems, _LISTED)}"
             + "\nGive the whole folder as it was exported or saved; an adapter has to be merged first."
