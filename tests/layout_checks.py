@@ -9,12 +9,15 @@ from megatron_tf.verification.layout import Layout, compare, reference, run_layo
 TOLERANCE = 1e-5
 # Boundaries of documents wherever the configuration can have them.
 BOUNDARIES = {"train": ({"path": "unused"},), "reset_at_eod": True, "mask_eod_loss": True, "pad_id": 1}
-# What else a pipeline of the torch engine can meet, as changes of `tiny.run_config`.
-RECOMPUTED_AND_SHARDED = {
-    "data": BOUNDARIES,
-    "training": {"micro_batch_size": 1, "activation_checkpointing": True},
-    "parallel": {"shard": "parameters"},
-}
+
+
+def recomputed_and_sharded(samples: int) -> dict[str, dict]:
+    """What else a pipeline of the torch engine can meet, as changes of `tiny.run_config`.
+
+    Micro batches are of one sample.
+    """
+    training = {"micro_batch_size": 1, "global_batch_size": samples, "activation_checkpointing": True}
+    return {"data": BOUNDARIES, "training": training, "parallel": {"shard": "parameters"}}
 
 
 def pipelines_of_four_ranks(with_data: Topology) -> list[Layout]:

@@ -75,7 +75,8 @@ def test_text_is_prepared_and_a_shipped_configuration_trained(installed, tmp_pat
     assert prepared.returncode == 0, prepared.stderr
     small = ["data={tokenizer: bytes, train: [{path: a}]}", "evaluation.interval_steps=null",
              "model.num_layers=1", "training.train_steps=1", "optimizer.schedule.warmup_steps=0"]  # fmt: skip
-    launcher = [installed / "python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    # one rank: tests/launch/test_train.py starts two, of which each imports everything
+    launcher = [installed / "python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
     trained = run(tmp_path, *launcher, "megatron_tf", "train", "tiny", *small)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     written = run(tmp_path, command, "generate", "runs/tiny", "--prompt", "To", "--tokens", "3")

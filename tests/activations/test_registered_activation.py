@@ -170,5 +170,6 @@ def test_every_layout_is_one_process():
 
 
 @pytest.mark.slow
+@pytest.mark.scale  # a checkpoint holds nothing of an activation; tests/verification/test_resume.py has a built-in one
 def test_it_resumes_at_another_layout():
     check_both_ways(config(), Layout(Topology(2, 2, 1), True))

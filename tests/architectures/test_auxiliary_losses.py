@@ -100,12 +100,22 @@ def test_the_reference_feels_it():
     assert len(with_it.reports) == 2 and not without.reports
 
 
+TWO_RANKS = [Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)), Layout(Topology(1, 1, 2))]
+FOUR_RANKS = [Layout(Topology(2, 2, 1)), Layout(Topology(1, 2, 2))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_layout_is_one_process(checkpointing):
+@pytest.mark.parametrize(
+    ("checkpointing", "chosen"),
+    [
+        (False, [*TWO_RANKS, *FOUR_RANKS]),
+        # a block that is recomputed is so on its own rank
+        (True, TWO_RANKS),
+        pytest.param(True, FOUR_RANKS, marks=pytest.mark.scale),
+    ],
+)
+def test_every_layout_is_one_process(checkpointing, chosen):
     run = config(activation_checkpointing=checkpointing)
-    chosen = [Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)), Layout(Topology(1, 1, 2)),
-              Layout(Topology(2, 2, 1)), Layout(Topology(1, 2, 2))]  # fmt: skip
     expected = reference(run, 2)
     for layout, trace in zip(chosen, run_layouts(run, chosen, 2)):
         assert len(trace.reports) == len(expected.reports) == 4

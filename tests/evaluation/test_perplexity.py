@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import spawn
+from prepared import write_tokens
 from torch.nn.functional import cross_entropy
 
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -76,11 +77,18 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def few_tokens(tmp_path):
+    """Prefix of data whose windows and batches divide by nothing."""
+    write_tokens(tmp_path / "few", documents=3)
+    return str(tmp_path / "few")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", LAYOUTS)
-def test_equal_at_every_layout(checkpoint, model, tokens, ranks):
-    expected = [loss(0, checkpoint, model, tokens, Topology(), stride) for stride in (16, 7)]
-    spawn(_layouts, ranks, str(checkpoint), model, tokens, expected)
+def test_equal_at_every_layout(checkpoint, model, few_tokens, ranks):
+    expected = [loss(0, checkpoint, model, few_tokens, Topology(), stride) for stride in (16, 7)]
+    spawn(_layouts, ranks, str(checkpoint), model, few_tokens, expected)
 
 
 def _layouts(group, checkpoint, model, tokens, expected):

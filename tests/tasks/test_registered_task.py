@@ -339,6 +339,7 @@ def test_an_evaluation_gives_loss_and_metrics_to_every_rank(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.scale  # so does the other task whose layers are not those of text, in image_classification/test_layers.py
 def test_it_resumes_at_another_layout():
     first, second = Setting(Layout(Topology(2, 2, 1), True)), Setting(Layout(Topology(1, 1, 2)))
     (result,) = check_resumes(config(), [(first, second)], 3)

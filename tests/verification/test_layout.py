@@ -23,13 +23,14 @@ def check(config, chosen, steps=20):
         assert difference.agrees(TOLERANCE), f"{layout}: {difference}"
 
 
-# All layouts of four ranks go a quarter of the way in `make test`.
+# Many layouts go a quarter of the way in `make test`.
 STEPS = pytest.mark.parametrize("steps", [5, pytest.param(20, marks=pytest.mark.scale)])
 
 
-def test_two_ranks(config):
+@STEPS
+def test_two_ranks(config, steps):
     check(config(), [Layout(Topology(2, 1, 1)), Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)),
-                     Layout(Topology(1, 1, 2))])  # fmt: skip
+                     Layout(Topology(1, 1, 2))], steps)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -53,9 +54,10 @@ def transformer(config, **changes):
 
 
 @pytest.mark.slow
-def test_transformer_on_two_ranks(config):
+@STEPS
+def test_transformer_on_two_ranks(config, steps):
     check(transformer(config), [Layout(Topology(2, 1, 1)), Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)),
-                                Layout(Topology(1, 1, 2))])  # fmt: skip
+                                Layout(Topology(1, 1, 2))], steps)  # fmt: skip
 
 
 @pytest.mark.slow

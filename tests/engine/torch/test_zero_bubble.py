@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from layout_checks import BOUNDARIES, RECOMPUTED_AND_SHARDED, check_layouts, pipelines_of_four_ranks
+from layout_checks import BOUNDARIES, check_layouts, pipelines_of_four_ranks, recomputed_and_sharded
 from tiny import run_config
 from torch.distributed.pipelining import schedules
 
@@ -42,9 +42,10 @@ def test_two_ranks():
 
 
 @pytest.mark.slow
-def test_four_ranks_with_every_other_axis():
+@pytest.mark.parametrize(("samples", "steps"), [(4, 2), pytest.param(8, 3, marks=pytest.mark.scale)])
+def test_four_ranks_with_every_other_axis(samples, steps):
     layouts = pipelines_of_four_ranks(Topology(pipeline=2, data=2))
-    check_layouts(config(8, **RECOMPUTED_AND_SHARDED), *layouts)
+    check_layouts(config(8, **recomputed_and_sharded(samples)), *layouts, steps=steps)
 
 
 @pytest.mark.slow

@@ -148,8 +148,12 @@ def test_kernels_are_not_used_where_they_are_not_wanted(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("native", [True, False])
-def test_a_block_compiles_without_a_graph_break(monkeypatch, native):
+@pytest.mark.parametrize(
+    ("native", "backend"),
+    # what torch's own compiler makes of the native kernels is trained in tests/verification/test_layout.py as well
+    [(True, "aot_eager"), (False, "inductor"), pytest.param(True, "inductor", marks=pytest.mark.scale)],
+)
+def test_a_block_compiles_without_a_graph_break(monkeypatch, native, backend):
     if not native:
         monkeypatch.setattr(fused_passes, "usable", lambda scores: False)
     sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 8, "vocab_size": 8}
@@ -158,7 +162,7 @@ def test_a_block_compiles_without_a_graph_break(monkeypatch, native):
     hidden = torch.randn(8, 2, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     inputs = [hidden, *block.parameters()]
     torch._dynamo.reset()
-    outs = [function(hidden) for function in (block, torch.compile(block, fullgraph=True))]
+    outs = [function(hidden) for function in (block, torch.compile(block, fullgraph=True, backend=backend))]
     results = [(out, *torch.autograd.grad(out.square().sum(), inputs)) for out in outs]
     for eager, compiled in zip(*results):  # the fused kernels sum in another order
         assert (compiled - eager).norm() / eager.norm() < 1e-5

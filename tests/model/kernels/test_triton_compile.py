@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 COMPILE = """
-import inspect, json, sys
+import inspect, json
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -35,21 +35,19 @@ for operation in ("norm", "weights", "norm_and_weights", "backward", "backward_w
             of_sums = "*fp32" if name in ("norms", "totals", "products") else "*bf16"
             types[name] = "i32" if name.endswith("stride") else of_sums
             aligned[(i,)] = ALIGNED
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    options = {"num_warps": 2048 // triton_passes.WARP}
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    found[operation] = triton.compile(source, target=target, options=options).asm["ptx"]
+    for architecture in (80, 90):
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+        options = {"num_warps": 2048 // triton_passes.WARP}
+        target = GPUTarget("cuda", architecture, 32)
+        found[f"{operation} {architecture}"] = triton.compile(source, target=target, options=options).asm["ptx"]
 print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_kernels_for_gpus(tmp_path, architecture):
+def test_kernels_for_gpus(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(architecture)], env=environment, capture_output=True, text=True, timeout=200
-    )
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     for operation, code in json.loads(done.stdout).items():
         assert "ld.global.v4.b32" in code, operation
-        assert "st.global.v4.b32" in code or operation == "norm", operation
+        assert "st.global.v4.b32" in code or operation.startswith("norm "), operation
