@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_tf.benchmark import memory, pattention, stages, step
+from megatron_tf.benchmark import fp8, memory, pattention, stages, step
 from megatron_tf.benchmark.device import machine
 from megatron_tf.benchmark.references import plain_formula
 from megatron_tf.benchmark.report import Row
 from megatron_tf.config import load_config
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.engine.device import has_fp8
 from megatron_tf.errors import first_line
 from megatron_tf.model import build_model
 from megatron_tf.model import pattention as pattention_layer
@@ -59,10 +60,12 @@ def run(device: torch.device, seconds: float) -> Iterator[CheckedPart]:
 def parts(device: torch.device) -> Mapping[str, Callable[[], Iterable[Row]]]:
     """Name -> a function that makes its rows; the most telling first."""
     bf16 = [torch.bfloat16]
+    in_fp8 = {"fp8": lambda: fp8.rows(device, (2304, 8560, 34480), 8192, 768, 9)} if has_fp8(device) else {}
     return {
         "results": lambda: results(device),
         "NCCL": lambda: nccl(device),
         "pattention": lambda: pattention.rows(device, bf16, TOKENS, 8192, 768, 9),
+        **in_fp8,
         "stages": lambda: stages.rows(device, bf16, 8560, 8192, 768, 9),
         "step 354M": lambda: _steps(device, "354M", samples=16),
         "step 1.4B": lambda: _steps(device, "1.4B", samples=8),

@@ -13,6 +13,11 @@ from megatron_tf.requirements import wanted_versions
 FP8_CAPABILITY = (8, 9)
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether there are products of 8-bit factors. A CPU emulates them."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
 def accelerator_problems(environ: Mapping[str, str]) -> Iterator[str]:
     """A DeepSpeed that is told to use another device than PyTorch has here. It reads this when it is imported."""
     name, device = environ.get("DS_ACCELERATOR"), "cuda" if torch.cuda.is_available() else "cpu"

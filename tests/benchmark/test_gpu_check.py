@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from megatron_tf.benchmark import gpu_check
+from megatron_tf.benchmark import fp8, gpu_check
 from megatron_tf.benchmark.report import table
 
 CPU = torch.device("cpu")
@@ -22,6 +22,18 @@ def test_results_are_right_here(monkeypatch):
     rows.append(gpu_check._compared("loss", 257, torch.float32, *gpu_check._loss_pair(CPU, torch.float32, 257)))
     rows.append(gpu_check._compared("model", 0, torch.float32, *gpu_check._model_pair(CPU, torch.float32)))
     assert all(row["right"] for row in rows), table(rows)
+
+
+def test_products_in_fp8_are_right_here_and_timed():
+    (row,) = fp8.rows(CPU, [40], 64, 32, 1)
+    assert row["right"] and row["fp8 ms"] > 0 and row["bf16 ms"] > 0
+
+
+def test_a_gpu_without_fp8_is_not_asked_for_it(monkeypatch):
+    device = torch.device("cuda", 0)
+    for capability, there in (((8, 0), False), ((8, 9), True)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, own=capability: own)
+        assert ("fp8" in gpu_check.parts(device)) is there
 
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])

@@ -44,6 +44,9 @@ def whole_model(group, config, sequence, **forms):
     ids = torch.randint(0, 37, (BATCH, SEQUENCE), generator=generator)
     labels = torch.randint(0, 37, (BATCH, SEQUENCE), generator=generator)
     one = build_model(config, dtype=torch.float64)
+    training = Training(global_batch_size=BATCH, micro_batch_size=BATCH, **forms)
+    if training.precision == "fp8":
+        choose_forms(one, training, "cpu")
     expected = torch.nn.functional.cross_entropy(one(ids).flatten(0, 1), labels.flatten())
     expected.backward()
 
@@ -51,7 +54,7 @@ def whole_model(group, config, sequence, **forms):
     layers = torch.nn.ModuleDict({"embedding": Embedding(config, tensor), "final_norm": FinalNorm(config, tensor)})
     layers["blocks"] = torch.nn.ModuleList(build_block(config, i, initial_scales(config), tensor) for i in range(2))
     layers = layers.double()
-    choose_forms(layers, Training(global_batch_size=BATCH, micro_batch_size=BATCH, **forms), "cpu")
+    choose_forms(layers, training, "cpu")
     with torch.no_grad():
         for (name, parameter), full in (
             (item, dict(one.named_parameters())[item[0]]) for item in layers.named_parameters()
@@ -84,6 +87,15 @@ def whole_model_in_gram_form(group, config):
 
 def test_the_gram_form_in_fp64():
     spawn(whole_model_in_gram_form, 2, model_config())
+
+
+def whole_model_with_products_in_fp8(group, config):
+    for sequence, scores in ((False, "keep"), (True, "recompute")):
+        whole_model(group, config, sequence, precision="fp8", scores=scores)
+
+
+def test_products_in_fp8_are_those_of_one_process():
+    spawn(whole_model_with_products_in_fp8, 2, model_config())
 
 
 def test_other_activations():
