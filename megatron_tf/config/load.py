@@ -185,8 +185,16 @@ def apply_override(values: dict[str, Any], override: str) -> list[str]:
 def _sentences(error: ValidationError, values: Mapping[str, Any], section: Location = ()) -> list[str]:
     """`values`: the whole configuration.  `section`: where in it the validated values stand."""
     problems = [problem for problem in error.errors(include_url=False) if not follows_from_another(problem)]
+    if any(problem["type"] == "extra_forbidden" and _is_extends(problem["loc"]) for problem in problems):
+        # what is missing here is in the file that was to be extended
+        problems = [problem for problem in problems if problem["type"] != "missing"]
     sentences = (_sentence((*section, *problem["loc"]), problem, values) for problem in problems)
     return list(dict.fromkeys(sentences))  # a pair that lacks both items is reported for each
+
+
+def _is_extends(loc: Location) -> bool:
+    """Whether a key of the top level is `extends`, mistyped or where it cannot be."""
+    return len(loc) == 1 and did_you_mean(str(loc[0]), (EXTENDS,)) != ""
 
 
 def _sentence(loc: Location, problem: ErrorDetails, values: Mapping[str, Any]) -> str:

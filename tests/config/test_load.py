@@ -378,3 +378,4 @@ def test_extends_that_is_mistyped(tmp_path):
         with pytest.raises(ConfigError) as refused:
             load_config(path)
         assert any(told.startswith(problem) for told in refused.value.problems), refused.value.problems
+        assert len(refused.value.problems) == 1 or not text.startswith("extend"), "the other file would have the rest"

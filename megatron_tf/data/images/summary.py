@@ -45,7 +45,8 @@ def read_image_summary(prefix: str | Path) -> ImageSummary:
             content["skipped_records"],
         )  # fmt: skip
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"{path}: does not describe images ({type(error).__name__}: {error}). {remedy}") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else "it is no such JSON"
+        raise DataError(f"{path}: does not describe images: {reason}. {remedy}") from None
     numbers, texts = (summary.images, summary.bytes, summary.skipped_records), (*summary.classes, *summary.files)
     if not all(type(number) is int for number in numbers) or not all(type(text) is str for text in texts):
         raise DataError(f"{path}: does not describe images. {remedy}")
