@@ -37,6 +37,12 @@ def main() -> None:
             "training.train_samples=null",
         ]
     configs = load_stages(arguments.config, overrides)
+    if not gpu.fp8 and any(config.training.precision == "fp8" for config in configs):
+        others = [name for name, other in GPUS.items() if other.fp8]
+        raise ConfigError(
+            f"training.precision: fp8 is not among the products of --gpu {gpu.name}. Set it to bf16, or choose among "
+            f"{', '.join(others)}."
+        )
     if arguments.tokens is not None and len(configs) > 1:
         raise ConfigError(
             f"--tokens: {arguments.config} is a chain of {len(configs)} stages. Give each stage its own: "

@@ -30,6 +30,7 @@ class Gpu:
     network_bandwidth: float  # its share of the node's network adapters
     watts: float  # its share of the node's largest power, without cooling
     per_node: int = 8
+    fp8: bool = True  # whether it multiplies in it
 
     def peak_flops(self, precision: ComputeType) -> float:
         """Dense peak in FLOP/s."""
@@ -43,8 +44,8 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 40 * GB, 19.5e12, 1555 * GB, 300 * GB, 25 * GB, 6500 / 8),
-        Gpu("a100", "NVIDIA A100-SXM4-80GB", 80 * GB, 19.5e12, 2039 * GB, 300 * GB, 25 * GB, 6500 / 8),
+        Gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 40 * GB, 19.5e12, 1555 * GB, 300 * GB, 25 * GB, 6500 / 8, fp8=False),
+        Gpu("a100", "NVIDIA A100-SXM4-80GB", 80 * GB, 19.5e12, 2039 * GB, 300 * GB, 25 * GB, 6500 / 8, fp8=False),
         Gpu("h100", "NVIDIA H100 80GB HBM3", 80 * GB, 67e12, 3350 * GB, 450 * GB, 50 * GB, 10200 / 8),
         Gpu("h200", "NVIDIA H200", 141 * GB, 67e12, 4800 * GB, 450 * GB, 50 * GB, 10200 / 8),
         Gpu("b200", "NVIDIA B200", 180 * GB, 75e12, 8000 * GB, 900 * GB, 50 * GB, 14300 / 8),

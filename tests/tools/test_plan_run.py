@@ -144,6 +144,8 @@ def test_mistakes(tmp_path):
     assert_refused(
         tool("plan_run", chain, "--gpus", 8, "--tokens", "1e9"), "--tokens", "stages.NAME.training.train_tokens"
     )
+    in_fp8 = CONFIGS / "124M.yml", "training.precision=fp8", "--gpus", 8
+    assert_refused(tool("plan_run", *in_fp8, "--gpu", "a100"), "--gpu a100. Set it to bf16, or choose among h100, h200")
     assert_refused(tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 2, "--scratch-tokens", "1e9"), "is no chain")
     assert_refused(tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 2, "--kappa", 0.1, 0.2), "--kappa: ", "is no chain")
     assert_refused(tool("plan_run", chain, "--gpus", 8, "--budget", "1e20"), "--budget: ", "Give --study results.json")
