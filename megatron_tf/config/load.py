@@ -102,6 +102,8 @@ def _read_alone(path: str) -> tuple[dict[str, Any], list[str]]:
     except FileNotFoundError:
         reason = broken_link(path) or "there is no such file"
         hint = did_you_mean(os.path.basename(path).removesuffix(".yml"), configurations())
+        if os.path.isfile(f"{path}.yml"):
+            hint = f" Did you mean {path}.yml?"
         remedy = f"Give the path of a run's YAML file, or a name of `megatron_tf config list`.{hint}"
         raise ConfigError(f"{path}: {reason}. {remedy}") from None
     except OSError as error:

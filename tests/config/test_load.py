@@ -379,3 +379,9 @@ def test_extends_that_is_mistyped(tmp_path):
             load_config(path)
         assert any(told.startswith(problem) for told in refused.value.problems), refused.value.problems
         assert len(refused.value.problems) == 1 or not text.startswith("extend"), "the other file would have the rest"
+
+
+def test_a_file_that_is_named_without_its_ending(tmp_path):
+    (tmp_path / "run.yml").write_text("run: {}")
+    with pytest.raises(ConfigError, match=r"there is no such file\. .* Did you mean .*/run\.yml\?"):
+        load_config(tmp_path / "run")
