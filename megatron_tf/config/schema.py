@@ -15,13 +15,44 @@ from typing import Annotated, Literal
 from pydantic import Field, SerializeAsAny
 
 from megatron_tf.config.fields import Count, Path, Positive, Section
-from megatron_tf.config.sections.data import Data
-from megatron_tf.config.sections.deepspeed import DeepSpeed
-from megatron_tf.config.sections.growth import Branch, Growth
-from megatron_tf.config.sections.model import Model
-from megatron_tf.config.sections.optimizer import Optimizer
+from megatron_tf.config.sections.data import Augmentation, Data, DataSource, RandAugment
+from megatron_tf.config.sections.deepspeed import DeepSpeed, DeepSpeedFp16, DeepSpeedZero
+from megatron_tf.config.sections.growth import Branch, Growth, GrowthMethods, LearningRates
+from megatron_tf.config.sections.model import Model, ParameterTokens
+from megatron_tf.config.sections.optimizer import LrRule, Optimizer, Schedule
 from megatron_tf.config.sections.parallel import Parallel, Zero
-from megatron_tf.config.sections.training import Guard, Training
+from megatron_tf.config.sections.training import Guard, Profile, StopWhen, Training
+
+# Every section can be imported from here, wherever it stands.
+__all__ = [
+    "Augmentation",
+    "Branch",
+    "Checkpoint",
+    "Data",
+    "DataSource",
+    "DeepSpeed",
+    "DeepSpeedFp16",
+    "DeepSpeedZero",
+    "Evaluation",
+    "Growth",
+    "GrowthMethods",
+    "Guard",
+    "LearningRates",
+    "Logging",
+    "LrRule",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "ParameterTokens",
+    "Profile",
+    "RandAugment",
+    "Run",
+    "RunConfig",
+    "Schedule",
+    "StopWhen",
+    "Training",
+    "Zero",
+]
 
 
 class Run(Section):

@@ -16,10 +16,13 @@ from megatron_tf.config.rules.model import model_problems
 from megatron_tf.config.rules.run import run_problems, task_problems
 from megatron_tf.config.rules.schedule import schedule_problems
 from megatron_tf.config.rules.start import start_problems
-from megatron_tf.config.run_plan import topology_for
+from megatron_tf.config.run_plan import BatchPlan, plan_batches, tokens_to_train, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import raise_if_any
+
+# what a valid configuration amounts to can be imported from here as well
+__all__ = ["BatchPlan", "check_model", "plan_batches", "tokens_to_train", "validate", "validate_layout"]
 
 
 def validate(config: RunConfig, world_size: int) -> None:
