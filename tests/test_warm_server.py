@@ -146,18 +146,25 @@ def test_it_dies_with_the_one_that_stands_for_it(warm, tmp_path):
 
 
 def test_nothing_is_left_when_the_session_ends_with_the_server(tmp_path):
-    (tmp_path / "script.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    (tmp_path / "script.py").write_text(
+        "import os, time\n"
+        "forked = 'warm_server.serve' in open('/proc/self/cmdline').read()\n"
+        "print(os.getpid(), forked, flush=True); time.sleep(60)"
+    )
     session = (
-        "import subprocess, sys; sys.path.insert(0, sys.argv[1]); import warm_server\n"
+        "import os, subprocess, sys; sys.path.insert(0, sys.argv[1]); import warm_server\n"
         # how it ends does not depend on what it has imported
         "warm_server.SERVE = 'warm_server.import_everything = lambda: None; ' + warm_server.SERVE\n"
         "from warm_server import warm_python\n"
-        "words = [str(warm_python() / 'python'), sys.argv[2]]; process = subprocess.Popen(words, "
-        "stdout=subprocess.PIPE)\nprint(process.stdout.readline().decode(), warm_python())"
+        # of another cache it would get a real process, which is not the server's to end
+        "words = [str(warm_python() / 'python'), sys.argv[2]]; own = {**os.environ, **warm_server.hugging_face()}\n"
+        "process = subprocess.Popen(words, stdout=subprocess.PIPE, env=own)\n"
+        "print(process.stdout.readline().decode(), warm_python())"
     )
     words = [sys.executable, "-c", session, PROJECT / "tests", tmp_path / "script.py"]
     done = subprocess.run(words, env=environment(PYTHONPATH=str(PROJECT)), capture_output=True, text=True, timeout=100)
-    pid, folder = done.stdout.split()
+    pid, forked, folder = done.stdout.split()
+    assert forked == "True", done
     deadline = time.monotonic() + 20
     while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
         time.sleep(0.01)
