@@ -13,10 +13,12 @@ MOST_BYTES = 1 << 30
 _OTHERS = ((codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"), (codecs.BOM_UTF32_BE, "UTF-32"))
 
 
-def read_text_file(kind: type[UserError], path: str | os.PathLike[str], remedy: str) -> str:
-    """The text of a UTF-8 file, see `decode_text`. Raises a `kind` for what is no file or cannot be read."""
+def read_text_file(
+    kind: type[UserError], path: str | os.PathLike[str], remedy: str, most_bytes: int = MOST_BYTES
+) -> str:
+    """The text of a UTF-8 file, see `decode_text`. Raises a `kind` for what is no file, too long, or not readable."""
     with file_errors(kind, path, remedy):
-        content = read_plain(path, MOST_BYTES)
+        content = read_plain(path, most_bytes)
     return decode_text(kind, path, content)
 
 

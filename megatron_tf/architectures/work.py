@@ -21,6 +21,12 @@ class Passes:
     forward: float
     backward: float
 
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, times: float) -> Passes:
+        return Passes(self.forward * times, self.backward * times)
+
 
 @dataclass(frozen=True)
 class Product:

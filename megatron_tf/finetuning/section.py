@@ -18,10 +18,9 @@ from megatron_tf.config.mistakes import did_you_mean, follows_from_another, valu
 from megatron_tf.config.nearest import either
 from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
-from megatron_tf.durable import read_plain
-from megatron_tf.errors import ConfigError, file_errors
+from megatron_tf.errors import ConfigError
 from megatron_tf.shipped import finetunings
-from megatron_tf.text_files import decode_text
+from megatron_tf.text_files import read_text_file
 
 _MOST_BYTES = 1 << 24
 
@@ -155,9 +154,7 @@ def _read(path: str) -> tuple[dict[str, Any], list[str]]:
     names = finetunings()
     near = did_you_mean(FilePath(path).stem, names)
     remedy = f"Give the path of a fine-tuning run's YAML file, or one of {', '.join(names)}.{near}"
-    with file_errors(ConfigError, path, remedy):
-        content = read_plain(path, _MOST_BYTES)
-    values, problems = parse_yaml(decode_text(ConfigError, path, content), path)
+    values, problems = parse_yaml(read_text_file(ConfigError, path, remedy, _MOST_BYTES), path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no sections. A configuration needs {', '.join(_required(FinetuneConfig))}.")
     return values, problems

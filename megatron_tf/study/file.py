@@ -31,10 +31,9 @@ from megatron_tf.config.nearest import either
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.growth import Moment
 from megatron_tf.config.yaml_core import parse_yaml
-from megatron_tf.durable import read_plain
-from megatron_tf.errors import ConfigError, file_errors, shown
+from megatron_tf.errors import ConfigError, shown
 from megatron_tf.shipped import studies
-from megatron_tf.text_files import decode_text
+from megatron_tf.text_files import read_text_file
 
 
 def _name(text: str) -> str:
@@ -150,9 +149,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
             f"{path}: there is no such file. Give the path of a study's YAML file, or one of "
             f"{', '.join(studies())}.{near}"
         )
-    with file_errors(ConfigError, path, "Give the path of a study's YAML file."):
-        content = read_plain(path, MOST_BYTES)
-    values, problems = parse_yaml(decode_text(ConfigError, path, content), str(path))
+    text = read_text_file(ConfigError, path, "Give the path of a study's YAML file.", MOST_BYTES)
+    values, problems = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         needed = ", ".join(name for name, field in Study.model_fields.items() if field.is_required())
         raise ConfigError(f"{path}: has no keys. A study needs {needed}.")

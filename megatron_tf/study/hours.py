@@ -14,6 +14,7 @@ import torch
 from megatron_tf.benchmark.step import TrainingStep
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.model import build_model
+from megatron_tf.model.precision import DTYPES
 from megatron_tf.study.plan import Node, Plan
 from megatron_tf.study.result import has_ended, read_result
 
@@ -80,9 +81,8 @@ def probe(nodes: Sequence[Node], ranks: int, threads: int, rounds: int = 3, step
 
 def _step_seconds(node: Node, steps: int) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     training, model = node.config.training, node.config.model
-    step = TrainingStep(build_model(model), training.micro_batch_size, device, types[training.compute_type])
+    step = TrainingStep(build_model(model), training.micro_batch_size, device, DTYPES[training.compute_type])
     step().item()
     began = time.perf_counter()
     for _ in range(steps):

@@ -103,16 +103,7 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     else:
         peak = max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn)
 
-    def started(direction: str) -> float:
-        of_slots, of_gram = getattr(SLOT_KERNELS, direction), getattr(GRAM_KERNELS, direction)
-        all_others = getattr(kernels, direction) + getattr(fp8.kernels, direction)
-        return all_others + of_slots * chosen_slots + of_gram * len(with_gram)
-
-    def moved(direction: str) -> float:
-        of_slots, of_gram = getattr(SLOT_PASSES, direction), getattr(GRAM_PASSES, direction)
-        of_rows = of_slots * chosen_slots + of_gram * gram_rows + getattr(PACKED_PASSES, direction) * packed
-        return hidden * of_rows + getattr(fp8.moved, direction)
-
+    moved = SLOT_PASSES * chosen_slots + GRAM_PASSES * gram_rows + PACKED_PASSES * packed
     return BlockWork(
         products=(*chain.from_iterable(of_kind.values()), *gram),
         weights=tuple(chain.from_iterable(own for kind, own in of_kind.items() if bank_of(model, kind) is None)),
@@ -122,8 +113,8 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
         inner_width=scores,
         inner_passes=_score_passes(activation, config, gram_share),
         head_passes=HEAD_PASSES,
-        kernels=Passes(started("forward"), started("backward")),
-        moved=Passes(moved("forward"), moved("backward")),
+        kernels=kernels + SLOT_KERNELS * chosen_slots + GRAM_KERNELS * len(with_gram) + fp8.kernels,
+        moved=moved * hidden + fp8.moved,
         kept=kept,
         kept_statistics=5 + CHOICE_STATISTICS * chosen_slots + fp8.kept_statistics,
         backward_peak=(2 * hidden if slots else 0) + peak + fp8.backward_peak,
@@ -151,14 +142,10 @@ def _fp8_work(config: RunConfig, widths: Mapping[str, int], copies: int) -> _Fp8
     hidden, positions = config.model.hidden_size, positions_of(config)
     tokens = 2 * sum(widths.values()) * hidden / positions
 
-    def moved(direction: str) -> float:
-        of_inputs = len(SHARING) * getattr(FP8_INPUT_PASSES, direction)
-        of_gradients = sum(SHARING.values()) * getattr(FP8_GRADIENT_PASSES, direction)
-        return hidden * (of_inputs + of_gradients) + tokens * getattr(FP8_TOKEN_PASSES, direction)
-
+    of_rows = FP8_INPUT_PASSES * len(SHARING) + FP8_GRADIENT_PASSES * sum(SHARING.values())
     return _Fp8Work(
         kernels=FP8_KERNELS,
-        moved=Passes(moved("forward"), moved("backward")),
+        moved=of_rows * hidden + FP8_TOKEN_PASSES * tokens,
         kept=copies * hidden,
         kept_statistics=FP8_STATISTICS,
         backward_peak=3 * max(widths.values()) * hidden // (2 * positions),
@@ -195,10 +182,7 @@ def _score_passes(activation: Activation, config: RunConfig, gram_share: float) 
         if config.parallel.tensor == 1:  # norm and weights are one kernel, and so are D and dA
             gram_share = 1
     added = (FP8_COMPILED_PASSES if compiled else FP8_PASSES) if in_fp8 else Passes(0, 0)
-    return Passes(
-        passes.forward - gram_share * saved.forward + added.forward,
-        passes.backward - gram_share * saved.backward + added.backward,
-    )
+    return passes + saved * -gram_share + added
 
 
 def _products(
