@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -14,16 +13,11 @@ import time
 import pytest
 import torch
 from launching import PROJECT, TRAIN, at_work, environment, free_port, run, train, warm
+from live import PATIENCE_SECONDS, last_step, until
 
 from megatron_tf.checkpoint import load_logical
 
 LONG = ["training.train_steps=4000", "checkpoint.interval_steps=3000", "evaluation.interval_steps=4000"]
-
-
-def last_step(folder):
-    path = folder / "run" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def children(pid):
@@ -37,9 +31,7 @@ def started(folder, words, *overrides, **options):
         [*words, TRAIN, str(folder / "config.yml"), *LONG, *overrides], env=environment(), cwd=PROJECT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while last_step(folder) < 5 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: last_step(folder / "run") >= 5, "five steps were done", process, pause=0.05)
     return process
 
 
@@ -58,12 +50,12 @@ def torchrun():
 def test_a_signal_to_one_rank_saves_and_stops_all(folder, ranks, number):
     process = started(folder, torchrun() if ranks > 1 else warm(["python"]))
     os.kill(children(at_work(process.pid))[-1] if ranks > 1 else process.pid, number)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert "a rank received " + number.name in out and out.count("stopped after step") >= 1
     assert process.returncode == (1 if ranks > 1 else 75)  # torchrun has an exit code of its own
     (checkpoint,) = (folder / "run" / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step_"))
-    assert 5 <= step < 4000 and last_step(folder) == step
+    assert 5 <= step < 4000 and last_step(folder / "run") == step
     resumed = train(folder, *LONG, f"training.train_steps={step + 2}")
     assert resumed.returncode == 0 and f"at step {step}" in resumed.stdout
 
@@ -88,7 +80,8 @@ def test_a_rank_that_hangs_or_dies_is_named_in_bounded_time(folder, victim, numb
         if "the run hangs and ends" in line and number == signal.SIGSTOP:
             # torchrun itself would wait 30 seconds for it
             os.kill(rank, signal.SIGKILL)
-    assert process.wait(timeout=60) != 0 and time.monotonic() - began < 60
+    # the process group would wait for parallel.timeout_seconds, half an hour
+    assert process.wait(timeout=PATIENCE_SECONDS) != 0 and time.monotonic() - began < PATIENCE_SECONDS
     if number == signal.SIGSTOP:
         assert "the run hangs and ends: no step ended for 4 s" in out
         assert f"rank {victim} on {socket.gethostname()} is silent, or has ended, since step" in out, out[-3000:]
@@ -118,12 +111,12 @@ def test_control_c_at_a_terminal_saves(folder, launcher):
         process = started(folder, torchrun() if launcher == "torchrun" else warm(["python"]))
         terminal = at_work(process.pid)
     os.killpg(terminal, signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert out.count("Control-C: this step is finished and saved, then the run ends.") == 1, out
     assert "because Control-C was pressed. That step is saved" in out, out
     assert process.returncode == 75 or launcher != "python"  # the others have exit codes of their own
     (checkpoint,) = (folder / "run" / "checkpoints").iterdir()
-    assert last_step(folder) == int(checkpoint.name.removeprefix("step_"))
+    assert last_step(folder / "run") == int(checkpoint.name.removeprefix("step_"))
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from live import last_step, records
 
 from megatron_tf.checkpoint import load_logical
 
@@ -26,13 +26,7 @@ ONE_NODE = "--nodes=1 --ntasks-per-node=2 --cpus-per-task=1 --gpus-per-node=2"
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last one may be half-written
-    return [(record["step"], record["train/loss"]) for record in map(json.loads, lines) if "train/loss" in record]
-
-
-def last_step(run: Path) -> int:
-    return (losses(run) or [(0, 0.0)])[-1][0]
+    return [(record["step"], record["train/loss"]) for record in records(run) if "train/loss" in record]
 
 
 def resumed_at(output: str) -> list[int]:
