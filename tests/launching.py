@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import random
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from live import PATIENCE_SECONDS
 from warm_server import hugging_face, warm_python
 
 PROJECT = Path(__file__).parents[1]
@@ -17,16 +21,22 @@ TRAIN = str(PROJECT / "launch" / "train.py")
 EVALUATE = str(PROJECT / "launch" / "evaluate.py")
 
 
-def free_port() -> int:
-    """A port that nobody listens on. Workers of pytest choose from a thousand of their own, below those that systems
-    give to connections."""
+@functools.cache
+def _ports() -> Iterator[int]:
+    """Each of a thousand ports in turn, in random order."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     first = 20_000 + 1_000 * (worker % 12)
-    for port in random.sample(range(first, first + 1_000), 100):
+    return itertools.cycle(random.sample(range(first, first + 1_000), 1_000))
+
+
+def free_port() -> int:
+    """A port that nobody listens on, and that no earlier call has given to what may be about to listen. Workers of
+    pytest choose from a thousand of their own, below those that systems give to connections."""
+    for port in itertools.islice(_ports(), 1_000):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise RuntimeError(f"100 ports from {first} to {first + 999} are all taken")
+    raise RuntimeError("the thousand ports of this worker are all taken")
 
 
 def environment(**extra) -> dict[str, str]:
@@ -42,7 +52,7 @@ def run(command, fresh=False, **extra) -> subprocess.CompletedProcess:
     """
     words = list(map(str, command)) if fresh else warm(command)
     return subprocess.run(
-        words, env=environment(**extra), cwd=PROJECT, text=True, timeout=200,
+        words, env=environment(**extra), cwd=PROJECT, text=True, timeout=PATIENCE_SECONDS,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -44,8 +44,11 @@ def main(place, python, *words):
     pid = number_from(server)
     if pid is None:
         os.execv(python, [python, *words])
-    with open(f"{place}.{os.getpid()}", "w") as note:
-        note.write(str(pid))
+    note = f"{place}.{os.getpid()}"
+    with open(f"{note}.partial", "w") as file:
+        file.write(str(pid))
+    # who looks for it finds the whole number, or nothing
+    os.rename(f"{note}.partial", note)
     signals.go_to(pid)
     status = number_from(server)
     if status is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from live import PATIENCE_SECONDS
 from torch import Tensor
 
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
@@ -63,7 +64,7 @@ class Sandbox:
         shares: list[list[Piece]],
         index: CheckpointIndex | None = None,
         at: Callable[[int, str], None] = lambda rank, point: None,
-        timeout_seconds: float = 20.0,
+        timeout_seconds: float = PATIENCE_SECONDS,
         ranks: list[int] | None = None,
     ) -> list[Path | Exception]:
         """Save on every rank at once; what each rank returned or raised."""

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from live import PATIENCE_SECONDS
 
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME, shard_name
 from megatron_tf.checkpoint.manager import Ranks, clear_leftovers, find_latest, prune, resolve, verify_checkpoint
@@ -242,9 +243,9 @@ class Meeting:
     def ranks(self, rank):
         def gather(value):
             self.values[rank] = value
-            self.barrier.wait(20)
+            self.barrier.wait(PATIENCE_SECONDS)
             gathered = copy.deepcopy(self.values)
-            self.barrier.wait(20)
+            self.barrier.wait(PATIENCE_SECONDS)
             return gathered
 
         return Ranks(rank, self.size, gather)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from live import PATIENCE_SECONDS, until
 
 from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.indexed import IndexedWriter
@@ -53,29 +54,23 @@ class Scripted:
     """In the loader's place: notes what it is asked for, can hold on and can fail."""
 
     def __init__(self, bad: int | None = None):
-        self.asked, self.bad, self.may_go_on = [], bad, threading.Event()
+        self.begun, self.asked, self.bad, self.may_go_on = [], [], bad, threading.Event()
         self.may_go_on.set()
 
     def step_batches(self, first):
-        self.may_go_on.wait(10)
+        self.begun.append(first)
+        self.may_go_on.wait(PATIENCE_SECONDS)
         self.asked.append(first)
         if first == self.bad:
             raise DataError(f"token id at sample {first}")
         yield torch.tensor([[first]]), torch.tensor([[first]])
 
 
-def eventually(condition) -> bool:
-    until = time.monotonic() + 10
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.005)
-    return condition()
-
-
 def test_it_is_ahead_by_so_many_steps_and_no_more():
     loader = Scripted()
     prefetcher = Prefetcher(loader, STEP, CPU)
     prefetcher.step_batches(0)
-    assert eventually(lambda: len(loader.asked) == 1 + STEPS_AHEAD)
+    until(lambda: len(loader.asked) == 1 + STEPS_AHEAD, "the steps ahead were read")
     time.sleep(0.05)
     assert loader.asked == [0, 12, 24]
     prefetcher.close()
@@ -87,7 +82,7 @@ def test_an_error_belongs_to_its_step():
     prefetcher = Prefetcher(loader, STEP, CPU)
     for first in (0, 12, 24):
         assert listed(prefetcher.step_batches(first)) == [[[[first]], [[first]]]]
-    assert eventually(lambda: 36 in loader.asked)
+    until(lambda: 36 in loader.asked, "the bad step was read")
     with pytest.raises(DataError, match="^token id at sample 36$"):
         prefetcher.step_batches(36)
     prefetcher.close()
@@ -98,8 +93,8 @@ def test_the_caller_waits_for_a_loader_that_is_late():
     loader = Scripted()
     loader.may_go_on.clear()
     prefetcher = Prefetcher(loader, STEP, CPU)
-    threading.Timer(0.2, loader.may_go_on.set).start()
     began = time.monotonic()
+    threading.Timer(0.2, loader.may_go_on.set).start()
     assert listed(prefetcher.step_batches(0)) == [[[[0]], [[0]]]]
     assert time.monotonic() - began > 0.15
     prefetcher.close()
@@ -120,11 +115,19 @@ def test_going_elsewhere_and_closing_drop_what_was_not_begun():
     loader = Scripted()
     prefetcher = Prefetcher(loader, STEP, CPU)
     prefetcher.step_batches(0)
-    assert eventually(lambda: len(loader.asked) == 3)
+    until(lambda: len(loader.asked) == 3, "the steps ahead were read")
     loader.may_go_on.clear()
-    prefetcher.step_batches(12)  # the thread is now held at 36
+    prefetcher.step_batches(12)
+    until(lambda: 36 in loader.begun, "the thread was held at 36")
     prefetcher.step_batches(24)  # and 48 waits behind it
-    threading.Timer(0.1, loader.may_go_on.set).start()
+    prepare = prefetcher._prepare
+
+    def asked_for(first):
+        # 48 is dropped by then
+        prepare(first)
+        loader.may_go_on.set()
+
+    prefetcher._prepare = asked_for
     assert listed(prefetcher.step_batches(240)) == [[[[240]], [[240]]]]
     prefetcher.close()
     assert loader.asked[:5] == [0, 12, 24, 36, 240]

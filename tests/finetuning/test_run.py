@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +57,25 @@ def finetune(folder: Path, *overrides: str, ranks: int = 0) -> subprocess.Comple
     )
 
 
+# Is given a script with its arguments, and sends itself a signal when step 3 is logged: a reader of its output may be
+# late, and six steps take no time.
+SIGNALLED = """
+import os, runpy, signal, sys
+from megatron_tf.telemetry.trackers import Trackers
+
+log = Trackers.log
+
+def log_and_signal(self, metrics, step):
+    log(self, metrics, step)
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+Trackers.log = log_and_signal
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def losses(run: Path) -> dict[int, float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
@@ -84,17 +102,13 @@ def test_a_run_trains_resumes_and_shares_its_batch_out(folder):
 
     # half, stopped by a signal, and gone on with, is the same to the last bit
     half = f"run.dir={folder}/half"
-    process = subprocess.Popen(
-        command(folder, half, "training.train_steps=6"), env=environment(), stdout=subprocess.PIPE, text=True
+    (folder / "signalled.py").write_text(SIGNALLED)
+    python, *words = command(folder, half)
+    stopped = subprocess.run(
+        [python, folder / "signalled.py", *words], env=environment(), capture_output=True, text=True, timeout=200
     )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "step 2 " in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    process.stdout.read()
-    assert process.wait(timeout=60) == 75
-    assert not (folder / "half" / "adapter").exists()
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    assert 3 <= max(losses(folder / "half")) < 6 and not (folder / "half" / "adapter").exists()
     done = finetune(folder, half)
     assert done.returncode == 0, done.stderr
     assert losses(folder / "half") == found

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import PROJECT, TRAIN, at_work, environment, train, warm
+from live import PATIENCE_SECONDS
 
 from megatron_tf.checkpoint import load_logical
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME, CheckpointIndex, expected_tensors, shard_name
@@ -29,7 +30,6 @@ from megatron_tf.state.optimizer_states import STATES
 from megatron_tf.training.start import choose
 
 STEPS = 30
-LONGEST_START_SECONDS = 100.0
 PLAN = (f"training.train_steps={STEPS}", "checkpoint.interval_steps=2", "checkpoint.keep_last=2")
 
 
@@ -85,7 +85,7 @@ class Killer:
                     if kills > 0:
                         self._wait_for_the_moment(process)
                         self._kill(process)
-                    code = process.wait(LONGEST_START_SECONDS)
+                    code = process.wait(PATIENCE_SECONDS)
                 finally:
                     process.kill()
                     process.wait()
@@ -111,7 +111,7 @@ class Killer:
             4: lambda: True,  # within the start
             5: lambda: self._published() > published and self._unfinished() - self.before,
         }[turn]
-        deadline = time.monotonic() + LONGEST_START_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while process.poll() is None and not happened():
             assert time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.001)
@@ -157,9 +157,11 @@ def test_killed_at_random_moments(folder, kills):
     result = train(folder, f"run.dir={folder}/whole", *PLAN)
     assert result.returncode == 0, result.stdout
     rng, tally, began = random.Random(3), Tally(), time.monotonic()
-    while tally.kills < kills:
+    in_saves = max(kills // 10, 1)
+    # A killer that waits for a loaded machine itself comes too late to most saves: it tries again.
+    while tally.kills < kills or (tally.in_a_save < in_saves and tally.kills < 5 * kills):
         run = folder / f"run{tally.ended}"
-        output = Killer(folder, run, rng, tally).until_it_ends(kills - tally.kills)
+        output = Killer(folder, run, rng, tally).until_it_ends(max(kills - tally.kills, 6))
         tally.ended += 1
         assert_equal_runs(run, folder / "whole")
         left = os.listdir(run / "checkpoints")
@@ -168,7 +170,7 @@ def test_killed_at_random_moments(folder, kills):
             assert sorted(left) == [f"{STEP_PREFIX}{STEPS - 2:08d}", f"{STEP_PREFIX}{STEPS:08d}"]
         assert not [name for name in os.listdir(run) if name.endswith(".partial")]
     print(f"{tally}, {time.monotonic() - began:.0f} s")
-    assert tally.kills >= kills and tally.in_a_save >= max(kills // 10, 1), tally
+    assert tally.kills >= kills and tally.in_a_save >= in_saves, tally
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from live import PATIENCE_SECONDS, until
 from saving import saver_of
 
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -25,18 +27,25 @@ def one_process():
     dist.destroy_process_group()
 
 
+class SlowCopies:
+    """Copies that take a while each, and do not go on without `may_go_on`. `begun`: the number of them so far."""
+
+    def __init__(self, monkeypatch):
+        self.begun, self.may_go_on, copy = 0, threading.Event(), StateCopier._copy
+        self.may_go_on.set()
+
+        def slow(copier, piece, *arguments):
+            self.begun += 1
+            self.may_go_on.wait(PATIENCE_SECONDS)
+            time.sleep(0.01)
+            return copy(copier, piece, *arguments)
+
+        monkeypatch.setattr(StateCopier, "_copy", slow)
+
+
 @pytest.fixture
 def slow_copies(monkeypatch):
-    """Copies that take a while each; returns the number of those begun so far."""
-    begun, copy = [], StateCopier._copy
-
-    def slow(self, piece, *arguments):
-        begun.append(piece.key)
-        time.sleep(0.01)
-        return copy(self, piece, *arguments)
-
-    monkeypatch.setattr(StateCopier, "_copy", slow)
-    return lambda: len(begun)
+    return SlowCopies(monkeypatch)
 
 
 def state_of(engine):
@@ -69,11 +78,13 @@ def test_an_update_waits_for_a_slow_copy_and_the_forward_pass_does_not(config, t
     saver, engine, _ = saver_of(config, tmp_path)
     for step in (1, 2):
         expected = state_of(engine)
-        copied = slow_copies()
+        copied = slow_copies.begun
+        slow_copies.may_go_on.clear()
         saver.save(Progress(step, 8, 128), {})
-        assert slow_copies() - copied < len(expected) / 2, "the copy was to go on during the forward pass"
+        assert slow_copies.begun - copied < len(expected) / 2, "the copy was to go on during the forward pass"
+        slow_copies.may_go_on.set()
         engine.update()
-        assert slow_copies() - copied == len(expected)
+        assert slow_copies.begun - copied == len(expected)
         engine.update()
         saver.finish()
         assert engine.before_update is None
@@ -120,10 +131,8 @@ def test_a_save_in_the_background_ends_by_itself_and_is_reported_once(config, tm
     saver, _, console = saver_of(config, tmp_path)
     assert not saver.is_writing
     saver.save(Progress(1, 8, 128), {})
-    deadline = time.monotonic() + 30
-    while saver.is_writing and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not saver.is_writing and console.lines == []
+    until(lambda: not saver.is_writing, "the save was written")
+    assert console.lines == []
     saver.finish()
     saver.finish()
     assert len(console.lines) == 1
