@@ -3,16 +3,15 @@ then."""
 
 from __future__ import annotations
 
-import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_tf.errors import LaunchError, UserError, exit_now
+from megatron_tf.errors import LaunchError, UserError
 from megatron_tf.runtime.environment import LaunchEnvironment
-from megatron_tf.runtime.stop_signals import SIGNALS
+from megatron_tf.runtime.stop_signals import end_at_signals
 
 # Rank 0 may still be importing; a launcher ends this rank sooner when rank 0 has made the same mistake.
 PATIENCE_SECONDS = 60.0
@@ -31,8 +30,8 @@ def told_to_all(environment: LaunchEnvironment, patience_seconds: float = PATIEN
     except UserError as error:
         if environment.rank == 0:
             raise
-        for number in SIGNALS:  # rank 0 has made the same mistake, and the launcher ends all
-            signal.signal(number, lambda *_: exit_now(2))
+        # rank 0 has made the same mistake, and the launcher ends all, or has begun to
+        end_at_signals(2)
         reason = f"rank {environment.rank} ({socket.gethostname()}): {error}"
         if _told(environment, reason, patience_seconds):
             time.sleep(SAYING_SECONDS)  # a launcher ends rank 0 with this one

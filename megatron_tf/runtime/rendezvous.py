@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -91,6 +92,8 @@ class Assembly:
         self._notice = notice
         self._store = PatientStore(store, min(timeout_seconds, ANSWER_SECONDS))
         self._names: list[str] = [f"rank {rank}" for rank in range(world_size)]
+        # Ranks that never came, as far as this one knows.
+        self._absent: set[int] = set()
 
     def name(self, rank: int) -> str:
         """ "rank 3 (node7)"; without the host until `meet` has heard of it."""
@@ -204,11 +207,17 @@ class Assembly:
         return verdict
 
     def farewell(self) -> None:
-        """Before all ranks end: the store may end with rank 0, and the others have to read in it why."""
-        if self.rank == 0:
-            self._store.wait("all told", min(self.timeout, FAREWELL_SECONDS))
-        elif self._store.add("told", 1) == self.world_size - 1:
-            self._store.set("all told", "")
+        """Before all ranks end: the store may end with rank 0, and the others have to read in it why.
+
+        Rank 0 gives them a moment; not those of which it knows that they never came.
+        """
+        if self.rank > 0:
+            self._store.set(f"told/{self.rank}", "")
+            return
+        end = time.monotonic() + min(self.timeout, FAREWELL_SECONDS)
+        for rank in range(1, self.world_size):
+            if rank not in self._absent and not self._store.wait(f"told/{rank}", end - time.monotonic()):
+                return
 
     def _find_rank_zero(self, run: str) -> dict[str, Any]:
         """What rank 0 has said of itself. Stuck when it does not come; LaunchError when it is another run's."""
@@ -237,7 +246,9 @@ class Assembly:
         if self._store.add(f"{name}/count", 1) == self.world_size:
             self._store.set_once(f"{name}/all here", ALL_HERE)
         if not self._wait(f"{name}/all here", name, lambda: self._without(f"{name}/here")):
-            raise Stuck(self._without(f"{name}/here"), name, "did not arrive")
+            absent = self._without(f"{name}/here")
+            self._absent.update(absent)
+            raise Stuck(absent, name, "did not arrive")
         refusal = self._store.get(f"{name}/all here")
         if refusal != ALL_HERE:
             self.farewell()

@@ -109,6 +109,14 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def end_at_signals(code: int) -> None:
+    """From here on a stop signal ends the process with exit code `code` at once, one that was noted before as well."""
+    before = [signal.signal(number, lambda *_: exit_now(code)) for number in SIGNALS]
+    noted = [getattr(handler, "__self__", None) for handler in before]
+    if any(isinstance(stop, StopSignals) and stop.request(None) for stop in noted):
+        exit_now(code)
+
+
 def describe_request(request: int) -> str:
     """Why a run stops, for a request of any rank."""
     if request == TIME_IS_UP:

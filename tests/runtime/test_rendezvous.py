@@ -43,8 +43,7 @@ def test_a_rank_of_another_run_never_joins():
     assert gathering(rank, 2, store=store) == [[HOST] * 2] * 2
 
 
-def test_other_numbers_of_ranks(monkeypatch):
-    monkeypatch.setattr(rendezvous, "FAREWELL_SECONDS", 0.2)
+def test_other_numbers_of_ranks():
     store = dist.HashStore()
     results = gathering(lambda assembly: Assembly(store, assembly.rank, assembly.rank + 2, 20).meet(), 2)
     (text,) = {str(result) for result in results}
@@ -89,6 +88,24 @@ def test_who_does_not_come_is_named():
 
     first, absent, _ = gathering(rank, 3, timeout=0.5, store=store)
     assert absent is None and isinstance(first, Stuck) and first.ranks == [1]
+
+
+def test_rank_0_does_not_wait_for_the_farewell_of_who_never_came(monkeypatch):
+    monkeypatch.setattr(rendezvous, "FAREWELL_SECONDS", 600.0)
+    store = dist.HashStore()
+
+    def rank(assembly):
+        if assembly.rank == 2:
+            return None
+        with pytest.raises(Stuck):
+            assembly.meet()
+        assembly.timeout = 600.0
+        if assembly.rank > 0:
+            return assembly.hear()
+        assembly.tell(1)
+        return store.check(["told/1"])
+
+    assert gathering(rank, 3, timeout=0.5, store=store) == [True, 1, None]
 
 
 def test_for_whom_rank_0_waits_is_said(monkeypatch):

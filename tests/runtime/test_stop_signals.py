@@ -121,3 +121,19 @@ environment.wait_for_port("127.0.0.1", {free_port()}, 1000.0, notice=lambda text
     assert process.stdout.readline() == "waiting\n"
     process.terminate()
     assert process.wait(PATIENCE_SECONDS) == 75
+
+
+def test_a_mistake_after_a_signal_ends_at_once(start):
+    """The launcher has begun to end all ranks, and gives none a second signal; rank 0 is no longer there to be told."""
+    process = start(f"""
+import os, signal
+from megatron_tf.errors import ConfigError
+from megatron_tf.runtime.early_mistakes import told_to_all
+from megatron_tf.runtime.environment import LaunchEnvironment
+os.kill(os.getpid(), signal.SIGTERM)
+print(describe_request(stop.request(None)), flush=True)
+with told_to_all(LaunchEnvironment("torchrun", 1, 2, 1, 2, "127.0.0.1", {free_port()}), 600.0):
+    raise ConfigError("wrong")
+""")
+    assert process.communicate(timeout=PATIENCE_SECONDS) == ("", "")
+    assert process.returncode == 2

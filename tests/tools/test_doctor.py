@@ -109,7 +109,7 @@ def test_a_rank_that_never_comes_is_named_by_rank_0():
 
 @pytest.mark.slow
 def test_a_rank_that_stops_is_named():
-    processes = ranks(3, "--timeout-seconds", 10)
+    processes = ranks(3, "--timeout-seconds", 6)
     try:
         while "devices" not in (line := processes[0].stdout.readline()) or line.startswith("devices"):
             assert line, "rank 0 ended early"
