@@ -9,12 +9,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from live import PATIENCE_SECONDS
 
 from megatron_tf.errors import exit_now
 from megatron_tf.parallel.groups import Group
 from megatron_tf.runtime.local_ranks import start_ranks
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=PATIENCE_SECONDS)
 
 
 def spawn(function: Callable[..., None], world_size: int, *arguments: object) -> None:

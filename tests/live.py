@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Below pytest's limit of a test, which could not say what was waited for.
-PATIENCE_SECONDS = 200.0
+PATIENCE_SECONDS = 300.0
 
 
 def records(run: Path) -> list[dict]:

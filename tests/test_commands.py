@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from live import PATIENCE_SECONDS
+
 from megatron_tf.__main__ import COMMANDS, find
 
 PROJECT = Path(__file__).parents[1]
@@ -26,7 +28,7 @@ def test_help_is_given_before_anything_heavy_is_imported():
     modules = [command.module for command in COMMANDS.values()]
     done = subprocess.run(
         [sys.executable, "-c", HELP, *modules], env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True,
-        text=True, timeout=60,
+        text=True, timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {name: ["usage:"] for name in modules}

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from live import PATIENCE_SECONDS
 
 from megatron_tf.__main__ import COMMANDS, find
 from megatron_tf.config.yaml_core import parse_yaml
@@ -208,7 +209,7 @@ def test_the_plain_torch_loop_trains_without_deepspeed():
     (loop,) = [block for block in blocks(PROJECT / "docs/guides/own_loop.md", "python") if "loss.backward()" in block]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_DEEPSPEED + "import torch; torch.manual_seed(0)\n" + loop],
-        cwd=PROJECT, capture_output=True, text=True, timeout=120,
+        cwd=PROJECT, capture_output=True, text=True, timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from live import PATIENCE_SECONDS
 
 from megatron_tf.errors import (
     MESSAGE_LIMIT,
@@ -146,7 +147,7 @@ class TestFileErrors:
 
 def command(body: str, **options) -> subprocess.CompletedProcess:
     script = f"from megatron_tf.errors import run_command\nrun_command(lambda: {body})"
-    return subprocess.run([sys.executable, "-c", script], timeout=60, **options)
+    return subprocess.run([sys.executable, "-c", script], timeout=PATIENCE_SECONDS, **options)
 
 
 def test_characters_that_the_locale_lacks_are_escaped():
@@ -203,5 +204,5 @@ run_command(main)
     )
     assert isinstance(child.stdout, io.TextIOWrapper)
     child.stdout.close()
-    _, err = child.communicate("go\n", timeout=60)
+    _, err = child.communicate("go\n", timeout=PATIENCE_SECONDS)
     assert (child.returncode, err) == (1, "")

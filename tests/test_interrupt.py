@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from live import PATIENCE_SECONDS
 
 PROJECT = Path(__file__).parents[1]
 # A torch that takes for ever to load, and says when it begins to.
@@ -24,7 +25,7 @@ def test_while_torch_is_loaded(tmp_path, script):
                              stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert child.stdout is not None and child.stdout.readline() == "loading\n"
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate(timeout=PATIENCE_SECONDS)
     assert (child.returncode, out, err) == (130, "", "")
 
 
@@ -37,7 +38,7 @@ def test_while_the_command_itself_is_loaded(tmp_path, words):
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert child.stdout is not None and child.stdout.readline() == "loading\n"
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate(timeout=PATIENCE_SECONDS)
     assert (child.returncode, out, err) == (130, "", "")
 
 
@@ -64,7 +65,9 @@ def test_processes_that_never_get_it(tmp_path):
     script = tmp_path / "children.py"  # spawned processes load it again
     script.write_text(CHILDREN)
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment, timeout=PATIENCE_SECONDS
+    )
     assert (done.returncode, done.stdout) == (0, "[1, 1] set()\n"), done.stderr
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from live import PATIENCE_SECONDS
 
 from megatron_tf.__main__ import COMMANDS
 
@@ -322,7 +323,9 @@ def test_breaches_are_seen():
 def loaded_by(modules: tuple[str, ...], packages: tuple[str, ...]) -> str:
     """Which of `packages` a fresh interpreter has loaded after importing `modules`, separated by spaces."""
     script = f"import sys, {', '.join(modules)}; print(*[name for name in {packages!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from launching import PROJECT, environment
+from live import PATIENCE_SECONDS
 
 from megatron_tf.__main__ import Command, start
 from megatron_tf.errors import UserError
@@ -18,8 +19,8 @@ PREPROCESS = ["preprocess", "--input", "a.txt", "--tokenizer", "bytes", "--outpu
 def test_a_python_without_the_packages_is_a_users_mistake(words):
     """Exit code 2, so that no scheduler tries it again. -S: only the standard library."""
     done = subprocess.run(
-        [sys.executable, "-S", *words], cwd=PROJECT, env=environment(PYTHONPATH=str(PROJECT)), text=True, timeout=60,
-        capture_output=True,
+        [sys.executable, "-S", *words], cwd=PROJECT, env=environment(PYTHONPATH=str(PROJECT)), text=True,
+        timeout=PATIENCE_SECONDS, capture_output=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert done.stderr.startswith(f"error: this Python, {sys.executable} (") and ", has no package " in done.stderr

@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from live import PATIENCE_SECONDS
 
 PROJECT = Path(__file__).parents[1]
 
@@ -37,7 +38,7 @@ def run(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
         list(map(str, words)), cwd=folder, env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=200,
+        timeout=PATIENCE_SECONDS,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from live import PATIENCE_SECONDS
 
 from megatron_tf.arguments import config_file, input_path, path, text_path
 from megatron_tf.paths import expand, literal
@@ -93,6 +94,6 @@ def test_a_command_makes_no_folder_called_tilde(tmp_path):
     command = [sys.executable, "-m", "megatron_tf", "preprocess", "--input=$PLACE/*.txt", "--tokenizer=bytes",
                "--output-prefix=~/out/data"]  # fmt: skip
     variables = {**os.environ, "PYTHONPATH": str(PROJECT), "HOME": str(home), "PLACE": "~"}
-    done = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
     assert (home / "out" / "data.idx").is_file() and list(work.iterdir()) == []

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from live import PATIENCE_SECONDS
 
 PROJECT = Path(__file__).parents[1]
 needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -19,7 +20,12 @@ def shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedP
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **variables}
     head = f'set -o pipefail; run() {{ "{sys.executable}" -m megatron_tf "$@"; }}\n'
     return subprocess.run(
-        ["bash", "-c", head + command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        ["bash", "-c", head + command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
 
 

@@ -8,10 +8,10 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from launching import PROJECT, environment
+from live import PATIENCE_SECONDS, until
 from warm_server import warm_python
 
 REPORT = """
@@ -100,7 +100,7 @@ def test_it_has_imported_what_takes_seconds_and_children_are_warm_as_well(warm, 
         "if len(sys.argv) == 1: print(subprocess.run([sys.executable, __file__, 'x'], "
         "capture_output=True).stdout.decode())"
     )
-    done = subprocess.run([warm, script], env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run([warm, script], env=environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.stdout.split() == ["True", "True"], done.stderr
 
 
@@ -110,13 +110,13 @@ def test_it_has_imported_what_takes_seconds_and_children_are_warm_as_well(warm, 
 def test_what_is_read_at_import_is_left_to_a_real_python(warm, tmp_path, changes):
     (tmp_path / "script.py").write_text("import sys; print('deepspeed' in sys.modules)")
     words = [warm, tmp_path / "script.py"]
-    done = subprocess.run(words, env=environment(**changes), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, env=environment(**changes), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 def test_code_on_the_command_line_is_left_to_a_real_python(warm):
     words = [warm, "-c", "import sys; print('deepspeed' in sys.modules, sys.argv)", "a"]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.stdout == "False ['-c', 'a']\n"
 
 
@@ -131,7 +131,7 @@ def test_signals_reach_it(warm, tmp_path):
     process.send_signal(signal.SIGUSR1)
     assert process.stdout.readline() == "heard\n"
     process.terminate()
-    assert process.wait(20) == -signal.SIGTERM
+    assert process.wait(PATIENCE_SECONDS) == -signal.SIGTERM
 
 
 def test_it_dies_with_the_one_that_stands_for_it(warm, tmp_path):
@@ -139,10 +139,8 @@ def test_it_dies_with_the_one_that_stands_for_it(warm, tmp_path):
     process = subprocess.Popen([warm, tmp_path / "script.py"], env=environment(), stdout=subprocess.PIPE, text=True)
     pid = int(process.stdout.readline())
     process.kill()
-    deadline = time.monotonic() + 20
-    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.wait(20) == -signal.SIGKILL and not os.path.exists(f"/proc/{pid}")
+    until(lambda: not os.path.exists(f"/proc/{pid}"), "the process was gone")
+    assert process.wait(PATIENCE_SECONDS) == -signal.SIGKILL
 
 
 def test_nothing_is_left_when_the_session_ends_with_the_server(tmp_path):
@@ -162,10 +160,10 @@ def test_nothing_is_left_when_the_session_ends_with_the_server(tmp_path):
         "print(process.stdout.readline().decode(), warm_python())"
     )
     words = [sys.executable, "-c", session, PROJECT / "tests", tmp_path / "script.py"]
-    done = subprocess.run(words, env=environment(PYTHONPATH=str(PROJECT)), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        words, env=environment(PYTHONPATH=str(PROJECT)), capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     pid, forked, folder = done.stdout.split()
     assert forked == "True", done
-    deadline = time.monotonic() + 20
-    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not os.path.exists(f"/proc/{pid}") and not os.path.exists(folder)
+    until(lambda: not os.path.exists(f"/proc/{pid}"), "the process was gone")
+    assert not os.path.exists(folder)

@@ -7,6 +7,7 @@ import resource
 import subprocess
 from pathlib import Path
 
+from live import PATIENCE_SECONDS
 from warm_server import hugging_face, warm_python
 
 PROJECT = Path(__file__).parents[1]
@@ -26,7 +27,10 @@ def tool(
     extra = {"PYTHONPATH": str(PROJECT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **hugging_face(),
              **variables}  # fmt: skip
     command = [str(warm_python() / "python"), str(PROJECT / "tools" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, env={**kept, **extra}, capture_output=True, text=True, timeout=120, preexec_fn=limit)  # noqa: PLW1509 - no thread runs here
+    return subprocess.run(
+        command, env={**kept, **extra}, capture_output=True, text=True, timeout=PATIENCE_SECONDS,
+        preexec_fn=limit,  # noqa: PLW1509 - no thread runs here
+    )  # fmt: skip
 
 
 def assert_refused(done: subprocess.CompletedProcess, *fragments: object) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from decoders import decoder, fill, token_ids
 from distributed import spawn
+from live import PATIENCE_SECONDS
 from peft import PeftModel, get_peft_model
 from peft.utils import PeftType
 from torch.nn import functional as F
@@ -67,7 +68,7 @@ def test_an_adapter_comes_back_to_the_last_bit_in_another_process(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     tests = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     command = [sys.executable, "-W", "ignore", "-c", FRESH, tmp_path / "adapter", tmp_path / "logits.pt", *tests]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
     assert not list((tmp_path / "adapter").glob("*.partial"))

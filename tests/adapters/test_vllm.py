@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import decoder, fill
+from live import PATIENCE_SECONDS
 from peft import PeftModel, get_peft_model
 from tokenformers import tokenformer
 from torch import nn
@@ -79,7 +80,7 @@ class Exchange:
     """Sums over ranks that are threads."""
 
     def __init__(self, size: int):
-        self.barrier, self.parts = Barrier(size, timeout=60), [torch.empty(0)] * size
+        self.barrier, self.parts = Barrier(size, timeout=PATIENCE_SECONDS), [torch.empty(0)] * size
 
     def reduce(self, rank: int, part: torch.Tensor) -> torch.Tensor:
         self.parts[rank] = part
@@ -175,7 +176,9 @@ def test_vllm_writes_what_transformers_does(name, way, ranks, tmp_path):
                  "TORCH_COMPILE_DISABLE": "1",
                  "PYTHONPATH": f"{PROJECT}{os.pathsep}{plugged_in(tmp_path)}"}  # fmt: skip
     command = [PYTHON, tmp_path / "serve.py", json.dumps([str(model), options, PROMPTS, NEW])]
-    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=550)
+    done = subprocess.run(
+        command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     (found,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND "))
     assert json.loads(found.removeprefix("FOUND ")) == adapted

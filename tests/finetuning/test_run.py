@@ -10,6 +10,7 @@ import pytest
 import torch
 from bases import decoder, questions, tokenformer, write_base, write_lines
 from launching import PROJECT, environment, free_port, warm
+from live import PATIENCE_SECONDS
 from peft import PeftModel
 from tooling import tool
 
@@ -53,7 +54,11 @@ def command(folder: Path, *overrides: str, ranks: int = 0) -> list[str]:
 
 def finetune(folder: Path, *overrides: str, ranks: int = 0) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(folder, *overrides, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=200
+        command(folder, *overrides, ranks=ranks),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
 
 
@@ -105,7 +110,11 @@ def test_a_run_trains_resumes_and_shares_its_batch_out(folder):
     (folder / "signalled.py").write_text(SIGNALLED)
     python, *words = command(folder, half)
     stopped = subprocess.run(
-        [python, folder / "signalled.py", *words], env=environment(), capture_output=True, text=True, timeout=200
+        [python, folder / "signalled.py", *words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert stopped.returncode == 75, stopped.stdout + stopped.stderr
     assert 3 <= max(losses(folder / "half")) < 6 and not (folder / "half" / "adapter").exists()

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from launching import environment, train, warm
+from live import PATIENCE_SECONDS
 
 from megatron_tf.checkpoint import load_logical
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -36,7 +37,7 @@ def script(folder) -> subprocess.CompletedProcess:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PATIENCE_SECONDS,
         cwd=folder,
     )
 

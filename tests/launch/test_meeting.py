@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from launching import EVALUATE, PROJECT, TRAIN, environment, free_port, train, warm
+from live import PATIENCE_SECONDS
 
 PATIENCE = "parallel.timeout_seconds=100"
 
@@ -24,10 +25,10 @@ def started(folder, *ranks, program=TRAIN):
         for rank, (arguments, variables) in enumerate(ranks)
     ]  # fmt: skip
     try:
-        first = processes[0].communicate(timeout=200)[0]
+        first = processes[0].communicate(timeout=PATIENCE_SECONDS)[0]
         for process in processes[1:]:  # as launchers do when the first has ended
             process.terminate()
-        outputs = [first, *(process.communicate(timeout=30)[0] for process in processes[1:])]
+        outputs = [first, *(process.communicate(timeout=PATIENCE_SECONDS)[0] for process in processes[1:])]
     finally:
         for process in processes:
             process.kill()

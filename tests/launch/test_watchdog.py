@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from launching import EVALUATE, TRAIN, free_port
+from live import PATIENCE_SECONDS
 
 from megatron_tf.errors import LOST_EXIT_CODE
 from megatron_tf.runtime import watchdog
@@ -21,7 +22,6 @@ from megatron_tf.telemetry.console import quiet_libraries
 
 HANG_SECONDS = 2
 BUSY = 0  # instead of a signal: the rank is busy for longer than that
-LONGEST_SECONDS = 60.0
 GROWN = ["run.dir={folder}/grown", "growth.from={folder}/run", "model.parameter_tokens.ffn=40"]
 
 
@@ -41,7 +41,10 @@ def _rank(rank: int, command: list[str], port: int, output: str, victim: int, pl
         def fall(self, *arguments):
             move(self, *arguments)
             if self._place == place:
-                time.sleep(1)  # so that the others come as far, and this rank's watchdog says where it is
+                said = self._rounds + 2
+                time.sleep(1)  # so that the others come as far
+                while self._rounds < said:  # so that this rank's watchdog says where it is
+                    time.sleep(0.05)
                 os.kill(os.getpid(), number) if number else time.sleep(3 * HANG_SECONDS)
 
         watchdog.Watchdog._move = fall
@@ -60,7 +63,7 @@ def fall_in(folder: Path, entry: str, overrides: list[str], victim: int, place: 
     for process in ranks:
         process.start()
     left = ranks[1 - victim]
-    left.join(LONGEST_SECONDS)
+    left.join(PATIENCE_SECONDS)
     code = left.exitcode
     for process in ranks:
         process.kill()

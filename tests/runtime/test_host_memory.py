@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from live import PATIENCE_SECONDS
+
 CODE = """
 import resource, sys
 import torch
@@ -24,7 +26,9 @@ print(new_pages())
 
 
 def pages_of_another_tensor(way):
-    done = subprocess.run([sys.executable, "-c", CODE, way], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, way], capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True
+    )
     return int(done.stdout)
 
 
@@ -51,5 +55,7 @@ try:
 except RuntimeError as error:
     print("allocate memory" in str(error))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True
+    )
     assert done.stdout == "True\n"

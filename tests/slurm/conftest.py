@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from launching import PROJECT, environment
+from live import PATIENCE_SECONDS
 from prepared import write_tokens
 
 REQUIRED = "MEGATRON_TF_TESTS_NEED_SLURM"  # set where a skip would hide that nothing was tested
@@ -146,8 +147,8 @@ class Cluster:
         """What the shell `command` prints on `node`, or on the control machine."""
         pid = self._nodes[node][1] if node else self._control_pid
         result = subprocess.run(
-            [*_inside(pid), "bash", "-c", command], env=self._environment(), cwd=PROJECT, text=True, timeout=60,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [*_inside(pid), "bash", "-c", command], env=self._environment(), cwd=PROJECT, text=True,
+            timeout=PATIENCE_SECONDS, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert not check or result.returncode == 0, f"{command}: exit code {result.returncode}\n{result.stdout}"
         return result.stdout

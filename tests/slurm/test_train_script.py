@@ -11,6 +11,7 @@ import time
 
 import pytest
 from launching import PROJECT
+from live import PATIENCE_SECONDS
 
 SCRIPT = PROJECT / "launch" / "slurm" / "train.sbatch"
 REQUEUED = -signal.SIGTERM  # SLURM ends the script in this way when it puts its job back into the queue
@@ -78,7 +79,7 @@ def start(tmp_path):
 
 
 def finish(process):
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE_SECONDS)
     return process.returncode, out
 
 

@@ -8,6 +8,7 @@ import sys
 from datetime import datetime
 
 import pytest
+from live import PATIENCE_SECONDS
 
 from megatron_tf.telemetry.console import Console, NoBar
 
@@ -163,6 +164,6 @@ logger.info("chatter"), logger.warning("guess"), logger.error("broken")
 
 def test_quiet_libraries_lets_errors_through():
     """In a process of its own: it changes loggers and warning filters of the whole process."""
-    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "broken\n"

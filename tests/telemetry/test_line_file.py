@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from live import PATIENCE_SECONDS
 
 from megatron_tf.telemetry.line_file import LineFile
 
@@ -76,5 +77,5 @@ assert len(warnings) == 1 and "File too large" in warnings[0], warnings
 def test_a_line_that_a_full_disk_tore_is_cut_off_before_the_next(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     command = [sys.executable, "-c", FILLS_UP, str(tmp_path / "a.log")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr

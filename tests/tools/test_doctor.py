@@ -9,6 +9,7 @@ import time
 
 import pytest
 from launching import PROJECT, at_work, environment, free_port, run, warm
+from live import PATIENCE_SECONDS
 
 DOCTOR = PROJECT / "tools" / "doctor.py"
 QUICK = ("--megabytes", "0.1", "--slow-factor", "1000")
@@ -30,7 +31,7 @@ def ranks(world_size, *arguments, started=None, last=()):
 
 def ended(processes):
     """[(exit code, stdout, stderr)] of all."""
-    outputs = [process.communicate(timeout=200) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE_SECONDS) for process in processes]
     return [(process.returncode, *output) for process, output in zip(processes, outputs)]
 
 

@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from live import PATIENCE_SECONDS, until
 from tooling import tool
 
 from megatron_tf.data.indexed import IndexedDataset
@@ -142,13 +142,6 @@ def array_task(task: int | None, *arguments: str | Path) -> subprocess.Popen[str
     )  # fmt: skip
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.002)
-
-
 def finished_parts(folder: Path) -> dict[str, int]:
     """Time of the last change of each finished part's files."""
     keys = {path.stem for path in folder.glob("*.json")}
@@ -165,29 +158,35 @@ def test_array_cut_off_twice_equals_the_undisturbed_run(tmp_path):
     kept: dict[str, int] = {}
     for goal in (1, 2):  # cut off in the second part, then in the third of its four
         task = array_task(0, *common, tmp_path / "x")
-        wait_until(
-            lambda goal=goal: (
-                len(list(folder.glob("*.json"))) >= goal
-                and any(path.stat().st_size for path in folder.glob("*.partial"))
-            ),
-            f"part {goal + 1} is half written",
+        until(
+            lambda goal=goal: len(list(folder.glob("*.json"))) >= goal and any(map(size, folder.glob("*.partial"))),
+            f"part {goal + 1} was half written",
+            pause=0.002,
         )
         helpers = Path(f"/proc/{task.pid}/task/{task.pid}/children").read_text().split()
         task.send_signal(signal.SIGKILL)
         task.communicate()
         assert task.returncode == -signal.SIGKILL
-        wait_until(lambda helpers=helpers: not any(map(running, helpers)), "the workers are gone")
+        until(lambda helpers=helpers: not any(map(running, helpers)), "the workers were gone")
         assert list(folder.glob("*.partial")), "it had ended before it was cut off"
         now = finished_parts(folder)
         assert kept.items() <= now.items()
         kept = now
-    shown = [array_task(number, *common, tmp_path / "x").communicate(timeout=120) for number in (0, 1)]
+    shown = [array_task(number, *common, tmp_path / "x").communicate(timeout=PATIENCE_SECONDS) for number in (0, 1)]
     assert "of 4 parts were finished before" in shown[0][1] and "4 of 8 parts are still" in shown[0][1]
-    merged, _ = array_task(None, *common, tmp_path / "x").communicate(timeout=120)
+    merged, _ = array_task(None, *common, tmp_path / "x").communicate(timeout=PATIENCE_SECONDS)
     assert f"{tmp_path}/x_train: " in merged and merged == shown[1][0]
     for name in ("_train.bin", "_train.idx", "_train.json", "_validation.bin", "_validation.idx", "_validation.json"):
         assert (tmp_path / f"x{name}").read_bytes() == (tmp_path / f"whole{name}").read_bytes(), name
     assert not folder.exists()
+
+
+def size(path: Path) -> int:
+    """Bytes of a file that another process writes; 0 when it has been given its final name meanwhile."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def running(pid: str) -> bool:
@@ -203,9 +202,9 @@ def test_control_c_is_quiet_and_resumes(tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_until(lambda: any((tmp_path / "x.parts").glob("*.json")), "a part is finished")
+    until(lambda: any((tmp_path / "x.parts").glob("*.json")), "a part was finished", pause=0.002)
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does
-    _, errors = started.communicate(timeout=60)
+    _, errors = started.communicate(timeout=PATIENCE_SECONDS)
     assert started.returncode == 130 and "Traceback" not in errors, errors
     resumed = run("preprocess_data.py", *arguments)
     assert resumed.returncode == 0 and "of 40 parts were finished before" in resumed.stderr, resumed.stderr
@@ -220,10 +219,10 @@ def test_control_c_while_workers_start(tmp_path, delay, shards):
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
-    wait_until(lambda: len(children.read_text().split()) == 2, "a worker and Python's resource tracker run")
+    until(lambda: len(children.read_text().split()) >= 2, "a worker and Python's resource tracker ran", pause=0.002)
     time.sleep(delay)
     os.killpg(started.pid, signal.SIGINT)
-    _, errors = started.communicate(timeout=60)
+    _, errors = started.communicate(timeout=PATIENCE_SECONDS)
     assert started.returncode == 130 and "Traceback" not in errors, errors
 
 
@@ -231,7 +230,7 @@ def test_a_batch_script_has_no_mistakes_of_the_shell(tmp_path):
     script = ROOT / "launch" / "slurm" / "preprocess.sbatch"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     failed = array_task(1, "--input", tmp_path / "no.txt", "--tokenizer", "bytes", "--output-prefix", tmp_path / "x")
-    output, errors = failed.communicate(timeout=60)
+    output, errors = failed.communicate(timeout=PATIENCE_SECONDS)
     assert (failed.returncode, output) == (2, "") and errors.startswith(f"error: {tmp_path}/no.txt: no such file")
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from launching import PROJECT, environment, warm
+from live import PATIENCE_SECONDS
 from tiny import run_config
 
 from megatron_tf.config.load import dump_config
@@ -89,7 +90,7 @@ def test_a_run_ends_early_is_complete_and_can_go_on(tmp_path):
     done = subprocess.run(
         warm([sys.executable, tmp_path / "script.py", json.dumps(overrides)]), cwd=tmp_path, capture_output=True,
         text=True,
-        env=environment(PYTHONPATH=str(PROJECT)), timeout=200,
+        env=environment(PYTHONPATH=str(PROJECT)), timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (first, metrics), (again, _), (last, all_metrics) = json.loads(done.stdout.splitlines()[-1])

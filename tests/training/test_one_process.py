@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from launching import environment, warm
+from live import PATIENCE_SECONDS
 
 from megatron_tf import train
 from megatron_tf.errors import ConfigError, LaunchError
@@ -42,7 +43,7 @@ def notebook(tmp_path_factory):
     (folder / "script.py").write_text(script + CHECKS)
     done = subprocess.run(
         warm([sys.executable, folder / "script.py"]), cwd=folder, capture_output=True, text=True,
-        env=environment(PYTHONPATH=str(PROJECT)), timeout=200,
+        env=environment(PYTHONPATH=str(PROJECT)), timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stdout

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import spawn
+from live import PATIENCE_SECONDS
 from safetensors.torch import save_file
 
 from megatron_tf.config.activations import ACTIVATIONS
@@ -70,7 +71,7 @@ def test_without_this_project(folder, network, ids, tmp_path):
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", ALONE, folder, tmp_path / "reference.safetensors"],
-        cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0 and "generated True" in done.stdout, done.stderr
 

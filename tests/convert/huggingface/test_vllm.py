@@ -18,6 +18,7 @@ import urllib.request
 
 import pytest
 import torch
+from live import PATIENCE_SECONDS
 
 from megatron_tf.convert.huggingface.export import ExportedTokenizer, write_export
 from megatron_tf.data.tokenizer import load_tokenizer
@@ -83,7 +84,7 @@ def port(served, tmp_path):
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         try:
-            server.wait(30)
+            server.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
 

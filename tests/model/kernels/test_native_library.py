@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from live import PATIENCE_SECONDS
 
 from megatron_tf.model.kernels import native_library
 from megatron_tf.model.kernels.native_library import BuildError, load_library
@@ -155,5 +156,5 @@ def test_processes_that_build_at_once(source):
         f"sys.exit(load(pathlib.Path({str(source)!r}), {FLAGS!r}).answer())"
     )
     processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(4)]
-    assert [process.wait(60) for process in processes] == [42] * 4
+    assert [process.wait(PATIENCE_SECONDS) for process in processes] == [42] * 4
     assert len(kept(source)) == 1

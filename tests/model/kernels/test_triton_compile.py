@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from live import PATIENCE_SECONDS
 
 pytest.importorskip("triton")
 
@@ -46,7 +47,9 @@ print(json.dumps(found))
 
 def test_kernels_for_gpus(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     for operation, code in json.loads(done.stdout).items():
         assert "ld.global.v4.b32" in code, operation
