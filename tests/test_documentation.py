@@ -25,7 +25,7 @@ PAGES = sorted([*(PROJECT / "docs").rglob("*.md"), *(PROJECT / name for name in 
 IDS = [str(page.relative_to(PROJECT)) for page in PAGES]
 BY_MODULE = {command.module: name for name, command in COMMANDS.items()}
 # Commands of other programs, also where our name stands among their words.
-OTHERS = ("pip", "docker", "curl", "lm_eval", "scancel", "pytest", "zstdcat")
+OTHERS = ("pip", "docker", "curl", "lm_eval", "scancel", "pytest", "zstdcat", "nvidia-cuda-mps-control")
 WITH_ARGUMENTS = r"((python|sbatch) \S+|make) \S"  # in running text a script alone is only its name
 WITHOUT_DEEPSPEED = """
 import sys

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_tf.benchmark import fp8, memory, pattention, stages, step
+from megatron_tf.benchmark import fp8, memory, pattention, sparse, stages, step
 from megatron_tf.benchmark.device import machine
 from megatron_tf.benchmark.references import plain_formula
 from megatron_tf.benchmark.report import Row
@@ -66,6 +66,7 @@ def parts(device: torch.device) -> Mapping[str, Callable[[], Iterable[Row]]]:
         "NCCL": lambda: nccl(device),
         "pattention": lambda: pattention.rows(device, bf16, TOKENS, 8192, 768, 9),
         **in_fp8,
+        "sparse": lambda: sparse.rows(device, bf16, (2304, 8448), (4, 16), 256, 8192, 768, 9),
         "stages": lambda: stages.rows(device, bf16, 8560, 8192, 768, 9),
         "step 354M": lambda: _steps(device, "354M", samples=16),
         "step 1.4B": lambda: _steps(device, "1.4B", samples=8),

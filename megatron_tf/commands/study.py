@@ -54,7 +54,8 @@ def parse_arguments() -> argparse.Namespace:
         "--workers",
         type=whole_number(4096),
         metavar="N",
-        help="plan, run: runs at once (default: as many as cores, or GPUs, allow)",
+        help="plan, run: runs at once (default: as many as cores, or GPUs, allow). With more than GPUs, runs of one "
+        "process share them",
     )
     parser.add_argument(
         "--probe",

@@ -171,14 +171,23 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         if self._rows.handle is not None:
             dist.all_reduce(flat, group=self._rows.handle)
         grams = flat.split([spec.width**2 for spec, *_ in found])
-        for (spec, segments, batch, directions), gram in zip(found, grams):
-            transform = rule.transform(gram.view(spec.width, spec.width))
+        transforms = _transforms(rule, [gram.view(spec.width, -1) for (spec, *_), gram in zip(found, grams)])
+        for (spec, segments, batch, directions), transform in zip(found, transforms):
             size = rule.size(spec.shape)
             for segment, weight, direction in zip(segments, batch.weights, directions):
                 rate = lr * self._lr_multiplier(segment)
                 if segment.decayed:
                     weight.mul_(1 - rate * self._decay(segment))
                 weight.view(direction.shape).sub_(direction.double() @ transform, alpha=rate * size)
+
+
+def _transforms(rule: MatrixRule, grams: Sequence[Tensor]) -> list[Tensor]:
+    """Those of one width at once: most of the time of a small one is that a GPU waits for its next product."""
+    found: dict[int, Tensor] = {}
+    for width in {len(gram) for gram in grams}:
+        own = [place for place, gram in enumerate(grams) if len(gram) == width]
+        found.update(zip(own, rule.transform(torch.stack([grams[place] for place in own]))))
+    return [found[place] for place in range(len(grams))]
 
 
 def _gram(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:

@@ -12,12 +12,13 @@ products are products of matrices.
 
 Work goes over the pairs piece by piece. On a CPU a piece is a candidate with its rows, which the cache holds from one
 product to the next; products in fp32 read rows and add to them where they lie, those of other types gather them. On a
-GPU it is a slot, whose products are one grouped product; its sizes are read on the device, so nothing waits for the
+GPU it is all pairs, whose products are one grouped product; its sizes are read on the device, so nothing waits for the
 host, and shapes are the same whatever was chosen.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,6 +53,17 @@ class Assignment:
         """A number a row, [rows, 1] -> [pairs, 1]."""
         return values[self.order.flatten()]
 
+    def pairs_of_rows(self) -> Tensor:
+        """int64 [rows, slots]: where each row's pairs lie."""
+        places = torch.arange(self.num_pairs, device=self.order.device).view(self.order.shape)
+        return torch.empty_like(self.order).scatter_(1, self.order, places).mT
+
+    def ends_among_all(self) -> Tensor:
+        """int32 [slots · m]: where among all pairs those of each candidate end."""
+        slots, rows = self.order.shape
+        starts = rows * torch.arange(slots, dtype=torch.int32, device=self.ends.device)
+        return (self.ends + starts.unsqueeze(1)).flatten()
+
 
 def assign(candidates: Tensor, num_candidates: int) -> Assignment:
     """The assignment of `candidates`, whole numbers [rows, slots] below `num_candidates`."""
@@ -62,72 +74,117 @@ def assign(candidates: Tensor, num_candidates: int) -> Assignment:
     return Assignment(order, counts.cumsum(1, dtype=torch.int32))
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Pairs that are worked on together: their `rows`, and where they lie among all pairs.
+class Piece(ABC):
+    """Pairs that are worked on together, and where they lie among all pairs.
 
-    `slot`: theirs.  `candidate`: theirs, or None for those of the whole slot, which end at `ends`.  `native`: whether
-    its products are those of `kernels.native_grouped`.
+    `pairs`: theirs.  Tokens are [slots, m, g, width], sources and totals [rows, width], and a `room` is memory that is
+    shaped as the source or the total.
     """
+
+    pairs: slice
+
+    @abstractmethod
+    def inputs(self, source: Tensor, room: Tensor) -> Tensor:
+        """`source` as the other methods take it. It may lie in `room`."""
+
+    @abstractmethod
+    def scores(self, inputs: Tensor, tokens: Tensor, out: Tensor) -> None:
+        """Writes the piece's rows of `inputs` · tokensᵀ to `out` [pairs of the piece, g]."""
+
+    @abstractmethod
+    def add_outputs(self, scores: Tensor, tokens: Tensor, total: Tensor, room: Tensor) -> None:
+        """Adds scores · tokens to the piece's rows of `total`."""
+
+    @abstractmethod
+    def gradients(self, scores: Tensor, inputs: Tensor, out: Tensor) -> None:
+        """Writes scoresᵀ · `inputs` of each candidate into its part of `out`, which is shaped as the tokens."""
+
+
+@dataclass(frozen=True)
+class CandidatePiece(Piece):
+    """The pairs of one candidate, which has `rows`. Its products are plain ones."""
 
     rows: Tensor
     pairs: slice
     slot: int
-    candidate: int | None
-    ends: Tensor
-    native: bool
+    candidate: int
 
     def inputs(self, source: Tensor, room: Tensor) -> Tensor:
-        """`source` [rows, width] as products take it: itself, or in `room`, which is shaped alike, the piece's rows."""
-        if self.native:
-            return source
         return torch.index_select(source, 0, self.rows, out=room[: len(self.rows)])
 
     def scores(self, inputs: Tensor, tokens: Tensor, out: Tensor) -> None:
-        """Writes the piece's rows of `inputs` · tokensᵀ to `out` [pairs of the piece, g]."""
-        if self.candidate is None:
-            out.copy_(F.grouped_mm(inputs, tokens[self.slot].mT, offs=self.ends))
-        elif self.native:
-            native_grouped.scores(inputs, self.rows, tokens[self.slot, self.candidate], out)
-        else:
-            torch.mm(inputs, tokens[self.slot, self.candidate].mT, out=out)
+        torch.mm(inputs, tokens[self.slot, self.candidate].mT, out=out)
 
     def add_outputs(self, scores: Tensor, tokens: Tensor, total: Tensor, room: Tensor) -> None:
-        """Adds scores · tokens to the piece's rows of `total` [rows, width]. `room`: shaped alike, for the product."""
-        if self.native:
-            native_grouped.add_outputs(scores, self.rows, tokens[self.slot, self.candidate], total)
-            return
-        if self.candidate is None:
-            product = F.grouped_mm(scores, tokens[self.slot], offs=self.ends)
-        else:
-            product = torch.mm(scores, tokens[self.slot, self.candidate], out=room[: len(self.rows)])
-        total.index_add_(0, self.rows, product)
+        total.index_add_(0, self.rows, torch.mm(scores, tokens[self.slot, self.candidate], out=room[: len(self.rows)]))
 
     def gradients(self, scores: Tensor, inputs: Tensor, out: Tensor) -> None:
-        """Writes scoresᵀ · `inputs` of each candidate into its part of `out`, which is shaped as the tokens."""
-        if self.candidate is None:
-            out[self.slot] = F.grouped_mm(scores.mT, inputs, offs=self.ends)
-        elif self.native:
-            native_grouped.gradients(scores, self.rows, inputs, out[self.slot, self.candidate])
-        else:
-            torch.mm(scores.mT, inputs, out=out[self.slot, self.candidate])
+        torch.mm(scores.mT, inputs, out=out[self.slot, self.candidate])
+
+
+class NativePiece(CandidatePiece):
+    """The pairs of one candidate. Its products read rows and add to them where they lie."""
+
+    def inputs(self, source: Tensor, room: Tensor) -> Tensor:
+        return source
+
+    def scores(self, inputs: Tensor, tokens: Tensor, out: Tensor) -> None:
+        native_grouped.scores(inputs, self.rows, tokens[self.slot, self.candidate], out)
+
+    def add_outputs(self, scores: Tensor, tokens: Tensor, total: Tensor, room: Tensor) -> None:
+        native_grouped.add_outputs(scores, self.rows, tokens[self.slot, self.candidate], total)
+
+    def gradients(self, scores: Tensor, inputs: Tensor, out: Tensor) -> None:
+        native_grouped.gradients(scores, self.rows, inputs, out[self.slot, self.candidate])
+
+
+@dataclass(frozen=True)
+class AllPairs(Piece):
+    """The pairs of all candidates, which end at `ends` among them. Nothing here depends on how many each one has."""
+
+    pairs: slice
+    assignment: Assignment
+    ends: Tensor
+
+    def inputs(self, source: Tensor, room: Tensor) -> Tensor:
+        return source.index_select(0, self.assignment.order.flatten())
+
+    def scores(self, inputs: Tensor, tokens: Tensor, out: Tensor) -> None:
+        out.copy_(F.grouped_mm(inputs, tokens.flatten(0, 1).mT, offs=self.ends))
+
+    def add_outputs(self, scores: Tensor, tokens: Tensor, total: Tensor, room: Tensor) -> None:
+        products = F.grouped_mm(scores, tokens.flatten(0, 1), offs=self.ends)
+        # A sum over the slots without atomic additions, in fp32 until it is whole.
+        total += F.embedding_bag(self.assignment.pairs_of_rows(), products, mode="sum")
+
+    def gradients(self, scores: Tensor, inputs: Tensor, out: Tensor) -> None:
+        out.copy_(F.grouped_mm(scores.mT, inputs, offs=self.ends).view(out.shape))
 
 
 def pieces(assignment: Assignment, tokens: Tensor) -> Iterator[Piece]:
-    """All pieces, of products with `tokens`. A candidate without rows is in none of its own."""
-    whole_slots, native = tokens.is_cuda and tokens.dtype == torch.bfloat16, native_grouped.usable(tokens)
+    """All pairs in pieces, for products with `tokens`."""
+    if has_grouped_products(tokens):
+        yield AllPairs(slice(0, assignment.num_pairs), assignment, assignment.ends_among_all())
+        return
+    yield from candidate_pieces(assignment, native_grouped.usable(tokens))
+
+
+def candidate_pieces(assignment: Assignment, native: bool = False) -> Iterator[CandidatePiece]:
+    """A piece for each candidate that has rows. `native`: whether those with enough of them are NativePiece."""
     num_rows = assignment.order.shape[1]
     for slot, (rows, ends) in enumerate(zip(assignment.order, assignment.ends)):
-        start = slot * num_rows
-        if whole_slots:
-            yield Piece(rows, slice(start, start + num_rows), slot, None, ends, False)
-            continue
         first = 0
         for candidate, last in enumerate(ends.tolist()):
             if last > first:
-                own, enough = slice(start + first, start + last), last - first >= native_grouped.LEAST_ROWS
-                yield Piece(rows[first:last], own, slot, candidate, ends, native and enough)
+                kind = NativePiece if native and last - first >= native_grouped.LEAST_ROWS else CandidatePiece
+                start = slot * num_rows
+                yield kind(rows[first:last], slice(start + first, start + last), slot, candidate)
             first = last
+
+
+def has_grouped_products(tokens: Tensor) -> bool:
+    """Whether products with `tokens` go over all candidates at once."""
+    return tokens.is_cuda and tokens.dtype == torch.bfloat16
 
 
 def empty_gradients(tokens: Tensor, assignment: Assignment) -> Tensor:

@@ -96,7 +96,7 @@ class MatrixRule(ABC):
 
     @abstractmethod
     def transform(self, gram: Tensor) -> Tensor:
-        """DᵀD -> P, both [d, d] in fp64."""
+        """DᵀD -> P, both [..., d, d] in fp64: of any number of matrices at once."""
 
     @abstractmethod
     def size(self, shape: Sequence[int]) -> float:

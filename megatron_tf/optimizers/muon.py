@@ -53,26 +53,24 @@ class Muon(AdamW, MatrixRule):
         import torch
 
         settings = as_muon(optimizer)
-        found = []
-        for gradient, average, square in zip(
-            batch.gradients, batch.states["exp_avg"], batch.states["exp_avg_sq"], strict=True
-        ):
-            average.lerp_(gradient, 1 - settings.momentum)
-            square.lerp_(gradient.square(), 1 - settings.betas[1])
-            found.append(torch.lerp(gradient, average, settings.momentum))
+        gradients, averages = list(batch.gradients), list(batch.states["exp_avg"])
+        torch._foreach_lerp_(averages, gradients, 1 - settings.momentum)
+        squares = torch._foreach_mul(gradients, gradients)
+        torch._foreach_lerp_(list(batch.states["exp_avg_sq"]), squares, 1 - settings.betas[1])
         torch._foreach_add_(list(batch.ages), 1)
-        return found
+        return list(torch._foreach_lerp(gradients, averages, settings.momentum))
 
     def transform(self, gram: Tensor) -> Tensor:
         import torch
 
         a, b, c = COEFFICIENTS
-        norm = gram.trace().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        norm = trace.clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
         gram = gram / norm.square()
-        unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         product = unit / norm
         for _ in range(ITERATIONS):
-            step = torch.addmm(a * unit + b * gram, gram, gram, alpha=c)
+            step = a * unit + b * gram + c * (gram @ gram)
             product = product @ step
             gram = step @ gram @ step
         return product

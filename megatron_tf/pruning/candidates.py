@@ -31,7 +31,7 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.sections.model import Model
 from megatron_tf.data.loader import Batch
 from megatron_tf.errors import CheckpointError
-from megatron_tf.model.grouped import assign, pieces
+from megatron_tf.model.grouped import assign, candidate_pieces
 from megatron_tf.model.routing import choose
 from megatron_tf.model.sparse_pattention import SparsePattention
 from megatron_tf.model.tokenformer import TokenFormer
@@ -102,7 +102,7 @@ def add_use(projection: SparsePattention, use: Use, x: Tensor) -> None:
     used = dense + slots * size
     for rows in x.flatten(0, -2).split(max(1, SCORE_ELEMENTS // used)):
         chosen = choose(bank.logits(rows), bank.slot_balance())
-        of_candidates = list(pieces(assign(chosen, candidates), keys))
+        of_candidates = list(candidate_pieces(assign(chosen, candidates)))
         scores = rows.new_empty(len(rows), used)
         if projection.key_tokens is not None:
             scores[:, :dense] = rows @ projection.key_tokens.mT

@@ -1,4 +1,4 @@
-"""How many runs of a study a machine does at once: each has cores, or GPUs, of its own."""
+"""How many runs of a study a machine does at once: each has cores of its own, and GPUs unless more are asked for."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class Share:
 def share(ranks: int, workers: int | None) -> Share:
     """What each of `workers` gets (None: as many as there is room for), when a run has `ranks` processes.
 
-    UserError when the machine has not as many cores, or GPUs where there are any.
+    Runs of one process may share GPUs, as many as there are cores: a small model leaves a GPU waiting for the host most
+    of the time. UserError when the machine has not as many cores, or GPUs where there are any.
     """
     cores, gpus = len(os.sched_getaffinity(0)), _gpus()
-    room, unit = (len(gpus), "GPUs") if gpus else (cores, "cores")
+    shared = ranks == 1 and workers is not None and workers > len(gpus)
+    room, unit = (len(gpus), "GPUs") if gpus and not shared else (cores, "cores")
     if ranks * (workers or 1) > room:
         remedy = f"Give at most {room // ranks}." if ranks <= room else "Set ranks to less, or take a larger machine."
         raise UserError(
@@ -34,7 +36,11 @@ def share(ranks: int, workers: int | None) -> Share:
             f"{remedy}"
         )
     workers = workers or room // ranks
-    devices = tuple(",".join(gpus[number * ranks : (number + 1) * ranks]) for number in range(workers)) if gpus else ()
+    devices: tuple[str, ...] = ()
+    if shared and gpus:
+        devices = tuple(gpus[number % len(gpus)] for number in range(workers))
+    elif gpus:
+        devices = tuple(",".join(gpus[number * ranks : (number + 1) * ranks]) for number in range(workers))
     return Share(workers, max(1, cores // (workers * ranks)), devices)
 
 

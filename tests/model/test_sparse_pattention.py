@@ -8,6 +8,7 @@ from distributed import spawn_each
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_tf.model import grouped
 from megatron_tf.model.grouped import assign
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import pattention
@@ -65,6 +66,20 @@ def test_the_plain_formula_over_the_chosen_tokens(activation, dense):
     expected, output = plain(x, own), own.partial(x)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(output, x, own), gradients(expected, x, own), rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dense", [0, 5])
+def test_products_of_all_candidates_at_once(activation, dense, monkeypatch):
+    """As on a GPU; in fp32, since grouped products have no fp64."""
+    own, x = layer(dense, activation=activation), inputs().requires_grad_()
+    expected = [tensor.float() for tensor in (own.partial(x), *gradients(own.partial(x), x, own))]
+    own, x = own.float(), x.detach().float().requires_grad_()
+    monkeypatch.setattr(grouped, "has_grouped_products", lambda tokens: True)
+    output = own.partial(x)
+    for found, exact in zip([output, *gradients(output, x, own)], expected, strict=True):
+        assert (found - exact).norm() <= 3e-6 * exact.norm()
+    assert own.partial(x[:0]).shape == (0, WIDTH)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -38,6 +38,13 @@ def test_the_gram_form_is_the_iteration(rows):
     assert 0.6 < values[0] < 1.25 and values[min(rows, 23) - 1] > 0.3
 
 
+def test_several_matrices_at_once_are_each_of_them():
+    x = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[1] = 0
+    for own, found in zip(x, MUON.transform(x.mT @ x), strict=True):
+        torch.testing.assert_close(found, MUON.transform(own.mT @ own), rtol=1e-12, atol=1e-12)
+
+
 def test_no_gradient_is_no_update():
     zero = torch.zeros(8, 4)
     assert torch.equal(zero @ MUON.transform(zero.mT @ zero), zero)

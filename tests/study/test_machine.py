@@ -32,3 +32,13 @@ def test_each_worker_has_gpus_of_its_own(cores, monkeypatch):
     assert share(2, None) == Share(2, 2, ("4,5", "6,7"))
     with pytest.raises(UserError, match="need 6 GPUs, and here are 4"):
         share(2, 3)
+
+
+def test_runs_of_one_process_may_share_gpus(cores, monkeypatch):
+    monkeypatch.setattr(machine, "_gpus", lambda: ["4", "5"])
+    assert share(1, None) == Share(2, 4, ("4", "5"))
+    assert share(1, 3) == Share(3, 2, ("4", "5", "4"))
+    with pytest.raises(UserError, match="--workers: 9 runs of 1 processes need 9 cores, and here are 8"):
+        share(1, 9)
+    with pytest.raises(UserError, match="--workers: 2 runs of 2 processes need 4 GPUs, and here are 2"):
+        share(2, 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tf.model.grouped import assign, pieces
+from megatron_tf.model.grouped import CandidatePiece, NativePiece, assign, pieces
 from megatron_tf.model.kernels import native_grouped
 from megatron_tf.model.sparse_pattention import SparsePattention
 
@@ -70,9 +70,9 @@ def test_results_do_not_depend_on_threads():
 def test_they_are_for_enough_rows_and_for_groups_that_fit_into_the_cache():
     chosen = assign(torch.tensor([[0]] * 33 + [[1]] * 7), 2)
     tokens = torch.zeros(1, 2, 16, 8)
-    assert [piece.native for piece in pieces(chosen, tokens)] == [True, False]
+    assert [type(piece) for piece in pieces(chosen, tokens)] == [NativePiece, CandidatePiece]
     for other in (tokens.double(), torch.zeros(1, 2, 512, 768)):
-        assert not any(piece.native for piece in pieces(chosen, other))
+        assert not any(isinstance(piece, NativePiece) for piece in pieces(chosen, other))
 
 
 @pytest.mark.parametrize("wanted", [True, False])
