@@ -29,7 +29,7 @@ def test_a_study_is_whole(file):
 
 def test_all_are_found_by_name():
     assert list(shipped_files("experiments", "experiments", ".yml")) == [file.stem for file in FILES]
-    assert len(FILES) == 9
+    assert len(FILES) > 1
 
 
 def test_the_script_for_slurm_runs_a_study(tmp_path):
