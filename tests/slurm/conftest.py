@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from launching import PROJECT, environment
-from live import PATIENCE_SECONDS
+from live import PATIENCE_SECONDS, until
 from prepared import write_tokens
 
 REQUIRED = "MEGATRON_TF_TESTS_NEED_SLURM"  # set where a skip would hide that nothing was tested
@@ -126,7 +126,7 @@ class Cluster:
             for name in self.addresses:
                 self.power_on(name)
             num_nodes = len(self.addresses)
-            self.until(lambda: self.run("sinfo -h -o '%D %T'", check=False).strip() == f"{num_nodes} idle", 60)
+            self.until(lambda: self.run("sinfo -h -o '%D %T'", check=False).strip() == f"{num_nodes} idle")
         except BaseException:
             self.close()
             raise
@@ -153,7 +153,7 @@ class Cluster:
         assert not check or result.returncode == 0, f"{command}: exit code {result.returncode}\n{result.stdout}"
         return result.stdout
 
-    def until(self, condition: Callable[[], object], seconds: float = 200, job: str | None = None) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = PATIENCE_SECONDS, job: str | None = None) -> None:
         """Waits for `condition`; fails with what the cluster and `job` have said."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -186,7 +186,7 @@ class Cluster:
         path = self.work / f"job-{job}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait(self, job: str, expected: str = "COMPLETED", seconds: float = 300) -> None:
+    def wait(self, job: str, expected: str = "COMPLETED", seconds: float = PATIENCE_SECONDS) -> None:
         """Waits until the job is over, and in the state `expected`."""
         self.until(lambda: self.state(job) in OVER, seconds, job)
         assert self.state(job) == expected, self.report(job)
@@ -231,7 +231,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
         )
         self._nodes[name] = process, 0
-        self.until(ready.exists, 30)
+        self.until(ready.exists)
         first = _only_child(_only_child(process.pid))  # nsenter, which forks for the pid namespace; unshare; the script
         self._nodes[name] = process, first
         own_number = _status(first, "NSpid").split()[1]  # as the control machine sees it
@@ -307,10 +307,7 @@ class Cluster:
              "--mount-proc",
              "--kill-child", "bash", script], stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        deadline = time.monotonic() + 30
-        while not (self.work / "run" / "control.ready").exists():
-            assert time.monotonic() < deadline and self._control.poll() is None, "no control machine"
-            time.sleep(0.02)
+        until((self.work / "run" / "control.ready").exists, "the control machine was there", self._control)
         self._control_pid = _only_child(self._control.pid)
         run, key, log = (self.work / folder for folder in ("run", "key", "log"))
         self.run(  # --force: pytest's folders are closed to others, who have no business here
@@ -328,11 +325,9 @@ def _inside(pid: int) -> list[str]:
 
 
 def _only_child(pid: int) -> int:
-    deadline = time.monotonic() + 30
-    while not (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        assert time.monotonic() < deadline, f"process {pid} started nothing"
-        time.sleep(0.02)
-    return int(children[0])
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    until(lambda: children.read_text().split(), f"process {pid} started another")
+    return int(children.read_text().split()[0])
 
 
 def _status(pid: int, name: str) -> str:
