@@ -27,17 +27,19 @@ CULPRIT = 1
 FACTOR = 20.0
 
 
-def sick_job(sickness, ranks, *, started=None, timeout=20.0) -> Diagnosis:
+def sick_job(sickness, ranks, *, started=None, timeout=20.0, doubtful_passes=5) -> Diagnosis:
     """What rank 0 finds when `sickness` befell rank CULPRIT; `started`: ranks that come at all."""
     with tempfile.TemporaryDirectory() as folder:
-        start_ranks(rank_of_job, started or ranks, sickness, ranks, folder, timeout)
+        start_ranks(rank_of_job, started or ranks, sickness, ranks, folder, timeout, doubtful_passes)
         found = json.loads(Path(folder, "0.json").read_text())
     links = [Link(**link) for link in found.pop("links")]
     return Diagnosis(links=links, **found)
 
 
-def rank_of_job(rank, sickness, ranks, folder, timeout):
+def rank_of_job(rank, sickness, ranks, folder, timeout, doubtful_passes):
     torch.set_num_threads(1)
+    job.LINK_PASSES = 1
+    job.DOUBTFUL_PASSES = doubtful_passes
     if rank == CULPRIT and sickness is not None:
         sickness()
     store = dist.FileStore(f"{folder}/store", ranks)
@@ -128,7 +130,7 @@ def test_a_job_that_is_well():
 
 
 def test_a_slow_rank_is_named():
-    found = sick_job(slow_sender, 3)
+    found = sick_job(slow_sender, 3, doubtful_passes=1)
     assert found.broken == []
     (sentence,) = found.slow
     assert sentence.startswith(f"rank 1 ({os.uname().nodename}): all its 2 links are slow")

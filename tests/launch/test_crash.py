@@ -147,7 +147,6 @@ class Killer:
     ("engine", "kills"),
     [
         ("deepspeed", 6),
-        ("torch", 6),
         pytest.param("deepspeed", 50, marks=pytest.mark.scale),
         pytest.param("torch", 50, marks=pytest.mark.scale),
     ],

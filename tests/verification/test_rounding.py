@@ -22,7 +22,7 @@ from megatron_tf.verification.layout import Layout, Trace, compare, reference
 from megatron_tf.verification.rounding import equal_limits, exact_and_limits, judge, rounding_limits
 
 pattention = importlib.import_module("megatron_tf.model.pattention")  # the package has a function of that name
-STEPS = 6
+STEPS = 3
 SEQUENCE, PIPELINE, DATA = Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)), Layout(Topology(1, 1, 2))
 SMALL = {"hidden_size": 16, "rotary_fraction": 0.5, "seq_length": 4}
 # Each is off by more than 1e-5 somewhere, or may be: by cancellation, by rows of scores that nearly vanish, by depth.
@@ -42,15 +42,14 @@ def planned_runs():
         for layout in (SEQUENCE, PIPELINE, DATA) if name == "softmax" else (SEQUENCE,):
             yield true_run(name, layout)
     for fault in FAULTS:
-        yield fault, run_config(), SEQUENCE, fault
+        yield fault, run_config(training={"global_batch_size": 4}), SEQUENCE, fault
 
 
 def further_runs():
-    """Likewise: every model at the layouts and the seed that `planned_runs` leaves out."""
+    """Likewise: every model at all layouts, and of another seed."""
     for name in MODELS:
-        for seed, layout in ((1, PIPELINE), (1, DATA), (2, SEQUENCE)):
-            if name != "softmax" or seed == 2:
-                yield true_run(name, layout, seed)
+        for seed, layout in ((1, SEQUENCE), (1, PIPELINE), (1, DATA), (2, SEQUENCE)):
+            yield true_run(name, layout, seed)
 
 
 def true_run(name, layout, seed=1):
@@ -112,13 +111,13 @@ FAULTS = {fault.__name__: fault for fault in (
 )}  # fmt: skip
 
 
-def _ranks(rank, runs, folder):
+def _ranks(rank, runs, steps, folder):
     with check.joined([config for config, *_ in runs], rank, 2, folder):
         for number, (config, layout, fault) in enumerate(runs):
             with pytest.MonkeyPatch.context() as patch:
                 if fault:
                     FAULTS[fault](patch)
-                check._run(layout.apply(config), layout.topology, rank, STEPS, Path(folder), number)
+                check._run(layout.apply(config), layout.topology, rank, steps, Path(folder), number)
             dist.barrier()
     exit_now()
 
@@ -128,14 +127,14 @@ def runs(tmp_path_factory):
     return traced(list(planned_runs()), tmp_path_factory.mktemp("ranks"))
 
 
-def traced(planned, folder):
+def traced(planned, folder, steps=STEPS):
     """(model or fault, layout, its trace, exact trace, limits), all under one start of ranks."""
-    start_ranks(_ranks, 2, [run[1:] for run in planned], str(folder))
+    start_ranks(_ranks, 2, [run[1:] for run in planned], steps, str(folder))
     known, found = {}, []
     for number, (name, config, layout, _) in enumerate(planned):
         key = config.model_dump_json()
         if key not in known:
-            known[key] = exact_and_limits(config, STEPS)
+            known[key] = exact_and_limits(config, steps)
         found.append((name, layout, check._collect(folder, number, 2, config), *known[key]))
     return found
 
@@ -161,7 +160,7 @@ def test_true_layouts_agree(runs):
 @pytest.mark.slow
 @pytest.mark.scale
 def test_every_model_agrees_at_each_layout(tmp_path):
-    assert_agreement(traced(list(further_runs()), tmp_path))
+    assert_agreement(traced(list(further_runs()), tmp_path, steps=2 * STEPS))
 
 
 @pytest.mark.slow
