@@ -30,6 +30,7 @@ from megatron_tf.shipped import configurations
 from megatron_tf.tasks.language_model.perplexity import format_perplexity
 from megatron_tf.tasks.language_model.section import vocab_size_of
 from megatron_tf.telemetry import text
+from megatron_tf.telemetry.line_file import whole_lines
 
 DATA = Path("data/demo")
 NOVELS = DATA / "novels"
@@ -213,7 +214,7 @@ def summary(run: Path, after: Path | None = None) -> Summary:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in whole_lines((run / "metrics.jsonl").read_bytes())]
 
 
 def table(small: Summary, control: Summary, grown: Summary) -> str:

@@ -32,6 +32,7 @@ from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
 from megatron_tf.finetuning.batches import collate
 from megatron_tf.finetuning.packed import check_length, check_packing
 from megatron_tf.finetuning.trial import BASE, SECOND, Outcome, Setting, Texts, Trial, read_texts, run_trial
+from megatron_tf.telemetry.line_file import whole_lines
 
 _SETTING, _TRIALS, _RESULTS, _TABLE = "comparison.json", "trials.jsonl", "results.json", "results.md"
 _ELSEWHERE = "Give another folder with --to."
@@ -63,12 +64,12 @@ def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callab
     setting = {**shared(plan), "base": facts}
     before = check_setting(folder, setting)
     _keep_setting(folder, {**before, **setting})
-    done = read_trials(folder)
+    done, path = read_trials(folder), folder / _TRIALS
+    _cut_torn_line(path)
     for trial in missing(plan, done):
         done[trial] = run_trial(plan.setting, texts, trial, device)
         say(f"{_label(trial)}: {_said(done[trial])}")
         line = json.dumps({**asdict(trial), **asdict(done[trial])}) + "\n"
-        path = folder / _TRIALS
         with file_errors(UserError, path, "Make room, or give another folder."), open(path, "a") as file:
             file.write(line)
     speeds = _speeds(plan, texts, device) if plan.rounds else {}
@@ -305,13 +306,13 @@ def _check_batch(setting: Setting) -> None:
 
 
 def read_trials(folder: Path) -> Done:
+    """The trials that have ended, also while more are run; a last line that is not whole yet does not count. UserError
+    for a whole line that is no trial. Nothing is written."""
     path, done = folder / _TRIALS, Done()
     if not path.exists():
         return done
     with file_errors(UserError, path, "Give another folder."):
-        *lines, torn = path.read_bytes().split(b"\n")
-        if torn:  # by a kill
-            write_atomically(path, b"".join(line + b"\n" for line in lines))
+        lines = whole_lines(path.read_bytes())
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -323,6 +324,16 @@ def read_trials(folder: Path) -> Done:
                 "folder with --to."
             ) from None
     return done
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Takes a last line away that a kill tore, so that the next one begins a line of its own."""
+    if not path.exists():
+        return
+    with file_errors(UserError, path, "Give another folder."):
+        whole, end, torn = path.read_bytes().rpartition(b"\n")
+        if torn:
+            write_atomically(path, whole + end)
 
 
 def _digest(file: str) -> str:

@@ -36,3 +36,9 @@ class LineFile:
                 )
         else:
             self._failing, self._whole_bytes = False, None
+
+
+def whole_lines(content: bytes) -> list[bytes]:
+    """The lines of a file that another process may be writing, or that a crash cut off: a last one without its end is
+    torn, or not whole yet, and does not count."""
+    return content.split(b"\n")[:-1]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from megatron_tf.config.yaml_core import parse_yaml
 from megatron_tf.durable import atomic_path, prepare_output, read_plain
 from megatron_tf.errors import UserError, file_errors, shown
+from megatron_tf.telemetry.line_file import whole_lines
 from megatron_tf.text_files import decode_text
 
 XAxis = Literal["tokens", "steps", "flops", "hours"]
@@ -56,8 +57,8 @@ def read_run(folder: Path) -> RunCurve:
         with file_errors(UserError, file, "Name the run.dir of a run."):
             texts[file] = read_plain(file, _LARGEST_FILE)
     config, _ = parse_yaml(decode_text(UserError, settings, texts[settings]), str(settings))
-    *lines, _ = texts[path].split(b"\n")  # what follows the last line end is torn or still being written
-    records = tuple(_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1))
+    lines = enumerate(whole_lines(texts[path]), start=1)
+    records = tuple(_record(line, f"{path}:{number}") for number, line in lines)
     if not records:
         raise UserError(f"{path}: holds no record yet. Wait for the first logged step.")
     name = os.fsencode(folder.resolve().name).decode("utf-8", "backslashreplace").replace("$", r"\$")  # no formula

@@ -88,10 +88,11 @@ def _run(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
 def _trained(config: RunConfig) -> Trained:
     from megatron_tf.checkpoint.manager import resolve
     from megatron_tf.inference.load import load_model
+    from megatron_tf.telemetry.line_file import whole_lines
 
     run = Path(config.run.dir)
     checkpoint = resolve(run)
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = whole_lines((run / "metrics.jsonl").read_bytes())
     return Trained(config, [json.loads(line) for line in lines], load_model(checkpoint), checkpoint)
 
 

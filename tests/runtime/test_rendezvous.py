@@ -74,29 +74,34 @@ def answering(monkeypatch):
     monkeypatch.setattr(rendezvous, "PatientStore", lambda store, seconds: PatientStore(store, PATIENCE_SECONDS))
 
 
+def come_to_the_roll_call(assembly, store, other):
+    """Has ranks 0 and `other` meet there first, however late they are: only then does the patience of rank 0 begin."""
+    wait = assembly._store.wait
+
+    def wait_after_the_other(key, seconds):
+        if key == "the roll call/all here":
+            until(lambda: store.check([f"the roll call/here/{other}"]), f"rank {other} came")
+        return wait(key, seconds)
+
+    assembly._store.wait = wait_after_the_other
+    if assembly.rank > 0:
+        until(lambda: store.check(["run"]), "rank 0 came")
+    assembly.meet()
+
+
 @pytest.mark.usefixtures("answering")
 def test_who_does_not_come_is_named():
     store = dist.HashStore()
 
     def rank(assembly):
-        if assembly.rank == 0:
-            wait = assembly._store.wait
-
-            def wait_for_rank_2_first(key, seconds):
-                if key.endswith("all here"):
-                    until(lambda: store.check(["the roll call/here/2"]), "rank 2 came")
-                return wait(key, seconds)
-
-            assembly._store.wait = wait_for_rank_2_first
-        elif assembly.rank == 2:
-            until(lambda: store.check(["run"]), "rank 0 came")
         if assembly.rank != 1:
-            assembly.meet()
+            come_to_the_roll_call(assembly, store, other=2)
 
     first, absent, _ = gathering(rank, 3, timeout=0.5, store=store)
     assert absent is None and isinstance(first, Stuck) and first.ranks == [1]
 
 
+@pytest.mark.usefixtures("answering")
 def test_rank_0_does_not_wait_for_the_farewell_of_who_never_came(monkeypatch):
     monkeypatch.setattr(rendezvous, "FAREWELL_SECONDS", 600.0)
     store = dist.HashStore()
@@ -105,7 +110,7 @@ def test_rank_0_does_not_wait_for_the_farewell_of_who_never_came(monkeypatch):
         if assembly.rank == 2:
             return None
         with pytest.raises(Stuck):
-            assembly.meet()
+            come_to_the_roll_call(assembly, store, other=1)
         assembly.timeout = 600.0
         if assembly.rank > 0:
             return assembly.hear()

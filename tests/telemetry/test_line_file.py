@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from live import PATIENCE_SECONDS
 
-from megatron_tf.telemetry.line_file import LineFile
+from megatron_tf.telemetry.line_file import LineFile, whole_lines
 
 PROJECT = Path(__file__).parents[2]
 
@@ -53,6 +53,17 @@ def test_the_warning_may_go_to_the_very_file(tmp_path):
     file = LineFile(tmp_path / "none" / "a.log", warn)
     file.append("line")
     assert len(warnings) == 1
+
+
+def test_a_reader_gets_whole_lines(tmp_path):
+    """Whatever moment of a write it comes in."""
+    path = tmp_path / "a.jsonl"
+    file = LineFile(path, pytest.fail)
+    for text in ("one", "zwölf"):
+        file.append(text)
+    content = path.read_bytes()
+    lines = [whole_lines(content[:end]) for end in range(len(content) + 1)]
+    assert lines == [[]] * 4 + [[b"one"]] * 7 + [[b"one", "zwölf".encode()]]
 
 
 FILLS_UP = """

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +151,18 @@ def test_a_file_where_the_folder_belongs_is_refused(tmp_path):
         check_setting(tmp_path / "file", {"rank": 8})
 
 
+def test_trials_are_read_while_one_is_being_written(tmp_path):
+    """As an outlook does of a comparison that goes on: the file is its writer's, and stays as it is."""
+    trial, outcome = Trial("lora", 0.01, 0), Outcome(64, 2.0, 3.0)
+    line = json.dumps({**asdict(trial), **asdict(outcome)}) + "\n"
+    path = tmp_path / "trials.jsonl"
+    for torn in ("", line[:1], line[:-1]):
+        path.write_text(line + torn)
+        before = path.stat()
+        assert read_trials(tmp_path) == {trial: outcome}
+        assert path.read_text() == line + torn and path.stat().st_ino == before.st_ino
+
+
 @pytest.mark.parametrize("line", ['{"x', '{"a": 1}', "[]", "1", "é"])
 def test_a_damaged_line_of_trials_is_named(line, tmp_path):
     (tmp_path / "trials.jsonl").write_text(line + "\n", encoding="latin-1")
@@ -176,6 +188,9 @@ def test_forms_are_compared_and_a_comparison_goes_on(tmp_path):
 
     lines = (tmp_path / "out" / "trials.jsonl").read_text()
     (tmp_path / "out" / "trials.jsonl").write_text(lines + '{"form": "lo')  # a kill tore it
+    foreseen = tool("compare_adapters", *arguments, "--forms", "lora", "modules", "--seeds", 1, "--plan")
+    assert "trials  0 of 7 are left" in foreseen.stdout, foreseen.stderr
+    assert (tmp_path / "out" / "trials.jsonl").read_text() == lines + '{"form": "lo'
     then = ("--then", write_lines(tmp_path / "then.jsonl", [{"text": "and then " * 5}] * 20))
     done = tool("compare_adapters", *arguments, *then, "--forms", "lora", "modules", "--seeds", 2, "--rounds", 0)
     assert done.returncode == 0, done.stderr
