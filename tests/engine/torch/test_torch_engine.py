@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import yaml
-from launching import run, train
+from launching import PROJECT, TRAIN, free_port, run
 from layout_checks import BOUNDARIES, check_layouts
 from prepared import write_tokens
 from tiny import run_config
@@ -203,27 +203,45 @@ def folder(tmp_path):
     return tmp_path
 
 
+# Starts of launch/train.py one after the other, each of so many ranks, forked from a process that has imported torch.
+WITHOUT_DEEPSPEED = """
+import json, multiprocessing, os, runpy, sys
+sys.modules["deepspeed"] = None
+import torch._dynamo, megatron_tf.engine.torch.engine, megatron_tf.training.run
+
+def rank(number, world, port, words):
+    if world > 1:
+        place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+fork = multiprocessing.get_context("fork")
+for world, port, words in json.loads(sys.argv[1]):
+    ranks = [fork.Process(target=rank, args=(number, world, port, words)) for number in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        sys.exit(1)
+"""
+
+
 @pytest.mark.slow
 def test_training_without_deepspeed(folder):
     """bf16 on one process, resumed with sharded parameters on two, then grown and with samples split over them."""
-    blocked = folder / "blocked" / "deepspeed"
-    blocked.mkdir(parents=True)
-    (blocked / "__init__.py").write_text("raise ImportError('deepspeed is not here')")
-    assert run(["python", "-c", "import deepspeed"], PYTHONPATH=str(blocked.parent)).returncode != 0
-    hidden = {"PYTHONPATH": f"{blocked.parent}:."}
-    done = train(folder, **hidden)
-    assert done.returncode == 0, done.stdout
-    done = train(folder, "training.train_steps=8", "parallel.shard=parameters", ranks=2, **hidden)
+    grown = [f"run.dir={folder}/grown", f"growth.from={folder}/run", "model.parameter_tokens.ffn=80"]
+    grown += ["parallel.context=2", f"data.validation=[{{path: {folder}/data}}]", "evaluation.interval_steps=4"]
+    starts = [(1, []), (2, ["training.train_steps=8", "parallel.shard=parameters"]), (2, grown)]
+    starts = [(ranks, free_port(), [TRAIN, f"{folder}/config.yml", *overrides]) for ranks, overrides in starts]
+    done = run(["python", "-c", WITHOUT_DEEPSPEED, json.dumps(starts)], fresh=True, PYTHONPATH=str(PROJECT))
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout
     assert "2 ranks as TP1×PP1×DP2, torch, sharded parameters, bf16" in done.stdout
     losses = [
         json.loads(line).get("train/loss") for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert len([loss for loss in losses if loss is not None]) == 8
-    grown = [f"run.dir={folder}/grown", f"growth.from={folder}/run", "model.parameter_tokens.ffn=80"]
-    grown += ["parallel.context=2", f"data.validation=[{{path: {folder}/data}}]", "evaluation.interval_steps=4"]
-    done = train(folder, *grown, ranks=2, **hidden)
-    assert done.returncode == 0 and "growth: held batch" in done.stdout, done.stdout
-    assert "2 ranks as TP1×PP1×DP1×CP2" in done.stdout
+    assert "growth: held batch" in done.stdout and "2 ranks as TP1×PP1×DP1×CP2" in done.stdout, done.stdout
     values = [json.loads(line) for line in (folder / "grown" / "metrics.jsonl").read_text().splitlines()]
     assert any("eval/loss" in line for line in values) and any("health/ffn/dead_share" in line for line in values)
