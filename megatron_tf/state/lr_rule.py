@@ -1,5 +1,5 @@
-"""What `optimizer.lr_rule` and `optimizer.layer_decay` make of each parameter: its learning rate, weight decay and
-initial size. No torch.
+"""What `optimizer.lr_rule`, `candidate_lr_power` and `layer_decay` make of each parameter: its learning rate, weight
+decay and initial size. No torch.
 
 A projection with n tokens adds up n values, each weighted by a score of unit variance, whatever n is. An update of Adam
 moves every value by the rate, in directions that agree, so it moves the output by n times the rate: values want a rate
@@ -8,6 +8,10 @@ output by n times the size of the values; with values that fall as 1/√n, keys 
 
 Decoupled weight decay acts through rate × decay, so values keep that product. Keys are normed: decay alone keeps their
 size, and with rate × decay held, they would turn as fast as without the rule.
+
+A candidate of a bank sees one position of m, so its gradients are as noisy as those of a batch of 1/m of the
+positions, while updates of Adam and Muon are as large as ever. The rate of a smaller batch is lower by the root of its
+share (Malladi et al., 2022, arXiv 2205.10287): 1/√m, a power of 1/2.
 
 With a layer decay, the final norm and the head learn at the whole rate, each block at a fixed share of the next one's,
 and the input layer, also one that is the head as well, at the same share of the first block's.
@@ -35,8 +39,11 @@ PLAIN = Factors()
 
 
 def factors(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
-    """Those of the parameters that the rule or the layer decay changes, by name; none without either."""
+    """Those of the parameters that a rule changes, by name; none without one."""
     found = _by_rule(model, optimizer)
+    for name, rate in _of_candidates(model, optimizer).items():
+        own = found.get(name, PLAIN)
+        found[name] = replace(own, lr=own.lr * rate)
     if optimizer.layer_decay == 1:
         return found
     for name, spec in parameter_table(model).items():
@@ -76,6 +83,18 @@ def _by_rule(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
     return found
 
 
+def _of_candidates(model: Model, optimizer: Optimizer) -> dict[str, float]:
+    """Times the learning rate of what a bank has for each candidate: tokens and router. Not of the balance, which all
+    positions move."""
+    power, rates = optimizer.candidate_lr_power, {}
+    for projection in projections(model).values() if power else ():
+        if projection.bank is not None:
+            for name in (*projection.keys, *projection.values):
+                if name.startswith("bank.") and name != "bank.balance":
+                    rates[f"{projection.name}.{name}"] = projection.bank.candidates**-power
+    return rates
+
+
 def in_words(model: Model, optimizer: Optimizer) -> str:
     """The factors of learning rates: "qkv 0.5 keys, 0.25 values; ...; layers 0.0625 to 0.5"; "" where all are 1."""
     found = _by_rule(model, optimizer)
@@ -84,6 +103,8 @@ def in_words(model: Model, optimizer: Optimizer) -> str:
         key, value = (found[f"{projection.name}.{names[0]}"].lr for names in (projection.keys, projection.values))
         by_kind[projection.kind] = f"{projection.kind} {key:.3g} keys, {value:.3g} values"
     words = list(by_kind.values())
+    if rates := _of_candidates(model, optimizer).values():
+        words.append(f"candidates {min(rates):.3g}" + (f" to {max(rates):.3g}" if max(rates) > min(rates) else ""))
     if (decay := optimizer.layer_decay) != 1:
         words.append(f"layers {decay**model.num_layers:.3g} to {decay:.3g}")
     return "; ".join(words)

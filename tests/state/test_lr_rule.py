@@ -87,6 +87,19 @@ def test_of_candidates_those_count_that_a_position_uses():
     assert not [name for name in found if "router" in name or "balance" in name]
 
 
+def test_candidates_learn_at_a_lower_rate():
+    """The tokens of a bank and its router; not its balance, nor tokens that all positions use. With a rule as well."""
+    sparse = {"ffn": {"group_size": 16, "candidates": 4, "dense": 5}}
+    slow = {"candidate_lr_power": 0.5}
+    own = run_config(model={"sparse": sparse}, optimizer={"lr": 1e-3, **slow})
+    names = {f"blocks.{layer}.ffn.bank.{name}" for layer in (0, 1) for name in ("key_tokens", "value_tokens", "router")}
+    assert factors_of(own) == {name: Factors(lr=0.5) for name in names}
+    assert "rates   × optimizer.lr: candidates 0.5" in describe(own, 1)
+    both = factors_of(config(model={"sparse": sparse}, optimizer=slow))
+    assert both["blocks.0.ffn.bank.value_tokens"] == Factors(2.0, 0.25) and both["blocks.0.ffn.key_tokens"].lr == 2.0
+    assert not factors_of(run_config(optimizer={"lr": 1e-3, **slow}))
+
+
 def test_initial_values_may_be_scaled():
     scaled, plain = initial_source(config({"scale_initial_values": True})), InitialSource(config().model, 7)
     unscaled = initial_source(config())
@@ -141,10 +154,14 @@ def test_two_ranks_with_torch():
 
 
 def test_a_transformer_has_no_use_for_it():
-    plain = config(model={"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 37})
+    plain = config(
+        model={"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 37},
+        optimizer={"candidate_lr_power": 0.5},
+    )
     found = problems_of(lambda: validate(plain, 1))
     assert found == [
         "optimizer.lr_rule: is given, but a transformer has no parameter tokens. Set it to null, and tune optimizer.lr "
-        "for each size."
+        "for each size.",
+        "optimizer.candidate_lr_power: is 0.5, but a transformer has no candidates. Set it to 0.",
     ]
     assert factors_of(plain) == {} and math.isclose(factors_of(config())["blocks.0.ffn.key_tokens"].lr, 2.0)
