@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.data import Data, DataSource
+from megatron_tf.config.tasks import task_of
 from megatron_tf.data.indexed import IndexedDataset, data_file
 from megatron_tf.data.summary import CorpusSummary, known_end, read_summary, summary_file
 from megatron_tf.data.tokenizer import load_tokenizer
@@ -28,22 +29,25 @@ HALVES = ("_train", "_validation")
 
 @dataclass(frozen=True)
 class Passes:
-    """How often a run sees a source."""
+    """How often a run sees a source. `tokens`: how many of `unit` it has."""
 
     path: str
     tokens: int
     passes: float
+    unit: str = "tokens"
 
 
 def passes_over(config: RunConfig, samples: int) -> list[Passes]:
     """Of each source of data.train, when the run takes `samples` samples in all. Raises `DataError` for missing
     data."""
-    total = sum(source.weight for source in config.data.train)
+    total, unit = sum(source.weight for source in config.data.train), task_of(config.model).unit
     found = []
     for source in config.data.train:
-        tokens = IndexedDataset(source.path).num_tokens
-        available = max(1, (tokens - 1) // config.model.seq_length)
-        found.append(Passes(source.path, tokens, samples * source.weight / total / available))
+        dataset = IndexedDataset(source.path)
+        # of images each is a document
+        count = dataset.num_tokens if unit == "tokens" else dataset.num_documents
+        available = (count - 1) // config.model.seq_length if unit == "tokens" else count
+        found.append(Passes(source.path, count, samples * source.weight / total / max(1, available), unit))
     return found
 
 
@@ -51,11 +55,11 @@ def describe_passes(found: Sequence[Passes]) -> str:
     """In words, for one line: "9,000 tokens in data/a: 0.52 passes"."""
     tokens = sum(source.tokens for source in found)
     if len(found) == 1:
-        return f"{tokens:,} tokens in {found[0].path}, {_times(found[0])} over them"
+        return f"{tokens:,} {found[0].unit} in {found[0].path}, {_times(found[0])} over them"
     most = sorted(found, key=lambda source: -source.passes)
     named = ", ".join(f"{source.path} {_times(source)}" for source in most[:SOURCES_NAMED])
     more = f", {len(most) - SOURCES_NAMED} more less often" if len(most) > SOURCES_NAMED else ""
-    return f"{tokens:,} tokens in {len(found)} sources: {named}{more}"
+    return f"{tokens:,} {found[0].unit} in {len(found)} sources: {named}{more}"
 
 
 def _times(source: Passes) -> str:
@@ -64,7 +68,10 @@ def _times(source: Passes) -> str:
 
 
 def data_warnings(config: RunConfig, found: Sequence[Passes]) -> list[str]:
-    """What can hardly be meant, a sentence or two each. `found`: of `passes_over`. Raises `DataError` as it does."""
+    """What can hardly be meant with text, a sentence or two each. `found`: of `passes_over`. Raises `DataError` as it
+    does."""
+    if not isinstance(config.model, LanguageModel):
+        return []
     return [
         *_pass_warnings(found),
         *_overlap_warnings(config.data),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from images import image_config, made_up, write_images
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.data.indexed import IndexedWriter
@@ -67,6 +68,13 @@ def test_passes_follow_from_samples_and_weights(tmp_path):
     assert describe_passes(many).count(" 123 passes") == 4 and describe_passes(many).endswith(", 3 more less often")
     with pytest.raises(DataError, match="none.bin: no such file"):
         passes_over(config([tmp_path / "none"]), 1)
+
+
+def test_images_are_counted_as_images(tmp_path):
+    prefix = write_images(tmp_path / "images", *made_up(9), tuple("abcde"))
+    own = image_config(data={"train": [{"path": str(prefix)}]})
+    found = passes_over(own, 36)
+    assert describe_passes(found) == f"9 images in {prefix}, 4 passes over them" and not data_warnings(own, found)
 
 
 def test_many_passes_are_a_warning(tmp_path):
