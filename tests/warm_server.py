@@ -91,7 +91,7 @@ def end(server: subprocess.Popen, folder: Path) -> None:
     server.stdin.close()
     server.wait()
     for path in folder.iterdir():
-        path.unlink()
+        path.unlink(missing_ok=True)
     folder.rmdir()
 
 
