@@ -1,4 +1,4 @@
-"""What `optimizer.lr_rule`, `candidate_lr_power` and `layer_decay` make of each parameter: its learning rate, weight
+"""What `optimizer.lr_rule`, `candidate_lr_factor` and `layer_decay` make of each parameter: its learning rate, weight
 decay and initial size. No torch.
 
 A projection with n tokens adds up n values, each weighted by a score of unit variance, whatever n is. An update of Adam
@@ -8,10 +8,6 @@ output by n times the size of the values; with values that fall as 1/√n, keys 
 
 Decoupled weight decay acts through rate × decay, so values keep that product. Keys are normed: decay alone keeps their
 size, and with rate × decay held, they would turn as fast as without the rule.
-
-A candidate of a bank sees one position of m, so its gradients are as noisy as those of a batch of 1/m of the
-positions, while updates of Adam and Muon are as large as ever. The rate of a smaller batch is lower by the root of its
-share (Malladi et al., 2022, arXiv 2205.10287): 1/√m, a power of 1/2.
 
 With a layer decay, the final norm and the head learn at the whole rate, each block at a fixed share of the next one's,
 and the input layer, also one that is the head as well, at the same share of the first block's.
@@ -41,9 +37,9 @@ PLAIN = Factors()
 def factors(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
     """Those of the parameters that a rule changes, by name; none without one."""
     found = _by_rule(model, optimizer)
-    for name, rate in _of_candidates(model, optimizer).items():
+    for name in _of_candidates(model, optimizer):
         own = found.get(name, PLAIN)
-        found[name] = replace(own, lr=own.lr * rate)
+        found[name] = replace(own, lr=own.lr * optimizer.candidate_lr_factor)
     if optimizer.layer_decay == 1:
         return found
     for name, spec in parameter_table(model).items():
@@ -83,16 +79,16 @@ def _by_rule(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
     return found
 
 
-def _of_candidates(model: Model, optimizer: Optimizer) -> dict[str, float]:
-    """Times the learning rate of what a bank has for each candidate: tokens and router. Not of the balance, which all
-    positions move."""
-    power, rates = optimizer.candidate_lr_power, {}
-    for projection in projections(model).values() if power else ():
-        if projection.bank is not None:
-            for name in (*projection.keys, *projection.values):
-                if name.startswith("bank.") and name != "bank.balance":
-                    rates[f"{projection.name}.{name}"] = projection.bank.candidates**-power
-    return rates
+def _of_candidates(model: Model, optimizer: Optimizer) -> list[str]:
+    """What learns at the rate of candidates: all that a bank has."""
+    if optimizer.candidate_lr_factor == 1:
+        return []
+    return [
+        f"{projection.name}.{name}"
+        for projection in projections(model).values()
+        for name in (*projection.keys, *projection.values)
+        if name.startswith("bank.")
+    ]
 
 
 def in_words(model: Model, optimizer: Optimizer) -> str:
@@ -103,8 +99,8 @@ def in_words(model: Model, optimizer: Optimizer) -> str:
         key, value = (found[f"{projection.name}.{names[0]}"].lr for names in (projection.keys, projection.values))
         by_kind[projection.kind] = f"{projection.kind} {key:.3g} keys, {value:.3g} values"
     words = list(by_kind.values())
-    if rates := _of_candidates(model, optimizer).values():
-        words.append(f"candidates {min(rates):.3g}" + (f" to {max(rates):.3g}" if max(rates) > min(rates) else ""))
+    if _of_candidates(model, optimizer):
+        words.append(f"candidates {optimizer.candidate_lr_factor:.3g}")
     if (decay := optimizer.layer_decay) != 1:
         words.append(f"layers {decay**model.num_layers:.3g} to {decay:.3g}")
     return "; ".join(words)

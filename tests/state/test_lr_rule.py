@@ -87,12 +87,13 @@ def test_of_candidates_those_count_that_a_position_uses():
     assert not [name for name in found if "router" in name or "balance" in name]
 
 
-def test_candidates_learn_at_a_lower_rate():
-    """The tokens of a bank and its router; not its balance, nor tokens that all positions use. With a rule as well."""
+def test_candidates_learn_at_a_rate_of_their_own():
+    """All that a bank has, and no token that every position uses. With a rule as well."""
     sparse = {"ffn": {"group_size": 16, "candidates": 4, "dense": 5}}
-    slow = {"candidate_lr_power": 0.5}
+    slow = {"candidate_lr_factor": 0.5}
     own = run_config(model={"sparse": sparse}, optimizer={"lr": 1e-3, **slow})
-    names = {f"blocks.{layer}.ffn.bank.{name}" for layer in (0, 1) for name in ("key_tokens", "value_tokens", "router")}
+    bank = ("key_tokens", "value_tokens", "router", "balance")
+    names = {f"blocks.{layer}.ffn.bank.{name}" for layer in (0, 1) for name in bank}
     assert factors_of(own) == {name: Factors(lr=0.5) for name in names}
     assert "rates   × optimizer.lr: candidates 0.5" in describe(own, 1)
     both = factors_of(config(model={"sparse": sparse}, optimizer=slow))
@@ -156,12 +157,12 @@ def test_two_ranks_with_torch():
 def test_a_transformer_has_no_use_for_it():
     plain = config(
         model={"architecture": "transformer", "parameter_tokens": None, "ffn_hidden_size": 37},
-        optimizer={"candidate_lr_power": 0.5},
+        optimizer={"candidate_lr_factor": 0.5},
     )
     found = problems_of(lambda: validate(plain, 1))
     assert found == [
         "optimizer.lr_rule: is given, but a transformer has no parameter tokens. Set it to null, and tune optimizer.lr "
         "for each size.",
-        "optimizer.candidate_lr_power: is 0.5, but a transformer has no candidates. Set it to 0.",
+        "optimizer.candidate_lr_factor: is 0.5, but a transformer has no candidates. Set it to 1.",
     ]
     assert factors_of(plain) == {} and math.isclose(factors_of(config())["blocks.0.ffn.key_tokens"].lr, 2.0)

@@ -127,10 +127,10 @@ def lr_rule_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.lr_rule: is given, but a {config.model.architecture} has no parameter tokens. Set it to null, "
             "and tune optimizer.lr for each size."
         )
-    if config.optimizer.candidate_lr_power and not architecture_of(config.model).token_counts(config.model):
+    if config.optimizer.candidate_lr_factor != 1 and not architecture_of(config.model).token_counts(config.model):
         yield (
-            f"optimizer.candidate_lr_power: is {config.optimizer.candidate_lr_power:g}, but a "
-            f"{config.model.architecture} has no candidates. Set it to 0."
+            f"optimizer.candidate_lr_factor: is {config.optimizer.candidate_lr_factor:g}, but a "
+            f"{config.model.architecture} has no candidates. Set it to 1."
         )
 
 

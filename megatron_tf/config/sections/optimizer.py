@@ -56,8 +56,8 @@ class Optimizer(OpenSection):
     """Of parameter tokens and embedding, never of the final norm."""
     lr_rule: LrRule | None = None
     """Learning rates by the number of tokens. null: all of a group learn at one rate. Since 0.2."""
-    candidate_lr_power: LrPower = 0.0
-    """Of m candidates, learning rate over that of other tokens is 1/m to this power; 0.5 fits most. Since 0.2."""
+    candidate_lr_factor: Positive = 1.0
+    """Learning rate of candidates, their router and balance, over that of other tokens. Since 0.2."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learning rate of a block over that of the next one, of the head over that of the last block. Since 0.2."""
     schedule: Schedule = Schedule()
