@@ -224,6 +224,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(folder, tmp_path):
             "optimizer.lr_rule: is for models of parameter tokens",
         ),
         ("optimizer.layer_decay=0.5", "optimizer.layer_decay: is for layers of a model"),
+        ("optimizer.candidate_lr_factor=0.5", "optimizer.candidate_lr_factor: is for candidates of a model"),
         ("adapter.from=x", "adapter.from: has tokens and modules of its own"),
         ("base=null", "base: nothing (null), but a section with keys is expected."),
         ("model.hidden_size=3", "model: unknown key"),
