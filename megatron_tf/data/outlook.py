@@ -15,7 +15,8 @@ from megatron_tf.config.sections.data import Data, DataSource
 from megatron_tf.config.tasks import task_of
 from megatron_tf.data.indexed import IndexedDataset, data_file
 from megatron_tf.data.summary import CorpusSummary, known_end, read_summary, summary_file
-from megatron_tf.data.tokenizer import load_tokenizer
+from megatron_tf.data.tokenizer import check_kind, load_tokenizer
+from megatron_tf.data.tokenizer_files import NotATokenizerError
 from megatron_tf.errors import DataError
 from megatron_tf.tasks.language_model.section import LanguageModel, vocab_size_of
 from megatron_tf.telemetry.text import plural
@@ -155,13 +156,17 @@ def _end_warnings(data: Data) -> Iterator[str]:
 
 
 def tokenizer_problem(config: RunConfig) -> str | None:
-    """What is wrong when data.tokenizer has more tokens than the model; as far as summaries or the file tell."""
+    """What is wrong when data.tokenizer is none, or has more tokens than the model; as far as its name, summaries or
+    the file tell."""
     name = config.data.tokenizer
     if name is None or not isinstance(config.model, LanguageModel):
         return None
     size = config.model.vocab_size
     try:
+        check_kind(name)
         found = _sizes(config.data) or load_tokenizer(name, known_end(config.data)).vocab_size
+    except NotATokenizerError as error:
+        return f"data.tokenizer: {error}"
     except DataError:
         # Training needs neither the tokenizer nor its package, and says itself what it cannot read.
         return None

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_tf.data.spans import Spans, byte_spans
 from megatron_tf.data.special_tokens import LARGEST_ID, Eod, check_ids, find_eod
-from megatron_tf.data.tokenizer_files import is_library_failure, read_tokenizer_file
+from megatron_tf.data.tokenizer_files import NotATokenizerError, is_library_failure, read_tokenizer_file
 from megatron_tf.errors import DataError
 
 NAME_PREFIX = "tiktoken:"
@@ -119,7 +119,7 @@ class TiktokenTokenizer:
         except BaseException as error:  # rubbish fails in many ways, in Python and in the library's Rust
             if not is_library_failure(error):
                 raise
-            raise DataError(f"{tokenizer}: not a tiktoken rank file that fits its spec ({error}).") from None
+            raise NotATokenizerError(f"{tokenizer}: not a tiktoken rank file that fits its spec ({error}).") from None
         vocabulary = {**{repr(token): rank for token, rank in tokens.items()}, **spec.special_tokens}
         self.vocab_size = check_ids(tokenizer, vocabulary)
         self.eod_id = find_eod(tokenizer, vocabulary, eod, spec.special_tokens)
@@ -152,7 +152,7 @@ def _files(tokenizer: str) -> tuple[bytes, Spec]:
         return ranks, _read_spec(spec_path)
     name = path.name.removesuffix(SUFFIX)
     if name not in ENCODINGS:
-        raise DataError(
+        raise NotATokenizerError(
             f"{path}: it is not known how this encoding splits text. Write {spec_path.name} next to it, with pat_str "
             f"and special_tokens, or give the file its public name ({', '.join(ENCODINGS)})."
         )
@@ -163,7 +163,7 @@ def _known_spec(name: str, path: Path, ranks: bytes) -> Spec:
     expected, spec = ENCODINGS[name]
     found = hashlib.sha256(ranks).hexdigest()
     if found != expected:
-        raise DataError(
+        raise NotATokenizerError(
             f"{path}: has SHA-256 {found[:12]}, OpenAI's {name} has {expected[:12]}. Copy it again, or write "
             f"{path.name}.json next to it if it is an encoding of your own."
         )
@@ -172,7 +172,7 @@ def _known_spec(name: str, path: Path, ranks: bytes) -> Spec:
 
 def _cached(name: str) -> tuple[bytes, Spec]:
     if name not in ENCODINGS:
-        raise DataError(f"{NAME_PREFIX}{name}: unknown encoding. Known are {', '.join(ENCODINGS)}.")
+        raise NotATokenizerError(f"{NAME_PREFIX}{name}: unknown encoding. Known are {', '.join(ENCODINGS)}.")
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     cache = Path(folder) if folder else Path(tempfile.gettempdir()) / "data-gym-cache"
     path = cache / hashlib.sha1(URL.format(name).encode()).hexdigest()
@@ -196,7 +196,9 @@ def _read_spec(path: Path) -> Spec:
     except (ValueError, TypeError, KeyError, RecursionError):
         valid = False
     if not valid:
-        raise DataError(f'{path}: must be {{"pat_str": "...", "special_tokens": {{"{END_OF_TEXT}": number, ...}}}}.')
+        raise NotATokenizerError(
+            f'{path}: must be {{"pat_str": "...", "special_tokens": {{"{END_OF_TEXT}": number, ...}}}}.'
+        )
     return spec
 
 

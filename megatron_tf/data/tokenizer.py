@@ -15,10 +15,16 @@ import numpy as np
 from megatron_tf.data.spans import Spans, byte_spans
 from megatron_tf.data.special_tokens import EOD_TOKENS, Eod, check_ids, find_eod
 from megatron_tf.data.tiktoken_files import TiktokenTokenizer, is_tiktoken, tiktoken_fingerprint
-from megatron_tf.data.tokenizer_files import is_library_failure, read_tokenizer_file, without_sampling
+from megatron_tf.data.tokenizer_files import (
+    NotATokenizerError,
+    is_library_failure,
+    read_tokenizer_file,
+    without_sampling,
+)
 from megatron_tf.errors import DataError
 
 BYTES = "bytes"  # the name of the tokenizer that needs no file
+_SUFFIXES = (".json", ".model")
 
 
 class Tokenizer(Protocol):
@@ -62,6 +68,7 @@ def load_tokenizer(path: str | Path, eod: Eod = None) -> Tokenizer:
     Raises `DataError` when it is missing, broken, needs a package that is missing, has no such token, or several of
     the usual names.
     """
+    check_kind(path)
     if str(path) == BYTES:
         return ByteTokenizer(eod)
     if is_tiktoken(str(path)):
@@ -69,13 +76,21 @@ def load_tokenizer(path: str | Path, eod: Eod = None) -> Tokenizer:
     path = Path(path)
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, eod)
-    if path.suffix == ".model":
-        return SentencePieceTokenizer(path, eod)
-    missing = "" if os.path.lexists(path) else " There is no such file."
-    raise DataError(
+    return SentencePieceTokenizer(path, eod)
+
+
+def check_kind(path: str | Path) -> None:
+    """Raise `DataError` unless the name is of a kind that `load_tokenizer` opens: `NotATokenizerError` where there is
+    a file of that name."""
+    if str(path) == BYTES or is_tiktoken(str(path)) or Path(path).suffix in _SUFFIXES:
+        return
+    message = (
         f"{path}: unknown kind of tokenizer. Give a Hugging Face tokenizers .json, a SentencePiece .model, a "
-        f".tiktoken file, or {BYTES!r}.{missing}"
+        f".tiktoken file, or {BYTES!r}."
     )
+    if os.path.lexists(path):
+        raise NotATokenizerError(message)
+    raise DataError(f"{message} There is no such file.")
 
 
 def tokenizer_fingerprint(path: str | Path) -> str:
@@ -137,7 +152,9 @@ class HuggingFaceTokenizer:
         except BaseException as error:
             if not is_library_failure(error):
                 raise
-            raise DataError(f"{path}: not a Hugging Face tokenizers file ({error}). Give its tokenizer.json.") from None
+            raise NotATokenizerError(
+                f"{path}: not a Hugging Face tokenizers file ({error}). Give its tokenizer.json."
+            ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -191,7 +208,7 @@ class SentencePieceTokenizer:
             ids = range(self._processor.get_piece_size())
             vocabulary = {self._processor.id_to_piece(number): number for number in ids}
         except (RuntimeError, OSError, ValueError) as error:
-            raise DataError(f"{path}: not a SentencePiece model ({error}). Give the .model file.") from None
+            raise NotATokenizerError(f"{path}: not a SentencePiece model ({error}). Give the .model file.") from None
         # Newer versions fill arrays themselves, which is faster than to turn their lists into arrays.
         self._makes_arrays = "return_type" in inspect.signature(self._processor.encode).parameters
         special = {piece: number for piece, number in vocabulary.items() if self._processor.is_control(number)}

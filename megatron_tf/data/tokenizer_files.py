@@ -15,6 +15,10 @@ LARGEST_FILE = 1 << 28
 SAMPLING = ("dropout", "alpha", "nbest_size")
 
 
+class NotATokenizerError(DataError):
+    """What is named is no tokenizer that we know, whatever packages are installed."""
+
+
 def read_tokenizer_file(path: Path) -> bytes:
     """Its content. Raises `DataError` when it is missing, no plain file, or larger than any tokenizer."""
     with file_errors(DataError, path, "The tokenizer cannot be read: correct the path or make the file readable."):

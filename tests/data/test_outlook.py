@@ -171,6 +171,40 @@ def test_a_tokenizer_for_data_of_other_programs(tmp_path):
     assert tokenizer_problem(config([data], vocab_size=5, tokenizer=str(tmp_path / "none.json"))) is None
 
 
+def test_a_tokenizer_of_no_known_kind(tmp_path):
+    data, other = write(tmp_path / "a", 50), write(tmp_path / "b", 50, vocab_size=403)
+    path = tmp_path / "tokenizer.txt"
+    missing = config([data], vocab_size=403, tokenizer=str(path))
+    # which is said of the machine
+    assert tokenizer_problem(missing) is None
+    path.write_text("{}")
+    for prefix in (data, other):
+        assert tokenizer_problem(config([prefix], vocab_size=403, tokenizer=str(path))) == (
+            f"data.tokenizer: {path}: unknown kind of tokenizer. Give a Hugging Face tokenizers .json, a SentencePiece "
+            ".model, a .tiktoken file, or 'bytes'."
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("a.json", "not a Hugging Face tokenizers file"),
+        ("a.model", "not a SentencePiece model"),
+        ("a.tiktoken", "it is not known how this encoding splits text"),
+        ("cl100k_base.tiktoken", "has SHA-256"),
+        ("tiktoken:none", "unknown encoding"),
+    ],
+)
+def test_a_tokenizer_that_is_none(tmp_path, name, problem):
+    if name.endswith(".model"):
+        pytest.importorskip("sentencepiece")
+    path = name if name.startswith("tiktoken:") else str(tmp_path / name)
+    if path != name:
+        Path(path).write_text("[]")
+    found = tokenizer_problem(config([write(tmp_path / "b", 50)], vocab_size=403, tokenizer=path))
+    assert found is not None and found.startswith(f"data.tokenizer: {path}: {problem}")
+
+
 def test_an_evaluation_within_the_validation_data_is_silent():
     assert evaluation_warning(64, 64) is None
 
