@@ -39,8 +39,14 @@ def stage_steps(folder, run, stage):
     return [record["step"] for record in records if "train/loss" in record]
 
 
+# (stage, checkpoint that is lost): in the middle of a stage, at the end of a stage before the next has saved, and at the
+# very end
+CUTS = [("middle", "step_00000004"), ("big", ""), ("big", "step_00000006")]
+
+
 @pytest.mark.slow
-def test_a_chain_on_three_layouts_resumes_anywhere(chain):
+@pytest.mark.parametrize("cuts", [CUTS[:1], pytest.param(CUTS[1:], marks=pytest.mark.scale)])
+def test_a_chain_on_three_layouts_resumes_anywhere(chain, cuts):
     whole = train(chain, f"run.dir={chain}/whole", ranks=2)
     assert whole.returncode == 0, whole.stdout
     assert [stage_steps(chain, "whole", stage)[-1] for stage in ("small", "middle", "big")] == [6, 4, 6]
@@ -49,8 +55,7 @@ def test_a_chain_on_three_layouts_resumes_anywhere(chain):
     assert index.tokens == (6 * 8 + 4 * 4 + 6 * 8) * 16
     assert all(entry["loss_before"] == pytest.approx(entry["loss_after"]) for entry in index.growth_history)
 
-    # cut off in the middle of a stage, at the end of a stage before the next has saved, and at the very end
-    for stage, lost in (("middle", "step_00000004"), ("big", ""), ("big", "step_00000006")):
+    for stage, lost in cuts:
         run = chain / "run"
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(chain / "whole", run)
