@@ -16,18 +16,17 @@ if not torch.cuda.is_available():
 # torch's compiler would start helpers, each of which imports torch, for kernels that are compiled in no time.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# Ranks are forked from a process that has imported what each of them would import anew, for some tenths of a second.
-local_ranks.IMPORTS += ["pytest", "torch.utils.cpp_extension", "deepspeed.module_inject.auto_ep_layer",
-                        "megatron_tf.verification.resume", "megatron_tf.engine.torch.engine",
-                        "megatron_tf.activations.l2_norm_gelu", "megatron_tf.architectures.transformer.block",
-                        "megatron_tf.architectures.tokenformer.block"]  # fmt: skip
-
 # A shell has its jobs in the background ignore Control-C, and what they start as well; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # tests share `distributed.py`; spawned ranks must find it as well
 sys.path.insert(0, str(Path(__file__).parent))
+
+from warm_server import OF_RANKS  # noqa: E402
+
+# Ranks are forked from a process that has imported what each of them would import anew, for some tenths of a second.
+local_ranks.IMPORTS += OF_RANKS
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import launching
 import pytest
-from launching import free_port
 
 CONFTEST = Path(__file__).with_name("conftest.py")
 
@@ -52,9 +52,19 @@ def test_long_files_come_first(conftest):
     ]  # fmt: skip
 
 
-def test_workers_have_ports_of_their_own(monkeypatch):
-    for worker, thousand in (("gw0", 20), ("gw1", 21), ("gw11", 31), ("gw12", 20)):
-        monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
-        assert free_port() // 1_000 == thousand
-    monkeypatch.delenv("PYTEST_XDIST_WORKER")
-    assert free_port() // 1_000 == 20
+@pytest.fixture
+def ports_of(monkeypatch):
+    """ports_of(worker) is `free_port`, of a process that is this worker of pytest, or none."""
+
+    def ports(worker):
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", worker) if worker else monkeypatch.delenv("PYTEST_XDIST_WORKER")
+        launching._ports.cache_clear()
+        return launching.free_port
+
+    yield ports
+    launching._ports.cache_clear()
+
+
+def test_workers_have_ports_of_their_own(ports_of):
+    for worker, thousand in (("gw0", 20), ("gw1", 21), ("gw11", 31), ("gw12", 20), (None, 20)):
+        assert ports_of(worker)() // 1_000 == thousand

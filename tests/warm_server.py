@@ -47,6 +47,18 @@ SEEN_TO = ["PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "TORCHEL
 if not os.path.exists("/dev/nvidiactl"):
     # without a GPU they mean nothing; the deepspeed launcher sets the first
     SEEN_TO += ["CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME"]
+# What ranks import in the course of their work, besides `local_ranks.IMPORTS`.
+OF_RANKS = ["pytest", "torch.utils.cpp_extension", "torch.distributed._composable.replicate_with_fsdp",
+            "torch.distributed.pipelining", "torch.profiler._cupti_monitor", "numpy.ctypeslib", "encodings.ascii",
+            "deepspeed.comm.mori", "deepspeed.module_inject.auto_ep_layer", "deepspeed.utils.pin_memory",
+            "megatron_tf.activations.built_in", "megatron_tf.activations.l2_norm_gelu",
+            "megatron_tf.architectures.tokenformer.architecture", "megatron_tf.architectures.tokenformer.block",
+            "megatron_tf.architectures.tokenformer.forms", "megatron_tf.architectures.transformer.block",
+            "megatron_tf.architectures.tokenformer.work", "megatron_tf.engine.deepspeed.joining",
+            "megatron_tf.engine.torch.engine", "megatron_tf.engine.torch.pipeline", "megatron_tf.optimizers.adamw_ema",
+            "megatron_tf.optimizers.muon", "megatron_tf.tasks.language_model.checks",
+            "megatron_tf.tasks.language_model.data", "megatron_tf.tasks.language_model.layers",
+            "megatron_tf.verification.resume"]  # fmt: skip
 
 
 @functools.cache
@@ -120,9 +132,10 @@ def import_everything() -> None:
     quiet_libraries()
     from megatron_tf.runtime.local_ranks import IMPORTS
 
-    names = [*IMPORTS, "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run", "peft",
-             "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
-             "transformers.tokenization_utils_tokenizers", "transformers.generation.utils"]  # fmt: skip
+    names = [*IMPORTS, *OF_RANKS, "megatron_tf.__main__", "deepspeed.launcher.runner", "deepspeed.launcher.launch",
+             "torch.distributed.run", "peft", "transformers.models.auto.modeling_auto",
+             "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers",
+             "transformers.generation.utils"]  # fmt: skip
     for name in ("adapters", "commands", "convert", "engine", "evaluation", "finetuning", "inference", "training"):
         package = importlib.import_module(f"megatron_tf.{name}")
         names += [module.name for module in pkgutil.walk_packages(package.__path__, f"megatron_tf.{name}.")]

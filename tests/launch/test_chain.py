@@ -39,8 +39,7 @@ def stage_steps(folder, run, stage):
     return [record["step"] for record in records if "train/loss" in record]
 
 
-# (stage, checkpoint that is lost): in the middle of a stage, at the end of a stage before the next has saved, and at the
-# very end
+# (stage, checkpoint that is lost): in the middle of a stage, at its end before the next has saved, and at the very end
 CUTS = [("middle", "step_00000004"), ("big", ""), ("big", "step_00000006")]
 
 

@@ -2,7 +2,7 @@
 
 | what | why |
 |---|---|
-| `__compatible_ops__["deepspeed_shm_comm"]` | a CPU compiles this op for a minute; a killed build leaves a lock |
+| `ops.__compatible_ops__` | a CPU compiles `deepspeed_shm_comm` for a minute; a killed build leaves a lock |
 | `PipelineEngine._INSTRUCTION_MAP` | the only place that tells forward, backward and communication of a step apart |
 | `clip_fp32_gradients` | without ZeRO it forgets the norm that it computed, and updates whatever it was |
 | `clear_hp_grads`, `_update_scale` | they drop the gradients of a skipped step before a look which were not finite |
@@ -47,7 +47,8 @@ PHASE_OF = {
 
 def attach() -> None:
     """Puts DeepSpeed's layer on the ranks that torch.distributed has joined."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its communication alone looks here, for this op; to ask for the table would try the compiler with every op.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
