@@ -123,7 +123,7 @@ def check_replaceable(prefix: str | Path) -> None:
 
 
 def _own_content(path: Path) -> dict[str, Any] | None:
-    """The JSON object of a file that we wrote, of any version; None for an object of others and for no file."""
+    """The JSON object of a file that we wrote, of any version; None for any other JSON and for no file."""
     with file_errors(DataError, path, "Make it readable, or move it away if it does not describe the data next to it."):
         try:
             raw = read_plain(path, MOST_BYTES)
@@ -138,12 +138,7 @@ def _own_content(path: Path) -> dict[str, Any] | None:
             f"{path}: has {len(raw)} bytes that are no JSON ({error}). It should describe the data next to it: copy it "
             f"again, or delete it and the data and prepare them again."
         ) from None
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path}: holds {shown(content)}, and not a JSON object. It should describe the data next to it: copy it "
-            "again, move it away if it is of other data, or delete it and the data and prepare them again."
-        )
-    name = str(content.get("format", ""))
+    name = str(content.get("format", "")) if isinstance(content, dict) else ""
     if name.startswith(IMAGES_FORMAT):
         raise DataError(
             f"{path}: holds images, and not text. Give prepared text, or set model.task to image_classification."

@@ -80,14 +80,6 @@ def test_other_rubbish(path, content):
         read_summary(path.with_suffix(""))
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "5", '"megatron_tf corpus 1"'])
-def test_json_that_is_no_object(path, content):
-    path.write_text(content)
-    for use in (read_summary, check_replaceable):
-        with pytest.raises(DataError, match=r"x\.json: holds .*, and not a JSON object\. .*prepare them again"):
-            use(path.with_suffix(""))
-
-
 def test_unreadable(path):
     path.unlink()
     path.mkdir()
