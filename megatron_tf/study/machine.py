@@ -37,10 +37,9 @@ def share(ranks: int, workers: int | None) -> Share:
         )
     workers = workers or room // ranks
     devices: tuple[str, ...] = ()
-    if shared and gpus:
-        devices = tuple(gpus[number % len(gpus)] for number in range(workers))
-    elif gpus:
-        devices = tuple(",".join(gpus[number * ranks : (number + 1) * ranks]) for number in range(workers))
+    if gpus:
+        in_turn = [gpus[place % len(gpus)] for place in range(workers * ranks)]
+        devices = tuple(",".join(in_turn[first : first + ranks]) for first in range(0, len(in_turn), ranks))
     return Share(workers, max(1, cores // (workers * ranks)), devices)
 
 

@@ -122,12 +122,14 @@ def matrix_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
 
 
 def lr_rule_problems(config: RunConfig) -> Iterator[str]:
-    if config.optimizer.lr_rule is not None and not architecture_of(config.model).token_counts(config.model):
+    if architecture_of(config.model).token_counts(config.model):
+        return
+    if config.optimizer.lr_rule is not None:
         yield (
             f"optimizer.lr_rule: is given, but a {config.model.architecture} has no parameter tokens. Set it to null, "
             "and tune optimizer.lr for each size."
         )
-    if config.optimizer.candidate_lr_factor != 1 and not architecture_of(config.model).token_counts(config.model):
+    if config.optimizer.candidate_lr_factor != 1:
         yield (
             f"optimizer.candidate_lr_factor: is {config.optimizer.candidate_lr_factor:g}, but a "
             f"{config.model.architecture} has no candidates. Set it to 1."
