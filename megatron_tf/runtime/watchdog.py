@@ -293,7 +293,7 @@ class Watchdog:
                 silent.append(f"rank {rank} has not said a word since the ranks met")
             elif heard is not None and heard.time < time_limit and not heard.word.left:
                 word = heard.word
-                silent.append(f"rank {rank} on {word.host} is silent, or has ended, since {word.place}")
+                silent.append(f"rank {rank} on {word.host} is silent, or has ended, and was last heard in {word.place}")
         return ", ".join(silent)
 
     def _agreed(self, own: str) -> str:

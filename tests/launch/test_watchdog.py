@@ -75,7 +75,7 @@ def fall_in(
 
 def assert_named(code: int | None, output: str, victim: int, place: str) -> None:
     assert code == LOST_EXIT_CODE, output
-    assert f"rank {victim} on {socket.gethostname()} is silent, or has ended, since" in output, output
+    assert f"rank {victim} on {socket.gethostname()} is silent, or has ended, and was last heard in" in output, output
     assert place in output and "Traceback" not in output, output
 
 

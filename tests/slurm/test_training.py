@@ -124,9 +124,8 @@ def test_a_rank_that_hangs_is_named_and_the_job_requeued(cluster, submit, undist
     # under load a rank may be silent for as long when it starts again
     hang, requeued, _ = out.partition("back into the queue")
     assert requeued and "no step ended for 10 s" in hang, out
-    named = re.findall(r"(rank \d) on (n\d) is silent, or has ended, since step (\d+)", hang)
-    assert named and {(rank, node) for rank, node, _ in named} == {("rank 2", "n2")}, out
-    assert 1 <= int(named[0][2]) < STEPS
+    named = re.findall(r"(rank \d) on (n\d) is silent, or has ended, and was last heard in", hang)
+    assert set(named) == {("rank 2", "n2")}, out
     stack = (run / "hang-rank0.txt").read_text()
     assert re.search("all_reduce|all_gather|reduce_scatter", stack) or (run / "hang-rank3.txt").exists(), stack
     assert_same_weights(run, undisturbed)
