@@ -1,1 +1,1 @@
-"""Studies: many runs that answer one question. From a file of arms to runs, their queue, their results and a report."""
+"""Studies: many runs that answer one question. A file of arms becomes runs, a queue, results and a report."""

@@ -1,4 +1,4 @@
-"""What arms cost by the clock: the tokens of a run and its parents, at speeds that were measured one beside another."""
+"""The cost of arms in seconds: the tokens of a run and its parents, divided by speeds measured in one session."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron_tf.study.result import Result
 
 
 def with_seconds(plan: Plan, runs: Mapping[str, Result], speeds: Speeds) -> dict[str, Result]:
-    """The runs that count, with the seconds of training that led to their ends in place of FLOPs: then what is said at
-    equal FLOPs is said at equal time. Those whose speeds are not known are left out."""
+    """The `counted` runs by name, with `flops` replaced by the seconds of training up to their ends, so that the
+    comparison at equal FLOPs becomes one at equal time. Runs of unknown speed are left out."""
     found = {}
     for node, result in counted(plan, runs):
         if (seconds := seconds_to(node, speeds)) is not None:
@@ -22,7 +22,8 @@ def with_seconds(plan: Plan, runs: Mapping[str, Result], speeds: Speeds) -> dict
 
 
 def seconds_to(node: Node, speeds: Speeds) -> float | None:
-    """To the end of a run, with those of its parents as far as they lead there."""
+    """Seconds of training up to the end of a run, parents included up to where the next run leaves them; None when a
+    speed is not known."""
     way, total = way_to(node), 0.0
     for here, after in zip(way, [*way[1:], None]):
         until = here.end.tokens if after is None else after.begin.tokens

@@ -15,7 +15,7 @@ REMEDY = f"Give them one, {NOT_COMPARED}"
 
 
 def check_comparable(plan: Plan) -> None:
-    """ConfigError with the names of the arms that differ in what a comparison needs, and with what they have."""
+    """Raises ConfigError with the names and values of comparable arms that differ in budget, schedule or data."""
     nodes = [plan.of(arm)[0] for arm in plan.study.arms if arm.comparable and plan.of(arm)]
     problems = [*_budget_problems(nodes, plan.study.tolerance), *_other_problems(nodes)]
     unmeasured = [arm.name for arm in plan.study.arms if plan.of(arm) and not plan.of(arm)[0].config.data.validation]
@@ -53,7 +53,7 @@ def _budget_problems(nodes: Sequence[Node], tolerance: float) -> Iterator[str]:
 
 
 def _asked(node: Node) -> float:
-    """The FLOPs of an arm as its file has them, before they become whole steps."""
+    """The FLOPs of an arm as its file gives them, before they are rounded to whole steps."""
     arm = node.arm
     if arm.flops is not None:
         return arm.flops
@@ -71,23 +71,23 @@ def _in_steps(node: Node) -> str:
 
 
 def _longer(first: Node, apart: Sequence[Node], tolerance: float) -> str:
-    """Begins the remedies by the budget from which on the rounding of each arm, at most half a step, is tolerated."""
+    """The first remedy: the budget above which the rounding of each arm, at most half a step, is tolerated."""
     if tolerance == 0:
         return "Set"
     widest = max(_a_step(node) for node in apart)
     enough = (_a_step(first) + widest) / 2 / tolerance + _a_step(first)
-    # a twentieth more, because two digits of it are shown
+    # 5 % more, because only two digits are shown and might be rounded down
     return f"Give them {1.05 * enough:.2g} FLOPs or more, or set"
 
 
 def _wide(first: Node, apart: Sequence[Node]) -> float:
-    """The tolerance, in thousandths, that would do."""
+    """The smallest tolerance that would do, rounded up to thousandths."""
     share = 1 - min(node.end.flops for node in apart) / first.end.flops
     return math.ceil(1000 * share) / 1000
 
 
 def _budget_key(node: Node) -> str:
-    """Where the length of a run is given."""
+    """The key that gives the length of the run."""
     arm = node.arm
     return "flops" if arm.flops is not None else "tokens" if arm.tokens is not None else "training"
 

@@ -1,7 +1,7 @@
-"""What an arm has come to against others: at equal floating-point operations, at equal loss, and for all sizes at once.
+"""Arms against others: at equal floating-point operations, at equal loss, and for all sizes at once.
 
-A *curve* has the points (FLOPs, loss) of one model that was annealed at several budgets, for one seed. What it does not
-reach is not made up: a cost is then a bound, and a difference is left out.
+A *curve* has the points (FLOPs, loss) of one model that was annealed at several budgets, for one seed. Curves are not
+extrapolated: beyond their ends a cost is only a bound, and a difference is left out.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from megatron_tf.study.statistics import Cost, cheapest, interval, loss_at
 
 Json = dict[str, Any]
 Curve = Sequence[tuple[float, float]]
-# Of one baseline: by seed, the curves of which the best one counts
+# one baseline: by seed, the curves, of which the best counts
 Baseline = Mapping[int, Sequence[Curve]]
 
 BEST_STATIC = "best static"
 
 
 def family_baselines(plan: Plan, runs: Mapping[str, Result]) -> dict[str, Baseline]:
-    """Each family by name, at the seeds that have two points or more."""
+    """Families by name, each with the seeds that have at least two points."""
     found: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for node, result in counted(plan, runs):
         if node.arm.family is not None:
@@ -50,16 +50,17 @@ def static_curves(plan: Plan, runs: Mapping[str, Result]) -> dict[int, dict[Mode
 
 
 def best_static(curves: Mapping[int, Mapping[Model, Curve]]) -> Baseline:
-    """Whichever model of those that have not grown is best."""
+    """The baseline of all models that have not grown, of which the best counts."""
     return {seed: list(of.values()) for seed, of in curves.items()}
 
 
 def against(results: Mapping[int, Result], baseline: Baseline, tolerance: float) -> Json | None:
-    """An arm against a baseline, of the seeds that both have; None when there are none.
+    """An arm against a baseline, at the seeds that both have; None when there are none.
 
-    `ratio`: its FLOPs over those that the baseline takes to its loss, with its interval over seeds; or a `bound`, "at
-    most" where the baseline does not reach that loss, "at least" where it is below that loss at its first point.
-    `difference`: its loss less that of the baseline at its FLOPs; None where these are outside the curves.
+    `ratio`: the FLOPs of the arm over those of the baseline at the same loss, with the interval over seeds; or a
+    `bound`, "at most" where the baseline does not reach that loss, "at least" where its first point is below it.
+    `difference`: the loss of the arm less that of the baseline at the same FLOPs; None where these are outside the
+    curves.
     """
     seeds = [seed for seed in results if baseline.get(seed)]
     if not seeds:
@@ -79,12 +80,13 @@ def against(results: Mapping[int, Result], baseline: Baseline, tolerance: float)
 def growth_of(
     nodes: Sequence[Node], runs: Mapping[str, Result], curves: Mapping[int, Mapping[Model, Curve]]
 ) -> Json | None:
-    """What a grown arm, whose runs that have ended are `nodes`, has gained; None where it has not grown.
+    """The gain of a grown arm, from its ended runs `nodes`; None for an arm that has not grown.
 
-    `from_scratch`: against its own model from scratch.  `kappa`: how many tokens of the final model from scratch each
-    token of the smaller ones was worth; growth pays above `break_even`, their cost over that of a final one.
-    `all_sizes`: FLOPs of an annealed model of every size on the way, and over those that each takes from scratch to the
-    same loss; `sizes_missing`: those without a run from scratch.
+    `from_scratch`: its FLOPs over those of its own model from scratch, at equal loss.
+    `kappa`: how many tokens of the final model from scratch one token of the smaller models was worth. Growth pays
+    above `break_even`: the cost of a token of the smaller models over that of a token of the final one.
+    `all_sizes`: FLOPs of an annealed model of every size on the way, and their ratio to the FLOPs of all these models
+    from scratch, at equal losses. `sizes_missing`: arms whose size has no run from scratch.
     """
     if not nodes or not has_grown(nodes[0]) or _last_growth(nodes[0]).begin.tokens == 0:
         return None
@@ -100,14 +102,14 @@ def growth_of(
 
 
 def counted(plan: Plan, runs: Mapping[str, Result]) -> Iterable[tuple[Node, Result]]:
-    """The runs that count for their arms and have ended, but for those that have diverged."""
+    """The ended runs of all arms, without trials, guesses and runs that have diverged."""
     for arm in plan.study.arms:
         for node in ended_nodes(plan, arm, runs):
             yield node, runs[node.name]
 
 
 def ended_nodes(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> list[Node]:
-    """Those of one arm."""
+    """The `counted` runs of one arm."""
     ended = [node for node in plan.of(arm) if node.waits is None and node.name in runs]
     return [node for node in ended if math.isfinite(runs[node.name].loss)]
 
@@ -143,7 +145,8 @@ def _break_even(node: Node) -> float:
 def _all_sizes(
     nodes: Sequence[Node], runs: Mapping[str, Result], curves: Mapping[int, Mapping[Model, Curve]]
 ) -> Json | None:
-    """Decays of sizes that are left before them are paid for: the way itself goes on without."""
+    """The way to a grown model leaves the smaller ones before their decays. A model of every size needs these decays,
+    so their FLOPs are added."""
     spent, pairs, missing = [], [], set()
     for node in nodes:
         way = way_to(node)
@@ -167,13 +170,13 @@ def _grows(node: Node) -> bool:
 
 
 def _sum(costs: Sequence[Cost]) -> Cost:
-    """Of several models. Bounds in both directions are no bound of the sum: "both"."""
+    """Of several models. The sum of bounds in both directions has no bound; its `beyond` is "both"."""
     beyond = {cost.beyond for cost in costs} - {""}
     return Cost(sum(cost.flops for cost in costs), "both" if len(beyond) > 1 else "".join(beyond))
 
 
 def _ratio(pairs: Sequence[tuple[float, Cost]]) -> Json:
-    """Of FLOPs to costs, one a seed, by their geometric mean."""
+    """The geometric mean of FLOPs over costs. `pairs`: (FLOPs, cost), one for each seed."""
     logs = [math.log(flops / cost.flops) for flops, cost in pairs]
     words = {"more": "at most", "less": "at least"}
     found = _with_bound(logs, [cost for _, cost in pairs], words)
@@ -183,8 +186,8 @@ def _ratio(pairs: Sequence[tuple[float, Cost]]) -> Json:
 
 
 def _with_bound(values: Sequence[float], costs: Sequence[Cost], words: Mapping[str, str]) -> Json | None:
-    """The interval of what follows from costs; of costs that are bounds only the mean, and nothing of those that are
-    bounds in both directions."""
+    """The interval of `values`, which were computed from `costs`. Where some costs are bounds, only the mean, with
+    `words` for its bound; where they are bounds in both directions, nothing. None without values."""
     if not values:
         return None
     beyond = {cost.beyond for cost in costs} - {""}

@@ -1,4 +1,4 @@
-"""What `comparison` finds, as rows of tables."""
+"""The results of `comparison`, as rows of tables."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Rows = Sequence[Sequence[str]]
 
 
 def compared(arms: Sequence[Json]) -> Iterator[tuple[Rows, tuple[int, ...]]]:
-    """Tables, where there is something in them: arms against families, at equal FLOPs and by the clock, and what growth
-    has gained.
+    """The tables that are not empty: arms against families at equal FLOPs and at equal time, speeds, and the gain of
+    growth.
 
-    Each: its rows, and which columns go to the left.
+    Each is (rows, numbers of the columns that are aligned to the left).
     """
     timed = [arm for arm in arms if arm["clock"] is not None]
     costs = [("FLOPs", arm["name"], arm["cost_against"]) for arm in arms]
@@ -67,12 +67,12 @@ def _grown_row(arm: Json) -> tuple[str, ...]:
 
 
 def factor(values: Json, key: str = "ratio") -> str:
-    """A number with the bound that it may be; "?" where nothing is known."""
+    """The number at `key`, with "at most" or "at least" if it is a bound; "?" where it is not known."""
     if values[key] is None:
         return "?"
     return f"{values['bound'] + ' ' if values.get('bound') else ''}{values[key]:.2f}"
 
 
 def within(values: Json, form: str) -> str:
-    """Its interval; "" without one."""
+    """The interval in words; "" without one."""
     return "" if values["low"] is None else f"{values['low']:{form}} to {values['high']:{form}}"

@@ -1,4 +1,4 @@
-"""A study file: its arms, what they start from, their budgets, seeds and sweeps, as they stand in YAML.
+"""The study file: arms with their parents, budgets, seeds and sweeps, in YAML.
 
 name: growth
 dir: runs/studies/growth
@@ -49,25 +49,25 @@ Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
 
 
 class Sweep(Section):
-    """Values of one key, of which the arm takes the one that ends with the lowest validation loss at its first seed."""
+    """Values of one key. The arm takes the one with the lowest last validation loss at the study's first seed."""
 
     key: str
-    """Such as optimizer.lr."""
+    """A key of the configuration, such as optimizer.lr."""
     values: Annotated[tuple[Positive, ...], Field(min_length=2)]
-    """To try."""
+    """The values to try."""
     flops: Positive | None = None
-    """Of a trial, with those of its parents. null: the arm's own length, and the trial is the arm's first run."""
+    """FLOPs of a trial, parents included. null: a trial is as long as the arm, and the best one is its first run."""
     extend: Annotated[int, Field(ge=0, le=5)] = 0
-    """Most values that are tried beyond an end of the list when the best one stands there."""
+    """The most values to try beyond an end of the list, while the best one is at that end."""
 
 
 class Arm(Section):
     name: Name
-    """Also the folder of its runs."""
+    """Shown in reports; also the folder of its runs."""
     config: Path | None = None
-    """A configuration. null: that of the parent, or the common sections alone."""
+    """A configuration file. null: the configuration of the parent; without a parent, the common sections alone."""
     overrides: dict[str, Any] = {}
-    """Sections that differ."""
+    """Keys of a configuration, by section, that replace those of `config`."""
     parent: str | None = None
     """The arm whose checkpoint it starts from. null: initial weights."""
     by: Literal["growth", "branch"] = "growth"
@@ -75,21 +75,21 @@ class Arm(Section):
     at: Moment | None = None
     """Which of the parent's checkpoints. null: before_decay where the parent's schedule is wsd, else end."""
     flops: Positive | None = None
-    """At its end, with those of its parents. Sets training.train_steps."""
+    """FLOPs at its end, parents included. Sets training.train_steps."""
     tokens: Positive | None = None
-    """At its end, with those of its parents. Sets training.train_steps."""
+    """Tokens at its end, parents included. Sets training.train_steps."""
     decay: Share | None = None
-    """Share of `flops` or `tokens` in which the rate falls: a wsd schedule. null: optimizer.schedule as it stands."""
+    """Share of `flops` or `tokens` in which the rate falls: a wsd schedule. null: optimizer.schedule is not changed."""
     seeds: Seeds | None = None
     """null: those of the study."""
     sweep: Sweep | None = None
-    """null: nothing is tried out."""
+    """Tries values of one key first. null: no sweep."""
     value_of: str | None = None
-    """An arm with a sweep, whose key and chosen value this one takes as well. null: none."""
+    """An arm with a sweep: this arm sets the same key to the value chosen there. null: none."""
     comparable: bool = True
-    """Whether it is compared with the others. They must have the same data, budget and end of the schedule."""
+    """Whether it is compared. Arms that are compared must have the same data, budget and end of the schedule."""
     family: Name | None = None
-    """Arms of one model at several budgets: what they reach is the curve by which others are measured."""
+    """Joins arms of one model at several budgets: their losses form a curve that other arms are measured by."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -103,17 +103,17 @@ class Study(Section):
     dir: Path
     """Folder of its runs, results and pictures."""
     seeds: Seeds = (1, 2, 3)
-    """Of each arm; the first one is that of sweeps."""
+    """Of each arm. Sweeps use the first one."""
     ranks: Count = 1
-    """Processes of a run."""
+    """Processes of each run."""
     reference: str | None = None
     """The arm that the others are compared with. null: the first one that is comparable."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """Largest difference of the FLOPs of arms that are compared, as a share."""
+    """Largest relative difference of FLOPs between arms that are compared."""
     common: dict[str, Any] = {}
     """Sections of a configuration, for all arms."""
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
-    """In the order of tables."""
+    """Reports keep their order."""
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -194,7 +194,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _common_problems(study: Study) -> Iterator[str]:
-    """Keys that no configuration has are told once, and not for each arm."""
+    """Unknown keys of `common` are reported once, not for each arm, and `extends` wherever it is not allowed."""
     try:
         check_keys({key: value for key, value in study.common.items() if key != EXTENDS})
     except ConfigError as error:
@@ -241,7 +241,7 @@ def _sweep_problems(study: Study) -> Iterator[str]:
                 f"arm {arm.name}: sweep.key: {sweep.key}: unknown key. Give one of a configuration, such as "
                 f"optimizer.lr.{near}"
             )
-        # as the folders of runs have them
+        # the folders of trials have values to 6 digits
         if len({f"{value:g}" for value in sweep.values}) < len(sweep.values):
             yield f"arm {arm.name}: sweep.values: {list(sweep.values)} has one twice, to 6 digits. Give each once."
         if sweep.flops is not None and arm.flops is None and arm.tokens is None:
@@ -278,7 +278,7 @@ def _parent_problems(study: Study) -> Iterator[str]:
 
 
 def _circle(name: str, by_name: Mapping[str, Arm], way: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The arms on a way from `name` back to it; empty when there is none."""
+    """The arms on a path from `name` through `needs` back to it; empty when there is none."""
     if name in way:
         return way if way[0] == name else ()
     if name not in by_name:

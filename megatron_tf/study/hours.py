@@ -1,4 +1,4 @@
-"""How long a study will take: from what its runs have measured, from a probe, or from a given speed."""
+"""How long a study will take, by speeds that ended runs have logged, that a probe measures, or that are given."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Seconds = Callable[[Node], "float | None"]
 
 @dataclass(frozen=True)
 class Speeds:
-    """Tokens a second by model, and floating-point operations a second for models that are not among them."""
+    """`by_model`: tokens a second by `model_key`.  `flops_per_second`: for models that are not among them."""
 
     by_model: Mapping[str, float]
     flops_per_second: float | None = None
 
     def seconds(self, node: Node) -> float | None:
-        """Of a run from its beginning to its end; None when nothing is known."""
+        """Of a run without its parents; None when its speed is not known."""
         speed = self.tokens_per_second(node)
         return None if speed is None else node.own_tokens / speed
 
     def tokens_per_second(self, node: Node) -> float | None:
-        """Of a run; None when nothing is known."""
+        """Of a run; None when its speed is not known."""
         if (speed := self.by_model.get(model_key(node))) is not None:
             return speed
         return None if self.flops_per_second is None else self.flops_per_second / flops_per_token(node.config.model)
@@ -47,7 +47,7 @@ def model_key(node: Node) -> str:
 
 
 def measured(plan: Plan) -> Speeds:
-    """From the runs that have ended, whatever else their machine did meanwhile."""
+    """Medians over the runs that have ended. Other work of the machine meanwhile is not corrected for."""
     tokens: dict[str, list[float]] = {}
     flops = []
     for node in plan.nodes:
@@ -59,11 +59,10 @@ def measured(plan: Plan) -> Speeds:
 
 
 def probe(nodes: Sequence[Node], ranks: int, threads: int, rounds: int = 3, steps: int = 4) -> Speeds:
-    """Trains the model of each run for some steps on random tokens, on this process alone; the median of the rounds
-    counts.
+    """Trains each run's model for `steps` steps on random data in this process, `rounds` times; the median counts.
 
-    The models take turns, and each round begins with the next one: what else the machine does slows all of them.
-    `ranks`, `threads`: of a run, and of each of its processes.
+    The models take turns, and each round begins with another one, so that other load on the machine slows all of them.
+    `ranks`: processes of a run; the speed of one is multiplied by them.  `threads`: of each process.
     """
     models = {model_key(node): node for node in nodes}
     keys, seconds = list(models), dict[str, list[float]]()
@@ -92,9 +91,9 @@ def _step_seconds(node: Node, steps: int) -> float:
 
 
 def total_seconds(plan: Plan, workers: int, seconds: Seconds) -> float | None:
-    """From now to the end of the last run, when each of `workers` takes the next run that can start; None: not known.
+    """From now to the end of the last run, when each of `workers` takes the next run that can start. Runs that wait
 
-    Runs that wait for a sweep start when all of its trials have ended.
+    for a sweep start when all of its trials have ended. None when the length of a run is not known.
     """
     left = [node for node in plan.nodes if not has_ended(node)]
     lengths = {node.name: seconds(node) for node in left}
@@ -116,7 +115,7 @@ def total_seconds(plan: Plan, workers: int, seconds: Seconds) -> float | None:
 
 def _before(plan: Plan, node: Node) -> Iterable[Node]:
     if node.parent is not None:
-        # a guess has the name of a run only when its value is the one that will be chosen
+        # The parent may be a guess that waits for a sweep. Its name is in the plan only if the guess is right.
         yield from (other for other in plan.nodes if other.name == node.parent.name)
     if node.waits is not None:
         yield from (other for other in plan.nodes if other.is_trial and other.arm.name == node.waits)

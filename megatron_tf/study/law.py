@@ -1,4 +1,4 @@
-"""A law of the loss by parameters and tokens, fitted to what a study has found of models that have not grown."""
+"""A law of the loss by parameters and tokens, fitted to a study's runs of models that have not grown."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from megatron_tf.study.result import Result
 Json = dict[str, Any]
 LEAST_POINTS = 6
 LEAST_SIZES = 3
-HUBER = 1e-3  # a relative error: beyond it a point pulls no more than one at it
-# Of the search: range of both exponents, exponents on a side of the grid, how often it closes in, and how often weights
-# are set anew
-EXPONENTS = ((0.02, 0.02), (3.0, 3.0))
-LEAST_GAIN = 1e-4  # of the loss, by parameters and by tokens, from one end of the runs to the other
-EDGE = 1.01  # this near to an end of their range, exponents are not determined
-GRID = 25
-ROUNDS = 24
-REWEIGHTINGS = 12
+HUBER = 1e-3  # a relative error; the pull of a point does not grow beyond it, so that outliers do not decide
+EXPONENTS = ((0.02, 0.02), (3.0, 3.0))  # least and largest (α, β)
+LEAST_GAIN = 1e-4  # the loss must fall by this share over the range of parameters, and over that of tokens
+EDGE = 1.01  # an exponent within this factor of an end of its range is not determined
+GRID = 25  # exponents on each side of the grid
+ROUNDS = 24  # each halves the grid around the best pair
+REWEIGHTINGS = 12  # of the points, for Huber's loss
 
 
 class Point(NamedTuple):
@@ -39,7 +37,7 @@ class Point(NamedTuple):
 def laws_of(plan: Plan, runs: Mapping[str, Result]) -> dict[str, Json]:
     """By architecture the fitted law, or under "missing" why there is none.
 
-    Of the arms that were annealed, have not grown, and whose positions use all parameters.
+    It is fitted to arms that were annealed, have not grown, and use all parameters at each position.
     """
     by_architecture: dict[str, list[Point]] = {}
     for node, result in counted(plan, runs):
@@ -52,7 +50,7 @@ def laws_of(plan: Plan, runs: Mapping[str, Result]) -> dict[str, Json]:
 
 
 def law_in_json(points: Sequence[Point]) -> Json:
-    """The law of some points, or why they do not give one."""
+    """The law of `points`, or {"missing": why they do not determine one}."""
     distinct = {(point.parameters, point.tokens) for point in points}
     sizes, tokens = ({pair[number] for pair in distinct} for number in (0, 1))
     if len(distinct) < LEAST_POINTS or len(sizes) < LEAST_SIZES or len(tokens) < LEAST_SIZES:
@@ -80,10 +78,10 @@ def law_in_json(points: Sequence[Point]) -> Json:
 
 
 def fit(points: Sequence[Point]) -> Law:
-    """By least squares of relative errors that are Huber's beyond `HUBER`.
+    """The law with the least Huber loss of the relative errors of `points`.
 
-    E, A and B are found for each pair of exponents on a grid, because the law is linear in them, and the grid closes in
-    on the best pair. Parameters and tokens are counted in units of their geometric means: no number is far from 1.
+    The law is linear in E, A and B, so these are solved for at each pair of exponents on a grid, which then halves
+    around the best pair. Parameters and tokens are divided by their geometric means, to keep the equations well scaled.
     """
     sizes, tokens, losses = (
         torch.tensor([getattr(point, key) for point in points], dtype=torch.float64)
@@ -118,15 +116,14 @@ def _range(values: Iterable[float]) -> Range:
 
 
 def _factors(pairs: Tensor, sizes: Tensor, tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Exponents [k, 2] -> the distances [k] and (E, A, B) [k, 3] of the best law with each pair; none of the three is
-    negative."""
+    """Exponents [k, 2] -> for each pair the Huber loss [k] and (E, A, B) [k, 3] of its best law, with E ≥ 0, A, B > 0."""
     columns = torch.stack(
         [torch.ones_like(sizes).expand(len(pairs), -1), sizes ** -pairs[:, :1], tokens ** -pairs[:, 1:]], -1
     )
     relative = columns / losses[:, None]
     best = torch.full((len(pairs),), torch.inf, dtype=torch.float64)
     factors = torch.zeros(len(pairs), 3, dtype=torch.float64)
-    # with a floor, and without one where it would be negative
+    # with E; then without it, for pairs at which it would be negative
     for used in ([0, 1, 2], [1, 2]):
         own = relative[..., used]
         weights = torch.ones(relative.shape[:2], dtype=torch.float64)

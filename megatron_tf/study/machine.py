@@ -1,4 +1,4 @@
-"""How many runs of a study a machine does at once: each has cores of its own, and GPUs unless more are asked for."""
+"""How many runs of a study a machine does at once. Each has cores of its own, and GPUs too unless they are shared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from megatron_tf.errors import UserError
 
 @dataclass(frozen=True)
 class Share:
-    """`devices`: CUDA_VISIBLE_DEVICES of each worker; empty on a machine without GPUs."""
+    """`workers`: runs at a time.  `threads`: of each process of a run.
+    `devices`: CUDA_VISIBLE_DEVICES of each worker; empty on a machine without GPUs.
+    """
 
     workers: int
     threads: int
@@ -20,10 +22,10 @@ class Share:
 
 
 def share(ranks: int, workers: int | None) -> Share:
-    """What each of `workers` gets (None: as many as there is room for), when a run has `ranks` processes.
+    """The share of each of `workers` when a run has `ranks` processes. `workers` None: as many as there is room for.
 
-    Runs of one process may share GPUs, as many as there are cores: a small model leaves a GPU waiting for the host most
-    of the time. UserError when the machine has not as many cores, or GPUs where there are any.
+    More runs of one process than GPUs share these, up to one a core, because a small model leaves a GPU idle most of
+    the time. UserError when there are too few GPUs, or cores on a machine without GPUs.
     """
     cores, gpus = len(os.sched_getaffinity(0)), _gpus()
     shared = ranks == 1 and workers is not None and workers > len(gpus)
@@ -44,7 +46,7 @@ def share(ranks: int, workers: int | None) -> Share:
 
 
 def _gpus() -> list[str]:
-    """Their names, as CUDA_VISIBLE_DEVICES has them."""
+    """The names of the GPUs, as in CUDA_VISIBLE_DEVICES."""
     if not torch.cuda.is_available():
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

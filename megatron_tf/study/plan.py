@@ -1,7 +1,7 @@
-"""From the arms of a study to its runs: what each is, what it starts from, what it costs. Arithmetic, no torch.
+"""The runs of a study: their configurations, parents and costs, computed from its arms. Arithmetic, no torch.
 
-A run is a node: an arm, one seed, and the value that a sweep has it try. Nodes that start from the same run share it,
-so what they have in common is trained once.
+A run is a node: an arm, a seed, and a value of the arm's sweep. Nodes with the same parent share its run, so what they
+have in common is trained once.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from megatron_tf.study.file import Arm, Study
 from megatron_tf.study.sweep import Choice, choose
 
 Values = dict[str, Any]
-Outcome = Callable[["Node"], "float | None"]  # the validation loss that a run has ended with; None: it has not
+Outcome = Callable[["Node"], "float | None"]  # the last validation loss of a run; None when it has not ended
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is. `tokens` and `flops` are of all that led there, `step` is the run's own count."""
+    """How far a run is. `tokens` and `flops` include its parents, `step` is the run's own count."""
 
     step: int = 0
     tokens: int = 0
@@ -43,10 +43,10 @@ class Position:
 class Node:
     """One run.
 
-    `value`: what the arm's sweep sets its key to; None without a sweep.  `is_trial`: it only tries that value.
-    `waits`: the arm whose sweep must have ended before the configuration is known; what stands there now is a guess.
-    `plain`: the configuration as it was written, for those that inherit it.
-    `begin`, `end`: of the run itself; `begin` is where its parent was left.
+    `value`: of the swept key; None without a sweep.  `is_trial`: whether it only tries that value for the sweep.
+    `waits`: the arm whose sweep must end before the configuration is known; until then `value` is a guess. None: none.
+    `plain`: the configuration without what the plan adds (folders, budget), for the arms that inherit it.
+    `begin`: where its parent is left; after a growth its step is 0.  `end`: of the run.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Node:
         return num_parameters(self.config.model)
 
     def position(self, at: Moment) -> Position:
-        """Where its checkpoint `at` stands."""
+        """The position of its checkpoint `at`."""
         decay = self.config.optimizer.schedule.decay_steps
         if at == "end" or decay is None:
             return self.end
@@ -84,33 +84,33 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """`nodes`: in an order in which they can run.  `choices`: of all sweeps, also those that go on, by arm."""
+    """`nodes`: in an order in which they can run.  `choices`: by arm, of all sweeps, also those that have not ended."""
 
     study: Study
     nodes: tuple[Node, ...]
     choices: Mapping[str, Choice]
 
     def of(self, arm: Arm) -> list[Node]:
-        """The runs that count for an arm, one a seed."""
+        """The runs of an arm without trials, one for each seed."""
         return [node for node in self.nodes if node.arm.name == arm.name and not node.is_trial]
 
     @property
     def reference(self) -> Arm | None:
-        """The arm that others are compared with."""
+        """The arm that others are compared with; None when no arm is comparable."""
         if self.study.reference is not None:
             return self.study.arm(self.study.reference)
         return next((arm for arm in self.study.arms if arm.comparable), None)
 
 
 def make_plan(study: Study, outcome: Outcome = lambda node: None) -> Plan:
-    """The runs of `study`, as far as what has ended decides them. ConfigError with all that is wrong with any arm."""
+    """The runs of `study`, given the losses of those that have ended. Raises ConfigError with the problems of all arms."""
     nodes: dict[str, Node] = {}
     choices: dict[str, Choice] = {}
     runs: dict[tuple[str, int], Node] = {}
     problems: list[str] = []
     for arm in in_order(study):
         if any((name, study.seeds_of(study.arm(name))[0]) not in runs for name in arm.needs):
-            continue  # the problem of the other arm is in the list already
+            continue  # the other arm has failed, and its problem is in the list already
         try:
             found = list(_runs_of(study, arm, runs, choices, outcome))
         except ConfigError as error:
@@ -128,7 +128,7 @@ def make_plan(study: Study, outcome: Outcome = lambda node: None) -> Plan:
 
 
 def in_order(study: Study) -> list[Arm]:
-    """The arms, each behind those that it needs."""
+    """The arms, each after those that it needs."""
     by_name = {arm.name: arm for arm in study.arms}
     ordered: dict[str, Arm] = {}
 
@@ -216,13 +216,14 @@ def _node(
 
 
 def _swept_key(study: Study, arm: Arm) -> str | None:
-    """The key that the arm's own sweep, or that of another arm, has chosen a value for."""
+    """The key of the arm's own sweep, or of the sweep whose value it takes; None without either."""
     sweep = arm.sweep if arm.value_of is None else study.arm(arm.value_of).sweep
     return None if sweep is None else sweep.key
 
 
 def _moment(arm: Arm, parent: Node | None) -> Moment:
-    """Which checkpoint of its parent an arm starts from; before the parent is known: before_decay if it may be."""
+    """The checkpoint of its parent that an arm starts from. `parent` None, not known yet: before_decay unless `at` is
+    given."""
     if arm.at is not None:
         return arm.at
     return "before_decay" if parent is None or parent.config.optimizer.schedule.type == "wsd" else "end"
@@ -293,7 +294,7 @@ def _keep_before_decay(values: Values) -> None:
 
 
 def _lineage(node: Node) -> list[RunConfig]:
-    """The configurations that led to a node by growth, oldest first; a branch stands for the run that it left."""
+    """The configurations that led to a node by growth, oldest first. A branch takes the place of the run that it left."""
     if node.parent is None:
         return [node.config]
     before = _lineage(node.parent)

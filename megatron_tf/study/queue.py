@@ -1,7 +1,8 @@
-"""The queue of a study: each worker takes the next run that can start, until none is left. State is files alone.
+"""The queue of a study: each worker takes the next run that can start, until none is left. All state is in files.
 
-A run has ended when its result is there, and is taken while its claim is locked, so any number of workers, in one
-process or on many machines with one folder, share a study. A run that was cut off goes on from its newest checkpoint.
+A run has ended when its result file exists, and is taken while its claim file is locked. So any number of workers, in
+one process or on many machines with one folder, share a study. A run that was cut off resumes from its newest
+checkpoint.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class Queue:
     """Runs what is left of `study`, `workers` runs at a time.
 
-    `threads`: of each process of a run.  `devices`: what each worker's CUDA_VISIBLE_DEVICES is; empty: as it is.
-    `say`: takes a line on what has begun or ended.
+    `threads`: of each process of a run.  `devices`: CUDA_VISIBLE_DEVICES of each worker; empty: it is not changed.
+    `say`: is called with a line when a run begins or ends.
     """
 
     def __init__(
@@ -69,9 +70,8 @@ class Queue:
         self._ended = threading.Condition()
 
     def run(self) -> None:
-        """Returns when all runs have ended. RunStopped when a signal asked it to stop and the runs have saved;
-        UserError, with their logs, when runs failed: the others have ended then, but for those that start from
-        them."""
+        """Returns when all runs have ended. RunStopped when a signal asked it to stop and the runs have saved.
+        UserError, with the paths of their logs, when runs have failed; all others that could start have ended then."""
         threads = [threading.Thread(target=self._work, args=(number,)) for number in range(self._workers)]
         with self._signals():
             for thread in threads:
@@ -100,11 +100,11 @@ class Queue:
             self._ask_to_stop()
 
     def _step(self, worker: int) -> bool:
-        """Takes one run, or waits for the runs of others; False when no run is left."""
+        """Takes one run, or waits while others have all that can start; False when no run is left."""
         is_busy = False
         ready = self._ready()
         if self._conflicts:
-            # what began under the other value and what would begin now must not stand in one table
+            # runs that began with the former value and runs that would begin now must not be compared
             return False
         for node in ready:
             with self._claim(node) as claim:
@@ -121,14 +121,14 @@ class Queue:
         return is_busy
 
     def _current(self) -> Plan:
-        """The plan after what has ended so far; made anew only when more has."""
+        """The plan, given the runs that have ended; made anew only when more have."""
         with self._lock:
             if self._plan is not None:
                 ended = frozenset(node.name for node in self._plan[1].nodes if has_ended(node))
                 if ended == self._plan[0]:
                     return self._plan[1]
             plan = make_plan(self._study, loss_of)
-            # a sweep that has ended since then may have chosen another value than the one that runs have begun with
+            # A sweep that has ended since may have chosen another value than the one that runs have begun with.
             known = [node for node in plan.nodes if node.waits is None]
             self._conflicts = {
                 node.name: problem for node in known if (problem := changed(node, self._study.dir)) is not None
@@ -150,7 +150,8 @@ class Queue:
 
     @contextmanager
     def _claim(self, node: Node) -> Iterator[int | None]:
-        """The open claim of a run, or None while another worker has it. The system frees it with its last process."""
+        """The descriptor of a run's locked claim file; None while another worker has it. The lock ends with the last
+        process that holds the descriptor."""
         path = Path(self._study.dir, "claims", node.name.replace("/", "_"))
         with file_errors(UserError, path, "Choose another dir."):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +171,7 @@ class Queue:
             output = open(log, "ab")
         began = time.monotonic()
         with output:
-            # The claim stays taken while the run lives, also when this process is killed.
+            # The run inherits the claim, so it stays locked while the run lives, even if this process is killed.
             process = subprocess.Popen(
                 command(config, self._study.ranks),
                 stdin=subprocess.DEVNULL,
@@ -202,7 +203,7 @@ class Queue:
             self._ended.notify_all()
 
     def _environment(self, worker: int) -> Mapping[str, str]:
-        """Of a run: a job of SLURM around the study is not the run's launcher."""
+        """Of a run. SLURM's variables are left out: a job around the study is not the launcher of its runs."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         own = {"OMP_NUM_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
         if self._devices:
@@ -211,7 +212,7 @@ class Queue:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """In the block, signals that end a job let the runs save, and end the study."""
+        """In the block, a signal that ends a job lets the runs save, and ends the study."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -233,7 +234,7 @@ class Queue:
 
 
 def command(config: Path, ranks: int) -> list[str]:
-    """What starts a run on so many processes of this machine."""
+    """The command that starts a run with `ranks` processes on this machine."""
     own = ["-m", "megatron_tf", "train", str(config)]
     if ranks == 1:
         return [sys.executable, *own]

@@ -1,7 +1,7 @@
-"""Whether a value that one arm's sweep has chosen, such as a learning rate, is the best for another model as well.
+"""Whether a value that one arm's sweep has chosen, such as a learning rate, is also the best for another model.
 
-An arm with `value_of` takes the value of another arm. Where a third arm is the same but for a sweep of its own, their
-difference says what the foreign value costs.
+An arm with `value_of` takes the value of another arm. Its *twin* is the same but for a sweep of its own. The difference
+of their losses is the cost of the other arm's value.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ Json = dict[str, Any]
 def transfers_of(plan: Plan, runs: Mapping[str, Result]) -> list[Json]:
     """One entry for each arm that takes another one's value and has a twin with a sweep of its own.
 
-    `ratio`: of the best values of the twin and of the other arm, by parabolas through the losses of their sweeps, with
-    the values between which a parabola is less than `noise`, the deviation over seeds, above its least. `difference`:
-    loss at the other arm's value less that at the twin's own.  `verdict`: "does not hold" where the loss is
-    significantly higher, or the ranges are apart and it is higher by more than the noise; "holds" where the ranges
-    overlap; else "not decided", as with one seed, or a best value at an end of its sweep.
+    `noise`: the standard deviation of losses over seeds.  `best_of`, `best`: the optimum of the other arm and of the
+    twin, each with the range of values that is not told apart from it (see `optimum`).  `ratio`: of `best` to
+    `best_of`.  `difference`: loss at the other arm's value less that at the twin's own.
+    `verdict`: "does not hold" where the loss is significantly higher, or the ranges do not overlap and it is higher by
+    more than the noise; "holds" where the ranges overlap; else "not decided", as with one seed, or a best value at an
+    end of its sweep.
     """
     noise = pooled_deviation(
         [[runs[node.name].loss for node in ended_nodes(plan, arm, runs)] for arm in plan.study.arms]
@@ -85,7 +86,7 @@ def _best(choice: Choice | None, noise: float) -> Optimum | None:
 
 
 def _twin(plan: Plan, arm: Arm) -> Arm | None:
-    """The arm that is the same, but has found its own value; None without one."""
+    """The arm that is the same, but has a sweep of its own; None without one."""
     if arm.value_of is None:
         return None
     sweep = plan.study.arm(arm.value_of).sweep

@@ -1,4 +1,4 @@
-"""What a study has found: tables, pictures and results.json, of the runs that have ended."""
+"""The report of a study: tables, pictures and results.json, of the runs that have ended."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from megatron_tf.telemetry.plot import Ends, plot_ends, plot_panels
 
 Json = dict[str, Any]
 Measure = Callable[[Sequence[Node]], Speeds]
-# Of routing.png, by measure of `routing`
+# the titles in routing.png, by measure of `routing`
 PANELS = {
     "load_max": "fullest candidate: × an equal share",
     "load_spread": "evenness: exp(entropy) over candidates",
@@ -49,12 +49,12 @@ PANELS = {
 
 
 def results_of(plan: Plan, measure: Measure | None = None) -> Json:
-    """All that is known, ready for JSON: each arm against the reference, and each run.
+    """All results, ready for JSON: each arm against the reference, and each run.
 
-    `measure`: gives the speeds of runs, of those that count and their parents; with it arms have a cost by the clock.
+    `measure`: returns the speeds of given runs; with it arms have a cost in seconds. None: without.
 
-    Differences are of runs of one seed, which see the same data in the same order. Intervals are of 95 %. Tokens are
-    positions; people count `unit`, of `unit_tokens` positions each.
+    Differences are between runs of one seed, which see the same data in the same order. Intervals are of 95 %. Tokens
+    are positions; people count `unit`, such as images, of `unit_tokens` positions each.
     UserError when no run has ended.
     """
     runs = {node.name: result for node in plan.nodes if (result := read_result(node)) is not None}
@@ -93,8 +93,8 @@ def results_of(plan: Plan, measure: Measure | None = None) -> Json:
 
 
 def _clock(plan: Plan, runs: Mapping[str, Result], measure: Measure) -> dict[str, Json]:
-    """By arm that has ended: `speed` in tokens a second, that over the reference's, `seconds` with those of its
-    parents, and what it costs against others at equal time."""
+    """By arm that has ended: `speed` in tokens a second, `relative_speed` to the reference, `seconds` including its
+    parents, and `cost_against` others at equal time."""
     way = {node.name: node for end, _ in counted(plan, runs) for node in way_to(end)}
     speeds = measure(list(way.values()))
     timed = with_seconds(plan, runs, speeds)
@@ -119,7 +119,7 @@ def _by_seed(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> dict[int, Resu
 
 
 def _costs(plan: Plan, arm: Arm, results: Mapping[int, Result], baselines: Mapping[str, Baseline]) -> Json:
-    """Against each family that is not its own and, for an arm that has grown, whichever arm is best that has not."""
+    """Against each family but its own and, for an arm that has grown, against the best of those that have not."""
     found = {}
     for name, baseline in baselines.items():
         if name == arm.family or (name == BEST_STATIC and not has_grown(plan.of(arm)[0])):
@@ -178,7 +178,7 @@ def _arm(
 
 
 def _metric(name: str, results: Mapping[int, Result], reference: Mapping[int, Result]) -> Json:
-    """Of an arm: mean and interval over seeds, and the same of its difference from the reference."""
+    """Of an arm: mean and interval over seeds, and both of its difference from the reference."""
     by_seed = {seed: result.metrics[name] for seed, result in results.items()}
     pairs = [value - reference[seed].metrics[name] for seed, value in by_seed.items() if seed in reference]
     difference = asdict(interval(pairs)) if pairs else None
@@ -186,10 +186,10 @@ def _metric(name: str, results: Mapping[int, Result], reference: Mapping[int, Re
 
 
 def write_report(plan: Plan, output: Path, measure: Measure | None = None) -> str:
-    """Writes into the folder `output`, and returns the text of table.txt. `measure` as in `results_of`.
+    """Writes files into the folder `output`, and returns the text of table.txt. `measure` as in `results_of`.
 
-    results.json; table.txt; report.md, the same as Markdown; loss.png; a picture of each metric of the task;
-    routing.png where a model chooses candidates; sweeps.png of what sweeps have tried.
+    Files: results.json; table.txt; report.md, the same in Markdown; loss.png; a picture for each metric of the task;
+    routing.png if a model chooses candidates; sweeps.png if values were tried. UserError when one cannot be written.
     """
     found = results_of(plan, measure)
     text = in_words(found)

@@ -1,4 +1,4 @@
-"""What a run of a study has come to: a small file in its folder, which also says that the run has ended."""
+"""The result of a run of a study: a small file in its folder. The run has ended when the file exists."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ RESULT_NAME = "result.json"
 
 @dataclass(frozen=True)
 class Result:
-    """`tokens` and `flops` are cumulative, parents included; those of the run itself begin with `own_`.
+    """`tokens` and `flops` include the parents; `own_tokens` and `own_flops` do not.
 
-    `loss`: on the validation data, at the end; NaN when the run has diverged.  `seconds`: of training steps.
-    `state_bytes`: weights and optimizer, as its checkpoint has them.  `curve`: [tokens, FLOPs, validation loss] of each
-    evaluation.  `metrics`: of the task, on the validation data at the end, such as "top1".
+    `loss`: on the validation data, at the end; NaN when the run has diverged.  `seconds`: of its own training steps.
+    `state_bytes`: size of the last checkpoint.  `curve`: [tokens, FLOPs, validation loss] of each evaluation.
+    `metrics`: of the task, such as "top1", on the validation data at the end.
     """
 
     name: str
@@ -81,12 +81,12 @@ def measure(node: Node) -> Result:
 
 
 def _number(logged: float | None) -> float:
-    """What was no number when it was logged is null there."""
+    """NaN and infinity are logged as null, because JSON has neither."""
     return math.nan if logged is None else float(logged)
 
 
 def _seconds(records: Sequence[dict[str, Any]], first: int) -> float:
-    """Of all steps once, also where a run that was cut off has done some of them twice."""
+    """Of the steps from `first` on. A step that was done again after an interruption counts once."""
     by_step = {record["step"]: record["perf/step_seconds"] for record in records if "perf/step_seconds" in record}
     total, before = 0.0, first
     for step in sorted(by_step):
@@ -101,7 +101,7 @@ def write_result(node: Node, result: Result) -> None:
 
 
 def in_json(result: Result) -> dict[str, Any]:
-    """For a file: JSON has no NaN, so it is null there."""
+    """Ready for JSON, which has no NaN: a loss of NaN becomes null."""
     return {**asdict(result), "loss": result.loss if math.isfinite(result.loss) else None}
 
 
@@ -110,7 +110,7 @@ def has_ended(node: Node) -> bool:
 
 
 def read_result(node: Node) -> Result | None:
-    """None for a run that has not ended. UserError when the file is not what was written."""
+    """None for a run that has not ended. UserError when the file cannot be read or is not a result."""
     path = node.folder / RESULT_NAME
     if not path.is_file():
         return None
@@ -133,12 +133,12 @@ def loss_of(node: Node) -> float | None:
 
 
 def config_file(node: Node, study_dir: str) -> Path:
-    """Where the configuration of a run stands, as it is started with."""
+    """The file with the configuration that a run is started with."""
     return Path(study_dir, "configs", f"{node.name.replace('/', '_')}.yml")
 
 
 def failure_file(node: Node, study_dir: str) -> Path:
-    """Where it stands that a run ended with an error when it was started last."""
+    """The file that exists after a run has failed, until it starts again. It holds the reason."""
     return Path(study_dir, "failed", node.name.replace("/", "_"))
 
 
@@ -154,8 +154,8 @@ def write_failure(node: Node, study_dir: str, reason: str) -> None:
 
 
 def begin_again(node: Node, study_dir: str) -> Path | None:
-    """Forgets that a run has failed, for its next start. Where it is another one by now, its folder is moved away,
-    so that nothing of what it was goes on; returns where to."""
+    """Removes the mark of failure of a run that starts again. If its configuration has changed, its folder is moved
+    away, so that it does not resume from the old one; returns the new path of that folder, else None."""
     if not has_failed(node, study_dir):
         return None
     kept = None
@@ -176,15 +176,15 @@ def write_config(node: Node, study_dir: str) -> Path:
 
 
 def check_unchanged(plan: Plan) -> None:
-    """ConfigError when a run that has begun was another one than the file says now, with the keys that differ."""
+    """ConfigError with the keys that differ when a run has begun with another configuration than the file gives now."""
     known = (node for node in plan.nodes if node.waits is None)
     if problems := [problem for node in known if (problem := changed(node, plan.study.dir)) is not None]:
         raise ConfigError(problems)
 
 
 def changed(node: Node, study_dir: str) -> str | None:
-    """What differs between a run that has begun and what it would be now; None when nothing does, and for a run that
-    has failed, which may be corrected."""
+    """The error message when a run has begun with another configuration than it would have now. None when nothing
+    differs, and for a run that has failed: its configuration may be corrected."""
     if has_failed(node, study_dir) and not has_ended(node):
         return None
     differing = _differing(node, study_dir)
@@ -199,7 +199,7 @@ def changed(node: Node, study_dir: str) -> str | None:
 
 
 def _differing(node: Node, study_dir: str) -> list[tuple[str, str | None, str | None]]:
-    """(key, value with which the run has begun, value that it has now) of each that differs."""
+    """(key, value that the run has begun with, value now) of each key that differs; empty for a run that has not begun."""
     path = config_file(node, study_dir)
     if not node.folder.exists() or not path.exists():
         return []
@@ -212,7 +212,7 @@ def _differing(node: Node, study_dir: str) -> list[tuple[str, str | None, str | 
 
 
 def _settings(config: RunConfig, name: str) -> dict[str, str]:
-    """Of the run `name`, with folders of the study as they lie in it: it may have been moved since."""
+    """Of the run `name`. Paths are relative to the study's folder, because that may have been moved since."""
     found = settings(config)
     own = found.pop("run.dir")
     study_dir = os.path.abspath(own.removesuffix(os.path.join("runs", name)))

@@ -1,4 +1,4 @@
-"""What the routers of an arm have done over time: what its runs have logged as health of their candidates."""
+"""The use of candidates by the routers of an arm over time, from the health metrics that its runs have logged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_tf.study.plan import Node
 from megatron_tf.telemetry.plot import read_run
 
 Json = dict[str, Any]
-# Of several seeds the worst one counts; of how far copies are apart, the nearest
+# how several seeds are reduced to the worst one
 WORST: Mapping[str, Callable[[Iterable[float]], float]] = {
     "load_max": max,
     "load_spread": min,
@@ -21,8 +21,8 @@ WORST: Mapping[str, Callable[[Iterable[float]], float]] = {
 
 
 def routing_of(nodes: Sequence[Node]) -> Json | None:
-    """Of the runs of one arm that have ended, by kind of projection: `candidates` of all layers, `steps` at which all
-    of the runs have logged their health, and there each measure of `WORST`. None without any."""
+    """For the ended runs of one arm, by kind of projection: `candidates`, their number in all layers; `steps` at which
+    all runs have logged their health; and each measure of `WORST` at these steps. None without any."""
     if not nodes or not (kinds := _candidates(nodes[0].config.model)):
         return None
     looks = [_looks(node) for node in nodes]
@@ -39,7 +39,7 @@ def routing_of(nodes: Sequence[Node]) -> Json | None:
 
 
 def _candidates(model: Model) -> dict[str, int]:
-    """By kind of projection, how many there are in all layers; kinds without any are left out."""
+    """The number of candidates in all layers, by kind of projection; kinds without any are left out."""
     found: dict[str, int] = {}
     for projection in projections(model).values():
         if projection.bank is not None:
@@ -48,7 +48,7 @@ def _candidates(model: Model) -> dict[str, int]:
 
 
 def _looks(node: Node) -> dict[int, Json]:
-    """By step, what a run has logged; nothing where its folder was moved without its metrics."""
+    """The logged values of a run by step; empty when its metrics.jsonl is missing, as after a move of its folder."""
     if not (node.folder / "metrics.jsonl").is_file():
         return {}
     found: dict[int, Json] = {}

@@ -1,4 +1,4 @@
-"""Means of few seeds and their intervals, and what a loss costs on the curve of other runs."""
+"""Means of few seeds with their intervals, the cost of a loss on the curve of other runs, and optima of sweeps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; of more, the last one, which is a little wide.
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom. The last one serves for more: a little wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval; without one of a single value."""
+    """A mean and its 95 % interval. A single value has no interval: None."""
 
     mean: float
     low: float | None = None
@@ -20,14 +20,14 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """Of a difference from something that should be lower."""
+        """Of the mean as a difference of losses: below 0 is better."""
         if self.low is None or self.high is None:
             return "one seed"
         return "better" if self.high < 0 else "worse" if self.low > 0 else "not significant"
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of independent values, by Student's t."""
+    """The mean of independent values, with its interval by Student's t."""
     mean, count = sum(values) / len(values), len(values)
     if count == 1:
         return Interval(mean)
@@ -38,15 +38,16 @@ def interval(values: Sequence[float]) -> Interval:
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations that a curve takes to a loss. `beyond`: the loss is not on the curve, and `flops` is
-    only a bound: "more" than the last point, or "less" than the first."""
+    """Floating-point operations that a curve takes to a loss. If the loss is not on the curve, `flops` is a bound, and
+    `beyond` its direction: "more" than the last point, or "less" than the first."""
 
     flops: float
     beyond: str = ""
 
 
 def cost_of(loss: float, curve: Sequence[tuple[float, float]]) -> Cost:
-    """`curve`: (FLOPs, loss) of one point or more. Between them the loss is a straight line in log FLOPs."""
+    """The cost of `loss` on `curve`, which is (FLOPs, loss) of one point or more. Between points the loss is linear in
+    log FLOPs."""
     points = sorted(curve)
     if loss < min(loss for _, loss in points):
         return Cost(points[-1][0], "more")
@@ -60,10 +61,10 @@ def cost_of(loss: float, curve: Sequence[tuple[float, float]]) -> Cost:
 
 
 def cheapest(loss: float, curves: Sequence[Sequence[tuple[float, float]]]) -> Cost:
-    """What the cheapest of some curves takes to a loss, as far as they go.
+    """The least cost of `loss` over `curves`.
 
-    "less" when one of them may take less still; "more" when none reaches the loss, and then more than that of them
-    which ends first.
+    It is a bound, "less", when one of them may take less still; and "more", with the end of the curve that ends first,
+    when none reaches the loss.
     """
     costs = [cost_of(loss, curve) for curve in curves]
     reached = [cost for cost in costs if cost.beyond != "more"]
@@ -74,9 +75,9 @@ def cheapest(loss: float, curves: Sequence[Sequence[tuple[float, float]]]) -> Co
 
 
 def loss_at(flops: float, curve: Sequence[tuple[float, float]], tolerance: float = 0.0) -> float | None:
-    """The loss of a curve at a cost, a straight line in log FLOPs between its points; None outside of them.
+    """The loss of `curve` at `flops`, linear in log FLOPs between its points; None outside of them.
 
-    `tolerance`: how far, as a share, a cost may be beyond an end and still have the loss of that end.
+    `tolerance`: the share by which `flops` may be beyond an end and still have the loss of that end.
     """
     points = sorted(curve)
     (first, start), (last, end) = points[0], points[-1]
@@ -92,22 +93,23 @@ def loss_at(flops: float, curve: Sequence[tuple[float, float]], tolerance: float
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best of some values, and the range of those that are not told apart from it; None at an end of the values."""
+    """The best of some values, and the range of values whose loss is the same within noise. A best value at an end of
+    the values has no range: None."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
     def overlaps(self, other: Optimum) -> bool:
-        """Of two that have ranges."""
+        """Whether the ranges overlap; True when one of the two has none."""
         if self.low is None or self.high is None or other.low is None or other.high is None:
             return True
         return self.low <= other.high and other.low <= self.high
 
 
 def optimum(losses: Mapping[float, float], noise: float) -> Optimum:
-    """By a parabola over the logarithm of the values, through the best one and its neighbours. Its range is where the
-    parabola is less than `noise` above its least."""
+    """The least of the parabola, over the logarithm of the values, through the best one and its neighbours. The range
+    is where the parabola is less than `noise` above its least."""
     values = sorted(losses)
     number = min(range(len(values)), key=lambda number: losses[values[number]])
     if number in (0, len(values) - 1):
@@ -123,7 +125,7 @@ def optimum(losses: Mapping[float, float], noise: float) -> Optimum:
 
 
 def pooled_deviation(groups: Iterable[Sequence[float]]) -> float:
-    """Standard deviation within groups; 0 when none has two values."""
+    """Standard deviation within groups, pooled over all of them; 0 when none has two values."""
     squares, degrees = 0.0, 0
     for values in groups:
         if len(values) > 1:

@@ -1,4 +1,4 @@
-"""Which value a sweep chooses: the one with the lowest validation loss; and whether it stands at an end of them."""
+"""The value that a sweep chooses: that with the lowest validation loss; and whether it is at an end of the values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_tf.study.file import Sweep
 class Choice:
     """`values`: all that are tried, ascending.  `losses`: of those that have ended.
 
-    `value`: the chosen one; None while one is missing.  `at_end`: it is the least or the greatest, so that a better one
-    may lie beyond.
+    `value`: the chosen one; None while a loss is missing.  `at_end`: whether it is the least or the greatest, so that a
+    better one may lie beyond.
     """
 
     values: tuple[float, ...]
@@ -24,10 +24,10 @@ class Choice:
 
 
 def choose(sweep: Sweep, loss_of: Callable[[float], float | None]) -> Choice:
-    """`loss_of`: the last loss of a value's trial; None: it has not ended. A loss that is no number counts as the
-    worst.
+    """The choice among the values of `sweep`. `loss_of`: the last loss of a value's trial; None: it has not ended. NaN
+    counts as the worst.
 
-    When the best value stands at an end, the next one beyond it, by the ratio of the last two, is tried as well, up to
+    While the best value is at an end, the next one beyond it, by the ratio of the last two, is tried as well, up to
     `sweep.extend` times.
     """
     values = sorted(sweep.values)

@@ -1,4 +1,4 @@
-"""A study's results as tables, and as the lines below them: for a terminal, and for a page in Markdown."""
+"""A study's results as tables and lines below them, for a terminal and for a page in Markdown."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, the first of which is the head; columns numbered `to_left` go to the left."""
+    """`rows`: of cells; the first one is the head.  `to_left`: numbers of the columns that are aligned to the left."""
 
     rows: Sequence[Sequence[str]]
     to_left: tuple[int, ...] = (0,)
 
 
 def in_words(found: Json) -> str:
-    """The tables of a report and what is to be said of them, for a terminal."""
+    """The tables of a report and the lines below them, for a terminal."""
     parts = [text.table(table.rows, table.to_left) + "\n" for table in (_arms(found), *_others(found))]
     return "\n".join([*parts, *_lines(found)])
 
@@ -86,7 +86,7 @@ def _last_cells(arm: Json) -> tuple[str, str]:
 
 
 def _arms_of_page(found: Json) -> Table:
-    """Of arms that have ended. An arm that is not compared has its difference at its own cost."""
+    """Of arms that have ended. For an arm that is not compared, the difference is given with its relative cost."""
     head = ("arm", "parameters", found["unit"], "FLOPs", "loss", f"against `{found['reference']}`", "95 %", "state")
     rows: list[Sequence[str]] = [head]
     ended = [arm for arm in found["arms"] if arm["loss"] is not None]
@@ -111,7 +111,7 @@ def _arms_of_page(found: Json) -> Table:
 
 
 def _metrics(found: Json) -> Iterator[Table]:
-    """Of the task, of the arms that have ended; none where it has no metrics."""
+    """The metrics of the task for the arms that have ended; no table where it has none."""
     measured = [arm for arm in found["arms"] if arm.get("metrics")]
     rows: list[Sequence[str]] = []
     for arm in measured:
@@ -130,7 +130,7 @@ def _metrics(found: Json) -> Iterator[Table]:
 
 
 def _routing(found: Json) -> Iterator[Table]:
-    """Of the arms that choose candidates: from the first look of health to the last, the worst of the seeds."""
+    """For the arms that choose candidates: their health from the first measurement to the last, the worst of the seeds."""
     rows = [
         (arm["name"], kind, f"{of['candidates']:,}", *_routing_cells(of))
         for arm in found["arms"]
@@ -156,7 +156,7 @@ def _routing_cells(of: Json) -> tuple[str, ...]:
 
 
 def _transfers(found: Json) -> Iterator[Table]:
-    """Of arms that take a value that another one's sweep has chosen, next to twins that have found their own."""
+    """For arms that take the value of another arm's sweep, next to twins with sweeps of their own."""
     rows = [
         (
             of["arm"],
