@@ -103,7 +103,7 @@ class Plan:
 
 
 def make_plan(study: Study, outcome: Outcome = lambda node: None) -> Plan:
-    """The runs of `study`, given the losses of those that have ended. Raises ConfigError with the problems of all arms."""
+    """The runs of `study`, given the losses of those that have ended. ConfigError with the problems of all arms."""
     nodes: dict[str, Node] = {}
     choices: dict[str, Choice] = {}
     runs: dict[tuple[str, int], Node] = {}
@@ -294,7 +294,7 @@ def _keep_before_decay(values: Values) -> None:
 
 
 def _lineage(node: Node) -> list[RunConfig]:
-    """The configurations that led to a node by growth, oldest first. A branch takes the place of the run that it left."""
+    """The configurations that led to a node by growth, oldest first. A branch takes the place of the run it left."""
     if node.parent is None:
         return [node.config]
     before = _lineage(node.parent)

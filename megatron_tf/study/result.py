@@ -199,7 +199,7 @@ def changed(node: Node, study_dir: str) -> str | None:
 
 
 def _differing(node: Node, study_dir: str) -> list[tuple[str, str | None, str | None]]:
-    """(key, value that the run has begun with, value now) of each key that differs; empty for a run that has not begun."""
+    """(key, value that the run has begun with, value now) of each key that differs; empty if it has not begun."""
     path = config_file(node, study_dir)
     if not node.folder.exists() or not path.exists():
         return []

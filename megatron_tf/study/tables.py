@@ -130,7 +130,7 @@ def _metrics(found: Json) -> Iterator[Table]:
 
 
 def _routing(found: Json) -> Iterator[Table]:
-    """For the arms that choose candidates: their health from the first measurement to the last, the worst of the seeds."""
+    """The health of candidates, for arms that choose them: first and last measurement, the worst of the seeds."""
     rows = [
         (arm["name"], kind, f"{of['candidates']:,}", *_routing_cells(of))
         for arm in found["arms"]
