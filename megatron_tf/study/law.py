@@ -116,7 +116,7 @@ def _range(values: Iterable[float]) -> Range:
 
 
 def _factors(pairs: Tensor, sizes: Tensor, tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Exponents [k, 2] -> for each pair the Huber loss [k] and (E, A, B) [k, 3] of its best law; E ≥ 0, A > 0, B > 0."""
+    """Exponents [k, 2] -> for each pair the Huber loss [k] and (E, A, B) [k, 3] of its best law: E ≥ 0, A, B > 0."""
     columns = torch.stack(
         [torch.ones_like(sizes).expand(len(pairs), -1), sizes ** -pairs[:, :1], tokens ** -pairs[:, 1:]], -1
     )
