@@ -1,11 +1,11 @@
-"""From examples to batches: packed into sequences, in an order that is a function of the seed and the step.
+"""Batches of examples, packed into sequences. The order is a function of the seed and the step.
 
 | tensor | shape | content |
 |---|---|---|
-| input_ids | [b, s] | tokens, filled up with 0 |
-| targets | [b, s] | the token that follows, where it is to be learnt, else −100; never one of another example |
-| position_ids | [b, s] | 0 at the first token of each example |
-| attention_mask | [b, s] | only without packing: 0 where it is filled up |
+| input_ids | [b, s] | tokens, padded with 0 |
+| targets | [b, s] | the next token of the same example if it is to be learnt, else −100 |
+| position_ids | [b, s] | counted from 0 at the first token of each example |
+| attention_mask | [b, s] | 1; 0 for padding. Only without packing |
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ class Batch:
 
 
 def pack(examples: Sequence[Example], seq_length: int, seed: int) -> list[Row]:
-    """Each example whole in one row of at most `seq_length` tokens: in random order, into the fullest row that it fits
-    in."""
+    """Rows of at most `seq_length` tokens. Each example, in random order, goes whole into the fullest row with room."""
     order = list(examples)
     random.Random(seed).shuffle(order)
     done: list[list[Example]] = []
@@ -77,7 +76,8 @@ def count_targets(rows: Sequence[Row]) -> int:
 
 
 def collate(rows: Sequence[Row], length: int | None) -> Batch:
-    """A batch of `length` tokens a row, packed; None: of one example a row, as long as the longest."""
+    """The batch of packed `rows`, each padded to `length` tokens. `length` None: rows have one example each, and are
+    padded to the longest."""
     longest = length or max(len(example.ids) for row in rows for example in row)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     targets = torch.full_like(ids, IGNORED)
@@ -94,5 +94,6 @@ def collate(rows: Sequence[Row], length: int | None) -> Batch:
             learnt = torch.tensor(example.learnt[1:], dtype=torch.bool)
             targets[number, start : stop - 1] = torch.where(learnt, tokens[1:], IGNORED)
             start = stop
-        positions[number, start:] = torch.arange(longest - start)  # padding is an example of its own
+        # positions begin anew in the padding, so that attention sees an example of its own in it
+        positions[number, start:] = torch.arange(longest - start)
     return Batch(ids, targets, positions, None if length else mask)

@@ -1,12 +1,12 @@
-"""Adapters of as many parameters on one frozen base: what they learn of one text, and forget of another.
+"""Adapters with equal numbers of parameters on one frozen base: what they learn of one text and forget of another.
 
-Each form is tried with every learning rate and one seed; with its best rate it has the other seeds too. Where there is
-a second text, what was trained on the first is trained on the second, in several ways, at that rate.
+Each form is tried with every learning rate and one seed, and then with its best rate and the other seeds. If a second
+text is given, the adapters trained on the first are trained on the second in several ways, at the same rates.
 
 | file of the folder | content |
 |---|---|
-| comparison.json | what all trials have in common, with digests of the texts |
-| trials.jsonl | a line for each trial that has ended: one that was cut off is done again, all others are not |
+| comparison.json | the setting that all trials share, with digests of the texts |
+| trials.jsonl | a line for each trial that has ended; only the others run when the comparison is started again |
 | results.json | everything, for programs |
 | results.md | the table |
 """
@@ -42,9 +42,10 @@ Done = dict[Trial, Outcome]
 
 @dataclass(frozen=True)
 class Plan:
-    """`then`: the second text.  `forms`: names of FORMS; none are all that the base can have.
+    """`learn`, `keep`, `then`: files of the text to learn, of the text that may be forgotten, and of the second text to
 
-    `seeds`: how many, from 0 on.  `rounds`: of the measurement of speed; 0 is none.
+    learn.  `forms`: names of FORMS; empty: all that the base can have.  `rates`: learning rates to try.
+    `seeds`: how many, from 0 on.  `rounds`: of the measurement of speed; 0: it is not measured.
     """
 
     setting: Setting
@@ -58,8 +59,8 @@ class Plan:
 
 
 def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callable[[str], None]) -> str:
-    """Run all trials that are missing, and write and return the table. UserError when the folder is of another
-    comparison, a size cannot be, or the base cannot keep packed examples apart."""
+    """Run all trials that are missing; write and return the table. UserError when the folder holds another comparison,
+    when sizes do not fit, or when the base does not keep packed examples apart."""
     plan, texts, facts = checked(plan)
     setting = {**shared(plan), "base": facts}
     before = check_setting(folder, setting)
@@ -86,7 +87,7 @@ def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callab
 
 
 def checked(plan: Plan) -> tuple[Plan, Texts, dict[str, Any]]:
-    """The plan with its forms, its texts, and facts of the base. UserError when something cannot be."""
+    """(The plan with its forms filled in, its texts, facts of the base). UserError when it cannot be carried out."""
     setting = plan.setting
     _check_batch(setting)
     texts = read_texts(plan.learn, plan.keep, plan.then, setting, load_tokenizer(setting.base))
@@ -104,7 +105,7 @@ def checked(plan: Plan) -> tuple[Plan, Texts, dict[str, Any]]:
 
 
 def missing(plan: Plan, done: Done) -> Iterator[Trial]:
-    """Trials to run, each decided on when those before have ended."""
+    """Trials to run. Which ones come later depends on the results of earlier ones: `done` is read as it grows."""
     wanted: list[Callable[[], list[Trial]]] = [lambda: [Trial(BASE, 0.0, 0)]]
     for form in plan.forms:
         wanted.append(lambda form=form: [Trial(form, rate, 0) for rate in plan.rates])  # type: ignore[misc]
@@ -122,7 +123,7 @@ def _seeds(plan: Plan, done: Done, form: str) -> list[Trial]:
 
 
 def _second(plan: Plan) -> list[str]:
-    """Names of SECOND that are tried: those of forms that are."""
+    """The names of SECOND whose forms are in the plan; empty without a second text."""
     return [name for name, (form, _) in SECOND.items() if plan.then and form in plan.forms]
 
 
@@ -132,7 +133,7 @@ def _second_trials(plan: Plan, done: Done, name: str) -> list[Trial]:
 
 
 def _best_rate(plan: Plan, done: Done, form: str) -> float | None:
-    """Of the lowest loss on held-out text with the first seed; None when all diverged."""
+    """The rate with the lowest loss on held-out text at the first seed; None when all have diverged."""
     losses = {rate: done[Trial(form, rate, 0)].held for rate in plan.rates}
     ended = {rate: loss for rate, loss in losses.items() if loss is not None}
     return min(ended, key=ended.__getitem__, default=None)
@@ -153,7 +154,7 @@ def _results(plan: Plan, done: Done, speeds: Mapping[str, Mapping[str, Any]]) ->
                 "adapter": FORMS[form],
                 "parameters": done[Trial(form, plan.rates[0], 0)].parameters,
                 "rate": rate,
-                # a better rate may lie beyond
+                # a better rate may lie outside of those that were tried
                 "rate_at_end": len(plan.rates) > 1 and rate in (min(plan.rates), max(plan.rates)),
                 "seeds": len(held),
                 "held": _mean(held),
@@ -171,7 +172,7 @@ def _results(plan: Plan, done: Done, speeds: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _second_results(plan: Plan, done: Done) -> list[dict[str, Any]]:
-    """One entry for each way to go on with the second text."""
+    """One entry for each way to train on the second text."""
     found = []
     for name in _second(plan):
         trials = [trial for trial in _second_trials(plan, done, name) if done[trial].held is not None]
@@ -216,7 +217,7 @@ _LOSSES = ("held", "held_spread", "learnt", "keep", "keep_spread", "forgotten", 
 
 
 def _table(columns: Mapping[str, str], results: Sequence[Mapping[str, Any]]) -> str:
-    """As Markdown. A rate that stands at an end of those that were tried has a star."""
+    """A table in Markdown. A best rate at an end of those that were tried has a star."""
     lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
     for entry in results:
         cells = [_cell(key, entry.get(key)) + ("*" if key == "rate" and entry.get("rate_at_end") else "")
@@ -236,8 +237,7 @@ def _cell(key: str, value: Any) -> str:
 
 
 def _speeds(plan: Plan, texts: Texts, device: torch.device) -> dict[str, Mapping[str, Any]]:
-    """Interleaved on the base itself, in fp32, by form; empty where LoRA, which they are compared with, is not
-    among them."""
+    """By form, measured in turns on the base itself in fp32; empty without LoRA, which the others are compared with."""
     if LORA not in plan.forms:
         return {}
     batch = collate(texts.learn[: plan.setting.micro_batch], plan.setting.length)
@@ -247,7 +247,8 @@ def _speeds(plan: Plan, texts: Texts, device: torch.device) -> dict[str, Mapping
 
 
 def shared(plan: Plan) -> dict[str, Any]:
-    """What trials have in common, as JSON has it. How much is computed at once changes nothing but rounding."""
+    """The setting that trials share, ready for JSON. It leaves out the micro batch, which changes only rounding, and
+    the base's path: facts of the base itself are compared instead."""
     setting = asdict(plan.setting)
     del setting["base"], setting["micro_batch"]
     texts = {name: getattr(plan, name) for name in _TEXTS}
@@ -255,8 +256,8 @@ def shared(plan: Plan) -> dict[str, Any]:
 
 
 def check_setting(folder: Path, setting: Mapping[str, Any]) -> dict[str, Any]:
-    """What the folder says of its comparison, {} of a new one. UserError when that is another one. Nothing is written.
-    Older ones do not say that they pack."""
+    """The setting in the folder's comparison.json, {} for a new folder. UserError when it differs from `setting`.
+    Nothing is written. Files of earlier versions lack `packing`: it was always on."""
     path = folder / _SETTING
     if not path.exists():
         if folder.exists() and not folder.is_dir():
@@ -285,7 +286,7 @@ def _keep_setting(folder: Path, setting: Mapping[str, Any]) -> None:
 
 
 def _differing(key: str, before: Any, now: Any) -> str:
-    """What a value of the folder's setting was and now is, in words: digests say nothing to people."""
+    """A difference between the folder's setting and the present one, in words, because people cannot read digests."""
     if key == "base":
         one, other = (
             "a {model_type} of {num_layers} layers × {hidden_size}".format(**facts) for facts in (before, now)
@@ -306,8 +307,8 @@ def _check_batch(setting: Setting) -> None:
 
 
 def read_trials(folder: Path) -> Done:
-    """The trials that have ended, also while more are run; a last line that is not whole yet does not count. UserError
-    for a whole line that is no trial. Nothing is written."""
+    """The trials that have ended. A last line that is still being written does not count. UserError for a whole line
+    that is not a trial. Nothing is written."""
     path, done = folder / _TRIALS, Done()
     if not path.exists():
         return done
@@ -327,7 +328,7 @@ def read_trials(folder: Path) -> Done:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Takes a last line away that a kill tore, so that the next one begins a line of its own."""
+    """Removes an incomplete last line, left by a kill, so that the next one begins a line of its own."""
     if not path.exists():
         return
     with file_errors(UserError, path, "Give another folder."):

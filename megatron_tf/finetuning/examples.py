@@ -1,4 +1,4 @@
-"""Examples of a JSON-lines file as tokens, each with the tokens that are to be learnt.
+"""Examples from JSON-lines files as tokens, with a mark on each token that is to be learnt.
 
 | fields of a line | what is learnt |
 |---|---|
@@ -22,8 +22,7 @@ _ASSISTANT = "assistant"
 
 @dataclass(frozen=True)
 class Example:
-    """`ids`: tokens.  `learnt`: for each of them whether it is to be predicted; never the first.  `place`: file and
-    line."""
+    """`ids`: tokens.  `learnt`: whether each of them is to be predicted; never the first.  `place`: file and line."""
 
     ids: Sequence[int]
     learnt: Sequence[bool]
@@ -33,9 +32,10 @@ class Example:
 def read_examples(
     files: Sequence[str], tokenizer: Any, seq_length: int, drop_long: bool, key: str = "data.seq_length"
 ) -> list[Example]:
-    """All examples, in the order of the files. DataError with file and line for what is none, or too long.
+    """All examples, in the order of the files. A text of more than `seq_length` tokens is cut into pieces.
 
-    `key`: what the user sets `seq_length` by.
+    DataError with file and line for a line that is not an example, and, unless `drop_long`, for one that is too long.
+    `key`: the option that sets `seq_length`, for messages.
     """
     found: list[Example] = []
     long: list[Example] = []
@@ -95,8 +95,7 @@ def _example(place: str, record: Mapping[str, Any], tokenizer: Any) -> Example:
 
 
 def _encoded(place: str, record: Mapping[str, Any], field: str, tokenizer: Any, begins: bool = True) -> list[int]:
-    """Tokens of a field, with what the tokenizer puts before a text if one `begins` here, but not what it puts
-    after."""
+    """Tokens of a field, without an end of text. `begins`: add the tokens that the tokenizer puts before a text."""
     text = record[field]
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{place}: {field} is {shown(text)}, and a text is expected. Give one, or take the line out.")
@@ -145,7 +144,7 @@ def _templated(place: str, messages: Any, tokenizer: Any, **options: Any) -> lis
 
 
 def _pieces(example: Example, seq_length: int) -> Iterator[Example]:
-    """A text in pieces of at most `seq_length` tokens, each of two at least."""
+    """A text in pieces of at most `seq_length` tokens. A piece of one token has nothing to predict and is left out."""
     for start in range(0, len(example.ids), seq_length):
         ids = example.ids[start : start + seq_length]
         if len(ids) > 1:

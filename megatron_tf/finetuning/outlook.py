@@ -1,4 +1,4 @@
-"""What a comparison of adapters has still to do, and how long that takes: nothing is written."""
+"""The trials that a comparison of adapters has still to run, and how long they take. Nothing is written."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ _FORM = "modules"
 
 
 def foresee(plan: Plan, folder: Path, device: torch.device) -> str:
-    """In words. UserError as `compare_adapters`."""
+    """Trials, work and time that are left, as text. UserError as in `compare_adapters`."""
     plan, texts, facts = checked(plan)
     check_setting(folder, {**shared(plan), "base": facts})
     done = read_trials(folder)
     left, known = [], dict(done)
     for trial in missing(plan, known):
         left.append(trial)
-        known[trial] = Outcome(0, 0.0, 0.0)  # which rate is the best one does not change how many trials there are
+        # any outcome will do, because the number of trials does not depend on which rate is the best
+        known[trial] = Outcome(0, 0.0, 0.0)
     trained = sum(_trained(plan.setting, trial) for trial in left)
     measured = sum(_measured(texts, trial) for trial in left)
     costs = _costs(plan.setting, texts, device)
@@ -53,7 +54,7 @@ def _measured(texts: Texts, trial: Trial) -> int:
 
 
 def _costs(setting: Setting, texts: Texts, device: torch.device) -> Mapping[str, float]:
-    """Seconds to load the base, and of a sequence: processor time, or of a GPU the clock's."""
+    """Seconds to load the base, and to train and measure on one sequence: processor time; on a GPU wall time."""
     bf16 = setting.precision == "bf16"
     computing = Computing(device, 0, 1, bf16, setting.length, setting.micro_batch, False)
     rows = texts.learn[: setting.micro_batch]
@@ -69,7 +70,7 @@ def _costs(setting: Setting, texts: Texts, device: torch.device) -> Mapping[str,
         "measure": lambda: mean_loss(model, rows, computing),
     }
     for name in ("train", "measure"):
-        works[name]()  # the first time memory is allocated
+        works[name]()  # not timed, because the first call allocates memory
     found = {name: _seconds(work, device) for name, work in works.items()}
     return {"load": found["load"], **{name: found[name] / len(rows) for name in ("train", "measure")}}
 

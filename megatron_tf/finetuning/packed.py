@@ -1,5 +1,4 @@
-"""Can a base model compute sequences as long as asked for, and does it keep packed examples apart? Asked of the model
-itself, before a run relies on it."""
+"""Checks of a base model before a run relies on it: its context is long enough, and it keeps packed examples apart."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ _LENGTHS = (5, 7)
 
 
 def check_length(model: Any, seq_length: int, key: str) -> None:
-    """ConfigError, of `key`, when `seq_length` tokens are more than the model's context. Some have no such limit."""
+    """ConfigError that names `key` when `seq_length` is above the model's context. Some models have no such limit."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and seq_length > context:
         raise ConfigError(
@@ -26,7 +25,7 @@ def check_length(model: Any, seq_length: int, key: str) -> None:
 
 @torch.no_grad()
 def check_packing(model: Any, device: torch.device, key: str, remedy: str) -> None:
-    """ConfigError, of `key` and with the `remedy`, unless logits of two examples in one sequence are those of each
+    """ConfigError that names `key` and `remedy` unless two examples packed into one sequence have the logits of each
     alone."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)

@@ -53,8 +53,8 @@ _CHECKPOINTS = "checkpoints"
 
 
 def finetune(config: FinetuneConfig, environment: LaunchEnvironment, stop: StopSignals) -> None:
-    """Train, evaluate and save as `config` says. RunStopped, on every rank, when `stop` asked for it; UserError, before
-    anything is written, for whatever the user can correct."""
+    """Train, evaluate and save as `config` says. RunStopped, on every rank, after a stop that `stop` asked for; before
+    anything is written, UserError for what the user can correct."""
     check_ranks(config, environment.world_size)
     device = join_ranks(environment, config.run.timeout_seconds, facts={"the configuration": dump_finetune(config)})
     with session(environment, config.run.hang_seconds) as watchdog, contextlib.ExitStack() as closing:
@@ -124,7 +124,8 @@ class _Finetuning:
             self.console.warning(below_trained("training.train_steps", steps, self.step))
         trained = sum(parameter.numel() for parameter in self.names)
         self.console.info(f"{'adapter':<7} {trained:,} trained parameters; step {self.step:,} of {steps:,}")
-        # The base is frozen and needs no dropout; layers are recomputed in this mode alone.
+        # The base is frozen and needs no dropout, so evaluation mode would do. But transformers recomputes layers in
+        # training mode only.
         self.model.train(self.config.training.activation_checkpointing)
         began, tokens = time.monotonic(), 0
         with stop.saving(self.is_main):
@@ -151,7 +152,7 @@ class _Finetuning:
         self.console.info(f"complete: {self.folder / PUBLISHED}")
 
     def _step(self, watchdog: Watchdog) -> int:
-        """One update; the number of tokens learnt from."""
+        """One update. Returns the number of tokens that it learnt."""
         training = self.config.training
         rate = learning_rate(self.step, self.config.optimizer, training.train_steps)
         rows = rows_of_step(self.train, self.step, training.global_batch_size, self.config.run.seed)
@@ -178,7 +179,7 @@ class _Finetuning:
         self.trackers.log({"tokens": self.progress.tokens, **values}, self.step)
 
     def _agreed(self, request: int) -> int:
-        """The request of any rank to stop."""
+        """The largest `request` of all ranks, so that all of them stop when one is asked to."""
         found = torch.tensor(request, device=self.computing.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
@@ -228,7 +229,7 @@ def _digest(files: tuple[str, ...]) -> str:
 
 
 def _model(config: FinetuneConfig, newest: Path | None, data: str) -> tuple[Any, Resumed | None]:
-    """The base with the adapter that is trained, and what training goes on from."""
+    """(The base with the adapter to train, the state to resume from or None)."""
     from megatron_tf.adapters.tuner import with_adapters, with_new_adapter
 
     adapter, resumed = config.adapter, None
@@ -256,7 +257,7 @@ def _model(config: FinetuneConfig, newest: Path | None, data: str) -> tuple[Any,
 
 
 def _place(config: FinetuneConfig, model: Any, device: torch.device) -> None:
-    """To the device, or each rank's part of it; and all that only a model there can be asked. The same on all ranks."""
+    """Moves the model, or this rank's part of it, to the device, and then makes the checks that need it there."""
     if config.parallel.shard:
         shard(model, device)
     else:
@@ -277,7 +278,7 @@ def _restore(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], r
 
 
 def _open_folder(config: FinetuneConfig, folder: Path, closing: contextlib.ExitStack) -> None:
-    """The run's folder, this run's alone, with its configuration."""
+    """Makes the run's folder, locks it until `closing` ends, and writes the configuration into it."""
     with file_errors(UserError, folder, "Choose another run.dir."):
         (folder / _CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         closing.enter_context(run_folder_lock(folder))

@@ -1,7 +1,7 @@
-"""Checkpoints of a fine-tuning run: an adapter's folder each, with what training goes on from.
+"""Checkpoints of a fine-tuning run: adapter folders with the state that training resumes from.
 
-checkpoints/step_00000100/ holds the adapter's two files, optimizer.safetensors (Adam's moments by parameter name) and
-training.json. It exists whole or not at all. run.dir/adapter/ is the adapter after the last step.
+run.dir/checkpoints/step_00000100/ holds the adapter's two files, optimizer.safetensors (Adam's moments by parameter
+name) and training.json. It exists whole or not at all. run.dir/adapter/ is the adapter after the last step.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _STATES = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Progress:
-    """What training.json holds.
+    """The content of training.json.
 
-    `data`: digest of the files trained on.  `tokens`: learnt so far.  `trackers`: runs there, see `Trackers.ids`.
+    `step`: updates done.  `data`: digest of the training files.  `tokens`: learnt so far.  `trackers`: see
+    `Trackers.ids`.
     """
 
     step: int
@@ -46,14 +47,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Resumed:
-    """`progress`: that training goes on with.  `moments`: of Adam, by state and parameter."""
+    """The state to resume from.  `moments`: of Adam, by state and parameter name."""
 
     progress: Progress
     moments: Mapping[str, Mapping[str, Tensor]]
 
 
 def whole_moments(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
-    """Adam's moments on the CPU by state and parameter, whose `names` are given. All ranks call it together."""
+    """Adam's moments by "state/parameter name", whole and on the CPU. All ranks call it together."""
     return {
         f"{state}/{name}": whole(optimizer.state[parameter][state]).detach().cpu().contiguous()
         for parameter, name in names.items()
@@ -63,7 +64,7 @@ def whole_moments(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) ->
 
 
 def save(folder: Path, progress: Progress, adapter: Adapter, moments: Mapping[str, Tensor]) -> Path:
-    """Write a checkpoint; one of this step that is there already is left. `moments`: of `whole_moments`."""
+    """Write a checkpoint, unless there is one of this step, and return its path. `moments`: from `whole_moments`."""
     target = folder / f"step_{progress.step:08d}"
     if target.exists():
         return target
@@ -78,7 +79,7 @@ def save(folder: Path, progress: Progress, adapter: Adapter, moments: Mapping[st
 
 
 def publish_adapter(target: Path, adapter: Adapter) -> None:
-    """Put the adapter where an earlier one may be."""
+    """Write the adapter to `target`, in place of an earlier one."""
     new = target.with_name(f"{target.name}.new")
     for left in (new, partial_path(new)):
         shutil.rmtree(left, ignore_errors=True)
@@ -88,7 +89,7 @@ def publish_adapter(target: Path, adapter: Adapter) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete ones, the oldest first."""
+    """The complete checkpoints in a folder, the oldest first."""
     return sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / _PROGRESS).is_file())
 
 
@@ -98,7 +99,7 @@ def delete_old(folder: Path, keep: int) -> None:
 
 
 def read_progress(path: Path) -> Resumed:
-    """What training goes on from. CheckpointError when it is damaged."""
+    """The state in the checkpoint `path`. CheckpointError when it is damaged."""
     with file_errors(CheckpointError, path / _PROGRESS, "Remove this checkpoint to go on from an older one."):
         fields = parse_object(str(path / _PROGRESS), read_plain(path / _PROGRESS, 2**16))
         fields.only(*Progress.__dataclass_fields__)
@@ -113,6 +114,6 @@ def read_progress(path: Path) -> Resumed:
         state, _, parameter = name.partition("/")
         moments.setdefault(state, {})[parameter] = tensor
     more: dict[str, Any] = {}
-    if "tokens" in fields:  # 0 and none in a checkpoint of an earlier version
+    if "tokens" in fields:  # checkpoints of earlier versions have neither `tokens` nor `trackers`
         more = {"tokens": fields.integer("tokens"), "trackers": fields.plain("trackers")}
     return Resumed(Progress(fields.integer("step"), fields.text("data"), **more), moments)

@@ -42,7 +42,7 @@ class Run(Section):
     notes: str = ""
     """A text on the run, shown at trackers."""
     seed: int = Field(1234, ge=0, lt=2**63)
-    """New tokens and the order of the examples are functions of it."""
+    """Determines the new tokens and the order of the examples."""
     max_hours: Positive | None = None
     """[hours] The run saves and stops when this time has passed since its start."""
     hang_seconds: Annotated[float, Field(ge=1, le=1e7)] = 900.0
@@ -60,10 +60,10 @@ class Base(Section):
 
 class AdapterSection(Section):
     tokens: Count | None = None
-    """[tokens] Of each branch. null: 64, or those of adapter.from."""
+    """[tokens] Parameter tokens of each branch. null: 64, or as many as adapter.from has."""
     modules: tuple[str, ...] = ()
-    """attention, mlp, or linear alone; pattention alone in a TokenFormer. Empty: attention and mlp, pattention in a
-    TokenFormer, or those of adapter.from."""
+    """Modules that get a branch: attention and mlp, either of them, or linear alone; in a TokenFormer pattention alone.
+    Empty: those of adapter.from; without it attention and mlp, in a TokenFormer pattention."""
     source: Path | None = Field(None, alias="from")
     """Folder of an adapter to begin with, such as a grown one."""
 
@@ -72,22 +72,22 @@ class Data(Section):
     train: Files = Field(min_length=1)
     """Files of one JSON object a line: prompt and answer, messages, or text."""
     validation: Files = ()
-    """The same, to measure the loss on."""
+    """Files of the same kind, to measure the loss on."""
     seq_length: Count
-    """[tokens] Of a sequence that is computed at once."""
+    """[tokens] Length of packed sequences, and the most that an example may have."""
     packing: bool = True
     """Put several examples into a sequence; attention and positions begin anew with each."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """What an example of more than seq_length tokens does. Text is cut into pieces instead."""
+    """What to do with an example of more than seq_length tokens. The field text is cut into pieces instead."""
 
 
 class Training(Section):
     train_steps: Count
     """[steps] Optimizer steps."""
     global_batch_size: Count
-    """[sequences] Of a step, over all ranks."""
+    """[sequences] Of an optimizer step, over all ranks."""
     micro_batch_size: Count
-    """[sequences] Computed by a rank at once."""
+    """[sequences] Computed at once by each rank."""
     gradient_clipping: NonNegative = 1.0
     """Largest global L2 norm of the gradient. 0 turns clipping off."""
     activation_checkpointing: bool = False
@@ -96,7 +96,7 @@ class Training(Section):
 
 class Parallel(Section):
     shard: Literal["parameters"] | None = None
-    """parameters: each rank keeps a part of the base, of the tokens and of their moments. null: all of it."""
+    """parameters: each rank keeps a part of the base, of the tokens and of their moments. null: each keeps all."""
 
 
 class Checkpoint(Section):
@@ -108,12 +108,12 @@ class Checkpoint(Section):
 
 class Interval(Section):
     interval_steps: Count
-    """[steps] Between two of them."""
+    """[steps] Between evaluations. The last step is always evaluated."""
 
 
 class Logging(Section):
     interval_steps: Count = 10
-    """[steps] Between logged steps."""
+    """[steps] Between logged steps. The last step is always logged."""
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """In addition to metrics.jsonl, which is always written."""
     project: str = "megatron_tf"
@@ -134,8 +134,8 @@ class FinetuneConfig(Section):
 
 
 def load_finetune(path: FilePath, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """Read a YAML file and what it extends, apply "section.field=value", check every key. ConfigError with all
-    problems."""
+    """Read a YAML file and those that it extends, apply `overrides` ("section.field=value"), check every key.
+    ConfigError with all problems."""
     values, problems = read_extended(str(path), _read, _read, finetunings)
     for override in overrides:
         problems += apply_override(values, override)
@@ -150,7 +150,7 @@ def load_finetune(path: FilePath, overrides: Sequence[str] = ()) -> FinetuneConf
 
 
 def _read(path: str) -> tuple[dict[str, Any], list[str]]:
-    """The plain values of one file, and what is wrong with its syntax."""
+    """(The plain values of one file, problems of its syntax)."""
     names = finetunings()
     near = did_you_mean(FilePath(path).stem, names)
     remedy = f"Give the path of a fine-tuning run's YAML file, or one of {', '.join(names)}.{near}"
@@ -165,7 +165,7 @@ def dump_finetune(config: FinetuneConfig) -> str:
 
 
 def check_ranks(config: FinetuneConfig, world_size: int) -> None:
-    """ConfigError unless the batch can be shared out."""
+    """ConfigError unless the global batch divides evenly among `world_size` ranks."""
     training = config.training
     at_once = training.micro_batch_size * world_size
     if training.global_batch_size % at_once:
@@ -202,7 +202,7 @@ def _required(section: type[Section]) -> list[str]:
 
 
 def _sentence(problem: ErrorDetails) -> str:
-    """What pydantic found, as "section.field: what is wrong. Remedy."."""
+    """A problem found by pydantic, as "section.field: what is wrong. Remedy."."""
     *parts, last = problem["loc"] or ("configuration",)
     key = key_name((*parts, last))
     if problem["type"] == "extra_forbidden":

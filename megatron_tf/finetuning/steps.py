@@ -1,4 +1,4 @@
-"""One step: the mean loss over the learnt tokens of the whole batch, whatever the ranks and micro batches are."""
+"""One step: the mean loss over the learnt tokens of the whole batch, for any number of ranks and any micro batch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from megatron_tf.finetuning.sharding import is_sharded, local
 class Computing:
     """How this rank computes.
 
-    `length`: of packed sequences, None without packing.  `micro_batch`: rows at once.  `sharded`: whether each rank has
-    a part of the model, and all of them compute together.
+    `bf16`: whether to use autocast.  `length`: of packed sequences [tokens], None without packing.  `micro_batch`: rows
+    at once.  `sharded`: whether each rank has a part of the model, so that all must compute together.
     """
 
     device: torch.device
@@ -40,12 +40,12 @@ class Computing:
         return [own[first : first + self.micro_batch] for first in range(0, len(own), self.micro_batch)]
 
     def most_parts(self, rows: Sequence[Row]) -> int:
-        """Micro batches of the rank that has most."""
+        """The number of micro batches of the rank that has the most."""
         return -(-len(rows[:: self.world_size]) // self.micro_batch)
 
 
 def summed_loss(model: Any, batch: Batch, computing: Computing) -> Tensor:
-    """Σ over the learnt tokens of −log p."""
+    """Σ −log p over the learnt tokens: fp32 []."""
     device = computing.device
     places = (
         {"position_ids": batch.position_ids}
@@ -66,12 +66,12 @@ def summed_loss(model: Any, batch: Batch, computing: Computing) -> Tensor:
 def backward(
     model: Any, rows: Sequence[Row], parameters: Sequence[nn.Parameter], computing: Computing
 ) -> tuple[float, float]:
-    """(Loss, L2 norm of the gradient) of `rows`, the step's batch; gradients are those of all ranks. TrainingError when
-    they are not finite."""
+    """(Mean loss, L2 norm of the gradient) of `rows`, the whole step's batch. Afterwards gradients are summed over all
+    ranks. TrainingError when one of the two is not finite."""
     total = count_targets(rows)
     loss = torch.zeros((), device=computing.device)
     for part in computing.own_parts(rows):
-        # also where nothing is learnt, because layers of which ranks have parts are gathered by all of them
+        # Parts without learnt tokens are computed too, because gathering a sharded layer takes all ranks.
         own = summed_loss(model, collate(part, computing.length), computing) / total
         own.backward()
         loss += own.detach()
@@ -86,9 +86,9 @@ def backward(
 
 
 def _summed(parameters: Sequence[nn.Parameter], loss: Tensor) -> tuple[Tensor, Tensor]:
-    """(Loss, the gradient's L2 norm) over all ranks, after the gradients have been made those of all ranks.
+    """(Loss, L2 norm of the gradient) over all ranks; sums the gradients over ranks in place.
 
-    Of parameters that ranks have parts of they are already, each of its part.
+    For sharded parameters `fully_shard` has summed them already.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -108,7 +108,7 @@ def _summed(parameters: Sequence[nn.Parameter], loss: Tensor) -> tuple[Tensor, T
 
 @torch.no_grad()
 def mean_loss(model: Any, rows: Sequence[Row], computing: Computing) -> float:
-    """Over the learnt tokens of `rows`, on all ranks."""
+    """The mean loss over the learnt tokens of `rows`, the same on all ranks, each of which computes its share."""
     was_training = model.training
     model.eval()
     loss = torch.zeros((), device=computing.device)
@@ -116,7 +116,8 @@ def mean_loss(model: Any, rows: Sequence[Row], computing: Computing) -> float:
     for part in parts:
         loss += summed_loss(model, collate(part, computing.length), computing)
     if computing.sharded:
-        for _ in range(computing.most_parts(rows) - len(parts)):  # layers are gathered by all ranks
+        # a rank with fewer parts must take part in gathering the layers all the same
+        for _ in range(computing.most_parts(rows) - len(parts)):
             summed_loss(model, collate(rows[:1], computing.length), computing)
     dist.all_reduce(loss)
     model.train(was_training)

@@ -1,5 +1,5 @@
-"""One adapter trained on one text, or on a second one after it, and what the model knows afterwards: losses on these
-texts and on another one."""
+"""A trial: an adapter is trained on one text, or on a second one after it, and losses are measured on these texts and
+on another one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_tf.finetuning.steps import Computing, backward, mean_loss
 from megatron_tf.optimizers.adamw import AdamWOptimizer
 
 BASE = "none"  # the base alone
-# the ways to prepare a trained adapter for the second text: name -> (form, in tables)
+# the ways to train on the second text: name -> (form of the adapter, label in tables)
 SECOND = {
     "lora-on": (LORA, "LoRA, trained on"),
     "lora-second": (LORA, "LoRA, frozen, and a second one"),
@@ -34,19 +34,19 @@ SECOND = {
     "appended-on": (APPENDED, "appended tokens, trained on"),
     "appended-grown": (APPENDED, "appended tokens, frozen, and as many more"),
 }
-_HELD_OUT = 10  # one in so many examples, the last ones, is not trained on
-_WARM_UP = 10  # one in so many steps
+_HELD_OUT = 10  # the last tenth of the examples is not trained on
+_WARM_UP = 10  # the first tenth of the steps
 _CLIPPING = 1.0
-_UNTIMED = 2  # steps, in which memory is allocated
+_UNTIMED = 2  # the first steps, because they allocate memory
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all trials have in common.
+    """The setting that all trials share.
 
-    `rank`: of LoRA, which all others have as many parameters as.  `batch`: sequences of a step, `micro_batch` of them
-    at once.  `measured`: sequences that a loss is measured on, at most.  `packing`: whether a sequence has several
-    examples.
+    `precision`: "bf16" or "fp32".  `rank`: of LoRA; the other forms get as many parameters.  `batch`: sequences of a
+    step, computed `micro_batch` at a time.  `seq_length`: [tokens].  `measured`: the most sequences that a loss is
+    measured on.  `packing`: whether a sequence holds several examples.
     """
 
     base: Path
@@ -61,14 +61,14 @@ class Setting:
 
     @property
     def length(self) -> int | None:
-        """Of all sequences; None where each is as long as its example."""
+        """The tokens of each sequence; None when each is as long as its example."""
         return self.seq_length if self.packing else None
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Sequences: trained on, held out of the same text, and of the text that may be forgotten; and those of the
-    second text, where there is one."""
+    """Sequences. `learn`: to train on.  `held`: held out of the same text.  `keep`: of the text that may be forgotten.
+    `then`, `then_held`: of the second text, empty without one."""
 
     learn: Sequence[Row]
     held: Sequence[Row]
@@ -79,8 +79,8 @@ class Texts:
 
 @dataclass(frozen=True)
 class Trial:
-    """A name of `benchmark.adapters.FORMS` or SECOND, or BASE, and how it is trained. `seed`: of new tokens and data
-    order."""
+    """`form`: a name of `benchmark.adapters.FORMS` or SECOND, or BASE.  `rate`: learning rate.  `seed`: of new tokens and
+    of the data order."""
 
     form: str
     rate: float
@@ -89,10 +89,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Mean losses of a learnt token on held-out text and on the other text, None where the training diverged.
+    """`parameters`: trained ones.  `held`, `keep`: mean loss a learnt token on held-out text and on the other text;
 
-    `tokens_per_second`: learnt ones, without the first steps; None of the base.  `peak_bytes`: of a GPU.
-    Of a trial of SECOND, `held` is of the second text and `first` of the first.
+    None when the training diverged.  `tokens_per_second`: learnt, without the first steps; None for the base alone.
+    `peak_bytes`: of GPU memory.  In a trial of SECOND, `held` is of the second text and `first` of the first.
     """
 
     parameters: int
@@ -104,8 +104,7 @@ class Outcome:
 
 
 def read_texts(learn: str, keep: str, then: str | None, setting: Setting, tokenizer: Any) -> Texts:
-    """All texts; of those that are learnt the last tenth of the examples is held out. DataError when that leaves
-    nothing."""
+    """All texts. The last tenth of the examples of a text to learn is held out. DataError when nothing is left."""
 
     def packed(file: str, examples: Sequence[Example], most: int | None = None) -> Sequence[Row]:
         rows: Sequence[Row] = [[one] for one in examples][:most]
@@ -130,7 +129,7 @@ def read_texts(learn: str, keep: str, then: str | None, setting: Setting, tokeni
 
 
 def run_trial(setting: Setting, texts: Texts, trial: Trial, device: torch.device) -> Outcome:
-    """Train and measure. This process is one of a group of one."""
+    """Train and measure, in this process alone. torch.distributed must be set up with a group of size 1."""
     bf16 = setting.precision == "bf16"
     computing = Computing(device, 0, 1, bf16, setting.length, setting.micro_batch, False)
     base = load_base(setting.base, torch.bfloat16 if bf16 else torch.float32).to(device)
@@ -159,7 +158,7 @@ def run_trial(setting: Setting, texts: Texts, trial: Trial, device: torch.device
 
 
 def _prepared(setting: Setting, trial: Trial, model: Any, device: torch.device) -> Any:
-    """A model that has learnt the first text, for the second one."""
+    """The model after the first text, prepared for the second one as `trial` says."""
     if trial.form == "lora-second":
         add_lora(model, setting.rank)
     if not trial.form.endswith("-grown"):
@@ -181,7 +180,7 @@ def _size(model: Any) -> int:
 
 
 def _train(setting: Setting, learn: Sequence[Row], trial: Trial, model: Any, computing: Computing) -> float | None:
-    """Tokens learnt a second; None where all steps are among the first."""
+    """Trains `model` in place. Returns learnt tokens a second; None when there are only untimed steps."""
     section = AdamWOptimizer.model_validate(
         {"lr": trial.rate, "weight_decay": 0.0, "schedule": {"warmup_steps": setting.steps // _WARM_UP}}
     )
@@ -196,7 +195,7 @@ def _train(setting: Setting, learn: Sequence[Row], trial: Trial, model: Any, com
         if norm > _CLIPPING:
             torch._foreach_mul_([parameter.grad for parameter in parameters], _CLIPPING / norm)  # type: ignore[misc]
         for group in optimizer.param_groups:
-            # the first update is one too: of a short trial, every step counts
+            # Shifted by one step, so that neither the first nor the last rate is 0: in a short trial every step counts.
             group["lr"] = learning_rate(step + 1, section, setting.steps + 1)
         optimizer.step()
         if step >= _UNTIMED:

@@ -1,1 +1,1 @@
-"""Optimizers: what each keeps of a parameter, and how it updates one. `base.UpdateRule` says what that is."""
+"""Optimizers: the states that each keeps for a parameter, and its update. `base.UpdateRule` is the interface."""

@@ -19,7 +19,7 @@ class AdamWOptimizer(Optimizer):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of Adam's two moments."""
     eps: Positive = 1e-8
-    """Of Adam's denominator."""
+    """Added to the denominator of Adam's update."""
 
 
 class AdamW(UpdateRule):
@@ -58,7 +58,7 @@ class AdamW(UpdateRule):
 
 
 def as_adamw(optimizer: Optimizer) -> AdamWOptimizer:
-    """`optimizer`, which is known to be an AdamW's."""
+    """`optimizer` itself, as the type that the caller knows it to have."""
     assert isinstance(optimizer, AdamWOptimizer), optimizer.type
     return optimizer
 

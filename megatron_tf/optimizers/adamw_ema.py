@@ -2,8 +2,8 @@
 
     ema ← d·ema + (1 − d)·w          after each update of the weight w, with ema = w in the beginning
 
-What is kept is the offset o = ema − w, so that it is 0 for what was never updated, such as a token that growth has just
-added, and scales with the weight. From w to w' it becomes o' = d·(o + w − w').
+The state is the offset o = ema − w. It is 0 for elements that were never updated, such as those of a token that growth
+has just added, and it scales with the weight. An update from w to w' makes it o' = d·(o + w − w').
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class AdamWEmaOptimizer(AdamWOptimizer):
     type: Literal["adamw_ema"] = "adamw_ema"  # type: ignore[assignment]
     """How parameters are updated: AdamW, with an average of the weights."""
     ema_decay: Beta = 0.999
-    """Share of the average that stays at each step."""
+    """The decay rate d of the average."""
 
 
 class AdamWEma(AdamW):
     section = AdamWEmaOptimizer
-    # weights times f have offsets times f
+    # gradient_power −1: when weights are multiplied by f, so are offsets
     states = (*AdamW.states, OptimizerState(EMA_OFFSET, gradient_power=-1))
     why_not_elsewhere = "it keeps no average of the weights"
 

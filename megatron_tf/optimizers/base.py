@@ -1,4 +1,4 @@
-"""What an optimizer is to the rest of the package."""
+"""The interface of an optimizer to the rest of the package."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class OptimizerState:
     """One fp32 number that an optimizer keeps for each element of a parameter, in addition to its weight.
 
     `name`: in checkpoints. Optimizers may share a name only if they mean the same by it.
-    `gradient_power`: the state is proportional to this power of the gradient, which says what becomes of it when the
-        parameter is rescaled: weights times f have gradients times 1/f.
-    `initial`: of an element that was never updated, such as one of a token that growth has just added.
+    `gradient_power`: the state is proportional to this power of the gradient. It decides how a rescaled parameter
+        rescales the state: weights times f have gradients times 1/f.
+    `initial`: the value for an element that was never updated, such as one of a token that growth has just added.
     """
 
     name: str
@@ -32,15 +32,15 @@ class OptimizerState:
     bytes: ClassVar[int] = 4  # of an element, in memory and in a checkpoint
 
     def factor(self, weight_factor: float) -> float:
-        """What the state is multiplied by when the weight is multiplied by `weight_factor`."""
+        """The factor of the state when the weight is multiplied by `weight_factor`."""
         return 1 / weight_factor**self.gradient_power
 
 
 @dataclass(frozen=True)
 class UpdateBatch:
-    """Elements that are updated alike, as lists of flat fp32 tensors: one tensor for each segment.
+    """Elements with the same learning rate and weight decay, as lists of flat fp32 tensors: one for each segment.
 
-    `states`: by name, in the order of the weights.  `ages`: updates so far, a tensor [] each.
+    `states`: by name, each in the order of `weights`.  `ages`: the updates so far, a tensor [] for each segment.
     """
 
     weights: Sequence[Tensor]
@@ -50,11 +50,11 @@ class UpdateBatch:
 
 
 class UpdateRule(ABC):
-    """An optimizer that works element by element. Nothing here imports torch before `update` or `reference` is called.
+    """An optimizer that works element by element. torch is imported only when `update` or `reference` is called.
 
-    `section`: the `optimizer:` section of a configuration.
-    `states`: what it keeps in addition to the weight. Checkpoints, growth, estimates, plans and checks read it.
-    `why_not_elsewhere`: the reason, as a clause, why keys of other optimizers mean nothing to it.
+    `section`: the class of its `optimizer:` section.
+    `states`: those in addition to the weight. Checkpoints, growth, estimates, plans and checks read them.
+    `why_not_elsewhere`: the reason, as a clause for messages, why keys of other optimizers have no meaning here.
     """
 
     section: ClassVar[type[Optimizer]]
@@ -68,36 +68,36 @@ class UpdateRule(ABC):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of an element in addition to its weight."""
+        """Bytes of the states of an element, without its weight."""
         return sum(state.bytes for state in self.states)
 
     @abstractmethod
     def update(self, optimizer: Optimizer, batch: UpdateBatch, lr: float, weight_decay: float) -> None:
         """One step, in place. Adds 1 to each of `batch.ages`.
 
-        `lr`: of this step and these elements.  `weight_decay`: theirs; 0 for what is not decayed.
+        `lr`, `weight_decay`: of these elements at this step; a weight decay of 0 for elements that are not decayed.
         """
 
     @abstractmethod
     def reference(self, optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The same optimizer by other means, for checks: of parameter groups with a weight_decay each."""
+        """An independent implementation of the same optimizer, for checks. Each of `groups` has a weight_decay."""
 
 
 class MatrixRule(ABC):
-    """What an optimizer has in addition that updates a block's matrices whole: W ← W − lr (size · D·P + λW).
+    """The additional interface of an optimizer that updates whole matrices of blocks: W ← W − lr (size · D·P + λW).
 
-    D [n, d] is a matrix's direction, of which each rank has some rows, and P [d, d] a function of DᵀD alone. So ranks
-    exchange nothing but the sum of their rows' DᵀD.
+    D [n, d] is the direction of a matrix, of which each rank has some rows. P [d, d] is a function of DᵀD alone, so
+    ranks exchange only the sum of DᵀD over their rows.
     """
 
     @abstractmethod
     def directions(self, optimizer: Optimizer, batch: UpdateBatch) -> list[Tensor]:
-        """Rows of D, flat as the gradients are; updates the states in place, and adds 1 to each of `batch.ages`."""
+        """This rank's rows of D, flat as the gradients are. Updates the states in place and adds 1 to `batch.ages`."""
 
     @abstractmethod
     def transform(self, gram: Tensor) -> Tensor:
-        """DᵀD -> P, both [..., d, d] in fp64: of any number of matrices at once."""
+        """DᵀD -> P, both fp64 [..., d, d], for any number of matrices at once."""
 
     @abstractmethod
     def size(self, shape: Sequence[int]) -> float:
-        """The factor of the whole matrix's update."""
+        """The factor `size` of the update of a whole matrix of this shape."""

@@ -5,13 +5,13 @@ through five Newton-Schulz iterations
 
     X ← aX + bX(XᵀX) + cX(XᵀX)²,        (a, b, c) = (3.4445, −4.7750, 2.0315),
 
-after which W ← W − lr (0.2 √max(n, d) X + λW). The factor gives an update the size that AdamW's has, so both share one
-learning rate (Liu et al. 2025, "Muon is scalable for LLM training"; iteration by Jordan et al. 2024).
+after which W ← W − lr (0.2 √max(n, d) X + λW). The factor makes updates as large as AdamW's, so both share one learning
+rate (Liu et al. 2025, "Muon is scalable for LLM training"; iteration by Jordan et al. 2024).
 
-Every iterate is X·P with P a polynomial of G = XᵀX, and all of these commute. So only G [d, d] has to be known: it is
-the sum of the Gram matrices of the rows that each rank holds. One all-reduce of d² numbers a matrix is all that is
-sent, however its rows are spread over tensor- and data-parallel ranks, and P is applied to each rank's own rows.
-It squares the condition number, so G, P and M·P are computed in fp64: in fp32 the gradient norms of the next steps were
+Every iterate is X·P with P a polynomial of G = XᵀX, and all of these commute. So the iteration needs only G [d, d], the
+sum of the Gram matrices of each rank's rows. Ranks therefore send one all-reduce of d² numbers for each matrix, however
+its rows are spread over tensor- and data-parallel ranks, and apply P to their own rows.
+G squares the condition number, so G, P and M·P are computed in fp64. In fp32 the gradient norms of the next steps were
 40 times as far from those of the exact iteration.
 """
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-# Root mean square of AdamW's updates, as seen in practice
+# the root mean square of AdamW's updates in practice, divided by the learning rate
 UPDATE_SIZE = 0.2
 
 
 class MuonOptimizer(AdamWOptimizer):
     type: Literal["muon"] = "muon"  # type: ignore[assignment]
-    """How parameters are updated: matrices of blocks by Muon, all else by AdamW."""
+    """How parameters are updated: matrices of blocks by Muon, all others by AdamW."""
     momentum: Beta = 0.95
-    """Decay rate of the momentum of matrices. `betas` are AdamW's."""
+    """Decay rate of the momentum of matrices. `betas` are for AdamW."""
 
 
 class Muon(AdamW, MatrixRule):
@@ -83,13 +83,13 @@ class Muon(AdamW, MatrixRule):
 
 
 def as_muon(optimizer: Optimizer) -> MuonOptimizer:
-    """`optimizer`, which is known to be a Muon's."""
+    """`optimizer` itself, as the type that the caller knows it to have."""
     assert isinstance(optimizer, MuonOptimizer), optimizer.type
     return optimizer
 
 
 def _plain(settings: MuonOptimizer, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Muon on whole matrices by the iteration itself; AdamW by torch."""
+    """Muon on whole matrices by the iteration on X itself, and torch's AdamW."""
     import torch
 
     class PlainMuon(torch.optim.AdamW):
@@ -110,7 +110,7 @@ def _plain(settings: MuonOptimizer, groups: Iterable[dict[str, Any]]) -> torch.o
                         x = a * x + x @ (b * square + c * square @ square)
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.sub_(x, alpha=group["lr"] * UPDATE_SIZE * max(weight.shape) ** 0.5)
-            # of the matrices no gradient is left
+            # matrices have no gradients now, so AdamW skips them
             return super().step()
 
     return PlainMuon(list(groups), lr=settings.lr, betas=settings.betas, eps=settings.eps)
