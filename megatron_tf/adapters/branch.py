@@ -1,20 +1,20 @@
-"""A branch: parameter tokens at a module. It acts by forward hooks, as a child of the module, which keeps its class,
-its name and its parameters.
+"""A branch: parameter tokens at a module. It is a child of the module and acts by forward hooks, so the module keeps
+its class, its name and its parameters.
 
-In parallel to a module of any decoder, its output is added to the module's:
+A branch in parallel to a module of any decoder adds its output to the module's:
 
     y = module(x) + Σ over active adapters of Pattention(x; keys [n, d_in], values [n, d_out])
 
-Appended to a Pattention of a TokenFormer, tokens K', V' share the norm and τ of those that are there, K, V:
+Tokens K', V' appended to a Pattention of a TokenFormer share the norm and τ of its own tokens K, V:
 
     y = θ(x [K; K']ᵀ) [V; V']
 
-Where positions choose, a branch in parallel is `model.sparse_pattention` over the candidates that they choose, and the
-balance learns from the imbalance that the branch itself sees, in any loop of training.
+A parallel branch may also choose among candidates at each position (`model.sparse_pattention`). Its balancing loss is
+attached to its output, so any training loop trains the balance.
 
-New K' are 0 and new V' random, as in growth by `zero_key`. A score of 0 has no weight and leaves the norm as it is, so
-the function is kept; K' has a gradient at once, and V' from the second step. Such an adapter is a part of a bigger
-TokenFormer, and merging is concatenation. In parallel it could not be: its norm would be over its own scores.
+New tokens keep the function. In parallel, values are 0 and keys random. Appended, K' are 0 and V' random, as in growth
+by `zero_key`: a score of 0 has no weight and does not change the norm; K' has a gradient at once, and V' from the
+second step. Appended tokens are merged by concatenation. Parallel ones cannot be: they have a norm of their own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from megatron_tf.state.parameters import INITIAL_STD
 
 
 class TokenLayer(nn.Module, BaseTunerLayer):
-    """The tokens of all adapters at one module. They are fp32, also where the module has 16-bit weights."""
+    """The tokens of all adapters at one module. They are fp32 even if the module has 16-bit weights."""
 
     adapter_layer_names = (KEYS, VALUES, FROZEN + KEYS, FROZEN + VALUES, BANK)
     other_param_names = ("scales", "choices")
@@ -56,7 +56,8 @@ class TokenLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict() if name == BANK else nn.ParameterDict())
         self.scales: dict[str, float | None] = {}
-        # PEFT finds an adapter's name next to the last part of a parameter's: in the banks, and not above them
+        # A plain dict: PEFT expects an adapter's name just before the last part of a parameter's name, which holds for
+        # the banks but not for the modules around them.
         self.choices: dict[str, SparsePattention] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         weight = next(module.parameters())
@@ -67,12 +68,11 @@ class TokenLayer(nn.Module, BaseTunerLayer):
         self.handles = self.attach(module)
 
     def attach(self, module: nn.Module) -> list[RemovableHandle]:
-        """Hooks by which the tokens act."""
+        """Registers the hooks that apply the tokens, and returns them."""
         raise NotImplementedError
 
     def update_layer(self, adapter: str, num_tokens: int, frozen_tokens: int, scale: float | None) -> None:
-        """New tokens for `adapter`, with which the module computes what it did. `scale`: τ; None where it is the
-        module's."""
+        """Adds new tokens for `adapter` that keep the module's function. `scale`: τ; None: that of the module."""
         counts = {"": num_tokens - frozen_tokens, FROZEN: frozen_tokens}
         for prefix, count in counts.items():
             if count:
@@ -88,7 +88,7 @@ class TokenLayer(nn.Module, BaseTunerLayer):
             self.frozen_peft_weight_names[adapter] = (FROZEN + KEYS, FROZEN + VALUES)
 
     def update_choice(self, adapter: str, num_tokens: int, candidates: int, group_size: int, scale: float) -> None:
-        """As `update_layer`, of tokens among which positions choose."""
+        """As `update_layer`, with candidates that positions choose among."""
         module = SparsePattention(
             num_tokens // candidates, self.place.d_in, self.place.d_out, group_size=group_size, candidates=candidates,
             scale=scale,
@@ -99,7 +99,7 @@ class TokenLayer(nn.Module, BaseTunerLayer):
         self.scales[adapter] = scale
 
     def remove(self, module: nn.Module) -> None:
-        """Leave `module` as it was before there was a branch."""
+        """Restores `module` to its state before there was a branch."""
         for handle in self.handles:
             handle.remove()
         delattr(module, BRANCH)
@@ -112,7 +112,7 @@ class TokenLayer(nn.Module, BaseTunerLayer):
             values = torch.cat([self.frozen_value_tokens[adapter], values])
         return keys, values
 
-    # The base class finds these in a layer that wraps another; here nothing is wrapped.
+    # The base class takes these from the layer that it wraps. Nothing is wrapped here.
     @property
     def weight(self) -> Tensor:
         raise AttributeError("weight")
@@ -129,7 +129,7 @@ class PattentionLayer(TokenLayer):
         return [module.register_forward_hook(self._add, with_kwargs=True)]
 
     def forward(self, x: Tensor) -> Tensor | None:
-        """x [..., d_in] -> what the active adapters add, [..., d_out]; None when none is active."""
+        """x [..., d_in] -> the sum of the outputs of active adapters [..., d_out]; None when none is active."""
         total: Tensor | None = None
         for adapter in self.active_adapters:
             if adapter in self.scales:
@@ -154,13 +154,14 @@ class PattentionLayer(TokenLayer):
         added = self(args[0] if args else kwargs[self.place.argument])
         if added is None:
             return output
-        if isinstance(output, tuple):  # attention weights, or what a router decided, come after the hidden states
+        if isinstance(output, tuple):  # attention weights or router logits come after the hidden states
             return (output[0] + added.to(output[0].dtype), *output[1:])
         return output + added.to(output.dtype)
 
 
 class _WithLoss(Function):
-    """An output that brings an auxiliary loss along: what is made of the output has that loss's gradient, too."""
+    """Identity on the output, which adds the gradient of an auxiliary loss: backward behaves as if the loss had been
+    added, with factor 1, to the loss computed from the output."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, loss: Tensor) -> Tensor:
@@ -173,10 +174,10 @@ class _WithLoss(Function):
 
 
 class AppendedLayer(TokenLayer):
-    """Tokens appended to a Pattention of an exported TokenFormer, those of all active adapters one after the other.
+    """Tokens appended to a Pattention of an exported TokenFormer: those of all active adapters, one after another.
 
-    The module's own `keys` give scores [..., n] and get those of the appended tokens behind them, [..., n + n']; what
-    the module makes of them, its `values` [n, d] and the appended ones share out again.
+    A hook appends their scores to those of the module's `keys`: [..., n + n']. The module turns scores into weights.
+    Hooks then split the weights: the module's `values` [n, d] take the first n, the appended values the others.
     """
 
     def __init__(self, module: nn.Module, place: Place):
@@ -185,7 +186,7 @@ class AppendedLayer(TokenLayer):
         self.key_std, self.value_std = 0.0, INITIAL_STD
         if isinstance(values, Tensor) and values.dtype.is_floating_point and not values.is_meta:
             self.value_std = values.detach().float().square().mean().sqrt().item() or INITIAL_STD
-        self.weights: Tensor | None = None  # [..., n'] of the appended tokens, on the way to their values
+        self.weights: Tensor | None = None  # [..., n'] of the appended tokens, between the two hooks of `values`
 
     def attach(self, module: nn.Module) -> list[RemovableHandle]:
         keys, values = module.get_submodule("keys"), module.get_submodule("values")
@@ -196,7 +197,7 @@ class AppendedLayer(TokenLayer):
         ]
 
     def _active(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the adapters that are switched on."""
+        """(Keys, values) of each active adapter."""
         if self.disable_adapters:
             return []
         return [self.tokens(adapter) for adapter in self.active_adapters if adapter in self.scales]

@@ -1,6 +1,6 @@
-"""Candidates of an adapter's branches, by the functions that make them of a model's tokens and take them away.
+"""Adding and removing candidates of an adapter's branches, by the functions that do the same for models.
 
-`growth.split` has the proof that a split keeps the function, and `pruning.candidates` the ways back: candidates that
+`growth.split` has the proof that a split keeps the function. `pruning.candidates` has the ways back: candidates that
 contribute least are dropped, or neighbours are merged. Contributions are measured on random inputs.
 """
 
@@ -23,13 +23,13 @@ _LARGEST_GROUP = 16
 
 
 def usual_group(used: int) -> int:
-    """Tokens of a candidate where none is asked for: two slots at least, where there are tokens for two."""
+    """The default number of tokens of a candidate: a divisor of `used`, at most 16, that leaves two slots if it can."""
     most = max(1, min(_LARGEST_GROUP, used // 2))
     return max(size for size in divisors(used) if size <= most)
 
 
 def split_branch(branch: Branch, fresh: Tensor, group_size: int, candidates: int) -> Branch:
-    """A branch with `candidates` of each slot, copies of what it has. `fresh`: random routers [groups, d_in]."""
+    """A branch with `candidates` of each slot, copies of its present tokens. `fresh`: random routers [groups, d_in]."""
     groups = len(fresh)
     count = groups * group_size // len(branch.keys)
     keys, values = (
@@ -44,7 +44,7 @@ def split_branch(branch: Branch, fresh: Tensor, group_size: int, candidates: int
 
 
 def projection(branch: Branch, config: Mapping[str, Any]) -> SparsePattention:
-    """The module of a branch whose positions choose, fp32."""
+    """The module of a branch with candidates, fp32."""
     candidates = num_candidates(config)
     with torch.device("meta"):
         made = SparsePattention(
@@ -60,7 +60,9 @@ def projection(branch: Branch, config: Mapping[str, Any]) -> SparsePattention:
 def with_fewer(
     branches: Mapping[str, Branch], config: Mapping[str, Any], count: int, inputs: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Branch]]:
-    """The branches with `count` candidates of each slot, by each way there is. `inputs`: of each [rows, d_in]."""
+    """Yields the branches with `count` candidates for each slot, once for each way of removing the others.
+    `inputs`: [rows, d_in] by branch, to measure contributions on.
+    """
     use = {}
     for name, branch in branches.items():
         module = projection(branch, config)
@@ -71,7 +73,7 @@ def with_fewer(
 
 
 def _mixed(branch: Branch, mixture: Tensor, group_size: int) -> Branch:
-    """Means of candidates: of tokens by `mixture` [slots, count, candidates], of routers and balances even ones."""
+    """Means of candidates: tokens weighted by `mixture` [slots, count, candidates], routers and balances evenly."""
     slots, count, candidates = mixture.shape
     even = (mixture > 0).double() / (mixture > 0).sum(-1, keepdim=True)
 

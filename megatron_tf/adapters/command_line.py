@@ -1,4 +1,4 @@
-"""What the commands have in common that make a folder of a base and an adapter: options, and what they say."""
+"""Options and output that commands share which write a folder from a base and an adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_tf.arguments import path
 
 
 def parse_arguments(description: str | None, base: str) -> argparse.Namespace:
-    """--base, of which `base` is the help, --adapter and --to."""
+    """Parses --base, --adapter and --to. `base`: the help text of --base."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=path, required=True, metavar="DIR", help=base)
     parser.add_argument("--adapter", type=path, required=True, metavar="DIR", help="the adapter's folder, or the run's")
@@ -19,7 +19,7 @@ def parse_arguments(description: str | None, base: str) -> argparse.Namespace:
 
 
 def print_written(base: Path, adapter: Path, compared: Mapping[str, object], target: Path) -> None:
-    """What was read, how far results agree by what was compared, and what was written."""
+    """Prints what was read, how well each comparison agrees, and what was written."""
     print(f"from        {base}, with {adapter}")
     for what, agreement in compared.items():
         print(f"compared    {what}: {agreement}")

@@ -2,10 +2,10 @@
 
 | file | content |
 |---|---|
-| model.safetensors, or several | the base's weights in their own type, and the adapter's tokens |
+| model.safetensors, or several files | the base's weights in their own type, and the adapter's tokens |
 | config.json | the base's, with the branches in `pattention` |
-| modeling_pattention_adapter.py | the base's class with branches; needs torch and transformers alone |
-| others | the base's tokenizer and generation settings |
+| modeling_pattention_adapter.py | the base's class with branches; needs only torch and transformers |
+| other files | the base's tokenizer and generation settings |
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_tf.errors import CheckpointError, file_errors
 MODELING_CODE = "modeling_pattention_adapter.py"
 _CLASSES = {"AutoModel": "PattentionAdapterModel", "AutoModelForCausalLM": "PattentionAdapterForCausalLM"}
 _BASE_LINE = "from transformers import PreTrainedModel as "
-_PROMPT, _NEW = 6, 4  # tokens: a cache that is not read shows at the second new one
+_PROMPT, _NEW = 6, 4  # tokens; two new ones would do to notice a cache that is not read
 _CACHES: dict[str, dict[str, Any]] = {"without a cache": {"use_cache": False}, "with a cache": {}}
 _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
@@ -40,10 +40,9 @@ _TOKENIZER_FILES = (
 
 
 def export_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreement]:
-    """Write the folder `target`, load it as a user would, and compare; returns the agreement on each kind of sample.
+    """Write the folder `target`, load it as a user would, and compare it with base and adapter. Returns the agreement
 
-    Errors: CheckpointError, with nothing left behind, also when what transformers computes is not what base and adapter
-    do.
+    on each kind of sample. CheckpointError, with nothing left behind, when it cannot be written or does not agree.
     """
     stored = read_adapter(adapter)
     if is_appended(stored.config):
@@ -57,7 +56,7 @@ def export_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreeme
     versions = verifying_versions()
     _add_tokens(model, stored, settings)
     with file_errors(CheckpointError, target, "Nothing was written."), atomic_folder(target) as folder:
-        # Names as they are in memory: of a class with code of its own, transformers translates no others.
+        # The names in memory are kept, because transformers does not translate names for a class with remote code.
         model.save_pretrained(folder, save_original_format=False)
         del model
         _write_code(folder, bases, versions)
@@ -70,7 +69,7 @@ def export_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreeme
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for weights in folder.glob("*.safetensors"):
-            shutil.copymode(folder / "config.json", weights)  # the library's files are for their owner alone
+            shutil.copymode(folder / "config.json", weights)  # safetensors lets only the owner read its files
         for pattern in _TOKENIZER_FILES:
             for file in base.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
@@ -79,7 +78,7 @@ def export_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreeme
 
 @torch.no_grad()
 def verify(folder: Path, base: Path, adapter: Path) -> dict[str, Agreement]:
-    """Compare logits, and generation with and without a cache, in fp32. CheckpointError when they are others."""
+    """Compare logits, and generation with and without a cache, in fp32. CheckpointError when one does not agree."""
     expected = load_adapted(load_base(base), {"default": adapter})
     exported = load_exported(folder)
     ids = random_ids(expected)
@@ -97,8 +96,9 @@ def verify(folder: Path, base: Path, adapter: Path) -> dict[str, Agreement]:
 
 
 def _generation(exported: Any, expected: Any, ids: Tensor, options: Mapping[str, Any]) -> Agreement:
-    """Of the logits by which `exported` continues `ids` [2, s] with those of `expected` on the whole texts, without a
-    cache. Logits are compared, and not the tokens chosen, which rounding decides where two are about as likely."""
+    """Agreement of the logits of `exported` while it continues `ids` [2, s] with those of `expected` on the whole
+    texts, without a cache. Logits are compared rather than tokens, because rounding decides between tokens that are
+    about equally likely."""
     out = exported.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=_NEW, max_new_tokens=_NEW,
         pad_token_id=0, return_dict_in_generate=True, output_logits=True, **options,
@@ -134,7 +134,7 @@ def _add_tokens(model: nn.Module, adapter: Adapter, settings: dict[str, Any]) ->
 
 
 def _write_code(folder: Path, bases: Mapping[str, str], versions: dict[str, str]) -> None:
-    """`bases`: classes of transformers that the code's classes are derived from, by their names there."""
+    """`bases`: the names, in transformers, of the classes that those of the code derive from, by their names there."""
     import transformers
 
     code = resources.files("megatron_tf.adapters") / "remote_code" / MODELING_CODE

@@ -1,9 +1,7 @@
-"""Which base model an adapter was trained on: its shape, and a digest of its weights that survives another file or
-type.
+"""The identity of the base model of an adapter: its shape, and a digest of its weights.
+A few values of every tensor, spread over it, are rounded to bf16. So the same weights in fp32, in bf16, sharded or
 
-Of every tensor a few values are taken, spread over it, and rounded to bf16, so that the same weights in fp32, bf16,
-sharded or saved again give the same digest. Names do not count: other versions of transformers call the same tensor
-otherwise.
+saved again have the same digest. Names are left out, because they differ between versions of transformers.
 """
 
 from __future__ import annotations
@@ -18,15 +16,15 @@ from torch import Tensor, nn
 from megatron_tf.adapters.modules import BRANCH, hidden_size, num_layers
 from megatron_tf.errors import ArgumentError
 
-_SAMPLES = 64  # values of a tensor
+_SAMPLES = 64  # values taken of each tensor
 DIGESTS = ("vectors", "matrices")
 
 
 def base_facts(model: nn.Module) -> dict[str, Any]:
-    """What an adapter's folder keeps of its base.
+    """The facts about a base that an adapter's folder keeps: `model_type`, `hidden_size`, `num_layers`, and
 
-    `vectors`, `matrices`: digests of its biases and norms, and of its matrices; None where it has none, or where they
-    are quantised or not in memory.
+    `vectors`, `matrices`: digests of its biases and norms, and of its matrices. A digest is None if there are no such
+    tensors, or if they are quantised or not in memory.
     """
     config: Any = model.config
     facts = {"model_type": config.model_type, "hidden_size": hidden_size(model), "num_layers": num_layers(model)}
@@ -38,9 +36,9 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def check_base(model: nn.Module, expected: Mapping[str, Any], otherwise: str = "") -> None:
-    """ArgumentError unless `model` is the base that `expected`, of `base_facts`, was taken of.
+    """ArgumentError unless the `base_facts` of `model` are those `expected`. A digest of None is not compared.
 
-    `otherwise`: what else can be done where other weights are meant, as the end of a sentence.
+    `otherwise`: the end of the error's last sentence, a remedy for users who mean other weights.
     """
     found = base_facts(model)
     for key in ("model_type", "hidden_size", "num_layers"):
@@ -67,7 +65,7 @@ def _digest(tensors: list[nn.Parameter]) -> str | None:
 
 
 def _sampled(tensor: Tensor) -> bytes:
-    """Shape and values of one tensor, as a digest. A tensor that lies on several ranks is gathered, by all of them."""
+    """The digest of one tensor's shape and values. A sharded tensor is gathered: all ranks call it together."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     flat = whole.detach().reshape(-1)
     count = min(flat.numel(), _SAMPLES)

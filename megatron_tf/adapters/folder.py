@@ -3,21 +3,21 @@
 | field of adapter_config.json | meaning |
 |---|---|
 | PEFT's own | base_model_name_or_path, task_type and the like |
-| format_version | of this layout |
+| format_version | 1; 2 with candidates |
 | num_tokens | parameter tokens of each branch |
-| candidates, group_size | of a slot, and tokens of one, where positions choose (`model.sparse_pattention`); format 2 |
-| frozen_tokens | the first of them, which training leaves as they are; tensors of their own in the weights |
-| scale | τ of all branches: stored, never computed from num_tokens, so that growth can hold it; null for appended |
-| activation | l2_norm_gelu; of appended tokens that of the base |
+| candidates, group_size | candidates of each slot, and tokens of each candidate (`model.sparse_pattention`); format 2 |
+| frozen_tokens | the number of first tokens that are not trained; they are separate tensors in the weights |
+| scale | τ of all branches: stored, not computed from num_tokens, so that growth can keep it; null if appended |
+| activation | l2_norm_gelu; that of the base if appended |
 | modules, target_modules | kinds of modules, and their names in the base; pattention: appended to a TokenFormer's |
 | base | shape and digests of the base's weights, see `fingerprint` |
-| history | one entry a growth or shrinking |
-| checksum | SHA-256 of adapter_model.safetensors and of the fields that say what it computes |
+| history | one entry for each growth or shrinking |
+| checksum | SHA-256 of adapter_model.safetensors and of the fields that decide what it computes |
 
-Tensors are `base_model.model.<module>.pattention_branch.<key_tokens or value_tokens>` [num_tokens, width], with
-`frozen_` before the last part for the frozen ones. Tokens that positions choose among lie by slot, candidate and
-token, and before the last part is `bank.`; there is a `router` [slots · candidates, width] and a `balance` [slots ·
-candidates] too. Nothing in a folder is run.
+Tensors are `base_model.model.<module>.pattention_branch.<key_tokens or value_tokens>` [num_tokens, width]; the last
+part of frozen ones begins with `frozen_`. With candidates, `bank.` stands before the last part, tokens are ordered by
+slot, candidate and token, and there are a `router` [slots · candidates, width] and a `balance` [slots · candidates]. No
+code in a folder is run.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from megatron_tf.errors import ArgumentError, CheckpointError, file_errors, show
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-METHOD = "PATTENTION"  # as PEFT calls it
+METHOD = "PATTENTION"  # its name in PEFT
 FORMAT_VERSION = 2
-DENSE_VERSION = 1  # of adapters whose positions use all tokens
+DENSE_VERSION = 1  # of adapters without candidates, so that earlier versions can read them
 KEYS, VALUES, FROZEN = "key_tokens", "value_tokens", "frozen_"
 ROUTER, BALANCE = "router", "balance"
-BANK = "bank"  # of a branch whose positions choose
+BANK = "bank"  # of a branch with candidates
 _IN_BANK = f"{BANK}."
 OWN_FIELDS = (
     "format_version", "num_tokens", "frozen_tokens", "scale", "activation", "modules", "target_modules", "base",
     "history", "checksum",
 )  # fmt: skip
 CHOICE_FIELDS = ("candidates", "group_size")
-# What the weights mean; a change of these makes another adapter of them.
+# the fields that decide the meaning of the weights
 COVERED_FIELDS = ("format_version", "num_tokens", "frozen_tokens", "scale", "activation", "target_modules", "base",
                   *CHOICE_FIELDS)  # fmt: skip
 PEFT_FIELDS = (
@@ -72,8 +72,8 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Branch:
-    """The tokens of one branch, all of them: keys [n, d_in], values [n, d_out]; router [groups, d_in] and balance
-    [groups] where positions choose."""
+    """All tokens of one branch: keys [n, d_in], values [n, d_out]; with candidates also router [groups, d_in] and
+    balance [groups]."""
 
     keys: Tensor
     values: Tensor
@@ -81,7 +81,7 @@ class Branch:
     balance: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that there are, by the last part of their names."""
+        """The tensors that are not None, by the last part of their names."""
         found = {KEYS: self.keys, VALUES: self.values, ROUTER: self.router, BALANCE: self.balance}
         return {leaf: tensor for leaf, tensor in found.items() if tensor is not None}
 
@@ -95,7 +95,7 @@ class Adapter:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of an adapter_config.json. CheckpointError for what is no adapter of ours, or not whole."""
+    """The fields of an adapter_config.json. CheckpointError unless it is a valid one of this method."""
     with file_errors(CheckpointError, path, "Give the folder of a Pattention adapter."):
         content = read_plain(path, _LARGEST_CONFIG)
     try:
@@ -151,17 +151,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def is_appended(config: Mapping[str, Any]) -> bool:
-    """Whether the tokens are appended to a TokenFormer's own."""
+    """Whether the tokens are appended to those of a TokenFormer, rather than in parallel to a module."""
     return config.get("modules") == [PATTENTION]
 
 
 def num_candidates(config: Mapping[str, Any]) -> int:
-    """Of each slot; 1 where positions use all tokens."""
+    """Candidates of each slot; 1 without a choice."""
     return config.get("candidates") or 1
 
 
 def check_group(name: str, used: int, group_size: int | None) -> None:
-    """ArgumentError unless `used` tokens, those of a position, are whole slots of `group_size`."""
+    """ArgumentError unless `group_size` divides `used`, the tokens that a position uses. `name`: of the argument."""
     check_whole_number(name, group_size, 1)
     assert group_size is not None
     if used % group_size:
@@ -172,7 +172,7 @@ def check_group(name: str, used: int, group_size: int | None) -> None:
 
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
-    """CheckpointError unless the weights in `folder` are those that its configuration was written for."""
+    """CheckpointError unless the weights in `folder` match the checksum in its configuration."""
     path = folder / WEIGHTS_NAME
     with file_errors(CheckpointError, path, "Give the whole folder."):
         found = checksum(path, config)
@@ -184,8 +184,7 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def checksum(weights: Path, config: Mapping[str, Any]) -> str:
-    """SHA-256, in hexadecimal digits, of a file of weights and of what decides its meaning. OSError when it cannot be
-    read."""
+    """SHA-256, in hexadecimal digits, of a file of weights and of COVERED_FIELDS. OSError when it cannot be read."""
     digest = hashlib.sha256(
         json.dumps({name: config[name] for name in COVERED_FIELDS if name in config}, sort_keys=True).encode()
     )
@@ -196,7 +195,7 @@ def checksum(weights: Path, config: Mapping[str, Any]) -> str:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """A folder, checked: fields, checksum, and a pair of tensors of the right shape for each branch."""
+    """The adapter in a folder. CheckpointError unless fields, checksum, and names and shapes of tensors are right."""
     config = read_config(folder / CONFIG_NAME)
     check_weights(folder, config)
     path = folder / WEIGHTS_NAME
@@ -210,9 +209,10 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def write_adapter(folder: Path, adapter: Adapter, complete: Callable[[Path], None] | None = None) -> int:
-    """Write a new folder, whole or not at all; the bytes of its weights. CheckpointError when it exists.
+    """Write a new folder, whole or not at all, and return the bytes of its weights. CheckpointError when it exists.
 
-    `complete`: looks at the folder, which has another name still, or adds to it, and raises when it is not to be.
+    `complete`: is called with the folder while it still has a temporary name, to check it or add files. If it raises,
+    no folder is left.
     """
     check_new_folder(folder)
     frozen, tensors = adapter.config["frozen_tokens"], {}
@@ -231,7 +231,7 @@ def write_adapter(folder: Path, adapter: Adapter, complete: Callable[[Path], Non
             raise CheckpointError(f"{path}: {error}. Nothing was written.") from error
         config = {**adapter.config, "checksum": checksum(path, adapter.config)}
         write_config(partial / CONFIG_NAME, config)
-        shutil.copymode(partial / CONFIG_NAME, path)  # the library's files are for their owner alone
+        shutil.copymode(partial / CONFIG_NAME, path)  # safetensors lets only the owner read its files
         if complete is not None:
             complete(partial)
         return path.stat().st_size
@@ -242,13 +242,13 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """CheckpointError when something stands in the way of a new folder; its parent folders are made."""
+    """CheckpointError when the folder exists or cannot be made. Makes its parent folders."""
     check_absent(folder)
     prepare_output(folder)
 
 
 def check_absent(folder: Path) -> None:
-    """CheckpointError when something has the name of a new folder. Nothing is written."""
+    """CheckpointError when the folder, or its temporary name, exists. Nothing is written."""
     for place in (folder, partial_path(folder)):
         if os.path.lexists(place):
             raise CheckpointError(f"{place}: exists already. Nothing is overwritten: remove it, or give another folder")
@@ -259,7 +259,7 @@ def tensor_name(module: str, leaf: str) -> str:
 
 
 def _rows(config: Mapping[str, Any]) -> dict[str, int]:
-    """Rows of each tensor of a branch, by the last parts of its name: keys and values by turns."""
+    """Rows of each tensor of a branch, by the last parts of its name. Keys and values alternate."""
     frozen, tokens = config["frozen_tokens"], config["num_tokens"]
     if num_candidates(config) > 1:
         groups = tokens // config["group_size"]

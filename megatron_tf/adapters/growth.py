@@ -1,9 +1,9 @@
-"""More parameter tokens for a trained adapter, or fewer: a function on its folder, which needs no base model.
+"""Growing and shrinking a trained adapter, without its base model.
 
-The methods are those that grow models (`growth.methods`), for each branch by itself; τ stays one number for all
-branches. Of tokens appended to a TokenFormer's, zero_key alone keeps the function: norm and τ are also the base's. With
-`freeze_old` the tokens that were there are not trained any more, and `shrink` to their number gives the adapter back as
-it was, to the last bit. `split` copies the tokens to candidates, see `candidates`: a position uses as many as before.
+The methods are those that grow models (`growth.methods`), applied to each branch; τ stays one number for all branches.
+Appended tokens share norm and τ with the base, so only zero_key keeps their function. `freeze_old` freezes
+the present tokens; `shrink` to their number then restores the adapter to the last bit. `split` copies the tokens to
+candidates (see `candidates`): a position uses as many as before.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_tf.model.pattention import pattention
 from megatron_tf.pruning.criterion import largest, summed_contributions, summed_scale_terms
 from megatron_tf.state.parameters import INITIAL_STD, default_scale
 
-_ROWS = 256  # inputs that the functions before and after are compared on, and that contributions are measured on
+_ROWS = 256  # random inputs, to compare functions before and after and to measure contributions
 TOLERANCE = 1e-5  # of the largest output: two orders of summation in fp32
 
 
@@ -48,7 +48,7 @@ def grow_adapter(
     group_size: int | None = None,
     seed: int = 0,
 ) -> Adapter:
-    """The adapter with `num_tokens` tokens in each branch, the old ones first. ArgumentError for what cannot be.
+    """The adapter with `num_tokens` tokens in each branch, the old ones first. ArgumentError if `method` cannot do it.
 
     `zero_key`, `gram` and `split` keep its function, `random` does not. New values are as large as the old ones are
     (RMS).  `group_size`: tokens of a candidate, for the first split.
@@ -103,11 +103,11 @@ def grow_adapter(
 
 
 def shrink_adapter(adapter: Adapter, num_tokens: int, *, seed: int = 0) -> Adapter:
-    """The adapter with the `num_tokens` tokens of each branch that contribute most. ArgumentError for what cannot be.
+    """The adapter with the `num_tokens` tokens of each branch that contribute most. ArgumentError if they do not fit.
 
-    Measured on random inputs of equal variance in every direction; τ is the one with which the outputs stay closest.
-    Frozen tokens stay; where only they stay, they are not frozen any more and have the τ of then. Of an adapter with
-    candidates whole ones go, in each slot alike, and τ stays.
+    Contributions are measured on random inputs of equal variance in every direction; τ minimises the change of outputs.
+    Frozen tokens stay. If only they are left, they are no longer frozen and get back the τ from before they were.
+    An adapter with candidates loses whole candidates, as many in each slot, and keeps τ.
     """
     config = adapter.config
     old, frozen, scale = config["num_tokens"], config["frozen_tokens"], config["scale"]
@@ -209,7 +209,7 @@ class Difference:
 
 @torch.no_grad()
 def compare(before: Adapter, after: Adapter, seed: int = 0) -> Difference:
-    """Outputs of every branch on random inputs, as fp32 computes them."""
+    """Compares the outputs of every branch on random inputs, computed in fp32."""
     errors, sizes = [0.0], [0.0]
     for name, branch in before.branches.items():
         x = _inputs(branch, seed, name)
@@ -238,7 +238,7 @@ def _output(adapter: Adapter, branch: Branch, x: Tensor) -> Tensor:
 
 
 def _scale(adapter: Adapter) -> float:
-    """τ; of appended tokens, to which the base's is common, one by which two of them can be compared."""
+    """τ; 1 for appended tokens, whose τ is the base's: any value will do to compare two such adapters."""
     return 1.0 if is_appended(adapter.config) else adapter.config["scale"]
 
 
@@ -260,7 +260,7 @@ def _check_gram(adapter: Adapter, num_tokens: int) -> None:
 
 
 def _most_contributing(adapter: Adapter, num_tokens: int, seed: int) -> tuple[dict[str, Tensor], float]:
-    """Rows of each branch that stay, ascending, and the τ of them all."""
+    """(Rows of each branch that stay, ascending; τ for all branches)."""
     config = adapter.config
     frozen, scale, activation = config["frozen_tokens"], config["scale"], config["activation"]
     kept, above, below = {}, 0.0, 0.0
@@ -275,7 +275,7 @@ def _most_contributing(adapter: Adapter, num_tokens: int, seed: int) -> tuple[di
 
 
 def _entry(adapter: Adapter, method: str, num_tokens: int, scale: float | None, seed: int) -> dict[str, Any]:
-    """What the history keeps of a growth or shrinking."""
+    """The history entry of a growth or shrinking."""
     config = adapter.config
     return {"method": method, "from": config["num_tokens"], "to": num_tokens, "scale_from": config["scale"],
             "scale_to": scale, "seed": seed, "frozen_from": config["frozen_tokens"]}  # fmt: skip
@@ -287,7 +287,7 @@ def _changed(adapter: Adapter, branches: Mapping[str, Branch], entry: Mapping[st
 
 
 def _initial(branch: Branch, num_tokens: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
-    """Random keys and values of all tokens of the grown branch, as large as those that are there."""
+    """Random keys and values for all tokens of the grown branch, with the root mean squares of the present ones."""
     generator = _generator(seed, name, "growth")
     drawn = []
     for tokens in (branch.keys, branch.values):

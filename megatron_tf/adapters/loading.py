@@ -1,4 +1,4 @@
-"""A base model of transformers from its folder, with adapters on it."""
+"""Loading a base model of transformers, with adapters on it, from folders."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from megatron_tf.errors import CheckpointError, DataError, UserError, file_error
 from megatron_tf.requirements import is_wanted, wanted_versions
 
 _CONFIG = "config.json"
-_VOCABULARIES = ("tokenizer.*", "vocab.*", "spiece.model")  # without one of these, other files are no tokenizer
+_VOCABULARIES = ("tokenizer.*", "vocab.*", "spiece.model")  # a tokenizer needs one of these
 _LARGEST_CONFIG = 2**24
 _SAMPLE = 32  # tokens: a logit depends on all tokens before it
 
 
 def require_peft() -> str:
-    """The version of PEFT. UserError when it, or transformers, is missing or one that adapters do not work with."""
+    """The version of PEFT. UserError when PEFT or transformers is missing or has an unsupported version."""
     require_transformers()
     wanted = f"peft{wanted_versions('peft')}"
     try:
@@ -44,10 +44,10 @@ def require_peft() -> str:
 
 
 def load_base(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
-    """The causal language model in a folder, in evaluation mode; `dtype` "auto" is that of its weights. CheckpointError
-    when there is none to be loaded whole.
+    """The causal language model in a folder, in evaluation mode. `dtype` "auto": that of its weights. CheckpointError
+    when the folder is not that of such a model, or not complete.
 
-    Nothing in the folder is run: of an exported TokenFormer the code is ours, and not its copy that lies there.
+    No code in the folder is run: an exported TokenFormer is loaded with this package's code, not with the copy there.
     """
     _refuse_others(folder)
     content = _read_config(folder)
@@ -57,13 +57,13 @@ def load_base(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
 
 
 def load_exported(folder: Path) -> Any:
-    """What `export_adapter` has written, with the code that lies in it, in fp32. Errors: as of `load_base`."""
+    """The model that `export_adapter` has written, with the code in its folder, in fp32. Errors as in `load_base`."""
     return _load(folder, torch.float32, trust_remote_code=True)
 
 
 def _refuse_others(folder: Path) -> None:
-    """CheckpointError, with what to give instead, for what else of ours may be meant as a base: a run, a checkpoint, an
-    adapter, a classifier of images. Weights are not looked at."""
+    """CheckpointError, with what to give instead, for folders of this package that are not a base: a run, a checkpoint,
+    an adapter, an image classifier. Weights are not read."""
     if os.path.lexists(folder / _CONFIG):
         if _model_type(folder, _read_config(folder)) == IMAGE_MODEL_TYPE:
             raise CheckpointError(
@@ -126,7 +126,8 @@ def _load(
 
 
 def load_adapted(base: Any, adapters: Mapping[str, Path]) -> Any:
-    """`base` with adapters by name, the first one active. Errors: those of `read_adapter`, and of another base."""
+    """`base` with adapters by name, the first one active. CheckpointError as in `read_adapter`; ArgumentError when
+    `base` is not the one that they were trained on."""
     from megatron_tf.adapters.tuner import with_adapters
 
     for folder in adapters.values():
@@ -135,7 +136,7 @@ def load_adapted(base: Any, adapters: Mapping[str, Path]) -> Any:
 
 
 def random_llama(layers: int, width: int, vocabulary: int) -> Any:
-    """A Llama of random weights, to measure speeds with."""
+    """A Llama with random weights, for measurements of speed."""
     prepare_hugging_face()
     import transformers
 
@@ -149,18 +150,18 @@ def random_llama(layers: int, width: int, vocabulary: int) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a base's folder. DataError when there is none, or none with an end of text; errors of
-    `_refuse_others`. Nothing in the folder is run."""
+    """The tokenizer in a base's folder. DataError when there is none, or it has no end of text; CheckpointError as in
+    `load_base`. No code in the folder is run."""
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder. Give that of a model of transformers.")
     _refuse_others(folder)
     prepare_hugging_face()
     import transformers
 
-    transformers.logging.set_verbosity_error()  # of a TokenFormer it would say that it does not know the model
+    transformers.logging.set_verbosity_error()  # it would warn that it does not know the model type of a TokenFormer
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the many kinds of tokenizers raise what they like
+    except Exception as error:  # tokenizers raise errors of many types
         if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
             raise DataError(
                 f"{folder}: holds no tokenizer. Put the base's there, as its save_pretrained writes it."

@@ -1,6 +1,6 @@
-"""Appended tokens become a TokenFormer's own: keys and values of each projection are concatenated, and τ is held.
+"""Merging appended tokens into a TokenFormer: keys and values of each projection are concatenated, and τ is kept.
 
-The adapter's forward pass is that of the merged model, so merging changes nothing but the order of sums.
+The forward pass with the adapter equals that of the merged model, but for the order of sums.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from megatron_tf.inference.load import configured_tokenizer, known_eod, open_tok
 from megatron_tf.model.tokenformer import TokenFormer
 
 _LAYERS = "model.layers."
-_COPIED = ("chat_template*",)  # ours has none; a user may have put one there
+_COPIED = ("chat_template*",)  # an export has none, but the user may have added one
 
 
 def merge_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreement]:
     """Write the merged model as an exported folder `target`; returns the agreement on each kind of sample.
 
-    It is compared with base and adapter before it is written, and loaded with transformers before it has its name.
-    CheckpointError, with nothing left behind, when the adapter is none of appended tokens, or of another base.
+    The model is compared with base and adapter before it is written, and loaded by transformers before the folder gets
+    its name. CheckpointError, with nothing left behind, when a comparison fails or the adapter's tokens are not
+    appended ones; ArgumentError when the adapter is of another base.
     """
     stored = read_adapter(adapter)
     if not is_appended(stored.config):
@@ -71,7 +72,8 @@ def merged_network(export: HuggingFaceModel, adapter: Adapter) -> TokenFormer:
 
 @torch.no_grad()
 def compare(adapted: torch.nn.Module, network: TokenFormer) -> Agreement:
-    """Of logits on random tokens; candidates that rounding decides between are chosen alike."""
+    """Agreement of logits on random tokens. `network` takes the recorded choices of `adapted`, because rounding could
+    decide between candidates."""
     ids, choices = random_ids(adapted), Choices(adapted)
     with choices.recorded():
         expected = adapted(input_ids=ids).logits

@@ -1,9 +1,8 @@
-"""Where an adapter can stand in a decoder: its attention modules, its MLPs, its linear layers. By structure, not by
-name.
+"""The places of adapters in a decoder: attention modules, MLPs and linear layers, found by structure, not by name.
 
-The layers are the one list of modules as long as the configuration's number of layers. Within a layer, a child that
-holds matrices and children of its own is *attention* when its forward takes a mask or positions, and an *MLP* when not.
-In a TokenFormer, an adapter can also stand in the Pattentions themselves, with tokens next to theirs.
+The layers are the only list of modules whose length is the number of layers. A child of a layer that has
+matrices and children of its own is *attention* if its forward takes a mask or positions, otherwise an *MLP*.
+In a TokenFormer, tokens can also be appended to the Pattentions themselves.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ MLP = "mlp"
 LINEAR = "linear"
 PATTENTION = "pattention"
 KINDS = (ATTENTION, MLP, LINEAR, PATTENTION)
-BRANCH = "pattention_branch"  # works in parallel to a module, as a child of it
+BRANCH = "pattention_branch"  # the name of a branch, as a child of its module
 _POSITIONS = ("mask", "position", "rotary", "alibi", "cache_params")
 _LISTED = 4  # names that a message spells out
 # name of a Pattention within its layer, in an export -> the kind that its tokens are counted by
@@ -49,7 +48,7 @@ class Place:
 
 
 def find_places(model: nn.Module) -> dict[str, Place]:
-    """All places of a decoder, by module name. ArgumentError when it has no layers that can be told."""
+    """All places of a decoder, by module name. ArgumentError when its layers cannot be found."""
     config = _text_config(model)
     prefix, layers = _layers(model, config.num_hidden_layers)
     found = {}
@@ -68,7 +67,7 @@ def find_places(model: nn.Module) -> dict[str, Place]:
 
 
 def select(model: nn.Module, kinds: Sequence[str]) -> list[Place]:
-    """The places of these kinds. ArgumentError for a kind that is none, or that no layer has."""
+    """The places of these kinds. ArgumentError for an unknown kind, or one that no layer has."""
     for kind in kinds:
         if kind not in KINDS:
             raise ArgumentError(f"modules: {kind!r} is no kind of module. Choose of {either(KINDS)}.")
@@ -116,8 +115,8 @@ def select_projections(model: nn.Module, targets: Iterable[str] | None = None) -
     """The Pattentions of a TokenFormer that tokens can be appended to: all, or those whose names end in one of
     `targets`.
 
-    ArgumentError for another model, for an activation in which new tokens cannot keep the function, for targets that
-    are none, and for a part of the projections whose tokens the model counts as one number.
+    ArgumentError for another model, for an activation with which new tokens change the function, for targets that do
+    not exist, and for only some of the projections that share one number of tokens.
     """
     if not is_tokenformer(model):
         raise ArgumentError(
@@ -142,12 +141,12 @@ def select_projections(model: nn.Module, targets: Iterable[str] | None = None) -
 
 
 def is_tokenformer(model: nn.Module) -> bool:
-    """Whether it is one of our own models, as an export of them is loaded."""
+    """Whether `model` is an exported TokenFormer, loaded by transformers or `load_base`."""
     return getattr(getattr(model, "config", None), "model_type", None) == MODEL_TYPE
 
 
 def default_kinds(model: nn.Module) -> tuple[str, ...]:
-    """Where an adapter stands when nothing is said: in a TokenFormer's projections, else parallel to whole modules."""
+    """The kinds of places by default: the projections of a TokenFormer; in other models attention and MLPs."""
     return (PATTENTION,) if is_tokenformer(model) else (ATTENTION, MLP)
 
 
@@ -172,7 +171,7 @@ def _whole_kinds(places: dict[str, Place], targets: list[str]) -> list[Place]:
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The decoder's stack of layers. ArgumentError when it cannot be told."""
+    """The decoder's stack of layers. ArgumentError when it cannot be found."""
     return _layers(model, num_layers(model))[1]
 
 

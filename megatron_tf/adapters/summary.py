@@ -1,4 +1,4 @@
-"""What an adapter's folder holds, as plain values for tables and JSON; and how two of them differ."""
+"""The contents of an adapter's folder as plain values for tables and JSON, and the differences of two adapters."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _SETTINGS = ("modules", "num_tokens", *CHOICE_FIELDS, "frozen_tokens", "scale", 
 
 
 def adapter_folder(path: Path) -> Path | None:
-    """The adapter at `path`: this folder, or of a fine-tuning run that of the newest checkpoint, or what the run
-    published. None when there is none."""
+    """The adapter at `path`: this folder; in that of a fine-tuning run the newest checkpoint, else the published
+    adapter. None when there is none."""
     newest = sorted((*path.glob("step_*"), *path.glob("checkpoints/step_*")), reverse=True)
     places = (path, *newest, path / PUBLISHED)
     return next((place for place in places if os.path.lexists(place / CONFIG_NAME)), None)
 
 
 def trained_adapter(path: Path) -> Path:
-    """The adapter that `path` names: this folder, or what this fine-tuning run has published. CheckpointError, with the
-    newest checkpoint, when the run has published none; a folder that is neither is given back as it is."""
+    """The adapter at `path`: this folder, or the one that this fine-tuning run has published. Other folders are
+    returned unchanged. CheckpointError, which names the newest checkpoint, when the run has not published one."""
     for place in (path, path / PUBLISHED):
         if os.path.lexists(place / CONFIG_NAME):
             return place
@@ -68,12 +68,12 @@ def summarize(folder: Path, adapter: Adapter) -> dict[str, Any]:
 
 
 def scale_text(config: Mapping[str, Any]) -> str:
-    """τ of an adapter's settings or of its summary, for people. Appended tokens have none of their own."""
+    """τ of an adapter's settings or summary, as text. Appended tokens have no τ of their own."""
     return "of the base's projections" if config["scale"] is None else f"{config['scale']:.6g}"
 
 
 def differences(one: Adapter, other: Adapter) -> Iterator[StateDifference]:
-    """One for each tensor that differs. Tokens of a grown adapter have the old ones in front, which are compared."""
+    """One for each tensor that differs. Of different lengths the first rows, which growth keeps, are compared."""
     for name in {**one.branches, **other.branches}:
         leaves = [adapter.branches[name].tensors() if name in adapter.branches else {} for adapter in (one, other)]
         for leaf in {**leaves[0], **leaves[1]}:
@@ -83,7 +83,7 @@ def differences(one: Adapter, other: Adapter) -> Iterator[StateDifference]:
 
 
 def differing_settings(one: Adapter, other: Adapter) -> dict[str, list[Any]]:
-    """Both values of all that says what the tokens compute, where they differ; of the base, its digests too."""
+    """[value in one, value in other] of each setting that differs, those of the base included."""
 
     def settings(adapter: Adapter) -> Mapping[str, Any]:
         base = {f"base.{key}": value for key, value in adapter.config["base"].items()}

@@ -1,5 +1,4 @@
-"""The PEFT method: `PattentionConfig` for get_peft_model, PeftModel.from_pretrained, Trainer and what is built on
-them."""
+"""The PEFT method: `PattentionConfig` for get_peft_model, PeftModel.from_pretrained, Trainer and the like."""
 
 from __future__ import annotations
 
@@ -68,15 +67,16 @@ def _check_names(name: str, value: Any) -> None:
 
 @dataclass
 class PattentionConfig(PeftConfig):
-    """Parameter tokens in parallel to modules of a decoder. ArgumentError for what cannot be.
+    """Parameter tokens in parallel to modules of a decoder. ArgumentError for values that do not fit together.
 
     `num_tokens`: of each branch.  `modules`: "attention", "mlp" or both, whole modules; or "linear", each linear layer
         within them.  `target_modules`: names of modules or linear layers instead.
-    `candidates`, `group_size`: a position uses one of so many candidates of so many tokens in each slot, and so
-        num_tokens / candidates of them all; 1: it uses all tokens.
-    `frozen_tokens`: the first of the tokens, which are not trained.  `scale`: τ; the default is √ of the tokens that
-        a position uses.
-    `base`: what the adapter was trained on, filled in; None takes any base.  The other fields are the folder's.
+    `candidates`: of each slot, one of which a position uses, so num_tokens / candidates tokens in all. 1: it uses all
+        tokens.  `group_size`: tokens of a candidate.
+    `frozen_tokens`: the number of first tokens that are not trained.  `scale`: τ; the default is √ of the number of
+        tokens that a position uses.
+    `base`: facts of the base that the adapter was trained on, filled in; None accepts any base.  The other fields are
+        those of the folder, see `folder`.
     """
 
     num_tokens: int = 64
@@ -134,7 +134,7 @@ class PattentionConfig(PeftConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are written."""
+        """The fields to write; those on candidates only if there are candidates."""
         fields = super().to_dict()
         return (
             fields if self.candidates > 1 else {key: value for key, value in fields.items() if key not in CHOICE_FIELDS}
@@ -174,7 +174,7 @@ class PattentionModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        """`target_modules` as full names. All that can be wrong is found before anything is added."""
+        """Sets `target_modules` to full names. Finds all errors before anything is added."""
         if peft_config.base is not None:
             check_base(self.model, peft_config.base, otherwise=_ANY_BASE)
         if peft_config.modules == [PATTENTION]:
@@ -245,9 +245,9 @@ def _layer_class(place: Place) -> type[TokenLayer]:
 
 
 def with_adapters(base: nn.Module, folders: Mapping[str, Path], trained: bool = False) -> Any:
-    """`base` with the adapters in `folders` by name, the first one active, `trained` or not. ArgumentError when it is
-    not the base of all."""
-    # PEFT's hook would say the same with a remedy that is for Python, and after the first ones are added.
+    """`base` with the adapters in `folders` by name, the first one active. `trained`: whether they can be trained.
+    ArgumentError when it is not the base of all of them."""
+    # PEFT's hook checks it too, but with a remedy for Python, and only after the first adapters are added.
     for place in folders.values():
         check_base(base, read_config(place / CONFIG_NAME)["base"])
     (first, folder), *others = folders.items()
@@ -264,7 +264,7 @@ def with_new_adapter(base: nn.Module, num_tokens: int, modules: Sequence[str]) -
 
 @torch.no_grad()
 def adapter_of(model: Any, name: str = "default") -> Adapter:
-    """A copy of an adapter of a PEFT model, on the CPU. Where ranks have parts of it, all call it together."""
+    """A copy of an adapter of a PEFT model, on the CPU. If it is sharded, all ranks call it together."""
     config: PattentionConfig = model.peft_config[name]
     fields = config.to_dict() | {"target_modules": sorted(config.target_modules or ()), "inference_mode": True}
     branches = {}
@@ -293,7 +293,7 @@ def _whole(parts: Sequence[Any]) -> torch.Tensor:
 
 
 def _register() -> None:
-    """PEFT's list of methods is an enumeration, which cannot be extended by inheriting from it: a member is added."""
+    """Adds this method to PEFT's enumeration of methods, which cannot be extended by inheritance."""
     if METHOD in PeftType.__members__:
         return
     member = str.__new__(PeftType, METHOD)

@@ -1,13 +1,12 @@
-"""Adapters in vLLM: a plugin (`vllm.general_plugins`), with which the base's folder and vLLM stay as they are.
+"""Adapters in vLLM: a plugin (`vllm.general_plugins`). Neither the base's folder nor vLLM is changed.
 
-vLLM's own class of the base, with branches at its attention modules and MLPs by the code that exports have. The model
-is asked for by its configuration: architectures ["Pattention" + the base's], and the adapter's folder in
-`pattention_adapter`. Tokens are of the model's type. The ranks of a tensor-parallel group share them out, since these
-modules' inputs and outputs are whole on each: the squared norm of a position's scores, one number, and the branch's
-output are summed over the ranks, as `model.pattention` does it.
+The model is vLLM's own class of the base, with branches at its attention modules and MLPs by the code that exports use.
+Two fields of its configuration select it: architectures ["Pattention" + the base's], and the adapter's folder in
+`pattention_adapter`. Tokens have the model's type. Each rank of a tensor-parallel group has some of the tokens, because
+inputs and outputs of these modules are whole on each rank. The squared norm of a position's scores, one number, and the
+branch's output are summed over the ranks, as in `model.pattention`.
 
-A server has one adapter: what vLLM hands to a model in a forward pass says nothing of the request that a position is
-of, but for the LoRA that it asked for.
+A server has one adapter, because vLLM does not tell a model which request a position belongs to, except for LoRA.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from megatron_tf.config.nearest import either
 from megatron_tf.errors import CheckpointError, shown
 from megatron_tf.state.parameters import shard_range
 
-# Decoders whose layers vLLM gives the names that transformers gives them; each is tested.
+# Decoders whose layers have the same names in vLLM and in transformers; each is tested.
 BASES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 _PREFIX = "Pattention"
 _INPUT = "hidden_states"
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes."""
+    """Registers the models. vLLM calls it in each of its processes."""
     from vllm import ModelRegistry
 
     for name in sorted({*BASES} & {*ModelRegistry.get_supported_archs()}):
@@ -84,7 +83,7 @@ def configured_folder(config: Any) -> Path:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Those that share out the tokens.  `reduce`: the sum of a tensor over them, a new tensor."""
+    """The ranks that each have some of the tokens.  `reduce`: returns the sum of a tensor over them, a new tensor."""
 
     size: int = 1
     rank: int = 0
@@ -103,9 +102,9 @@ def _tensor_ranks() -> Ranks:
 
 @torch.no_grad()
 def add_adapter(model: nn.Module, folder: Path, config: Any, ranks: Ranks = ALONE) -> set[str]:
-    """Put the branches of the adapter in `folder` into `model`, this rank's tokens of them; the names of their
-    parameters. CheckpointError when they cannot stand there, or the base, which has transformers' `config`, is another
-    one by its sizes."""
+    """Put the branches of the adapter in `folder` into `model`, with this rank's tokens, and return the names of their
+    parameters. CheckpointError when the model cannot have them, or when its `config`, that of transformers, has other
+    sizes than the adapter's base."""
     from megatron_tf.adapters.remote_code.modeling_pattention_adapter import add_branches  # imports transformers
 
     adapter = read_adapter(folder)
@@ -129,7 +128,7 @@ def add_adapter(model: nn.Module, folder: Path, config: Any, ranks: Ranks = ALON
 
 
 def _over(ranks: Ranks, kind: Any) -> Any:
-    """The class of the branches whose tokens `ranks` share out."""
+    """The class of branches whose tokens are divided among `ranks`."""
 
     class SharedBranch(kind):
         def norm(self, scores: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ class Texts:
 
 @dataclass(frozen=True)
 class Trial:
-    """`form`: a name of `benchmark.adapters.FORMS` or SECOND, or BASE.  `rate`: learning rate.  `seed`: of new tokens and
-    of the data order."""
+    """`form`: a name of `benchmark.adapters.FORMS` or SECOND, or BASE.  `rate`: learning rate.  `seed`: of new tokens
+    and the data order."""
 
     form: str
     rate: float
