@@ -1,1 +1,1 @@
-"""What trains a model under a layout. `base.Engine` is the protocol; each engine has a folder of its own."""
+"""Engines train a model under a layout. `base.Engine` is the protocol; each engine has a folder of its own."""

@@ -1,7 +1,7 @@
-"""What an engine is to the rest of the package.
+"""The interface of an engine to the rest of the package.
 
 An engine holds the weights and the optimizer's state of one rank. State goes in and out as ranges of logical tensors,
-so nothing above knows how an engine lays it out.
+so its callers do not depend on how an engine lays it out.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from megatron_tf.tasks.data import Batch
 class StepResult:
     """`loss`: mean over the global batch, on the device. `grad_norm`: before clipping.
 
-    `skipped`: the gradient was not finite, on any rank, so nothing was updated. `seeks_scale`: that was in fp16 with a
-    loss scale that could still fall, which is how the scale is found. `loss_scale`: for the next step, None but in
-    fp16.
+    `skipped`: the gradient was not finite on some rank, so nothing was updated. `seeks_scale`: a step was skipped in
+    fp16 while the loss scale could still fall, which is how the scale is found. `loss_scale`: for the next step; None
+    unless in fp16.
     `reports`: auxiliary losses and metrics of the model's architecture.
     """
 
@@ -49,7 +49,7 @@ class Age(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """`loss`: mean over all losses that count.  `by_group`: the same of each group; None where none counts.
+    """`loss`: mean over all unmasked losses.  `by_group`: the mean of each group; None for a group without any.
 
     `metrics`: the means of `Task.metrics` by name.
     """
@@ -62,7 +62,7 @@ class Evaluated(NamedTuple):
 class Engine(Protocol):
     """One rank's part of a model in training. All ranks call each method together.
 
-    `clock`: where the time of a step goes.
+    `clock`: measures the phases of a step.
     `steps_skipped`: steps without an update so far, because a gradient was not finite.
     `before_update`: called before the state changes; between two of its calls no state changes at all.
     `on_gradients`: called with every segment of this rank and its final gradient, averaged and clipped, before the
@@ -82,7 +82,7 @@ class Engine(Protocol):
 
     @property
     def reads_data(self) -> bool:
-        """Whether this rank takes batches: those of the inner pipeline stages do not."""
+        """Whether this rank takes batches. Ranks of inner pipeline stages may not."""
         ...
 
     def train_step(self, step: int, batches: Iterator[Batch], lr_factor: float = 1.0) -> StepResult:
@@ -97,14 +97,14 @@ class Engine(Protocol):
         ...
 
     def evaluate_groups(self, batches: Iterable[Batch], groups: Sequence[int], num_groups: int) -> Evaluated:
-        """Of every data-parallel rank together, identical on all ranks.
+        """Evaluates the batches of all data-parallel ranks. The result is identical on all ranks.
 
         `groups`: the group, below `num_groups`, of each of this rank's samples in the order of `batches`.
         """
         ...
 
     def stage(self) -> Stage:
-        """The model's layers on this rank, for a look into its forward pass."""
+        """The model's layers on this rank, for forward passes outside of training."""
         ...
 
     def pieces(self) -> list[Piece]:
@@ -112,15 +112,15 @@ class Engine(Protocol):
         ...
 
     def ages(self) -> list[Age]:
-        """Updates of the elements that this rank saves."""
+        """The number of updates of the elements that this rank saves."""
         ...
 
     def adam_steps(self) -> dict[str, tuple[tuple[int, int, int], ...]]:
-        """Updates of the whole model: name -> ((start, stop, updates), ...)."""
+        """The number of updates for the whole model: name -> ((start, stop, updates), ...)."""
         ...
 
     def check_replicas(self) -> None:
-        """CheckpointError, on every rank, when copies of one tensor have drifted apart, naming it and the ranks."""
+        """CheckpointError, on every rank, with the tensor and the ranks, when copies of one tensor differ."""
         ...
 
     def loss_scaler(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Engine(Protocol):
         ...
 
     def load_loss_scaler(self, state: dict[str, Any]) -> None:
-        """Goes on from what `loss_scaler` gave."""
+        """Restores a state that `loss_scaler` returned."""
         ...
 
     def close(self) -> None:

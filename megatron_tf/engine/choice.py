@@ -1,4 +1,4 @@
-"""The engine that a configuration asks for. It is imported when it is needed, because DeepSpeed takes seconds."""
+"""The engine that a configuration asks for. It is imported only when needed: DeepSpeed takes seconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def join(
     store_file: str | None = None,
     facts: Mapping[str, str] = NO_FACTS,
 ) -> torch.device:
-    """`join_ranks`, and what the engines of `configs` need besides."""
+    """Calls `join_ranks`, and attaches DeepSpeed if an engine of `configs` needs it. Returns this rank's device."""
     if any(config.parallel.engine == "deepspeed" for config in configs):
         from megatron_tf.engine.deepspeed import joining
 

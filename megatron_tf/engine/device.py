@@ -1,4 +1,4 @@
-"""What the engine of a run needs of this machine, known before a rank starts."""
+"""Checks, before a rank starts, that this machine has what the engine of a run needs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FP8_CAPABILITY = (8, 9)
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether there are products of 8-bit factors. A CPU emulates them."""
+    """Whether the device multiplies 8-bit matrices. A CPU emulates it."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def accelerator_problems(environ: Mapping[str, str]) -> Iterator[str]:
-    """A DeepSpeed that is told to use another device than PyTorch has here. It reads this when it is imported."""
+    """A problem when DeepSpeed's variable, which it reads at import, names another device than PyTorch has."""
     name, device = environ.get("DS_ACCELERATOR"), "cuda" if torch.cuda.is_available() else "cpu"
     if name not in (None, device):
         remedy = "hide the GPUs with CUDA_VISIBLE_DEVICES=" if device == "cuda" else "use a machine with a GPU"
@@ -27,7 +27,7 @@ def accelerator_problems(environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def engine_problems(config: RunConfig) -> Iterator[str]:
-    """An engine that is not installed."""
+    """A problem when the engine is not installed."""
     if config.parallel.engine == "deepspeed" and find_spec("deepspeed") is None:
         version = wanted_versions("deepspeed")
         yield (
@@ -37,7 +37,7 @@ def engine_problems(config: RunConfig) -> Iterator[str]:
 
 
 def precision_problems(config: RunConfig) -> Iterator[str]:
-    """GPUs without products in fp8, and compute types that DeepSpeed refuses on a CPU."""
+    """A problem for fp8 on a GPU without it, and for a compute type that DeepSpeed refuses on a CPU."""
     if config.training.precision == "fp8" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         if capability < FP8_CAPABILITY:

@@ -1,11 +1,11 @@
 """An optimizer over segments: ranges of flat buffers, each with its own weight decay, learning rate and age.
 
 ZeRO hands an optimizer one flat fp32 buffer that cuts across parameters. A *segment* is the part of one logical
-tensor within it. So one parameter group serves the whole model, on every rank alike (DeepSpeed hangs when
-pipeline stages have different groups), and still every logical range has its own decay, learning rate and step
-count: tokens that a growth appended are younger than the rest, and a bias correction must know it.
-With the count of the old tokens, AdamW's first updates of them would be (1 − β₁)/√(1 − β₂) times what they should be:
-3.2 times at β₁ = 0.9, β₂ = 0.999, and 0.45 times at β₂ = 0.95.
+tensor within it. So one parameter group serves the whole model on every rank (DeepSpeed hangs when pipeline stages have
+different groups), and still every logical range has its own decay, learning rate and step count. Tokens that a growth
+appended have fewer updates than the others, and the bias correction must use their own count: with that of the old
+tokens, AdamW's first updates of them would be multiplied by (1 − β₁)/√(1 − β₂), which is 3.2 at β₁ = 0.9, β₂ = 0.999,
+and 0.45 at β₂ = 0.95.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class Segment:
 
     `owned`: false for a replica (tied embedding, replicated norm) that another rank saves.
     `age`: number of updates so far, a tensor [] as torch's optimizers keep it.
-    `lr_multiplier`: times the learning rate. 0 leaves the weights as they are to the last bit: weight decay is
+    `lr_multiplier`: factor of the learning rate. 0 keeps the weights to the last bit, because weight decay is
     multiplied by the learning rate too.
-    `decay_multiplier`: times the weight decay.
-    `new`: of tokens that the run's growth added, whose rate is also multiplied by the optimizer's `new_tokens_factor`.
+    `decay_multiplier`: factor of the weight decay.
+    `new`: whether it is of tokens that the run's growth added. Their rate is also multiplied by the optimizer's
+    `new_tokens_factor`.
     """
 
     name: str
@@ -60,10 +61,10 @@ class Segment:
 class SegmentedOptimizer(torch.optim.Optimizer):
     """The optimizer that a configuration names, see `optimizers.base`.
 
-    It does nothing until `bind` gave it its segments, because DeepSpeed first replaces the parameters by flat buffers.
+    It needs `bind` before its first step, because DeepSpeed first replaces the parameters by flat buffers.
     `observe`, when set, is called with every segment and its final gradient (averaged and clipped) before the update.
     `before_update`, when set, is called before anything changes; between two of its calls no state changes at all.
-    `new_tokens_factor`: of the next step, times the learning rate of segments that are `new`.
+    `new_tokens_factor`: factor, at the next step, of the learning rate of segments that are `new`.
     """
 
     def __init__(self, params: Iterable[Tensor], settings: Optimizer):
@@ -81,7 +82,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         self.skip_next = False  # makes the next call of `step` do nothing
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch has it, but for a wrapper that is there for compiled code and would import torch's compiler."""
+        """As in torch, without a wrapper that serves compiled code only and would import torch's compiler."""
         wrapped = torch.optim.Optimizer.add_param_group
         getattr(wrapped, "__wrapped__", wrapped)(self, param_group)
 
@@ -102,7 +103,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
                     state[declared.name] = torch.full_like(segment.buffer, declared.initial, requires_grad=False)
 
     def states(self, segment: Segment) -> dict[str, Tensor]:
-        """Live flat fp32 views of the segment's master weight and of what the optimizer keeps in addition."""
+        """Live flat fp32 views of the segment's master weight and of its optimizer states, by name."""
         state = self.state[segment.buffer]
         kept = {declared.name: segment.view(state[declared.name]) for declared in self.rule.states}
         return {WEIGHT: segment.view(segment.buffer.detach()), **kept}
@@ -139,7 +140,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         return self.settings.weight_decay * segment.decay_multiplier if segment.decayed else 0.0
 
     def _batch(self, segments: Sequence[Segment]) -> UpdateBatch:
-        """What is updated; `observe` sees the gradients first."""
+        """The tensors to update. Calls `observe` first."""
         views = [self.states(segment) for segment in segments]
         grads = []
         for segment in segments:
@@ -157,7 +158,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         )
 
     def _update_matrices(self, matrices: Sequence[tuple[ParameterSpec, list[Segment]]], lr: float) -> None:
-        """Of one block, so that one all-reduce serves all of them. A rank may hold no row of some."""
+        """Updates the matrices of one block with one all-reduce for all of them. A rank may have no rows of some."""
         rule = self.rule
         assert isinstance(rule, MatrixRule)
         found = []
@@ -182,7 +183,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
 
 
 def _transforms(rule: MatrixRule, grams: Sequence[Tensor]) -> list[Tensor]:
-    """Those of one width at once: most of the time of a small one is that a GPU waits for its next product."""
+    """`rule.transform` of each of `grams`. All of one width are one call, because a GPU waits between small ones."""
     found: dict[int, Tensor] = {}
     for width in {len(gram) for gram in grams}:
         own = [place for place, gram in enumerate(grams) if len(gram) == width]
@@ -191,7 +192,7 @@ def _transforms(rule: MatrixRule, grams: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _gram(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
-    """In fp64, because it has the squares of singular values: the small ones would drown in fp32."""
+    """DᵀD of these rows, [width, width]. It is fp64, because it squares singular values: fp32 would lose small ones."""
     total = torch.zeros(width, width, dtype=torch.float64, device=device)
     for part in rows:
         exact = part.double()

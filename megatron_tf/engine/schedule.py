@@ -35,9 +35,9 @@ def learning_rate(step: float, optimizer: Optimizer, train_steps: float) -> floa
 
 
 def new_tokens_factor(step: float, growth: Growth | None) -> float:
-    """Times the learning rate of the tokens that the run's growth added, at update `step` (0-based) since the growth.
+    """Factor of the learning rate of the tokens that the run's growth added, at update `step` (0-based) since then.
 
-    `growth.lr_multipliers.new_tokens`, f. With `new_tokens_decay_steps`, N, it goes to 1, which it is from update N on:
+    It is f = `growth.lr_multipliers.new_tokens`. With N = `new_tokens_decay_steps` it goes to 1, and stays from N on:
     1 + (f - 1)(1 - step/N), or as half a cosine.
     """
     if growth is None:
@@ -53,7 +53,7 @@ def new_tokens_factor(step: float, growth: Growth | None) -> float:
 
 
 def decay_step(schedule: Schedule, plan: BatchPlan) -> int | None:
-    """The step whose state the decay of a wsd schedule begins with: the last one at the full rate. None without one."""
+    """The number of updates before the decay of a wsd schedule begins; None without a decay."""
     if schedule.type != "wsd" or schedule.decay_steps is None:
         return None
     first, position = plan.schedule_from

@@ -1,4 +1,4 @@
-"""What engines have in common whose optimizer is a `SegmentedOptimizer`: logical state in, out and compared."""
+"""The shared part of engines with a `SegmentedOptimizer`: loading, reading and comparing logical state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from megatron_tf.tasks.data import Batch
 class Fragment(NamedTuple):
     """Elements [start, stop) of a logical tensor, whose fp32 state lies in `buffer` from `offset` on.
 
-    `owned`: false where another rank saves the same elements.
+    `owned`: false if another rank saves the same elements.
     """
 
     spec: ParameterSpec
@@ -81,7 +81,7 @@ class SegmentedEngine(ABC):
         }
 
     def _set_learning_rates(self, step: int, factor: float) -> float:
-        """Of the update of the 0-based `step`; gives back the schedule's, times `factor`."""
+        """Sets the learning rates of the 0-based `step`, and returns the schedule's rate times `factor`."""
         position = self.plan.schedule_position(step)
         lr = factor * learning_rate(position, self.config.optimizer, self.plan.schedule_steps)
         for group in self.optimizer.param_groups:
@@ -90,7 +90,7 @@ class SegmentedEngine(ABC):
         return lr
 
     def _begin_step(self) -> None:
-        """Before the first micro batch."""
+        """Is called before the first micro batch of a step."""
         for matrices in self._of_steps:
             matrices.begin(self.plan.num_micro_batches)
 
@@ -145,7 +145,7 @@ class SegmentedEngine(ABC):
 
     @torch.no_grad()
     def evaluate_groups(self, batches: Iterable[Batch], groups: Sequence[int], num_groups: int) -> Evaluated:
-        """Of every data-parallel rank together; the same on all ranks, which must all call it.
+        """Evaluates the batches of all data-parallel ranks. Identical on all ranks, which must all call it.
 
         `groups`: the group, below `num_groups`, of each of this rank's samples in the order of `batches`.
         """
@@ -175,7 +175,7 @@ class SegmentedEngine(ABC):
         ]
 
     def ages(self) -> list[Age]:
-        """Updates of the elements that this rank saves."""
+        """The number of updates of the elements that this rank saves."""
         return [
             Age(segment.name, segment.start, segment.stop, int(segment.age))
             for segment in self.optimizer.segments
@@ -207,10 +207,10 @@ class SegmentedEngine(ABC):
         self.optimizer.observe = call
 
     def check_replicas(self) -> None:
-        """CheckpointError, on every rank, when copies of one tensor have drifted apart, naming it and the ranks.
+        """CheckpointError, on every rank, with the tensor and the ranks, when copies of one tensor differ.
 
-        Compared are tensors that several ranks hold whole: such as the final norm over the tensor ranks, and what
-        the first and the last stage share. All ranks must call it.
+        It compares tensors that several ranks hold whole, such as the final norm over the tensor ranks, and the tied
+        weight of the first and the last stage. All ranks must call it.
         """
         own = {
             f"{fragment.spec.name} from row {fragment.start // fragment.spec.width}": _digest(_elements(fragment))
@@ -233,7 +233,7 @@ class SegmentedEngine(ABC):
             )
 
     def _replicated(self) -> list[Fragment]:
-        """What this rank holds of tensors that several ranks hold alike."""
+        """This rank's fragments of tensors of which several ranks hold the same elements."""
         return [
             Fragment(shard.spec, shard.parameter, first, first + shard.parameter.numel(), 0, shard.owned)
             for shard in self.shards()

@@ -149,7 +149,7 @@ class TorchEngine(SegmentedEngine):
 
     @property
     def reads_data(self) -> bool:
-        """Every rank does: where documents begin is seen in the inputs, and hidden states have the inputs' shape."""
+        """Always True: stages find the starts of documents, and the shape of hidden states, in the inputs."""
         return True
 
     def shards(self) -> list[ShardedParameter]:
@@ -157,7 +157,7 @@ class TorchEngine(SegmentedEngine):
         return self._shards
 
     def stage(self) -> Stage:
-        """The model's layers on this rank, for a look into its forward pass."""
+        """The model's layers on this rank, for forward passes outside of training."""
         return self._stage
 
     def train_step(self, step: int, batches: Iterator[Batch], lr_factor: float = 1.0) -> StepResult:
@@ -197,7 +197,7 @@ class TorchEngine(SegmentedEngine):
         return 1.0 if self._loss_scale is None else self._loss_scale.value
 
     def _own(self, targets: Tensor) -> Tensor:
-        """Those of this rank's positions, on the device."""
+        """The targets of this context-parallel rank's positions, on the device."""
         return self._stage.tensor.own_positions(targets).to(self._on)
 
     def _one_stage(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -225,7 +225,7 @@ class TorchEngine(SegmentedEngine):
         return layers.losses(self.model, logits, targets, self._tensor).sum() * (self._loss_weight * self._scale)
 
     def _next_context(self, number: int) -> BlockContext:
-        """For a pass of micro batch `number`."""
+        """The context for a pass of micro batch `number`."""
         self._collect_reports()
         weight = self._scale / self.plan.num_micro_batches
         self._context = BlockContext(loss_weight=weight, branches=self._of_step[number])
@@ -237,9 +237,9 @@ class TorchEngine(SegmentedEngine):
         self._context = BlockContext()
 
     def _weigh(self, batches: Sequence[Batch]) -> None:
-        """Sets the loss weight so that the step's loss is the mean over all losses of the global batch that count.
+        """Sets the loss weight so that the step's loss is the mean over all unmasked losses of the global batch.
 
-        Gradients are means over the D replicas. With N such losses over all of them, one weighs D / N.
+        Gradients are means over the D replicas. With N unmasked losses over all of them, each has the weight D / N.
         """
         layers = self._stage.task_layers
         count = torch.stack([layers.counts(targets).sum() for _, targets in batches]).sum().to(self._on)
@@ -311,7 +311,7 @@ class TorchEngine(SegmentedEngine):
         return {} if self._loss_scale is None else self._loss_scale.state()
 
     def load_loss_scaler(self, state: dict[str, Any]) -> None:
-        """Goes on from it. What an fp16 run left says nothing about other precisions."""
+        """Restores the state. Other precisions ignore it, because they have no loss scale."""
         if self._loss_scale is not None:
             self._loss_scale.load(state)
 

@@ -1,6 +1,6 @@
-"""The dynamic loss scale of fp16: what keeps small gradients above the least number that fp16 has.
+"""The dynamic loss scale of fp16, which keeps small gradients from becoming 0.
 
-The rule, the settings and the state are those of DeepSpeed, so a run goes on with either engine.
+The rule, the settings and the state are those of DeepSpeed, so a run can resume with either engine.
 """
 
 from __future__ import annotations
@@ -58,6 +58,6 @@ class LossScale:
         return asdict(self._state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from an earlier `state`; keys that are missing, or of no loss scale, change nothing."""
+        """Restores an earlier `state`. Missing keys keep their values, and unknown ones are ignored."""
         for key in asdict(self._state).keys() & state.keys():
             setattr(self._state, key, state[key])

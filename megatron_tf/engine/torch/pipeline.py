@@ -31,9 +31,9 @@ OF_PARTS = {"1f1b": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZ
 
 
 class _TimedStage(PipelineStage):
-    """A part of a stage, that gives its blocks a context, and the clock the time of its passes.
+    """A part of a stage, which gives its blocks a context and reports the time of its passes to the clock.
 
-    `later`: what its backward passes leave for passes of weights; None: nothing.
+    `later`: the gradients of weights that backward passes leave for later passes; None: they leave none.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Pipeline:
         return SCHEDULES[self._name](stages[0], self._num_micro_batches, loss_fn=loss, scale_grads=False)
 
     def _later(self, part: int) -> Later | None:
-        """Where the part's layers leave the gradients of weights, if the schedule has passes for them."""
+        """The store for gradients of weights that the part computes later; None if the schedule has no such passes."""
         if self._name != "zero_bubble":
             return None
         later = Later()

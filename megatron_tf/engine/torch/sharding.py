@@ -3,7 +3,7 @@
 Each parameter is cut by rows into chunks of equal size, the last ones smaller or empty. A rank keeps its chunk in fp32:
 the master weight. The forward pass gathers whole parameters in the compute type, one block at a time; the backward pass
 sums gradients in fp32, and leaves each rank the mean of its own chunk. While a block is at work the parameters of the
-next one and the gradients of the last one travel. A small stage has little to hide that behind, and goes in one piece.
+next one and the gradients of the last one are sent. A small stage computes too briefly to hide that, and is one piece.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ def shard(
     keep: bool,
     keep_gradients: bool,
 ) -> bool:
-    """Shards `stage` over `replicas` and returns True, or, where one rank needs no other compute type, leaves it alone.
+    """Shards `stage` over `replicas` and returns True. A single replica that computes in fp32 needs no sharding: False.
 
-    `keep`: whether parameters stay whole between the forward and the backward pass. `keep_gradients`: whether they do,
-    and gradients, until the end of the step. Then one piece takes no more memory than blocks.
+    `keep`: whether parameters stay whole between the forward and the backward pass. `keep_gradients`: whether they and
+    the gradients stay whole until the end of the step. Then one piece takes no more memory than blocks.
     """
     if replicas.size == 1 and dtype == torch.float32:
         return False
-    # imported where it is needed, because it takes as long as torch itself
+    # imported only when needed, because it takes as long as torch itself
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # `fully_shard` needs a communicator also for a group of one
+    # `fully_shard` needs a communicator even for a group of one
     handle = replicas.handle or own_of(([rank] for rank in range(dist.get_world_size())), timeout_seconds)
     assert handle is not None
     # No block changes its hidden states in place, so that some leave it as a view does no harm.
@@ -61,7 +61,7 @@ def shard(
 
 
 def set_last_backward(stage: Any, last: bool, keep: bool) -> None:
-    """Before a backward pass of a stage that `shard` has sharded.
+    """Must be called before each backward pass of a stage that `shard` has sharded.
 
     `last`: of the step. `keep`: whether parameters and gradients stay whole until then.
     """
@@ -71,7 +71,7 @@ def set_last_backward(stage: Any, last: bool, keep: bool) -> None:
 
 
 def add_up(stage: nn.Module) -> None:
-    """Adds what came into `.grad` of whole parameters outside of a backward pass to their sums in fp32."""
+    """Adds gradients that were written to `.grad` of whole parameters outside of a backward pass to the fp32 sums."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     if isinstance(stage, FSDPModule):
@@ -104,12 +104,12 @@ def gradient(parameter: nn.Parameter) -> Tensor | None:
 
 
 def _is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor, whose class takes long to import."""
+    """Whether it is a DTensor. It asks for an attribute, because the class takes long to import."""
     return hasattr(tensor, "to_local")
 
 
 def tied_group(topology: Topology, timeout_seconds: float) -> dist.ProcessGroup | None:
-    """The first and the last stage of this rank's pipeline, where it is one of them. All ranks call it together."""
+    """The group of the first and the last stage of this rank's pipeline; None on other stages. All ranks call it."""
     return own_of([(ranks[0], ranks[-1]) for ranks in topology.groups("pipeline")], timeout_seconds)
 
 
@@ -125,7 +125,7 @@ def row_group(topology: Topology, tensor: Group, replicas: Group, timeout_second
 
 
 def gradients(shards: Iterable[ShardedParameter]) -> Iterator[tuple[ShardedParameter, Tensor]]:
-    """Those that are there."""
+    """(Parameter, this rank's chunk of its final gradient) for the parameters that have one."""
     for shard_ in shards:
         grad = gradient(shard_.parameter)
         if grad is not None:
