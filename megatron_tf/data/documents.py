@@ -13,12 +13,12 @@ from megatron_tf.data.summary import read_summary, summary_file
 from megatron_tf.errors import DataError
 from megatron_tf.tasks.classes import IGNORED
 
-DOCUMENTS_LOOKED_AT = 16  # of each source, to see whether they end as they should
+DOCUMENTS_LOOKED_AT = 16  # of each source, to check that they end with the expected token
 
 
 @dataclass(frozen=True)
 class LossMask:
-    """The labels that have no loss: what follows an end-of-document token, and padding.
+    """The labels without a loss: those after an end-of-document token, and padding.
 
     The label after `eod_id` is masked, because it begins an unrelated document; the end itself is learnt. Labels equal
     to
@@ -38,14 +38,14 @@ class LossMask:
 
 @dataclass(frozen=True)
 class Boundaries:
-    """What the model is told about documents. `ends`: the tokens after which attention begins anew."""
+    """Where documents matter to the model. `ends`: the tokens after which attention begins anew."""
 
     ends: tuple[int, ...] = ()
     loss_mask: LossMask | None = None
 
 
 def boundaries(data: Data, eod_id: int | None) -> Boundaries:
-    """What `data` asks for, when documents end with `eod_id` (None is for those that do not ask).
+    """The boundaries that `data` asks for, when documents end with `eod_id` (None if `data` does not need it).
 
     Each padding token counts as a document of its own, so that no other token attends to it.
     """
@@ -55,15 +55,15 @@ def boundaries(data: Data, eod_id: int | None) -> Boundaries:
 
 
 def find_boundaries(data: Data) -> Boundaries:
-    """What `data` asks for. DataError as `end_of_document`, which is looked for if it is needed."""
+    """The boundaries that `data` asks for. DataError as in `end_of_document`, which is called only if needed."""
     return boundaries(data, end_of_document(data) if data.reset_at_eod or data.mask_eod_loss else None)
 
 
 def end_of_document(data: Data) -> int:
-    """The token that ends the documents of all sources: data.eod_id, or what their summaries say.
+    """The token that ends the documents of all sources: data.eod_id, or the one in their summaries.
 
-    DataError with the problems of all sources: when nobody says which token it is, when two say differently, or when
-    documents do not end with it.
+    DataError with the problems of all sources: when it is given nowhere, when two summaries differ, or when documents
+    do not end with it.
     """
     eod_id, origin = data.eod_id, "data.eod_id"
     problems = []

@@ -170,10 +170,10 @@ class IndexedDataset:
     """A pair of files, memory-mapped: opening it reads a few dozen bytes, whatever its size.
 
     Raises `DataError` on opening when a file is missing, unreadable, truncated, of another format, or when the two do
-    not belong together. The sequences must lie in `.bin` in order and without gaps, since tokens are read from end to
-    end; `check_index` looks whether they do, and what uses entries of the index looks at those.
-    An open one holds one file descriptor, that of `.bin`, and none from Python 3.13 on: the index is opened each time
-    it is asked.
+    not belong together. The sequences must lie in `.bin` in order and without gaps, because tokens are read from end to
+    end. `check_index` checks that for all entries; methods that use some entries check those.
+    An open data set holds one file descriptor, that of `.bin`, and none from Python 3.13 on: the index is opened for
+    each use.
     """
 
     def __init__(self, prefix: str | Path):
@@ -212,7 +212,7 @@ class IndexedDataset:
         inside = sequences < self.num_sequences
         ends[inside] = pointers[sequences[inside]]
         if (ends < 0).any() or (ends > size).any() or (ends % self.dtype.itemsize).any():
-            # to say where
+            # raises with the place of the fault
             self.check_index()
         stops = np.unique(ends // self.dtype.itemsize)
         return self._tokens[stops[stops > 0] - 1].astype(np.int64)
@@ -239,8 +239,8 @@ class IndexedDataset:
     def check_index(self) -> None:
         """Raise `DataError` unless all of `.bin` is in the sequences, once and in order, and these in the documents.
 
-        Costs a pass over the index. What this module writes is so; other programs also write an index of some documents
-        over the tokens of all.
+        Costs a pass over the index. Files of this module always pass; other programs also write an index of only some
+        documents over the tokens of all.
         """
         sizes, pointers, document_index = self._index()
         end = 0  # byte, of the sequence before
@@ -299,7 +299,7 @@ class IndexedDataset:
         )
 
     def _check_ends(self, bin_bytes: int, dtype: np.dtype) -> None:
-        """What the first and the last entries of the index say must fit the number of sequences and `.bin`."""
+        """DataError unless the first and last entries of the index fit the number of sequences and `.bin`."""
         path, count = index_file(self.prefix), self.num_sequences
         sizes, pointers, document_index = self._index()
         first, last = int(document_index[0]), int(document_index[-1])

@@ -23,7 +23,7 @@ from megatron_tf.errors import DataError, file_errors
 from megatron_tf.open_files import too_many
 from megatron_tf.tasks.data import Batch
 
-# Places of a file that `content_digest` reads, from its first byte to its last, and how much of each.
+# The places, from the first byte of a file to its last, that `content_digest` reads, and the bytes at each.
 DIGEST_SAMPLES = 16
 DIGEST_BYTES = 1 << 12
 NOT_COMPARED = " Where you know that both give the same tokens, data.tokenizer=null compares nothing."
@@ -54,8 +54,8 @@ def _open_source(prefix: str, seq_length: int, seed: int, vocab_size: int) -> To
 
 def open_tokens(prefix: str, vocab_size: int) -> IndexedDataset:
     """The token files of `prefix`. DataError when they are missing or damaged, when the summary next to them belongs to
-    other data, or when it knows of a token id of `vocab_size` or more. Without a summary, which is to say of other
-    programs, the whole index is looked at: it may leave documents out."""
+    other data, or when it knows of a token id of `vocab_size` or more. Without a summary, as from other programs, the
+    whole index is checked, because it may leave documents out."""
     dataset = IndexedDataset(prefix)
     summary = read_summary(prefix)
     if summary is None:
@@ -125,7 +125,7 @@ def check_tokenizer(sources: Sequence[DataSource], tokenizer_path: str | None) -
 
 
 def source_names(sources: Sequence[DataSource]) -> list[str]:
-    """A name for each source, fit for a metric: of its path as much of the end as tells it from the others.
+    """A name for each source, fit for a metric: the shortest end of its path that tells it from the others.
 
     Only letters, digits and "._-" are in it. The same path twice gets a number.
     """
@@ -144,7 +144,7 @@ def source_names(sources: Sequence[DataSource]) -> list[str]:
 
 
 def fingerprint(sources: Sequence[DataSource], seed: int) -> dict[str, Any]:
-    """What the order and content of the samples depend on, as a JSON object, at O(1) cost a source.
+    """The facts that decide the order and content of the samples, as a JSON object. Costs O(1) for each source.
 
     Of each source: name (without the folder, so that data may move), weight, bytes of both files, and a SHA-256 of the
     first and last 64 KiB of its tokens, which tells files of equal size apart. Raises `DataError` for a missing file.
@@ -168,9 +168,9 @@ def fingerprint(sources: Sequence[DataSource], seed: int) -> dict[str, Any]:
 
 
 def content_digest(prefix: str) -> str:
-    """The prepared data `prefix` in words: tokens, documents, and a SHA-256 of samples from its files.
+    """The prepared data `prefix` as text: tokens, documents, and a SHA-256 of samples from its files.
 
-    Two nodes that see the same data find the same; one with a copy of earlier data does not. Raises `DataError`.
+    It is equal on nodes with the same data, and differs on a node with a copy of earlier data. Raises `DataError`.
     """
     dataset, summary = IndexedDataset(prefix), read_summary(prefix)
     digest = hashlib.sha256()

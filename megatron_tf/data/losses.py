@@ -1,4 +1,4 @@
-"""What a tokenizer loses of a text: characters that become no token, and those that become the unknown one."""
+"""Characters of a text that a tokenizer loses: they become no token, or the unknown one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ NAMED = 8  # pieces in a message
 MOST_PIECES = 500  # that are counted one by one
 PART_CHARACTERS = 1 << 18  # of a text, looked at at once for unknown pieces
 BASES = "aetnoi01."
-# What shows whether a text comes back: case, an accent, white space, a ligature, a number in a circle.
+# Text that normalisation would change: case, an accent, white space, a ligature, a number in a circle.
 SAMPLE = "\u00c9a  b\n\tc \ufb01 \u2460"
 
 
 @dataclass
 class Loss:
-    """Of one text or of many. `visible`: at least one lost character is more than a control or format character."""
+    """The lost characters of one text or of many. `visible`: at least one is not a control or format character."""
 
     characters: int = 0
     pieces: Counter[str] = field(default_factory=Counter)  # as they stand in the text -> how often
@@ -121,7 +121,7 @@ class LossFinder:
 
 
 def comes_back(tokenizer: Tokenizer) -> str | None:
-    """How SAMPLE comes back from its tokens, when that is not as it was; None when it is.
+    """The text that the tokens of SAMPLE decode to, when it differs from SAMPLE; None when it does not.
 
     A space before it, which some tokenizers put there, does not count.
     """

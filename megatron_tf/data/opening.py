@@ -1,4 +1,4 @@
-"""What opening a corpus costs, measured on synthetic files of any size that take no room on the disk."""
+"""The cost of opening a corpus, measured on sparse files of any size that take no room on the disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known about the data of a run before its first step: passes over them, and what can hardly be meant.
+"""Facts about the data of a run before its first step: passes over them, and warnings of likely mistakes.
 
 Only headers and summaries are read, and no torch is imported: plans are made on laptops.
 """
@@ -21,7 +21,7 @@ from megatron_tf.errors import DataError
 from megatron_tf.tasks.language_model.section import LanguageModel, vocab_size_of
 from megatron_tf.telemetry.text import plural
 
-# Up to here text that is seen again is worth nearly as much as new text (Muennighoff et al., "Scaling Data-Constrained
+# Up to so many passes repeated text is worth nearly as much as new text (Muennighoff et al., "Scaling Data-Constrained
 # Language Models", 2023).
 MANY_PASSES = 4
 SOURCES_NAMED = 4
@@ -30,7 +30,7 @@ HALVES = ("_train", "_validation")
 
 @dataclass(frozen=True)
 class Passes:
-    """How often a run sees a source. `tokens`: how many of `unit` it has."""
+    """How often a run sees a source. `tokens`: the size of the source, in `unit`."""
 
     path: str
     tokens: int
@@ -69,8 +69,8 @@ def _times(source: Passes) -> str:
 
 
 def data_warnings(config: RunConfig, found: Sequence[Passes]) -> list[str]:
-    """What can hardly be meant with text, a sentence or two each. `found`: of `passes_over`. Raises `DataError` as it
-    does."""
+    """Warnings of likely mistakes with text, a sentence or two each. `found`: from `passes_over`. Raises `DataError`
+    when a file of the data cannot be read."""
     if not isinstance(config.model, LanguageModel):
         return []
     return [
@@ -95,7 +95,7 @@ def _pass_warnings(found: Sequence[Passes]) -> Iterator[str]:
 
 
 def _overlap_warnings(data: Data) -> Iterator[str]:
-    """Validation data that are, or were made from the same text as, training data."""
+    """Warnings of validation data that are training data, or were made from the same text."""
     for validation in dict.fromkeys(source.path for source in data.validation):
         for training in dict.fromkeys(source.path for source in data.train):
             if reason := _same_text(validation, training):
@@ -108,7 +108,7 @@ def _overlap_warnings(data: Data) -> Iterator[str]:
 
 
 def _same_text(validation: str, training: str) -> str | None:
-    """Why two prefixes stand for the same text, or for some of it, as far as that is known at once."""
+    """Why two prefixes share text, as far as summaries tell; None when they do not."""
     ours, theirs = IndexedDataset(validation), IndexedDataset(training)
     if os.path.normpath(validation) == os.path.normpath(training):
         return "it is in data.train under the same name"
@@ -145,7 +145,7 @@ def _sample_warnings(config: RunConfig) -> Iterator[str]:
 
 
 def _end_warnings(data: Data) -> Iterator[str]:
-    """Where nobody asks for ends of documents, two different ones are no error, but the model learns both."""
+    """A warning of different ends of documents, for data that do not need them: no error, but the model learns both."""
     ends = {summary.eod_id: path for path, summary in _summaries((*data.train, *data.validation))}
     if len(ends) > 1:
         named = ", ".join(f"{end} in {path}" for end, path in ends.items())
@@ -156,8 +156,8 @@ def _end_warnings(data: Data) -> Iterator[str]:
 
 
 def tokenizer_problem(config: RunConfig) -> str | None:
-    """What is wrong when data.tokenizer is none, or has more tokens than the model; as far as its name, summaries or
-    the file tell."""
+    """The problem when data.tokenizer is not a tokenizer, or has more tokens than the model, as far as its name,
+    summaries or the file tell; None without a problem."""
     name = config.data.tokenizer
     if name is None or not isinstance(config.model, LanguageModel):
         return None
@@ -188,7 +188,7 @@ def _vocabulary_warnings(config: RunConfig) -> Iterator[str]:
 
 
 def _sizes(data: Data) -> int | None:
-    """The vocabulary of the tokenizer that the data were made with; None where no summary says it."""
+    """The vocabulary size of the tokenizer that the data were made with; None without a summary."""
     return max((summary.vocab_size for _, summary in _summaries((*data.train, *data.validation))), default=None)
 
 
@@ -200,7 +200,7 @@ def _summaries(sources: Sequence[DataSource]) -> Iterator[tuple[str, CorpusSumma
 
 
 def evaluation_warning(samples: int, available: int) -> str | None:
-    """What to say when an evaluation of `samples` samples goes round the `available` ones of the validation data."""
+    """A warning when an evaluation of `samples` samples repeats some of the `available` ones; None otherwise."""
     if samples <= available:
         return None
     return (

@@ -14,9 +14,9 @@ STEPS_AHEAD = 2
 
 
 class Prefetcher:
-    """A `Loader` that is ahead of its caller; which samples a step takes is the loader's affair alone.
+    """A `Loader` that works ahead of its caller. The wrapped loader alone decides the samples of a step.
 
-    On a GPU the batches are copied from pinned memory, which the device does by itself. Use `close` at the end.
+    On a GPU the batches are copied asynchronously from pinned memory. Use `close` at the end.
     """
 
     def __init__(self, loader: Loader, samples_per_step: int, device: torch.device):
@@ -30,9 +30,9 @@ class Prefetcher:
         self._coming: deque[tuple[int, Future[list[Batch]]]] = deque()  # (first sample, its step's batches)
 
     def step_batches(self, first_sample: int) -> Iterator[Batch]:
-        """As `Loader.step_batches`, on the device. Waits for them, and raises what went wrong in preparing them.
+        """As `Loader.step_batches`, on the device. Waits for the batches, and raises the error of preparing them.
 
-        An error belongs to its step: it is raised when that step is asked for, not when the thread meets it.
+        An error is raised when its step is asked for, not when the thread meets it.
         """
         if not self._coming or self._coming[0][0] != first_sample:  # the first step, or not the one that would be next
             self._forget()
@@ -43,7 +43,7 @@ class Prefetcher:
         return ((self._on_device(inputs), self._on_device(targets)) for inputs, targets in batches)
 
     def close(self) -> None:
-        """Ends the thread, after what it is at."""
+        """Ends the thread after its present step."""
         self._forget()
         self._thread.shutdown()
 

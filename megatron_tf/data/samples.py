@@ -1,4 +1,4 @@
-"""Which tokens sample i is: a keyed permutation of the sequence blocks of a data set, without any stored order."""
+"""The tokens of sample i: a keyed permutation of the sequence blocks of a data set, without any stored order."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class KeyedPermutation:
 def samples_of_rank(
     first_sample: int, micro_batch_size: int, num_micro_batches: int, data_rank: int, data_size: int
 ) -> list[int]:
-    """What one data-parallel rank takes of the step that begins at `first_sample`: micro batch m has first_sample +
+    """The samples of one data-parallel rank in the step that begins at `first_sample`: micro batch m has first_sample +
     (m·data_size + data_rank)·micro_batch_size + [0, micro_batch_size)."""
     size = micro_batch_size
     firsts = (first_sample + (m * data_size + data_rank) * size for m in range(num_micro_batches))

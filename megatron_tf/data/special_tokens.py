@@ -1,4 +1,4 @@
-"""Which token of a vocabulary ends a document."""
+"""Finding the token of a vocabulary that ends a document."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def find_eod(
 ) -> int:
     """Id of the token that ends a document: `eod`, or the one of the usual names that is in `vocabulary`.
 
-    `special`: tokens that text does not become by chance, where that is known. The others count only when none of
+    `special`: tokens that ordinary text does not contain, if known. Other tokens are considered only when none of
     these has such a name. Raises `DataError` when there is no such token, or several, or when its id is also another
     token's.
     """

@@ -1,4 +1,4 @@
-"""`PREFIX.json`: what stands in `PREFIX.bin`, and which tokenizer made it. Data of other writers have none."""
+"""`PREFIX.json`: facts about `PREFIX.bin` and the tokenizer that made it. Data of other programs have none."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def write_summary(prefix: str | Path, summary: CorpusSummary) -> None:
 
 
 def read_summary(prefix: str | Path) -> CorpusSummary | None:
-    """The summary next to the data; None when there is no `PREFIX.json` or it is somebody else's file.
+    """The summary next to the data; None when there is no `PREFIX.json`, or another program's.
 
-    Raises `DataError` when it cannot be read, is torn, or is ours and has fields that no writer of ours gives it.
+    Raises `DataError` when it cannot be read, is torn, or is a summary with invalid fields.
     """
     path = summary_file(prefix)
     content = _own_content(path)
@@ -99,7 +99,7 @@ def bytes_per_token(sources: Sequence[DataSource]) -> float | None:
 
 
 def known_end(data: Data) -> int | None:
-    """The token that ends documents as far as somebody says it: data.eod_id, or the first summary next to the data.
+    """The token that ends documents: data.eod_id, or that of the first summary next to the data; None if not known.
 
     Raises `DataError` for a summary that cannot be read.
     """
@@ -123,7 +123,7 @@ def check_replaceable(prefix: str | Path) -> None:
 
 
 def _own_content(path: Path) -> dict[str, Any] | None:
-    """The JSON object of a file that we wrote, of any version; None for any other JSON and for no file."""
+    """The JSON object of a summary of any version; None for any other JSON, and when there is no file."""
     with file_errors(DataError, path, "Make it readable, or move it away if it does not describe the data next to it."):
         try:
             raw = read_plain(path, MOST_BYTES)

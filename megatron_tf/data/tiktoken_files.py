@@ -33,7 +33,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Spec:
-    """What a rank file does not say."""
+    """The part of an encoding that its rank file lacks."""
 
     pat_str: str
     special_tokens: dict[str, int]
@@ -89,7 +89,7 @@ def tiktoken_fingerprint(tokenizer: str) -> str:
 
 
 def tiktoken_content(tokenizer: str) -> bytes:
-    """What decides the tokens, however the lines of the rank file end. ValueError when it is no such file."""
+    """The bytes that decide the tokens, whatever the line ends of the rank file. ValueError when it is invalid."""
     ranks, spec = _files(tokenizer)
     tokens = sorted((rank, token.hex()) for token, rank in _parse_ranks(ranks).items())
     return json.dumps([tokens, asdict(spec)], sort_keys=True).encode()

@@ -1,4 +1,4 @@
-"""Tokenizers' files are data from strangers: what is opened, how much of it, and how the libraries fail on it."""
+"""Safe reading of tokenizer files, which come from strangers: kind, size, and errors of the libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLING = ("dropout", "alpha", "nbest_size")
 
 
 class NotATokenizerError(DataError):
-    """What is named is no tokenizer that we know, whatever packages are installed."""
+    """The name is not that of a known kind of tokenizer, whatever packages are installed."""
 
 
 def read_tokenizer_file(path: Path) -> bytes:
@@ -26,9 +26,9 @@ def read_tokenizer_file(path: Path) -> bytes:
 
 
 def without_sampling(content: bytes) -> bytes:
-    """A `tokenizers` file without what would give other tokens each time; the same bytes where there is nothing of it.
+    """A `tokenizers` file without random sampling; the same bytes if it has none.
 
-    Raises ValueError, TypeError, KeyError or RecursionError when it is no such file.
+    Raises ValueError, TypeError, KeyError or RecursionError when it is not such a file.
     """
     content = content.removeprefix(codecs.BOM_UTF8)  # which some editors begin every file with
     described = json.loads(content)
@@ -40,9 +40,9 @@ def without_sampling(content: bytes) -> bytes:
 
 
 def as_in_preparation(content: bytes) -> bytes:
-    """A `tokenizers` file that gives every reader the tokens that data are prepared with: a text's own.
+    """A `tokenizers` file that gives every reader the tokens that data are prepared with: only those of the text.
 
-    Tokens that a post-processor puts around each text are in no data, and a model has never seen them.
+    Tokens that a post-processor puts around each text are not in the data, so a model has never seen them.
     """
     content = without_sampling(content)
     described = json.loads(content)
@@ -53,7 +53,7 @@ def as_in_preparation(content: bytes) -> bytes:
 
 
 def is_library_failure(error: BaseException) -> bool:
-    """Whether a library gave up. A panic in one that is written in Rust is no `Exception`, but must not end the
+    """Whether the error is a failure of a library. A panic of one in Rust is not an `Exception`, but must not end the
     work."""
     return (isinstance(error, Exception) and not isinstance(error, MemoryError)) or (
         type(error).__name__ == "PanicException"

@@ -19,7 +19,7 @@ from megatron_tf.data.tokenizer_files import SAMPLING, read_tokenizer_file
 
 # Of a `tokenizers` file: the rest is about several texts at once, text again, and tokens that preparation leaves out.
 _DECIDING = ("added_tokens", "normalizer", "pre_tokenizer", "model")
-# What a file that says nothing means.
+# the values of fields that a file leaves out
 _MODEL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "BPE": {
         "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,

@@ -1,4 +1,4 @@
-"""What a run says to the person in front of it: time-stamped lines, a progress bar on a terminal, and train.log."""
+"""The output of a run for people: time-stamped lines, a progress bar on a terminal, and train.log."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Bar(Protocol):
 
 
 class NoBar:
-    """Where there is no terminal, and on every rank but the main one."""
+    """The bar without a terminal, and on every rank but the main one: it does nothing."""
 
     def advance(self, done: int, text: str) -> None:
         pass
@@ -49,8 +49,7 @@ class Console:
 
     On rank 0 `info` and `warning` go to `output` (default stdout) and are appended to `log_path`. The other ranks keep
     `info` to themselves and send `warning` to `errors` (default stderr), with their rank, because it may be about them
-    alone. A log file or an output on a full disk, or an output that nobody reads any more, loses lines and never stops
-    the run.
+    alone. A full disk, or a closed pipe at the output, loses lines but never stops the run.
     """
 
     def __init__(
@@ -142,7 +141,7 @@ def quiet_libraries() -> None:
     """Silences what libraries say about themselves; errors still show. For launch scripts, before deepspeed is
     imported.
 
-    Without a CUDA device DeepSpeed is told to use the CPU, which it would find out, and complain about, itself.
+    Without a CUDA device DeepSpeed is told to use the CPU; otherwise it would warn about it.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a rank that is gone comes with a page of C++ stack
@@ -161,7 +160,7 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _print_to(stream: TextIO, line: str) -> bool:
-    """False when the stream has been given up, because nobody reads it any more (`... | head`)."""
+    """Prints a line. False when the stream cannot be used any more, because its reader has ended (`... | head`)."""
     try:
         stream.write(_encodable(line, stream) + "\n")
         stream.flush()

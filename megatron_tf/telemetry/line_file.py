@@ -1,4 +1,4 @@
-"""A text file that grows by lines and stays in order when the disk is full or away for a while."""
+"""A text file that grows by lines and stays intact when the disk is full or not available for a while."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 class LineFile:
     """Appends lines, each whole or not at all. A line that cannot be written is lost, and the next one is tried.
 
-    The first of lost lines in a row is reported through `warn`; no OSError comes out. The file is opened for each line
-    anew, so that a file system that comes back is written again.
+    The first of several lost lines is reported through `warn`; OSError is never raised. The file is opened for each
+    line, so that writing resumes when a file system comes back.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
@@ -39,6 +39,6 @@ class LineFile:
 
 
 def whole_lines(content: bytes) -> list[bytes]:
-    """The lines of a file that another process may be writing, or that a crash cut off: a last one without its end is
-    torn, or not whole yet, and does not count."""
+    """The lines of a file that another process may be writing, or that a crash cut off. A last line without its end is
+    left out."""
     return content.split(b"\n")[:-1]

@@ -63,7 +63,7 @@ class ThroughputMeter:
         self._elapsed, self._since, self._waited = 0.0, self._clock(), 0.0
 
     def waited(self, seconds: float) -> None:
-        """A step of this lap waited so long for its data, on the rank that waited longest."""
+        """Adds the seconds that a step of this lap waited for its data, on the rank that waited longest."""
         self._waited += seconds
 
     def lap(self, steps: int, tokens: int) -> Rates:
@@ -107,7 +107,7 @@ class MeanMeter:
     """Mean of the values since the last `take`; values that are not finite do not count."""
 
     def __init__(self, state: Mapping[str, Any] | None = None):
-        """`state`: what `state` of an earlier meter gave, which this one goes on from."""
+        """`state`: the `state` of an earlier meter, to go on from. None: begin anew."""
         state = state or {}
         self._total = float(state.get("total", 0.0))
         self._count = int(state.get("count", 0))

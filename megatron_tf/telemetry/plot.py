@@ -47,9 +47,9 @@ class RunCurve:
 
 
 def read_run(folder: Path) -> RunCurve:
-    """The run in `folder`, also while it is being written, or after a crash tore its last line.
+    """The run in `folder`, even while it is being written, or after a crash that tore its last line.
 
-    UserError with file and line when it is no run folder, has logged nothing, or holds what no run logs.
+    UserError with file and line when it is not a run folder, has no records, or has an invalid one.
     """
     path, settings = folder / "metrics.jsonl", folder / "config.yml"
     texts = {}
@@ -83,7 +83,7 @@ def _is_number(value: Any) -> bool:
 
 
 def starts(runs: Sequence[RunCurve], axis: XAxis) -> list[float]:
-    """What to add to each run's positions, so that a grown run goes on where the run before it ended.
+    """The offset of each run's positions, so that a grown run begins where the run before it ended.
 
     Only steps need it: they begin at 0 in every run, while tokens are counted from the very first stage on.
     """
@@ -123,9 +123,9 @@ def plot_runs(runs: Sequence[RunCurve], output: Path, axis: XAxis = "tokens") ->
 
 @dataclass(frozen=True)
 class Ends:
-    """What runs that differ in their seed alone have come to: validation losses, or other `values`.
+    """The results of runs that differ only in their seed: validation losses, or other `values`.
 
-    `parent`: the name of those that they started from.  `hours`: of training that led there, where they are known.
+    `parent`: the name of the runs that they started from.  `hours`: of training, parents included; None: not known.
     """
 
     name: str
@@ -137,9 +137,9 @@ class Ends:
 
 
 def plot_ends(ends: Sequence[Ends], output: Path, label: str | None = None, unit: str = "tokens") -> None:
-    """Draw the validation loss, or what `label` says, that runs end with against samples, FLOPs and, where all of them
-    are known, hours: the mean of the seeds, from the least to the greatest of them; a thin line leads there from what a
-    run started from. UserError as `plot_runs`.
+    """Draw the final validation loss, or the value that `label` names, against samples, FLOPs and, if all are known,
+    hours. A point is the mean over seeds, with a bar from the least to the greatest; a thin line leads to it from the
+    parent. UserError as in `plot_runs`.
 
     `unit`: what `Ends.tokens` counts, "tokens" or "images".
     """
@@ -170,8 +170,8 @@ def plot_panels(
     *,
     is_log: bool = False,
 ) -> None:
-    """Draw a panel for each label of an axis, two in a row, of the lines (x, y) of its names; `is_log`: over log x.
-    Errors as `plot_runs`."""
+    """Draw a panel for each key of `panels`, the label of its y axis, with a line (x, y) for each name; two panels in a
+    row. `is_log`: over log x. UserError as in `plot_runs`."""
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(output, (6.5 * columns, 4 * rows))

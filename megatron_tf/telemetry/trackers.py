@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl always, wandb and TensorBoard when the configuration names them."""
+"""The logs of a run's numbers: metrics.jsonl always, wandb and TensorBoard if the configuration names them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Value = float | int | str | None
 
 
 class Described(Protocol):
-    """What a configuration says of its run."""
+    """The description of a run in its configuration."""
 
     @property
     def name(self) -> str: ...
@@ -32,7 +32,7 @@ class Described(Protocol):
 
 
 class Tracking(Protocol):
-    """Which trackers a configuration names, and the project there."""
+    """The trackers that a configuration names, and the project there."""
 
     @property
     def trackers(self) -> Sequence[str]: ...
@@ -62,14 +62,14 @@ class Tracker(Protocol):
 class JsonlTracker:
     """One JSON object a line, "step" first; NaN and infinity, which JSON has no form for, are null.
 
-    What an earlier process logged after the checkpoint at `resume_step` is dropped, because those steps come again;
-    so is a line that a kill tore. A run that starts at step 0 starts an empty file; what an earlier run in the folder
-    has logged of its steps is kept under another name, metrics.jsonl.1 and so on. UserError when it cannot be written
-    at the start; later a full disk loses records, which `warn` is told, until there is room again.
+    Records of an earlier process after the checkpoint at `resume_step` are dropped, because those steps are done again;
+    so is a line that a kill tore. A run that starts at step 0 starts an empty file; the records of an earlier run in
+    the folder are kept as metrics.jsonl.1 and so on. UserError when the file cannot be written at the start. Later, a
+    full disk loses records until there is room again, which is reported through `warn`.
     """
 
     def __init__(self, path: Path, resume_step: int, warn: Callable[[str], None]):
-        path = Path(os.path.realpath(path))  # of a link, what it leads to is written, and not replaced by a file
+        path = Path(os.path.realpath(path))  # writes the target of a link, instead of replacing the link by a file
         with file_errors(UserError, path, "Metrics cannot be written: free space or choose another run.dir."):
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step == 0 and _has_steps(path):
@@ -141,7 +141,7 @@ class TensorBoardTracker:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(_missing("tensorboard")) from error
-        # purge_step is the first step that is hidden of what earlier processes wrote
+        # purge_step hides the records of earlier processes from this step on
         self._writer = SummaryWriter(str(dir), purge_step=resume_step + 1 if resume_step else 0)
         self.place = f"tensorboard --logdir {dir}"
         if about:
@@ -256,7 +256,7 @@ def _open_wandb(
 
 
 def _has_steps(path: Path) -> bool:
-    """Whether something of steps after step 0 stands in `path`: not only what a start that came to nothing logged."""
+    """Whether `path` has records after step 0, and not only those of a start that did no step."""
     if not path.exists():
         return False
     with open(path, "rb") as file:

@@ -1,2 +1,1 @@
-"""The engine on DeepSpeed. Nothing outside this folder imports it, and `patches` is all that replaces private parts of
-it."""
+"""The engine on DeepSpeed. Only this folder imports DeepSpeed, and only `patches` replaces private parts of it."""

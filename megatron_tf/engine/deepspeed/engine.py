@@ -103,7 +103,7 @@ class DeepSpeedEngine(SegmentedEngine):
         lr = self._set_learning_rates(step, lr_factor)
         updates = self.optimizer.num_updates
         can_fall = self._loss_scale_can_fall()
-        # DeepSpeed scales the loss of the last stage so; an auxiliary loss has its gradient from here, at any stage
+        # DeepSpeed scales only the loss of the last stage. Auxiliary losses, at any stage, need the same scale.
         scale = self.loss_scaler().get("cur_scale", 1.0)
         self._pipeline.auxiliary_weight = scale / self.plan.num_micro_batches
         self._begin_step()
@@ -124,12 +124,12 @@ class DeepSpeedEngine(SegmentedEngine):
         )
 
     def _own_nonfinite(self) -> list[str]:
-        """Empty without ZeRO, where nobody looks."""
+        """Empty without ZeRO, where gradients are not watched."""
         return self._nonfinite() if self.config.zero.stage else []
 
     @property
     def reads_data(self) -> bool:
-        """Whether this rank takes batches: those of the inner pipeline stages do not."""
+        """Whether this rank takes batches. Ranks of inner pipeline stages do not."""
         return self._deepspeed.is_first_stage() or self._deepspeed.is_last_stage()
 
     @property
@@ -150,7 +150,7 @@ class DeepSpeedEngine(SegmentedEngine):
         return self._pipeline.tensor.group.rank
 
     def _evaluation_sums(self, batches: Iterable[Batch], num_micro_batches: int) -> list[Tensor]:
-        # of the last step, which DeepSpeed would go on adding to
+        # DeepSpeed would add this evaluation's losses to the loss of the last step
         self._deepspeed.total_loss = None
         sums = self._deepspeed.eval_batch(
             iter(batches), num_micro_batches=num_micro_batches, reduce_output=None, bcast_loss=False
@@ -158,7 +158,7 @@ class DeepSpeedEngine(SegmentedEngine):
         return sums if self._deepspeed.is_last_stage() else []
 
     def stage(self) -> Stage:
-        """The model's layers on this rank, for a look into its forward pass."""
+        """The model's layers on this rank, for forward passes outside of training."""
         return self._pipeline.as_stage()
 
     def _loss_scale_can_fall(self) -> bool:
@@ -184,11 +184,11 @@ class DeepSpeedEngine(SegmentedEngine):
         self._deepspeed.destroy()
 
     def _weighed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Sets the loss weight so that the step's loss is the mean over all losses of the global batch that count.
+        """Sets the loss weight so that the step's loss is the mean over all unmasked losses of the global batch.
         Yields the same batches.
 
-        DeepSpeed averages over M micro batches and D data-parallel ranks, however many such losses they have. With N of
-        them in the step, over all ranks, the weight of a loss is M·D / N.
+        DeepSpeed averages over M micro batches and D data-parallel ranks, whatever their numbers of unmasked losses.
+        With N of them in the step, over all ranks, the weight of a loss is M·D / N.
         """
         if not self._deepspeed.is_last_stage():
             return batches
@@ -200,7 +200,7 @@ class DeepSpeedEngine(SegmentedEngine):
         return iter(taken)
 
     def _clip_at_stage_0(self) -> None:
-        """DeepSpeed's own clipping without ZeRO, which forgets the norm it computed and updates whatever it was."""
+        """Replaces DeepSpeed's clipping without ZeRO, which discards the norm and updates even if it is not finite."""
         norm = clip_grad_norm_(
             parameters=self._pipeline.parameters(),
             max_norm=self.config.training.gradient_clipping or math.inf,
@@ -210,7 +210,7 @@ class DeepSpeedEngine(SegmentedEngine):
         self.optimizer.skip_next = not math.isfinite(self._stage_0_norm)
 
     def _fragments(self, shard: ShardedParameter) -> Iterator[Fragment]:
-        """Where this rank keeps the shard's fp32 state, if it does."""
+        """The fragment of the shard's fp32 state on this rank, if it has one."""
         first = shard.first_row * shard.spec.width
         if not self.config.zero.stage:
             owned = shard.owned and self._deepspeed.mpu.get_data_parallel_rank() == 0

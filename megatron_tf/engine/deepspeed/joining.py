@@ -16,7 +16,7 @@ def join(
     store_file: str | None = None,
     facts: Mapping[str, str] = NO_FACTS,
 ) -> torch.device:
-    """`join_ranks`, and DeepSpeed's layer on it."""
+    """Calls `join_ranks` and initialises DeepSpeed's communication on it. Returns this rank's device."""
     device = join_ranks(environment, timeout_seconds, store_file, facts)
     from megatron_tf.engine.deepspeed.patches import attach
 

@@ -1,12 +1,12 @@
-"""All that we replace in DeepSpeed 0.19.8, or read of its private parts, and why.
+"""Every private part of DeepSpeed 0.19.8 that this package replaces or reads, and why.
 
 | what | why |
 |---|---|
 | `ops.__compatible_ops__` | a CPU compiles `deepspeed_shm_comm` for a minute; a killed build leaves a lock |
 | `PipelineEngine._INSTRUCTION_MAP` | the only place that tells forward, backward and communication of a step apart |
-| `clip_fp32_gradients` | without ZeRO it forgets the norm that it computed, and updates whatever it was |
-| `clear_hp_grads`, `_update_scale` | they drop the gradients of a skipped step before a look which were not finite |
-| `_hp_mapping` | where the fp32 master weight and the moments of a parameter lie |
+| `clip_fp32_gradients` | without ZeRO it discards the norm that it computed, and updates even if it is not finite |
+| `clear_hp_grads`, `_update_scale` | they drop the gradients of a skipped step, so the infinite ones are noted first |
+| `_hp_mapping` | it gives the places of the fp32 master weight and the moments of a parameter |
 | `PipelineModule._partition_layers`, `_synchronize_tied_weights` | `TokenFormerPipeline` overrides them and says why |
 | `is_fp16_supported` of a CPU | only for checks: torch emulates fp16 well enough for them |
 """
@@ -46,8 +46,8 @@ PHASE_OF = {
 
 
 def attach() -> None:
-    """Puts DeepSpeed's layer on the ranks that torch.distributed has joined."""
-    # Its communication alone looks here, for this op; to ask for the table would try the compiler with every op.
+    """Initialises DeepSpeed's communication on the ranks that torch.distributed has joined."""
+    # Only its communication reads this table, for this op. Building the real table would try to compile every op.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
@@ -58,12 +58,12 @@ def has_fp16() -> bool:
 
 
 def allow_fp16_on_cpu() -> None:
-    """Lets DeepSpeed train in fp16 on a processor without such instructions, slowly."""
+    """Lets DeepSpeed train in fp16 on a processor without fp16 instructions, slowly. For checks."""
     get_accelerator().is_fp16_supported = lambda: True
 
 
 def time_phases(engine: Any, clock: StepClock) -> None:
-    """Tells `clock` what each instruction of a step belongs to."""
+    """Makes `clock` measure the phase of each instruction of a step."""
     engine._INSTRUCTION_MAP = {
         instruction: _timed(work, PHASE_OF[instruction], clock) for instruction, work in engine._INSTRUCTION_MAP.items()
     }
@@ -78,22 +78,22 @@ def _timed(work: Callable[..., None], phase: str, clock: StepClock) -> Callable[
 
 
 def clip_by_true_norm(engine: Any, clip: Callable[[], None]) -> None:
-    """Without ZeRO: `clip` is called where DeepSpeed would clip."""
+    """Without ZeRO: replaces DeepSpeed's clipping by `clip`."""
     engine.clip_fp32_gradients = clip
 
 
 def master_fragment(parameter: nn.Parameter) -> tuple[Any, Any] | None:
-    """(range within the parameter, range within the flat fp32 buffer) of what this data-parallel rank keeps of it under
-    ZeRO, each with `start` and `numel`; None when that is nothing."""
+    """(Range within the parameter, range within the flat fp32 buffer) of this data-parallel rank's part under ZeRO,
+    each with `start` and `numel`; None when it has no part."""
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     return None if mapping is None else (mapping.lp_fragment_address, mapping.get_hp_fragment_address())
 
 
 def watch_nonfinite(wrapper: Any, shards: Iterable[ShardedParameter]) -> Callable[[], list[str]]:
-    """Makes DeepSpeed's optimizer wrapper remember; returns a function that gives the names of this rank's part.
+    """Returns a function that gives this rank's parameters with a gradient that was not finite in a skipped step.
 
-    DeepSpeed drops the gradients of a skipped step before anyone can look. So this looks in the one thing that it calls
-    between its verdict and that: with bf16 the clearing itself, else the update of the loss scale.
+    DeepSpeed drops the gradients of a skipped step before its caller can read them. So this replaces the call between
+    its decision and that: with bf16 the clearing itself, else the update of the loss scale.
     """
     names = {id(shard.parameter): shard.spec.name for shard in shards}
     found: list[str] = []

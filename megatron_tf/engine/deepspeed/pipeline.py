@@ -1,7 +1,7 @@
 """A model as DeepSpeed's PipelineModule.
 
-One hidden-state tensor crosses a stage boundary, and where attention begins anew with each document, with it an
-integer a token: where its document begins. The first stage finds that in its inputs, which no other stage has.
+One hidden-state tensor crosses a stage boundary. If attention begins anew with each document, the start of each token's
+document, an integer, is sent along: only the first stage has the inputs to find it in.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Layer(LayerSpec):
 
 
 class _TiedLayer(TiedLayerSpec):
-    """A module that the first and the last stage have. `forward` says how it is called, if not as itself."""
+    """A module that the first and the last stage share. `forward` replaces its own forward, if given."""
 
     def __init__(
         self, key: str, build: Callable[[], nn.Module], forward: Callable[[nn.Module, Tensor], Tensor] | None = None
@@ -52,7 +52,7 @@ class _TiedLayer(TiedLayerSpec):
 
 
 def _without_weights(build: Callable[[], nn.Module]) -> nn.Module:
-    """A layer whose initial weights were not drawn: they are always written through the optimizer later."""
+    """A layer without random initial weights, because weights are always written through the optimizer later."""
     with torch.device("meta"):
         layer = build()
     allocate(layer, "cpu")
@@ -62,10 +62,9 @@ def _without_weights(build: Callable[[], nn.Module]) -> nn.Module:
 class TokenFormerPipeline(PipelineModule):
     """This rank's stage. Layers: the task's input layer, blocks, final norm, the task's head.
 
-    The engine sets, before each step, `loss_weight`, what each loss counts in training, and
-    `auxiliary_weight`, what an auxiliary loss counts in the gradient of a micro batch, and `branches`, see
-    `model.context`, of each micro batch. `reports` has the sums of the
-    step's auxiliary losses and metrics over this rank's blocks and micro batches.
+    The engine sets before each step: `loss_weight`, the weight of each loss; `auxiliary_weight`, the weight of an
+    auxiliary loss in the gradient of a micro batch; and `branches` of each micro batch, see `model.context`.
+    `reports` has the sums of the step's auxiliary losses and metrics over this rank's blocks and micro batches.
     """
 
     def __init__(
@@ -108,8 +107,8 @@ class TokenFormerPipeline(PipelineModule):
                 shard.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """What this stage receives -> what it sends: first inputs, last logits, between hidden states (and
-        `starts`)."""
+        """Inputs at the first stage, hidden states (and `starts`) at others -> hidden states (and `starts`), at the
+        last stage logits."""
         starts: Tensor | None = None
         if isinstance(inputs, tuple):
             hidden, starts = inputs
@@ -144,7 +143,7 @@ class TokenFormerPipeline(PipelineModule):
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits [..., b, C/T], targets [b, ...] -> the micro batch's weighted sum, at least fp32.
 
-        In evaluation [2 + metrics, b]: of each sample the summed loss, how many losses count, and the task's metrics.
+        In evaluation [2 + metrics, b]: for each sample the summed loss, the number of losses, and the task's metrics.
         """
         layers, group = self.task_layers, self.tensor.group
         if self.training:
