@@ -7,7 +7,6 @@ from megatron_tf.interrupt import end_quietly
 if __name__ == "__main__":
     end_quietly()  # before the other imports: Control-C while they are loaded is quiet
 
-import difflib
 import platform
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
+from megatron_tf.checks import did_you_mean
 from megatron_tf.errors import UserError, run_command, run_rank
 from megatron_tf.libraries import quiet_warnings
 from megatron_tf.streams import prepare_streams
@@ -138,9 +138,7 @@ def print_help() -> None:
 
 
 def refuse(word: str) -> None:
-    near = difflib.get_close_matches(word, COMMANDS, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise UserError(f"{word[:100]!r} is no command. Choose one of {', '.join(COMMANDS)}.{hint}")
+    raise UserError(f"{word[:100]!r} is no command. Choose one of {', '.join(COMMANDS)}.{did_you_mean(word, COMMANDS)}")
 
 
 if __name__ == "__main__":

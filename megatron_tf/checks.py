@@ -40,9 +40,16 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     known = list(choices)
     if value in known:
         return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(str(value), known)
     raise ArgumentError(f"{name}: {described(value)}, but one of {', '.join(known)} is expected.{hint}")
+
+
+def did_you_mean(name: str, known: Iterable[str], place: str = "") -> str:
+    """A sentence with a leading space on the nearest name among `known`, behind `place`; nothing when none is near.
+    Capitals count as small letters."""
+    by_letters = {choice.lower(): choice for choice in known}
+    near = difflib.get_close_matches(name.lower(), by_letters, n=1)
+    return f" Did you mean {place}{by_letters[near[0]]}?" if near else ""
 
 
 def described(value: Any) -> str:

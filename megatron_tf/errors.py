@@ -23,6 +23,10 @@ from megatron_tf.streams import discard, flush_or_discard, prepare_streams
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 
 
+# What reading a JSON file raises when it is not as it was written: it is torn, nests deeper than Python reads, or has
+# other fields, types, lengths or sizes than those expected.
+NOT_AS_WRITTEN = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 LOST_EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h: no mistake of the user, and another start may well succeed
 

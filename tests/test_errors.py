@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import ast
 import errno
 import io
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from live import PATIENCE_SECONDS
 
 from megatron_tf.errors import (
     MESSAGE_LIMIT,
+    NOT_AS_WRITTEN,
     CheckpointError,
     ConfigError,
     DamagedError,
@@ -21,6 +25,8 @@ from megatron_tf.errors import (
     run_command,
     shown,
 )
+
+PACKAGE = Path(__file__).parents[1] / "megatron_tf"
 
 
 def fail_with(error: BaseException):
@@ -206,3 +212,37 @@ run_command(main)
     child.stdout.close()
     _, err = child.communicate("go\n", timeout=PATIENCE_SECONDS)
     assert (child.returncode, err) == (1, "")
+
+
+def _reads_json(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.loads", "json.load")
+
+
+def test_json_that_nests_too_deep_is_refused_wherever_json_that_is_wrong_is():
+    """Python raises RecursionError for 100,000 brackets, which is no ValueError."""
+    found, forgotten = 0, []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for block in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(block, ast.Try) or not any(map(_reads_json, ast.walk(ast.Module(block.body, [])))):
+                continue
+            caught = " ".join(ast.unparse(handler.type) for handler in block.handlers if handler.type)
+            if "Error" in caught or "NOT_AS_WRITTEN" in caught:
+                found += 1
+                if "RecursionError" not in caught and "NOT_AS_WRITTEN" not in caught:
+                    forgotten.append(f"{path}:{block.lineno}")
+    assert found >= 10 and not forgotten, forgotten
+
+
+def test_what_is_caught_for_json_that_is_not_as_written():
+    for text, read in (
+        ("[" * 100_000, lambda value: value),
+        ("", lambda value: value),
+        ("1" * 5_000, lambda value: value),
+        ("[]", lambda value: value[0]),
+        ("{}", lambda value: value["loss"]),
+        ("[]", lambda value: value["loss"]),
+        ("null", lambda value: value.get("loss")),
+        ("1e999", int),
+    ):
+        with pytest.raises(NOT_AS_WRITTEN):
+            read(json.loads(text))

@@ -102,7 +102,8 @@ def find_checkpoint(path: Path | str) -> tuple[Path, list[str]]:
     """As `resolve`, on one process: the checkpoint, and why newer ones were passed over."""
     folder = Path(path)
     if not folder.is_dir():
-        problem = "is a file" if folder.is_file() else broken_link(folder) or "there is no such folder"
+        missing = broken_link(folder) or "there is no such folder"
+        problem = "is a file" if folder.is_file() else "is no folder" if folder.exists() else missing
         raise CheckpointError(f"{folder}: {problem}. Give a checkpoint, a checkpoints or a run folder")
     if _looks_like_checkpoint(folder):
         return open_checkpoint(folder).path, []

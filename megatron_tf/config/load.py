@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_tf.checks import did_you_mean
 from megatron_tf.config.deepspeed_config import OWNED_KEYS, REFUSED_KEYS
 from megatron_tf.config.extends import KEY as EXTENDS
 from megatron_tf.config.extends import read_extended
@@ -26,7 +27,7 @@ from megatron_tf.config.lookup import (
     required_keys,
     section_at,
 )
-from megatron_tf.config.mistakes import describe, did_you_mean, follows_from_another, value_sentence
+from megatron_tf.config.mistakes import describe, follows_from_another, value_sentence
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.validate import check_model
@@ -165,7 +166,7 @@ def apply_override(values: dict[str, Any], override: str) -> list[str]:
     if parts[0] == EXTENDS:
         return [f"override {override!r}: only a file extends another. Write it into a file of your own, and give that."]
     try:
-        value, problems = parse_yaml(text, f"override {key.strip()}")
+        value, problems = parse_yaml(text, f"override {key.strip()}", key.strip())
     except ConfigError as error:
         return error.problems
     section = values

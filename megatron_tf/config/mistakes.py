@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from megatron_tf.checks import did_you_mean
 from megatron_tf.config.fields import NOT_REGISTERED
 from megatron_tf.config.nearest import either, multiples_near
 
@@ -79,12 +78,6 @@ def reason(problem: ErrorDetails) -> str:
         return "is an unknown key"
     # what a validator of ours says, or a kind that no section has
     return re.sub(r"^[A-Z]\w+ should\b", "must", problem["msg"].removeprefix("Value error, "))
-
-
-def did_you_mean(name: str, known: Iterable[str], place: str = "") -> str:
-    """A sentence with a leading space on the nearest name among `known`, behind `place`; nothing when none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {place}{near[0]}?" if near else ""
 
 
 def follows_from_another(problem: ErrorDetails) -> bool:

@@ -77,13 +77,14 @@ _Loader.add_constructor(_TAG + "str", _construct_str)
 _Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
 
 
-def parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
+def parse_yaml(text: str, origin: str, section: str = "") -> tuple[Any, list[str]]:
     """(value, problems) of one YAML document; the value of an empty one is None.
 
-    `origin` names the text in messages (a path, or an override).  The problems are duplicate keys, each with
-    both lines, and keys that are not text; the value is then what remains, so that a caller can go on and
-    report what else is wrong.  Raises ConfigError when there is no value: broken YAML, a tag that would build
-    anything but the core types, an alias that contains itself, and characters that YAML 1.1 takes for line ends.
+    `origin` names the text in messages (a path, or an override); `section` stands before its keys. The problems are
+    duplicate keys, each with both lines, and keys that are not text; the value is then what remains, so that a
+    caller can go on and report what else is wrong. Raises ConfigError when there is no value: broken YAML, a tag
+    that would build anything but the core types, an alias that contains itself, and characters that YAML 1.1 takes
+    for line ends.
     """
     if line_end := _LINE_ENDS_OF_OLD.search(text):
         line = text.count("\n", 0, line_end.start()) + 1
@@ -97,7 +98,7 @@ def parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
             node = loader.get_single_node()
             if node is None:
                 return None, []
-            problems = list(_drop_bad_keys(node, origin, "", (), iter(range(_MOST_VALUES))))
+            problems = list(_drop_bad_keys(node, origin, section, (), iter(range(_MOST_VALUES))))
             return loader.construct_document(node), problems
         finally:
             loader.dispose()
@@ -140,7 +141,8 @@ def _drop_bad_keys(
         key = f"{path}.{key_node.value}" if path else key_node.value
         if key_node.value in kept:
             first = kept[key_node.value][0].start_mark.line + 1
-            yield f"{key}: given twice in {origin}, in line {first} and in line {line}. Keep one of them."
+            lines = f"in line {first} and in line {line}" if line != first else f"both in line {line}"
+            yield f"{key}: given twice in {origin}, {lines}. Keep one of them."
             continue
         kept[key_node.value] = (key_node, value_node)
         yield from _drop_bad_keys(value_node, origin, key, parents, budget)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import DataError
+from megatron_tf.errors import NOT_AS_WRITTEN, DataError
 
 COMMAND_SECONDS = 1200  # a package manager that says nothing for so long has lost its network
 RECORD = "downloads.json"  # file name -> SHA-256 of the file of that name
@@ -97,7 +97,7 @@ class Downloads:
     def _recorded(self) -> dict[str, str]:
         try:
             recorded = json.loads((self.folder / RECORD).read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, *NOT_AS_WRITTEN):
             return {}
         return recorded if isinstance(recorded, dict) else {}
 

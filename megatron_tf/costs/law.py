@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tf.errors import ConfigError
+from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError
 from megatron_tf.text_files import read_text_file
 
 RESULTS = "results.json"
@@ -106,7 +106,7 @@ def read_findings(path: str | os.PathLike[str], architecture: str) -> Findings:
         worth = [arm["growth"]["kappa"] for arm in values["arms"] if arm["growth"] and arm["growth"]["kappa"]]
         known = [kappa["mean"] for kappa in worth if kappa["bound"] is None and kappa["mean"] is not None]
         measured = [float(kappa) for kappa in known if math.isfinite(kappa)]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except NOT_AS_WRITTEN:
         raise ConfigError(
             f"{path}: is not the {RESULTS} of a study. Write it anew: megatron_tf study report FILE."
         ) from None

@@ -23,7 +23,7 @@ import numpy as np
 from megatron_tf.data.spans import Spans, byte_spans
 from megatron_tf.data.special_tokens import LARGEST_ID, Eod, check_ids, find_eod
 from megatron_tf.data.tokenizer_files import NotATokenizerError, is_library_failure, read_tokenizer_file
-from megatron_tf.errors import DataError
+from megatron_tf.errors import NOT_AS_WRITTEN, DataError
 
 NAME_PREFIX = "tiktoken:"
 SUFFIX = ".tiktoken"
@@ -193,7 +193,7 @@ def _read_spec(path: Path) -> Spec:
         valid = isinstance(spec.pat_str, str) and all(
             type(number) is int and 0 <= number < LARGEST_ID for number in spec.special_tokens.values()
         )
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except NOT_AS_WRITTEN:
         valid = False
     if not valid:
         raise NotATokenizerError(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from megatron_tf.data.tiktoken_files import is_tiktoken, tiktoken_content
 from megatron_tf.data.tokenizer import BYTES, tokenizer_fingerprint
 from megatron_tf.data.tokenizer_files import SAMPLING, read_tokenizer_file
+from megatron_tf.errors import NOT_AS_WRITTEN
 
 # Of a `tokenizers` file: the rest is about several texts at once, text again, and tokens that preparation leaves out.
 _DECIDING = ("added_tokens", "normalizer", "pre_tokenizer", "model")
@@ -51,7 +52,7 @@ def tokenizer_identity(path: str | Path) -> TokenizerIdentity:
             content = _json_content(read_tokenizer_file(Path(path)))
         else:
             return TokenizerIdentity(file, file)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except NOT_AS_WRITTEN:
         return TokenizerIdentity(file, file)  # no tokenizer, which its loader will say
     return TokenizerIdentity(file, hashlib.sha256(content).hexdigest())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.durable import read_plain
+from megatron_tf.errors import NOT_AS_WRITTEN
 
 _LARGEST_FILE = 2**30
 # Of the settings that all kinds of file hold. The layout is not among them: it does not change the result.
@@ -55,5 +56,5 @@ def _identity_in(path: Path, identity: Callable[[Mapping[str, Any]], Identity]) 
     """None for what is no such file, or one from before its settings were kept in full."""
     try:
         return identity(json.loads(read_plain(path, _LARGEST_FILE)))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, *NOT_AS_WRITTEN):
         return None

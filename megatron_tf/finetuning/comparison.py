@@ -28,7 +28,7 @@ from megatron_tf.adapters.loading import load_base, load_tokenizer
 from megatron_tf.benchmark.adapters import FORMS, LORA, forms_of, rows_on
 from megatron_tf.benchmark.device import machine
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
+from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError, DataError, UserError, file_errors
 from megatron_tf.finetuning.batches import collate
 from megatron_tf.finetuning.packed import check_length, check_packing
 from megatron_tf.finetuning.trial import BASE, SECOND, Outcome, Setting, Texts, Trial, read_texts, run_trial
@@ -267,7 +267,7 @@ def check_setting(folder: Path, setting: Mapping[str, Any]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8", errors="replace")
     try:
         before = json.loads(text)
-    except ValueError:
+    except NOT_AS_WRITTEN:
         before = None
     if not isinstance(before, dict) or not before:
         raise UserError(f"{path}: is damaged, so what the trials have in common is not known. {_ELSEWHERE}")
@@ -319,7 +319,7 @@ def read_trials(folder: Path) -> Done:
             record = json.loads(line)
             trial = Trial(*(record.pop(name) for name in Trial.__dataclass_fields__))
             done[trial] = Outcome(**record)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except NOT_AS_WRITTEN:
             raise UserError(
                 f"{path}: line {number} is no trial. Remove the line, and its trial runs again, or give another "
                 "folder with --to."

@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_tf.checks import did_you_mean
 from megatron_tf.config.extends import read_extended
 from megatron_tf.config.fields import Count, NonNegative, Path, Positive, Seconds, Section
 from megatron_tf.config.load import apply_override
 from megatron_tf.config.lookup import key_name
-from megatron_tf.config.mistakes import did_you_mean, follows_from_another, value_sentence
+from megatron_tf.config.mistakes import follows_from_another, value_sentence
 from megatron_tf.config.nearest import either
 from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml

@@ -99,8 +99,9 @@ def in_words(model: Model, optimizer: Optimizer) -> str:
         key, value = (found[f"{projection.name}.{names[0]}"].lr for names in (projection.keys, projection.values))
         by_kind[projection.kind] = f"{projection.kind} {key:.3g} keys, {value:.3g} values"
     words = list(by_kind.values())
-    if _of_candidates(model, optimizer):
-        words.append(f"candidates {optimizer.candidate_lr_factor:.3g}")
+    if (factor := optimizer.candidate_lr_factor) != 1:
+        effect = "" if _of_candidates(model, optimizer) else " has no effect, the model has none"
+        words.append(f"candidates {factor:.3g}{effect}")
     if (decay := optimizer.layer_decay) != 1:
         words.append(f"layers {decay**model.num_layers:.3g} to {decay:.3g}")
     return "; ".join(words)

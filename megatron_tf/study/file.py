@@ -22,11 +22,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from megatron_tf.checks import did_you_mean
 from megatron_tf.config.extends import KEY as EXTENDS
 from megatron_tf.config.fields import Count, Path, Positive, Section
 from megatron_tf.config.load import MOST_BYTES, apply_override, check_keys
 from megatron_tf.config.lookup import all_keys
-from megatron_tf.config.mistakes import did_you_mean, follows_from_another, value_sentence
+from megatron_tf.config.mistakes import follows_from_another, value_sentence
 from megatron_tf.config.nearest import either
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.growth import Moment

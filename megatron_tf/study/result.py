@@ -19,7 +19,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.diagnosis.run_facts import settings
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import ConfigError, UserError, file_errors
+from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError, UserError, file_errors
 from megatron_tf.study.plan import Node, Plan
 from megatron_tf.telemetry.plot import read_run
 
@@ -117,12 +117,26 @@ def read_result(node: Node) -> Result | None:
     with file_errors(UserError, path, "Make it readable."):
         content = path.read_bytes()
     try:
-        values = json.loads(content)
-        result = Result(**{**values, "loss": _number(values["loss"]), "curve": tuple(map(tuple, values["curve"]))})
-    except (ValueError, TypeError, KeyError):
+        result = _result_of(json.loads(content))
+    except NOT_AS_WRITTEN:
         raise UserError(
             f"{path}: is not the result of a run. Delete it: the study then measures the run anew."
         ) from None
+    return result
+
+
+def _result_of(values: Mapping[str, Any]) -> Result:
+    """One of `NOT_AS_WRITTEN` when they are of something else: reports calculate with all of them."""
+    result = Result(**{**values, "loss": _number(values["loss"]), "curve": tuple(map(tuple, values["curve"]))})
+    numbers = [value for name, value in vars(result).items() if name not in ("name", "arm", "curve", "metrics")]
+    numbers += [number for point in result.curve for number in point]
+    numbers += result.metrics.values()
+    if not all(number is None or type(number) in (int, float) for number in numbers):
+        raise TypeError("numbers are expected")
+    for missing in (name for name, value in vars(result).items() if value is None and name != "value"):
+        raise TypeError(f"{missing} is expected")
+    if any(len(point) != 3 or None in point for point in result.curve) or None in result.metrics.values():
+        raise ValueError("points of three numbers are expected")
     return result
 
 

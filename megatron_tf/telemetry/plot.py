@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megatron_tf.config.yaml_core import parse_yaml
 from megatron_tf.durable import atomic_path, prepare_output, read_plain
-from megatron_tf.errors import UserError, file_errors, shown
+from megatron_tf.errors import NOT_AS_WRITTEN, UserError, file_errors, shown
 from megatron_tf.telemetry.line_file import whole_lines
 from megatron_tf.text_files import decode_text
 
@@ -71,7 +71,7 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
         record = json.loads(line)
         bad = [key for key in ("step", "tokens") if not _is_number(record[key])]
         bad += [key for key in (*DRAWN, "flops") if record.get(key) is not None and not _is_number(record[key])]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except NOT_AS_WRITTEN:
         raise UserError(f"{place}: has no step and tokens: {line[:40]!r}. Correct or delete the line.") from None
     if bad:
         raise UserError(f"{place}: {bad[0]} is {shown(record[bad[0]])}, not a number. Correct or delete the line.")

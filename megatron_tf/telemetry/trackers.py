@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_tf.durable import atomic_path, open_plain
-from megatron_tf.errors import UserError, file_errors
+from megatron_tf.errors import NOT_AS_WRITTEN, UserError, file_errors
 from megatron_tf.streams import without_terminal
 from megatron_tf.telemetry.line_file import LineFile
 
@@ -267,7 +267,7 @@ def _step_of(line: bytes) -> int | None:
     """The step of a record; None for what is torn, or no record."""
     try:
         step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except NOT_AS_WRITTEN:
         return None
     return step if isinstance(step, int) and line.endswith(b"\n") else None
 

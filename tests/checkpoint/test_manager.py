@@ -124,6 +124,8 @@ def test_resolve_says_why_there_is_none(sandbox, three, tmp_path):
         resolve(tmp_path)
     with pytest.raises(CheckpointError, match="there is no such folder"):
         resolve(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match="/dev/null: is no folder"):
+        resolve("/dev/null")
 
 
 def test_prune_keeps_the_newest(sandbox, three):

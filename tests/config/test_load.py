@@ -210,6 +210,7 @@ def test_duplicate_key_is_reported_with_the_other_problems(small_path):
     [
         # unknown keys
         ("model.num_layer=3", "model.num_layer: unknown key. Did you mean model.num_layers?"),
+        ("model.NUM_LAYERS=3", "model.NUM_LAYERS: unknown key. Did you mean model.num_layers?"),
         ("train_steps=3", "train_steps: unknown key. Did you mean training.train_steps?"),
         ("interval_steps=3", "interval_steps: unknown key. Did you mean checkpoint.interval_steps or "
          "evaluation.interval_steps or logging.interval_steps?"),

@@ -50,7 +50,7 @@ def test_override_that_is_not_yaml_names_its_key(small):
 
 
 def test_override_with_a_duplicate_key_is_refused(small):
-    with pytest.raises(ConfigError, match="tensor: given twice in override parallel"):
+    with pytest.raises(ConfigError, match=r"^parallel\.tensor: given twice in override parallel, both in line 1\."):
         small("parallel={tensor: 2, tensor: 4}")
 
 

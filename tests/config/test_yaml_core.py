@@ -81,7 +81,7 @@ def test_every_duplicate_key_is_named_with_both_lines():
     value, problems = parse_yaml(text, "run.yml")
     assert problems == [
         "a.x: given twice in run.yml, in line 2 and in line 4. Keep one of them.",
-        "b[0].p: given twice in run.yml, in line 5 and in line 5. Keep one of them.",
+        "b[0].p: given twice in run.yml, both in line 5. Keep one of them.",
         "a: given twice in run.yml, in line 1 and in line 6. Keep one of them.",
     ]
     assert value == {"a": {"x": 1, "y": 2}, "b": [{"p": 1}]}

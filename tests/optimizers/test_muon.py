@@ -89,3 +89,8 @@ def test_a_partition_that_cuts_rows_is_refused():
     ):
         validate(config("deepspeed"), 2)
     validate(config("deepspeed"), 1)
+    with pytest.raises(ConfigError, match="Set parallel.engine to torch, zero.stage to 0 or optimizer.type to adamw"):
+        validate(config("deepspeed", training={"precision": "fp32"}), 2)
+    # DeepSpeed's stage 0 is not for bf16
+    with pytest.raises(ConfigError, match=r"Set parallel.engine to torch or optimizer.type to adamw\."):
+        validate(config("deepspeed", training={"precision": "bf16"}), 2)

@@ -96,6 +96,8 @@ def test_candidates_learn_at_a_rate_of_their_own():
     names = {f"blocks.{layer}.ffn.bank.{name}" for layer in (0, 1) for name in bank}
     assert factors_of(own) == {name: Factors(lr=0.5) for name in names}
     assert "rates   × optimizer.lr: candidates 0.5" in describe(own, 1)
+    without = describe(run_config(optimizer={"lr": 1e-3, **slow}), 1)
+    assert "rates   × optimizer.lr: candidates 0.5 has no effect, the model has none\n" in without
     both = factors_of(config(model={"sparse": sparse}, optimizer=slow))
     assert both["blocks.0.ffn.bank.value_tokens"] == Factors(2.0, 0.25) and both["blocks.0.ffn.key_tokens"].lr == 2.0
     assert not factors_of(run_config(optimizer={"lr": 1e-3, **slow}))

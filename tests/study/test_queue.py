@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -285,10 +286,16 @@ def test_a_sweep_that_now_chooses_another_value_starts_nothing_from_it(study, st
     assert names == ["small/lr=0.03/seed1"]
 
 
-def test_a_result_that_is_none_is_refused(study):
+def test_a_result_that_is_none_is_refused(study, started):
+    """Also one that has the fields, with values that no report can calculate with."""
+    started()
     node = make_plan(study()).nodes[0]
-    node.folder.mkdir(parents=True)
-    for content in (b"", b"[]", b'{"curve": []}', b'{"loss": 1}', b"\x89PNG"):
+    write_result(node, replace(module.measure(node), curve=((1, 2.0, 3.0),), metrics={"top1": 0.5}))
+    whole = json.loads((node.folder / "result.json").read_bytes())
+    assert read_result(node).curve == ((1, 2.0, 3.0),)
+    other_types = [{"flops": "1"}, {"tokens": None}, {"curve": [[1, 2]]}, {"loss": 10**400}, {"metrics": {"top1": "a"}}]
+    others = [json.dumps(whole | other).encode() for other in other_types]
+    for content in (b"", b"[]", b'{"curve": []}', b'{"loss": 1}', b"\x89PNG", b"[" * 100_000, *others):
         (node.folder / "result.json").write_bytes(content)
         with pytest.raises(UserError, match="is not the result of a run"):
             read_result(node)

@@ -138,7 +138,7 @@ def test_a_folder_of_another_comparison_says_in_words_what_differs(change, messa
     assert json.loads((tmp_path / "comparison.json").read_text()) == setting
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[1]"])
+@pytest.mark.parametrize("text", ["{", "{}", "[1]", "[" * 100_000], ids=lambda text: text[:9])
 def test_a_damaged_setting_is_refused(text, tmp_path):
     (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(UserError, match=r"comparison\.json: is damaged, .* Give another folder with --to"):
@@ -163,7 +163,7 @@ def test_trials_are_read_while_one_is_being_written(tmp_path):
         assert path.read_text() == line + torn and path.stat().st_ino == before.st_ino
 
 
-@pytest.mark.parametrize("line", ['{"x', '{"a": 1}', "[]", "1", "é"])
+@pytest.mark.parametrize("line", ['{"x', '{"a": 1}', "[]", "1", "é", "[" * 100_000], ids=lambda line: line[:9])
 def test_a_damaged_line_of_trials_is_named(line, tmp_path):
     (tmp_path / "trials.jsonl").write_text(line + "\n", encoding="latin-1")
     with pytest.raises(UserError, match=r"trials\.jsonl: line 1 is no trial\. Remove the line"):

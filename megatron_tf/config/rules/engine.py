@@ -114,10 +114,13 @@ def matrix_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
     if not isinstance(rule_of(config.optimizer), MatrixRule) or config.parallel.engine != "deepspeed":
         return
     if config.zero.stage and data_parallel > 1:
+        unsharded = config.model_copy(update={"zero": config.zero.model_copy(update={"stage": 0})})
+        ways = ["parallel.engine to torch", "zero.stage to 0", "optimizer.type to adamw"]
+        if any(zero_problems(unsharded)):
+            ways.remove("zero.stage to 0")
         yield (
             f"optimizer.type: {config.optimizer.type} updates whole rows, and zero.stage {config.zero.stage} of "
-            f"parallel.engine: deepspeed cuts them between {data_parallel} data-parallel ranks. Set parallel.engine to "
-            "torch, or optimizer.type to adamw."
+            f"parallel.engine: deepspeed cuts them between {data_parallel} data-parallel ranks. Set {either(ways)}."
         )
 
 

@@ -88,8 +88,9 @@ def _context_problems(config: RunConfig) -> Iterator[str]:
             f"{heads}, with parallel.tensor {tensor}). Set it to {either(divisors_near(heads // tensor, context))}."
         )
     multiple = context * (tensor if config.parallel.sequence else 1)
+    shared_by = f"parallel.context {context}" + (f" × parallel.tensor {tensor}" if multiple > context else "")
     if model.seq_length % multiple:
         yield (
             f"model.seq_length: {model.seq_length} is not a multiple of the {multiple} ranks that share its positions "
-            f"(parallel.context {context}). {task_of(model).length_remedy(model, multiple)}, or parallel.context to 1."
+            f"({shared_by}). {task_of(model).length_remedy(model, multiple)}, or parallel.context to 1."
         )

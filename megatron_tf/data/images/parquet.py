@@ -10,7 +10,7 @@ from typing import Any
 from megatron_tf.data.images.source import LABEL
 from megatron_tf.data.preparation.parquet import MAGIC, require_pyarrow
 from megatron_tf.data.preparation.record_types import BadRecord, RawRecord, bad_raw
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.errors import NOT_AS_WRITTEN, DataError, file_errors
 
 ROWS = 64
 IMAGE, LABEL_COLUMN = "image", "label"
@@ -38,7 +38,7 @@ def named_classes(path: Path) -> tuple[str, ...] | None:
         try:
             written = json.loads((schema.metadata or {})[b"huggingface"])
             return tuple(map(str, written["info"]["features"][LABEL_COLUMN]["names"]))
-        except (KeyError, TypeError, ValueError):
+        except NOT_AS_WRITTEN:
             return None
 
 

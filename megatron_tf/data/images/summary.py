@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_tf.data.summary import IMAGES_FORMAT, MOST_BYTES, summary_file
 from megatron_tf.durable import read_plain, write_atomically
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.errors import NOT_AS_WRITTEN, DataError, file_errors
 
 FORMAT = f"{IMAGES_FORMAT} 1"
 
@@ -44,7 +44,7 @@ def read_image_summary(prefix: str | Path) -> ImageSummary:
             content["images"], content["bytes"], tuple(content["classes"]), tuple(content["files"]),
             content["skipped_records"],
         )  # fmt: skip
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except NOT_AS_WRITTEN as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else "it is no such JSON"
         raise DataError(f"{path}: does not describe images: {reason}. {remedy}") from None
     numbers, texts = (summary.images, summary.bytes, summary.skipped_records), (*summary.classes, *summary.files)

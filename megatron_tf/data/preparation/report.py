@@ -13,7 +13,7 @@ from typing import Any
 from megatron_tf.data.losses import Loss
 from megatron_tf.data.preparation.record_types import BadSample, KeptSample
 from megatron_tf.durable import read_plain, write_atomically
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.errors import NOT_AS_WRITTEN, DataError, file_errors
 
 FORMAT = "megatron_tf preparation 1"
 MOST_BYTES = 1 << 28  # of a report: millions of input files
@@ -148,7 +148,7 @@ def read_report(path: Path, key: str) -> Report | None:
             seconds=content["process_seconds"],
         )
         return report if _is_sound(report) else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except NOT_AS_WRITTEN:
         return None  # not ours, or torn: the work is done again
 
 

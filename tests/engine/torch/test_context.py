@@ -80,8 +80,8 @@ def test_checkpoints_know_nothing_of_it():
         (
             {"parallel": {"context": 2, "tensor": 2, "sequence": True}, "model": {"seq_length": 18}},
             4,
-            "model.seq_length: 18 is not a multiple of the 4 ranks that share its positions (parallel.context 2). Set "
-            "it to 16 or 20, or parallel.context to 1.",
+            "model.seq_length: 18 is not a multiple of the 4 ranks that share its positions (parallel.context 2 × "
+            "parallel.tensor 2). Set it to 16 or 20, or parallel.context to 1.",
         ),
         (
             {"parallel": {"context": 4, "tensor": 2}},
