@@ -37,7 +37,9 @@ def load_model(path: Path | str, dtype: torch.dtype = torch.float32) -> TokenFor
     check_dtype(dtype)
     if is_export(path):
         export = open_export(path)
-        config, scales, weights = export.model, export.scales, export.weights
+        config, scales = export.model, export.scales
+        # Copies: the tensors of an export lie in its file, at any address, and products may round otherwise there.
+        weights = {name: weight.to(torch.float32, copy=True) for name, weight in export.weights.items()}
     else:
         if not os.path.lexists(path):
             raise CheckpointError(

@@ -43,8 +43,9 @@ def test_a_limit_that_knows_the_model(config, here):
     """With softmax gradients of queries are what is left of a sum of terms a million times as large."""
     result = here("verify_layout", config, "model.activation=softmax", "parallel.tensor=2", "--steps", 2)
     assert result.returncode == 0, result.stdout
-    error, limit = map(float, result.stdout.splitlines()[-1].split()[5:7])
-    assert 1e-5 < error < limit < 0.1
+    _, _, of_losses, _, _, error, limit, *_ = result.stdout.splitlines()[-1].split()
+    # how large the errors are depends on the processor
+    assert float(error) < float(limit) < 0.1 and float(limit) > 2 * float(of_losses)
 
 
 def test_a_tolerance_that_nothing_meets(config, here):
