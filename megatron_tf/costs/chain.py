@@ -1,7 +1,7 @@
-"""What a chain of growths costs, compared with training each of its sizes from scratch to the same loss.
+"""The cost of a chain of growths, compared with training each of its sizes from scratch to the same loss.
 
-How many tokens a size needs from scratch for that is not known before it was tried. It is D₂ + κ·D₁ (see `law`): those
-of the stage itself, and κ for each token of the stages before it. So every comparison is a function of κ.
+The tokens that a size needs from scratch are only known after a run. They are D₂ + κ·D₁ (see `law`): those of the stage
+itself, and κ for each token of the stages before it. So every comparison is a function of κ.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class StageCost:
         next one does not grow from the end of, the decay is left out there: it serves its own size alone.
     `scratch_*`: of the same model from scratch to the same loss at the same speed, at the least and the greatest κ.
     `ratio`: R, chain_flops over scratch_flops, least and greatest.
-    `kappa`: that it is of.  `break_even`: the κ above which R is below 1.  None for the first stage, which is from
-        scratch itself.
+    `kappa`: the least and greatest κ of these numbers.  `break_even`: the κ above which R is below 1.  Both are None
+        for the first stage, which is trained from scratch itself.
     """
 
     name: str
@@ -55,7 +55,7 @@ def chain_costs(
     if scratch_tokens is not None:
         _check_worth(stages, scratch_tokens)
     costs: list[StageCost] = []
-    # of what the model of a stage was grown from
+    # of the stages before it
     earlier_tokens, earlier_flops, earlier_hours = 0, 0.0, 0.0
     for stage, after in zip(stages, [*stages[1:], None]):
         tokens = plan_batches(stage.config, stage.world_size).train_tokens
@@ -114,6 +114,6 @@ def _from_scratch(tokens: int, earlier: int, kappa: Range, scratch_tokens: int |
     if scratch_tokens is not None:
         implied = (scratch_tokens - tokens) / earlier
         kappa = (implied, implied)
-    # A κ that was measured below 0 says that a model from scratch was faster by its own tokens alone.
+    # A measured κ below 0 means that the model from scratch needed fewer tokens than the stage itself.
     least, most = (max(tokens + worth * earlier, 1.0) for worth in kappa)
     return kappa, (least, most)

@@ -23,8 +23,8 @@ COPY_BANDWIDTH = 10e9  # bytes/s of a rank, from the GPU to the host's memory, f
 
 
 def checkpoint_bytes(model: Model, optimizer: str = DEFAULT) -> int:
-    """fp32 weight of every parameter and what `optimizer`, a name of the configuration, keeps in addition; the rest of
-    a checkpoint is small."""
+    """Bytes of the fp32 weights and of the states of `optimizer`, a name of the configuration. The rest of a checkpoint
+    is small."""
     return (4 + OPTIMIZERS[optimizer].state_bytes) * num_parameters(model)
 
 
@@ -85,7 +85,7 @@ def plan_checkpoints(
     num_gpus: int,
     optimizer: str = DEFAULT,
 ) -> CheckpointPlan:
-    """`num_writers`: ranks that hold a part of the state of their own."""
+    """The plan with the interval that loses the least. `num_writers`: ranks that each write a part of the state."""
     size = checkpoint_bytes(model, optimizer)
     write = size / storage_bytes_per_second
     stall = min(write, size / num_writers / COPY_BANDWIDTH) if asynchronous else write

@@ -1,7 +1,7 @@
-"""What a step sends: every collective with its bytes, as a function of (s, b, d, T). Counted in tests, not estimated.
+"""The communication of a step: every collective with its bytes, as a function of (s, b, d, T). Tests count the same.
 
-`Collective.bytes` is the size of the whole tensor on a rank: what is all-reduced, what a gathering ends with, what a
-scattering begins with. A ring sends (T − 1)/T of it, twice for an all-reduce.
+`Collective.bytes` is the size of the whole tensor on a rank: the tensor of an all-reduce, the output of a gather, the
+input of a scatter. A ring sends (T − 1)/T of it, twice for an all-reduce.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
 
 
 def step_collectives(config: RunConfig, micro_batches: int) -> Collectives:
-    """Of one block over the tensor group besides, in a step of so many micro batches."""
+    """The other collectives of one block over the tensor group, in a step of `micro_batches` micro batches."""
     if config.parallel.tensor == 1:
         return ()
     forward, backward = architecture_of(config.model).step_collectives(config)
@@ -37,7 +37,8 @@ def step_collectives(config: RunConfig, micro_batches: int) -> Collectives:
 
 
 def recomputed_collectives(config: RunConfig) -> Collectives:
-    """What activation checkpointing sends again of a block's forward pass: all but its end, which nothing needs."""
+    """The collectives of a block's forward pass that activation checkpointing repeats: all but the last, whose result
+    the backward pass does not need."""
     forward, _ = block_collectives(config)
     end: Kind = "reduce_scatter" if config.parallel.sequence else "all_reduce"
     whole = hidden_bytes(config)
@@ -47,7 +48,7 @@ def recomputed_collectives(config: RunConfig) -> Collectives:
 def context_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
     """(forward, backward) of one block and micro batch over the context group; recomputation sends forward again.
 
-    Query, key and value are exchanged, and what attention makes of them.
+    Query, key, value and the output of attention are exchanged.
     """
     if config.parallel.context == 1:
         return (), ()
@@ -76,21 +77,21 @@ def stage_boundary(config: RunConfig) -> Collective:
 
 
 def boundaries(topology: Topology) -> int:
-    """Ends of parts of the depth, on the busiest rank of a pipeline, at which hidden states come or go."""
+    """The number of stage boundaries at which the busiest rank of a pipeline receives or sends hidden states."""
     if topology.pipeline == 1:
         return 0
-    # with two ranks each of them is the first or the last one
+    # with two ranks, each is the first or the last one, which has one boundary less
     return 2 * topology.virtual_stages - (topology.pipeline == 2)
 
 
 def sent_document_starts(config: RunConfig) -> Collective:
-    """Where documents begin, an int32 a token, which goes with the hidden states but not back with their gradient."""
+    """The starts of documents, an int32 for each token. They are sent with hidden states, not with their gradients."""
     positions = positions_of(config)
     return Collective("send", 4 * positions if config.data.reset_at_eod else 0)
 
 
 def data_collectives(config: RunConfig, parameters: int, replicas: int, num_micro_batches: int) -> Collectives:
-    """In a step over the replicas, for the `parameters` of a rank. Gradients travel in fp32.
+    """The collectives of a step over the replicas, for the `parameters` of a rank. Gradients are sent in fp32.
 
     | engine              | gradients                         | parameters, in the compute type           |
     |---------------------|-----------------------------------|-------------------------------------------|
@@ -120,7 +121,7 @@ def data_collectives(config: RunConfig, parameters: int, replicas: int, num_micr
 
 
 def tied_gradients(config: RunConfig, topology: Topology) -> Collectives:
-    """Once a step between first and last stage: the gradients of what both hold, in fp32."""
+    """Between first and last stage, once for each step: the gradients of the weights that both hold, in fp32."""
     if topology.pipeline == 1:
         return ()
     tied = (spec for spec in parameter_table(config.model).values() if spec.tied)

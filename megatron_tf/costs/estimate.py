@@ -1,4 +1,4 @@
-"""What a model costs: parameters, floating-point operations, memory a rank. Pure arithmetic, no torch.
+"""The costs of a model: parameters, floating-point operations, memory of a rank. Pure arithmetic, no torch.
 
 Symbols: s positions of a sample on a rank, b micro batch, d hidden size, n tokens of a projection, T tensor-parallel
 ranks, c bytes of the compute type (2 for bf16 and fp16, 4 for fp32).
@@ -39,7 +39,7 @@ def num_used_parameters(model: Model) -> int:
 
 
 def chooses(model: Model) -> bool:
-    """Whether a position uses some of the parameters only: those of the candidates that it chooses."""
+    """Whether a position uses only some of the parameters: those of the candidates that it chooses."""
     return any(spec.one_in > 1 for spec in parameter_table(model).values())
 
 
@@ -143,9 +143,9 @@ def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int,
 
 
 def _waiting_bytes(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> int:
-    """What gradients of weights wait with: under a zero-bubble schedule stage i has i passes of a part to make up for.
+    """Bytes held for delayed gradients of weights: under a zero-bubble schedule stage i delays those of i passes.
 
-    It is both factors of each gradient, over all positions.
+    They are both factors of each gradient, over all positions.
     """
     if config.parallel.schedule != "zero_bubble":
         return 0

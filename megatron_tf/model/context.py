@@ -1,14 +1,14 @@
-"""What a block is given besides hidden states, and what it can give back: auxiliary losses and metrics.
+"""The context of a block: its inputs besides hidden states, and its auxiliary losses and metrics.
 
-An auxiliary loss acts on the gradient where it arises. Its block passes the hidden states on through `attach`: the
-identity, whose backward pass gives the loss the gradient that it would have as a term of the objective. So no loss has
-to travel to the last pipeline stage, and every layout computes the gradient that one process computes from
+An auxiliary loss is differentiated in its own block. The block passes its hidden states through `attach`: the identity,
+whose backward pass gives the loss the gradient that it would have as a term of the objective. So no loss is sent to the
+last pipeline stage, and every layout computes the gradient that one process computes from
 
     objective = loss + Σ over blocks of the mean over micro batches of the auxiliary loss.
 
-Under tensor parallelism a loss or metric is *partial*: this rank's part of a sum over the tensor ranks. It is made from
-what the rank computes between `TensorParallel.enter` and `leave`, where gradients are summed over the ranks. What every
-rank computes alike there is divided by their number.
+Under tensor parallelism a loss or metric is *partial*: this rank's part of a sum over the tensor ranks. It is computed
+between `TensorParallel.enter` and `leave`, where gradients are summed over the ranks. A value that is the same on every
+rank is therefore divided by their number.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ Reports = dict[str, Tensor]  # name -> scalar
 
 
 class BlockContext:
-    """Of one micro batch, for all blocks of a stage.
+    """The context of one micro batch, for all blocks of a stage.
 
-    `documents`: None is one document a sample.
-    `loss_weight`: what an auxiliary loss counts in the gradient. None: losses are only collected, with their graph, and
-        the caller adds them to the objective.
-    `branches`: what each sample's residual branches are multiplied by, [layers, branches, b] as `drop_path` gives it;
-        None: by 1.
+    `documents`: None: each sample is one document.
+    `loss_weight`: the weight of an auxiliary loss in the gradient. None: losses are only collected, with their graph,
+        and the caller adds them to the objective.
+    `branches`: factors of each sample's residual branches, [layers, branches, b] from `drop_path`; None: 1.
     `losses`, `metrics`: sums over the blocks so far, by name.
     """
 
-    # Not a dataclass: torch's `fully_shard` copies those among a module's arguments, and what blocks add would be lost.
+    # Not a dataclass: torch's `fully_shard` copies dataclasses among a module's arguments, so additions would be lost.
     def __init__(
         self,
         documents: Documents | None = None,
@@ -53,7 +52,7 @@ class BlockContext:
         self.metrics: Reports = {}
 
     def add(self, losses: Reports, metrics: Reports) -> None:
-        """What one block has given back."""
+        """Adds the losses and metrics of one block."""
         for sums, given in ((self.losses, losses), (self.metrics, metrics)):
             for name, value in given.items():
                 own = value if sums is self.losses and self.loss_weight is None else value.detach()
@@ -61,9 +60,9 @@ class BlockContext:
 
 
 def run_blocks(blocks: Iterable[Block], hidden: Tensor, starts: Tensor | None, context: BlockContext) -> Tensor:
-    """Hidden states between layers -> what the last block gives.
+    """Hidden states between layers -> those after the last of `blocks`.
 
-    `starts`: see `attention.document_starts`; None is one document a sample.
+    `starts`: see `attention.document_starts`; None: each sample is one document.
     """
     for block in blocks:
         if starts is not None and context.documents is None:

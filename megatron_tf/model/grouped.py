@@ -1,8 +1,7 @@
-"""Rows that use one of several candidates, and their products with the tokens of theirs.
+"""Matrix products of rows with the tokens of the candidates that they chose.
 
-A slot has m candidates, each a group of g tokens. A *pair* is a row and its choice in one slot. Pairs lie sorted: by
-slot, by candidate, and rows of one candidate in their own order. So the scores of a candidate are neighbours, and its
-products are products of matrices.
+A slot has m candidates, each a group of g tokens. A *pair* is a row and its choice in one slot. Pairs are sorted by
+slot, candidate and row. So the scores of a candidate are contiguous, and its products are matrix products.
 
 | tensor | shape |
 |---|---|
@@ -10,10 +9,10 @@ products are products of matrices.
 | of pairs: scores, their gradient, weights S | [slots · rows, g] |
 | of rows: inputs, outputs | [rows, width] |
 
-Work goes over the pairs piece by piece. On a CPU a piece is a candidate with its rows, which the cache holds from one
-product to the next; products in fp32 read rows and add to them where they lie, those of other types gather them. On a
-GPU it is all pairs, whose products are one grouped product; its sizes are read on the device, so nothing waits for the
-host, and shapes are the same whatever was chosen.
+Pairs are processed in pieces. On a CPU a piece is a candidate with its rows, which stay in the cache between products;
+fp32 products read and add to rows in place, those of other types gather them. On a GPU there is one piece, all pairs,
+and one grouped product. It reads its sizes on the device, so nothing waits for the host, and shapes do not depend on
+the choices.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from megatron_tf.model.kernels import native_grouped
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which rows use which candidate.
+    """The candidate of each row.
 
     `order`: int64 [slots, rows], the row of each pair.
-    `ends`: int32 [slots, m], where among the pairs of a slot those of each candidate end.
+    `ends`: int32 [slots, m], the end of each candidate's pairs among those of its slot.
     """
 
     order: Tensor
@@ -45,21 +44,21 @@ class Assignment:
         return self.order.numel()
 
     def by_row(self, values: Tensor) -> Tensor:
-        """A number a pair, [pairs, 1] -> [rows, slots]."""
+        """A number for each pair: [pairs, 1] -> [rows, slots]."""
         out = values.new_empty(self.order.shape)
         return out.scatter_(1, self.order, values.view(self.order.shape)).mT
 
     def by_pair(self, values: Tensor) -> Tensor:
-        """A number a row, [rows, 1] -> [pairs, 1]."""
+        """A number for each row, repeated for its pairs: [rows, 1] -> [pairs, 1]."""
         return values[self.order.flatten()]
 
     def pairs_of_rows(self) -> Tensor:
-        """int64 [rows, slots]: where each row's pairs lie."""
+        """int64 [rows, slots]: the places of each row's pairs."""
         places = torch.arange(self.num_pairs, device=self.order.device).view(self.order.shape)
         return torch.empty_like(self.order).scatter_(1, self.order, places).mT
 
     def ends_among_all(self) -> Tensor:
-        """int32 [slots · m]: where among all pairs those of each candidate end."""
+        """int32 [slots · m]: the end of each candidate's pairs among all pairs."""
         slots, rows = self.order.shape
         starts = rows * torch.arange(slots, dtype=torch.int32, device=self.ends.device)
         return (self.ends + starts.unsqueeze(1)).flatten()
@@ -75,17 +74,17 @@ def assign(candidates: Tensor, num_candidates: int) -> Assignment:
 
 
 class Piece(ABC):
-    """Pairs that are worked on together, and where they lie among all pairs.
+    """Pairs that are processed together.
 
-    `pairs`: theirs.  Tokens are [slots, m, g, width], sources and totals [rows, width], and a `room` is memory that is
-    shaped as the source or the total.
+    `pairs`: their range among all pairs.  Tokens are [slots, m, g, width], sources and totals [rows, width]. A `room`
+    is scratch memory with the shape of the source or the total.
     """
 
     pairs: slice
 
     @abstractmethod
     def inputs(self, source: Tensor, room: Tensor) -> Tensor:
-        """`source` as the other methods take it. It may lie in `room`."""
+        """`source` in the form that the other methods take. It may use the memory of `room`."""
 
     @abstractmethod
     def scores(self, inputs: Tensor, tokens: Tensor, out: Tensor) -> None:
@@ -102,7 +101,7 @@ class Piece(ABC):
 
 @dataclass(frozen=True)
 class CandidatePiece(Piece):
-    """The pairs of one candidate, which has `rows`. Its products are plain ones."""
+    """The pairs of one candidate, which has `rows`. They are gathered for ordinary matrix products."""
 
     rows: Tensor
     pairs: slice
@@ -123,7 +122,7 @@ class CandidatePiece(Piece):
 
 
 class NativePiece(CandidatePiece):
-    """The pairs of one candidate. Its products read rows and add to them where they lie."""
+    """The pairs of one candidate. Native products read rows and add to them in place."""
 
     def inputs(self, source: Tensor, room: Tensor) -> Tensor:
         return source
@@ -140,7 +139,7 @@ class NativePiece(CandidatePiece):
 
 @dataclass(frozen=True)
 class AllPairs(Piece):
-    """The pairs of all candidates, which end at `ends` among them. Nothing here depends on how many each one has."""
+    """The pairs of all candidates, whose ends are `ends`. No shape depends on how many pairs each candidate has."""
 
     pairs: slice
     assignment: Assignment
@@ -154,7 +153,7 @@ class AllPairs(Piece):
 
     def add_outputs(self, scores: Tensor, tokens: Tensor, total: Tensor, room: Tensor) -> None:
         products = F.grouped_mm(scores, tokens.flatten(0, 1), offs=self.ends)
-        # A sum over the slots without atomic additions, in fp32 until it is whole.
+        # A sum over the slots without atomic additions, accumulated in fp32.
         total += F.embedding_bag(self.assignment.pairs_of_rows(), products, mode="sum")
 
     def gradients(self, scores: Tensor, inputs: Tensor, out: Tensor) -> None:
@@ -188,7 +187,7 @@ def has_grouped_products(tokens: Tensor) -> bool:
 
 
 def empty_gradients(tokens: Tensor, assignment: Assignment) -> Tensor:
-    """Room for the gradients of tokens [slots, m, g, width], 0 for candidates that nobody chose."""
+    """Memory for the gradients of tokens [slots, m, g, width], 0 for candidates that no row chose."""
     if tokens.is_cuda:
         return torch.zeros_like(tokens)
     out = torch.empty_like(tokens)

@@ -2,8 +2,8 @@
 
     A = X Kᵀ,   S = θ(A),   out = S V
 
-What is done between the products, forward and backward, is the activation's `ScoreFunction`; how scores lie in memory
-is in score_layout.py.
+The activation's `ScoreFunction` computes the steps between the products, forward and backward. score_layout.py defines
+the memory layout of scores.
 
 Sharded over a group T (token axis): each Σ runs over all tokens, so it is all-reduced over T. That is one
 number a row and projection, forward and backward; everything else is local.
@@ -54,7 +54,7 @@ from megatron_tf.parallel.groups import SINGLE, Group
 
 
 class Form(NamedTuple):
-    """How a Pattention is computed; what it computes is the same to rounding.
+    """How a Pattention is computed. The result is the same to rounding.
 
     `norm`: "direct", or "gram" for an activation that has it. On one process, rows whose norm would lose digits are
     computed directly, with all others of the call.
@@ -135,7 +135,7 @@ def _outputs(
     if norms is None and form.norm == "gram":
         matrices = gram.matrices(keys, group, step)
         norms = gram.norms(_rows(x), matrices).view(*x.shape[:-1], len(keys))
-        # over ranks all would have to agree, and a compiled graph has no choice
+        # the ranks of a group would have to agree on it, and a compiled graph cannot branch
         certain = group.size > 1 or torch.compiler.is_compiling()
         if not certain and gram.loses_digits(_rows(x), matrices, _rows(norms)):
             norms = None

@@ -1,11 +1,11 @@
-"""Which candidate of each slot a position uses, and how the candidates share the positions evenly.
+"""Routing: the choice of a candidate in each slot, and the balance that spreads positions evenly over candidates.
 
     z = x · ρ,   choice = argmax over the candidates of a slot of (z + 10 b)
 
-ρ is the router, b the balance of a candidate. The balance acts on the choice only and the loss does not know it. Its
-own gradient is the imbalance: b gets load/fair − 1, so a candidate with too many positions becomes less likely. It
-travels as an auxiliary loss that is linear in b, so micro batches and data-parallel ranks average it to the imbalance
-of the global batch, and every layout agrees.
+ρ is the router, b the balance of a candidate. The balance affects only the choice; the loss does not depend on it. Its
+gradient is the imbalance, load/fair − 1, so a candidate with too many positions becomes less likely. It comes from an
+auxiliary loss that is linear in b, so averaging over micro batches and data-parallel ranks gives the imbalance of the
+global batch, the same for every layout.
 
 The largest score wins; of equal ones the first, and a NaN before all others.
 """
@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Gradients of the balance are scaled by it: they count in the norm that clipping sees, and Adam does not feel a scale.
+# Scales gradients of the balance, so that they hardly count in the norm for clipping. Adam is invariant to the scale.
 BALANCE_SCALE = 1e-4
-# The balance follows faster than the router changes: an optimizer moves each by about a learning rate a step.
+# The balance must change faster than the router, but Adam moves both by about a learning rate at each step.
 BALANCE_SPEED = 10.0
 
 
@@ -61,7 +61,7 @@ def balance_loss(balance: Tensor, load: Tensor) -> Tensor:
 def z_loss(logits: Tensor) -> Tensor:
     """(log Σ exp z)² over the candidates of a slot, mean over the rows, sum over the slots. logits [rows, slots, m].
 
-    The gate's gradient goes to 0 where scores are large, and then a router learns no more. Zoph et al., 2022, arXiv
-    2202.08906, equation 5.
+    It keeps scores small, because the gate's gradient vanishes where they are large, and the router stops learning.
+    Zoph et al., 2022, arXiv 2202.08906, equation 5.
     """
     return logits.logsumexp(-1).square().mean(0).sum()

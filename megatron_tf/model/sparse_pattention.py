@@ -1,13 +1,13 @@
 """Pattention over the tokens that a position chooses: more parameter tokens at the same cost.
 
-The tokens of a bank lie in slots, a slot has m candidates of g tokens each, and a position uses one candidate of every
-slot. The layer is the dense Pattention over the chosen tokens, and those that every position uses:
+The tokens of a bank are divided into slots. A slot has m candidates of g tokens each, and a position uses one candidate
+of every slot. The layer is the dense Pattention over the chosen tokens and the tokens that every position uses:
 
     A = X K_chosenᵀ,   S = θ(A),   out = S V_chosen
 
 θ sees all chosen tokens of a row, so τ, learning rates and initial values are those of a dense model with as many
-tokens. With one candidate a slot it is that dense model. Ranks of the tensor group hold whole slots: each has the same
-work by construction, none needs to know what another one chose, and the exchange is the dense layer's one number a row.
+tokens. With one candidate for each slot it is that dense model. Ranks of the tensor group hold whole slots. So all have
+the same work, none needs the choices of another, and they exchange one number for each row, as in the dense layer.
 
 | tensor | local shape |
 |---|---|
@@ -63,9 +63,9 @@ class TokenBank(nn.Module):
 
 
 class SparsePattention(nn.Module):
-    """One projection whose positions use `num_tokens` parameter tokens: `dense` ones alike, and a group of each slot.
+    """One projection whose positions use `num_tokens` parameter tokens: `dense` common ones, and a group of each slot.
 
-    `scale` is τ, that of a dense Pattention of `num_tokens` tokens.  `z_loss`: weight of `routing.z_loss`, the mean
+    `scale`: τ, that of a dense Pattention with `num_tokens` tokens.  `z_loss`: weight of `routing.z_loss` as a mean
     over the slots.  `context`: the ranks that hold the other positions of the same samples.
     """
 
@@ -101,18 +101,18 @@ class SparsePattention(nn.Module):
         self.group = group
         self.context = context
         self.z_loss = z_loss
-        self.choose: Callable[[Tensor, Tensor], Tensor] = choose  # a test of layouts puts recorded choices here
+        self.choose: Callable[[Tensor, Tensor], Tensor] = choose  # checks replace it by recorded choices
         self.observer: Callable[[Tensor], None] | None = None  # sees each input x [s, b, d], whole on every rank
 
     def partial(self, x: Tensor, losses: Reports | None = None, metrics: Reports | None = None) -> Tensor:
         """x [..., d_in], whole -> [..., d_out], still to be summed over the group.
 
-        `losses` and `metrics` get what `routing` has to report, as `context` wants it.
+        Adds the auxiliary losses and metrics of `routing` to `losses` and `metrics`, partial as `context` defines it.
         """
         return sparse_outputs([self], x, losses, metrics)[0]
 
     def chosen(self, rows: Tensor, losses: Reports | None, metrics: Reports | None) -> ChosenTokens:
-        """What `rows` [rows, d_in] choose. Reports are added to those that are there."""
+        """The tokens that `rows` [rows, d_in] choose. Adds to `losses` and `metrics`."""
         logits = self.bank.logits(rows)
         balance = self.bank.slot_balance()
         candidates = self.choose(logits, balance)
