@@ -1,9 +1,8 @@
-"""Training of adapters with as many parameters each, on a frozen Llama: speed, and what is kept for the backward pass.
+"""Training of adapters with equal numbers of parameters on a frozen Llama: speed, and bytes kept for the backward pass.
 
-LoRA is PEFT's, on all linear layers, and the others have as many trained parameters as it has, to a token. "soft
-mixture" is the adapter that ScalarLM calls Tokenformer, by its formula: a mixture of four LoRA matrices for each
-position, at the MLPs. Kept bytes are counted and exact; times are medians of interleaved rounds. Random weights: what
-is learnt is not compared.
+LoRA is PEFT's, on all linear layers. The others have as many trained parameters, up to one token. "soft mixture" is the
+adapter that ScalarLM calls Tokenformer, by its formula: a mixture of four LoRA matrices for each position, at the MLPs.
+Kept bytes are counted and exact; times are medians of interleaved rounds. Weights are random: losses are not compared.
 """
 
 from __future__ import annotations
@@ -108,8 +107,8 @@ def rows_on(base: Callable[[], Any], ids: Tensor, rank: int, forms: Collection[s
 
 
 def with_adapter(base: Any, form: str, rank: int) -> Any:
-    """`base` with an adapter of as many parameters as LoRA of `rank` has on all linear layers, to a token. `form`: a
-    name of FORMS."""
+    """`base` with an adapter that has as many parameters as LoRA of `rank` on all linear layers, up to one token.
+    `form`: a name of FORMS."""
     budget = rank * sum(place.d_in + place.d_out for place in select(base, (LINEAR,)))
     if form == LORA:
         return _with_lora(base, rank)
@@ -130,7 +129,7 @@ def _with_lora(base: Any, rank: int) -> Any:
 
 
 def add_lora(model: Any, rank: int) -> None:
-    """A second LoRA on a model with a first one, which stays as it is; both are switched on."""
+    """Adds a second LoRA to a model with a first one, which is frozen; both are active."""
     from peft import LoraConfig
 
     first = model.peft_config["default"]
@@ -141,7 +140,7 @@ def add_lora(model: Any, rank: int) -> None:
 
 
 def _without_adapter(plain: Any) -> Any:
-    """The gradient reaches the first MLP's output, the least that any adapter here needs."""
+    """The base with gradients back to the first MLP's output, which is the least that any adapter here needs."""
     plain.requires_grad_(False)
     first = select(plain, (MLP,))[0]
     plain.get_submodule(first.name).register_forward_hook(lambda module, inputs, output: output.requires_grad_())

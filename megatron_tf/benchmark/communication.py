@@ -92,7 +92,7 @@ def _as_sent(collectives: Collectives) -> Sent:
 
 
 def _rank(rank: int, ranks: int, folder: str, config: RunConfig) -> None:
-    """A process of its own: gloo and one thread, whatever the machine has."""
+    """One rank in a process of its own, with gloo and one thread."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     stay_on_this_machine(os.environ)
@@ -140,8 +140,8 @@ def count_layers(config: RunConfig, group: Group) -> list[tuple[str, str, Sent]]
 
 
 def count_block(block: nn.Module, hidden: Tensor) -> list[tuple[str, str, Sent]]:
-    """As `count_layers`, of a step's two micro batches: what the first sends forward and the last sends backward more
-    than the other is sent once a step."""
+    """As `count_layers`, for a step of two micro batches. The first sends more in its forward pass and the last in its
+    backward pass than the other one: the difference is sent once for each step."""
     outs, forward, backward = [], [], []
     for _ in range(2):
         with Counting() as counted:

@@ -1,8 +1,8 @@
 """Memory of a training step on one long sample that context ranks share, in CPU ranks that run here.
 
-Each row trains one step of the torch engine on one sample of `model.seq_length` positions. `grows` is by how much the
-largest memory of a process in that step exceeds what it held before, on the rank where that is most. `remainder` is
-what of it is above an equal share of the first row's: gradients, optimizer state and buffers, which do not shrink.
+Each row trains one step of the torch engine on one sample of `model.seq_length` positions. `grows` is the peak memory
+of a process in that step less its memory before, on the rank where that is largest. `remainder` is `grows` less an even
+share of the first row's: gradients, optimizer state and buffers, which do not shrink with more ranks.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ _MIB = 2**20
 
 
 def rows(configs: Sequence[RunConfig]) -> Iterator[Row]:
-    """A row for each of `configs`, of which each is valid for as many ranks as it has context ranks.
-
-    They differ in nothing else.
-    """
+    """A row for each of `configs`, which differ only in their context ranks. Each is valid for as many ranks."""
     first = None
     for config in configs:
         size = config.parallel.context

@@ -1,4 +1,4 @@
-"""What PyTorch really does: bytes alive, bytes read and written, kernels, bytes sent; estimates are held against it."""
+"""Counts of what PyTorch really does, to check estimates: bytes alive, read, written and sent, and kernels."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FREE = (
 
 
 class Counting(TorchDispatchMode):
-    """Every operator that runs in this thread while it is entered, on the CPU: also those of the backward pass.
+    """Counts every operator that runs in this thread inside the block, on the CPU, those of the backward pass included.
 
     `peak`: largest number of bytes alive of tensors made meanwhile. `traffic`: bytes that kernels other than matrix
     products and attention read and wrote, `kernels` their number with those. `sent`: (kind, bytes of the whole tensor)
@@ -99,8 +99,8 @@ class Counting(TorchDispatchMode):
 
 
 def saved_bytes(call, inputs=()) -> int:
-    """Bytes of what autograd keeps of `call()` for the backward pass, each storage once. Parameters, their views and
-    the tensors `inputs` do not count."""
+    """Bytes that autograd keeps of `call()` for the backward pass, each storage once, without parameters, their views
+    and the tensors `inputs`."""
     known = {tensor.untyped_storage()._cdata for tensor in inputs}
     kept = {}
 

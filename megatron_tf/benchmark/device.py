@@ -1,4 +1,4 @@
-"""The machine that figures depend on, and its types."""
+"""The machine of a measurement, and the types that it computes in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_dtypes(device: torch.device, names: Iterable[str]) -> None:
 
 
 def quick_dtype(device: torch.device) -> ComputeType:
-    """bf16 where there are instructions for its products, else fp32."""
+    """bf16 if the device has instructions for its products, else fp32."""
     if device.type == "cuda":
         return "bf16"
     has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", bool)
@@ -30,7 +30,7 @@ def quick_dtype(device: torch.device) -> ComputeType:
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """What figures depend on."""
+    """The facts about the machine and its software that measurements depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": name,

@@ -1,8 +1,8 @@
 """Processor time of a training step with each engine, in two CPU ranks that run here.
 
-Both engines train in the same ranks, in turn: TP2 with sequence parallelism, PP2 and DP2. A step counts the time of all
-ranks, user and system, which is measured right also where ranks share cores; how long ranks wait for each other is not
-in it.
+Both engines train in the same ranks, in turn: TP2 with sequence parallelism, PP2 and DP2. The time of a step is the sum
+over ranks of user and system time. It is correct even if ranks share cores, and leaves out the time of waiting for
+each other.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _in_turn(
     """Processor seconds of this rank for each engine's steps after the first ones."""
     spent: dict[str, list[float]] = {name: [] for name in engines}
     for step in range(WARM_UP + rounds):
-        # the other one first in every second round
+        # in every second round the other engine is first
         for name in sorted(engines, reverse=bool(step % 2)):
             config, topology = configs[name], topology_for(configs[name], RANKS)
             plan, data = plan_batches(config, RANKS), topology.coordinate("data", rank)

@@ -44,13 +44,13 @@ def rows(device: torch.device, tokens: Sequence[int], positions: int, width: int
             "× bf16": timings["fp8"].speed_against(timings["bf16"]),
             "error": max(errors),
             "bound": BOUND,
-            # NaN is not smaller than anything.
+            # written so that NaN counts as an error
             "right": all(error <= BOUND for error in errors),
         }
 
 
 def _errors(x: Tensor, grad: Tensor, keys: Tensor) -> Iterator[float]:
-    """Of values alone, and of a gradient on either side."""
+    """Relative errors of the product of values alone, and of those with a gradient on either side."""
     factors: list[tuple[Tensor, Tensor, Gradient]] = [
         (x, keys.mT, None), (grad, keys.mT, "left"), (x.mT, grad, "right")
     ]  # fmt: skip

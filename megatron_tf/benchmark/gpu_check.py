@@ -1,7 +1,5 @@
-"""Everything that a GPU can get wrong or slow, in a few minutes: results against fp64, speeds, memory, one rank of
-NCCL.
-
-The parts are independent: one that fails is reported and the others go on. The last ones are left out when time is up.
+"""A check of a GPU in a few minutes: results against fp64, speeds, memory, one rank of NCCL.
+The parts are independent: if one fails, it is reported, and the others run. The last ones are left out if time is up.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from megatron_tf.tasks.classes import cross_entropy
 from megatron_tf.tasks.language_model.section import vocab_size_of
 
 TOKENS = (768, 2304, 8560, 34480)
-# Largest relative error: four times the type's rounding, and of fp32 what sums of thousands of terms lose.
+# The largest relative error: four times the type's rounding; for fp32 the rounding of sums of thousands of terms.
 BOUNDS = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
 
 
@@ -58,7 +56,7 @@ def run(device: torch.device, seconds: float) -> Iterator[CheckedPart]:
 
 
 def parts(device: torch.device) -> Mapping[str, Callable[[], Iterable[Row]]]:
-    """Name -> a function that makes its rows; the most telling first."""
+    """Name -> a function that makes its rows; the most important first."""
     bf16 = [torch.bfloat16]
     in_fp8 = {"fp8": lambda: fp8.rows(device, (2304, 8560, 34480), 8192, 768, 9)} if has_fp8(device) else {}
     return {
@@ -75,7 +73,7 @@ def parts(device: torch.device) -> Mapping[str, Callable[[], Iterable[Row]]]:
 
 
 def _steps(device: torch.device, name: str, samples: int) -> Iterable[Row]:
-    """With two models in memory, which take turns; where that is less than 100 GB, at half their depth."""
+    """Rows with two models in memory, which take turns; with less than 100 GB of it, at half their depth."""
     whole = device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory > 100e9
     layers = None if whole else _config(name).model.num_layers // 2
     options = step.StepOptions(device, torch.bfloat16, samples, layers, compile=True, rounds=5, formulas=("plain",))
@@ -94,7 +92,7 @@ def results(device: torch.device) -> Iterator[Row]:
 
 
 def nccl(device: torch.device) -> Iterator[Row]:
-    """One rank's collectives: that the library is there, starts, and gives back what went in."""
+    """The collectives of one rank: NCCL is there, starts, and returns its input."""
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(str(Path(folder) / "store"), 1)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -116,14 +114,14 @@ def as_json(device: torch.device, done: Iterable[CheckedPart]) -> dict[str, obje
 
 def _run(name: str, make: Callable[[], Iterable[Row]]) -> CheckedPart:
     if torch.cuda.is_available():
-        # What the part before has left is not another part's to run out of.
+        # memory that the part before has cached must be free for this one
         torch.cuda.empty_cache()
     began, rows = time.monotonic(), []
     problem = None
     try:
         for row in make():
             rows.append(row)
-    # Whatever a part ends with, the report of the others is wanted.
+    # a part may fail in any way, and the others must still be reported
     except Exception as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
     wrong = [row for row in rows if row.get("right") is False]
@@ -143,7 +141,7 @@ def _compared(what: str, size: int, dtype: torch.dtype, found: list[Tensor], exp
         "output": errors[0],
         "worst gradient": max(errors[1:]),
         "bound": BOUNDS[dtype],
-        # NaN is not smaller than anything.
+        # written so that NaN counts as an error
         "right": all(error <= BOUNDS[dtype] for error in errors),
     }
 

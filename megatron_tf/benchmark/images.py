@@ -1,9 +1,9 @@
 """Training of a classifier of images: a step against vision transformers of its size, and how fast images are read.
 
-Steps are forward, backward and AdamW on one batch, fp32, in torch alone: of the TokenFormer, of the Transformer of as
-many parameters, and, where timm is installed, of timm's VisionTransformer in the Transformer's sizes. The loader's rate
-is that of its threads together; it is set against as many times the rate at which one thread decodes and changes such
-images. They are files of 500 × 375 in memory, JPEGs of coloured squares. Threads need cores of their own.
+Steps are forward, backward and AdamW on one batch, fp32, in torch alone. They compare the TokenFormer, the Transformer
+with as many parameters, and, if timm is installed, its VisionTransformer of the Transformer's sizes. The loader's rate
+is that of its threads together, compared with that of one thread times their number. Images are JPEG files of coloured
+squares in memory, 500 × 375. Threads need cores of their own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The models that a step is measured on: what a configuration says, and what it is compared with."""
+"""The models of measurements: that of a configuration, and those that it is compared with."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _MLP_MULTIPLE = 64  # of tensor-core tiles and of AMX ones
 def equal_transformer(model: Model) -> TransformerModel:
     """The Transformer of as many parameters, to 1 %: of the same depth and head size, grown in width.
 
-    The width is the one whose 4 times as wide MLP comes nearest; the MLP then makes up the rest. ConfigError when there
-    is none.
+    The width is the one that comes nearest with an MLP 4 times as wide. The MLP's width is then adjusted. ConfigError
+    when no width fits.
     """
     head_dim = model.hidden_size // model.num_attention_heads
     wanted = num_parameters(model)
@@ -42,7 +42,7 @@ def equal_transformer(model: Model) -> TransformerModel:
             "hidden_size": width,
             "ffn_hidden_size": 4 * width,
         }
-        # without validation, as model_copy: sizes that no memory holds are refused by their memory
+        # without validation, as in model_copy: sizes that are too large are refused later, by their memory
         made = section.model_construct(**{**shared, **sizes})
         assert isinstance(made, TransformerModel)
         return made
@@ -63,7 +63,7 @@ def equal_transformer(model: Model) -> TransformerModel:
 
 
 class FormulaPattention(Pattention):
-    """A Pattention of a formula as it stands, in eager torch, on one process."""
+    """A Pattention computed by a plain formula, in eager torch, on one process."""
 
     formula: Layer
 
@@ -72,7 +72,7 @@ class FormulaPattention(Pattention):
 
 
 class FormulaAttention(PattentionAttention):
-    """Query, key and value are three calls of the formula, and the output one."""
+    """Attention with three calls of the formula for query, key and value, and one for the output."""
 
     def split(self, x: Tensor, norms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (
@@ -87,8 +87,8 @@ def plain_model(config: Model) -> TokenFormer:
 
 
 def with_formula(model: TokenFormer, name: str) -> TokenFormer:
-    """`model`, changed: every Pattention is the plain formula, a GELU "mlp" or nothing but its "products"."""
-    for module in model.modules():  # only how they compute is another
+    """`model`, changed in place: every Pattention is the plain formula, a GELU "mlp" or its "products" alone."""
+    for module in model.modules():  # the class is changed, the parameters stay
         if isinstance(module, Pattention):
             module.__class__ = FormulaPattention
             formula = partial(plain_formula, scale=module.scale) if name == "plain" else FORMULAS[name]
@@ -99,7 +99,7 @@ def with_formula(model: TokenFormer, name: str) -> TokenFormer:
 
 
 def in_gram_form(model: TokenFormer) -> TokenFormer:
-    """`model`, changed: every Pattention finds the norm of its scores from KᵀK."""
+    """`model`, changed in place: every Pattention computes the norm of its scores from KᵀK."""
     for module in model.modules():
         if isinstance(module, Pattention):
             module.form = module.form._replace(norm="gram")

@@ -1,4 +1,4 @@
-"""What Pattention is measured against: the formula as one would write it down, an MLP, and nothing but products."""
+"""References for measurements of Pattention: the plain formula, an MLP, and the products alone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Layer = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [s, b, d_in], keys [n, d
 
 
 def plain_formula(x: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
-    """`l2_norm_gelu` in eager torch, step by step as the official code takes it; autograd derives the backward.
+    """`l2_norm_gelu` in eager torch, with the steps of the official code; autograd derives the backward pass.
 
-    That is: a mask of ones made and multiplied in at every call, and every step a tensor [s, b, n] of its own.
+    Like that code it makes and multiplies by a mask of ones at every call, and each step makes a tensor [s, b, n].
     """
     mask = torch.ones(x.shape[-2], keys.shape[0], dtype=x.dtype, device=x.device)
     scores = x @ keys.mT
@@ -24,7 +24,7 @@ def plain_formula(x: Tensor, keys: Tensor, values: Tensor, scale: float | None =
     return F.gelu(normalised) @ values
 
 
-FORMULAS = {"l2_norm_gelu": plain_formula}  # by the activation that it is of
+FORMULAS = {"l2_norm_gelu": plain_formula}  # by activation
 
 
 def gelu_mlp(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:

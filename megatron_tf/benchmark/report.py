@@ -1,4 +1,4 @@
-"""What every mode of the benchmark prints and writes: rows of one kind, and the machine they were measured on."""
+"""The output of every mode of the benchmark: rows of one kind, and the machine that they were measured on."""
 
 from __future__ import annotations
 

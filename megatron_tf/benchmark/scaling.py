@@ -1,7 +1,7 @@
 """Time of a block against parameter tokens and sequence length, compared with the Transformer of the same size.
 
-Forward and backward of one block. A TokenFormer grows in tokens, the Transformer of as many parameters and layers in
-width; so token-token attention, timed by itself on the heads of each, costs the one what it did and the other more.
+Forward and backward of one block. A TokenFormer grows in tokens, the Transformer with as many parameters and layers in
+width. So the cost of token-token attention, timed separately, stays the same for the former and rises for the latter.
 """
 
 from __future__ import annotations

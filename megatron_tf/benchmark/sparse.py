@@ -28,8 +28,8 @@ def rows(
     width: int,
     rounds: int,
 ) -> Iterator[Row]:
-    """One row for each type, number of used tokens and number of candidates. What of `tokens` is no whole slot is
-    dense.
+    """One row for each type, number of used tokens and number of candidates. The remainder of `tokens` by the size of a
+    slot is dense.
 
     ConfigError when a number of tokens is less than a slot.
     """

@@ -1,6 +1,6 @@
-"""What each stage between Pattention's products costs, in nanoseconds a score, compared with the six products together.
+"""The cost of each stage between Pattention's products, in nanoseconds a score, compared with all six products.
 
-Stages over products is the share that no product can hide. MEGATRON_TF_NATIVE=0 shows the stages in PyTorch.
+The ratio of stages to products is the overhead of Pattention. MEGATRON_TF_NATIVE=0 shows the stages in PyTorch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from megatron_tf.benchmark.timing import interleaved
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
 
 SCALE = 1.0
-SPLIT = ("norm", "weights", "backward", "couple")  # as they run where the tokens are shared with other ranks
-WHOLE = ("norm and weights", "backward and couple")  # elsewhere
+SPLIT = ("norm", "weights", "backward", "couple")  # with tokens divided among ranks, which exchange sums in between
+WHOLE = ("norm and weights", "backward and couple")  # otherwise
 
 
 def rows(

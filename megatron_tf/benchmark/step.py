@@ -37,9 +37,9 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a step is measured with. `layers` None: all; `compile`: the blocks, but for the plain formula's.
+    """The settings of a measurement. `layers` None: all.  `compile`: the blocks, except those of the plain formula.
 
-    `formulas`: of the other models of the same weights.
+    `formulas`: the other models of the same weights, by name.
     """
 
     device: torch.device
@@ -66,7 +66,7 @@ class TrainingStep:
         self._ids, self._labels = torch.randint(0, vocab_size_of(model.config), shape).to(device)
 
     def of(self, model: TokenFormer) -> TrainingStep:
-        """A step of the same weights, optimizer and batch in a `model` that computes with them otherwise."""
+        """A step with the same weights, optimizer and batch in `model`, which computes them in another way."""
         other = copy(self)
         other._model = model
         return other
@@ -97,7 +97,7 @@ def rows(models: Mapping[str, Model], options: StepOptions) -> Iterator[Row]:
     if problems:
         raise ConfigError(problems)
     for name, (model, transformer) in chosen.items():
-        # Otherwise the compiler takes the next configuration's sizes for dynamic ones, which no training run has.
+        # Otherwise the compiler would treat the next configuration's sizes as dynamic, unlike in a training run.
         torch.compiler.reset()
         yield _measure(name, models[name], model, transformer, options)
 
@@ -105,7 +105,7 @@ def rows(models: Mapping[str, Model], options: StepOptions) -> Iterator[Row]:
 def _cut(model: Model, layers: int | None) -> tuple[Model, Model]:
     """The model and its Transformer of equal size, both cut to `layers` layers.
 
-    The vocabulary is cut alike, so that embedding and head keep their share of parameters and time.
+    The vocabulary is cut in proportion, so that embedding and head keep their share of parameters and time.
     """
     depth = min(layers or model.num_layers, model.num_layers)
     sizes = {"num_layers": depth, "vocab_size": math.ceil(vocab_size_of(model) * depth / model.num_layers)}

@@ -1,7 +1,7 @@
-"""Speeds of several ways to do one thing, measured so that a busy machine disturbs all of them alike.
+"""Speeds of several ways to do one thing, measured so that other load on the machine slows all of them equally.
 
-Every round runs every call once, in an order that moves on by one each round. A ratio is the median of the rounds'
-own ratios, so what slows the machine down for some rounds cancels.
+Every round runs every call once, and begins with the next one. A ratio is the median of the rounds' own ratios, so load
+during some rounds cancels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-LEAST_SECONDS = 0.01  # of one sample: a shorter call is repeated within it, for the clock's and the launch's sake
+LEAST_SECONDS = 0.01  # of one sample; shorter calls are repeated, so that clock and launch do not count
 MOST_REPETITIONS = 1000
 
 Call = Callable[[], object]
@@ -39,7 +39,7 @@ class Timing:
 
 
 def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, Timing]:
-    """Times of `calls`, by name. Each is first run without the clock, so what it compiles or allocates is there."""
+    """Times of `calls`, by name. Each is first run untimed, because the first call compiles and allocates."""
     repetitions = {}
     for name, call in calls.items():
         _seconds(call, 2, device)

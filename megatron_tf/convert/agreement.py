@@ -1,4 +1,4 @@
-"""Do two implementations compute the same from the same weights?"""
+"""Whether two implementations compute the same logits from the same weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rounding apart, of the largest logit: two orders of summation in fp32 differ by 1e-6 of it and half precision by 1e-2,
-# other heads, another rotary embedding or another activation by a third and more.
+# Relative to the largest logit. Two orders of summation in fp32 differ by 1e-6 of it, and half precision by 1e-2; other
+# heads, another rotary embedding or another activation differ by a third and more.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
@@ -29,7 +29,7 @@ class Agreement:
 
 
 def agreement(found: Tensor, expected: Tensor) -> Agreement:
-    """Of logits against a reference of the same shape, whose type says how precise it is."""
+    """The agreement of logits with a reference of the same shape. The type of the reference decides the tolerance."""
     return Agreement(
         error=(found.double() - expected.double()).abs().max().item(),
         largest=expected.abs().max().item(),

@@ -1,4 +1,4 @@
-"""The official TokenFormer's weights: their names and shapes, and the model that they are of.
+"""The official TokenFormer's weights: their names and shapes, and the model that they belong to.
 
 Names are read through the parameter table. The official code computes τ from the number of tokens, so its files hold
 none: τ of a model in this format is that of a fresh model.
@@ -27,7 +27,7 @@ _EMBEDDING = "sequential.0.word_embeddings.weight"
 _BLOCK = re.compile(r"sequential\.(\d{1,6})\.(?:attention|mlp)\.")
 _FINAL_NORM = re.compile(r"sequential\.(\d{1,6})\.norm\.")
 _FIRST_BLOCK = 2  # position of the first block in the official sequence; one step lies between the last and the norm
-_LISTED = 6  # problems that a message spells out
+_LISTED = 6  # problems listed in a message
 _OTHER_VOCABULARY = " rows: another tokenizer, or another padding of its vocabulary"
 
 
@@ -44,7 +44,7 @@ def _model(layers: int, width: int, heads: int, positions: int, tokens: tuple[in
     )
 
 
-# Heads and sequence length leave no trace in the weights; of these models they are known.
+# The weights do not tell the number of heads and the sequence length. For these models they are known.
 PUBLISHED = {
     "TokenFormer-150M, The Pile": _model(12, 768, 12, 2048, (768, 768, 3072), 50304),
     "TokenFormer-450M, The Pile": _model(24, 1024, 16, 2048, (1024, 1024, 4096), 50304),
@@ -70,7 +70,7 @@ def load_official_state_dict(state_dict: Mapping[str, Tensor], model: TokenForme
 def check_official(shapes: Mapping[str, Shape], model: Model) -> None:
     """CheckpointError unless tensors of these names and shapes are all weights of `model`, and nothing else."""
     official = {spec.official_name: spec.shape for spec in parameter_table(model).values()}
-    # sizes that differ would all be said again, once a tensor
+    # a wrong size would otherwise be reported again for every tensor
     if problems := _differing_sizes(shapes, model) or differing_tensors(shapes, official, "the model wants"):
         raise CheckpointError(
             f"these are not the official weights of this model:{bullets(problems, _LISTED)}"
@@ -79,10 +79,10 @@ def check_official(shapes: Mapping[str, Shape], model: Model) -> None:
 
 
 def known_model(shapes: Mapping[str, Shape], arguments: Mapping[str, Any]) -> tuple[Model, str]:
-    """The model that weights of these names and shapes are of, and in words how that is known.
+    """(The model that weights of these names and shapes belong to, how that is known, as text).
 
-    `arguments`: what the official trainer has recorded with them; may be empty. CheckpointError when they are no
-    official weights, or of a model whose heads are recorded nowhere; ConfigError when none can be built of them.
+    `arguments`: those that the official trainer has recorded with them; may be empty. CheckpointError when they are not
+    official weights, or the number of heads is not known; ConfigError when the model is not valid.
     """
     sizes = dict(stored_sizes(shapes))
     for name, model in PUBLISHED.items():
@@ -104,7 +104,7 @@ def known_model(shapes: Mapping[str, Shape], arguments: Mapping[str, Any]) -> tu
 
 
 def recorded_problems(model: Model, arguments: Mapping[str, Any]) -> list[str]:
-    """Where `model` is not what the official trainer has recorded with the weights."""
+    """Differences of `model` from the arguments that the official trainer has recorded with the weights."""
     recorded = {key: arguments.get(key) for key in ("num_layers", "hidden_size", "num_attention_heads")}
     recorded["vocab_size"] = arguments.get("padded_vocab_size")
     return [
@@ -147,7 +147,7 @@ def _sizes_of(model: Model) -> Iterator[tuple[str, int]]:
 
 
 def _differing_sizes(shapes: Mapping[str, Shape], model: Model) -> list[str]:
-    """The keys in which the weights and `model` differ as a whole, before single tensors are named."""
+    """Problems with whole sizes, by key of the configuration, in which the weights and `model` differ."""
     try:
         sizes = dict(stored_sizes(shapes))
     except CheckpointError:

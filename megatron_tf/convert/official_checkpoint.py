@@ -1,4 +1,4 @@
-"""Between the official weights and a checkpoint: into step 0 of a run of ours, and out into a file of theirs."""
+"""Conversion of official weights into a checkpoint at step 0 of a run, and of a checkpoint into an official file."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _FILE_OVERHEAD_BYTES = 2**20
 
 
 def matching_model(weights: OfficialWeights, given: Model | None) -> tuple[Model, str]:
-    """The model that `weights` are of, every name and shape checked, and in words how it is known.
+    """(The model that `weights` belong to, how that is known, as text). Checks every name and shape.
 
-    `given`: what a configuration says it is; None infers it. CheckpointError when they do not fit, or for values that
-    are not finite; ConfigError when no network can be built of it.
+    `given`: the model of a configuration; None: it is inferred. CheckpointError when they do not fit, or for values
+    that are not finite; ConfigError when the model is not valid.
     """
     if given is not None:
         check_format(given, "official", "read from official weights")
@@ -58,7 +58,7 @@ def matching_model(weights: OfficialWeights, given: Model | None) -> tuple[Model
 
 
 def import_folder(path: Path | str) -> Path:
-    """The folder that the imported checkpoint will stand in: the run's checkpoints. CheckpointError when it has any."""
+    """The run's folder of checkpoints, for the imported one. CheckpointError when it holds a checkpoint already."""
     if Path(path).name.startswith(STEP_PREFIX):
         raise CheckpointError(
             f"{path}: is the name of one checkpoint. Give a run's folder; the checkpoint will be "
@@ -82,7 +82,7 @@ def compare_logits(weights: OfficialWeights, model: Model, reference: Path) -> A
     """Logits of `weights`, in fp32 by our model, against those that the official code has computed.
 
     `reference`: safetensors with input_ids [b, s] and logits (or logits_fp32, logits_fp64) [b, s, vocab].
-    CheckpointError when it is no such file, or when they differ by more than rounding.
+    CheckpointError when the file is not of this form, or when logits differ by more than rounding.
     """
     ids, expected = _read_reference(reference, model)
     with torch.device("meta"):
@@ -126,14 +126,14 @@ def _read_reference(path: Path, model: Model) -> tuple[Tensor, Tensor]:
 def exportable_model(reader: CheckpointReader) -> Model:
     """The checkpoint's model. UserError unless the official code computes the same from its weights.
 
-    That code knows no stored τ: it takes that of a fresh model with as many tokens as it finds.
+    That code does not read a stored τ: it uses that of a fresh model with the same number of tokens.
     """
     model = stored_model(reader.index)
     check_format(model, "official", "converted")
     check_model(model)
     assumed = initial_scales(model)
     held = reader.index.scales
-    # A scale that differs by its last bits is √n all the same, reached over another way.
+    # A scale that differs only in its last bits is √n, computed another way.
     other = [name for name, scale in assumed.items() if not math.isclose(held[name], scale, rel_tol=1e-9)]
     if other:
         differing = [f"{name}: τ {held[name]:.6g}, the official code takes {assumed[name]:.6g}" for name in other]
@@ -146,7 +146,7 @@ def exportable_model(reader: CheckpointReader) -> Model:
 
 
 def check_export_target(path: Path) -> None:
-    """Create the folder that the official file `path` will stand in. UserError when it cannot go there."""
+    """Create the folder of the official file `path`. UserError when the file cannot be written there."""
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder. Name the file, such as {path / WEIGHTS_NAME}")
     if os.path.lexists(path):
@@ -171,7 +171,7 @@ def write_official(path: Path, model: Model, reader: CheckpointReader) -> int:
         try:
             with open(temporary, "wb") as file:
                 torch.save(tensors, file)
-        except RuntimeError as error:  # torch's archive, closed after a failed write, hides the system's reason
+        except RuntimeError as error:  # closing torch's archive after a failed write hides the system's error
             cause = error.__context__ if isinstance(error.__context__, OSError) else OSError(f"torch: {error}")
             raise cause from error
         size = temporary.stat().st_size
@@ -180,7 +180,7 @@ def write_official(path: Path, model: Model, reader: CheckpointReader) -> int:
 
 
 def official_settings(model: Model) -> dict[str, object]:
-    """What a configuration of the official repository has to say for these weights."""
+    """The settings that a configuration of the official repository needs for these weights."""
     model = as_tokenformer(model)
     counts = {f"{kind}_slot_num": count for kind, count in model.parameter_tokens.model_dump().items()}
     return {

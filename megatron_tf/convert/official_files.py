@@ -1,4 +1,4 @@
-"""The files that the official TokenFormer's weights come in, opened as tensors by official name.
+"""Opening the files of official TokenFormer weights, as tensors by official name.
 
 A file `pytorch_model.bin`, as published: a dict of tensors. Or a training checkpoint of the official repository, a
 folder of DeepSpeed's, in which a run without pipeline stages has written
@@ -7,8 +7,8 @@ folder of DeepSpeed's, in which a run without pipeline stages has written
     zero_pp_rank_D_mp_rank_00_optim_states.pt    data rank D's part of each group's fp32 master weights, flat
 
 and a run with stages, instead of the weights in mp_rank_00, one file `layer_NN-model_00-model_states.pt` for each
-element of the sequence and a numbered mp_rank for each stage. The masters are what training goes on from, and what is
-published: all parts of a group, one after the other, are its tensors in order, then padding.
+element of the sequence and a numbered mp_rank for each stage. The masters are used, because training resumes from them
+and they are what is published: all parts of a group, one after another, are its tensors in order, then padding.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _LONGEST_TAG = 1_000
 class OfficialWeights:
     """Weights by official name, on the CPU, mostly memory-mapped.
 
-    `files`: what they were read from.  `description`: what that is, in words.  `arguments`: what the official trainer
-    has recorded of the model; empty for a published file.
+    `files`: that they were read from.  `description`: of these files, as text.  `arguments`: of the model, as recorded
+    by the official trainer; empty for a published file.
     """
 
     tensors: Mapping[str, Tensor]
@@ -61,7 +61,7 @@ class OfficialWeights:
 def open_official(path: Path | str) -> OfficialWeights:
     """The weights in a published file, in a folder with one, or in a DeepSpeed checkpoint or the folder around some.
 
-    Nothing that a file holds is run. CheckpointError when it is not of these kinds, or incomplete, or damaged.
+    No code in a file is run. CheckpointError when it is not of these kinds, or incomplete, or damaged.
     """
     source = Path(path)
     with file_errors(CheckpointError, source, "Give the published file, or a training checkpoint's folder."):
@@ -72,7 +72,7 @@ def open_official(path: Path | str) -> OfficialWeights:
 
 
 def _inside(folder: Path) -> Path:
-    """What of `folder` is meant: its one published file, its newest training checkpoint, or itself as one."""
+    """The path of the weights in `folder`: its published file, its newest training checkpoint, or itself."""
     found = [file for file in (folder / WEIGHTS_NAME,) if os.path.lexists(file)]
     latest = folder / _LATEST
     if os.path.lexists(latest):
@@ -112,7 +112,7 @@ def _state_dict(file: Path, content: Any) -> dict[str, Tensor]:
 
 
 def _check_tensor(file: Path, name: str, tensor: Tensor) -> None:
-    """A pickle can describe a tensor of any layout, and of any size, by strides of 0, over a few bytes."""
+    """Refuses unusual layouts: with strides of 0 a pickle can describe a tensor of any size over a few bytes."""
     if tensor.dtype not in _DTYPES:
         raise CheckpointError(f"{file}: {name} is of type {tensor.dtype}, expected float32, float16 or bfloat16")
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
@@ -180,7 +180,7 @@ def _numbered_files(folder: Path) -> _Files:
 
 
 def _check_all_there(folder: Path, rank: int, parts: Mapping[int, Path], state: Mapping[str, Any]) -> None:
-    """A group's parts mean something only all together."""
+    """CheckpointError unless all parts of the groups are there."""
     recorded = state.get("dp_world_size")
     count = recorded if isinstance(recorded, int) else len(parts)
     if len(parts) != count or list(parts) != list(range(len(parts))):
@@ -225,7 +225,7 @@ def _shapes(state: Mapping[str, Any]) -> list[dict[str, torch.Size]]:
 
 
 def _partitions(file: Path, content: Mapping[str, Any]) -> list[Tensor]:
-    """One data rank's part of the masters of each group; nothing when this is no state of ZeRO stage 1 or 2."""
+    """One data rank's part of the masters of each group; empty unless it is a state of ZeRO stage 1 or 2."""
     state = content.get("optimizer_state_dict")
     partitions = state.get(_PARTITIONS) if isinstance(state, dict) else None
     if not isinstance(partitions, list) or not all(isinstance(partition, Tensor) for partition in partitions):
@@ -247,14 +247,15 @@ def _slice(partitions: list[Tensor], start: int, stop: int) -> Tensor:
 
 
 def _official_name(name: str) -> str:
-    """A pipeline's modules are called by their position alone, and the embedding by how it is tied to the head."""
+    """The official name of a tensor in a pipeline's file, where modules are named by position, and the embedding by its
+    tie to the head."""
     if name.startswith(_TIED_EMBEDDING):
         return f"sequential.0.{name.removeprefix(_TIED_EMBEDDING)}"
     return f"sequential.{name}" if name[:1].isdigit() else name
 
 
 def _check_masters(folder: Path, masters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Every weight is its master, rounded: else the parts were not put together as they were taken apart."""
+    """CheckpointError unless every weight is its master, rounded, which proves that parts were joined in order."""
     for name, weight in weights.items():
         master = masters.get(name)
         if master is None or master.shape != weight.shape or not torch.equal(master.to(weight.dtype), weight):

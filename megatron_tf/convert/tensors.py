@@ -1,4 +1,4 @@
-"""Whether the tensors of a file are those of a model."""
+"""Comparison of the tensors of a file with those of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Shape = tuple[int, ...]
 
 
 def differing_tensors(found: Mapping[str, Shape], expected: Mapping[str, Shape], says: str) -> list[str]:
-    """Names that are missing or unknown, and shapes that differ, as phrases. `says`: of what is expected, such as
+    """Missing names, unknown names and different shapes, as phrases. `says`: the source of `expected` in them, such as
     "config.json says"."""
     return [
         *(f"missing tensor {name}" for name in expected if name not in found),

@@ -1,8 +1,8 @@
-"""Reading files of torch.save without running anything that is in them.
+"""Reading files of torch.save without running code in them.
 
 Such a file is a zip archive of a pickle and of the tensors' bytes. torch's own reader for weights alone makes tensors
 and plain values of it; a pickle that names any other function or class is refused here before it is opened. Tensors
-are mapped into memory, so that a file costs what is read of it.
+are memory-mapped, so that only the parts that are used are read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_tf.errors import CheckpointError, file_errors
 
 
 class Unread:
-    """Stands where a file holds an object of a class that is neither imported nor run here."""
+    """The placeholder of an object whose class is not imported."""
 
     def __new__(cls, *arguments: object) -> Unread:
         return super().__new__(cls)
@@ -32,16 +32,16 @@ class Unread:
 
 
 def load_torch_file(path: Path, *, unread: tuple[str, ...] = ()) -> Any:
-    """What torch.save wrote to `path`: tensors on the CPU, memory-mapped, and plain values.
+    """The content of a file of torch.save: tensors on the CPU, memory-mapped, and plain values.
 
-    `unread`: packages, of which the file may name classes and functions: an `Unread` takes their place.
-    CheckpointError when it cannot be read, is no such file, is damaged in its structure, or wants code of others.
+    `unread`: packages whose classes and functions the file may name; an `Unread` takes their place.
+    CheckpointError when it cannot be read, is not such a file, is damaged in its structure, or names other code.
     """
     with file_errors(CheckpointError, path, "Give a readable file of torch.save."), open_plain(path):
         pass
     try:
         foreign = sorted(get_unsafe_globals_in_checkpoint(str(path)))
-    except Exception as error:  # of any type: what the bytes are decides how far torch gets with them
+    except Exception as error:  # on damaged files torch raises errors of many types
         raise _not_a_torch_file(path, error) from error
     wanted = [name for name in foreign if name.split(".")[0] not in unread]
     if wanted:
@@ -57,7 +57,7 @@ def load_torch_file(path: Path, *, unread: tuple[str, ...] = ()) -> Any:
 
 
 def check_bytes(path: Path) -> None:
-    """Compare the checksums that the archive holds with its bytes; reads all of it. CheckpointError for damage."""
+    """Compare the checksums in the archive with its bytes, all of which it reads. CheckpointError for damage."""
     try:
         with file_errors(CheckpointError, path, "Give a readable file."), zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, and nothing of its optimizer, as one safetensors file."""
+"""The weights of a checkpoint, without its optimizer state, as one safetensors file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_weights_file(path: Path, reader: CheckpointReader) -> int:
         mode = temporary.stat().st_mode
         try:
             save_file(read_weights(reader), temporary, metadata)
-        except SafetensorError as error:  # its one kind of error for all that a disk can say
+        except SafetensorError as error:  # safetensors raises it for every error of the disk
             raise CheckpointError(f"{path}: {error}. Nothing was written.") from error
-        temporary.chmod(mode)  # the library gives the file to its owner alone
+        temporary.chmod(mode)  # safetensors lets only the owner read its files
         return temporary.stat().st_size
