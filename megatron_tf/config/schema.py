@@ -1,8 +1,7 @@
-"""The configuration of a run: frozen, typed, strict. One class a section, one docstring a field.
+"""The configuration of a run: frozen, typed, strict. One class for each section, one docstring for each field.
 
-Only facts that the user chooses stand here. What follows from them (batch arithmetic, layouts, sizes)
-is computed by functions and never written back. Sections with many keys stand in `sections`, a subject a file;
-rules between keys stand in `rules`.
+It holds only the user's choices. Derived values (batch arithmetic, layouts, sizes) are computed by functions and never
+written back. Sections with many keys are in `sections`, one file for each subject; rules between keys are in `rules`.
 
 The docstring of a field becomes its line in the configuration reference (`reference.py`): "[unit] Meaning.", and
 "Since X.Y." at its end for a field that came after 0.1.
@@ -23,7 +22,7 @@ from megatron_tf.config.sections.optimizer import LrRule, Optimizer, Schedule
 from megatron_tf.config.sections.parallel import Parallel, Zero
 from megatron_tf.config.sections.training import Guard, Profile, StopWhen, Training
 
-# Every section can be imported from here, wherever it stands.
+# Every section can be imported from here, whichever file defines it.
 __all__ = [
     "Augmentation",
     "Branch",
@@ -65,7 +64,7 @@ class Run(Section):
     notes: str = ""
     """A text on the run, shown at trackers."""
     seed: int = Field(1234, ge=0, lt=2**63)
-    """Initial weights and data order are functions of it."""
+    """Determines initial weights and data order."""
     max_hours: Positive | None = None
     """[hours] The run saves and stops when this time has passed since its start."""
     hang_seconds: Annotated[float, Field(ge=1, le=1e7)] = 900.0
@@ -78,15 +77,15 @@ class Checkpoint(Section):
     keep_last: Count | None = None
     """[checkpoints] Older complete ones are deleted. null keeps all."""
     keep_before_decay: bool = False
-    """Save what the decay of a wsd schedule begins with, and never delete it, for growths and branches. Since 0.2."""
+    """Save the state before the decay of a wsd schedule, and never delete it: for growths and branches. Since 0.2."""
     asynchronous: bool = True
     """Write in the background, from a copy of the state in CPU memory."""
     on_failure: Literal["warn", "stop"] = "warn"
-    """What a save that fails does to the run."""
+    """Warn when a save fails, or stop the run."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: from the newest complete checkpoint of run.dir."""
+    """auto: resume from the newest complete checkpoint of run.dir. never: refuse a run.dir with checkpoints."""
     allow_data_change: bool = False
-    """Resume although the data is not what the checkpoint was trained on."""
+    """Resume even if the data differs from the data that the checkpoint was trained on."""
 
 
 class Evaluation(Section):
@@ -95,16 +94,16 @@ class Evaluation(Section):
     samples: Count = 64
     """[samples] Validation samples, the same ones each time; rounded up to whole batches."""
     sample_prompts: tuple[str, ...] = ()
-    """Texts that the model goes on with after each evaluation, by the likeliest tokens; in the log and at trackers."""
+    """Texts that the model continues after each evaluation, by the likeliest tokens; in the log and at trackers."""
     sample_tokens: Annotated[int, Field(ge=1, le=1000)] = 40
-    """[tokens] Most that are added to a prompt."""
+    """[tokens] The most tokens that are added to a prompt."""
 
 
 class Logging(Section):
     interval_steps: Count = 10
     """[steps] Between logged steps."""
     health_interval_steps: Count | None = None
-    """[steps] Between measurements of Pattention's parameter tokens; each is one more forward pass."""
+    """[steps] Between measurements of Pattention's parameter tokens, each of them a forward pass. null: none."""
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """In addition to metrics.jsonl, which is always written."""
     project: str = "megatron_tf"
@@ -119,7 +118,7 @@ class RunConfig(Section):
     model: SerializeAsAny[Model]
     """Sizes of the model."""
     parallel: Parallel = Parallel()
-    """Layout over ranks. Data-parallel ranks are those that remain."""
+    """Layout over ranks. The remaining factor is data parallelism."""
     training: Training
     """Length, batch and precision."""
     optimizer: SerializeAsAny[Optimizer]
@@ -127,13 +126,13 @@ class RunConfig(Section):
     data: Data
     """Tokenizer and sources."""
     checkpoint: Checkpoint = Checkpoint()
-    """When to save, and where to go on."""
+    """When to save, and how to resume."""
     growth: Growth | None = None
-    """Where the run grows from. null: it does not."""
+    """The smaller run that this one grows from, and how. null: none."""
     branch: Branch | None = None
-    """The run that this one branches off. Its length counts from the other's first step. null: none. Since 0.2."""
+    """The run that this one branches off from. Steps count from the other's first one. null: none. Since 0.2."""
     guard: Guard = Guard()
-    """What to do about bad steps."""
+    """Handling of bad steps."""
     evaluation: Evaluation = Evaluation()
     """Validation while training."""
     logging: Logging = Logging()

@@ -1,1 +1,1 @@
-"""Sections of a configuration, a subject a file. `config.schema` puts them together and has the short ones."""
+"""Sections of a configuration, one file for each subject. `config.schema` joins them and has the short ones."""

@@ -1,4 +1,4 @@
-"""The `data` section: tokenizer, sources, and what is done to images."""
+"""The `data` section: tokenizer, sources, and augmentation of images."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ class RandAugment(Section):
     """timm's rand-m9-mstd0.5-inc1: each operation is one of fifteen and is done half of the time."""
 
     operations: Annotated[int, Field(ge=1, le=15)] = 2
-    """That are drawn for an image."""
+    """Operations drawn for each image."""
     magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
-    """How strong they are, 10 being the strongest."""
+    """Strength of the operations; 10 is the strongest."""
     deviation: Annotated[float, Field(ge=0, le=10)] = 0.5
     """Standard deviation of the magnitude."""
 
 
 class Augmentation(Section):
-    """What is done to training images. All of it is a function of the seed and the sample."""
+    """Random changes to training images. Each is a function of the seed and the sample."""
 
     crop_scale: Span | None = None
-    """[share] Least and largest area of a random crop, which becomes the image. null: the square in the middle."""
+    """[share] Least and largest area of a random crop of the image. null: the square in its middle."""
     crop_ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
     """Least and largest width of such a crop over its height."""
     shift: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """[pixels] Largest move to each side; black comes in."""
+    """[pixels] Largest random shift to each side; the gap is black."""
     flip: Fraction = 0.0
-    """[share] Of the images that are mirrored."""
+    """[share] Images that are mirrored."""
     rand_augment: RandAugment | None = None
     """Random operations on colours and geometry. null: none."""
     erasing: Fraction = 0.0
-    """[share] Of the images in which a rectangle becomes noise."""
+    """[share] Images in which a rectangle becomes noise."""
     mixup: NonNegative = 0.0
-    """Two neighbours become mixtures by a share from Beta(mixup, mixup). 0: never."""
+    """Mix neighbours in the batch in pairs, by a share from Beta(mixup, mixup). 0: never."""
     cutmix: NonNegative = 0.0
-    """Two neighbours exchange a rectangle, by a share from Beta(cutmix, cutmix). With mixup, one of both. 0: never."""
+    """Exchange a rectangle of such a pair, by a share from Beta(cutmix, cutmix). With mixup: either. 0: never."""
 
 
 class Data(Section):
@@ -75,15 +75,15 @@ class Data(Section):
     eod_id: TokenId | None = None
     """Id of the token that ends a document. null: read from the summary next to the data."""
     pad_id: TokenId | None = None
-    """Id of the token that fills up data of other programs. It is never predicted and never attended to."""
+    """Id of the token that pads data of other programs. It is never predicted and never attended to. null: none."""
     reset_at_eod: bool = False
     """Begin attention and rotary positions anew with each document."""
     mask_eod_loss: bool = False
-    """No loss for the token after an end of document, the first of an unrelated one."""
+    """No loss for the first token of a document, which does not follow from the one before."""
     augmentation: Augmentation = Augmentation()
     """Changes to training images. Since 0.2."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
-    """[threads] That read and change images, on each rank. Since 0.2."""
+    """[threads] On each rank, to read and augment images. Since 0.2."""
 
     @property
     def masks_loss(self) -> bool:

@@ -15,9 +15,9 @@ class DeepSpeedFp16(Section):
     initial_scale_power: Annotated[int, Field(ge=0, le=40)] = 16
     """The first scale is 2 to this power."""
     loss_scale_window: Count = 1000
-    """[steps] Without an overflow, until the scale doubles."""
+    """[steps] Steps without an overflow after which the scale doubles."""
     hysteresis: Count = 2
-    """[overflows] Until the scale halves."""
+    """[overflows] Overflows after which the scale halves."""
     consecutive_hysteresis: bool = False
     """Count only overflows one after another."""
     min_loss_scale: Count = 1
@@ -28,9 +28,9 @@ class DeepSpeedZero(Section):
     """How ZeRO communicates."""
 
     reduce_bucket_size: TotalCount = 500_000_000
-    """[elements] Of one gradient reduction."""
+    """[elements] Size of one gradient reduction."""
     allgather_bucket_size: EvenCount = 500_000_000
-    """[elements] Of one gathering of updated weights."""
+    """[elements] Size of one all-gather of updated weights."""
     overlap_comm: bool = False
     """Reduce gradients while the backward pass goes on."""
     contiguous_gradients: bool = True
@@ -44,7 +44,7 @@ class DeepSpeedZero(Section):
 
 
 class DeepSpeed(Section):
-    """Settings under DeepSpeed's own names, of those that change speed or memory but never what is computed."""
+    """Settings under DeepSpeed's own names. They change speed and memory, not results, except for the loss scale."""
 
     fp16: DeepSpeedFp16 = DeepSpeedFp16()
     """Dynamic loss scaling."""

@@ -1,4 +1,4 @@
-"""The `growth` and `branch` sections: runs that go on from the checkpoint of another."""
+"""The `growth` and `branch` sections: runs that continue from the checkpoint of another run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LearningRates(Section):
     new_tokens: NonNegative = 1.0
     """Tokens that the growth added."""
     new_tokens_decay_steps: Count | None = None
-    """[steps] From the growth on, in which new_tokens goes to 1. null: it stays as it is. Since 0.2."""
+    """[steps] Steps after the growth in which new_tokens goes to 1. null: it is constant. Since 0.2."""
     new_tokens_decay_shape: Literal["linear", "cosine"] = "linear"
-    """How it goes there: in a straight line, or as half a cosine. Since 0.2."""
+    """Path of new_tokens to 1: a straight line, or half a cosine. Since 0.2."""
     new_layers: NonNegative = 1.0
     """Everything in layers that the growth added."""
     other: NonNegative = 1.0
@@ -31,11 +31,11 @@ class LearningRates(Section):
 
 class GrowthMethods(Section):
     qkv: TokenMethod | None = None
-    """null: the one of growth.method."""
+    """Method for query, key and value. null: growth.method."""
     proj: TokenMethod | None = None
-    """null: the one of growth.method."""
+    """Method for the attention output projection. null: growth.method."""
     ffn: TokenMethod | None = None
-    """null: the one of growth.method."""
+    """Method for the feed-forward Pattention. null: growth.method."""
 
 
 class Growth(Section):
@@ -44,19 +44,19 @@ class Growth(Section):
     at: Moment = "end"
     """Which checkpoint of the folder: end is the newest; before_decay needs checkpoint.keep_before_decay. Since 0.2."""
     method: GrowthMethod = "zero_key"
-    """What new tokens begin as. random and matched change the function; split and bank make candidates."""
+    """Initial values of new tokens. random and matched change the function; split and bank make candidates."""
     methods: GrowthMethods = GrowthMethods()
     """Methods of single projections, instead of growth.method."""
     depth_method: DepthMethod = "identity"
-    """What new layers begin as, where model.num_layers rises. identity keeps the function, the others copy layers."""
+    """Initial weights of new layers, if model.num_layers rises. identity keeps the function, the others copy layers."""
     clone_noise: Fraction = 0.1
-    """What sets clones apart where model.hidden_size rises, relative to a weight. The function stays. Since 0.2."""
+    """Relative difference of cloned weights, if model.hidden_size rises. The function is kept. Since 0.2."""
     noise: Fraction = 0.0
-    """Standard deviation of a change to each old token weight, relative to it. 0 keeps the function."""
+    """Standard deviation of noise on each weight of old tokens, relative to the weight. 0 keeps the function."""
     moments: Literal["keep", "reset"] = "keep"
-    """Optimizer states of what there was. New tokens and layers start afresh."""
+    """Optimizer states of old parameters. New tokens and layers always start afresh."""
     moments_factor: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Of moments that are kept, squares by its square. Below 1, gradients after the growth weigh more. Since 0.2."""
+    """Factor of kept moments; of second moments its square. Below 1, later gradients count more. Since 0.2."""
     lr_multipliers: LearningRates = LearningRates()
     """Factors of the schedule's learning rate."""
 
@@ -66,7 +66,7 @@ class Growth(Section):
 
 
 class Branch(Section):
-    """A run that goes on from another one's checkpoint as from its own, and leaves that run as it is."""
+    """A run that resumes from another run's checkpoint as from its own. The other run is not changed."""
 
     source: Path = Field(alias="from")
     """Run folder, checkpoints folder or checkpoint of the same model on the same data."""

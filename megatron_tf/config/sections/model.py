@@ -1,4 +1,4 @@
-"""The `model` section: what every model has."""
+"""The `model` section: the keys of every model."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ ActivationName = Annotated[str, name_in(ACTIVATIONS), Field(json_schema_extra=_l
 
 class ParameterTokens(Section):
     qkv: Count
-    """[tokens] Of each of the query, key and value projections."""
+    """[tokens] Parameter tokens of each of the query, key and value projections."""
     proj: Count
-    """[tokens] Of the attention output projection."""
+    """[tokens] Parameter tokens of the attention output projection."""
     ffn: Count
-    """[tokens] Of the feed-forward Pattention."""
+    """[tokens] Parameter tokens of the feed-forward Pattention."""
 
 
 class Model(OpenSection):
-    """What every model has. Its architecture and its task add keys; `Model(...)` makes the section of both."""
+    """The keys of every model. Its architecture and its task add keys; `Model(...)` makes the section of both."""
 
     registered = {"architecture": ARCHITECTURES, "task": TASKS}
 
     architecture: Annotated[str, name_in(ARCHITECTURES)] = "tokenformer"
-    """What fills the blocks: a registered architecture."""
+    """The kind of blocks: a registered architecture."""
     task: Annotated[str, name_in(TASKS)] = "language_model"
-    """What the model is trained for: a registered task. Since 0.2."""
+    """The purpose of the model: a registered task. Since 0.2."""
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """Number of blocks."""
     hidden_size: Count
@@ -45,13 +45,13 @@ class Model(OpenSection):
     num_attention_heads: Count
     """Heads of the attention. They must divide hidden_size."""
     seq_length: Count
-    """[tokens] Length of a training sample. Of images it follows from model.image."""
+    """[tokens] Length of a training sample. For images it follows from model.image."""
     rotary_fraction: Fraction = 0.25
     """Share of each head's channels that is rotated."""
     rotary_base: Annotated[float, Field(gt=1, le=1e30)] = 10000.0
-    """Wavelengths of the rotation run from 2π to 2π times this."""
+    """Wavelengths of the rotation range from 2π to 2π times this."""
     norm_eps: Positive = 1e-5
-    """Of the weightless block norms and of the final norm."""
+    """Added to the variance in the block norms, which have no weights, and in the final norm."""
 
     @classmethod
     def usual(cls) -> type[Section]:

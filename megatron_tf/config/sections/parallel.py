@@ -9,27 +9,27 @@ from megatron_tf.config.fields import Count, Seconds, Section
 
 class Parallel(Section):
     tensor: Count = 1
-    """[ranks] They share each layer's parameter tokens, its heads and the vocabulary."""
+    """[ranks] Tensor-parallel ranks, which share each layer's parameter tokens, its heads and the vocabulary."""
     pipeline: Count = 1
-    """[stages] They share the depth."""
+    """[stages] Pipeline stages, which share the depth."""
     sequence: bool = False
     """Also split hidden states over the tensor ranks between the projections."""
     context: Count = 1
-    """[ranks] They share the positions of each sample. Needs engine torch. Since 0.2."""
+    """[ranks] Context-parallel ranks, which share the positions of each sample. Needs engine torch. Since 0.2."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """What trains: DeepSpeed, or torch alone. Checkpoints of one resume in the other."""
+    """Train with DeepSpeed, or with torch alone. Checkpoints of one resume in the other."""
     shard: Literal["optimizer", "gradients", "parameters"] = "optimizer"
-    """What each data-parallel rank keeps a part of, and with it all that stands before: needs engine torch."""
+    """Each data-parallel rank keeps a part of this, and of those before it. All but optimizer need engine torch."""
     schedule: Literal["1f1b", "gpipe", "zero_bubble"] = "1f1b"
     """Order of the micro batches in a pipeline. All but 1f1b need engine torch. Since 0.2: zero_bubble."""
     virtual_stages: Count = 1
-    """Parts of the depth on a pipeline rank, dealt out in turn: interleaved 1F1B. Needs engine torch. Since 0.2."""
+    """Parts of the depth on each pipeline rank, for interleaved 1F1B. Above 1 needs engine torch. Since 0.2."""
     timeout_seconds: Seconds = 1800.0
     """[seconds] A collective that waits longer ends the run."""
 
     @property
     def ranks_per_sample(self) -> int:
-        """Ranks that work on one sample together: all, but for data parallelism."""
+        """The number of ranks that work on one sample together: tensor × pipeline × context."""
         return self.tensor * self.pipeline * self.context
 
 

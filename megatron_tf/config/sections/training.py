@@ -1,4 +1,4 @@
-"""The `training` and `guard` sections: length, batch, precision, and what is done about bad steps."""
+"""The `training` and `guard` sections: length, batch, precision, and the handling of bad steps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Profile(Section):
     """A trace of some steps by torch's profiler, in run.dir/profile."""
 
     first_step: Count
-    """[steps] As the log counts. Choose one after the first steps, which are slower."""
+    """[steps] First step to trace, as counted in the log. The very first steps are slower than others."""
     num_steps: Annotated[int, Field(ge=1, le=100)] = 2
-    """[steps] A trace of more is too large to look at."""
+    """[steps] Number of steps to trace. A trace of many steps is too large to view."""
     all_ranks: bool = False
     """Trace every rank instead of rank 0 alone."""
 
@@ -28,11 +28,11 @@ class StopWhen(Section):
     """Ends the run before its last step, by the validation loss. The run is then complete, and a chain goes on."""
 
     loss_below: Positive | None = None
-    """Validation loss that is low enough."""
+    """Ends the run when the validation loss is below this."""
     patience: Count | None = None
-    """[evaluations] In a row without an improvement of the best validation loss."""
+    """[evaluations] Ends the run after so many in a row without an improvement of the best validation loss."""
     min_improvement: NonNegative = 0.0
-    """Difference of the validation loss that counts as an improvement."""
+    """Least difference of the validation loss that counts as an improvement."""
 
 
 class Training(Section):
@@ -41,13 +41,13 @@ class Training(Section):
     train_tokens: TotalCount | None = None
     """[tokens] Rounded up to whole steps."""
     train_samples: TotalCount | None = None
-    """[samples] Such as images times epochs. Rounded up to whole steps. Since 0.2."""
+    """[samples] For images, their number times epochs. Rounded up to whole steps. Since 0.2."""
     global_batch_size: Count
-    """[samples] Of a step, over all ranks."""
+    """[samples] Of an optimizer step, over all ranks."""
     micro_batch_size: Count
-    """[samples] Computed by a rank at once."""
+    """[samples] Computed at once by each rank."""
     precision: Precision = "bf16"
-    """Of forward and backward pass; fp8 (experimental): bf16, but Pattention's products. Masters are always fp32."""
+    """Type of forward and backward pass. fp8 (experimental): bf16 with Pattention's products in fp8."""
     gradient_clipping: NonNegative = 1.0
     """Largest global L2 norm of the gradient. 0 turns clipping off."""
     activation_checkpointing: bool = False
@@ -55,41 +55,41 @@ class Training(Section):
     compile: bool = False
     """Run torch.compile on each block."""
     norm: Norm = "auto"
-    """Where the norm of Pattention's scores comes from: from them, or from KᵀK. auto: by size and device. Since 0.2."""
+    """Compute the norm of Pattention's scores from the scores, or from KᵀK. auto: by size and device. Since 0.2."""
     scores: Literal["keep", "recompute"] = "keep"
-    """Pattention's scores, for the backward pass. recompute: one more product, and no memory for them. Since 0.2."""
+    """Keep Pattention's scores for the backward pass, or recompute them: less memory, one more product. Since 0.2."""
     stop_when: StopWhen | None = None
-    """When to end before the last step. null: never."""
+    """Conditions that end the run before its last step. null: none."""
     profile: Profile | None = None
     """Steps to record with torch's profiler."""
     drop_path: Beta = 0.0
-    """[share] Of the samples that skip a residual branch of the last block; it falls to 0 at the first. Since 0.2."""
+    """[share] Samples that skip a residual branch of the last block; it falls to 0 at the first block. Since 0.2."""
     label_smoothing: Fraction = 0.0
-    """[share] Of a target that all classes share alike. Since 0.2."""
+    """[share] Part of each target that is spread evenly over all classes. Since 0.2."""
     init_from: Path | None = None
     """Run folder, checkpoint or export. A new run begins with its weights instead of random ones; all else is fresh."""
 
     @property
     def compute_type(self) -> ComputeType:
-        """Of weights, hidden states and gradients, and of every product that is not in fp8."""
+        """The type of weights, hidden states and gradients, and of every product that is not in fp8."""
         return "bf16" if self.precision == "fp8" else self.precision
 
     @property
     def wanted_norm(self) -> Norm:
-        """`norm`, or what the precision needs."""
+        """`norm`; gram for fp8 when it is auto, because fp8 needs it."""
         return "gram" if self.precision == "fp8" and self.norm == "auto" else self.norm
 
 
 class Guard(Section):
     nonfinite: Literal["skip", "stop"] = "skip"
-    """What a step with an infinite or NaN gradient does; it changes nothing. In fp16: at the least loss scale."""
+    """Skip a step with an infinite or NaN gradient, or stop the run. In fp16: only at the least loss scale."""
     nonfinite_patience: Count = 20
-    """[steps] Skipped steps in a row that stop the run; in fp16 at the least loss scale."""
+    """[steps] Skipped steps in a row that stop the run; in fp16 only those at the least loss scale count."""
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """A loss more than this many times its running mean is a spike. null: do not watch."""
     spike_patience: Count = 5
-    """[steps] Spikes in a row before something is done."""
+    """[steps] Spikes in a row before spike_action."""
     spike_action: Literal["stop", "lower_lr"] = "stop"
-    """What is done about them."""
+    """Stop the run after spikes, or lower the learning rate."""
     spike_lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Of lower_lr: multiplies the learning rate from then on."""
+    """For lower_lr: factor of the learning rate from then on."""
