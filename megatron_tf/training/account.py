@@ -1,8 +1,8 @@
-"""What a run is, told by its checkpoint, and what its configuration now says otherwise.
+"""The account of a run that is started again: its history in the checkpoint, and the changes of its configuration.
 
-A run that is started again follows its new configuration in all that can change, such as the learning rate; each such
-key is announced and goes into the history in the checkpoint. What has happened cannot change: a run that was grown by
-one method was not grown by another one because its configuration says so now.
+The run follows its new configuration in all that can change, such as the learning rate; each such key is announced and
+goes into the history in the checkpoint. The past cannot change: if the run was grown by one method, a new growth.method
+has no effect.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LARGEST_CONFIG = 2**26
 
 @dataclass(frozen=True)
 class Account:
-    """`config`: what holds for the run.  `lines`: what the log says of it.  `ineffective`: what it warns of.
+    """`config`: the one in effect.  `lines`: for the log.  `ineffective`: warnings of keys without effect.
 
     `origin`: where the weights come from, as the end of a sentence; empty for initial ones.
     `history`: events of the run so far, for the checkpoint, see `checkpoint.records`.
@@ -84,7 +84,7 @@ def _new_keys(config: RunConfig, before: Mapping[str, str]) -> set[str]:
 
 
 def _has_keys(key: str, before: Mapping[str, str], now: Mapping[str, str]) -> bool:
-    """Whether `key` is a section or a list that one of the two leaves empty (null, []): the keys in it say all."""
+    """Whether `key` is a section or list that is empty (null, []) in one of the two: its own keys show the change."""
     return any(other.startswith((f"{key}.", f"{key}[")) for other in {**before, **now})
 
 
@@ -93,7 +93,7 @@ def _section(key: str) -> str:
 
 
 def earlier_settings(run_dir: Path) -> dict[str, str] | None:
-    """What the config.yml in the folder says; None when it cannot be read any more."""
+    """The settings in the folder's config.yml; None when it cannot be read any more."""
     path = run_dir / CONFIG_NAME
     try:
         with file_errors(ConfigError, path, "It is passed over."), open_plain(path):
@@ -103,7 +103,7 @@ def earlier_settings(run_dir: Path) -> dict[str, str] | None:
 
 
 def keep_config(run_dir: Path, config: RunConfig) -> None:
-    """Write config.yml. An earlier one that says something else becomes config.1.yml, the next one config.2.yml ..."""
+    """Write config.yml. An earlier, different one becomes config.1.yml, the next one config.2.yml, and so on."""
     path, content = run_dir / CONFIG_NAME, dump_config(config).encode()
     if os.path.exists(path) and (old := read_plain(path, _LARGEST_CONFIG)) != content:
         number = 1
@@ -114,7 +114,7 @@ def keep_config(run_dir: Path, config: RunConfig) -> None:
 
 
 def _as_it_was(config: RunConfig, start: Start) -> tuple[RunConfig, tuple[str, ...]]:
-    """`config` with what cannot change any more as it was, and a line for each key that therefore has no effect."""
+    """(`config` with the keys of the past as they were, a line for each key that therefore has no effect)."""
     lines: list[str] = []
     given, began_with = config.training.init_from, _warm_start(start)
     if given is not None and (began_with is None or not _leads_to(given, began_with)):
@@ -202,7 +202,7 @@ def _method(method: str | Mapping[str, str]) -> str:
 
 
 def _leads_to(given: str, source: str) -> bool:
-    """Whether `source` is what the path of a run, of its checkpoints or of a checkpoint meant."""
+    """Whether `source` is the checkpoint that `given`, the path of a run, checkpoints folder or checkpoint, named."""
     folder, place = os.path.realpath(given), os.path.realpath(source)
     return place == folder or place.startswith(folder + os.sep)
 

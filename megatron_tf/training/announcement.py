@@ -1,4 +1,4 @@
-"""What the log says of a run before its first step."""
+"""The lines of the log before the first step of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
 
 def announce(opening: Opening, loaders: Loaders) -> None:
-    """Says in the log of the first rank what the run is, and what may be meant otherwise."""
+    """Writes a description of the run, and warnings of likely mistakes, to the log of the first rank."""
     run, start = opening.run, opening.start
     if not run.is_main:
         return
@@ -59,7 +59,7 @@ def lines_about(
 
 
 def _shorter_than_trained(config: RunConfig, start: Start) -> Iterator[str]:
-    """A length below what was trained already, by a step or more: the last step rounds the number of tokens up."""
+    """A warning of a length that is below the steps trained already. Less than a step is rounding."""
     training, length = config.training, config.model.seq_length
     for key, asked, trained, a_step in (
         ("train_steps", training.train_steps, start.progress.step, 1),
@@ -72,7 +72,7 @@ def _shorter_than_trained(config: RunConfig, start: Start) -> Iterator[str]:
 
 
 def _clones_alike(start: Start) -> Iterator[str]:
-    """Of a run that begins with a growth of the width; a run that goes on has been told."""
+    """A warning for a run that begins with a growth of the width; a resumed run has had it already."""
     width = start.growth_history[-1].get("width") if start.growth_history and not start.resumed else None
     if width is not None and (warning := alike(width)) is not None:
         yield f"{warning}. Leave the key out, or give it a share such as 0.1"

@@ -1,8 +1,8 @@
-"""The choices of the smaller model, and a grown model that follows them: for the proof of a growth.
+"""Recording the choices of the smaller model, and making a grown model follow them, for the proof of a growth.
 
-A choice among candidates is a step function. Where two candidates are as close as rounding, the grown model may choose
-another one than the smaller model, although in exact arithmetic it does not. So the proof lets it choose among the
-copies of what the smaller model chose, and counts how often it would have gone elsewhere.
+A choice among candidates is a step function. If the scores of two candidates differ only by rounding, the grown model
+may choose another one than the smaller model, although in exact arithmetic it would not. So the proof lets it choose
+only among the copies of the smaller model's choice, and counts how often it would have chosen another.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from megatron_tf.parallel.collectives import all_gather
 
 @dataclass
 class Choices:
-    """What the positions chose in one projection. `candidates`: of a slot.
+    """The choices in one projection. `candidates`: of each slot.
 
-    `forwards`: of each forward pass int64 [rows, slots], all slots on every tensor rank.
+    `forwards`: for each forward pass int64 [rows, slots], all slots on every tensor rank.
     """
 
     candidates: int
@@ -32,7 +32,7 @@ class Choices:
 
 @dataclass
 class Followed:
-    """On this rank: choices that have followed the smaller model's, and those of them that went elsewhere alone."""
+    """Counts on this rank: choices that followed the smaller model's, and those that would have been others."""
 
     total: int = 0
     elsewhere: int = 0
@@ -60,9 +60,9 @@ def recorded(stage: nn.Module) -> Iterator[Mapping[str, Choices]]:
 
 @contextmanager
 def following(stage: nn.Module, choices: Mapping[str, Choices]) -> Iterator[Followed]:
-    """Inside, forward passes follow those that were recorded, in their order.
+    """Inside, forward passes follow the recorded ones, in their order.
 
-    `choices`: by the projection's name in this model. Slots that the smaller model did not have choose as ever.
+    `choices`: by the projection's name in this model. Slots that the smaller model did not have choose freely.
     """
     followed = Followed()
     projections = {name: projection for name, projection in _sparse(stage).items() if name in choices}

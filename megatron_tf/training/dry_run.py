@@ -1,5 +1,5 @@
-"""What a run would do, without doing it: plan, layout, memory, start and the first batch. Writes nothing, joins no
-ranks."""
+"""A description of a run without running it: plan, layout, memory, start and the first batch. Writes nothing and joins
+no ranks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def dry_run(stages: Sequence[RunConfig], world_size: int) -> Iterator[str]:
     """Lines about each stage of `stages` that is not complete, as the log of the run begins; they have passed
     `preflight`.
 
-    The first of these stages is opened as the run would: its data, its checkpoint or what it begins with, with all
-    checksums. UserError for what would stop the run there. Later stages grow from what does not exist yet, so only
-    their plans are shown.
+    The first of these stages is opened as in a run: its data, and its checkpoint or source, with all checksums.
+    UserError for what would stop the run there. Later stages grow from checkpoints that do not exist yet, so only their
+    plans are shown.
     """
     first = first_stage_to_run(stages, world_size)
     yield from _first(stages[first], world_size)
@@ -65,12 +65,12 @@ def _first(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def _device() -> str:
-    """The type of device that a run would have here."""
+    """The type of device that a run would use here."""
     return GPU if torch.cuda.is_available() else "cpu"
 
 
 def _check_folder(folder: Path) -> None:
-    """ConfigError where run.dir cannot be made or written, as far as can be seen without writing."""
+    """ConfigError when run.dir cannot be made or written, as far as can be told without writing."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir():
         problem = "is a file" if nearest.is_file() else "is no folder"

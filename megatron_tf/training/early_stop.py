@@ -1,6 +1,6 @@
 """Ending a run before its last step, by the validation loss.
 
-All ranks see the same losses, so all of them decide alike without asking each other.
+All ranks see the same losses, so all of them make the same decision without communication.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ class EarlyStop:
     """Follows the validation losses of a run. Without a configuration it follows them too, and never ends the run."""
 
     def __init__(self, config: StopWhen | None, state: Mapping[str, Any]):
-        """`state`: what `state()` of the run gave at its checkpoint, {} at the start."""
+        """`state`: the `state()` stored in the checkpoint; {} at the start of a run."""
         self._config = config
         self._best: float | None = state.get("best")
         self._newest: float | None = state.get("newest")
         self._waited = int(state.get("waited", 0))
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint: a resumed run decides as the run that was not interrupted."""
+        """For the checkpoint, so that a resumed run makes the same decisions."""
         return {"best": self._best, "newest": self._newest, "waited": self._waited}
 
     def watch(self, loss: float) -> None:
-        """After an evaluation of a state that training reached."""
+        """Notes the validation loss of an evaluation during training."""
         if not isfinite(loss):
             self._waited += 1
             return
@@ -40,7 +40,8 @@ class EarlyStop:
 
     @property
     def reason(self) -> str | None:
-        """Why the run ends here, as a clause; None: it goes on. Asked again after a resume with other settings."""
+        """Why the run ends here, as a clause; None: it goes on. It is evaluated anew after a resume, whose settings may
+        differ."""
         if self._config is None or self._newest is None or self._best is None:
             return None
         below, patience = self._config.loss_below, self._config.patience

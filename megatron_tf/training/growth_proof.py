@@ -15,10 +15,10 @@ from megatron_tf.model.stage import Stage
 from megatron_tf.tasks.data import Batch
 from megatron_tf.training.choices import Followed
 
-# Of all choices among candidates, the share that rounding may decide: those between two that are as close as that.
+# The largest share of choices among candidates that may differ, because scores are equal to rounding.
 CHOICE_TOLERANCE: dict[ComputeType, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 3e-2}
-# Rounding of one forward pass, relative to the largest logit. The old and the new product sum the same numbers
-# in another order; 8 bits of mantissa through a few layers give bf16 its share.
+# The rounding of one forward pass, relative to the largest logit. The old and the new product sum the same numbers in
+# another order. bf16 has 8 bits of mantissa, whose error grows over a few layers.
 LOGIT_TOLERANCE: dict[ComputeType, float] = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 
 
@@ -54,12 +54,12 @@ def probe(stage: Stage, batches: Sequence[Batch]) -> Probe:
 def compare(
     before: Probe, after: Probe, followed: Followed, precision: ComputeType, device: torch.device, preserves: bool
 ) -> str:
-    """A sentence for the log.
+    """Compares two probes, and returns a sentence for the log.
 
-    `followed`: of the pass that gave `after`, on this rank.
+    `followed`: from the pass of `after`, on this rank.
 
-    `preserves`: the growth claims to keep the function. Then, when the models differ beyond rounding, CheckpointError
-    on all ranks.
+    `preserves`: whether the growth must keep the function. Then CheckpointError, on all ranks, when the models differ
+    beyond rounding.
     """
     pair = torch.zeros(2, dtype=torch.float64, device=device)
     if before.logits is not None and after.logits is not None:

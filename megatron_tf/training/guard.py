@@ -1,6 +1,6 @@
-"""What a run does about losses and gradients that go wrong: steps that are not finite, and loss spikes.
+"""The handling of bad losses and gradients: steps that are not finite, and loss spikes.
 
-Both see numbers that are the same on all ranks, so all ranks decide alike without asking each other.
+The numbers are the same on all ranks, so all of them make the same decision without communication.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 from megatron_tf.config.sections.training import Guard
 from megatron_tf.errors import TrainingError
 
-_MEMORY = 0.98  # share of the running mean that stays at each step: it looks about 50 steps back
+_MEMORY = 0.98  # decay rate of the running mean, which covers about 50 steps
 WARMUP = 20  # losses before the running mean means anything
 _REMEDY = "Look at the data there, or resume from an earlier checkpoint with a lower optimizer.lr."
 
 
 class LossGuard:
-    """Counts skipped steps and spikes; `lr_factor` is what it has lowered the learning rate to, as a share of it."""
+    """Counts skipped steps and spikes. `lr_factor`: of the learning rate, 1 until a spike lowers it."""
 
     def __init__(self, config: Guard, state: Mapping[str, Any]):
-        """`state`: what `state()` of the run gave at its checkpoint, {} at the start."""
+        """`state`: the `state()` stored in the checkpoint; {} at the start of a run."""
         self._config = config
         self.lr_factor = float(state.get("lr_factor", 1.0))
         self._mean = float(state.get("mean_loss", 0.0))
@@ -32,7 +32,7 @@ class LossGuard:
         self._overflowed = int(state.get("overflows_in_a_row", 0))
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint: a resumed run decides as the run that was not interrupted."""
+        """For the checkpoint, so that a resumed run makes the same decisions."""
         return {
             "lr_factor": self.lr_factor,
             "mean_loss": self._mean,
@@ -44,17 +44,18 @@ class LossGuard:
 
     @property
     def is_skipping(self) -> bool:
-        """Whether the newest step was skipped: the state is suspect then, and not for saving."""
+        """Whether the newest step was skipped. The state is then suspect and should not be saved."""
         return self._skipped > 0
 
     def overflowed(self) -> None:
-        """A step in fp16 was skipped and the loss scale falls. So the scale is found, unless all steps end so."""
+        """Notes a step that fp16 skipped while the loss scale falls. That is how the scale is found, so it is an error
+        only if it happens in every step."""
         self._overflowed += 1
 
     def skipped(self, step: int, reason: str, least_scale: float | None = None) -> str:
-        """Step `step` (1-based) was skipped for `reason`: what to say. TrainingError when the run must stop.
+        """Notes that step `step` (1-based) was skipped for `reason`; returns the warning. TrainingError when the run
 
-        `least_scale`: in fp16, the loss scale, which cannot fall any more.
+        must stop. `least_scale`: in fp16 the loss scale, which cannot fall any further.
         """
         self._skipped += 1
         text, remedy = f"step {step:,}: {reason}; the step is skipped and changes nothing", _REMEDY
@@ -73,10 +74,10 @@ class LossGuard:
         return f"{text} ({self._skipped} in a row; the run stops at {self._config.nonfinite_patience})"
 
     def check_end(self, step: int, loss_scale: float | None = None) -> None:
-        """At the last step: TrainingError when it, and maybe more before it, was skipped.
+        """TrainingError when the last step, and possibly others before it, were skipped.
 
-        In fp16 a few steps are skipped whenever the loss scale was raised too far: that is an error only of all steps
-        of the run, or of guard.nonfinite_patience of them.
+        In fp16 a few steps are skipped whenever the loss scale has been raised too far. That is an error only if all
+        steps of the run were skipped, or guard.nonfinite_patience of them.
         """
         if self._skipped:
             raise TrainingError(
@@ -94,17 +95,18 @@ class LossGuard:
             )
 
     def watch(self, step: int, loss: float) -> str | None:
-        """After a good step: what to say if its loss completes a spike. TrainingError when the run must stop.
+        """Notes the loss of a good step; returns the warning if it completes a spike. TrainingError when the run must
 
-        A spike is measured against the lowest that the running mean has been, so that a loss which explodes cannot
-        draw its own measure up. The mean is kept also while nobody watches, in case the guard is switched on later.
+        stop.
+        A spike is relative to the lowest value of the running mean, so that an exploding loss does not raise its own
+        threshold. The mean is kept even without spike_factor, which may be set later.
         """
         self._skipped = self._overflowed = 0
         factor = self._config.spike_factor
         if self._seen >= WARMUP and factor is not None and loss > factor * self._lowest:
             self._spikes += 1
             return self._spiked(step, loss, factor) if self._spikes >= self._config.spike_patience else None
-        # the mean of few losses first, then one that forgets
+        # a plain mean of the first losses, then an exponential one
         keep = min(_MEMORY, self._seen / (self._seen + 1))
         self._mean = keep * self._mean + (1 - keep) * loss
         self._lowest = min(self._lowest, self._mean) if self._seen else self._mean

@@ -1,4 +1,4 @@
-"""What the parameter tokens of a model do, measured in the forward pass of one held micro batch.
+"""The use of a model's parameter tokens, measured in the forward pass of one held micro batch.
 
 Of each Pattention, with scores A = X Kᵀ and weights S = θ(A) over all its n tokens, and averaged over the layers (and
 over query, key and value) of a kind of projection:
@@ -8,11 +8,11 @@ over query, key and value) of a kind of projection:
 | `score_norm` | ‖A‖₂, mean over the positions |
 | `active_share` | (Σ|S|)² / (n·ΣS²), mean over the positions: share of the tokens in use, 1/n for a single one |
 | `dead_share` | share of the tokens whose |S| nowhere reaches 1 % of the position's root mean square |
-| `new_share` | after a growth: what the new tokens contribute, Σ|S|·‖v‖ over the positions, of what all contribute |
-| `old_dead_share`, `new_dead_share` | after a growth: dead ones among the old and among the new tokens |
+| `new_share` | after a growth: share of the new tokens in the contributions Σ|S|·‖v‖ over the positions |
+| `old_dead_share`, `new_dead_share` | after a growth: share of dead tokens among the old and among the new ones |
 
-Of a projection whose positions choose among candidates, over its slots, with the load of a candidate relative to an
-equal share of the positions:
+For a projection with candidates, over its slots. The load of a candidate is relative to an equal share of the
+positions:
 
 | metric | meaning |
 |---|---|
@@ -21,9 +21,8 @@ equal share of the positions:
 | `unused_share` | share of the candidates with a load below 0.1 |
 | `copy_distance` | √(Σ‖w − mean of the slot‖² / Σ‖w‖²) over keys and values: 0 for copies, near 1 for other tokens |
 
-Each rank looks at its own tokens and positions, and sums go over the tensor and context groups; every data-parallel
-rank looks at the same batch.
-No gradient, no random number and no state of training is touched.
+Each rank measures its own tokens and positions, and sums go over the tensor and context groups; every data-parallel
+rank measures the same batch. The measurement changes no gradient, random state or other state of training.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def health_probe(
 
 
 class HealthProbe:
-    """Measures a model whenever it is asked to, always on the same batch."""
+    """Measures a model, always on the same batch."""
 
     def __init__(
         self,

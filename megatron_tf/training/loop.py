@@ -72,7 +72,7 @@ class Trainer:
         self.early_stop = EarlyStop(run.config.training.stop_when, start.run_state.get("early_stop", {}))
         self.losses = MeanMeter(start.run_state.get("loss_window"))
         self.meter = ThroughputMeter()
-        # so that a word between two steps never waits for a GPU
+        # over gloo, so that the small all-reduce between steps does not wait for the GPU
         self.meeting = dist.new_group(backend="gloo")
         self.metrics = StepMetrics(run.config, self.plan, run.device, self.meeting)
         self.health = health_probe(run, engine.stage, loaders.data, start.old_tokens)
@@ -80,23 +80,23 @@ class Trainer:
         self.profiler = StepProfiler(
             run.config.training.profile, run.rank, run.folder / "profile", engine.clock, run.console
         )
-        # seconds that the newest step waited for its data, on this rank
+        # seconds that this rank waited for the data of the newest step
         self.waited = 0.0
         self.training: Loader | Prefetcher = loaders.training
         if engine.reads_data:
             self.training = Prefetcher(loaders.training, self.plan.global_batch_size, run.device)
 
     def close(self) -> None:
-        """Ends what runs in parallel to the steps: while the time limit of a step holds, the reading ahead."""
+        """Ends reading ahead and profiling, while the time limit of a step still holds."""
         if isinstance(self.training, Prefetcher):
             self.training.close()
         self.profiler.finish()
         self.watchdog.begin("ending")
 
     def fit(self) -> None:
-        """Trains until the plan's last step. A run that is complete already only says so.
+        """Trains until the plan's last step. If the run is complete already, it only says so.
 
-        RunStopped, when it has saved, if any rank was asked to stop or the time is up.
+        RunStopped, after a save, if any rank was asked to stop or the time is up.
         """
         config = self.config
         if self._finished():
@@ -160,7 +160,7 @@ class Trainer:
         return self.progress.step >= self.plan.train_steps or self.early_stop.reason is not None
 
     def _watch(self, loss: float | None) -> None:
-        """Whether the validation loss ends the run. A skipped step leaves a state that is suspect, and ends nothing."""
+        """Notes the validation loss, which may end the run; not after a skipped step, whose state is suspect."""
         if loss is None or self.guard.is_skipping:
             return
         self.early_stop.watch(loss)
@@ -168,7 +168,7 @@ class Trainer:
             self.console.info(f"step {self.progress.step:,}: the run ends here, because {self.early_stop.reason}")
 
     def _due(self, interval: int | None, step: int | None = None) -> bool:
-        """Whether something is done at the end of `step` (default: the last step done) that is done each `interval`."""
+        """Whether an action with this interval is due after `step` (default: the last step done)."""
         step = self.progress.step if step is None else step
         return step >= self.plan.train_steps or (interval is not None and step % interval == 0)
 
@@ -191,7 +191,7 @@ class Trainer:
         return batches
 
     def _check(self, result: StepResult) -> None:
-        """Says when a step went wrong; TrainingError when the run must not go on."""
+        """Warns of a bad step; TrainingError when the run must stop."""
         step, said = self.progress.step, None
         self.losses.add(float(result.loss))
         if result.seeks_scale:
@@ -263,7 +263,7 @@ class Trainer:
             self.saver.finish()
 
     def _run_state(self) -> dict:
-        """What a resumed run must know besides weights and moments; see `Start`."""
+        """The state of the run besides weights and moments, for a resume; see `Start`."""
         unit = round(self.plan.tokens_per_step / self.plan.schedule_pace)
         states = {
             "guard": self.guard.state(),

@@ -43,10 +43,10 @@ def train(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str] =
 
     `config`: the path of a YAML file, the name of a shipped configuration, or a `RunConfig`. `overrides`:
     "section.field=value", as on a command line. The run is the one of `python launch/train.py`: it writes into run.dir,
-    resumes what is there, grows when the configuration says so, and trains all stages of a chain.
+    resumes from a checkpoint there, grows when the configuration says so, and trains all stages of a chain.
 
-    Errors: UserError for whatever the user can correct, LaunchError among them when a launcher started this process as
-    one of several. RunStopped, when it has saved, if Control-C or a signal asked it to stop.
+    Errors: UserError for what the user can correct, such as LaunchError when a launcher started this process as one of
+    several. RunStopped, after a save, if Control-C or a signal asked it to stop.
     """
     stages = _stages(config, overrides)
     environment = detect(os.environ)
@@ -74,7 +74,7 @@ def _stages(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
 
 
 def _run(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
-    # Before torch is imported, because until then a signal kills.
+    # Before torch is imported, because a signal would kill the process until then.
     stop = StopSignals()
     from megatron_tf.telemetry.console import quiet_libraries
     from megatron_tf.training.preflight import preflight
@@ -98,7 +98,7 @@ def _trained(config: RunConfig) -> Trained:
 
 @contextmanager
 def _signals_restored() -> Iterator[None]:
-    """A program that trains in one of its lines has handlers of its own before and after it."""
+    """Restores the signal handlers of the calling program at the end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -27,10 +27,10 @@ from megatron_tf.training.start import Start, begin, checkpoints_folder, choose
 
 @dataclass(frozen=True)
 class Opening:
-    """A run and where it begins.
+    """A run and its start.
 
-    `path`: the checkpoint that it begins with, whose checksums are compared; None: initial weights.
-    `passed_over`: checkpoints that could not be used, with reasons.  `told`: what it is and was, see `account`.
+    `path`: the checkpoint to start from, with verified checksums; None: initial weights.
+    `passed_over`: checkpoints that could not be used, with reasons.  `told`: its account, see `account`.
     """
 
     run: Run
@@ -47,9 +47,9 @@ def open_run(
     data: Mapping[str, Any],
     closing: contextlib.ExitStack,
 ) -> Opening:
-    """All ranks call it together. `data`: fingerprint of the training data. `closing` frees the folder in the end.
+    """All ranks call it together. `data`: fingerprint of the training data. `closing` unlocks the folder at its end.
 
-    Raises UserError, on every rank alike, for whatever the user can correct.
+    Raises UserError, on every rank, for what the user can correct.
     """
     world_size, is_main = environment.world_size, environment.rank == 0
     folder = Path(config.run.dir)
@@ -91,7 +91,7 @@ def _lock(config: RunConfig, closing: contextlib.ExitStack, environment: LaunchE
 
 
 def _prepare_folder(config: RunConfig) -> None:
-    """Makes the folders, and tries out, before hours are spent, that files can be written."""
+    """Makes the folders and checks that files can be written, before hours are spent."""
     try:
         checkpoints_folder(config).mkdir(parents=True, exist_ok=True)
         attempt = checkpoints_folder(config) / f".tmp-can-write-{secrets.token_hex(4)}"

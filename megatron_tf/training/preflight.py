@@ -1,4 +1,4 @@
-"""Everything that can be refused before the ranks meet, all at once: a mistake then costs seconds and not a queue."""
+"""All checks that are possible before the ranks meet, reported at once: a mistake then costs seconds, not a queue."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def preflight(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> No
 
 
 def memory_problems(config: RunConfig, world_size: int, available: int) -> Iterator[str]:
-    """What surely does not fit in `available` bytes a rank. `config` has passed `validate` for `world_size`."""
+    """A problem for a run that surely needs more than `available` bytes on a rank. `config` has passed `validate` for
+    `world_size`."""
     memory = memory_per_rank(config, world_size)
     state = memory.weights + memory.gradients + memory.optimizer
     if state > available or memory.total > MARGIN * available:

@@ -1,4 +1,4 @@
-"""The composition root: from a configuration to a trained model. Only here everything is known."""
+"""The composition root: from a configuration to a trained model. Only this module sees all parts."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from megatron_tf.training.start_engine import start_engine
 
 
 def train(stages: Sequence[RunConfig], environment: LaunchEnvironment, stop: StopSignals) -> None:
-    """Trains, evaluates and saves as each of `stages` says, one after the other, resuming or growing where there is
-    something to. A stage that is complete is passed over, so an interrupted chain goes on where it stopped.
+    """Trains, evaluates and saves as each of `stages` says, one after another. Each resumes from its own checkpoint or
+    grows from the stage before. Complete stages are passed over, so an interrupted chain goes on where it stopped.
 
     `stages` have passed `preflight`. RunStopped, on every rank, when `stop` asked for it. Raises UserError, on every
-    rank alike, before anything is written, for whatever the user can correct.
+    rank and before anything is written, for what the user can correct.
     """
     world_size = environment.world_size
     timeout = max(config.parallel.timeout_seconds for config in stages)
@@ -101,11 +101,11 @@ def _saver(opening: Opening, start: Start, engine: Engine, trackers: Trackers, d
 
 
 def _fit(trainer: Trainer) -> None:
-    """Trains to the end. What ends it early is in the log of every rank that cannot leave it to another one."""
+    """Trains to the end. An error of one rank alone is written to that rank's log before it is raised."""
     try:
         trainer.fit()
     except TrainingError:
-        # on all ranks alike
+        # raised on all ranks, so all of them can wait for the save
         trainer.saver.finish()
         raise
     except RunStopped as stopped:
@@ -113,6 +113,6 @@ def _fit(trainer: Trainer) -> None:
         raise
     except UserError as error:
         if not trainer.run.is_main:
-            # the others wait in a collective and cannot say it
+            # the others wait in a collective and cannot report it
             trainer.run.console.warning(str(error))
         raise

@@ -17,7 +17,7 @@ from megatron_tf.training.running import Run
 
 @dataclass(frozen=True)
 class RunData:
-    """`fingerprint`: what the order and the content of the training samples depend on."""
+    """`fingerprint`: the facts that decide the order and content of the training samples."""
 
     opened: OpenData
     fingerprint: Mapping[str, Any]
@@ -25,7 +25,7 @@ class RunData:
 
 @dataclass(frozen=True)
 class Loaders:
-    """Of this rank. `data`: where more of them come from.  `validation`: None without data.validation."""
+    """The loaders of this rank. `data`: opens more of them.  `validation`: None without data.validation."""
 
     data: OpenData
     training: Loader
@@ -33,13 +33,13 @@ class Loaders:
 
     @property
     def held(self) -> Loader:
-        """What a model is measured on."""
+        """The loader for measurements of the model."""
         return self.validation or self.training
 
 
 def check_data(stages: Sequence[RunConfig]) -> None:
-    """DataError with all that is wrong with the data of all stages: what the last one lacks is said before the
-    first."""
+    """DataError with the problems of the data of all stages, so that the last stage's are reported before the first one
+    trains."""
     problems = []
     for check in (check for config in stages for check in task_data(config.model).checks(config)):
         try:

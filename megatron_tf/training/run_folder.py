@@ -1,4 +1,4 @@
-"""Which folder a run lives in, as its checkpoints record it: a copy of a run is another run, and a moved one is not."""
+"""The identity of a run's folder, recorded in its checkpoints: a copy of a run is another run, a moved one is not."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 
 def folder_identity(run_dir: Path) -> dict[str, Any]:
-    """What tells the folder from its copies, as the field `folder` of `CheckpointIndex.run`; {} when it is not
-    there."""
+    """Facts that tell the folder from its copies: the field `folder` of `CheckpointIndex.run`; {} if it is missing."""
     try:
         status = run_dir.stat()
     except OSError:
@@ -18,10 +17,10 @@ def folder_identity(run_dir: Path) -> dict[str, Any]:
 
 
 def copied_from(run_state: Mapping[str, Any], run_dir: Path) -> str | None:
-    """The folder that `run_dir` is a copy of, by the state in its checkpoint; None when it is the very same.
+    """The folder that `run_dir` is a copy of, by the state in its checkpoint; None when it is the same folder.
 
-    A folder that was renamed is still the same, and so is one of the same path, as after a restored backup. Older
-    checkpoints do not say; they are taken to be of the same.
+    A renamed folder is the same, and so is one at the same path, as after a restored backup. Checkpoints of earlier
+    versions do not record it, and count as the same.
     """
     then, now = run_state.get("folder"), folder_identity(run_dir).get("folder")
     if then is None or now is None or then["path"] == now["path"]:

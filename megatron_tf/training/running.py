@@ -1,4 +1,4 @@
-"""What every part of training is given: the run, as this rank has it."""
+"""The run on this rank, which every part of training is given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_tf.telemetry.console import Console
 class Run:
     """One run on one rank; no step changes it.
 
-    `config`: what holds for the run, see `account`.  `plan`: from the step on at which this process begins.
+    `config`: the one in effect, see `account`.  `plan`: from the first step of this process on.
     """
 
     config: RunConfig
@@ -35,5 +35,5 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this rank writes the files and log lines of which there is one."""
         return self.rank == 0

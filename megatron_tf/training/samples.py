@@ -1,4 +1,4 @@
-"""What the model writes while it is trained: evaluation.sample_prompts, continued greedily."""
+"""Sample texts during training: the model continues evaluation.sample_prompts greedily."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_tf.training.running import Run
 
 
 def sample_texts(run: Run, stage: Callable[[], Stage]) -> SampleTexts | None:
-    """What the configuration asks for; None: nothing. All ranks call it together."""
+    """The sample texts that the configuration asks for; None: none. All ranks call it together."""
     config = run.config
     if not config.evaluation.sample_prompts:
         return None
@@ -23,7 +23,7 @@ def sample_texts(run: Run, stage: Callable[[], Stage]) -> SampleTexts | None:
 
 
 class SampleTexts:
-    """Writes the same prompts on whenever it is asked to."""
+    """Continues the prompts with the present weights."""
 
     def __init__(self, run: Run, stage: Stage, tokenizer: Tokenizer):
         self._run = run

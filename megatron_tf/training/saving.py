@@ -1,4 +1,4 @@
-"""Saving a run: what goes into a checkpoint, and what happens when it cannot be written."""
+"""Saving a run: the content of a checkpoint, and the handling of failures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Saver:
     ):
         """`token`: random text, the same on all ranks.  `data`: fingerprint of the training data.
 
-        `known_good`: checkpoints that this process has verified already. Clears what killed saves have left.
+        `known_good`: checkpoints that this process has verified already. Removes the remains of killed saves.
         """
         self._run = run
         self._config = run.config
@@ -66,10 +66,10 @@ class Saver:
                 self._report(str(error))
 
     def save(self, progress: Progress, run_state: Mapping[str, Any]) -> None:
-        """Saves the state as it is now. In the background: returns at once, and the state may change by updates only.
+        """Saves the present state. In the background it returns at once, and only updates may change the state then.
 
-        `run_state`: whatever else the run must know to go on as it was, ready for JSON.
-        Waits for the save before this one. CheckpointError when copies of a parameter have drifted apart.
+        `run_state`: the further state that a resume needs, ready for JSON.
+        Waits for the save before this one. CheckpointError when copies of a parameter differ.
         """
         self.finish()
         self._engine.check_replicas()
@@ -90,8 +90,8 @@ class Saver:
     def finish(self) -> None:
         """Waits for the save in the background and reports it.
 
-        A save that failed is a warning and the run goes on, because what it has learnt since is worth more than a
-        tidy end; with `checkpoint.on_failure: stop` it is a CheckpointError. Older checkpoints are untouched.
+        A failed save is a warning and the run goes on, because its progress is worth more than an early end; with
+        `checkpoint.on_failure: stop` it is a CheckpointError. Older checkpoints are not touched.
         """
         write, self._write = self._write, None
         if write is None:
@@ -110,7 +110,7 @@ class Saver:
             self._run.console.warning(f"checkpoint not saved: {write.failure}")
 
     def require(self, step: int) -> None:
-        """Where a run ends: CheckpointError when its last save, of `step`, has failed and training went on."""
+        """At the end of a run: CheckpointError when its last save, of `step`, has failed."""
         if self._failure is not None:
             raise CheckpointError(
                 f"the run ends after step {step:,}, but that state is not saved: {self._failure}. Correct this and "
@@ -118,7 +118,7 @@ class Saver:
             )
 
     def _await_copy(self) -> None:
-        """Waits until the state may change again. Whether the copy failed is for `finish` to say."""
+        """Waits until the state may change again. `finish` reports a copy that failed."""
         if self._copying is not None:
             wait([self._copying])
             self._copying = self._engine.before_update = None
@@ -144,7 +144,7 @@ class Saver:
         return path
 
     def _report(self, problem: str) -> None:
-        """Warns once of what each save would meet again."""
+        """Warns of a problem once, although it occurs at each save."""
         if problem not in self._reported:
             self._reported.add(problem)
             self._run.console.warning(problem)
@@ -167,12 +167,12 @@ class Saver:
 
 
 def _when_copied(copying: Future[list[Piece]]) -> Iterator[Piece]:
-    """The copies as soon as they are there. What the copy failed with is raised in the save, which tells all ranks."""
+    """Yields the copies when they are complete. An error of copying is raised in the save, which tells all ranks."""
     yield from copying.result()
 
 
 class _Write(threading.Thread):
-    """One save in the background and how it ended. A process that dies meanwhile leaves nothing half-written behind."""
+    """One save in the background and its outcome. If the process dies meanwhile, no incomplete checkpoint is left."""
 
     def __init__(self, work: Callable[[], Path]):
         super().__init__(name="checkpoint", daemon=True)

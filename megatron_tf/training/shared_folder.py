@@ -1,4 +1,4 @@
-"""All ranks see one run folder: on nodes with a disk each, every checkpoint would be in pieces that nobody can join."""
+"""A check that all ranks see one run folder. On local disks of nodes the parts of a checkpoint would be scattered."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PAUSE_SECONDS = 0.1
 
 
 def check_shared(run_dir: Path, is_main: bool, patience_seconds: float = PATIENCE_SECONDS) -> None:
-    """ConfigError, on all ranks, when one does not see what rank 0 writes where the run's files will be.
+    """ConfigError, on all ranks, when one of them does not see a file that rank 0 writes into the run's folder.
 
-    Leaves nothing behind, also where the folder is not made yet: then its nearest parent is tried.
+    Leaves nothing behind. If the folder does not exist yet, its nearest parent is used.
     """
     mark = Path(from_rank_zero(lambda: str(_leave_mark(run_dir))))
     try:

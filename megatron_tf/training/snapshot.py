@@ -63,7 +63,7 @@ class StateCopier:
 def _allocate(piece: Piece) -> Tensor:
     try:
         return torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype)
-    except RuntimeError as error:  # torch's way to say so
+    except RuntimeError as error:  # torch raises it when there is no memory
         raise CheckpointError(
             f"no memory for a copy of {piece.key}, {piece.tensor.nbytes:,} bytes. Set checkpoint.asynchronous=false "
             "to write without a copy, or give the host more memory"

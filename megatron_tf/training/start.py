@@ -1,5 +1,5 @@
-"""Where a run begins: at its own newest checkpoint, at another run's, at a smaller model's, at other weights, or at
-initial ones."""
+"""The start of a run: its own newest checkpoint, that of another run or of a smaller model, other weights, or initial
+ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Start:
 
     `grown_from`: the open source checkpoint of a growth that is not proved yet.  `resumed`: from a checkpoint of its
     own.
-    `changes`: what is another than before, although no key of the configuration says so: [before, now] by name.
+    `changes`: facts that have changed without a key of the configuration: [before, now] by name.
     """
 
     source: StateSource
@@ -131,7 +131,7 @@ def _token_counts(model: Model) -> dict[str, int]:
 
 
 def _models_before(model: Model, growth_history: Sequence[Mapping[str, Any]]) -> list[Model]:
-    """The models that these growths, oldest first, made bigger ones of; `model` is what came out in the end."""
+    """The model before each of these growths, oldest first; `model` is the one after all of them."""
     found: list[Model] = []
     for entry in reversed(growth_history):
         if (layers := entry.get("layers")) is not None:
@@ -150,11 +150,11 @@ def checkpoints_folder(config: RunConfig) -> Path:
 
 
 def choose(config: RunConfig, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
-    """The checkpoint to start from (None: initial weights) and what was passed over on the way, with reasons.
+    """(The checkpoint to start from, or None for initial weights; unusable checkpoints, with reasons).
 
     All its checksums are compared; `ranks` share the reading and get the same answer, or the same error.
-    CheckpointError when no checkpoint of the run's own can be used although there are some, or when what it is to begin
-    with holds no complete one; ConfigError when the run must not resume and has checkpoints of its own.
+    CheckpointError when the run has checkpoints but none can be used, or when its source has no complete one;
+    ConfigError when the run must not resume and has checkpoints.
     """
     own = checkpoints_folder(config)
     latest, passed = find_latest(own, verify=config.checkpoint.resume == "auto", ranks=ranks)
@@ -271,7 +271,7 @@ def _check_longer_than_branch(config: RunConfig, index: CheckpointIndex) -> None
 
 
 def _own_trackers(config: RunConfig, index: CheckpointIndex) -> tuple[Mapping[str, str], str]:
-    """The tracker ids to go on with, and what is to be said of them. A copied run must not log into its parent's."""
+    """(The tracker ids to go on with, a message about them). A copied run must not log into its original's."""
     origin = copied_from(index.run, Path(config.run.dir))
     if not index.trackers or origin is None:
         return index.trackers, ""
@@ -325,7 +325,7 @@ def _check_data(config: RunConfig, stored: Mapping[str, Any], data: Mapping[str,
 
 
 def _sources(data: Mapping[str, Any]) -> str:
-    """The sources of a fingerprint in words; files that differ in content alone show it by their digests."""
+    """The sources of a fingerprint as text, with digests, which tell files of different content apart."""
     return ", ".join(
         f"{source.get('name')} ({source.get('tokens', 0):,} tokens, weight {source.get('weight', 1):g}, "
         f"{str(source.get('ends_sha256'))[:8]})"

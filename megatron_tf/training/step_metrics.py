@@ -1,4 +1,4 @@
-"""What is logged about training steps, under the names that metrics.jsonl and the trackers show."""
+"""The metrics of training steps, under their names in metrics.jsonl and trackers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class StepMetrics:
         shares: Mapping[str, float],
         steps_left: int,
     ) -> dict[str, Value]:
-        """Of the last step: `result`, and `shares` of its time. `mean_loss` and `rates`: since the last logged one."""
+        """`result`, `shares`: of the last step; `shares` are of its time.  `mean_loss`, `rates`: since the last logged
+        step."""
         norm = None if result.grad_norm is None else float(result.grad_norm)
         tokens_per_second, task = rates.tokens_per_second, task_of(self._config.model)
         per_second = task.in_units(self._config.model, tokens_per_second)

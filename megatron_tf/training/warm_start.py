@@ -1,4 +1,4 @@
-"""A new run that begins with weights which were trained elsewhere: by another run, on other data, or by transformers.
+"""A new run that begins with weights from elsewhere: from another run, or from an export.
 
 Only the weights and τ are taken. Optimizer, schedule, step and position in the data are those of a fresh run.
 """
@@ -20,12 +20,12 @@ from megatron_tf.state.sources import FreshSource, StateSource, WeightsSource
 
 KEY = "training.init_from"
 EVENT = "weights taken"  # in the history of the run
-# Keys of the model that no weight depends on, and that change when a model learns to read longer texts.
+# Keys that do not affect the weights, and that change when a model is trained on longer texts.
 _FREE = ("seq_length", "rotary_base")
 
 
 def find_weights(given: str, ranks: Ranks) -> Path:
-    """The export, or the checkpoint with all its checksums compared, that `given` means; CheckpointError for none."""
+    """The path of the export or verified checkpoint at `given`. CheckpointError when there is none."""
     try:
         if from_first(lambda: is_export(given), ranks):
             return Path(given)
@@ -37,7 +37,7 @@ def find_weights(given: str, ranks: Ranks) -> Path:
 
 
 def open_weights(path: Path, model: Model) -> tuple[StateSource, dict[str, Any]]:
-    """What a run of `model` begins with, and the event for its history. An export is held in memory.
+    """(The state that a run of `model` begins with, the event for its history). An export is held in memory.
 
     CheckpointError, naming every differing key with both values, unless the weights at `path` are of such a model.
     """
