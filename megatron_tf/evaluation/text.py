@@ -60,9 +60,7 @@ class TextEvaluation(TaskEvaluation):
             yield "--max-tokens: is 1, and the first token is only read. Choose 2 or more."
         if request.tasks and config.data.tokenizer is None:
             yield "data.tokenizer: is not given, and the texts of tasks need one. Name the model's tokenizer."
-        if request.copying and (request.data or request.tasks):
-            given = "--data" if request.data else "--tasks"
-            yield f"--copying: reads random tokens alone, and {given} is given too. Evaluate it without --copying."
+        yield from _unused_options(request)
         if request.copying and length < 4:
             yield f"--copying: model.seq_length is {length}, and two tokens twice are 4. Evaluate a longer context."
         if not request.data and not request.tasks and not request.copying and not config.data.validation:
@@ -105,6 +103,22 @@ class TextEvaluation(TaskEvaluation):
             together(lambda: _run_tasks(evaluation, model, tasks, settings, Path(f"{output}_tasks.json")))
         if request.copying:
             together(lambda: _measure_copying(evaluation, model, settings, Path(f"{output}_copying.json")))
+
+
+def _unused_options(request: EvaluationRequest) -> Iterator[str]:
+    """What is given and nothing would look at: it must not seem to have had an effect."""
+    if request.copying:
+        for name in ("data", "tasks", "stride", "max_tokens"):
+            if getattr(request, name):
+                option = f"--{name.replace('_', '-')}"
+                yield f"--copying: reads random tokens alone, and {option} is given too. Leave one of them out."
+    if request.tasks and not request.data:
+        if request.stride:
+            yield f"--stride: {request.stride} is for data, and --tasks reads none. Remove it, or give --data PREFIX."
+        if request.max_tokens:
+            yield f"--max-tokens: {request.max_tokens} is for data, and --tasks reads none. Give --limit instead."
+    if request.limit and not request.tasks:
+        yield f"--limit: {request.limit} is for tasks, and --tasks is not given. Give --max-tokens instead."
 
 
 def _measure_copying(evaluation: Evaluation, model: LoadedModel, settings: dict[str, Any], output: Path) -> None:

@@ -89,6 +89,17 @@ REFUSED = {
     "no data": (["--data", "nowhere"], ["nowhere.bin: no such file"]),
     "data not named": (["data.validation=[]"], ["data.validation: is empty", "--data"]),
     "copying and data": (["--copying", "--data", "held_out"], ["--copying: reads random tokens alone", "--data"]),
+    "copying with a stride": (
+        ["--copying", "--stride", 3],
+        ["--copying: reads random tokens alone", "--stride is"],
+    ),
+    "copying of some tokens": (["--copying", "--max-tokens", 5], ["--copying: reads random", "--max-tokens is given"]),
+    "documents of no task": (["--limit", 5], ["--limit: 5 is for tasks", "--max-tokens instead"]),
+    "tokens of tasks": (
+        ["data.tokenizer=bytes", "--tasks", "piqa", "--max-tokens", 5],
+        ["--max-tokens: 5 is for"],
+    ),
+    "a stride of tasks": (["data.tokenizer=bytes", "--tasks", "piqa", "--stride", 5], ["--stride: 5 is for data"]),
     "copying in three tokens": (["--copying", "model.seq_length=3"], ["--copying: model.seq_length is 3"]),
     "no checkpoint": (["--checkpoint", "nowhere"], ["nowhere: there is no such folder"]),
     "another model": (["model.num_layers=1"], ["model.num_layers: checkpoint 2, configuration 1", "config.yml"]),
