@@ -1,4 +1,4 @@
-"""Does a checkpoint fit a model? To resume everything must be equal; to grow, only token counts may be larger."""
+"""Whether a checkpoint fits a model. To resume, everything must be equal; to grow, sizes may be larger."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def check_format(model: Model, form: str, action: str) -> None:
 
 
 def check_same_architecture(index: CheckpointIndex, model: Model, optimizer: str = DEFAULT) -> None:
-    """CheckpointError, naming every differing key with both values, unless `model` is what the checkpoint holds,
-    with what `optimizer`, a name of the configuration, keeps in addition to the weights."""
+    """CheckpointError, with every differing key and both values, unless the checkpoint is of `model` and has the states
+    of `optimizer`, a name of the configuration."""
     problems = [f"model.{key}: checkpoint {old}, configuration {new}" for key, old, new in _differences(index, model)]
     if problems:
         remedy = "Restore these keys, or start in another run.dir."
@@ -122,10 +122,8 @@ def check_same_architecture(index: CheckpointIndex, model: Model, optimizer: str
 
 
 def optimizer_problem(index: CheckpointIndex, optimizer: str, otherwise: str) -> str | None:
-    """Why `optimizer`, a name of the configuration, cannot go on with what the checkpoint keeps in addition to the
-    weights.
-
-    `otherwise`: what to do when the optimizer is to stay.
+    """Why `optimizer`, a name of the configuration, cannot resume from the states in the checkpoint; None if it can.
+    `otherwise`: the remedy for users who want to keep the optimizer.
     """
     needed = OPTIMIZERS[optimizer].state_names[1:]
     held = [state for state in index.states if state != WEIGHT]
@@ -142,9 +140,9 @@ def optimizer_problem(index: CheckpointIndex, optimizer: str, otherwise: str) ->
 
 
 def check_evaluable(index: CheckpointIndex, model: Model) -> None:
-    """CheckpointError, naming every differing key with both values, unless `model` is what the checkpoint holds.
+    """CheckpointError, with every differing key and both values, unless the checkpoint is of `model`.
 
-    seq_length may differ: no weight depends on it.
+    seq_length may differ, because no weight depends on it.
     """
     problems = [
         f"model.{key}: checkpoint {old}, configuration {new}"
@@ -164,7 +162,7 @@ def _differences(index: CheckpointIndex, model: Model) -> Iterator[tuple[str, An
 
 
 def _contradictions(index: CheckpointIndex, model: Model) -> Iterator[str]:
-    """Where tensors and scales are not those of the architecture that the index claims."""
+    """Problems with tensors and scales that are not those of the architecture in the index."""
     expected = {name: spec.shape for name, spec in parameter_table(model).items()}
     found = {name: tensor.shape for name, tensor in index.tensors.items()}
     for name in {**expected, **found}:
@@ -175,14 +173,14 @@ def _contradictions(index: CheckpointIndex, model: Model) -> Iterator[str]:
     scaled = projections(model)
     yield from (f"{name}: no scale" for name in scaled if name not in index.scales)
     yield from (f"{name}: a scale, but no such projection" for name in index.scales if name not in scaled)
-    # weights alone can be grown from, moments of a part cannot
+    # A checkpoint of weights alone is valid, but no tensor may lack a state that others have.
     for state in dict.fromkeys(state for name in found for state in _states(index, name) if state != WEIGHT):
         yield from (f"{name}: no {state}, unlike other tensors" for name in found if state not in _states(index, name))
 
 
 def _other_kinds(index: CheckpointIndex, model: Model) -> Iterator[str]:
-    """Entries of the history whose token counts are of other projections than the model has, or whose layers or
-    widths are none that it can have come from."""
+    """Problems with entries of the history whose projections the model does not have, or from whose layers or widths it
+    cannot have grown."""
     kinds = architecture_of(model).token_counts(model).keys()
     for number, entry in enumerate(index.growth_history):
         for key in ("from", "to"):
@@ -204,7 +202,7 @@ def _other_kinds(index: CheckpointIndex, model: Model) -> Iterator[str]:
 
 
 def _other_candidates(index: CheckpointIndex, model: Model) -> Iterator[str]:
-    """The newest entry of the history whose candidates are none that the model can have come from."""
+    """A problem with the newest entry of the history from whose candidates the model cannot have grown."""
     architecture = architecture_of(model)
     for number, entry in reversed(list(enumerate(index.growth_history))):
         if (changed := entry.get("sparse")) is None:

@@ -17,7 +17,7 @@ from megatron_tf.state.sources import FreshSource, copy_in_slices
 
 
 def averaged(readers: Sequence[CheckpointReader]) -> FreshSource:
-    """The weights averaged over `readers`, nothing updated so far. Holds a bounded buffer of the state.
+    """The weights averaged over `readers`, with fresh optimizer states. Holds a bounded buffer of the state.
 
     CheckpointError when there are fewer than two, or when they are not of one model with one τ of each projection.
     """
@@ -42,7 +42,7 @@ def averaged(readers: Sequence[CheckpointReader]) -> FreshSource:
 
 
 def moving_average(reader: CheckpointReader) -> FreshSource:
-    """The average of the weights that optimizer.type adamw_ema keeps, nothing updated so far.
+    """The average of the weights that optimizer.type adamw_ema keeps, with fresh optimizer states.
 
     CheckpointError when the checkpoint holds none.
     """

@@ -17,11 +17,11 @@ _CHUNK_ELEMENTS = 4 * 2**20
 
 @dataclass(frozen=True)
 class StateDifference:
-    """How one state of one tensor differs.
+    """The difference of one state of one tensor.
 
-    `shapes`: of the first and the second checkpoint, None where it is missing.  `compared`: leading elements
-    that both have (a grown tensor has its old rows in front).  `unequal`: how many of them differ in bits.
-    `largest`: the largest absolute difference among them; NaN when a NaN stands against another value.
+    `shapes`: of the first and the second checkpoint, None where it is missing.  `compared`: the number of leading
+    elements that both have (a grown tensor has its old rows in front).  `unequal`: how many of them differ.
+    `largest`: the largest absolute difference among them; NaN when a NaN is compared with another value.
     """
 
     name: str
@@ -39,8 +39,8 @@ class StateDifference:
 def compare(first: CheckpointReader, second: CheckpointReader) -> Iterator[StateDifference]:
     """One `StateDifference` for each tensor and state that either checkpoint has, equal ones included.
 
-    When the one is grown from the other and deeper, its old layers are compared with what they were; a difference has
-    the name of the second checkpoint, where that has the tensor.
+    When one is grown from the other in depth, its old layers are compared with the layers that they were. A difference
+    has the name in the second checkpoint, if it has the tensor.
     """
     for names in _pairs(first.index, second.index):
         name = names[1] or names[0]
@@ -70,7 +70,7 @@ def _compare_range(
 
 
 def _pairs(first: CheckpointIndex, second: CheckpointIndex) -> Iterator[tuple[str, str]]:
-    """Tensors of both checkpoints that are one, or were before a growth moved it; "" where there is no other."""
+    """(Name in the first, name in the second) of each tensor, also if a growth has moved it; "" where it is missing."""
     moved = _moved(first, second)
     back = {old: new for new, old in _moved(second, first).items()}
     counterparts = {name: moved.get(name, back.get(name, "" if back else name)) for name in first.tensors}

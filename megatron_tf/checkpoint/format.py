@@ -3,7 +3,7 @@
 A checkpoint is one folder, `step_00001000/` (step, at least 8 digits):
 
     shard_00000.safetensors  ranges of fp32 state that rank 0 owned when it saved, and so on, a file a rank
-    index.json               what the checkpoint is, and where each range of each tensor lies
+    index.json               facts about the checkpoint, and the place of each range of each tensor
     manifest.json            length and checksum of every other file; written last
 
 It holds *logical* (unsharded, unpadded) tensors and knows no rank: any reader puts the ranges together again.
@@ -24,8 +24,8 @@ index.json
     adam_steps      {tensor: [[start, stop, steps], ...]}: how many times the optimizer has updated these elements; rows
                     that growth has added are younger than the others. Covers every tensor that has more than its weight
     tensors         {tensor: {"shape": [...], "states": {state: {"dtype": "float32", "pieces": [...]}}}}
-                    state: "weight" (fp32 master), and under the names that the optimizer declares what it keeps
-                    in addition, such as AdamW's "exp_avg" and "exp_avg_sq"; each tensor has the same states
+                    state: "weight" (fp32 master), and the states that the optimizer declares, by its names for them,
+                    such as AdamW's "exp_avg" and "exp_avg_sq"; each tensor has the same states
                     piece: [start, stop, file, key], elements [start, stop) of the flattened tensor are the flat
                     tensor `key` of `file`; the pieces of a state hold each of its elements exactly once
 
@@ -39,7 +39,7 @@ shard_NNNNN.safetensors: the safetensors format; flat float32 little-endian tens
     with the keys "<tensor>/<state>/<start>"
 
 While a save is under way, the folder is called `.tmp-step_00001000-<token>` and holds for each rank also
-shard_NNNNN.json, the rank's part, which vanishes when all parts have come together in the index:
+shard_NNNNN.json, the rank's part, which is deleted when the index has been written from all parts:
     rank    of the writer
     error   null, or why this rank could not write; then the other fields are empty
     file    null (this rank owned nothing) or the name of its shard, with its `bytes` and `xxh3_128`
@@ -96,7 +96,7 @@ class StoredPiece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """`shape`: logical shape.  `states`: where the pieces of each state lie; before a save, without pieces."""
+    """`shape`: logical shape.  `states`: the pieces of each state, in ascending order; empty before a save."""
 
     shape: tuple[int, ...]
     states: Mapping[str, tuple[StoredPiece, ...]]
@@ -107,13 +107,13 @@ class StoredTensor:
 
 
 def expected_tensors(shapes: Mapping[str, tuple[int, ...]], states: Iterable[str] = STATES) -> dict[str, StoredTensor]:
-    """What a save must bring together: these tensors, each with all of `states`, no pieces yet."""
+    """The tensors that a save must contain, each with all of `states` and without pieces yet."""
     return {name: StoredTensor(tuple(shape), {state: () for state in states}) for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """index.json; the module's docstring says what each field means."""
+    """index.json. The module's docstring describes each field."""
 
     step: int
     samples: int
@@ -149,7 +149,7 @@ class CheckpointIndex:
         return tuple(state for state in (kept[0] if kept else ()) if all(state in states for states in kept))
 
     def problems(self) -> list[str]:
-        """Every element that is not held exactly once, of every state and of the step counts."""
+        """A problem for each state, and for the step counts, in which an element is missing or there twice."""
         problems = []
         for name, tensor in self.tensors.items():
             for state, pieces in tensor.states.items():
@@ -224,7 +224,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json; the module's docstring says what each field means."""
+    """manifest.json. The module's docstring describes each field."""
 
     token: str
     files: Mapping[str, StoredFile]
@@ -292,7 +292,7 @@ class RankContribution:
 
 
 def encode(file: str, value: Any) -> bytes:
-    """JSON bytes. NaN and infinity have no JSON form and would make a file that nobody can read."""
+    """JSON bytes. NaN and infinity are refused, because they have no JSON form and the file could not be read."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""One call for everyone who only wants the weights."""
+"""One call that loads only the weights of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoints a folder holds: the newest good one, and which old ones may go."""
+"""The checkpoints in a folder: finding the newest good one, and deleting old ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Report = Callable[[str], object]  # takes a sentence about what could not be del
 
 
 def refuse(problem: str) -> NoReturn:
-    """The `Report` of those for whom a leftover is an error."""
+    """A `Report` that raises the problem as an error."""
     raise CheckpointError(problem)
 
 
@@ -57,13 +57,13 @@ ALONE = Ranks()
 
 
 def find_latest(root: Path | str, *, verify: bool, ranks: Ranks = ALONE) -> tuple[Path | None, Skipped]:
-    """The newest valid checkpoint in the folder `root`, and what was passed over, each with its reason.
+    """(The newest valid checkpoint in the folder `root`, those that were passed over, with reasons).
 
-    Newest is the highest step inside, whatever a folder is called. `verify` also compares the checksums of
-    all its bytes, which reads it whole; without it a flipped byte in a shard goes unnoticed.
+    The newest is the one with the highest step in its index; names do not count. `verify` also compares the checksums
+    of all its bytes, which reads it whole; without it a flipped byte in a shard goes unnoticed.
     `ranks` share that reading; all of them call this together and get the same answer.
-    A link is followed; one that leads nowhere is among what was passed over.
-    UnreadableError when one that may be the newest cannot be read, whole or not: nothing older is taken then.
+    Links are followed; a broken one is passed over.
+    UnreadableError when one that may be the newest cannot be read: an older one is then not taken in its place.
     """
     candidates, skipped = from_first(lambda: _candidates(Path(root)), ranks)
     for number, (path, error) in enumerate(candidates, 1):
@@ -83,7 +83,7 @@ def find_latest(root: Path | str, *, verify: bool, ranks: Ranks = ALONE) -> tupl
 def verify_checkpoint(path: Path | str, ranks: Ranks = ALONE) -> None:
     """Compare all checksums of the checkpoint `path`; `ranks` share the reading, and all raise the same.
 
-    CheckpointError names every broken file, UnreadableError one that the system does not give out.
+    CheckpointError names every broken file, UnreadableError one that cannot be read.
     """
     if error := _verify(Path(path), ranks):
         raise error
@@ -92,8 +92,8 @@ def verify_checkpoint(path: Path | str, ranks: Ranks = ALONE) -> None:
 def resolve(path: Path | str, ranks: Ranks = ALONE) -> Path:
     """The checkpoint that a user means by `path`: a checkpoint, or the newest valid one of a checkpoints or run folder.
 
-    One of `ranks` looks, and all of them get its answer, or its CheckpointError: there is none, with the reason for
-    each that was passed over. It warns of broken ones that are newer than what it takes.
+    One of `ranks` looks, and all of them get its answer. CheckpointError when there is none, with the reason for each
+    that was passed over. Warns of broken ones that are newer than the one it takes.
     """
     return from_first(lambda: find_checkpoint(path)[0], ranks)
 
@@ -125,7 +125,7 @@ def find_checkpoint(path: Path | str) -> tuple[Path, list[str]]:
 
 @cache
 def _warn_once(text: str) -> None:
-    """A command may look for the same checkpoint several times."""
+    """Warns of `text` only the first time, because a command may look for the same checkpoint several times."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -135,9 +135,8 @@ def prune(
     """Delete all but the newest `keep_last` good checkpoints of `root`; returns what was deleted.
 
     A checkpoint counts as kept only when all its checksums are right, so that a damaged newest one never
-    makes the last good one disposable. Damaged and unreadable ones are left for the user to see, and those that a decay
-    began with stay and do not count.
-    Of a checkpoint that lies elsewhere only the link to it is deleted.
+    makes the last good one disposable. Damaged and unreadable ones are left for the user to see. Those from before a
+    decay stay and do not count. If an entry is a link, only the link is deleted.
     `known`: whether checkpoints, by resolved path, are good, for those that this process has written or verified;
     they are not read again, and what is read now is added.
     `report`: told of each that cannot be deleted; the others are deleted all the same.
@@ -166,7 +165,7 @@ def prune(
 
 
 def clear_leftovers(root: Path | str, but: str | None = None, report: Report = refuse) -> None:
-    """Remove what saves and deletions that were cut off have left in `root`; put back what one of them had set aside.
+    """Remove the remains of interrupted saves and deletions in `root`, and restore a checkpoint that was set aside.
 
     `but`: the token of a save that is under way. `report`: told of each that cannot be removed, such as another user's.
     """
@@ -189,7 +188,7 @@ def clear_leftovers(root: Path | str, but: str | None = None, report: Report = r
 def remove(path: Path) -> None:
     """Remove a file, a folder with all that is in it, or a link but not what it leads to.
 
-    Of what cannot be removed whole, as much as possible goes before the OSError.
+    If a part cannot be removed, everything else is removed before OSError is raised.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
@@ -203,8 +202,8 @@ def remove(path: Path) -> None:
 
 
 def _candidates(root: Path) -> tuple[list[tuple[Path, CheckpointError | None]], Skipped]:
-    """What may be the newest good checkpoint, newest first, some of them unreadable; and what is broken, with
-    reasons."""
+    """(Checkpoints that may be the newest good one, newest first, with the error of unreadable ones; broken ones, with
+    reasons)."""
     readers, failures = _survey(root)
     unreadable = [(path, error) for path, error in failures if isinstance(error, UnreadableError)]
     broken = [(path, _problem(error)) for path, error in failures if not isinstance(error, UnreadableError)]
@@ -217,7 +216,7 @@ def _candidates(root: Path) -> tuple[list[tuple[Path, CheckpointError | None]], 
 
 
 def _survey(root: Path) -> tuple[list[CheckpointReader], list[tuple[Path, CheckpointError]]]:
-    """Every checkpoint that opens, newest first, and those that do not, with the reason."""
+    """(Every checkpoint that can be opened, newest first; those that cannot, with reasons)."""
     readers: list[CheckpointReader] = []
     failures: list[tuple[Path, CheckpointError]] = []
     for folder in _entries(root):
@@ -269,12 +268,12 @@ def _looks_like_checkpoint(folder: Path) -> bool:
     try:
         holds_one = os.path.lexists(folder / MANIFEST_NAME) or os.path.lexists(folder / INDEX_NAME)
         return folder.is_dir() and (named or holds_one)
-    except OSError:  # no look inside: then the name decides, and a stranger's folder (lost+found) is not our business
+    except OSError:  # not readable, so the name decides: other folders, such as lost+found, must be ignored
         return named
 
 
 def _named_step(entry: Path) -> float:
-    """The step in the name of what cannot be read, or of what a link leads to."""
+    """The step in the name of an unreadable checkpoint, or of the target of a link."""
     names = (entry.name, os.path.basename(os.readlink(entry))) if entry.is_symlink() else (entry.name,)
     for name in names:
         digits = name.removeprefix(STEP_PREFIX)
@@ -284,7 +283,7 @@ def _named_step(entry: Path) -> float:
 
 
 def _verify(path: Path, ranks: Ranks) -> CheckpointError | None:
-    """What is wrong with a checkpoint, as all ranks found together; None when nothing is.
+    """The problem of a checkpoint, as found by all ranks together; None when it is good.
 
     DisagreementError when nodes have different checkpoints of that name: each rank would load parts of its own.
     """
@@ -317,12 +316,12 @@ def _check_one_checkpoint(path: Path, found: Sequence[tuple[str, str]]) -> None:
 
 
 def _problem(error: CheckpointError) -> str:
-    """For a list, which has one remedy for all of its lines."""
+    """The error without its remedy, for a list with one remedy for all lines."""
     return error.problem if isinstance(error, DamagedError) else str(error)
 
 
 def from_first(work: Callable[[], T], ranks: Ranks) -> T:
-    """The first rank's result, or its CheckpointError, on all of them: a folder may look different from elsewhere."""
+    """The first rank's result, or its CheckpointError, on all ranks, because nodes may see a folder differently."""
     outcome: Any = None
     if ranks.rank == 0:
         try:
@@ -336,7 +335,7 @@ def from_first(work: Callable[[], T], ranks: Ranks) -> T:
 
 
 def _delete(entry: Path) -> None:
-    """Take the name away first: a deletion that is cut off leaves nothing that looks like a broken checkpoint."""
+    """Rename before deleting, so that an interrupted deletion leaves nothing that looks like a broken checkpoint."""
     if entry.is_symlink():
         entry.unlink()
         return

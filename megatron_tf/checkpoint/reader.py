@@ -1,4 +1,4 @@
-"""Reading checkpoints: what is valid, and any range of any state, whatever layout wrote it."""
+"""Reading checkpoints: validation, and any range of any state, whatever layout wrote it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_tf.errors import CheckpointError, DamagedError, shown
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.ranges import RangeMap
 
-# Far beyond those of any model on any number of ranks: what is larger is no such file.
+# Far beyond the index of any model on any number of ranks: a larger file is not an index.
 _LARGEST_INDEX = 2**30
 _LARGEST_MANIFEST = 2**26
 

@@ -1,9 +1,7 @@
-"""What the objects inside an index may hold, as types and ranges: the history of growths, the data, the state of the
-run.
+"""Types and ranges of the objects inside an index: the history of growths, the data, the state of the run.
+Other packages write and read them. A checkpoint that was changed by hand can have right checksums, so everything is
 
-They are written by other packages and read by them again. A checkpoint that somebody changed can have right checksums,
-so nothing in it is used before it has passed here. Fields that are not known are let through: a later version may add
-some.
+checked here before it is used. Unknown fields are accepted, because a later version may add some.
 """
 
 from __future__ import annotations
@@ -138,7 +136,7 @@ class _Folder(_Record):
 
 
 class _Event(_Record):
-    """What happened to a run: it took its weights from `source`, or was resumed with `changes` of its configuration,
+    """An event of a run: it took its weights from `source`, or was resumed with `changes` of its configuration,
     [before, now] by key."""
 
     event: Text
@@ -149,7 +147,7 @@ class _Event(_Record):
 
 
 class _RunState(_Record):
-    """What a run resumes with besides its tensors. The loss scaler's fields are under DeepSpeed's names.
+    """The state that a run resumes from besides its tensors. The loss scaler's fields have DeepSpeed's names.
 
     `settings`: every key of the configuration with its value as text.  `history`: events, oldest first.
     """

@@ -1,7 +1,7 @@
-"""Writing the checkpoint that a run begins from without ever holding it: each range is computed while it is written.
+"""Writing a checkpoint at step 0 without holding it in memory: each range is computed while it is written.
 
-So a grown, pruned or imported model becomes step 0 of an ordinary run. A grown one is what the trainer would begin
-with: the same growth, from the same functions.
+So a grown, pruned or imported model becomes step 0 of an ordinary run. A grown one equals the one that the trainer
+would begin with, because both use the same functions.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ FIRST_STEP = 0
 
 
 def checkpoint_bytes(model: Model, states: Sequence[str] = STATES) -> int:
-    """Bytes of a model's weights, and of what an optimizer keeps in addition, in a checkpoint."""
+    """Bytes of a model's `states` in a checkpoint: weights, and those of an optimizer."""
     return sum(spec.numel for spec in parameter_table(model).values()) * len(states) * BYTES_PER_ELEMENT
 
 
 def target_folder(path: Path | str) -> Path:
     """The folder that `path` means and that will hold the checkpoint: a run's folder means its checkpoints folder.
 
-    CheckpointError when it holds anything already: a run would resume from one of the two, and nobody could tell which.
+    CheckpointError when it holds anything already, because it would not be clear which one a run resumes from.
     """
     root = Path(path)
     if root.name.startswith(STEP_PREFIX):
@@ -105,7 +105,7 @@ def write_step_zero(
         clear_leftovers(root, report=_warn)
         _check_space(root, checkpoint_bytes(model, start.states))
         return save_checkpoint(root, pieces, index, rank=0, world_size=1, token=secrets.token_hex(4))
-    except KeyboardInterrupt:  # many gigabytes that nobody would look for under a hidden name
+    except KeyboardInterrupt:  # else many gigabytes would stay under a hidden name
         clear_leftovers(root, report=_warn)
         raise
 

@@ -1,4 +1,4 @@
-"""JSON that is not trusted: every missing, unknown, duplicate or mistyped field is named with its file."""
+"""Reading untrusted JSON: every missing, unknown, duplicate or mistyped field is reported with its file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class NotJsonError(ValueError):
-    """Text that is no JSON, or not JSON that means one thing."""
+    """The text is not JSON, or is ambiguous, such as with duplicate fields."""
 
 
 def parse_json(text: bytes, *, finite: bool = True) -> Any:
