@@ -11,7 +11,11 @@ TOKENS = "parameter_tokens."
 
 
 def differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value in each) wherever they differ; of two architectures, only keys that mean something in both."""
+    """(key, value in each) wherever they differ; of two architectures, only keys that mean something in both; of two
+    tasks, the task alone, from which the rest follows."""
+    if first.task != second.task:
+        yield "task", first.task, second.task
+        return
     one, other = (_flatten(model.model_dump(exclude_none=True)) for model in (first, second))
     alike = first.architecture == second.architecture
     for key in {**one, **other} if alike else other:

@@ -52,6 +52,11 @@ def growth_problems(old: Model, new: Model, growth: Growth = DEFAULTS) -> list[s
             f"model.architecture: {old.architecture} before, {new.architecture} after. Growth keeps the architecture: "
             "train the new one from scratch, without growth."
         ]
+    if old.task != new.task:
+        return [
+            f"model.task: {old.task} before, {new.task} after. Growth keeps the task: give a smaller model of the same "
+            "task, or train the new one from scratch, without growth."
+        ]
     own = [axis for axis in axes() if axis.serves(old)]
     *several, last = (axis.changes for axis in own)
     changes = f"{', '.join(several)} and {last}"

@@ -12,7 +12,7 @@ import torch
 from megatron_tf.convert.huggingface.importing import is_export, stored_classes
 from megatron_tf.data.images.augment import seen
 from megatron_tf.data.images.decode import BadImage, opened, upright
-from megatron_tf.data.images.readers import read_names
+from megatron_tf.data.images.readers import image_file, read_names
 from megatron_tf.data.images.summary import read_image_summary
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
@@ -72,8 +72,7 @@ def probabilities(model: TokenFormer, files: Sequence[Path]) -> Iterator[np.ndar
 
 def _read(file: Path, image: Image) -> np.ndarray:
     """uint8 [c, size, size], as in an evaluation, after EXIF has turned it."""
-    with file_errors(UserError, file, "Give files of images."):
-        content = file.read_bytes()
+    content = image_file(UserError, file, "Give files of images.")
     try:
         picture = opened(content)
         return seen(upright(picture) or picture, image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,8 @@ def test_refusals(run, tmp_path):
     assert_refused(
         tool("classify_images", run, image, "--classes", tmp_path / "names"), "names 2 classes, the model tells 5"
     )
+    os.mkfifo(tmp_path / "waits.png")
+    assert_refused(tool("classify_images", run, tmp_path / "waits.png"), "waits.png: is a FIFO, where a file is exp")
     assert_refused(tool("classify_images", tmp_path / "nosuch", image), "a checkpoint or an export")
     text = write_run(tmp_path / "text", run_config())
     wrong = tool("convert_checkpoint", "to-hf", text, "--to", tmp_path / "other", "--classes", tmp_path / "names")

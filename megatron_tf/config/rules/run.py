@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.fields import Section
 from megatron_tf.config.rules.batch import length_problems
 from megatron_tf.config.run_plan import steps_to_train
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import TASKS, task_of
+
+
+def _given(key: str, value: object) -> Iterator[str]:
+    """key: value, of a section each key that has another value than its default."""
+    if not isinstance(value, Section):
+        yield f"{key}: {value}"
+        return
+    for name, field in type(value).model_fields.items():
+        own = getattr(value, name)
+        if own != field.get_default(call_default_factory=True):
+            yield from _given(f"{key}.{name}", own)
 
 
 def task_problems(config: RunConfig) -> Iterator[str]:
@@ -19,7 +31,8 @@ def task_problems(config: RunConfig) -> Iterator[str]:
             value = getattr(getattr(config, section), name)
             default = type(getattr(config, section)).model_fields[name].get_default()
             if key not in own.own_keys and value != default:
-                yield f"{key}: {value} means nothing to the task {task}. Remove it, or set model.task to {owner}."
+                given = ", ".join(_given(key, value))
+                yield f"{given} means nothing to the task {task}. Remove it, or set model.task to {owner}."
     yield from own.run_problems(config)
 
 

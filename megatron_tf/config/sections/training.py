@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_tf.config.fields import Beta, Count, Fraction, NonNegative, Path, Positive, Section, TotalCount
+from megatron_tf.config.fields import Beta, Count, NonNegative, Path, Positive, Section, TotalCount
 
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
 Norm = Literal["auto", "direct", "gram"]
@@ -64,7 +64,7 @@ class Training(Section):
     """Steps to record with torch's profiler."""
     drop_path: Beta = 0.0
     """[share] Samples that skip a residual branch of the last block; it falls to 0 at the first block. Since 0.2."""
-    label_smoothing: Fraction = 0.0
+    label_smoothing: Beta = 0.0
     """[share] Part of each target that is spread evenly over all classes. Since 0.2."""
     init_from: Path | None = None
     """Run folder, checkpoint or export. A new run begins with its weights instead of random ones; all else is fresh."""

@@ -26,6 +26,8 @@ def opened(content: bytes) -> Image:
         from PIL import Image
     except ModuleNotFoundError:
         raise UserError("Pillow is missing, which reads images. pip install 'megatron_tf[images]' brings it.") from None
+    if not content:
+        raise BadImage("the file is empty")
     try:
         image = Image.open(io.BytesIO(content))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -92,4 +94,5 @@ def _in_8_bits(image: Image) -> Image:
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()).replace(" <_io.BytesIO object", "").split(" at 0x")[0] or type(error).__name__
+    text = " ".join(str(error).split()).replace(" <_io.BytesIO object", "").split(" at 0x")[0]
+    return text.rstrip(".") or type(error).__name__

@@ -105,7 +105,8 @@ def plan_images(settings: ImageSettings, progress: ProgressDisplay) -> ImagePrep
         files, classes, read, state = _of_folders(top, known)
         inputs: Sequence[Path] = (top,)
     else:
-        inputs = files = find_inputs(settings.inputs, progress.note)
+        _check_one_folder(settings.inputs)
+        inputs = files = find_inputs(settings.inputs, progress.note, ending=".tar")
         classes, read, state = _of_files(files, known)
     changes = _Changes(settings.shortest_side, settings.ignore_orientation, settings.validation_fraction)
     parts = plan_parts(settings.output_prefix, files, ["images 1", vars(changes), classes, state])
@@ -121,6 +122,16 @@ def plan_images(settings: ImageSettings, progress: ProgressDisplay) -> ImagePrep
     return work
 
 
+def _check_one_folder(inputs: Sequence[str]) -> None:
+    """DataError for a folder among several inputs."""
+    folder = next((name for name in inputs if os.path.isdir(name)), None)
+    if folder is not None:
+        raise DataError(
+            f"{folder}: is a folder, and {len(inputs)} inputs are given. Give one folder with a folder for each class, "
+            "or files and globs alone."
+        )
+
+
 def _known_classes(settings: ImageSettings) -> tuple[str, ...] | None:
     """The classes as the settings give them."""
     if settings.classes_from is not None:
@@ -133,9 +144,10 @@ def _known_classes(settings: ImageSettings) -> tuple[str, ...] | None:
     else:
         names = read_names(Path(settings.classes))
     if not 2 <= len(names) <= MOST_CLASSES:
+        given = "" if settings.classes.isdecimal() else f", and the file names {len(names):,}"
         raise DataError(
-            f"--classes: {settings.classes}: 2 to {MOST_CLASSES:,} classes can be told apart. Give how many there are, "
-            "or a file with one name a line."
+            f"--classes: {settings.classes}: 2 to {MOST_CLASSES:,} classes can be told apart{given}. Give how many "
+            "there are, or a file with one name a line."
         )
     return names
 

@@ -20,11 +20,13 @@ import numpy as np
 from megatron_tf.data.images.decode import BadImage, opened, png
 from megatron_tf.data.images.source import LABEL
 from megatron_tf.data.preparation.record_types import BadRecord, RawRecord, bad_raw
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.durable import open_plain, read_plain
+from megatron_tf.errors import DataError, UserError, file_errors
 from megatron_tf.text_files import read_text_file
 
 IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801
 LABEL_SUFFIX = ".cls"
+MOST_IMAGE_BYTES = 1 << 30
 NAMED = 8  # folders, in a message
 NOT_IMAGES = (".json", ".txt")  # members of a tar that go with an image
 REMEDY = "Make it readable, or leave it out."
@@ -35,8 +37,7 @@ def folder_records(
 ) -> Iterator[RawRecord]:
     """Each file is an image. `classes`: folder -> number of its class."""
     for path in paths:
-        with file_errors(DataError, path, REMEDY):
-            content = path.read_bytes()
+        content = image_file(DataError, path, REMEDY)
         on_read(len(content))
         label = next(classes[str(parent)] for parent in path.parents if str(parent) in classes)
         yield _record(str(path), 1, label, content)
@@ -47,7 +48,10 @@ def idx_records(paths: Iterable[Path], *, num_classes: int, on_read: Callable[[i
     for path in paths:
         images, labels = read_idx(path, IMAGES_MAGIC), read_labels(path)
         if len(images) != len(labels):
-            raise DataError(f"{path}: has {len(images)} images, {labels_file(path)} has {len(labels)} labels.")
+            raise DataError(
+                f"{path}: has {len(images)} images, {labels_file(path)} has {len(labels)} labels. Copy both files of "
+                "one data set."
+            )
         for number, (image, label) in enumerate(zip(images, labels.tolist()), 1):
             yield _checked(str(path), number, label, num_classes, partial(png, image))
         on_read(os.stat(path).st_size)
@@ -125,19 +129,24 @@ def is_idx(path: Path) -> bool:
 
 def read_idx(path: Path, magic: int) -> np.ndarray:
     """uint8 [n, h, w] or [n]. DataError for what is no such file, or breaks off."""
-    try:
-        with file_errors(DataError, path, REMEDY), _plain(path) as file:
+    with file_errors(DataError, path, REMEDY), _plain(path) as file:
+        try:
             content = file.read()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: is damaged ({error}). Copy it again.") from None
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{path}: is damaged ({error}). Copy it again.") from None
     axes = magic & 0xFF
     start = 4 + 4 * axes
     if len(content) < start or content[:4] != magic.to_bytes(4, "big"):
         kind = "images" if magic == IMAGES_MAGIC else "labels"
-        raise DataError(f"{path}: is no file of {kind} of the MNIST family: it begins with {content[:4].hex()}.")
+        found = f"begins with {content[:4].hex()}" if content else "is empty"
+        raise DataError(
+            f"{path}: is no file of {kind} of the MNIST family: it {found}, and {magic:08x} is expected. Copy it again."
+        )
     shape = struct.unpack(f">{axes}I", content[4:start])
     if len(content) - start != np.prod(shape, dtype=np.int64):
         raise DataError(f"{path}: says it is {list(shape)}, but {len(content) - start} bytes follow. Copy it again.")
+    if 0 in shape[1:]:
+        raise DataError(f"{path}: says it is {list(shape)}, so its images have no pixels. Copy it again.")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
@@ -158,8 +167,15 @@ def labels_file(path: Path) -> Path:
     return path.with_name(name)
 
 
+def image_file(kind: type[UserError], path: Path, remedy: str) -> bytes:
+    """The content of a file that should be an image. A `kind` for what cannot be read, or is no file: a FIFO would
+    keep its reader waiting."""
+    with file_errors(kind, path, remedy):
+        return read_plain(path, MOST_IMAGE_BYTES)
+
+
 def _plain(path: Path) -> IO[bytes]:
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         packed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path, "rb") if packed else open(path, "rb")  # type: ignore[return-value]
 
@@ -176,6 +192,8 @@ def class_folders(top: Path) -> dict[str, list[Path]]:
             f"{loose[0]}: is in no class; each image stands in a folder that is named after its class. Move it, or "
             "give another folder."
         )
+    for entry in entries:
+        _check_leads_on(str(entry))
     found = {entry.name: list(_files_below(entry)) for entry in entries}
     empty = [str(top / name) for name, files in found.items() if not any(map(_is_image, files))]
     if empty:
@@ -191,8 +209,7 @@ def class_folders(top: Path) -> dict[str, list[Path]]:
 
 
 def _is_image(path: Path) -> bool:
-    with file_errors(DataError, path, REMEDY):
-        content = path.read_bytes()
+    content = image_file(DataError, path, REMEDY)
     try:
         opened(content)
     except BadImage:
@@ -203,7 +220,20 @@ def _is_image(path: Path) -> bool:
 def _files_below(folder: Path) -> Iterator[Path]:
     for where, below, names in os.walk(folder, onerror=_raise, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in below:
+            _check_leads_on(os.path.join(where, name))
         yield from (Path(where, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _check_leads_on(path: str) -> None:
+    """DataError for a link to a folder that it stands in: its files would be found over and over."""
+    if not os.path.islink(path):
+        return
+    above = Path(path).absolute().parents
+    if os.path.realpath(path) in map(os.path.realpath, above):
+        raise DataError(
+            f"{path}: is a link to {os.readlink(path)}, a folder that it stands in itself. Remove the link."
+        )
 
 
 def _raise(error: OSError) -> None:

@@ -34,12 +34,14 @@ def find_inputs(
     patterns: Iterable[str],
     note: Callable[[str], None] = lambda text: None,
     is_output: Callable[[str], bool] = lambda name: False,
+    ending: str = ".jsonl",
 ) -> list[Path]:
     """Files and globs (`**` included) to files, each once, those of a glob in alphabetical order.
 
     Links are followed. A file that several names lead to, hard links included, is read under one of them, and `note` is
-    told. A glob does not match what `is_output` says the caller wrote. Raises `DataError` for a pattern that matches
-    nothing, for a link that leads nowhere, and for what is no file or cannot be looked at.
+    told. A glob does not match what `is_output` says the caller wrote. Messages name files with `ending` as examples.
+    Raises `DataError` for a pattern that matches nothing, for a link that leads nowhere, and for what is no file or
+    cannot be looked at.
     """
     found: dict[Identity, str] = {}
     repeated: list[tuple[str, str]] = []
@@ -50,7 +52,7 @@ def find_inputs(
             raise DataError(f"{pattern}: no such file. Correct the path, or quote a glob so that it arrives whole.")
         chosen: dict[Identity, str] = {}
         for name in sorted(names, key=_preference):
-            identity = _identity(name, pattern)
+            identity = _identity(name, pattern, ending)
             if (known := found.get(identity, chosen.get(identity))) is None:
                 chosen[identity] = name
             else:
@@ -68,7 +70,7 @@ def _preference(name: str) -> tuple[bool, bool, str]:
     return kind_by_name(name) is None, os.path.islink(name), name
 
 
-def _identity(name: str, pattern: str) -> Identity:
+def _identity(name: str, pattern: str, ending: str) -> Identity:
     """What tells a file from others, whatever its name. Raises `DataError` for what is no file."""
     with file_errors(DataError, name, REMEDY):
         status = os.stat(name)
@@ -77,7 +79,7 @@ def _identity(name: str, pattern: str) -> Identity:
         folder = name.rstrip("/")
         raise DataError(
             f"{name}: is no file, but a folder{origin}. Name the files in a folder as a quoted glob: "
-            f"'{folder}/*.jsonl', or '{folder}/**/*.jsonl' with those of the folders below it."
+            f"'{folder}/*{ending}', or '{folder}/**/*{ending}' with those of the folders below it."
         )
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{name}: is no file, but a FIFO, a socket or a device. Write what it gives into a file first.")

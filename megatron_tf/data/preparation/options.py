@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_tf.arguments import input_path, text_path
+from megatron_tf.arguments import input_path, text_path, whole_number
 
 
 def add_preparation_options(
@@ -18,7 +18,7 @@ def add_preparation_options(
     add = parser.add_argument
     add("--input", type=input_path, nargs="+", required=True, metavar=metavar, help=inputs)
     add("--output-prefix", type=text_path, required=True, metavar="PREFIX", help="path of the output without suffix")
-    add("--workers", type=int, default=1, metavar="N", help=f"processes that {does} (default: 1)")
+    add("--workers", type=whole_number(4096), default=1, metavar="N", help=f"processes that {does} (default: 1)")
     either = f"{bad} ends the run (default), or is named, counted and left out"
     add("--on-error", choices=("stop", "skip"), default="stop", help=either)
     split = f"hold out this share of the {things}, chosen by hash: writes PREFIX_train and PREFIX_validation"

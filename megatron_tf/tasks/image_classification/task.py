@@ -135,6 +135,12 @@ class ImageClassification(Task):
                 f"training.micro_batch_size: {micro} is odd, but mixup and cutmix mix pairs of neighbours. Set it to "
                 "an even number, or remove data.augmentation.mixup and cutmix."
             )
+        size = image_of(config.model).size
+        if augmentation.shift >= size:
+            yield (
+                f"data.augmentation.shift: {augmentation.shift} pixels move images of model.image.size {size} out of "
+                f"sight. Set it to at most {size - 1}; an eighth would be {size // 8}."
+            )
         for name in ("crop_scale", "crop_ratio"):
             span = getattr(augmentation, name)
             if span is not None and not 0 < span[0] <= span[1]:

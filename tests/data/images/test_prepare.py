@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import struct
 import sys
 import tarfile
@@ -245,6 +246,8 @@ def test_classes_that_cannot_be(folder, tmp_path, given):
     classes = str(names) if given == "names" else given
     with pytest.raises(DataError, match=f"--classes: {classes}: 2 to 1,000,000 classes can be told apart"):
         prepare(folder, tmp_path / "x", classes=classes)
+    with pytest.raises(DataError, match="names: 2 to 1,000,000 classes can be told apart, and the file names 1. Give"):
+        prepare(folder, tmp_path / "x", classes=str(names))
     names.write_bytes(b"\x89PNG")
     with pytest.raises(DataError, match="names: byte 0 is not UTF-8 text"):
         prepare(folder, tmp_path / "x", classes=str(names))
@@ -270,6 +273,78 @@ def test_files_that_are_refused(tmp_path):
     names.write_text("a\nb\na\n")
     with pytest.raises(DataError, match="names 'a' twice"):
         prepare(images, tmp_path / "x", classes=str(names))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (struct.pack(">4I", 0x803, 6, 0, 6), None, r"t-images-idx3-ubyte: says it is \[6, 0, 6\], .* no pixels. Copy"),
+        (None, b"", "t-labels-idx1-ubyte: .* MNIST family: it is empty, and 00000801 is expected. Copy it again"),
+        (None, b"\0\0\x08\x03", "t-labels-idx1-ubyte: .* it begins with 00000803, and 00000801 is expected. Copy"),
+        (None, struct.pack(">2I", 0x801, 2) + b"\0\1", "has 6 images, .* has 2 labels. Copy both files of one data"),
+    ],
+)
+def test_files_of_the_mnist_family_that_are_damaged(tmp_path, images, labels, message):
+    path = write_idx(tmp_path / "in")
+    if images is not None:
+        path.write_bytes(images)
+    if labels is not None:
+        (tmp_path / "in" / "t-labels-idx1-ubyte").write_bytes(labels)
+    with pytest.raises(DataError, match=message):
+        prepare(path, tmp_path / "x")
+    assert not list(tmp_path.glob("x*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "checksum", "content"])
+def test_a_packed_file_that_is_damaged(tmp_path, damage):
+    path = write_idx(tmp_path / "in", packed=True)
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        del content[len(content) // 2 :]
+    else:
+        content[-8 if damage == "checksum" else len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"t-images-idx3-ubyte.gz: is damaged \(.*\). Copy it again"):
+        prepare(path, tmp_path / "x")
+
+
+def test_links_to_folders(folder, tmp_path):
+    """One that leads back was followed until the system refused, and two of them would have taken years."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "7.png").write_bytes(png(IMAGES[0]))
+    (folder / "ape" / "link").symlink_to(tmp_path / "more")
+    assert prepare(folder, tmp_path / "x")[0][str(tmp_path / "x")].images == 7
+    for place, target in ((folder / "ape" / "back", ".."), (folder / "back", "."), (folder / "bee" / "up", tmp_path)):
+        place.symlink_to(target)
+        with pytest.raises(DataError, match=f"{place}: is a link to {target}, a folder that it stands in itself. Rem"):
+            prepare(folder, tmp_path / "y")
+        place.unlink()
+    (folder / "ape" / "other").symlink_to("../bee")
+    (folder / "bee" / "other").symlink_to("../ape")
+    with pytest.raises(DataError, match="ape/other/other: is a link to ../ape, a folder that it stands in itself"):
+        prepare(folder, tmp_path / "y")
+
+
+def test_what_is_no_file_keeps_nobody_waiting(folder, tmp_path):
+    os.mkfifo(folder / "ape" / "0.png")
+    with pytest.raises(DataError, match="0.png: is a FIFO, where a file is expected"):
+        prepare(folder, tmp_path / "x")
+    path = write_idx(tmp_path / "idx")
+    (tmp_path / "idx" / "t-labels-idx1-ubyte").unlink()
+    os.mkfifo(tmp_path / "idx" / "t-labels-idx1-ubyte")
+    with pytest.raises(DataError, match="t-labels-idx1-ubyte: is a FIFO, where a file is expected"):
+        prepare(path, tmp_path / "x")
+
+
+def test_an_empty_file_is_said_to_be_empty(folder, tmp_path):
+    (folder / "ape" / "9.png").touch()
+    with pytest.raises(DataError, match="9.png:1: the file is empty. Correct or remove the record"):
+        prepare(folder, tmp_path / "x")
+
+
+def test_one_folder_stands_alone(folder, tmp_path):
+    with pytest.raises(DataError, match="in: is a folder, and 2 inputs are given. Give one folder with a folder for"):
+        prepare([write_tar(tmp_path / "s.tar", {"1.png": b""}), folder], tmp_path / "x", classes="2")
 
 
 def test_without_pillow_it_says_what_to_install(folder, tmp_path, monkeypatch):

@@ -9,10 +9,12 @@ import pytest
 from images import image_config
 
 from megatron_tf.config import load_config
+from megatron_tf.config.differences import differing
 from megatron_tf.config.load import dump_config
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
+from megatron_tf.growth.rules import growth_problems
 from megatron_tf.tasks.image_classification.section import image_of
 
 
@@ -51,6 +53,9 @@ def test_normalisation_is_imagenets_for_colours_and_one_half_for_grey():
         ("model.vocab_size=99", "a classifier of images has model.image instead. Remove it, or set model.task to lang"),
         ("data.eod_id=0", "data.eod_id: 0 means nothing to the task image_classification"),
         ("data.augmentation.crop_scale=[0.5,0.1]", "data.augmentation.crop_scale: [0.5, 0.1] is no range"),
+        ("data.augmentation.shift=6",
+         "data.augmentation.shift: 6 pixels move images of model.image.size 6 out of sight. Set it to at most 5"),
+        ("training.label_smoothing=1", "training.label_smoothing: 1 is out of range. It must be less than 1."),
         ("data.augmentation.mixup=0.8 training.micro_batch_size=1", "training.micro_batch_size: 1 is odd, but mixup"),
         ("parallel.tensor=4 parallel.sequence=true", "Set model.image.pooling to mean, which leaves 4 positions"),
         ("parallel.tensor=8", "model.image.classes: 5 rows cannot be split over parallel.tensor 8"),
@@ -67,9 +72,31 @@ def test_refusals(tmp_path, override, message):
     assert "seq_length: missing" not in str(error.value)
 
 
+def test_of_a_section_the_keys_that_mean_nothing_are_named():
+    from tiny import run_config
+
+    config = run_config(data={"augmentation": {"shift": 2, "rand_augment": {"magnitude": 5}}})
+    message = "data.augmentation.shift: 2, data.augmentation.rand_augment.magnitude: 5.0 means nothing to the task lang"
+    with pytest.raises(ConfigError, match=message):
+        validate(config, 1)
+
+
 def test_settings_of_images_mean_nothing_to_a_language_model():
     from tiny import run_config
 
     config = run_config(training={"label_smoothing": 0.1})
     with pytest.raises(ConfigError, match="training.label_smoothing: 0.1 means nothing to the task language_model"):
         validate(config, 1)
+
+
+def test_growth_keeps_the_task():
+    """Each key of model.image was refused on its own, with the remedy to set it to null."""
+    from tiny import run_config
+
+    assert growth_problems(run_config().model, image_config().model) == [
+        "model.task: language_model before, image_classification after. Growth keeps the task: give a smaller model of "
+        "the same task, or train the new one from scratch, without growth."
+    ]
+    assert list(differing(run_config().model, image_config().model)) == [
+        ("task", "language_model", "image_classification")
+    ]
