@@ -1,7 +1,7 @@
-"""The directions in which a model grows: each changes keys of the `model:` section, and says how the state follows.
+"""The directions in which a model grows: each changes keys of the `model:` section, and defines the new state.
 
-A growth goes along one axis after the other, so that any of them may be combined. Arithmetic on configurations; torch
-is imported when state is asked for.
+A growth goes along one axis after another, so any of them can be combined. Arithmetic on configurations; torch is
+imported only for state.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class Axis(ABC):
     """One direction in which a model grows.
 
-    `order`: axes are grown along in ascending order; new layers come last, and have what the others have made.
+    `order`: axes are grown along in ascending order. New layers come last, so that they copy grown ones.
     `keys`: those of the model section that it changes; one that ends with a dot stands for all keys below it.
-    `changes`: what that is in words, such as "token counts".
-    `takes_noise`: whether `growth.noise` changes what it makes.
+    `changes`: these keys as text, such as "token counts".
+    `takes_noise`: whether `growth.noise` applies to its result.
     """
 
     order: ClassVar[int]
@@ -43,7 +43,7 @@ class Axis(ABC):
 
     @abstractmethod
     def between(self, old: Model, new: Model) -> Model:
-        """`old` with this axis' keys as `new` has them: what has grown along this axis alone."""
+        """`old` with this axis' keys from `new`: the model that has grown along this axis alone."""
 
     def problems(self, old: Model, new: Model, growth: Growth) -> list[str]:
         """Why `old` cannot grow into `new` along this axis, as sentences without their full stop. The rest of the two
@@ -51,7 +51,8 @@ class Axis(ABC):
         return []
 
     def without_effect(self, old: Model, new: Model, growth: Growth) -> list[str]:
-        """What `growth` asks of this axis though nothing grows along it, as sentences without their full stop."""
+        """Settings in `growth` for this axis that have no effect, because nothing grows along it, as sentences without
+        their full stop."""
         return []
 
     def scales(self, old: Model, new: Model, growth: Growth, scales: Mapping[str, float]) -> Mapping[str, float]:
@@ -65,7 +66,7 @@ class Axis(ABC):
 
     @abstractmethod
     def record(self, old: Model, new: Model, growth: Growth) -> dict[str, Any]:
-        """What the checkpoint's history keeps of it, ready for JSON."""
+        """The entry for the checkpoint's history, ready for JSON."""
 
     @abstractmethod
     def source(
@@ -96,7 +97,7 @@ class Step(NamedTuple):
 
 
 def axes() -> list[Axis]:
-    """All of them, in the order in which a growth goes along them."""
+    """All axes, in the order in which a growth goes along them."""
     return sorted((AXES[name] for name in AXES.names()), key=lambda axis: axis.order)
 
 

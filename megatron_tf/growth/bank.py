@@ -1,19 +1,19 @@
 """A bank next to the tokens of a dense projection: they stay in use at every position, and slots of candidates are
 added.
 
-| tensor of the bigger model | what it begins as |
+| tensor of the bigger model | initial value |
 |---|---|
 | `bank.key_tokens` | 0 |
 | `bank.value_tokens`, `bank.router` | random |
 | `bank.balance` | 0 |
-| all others, `key_tokens` and `value_tokens` among them | as they were |
+| all others, `key_tokens` and `value_tokens` among them | unchanged |
 
-Whichever candidates a position chooses, their keys are 0, and so are its scores with them. An activation that ignores
-zero scores leaves the statistic over the tokens in use as it is; with τ held every old term S_i v_i stays too, and a
-new one is 0 · v = 0. So the function is kept exactly, for any router, and with the gate 1. A position uses one group
-more of tokens for each slot, however many candidates there are.
+The keys of all candidates are 0, so the scores of a position with its chosen ones are 0. With an activation that
+ignores zero scores, the statistic over the tokens in use does not change; with τ held every old term S_i v_i stays too,
+and a new one is 0 · v = 0. So the function is kept exactly, for any router, with the gate at 1. A position uses one
+more group of tokens for each slot, however many candidates there are.
 
-In the first step the new keys of the chosen candidates have gradients, through their values; values and routers have
+In the first step the new keys of the chosen candidates have gradients, through their values. Values and routers have
 them from the second step on, when S is no longer 0.
 """
 

@@ -1,5 +1,5 @@
-"""Candidates: the tokens of a dense projection become slots of candidates, candidates become more of them, or slots
-come next to the tokens. `growth.split` and `growth.bank` have the state, and the proofs."""
+"""Growth in candidates: the tokens of a dense projection become slots of candidates, slots get more candidates, or
+slots are added to the tokens. `growth.split` and `growth.bank` have the state, and the proofs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a wider model, computed while it is read. `growth.width` says what it is, and why the function stays."""
+"""The state of a wider model, computed while it is read. `growth.width` defines it, and proves that it keeps the function."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ class ClonedSource:
     """State of `new_model`, whose tensors repeat those of `old_model`.
 
     `noise`: `growth.clone_noise`.  `seed`: of this growth.
-    A `StateSource`. What it computes it computes in fp64 and rounds once, to the type of the target; it holds the rows
-    that are read.
+    A `StateSource`. It computes in fp64 and rounds once, to the type of the target; it holds the rows that are read.
     """
 
     def __init__(self, old: StateSource, old_model: Model, new_model: Model, noise: float, seed: int):

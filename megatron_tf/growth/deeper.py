@@ -1,4 +1,4 @@
-"""The state of a deeper model, computed while it is read. `growth.layers` says which layers there are."""
+"""The state of a deeper model, computed while it is read. `growth.layers` defines the origin of each layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DeeperSource:
     """State of a model with more layers, made of `old` by `origins`, with new values from `fresh`.
 
     `table`: parameters of the deeper model.  `scales`: its τ.
-    A `StateSource`. It only renames, and so it holds nothing while it is read.
+    A `StateSource`. It only renames tensors, so it holds no state.
     """
 
     def __init__(
@@ -65,6 +65,6 @@ class DeeperSource:
         return None if origin is None else in_layer(name, origin)
 
     def _is_old(self, name: str) -> bool:
-        """Whether the tensor goes on being trained, and is no copy."""
+        """Whether the tensor continues an old one, with its optimizer state, and is not a copy."""
         layer = layer_of(name)
         return layer is None or layer in self._old_at

@@ -1,8 +1,8 @@
-"""New key tokens with a given Gram matrix: R with RᵀR = factor · KᵀK, any range of it, by the same bits everywhere.
+"""New key tokens with a given Gram matrix: R with RᵀR = factor · KᵀK. Any range of it has the same bits everywhere.
 
     R = Q C,   CᵀC = factor · KᵀK,   QᵀQ = 1
 
-| tensor | shape | what it is |
+| tensor | shape | meaning |
 |---|---|---|
 | K | [n_old, d] | old key tokens, read once in blocks of rows |
 | C | [p, d], p = min(n_old, d) | √factor · K itself if n_old ≤ d, else √factor · (KᵀK)^½ |
@@ -12,9 +12,9 @@
 Q's entries have a closed form, so a block of rows costs one small product and nothing of the size of R is ever held;
 its rows have all about the same norm and no two of them are parallel, so each new token is a direction of its own.
 
-Everything is done in fp64, and in the same fixed blocks of rows whatever range is asked for, on one thread: how a
-matrix product is summed up depends on its shape and on the number of threads. (KᵀK)^½ is the symmetric root, which is
-unique: factors that depend on the signs of eigenvectors could differ between two machines of one run.
+All is computed in fp64, on one thread, and in the same fixed blocks of rows for any range, because the order of sums in
+a matrix product depends on its shape and on the number of threads. (KᵀK)^½ is the symmetric root, which is unique:
+factors that depend on the signs of eigenvectors could differ between two machines of one run.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from torch import Tensor
 from megatron_tf.errors import CheckpointError
 from megatron_tf.growth.sizes import check_finite, one_thread
 
-BLOCK_ROWS = 256  # of R; part of the definition, as it decides on rounding
+BLOCK_ROWS = 256  # of R; part of the definition, because it affects rounding
 _READ_ROWS = 4096  # of K, likewise
 
 
 class GramKeys:
     """The new keys of one projection.
 
-    `old_keys`: elements [start, stop) of the flattened K.  `factor` > 0.  `seed`, `name`: what Q is drawn from.
+    `old_keys`: elements [start, stop) of the flattened K.  `factor` > 0.  `seed`, `name`: they determine Q.
     Holds C (fp64, 8·p·d bytes) and one block of R from the first `read` on.
     """
 
@@ -60,7 +60,7 @@ class GramKeys:
         self._factor = factor
         self._seed = seed
         self._name = name
-        self._latest: tuple[int, Tensor] | None = None  # ranges that follow each other share a block
+        self._latest: tuple[int, Tensor] | None = None  # kept, because successive ranges often share a block
 
     def read(self, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened grown tensor, all of them new ones: flat fp64."""
@@ -99,7 +99,7 @@ class GramKeys:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         m, p = self._added, min(self._old_tokens, self._width)
         others = torch.randperm(m - 1, generator=generator)[: p - 1] + 1
-        # The constant column is always there, so that no row is all zero: with value 0 its token would be dead.
+        # The constant column is always included, so that no row is all zero: with value 0 its token would be dead.
         frequencies = torch.cat([torch.zeros(1, dtype=torch.int64), others])
         rows, columns = (torch.randint(0, 2, (count,), generator=generator).double() * 2 - 1 for count in (m, p))
         cosines = torch.cos(torch.arange(4 * m, dtype=torch.float64) * (math.pi / (2 * m)))
@@ -107,8 +107,8 @@ class GramKeys:
 
     @cached_property
     def _root(self) -> Tensor:
-        """C. CheckpointError when all old keys are 0: their projection is dead, and so would the new tokens be. So for
-        keys that are not finite."""
+        """C. CheckpointError when all old keys are 0, because the new tokens would be dead like their projection, or
+        when keys are not finite."""
         n, d = self._old_tokens, self._width
         if n <= d:
             root = self._rows(0, n)

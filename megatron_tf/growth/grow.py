@@ -1,4 +1,4 @@
-"""Growing what a checkpoint holds: the one growth of trainer and tool."""
+"""Growing a checkpoint. The trainer and the tool both use these functions."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def grow(
     data: Mapping[str, Any] | None,
     optimizer: str = DEFAULT,
 ) -> StepZero:
-    """The bigger `model` from an open checkpoint: the one growth of trainer and tool.
+    """The bigger `model`, grown from an open checkpoint.
 
-    `seed`: the run's.  `data`: fingerprint of the data that the bigger model is trained on. It goes on where the
-    smaller one stopped if that is the same, and otherwise begins at its beginning; None stands for the same.
+    `seed`: the run's.  `data`: fingerprint of the training data of the bigger model. If it equals that of the smaller
+    one, or is None, reading goes on where the smaller one stopped; otherwise it begins at the first sample.
     `optimizer`: of the bigger model, a name of the configuration.
     ConfigError, with all problems, when growth does not lead from the one model to the other, a method cannot grow this
     model, or states are to be kept that `optimizer` does not know.

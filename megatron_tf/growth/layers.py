@@ -1,4 +1,4 @@
-"""Depth: which layers a deeper model is made of. Arithmetic, without torch; `growth.deeper` has the state.
+"""Growth in depth: the origin of each layer of a deeper model. Arithmetic, no torch; `growth.deeper` has the state.
 
 | method | layer i of L' | layers that are new | keeps the function |
 |---|---|---|---|
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Origins:
-    """Where the layers of a deeper model come from.
+    """The origins of the layers of a deeper model.
 
-    `taken`: for each of its layers the old one whose weights it begins with; None adds nothing to the hidden states.
+    `taken`: for each layer the old one whose weights it begins with; None: it is new and adds 0 to the hidden states.
     """
 
     taken: tuple[int | None, ...]

@@ -1,4 +1,4 @@
-"""Growth methods: what the new parameter tokens of one Pattention are, and its τ afterwards.
+"""Growth methods: the initial values of the new parameter tokens of one Pattention, and its τ afterwards.
 
 A method is a function from `GrowingProjection` to `NewTokens`, registered in METHODS under its name in the
 configuration. It sees logical, unsharded state by range, so it works at every layout and holds no whole tensor. It
@@ -16,7 +16,7 @@ before and after, τ and τ' the stored scale of the projection before and after
 | `random` | random | random | default for n_new | no |
 | `matched` | random, as large as the old | random, all so that outputs keep their variance | with the norm | no |
 
-What the activation has to be like is a fact that it declares (`activations.base.Activation`); a method asks for these.
+An activation declares facts about itself (`activations.base.Activation`), and a method checks those that it needs.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class GrowingProjection:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What a method decides. ConfigError when the new tokens would be dead.
+    """The result of a method. ConfigError when the new tokens would be dead.
 
     `scale`: τ afterwards.  `keys`, `values`: the new rows of each key and value tensor, by range of the grown tensor;
     None is zeros in all of them.
-    `old_values_factor`: the old value tokens are multiplied by it.
+    `old_values_factor`: factor of the old value tokens.
     """
 
     scale: float
@@ -117,7 +117,7 @@ def zero_key(projection: GrowingProjection) -> NewTokens:
     to √n_new (see `gram`), which it does not do here.
 
     In the first step the new values get no gradient (their weight is 0) but the new keys do, since the values are
-    not 0; with both 0 the token would be dead for ever.
+    not 0. With both 0 the token would be dead for ever.
     """
     if not _ignores_zero(ACTIVATIONS[projection.activation]):
         raise _refusal("zero_key", projection, _ignores_zero, "it has a weight, or changes those of the others")
@@ -238,13 +238,13 @@ METHODS: dict[str, Callable[[GrowingProjection], NewTokens]] = {
     "matched": matched,
 }
 BANK = "bank"  # puts slots of candidates next to the tokens, see `growth.bank`
-# matched makes old values smaller, and those of an adapter may be frozen
+# without matched, because it reduces old values, and those of an adapter may be frozen
 METHODS_OF_ADAPTERS = (*(name for name in METHODS if name != "matched"), SPLIT)
 PRESERVING = frozenset({"zero_key", "gram"})  # methods that promise to keep the function; without noise they do
 
 
 def method_named(name: str) -> Callable[[GrowingProjection], NewTokens]:
-    """What makes the new tokens. Those that stand for the slots of a bank are zero_key's."""
+    """The method that makes the new tokens. For the slots of a bank it is zero_key."""
     return METHODS["zero_key" if name == BANK else name]
 
 

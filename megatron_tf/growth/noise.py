@@ -1,4 +1,4 @@
-"""Random changes that a growth makes, as a function of its seed and of where they are made."""
+"""Random changes of weights by a growth, as a function of its seed and of their place."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _WIDTHS = (
 
 
 def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
-    """Stages that cannot be grown from the stage before them: known now, and not when days of training are over."""
+    """A problem for each stage that cannot be grown from the stage before it, found before days of training."""
     problems: list[str] = []
     scales: Mapping[str, float] = initial_scales(stages[0].model)
     for before, after in zip(stages, stages[1:]):
@@ -45,8 +45,8 @@ def chain_problems(stages: Sequence[RunConfig]) -> list[str]:
 
 
 def growth_problems(old: Model, new: Model, growth: Growth = DEFAULTS) -> list[str]:
-    """Why `old` cannot grow into `new`: every differing key with both values, unless they differ along the axes of
-    growth alone, and `new` is more along at least one and less along none."""
+    """Why `old` cannot grow into `new`, with every offending key and both values. Empty when they differ only along the
+    axes of growth, and `new` is larger along at least one and smaller along none."""
     if old.architecture != new.architecture:
         return [
             f"model.architecture: {old.architecture} before, {new.architecture} after. Growth keeps the architecture: "
@@ -86,7 +86,7 @@ def scales_after_growth(
 
 
 def _needless(old: Model, new: Model, growth: Growth) -> list[str]:
-    """What is asked for and would do nothing."""
+    """Problems with settings that would have no effect."""
     grown = [axis for axis, _, _ in steps(old, new)]
     if not grown:
         sizes: dict[str, object] = {"model.num_layers": new.num_layers}
