@@ -1,4 +1,4 @@
-"""The state of a wider model, computed while it is read. `growth.width` defines it, and proves that it keeps the function."""
+"""The state of a wider model, computed while it is read. `growth.width` has its definition and the proof."""
 
 from __future__ import annotations
 
