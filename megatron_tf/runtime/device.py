@@ -1,4 +1,4 @@
-"""Which device a rank has."""
+"""The device of a rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def missing_gpu(local_rank: int) -> str | None:
-    """What is wrong where this machine has GPUs, but none of that number."""
+    """The problem when this machine has GPUs, but none with this number; None without a problem."""
     if not torch.cuda.is_available() or local_rank < torch.cuda.device_count():
         return None
     return f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}"

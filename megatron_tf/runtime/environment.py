@@ -101,9 +101,9 @@ def _says_alone(environ: Mapping[str, str]) -> bool:
 
 @contextmanager
 def one_message(environment: LaunchEnvironment, wait: Callable[[float], object] = time.sleep) -> Iterator[None]:
-    """A user's mistake in the block, on which every rank fails alike, is said by rank 0; the others exit with code 2.
+    """Rank 0 reports a user's mistake in the block on which every rank fails; the others exit with code 2.
 
-    One on which all ranks of a node fail alike is said by the node's first rank.
+    A mistake on which all ranks of a node fail is reported by the node's first rank.
 
     A launcher stops all ranks when the first one ends, so rank 0 goes first and the others `wait` (seconds).
     """

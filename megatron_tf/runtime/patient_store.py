@@ -24,7 +24,7 @@ class Unreachable(Exception):
 
 
 class PatientStore:
-    """A store of which every call ends: by Unreachable when there is no answer in `timeout_seconds`."""
+    """A store whose calls always end: with Unreachable when there is no answer within `timeout_seconds`."""
 
     def __init__(self, store: dist.Store, timeout_seconds: float):
         self._store = store
@@ -86,7 +86,7 @@ class Outcome(Generic[Result]):
 def within(seconds: float, name: str, call: Callable[[], Result]) -> Outcome[Result] | None:
     """The outcome of `call`, None if it takes longer.
 
-    What hangs in torch cannot be called back: it is left to a thread, which dies with the process.
+    A hanging call in torch cannot be cancelled, so it stays in a thread, which ends with the process.
     """
     outcomes: list[Outcome[Result]] = []
     thread = threading.Thread(target=lambda: outcomes.append(Outcome(call)), name=name, daemon=True)

@@ -1,4 +1,4 @@
-"""What ranks do between joining and parting, watched, and how they part."""
+"""The session of a rank between joining and leaving the others, with a watchdog, and how it ends."""
 
 from __future__ import annotations
 

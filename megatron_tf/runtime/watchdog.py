@@ -1,11 +1,11 @@
 """Ends a run that hangs or has lost a rank, and says which rank is to blame. Works from the first collective to the
 last.
 
-A rank that is stopped, cut off or dead leaves the others waiting where they can say nothing. So each rank has a thread
-that says "alive" through the store in which the ranks met, with the phase that the rank is in. Rank 0 listens to all
-ranks and the others to rank 0, so that the store's work grows with the number of ranks and not with its square. A rank
-that says nothing for run.hang_seconds ends the run in any phase. A rank that says "alive" may take any time, except for
-a training step: when no step ends for run.hang_seconds, that ends the run as well.
+A rank that is stopped, cut off or dead leaves the others waiting in a collective, where they cannot report it. So each
+rank has a thread that sends heartbeats, with the rank's phase, through the store in which the ranks met. Rank 0 reads
+those of all ranks and the others that of rank 0, so that the store's work grows with the number of ranks, not with its
+square. In any phase the run ends when a rank sends nothing for run.hang_seconds. A rank with heartbeats may take any
+time, except in training: the run also ends when no step ends for run.hang_seconds.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _FINDING = "finding"
 
 @dataclass(frozen=True)
 class _Word:
-    """What a rank says. `number` grows with each word, `moves` with each phase and step: the same on all ranks.
+    """A heartbeat. `number` grows with each of them, `moves` with each phase and step, which all ranks have in common.
 
-    `place`: the phase and step in words. `left`: the rank has done its last collective and says no more.
+    `place`: the phase and step as text. `left`: the rank has done its last collective and sends no more.
     """
 
     host: str
@@ -143,7 +143,7 @@ class Watchdog:
             raise self._lost_contact(error) from error
 
     def part(self) -> None:
-        """This rank has done its last collective: that it says no more is no reason to end the others.
+        """This rank has done its last collective. Its silence from now on does not end the others.
 
         The store may end with rank 0, so rank 0 waits a moment until the others have parted as well.
         """
@@ -245,7 +245,7 @@ class Watchdog:
         return ""
 
     def _report(self, cause: str) -> None:
-        _end_later(_REPORT_SECONDS)  # also if nobody reads what this rank prints
+        _end_later(_REPORT_SECONDS)  # in case printing blocks, because the output is not read
         where = ""
         if self._folder is not None:
             path = self._folder / f"hang-rank{self._rank}.txt"
