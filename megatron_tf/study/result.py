@@ -118,6 +118,8 @@ def read_result(node: Node) -> Result | None:
         content = path.read_bytes()
     try:
         result = _result_of(json.loads(content))
+        for name in task_of(node.config.model).metrics:
+            result.metrics[name]  # tables compare those of all runs: one that lacks some is measured anew
     except NOT_AS_WRITTEN:
         raise UserError(
             f"{path}: is not the result of a run. Delete it: the study then measures the run anew."

@@ -301,6 +301,18 @@ def test_a_result_that_is_none_is_refused(study, started):
             read_result(node)
 
 
+def test_a_result_without_the_metrics_of_its_task_is_refused(study, started, monkeypatch):
+    """Beside one that has them, it ended the report with a traceback."""
+    started()
+    node = make_plan(study()).nodes[0]
+    write_result(node, replace(module.measure(node), metrics={"top1": 0.5}))
+    monkeypatch.setattr(result, "task_of", lambda model: SimpleNamespace(metrics=("top1",)))
+    assert read_result(node).metrics == {"top1": 0.5}
+    monkeypatch.setattr(result, "task_of", lambda model: SimpleNamespace(metrics=("top1", "top5")))
+    with pytest.raises(UserError, match="result.json: is not the result of a run. Delete it: the study then measures"):
+        read_result(node)
+
+
 def test_time(study):
     """Three trials of 10 s, then the second seed, then two branches and two growths: two at a time, and one."""
     plan = make_plan(study())
