@@ -33,6 +33,7 @@ REPLACED_PREFIX = ".old-"  # a complete checkpoint, set aside while another one 
 FAILED_PREFIX = ".failed-"  # a small file: why a save failed, for the ranks that wait for it
 CHECKPOINTS_FOLDER = "checkpoints"  # within a run's folder
 BEFORE_DECAY = "before_decay"  # in `CheckpointIndex.run` of one that is never deleted
+_READABLE = "Make it readable, or give another folder"
 
 Skipped = list[tuple[Path, str]]
 T = TypeVar("T")
@@ -85,7 +86,10 @@ def verify_checkpoint(path: Path | str, ranks: Ranks = ALONE) -> None:
 
     CheckpointError names every broken file, UnreadableError one that cannot be read.
     """
-    if error := _verify(Path(path), ranks):
+    error = _verify(Path(path), ranks)
+    if isinstance(error, UnreadableError):
+        raise UnreadableError(f"{error}. {_READABLE}")
+    if error:
         raise error
 
 
@@ -100,13 +104,20 @@ def resolve(path: Path | str, ranks: Ranks = ALONE) -> Path:
 
 def find_checkpoint(path: Path | str) -> tuple[Path, list[str]]:
     """As `resolve`, on one process: the checkpoint, and why newer ones were passed over."""
-    folder = Path(path)
+    with file_errors(UnreadableError, path, _READABLE):
+        return _find_in(Path(path))
+
+
+def _find_in(folder: Path) -> tuple[Path, list[str]]:
     if not folder.is_dir():
         missing = broken_link(folder) or "there is no such folder"
         problem = "is a file" if folder.is_file() else "is no folder" if folder.exists() else missing
         raise CheckpointError(f"{folder}: {problem}. Give a checkpoint, a checkpoints or a run folder")
     if _looks_like_checkpoint(folder):
-        return open_checkpoint(folder).path, []
+        try:
+            return open_checkpoint(folder).path, []
+        except UnreadableError as error:
+            raise UnreadableError(f"{error}. {_READABLE}") from error
     inner = folder / CHECKPOINTS_FOLDER
     latest, skipped = find_latest(inner if inner.is_dir() else folder, verify=False)
     if latest is None:

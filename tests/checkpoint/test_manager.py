@@ -207,6 +207,22 @@ def test_an_unreadable_older_checkpoint_does_not_matter(sandbox, three, monkeypa
         find_latest(sandbox.root, verify=True)
 
 
+def test_what_a_user_names_and_the_system_does_not_give_out_has_a_remedy(three, monkeypatch):
+    remedy = "Make it readable, or give another folder"
+    with monkeypatch.context() as patch:
+        refuse(patch, three[2], INDEX_NAME, errno.EACCES)
+        for look in (resolve, verify_checkpoint):
+            with pytest.raises(UnreadableError, match=rf"step_00000030.*Permission denied.*\. {remedy}"):
+                look(three[2])
+
+    def no_look(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", no_look)
+    with pytest.raises(UnreadableError, match=rf"^{three[2]}: Permission denied\. {remedy}"):
+        resolve(three[2])
+
+
 def test_prune_neither_counts_nor_deletes_an_unreadable_one(sandbox, three, monkeypatch):
     refuse(monkeypatch, three[2], MANIFEST_NAME, errno.EIO)
     assert prune(sandbox.root, 1) == [three[0]]
