@@ -1,5 +1,5 @@
-"""θ of Pattention: how scores over the parameter tokens become their weights. One object an activation.
+"""θ of Pattention: how scores over the parameter tokens become their weights. Each activation is one object.
 
-`base` has what the package knows of an activation without torch, `built_in` the package's own, `function` what each
-computes.
+`base` declares the facts that the package needs without torch, `built_in` the activations of the package, and
+`function` the interface of the code that computes one.
 """

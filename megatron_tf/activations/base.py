@@ -1,4 +1,4 @@
-"""What an activation is to the parts of the package that do arithmetic: configuration, costs, growth, formats."""
+"""The facts about an activation that configuration, costs, growth and formats need. No torch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from megatron_tf.architectures.work import Passes
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Activation:
-    """Facts about θ, without torch. In a row, A are the scores, r is its statistic over all tokens, and S = θ(A, r, τ).
+    """Facts about θ, without torch. In each row, A are the scores, r is a statistic over all tokens, S = θ(A, r, τ).
 
     `function`: "module:class" of the `ScoreFunction` that computes it from the scores. Further implementations of the
         same θ have a field of their own, and `model.pattention.partial_pattention` chooses between them.
     `default_scale`: number of tokens -> τ of a projection that was never grown.
     `passes`: how often elementwise kernels read or write a score when PyTorch runs `function` operator by operator.
-    `compiled_passes`: the same when torch.compile makes one kernel between two reductions or products.
-    `kernel_passes`: the same in kernels of its own (`model.kernels`), which GPUs have. None: there are none.
-    `gram_saves`: those of them that are not made where r = ‖A‖₂ is found from KᵀK instead of the scores (`model.gram`).
-        Then T of the `ScoreFunction` is ΣD∘A. None: there is no such form.
-    `reductions`: all-reduces, each waiting for the one before, in which tensor ranks find r in the forward pass.
+    `compiled_passes`: the same when torch.compile fuses everything between two reductions or products into one kernel.
+    `kernel_passes`: the same with kernels written for it (`model.kernels`), on GPUs. None: there are none.
+    `gram_saves`: the passes saved when r = ‖A‖₂ is found from KᵀK instead of the scores (`model.gram`). T of the
+        `ScoreFunction` must then be ΣD∘A. None: the activation has no such form.
+    `reductions`: successive all-reduces in which the tensor ranks find r in the forward pass.
     `formats`: the foreign formats whose code computes it, of "official" and "huggingface".
-    `ignores_zero`: a score of 0 has the weight 0 and leaves r as it is. Then tokens with zero keys change nothing.
-    `scales_normed_scores`: r is ‖A‖₂, and S is a function of τA/r. Then r² = x KᵀK xᵀ, and more keys can make up for
-        another τ.
-    `proportional_to_scale`: S is proportional to τ. Then values can make up for another τ.
+    `ignores_zero`: a score of 0 has the weight 0 and does not change r. Then tokens with zero keys change nothing.
+    `scales_normed_scores`: r is ‖A‖₂, and S is a function of τA/r. Then r² = x KᵀK xᵀ, and new keys can compensate a
+        change of τ.
+    `proportional_to_scale`: S is proportional to τ. Then other values can compensate a change of τ.
     `refusals`: growth method -> the reason, as a clause, why it cannot keep the function.
     """
 

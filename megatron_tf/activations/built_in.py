@@ -1,4 +1,4 @@
-"""The package's own activations. `passes` were counted in the model; tests count them again."""
+"""The activations of the package. `passes` were counted in the running model; tests count them again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ L2_NORM_GELU = Activation(
     scales_normed_scores=True,
 )
 
-# S = τG/‖G‖₂ with G = GELU(A). A score of 0 has G = 0. ‖G‖₂² is no quadratic form of x.
+# S = τG/‖G‖₂ with G = GELU(A). A score of 0 has G = 0. ‖G‖₂² is not a quadratic form in x, so there is no Gram form.
 GELU_L2_NORM = Activation(
     function="megatron_tf.activations.gelu_l2_norm:GeluL2Norm",
     default_scale=sqrt,
@@ -31,7 +31,7 @@ GELU_L2_NORM = Activation(
     proportional_to_scale=True,
 )
 
-# S = τ exp(A)/Σexp(A). Over ranks, the largest score has to be known before the sum is begun.
+# S = τ exp(A)/Σexp(A). Two reductions over ranks: the sum needs the largest score first, so that it cannot overflow.
 SOFTMAX = Activation(
     function="megatron_tf.activations.softmax:Softmax",
     default_scale=float,

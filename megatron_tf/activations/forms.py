@@ -1,4 +1,4 @@
-"""Which form a projection takes: arithmetic without torch, for the model and for the plan alike."""
+"""The choice of the form that computes a projection. No torch: the model and the plan of a run both use it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Literal
 from megatron_tf.activations.base import Activation
 
 Norm = Literal["direct", "gram"]
-# Tokens for each channel from which the passes over scores that the Gram form saves take longer than making xKᵀK: by
-# the estimate of a step, on an A100, H100 or H200 with micro batches of 8,192 positions.
+# From this many tokens per channel on, the passes over scores that the Gram form saves cost more time than computing
+# xKᵀK: by the estimate of a step on an A100, H100 or H200 with micro batches of 8,192 positions.
 TOKENS_A_CHANNEL = 5
 GPU = "cuda"  # the device type that plans are made for
 
@@ -24,16 +24,16 @@ def norm_form(
     own_rows: bool = False,
     compiled: bool = False,
 ) -> Norm:
-    """How a projection of `tokens` tokens of `width` channels, on all `ranks` tensor ranks, finds the norm of its
-    scores on a `device` type.
+    """How a projection finds the norm of its scores on a `device` type.
 
-    `wanted`: "auto", "direct" or "gram".  `own_rows`: whether under sequence parallelism a rank makes the norms of its
-    own rows alone.  `compiled`: whether KᵀK is made for each micro batch, not once a step.
+    `wanted`: "auto", "direct" or "gram".  `tokens`: of the projection, over all `ranks` tensor ranks.  `width`: its
+    channels.  `own_rows`: under sequence parallelism, each rank computes the norms of its own rows only.  `compiled`:
+    KᵀK is computed for each micro batch instead of once a step.
 
-    An activation without the Gram form is direct. Of auto, the Gram form is taken on GPUs by two ranks or more with
-    TOKENS_A_CHANNEL or more, counted on a rank where it makes the norms of all rows; three times as many when
-    compiled. On one rank norm and weights are one pass, and on a CPU a pass over the scores costs less than a product
-    of d channels with d.
+    An activation without a Gram form is always direct. "auto" takes the Gram form on GPUs with two or more ranks and at
+    least TOKENS_A_CHANNEL tokens per channel, three times as many when compiled. The tokens of one rank count, or those
+    of all ranks with `own_rows`. It never pays on one rank, where norm and weights are a single pass, nor on a CPU,
+    where a pass over the scores costs less than a product with a d × d matrix.
     """
     if activation.gram_saves is None:
         return "direct"

@@ -1,10 +1,10 @@
-"""What Pattention does between its products: θ and its gradient, row by row of the scores A [rows, n].
+"""The steps of Pattention between its products: θ and its gradient, for each row of the scores A [rows, n].
 
-    r = statistic(A),   S = θ(A),   and from dS:   D,   T = Σ of it,   dA
+    r = statistic(A),   S = θ(A),   and from dS:   D,   T = a sum over the row with D,   dA
 
-Sharded over the tokens, A holds this rank's columns: r is reduced over the group, T is summed over it, and all else is
-local. Both are one number a row. D and then dA take the place of dS, so the backward needs no memory beyond dS and S.
-A row whose r is 0 has S = 0 and dA = 0, never NaN, where the formula divides by r.
+Sharded over the tokens, A holds this rank's columns: r is reduced over the group, T is summed over it, and everything
+else is local. r and T are one number a row. D and then dA overwrite dS, so the backward needs no memory beyond dS and
+S. Where the formula divides by r, a row with r = 0 has S = 0 and dA = 0, never NaN.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from megatron_tf.parallel.groups import Group
 
 
 class ScoreFunction(ABC):
-    """θ of one activation, without state. All tensors of scores are [rows, n] with any distance between rows, r and T
-    [rows, 1].
+    """θ of one activation, without state. Scores and tensors of their shape are [rows, n] with any stride between rows,
+    r and T are [rows, 1].
 
-    For pruning, the normaliser of a row is (ΣE)^`normaliser_power` up to a factor, with one E ≥ 0 a token.
+    `normaliser_power`: for pruning. θ divides by (ΣE)^`normaliser_power`, up to a factor, where each token has an
+        energy E ≥ 0, see `energies`.
     """
 
     normaliser_power: ClassVar[float]
@@ -37,23 +38,26 @@ class ScoreFunction(ABC):
 
     @abstractmethod
     def statistic(self, scores: Tensor) -> Tensor:
-        """r over the columns that are here, at least fp32."""
+        """r over the local columns: [rows, 1], at least fp32."""
 
     @abstractmethod
     def combine(self, parts: Tensor) -> Tensor:
-        """Statistics of parts of the rows, [rows, parts] -> r [rows, 1]."""
+        """Statistics of disjoint groups of columns [rows, parts] -> r over all of them [rows, 1]."""
 
     @abstractmethod
     def begin_reduction(self, local: Tensor, group: Group) -> Callable[[], Tensor]:
-        """Statistics [rows, any] over this rank's columns -> a function that waits for those over the group's."""
+        """Starts to reduce statistics [rows, any] over the group. Returns a function that waits for the result.
+
+        `local`: over this rank's columns.
+        """
 
     @abstractmethod
     def weights(self, scores: Tensor, r: Tensor, scale: float) -> Tensor:
-        """S, in the type of the scores."""
+        """S [rows, n], in the type of the scores."""
 
     @abstractmethod
     def backward(self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """(S, T); `gradient` is dS and becomes D."""
+        """(S, this rank's T); `gradient` is dS and becomes D."""
 
     @abstractmethod
     def couple(self, scores: Tensor, r: Tensor, total: Tensor, gradient: Tensor, scale: float) -> None:
@@ -61,19 +65,19 @@ class ScoreFunction(ABC):
 
     @abstractmethod
     def energies(self, scores: Tensor, r: Tensor) -> Tensor:
-        """E, up to a factor of each row."""
+        """E [rows, n], up to a factor for each row."""
 
     @abstractmethod
     def response(self, scores: Tensor, r: Tensor, scale: float) -> Tensor:
-        """dS/d log τ at a given r."""
+        """dS/d log τ at the given r, [rows, n]."""
 
     def statistic_and_weights(self, scores: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """(r, S) where the rows are whole."""
+        """(r, S) of scores that hold all columns of their rows."""
         r = self.statistic(scores)
         return r, self.weights(scores, r, scale)
 
     def backward_and_couple(self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float) -> Tensor:
-        """S, where the rows are whole; `gradient` is dS and becomes dA."""
+        """S, of scores that hold all columns of their rows; `gradient` is dS and becomes dA."""
         s, total = self.backward(scores, r, gradient, scale)
         self.couple(scores, r, total, gradient, scale)
         return s
@@ -81,7 +85,7 @@ class ScoreFunction(ABC):
     def backward_with_product(
         self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(S, T, P) as `backward` makes them, and P = ΣdS∘S, the gradient of a factor on the row's S."""
+        """(S, T, P): as `backward`, and P = ΣdS∘S [rows, 1], the gradient of a factor on S of the row."""
         product = (gradient * self.weights(scores, r, scale)).sum(-1, keepdim=True, dtype=r.dtype)
         return *self.backward(scores, r, gradient, scale), product
 
@@ -90,12 +94,12 @@ _MADE: dict[str, ScoreFunction] = {}
 
 
 def score_function(activation: str) -> ScoreFunction:
-    """What computes the activation of this name."""
+    """The object that computes the activation of this name."""
     _make(activation)
     return _MADE[activation]
 
 
-# torch.compile can trace the lookup of an object, but not the import that may come before it
+# torch.compile can trace a lookup in `_MADE`, but not the import that the first call makes.
 @constant_when_compiled
 def _make(activation: str) -> None:
     facts = ACTIVATIONS[activation]
@@ -104,5 +108,5 @@ def _make(activation: str) -> None:
 
 
 def accumulating(scores: Tensor) -> torch.dtype:
-    """The type in which sums over a row of scores are made."""
+    """The type in which sums over a row of scores are computed: at least fp32."""
     return torch.promote_types(scores.dtype, torch.float32)

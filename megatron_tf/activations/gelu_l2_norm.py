@@ -23,7 +23,7 @@ class GeluL2Norm(L2Statistic):
 
     def backward(self, scores: Tensor, r: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         s = self.weights(scores, r, scale)
-        # of dS∘S, which is D∘G
+        # dS∘S is D∘G, and S is there already.
         total = (gradient * s).sum(-1, keepdim=True, dtype=r.dtype)
         gradient.mul_(inverse(r, scale).to(scores.dtype))
         return s, total

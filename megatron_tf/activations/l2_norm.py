@@ -1,4 +1,4 @@
-"""Statistics that are an L2 norm over the tokens, and activations of scores that were divided by theirs."""
+"""Activations whose statistic is an L2 norm over the tokens: of the scores themselves, or of a function of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_tf.parallel.groups import Group
 
 
 class L2Statistic(ScoreFunction):
-    """r is a norm over the tokens."""
+    """r is an L2 norm over the tokens."""
 
     normaliser_power = 0.5
 
@@ -26,7 +26,7 @@ class L2Statistic(ScoreFunction):
 
 
 class NormedScores(L2Statistic):
-    """r = √ΣA² and S = φ(U) with U = τA/r, for a function φ of one number.
+    """r = √ΣA² and S = φ(U) with U = τA/r, where φ is applied to each element.
 
     | D from dS | T | dA |
     |---|---|---|
@@ -35,11 +35,11 @@ class NormedScores(L2Statistic):
 
     @abstractmethod
     def apply_(self, u: Tensor) -> Tensor:
-        """φ(U), in the memory of U."""
+        """φ(U), in place."""
 
     @abstractmethod
     def differentiate_(self, gradient: Tensor, u: Tensor) -> Tensor:
-        """`gradient` times φ'(U), in its memory."""
+        """`gradient` times φ'(U), in the memory of `gradient`."""
 
     def statistic(self, scores: Tensor) -> Tensor:
         return norm(scores)
@@ -65,12 +65,13 @@ class NormedScores(L2Statistic):
 
 
 def norm(scores: Tensor) -> Tensor:
-    """√ΣA² over the columns that are here, [rows, 1], at least fp32."""
+    """√ΣA² over the local columns: [rows, 1], at least fp32."""
     return torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=accumulating(scores))
 
 
 def begin_reduction(local: Tensor, group: Group) -> Callable[[], Tensor]:
-    """Norms over this rank's columns -> a function that waits for those over the group's."""
+    """Starts to sum the squares of norms over this rank's columns. Returns a function that waits for the norms over the
+    columns of the whole group."""
     if group.size == 1:
         return lambda: local
     finish = begin_all_reduce(local.square(), group)
@@ -78,10 +79,10 @@ def begin_reduction(local: Tensor, group: Group) -> Callable[[], Tensor]:
 
 
 def inverse(r: Tensor, scale: float) -> Tensor:
-    """τ/r, and 0 where the whole row is 0."""
+    """τ/r, and 0 where r is 0."""
     return torch.where(r > 0, scale / r, 0)
 
 
 def coupling(total: Tensor, r: Tensor) -> Tensor:
-    """T/r², and 0 where the whole row is 0."""
+    """T/r², and 0 where r is 0."""
     return torch.where(r > 0, total / r.square(), 0)

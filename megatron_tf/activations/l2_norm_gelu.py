@@ -1,6 +1,6 @@
 """`l2_norm_gelu`: GELU of the scores after their L2 norm, the form of the TokenFormer paper.
 
-It has kernels of its own (`model.kernels`), which tests compare with the operators of PyTorch that it takes elsewhere.
+It uses the kernels of `model.kernels` where they can run, and PyTorch's operators elsewhere. Tests compare the two.
 """
 
 from __future__ import annotations

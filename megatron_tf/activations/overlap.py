@@ -1,17 +1,17 @@
-"""In which parts work goes over its rows: of sharded work, so that the products of one part hide the exchange of
-another; of scores that are not kept, so that few are there at once."""
+"""How the rows of a Pattention are divided. Sharded work is done in parts, so that the products of one part hide the
+exchange of another. Scores that are not kept are computed in chunks, so that only one chunk is in memory."""
 
 from __future__ import annotations
 
 LEAST_ROWS = 2048  # of a part: with fewer, a product no longer fills a GPU
-ROWS_AT_ONCE = 4096  # whose scores are there at once where they are not kept, and no row waits for an exchange
+ROWS_AT_ONCE = 4096  # the most in a chunk
 
 
 def row_parts(rows: int, reductions: int, compiled: bool) -> tuple[int, ...]:
-    """Rows of each part, one or two, that sum to `rows`.
+    """Rows of each part: one or two numbers that sum to `rows`.
 
-    Nothing is hidden where a statistic is exchanged in several `reductions`, of which each needs the result of the one
-    before, nor in a compiled graph, which has only exchanges that wait.
+    There is one part where nothing can be hidden: when a statistic takes several `reductions`, of which each needs the
+    result of the one before, and in a compiled graph, whose collectives all wait.
     """
     if compiled or reductions > 1 or rows < 2 * LEAST_ROWS:
         return (rows,)

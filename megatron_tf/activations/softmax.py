@@ -28,7 +28,7 @@ class Softmax(ScoreFunction):
         return torch.logsumexp(parts, -1, keepdim=True)
 
     def begin_reduction(self, local: Tensor, group: Group) -> Callable[[], Tensor]:
-        """Two all-reduces that wait: the largest first, for a sum that cannot overflow."""
+        """Two blocking all-reduces: the maximum first, so that the sum of exponentials cannot overflow."""
         if group.size == 1:
             return lambda: local
         top = all_reduce(local, group, dist.ReduceOp.MAX)
