@@ -1,5 +1,5 @@
-"""One folder an architecture: its configuration, its parameters, its block and what that block costs.
+"""Architectures, one folder each: its configuration, its parameters, its block and the cost of that block.
 
-`base.Architecture` says what an architecture has to give. A new one is registered by
-`ARCHITECTURES.register(name, object)`; nothing outside its own module has to know it.
+`base.Architecture` is the interface of an architecture. `ARCHITECTURES.register(name, object)` registers a new one; no
+code outside its own module has to change.
 """

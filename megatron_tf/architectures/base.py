@@ -1,4 +1,4 @@
-"""What an architecture is to the rest of the package."""
+"""The interface of an architecture to the rest of the package."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from megatron_tf.config.sections.model import Model
 
 
 class Architecture(ABC):
-    """What fills a model's blocks. The model around them (embedding, norms, residual sums, head) is the same for all.
+    """The content of a model's blocks. Norms, residual sums and the layers around the blocks are the same for all.
 
-    Everything here is arithmetic without torch; the block itself is named, and imported by `model.layers.build_block`.
+    Everything here is arithmetic without torch. The block itself is given by name, for `model.layers.build_block` to
+    import.
 
-    `section`: the `model:` section of a configuration.
+    `section`: the type of the `model:` section of its configurations.
     `block`: "module:function" of (model, layer, scales, tensor) -> Block, see `model.layers.BlockFactory`.
-    `formats`: the foreign formats that it can be written in and read from, of "official" and "huggingface".
+    `formats`: the foreign formats that its models can be exported to and imported from, of "official" and
+        "huggingface".
     `why_not_elsewhere`: the reason, as a clause, why keys of other architectures mean nothing to it.
     """
 
@@ -39,43 +41,43 @@ class Architecture(ABC):
 
     @abstractmethod
     def describe(self, model: Model) -> str:
-        """The sizes of a block in a few words."""
+        """The sizes of a block, as a short text."""
 
     @abstractmethod
     def work(self, config: RunConfig) -> BlockWork:
-        """Products, traffic and memory of a block."""
+        """Products, traffic and memory of one block and micro batch on the fullest tensor rank."""
 
     @abstractmethod
     def collectives(self, config: RunConfig) -> tuple[Collectives, Collectives]:
-        """(forward, backward) of a block and a micro batch over two or more tensor ranks."""
+        """(forward, backward): the collectives of one block and micro batch over two or more tensor ranks."""
 
     def step_collectives(self, config: RunConfig) -> tuple[Collectives, Collectives]:
-        """(forward, backward) of a block besides, once a step; of a compiled one once a micro batch."""
+        """(forward, backward): further collectives of one block, once a step, or once a micro batch if compiled."""
         return (), ()
 
     def losses(self, model: Model) -> tuple[str, ...]:
-        """Names of the auxiliary losses of its blocks, see `model.context`. The log has the sum over the blocks."""
+        """Names of the auxiliary losses of its blocks, see `model.context`. The sum over the blocks is logged."""
         return ()
 
     def metrics(self, model: Model) -> tuple[str, ...]:
-        """Names of the metrics of its blocks. The log has the mean over the blocks."""
+        """Names of the metrics of its blocks. The mean over the blocks is logged."""
         return ()
 
     def format_problem(self, model: Model, form: str) -> str | None:
-        """Why this model cannot be written in a foreign format of `formats`, as a clause; None when it can."""
+        """The reason, as a clause, why this model cannot be exported to `form`, one of `formats`; None when it can."""
         return None
 
     def problems(self, model: Model) -> Iterator[str]:
-        """Sentences on fields that do not fit together, beyond what holds for every model."""
+        """Sentences on fields that do not fit together, beyond the checks for every model."""
         return iter(())
 
     def layout_problems(self, config: RunConfig) -> Iterator[str]:
-        """Sentences on a layout that the block cannot be split by, beyond `sharded_rows` and whole heads for each
-        rank."""
+        """Sentences on a layout in which the block cannot be split. `sharded_rows` and whole heads for each rank are
+        checked for every model."""
         return iter(())
 
     def key_value_heads(self, model: Model) -> int:
-        """Heads of keys and values."""
+        """The number of attention heads of keys and values."""
         return model.num_attention_heads
 
     def token_counts(self, model: Model) -> dict[str, int]:
@@ -83,7 +85,7 @@ class Architecture(ABC):
         return {}
 
     def norm_forms(self, config: RunConfig, device: str) -> dict[str, Norm]:
-        """How each kind of projection finds the norm of its scores on a `device` type; empty as `token_counts`."""
+        """How each kind of projection finds the norm of its scores on a `device` type; empty when `token_counts` is."""
         return {}
 
     def with_token_counts(self, model: Model, counts: Mapping[str, int]) -> Model:
@@ -92,13 +94,13 @@ class Architecture(ABC):
         return model
 
     def with_sparse(self, model: Model, sparse: Mapping[str, Any] | None) -> Model:
-        """The same model with other candidates to choose among: `sparse` as `sparse_sections`, None for none.
-        pydantic's ValidationError for what is no such section."""
+        """The same model with other candidates: `sparse` has the form of `sparse_sections`, None removes them. Raises
+        pydantic's ValidationError when it is not such a section."""
         assert sparse is None, f"{model.architecture} has no candidates"
         return model
 
     def sparse_sections(self, model: Model) -> dict[str, Any] | None:
-        """The candidates of its slots by kind of projection, ready for JSON; None for a model without any."""
+        """The sizes of the candidates and slots by kind of projection, ready for JSON; None for a model without any."""
         return None
 
     def projections(self, model: Model) -> tuple[ProjectionSpec, ...]:

@@ -1,4 +1,4 @@
-"""What is declared of a parameter, and of a projection whose parameter tokens can grow."""
+"""The declarations of a parameter, and of a projection whose parameter tokens can grow."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Literal
 
 from megatron_tf.config.sections.model import Model
 
-# Of the embedding and of key tokens. The size of keys cancels in the norm; it changes how far a step of Adam turns them
-# at first, and nothing after some thousand steps (docs/performance.md).
+# Of the embedding and of key tokens. The norm cancels the size of keys: it only decides how far the first steps of Adam
+# turn them, and makes no difference after some thousand steps (docs/performance.md).
 INITIAL_STD = 0.02
 
 
 def input_std(model: Model) -> float:
-    """Of a Transformer's first matrices: what they make of a normed hidden state has unit variance at every width. It
-    is 0.036 at width 768, and 0.022 at 2048; the usual 0.02 is too small for what is narrower."""
+    """The std of a Transformer's matrices that read normed hidden states: their outputs have unit variance at every
+    width. It is 0.036 at width 768 and 0.022 at 2048; the usual 0.02 is too small for narrower models."""
     return 1 / math.sqrt(model.hidden_size)
 
 
 def output_std(model: Model) -> float:
-    """Of what a block adds to the hidden states: small enough that the sum over all blocks is, too (GPT-NeoX)."""
+    """The std of tensors whose products a block adds to the hidden states: small enough that the sum over all blocks is
+    small as well (from GPT-NeoX)."""
     return 2 / (model.num_layers * math.sqrt(model.hidden_size))
 
 
@@ -29,14 +30,13 @@ class ParameterSpec:
     """One logical parameter.
 
     `shape`: logical shape.  `sharded`: split along dim 0 over the tensor group, else replicated.
-    `growable`: dim 0 counts parameter tokens.  `decayed`: weight decay applies.
-    `std`, `mean`: of the normal initialiser; std 0 is a constant.
-    `output`: what the block adds to the hidden states is a sum of products with such tensors, so that with zeros in all
-        of them it adds nothing.
-    `one_in`: a position uses one of so many elements; 1 is all of them.
-    `ends`: held by the first pipeline stage, the last one, or by both (tied); () is a parameter of a block.
-    `official_name`, `huggingface_name`: in these formats; "" where a format has no such parameter.
-    `transposed`: its Hugging Face tensor is [columns, rows], the weight of a linear layer from the tokens.
+    `growable`: dim 0 counts parameter tokens or candidates.  `decayed`: weight decay applies.
+    `std`, `mean`: of the normal initialiser; with std 0 all elements are `mean`.
+    `output`: the block adds to the hidden states a sum of products with such tensors; if all are 0 it adds nothing.
+    `one_in`: a position uses one in this many elements; 1: it uses all of them.
+    `ends`: the pipeline stages that hold it, the first, the last, or both (tied); (): a parameter of a block.
+    `official_name`, `huggingface_name`: its name in these formats; "" where a format has no such parameter.
+    `transposed`: its Hugging Face tensor is [columns, rows].
     """
 
     name: str
@@ -70,7 +70,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class BankSpec:
-    """Tokens in slots: of the `candidates` groups of each slot, with `group_size` tokens each, a position uses one."""
+    """Tokens in slots. Each slot has `candidates` groups of `group_size` tokens, and a position uses one of them."""
 
     slots: int
     candidates: int
@@ -82,13 +82,13 @@ class BankSpec:
 
 @dataclass(frozen=True)
 class ProjectionSpec:
-    """One Pattention of a model: what growth, pruning and measurements need to know of it.
+    """One Pattention of a model, as growth, pruning and measurements need it.
 
     `name`: of its module, such as "blocks.0.attention.query".
     `kind`: the field of `model.parameter_tokens` that counts its tokens.
-    `tokens`: that a position uses. All that there are, unless the projection has a `bank`.
-    `keys`, `values`: names of its tensors below `name`, rows in the order of the tokens. A token whose keys are all 0
-        adds nothing to the output, whatever its values are.
+    `tokens`: the number that a position uses: all tokens, unless the projection has a `bank`.
+    `keys`, `values`: names of its tensors below `name`, rows in the order of the tokens. With an activation that
+        ignores zeros, a token whose keys are all 0 adds nothing to the output, whatever its values are.
     """
 
     name: str
@@ -103,7 +103,7 @@ class ProjectionSpec:
 def shard_range(rows: int, num_shards: int, shard: int) -> tuple[int, int]:
     """Rows [start, stop) of dim 0 that `shard` of `num_shards` holds.
 
-    Shards differ by at most one row when `rows` does not divide; nothing is padded, so no row exists that
-    would have to be kept out of τ, of weight decay, or of a checkpoint.
+    When `rows` is not a multiple of `num_shards`, shards differ by one row. There is no padding, so no row has to be
+    kept out of τ, weight decay or checkpoints.
     """
     return rows * shard // num_shards, rows * (shard + 1) // num_shards

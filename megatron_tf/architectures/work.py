@@ -1,6 +1,6 @@
 """The work of a block in numbers: matrix products, elementwise traffic, memory, collectives. No torch.
 
-An architecture states them; `costs` turns them into bytes and seconds; tests count them in the model.
+An architecture states them, `costs` turns them into bytes and seconds, and tests count them in the running model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product [m, k] × [k, n], or of rows with one of `candidates` such matrices each."""
+    """A matrix product [m, k] × [k, n], or one in which each row is multiplied by one of `candidates` such matrices."""
 
     m: int
     k: int
@@ -42,13 +42,16 @@ class Product:
         return 2 * self.m * self.k * self.n
 
     def elements(self) -> int:
-        """Read and written."""
+        """The number of elements that it reads and writes."""
         return self.m * self.k + self.candidates * self.k * self.n + self.m * self.n
 
 
 @dataclass(frozen=True)
 class Collective:
-    """`bytes`: of the whole tensor on a rank.  `overlapped`: on its way while something else is computed."""
+    """A number `count` of equal collectives.
+
+    `bytes`: of the whole tensor on a rank.  `overlapped`: other work is computed during the exchange.
+    """
 
     kind: Kind
     bytes: int
@@ -56,7 +59,7 @@ class Collective:
     overlapped: bool = False
 
     def sent_bytes(self, ranks: int) -> float:
-        """Bytes that each of `ranks` ranks sends, over all `count` of them."""
+        """Bytes that each of `ranks` ranks sends, in all `count` collectives together."""
         if self.kind == "send":
             return self.count * self.bytes
         factor = 2 if self.kind == "all_reduce" else 1
@@ -68,23 +71,23 @@ Collectives = tuple[Collective, ...]
 
 @dataclass(frozen=True)
 class BlockWork:
-    """What one block does with one micro batch, on the fullest tensor rank.
+    """The work of one block on one micro batch, on the fullest tensor rank.
 
-    `products`: of the forward pass; the backward pass has each twice.  `products_again`: what it makes once more
-        besides, because it was not kept.  `products_of_step`: of forward and backward each, once a step whatever its
-        micro batches; of a compiled block once a micro batch.
-    `weights`: of the products, those whose second one in the backward pass, the gradient of weights, can be made later.
+    `products`: of the forward pass; the backward pass has two for each.  `products_again`: those that the backward pass
+        repeats in addition, because their results were not kept.  `products_of_step`: those of the forward pass, and as
+        many of the backward pass, that are made once a step; in a compiled block, once a micro batch.
+    `weights`: the `products` whose gradient of weights, one of the two backward products, can be computed later.
     `inner_width`: columns between the products, for each position: a Pattention's scores, an MLP's activations.
     `inner_passes`, `head_passes`: how often an elementwise kernel reads or writes an element of [s, b, inner_width],
         and of the rank's own heads [s, b, d/T].
-    `kernels`: started in all.
-    `moved`: elements a position, read and written, of rows that are put into another order.
-    `kept`: elements of the compute type that a position keeps for the backward pass, besides the inputs of the norms
-        and the whole inputs of attention and feed-forward.
-    `kept_of_step`: fp32 numbers that are kept whatever the positions.
-    `kept_statistics`: fp32 numbers of a position, besides those of the norms and of attention.
-    `backward_peak`: elements a position that the backward pass needs on top of what is kept, at its peak, besides the
-        gradients of a projection's output and input.
+    `kernels`: the number of kernels started.
+    `moved`: elements per position that are read and written in addition, such as rows put into another order.
+    `kept`: elements of the compute type per position that are kept for the backward pass, without the inputs of the
+        norms and the whole inputs of attention and feed-forward.
+    `kept_of_step`: fp32 numbers that are kept, independent of the number of positions.
+    `kept_statistics`: fp32 numbers per position, without those of the norms and of attention.
+    `backward_peak`: elements per position that the backward pass needs at its peak in addition to what is kept, without
+        the gradients of a projection's output and input.
     """
 
     products: tuple[Product, ...]
@@ -103,12 +106,12 @@ class BlockWork:
 
 
 def positions_of(config: RunConfig) -> int:
-    """Positions of a micro batch on a rank: s · b, shared by the context ranks."""
+    """Positions of a micro batch on one rank: s · b / C, because C context ranks share them."""
     return config.model.seq_length // config.parallel.context * config.training.micro_batch_size
 
 
 def hidden_bytes(config: RunConfig) -> int:
-    """Bytes of hidden states [s, b, d] in the compute type, whole over the tensor ranks."""
+    """Bytes of the hidden states [s/C, b, d] of a context rank in the compute type, not split over the tensor ranks."""
     return positions_of(config) * config.model.hidden_size * compute_bytes(config.training.compute_type)
 
 

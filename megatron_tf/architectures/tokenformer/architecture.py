@@ -1,4 +1,4 @@
-"""The TokenFormer as the rest of the package sees it."""
+"""The TokenFormer's implementation of `Architecture`."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class PattentionAttention(Attention):
 
 
 class SparseAttention(Attention):
-    """Query, key and value, or the output projection, or all, choose among parameter tokens, and report how evenly."""
+    """At least one of qkv and proj chooses among candidates. Those that do report how evenly they choose."""
 
     def __init__(self, model: TokenFormerModel, prefix: str, scales: Mapping[str, float], tensor: TensorParallel):
         super().__init__(model, tensor)
@@ -70,7 +70,7 @@ class SparseAttention(Attention):
 
 
 class TokenFormerBlock(Block):
-    """Its feed-forward is one projection."""
+    """The feed-forward of the block is one projection."""
 
     ffn: Pattention | SparsePattention
 
@@ -87,7 +87,7 @@ class TokenFormerBlock(Block):
 
 
 class SparseBlock(TokenFormerBlock):
-    """Projections that choose among parameter tokens report how evenly, the load as their mean."""
+    """Some of its projections choose among candidates and report how evenly they do. `load_max` is their mean."""
 
     def forward_attention(
         self, hidden: Tensor, documents: Documents | None, losses: Reports, metrics: Reports
@@ -105,7 +105,7 @@ class SparseBlock(TokenFormerBlock):
         return _outputs([self.ffn], x, losses, metrics)[0]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles attention without candidates: products with them have the sizes that the choice gives them."""
+        """Compiles attention if it has no candidates. With candidates, the sizes of products depend on the choice."""
         if not isinstance(self.attention, SparseAttention):
             self.attention.compile(*args, **kwargs)
 
@@ -116,7 +116,7 @@ def _choosing(module: nn.Module) -> int:
 
 
 def tokenformer_block(model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
-    """A `BlockFactory`."""
+    """The `BlockFactory` of the TokenFormer."""
     model = as_tokenformer(model)
     prefix = f"blocks.{layer}"
     banks = banks_of(model)
@@ -127,7 +127,7 @@ def tokenformer_block(model: Model, layer: int, scales: Mapping[str, float], ten
 
 
 def _own_heads(attention: Attention, partial: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial query, key and value [s, b, d] -> those of this rank's heads, [s, b, heads/T, head_dim] each."""
+    """Partial query, key and value [s, b, d] -> whole ones of this rank's heads, [s, b, heads/T, head_dim] each."""
     # a rank needs only its own heads, so the sum over the ranks is a reduce-scatter, never an all-reduce
     own = scatter_together(partial, attention.tensor.group, -1)
     query, key, value = (heads.unflatten(-1, (-1, attention.head_dim)) for heads in own)
@@ -140,7 +140,7 @@ def _outputs(
     losses: Reports | None,
     metrics: Reports | None,
 ) -> tuple[Tensor, ...]:
-    """Of projections of one kind, which share x."""
+    """The outputs of projections of one kind, which share x; each is still to be summed over the tensor group."""
     if isinstance(projections[0], SparsePattention):
         return sparse_outputs(cast(Sequence[SparsePattention], projections), x, losses, metrics)
     return partial_outputs(cast(Sequence[Pattention], projections), x)

@@ -1,4 +1,4 @@
-"""How each kind of projection is computed, where there is a choice."""
+"""The form in which each kind of projection is computed, and checks of the settings that choose it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_tf.config.sections.training import Training
 
 
 def kinds_with_own_rows(config: RunConfig) -> frozenset[str]:
-    """Kinds of projections whose input is split over the sequence before it is theirs; proj's comes split by heads."""
+    """Kinds of projections whose input is split over the sequence before it is gathered. proj's is split by heads."""
     return frozenset({"qkv", "ffn"}) if config.parallel.sequence and config.parallel.tensor > 1 else frozenset()
 
 
 def norm_forms(model: TokenFormerModel, config: RunConfig, device: str) -> dict[str, Norm]:
-    """By kind of projection; one with candidates has only the direct form."""
+    """The form of each kind of projection. One with candidates has only the direct form."""
     return {
         kind: "direct"
         if bank_of(model, kind) is not None
@@ -37,7 +37,7 @@ def norm_forms(model: TokenFormerModel, config: RunConfig, device: str) -> dict[
 
 
 def form_problems(model: TokenFormerModel, training: Training) -> Iterator[str]:
-    """Sentences on forms that the activation or the projections do not have."""
+    """Sentences on settings that need a form which the activation or the projections do not have."""
     with_gram = [name for name in ACTIVATIONS.names() if ACTIVATIONS[name].gram_saves is not None]
     if training.norm == "gram" and model.activation not in with_gram:
         yield (

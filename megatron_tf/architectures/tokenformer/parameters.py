@@ -10,7 +10,7 @@ from megatron_tf.architectures.tokenformer.section import Bank, TokenFormerModel
 
 
 class ProjectionNames(NamedTuple):
-    """The names of one projection of a block: of its token count in the config, of its module in other formats."""
+    """Other names of one projection of a block: its token count in the configuration, its module in foreign formats."""
 
     tokens: str
     official: str
@@ -28,6 +28,7 @@ OUTPUTS = ("attention.proj", "ffn")  # projections whose output is added to the 
 
 
 def block_parameters(model: TokenFormerModel, layer: int) -> Iterator[ParameterSpec]:
+    """The parameters of block `layer`, in the order of PROJECTIONS."""
     for name, projection in PROJECTIONS.items():
         tokens = getattr(model.parameter_tokens, projection.tokens)
         if (bank := bank_of(model, projection.tokens)) is not None:
@@ -54,7 +55,8 @@ def block_parameters(model: TokenFormerModel, layer: int) -> Iterator[ParameterS
 def _bank_parameters(
     model: TokenFormerModel, layer: int, name: str, bank: Bank, tokens: int
 ) -> Iterator[ParameterSpec]:
-    """Rows by slot, candidate and token, so that whole slots are one range."""
+    """The parameters of a projection's bank. Rows are ordered by slot, candidate and token, so that whole slots are one
+    contiguous range."""
     prefix = f"blocks.{layer}.{name}.bank"
     huggingface = f"model.layers.{layer}.{PROJECTIONS[name].huggingface}.bank"
     groups = bank.groups(tokens)
@@ -85,8 +87,8 @@ def _bank_parameters(
 
 
 def token_tensors(bank: Bank | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of a projection's (keys, values), see `ProjectionSpec`. A bank's router and balance count as values: they
-    are rows of its groups, and no key."""
+    """(names of the keys, names of the values) of a projection, see `ProjectionSpec`. A bank's router and balance count
+    as values, because they have rows by candidate and are not keys."""
     keys, values = ("key_tokens",), ("value_tokens",)
     if bank is None:
         return keys, values

@@ -25,15 +25,15 @@ class Bank(Section):
     """[tokens] How many of parameter_tokens are used by every position, and are in no slot."""
 
     def slots(self, used: int) -> int:
-        """Slots of a projection whose positions use `used` tokens."""
+        """The number of slots of a projection whose positions use `used` tokens."""
         return (used - self.dense) // self.group_size
 
     def groups(self, used: int) -> int:
-        """Candidates of all slots."""
+        """The number of candidates of all slots together."""
         return self.slots(used) * self.candidates
 
     def stored(self, used: int) -> int:
-        """Parameter tokens of the projection."""
+        """The number of parameter tokens that the projection has."""
         return self.dense + self.groups(used) * self.group_size
 
 
@@ -50,7 +50,7 @@ class Sparse(Section):
     """Weight of a loss that keeps the routers' scores small: the mean of (log Σ exp z)² over a slot's candidates."""
 
     def banks(self) -> dict[str, Bank]:
-        """Those that there are, by kind of projection."""
+        """The banks that are configured, by kind of projection."""
         banks = {"qkv": self.qkv, "proj": self.proj, "ffn": self.ffn}
         return {kind: bank for kind, bank in banks.items() if bank is not None}
 
@@ -83,7 +83,7 @@ def banks_of(model: TokenFormerModel) -> dict[str, Bank]:
 
 
 def written(bank: Bank) -> str:
-    """A bank as a configuration has it."""
+    """A bank as YAML, without fields that have their default."""
     return f"{{{', '.join(f'{key}: {value}' for key, value in bank.model_dump(exclude_defaults=True).items())}}}"
 
 
@@ -94,8 +94,8 @@ def bank_spec(model: TokenFormerModel, kind: str) -> BankSpec | None:
 
 
 def suggested_bank(used: int) -> Bank | None:
-    """A bank for a projection whose positions use `used` tokens: at least two slots where there are tokens for two.
-    None when they are too few for a slot."""
+    """A bank for a projection whose positions use `used` tokens, of two slots or more where the tokens suffice for
+    them. None when they do not suffice for one slot."""
     dense = used % 16
     in_slots = used - dense
     largest = min(256, max(16, in_slots // 2))
@@ -104,7 +104,7 @@ def suggested_bank(used: int) -> Bank | None:
 
 
 def bank_problems(model: TokenFormerModel) -> Iterator[str]:
-    """Sentences on banks whose tokens are no whole slots, and on a section without a bank."""
+    """Sentences on banks whose tokens do not fill whole slots, and on a section without a bank."""
     if model.sparse is not None and not model.sparse.banks():
         bank = suggested_bank(model.parameter_tokens.ffn)
         remedy = f"Set model.sparse.ffn to {written(bank)}, or" if bank else "Set"

@@ -1,7 +1,7 @@
-"""What a TokenFormer's block costs.
+"""The cost of a TokenFormer's block.
 
-`Passes` over a rank's heads and numbers of kernels were counted in the model; tests count them again. Passes over the
-scores are the activation's.
+`Passes` over a rank's heads and numbers of kernels were counted in the running model; tests count them again. Passes
+over the scores come from the activation.
 """
 
 from __future__ import annotations
@@ -29,33 +29,34 @@ from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.schema import RunConfig
 
 HEAD_PASSES = Passes(15.5, 15)
-# Of each slot, in a GPU's grouped products: inputs are gathered (read and written), outputs are added to others (read
+# Per slot, in the grouped products of a GPU: inputs are gathered (read and written), outputs are added to a sum (read
 # twice and written).
 SLOT_PASSES = Passes(5, 7)
 SLOT_KERNELS = Passes(7, 12)
-# Of x, for each projection in the Gram form: xG times x and its sum; x times a number a row.
+# Over x, for each projection in the Gram form: xG times x and the sum of that; backward, x times one number a row.
 GRAM_PASSES = Passes(11, 4)
-GRAM_KERNELS = Passes(15, 14)  # of projections that share an input
-# Of x, whole, where norms of a rank's own rows travel with them: both are put together, and taken apart again.
+GRAM_KERNELS = Passes(15, 14)  # for all projections that share an input
+# Over the whole x, where the norms of a rank's own rows are gathered with it: both are packed, and unpacked again.
 PACKED_PASSES = Passes(2, 2)
-# What training.precision: fp8 adds: factors are measured, scaled, rounded and turned, and scores put in their place. Of
-# a score, eager and where one kernel scales and rounds; of x, for projections that share it; of the gradient of a
-# projection's output; of an element of its keys and values. Between them x is scaled by the row.
+# training.precision: fp8 adds passes in which factors are measured, scaled, rounded and transposed, and scores copied
+# to their place: over a score, eager or with scaling and rounding in one compiled kernel; over x, once for projections
+# that share it; over the gradient of a projection's output; over an element of its keys and values. In between, x is
+# scaled by rows.
 FP8_PASSES = Passes(6.5, 17.5)
 FP8_COMPILED_PASSES = Passes(4.5, 9.5)
 FP8_INPUT_PASSES = Passes(6.5, 7.5)
 FP8_GRADIENT_PASSES = Passes(0, 10)
 FP8_TOKEN_PASSES = Passes(5, 5)
 FP8_KERNELS = Passes(255, 446)
-FP8_STATISTICS = 8  # fp32 numbers that a position keeps besides: scaled norms, and what they were scaled by
-SHARING = {"qkv": 3, "proj": 1, "ffn": 1}  # that share an input
-CHOICE_STATISTICS = 5  # fp32 numbers that a position keeps of its choice in a slot
+FP8_STATISTICS = 8  # further fp32 numbers that a position keeps: scaled norms, and the factors of the scaling
+SHARING = {"qkv": 3, "proj": 1, "ffn": 1}  # projections of each kind, which share an input
+CHOICE_STATISTICS = 5  # size, in fp32 numbers, of the record that a position keeps of its choice in a slot
 KERNELS = Passes(73, 133)
-FUSED_KERNELS = Passes(40, 52)  # of an activation with kernels of its own
+FUSED_KERNELS = Passes(40, 52)  # with an activation that has its own kernels
 
 
 def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
-    """A block keeps of each position, in the compute type
+    """The work of one block. It keeps, per position and in the compute type:
 
     | kept                                           | elements |
     |------------------------------------------------|----------|
@@ -63,13 +64,17 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     | query, key, value and the output of attention  | 4 · d/T  |
     | input of proj, gathered from it; none if T = 1 | d        |
 
-    (of a projection with a bank: of the tokens that the position uses), and in fp32 the norm of each of the five
-    projections' scores. The backward pass of a projection holds one tensor of the size of its scores (query, key and
-    value together: one of the size of theirs), 2 more for the projection it is at; what was kept for projections that
-    come later in the model is free by then. With training.scores: recompute no scores are kept; the backward pass holds
-    those of the projection it is at besides, all for some positions at a time where these wait for no exchange. A
-    slot's choice and its place in the order of the rows are int64, its gate is fp32; its products are made on copies of
-    inputs and outputs in that order. In fp8 the larger factor of a product is there 1.5 times besides.
+    In addition it keeps the norm of the scores of each of the five projections in fp32. With a bank, n counts the
+    tokens that a position uses.
+
+    The backward pass holds one tensor of the size of the scores that share an input (query, key and value together),
+    and 2 more for the projection that it is at. By then, the scores of projections that come later in the model are
+    freed. With training.scores: recompute no scores are kept. The backward pass then holds the scores of the projection
+    that it is at as well, of one chunk of positions at a time where these do not wait for an exchange.
+
+    For a slot, the choice and the place in the order of the rows are int64, and the gate is fp32. Its products work on
+    copies of inputs and outputs in that order. In fp8 the larger factor of a product takes 1.5 times its size in
+    addition.
     """
     tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
     counts, activation = model.parameter_tokens, ACTIVATIONS[model.activation]
@@ -88,7 +93,7 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     kernels = KERNELS if activation.kernel_passes is None else FUSED_KERNELS
     with_gram = [kind for kind, form in norm_forms(model, config, GPU).items() if form == "gram"]
     gram_share = sum(widths[kind] for kind in with_gram) / scores
-    # rows of which a rank makes the norm
+    # kinds in the Gram form -> the rows whose norms this rank computes
     own_rows = kinds_with_own_rows(config)
     own = {kind: positions // tensor if kind in own_rows else positions for kind in with_gram}
     gram = [Product(rows, hidden, SHARING[kind] * hidden) for kind, rows in own.items()]
@@ -122,7 +127,7 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
 
 
 class _Fp8Work(NamedTuple):
-    """What `training.precision: fp8` adds to a block; fields as `BlockWork` has them."""
+    """The work that `training.precision: fp8` adds to a block. The fields are those of `BlockWork`."""
 
     kernels: Passes = Passes(0, 0)
     moved: Passes = Passes(0, 0)
@@ -132,10 +137,10 @@ class _Fp8Work(NamedTuple):
 
 
 def _fp8_work(config: RunConfig, widths: Mapping[str, int], copies: int) -> _Fp8Work:
-    """`widths`: scores by kind.  `copies`: inputs that are kept as they were as well, for their norms.
+    """`widths`: scores per position, by kind.  `copies`: the number of inputs that are also kept unscaled, for norms.
 
-    Of tokens in 8 bits nothing is kept: they are made from those in bf16 for each product. At the peak the keys of one
-    kind are there scaled, and rounded.
+    Tokens in 8 bits are not kept, but made from the bf16 ones for each product. At the peak, a scaled and a rounded
+    copy of the keys of one kind are in memory.
     """
     if config.training.precision != "fp8":
         return _Fp8Work()
@@ -153,19 +158,20 @@ def _fp8_work(config: RunConfig, widths: Mapping[str, int], copies: int) -> _Fp8
 
 
 def _recomputed_peak(config: RunConfig, widths: Mapping[str, int], with_gram: Sequence[str]) -> int:
-    """Elements a position, on average, of a projection's scores and what is made of them: of one chunk of the positions
-    unless they wait for an exchange. Chunks have their tokens' gradients, and fp32 sums of these, besides."""
+    """Elements per position, on average, of the largest projection's scores and the tensors made from them. They are in
+    memory for one chunk of the positions, or for all where these wait for an exchange. Chunks need the gradients of
+    tokens, and fp32 sums of them, in addition."""
     positions = positions_of(config)
     chunks = row_chunks(positions)
     sums = 2 * config.model.hidden_size * (1 + 4 // compute_bytes(config.training.compute_type))
     peaks = []
     for kind, width in widths.items():
         by_chunk = len(chunks) > 1 and (config.parallel.tensor == 1 or kind in with_gram)
-        # scores and their gradient, and 2 more for the projection it is at
+        # scores and their gradient, and two tensors for one projection
         own = width // SHARING[kind]
         elements = 2 * (width + own)
         if config.training.precision == "fp8":
-            # a factor is there scaled, and rounded
+            # a factor is in memory scaled and rounded as well
             elements = max(2 * width + 5 * own // 2, 7 * width // 2)
         of_scores = elements * (max(chunks) if by_chunk else positions)
         peaks.append(of_scores + (sums * width if by_chunk else 0))
@@ -173,7 +179,7 @@ def _recomputed_peak(config: RunConfig, widths: Mapping[str, int], with_gram: Se
 
 
 def _score_passes(activation: Activation, config: RunConfig, gram_share: float) -> Passes:
-    """Of a score, on average; `gram_share` of them are in the Gram form."""
+    """Passes over a score, on average over the projections. `gram_share`: the share of scores in the Gram form."""
     compiled, in_fp8 = config.training.compile, config.training.precision == "fp8"
     passes = activation.compiled_passes if compiled else activation.passes
     saved = activation.gram_saves or Passes(0, 0)
@@ -188,7 +194,8 @@ def _score_passes(activation: Activation, config: RunConfig, gram_share: float) 
 def _products(
     positions: int, hidden: int, tokens: int, number: int, bank: Bank | None, slots: int
 ) -> Iterator[Product]:
-    """Of `number` projections that share their input, with so many tokens each and `slots` slots on this rank."""
+    """The products of `number` projections that share their input, each with `tokens` used tokens and `slots` slots on
+    this rank."""
     in_slots = 0 if bank is None else slots * bank.group_size
     if bank is not None:
         yield from number * [
@@ -203,7 +210,7 @@ def _products(
 
 
 def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Collectives, Collectives]:
-    """(forward, backward) of one block and micro batch over two or more tensor ranks.
+    """(forward, backward): the collectives of one block and micro batch over two or more tensor ranks.
 
     | | forward | backward |
     |---|---|---|
@@ -212,10 +219,11 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
     | ffn | norms, all-reduce | norms, all-reduce of dX |
 
     Under sequence parallelism each all-reduce of hidden states becomes a reduce-scatter on one side and an all-gather
-    on the other. Norms are [s, b, 1] in fp32, one for each projection; forward they go in the parts of `row_parts`,
-    each by the activation's number of reductions, those of a projection with a bank whole. In the Gram form there are
-    no such exchanges; under sequence parallelism norms in fp32 are gathered with the input of q, k, v and with the
-    ffn's, and their gradients, in the compute type, are reduced with its own.
+    on the other. Norms are [s, b, 1] in fp32, one for each projection. In the forward pass they are exchanged in the
+    parts of `row_parts`, in one part for a projection with a bank, and each part takes the activation's number of
+    reductions. In the Gram form there are no such exchanges. Under sequence parallelism its norms, in fp32, are
+    gathered with the inputs of q, k, v and of ffn, and their gradients, in the compute type, are reduced with those of
+    the input.
     """
     positions, whole = positions_of(config), hidden_bytes(config)
     # query, key and value together, and their gradients
@@ -249,8 +257,8 @@ def block_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Colle
 
 
 def step_collectives(model: TokenFormerModel, config: RunConfig) -> tuple[Collectives, Collectives]:
-    """(forward, backward) of one block besides: in the Gram form KᵀK and its gradient, [d, d] in fp32 for each
-    projection."""
+    """(forward, backward): the all-reduces that one block makes once a step. In the Gram form these are KᵀK and its
+    gradient, [d, d] in fp32 for each projection."""
     matrices = tuple(
         Collective("all_reduce", 4 * model.hidden_size**2 * SHARING[kind])
         for kind, form in norm_forms(model, config, GPU).items()

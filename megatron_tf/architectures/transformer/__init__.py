@@ -1,1 +1,1 @@
-"""The Transformer to compare a TokenFormer with: matrices and a GELU MLP in the same blocks."""
+"""The Transformer, to compare a TokenFormer with: matrices and a GELU MLP in otherwise equal blocks."""

@@ -1,4 +1,4 @@
-"""The Transformer as the rest of the package sees it."""
+"""The Transformer's implementation of `Architecture`."""
 
 from __future__ import annotations
 

@@ -18,28 +18,28 @@ from megatron_tf.parallel.groups import Group
 
 
 class SplitMatrix(nn.Module):
-    """A matrix of `rows` logical rows, the axis that is split over the group: its outputs or its inputs. No bias."""
+    """A matrix of `rows` logical rows, which are split over the group. They are its outputs or its inputs. No bias."""
 
     def __init__(self, rows: int, width: int, group: Group):
         super().__init__()
         start, stop = shard_range(rows, group.size, group.rank)
         self.weight = nn.Parameter(torch.empty(stop - start, width))
-        # where a backward pass leaves the gradient of the weight; None: it makes it
+        # where a backward pass defers the gradient of the weight to; None: it computes it
         self.later: Later | None = None
 
     def split(self, x: Tensor) -> Tensor:
-        """x [..., width], whole -> [..., rows/T]."""
+        """Rows as outputs: x [..., width], whole -> [..., rows/T]."""
         return F.linear(x, self.weight) if self.later is None else product(x, self.weight, self.later)
 
     def partial(self, x: Tensor) -> Tensor:
-        """x [..., rows/T] -> [..., width], still to be summed over the group."""
+        """Rows as inputs: x [..., rows/T] -> [..., width], still to be summed over the group."""
         return x @ self.weight if self.later is None else product(x, self.weight, self.later, transposed=True)
 
 
 class LinearAttention(Attention):
-    """Query, key, value and output projections are matrices, the first three one product.
+    """Query, key, value and output projections are matrices. The first three are one matrix.
 
-    Query heads h and heads of keys and values g give groups of h/g query heads with one key and one value.
+    With h query heads and g heads of keys and values, each group of h/g query heads shares one key and one value.
     """
 
     def __init__(self, model: TransformerModel, tensor: TensorParallel):
@@ -71,6 +71,6 @@ class Mlp(nn.Module):
 
 
 def transformer_block(model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
-    """A `BlockFactory`. All blocks are alike, and none has a τ."""
+    """The `BlockFactory` of the Transformer. `layer` and `scales` are not used: all blocks are equal, without a τ."""
     model = as_transformer(model)
     return Block(LinearAttention(model, tensor), Mlp(model, tensor.group), tensor, model.norm_eps)

@@ -9,7 +9,7 @@ from megatron_tf.architectures.transformer.section import TransformerModel
 
 
 def block_parameters(model: TransformerModel, layer: int) -> Iterator[ParameterSpec]:
-    """Dim 0 of each matrix is the axis that is split over the tensor group.
+    """The parameters of block `layer`. Dim 0 of each matrix is split over the tensor group.
 
     With h query heads and g heads of keys and values, each of c = d/h channels, and f columns of the MLP:
 

@@ -1,5 +1,7 @@
-"""What a Transformer's block costs. `Passes` and numbers of kernels were counted in the model; tests count them
-again."""
+"""The cost of a Transformer's block.
+
+`Passes` and numbers of kernels were counted in the running model; tests count them again.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ KERNELS = Passes(28, 36)
 
 
 def block_work(model: TransformerModel, config: RunConfig) -> BlockWork:
-    """A block keeps of each position, in the compute type
+    """The work of one block. It keeps, per position and in the compute type:
 
     | kept                                                        | elements      |
     |-------------------------------------------------------------|---------------|
@@ -31,8 +33,8 @@ def block_work(model: TransformerModel, config: RunConfig) -> BlockWork:
     | product of qkv, of which the value is a part                | (h + 2g)·c/T  |
     | rotated query and key, and the output of attention          | (2h + g)·c/T  |
 
-    (h, g, c: see `block_parameters`). The backward pass of the MLP holds the gradients of GELU's output and input, and
-    GELU's output no more.
+    (h, g, c, f: see `block_parameters`.) The backward pass of the MLP holds the gradients of GELU's output and input,
+    but no longer GELU's output.
     """
     tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
     own, qkv, mlp = hidden // tensor, qkv_rows(model) // tensor, -(-model.ffn_hidden_size // tensor)
@@ -53,9 +55,9 @@ def block_work(model: TransformerModel, config: RunConfig) -> BlockWork:
 
 
 def block_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
-    """(forward, backward): after attention and after the MLP an all-reduce; its twin in the backward pass is of dX.
+    """(forward, backward): forward an all-reduce after attention and after the MLP, backward one of dX for each.
 
-    Under sequence parallelism it is an all-gather on one side and a reduce-scatter on the other.
+    Under sequence parallelism each is an all-gather on one side and a reduce-scatter on the other.
     """
     kinds: tuple[Kind, ...] = ("all_gather", "reduce_scatter") if config.parallel.sequence else ("all_reduce",)
     both = tuple(Collective(kind, hidden_bytes(config), 2) for kind in kinds)
