@@ -1,17 +1,17 @@
-"""Collectives, and the autograd pairs that tensor parallelism is made of.
+"""Collectives, and pairs of them for the forward and backward pass, of which tensor parallelism is made.
 
-Only this module calls torch.distributed collectives on activations. No function changes its input, and
-each is the identity for a group of one.
+Only this module calls torch.distributed collectives on activations. No function changes its input, and each is the
+identity for a group of one.
 
 | function | forward | backward | use |
 |---|---|---|---|
 | `copy_to` | identity | all-reduce | a replicated tensor enters sharded work |
 | `reduce_from` | all-reduce | identity | partial results become whole on every rank |
-| `gather_together` | one all-gather of rows and of numbers of each | one reduce-scatter | as `gather_from` |
+| `gather_together` | one all-gather of rows and of a few numbers a row | one reduce-scatter | as `gather_from` |
 | `gather_from` | all-gather along a dim | reduce-scatter | a split tensor enters sharded work whole |
 | `scatter_to` | reduce-scatter along a dim | all-gather | partial results become whole, split |
 | `scatter_together` | one reduce-scatter of several | one all-gather | as `scatter_to` |
-| `exchange` | all-to-all: one dim split, another whole | the same, back | positions for heads, heads for positions |
+| `exchange` | all-to-all: splits one dim, gathers another | the inverse | between positions and heads |
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch.autograd import Function
 
 from megatron_tf.parallel.groups import Group
 
-# torch 2.13 renamed these two and warns about the names that 2.11 and 2.12 know
+# torch 2.13 renamed these two and warns about the old names, the only ones in 2.11 and 2.12.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """A new tensor with the reduction of `x` over the group (same shape). Not differentiable."""
+    """The reduction of `x` over the group, of the same shape; `x` itself for a group of one. Not differentiable."""
     if group.size == 1:
         return x
     out = x.clone(memory_format=torch.contiguous_format)
@@ -41,7 +41,7 @@ def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Reduc
 
 
 def begin_all_reduce(x: Tensor, group: Group) -> Callable[[], Tensor]:
-    """Like `all_reduce`, of sums; what it returns waits for the result, so that other work can hide the exchange."""
+    """Starts a sum over the group. Returns a function that waits for it, so that other work can hide the exchange."""
     if group.size == 1 or torch.compiler.is_compiling():  # a compiled graph has only collectives that wait
         return lambda: all_reduce(x, group)
     out = x.clone(memory_format=torch.contiguous_format)
@@ -72,14 +72,14 @@ def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
         return x
     parts = x.unflatten(dim, (group.size, -1)).movedim(dim % x.dim(), 0).contiguous()
     out = torch.empty_like(parts[0])
-    # flat buffers: gloo wants dim 0 of its input to be world size times dim 0 of its output
+    # flat buffers: gloo requires dim 0 of the input to be the group's size times dim 0 of the output
     with group.around():
         _reduce_scatter(out.view(-1), parts.view(-1), group=group.handle)
     return out
 
 
 def all_to_all(x: Tensor, group: Group, split: int, gather: int) -> Tensor:
-    """Slice r of `x` along `split` goes to rank r; what comes from the ranks is concatenated along `gather`.
+    """Sends slice r of `x` along `split` to rank r; concatenates the slices that it receives along `gather`.
 
     Not differentiable.
     """
@@ -93,12 +93,12 @@ def all_to_all(x: Tensor, group: Group, split: int, gather: int) -> Tensor:
 
 
 def send(x: Tensor, rank: int) -> None:
-    """Pass `x` on to `rank` of the world, which must `receive` its shape and type. Not differentiable."""
+    """Sends `x` to `rank` of the world, which must `receive` the same shape and type. Not differentiable."""
     dist.send(x.contiguous(), rank)
 
 
 def receive(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rank: int) -> Tensor:
-    """What `rank` of the world sends. Not differentiable."""
+    """The tensor that `rank` of the world sends, of this shape and type. Not differentiable."""
     out = torch.empty(shape, dtype=dtype, device=device)
     dist.recv(out, rank)
     return out
@@ -140,7 +140,7 @@ class _GatherTogether(Function):
     @staticmethod
     def forward(ctx, x, numbers, group):
         ctx.group, ctx.shapes, ctx.dtype = group, (x.shape, numbers.shape), numbers.dtype
-        # the numbers' bits as elements of x's type: nothing is rounded
+        # The bits of the numbers travel as elements of x's type, so that nothing is rounded.
         sent = torch.cat([x.reshape(-1), numbers.contiguous().view(x.dtype).view(-1)])
         ranks = all_gather(sent, group, 0).view(group.size, -1)
         whole, bits = ranks[:, : x.numel()], ranks[:, x.numel() :].contiguous()
@@ -173,7 +173,7 @@ class _ScatterTogether(Function):
     def forward(ctx, group, dim, *tensors):
         ctx.group, ctx.dim = group, dim
         ranks = torch.stack([x.unflatten(dim, (group.size, -1)).movedim(dim, 0) for x in tensors], 1)
-        # each in memory of its own: what is kept of one for the backward pass would keep all
+        # Copies: as views, one that is kept for the backward pass would keep the memory of all.
         return tuple(own.clone() for own in reduce_scatter(ranks, group, 0)[0])
 
     @staticmethod
@@ -209,9 +209,9 @@ def gather_from(x: Tensor, group: Group, dim: int) -> Tensor:
 
 
 def gather_together(x: Tensor, numbers: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """`gather_from` along dim 0 of x [rows, ...] and numbers [rows, ...], of at least x's precision, in one exchange.
+    """`gather_from` along dim 0 of x [rows, ...] and numbers [rows, ...] in one exchange.
 
-    The gradient of the numbers travels in the type of x's.
+    The numbers have a type of at least x's precision. Their gradient travels in the type of x's gradient.
     """
     return (x, numbers) if group.size == 1 else _GatherTogether.apply(x, numbers, group)
 
@@ -222,12 +222,15 @@ def scatter_to(x: Tensor, group: Group, dim: int) -> Tensor:
 
 
 def scatter_together(tensors: Sequence[Tensor], group: Group, dim: int) -> tuple[Tensor, ...]:
-    """`scatter_to` of several tensors of one shape, in one exchange."""
+    """`scatter_to` of several tensors of equal shape, in one exchange."""
     if group.size == 1:
         return tuple(tensors)
     return _ScatterTogether.apply(group, dim % tensors[0].dim(), *tensors)
 
 
 def exchange(x: Tensor, group: Group, split: int, gather: int) -> Tensor:
-    """`x`, whole along dim `split` and a part along `gather` -> a part along `split` and whole along `gather`."""
+    """`x`, whole along dim `split` and a part along `gather` -> a part along `split`, whole along `gather`.
+
+    The backward pass is the inverse exchange.
+    """
     return x if group.size == 1 else _Exchange.apply(x, group, split % x.dim(), gather % x.dim())

@@ -1,4 +1,4 @@
-"""The name by which scripts outside this package know `runtime.environment.detect`."""
+"""`runtime.environment.detect` under its former name, for scripts outside this package."""
 
 from megatron_tf.runtime.environment import detect
 

@@ -16,7 +16,8 @@ from megatron_tf.config.topology import GridAxis, Topology
 class Group:
     """The ranks that share one piece of work. `rank` is this process's position among them.
 
-    `handle` is the communicator, None for a group of one.  `around` is entered for each of its collectives: a clock.
+    `handle`: the communicator, None for a group of one.  `around`: makes the context manager that each wait for a
+        collective runs in, to time it.
     """
 
     size: int = 1
@@ -31,7 +32,7 @@ SINGLE = Group()
 def make_group(topology: Topology, axis: GridAxis, timeout_seconds: float, backend: str | None = None) -> Group:
     """This rank's group along `axis`. Every rank of the world must call it, in the same order.
 
-    `backend` None is the world's own; "gloo" gives a group for small CPU tensors in addition to nccl.
+    `backend`: None is that of the world; "gloo" makes a group for small CPU tensors next to one of nccl.
     """
     size, rank = getattr(topology, axis), dist.get_rank() if dist.is_initialized() else 0
     if size == 1:
@@ -42,7 +43,7 @@ def make_group(topology: Topology, axis: GridAxis, timeout_seconds: float, backe
 def own_of(
     groups: Iterable[Sequence[int]], timeout_seconds: float, backend: str | None = None
 ) -> dist.ProcessGroup | None:
-    """The communicator of that of `groups` which this rank is in, None of a rank in none.
+    """The communicator of the one of `groups` that contains this rank; None for a rank that is in none of them.
 
     Every rank of the world must call it with the same groups, in the same order.
     """
