@@ -1,20 +1,20 @@
-"""Fewer candidates: what they contribute on real data, and which of them stay or are merged.
+"""Fewer candidates: measuring their contributions on real data, and choosing which of them stay or are merged.
 
-There are two ways from m candidates of a slot to m' of them.
+There are two ways to reduce the m candidates of a slot to m'.
 
 | way | a candidate of the smaller model | possible |
 |---|---|---|
-| `drop` | one that was there: the m' of a slot that contribute most stay | always |
-| `merge` | the mean of m/m' neighbours: tokens weighted by the positions that chose them, routers even | m' divides m |
+| `drop` | an old one: the m' of a slot that contribute most stay | always |
+| `merge` | the mean of m/m' neighbours: tokens weighted by use, routers and balances equally | m' divides m |
 
-What a candidate contributes is Σ |S_i|·‖v_i‖ over its tokens and the positions that chose it, as in `criterion`. The
-positions of one that is dropped choose among the others. Neighbours are what `split` makes of one candidate, so merging
-undoes a split: copies have the mean that each of them is, and routers ρ_j + δ_k have the mean ρ_j + mean δ, whose
-second part is the same for all j and decides nothing. Which way is better depends on how far the copies have parted,
-and is measured.
+The contribution of a candidate is Σ |S_i|·‖v_i‖ over its tokens and the positions that chose it, as in `criterion`. The
+positions of a dropped candidate choose among the others. The copies that `split` makes of one candidate are neighbours,
+so merging undoes a split: the mean of equal copies is that copy, and routers ρ_j + δ_k have the mean ρ_j + mean δ,
+whose second part is the same for all j and does not affect the choice. Which way is better depends on how far the
+copies have diverged, and is measured.
 
-A position uses as many tokens as before, so τ stays. With one candidate a slot the model is dense: its tokens are the
-dense ones, and then those of the slots in their order.
+A position uses as many tokens as before, so τ stays. With one candidate in each slot the model is dense: its tokens are
+the dense ones, followed by those of the slots in their order.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ from megatron_tf.pruning.criterion import SCORE_ELEMENTS
 from megatron_tf.state.parameters import projections
 
 DROP, MERGE = "drop", "merge"
-# By projection, fp64 [slots, m', m]: the share that each old candidate has in each of the smaller model's.
+# By projection, fp64 [slots, m', m]: the share of each old candidate in each candidate of the smaller model.
 Mixtures = Mapping[str, Tensor]
 
 
 @dataclass
 class Use:
-    """Of one projection: positions that chose each candidate, and what it contributes. fp64 [slots, m] each."""
+    """How one projection used its candidates: the positions that chose each, and its contribution; fp64 [slots, m]."""
 
     positions: Tensor
     contributions: Tensor
 
     def dropped_share(self, mixture: Tensor) -> float:
-        """Of all contributions, what the candidates contribute that are in none of the smaller model's."""
+        """The share of all contributions, 0 to 1, from candidates that have no share in the smaller model."""
         total = float(self.contributions.sum())
         return float(self.contributions[mixture.sum(1) == 0].sum()) / total if total else 0.0
 
 
 def candidate_counts(model: Model) -> dict[str, int]:
-    """Candidates of a slot by kind of projection; nothing for dense ones."""
+    """The number of candidates of each slot, by kind of projection; without the dense kinds."""
     return {spec.kind: spec.bank.candidates for spec in projections(model).values() if spec.bank}
 
 
 def with_candidates(model: Model, counts: Mapping[str, int]) -> Model:
-    """`model` with `counts` candidates by kind of projection; 1 is a dense projection."""
+    """`model` with `counts` candidates in each slot, by kind of projection; 1 makes the projection dense."""
     sections = architecture_of(model).sparse_sections(model) or {}
     smaller = {kind: {**bank, "candidates": counts[kind]} for kind, bank in sections.items() if counts[kind] > 1}
     return architecture_of(model).with_sparse(model, smaller or None)
@@ -70,7 +70,8 @@ def with_candidates(model: Model, counts: Mapping[str, int]) -> Model:
 
 @torch.no_grad()
 def measure_use(model: TokenFormer, batches: Iterable[Batch]) -> dict[str, Use]:
-    """Of each projection that has candidates. CheckpointError when the model is not finite."""
+    """The `Use` of each projection that has candidates, by name, over `batches`. CheckpointError when contributions are
+    not finite."""
     observed = {name: module for name, module in model.named_modules() if isinstance(module, SparsePattention)}
     found: dict[str, Use] = {}
     try:
@@ -93,7 +94,7 @@ def measure_use(model: TokenFormer, batches: Iterable[Batch]) -> dict[str, Use]:
 
 
 def add_use(projection: SparsePattention, use: Use, x: Tensor) -> None:
-    """Adds what positions x [..., d_in] choose, and what that contributes, to `use`."""
+    """Adds the choices of positions x [..., d_in], and the contributions of the chosen candidates, to `use`."""
     function, bank = score_function(projection.activation), projection.bank
     slots, candidates, size = bank.shape
     keys, values = bank.key_tokens.unflatten(0, bank.shape), bank.value_tokens.unflatten(0, bank.shape)
@@ -117,13 +118,13 @@ def add_use(projection: SparsePattention, use: Use, x: Tensor) -> None:
 
 
 def mixtures(use: Mapping[str, Use], smaller: Model) -> dict[str, Mixtures]:
-    """The ways to the candidates of the model `smaller`."""
+    """The `Mixtures` of each possible way to the candidates of the model `smaller`, by DROP and MERGE."""
     banks = {name: spec.bank for name, spec in projections(smaller).items()}
     return ways_to(use, {name: bank.candidates if (bank := banks[name]) else 1 for name in use})
 
 
 def ways_to(use: Mapping[str, Use], counts: Mapping[str, int]) -> dict[str, Mixtures]:
-    """The ways to `counts` candidates, by projection as `use` is."""
+    """The `Mixtures` of each possible way to `counts` candidates in each slot, given by projection."""
     ways: dict[str, Mixtures] = {DROP: {name: _dropped(own.contributions, counts[name]) for name, own in use.items()}}
     if all(own.positions.shape[1] % counts[name] == 0 for name, own in use.items()):
         ways[MERGE] = {name: _merged(own.positions, counts[name]) for name, own in use.items()}
@@ -131,14 +132,14 @@ def ways_to(use: Mapping[str, Use], counts: Mapping[str, int]) -> dict[str, Mixt
 
 
 def _dropped(contributions: Tensor, count: int) -> Tensor:
-    """Of equal contributions the first candidates stay; those that stay keep their order."""
+    """The mixture of `drop`. Of equal contributions the first candidates stay. The order of candidates stays."""
     kept = contributions.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
     return torch.zeros(*kept.shape, contributions.shape[1], dtype=torch.float64).scatter_(2, kept.unsqueeze(-1), 1.0)
 
 
 def _merged(positions: Tensor, count: int) -> Tensor:
-    """By the positions and one more, so that each neighbour has a share, and those that nobody chose have equal
-    ones."""
+    """The mixture of `merge`. One is added to each count of positions, so that every neighbour has a share, and
+    neighbours that no position chose have equal ones."""
     families = positions.unflatten(1, (count, -1)) + 1
     shares = families / families.sum(-1, keepdim=True)
     mixture = shares.new_zeros(len(positions), count, *families.shape[1:])

@@ -1,4 +1,4 @@
-"""The state of a model with fewer candidates, computed while it is read: splitting backwards."""
+"""The state of a model with fewer candidates, computed while it is read: the inverse of splitting."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from megatron_tf.state.sources import StateSource, copy_in_slices
 
 @dataclass(frozen=True)
 class _Mixed:
-    """A tensor of the smaller model whose groups of `size` elements, from element `first` on, are means of groups of
-    the old tensor `name`; what is before `first` is the old tensor of its own name."""
+    """A tensor of the smaller model. From element `first` on, its groups of `size` elements are means of groups of the
+    old tensor `name`, with the shares of `mixture`. The elements before `first` are the old tensor of its own name."""
 
     name: str
     first: int
@@ -29,8 +29,8 @@ class _Mixed:
     mixture: Tensor
 
     def groups(self, start: int, stop: int) -> Iterator[tuple[int, int, list[tuple[int, float]]]]:
-        """(start, stop, [(start in the old tensor, share), ...]) of each part of elements [start, stop) in one
-        group."""
+        """For each part of elements [start, stop) that lies in one group: (start, stop, [(start in the old tensor,
+        share), ...])."""
         slots, count, candidates = self.mixture.shape
         while start < stop:
             group, offset = divmod(start - self.first, self.size)
@@ -49,11 +49,11 @@ class _Mixed:
 
 
 class CondensedSource:
-    """State of `model`, which has fewer candidates than `old_model`: means of those of `old`, with the optimizer's
-    states alike.
+    """State of `model`, which has fewer candidates than `old_model`: means of the candidates of `old`.
 
     `mixtures`: of each projection that loses candidates, see `pruning.candidates`.
-    Ages are those of the candidate with the largest share. A `StateSource`; holds one bounded buffer while it is read.
+    The optimizer's states are averaged in the same way. Step counts are those of the candidate with the largest share.
+    A `StateSource`; holds one bounded buffer while it is read.
     """
 
     def __init__(self, old: StateSource, *, old_model: Model, model: Model, mixtures: Mapping[str, Tensor]):
@@ -93,7 +93,7 @@ class CondensedSource:
         return found
 
     def _boundary(self, name: str, start: int, stop: int) -> int:
-        """Where in [start, stop] the means begin."""
+        """The element in [start, stop] from which on elements are means."""
         mixed = self._mixed.get(name)
         return stop if mixed is None else min(max(mixed.first, start), stop)
 
@@ -104,7 +104,7 @@ class CondensedSource:
 
 
 def _mixed(old_model: Model, model: Model, mixtures: Mapping[str, Tensor]) -> Iterator[tuple[str, _Mixed]]:
-    """Tensors of the smaller model that are made of candidates, by name."""
+    """(name, how it is made) of each tensor of the smaller model that is made of candidates."""
     table, banks = parameter_table(model), projections(old_model)
     for name, mixture in mixtures.items():
         bank, dense_again = banks[name].bank, mixture.shape[1] == 1
@@ -122,7 +122,7 @@ def _mixed(old_model: Model, model: Model, mixtures: Mapping[str, Tensor]) -> It
 
 
 def condensed_model(source: StateSource, model: Model) -> TokenFormer:
-    """The smaller model, in fp32."""
+    """The smaller model with the weights of `source`, in fp32 on the CPU, for evaluation."""
     result = build_model(model, scales=source.scales)
     with torch.no_grad():
         for name, parameter in result.named_parameters():

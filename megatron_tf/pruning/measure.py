@@ -1,8 +1,8 @@
-"""Measuring what the parameter tokens of a model contribute on real data, and dropping those that contribute least.
+"""Measures the contributions of a model's parameter tokens on real data, and drops the tokens that contribute least.
 
-`pruning.criterion` has the criterion and the maths. All projections are measured in the whole model, over the same
-data, before any of them loses a token. Memory is the model's weights, the state of one block on a few samples, and a
-number a token; every projection of every layer makes its own selection.
+`pruning.criterion` has the criterion and the maths. All projections are measured in the unpruned model, over the same
+data. Each projection of each layer has its own selection. Memory holds the model's weights, the activations of one
+block for a few samples, and one number for each token.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from megatron_tf.tasks.data import Batch
 from megatron_tf.tasks.language_model.section import vocab_size_of
 
 DEFAULT_SAMPLES = 64
-_SEED = 0  # of the order that samples are taken in: which they are depends on the data and on seq_length alone
+_SEED = 0  # of the order of samples; constant, so that the samples depend only on the data and seq_length
 _BATCH_TOKENS = 2048
 
 
 def target_counts(text: str, old: Mapping[str, int], option: str = "--tokens") -> dict[str, int]:
-    """The smaller counts that the `option` "qkv=96,ffn=384" means; what it does not name stays.
+    """The counts by kind after an `option` such as "qkv=96,ffn=384". Kinds that it does not name keep those of `old`.
 
-    UserError with all that is wrong.
+    UserError with all problems.
     """
     counts, given, problems = dict(old), set(), []
     for part in text.split(","):
@@ -72,9 +72,9 @@ def target_counts(text: str, old: Mapping[str, int], option: str = "--tokens") -
 
 
 def check_run_tokenizer(checkpoint: Path, prefix: str) -> bool:
-    """DataError when the data `prefix` were prepared with another tokenizer than what the checkpoint's run trained on.
+    """DataError when the data `prefix` were prepared with another tokenizer than the training data of the checkpoint.
 
-    False when the run's config.yml, which names its tokenizer and data, is not there to compare with.
+    Returns False when that cannot be checked, because the run's config.yml, which names them, is missing.
     """
     config = run_config(checkpoint)
     if config is None:
@@ -88,9 +88,9 @@ def check_run_tokenizer(checkpoint: Path, prefix: str) -> bool:
 class DataSample:
     """Two disjoint parts of prepared data: `measured` for contributions and τ, `held` for the loss.
 
-    `prefix`: of the .bin/.idx pair.  `samples`: of `model.seq_length` tokens in each part; None takes DEFAULT_SAMPLES,
-    or half of the data when there is less. DataError when the data are missing, of another vocabulary, or fewer than
-    asked for.
+    `prefix`: of the .bin/.idx pair.  `samples`: the number in each part, of `model.seq_length` tokens each; None:
+    DEFAULT_SAMPLES, or half of the data if there are fewer than twice as many.
+    DataError when the data are missing, have another vocabulary, or are too few.
     """
 
     def __init__(self, prefix: str, model: Model, samples: int | None):
@@ -128,7 +128,7 @@ class DataSample:
 
     @property
     def num_batches(self) -> int:
-        """Of each part."""
+        """The number of batches in each part."""
         return -(-self.samples // self._together)
 
     def _batches(self, first: int) -> Iterator[Batch]:
@@ -142,9 +142,9 @@ class DataSample:
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens that stay. `kept`: rows, ascending, of each projection that loses tokens.
+    """The tokens that stay in each projection that loses some, by its name.
 
-    `dropped_share`: of all contributions to that projection, what the tokens that go have contributed, 0 to 1.
+    `kept`: their rows, ascending.  `dropped_share`: the share of the dropped tokens in all contributions, 0 to 1.
     """
 
     kept: dict[str, Tensor]
@@ -153,9 +153,9 @@ class Selection:
 
 @torch.no_grad()
 def select_tokens(model: TokenFormer, batches: Iterable[Batch], counts: Mapping[str, int]) -> Selection:
-    """For each projection that has more, the `counts` tokens of its kind that contribute most.
+    """For each projection, the tokens that contribute most over `batches`, as many as `counts` has for its kind.
 
-    CheckpointError when the model is not finite. ArgumentError when it has fewer.
+    CheckpointError when contributions are not finite. ArgumentError when a projection has fewer tokens than that.
     """
     specs = projections(model.config)
     for kind, tokens in {spec.kind: spec.tokens for spec in specs.values()}.items():
@@ -185,7 +185,7 @@ def select_tokens(model: TokenFormer, batches: Iterable[Batch], counts: Mapping[
 
 @torch.no_grad()
 def fit_scales(model: TokenFormer, batches: Iterable[Batch], kept: Mapping[str, Tensor]) -> dict[str, float]:
-    """τ' of the projections in `kept`, with which their outputs stay closest, see `pruning.criterion`."""
+    """τ' of each projection in `kept`, which changes its outputs least, see `pruning.criterion`."""
     sums = {name: [0.0, 0.0] for name in kept}
 
     def add(name: str, projection: Pattention, x: Tensor) -> None:
@@ -197,7 +197,7 @@ def fit_scales(model: TokenFormer, batches: Iterable[Batch], kept: Mapping[str, 
 
     for ids, _ in batches:
         visit_projections(model, ids, kept, add)
-    # A projection whose output is 0 has no best τ, and one that should change its sign none that is positive.
+    # Where the output is 0, every τ is as good, and where the best one is not positive, it cannot be used: τ stays.
     return {
         name: model.scales[name] * (above / below if above > 0 and below > 0 else 1.0)
         for name, (above, below) in sums.items()
@@ -206,7 +206,7 @@ def fit_scales(model: TokenFormer, batches: Iterable[Batch], kept: Mapping[str, 
 
 @torch.no_grad()
 def drop_tokens(model: TokenFormer, kept: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
-    """Leave each projection in `kept` with these rows and its τ in `scales`; in place, one projection at a time."""
+    """Reduces each projection in `kept` to these rows and sets its τ from `scales`, in place."""
     for name, rows in kept.items():
         projection = model.get_submodule(name)
         assert isinstance(projection, Pattention)
@@ -217,10 +217,10 @@ def drop_tokens(model: TokenFormer, kept: Mapping[str, Tensor], scales: Mapping[
 
 @torch.no_grad()
 def mean_loss(model: TokenFormer, batches: Iterable[Batch]) -> float:
-    """Mean cross-entropy a token, in nats. CheckpointError when it is not finite."""
+    """Mean cross-entropy per token, in nats. CheckpointError when it is not finite."""
     total, tokens = 0.0, 0
     for ids, labels in batches:
-        for row, targets in zip(ids.split(1), labels.split(1)):  # logits of one sample are many enough
+        for row, targets in zip(ids.split(1), labels.split(1)):  # by sample, because logits are large
             total += float(F.cross_entropy(model(row)[0].float(), targets[0], reduction="sum"))
         tokens += labels.numel()
     if not math.isfinite(total):
@@ -246,7 +246,7 @@ def pruned_start(
 def smaller_start(reader: CheckpointReader, model: Model, source: StateSource, measured: Mapping[str, Any]) -> StepZero:
     """Step 0 of the smaller `model`, at the position in the data where the checkpoint stands, ready to be written.
 
-    `source`: its state.  `measured`: goes into the history entry, such as both losses.
+    `source`: its state.  `measured`: further fields of the history entry, such as both losses.
     """
     index = reader.index
     entry = growth_entry(
@@ -260,7 +260,7 @@ def smaller_start(reader: CheckpointReader, model: Model, source: StateSource, m
         new_model=model,
     )
     history = (*index.growth_history, {**entry, "preserves": False, **measured})
-    # Of a start's source only what every `StateSource` has is needed to write it.
+    # A checkpoint that has weights only becomes a start with the default optimizer's states.
     states = STATES if index.states == (WEIGHT,) else index.states
     return StepZero(source, index.samples, index.tokens, history, states)
 
@@ -268,8 +268,8 @@ def smaller_start(reader: CheckpointReader, model: Model, source: StateSource, m
 def visit_projections(
     model: TokenFormer, ids: Tensor, names: Iterable[str], visit: Callable[[str, Pattention, Tensor], None]
 ) -> None:
-    """Calls visit(name, projection, x [s·b, d]) for the input x of each projection of `names` while the model reads ids
-    [b, s], in model order.
+    """Runs the model on ids [b, s], and calls visit(name, projection, x [s·b, d]) with the input x of each projection
+    in `names`, in model order.
     """
     observed = {name: model.get_submodule(name) for name in names}
     try:

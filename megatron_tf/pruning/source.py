@@ -1,4 +1,4 @@
-"""The state of a model without some of its parameter tokens, computed while it is read: growth backwards."""
+"""The state of a model without some of its parameter tokens, computed while it is read: the inverse of growth."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class PrunedSource:
     """State of a smaller model: some rows of `old`, in their order, with their Adam moments and step counts.
 
     `table`: parameters of the smaller model.  `kept`: for each projection that loses tokens the old rows that stay,
-    ascending [n_new].  `scales`: τ' of these projections. Nothing is rescaled: `kept` tokens keep their S and v.
-    A `StateSource`; holds one bounded buffer while it is read. ArgumentError when `kept` or `scales` are of other
+    ascending [n_new].  `scales`: τ' of these projections. Keys and values that stay are not rescaled.
+    A `StateSource`; holds one bounded buffer while it is read. ArgumentError when `kept` or `scales` do not fit the
     models.
     """
 
@@ -52,7 +52,7 @@ class PrunedSource:
         return target
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
-        """Fill the flat fp32 `target` from element `start` on. The old tensor is read in long stretches, not by row."""
+        """Fills the flat fp32 `target` from element `start` on. Reads the old tensor in long ranges, not by row."""
         if name not in self._rows:
             self._old.read_into(name, state, start, target)
             return
@@ -68,7 +68,7 @@ class PrunedSource:
             done += len(part)
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Optimizer steps that these elements have had: (start, stop, steps) in order, covering [start, stop)."""
+        """The optimizer steps of these elements: (start, stop, steps) in order, covering [start, stop)."""
         if name not in self._rows:
             return self._old.adam_steps(name, start, stop)
         joined: list[tuple[int, int, int]] = []
@@ -83,7 +83,7 @@ class PrunedSource:
         return joined
 
     def _stretches(self, name: str, first: int, last: int) -> Iterator[Tensor]:
-        """The old rows of rows [first, last), in portions that lie within a bounded part of the old tensor."""
+        """The old rows of rows [first, last), in portions that each span a bounded part of the old tensor."""
         rows, span = self._rows[name][first:last], max(1, SLICE_ELEMENTS // self._table[name].width)
         while len(rows):
             count = int(torch.searchsorted(rows, rows[0] + span))
@@ -91,7 +91,7 @@ class PrunedSource:
             rows = rows[count:]
 
     def _runs(self, name: str) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, offset): elements [start, stop) are the old elements from start + offset on."""
+        """(start, stop, offset) of each contiguous run: elements [start, stop) are old ones from start + offset on."""
         rows, width = self._rows[name], self._table[name].width
         shift = rows - torch.arange(len(rows))
         shifts, counts = torch.unique_consecutive(shift, return_counts=True)
