@@ -1,7 +1,7 @@
-"""Initial weights as a pure function of (seed, parameter name, row): the layout never matters.
+"""Initial weights as a pure function of (seed, parameter name, row), so that they do not depend on the layout.
 
-Rows are drawn in blocks, each from its own generator. So a shard draws only the blocks it overlaps, and a
-tensor with more rows begins with the rows of the smaller one.
+Rows are drawn in blocks, each from its own generator. So a shard draws only the blocks that it overlaps, and a tensor
+with more rows begins with the rows of the smaller one.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""What `optimizer.lr_rule`, `candidate_lr_factor` and `layer_decay` make of each parameter: its learning rate, weight
-decay and initial size. No torch.
+"""The effect of `optimizer.lr_rule`, `candidate_lr_factor` and `layer_decay` on each parameter: factors of its learning
+rate, weight decay and initial size. No torch.
 
 A projection with n tokens adds up n values, each weighted by a score of unit variance, whatever n is. An update of Adam
-moves every value by the rate, in directions that agree, so it moves the output by n times the rate: values want a rate
-that falls as 1/n. A score moves by the same amount at every n, but the scores of n keys move together, which moves the
-output by n times the size of the values; with values that fall as 1/√n, keys want a rate that falls as 1/√n.
+moves every value by the rate, in directions that agree, so it moves the output by n times the rate. Therefore values
+need a rate that falls as 1/n. A score moves by the same amount at every n, but the scores of n keys move together,
+which moves the output by n times the size of the values. With values that fall as 1/√n, keys need a rate that falls as
+1/√n.
 
-Decoupled weight decay acts through rate × decay, so values keep that product. Keys are normed: decay alone keeps their
-size, and with rate × decay held, they would turn as fast as without the rule.
+Decoupled weight decay acts through rate × decay. For values that product stays the same. Keys keep their decay instead:
+they are normed, so decay only sets their size, and with the product held they would turn as fast as without the rule.
 
-With a layer decay, the final norm and the head learn at the whole rate, each block at a fixed share of the next one's,
-and the input layer, also one that is the head as well, at the same share of the first block's.
+With a layer decay, the final norm and the head learn at the whole rate, each block at a fixed share of the rate of the
+next one, and the input layer, even if it is the head as well, at the same share of the rate of the first block.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron_tf.state.parameters import ParameterSpec, layer_of, parameter_tabl
 
 @dataclass(frozen=True)
 class Factors:
-    """Of one parameter: times the learning rate, times the weight decay, times the weights of a new model."""
+    """Factors for one parameter: of its learning rate, of its weight decay, and of its weights in a new model."""
 
     lr: float = 1.0
     weight_decay: float = 1.0
@@ -35,7 +36,7 @@ PLAIN = Factors()
 
 
 def factors(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
-    """Those of the parameters that a rule changes, by name; none without one."""
+    """The factors of each parameter that a setting changes, by name; empty when none does."""
     found = _by_rule(model, optimizer)
     for name in _of_candidates(model, optimizer):
         own = found.get(name, PLAIN)
@@ -49,7 +50,7 @@ def factors(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
 
 
 def _layers_above(spec: ParameterSpec, model: Model) -> int:
-    """Of a parameter: blocks behind it, and the head. 0 for the head itself."""
+    """The number of layers after a parameter's own, counting blocks and the head as one layer each; 0 for the head."""
     layer = layer_of(spec.name)
     if layer is not None:
         return model.num_layers - layer
@@ -73,14 +74,14 @@ def _by_rule(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
             rows[key.rpartition(".")[0]] = table[name].shape[0]
         for value in projection.values:
             name = f"{projection.name}.{value}"
-            # The router of a bank and its balance have a row for each candidate and not for each token.
+            # The rule is for tokens: a bank's router and balance have a row for each candidate instead.
             if table[name].shape[0] == rows.get(value.rpartition(".")[0]):
                 found[name] = Factors(lr=of_values, weight_decay=1 / of_values, initial=initial)
     return found
 
 
 def _of_candidates(model: Model, optimizer: Optimizer) -> list[str]:
-    """What learns at the rate of candidates: all that a bank has."""
+    """The parameters that `candidate_lr_factor` changes: all of a bank. Empty when it is 1."""
     if optimizer.candidate_lr_factor == 1:
         return []
     return [
@@ -92,7 +93,7 @@ def _of_candidates(model: Model, optimizer: Optimizer) -> list[str]:
 
 
 def in_words(model: Model, optimizer: Optimizer) -> str:
-    """The factors of learning rates: "qkv 0.5 keys, 0.25 values; ...; layers 0.0625 to 0.5"; "" where all are 1."""
+    """The factors of learning rates as text: "qkv 0.5 keys, 0.25 values; ...; layers 0.0625 to 0.5"; "" without any."""
     found = _by_rule(model, optimizer)
     by_kind: dict[str, str] = {}
     for projection in projections(model).values() if found else ():

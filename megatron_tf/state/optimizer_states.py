@@ -1,6 +1,6 @@
-"""What is kept of every parameter while it is trained, by name: its fp32 master weight, and what an optimizer declares.
+"""The states of every parameter in training, by name: its fp32 master weight, and those that an optimizer declares.
 
-Checkpoints, growth, sources and checks ask here; no name stands anywhere else but in the class of its optimizer.
+Checkpoints, growth, sources and checks take the names from here. Only the class of an optimizer defines them.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
 from megatron_tf.optimizers.base import WEIGHT, OptimizerState
 
 __all__ = ["STATES", "WEIGHT", "OptimizerState", "declared_states", "initial_value"]
-STATES = OPTIMIZERS[DEFAULT].state_names  # unless a configuration names another optimizer
+STATES = OPTIMIZERS[DEFAULT].state_names  # of the default optimizer
 
 
 def declared_states() -> dict[str, OptimizerState]:
-    """The states of all optimizers by name. ValueError when two of them mean different things by one name."""
+    """The states of all optimizers by name. ValueError when two optimizers declare different states with one name."""
     found: dict[str, OptimizerState] = {}
     for name in OPTIMIZERS.names():
         for state in OPTIMIZERS[name].states:
@@ -25,5 +25,5 @@ def declared_states() -> dict[str, OptimizerState]:
 
 
 def initial_value(state: str) -> float:
-    """The value of a state, other than the weight, of elements that were never updated."""
+    """The value of a state, other than the weight, for elements that were never updated."""
     return declared_states()[state].initial

@@ -1,8 +1,8 @@
 """The parameter table: every fact about every parameter, declared once.
 
-Model, optimizer, checkpoint, growth, conversion and estimates read it. A *logical* tensor is the
-unsharded one; every sharded tensor is split along dim 0, so any shard of it, and any ZeRO partition of
-that shard, is one contiguous range of its flattened elements.
+Model, optimizer, checkpoint, growth, conversion and estimates read it. A *logical* tensor is the unsharded one. Every
+sharded tensor is split along dim 0, so any shard of it, and any ZeRO partition of that shard, is one contiguous range
+of its flattened elements.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ def projections(model: Model) -> dict[str, ProjectionSpec]:
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the block that a parameter or projection is in, None of one that is in none."""
+    """The number of the block that contains a parameter or projection; None for one outside the blocks."""
     parts = name.split(".", 2)
     return int(parts[1]) if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal() else None
 
 
 def is_matrix(spec: ParameterSpec) -> bool:
-    """Whether it is a matrix of a block: parameter tokens, or a weight of a linear layer."""
+    """Whether a parameter is a sharded matrix of a block: parameter tokens, a router, or a weight of a linear layer."""
     return len(spec.shape) == 2 and spec.sharded and layer_of(spec.name) is not None
 
 
 def in_layer(name: str, layer: int) -> str:
-    """The parameter or projection that in block `layer` is what `name` is in its own."""
+    """The name of the parameter or projection of block `layer` that corresponds to `name`, which is in some block."""
     first, _, rest = name.split(".", 2)
     return f"{first}.{layer}.{rest}"
 
@@ -54,7 +54,7 @@ def check_activation(name: str) -> None:
 
 
 def default_scale(num_tokens: int, activation: str) -> float:
-    """τ of a Pattention trained from scratch."""
+    """τ of a Pattention trained from scratch. ArgumentError for an unknown activation or no tokens."""
     check_activation(activation)
     check_whole_number("num_tokens", num_tokens, 1)
     return ACTIVATIONS[activation].default_scale(num_tokens)

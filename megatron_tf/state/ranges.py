@@ -11,13 +11,13 @@ Item = TypeVar("Item")
 
 
 def intersect(first: Range, second: Range) -> Range | None:
-    """The common part of two ranges, None when they share no element."""
+    """The common part of two ranges; None when they share no element."""
     start, stop = max(first[0], second[0]), min(first[1], second[1])
     return (start, stop) if start < stop else None
 
 
 def coverage_problems(size: int, ranges: Iterable[Range]) -> list[str]:
-    """What keeps `ranges` from holding each element of [0, size) exactly once; an empty list when nothing does.
+    """The reasons why `ranges` do not hold each element of [0, size) exactly once; empty when they do.
 
     Each problem is one phrase with both numbers, such as "nothing holds [4, 8)".
     """
@@ -40,14 +40,14 @@ def coverage_problems(size: int, ranges: Iterable[Range]) -> list[str]:
 
 
 class RangeMap(Generic[Item]):
-    """Disjoint ranges with an item each; looks up what overlaps a range in logarithmic time."""
+    """Disjoint ranges with an item each. Finds those that overlap a range in logarithmic time."""
 
     def __init__(self, entries: Iterable[tuple[int, int, Item]]):
         self._entries = sorted(entries, key=lambda entry: entry[0])
         self._starts = [start for start, _, _ in self._entries]
 
     def overlapping(self, start: int, stop: int) -> Iterator[tuple[int, int, Item]]:
-        """Every entry that shares an element with [start, stop), in order, with its own full range."""
+        """(start, stop, item) of each entry that shares an element with [start, stop), in order, with full ranges."""
         first = max(bisect_right(self._starts, start) - 1, 0)
         for position in range(first, len(self._entries)):
             entry = self._entries[position]
@@ -82,7 +82,7 @@ def join_steps(ranges: Sequence[StepRange]) -> list[StepRange]:
 
 
 def add_steps(ranges: list[StepRange], start: int, stop: int, steps: int) -> None:
-    """Append what begins where the last range ends; elements as old as those of the last range join it."""
+    """Appends a range that begins where the last one ends, or extends the last one when the steps are equal."""
     if ranges and ranges[-1][2] == steps:
         start = ranges.pop()[0]
     ranges.append((start, stop, steps))

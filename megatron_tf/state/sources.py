@@ -1,8 +1,8 @@
-"""Where a run's state comes from, by logical tensor and range.
+"""Sources of a run's state, by logical tensor and range.
 
-A trainer reads every range it owns from one `StateSource` and never knows which kind it is, so that starting,
+A trainer reads every range that it owns from one `StateSource` and does not know which kind it is, so that starting,
 resuming and growing are one code path at every layout. Here are the kinds that need no file: `checkpoint.source` has
-the one that reads a checkpoint, `growth.source` and `pruning.source` those that make another model of it.
+the one that reads a checkpoint, `growth.source` and `pruning.source` those that transform it into another model.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SLICE_ELEMENTS = 2**20  # 4 MiB in fp32
 
 
 class StateSource(Protocol):
-    """Everything a run starts from, by logical tensor and range.
+    """The state that a run starts from, by logical tensor and range.
 
-    States: "weight" (fp32 master), and under the names that the optimizer declares what it keeps in addition.
+    States: "weight" (fp32 master), and those of the optimizer under the names that it declares.
     """
 
     @property
@@ -41,30 +41,30 @@ class StateSource(Protocol):
         ...
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
-        """Fill the flat fp32 `target`, on any device, from element `start` on; holds one bounded buffer besides."""
+        """Fills the flat fp32 `target`, on any device, from element `start` on. Needs one further buffer, bounded."""
         ...
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Optimizer steps that these elements have had: (start, stop, steps) in order, covering [start, stop)."""
+        """The optimizer steps of these elements: (start, stop, steps) in order, covering [start, stop)."""
         ...
 
 
 def copy_in_slices(read: Callable[[int, int], Tensor], start: int, target: Tensor) -> None:
-    """Fill `target` from element `start` on with what `read` gives for [low, high), a bounded slice at a time."""
+    """Fills the flat `target` with read(low, high) for elements from `start` on, a bounded slice at a time."""
     for low in range(0, target.numel(), SLICE_ELEMENTS):
         part = target[low : low + SLICE_ELEMENTS]
         part.copy_(read(start + low, start + low + part.numel()))
 
 
 def read_whole(source: StateSource, name: str, state: str, start: int, stop: int) -> Tensor:
-    """What `source.read_into` fills for elements [start, stop): the `read` of a source that computes in there."""
+    """Elements [start, stop), flat fp32: implements `read` by `read_into`, for sources that compute in the latter."""
     result = torch.empty(stop - start)
     source.read_into(name, state, start, result)
     return result
 
 
 class FreshSource:
-    """The weights and τ of another source; nothing updated so far."""
+    """The weights and τ of another source, with the optimizer's states and step counts of a fresh model."""
 
     def __init__(self, weights: StateSource):
         self._weights = weights
@@ -89,9 +89,9 @@ class FreshSource:
 
 
 class InitialSource:
-    """The state of a fresh model: weights as a function of (seed, name, row), nothing updated so far.
+    """The state of a fresh model: weights as a function of (seed, name, row), without any update.
 
-    `sizes`: what the weights of a parameter are multiplied by, where that is not 1.
+    `sizes`: factors of the initial weights by parameter, where they are not 1.
     """
 
     def __init__(self, model: Model, seed: int, sizes: Mapping[str, float] | None = None):
@@ -119,14 +119,14 @@ class InitialSource:
 
 
 def initial_source(config: RunConfig) -> InitialSource:
-    """The state that the run begins with when it has none from elsewhere."""
+    """The state that a run trained from scratch begins with."""
     sizes = {name: of.initial for name, of in factors(config.model, config.optimizer).items() if of.initial != 1}
     return InitialSource(config.model, config.run.seed, sizes)
 
 
 class WeightsSource:
-    """The state of weights that come from elsewhere: of any float type, in their logical shapes; nothing updated so
-    far."""
+    """Given weights, of any float type and in their logical shapes, with the optimizer's states and step counts of a
+    fresh model."""
 
     def __init__(self, weights: Mapping[str, Tensor], scales: Mapping[str, float]):
         self._weights = weights
@@ -153,10 +153,11 @@ def _initial(state: str, numel: int) -> Tensor:
 
 @dataclass(frozen=True)
 class StepZero:
-    """What a run begins with: its state, its position, and the history of the models before it.
+    """The start of a run: its state, its position, and the history of the models before it.
 
-    `samples`: position in the data.  `tokens`: trained on since the very first model.
-    `states`: of each parameter, the weight and what the optimizer keeps in addition.
+    `samples`: position in the training data.  `tokens`: trained on since the very first model.
+    `growth_history`: one JSON object for each growth or pruning so far.
+    `states`: the names of the states of each parameter, the weight and those of the optimizer.
     """
 
     source: StateSource
