@@ -1,4 +1,4 @@
-"""How large tokens are, for methods that make new ones of their size: the same number on every rank, to the bit."""
+"""The size of tokens, for methods whose new tokens are as large as the old: the same on every rank, to the bit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from megatron_tf.errors import CheckpointError
 
-_READ_ELEMENTS = 1 << 22  # part of the definition, as it decides on rounding
+_READ_ELEMENTS = 1 << 22  # part of the definition: another number changes the rounding
 
 
 def root_mean_square(elements: Callable[[int, int], Tensor], count: int, tensor: str) -> float:
-    """Of the first `count` elements of the flattened `tensor`, in fp64. CheckpointError when some are not finite."""
+    """The root mean square of the first `count` elements of the flattened `tensor`, computed in fp64.
+
+    `elements`: reads a range of them.  `tensor`: its name. CheckpointError when some elements are not finite.
+    """
     total = 0.0
     for start in range(0, count, _READ_ELEMENTS):
         part = elements(start, min(start + _READ_ELEMENTS, count))
@@ -26,7 +29,7 @@ def root_mean_square(elements: Callable[[int, int], Tensor], count: int, tensor:
 
 
 def check_finite(elements: Tensor, tensor: str) -> None:
-    """CheckpointError when some of these elements of `tensor` are infinite or no numbers."""
+    """CheckpointError when some of these elements of the tensor named `tensor` are infinite or NaN."""
     if not elements.isfinite().all():
         raise CheckpointError(
             f"{tensor}: holds values that are infinite or no numbers: the training diverged. Grow an earlier checkpoint"
@@ -35,7 +38,7 @@ def check_finite(elements: Tensor, tensor: str) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """How a sum or a product is rounded depends on the number of threads."""
+    """Lets torch use one thread, because the rounding of sums and products depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,8 +1,8 @@
 """A grown model's state, computed while it is read.
 
-Growth is a pure function on logical state: `GrownSource` answers for any range of the bigger model from the
-smaller one's state and the initialiser. Nothing is materialised, no rank is known, so it works the same at every
-layout, in the trainer and in a tool that writes the grown checkpoint.
+Growth is a pure function on logical state: `GrownSource` computes any range of the bigger model from the state of the
+smaller one and the initialiser. No tensor is held whole and ranks are not known, so it works the same at every layout,
+in the trainer and in a tool that writes the grown checkpoint.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from megatron_tf.state.optimizer_states import WEIGHT, declared_states, initial_
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import FreshSource, StateSource, copy_in_slices, read_whole
 
-PRUNED = "pruned"  # stands for a method in the history of a model that has lost tokens
+PRUNED = "pruned"  # in place of a method, in the history of a model that has lost tokens
 
 
 def growth_seed(seed: int, number: int) -> int:
-    """Seed of a run's `number`-th growth, so that the tokens of each growth are drawn apart from all others."""
+    """The seed of a run's `number`-th growth, so that each growth draws its tokens independently of all others."""
     return int.from_bytes(hashlib.sha256(f"growth {number} of {seed}".encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
 class _Grown:
-    """A tensor that grows: elements from `old_numel` on are new."""
+    """A tensor that grows: its elements from `old_numel` on are new."""
 
     old_numel: int
     projection: str
@@ -49,13 +49,14 @@ class _Grown:
 class GrownSource:
     """State of `new_model`, grown from `old` (state of `old_model`) with new values from `fresh` (of `new_model`).
 
-    `growth`: the methods, noise, and what becomes of moments: "keep" leaves the old elements' optimizer states and step
-    counts, "reset" starts all of the model's afresh, also those of tensors that do not grow. New elements always start
-    afresh.  `seed`: of this growth, see `growth_seed`.
+    `growth`: the methods, noise, and the treatment of moments. "keep": old elements keep their optimizer states and
+    step counts, and copies made by a split take over those of their originals; a growth of the width keeps none.
+    "reset": all elements of the model start afresh, even those of tensors that do not grow. Other new elements always
+    start afresh.  `seed`: of this growth, see `growth_seed`.
     ConfigError, with all problems, when the one model cannot grow into the other, see `growth.rules`, or a method
-    cannot grow its projection; no state is read to find out.
+    cannot grow its projection. That is decided without reading state.
 
-    `record`: what the methods keep in the checkpoint's history.
+    `record`: the fields that the growth adds to the checkpoint's history.
     `preserves`: whether the growth promises to keep the function, to rounding.
     """
 
@@ -101,9 +102,9 @@ class GrownSource:
 
 
 class ScaledSource:
-    """The state of another source, as if all gradients so far had been `factor` times what they were.
+    """The state of another source, as if all gradients so far had been multiplied by `factor`.
 
-    An update of Adam is the same at first, and follows later gradients the sooner the smaller the factor is.
+    An update of Adam is the same at first. The smaller the factor is, the sooner updates follow later gradients.
     """
 
     def __init__(self, source: StateSource, factor: float):
@@ -131,10 +132,10 @@ class AppendedSource:
     """State of `new_model`, which has more tokens than `old_model`, from `old` with new values from `fresh`.
 
     `growth`: the method of each projection, and noise.  `seed`: of this growth, see `growth_seed`.
-    ConfigError, with all problems, when a method cannot grow its projection; no state is read to find out.
+    ConfigError, with all problems, when a method cannot grow its projection. That is decided without reading state.
 
-    A read computes in fp64 what is not a plain copy and rounds once, to the type of its target. So the result does not
-    depend on the ranges or devices that it is read by.
+    A read computes whatever is not a plain copy in fp64 and rounds once, to the type of its target. So the result does
+    not depend on the ranges that are read, nor on the device of the target.
     """
 
     def __init__(
@@ -195,12 +196,12 @@ class AppendedSource:
         steps = self._old.adam_steps(name, start, boundary) if start < boundary else []
         if boundary == stop:
             return steps
-        if steps and steps[-1][2] == 0:  # the old elements are as young as the new ones
+        if steps and steps[-1][2] == 0:  # the old elements have no updates either: one range
             boundary = steps.pop()[0]
         return [*steps, (boundary, stop, 0)]
 
     def _boundary(self, name: str, start: int, stop: int) -> int:
-        """Where in [start, stop] the new elements begin."""
+        """The element in [start, stop] from which on elements are new."""
         grown = self._tensors.get(name)
         return stop if grown is None else min(max(grown.old_numel, start), stop)
 
@@ -211,7 +212,7 @@ class AppendedSource:
             self._old.read_into(name, state, start, target)
 
     def _factor(self, name: str, state: str) -> float:
-        """What old elements are multiplied by: the optimizer's states follow the gradients, see `OptimizerState`."""
+        """The factor of old elements. The optimizer's states change as the gradients do, see `OptimizerState`."""
         grown = self._tensors.get(name)
         factor = self._factors[grown.projection] if grown is not None and grown.is_value else 1.0
         return factor if state == WEIGHT else declared_states()[state].factor(factor)
@@ -228,7 +229,7 @@ class AppendedSource:
 
     def _new_elements(self, tensor: str) -> Elements | None:
         grown = self._tensors[tensor]
-        # What a method holds for one projection goes when the next one is read: memory stays bounded.
+        # Only the latest projection's new tokens are kept, because a method may hold memory for them.
         if self._latest is None or self._latest[0] != grown.projection:
             self._latest = grown.projection, self._tokens_of(grown.projection)
         return self._latest[1].elements(grown.part)
@@ -255,9 +256,10 @@ def growth_entry(
 ) -> dict[str, Any]:
     """The entry that a growth adds to the checkpoint's history, ready for JSON.
 
-    `method`: of all projections, or by kind.  `source`: the checkpoint grown from.  `step`, `samples`, `tokens`: how
-    far that one was trained. "from" and "to" are the token counts by kind. A growth in depth adds "layers", see
-    `growth.layers`. The losses on a held batch are None until the trainer measures them.
+    `method`: of all projections, or by kind.  `source`: the path of the old checkpoint.  `step`, `samples`, `tokens`:
+    how far that one was trained. "from" and "to" are the token counts by kind. The record of a growth adds further
+    fields, such as "layers" in depth, see `growth.layers`. The losses on a held batch are None until the trainer
+    measures them.
     """
     return {
         "method": method,

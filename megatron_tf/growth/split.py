@@ -1,35 +1,35 @@
-"""Splitting: tokens are copied to candidates, those of a dense projection or those of the candidates that there are.
+"""Splitting: the tokens of a dense projection, or of existing candidates, are copied to new candidates.
 
-Of a dense projection, each slot's tokens are copied to all candidates of the slot. Whichever one a position chooses, it
-finds the tokens that it used before. So the function is kept exactly, for any router, any activation and with τ held,
-while there are `candidates` times as many tokens and a position uses no more of them than before. The copies see
-different positions from then on, and part.
+In a dense projection, the tokens of each slot are copied to all candidates of the slot. Whichever one a position
+chooses, it finds the tokens that it used before. So the function is kept exactly, for any router and any activation, at
+the same τ. There are `candidates` times as many tokens, and a position uses no more of them than before. From then on
+the copies see different positions and diverge.
 
-| tensor of the bigger model | what it begins as |
+| tensor of the bigger model | initial value |
 |---|---|
 | `bank.key_tokens`, `bank.value_tokens` | row (slot, candidate, token) is old row dense + slot · g + token |
 | `key_tokens`, `value_tokens`, where some stay dense | the first of the old tokens |
 | `bank.router` | random |
 | `bank.balance` | 0 |
-| all others | as they were |
+| all others | unchanged |
 
-Split again, with c copies of each of m candidates:
+When candidates are split again, with c copies of each of the m:
 
-| tensor of the bigger model | what it begins as, for copy k of candidate j, which is candidate j · c + k of its slot |
+| tensor of the bigger model | initial value of copy k of candidate j, which is candidate j · c + k of its slot |
 |---|---|
 | `bank.key_tokens`, `bank.value_tokens`, `bank.balance` | those of candidate j |
 | `bank.router` | ρ_j + δ_k, with δ_k the initialiser's row of candidate k of the slot: the same for all j |
-| all others | as they were |
+| all others | unchanged |
 
-A position chooses the largest x·(ρ_j + δ_k) + 10 b_j. The part with j and the part with k are a sum, so the largest
-one has the j with the largest x·ρ_j + 10 b_j and the k with the largest x·δ_k: first the candidate that was chosen
-before, then one of its copies, in one choice among all. So it is for any routers, balances and δ, and for ties: of
-equal sums the first is chosen, which has the first j, and then the first k. All copies of j hold the same tokens and
-the gate is 1, so the function is kept exactly; where two candidates are as close as rounding, a position may find the
-other one. If positions choose evenly among the δ_k, each copy has the load, relative to an equal share, that candidate
-j had: the balance stays where it was.
+A position chooses the largest x·(ρ_j + δ_k) + 10 b_j. That is a sum of a part with j and a part with k, so the largest
+one has the j with the largest x·ρ_j + 10 b_j and the k with the largest x·δ_k: the position chooses a copy of the
+candidate that it chose before. This holds for any routers, balances and δ, and for ties: of equal sums the first is
+chosen, which has the first j, and then the first k. All copies of j hold the same tokens and the gate is 1, so the
+function is kept exactly, except where two candidates differ by no more than rounding and a position chooses the other
+one. If positions choose evenly among the δ_k, each copy has the same load, relative to an equal share, as candidate j
+had, so the balance does not have to change.
 
-The optimizer's states are copied with tokens, routers and balances, and so are their step counts.
+The optimizer's states and step counts are copied with tokens, routers and balances.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ from megatron_tf.state.sources import StateSource, copy_in_slices, read_whole
 
 @dataclass(frozen=True)
 class Copies:
-    """A tensor of copies: `count` of every `size` elements of an old tensor, from element `first` of it on.
+    """A tensor of copies: every group of `size` elements of an old tensor, from element `first` on, `count` times.
 
-    `candidates`: of a slot, where each copy gets the initial value of its place among the copies, see above; 0: none.
+    `candidates`: for routers, the number of candidates of a slot: each copy k gets δ_k added, see above. 0: no δ.
     """
 
     first: int
@@ -73,11 +73,11 @@ class Copies:
             start = end
 
     def originals(self, old: Elements, start: int, stop: int) -> Tensor:
-        """What elements [start, stop) are copies of, fp64. `old`: the old tensor."""
+        """The elements of which [start, stop) are copies, flat fp64. `old`: reads the old tensor."""
         return torch.cat([old(first, first + high - low) for low, high, first in self.stretches(start, stop)]).double()
 
     def parted(self, old: Elements, fresh: Elements, start: int, stop: int) -> Tensor:
-        """Routers of copies, fp64: ρ_j + δ_k. `fresh`: what the initialiser puts into the new tensor."""
+        """Routers of copies, flat fp64: ρ_j + δ_k. `fresh`: reads the initial values of the new tensor."""
         added = []
         for low, high, _ in self.stretches(start, stop):
             row, offset = divmod(low, self.size)
@@ -90,7 +90,7 @@ class Copies:
 class SplitSource:
     """State of `new_model`, split from `old` (state of `old_model`) with routers from `fresh` (of `new_model`).
 
-    `growth`: noise on the copies.  `seed`: of this growth.
+    `growth`: noise on the copies.  `seed`: of this growth. A `StateSource`.
     """
 
     def __init__(
@@ -146,13 +146,13 @@ class SplitSource:
         return found
 
     def _noisy(self, name: str, tensor: str, copies: Copies, start: int, stop: int) -> Tensor:
-        """Copies w of the old `tensor`, fp64, as w · (1 + noise · N(0, 1)): each one with noise of its own."""
+        """Copies w of the old `tensor` as w · (1 + noise · N(0, 1)), flat fp64. Each copy has its own noise."""
         old = copies.originals(partial(self._old.read, tensor, WEIGHT), start, stop)
         return old * (1 + self._growth.noise * noise(self._table[name], self._seed, start, stop))
 
 
 def _copies(old: TokenFormerModel, new: TokenFormerModel) -> Iterator[tuple[str, tuple[str, Copies]]]:
-    """Tensors of the bigger model that hold copies, by name: the old tensor that they are of, and how."""
+    """(name, (name of the old tensor, `Copies`)) for each tensor of the bigger model that holds copies."""
     table = parameter_table(new)
     for name, projection in projections(new).items():
         bank, before = bank_of(new, projection.kind), bank_of(old, projection.kind)

@@ -1,5 +1,4 @@
-"""Parameter tokens: which projections of a model grow, and what their methods make of them. `growth.source` has the
-state."""
+"""Growth in parameter tokens: the projections that grow, and their methods. `growth.source` has the state."""
 
 from __future__ import annotations
 
@@ -97,8 +96,8 @@ def growing(
 ) -> dict[str, GrowingProjection]:
     """The projections that grow, by name.
 
-    `scales`: τ before.  `seed`: of this growth.  `old_weights`, `initial_weights`: of a tensor of the smaller model,
-    and what the initialiser puts into one of the bigger model.
+    `scales`: τ before.  `seed`: of this growth.  `old_weights`: reads a named tensor of the smaller model.
+    `initial_weights`: reads the initial values of one of the bigger model.
     """
     before = projections(old_model)
     shapes = parameter_table(new_model)
@@ -127,7 +126,7 @@ def growing(
 
 
 def decide(growing: Mapping[str, GrowingProjection], growth: Growth) -> dict[str, NewTokens]:
-    """What the method of each projection makes of it; ConfigError with all problems."""
+    """The new tokens of each projection, from its method. ConfigError with all problems."""
     decided, problems = {}, []
     for name, projection in growing.items():
         try:
@@ -135,7 +134,7 @@ def decide(growing: Mapping[str, GrowingProjection], growth: Growth) -> dict[str
         except ConfigError as error:
             problems += error.problems
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))  # layers repeat each other
+        raise ConfigError(list(dict.fromkeys(problems)))  # layers have the same problems
     return decided
 
 

@@ -1,21 +1,21 @@
 """Width of a Transformer, by cloning (HyperCloning, arXiv 2409.12903). Arithmetic, without torch; `growth.cloned` has
 the state.
 
-With m times the channels the hidden states h become [h, h, ..., h]. Then what a block computes is repeated as well:
+With m times the channels the hidden states h become [h, h, ..., h]. Then the results of a block are repeated as well:
 
-* The norm of [h, ..., h] is that of h, repeated, because mean and variance are.
+* The layer norm of [h, ..., h] is that of h, repeated, because mean and variance are the same.
 * A matrix whose inputs are repeated k times is repeated along its inputs and its outputs, and divided by k: each output
-  adds up k equal sums, each a k-th of what it was. qkv: m times the heads of as many channels each, in the order of the
-  old ones, m times over; each head attends as the old one of its place does, at the same rotation and scale.
+  is a sum of k equal sums, each a k-th of the old one. qkv: m times the heads, with the same number of channels each,
+  as m repetitions of the old ones; each head attends as the old one that it repeats, at the same rotation and scale.
   ffn: f'/f times the columns, which GELU does not mix.
-* The embedding is repeated, and so are the final norm's weight and bias, divided by m: the logits, products with the
-  tied embedding, add up m equal sums.
+* The embedding is repeated. The final norm's weight and bias are repeated and divided by m, because the logits,
+  products with the tied embedding, are sums of m equal sums.
 
-So the function stays. But clones that are alike have gradients that are alike, and would stay alike for good. Therefore
-weight w of the i-th clone of an input is (w/k)·(1 + `growth.clone_noise`·(nᵢ − mean n)), with its own nᵢ ~ N(0, 1):
-over the clones of one input the changes add up to 0, and the function stays all the same.
+So the function is kept. But equal clones have equal gradients and would stay equal in all of training. Therefore
+weight w of the i-th clone of an input is (w/k)·(1 + `growth.clone_noise`·(nᵢ − mean n)), with its own nᵢ ~ N(0, 1).
+Over the clones of one input the changes add up to 0, so the function is still kept.
 
-An optimizer's states begin afresh everywhere, because no weight stands where its gradients were.
+An optimizer's states begin afresh everywhere, because the gradients of the wider model's weights are different ones.
 
 A TokenFormer is not cloned: it grows by tokens at one width, which keeps its states.
 """
@@ -100,14 +100,14 @@ class WidthAxis(Axis):
 
 
 def alike(width: Mapping[str, Any]) -> str | None:
-    """What a growth without noise warns of. `width`: as the growth's history has it."""
+    """The warning for a growth without noise, or None. `width`: the entry "width" of the growth's history."""
     if width["clone_noise"] != 0:
         return None
     return "growth.clone_noise is 0: clones are alike, and training never sets them apart"
 
 
 def _sizes(model: Model) -> dict[str, int]:
-    """The keys of the axis that the model has."""
+    """The values of the axis' keys in the model."""
     return {key: getattr(model, key) for key in WidthAxis.keys}
 
 
@@ -116,7 +116,7 @@ def _larger(wanted: int, size: int) -> str:
 
 
 def before_cloning(model: Model, entry: Mapping[str, Any]) -> Model:
-    """The model before a growth, of which `entry` is the history, as far as its width goes."""
+    """`model` with the width that it had before the growth with the history `entry`."""
     width = entry.get("width")
     return model if width is None else model.model_copy(update=width["from"])
 
