@@ -1,5 +1,5 @@
-"""One folder a task: its configuration, the layers around the blocks, its loss, its data and what it measures.
+"""Tasks, one folder each: its configuration, the layers around the blocks, its loss, its data and its metrics.
 
-`base.Task` says what a task has to give, `layers.TaskLayers` and `data.TaskData` its parts that need torch. A new one
-is registered by `TASKS.register(name, object)`; nothing outside its own module has to know it.
+`base.Task` is the interface of a task, `layers.TaskLayers` and `data.TaskData` are those of its parts that need torch.
+`TASKS.register(name, object)` registers a new task; no code outside its own module has to change.
 """

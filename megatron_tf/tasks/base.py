@@ -1,4 +1,4 @@
-"""What a task is to the rest of the package."""
+"""The interface of a task to the rest of the package."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatron_tf.config.sections.model import Model
 
 @dataclass(frozen=True)
 class EndsWork:
-    """What a task's layers do with one micro batch, on the fullest tensor rank.
+    """The work of a task's layers on one micro batch, on the fullest tensor rank.
 
-    `input_products`, `head_products`: of the forward pass; the backward pass has each twice.
+    `input_products`, `head_products`: of the forward pass; the backward pass has two for each.
     `logits`: elements of the head's output.
     """
 
@@ -28,25 +28,25 @@ class EndsWork:
 
 
 class Task(ABC):
-    """What a model is trained for: what stands before and behind its blocks, its loss, and its data.
+    """The purpose of a model: the layers before and after its blocks, its loss, and its data.
 
-    Everything here is arithmetic without torch; what needs torch is named, and imported when it is first used.
+    Everything here is arithmetic without torch. Objects that need torch are given by name and imported on first use.
 
-    `section`: its part of the `model:` section of a configuration.
+    `section`: the type of its part of the `model:` section of a configuration.
     `layers`: "module:object", a `tasks.layers.TaskLayers`.
     `data`: "module:object", a `tasks.data.TaskData`.
-    `evaluation`: "module:object", an `evaluation.loaded.TaskEvaluation`; "" where `evaluate` knows nothing of the task.
+    `evaluation`: "module:object", an `evaluation.loaded.TaskEvaluation`; "" where `evaluate` does not support the task.
     `prepared_by`: the tool that writes its data.
     `causal`: whether a position sees only those before it.
     `splits_samples`: whether ranks can share a sample: inputs and targets are [b, s], one for each position.
-    `input_name`, `head_name`: of the two modules, in the names of their parameters. One name for both is one module, on
-        the first and the last pipeline stage; it has one parameter, `weight`.
-    `unit`: what a run's speed is told in: "tokens", or what a sample is called, such as "images".
-    `metrics`: names of what `TaskLayers.metrics` gives; evaluation logs the mean of each.
-    `own_keys`: keys outside the `model:` section that other tasks have no use for, such as "data.tokenizer". Their
-        defaults stand for no use of them.
+    `input_name`, `head_name`: of the two modules; the names of their parameters begin with them. Equal names are one
+        (tied) module, on the first and the last pipeline stage, with one parameter, `weight`.
+    `unit`: the unit of a run's speed: "tokens", or the name of samples, such as "images".
+    `metrics`: names of the results of `TaskLayers.metrics`; evaluation logs the mean of each.
+    `own_keys`: keys outside the `model:` section that only this task uses, such as "data.tokenizer". Their defaults
+        must mean that they are not used.
     `why_not_elsewhere`: the reason, as a clause, why keys of other tasks mean nothing to it.
-    `formats`: the foreign formats that it can be written in and read from, if its model's architecture can.
+    `formats`: the foreign formats that its models can be exported to and imported from, if the architecture has them.
     """
 
     section: ClassVar[type[Model]]
@@ -66,15 +66,15 @@ class Task(ABC):
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the input layer."""
+        """Whether head and input layer are the same module."""
         return self.input_name == self.head_name
 
     @abstractmethod
     def input_parameters(self, model: Model) -> Iterator[ParameterSpec]:
-        """The parameters of the input layer or tied head, named "<input_name>.…", with the ends that hold them."""
+        """The parameters of the input layer, which may be the tied head, named "<input_name>.…"."""
 
     def head_parameters(self, model: Model) -> Iterator[ParameterSpec]:
-        """The parameters of a head of its own, named "<head_name>.…"."""
+        """The parameters of a head that is not tied, named "<head_name>.…"."""
         return iter(())
 
     @abstractmethod
@@ -83,37 +83,37 @@ class Task(ABC):
 
     @abstractmethod
     def describe(self, model: Model) -> str:
-        """What is special to the task in a few words."""
+        """The sizes that only this task has, as a short text."""
 
     @abstractmethod
     def losses_per_sample(self, model: Model) -> int:
-        """Losses of a sample when all of them count; the mean is taken over them."""
+        """The number of losses of a sample when all of them count; the mean is taken over them."""
 
     @abstractmethod
     def multiply_adds(self, model: Model) -> int:
-        """Of the input layer and the head in the forward pass of one sample."""
+        """Multiply-adds of the input layer and the head in the forward pass of one sample."""
 
     @abstractmethod
     def work(self, config: RunConfig) -> EndsWork:
-        """Products and memory of the input layer and the head."""
+        """Products and memory of the input layer and the head, for one micro batch on the fullest tensor rank."""
 
     @abstractmethod
     def collectives(self, config: RunConfig) -> tuple[tuple[Collectives, Collectives], tuple[Collectives, Collectives]]:
         """((forward, backward) of the input layer, (forward, backward) of head and loss).
 
-        Of a micro batch over two or more tensor ranks, without those of the final norm.
+        They are the collectives of a micro batch over two or more tensor ranks, without those of the final norm.
         """
 
     def length_remedy(self, model: Model, multiple: int) -> str:
-        """How a model gets a seq_length that is a multiple of `multiple`: the first half of a sentence."""
+        """A remedy for a seq_length that is not a multiple of `multiple`, as the first half of a sentence."""
         return f"Set it to {either(multiples_near(model.seq_length, multiple))}"
 
     def masks_losses(self, config: RunConfig) -> bool:
-        """Whether some losses of a sample may not count."""
+        """Whether there may be losses of a sample that do not count."""
         return False
 
     def problems(self, model: Model) -> Iterator[str]:
-        """Sentences on fields of the model that do not fit together, beyond what holds for every model."""
+        """Sentences on fields of the model that do not fit together, beyond the checks for every model."""
         return iter(())
 
     def run_problems(self, config: RunConfig) -> Iterator[str]:
@@ -121,13 +121,13 @@ class Task(ABC):
         return iter(())
 
     def unit_length(self, model: Model) -> int:
-        """Positions of one `unit`."""
+        """The number of positions of one `unit`."""
         return 1 if self.unit == "tokens" else model.seq_length
 
     def in_units(self, model: Model, positions: float) -> float:
-        """How many `unit` so many positions are."""
+        """A number of positions, converted to the task's `unit`."""
         return positions / self.unit_length(model)
 
     def in_words(self, loss: float, metrics: Mapping[str, float]) -> str:
-        """What an evaluation has found, for the console."""
+        """The results of an evaluation as text for the console."""
         return "  ".join([f"loss {loss:.4f}", *(f"{name} {value:.4f}" for name, value in metrics.items())])

@@ -23,24 +23,24 @@ from megatron_tf.caches import has_triton
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import Group
 
-IGNORED = -100  # label of what has no loss; the number that PyTorch's own cross-entropy has for it
-_PART_ELEMENTS = {False: 2**18, True: 2**24}  # of logits worked on at once, on a CPU and on a GPU
+IGNORED = -100  # label of a position without a loss; the default `ignore_index` of PyTorch's cross-entropy
+_PART_ELEMENTS = {False: 2**18, True: 2**24}  # logits in a part, by whether they are on a GPU
 
 
 class _CrossEntropy(Function):
     """loss = logΣexp(z) − z[label], with two small all-reduces: max ([...]), then Σexp and z[label] ([2, ...]).
 
-    Saved for backward: the logits as they came and logΣexp, one number a row; the softmax is recomputed.
-    dz = (softmax(z) − onehot(label)) · dloss needs no communication.
-    GPUs have a kernel for each pass (triton_loss.py). In PyTorch both go through a few rows at a time, so that no copy
-    of the logits in the type of the loss ever exists whole.
+    Saved for backward are the logits in their own type, and per row logΣexp and the local label. The softmax is
+    recomputed. dz = (softmax(z) − onehot(label)) · dloss needs no communication.
+    GPUs have a kernel for each pass (triton_loss.py). In PyTorch both passes work on a few rows at a time, so that a
+    whole copy of the logits in the type of the loss never exists.
     """
 
     @staticmethod
     def forward(ctx, logits, labels, start, group):
         rows = logits.reshape(-1, logits.shape[-1])
         local = labels.reshape(-1) - start
-        # -1: of another rank, or ignored
+        # -1: the label belongs to another rank, or is ignored
         local = local.masked_fill((local < 0) | (local >= rows.shape[-1]), -1)
         kernels = _kernels(rows)
         own_top, own_total, own_target = kernels.sums(rows, local) if kernels else _sums(rows, local)
@@ -61,7 +61,7 @@ class _CrossEntropy(Function):
 
 
 def _kernels(rows: Tensor) -> ModuleType | None:
-    """A module with `sums` and `gradient` for such logits; MEGATRON_TF_NATIVE=0 wants none."""
+    """A module with kernels `sums` and `gradient` for such logits, or None. MEGATRON_TF_NATIVE=0 disables them."""
     if rows.device.type != "cuda" or os.environ.get("MEGATRON_TF_NATIVE") == "0" or not has_triton():
         return None
     from megatron_tf.tasks import triton_loss
@@ -81,7 +81,7 @@ def _sums(rows: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gradient(rows: Tensor, local: Tensor, log_total: Tensor, scale: Tensor) -> Tensor:
-    """(softmax − onehot(local)) · scale: [n, V] in the type of `rows`."""
+    """(softmax − onehot(local)) · scale: [n, C/T] in the type of `rows`."""
     hit = (local >= 0).to(log_total.dtype).neg_().unsqueeze(-1)
     at = local.clamp(min=0).unsqueeze(-1)
     d_rows = torch.empty_like(rows)
@@ -93,21 +93,24 @@ def _gradient(rows: Tensor, local: Tensor, log_total: Tensor, scale: Tensor) -> 
 
 
 def _parts(rows: Tensor) -> Iterator[slice]:
-    """Slices of rows that are worked on at once: on a CPU what its cache holds, on a GPU what keeps it busy."""
+    """Slices of rows that are computed at once: small enough for a CPU's cache, large enough to keep a GPU busy."""
     size = max(1, _PART_ELEMENTS[rows.device.type == "cuda"] // rows.shape[-1])
     return (slice(first, first + size) for first in range(0, rows.shape[0], size))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, start: int, group: Group) -> Tensor:
-    """Loss of every row, 0 where the label is IGNORED.
+    """The loss of every row, 0 where the label is IGNORED. Differentiable in the logits.
 
-    logits [..., C/T] (columns `start` onward), labels int64 [...] -> [...].
+    logits [..., C/T], of the classes from `start` on; labels int64 [...] -> [...], at least fp32.
     """
     return _CrossEntropy.apply(logits, labels, start, group).masked_fill(labels == IGNORED, 0)
 
 
 def argmax(logits: Tensor, start: int, group: Group) -> Tensor:
-    """The likeliest class of every row, the first of equal ones. logits [..., C/T] from column `start` on -> [...]."""
+    """The likeliest class of every row, the first of equal ones.
+
+    logits [..., C/T], of the classes from `start` on -> int64 [...], the same on every rank.
+    """
     top, at = logits.max(-1)
     best = all_reduce(top, group, dist.ReduceOp.MAX)
     foreign = torch.iinfo(at.dtype).max

@@ -1,4 +1,4 @@
-"""What a task gives that reads data: the batches of a run, and what its numbers mean."""
+"""The interface of a task's data: the batches of a run, and the meaning of its losses."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets of a micro batch, [b, ...] e
 
 
 class Loader(Protocol):
-    """The micro batches of one data-parallel rank. What a step reads follows from its first sample."""
+    """The micro batches of one data-parallel rank. They depend only on the number of a step's first sample."""
 
     def step_batches(self, first_sample: int) -> Iterator[Batch]:
-        """All micro batches of a step, whose samples are the same ones whatever the layout.
+        """All micro batches of a step. Over all ranks, its samples are the same at every layout.
 
-        Micro batch m of b samples takes first_sample + (m·data_size + data_rank)·b + [0, b). DataError for what cannot
+        Micro batch m of b samples takes first_sample + (m·data_size + data_rank)·b + [0, b). DataError when they cannot
         be read.
         """
         ...
 
     def sample_sources(self, first_sample: int) -> list[int]:
-        """Number of the source of each sample of `step_batches`, in their order."""
+        """The number of the source of each sample of `step_batches`, in their order."""
         ...
 
     def source_of(self, sample: int) -> int:
-        """Number of the source that a sample is of."""
+        """The number of the source that contains this sample."""
         ...
 
 
 class OpenData(ABC):
-    """The data of one run. `document_ends`: the input tokens after which attention begins anew."""
+    """The data of one run.
+
+    `document_ends`: the input tokens that end a document; attention does not cross them.
+    """
 
     document_ends: tuple[int, ...] = ()
 
@@ -53,37 +56,37 @@ class OpenData(ABC):
         data_size: int = 1,
         training: bool = False,
     ) -> Loader:
-        """Of data.train or data.validation. DataError for what cannot be read.
+        """The loader of `sources`, which are data.train or data.validation. DataError when they cannot be read.
 
-        `training`: samples are to be learned from, and not to be measured on.
+        `training`: the samples are for training and not for evaluation.
         """
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """What the order and the content of the training samples depend on, as a JSON object."""
+        """Everything that decides the order and the content of the training samples, as a JSON object."""
 
     @abstractmethod
     def outlook(self, samples: int) -> tuple[str, list[str]]:
-        """For a run over `samples` training samples in all: the data in a line, and warnings."""
+        """(the data in one line, warnings) for a run over `samples` training samples in all."""
 
     def epoch(self, samples: int) -> float | None:
-        """How often `samples` samples are all that there is to train on; None where nobody counts so."""
+        """The number of epochs in `samples` training samples; None for a task that does not count in epochs."""
         return None
 
 
 class TaskData(ABC):
-    """Of all models of a task."""
+    """The data of a task, for all its models."""
 
     @abstractmethod
     def checks(self, config: RunConfig) -> list[Callable[[], object]]:
-        """Each raises DataError for some of what is wrong with the run's data; together, for all of it."""
+        """Functions that raise DataError: each finds some of the problems of the run's data, all together find all."""
 
     @abstractmethod
     def open(self, config: RunConfig) -> OpenData:
-        """DataError for what cannot be read."""
+        """Opens the run's data. DataError when they cannot be read."""
 
     def in_other_numbers(self, sources: Sequence[DataSource]) -> Callable[[float], dict[str, float]]:
-        """From a mean loss on `sources` to what it means in other numbers, by name, for the log."""
+        """A function from a mean loss on `sources` to the same result in other numbers, by name, for the log."""
         return lambda loss: {}
 
 

@@ -1,9 +1,9 @@
-"""Cross-entropy with shares of several classes as the target, and the rank of a class, over classes that are split
+"""Cross-entropy with a distribution over classes as the target, and the rank of a class, over classes that are split
 over the tensor ranks.
 
 | tensor | local shape |
 |---|---|
-| targets | [b, C], whole on every rank: of each sample the share of every class; all 0 for one that does not count |
+| targets | [b, C], whole on every rank: for each sample the share of every class; all 0 if it does not count |
 | logits | [b, C/T], of the classes from `start` on |
 | losses, ranks | [b], whole on every rank |
 """
@@ -46,14 +46,15 @@ class _SoftCrossEntropy(Function):
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, start: int, group: Group) -> Tensor:
-    """[b], fp32 (fp64 for fp64 logits)."""
+    """The loss of every sample: [b], fp32 (fp64 for fp64 logits). Differentiable in the logits. Shapes: see above."""
     return _SoftCrossEntropy.apply(logits, targets, start, group)
 
 
 def rank_of_class(logits: Tensor, labels: Tensor, start: int, group: Group) -> Tensor:
-    """How many classes come before `labels` (int64 [b]): those of a higher logit, and of equal ones the lower numbers.
+    """The number of classes ranked before the label: those with a higher logit, and lower classes with an equal one.
 
-    So the k best have the label when this is below k. What is no number comes before everything.
+    logits [b, C/T], labels int64 [b] -> int64 [b], the same on every rank. The label is among the k best when this is
+    below k. A NaN is ranked before every number.
     """
     local = labels - start
     foreign = (local < 0) | (local >= logits.shape[1])

@@ -1,6 +1,7 @@
-"""The loss's passes over the logits on GPUs: tasks.classes has the formulas, and does the same in PyTorch elsewhere.
+"""The passes of the loss over the logits on GPUs. tasks.classes has the formulas, and does the same in PyTorch.
 
-One program a row. Forward: one reading of the logits; backward: one reading and one writing. Arithmetic is fp32.
+Each row is one program. The forward pass reads the logits once, the backward pass reads and writes them once.
+Arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ WARPS = 8
 def sums(rows: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(max, Σ exp(z − max), z[local]) of each row, fp32 [n] each; 0 for the last where `local` is -1.
 
-    rows [n, V] with neighbours in a row side by side, local int64 [n].
+    rows [n, C/T], each row contiguous; local int64 [n].
     """
     top, total, target = (rows.new_empty(rows.shape[0], dtype=torch.float32) for _ in range(3))
     if rows.shape[0]:
@@ -29,7 +30,7 @@ def sums(rows: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradient(rows: Tensor, local: Tensor, log_total: Tensor, scale: Tensor) -> Tensor:
-    """(softmax − onehot(local)) · scale: [n, V] in the type of `rows`; log_total and scale fp32 [n]."""
+    """(softmax − onehot(local)) · scale: [n, C/T] in the type of `rows`; log_total and scale fp32 [n]."""
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if rows.shape[0]:
         _gradient[(rows.shape[0],)](
@@ -51,7 +52,7 @@ def gradient(rows: Tensor, local: Tensor, log_total: Tensor, scale: Tensor) -> T
 def _sums(rows, stride, local, top, total, target, n, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     z = rows + row * stride
-    # Each lane keeps the largest of its own columns. Not from -inf, of which differences are NaN.
+    # Each lane keeps the largest of its own columns. It does not begin with -inf, because -inf − -inf is NaN.
     largest = tl.full((BLOCK,), -3.0e38, tl.float32)
     lanes = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):

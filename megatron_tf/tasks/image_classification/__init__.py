@@ -1,1 +1,1 @@
-"""Images into classes: a vision transformer's patches and head around the blocks of any architecture."""
+"""Classification of images: a vision transformer's patches and head around the blocks of any architecture."""

@@ -61,7 +61,7 @@ class OpenImages(OpenData):
 
 
 def _warnings(config: RunConfig, files: Sequence[ImageFiles]) -> list[str]:
-    """What can hardly be meant."""
+    """Warnings about settings that are allowed but probably a mistake."""
     validation = open_images(config.data.validation, image_of(config.model).classes)
     paths = {file.prefix for file in files}
     found = [

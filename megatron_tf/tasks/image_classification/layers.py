@@ -1,8 +1,8 @@
-"""Patches into hidden states, hidden states into classes, and the loss of soft targets.
+"""The layers of an image classifier: from images to hidden states, from those to classes; and its loss.
 
 | tensor | local shape |
 |---|---|
-| images | [b, c, h, w], uint8, or floats that are normalised already |
+| images | [b, c, h, w] with h = w, uint8, or floats that are already normalised |
 | patches | [p², b, c·patch²], p = h / patch |
 | patch matrix | [c·patch²/T, d], pixels [start, stop) of a patch in the order (channel, row, column) |
 | targets | [b, C], see `tasks.soft_targets` |
@@ -32,7 +32,10 @@ from megatron_tf.tasks.soft_targets import rank_of_class, soft_cross_entropy
 
 
 class PatchEmbedding(nn.Module):
-    """Each rank multiplies its own pixels of every patch, as it looks up its own rows of a vocabulary."""
+    """A linear layer on patches, with learned positions. Each rank multiplies its own pixels of every patch.
+
+    It is sharded as the embedding of a vocabulary is: by input rows, summed over the group.
+    """
 
     def __init__(self, model: Model, tensor: TensorParallel):
         super().__init__()
@@ -56,7 +59,7 @@ class PatchEmbedding(nn.Module):
         return hidden + self._offsets()[first : first + len(hidden), None]
 
     def _offsets(self) -> Tensor:
-        """What each position [s, d] adds to its pixels."""
+        """The learned vectors [s, d] that are added at each position: position, bias, class token."""
         bias = self.tensor.replicated(self.bias).expand(self.image.patches, -1)
         if self.image.pooling == "class_token":
             bias = torch.cat((self.tensor.replicated(self.class_token)[None], bias))
@@ -72,7 +75,7 @@ def normalised(images: Tensor, image: Image) -> Tensor:
 
 
 def patches(images: Tensor, size: int) -> Tensor:
-    """[b, c, h, w] -> [h/size · w/size, b, c·size²]: patches row by row, the pixels of one as (channel, row,
+    """[b, c, h, w] -> [h/size · w/size, b, c·size²]: patches row by row, with pixels in the order (channel, row,
     column)."""
     cut = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
     return cut.permute(2, 4, 0, 1, 3, 5).flatten(3).flatten(0, 1)
@@ -131,7 +134,7 @@ class ImageLayers(TaskLayers):
         return F.cross_entropy(logits, targets.to(logits), reduction="sum")
 
     def examples(self, config: RunConfig, samples: range) -> tuple[Tensor, Tensor]:
-        """Noise, with a brightness that tells the class."""
+        """Noise whose brightness depends on the class."""
         image = image_of(config.model)
         images = np.empty((len(samples), image.channels, image.size, image.size), np.uint8)
         labels = np.empty(len(samples), np.int64)

@@ -1,4 +1,4 @@
-"""The `model:` section of a classifier of images."""
+"""The `model:` section of an image classifier."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_tf.config.fields import Count, Fraction, Positive, Section
 from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import UserError
 
-# ImageNet's, which most tools take for photographs of any data set
+# Those of ImageNet, which are usual for photographs of any data set.
 COLOUR_MEAN, COLOUR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _from_list(value: Any) -> Any:
-    # checkpoints keep the model as JSON, which knows lists only
+    # checkpoints keep the model as JSON, which has no tuples
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -47,17 +47,17 @@ class Image(Section):
 
     @property
     def patches(self) -> int:
-        """That an image has."""
+        """The number of patches of an image."""
         return (self.size // self.patch) ** 2
 
     @property
     def positions(self) -> int:
-        """That an image becomes."""
+        """The number of positions of an image: its patches, and the class token if there is one."""
         return self.patches + (self.pooling == "class_token")
 
     @property
     def pixels(self) -> int:
-        """Numbers in a patch, of all channels."""
+        """The number of values in a patch, over all channels."""
         return self.channels * self.patch**2
 
 
@@ -70,7 +70,7 @@ class ImageModel(Model):
     @model_validator(mode="before")
     @classmethod
     def _with_its_positions(cls, values: Any) -> Any:
-        """seq_length follows from the image. (Where that is wrong itself, nothing is to be said of the length.)"""
+        """Sets seq_length from the image. If the image is invalid, only that is reported, so any length will do."""
         if not isinstance(values, Mapping) or values.get("seq_length") is not None:
             return values
         return {**values, "seq_length": _positions(values.get("image"))}
@@ -86,13 +86,13 @@ def _positions(image: Any) -> int:
 
 
 def image_of(model: Model) -> Image:
-    """The images of `model`, which is known to be a classifier of them."""
+    """The image section of `model`, which is known to be an image classifier."""
     assert isinstance(model, ImageModel), model.task
     return model.image
 
 
 def check_sees_images(model: Model, action: str) -> None:
-    """UserError unless `model` classifies images, for an `action` that needs one ("classification")."""
+    """UserError unless `model` classifies images. `action`: what needs such a model, such as "classification"."""
     if not isinstance(model, ImageModel):
         raise UserError(
             f"model.task: {model.task}, but {action} needs a model of images. Give one whose model.task is "

@@ -1,4 +1,4 @@
-"""Classification of images as the rest of the package sees it."""
+"""The image classifier's implementation of `Task`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.tasks.base import EndsWork, Task
 from megatron_tf.tasks.image_classification.section import ImageModel, image_of
 
-# logical name -> Hugging Face name, where it is another
+# logical name -> Hugging Face name, where the two differ
 _HUGGING_FACE = {
     "patches.weight": "model.patches.proj.weight",
     "patches.bias": "model.patches.proj.bias",
@@ -23,10 +23,10 @@ _HUGGING_FACE = {
 
 
 class ImageClassification(Task):
-    """Patches, positions, a class token or a mean, a head with bias.
+    """Patches with learned positions, a class token or mean pooling, and a head with bias.
 
-    The patch matrix is split over its inputs, the pixels of a patch in the order (channel, row, column); the head over
-    its outputs, the classes. Everything else is replicated over the tensor ranks.
+    The patch matrix is split over its inputs, the pixels of a patch in the order (channel, row, column). The head, with
+    its bias, is split over its outputs, the classes. Everything else is replicated over the tensor ranks.
     """
 
     section = ImageModel
@@ -164,7 +164,7 @@ def _parameter(
     decayed: bool = False,
     transposed: bool = False,
 ) -> ParameterSpec:
-    """Of one end of the model, which no growth of tokens changes."""
+    """A parameter of the first or last stage. Growth of tokens does not change it."""
     return ParameterSpec(
         name,
         shape,

@@ -1,1 +1,1 @@
-"""The language model: the next token of a text."""
+"""The language model: predicts the next token of a text."""

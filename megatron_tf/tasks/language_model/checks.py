@@ -1,4 +1,4 @@
-"""What the public functions of a language model refuse as token ids, in one message each."""
+"""Checks of token ids for the public functions of a language model, each with one message."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_tf.tasks.language_model.section import vocab_size_of
 
 
 def checked_ids(name: str, ids: Tensor, model: Model, device: torch.device) -> Tensor:
-    """int64 `ids`; ArgumentError unless they are token ids [b, s] of `model` on `device`, s at most its seq_length.
+    """`ids` as int64; ArgumentError unless they are token ids [b, s] of `model` on `device`, s at most its seq_length.
 
-    A compiled graph, and a device other than a CPU, can only say that one of them is out of range, and not which.
+    In a compiled graph, and on a device other than a CPU, an id out of range raises later, without its number.
     """
     check_id_tensor(name, ids)
     if ids.shape[1] > model.seq_length:
@@ -30,7 +30,7 @@ def checked_ids(name: str, ids: Tensor, model: Model, device: torch.device) -> T
 
 
 def check_id_tensor(name: str, ids: Tensor) -> None:
-    """ArgumentError unless `ids` are integers [b, s], s at least 1."""
+    """ArgumentError unless `ids` are integers [b, s] with s at least 1."""
     if not isinstance(ids, Tensor):
         raise ArgumentError(f"{name}: {described(ids)}, but a tensor is expected. Give torch.tensor({name}).")
     if not is_whole(ids):
@@ -48,7 +48,7 @@ def check_vocabulary(name: str, ids: Tensor, vocab_size: int) -> None:
         return
     expected = f"model.vocab_size is {vocab_size}. Token ids are 0 to {vocab_size - 1}: is it another tokenizer?"
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        # not awaited, unlike a comparison here
+        # does not synchronise with the device, as a comparison on the host would
         torch._assert_async(((ids >= 0) & (ids < vocab_size)).all(), f"{name}: an id is out of range, {expected}")
         return
     lowest, highest = (int(bound) for bound in torch.aminmax(ids))

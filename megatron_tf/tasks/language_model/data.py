@@ -1,4 +1,4 @@
-"""Tokens of prepared text as the batches of a language model: ids, and as labels the ids that follow."""
+"""Prepared text as the batches of a language model: token ids, and the ids that follow them as labels."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ class TextData(TaskData):
         return OpenText(config)
 
     def in_other_numbers(self, sources: Sequence[DataSource]) -> Callable[[float], dict[str, float]]:
-        """Perplexity; bits a byte of text where the data's summary tells how long its tokens are.
+        """Perplexity, and bits per byte of text where the data's summary has the mean length of tokens.
 
-        Bytes a token are those of the data on average; the samples of one step are a little above or below.
+        That mean is over all data, so bits per byte are approximate for the samples of one step.
         """
         width = bytes_per_token(sources) if sources else None
 

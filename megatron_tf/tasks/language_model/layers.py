@@ -1,4 +1,4 @@
-"""The embedding of tokens, which is also the head, and the loss of the tokens that follow.
+"""The embedding of tokens, which is also the head, and the loss of predicting the next tokens.
 
 | tensor | local shape |
 |---|---|
@@ -30,7 +30,10 @@ from megatron_tf.tasks.layers import TaskLayers
 
 
 def partial_embedding(ids: Tensor, weight: Tensor, start: int) -> Tensor:
-    """Rows of this rank's shard for the ids it holds, zeros for the others: [..., d], to be summed over the group."""
+    """The embeddings of ids that this rank holds, zeros for the others: [..., d], still to be summed over the group.
+
+    ids int64 [...], weight [V/T, d]: the rows of the vocabulary from `start` on.
+    """
     local = ids - start
     foreign = (local < 0) | (local >= weight.shape[0])
     rows = F.embedding(local.masked_fill(foreign, 0), weight)
@@ -51,7 +54,7 @@ class Embedding(nn.Module):
         rows = vocab_size_of(model)
         self.start, stop = shard_range(rows, tensor.group.size, tensor.group.rank)
         self.weight = nn.Parameter(torch.empty(stop - self.start, model.hidden_size))
-        # where a backward pass leaves the gradient of the head; None: it makes it
+        # where a backward pass defers the gradient of the head to; None: it computes it
         self.later: Later | None = None
         fill_normal(self.weight, INITIAL_STD)
 
@@ -74,7 +77,7 @@ class LanguageModelLayers(TaskLayers):
         return head.logits(hidden)
 
     def hidden_shape(self, model: Model, inputs: Tensor) -> tuple[int, int]:
-        """Texts may be shorter than the model's seq_length."""
+        """(s, b) of ids [b, s], because texts may be shorter than the model's seq_length."""
         rows, length = inputs.shape
         return length, rows
 
@@ -91,9 +94,9 @@ class LanguageModelLayers(TaskLayers):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def examples(self, config: RunConfig, samples: range) -> tuple[Tensor, Tensor]:
-        """Random but skewed token ids. Without data.eod_id documents end with token 0, the most frequent one."""
+        """Random token ids, lower ones more often. Without data.eod_id, documents end with the most frequent, 0."""
         rows = torch.stack([random_tokens(config, sample) for sample in samples])
-        # copies: those of a single row would share memory, and the labels are masked
+        # Copies: with a single row, ids and labels would share memory, and masking labels would change the ids.
         ids, labels = rows[:, :-1].clone(), rows[:, 1:].clone()
         mask = boundaries(config.data, config.data.eod_id or 0).loss_mask
         if mask is not None:
@@ -102,8 +105,8 @@ class LanguageModelLayers(TaskLayers):
 
 
 def random_tokens(config: RunConfig, sample: int) -> Tensor:
-    """Token ids [s + 1]."""
-    # torch takes 63 bits
+    """Synthetic token ids [s + 1], a pure function of the run's seed and the sample's number."""
+    # torch's generator takes a seed of 63 bits
     generator = torch.Generator().manual_seed(derived_seed(config.run.seed, sample) >> 1)
     uniform = torch.rand(config.model.seq_length + 1, generator=generator)
     return (uniform.square() * vocab_size_of(config.model)).long()

@@ -16,13 +16,13 @@ class LanguageModel(Model):
 
 
 def vocab_size_of(model: Model) -> int:
-    """Rows of the vocabulary of `model`, which is known to be a language model."""
+    """The size of the vocabulary of `model`, which is known to be a language model."""
     assert isinstance(model, LanguageModel), model.task
     return model.vocab_size
 
 
 def check_reads_text(model: Model, action: str) -> None:
-    """UserError unless `model` is a language model, for an `action` that needs one ("generation")."""
+    """UserError unless `model` is a language model. `action`: what needs one, such as "generation"."""
     if not isinstance(model, LanguageModel):
         raise UserError(
             f"model.task: {model.task}, but {action} needs a model of text. Give one whose model.task is "

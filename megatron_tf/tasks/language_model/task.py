@@ -1,4 +1,4 @@
-"""The language model as the rest of the package sees it."""
+"""The language model's implementation of `Task`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class LanguageModelling(Task):
         return model.seq_length
 
     def multiply_adds(self, model: Model) -> int:
-        """Of the head; a row of the embedding is only looked up."""
+        """Multiply-adds of the head; rows of the embedding are only looked up."""
         return model.seq_length * vocab_size_of(model) * model.hidden_size
 
     def work(self, config: RunConfig) -> EndsWork:
