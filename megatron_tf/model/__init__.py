@@ -1,6 +1,6 @@
-"""The TokenFormer model; runs on one device without DeepSpeed."""
+"""The TokenFormer model. It runs on one device without DeepSpeed."""
 
-# The CPU's kernels, under the public name by which other code asks whether they are available.
+# The CPU kernels under their public name, by which other code checks whether they are available.
 from megatron_tf.model.kernels import native_passes as native_stages
 from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import pattention

@@ -2,10 +2,10 @@
 
 Hidden states are [s, b, d]: sequence first, so that a split over the sequence is contiguous.
 
-With `Documents`, several documents lie one after another in a sample. Query i then sees the keys first(i) ≤ j ≤ i,
-first(i) being where the document of token i begins, and its rotary position is i − first(i): each document gets what it
-would get alone. The scores of other documents are never computed where the kernel skips empty blocks (flex_attention,
-on GPUs), and masked elsewhere.
+With `Documents`, a sample contains several documents one after another. Query i then sees the keys first(i) ≤ j ≤ i,
+where first(i) is the first position of its document, and its rotary position is i − first(i). So each document has the
+same result as alone. On GPUs flex_attention skips blocks of scores between documents; elsewhere they are computed and
+masked.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 
 class Documents(NamedTuple):
-    """Where the documents of a micro batch lie; the same for all layers."""
+    """The documents of a micro batch; the same for all layers."""
 
     starts: Tensor  # int32 [b, s]: position in the sample of the first token of each token's document
-    mask: Tensor | BlockMask  # [b, 1, s, s]: 0 where a query (rows) sees a key, −inf elsewhere
+    mask: Tensor | BlockMask  # [b, 1, s, s]: 0 where a query (row) sees a key, −inf elsewhere
 
 
 def document_starts(ids: Tensor, ends: Sequence[int]) -> Tensor:
-    """`Documents.starts` of ids [b, s] in which each token of `ends`, one or more, is the last of its document."""
+    """`Documents.starts` of ids [b, s]. A token in `ends` (at least one) is the last of its document."""
     is_end = torch.zeros_like(ids, dtype=torch.bool)
     for end in ends:
         is_end |= ids == end
@@ -40,8 +40,8 @@ def document_starts(ids: Tensor, ends: Sequence[int]) -> Tensor:
 
 
 def find_documents(starts: Tensor, dtype: torch.dtype, head_dim: int) -> Documents:
-    """The documents that begin at `starts`, for attention in `dtype`. Made once a micro batch, not once a layer."""
-    # the kernel of flex_attention multiplies in tiles of 16, on GPUs
+    """The documents with these `starts`, for attention in `dtype`. To be made once a micro batch, for all layers."""
+    # On GPUs the kernel of flex_attention multiplies tiles of 16, and has no fp64.
     if starts.is_cuda and head_dim >= 16 and dtype != torch.float64:
         return Documents(starts, block_mask(starts))
     return Documents(starts, dense_mask(starts, dtype))
@@ -55,7 +55,7 @@ def dense_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(starts: Tensor) -> BlockMask:
-    """`Documents.mask` for flex_attention, which skips the blocks that nobody sees."""
+    """`Documents.mask` for flex_attention, which skips blocks that no query sees."""
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (starts[batch, query] <= key) & (key <= query)
@@ -66,10 +66,10 @@ def block_mask(starts: Tensor) -> BlockMask:
 
 @lru_cache(maxsize=8)
 def rotary_tables(seq_length: int, channels: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 whatever the model's type, [s, 1, 1, channels].
+    """cos and sin, fp32 for any type of the model, [s, 1, 1, channels].
 
-    Channel j is paired with j + channels/2; angle = position · base^(−2j/channels). Not a buffer of the model,
-    because a conversion of the model to bf16 would round the angles too.
+    Channel j is paired with j + channels/2; angle = position · base^(−2j/channels). They are not buffers of the model,
+    because a conversion of the model to bf16 would round the angles as well.
     """
     exponent = torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels
     positions = torch.arange(seq_length, device=device, dtype=torch.float32)
@@ -79,7 +79,7 @@ def rotary_tables(seq_length: int, channels: int, base: float, device: torch.dev
 
 
 class _Rotate(Function):
-    """A rotation by position; the gradient is rotated back. One copy of x, of which only a part is computed anew."""
+    """A rotation by position; the gradient is rotated back. Copies x once and overwrites the rotated channels."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -104,7 +104,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first channels of every head; x [s, b, heads, head_dim], tables [s, b or 1, 1, channels]."""
+    """x with the first channels of every head rotated; x [s, b, heads, head_dim], tables [s, b or 1, 1, channels]."""
     return _Rotate.apply(x, cos, sin)
 
 
@@ -114,7 +114,7 @@ def causal_attention(
     """query [s, b, heads, head_dim], key and value [s, b, g, head_dim] -> [s, b, heads·head_dim]. Scale 1/√head_dim.
 
     g divides heads: query heads i·heads/g to (i + 1)·heads/g − 1 see the i-th key and value (grouped-query attention).
-    `channels` of each head are rotated (0 is none). `documents`: None is one document a sample.
+    `channels`: of each head, rotated; 0: none.  `base`: of the rotary angles.  `documents`: None: each sample is one.
     """
     query, key, value = _by_head(query, key, value, channels, base, documents)
     if documents is None:
@@ -129,7 +129,7 @@ def causal_attention(
 def full_attention(
     query: Tensor, key: Tensor, value: Tensor, channels: int, base: float, documents: Documents | None = None
 ) -> Tensor:
-    """As `causal_attention`, but every position sees all others. A sample is one document."""
+    """As `causal_attention`, but every position sees all positions. Each sample must be one document."""
     assert documents is None
     query, key, value = _by_head(query, key, value, channels, base)
     return F.scaled_dot_product_attention(query, key, value).permute(2, 0, 1, 3).flatten(-2)
@@ -138,9 +138,9 @@ def full_attention(
 def _by_head(
     query: Tensor, key: Tensor, value: Tensor, channels: int, base: float, documents: Documents | None = None
 ) -> tuple[Tensor, ...]:
-    """Query, key and value with their positions, [b, heads, s, head_dim] each."""
+    """Query, key and value, the first two rotated, [b, heads, s, head_dim] each: key and value once a query head."""
     if channels:
-        # torch.compile looks through a cache, and warns of it.
+        # torch.compile would trace through the cache with a warning, so it gets the function itself.
         tables = rotary_tables.__wrapped__ if torch.compiler.is_compiling() else rotary_tables
         cos, sin = tables(query.shape[0], channels, base, query.device)
         if documents is not None:
@@ -153,11 +153,11 @@ def _by_head(
 
 
 def shared_heads(t: Tensor, heads: int) -> Tensor:
-    """[s, b, g, head_dim] -> [s, b, heads, head_dim]: each of the g heads heads/g times."""
+    """[s, b, g, head_dim] -> [s, b, heads, head_dim]: repeats each of the g heads heads/g times."""
     return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2)
 
 
 @lru_cache(maxsize=1)
 def _fused_flex_attention() -> Callable[..., Tensor]:
-    """Compiled when it is needed first; without compiling it would compute and keep every score."""
+    """flex_attention, compiled on first use. Uncompiled, it would compute and keep every score."""
     return torch.compile(flex_attention, dynamic=False)

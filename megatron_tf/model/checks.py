@@ -1,6 +1,6 @@
-"""What the public functions of the model refuse, in one message each: types, shapes, devices, numbers.
+"""Checks of the arguments of the model's public functions, each with one message: types, shapes, devices, numbers.
 
-Nothing here waits for a device or breaks a compiled graph.
+No check synchronises with a device or breaks a compiled graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_pattention(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, scale: float, activation: str) -> None:
-    """ArgumentError unless `pattention` can work with these: see there. x may have any floating-point type."""
+    """ArgumentError unless these are valid arguments of `pattention`. x may have any floating-point type."""
     check_activation(activation)
     check_scale("scale", scale)
     for name, tensor in (("x", x), ("key_tokens", key_tokens), ("value_tokens", value_tokens)):
@@ -67,14 +67,14 @@ def check_device(name: str, tensor: Tensor, other: str, device: torch.device) ->
 
 
 def check_starts(starts: Tensor, ids: Tensor) -> None:
-    """ArgumentError unless `starts` has a number for each of `ids` [b, s], on the same device."""
+    """ArgumentError unless `starts` are integers in the shape of `ids` [b, s], on the same device."""
     remedy = "attention.document_starts makes them"
     _check_whole_numbers("starts", starts, ids.shape, f"one for each of input_ids: {remedy}")
     check_device("starts", starts, "input_ids", ids.device)
 
 
 def check_padding(padding: Tensor, ids: Tensor) -> None:
-    """ArgumentError unless `padding` has a number for each row of `ids` [b, s]."""
+    """ArgumentError unless `padding` has an integer for each row of `ids` [b, s]."""
     _check_whole_numbers("padding", padding, ids.shape[:1], "one for each row: how many ids at its beginning are none")
 
 
@@ -106,7 +106,7 @@ def check_scales(scales: Mapping[str, float], model: Model) -> None:
 
 
 def check_building(config: Model, seed: int, device: Any, dtype: torch.dtype) -> None:
-    """ArgumentError unless `build_model` can work with these."""
+    """ArgumentError unless these are valid arguments of `build_model`, and the device exists."""
     check_config(config)
     check_whole_number("seed", seed, 0, 2**63 - 1)
     check_dtype(dtype)
@@ -126,14 +126,14 @@ def check_config(config: object) -> None:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """ArgumentError unless a model can have `dtype`."""
+    """ArgumentError unless `dtype` is one of FLOATING, the types of models."""
     if dtype not in FLOATING:
         given = str(dtype) if isinstance(dtype, torch.dtype) else described(dtype)
         raise ArgumentError(f"dtype: {given}, but one of {_listed(FLOATING)} is expected.")
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Whether it holds whole numbers."""
+    """Whether `tensor` has an integer type."""
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
 
 

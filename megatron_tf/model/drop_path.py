@@ -1,7 +1,7 @@
-"""Stochastic depth: in training a sample skips some of the residual branches, and the others count more instead.
+"""Stochastic depth: in training each sample skips some residual branches, and the others are scaled up to compensate.
 
-Which ones is a function of seed, step, place of the sample in its step, layer and branch: the same at every layout, and
-in the recomputation of a block.
+The choice is a function of seed, step, place of the sample in its step, layer and branch. So it is the same at every
+layout, and in the recomputation of a block.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ BRANCHES = 2  # of a block: attention and feed-forward
 
 
 class DropPath:
-    """Layer l of L skips a branch with probability rate · l / (L − 1), none in the first layer."""
+    """Layer l of L skips each branch with probability rate · l / (L − 1), which is 0 in the first layer."""
 
     def __init__(self, rate: float, num_layers: int, seed: int):
         self._skipped = rate * np.arange(num_layers) / max(1, num_layers - 1)
         self._seed = seed
 
     def scales(self, step: int, places: Sequence[int]) -> Tensor:
-        """What the branches of samples are multiplied by, fp32 [layers, branches, b]: 0, or 1 / (1 − the layer's rate).
+        """The factors of the samples' branches, fp32 [layers, branches, b]: 0, or 1 / (1 − the layer's probability).
 
-        `places`: of the samples, counted from the first one of the (0-based) `step`.
+        `places`: of the b samples in the (0-based) `step`, counted from 0.
         """
         layers, branches = np.arange(len(self._skipped), dtype=np.uint64), np.arange(BRANCHES, dtype=np.uint64)
         chosen = np.array(places, np.uint64)

@@ -1,4 +1,4 @@
-"""The norm of a row of scores without the scores, for activations of τA/‖A‖₂.
+"""The norm of a row of scores without the scores, for activations that are functions of τA/‖A‖₂.
 
     r² = ‖x Kᵀ‖² = x G xᵀ,   G = KᵀK
 
@@ -9,26 +9,26 @@
 | G | [projections, d, d], fp32, summed over the tokens of all ranks |
 | r | [rows, projections], fp32 |
 
-So r is known before the first product, and over tensor ranks no row waits for an exchange, forward or backward. Under
-sequence parallelism a rank makes r of its own rows [rows/T, d] before they are gathered.
-Backward, with w = dr/r and what the layer says of dr (its T is ΣD∘A, and dr = −T/r):
+So r is known before the first product, and with several tensor ranks no row waits for an exchange, forward or backward.
+Under sequence parallelism a rank computes r of its own rows [rows/T, d] before they are gathered.
+Backward, dr comes from the layer: its T is ΣD∘A, and dr = −T/r. With w = dr/r:
 
     dx = w (x G),   dG = ½ xᵀ(w x),   dK = K (dG + dGᵀ)
 
-All are linear in dr. So each rank takes the part of dr that its own tokens give: dx is summed over the ranks with that
-of the products, and dG by itself. (Of its own rows a rank has the whole dr, and dG is summed
-over the ranks alike.) Together this is the direct form's (D − A T/r²) K, because A
-K = x G.
+All are linear in dr. So each rank uses the part of dr that comes from its own tokens: its dx is summed over the ranks
+together with that of the products, and its dG by itself. (For its own rows under sequence parallelism, a rank has the
+whole dr, and dG is summed over the ranks as well.) In total this is the term −A T/r² K of the direct form, because
+A K = x G.
 
-G is the same for all micro batches of a step, and dK is linear in dG. So an engine has G made with the first forward
-pass of a step, and dG summed up and taken to dK with the last backward pass: two products of 2 n d²/T operations and
-two all-reduces of d² numbers a step, not a micro batch, and of pipelines one G in memory for all that is in flight. A
-compiled block makes them for each micro batch, as what is done once cannot stand in its graph.
+G is the same for all micro batches of a step, and dK is linear in dG. So an engine has G computed in the first forward
+pass of a step, dG summed up, and dK computed in the last backward pass. That is two products of 2 n d²/T operations and
+two all-reduces of d² numbers a step instead of a micro batch, and in a pipeline one G in memory for all micro batches
+in flight. A compiled block computes them for each micro batch, because its graph cannot contain work done only once.
 
-Saved for backward are x, K, G and r. xG is made again there, within one product of all projections.
+Saved for backward are x, K, G and r. There xG is computed again, in one product for all projections.
 
-x G xᵀ loses digits where x lies near the null space of K: rounding of the largest terms is what remains of r². No row
-has a smaller r than that rounding, so none becomes large by it.
+x G xᵀ loses digits where x lies near the null space of K: of r² only the rounding error of its largest terms remains.
+r is never smaller than that error, so that no row becomes large through a division by r.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from megatron_tf.activations.function import accumulating
 from megatron_tf.parallel.collectives import all_reduce, copy_to, reduce_from
 from megatron_tf.parallel.groups import Group
 
-# Of what r² is for an average direction of x. Below it, more than three of fp32's seven digits may be lost.
+# As a share of r² for an average direction of x. Below it, more than three of fp32's seven digits may be lost.
 DOUBTFUL = 2.0**-10
-NOISE = 8  # roundings of the largest term of r²
+NOISE = 8  # the least r², in rounding errors of its largest term
 
 
 class StepMatrices:
-    """G of projections that share x, for the micro batches of a step that `begin` has told of, and the sum of dG.
+    """G of projections that share x, and the sum of dG, over the micro batches of a step.
 
-    Each micro batch goes forward once, recomputation aside, and backward once, in any order. Where none is to come, G
-    is made for each call.
+    `begin` announces the number of micro batches. Each has one forward pass, apart from recomputation, and one backward
+    pass, in any order. When none are left, `in_use` is False and `matrices` computes G for each call.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class StepMatrices:
         self._gradient: Tensor | None = None
 
     def begin(self, micro_batches: int) -> None:
-        """Forgets what was made of other keys."""
+        """Starts a step of so many micro batches, and drops G and dG of the step before."""
         self._to_come, self._matrices, self._gradient = micro_batches, None, None
 
     @property
@@ -70,13 +70,13 @@ class StepMatrices:
         return self._to_come > 0
 
     def made(self, keys: Sequence[Tensor], group: Group) -> Tensor:
-        """G. Not differentiable."""
+        """G of these keys, computed at the first call of a step. Not differentiable."""
         if self._matrices is None:
             self._matrices = all_reduce(torch.stack([_matrix(k) for k in keys]), group)
         return self._matrices.detach()
 
     def whole_gradient(self, gradient: Tensor, group: Group) -> Tensor | None:
-        """After the backward pass of a micro batch, with its dG: the step's, if it was the last one."""
+        """Adds dG of a micro batch. Returns that of the step over all ranks after the last micro batch, None before."""
         self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
         self._to_come -= 1
         if self._to_come:
@@ -89,7 +89,8 @@ class StepMatrices:
 def matrices(keys: Sequence[Tensor], group: Group, step: StepMatrices | None = None) -> Tensor:
     """G of projections with keys [n_i/T, d]: [projections, d, d], the same on all ranks. Differentiable.
 
-    `step`: keeps it over micro batches. (Not on one process, where a call can take the direct form after all.)
+    `step`: keeps G over micro batches. It is not used on one process, where a call can still take the direct form, in a
+    compiled graph, and without gradients.
     """
     kept = group.size > 1 and not torch.compiler.is_compiling() and torch.is_grad_enabled()
     if step is not None and kept and step.in_use:
@@ -99,18 +100,18 @@ def matrices(keys: Sequence[Tensor], group: Group, step: StepMatrices | None = N
 
 
 def norms(x: Tensor, matrices: Tensor) -> Tensor:
-    """r of x [rows, d] for each of G [projections, d, d]: [rows, projections]. Differentiable in both."""
+    """r of x [rows, d] for each G in `matrices` [projections, d, d]: [rows, projections]. Differentiable in both."""
     return _Norms.apply(x, matrices)
 
 
 def loses_digits(x: Tensor, matrices: Tensor, norms: Tensor) -> bool:
-    """Whether some row of x has an r that is small against ‖x‖‖K‖. A GPU is waited for."""
+    """Whether r of some row is so small against ‖x‖‖K‖ that it has lost digits. Synchronises with a GPU."""
     average = _largest(x.detach(), matrices.detach()) / x.shape[-1]
     return bool((norms.detach().square() < DOUBTFUL * average).any())
 
 
 class _Matrix(Function):
-    """KᵀK of this rank's keys. Its gradient takes one product, where autograd would take two."""
+    """KᵀK of this rank's keys. Its gradient takes one product; autograd would take two."""
 
     @staticmethod
     def forward(ctx, keys):
@@ -125,7 +126,7 @@ class _Matrix(Function):
 
 
 class _MatricesOfStep(Function):
-    """G of all micro batches of a step. Keys have their gradient from the last backward pass alone."""
+    """G of all micro batches of a step. Only the last backward pass gives keys a gradient, that of the whole step."""
 
     @staticmethod
     def forward(ctx, step, group, *keys):
@@ -173,6 +174,6 @@ class _Norms(Function):
 
 
 def _largest(x: Tensor, matrices: Tensor) -> Tensor:
-    """‖x‖²‖K‖², which no r² exceeds, [rows, projections]."""
+    """‖x‖²‖K‖² [rows, projections], an upper bound of r²."""
     keys = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=matrices.dtype).square() * keys

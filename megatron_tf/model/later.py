@@ -1,7 +1,7 @@
-"""Gradients of weights that a backward pass leaves for later: it makes those of inputs, which other ranks wait for.
+"""Deferred gradients of weights. The backward pass computes only those of inputs, for which other ranks wait.
 
-A layer adds its share to a `Later` while the backward pass runs, with what the products need. Together both make what
-one pass would make, by the same products.
+While it runs, each layer adds to a `Later` a function that computes its gradients of weights. Together, the pass and
+those functions compute the same products as an ordinary backward pass.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch.autograd.function import once_differentiable
 
 
 class Later:
-    """What the backward passes of some layers have left so far."""
+    """The gradients of weights that backward passes have deferred so far."""
 
     def __init__(self) -> None:
         self._left: list[tuple[Sequence[Tensor], Callable[[], Sequence[Tensor]]]] = []
 
     def add(self, weights: Sequence[Tensor], gradients: Callable[[], Sequence[Tensor]]) -> None:
-        """`weights`: leaves.  `gradients`: makes one for each of them."""
+        """Defers gradients. `weights`: leaf tensors.  `gradients`: a function that computes one for each of them."""
         self._left.append((weights, gradients))
 
     def take(self) -> Callable[[], None]:
-        """A function that makes what has been left so far, and adds it to the weights' gradients."""
+        """Returns a function that computes the gradients deferred so far and accumulates them. Empties this object."""
         left, self._left = self._left, []
 
         def finish() -> None:
@@ -55,8 +55,8 @@ class _Product(Function):
 
 
 def product(x: Tensor, weight: Tensor, later: Later, transposed: bool = False) -> Tensor:
-    """x [..., k] times a matrix, a leaf [n, k], or [k, n] if `transposed` -> [..., n].
+    """x [..., k] times the leaf `weight`, [n, k], or [k, n] if `transposed` -> [..., n].
 
-    The backward pass leaves the gradient of `weight` to `later`.
+    The backward pass defers the gradient of `weight` to `later`.
     """
     return _Product.apply(x, weight, later, transposed)

@@ -1,4 +1,4 @@
-"""The layers around and between what an architecture makes, for any tensor-parallel group.
+"""The layers that architectures share, for any tensor-parallel group.
 
 Parameter names are the logical names.
 
@@ -9,8 +9,8 @@ Parameter names are the logical names.
 | attention output | [s, b, d/T] | the same |
 | activations of a Transformer's MLP | [s, b, f/T] | the same |
 
-With C context ranks a rank has s/C positions wherever s stands here, the r-th of them the r-th part of each sample.
-For attention itself they exchange these for heads: [s, b, heads/(T·C), head_dim] with all positions.
+With C context ranks, s becomes s/C everywhere here: rank r has the r-th part of each sample. For attention itself the
+ranks exchange positions for heads: [s, b, heads/(T·C), head_dim] with all positions.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ if TYPE_CHECKING:
 
 
 class TensorParallel:
-    """How hidden states enter and leave sharded work: by `sequence`, split over the sequence or replicated.
+    """How hidden states enter and leave sharded work.
 
-    `context`: the ranks that hold the other positions of the same samples.
+    `group`: the tensor ranks.  `sequence`: between layers, hidden states are split over the sequence (sequence
+    parallelism); otherwise they are replicated.  `context`: the ranks that share the positions of the same samples.
     """
 
     def __init__(self, group: Group = SINGLE, sequence: bool = False, context: Group = SINGLE):
@@ -68,26 +69,26 @@ class TensorParallel:
 
     @property
     def length_multiple(self) -> int:
-        """Ranks that positions are split over; lengths must be a multiple of it."""
+        """The number of ranks that share the positions of a sample. Lengths must be a multiple of it."""
         return self.context.size * (self.group.size if self.sequence else 1)
 
     def own_positions(self, t: Tensor) -> Tensor:
-        """This context rank's part [b, s/C] of ids or labels [b, s]."""
+        """This context rank's part [b, s/C] of ids or labels t [b, s]."""
         return t if self.context.size == 1 else t.chunk(self.context.size, 1)[self.context.rank]
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """Hidden between layers -> [s, b, d], whole on every rank; its gradients are summed over the ranks."""
+        """Hidden between layers -> [s, b, d], whole on every rank. The backward pass sums over the ranks."""
         return gather_from(hidden, self.group, 0) if self.sequence else copy_to(hidden, self.group)
 
     def leave(self, partial: Tensor) -> Tensor:
-        """A partial [s, b, d] -> hidden between layers."""
+        """A partial sum [s, b, d] of each rank -> hidden between layers."""
         return scatter_to(partial, self.group, 0) if self.sequence else reduce_from(partial, self.group)
 
     def replicated(self, weight: Tensor) -> Tensor:
-        """A replicated weight that acts on hidden between layers.
+        """`weight`, a replicated one that acts on hidden between layers, with the right gradient.
 
-        Under sequence parallelism each rank sees its own positions only, so the weight's gradient is partial there
-        and must be summed; otherwise it is whole already.
+        Under sequence parallelism each rank sees only its own positions, so the weight's gradient has to be summed over
+        the ranks; otherwise it is whole already.
         """
         return copy_to(weight, self.group) if self.sequence else weight
 
@@ -95,8 +96,8 @@ class TensorParallel:
 class Pattention(nn.Module):
     """One projection: n parameter tokens, of which this rank holds a contiguous share.
 
-    `scale` is τ: stored, never recomputed from the number of tokens, so that growth can hold it.
-    As a layer of its own: x [..., d_in] -> [..., d_out], see `pattention`. ArgumentError for what cannot be.
+    `scale`: τ. It is stored and never recomputed from the number of tokens, so that growth can keep it.
+    Used alone, it is a layer x [..., d_in] -> [..., d_out], see `pattention`. ArgumentError for invalid arguments.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Pattention(nn.Module):
     ):
         super().__init__()
         check_activation(activation)
-        # each rank holds a token
+        # each rank holds at least one token
         for name, size, least in (("num_tokens", num_tokens, group.size), ("d_in", d_in, 1), ("d_out", d_out, 1)):
             check_whole_number(name, size, least)
         if scale is not None:
@@ -121,12 +122,12 @@ class Pattention(nn.Module):
         self.value_tokens = nn.Parameter(torch.empty(stop - start, d_out))
         self.num_tokens = num_tokens
         self.form = DIRECT
-        self.own_rows = False  # whether norms of the Gram form are of a rank's own rows, see `entered`
+        self.own_rows = False  # whether a rank computes Gram norms of its own rows only, see `entered`
         self.step: gram.StepMatrices | None = None  # of this and the projections that share its input
         self.scale = default_scale(num_tokens, activation) if scale is None else scale
         self.activation = activation
         self.group = group
-        self.observer: Callable[[Tensor], None] | None = None  # sees each input x [s, b, d], whole on every rank
+        self.observer: Callable[[Tensor], None] | None = None  # gets each input x [s, b, d], whole on every rank
         fill_normal(self.key_tokens, INITIAL_STD)
         fill_normal(self.value_tokens, 1 / d_out**0.5)
 
@@ -140,8 +141,11 @@ class Pattention(nn.Module):
 
 
 def entered(projections: Sequence[Pattention], hidden: Tensor, tensor: TensorParallel) -> tuple[Tensor, Tensor | None]:
-    """Hidden between layers -> x [s, b, d], whole on every rank, of projections that share it; and under sequence
-    parallelism in the Gram form their norms [s, b, projections], of which each rank has made those of its own rows."""
+    """Hidden between layers -> (x [s, b, d], norms), both whole on every rank, for projections that share x.
+
+    The norms [s, b, projections] are those of the Gram form under sequence parallelism, where each rank computes them
+    for its own rows before x is gathered; None otherwise.
+    """
     first = projections[0]
     if first.form.norm == "direct" or not first.own_rows:
         return tensor.enter(hidden), None
@@ -151,8 +155,10 @@ def entered(projections: Sequence[Pattention], hidden: Tensor, tensor: TensorPar
 
 
 def partial_outputs(projections: Sequence[Pattention], x: Tensor, norms: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Outputs of projections that share x and how they are computed, each partial over their tensor group. `norms`:
-    see `entered`."""
+    """Outputs [..., d_out] of projections that share x and their form, each still to be summed over the tensor group.
+
+    `norms`: see `entered`.
+    """
     first = projections[0]
     for projection in projections:
         if projection.observer is not None:
@@ -171,9 +177,9 @@ def partial_outputs(projections: Sequence[Pattention], x: Tensor, norms: Tensor 
 
 
 def choose_forms(block: nn.Module, training: Training, device: str) -> list[gram.StepMatrices]:
-    """Sets how each Pattention of a block is computed on a `device` type, as `training` wants it.
+    """Sets the `Form` of each Pattention of a block from `training`, for a `device` type.
 
-    Returns what keeps KᵀK over the micro batches of a step, if it is told when one begins.
+    Returns the objects that keep KᵀK over the micro batches of a step. Their `begin` must be called at each step.
     """
     of_steps = []
     for module in block.modules():
@@ -191,7 +197,7 @@ def choose_forms(block: nn.Module, training: Training, device: str) -> list[gram
 
 @contextmanager
 def without_fp8(module: nn.Module) -> Iterator[None]:
-    """Within it the Pattentions in `module` make their products in the type of their tokens."""
+    """A context in which the Pattentions of `module` compute products in the type of their tokens, not in fp8."""
     projections = [part for part in module.modules() if isinstance(part, Pattention)]
     forms = [projection.form for projection in projections]
     for projection in projections:
@@ -204,8 +210,8 @@ def without_fp8(module: nn.Module) -> Iterator[None]:
 
 
 def leave_weights(module: nn.Module, later: Later) -> None:
-    """From now on backward passes leave to `later` the gradients of the weights in `module`, where they can: of banks
-    of candidates, norms and embeddings they make them."""
+    """From now on, backward passes defer gradients of weights in `module` to `later`, for the layers that support it.
+    Gradients of banks of candidates, norms, input embeddings and image classifiers are still computed at once."""
     for part in module.modules():
         if isinstance(part, Pattention):
             part.form = part.form._replace(later=later)
@@ -214,8 +220,8 @@ def leave_weights(module: nn.Module, later: Later) -> None:
 
 
 class Attention(nn.Module, ABC):
-    """Attention over this rank's heads, causal if the model's task is, between two projections that an architecture
-    makes its own way."""
+    """Attention over this rank's heads, causal if the model's task is. The projections before and after it are the
+    architecture's: `split` and `join`."""
 
     def __init__(self, model: Model, tensor: TensorParallel):
         super().__init__()
@@ -223,7 +229,7 @@ class Attention(nn.Module, ABC):
         self.head_dim = model.hidden_size // model.num_attention_heads
         self.rotary_channels = int(self.head_dim * model.rotary_fraction)
         self.rotary_base = model.rotary_base
-        # generation puts attention over its cache here
+        # generation replaces it by attention over its cache
         self.attend: Callable[..., Tensor] = causal_attention if task_of(model).causal else full_attention
 
     @abstractmethod
@@ -241,8 +247,8 @@ class Attention(nn.Module, ABC):
     def attended(self, heads: tuple[Tensor, Tensor, Tensor], documents: Documents | None) -> Tensor:
         """Query, key and value of this rank's heads -> their output [s, b, d/T].
 
-        Context ranks exchange their positions for heads, so that each computes some heads over all positions. That
-        divides causal attention evenly, and needs to know nothing of positions and documents.
+        Context ranks exchange positions for heads, so that each computes some heads over all positions. That divides
+        causal attention evenly, and needs no special treatment of positions and documents.
         """
         context = self.tensor.context
         query, key, value = (exchange(t, context, 2, 0) for t in heads)
@@ -251,7 +257,7 @@ class Attention(nn.Module, ABC):
 
 
 class FeedForward(Protocol):
-    """What stands behind a block's second norm."""
+    """The part of a block after its second norm."""
 
     def partial(self, x: Tensor) -> Tensor:
         """x [..., d], whole -> [..., d], still to be summed over the tensor group."""
@@ -261,7 +267,7 @@ class FeedForward(Protocol):
 class Block(nn.Module):
     """Pre-norm block: x += attention(LN(x)); x += ffn(LN(x)). The norms have no weight.
 
-    (A weight would add nothing to a Transformer: its product with the matrix that follows is a matrix like any other.)
+    (In a Transformer a weight would add nothing, because its product with the matrix that follows is again a matrix.)
     """
 
     def __init__(self, attention: Attention, ffn: FeedForward, tensor: TensorParallel, eps: float):
@@ -271,12 +277,12 @@ class Block(nn.Module):
         self.ffn = ffn
         self.tensor = tensor
         self.eps = eps
-        # its number, which `build_block` sets
+        # the layer's number; `build_block` sets it
         self.layer = 0
         self.recompute = False  # keep only the block's input for the backward pass
 
     def forward(self, hidden: Tensor, context: BlockContext | None = None) -> Tensor:
-        """Hidden between layers -> the same. `context`: None is one document a sample, and nobody asks for reports."""
+        """Hidden between layers -> the same. `context`: None: each sample is one document, and reports are dropped."""
         documents = None if context is None else context.documents
         branches = None if context is None or context.branches is None else context.branches[self.layer]
         if self.recompute and torch.is_grad_enabled():
@@ -303,15 +309,15 @@ class Block(nn.Module):
     def forward_attention(
         self, hidden: Tensor, documents: Documents | None, losses: Reports, metrics: Reports
     ) -> Tensor:
-        """Hidden between layers, after their norm -> what attention adds to them.
+        """Normed hidden between layers -> the output of attention, to be added to the hidden states.
 
-        A block with auxiliary losses or metrics overrides this or `feed_forward` and writes them, scalars and partial
-        as `context` has it, into `losses` and `metrics`. Their names are in its architecture's `losses` and `metrics`.
+        A block with auxiliary losses or metrics overrides this or `feed_forward`, and writes them into `losses` and
+        `metrics` as scalars, partial as `model.context` defines. Its architecture's `losses` and `metrics` name them.
         """
         return self.attention(hidden, documents)
 
     def forward_ffn(self, hidden: Tensor, losses: Reports, metrics: Reports) -> Tensor:
-        """Hidden between layers, after their norm -> what the feed-forward adds to them."""
+        """Normed hidden between layers -> the output of the feed-forward, to be added to the hidden states."""
         return self.tensor.leave(self.feed_forward(self.tensor.enter(hidden), losses, metrics))
 
     def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
@@ -323,15 +329,15 @@ class Block(nn.Module):
 
 
 def _scaled(branch: Tensor, branches: Tensor | None, number: int) -> Tensor:
-    """A branch [s, b, d], times what `branches` [branches, b] has for each sample."""
+    """`branch` [s, b, d] times the factor of each sample in row `number` of `branches` [branches, b]; None: 1."""
     return branch if branches is None else branch * branches[number].to(branch.dtype)[:, None]
 
 
 class BlockFactory(Protocol):
-    """How an architecture makes block `layer` on a rank of the tensor group, its weights still to be written."""
+    """The function of an architecture that makes block `layer` for a tensor rank, with uninitialised weights."""
 
     def __call__(self, model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
-        """`scales`: τ by projection name, for the architectures that have any."""
+        """`scales`: τ by projection name; empty for an architecture without parameter tokens."""
         ...
 
 
@@ -351,8 +357,7 @@ class FinalNorm(nn.Module):
 
 
 def build_block(model: Model, layer: int, scales: Mapping[str, float], tensor: TensorParallel) -> Block:
-    """Block `layer` as the model's architecture makes it, its weights still to be written. `scales`: τ by
-    projection."""
+    """Block `layer` of the model's architecture, with uninitialised weights. `scales`: τ by projection."""
     factory: BlockFactory = resolve_name(architecture_of(model).block)
     block = factory(model, layer, scales, tensor)
     block.layer = layer

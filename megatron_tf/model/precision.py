@@ -1,4 +1,4 @@
-"""The compute types by their names in a configuration."""
+"""The torch types of the compute types in a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The products that a Pattention is made of, which can be made in several types."""
+"""The matrix product of a Pattention, as an argument, because it can be computed in several types."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Gradient = Literal["left", "right"] | None
 
 class Product(Protocol):
     def __call__(self, left: Tensor, right: Tensor, gradient: Gradient = None, out: Tensor | None = None) -> Tensor:
-        """left [m, k] times right [k, n] -> [m, n], in `out` if it is given, whatever that held.
+        """left [m, k] times right [k, n] -> [m, n]. Written to `out` if that is given; its old content is ignored.
 
-        `gradient`: which of the two is one.
+        `gradient`: which of the two factors is a gradient, if one is.
         """
         ...
 
 
 def plain_product(left: Tensor, right: Tensor, gradient: Gradient = None, out: Tensor | None = None) -> Tensor:
-    """In the type of the factors."""
-    # beta 0: what is in `out` is not read. torch.compile takes no out= here
+    """A `Product` in the type of the factors."""
+    # With beta 0, addmm_ does not read `out`. (matmul's out= cannot be compiled here.)
     return left @ right if out is None else out.addmm_(left, right, beta=0)

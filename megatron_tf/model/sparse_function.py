@@ -1,8 +1,9 @@
-"""The products of sparse Pattention, and what is between them, with their gradients.
+"""The products of sparse Pattention and the steps between them, with their gradients.
 
-Pairs of rows and candidates go piece by piece, see `grouped`. On a CPU the passes over the scores do so too: a piece is
-in the cache then. On a GPU they are one kernel for all pieces. A row's pairs meet in r and in T alone: one number a row
-and projection, all-reduced over the tensor ranks as the dense layer does it, for all projections that share x at once.
+Products of rows with candidates are computed piece by piece, see `grouped`. On a CPU the passes over the scores are as
+well, while a piece is in the cache. On a GPU each is one kernel for all pieces. The pairs of a row depend on each other
+only through r and T. These are one number a row and projection, all-reduced over the tensor ranks as in the dense
+layer, for all projections that share x at once.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from megatron_tf.parallel.groups import Group
 
 
 class ChosenTokens(NamedTuple):
-    """The tokens of one projection, and which of them each row uses.
+    """The tokens of one projection, and the choice of each row among them.
 
-    `keys`, `values`: of this rank's slots, [slots/T · m · g, width].  `dense_keys`, `dense_values`: of the tokens that
-    every row uses.  `gate`: ones [rows, slots/T]; the gradient that it gets is that of a factor on the slot's weights
-    S.
+    `scale`: τ.  `keys`, `values`: of this rank's slots, [slots/T · m · g, width].  `dense_keys`, `dense_values`: of the
+    tokens that every row uses, or None.  `gate`: ones [rows, slots/T], a factor on the weights S of each slot that is
+    used for its gradient only.
     """
 
     assignment: Assignment
@@ -42,7 +43,10 @@ class ChosenTokens(NamedTuple):
 def sparse_pattention(
     x: Tensor, projections: Sequence[ChosenTokens], activation: str, group: Group
 ) -> tuple[Tensor, ...]:
-    """x [rows, d_in] -> one [rows, d_out] a projection, still to be summed over `group`."""
+    """x [rows, d_in] -> an output [rows, d_out] for each projection, still to be summed over `group`.
+
+    Computed in the type of the tokens; under autocast, in autocast's type.
+    """
     device, dtype = x.device.type, projections[0].keys.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -81,7 +85,7 @@ class _SparsePattention(Function):
             )
         ]
         finish = begin_all_reduce(torch.cat([work.to_weights(grad) for work, grad in zip(works, grads)], -1), ctx.group)
-        for work, grad in zip(works, grads):  # while the sums are on their way
+        for work, grad in zip(works, grads):  # hides the all-reduce of T
             work.to_dense_values(grad)
         d_x = torch.zeros_like(x)
         for work, total in zip(works, finish().split(1, -1)):
@@ -94,7 +98,7 @@ def _batched(tensors: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
 
 
 class _Projection:
-    """The forward pass of one projection, and what both passes need."""
+    """The forward pass of one projection, and its tensors, which the backward pass uses as well."""
 
     def __init__(
         self,
@@ -112,7 +116,7 @@ class _Projection:
         self.dense_keys, self.dense_values = dense_keys, dense_values
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(Scores of the pairs, of the dense tokens, this rank's statistic of each row)."""
+        """(scores of the pairs, scores of the dense tokens, this rank's statistic of each row [rows, 1])."""
         assignment, room = self.assignment, torch.empty_like(x)
         scores = x.new_empty(assignment.num_pairs, self.keys.shape[2])
         statistics = scores.new_empty(assignment.num_pairs, 1, dtype=accumulating(scores))
@@ -145,7 +149,7 @@ class _Projection:
 
 
 class _Backward:
-    """The backward pass of one projection. D, and then dA, are made in the memory of dS."""
+    """The backward pass of one projection. D and then dA overwrite dS."""
 
     def __init__(self, projection: _Projection, scores: Tensor, dense: Tensor, r: Tensor):
         self.projection = projection
@@ -158,7 +162,7 @@ class _Backward:
         self.dense_value_grads: Tensor | None = None
 
     def to_weights(self, grad: Tensor) -> Tensor:
-        """Down to D, with the gradients of gate and values; this rank's T of each row."""
+        """Computes D, and the gradients of gate and values in slots. Returns this rank's T of each row [rows, 1]."""
         own, function, scale = self.projection, self.projection.function, self.projection.scale
         totals, room = torch.empty_like(self.of_pairs), torch.empty_like(grad)
         self.gate_grads = torch.empty_like(self.of_pairs)
@@ -177,11 +181,12 @@ class _Backward:
         return total
 
     def to_dense_values(self, grad: Tensor) -> None:
+        """Computes the gradient of the dense values, which does not depend on T."""
         if len(self.projection.dense_keys):
             self.dense_value_grads = self.s_dense.mT @ grad
 
     def to_keys_and_inputs(self, x: Tensor, total: Tensor, d_x: Tensor) -> None:
-        """With T of all ranks: the gradients of the keys, and that of x added to `d_x`."""
+        """Computes the gradients of the keys with `total`, T over all ranks, and adds the gradient of x to `d_x`."""
         own, function, scale = self.projection, self.projection.function, self.projection.scale
         if len(own.dense_keys):
             function.couple(self.dense, self.r, total, self.d_dense, scale)
@@ -198,7 +203,7 @@ class _Backward:
             piece.add_outputs(d, own.keys, d_x, room)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """Of keys, values, dense keys, dense values and gate."""
+        """The gradients of keys, values, dense keys, dense values and gate."""
         gate = self.projection.assignment.by_row(self.gate_grads).to(self.projection.gate.dtype)
         bank = (tokens.flatten(0, 2) for tokens in (self.key_grads, self.value_grads))
         return *bank, self.dense_key_grads, self.dense_value_grads, gate

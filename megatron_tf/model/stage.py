@@ -18,11 +18,10 @@ from megatron_tf.parallel.collectives import receive, send
 
 
 class Stage(nn.Module):
-    """The layers of one pipeline rank. `named_parameters` gives logical names; each is this tensor rank's rows.
+    """The layers of one pipeline rank. Parameters have their logical names; sharded ones hold this tensor rank's rows.
 
-    They are one part of the depth, or several that are dealt out in turn. Only the hidden states cross the boundary of
-    a part. Every rank of a pipeline calls `infer` with the same inputs; batches may differ in shape, and a stage that
-    has passed one on begins with the next.
+    The layers are one contiguous part of the depth, or several, which are dealt out to the ranks in turn. Only hidden
+    states pass from one part to the next.
     """
 
     def __init__(
@@ -39,17 +38,17 @@ class Stage(nn.Module):
         parts: Sequence[range] = (),
         around: tuple[int, int] | None = None,
     ):
-        """`input_layer`: of the first stage.  `final_norm`, `head`: of the last one.
+        """`input_layer`: for the first stage.  `final_norm`, `head`: for the last one.
 
-        `blocks`: by layer number, in their order.  `previous`, `following`: the ranks of the neighbouring stages, that
-        the first part receives from and that the last part sends to.
-        `document_ends`: the tokens after which attention begins anew.
-        `parts`: layers of each; empty: all blocks are one part.  `around`: the ranks that other parts receive from and
-        send to.
+        `blocks`: by layer number, in their order.  `previous`: the rank that the first part receives from, None on the
+        first stage.  `following`: the rank that the last part sends to, None on the last stage.
+        `document_ends`: the tokens that end a document; attention does not cross them.
+        `parts`: the layers of each part; empty: all blocks are one part.  `around`: the ranks that the other parts
+        receive from and send to, needed for several parts.
         """
         super().__init__()
         task = task_of(model)
-        # a tied head is the input layer, on one stage the same module
+        # a tied head has the name of the input layer, and is the same module on a single stage
         for name, layer in ((task.input_name, input_layer), (task.head_name, head)):
             if layer is not None:
                 self.add_module(name, layer)
@@ -63,8 +62,8 @@ class Stage(nn.Module):
         self.document_ends = document_ends
         self.parts = [[str(layer) for layer in layers] for layers in parts] or [[str(layer) for layer in blocks]]
         self.around = around
-        # Of the hidden states between stages; None: that of the parameters. An engine whose parameters are in another
-        # type than its compute type sets it.
+        # The type of hidden states between stages; None: that of the parameters. An engine sets it when its compute
+        # type is another one.
         self.hidden_dtype: torch.dtype | None = None
 
     def source(self, part: int = 0) -> int | None:
@@ -78,11 +77,11 @@ class Stage(nn.Module):
     def forward(
         self, received: Tensor, starts: Tensor | None = None, context: BlockContext | None = None, part: int = 0
     ) -> Tensor:
-        """A part's own work: what the first one reads, or hidden states -> hidden states, or at the last one logits.
+        """Runs one part: inputs [b, ...] or received hidden states -> hidden states, or logits at the last part.
 
-        `starts`: see `attention.document_starts`; None is one document a sample. Inputs and `starts` have all
-        positions, what comes out has those of this context rank. The positions that the inputs become are a multiple
-        of `tensor.length_multiple`.
+        `starts`: see `attention.document_starts`; None: each sample is one document. Inputs and `starts` have all
+        positions, results have those of this context rank. The number of positions must be a multiple of
+        `tensor.length_multiple`.
         """
         task = task_of(self.model)
         hidden = received
@@ -96,15 +95,16 @@ class Stage(nn.Module):
         return self.task_layers.logits(self.get_submodule(task.head_name), self.final_norm(hidden))
 
     def modules_of(self, part: int) -> Iterator[nn.Module]:
-        """Those that only `part` runs, where parts are several."""
+        """The modules that only `part` runs, for a stage of several parts: its blocks, and the head at the end."""
         yield from (self.blocks[layer] for layer in self.parts[part])
         if self.target(part) is None:
             yield self.get_submodule(task_of(self.model).head_name)
 
     def infer(self, inputs: Tensor) -> Tensor | None:
-        """Inputs [b, ...] of the task, through all stages -> its logits at the last one, None elsewhere.
+        """Inputs [b, ...] through all stages. Returns the logits at the last one, None elsewhere.
 
-        The logits are those of this context rank's positions.
+        Every rank of the pipeline calls it with the same inputs. Batches may differ in shape. A stage that has sent the
+        hidden states of one batch can begin with the next. The logits are those of this context rank's positions.
         """
         starts = self.starts(inputs)
         for part in range(len(self.parts)):
@@ -119,17 +119,17 @@ class Stage(nn.Module):
         return None
 
     def starts(self, inputs: Tensor) -> Tensor | None:
-        """Where the document of each token of `inputs` begins; None is one document a sample."""
+        """`attention.document_starts` of ids `inputs` [b, s]; None: each sample is one document."""
         return document_starts(inputs, self.document_ends) if self.document_ends else None
 
     def hidden_shape(self, inputs: Tensor) -> tuple[int, int, int]:
-        """Of the hidden states between stages that `inputs` become on this rank."""
+        """The shape of this rank's hidden states between stages for `inputs`: (s, b, d), s divided among the ranks."""
         length, rows = self.task_layers.hidden_shape(self.model, inputs)
         return length // self.tensor.length_multiple, rows, self.model.hidden_size
 
 
 def neighbours(topology: Topology, rank: int) -> tuple[int | None, int | None]:
-    """The ranks that `rank` receives hidden states from and sends them to."""
+    """(the rank that `rank` receives hidden states from, the one that it sends them to); None at the ends."""
     peers, stage = topology.peers("pipeline", rank), topology.coordinate("pipeline", rank)
     last = stage == topology.pipeline - 1
     return (peers[stage - 1] if stage else None), (None if last else peers[stage + 1])
@@ -143,7 +143,7 @@ def build_stage(
     tensor: TensorParallel,
     document_ends: Sequence[int] = (),
 ) -> Stage:
-    """The stage of `rank` with weights that are still to be written."""
+    """The stage of `rank`. Its weights are uninitialised."""
     previous, following = neighbours(topology, rank)
     peers, number = topology.peers("pipeline", rank), topology.coordinate("pipeline", rank)
     parts = topology.parts(model.num_layers, number)
@@ -167,7 +167,7 @@ def build_stage(
 def build_ends(
     model: Model, tensor: TensorParallel, first: bool = True, last: bool = True
 ) -> tuple[nn.Module | None, nn.Module | None]:
-    """(input layer, head) of a stage that is the first, the last, both or neither."""
+    """(input layer, head) of a stage that is the first, the last, both or neither; None where it has none."""
     layers = task_layers(model)
     input_layer = layers.input_layer(model, tensor) if first else None
     if task_of(model).tied and first and last:

@@ -1,4 +1,4 @@
-"""The TokenFormer on one process, and how any part of it gets its initial weights."""
+"""A model on one process, and the initial weights of any part of a model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megatron_tf.state.parameters import initial_scales, parameter_table, shard_
 
 
 class TokenFormer(nn.Module):
-    """ids [b, s] -> logits [b, s, V]; of another task, its inputs [b, ...] -> logits [b, ..., classes].
+    """Token ids [b, s] -> logits [b, s, V]. For other tasks, inputs [b, ...] -> logits [b, ..., classes].
 
-    `named_parameters` gives the logical names of `state.parameters.parameter_table`.
+    Names of parameters are the logical names of `state.parameters.parameter_table`.
 
-    `scales`: τ by projection, from a checkpoint; the default is a fresh model's.
-    ConfigError, as in training, when no network can be built of `config`; ArgumentError for `scales` of another.
+    `scales`: τ by projection, from a checkpoint; None: that of a fresh model.
+    ConfigError, as in training, when no model can be built from `config`. ArgumentError when `scales` do not fit it.
     """
 
     def __init__(self, config: Model, scales: Mapping[str, float] | None = None):
@@ -46,10 +46,10 @@ class TokenFormer(nn.Module):
         self.add_module(task.head_name, head)
 
     def forward(self, input_ids: Tensor, starts: Tensor | None = None, context: BlockContext | None = None) -> Tensor:
-        """input_ids: of a language model whole numbers, s at most config.seq_length; else what the task reads.
+        """Logits, see the class. `input_ids`: integers [b, s], s at most config.seq_length; or another task's inputs.
 
-        `starts`: see `attention.document_starts`; None is one document a sample. `context`: takes the auxiliary losses
-        and metrics of an architecture that has any; without one they are left out.
+        `starts`: see `attention.document_starts`; None: each sample is one document.  `context`: receives the auxiliary
+        losses and metrics of the blocks; None: they are dropped. ArgumentError for inputs that the model cannot take.
         """
         device = self.final_norm.weight.device
         inputs = self.task_layers.checked("input_ids", input_ids, self.config, device)
@@ -60,12 +60,12 @@ class TokenFormer(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, starts: Tensor | None = None, context: BlockContext | None = None
     ) -> Tensor:
-        """What the last block gives: inputs [b, ...] -> [s, b, d]. The inputs are valid ones."""
+        """The output of the last block: inputs [b, ...] -> [s, b, d]. The inputs are not checked."""
         hidden = self.get_submodule(task_of(self.config).input_name)(input_ids)
         return run_blocks(self.blocks, hidden, starts, context or BlockContext())  # type: ignore[arg-type]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the last block gives [s, b, d] -> logits [..., b, classes]."""
+        """The output of the last block [s, b, d] -> logits [..., b, classes]."""
         return self.task_layers.logits(self.get_submodule(task_of(self.config).head_name), self.final_norm(hidden))
 
 
@@ -77,7 +77,10 @@ def build_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TokenFormer:
-    """A model with the initial weights of (seed, parameter name). On the meta device it has shapes only."""
+    """A model with initial weights, which depend on seed and parameter name only. On the meta device it has none.
+
+    `device`: None: the CPU. ConfigError and ArgumentError as `TokenFormer`; ArgumentError for the other arguments.
+    """
     check_building(config, seed, device, dtype)
     with torch.device("meta"):
         model = TokenFormer(config, scales)
@@ -92,7 +95,7 @@ def build_model(
 def initialize(
     parameters: Iterable[tuple[str, Tensor]], config: Model, seed: int, shard: int = 0, num_shards: int = 1
 ) -> None:
-    """Fills parameters, given by logical name, with their rows of the initial weights."""
+    """Fills parameters, given by logical name, with their initial weights: those of tensor rank `shard`."""
     table = parameter_table(config)
     for name, parameter in parameters:
         spec = table[name]

@@ -1,1 +1,4 @@
-"""Kernels for what is done to the scores: an implementation of one activation, found by whether it can be used."""
+"""Kernels for the elementwise passes over scores of `l2_norm_gelu`, and for products of sparse layers on CPUs.
+
+Each module has a function that says whether it can be used; otherwise PyTorch's operators are.
+"""

@@ -1,8 +1,8 @@
 """The elementwise passes over the scores of `l2_norm_gelu` as operators, where there are kernels for them.
 
-CPUs: native_passes.c, built on first use. GPUs: triton_passes.py. Elsewhere `activations.l2_norm.NormedScores` does the
-same in PyTorch, and has the formulas. Scores A, their gradient and weights S are [rows, n], norms r and totals T [rows,
-1] in fp32, each with any distance between rows; all arithmetic is fp32.
+CPUs: native_passes.c, built on first use. GPUs: triton_passes.py. `activations.l2_norm.NormedScores` has the formulas,
+and computes the same in PyTorch elsewhere. Scores A, their gradient and weights S are [rows, n], norms r, totals T and
+products P [rows, 1] in fp32, each with any stride between rows. All arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_tf.model.kernels.score_layout import empty_scores
 
 
 def usable(scores: Tensor) -> bool:
-    """Whether the operators below take such scores; MEGATRON_TF_NATIVE=0 wants none."""
+    """Whether the operators below can take such scores. MEGATRON_TF_NATIVE=0 disables them."""
     return _has_kernels(scores.device.type, scores.dtype)
 
 
@@ -37,7 +37,8 @@ def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
 
 @cache
 def _kernels(device_type: str) -> ModuleType | None:
-    """A module with a function for each operator below that writes its results into tensors it is given."""
+    """The kernels of a device type, or None: a module with a function for each operator below, which writes its results
+    into given tensors."""
     if device_type == "cpu":
         from megatron_tf.model.kernels import native_passes
 
@@ -53,9 +54,9 @@ _LIBRARY = Library("megatron_tf", "DEF")
 
 
 def _operator(mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """An operator that torch.compile knows; uncompiled, the plain function.
+    """A decorator: an operator that torch.compile can put into its graph; uncompiled, the plain function.
 
-    Registered without torch.library.custom_op, whose checks at every call take longer than a kernel.
+    It does not use torch.library.custom_op, whose checks at every call take longer than a kernel.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -76,7 +77,7 @@ def _operator(mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]]
 
 @_operator()
 def norm(scores: Tensor) -> Tensor:
-    """r."""
+    """Row norms r."""
     out = _column(scores)
     _run("norm", scores, out)
     return out
@@ -84,7 +85,7 @@ def norm(scores: Tensor) -> Tensor:
 
 @_operator()
 def weights(scores: Tensor, norms: Tensor, scale: float) -> Tensor:
-    """S."""
+    """Attention weights S."""
     out = _alike(scores)
     _run("weights", scores, norms, out, scale)
     return out
@@ -92,7 +93,7 @@ def weights(scores: Tensor, norms: Tensor, scale: float) -> Tensor:
 
 @_operator()
 def norm_and_weights(scores: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(r, S) of rows that are whole."""
+    """(r, S) of scores that hold all columns of their rows."""
     out = _column(scores), _alike(scores)
     _run("norm_and_weights", scores, *out, scale)
     return out
@@ -110,7 +111,7 @@ def backward(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> t
 def backward_with_product(
     scores: Tensor, norms: Tensor, gradient: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(S, T, P); `gradient` is dS and becomes D."""
+    """(S, T, P), with P = ΣdS∘S; `gradient` is dS and becomes D."""
     out = _alike(scores), _column(scores), _column(scores)
     _run("backward_with_product", scores, norms, gradient, *out, scale)
     return out
@@ -124,7 +125,7 @@ def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> N
 
 @_operator(["gradient"])
 def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> Tensor:
-    """S, of rows that are whole; `gradient` is dS and becomes dA."""
+    """S, of scores that hold all columns of their rows; `gradient` is dS and becomes dA."""
     out = _alike(scores)
     _run("backward_and_couple", scores, norms, gradient, out, scale)
     return out
@@ -142,7 +143,7 @@ def _alike(scores: Tensor) -> Tensor:
     return empty_scores(scores, *scores.shape)
 
 
-# What torch.compile needs to know: shapes and types of the results.
+# Shapes and types of the results, for torch.compile.
 register_fake("megatron_tf::norm", _column, lib=_LIBRARY)
 register_fake("megatron_tf::weights", lambda scores, norms, scale: _alike(scores), lib=_LIBRARY)
 register_fake("megatron_tf::norm_and_weights", lambda scores, scale: (_column(scores), _alike(scores)), lib=_LIBRARY)

@@ -1,7 +1,7 @@
-"""native_grouped.c, built on first use as native_passes.c is: products of a candidate with the rows that chose it.
+"""native_grouped.c: products of a candidate with the rows that chose it. Built on first use, as native_passes.c.
 
-x, scores and outputs are fp32 matrices with neighbours in a row side by side, and `rows` int64 the rows of x or of the
-outputs that belong to the scores' rows, each once.
+x, scores and outputs are fp32 matrices with contiguous rows. `rows` are int64: for each row of the scores, the row of x
+or of the outputs that belongs to it. No row occurs twice.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from megatron_tf.model.kernels.native_library import BuildError, load_library
 from megatron_tf.model.kernels.native_passes import FLAGS, X86_FLAGS
 
 SOURCE = Path(__file__).with_suffix(".c")
-# With fewer rows packing the tokens takes longer than the product.
+# With fewer rows, packing the tokens takes longer than the product.
 LEAST_ROWS = 32
-# Of a larger group the packed tokens do not stay in a cache of 2 MiB, and PyTorch's product of gathered rows is faster.
+# The packed tokens of a larger group do not stay in a cache of 2 MiB, and PyTorch's product of gathered rows is faster.
 LARGEST_GROUP = 256 * 768
 
 
 def usable(tokens: Tensor) -> bool:
-    """Whether the products below take such tokens [..., g, width] and are the faster ones; MEGATRON_TF_NATIVE=0 wants
-    none."""
+    """Whether the products below can take such tokens [..., g, width] and are faster than PyTorch's.
+    MEGATRON_TF_NATIVE=0 disables them."""
     wanted = os.environ.get("MEGATRON_TF_NATIVE") != "0" and tokens.shape[-2] * tokens.shape[-1] <= LARGEST_GROUP
     return wanted and tokens.device.type == "cpu" and tokens.dtype == torch.float32 and _library() is not None
 
@@ -49,12 +49,12 @@ def gradients(scores: Tensor, rows: Tensor, x: Tensor, out: Tensor) -> None:
     _call("gradients", out.shape, *_matrix(scores), *_rows(rows), *_matrix(x), *_tokens(out))
 
 
-# Memory for what is packed, one a thread of Python. The same at each call, so that the cache has it.
+# Memory for packed tokens, one buffer for each Python thread. It is reused by all calls, so that it stays in the cache.
 _kept = threading.local()
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int]:
-    """Address and distance between rows."""
+    """(address, stride between rows)."""
     assert tensor.dim() == 2 and tensor.stride(1) == 1, "a matrix with neighbours in a row side by side"
     return tensor.data_ptr(), tensor.stride(0)
 
@@ -69,7 +69,7 @@ def _tokens(tokens: Tensor) -> tuple[int, int, int]:
 
 
 def _call(name: str, sizes: torch.Size, *arguments: int) -> None:
-    """The function of the library, with memory for the tokens of `sizes` that it packs, and threads."""
+    """Calls the library's function `name`, with memory to pack tokens of `sizes` and the number of threads."""
     library = _library()
     assert library is not None
     wanted = library.room(*sizes)
@@ -80,7 +80,7 @@ def _call(name: str, sizes: torch.Size, *arguments: int) -> None:
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    """None where there are no such vectors, or where native_passes.py has said why nothing can be built."""
+    """The library; None where the processor has no vectors that it supports, or where it cannot be built."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
     try:

@@ -1,8 +1,7 @@
-"""A C file as a loaded library, built on first use and kept in the user's cache folder where there is one.
+"""Builds a C file into a library on first use, keeps it in the user's cache folder if there is one, and loads it.
 
-A library is kept under a name that has the checksum of its bytes in it. So one that was half written, by a process that
-was killed or a machine that lost power, is not loaded but built again, and processes may build the same one at the same
-time.
+The name of the file contains the checksum of its bytes. So a library that was only half written, because a process was
+killed or a machine lost power, is not loaded but built again. Several processes may build the same one at a time.
 """
 
 from __future__ import annotations
@@ -26,20 +25,23 @@ BUILD_SECONDS = 60.0
 
 
 class BuildError(Exception):
-    """There is no library, with the reason in one line."""
+    """The library cannot be built or loaded. The message is the reason, in one line."""
 
 
 def load_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
-    """The library of `source`, built by the C compiler of this machine ($CC) with `flags` when none is kept."""
+    """The library of `source`, from the cache, or built with the C compiler of this machine ($CC) and `flags`.
+
+    BuildError when neither is possible.
+    """
     compiler = _compiler()
     identity = hashlib.sha256(repr((source.read_bytes(), compiler, tuple(flags), _processor())).encode()).hexdigest()
     name = f"{source.stem}_{identity[:16]}"
     caches = list(_cache_folders())
     for path in _kept(caches, name):
-        with suppress(OSError):  # of another libc, or in a folder from which nothing may be run
+        with suppress(OSError):  # made for another libc, or on a file system mounted noexec
             return ctypes.CDLL(str(path))
     reasons = []
-    # The cache folders are for a machine whose folder for temporary files is full, missing or not for programs.
+    # Cache folders come second: for a machine whose folder for temporary files is full, missing or mounted noexec.
     for place in (None, *caches):
         try:
             return _build(source, [*compiler, *flags], name, caches, place)
@@ -51,7 +53,10 @@ def load_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
 
 
 def _build(source: Path, command: Sequence[str], name: str, caches: Sequence[Path], place: Path | None) -> ctypes.CDLL:
-    """Builds in a new folder in `place`, None for that of temporary files, and keeps the library in one of `caches`."""
+    """Builds the library and keeps it in the first of `caches` that can be written.
+
+    `place`: the folder in which a temporary folder is made; None: the one for temporary files.
+    """
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as folder:
@@ -76,7 +81,7 @@ def _build(source: Path, command: Sequence[str], name: str, caches: Sequence[Pat
 
 
 def _keep(built: Path, cache: Path, name: str) -> Path | None:
-    """The library's place in the cache; None when nothing can be written there."""
+    """Copies a library into a cache. Returns its path there; None when the cache cannot be written."""
     content = built.read_bytes()
     kept = cache / f"{name}_{_checksum(content)}.so"
     try:
@@ -95,7 +100,7 @@ def _keep(built: Path, cache: Path, name: str) -> Path | None:
 
 
 def _kept(caches: Sequence[Path], name: str) -> Iterator[Path]:
-    """The libraries of `name` in the caches that are whole."""
+    """The complete libraries of `name` in the caches, by their checksums."""
     for cache in caches:
         candidates: list[Path] = []
         with suppress(OSError):
@@ -111,7 +116,7 @@ def _checksum(content: bytes) -> str:
 
 
 def _compiler() -> list[str]:
-    """The words of the command. $CC may hold arguments (`gcc -m64`, `ccache gcc`), as make reads it."""
+    """The compiler's command as a list of words. $CC may have arguments (`gcc -m64`, `ccache gcc`), as in make."""
     chosen = os.environ.get("CC", "")
     try:
         words = shlex.split(chosen)
@@ -126,7 +131,7 @@ def _compiler() -> list[str]:
 
 
 def _cache_folders() -> Iterator[Path]:
-    """Where a library may be kept. The user's folder comes first also when it can only be read."""
+    """The folders in which a library may be kept. The user's comes first, even if it can only be read."""
     cache = user_cache()
     if cache is not None:
         yield cache / "megatron_tf"
@@ -136,7 +141,7 @@ def _cache_folders() -> Iterator[Path]:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by nodes of several kinds."""
+    """The facts that -march=native depends on, because nodes with different processors may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,5 +1,5 @@
-"""native_passes.c, built on first use: about a second, once for each kind of processor. Without a C compiler:
-nothing."""
+"""The CPU kernels in native_passes.c. Building them on first use takes about a second, once for each kind of processor.
+Without a C compiler they are not available."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_tf.model.kernels.native_library import BuildError, load_library
 
 SOURCE = Path(__file__).with_suffix(".c")
-# Sums may be reordered and products fused. Not -ffast-math: a NaN must stay one, the trainer looks for it.
+# Sums may be reordered and products fused. Not -ffast-math: NaN must stay NaN, because the trainer checks for it.
 FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
     "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast",
@@ -25,7 +25,7 @@ SUPPORTED_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def is_available() -> bool:
-    """Builds the library when nobody has. Where that fails, a warning says why."""
+    """Whether the library can be used. Builds it if necessary; if that fails, logs a warning with the reason."""
     return _library() is not None
 
 
@@ -66,7 +66,7 @@ def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, weights
 
 
 def _call(name: str, scores: Tensor, *others: Tensor, scale: float | None = None) -> None:
-    """The function of the library: address and distance between rows of each tensor, sizes, threads, scale."""
+    """Calls the library's function `name` with address and row stride of each tensor, sizes, threads and scale."""
     library = _library()
     assert library is not None
     arguments: list[ctypes.c_void_p | ctypes.c_long | ctypes.c_int | ctypes.c_float] = []

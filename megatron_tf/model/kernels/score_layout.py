@@ -1,10 +1,10 @@
 """Memory layout of the scores: rows, and each projection's columns within a row, start at multiples of ALIGNMENT.
 
-Tensor cores and loads of 16 bytes want that, and a number of tokens does not give it: 8,620 over 8 ranks are 1,077 or
-1,078. Between projections that share a product the gap is filled by keys of zeros, which add nothing to anything.
+Tensor cores and loads of 16 bytes need that, and numbers of tokens are arbitrary: 8,620 over 8 ranks are 1,077 or
+1,078. Between projections that share a product the gap is filled by keys of zeros, which add nothing to any result.
 
-The columns behind a row's end are zeros. No pass over scores reads them, but matrix products do: the bf16 product of
-CPUs takes columns in pairs, and for an odd number of them multiplies the next column by 0. 0 · NaN is NaN.
+The columns after a row's end are zeros. No pass over scores reads them, but matrix products do: the bf16 product of
+CPUs takes columns in pairs, and with an odd number of them multiplies the next column by 0. 0 · NaN is NaN.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALIGNMENT = 16
-# Where matrix products are slow unless every size, not only every row's beginning, is a multiple of 16 bytes. On an
-# H200 cuBLAS took kernels of two generations ago for 8,620 tokens: half the speed.
+# Devices whose matrix products are slow unless every size, not only every row's start, is a multiple of 16 bytes. On an
+# H200, cuBLAS used kernels of two generations ago for 8,620 tokens, at half the speed.
 ALIGNED_SIZES = ("cuda",)
 
 
 def empty_scores(like: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows, columns] of the type and on the device of `like`, not initialised, with zeros behind each row's end."""
+    """[rows, columns] of the type and on the device of `like`, uninitialised, with zeros after each row's end."""
     whole = like.new_empty(rows, _aligned(columns))
     if whole.shape[1] > columns:
         whole[:, columns:].zero_()
@@ -30,7 +30,7 @@ def empty_scores(like: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def filled(tokens: Tensor) -> Tensor:
-    """Tokens [n, d], on devices of ALIGNED_SIZES with rows of zeros up to a multiple of ALIGNMENT.
+    """Tokens [n, d]; on devices of ALIGNED_SIZES, padded with rows of zeros to a multiple of ALIGNMENT.
 
     Zero keys and values change nothing with an activation that ignores scores of 0.
     """
@@ -49,7 +49,7 @@ def concatenated(keys: Sequence[Tensor]) -> Tensor:
 
 
 def split(scores: Tensor, keys: Sequence[Tensor], dim: int = -1) -> tuple[Tensor, ...]:
-    """Views of the projections' own parts of what has their `concatenated` columns along `dim`."""
+    """Views of each projection's part of `scores`, which has their `concatenated` columns along `dim`."""
     return _parts(scores, keys, dim)[::2]
 
 
@@ -61,7 +61,7 @@ def clear_gaps(scores: Tensor, keys: Sequence[Tensor]) -> None:
 
 
 def _parts(scores: Tensor, keys: Sequence[Tensor], dim: int) -> tuple[Tensor, ...]:
-    """Projection, gap, projection, and so on."""
+    """Views of the columns of a projection, the gap after it, the next projection, and so on."""
     sizes = [size for k in keys for size in (k.shape[0], _aligned(k.shape[0]) - k.shape[0])]
     return scores.split(sizes[:-1], dim)
 

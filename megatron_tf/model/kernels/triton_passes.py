@@ -1,10 +1,9 @@
 """The elementwise passes of `l2_norm_gelu` on GPUs: fused_passes.py names them, activations/l2_norm.py has the
 formulas.
 
-One program a row, in blocks that the registers hold. What is read a second time comes from the cache, so the two passes
-of a whole row that are made in one kernel cost one reading of the scores less. One program sums each row: results do
-not depend on what else runs. On an H200 a pass takes as long as its instructions, not its memory, until GELU takes
-few.
+Each row is one program, which works on blocks that fit the registers. A second read of a row comes from the cache, so
+two passes in one kernel save one read of the scores from memory. As one program sums a row, results are deterministic.
+On an H200 the instructions of GELU, not memory, bound a pass unless they are few.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WARP = 256  # columns: 8 a thread, 16 bytes of bf16
-# (rows up to this length, columns of a block, columns of a warp): the fastest of seven on an H200, in bf16, for rows of
-# 2,144 to 34,480.
+WARP = 256  # columns of a warp: 8 for each thread, 16 bytes of bf16
+# (rows up to this length, columns of a block, columns of a warp): the fastest of seven settings on an H200, in bf16,
+# for rows of 2,144 to 34,480 columns.
 BLOCKS = ((4096, 1024, WARP), (16384, 2048, WARP), (None, 8192, 2 * WARP))
 
 
@@ -62,7 +61,7 @@ def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, weights
 
 
 def _launch(kernel: triton.JITFunction, scores: Tensor, *others: Tensor, **scale: float) -> None:
-    """With address and distance between rows of each tensor."""
+    """Starts `kernel`, one program for each row, with address and row stride of each tensor."""
     rows, n = scores.shape
     if rows == 0:
         return
@@ -77,14 +76,14 @@ def _launch(kernel: triton.JITFunction, scores: Tensor, *others: Tensor, **scale
 
 @triton.jit
 def _row(pointer, stride):
-    """Where this program's row begins. 64 bits: a large batch has more than 2³¹ scores."""
+    """The start of this program's row. Its offset has 64 bits, because a large batch has more than 2³¹ scores."""
     return pointer + tl.program_id(0).to(tl.int64) * stride
 
 
-# A block within its row needs no mask, and without one each thread moves 16 bytes at a time whatever n is.
+# A block that lies within its row needs no mask. Without one, each thread moves 16 bytes at a time for any n.
 @triton.jit
 def _block(row, start, n, BLOCK: tl.constexpr):
-    """BLOCK of a row's n numbers in fp32, and zeros beyond its end."""
+    """BLOCK of the n numbers of a row, from `start` on, in fp32; zeros after its end."""
     columns = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:  # noqa: SIM108  as a statement it is a branch
         values = tl.load(row + columns)
@@ -111,11 +110,11 @@ def _over(numerator, r):
 
 @triton.jit
 def _gelu(u):
-    """GELU at u, and its derivative: from the standard normal distribution and its density.
+    """(GELU, its derivative) at u, from the standard normal distribution and its density.
 
-    Both come from one exponential, by Abramowitz & Stegun 7.1.26, as in native_passes.c: off by at most 7.5e-8, the
-    rounding of fp32 at 1, at half the instructions of erf, and nearer where the distribution is small. exp2 and rsqrt
-    are one instruction each, exp and a division are not.
+    Both come from one exponential, by Abramowitz & Stegun 7.1.26, as in native_passes.c. The error is at most 7.5e-8,
+    about the rounding of fp32 at 1, and smaller where the distribution is small, with half the instructions of erf.
+    exp2 and rsqrt are one instruction each; exp and a division are not.
     """
     e = tl.exp2(u * u * -0.7213475204444817)
     t = tl.rsqrt(1.0 + 0.231641888 * tl.abs(u))
@@ -147,7 +146,7 @@ def _weights_of_row(a, factor, s, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gradient_of_row(a, d, s, factor, n, BLOCK: tl.constexpr):
-    """Put D for dS, and S; return T."""
+    """Replaces dS by D, writes S, and returns T."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
         score = _block(a, start, n, BLOCK)
@@ -233,6 +232,6 @@ def _backward_and_couple(
     a, d, s = _row(scores, a_stride), _row(gradient, d_stride), _row(weights, s_stride)
     r = tl.load(_row(norms, r_stride))
     total = _gradient_of_row(a, d, s, _over(scale, r), n, BLOCK)
-    # What one thread has written another may read.
+    # The second pass may read what another thread has written.
     tl.debug_barrier()
     _couple_row(a, d, _over(total, r * r), n, BLOCK)
