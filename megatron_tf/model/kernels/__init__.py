@@ -1,4 +1,4 @@
 """Kernels for the elementwise passes over scores of `l2_norm_gelu`, and for products of sparse layers on CPUs.
 
-Each module has a function that says whether it can be used; otherwise PyTorch's operators are.
+`fused_passes.usable` and `native_grouped.usable` say where; PyTorch's operators are used elsewhere.
 """

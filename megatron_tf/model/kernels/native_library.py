@@ -1,7 +1,7 @@
 """Builds a C file into a library on first use, keeps it in the user's cache folder if there is one, and loads it.
 
 The name of the file contains the checksum of its bytes. So a library that was only half written, because a process was
-killed or a machine lost power, is not loaded but built again. Several processes may build the same one at a time.
+killed or a machine lost power, is not loaded but built again. Several processes may build the same one in parallel.
 """
 
 from __future__ import annotations
