@@ -1,9 +1,10 @@
 """The products of sparse Pattention and the steps between them, with their gradients.
 
-Products of rows with candidates are computed piece by piece, see `grouped`. On a CPU the passes over the scores are as
-well, while a piece is in the cache. On a GPU each is one kernel for all pieces. The pairs of a row depend on each other
-only through r and T. These are one number a row and projection, all-reduced over the tensor ranks as in the dense
-layer, for all projections that share x at once.
+Products of rows with candidates are computed piece by piece, see `grouped`; on a GPU in bf16 all pairs are one piece.
+On a CPU the passes over the scores are computed by piece as well, while it is in the cache. On a GPU each pass is one
+kernel for all pairs, except the pass that computes D, which is by piece. The pairs of a row depend on each other only
+through r and T. These are one number a row and projection, all-reduced over the tensor ranks as in the dense layer, for
+all projections that share x at once.
 """
 
 from __future__ import annotations
