@@ -1,4 +1,4 @@
-"""The architectures by the name that `model.architecture` gives. `architectures.base` says what each has to give."""
+"""The architectures by the name that `model.architecture` gives. `architectures.base` says what each must provide."""
 
 from __future__ import annotations
 

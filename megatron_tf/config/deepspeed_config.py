@@ -91,5 +91,5 @@ def deepspeed_config(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
             "pipe_partitioned": False,
             "grad_partitioned": False,
         },
-        "steps_per_print": 10**9,  # our own log says it
+        "steps_per_print": 10**9,  # never: our own log reports progress
     }

@@ -1,8 +1,8 @@
 """A chain that delivers every size: `deliver: {decay: 0.2}`, for all stages or for one.
 
-The last fifth of a stage is then a decay of its learning rate (a `wsd` schedule), at the end of which its model is
-finished. The state before that decay is kept, and the next stage grows from there. So it is a branch that decays, while
-the trunk goes on by growing.
+The learning rate then decays over the last fifth of a stage (a `wsd` schedule), at whose end the stage's model is
+finished. The state before that decay is kept, and the next stage grows from there: the decays are branches, and the
+trunk grows on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ Values = dict[str, Any]
 
 
 def take_share(values: Values, problems: list[str]) -> float | None:
-    """The share of its steps that a stage's decay takes, out of its plain values. None: it is not delivered so."""
+    """Removes `deliver` from a stage's plain values. Returns the share of its steps that decay.
+
+    None when `deliver` is not given, or is wrong, which is added to `problems`.
+    """
     given = values.pop(KEY, None)
     if given is None:
         return None
@@ -34,7 +37,7 @@ def take_share(values: Values, problems: list[str]) -> float | None:
 
 
 def refuse_alone(values: Values, problems: list[str]) -> None:
-    """Of a file without stages."""
+    """Removes `deliver` from the plain values of a file without stages, and adds it to `problems`."""
     if values.pop(KEY, None) is not None:
         problems.append(
             f"{KEY}: is for a chain, and this file has no stages. Give optimizer.schedule the type wsd and "
@@ -43,7 +46,10 @@ def refuse_alone(values: Values, problems: list[str]) -> None:
 
 
 def keep_both(values: Values, problems: list[str]) -> None:
-    """Lets a stage end with a decay, of one step until its length is known, and keep the state before it."""
+    """Makes a stage end with a decay and keep the state before it, in its plain values.
+
+    The decay is one step long until `with_decay`, which needs the stage's length, sets it.
+    """
     schedule = _section(_section(values, "optimizer"), "schedule")
     checkpoint = _section(values, "checkpoint")
     if (decay := schedule.get("decay_steps")) is not None:
@@ -60,7 +66,7 @@ def keep_both(values: Values, problems: list[str]) -> None:
 
 
 def grow_from_before(growth: Values, problems: list[str]) -> None:
-    """Of the stage after one that is delivered; `growth`: its section."""
+    """Makes the stage after a delivered one grow from before the decay. `growth`: its section, changed in place."""
     if (at := growth.setdefault("at", "before_decay")) == "end":
         problems.append(
             f"growth.at: {at}, but with {KEY} a stage grows from before the decay of the stage before it. Remove it, "
@@ -69,10 +75,9 @@ def grow_from_before(growth: Values, problems: list[str]) -> None:
 
 
 def with_decay(stage: RunConfig, share: float) -> RunConfig:
-    """The stage with as many decaying steps as `share` of its own are. ConfigError when warm-up and decay are longer
-    than the stage."""
+    """The stage with a decay over `share` of its steps. ConfigError when warm-up and decay do not fit into it."""
     if list(length_problems(stage)):
-        # how long it is cannot be said, which `validate` tells
+        # its length is given not at all or twice, which `validate` reports
         return stage
     steps, warmup = steps_to_train(stage), stage.optimizer.schedule.warmup_steps
     decay = max(1, round(share * steps))
@@ -86,7 +91,7 @@ def with_decay(stage: RunConfig, share: float) -> RunConfig:
 
 
 def _section(values: Values, name: str) -> Values:
-    """The section in `values`, made where there is none. What is no section stays, and is refused with its sentence."""
+    """The section in `values`, created if missing. A value that is not a mapping stays: `build_config` reports it."""
     if values.get(name) is None:
         values[name] = {}
     found = values[name]

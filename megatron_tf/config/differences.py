@@ -11,8 +11,11 @@ TOKENS = "parameter_tokens."
 
 
 def differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value in each) wherever they differ; of two architectures, only keys that mean something in both; of two
-    tasks, the task alone, from which the rest follows."""
+    """Yields (key, value in `first`, value in `second`) for each key in which they differ; "null" where it is not set.
+
+    With different architectures only keys that both have are compared. With different tasks only the task is given,
+    because the rest follows from it.
+    """
     if first.task != second.task:
         yield "task", first.task, second.task
         return

@@ -34,8 +34,9 @@ def read_extended(
 ) -> tuple[Values, list[str]]:
     """The plain values of `path` merged over those of the files that it extends, and the problems of all of them.
 
-    `read`: gives the values and problems of one file; `read_base`: of one that another extends.  `shipped`: gives
-    the files that come with megatron_tf, by name.  `extending`: real paths of the files that extend this one.
+    `read`: returns the values and problems of one file; `read_base`: the same for a file that another one extends.
+    `shipped`: returns the files that come with megatron_tf, by name. `extending`: real paths of the files that extend
+    this one.
     ConfigError when a file is missing or extends itself; the message names every file on the way.
     """
     values, problems = (read_base if extending else read)(path)

@@ -1,4 +1,4 @@
-"""What sections of a configuration are made of: their base class, numbers within bounds, and paths."""
+"""Building blocks of the configuration's sections: base classes, numbers within bounds, and paths."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Path = Annotated[
     PlainSerializer(literal),
     Field(json_schema_extra={"format": PATH}),
 ]
-ExpandedPath = Annotated[str, AfterValidator(_path)]  # what a path was, in a record of the past
+ExpandedPath = Annotated[str, AfterValidator(_path)]  # in a record of the past: not expanded once more
 
 
 class Section(BaseModel):
@@ -75,7 +75,7 @@ class Section(BaseModel):
 
 
 def name_in(registry: Registry[Any]) -> BeforeValidator:
-    """Of a text that must be the name of a registered object."""
+    """A validator for a text that must be the name of an object in `registry`."""
 
     def check(name: Any) -> Any:
         if not isinstance(name, str) or name not in registry:
@@ -86,12 +86,12 @@ def name_in(registry: Registry[Any]) -> BeforeValidator:
 
 
 class OpenSection(Section):
-    """A section whose keys depend on some of them: what is registered under their values adds keys of its own.
+    """A section with choosing keys, such as model.task: the object registered under its value adds keys of its own.
 
-    `registered`: for each of these keys, objects with a `section` by name. A direct subclass has the keys that are
-    common to all; called, it makes the section that its arguments choose. When there are two such keys, that is a class
-    that derives from the sections of both. Each section narrows its own one of the two, and the one of the last may
-    declare any other common key anew.
+    `registered`: for each choosing key, a registry of objects that have a `section`. A direct subclass declares the
+    keys that all variants have; calling it creates the variant that its arguments choose. With two choosing keys the
+    variant is a class derived from both chosen sections: each narrows the type of its own choosing key, and the second
+    one may redeclare any other common key.
     """
 
     registered: ClassVar[Mapping[str, Registry[Any]]]
@@ -123,8 +123,8 @@ class OpenSection(Section):
     def _as_it_is_chosen(cls, values: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         """Validates a mapping as the section that it chooses.
 
-        A key that not all have may be null, which is the same as leaving it out. A key of another section may also
-        stand there with its default.
+        A key that only some variants have may be null, which is the same as leaving it out. A key of another variant
+        may also be given with its default value.
         """
         if not isinstance(values, Mapping):
             return handler(values)
@@ -132,13 +132,13 @@ class OpenSection(Section):
         if section is None:
             return handler({key: value for key, value in values.items() if key in cls._common().model_fields})
         said = {key: value for key, value in values.items() if not _says_nothing(section, key, value)}
-        if info.mode == "json":  # a validator is given Python's values; in JSON, a list may become a tuple
+        if info.mode == "json":  # the values here are Python's: strict validation takes no list for a tuple of them
             said = {key: _with_tuples(value) for key, value in said.items()}
         return handler(said) if issubclass(cls, section) else section.model_validate(said)  # type: ignore[return-value]
 
     @classmethod
     def _common(cls) -> type[OpenSection]:
-        """The class with the keys that are common to all."""
+        """The class with the keys that all variants have."""
         return next(base for base in cls.__mro__ if OpenSection in base.__bases__)
 
     @classmethod
@@ -148,7 +148,7 @@ class OpenSection(Section):
 
 @lru_cache(maxsize=64)
 def _composed(keys: tuple[str, ...], parts: tuple[type[OpenSection], ...]) -> type[OpenSection]:
-    """One class with the keys of all parts, which `keys` have chosen."""
+    """One class with the keys of all `parts`; part i is the section that choosing key i selected."""
     if len(parts) == 1:
         return parts[0]
     narrowed: dict[str, Any] = {
@@ -172,7 +172,7 @@ def _with_tuples(value: Any) -> Any:
 
 
 def _says_nothing(section: type[OpenSection], key: str, value: Any) -> bool:
-    """Whether a key that not all have is null, or of another section than `section` and its default."""
+    """Whether a key that only some variants have is null, or belongs to another variant and has its default value."""
     fields = [variant.model_fields[key] for variant in section.variants() if key in variant.model_fields]
     if key in section._common().model_fields or not fields:
         return False

@@ -38,15 +38,15 @@ from megatron_tf.shipped import configurations
 from megatron_tf.text_files import decode_text
 
 MOST_BYTES = 1 << 24  # of a configuration
-_FEW_KEYS = 3  # so many are named also where a key of this name stands elsewhere
+_FEW_KEYS = 3  # a section with no more keys lists them even when the unknown key exists elsewhere
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path`, apply `overrides` ("section.field=value", value in YAML, later ones win), check every key.
 
     An override may name a section that the file lacks ("growth.from=runs/small"); null removes an optional
-    one ("growth=null").  Raises one ConfigError with all problems.  Rules between fields and the world size
-    are `validate.validate`'s.
+    one ("growth=null"). Raises one ConfigError with all problems. Rules between fields, and between them and the world
+    size, are checked by `validate.validate`.
     """
     values, problems = read_file(path)
     if "stages" in values:
@@ -58,7 +58,10 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def build_config(values: dict[str, Any], problems: Sequence[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of plain `values` with `overrides` applied to them; `problems` are reported with new ones."""
+    """The configuration of plain `values` with `overrides` applied, which changes `values`.
+
+    Raises one ConfigError with the `problems` found so far and all new ones.
+    """
     problems = [*problems, *(problem for override in overrides for problem in apply_override(values, override))]
     try:
         # JSON mode, because there a list may become a tuple; it is otherwise as strict. by_name would let
@@ -72,8 +75,7 @@ def build_config(values: dict[str, Any], problems: Sequence[str], overrides: Seq
 
 
 def read_model(values: Any) -> Model:
-    """The model of plain `values`, which are those of a file's model section, rules between its fields included.
-
+    """The model of the plain `values` of a model section, checked with the rules between its fields.
     ConfigError with all problems, in the sentences that a file would get: "model.field: what is wrong. Remedy."
     """
     try:
@@ -122,7 +124,8 @@ def _read_alone(path: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read_base(path: str) -> tuple[dict[str, Any], list[str]]:
-    """As `_read_alone`, for a file that another extends: its unknown keys are taken out, and named with the file."""
+    """As `_read_alone`, for a file that another one extends: unknown keys are removed, and reported with this file's
+    name, because after the merge it would not be known which file they came from."""
     values, problems = _read_alone(path)
     for loc in _unknown_keys(values):
         problems.append(f"{path}: {_unknown_key(loc)}")
@@ -131,7 +134,7 @@ def _read_base(path: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def check_keys(values: dict[str, Any]) -> None:
-    """ConfigError with the keys among `values`, a configuration's or a part of one, that no configuration has."""
+    """ConfigError with all unknown keys in `values`, the plain values of a configuration or of a part of one."""
     if problems := [_unknown_key(loc) for loc in _unknown_keys(values)]:
         raise ConfigError(problems)
 
@@ -186,17 +189,17 @@ def apply_override(values: dict[str, Any], override: str) -> list[str]:
 
 
 def _sentences(error: ValidationError, values: Mapping[str, Any], section: Location = ()) -> list[str]:
-    """`values`: the whole configuration.  `section`: where in it the validated values stand."""
+    """`values`: the whole configuration. `section`: location in it of the values that were validated."""
     problems = [problem for problem in error.errors(include_url=False) if not follows_from_another(problem)]
     if any(problem["type"] == "extra_forbidden" and _is_extends(problem["loc"]) for problem in problems):
-        # what is missing here is in the file that was to be extended
+        # missing keys are probably in the file that was to be extended
         problems = [problem for problem in problems if problem["type"] != "missing"]
     sentences = (_sentence((*section, *problem["loc"]), problem, values) for problem in problems)
     return list(dict.fromkeys(sentences))  # a pair that lacks both items is reported for each
 
 
 def _is_extends(loc: Location) -> bool:
-    """Whether a key of the top level is `extends`, mistyped or where it cannot be."""
+    """Whether a top-level key is `extends`, misspelt or where it is not allowed."""
     return len(loc) == 1 and did_you_mean(str(loc[0]), (EXTENDS,)) != ""
 
 
@@ -277,7 +280,7 @@ def _unknown_key(loc: Location) -> str:
 
 
 def _refusal(key: str) -> str | None:
-    """Why a key that DeepSpeed knows is not for the `deepspeed` section; None when there is no such reason."""
+    """Why a key of DeepSpeed's may not be set in the `deepspeed` section; None when there is no such reason."""
     if key in OWNED_KEYS:
         return f"this is decided by {OWNED_KEYS[key]}. Remove it here and set that instead."
     return f"refused, because {REFUSED_KEYS[key]}. Remove it." if key in REFUSED_KEYS else None

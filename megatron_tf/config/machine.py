@@ -1,7 +1,7 @@
 """What a configuration needs of the machine it runs on: files and optional packages. No torch, no process group.
 
-Only whether they exist is looked at here, so that a wrong path or a missing package is said at once and by its key;
-the code that reads a file checks what is inside.
+Only their existence is checked here, so that a wrong path or a missing package is reported at once and by its key. The
+code that reads a file checks its content.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from megatron_tf.config.tasks import task_of
 
 
 def machine_problems(config: RunConfig) -> Iterator[str]:
-    """A sentence for each file and package that `config` names and this machine lacks.
+    """Yields a sentence for each file and package that `config` names and this machine lacks.
 
-    The source of a growth is not looked for: it may be gone once the run has grown, or not be trained yet.
+    The source of a growth is not checked: it may be gone once the run has grown, or not be trained yet.
     """
     for name, sources in (("train", config.data.train), ("validation", config.data.validation)):
         for number, source in enumerate(sources):
@@ -47,4 +47,4 @@ def _prefix_problems(key: str, prefix: str, tool: str) -> Iterator[str]:
 
 def _is_installed(package: str) -> bool:
     spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # no origin: a plain folder of that name, which wandb makes
+    return spec is not None and spec.origin is not None  # no origin: a plain folder, such as the "wandb" of its runs

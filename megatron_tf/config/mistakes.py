@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a value, in our own words: the key, what was given, what it must be."""
+"""Pydantic's errors as sentences of our own: the key, what was given, what is expected."""
 
 from __future__ import annotations
 
@@ -81,8 +81,10 @@ def reason(problem: ErrorDetails) -> str:
 
 
 def follows_from_another(problem: ErrorDetails) -> bool:
-    """pydantic counts only the valid items of a list, and so calls one with a bad item too short as well. It names
-    every default that it could not compute from fields with problems of their own.
+    """Whether a problem only repeats another one.
+
+    Pydantic counts only the valid items of a list, so that a list with a bad item is also reported as too short. It
+    also reports every default that it could not compute because fields it depends on have problems.
     """
     if problem["type"] == "default_factory_not_called":
         return True
@@ -104,7 +106,7 @@ def describe(value: Any) -> str:
 
 
 def _choices(problem: ErrorDetails) -> list[str] | None:
-    """The values that a key may have, where it may have only some."""
+    """The allowed values, when the problem is that the given one is not among them; else None."""
     bounds = problem.get("ctx", {})
     if problem["type"] == NOT_REGISTERED:
         return list(map(str, bounds["choices"]))

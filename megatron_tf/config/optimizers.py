@@ -1,4 +1,4 @@
-"""The optimizers by the name that `optimizer.type` gives. `optimizers.base` says what each has to give."""
+"""The optimizers by the name that `optimizer.type` gives. `optimizers.base` says what each must provide."""
 
 from __future__ import annotations
 

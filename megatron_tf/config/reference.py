@@ -57,7 +57,11 @@ _FILE_KEYS: dict[str, Node] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A key as the reference shows it. `key`: with its path. `default`: as YAML; None when the key is required."""
+    """A key as the reference shows it.
+
+    `key`: with its path. `default`: as YAML; None when the key is required, empty when it is a section or has no
+    default that could be shown. `unit`: empty for a pure number or text. `since`: first version with the key.
+    """
 
     key: str
     type: str

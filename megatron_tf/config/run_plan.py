@@ -1,4 +1,4 @@
-"""How the ranks of a run share its work: arithmetic alone, made once. No torch, no process group."""
+"""How the ranks of a run share its work, as arithmetic. No torch, no process group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_tf.errors import raise_if_any
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the samples of a step are spread, and how many steps the run has.
+    """How the samples of a step are split over ranks and micro batches, and how many steps the run has.
 
     global_batch_size = micro_batch_size × num_micro_batches × data_parallel.
     """
@@ -25,10 +25,10 @@ class BatchPlan:
     data_parallel: int
     seq_length: int  # tokens a sample
     train_steps: int  # number of the run's last step
-    # The schedule in its own unit, which is a step as the run began; see `plan_batches`
+    # The schedule is counted in steps of the size that the run began with; see `schedule_unit` of `plan_batches`.
     schedule_steps: float = 0.0  # its length
-    schedule_from: tuple[int, float] = (0, 0.0)  # this step number is this position
-    schedule_pace: float = 1.0  # positions a step
+    schedule_from: tuple[int, float] = (0, 0.0)  # (a step number, the schedule's position at that step)
+    schedule_pace: float = 1.0  # positions per step of the present size
 
     @property
     def global_batch_size(self) -> int:
@@ -40,7 +40,7 @@ class BatchPlan:
         return self.global_batch_size * self.seq_length
 
     def schedule_position(self, step: int) -> float:
-        """Where the learning rate's schedule stands at the 0-based `step`."""
+        """Position of the learning rate's schedule at the 0-based `step`, from 0 to `schedule_steps`."""
         first, position = self.schedule_from
         return position + (step - first) * self.schedule_pace
 
@@ -69,7 +69,7 @@ def plan_run(
 
 
 def topology_for(config: RunConfig, world_size: int) -> Topology:
-    """The rank grid; ranks left over by tensor × pipeline × context become data-parallel. ConfigError when uneven."""
+    """The rank grid; its data axis is world_size / (tensor × pipeline × context). ConfigError if that is not whole."""
     raise_if_any(layout_problems(config, world_size))
     parallel = config.parallel
     data = world_size // parallel.ranks_per_sample
@@ -81,11 +81,10 @@ def plan_batches(
 ) -> BatchPlan:
     """Batch arithmetic of a run that has done `step` steps on `tokens` tokens so far.
 
-    `training.train_tokens`, or `train_samples`, is met by whole steps, rounded up, the ones that are left being of the
-    present size.
-    `schedule_unit`: tokens of a step when the run began. The schedule, with its warm-up and decay, is counted in such
-    steps throughout, so the learning rate goes on where it was when the batch is another than before.
-    With `training.train_steps` a step is a step. ConfigError when the arithmetic has no solution.
+    What is left of `training.train_tokens` or `train_samples` becomes whole steps of the present size, rounded up.
+    `schedule_unit`: tokens of a step when the run began; None: the present number. The schedule, with its warm-up and
+    decay, is counted in such steps, so that the learning rate does not jump when the batch size changes.
+    With `training.train_steps` the schedule counts plain steps. ConfigError when the arithmetic has no solution.
     """
     data_parallel = topology_for(config, world_size).data
     raise_if_any([*batch_problems(config, data_parallel), *length_problems(config)])
@@ -112,7 +111,7 @@ def plan_batches(
 
 
 def below_trained(key: str, asked: int, trained: int) -> str:
-    """What to say of a length that is less than what a run was trained for, in the unit of `key`."""
+    """The message on a length `asked` that is below what the run was `trained` for, both in the unit of `key`."""
     return (
         f"{key}: {asked:,}, and the run was trained for {trained:,} already: nothing is left to do, and its "
         f"checkpoints stay as they are. Set it to more than {trained} to go on, or choose another run.dir for a "
@@ -121,7 +120,7 @@ def below_trained(key: str, asked: int, trained: int) -> str:
 
 
 def tokens_to_train(config: RunConfig) -> int | None:
-    """What training.train_tokens or train_samples gives, in tokens; None where training.train_steps is the length."""
+    """The run's length in tokens, from training.train_tokens or train_samples; None when it is given in steps."""
     training = config.training
     if training.train_samples is not None:
         return training.train_samples * config.model.seq_length

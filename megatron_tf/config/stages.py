@@ -33,9 +33,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[RunConfig]:
-    """The runs of a file, in order: one for an ordinary configuration, one a stage for a chain.
+    """The runs of a file, in order: one for an ordinary configuration, one per stage for a chain.
 
-    `overrides` hold for every stage; "stages.NAME.section.field=value" is for one. ConfigError with all problems.
+    `overrides` hold for every stage, except training.init_from, which is for the first;
+    "stages.NAME.section.field=value" is for one stage. Raises one ConfigError with all problems.
     """
     values, problems = read_file(path)
     if "stages" not in values:
@@ -75,7 +76,7 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         except ConfigError as error:
             problems += [f"stage {stage['name']}: {problem}" for problem in error.problems]
             if not configs:
-                break  # what follows would only repeat it
+                break  # the stages that grow from it would only repeat its problems
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return configs
@@ -88,9 +89,9 @@ def _stage_config(
     previous: Sequence[RunConfig],
     was_delivered: bool,
 ) -> tuple[RunConfig, bool]:
-    """The stage's run, and whether it is delivered, so that the next one grows from before its decay.
+    """(the stage's run, whether it is delivered). The stage after a delivered one grows from before its decay.
 
-    `was_delivered`: whether the previous one is.
+    `previous`: the run of the stage before, or nothing for the first. `was_delivered`: whether that stage is delivered.
     """
     values = merged(common, {key: value for key, value in stage.items() if key != "name"})
     problems = [problem for text in overrides for problem in apply_override(values, text)]

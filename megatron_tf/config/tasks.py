@@ -1,4 +1,4 @@
-"""The tasks by the name that `model.task` gives. `tasks.base` says what each has to give."""
+"""The tasks by the name that `model.task` gives. `tasks.base` says what each must provide."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ GridAxis = Literal["pipeline", "data", "context", "tensor", "replicas"]
 class Topology:
     """Sizes of the four axes; world size is their product.
 
-    `virtual_stages`: parts of the depth that a pipeline rank holds, dealt out in turn.
+    `virtual_stages`: parts of the depth per pipeline rank; the parts are dealt out to the ranks in turn.
     """
 
     tensor: int = 1
@@ -32,7 +32,7 @@ class Topology:
         return [stage_layers(num_layers, stages, number) for number in range(stage, stages, self.pipeline)]
 
     def num_layers(self, num_layers: int, stage: int) -> int:
-        """Of `num_layers` those that pipeline rank `stage` holds."""
+        """How many of the model's `num_layers` layers pipeline rank `stage` holds."""
         return sum(map(len, self.parts(num_layers, stage)))
 
     @property
@@ -61,7 +61,7 @@ class Topology:
         return [self.peers(axis, rank) for rank in range(self.world_size) if self.coordinate(axis, rank) == 0]
 
     def stride(self, axis: GridAxis) -> int:
-        """How far apart neighbours along `axis` are in the order of ranks."""
+        """Difference between the ranks of two neighbours along `axis`."""
         strides = {
             "tensor": 1,
             "context": self.tensor,

@@ -1,4 +1,4 @@
-"""Everything that cannot run, reported at once and before anything is started. No torch, no process group."""
+"""Reports everything that cannot run, at once and before anything is started. No torch, no process group."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import raise_if_any
 
-# what a valid configuration amounts to can be imported from here as well
+# the numbers that follow from a valid configuration can be imported from here as well
 __all__ = ["BatchPlan", "check_model", "plan_batches", "tokens_to_train", "validate", "validate_layout"]
 
 
@@ -62,5 +62,5 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
 
 
 def check_model(model: Model) -> None:
-    """Raise one ConfigError unless a network can be built of `model`; its fields alone are in their ranges already."""
+    """Raise one ConfigError unless a network can be built of `model`, the range of each field being checked already."""
     raise_if_any(model_problems(model))

@@ -27,7 +27,7 @@ _PLAIN_SCALARS = {
 _TAG = "tag:yaml.org,2002:"
 _LINE_ENDS_OF_OLD = re.compile("[\x85\u2028\u2029]")
 _MOST_DIGITS = 400
-_MOST_VALUES = 200_000  # with aliases written out, of which a few lines can make more than memory holds
+_MOST_VALUES = 200_000  # aliases expanded: a few lines of nested ones can stand for more than memory holds
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,7 +39,7 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def ignore_aliases(self, data: Any) -> bool:
-        return True  # a value that occurs twice is written twice: `&id001` is for nobody to read
+        return True  # a value that occurs twice is written twice: `&id001` is hard to read
 
 
 for _name, (_pattern, _first) in _PLAIN_SCALARS.items():
@@ -63,7 +63,7 @@ def _construct_str(loader: _Loader, node: yaml.ScalarNode) -> str:
 
 
 def _represent_str(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # In double quotes they are written as escapes, which every version reads alike.
+    # In double quotes they are written as escapes, which every version of YAML reads the same way.
     style = '"' if _LINE_ENDS_OF_OLD.search(text) else None
     return dumper.represent_scalar(_TAG + "str", text, style=style)
 
@@ -83,8 +83,8 @@ def parse_yaml(text: str, origin: str, section: str = "") -> tuple[Any, list[str
     `origin` names the text in messages (a path, or an override); `section` stands before its keys. The problems are
     duplicate keys, each with both lines, and keys that are not text; the value is then what remains, so that a
     caller can go on and report what else is wrong. Raises ConfigError when there is no value: broken YAML, a tag
-    that would build anything but the core types, an alias that contains itself, and characters that YAML 1.1 takes
-    for line ends.
+    that would build anything but the core types, an alias that contains itself, too many values, too deep nesting,
+    and characters that YAML 1.1 takes for line ends.
     """
     if line_end := _LINE_ENDS_OF_OLD.search(text):
         line = text.count("\n", 0, line_end.start()) + 1
@@ -117,9 +117,10 @@ def parse_yaml(text: str, origin: str, section: str = "") -> tuple[Any, list[str
 def _drop_bad_keys(
     node: yaml.Node, origin: str, path: str, parents: tuple[int, ...], budget: Iterator[int]
 ) -> Iterator[str]:
-    """Remove second occurrences of keys and keys that are not text from `node`, saying so for each.
+    """Remove second occurrences of keys and keys that are not text from `node`; yields a sentence for each.
 
-    `budget`: has an item left for each value that there may be.
+    `path`: key of `node` in messages; `parents`: ids of the nodes around it. `budget`: one item is taken for each
+    value; ConfigError when none is left, or when `node` contains itself.
     """
     if next(budget, None) is None:
         raise ConfigError(f"{origin}: stands for more than {_MOST_VALUES:,} values. Write out what aliases (*) repeat.")

@@ -1,1 +1,4 @@
-"""Rules between keys, a subject a file: they yield sentences with key and remedy. `config.validate` calls them all."""
+"""Rules between keys, one subject per file. Each yields a sentence with key and remedy for every problem.
+
+`config.validate` calls them all.
+"""

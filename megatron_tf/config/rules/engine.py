@@ -1,5 +1,4 @@
-"""Rules between the engine, its sections, the precision, the schedule and the optimizer: sentences with key and
-remedy."""
+"""Rules between the engine, its sections, the precision, the pipeline's schedule and the optimizer."""
 
 from __future__ import annotations
 
@@ -66,7 +65,7 @@ def pipeline_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
 
 
 def _interleaving_problems(parallel: Parallel, micro_batches: int, samples: int) -> Iterator[str]:
-    """`samples`: of one micro batch on all data-parallel ranks."""
+    """`micro_batches`: per rank and step. `samples`: in one micro batch, over all data-parallel ranks."""
     stages, parts = parallel.pipeline, parallel.virtual_stages
     if stages == 1:
         yield (
@@ -88,7 +87,7 @@ def _interleaving_problems(parallel: Parallel, micro_batches: int, samples: int)
 
 
 def _zero_bubble_problems(config: RunConfig, micro_batches: int, samples: int) -> Iterator[str]:
-    """`samples`: of one micro batch on all data-parallel ranks."""
+    """`micro_batches`: per rank and step. `samples`: in one micro batch, over all data-parallel ranks."""
     parallel, training = config.parallel, config.training
     if training.compile:
         yield (

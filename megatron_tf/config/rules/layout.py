@@ -71,7 +71,7 @@ def sharding_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _context_problems(config: RunConfig) -> Iterator[str]:
-    """Each context rank has positions of its own between the layers, and heads of its own in attention."""
+    """Context ranks split the positions of a sample outside attention, and the heads within it."""
     model, context, tensor = config.model, config.parallel.context, config.parallel.tensor
     if context == 1:
         return

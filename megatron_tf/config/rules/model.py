@@ -28,7 +28,7 @@ def _rotary_problems(model: Model) -> Iterator[str]:
     head_size = model.hidden_size // model.num_attention_heads
     channels = int(model.rotary_fraction * head_size)
     if channels % 2:
-        # rounded up, so that int() of the product is the even number that is meant
+        # Rounded up, so that int(fraction * head_size) is the even number and not the odd one below it.
         near = [math.ceil(even / head_size * 1e4) / 1e4 for even in (channels - 1, channels + 1) if even <= head_size]
         yield (
             f"model.rotary_fraction: {model.rotary_fraction:g} of {head_size} channels a head rotates {channels} "

@@ -1,4 +1,4 @@
-"""Rules between the task, what a run measures, and what it has to measure."""
+"""Rules of keys that need something else: of another task, of parameter tokens, or of validation data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_tf.config.tasks import TASKS, task_of
 
 
 def _given(key: str, value: object) -> Iterator[str]:
-    """key: value, of a section each key that has another value than its default."""
+    """Yields "key: value"; for a section, one for each of its keys that has another value than its default."""
     if not isinstance(value, Section):
         yield f"{key}: {value}"
         return

@@ -57,7 +57,7 @@ def schedule_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _new_tokens_problems(rates: LearningRates, steps: int) -> Iterator[str]:
-    """`steps`: of the run."""
+    """`steps`: length of the run."""
     decay, key = rates.new_tokens_decay_steps, "growth.lr_multipliers.new_tokens_decay_steps"
     if decay is None:
         if rates.new_tokens_decay_shape != "linear":

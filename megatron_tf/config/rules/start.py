@@ -1,4 +1,4 @@
-"""Rules of what a run begins with: training.init_from, growth and branch."""
+"""Rules of where a run starts from: training.init_from, growth and branch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def start_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _own_folder(key: str, source: str, run_dir: str, meant: str) -> Iterator[str]:
-    """The run itself as what it is to begin with, also under another name."""
+    """A problem when `source` is the run's own folder or its checkpoints, also through a link.
+
+    `meant`: which kind of run to give instead, for the remedy.
+    """
     own, place = os.path.realpath(run_dir), os.path.realpath(source)
     if place in (own, os.path.realpath(os.path.join(own, "checkpoints"))):
         yield (
