@@ -1,4 +1,4 @@
-"""Files out of packages, without installing them: Debian's .deb and source archives (.tar.gz)."""
+"""Reads files from packages without installing them: Debian's .deb and source archives (.tar.gz)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _open_tar(path: Path) -> tarfile.TarFile:
 
 
 def _data_member(path: Path) -> tuple[str, IO[bytes]]:
-    """The archive of installed files in a .deb, which is an `ar` archive of three members."""
+    """(name, content) of the archive of installed files in a .deb, which is an `ar` archive. ValueError for no .deb."""
     raw = path.read_bytes()
     if not raw.startswith(AR_MAGIC):
         raise ValueError(f"begins with {raw[:8]!r}")

@@ -1,4 +1,4 @@
-"""Books out of the formats in which packages keep them: R's data, SWORD modules, a compressed Bible."""
+"""Reads books from the formats in which packages keep them: R's data, SWORD modules, a compressed Bible."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _VERSE = re.compile(r"(\d?[A-Z][A-Za-z]*)(\d+):(\d+) ")
 
 
 def r_strings(database: bytes) -> Iterator[list[str]]:
-    """The vectors of strings in a package's data (.rdb): chunks of a big endian length and zlib's data."""
+    """The vectors of strings in an R package's data (.rdb), a sequence of chunks: a big endian u32, then zlib data."""
     place = 0
     while place + 4 <= len(database):
         stream = zlib.decompressobj()
@@ -52,7 +52,8 @@ def _strings(content: bytes, place: int) -> Iterator[str]:
 def sword_books(index: bytes, blocks: bytes) -> Iterator[str]:
     """The books of a SWORD module that is compressed by book, without markup and notes.
 
-    `index` (.bzs) has three little endian u32 a block: first byte and bytes in `blocks` (.bzz, zlib), bytes of text.
+    `index` (.bzs) has three little endian u32 per block: offset and size in `blocks` (.bzz, zlib) and size of the text,
+    all in bytes.
     """
     for start, size, _ in struct.iter_unpack("<III", index):
         text = zlib.decompress(blocks[start : start + size]).decode("utf-8", errors="replace")
@@ -63,7 +64,10 @@ def sword_books(index: bytes, blocks: bytes) -> Iterator[str]:
 
 
 def kjv_books(data: bytes, where: str) -> Iterator[tuple[str, str]]:
-    """(abbreviation, text) of the books of bible.data, a chapter a paragraph. Raises `DataError` when it is none."""
+    """(abbreviation, text) of the books of bible.data, one paragraph per chapter. `where` names it in messages.
+
+    Raises `DataError` for data that begin otherwise or are damaged.
+    """
     if not data.startswith(KJV_MAGIC):
         raise DataError(f"{where}: begins with {data[:8]!r}, not with {KJV_MAGIC[:4]!r}: an unknown version.")
     (count,) = struct.unpack_from(">I", data, KJV_NUM_WINDOWS)
@@ -89,7 +93,8 @@ def kjv_books(data: bytes, where: str) -> Iterator[tuple[str, str]]:
 def lzw(data: bytes) -> bytes:
     """Decompress what Unix' `compress` wrote, without its header: codes of 9 to 16 bits, the low bits first.
 
-    Codes come in groups of eight; where their width changes, the rest of the group is padding. Raises `DataError`.
+    Codes come in groups of eight; where their width changes, the rest of the group is padding. Raises `DataError` for a
+    code that cannot be.
     """
     out = bytearray()
     least, most = LZW_BITS

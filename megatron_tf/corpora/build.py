@@ -1,4 +1,4 @@
-"""Sources to a corpus: fetched, cleaned, deduplicated, split, and written together with the terms they are under."""
+"""From sources to a corpus: texts are fetched, cleaned, split, deduplicated, and written with their licences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_tf.data.preparation.split import is_held_out
 from megatron_tf.durable import partial_path, prepare_output, sync_folder
 from megatron_tf.errors import DataError, file_errors
 
-REPORT = "corpus.json"  # by it a folder is known as a corpus, which may be replaced
+REPORT = "corpus.json"  # marks a folder as a corpus, which a later run may replace
 LICENSES = "LICENSES.txt"
 REMEDY = "Free space or choose another folder."
 SPLITS = ("validation", "train")  # validation first: a text that is in both is then left out of training
@@ -30,10 +30,10 @@ SPLITS = ("validation", "train")  # validation first: a text that is in both is 
 @dataclass(frozen=True)
 class CorpusSettings:
     folder: Path
-    sources: tuple[Source, ...]  # of two with the same text the first keeps it
+    sources: tuple[Source, ...]  # within a split, a text of two sources is kept for the first of them
     held_out: frozenset[str] = frozenset()  # names of sources that are for validation only
-    validation_fraction: float = 0.02  # of the documents of the others, by hash of source and name
-    shard_bytes: int = 64_000_000  # of text
+    validation_fraction: float = 0.02  # of the other sources' documents, by hash of source and group (or name)
+    shard_bytes: int = 64_000_000  # bytes of text after which a new file is begun
 
 
 @dataclass
@@ -49,10 +49,11 @@ class SourceReport:
 def build_corpus(
     settings: CorpusSettings, downloads: Downloads, note: Callable[[str], None]
 ) -> dict[str, SourceReport]:
-    """Write FOLDER/{train,validation}/SOURCE-00000.jsonl.zst ..., LICENSES.txt and corpus.json; a report by source.
+    """Write FOLDER/{train,validation}/SOURCE-00000.jsonl.zst ..., LICENSES.txt and corpus.json. Returns a report by source.
 
-    The folder appears whole or not at all, and replaces an older corpus; packages are kept in `downloads` whatever
-    happens. Raises `DataError` with all sources that cannot be had, before anything is written.
+    The folder appears whole or not at all, and replaces an older corpus. Packages stay in `downloads` in any case.
+    Raises `DataError` with all sources that cannot be fetched, before anything else is written; also when the folder
+    holds other files, is being written by another run, or when a split would be empty.
     """
     target = settings.folder
     _check_replaceable(target)
@@ -74,7 +75,7 @@ def build_corpus(
 
 
 def fetch(sources: Sequence[Source], downloads: Downloads, note: Callable[[str], None]) -> dict[str, Opened]:
-    """All sources by name. Raises one `DataError` that names those that are not to be had here, and why."""
+    """All sources by name. Raises one `DataError` that names every source that cannot be fetched here, and why."""
     opened, missing = {}, {}
     for source in sources:
         started = time.monotonic()
@@ -95,7 +96,7 @@ def fetch(sources: Sequence[Source], downloads: Downloads, note: Callable[[str],
 
 
 def _check_replaceable(folder: Path) -> None:
-    """DataError when something of the user's own would go with the older corpus, or with what a killed run left."""
+    """DataError when files that are not a corpus's would be deleted with the older corpus or a killed run's remains."""
     prepare_output(folder / REPORT)
     for replaced in (folder, partial_path(folder), _older(folder)):
         names = {path.name for path in replaced.iterdir()} if replaced.is_dir() else set()
@@ -111,7 +112,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _older(folder: Path) -> Path:
-    """Where the corpus that is replaced is for a moment."""
+    """Where the old corpus is kept until the new one has taken its place."""
     return folder.with_name(folder.name + ".older")
 
 

@@ -1,4 +1,4 @@
-"""The sources of text that a machine can have by package name: where they come from, what they may be used for."""
+"""The sources of text that can be fetched by package name: where each comes from and under which terms."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ NO_LICENSE_TEXT = "No file of the licence is installed; its name says which it i
 
 @dataclass(frozen=True)
 class Opened:
-    """A source whose package is here."""
+    """A source whose package has been fetched."""
 
     version: str
-    license_place: str  # of the text below
+    license_place: str  # file that `license_text` was read from; "-" for none
     license_text: str
     documents: Iterator[Document]
 
 
 @dataclass(frozen=True)
 class DebianPackage:
-    names: tuple[str, ...]  # the same text in several releases of the distribution; the first that is known counts
+    names: tuple[str, ...]  # of the same text in several releases of Debian; the first that apt knows is taken
     read: Callable[[Path], Iterator[Document]]
     pins: Mapping[str, str] = field(default_factory=dict)  # file name -> SHA-256, of versions that were examined
 
@@ -51,7 +51,7 @@ class PythonPackage:
     name: str
     version: str
     sha256: str
-    license_file: str  # in the archive
+    license_file: str  # path in the archive, below its top folder
     read: Callable[[Path], Iterator[Document]]
 
     def open(self, downloads: Downloads) -> Opened:
@@ -80,7 +80,7 @@ class Source:
     name: str
     title: str
     terms: Terms
-    license: str  # its name, of the text itself
+    license: str  # name of the text's own licence, which may differ from the package's
     package: DebianPackage | PythonPackage | PythonItself
 
 

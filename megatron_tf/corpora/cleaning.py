@@ -1,4 +1,4 @@
-"""Text as a model should read it, and texts that it should read once."""
+"""Cleaning of text: one form of characters and line ends, a test for English, and removal of repeated paragraphs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 
-LEAST_CHARACTERS = 200  # a shorter document says nothing
+LEAST_CHARACTERS = 200  # shorter documents are left out: there is too little to learn from them
 LEAST_COMMON_WORDS = 0.04  # share of the words; English has 0.3 and more, programs 0.05 to 0.15, tables and Latin none
-# A shorter paragraph may well be written twice: a heading, an import, a refrain.
+# Letters and digits. A shorter paragraph is kept however often it comes: a heading, an import, a refrain.
 LEAST_PARAGRAPH_CHARACTERS = 60
-MOST_REPEATED = 0.5  # share of a document's characters, in paragraphs that were there before
+MOST_REPEATED = 0.5  # share of a document's characters in repeated paragraphs, above which it is left out whole
 _COMMON = """
 a an and are as at be but by for from had he her his i if in is it my no not of on or she so that the their they this
 thou thy to was we which will with you your return self def none
@@ -25,21 +25,24 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def clean(text: str) -> str:
-    """One form of each character, line ends and spaces; no control characters; at most one empty line."""
+    """The text in NFC with plain spaces and newlines, without control characters or several empty lines in a row.
+
+    It does not begin with a newline, and ends with exactly one.
+    """
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n").replace("\xa0", " ")
     text = _LINE_END.sub("", _CONTROL.sub("", text).expandtabs())
     return _MANY_LINES.sub("\n\n", text).strip("\n") + "\n"
 
 
 def is_english(text: str) -> bool:
-    """Whether enough of the words are among the commonest, of English or of a program."""
+    """Whether LEAST_COMMON_WORDS of the words at the beginning are among the commonest of English or of programs."""
     words = _WORD.findall(text[:200_000].lower())
     return bool(words) and sum(word in COMMON_WORDS for word in words) >= LEAST_COMMON_WORDS * len(words)
 
 
 @dataclass
 class Deduplicator:
-    """Takes documents one after another and leaves out what was in an earlier one.
+    """Takes documents one after another and leaves out paragraphs that came before, in the same document or another.
 
     Two paragraphs are the same when their letters and digits are: case, spaces, line breaks and punctuation do not
     count. Paragraphs are told apart by 64 bits of a hash.
@@ -49,7 +52,7 @@ class Deduplicator:
     dropped_characters: int = 0
 
     def take(self, text: str) -> str:
-        """The document without repeated paragraphs; empty when more than half of it is repeated."""
+        """The document without repeated paragraphs; "" when more than MOST_REPEATED of it is repeated."""
         kept, repeated, fresh = [], 0, set()
         for paragraph in _PARAGRAPHS.split(text):
             letters = "".join(filter(str.isalnum, paragraph.casefold()))

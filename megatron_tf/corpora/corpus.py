@@ -1,4 +1,4 @@
-"""Real text that every machine with Python has: Python's own documentation, and the source of its library."""
+"""Real text that every machine with Python has: Python's own documentation, and the source of its standard library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_tf.durable import atomic_path, prepare_output, write_atomically
 from megatron_tf.errors import DataError, file_errors
 
 VALIDATION_FRACTION = 0.05
-# Tests, tables of characters, other people's packages, and the topics, which are read by themselves.
+# Tests, tables of characters, third-party packages, and the topics, which `python_topics` reads.
 EXCLUDED_FOLDERS = frozenset(
     {
         "__pycache__",
@@ -43,7 +43,7 @@ They are used under the Python Software Foundation License Version 2: https://do
 
 @dataclass(frozen=True)
 class Document:
-    name: str  # "topic:..." or "module:..."
+    name: str  # within its source: "topic:...", "module:...", a path in the package or a title
     text: str
     group: str = ""  # documents of one group go to the same side of a split; by default each is its own
 
@@ -80,7 +80,7 @@ def python_docstrings() -> Iterator[Document]:
     """The docstrings of each module of `python_modules`, in the order in which they stand there: English, not code."""
     for module in python_modules():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes that a later Python will refuse: it is not our code
+            warnings.simplefilter("ignore")  # about deprecated escapes, in code that is not ours
             try:
                 nodes = list(ast.walk(ast.parse(module.text)))
             except (SyntaxError, ValueError):
@@ -105,9 +105,9 @@ def within_bytes(documents: Iterable[Document], limit_bytes: int) -> Iterator[Do
 def write_corpus(documents: Iterable[Document], folder: Path, version: str) -> dict[str, tuple[int, int]]:
     """Write train.jsonl.zst, validation.jsonl.zst and LICENSE.txt; returns (documents, bytes of text) of each split.
 
-    A line is {"name", "text"}; the split is by hash of the name. Raises `DataError` when a split would be empty, when
-    the folder cannot be written or has files of these names from elsewhere; older files are then as they were, and
-    nothing half-written stays.
+    A line is {"name", "text"}; the split is by hash of the name. Raises `DataError` when zstandard is missing, when a
+    split would be empty, and when the folder cannot be written or has files of these names from elsewhere; older files
+    are then unchanged, and nothing half-written stays.
     """
     try:
         import zstandard

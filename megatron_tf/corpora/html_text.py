@@ -1,11 +1,11 @@
-"""The text of a page of documentation: paragraphs, headings, lists and code, without what leads around it."""
+"""The text of an HTML page of documentation: paragraphs, headings, lists and code, without navigation."""
 
 from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
 
-# Where the text begins, by the tools that made the page: Sphinx, DocBook, Erlang's. Without any of them, at <body>.
+# Where the text begins in pages of different tools: Sphinx, DocBook, Erlang's. Else it begins at <body>.
 BEGINNINGS = ('role="main"', '<div id="content"', '<div class="body"', "<body")
 SKIPPED_TAGS = frozenset({"button", "form", "head", "nav", "noscript", "script", "select", "style", "svg", "title"})
 SKIPPED_CLASSES = frozenset(
@@ -27,7 +27,7 @@ _SPACE = re.compile(r"[ \t\r\n\f]+")
 
 
 def html_text(page: str) -> str:
-    """Paragraphs with an empty line between them; code keeps its lines."""
+    """The text of `page`, with an empty line between paragraphs; only code keeps its line breaks and indentation."""
     beginning = next((place for mark in BEGINNINGS if (place := page.find(mark)) >= 0), 0)
     parser = _TextParser()
     parser.feed(page[max(0, page.rfind("<", 0, beginning + 1)) :])
@@ -40,7 +40,7 @@ class _TextParser(HTMLParser):
         super().__init__(convert_charrefs=True)
         self._blocks: list[str] = []
         self._line: list[str] = []  # of the block that is being read
-        self._skipped: list[str] = []  # open tags from the one that is left out on
+        self._skipped: list[str] = []  # open tags, from the one whose content is left out
         self._in_code = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -81,7 +81,7 @@ class _TextParser(HTMLParser):
         text = text.strip("\n").rstrip() if self._in_code else _SPACE.sub(" ", text).strip()
         if text.strip() not in ("", "-"):
             self._blocks.append(text)
-        # The mark of a list entry waits for the paragraph that follows it.
+        # A list entry that begins with a paragraph: its mark is kept for the text that follows.
         self._line = ["- "] if text.strip() == "-" else []
 
     def text(self) -> str:

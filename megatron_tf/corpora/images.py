@@ -13,7 +13,7 @@ PACKAGE = "dataset-fashion-mnist"
 PINS = {
     f"{PACKAGE}_0.0~git20200523.55506a9-1_all.deb": "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0"
 }
-# Of its README, in the order of their numbers.
+# From the data set's README, in the order of the class numbers.
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -22,7 +22,10 @@ _NUM_FILES = 4
 
 
 def fetch_fashion_mnist(folder: Path, downloads: Downloads) -> list[Path]:
-    """Writes the files of images and labels of both halves, classes.txt and LICENSE.txt; returns them. DataError."""
+    """Writes the image and label files of training and test set, classes.txt and LICENSE.txt; returns them, sorted.
+
+    Raises `DataError` when the package cannot be fetched, lacks files, or cannot be written.
+    """
     prepare_output(downloads.folder / "downloads.json")
     prepare_output(folder / "classes.txt")
     try:

