@@ -1,7 +1,7 @@
-"""From an image to what the model sees, with random changes in training. All of them are functions of (seed, sample).
+"""From an image to the model's input, with random changes in training that are functions of (seed, sample).
 
-Of one image, in this order: crop, flip, random operations, shift, erasing; then pairs are mixed, sample 2i with sample
-2i + 1 of the run.
+Each image is changed in this order: crop, flip, random operations, shift, erasing. Then pairs are mixed, sample 2i with
+sample 2i + 1 of the run.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from megatron_tf.tasks.image_classification.section import Image, image_of
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-# what a seed is derived for: the changes to one image, and to a pair
+# the purpose that a seed is derived for: changes to one image, and to a pair
 _ALONE, _PAIR = 1, 2
 _CROP_TRIES = 10
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 def seen(picture: Picture, image: Image) -> np.ndarray:
-    """The square in the middle, uint8 [c, size, size]: without chance, for evaluation."""
+    """The square in the middle, uint8 [c, size, size], without random changes: for evaluation."""
     return _channels_first(_centre(picture, image))
 
 
 def augmented(picture: Picture, image: Image, settings: Augmentation, seed: int, sample: int) -> np.ndarray:
-    """uint8 [c, size, size] of training sample `sample`."""
+    """The picture with the random changes of training sample `sample`, uint8 [c, size, size]."""
     random = np.random.default_rng(derived_seed(seed, _ALONE, sample))
     if settings.crop_scale is None:
         square = _centre(picture, image)
@@ -57,9 +57,9 @@ def augmented(picture: Picture, image: Image, settings: Augmentation, seed: int,
 def finished(
     images: np.ndarray, labels: np.ndarray, samples: Sequence[int], config: RunConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Training images uint8 [b, c, h, w] and labels [b] of `samples` -> mixed pairs, and targets fp32 [b, C].
+    """(images with mixed pairs, uint8 [b, c, h, w]; targets fp32 [b, C]) from images and labels [b] of `samples`.
 
-    With mixing, `samples` are whole pairs.
+    With mixing, `samples` must be whole pairs.
     """
     settings, classes = config.data.augmentation, image_of(config.model).classes
     targets = targets_of(labels, classes, config.training.label_smoothing)
@@ -74,8 +74,7 @@ def finished(
 
 
 def targets_of(labels: np.ndarray, classes: int, smoothing: float = 0.0) -> np.ndarray:
-    """Shares of the classes, fp32 [b, C]: 1 − smoothing for the label, and smoothing for all together. A label below 0
-    has none at all."""
+    """Targets fp32 [b, C]: 1 − smoothing for the label, plus smoothing / C for every class. All 0 for a label below 0."""
     targets = np.full((len(labels), classes), smoothing / classes, np.float32)
     targets[np.arange(len(labels)), labels] += np.float32(1 - smoothing)
     targets[labels < 0] = 0
@@ -85,8 +84,11 @@ def targets_of(labels: np.ndarray, classes: int, smoothing: float = 0.0) -> np.n
 def random_box(
     random: np.random.Generator, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a crop with a share of the area within `scale`, and a width over height within
-    `ratio`; the largest such crop in the middle when ten tries do not fit."""
+    """(left, top, right, bottom) in pixels of a random crop of an image of `size` (width, height).
+
+    Its share of the area is within `scale`, and its width over height within `ratio`. When ten tries do not fit: the
+    largest crop in the middle with such a ratio.
+    """
     width, height = size
     for _ in range(_CROP_TRIES):
         area = random.uniform(*scale) * width * height
@@ -102,7 +104,7 @@ def random_box(
 
 
 def shifted(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
-    """[c, h, w] moved; what comes in is 0."""
+    """The pixels [c, h, w] moved by `down` and `right`; uncovered pixels are 0."""
     height, width = pixels.shape[1:]
     down, right = max(-height, min(height, down)), max(-width, min(width, right))
     moved = np.zeros_like(pixels)
@@ -113,7 +115,7 @@ def shifted(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def _centre(picture: Picture, image: Image) -> Picture:
-    """As timm and torchvision do it, to the last bit: the shorter side becomes size / crop, and the middle is kept."""
+    """The middle of the picture, its shorter side resized to size / crop: as timm and torchvision do it, to the bit."""
     picture = in_channels(picture, image.channels)
     shorter = math.floor(image.size / image.crop)
     width, height = picture.size
@@ -124,7 +126,7 @@ def _centre(picture: Picture, image: Image) -> Picture:
 
 
 def _resized(picture: Picture, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Picture:
-    """What is in `box`, or all of the picture, in another size."""
+    """The part of the picture in `box` (None: all of it) resized to `size` (width, height)."""
     if picture.size == size and box in (None, (0, 0, *size)):
         return picture
     from PIL.Image import Resampling
@@ -138,7 +140,7 @@ def _channels_first(square: Picture) -> np.ndarray:
 
 
 def _erased(random: np.random.Generator, pixels: np.ndarray, image: Image) -> np.ndarray:
-    """With a rectangle of noise, normal as the normalised pixels should be."""
+    """A copy with a random rectangle of noise, which is standard normal once the pixels are normalised."""
     height, width = pixels.shape[1:]
     left, top, right, bottom = random_box(random, (width, height), _ERASED_AREA, _ERASED_RATIO)
     mean, std = (np.array(numbers, np.float32)[:, None, None] for numbers in (image.mean, image.std))
@@ -149,7 +151,7 @@ def _erased(random: np.random.Generator, pixels: np.ndarray, image: Image) -> np
 
 
 def _mixed(random: np.random.Generator, pair: np.ndarray, settings: Augmentation) -> tuple[np.ndarray, np.float32]:
-    """Two images uint8 [2, c, h, w], mixed or with a rectangle exchanged, and the share that each keeps of its own."""
+    """(pair uint8 [2, c, h, w], mixed or with a rectangle exchanged; the share that each keeps of its own image)."""
     cuts = bool(settings.cutmix) and (not settings.mixup or random.random() < 0.5)
     alpha = settings.cutmix if cuts else settings.mixup
     share = np.float32(random.beta(alpha, alpha))

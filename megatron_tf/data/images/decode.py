@@ -1,4 +1,4 @@
-"""The bytes of an image file into pixels, by Pillow."""
+"""Decodes and encodes image files with Pillow."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ _ORIENTATION = 0x0112  # the EXIF tag
 
 
 class BadImage(Exception):
-    """No image can be made of some bytes; the message is a phrase."""
+    """Bytes that cannot be decoded as an image; the message is a phrase without the file's name."""
 
 
 def opened(content: bytes) -> Image:
-    """The image, known by its content, not yet read. UserError without Pillow; BadImage."""
+    """The image, whose format is recognised by content, and whose pixels are not read yet.
+
+    Raises UserError without Pillow; BadImage for bytes of no known format, and for too many pixels or none.
+    """
     try:
         from PIL import Image
     except ModuleNotFoundError:
@@ -41,7 +44,7 @@ def opened(content: bytes) -> Image:
 
 
 def in_channels(image: Image, channels: int) -> Image:
-    """The image in modes L or RGB; BadImage when it breaks off, or has colours where there is one channel.
+    """The image in mode L (1 channel) or RGB (3); BadImage when it is truncated, or is coloured and `channels` is 1.
 
     Transparency is dropped, as timm and torchvision drop it. 16 bits of grey are scaled to 8.
     """
@@ -58,7 +61,7 @@ def in_channels(image: Image, channels: int) -> Image:
 
 
 def upright(image: Image) -> Image | None:
-    """The image turned as its EXIF orientation says; None where it stands upright."""
+    """The image turned as its EXIF orientation says; None when it is upright already. BadImage for damaged data."""
     from PIL import ImageOps
 
     try:
@@ -68,7 +71,7 @@ def upright(image: Image) -> Image | None:
 
 
 def encoded(image: Image) -> bytes:
-    """As a file without loss, or for photographs nearly so: what JPEG can hold, JPEG of quality 95."""
+    """The image as a file: JPEG of quality 95 if it came as JPEG or its mode is RGB or CMYK, else PNG (lossless)."""
     content = io.BytesIO()
     if image.format == "JPEG" or image.mode in ("RGB", "CMYK"):
         image.save(content, "JPEG", quality=95, subsampling=0)
@@ -78,7 +81,7 @@ def encoded(image: Image) -> bytes:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """uint8 [h, w] as a file."""
+    """Grey pixels uint8 [h, w] as a PNG file."""
     from PIL import Image
 
     content = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Images that two prepared data sets have in common: what a model was trained on says little of what it has learnt."""
+"""Counts images that two prepared data sets share: validation on images seen in training does not measure learning."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 
 from megatron_tf.data.images.source import ImageFiles
 
-_PEEK = 64  # bytes, of the middle: of files of one program the beginnings are alike
+_PEEK = 64  # bytes, from the middle: files written by the same program begin the same way
 
 
 def count_duplicates(files: ImageFiles, others: ImageFiles) -> int:
     """How many images of `files` are in `others` too, byte for byte.
 
-    Little is read of images of which there is none of the same size.
+    Only images whose size in bytes occurs in both are read.
     """
     sizes, theirs, found = files.sizes(), others.sizes(), 0
     ours: dict[tuple[int, bytes], list[int]] = {}
@@ -33,7 +33,7 @@ def count_duplicates(files: ImageFiles, others: ImageFiles) -> int:
 
 
 def _among(sizes: np.ndarray, others: np.ndarray) -> Iterator[int]:
-    """Numbers of images whose size is one of the others'."""
+    """Numbers of the images whose size occurs among `others`."""
     return map(int, np.flatnonzero(np.isin(sizes, others)))
 
 

@@ -23,11 +23,11 @@ CLASSES_NAMED = 3
 
 
 class ImageLoader:
-    """Micro batches of images uint8 [b, c, h, w] and targets fp32 [b, C]. What a step reads follows from its first
-    sample.
+    """Yields micro batches of images uint8 [b, c, h, w] and targets fp32 [b, C] for one data-parallel rank.
 
-    In training, images are augmented and targets smoothed, and samples go on for ever. Otherwise each image is there
-    once: behind the last one come black images whose targets are 0, so that they do not count.
+    What a step reads follows from its first sample alone. In training, images are augmented, targets are smoothed, and
+    samples go on for ever. In evaluation each image comes once; after the last one follow black images whose targets
+    are 0, so that they do not count.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ImageLoader:
         self._image = image_of(config.model)
         self._training = training
         self._micro_batch_size = micro_batch_size
-        # Pillow lets go of Python's lock while it works
+        # threads suffice: Pillow releases the interpreter's lock while it works
         self._threads = ThreadPoolExecutor(config.data.workers, "images") if config.data.workers > 1 else None
         self._place = micro_batch_size, num_micro_batches, data_rank, data_size
 
@@ -79,7 +79,7 @@ class ImageLoader:
         return torch.from_numpy(images), torch.from_numpy(targets)
 
     def _sample(self, sample: int) -> tuple[int, np.ndarray] | None:
-        """(class, uint8 [c, h, w]); None behind the last image of an evaluation."""
+        """(class, pixels uint8 [c, h, w]); None after the last image of an evaluation. DataError for a bad image."""
         config = self._config
         source_number, within = self._shares.locate(sample)
         source = self._sources[source_number]
@@ -97,8 +97,10 @@ class ImageLoader:
 
 
 def open_images(sources: Sequence[DataSource], num_classes: int) -> list[ImageFiles]:
-    """The files of all sources. One DataError with what is wrong with any: also other classes than `num_classes`, or
-    than those of the first."""
+    """The files of all sources. Raises one DataError with all problems.
+
+    A problem is also a number of classes other than `num_classes`, or other classes than those of the first source.
+    """
     files: list[ImageFiles] = []
     problems = []
     for source in sources:

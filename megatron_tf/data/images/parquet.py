@@ -1,4 +1,4 @@
-"""Images out of .parquet files as Hugging Face's datasets write them: columns `image` {bytes, path} and `label`."""
+"""Reads images from .parquet files as Hugging Face's datasets write them: columns `image` {bytes, path} and `label`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def named_classes(path: Path) -> tuple[str, ...] | None:
-    """The names that the file has for its labels; None where it has none. DataError when it has not both columns."""
+    """The file's names of its classes; None when it has none. DataError when a column is missing or data are broken."""
     with _opened(path) as file:
         schema = file.schema_arrow
         missing = [name for name in (IMAGE, LABEL_COLUMN) if name not in schema.names]
@@ -43,7 +43,7 @@ def named_classes(path: Path) -> tuple[str, ...] | None:
 
 
 def parquet_records(paths: Iterable[Path], *, num_classes: int, on_read: Callable[[int], None]) -> Iterator[RawRecord]:
-    """One record a row, as `readers` has them."""
+    """One record per row: class and image file, as in `readers`. A broken file yields a record that says so."""
     for path in paths:
         row = 0
         try:
@@ -68,7 +68,7 @@ def _record(file: str, row: int, value: dict[str, Any], num_classes: int) -> Raw
 
 
 class _opened:
-    """An open ParquetFile; what pyarrow finds wrong in the block is a DataError."""
+    """Context manager of an open ParquetFile; turns pyarrow's errors in the block into a DataError."""
 
     def __init__(self, path: Path):
         require_pyarrow(path)

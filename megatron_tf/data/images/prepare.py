@@ -1,4 +1,4 @@
-"""Image files to a .bin/.idx pair and the classes: by parts, as text is prepared."""
+"""Prepares images as a .bin/.idx pair and a .json with the classes, in parts, as text is prepared."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class _Changes:
-    """What is done to each image, and which are held out."""
+    """The changes to each image, and the share that is held out; see `ImageSettings`."""
 
     shortest_side: int | None
     ignore_orientation: bool
@@ -85,7 +85,7 @@ class ImagePreparation(Preparation[ImageSummary]):
 
 
 def prepare_images(settings: ImageSettings, progress: ProgressDisplay) -> dict[str, ImageSummary]:
-    """Prepare images, as `carry_out` does."""
+    """Prepare images; returns and raises as `carry_out` does."""
     return carry_out(plan_images(settings, progress), settings.share, progress)
 
 
@@ -95,7 +95,7 @@ def merge_images(settings: ImageSettings, progress: ProgressDisplay) -> dict[str
 
 
 def plan_images(settings: ImageSettings, progress: ProgressDisplay) -> ImagePreparation:
-    """Check the settings and look at the inputs. Raises `DataError`."""
+    """Check the settings, and find inputs and classes. Raises `DataError`."""
     if not 0 <= settings.validation_fraction < 1:
         raise DataError(f"validation fraction is {settings.validation_fraction}. Choose it in [0, 1).")
     check_share(settings.share, settings.output_prefix)
@@ -133,7 +133,7 @@ def _check_one_folder(inputs: Sequence[str]) -> None:
 
 
 def _known_classes(settings: ImageSettings) -> tuple[str, ...] | None:
-    """The classes as the settings give them."""
+    """The classes that the settings give; None when they follow from the inputs. Raises `DataError`."""
     if settings.classes_from is not None:
         return read_image_summary(settings.classes_from).classes
     if settings.classes is None:
@@ -153,7 +153,7 @@ def _known_classes(settings: ImageSettings) -> tuple[str, ...] | None:
 
 
 def _of_folders(top: Path, known: tuple[str, ...] | None) -> tuple[list[Path], tuple[str, ...], Read, Any]:
-    """(files, classes, how they are read, what else decides their content)."""
+    """(files, classes, their reader, further JSON state that decides the content). `known`: classes of the settings."""
     found = class_folders(top)
     classes = known or tuple(found)
     foreign = [name for name in found if name not in classes]
@@ -168,7 +168,7 @@ def _of_folders(top: Path, known: tuple[str, ...] | None) -> tuple[list[Path], t
 
 
 def _of_files(files: Sequence[Path], known: tuple[str, ...] | None) -> tuple[tuple[str, ...], Read, Any]:
-    """(classes, how they are read, what else decides their content)."""
+    """(classes, reader, further JSON state that decides the content). `known`: classes of the settings."""
     if all(map(is_idx, files)):
         labels = [read_labels(path) for path in files]
         classes = known or tuple(map(str, range(1 + max(int(label.max(initial=0)) for label in labels))))
@@ -195,7 +195,7 @@ def _of_files(files: Sequence[Path], known: tuple[str, ...] | None) -> tuple[tup
 
 
 def encode_images(changes: _Changes, group: Sequence[RawRecord]) -> EncodedBatch:
-    """Read every image of a group. Bad ones are returned, not raised: what to do is decided in reading order."""
+    """Check and change every image of a group. Bad ones are returned, not raised, so that they are handled in order."""
     bad: list[BadSample] = []
     documents: list[bytes] = []
     for record in group:
@@ -222,7 +222,7 @@ def encode_images(changes: _Changes, group: Sequence[RawRecord]) -> EncodedBatch
 
 
 def _changed(content: bytes, changes: _Changes) -> bytes:
-    """The image file, as it is if nothing has to be done to it; BadImage."""
+    """The image file with the changes, or `content` itself when none is needed. Raises BadImage."""
     image = opened(content)
     turned = None if changes.ignore_orientation else upright(image)
     picture, side = turned or image, changes.shortest_side

@@ -1,5 +1,6 @@
-"""RandAugment (Cubuk et al., 2019) as timm does it under the name rand-mM-mstdS-inc1: operations that grow stronger
-with the magnitude, each done half of the time. What is drawn comes from a generator of the sample's own.
+"""RandAugment (Cubuk et al., 2019) as timm's rand-mM-mstdS-inc1: each chosen operation is done with probability 1/2.
+
+Most operations grow stronger with the magnitude. Random numbers come from a generator of the sample's own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 STRONGEST = 10.0
 _PROBABILITY = 0.5
-# at the strongest
+# at the strongest: degrees, slope, share of the side, change of the factor, grey levels
 _DEGREES, _SHEAR, _TRANSLATION, _ENHANCEMENT, _ADDED = 30.0, 0.3, 0.45, 0.9, 110
 _WEAKEST_FACTOR = 0.1  # of an enhancement: 0 would be black
 _MIDDLE = 128
@@ -28,7 +29,7 @@ Operation = Callable[["Image", float, int, Fill], "Image"]
 
 
 def rand_augmented(random: np.random.Generator, image: Image, settings: RandAugment, fill: Fill) -> Image:
-    """An image of mode L or RGB. `fill`: the colour of what comes in, a number a channel."""
+    """The image (mode L or RGB) with random operations. `fill`: colour of uncovered areas, one number per channel."""
     for operation in random.integers(len(OPERATIONS), size=settings.operations).tolist():
         does, sign = random.random() < _PROBABILITY, 1 if random.random() < 0.5 else -1
         magnitude = settings.magnitude + settings.deviation * random.standard_normal()
@@ -43,7 +44,7 @@ def mirrored(image: Image) -> Image:
 
 
 def _pillow(module: str) -> Any:
-    # needed for images alone, and so not on import
+    # optional package: imported only when images are used
     return import_module(f"PIL.{module}")
 
 

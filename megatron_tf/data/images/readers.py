@@ -1,4 +1,4 @@
-"""Images out of files: class folders, the files of the MNIST family, and tar shards as WebDataset has them.
+"""Reads images from class folders, the files of the MNIST family, and tar shards as WebDataset has them.
 
 A record is a class (i32) and the bytes of an image file. Its `line` is the number of the image in its file, from 1.
 """
@@ -27,15 +27,15 @@ from megatron_tf.text_files import read_text_file
 IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801
 LABEL_SUFFIX = ".cls"
 MOST_IMAGE_BYTES = 1 << 30
-NAMED = 8  # folders, in a message
-NOT_IMAGES = (".json", ".txt")  # members of a tar that go with an image
+NAMED = 8  # folders that a message names
+NOT_IMAGES = (".json", ".txt")  # members of a tar that accompany an image and are ignored
 REMEDY = "Make it readable, or leave it out."
 
 
 def folder_records(
     paths: Iterable[Path], *, classes: Mapping[str, int], on_read: Callable[[int], None]
 ) -> Iterator[RawRecord]:
-    """Each file is an image. `classes`: folder -> number of its class."""
+    """One record per file. `classes`: folder -> number of its class."""
     for path in paths:
         content = image_file(DataError, path, REMEDY)
         on_read(len(content))
@@ -44,7 +44,7 @@ def folder_records(
 
 
 def idx_records(paths: Iterable[Path], *, num_classes: int, on_read: Callable[[int], None]) -> Iterator[RawRecord]:
-    """Files of images, each with a file of as many labels next to it."""
+    """Records of MNIST-style files of images, each with a file of as many labels next to it."""
     for path in paths:
         images, labels = read_idx(path, IMAGES_MAGIC), read_labels(path)
         if len(images) != len(labels):
@@ -58,7 +58,7 @@ def idx_records(paths: Iterable[Path], *, num_classes: int, on_read: Callable[[i
 
 
 def tar_records(paths: Iterable[Path], *, num_classes: int, on_read: Callable[[int], None]) -> Iterator[RawRecord]:
-    """Tar archives in which KEY.jpg (or another ending) and KEY.cls are neighbours: an image and its class."""
+    """Records of tar archives in which KEY.jpg (or another ending) and KEY.cls, image and class, are neighbours."""
     for path in paths:
         try:
             with file_errors(DataError, path, REMEDY), tarfile.open(path, "r|*") as archive:
@@ -119,7 +119,7 @@ def _record(file: str, line: int, label: int, content: bytes) -> RawRecord:
 
 
 def is_idx(path: Path) -> bool:
-    """Whether it is a file of images of the MNIST family."""
+    """Whether `path` is a file of images of the MNIST family, by its first bytes; it may be compressed with gzip."""
     try:
         with _plain(path) as file:
             return file.read(4) == IMAGES_MAGIC.to_bytes(4, "big")
@@ -128,7 +128,7 @@ def is_idx(path: Path) -> bool:
 
 
 def read_idx(path: Path, magic: int) -> np.ndarray:
-    """uint8 [n, h, w] or [n]. DataError for what is no such file, or breaks off."""
+    """Images uint8 [n, h, w] or labels [n], by `magic`. DataError for another kind of file, and a truncated one."""
     with file_errors(DataError, path, REMEDY), _plain(path) as file:
         try:
             content = file.read()
@@ -151,12 +151,12 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """uint8 [n] of the images in `path`."""
+    """Labels uint8 [n] of the images in `path`. DataError as `labels_file` and `read_idx`."""
     return read_idx(labels_file(path), LABELS_MAGIC)
 
 
 def labels_file(path: Path) -> Path:
-    """Where the labels of the images in `path` are."""
+    """The file with the labels of the images in `path`. DataError when there is none."""
     name = path.name.replace("images", "labels").replace("idx3", "idx1")
     if name == path.name or not path.with_name(name).exists():
         raise DataError(
@@ -168,8 +168,10 @@ def labels_file(path: Path) -> Path:
 
 
 def image_file(kind: type[UserError], path: Path, remedy: str) -> bytes:
-    """The content of a file that should be an image. A `kind` for what cannot be read, or is no file: a FIFO would
-    keep its reader waiting."""
+    """The content of a file that should be an image.
+
+    Raises `kind` with `remedy` when it cannot be read or is not a plain file: reading a FIFO would wait for ever.
+    """
     with file_errors(kind, path, remedy):
         return read_plain(path, MOST_IMAGE_BYTES)
 
@@ -181,9 +183,11 @@ def _plain(path: Path) -> IO[bytes]:
 
 
 def class_folders(top: Path) -> dict[str, list[Path]]:
-    """Name of each class -> its images, both in alphabetical order. Hidden files are passed over, folders in a class
-    are looked into. DataError for classes without an image, whatever else they hold, for files outside of all classes,
-    and for no class."""
+    """Name of each class -> its files, both in alphabetical order, those in folders below the class included.
+
+    Hidden files are left out. DataError for files outside of all classes, for classes in which no file is an image, for
+    fewer than two classes, and for a link to a folder around it.
+    """
     with file_errors(DataError, top, REMEDY):
         entries = sorted((entry for entry in top.iterdir() if not entry.name.startswith(".")), key=lambda e: e.name)
     loose = [entry for entry in entries if not entry.is_dir()]
@@ -226,7 +230,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _check_leads_on(path: str) -> None:
-    """DataError for a link to a folder that it stands in: its files would be found over and over."""
+    """DataError for a link to a folder that contains it: its files would be found over and over."""
     if not os.path.islink(path):
         return
     above = Path(path).absolute().parents

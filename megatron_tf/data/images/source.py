@@ -18,7 +18,7 @@ LABEL = struct.Struct("<i")
 
 
 class ImageFiles:
-    """The pair of files of a prefix. DataError when they are missing or damaged, or hold no images."""
+    """The prepared images of a prefix. DataError when its files are missing, damaged, or hold no images."""
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix)
@@ -39,7 +39,7 @@ class ImageFiles:
         return self.summary.images
 
     def read(self, number: int) -> tuple[int, bytes]:
-        """(class, image file)."""
+        """(class, bytes of the image file) of image `number`. DataError for a class that cannot be."""
         start, stop = map(int, self._dataset.document_offsets[number : number + 2])
         content = self._dataset.content(start, stop)
         label = LABEL.unpack_from(content)[0] if len(content) > LABEL.size else -1
@@ -48,11 +48,11 @@ class ImageFiles:
         return label, content[LABEL.size :]
 
     def sizes(self) -> np.ndarray:
-        """Bytes of each image's class and file, int64 [images]."""
+        """Bytes of each image's document, int64 [images]: 4 for the class, and the image file."""
         return np.diff(self._dataset.document_offsets)
 
     def damaged(self, number: int, reason: str) -> DataError:
-        """What is said when image `number` cannot be used."""
+        """The error to raise when image `number` cannot be used."""
         return DataError(
             f"{data_file(self.prefix)}: image {number} cannot be read: {reason}. Prepare the images again, or correct "
             "model.image."
@@ -60,7 +60,7 @@ class ImageFiles:
 
 
 class ImageSource:
-    """Endless shuffled images of one prefix; sample i is a function of (files, seed, i)."""
+    """Endless shuffled images of one prefix, in another order each epoch. Sample i is a function of (files, seed, i)."""
 
     def __init__(self, files: ImageFiles, seed: int):
         self.files = files
@@ -68,7 +68,7 @@ class ImageSource:
         self._newest = 0, KeyedPermutation(len(files), (seed, 0))  # replaced as a whole: threads read it
 
     def number(self, sample: int) -> int:
-        """The image that sample `sample` is. Each epoch has an order of its own."""
+        """Number of the image that is sample `sample`."""
         epoch, position = divmod(sample, len(self.files))
         newest, order = self._newest
         if newest != epoch:

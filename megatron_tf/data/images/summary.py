@@ -18,10 +18,10 @@ class ImageSummary:
     """Stored as a JSON object of these fields, and `format`."""
 
     images: int
-    bytes: int  # of .bin
+    bytes: int  # size of .bin
     classes: tuple[str, ...]
-    files: tuple[str, ...]  # inputs, in the order they were read; of class folders the folder
-    skipped_records: int  # that were left out
+    files: tuple[str, ...]  # inputs in the order they were read; for class folders, the folder that holds them
+    skipped_records: int  # bad images that were left out
 
 
 def write_image_summary(prefix: str | Path, summary: ImageSummary) -> None:
@@ -31,7 +31,7 @@ def write_image_summary(prefix: str | Path, summary: ImageSummary) -> None:
 
 
 def read_image_summary(prefix: str | Path) -> ImageSummary:
-    """DataError when there is none, or one of other data."""
+    """Reads `PREFIX.json`. DataError when it is missing, or describes no images."""
     path = summary_file(prefix)
     remedy = "Prepare the images with tools/prepare_images.py, or correct the prefix."
     with file_errors(DataError, path, remedy):
