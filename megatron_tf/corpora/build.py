@@ -49,7 +49,7 @@ class SourceReport:
 def build_corpus(
     settings: CorpusSettings, downloads: Downloads, note: Callable[[str], None]
 ) -> dict[str, SourceReport]:
-    """Write FOLDER/{train,validation}/SOURCE-00000.jsonl.zst ..., LICENSES.txt and corpus.json. Returns a report by source.
+    """Write FOLDER/{train,validation}/SOURCE-00000.jsonl.zst ..., LICENSES.txt and corpus.json; returns source reports.
 
     The folder appears whole or not at all, and replaces an older corpus. Packages stay in `downloads` in any case.
     Raises `DataError` with all sources that cannot be fetched, before anything else is written; also when the folder

@@ -74,7 +74,7 @@ def finished(
 
 
 def targets_of(labels: np.ndarray, classes: int, smoothing: float = 0.0) -> np.ndarray:
-    """Targets fp32 [b, C]: 1 − smoothing for the label, plus smoothing / C for every class. All 0 for a label below 0."""
+    """Targets fp32 [b, C]: 1 − smoothing for the label, plus smoothing / C for every class. 0 for a label below 0."""
     targets = np.full((len(labels), classes), smoothing / classes, np.float32)
     targets[np.arange(len(labels)), labels] += np.float32(1 - smoothing)
     targets[labels < 0] = 0

@@ -60,7 +60,7 @@ class ImageFiles:
 
 
 class ImageSource:
-    """Endless shuffled images of one prefix, in another order each epoch. Sample i is a function of (files, seed, i)."""
+    """Endless images of one prefix, shuffled anew each epoch. Sample i is a function of (files, seed, i)."""
 
     def __init__(self, files: ImageFiles, seed: int):
         self.files = files

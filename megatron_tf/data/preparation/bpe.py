@@ -10,15 +10,15 @@ from megatron_tf.durable import prepare_output, write_atomically
 from megatron_tf.errors import DataError, file_errors
 
 SMALLEST_VOCABULARY = 257  # every byte and the end-of-document token
-LARGEST_VOCABULARY = 1 << 20  # four times the largest in use; the trainer reserves memory for all it is asked for
+LARGEST_VOCABULARY = 1 << 20  # four times the largest in use; the trainer reserves memory for the size asked for
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, eod_token: str = EOD_TOKENS[0]) -> int:
     """Train on the texts and write `output`; returns the vocabulary size, smaller than asked for on too little text.
 
-    Id 0 is `eod_token`, then the 256 bytes, then the merges: any text is encoded without an unknown token. The same
-    texts give the same file. Raises `DataError` for a vocabulary size out of range, an end of document of one
-    character, an output that is no .json or cannot be written, and a package that is missing.
+    Id 0 is `eod_token`, then come the 256 bytes, then the merges, so that any text is encoded without an unknown token.
+    The same texts give the same file. Raises `DataError` for a vocabulary size out of range, an end-of-document token
+    of fewer than two characters, an output that is not named .json or cannot be written, and a missing package.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(

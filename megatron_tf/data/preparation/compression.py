@@ -1,4 +1,4 @@
-"""Compressed files as chunks of their content, of bounded size whatever the file holds."""
+"""Decompresses files into chunks of bounded size, whatever the file holds."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def compression_of(suffix: str, file: str) -> Compression:
 
 
 def decompress(compression: Compression, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Content of the frames in `chunks`, whatever the size of those.
+    """Yields the content of the frames in `chunks`, which may be cut anywhere.
 
-    Raises `BadRecord` when the data are broken or break off; all that came before has then been yielded. (The readers
-    of the libraries themselves take the end of a truncated zstandard frame for the end of the data.)
+    Raises `BadRecord` when the data are broken or break off, after yielding all that came before; OSError when `chunks`
+    do. (The libraries' own readers take the end of a truncated zstandard frame for the end of the data.)
     """
     frame, inside, any_frame = compression.new(), False, False
     pieces: list[bytes] = []
@@ -82,7 +82,7 @@ def decompress(compression: Compression, chunks: Iterable[bytes]) -> Iterator[by
                 pieces, size = [], 0
     except compression.errors as error:
         if isinstance(error, OSError) and error.errno is not None:
-            # the system's, of the file; bzip2's own have no number
+            # from reading the file; bzip2's own OSErrors have no number
             raise
         yield b"".join(pieces)
         raise BadRecord("broken", f"broken {compression.name} data ({error}); the file is lost from here") from None

@@ -1,4 +1,4 @@
-"""What a file holds: its first bytes say, and its name where they cannot.
+"""Recognises what a file holds: by its first bytes, and by its name where they do not suffice.
 
 | name                                                        | content                                         |
 |-------------------------------------------------------------|-------------------------------------------------|
@@ -6,10 +6,10 @@
 | .txt .text                                                  | one document                                    |
 | .tar                                                        | an archive of files of these formats            |
 | .parquet .pq                                                | one document a row                              |
-| each but the last + .zst .zstd .gz .gzip .xz .bz2           | the same, compressed                            |
+| each but the last + .zst .zstd .gz .gzip .xz .bz2 .bzip2    | the same, compressed                            |
 | .tgz .tbz .tbz2 .txz .tzst                                  | a compressed .tar                               |
 
-Compressed data, archives and Parquet are known whatever their name, and so are JSON lines that begin with an object.
+Compressed data, archives, Parquet and JSON lines that begin with an object are recognised whatever their name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import codecs
 import os
 from typing import Literal, NamedTuple
 
-HEAD_BYTES = 1 << 12  # of a file's beginning, enough to know it by
+HEAD_BYTES = 1 << 12  # bytes at the beginning of a file, enough to recognise it
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 KNOWN = ".jsonl, .ndjson, .json, .txt and .tar, each also with .zst, .gz, .xz or .bz2, .tgz and .parquet"
 
@@ -45,7 +45,7 @@ _UNPACK = "unpack it first"
 _CONVERT = "save it as .jsonl or .parquet"
 _AGAIN = "download it again"
 _UTF8 = "convert it to UTF-8: iconv -f {0} -t UTF-8"
-# place, bytes, what it is, remedy; of what begins alike the longer one comes first
+# (offset, bytes, what it is, remedy); of two with a common beginning the longer one comes first
 _FOREIGN = (
     (0, b"PK\x03\x04", "a zip archive", _UNPACK),
     (0, b"PK\x05\x06", "an empty zip archive", _AGAIN),
@@ -82,7 +82,7 @@ _POINTERS = (
     (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file itself", "run git lfs pull"),
     (b"/annex/objects/", "a git-annex pointer, not the file itself", "run git annex get"),
 )
-# These may well be the text of a document, but never JSON lines. Their letters are of either case.
+# These may well be the text of a document, but never JSON lines. They are compared in lower case.
 _MARKUP = (
     (b"<!doctype html", "an HTML page, as servers send it in the place of a file", _AGAIN),
     (b"<html", "an HTML page, as servers send it in the place of a file", _AGAIN),
@@ -97,7 +97,7 @@ class Content(NamedTuple):
 
 
 def content_of(head: bytes, name: str) -> Content:
-    """What a file of this name holds that begins with `head`: its first `HEAD_BYTES`, or all of it."""
+    """What a file called `name` holds. `head`: its first `HEAD_BYTES`, or all of it."""
     _, compression = split_name(name)
     named = kind_by_name(name)
     is_text = looks_like_text(head)
@@ -126,12 +126,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def kind_by_name(name: str) -> Kind | None:
-    """What a name says of what is in a file, or in its compression."""
+    """The kind that a name stands for, without the ending of its compression; None for an unknown ending."""
     return _KINDS.get(os.path.splitext(split_name(name)[0])[1])
 
 
 def looks_like_text(head: bytes) -> bool:
-    """Whether it is UTF-8 without NUL characters; the last character may be cut off."""
+    """Whether `head` is UTF-8 without NUL characters; its last character may be cut off."""
     if b"\0" in head:
         return False
     try:
@@ -142,7 +142,7 @@ def looks_like_text(head: bytes) -> bool:
 
 
 def _packed(head: bytes) -> Content | None:
-    """Of what is no text: compressed data, archives and Parquet."""
+    """The content of binary data that are compressed, an archive or Parquet; else None."""
     if head.startswith(b"\x1f\x8b"):
         return Content("compressed", ".gz")
     # The second is a frame that zstandard skips, with which some programs begin.
@@ -163,7 +163,7 @@ def _foreign(head: bytes) -> Content | None:
     for place, signature, what, remedy in _FOREIGN:
         if head.startswith(signature, place):
             return Content("unknown", f"is {what}: {remedy}")
-    # Most characters of most texts are ASCII, and so every other byte is 0.
+    # UTF-16 without a byte order mark: in mostly ASCII text every other byte is 0.
     for order, high, low in (("LE", head[1::2], head[::2]), ("BE", head[::2], head[1::2])):
         if high.count(0) > len(high) / 2 and 0 not in low:
             return Content("unknown", f"is UTF-16 text: {_UTF8.format('UTF-16' + order)}")

@@ -1,4 +1,4 @@
-"""Batches of records to batches of tokens: what a worker does."""
+"""The work of an encoding process: batches of records become batches of tokens."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ EXCERPT_BYTES = 120
 class EncodeSettings:
     tokenizer: str  # as `load_tokenizer` takes it
     json_key: str
-    validation_fraction: float  # share that is held out, of the documents or, with `blocks`, of each
-    eod_id: int | None = None  # token that ends a document; None: the tokenizer's of a usual name
-    keep_lossy: bool = False  # documents of which the tokenizer loses characters, instead of calling them bad
-    blocks: bool = False  # what is held out are blocks of each document: its segments are then documents
+    validation_fraction: float  # share that is held out: of the documents or, with `blocks`, of each document
+    eod_id: int | None = None  # token that ends a document; None: the tokenizer's, found by the usual names
+    keep_lossy: bool = False  # keep documents of which the tokenizer loses characters; otherwise they are bad
+    blocks: bool = False  # hold out blocks of each document, whose segments become documents
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What a worker sends back: D documents, their tokens one after another."""
+    """The result of a worker: D documents, their tokens one after another."""
 
     token_ids: np.ndarray  # int32 [tokens], each document ends with the end-of-document token
     lengths: np.ndarray  # int64 [D], tokens
     text_bytes: np.ndarray  # int64 [D], UTF-8
     held_out: np.ndarray  # bool [D]
     bad_records: tuple[BadSample, ...]
-    kept: tuple[KeptSample, ...]  # of the documents that are here
-    loss: Loss  # of the same
+    kept: tuple[KeptSample, ...]  # remarks about the D documents
+    loss: Loss  # characters of the D documents that the tokenizer lost
 
 
 def encode_group(settings: EncodeSettings, group: Sequence[RawRecord]) -> EncodedBatch:
-    """Parse and encode a group. Bad records are returned, not raised: what to do is decided in reading order."""
+    """Parse and encode a group. Bad records are returned, not raised, so that they are handled in reading order."""
     tokenizer, losses = _loaded_tokenizer(settings.tokenizer, settings.eod_id)
     bad_records: list[tuple[int, BadSample]] = []  # with the place in the group
     texts: list[tuple[int, str, bool]] = []  # with the place, and whether it is held out
@@ -75,7 +75,7 @@ def encode_group(settings: EncodeSettings, group: Sequence[RawRecord]) -> Encode
         lengths.append(sum(ids.size for ids in encoded) + 1)
         text_bytes.append(len(text) if text.isascii() else len(text.encode("utf-8")))
         held_out.append(held)
-    texts.clear()  # what follows needs the tokens twice
+    texts.clear()  # frees memory: concatenating holds all tokens twice
     bad_records.sort()
     return EncodedBatch(
         token_ids=np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int32),
@@ -89,7 +89,7 @@ def encode_group(settings: EncodeSettings, group: Sequence[RawRecord]) -> Encode
 
 
 def _segments(settings: EncodeSettings, text: str) -> list[tuple[str, bool]]:
-    """What become documents of a text, and whether each is held out."""
+    """(document, whether it is held out) for each document that `text` becomes."""
     if settings.blocks and settings.validation_fraction:
         return split_blocks(text, settings.validation_fraction)
     return [(text, settings.validation_fraction > 0 and is_held_out(text.encode(), settings.validation_fraction))]
@@ -101,7 +101,7 @@ def _sample(record: RawRecord, problem: BadRecord) -> BadSample:
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[np.ndarray] | BadRecord]:
-    """Tokens of each text, a long one's in several arrays, or why it has none."""
+    """Yields for each text its tokens, int32 [n] (a long text's in several arrays), or why it has none."""
     short = [text for text in texts if not is_long(text)]
     try:
         together = iter(tokenizer.encode_arrays(short))
@@ -125,6 +125,6 @@ def _encode_alone(tokenizer: Tokenizer, text: str) -> list[np.ndarray] | BadReco
 
 @functools.cache
 def _loaded_tokenizer(name: str, eod_id: int | None) -> tuple[Tokenizer, LossFinder]:
-    """One tokenizer a process: workers get its name, since loading is dearer than encoding a batch."""
+    """One tokenizer per process: workers get its name and load it once, because loading takes longer than a batch."""
     tokenizer = load_tokenizer(name, eod_id)
     return tokenizer, LossFinder(tokenizer)

@@ -1,7 +1,7 @@
-"""Records out of a file of any known format, with memory bounded by the largest document that is allowed.
+"""Reads records from a file of any known format, with memory bounded by the largest document allowed.
 
-The formats are those of contents.py. Archives may hold files of all of them but Parquet, archives included
-(OpenWebText, OpenWebText2).
+The formats are those of contents.py. Archives may hold files of every format but Parquet, also further archives
+(as in OpenWebText and OpenWebText2).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from megatron_tf.data.preparation.record_types import BadRecord, RawRecord, Read
 from megatron_tf.durable import open_plain
 
 READ_BYTES = 1 << 18
-MOST_NESTED = 8  # compressed files and archives within each other
+MOST_NESTED = 8  # levels of compressed files and archives within each other
 
 OnRead = Callable[[int], None]  # told how many bytes of the file were read
 
 
 def inspect_file(path: Path) -> Content:
-    """What a file holds, within its compression where its name does not say so. Raises OSError.
+    """What a file holds; it is decompressed as far as its name does not tell. Raises OSError.
 
-    Raises `DataError` when a package that reads it is missing: at once, not when its turn comes.
+    Raises `DataError` when a package needed to read it is missing: at once, not when its turn comes.
     """
     with open_plain(path) as file:
         name, nested = path.name, 0
@@ -48,7 +48,7 @@ def inspect_file(path: Path) -> Content:
                 break
             head, chunks, problem = _peeked(decompress(compression, chunks))
             if problem is not None:
-                # told when the file is read, as any damage
+                # reported when the file is read, like any other damage
                 break
             name, nested = split_name(name)[0], nested + 1
             content = content_of(head, name)
@@ -56,7 +56,7 @@ def inspect_file(path: Path) -> Content:
 
 
 def file_records(path: Path, limits: ReadLimits, on_read: OnRead) -> Iterator[RawRecord]:
-    """All records of a file, in order; a record that is bad is one with a `problem`. Raises OSError."""
+    """Yields all records of a file, in order; a bad one has a `problem`. OSError; `DataError` for a missing package."""
     with open_plain(path) as file:
         content = content_of(file.read(HEAD_BYTES), path.name)
         if content.kind != "parquet":
@@ -73,11 +73,11 @@ def _raw_chunks(file: IO[bytes], on_read: OnRead) -> Iterator[bytes]:
 
 
 def _ignore(num_bytes: int) -> None:
-    """Only what is read of the file itself counts, not what it turns into."""
+    """For data within a file: progress counts bytes of the file itself, not decompressed or unpacked ones."""
 
 
 def _peeked(chunks: Iterable[bytes]) -> tuple[bytes, Iterator[bytes], BadRecord | None]:
-    """(the first bytes, all chunks with these, what stands in the way of more first bytes).
+    """(at most the first `HEAD_BYTES` bytes, all chunks from the beginning, the problem in reading the former or None).
 
     The first chunk that is returned has at least `HEAD_BYTES`, or all there is before the problem.
     """
@@ -149,7 +149,7 @@ def _whole_record(where: str, chunks: Iterable[bytes], limits: ReadLimits) -> Ra
 
 
 def _line_records(where: str, chunks: Iterable[bytes], limits: ReadLimits) -> Iterator[RawRecord]:
-    """Lines that are not blank; blank ones are counted. A long line is joined once, not once a chunk."""
+    """Yields lines that are not blank, with their numbers among all. A long line is joined once, not once per chunk."""
     line, size = 1, 0  # size: of the unfinished line
     pieces: list[bytes] = []
 
@@ -186,24 +186,25 @@ def _too_long(size: int, limits: ReadLimits) -> BadRecord:
 
 
 def _member_records(where: str, chunks: Iterable[bytes], limits: ReadLimits, nested: int) -> Iterator[RawRecord]:
-    """Records of all files in a tar archive, read as a stream. A broken member does not end the archive.
+    """Yields records of all files in a tar archive, read as a stream. A broken member does not end the archive.
 
-    A hard link is to a member before it, which has been read. What a symbolic link leads to need not be there.
+    A hard link is skipped: the member that it names came before it and has been read. A symbolic link is a bad record,
+    because its target need not be in the archive.
     """
     stream: Any = _Stream(chunks)
     try:
-        # The default encoding errors keep names that are no UTF-8 as they are.
+        # The default handling of encoding errors keeps names that are not UTF-8.
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictMember) as archive:
             members: list[tarfile.TarInfo] = vars(archive)["members"]
             while (member := archive.next()) is not None:
-                members.clear()  # tarfile keeps them all, which for millions of members is the memory
+                members.clear()  # tarfile keeps every member; millions of them would fill the memory
                 place = f"{where}:{member.name}"
                 if member.isreg() and (content := archive.extractfile(member)) is not None:
                     yield from _content_records(place, member.name, _raw_chunks(content, _ignore), limits, nested)
                 elif not (member.isdir() or member.islnk()):
                     yield bad_raw(place, 1, BadRecord("unknown_member", _not_plain(member)))
             rest: Any = archive.fileobj
-            while piece := rest.read(READ_BYTES):  # to its end, where the checksums of compressed data are
+            while piece := rest.read(READ_BYTES):  # to the end, where compressed data have their checksums
                 if piece.strip(b"\0"):
                     raise BadRecord(
                         "broken", "data after the end of the archive, which are lost; was one file appended?"
@@ -221,7 +222,7 @@ def _not_plain(member: tarfile.TarInfo) -> str:
 
 
 class _StrictMember(tarfile.TarInfo):
-    """tarfile itself takes a damaged header, and the end of a truncated file, for the end of the archive."""
+    """Raises BadRecord for a damaged header and a truncated file, which tarfile takes for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictMember:
@@ -237,14 +238,14 @@ class _StrictMember(tarfile.TarInfo):
 
 
 class _Stream:
-    """Chunks as the file that tarfile reads from."""
+    """The file object over `chunks` that tarfile reads from."""
 
     def __init__(self, chunks: Iterable[bytes]):
         self._chunks = iter(chunks)
         self._rest = memoryview(b"")
 
     def read(self, size: int) -> bytes:
-        """At least one byte and at most `size`; none at the end."""
+        """From 1 to `size` bytes; b"" at the end."""
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:

@@ -1,4 +1,4 @@
-"""Which files a preparation reads: names and globs, every file once, and nothing passed over without a word."""
+"""The files that a preparation reads, from names and globs: every file once, and none skipped silently."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def expand_inputs(
     note: Callable[[str], None] = lambda text: None,
     is_output: Callable[[str], bool] = lambda name: False,
 ) -> list[Path]:
-    """The files of `find_inputs`. Raises `DataError` also for one that has a content of no known kind."""
+    """The files of `find_inputs`. Raises `DataError` also for files of an unknown kind."""
     files = find_inputs(patterns, note, is_output)
     _check_contents(files)
     return files
@@ -36,12 +36,11 @@ def find_inputs(
     is_output: Callable[[str], bool] = lambda name: False,
     ending: str = ".jsonl",
 ) -> list[Path]:
-    """Files and globs (`**` included) to files, each once, those of a glob in alphabetical order.
+    """The files that names and globs (`**` included) stand for, each once, those of a glob in alphabetical order.
 
-    Links are followed. A file that several names lead to, hard links included, is read under one of them, and `note` is
-    told. A glob does not match what `is_output` says the caller wrote. Messages name files with `ending` as examples.
-    Raises `DataError` for a pattern that matches nothing, for a link that leads nowhere, and for what is no file or
-    cannot be looked at.
+    Links are followed. A file with several names, hard links included, is read under one of them, and `note` is told.
+    A glob does not match files for which `is_output` is true. `ending`: of the example in a message. Raises `DataError`
+    for a pattern that matches nothing, a broken link, and anything that is not a file or not accessible.
     """
     found: dict[Identity, str] = {}
     repeated: list[tuple[str, str]] = []
@@ -66,12 +65,12 @@ def find_inputs(
 
 
 def _preference(name: str) -> tuple[bool, bool, str]:
-    """Of several names of a file the smallest counts: one that says what is in it, and no link if possible."""
+    """Sort key of names: a file is read under its smallest, preferably one that tells its kind and is not a link."""
     return kind_by_name(name) is None, os.path.islink(name), name
 
 
 def _identity(name: str, pattern: str, ending: str) -> Identity:
-    """What tells a file from others, whatever its name. Raises `DataError` for what is no file."""
+    """The same value for all names of a file, and another one for any other file. `DataError` unless it is a file."""
     with file_errors(DataError, name, REMEDY):
         status = os.stat(name)
     if stat.S_ISDIR(status.st_mode):
@@ -88,7 +87,7 @@ def _identity(name: str, pattern: str, ending: str) -> Identity:
 
 
 def _check_contents(files: Sequence[Path]) -> None:
-    """Raise one `DataError` for all files that are of no known kind."""
+    """Raise one `DataError` for all files of an unknown kind."""
     problems = []
     for path in files:
         with file_errors(DataError, path, "Make it readable, or leave it out."):
@@ -112,12 +111,12 @@ def _names(pattern: str) -> list[str]:
         return [pattern]
     steps = pattern.split("/")
     names = _matches("", steps)
-    # `**` looks into every folder, so that one is no file that it passes over.
+    # `**` also enters every folder, so that a folder among the matches is not a file that was missed.
     return [name for name in names if not os.path.isdir(name)] if "**" in steps else list(names)
 
 
 def _matches(folder: str, steps: Sequence[str]) -> Iterator[str]:
-    """Names below `folder` ("" is the current one) that `steps` match, the parts of a glob. A link is a name."""
+    """Names below `folder` ("": the current one) that match `steps`, the parts of a glob. Broken links are included."""
     step, rest = steps[0], steps[1:]
     if step == "**":
         for below in _folders_below(folder):
@@ -133,14 +132,14 @@ def _matches(folder: str, steps: Sequence[str]) -> Iterator[str]:
         if rest and os.path.isdir(path):
             yield from _matches(path, rest)
         elif os.path.lexists(path) and not (rest and os.path.exists(path)):
-            # also a link that leads nowhere, in the place of a folder: it is refused by its name
+            # also a broken link in the place of a folder, so that it is reported by its name
             yield path
 
 
 def _folders_below(top: str) -> Iterator[str]:
-    """`top` and all folders below it but hidden ones, each once however many links lead to it, a link's name last.
+    """`top` and all folders below it except hidden ones, each once, under its own name rather than that of a link.
 
-    Raises `DataError` for what cannot be looked into, and for links that lead nowhere.
+    Raises `DataError` for a folder that cannot be read, and for a broken link.
     """
     seen = set()
     folders, links = deque([top]), deque[str]()
@@ -158,7 +157,7 @@ def _folders_below(top: str) -> Iterator[str]:
 
 
 def _folder_identity(path: str) -> Identity | None:
-    """None for what is no folder."""
+    """As `_identity`, for a folder; None for anything else. Raises `DataError` for a broken link."""
     with file_errors(DataError, path, REMEDY):
         status = os.stat(path or ".")
     if not stat.S_ISDIR(status.st_mode):

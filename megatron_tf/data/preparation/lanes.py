@@ -1,7 +1,7 @@
-"""Many parts over many processes. A lane is a process that writes one part after another, with helpers of its own.
+"""Spreads many parts over many processes. A lane is a process that writes one part after another, with its own helpers.
 
-Few parts get helpers, up to about as many as one reader can feed; many parts get a process each, which needs no
-traffic between processes at all.
+With few parts each lane gets helpers, up to about as many as one reader can feed. With many parts every process is a
+lane of its own, which needs no traffic between processes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from megatron_tf.data.preparation.workers import WORKER_KILLED, encoding_process
 from megatron_tf.errors import DataError, UserError
 from megatron_tf.interrupt import kept_from_children
 
-WORKERS_PER_READER = 8  # one process reads, decompresses and writes for so many without becoming the bottleneck
-PARTS_PER_WORKER = 4  # from so many parts on they are dealt out evenly enough without helpers
+WORKERS_PER_READER = 8  # one process can read, decompress and write for so many without becoming the bottleneck
+PARTS_PER_WORKER = 4  # with at least so many parts the load is even enough without helpers
 
 
 def share_workers(workers: int, num_parts: int) -> tuple[int, int]:
-    """(lanes, processes in each): together at most `workers`."""
+    """(lanes, processes in each); their product is at most `workers`."""
     if num_parts >= PARTS_PER_WORKER * workers:
         return workers, 1
     lanes = max(1, min(num_parts, workers // WORKERS_PER_READER))
@@ -44,7 +44,7 @@ def write_parts(job: PartJob, parts: Sequence[Part], workers: int, observer: Obs
 
 @dataclass(frozen=True)
 class _Busy:
-    """The part of this number is another process's."""
+    """A lane's message: another process is at work on the part of this number."""
 
     number: int
 
@@ -59,7 +59,7 @@ def _in_lanes(job: PartJob, parts: Sequence[Part], lanes: int, processes: int, o
             for _ in range(lanes):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_run_lane, args=(job, parts, next_part, processes, sender))
-                with kept_from_children():  # Control-C comes when the process is known, and is then ended
+                with kept_from_children():  # delays Control-C until the process is in `running`, which is ended then
                     process.start()
                     sender.close()  # so that the end of the process is the end of the pipe
                     running[receiver] = process
@@ -102,7 +102,7 @@ def _check_ended(process: BaseProcess) -> None:
 
 
 class _Sender:
-    """An observer at the other end of a pipe."""
+    """An observer that sends what it is told through a pipe."""
 
     def __init__(self, sender: Connection):
         self._sender = sender

@@ -1,14 +1,14 @@
-"""Long texts are encoded in windows: libraries keep a hundred bytes a character while they encode.
+"""Encodes long texts in windows, because libraries need a hundred bytes per character while they encode.
 
-Windows overlap. One is left for the next at a place in the overlap where
+Windows overlap. The tokens of one end, and those of the next begin, at a place in the overlap where
 
 - both have the same tokens, for hundreds of characters on either side, so that these depend neither on where the next
   begins nor on where the first ends; and
 - a token begins with another kind of character than stands before it (white space, digits, letters or other signs), so
   that a group of digits counted from the beginning or the end of a number, or a run of spaces, lies within one window.
 
-So no place need be known to be a boundary: this works for texts without white space, and for tokenizers that put a
-space before every text. Where there is no such place, the text is encoded as a whole.
+So no boundary needs to be known beforehand: this works for texts without white space, and for tokenizers that put a
+space before every text. When there is no such place, the text is encoded as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OVERLAP_CHARACTERS = 8192
 
 
 def is_long(text: str) -> bool:
-    """Whether it is more than one window."""
+    """Whether `text` is longer than one window."""
     return len(text) > WINDOW_CHARACTERS
 
 
@@ -40,11 +40,11 @@ def encode_long(tokenizer: Tokenizer, text: str) -> list[np.ndarray] | None:
 
 
 class _NoPlace(Exception):
-    """There is no place to go from one window to the next."""
+    """The overlap has no place to go from one window to the next, or the tokenizer gives no spans."""
 
 
 def _parts(tokenizer: Tokenizer, text: str) -> Iterator[np.ndarray]:
-    begin = first = 0  # of the window, and its first token that is not yet given out
+    begin = first = 0  # first character of the window; its first token that was not yielded yet
     window = _window(tokenizer, text, begin)
     while begin + WINDOW_CHARACTERS < len(text):
         end = begin + WINDOW_CHARACTERS
@@ -64,9 +64,9 @@ def _window(tokenizer: Tokenizer, text: str, begin: int) -> Spans:
 
 
 def _splice(text: str, left: Spans, right: Spans, end: int) -> tuple[int, int]:
-    """(number of a token of `left`, of `right`), the same token, from which on `right` is taken.
+    """(index in `left`, index in `right`) of the same token, from which on the tokens of `right` are used.
 
-    `end`: the character from which on the tokens of `left` may depend on where it ends.
+    `end`: from this character on, tokens of `left` may depend on where its window ends. Raises `_NoPlace`.
     """
     stops = [int(np.searchsorted(spans.starts, end)) for spans in (left, right)]
     size = min(stops)

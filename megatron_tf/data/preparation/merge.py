@@ -1,4 +1,4 @@
-"""One pair of token files out of the pairs of many parts: the tokens are copied once, by the system where it can."""
+"""Merges the token files of many parts into one pair. The tokens are copied once, by the system where it can."""
 
 from __future__ import annotations
 
@@ -24,20 +24,18 @@ from megatron_tf.durable import partial_path
 from megatron_tf.errors import DataError
 
 COPY_BYTES = 1 << 30  # asked of the system at once
-ENTRIES = 1 << 20  # of the index, worked on at once: bounds the memory
-# What file systems say that cannot copy by themselves, or not between these two files.
+ENTRIES = 1 << 20  # of the index, in memory at once
+# Errors of file systems that cannot copy by themselves, or not between these two files.
 NO_COPY = frozenset(
     {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
 )
 
 
 def merge_pairs(prefixes: Sequence[Path], output: str, vocab_size: int, code: int | None = None) -> None:
-    """Write the documents of all `prefixes`, each one sequence, under the temporary names of OUTPUT.bin and .idx.
+    """Write the documents of all `prefixes`, one sequence each, under the temporary names of OUTPUT.bin and .idx.
 
-    `vocab_size`, `code`: as the `IndexedWriter` of each was given them.
-
-    `publish_pair` then gives them their own. A single pair is not copied but linked. The inputs stay. Raises
-    `DataError` for a damaged input, and OSError.
+    `publish_pair` then gives the files their final names. `vocab_size`, `code`: as given to the `IndexedWriter` of each
+    prefix. A single pair is linked, not copied. The inputs stay. Raises `DataError` for a damaged input, and OSError.
     """
     bin_path, idx_path = partial_path(data_file(output)), partial_path(index_file(output))
     for path in (bin_path, idx_path):
@@ -57,7 +55,7 @@ def merge_pairs(prefixes: Sequence[Path], output: str, vocab_size: int, code: in
 
 
 def _size(prefix: Path, code: int) -> tuple[int, int]:
-    """(documents, tokens) of a part. It is opened and closed again: thousands would be too many open files."""
+    """(documents, tokens) of a part, which is closed again: thousands would be too many open files. DataError."""
     dataset = IndexedDataset(prefix)
     if dataset.dtype != np.dtype(TOKEN_TYPES[code]) or dataset.num_documents != dataset.num_sequences:
         raise DataError(f"{prefix}.idx: is no part of this preparation. Delete it and run again.")
@@ -95,7 +93,7 @@ def _append(source: BinaryIO, out: BinaryIO, size: int) -> None:
             if error.errno not in NO_COPY:
                 raise
             break
-        if copied == 0:  # some file systems say so instead of refusing
+        if copied == 0:  # some file systems return 0 instead of an error
             break
         left -= copied
     if left:

@@ -10,10 +10,10 @@ from megatron_tf.arguments import input_path, text_path, whole_number
 def add_preparation_options(
     parser: argparse.ArgumentParser, *, metavar: str, inputs: str, things: str, bad: str, does: str
 ) -> None:
-    """Where input and output are, how the work is shared, and what is held out.
+    """Adds the options for input and output, shared work, bad records, and data that are held out.
 
-    `metavar`, `inputs`: what --input takes, and its help.  `things`: what is prepared.  `bad`: what ends the run, or is
-    left out.  `does`: what the processes do.
+    The texts stand in the help. `metavar`, `inputs`: name and help of --input. `things`: what is prepared. `bad`: what
+    ends the run or is left out. `does`: what the processes do, after "processes that".
     """
     add = parser.add_argument
     add("--input", type=input_path, nargs="+", required=True, metavar=metavar, help=inputs)

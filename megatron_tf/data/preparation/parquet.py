@@ -1,4 +1,4 @@
-"""Records out of .parquet files, read a few rows at a time. Needs the optional package pyarrow."""
+"""Reads records from .parquet files, a few rows at a time. Needs the optional package pyarrow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAGIC = b"PAR1"
 
 
 def require_pyarrow(path: Path) -> None:
-    """Raise `DataError` where it is not installed."""
+    """Raise a `DataError` that names `path` when pyarrow is not installed."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
@@ -23,9 +23,10 @@ def require_pyarrow(path: Path) -> None:
 
 
 def parquet_records(path: Path, limits: ReadLimits, on_read: Callable[[int], None]) -> Iterator[RawRecord]:
-    """One record a row, from the column `limits.json_key`. `on_read` is told the bytes of each row group in the file.
+    """One record per row, from the column `limits.json_key`.
 
-    Raises `DataError` without pyarrow, OSError when the file cannot be opened.
+    `on_read` is told the compressed bytes of that column, after each row group. Broken data yield a record that says
+    so. Raises `DataError` without pyarrow, OSError when the file cannot be opened.
     """
     require_pyarrow(path)
     import pyarrow
@@ -53,7 +54,7 @@ def parquet_records(path: Path, limits: ReadLimits, on_read: Callable[[int], Non
 
 
 def check_columns(paths: Iterable[Path], json_key: str) -> None:
-    """Raise `DataError` for a Parquet file among `paths` without a column of text: now, not when its turn comes."""
+    """Raise `DataError` for a Parquet file without a column `json_key` of text: now, not when the file's turn comes."""
     for path in paths:
         with file_errors(DataError, path, "Make it readable, or leave it out."), open_plain(path) as source:
             if source.read(len(MAGIC)) != MAGIC:
@@ -64,14 +65,14 @@ def check_columns(paths: Iterable[Path], json_key: str) -> None:
             try:
                 problem = column_problem(pyarrow.parquet.ParquetFile(source), json_key)
             except (pyarrow.ArrowException, OSError):
-                # told when the file is read, as any damage
+                # reported when the file is read, like any other damage
                 continue
         if problem is not None:
             raise DataError(f"{path}: {problem.reason}. Or leave such files out with --on-error skip.")
 
 
 def column_problem(file: Any, name: str) -> BadRecord | None:
-    """Why an open ParquetFile has no column `name` of strings; None when it has one."""
+    """Why an open ParquetFile has no single column `name` of strings or bytes; None when it has one."""
     import pyarrow.types as types
 
     lost = f"none of the {file.metadata.num_rows} rows can be read"

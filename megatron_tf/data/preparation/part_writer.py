@@ -1,4 +1,4 @@
-"""One part of a preparation from its files to its tokens and its report."""
+"""Writes one part of a preparation: from its input files to its token files and its report."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ OnError = Literal["stop", "skip"]
 
 
 class Read(Protocol):
-    """Files -> their records, in order. `on_read` is told the bytes read of the files."""
+    """Yields the records of the files, in order. `on_read` is told how many bytes of the files were read."""
 
     def __call__(self, paths: Iterable[Path], *, on_read: Callable[[int], None]) -> Iterator[RawRecord]: ...
 
 
 @dataclass(frozen=True)
 class PartJob:
-    """What is the same for all parts of a preparation."""
+    """The settings that all parts of a preparation share."""
 
     read: Read
     encode: Encode
     on_error: OnError
     vocab_size: int
-    code: int  # of the type in which tokens are written, see `data.indexed`
-    endings: tuple[str, ...]  # of the prefixes that are written: all documents, or those for training and held out
+    code: int  # of the integer type in which tokens are written, see `data.indexed`
+    endings: tuple[str, ...]  # of the written prefixes: ("",) for all documents, or ("_train", "_validation")
 
 
 def write_part(job: PartJob, part: Part, encode_all: EncodeAll, observer: Observer) -> bool:
@@ -104,7 +104,7 @@ def _take_bad_records(job: PartJob, batch: EncodedBatch, report: Report, observe
 
 
 def _add(batch: EncodedBatch, chosen: np.ndarray, writer: IndexedWriter, counts: SplitCounts) -> None:
-    """The documents of a batch that are `chosen` (bool [D])."""
+    """Writes and counts the documents of a batch that are `chosen` (bool [D])."""
     lengths = batch.lengths[chosen]
     ids = batch.token_ids if chosen.all() else batch.token_ids[np.repeat(chosen, batch.lengths)]
     writer.add_documents(ids, lengths)

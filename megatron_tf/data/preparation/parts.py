@@ -1,9 +1,9 @@
-"""The parts that a preparation is cut into: what can be done, finished and resumed on its own.
+"""The parts of a preparation: units of work that are written, finished and resumed independently.
 
 A part is one input file (several, when there are very many). Its tokens stand in `PREFIX.parts/KEY*.bin` and `.idx`,
-and it is finished when `KEY.json` exists. The key is a hash of all that decides its content: so a file that changed,
-or another tokenizer, is another part, finished parts are found again by any run that needs them, and any number of
-processes on any number of nodes may work on the same preparation.
+and it is finished when `KEY.json` exists. The key is a hash of everything that decides the content, so that a changed
+file or another tokenizer makes another part. Any run that needs a finished part finds it, and any number of processes
+on any number of nodes may work on the same preparation.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Part:
         return self.folder / f"{self.key}{ending}"
 
     def report(self) -> Report | None:
-        """What it holds, when it is finished."""
+        """Its report; None unless the part is finished and its token files are whole. `DataError` if unreadable."""
         report = read_report(self.report_path, self.key)
         if report is None:
             return None
         for ending, counts in report.splits.items():
             try:
                 dataset = IndexedDataset(self.prefix(ending))
-            except DataError:  # missing or cut off: it is made again
+            except DataError:  # missing or truncated: the part is written again
                 return None
             if (dataset.num_documents, dataset.num_tokens) != (counts.documents, counts.tokens):
                 return None
@@ -66,8 +66,10 @@ class Part:
 
 
 def plan_parts(prefix: str, files: Sequence[Path], settings: object) -> list[Part]:
-    """All parts, in the order in which they are merged. `settings`: what decides their content besides the files, a
-    JSON value."""
+    """All parts, in the order in which they are merged. `DataError` for a file that cannot be read.
+
+    `settings`: everything besides the files that decides the content, as a JSON value.
+    """
     per_part = -(-len(files) // MOST_PARTS)
     parts = []
     for start in range(0, len(files), per_part):
@@ -76,7 +78,7 @@ def plan_parts(prefix: str, files: Sequence[Path], settings: object) -> list[Par
         for path in members:
             with file_errors(DataError, path, "Make it readable, or leave it out."):
                 states.append(os.stat(path))
-                if not os.access(path, os.R_OK):  # said now, not in hours when its turn comes
+                if not os.access(path, os.R_OK):  # reported now, not in hours when its turn comes
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         described = [(str(path), state.st_size, state.st_mtime_ns) for path, state in zip(members, states, strict=True)]
         key = key_of([settings, described])
@@ -85,16 +87,17 @@ def plan_parts(prefix: str, files: Sequence[Path], settings: object) -> list[Par
 
 
 def key_of(content: object) -> str:
-    """A name for `content`, a JSON value."""
+    """A name for `content`, a JSON value: 24 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @contextmanager
 def file_lock(path: Path, patience_seconds: float = LOCK_SECONDS) -> Iterator[bool]:
-    """Hold the lock file `path` in the block, which is told whether we have it; the file is gone afterwards.
+    """Hold the lock file `path` in the block; yields whether we have it. The file is removed afterwards.
 
-    It is the system's own lock, so that it ends with its process however that ends. Where the file system knows no
-    locks we have it always: then nobody keeps two processes from doing the same work, which the user has to.
+    It waits `patience_seconds` for another holder. The system releases the lock when its process ends, however it ends.
+    On a file system without locks it is always granted: there it is up to the user that two processes do not do the
+    same work.
     """
     deadline = time.monotonic() + patience_seconds
     while True:

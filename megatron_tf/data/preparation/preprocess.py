@@ -1,6 +1,6 @@
-"""Text files to token files.
+"""Prepares text files as token files.
 
-The output depends on the inputs, the tokenizer and the settings that decide what a document is.
+The output depends only on the inputs, the tokenizer and the settings that decide what a document is.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class PreprocessSettings:
     output_prefix: str
     json_key: str = "text"  # field of a .jsonl line, column of a .parquet, that holds the document
     workers: int = 1  # processes that encode; 1 encodes in this one
-    on_error: OnError = "stop"  # what a bad record does
+    on_error: OnError = "stop"  # a bad record ends the preparation ("stop"), or is counted and left out ("skip")
     validation_fraction: float = 0.0  # share of documents, by hash of their text, that goes to PREFIX_validation
-    split_by: SplitBy | None = None  # hold out documents, or blocks of each; None: blocks where there is one document
+    split_by: SplitBy | None = None  # hold out documents, or blocks of each; None: blocks if there is one document
     max_document_bytes: int = ReadLimits().max_document_bytes  # of a record as it stands in its file
-    eod_token: str | None = None  # the one that ends a document; None: the tokenizer's of a usual name
-    keep_lossy: bool = False  # documents of which the tokenizer loses characters, instead of calling them bad
+    eod_token: str | None = None  # the token that ends a document; None: the tokenizer's, found by the usual names
+    keep_lossy: bool = False  # keep documents of which the tokenizer loses characters; otherwise they are bad
     shard_index: int = 0  # of num_shards runs that share the parts, each on its own
     num_shards: int = 1
-    replace: bool = False  # what is there already under the prefix, when it is not what these settings give
+    replace: bool = False  # replace other data under the prefix, which otherwise are an error
 
     @property
     def share(self) -> Share:
-        """What this run does of it."""
+        """The share of the work that this run does."""
         return Share(self.workers, self.shard_index, self.num_shards)
 
 
@@ -97,10 +97,10 @@ class TextPreparation(Preparation[CorpusSummary]):
 
 
 def preprocess(settings: PreprocessSettings, progress: ProgressDisplay) -> dict[str, CorpusSummary]:
-    """Prepare text, as `carry_out` does.
+    """Prepare text; returns and raises as `carry_out` does.
 
-    Writes PREFIX.bin, .idx, .json, or with a validation fraction those of PREFIX_train and PREFIX_validation, and
-    PREFIX.report.json.
+    Writes PREFIX.bin, .idx and .json, with a validation fraction those of PREFIX_train and PREFIX_validation instead;
+    also PREFIX.report.json.
     """
     return carry_out(plan_preparation(settings, progress.note), settings.share, progress)
 
@@ -111,7 +111,7 @@ def merge_shards(settings: PreprocessSettings, progress: ProgressDisplay) -> dic
 
 
 def plan_preparation(settings: PreprocessSettings, note: Callable[[str], None] = lambda text: None) -> TextPreparation:
-    """Check the settings and look at the inputs. Raises `DataError`. `note` is told what is noteworthy of these."""
+    """Check the settings and find the inputs, about which `note` is told remarks. Raises `DataError`."""
     if not 0 <= settings.validation_fraction < 1:
         raise DataError(f"validation fraction is {settings.validation_fraction}. Choose it in [0, 1).")
     if settings.max_document_bytes < 1:
@@ -142,12 +142,12 @@ def plan_preparation(settings: PreprocessSettings, note: Callable[[str], None] =
 
 
 def decisive(encode: EncodeSettings, limits: ReadLimits, fingerprint: str) -> object:
-    """What decides the content of a part besides its files. `fingerprint`: of the tokenizer."""
+    """Everything besides its files that decides the content of a part, as JSON. `fingerprint`: of the tokenizer."""
     return [{**asdict(encode), "tokenizer": fingerprint}, limits._asdict()]
 
 
 def _with_split(settings: PreprocessSettings, files: Sequence[Path], note: Callable[[str], None]) -> PreprocessSettings:
-    """The settings with a decision on what is held out."""
+    """The settings with `split_by` decided."""
     if settings.split_by is not None or not settings.validation_fraction:
         return settings
     if not is_one_document(files, _limits(settings)):

@@ -1,4 +1,4 @@
-"""What a preparation shows while it works: a bar on a terminal, a line every ten seconds elsewhere."""
+"""The progress of a preparation: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ DOCUMENTS = "documents"  # what is prepared, as messages call it
 
 @dataclass(frozen=True)
 class Advance:
-    """Work done since the last one."""
+    """Work done since the last `Advance`."""
 
     documents: int = 0
     text_bytes: int = 0
     tokens: int = 0
-    input_bytes: int = 0  # of the files, compressed as they are
+    input_bytes: int = 0  # of the input files, before decompression
 
 
 class Observer(Protocol):
     def advance(self, done: Advance) -> None: ...
 
     def bad_record(self, sample: BadSample) -> None:
-        """It was left out."""
+        """Called for each record that was left out."""
 
 
 class ProgressDisplay:
@@ -46,7 +46,7 @@ class ProgressDisplay:
         self._started = self._shown = clock()
 
     def start(self, total_bytes: int, unit: str = DOCUMENTS) -> None:
-        """`total_bytes`: of the input files that will be read.  `unit`: what is counted; tokens are of documents."""
+        """Begin. `total_bytes`: of the input files to be read. `unit`: what is counted; only documents have tokens."""
         self._unit = unit
         self._started = self._shown = self._clock()
         if self._stream.isatty():
@@ -85,7 +85,7 @@ class ProgressDisplay:
             print(text, file=self._stream, flush=True)
 
     def stop(self) -> None:
-        """Take the bar away and show the last counts, if there are any."""
+        """Remove the bar, and show the final counts if anything was counted."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

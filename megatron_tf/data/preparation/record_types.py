@@ -1,4 +1,4 @@
-"""What readers hand on: a document before it is parsed, or the reason why there is none."""
+"""The records that readers yield: a document before it is parsed, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ BadKind = Literal[
     "too_long",
     "truncated",  # a file or an archive that breaks off
     "broken",  # a file or an archive that is damaged
-    "unknown_member",  # a file, in an archive or alone, that is of no known format
-    "not_encodable",  # the tokenizer gave up
+    "unknown_member",  # a file, in an archive or alone, of an unknown format
+    "not_encodable",  # the tokenizer failed
     "lost_text",  # the tokenizer has no token for some characters
-    "bad_image",  # no image can be made of it
-    "bad_label",  # an image without a class, or with one that is none
+    "bad_image",  # it cannot be decoded
+    "bad_label",  # an image without a class, or with one that does not exist
 ]
 
 
 class BadRecord(Exception):
-    """A record that holds no text; `reason` is a phrase without file and line."""
+    """A record without a usable document; `reason` is a phrase without file and line."""
 
     def __init__(self, kind: BadKind, reason: str):
         super().__init__(kind, reason)
@@ -32,7 +32,7 @@ class BadRecord(Exception):
 
 
 class RawRecord(NamedTuple):
-    """A document before it is parsed, so that parsing can be another process's work."""
+    """A document that is not parsed yet, so that another process can do that."""
 
     file: str  # members of archives as archive:member
     line: int  # counted from 1, rows of a .parquet too; 1 for a file that is one document
@@ -42,7 +42,7 @@ class RawRecord(NamedTuple):
 
 
 class BadSample(NamedTuple):
-    """A bad record as the report names it."""
+    """A bad record, for the report."""
 
     kind: BadKind
     file: str
@@ -53,12 +53,12 @@ class BadSample(NamedTuple):
 
 KeptKind = Literal[
     "lost_text",
-    "encoded_whole",  # long, and without a place where its tokens could be taken apart
+    "encoded_whole",  # long, but without a place where it could be split for encoding
 ]
 
 
 class KeptSample(NamedTuple):
-    """A document that is in the data and of which the report has something to say."""
+    """A document that was prepared, with a remark for the report."""
 
     kind: KeptKind
     file: str

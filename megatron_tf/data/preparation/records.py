@@ -1,4 +1,4 @@
-"""Documents out of files: their records, and the text of a record. The formats are in formats.py."""
+"""Reads documents: the records of files, and the text of a record. The formats are in formats.py."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from megatron_tf.data.preparation.formats import file_records
 from megatron_tf.data.preparation.record_types import BadRecord, RawRecord, ReadLimits
 from megatron_tf.errors import DataError, file_errors
 
-MOST_LOOKED_AT = 1000  # records, before one good one among bad ones is not called a single document
+MOST_LOOKED_AT = 1000  # records: bounds the search for a second document when nearly all records are bad
 
 
 def read_records(
     paths: Iterable[Path], limits: ReadLimits | None = None, on_read: Callable[[int], None] = lambda num_bytes: None
 ) -> Iterator[RawRecord]:
-    """All records of the files, in order; what cannot be read in a file is a record that says so. Blank lines are left
-    out, but counted. `on_read` is told the bytes read of the files. Raises `DataError` for a file that cannot be read
-    at all."""
+    """Yields all records of the files, in order; a part of a file that cannot be read is a record that says so.
+
+    Blank lines are left out, but count for line numbers. `on_read` is told how many bytes of the files were read.
+    Raises `DataError` for a file that cannot be read at all.
+    """
     for path in paths:
         with file_errors(DataError, path, "Make it readable, or leave it out."):
             yield from file_records(path, limits or ReadLimits(), on_read)
@@ -55,12 +57,12 @@ def _fields(pairs: list[tuple[str, Any]]) -> _Fields:
     return fields
 
 
-# No number is asked for, and Python refuses to read integers of thousands of digits.
+# Numbers are not needed, and Python refuses to read integers of thousands of digits.
 _DECODER = json.JSONDecoder(object_pairs_hook=_fields, parse_int=lambda digits: 0)
 
 
 def _json_text(content: str, json_key: str) -> str:
-    # Files that were joined have a byte order mark in the middle.
+    # Concatenated files can have a byte order mark in the middle.
     content = content.removeprefix("\ufeff")
     try:
         value = _DECODER.decode(content)
@@ -89,7 +91,7 @@ def _json_text(content: str, json_key: str) -> str:
 
 
 def _probable_cause(content: str) -> str:
-    """Why a line is no JSON object, and what to do, where that can be guessed."""
+    """Why a line is not a JSON object, and what to do, as the end of a message; "" when that cannot be guessed."""
     if "\0" in content:
         return "; it has NUL characters, as files have that were cut off by a crash"
     if "\r" in content:
@@ -102,18 +104,18 @@ def _probable_cause(content: str) -> str:
 
 
 def _nested_field(value: _Fields, json_key: str) -> str:
-    """Where an object that lacks a field has one of that name after all."""
+    """The end of a message on a missing field that stands one level deeper; "" when there is none."""
     outer = next((key for key, inner in value.items() if isinstance(inner, _Fields) and json_key in inner), None)
     return "" if outer is None else f"; that within {outer!r} is not looked at: move it up"
 
 
 def bad_record_error(file: str, line: int, reason: str) -> DataError:
-    """The error of a command that does not go on after a bad record."""
+    """The error to raise when a command ends at a bad record."""
     return DataError(f"{file}:{line}: {reason}. Correct or remove the record.")
 
 
 def is_one_document(paths: Iterable[Path], limits: ReadLimits) -> bool:
-    """Whether the files hold a single document: they are read up to the second one."""
+    """Whether the files hold a single document. They are read up to the second one, or `MOST_LOOKED_AT` records."""
     documents = 0
     for record in islice(read_records(paths, limits), MOST_LOOKED_AT):
         with suppress(BadRecord):
@@ -125,7 +127,7 @@ def is_one_document(paths: Iterable[Path], limits: ReadLimits) -> bool:
 
 
 def read_texts(paths: Iterable[Path], json_key: str) -> Iterator[str]:
-    """Texts of the files, in order; empty ones are left out. Raises `DataError` with file and line for a bad record."""
+    """Yields the texts of the files, in order, without empty ones. `DataError` with file and line for a bad record."""
     for record in read_records(paths, ReadLimits(json_key)):
         try:
             yield parse_record(record, json_key)

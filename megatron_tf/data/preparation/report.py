@@ -1,5 +1,4 @@
-"""`PREFIX.report.json`: what a preparation read, wrote and left out, and why. Also the unit that parts are counted
-in."""
+"""`PREFIX.report.json`: what a preparation read, wrote and left out, and why. Each finished part has such a report."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ from megatron_tf.durable import read_plain, write_atomically
 from megatron_tf.errors import NOT_AS_WRITTEN, DataError, file_errors
 
 FORMAT = "megatron_tf preparation 1"
-MOST_BYTES = 1 << 28  # of a report: millions of input files
+MOST_BYTES = 1 << 28  # of a report, which may list millions of input files
 SAMPLES_PER_KIND = 10
 
 
 @dataclass
 class SplitCounts:
-    """What went into one pair of token files."""
+    """Counts of one pair of token files."""
 
     documents: int = 0
     tokens: int = 0  # with the end-of-document tokens
@@ -38,15 +37,15 @@ class SplitCounts:
 
 @dataclass
 class Report:
-    """Of a part, or of a whole preparation."""
+    """Counts and samples of a part, or of a whole preparation."""
 
-    splits: dict[str, SplitCounts]  # "" for all, or "_train" and "_validation": the ending of the prefix
+    splits: dict[str, SplitCounts]  # by ending of the prefix: "" for all, or "_train" and "_validation"
     skipped: Counter[str] = field(default_factory=Counter)  # kind of bad record -> how many
     samples: list[BadSample] = field(default_factory=list)  # the first of each kind
-    seconds: float = 0.0  # of the processes that read, added up
-    kept: Counter[str] = field(default_factory=Counter)  # kind of remark about a document that is there -> how many
+    seconds: float = 0.0  # summed over the processes that read
+    kept: Counter[str] = field(default_factory=Counter)  # kind of remark about a prepared document -> how many
     kept_samples: list[KeptSample] = field(default_factory=list)  # the first of each kind
-    loss: Loss = field(default_factory=Loss)  # of the documents that are there
+    loss: Loss = field(default_factory=Loss)  # characters of prepared documents that the tokenizer lost
 
     @property
     def documents(self) -> int:
@@ -58,7 +57,7 @@ class Report:
 
     @property
     def bad(self) -> int:
-        """Records that were left out, but for empty ones."""
+        """Number of records that were left out, without empty ones."""
         return self.skipped.total() - self.empty
 
     def add_bad(self, samples: Iterable[BadSample]) -> None:
@@ -68,7 +67,7 @@ class Report:
                 self.samples.append(sample)
 
     def add_kept(self, samples: Iterable[KeptSample], loss: Loss) -> None:
-        """Documents of a batch about which something is to be said, and what is lost of them."""
+        """Count remarks about a batch's documents, and the characters lost of them."""
         for sample in samples:
             self.kept[sample.kind] += 1
             if self.kept[sample.kind] <= SAMPLES_PER_KIND:
@@ -76,7 +75,7 @@ class Report:
         self.loss.add(loss)
 
     def add(self, other: Report) -> None:
-        """Count what stands after this."""
+        """Add the report of the part that follows."""
         for ending, counts in other.splits.items():
             self.splits[ending].add(counts)
         for sample in other.samples:
@@ -91,7 +90,7 @@ class Report:
         self.seconds += other.seconds
 
     def remarks(self) -> list[str]:
-        """What is to be said about the documents that are there, a sentence each."""
+        """Remarks about the prepared documents, one sentence each."""
         found = []
         if self.loss:
             found.append(
@@ -106,7 +105,7 @@ class Report:
 
 
 def write_report(path: Path, report: Report, key: str, files: Sequence[str]) -> None:
-    """Write it whole or not at all. `key`: of the work it belongs to."""
+    """Write the report whole or not at all. `key`: of the part or preparation it belongs to; `files`: its inputs."""
     content = {
         "format": FORMAT,
         "key": key,
@@ -128,7 +127,7 @@ def write_report(path: Path, report: Report, key: str, files: Sequence[str]) -> 
 
 
 def read_report(path: Path, key: str) -> Report | None:
-    """The report, when there is one and it belongs to the work `key`. Raises `DataError` when it cannot be read."""
+    """The report at `path`; None when there is none, or none of the work `key`. `DataError` when it cannot be read."""
     with file_errors(DataError, path, "Make it readable, or delete it to prepare the data again."):
         try:
             raw = read_plain(path, MOST_BYTES)
@@ -149,11 +148,11 @@ def read_report(path: Path, key: str) -> Report | None:
         )
         return report if _is_sound(report) else None
     except NOT_AS_WRITTEN:
-        return None  # not ours, or torn: the work is done again
+        return None  # not ours, or damaged: the work is done again
 
 
 def _is_sound(report: Report) -> bool:
-    """Whether all that is added up later is numbers."""
+    """Whether everything that is added up later is a number."""
     counts = [number for split in report.splits.values() for number in vars(split).values()]
     counts += [*report.skipped.values(), *report.kept.values(), *report.loss.pieces.values(), report.loss.characters]
     return all(type(count) is int for count in counts) and type(report.seconds) in (int, float)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from itertools import groupby
 
-MOST_BLOCK_CHARACTERS = 1 << 14  # of a long text many blocks are held out, from all its parts
+MOST_BLOCK_CHARACTERS = 1 << 14  # so that many blocks of a long text are held out, from all its parts
 
 
 def is_held_out(name: bytes, fraction: float) -> bool:
@@ -21,10 +21,10 @@ def _hash(content: bytes) -> int:
 
 
 def split_blocks(text: str, fraction: float) -> list[tuple[str, bool]]:
-    """(segment of `text`, whether it is held out), which together are the text; both kinds are there.
+    """(segment, whether it is held out) of the consecutive segments of `text`; there are some of both kinds.
 
-    Blocks of it, chosen by their hash, are held out until they are `fraction` of the text, but at least one; neighbours
-    that go the same way are one segment. A text of a single character goes to one side whole.
+    Blocks, chosen by hash, are held out until they make up `fraction` of the text, but at least one. Neighbouring
+    blocks on the same side form one segment. A text of a single character goes to one side whole.
     """
     blocks = _blocks(text, max(1, min(MOST_BLOCK_CHARACTERS, int(min(fraction, 1 - fraction) * len(text)))))
     if len(blocks) < 2:
@@ -41,7 +41,7 @@ def split_blocks(text: str, fraction: float) -> list[tuple[str, bool]]:
 
 
 def _blocks(text: str, characters: int) -> list[str]:
-    """`text` in blocks of about so many characters that end with a paragraph, a line or a word, if one of them does."""
+    """`text` in blocks of about `characters` that end with a paragraph, a line or a word where possible."""
     blocks, start = [], 0
     while len(text) - start > characters + characters // 2:
         earliest, latest = start + (characters + 1) // 2, start + characters

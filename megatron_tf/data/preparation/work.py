@@ -1,7 +1,7 @@
-"""The course of a preparation, of text or of images: its parts are written, by one run or by many, and then merged.
+"""Carries out a preparation of text or images: its parts are written, by one run or by several, and then merged.
 
-The output depends on the inputs and on the settings that decide what a document is; not on the number of processes, on
-who wrote which part, or on how often the work was interrupted.
+The output depends on the inputs and on the settings that decide what a document is, but not on the number of processes,
+on which of them wrote which part, or on how often the work was interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OUTPUT = re.compile(r"\.parts(/.*)?|((_train|_validation)?\.(bin|idx|json)|\.re
 
 @dataclass(frozen=True)
 class Share:
-    """What one run does of a preparation: the parts of a shard of `num_shards`, by `workers` processes."""
+    """The share of one run in a preparation: shard `shard_index` of `num_shards`, with `workers` processes."""
 
     workers: int = 1
     shard_index: int = 0
@@ -41,35 +41,35 @@ class Share:
 
 @dataclass(frozen=True)
 class Preparation(ABC, Generic[Summary]):
-    """A preparation, checked, before anything is read."""
+    """A preparation whose settings and inputs have been checked, and of which nothing has been read yet."""
 
     output_prefix: str
     files: tuple[Path, ...]
     parts: tuple[Part, ...]  # of all shards, in the order in which they are merged
     endings: tuple[str, ...]  # of the prefixes that are written
     job: PartJob
-    replace: bool  # what is there already under the prefix, when it is not what this gives
+    replace: bool  # replace other data under the prefix, which otherwise are an error
     unit: ClassVar[str] = DOCUMENTS
 
     @abstractmethod
     def write_summary(self, prefix: str, report: Report, ending: str) -> None:
-        """PREFIX.json, of the documents with `ending` in `report`."""
+        """Write PREFIX.json with the counts of `ending` in `report`."""
 
     @abstractmethod
     def read_summary(self, prefix: str) -> tuple[Summary, tuple[int, int]] | None:
-        """PREFIX.json, and the documents and tokens that it counts; None when there is none of ours."""
+        """(summary in PREFIX.json, (its documents, its tokens)); None when there is none."""
 
     @abstractmethod
     def remedy_for_nothing(self, report: Report) -> str:
-        """What to do when a prefix would hold no document."""
+        """The remedy, as a sentence, when a prefix would hold no document."""
 
     def remarks(self) -> Iterator[str]:
-        """What is noteworthy before the work begins."""
+        """Remarks to show before the work begins."""
         return iter(())
 
     @property
     def key(self) -> str:
-        """Names the work: the same for all that may share it."""
+        """Name of the work, the same for all runs that may share it."""
         return key_of([part.key for part in self.parts])
 
     @property
@@ -83,12 +83,12 @@ class Preparation(ABC, Generic[Summary]):
 
     @property
     def folder(self) -> Path:
-        """Where the parts stand."""
+        """The folder of the parts, PREFIX.parts."""
         return self.parts[0].folder
 
 
 def check_share(share: Share, output_prefix: str) -> None:
-    """DataError for numbers that cannot be, and for a prefix without a name."""
+    """DataError for numbers out of range, and for a prefix that ends without a name."""
     if share.workers < 1:
         raise DataError(f"the number of workers is {share.workers}. Choose at least 1.")
     if not 0 <= share.shard_index < share.num_shards:
@@ -100,17 +100,17 @@ def check_share(share: Share, output_prefix: str) -> None:
 
 
 def is_output(prefix: str, name: str) -> bool:
-    """Whether a preparation under `prefix` writes what is called `name`, its parts included."""
+    """Whether `name` is a file that a preparation under `prefix` writes, its parts included."""
     start, path = os.path.realpath(prefix), os.path.realpath(name)
     return path.startswith(start) and _OUTPUT.fullmatch(path[len(start) :]) is not None
 
 
 def carry_out(work: Preparation[Summary], share: Share, progress: ProgressDisplay) -> dict[str, Summary]:
-    """Write the parts of `share` that are not finished, and merge when those of all shards are.
+    """Write the parts of `share` that are not finished, and merge when the parts of all shards are.
 
-    Returns the summary of each prefix; of none when other shards have yet to finish. What is there already is left as
-    it is. Raises `DataError` for every mistake in the inputs, and for other data under the prefix unless they may be
-    replaced; older output is then unchanged.
+    Returns the summary by prefix; {} when other shards have not finished. Output of the same work is kept as it is.
+    Raises `DataError` for a mistake in the inputs, and for other data under the prefix unless they may be replaced;
+    older output is then unchanged.
     """
     summaries = _finished(work)
     if summaries is not None:
@@ -138,18 +138,18 @@ def carry_out(work: Preparation[Summary], share: Share, progress: ProgressDispla
 
 
 def merge_only(work: Preparation[Summary], progress: ProgressDisplay) -> dict[str, Summary]:
-    """The summaries as `carry_out` returns them. Raises `DataError` when parts are missing."""
+    """Merge the parts. Returns the summaries as `carry_out` does. Raises `DataError` when parts are missing."""
     check_others(work)
     return _merge_if_possible(work, progress, insist=True)
 
 
 def check_others(work: Preparation[Summary]) -> None:
-    """Raise `DataError` when the output would take the place of other data than this work's own, cut off or damaged."""
+    """Raise `DataError` when the output would replace other data than this work's own, truncated or damaged output."""
     outputs = (name(prefix) for prefix in work.prefixes.values() for name in (data_file, index_file))
     path = next(filter(Path.exists, outputs), None)
     if path is None or work.replace or read_report(work.report_path, work.key) is not None:
         return
-    if _obstacle(work):  # with all parts there, a merge of ours was cut off
+    if _obstacle(work):  # when all parts are there, the output is from our own interrupted merge
         raise DataError(
             f"{path}: is there already and not what these inputs and settings give. Choose another prefix, or have it "
             f"replaced with --replace."
@@ -157,9 +157,9 @@ def check_others(work: Preparation[Summary]) -> None:
 
 
 def _merge_if_possible(work: Preparation[Summary], progress: ProgressDisplay, *, insist: bool) -> dict[str, Summary]:
-    """Make the output out of the parts and delete them; nothing when parts are missing or another process does it.
+    """Merge the parts and delete them; returns the summaries by prefix.
 
-    `insist`: these two are a `DataError`.
+    When parts are missing or another process is merging them: `DataError` with `insist`, else a note and {}.
     """
     try:
         with (
@@ -175,7 +175,7 @@ def _merge_if_possible(work: Preparation[Summary], progress: ProgressDisplay, *,
                     progress.note(f"{work.folder}: {problem}")
                     return {}
                 summaries = _merge(work)
-            if held:  # other settings may have parts there as well
+            if held:  # not the whole folder: parts of other settings may be there as well
                 for part in work.parts:
                     part.discard()
             _note_remarks(work, progress)
@@ -185,7 +185,7 @@ def _merge_if_possible(work: Preparation[Summary], progress: ProgressDisplay, *,
 
 
 def _obstacle(work: Preparation[Summary]) -> str:
-    """Why it is too early to merge; empty when it is not."""
+    """Why it is too early to merge; "" when all parts are there."""
     missing = [part for part in work.parts if part.report() is None]
     if not missing:
         return ""
@@ -209,8 +209,8 @@ def _merge(work: Preparation[Summary]) -> dict[str, Summary]:
     try:
         for ending, prefix in work.prefixes.items():
             merge_pairs([part.prefix(ending) for part in work.parts], prefix, work.job.vocab_size, work.job.code)
-        # Before the token files get their names: a kill in between leaves counts that the reader sees to disagree,
-        # whereas token files without a summary would be read unchecked.
+        # The summary comes first: if we are killed in between, its counts disagree with the token files, which readers
+        # notice. Token files without a summary would be read unchecked.
         for ending, prefix in work.prefixes.items():
             work.write_summary(prefix, report, ending)
             publish_pair(prefix)
@@ -225,7 +225,7 @@ def _merge(work: Preparation[Summary]) -> dict[str, Summary]:
 
 
 def _finished(work: Preparation[Summary]) -> dict[str, Summary] | None:
-    """The summaries of the output, when it is this very work's and whole."""
+    """The summaries by prefix, if the output is there, whole, and of this very work; else None."""
     if read_report(work.report_path, work.key) is None:
         return None
     summaries = {}

@@ -1,4 +1,4 @@
-"""Encoding over several processes, results in order."""
+"""Encodes groups of records in several processes; results come in order."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from megatron_tf.interrupt import kept_from_children
 Encode = Callable[[Sequence[RawRecord]], EncodedBatch]
 EncodeAll = Callable[[Encode, Iterable[list[RawRecord]]], Iterator[EncodedBatch]]
 
-GROUPS_AHEAD_PER_WORKER = 3  # in the workers' hands; enough that none runs dry while this process encodes one itself
-BYTES_AHEAD_PER_WORKER = 1 << 24  # bounds the memory when documents are long
-RESULTS_AHEAD_PER_WORKER = 16  # finished, and waiting for an earlier one
+GROUPS_AHEAD_PER_WORKER = 3  # submitted, unfinished; no worker runs dry while this process encodes a group itself
+BYTES_AHEAD_PER_WORKER = 1 << 24  # of these groups: bounds the memory when documents are long
+RESULTS_AHEAD_PER_WORKER = 16  # that wait for an earlier one
 WORKER_KILLED = "a worker was killed, most likely for want of memory. Use fewer workers."
 THREADS_VARIABLE = "TOKENIZERS_PARALLELISM"
 
 
 @contextmanager
 def encoding_processes(workers: int) -> Iterator[EncodeAll]:
-    """A function that encodes groups, in order, on `workers` processes, this one among them.
+    """Yields a function that encodes groups, in order, on `workers` processes, of which this is one.
 
-    This process reads and writes; when the others have enough to do it encodes as well. So all processors are busy
-    with few workers, where encoding is most of the work, and reading never waits with many.
+    This process reads and writes; when the others have enough to do it encodes as well. So all processors are busy when
+    there are few workers, and reading never waits when there are many. Raises `DataError` when a worker is killed.
     """
     with one_thread():
         if workers == 1:
@@ -77,7 +77,7 @@ def _finished(batch: EncodedBatch) -> Future[EncodedBatch]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The tokenizers library keeps to one thread in this process and those started by it: processes are counted."""
+    """Keeps the tokenizers library to one thread in this process and its children: parallelism is by processes."""
     before = os.environ.get(THREADS_VARIABLE)
     os.environ[THREADS_VARIABLE] = "false"
     try:
@@ -90,7 +90,7 @@ def one_thread() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it is gone, killed without a chance to say so."""
+    """Makes this process end when the one that started it is gone, even if that was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
