@@ -1,4 +1,4 @@
-"""What is installed here, what is missing, and what that would enable. No torch, nothing but the standard library."""
+"""Finds what is installed here, what is missing, and what that would enable. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_tf.requirements import is_wanted, wanted_versions
 
 @dataclass(frozen=True)
 class Package:
-    """`essential`: nothing works without it. `enables`: what it is for."""
+    """A package and its purpose. `essential`: nothing works without it. `install`: the command that installs it."""
 
     name: str
     enables: str
@@ -25,7 +25,7 @@ class Package:
 
     @property
     def wanted(self) -> str:
-        """Versions as pip writes them."""
+        """The versions that this project was tested with, as pip writes them; "" for any."""
         return wanted_versions(self.name)
 
 
@@ -59,7 +59,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Installed:
-    """`version` None: not installed. `right`: installed in a version that is wanted."""
+    """A package as it is installed. `version` None: not installed. `right`: installed in a wanted version."""
 
     package: Package
     version: str | None
@@ -67,7 +67,7 @@ class Installed:
 
     @property
     def problem(self) -> str | None:
-        """What to do, if it is not as it should be."""
+        """A sentence on what is wrong and how to install it; None when the version is right."""
         package = self.package
         if self.right:
             return None
@@ -81,7 +81,7 @@ def installed_packages() -> list[Installed]:
 
 
 def system_facts() -> Iterator[tuple[str, str]]:
-    """(what, how it is here) of the machine, in words."""
+    """Yields (name, value as text) of facts about the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "host", f"{socket.gethostname()}, {platform.system()} {platform.release()}, {platform.machine()}"
     yield "python", platform.python_version()
@@ -92,7 +92,7 @@ def system_facts() -> Iterator[tuple[str, str]]:
 
 
 def machine_warnings(num_gpus: int) -> Iterator[str]:
-    """What will hurt later, though nothing is broken yet."""
+    """Yields a sentence with its remedy for each setting that works now and is likely to fail in a run."""
     if not wanted_versions("torch"):
         yield "megatron_tf itself is not installed, so versions of packages are not compared. pip install -e ."
     shared = "/dev/shm"

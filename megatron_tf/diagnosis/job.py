@@ -1,4 +1,4 @@
-"""The examination of a job: all ranks meet, compare what they run on, and measure devices, links and collectives."""
+"""Examines a job: all ranks meet, compare software and devices, and measure devices, links and collectives."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from megatron_tf.runtime.network import interface_problems
 from megatron_tf.runtime.patient_store import Unreachable
 from megatron_tf.runtime.rendezvous import Assembly, Stuck
 
-# What disturbs a whole measurement of a link, others' traffic say, has passed by the next time it is measured. While a
-# link still looks slow, all are measured some more times.
+# Passing disturbances, such as other traffic, can spoil a whole measurement of a link, so each link is measured several
+# times. As long as one still looks slow, all are measured again, up to DOUBTFUL_PASSES times.
 LINK_PASSES = 3
 DOUBTFUL_PASSES = 3
 NO_OPTIONS: Mapping[str, str] = {}
@@ -38,7 +38,10 @@ NO_OPTIONS: Mapping[str, str] = {}
 
 @dataclass
 class Diagnosis:
-    """What was found. Complete on rank 0; the others know as much as they have heard."""
+    """The findings. Complete on rank 0; the other ranks know only a part.
+
+    `hosts`, `flops` (FLOP/s): by rank. `broken`, `slow`: one sentence each.
+    """
 
     hosts: list[str] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
@@ -58,12 +61,12 @@ def examine(
     run: str = "",
     options: Mapping[str, str] = NO_OPTIONS,
 ) -> Diagnosis:
-    """All tests; `say` is told which one begins. What is wrong with the job is returned; only a mistake in starting it,
-    on which no test can begin, is raised, as LaunchError or DisagreementError.
+    """Runs all tests; `say` is told which one begins. Faults of the job are returned as findings. Only a mistake in
+    starting it, with which no test can begin, is raised, as LaunchError or DisagreementError.
 
-    `store`: in which the ranks of `assembly` meet; `run`: see `Assembly.meet`; `options`: how the doctor was started,
-    the same on all ranks. `num_bytes`: of large messages. `slow_factor`: how many times the median is slow; None is 1.5
-    between GPUs and 3 between processes on CPUs, which share cores.
+    `store`: where the ranks of `assembly` meet; `run`: see `Assembly.meet`; `options`: how the doctor was started, the
+    same on all ranks. `num_bytes`: size of large messages. `slow_factor`: slow means so many times slower than the
+    median; None: 1.5 on GPUs, and 3 on CPUs, where processes share cores.
     """
     found = Diagnosis()
     try:
@@ -120,7 +123,7 @@ def _examine(
         found.flops = [flops for flops, _ in measured]
         _add(found, judge_devices(found.flops, [right for _, right in measured], names, factor))
 
-    timeout = timedelta(seconds=3 * assembly.timeout)  # our own phases end before
+    timeout = timedelta(seconds=3 * assembly.timeout)  # never reached: our own phases time out earlier
     assembly.phase(
         "init_process_group",
         lambda: dist.init_process_group(
@@ -148,11 +151,10 @@ def _links(
     device: torch.device,
     doubtful: Callable[[list[Link]], bool],
 ) -> list[Link]:
-    """Of the ring of neighbours, and of the ring through the ranks with the same place on each node; [] on other ranks
-    than 0.
+    """Measures the links of the ring of all ranks, and of the rings through the same local rank on each node.
 
-    All are measured LINK_PASSES times, and DOUBTFUL_PASSES times more where they look `doubtful`; the best of a link
-    counts.
+    Returns the links on rank 0, [] on the others. All are measured LINK_PASSES times, and up to DOUBTFUL_PASSES more
+    while the results are `doubtful`. The best measurement of a link counts.
     """
     rank, world = assembly.rank, assembly.world_size
     per_host = hosts.count(hosts[0])
@@ -190,7 +192,7 @@ def _of_both_ends(by_rank: Sequence[Sequence[dict[str, Any]]]) -> list[Link]:
 
 
 def _judge_collectives(found: Diagnosis, by_rank: list[list[dict[str, Any]]], names: Sequence[str]) -> None:
-    """A collective is as slow as on its slowest rank."""
+    """Adds the collectives to the findings. The time of a collective is that of its slowest rank."""
     for alike in zip(*by_rank):
         speeds = [CollectiveSpeed(**one) for one in alike]
         first, seconds = speeds[0], max(speed.seconds for speed in speeds)
@@ -209,7 +211,7 @@ def _judge_collectives(found: Diagnosis, by_rank: list[list[dict[str, Any]]], na
 
 
 def _facts(device: torch.device) -> dict[str, str]:
-    """What must be alike on all ranks."""
+    """The facts that must be the same on all ranks."""
     facts = {**software_facts(os.environ), "device": device.type}
     if device.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(device)
@@ -223,7 +225,7 @@ def _errors(assembly: Assembly) -> list[str]:
 
 
 def _who_is_missing(missing: list[str], stuck: Stuck, world_size: int) -> list[str]:
-    """If nobody finishes, nobody in particular is to blame."""
+    """A sentence for each missing rank. When all are missing, no rank is to blame, but the connection between them."""
     if len(missing) == world_size:
         return [
             f"all ranks {stuck.what} in {stuck.phase}, so it is what connects them: the network interface "

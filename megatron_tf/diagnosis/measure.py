@@ -1,6 +1,6 @@
-"""Speed and correctness of a rank's device, of the links between pairs of ranks, and of the collectives of a job.
+"""Measures speed and correctness of a rank's device, of links between pairs of ranks, and of collectives.
 
-Repetitions are reduced to the fastest: what disturbs a measurement only ever makes it slower.
+The fastest repetition counts, because disturbances can only make a measurement slower.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ SMALL_ELEMENTS = 2
 
 @dataclass(frozen=True)
 class CollectiveSpeed:
-    """`latency`: seconds of the smallest message; `seconds`: of one of `bytes`; `right`: whether the sums were."""
+    """The speed of a collective on one rank.
+
+    `latency`: seconds for the smallest message; `seconds`: for a whole tensor of `bytes`; `right`: whether all results
+    were correct.
+    """
 
     kind: str
     latency: float
@@ -36,18 +40,18 @@ def device_flops(device: torch.device) -> tuple[float, bool]:
     """(FLOP/s of a square matrix product, whether its result is right)."""
     on_gpu = device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if on_gpu else (512, torch.float32)
-    # small whole numbers: every product and sum is exact in both types
+    # small whole numbers: all products, and their sums in fp32, are exact
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randint(-1, 2, (size, size), generator=generator).to(device, dtype) for _ in range(2))
     seconds = _fastest(lambda: left @ right, device)
     rows = (left @ right)[:4].double().cpu()
     exact = left[:4].double().cpu() @ right.double().cpu()
-    # sums beyond 256 are rounded to bf16's 8 bits
+    # the result in bf16 has 8 bits, so sums beyond 256 are rounded
     return 2 * size**3 / seconds, bool(torch.allclose(rows, exact, rtol=2**-8, atol=0))
 
 
 def ring_rounds(world_size: int, stride: int) -> list[list[tuple[int, int]]]:
-    """The links (r, r + stride) around the ring, in rounds in which every rank has one partner at most."""
+    """The links (r, (r + stride) % world_size), in at most three rounds in which each rank has at most one partner."""
     rounds: list[list[tuple[int, int]]] = [[], [], []]
     num_cycles = math.gcd(world_size, stride)
     length = world_size // num_cycles
@@ -60,7 +64,7 @@ def ring_rounds(world_size: int, stride: int) -> list[list[tuple[int, int]]]:
 
 
 def measure_link(rank: int, link: tuple[int, int], num_bytes: int, device: torch.device) -> Link:
-    """Ping-pong between the two ranks of `link`, one of which is `rank`."""
+    """Measures ping-pong between the two ranks of `link`, of which `rank` is one. `num_bytes`: of the large message."""
     first, second = link
     partner = second if rank == first else first
 
@@ -83,7 +87,7 @@ def measure_link(rank: int, link: tuple[int, int], num_bytes: int, device: torch
 
 
 def measure_collectives(rank: int, world_size: int, num_bytes: int, device: torch.device) -> list[CollectiveSpeed]:
-    """all-reduce, all-gather and reduce-scatter between all ranks, on a whole tensor of about `num_bytes`."""
+    """Measures all-reduce, all-gather and reduce-scatter over all ranks, on a whole tensor of about `num_bytes`."""
     share = max(1, num_bytes // 4 // world_size)
     total = world_size * (world_size + 1) / 2
     own = torch.full((share,), rank + 1.0, device=device)
@@ -121,7 +125,7 @@ def measure_collectives(rank: int, world_size: int, num_bytes: int, device: torc
     speeds = []
     for kind, (small, large) in calls.items():
         latency, seconds = _fastest(small, device), _fastest(large, device)
-        right = [small(), large()]  # both, whatever the first says: the other ranks call both
+        right = [small(), large()]  # both, even when the first is wrong: the other ranks call both
         speeds.append(CollectiveSpeed(kind, latency, seconds, 4 * whole.numel(), all(right)))
     return speeds
 
@@ -133,7 +137,7 @@ def bus_bandwidth(kind: str, num_bytes: int, seconds: float, world_size: int) ->
 
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    call()  # buffers and connections are made by the first
+    call()  # the first call creates buffers and connections
     fastest = math.inf
     for _ in range(REPETITIONS):
         _finish(device)

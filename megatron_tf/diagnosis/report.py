@@ -1,4 +1,4 @@
-"""What the doctor found, in words, for a terminal."""
+"""The doctor's findings as text for a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_tf.telemetry.text import plural
 
 
 def machine_report(machine: dict[str, Any]) -> str:
-    """Software and devices, what is missing, and what is broken; without a last newline."""
+    """Software and devices, what is missing, warnings, and what is broken; without a last newline."""
     facts = {**machine["system"], **{name: version for name, version in machine["packages"].items() if version}}
     lines = [f"{name:<14} {value}" for name, value in facts.items()]
     lines.append(f"{'devices':<14} {'; '.join(machine['gpus']) or 'no GPU: the CPU, with gloo'}")

@@ -1,4 +1,4 @@
-"""What all ranks of a run must have in common: its configuration, its data as each node sees them, and the software."""
+"""The facts that all ranks of a run must share: configuration, data as each node sees them, and software."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NO_OPTIONS: Mapping[str, object] = {}
 def run_facts(
     command: str, stages: Sequence[RunConfig], options: Mapping[str, object] = NO_OPTIONS, data: Sequence[str] = ()
 ) -> dict[str, str]:
-    """For `runtime.facts.agree`: names and values that read "NAME is VALUE".
+    """Facts for `runtime.facts.agree`: names and values that read "NAME is VALUE".
 
-    `command` with its `options`, None standing for one that is not given; `data`: prefixes that are read besides those
-    of the configuration.
+    `options`: of `command`; None for one that is not given. `stages`: the run, or the stages of a chain. `data`:
+    prefixes that are read besides those of the configuration.
     """
     facts = {COMMAND: command}
     facts |= {name: json.dumps(value, default=str) for name, value in options.items() if value is not None}
@@ -43,7 +43,7 @@ def run_facts(
 def settings(config: RunConfig) -> dict[str, str]:
     """Every key of a configuration, such as "data.train[0].path", with its value as text.
 
-    A relative run.dir is another folder where a rank was started elsewhere.
+    run.dir is made absolute, because a relative one is another folder on a rank that was started elsewhere.
     """
     run = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
     return dict(_leaves(config.model_copy(update={"run": run}).model_dump(by_alias=True), ""))
@@ -56,7 +56,7 @@ def defaults(config: RunConfig) -> set[str]:
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every value of nested sections and lists of sections, with its key: data.train[0].path."""
+    """(key, value as text) of every value in nested sections and lists of sections. A key: data.train[0].path."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))
@@ -72,7 +72,11 @@ def _tokenizer(path: str) -> str:
 
 
 def _read(in_words: Callable[[str], str], path: str) -> str:
-    """What cannot be read is said by all ranks, after they have met; here it only may not differ."""
+    """`in_words(path)`, or "not readable (...)".
+
+    No error is raised here: files that no rank can read are reported after the ranks have met. Here only differences
+    between ranks matter.
+    """
     try:
         return in_words(path)
     except (UserError, OSError) as error:

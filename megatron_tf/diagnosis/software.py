@@ -11,11 +11,11 @@ from pathlib import Path
 
 from megatron_tf.shipped import PACKAGE
 
-# Libraries in which numbers, files or the way of ranks to speak to each other depend on the version.
+# Libraries whose version decides numbers, file contents, or the communication between ranks.
 LIBRARIES = ("torch", "deepspeed", "numpy", "triton", "safetensors", "tokenizers", "xxhash")
 VARIABLE_PREFIX = "MEGATRON_TF_"
-# They change arithmetic, or what is sent between ranks. Not OMP_NUM_THREADS and the like: nodes may have other numbers
-# of cores, and results are the same to rounding. Not the names of interfaces: each node has its own.
+# They change arithmetic, or what is sent between ranks. OMP_NUM_THREADS and the like are left out: nodes may differ in
+# their number of cores, and results agree up to rounding. So are names of interfaces: each node has its own.
 VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "DS_ACCELERATOR",
@@ -34,7 +34,7 @@ VARIABLES = (
 
 
 def software_facts(environ: Mapping[str, str]) -> dict[str, str]:
-    """What must be the same on all ranks: name -> version, digest or value. Variables that are not set are left out."""
+    """Facts that must be the same on all ranks: name -> version, digest or value. Unset variables are left out."""
     facts = {"the code of megatron_tf": f"SHA-256 {code_digest()[:12]}", "Python": platform.python_version()}
     facts |= {library: _version(library) for library in LIBRARIES}
     names = sorted(name for name in environ if name in VARIABLES or name.startswith(VARIABLE_PREFIX))
@@ -42,7 +42,7 @@ def software_facts(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def code_digest(folder: Path | None = None) -> str:
-    """SHA-256 of all source files of this package (or `folder`), with their names."""
+    """SHA-256 of all source files (.py, .c) of this package or of `folder`, names included."""
     root = folder or PACKAGE
     digest = hashlib.sha256()
     for path in sorted(path for ending in ("py", "c") for path in root.rglob(f"*.{ending}")):
@@ -51,7 +51,7 @@ def code_digest(folder: Path | None = None) -> str:
 
 
 def _version(library: str) -> str:
-    """Of what this process has imported, or else of what is installed."""
+    """The version that this process has imported, else the installed one, else "not installed"."""
     loaded = getattr(sys.modules.get(library), "__version__", None)
     if loaded is not None:
         return str(loaded)

@@ -19,7 +19,10 @@ LATENCY_FACTOR = 5.0  # small messages vary more than large ones
 
 @dataclass(frozen=True)
 class Link:
-    """Between two ranks: seconds of the smallest message one way, bytes/s of a large one, whether they came whole."""
+    """A link between two ranks, measured one way.
+
+    `latency`: seconds for the smallest message; `bandwidth`: bytes/s of a large one; `right`: both arrived unchanged.
+    """
 
     first: int
     second: int
@@ -29,12 +32,12 @@ class Link:
 
 
 def best_of(*measured: Link) -> Link:
-    """A link at its fastest; wrong if it ever was."""
+    """The best latency and bandwidth of repeated measurements of a link; `right` only if it always was."""
     return _combined(measured, min, max)
 
 
 def worst_of(*measured: Link) -> Link:
-    """A link as the slower of its ends finds it; wrong if either does."""
+    """The worst latency and bandwidth of a link as measured at its two ends; `right` only if it was at both."""
     return _combined(measured, max, min)
 
 
@@ -49,14 +52,17 @@ def _combined(measured: Sequence[Link], latency: Callable[..., float], bandwidth
 
 @dataclass(frozen=True)
 class Findings:
-    """One sentence each. `usual`: what slow is measured by, in words."""
+    """What is wrong and what is slow, one sentence each, which names the ranks."""
 
     broken: list[str]
     slow: list[str]
 
 
 def judge_devices(flops: Sequence[float], right: Sequence[bool], names: Sequence[str], factor: float) -> Findings:
-    """Ranks whose matrix product is wrong, or `factor` times slower than the median's."""
+    """Finds ranks whose matrix product is wrong, or more than `factor` times slower than the median.
+
+    `flops` (FLOP/s), `right` and `names`: by rank.
+    """
     usual = median(flops)
     broken = [f"{name}: a matrix product on its device is wrong" for name, ok in zip(names, right) if not ok]
     slow = [
@@ -68,7 +74,11 @@ def judge_devices(flops: Sequence[float], right: Sequence[bool], names: Sequence
 
 
 def judge_links(links: Sequence[Link], names: Sequence[str], hosts: Sequence[str], factor: float) -> Findings:
-    """Ranks with two slow links or more and no other, and single slow links. Links within and between hosts apart."""
+    """Finds links that lose data, ranks whose links (two or more) are all slow, and single slow links.
+
+    Links within a host and between hosts are judged separately. `names` and `hosts`: by rank. Slow: bandwidth `factor`
+    times below the usual, or latency LATENCY_FACTOR · `factor` times above it.
+    """
     broken = [
         f"{names[link.first]} and {names[link.second]}: what one sends the other does not receive"
         for link in links
@@ -116,7 +126,7 @@ def _slow_links(links: Sequence[Link], names: Sequence[str], factor: float) -> l
 
 
 def judge_facts(facts: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """Ranks whose software or device is not what most ranks have; "none" stands for what some of them lack."""
+    """Sentences on ranks whose software or device differs from most ranks'; "none" stands for a missing fact."""
     sentences = []
     for key in dict.fromkeys(key for own in facts for key in own):
         values = [str(own.get(key, "none")) for own in facts]
