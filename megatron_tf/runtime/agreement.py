@@ -1,4 +1,4 @@
-"""Ranks that succeed together or fail together, each with the same message."""
+"""Makes ranks succeed together or fail together, all with the same message."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 def together(work: Callable[[], T]) -> T:
-    """Runs `work` on every rank. If it fails on any, all ranks raise one UserError that names every reason.
+    """Runs `work` on every rank; returns its result. If it fails on any, all ranks raise a UserError with all reasons.
 
-    What the user can correct is a UserError, or an OSError that names its file.
+    UserError and OSError are failures that the user can correct. Any other exception is raised on its rank alone.
     """
     results: list[T] = []
     error: UserError | None = None

@@ -6,15 +6,17 @@ import torch
 
 
 def missing_gpu(local_rank: int) -> str | None:
-    """The problem when this machine has GPUs, but none with this number; None without a problem."""
+    """A sentence when this machine has GPUs, but none with the number `local_rank`; else None."""
     if not torch.cuda.is_available() or local_rank < torch.cuda.device_count():
         return None
     return f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}"
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """This rank's GPU, which becomes the current one, or the CPU of a machine without any. IndexError as
-    `missing_gpu`."""
+    """This rank's GPU, which becomes the current one, or the CPU of a machine without GPUs.
+
+    IndexError when there are GPUs, but none for this rank.
+    """
     if problem := missing_gpu(local_rank):
         raise IndexError(problem)
     if not torch.cuda.is_available():

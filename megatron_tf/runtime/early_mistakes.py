@@ -1,5 +1,5 @@
-"""A user's mistake that a rank finds before the ranks meet, and that perhaps no other rank finds. No torch until
-then."""
+"""Reports a user's mistake that a rank finds before the ranks meet, and that perhaps no other rank finds. Imports torch
+only then."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from megatron_tf.runtime.stop_signals import end_at_signals
 
 # Rank 0 may still be importing; a launcher ends this rank sooner when rank 0 has made the same mistake.
 PATIENCE_SECONDS = 60.0
-# Within this rank 0 has heard of it and said it.
+# By then rank 0 has read the reason and printed it.
 SAYING_SECONDS = 3.0
 
 
 @contextmanager
 def told_to_all(environment: LaunchEnvironment, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
-    """A UserError in the block ends the meeting of the others, who would wait for this rank: rank 0 says it for all.
+    """A UserError in the block ends the meeting of the other ranks, which would wait for this one: rank 0 reports it.
 
-    Where rank 0 cannot be reached this rank says it itself, by a LaunchError with its number and host.
+    This rank then exits with code 2. If rank 0 cannot be reached within `patience_seconds`, this rank reports the
+    mistake itself, as a LaunchError with its number and host.
     """
     try:
         yield
     except UserError as error:
         if environment.rank == 0:
             raise
-        # rank 0 has made the same mistake, and the launcher ends all, or has begun to
+        # If rank 0 made the same mistake, the launcher stops all ranks, and may have begun: exit with its code then.
         end_at_signals(2)
         reason = f"rank {environment.rank} ({socket.gethostname()}): {error}"
         if _told(environment, reason, patience_seconds):

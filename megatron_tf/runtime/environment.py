@@ -1,10 +1,10 @@
-"""Who am I among the processes of a run? One answer for every launcher. No torch, no process group.
+"""Finds this process's place in a run, under every launcher. No torch, no process group.
 
 `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; `srun` (so `deepspeed
 --launcher slurm` too) sets SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID and leaves the meeting point to us; plain
 `python` is a run of one process.
-Nothing is guessed: variables that contradict each other would otherwise end as a hang, or as many processes that each
-train alone and write into the same folder.
+Nothing is guessed, because contradicting variables would end in a hang, or in many processes that each train alone and
+write into the same folder.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
 _MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-# Slurm numbers the steps that are no `srun` of the user from here up (batch script, interactive shell, extern, ...).
+# Slurm's numbers of steps that the user did not start by `srun` begin here (batch script, interactive shell, ...).
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _RETRY_SECONDS = 0.5
-# After so long a rank says for whom it waits.
+# After so long a rank prints for which ranks it waits.
 NOTICE_SECONDS = 10.0
 Notice = Callable[[str], None]
 _LATER_SECONDS = 20.0
@@ -57,9 +57,9 @@ class LaunchEnvironment:
     `launcher`: "python" is always one process; "deepspeed" stands for anything else that sets RANK and WORLD_SIZE.
     `rank` of `world_size` over all nodes; `local_rank` of `local_world_size` on this node (None: not known).
     `restarts`: how often SLURM has put the job back into the queue.
-    `master_addr`:`master_port`: where the ranks meet. A run of one process meets nobody: 127.0.0.1 and port 0.
+    `master_addr`:`master_port`: where the ranks meet; 127.0.0.1 and port 0 in a run of one process.
     `address_from`: the variable that `master_addr` was taken from.
-    `run`: what tells this run's ranks from another's that come to the same port, in words; "" where nothing does.
+    `run`: a name that tells this run's ranks from another run's at the same port; "" when the launcher gives none.
     """
 
     launcher: Launcher
@@ -75,9 +75,9 @@ class LaunchEnvironment:
 
 
 def detect(environ: Mapping[str, str]) -> LaunchEnvironment:
-    """The place that the launcher's variables in `environ` (`os.environ`) describe.
+    """This process's place as the launcher's variables in `environ` (`os.environ`) describe it.
 
-    LaunchError when variables are missing, no integers, or contradict each other.
+    LaunchError when variables are missing, are not integers, or contradict each other.
     """
     by_launcher = "TORCHELASTIC_RUN_ID" in environ or ("CROSS_SIZE" in environ and "RANK" in environ)
     if _in_slurm_step(environ) and not by_launcher:
@@ -94,23 +94,21 @@ def detect(environ: Mapping[str, str]) -> LaunchEnvironment:
 
 
 def _says_alone(environ: Mapping[str, str]) -> bool:
-    """WORLD_SIZE=1, perhaps left over in a shell, and nothing that contradicts it: one process in any case."""
+    """Whether the variables describe one process: WORLD_SIZE=1, perhaps left over in a shell, and rank 0."""
     given = (environ.get(name, usual).strip() for name, usual in zip(_RANK_VARIABLES, ("0", "", "0")))
     return tuple(given) == ("0", "1", "0")
 
 
 @contextmanager
 def one_message(environment: LaunchEnvironment, wait: Callable[[float], object] = time.sleep) -> Iterator[None]:
-    """Rank 0 reports a user's mistake in the block on which every rank fails; the others exit with code 2.
-
-    A mistake on which all ranks of a node fail is reported by the node's first rank.
-
+    """A user's mistake in the block on which all ranks fail is raised on rank 0 only; the others exit with code 2.
+    A NodeError, on which all ranks of a node fail, is raised on the node's first rank; another LaunchError on its rank.
     A launcher stops all ranks when the first one ends, so rank 0 goes first and the others `wait` (seconds).
     """
     try:
         yield
     except UserError as error:
-        # A LaunchError is about this rank or its machine; no other rank can say it.
+        # A LaunchError is about this rank or its machine; no other rank can report it.
         if environment.rank == 0 or (isinstance(error, LaunchError) and not isinstance(error, NodeError)):
             raise
         if isinstance(error, NodeError) and environment.local_rank == 0:
@@ -170,7 +168,7 @@ def _torchrun_run(environ: Mapping[str, str]) -> str:
 
 
 def _check_mpi(environ: Mapping[str, str], world_size: int) -> None:
-    """mpirun, without or with left-over variables of another launcher: its processes must be one run, not many."""
+    """LaunchError when the processes of mpirun would be many runs, without variables or with another launcher's."""
     for name in _MPI_SIZES:
         text = environ.get(name, "1")
         processes = int(text) if text.isdecimal() else 1
@@ -185,7 +183,7 @@ def _check_mpi(environ: Mapping[str, str], world_size: int) -> None:
 
 
 def _check_one_run(environ: Mapping[str, str], world_size: int) -> None:
-    """torchrun or deepspeed in every task of a Slurm step: together they must be one run, not one run each."""
+    """LaunchError when torchrun or deepspeed, started in every task of a Slurm step, would be one run per task."""
     tasks = _slurm_tasks(environ) if _in_slurm_step(environ) else 1
     agents = next((name for name in ("GROUP_WORLD_SIZE", "CROSS_SIZE") if name in environ), None)
     apart = agents is not None and _integer(environ, agents) == 1
@@ -213,9 +211,9 @@ def _from_slurm_step(environ: Mapping[str, str]) -> LaunchEnvironment:
                 f"{name}={environ[name]} contradicts {slurm_name}={value} of srun. Unset RANK, WORLD_SIZE and "
                 "LOCAL_RANK in the shell or script that calls srun."
             )
-    # A script that shows every task one GPU only sets LOCAL_RANK=0 and means it.
+    # LOCAL_RANK wins: a script that shows each task only one GPU sets it to 0 on purpose.
     local_rank = _integer(environ, "LOCAL_RANK" if "LOCAL_RANK" in environ else "SLURM_LOCALID")
-    # May be the allocation's number and not this step's: then it is not known.
+    # This may be the allocation's number and not this step's; the local world size is then not known.
     per_node = _integer(environ, "SLURM_NTASKS_PER_NODE") if "SLURM_NTASKS_PER_NODE" in environ else 0
     local_world_size = per_node if local_rank < per_node <= world_size else None
     restarts = _integer(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
@@ -235,15 +233,15 @@ def _from_slurm_step(environ: Mapping[str, str]) -> LaunchEnvironment:
 
 
 def _port_of_step(job: int, step: int, restarts: int) -> int:
-    """20000 to 29999, another one for each step of a job: they may run side by side.
+    """A port from 20000 to 29999 that differs between the steps of a job, because they may run at the same time.
 
-    Another one after a requeue too, far from the next jobs': a node may still hold a rank of the start before.
+    It also differs after a requeue, and is far from the next jobs' ports: a rank of the previous start may still run.
     """
     return 20000 + (job + 997 * restarts + 211 * step) % 10000
 
 
 def _in_slurm_step(environ: Mapping[str, str]) -> bool:
-    """Started by `srun`, not by a batch script or an interactive shell of an allocation."""
+    """Whether `srun` started this process, and not a batch script or an interactive shell of an allocation."""
     step = environ.get("SLURM_STEP_ID", "")
     return "SLURM_JOB_ID" in environ and step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
 
@@ -276,11 +274,10 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
 
 
 def check_port_free(addr: str, port: int, address_from: str = "MASTER_ADDR") -> None:
-    """LaunchError when rank 0 could not open `addr`:`port` here. For rank 0, before it opens the port.
+    """LaunchError when rank 0 could not open `addr`:`port` on this machine. Rank 0 calls it before it opens the port.
 
-    `address_from`: the variable that names `addr`.
-
-    Not under torchrun, whose agent itself listens on the port. Port 0 is always free.
+    `address_from`: the variable that names `addr`. Not to be used under torchrun, whose agent listens on the port. Port
+    0 is always free.
     """
     try:
         found = socket.getaddrinfo(addr, None, type=socket.SOCK_STREAM)
@@ -296,7 +293,7 @@ def check_port_free(addr: str, port: int, address_from: str = "MASTER_ADDR") -> 
         return
     # The store will listen on every address of this machine, not on `addr` alone.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that only winds down is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT counts as free
         try:
             probe.bind(("", port))
             probe.listen()
@@ -309,8 +306,8 @@ def check_port_free(addr: str, port: int, address_from: str = "MASTER_ADDR") -> 
 
 
 def notice_of(environment: LaunchEnvironment) -> Notice | None:
-    """Prints what this rank waits for. None for a rank that would repeat what others print: rank 0, rank 1 and the
-    first rank of each node do so."""
+    """A function that prints what this rank waits for. None for a rank that would repeat what others print: only rank
+    0, rank 1 and the first rank of each node print it."""
     if environment.rank > 1 and environment.local_rank > 0:
         return None
     who = f"rank {environment.rank} of {environment.world_size}"
@@ -320,11 +317,10 @@ def notice_of(environment: LaunchEnvironment) -> Notice | None:
 def wait_for_port(
     addr: str, port: int, timeout_seconds: float, address_from: str = "MASTER_ADDR", notice: Notice | None = None
 ) -> None:
-    """Wait until rank 0 listens on `addr`:`port`. For the other ranks, before they meet it there. `notice` is told once
-    that this takes long.
+    """Wait until rank 0 listens on `addr`:`port`. The other ranks call it before they connect.
 
-    LaunchError when `addr`, which the variable `address_from` names, is no host's name, or when nothing answers in
-    time.
+    `address_from`: the variable that names `addr`. `notice` is told once when this takes long. LaunchError when `addr`
+    cannot be resolved, or when nothing answers in `timeout_seconds`.
     """
     with ended_by_signals():
         _wait_for_port(addr, port, timeout_seconds, address_from, notice)

@@ -1,5 +1,4 @@
-"""Facts that all ranks must have in common, compared when they meet: what differs is named, with rank, host and
-values."""
+"""Compares facts that all ranks must share when they meet, and names every difference with rank, host and values."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ REMEDY = (
 def agree(assembly: Assembly, facts: Facts, problems: Sequence[str] = (), gpu: str = "") -> None:
     """DisagreementError on all ranks when `facts` are not the same on all of them, or when one has `problems`.
 
-    A fact's name and value read "NAME is VALUE". `problems` are sentences with their remedy. `gpu`: what this rank's is
-    known by; no two ranks may have the same. Stuck as the assembly is.
+    A fact's name and value read "NAME is VALUE". `problems`: sentences with their remedy. `gpu`: identifier of this
+    rank's GPU, "" without one; no two ranks may use the same. Raises Stuck and Unreachable as `Assembly` does.
     """
     reference = assembly.share("facts of rank 0", dict(facts))
     report = {"differs": differing(facts, reference), "problems": list(problems), "gpu": gpu}
@@ -37,9 +36,9 @@ def agree(assembly: Assembly, facts: Facts, problems: Sequence[str] = (), gpu: s
 
 
 def differing(facts: Facts, reference: Facts) -> dict[str, str]:
-    """Those of `facts` that are not as in `reference`, NOT_SET standing for what only one of them has.
+    """The `facts` that differ from `reference`, with NOT_SET for those that only `reference` has.
 
-    Of another command it is that alone.
+    When the commands differ, only the command is returned: the other facts then differ by nature.
     """
     if facts.get(COMMAND) != reference.get(COMMAND):
         facts, reference = ({COMMAND: some.get(COMMAND, NOT_SET)} for some in (facts, reference))
@@ -49,9 +48,9 @@ def differing(facts: Facts, reference: Facts) -> dict[str, str]:
 
 
 def differences(reference: Facts, by_rank: Sequence[Facts], names: Sequence[str]) -> Iterator[str]:
-    """A sentence for each fact of which a rank has another value than rank 0's, `reference`.
+    """Yields a sentence for each fact that has another value on some rank than on rank 0.
 
-    `by_rank`: what each rank finds `differing`. `names`: of the ranks.
+    `reference`: rank 0's facts. `by_rank`: what each rank finds `differing`. `names`: of the ranks.
     """
     for fact in dict.fromkeys(fact for own in by_rank for fact in own):
         ranks: dict[str, list[str]] = {}
@@ -64,7 +63,7 @@ def differences(reference: Facts, by_rank: Sequence[Facts], names: Sequence[str]
 
 
 def _verdict(assembly: Assembly, reference: Facts, reports: Sequence[Mapping[str, Any]]) -> str:
-    """What is wrong, in words; "" if nothing is, and on other ranks than 0."""
+    """The message on everything that is wrong; "" if nothing is, and on ranks other than 0."""
     names = [assembly.name(rank) for rank in range(len(reports))]
     found = list(differences(reference, [report["differs"] for report in reports], names))
     sentences = found[:MOST_DIFFERENCES]

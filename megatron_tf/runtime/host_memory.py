@@ -1,4 +1,4 @@
-"""How this process gets its memory from the system, and when it gets none."""
+"""Settings of this process's memory: keep what is freed, and refuse what the machine does not have."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def keep_freed_memory() -> None:
 
 
 def refuse_beyond_free() -> None:
-    """From here on an allocation fails, with an error, that takes this process beyond the memory that is free now.
+    """Makes allocations fail with an error when they take this process beyond the memory that is free now.
 
-    The system would let it pass and end the process when the memory is used. Where Linux does not say what is free: as
-    it was.
+    Otherwise the system would grant them and kill the process when the memory is used. Nothing changes where Linux does
+    not report free memory.
     """
     try:
         with open("/proc/meminfo", encoding="ascii") as file:

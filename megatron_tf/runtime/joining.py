@@ -1,4 +1,4 @@
-"""Joining the ranks, before anything else of the runtime exists."""
+"""Joins the ranks, before anything else of the runtime exists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_tf.runtime.network import interface_problems, stay_on_this_machine
 from megatron_tf.runtime.patient_store import Unreachable
 from megatron_tf.runtime.rendezvous import Assembly, Stuck, open_store
 
-# Nothing to compare.
+# Default of `join_ranks`: nothing to compare.
 NO_FACTS: Mapping[str, str] = {}
 
 
@@ -30,12 +30,12 @@ def join_ranks(
 ) -> torch.device:
     """Initialises torch.distributed; returns this rank's device.
 
-    nccl on GPUs, gloo on CPUs, where the process also keeps the memory that it frees. `store_file`: these are ranks of
-    one machine, which meet through this file instead of an address and a port. `facts`: what all ranks must have in
-    common, see `agree`; they are not compared with a `store_file`. A single process needs no network.
+    The backend is nccl on GPUs and gloo on CPUs, where the process also keeps the memory that it frees. `store_file`:
+    ranks of one machine meet through this file instead of an address and a port. `facts`: what all ranks must share,
+    see `agree`; with a `store_file` they are not compared. A single process needs no network.
 
-    LaunchError when the port is in use or the ranks do not meet in time. DisagreementError when they are not the ranks
-    of one run, or cannot work together.
+    LaunchError when the port is in use, a GPU is missing or the ranks do not meet in `timeout_seconds`.
+    DisagreementError when they are not the ranks of one run, or cannot work together.
     """
     timeout = timedelta(seconds=timeout_seconds)
     rank, world_size = environment.rank, environment.world_size
@@ -68,7 +68,7 @@ def join_ranks(
             f": {reason} Check that the nodes reach each other: firewalls, and GLOO_SOCKET_IFNAME or "
             "NCCL_SOCKET_IFNAME. tools/doctor.py tests every link.",
         ) from error
-    # Libraries look here for a rank's place. A process that did not become a rank keeps its own variables.
+    # Libraries read a rank's place from here. Set last: a process that did not become a rank keeps its variables.
     os.environ.update(
         RANK=str(environment.rank),
         WORLD_SIZE=str(environment.world_size),
@@ -82,7 +82,7 @@ def join_ranks(
 def _meet(
     environment: LaunchEnvironment, timeout_seconds: float, facts: Mapping[str, str], problems: list[str]
 ) -> dist.Store:
-    """The store in which all ranks of this run have come together, and found that they may work together."""
+    """The store in which all ranks have met and agreed on `facts`. Raises the errors of `join_ranks`."""
     store = open_store(environment, timeout_seconds)
     assembly = Assembly(store, environment.rank, environment.world_size, timeout_seconds, notice_of(environment))
     try:
@@ -112,7 +112,7 @@ def _device_problems(environment: LaunchEnvironment) -> Iterator[str]:
 
 
 def _gpu(local_rank: int) -> str:
-    """What this rank's GPU is known by everywhere; "" if there is none."""
+    """The UUID of this rank's GPU; "" if there is none."""
     if local_rank >= torch.cuda.device_count():
         return ""
     return str(torch.cuda.get_device_properties(local_rank).uuid)

@@ -20,16 +20,16 @@ from megatron_tf.registry import Registry
 from megatron_tf.telemetry.console import quiet_libraries
 
 REGISTRIES: tuple[Registry[Any], ...] = (ACTIVATIONS, ARCHITECTURES, OPTIMIZERS, TASKS)
-# What ranks need and take seconds to import; the last brings PyTorch's compiler, which DeepSpeed imports when it starts
-# an engine. What is not installed is passed over.
+# Modules that ranks need and that take seconds to import. The last one brings PyTorch's compiler, which DeepSpeed
+# imports when it starts an engine. Modules that are not installed are skipped.
 IMPORTS = ["torch", "deepspeed", "megatron_tf.engine.deepspeed.engine", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
 
 def start_ranks(function: Callable[..., None], world_size: int, *arguments: object) -> None:
-    """Runs `function(rank, *arguments)` in `world_size` processes; raises what any of them raised.
+    """Runs `function(rank, *arguments)` in `world_size` processes and waits for them; raises when one of them fails.
 
-    On a CPU they are forked from a forkserver that has already imported torch, which saves seconds a rank. CUDA cannot
-    be forked, so GPUs use spawn. What has been registered in this process is registered in theirs as well.
+    On a CPU they are forked from a forkserver that has already imported torch, which saves seconds per rank. CUDA
+    cannot be forked, so GPUs use spawn. Objects that were registered in this process are registered in theirs as well.
     """
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     if method == "forkserver":
@@ -53,10 +53,10 @@ def _with_environment(
     end_quietly()  # Control-C reaches the process that started the ranks as well
     gc.freeze()  # a collection would touch, and so copy, all that the forkserver has imported
     os.environ.clear()
-    os.environ.update(environment)  # of the process that starts ranks now, not of the one that they are forked from
+    os.environ.update(environment)  # of the process that called `start_ranks`; the forkserver's may be outdated
     for registry, things in zip(REGISTRIES, added):
         for name, thing in things.items():
-            # the module of an argument may have registered it already
+            # unpickling an argument may have imported a module that registers it
             if name not in registry:
                 registry.register(name, thing)
     function(rank, *arguments)

@@ -15,9 +15,9 @@ _GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
 
 def interface_problems(environ: Mapping[str, str], hosts: Sequence[str], on_gpu: bool) -> Iterator[str]:
-    """Why the ranks on `hosts` could not connect from here, as `environ` has it; a sentence for each variable.
+    """Yields a sentence with its remedy for each variable in `environ` with which ranks on `hosts` could not connect.
 
-    gloo connects ranks on GPUs as well, for what they keep on the CPU.
+    gloo's is checked on GPUs as well, because ranks exchange what they keep on the CPU through it.
     """
     if sys.platform != "linux":
         return
@@ -55,8 +55,7 @@ def interface_problems(environ: Mapping[str, str], hosts: Sequence[str], on_gpu:
 
 
 def stay_on_this_machine(environ: MutableMapping[str, str]) -> None:
-    """For ranks of one machine, which need no network: whatever `environ` says of interfaces is of no interest to
-    them."""
+    """Makes ranks of one machine use the loopback, if it is up: changes the interfaces that `environ` names."""
     environ.pop(NCCL_INTERFACE, None)
     environ.pop(GLOO_INTERFACE, None)
     if interfaces().get(LOOPBACK):
@@ -64,7 +63,7 @@ def stay_on_this_machine(environ: MutableMapping[str, str]) -> None:
 
 
 def interfaces() -> dict[str, list[str]]:
-    """The addresses of each interface."""
+    """The IPv4 and IPv6 addresses of each interface of this machine, by its name; [] for one without any."""
     found: dict[str, list[str]] = {name: [] for _, name in socket.if_nameindex()}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for name, addresses in found.items():
@@ -89,13 +88,13 @@ def _ipv4_address(probe: socket.socket, name: str) -> list[str]:
 
 
 def _chosen_by_gloo(environ: Mapping[str, str]) -> list[str]:
-    """The names of interfaces that gloo takes. It takes no notice of a single character."""
+    """The names of the interfaces that gloo uses; [] when it chooses. It ignores a value of a single character."""
     text = environ.get(GLOO_INTERFACE, "")
     return text.split(",") if len(text) > 1 else []
 
 
 def _address_of_host_name() -> list[str]:
-    """Where gloo listens when no interface is chosen."""
+    """The address where gloo listens when no interface is chosen, in a list."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:
@@ -105,7 +104,7 @@ def _address_of_host_name() -> list[str]:
 
 
 def _matches_nccl(wanted: str, names: Sequence[str]) -> bool:
-    """NCCL's own rule: beginnings of names, "=" before exact names, "^" before those that are not meant."""
+    """Whether `wanted` selects one of `names` by NCCL's rules: prefixes; "=": exact names; "^": all except these."""
     negated = wanted.startswith("^")
     exact = wanted.lstrip("^").startswith("=")
     parts = [part for part in wanted.lstrip("^=").split(",") if part]

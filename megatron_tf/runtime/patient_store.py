@@ -1,4 +1,4 @@
-"""Calls to the store in which ranks meet that always end: torch's own wait for ever when its process is stopped."""
+"""A store for the meeting of ranks whose calls always end. Torch's own wait for ever when its process is stopped."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch.distributed as dist
 from megatron_tf.errors import first_line
 
 Result = TypeVar("Result")
-# Also of a wait that took too long: one or the other, by version of torch.
+# Torch raises one or the other, also after a timeout, depending on its version.
 STORE_ERRORS = (dist.DistError, RuntimeError)
-# Seconds between two looks: a tenth of the time waited so far, within these.
+# `wait` polls at intervals of a tenth of the time waited so far, within these bounds, in seconds.
 SHORTEST_PAUSE = 0.002
 LONGEST_PAUSE = 1.0
 
 
 class Unreachable(Exception):
-    """The store, and so the process that keeps it, does not answer."""
+    """The store, and so the process that holds it, does not answer."""
 
 
 class PatientStore:
@@ -38,17 +38,17 @@ class PatientStore:
         return self._ask(lambda: self._store.compare_set(key, "", value).decode())
 
     def get(self, key: str) -> str | None:
-        """None when it is not there."""
+        """The value of `key`; None when it is not set."""
         return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
 
     def add(self, key: str, amount: int) -> int:
-        """The sum so far, with this `amount`."""
+        """Adds `amount` to the counter `key`; returns its new value."""
         return self._ask(lambda: self._store.add(key, amount))
 
     def wait(self, key: str, seconds: float) -> bool:
-        """Whether `key` was set in time."""
+        """Waits for `key`; returns whether it was set within `seconds`."""
         began = time.monotonic()
-        # torch's own wait prints lines of its C++ about one that ends without the key.
+        # torch's own wait prints C++ messages when it times out.
         while not self._ask(lambda: self._store.check([key])):
             waited = time.monotonic() - began
             if waited >= seconds:
@@ -66,7 +66,7 @@ class PatientStore:
 
 
 class Outcome(Generic[Result]):
-    """What a call returned or raised."""
+    """Makes a call, and holds what it returned or raised."""
 
     def __init__(self, call: Callable[[], Result]):
         self.error: BaseException | None = None
@@ -77,16 +77,16 @@ class Outcome(Generic[Result]):
             self.error = error
 
     def value(self) -> Result:
-        """Raises what the call raised."""
+        """What the call returned. Raises what it raised."""
         if self.error is not None:
             raise self.error
         return self._values[0]
 
 
 def within(seconds: float, name: str, call: Callable[[], Result]) -> Outcome[Result] | None:
-    """The outcome of `call`, None if it takes longer.
+    """The outcome of `call`; None if it takes longer than `seconds`. `name`: of its thread.
 
-    A hanging call in torch cannot be cancelled, so it stays in a thread, which ends with the process.
+    A hanging call in torch cannot be cancelled, so it stays in its thread, which ends with the process.
     """
     outcomes: list[Outcome[Result]] = []
     thread = threading.Thread(target=lambda: outcomes.append(Outcome(call)), name=name, daemon=True)

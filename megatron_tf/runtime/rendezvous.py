@@ -1,7 +1,7 @@
-"""Bringing ranks together step by step, so that a rank that is missing or stuck is known by name.
+"""Brings ranks together step by step, so that a rank that is missing or stuck can be named.
 
-torch's own rendezvous and collectives only say that somebody did not come. Here every rank leaves a mark in the
-key-value store before and after each phase; a rank that waits too long reads who left none.
+Torch's own rendezvous and collectives only report that some rank did not come. Here every rank leaves a mark in the
+key-value store before and after each phase, so that rank 0 can read which ranks left none.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from megatron_tf.telemetry.text import some_of
 
 FAREWELL_SECONDS = 5.0
 ALL_HERE = "all here"
-# A store that is alive answers in less, whatever else the ranks wait for.
+# A living store answers in less, whatever else the ranks wait for.
 ANSWER_SECONDS = 60.0
 MOST_RANKS = 4  # that a message names
-# A process may meet the others more than once, in a store of torchrun's that outlives the meeting.
+# Keys of their own for each meeting: a process may meet the others again, in a store of torchrun's that lives on.
 _MEETINGS = itertools.count()
 
 
 class Stuck(Exception):
-    """Ranks did not come, or did not come back. `ranks`: which; `phase`: where."""
+    """Ranks did not begin or finish a phase. `ranks`: which, if known; `phase`: its name; `what`: "did not ..."."""
 
     def __init__(self, ranks: list[int], phase: str, what: str):
         super().__init__(f"{what} in {phase}")
@@ -49,8 +49,10 @@ class Stuck(Exception):
 
 
 def open_store(environment: LaunchEnvironment, timeout_seconds: float) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 opens (torchrun: its agent). LaunchError when it is not
-    found."""
+    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 opens (under torchrun its agent).
+
+    LaunchError when it cannot be opened, or not be reached in `timeout_seconds`.
+    """
     address, port, rank = environment.master_addr, environment.master_port, environment.rank
     by_agent = environment.launcher == "torchrun"
     if rank > 0 or by_agent:
@@ -74,13 +76,12 @@ def open_store(environment: LaunchEnvironment, timeout_seconds: float) -> dist.S
 
 
 class Assembly:
-    """The ranks of a job around a store. Every method but `tell` and `hear` is called by all ranks, in the same order.
+    """The ranks of a job around a store.
 
-    First of all they `meet`.
-
-    Only rank 0 reads what each of the others wrote, so that thousands of ranks do not ask for thousands of things each.
-    Every method raises Unreachable when the store does not answer. Phases have names of their own each.
-    `notice` is told for whom this rank waits, when it takes long.
+    First of all they `meet`; then all ranks call `share`, `phase` and `collect` in the same order, each time with
+    another name. Only rank 0 reads what each of the others wrote, so that thousands of ranks do not make thousands of
+    requests each. Methods raise Unreachable when the store does not answer, except `errors` and `hear`.
+    `notice` is told for which ranks this one waits, when that takes long.
     """
 
     def __init__(
@@ -92,18 +93,19 @@ class Assembly:
         self._notice = notice
         self._store = PatientStore(store, min(timeout_seconds, ANSWER_SECONDS))
         self._names: list[str] = [f"rank {rank}" for rank in range(world_size)]
-        # Ranks that never came, as far as this one knows.
+        # Ranks that did not come, as far as this one knows.
         self._absent: set[int] = set()
 
     def name(self, rank: int) -> str:
-        """ "rank 3 (node7)"; without the host until `meet` has heard of it."""
+        """ "rank 3 (node7)"; without the host before `meet` has read it."""
         return self._names[rank]
 
     def meet(self, run: str = "") -> list[str]:
-        """The host of every rank. `run`: what tells a run's ranks from those of other runs, the same on all of them.
+        """The roll call; returns the host of every rank. `run`: name of the run, the same on all its ranks.
 
-        Stuck, with the ranks that did not come in time. LaunchError, on this rank alone, when the store belongs to
-        another run. DisagreementError, on all ranks, when they do not have the numbers of one run.
+        Raises Stuck, with the ranks that did not come in time (known on rank 0). LaunchError, on this rank alone, when
+        the store belongs to another run. DisagreementError, on all ranks, when world sizes differ or two processes have
+        the same rank.
         """
         host = socket.gethostname()
         if self.rank == 0:
@@ -133,8 +135,10 @@ class Assembly:
         return hosts
 
     def call_off(self, run: str, reason: str) -> bool:
-        """Instead of `meet`: all others get `reason` as a DisagreementError. False when the roll call was over
-        before."""
+        """Called instead of `meet`: all other ranks raise `reason` as a DisagreementError.
+
+        False when the roll call was over already, or rank 0 did not come. LaunchError when the store is another run's.
+        """
         try:
             self._find_rank_zero(run)
         except Stuck:
@@ -144,7 +148,7 @@ class Assembly:
         return called_off
 
     def share(self, name: str, value: Any) -> Any:
-        """Rank 0's `value`, which JSON can hold, on all ranks. Stuck when it does not come in time."""
+        """Rank 0's `value`, a JSON value, on all ranks. Stuck when it does not come in time."""
         if self.rank == 0:
             self._store.set(name, json.dumps(value))
         elif not self._store.wait(name, self.timeout):
@@ -152,9 +156,10 @@ class Assembly:
         return json.loads(self._store.get(name) or "null")
 
     def phase(self, name: str, work: Callable[[], Result]) -> Result:
-        """`work()` on all ranks at once, each in time. Stuck, with the ranks that did not begin or end it.
+        """Runs `work` on all ranks at once; returns its result when all have finished in time.
 
-        What `work` raises on a rank is raised there; the others get Stuck.
+        Raises Stuck, with the ranks that did not begin or finish (known on rank 0). An exception of `work` is raised on
+        its rank; the others then raise Stuck.
         """
         self._arrive(name)
         outcome = within(self.timeout, name, work)
@@ -170,9 +175,8 @@ class Assembly:
         return outcome.value()
 
     def collect(self, name: str, value: Any) -> list[Any]:
-        """Every rank's `value`, which JSON can hold, on rank 0; [] on the others. Stuck, with the ranks that gave
-        none."""
-        name = f"results of {name}"  # no phase's
+        """Every rank's `value`, a JSON value, on rank 0; [] on the others. Stuck, with the ranks that gave none."""
+        name = f"results of {name}"  # so that a phase can have the same name
         self._store.set(f"{name}/value/{self.rank}", json.dumps(value))
         self._arrive(name)
         values = [self._store.get(f"{name}/value/{rank}") for rank in self._ranks()]
@@ -180,7 +184,7 @@ class Assembly:
         return [json.loads(value or "") for value in values]
 
     def errors(self) -> dict[int, str]:
-        """What was raised so far, by rank; nothing on other ranks than 0, or when the store no longer answers."""
+        """The exceptions of phases so far, by rank, as text. {} on ranks other than 0, or when the store is silent."""
         try:
             found = {rank: self._store.get(f"error/{rank}") for rank in self._ranks()}
         except Unreachable:
@@ -188,7 +192,7 @@ class Assembly:
         return {rank: error for rank, error in found.items() if error is not None}
 
     def tell(self, verdict: int) -> None:
-        """For rank 0, when it has said all: gives the others its exit code, and them a moment to read it.
+        """Rank 0 calls it at the end: gives the others its exit code, and a moment to read it.
 
         A launcher stops all ranks when the first one fails, and the store may end with this process.
         """
@@ -196,7 +200,7 @@ class Assembly:
         self.farewell()
 
     def hear(self) -> int | None:
-        """For the others: rank 0's exit code; None when it does not come in time."""
+        """The other ranks call it at the end: rank 0's exit code; None when it does not come in time."""
         try:
             if not self._store.wait("verdict", self.timeout):
                 return None
@@ -207,9 +211,9 @@ class Assembly:
         return verdict
 
     def farewell(self) -> None:
-        """Before all ranks end: the store may end with rank 0, and the others have to read in it why.
+        """Called before all ranks end: the store may end with rank 0, and the others have to read the reason in it.
 
-        Rank 0 gives them a moment; not those of which it knows that they never came.
+        Rank 0 waits a moment for them, but not for ranks that it knows did not come.
         """
         if self.rank > 0:
             self._store.set(f"told/{self.rank}", "")
@@ -220,7 +224,7 @@ class Assembly:
                 return
 
     def _find_rank_zero(self, run: str) -> dict[str, Any]:
-        """What rank 0 has said of itself. Stuck when it does not come; LaunchError when it is another run's."""
+        """Rank 0's run, world size and host. Stuck when it does not come; LaunchError when it is another run's."""
         if not self._wait("run", "the roll call", lambda: [0]):
             raise Stuck([0], "the roll call", "did not come")
         first = json.loads(self._store.get("run") or "{}")
@@ -234,14 +238,15 @@ class Assembly:
         return first
 
     def _refuse(self, reason: str) -> NoReturn:
-        """Ends the roll call for all ranks; if it was over before, this rank is not of the run."""
+        """Ends the roll call on all ranks, by a DisagreementError. If it was over already, this rank does not belong to
+        the run: LaunchError."""
         if self._store.set_once("the roll call/all here", reason) == ALL_HERE:
             raise LaunchError(f"{self.name(0)} has met its ranks without this one: {reason}")
         self._arrive("the roll call")
         raise AssertionError(f"the roll call went on although {reason}")
 
     def _arrive(self, name: str) -> None:
-        """Waits for all ranks to come here."""
+        """Waits until all ranks have begun `name`. Stuck when some do not; DisagreementError when it is called off."""
         self._store.set(f"{name}/here/{self.rank}", "")
         if self._store.add(f"{name}/count", 1) == self.world_size:
             self._store.set_once(f"{name}/all here", ALL_HERE)
@@ -255,8 +260,7 @@ class Assembly:
             raise DisagreementError(refusal)
 
     def _wait(self, key: str, phase: str, absent: Callable[[], list[int]]) -> bool:
-        """Whether `key` was set in time. `absent`: the ranks that it waits for, which are named when that takes
-        long."""
+        """Waits for `key`; returns whether it was set in time. `absent`: gives the ranks to name when it takes long."""
         at_first = min(NOTICE_SECONDS, self.timeout)
         if self._store.wait(key, at_first):
             return True
@@ -271,7 +275,7 @@ class Assembly:
         return [rank for rank in self._ranks() if self._store.get(f"{prefix}/{rank}") is None]
 
     def _ranks(self) -> range:
-        """Those that this rank asks about."""
+        """The ranks whose marks this one reads: all on rank 0, none on the others."""
         return range(self.world_size if self.rank == 0 else 0)
 
     def _name(self, hosts: Sequence[str | None]) -> None:

@@ -1,4 +1,4 @@
-"""One run in one folder at a time: two that write the same checkpoints would destroy each other's."""
+"""Allows one run at a time in a folder: two would overwrite each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LOCK_NAME = "run.lock"
 def run_folder_lock(run_dir: Path, patience_seconds: float = 10.0) -> Iterator[None]:
     """Hold the folder's lock; the system frees it when the process ends, however it ends.
 
-    A run that was killed just now may take a moment to be gone, so this waits `patience_seconds` before it raises
-    the ConfigError that names who is there. On a file system without locks it holds nothing.
+    A run that was killed just now may take a moment to be gone, so this waits `patience_seconds` before it raises a
+    ConfigError that names the process that holds the lock. On a file system without locks it holds nothing.
     """
     path = run_dir / LOCK_NAME
     with open(path, "a+", encoding="utf-8") as file:

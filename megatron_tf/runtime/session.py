@@ -1,4 +1,4 @@
-"""The session of a rank between joining and leaving the others, with a watchdog, and how it ends."""
+"""The session of a rank: from joining the others to leaving them, under a watchdog."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from megatron_tf.telemetry.console import Console
 
 @contextmanager
 def session(environment: LaunchEnvironment, hang_seconds: float) -> Iterator[Watchdog]:
-    """The block is the work of ranks that have joined, under a watchdog. After it they leave torch.distributed."""
+    """Context of the work of ranks that have joined; yields the watchdog. At its end they leave torch.distributed.
+
+    `hang_seconds`: see `Watchdog`.
+    """
     try:
         with watched(
             environment.rank, environment.world_size, hang_seconds, Console(rank=environment.rank)
         ) as watchdog:
             yield watchdog
     except LostContactError:
-        # A rank is gone, and to leave the others in order could take for ever.
+        # A rank is gone, and leaving in order could wait for it for ever.
         raise
     except (UserError, RunStopped):
-        # All ranks are here. After any other error some may be in a collective, and waiting would hang.
+        # All ranks raise these. After any other error some may be in a collective, and leaving would hang.
         leave()
         raise
     leave()

@@ -17,7 +17,7 @@ _REMEDY = "Set MASTER_ADDR to the host of rank 0."
 
 
 def host_of_rank_zero(environ: Mapping[str, str]) -> tuple[str, str]:
-    """The host, and the variable that names it. LaunchError when SLURM does not say."""
+    """(host, the variable that names it). LaunchError when SLURM's variables do not say."""
     name = next((name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if environ.get(name)), None)
     if name is None:
         raise LaunchError(
@@ -32,7 +32,7 @@ def host_of_rank_zero(environ: Mapping[str, str]) -> tuple[str, str]:
     for group in range(_components(environ)):
         of_group = f"SLURM_JOB_NODELIST_HET_GROUP_{group}"
         nodes = expand_hostlist(environ[of_group]) if environ.get(of_group) else []
-        # A step may leave out components.
+        # A step may leave out components of the job, whose nodes are then not among its hosts.
         if nodes and set(nodes) <= set(hosts):
             return nodes[0], of_group
     return hosts[0], name
@@ -61,7 +61,7 @@ def _first_of_host_file(environ: Mapping[str, str]) -> str:
     first = next((line for line in lines if line), None)
     if first is None:
         raise LaunchError(f"SLURM_HOSTFILE={path} names no host. {_REMEDY}")
-    # A host may stand with its number of tasks: n1*4.
+    # A host may be followed by its number of tasks: n1*4.
     return expand_hostlist(first)[0].partition("*")[0]
 
 

@@ -1,5 +1,4 @@
-"""Asking a run to stop between two steps: a signal from the scheduler, Control-C, or a time budget. No torch, no
-process group.
+"""Requests to stop a run between two steps: signals of the scheduler, Control-C, a time budget. No torch.
 
 Schedulers announce the end of a job by a signal: SLURM by what `--signal` names and by SIGTERM, torchrun by SIGTERM.
 """
@@ -19,16 +18,16 @@ from megatron_tf.errors import STOPPED_EXIT_CODE, exit_now
 from megatron_tf.interrupt import end_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-TIME_IS_UP = 1000  # larger than the numbers of signals, in `StopSignals.request`
-ECHO_SECONDS = 1.0  # torchrun passes Control-C on to its ranks, which have it from the terminal already
+TIME_IS_UP = 1000  # result of `StopSignals.request`, larger than the numbers of signals
+ECHO_SECONDS = 1.0  # torchrun passes Control-C on to its ranks, which the terminal has already sent it to
 SAVING_TEXT = "\nControl-C: this step is finished and saved, then the run ends. Press it again to end at once.\n"
 
 
 class StopSignals:
-    """Notes that this process was asked to stop. Make it before torch is imported: until then a signal kills.
+    """Notes that this process was asked to stop. Create it before torch is imported: until then a signal kills.
 
-    Python gives signals to the main thread only. Made in another thread, this notes none, and only the time budget
-    stops the run.
+    Python delivers signals to the main thread only. Created in another thread, this notes none, and only the time
+    budget stops the run.
     """
 
     def __init__(self) -> None:
@@ -45,7 +44,7 @@ class StopSignals:
         before = signal.getsignal(signal.SIGINT)
         earlier = getattr(before, "__self__", None)
         self._before = earlier._before if isinstance(earlier, StopSignals) else before
-        # A process that ignores Control-C, as one in the background of a script does, goes on ignoring it.
+        # A process that ignores Control-C, as background processes of a script do, goes on ignoring it.
         if callable(before):
             signal.signal(signal.SIGINT, self._interrupt)
 
@@ -53,8 +52,8 @@ class StopSignals:
     def saving(self, is_main: bool) -> Iterator[None]:
         """In the block the first Control-C asks to stop, as other signals do, and the second ends the process at once.
 
-        Before and after it there is nothing to save, and Control-C does what it did before. `is_main`: this rank says
-        so.
+        Before and after the block there is nothing to save, and Control-C does what it did before. `is_main`: this rank
+        prints what Control-C does.
         """
         self._saves = True
         self._is_main = is_main
@@ -97,7 +96,7 @@ class StopSignals:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """In the block, where nothing is begun that could be saved, a stop signal ends the process at once."""
+    """In the block a stop signal ends the process at once: for work before there is anything to save."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -110,7 +109,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def end_at_signals(code: int) -> None:
-    """From here on a stop signal ends the process with exit code `code` at once, one that was noted before as well."""
+    """From here on a stop signal ends the process at once with exit code `code`; so does one that was noted already."""
     before = [signal.signal(number, lambda *_: exit_now(code)) for number in SIGNALS]
     noted = [getattr(handler, "__self__", None) for handler in before]
     if any(isinstance(stop, StopSignals) and stop.request(None) for stop in noted):

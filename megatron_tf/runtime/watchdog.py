@@ -26,8 +26,8 @@ import torch.distributed as dist
 from megatron_tf.errors import LOST_EXIT_CODE, LostContactError, RunStopped, exit_now, first_line
 from megatron_tf.telemetry.console import Console
 
-SHORTEST_SILENCE = 0.25  # seconds between two words of a rank, however fast it steps
-LEAST_PATIENCE = 10.0  # seconds: on a machine that is overloaded, a rank that is alive may say nothing for so long
+SHORTEST_SILENCE = 0.25  # seconds between two heartbeats of a rank, however fast it steps
+LEAST_PATIENCE = 10.0  # seconds: on an overloaded machine a living rank may send nothing for so long
 TRAINING = "training"
 _REPORT_SECONDS = 60.0
 _FINDING = "finding"
@@ -35,7 +35,7 @@ _FINDING = "finding"
 
 @dataclass(frozen=True)
 class _Word:
-    """A heartbeat. `number` grows with each of them, `moves` with each phase and step, which all ranks have in common.
+    """A heartbeat. `number` grows with each of them, `moves` with each phase and step, which are the same on all ranks.
 
     `place`: the phase and step as text. `left`: the rank has done its last collective and sends no more.
     """
@@ -49,7 +49,7 @@ class _Word:
 
 @dataclass(frozen=True)
 class _Heard:
-    """The newest word of a rank as it lies in the store, and when it was first heard."""
+    """A rank's newest heartbeat as it is in the store, and the time when this rank first saw it."""
 
     text: bytes
     time: float
@@ -75,16 +75,16 @@ def watched(rank: int, world_size: int, hang_seconds: float, console: Console) -
 
 
 class Watchdog:
-    """Watches one rank until `close`; all ranks have one. Between `begin` and the next `beat` no time limit holds."""
+    """Watches one rank until `close`; all ranks have one. Between `begin` and the next `beat` no step limit holds."""
 
     def __init__(self, rank: int, world_size: int, hang_seconds: float, console: Console):
-        """`hang_seconds`: longest time from one beat to the next, and longest silence of a rank (LEAST_PATIENCE or
-        more)."""
+        """`hang_seconds`: longest time from one `beat` to the next, and longest silence of a rank, for which it is at
+        least LEAST_PATIENCE."""
         self._rank = rank
         self._world_size = world_size
         self._hang_seconds = hang_seconds
         self._interval = max(2 * SHORTEST_SILENCE, min(2.0, hang_seconds / 4))
-        # Two intervals more, for a word to be said and heard
+        # Two intervals more, for a heartbeat to be sent and read
         self._patience = max(hang_seconds, LEAST_PATIENCE) + 2 * self._interval
         self._console = console
         self._folder: Path | None = None
@@ -124,7 +124,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """The block is `phase`, which may take any time. After it the earlier phase goes on, with its time limit."""
+        """Context of `phase`, which may take any time. After it the earlier phase goes on, with its time limit."""
         before = self._phase
         is_limited = self._last_beat is not None
         self.begin(phase)
@@ -133,8 +133,8 @@ class Watchdog:
 
     @contextlib.contextmanager
     def naming_the_lost(self) -> Iterator[None]:
-        """A collective of the block that fails because a rank is gone becomes a LostContactError that names the
-        rank."""
+        """Turns the error of a collective in the block that fails because a rank is gone into a LostContactError that
+        names the rank."""
         try:
             yield
         except RuntimeError as error:
@@ -179,7 +179,7 @@ class Watchdog:
                 number += 1
                 word = _Word(host, self._place, number, self._moves, self._left)
                 store.set(str(self._rank), json.dumps(asdict(word)))
-                # Rank 0 has as much to hear as there are ranks
+                # Rank 0 reads the heartbeats of all ranks, so it does that only once an interval
                 if self._rank > 0 or self._is_in_a_hurry() or time.monotonic() >= next_round:
                     next_round = time.monotonic() + self._interval
                     self._listen(store)
@@ -193,7 +193,8 @@ class Watchdog:
                 self._has_news.clear()
 
     def _is_in_a_hurry(self) -> bool:
-        """Each rank is heard once as soon as possible, so that one that is lost early has a host in the message."""
+        """Whether to read heartbeats without pause: for a report, when leaving, and until each rank was heard once, so
+        that the message on a rank that is lost early can name its host."""
         return self._is_asking or self._left or len(self._heard) < len(self._others())
 
     def _others(self) -> list[int]:
@@ -223,7 +224,7 @@ class Watchdog:
         while not self._closed.wait(self._interval):
             if self._left or not self._ending.acquire(blocking=False):
                 return
-            # Ends the process if it holds the interpreter's lock for ever, so that no thread of it can run.
+            # Ends the process when some thread holds the interpreter's lock for ever, so that this one cannot run.
             _end_later(2 * self._patience)
             if cause := self._cause():
                 self._report(cause)
@@ -256,7 +257,7 @@ class Watchdog:
         self._wait_for_listeners()
 
     def _lost_contact(self, error: RuntimeError) -> LostContactError:
-        self._ending.acquire()  # for good: this thread reports. When the other one does, this process is about to end
+        self._ending.acquire()  # never released: only one thread reports. If the other one has it, the process ends
         faulthandler.cancel_dump_traceback_later()
         lost = LostContactError(
             f"rank {self._rank} lost contact with another rank in {self._place}: {self._culprit()}. "
@@ -266,7 +267,7 @@ class Watchdog:
         return lost
 
     def _culprit(self) -> str:
-        """Who has fallen silent just now, or, when all ranks are alive, who is behind. Takes some seconds."""
+        """The ranks that are silent now, or, when all live, those that are behind, in words. Takes some seconds."""
         self._listens_to_all = True
         self._is_asking = True
         began = time.monotonic()
@@ -274,13 +275,13 @@ class Watchdog:
         self._wait_until(lambda: self._rounds >= heard_everyone or self._finding)
         if self._rounds >= heard_everyone:
             began = time.monotonic()
-            self._wait_until(lambda: self._finding, 2.5)  # until everyone who is alive has said another word
+            self._wait_until(lambda: self._finding, 2.5)  # until every living rank has sent another heartbeat
         if silent := self._finding or self._silent_since(began):
             return self._agreed(silent)
         return self._last_to_come()
 
     def _silent_since(self, time_limit: float) -> str:
-        """The ranks of which nothing was heard after `time_limit`, in words; "" when there is none."""
+        """The ranks of which nothing was heard since `time_limit` (monotonic seconds), in words; "" for none."""
         others = self._others()
         if self._world_size > 1 and self._answered < time_limit:
             if self._rank == 0:
@@ -297,7 +298,7 @@ class Watchdog:
         return ", ".join(silent)
 
     def _agreed(self, own: str) -> str:
-        """The finding of all ranks: the first one's, where the store still answers."""
+        """The finding that all ranks report: the first one made, or `own` when the store no longer answers."""
         self._is_asking = True
         self._proposal = own
         store_answers = time.monotonic() - self._answered < 2 * self._interval
@@ -305,7 +306,7 @@ class Watchdog:
         return self._finding or own
 
     def _wait_until(self, holds: Callable[[], object], intervals: float = 2.0) -> None:
-        """Waits until `holds`, for so many intervals at most, while the thread that talks does so without pause."""
+        """Waits until `holds()`, at most `intervals` intervals, and keeps the talking thread from pausing meanwhile."""
         deadline = time.monotonic() + intervals * self._interval
         while self._world_size > 1 and not holds() and time.monotonic() < deadline:
             self._has_news.set()
