@@ -1,7 +1,7 @@
-"""The proof of parallelism: one model, trained on one process by plain PyTorch and under a layout by the engine.
+"""The proof of parallelism: one model is trained in one process by plain PyTorch, and under a layout by the engine.
 
-Both see the same samples and start from the same weights. What is compared: the loss and the gradient norm of
-every step, every parameter's gradient of the first step as a logical tensor, and the validation loss after all steps.
+Both see the same samples and start from the same weights. Compared are the loss and the gradient norm of every step,
+every parameter's gradient of the first step as a logical tensor, and the validation loss after all steps.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Layout:
         return str(self.topology) + ("+SP" if self.sequence else "")
 
     def apply(self, config: RunConfig) -> RunConfig:
-        """The same run under this layout, with the micro batch that its data-parallel ranks allow."""
+        """The same run under this layout, with a micro batch that is at most a data-parallel rank's share."""
         topology = self.topology
         parallel = config.parallel.model_copy(
             update={
@@ -80,10 +80,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trace:
-    """Loss and gradient norm of every step, and the clipped gradients of the first, by logical name.
+    """The numbers of a run that are compared.
 
-    `reports`: auxiliary losses and metrics of every step, in the order of their names, for an architecture that has
-    any. `validation`: the mean loss of one more step's samples, which are not trained on.
+    `losses`, `grad_norms` (before clipping): one per step. `gradients`: of the first step, clipped, by logical name.
+    `reports`: auxiliary losses and metrics of an architecture that has any, step after step. `validation`: mean loss on
+    the samples of one more step, which are not trained on.
     """
 
     losses: list[float]
@@ -95,7 +96,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Worst relative errors of a layout against one process. `loss`: auxiliary losses and metrics as well."""
+    """Worst relative errors of a layout against one process. `loss` includes auxiliary losses and metrics."""
 
     loss: float
     grad_norm: float
@@ -128,15 +129,15 @@ def layouts(config: RunConfig, num_ranks: int) -> list[Layout]:
 
 
 def configured_boundaries(config: RunConfig) -> Boundaries:
-    """There are no data that could say where documents end: without data.eod_id it is token 0, the most frequent
-    one."""
+    """The document boundaries of a run on random tokens. Without data.eod_id token 0, the most frequent, ends
+    documents, because there are no data that could name another."""
     return boundaries(config.data, config.data.eod_id or 0)
 
 
 def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32, nudged: bool = False) -> Trace:
-    """The run on this process alone, written in plain PyTorch without any of the engine.
+    """The run of `steps` steps in this process, written in plain PyTorch without any of the engine.
 
-    `nudged`: it starts with each weight replaced by one of its two neighbours in `dtype`.
+    `nudged`: start with each weight replaced by one of its two neighbours in `dtype`.
     """
     plan = plan_batches(Layout(Topology()).apply(config), 1)
     model = build_model(config.model, seed=config.run.seed, dtype=dtype)
@@ -196,7 +197,7 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
 
 @torch.no_grad()
 def _validation_loss(model: torch.nn.Module, config: RunConfig, plan: BatchPlan, step: int) -> float:
-    """The mean over the samples that `step` would have trained on."""
+    """The mean loss over the samples that `step` would have trained on."""
     layers, ends = task_layers(config.model), configured_boundaries(config).ends
     total, count = 0.0, 0
     model.eval()
@@ -216,8 +217,8 @@ def _nudge(model: torch.nn.Module) -> None:
 
 
 def _clip(gradients: list[Tensor], config: RunConfig) -> float:
-    """Clips in place; returns the norm before. In fp64, because torch's own fp32 sum over 10⁶ elements is off by
-    1e-5."""
+    """Clips in place; returns the norm before. It is computed in fp64, because torch's fp32 sum over 10⁶ elements is
+    off by 1e-5."""
     norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm().item()
     limit = config.training.gradient_clipping
     if limit and norm + 1e-6 > limit:
@@ -227,7 +228,7 @@ def _clip(gradients: list[Tensor], config: RunConfig) -> float:
 
 
 def run_layouts(config: RunConfig, chosen: Sequence[Layout], steps: int) -> list[Trace]:
-    """The run under each layout, on ranks started for it. Layouts of one world size share their processes.
+    """The traces of the run under each layout, on ranks that are started here, for each world size once.
 
     LaunchError when this machine has fewer GPUs than ranks.
     """
@@ -248,11 +249,11 @@ def run_layouts(config: RunConfig, chosen: Sequence[Layout], steps: int) -> list
 
 
 def compare(trace: Trace, expected: Trace) -> Deviation:
-    """Worst relative errors; of a gradient, the error's norm over the gradient's."""
+    """Worst relative errors of `trace`; for a gradient, the norm of the error over that of the expected gradient."""
     worst, parameter = 0.0, ""
     for name, gradient in expected.gradients.items():
         error = ((trace.gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-30)).item()
-        if not error < worst:  # so that nan is the worst
+        if not error < worst:  # true also for nan, which thus is the worst
             worst, parameter = error, name
     return Deviation(
         max(map(relative_error, [*trace.losses, *trace.reports], [*expected.losses, *expected.reports])),
@@ -264,14 +265,14 @@ def compare(trace: Trace, expected: Trace) -> Deviation:
 
 
 def relative_error(value: float, expected: float) -> float:
-    """|value − expected| over |expected|; inf for what is no number."""
+    """|value − expected| / |expected|; inf when it is NaN."""
     error = abs(value - expected) / max(abs(expected), 1e-30)
     return error if error == error else float("inf")
 
 
 @contextmanager
 def joined(configs: Sequence[RunConfig], rank: int, world: int, folder: str) -> Iterator[None]:
-    """This process as one of `world` gloo ranks that meet in `folder` to train `configs`."""
+    """Context in which this process is one of `world` ranks of this machine, which meet in `folder`, for `configs`."""
     from megatron_tf.telemetry.console import quiet_libraries
 
     torch.set_num_threads(1)

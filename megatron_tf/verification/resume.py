@@ -1,7 +1,7 @@
-"""The proof of resuming: a run that changes its layout half way, against the one process that never stopped.
+"""The proof of resuming: a run that changes its layout half way, against one process that never stops.
 
-Under every layout the model is trained, saved in the background while training goes on, and loaded under every other
-layout to be trained further. Compared are the state after loading, as logical tensors and to the last bit, and the
+The model is trained under one layout, saved in the background while training goes on, and loaded under another layout
+to be trained further. Compared are the saved and the loaded state, as logical tensors and to the last bit, and the
 losses of both halves.
 """
 
@@ -53,12 +53,12 @@ from megatron_tf.verification.layout import (
 
 AXIS_SIZES = (1, 2, 4)
 ENGINES = ("deepspeed", "torch")
-_PAIRS_AT_ONCE = 25  # engines that the same processes build one after the other: DeepSpeed never frees their groups
+_PAIRS_AT_ONCE = 25  # engines that the same processes build in turn; bounded, because DeepSpeed never frees its groups
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A layout under an engine, DeepSpeed with or without ZeRO."""
+    """A layout under an engine; DeepSpeed with or without ZeRO."""
 
     layout: Layout
     zero_stage: int = 1
@@ -81,9 +81,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Resumed:
-    """One change of layout. `differing`: what was not equal to the last bit after loading, such as "a.keys, exp_avg".
+    """One change of setting.
 
-    `loss`: worst relative difference of a step's loss from the uninterrupted run, before and after the change.
+    `loss`: worst relative error of a step's loss against the uninterrupted run, before and after the change.
+    `differing`: what was not equal to the last bit after saving or loading, such as "a.keys, exp_avg".
     """
 
     before: Setting
@@ -98,7 +99,7 @@ class Resumed:
 def settings(config: RunConfig, num_ranks: int, engines: Sequence[str] = ENGINES) -> list[Setting]:
     """Every valid setting of `engines`, on 1 to `num_ranks` ranks with 1, 2 or 4 of them along each axis."""
     alone = Layout(Topology())
-    # an engine may have layouts that the other has not
+    # an engine may support layouts that the other does not
     by_engine = (layouts(Setting(alone, engine=engine).apply(config), num_ranks) for engine in engines)
     found = []
     for layout in (alone, *dict.fromkeys(itertools.chain.from_iterable(by_engine))):
@@ -116,14 +117,15 @@ def settings(config: RunConfig, num_ranks: int, engines: Sequence[str] = ENGINES
 
 
 def rotation(found: Sequence[Setting]) -> list[tuple[Setting, Setting]]:
-    """Pairs in which each setting is left once and entered once, partners far apart in the list."""
+    """(before, after) pairs in which each setting comes once on each side; partners are far apart in the list."""
     return [(setting, found[(number + len(found) // 2) % len(found)]) for number, setting in enumerate(found)]
 
 
 def check_resumes(config: RunConfig, pairs: Sequence[tuple[Setting, Setting]], steps: int) -> list[Resumed]:
-    """Trains `steps` steps under the first setting of each pair and as many under the second, on gloo ranks.
+    """Trains `steps` steps under the first setting of each pair and as many under the second, on ranks of this machine.
 
-    Batches are random tokens, so no data is needed. Losses are compared with fp32, whatever the precision.
+    Batches are random samples, so that no data are needed. Losses are compared with a run in fp32, whatever the
+    precision of `config`.
     """
     expected = reference(config, 2 * steps).losses
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +146,7 @@ _Outcome = tuple[list[float], list[str]]  # losses, and what differed
 
 
 def _spawn(config: RunConfig, steps: int, jobs: Sequence[_Job]) -> list[_Outcome]:
-    """The outcomes of `jobs` in their order; those of one world size share processes, a bounded number at a time."""
+    """The outcomes of `jobs`, in order. Up to _PAIRS_AT_ONCE jobs of one world size share their processes."""
     outcomes: dict[int, _Outcome] = {}
     for world in sorted({setting.world_size for setting, *_ in jobs}):
         numbers = [number for number, (setting, *_) in enumerate(jobs) if setting.world_size == world]
@@ -201,7 +203,11 @@ def _run(setting: Setting, config: RunConfig, rank: int, steps: int, run_dir: st
 
 @dataclass(frozen=True)
 class _State:
-    """What one rank holds of everything that a checkpoint stores exactly. `ages`: (name, start, stop, updates)."""
+    """A rank's share of the state that a checkpoint stores exactly.
+
+    `pieces`: (name, kind of state, start, stop, tensor), as ranges of the flat parameter. `ages`: (name, start, stop,
+    updates).
+    """
 
     pieces: list[tuple[str, str, int, int, Tensor]]
     ages: list[Age]
@@ -219,7 +225,7 @@ def _copy_of(engine: Engine) -> _State:
 def _save(
     config: RunConfig, plan: BatchPlan, engine: Engine, rank: int, step: int, train_on: Callable[[], object]
 ) -> list[str]:
-    """Saves in the background of one more step; what differs in the checkpoint from the state at the call."""
+    """Saves in the background of one more step. Returns what differs between checkpoint and the state at the call."""
     from megatron_tf.training.saving import Saver
 
     careful = config.checkpoint.model_copy(update={"asynchronous": True, "on_failure": "stop", "keep_last": None})
@@ -236,7 +242,7 @@ def _save(
 
 
 def _differences(state: _State, reader: CheckpointReader) -> list[str]:
-    """What the ranks hold otherwise than the checkpoint; the same on all of them."""
+    """What differs between the ranks' state and the checkpoint, in words; the same list on all ranks."""
     index = reader.index
     own = [
         f"{name}, {kind}"

@@ -1,21 +1,20 @@
-"""How far rounding alone may take a layout from what is exact, so that everything further is a fault of the layout.
-
-A layout sums the same terms as one process, in another order and in other parts. In fp32, of unit roundoff u = 2⁻²⁴, a
-sum of m terms is off by about √m · u times the size of its terms. Relative to the sum itself that is more the more its
-terms cancel: a gradient of query tokens may be a thousandth of what it is summed from, or the millionth with softmax.
-And what a step is off by moves all steps that follow; in a small model, whose rows of scores may nearly vanish, a
-hundredfold. Neither follows from sizes, so it is measured: one process trains in fp64, which counts as exact, and
-twice in fp32, the second time from weights that are one rounding away, so that everything is rounded another way. With
-e the larger of the two errors, and the largest so far of what is compared at every step, a layout may be off by
+"""Bounds how far rounding alone can take a layout from the exact result: anything beyond is a fault of the layout.
+A layout sums the same terms as one process, in another order and in other parts. In fp32, with unit roundoff u = 2⁻²⁴,
+a sum of m terms is off by about √m · u times the size of its terms. Relative to the sum, that error grows as the terms
+cancel: a gradient of query tokens may be a thousandth of its terms, with softmax a millionth. The error of a step also
+changes all later steps; in a small model, whose rows of scores may nearly vanish, it grows a hundredfold. Neither
+effect follows from sizes, so both are measured: one process trains in fp64, which counts as exact, and twice in fp32,
+the second time from weights that are one rounding away, so that everything is rounded differently. With e the larger of
+the two errors (of a value that is compared at every step, the largest so far), a layout may be off by
 
     MARGIN · (e + √m · u · |exact value|)
 
-where m, the number of positions in a step, is what one number of a weight's gradient is a sum over. The second term is
-for values that both runs met by luck. Errors and limits of a gradient are norms, over all of its elements.
+where m is the number of positions in a step, over which an element of a weight's gradient is summed. The second term is
+for values on which both runs happen to be exact. Errors and limits of a gradient are norms over all its elements.
 
-MARGIN is what two draws of rounding leave open about others. In 216 runs of small models of nine kinds, over 20 steps
-under layouts of two ranks, the error that came nearest to its limit was a third of it. What a faulty layout computes,
-as one that leaves a rank out of a sum, is beyond its limits by factors of hundreds and more.
+MARGIN covers that two samples of rounding do not show the largest error possible. In 216 runs of small models of nine
+kinds, over 20 steps under layouts of two ranks, the error that came nearest to its limit was a third of it. The errors
+of a faulty layout, such as one that leaves a rank out of a sum, exceed their limits hundreds of times and more.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from megatron_tf.verification.layout import Trace, reference
 
 UNIT_ROUNDOFF = 2.0**-24
 MARGIN = 10.0
-_LEAST = 1e-30  # what is not divided by: an exact value of 0
+_LEAST = 1e-30  # smallest divisor, in the place of an exact value of 0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest relative errors of a trace: of each step's loss, gradient norm and reports, of each gradient, and of the
-    validation loss."""
+    """Largest relative errors allowed in a trace: of each step's loss, gradient norm and reports, of each gradient, and
+    of the validation loss."""
 
     losses: Sequence[float]
     grad_norms: Sequence[float]
@@ -49,22 +48,22 @@ class Limits:
 
 @dataclass(frozen=True)
 class Error:
-    """A relative error, and the largest that it may be."""
+    """A relative error, and its limit."""
 
     value: float
     limit: float
 
     @property
     def share(self) -> float:
-        """Of its limit. What is no number is beyond any limit."""
+        """The error over its limit; inf when the error is NaN."""
         return self.value / max(self.limit, _LEAST) if self.value == self.value else math.inf
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of each kind of value the error that is nearest to its limit, or farthest beyond it.
+    """For each kind of value the error with the largest share of its limit.
 
-    `loss`: auxiliary losses and metrics as well.  `parameter`: the one of the gradient.
+    `loss` includes auxiliary losses and metrics. `parameter`: name of the parameter with the worst gradient.
     """
 
     loss: Error
@@ -79,14 +78,14 @@ class Verdict:
 
 
 def exact_and_limits(config: RunConfig, steps: int) -> tuple[Trace, Limits]:
-    """The run on this process in fp64, and how far rounding may take a layout from it."""
+    """(the run in this process in fp64, how far rounding may take a layout from it)."""
     exact = reference(config, steps, torch.float64)
     rounded = [reference(config, steps, nudged=nudged) for nudged in (False, True)]
     return exact, rounding_limits(exact, rounded, config.training.global_batch_size * config.model.seq_length)
 
 
 def rounding_limits(exact: Trace, rounded: Sequence[Trace], positions: int) -> Limits:
-    """`rounded`: runs in fp32.  `positions`: of a step."""
+    """The limits that follow from `rounded`, runs in fp32 (see the module). `positions`: in a step, over all ranks."""
     floor = UNIT_ROUNDOFF * math.sqrt(positions)
 
     def of_series(values: Sequence[float], runs: Sequence[Sequence[float]], stride: int = 1) -> list[float]:
@@ -110,7 +109,7 @@ def rounding_limits(exact: Trace, rounded: Sequence[Trace], positions: int) -> L
 
 
 def equal_limits(exact: Trace, tolerance: float) -> Limits:
-    """The same limit for everything."""
+    """The limit `tolerance` for every value of a trace like `exact`."""
     losses, grad_norms, reports = (
         [tolerance] * len(values) for values in (exact.losses, exact.grad_norms, exact.reports)
     )
@@ -118,7 +117,7 @@ def equal_limits(exact: Trace, tolerance: float) -> Limits:
 
 
 def judge(trace: Trace, exact: Trace, limits: Limits) -> Verdict:
-    """`trace`: of a layout."""
+    """The worst errors of a layout's `trace` against `exact`."""
     gradients = {
         name: Error(_distance(trace.gradients[name], gradient), limits.gradients[name])
         for name, gradient in exact.gradients.items()
@@ -143,5 +142,5 @@ def _nearest(errors: Sequence[Error]) -> Error:
 
 
 def _distance(value: Tensor, exact: Tensor) -> float:
-    """Norm of the difference, relative to the exact one's."""
+    """Norm of the difference over the norm of `exact`."""
     return ((value.double() - exact).norm() / exact.norm().clamp_min(_LEAST)).item()
