@@ -159,7 +159,7 @@ def _composed(keys: tuple[str, ...], parts: tuple[type[OpenSection], ...]) -> ty
 
 
 def _restored(keys: tuple[str, ...], parts: tuple[type[OpenSection], ...], state: dict[str, Any]) -> OpenSection:
-    """What `OpenSection.__reduce_ex__` took apart."""
+    """The section that `OpenSection.__reduce_ex__` took apart."""
     section: OpenSection = object.__new__(_composed(keys, parts))
     section.__setstate__(state)
     return section
