@@ -22,7 +22,10 @@ from megatron_tf.streams import prepare_streams
 
 @dataclass(frozen=True)
 class Command:
-    """`module`: its file in megatron_tf/commands. `ranks`: it may be one process of many."""
+    """One command. `module`: its file in megatron_tf/commands, without `.py`. `help`: its line in the list of commands.
+
+    `ranks`: whether a launcher may start it as one of several processes.
+    """
 
     module: str
     help: str
@@ -76,7 +79,7 @@ def main() -> None:
     """What the console command and `python -m megatron_tf` do."""
     end_quietly()
     words = sys.argv[1:]
-    # The deepspeed launcher puts it before all other arguments. LOCAL_RANK says the same.
+    # The deepspeed launcher puts this before all other arguments. It is not needed: LOCAL_RANK holds the same number.
     if words and words[0].startswith("--local_rank"):
         del words[0]
     if not words or words[0] in ("-h", "--help"):
@@ -92,10 +95,9 @@ def main() -> None:
 
 
 def find(words: Sequence[str]) -> tuple[str, Sequence[str]] | None:
-    """The command that `words` begin with, and the words after it.
+    """The name of the command that `words` begin with, and the words after it. None when they begin with no command.
 
-    A name may also be written as two words (`verify layout`), or as its file is called (`generate_text`, or
-    `generate-text`).
+    A name may also be written as two words (`verify layout`), or like its file (`generate_text` or `generate-text`).
     """
     by_module = {command.module: name for name, command in COMMANDS.items()}
     for count in (1, 2):
@@ -107,15 +109,15 @@ def find(words: Sequence[str]) -> tuple[str, Sequence[str]] | None:
 
 
 def run(name: str) -> None:
-    """Runs a command with the arguments of this process."""
-    prepare_streams()  # before what is imported opens files
+    """Runs the command `name` with the arguments in `sys.argv`."""
+    prepare_streams()  # before imported modules open files
     quiet_warnings()
     command = COMMANDS[name]
     (run_rank if command.ranks else run_command)(lambda: start(command))
 
 
 def start(command: Command) -> None:
-    """UserError when this Python lacks a package that the command imports."""
+    """Imports the command's module and runs its `main`. UserError when this Python lacks a package that it imports."""
     try:
         import_module(f"megatron_tf.commands.{command.module}").main()
     except ModuleNotFoundError as error:

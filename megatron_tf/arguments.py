@@ -1,5 +1,4 @@
-"""Numbers and paths on a command line, as types for argparse: what is none is a usage error that says what is
-expected."""
+"""Types for argparse: numbers and paths on a command line. Any other text is a usage error that says what to give."""
 
 from __future__ import annotations
 
@@ -17,8 +16,11 @@ from megatron_tf.shipped import find_configuration, find_study
 
 @contextmanager
 def options_for(**options: str) -> Iterator[None]:
-    """In the block, what is wrong with an argument of a function is said of the option that it came from:
-    `options_for(num_tokens="--tokens")`."""
+    """Turns an ArgumentError of a function called in the block into a UserError that names the command-line option.
+
+    `options`: argument -> option, as in `options_for(num_tokens="--tokens")`. Errors of other arguments stay as they
+    are.
+    """
     try:
         yield
     except ArgumentError as error:
@@ -29,7 +31,7 @@ def options_for(**options: str) -> Iterator[None]:
 
 
 def whole_number(most: int, least: int = 1) -> Callable[[str], int]:
-    """A whole number from `least` (not below 0) to `most`."""
+    """A parser of whole numbers from `least` (not below 0) to `most`, both included."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or len(text) > 100 or not least <= int(text) <= most:
@@ -40,7 +42,7 @@ def whole_number(most: int, least: int = 1) -> Callable[[str], int]:
 
 
 def number(least: float, most: float, expected: str | None = None) -> Callable[[str], float]:
-    """A finite number from `least` to `most`; `expected` is how a message calls it."""
+    """A parser of finite numbers from `least` to `most`; `expected` names such a number in the message."""
 
     def parse(text: str) -> float:
         try:
@@ -57,7 +59,7 @@ def number(least: float, most: float, expected: str | None = None) -> Callable[[
 def text_path(text: str) -> str:
     """A path as text, with `~` and environment variables replaced.
 
-    Not the empty string, which comes from an unset variable of a shell and would mean the current folder.
+    The empty string is refused: it comes from an unset shell variable and would mean the current folder.
     """
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path; the current folder is written .")
@@ -73,7 +75,8 @@ def path(text: str) -> Path:
 
 
 def input_path(text: str) -> str:
-    """As `text_path`, for a file or a glob that is read. A shell's glob also finds names with a `$` in them."""
+    """As `text_path`, for a file or a glob that is read. A text with a `$` that names an existing path stays as it is:
+    a shell's glob also finds names with a `$` in them."""
     return text if "$" in text and os.path.exists(text) else text_path(text)
 
 

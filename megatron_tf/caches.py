@@ -1,8 +1,8 @@
 """Cache folders, our own and those of libraries.
 
-No work ends because a cache cannot be written, as in a shared folder that is read-only, or in a container whose user
-has neither a name nor a home folder: a private folder among the temporary files takes its place. Libraries read their
-variables when they are imported or first used, so their caches are prepared before.
+A cache that cannot be written ends no command: a private folder among the temporary files takes its place. This happens
+with a read-only shared folder, or in a container whose user has neither a name nor a home folder. Libraries read their
+environment variables when they are imported or first used, so their caches are prepared before that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-# Below HF_HOME. The downloads themselves (HF_HUB_CACHE) are not among them: they may be there to be read only.
+# Variable -> folder below HF_HOME. The downloads (HF_HUB_CACHE) are not in this table: a read-only copy is enough.
 HUGGING_FACE = {"HF_DATASETS_CACHE": "datasets", "HF_MODULES_CACHE": "modules", "HF_EVALUATE_CACHE": "evaluate"}
 
 
@@ -26,12 +26,12 @@ def user_cache(environ: MutableMapping[str, str] = os.environ) -> Path | None:
     folders = [Path(environ.get("XDG_CACHE_HOME", ""))]
     with suppress(RuntimeError):  # no HOME, and no entry in /etc/passwd
         folders.append(Path.home() / ".cache")
-    # A relative one would be another in each folder that the command is started in.
+    # A relative path would name another folder wherever the command is started.
     return next((folder for folder in folders if folder.is_absolute()), None)
 
 
 def can_write(folder: Path) -> bool:
-    """Whether files can be written into `folder`, which is made if it is missing."""
+    """Whether files can be written into `folder`. It is created if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -41,20 +41,23 @@ def can_write(folder: Path) -> bool:
 
 
 def temporary_cache(name: str) -> Path:
-    """A folder of this user among the temporary files, the same in later processes. OSError when there can be none."""
+    """A private folder of this user among the temporary files, usually the same in later processes.
+
+    OSError when it cannot be created.
+    """
     root = Path(tempfile.gettempdir(), f"megatron_tf-{os.geteuid()}")
     with suppress(FileExistsError):
         root.mkdir(mode=0o700)
     found = os.lstat(root)
     is_private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-    # Anyone may have made a folder of this name, and what lies in caches is loaded as code.
+    # Another user may have created a folder of this name, and files in caches are loaded as code.
     folder = (root if is_private else Path(tempfile.mkdtemp(prefix="megatron_tf-"))) / name
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def prepare_hugging_face(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Before datasets, lm_eval or transformers are imported."""
+    """Replace folders that cannot be written. Call before datasets, lm_eval or transformers are imported."""
     named = environ.get("HF_HOME")
     cache = user_cache(environ)
     home = Path(named).expanduser() if named else cache / "huggingface" if cache is not None else None
@@ -67,14 +70,14 @@ def prepare_hugging_face(environ: MutableMapping[str, str] = os.environ) -> None
 
 
 def prepare_compiler(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Before torch.compile is imported, which DeepSpeed does. Its default is a folder among the temporary files."""
+    """Call before importing torch.compile, which DeepSpeed does. Its default is a folder among the temporary files."""
     named = environ.get("TORCHINDUCTOR_CACHE_DIR")
     if named and not can_write(Path(named)):
         _replace("TORCHINDUCTOR_CACHE_DIR", "inductor", environ)
 
 
 def prepare_triton(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Before Triton compiles anything. Its default is in HOME."""
+    """Call before Triton compiles anything. Its default is a folder in HOME."""
     named = environ.get("TRITON_CACHE_DIR")
     if named and not can_write(Path(named)):
         _replace("TRITON_CACHE_DIR", "triton", environ)
@@ -89,7 +92,7 @@ def prepare_triton(environ: MutableMapping[str, str] = os.environ) -> None:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed; its cache is then prepared."""
+    """Whether Triton is installed. If it is, the first call prepares its cache."""
     if find_spec("triton") is None:
         return False
     prepare_triton()

@@ -1,6 +1,6 @@
-"""Arguments of public functions: what cannot be meant is one message with the name, the value and the range.
+"""Checks of the arguments of public functions. An impossible one is an ArgumentError with its name, value and range.
 
-Checks look at what Python knows at once (types, shapes, numbers) and never at what a device holds.
+Checks look only at types, shapes and Python numbers, never at the values of a tensor: that would wait for its device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_tf.errors import ArgumentError, shown
 
 
 def check_whole_number(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """ArgumentError unless `value` is a whole number from `least` to `most`."""
+    """ArgumentError unless `value` is a whole number from `least` to `most` (None: no upper limit)."""
     expected = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ArgumentError(f"{name}: {described(value)}, but {expected} is expected.")
@@ -23,7 +23,7 @@ def check_whole_number(name: str, value: Any, least: int, most: int | None = Non
 
 
 def check_number(name: str, value: Any, expected: str, is_right: Callable[[Any], bool]) -> None:
-    """ArgumentError unless `value` is a number that `is_right`; `expected` is how a message calls such numbers."""
+    """ArgumentError unless `value` is a real number and `is_right(value)`; `expected` describes it in the message."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ArgumentError(f"{name}: {described(value)}, but {expected} is expected.")
     if not is_right(value):
@@ -31,7 +31,7 @@ def check_number(name: str, value: Any, expected: str, is_right: Callable[[Any],
 
 
 def check_scale(name: str, value: Any) -> None:
-    """ArgumentError unless `value` can be a τ."""
+    """ArgumentError unless `value` can be the scale τ of a Pattention: a number above 0, at most 1e30."""
     check_number(name, value, "a number above 0, at most 1e30", lambda scale: 0 < scale <= 1e30)
 
 
@@ -45,15 +45,17 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str], place: str = "") -> str:
-    """A sentence with a leading space on the nearest name among `known`, behind `place`; nothing when none is near.
-    Capitals count as small letters."""
+    """A sentence, with a leading space, that suggests the name in `known` nearest to `name`; "" when none is near.
+
+    `place` is written before the suggested name. Upper and lower case count as equal.
+    """
     by_letters = {choice.lower(): choice for choice in known}
     near = difflib.get_close_matches(name.lower(), by_letters, n=1)
     return f" Did you mean {place}{by_letters[near[0]]}?" if near else ""
 
 
 def described(value: Any) -> str:
-    """What was given, as a phrase: "the number 0", "the text 'relu'", "a list"."""
+    """A phrase for `value` in a message: "the number 0", "the text 'relu'", "a list"."""
     if value is None:
         return "nothing (None)"
     for kind, word in ((str, "text"), (bool, "truth value"), (Real, "number")):

@@ -9,6 +9,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def constant_when_compiled(function: F) -> F:
-    """torch.compiler.assume_constant_result, which imports the compiler: a second for those who compile nothing."""
+    """As torch.compiler.assume_constant_result, without importing the compiler, which takes a second: a run that
+    compiles nothing does not wait for it."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

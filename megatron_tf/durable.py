@@ -1,4 +1,4 @@
-"""Files and folders that exist whole or not at all: written under a temporary name, put on the disk, then renamed."""
+"""Files and folders that exist whole or not at all: written under a temporary name, synced to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _KINDS = {
 
 
 class NotPlainError(OSError):
-    """A FIFO, socket or device stands where a file is read."""
+    """The path of a file to read is that of a FIFO, a socket or a device."""
 
 
 def plain_size(path: str | os.PathLike[str]) -> int:
-    """Bytes of a file, or of the file that a link leads to. OSError for anything else."""
+    """Size in bytes of a file, or of the file that a link leads to. OSError for anything else."""
     found = os.stat(path)
     kind = stat.S_IFMT(found.st_mode)
     if kind == stat.S_IFDIR:
@@ -42,14 +42,14 @@ def plain_size(path: str | os.PathLike[str]) -> int:
 def open_plain(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a file, or the file that a link leads to, for reading.
 
-    OSError for anything else, which is not even opened: a FIFO or device may keep a reader waiting, or never end.
+    OSError for anything else, without opening it: reading a FIFO or a device may wait or go on for ever.
     """
     plain_size(path)
     return open(path, "rb")
 
 
 def read_plain(path: str | os.PathLike[str], limit: int) -> bytes:
-    """The content of a file, see `open_plain`; OSError too when it has more than `limit` bytes."""
+    """The content of a file, see `open_plain`. OSError also when it has more than `limit` bytes."""
     with open_plain(path) as file:
         content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
     if content is None or len(content) > limit:
@@ -64,16 +64,16 @@ def partial_path(path: Path) -> Path:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[FileIO]:
-    """A new file, open for unbuffered writing; it is on the disk at the end. FileExistsError when `path` exists."""
+    """A new file, open for unbuffered writing; synced to disk when the block ends. FileExistsError if `path` exists."""
     with open(path, "xb", buffering=0) as file:
         yield file
         os.fsync(file.fileno())
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Put `temporary` on the disk, then give it the name `final`, replacing an older file of that name.
+    """Sync `temporary` to disk, then give it the name `final`, replacing an older file of that name.
 
-    The new name itself is on the disk only after `sync_folder`; until then a power cut may bring the older file back.
+    The new name itself is on disk only after `sync_folder`; until then a power cut may bring the older file back.
     """
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
@@ -88,16 +88,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         publish(temporary, path)
     except BaseException:
-        with suppress(OSError):  # what went wrong first is what the caller has to know
+        with suppress(OSError):  # the caller must see the first error, not this one
             temporary.unlink()
         raise
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new, empty folder to fill; put its files on the disk and name it `path` on success, else delete it.
+    """Yield a new, empty folder to fill; on success sync its files to disk and rename it to `path`, else delete it.
 
-    For a folder of files alone. FileExistsError when `path` exists, or what a killed run left under the temporary name.
+    The folder may hold files only, no folders. FileExistsError when `path` exists, or when a killed run has left a
+    folder under the temporary name.
     """
     temporary = partial_path(path)
     if path.exists():
@@ -117,13 +118,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """`path` holds all of `content`, or what it held before: no reader sees a half-written file. Raises OSError."""
+    """Write `content` to `path`. Readers see the old content or all of the new, never a part. Raises OSError."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 def sync_folder(path: Path) -> None:
-    """Put the folder's entries (creations, renames, removals) on the disk."""
+    """Sync the folder's entries (creations, renames, removals) to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -132,10 +133,9 @@ def sync_folder(path: Path) -> None:
 
 
 def prepare_output(path: Path) -> None:
-    """Create the folder that the file `path` will stand in, before work is spent on its content.
+    """Create the folder of the output file `path`, so that errors show before work is spent on its content.
 
-    Raises `UserError` when that cannot be, when the folder is not writable, and when `path` itself is there and no
-    file.
+    Raises `UserError` when the folder cannot be created or written to, and when `path` exists and is not a file.
     """
     with file_errors(UserError, path.parent, "The output cannot go there: choose another folder."):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,14 +148,14 @@ def prepare_output(path: Path) -> None:
             raise UserError(
                 f"{path}: is a device or a FIFO, which a file would take the place of. Choose another name."
             )
-        partial_path(path).is_dir()  # a name that is too long with its temporary ending shows itself here
+        partial_path(path).is_dir()  # raises when the name is too long with the ending of a temporary file
 
 
 def take_lock(descriptor: int) -> bool:
-    """Whether this process has the lock of an open file now. The system frees it when the process ends, however it
-    ends.
+    """Try to lock an open file without waiting; return whether this process holds the lock now.
 
-    True also on a file system without locks, as some network file systems are: there nothing keeps two processes apart.
+    The system releases it when the process ends, also when it is killed. True also on a file system without locks, such
+    as some network file systems: there nothing keeps two processes apart.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,5 @@
-"""The console command `megatron_tf`: Control-C is quiet from its first instruction on, while modules are still
-loaded."""
+"""The console command `megatron_tf`. It handles Control-C before it imports anything else, so that interrupting the
+slow imports prints no traceback."""
 
 from __future__ import annotations
 

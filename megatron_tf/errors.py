@@ -1,7 +1,7 @@
-"""What a user can get wrong, as exceptions. Commands print these as one message and exit with code 2.
+"""Exceptions for errors that a user can correct. Commands print them as one message and exit with code 2.
 
-A message names the key or file, both numbers, and the remedy. Our own bugs stay plain exceptions
-(`assert`, `RuntimeError`), so that a traceback always means a bug and never a user's mistake.
+A message names the key or file, both numbers, and the remedy. Our own bugs stay plain exceptions (`assert`,
+`RuntimeError`), so that a traceback always means a bug and never a user's mistake.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from megatron_tf import open_files
 from megatron_tf.interrupt import INTERRUPTED_EXIT_CODE, end_by_exception
 from megatron_tf.streams import discard, flush_or_discard, prepare_streams
 
-# What the operating system says of a disk, never of our code; these come without a file name when a write fails.
+# Error numbers that only a disk can cause, never our code. When a write fails, they come without a file name.
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 
 
-# What reading a JSON file raises when it is not as it was written: it is torn, nests deeper than Python reads, or has
-# other fields, types, lengths or sizes than those expected.
+# Errors of reading a JSON file that is not as it was written: it is incomplete, nests deeper than Python reads, or has
+# other fields, types, lengths or sizes than expected.
 NOT_AS_WRITTEN = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
-LOST_EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h: no mistake of the user, and another start may well succeed
+LOST_EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h: not the user's mistake, and another start may well succeed
 
 
-MESSAGE_LIMIT = 2_000  # characters: what a file holds must not decide how long a message is
+MESSAGE_LIMIT = 2_000  # characters: a value from a file must not make a message of any length
 
 
 class UserError(Exception):
-    """Base of everything that the user can correct. `limit`: characters of its message; the middle of a longer one
-    goes."""
+    """Base class of all errors that the user can correct.
+
+    `limit`: most characters of the message; a longer one is printed without its middle.
+    """
 
     limit = MESSAGE_LIMIT
 
@@ -45,9 +47,9 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """One or more problems of a run configuration, reported together.
+    """One or more problems in a run configuration, reported together.
 
-    `problems`: one sentence each, of the form "section.field: what is wrong. Remedy."
+    `problems`: each of the form "section.field: what is wrong. Remedy."
     """
 
     limit = 10 * MESSAGE_LIMIT
@@ -60,14 +62,14 @@ class ConfigError(UserError):
 
 
 def raise_if_any(problems: Iterable[str]) -> None:
-    """One ConfigError with all of `problems`, unless there are none."""
+    """Raise one ConfigError with all of `problems`, unless there are none."""
     found = list(problems)
     if found:
         raise ConfigError(found)
 
 
 class ArgumentError(UserError, ValueError):
-    """An argument of a public function is not what it can work with: "name: what was given. What it must be."."""
+    """An argument of a public function has a wrong type or value. Message: "name: what was given. What it must be."."""
 
 
 class DataError(UserError):
@@ -79,7 +81,7 @@ class CheckpointError(UserError):
 
 
 class DamagedError(CheckpointError):
-    """Files of a checkpoint are missing, or are not as they were written. `problem`: the message without the remedy."""
+    """Files of a checkpoint are missing or differ from what was written. `problem`: the message without the remedy."""
 
     @property
     def problem(self) -> str:
@@ -91,7 +93,7 @@ class DamagedError(CheckpointError):
 
 
 class UnreadableError(CheckpointError):
-    """The system does not let a checkpoint be read, for example for want of permission: it may well be whole."""
+    """The system refuses to read a checkpoint, for example because permission is missing. It may well be intact."""
 
 
 class TrainingError(UserError):
@@ -99,7 +101,7 @@ class TrainingError(UserError):
 
 
 class RunStopped(Exception):
-    """A run was asked to stop before its end, and has saved: start it again to go on. Exit code 75."""
+    """A run was asked to stop before its end and has saved a checkpoint. Started again, it goes on. Exit code 75."""
 
 
 class LaunchError(UserError):
@@ -107,33 +109,33 @@ class LaunchError(UserError):
 
 
 class NodeError(LaunchError):
-    """Something that all ranks of a node find alike, and other nodes may not."""
+    """A problem of one node: all its ranks find the same, and ranks of other nodes may not."""
 
 
 class DisagreementError(UserError):
-    """The ranks of a run would not do the same work. All of them raise the same."""
+    """The ranks of a run would not do the same work. All of them raise the same error."""
 
     limit = 10 * MESSAGE_LIMIT
 
 
 class LostContactError(LaunchError):
-    """Ranks have lost each other, or have not met in time: no mistake of the user's. Exit code 69."""
+    """Ranks have lost contact, or have not met in time. This is not the user's mistake. Exit code 69."""
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what a terminal would obey or not show; line ends stay."""
+    """`text` with control and other unprintable characters written as escapes; line ends stay."""
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """What `error` says first: the traces that libraries append are left out."""
+    """The first line of the message of `error`, without the stack traces that libraries append."""
     return str(error).strip().partition("\n")[0]
 
 
 def shortened(text: str, limit: int = MESSAGE_LIMIT) -> str:
-    """`text` in at most `limit` characters: of a longer one the beginning and the end, where the remedy stands."""
+    """`text` in at most `limit` characters. A longer one keeps its beginning and its end, where the remedy stands."""
     if len(text) <= limit:
         return text
     mark = f" [... {len(text) - limit:,} more characters ...] "
@@ -153,14 +155,14 @@ class _Brief(reprlib.Repr):
 
 
 def shown(value: object) -> str:
-    """A value that a file holds, as Python writes it, but brief: for messages, whatever its size and nesting."""
+    """The repr of a value from a file, shortened for a message whatever its size and nesting."""
     return _Brief().repr(value)
 
 
 def broken_link(path: str | os.PathLike[str]) -> str | None:
-    """Why `path` does not exist when it, or a folder above it, is a link that leads nowhere; None when none is.
+    """Why `path` cannot be reached when it, or a folder above it, is a broken link; None when there is no such link.
 
-    The end of a sentence that begins with the path.
+    The text completes a sentence that begins with the path.
     """
     for place in (Path(path), *Path(path).parents):
         try:
@@ -179,17 +181,17 @@ def broken_link(path: str | os.PathLike[str]) -> str | None:
 
 
 def system_reason(error: OSError, path: str | os.PathLike[str]) -> str:
-    """Why the system refused `path`; of a link that leads nowhere, where it leads."""
+    """Why the system refused `path`. For a broken link: where it leads."""
     return broken_link(path) or error.strerror or str(error)
 
 
 @contextmanager
 def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
-    """Turn the system's objection to `path`, an OSError in the block, into a `kind`: "path: reason. remedy".
+    """Turn an OSError in the block into a `kind`: "path: reason. remedy".
 
-    Where the system objects to another file, such as a library's own, that one is named.
-    When too many files are open, that has a remedy of its own.
-    A name that cannot be a path at all (with a NUL in it, or not encodable) is refused before the block.
+    If the error is about another file, such as a library's own, that file is named instead of `path`.
+    If too many files are open, the remedy is the one for that.
+    A name that cannot be a path at all (with a NUL in it, or not encodable) raises `kind` before the block.
     """
     try:
         is_path = b"\0" not in os.fsencode(path)
@@ -206,8 +208,8 @@ def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str
 
 
 def _failed_file(error: OSError, path: str) -> str:
-    """The file that the system names, but `path` where that is a name under which `path` is written first, or a new
-    file in a folder `path` that is not there.
+    """The file to name in a message: the one in `error`, or `path` in three cases. The error names none; it names the
+    temporary name of `path`; or it names a file in the folder `path`, which does not exist.
     """
     named = error.filename
     if not isinstance(named, (str, bytes, os.PathLike)):
@@ -220,12 +222,14 @@ def _failed_file(error: OSError, path: str) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main` and turn what the user can correct into one message and an exit code.
+    """Run a command's `main`, and turn errors that the user can correct into one message and an exit code.
 
-    `UserError`: `error: <message>` on stderr, exit code 2; the same, as a last resort, for an OSError that names a
-    file or concerns the disk. Control-C: exit code 130, by a KeyboardInterrupt that lets `main` tidy up. A reader
-    that closed the pipe (`... | head`): exit code 1, without a word. `RunStopped`: exit code 75. `LostContactError`:
-    one message, exit code 69. Everything else is our bug and keeps its traceback.
+    - `UserError`: `error: <message>` on stderr, exit code 2. The same, as a last resort, for an OSError that names a
+      file, concerns the disk, or says that too many files are open.
+    - `LostContactError`: the same with exit code 69. `RunStopped`: its message, exit code 75.
+    - Control-C: exit code 130, by a KeyboardInterrupt, so that `main` can clean up.
+    - A reader that closed the pipe (`... | head`): exit code 1 and no message.
+    - Everything else is our bug and keeps its traceback.
     """
     _run(main, end_by_exception)
 
@@ -236,7 +240,7 @@ def _run(main: Callable[[], None], prepare: Callable[[], None]) -> None:
         prepare()
         open_files.raise_limit()
         main()
-        sys.stdout.flush()  # a closed pipe and a full disk show themselves here, not in the interpreter's shutdown
+        sys.stdout.flush()  # a closed pipe or a full disk raises here, not in the interpreter's shutdown
     except LostContactError as error:
         _fail(str(error), LOST_EXIT_CODE)
     except UserError as error:
@@ -263,7 +267,7 @@ def _run(main: Callable[[], None], prepare: Callable[[], None]) -> None:
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:
-    """As `run_command`, for a process of torch.distributed; it ends by `exit_now`, and by Control-C at once."""
+    """As `run_command`, for a process of torch.distributed. It ends with `exit_now`, and Control-C ends it at once."""
     code: object = 0
     try:
         _run(main, lambda: None)
@@ -278,8 +282,9 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
 def exit_now(code: int = 0) -> NoReturn:
     """End the process without the interpreter's shutdown.
 
-    Threads of torch and gloo may be about to take the interpreter's lock. When it is shut down under them, a rank that
-    has done all its work ends, once in some thousand times, in "terminate called" and a signal.
+    Threads of torch and gloo may be about to take the interpreter's lock. If the interpreter shuts down at that moment,
+    which happens once in some thousand times, a rank that has done all its work ends with "terminate called" and a
+    signal.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -294,6 +299,6 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 def _was_interrupted(error: BaseException) -> bool:
-    """Whether Control-C is behind `error`: extension modules, being imported, turn it into an ImportError."""
+    """Whether Control-C caused `error`: extension modules turn it into an ImportError while they are imported."""
     causes = [cause for cause in (error.__cause__, error.__context__) if cause is not None]
     return isinstance(error, KeyboardInterrupt) or any(map(_was_interrupted, causes))

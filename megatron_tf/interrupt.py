@@ -1,11 +1,10 @@
-"""Control-C while a command is still importing. torch takes seconds to load, and a traceback of it tells nobody
-anything.
+"""Handling of Control-C, also while a command is still importing. torch takes seconds to load, and a traceback from
+inside it helps no user.
 
-A script calls `end_quietly` before its other imports, when it is the main program or a process that this has spawned
-("__mp_main__") and that loads it again: any other importer keeps Python's own handling. `run_command` calls
-`end_by_exception`, but for a rank, which has nothing to tidy up; spawned processes do their work without a word about
-Control-C, which reaches their parent as well: those started under `kept_from_children` never see it, from their first
-instruction on.
+A script calls `end_quietly` before its other imports if it is the main program, or a spawned process that loads the
+main program again ("__mp_main__"). Any other importer keeps Python's own handling. `run_command` then calls
+`end_by_exception`, so that a command can clean up; `run_rank` does not, because a rank has nothing to clean up.
+Control-C reaches a parent and its child processes. Children started under `kept_from_children` never get it.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-INTERRUPTED_EXIT_CODE = 130  # as shells have it: 128 and the signal's number
-SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar hides
+INTERRUPTED_EXIT_CODE = 130  # the convention of shells: 128 plus the signal's number
+SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides the cursor
 
 
 def end_quietly() -> None:
-    """From here on Control-C ends this process at once, without a word; one that ignores it goes on ignoring it."""
+    """From here on Control-C ends this process at once, without a message. If it ignores Control-C, it still does."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
 
@@ -35,10 +34,10 @@ def end_by_exception() -> None:
 
 @contextmanager
 def kept_from_children() -> Iterator[None]:
-    """Processes started meanwhile never get Control-C; this one gets it at the end."""
+    """Processes started in the block never get Control-C. This process gets it when the block ends."""
     from multiprocessing import resource_tracker
 
-    resource_tracker.ensure_running()  # which would start with the first process, and lets signals through again
+    resource_tracker.ensure_running()  # otherwise it starts with the first process, and unblocks the signal again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -47,7 +46,7 @@ def kept_from_children() -> Iterator[None]:
 
 
 def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """A handler of Control-C that no library can swallow, as their `except:` does with a KeyboardInterrupt."""
+    """A handler of Control-C that ends the process. A library's `except:` would swallow a KeyboardInterrupt."""
     with suppress(OSError):
         if os.isatty(1):
             os.write(1, SHOW_CURSOR)

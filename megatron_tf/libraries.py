@@ -1,4 +1,4 @@
-"""What libraries say about themselves is not shown; what is wrong is."""
+"""Hides the messages of libraries about themselves, but not their errors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _ABOUT_THEMSELVES = (FutureWarning, DeprecationWarning)
 
 
 def quiet_warnings() -> None:
-    """Silences deprecations of libraries by each other, and DeepSpeed's lines below errors. May be called again.
+    """Silences deprecation warnings raised inside libraries, and DeepSpeed's log lines below the level of an error.
 
-    For the beginning of a command, before they are imported. With Python's own option (`python -W default`) or
-    PYTHONWARNINGS the deprecations are shown.
+    Call it at the beginning of a command, before the libraries are imported; further calls change nothing. With
+    Python's own option (`python -W default`) or PYTHONWARNINGS, the deprecation warnings are shown.
     """
     logger = logging.getLogger("DeepSpeed")
     if not any(isinstance(existing, ErrorsOnly) for existing in logger.filters):
@@ -27,7 +27,7 @@ def quiet_warnings() -> None:
 
 
 class ErrorsOnly(logging.Filter):
-    """A filter and not a level: DeepSpeed sets the level of its logger when it is imported."""
+    """Passes errors only. A filter and not a level, because DeepSpeed sets its logger's level when it is imported."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR

@@ -1,18 +1,19 @@
-"""How many files a process may have open: raised as far as the system allows, and what to do when that is too few."""
+"""The limit of open files of a process: raising it as far as the system allows, and the remedy when it is too low."""
 
 from __future__ import annotations
 
 import errno
 import resource
 
-# Far more than any blend has sources. Some containers allow a billion, over which programs loop when they start others.
+# Far more than a blend has sources. Some containers allow a billion, and programs that start others loop over all of
+# them to close them.
 MOST = 65_536
 
 
 def raise_limit() -> None:
-    """Let this process and those that it starts have as many files open as they may, `MOST` at most.
+    """Raise the soft limit of this process, and of those it starts, to the hard limit, but to `MOST` at most.
 
-    Login shells allow 1,024 of them, and the system many more on request.
+    Login shells set the soft limit to 1,024; the hard limit is usually far higher.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
@@ -21,17 +22,17 @@ def raise_limit() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (OSError, ValueError):
-        # macOS says that there is no limit and refuses numbers above one of its own.
+        # macOS reports no hard limit, but refuses numbers above an internal one.
         return
 
 
 def too_many(error: BaseException | None) -> bool:
-    """Whether `error` says that too many files are open, as opening any other would say again."""
+    """Whether `error` says that too many files are open. Opening any other file would then fail as well."""
     return isinstance(error, OSError) and remedy(error) is not None
 
 
 def remedy(error: OSError) -> str | None:
-    """What helps when `error` says that too many files are open; None when it says something else."""
+    """A sentence with the remedy if `error` says that too many files are open; None if it says something else."""
     if error.errno == errno.ENFILE:
         return "All processes of this machine together have too many files open: end some, or raise fs.file-max."
     if error.errno != errno.EMFILE:

@@ -1,7 +1,7 @@
-"""`~` and environment variables in paths, wherever a path comes from: a configuration, an override, a command line.
+"""Replaces `~` and environment variables in paths from configurations, overrides and command lines.
 
-A shell replaces them only in some places: not after `run.dir=` or `--to=`, not in a YAML file. Taken as they stand they
-would name a folder called `~` below the current one.
+A shell replaces them only in some places: not after `run.dir=` or `--to=`, and not in a YAML file. Unreplaced, `~`
+would name a folder of that name below the current one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|\{
 def expand(text: str) -> str:
     """`text` with `$NAME`, `${NAME}`, and a `~` or `~user` at its beginning, replaced. `$$` is a dollar sign.
 
-    ValueError, with a sentence for the user, for a variable that is not set or empty and for an unknown user: the path
-    would be another one without it.
+    ValueError, with a sentence for the user, when a variable is unset or empty or a user is unknown: without the value
+    the path would be a different one.
     """
     text = _VARIABLE.sub(_value, text)
     if not text.startswith("~"):
@@ -33,7 +33,7 @@ def expand(text: str) -> str:
 
 
 def literal(path: str) -> str:
-    """The text that `expand` turns into `path`, which is expanded already."""
+    """The text that `expand` turns back into `path`, which is expanded already."""
     return path.replace("$", "$$")
 
 

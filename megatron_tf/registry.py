@@ -1,5 +1,4 @@
-"""Objects under the names that a configuration gives them, so that another one can be added from outside the
-package."""
+"""Looks up objects by the names that configurations use, so that code outside the package can add its own."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Name -> object. The package's own objects are imported when they are first asked for."""
+    """Maps names to objects. The package's own objects are imported when they are first asked for."""
 
     def __init__(self, built_in: Mapping[str, str]):
         """`built_in`: name -> "module:attribute"."""
@@ -45,7 +44,7 @@ class Registry(Generic[T]):
 
     @contextmanager
     def registered(self, name: str, thing: T) -> Iterator[None]:
-        """Has `thing` within the block only."""
+        """Registers `thing` for the time of the block only. ValueError when the name is taken by another object."""
         self.register(name, thing)
         try:
             yield

@@ -1,5 +1,5 @@
-"""Which versions of other packages this one was tested with: setup.py says it, and its metadata when it is
-installed."""
+"""Versions of other packages that this one was tested with. setup.py declares them; they are read from the metadata of
+the installed package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROJECT = "megatron_tf"
 
 
 def wanted_versions(package: str) -> str:
-    """As pip writes them, ">=2.11,<2.14"; empty for any, also where this project runs without having been installed."""
+    """The wanted versions in pip's notation, ">=2.11,<2.14". "" if any will do, or if this project is not installed."""
     return _requirements().get(_plain(package), "")
 
 
@@ -30,7 +30,7 @@ def _requirements() -> dict[str, str]:
     for line in lines:
         match = re.match(r"([A-Za-z0-9._-]+)\s*([^;\s]*)", line)
         assert match is not None, line
-        # the least version first, whatever order the tool that installs has brought them in
+        # Lower bounds first (">" sorts after "<"): the installing tool may have changed their order.
         found[_plain(match[1])] = ",".join(sorted(match[2].split(","), reverse=True))
     return found
 
@@ -48,7 +48,7 @@ def _holds(version: str, clause: str) -> bool:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """ "2.13.0+cpu" -> (2, 13): trailing zeros mean nothing."""
+    """ "2.13.0+cpu" -> (2, 13): trailing zeros do not change a version."""
     found = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
     numbers = [int(part) for part in found[0].split(".")] if found else []
     while numbers and not numbers[-1]:

@@ -1,4 +1,4 @@
-"""Files that come with the package but are no code: configurations and SLURM scripts."""
+"""Files that come with the package and are not code: configurations, studies and SLURM scripts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ PACKAGE = Path(__file__).parent
 
 
 def shipped_files(name: str, source: str, ending: str) -> dict[str, Path]:
-    """The files of a folder by name without `ending`: megatron_tf/`name` when installed, `source` in a source tree."""
+    """Name without `ending` -> file, for the files that end in `ending`, of one folder: megatron_tf/`name` in an
+    installed package, `source` in a source tree."""
     installed = PACKAGE / name
     folder = installed if installed.is_dir() else PACKAGE.parent / source
     return {path.name.removesuffix(ending): path for path in sorted(folder.glob(f"*{ending}"))}
@@ -19,7 +20,7 @@ def configurations() -> dict[str, Path]:
 
 
 def find_configuration(text: str) -> Path:
-    """The file of this path; a name without a folder, which no file has, is that of a shipped configuration."""
+    """The path `text`; or, if that has no folder and no such file exists, the shipped configuration of that name."""
     path = Path(text)
     if "/" not in text and not path.exists():
         return configurations().get(path.name.removesuffix(".yml"), path)
@@ -31,7 +32,7 @@ def studies() -> dict[str, Path]:
 
 
 def find_study(text: str) -> Path:
-    """As `find_configuration`, of a study."""
+    """As `find_configuration`, for a study."""
     path = Path(text)
     if "/" not in text and not path.exists():
         return studies().get(path.name.removesuffix(".yml"), path)

@@ -1,4 +1,5 @@
-"""The standard streams of a process, whatever it was started with: closed, on a full disk, or without Unicode."""
+"""Makes the standard streams safe to use even if a process was started with closed ones, ones on a full disk, or ones
+without Unicode."""
 
 from __future__ import annotations
 
@@ -11,17 +12,18 @@ from typing import Any, TextIO, cast
 
 
 def prepare_streams() -> None:
-    """Make the standard streams such that printing is safe. For the beginning of a command; may be called again.
+    """Make printing safe. Call it at the beginning of a command; it may be called again.
 
-    Descriptors that were closed (`command >&-`, some supervisors) lead to /dev/null: otherwise the next file that is
-    opened gets the number, and what any library prints is written into it. A character that stdout's encoding lacks is
-    shown as an escape, as stderr does. What stderr cannot take is lost: a message never ends the work that it is about.
+    Closed descriptors (`command >&-`, some supervisors) are opened on /dev/null. Otherwise the next file that is opened
+    would get that number, and the output of libraries would be written into it. A character that stdout's encoding
+    lacks is shown as an escape, as on stderr. Text that stderr cannot write is lost: printing a message must not end
+    the work that it is about.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            taken = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+            taken = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is `descriptor`
             os.set_inheritable(taken, True)
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
@@ -33,14 +35,15 @@ def prepare_streams() -> None:
 
 
 def discard(stream: TextIO) -> None:
-    """Give what is buffered, and what follows, somewhere to go. Else it raises again when Python closes the stream."""
+    """Send buffered and later output to /dev/null. Otherwise Python raises again when it closes the stream."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
 def without_terminal() -> Iterator[None]:
-    """Around libraries that ask questions when stdin is a terminal: nothing here ever waits for an answer."""
+    """Makes stdin empty in the block, for libraries that ask questions when it is a terminal: no command waits for an
+    answer."""
     before = sys.stdin
     with open(os.devnull, encoding="utf-8") as empty:
         sys.stdin = empty
@@ -51,7 +54,7 @@ def without_terminal() -> Iterator[None]:
 
 
 def report(text: str) -> None:
-    """Print what a long work has found. That nobody reads it any more (`... | head`) is no error of the work."""
+    """Print a result of a long computation. A reader that has closed the pipe (`... | head`) is not an error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -59,7 +62,7 @@ def report(text: str) -> None:
 
 
 def flush_or_discard(stream: TextIO) -> None:
-    """Write what is buffered, if that can be."""
+    """Write the buffered output, or discard it if it cannot be written."""
     try:
         stream.flush()
     except OSError:
@@ -67,7 +70,7 @@ def flush_or_discard(stream: TextIO) -> None:
 
 
 class Unfailing:
-    """A text stream that loses what it cannot write. All else is that of the stream within."""
+    """Wraps a text stream and drops text that it cannot write. All other attributes are those of the stream."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
