@@ -1,4 +1,4 @@
-"""When to grow, and by how much, for a budget: what a law of the loss and κ say of the sizes of a chain. No torch."""
+"""When to grow, and to which size, for a budget of FLOPs: predicted from a law of the loss and κ. No torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.estimate import chooses, flops_per_token, num_parameters
 from megatron_tf.costs.law import Findings, Law, Range, cost_ratio
 
-# Tokens that a grown model needs at least before κ holds, as a share of those from scratch. An assumption: the decay of
+# The fewest tokens of a grown model for which κ is assumed to hold, as a share of the tokens from scratch. The decay of
 # a schedule alone is a fifth.
 LEAST_SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model: its name, parameters, and floating-point operations a trained token."""
+    """A model: its name, its number of parameters, and its FLOPs for each trained token."""
 
     name: str
     parameters: int
@@ -26,11 +26,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Step:
-    """A growth of one size to another, once, that spends a budget.
+    """One growth from the size `small` to the size `large` that spends the whole budget.
 
-    `before`, `after`: tokens of either.  `kappa_of_loss`: what κ is if the grown model goes on from the loss that it
-    has, at the speed of one from scratch at that loss, and no better.  `loss`: at the end.  `against_static`: FLOPs
-    that it takes to the loss of the best static size, over the budget; None when it does not get there.
+    `before`, `after`: tokens trained before and after the growth.  `kappa_of_loss`: the κ that would hold if the grown
+    model learned only as fast as a model from scratch of the same loss.  `loss`: at the end, in nats a token.
+    `against_static`: FLOPs until it has the loss of the best static size, divided by the budget; None when it never has
+    that loss.
     """
 
     small: str
@@ -45,6 +46,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Static:
+    """A size trained from scratch: its tokens, and its loss at the end."""
+
     name: str
     tokens: float
     loss: float
@@ -62,9 +65,10 @@ def best_static(law: Law, sizes: Sequence[Size], budget: float) -> Static:
 def best_step(law: Law, sizes: Sequence[Size], budget: float, kappa: float, least_share: float) -> Step | None:
     """The growth that ends with the lowest loss; None when none costs less than its larger size from scratch.
 
-    `sizes`: from small to large.  `least_share`: the least φ at which κ holds: tokens that the grown model needs, as a
-    share of those from scratch. What a token before the growth is worth, κ/c_s a FLOP, does not depend on how many
-    there are, so the best growth is as late as that allows.
+    `sizes`: from small to large.  `budget`: FLOPs.  `least_share`: the least φ (see `law`) at which κ holds.
+
+    A FLOP before the growth is worth κ/c_s tokens of the large model, however many there are. So the best growth is the
+    latest one that `least_share` allows.
     """
     static = best_static(law, sizes, budget)
     found = []
@@ -93,9 +97,13 @@ def best_step(law: Law, sizes: Sequence[Size], budget: float, kappa: float, leas
 
 
 def advise(configs: Sequence[RunConfig], findings: Findings, kappa: Range, budget: float) -> dict[str, Any]:
-    """For the sizes of a chain. Keys: law (in words; None with the reason in why_no_law), source, budget, least_share,
-    ceiling, static, steps (the best growth at the least and at the greatest κ, None where growth costs more), beyond
-    (sentences on what is outside of the law's runs, with both numbers)."""
+    """The best static size and the best growths among the sizes of a chain, for `budget` FLOPs.
+
+    Keys: source, budget, least_share, law (in words), why_no_law. Without a law, `law` is None, `why_no_law` says why,
+    and there are no other keys. With one also: kappa (its least and greatest value), ceiling (see `Law.ceiling`),
+    static, steps (the best growth for each kappa; None where growth costs more), beyond (sentences, with both numbers,
+    about values outside the range of the law's runs).
+    """
     found: dict[str, Any] = {"source": findings.source, "budget": budget, "least_share": LEAST_SHARE, "law": None}
     law, models = findings.law, [config.model for config in configs]
     with_candidates = [config.run.name for config in configs if chooses(config.model)]

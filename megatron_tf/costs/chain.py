@@ -1,7 +1,7 @@
 """The cost of a chain of growths, compared with training each of its sizes from scratch to the same loss.
 
-The tokens that a size needs from scratch are only known after a run. They are D₂ + κ·D₁ (see `law`): those of the stage
-itself, and κ for each token of the stages before it. So every comparison is a function of κ.
+The number of tokens that a size needs from scratch is only known after a run. It is D₂ + κ·D₁ (see `law`): the tokens
+of the stage itself, plus κ for each token of the stages before it. So every comparison is a function of κ.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron_tf.errors import ConfigError
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage. GPU-hours are of all GPUs, without what failures cost.
+    """The cost of one stage. GPU-hours are summed over all GPUs and do not contain losses by failures.
 
-    `chain_*`: of this stage and all before it, that is what a model of this size costs by growing. Of a stage that the
-        next one does not grow from the end of, the decay is left out there: it serves its own size alone.
-    `scratch_*`: of the same model from scratch to the same loss at the same speed, at the least and the greatest κ.
+    `chain_*`: this stage and all before it: the cost of a model of this size by growing. If the next stage grows from
+        before the decay of a stage, the sums of the later stages leave that decay out: it serves its own size alone.
+    `scratch_*`: the same model from scratch to the same loss at the same speed, at the least and the greatest κ.
     `ratio`: R, chain_flops over scratch_flops, least and greatest.
-    `kappa`: the least and greatest κ of these numbers.  `break_even`: the κ above which R is below 1.  Both are None
-        for the first stage, which is trained from scratch itself.
+    `kappa`: the least and greatest κ behind these numbers.  `break_even`: the κ above which R is below 1.  Both are
+        None for the first stage, which is trained from scratch itself.
     """
 
     name: str
@@ -47,15 +47,15 @@ class StageCost:
 def chain_costs(
     stages: Sequence[Estimate], kappa: Range = ASSUMED_KAPPA, scratch_tokens: int | None = None
 ) -> list[StageCost]:
-    """One entry a stage, in order.
+    """The cost of each stage, in order.
 
-    `kappa`: least and greatest.  `scratch_tokens`: what each size needs from scratch, from which κ follows instead;
-    ConfigError when that makes κ negative.
+    `kappa`: least and greatest.  `scratch_tokens`: tokens that each size needs from scratch. If given, κ is computed
+    from it and `kappa` is not used. ConfigError when that κ would be negative.
     """
     if scratch_tokens is not None:
         _check_worth(stages, scratch_tokens)
     costs: list[StageCost] = []
-    # of the stages before it
+    # sums over the stages before the current one
     earlier_tokens, earlier_flops, earlier_hours = 0, 0.0, 0.0
     for stage, after in zip(stages, [*stages[1:], None]):
         tokens = plan_batches(stage.config, stage.world_size).train_tokens
@@ -89,7 +89,7 @@ def chain_costs(
 
 
 def _left_out(stage: Estimate, after: Estimate) -> int:
-    """Tokens of the decay of `stage`, if `after` grows from before it."""
+    """Tokens of the decay of `stage` if `after` grows from before that decay; else 0."""
     growth, decay = after.config.growth, stage.config.optimizer.schedule.decay_steps
     if growth is None or growth.at != "before_decay" or decay is None:
         return 0
@@ -107,7 +107,7 @@ def _check_worth(stages: Sequence[Estimate], scratch_tokens: int) -> None:
 
 
 def _from_scratch(tokens: int, earlier: int, kappa: Range, scratch_tokens: int | None) -> tuple[Range | None, Range]:
-    """κ of a stage, None of the first one, and the tokens that its model needs from scratch."""
+    """(least and greatest κ of a stage, None for the first one; least and most tokens of its model from scratch)."""
     if earlier == 0:
         own = float(scratch_tokens or tokens)
         return None, (own, own)

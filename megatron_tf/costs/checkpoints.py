@@ -19,17 +19,17 @@ from megatron_tf.costs.estimate import num_parameters
 
 LLAMA_3_FAILURES_PER_GPU_YEAR = 419 / (16384 * 54 / 365)
 YEAR_SECONDS = 365 * 24 * 3600.0
-COPY_BANDWIDTH = 10e9  # bytes/s of a rank, from the GPU to the host's memory, for a checkpoint in the background
+COPY_BANDWIDTH = 10e9  # bytes/s from a rank's GPU to host memory; an asynchronous checkpoint waits only for this copy
 
 
 def checkpoint_bytes(model: Model, optimizer: str = DEFAULT) -> int:
-    """Bytes of the fp32 weights and of the states of `optimizer`, a name of the configuration. The rest of a checkpoint
-    is small."""
+    """Bytes of the fp32 weights and of the states of `optimizer` (its name in the configuration). The rest of a
+    checkpoint is small and not counted."""
     return (4 + OPTIMIZERS[optimizer].state_bytes) * num_parameters(model)
 
 
 def mean_seconds_between_failures(failures_per_gpu_year: float, num_gpus: int) -> float:
-    """Infinite for a rate of 0."""
+    """Seconds between two failures of any of `num_gpus` GPUs, on average. Infinite for a rate of 0."""
     rate = failures_per_gpu_year * num_gpus
     return YEAR_SECONDS / rate if rate else math.inf
 
@@ -48,9 +48,10 @@ def daly_interval(stall_seconds: float, mean_seconds: float) -> float:
 
 
 def lost_share(interval: float, stall: float, write: float, restart: float, mean_seconds: float) -> float:
-    """Share of the time that is lost to checkpoints, repeated work and restarts, all in seconds.
+    """Share of the time (0 to 1) that is lost to checkpoints, repeated work and restarts. All arguments are in seconds.
 
-    A failure repeats half an interval and what was trained while the last checkpoint was still being written.
+    On average a failure costs half an interval, the training done while the last checkpoint was being written, and a
+    restart.
     """
     share = stall / (interval + stall)
     if math.isfinite(mean_seconds):
@@ -60,8 +61,11 @@ def lost_share(interval: float, stall: float, write: float, restart: float, mean
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """`bytes` on disk; the rest in seconds. `interval` is never shorter than `write`. `interval_steps` None: no
-    failures."""
+    """Checkpoints of a run: `bytes` on disk, times in seconds, shares of the whole time.
+
+    `interval_steps`: the interval that loses least; None when there are no failures. With asynchronous checkpoints it
+    lasts about `write` seconds or longer, because a save waits for the one before.
+    """
 
     bytes: int
     write: float  # until a checkpoint is whole
@@ -93,7 +97,7 @@ def plan_checkpoints(
 
     def lost(steps: int) -> float:
         interval = steps * step_seconds
-        if interval < write and asynchronous:  # the next save waits for the one before
+        if interval < write and asynchronous:  # a save waits for the one before
             return lost_share(interval, write - interval + stall, write, restart_seconds, mean)
         return lost_share(interval, stall, write if asynchronous else 0.0, restart_seconds, mean)
 

@@ -60,7 +60,10 @@ def context_collectives(config: RunConfig) -> tuple[Collectives, Collectives]:
 
 
 def ends_collectives(config: RunConfig) -> tuple[tuple[Collectives, Collectives], tuple[Collectives, Collectives]]:
-    """((forward, backward) of the input layer, (forward, backward) of final norm, head and loss), a micro batch."""
+    """((forward, backward) of the input layer, (forward, backward) of final norm, head and loss), for one micro batch.
+
+    They run over the tensor group.
+    """
     if config.parallel.tensor == 1:
         return ((), ()), ((), ())
     entry, (forward, backward) = task_of(config.model).collectives(config)
@@ -71,7 +74,7 @@ def ends_collectives(config: RunConfig) -> tuple[tuple[Collectives, Collectives]
 
 
 def stage_boundary(config: RunConfig) -> Collective:
-    """The hidden states that cross from one stage to the next, or their gradient back, a micro batch."""
+    """The message of one micro batch between two stages: hidden states, or their gradient in the other direction."""
     split = config.parallel.tensor if config.parallel.sequence else 1
     return Collective("send", hidden_bytes(config) // split)
 
@@ -80,18 +83,18 @@ def boundaries(topology: Topology) -> int:
     """The number of stage boundaries at which the busiest rank of a pipeline receives or sends hidden states."""
     if topology.pipeline == 1:
         return 0
-    # with two ranks, each is the first or the last one, which has one boundary less
+    # With two ranks each is the first or the last, and such a rank has one boundary less.
     return 2 * topology.virtual_stages - (topology.pipeline == 2)
 
 
 def sent_document_starts(config: RunConfig) -> Collective:
-    """The starts of documents, an int32 for each token. They are sent with hidden states, not with their gradients."""
+    """The starts of documents, one int32 for each token. They go with the hidden states, not with their gradients."""
     positions = positions_of(config)
     return Collective("send", 4 * positions if config.data.reset_at_eod else 0)
 
 
 def data_collectives(config: RunConfig, parameters: int, replicas: int, num_micro_batches: int) -> Collectives:
-    """The collectives of a step over the replicas, for the `parameters` of a rank. Gradients are sent in fp32.
+    """The collectives of one step over the replicas, for the `parameters` of a rank. Gradients are sent in fp32.
 
     | engine              | gradients                         | parameters, in the compute type           |
     |---------------------|-----------------------------------|-------------------------------------------|
@@ -101,7 +104,7 @@ def data_collectives(config: RunConfig, parameters: int, replicas: int, num_micr
     | torch, `gradients`  | reduce-scatter of each micro batch | all-gather of each micro batch            |
     | torch, `parameters` | reduce-scatter of each micro batch | all-gather of each micro batch and pass   |
 
-    In a pipeline the torch engine keeps gradients, and reduces them once.
+    In a pipeline the torch engine sums the gradients of all micro batches locally and reduces them once.
     """
     if replicas == 1:
         return ()
@@ -121,7 +124,7 @@ def data_collectives(config: RunConfig, parameters: int, replicas: int, num_micr
 
 
 def tied_gradients(config: RunConfig, topology: Topology) -> Collectives:
-    """Between first and last stage, once for each step: the gradients of the weights that both hold, in fp32."""
+    """The all-reduces of a step between the first and the last stage: fp32 gradients of the weights that both hold."""
     if topology.pipeline == 1:
         return ()
     tied = (spec for spec in parameter_table(config.model).values() if spec.tied)
@@ -144,7 +147,7 @@ def sent_bytes_per_step(config: RunConfig, world_size: int) -> dict[GridAxis, fl
     end = sum(c.sent_bytes(topology.tensor) for side in sides for pass_ in side for c in pass_)
     parameters = stage_parameters(config.model, topology, topology.pipeline - 1)
     data = data_collectives(config, parameters, topology.replicas, micro_batches)
-    crossings = boundaries(topology)  # hidden states at some, their gradient at the others
+    crossings = boundaries(topology)  # a rank sends hidden states at some of them, gradients at the others
     crossing = crossings * stage_boundary(config).bytes + (sent_document_starts(config).bytes if crossings else 0)
     out, back = context_collectives(config)
     exchanged = sum(c.sent_bytes(topology.context) for c in (*out, *(out if again_forward else ()), *back))

@@ -1,4 +1,4 @@
-"""The costs of a model: parameters, floating-point operations, memory of a rank. Pure arithmetic, no torch.
+"""The costs of a model: parameters, floating-point operations, and memory of a rank. Pure arithmetic, no torch.
 
 Symbols: s positions of a sample on a rank, b micro batch, d hidden size, n tokens of a projection, T tensor-parallel
 ranks, c bytes of the compute type (2 for bf16 and fp16, 4 for fp32).
@@ -23,31 +23,31 @@ from megatron_tf.state.parameters import ParameterSpec, parameter_table, shard_r
 
 
 def num_parameters(model: Model) -> int:
-    """Parameters of the logical model; a head that is the input layer counts once."""
+    """Parameters of the logical (unsharded) model. A head tied to the input layer counts once."""
     return sum(spec.numel for spec in parameter_table(model).values())
 
 
-@lru_cache(maxsize=64)  # a comparison of layouts asks for it each time
+@lru_cache(maxsize=64)  # a comparison of layouts asks for the same model for each layout
 def num_used_block_parameters(model: Model) -> int:
-    """Elements of all blocks that a position is multiplied with: parameter tokens, or a transformer's matrices."""
+    """Parameters of all blocks that one position uses: of parameter tokens, or of a transformer's matrices."""
     return sum(spec.numel // spec.one_in for name, spec in parameter_table(model).items() if name.startswith("blocks."))
 
 
 def num_used_parameters(model: Model) -> int:
-    """`num_parameters` without those of candidates that a position does not choose."""
+    """`num_parameters` without the parameters of candidates that a position does not choose."""
     return sum(spec.numel // spec.one_in for spec in parameter_table(model).values())
 
 
 def chooses(model: Model) -> bool:
-    """Whether a position uses only some of the parameters: those of the candidates that it chooses."""
+    """Whether a position uses only a part of the parameters: those of the candidates that it chooses."""
     return any(spec.one_in > 1 for spec in parameter_table(model).values())
 
 
 def stage_parameters(model: Model, topology: Topology, stage: int) -> int:
-    """Parameters on the fullest tensor rank of a pipeline rank.
+    """Parameters on the fullest tensor rank of the pipeline stage `stage`.
 
-    The first stage holds the task's input layer, the last one the final norm and the task's head, which may be its own
-    copy of the input layer.
+    The first stage holds the task's input layer. The last one holds the final norm and the task's head, which may be a
+    second copy of the input layer.
     """
     return _stage_parameters(model, Topology(topology.tensor, topology.pipeline, 1, 1, topology.virtual_stages), stage)
 
@@ -83,10 +83,10 @@ def parameters_per_rank(model: Model, topology: Topology) -> int:
 def flops_per_token(model: Model) -> int:
     """Floating-point operations of forward and backward for one trained token.
 
-    Two a multiply-add.  Forward: 2 an element of every key and value token (or matrix) that a position uses, a token's
-    share of the task's input layer and head, and 4·s·d a layer for the two products of attention, counted at full
-    length as is usual for MFU although a causal model skips half of them.  Backward is twice the forward.  Norms,
-    activations and recomputation under activation checkpointing do not count.
+    A multiply-add counts as two.  Forward: 2 for each element of every key and value token (or matrix) that a position
+    uses, a token's share of the task's input layer and head, and 4·s·d in each layer for the two products of attention.
+    These are counted at full length, as is usual for MFU, although a causal model skips half of them.  Backward is
+    twice the forward.  Norms, activations and recomputation under activation checkpointing do not count.
     """
     ends = task_of(model).multiply_adds(model) // model.seq_length
     attention = 4 * model.seq_length * model.hidden_size * model.num_layers
@@ -98,9 +98,9 @@ class Memory:
     """Bytes on one rank, without the allocator's fragmentation, communication buffers and kernels' workspaces."""
 
     weights: int  # in the compute type
-    gradients: int  # as the backward pass makes them, and the fp32 sums over micro batches
-    optimizer: int  # fp32 master weights and what the optimizer keeps in addition
-    activations: int  # saved for the backward pass, and what that makes in passing, at the peak of a step
+    gradients: int  # those of one backward pass, and the fp32 sums over micro batches
+    optimizer: int  # fp32 master weights and the optimizer's states
+    activations: int  # saved for the backward pass, and the temporary tensors of that pass, at the peak of a step
 
     @property
     def total(self) -> int:
@@ -108,10 +108,10 @@ class Memory:
 
 
 def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
-    """Memory of the fullest pipeline stage.  `config` has passed `validate` for `world_size`.
+    """Memory of a rank of the fullest pipeline stage.  `config` has passed `validate` for `world_size`.
 
-    It is the first or the last: those between have no layers of the task, and no more layers or micro batches in flight
-    than the first.
+    That is the first or the last stage: those between have no layers of the task, and have no more layers or micro
+    batches in flight than the first.
     """
     topology = topology_for(config, world_size)
     num_micro_batches = plan_batches(config, world_size).num_micro_batches
@@ -143,9 +143,9 @@ def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int,
 
 
 def _waiting_bytes(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> int:
-    """Bytes held for delayed gradients of weights: under a zero-bubble schedule stage i delays those of i passes.
+    """Bytes held for delayed weight gradients: under a zero-bubble schedule stage i delays those of i passes.
 
-    They are both factors of each gradient, over all positions.
+    Until then it keeps both factors of each gradient's product, over all positions.
     """
     if config.parallel.schedule != "zero_bubble":
         return 0
@@ -160,8 +160,9 @@ def _waiting_bytes(config: RunConfig, topology: Topology, num_micro_batches: int
 def _layers_in_flight(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> int:
     """Layers, counted once for each micro batch, whose forward pass is done before the first backward pass.
 
-    One forward, one backward: stage i has begun P − i micro batches by then. Interleaved, with v parts of the depth on
-    a rank, it is (v − 1) P + 2 (P − i) − 1 passes of a part; with a zero-bubble schedule (v − 1) P + P − i of them.
+    P is the number of stages. One forward, one backward: stage i has begun P − i micro batches by then. Interleaved,
+    with v parts of the depth on a rank: (v − 1) P + 2 (P − i) − 1 passes of a part. With parts and a zero-bubble
+    schedule: (v − 1) P + P − i.
     """
     parts, ranks = topology.parts(config.model.num_layers, stage), topology.pipeline
     if len(parts) == 1:
@@ -183,7 +184,7 @@ def parameter_state_bytes(
     | fp32, 1         | 4       | 4 + 4/DP (copy of a part)      | (4 + s)/DP (a master copy) |
     | fp32, 0         | 4       | 4                              | s                          |
 
-    s: bytes of what `optimizer`, a name of the configuration, keeps in addition to the weight; 8 for adamw.
+    s: bytes of the states that `optimizer` (its name in the configuration) keeps for each weight; 8 for adamw.
     """
     kept = OPTIMIZERS[optimizer].state_bytes
     share = -(-parameters // data_parallel)
@@ -205,7 +206,7 @@ def sharded_state_bytes(
 ) -> tuple[int, int, int]:
     """Bytes of (weights, gradients, optimizer) for `parameters` elements on a rank, as torch's `fully_shard` does it.
 
-    `gathered`: elements that are whole at a time where parameters are sharded: of two blocks.
+    `gathered`: elements that a rank holds unsharded at one time where parameters are sharded: those of two blocks.
 
     | shard        | weights      | gradients         | optimizer  |
     |--------------|--------------|-------------------|------------|
@@ -224,11 +225,11 @@ def sharded_state_bytes(
 
 
 def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, in_flight: int) -> int:
-    """Activations at the peak of a stage.  `in_flight`: see `_layers_in_flight`.
+    """Bytes of activations at the peak of a stage.  `in_flight`: see `_layers_in_flight`.
 
-    Without checkpointing every layer of every micro batch in flight keeps what `block_activation_bytes`
-    says; with it, only its input.  On top comes the larger of two that are never there at once: the backward
-    pass of one block (with checkpointing, that block whole), and on the last stage the head.
+    Without checkpointing every layer of every micro batch in flight keeps `block_activation_bytes`; with it, only its
+    input.  To this comes the larger of two that never exist at the same time: the temporary tensors of one block's
+    backward pass (with checkpointing also that block's activations), and, on the last stage, those of the head.
     """
     model, training = config.model, config.training
     positions = positions_of(config)
@@ -240,7 +241,7 @@ def _stage_activation_bytes(config: RunConfig, topology: Topology, stage: int, i
         kept, backward = compute * positions * model.hidden_size // split, block + backward
     head = 0
     if stage == topology.pipeline - 1:
-        # the final norm's output; logits and their gradient (what is in fp32 of them is a few rows)
+        # The final norm's output; logits and their gradient. Only a few of their rows are in fp32 at one time.
         head = compute * (positions * model.hidden_size + 2 * task_of(model).work(config).logits)
     return in_flight * kept + max(head, backward)
 
@@ -255,7 +256,7 @@ def block_activation_bytes(config: RunConfig) -> int:
     | mean and deviation of both norms                    | 4 · s·b      | 4     |
     | log-sum-exp of attention, a head                    | s·b·heads/T  | 4     |
 
-    and what the architecture's `BlockWork` says of its own.
+    To this comes what the architecture's `BlockWork` declares.
     """
     model, tensor = config.model, config.parallel.tensor
     split = tensor if config.parallel.sequence else 1
@@ -267,8 +268,8 @@ def block_activation_bytes(config: RunConfig) -> int:
 
 
 def block_backward_bytes(config: RunConfig) -> int:
-    """Bytes that the backward pass of one block needs on top of what the forward pass kept, at its peak, on one rank:
-    the gradients of a projection's output and input, and what the architecture's `BlockWork` says.
+    """Bytes that the backward pass of one block needs in addition to what the forward pass kept, at its peak, on one
+    rank: the gradients of a projection's output and input, and what the architecture's `BlockWork` declares.
     """
     elements = architecture_of(config.model).work(config).backward_peak + 2 * config.model.hidden_size
     return positions_of(config) * compute_bytes(config.training.compute_type) * elements

@@ -1,8 +1,10 @@
-"""GPUs and the nodes they stand in, as their makers state them, and what is assumed to be reached of that.
+"""GPUs and their nodes, as the makers specify them, and the share of those numbers that real programs are assumed to
+reach.
 
 Sources: NVIDIA's datasheets of the A100, H100, H200, L40S and RTX 4090, and of the DGX A100, DGX H100, DGX H200 and
 DGX B200 (memory, bandwidth, NVLink, network adapters, largest power). NVLink is counted per direction, half of what
-the datasheets give. Cards without NVLink talk over 16 lanes of PCIe 4.0, in nodes with one adapter of 25 Gb/s a card.
+the datasheets give. Cards without NVLink communicate over 16 lanes of PCIe 4.0, in nodes with one network adapter of
+25 Gb/s for each card.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU and its share of a node. Bandwidths in bytes/s, links per direction."""
+    """One GPU and its share of a node. Bandwidths are in bytes/s, those of links per direction."""
 
     name: str
-    device_name: str  # as CUDA says it, for the table of peaks
+    device_name: str  # as CUDA reports it; the key in the table of peaks
     memory_bytes: float
     fp32_flops: float  # peak without tensor cores
     memory_bandwidth: float
@@ -30,7 +32,7 @@ class Gpu:
     network_bandwidth: float  # its share of the node's network adapters
     watts: float  # its share of the node's largest power, without cooling
     per_node: int = 8
-    fp8: bool = True  # whether it multiplies in it
+    fp8: bool = True  # whether it can multiply in fp8
 
     def peak_flops(self, precision: ComputeType) -> float:
         """Dense peak in FLOP/s."""
@@ -56,7 +58,10 @@ GPUS = {
 
 
 def find_gpu(name: str, *, per_node: int | None = None, network_gb_per_s: float | None = None) -> Gpu:
-    """A GPU by its name in `GPUS`, in a node of another size or with another network if given. ConfigError."""
+    """The GPU called `name` in `GPUS`, with another node size or network bandwidth (GB/s for each GPU) if given.
+
+    ConfigError for an unknown name.
+    """
     gpu = GPUS.get(name.lower())
     if gpu is None:
         raise ConfigError(f"--gpu: {name!r} is not known. Choose among {', '.join(GPUS)}.")
@@ -69,7 +74,7 @@ def find_gpu(name: str, *, per_node: int | None = None, network_gb_per_s: float 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What real programs reach of the peaks. Every estimate of time stands and falls with these numbers."""
+    """The share of the peaks that real programs reach. Every estimate of time depends on these numbers."""
 
     gemm: float = 0.70  # of the peak, in large matrix products
     attention: float = 0.35  # of the peak, in fused causal attention
@@ -79,10 +84,10 @@ class Assumptions:
     network_latency: float = 40e-6  # and between nodes
     launch: float = 5e-6  # seconds the CPU needs to start a kernel
     reserved_bytes: float = 2 * GB  # CUDA context, NCCL's and cuBLAS's buffers
-    usable_memory: float = 0.92  # of the rest; the allocator loses the other part to fragments
+    usable_memory: float = 0.92  # of the memory that is not reserved; the rest is lost to fragmentation
 
     def fits(self, num_bytes: float, gpu: Gpu) -> bool:
-        """Whether tensors of `num_bytes` fit on a rank."""
+        """Whether tensors of `num_bytes` in all fit on a rank."""
         return num_bytes <= self.usable_memory * (gpu.memory_bytes - self.reserved_bytes)
 
     def sentences(self) -> tuple[str, ...]:
@@ -104,7 +109,7 @@ class Assumptions:
 def group_bandwidth(gpu: Gpu, topology: Topology, axis: GridAxis) -> tuple[float, bool]:
     """(bytes/s per direction, whether it leaves the node) of a collective over `axis`.
 
-    A group with g ranks on each node drives g network adapters at once, for every GPU of a node belongs to one group.
+    A group with g ranks on each node uses g network adapters at once, because each GPU of a node is in one group only.
     """
     size, stride = getattr(topology, axis), topology.stride(axis)
     on_node = max(1, min(size, gpu.per_node // stride))

@@ -1,6 +1,6 @@
 """A law of the loss by parameters and tokens, and what follows from it for growth. Arithmetic, no torch.
 
-    L(N, D) = E + A·N^−α + B·D^−β        N parameters, D tokens, of annealed models from scratch
+    L(N, D) = E + A·N^−α + B·D^−β        N parameters, D tokens, for models trained from scratch with a decay
 
 Growth has D₁ tokens of a smaller model (c_s floating-point operations each) and D₂ of the larger one (c_l). κ is
 defined by D_scr = D₂ + κ·D₁: the larger model from scratch needs D_scr tokens for the same loss. With φ = D₂ / D_scr,
@@ -26,12 +26,12 @@ from megatron_tf.text_files import read_text_file
 RESULTS = "results.json"
 
 Range = tuple[float, float]
-# Of studies in which growth was compared with scratch fairly: an assumption wherever it was not measured
+# Least and greatest κ in studies that compared growth fairly with training from scratch. Used where κ was not measured.
 ASSUMED_KAPPA: Range = (0.3, 0.7)
 
 
 def cost_ratio(share: float, token_cost: float, kappa: float) -> float:
-    """R. `share`: φ.  `token_cost`: c_s/c_l.  Infinite where the tokens before the growth were worth nothing."""
+    """R. `share`: φ.  `token_cost`: c_s/c_l.  Infinite for κ ≤ 0: the tokens before the growth were worth nothing."""
     if kappa <= 0:
         return math.inf
     return share + (1 - share) * token_cost / kappa
@@ -39,9 +39,10 @@ def cost_ratio(share: float, token_cost: float, kappa: float) -> float:
 
 @dataclass(frozen=True)
 class Law:
-    """`parameters`, `tokens`, `flops`: least and most of the runs that it was fitted to, `points` of them.
+    """A fitted law L(N, D), in nats a token; see the module for `E`, `A`, `alpha`, `B` and `beta`.
 
-    `residual`: the largest distance of the loss of one from the law.
+    `points`: number of runs that it was fitted to.  `parameters`, `tokens`, `flops`: their least and greatest values.
+    `residual`: the largest difference between a run's loss and the law.
     """
 
     E: float
@@ -59,16 +60,16 @@ class Law:
         return self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta
 
     def tokens_for(self, parameters: float, loss: float) -> float | None:
-        """What a model needs to reach `loss`; None when it never does."""
+        """Tokens that a model of so many parameters needs to reach `loss`; None when it never does."""
         left = loss - self.E - self.A * parameters**-self.alpha
         return (self.B / left) ** (1 / self.beta) if left > 0 else None
 
     def ceiling(self) -> float:
-        """Least cost of any growth that goes on from the loss that it has at the speed of a model from scratch at that
-        loss, over that of the best static size; at 6·N a token.
+        """The least cost of growth, as a share of the best static size's cost, if a grown model learns only as fast as
+        a model from scratch of the same loss. A token costs 6·N FLOPs.
 
-        It grows at every instant to the size at which a floating-point operation lowers the loss most, where the share
-        of A·N^−α in what is left of the loss is 1/(1 + q) with q = α(1 + β)/β; the best static size has β/(α + β).
+        The cheapest growth has at every instant the size at which a FLOP lowers the loss most. There the share of
+        A·N^−α in L − E is 1/(1 + q) with q = α(1 + β)/β; for the best static size the share is β/(α + β).
         """
         a, b = self.alpha, self.beta
         q = a * (1 + b) / b
@@ -86,7 +87,11 @@ class Law:
 
 @dataclass(frozen=True)
 class Findings:
-    """Of a study: the law of an architecture, None where there is none; `kappa` over its grown arms, None without."""
+    """Results of a study for one architecture.
+
+    `law`: None when none could be fitted; `why_no_law` then says why.  `kappa`: least and greatest over the grown arms;
+    None when no arm measured it.  `source`: path of the results.
+    """
 
     source: str
     law: Law | None
@@ -95,7 +100,10 @@ class Findings:
 
 
 def read_findings(path: str | os.PathLike[str], architecture: str) -> Findings:
-    """From the results.json of `megatron_tf study report`, or the folder with it. ConfigError when it is none."""
+    """Reads the results.json of `megatron_tf study report`; `path` is that file or its folder.
+
+    ConfigError when it cannot be read or is not the results of a study.
+    """
     path = os.path.join(path, RESULTS) if os.path.isdir(path) else os.fspath(path)
     remedy = f"Give the {RESULTS} in the folder of a study: megatron_tf study report FILE writes it."
     text = read_text_file(ConfigError, path, remedy)
@@ -114,7 +122,8 @@ def read_findings(path: str | os.PathLike[str], architecture: str) -> Findings:
 
 
 def law_of(values: Mapping[str, Any]) -> Law:
-    """As results.json has it."""
+    """The law from its values in results.json. ValueError for numbers that are not finite; errors of NOT_AS_WRITTEN for
+    other values than expected."""
     parameters, tokens, flops = (
         (float(values[key][0]), float(values[key][1])) for key in ("parameters", "tokens", "flops")
     )

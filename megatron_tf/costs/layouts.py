@@ -1,4 +1,4 @@
-"""Every layout of a number of GPUs that the model, the batch and the memory allow, the fastest first."""
+"""All layouts of a number of GPUs that the model, the batch and the memory allow, the fastest first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGEST_MICRO_BATCH = 128
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a valid configuration needs on a number of GPUs."""
+    """Memory and time of a valid configuration on `world_size` GPUs. `fits`: whether the memory suffices."""
 
     config: RunConfig
     world_size: int
@@ -62,10 +62,10 @@ def estimate(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions)
 
 
 def ranked(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions) -> list[Estimate]:
-    """All layouts that fit, by time of a step; among equals the simpler. Empty when none does.
+    """All layouts that fit, the fastest step first; among equals, the one with smaller context and tensor groups.
 
-    Varied are tensor × pipeline × context × data, sequence, micro batch and checkpointing; the batch and all else
-    stays. Tensor groups do not leave a node.
+    Tensor, pipeline, context and data sizes, sequence, micro batch and checkpointing vary. The global batch and all
+    other settings stay. Tensor groups do not leave a node. Empty when no layout fits.
     """
     found = (estimate(candidate, world_size, gpu, assumed) for candidate in _candidates(config, world_size, gpu))
     fitting = [choice for choice in found if choice.fits]
@@ -99,7 +99,7 @@ def _candidates(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunCon
 
 
 def _context_sizes(config: RunConfig, tensor: int, ranks: int) -> list[int]:
-    """Those that may fit, of the `ranks` that hold the same part of the model."""
+    """Context sizes to try: divisors of `ranks`, the ranks that hold the same part of the model."""
     if config.parallel.engine != "torch":
         return [1]
     return _divisors(config.model.num_attention_heads // tensor, ranks)
@@ -124,5 +124,5 @@ def _is_valid(config: RunConfig, world_size: int) -> bool:
 
 
 def _divisors(largest: int, number: int) -> list[int]:
-    """Those of `number` up to `largest`."""
+    """The divisors of `number` up to `largest`."""
     return [size for size in divisors(number) if size <= largest]

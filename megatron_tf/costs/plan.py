@@ -24,10 +24,10 @@ def describe(
     origin: str | None = None,
     device: str = GPU,
 ) -> str:
-    """Model, layout, batch arithmetic, length and memory, one line each, without a last newline.
+    """A text with one line each for model, layout, batch arithmetic, length, memory and so on, without a last newline.
 
     `config` has passed `validate` for `world_size`. `batches`: the plan of a run that has done `step` steps already.
-    `device`: the type of device that it runs on.  `origin`: where its weights come from, as the end of a sentence;
+    `device`: the type of device that the run uses.  `origin`: where its weights come from, as the end of a sentence;
         None: as the configuration says.
     """
     model, training = config.model, config.training
@@ -77,7 +77,10 @@ def describe(
 
 
 def _scores(config: RunConfig, world_size: int, forms: Mapping[str, str]) -> str:
-    """Where the norms of scores come from, and what it takes to keep the scores."""
+    """What the norms of scores are computed from, and the activations with the other value of training.scores.
+
+    `forms`: kind of projection -> "direct" or "gram".
+    """
     kinds = {form: ", ".join(kind for kind in forms if forms[kind] == form) for form in ("direct", "gram")}
     sources = {"direct": "the scores", "gram": "KᵀK"}
     norms = "; ".join(f"norms of {names} from {sources[form]}" for form, names in kinds.items() if names)
@@ -89,9 +92,10 @@ def _scores(config: RunConfig, world_size: int, forms: Mapping[str, str]) -> str
 
 
 def room_warning(config: RunConfig, steps_left: int, num_bytes: int, free_bytes: int) -> str | None:
-    """What to say when the checkpoints of `steps_left` steps, of `num_bytes` each, do not fit in `free_bytes`.
+    """A warning when the checkpoints of `steps_left` steps, `num_bytes` each, do not fit in `free_bytes`; else None.
 
-    A new one is written before an old one is deleted, so one more than checkpoint.keep_last is there for a while.
+    A new checkpoint is written before an old one is deleted, so for a while there is one more than
+    checkpoint.keep_last.
     """
     interval, keep_last = config.checkpoint.interval_steps, config.checkpoint.keep_last
     saves = 1 if interval is None else -(-steps_left // interval)

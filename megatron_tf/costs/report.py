@@ -181,7 +181,7 @@ def _chain_lines(plan: dict[str, Any]) -> Iterable[str]:
 
 
 def _advice_lines(advice: dict[str, Any], stage: dict[str, Any]) -> Iterable[str]:
-    """`stage`: one of the chain, which all count their samples alike."""
+    """`stage`: any stage of the chain; all of them count their samples in the same unit."""
     unit, length = stage["unit"], stage["unit_tokens"]
     yield f"When to grow, for {advice['budget']:.3g} FLOPs, by {advice['source']}"
     if advice["law"] is None:

@@ -1,10 +1,11 @@
-"""The time of a step, from what is computed and sent and what the hardware can do.
+"""The time of a step, estimated from its computation, its communication and the speeds of the hardware (a roofline).
 
-A step is (M + P − 1) slots of the slowest stage, one for each of M micro batches and one for each of the other P − 1
-stages that wait at its ends (the bubble, (P − 1)/(M + P − 1) of them: Narayanan et al. 2021, arXiv:2104.04473,
-whose (p − 1)/m is the same number relative to the work), then the reduction of gradients and the update. With v parts
-of the depth on a rank a wait is 1/v as long. A zero-bubble schedule leaves gradients of weights, W of a slot, for when
-a stage would wait: it waits (P − 1)/v times slot − 2W (ZB-H1: Qi et al. 2024, arXiv:2401.10241).
+A step takes M + P − 1 slots of the slowest stage, then the reduction of gradients and the update. M slots are the micro
+batches. The other P − 1 are the bubble: at its beginning and end a stage waits for the P − 1 others. The bubble is
+(P − 1)/(M + P − 1) of the slots; the (p − 1)/m of Narayanan et al. 2021 (arXiv:2104.04473) is the same number relative
+to the work. With v parts of the depth on a rank, each wait is 1/v as long. A zero-bubble schedule computes weight
+gradients, which take W of a slot, when a stage would otherwise wait. The bubble is then (P − 1)/v times (slot − 2W)
+(ZB-H1: Qi et al. 2024, arXiv:2401.10241).
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ from megatron_tf.costs.work import (
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by what they are spent on; what `Collective` calls overlapped takes none, else nothing
+    """Seconds of a step by what they are spent on. Collectives that are marked as overlapped take no time; nothing else
     overlaps."""
 
     compute: float  # of the slowest stage, over all micro batches
-    tensor: float  # communication of the tensor group within it
-    context: float  # of the context group
+    tensor: float  # communication of that stage's tensor group
+    context: float  # communication of its context group
     pipeline: float  # sending hidden states and their gradients
     bubble: float  # waiting for other stages
     data: float  # reducing gradients, gathering weights
@@ -81,7 +82,7 @@ class StepTime:
 def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions) -> StepTime:
     """Estimate for one optimizer step. `config` has passed `validate` for `world_size`."""
     topology, batches = topology_for(config, world_size), plan_batches(config, world_size)
-    stages = {0, topology.pipeline - 1}  # those between have no layers of the task, or more blocks
+    stages = {0, topology.pipeline - 1}  # the stages between have no layers of the task, and no more blocks
     slots = [_slot(config, topology, stage, gpu, assumed) for stage in stages]
     slot = max(slots, key=sum)
     compute, tensor, context, sending = slot
@@ -92,7 +93,7 @@ def step_time(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions
     parameters = max(stage_parameters(config.model, topology, stage) for stage in stages)
     data = data_collectives(config, parameters, topology.replicas, micro_batches)
     tied = tied_gradients(config, topology)
-    # between first and last stage, but as costly as between neighbours
+    # Tied gradients go between the first and the last stage. That costs as much as between neighbours.
     end = _seconds(data, topology.replicas, "replicas", topology, gpu, assumed) + _seconds(
         tied, 2, "pipeline", topology, gpu, assumed
     )
@@ -137,7 +138,7 @@ def _slot(
     context = sum(exchanged)
     if config.training.activation_checkpointing:
         compute, tensor, context = compute + work_again, tensor + again, context + exchanged[0]
-    # an inner stage receives and sends hidden states and gradients, one after the other: DeepSpeed's are blocking
+    # An inner stage receives and sends hidden states and gradients one after the other: DeepSpeed's calls block.
     crossings = 2 * boundaries(topology)
     boundary = stage_boundary(config)
     sending = crossings * _seconds((boundary,), 2, "pipeline", topology, gpu, assumed)

@@ -1,4 +1,4 @@
-"""A plan as one plain object: what `tools/plan_run.py --json` prints, and what the text is made from."""
+"""A plan as one plain object. `tools/plan_run.py --json` prints it, and `report` makes the text from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_tf.growth.rules import chain_problems
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a plan is made for, in addition to the configuration."""
+    """Everything that a plan depends on besides the configuration: hardware, failures, κ, budget."""
 
     num_gpus: int
     gpu: Gpu
@@ -42,12 +42,12 @@ class Circumstances:
 
 
 def plan(configs: Sequence[RunConfig], circumstances: Circumstances) -> dict[str, Any]:
-    """The plan of a run, or of a chain of them. What cannot run is said under `problems`, and nothing is raised.
+    """The plan of a run, or of a chain of runs. A configuration that cannot run raises nothing: see `problems`.
 
     Keys: gpu, gpus, problems (of stages that cannot grow from each other), stages (see `_stage`), chain (see StageCost;
-    empty for one run, or when a stage cannot run), kappa (where that of the chain comes from), advice (see `advise`;
-    None without findings), assumptions. Bytes, seconds, FLOPs and tokens without prefixes; all
-    but memory, sent bytes and sizes are estimates.
+    empty for one run, or when a stage cannot run), kappa (the origin of the chain's κ, in words), advice (see `advise`;
+    None without a chain or findings), assumptions. Units are bytes, seconds, FLOPs and tokens, unless a key names
+    another. All but memory, sent bytes and sizes are estimates. ConfigError when `scratch_tokens` is too small.
     """
     stages, estimates = [], []
     for config in configs:
@@ -76,7 +76,7 @@ def plan(configs: Sequence[RunConfig], circumstances: Circumstances) -> dict[str
 
 
 def _kappa(circumstances: Circumstances) -> tuple[Range, str]:
-    """κ, and where it comes from, as the end of a sentence."""
+    """The least and greatest κ, and their origin as the end of a sentence."""
     findings = circumstances.findings
     if circumstances.scratch_tokens is not None:
         return ASSUMED_KAPPA, "as --scratch-tokens has it"
@@ -88,9 +88,10 @@ def _kappa(circumstances: Circumstances) -> tuple[Range, str]:
 
 
 def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, Any], Estimate | None]:
-    """The summary of one run, and its estimate under its own layout; None when it cannot run as it is.
+    """The summary of one run, and its estimate under its own layout, which is None when it cannot run as configured.
 
-    `unit`: what people count its samples in, `unit_tokens` positions each: "tokens", or such as "images".
+    Keys `unit` and `unit_tokens`: the unit in which the task's samples are counted ("tokens", "images"), and the
+    positions of one unit.
     """
     world, gpu, assumed = circumstances.num_gpus, circumstances.gpu, circumstances.assumed
     summary: dict[str, Any] = {
@@ -168,7 +169,7 @@ def _tokenizer_problems(config: RunConfig) -> list[str]:
 
 
 def _data(config: RunConfig, batches: BatchPlan) -> dict[str, Any] | None:
-    """Passes over each source, and what is suspicious; None where the data are not on this machine."""
+    """Passes over each source, and warnings; None when the data are not on this machine or cannot be read."""
     if not _is_here(config):
         return None
     from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over
@@ -186,7 +187,7 @@ def _data(config: RunConfig, batches: BatchPlan) -> dict[str, Any] | None:
 
 
 def _is_here(config: RunConfig) -> bool:
-    """Whether something of the data is on this machine. Otherwise there is no need to import what reads it."""
+    """Whether any of the data is on this machine. If not, the modules that read data are not imported."""
     prefixes = [source.path for source in (*config.data.train, *config.data.validation)]
     return any(map(os.path.exists, [f"{prefix}.idx" for prefix in prefixes] + [config.data.tokenizer or ""]))
 
@@ -213,5 +214,5 @@ def _activations(config: RunConfig, world_size: int) -> dict[str, int]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
+    """`value`, or None when it is not finite: JSON has no infinity."""
     return value if math.isfinite(value) else None

@@ -1,6 +1,6 @@
-"""What one micro batch costs a GPU: matrix products, attention, elementwise traffic, kernel starts.
+"""The time that one micro batch takes on a GPU: matrix products, attention, elementwise traffic, kernel starts.
 
-Passes are how often an elementwise kernel reads or writes a tensor of that size; they and the number of kernels were
+A pass is one reading or writing of a whole tensor by an elementwise kernel. The numbers of passes and of kernels were
 counted in the model's own code, and a test counts them again.
 """
 
@@ -16,17 +16,18 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.hardware import Assumptions, Gpu
 
-# For each element of [s, b, d] of a block: norms and residual sums, and what is done on a rank's own heads.
+# Passes of a block over its hidden states [s, b, d]: norms and residual sums.
 HIDDEN_PASSES = Passes(10, 20)
-LOGIT_BYTES = {"fp32": Passes(24, 28), "bf16": Passes(20, 22), "fp16": Passes(20, 22)}  # of one logit, cross-entropy
-ATTENTION_BACKWARD = 2.5  # products of its backward pass for each of the forward pass: scores are recomputed
-# Of one parameter, to add a micro batch's gradient to the sum: in its own type, and for bf16 on into an fp32 buffer.
+LOGIT_BYTES = {"fp32": Passes(24, 28), "bf16": Passes(20, 22), "fp16": Passes(20, 22)}  # bytes moved for one logit
+ATTENTION_BACKWARD = 2.5  # work of attention's backward pass over that of its forward pass: scores are recomputed
+# Bytes moved for one parameter to add a micro batch's gradient to the sum: in its own type, and for bf16 also to an
+# fp32 buffer.
 PARAMETER_BYTES = {"fp32": 12, "bf16": 26, "fp16": 6}
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one micro batch on one rank."""
+    """Seconds of the forward and of the backward pass, for one micro batch on one rank."""
 
     forward: float
     backward: float
@@ -39,7 +40,7 @@ class Seconds:
 
 
 def block_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
-    """Time of one block by the roofline, communication aside."""
+    """Time of one block and micro batch by the roofline, without communication."""
     model, training = config.model, config.training
     tensor = config.parallel.tensor
     split = tensor if config.parallel.sequence else 1
@@ -48,7 +49,7 @@ def block_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
     work = architecture_of(model).work(config)
     of_products = _products_seconds(work.products, config, gpu, assumed)
     again = _products_seconds(work.products_again, config, gpu, assumed)
-    # of the s × s scores a causal model computes half
+    # A causal model computes half of the s × s scores.
     attention = (2 if task_of(model).causal else 4) * model.seq_length * hidden * positions / tensor
     attention /= assumed.attention * gpu.peak_flops(training.compute_type)
     bandwidth = assumed.memory * gpu.memory_bandwidth / compute_bytes(training.compute_type)
@@ -59,7 +60,7 @@ def block_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
         moved = positions * getattr(work.moved, direction)
         return (moved + sum(count * size for count, size in zip(passes, sizes))) / bandwidth
 
-    launches = 0.25 if training.compile else 1.0  # what is left of the kernels
+    launches = 0.25 if training.compile else 1.0  # the share of kernels that is left after fusion
     forward = of_products + attention + elementwise("forward")
     backward = 2 * of_products + again + ATTENTION_BACKWARD * attention + elementwise("backward")
     return Seconds(
@@ -69,14 +70,15 @@ def block_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Seconds:
 
 
 def later_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> float:
-    """Of the backward pass of one block, what a zero-bubble schedule leaves for later."""
+    """Seconds of one block's backward pass that a zero-bubble schedule postpones: the weight gradients. Else 0."""
     if config.parallel.schedule != "zero_bubble":
         return 0.0
     return _products_seconds(architecture_of(config.model).work(config).weights, config, gpu, assumed)
 
 
 def step_seconds(config: RunConfig, micro_batches: int, gpu: Gpu, assumed: Assumptions) -> float:
-    """Time of one block besides, in a step of so many micro batches."""
+    """Seconds that one block takes in a step in addition to `block_seconds`: products that are made once a step, or,
+    under torch.compile, once a micro batch."""
     work = architecture_of(config.model).work(config)
     passes = 2
     if config.training.compile:
@@ -85,7 +87,7 @@ def step_seconds(config: RunConfig, micro_batches: int, gpu: Gpu, assumed: Assum
 
 
 def ends_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> tuple[Seconds, Seconds]:
-    """Time of the task's input layer, and of its head and loss."""
+    """(time of the task's input layer, time of its head and loss), for one micro batch."""
     work = task_of(config.model).work(config)
     entry, head = (_products_seconds(p, config, gpu, assumed) for p in (work.input_products, work.head_products))
     bandwidth, per_logit = assumed.memory * gpu.memory_bandwidth, LOGIT_BYTES[config.training.compute_type]
@@ -94,15 +96,16 @@ def ends_seconds(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> tuple[Sec
 
 
 def accumulation_seconds(parameters: int, config: RunConfig, gpu: Gpu, assumed: Assumptions) -> float:
-    """Adding the gradient of one micro batch to the sum."""
+    """Seconds to add the gradient of one micro batch to the sum."""
     return PARAMETER_BYTES[config.training.compute_type] * parameters / (assumed.memory * gpu.memory_bandwidth)
 
 
 def update_seconds(parameters: int, config: RunConfig, data_parallel: int, gpu: Gpu, assumed: Assumptions) -> float:
-    """Norm, clipping and the optimizer of a rank, once a step.
+    """Seconds of gradient norm, clipping and the optimizer of a rank, once a step.
 
-    Norm 4 bytes a parameter, clipping 8, zeroing 6. The optimizer reads weight, gradient and its states and writes all
-    but the gradient (AdamW 28 bytes), and the weight in the compute type 6; both for a rank's share.
+    Bytes moved for each parameter: norm 4, clipping 8, zeroing 6. For each parameter of the rank's share: the optimizer
+    reads weight, gradient and states and writes all but the gradient (AdamW: 28 bytes), and 6 for the weight in the
+    compute type.
     """
     share = parameters / (data_parallel if config.zero.stage else 1)
     updated = 3 * 4 + 2 * rule_of(config.optimizer).state_bytes
@@ -110,7 +113,7 @@ def update_seconds(parameters: int, config: RunConfig, data_parallel: int, gpu: 
 
 
 def _products_seconds(products: Iterable[Product], config: RunConfig, gpu: Gpu, assumed: Assumptions) -> float:
-    """Each product takes as long as its arithmetic or its memory traffic, whichever is more."""
+    """Each product takes the time of its arithmetic or of its memory traffic, whichever is longer."""
     precision = config.training.compute_type
     flops, bandwidth = assumed.gemm * gpu.peak_flops(precision), assumed.memory * gpu.memory_bandwidth
     return sum(max(p.flops / flops, compute_bytes(precision) * p.elements() / bandwidth) for p in products)
