@@ -1,12 +1,12 @@
-"""Generation without computing the past again: keys and values of what the model has seen are kept.
+"""Generation that does not recompute the past: the keys and values of tokens that the model has read are kept.
 
 | tensor | shape |
 |---|---|
 | new query, key, value | [s, b, heads, head_dim], as everywhere in the model |
 | kept keys, values | [b, g, capacity, head_dim], `length` positions in use, g heads of keys and values; keys rotated |
 
-Rows of a batch are padded on the left to one length. A rotary embedding sees differences of positions only, so a row's
-positions may begin anywhere, and padding costs nothing but the mask.
+Rows of a batch are padded on the left to one length. A rotary embedding depends on differences of positions only, so a
+row's positions may begin anywhere, and padding needs nothing but a mask.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.tasks.language_model.checks import check_id_tensor, check_vocabulary
 from megatron_tf.tasks.language_model.section import check_reads_text, vocab_size_of
 
-_CAPACITY_STEP = 256  # positions that room is made for at once
-_TABLE_STEP = 1024  # positions of a table of angles, so that few are made
+_CAPACITY_STEP = 256  # positions by which the kept tensors grow, so that they are rarely copied
+_TABLE_STEP = 1024  # lengths of angle tables are multiples of this, so that few tables are made
 
 
 class CachedModel:
     """(ids [b, s], padding [b]) -> logits [b, vocab] after the last id of each row.
 
-    `padding`: how many ids at the beginning of each row are none. When a call brings the ids of the call before and
-    some more, only these are computed, and the logits are those of the whole computation, to rounding; after any other
-    change, such as ids that fell out at the beginning, all of them are. ArgumentError for ids that are none.
+    `padding`: the number of padding ids at the beginning of each row. If a call brings the ids of the call before and
+    some more, only the new ones are computed; the logits equal those of the whole computation up to rounding. After any
+    other change, such as dropped ids at the beginning, everything is computed again. ArgumentError for ids outside the
+    vocabulary and for wrong shapes, types or devices.
     """
 
     def __init__(self, model: TokenFormer):
@@ -70,7 +71,7 @@ class CachedModel:
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
-        """The model's attention goes through the caches in the block, and is as it was afterwards."""
+        """Within the block the model's attention uses the caches; afterwards it is `causal_attention` again."""
         attentions = [module for module in self._model.modules() if isinstance(module, Attention)]
         try:
             for attention, layer in zip(attentions, self._layers):
@@ -98,7 +99,10 @@ class LayerCache:
         base: float,
         documents: Documents | None = None,
     ) -> Tensor:
-        """As `causal_attention`, for positions that follow the kept ones; keeps theirs too. A row is one document."""
+        """As `causal_attention`, for positions that follow the kept ones, and keeps their keys and values too.
+
+        Each row is one document: `documents` must be None.
+        """
         assert documents is None
         start, stop = self._length, self._length + query.shape[0]
         if channels:
@@ -127,9 +131,9 @@ class LayerCache:
         return self._keys[:, :, :stop], self._values[:, :, :stop]
 
     def _mask(self, start: int, stop: int, device: torch.device) -> Tensor | None:
-        """Which keys [0, stop) the queries [start, stop) see: [b, 1, queries, keys]; None is all.
+        """Which keys [0, stop) the queries [start, stop) see: bool [b, 1, queries, keys]. None: all of them.
 
-        Padding sees itself, because a row of a softmax over nothing is no number, and would spread.
+        A padding position sees itself, because a softmax over no keys gives NaN, which would spread.
         """
         if stop - start == 1 and not self._padding.any():
             return None

@@ -1,4 +1,4 @@
-"""Text from a model on all ranks, at any layout: the likeliest token, one after another."""
+"""Greedy generation from a model on all ranks, at any layout: always the likeliest token."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from megatron_tf.tasks.language_model.layers import first_row
 def continue_greedily(
     stage: Stage, prompt: Sequence[int], *, num_tokens: int, context: int, vocab_size: int, end: int, last_rank: int
 ) -> list[int]:
-    """The likeliest `num_tokens` ids after `prompt` (not empty), up to the first `end`; the same on all ranks.
+    """At most `num_tokens` ids after `prompt` (not empty), each the likeliest; ends before the first `end`.
 
-    All ranks call it together, every data-parallel replica on its own copy of the model. `context`: most tokens that
-    the model reads.  `vocab_size`: ids from it on are padding and never chosen.  `last_rank`: a rank of the last
-    pipeline stage, whose choice holds. Nothing is cached: each token costs a forward pass over all before it.
+    All ranks call it together, every data-parallel replica on its own copy of the model, and get the same ids.
+    `context`: most tokens that the model reads at once.  `vocab_size`: ids from it on are padding of the vocabulary and
+    are never chosen.  `last_rank`: a rank of the last pipeline stage, which broadcasts its choice. Nothing is cached:
+    each token costs a forward pass over the tokens before it.
     """
     device, group = next(stage.parameters()).device, stage.tensor.group
     ids: list[int] = list(prompt)

@@ -25,9 +25,12 @@ CLASSES_NAME = "classes.txt"
 
 
 def class_names(path: Path, model: TokenFormer, file: Path | None) -> tuple[str, ...]:
-    """Of the classes of the model at `path`: from `file`, one a line; else as an export says, or from the images that
-    the run was trained on, as far as they are at hand, or from its CLASSES_NAME; else numbers. UserError when the file
-    names another number of classes."""
+    """The names of the classes of the model at `path`, in the order of its logits.
+
+    They come from `file` if given (one name a line). Otherwise from the first of these that has as many names as the
+    model has classes: the export, the run's training images if they are on this machine, CLASSES_NAME in the run's
+    folder. Otherwise the names are numbers. UserError when `file` has another number of names.
+    """
     count = image_of(model.config).classes
     if file is not None:
         names = read_names(file)
@@ -49,10 +52,11 @@ def class_names(path: Path, model: TokenFormer, file: Path | None) -> tuple[str,
 
 
 def keep_names(run: Path, names: Sequence[str]) -> bool:
-    """Writes the names of a model that comes without its images into the folder of its run, for `class_names`.
+    """Writes the names of a model's classes to CLASSES_NAME in the folder `run`, where `class_names` finds them. For a
+    model that comes without its images.
 
-    False, with nothing written, for names that a file with one a line cannot hold: empty, twice there, or with line
-    breaks or spaces at an end.
+    Returns False and writes nothing if a file with one name a line cannot hold them: a name that is empty or occurs
+    twice, or has line breaks or spaces at an end. UserError when the file cannot be written.
     """
     if len(set(names)) < len(names) or any(name.splitlines() != [name] or name.strip() != name for name in names):
         return False
@@ -63,7 +67,7 @@ def keep_names(run: Path, names: Sequence[str]) -> bool:
 
 @torch.no_grad()
 def probabilities(model: TokenFormer, files: Sequence[Path]) -> Iterator[np.ndarray]:
-    """fp32 [classes] of each file. UserError for what is no image."""
+    """Yields the probabilities of the classes, fp32 [classes], for each file. UserError if one is not an image."""
     image = image_of(model.config)
     for first in range(0, len(files), BATCH):
         pixels = np.stack([_read(file, image) for file in files[first : first + BATCH]])
@@ -71,7 +75,7 @@ def probabilities(model: TokenFormer, files: Sequence[Path]) -> Iterator[np.ndar
 
 
 def _read(file: Path, image: Image) -> np.ndarray:
-    """uint8 [c, size, size], as in an evaluation, after EXIF has turned it."""
+    """uint8 [c, size, size], prepared as in an evaluation, after turning the image upright by its EXIF data."""
     content = image_file(UserError, file, "Give files of images.")
     try:
         picture = opened(content)

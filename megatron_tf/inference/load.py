@@ -1,4 +1,4 @@
-"""A trained model on one process, from a checkpoint of any layout or from an export, and its tokenizer."""
+"""Loads a trained model into one process, from a checkpoint of any layout or from an export, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ from megatron_tf.tasks.language_model.section import vocab_size_of
 def load_model(path: Path | str, dtype: torch.dtype = torch.float32) -> TokenFormer:
     """The model of a checkpoint, of the newest complete one in a checkpoints or run folder, or of an export.
 
-    All checksums are compared first. Errors: CheckpointError; ConfigError when no network can be built of it.
+    It is on the CPU and in evaluation mode. The checksums of a checkpoint are compared first. Raises CheckpointError,
+    or ConfigError when no network can be built from the stored configuration.
     """
     check_dtype(dtype)
     if is_export(path):
         export = open_export(path)
         config, scales = export.model, export.scales
-        # Copies: the tensors of an export lie in its file, at any address, and products may round otherwise there.
+        # Copy: tensors of an export are mapped from its file at any alignment, which can change how products round.
         weights = {name: weight.to(torch.float32, copy=True) for name, weight in export.weights.items()}
     else:
         if not os.path.lexists(path):
@@ -55,7 +56,10 @@ def load_model(path: Path | str, dtype: torch.dtype = torch.float32) -> TokenFor
 
 
 def configured_tokenizer(path: Path | str) -> str | None:
-    """The tokenizer that lies in the export `path`, or data.tokenizer of the run that the checkpoint `path` is of."""
+    """The tokenizer file in the export `path`, or data.tokenizer of the run that the checkpoint `path` belongs to.
+
+    None when there is none, or when the run's configuration is not found; ConfigError when it cannot be read.
+    """
     if is_export(path):
         file = Path(path) / TOKENIZER_NAME
         return str(file) if os.path.lexists(file) else None
@@ -64,11 +68,11 @@ def configured_tokenizer(path: Path | str) -> str | None:
 
 
 def known_eod(path: Path | str, tokenizer: str) -> int | None:
-    """The token that ends a text, as the export `path` or the run that the checkpoint `path` is of says.
+    """The id of the token that ends a text, as recorded in the export `path` or the run of the checkpoint `path`.
 
-    None when they do not, or when `tokenizer` is another than the one that is named there.
+    None when it is not recorded or cannot be read, or when `tokenizer` differs from the recorded tokenizer.
     """
-    with suppress(ConfigError, DataError):  # what cannot be read says nothing: the tokenizer's own is then taken
+    with suppress(ConfigError, DataError):  # if it cannot be read, callers take the tokenizer's own end token
         configured = configured_tokenizer(path)
         if configured is None or not tokenizer_identity(configured).same(tokenizer_identity(tokenizer)):
             return None
@@ -82,8 +86,8 @@ def known_eod(path: Path | str, tokenizer: str) -> int | None:
 def open_tokenizer(
     name: str, model: Model, eod: Eod = None, remedy: str = "give the right one with --tokenizer"
 ) -> Tokenizer:
-    """The tokenizer `name`, with `eod` at the end of a text. UserError when it has more tokens than `model`: it is
-    another model's."""
+    """The tokenizer `name`, with `eod` at the end of a text. UserError, with `remedy`, when it has more tokens than the
+    vocabulary of `model`, because it then belongs to another model."""
     tokenizer = load_tokenizer(name, eod)
     if tokenizer.vocab_size > vocab_size_of(model):
         raise UserError(
@@ -94,12 +98,13 @@ def open_tokenizer(
 
 
 def other_tokenizer(path: Path | str, name: str) -> str | None:
-    """A warning when the tokenizer `name` is another than the one that is configured for the model at `path`.
+    """A warning when the tokenizer `name` differs from the one configured for the model at `path`; else None.
 
-    UserError when the run's data, as far as they are at hand, were made with another: the ids mean other texts then.
+    UserError when the run's data are on this machine and were made with another tokenizer: the ids then have other
+    meanings.
     """
     data = configured = expected = None
-    with suppress(ConfigError, DataError):  # what cannot be read cannot be compared, and no text needs it
+    with suppress(ConfigError, DataError):  # an unreadable one cannot be compared, and generating does not need it
         data = _data_tokenizer(path)
     with suppress(ConfigError, DataError):
         configured = configured_tokenizer(path)
@@ -116,7 +121,7 @@ def other_tokenizer(path: Path | str, name: str) -> str | None:
 
 
 def _data_tokenizer(path: Path | str) -> tuple[Path, TokenizerIdentity] | None:
-    """(summary, tokenizer) of the first of the run's data that have a summary."""
+    """(path of the summary, its tokenizer) of the first of the run's data that have a summary; None when none has."""
     config = None if is_export(path) else run_config(path)
     for source in (*config.data.train, *config.data.validation) if config else ():
         summary = read_summary(source.path)
@@ -126,8 +131,8 @@ def _data_tokenizer(path: Path | str) -> tuple[Path, TokenizerIdentity] | None:
 
 
 def run_config(path: Path | str) -> RunConfig | None:
-    """The configuration of the run that the checkpoint `path` is of: in the folders around it, or, when it is reached
-    through links, around one of these or where it lies. None when there is none; ConfigError when it cannot be read."""
+    """The configuration of the run that the checkpoint `path` belongs to, see `file_of_run`. None when there is none;
+    ConfigError when it cannot be read."""
     file = file_of_run(path, "config.yml")
     if file is None:
         return None
@@ -136,7 +141,11 @@ def run_config(path: Path | str) -> RunConfig | None:
 
 
 def file_of_run(path: Path | str, name: str) -> Path | None:
-    """The file `name` of the run that the checkpoint `path` is of, looked for as `run_config` does."""
+    """The file `name` of the run that the checkpoint `path` belongs to; None when there is none.
+
+    It is looked for in the folder `path` and the two folders above it. If `path` is a link, the same is done at each
+    link on the way and at the end.
+    """
     for place in _places(Path(path)):
         for folder in (place, *place.parents[:2]):
             if os.path.lexists(folder / name):
@@ -145,7 +154,7 @@ def file_of_run(path: Path | str, name: str) -> Path | None:
 
 
 def _places(path: Path) -> Iterator[Path]:
-    """Where `path` stands, and, when it is a link, where each link leads, to its end."""
+    """`path` itself, then the target of each link that follows from it, and last the real path."""
     place, seen = os.path.abspath(path), set()
     while place not in seen:
         seen.add(place)

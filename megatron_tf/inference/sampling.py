@@ -24,13 +24,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[list[int | None]]:
-    """Yields, up to `num_tokens` times, the next id of each prompt; None for one that has come to `end`.
+    """Yields, at most `num_tokens` times, the next id of each prompt; None for a prompt that has reached `end`. Stops
+    when all have reached it.
 
     model: (ids [b, s], padding [b]) -> logits [b, vocab] after the last id, see `CachedModel`; it sees the last
-    `context` ids of each row. `temperature` 0 is greedy. Sampled from are the `top_k` likeliest tokens (0: all), and of
-    these the fewest that have `top_p` of the probability. A row depends on its prompt, `seed` and its number alone.
-    CheckpointError when the logits are not finite: the model is of a training that diverged. ArgumentError, at once,
-    for arguments that are out of range.
+    `context` ids of each row. `temperature` 0 is greedy. Otherwise an id is drawn from the `top_k` likeliest tokens (0:
+    all), and among these from the fewest that together have `top_p` of the probability. A row depends only on its
+    prompt, `seed` and its number. CheckpointError when the logits are not finite: the training diverged. ArgumentError,
+    already at the call, for arguments that are out of range.
     """
     _check_prompts(prompts)
     check_whole_number("num_tokens", num_tokens, 0)
@@ -102,7 +103,7 @@ def _pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generato
     if top_k:
         kept = logits.topk(min(top_k, logits.numel()))
         logits = torch.full_like(logits, -torch.inf).scatter(0, kept.indices, kept.values)
-    # The largest is 0 after the subtraction, so that no temperature, however small, makes an infinity of it.
+    # The largest is 0 after the subtraction, so dividing by a tiny temperature cannot make +inf.
     weights = torch.softmax((logits - logits.max()) / temperature, 0)
     if top_p < 1:
         likeliest, order = weights.sort(descending=True, stable=True)

@@ -1,4 +1,5 @@
-"""A trained model under any layout, from a checkpoint of any other: each rank reads its own rows, and no moments."""
+"""Loads a trained model under any layout from a checkpoint of any other one. Each rank reads only its own rows of the
+weights, and no optimizer states."""
 
 from __future__ import annotations
 
@@ -27,11 +28,10 @@ def load_stage(
     device: torch.device | str = "cpu",
     document_ends: Sequence[int] = (),
 ) -> Stage:
-    """The stage of `rank`. Memory: its own weights in `dtype`, and one tensor in fp32 while it is read.
+    """The pipeline stage of `rank`, in evaluation mode and without gradients.
 
-    `document_ends`: the tokens after which attention begins anew.
-
-    The checksums of the files are not compared here. Errors: CheckpointError.
+    `document_ends`: the tokens after which attention begins anew. Memory: the rank's own weights in `dtype`, and one
+    tensor in fp32 while it is read. The checksums of the files are not compared here. Raises CheckpointError.
     """
     table, group = parameter_table(model), tensor.group
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Tokens to text as they come."""
+"""Turns generated tokens into text while they arrive."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 from megatron_tf.data.tokenizer import Tokenizer
 
-_CONTEXT_TOKENS = 8  # what a token means in text may depend on a few before it: half characters, spaces between words
-_LONGEST_CHARACTER = 4  # bytes, and so tokens: what is still no character after them is none
+_CONTEXT_TOKENS = 8  # the text of a token may depend on a few before it: parts of a character, spaces between words
+_LONGEST_CHARACTER = 4  # bytes, and so at most as many tokens: bytes that are still incomplete then are invalid
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Text of tokens that follow a prompt; a character whose bytes are not all there yet is held back."""
+    """The text of tokens that follow a prompt. An incomplete character is held back until all its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
         self._forget(list(prompt))
 
     def push(self, token: int) -> str:
-        """What `token` adds to the text that is certain."""
+        """Adds `token`; returns the text that has become complete, which may be empty."""
         self._ids.append(token)
         self._held += 1
         text = self._tokenizer.decode(self._ids)
@@ -30,11 +30,11 @@ class TextStream:
         return added
 
     def rest(self) -> str:
-        """What was held back, when no token follows."""
+        """The text that was held back. Call it after the last token."""
         return self._tokenizer.decode(self._ids)[len(self._shown) :]
 
     def _forget(self, ids: list[int]) -> None:
-        """All of `ids` is shown: keep the few that the next tokens are decoded after."""
+        """All of `ids` have been shown: keep the last few, as context for decoding the next tokens."""
         self._ids = ids[-_CONTEXT_TOKENS:]
         self._held = 0
         self._shown = self._tokenizer.decode(self._ids)
