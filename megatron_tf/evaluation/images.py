@@ -1,4 +1,4 @@
-"""The evaluation of a classifier: top-1 and top-5 of images, each of them once, at any layout."""
+"""The evaluation of a classifier: top-1 and top-5 accuracy, each image counted once, at any layout."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from megatron_tf.tasks.data import Batch
 from megatron_tf.tasks.image_classification.section import image_of
 from megatron_tf.telemetry.text import table
 
-_NORMAL_95 = 1.959963984540054  # 95 % of a normal distribution are within so many deviations
-# As timm's validate.py writes them
+_NORMAL_95 = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
+# The columns of timm's validate.py.
 CSV_COLUMNS = (
     "model",
     "img_size",
@@ -61,8 +61,10 @@ _TEXT_OPTIONS = {"stride": None, "max_tokens": None, "tasks": (), "limit": None,
 
 @dataclass(frozen=True)
 class Counts:
-    """`by_class`: fp64 [classes, 4], of each class images, summed loss, and how many are right: the first, one of
-    five."""
+    """The results on the images at `path`.
+
+    `by_class`: fp64 [classes, 4]. Columns: number of images, summed loss, number right at top-1, number right at top-5.
+    """
 
     path: str
     classes: tuple[str, ...]
@@ -115,7 +117,7 @@ class ImageEvaluation(TaskEvaluation):
 
 
 def _count(evaluation: Evaluation, model: LoadedModel, file: ImageFiles) -> Counts:
-    """Over all ranks."""
+    """Evaluates all images of `file`, and sums over all ranks. CheckpointError when the loss is not finite."""
     config, data_size = evaluation.config, model.topology.data
     loader = ImageLoader(
         [file],
@@ -146,7 +148,7 @@ def _count(evaluation: Evaluation, model: LoadedModel, file: ImageFiles) -> Coun
 
 
 def _batch(loader: ImageLoader, first: int) -> Batch:
-    """The only one of the step that begins at sample `first`."""
+    """The only micro batch of the step that begins at sample `first`."""
     return next(loader.step_batches(first))
 
 
@@ -164,7 +166,7 @@ def _add(by_class: Tensor, model: LoadedModel, images: Tensor, targets: Tensor) 
 
 
 def interval(right: float, images: int) -> tuple[float, float]:
-    """95 % bounds of a share that was found on so many images, by Wilson."""
+    """(lower, upper) 95 % bounds of the share `right` measured on so many images: Wilson's score interval."""
     square = _NORMAL_95**2 / images
     middle = right + square / 2
     half = _NORMAL_95 * math.sqrt(right * (1 - right) / images + square / (4 * images))
@@ -172,7 +174,7 @@ def interval(right: float, images: int) -> tuple[float, float]:
 
 
 def values_of(counts: Counts) -> dict[str, Any]:
-    """As JSON values."""
+    """The results as JSON values. Accuracies are shares; None for a class without images."""
     top1, top5 = counts.mean(2), counts.mean(3)
     return {
         "path": counts.path,
@@ -190,7 +192,7 @@ def values_of(counts: Counts) -> dict[str, Any]:
 
 
 def as_csv(config: RunConfig, parameters: int, found: Sequence[Counts]) -> str:
-    """A row for each of the data, in the columns of timm's validate.py: percentages, parameters in millions."""
+    """One row for each data set, in the columns of timm's validate.py: percentages, parameters in millions."""
     image, text = image_of(config.model), io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -227,7 +229,7 @@ def class_table(counts: Counts) -> str:
 
 
 def paper_line(config: RunConfig, parameters: int) -> str | None:
-    """What the paper says of a model of such a size, if it does."""
+    """A sentence with the paper's result for a model of this size; None when the paper has none."""
     published: Mapping[int, tuple[str, float]] = paper.VISION if image_of(config.model).classes == 1000 else {}
     if parameters not in published or config.model.architecture != "tokenformer":
         return None

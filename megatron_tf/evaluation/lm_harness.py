@@ -1,4 +1,4 @@
-"""The zero-shot tasks of lm-evaluation-harness, asked of a live model. The harness is loaded only when it is used."""
+"""Zero-shot tasks of lm-evaluation-harness, run on a model in memory. The harness is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ REASON_LIMIT = 200  # characters
 
 
 def check_installed() -> None:
-    """UserError when the harness is not there."""
+    """UserError when the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks: needs lm_eval, which is not installed. Install it with `pip install -e '.[eval]'`.")
 
 
 def local_tasks(folder: Path) -> set[str]:
-    """The tasks whose files `tools/fetch_eval_data.py` has written into `folder`."""
+    """The names of the tasks whose files `tools/fetch_eval_data.py` has written into `folder`."""
     return {path.stem for path in folder.glob("*.yaml")} if folder.is_dir() else set()
 
 
 def run_tasks(
     ask: Ask, tokenizer: Tokenizer, max_length: int, names: Sequence[str], folder: Path, limit: int | None
 ) -> dict[str, Any]:
-    """`HarnessTasks.run` of tasks that are made for it, see there."""
+    """Loads the tasks and runs them: see `HarnessTasks` and `HarnessTasks.run`."""
     return HarnessTasks(tokenizer, max_length, names, folder, limit).run(ask)
 
 
 class HarnessTasks:
-    """Tasks with their data, all of which can be scored: they were rehearsed with a model that knows nothing."""
+    """Loaded tasks with their data. All of them can be scored: they were rehearsed with a dummy model."""
 
     def __init__(
         self, tokenizer: Tokenizer, max_length: int, names: Sequence[str], folder: Path, limit: int | None
     ) -> None:
-        """`max_length`: tokens that the model reads at once.  `folder`: of task files, which come before the stock
-        tasks of the same name.  `limit`: documents of each task; None: all.
+        """`max_length`: most tokens that the model reads at once.  `folder`: a folder of task files, which are used
+        instead of stock tasks of the same name.  `limit`: documents of each task; None: all.
 
-        UserError for an unknown task, one whose data cannot be had, and one that cannot be scored: it wants text
-        generated, or pictures, or a package that is missing, or its documents are not as it expects them.
+        UserError for a task that is unknown, whose data cannot be loaded, or that cannot be scored: it needs generated
+        text, images or a missing package, or its documents do not have the expected form.
         """
         if not folder.is_dir() and folder != TASK_FOLDER:
             raise UserError(f"--task-folder {folder}: there is no such folder. `{FETCH}` writes one.")
         all_local = set(names) <= local_tasks(folder)
-        if all_local:  # these libraries ask the network whether their files are the newest
+        if all_local:  # otherwise these libraries ask the network whether their files are the newest
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
             os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         prepare_hugging_face()
@@ -68,7 +68,7 @@ class HarnessTasks:
             "lm_eval",
             "datasets",
             "huggingface_hub",
-        ):  # the last says each of its retries without a network
+        ):  # without a network, huggingface_hub would log each of its retries
             logging.getLogger(library).setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         self._tokenizer = tokenizer
@@ -77,7 +77,7 @@ class HarnessTasks:
         self._limit = limit
         with _loading_errors(",".join(names)):
             include = str(folder) if folder.is_dir() else None
-            # To index the thousands of stock files takes as long as to score a few hundred documents.
+            # Indexing the thousands of stock files takes as long as scoring a few hundred documents.
             self._manager: Any = TaskManager(include_path=include, include_defaults=not all_local)
             _check_known(names, self._manager.all_tasks, folder)
         self._loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -87,9 +87,10 @@ class HarnessTasks:
         self._rehearse()
 
     def run(self, ask: Ask) -> dict[str, Any]:
-        """The harness's own results, as values for JSON, and `lost`: what the tokenizer loses of the requests, in
-        words.
-        `ask`: the model."""
+        """Scores the tasks with the model behind `ask`; returns the harness's own results as JSON values.
+
+        The key `lost` is added: what the tokenizer loses of the requests, in words; None when it loses nothing.
+        """
         from lm_eval import simple_evaluate
         from lm_eval.utils import handle_non_serializable
 
@@ -101,14 +102,14 @@ class HarnessTasks:
         return {**_plain(results, handle_non_serializable), "lost": str(model.lost) if model.lost else None}
 
     def _add(self, name: str, loaded: Mapping[str, Mapping[str, Any]]) -> None:
-        """What `name` stands for: a task, or a group of tasks."""
+        """Adds `loaded`, the task or the group of tasks called `name`. UserError when one of them is there already."""
         if twice := sorted(self._loaded["tasks"].keys() & loaded["tasks"].keys()):
             raise UserError(f"--tasks: {twice[0]} is named twice, the second time by {name}. Name it once.")
         for kind, entries in self._loaded.items():
             entries.update(loaded[kind])
 
     def _rehearse(self) -> None:
-        """Do all but ask the model: hours later is too late to find that the last task cannot be scored."""
+        """Do everything but ask the model. Otherwise a task that cannot be scored would show only after hours."""
         from lm_eval.evaluator import evaluate
 
         model = live_model(_know_nothing, self._tokenizer, self._max_length)
@@ -116,7 +117,7 @@ class HarnessTasks:
         for name, task in self._loaded["tasks"].items():
             alone = {"tasks": {name: task}, "groups": {}, "group_map": {}}
             try:
-                # its progress is shown when it counts, and what it warns of are the answers that were made up
+                # Hide the progress of the rehearsal, and warnings that only concern the dummy model's answers.
                 with redirect_stderr(io.StringIO()), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     evaluate(model, alone, limit=self._limit, bootstrap_iters=0, log_samples=False)
@@ -148,11 +149,11 @@ def _know_nothing(requests: Sequence[Request]) -> list[Answer]:
 
 @contextmanager
 def _loading_errors(names: str) -> Iterator[None]:
-    """`names`: of the tasks that are loaded."""
+    """Turns errors of the block, in which the tasks `names` are loaded, into UserErrors."""
     import datasets
 
     try:
-        with without_terminal():  # at one, datasets with code of their own ask whether to run it
+        with without_terminal():  # at a terminal, data sets with code of their own ask whether to run it
             yield
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
@@ -161,7 +162,7 @@ def _loading_errors(names: str) -> Iterator[None]:
         ) from error
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # whatever a task's file or its own code may do
+    except Exception as error:  # a task's file or its own code may raise anything
         reason = f"{type(error).__name__}: {shortened(first_line(error), REASON_LIMIT)}"
         raise UserError(f"--tasks {names}: cannot be loaded ({reason}).") from error
 
@@ -186,7 +187,7 @@ def _check_known(names: Sequence[str], known: Sequence[str], folder: Path) -> No
 
 
 def live_model(ask: Ask, tokenizer: Tokenizer, max_length: int) -> Any:
-    """The model as the harness sees one."""
+    """The model behind `ask`, as an object of the harness's interface for models."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -215,10 +216,11 @@ def live_model(ask: Ask, tokenizer: Tokenizer, max_length: int) -> Any:
             return ask([(context, continuation) for _, context, continuation in requests])
 
         def _pair(self, context: str, continuation: str) -> Request:
-            """Tokens of both, never none: what no token stands for would have a likelihood of 1 for nothing.
+            """Token ids of context and continuation, neither of them empty. An empty continuation would always have a
+            likelihood of 1; UserError for one.
 
-            White space at the end of a context belongs to the continuation. Without a context a document begins, and
-            where the continuation is swallowed by the context's last token, each is encoded alone.
+            White space at the end of a context belongs to the continuation. Without a context, the continuation begins
+            a document. If the context's last token would contain the continuation, the two are encoded separately.
             """
             asked, answer = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
             if not answer:
@@ -229,11 +231,11 @@ def live_model(ask: Ask, tokenizer: Tokenizer, max_length: int) -> Any:
                     f"{shown(context[-60:])}."
                 )
             if not asked and answer[0] == self.prefix_token_id and len(answer) > 1:
-                return answer[:1], answer[1:]  # the document begins with the very token
+                return answer[:1], answer[1:]  # the text itself begins with the token that begins a document
             return asked or [self.prefix_token_id], answer
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            """Log-likelihood of whole texts, in windows side by side."""
+            """Log-likelihood in nats of whole texts, each read in adjacent windows that do not overlap."""
             windows: list[tuple[list[int], list[int]]] = []
             sizes = []
             for text in (request.args[0] for request in requests):
@@ -253,7 +255,7 @@ def live_model(ask: Ask, tokenizer: Tokenizer, max_length: int) -> Any:
 
 
 def _plain(values: Any, convert: Any) -> Any:
-    """Values as JSON has them; `convert` turns what it does not know."""
+    """`values` as JSON values. None for numbers that are not finite; `convert` is called for unknown types."""
     if isinstance(values, dict):
         return {str(key): _plain(value, convert) for key, value in values.items()}
     if isinstance(values, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What every evaluation is made of: its request, the checkpoint, the model on this rank, the file of its results."""
+"""The parts that all evaluations share: the request, the checkpoint, the model on this rank, the file of results."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class EvaluationRequest:
     """What to evaluate.
 
     `checkpoint`: a checkpoint, a checkpoints or a run folder; None: the newest of run.dir.  `data`: prefixes of
-    prepared data; empty: data.validation, or none when there are tasks.  `stride`, `max_tokens` (of each data): None
-    stands for model.seq_length and for all.  `tasks`: of lm-evaluation-harness, looked for in `task_folder` first,
-    `limit` documents of each.  `copying`: the loss of random tokens read twice, and nothing else.  `per_class`: also
-    show each class of images.  `output`: folder of the files; None: in run.dir.
+    prepared data; empty: data.validation, or none with tasks or copying.  `stride`: tokens; None: model.seq_length.
+    `max_tokens`: of each data set; None: all.  `tasks`: names of lm-evaluation-harness, looked for in `task_folder`
+    first.  `limit`: documents of each task; None: all.  `copying`: measure the loss of random tokens read twice, and
+    nothing else.  `per_class`: also show each class of images.  `output`: folder of the results; None: in run.dir.
     """
 
     checkpoint: Path | None = None
@@ -71,7 +71,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The model on this rank, and where the rank stands."""
+    """The model's part on this rank, and the rank's place in the layout."""
 
     stage: Stage
     documents: Boundaries
@@ -85,7 +85,7 @@ class LoadedModel:
 
     @property
     def is_reporter(self) -> bool:
-        """Whether this rank gives its replica's results: the first tensor rank of the last stage."""
+        """Whether this rank reports its replica's results: the first tensor rank of the last stage."""
         return self.stage.following is None and self.stage.tensor.group.rank == 0
 
 
@@ -94,15 +94,15 @@ class TaskEvaluation(ABC):
 
     @abstractmethod
     def request_problems(self, config: RunConfig, request: EvaluationRequest) -> Iterator[str]:
-        """Sentences on what cannot be asked for. UserError for a package that is missing."""
+        """Yields a sentence for each part of the request that is impossible. UserError for a missing package."""
 
     @abstractmethod
     def evaluate(self, evaluation: Evaluation, watchdog: Watchdog) -> None:
-        """Prints tables and writes files. Raises UserError, on every rank alike, for what the user can correct."""
+        """Prints tables and writes files. Raises the same UserError on every rank for errors the user can correct."""
 
 
 def open_evaluated(evaluation: Evaluation) -> CheckpointReader:
-    """The checkpoint to evaluate; all its checksums are compared, a share by each rank."""
+    """The checkpoint to evaluate. All its checksums are compared first, a share of them by each rank."""
     config = evaluation.config
     ranks = Ranks(evaluation.rank, dist.get_world_size(), gather)
     path = resolve(evaluation.request.checkpoint or config.run.dir, ranks)
@@ -119,7 +119,7 @@ def open_evaluated(evaluation: Evaluation) -> CheckpointReader:
 def load(
     config: RunConfig, reader: CheckpointReader, rank: int, device: torch.device, documents: Boundaries
 ) -> LoadedModel:
-    """The weights that this rank needs, without anything of the optimizer."""
+    """Loads the weights that this rank needs, without optimizer states. All ranks call it together."""
     topology = topology_for(config, dist.get_world_size())
     group = make_group(topology, "tensor", config.parallel.timeout_seconds)
     tensor = TensorParallel(group, config.parallel.sequence)
@@ -129,14 +129,14 @@ def load(
 
 
 def output_of(evaluation: Evaluation, reader: CheckpointReader) -> Path:
-    """Beginning of the paths of its files; all ranks call it together. UserError where they cannot be written."""
+    """The beginning of the paths of the result files. All ranks call it together. UserError if it is not writable."""
     output = Path(evaluation.request.output or Path(evaluation.config.run.dir) / "evaluation") / reader.path.name
     together(lambda: prepare_output(output) if evaluation.rank == 0 else None)
     return output
 
 
 def settings_of(evaluation: Evaluation, model: LoadedModel) -> dict[str, Any]:
-    """Which model it is, in JSON values; also said in the log."""
+    """Describes the evaluated model as JSON values, and logs it."""
     config, index = evaluation.config, model.reader.index
     parameters = num_parameters(config.model)
     task = task_of(config.model)
@@ -156,8 +156,10 @@ def settings_of(evaluation: Evaluation, model: LoadedModel) -> dict[str, Any]:
 
 
 def write_result(first: Path, values: Mapping[str, Any], identity: Callable[[Mapping[str, Any]], Identity]) -> Path:
-    """To `first`, or next to it when another evaluation is there; returns where. Before anything is printed, which may
-    fail: hours of evaluation are then not lost."""
+    """Writes `values` to `first`, or next to it if that file is of another evaluation; returns the path. UserError.
+
+    Call it before anything is printed: printing may fail, and hours of evaluation would be lost.
+    """
     path = result_file(first, values, identity)
     with file_errors(UserError, path, "Free space or choose another --output."):
         write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))

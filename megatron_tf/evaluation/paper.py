@@ -1,8 +1,8 @@
-"""The results of the paper, next to which ours are shown.
+"""The results of the paper (arXiv 2410.23168), which are shown next to ours.
 
-Zero-shot, Table 1 of arXiv 2410.23168: TokenFormers of configs/pile_*.yml after 300B tokens of the Pile. Accuracies in
-percent, of HellaSwag and ARC-Challenge normalised by the length of the answers, as usual for this set of tasks. Of
-images, Table 2.
+Zero-shot tasks, Table 1: TokenFormers of configs/pile_*.yml after 300B tokens of the Pile. Accuracies are in percent;
+those of HellaSwag and ARC-Challenge are normalised by the length of the answers, as is usual for this set of tasks.
+Images: Table 2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ACCURACIES = {
 }
 LAMBADA_PERPLEXITY = (16.38, 7.69, 5.46, 5.24)
 AVERAGE = (44.7, 52.0, 56.4, 59.3)
-# Parameters of configs/vision_*.yml -> name there, and top-1 in percent on ImageNet-1k
+# Parameters of configs/vision_*.yml -> name in the paper, and top-1 accuracy in percent on ImageNet-1k
 VISION = {
     86_447_848: ("TokenFormer-B/16 of 86M", 82.1),
     114_759_400: ("TokenFormer-B/16 of 109M", 82.5),

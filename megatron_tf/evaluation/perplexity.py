@@ -20,8 +20,8 @@ from megatron_tf.tasks.classes import IGNORED
 
 @dataclass(frozen=True)
 class Score:
-    """`nats`: summed loss of the `tokens` scored ones.  `text_bytes`: of the text that they stand for; None: not
-    known."""
+    """A summed loss. `nats`: over all scored tokens.  `tokens`: their number.  `text_bytes`: UTF-8 bytes of the text
+    that they stand for; None: not known."""
 
     nats: float
     tokens: int
@@ -47,7 +47,7 @@ def perplexity(loss: float) -> float:
 
 
 def pooled(scores: list[Score]) -> Score:
-    """Of all texts as one: every token weighs the same."""
+    """The score of all texts together: every token has the same weight."""
     known = [score.text_bytes for score in scores if score.text_bytes is not None]
     return Score(
         sum(score.nats for score in scores),
@@ -69,12 +69,12 @@ def summed_loss(
     loss_mask: LossMask | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[float, int]:
-    """Summed loss in nats of this data-parallel rank's windows and the number of scored tokens, at the last stage; 0
-    elsewhere.
+    """(summed loss in nats, number of scored tokens) of this data-parallel rank's windows at the last stage; (0, 0) at
+    other stages.
 
-    `loss_mask`: the tokens that are not scored.  Batches of `batch_size` windows go round the data-parallel ranks. All
-    ranks of one of them must call it together.
-    `progress` is told the batches that are done. DataError, on all of these alike, for an id outside the vocabulary.
+    `loss_mask`: the tokens that are not scored.  Batches of `batch_size` windows are dealt to the data-parallel ranks
+    in turn. All ranks of one replica must call it together.  `progress` is called with the number of finished batches.
+    DataError, on all ranks of the replica, for an id outside the vocabulary.
     """
     device = next(stage.parameters()).device
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -94,8 +94,8 @@ def num_batches(windows: Windows, batch_size: int, data_rank: int = 0, data_size
 
 
 def token_losses(stage: Stage, logits: Tensor, labels: Tensor) -> Tensor:
-    """logits [s, b, V/T] of `stage`, labels [b, s] -> loss of each token [b, s], 0 where it is IGNORED, at least fp32,
-    on each tensor rank."""
+    """logits [s, b, V/T] of `stage`, labels [b, s] -> loss of each token in nats [b, s], fp32 or fp64, the same on each
+    tensor rank. 0 where the label is IGNORED."""
     return stage.task_layers.losses(stage.model, logits, labels, stage.tensor.group).mT
 
 
@@ -107,8 +107,8 @@ def _batches(windows: Windows, batch_size: int, data_rank: int, data_size: int) 
 def _tensors(
     dataset: IndexedDataset, batch: list[Window], length: int, vocab_size: int, loss_mask: LossMask | None
 ) -> tuple[Tensor, Tensor]:
-    """ids and labels, each int64 [b, length]; labels that are not scored are IGNORED. Shorter windows are filled up at
-    their end, where nothing that counts can see it."""
+    """(ids, labels), each int64 [b, length]. Labels that are not scored are IGNORED. Shorter windows are padded at the
+    end, where no scored token can see the padding."""
     ids = np.zeros((len(batch), length), dtype=np.int64)
     labels = np.full_like(ids, IGNORED)
     for row, window in enumerate(batch):

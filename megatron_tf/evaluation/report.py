@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table for people and as plain values for programs."""
+"""The results of an evaluation, as a table for people and as plain values for programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_tf.telemetry.text import table
 
 @dataclass(frozen=True)
 class DataResult:
-    """The score on the prepared data `path`.  `bytes_from`: how the bytes of its text are known."""
+    """The score on the prepared data `path`.  `bytes_from`: how the bytes of its text were counted, in words."""
 
     path: str
     score: Score
@@ -23,7 +23,7 @@ class DataResult:
 
 
 def score_values(score: Score) -> dict[str, Any]:
-    """A score as JSON values; what is not finite has no form there and is None."""
+    """A score as JSON values. An infinite perplexity is None, because JSON has no infinity."""
     return {
         "tokens": score.tokens,
         "text_bytes": score.text_bytes,
@@ -34,7 +34,7 @@ def score_values(score: Score) -> dict[str, Any]:
 
 
 def perplexity_values(results: Sequence[DataResult], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All of an evaluation; `settings`: what it was done with."""
+    """The content of a perplexity file. `settings`: of the evaluation, as JSON values."""
     return {
         **settings,
         "data": [
@@ -69,7 +69,7 @@ def copying_table(copying: Copying) -> str:
 
 
 def tasks_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The harness's `results` of each task, next to the paper's; its six tasks also by their average."""
+    """A table of the harness's `results` next to the paper's, with an average if it has all six tasks of the paper."""
     rows: list[Sequence[str]] = [("task", "metric", "here", "± error", *(f"paper {size}" for size in paper.SIZES))]
     compared = []
     for task, found in results.items():
@@ -102,7 +102,7 @@ def tasks_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _figure(value: Any, is_accuracy: bool) -> str:
-    """Accuracies in percent, as papers have them."""
+    """An accuracy in percent, as in papers; another number like a perplexity; a dash for no number."""
     if not isinstance(value, (int, float)):
         return "–"
     return f"{100 * value:.1f}" if is_accuracy else format_perplexity(value)

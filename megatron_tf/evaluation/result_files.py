@@ -1,4 +1,4 @@
-"""Under which name an evaluation is kept: one of the same settings is replaced, one of other settings is left alone."""
+"""Names of the files of results: a file of an evaluation with the same settings is replaced, others are kept."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from megatron_tf.durable import read_plain
 from megatron_tf.errors import NOT_AS_WRITTEN
 
 _LARGEST_FILE = 2**30
-# Of the settings that all kinds of file hold. The layout is not among them: it does not change the result.
+# Settings that all kinds of file hold. The layout is not one of them: it does not change the result.
 _SETTINGS = ("checkpoint", "precision")
 _TEXT_SETTINGS = (*_SETTINGS, "window")
 Identity = tuple[Any, ...]
 
 
 def perplexity_identity(values: Mapping[str, Any]) -> Identity:
-    """What tells an evaluation on data from another one, of `report.perplexity_values`. KeyError when it is none."""
+    """The settings that tell two evaluations on data apart, taken from `report.perplexity_values`.
+
+    KeyError when `values` are not of that kind.
+    """
     return (
         *(values[key] for key in (*_TEXT_SETTINGS, "stride", "max_tokens")),
         *(data["path"] for data in values["data"]),
@@ -27,24 +30,23 @@ def perplexity_identity(values: Mapping[str, Any]) -> Identity:
 
 
 def tasks_identity(values: Mapping[str, Any]) -> Identity:
-    """What tells a run of tasks from another one, of the values of a tasks file. KeyError when it is none."""
+    """The settings that tell two runs of tasks apart. KeyError when `values` are not those of a tasks file."""
     settings = values["megatron_tf"]
     return (*(settings[key] for key in (*_TEXT_SETTINGS, "limit")), *settings["tasks"])
 
 
 def copying_identity(values: Mapping[str, Any]) -> Identity:
-    """What tells an evaluation of copying from another one. KeyError when it is none."""
+    """The settings that tell two evaluations of copying apart. KeyError when `values` are not those of such a file."""
     return (*(values[key] for key in _SETTINGS), values["copying"]["tokens"])
 
 
 def images_identity(values: Mapping[str, Any]) -> Identity:
-    """What tells an evaluation on images from another one, of the values of its file. KeyError when it is none."""
+    """The settings that tell two evaluations on images apart. KeyError when `values` are not those of such a file."""
     return (*(values[key] for key in (*_SETTINGS, "crop")), *(data["path"] for data in values["data"]))
 
 
 def result_file(path: Path, values: Mapping[str, Any], identity: Callable[[Mapping[str, Any]], Identity]) -> Path:
-    """Where to write `values`: `path`, or the first of NAME-2.json, NAME-3.json ... that is free or of the same
-    settings."""
+    """Where to write `values`: the first of `path`, NAME-2.json, ... that is free or holds the same settings."""
     for number in count(1):
         candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
         if not candidate.exists() or _identity_in(candidate, identity) == identity(values):
@@ -53,7 +55,7 @@ def result_file(path: Path, values: Mapping[str, Any], identity: Callable[[Mappi
 
 
 def _identity_in(path: Path, identity: Callable[[Mapping[str, Any]], Identity]) -> Identity | None:
-    """None for what is no such file, or one from before its settings were kept in full."""
+    """The identity in the file; None if it is not a file of this kind, or an old one without all settings."""
     try:
         return identity(json.loads(read_plain(path, _LARGEST_FILE)))
     except (OSError, *NOT_AS_WRITTEN):

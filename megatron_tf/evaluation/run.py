@@ -1,4 +1,4 @@
-"""An evaluation from its configuration to its table: the composition root of launch/evaluate.py."""
+"""Runs an evaluation from its configuration to its tables: the composition root of launch/evaluate.py."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from megatron_tf.telemetry.console import Console
 
 
 def evaluate(config: RunConfig, environment: LaunchEnvironment, request: EvaluationRequest) -> None:
-    """Evaluates, prints tables and writes JSON. Raises UserError, on every rank alike, for what the user can
+    """Evaluates, prints tables and writes JSON. Raises the same UserError on every rank for errors that the user can
     correct."""
-    # without a backward pass a sample needs no ranks to share its positions: they share the samples
+    # Without a backward pass a sample fits on one rank: the ranks share the samples instead of their positions.
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"context": 1})})
     with told_to_all(environment):
         name = task_of(config.model).evaluation

@@ -1,4 +1,4 @@
-"""How likely a model finds continuations of contexts, at any layout: what multiple-choice tasks ask for."""
+"""The likelihood of continuations of contexts, at any layout, as multiple-choice tasks need it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from megatron_tf.tasks.classes import argmax
 from megatron_tf.tasks.language_model.layers import first_row
 
 Request = tuple[list[int], list[int]]  # context and continuation, neither of them empty
-Answer = tuple[float, bool]  # log-likelihood in nats, and whether the continuation is what greedy decoding gives
+Answer = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding would give the continuation
 Ask = Callable[[Sequence[Request]], list[Answer]]
 
 
 class Scorer:
-    """A model on all ranks that the first rank asks. The others `follow` until it `release`s them."""
+    """A model on all ranks. The first rank calls it with requests; the others `follow` until it calls `release`."""
 
     def __init__(
         self, stage: Stage, *, max_length: int, batch_size: int, data_rank: int, data_size: int, is_reporter: bool
     ):
-        """`max_length`: most tokens that the model reads at once.  `is_reporter`: one rank of each replica that has
-        logits."""
+        """`max_length`: most tokens that the model reads at once.  `is_reporter`: true on one rank of each replica,
+        which must have logits; its answers count."""
         self._stage = stage
         self._max_length = max_length
         self._batch_size = batch_size
@@ -35,19 +35,19 @@ class Scorer:
         self._is_reporter = is_reporter
 
     def __call__(self, requests: Sequence[Request]) -> list[Answer]:
-        """An answer to each request, in their order. For the first rank. ArgumentError for one of which a part is
-        empty."""
+        """The answer to each request, in their order. For the first rank. ArgumentError for an empty context or
+        continuation."""
         _check(requests)
         _broadcast(list(requests))
         return self._answers(requests)
 
     def follow(self) -> None:
-        """Take part in what the first rank asks, until it is done. For the other ranks."""
+        """Take part in the requests of the first rank until it calls `release`. For the other ranks."""
         while (requests := _broadcast(None)) is not None:
             self._answers(requests)
 
     def release(self) -> None:
-        """The other ranks go on. For the first rank, when it has no more to ask."""
+        """Ends `follow` on the other ranks. For the first rank, after its last request."""
         _broadcast(None)
 
     def _answers(self, requests: Sequence[Request]) -> list[Answer]:
@@ -62,7 +62,8 @@ class Scorer:
         return [(likelihood, bool(greedy)) for likelihood, greedy in found.tolist()]
 
     def _own_batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Requests of about one length together, the longest first, so that a lack of memory shows at once."""
+        """Positions of this rank's requests in batches of similar length. The longest come first, so that a lack of
+        memory shows at once."""
         order = sorted(range(len(requests)), key=lambda at: -len(requests[at][0]) - len(requests[at][1]))
         batches = [order[first : first + self._batch_size] for first in range(0, len(order), self._batch_size)]
         return batches[self._data_rank :: self._data_size]
@@ -70,10 +71,11 @@ class Scorer:
 
 @torch.no_grad()
 def score_continuations(stage: Stage, requests: Sequence[Request], max_length: int) -> Tensor | None:
-    """[requests, 2] in fp64: log-likelihood, and 1 where the continuation is greedy; at the last stage, None elsewhere.
+    """fp64 [requests, 2] at the last stage: log-likelihood in nats, and 1 where greedy decoding gives the continuation.
+    None at other stages.
 
-    Of what is longer than `max_length` + 1 the beginning is left out; of a continuation that is itself longer, the
-    part that was predicted counts. ArgumentError for an empty context or continuation.
+    A request of more than `max_length` + 1 tokens loses its beginning; if the continuation alone is that long, only its
+    predicted part counts. ArgumentError for an empty context or continuation.
     """
     _check(requests)
     rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in requests]
@@ -96,7 +98,7 @@ def score_continuations(stage: Stage, requests: Sequence[Request], max_length: i
 
 
 def _check(requests: Sequence[Request]) -> None:
-    """An empty continuation, or its first token without a context, would be certain for nothing."""
+    """ArgumentError for an empty part: an empty continuation, or a token without a context, would count as certain."""
     for number, (context, continuation) in enumerate(requests):
         if not context or not continuation:
             part = "context" if continuation else "continuation"

@@ -106,7 +106,7 @@ class TextEvaluation(TaskEvaluation):
 
 
 def _unused_options(request: EvaluationRequest) -> Iterator[str]:
-    """What is given and nothing would look at: it must not seem to have had an effect."""
+    """A sentence for each option that would have no effect: the user must not believe that it had one."""
     if request.copying:
         for name in ("data", "tasks", "stride", "max_tokens"):
             if getattr(request, name):
@@ -122,7 +122,7 @@ def _unused_options(request: EvaluationRequest) -> Iterator[str]:
 
 
 def _measure_copying(evaluation: Evaluation, model: LoadedModel, settings: dict[str, Any], output: Path) -> None:
-    """The first rank asks, the others compute."""
+    """The first rank sends requests; the others help to compute the answers."""
     scorer = _scorer(evaluation.config, model)
     if evaluation.rank != 0:
         return scorer.follow()
@@ -133,7 +133,7 @@ def _measure_copying(evaluation: Evaluation, model: LoadedModel, settings: dict[
 
 
 def _open_tasks(config: RunConfig, tokenizer: Tokenizer | None, request: EvaluationRequest) -> HarnessTasks | None:
-    """Before anything is scored, so that what is wrong with a task is known at once."""
+    """Loads and rehearses the tasks before anything is scored, so that a broken task shows at once."""
     if not request.tasks:
         return None
     assert tokenizer is not None
@@ -143,7 +143,7 @@ def _open_tasks(config: RunConfig, tokenizer: Tokenizer | None, request: Evaluat
 def _run_tasks(
     evaluation: Evaluation, model: LoadedModel, tasks: HarnessTasks | None, settings: dict[str, Any], output: Path
 ) -> None:
-    """The first rank runs the harness, the others compute what it asks."""
+    """The first rank runs the harness; the others help to compute the answers to its requests."""
     config, request = evaluation.config, evaluation.request
     scorer = _scorer(config, model)
     if tasks is None:
@@ -195,7 +195,7 @@ def _configured_tokenizer(config: RunConfig) -> Tokenizer | None:
 
 
 def _boundaries(config: RunConfig, prefixes: Sequence[str], tokenizer: Tokenizer | None) -> Boundaries:
-    """Where documents end, as the run had it in training; tasks alone take it from the tokenizer."""
+    """Document boundaries as in training. When there are only tasks, the end token comes from the tokenizer."""
     if prefixes:
         sources = tuple(DataSource(path=literal(prefix)) for prefix in prefixes)
         return find_boundaries(config.data.model_copy(update={"train": sources, "validation": ()}))
@@ -204,7 +204,7 @@ def _boundaries(config: RunConfig, prefixes: Sequence[str], tokenizer: Tokenizer
 
 
 def _score(evaluation: Evaluation, model: LoadedModel, dataset: IndexedDataset) -> Score:
-    """Over all ranks; how many bytes of text it is about is still open."""
+    """The score of all ranks together, without `text_bytes`, which `_with_bytes` adds."""
     config, request = evaluation.config, evaluation.request
     length = config.model.seq_length
     windows = Windows(_num_tokens(dataset, request), length, request.stride or length)

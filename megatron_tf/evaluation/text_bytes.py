@@ -1,5 +1,5 @@
-"""How many bytes of text the evaluated tokens stand for: what a loss is divided by, so that models of different
-tokenizers can be compared."""
+"""Counts the bytes of text behind the evaluated tokens. A loss per byte is comparable between models with different
+tokenizers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ FROM_TOKENIZER = "counted by decoding the tokens"
 def count_text_bytes(
     dataset: IndexedDataset, num_tokens: int, summary: CorpusSummary | None, tokenizer: Tokenizer | None
 ) -> tuple[int | None, str]:
-    """(bytes of UTF-8, how they are known) of the first `num_tokens` tokens of `dataset`.
+    """(bytes of UTF-8, how they were counted) for the first `num_tokens` tokens of `dataset`.
 
-    Of the whole data the summary knows it. Otherwise each document is decoded, without the tokens that end one; that is
-    exact for byte-level tokenizers (`bytes`, byte-level BPE, tiktoken), up to a character that the end cuts, and close
-    for others, which may not give back each space. None, with a reason, when there is neither summary nor tokenizer.
+    For the whole data the summary holds the number. Otherwise each document is decoded, without its end token. That is
+    exact for byte-level tokenizers (`bytes`, byte-level BPE, tiktoken), except for a character that is cut at the end.
+    It is close for others, which may lose some spaces. None, with a reason, when neither a fitting summary nor a
+    tokenizer is there.
     """
     if summary is not None and num_tokens == dataset.num_tokens:
         return summary.bytes, FROM_SUMMARY

@@ -1,4 +1,4 @@
-"""How a stream of tokens is cut into windows, so that each token is scored exactly once. Arithmetic only."""
+"""Cuts a stream of tokens into windows so that each token is scored exactly once. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Window:
-    """The model reads tokens [start, stop), and of its predictions of tokens [start + 1, stop + 1) the last `scored`
-    count."""
+    """The model reads tokens [start, stop) and predicts [start + 1, stop + 1), of which the last `scored` count."""
 
     start: int
     stop: int
@@ -17,13 +16,13 @@ class Window:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows over a stream of `num_tokens` (2 or more), of which all but the first are predicted, each once.
+    """Windows over a stream of `num_tokens` (2 or more). All tokens but the first are predicted, each once.
 
-    `length`: most tokens that the model reads at once.  `stride` (1 to `length`): how far one window is after the one
-    before. With stride = length windows lie side by side, and the first tokens of each have little before them; a
-    smaller stride scores only the last `stride` predictions of each window but the first, so that every token has at
-    least length − stride before it (as far as there are that many), at length/stride times the work. The last window is
-    as long as what is left.
+    `length`: most tokens that the model reads at once.  `stride` (1 to `length`): tokens from the start of one window
+    to the start of the next. With stride = length, windows do not overlap, and the first tokens of each have little
+    context. With a smaller stride, each window but the first scores only its last `stride` predictions. Then every
+    token has at least length − stride tokens of context (unless the stream begins there), at length/stride times the
+    work. The last window may be shorter.
     """
 
     num_tokens: int
