@@ -1,8 +1,8 @@
-"""The candidates that an exported model chooses, so that our own model can be compared with it.
+"""Records the candidates that an exported model chooses, so that our own model can be compared with it.
 
-A choice is a step function: where two candidates are as close as rounding, two implementations may choose differently,
-and what follows differs by more than rounding. So our model takes the exported model's choice wherever that is as good
-as its own, and its own everywhere else. A model without banks has nothing to choose, and all of this is nothing.
+A choice is a step function. Where two candidates differ by no more than rounding, two implementations may choose
+differently, and their results then differ by more than rounding. So our model takes the exported model's choice where
+that is as good as its own, and its own everywhere else. For a model without banks this does nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BANK = "TokenBank"  # the class in the exported code
 
 
 class Choices:
-    """Of `exported`, while `recorded`. Its banks are in the order of our own model's projections."""
+    """The choices of the model `exported`. Its banks are in the same order as our own model's projections."""
 
     def __init__(self, exported: nn.Module):
         self._banks: list[Any] = [module for module in exported.modules() if type(module).__name__ == _BANK]
@@ -30,7 +30,7 @@ class Choices:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Keeps the choices of all calls, and forgets earlier ones."""
+        """Records the choices of all calls in the block, and forgets earlier ones."""
         self._taken = [[] for _ in self._banks]
         for bank, calls in zip(self._banks, self._taken):
             bank.choose = _recording(bank.choose, calls)
@@ -42,11 +42,14 @@ class Choices:
 
     @contextmanager
     def replayed(self, network: nn.Module, batch: int, samples: slice = slice(None), start: int = 0) -> Iterator[None]:
-        """`network` chooses alike, on `samples` of the `batch` that was recorded and from position `start` on."""
+        """In the block `network` makes the recorded choices where they are as good as its own.
+
+        `batch`: number of recorded samples.  `samples`, `start`: it reads these of them, from position `start` on.
+        """
         projections = [module for module in network.modules() if isinstance(module, SparsePattention)]
         for projection, calls in zip(projections, self._taken, strict=True):
             taken = [call.unflatten(0, (batch, -1)) for call in calls]
-            # with a cache each call has new positions, without one the last call has all of them
+            # With a cache each call has only new positions; without one the last call has all of them.
             whole = torch.cat(taken, 1) if taken[-1].shape[1] == 1 else taken[-1]
             projection.choose = _as_good(whole[samples, start:].transpose(0, 1).flatten(0, 1))
         try:

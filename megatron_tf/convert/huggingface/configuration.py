@@ -1,4 +1,4 @@
-"""Between the model section of a configuration and the config.json of an export; τ of every projection goes along."""
+"""Converts the model section of a configuration, with τ of every projection, to an export's config.json and back."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ IMAGE_KEYS = {
     "num_key_value_heads": "num_key_value_heads",
 }
 _TYPES = {MODEL_TYPE: ("language_model", _KEYS), IMAGE_MODEL_TYPE: ("image_classification", IMAGE_KEYS)}
-# left out where they are null, or of the other architecture
+# Fields that config.json leaves out where they are null or belong to the other architecture.
 _OPTIONAL = {"sparse"}
 _IMAGE_OPTIONAL = {*_OPTIONAL, "parameter_tokens", "activation", "ffn_hidden_size", "num_key_value_heads"}
 _AS_WRITTEN = "Give the one that to-hf or save_pretrained wrote."
 
 
 def huggingface_config(model: Model, scales: Mapping[str, float], eod_id: int | None) -> dict[str, Any]:
-    """config.json as transformers reads it. `eod_id`: the token that ends a document, when the tokenizer is known."""
+    """The content of config.json. `eod_id`: the token that ends a document; None when the tokenizer is not known."""
     classes = {
         "AutoConfig": (CONFIGURATION_CODE, "TokenFormerConfig"),
         "AutoModel": (MODELING_CODE, "TokenFormerModel"),  # vLLM builds from it
@@ -73,15 +73,15 @@ def huggingface_config(model: Model, scales: Mapping[str, float], eod_id: int | 
 
 
 def under_keys(model: Model, keys: Mapping[str, str]) -> dict[str, Any]:
-    """What `keys` name of the model, without what is null."""
+    """The fields of `model` that `keys` name, under their keys of config.json, without those that are null."""
     values = model.model_dump(mode="json", exclude_none=True)
     if (sections := architecture_of(model).sparse_sections(model)) is not None:
-        values["sparse"] = sections  # losses of the training are nothing that an export has
+        values["sparse"] = sections  # without the losses of training, which an export does not need
     return {key: values[field] for field, key in keys.items() if field in values}
 
 
 def scales_by_layer(model: Model, scales: Mapping[str, float]) -> dict[str, Any]:
-    """τ of every projection; nothing for a model without projections."""
+    """{"scales": for each layer, projection -> τ}; {} for a model without projections."""
     if not scales:
         return {}
     layers = range(model.num_layers)
@@ -94,14 +94,14 @@ def scales_by_layer(model: Model, scales: Mapping[str, float]) -> dict[str, Any]
 
 
 def special_tokens(eod_id: int | None) -> dict[str, int]:
-    """One token begins and ends documents, and pads: nothing attends to padding."""
+    """Ids of special tokens. One token begins documents, ends them and pads; padding is never attended to."""
     return {} if eod_id is None else {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id}
 
 
 def model_from_config(config: Any) -> tuple[Model, dict[str, float]]:
-    """The model and τ of every projection that a config.json says; keys of no interest here are passed over.
+    """(model section, τ by the name of each projection) from the content of a config.json. Unknown keys are ignored.
 
-    CheckpointError, with all problems, when it is not of a TokenFormer, or incomplete.
+    CheckpointError, with all problems, when it is not that of a TokenFormer, or is incomplete or invalid.
     """
     kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
     if not isinstance(config, dict) or kind not in _TYPES:
@@ -145,7 +145,7 @@ def _scales(stored: Any, model: Model) -> dict[str, float]:
 
 
 def _under_its_keys(problem: str, keys: Mapping[str, str]) -> str:
-    """A sentence about our model section, as one about config.json."""
+    """`problem`, a sentence about our model section, with the keys of config.json."""
     return re.sub(r"\bmodel\.(\w+)", lambda key: keys.get(key[1], key[1]), problem)
 
 

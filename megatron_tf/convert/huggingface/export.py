@@ -1,4 +1,4 @@
-"""A trained model as a folder that transformers and vLLM load: weights, configuration, tokenizer, and its own code.
+"""Exports a trained model as a folder that transformers and vLLM load: weights, configuration, tokenizer, own code.
 
 | file | content |
 |---|---|
@@ -46,14 +46,18 @@ _FILE_OVERHEAD_BYTES = 64 * 2**20  # tokenizer, code, headers
 
 @dataclass(frozen=True)
 class ExportedTokenizer:
-    """`file`: the tokenizers file to put into the export; None when it is of another kind, which stays out."""
+    """A tokenizer. `file`: its Hugging Face tokenizers file, which goes into the export; None for another kind of
+    tokenizer, which does not."""
 
     tokenizer: Tokenizer
     file: Path | None
 
 
 def check_target(path: Path) -> None:
-    """Create the folder that the export `path` will stand in. UserError when it cannot go there."""
+    """Create the parent folder of the export `path`.
+
+    CheckpointError when `path` or its temporary name exists, another UserError when `path` cannot be written.
+    """
     for folder in (path, partial_path(path)):
         if os.path.lexists(folder):
             left = " (left behind by an export that was cut off, if nobody else made it)" if folder != path else ""
@@ -66,10 +70,10 @@ def check_target(path: Path) -> None:
 def write_export(
     path: Path, network: TokenFormer, tokenizer: ExportedTokenizer | None, copied: Sequence[Path] = ()
 ) -> dict[str, Agreement]:
-    """Write `network`, load the result as a user would, and compare; returns the agreement on each sample.
+    """Write `network`, load the result as a user would, and compare; returns the agreement by kind of sample.
 
-    `copied`: files of another export that go along as they are.
-    Errors: CheckpointError, with nothing left behind, also when what transformers computes is not what `network` does.
+    `copied`: files of another export that are copied unchanged. Raises CheckpointError, also when transformers computes
+    something else than `network`, and UserError without transformers. After an error nothing is left behind.
     """
     versions = verifying_versions()
     with new_folder(path, network) as folder:
@@ -82,7 +86,10 @@ def write_export(
 
 @contextmanager
 def new_folder(path: Path, network: TokenFormer) -> Iterator[Path]:
-    """The folder that becomes `path` when all went well. CheckpointError, with nothing left behind, when it did not."""
+    """Yield a folder that becomes `path` when the block succeeds. After an error nothing is left behind.
+
+    CheckpointError when there is too little room or a file cannot be written.
+    """
     needed = 4 * num_parameters(network.config) + _FILE_OVERHEAD_BYTES
     free = shutil.disk_usage(path.parent).free
     if free < needed:
@@ -105,7 +112,7 @@ def _write_configuration(
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": network.config.seq_length,
-            "padding_side": "left",  # a text is continued at its end
+            "padding_side": "left",  # so that generation continues a text directly at its end
             "clean_up_tokenization_spaces": False,
             "bos_token": end,
             "eos_token": end,
@@ -115,7 +122,10 @@ def _write_configuration(
 
 
 def write_code(folder: Path, names: Sequence[str], versions: Mapping[str, str], comparison: str) -> None:
-    """The code stays as it is while transformers changes: a reader years later sees what it was made for."""
+    """Copy the files `names` of remote_code, each with a first line that names the verified versions.
+
+    The code stays as it is while transformers changes, and that line tells a reader years later what it was made for.
+    """
     for name in names:
         code = resources.files("megatron_tf.convert.huggingface") / "remote_code" / name
         text = f"{verified_with(versions)}. With others, {comparison}, or export again.\n"
@@ -130,9 +140,9 @@ def write_weights(folder: Path, network: TokenFormer) -> None:
     }
     try:
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    except SafetensorError as error:  # its one kind of error for all that a disk can say
+    except SafetensorError as error:  # the library raises this for every error of the disk
         raise CheckpointError(f"{folder / WEIGHTS_NAME}: {error}. Nothing was written.") from error
-    shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)  # the library's files are for their owner alone
+    shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)  # the library makes it readable by its owner only
 
 
 def write_json(path: Path, content: object) -> None:

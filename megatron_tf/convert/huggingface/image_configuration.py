@@ -1,4 +1,4 @@
-"""What an exported classifier of images says of itself: config.json and preprocessor_config.json."""
+"""The contents of config.json and preprocessor_config.json of an exported image classifier."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CLASSIFIER, _PROCESSOR = "TokenFormerForImageClassification", "TokenFormerImage
 
 
 def image_config(model: Model, scales: Mapping[str, float], classes: Sequence[str]) -> dict[str, Any]:
-    """config.json as transformers reads it."""
+    """The content of config.json. `classes`: their names, in the order of the logits."""
     return {
         "architectures": [_CLASSIFIER],
         "auto_map": {
@@ -41,7 +41,7 @@ def image_config(model: Model, scales: Mapping[str, float], classes: Sequence[st
 
 
 def processor_config(model: Model) -> dict[str, Any]:
-    """preprocessor_config.json: how evaluations see an image."""
+    """The content of preprocessor_config.json: how an evaluation resizes, crops and normalises an image."""
     image = image_of(model)
     return {
         "auto_map": {"AutoImageProcessor": _name(PROCESSING_CODE, _PROCESSOR)},

@@ -1,4 +1,4 @@
-"""A trained classifier of images as a folder that transformers and timm load: weights, configurations and its own code.
+"""Exports a trained image classifier as a folder that transformers and timm load: weights, configurations, own code.
 
 | file | content |
 |---|---|
@@ -6,7 +6,7 @@
 | config.json | architecture, τ of every projection, names of the classes, and the versions that it was verified with |
 | preprocessor_config.json | size, crop, mean and deviation: how an evaluation sees an image |
 | configuration_, modeling_, image_processing_, network_tokenformer_image.py, pattention_tokenformer.py | the code |
-| tokenformer_timm.py | to be imported before timm makes the model |
+| tokenformer_timm.py | registers the model with timm; import it before timm makes the model |
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ PROCESSOR_NAME = "preprocessor_config.json"
 def write_image_export(path: Path, network: TokenFormer, classes: Sequence[str]) -> dict[str, Agreement]:
     """Write `network`, load the result as a user would, and compare; returns the agreement by kind of sample.
 
-    `classes`: names, by number. Errors: CheckpointError, with nothing left behind, also when what transformers sees or
-    computes is not what an evaluation of `network` does; UserError without transformers or Pillow.
+    `classes`: their names, in the order of the logits. Raises CheckpointError, also when transformers prepares an image
+    or computes logits differently from an evaluation of `network`, and UserError without transformers or Pillow. After
+    an error nothing is left behind.
     """
     versions = verifying_versions()
     with new_folder(path, network) as folder:
@@ -74,7 +75,7 @@ def _verify(folder: Path, network: TokenFormer) -> dict[str, Agreement]:
 
 
 def _noise(image: Image) -> list[np.ndarray]:
-    """Pictures uint8 [h, w] or [h, w, 3] that are wide, high, smaller than the model's square, and as large as it."""
+    """Random pictures, uint8 [h, w] or [h, w, 3]: wide, high, smaller than the model's square input, of its size."""
     random = np.random.default_rng(0)
     size, colours = image.size, () if image.channels == 1 else (3,)
     shapes = ((size + 5, 2 * size + 9), (3 * size, size + 2), (size // 2 + 1, size // 2 + 2), (size, size))

@@ -1,4 +1,4 @@
-"""The way back: an exported folder, also one that was trained further with transformers, as step 0 of a run."""
+"""Reads an exported folder, also one that was trained further with transformers, so that a run can begin with it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from megatron_tf.state.parameters import parameter_table
 from megatron_tf.tasks.language_model.task import EMBEDDING
 from megatron_tf.telemetry.text import bullets
 
-INDEX_NAME = WEIGHTS_NAME + ".index.json"  # next to the parts of weights that transformers has split
+INDEX_NAME = WEIGHTS_NAME + ".index.json"  # lists the files when transformers has split the weights
 _ADAPTER_NAME = "adapter_config.json"  # of PEFT, which saves an adapter without its model
 _HEAD = "lm_head.weight"
-_LISTED = 6  # problems that a message spells out
+_LISTED = 6  # most problems that a message lists
 _LARGEST_JSON = 2**26
 _WEIGHTS_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,7 +36,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class HuggingFaceModel:
-    """`weights`, in memory and of the type they were stored in, and τ in `scales`, both by logical name."""
+    """A model read from an export. `scales`: τ by projection.  `weights`: in memory, in the type in which they were
+    stored. Both are keyed by our logical names."""
 
     model: Model
     scales: Mapping[str, float]
@@ -44,13 +45,15 @@ class HuggingFaceModel:
 
 
 def is_export(path: Path | str) -> bool:
-    """Is there a configuration of transformers in the folder, whole or not? Our own checkpoints have none."""
+    """Whether the folder has a configuration of transformers or PEFT, valid or not. Our own checkpoints have none."""
     return any(os.path.lexists(Path(path) / name) for name in (CONFIG_NAME, _ADAPTER_NAME))
 
 
 def stored_classes(path: Path | str) -> tuple[str, ...]:
-    """Names of the classes, as the configuration in an exported folder says; () where it does not. CheckpointError as
-    `open_export`."""
+    """The names of the classes in the configuration of an exported folder, in the order of the logits; () without any.
+
+    CheckpointError when the configuration cannot be read.
+    """
     config = _read_json(Path(path) / CONFIG_NAME)
     names = config.get("id2label") if isinstance(config, dict) else None
     if not isinstance(names, dict) or set(names) != {str(number) for number in range(len(names))}:
@@ -59,16 +62,20 @@ def stored_classes(path: Path | str) -> tuple[str, ...]:
 
 
 def stored_eod(path: Path | str) -> int | None:
-    """The token that ends a text, as the configuration in an exported folder says. CheckpointError as `open_export`."""
+    """The id of the token that ends a text, from the configuration of an exported folder; None if it names none.
+
+    CheckpointError when the configuration cannot be read.
+    """
     config = _read_json(Path(path) / CONFIG_NAME)
     eod = config.get("eos_token_id") if isinstance(config, dict) else None
     return eod if type(eod) is int else None
 
 
 def open_export(path: Path | str) -> HuggingFaceModel:
-    """Read an exported folder. Nothing in it is run, and transformers is not needed.
+    """Read an exported folder. No code in it is run, and transformers is not needed.
 
-    CheckpointError when it is no TokenFormer, or when tensors are missing, unknown, of another shape, or not finite.
+    CheckpointError when it does not hold a TokenFormer, or when tensors are missing, unknown, not finite, or of another
+    shape or type than expected.
     """
     folder = Path(path)
     if os.path.isfile(folder):
@@ -97,7 +104,7 @@ def open_export(path: Path | str) -> HuggingFaceModel:
     _check(folder, {name: tuple(tensor.shape) for name, tensor in stored.items()}, expected)
     weights = {}
     for name, spec in table.items():
-        tensor = stored.pop(spec.huggingface_name)  # one copy at a time
+        tensor = stored.pop(spec.huggingface_name)  # frees each tensor once it is copied: no second copy of the model
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{folder}: {spec.huggingface_name} holds values that are infinite or no numbers: the training "
@@ -108,7 +115,7 @@ def open_export(path: Path | str) -> HuggingFaceModel:
 
 
 def _take_head(folder: Path, stored: dict[str, Tensor], embedding: str) -> None:
-    """Takes the head out of `stored`, if there is one next to the embedding."""
+    """Removes a head stored next to the embedding from `stored`. CheckpointError if the two are not equal."""
     head = stored.pop(_HEAD, None)
     if head is not None and embedding in stored and not _same(head, stored[embedding]):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Does an export compute what our own model does? It is loaded as a user would, with the code that lies in it."""
+"""Checks that an export computes what our own model does. It is loaded as a user would load it, with its own code."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.requirements import is_wanted, wanted_versions
 from megatron_tf.tasks.language_model.section import vocab_size_of
 
-_LONGEST_SAMPLE = 256  # tokens: a logit depends on all tokens before it, and seconds are enough
+_LONGEST_SAMPLE = 256  # tokens: each logit tests all tokens before it, and the check should take seconds only
 _LONGEST_PROMPT, _CONTINUATION = 8, 4  # tokens: a cache that is not read shows at the second new one
-# White space, other scripts, and characters that are several bytes or none of the vocabulary's.
+# White space, other scripts, and characters that take several bytes or are not in the vocabulary.
 _ODD_TEXTS = (
     "",
     " ",
@@ -33,7 +33,7 @@ _ODD_TEXTS = (
     "\U0001f642\u200d\ufeff",
     "x" * 300,
 )
-# How `generate` may be asked to remember what it has read.
+# The ways in which `generate` can cache the keys and values of tokens it has read.
 _CACHES: dict[str, dict[str, Any]] = {
     "without a cache": {"use_cache": False},
     "with a dynamic cache": {},
@@ -42,7 +42,8 @@ _CACHES: dict[str, dict[str, Any]] = {
 
 
 def require_transformers() -> str:
-    """The version of transformers. UserError when it is missing, or one that the exported code does not run with."""
+    """The version of transformers. UserError when it is missing or has a version that the exported code does not
+    support."""
     wanted = f"transformers{wanted_versions('transformers')}"
     try:
         version = metadata.version("transformers")
@@ -56,20 +57,21 @@ def require_transformers() -> str:
 
 
 def verifying_versions() -> dict[str, str]:
-    """Of the packages that an export is checked with, by name. Errors: as of `require_transformers`."""
+    """Name -> version of the packages with which an export is checked. UserError as `require_transformers`."""
     return {"transformers": require_transformers(), "torch": torch.__version__}
 
 
 def verified_with(versions: Mapping[str, str]) -> str:
-    """The comment that an export's code begins with, without a full stop: `verifying_versions` as a sentence."""
+    """`verifying_versions` as the comment that begins an export's code, without a full stop."""
     return "# Verified with " + " and ".join(f"{name} {version}" for name, version in versions.items())
 
 
 @torch.no_grad()
 def verify_export(folder: Path, network: TokenFormer, tokenizer: Tokenizer | None) -> dict[str, Agreement]:
-    """Compare logits on random tokens, on English text where `tokenizer` is that of the export, and in generation.
+    """Compare the export in `folder` with `network` on random tokens, on English text, and in generation.
 
-    Returns the agreement by kind of sample. CheckpointError when logits or tokens are others.
+    `tokenizer`: the one that the export contains; None: without one, no text is compared. Returns the agreement by kind
+    of sample. CheckpointError when logits or tokens differ.
     """
     prepare_hugging_face()
     exported = load_exported(folder, "AutoModelForCausalLM")
@@ -87,7 +89,10 @@ def verify_export(folder: Path, network: TokenFormer, tokenizer: Tokenizer | Non
 def compare_logits(
     kind: str, exported: Any, choices: Choices, network: TokenFormer, inputs: Mapping[str, Tensor]
 ) -> Agreement:
-    """Of one forward pass. `inputs`: one tensor [b, ...], under the name that the exported model takes it by."""
+    """The agreement of the logits of one forward pass. CheckpointError when they differ.
+
+    `kind`: of sample, for messages.  `inputs`: one tensor [b, ...] under the name of the exported model's argument.
+    """
     with transformers_errors(kind), choices.recorded():
         logits = exported(**inputs).logits.float()
     (own,) = inputs.values()
@@ -99,11 +104,11 @@ def compare_logits(
 
 
 def _compare_generation(exported: Any, choices: Choices, network: TokenFormer, ids: Tensor) -> Agreement:
-    """Let transformers continue prompts of two lengths, padded on the left, with each kind of cache; the worst
+    """Let transformers continue prompts of two lengths, padded on the left, with each kind of cache. Returns the worst
     agreement.
 
-    The reference is `network` on each whole text alone, without padding and cache. Logits are compared, and not the
-    tokens chosen, which rounding decides where two are about as likely.
+    The reference is `network` on each whole text alone, without padding and cache. Logits are compared and not the
+    chosen tokens, because rounding decides between two tokens that are equally likely.
     """
     longest = network.config.seq_length
     new = min(_CONTINUATION, max(2, longest // 2), longest)
@@ -136,8 +141,8 @@ def _compare_generation(exported: Any, choices: Choices, network: TokenFormer, i
 
 @contextmanager
 def transformers_errors(kind: str) -> Iterator[None]:
-    """Whatever the export's own code and transformers make of each other, as CheckpointError; an OSError names its
-    file."""
+    """Turn any error of transformers or of the export's code in the block into a CheckpointError. An OSError passes
+    unchanged, because it names its file."""
     try:
         yield
     except OSError:
@@ -150,7 +155,7 @@ def transformers_errors(kind: str) -> Iterator[None]:
 
 
 def checked(kind: str, found: Tensor, expected: Tensor) -> Agreement:
-    """The agreement of logits. CheckpointError when it does not hold."""
+    """The agreement of the logits `found` with `expected`. CheckpointError when they differ beyond the tolerance."""
     result = agreement(found, expected)
     if not result.holds:
         raise CheckpointError(
@@ -161,8 +166,10 @@ def checked(kind: str, found: Tensor, expected: Tensor) -> Agreement:
 
 
 def load_exported(folder: Path, auto_class: str) -> Any:
-    """The model, by a class of transformers such as "AutoModelForCausalLM". CheckpointError when it does not load
-    whole."""
+    """The exported model in fp32, loaded with `auto_class` of transformers, such as "AutoModelForCausalLM".
+
+    CheckpointError when it does not load completely.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -177,7 +184,7 @@ def load_exported(folder: Path, auto_class: str) -> Any:
 
 
 def load_processor(folder: Path) -> Any:
-    """Of images."""
+    """The image processor of the export in `folder`. CheckpointError when it does not load."""
     import transformers
 
     with transformers_errors("loading the image processor"):
@@ -190,14 +197,15 @@ def _random_tokens(network: TokenFormer) -> Tensor:
 
 
 def _text_tokens(folder: Path, tokenizer: Tokenizer) -> Tensor:
-    """[1, s], after the exported tokenizer has given the same tokens as ours."""
+    """Ids of English text, [1, s]. CheckpointError unless the exported tokenizer gives the same ids as ours, also for
+    unusual texts."""
     import transformers
 
     texts = list(_english())
     expected = tokenizer.encode_batch(texts)
     with transformers_errors("text"):
         exported = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-        # As a user calls it: what it puts around a text by itself must be there
+        # Called as a user would, so that tokens which it adds around a text by itself show up.
         found = exported([*texts, *_ODD_TEXTS])["input_ids"]
     if found[: len(texts)] != expected:
         raise CheckpointError(
