@@ -78,7 +78,10 @@ def main() -> None:
 
 
 def open_sources(sources: list[Path], last: int) -> list[CheckpointReader]:
-    """Of several `sources` the checkpoint of each, of one its newest `last`. CheckpointError when one holds none."""
+    """One checkpoint of each of several `sources`, or the newest `last` checkpoints of a single one.
+
+    CheckpointError when a source holds none, UserError when a checkpoint is named twice.
+    """
     from megatron_tf.checkpoint.manager import complete_checkpoints, resolve
     from megatron_tf.checkpoint.reader import open_checkpoint
 

@@ -131,7 +131,7 @@ def add_timing(mode: argparse.ArgumentParser) -> None:
 
 
 def add_mode(modes: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
-    """A sub-command, explained by the docstring of its module in megatron_tf/benchmark."""
+    """Adds a sub-command. Its help is the docstring of its module in megatron_tf/benchmark."""
     description = docstring(f"megatron_tf.benchmark.{name}")
     mode = modes.add_parser(name, description=description, help=description.split("\n")[0])
     mode.add_argument("--json", type=path, metavar="FILE", help="also write rows, machine and command as JSON")
@@ -139,7 +139,7 @@ def add_mode(modes: argparse._SubParsersAction, name: str) -> argparse.ArgumentP
 
 
 def docstring(module: str) -> str:
-    """Of a module that is not imported: it would import torch, which takes seconds that --help need not."""
+    """The docstring of a module, read without importing it: that would import torch and make --help slow."""
     spec = find_spec(module)
     assert spec is not None and spec.origin is not None
     return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""

@@ -71,7 +71,7 @@ def main() -> None:
     )  # fmt: skip
     plan = Plan(setting, arguments.learn, arguments.keep, arguments.then, tuple(dict.fromkeys(arguments.forms)),
                 tuple(sorted(set(arguments.rates))), arguments.seeds, arguments.rounds)  # fmt: skip
-    device = join_ranks(detect({}), timeout_seconds=60)  # one process; steps and losses are those of any number
+    device = join_ranks(detect({}), timeout_seconds=60)  # one process; steps and losses do not depend on their number
     try:
         if arguments.plan:
             return print(foresee(plan, arguments.target, device))

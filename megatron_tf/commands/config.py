@@ -47,10 +47,10 @@ def main() -> None:
 
 
 def print_file(file: Path, is_resolved: bool) -> None:
-    """A shipped file as it is, or the values of a file and of those that it extends. ConfigError for one that cannot be
-    read or has unknown keys."""
+    """Prints a shipped file unchanged; with `is_resolved`, or for another file, its values and those of the files that
+    it extends. ConfigError when it cannot be read or has unknown keys."""
     if file in configurations().values() and not is_resolved:
-        sys.stdout.buffer.write(file.read_bytes())  # a copy, whatever the locale's encoding
+        sys.stdout.buffer.write(file.read_bytes())  # the same bytes, whatever the locale's encoding
         return
     values, problems = read_file(file)
     if problems:

@@ -206,7 +206,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
 
 
 def check_options(arguments: argparse.Namespace, is_image: bool) -> None:
-    """UserError for an option that means nothing to the model."""
+    """UserError for an option that does not apply to this kind of model."""
     given = {name: getattr(arguments, name) for name in ("tokenizer", "eod_token") if is_image} or {
         "classes": arguments.classes
     }

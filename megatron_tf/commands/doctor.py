@@ -82,7 +82,7 @@ def exit_code(arguments: argparse.Namespace, broken: bool, slow: bool) -> int:
 
 
 def this_machine() -> dict[str, Any]:
-    """Software and devices of this machine."""
+    """Software and devices of this machine, and their problems, as JSON values."""
     packages = installed_packages()
     facts = list(system_facts())
     broken = [p.problem for p in packages if p.problem and p.package.essential]
@@ -105,7 +105,7 @@ def this_machine() -> dict[str, Any]:
 
 
 def devices() -> list[str]:
-    """The GPUs, in words."""
+    """One description of each GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -115,7 +115,7 @@ def devices() -> list[str]:
 
 
 def the_job(arguments: argparse.Namespace, environment: LaunchEnvironment, report: dict[str, Any]) -> int:
-    """Tests all ranks; rank 0 prints the findings. The exit code, the same on every rank that is well."""
+    """Tests all ranks; rank 0 prints the findings. Returns the exit code, the same on every rank that is not broken."""
     import torch
 
     from megatron_tf.diagnosis.job import examine
@@ -147,7 +147,8 @@ def the_job(arguments: argparse.Namespace, environment: LaunchEnvironment, repor
 
 
 def listen(assembly: Assembly, environment: LaunchEnvironment, known: list[str]) -> int:
-    """Rank 0's exit code; if rank 0 is the one that is broken, some others say what they know."""
+    """The exit code that rank 0 sends. If rank 0 is the broken one: 1, and up to two ranks of each node print `known`,
+    the problems that they have found."""
     code = assembly.hear()
     if code is None and environment.local_rank < 2:
         for sentence in known or [f"{assembly.name(0)} does not answer"]:

@@ -124,7 +124,7 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
 
 
 def about_width(width: Mapping[str, Any]) -> Iterator[str]:
-    """`width`: as the growth's history has it."""
+    """Lines about a growth in width. `width`: its entry in the checkpoint's history of growth."""
     from megatron_tf.growth.width import alike
 
     for key, size in width["from"].items():
@@ -134,7 +134,7 @@ def about_width(width: Mapping[str, Any]) -> Iterator[str]:
 
 
 def scale_of(model: Model, scales: Mapping[str, float], kind: str) -> str:
-    """The distinct τ of all projections of `kind`."""
+    """The distinct τ of all projections of `kind`, as a text."""
     names = [name for name, projection in projections(model).items() if projection.kind == kind]
     return ", ".join(dict.fromkeys(f"{scales[name]:.6g}" for name in names))
 

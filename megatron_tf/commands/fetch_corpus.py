@@ -73,7 +73,7 @@ def main() -> None:
             "--hold-out names all sources, and nothing is left to train on. Hold out fewer, or add sources."
         )
     folder = arguments.output
-    if not folder.name or folder.name == "..":  # what is written next to it begins with its name
+    if not folder.name or folder.name == "..":  # files written next to it begin with its name
         raise DataError(f"{folder}: has no name of its own. Give a folder by its name, such as data/corpus.")
     settings = CorpusSettings(
         folder=folder,

@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     folder = arguments.output
-    if not folder.name or folder.name == "..":  # what is written next to it begins with its name
+    if not folder.name or folder.name == "..":  # files written next to it begin with its name
         raise DataError(f"{folder}: has no name of its own. Give a folder by its name, such as data/fashion.")
     downloads = Downloads(arguments.downloads or folder.with_name(folder.name + ".downloads"))
     for file in fetch_fashion_mnist(folder, downloads):

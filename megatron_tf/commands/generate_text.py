@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_tf.data.tokenizer import Tokenizer
     from megatron_tf.model.tokenformer import TokenFormer
 
-MOST_TOKENS = 1_000_000  # weeks of work: more is a slip of the hand
+MOST_TOKENS = 1_000_000  # these take weeks: a larger number is a typing error
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raises UserError with all that is out of range."""
+    """UserError, with all problems, for arguments that are out of range."""
     problems = []
     if not 1 <= arguments.tokens <= MOST_TOKENS:
         problems.append(f"--tokens is {arguments.tokens}. Choose 1 to {MOST_TOKENS}.")
@@ -122,7 +122,7 @@ def main() -> None:
 def pieces(
     model: TokenFormer, tokenizer: Tokenizer, prompts: list[str], arguments: argparse.Namespace
 ) -> Iterator[tuple[int, str]]:
-    """(number of the prompt, text that continues it), as it is written."""
+    """Yields (number of the prompt, text that continues it) while the text is generated."""
     from megatron_tf.inference.cache import CachedModel
     from megatron_tf.inference.sampling import generate
     from megatron_tf.inference.text import TextStream
@@ -131,7 +131,7 @@ def pieces(
     streams = [TextStream(tokenizer, ids) for ids in encoded]
     cached = CachedModel(model)
     steps = generate(
-        lambda ids, padding: cached(ids, padding)[:, : tokenizer.vocab_size],  # the model's may be padded beyond it
+        lambda ids, padding: cached(ids, padding)[:, : tokenizer.vocab_size],  # the model's vocabulary may be padded
         encoded,
         num_tokens=arguments.tokens,
         context=model.config.seq_length,
@@ -150,7 +150,7 @@ def pieces(
 
 
 def read_prompts(path: Path) -> list[str]:
-    # Lines end where editors end them, not at every character that Unicode knows to separate lines.
+    # Not str.splitlines, which also splits at line separators of Unicode that editors show within a line.
     text = read_text_file(UserError, path, "Give a readable file of prompts.")
     prompts = text.removesuffix("\n").split("\n") if text else []
     if not prompts:

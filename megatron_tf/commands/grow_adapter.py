@@ -102,7 +102,10 @@ def _choice(config: Mapping[str, Any]) -> str:
 
 
 def on_base(base: Path, before: Path, after: Path, method: str) -> Agreement:
-    """Of the logits of the base with each of the two. UserError when a method that keeps the function has not."""
+    """The agreement of the base model's logits with the adapters `before` and `after`.
+
+    UserError when they differ although `method` preserves the function.
+    """
     from megatron_tf.adapters.loading import load_adapted, load_base, random_logits
     from megatron_tf.convert.agreement import agreement
 

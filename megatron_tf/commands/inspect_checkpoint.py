@@ -86,8 +86,8 @@ def main() -> None:
 
 
 def check_is_no_export(folder: Path) -> None:
-    """CheckpointError for an exported model: transformers describes what it holds, in config.json."""
-    # by the file's name: what reads exports needs the model
+    """CheckpointError for an exported model: its config.json already describes it."""
+    # Told by the file's name, because the module that reads exports imports the model.
     if os.path.lexists(folder / "config.json"):
         raise CheckpointError(
             f"{folder}: is an export, not a checkpoint. Its config.json says what it holds; `megatron_tf convert "
@@ -141,7 +141,7 @@ def print_adapter(summary: dict[str, Any]) -> None:
 
 
 def as_json(difference: StateDifference) -> dict[str, Any]:
-    """NaN and infinity have no JSON form."""
+    """The difference as JSON values. NaN and infinity, which JSON does not have, become text."""
     largest = difference.largest
     return {**vars(difference), "largest": largest if math.isfinite(largest) else str(largest)}
 

@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def check_chain_options(arguments: argparse.Namespace, num_stages: int) -> None:
-    """ConfigError when an option is given that means nothing without another one, or without a chain."""
+    """ConfigError when an option is given without another that it needs, or without a chain."""
     for option in ("study", "kappa", "budget"):
         if getattr(arguments, option) is not None and num_stages == 1:
             raise ConfigError(f"--{option}: {arguments.config} is no chain. Give one with stages, or leave it out.")
@@ -154,5 +154,5 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def tokens(text: str) -> int:
-    """Also as 300e9."""
+    """A whole number of tokens, which may be written as 300e9."""
     return int(number(1, 1e18)(text))

@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def warn_of_duplicates(prefix: str, others: str) -> None:
-    """Images for an evaluation that are among those of the training."""
+    """Warns when images for an evaluation (`prefix`) are also among those for training (`others`)."""
     from megatron_tf.data.images.duplicates import count_duplicates
     from megatron_tf.data.images.source import ImageFiles
 

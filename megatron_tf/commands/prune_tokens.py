@@ -120,7 +120,7 @@ def fewer_candidates(old: Model, text: str) -> Model:
 
 @contextmanager
 def watching(passes: int, data: DataSample) -> Iterator[Watch]:
-    """Shows `passes` over the data as they go on."""
+    """Shows the progress of `passes` over the data. Yields a function that wraps the batches of one pass."""
     with Console(rank=0).progress(passes * data.num_batches, 0, "batches") as bar:
         done = count(1)
 
@@ -133,7 +133,7 @@ def watching(passes: int, data: DataSample) -> Iterator[Watch]:
 
 
 def drop_tokens_of(reader: CheckpointReader, old: Model, new: Model, data: DataSample) -> StepZero:
-    """Measures and reports; what the smaller model begins with."""
+    """Measures which tokens to drop, prints the result, and returns the smaller model's step 0."""
     from megatron_tf.inference.load import load_model
     from megatron_tf.pruning.measure import drop_tokens, fit_scales, mean_loss, pruned_start, select_tokens
 
@@ -155,7 +155,7 @@ def drop_tokens_of(reader: CheckpointReader, old: Model, new: Model, data: DataS
 
 
 def take_candidates_of(reader: CheckpointReader, old: Model, new: Model, data: DataSample) -> StepZero:
-    """Likewise."""
+    """Measures which candidates to take away and how, prints the result, and returns the smaller model's step 0."""
     from megatron_tf.checkpoint.source import CheckpointSource
     from megatron_tf.inference.load import load_model
     from megatron_tf.pruning.candidates import DROP, measure_use, mixtures
@@ -185,12 +185,13 @@ def take_candidates_of(reader: CheckpointReader, old: Model, new: Model, data: D
 
 
 def measured(before: float, after: float, data: DataSample) -> dict[str, Any]:
-    """What the history keeps of the measurement."""
+    """The entries of the checkpoint's history about the measurement. `before`, `after`: loss in nats a token."""
     return {"loss_before": before, "loss_after": after, "data": data.prefix, "data_samples": data.samples}
 
 
 def describe_candidates(old: Model, new: Model, shares: Sequence[float]) -> None:
-    """`shares`: of each projection with candidates, what those contribute that the way drop leaves out."""
+    """Prints the change of each kind of projection. `shares`: for each projection with candidates, the share of their
+    contribution that "drop" leaves out."""
     after = {spec.kind: spec for spec in projections(new).values()}
     for kind, bank in {spec.kind: spec.bank for spec in projections(old).values() if spec.bank}.items():
         left = after[kind].bank or f"{after[kind].tokens:,} tokens, which every position uses"
@@ -199,7 +200,10 @@ def describe_candidates(old: Model, new: Model, shares: Sequence[float]) -> None
 
 
 def describe(kind: str, old: int, new: int, shares: Sequence[float], factors: Sequence[float]) -> None:
-    """`shares`, `factors`: of each projection that loses tokens, what they contribute and τ'/τ."""
+    """Prints the change of one kind of projection from `old` to `new` tokens.
+
+    `shares`, `factors`: for each projection that loses tokens, the share of the contribution that is lost, and τ'/τ.
+    """
     change = "tokens, as they are"
     if shares:
         lost = f"{min(shares):.2%} to {max(shares):.2%} of what they contribute"

@@ -13,4 +13,4 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=shipped, help="which script to print")
     script = shipped[parser.parse_args().name]
-    sys.stdout.buffer.write(script.read_bytes())  # a copy, whatever the locale's encoding
+    sys.stdout.buffer.write(script.read_bytes())  # the same bytes, whatever the locale's encoding

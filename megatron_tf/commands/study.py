@@ -35,7 +35,7 @@ OPTIONS = {
 def main() -> None:
     arguments = parse_arguments()
     study = load_study(arguments.study, arguments.overrides)
-    # the file is checked first, whatever runs have ended
+    # Check the file first, whichever runs have ended.
     check_comparable(make_plan(study))
     if arguments.mode == "plan":
         show_plan(study, arguments)
@@ -82,7 +82,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def known_plan(study: Study) -> Plan:
-    """After what has ended, and none of it another run than the file says now."""
+    """The plan of `study`, given the runs that have ended. ConfigError when a run has begun with another configuration
+    than the file gives now."""
     from megatron_tf.study.result import check_unchanged, loss_of
 
     plan = make_plan(study, loss_of)
@@ -133,7 +134,7 @@ def show_plan(study: Study, arguments: argparse.Namespace) -> None:
 
 
 def state_of(node: Node, study: Study) -> str:
-    """For a row of the plan; empty for a run that can start."""
+    """The state of a run for its row of the plan; "" for a run that can start."""
     from megatron_tf.study.result import has_ended, has_failed
 
     if has_ended(node):
@@ -189,12 +190,12 @@ def workers_here(study: Study) -> int:
 
 
 def threads_of(study: Study, workers: int) -> int:
-    """Of each process of a run, when so many runs share this machine's cores."""
+    """Threads of each process of a run when `workers` runs share this machine's cores."""
     return max(1, len(os.sched_getaffinity(0)) // (workers * study.ranks))
 
 
 def most_passes(plan: Plan) -> float:
-    """Over the training data, of the run that sees most of them, with its parents."""
+    """The most passes over a source of the training data, in the run that sees most tokens, its parents included."""
     from megatron_tf.data.outlook import passes_over
 
     most = max(plan.nodes, key=lambda node: node.end.tokens)
@@ -203,5 +204,5 @@ def most_passes(plan: Plan) -> float:
 
 
 def missing(plan: Plan) -> list[str]:
-    """Files and packages that this machine lacks."""
+    """Sentences about files and packages that this machine lacks, each once."""
     return list(dict.fromkeys(problem for node in plan.nodes for problem in machine_problems(node.config)))

@@ -50,9 +50,8 @@ def main() -> None:
             from megatron_tf.training.run import train
 
             train(stages, environment, stop)
-        flush_or_discard(
-            sys.stdout
-        )  # a run is complete although its last lines could not be printed; train.log has them
+        # A run is complete even if its last lines cannot be printed; train.log has them.
+        flush_or_discard(sys.stdout)
     except RunStopped:
         if environment.rank == 0:
             raise

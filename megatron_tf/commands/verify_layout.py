@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def number_of_ranks(text: str) -> int:
-    """All of them run on this machine."""
+    """A parser for the number of ranks. It has a limit because all of them run on this machine."""
     ranks = count(text)
     if ranks > MOST_RANKS:
         raise argparse.ArgumentTypeError(f"{text} is more than the {MOST_RANKS} ranks that one machine is asked for")
@@ -94,7 +94,7 @@ def print_steps(trace: Trace, expected: Trace, layout: Layout) -> None:
 
 
 def print_table(chosen: list[Layout], verdicts: list[Verdict], steps: int) -> None:
-    """Of each kind of value the relative error that is nearest to its limit."""
+    """Prints, for each layout and kind of value, the relative error that is nearest to its limit."""
     print(
         f"relative errors over {steps} steps against one process in fp64, and their limits "
         "(gradients: first step; validation: after the last)"

@@ -51,7 +51,7 @@ def main() -> None:
     engines = ENGINES if arguments.engines == "both" else (arguments.engines,)
     found = settings(config, arguments.ranks, engines)
     if not found:
-        validate(Layout(Topology(1, 1, 1)).apply(config), 1)  # says so if it is the model that is wrong
+        validate(Layout(Topology(1, 1, 1)).apply(config), 1)  # raises if the model itself is invalid
         raise ConfigError(f"no layout of 1 to {arguments.ranks} ranks fits this model and batch.")
     pairs = list(product(found, found)) if arguments.all else rotation(found)
     print(f"{len(found)} layouts, {len(pairs)} changes of layout", flush=True)
