@@ -15,7 +15,8 @@ from megatron_tf.state.parameters import ParameterSpec, parameter_table, shard_r
 class ShardedParameter:
     """A parameter of this rank: the rows of the logical tensor from `first_row` on.
 
-    `owned`: false where another rank holds the same elements, saves them and counts them in the gradient's norm.
+    `owned`: whether this rank saves the elements and counts them in the gradient norm. False when another rank with
+    the same elements does.
     """
 
     spec: ParameterSpec

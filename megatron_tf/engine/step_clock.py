@@ -1,4 +1,4 @@
-"""Where the time of a step goes: data, forward, backward, communication, optimizer."""
+"""Measures the phases of a step: data, forward, backward, communication, optimizer."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ OTHER = "other"
 
 
 class StepClock:
-    """Measures the steps that it is told to, and costs nothing in all others.
+    """Measures the steps that it is told to measure, and costs nothing in all others.
 
-    Phases may nest; time belongs to the innermost one. On a GPU the clock is the device's own (an event in its stream
-    at each change of phase), so nothing waits for it, and what the host does while the device is busy takes no time.
+    Phases may nest; time belongs to the innermost one. On a GPU the device's own clock is used (an event in its stream
+    at each change of phase), so nothing waits. Work of the host while the device is busy then counts as no time.
     """
 
     def __init__(self) -> None:
         self._on_gpu = torch.cuda.is_available()  # then ranks are on GPUs, see `runtime.joining`
-        self._marks: list[tuple[float | torch.cuda.Event, str]] = []  # from then on it is this phase
+        self._marks: list[tuple[float | torch.cuda.Event, str]] = []  # (time, the phase that begins then)
         self._open: list[str] = []  # empty: not measuring
         self.names_ranges = False  # also name the phases for a running profiler
 
     @contextmanager
     def step(self, measured: bool) -> Iterator[None]:
-        """One step. Of a measured one, what was measured before is forgotten."""
+        """Runs one step. A measured one replaces the earlier measurement."""
         if not measured:
             yield
             return
@@ -43,7 +43,7 @@ class StepClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens in the block belongs to `name`, one of PHASES."""
+        """The time of the block belongs to the phase `name`, one of PHASES."""
         with record_function(name) if self.names_ranges else nullcontext():
             if not self._open:
                 yield
@@ -57,7 +57,7 @@ class StepClock:
                 self._mark(self._open[-1])
 
     def shares(self) -> dict[str, float]:
-        """Share of each phase and of all else in the last measured step; empty without one. Waits for the GPU."""
+        """Phase -> its share of the last measured step, with OTHER for the rest; {} without one. Waits for the GPU."""
         if not self._marks:
             return {}
         if self._on_gpu:
@@ -81,9 +81,9 @@ def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
     if isinstance(begin, float) or isinstance(end, float):
         assert isinstance(begin, float) and isinstance(end, float)
         return end - begin
-    return begin.elapsed_time(end)  # milliseconds; only shares are made of it
+    return begin.elapsed_time(end)  # milliseconds: the unit does not matter for shares
 
 
 def describe_shares(shares: dict[str, float]) -> str:
-    """ "forward 31% backward 52% ...", what takes less than half a percent left out."""
+    """ "forward 31% backward 52% ...", without phases of less than half a percent."""
     return " ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)

@@ -35,7 +35,7 @@ from megatron_tf.tasks.data import Batch
 
 
 class DeepSpeedEngine(SegmentedEngine):
-    """`base.Engine` on DeepSpeed: pipeline stages by its PipelineModule, the optimizer's state sharded by its ZeRO."""
+    """`base.Engine` on DeepSpeed, whose PipelineModule runs the stages and whose ZeRO shards the optimizer's state."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class DeepSpeedEngine(SegmentedEngine):
         """`model` and the weights, moments and τ of `source` must belong together.
 
         `first_new`: for each tensor that the run's growth made bigger, the element where its new tokens begin.
-        `document_ends`: the tokens after which attention begins anew.  `new_layers`: those that the run's growth added.
+        `document_ends`: the tokens after which attention begins anew.  `new_layers`: layers added by the run's growth.
         """
         super().__init__(config, model, plan, source, first_new, new_layers)
         clock = self.clock
@@ -84,11 +84,11 @@ class DeepSpeedEngine(SegmentedEngine):
         else:
             clip_by_true_norm(self._deepspeed, self._clip_at_stage_0)
         if config.training.precision == "fp16":
-            # Otherwise DeepSpeed ends the run by an exception of its own. The guard decides, as for other precisions.
+            # Otherwise DeepSpeed ends the run with an exception. Our guard shall decide, as for other precisions.
             self._wrapper.loss_scaler.raise_error_at_min_scale = False
         self._load(source, (fragment for shard in self.shards() for fragment in self._fragments(shard)))
         if config.zero.stage:
-            # fp32 master weights were written, not made from rounded ones; now the model's copy follows them
+            # `_load` wrote the fp32 master weights. Now update the model's rounded copy from them.
             self._wrapper.update_lp_params()
 
     def shards(self) -> list[ShardedParameter]:
@@ -98,7 +98,7 @@ class DeepSpeedEngine(SegmentedEngine):
     def train_step(self, step: int, batches: Iterator[Batch], lr_factor: float = 1.0) -> StepResult:
         """One optimizer step (0-based `step`) on `plan.num_micro_batches` batches of this data-parallel rank.
 
-        `lr_factor`: times the learning rate that the schedule gives.
+        `lr_factor` is multiplied with the learning rate of the schedule.
         """
         lr = self._set_learning_rates(step, lr_factor)
         updates = self.optimizer.num_updates
@@ -124,7 +124,8 @@ class DeepSpeedEngine(SegmentedEngine):
         )
 
     def _own_nonfinite(self) -> list[str]:
-        """Empty without ZeRO, where gradients are not watched."""
+        """Names of this rank's parameters whose gradients were not finite in a skipped step. Empty without ZeRO, where
+        gradients are not watched."""
         return self._nonfinite() if self.config.zero.stage else []
 
     @property
@@ -138,7 +139,7 @@ class DeepSpeedEngine(SegmentedEngine):
 
     @property
     def _rows(self) -> Group:
-        # `validate` refuses a partition that cuts rows
+        # The tensor group alone: `validate` refuses a partition that cuts rows.
         return self._pipeline.tensor.group
 
     @property
@@ -150,7 +151,7 @@ class DeepSpeedEngine(SegmentedEngine):
         return self._pipeline.tensor.group.rank
 
     def _evaluation_sums(self, batches: Iterable[Batch], num_micro_batches: int) -> list[Tensor]:
-        # DeepSpeed would add this evaluation's losses to the loss of the last step
+        # Otherwise DeepSpeed adds this evaluation's losses to the loss of the last step.
         self._deepspeed.total_loss = None
         sums = self._deepspeed.eval_batch(
             iter(batches), num_micro_batches=num_micro_batches, reduce_output=None, bcast_loss=False
@@ -217,7 +218,7 @@ class DeepSpeedEngine(SegmentedEngine):
             yield Fragment(shard.spec, shard.parameter, first, first + shard.parameter.numel(), 0, owned)
             return
         found = master_fragment(shard.parameter)
-        # None where the partition of this data-parallel rank holds nothing of it
+        # It is None if this data-parallel rank's partition holds no part of the parameter.
         if found is not None:
             (group,) = self.optimizer.param_groups
             (buffer,) = group["params"]

@@ -83,17 +83,18 @@ def clip_by_true_norm(engine: Any, clip: Callable[[], None]) -> None:
 
 
 def master_fragment(parameter: nn.Parameter) -> tuple[Any, Any] | None:
-    """(Range within the parameter, range within the flat fp32 buffer) of this data-parallel rank's part under ZeRO,
-    each with `start` and `numel`; None when it has no part."""
+    """This data-parallel rank's part of the parameter under ZeRO: (range within the parameter, range within the flat
+    fp32 buffer), each with `start` and `numel` in elements. None when it has no part."""
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     return None if mapping is None else (mapping.lp_fragment_address, mapping.get_hp_fragment_address())
 
 
 def watch_nonfinite(wrapper: Any, shards: Iterable[ShardedParameter]) -> Callable[[], list[str]]:
-    """Returns a function that gives this rank's parameters with a gradient that was not finite in a skipped step.
+    """Returns a function that returns the names of this rank's parameters whose gradients were not finite in the last
+    skipped step.
 
-    DeepSpeed drops the gradients of a skipped step before its caller can read them. So this replaces the call between
-    its decision and that: with bf16 the clearing itself, else the update of the loss scale.
+    DeepSpeed drops the gradients of a skipped step before its caller can read them. So this wraps a call between the
+    decision to skip and the dropping: with bf16 the clearing itself, otherwise the update of the loss scale.
     """
     names = {id(shard.parameter): shard.spec.name for shard in shards}
     found: list[str] = []

@@ -1,7 +1,7 @@
 """A model as DeepSpeed's PipelineModule.
 
-One hidden-state tensor crosses a stage boundary. If attention begins anew with each document, the start of each token's
-document, an integer, is sent along: only the first stage has the inputs to find it in.
+One hidden-state tensor crosses a stage boundary. If attention begins anew with each document, the position at which
+each token's document starts is sent with it, because only the first stage has the token ids to find it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class TokenFormerPipeline(PipelineModule):
             _Layer(partial(FinalNorm, model, tensor)),
             head,
         ]
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
+        with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its settings
             super().__init__(
                 layers,
                 topology=PipeModelDataParallelTopology(
@@ -102,7 +102,7 @@ class TokenFormerPipeline(PipelineModule):
                 loss_fn=self.loss,
             )
         for shard in self.shards():
-            # DeepSpeed counts a parameter on every tensor rank in the gradient norm only if it is so marked
+            # DeepSpeed counts the parts of all tensor ranks in the gradient norm only if a parameter is marked so.
             if shard.spec.sharded:
                 shard.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
@@ -156,7 +156,7 @@ class TokenFormerPipeline(PipelineModule):
         return {index - 1: layer for index, layer in found if isinstance(layer, Block)}
 
     def as_stage(self) -> Stage:
-        """The same layers, for a forward pass without DeepSpeed."""
+        """This stage's layers as a `Stage`, for a forward pass without DeepSpeed. Both share the parameters."""
         previous, following = neighbours(self.grid_topology, self.global_rank)
         norms = [layer for layer in self.forward_funcs if isinstance(layer, FinalNorm)]
         ends = self._named_ends()
@@ -188,7 +188,7 @@ class TokenFormerPipeline(PipelineModule):
         return shards_of(self.as_stage(), self.grid_topology)
 
     def _partition_layers(self, method: str = "uniform") -> None:
-        """By blocks, so that every stage has at least one and the estimates know the split."""
+        """Splits by blocks, so that every stage has at least one and the cost estimates know the split."""
         stages = self.grid_topology.pipeline
         starts = [1 + stage_layers(self.config.num_layers, stages, stage).start for stage in range(stages)]
         self.parts = [0, *starts[1:], len(self._layer_specs)]
