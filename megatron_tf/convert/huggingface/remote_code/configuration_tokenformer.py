@@ -27,10 +27,10 @@ class TokenFormerConfig(PretrainedConfig):
     model_type = "tokenformer"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     has_no_defaults_at_init = True  # a saved configuration holds every value
-    # A Pattention's direct norm needs the scores of all tokens, so keys and values are not simply split column by row
-    # (of the feed-forward they are with the norm "gram"). Query, key and value: whole scores on every rank, outputs
-    # split by heads. Output: heads come in split, whole scores by a sum. Feed-forward: tokens split, scores gathered
-    # for the norm, then split again. A bank is whole on every rank.
+    # A Pattention's direct norm needs the scores of all tokens, so keys and values cannot simply be split column- and
+    # rowwise (with the norm "gram" those of the feed-forward are). Query, key and value: every rank has all scores, and
+    # outputs are split by heads. Output projection: the input is split by heads, and scores are summed over the ranks.
+    # Feed-forward: tokens are split, scores gathered for the norm and split again. A bank is whole on every rank.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj.values": "colwise",
         "layers.*.self_attn.k_proj.values": "colwise",

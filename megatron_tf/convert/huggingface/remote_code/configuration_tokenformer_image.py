@@ -63,5 +63,5 @@ class TokenFormerImageConfig(PretrainedConfig):
         if not {"num_labels", "id2label"} & set(kwargs):
             kwargs["num_labels"] = image["classes"]
         super().__init__(**kwargs)
-        # a head for other classes has been asked for by num_labels
+        # num_labels may ask for a head with another number of classes
         self.image = {**image, "classes": self.num_labels}

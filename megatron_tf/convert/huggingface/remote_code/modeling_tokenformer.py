@@ -24,21 +24,21 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_tokenformer import TokenFormerConfig
 from .pattention_tokenformer import Pattention, TokenBank
 
-# What transformers calls the cache in its own functions and outputs: another name since 5.24.
+# The name of the cache in functions and outputs of transformers, which changed in version 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-# Keywords that go on to the attention function and the loss, or that transformers answers on the way.
+# Keywords that are passed on to the attention function and the loss, or that transformers handles on the way.
 KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "shift_labels", "return_dict",
-    # what continuous batching needs to find its cache
+    # continuous batching finds its cache by these
     "logits_indices", "logits_processor_args", "read_index", "write_index", "block_table", "max_seqlen_q",
     "max_seqlen_k",
     # of vLLM and SGLang, which have caches of their own
     "attention_instances", "forward_batch",
 }  # fmt: skip
-# Of samples that are packed without padding. All attention functions but one find the samples by their positions.
+# Keywords of samples packed without padding. All attention functions but one find the samples by their positions.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
-MLP_PLAN = {"layers.*.mlp.keys": "colwise", "layers.*.mlp.values": "rowwise"}  # of an MLP, as which it then computes
+MLP_PLAN = {"layers.*.mlp.keys": "colwise", "layers.*.mlp.values": "rowwise"}  # as for an ordinary MLP
 
 
 def take_cache(past_key_values: Cache | None, cache: Cache | None, keywords: dict[str, object]) -> Cache | None:
@@ -154,7 +154,7 @@ class TokenFormerAttention(nn.Module):
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if isinstance(cache, Cache):
             key, value = cache.update(key, value, self.layer_idx)
-        elif cache is not None:  # of continuous batching, which also changes what the attention function is given
+        elif cache is not None:  # continuous batching, which also changes the attention function's keywords
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         # vLLM reads this source: one call to a local that comes from get_interface is what it replaces by its own.
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -194,7 +194,7 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: TokenFormerConfig, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
-        self._can_compile_fullgraph = config.sparse is None  # sizes of a bank's products are known when it has chosen
+        self._can_compile_fullgraph = config.sparse is None  # sizes of a bank's products depend on its choices
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -215,7 +215,7 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
         mlp = self.layers[0].mlp
-        if mlp.norm == "gram" and mlp.bank is None:  # known before the scores, so they stay where their keys are
+        if mlp.norm == "gram" and mlp.bank is None:  # the norm needs no scores, so these stay with their keys
             self._tp_plan = {**(self._tp_plan or {}), **MLP_PLAN}  # type: ignore[unreachable]
 
     @merge_with_config_defaults

@@ -23,13 +23,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# projection of a layer -> what counts its tokens
+# projection of a layer -> the key of its number of tokens
 PROJECTIONS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "proj", "mlp": "ffn"}
 NORMS = ("direct", "gram")
-# Of the norm "gram": tokens a channel, and rows of a call, from which it is faster where all keys are here.
+# The norm "gram" is faster from so many tokens for each channel, and so many rows in a call, if all keys are here.
 TOKENS_A_CHANNEL = 8
 ROWS = 32
-NOISE = 8  # roundings of the largest term of r², below which no r² is taken for more than noise
+NOISE = 8  # an r² below so many roundings of its largest term is taken for noise
 BALANCE_SPEED = 10.0  # the factor of a candidate's balance in the choice
 
 
@@ -82,7 +82,7 @@ class TokenBank(nn.Module):
         groups = (chosen + candidates * torch.arange(slots, device=chosen.device)).flatten()
         order = groups.argsort(stable=True)
         counts = groups.bincount(minlength=slots * candidates).tolist()
-        # unbind: the gradients of all candidates are put together once
+        # unbind and not indexing: its backward pass puts the gradients of all candidates together once
         matrices = tokens.unflatten(0, (-1, group_size)).unbind(0)
         parts = inputs.flatten(0, 1)[order].split(counts)
         out = [part @ (matrix.mT if transposed else matrix) for part, matrix in zip(parts, matrices) if len(part)]
@@ -109,8 +109,8 @@ class Pattention(nn.Module):
         self.activation = config.activation
         self.size = tokens, config.hidden_size
         self.norm = getattr(config, "norm", "direct") if self.activation == "l2_norm_gelu" else "direct"
-        check_norm(self.norm)  # again, as `from_pretrained` sets it when the configuration is made already
-        self.matrix: tuple[object, Tensor] | None = None  # what G was made of, and G
+        check_norm(self.norm)  # again, because `from_pretrained` sets it after the configuration is made
+        self.matrix: tuple[object, Tensor] | None = None  # (what identifies the keys of G, G)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.bank is None:
@@ -118,7 +118,7 @@ class Pattention(nn.Module):
             if self.norm == "gram" and (scaled := self.scaled(hidden_states)) is not None:
                 return self.values(F.gelu(self.keys(scaled)))
             scores = self.keys(hidden_states)
-            # More than its own come from an adapter's appended tokens; fewer are a tensor rank's share.
+            # More scores than tokens come from tokens that an adapter appended; fewer are a tensor rank's share.
             if scores.shape[-1] < self.size[0]:
                 raise NotImplementedError(
                     f"{scores.shape[-1]} of {self.size[0]} scores are here, which the norm gram can do with plain "
@@ -189,6 +189,6 @@ class Pattention(nn.Module):
     def normalise(self, scores: Tensor, precise: torch.dtype) -> Tensor:
         """scores · τ/‖scores‖₂; where a whole row is 0, as padding's may be, it and its gradient are 0."""
         norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=precise)
-        # The division sees no 0: its derivative there would be infinite, and 0 times that is not a number.
+        # Never divide by 0: the derivative there would be infinite, and 0 times infinity is NaN.
         inverse = self.scale / torch.where(norm > 0, norm, 1)
         return scores * torch.where(norm > 0, inverse, 0).to(scores.dtype)

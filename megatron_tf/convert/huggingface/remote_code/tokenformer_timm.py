@@ -22,7 +22,7 @@ FOLDER = Path(__file__).resolve().parent
 if TYPE_CHECKING:
     from .network_tokenformer_image import ImageNetwork
 else:
-    # The files next to this one import each other as parts of one package, whatever their folder is called.
+    # The files next to this one import each other relatively. So make a package of their folder, whatever its name.
     sys.modules["tokenformer_export"] = package = ModuleType("tokenformer_export")
     package.__path__ = [str(FOLDER)]
     ImageNetwork = importlib.import_module("tokenformer_export.network_tokenformer_image").ImageNetwork
