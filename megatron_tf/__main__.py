@@ -76,7 +76,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """What the console command and `python -m megatron_tf` do."""
+    """Runs the command that `sys.argv` names. The console command and `python -m megatron_tf` call this."""
     end_quietly()
     words = sys.argv[1:]
     # The deepspeed launcher puts this before all other arguments. It is not needed: LOCAL_RANK holds the same number.

@@ -37,7 +37,7 @@ NOVELS = DATA / "novels"
 SMALL, GROWN = "demo", "demo_grow"
 UNSPLIT = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false")
 FETCH_SECONDS = 180.0  # a package manager that has lost its network may wait for a very long time
-# Hides messages of torch and its launcher that are no errors; -v shows them.
+# Hides all messages of torch and its launcher but errors; -v shows them.
 QUIET = {"LOGLEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 NEXT = """What to do next:
 

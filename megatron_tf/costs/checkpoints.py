@@ -4,8 +4,8 @@ Failures come at random with a mean time M between them; a checkpoint stops trai
 approximation to the optimum checkpoint interval") gives √(2CM); Daly (2006, "A higher order estimate of the optimum
 checkpoint interval for restart dumps", equation 37) corrects it for intervals that are no longer short compared with M.
 
-The failure rate that is assumed unless told otherwise is that of Llama 3's pre-training (arXiv:2407.21783, section
-3.3.4): 419 unexpected interruptions of 16,384 H100 in 54 days.
+The default failure rate is that of Llama 3's pre-training (arXiv:2407.21783, section 3.3.4): 419 unexpected
+interruptions of 16,384 H100 in 54 days.
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ def block_activation_bytes(config: RunConfig) -> int:
     | mean and deviation of both norms                    | 4 · s·b      | 4     |
     | log-sum-exp of attention, a head                    | s·b·heads/T  | 4     |
 
-    To this comes what the architecture's `BlockWork` declares.
+    The tensors that the architecture's `BlockWork` declares come in addition.
     """
     model, tensor = config.model, config.parallel.tensor
     split = tensor if config.parallel.sequence else 1

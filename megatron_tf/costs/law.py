@@ -1,4 +1,4 @@
-"""A law of the loss by parameters and tokens, and what follows from it for growth. Arithmetic, no torch.
+"""A law of the loss by parameters and tokens, and the cost of growth that follows from it. Arithmetic, no torch.
 
     L(N, D) = E + A·N^−α + B·D^−β        N parameters, D tokens, for models trained from scratch with a decay
 

@@ -36,7 +36,7 @@ class Circumstances:
     num_best: int  # layouts to name
     scratch_tokens: int | None = None
     findings: Findings | None = None  # of a study
-    kappa: Range | None = None  # None: what the findings say, or an assumption
+    kappa: Range | None = None  # None: that of the findings, or an assumption
     budget: float | None = None  # FLOPs; None: those of the chain
     assumed: Assumptions = Assumptions()
 
