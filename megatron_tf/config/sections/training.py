@@ -86,7 +86,7 @@ class Guard(Section):
     nonfinite_patience: Count = 20
     """[steps] Skipped steps in a row that stop the run; in fp16 only those at the least loss scale count."""
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    """A loss more than this many times its running mean is a spike. null: do not watch."""
+    """A loss more than this many times its lowest running mean so far is a spike. null: do not watch."""
     spike_patience: Count = 5
     """[steps] Spikes in a row before spike_action."""
     spike_action: Literal["stop", "lower_lr"] = "stop"
