@@ -167,9 +167,10 @@ class Assembly:
             self._store.set(f"error/{self.rank}", f"{name}: {type(outcome.error).__name__}: {outcome.error}")
             raise outcome.error
         if outcome is not None:
-            self._store.set(f"{name}/done/{self.rank}", "")
             if self._store.add(f"{name}/number done", 1) == self.world_size:
                 self._store.set(f"{name}/all done", "")
+            # The mark comes last: a rank that is lost before the others can go on has left none, and is named.
+            self._store.set(f"{name}/done/{self.rank}", "")
         if outcome is None or not self._store.wait(f"{name}/all done", self.timeout):
             raise Stuck(self._without(f"{name}/done"), name, "did not finish")
         return outcome.value()
@@ -247,9 +248,10 @@ class Assembly:
 
     def _arrive(self, name: str) -> None:
         """Waits until all ranks have begun `name`. Stuck when some do not; DisagreementError when it is called off."""
-        self._store.set(f"{name}/here/{self.rank}", "")
         if self._store.add(f"{name}/count", 1) == self.world_size:
             self._store.set_once(f"{name}/all here", ALL_HERE)
+        # last, as in `phase`
+        self._store.set(f"{name}/here/{self.rank}", "")
         if not self._wait(f"{name}/all here", name, lambda: self._without(f"{name}/here")):
             absent = self._without(f"{name}/here")
             self._absent.update(absent)

@@ -102,6 +102,52 @@ def test_who_does_not_come_is_named():
 
 
 @pytest.mark.usefixtures("answering")
+@pytest.mark.parametrize("writes", range(4))
+def test_who_is_lost_between_two_marks_is_named(writes):
+    """Wherever in a phase a rank ends, the others know which one it was, unless they can go on without it."""
+    store, lost = dist.HashStore(), threading.Event()
+
+    def rank(assembly):
+        if assembly.rank == 1:
+            end_after(assembly, writes, lost)
+        else:
+            wait = assembly._store.wait
+
+            def wait_when_it_is_lost(key, seconds):
+                until(lambda: lost.is_set() or store.check([key]), "rank 1 was lost")
+                return wait(key, seconds)
+
+            assembly._store.wait = wait_when_it_is_lost
+            assembly.timeout = 0.2
+        return assembly.phase("work", lambda: "done")
+
+    first, second = gathering(rank, 2, timeout=PATIENCE_SECONDS, store=store)
+    assert isinstance(second, Lost)
+    assert first.ranks == [1] if isinstance(first, Stuck) else first == "done" and writes == 3
+
+
+class Lost(Exception):
+    """Ends a rank that is then silent."""
+
+
+def end_after(assembly, writes, lost):
+    """Ends the rank instead of its next write to the store after so many."""
+    left = itertools.count(writes, -1)
+
+    def ending(method):
+        def write(*arguments):
+            if next(left) <= 0:
+                lost.set()
+                raise Lost
+            return method(*arguments)
+
+        return write
+
+    for name in ("set", "add", "set_once"):
+        setattr(assembly._store, name, ending(getattr(assembly._store, name)))
+
+
+@pytest.mark.usefixtures("answering")
 def test_rank_0_does_not_wait_for_the_farewell_of_who_never_came(monkeypatch):
     monkeypatch.setattr(rendezvous, "FAREWELL_SECONDS", 600.0)
     store = dist.HashStore()
