@@ -14,12 +14,14 @@ def differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:
     """Yields (key, value in `first`, value in `second`) for each key in which they differ; "null" where it is not set.
 
     With different architectures only keys that both have are compared. With different tasks only the task is given,
-    because the rest follows from it.
+    because the rest follows from it; so do keys that are `Model.derived` from others.
     """
     if first.task != second.task:
         yield "task", first.task, second.task
         return
-    one, other = (_flatten(model.model_dump(exclude_none=True)) for model in (first, second))
+    one, other = (
+        _flatten(model.model_dump(exclude_none=True, exclude=set(model.derived))) for model in (first, second)
+    )
     alike = first.architecture == second.architecture
     for key in {**one, **other} if alike else other:
         if (alike or key in one) and one.get(key) != other.get(key):

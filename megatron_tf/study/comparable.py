@@ -98,7 +98,7 @@ def _other_problems(nodes: Sequence[Node]) -> Iterator[str]:
         "data.train": lambda node: [(source.path, source.weight) for source in node.config.data.train],
         "data.validation": lambda node: [(source.path, source.weight) for source in node.config.data.validation],
         "evaluation.samples": lambda node: node.config.evaluation.samples,
-        "model.seq_length": lambda node: node.config.model.seq_length,
+        "model.seq_length (of images: by model.image)": lambda node: node.config.model.seq_length,
         "data.tokenizer": lambda node: node.config.data.tokenizer,
         "model.task": lambda node: node.config.model.task,
     }

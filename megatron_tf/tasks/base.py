@@ -104,6 +104,10 @@ class Task(ABC):
         They are the collectives of a micro batch over two or more tensor ranks, without those of the final norm.
         """
 
+    def length(self, model: Model) -> str:
+        """The key that gives the positions of a sample, and their number, as the beginning of a sentence."""
+        return f"model.seq_length: {model.seq_length} is"
+
     def length_remedy(self, model: Model, multiple: int) -> str:
         """A remedy for a seq_length that is not a multiple of `multiple`, as the first half of a sentence."""
         return f"Set it to {either(multiples_near(model.seq_length, multiple))}"

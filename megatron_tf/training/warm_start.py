@@ -56,9 +56,9 @@ def open_weights(path: Path, model: Model) -> tuple[StateSource, dict[str, Any]]
         if key not in _FREE
     ]
     if problems:
+        free = " and ".join(f"model.{key}" for key in _FREE if key not in model.derived)
         raise CheckpointError(
             f"{KEY}: {path} holds the weights of another model:{''.join(problems)}\nGive this run the same model; only "
-            f"{' and '.join(f'model.{key}' for key in _FREE)} may differ. To add parameter tokens, grow it: "
-            "growth.from."
+            f"{free} may differ. To add parameter tokens, grow it: growth.from."
         )
     return source, {"event": EVENT, "source": str(path), "step": step, "tokens": tokens}

@@ -65,7 +65,7 @@ def sharding_problems(config: RunConfig) -> Iterator[str]:
         )
     elif config.parallel.context == 1 and model.seq_length % tensor:
         yield (
-            f"model.seq_length: {model.seq_length} is not a multiple of parallel.tensor {tensor}, which "
+            f"{task_of(model).length(model)} not a multiple of parallel.tensor {tensor}, which "
             f"parallel.sequence needs. {task_of(model).length_remedy(model, tensor)}, or parallel.sequence to false."
         )
 
@@ -91,6 +91,6 @@ def _context_problems(config: RunConfig) -> Iterator[str]:
     shared_by = f"parallel.context {context}" + (f" × parallel.tensor {tensor}" if multiple > context else "")
     if model.seq_length % multiple:
         yield (
-            f"model.seq_length: {model.seq_length} is not a multiple of the {multiple} ranks that share its positions "
+            f"{task_of(model).length(model)} not a multiple of the {multiple} ranks that share its positions "
             f"({shared_by}). {task_of(model).length_remedy(model, multiple)}, or parallel.context to 1."
         )

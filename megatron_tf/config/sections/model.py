@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -30,8 +30,12 @@ class ParameterTokens(Section):
 
 
 class Model(OpenSection):
-    """The keys of every model. Its architecture and its task add keys; `Model(...)` makes the section of both."""
+    """The keys of every model. Its architecture and its task add keys; `Model(...)` makes the section of both.
 
+    `derived`: keys whose values follow from others. A message about a user's configuration names those others.
+    """
+
+    derived: ClassVar[frozenset[str]] = frozenset()
     registered = {"architecture": ARCHITECTURES, "task": TASKS}
 
     architecture: Annotated[str, name_in(ARCHITECTURES)] = "tokenformer"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -11,6 +11,7 @@ from megatron_tf.config.fields import Count, Fraction, Positive, Section
 from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import UserError
 
+MOST_POSITIONS = 2**31 - 1  # the bound of seq_length
 # Those of ImageNet, which are usual for photographs of any data set.
 COLOUR_MEAN, COLOUR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -62,6 +63,8 @@ class Image(Section):
 
 
 class ImageModel(Model):
+    derived: ClassVar[frozenset[str]] = frozenset({"seq_length"})
+
     task: Literal["image_classification"] = "image_classification"
     image: Image
     """What the images are like, and what is told apart. Since 0.2."""
@@ -70,7 +73,8 @@ class ImageModel(Model):
     @model_validator(mode="before")
     @classmethod
     def _with_its_positions(cls, values: Any) -> Any:
-        """Sets seq_length from the image. If the image is invalid, only that is reported, so any length will do."""
+        """Sets seq_length from the image. If the image is invalid, or has too many positions for any seq_length, only
+        that is reported, so any length will do."""
         if not isinstance(values, Mapping) or values.get("seq_length") is not None:
             return values
         return {**values, "seq_length": _positions(values.get("image"))}
@@ -82,7 +86,7 @@ def _positions(image: Any) -> int:
             image = Image.model_validate(image)
         except ValidationError:
             return 1
-    return max(1, image.positions)
+    return min(max(1, image.positions), MOST_POSITIONS)
 
 
 def image_of(model: Model) -> Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -11,7 +12,7 @@ from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
 from megatron_tf.tasks.base import EndsWork, Task
-from megatron_tf.tasks.image_classification.section import ImageModel, image_of
+from megatron_tf.tasks.image_classification.section import MOST_POSITIONS, Image, ImageModel, image_of
 
 # logical name -> Hugging Face name, where the two differ
 _HUGGING_FACE = {
@@ -103,12 +104,14 @@ class ImageClassification(Task):
                 f"model.image.size: {image.size} is not a multiple of model.image.patch {image.patch}. Set it to "
                 f"{either(multiples_near(image.size, image.patch))}."
             )
-        elif model.seq_length != image.positions:
-            token = " and a class token" if image.pooling == "class_token" else ""
+        elif image.positions > MOST_POSITIONS:
+            most = math.isqrt(MOST_POSITIONS - 1) * image.patch
             yield (
-                f"model.seq_length: {model.seq_length}, but images of {image.size} in patches of {image.patch}{token} "
-                f"are {image.positions} positions. Remove it."
+                f"model.image.size: {_length(image)}, and a model has at most {MOST_POSITIONS:,}. Lower it to at most "
+                f"{most:,}, or raise model.image.patch."
             )
+        elif model.seq_length != image.positions:
+            yield f"model.seq_length: {model.seq_length}, but {_length(image)}. Remove it."
         for name in ("mean", "std"):
             count = len(getattr(image, name))
             if count != image.channels:
@@ -121,6 +124,9 @@ class ImageClassification(Task):
                 f"model.rotary_fraction: {model.rotary_fraction:g}, but the positions of an image are learned. Remove "
                 "it."
             )
+
+    def length(self, model: Model) -> str:
+        return f"model.image.size: {_length(image_of(model))}, which is"
 
     def length_remedy(self, model: Model, multiple: int) -> str:
         image = image_of(model)
@@ -177,6 +183,11 @@ def _parameter(
         huggingface_name=_HUGGING_FACE.get(name, name),
         transposed=transposed,
     )
+
+
+def _length(image: Image) -> str:
+    token = " and a class token" if image.pooling == "class_token" else ""
+    return f"images of {image.size} in patches of {image.patch}{token} are {image.positions:,} positions"
 
 
 IMAGE_CLASSIFICATION = ImageClassification()

@@ -44,6 +44,9 @@ def test_normalisation_is_imagenets_for_colours_and_one_half_for_grey():
         ("model.seq_length=9",
          "model.seq_length: 9, but images of 6 in patches of 3 and a class token are 5 positions. Rem"),
         ("model.image.size=7", "model.image.size: 7 is not a multiple of model.image.patch 3. Set it to 6 or 9."),
+        ("model.image.size=100000 model.image.patch=1",
+         "model.image.size: images of 100000 in patches of 1 and a class token are 10,000,000,001 positions, and a "
+         "model has at most 2,147,483,647. Lower it to at most 46,340, or raise model.image.patch."),
         ("model.image.classes=1", "model.image.classes: 1 is out of range. It must be at least 2."),
         ("model.image.channels=2", "model.image.channels: the number 2, but one of 1, 3 is expected"),
         ("model.image.mean=[0.5]", "model.image.mean: has 1 numbers, but model.image.channels is 3"),
@@ -57,7 +60,9 @@ def test_normalisation_is_imagenets_for_colours_and_one_half_for_grey():
          "data.augmentation.shift: 6 pixels move images of model.image.size 6 out of sight. Set it to at most 5"),
         ("training.label_smoothing=1", "training.label_smoothing: 1 is out of range. It must be less than 1."),
         ("data.augmentation.mixup=0.8 training.micro_batch_size=1", "training.micro_batch_size: 1 is odd, but mixup"),
-        ("parallel.tensor=4 parallel.sequence=true", "Set model.image.pooling to mean, which leaves 4 positions"),
+        ("parallel.tensor=4 parallel.sequence=true",
+         "model.image.size: images of 6 in patches of 3 and a class token are 5 positions, which is not a multiple of "
+         "parallel.tensor 4, which parallel.sequence needs. Set model.image.pooling to mean, which leaves 4 positions"),
         ("parallel.tensor=8", "model.image.classes: 5 rows cannot be split over parallel.tensor 8"),
     ],
 )  # fmt: skip
@@ -87,6 +92,19 @@ def test_settings_of_images_mean_nothing_to_a_language_model():
     config = run_config(training={"label_smoothing": 0.1})
     with pytest.raises(ConfigError, match="training.label_smoothing: 0.1 means nothing to the task language_model"):
         validate(config, 1)
+
+
+def test_the_length_that_follows_from_the_image_is_not_named():
+    before, after = image_config().model, image_config({"size": 12}).model
+    assert (before.seq_length, after.seq_length) == (4, 16)
+    assert list(differing(before, after)) == [("image.size", 6, 12)]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+def test_the_largest_image_that_a_message_offers_is_taken(tmp_path, pooling):
+    validate(image_config({"pooling": pooling, "size": 46_340 * 3}), 1)
+    with pytest.raises(ConfigError, match="model.image.size: images of 139023 .* Lower it to at most 139,020, or "):
+        validate(image_config({"pooling": pooling, "size": 46_341 * 3}), 1)
 
 
 def test_growth_keeps_the_task():
