@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_tf.arguments import number, path, study_file, whole_number
 from megatron_tf.config.machine import machine_problems
-from megatron_tf.errors import ConfigError
+from megatron_tf.errors import ConfigError, raise_if_any
 from megatron_tf.study.comparable import check_comparable
 from megatron_tf.study.file import Study, load_study
 from megatron_tf.study.plan import Node, Plan, make_plan
@@ -96,6 +96,7 @@ def show_plan(study: Study, arguments: argparse.Namespace) -> None:
     from megatron_tf.study.result import has_ended
 
     plan = known_plan(study)
+    check_data(plan)
     workers = arguments.workers or workers_here(study)
     if arguments.flops_per_second is not None:
         speeds = Speeds({}, arguments.flops_per_second)
@@ -151,6 +152,7 @@ def run_study(study: Study, arguments: argparse.Namespace) -> None:
     plan = known_plan(study)
     if problems := missing(plan):
         raise ConfigError(problems)
+    check_data(plan)
     own = share(study.ranks, arguments.workers)
     task = "" if arguments.task is None else f"task {arguments.task}: "
     print(f"{task}{len(plan.nodes)} runs, {own.workers} at once with {own.threads} threads a process", flush=True)
@@ -201,6 +203,24 @@ def most_passes(plan: Plan) -> float:
     most = max(plan.nodes, key=lambda node: node.end.tokens)
     found = passes_over(most.config, most.end.tokens // most.config.model.seq_length)
     return max(source.passes for source in found)
+
+
+def check_data(plan: Plan) -> None:
+    """ConfigError with the problems that training would find in the data of runs that are left. Data that this machine
+    lacks are left to `missing`."""
+    from megatron_tf.data.outlook import tokenizer_problem
+    from megatron_tf.study.result import has_ended
+    from megatron_tf.tasks.data import data_problems
+
+    # seeds have the same data
+    left = {(node.arm.name, node.value): node for node in plan.nodes if not has_ended(node)}
+    found: dict[str, dict[str, None]] = {}
+    for (arm, _), node in left.items():
+        if next(machine_problems(node.config), None) is None:
+            for problem in (tokenizer_problem(node.config), *data_problems(node.config)):
+                if problem is not None:
+                    found.setdefault(problem, {})[arm] = None
+    raise_if_any(f"{text.plural('arm', len(arms))} {', '.join(arms)}: {problem}" for problem, arms in found.items())
 
 
 def missing(plan: Plan) -> list[str]:

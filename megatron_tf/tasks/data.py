@@ -13,6 +13,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.data import DataSource
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
+from megatron_tf.errors import DataError
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets of a micro batch, [b, ...] each
 
@@ -88,6 +89,17 @@ class TaskData(ABC):
     def in_other_numbers(self, sources: Sequence[DataSource]) -> Callable[[float], dict[str, float]]:
         """A function from a mean loss on `sources` to the same result in other numbers, by name, for the log."""
         return lambda loss: {}
+
+
+def data_problems(config: RunConfig) -> list[str]:
+    """What is wrong with the run's data, each problem once."""
+    problems: list[str] = []
+    for check in task_data(config.model).checks(config):
+        try:
+            check()
+        except DataError as error:
+            problems += str(error).splitlines()
+    return list(dict.fromkeys(problems))
 
 
 def task_data(model: Model) -> TaskData:

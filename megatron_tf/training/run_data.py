@@ -11,7 +11,7 @@ from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.loader import source_names
 from megatron_tf.errors import DataError
 from megatron_tf.runtime.agreement import together
-from megatron_tf.tasks.data import Loader, OpenData, task_data
+from megatron_tf.tasks.data import Loader, OpenData, data_problems, task_data
 from megatron_tf.training.running import Run
 
 
@@ -40,13 +40,7 @@ class Loaders:
 def check_data(stages: Sequence[RunConfig]) -> None:
     """DataError with the problems of the data of all stages, so that the last stage's are reported before the first one
     trains."""
-    problems = []
-    for check in (check for config in stages for check in task_data(config.model).checks(config)):
-        try:
-            check()
-        except DataError as error:
-            problems += str(error).splitlines()
-    if problems:
+    if problems := [problem for config in stages for problem in data_problems(config)]:
         raise DataError("\n".join(dict.fromkeys(problems)))
 
 

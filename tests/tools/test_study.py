@@ -12,6 +12,7 @@ from tooling import assert_refused, tool
 
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.commands.study import main
+from megatron_tf.errors import ConfigError
 
 STUDY = """
 name: test
@@ -150,3 +151,24 @@ def test_what_is_refused_before_a_run_starts(file, tmp_path):
     (tmp_path / "text.bin").unlink()
     assert_refused(tool("study", "run", file), "data.train[0].path: ")
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("mode", ["plan", "run"])
+def test_data_that_do_not_fit_an_arm_are_refused_before_a_run_starts(study, tmp_path, mode):
+    write_images(tmp_path / "train", *made_up(20), tuple("abcde"))
+    write_images(tmp_path / "test", *made_up(13), tuple("abcde"))
+    more = "  - {name: fewer, comparable: false, overrides: {model: {image: {classes: 4}}}}\n"
+    (tmp_path / "study.yml").write_text(IMAGES.format(folder=tmp_path) + more)
+    with pytest.raises(ConfigError) as refusal:
+        study(mode, tmp_path / "study.yml")
+    assert refusal.value.problems == [
+        f"arm fewer: {tmp_path}/{name}.json: 5 classes (beyond: 'e'), model.image.classes is 4. Set it to 5, or "
+        "prepare other images."
+        for name in ("train", "test")
+    ]
+    assert not (tmp_path / "study").exists()
+
+
+def test_arms_whose_data_have_one_problem_are_named_together(study, file):
+    with pytest.raises(ConfigError, match="^arms small, grown: data.mask_eod_loss: the token that ends a document"):
+        study("plan", file, "common.data.mask_eod_loss=true")
