@@ -18,14 +18,18 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError
 from megatron_tf.text_files import read_text_file
 
 RESULTS = "results.json"
 
-Range = tuple[float, float]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Range = tuple[NotNegative, NotNegative]
 # Least and greatest κ in studies that compared growth fairly with training from scratch. Used where κ was not measured.
 ASSUMED_KAPPA: Range = (0.3, 0.7)
 
@@ -45,13 +49,13 @@ class Law:
     `residual`: the largest difference between a run's loss and the law.
     """
 
-    E: float
-    A: float
-    alpha: float
-    B: float
-    beta: float
-    points: int = 0
-    residual: float = 0.0
+    E: NotNegative
+    A: AboveZero
+    alpha: AboveZero
+    B: AboveZero
+    beta: AboveZero
+    points: Annotated[int, Field(ge=0, lt=2**60)] = 0
+    residual: NotNegative = 0.0
     parameters: Range = (0.0, 0.0)
     tokens: Range = (0.0, 0.0)
     flops: Range = (0.0, 0.0)
@@ -83,6 +87,9 @@ class Law:
             f"{self.points} runs of {sizes} parameters, {tokens} tokens, {flops} FLOPs; largest residual "
             f"{self.residual:.3g}"
         )
+
+
+_LAW = TypeAdapter(Law)
 
 
 @dataclass(frozen=True)
@@ -122,14 +129,5 @@ def read_findings(path: str | os.PathLike[str], architecture: str) -> Findings:
 
 
 def law_of(values: Mapping[str, Any]) -> Law:
-    """The law from its values in results.json. ValueError for numbers that are not finite; errors of NOT_AS_WRITTEN for
-    other values than expected."""
-    parameters, tokens, flops = (
-        (float(values[key][0]), float(values[key][1])) for key in ("parameters", "tokens", "flops")
-    )
-    floor, of_size, alpha, of_tokens, beta, residual = (
-        float(values[key]) for key in ("E", "A", "alpha", "B", "beta", "residual")
-    )
-    if not all(map(math.isfinite, (floor, of_size, alpha, of_tokens, beta, residual, *parameters, *tokens, *flops))):
-        raise ValueError("a law of numbers is expected")
-    return Law(floor, of_size, alpha, of_tokens, beta, int(values["points"]), residual, parameters, tokens, flops)
+    """The law from its values in results.json. ValueError for other values than expected."""
+    return _LAW.validate_python(values)

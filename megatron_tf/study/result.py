@@ -10,10 +10,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, WrapValidator, with_config
 
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.config.fields import NonNegative, Positive
 from megatron_tf.config.load import dump_config, load_config
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
@@ -24,6 +27,11 @@ from megatron_tf.study.plan import Node, Plan
 from megatron_tf.telemetry.plot import read_run
 
 RESULT_NAME = "result.json"
+
+Whole = Annotated[int, Field(ge=0, lt=2**60)]
+Finite = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
+# NaN and infinity are written as null, because JSON has neither.
+Logged = Annotated[Finite, WrapValidator(lambda value, check: math.nan if value is None else check(value))]
 
 
 @dataclass(frozen=True)
@@ -37,19 +45,23 @@ class Result:
 
     name: str
     arm: str
-    seed: int
-    value: float | None
-    loss: float
-    tokens: int
-    flops: float
-    own_tokens: int
-    own_flops: float
-    seconds: float
-    tokens_per_second: float
-    parameters: int
-    state_bytes: int
-    curve: tuple[tuple[int, float, float], ...]
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    seed: Whole
+    value: Finite | None
+    loss: Logged
+    tokens: Whole
+    flops: NonNegative
+    own_tokens: Whole
+    own_flops: NonNegative
+    seconds: NonNegative
+    tokens_per_second: Positive
+    parameters: Whole
+    state_bytes: Whole
+    curve: tuple[tuple[Whole, NonNegative, Finite], ...]
+    metrics: Mapping[str, Logged] = field(default_factory=dict)
+
+
+# Reads a result by the rule of each field. A field that is unknown is refused, and so is text in place of a number.
+_RESULT = TypeAdapter(with_config(ConfigDict(strict=True, extra="forbid"))(Result))
 
 
 def measure(node: Node) -> Result:
@@ -81,7 +93,6 @@ def measure(node: Node) -> Result:
 
 
 def _number(logged: float | None) -> float:
-    """NaN and infinity are logged as null, because JSON has neither."""
     return math.nan if logged is None else float(logged)
 
 
@@ -101,8 +112,13 @@ def write_result(node: Node, result: Result) -> None:
 
 
 def in_json(result: Result) -> dict[str, Any]:
-    """Ready for JSON, which has no NaN: a loss of NaN becomes null."""
-    return {**asdict(result), "loss": result.loss if math.isfinite(result.loss) else None}
+    """Ready for JSON, see `Logged`."""
+    metrics = {name: _finite_or_none(value) for name, value in result.metrics.items()}
+    return {**asdict(result), "loss": _finite_or_none(result.loss), "metrics": metrics}
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def has_ended(node: Node) -> bool:
@@ -117,28 +133,13 @@ def read_result(node: Node) -> Result | None:
     with file_errors(UserError, path, "Make it readable."):
         content = path.read_bytes()
     try:
-        result = _result_of(json.loads(content))
+        result = _RESULT.validate_json(content)
         for name in task_of(node.config.model).metrics:
             result.metrics[name]  # tables compare those of all runs: one that lacks some is measured anew
     except NOT_AS_WRITTEN:
         raise UserError(
             f"{path}: is not the result of a run. Delete it: the study then measures the run anew."
         ) from None
-    return result
-
-
-def _result_of(values: Mapping[str, Any]) -> Result:
-    """One of `NOT_AS_WRITTEN` when they are of something else: reports calculate with all of them."""
-    result = Result(**{**values, "loss": _number(values["loss"]), "curve": tuple(map(tuple, values["curve"]))})
-    numbers = [value for name, value in vars(result).items() if name not in ("name", "arm", "curve", "metrics")]
-    numbers += [number for point in result.curve for number in point]
-    numbers += result.metrics.values()
-    if not all(number is None or type(number) in (int, float) for number in numbers):
-        raise TypeError("numbers are expected")
-    for missing in (name for name, value in vars(result).items() if value is None and name != "value"):
-        raise TypeError(f"{missing} is expected")
-    if any(len(point) != 3 or None in point for point in result.curve) or None in result.metrics.values():
-        raise ValueError("points of three numbers are expected")
     return result
 
 

@@ -148,11 +148,14 @@ NO_NUMBERS = (
 
 ENDLESS = NO_NUMBERS.replace("NaN", "1").replace('"points": 9', '"points": 1e999')
 EMPTY_RANGE = NO_NUMBERS.replace("NaN", "1").replace('"tokens": [1, 2]', '"tokens": []')
+BELOW_ZERO = NO_NUMBERS.replace("NaN", "1").replace('"B": 1', '"B": -1')
 NO_FIELDS = '{"laws": {"tokenformer": {"E": 1}}, "arms": []}'
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", NO_NUMBERS, NO_FIELDS, ENDLESS, EMPTY_RANGE, "[" * 100_000], ids=lambda text: text[:30]
+    "text",
+    ["", "[]", "{}", NO_NUMBERS, NO_FIELDS, ENDLESS, EMPTY_RANGE, BELOW_ZERO, "[" * 100_000],
+    ids=lambda text: text[:30],
 )
 def test_what_is_no_report_is_refused(tmp_path, text):
     (tmp_path / "results.json").write_text(text)

@@ -290,11 +290,20 @@ def test_a_result_that_is_none_is_refused(study, started):
     """Also one that has the fields, with values that no report can calculate with."""
     started()
     node = make_plan(study()).nodes[0]
-    write_result(node, replace(module.measure(node), curve=((1, 2.0, 3.0),), metrics={"top1": 0.5}))
+    write_result(node, replace(module.measure(node), curve=((1, 2.0, 3.0),), metrics={"top1": 0.5, "other": math.nan}))
     whole = json.loads((node.folder / "result.json").read_bytes())
-    assert read_result(node).curve == ((1, 2.0, 3.0),)
-    other_types = [{"flops": "1"}, {"tokens": None}, {"curve": [[1, 2]]}, {"loss": 10**400}, {"metrics": {"top1": "a"}}]
-    others = [json.dumps(whole | other).encode() for other in other_types]
+    assert whole["metrics"] == {"top1": 0.5, "other": None}
+    kept = read_result(node)
+    assert kept.curve == ((1, 2.0, 3.0),) and kept.metrics["top1"] == 0.5 and math.isnan(kept.metrics["other"])
+    wrong = [
+        *[{key: "1"} for key in whole if key not in ("name", "arm")],
+        *[{key: None} for key in whole if key not in ("value", "loss")],
+        *[{key: -1} for key in whole if key not in ("value", "loss", "name", "arm", "curve", "metrics")],
+        *[{key: math.nan} for key in whole],
+        {"tokens_per_second": 0}, {"tokens": 1.5}, {"seed": True}, {"loss": 10**400}, {"curve": [[1, 2]]},
+        {"curve": [[1, 2, None]]}, {"curve": [[-1, 2, 3]]}, {"metrics": {"top1": "a"}}, {"hours": 1},
+    ]  # fmt: skip
+    others = [json.dumps(whole | other).encode() for other in wrong]
     for content in (b"", b"[]", b'{"curve": []}', b'{"loss": 1}', b"\x89PNG", b"[" * 100_000, *others):
         (node.folder / "result.json").write_bytes(content)
         with pytest.raises(UserError, match="is not the result of a run"):
