@@ -48,7 +48,7 @@ from megatron_tf.model import fp8, gram
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.kernels import score_layout
 from megatron_tf.model.later import Later
-from megatron_tf.model.products import Product, plain_product
+from megatron_tf.model.products import PLAIN, Factor, Product
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 
@@ -144,7 +144,7 @@ def _outputs(
         factors = fp8.row_factors(norms.detach(), scales)
         x, norms = x * factors.to(x.dtype), norms * factors
     tensors = [x, *keys, *values, *([] if norms is None else [_rows(norms)])]
-    product = fp8.product if in_fp8 else plain_product
+    product = fp8.PRODUCT if in_fp8 else PLAIN
     return _Pattention.apply(function, tuple(scales), group, product, form.keep_scores, form.later, *tensors)
 
 
@@ -262,7 +262,7 @@ def _forward(rows: Sequence[Tensor], layer: _Layer) -> _Results:
         else:
             s = layer.function.weights(a, r, scale)
         statistics.append(r)
-        outputs.append(layer.product(s, v))
+        outputs.append(layer.product(layer.product.factor(s, bound=scale), v))
     return scores, statistics, outputs
 
 
@@ -291,7 +291,7 @@ def _backward(rows: Sequence[Tensor], scores: Tensor, layer: _Layer) -> _Gradien
     """`rows`: x, the outputs' gradients and r of each projection."""
     value_grads: list[Tensor] = []
     product = layer.product
-    gradient, totals = _to_scores(rows, scores, layer, lambda s, grad: value_grads.append(product(s.mT, grad, "right")))
+    gradient, totals = _to_scores(rows, scores, layer, lambda s, grad: value_grads.append(product(s, grad, "right")))
     of_keys = score_layout.split(product(gradient.mT, rows[0], "left"), layer.keys, 0)
     return _inputs_gradient(gradient, layer), [*of_keys, *value_grads], totals
 
@@ -303,30 +303,28 @@ def _backward_to_inputs(
     of_values: list[Callable[[], Tensor]] = []
     product = layer.product
     gradient, totals = _to_scores(
-        rows, scores, layer, lambda s, grad: of_values.append(partial(product, s.mT, grad, "right"))
+        rows, scores, layer, lambda s, grad: of_values.append(partial(product, s, grad, "right"))
     )
     of_keys = [partial(product, own.mT, rows[0], "left") for own in score_layout.split(gradient, layer.keys)]
     return _inputs_gradient(gradient, layer), [*of_keys, *of_values], totals
 
 
-def _inputs_gradient(gradient: Tensor, layer: _Layer) -> Tensor | None:
+def _inputs_gradient(gradient: Factor, layer: _Layer) -> Tensor | None:
     """dx from dA, if it is wanted."""
     return layer.product(gradient, score_layout.concatenated(layer.keys), "left") if layer.wants_dx else None
 
 
 def _to_scores(
-    rows: Sequence[Tensor], scores: Tensor, layer: _Layer, of_values: Callable[[Tensor, Tensor], None]
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """(dA of all projections, T of each).  `of_values`: is given S of each projection, and its output's gradient."""
-    keys, function, group = layer.keys, layer.function, layer.group
-    grads, statistics = rows[1 : 1 + len(keys)], rows[1 + len(keys) :]
-    gradient = score_layout.empty_scores(scores, *scores.shape)
-    score_layout.clear_gaps(gradient, keys)
+    rows: Sequence[Tensor], scores: Tensor, layer: _Layer, of_values: Callable[[Factor, Factor], None]
+) -> tuple[Factor, Sequence[Tensor]]:
+    """(dA of all projections, T of each).  `of_values`: is given Sᵀ of each projection, and its output's gradient."""
+    keys, function, group, product = layer.keys, layer.function, layer.group, layer.product
+    grads = [product.factor(grad, gradient=True, both=True) for grad in rows[1 : 1 + len(keys)]]
+    gradient = _weights_gradient(grads, scores, layer)
     own = score_layout.split(gradient, keys), score_layout.split(scores, keys)
-    parts = list(zip(*own, statistics, layer.scales))
+    parts = list(zip(*own, rows[1 + len(keys) :], layer.scales))
     totals: list[Tensor] = []
-    for (d, a, r, scale), v, grad in zip(parts, layer.values, grads):
-        layer.product(grad, v.mT, "left", d)
+    for (d, a, r, scale), grad in zip(parts, grads):
         if layer.normed or layer.exchanges:
             s, total = function.backward(a, r, d, scale)
             totals.append(total)
@@ -335,11 +333,24 @@ def _to_scores(
                 finish = begin_all_reduce(torch.cat(totals, -1), group)
         else:
             s = function.backward_and_couple(a, r, d, scale)
-        of_values(s, grad)
+        of_values(product.factor(s.mT, bound=scale), grad)
+        del s  # not in memory while dA is prepared
     if layer.exchanges:
         for (d, a, r, scale), total in zip(parts, finish().split(1, -1)):
             function.couple(a, r, total, d, scale)
-    return gradient, totals
+    # The transpose is what the keys' gradient wants; dx wants dA itself.
+    return product.factor(gradient.mT, gradient=True, both=layer.wants_dx).mT, totals
+
+
+def _weights_gradient(grads: Sequence[Factor], scores: Tensor, layer: _Layer) -> Tensor:
+    """dS of all projections, with zeros in the gaps between them."""
+    if len(grads) == 1:
+        return layer.product.scores(grads[0], layer.values[0].mT, "left")
+    gradient = score_layout.empty_scores(scores, *scores.shape)
+    score_layout.clear_gaps(gradient, layer.keys)
+    for own, v, grad in zip(score_layout.split(gradient, layer.keys), layer.values, grads):
+        layer.product(grad, v.mT, "left", own)
+    return gradient
 
 
 def _made(products: Sequence[Callable[[], Tensor]], sizes: Sequence[int]) -> Callable[[], Sequence[Tensor]]:
@@ -374,7 +385,7 @@ def _chunks(*rows: Tensor) -> list[tuple[Tensor, ...]]:
 def _scores(x: Tensor, layer: _Layer) -> Tensor:
     """A of x [rows, d]: [rows, columns]."""
     joined = score_layout.concatenated(layer.keys)
-    return layer.product(x, joined.mT, out=score_layout.empty_scores(x, x.shape[0], joined.shape[0]))
+    return layer.product.scores(x, joined.mT)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from megatron_tf.model.kernels.score_layout import empty_scores
+
 Gradient = Literal["left", "right"] | None
+# A matrix, or what a product's `factor` has made of one. It has `mT`, and `split` along its last dim.
+Factor = Any
 
 
 class Product(Protocol):
-    def __call__(self, left: Tensor, right: Tensor, gradient: Gradient = None, out: Tensor | None = None) -> Tensor:
+    def __call__(self, left: Factor, right: Factor, gradient: Gradient = None, out: Tensor | None = None) -> Tensor:
         """left [m, k] times right [k, n] -> [m, n]. Written to `out` if that is given; its old content is ignored.
 
         `gradient`: which of the two factors is a gradient, if one is.
         """
         ...
 
+    def scores(self, left: Factor, right: Factor, gradient: Gradient = None) -> Tensor:
+        """The product, laid out as `score_layout.empty_scores`."""
+        ...
 
-def plain_product(left: Tensor, right: Tensor, gradient: Gradient = None, out: Tensor | None = None) -> Tensor:
+    def factor(self, x: Tensor, *, gradient: bool = False, bound: float | None = None, both: bool = False) -> Factor:
+        """x [m, n] prepared once: to be the left factor, or, if `both`, its transpose the left one of another product
+        as well, or itself the right one.
+
+        `gradient`: whether x is one.  `bound`: no element of x is larger, but perhaps by rounding, if that is known.
+        """
+        ...
+
+
+class PlainProduct:
     """A `Product` in the type of the factors."""
-    # With beta 0, addmm_ does not read `out`. (matmul's out= cannot be compiled here.)
-    return left @ right if out is None else out.addmm_(left, right, beta=0)
+
+    def __call__(self, left: Factor, right: Factor, gradient: Gradient = None, out: Tensor | None = None) -> Tensor:
+        # With beta 0, addmm_ does not read `out`. (matmul's out= cannot be compiled here.)
+        return left @ right if out is None else out.addmm_(left, right, beta=0)
+
+    def scores(self, left: Factor, right: Factor, gradient: Gradient = None) -> Tensor:
+        return self(left, right, gradient, empty_scores(left, left.shape[0], right.shape[1]))
+
+    def factor(self, x: Tensor, *, gradient: bool = False, bound: float | None = None, both: bool = False) -> Factor:
+        return x
+
+
+PLAIN = PlainProduct()

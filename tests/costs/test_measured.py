@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from operator import add
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from megatron_tf.costs.communication import (
 from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank, parameter_state_bytes
 from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
-from megatron_tf.model import build_model, fp8, gram
+from megatron_tf.model import build_model, fp8, gram, rounding
 from megatron_tf.model.kernels import fused_passes
 from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block, choose_forms
 from megatron_tf.parallel.groups import SINGLE, make_group
@@ -53,8 +54,29 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 def portable(monkeypatch):
     """PyTorch's own operators, which can be counted, and what GPUs do in fp8. (Memory is estimated for them.)"""
     monkeypatch.setattr(fp8, "emulated_product", fp8.scaled_product)
+    round_as_gpus_do(monkeypatch)
     monkeypatch.setattr(fused_passes, "usable", lambda scores: False)
     monkeypatch.setitem(vars(L2_NORM_GELU), "kernel_passes", None)
+
+
+def round_as_gpus_do(monkeypatch):
+    """With one operator for what is one kernel there. PyTorch computes its results here."""
+
+    def largest(x):
+        torch.zeros((), dtype=torch.int32)  # the kernel wants it cleared
+        return torch.ops.megatron_tf.largest_bits.default(x)
+
+    def round_to_8_bits(x, largest, power, gradient, *out):
+        wanted = [tensor is not None for tensor in out[:2]]
+        for tensor, own in zip(out, rounding.portable_rounded(x, largest, power, gradient, *wanted)):
+            if tensor is not None:
+                tensor.copy_(own)
+
+    kernels = SimpleNamespace(largest_bits=rounding.portable_largest, round_to_8_bits=round_to_8_bits)
+    monkeypatch.setattr(rounding, "usable", lambda x: True)
+    monkeypatch.setattr(rounding, "_kernels", lambda: kernels)
+    monkeypatch.setattr(rounding, "largest_bits", largest)
+    monkeypatch.setattr(rounding, "round_to_8_bits", torch.ops.megatron_tf.round_to_8_bits.default)
 
 
 def load(*overrides):

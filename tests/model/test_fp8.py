@@ -11,7 +11,7 @@ from projections import both_passes, tensors
 from torch.nn import functional as F
 
 from megatron_tf.config.sections.training import Training
-from megatron_tf.model import fp8, gram
+from megatron_tf.model import fp8, gram, rounding
 from megatron_tf.model.later import Later
 from megatron_tf.model.layers import Pattention, choose_forms, without_fp8
 from megatron_tf.model.pattention import Form, partial_pattention
@@ -23,7 +23,14 @@ FP8 = Form("gram", fp8=True)
 # Root mean square of the rounding of a number whose logarithm is uniform, as a part of it: half a unit of the last
 # digit over √3, times √(3/(8 ln 2)), what 1/mantissa is on average.
 VALUE, GRADIENT = (2.0**-digits / math.sqrt(3) * math.sqrt(3 / (8 * math.log(2))) for digits in (4, 3))
-KINDS = [(fp8.VALUES, 448.0), (fp8.GRADIENTS, 57344.0)]
+KINDS = [(rounding.VALUES, 448.0), (rounding.GRADIENTS, 57344.0)]
+
+
+def quantised(x, kind):
+    """(2ᵏ x in the float8 type `kind`, 2⁻ᵏ)."""
+    made = rounding.rounded(x.reshape(1, -1), gradient=kind == rounding.GRADIENTS)
+    assert made.by_row.dtype == kind
+    return made.by_row[0, : x.numel()].reshape(x.shape), made.down
 
 
 @pytest.mark.parametrize(("kind", "most"), KINDS)
@@ -32,7 +39,7 @@ def test_rounds_as_torch_does(kind, most, dtype):
     """By the largest power of two with which nothing overflows, whatever the size."""
     for size in (1e-30, 3e-4, 1.0, 447.0, 448.0, 449.0, 6e4, 1e30):
         x = (torch.linspace(-1, 1, 257) * size).to(dtype)
-        values, down = fp8.quantised(x, kind)
+        values, down = quantised(x, kind)
         power = math.floor(math.log2(most / x.abs().max().item()))
         assert down.item() == 2.0**-power and down.dtype == torch.float32
         assert torch.equal(values.float(), (x * 2.0**power).to(kind).float())
@@ -44,17 +51,36 @@ def test_what_the_type_has_is_not_changed(kind, most):
     every = torch.arange(256, dtype=torch.uint8).view(kind).float()
     every = every[every.isfinite()]
     for factor in (2.0**-20, 1.0, 2.0**20):
-        values, down = fp8.quantised(every * factor, kind)
+        values, down = quantised(every * factor, kind)
         assert torch.equal(values.float() * down, every * factor)
 
 
 def test_digits_of_an_element_do_not_depend_on_the_largest():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     alone, together = (values.float() * down for values, down in (
-        fp8.quantised(x, fp8.VALUES), fp8.quantised(torch.cat([x, torch.tensor([100.0])]), fp8.VALUES)
+        quantised(x, rounding.VALUES), quantised(torch.cat([x, torch.tensor([100.0])]), rounding.VALUES)
     ))  # fmt: skip
     kept = x.abs() > 100 * 2.0**-13
     assert kept.sum() > 900 and torch.equal(alone[kept], together[:-1][kept])
+
+
+@pytest.mark.parametrize("n", [576, 34480, 200_000])
+def test_a_known_bound_costs_no_digits(n):
+    """Rows of n scores with norm τ: typical ones are as if their scale were found from them. What is rounded more
+    coarsely is so small that the error of the whole is that of rounding to 4 bits."""
+    scale = n**0.5
+    s = F.gelu(torch.randn(8, n, generator=torch.Generator().manual_seed(0)))
+    known, found = rounding.rounded(s, bound=scale).values(), rounding.rounded(s).values()
+    kept = s.abs() > 2.0**-6 * 2 * scale / 224
+    assert kept.float().mean() > 0.7 and torch.equal(known[kept], found[kept])
+    assert ((known - s).norm() / s.norm()).item() == pytest.approx(VALUE, rel=0.1)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_beyond_a_known_bound_is_the_largest_number(gradient):
+    x = torch.tensor([[1.0, -3.0, 1e30, -1e30]])
+    values = rounding.rounded(x, gradient=gradient, bound=1.0).values()
+    assert torch.equal(values, x.clamp(-3.5, 3.5)), "there is room for twice the bound"
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -113,15 +139,14 @@ def test_backward_is_its_formula(keep_scores, never_direct):
     x, keys, values, grads = tensors(tokens=(40,), rows=(9,))
     x, d_out, (k,), (v,), scale = x, grads[0], keys, values, 2.5
 
-    def rounded(t, kind):
-        quantised, down = fp8.quantised(t, kind)
-        return quantised.double() * down
-
     def value(t):
-        return rounded(t, fp8.VALUES)
+        return rounding.rounded(t).values()
 
     def gradient(t):
-        return rounded(t, fp8.GRADIENTS)
+        return rounding.rounded(t, gradient=True).values()
+
+    def weights(t):
+        return rounding.rounded(t, bound=scale).values()
 
     # r as the layer has it, which is in fp32 at least, and its own gradient
     whole_x, whole_k = x.clone().requires_grad_(), k.clone().requires_grad_()
@@ -131,11 +156,11 @@ def test_backward_is_its_formula(keep_scores, never_direct):
     u = (scale / (c * r.detach())) * (value(scaled) @ value(k).mT)
     u = u.requires_grad_()
     s = F.gelu(u)
-    out = value(s) @ value(v)
+    out = weights(s) @ value(v)
     d_s = gradient(d_out) @ value(v).mT
     d_u = torch.autograd.grad(s, u, d_s)[0]
     d_a = d_u * scale / (c * r.detach())
-    d_v = value(s).mT @ gradient(d_out)
+    d_v = weights(s).mT @ gradient(d_out)
     of_norm = torch.autograd.grad(r, (whole_x, whole_k), -(d_u * u).sum(-1, keepdim=True) / r.detach())
     d_x = c * (gradient(d_a) @ value(k)) + of_norm[0]
     d_k = gradient(d_a).mT @ value(scaled) + of_norm[1]
@@ -174,6 +199,37 @@ def test_where_the_norm_loses_digits_nothing_is_rounded(monkeypatch):
     given = tensors(dtype=torch.float32)
     ours, direct = (both_passes(*given, form) for form in (FP8, Form()))
     assert all(torch.equal(a, b) for a, b in zip((*ours[0], *ours[1]), (*direct[0], *direct[1])))
+
+
+def test_a_pass_rounds_each_matrix_once(never_direct, monkeypatch):
+    """Looked through once at most, S never."""
+    x, (keys, _), (values, _), (grad, _) = tensors(rows=(9,))
+    looked, made = [], []
+    look, make = rounding.portable_largest, rounding.portable_rounded
+    monkeypatch.setattr(rounding, "portable_largest", lambda x: (looked.append(x.shape), look(x))[1])
+    monkeypatch.setattr(rounding, "portable_rounded", lambda x, *rest: (made.append(x.shape), make(x, *rest))[1])
+    leaf = x.requires_grad_()
+    (out,) = partial_pattention(leaf, [keys], [values], (2.5,), "l2_norm_gelu", SINGLE, FP8)
+    rows, (n, d) = x[..., 0].numel(), keys.shape
+    assert sorted(made) == sorted([(rows, d), (n, d), (rows, n), (n, d)])
+    assert (rows, n) not in looked and len(looked) == 3
+    del looked[:], made[:]
+    out.backward(grad)
+    of_scores = [shape for shape in made if n in shape and rows in shape]
+    assert len(made) == 6 and len(of_scores) == 2, "S and dA, and x, K, V and dO"
+    assert len(looked) == 5 and len([shape for shape in looked if n in shape and rows in shape]) == 1, "dA"
+
+
+@pytest.mark.parametrize("keep_scores", [True, False])
+def test_a_layer_by_the_kernels_is_that_by_pytorch(never_direct, monkeypatch, keep_scores):
+    """In Triton's interpreter, bit for bit."""
+    pytest.importorskip("triton")
+    form = Form("gram", keep_scores, fp8=True)
+    given = tensors(tokens=(40, 29), width=16, rows=(21,), dtype=torch.float32)
+    expected = both_passes(*given, form)
+    monkeypatch.setattr(rounding, "usable", lambda x: True)
+    found = both_passes(*given, form)
+    assert all(torch.equal(a, b) for a, b in zip((*found[0], *found[1]), (*expected[0], *expected[1])))
 
 
 def test_compiled_without_a_graph_break():

@@ -38,16 +38,16 @@ GRAM_PASSES = Passes(11, 4)
 GRAM_KERNELS = Passes(15, 14)  # for all projections that share an input
 # Over the whole x, where the norms of a rank's own rows are gathered with it: both are packed, and unpacked again.
 PACKED_PASSES = Passes(2, 2)
-# training.precision: fp8 adds passes in which factors are measured, scaled, rounded and transposed, and scores copied
-# to their place: over a score, eager or with scaling and rounding in one compiled kernel; over x, once for projections
-# that share it; over the gradient of a projection's output; over an element of its keys and values. In between, x is
-# scaled by rows.
-FP8_PASSES = Passes(6.5, 17.5)
-FP8_COMPILED_PASSES = Passes(4.5, 9.5)
-FP8_INPUT_PASSES = Passes(6.5, 7.5)
-FP8_GRADIENT_PASSES = Passes(0, 10)
-FP8_TOKEN_PASSES = Passes(5, 5)
-FP8_KERNELS = Passes(255, 446)
+# training.precision: fp8 adds passes in which factors are measured and rounded, by the kernels of model/rounding.py:
+# over a score; over one of projections that share an input, whose gradients are copied to their place; over x, once for
+# projections that share it; over the gradient of a projection's output; over an element of its keys and values. In
+# between, x is scaled by rows.
+FP8_PASSES = Passes(1.5, 4.5)
+FP8_SHARED_PASSES = Passes(0, 2)
+FP8_INPUT_PASSES = Passes(4.5, 4.5)
+FP8_GRADIENT_PASSES = Passes(0, 3)
+FP8_TOKEN_PASSES = Passes(2.5, 2.5)
+FP8_KERNELS = Passes(79, 70)
 FP8_STATISTICS = 8  # further fp32 numbers that a position keeps: scaled norms, and the factors of the scaling
 SHARING = {"qkv": 3, "proj": 1, "ffn": 1}  # projections of each kind, which share an input
 CHOICE_STATISTICS = 5  # size, in fp32 numbers, of the record that a position keeps of its choice in a slot
@@ -73,8 +73,8 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     that it is at as well, of one chunk of positions at a time where these do not wait for an exchange.
 
     For a slot, the choice and the place in the order of the rows are int64, and the gate is fp32. Its products work on
-    copies of inputs and outputs in that order. In fp8 the larger factor of a product takes 1.5 times its size in
-    addition.
+    copies of inputs and outputs in that order. In fp8 the gradient of the scores that share an input takes its size in
+    addition, in two layouts of 8 bits.
     """
     tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
     counts, activation = model.parameter_tokens, ACTIVATIONS[model.activation]
@@ -104,7 +104,7 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     if not keep:
         peak = _recomputed_peak(config, widths, with_gram)
     elif config.training.precision == "fp8":
-        peak = max(7 * ffn // 2, 7 * proj // 2 - ffn, 15 * qkv // 2 - proj - ffn)
+        peak = max(3 * ffn, 3 * proj - ffn, 6 * qkv - proj - ffn)
     else:
         peak = max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn)
 
@@ -116,7 +116,7 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
         kept_of_step=2 * hidden**2 * sum(SHARING[kind] for kind in with_gram),
         products_again=() if keep else tuple(Product(positions, hidden, width) for width in widths.values()),
         inner_width=scores,
-        inner_passes=_score_passes(activation, config, gram_share),
+        inner_passes=_score_passes(activation, config, gram_share, widths["qkv"] / scores),
         head_passes=HEAD_PASSES,
         kernels=kernels + SLOT_KERNELS * chosen_slots + GRAM_KERNELS * len(with_gram) + fp8.kernels,
         moved=moved * hidden + fp8.moved,
@@ -139,8 +139,8 @@ class _Fp8Work(NamedTuple):
 def _fp8_work(config: RunConfig, widths: Mapping[str, int], copies: int) -> _Fp8Work:
     """`widths`: scores per position, by kind.  `copies`: the number of inputs that are also kept unscaled, for norms.
 
-    Tokens in 8 bits are not kept, but made from the bf16 ones for each product. At the peak, a scaled and a rounded
-    copy of the keys of one kind are in memory.
+    Tokens in 8 bits are not kept, but made from the bf16 ones for each product. At the peak, those of the keys of one
+    kind are in memory.
     """
     if config.training.precision != "fp8":
         return _Fp8Work()
@@ -153,7 +153,7 @@ def _fp8_work(config: RunConfig, widths: Mapping[str, int], copies: int) -> _Fp8
         moved=of_rows * hidden + FP8_TOKEN_PASSES * tokens,
         kept=copies * hidden,
         kept_statistics=FP8_STATISTICS,
-        backward_peak=3 * max(widths.values()) * hidden // (2 * positions),
+        backward_peak=max(widths.values()) * hidden // (2 * positions),
     )
 
 
@@ -171,23 +171,25 @@ def _recomputed_peak(config: RunConfig, widths: Mapping[str, int], with_gram: Se
         own = width // SHARING[kind]
         elements = 2 * (width + own)
         if config.training.precision == "fp8":
-            # a factor is in memory scaled and rounded as well
-            elements = max(2 * width + 5 * own // 2, 7 * width // 2)
+            # their gradient is in memory in two layouts of 8 bits as well
+            elements = max(elements, 3 * width)
         of_scores = elements * (max(chunks) if by_chunk else positions)
         peaks.append(of_scores + (sums * width if by_chunk else 0))
     return -(-max(peaks) // positions)
 
 
-def _score_passes(activation: Activation, config: RunConfig, gram_share: float) -> Passes:
-    """Passes over a score, on average over the projections. `gram_share`: the share of scores in the Gram form."""
-    compiled, in_fp8 = config.training.compile, config.training.precision == "fp8"
-    passes = activation.compiled_passes if compiled else activation.passes
+def _score_passes(activation: Activation, config: RunConfig, gram_share: float, shared: float) -> Passes:
+    """Passes over a score, on average over the projections.
+
+    `gram_share`: the share of scores in the Gram form.  `shared`: that of projections that share an input.
+    """
+    passes = activation.compiled_passes if config.training.compile else activation.passes
     saved = activation.gram_saves or Passes(0, 0)
     if activation.kernel_passes is not None:
         passes = activation.kernel_passes
         if config.parallel.tensor == 1:  # norm and weights are one kernel, and so are D and dA
             gram_share = 1
-    added = (FP8_COMPILED_PASSES if compiled else FP8_PASSES) if in_fp8 else Passes(0, 0)
+    added = FP8_PASSES + FP8_SHARED_PASSES * shared if config.training.precision == "fp8" else Passes(0, 0)
     return passes + saved * -gram_share + added
 
 

@@ -8,17 +8,15 @@ products P [rows, 1] in fp32, each with any stride between rows. All arithmetic 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, infer_schema, register_fake
 
 from megatron_tf.caches import has_triton
 from megatron_tf.compiling import constant_when_compiled
+from megatron_tf.model.kernels.operators import operator, register_fake
 from megatron_tf.model.kernels.score_layout import empty_scores
 
 
@@ -50,32 +48,7 @@ def _kernels(device_type: str) -> ModuleType | None:
     return None
 
 
-_LIBRARY = Library("megatron_tf", "DEF")
-
-
-def _operator(mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator: an operator that torch.compile can put into its graph; uncompiled, the plain function.
-
-    It does not use torch.library.custom_op, whose checks at every call take longer than a kernel.
-    """
-
-    def register(function: Callable[..., Any]) -> Any:
-        name = function.__name__
-        _LIBRARY.define(name + infer_schema(function, mutates_args=mutates_args))
-        for device in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, function, device)
-        operator = getattr(torch.ops.megatron_tf, name).default
-
-        @wraps(function)
-        def dispatch(*arguments: Tensor | float) -> Any:
-            return operator(*arguments) if torch.compiler.is_compiling() else function(*arguments)
-
-        return dispatch
-
-    return register
-
-
-@_operator()
+@operator()
 def norm(scores: Tensor) -> Tensor:
     """Row norms r."""
     out = _column(scores)
@@ -83,7 +56,7 @@ def norm(scores: Tensor) -> Tensor:
     return out
 
 
-@_operator()
+@operator()
 def weights(scores: Tensor, norms: Tensor, scale: float) -> Tensor:
     """Attention weights S."""
     out = _alike(scores)
@@ -91,7 +64,7 @@ def weights(scores: Tensor, norms: Tensor, scale: float) -> Tensor:
     return out
 
 
-@_operator()
+@operator()
 def norm_and_weights(scores: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(r, S) of scores that hold all columns of their rows."""
     out = _column(scores), _alike(scores)
@@ -99,7 +72,7 @@ def norm_and_weights(scores: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return out
 
 
-@_operator(["gradient"])
+@operator(["gradient"])
 def backward(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(S, T); `gradient` is dS and becomes D."""
     out = _alike(scores), _column(scores)
@@ -107,7 +80,7 @@ def backward(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> t
     return out
 
 
-@_operator(["gradient"])
+@operator(["gradient"])
 def backward_with_product(
     scores: Tensor, norms: Tensor, gradient: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,13 +90,13 @@ def backward_with_product(
     return out
 
 
-@_operator(["gradient"])
+@operator(["gradient"])
 def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> None:
     """`gradient` is D and becomes dA."""
     _run("couple", scores, norms, totals, gradient)
 
 
-@_operator(["gradient"])
+@operator(["gradient"])
 def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, scale: float) -> Tensor:
     """S, of scores that hold all columns of their rows; `gradient` is dS and becomes dA."""
     out = _alike(scores)
@@ -144,16 +117,13 @@ def _alike(scores: Tensor) -> Tensor:
 
 
 # Shapes and types of the results, for torch.compile.
-register_fake("megatron_tf::norm", _column, lib=_LIBRARY)
-register_fake("megatron_tf::weights", lambda scores, norms, scale: _alike(scores), lib=_LIBRARY)
-register_fake("megatron_tf::norm_and_weights", lambda scores, scale: (_column(scores), _alike(scores)), lib=_LIBRARY)
+register_fake("norm", _column)
+register_fake("weights", lambda scores, norms, scale: _alike(scores))
+register_fake("norm_and_weights", lambda scores, scale: (_column(scores), _alike(scores)))
+register_fake("backward", lambda scores, norms, gradient, scale: (_alike(scores), _column(scores)))
 register_fake(
-    "megatron_tf::backward", lambda scores, norms, gradient, scale: (_alike(scores), _column(scores)), lib=_LIBRARY
-)
-register_fake(
-    "megatron_tf::backward_with_product",
+    "backward_with_product",
     lambda scores, norms, gradient, scale: (_alike(scores), _column(scores), _column(scores)),
-    lib=_LIBRARY,
 )
-register_fake("megatron_tf::backward_and_couple", lambda scores, norms, gradient, scale: _alike(scores), lib=_LIBRARY)
-register_fake("megatron_tf::couple", lambda scores, norms, totals, gradient: None, lib=_LIBRARY)
+register_fake("backward_and_couple", lambda scores, norms, gradient, scale: _alike(scores))
+register_fake("couple", lambda scores, norms, totals, gradient: None)
