@@ -101,7 +101,7 @@ def rounded(
         x = x.contiguous()
     find, make = (largest_bits, round_to_8_bits) if usable(x) else (portable_largest, portable_rounded)
     kind = GRADIENTS if gradient else VALUES
-    top, power = (find(x), 0) if bound is None else (None, _power(bound, kind))
+    top, power = (find(x), 0) if bound is None else (None, known_power(bound, gradient))
     rows, columns, down = make(x, top, power, gradient, by_row, by_column)
     shape = x.shape[0], x.shape[1]
     return Rounded(rows.view(kind) if by_row else None, columns.view(kind) if by_column else None, down, shape, x.dtype)
@@ -110,6 +110,12 @@ def rounded(
 def power_of_two(exponent: Tensor) -> Tensor:
     """2 to the power of int32 numbers from −126 to 127, exactly, in fp32: made from its bits."""
     return (exponent + _BIAS << _MANTISSA_BITS).view(torch.float32)
+
+
+def known_power(bound: float, gradient: bool) -> int:
+    """k with which twice the bound does not overflow."""
+    most = _LARGEST[GRADIENTS if gradient else VALUES]
+    return max(-LARGEST_EXPONENT, min(LARGEST_EXPONENT, math.floor(math.log2(most / (2 * bound)))))
 
 
 def usable(x: Tensor) -> bool:
@@ -191,11 +197,6 @@ def _empty(
 
 register_fake("largest_bits", lambda x: x.new_empty((), dtype=torch.int32))
 register_fake("round_to_8_bits", _empty)
-
-
-def _power(bound: float, kind: torch.dtype) -> int:
-    """k with which twice the bound does not overflow."""
-    return max(-LARGEST_EXPONENT, min(LARGEST_EXPONENT, math.floor(math.log2(_LARGEST[kind] / (2 * bound)))))
 
 
 def _aligned(size: int) -> int:

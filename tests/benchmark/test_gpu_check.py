@@ -9,6 +9,7 @@ import torch
 
 from megatron_tf.benchmark import fp8, gpu_check
 from megatron_tf.benchmark.report import table
+from megatron_tf.model import rounding
 
 CPU = torch.device("cpu")
 
@@ -24,9 +25,42 @@ def test_results_are_right_here(monkeypatch):
     assert all(row["right"] for row in rows), table(rows)
 
 
+TIMED = (
+    "round S", "round dA", "round dA in PyTorch", "product bf16", "product fp8", "product with rounding", "layer bf16",
+    "layer fp8",
+)  # fmt: skip
+
+
 def test_products_in_fp8_are_right_here_and_timed():
-    (row,) = fp8.rows(CPU, [40], 64, 32, 1)
-    assert row["right"] and row["fp8 ms"] > 0 and row["bf16 ms"] > 0
+    first, second = fp8.rows(CPU, [40, 48], 64, 32, 1)
+    for row in (first, second):
+        assert row["right"] and row["same bits"] and all(row[f"{name} ms"] > 0 for name in TIMED)
+    assert len({len(line) for line in table([first, second]).splitlines()}) == 1
+
+
+@pytest.mark.parametrize("wrong", ["down", "by_row", "by_column"])
+def test_rounding_with_another_bit_is_seen(monkeypatch, wrong):
+    right = rounding.rounded
+
+    def rounded(*given, **options):
+        made = right(*given, **options)
+        changed = getattr(made, wrong)
+        if changed is None:
+            return made
+        bits = changed.clone().view(torch.uint8 if wrong != "down" else torch.int32)
+        bits.view(-1)[-1] ^= 1
+        return made._replace(**{wrong: bits.view(changed.dtype)})
+
+    monkeypatch.setattr(rounding, "rounded", rounded)
+    (row,) = fp8.rows(CPU, [48], 64, 32, 1)
+    assert not row["same bits"] and not row["right"]
+
+
+def test_kernels_for_rounding_are_checked_here_in_the_interpreter(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(rounding, "usable", lambda x: True)
+    (row,) = fp8.rows(CPU, [48], 32, 32, 1)
+    assert row["same bits"] and row["right"]
 
 
 def test_a_gpu_without_fp8_is_not_asked_for_it(monkeypatch):
