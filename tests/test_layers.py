@@ -35,6 +35,7 @@ FLOORS = (
         "megatron_tf.text_files",
         "megatron_tf.registry",
         "megatron_tf.requirements",
+        "megatron_tf.telemetry.text",
     },
     {
         "megatron_tf.activations",

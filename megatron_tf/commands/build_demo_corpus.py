@@ -11,6 +11,7 @@ from itertools import chain
 from megatron_tf.arguments import path
 from megatron_tf.corpora.corpus import python_docstrings, python_topics, within_bytes, write_corpus
 from megatron_tf.errors import DataError
+from megatron_tf.telemetry.text import count_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,4 +30,4 @@ def main() -> None:
     documents = within_bytes(chain(python_topics(), python_docstrings()), int(arguments.max_megabytes * 1e6))
     counts = write_corpus(documents, arguments.output_dir, platform.python_version())
     for split, (number, size) in counts.items():
-        print(f"{arguments.output_dir / split}.jsonl.zst: {number} documents, {size / 1e6:.2f} MB of text")
+        print(f"{arguments.output_dir / split}.jsonl.zst: {count_of(number, 'document')}, {size / 1e6:.2f} MB of text")

@@ -41,6 +41,7 @@ from megatron_tf.state.parameters import initial_scales, projections
 from megatron_tf.tasks.image_classification.section import ImageModel
 from megatron_tf.tasks.language_model.section import LanguageModel, vocab_size_of
 from megatron_tf.telemetry.console import Console
+from megatron_tf.telemetry.text import count_of
 
 if TYPE_CHECKING:
     from megatron_tf.convert.agreement import Agreement
@@ -313,8 +314,8 @@ def describe(model: Model, origin: str, scales: Mapping[str, float] | None = Non
         else task_of(model).describe(model)
     )
     print(
-        f"            {model.num_layers} layers × {model.hidden_size}, {model.num_attention_heads} heads, "
-        f"{model.seq_length:,} positions, {has}"
+        f"            {count_of(model.num_layers, 'layer')} × {model.hidden_size}, "
+        f"{count_of(model.num_attention_heads, 'head')}, {model.seq_length:,} positions, {has}"
     )
     scales = scales or initial_scales(model)
     for kind, count in architecture_of(model).token_counts(model).items():

@@ -16,6 +16,7 @@ from megatron_tf.corpora.build import SPLITS, CorpusSettings, build_corpus
 from megatron_tf.corpora.catalogue import DEFAULT_TERMS, SOURCES
 from megatron_tf.corpora.packages import Downloads
 from megatron_tf.errors import DataError
+from megatron_tf.telemetry.text import count_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,5 +89,5 @@ def main() -> None:
     for side in reversed(SPLITS):
         documents = sum(report.documents[side] for report in reports.values())
         size = sum(report.bytes[side] for report in reports.values())
-        print(f"{folder / side}: {documents} documents, {size / 1e6:.2f} MB of text")
+        print(f"{folder / side}: {count_of(documents, 'document')}, {size / 1e6:.2f} MB of text")
     print(f"terms and licences: {folder}/LICENSES.txt; {time.monotonic() - started:.0f} s")

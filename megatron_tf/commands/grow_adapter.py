@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_tf.arguments import options_for, path, whole_number
 from megatron_tf.errors import UserError
 from megatron_tf.growth.methods import METHODS_OF_ADAPTERS, PRESERVING, SPLIT
+from megatron_tf.telemetry.text import count_of
 
 if TYPE_CHECKING:
     from megatron_tf.convert.agreement import Agreement
@@ -78,7 +79,7 @@ def main() -> None:
                 seed=arguments.seed,
             )  # fmt: skip
         found = check_growth(old, new, method)
-    print(f"from        {source}: {len(old.branches)} branches of {old.config['num_tokens']:,} tokens")
+    print(f"from        {source}: {count_of(len(old.branches), 'branch')} of {old.config['num_tokens']:,} tokens")
     tokens = f"{new.config['num_tokens']:,} tokens, {new.config['frozen_tokens']:,} frozen{_choice(new.config)}"
     print(f"to          {arguments.target}: {tokens}")
     scales = dict.fromkeys(scale_text(one.config) for one in (old, new))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import path
 from megatron_tf.errors import CheckpointError, printable
-from megatron_tf.telemetry.text import bullets, table
+from megatron_tf.telemetry.text import bullets, count_of, table
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.compare import StateDifference
@@ -167,7 +167,7 @@ def print_summary(reader: CheckpointReader, summary: dict[str, Any]) -> None:
     ]
     print_table([("name", "shape", "states", "bytes", "updates"), *rows], title="tensors")
     if "verified_files" in summary:
-        print(f"\nverified: {summary['verified_files']} files, every checksum and range is right")
+        print(f"\nverified: {count_of(summary['verified_files'], 'file')}, every checksum and range is right")
 
 
 def print_differences(other: Path, differences: Sequence[StateDifference]) -> None:

@@ -12,6 +12,7 @@ import sys
 
 from megatron_tf.arguments import text_path, whole_number
 from megatron_tf.data.preparation.options import add_preparation_options
+from megatron_tf.telemetry.text import count_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,10 +75,13 @@ def main() -> None:
     )
     command = merge_images if arguments.merge else prepare_images
     for prefix, summary in command(settings, ProgressDisplay(sys.stderr)).items():
-        print(f"{prefix}: {summary.images:,} images of {len(summary.classes):,} classes, {summary.bytes:,} bytes")
+        print(
+            f"{prefix}: {count_of(summary.images, 'image')} of {len(summary.classes):,} classes, {summary.bytes:,} "
+            "bytes"
+        )
         if summary.skipped_records:
             print(
-                f"{prefix}: {summary.skipped_records:,} bad images of the input were left out, see "
+                f"{prefix}: left out of the input: {count_of(summary.skipped_records, 'bad image')}, see "
                 f"{settings.output_prefix}.report.json"
             )
         if settings.classes_from is not None:

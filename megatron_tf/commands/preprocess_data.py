@@ -13,6 +13,7 @@ import sys
 from megatron_tf.arguments import text_path
 from megatron_tf.data.preparation.options import add_preparation_options
 from megatron_tf.data.preparation.record_types import ReadLimits
+from megatron_tf.telemetry.text import count_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,9 +90,12 @@ def main() -> None:
     )
     command = merge_shards if arguments.merge else preprocess
     for prefix, summary in command(settings, ProgressDisplay(sys.stderr)).items():
-        print(f"{prefix}: {summary.documents} documents, {summary.tokens} tokens, {summary.bytes} bytes of text")
+        print(
+            f"{prefix}: {count_of(summary.documents, 'document')}, {summary.tokens} tokens, {summary.bytes} bytes of "
+            "text"
+        )
         if summary.skipped_records or summary.empty_documents:
             print(
-                f"{prefix}: {summary.skipped_records} bad records and {summary.empty_documents} empty documents of the "
-                f"input were left out, see {settings.output_prefix}.report.json"
+                f"{prefix}: left out of the input: {count_of(summary.skipped_records, 'bad record')} and "
+                f"{count_of(summary.empty_documents, 'empty document')}, see {settings.output_prefix}.report.json"
             )

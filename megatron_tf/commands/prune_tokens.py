@@ -31,6 +31,7 @@ from megatron_tf.errors import UserError
 from megatron_tf.paths import literal
 from megatron_tf.state.parameters import projections
 from megatron_tf.telemetry.console import Console
+from megatron_tf.telemetry.text import count_of
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.reader import CheckpointReader
@@ -91,7 +92,7 @@ def main() -> None:
     entry = start.growth_history[-1]
     before, after = entry["loss_before"], entry["loss_after"]
     print(f"parameters  {num_parameters(old):,} -> {num_parameters(new):,}")
-    print(f"loss        {before:.6f} -> {after:.6f}, on {data.samples} samples of {old.seq_length} tokens")
+    print(f"loss        {before:.6f} -> {after:.6f}, on {count_of(data.samples, 'sample')} of {old.seq_length} tokens")
     if arguments.dry_run:
         return print("\ndry run: nothing is written")
     write(root, old, new, start, reader)

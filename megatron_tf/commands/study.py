@@ -121,7 +121,8 @@ def show_plan(study: Study, arguments: argparse.Namespace) -> None:
         )
     print(text.table(rows, to_left=(0, 1, 7)))
     left = [node for node in plan.nodes if not has_ended(node)]
-    print(f"\n{len(plan.nodes)} runs, {len(left)} of them left: {sum(node.own_flops for node in left):.2e} FLOPs")
+    flops = sum(node.own_flops for node in left)
+    print(f"\n{text.count_of(len(plan.nodes), 'run')}, {len(left)} of them left: {flops:.2e} FLOPs")
     total = total_seconds(plan, workers, speeds.seconds)
     if total is None:
         print("time: not known. Give --probe, or --flops-per-second")
@@ -155,7 +156,8 @@ def run_study(study: Study, arguments: argparse.Namespace) -> None:
     check_data(plan)
     own = share(study.ranks, arguments.workers)
     task = "" if arguments.task is None else f"task {arguments.task}: "
-    print(f"{task}{len(plan.nodes)} runs, {own.workers} at once with {own.threads} threads a process", flush=True)
+    runs, threads = text.count_of(len(plan.nodes), "run"), text.count_of(own.threads, "thread")
+    print(f"{task}{runs}, {own.workers} at once with {threads} a process", flush=True)
     given = os.environ.get("OMP_NUM_THREADS", str(own.threads))
     if given != str(own.threads):
         print(

@@ -18,7 +18,7 @@ from megatron_tf.config.run_plan import topology_for
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
-from megatron_tf.telemetry.text import table
+from megatron_tf.telemetry.text import count_of, table
 
 if TYPE_CHECKING:
     from megatron_tf.verification.layout import Layout, Trace
@@ -96,7 +96,7 @@ def print_steps(trace: Trace, expected: Trace, layout: Layout) -> None:
 def print_table(chosen: list[Layout], verdicts: list[Verdict], steps: int) -> None:
     """Prints, for each layout and kind of value, the relative error that is nearest to its limit."""
     print(
-        f"relative errors over {steps} steps against one process in fp64, and their limits "
+        f"relative errors over {count_of(steps, 'step')} against one process in fp64, and their limits "
         "(gradients: first step; validation: after the last)"
     )
     rows: list[tuple[str, ...]] = [

@@ -19,7 +19,7 @@ from megatron_tf.config.load import load_config
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
-from megatron_tf.telemetry.text import table
+from megatron_tf.telemetry.text import count_of, table
 
 if TYPE_CHECKING:
     from megatron_tf.verification.resume import Resumed
@@ -62,7 +62,10 @@ def main() -> None:
 
 
 def print_table(results: list[Resumed], tolerance: float, steps: int) -> None:
-    print(f"{steps} steps, saved, resumed for {steps} more; worst relative difference of a loss from one process")
+    print(
+        f"{count_of(steps, 'step')}, saved, resumed for {steps} more; worst relative difference of a loss from one "
+        "process"
+    )
     print(
         f"that was not interrupted, tolerance {tolerance:g}; SP: sequence-parallel, Z0: without ZeRO, torch: by that "
         "engine"

@@ -13,6 +13,7 @@ from megatron_tf.config.rules.batch import length_problems
 from megatron_tf.config.run_plan import steps_to_train
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.errors import ConfigError
+from megatron_tf.telemetry.text import count_of
 
 KEY = "deliver"
 Values = dict[str, Any]
@@ -83,8 +84,8 @@ def with_decay(stage: RunConfig, share: float) -> RunConfig:
     decay = max(1, round(share * steps))
     if warmup + decay > steps >= warmup:
         raise ConfigError(
-            f"{KEY}: a decay of {share:g} of {steps} steps is {decay} steps, and optimizer.schedule.warmup_steps is "
-            f"{warmup}: together more than the stage has. Lower one of the two."
+            f"{KEY}: a decay of {share:g} of {count_of(steps, 'step')} is {count_of(decay, 'step')}, and "
+            f"optimizer.schedule.warmup_steps is {warmup}: together more than the stage has. Lower one of the two."
         )
     schedule = stage.optimizer.schedule.model_copy(update={"decay_steps": decay})
     return stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"schedule": schedule})})

@@ -35,6 +35,7 @@ from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.durable import read_plain
 from megatron_tf.errors import ConfigError, broken_link, system_reason
 from megatron_tf.shipped import configurations
+from megatron_tf.telemetry.text import count_of
 from megatron_tf.text_files import decode_text
 
 MOST_BYTES = 1 << 24  # of a configuration
@@ -288,7 +289,7 @@ def _refusal(key: str) -> str | None:
 
 def _missing_key(loc: Location, given: Any) -> str:
     if isinstance(loc[-1], int):
-        return f"{key_name(loc[:-1])}: the list has {len(given)} items, too few. Give all of them."
+        return f"{key_name(loc[:-1])}: the list has {count_of(len(given), 'item')}, too few. Give all of them."
     section = section_at(loc)
     if section is not None:
         return f"{key_name(loc)}: missing. Add this section; it needs {', '.join(required_keys(section))}."

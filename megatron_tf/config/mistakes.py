@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from megatron_tf.checks import did_you_mean
 from megatron_tf.config.fields import NOT_REGISTERED
 from megatron_tf.config.nearest import either, multiples_near
+from megatron_tf.telemetry.text import count_of
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -48,9 +49,10 @@ def value_sentence(key: str, problem: ErrorDetails) -> str:
         unit = bounds["multiple_of"]
         return f"{key}: {given} is not a multiple of {unit}. Set it to {either(multiples_near(given, unit))}."
     if kind == "too_short":
-        return f"{key}: the list has {bounds['actual_length']} items. It needs at least {bounds['min_length']}."
+        found = count_of(bounds["actual_length"], "item")
+        return f"{key}: the list has {found}. It needs at least {bounds['min_length']}."
     if kind == "too_long":
-        return f"{key}: the list has {len(given)} items. It holds {bounds['max_length']}."
+        return f"{key}: the list has {count_of(len(given), 'item')}. It holds {bounds['max_length']}."
     return f"{key}: {describe(given)} is not valid: {reason(problem)}."
 
 
@@ -70,8 +72,8 @@ def reason(problem: ErrorDetails) -> str:
     if kind == "multiple_of":
         return f"must be a multiple of {bounds['multiple_of']}"
     if kind in ("too_short", "too_long"):
-        end = "at least {min_length}" if kind == "too_short" else "at most {max_length}"
-        return f"must have {end.format(**bounds)} items"
+        words, bound = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
+        return f"must have {words} {count_of(bounds[bound], 'item')}"
     if kind == "missing":
         return "is missing"
     if kind == "extra_forbidden":

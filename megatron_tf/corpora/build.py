@@ -20,6 +20,7 @@ from megatron_tf.data.preparation.parts import file_lock
 from megatron_tf.data.preparation.split import is_held_out
 from megatron_tf.durable import partial_path, prepare_output, sync_folder
 from megatron_tf.errors import DataError, file_errors
+from megatron_tf.telemetry.text import count_of
 
 REPORT = "corpus.json"  # marks a folder as a corpus, which a later run may replace
 LICENSES = "LICENSES.txt"
@@ -89,7 +90,7 @@ def fetch(sources: Sequence[Source], downloads: Downloads, note: Callable[[str],
         lines = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())
         remedy = f"go on without them: --sources {' '.join(opened)}" if opened else "none of the sources is left"
         raise DataError(
-            f"{len(missing)} of {len(sources)} sources cannot be fetched here:{lines}\n"
+            f"{len(missing)} of {count_of(len(sources), 'source')} cannot be fetched here:{lines}\n"
             f"What was fetched is kept. Correct it and run again, or {remedy}"
         )
     return opened
@@ -184,7 +185,8 @@ def _side(settings: CorpusSettings, source: str, document: Document) -> str:
 
 def _line(name: str, report: SourceReport) -> str:
     sides = ", ".join(
-        f"{side} {report.documents[side]} documents {report.bytes[side] / 1e6:.2f} MB" for side in reversed(SPLITS)
+        f"{side} {count_of(report.documents[side], 'document')} {report.bytes[side] / 1e6:.2f} MB"
+        for side in reversed(SPLITS)
     )
     reasons = "".join(f", {count} {reason}" for reason, count in sorted(report.left_out.items()))
     return f"{name}: {sides}; left out: {report.repeated_characters / 1e6:.2f} MB repeated{reasons}"

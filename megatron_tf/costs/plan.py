@@ -13,7 +13,7 @@ from megatron_tf.config.sections.model import ParameterTokens
 from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
 from megatron_tf.state.lr_rule import in_words
-from megatron_tf.telemetry.text import plural, size
+from megatron_tf.telemetry.text import count_of, size
 
 
 def describe(
@@ -41,22 +41,22 @@ def describe(
     lines = {
         "run": f"{config.run.name} in {config.run.dir}, seed {config.run.seed}{origin}",
         "model": (
-            f"{num_parameters(model):,} parameters: {model.num_layers} layers × {model.hidden_size}, "
-            f"{model.num_attention_heads} heads, {architecture_of(model).describe(model)}, "
+            f"{num_parameters(model):,} parameters: {count_of(model.num_layers, 'layer')} × {model.hidden_size}, "
+            f"{count_of(model.num_attention_heads, 'head')}, {architecture_of(model).describe(model)}, "
             f"{task_of(model).describe(model)}"
         ),
         "layout": (
-            f"{world_size:,} {plural('rank', world_size)} as {topology}{sequence}, {_sharding(config)}, "
+            f"{count_of(world_size, 'rank')} as {topology}{sequence}, {_sharding(config)}, "
             f"{training.precision}{checkpointing}; "
             f"at most {parameters_per_rank(model, topology):,} parameters a rank"
         ),
         "step": (
-            f"{batches.global_batch_size:,} samples = {batches.micro_batch_size} a micro batch "
+            f"{count_of(batches.global_batch_size, 'sample')} = {batches.micro_batch_size} a micro batch "
             f"× {batches.num_micro_batches} accumulated × {batches.data_parallel} data-parallel; "
             f"× {batches.seq_length:,} = {batches.tokens_per_step:,} tokens"
         ),
         "length": (
-            f"{batches.train_steps:,} {plural('step', batches.train_steps)}, "
+            f"{count_of(batches.train_steps, 'step')}, "
             + (f"{max(0, batches.train_steps - step):,} of them left, " if step else "")
             + f"{tokens:,} tokens, {flops * tokens:.2e} FLOPs"
         ),
@@ -104,7 +104,7 @@ def room_warning(config: RunConfig, steps_left: int, num_bytes: int, free_bytes:
         return None
     remedy = "set checkpoint.keep_last" if keep_last is None else f"lower checkpoint.keep_last ({keep_last})"
     return (
-        f"checkpoint: {count:,} {plural('checkpoint', count)} of {size(num_bytes)} need {size(count * num_bytes)}, and "
+        f"checkpoint: {count_of(count, 'checkpoint')} of {size(num_bytes)} need {size(count * num_bytes)}, and "
         f"{size(free_bytes)} are free in {config.run.dir}. Make room, or {remedy}."
     )
 

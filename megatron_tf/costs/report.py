@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megatron_tf.telemetry.text import size, table
+from megatron_tf.telemetry.text import count_of, size, table
 
 
 def report(plan: dict[str, Any]) -> str:
@@ -71,8 +71,8 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
     sent = stage["sent_bytes"]
     yield f"  sent        a rank and step: {', '.join(f'{axis} {size(sent[axis])}' for axis in sent)}"
     yield (
-        f"  run         {run['steps']:,} steps, {run['tokens'] / length:,.0f} {unit}, {run['flops']:.2e} FLOPs, "
-        f"{_duration(run['hours_without_failures'] * 3600)} of training"
+        f"  run         {count_of(run['steps'], 'step')}, {run['tokens'] / length:,.0f} {unit}, {run['flops']:.2e} "
+        f"FLOPs, {_duration(run['hours_without_failures'] * 3600)} of training"
     )
     if run["hours"] is None:
         yield "              with failures it would never end: save more often or to faster storage"
@@ -114,7 +114,7 @@ def _checkpoint_lines(checkpoint: dict[str, Any]) -> Iterable[str]:
         )
     if checkpoint["configured_steps"] is not None and checkpoint["configured_steps"] != steps:
         yield (
-            f"              as configured, every {checkpoint['configured_steps']} steps, "
+            f"              as configured, every {count_of(checkpoint['configured_steps'], 'step')}, "
             f"{checkpoint['configured_lost_share']:.2%} is lost"
         )
 

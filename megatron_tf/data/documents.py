@@ -12,6 +12,7 @@ from megatron_tf.data.indexed import IndexedDataset, data_file
 from megatron_tf.data.summary import read_summary, summary_file
 from megatron_tf.errors import DataError
 from megatron_tf.tasks.classes import IGNORED
+from megatron_tf.telemetry.text import count_of
 
 DOCUMENTS_LOOKED_AT = 16  # of each source, to check that they end with the expected token
 
@@ -101,9 +102,9 @@ def _without_ends(sources: tuple[DataSource, ...], eod_id: int) -> Iterator[str]
         ends = IndexedDataset(path).ends_of_documents(DOCUMENTS_LOOKED_AT)
         if ends.size and not (ends == eod_id).any():
             yield (
-                f"{data_file(path)}: none of its first {ends.size} documents ends with the end-of-document token "
-                f"{eod_id}; the first one ends with {ends[0]}. Correct data.eod_id, or prepare the data again with "
-                "end-of-document tokens."
+                f"{data_file(path)}: its documents do not end with the end-of-document token {eod_id} "
+                f"({count_of(ends.size, 'document')} looked at); the first one ends with {ends[0]}. Correct "
+                "data.eod_id, or prepare the data again with end-of-document tokens."
             )
 
 

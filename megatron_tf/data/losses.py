@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.errors import DataError
+from megatron_tf.telemetry.text import count_of
 
 PIECE_CHARACTERS = 20  # of a longer unknown word only the beginning is named
 NAMED = 8  # pieces in a message
@@ -34,7 +35,7 @@ class Loss:
 
     def __str__(self) -> str:
         named = ", ".join(f"{piece!r} {count:,}" for piece, count in self.pieces.most_common(NAMED))
-        return f"{self.characters:,} characters ({named}{', ...' if len(self.pieces) > NAMED else ''})"
+        return f"{count_of(self.characters, 'character')} ({named}{', ...' if len(self.pieces) > NAMED else ''})"
 
     def add(self, other: Loss) -> None:
         """Count what is lost elsewhere. Of very many different pieces the rarer ones are forgotten."""

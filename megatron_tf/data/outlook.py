@@ -19,7 +19,7 @@ from megatron_tf.data.tokenizer import check_kind, load_tokenizer
 from megatron_tf.data.tokenizer_files import NotATokenizerError
 from megatron_tf.errors import DataError
 from megatron_tf.tasks.language_model.section import LanguageModel, vocab_size_of
-from megatron_tf.telemetry.text import plural
+from megatron_tf.telemetry.text import count_of
 
 # Up to so many passes repeated text is worth nearly as much as new text (Muennighoff et al., "Scaling Data-Constrained
 # Language Models", 2023).
@@ -86,7 +86,7 @@ def _pass_warnings(found: Sequence[Passes]) -> Iterator[str]:
     often = sorted((source for source in found if source.passes > MANY_PASSES), key=lambda source: -source.passes)
     if often:
         named = ", ".join(f"{_times(source)} over {source.path} ({source.tokens:,} tokens)" for source in often[:3])
-        more = f", and more than {MANY_PASSES} over {len(often) - 3} others" if len(often) > 3 else ""
+        more = f", and more than {MANY_PASSES} over {count_of(len(often) - 3, 'other')}" if len(often) > 3 else ""
         yield (
             f"data.train: the run makes {named}{more}. Beyond {MANY_PASSES} passes a model learns less and less from "
             "text that it has seen, and in the end learns it by heart. Train for fewer steps, lower the weight, or "
@@ -204,7 +204,7 @@ def evaluation_warning(samples: int, available: int) -> str | None:
     if samples <= available:
         return None
     return (
-        f"evaluation.samples: {samples:,}, but the validation data has {available:,} "
-        f"{plural('sample', available)}: each evaluation goes round it {samples / available:,.1f} times and takes as "
+        f"evaluation.samples: {samples:,}, but the validation data has "
+        f"{count_of(available, 'sample')}: each evaluation goes round it {samples / available:,.1f} times and takes as "
         f"much longer. Set it to at most {available}."
     )

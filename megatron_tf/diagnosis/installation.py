@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from megatron_tf.requirements import is_wanted, wanted_versions
+from megatron_tf.telemetry.text import count_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def system_facts() -> Iterator[tuple[str, str]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "host", f"{socket.gethostname()}, {platform.system()} {platform.release()}, {platform.machine()}"
     yield "python", platform.python_version()
-    yield "processor", f"{cores} cores, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:,.0f} GB memory"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield "processor", f"{count_of(cores or 0, 'core')}, {memory / 1e9:,.0f} GB memory"
     yield "disk", f"{shutil.disk_usage('.').free / 1e9:,.0f} GB free in {os.getcwd()}"
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     yield "compiler", compiler or "no C++ compiler: training.compile and the installation of deepspeed need one"

@@ -28,6 +28,7 @@ from megatron_tf.runtime.facts import COMMAND, agree
 from megatron_tf.runtime.network import interface_problems
 from megatron_tf.runtime.patient_store import Unreachable
 from megatron_tf.runtime.rendezvous import Assembly, Stuck
+from megatron_tf.telemetry.text import count_of
 
 # Passing disturbances, such as other traffic, can spoil a whole measurement of a link, so each link is measured several
 # times. As long as one still looks slow, all are measured again, up to DOUBTFUL_PASSES times.
@@ -102,7 +103,7 @@ def _examine(
     options: Mapping[str, str],
 ) -> None:
     rank, world = assembly.rank, assembly.world_size
-    say(f"waiting for {world} ranks")
+    say(f"waiting for {count_of(world, 'rank')}")
     found.hosts = assembly.meet(run)
     agree(
         assembly,

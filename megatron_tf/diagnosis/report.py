@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_tf.telemetry.text import plural
+from megatron_tf.telemetry.text import count_of
 
 
 def machine_report(machine: dict[str, Any]) -> str:
@@ -27,7 +27,7 @@ def _job_lines(job: dict[str, Any]) -> Iterator[str]:
     hosts = job["hosts"]
     yield ""
     if hosts:
-        yield f"{len(hosts)} {plural('rank', len(hosts))} on {len(set(hosts))} {plural('host', len(set(hosts)))}"
+        yield f"{count_of(len(hosts), 'rank')} on {count_of(len(set(hosts)), 'host')}"
     if job["flops"]:
         yield f"  matrix product   {min(job['flops']) / 1e12:.3g} to {max(job['flops']) / 1e12:.3g} TFLOP/s a rank"
     for kind, within in (("within a host", True), ("between hosts", False)):
@@ -35,7 +35,7 @@ def _job_lines(job: dict[str, Any]) -> Iterator[str]:
         if links:
             rates, delays = [one["bandwidth"] / 1e9 for one in links], [one["latency"] * 1e6 for one in links]
             yield (
-                f"  {len(links)} {plural('link', len(links))} {kind}: {min(rates):.3g} to {max(rates):.3g} GB/s, "
+                f"  {count_of(len(links), 'link')} {kind}: {min(rates):.3g} to {max(rates):.3g} GB/s, "
                 f"{min(delays):,.0f} to {max(delays):,.0f} µs"
             )
     for one in job["collectives"]:

@@ -44,6 +44,7 @@ from megatron_tf.runtime.agreement import together
 from megatron_tf.runtime.watchdog import Watchdog
 from megatron_tf.streams import report
 from megatron_tf.tasks.language_model.section import vocab_size_of
+from megatron_tf.telemetry.text import count_of
 
 
 class TextEvaluation(TaskEvaluation):
@@ -181,8 +182,8 @@ def _open_data(config: RunConfig, prefixes: Sequence[str]) -> list[IndexedDatase
     for dataset in datasets:
         if dataset.num_tokens < 2:
             raise DataError(
-                f"{dataset.prefix}.bin: has {dataset.num_tokens} tokens, and the first one is only read. Prepare more "
-                "text."
+                f"{dataset.prefix}.bin: has {count_of(dataset.num_tokens, 'token')}, and the first one is only read. "
+                "Prepare more text."
             )
     return datasets
 

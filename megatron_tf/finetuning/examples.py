@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_tf.checkpoint.strict_json import NotJsonError, parse_json
 from megatron_tf.errors import DataError, file_errors, first_line, shown
+from megatron_tf.telemetry.text import are, count_of
 
 _KINDS = (frozenset({"prompt", "answer"}), frozenset({"messages"}), frozenset({"text"}))
 _ASSISTANT = "assistant"
@@ -55,8 +56,8 @@ def read_examples(
         longest = max(long, key=lambda one: len(one.ids))
         raise DataError(
             f"{longest.place}: has {len(longest.ids):,} tokens, and {key} is {seq_length:,}; {len(long)} of "
-            f"{len(long) + len(found)} examples are too long. Raise {key}, shorten them, or set "
-            "data.too_long to drop."
+            f"{count_of(len(long) + len(found), 'example')} {are(len(long))} too long. Raise {key}, "
+            "shorten them, or set data.too_long to drop."
         )
     if not found:
         raise DataError(f"{', '.join(files)}: no example is left of at most {seq_length:,} tokens. Raise {key}.")

@@ -14,6 +14,7 @@ from megatron_tf.benchmark.adapters import trained_parameters, with_adapter
 from megatron_tf.finetuning.comparison import Plan, check_setting, checked, missing, read_trials, shared
 from megatron_tf.finetuning.steps import Computing, backward, mean_loss
 from megatron_tf.finetuning.trial import BASE, SECOND, Outcome, Setting, Texts, Trial
+from megatron_tf.telemetry.text import count_of
 
 _FORM = "modules"
 
@@ -34,8 +35,8 @@ def foresee(plan: Plan, folder: Path, device: torch.device) -> str:
     minutes = (len(left) * costs["load"] + trained * costs["train"] + measured * costs["measure"]) / 60
     unit = "core" if device.type == "cpu" else "GPU"
     return (
-        f"trials  {len(left)} of {len(left) + len(done)} are left\n"
-        f"work    {trained:,} sequences to train on, {measured:,} to measure on\n"
+        f"trials  {len(left)} of {len(left) + len(done)} left\n"
+        f"work    {count_of(trained, 'sequence')} to train on, {measured:,} to measure on\n"
         f"time    about {minutes:,.1f} {unit}-minutes, by {costs['train']:.3g} and {costs['measure']:.3g} "
         f"{unit}-seconds a sequence that were measured now, and {costs['load']:.3g} to load the base"
         f"{'' if not plan.rounds else '; the rounds that compare speeds come on top'}"

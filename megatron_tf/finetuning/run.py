@@ -46,6 +46,7 @@ from megatron_tf.runtime.session import session
 from megatron_tf.runtime.stop_signals import StopSignals, describe_request
 from megatron_tf.runtime.watchdog import Watchdog
 from megatron_tf.telemetry.console import Console
+from megatron_tf.telemetry.text import count_of
 from megatron_tf.telemetry.trackers import Trackers, open_trackers
 
 DEFAULT_TOKENS = 64
@@ -119,7 +120,7 @@ class _Finetuning:
     def fit(self, stop: StopSignals, watchdog: Watchdog) -> None:
         steps = self.config.training.train_steps
         learnt = count_targets(self.train)
-        self.console.info(f"{'data':<7} {len(self.train):,} sequences, {learnt:,} learnt tokens an epoch")
+        self.console.info(f"{'data':<7} {count_of(len(self.train), 'sequence')}, {learnt:,} learnt tokens an epoch")
         if self.step > steps and self.is_main:
             self.console.warning(below_trained("training.train_steps", steps, self.step))
         trained = sum(parameter.numel() for parameter in self.names)

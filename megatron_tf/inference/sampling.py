@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_tf.checks import check_number, check_whole_number
 from megatron_tf.errors import ArgumentError, CheckpointError
+from megatron_tf.telemetry.text import count_of
 
 
 def generate(
@@ -74,8 +75,8 @@ def _generated(
             )
         if not logits.isfinite().all():
             raise CheckpointError(
-                f"the model's logits after {ids.shape[1]} tokens are not finite: its training diverged. Use an earlier "
-                "checkpoint."
+                f"the model's logits after {count_of(ids.shape[1], 'token')} are not finite: its training diverged. "
+                "Use an earlier checkpoint."
             )
         picked = pick(logits)
         ended = [done or token == end for done, token in zip(ended, picked)]

@@ -38,6 +38,7 @@ from megatron_tf.state.parameters import parameter_table, projections
 from megatron_tf.state.sources import StateSource, StepZero
 from megatron_tf.tasks.data import Batch
 from megatron_tf.tasks.language_model.section import vocab_size_of
+from megatron_tf.telemetry.text import count_of
 
 DEFAULT_SAMPLES = 64
 _SEED = 0  # of the order of samples; constant, so that the samples depend only on the data and seq_length
@@ -98,8 +99,8 @@ class DataSample:
         available = dataset.sources[0].samples_per_epoch
         if available < 2:
             raise DataError(
-                f"{prefix}: has {available} sample of {model.seq_length} tokens, and one is needed to measure and "
-                f"another one for the loss. Prepare more text."
+                f"{prefix}: has {count_of(available, 'sample')} of {model.seq_length} tokens, and one is needed to "
+                "measure and another one for the loss. Prepare more text."
             )
         self.samples = min(DEFAULT_SAMPLES, available // 2) if samples is None else samples
         if not 1 <= self.samples <= available // 2:

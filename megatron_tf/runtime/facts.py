@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_tf.errors import DisagreementError, shortened
 from megatron_tf.runtime.rendezvous import MOST_RANKS, Assembly
-from megatron_tf.telemetry.text import bullets, some_of
+from megatron_tf.telemetry.text import bullets, count_of, some_of
 
 Facts = Mapping[str, str]
 NOT_SET = "not set"
@@ -68,7 +68,7 @@ def _verdict(assembly: Assembly, reference: Facts, reports: Sequence[Mapping[str
     found = list(differences(reference, [report["differs"] for report in reports], names))
     sentences = found[:MOST_DIFFERENCES]
     if len(found) > MOST_DIFFERENCES:
-        sentences.append(f"and {len(found) - MOST_DIFFERENCES} more differences")
+        sentences.append(f"and {count_of(len(found) - MOST_DIFFERENCES, 'more difference')}")
     who: dict[str, list[str]] = {}
     by_gpu: dict[str, list[str]] = {}
     for name, report in zip(names, reports):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_tf.errors import UserError
+from megatron_tf.telemetry.text import are, count_of
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,12 @@ def share(ranks: int, workers: int | None) -> Share:
     """
     cores, gpus = len(os.sched_getaffinity(0)), _gpus()
     shared = ranks == 1 and workers is not None and workers > len(gpus)
-    room, unit = (len(gpus), "GPUs") if gpus and not shared else (cores, "cores")
+    room, unit = (len(gpus), "GPU") if gpus and not shared else (cores, "core")
     if ranks * (workers or 1) > room:
         remedy = f"Give at most {room // ranks}." if ranks <= room else "Set ranks to less, or take a larger machine."
         raise UserError(
-            f"--workers: {workers or 1} runs of {ranks} processes need {ranks * (workers or 1)} {unit}, and here are "
-            f"{room}. "
-            f"{remedy}"
+            f"--workers: {count_of(ranks * (workers or 1), unit)} for {count_of(workers or 1, 'run')} of "
+            f"{count_of(ranks, 'process')} at once, and there {are(room)} {room} here. {remedy}"
         )
     workers = workers or room // ranks
     devices: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ from megatron_tf.paths import literal
 from megatron_tf.shipped import find_configuration
 from megatron_tf.study.file import Arm, Study
 from megatron_tf.study.sweep import Choice, choose
+from megatron_tf.telemetry.text import count_of
 
 Values = dict[str, Any]
 Outcome = Callable[["Node"], "float | None"]  # the last validation loss of a run; None when it has not ended
@@ -281,8 +282,9 @@ def _add_budget(values: Values, arm: Arm, begin: Position, flops: float | None, 
     warmup = 0 if begin.step else schedule.get("warmup_steps", 0)
     if decay + warmup > steps:
         raise ConfigError(
-            f"decay: {arm.decay:g} of {whole:.4g} {unit} are {decay:,} steps, but of the arm's own {steps:,} steps "
-            f"{max(0, steps - warmup):,} are left after the warm-up. Lower it, or start the arm earlier."
+            f"decay: {arm.decay:g} of {whole:.4g} {unit} makes {count_of(decay, 'step')}, but the arm's own "
+            f"{count_of(steps, 'step')} leave {max(0, steps - warmup):,} after the warm-up. Lower it, or start the arm "
+            "earlier."
         )
     values["optimizer"] = {**optimizer, "schedule": {**schedule, "type": "wsd", "decay_steps": decay}}
 

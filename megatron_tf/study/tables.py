@@ -74,11 +74,15 @@ def _cells(arm: Json, unit_tokens: int) -> tuple[str, ...]:
 
 
 def _seeds(arm: Json) -> str:
-    return f"{arm['ended']} of {arm['seeds']} seeds" if arm["ended"] + arm["diverged"] < arm["seeds"] else ""
+    return (
+        f"{arm['ended']} of {text.count_of(arm['seeds'], 'seed')}"
+        if arm["ended"] + arm["diverged"] < arm["seeds"]
+        else ""
+    )
 
 
 def _diverged(arm: Json) -> str:
-    return f"{arm['diverged']} of {arm['seeds']} seeds diverged" if arm["diverged"] else ""
+    return f"{arm['diverged']} of {text.count_of(arm['seeds'], 'seed')} diverged" if arm["diverged"] else ""
 
 
 def _last_cells(arm: Json) -> tuple[str, str]:

@@ -6,9 +6,20 @@ import re
 from collections.abc import Collection, Sequence
 
 
-def plural(noun: str, count: int) -> str:
-    """ "step" of 1, "steps" of any other number."""
-    return noun if count == 1 else f"{noun}s"
+def plural(noun: str, count: float) -> str:
+    """ "step" of 1, "steps" of any other number; "processes"."""
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s"
+    return noun + ending
+
+
+def count_of(count: int, noun: str) -> str:
+    """The number and the noun: "1 step", "1,000 steps"."""
+    return f"{count:,} {plural(noun, count)}"
+
+
+def are(count: int) -> str:
+    """The verb after a number of things: "is" of 1."""
+    return "is" if count == 1 else "are"
 
 
 def some_of(names: Sequence[str], most: int) -> str:

@@ -10,6 +10,7 @@ from math import isfinite
 from typing import Any
 
 from megatron_tf.config.sections.training import StopWhen
+from megatron_tf.telemetry.text import count_of
 
 
 class EarlyStop:
@@ -49,7 +50,7 @@ class EarlyStop:
             return f"the validation loss {self._newest:.4f} is below {below:g} (training.stop_when.loss_below)"
         if patience is not None and self._waited >= patience:
             return (
-                f"{self._waited} evaluations in a row are no better than {self._best:.4f} (training.stop_when.patience "
-                f"{patience})"
+                f"{count_of(self._waited, 'evaluation')} in a row brought nothing better than {self._best:.4f} "
+                f"(training.stop_when.patience {patience})"
             )
         return None

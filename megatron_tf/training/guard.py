@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_tf.config.sections.training import Guard
 from megatron_tf.errors import TrainingError
+from megatron_tf.telemetry.text import count_of
 
 _MEMORY = 0.98  # decay rate of the running mean, which covers about 50 steps
 WARMUP = 20  # losses before the running mean means anything
@@ -81,14 +82,14 @@ class LossGuard:
         """
         if self._skipped:
             raise TrainingError(
-                f"the run reached its last step {step:,}, but the last {self._skipped} were skipped, because their "
-                f"gradients were not finite. That state is not saved. {_REMEDY}"
+                f"the run reached its last step {step:,}, but {_last(self._skipped)} skipped, because "
+                f"of gradients that were not finite. That state is not saved. {_REMEDY}"
             )
         if loss_scale is not None and self._overflowed >= min(step, self._config.nonfinite_patience):
             lower = max(0, math.ceil(math.log2(loss_scale)) - 1)
             raise TrainingError(
-                f"the run reached its last step {step:,}, but the last {self._overflowed:,} were skipped, because "
-                f"their gradients overflowed fp16 while the loss scale fell, to {loss_scale:g}. That state is not "
+                f"the run reached its last step {step:,}, but {_last(self._overflowed)} skipped, because "
+                f"gradients overflowed fp16 while the loss scale fell, to {loss_scale:g}. That state is not "
                 f"saved. In a new run.dir, as checkpoints keep the scale, set deepspeed.fp16.initial_scale_power to at "
                 f"most {lower} (this scale overflowed, so that is an upper bound; the default is 16), or "
                 "training.precision to bf16; or go on here for more steps."
@@ -116,7 +117,7 @@ class LossGuard:
     def _spiked(self, step: int, loss: float, factor: float) -> str:
         text = (
             f"step {step:,}: loss {loss:.4f} is more than {factor:g} times its mean {self._lowest:.4f}, "
-            f"{self._spikes} steps in a row"
+            f"{count_of(self._spikes, 'step')} in a row"
         )
         if self._config.spike_action == "stop":
             raise TrainingError(
@@ -126,3 +127,7 @@ class LossGuard:
         self.lr_factor *= self._config.spike_lr_factor
         self._mean, self._seen, self._spikes = 0.0, 0, 0  # what is normal is learnt again
         return f"{text}: the learning rate is now {self.lr_factor:g} times the schedule's"
+
+
+def _last(count: int) -> str:
+    return "this step was" if count == 1 else f"the last {count:,} were"

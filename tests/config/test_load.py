@@ -274,7 +274,7 @@ def test_duplicate_key_is_reported_with_the_other_problems(small_path):
         ("run.seed=9223372036854775808", "run.seed: 9223372036854775808 is out of range. It must be less than "
          "9223372036854775808."),
         ("checkpoint.keep_last=0", "checkpoint.keep_last: 0 is out of range. It must be at least 1."),
-        ("optimizer.betas=[0.9]", "optimizer.betas: the list has 1 items, too few. Give all of them."),
+        ("optimizer.betas=[0.9]", "optimizer.betas: the list has 1 item, too few. Give all of them."),
         ("optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas: the list has 3 items. It holds 2."),
         ("data.train=[]", "data.train: the list has 0 items. It needs at least 1."),
         # missing keys

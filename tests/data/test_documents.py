@@ -54,14 +54,16 @@ def test_all_sources_must_agree(tmp_path):
     assert "a.json: documents end with token 7, but data.eod_id says 3" in str(error.value)
     assert "b.json: documents end with token 2, but data.eod_id says 3" in str(error.value)
     assert (
-        "a.bin: none of its first 2 documents ends with the end-of-document token 3; the first one ends with 7"
-        in str(error.value)
-    )
+        "a.bin: its documents do not end with the end-of-document token 3 (2 documents looked at); the first one ends "
+        "with 7"
+    ) in str(error.value)
 
 
 def test_data_without_ends(tmp_path):
     bare = prepared(tmp_path / "a", ((1, 2, 3), (4, 5)), eod_id=None)
-    with pytest.raises(DataError, match=r"a\.bin: none of its first 2 documents ends with .* 7; the first .* with 3"):
+    with pytest.raises(
+        DataError, match=r"a\.bin: its documents do not end with .* 7 \(2 documents looked at\); the first .* with 3"
+    ):
         end_of_document(data(bare, eod_id=EOD))
 
 

@@ -66,7 +66,10 @@ def test_text_is_learnt_whole_and_cut_into_pieces(read, tokenizer):
         ({"messages": [{"role": "user"}]}, "Give a list of objects with role and content"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message is of the assistant"),
         ([1], r"has \[1\]. Give prompt and answer"),
-        ({"prompt": "a" * 60, "answer": "b" * 10}, "has 71 tokens, and data.seq_length is 64; 1 of 1 examples"),
+        (
+            {"prompt": "a" * 60, "answer": "b" * 10},
+            "has 71 tokens, and data.seq_length is 64; 1 of 1 example is too long",
+        ),
     ],
 )
 def test_a_line_that_is_no_example_is_named(read, record, message):

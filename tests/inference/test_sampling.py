@@ -90,7 +90,7 @@ def test_rows_of_different_lengths_end_when_they_end():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_whose_training_diverged(bad, temperature):
-    with pytest.raises(CheckpointError, match="after 1 tokens are not finite: its training diverged. Use an earlier"):
+    with pytest.raises(CheckpointError, match="after 1 token are not finite: its training diverged. Use an earlier"):
         sample(logits=torch.tensor([0.0, bad]), temperature=temperature)
 
 

@@ -71,7 +71,7 @@ def test_a_source_without_a_sample_is_named(documents):
 def test_an_unknown_end_is_refused_before_anything_is_written(documents):
     folder, overrides = documents
     for wrong, said in (("data.eod_id=null", "Give it as data.eod_id"), ("data.eod_id=5",
-                                                                         "none of its first 16 documents"),
+                                                                         "(16 documents looked at)"),
                         ("data.eod_id=99", "data.eod_id: 99 is beyond the vocabulary")):  # fmt: skip
         result = train(folder, *overrides, wrong)
         assert result.returncode == 2 and said in " ".join(result.stdout.split()), result.stdout

@@ -58,7 +58,7 @@ from study_names import problems_of
         ({"extends": "tiny"}, "study.yml: extends: 'tiny', but a study extends no file."),
         (
             {"arms": {"small": {"sweep": {"key": "a", "values": [1.0]}}}},
-            "arm small: sweep.values: the list has 1 items. It needs at least 2.",
+            "arm small: sweep.values: the list has 1 item. It needs at least 2.",
         ),
         (
             {"arms": {"small": {"sweep": {"key": "a", "values": ["fast", 1.0]}}}},

@@ -20,17 +20,17 @@ def test_runs_never_share_a_core(cores):
     assert share(2, 2) == Share(2, 2)
     assert share(3, None) == Share(2, 1)
     with pytest.raises(
-        UserError, match="--workers: 5 runs of 2 processes need 10 cores, and here are 8. Give at most 4."
+        UserError, match="--workers: 10 cores for 5 runs of 2 processes at once, and there are 8 here. Give at most 4."
     ):
         share(2, 5)
-    with pytest.raises(UserError, match="1 runs of 9 processes need 9 cores, and here are 8. Set ranks to less"):
+    with pytest.raises(UserError, match="9 cores for 1 run of 9 processes at once, and there are 8 here. Set ranks to"):
         share(9, None)
 
 
 def test_each_worker_has_gpus_of_its_own(cores, monkeypatch):
     monkeypatch.setattr(machine, "_gpus", lambda: ["4", "5", "6", "7"])
     assert share(2, None) == Share(2, 2, ("4,5", "6,7"))
-    with pytest.raises(UserError, match="need 6 GPUs, and here are 4"):
+    with pytest.raises(UserError, match="6 GPUs for 3 runs of 2 processes at once, and there are 4 here"):
         share(2, 3)
 
 
@@ -38,7 +38,7 @@ def test_runs_of_one_process_may_share_gpus(cores, monkeypatch):
     monkeypatch.setattr(machine, "_gpus", lambda: ["4", "5"])
     assert share(1, None) == Share(2, 4, ("4", "5"))
     assert share(1, 3) == Share(3, 2, ("4", "5", "4"))
-    with pytest.raises(UserError, match="--workers: 9 runs of 1 processes need 9 cores, and here are 8"):
+    with pytest.raises(UserError, match="--workers: 9 cores for 9 runs of 1 process at once, and there are 8 here"):
         share(1, 9)
-    with pytest.raises(UserError, match="--workers: 2 runs of 2 processes need 4 GPUs, and here are 2"):
+    with pytest.raises(UserError, match="--workers: 4 GPUs for 2 runs of 2 processes at once, and there are 2 here"):
         share(2, 2)

@@ -94,7 +94,7 @@ def test_a_chain_inherits_from_the_stage_before(study):
     ("changes", "problem"),
     [
         ({"arms": {"grown": {"flops": 1e6}}}, "arm grown: flops: 1e+06, of which its parents take 1.116e+07"),
-        ({"arms": {"grown": {"decay": 0.95}}}, "arm grown: decay: 0.95 of 2e+07 flops are"),
+        ({"arms": {"grown": {"decay": 0.95}}}, "arm grown: decay: 0.95 of 2e+07 flops makes"),
         ({"arms": {"grown": {"overrides": {"growth": {"from": "x"}}}}}, "arm grown: growth.from: x, but an arm starts"),
         ({"arms": {"grown": {"overrides": {}}}}, "the smaller model has model.parameter_tokens"),
         ({"arms": {"grown": {"parent": None}}}, "arm grown: growth: is given, but the arm has no parent"),

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from megatron_tf.telemetry.text import bullets, plural, size, some_of, table
+from megatron_tf.telemetry.text import are, bullets, count_of, plural, size, some_of, table
 
 
 def test_one_is_singular_and_every_other_number_is_not():
     assert [plural("step", count) for count in (0, 1, 2)] == ["steps", "step", "steps"]
+    assert [plural(noun, 2) for noun in ("process", "branch", "pass")] == ["processes", "branches", "passes"]
+    assert [count_of(count, "step") for count in (0, 1, 1000)] == ["0 steps", "1 step", "1,000 steps"]
+    assert [are(count) for count in (0, 1, 2)] == ["are", "is", "are"]
 
 
 def test_sizes_have_the_largest_unit_that_leaves_one_or_more():

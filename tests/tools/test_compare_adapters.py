@@ -189,7 +189,7 @@ def test_forms_are_compared_and_a_comparison_goes_on(tmp_path):
     lines = (tmp_path / "out" / "trials.jsonl").read_text()
     (tmp_path / "out" / "trials.jsonl").write_text(lines + '{"form": "lo')  # a kill tore it
     foreseen = tool("compare_adapters", *arguments, "--forms", "lora", "modules", "--seeds", 1, "--plan")
-    assert "trials  0 of 7 are left" in foreseen.stdout, foreseen.stderr
+    assert "trials  0 of 7 left" in foreseen.stdout, foreseen.stderr
     assert (tmp_path / "out" / "trials.jsonl").read_text() == lines + '{"form": "lo'
     then = ("--then", write_lines(tmp_path / "then.jsonl", [{"text": "and then " * 5}] * 20))
     done = tool("compare_adapters", *arguments, *then, "--forms", "lora", "modules", "--seeds", 2, "--rounds", 0)
@@ -200,7 +200,7 @@ def test_forms_are_compared_and_a_comparison_goes_on(tmp_path):
     assert done.stdout.count(", seed 1: held-out loss") == 2 + 4 and done.stdout.count(", seed 0:") == 4
     assert (tmp_path / "out" / "trials.jsonl").read_text().startswith(lines)
     foreseen = tool("compare_adapters", *arguments, "--forms", "lora", "modules", "mlp", "--seeds", 2, "--plan")
-    assert "trials  3 of 20 are left\nwork    96 sequences to train on, " in foreseen.stdout, foreseen.stderr
+    assert "trials  3 of 20 left\nwork    96 sequences to train on, " in foreseen.stdout, foreseen.stderr
     assert "core-minutes, by " in foreseen.stdout
     assert_refused(
         tool("compare_adapters", *arguments, "--rank", 4), "is of a comparison with rank 8, and this one has 4"

@@ -31,7 +31,7 @@ def test_a_folder_is_prepared(folder, tmp_path):
     done = tool("prepare_images", "--input", folder, "--output-prefix", tmp_path / "out/x", "--on-error", "skip")
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path}/out/x: 4 images of 2 classes" in done.stdout
-    assert f"1 bad images of the input were left out, see {tmp_path}/out/x.report.json" in done.stdout
+    assert f"left out of the input: 1 bad image, see {tmp_path}/out/x.report.json" in done.stdout
     last = done.stderr.splitlines()[-1]
     assert last.startswith("4 images (") and last.endswith("), 1 skipped") and "tokens" not in done.stderr
     assert "skipped " in done.stderr and "bad.jpg:1: cannot identify image file" in done.stderr

@@ -36,7 +36,7 @@ def test_a_loss_that_is_low_enough_ends_the_run():
 def test_no_improvement_for_a_while_ends_the_run():
     assert followed([5.0, 4.0, 4.1], patience=2).reason is None
     assert followed([5.0, 4.0, 4.1, 4.0], patience=2).reason == (
-        "2 evaluations in a row are no better than 4.0000 (training.stop_when.patience 2)"
+        "2 evaluations in a row brought nothing better than 4.0000 (training.stop_when.patience 2)"
     )
     assert followed([5.0, 4.0, 3.9, 3.8], patience=2).reason is None
     assert followed([5.0, 4.0, 3.95, 3.92], patience=2, min_improvement=0.1).reason is not None

@@ -80,7 +80,7 @@ def test_a_run_that_ends_in_skipped_steps_has_failed():
     watched.check_end(9)
     watched.skipped(10, "loss nan")
     assert watched.is_skipping
-    with pytest.raises(TrainingError, match="reached its last step 10, but the last 1 were skipped"):
+    with pytest.raises(TrainingError, match="reached its last step 10, but this step was skipped"):
         watched.check_end(10)
 
 

@@ -9,6 +9,7 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.nearest import divisors, divisors_near, either, listed, multiples_near
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
+from megatron_tf.telemetry.text import count_of
 
 
 def layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -51,7 +52,7 @@ def sharding_problems(config: RunConfig) -> Iterator[str]:
     for key, count in {**task_of(model).sharded_rows(model), **rows}.items():
         if count < tensor:
             yield (
-                f"{key}: {count} rows cannot be split over parallel.tensor {tensor} ranks. "
+                f"{key}: {count_of(count, 'row')} cannot be split over parallel.tensor {tensor} ranks. "
                 f"Set it to at least {tensor}, or parallel.tensor to at most {count}."
             )
     yield from architecture_of(model).layout_problems(config)

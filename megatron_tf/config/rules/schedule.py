@@ -9,6 +9,7 @@ from megatron_tf.config.rules.batch import length_problems
 from megatron_tf.config.run_plan import steps_to_train
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.growth import LearningRates
+from megatron_tf.telemetry.text import count_of
 
 
 def schedule_problems(config: RunConfig) -> Iterator[str]:
@@ -24,8 +25,8 @@ def schedule_problems(config: RunConfig) -> Iterator[str]:
         yield from _new_tokens_problems(config.growth.lr_multipliers, steps)
     if schedule.warmup_steps > steps:
         yield (
-            f"optimizer.schedule.warmup_steps: {schedule.warmup_steps} is more than the run's {steps} steps. "
-            f"Set it to at most {steps}; 1 % would be {math.ceil(steps / 100)}."
+            f"optimizer.schedule.warmup_steps: {schedule.warmup_steps} is more than the run's "
+            f"{count_of(steps, 'step')}. Set it to at most {steps}; 1 % would be {math.ceil(steps / 100)}."
         )
     if config.checkpoint.keep_before_decay and schedule.type != "wsd":
         yield (
@@ -51,8 +52,8 @@ def schedule_problems(config: RunConfig) -> Iterator[str]:
     elif schedule.warmup_steps + schedule.decay_steps > steps:
         yield (
             f"optimizer.schedule.decay_steps: {schedule.decay_steps} and optimizer.schedule.warmup_steps "
-            f"{schedule.warmup_steps} are together more than the run's {steps} steps. Set decay_steps to at most "
-            f"{max(0, steps - schedule.warmup_steps)}."
+            f"{schedule.warmup_steps} are together more than the run's {count_of(steps, 'step')}. Set decay_steps to "
+            f"at most {max(0, steps - schedule.warmup_steps)}."
         )
 
 
@@ -72,4 +73,4 @@ def _new_tokens_problems(rates: LearningRates, steps: int) -> Iterator[str]:
             "with, such as 4, or remove new_tokens_decay_steps."
         )
     elif decay > steps:
-        yield f"{key}: {decay} is more than the run's {steps} steps. Set it to at most {steps}."
+        yield f"{key}: {decay} is more than the run's {count_of(steps, 'step')}. Set it to at most {steps}."

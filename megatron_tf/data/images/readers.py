@@ -22,6 +22,7 @@ from megatron_tf.data.images.source import LABEL
 from megatron_tf.data.preparation.record_types import BadRecord, RawRecord, bad_raw
 from megatron_tf.durable import open_plain, read_plain
 from megatron_tf.errors import DataError, UserError, file_errors
+from megatron_tf.telemetry.text import count_of
 from megatron_tf.text_files import read_text_file
 
 IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801
@@ -208,7 +209,9 @@ def class_folders(top: Path) -> dict[str, list[Path]]:
             "--classes-from also name classes without a folder."
         )
     if len(found) < 2:
-        raise DataError(f"{top}: has {len(found)} folders, but a class is a folder, and two are needed at least.")
+        raise DataError(
+            f"{top}: has {count_of(len(found), 'folder')}, but a class is a folder, and two are needed at least."
+        )
     return found
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_tf.data.preparation.contents import kind_by_name
 from megatron_tf.data.preparation.formats import inspect_file
 from megatron_tf.errors import DataError, file_errors
+from megatron_tf.telemetry.text import count_of
 
 REMEDY = "Correct the path, make it readable, or remove it."
 PROBLEMS_SHOWN = 10
@@ -59,7 +60,7 @@ def find_inputs(
         found.update(sorted(chosen.items(), key=lambda item: item[1]))
     if repeated:
         name, known = repeated[0]
-        others = f"; {len(repeated) - 1} other names lead to files twice as well" if len(repeated) > 1 else ""
+        others = f"; the same of {count_of(len(repeated) - 1, 'other name')}" if len(repeated) > 1 else ""
         note(f"{name} is the file {known}, which is read once{others}")
     return [Path(name) for name in found.values()]
 
@@ -95,7 +96,7 @@ def _check_contents(files: Sequence[Path]) -> None:
         if content.kind == "unknown":
             problems.append(f"{path}: {content.detail}.")
     if len(problems) > PROBLEMS_SHOWN:
-        problems[PROBLEMS_SHOWN:] = [f"... and {len(problems) - PROBLEMS_SHOWN} more files."]
+        problems[PROBLEMS_SHOWN:] = [f"... and {count_of(len(problems) - PROBLEMS_SHOWN, 'more file')}."]
     if problems:
         raise DataError("\n".join(problems))
 

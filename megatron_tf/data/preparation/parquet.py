@@ -9,6 +9,7 @@ from typing import Any
 from megatron_tf.data.preparation.record_types import BadRecord, RawRecord, ReadLimits, bad_raw
 from megatron_tf.durable import open_plain
 from megatron_tf.errors import DataError, file_errors
+from megatron_tf.telemetry.text import count_of
 
 ROWS = 256
 MAGIC = b"PAR1"
@@ -75,7 +76,7 @@ def column_problem(file: Any, name: str) -> BadRecord | None:
     """Why an open ParquetFile has no single column `name` of strings or bytes; None when it has one."""
     import pyarrow.types as types
 
-    lost = f"none of the {file.metadata.num_rows} rows can be read"
+    lost = f"so that {count_of(file.metadata.num_rows, 'row')} cannot be read"
     schema = file.schema_arrow
     count = schema.names.count(name)
     if count != 1:

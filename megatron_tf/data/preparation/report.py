@@ -13,6 +13,7 @@ from megatron_tf.data.losses import Loss
 from megatron_tf.data.preparation.record_types import BadSample, KeptSample
 from megatron_tf.durable import read_plain, write_atomically
 from megatron_tf.errors import NOT_AS_WRITTEN, DataError, file_errors
+from megatron_tf.telemetry.text import count_of
 
 FORMAT = "megatron_tf preparation 1"
 MOST_BYTES = 1 << 28  # of a report, which may list millions of input files
@@ -94,12 +95,13 @@ class Report:
         found = []
         if self.loss:
             found.append(
-                f"the tokenizer has no token for {self.loss} of {self.kept['lost_text']:,} documents, which are lost"
+                f"the tokenizer has no token for {self.loss} of {count_of(self.kept['lost_text'], 'document')}, which "
+                "are lost"
             )
         if self.kept["encoded_whole"]:
             found.append(
-                f"{self.kept['encoded_whole']:,} long documents were encoded at once, because their tokens depend on "
-                "text far away"
+                f"encoded at once, because tokens depend on text far away: "
+                f"{count_of(self.kept['encoded_whole'], 'long document')}"
             )
         return found
 

@@ -24,6 +24,7 @@ from megatron_tf.data.preparation.progress import DOCUMENTS, ProgressDisplay
 from megatron_tf.data.preparation.report import Report, SplitCounts, read_report, write_report
 from megatron_tf.durable import partial_path, prepare_output
 from megatron_tf.errors import DataError, file_errors
+from megatron_tf.telemetry.text import are, count_of
 
 REMEDY = "Free space, correct the permissions or choose another prefix, then run again: finished parts are kept."
 Summary = TypeVar("Summary")
@@ -123,7 +124,7 @@ def carry_out(work: Preparation[Summary], share: Share, progress: ProgressDispla
     own = work.parts[share.shard_index :: share.num_shards]
     todo = [part for part in own if part.report() is None]
     if len(todo) < len(own):
-        progress.note(f"{len(own) - len(todo)} of {len(own)} parts were finished before")
+        progress.note(f"finished before: {len(own) - len(todo)} of {count_of(len(own), 'part')}")
     for prefix in work.prefixes.values():
         prepare_output(index_file(prefix))
     progress.start(sum(part.bytes for part in todo), work.unit)
@@ -133,7 +134,7 @@ def carry_out(work: Preparation[Summary], share: Share, progress: ProgressDispla
         progress.stop()
         _remove_if_empty(work.folder)
     if busy:
-        progress.note(f"{len(busy)} parts are in the hands of other processes")
+        progress.note(f"{count_of(len(busy), 'part')} {are(len(busy))} in the hands of other processes")
     return _merge_if_possible(work, progress, insist=share.num_shards == 1 and not busy)
 
 
@@ -189,7 +190,8 @@ def _obstacle(work: Preparation[Summary]) -> str:
     missing = [part for part in work.parts if part.report() is None]
     if not missing:
         return ""
-    return f"{len(missing)} of {len(work.parts)} parts are still to be prepared, the first from {missing[0].files[0]}"
+    parts = f"{len(missing)} of {count_of(len(work.parts), 'part')}"
+    return f"{parts} {are(len(missing))} still to be prepared, the first from {missing[0].files[0]}"
 
 
 def _merge(work: Preparation[Summary]) -> dict[str, Summary]:
@@ -203,8 +205,9 @@ def _merge(work: Preparation[Summary]) -> dict[str, Summary]:
             for part in work.parts:
                 part.discard()
             raise DataError(
-                f"{prefix}: got none of the {report.documents} {work.unit} of {len(work.files)} files ("
-                f"{report.empty} empty, {report.bad} skipped). {work.remedy_for_nothing(report)}"
+                f"{prefix}: got none of {count_of(report.documents, work.unit.removesuffix('s'))} of "
+                f"{count_of(len(work.files), 'file')} ({report.empty} empty, {report.bad} skipped). "
+                f"{work.remedy_for_nothing(report)}"
             )
     try:
         for ending, prefix in work.prefixes.items():

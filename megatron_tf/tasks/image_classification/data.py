@@ -13,6 +13,7 @@ from megatron_tf.data.images.source import ImageFiles
 from megatron_tf.data.loader import fingerprint
 from megatron_tf.tasks.data import OpenData, TaskData
 from megatron_tf.tasks.image_classification.section import image_of
+from megatron_tf.telemetry.text import count_of, plural
 
 
 class OpenImages(OpenData):
@@ -55,9 +56,14 @@ class OpenImages(OpenData):
         total = sum(source.weight for source in config.data.train)
         epochs = [samples * source.weight / total / len(file) for source, file in zip(config.data.train, files)]
         said = ", ".join(
-            f"{len(file):,} images in {file.prefix}: {count:.3g} epochs" for file, count in zip(files, epochs)
+            f"{count_of(len(file), 'image')} in {file.prefix}: {_epochs(count)}" for file, count in zip(files, epochs)
         )
         return said, list(_warnings(config, files))
+
+
+def _epochs(count: float) -> str:
+    number = f"{count:.3g}"
+    return f"{number} {plural('epoch', float(number))}"
 
 
 def _warnings(config: RunConfig, files: Sequence[ImageFiles]) -> list[str]:

@@ -13,6 +13,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
 from megatron_tf.tasks.base import EndsWork, Task
 from megatron_tf.tasks.image_classification.section import MOST_POSITIONS, Image, ImageModel, image_of
+from megatron_tf.telemetry.text import count_of
 
 # logical name -> Hugging Face name, where the two differ
 _HUGGING_FACE = {
@@ -116,8 +117,8 @@ class ImageClassification(Task):
             count = len(getattr(image, name))
             if count != image.channels:
                 yield (
-                    f"model.image.{name}: has {count} numbers, but model.image.channels is {image.channels}. Give one "
-                    "a channel, or remove it."
+                    f"model.image.{name}: has {count_of(count, 'number')}, but model.image.channels is "
+                    f"{image.channels}. Give one a channel, or remove it."
                 )
         if model.rotary_fraction:
             yield (

@@ -208,7 +208,7 @@ def test_it_goes_on_where_it_stopped(folder, tmp_path):
         prepare(folder, tmp_path / "x")
     bad.write_bytes(png(IMAGES[0]))
     _, shown = prepare(folder, tmp_path / "x")
-    assert "6 of 7 parts were finished before" in shown
+    assert "finished before: 6 of 7 parts" in shown
     assert "was prepared from the same files" in prepare(folder, tmp_path / "x")[1]
     (folder / "ape" / "1.JPEG").unlink()
     with pytest.raises(DataError, match="have it replaced with --replace"):

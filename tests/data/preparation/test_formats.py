@@ -302,7 +302,7 @@ def test_bad_rows_of_parquet(write_parquet):
     assert [(kind, line) for kind, line, _ in found] == [("not_text", 2), ("too_long", 3)]
 
 
-LOST = "none of the 1 rows can be read"
+LOST = "so that 1 row cannot be read"
 WITHOUT_TEXT = {
     "missing": (["a", 1], ["body", "id"], "missing_field", f"missing column 'text', its columns are body, id, {LOST}"),
     "number": ([1], ["text"], "not_text", f"column 'text' is of type int64, not a string, {LOST}: name another"),
@@ -327,7 +327,7 @@ def test_parquet_without_the_column(write_parquet, case):
     path = write_parquet([pyarrow.array([value]) for value in values], names)
     ((found, line, said),) = problems_of(path)
     assert (found, line) == (kind, 1) and reason in said
-    with pytest.raises(DataError, match=r"a\.parquet: .* rows can be read"):
+    with pytest.raises(DataError, match=r"a\.parquet: .* 1 row cannot be read"):
         check_columns([path], "text")
 
 

@@ -71,7 +71,7 @@ def test_finished_parts_are_not_done_again(tokenizer, tmp_path, monkeypatch):
         lambda paths, **rest: read.extend(path.name for path in paths) or read_records(paths, **rest),
     )
     summaries, shown = share(tokenizer, inputs, tmp_path / "x", 0, 1)
-    assert read == ["3.jsonl", "4.jsonl", "5.jsonl"] and "3 of 6 parts were finished before" in shown
+    assert read == ["3.jsonl", "4.jsonl", "5.jsonl"] and "finished before: 3 of 6 parts" in shown
     run(tokenizer, inputs, tmp_path / "whole")
     assert token_files(tmp_path / "x") == token_files(tmp_path / "whole")
     read.clear()

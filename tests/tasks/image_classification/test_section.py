@@ -49,7 +49,7 @@ def test_normalisation_is_imagenets_for_colours_and_one_half_for_grey():
          "model has at most 2,147,483,647. Lower it to at most 46,340, or raise model.image.patch."),
         ("model.image.classes=1", "model.image.classes: 1 is out of range. It must be at least 2."),
         ("model.image.channels=2", "model.image.channels: the number 2, but one of 1, 3 is expected"),
-        ("model.image.mean=[0.5]", "model.image.mean: has 1 numbers, but model.image.channels is 3"),
+        ("model.image.mean=[0.5]", "model.image.mean: has 1 number, but model.image.channels is 3"),
         ("model.image.pooling=max", "one of class_token, mean is expected"),
         ("model.image=null", "model.image: missing. Add this section; it needs size, patch, classes."),
         ("model.rotary_fraction=0.5", "model.rotary_fraction: 0.5, but the positions of an image are learned"),
