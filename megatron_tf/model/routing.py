@@ -40,22 +40,36 @@ def _sums(logits: Tensor, balance: Tensor) -> Tensor:
     return logits.detach() + BALANCE_SPEED * balance.detach()
 
 
+def of_chosen(logits: Tensor, candidates: Tensor) -> Tensor:
+    """z of the chosen candidates: logits [rows, slots, m], candidates [rows, slots] -> [rows, slots]."""
+    return logits.gather(-1, candidates.unsqueeze(-1)).squeeze(-1)
+
+
 def straight_through(logits: Tensor, candidates: Tensor) -> Tensor:
-    """[rows, slots] of ones with the gradient of 2σ(z) of the chosen candidate: the gate that the router learns by."""
-    chosen = logits.gather(-1, candidates.unsqueeze(-1)).squeeze(-1)
-    soft = 2 * torch.sigmoid(chosen)
+    """[rows, slots] of ones with the gradient of 2σ(z) of the chosen candidate: the gate that the router learns by.
+
+    The formula, for comparisons. A layer multiplies nothing by 1, and computes `gate_gradient`.
+    """
+    soft = 2 * torch.sigmoid(of_chosen(logits, candidates))
     return 1 + (soft - soft.detach())
 
 
+def gate_gradient(chosen: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of z from that of the gate: `gradient` · d2σ(z)/dz, in the type of z. chosen: z [rows, slots]."""
+    return torch.ops.aten.sigmoid_backward(2 * gradient.to(chosen.dtype), chosen.sigmoid())
+
+
 def relative_load(ends: Tensor) -> Tensor:
-    """fp32 [slots, m]: positions of each candidate over an equal share. `ends`: see `grouped.Assignment`."""
-    counts = ends.diff(dim=1, prepend=ends.new_zeros(ends.shape[0], 1)).float()
-    return counts * (counts.shape[1] / counts.sum(1, keepdim=True).clamp(min=1))
+    """fp32 [slots, m]: positions of each candidate over an equal share. `ends`: see `grouped.Assignment`; they may be
+    sums over ranks."""
+    counts = ends.view(-1).diff(prepend=ends.new_zeros(1)).view(ends.shape)
+    return counts / (counts.sum(1, keepdim=True, dtype=torch.float32).clamp(min=1) / counts.shape[1])
 
 
 def balance_loss(balance: Tensor, load: Tensor) -> Tensor:
     """The auxiliary loss whose gradient is the imbalance. balance [slots, m], load of `relative_load`."""
-    return BALANCE_SCALE * (balance.float() * (load - 1)).sum()
+    imbalance = (load - 1).mul_(BALANCE_SCALE)
+    return torch.dot(balance.float().flatten(), imbalance.flatten())
 
 
 def z_loss(logits: Tensor) -> Tensor:

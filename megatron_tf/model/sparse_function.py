@@ -1,10 +1,8 @@
-"""The products of sparse Pattention and the steps between them, with their gradients.
+"""Sparse Pattention of projections that share x, with its gradients.
 
-Products of rows with candidates are computed piece by piece, see `grouped`; on a GPU in bf16 all pairs are one piece.
-On a CPU the passes over the scores are computed by piece as well, while it is in the cache. On a GPU each pass is one
-kernel for all pairs, except the pass that computes D, which is by piece. The pairs of a row depend on each other only
-through r and T. These are one number a row and projection, all-reduced over the tensor ranks as in the dense layer, for
-all projections that share x at once.
+`pair_steps` has what is done for pairs of rows and candidates. Here it meets the tokens that every row uses, the
+exchange over the tensor ranks, and the gate. r and T are one number a row and projection. They are all-reduced as in
+the dense layer, for all projections that share x at once.
 """
 
 from __future__ import annotations
@@ -17,9 +15,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megatron_tf.activations.function import ScoreFunction, accumulating, score_function
-from megatron_tf.model.grouped import Assignment, empty_gradients, pieces
+from megatron_tf.activations.function import ScoreFunction, score_function
+from megatron_tf.model.grouped import Assignment, has_grouped_products
 from megatron_tf.model.kernels import score_layout
+from megatron_tf.model.pair_steps import AtOnce, ByCandidate, PairSteps
+from megatron_tf.model.routing import gate_gradient
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import Group
 
@@ -28,8 +28,8 @@ class ChosenTokens(NamedTuple):
     """The tokens of one projection, and the choice of each row among them.
 
     `scale`: τ.  `keys`, `values`: of this rank's slots, [slots/T · m · g, width].  `dense_keys`, `dense_values`: of the
-    tokens that every row uses, or None.  `gate`: ones [rows, slots/T], a factor on the weights S of each slot that is
-    used for its gradient only.
+    tokens that every row uses, or None.  `logits`: z of the chosen candidates [rows, slots/T]. Their gate is 1, and
+    they get the gradient of `routing.straight_through` as a factor on the weights S of the slot.
     """
 
     assignment: Assignment
@@ -38,7 +38,7 @@ class ChosenTokens(NamedTuple):
     values: Tensor
     dense_keys: Tensor | None
     dense_values: Tensor | None
-    gate: Tensor
+    logits: Tensor
 
 
 def sparse_pattention(
@@ -51,11 +51,11 @@ def sparse_pattention(
     device, dtype = x.device.type, projections[0].keys.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    tensors: list[Tensor] = []
+    tensors: list[Tensor | None] = []
     for chosen in projections:
         for tokens in (chosen.keys, chosen.values, chosen.dense_keys, chosen.dense_values):
-            tensors.append(x.new_empty(0, 0, dtype=dtype) if tokens is None else tokens.to(dtype))
-        tensors.append(chosen.gate)
+            tensors.append(None if tokens is None else tokens.to(dtype))
+        tensors.append(chosen.logits)
     choices = [(chosen.assignment, chosen.scale) for chosen in projections]
     with torch.autocast(device, enabled=False):
         return _SparsePattention.apply(score_function(activation), group, choices, x.to(dtype).contiguous(), *tensors)
@@ -66,9 +66,14 @@ class _SparsePattention(Function):
     def forward(ctx, function, group, choices, x, *tensors):
         parts = [_Projection(function, *choice, *own) for choice, own in zip(choices, _batched(tensors, 5))]
         kept = [part.scores(x) for part in parts]
-        r = function.begin_reduction(torch.cat([local for *_, local in kept], -1), group)().split(1, -1)
-        states = [(scores, dense, own_r) for (scores, dense, _), own_r in zip(kept, r)]
-        orders = [tensor for assignment, _ in choices for tensor in (assignment.order, assignment.ends)]
+        r = _apart(function.begin_reduction(_together([local for *_, local in kept]), group)())
+        states = [
+            (scores, dense, own_r, part.assignment.by_pair(own_r))
+            for part, (scores, dense, _), own_r in zip(parts, kept, r)
+        ]
+        orders = [
+            tensor for assignment, _ in choices for tensor in (assignment.rows, assignment.places, assignment.ends)
+        ]
         ctx.save_for_backward(x, *(tensor for state in states for tensor in state), *orders, *tensors)
         ctx.function, ctx.group, ctx.scales = function, group, [scale for _, scale in choices]
         return tuple(part.outputs(*state) for part, state in zip(parts, states))
@@ -78,24 +83,34 @@ class _SparsePattention(Function):
     def backward(ctx, *grads):
         x, *saved = ctx.saved_tensors
         count, grads = len(ctx.scales), [grad.contiguous() for grad in grads]
-        states, orders, tensors = saved[: 3 * count], saved[3 * count : 5 * count], saved[5 * count :]
+        states, orders, tensors = saved[: 4 * count], saved[4 * count : 7 * count], saved[7 * count :]
         works = [
             _Backward(_Projection(ctx.function, Assignment(*order), scale, *own), *state)
             for scale, state, order, own in zip(
-                ctx.scales, _batched(states, 3), _batched(orders, 2), _batched(tensors, 5)
+                ctx.scales, _batched(states, 4), _batched(orders, 3), _batched(tensors, 5)
             )
         ]
-        finish = begin_all_reduce(torch.cat([work.to_weights(grad) for work, grad in zip(works, grads)], -1), ctx.group)
+        finish = begin_all_reduce(_together([work.to_weights(grad) for work, grad in zip(works, grads)]), ctx.group)
         for work, grad in zip(works, grads):  # hides the all-reduce of T
             work.to_dense_values(grad)
-        d_x = torch.zeros_like(x)
-        for work, total in zip(works, finish().split(1, -1)):
-            work.to_keys_and_inputs(x, total, d_x)
+        d_x = None
+        for work, total in zip(works, _apart(finish())):
+            d_x = work.to_keys_and_inputs(x, total, d_x)
         return None, None, None, d_x, *(gradient for work in works for gradient in work.gradients())
 
 
 def _batched(tensors: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
     return [tensors[start : start + size] for start in range(0, len(tensors), size)]
+
+
+def _together(columns: list[Tensor]) -> Tensor:
+    """Columns [rows, any] side by side. A single one is not copied."""
+    return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+
+
+def _apart(columns: Tensor) -> Sequence[Tensor]:
+    """Each of the columns [rows, any] as [rows, 1]."""
+    return (columns,) if columns.shape[1] == 1 else columns.split(1, -1)
 
 
 class _Projection:
@@ -108,103 +123,70 @@ class _Projection:
         scale: float,
         keys: Tensor,
         values: Tensor,
-        dense_keys: Tensor,
-        dense_values: Tensor,
-        gate: Tensor,
+        dense_keys: Tensor | None,
+        dense_values: Tensor | None,
+        logits: Tensor,
     ):
-        self.function, self.assignment, self.scale, self.gate = function, assignment, scale, gate
-        self.keys, self.values = (tokens.view(*assignment.ends.shape, -1, tokens.shape[1]) for tokens in (keys, values))
+        self.function, self.assignment, self.scale, self.logits = function, assignment, scale, logits
+        steps = AtOnce if has_grouped_products(keys) else ByCandidate
+        self.pairs: PairSteps = steps(function, assignment, scale, keys, values)
         self.dense_keys, self.dense_values = dense_keys, dense_values
 
-    def scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """(scores of the pairs, scores of the dense tokens, this rank's statistic of each row [rows, 1])."""
-        assignment, room = self.assignment, torch.empty_like(x)
-        scores = x.new_empty(assignment.num_pairs, self.keys.shape[2])
-        statistics = scores.new_empty(assignment.num_pairs, 1, dtype=accumulating(scores))
-        for piece in pieces(assignment, self.keys):
-            own = scores[piece.pairs]
-            piece.scores(piece.inputs(x, room), self.keys, own)
-            if not x.is_cuda:
-                statistics[piece.pairs] = self.function.statistic(own)
-        if x.is_cuda:
-            statistics = self.function.statistic(scores)
-        parts = [assignment.by_row(statistics)]
-        dense = score_layout.empty_scores(x, len(x), len(self.dense_keys))
-        if len(self.dense_keys):
+        scores, statistics = self.pairs.scores(x)
+        dense, parts = None, [statistics]
+        if self.dense_keys is not None:
+            dense = score_layout.empty_scores(x, len(x), len(self.dense_keys))
             dense.addmm_(x, self.dense_keys.mT, beta=0)
             parts.append(self.function.statistic(dense))
-        return scores, dense, self.function.combine(torch.cat(parts, -1))
+        return scores, dense, self.function.combine(_together(parts))
 
-    def outputs(self, scores: Tensor, dense: Tensor, r: Tensor) -> Tensor:
-        if len(self.dense_keys):
+    def outputs(self, scores: Tensor, dense: Tensor | None, r: Tensor, of_pairs: Tensor) -> Tensor:
+        """`of_pairs`: r of the pairs [pairs, 1]."""
+        out = None
+        if dense is not None and self.dense_values is not None:
             out = self.function.weights(dense, r, self.scale) @ self.dense_values
-        else:
-            out = scores.new_zeros(len(r), self.values.shape[3])
-        of_pairs, room = self.assignment.by_pair(r), torch.empty_like(out)
-        s = self.function.weights(scores, of_pairs, self.scale) if scores.is_cuda else None
-        for piece in pieces(self.assignment, self.values):
-            part = piece.pairs
-            own = self.function.weights(scores[part], of_pairs[part], self.scale) if s is None else s[part]
-            piece.add_outputs(own, self.values, out, room)
-        return out
+        return self.pairs.outputs(scores, of_pairs, out)
 
 
 class _Backward:
     """The backward pass of one projection. D and then dA overwrite dS."""
 
-    def __init__(self, projection: _Projection, scores: Tensor, dense: Tensor, r: Tensor):
+    def __init__(self, projection: _Projection, scores: Tensor, dense: Tensor | None, r: Tensor, of_pairs: Tensor):
         self.projection = projection
-        self.scores, self.dense, self.r, self.of_pairs = scores, dense, r, projection.assignment.by_pair(r)
-        self.d, self.d_dense = torch.empty_like(scores), score_layout.empty_scores(dense, *dense.shape)
-        self.key_grads, self.value_grads = (
-            empty_gradients(tokens, projection.assignment) for tokens in (projection.keys, projection.values)
-        )
+        self.scores, self.dense, self.r, self.of_pairs = scores, dense, r, of_pairs
         self.dense_key_grads: Tensor | None = None
         self.dense_value_grads: Tensor | None = None
 
     def to_weights(self, grad: Tensor) -> Tensor:
         """Computes D, and the gradients of gate and values in slots. Returns this rank's T of each row [rows, 1]."""
-        own, function, scale = self.projection, self.projection.function, self.projection.scale
-        totals, room = torch.empty_like(self.of_pairs), torch.empty_like(grad)
-        self.gate_grads = torch.empty_like(self.of_pairs)
-        for piece in pieces(own.assignment, own.values):
-            part, d, own_grad = piece.pairs, self.d[piece.pairs], piece.inputs(grad, room)
-            piece.scores(own_grad, own.values, d)
-            s, totals[part], self.gate_grads[part] = function.backward_with_product(
-                self.scores[part], self.of_pairs[part], d, scale
-            )
-            piece.gradients(s, own_grad, self.value_grads)
-        total = own.assignment.by_row(totals).sum(-1, keepdim=True)
-        if len(own.dense_keys):
+        own = self.projection
+        self.d, total, products, self.value_grads = own.pairs.to_weights(self.scores, self.of_pairs, grad)
+        self.logit_grads = gate_gradient(own.logits, products)
+        if self.dense is not None and own.dense_values is not None:
+            self.d_dense = score_layout.empty_scores(self.dense, *self.dense.shape)
             self.d_dense.addmm_(grad, own.dense_values.mT, beta=0)
-            self.s_dense, dense_total = function.backward(self.dense, self.r, self.d_dense, scale)
+            self.s_dense, dense_total = own.function.backward(self.dense, self.r, self.d_dense, own.scale)
             total += dense_total
         return total
 
     def to_dense_values(self, grad: Tensor) -> None:
         """Computes the gradient of the dense values, which does not depend on T."""
-        if len(self.projection.dense_keys):
+        if self.dense is not None:
             self.dense_value_grads = self.s_dense.mT @ grad
 
-    def to_keys_and_inputs(self, x: Tensor, total: Tensor, d_x: Tensor) -> None:
-        """Computes the gradients of the keys with `total`, T over all ranks, and adds the gradient of x to `d_x`."""
-        own, function, scale = self.projection, self.projection.function, self.projection.scale
-        if len(own.dense_keys):
-            function.couple(self.dense, self.r, total, self.d_dense, scale)
+    def to_keys_and_inputs(self, x: Tensor, total: Tensor, d_x: Tensor | None) -> Tensor:
+        """Computes the gradients of the keys with `total`, T over all ranks. Returns the gradient of x, added to `d_x`
+        in its memory if there is one."""
+        own = self.projection
+        if self.dense is not None and own.dense_keys is not None:
+            own.function.couple(self.dense, self.r, total, self.d_dense, own.scale)
             self.dense_key_grads = self.d_dense.mT @ x
-            d_x.addmm_(self.d_dense, own.dense_keys)
-        of_pairs, inputs, room = own.assignment.by_pair(total), torch.empty_like(x), torch.empty_like(x)
-        if x.is_cuda:
-            function.couple(self.scores, self.of_pairs, of_pairs, self.d, scale)
-        for piece in pieces(own.assignment, own.keys):
-            part, d = piece.pairs, self.d[piece.pairs]
-            if not x.is_cuda:
-                function.couple(self.scores[part], self.of_pairs[part], of_pairs[part], d, scale)
-            piece.gradients(d, piece.inputs(x, inputs), self.key_grads)
-            piece.add_outputs(d, own.keys, d_x, room)
+            d_x = self.d_dense @ own.dense_keys if d_x is None else d_x.addmm_(self.d_dense, own.dense_keys)
+        self.key_grads, d_x = own.pairs.to_keys_and_inputs(self.scores, self.of_pairs, self.d, total, x, d_x)
+        return d_x
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """The gradients of keys, values, dense keys, dense values and gate."""
-        gate = self.projection.assignment.by_row(self.gate_grads).to(self.projection.gate.dtype)
-        bank = (tokens.flatten(0, 2) for tokens in (self.key_grads, self.value_grads))
-        return *bank, self.dense_key_grads, self.dense_value_grads, gate
+        """The gradients of keys, values, dense keys, dense values and the chosen candidates' logits."""
+        return self.key_grads, self.value_grads, self.dense_key_grads, self.dense_value_grads, self.logit_grads

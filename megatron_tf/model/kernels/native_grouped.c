@@ -163,7 +163,7 @@ static inline void pack_line(const float *from, long count, float *to) {
 }
 
 /* out[i] = x[rows[i]] tokens^T for i < count; out [count, n], tokens [n, width]. */
-void scores(const float *x, long x_stride, const int64_t *rows, long count, const float *tokens, long n, long width,
+void scores(const float *x, long x_stride, const int32_t *rows, long count, const float *tokens, long n, long width,
             float *out, long out_stride, float *packed, int threads) {
     long panels = blocks(n, COLUMNS);
 #pragma omp parallel num_threads(threads)
@@ -188,7 +188,7 @@ void scores(const float *x, long x_stride, const int64_t *rows, long count, cons
 }
 
 /* total[rows[i]] += scores[i] tokens for i < count; scores [count, n], tokens [n, width]. Each row is there once. */
-void add_outputs(const float *scores, long scores_stride, const int64_t *rows, long count, const float *tokens, long n,
+void add_outputs(const float *scores, long scores_stride, const int32_t *rows, long count, const float *tokens, long n,
                  long width, float *total, long total_stride, float *packed, int threads) {
     long panels = blocks(width, COLUMNS);
 #pragma omp parallel num_threads(threads)
@@ -214,7 +214,7 @@ void add_outputs(const float *scores, long scores_stride, const int64_t *rows, l
 }
 
 /* out = sum of scores[i]^T x[rows[i]] over i < count; scores [count, n], out [n, width]. */
-void gradients(const float *scores, long scores_stride, const int64_t *rows, long count, const float *x, long x_stride,
+void gradients(const float *scores, long scores_stride, const int32_t *rows, long count, const float *x, long x_stride,
                float *out, long n, long width, float *packed, int threads) {
     long panels = blocks(width, COLUMNS), token_blocks = blocks(n, ROWS);
     float *packed_scores = packed + panels * CHUNK_STRIDE;

@@ -1,6 +1,6 @@
 """native_grouped.c: products of a candidate with the rows that chose it. Built on first use, as native_passes.c.
 
-x, scores and outputs are fp32 matrices with contiguous rows. `rows` are int64: for each row of the scores, the row of x
+x, scores and outputs are fp32 matrices with contiguous rows. `rows` are int32: for each row of the scores, the row of x
 or of the outputs that belongs to it. No row occurs twice.
 """
 
@@ -60,6 +60,7 @@ def _matrix(tensor: Tensor) -> tuple[int, int]:
 
 
 def _rows(rows: Tensor) -> tuple[int, int]:
+    assert rows.dtype == torch.int32 and rows.stride(0) == 1
     return rows.data_ptr(), len(rows)
 
 

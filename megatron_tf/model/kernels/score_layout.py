@@ -24,8 +24,9 @@ ALIGNED_SIZES = ("cuda",)
 def empty_scores(like: Tensor, rows: int, columns: int) -> Tensor:
     """[rows, columns] of the type and on the device of `like`, uninitialised, with zeros after each row's end."""
     whole = like.new_empty(rows, _aligned(columns))
-    if whole.shape[1] > columns:
-        whole[:, columns:].zero_()
+    if whole.shape[1] == columns:
+        return whole
+    whole[:, columns:].zero_()
     return whole[:, :columns]
 
 

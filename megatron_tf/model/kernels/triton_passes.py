@@ -82,7 +82,7 @@ def _row(pointer, stride):
 
 # A block that lies within its row needs no mask. Without one, each thread moves 16 bytes at a time for any n.
 @triton.jit
-def _block(row, start, n, BLOCK: tl.constexpr):
+def load_block(row, start, n, BLOCK: tl.constexpr):
     """BLOCK of the n numbers of a row, from `start` on, in fp32; zeros after its end."""
     columns = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:  # noqa: SIM108  as a statement it is a branch
@@ -93,7 +93,7 @@ def _block(row, start, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _put(row, start, n, values, BLOCK: tl.constexpr):
+def store_block(row, start, n, values, BLOCK: tl.constexpr):
     columns = start + tl.arange(0, BLOCK)
     rounded = values.to(row.dtype.element_ty)
     if start + BLOCK <= n:
@@ -132,7 +132,7 @@ def _gelu(u):
 def _norm_of_row(a, n, BLOCK: tl.constexpr):
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
-        scores = _block(a, start, n, BLOCK)
+        scores = load_block(a, start, n, BLOCK)
         squares += scores * scores
     return tl.sqrt(tl.sum(squares))
 
@@ -140,8 +140,8 @@ def _norm_of_row(a, n, BLOCK: tl.constexpr):
 @triton.jit
 def _weights_of_row(a, factor, s, n, BLOCK: tl.constexpr):
     for start in range(0, n, BLOCK):
-        gelu, _ = _gelu(_block(a, start, n, BLOCK) * factor)
-        _put(s, start, n, gelu, BLOCK)
+        gelu, _ = _gelu(load_block(a, start, n, BLOCK) * factor)
+        store_block(s, start, n, gelu, BLOCK)
 
 
 @triton.jit
@@ -149,20 +149,20 @@ def _gradient_of_row(a, d, s, factor, n, BLOCK: tl.constexpr):
     """Replaces dS by D, writes S, and returns T."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
-        score = _block(a, start, n, BLOCK)
+        score = load_block(a, start, n, BLOCK)
         gelu, slope = _gelu(score * factor)
-        g = _block(d, start, n, BLOCK) * slope * factor
+        g = load_block(d, start, n, BLOCK) * slope * factor
         total += g * score
-        _put(d, start, n, g, BLOCK)
-        _put(s, start, n, gelu, BLOCK)
+        store_block(d, start, n, g, BLOCK)
+        store_block(s, start, n, gelu, BLOCK)
     return tl.sum(total)
 
 
 @triton.jit
 def _couple_row(a, d, coupling, n, BLOCK: tl.constexpr):
     for start in range(0, n, BLOCK):
-        g = _block(d, start, n, BLOCK) - _block(a, start, n, BLOCK) * coupling
-        _put(d, start, n, g, BLOCK)
+        g = load_block(d, start, n, BLOCK) - load_block(a, start, n, BLOCK) * coupling
+        store_block(d, start, n, g, BLOCK)
 
 
 @triton.jit
@@ -204,14 +204,14 @@ def _backward_with_product(
     total = tl.zeros((BLOCK,), tl.float32)
     product = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
-        score = _block(a, start, n, BLOCK)
+        score = load_block(a, start, n, BLOCK)
         gelu, slope = _gelu(score * factor)
-        ds = _block(d, start, n, BLOCK)
+        ds = load_block(d, start, n, BLOCK)
         g = ds * slope * factor
         total += g * score
         product += ds * gelu
-        _put(d, start, n, g, BLOCK)
-        _put(s, start, n, gelu, BLOCK)
+        store_block(d, start, n, g, BLOCK)
+        store_block(s, start, n, gelu, BLOCK)
     tl.store(_row(totals, t_stride), tl.sum(total))
     tl.store(_row(products, p_stride), tl.sum(product))
 

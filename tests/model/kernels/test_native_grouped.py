@@ -29,7 +29,7 @@ def close(actual: Tensor, exact: Tensor) -> None:
 def test_products_agree_with_fp64(count, tokens, width):
     x, own, weights, total = matrices((2 * count, width), (tokens, width), (count, tokens), (2 * count, width))
     assert native_grouped.usable(own), "these tests want a C compiler, and a processor with AVX2"
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))[:count]
+    rows = torch.randperm(len(x), dtype=torch.int32, generator=torch.Generator().manual_seed(1))[:count]
     # columns of a wider matrix, as the memory of scores may be
     scores = torch.full((count, tokens + 3), 7.0)
     native_grouped.scores(x, rows, own, scores[:, :tokens])
@@ -45,7 +45,7 @@ def test_products_agree_with_fp64(count, tokens, width):
 
 def test_what_is_not_finite_stays_in_its_row_and_is_not_lost():
     x, own, total = matrices((40, 24), (16, 24), (40, 24))
-    rows, scores = torch.arange(40), torch.zeros(40, 16)
+    rows, scores = torch.arange(40, dtype=torch.int32), torch.zeros(40, 16)
     x[5, 2] = math.inf
     native_grouped.scores(x, rows, own, scores)
     assert not scores[5].isfinite().any() and scores[[4, 6]].isfinite().all()
@@ -55,7 +55,7 @@ def test_what_is_not_finite_stays_in_its_row_and_is_not_lost():
 
 def test_results_do_not_depend_on_threads():
     x, own, weights = matrices((600, 100), (80, 100), (300, 80))
-    rows, threads, results = torch.arange(0, 600, 2), torch.get_num_threads(), []
+    rows, threads, results = torch.arange(0, 600, 2, dtype=torch.int32), torch.get_num_threads(), []
     for count in (1, 3):
         torch.set_num_threads(count)
         scores, gradient, total = torch.zeros(300, 80), torch.empty(80, 100), torch.zeros(600, 100)

@@ -17,28 +17,30 @@ import inspect, json
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_tf.model.kernels import triton_passes
+from megatron_tf.model.kernels import triton_pair_sums, triton_passes
 
 ALIGNED = [["tt.divisibility", 16]]
+POINTERS = {"norms": "*fp32", "totals": "*fp32", "products": "*fp32", "places": "*i32"}
+passes = ("norm", "weights", "norm_and_weights", "backward", "backward_with_product", "couple", "backward_and_couple")
+kernels = {name: (getattr(triton_passes, f"_{name}"), {"BLOCK": 2048}) for name in passes}
+for name, add in (("sum", False), ("sum added", True)):
+    kernels[name] = triton_pair_sums._sum, {"BLOCK": triton_passes.WARP, "ADD": add}
 found = {}
-for operation in ("norm", "weights", "norm_and_weights", "backward", "backward_with_product", "couple",
-                  "backward_and_couple"):
-    kernel = getattr(triton_passes, f"_{operation}")
-    types, constants, aligned = {}, {"BLOCK": 2048}, {}
+for operation, (kernel, constants) in kernels.items():
+    types, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        if name == "BLOCK":
+        if name in constants:
             types[name] = "constexpr"
-        elif name == "n":  # of which nothing is known
+        elif name in ("n", "slots"):  # of which nothing is known
             types[name] = "i32"
         elif name == "scale":
             types[name] = "fp32"
         else:
-            of_sums = "*fp32" if name in ("norms", "totals", "products") else "*bf16"
-            types[name] = "i32" if name.endswith("stride") else of_sums
+            types[name] = "i32" if name.endswith("stride") else POINTERS.get(name, "*bf16")
             aligned[(i,)] = ALIGNED
     for architecture in (80, 90):
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-        options = {"num_warps": 2048 // triton_passes.WARP}
+        options = {"num_warps": constants["BLOCK"] // triton_passes.WARP}
         target = GPUTarget("cuda", architecture, 32)
         found[f"{operation} {architecture}"] = triton.compile(source, target=target, options=options).asm["ptx"]
 print(json.dumps(found))

@@ -1,0 +1,74 @@
+"""The operators that a sparse layer starts on a GPU. There the host is its limit, and each of them costs time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_tf.model import sparse_function
+from megatron_tf.model.kernels import fused_passes, pair_sums
+from megatron_tf.model.sparse_pattention import SparsePattention
+
+ALLOCATIONS = ("empty", "empty_like", "new_empty")
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name: `all`, and `kernels`, those that compute and do not only allocate memory or view it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        computes = function._schema.is_mutable or not any(
+            argument.alias_info for argument in function._schema.arguments
+        )
+        self.all[name] += 1
+        if computes and name not in (*ALLOCATIONS, "promote_types"):
+            self.kernels[name] += 1
+        return function(*args, **(kwargs or {}))
+
+    def launched(self, name: str) -> None:
+        """A kernel of our own."""
+        self.all[name] += 1
+        self.kernels[name] += 1
+
+
+# (dense tokens, whether the layer adds its losses and metrics): operators and kernels of the forward pass, those of the
+# backward pass. These numbers may only fall.
+MOST = {
+    (0, False): ((48, 21), (43, 21)),
+    (32, False): ((56, 26), (55, 28)),
+    (0, True): ((68, 35), (47, 23)),
+}
+
+
+@pytest.mark.parametrize(("dense", "losses"), MOST)
+def test_operators_of_one_step_on_a_gpu(dense, losses, monkeypatch):
+    """Kernels of our own are counted, not run: results are not looked at here."""
+    counted = Operators()
+    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda tokens: True)
+    monkeypatch.setattr(fused_passes, "usable", lambda scores: True)
+    monkeypatch.setattr(fused_passes, "_run", lambda name, *arguments: counted.launched(name))
+    monkeypatch.setattr(pair_sums, "_has_kernel", lambda *facts: True)
+    monkeypatch.setattr(pair_sums, "_launch", lambda *arguments, add: counted.launched("sum_of_pairs"))
+    torch.manual_seed(0)
+    layer = SparsePattention(9 * 32 + dense, 96, 96, group_size=32, candidates=4, dense=dense).bfloat16()
+    x, grad = torch.randn(2, 64, 96).bfloat16().unbind()
+    x.requires_grad_()
+    added = {}, {}
+    with counted:
+        out = layer.partial(x, *added if losses else ())
+    forward, counted.all, counted.kernels = (counted.all, counted.kernels), Counter(), Counter()
+    roots = {out: grad, **{loss: torch.ones(()) for loss in added[0].values()}}
+    learning = [parameter for name, parameter in layer.named_parameters() if losses or name != "bank.balance"]
+    with counted:
+        torch.autograd.grad(list(roots), [x, *learning], list(roots.values()))
+    for counts, most in zip((forward, (counted.all, counted.kernels)), MOST[dense, losses]):
+        found = tuple(own.total() for own in counts)
+        assert all(map(int.__le__, found, most)), f"{found} operators and kernels, {most} before: {counts}"
