@@ -98,8 +98,9 @@ class Assumptions:
             "links",
             f"a collective takes {self.node_latency * 1e6:.0f} µs within a node and {self.network_latency * 1e6:.0f} "
             f"µs between nodes in addition to its transfer; a kernel {self.launch * 1e6:.0f} µs to start",
-            "communication does not overlap with computation, but for the second half of a long input's norms; the "
-            "data loader, evaluation and logging cost nothing",
+            "communication does not overlap with computation, but for the second half of a long input's norms (over "
+            "tensor ranks a product really hides a part of each input's gradient as well); the data loader, "
+            "evaluation and logging cost nothing",
             f"of a GPU's memory {self.reserved_bytes / GB:.0f} GB are reserved and {self.usable_memory:.0%} of the "
             "rest can be used",
             "tensor-parallel ranks are neighbours on a node, and every GPU has its share of the node's network",

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ from megatron_tf.parallel.collectives import (
     scatter_to,
 )
 from megatron_tf.parallel.groups import SINGLE, Group
+from megatron_tf.parallel.meanwhile import Meanwhile, postponed
 from megatron_tf.state.parameters import INITIAL_STD, check_activation, default_scale, shard_range
 
 if TYPE_CHECKING:
@@ -76,9 +77,14 @@ class TensorParallel:
         """This context rank's part [b, s/C] of ids or labels t [b, s]."""
         return t if self.context.size == 1 else t.chunk(self.context.size, 1)[self.context.rank]
 
-    def enter(self, hidden: Tensor) -> Tensor:
-        """Hidden between layers -> [s, b, d], whole on every rank. The backward pass sums over the ranks."""
-        return gather_from(hidden, self.group, 0) if self.sequence else copy_to(hidden, self.group)
+    def enter(self, hidden: Tensor, meanwhile: Meanwhile | None = None) -> Tensor:
+        """Hidden between layers -> [s, b, d], whole on every rank. The backward pass sums over the ranks.
+
+        `meanwhile`: what it computes while the sum is on its way.
+        """
+        if self.sequence:
+            return gather_from(hidden, self.group, 0, meanwhile)
+        return copy_to(hidden, self.group, meanwhile)
 
     def leave(self, partial: Tensor) -> Tensor:
         """A partial sum [s, b, d] of each rank -> hidden between layers."""
@@ -135,44 +141,66 @@ class Pattention(nn.Module):
         check_pattention(x, self.key_tokens, self.value_tokens, self.scale, self.activation)
         return reduce_from(self.partial(copy_to(x, self.group)), self.group)
 
-    def partial(self, x: Tensor, norms: Tensor | None = None) -> Tensor:
-        """x [..., d_in], whole -> [..., d_out], still to be summed over the group. `norms`: see `entered`."""
-        return partial_outputs([self], x, norms)[0]
+    def partial(self, x: Tensor) -> Tensor:
+        """x [..., d_in], whole -> [..., d_out], still to be summed over the group."""
+        return partial_outputs([self], Entered(x))[0]
 
 
-def entered(projections: Sequence[Pattention], hidden: Tensor, tensor: TensorParallel) -> tuple[Tensor, Tensor | None]:
-    """Hidden between layers -> (x [s, b, d], norms), both whole on every rank, for projections that share x.
+class Entered(NamedTuple):
+    """The input x [..., d_in] of projections that share it, whole on every rank.
 
-    The norms [s, b, projections] are those of the Gram form under sequence parallelism, where each rank computes them
-    for its own rows before x is gathered; None otherwise.
+    `norms`: [..., projections] of the Gram form under sequence parallelism, where each rank computes them for its own
+    rows before x is gathered; otherwise None.
+    `keys`: the projections' key tokens, as `meanwhile` wants them; None: they are the projections' own.
+    `meanwhile`: belongs to the exchange of x's gradient, which can hide the product that makes the keys' gradients.
     """
+
+    x: Tensor
+    norms: Tensor | None = None
+    keys: Sequence[Tensor] | None = None
+    meanwhile: Meanwhile | None = None
+
+
+def entered(projections: Sequence[Pattention], hidden: Tensor, tensor: TensorParallel) -> Entered:
+    """Hidden between layers [s, b, d], or its part on a rank, as the input of projections."""
     first = projections[0]
+    keys, meanwhile = _postponed_keys(projections)
     if first.form.norm == "direct" or not first.own_rows:
-        return tensor.enter(hidden), None
-    matrices = gram.matrices([p.key_tokens for p in projections], first.group, first.step)
+        return Entered(tensor.enter(hidden, meanwhile), None, keys, meanwhile)
+    matrices = gram.matrices(keys, first.group, first.step)
     norms = gram.norms(hidden.flatten(0, -2), matrices).view(*hidden.shape[:-1], -1)
-    return gather_together(hidden, norms, first.group)
+    return Entered(*gather_together(hidden, norms, first.group, meanwhile), keys, meanwhile)
 
 
-def partial_outputs(projections: Sequence[Pattention], x: Tensor, norms: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Outputs [..., d_out] of projections that share x and their form, each still to be summed over the tensor group.
+def gathered(projection: Pattention, x: Tensor) -> Entered:
+    """Slices of x along its last dimension, one of each rank, as the input of a projection."""
+    keys, meanwhile = _postponed_keys([projection])
+    return Entered(gather_from(x, projection.group, -1, meanwhile), None, keys, meanwhile)
 
-    `norms`: see `entered`.
-    """
+
+def _postponed_keys(projections: Sequence[Pattention]) -> tuple[Sequence[Tensor], Meanwhile | None]:
+    keys, first = [p.key_tokens for p in projections], projections[0]
+    # `Later` has the backward pass leave all gradients of tokens to it, and wants the tokens themselves
+    return (keys, None) if first.form.later is not None else postponed(keys, first.group)
+
+
+def partial_outputs(projections: Sequence[Pattention], entered: Entered) -> tuple[Tensor, ...]:
+    """Outputs [..., d_out] of projections of the same form, each still to be summed over the tensor group."""
     first = projections[0]
     for projection in projections:
         if projection.observer is not None:
-            projection.observer(x)
+            projection.observer(entered.x)
     return partial_pattention(
-        x,
-        [p.key_tokens for p in projections],
+        entered.x,
+        [p.key_tokens for p in projections] if entered.keys is None else entered.keys,
         [p.value_tokens for p in projections],
         [p.scale for p in projections],
         first.activation,
         first.group,
         first.form,
-        norms,
+        entered.norms,
         first.step,
+        entered.meanwhile,
     )
 
 

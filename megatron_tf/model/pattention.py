@@ -51,6 +51,7 @@ from megatron_tf.model.later import Later
 from megatron_tf.model.products import PLAIN, Factor, Product
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
+from megatron_tf.parallel.meanwhile import Meanwhile
 
 
 class Form(NamedTuple):
@@ -104,12 +105,14 @@ def partial_pattention(
     form: Form = DIRECT,
     norms: Tensor | None = None,
     step: gram.StepMatrices | None = None,
+    meanwhile: Meanwhile | None = None,
 ) -> tuple[Tensor, ...]:
     """Outputs of several projections of one x, each still to be summed over `group`.
 
     x [..., d_in]; keys[i] [n_i/T, d_in]; values[i] [n_i/T, d_out] -> one [..., d_out] a projection, in the type of the
     tokens; under autocast all are converted to autocast's type, as the arguments of a matrix product are.
     `norms`: r of the Gram form [..., projections], where it is known.  `step`: keeps KᵀK over the micro batches of one.
+    `meanwhile`: of these keys, whose gradients the backward pass may leave to the exchange of x's gradient.
     """
     function = score_function(activation)
     device, dtype = x.device.type, keys[0].dtype
@@ -117,8 +120,8 @@ def partial_pattention(
         dtype = torch.get_autocast_dtype(device)
         keys, values = ([token.to(dtype) for token in tokens] for tokens in (keys, values))
         with torch.autocast(device, enabled=False):
-            return _outputs(x.to(dtype), keys, values, scales, function, group, form, norms, step)
-    return _outputs(x.to(dtype), keys, values, scales, function, group, form, norms, step)
+            return _outputs(x.to(dtype), keys, values, scales, function, group, form, norms, step, meanwhile)
+    return _outputs(x.to(dtype), keys, values, scales, function, group, form, norms, step, meanwhile)
 
 
 def _outputs(
@@ -131,6 +134,7 @@ def _outputs(
     form: Form,
     norms: Tensor | None,
     step: gram.StepMatrices | None,
+    meanwhile: Meanwhile | None,
 ) -> tuple[Tensor, ...]:
     if norms is None and form.norm == "gram":
         matrices = gram.matrices(keys, group, step)
@@ -145,7 +149,7 @@ def _outputs(
         x, norms = x * factors.to(x.dtype), norms * factors
     tensors = [x, *keys, *values, *([] if norms is None else [_rows(norms)])]
     product = fp8.PRODUCT if in_fp8 else PLAIN
-    return _Pattention.apply(function, tuple(scales), group, product, form.keep_scores, form.later, *tensors)
+    return _Pattention.apply(function, tuple(scales), group, product, form.keep_scores, form.later, meanwhile, *tensors)
 
 
 @torch.no_grad()
@@ -159,9 +163,9 @@ def token_weights(x: Tensor, key_tokens: Tensor, scale: float, activation: str, 
 
 class _Pattention(Function):
     # Where no gradient is wanted, torch.compile drops ctx from a call with as many arguments as `forward` has
-    # parameters, which are eight: there must be more tensors than two.
+    # parameters, which are nine: there must be more tensors than two.
     @staticmethod
-    def forward(ctx, function, scales, group, product, keep_scores, later, *tensors):
+    def forward(ctx, function, scales, group, product, keep_scores, later, meanwhile, *tensors):
         x, *others = tensors
         tokens, norms = others[: 2 * len(scales)], others[2 * len(scales) :]
         layer = _layer(tokens, scales, function, group, product, bool(norms))
@@ -177,6 +181,7 @@ class _Pattention(Function):
         ctx.function, ctx.scales, ctx.group, ctx.normed = function, scales, group, layer.normed
         ctx.product = product
         ctx.later, ctx.leaves = later, tokens if later is not None else None
+        ctx.meanwhile = meanwhile
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outputs)
 
     @staticmethod
@@ -186,7 +191,7 @@ class _Pattention(Function):
         count = len(ctx.scales)
         tokens, statistics, kept = others[: 2 * count], others[2 * count : 3 * count], others[3 * count :]
         shared = ctx.scales, ctx.function, ctx.group, ctx.product, ctx.normed
-        layer = _layer(tokens, *shared, wants_dx=ctx.needs_input_grad[6])
+        layer = _layer(tokens, *shared, wants_dx=ctx.needs_input_grad[7])
         rows = _rows(x), *map(_rows, grads), *statistics
         if ctx.later is not None:
             d_x, products, totals = _backward_to_inputs(rows, *kept, layer)
@@ -194,7 +199,12 @@ class _Pattention(Function):
             token_grads = [None] * len(tokens)
         elif kept or layer.exchanges:
             scores = kept[0] if kept else _scores(rows[0], layer)
-            d_x, token_grads, totals = _backward(rows, scores, layer)
+            d_x, of_keys, value_grads, totals = _backward_but_keys(rows, scores, layer)
+            if ctx.meanwhile is None:
+                token_grads = [*of_keys(), *value_grads]
+            else:
+                ctx.meanwhile.leave(of_keys)
+                token_grads = [None] * count + value_grads
         else:
             d_x, token_grads, totals = _backward_by_chunks(rows, layer)
         gradients = [
@@ -204,7 +214,7 @@ class _Pattention(Function):
         if layer.normed:
             norms = torch.cat(statistics, -1)
             gradients.append(torch.where(norms > 0, -torch.cat(totals, -1) / norms, 0))
-        return None, None, None, None, None, None, *gradients
+        return None, None, None, None, None, None, None, *gradients
 
 
 class _Layer(NamedTuple):
@@ -289,11 +299,22 @@ def _sharded_forward(x: Tensor, layer: _Layer) -> _Results:
 
 def _backward(rows: Sequence[Tensor], scores: Tensor, layer: _Layer) -> _Gradients:
     """`rows`: x, the outputs' gradients and r of each projection."""
+    d_x, of_keys, value_grads, totals = _backward_but_keys(rows, scores, layer)
+    return d_x, [*of_keys(), *value_grads], totals
+
+
+def _backward_but_keys(
+    rows: Sequence[Tensor], scores: Tensor, layer: _Layer
+) -> tuple[Tensor | None, Callable[[], Sequence[Tensor]], Sequence[Tensor], Sequence[Tensor]]:
+    """`_backward`: (dx, a function that makes the gradients of keys, those of values, T of each projection)."""
     value_grads: list[Tensor] = []
     product = layer.product
     gradient, totals = _to_scores(rows, scores, layer, lambda s, grad: value_grads.append(product(s, grad, "right")))
-    of_keys = score_layout.split(product(gradient.mT, rows[0], "left"), layer.keys, 0)
-    return _inputs_gradient(gradient, layer), [*of_keys, *value_grads], totals
+
+    def of_keys() -> Sequence[Tensor]:
+        return score_layout.split(product(gradient.mT, rows[0], "left"), layer.keys, 0)
+
+    return _inputs_gradient(gradient, layer), of_keys, value_grads, totals
 
 
 def _backward_to_inputs(

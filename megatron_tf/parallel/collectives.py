@@ -12,6 +12,8 @@ identity for a group of one.
 | `scatter_to` | reduce-scatter along a dim | all-gather | partial results become whole, split |
 | `scatter_together` | one reduce-scatter of several | one all-gather | as `scatter_to` |
 | `exchange` | all-to-all: splits one dim, gathers another | the inverse | between positions and heads |
+
+Those that a tensor enters sharded work by take a `Meanwhile`: what is computed while its gradient travels.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megatron_tf.parallel.groups import Group
+from megatron_tf.parallel.meanwhile import Meanwhile
 
 # torch 2.13 renamed these two and warns about the old names, the only ones in 2.11 and 2.12.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -70,12 +73,34 @@ def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     """This rank's slice along `dim` of the sum of `x` over the group. Not differentiable."""
     if group.size == 1:
         return x
-    parts = x.unflatten(dim, (group.size, -1)).movedim(dim % x.dim(), 0).contiguous()
-    out = torch.empty_like(parts[0])
-    # flat buffers: gloo requires dim 0 of the input to be the group's size times dim 0 of the output
+    parts, out = _parts(x, group, dim)
     with group.around():
         _reduce_scatter(out.view(-1), parts.view(-1), group=group.handle)
     return out
+
+
+def begin_reduce_scatter(x: Tensor, group: Group, dim: int) -> Callable[[], Tensor]:
+    """Starts `reduce_scatter`. Returns a function that waits for it, so that other work can hide the exchange."""
+    if group.size == 1 or torch.compiler.is_compiling():
+        return lambda: reduce_scatter(x, group, dim)
+    parts, out = _parts(x, group, dim)
+    work = _reduce_scatter(out.view(-1), parts.view(-1), group=group.handle, async_op=True)
+
+    def finish() -> Tensor:
+        with group.around():
+            work.wait()
+        return out
+
+    return finish
+
+
+def _parts(x: Tensor, group: Group, dim: int) -> tuple[Tensor, Tensor]:
+    """(the slices of `x` along `dim`, one for each rank, room for one of them), both contiguous.
+
+    They are sent flat: gloo requires dim 0 of the input to be the group's size times dim 0 of the output.
+    """
+    parts = x.unflatten(dim, (group.size, -1)).movedim(dim % x.dim(), 0).contiguous()
+    return parts, torch.empty_like(parts[0])
 
 
 def all_to_all(x: Tensor, group: Group, split: int, gather: int) -> Tensor:
@@ -104,15 +129,22 @@ def receive(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, ra
     return out
 
 
+def _after(finish: Callable[[], Tensor], meanwhile: Meanwhile | None) -> Tensor:
+    """The result of an exchange that has begun."""
+    if meanwhile is not None:
+        meanwhile.do()
+    return finish()
+
+
 class _CopyTo(Function):
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
+    def forward(ctx, x, group, meanwhile):
+        ctx.group, ctx.meanwhile = group, meanwhile
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return all_reduce(grad, ctx.group), None
+        return _after(begin_all_reduce(grad, ctx.group), ctx.meanwhile), None, None
 
 
 class _ReduceFrom(Function):
@@ -127,19 +159,20 @@ class _ReduceFrom(Function):
 
 class _GatherFrom(Function):
     @staticmethod
-    def forward(ctx, x, group, dim):
-        ctx.group, ctx.dim = group, dim
+    def forward(ctx, x, group, dim, meanwhile):
+        ctx.group, ctx.dim, ctx.meanwhile = group, dim, meanwhile
         return all_gather(x, group, dim)
 
     @staticmethod
     def backward(ctx, grad):
-        return reduce_scatter(grad, ctx.group, ctx.dim), None, None
+        return _after(begin_reduce_scatter(grad, ctx.group, ctx.dim), ctx.meanwhile), None, None, None
 
 
 class _GatherTogether(Function):
     @staticmethod
-    def forward(ctx, x, numbers, group):
+    def forward(ctx, x, numbers, group, meanwhile):
         ctx.group, ctx.shapes, ctx.dtype = group, (x.shape, numbers.shape), numbers.dtype
+        ctx.meanwhile = meanwhile
         # The bits of the numbers travel as elements of x's type, so that nothing is rounded.
         sent = torch.cat([x.reshape(-1), numbers.contiguous().view(x.dtype).view(-1)])
         ranks = all_gather(sent, group, 0).view(group.size, -1)
@@ -152,9 +185,9 @@ class _GatherTogether(Function):
     @staticmethod
     def backward(ctx, grad, of_numbers):
         parts = [g.reshape(ctx.group.size, -1).to(grad.dtype) for g in (grad, of_numbers)]
-        own = reduce_scatter(torch.cat(parts, 1).view(-1), ctx.group, 0)
+        own = _after(begin_reduce_scatter(torch.cat(parts, 1).view(-1), ctx.group, 0), ctx.meanwhile)
         size = ctx.shapes[0].numel()
-        return own[:size].view(ctx.shapes[0]), own[size:].view(ctx.shapes[1]).to(ctx.dtype), None
+        return own[:size].view(ctx.shapes[0]), own[size:].view(ctx.shapes[1]).to(ctx.dtype), None, None
 
 
 class _ScatterTo(Function):
@@ -193,9 +226,9 @@ class _Exchange(Function):
         return all_to_all(grad, ctx.group, ctx.gather, ctx.split), None, None, None
 
 
-def copy_to(x: Tensor, group: Group) -> Tensor:
+def copy_to(x: Tensor, group: Group, meanwhile: Meanwhile | None = None) -> Tensor:
     """Identity forward, all-reduce backward."""
-    return x if group.size == 1 else _CopyTo.apply(x, group)
+    return x if group.size == 1 else _CopyTo.apply(x, group, meanwhile)
 
 
 def reduce_from(x: Tensor, group: Group) -> Tensor:
@@ -203,17 +236,19 @@ def reduce_from(x: Tensor, group: Group) -> Tensor:
     return x if group.size == 1 else _ReduceFrom.apply(x, group)
 
 
-def gather_from(x: Tensor, group: Group, dim: int) -> Tensor:
+def gather_from(x: Tensor, group: Group, dim: int, meanwhile: Meanwhile | None = None) -> Tensor:
     """All-gather along `dim` forward, reduce-scatter backward."""
-    return x if group.size == 1 else _GatherFrom.apply(x, group, dim)
+    return x if group.size == 1 else _GatherFrom.apply(x, group, dim, meanwhile)
 
 
-def gather_together(x: Tensor, numbers: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+def gather_together(
+    x: Tensor, numbers: Tensor, group: Group, meanwhile: Meanwhile | None = None
+) -> tuple[Tensor, Tensor]:
     """`gather_from` along dim 0 of x [rows, ...] and numbers [rows, ...] in one exchange.
 
     The numbers have a type of at least x's precision. Their gradient travels in the type of x's gradient.
     """
-    return (x, numbers) if group.size == 1 else _GatherTogether.apply(x, numbers, group)
+    return (x, numbers) if group.size == 1 else _GatherTogether.apply(x, numbers, group, meanwhile)
 
 
 def scatter_to(x: Tensor, group: Group, dim: int) -> Tensor:

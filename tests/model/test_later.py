@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tf.model.later import Later, product
-from megatron_tf.model.layers import Pattention, leave_weights, partial_outputs
+from megatron_tf.model.layers import Entered, Pattention, leave_weights, partial_outputs
 
 
 def _projections():
@@ -27,7 +27,7 @@ def test_the_gradients_of_tokens_are_those_of_one_pass():
     projections, x = _projections(), torch.randn(5, 2, 8, requires_grad=True)
 
     def backward():
-        torch.stack(partial_outputs(list(projections), x)).square().sum().backward()
+        torch.stack(partial_outputs(list(projections), Entered(x))).square().sum().backward()
 
     whole = _flops(backward)
     expected = [x.grad, *(p.grad for p in projections.parameters())]

@@ -83,7 +83,7 @@ def no_sum_of_input_gradients(patch):
 
 
 def _own_part(ctx, grad):
-    return grad.chunk(ctx.group.size, ctx.dim)[ctx.group.rank].contiguous(), None, None
+    return grad.chunk(ctx.group.size, ctx.dim)[ctx.group.rank].contiguous(), None, None, None
 
 
 def no_sum_of_the_norms_gradient(patch):

@@ -11,7 +11,16 @@ from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_t
 from megatron_tf.config.sections.model import Model
 from megatron_tf.model.attention import Documents
 from megatron_tf.model.context import Reports
-from megatron_tf.model.layers import Attention, Block, Pattention, TensorParallel, entered, partial_outputs
+from megatron_tf.model.layers import (
+    Attention,
+    Block,
+    Entered,
+    Pattention,
+    TensorParallel,
+    entered,
+    gathered,
+    partial_outputs,
+)
 from megatron_tf.model.sparse_pattention import SparsePattention, sparse_outputs
 from megatron_tf.parallel.collectives import gather_from, scatter_together
 
@@ -30,14 +39,15 @@ class PattentionAttention(Attention):
             projection.own_rows = tensor.sequence
 
     def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
-        heads = self.split(*entered([self.query, self.key, self.value], hidden, self.tensor))
+        projections = [self.query, self.key, self.value]
+        heads = _own_heads(self, partial_outputs(projections, entered(projections, hidden, self.tensor)))
         return self.tensor.leave(self.join(self.attended(heads, documents)))
 
-    def split(self, x: Tensor, norms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        return _own_heads(self, partial_outputs([self.query, self.key, self.value], x, norms))
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _own_heads(self, partial_outputs([self.query, self.key, self.value], Entered(x)))
 
     def join(self, heads: Tensor) -> Tensor:
-        return self.proj.partial(gather_from(heads, self.tensor.group, -1))
+        return partial_outputs([self.proj], gathered(self.proj, heads))[0]
 
 
 class SparseAttention(Attention):
@@ -82,8 +92,8 @@ class TokenFormerBlock(Block):
     def forward_ffn(self, hidden: Tensor, losses: Reports, metrics: Reports) -> Tensor:
         if isinstance(self.ffn, SparsePattention):
             return super().forward_ffn(hidden, losses, metrics)
-        x, norms = entered([self.ffn], hidden, self.tensor)
-        return self.tensor.leave(self.ffn.partial(x, norms))
+        (fed,) = partial_outputs([self.ffn], entered([self.ffn], hidden, self.tensor))
+        return self.tensor.leave(fed)
 
 
 class SparseBlock(TokenFormerBlock):
@@ -143,7 +153,7 @@ def _outputs(
     """The outputs of projections of one kind, which share x; each is still to be summed over the tensor group."""
     if isinstance(projections[0], SparsePattention):
         return sparse_outputs(cast(Sequence[SparsePattention], projections), x, losses, metrics)
-    return partial_outputs(cast(Sequence[Pattention], projections), x)
+    return partial_outputs(cast(Sequence[Pattention], projections), Entered(x))
 
 
 def _dense(
