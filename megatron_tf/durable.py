@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
 
-from megatron_tf.errors import UserError, file_errors
+from megatron_tf.errors import UserError, file_errors, write_errors
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -137,7 +137,7 @@ def prepare_output(path: Path) -> None:
 
     Raises `UserError` when the folder cannot be created or written to, and when `path` exists and is not a file.
     """
-    with file_errors(UserError, path.parent, "The output cannot go there: choose another folder."):
+    with write_errors(UserError, path.parent, "Choose another folder."):
         path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"{path.parent}: the output folder is not writable. Choose another or change its permissions.")

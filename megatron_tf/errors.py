@@ -185,8 +185,41 @@ def system_reason(error: OSError, path: str | os.PathLike[str]) -> str:
     return broken_link(path) or error.strerror or str(error)
 
 
+# What helps when a file cannot be written, apart from another place for it.
+_HELPS_WRITING = {
+    errno.ENOSPC: "Free space there",
+    errno.EDQUOT: "Free space of your quota there",
+    errno.EFBIG: "Allow larger files (`ulimit -f`)",
+    errno.EACCES: "Correct the permissions",
+    errno.EPERM: "Correct the permissions",
+    errno.EROFS: "Mount the file system writable",
+}
+
+
+def write_remedy(error: OSError, remedy: str) -> str:
+    """What helps against an error of writing, if anything does, or else `remedy`, such as "Choose another folder."."""
+    helps = _HELPS_WRITING.get(error.errno or 0)
+    return remedy if helps is None else f"{helps}, or {remedy[0].lower()}{remedy[1:]}"
+
+
 @contextmanager
-def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+def write_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+    """As `file_errors`, for a block that writes, with the remedy of `write_remedy`."""
+    with file_errors(kind, path, remedy, write_remedy):
+        yield
+
+
+def _always(error: OSError, remedy: str) -> str:
+    return remedy
+
+
+@contextmanager
+def file_errors(
+    kind: type[UserError],
+    path: str | os.PathLike[str],
+    remedy: str,
+    remedy_for: Callable[[OSError, str], str] = _always,
+) -> Iterator[None]:
     """Turn an OSError in the block into a `kind`: "path: reason. remedy".
 
     If the error is about another file, such as a library's own, that file is named instead of `path`.
@@ -202,7 +235,7 @@ def file_errors(kind: type[UserError], path: str | os.PathLike[str], remedy: str
     try:
         yield
     except OSError as error:
-        helps = open_files.remedy(error) or remedy
+        helps = open_files.remedy(error) or remedy_for(error, remedy)
         failed = _failed_file(error, os.fspath(path))
         raise kind(f"{failed}: {system_reason(error, failed)}. {helps}") from error
 

@@ -85,7 +85,7 @@ def test_a_new_file_is_new_and_readable_as_the_umask_says(tmp_path):
 def test_outputs_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match=r"file: .*choose another folder"):
+    with pytest.raises(UserError, match=r"file: .*Choose another folder"):
         prepare_output(tmp_path / "file" / "a.png")
     with pytest.raises(UserError, match="folder: is a folder, the output is a file"):
         prepare_output(tmp_path / "folder")

@@ -24,6 +24,7 @@ from megatron_tf.errors import (
     file_errors,
     run_command,
     shown,
+    write_errors,
 )
 
 PACKAGE = Path(__file__).parents[1] / "megatron_tf"
@@ -138,6 +139,22 @@ class TestFileErrors:
         with pytest.raises(DataError, match=rf"^{named}: No space left on device\. Make room\.$"), \
              file_errors(DataError, "out", "Make room."):  # fmt: skip
             raise OSError(errno.ENOSPC, "No space left on device", failed)
+
+    @pytest.mark.parametrize(
+        ("number", "remedy"),
+        [
+            (errno.ENOSPC, "Free space there, or choose another folder."),
+            (errno.EDQUOT, "Free space of your quota there, or choose another folder."),
+            (errno.EFBIG, "Allow larger files (`ulimit -f`), or choose another folder."),
+            (errno.EACCES, "Correct the permissions, or choose another folder."),
+            (errno.EROFS, "Mount the file system writable, or choose another folder."),
+            (errno.ENOTDIR, "Choose another folder."),
+        ],
+    )
+    def test_the_remedy_fits_what_writing_failed_of(self, number, remedy):
+        with pytest.raises(DataError) as refusal, write_errors(DataError, "out", "Choose another folder."):
+            raise OSError(number, os.strerror(number))
+        assert str(refusal.value) == f"out: {os.strerror(number)}. {remedy}"
 
     @pytest.mark.parametrize("name", ["a\0b", "a\ud800"])
     def test_names_that_can_be_no_path_are_refused_before_the_block(self, name):

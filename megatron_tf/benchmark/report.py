@@ -11,7 +11,7 @@ import torch
 
 from megatron_tf.benchmark.device import machine
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import ConfigError, file_errors
+from megatron_tf.errors import ConfigError, write_errors
 from megatron_tf.telemetry.text import table as columns
 
 _REMEDY = "Name another file with --json."
@@ -27,7 +27,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def check_json(path: Path) -> None:
     """ConfigError unless `path` can be written, before minutes of measuring; what is there stays as it is."""
-    with file_errors(ConfigError, path, _REMEDY):
+    with write_errors(ConfigError, path, _REMEDY):
         target = path.resolve()
         existed = target.exists()
         target.open("a").close()
@@ -39,7 +39,7 @@ def write_json(path: Path, mode: str, device: torch.device, rows: Sequence[Row])
     """Rows, machine and command as one JSON object."""
     content = {"mode": mode, "command": sys.argv, "machine": machine(device), "rows": list(rows)}
     text = json.dumps(content, indent=2) + "\n"
-    with file_errors(ConfigError, path, _REMEDY):
+    with write_errors(ConfigError, path, _REMEDY):
         target = path.resolve()
         if target.exists() and not target.is_file():  # a pipe or a device
             target.write_text(text, encoding="utf-8")

@@ -25,12 +25,12 @@ def main() -> None:
     from megatron_tf.benchmark import gpu_check
     from megatron_tf.benchmark.report import table
     from megatron_tf.durable import write_atomically
-    from megatron_tf.errors import ConfigError, file_errors
+    from megatron_tf.errors import ConfigError, write_errors
 
     if not torch.cuda.is_available():
         raise ConfigError("gpu-check: no CUDA device is here. Run it on a machine with a GPU that torch can use.")
     device = torch.device("cuda")
-    with file_errors(ConfigError, arguments.output, "Name another folder with --output."):
+    with write_errors(ConfigError, arguments.output, "Name another folder with --output."):
         arguments.output.mkdir(parents=True, exist_ok=True)
     done, sections = [], [f"# GPU check\n\n```\n{json.dumps(gpu_check.machine(device))}\n```\n"]
     for part in gpu_check.run(device, arguments.seconds):
@@ -42,7 +42,7 @@ def main() -> None:
             lines.append(f"**{part.problem}**\n")
         sections.append("\n".join(lines))
         print(sections[-1], flush=True)
-    with file_errors(ConfigError, arguments.output, "Name another folder with --output."):
+    with write_errors(ConfigError, arguments.output, "Name another folder with --output."):
         report = json.dumps(gpu_check.as_json(device, done), indent=2) + "\n"
         write_atomically(arguments.output / "report.json", report.encode())
         write_atomically(arguments.output / "report.md", "\n".join(sections).encode())

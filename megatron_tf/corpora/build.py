@@ -19,12 +19,12 @@ from megatron_tf.corpora.shards import ShardWriter
 from megatron_tf.data.preparation.parts import file_lock
 from megatron_tf.data.preparation.split import is_held_out
 from megatron_tf.durable import partial_path, prepare_output, sync_folder
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.errors import DataError, write_errors
 from megatron_tf.telemetry.text import count_of
 
 REPORT = "corpus.json"  # marks a folder as a corpus, which a later run may replace
 LICENSES = "LICENSES.txt"
-REMEDY = "Free space or choose another folder."
+REMEDY = "Choose another folder."
 SPLITS = ("validation", "train")  # validation first: a text that is in both is then left out of training
 
 
@@ -59,10 +59,10 @@ def build_corpus(
     target = settings.folder
     _check_replaceable(target)
     prepare_output(downloads.folder / "downloads.json")
-    with file_errors(DataError, downloads.folder, REMEDY):
+    with write_errors(DataError, downloads.folder, REMEDY):
         opened = fetch(settings.sources, downloads, note)
     work = partial_path(target)
-    with file_errors(DataError, target, REMEDY), file_lock(target.with_name(target.name + ".lock"), 0) as held:
+    with write_errors(DataError, target, REMEDY), file_lock(target.with_name(target.name + ".lock"), 0) as held:
         if not held:
             raise DataError(f"{target}: another run is writing it. Wait for its end, or choose another folder.")
         shutil.rmtree(work, ignore_errors=True)

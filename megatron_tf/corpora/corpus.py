@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_tf.data.preparation.split import is_held_out
 from megatron_tf.durable import atomic_path, prepare_output, write_atomically
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.errors import DataError, file_errors, write_errors
 
 VALIDATION_FRACTION = 0.05
 # Tests, tables of characters, third-party packages, and the topics, which `python_topics` reads.
@@ -122,7 +122,7 @@ def write_corpus(documents: Iterable[Document], folder: Path, version: str) -> d
         is_ours = note.is_file() and note.read_bytes().startswith(LICENSE_NOTE.partition("{")[0].encode("utf-8"))
     if not is_ours and (found := [path for path in (note, *paths.values()) if path.exists()]):
         raise DataError(f"{found[0]}: is there, and is none of this corpus. Move it away, or choose another folder.")
-    with file_errors(DataError, folder, "Free space or choose another folder."), ExitStack() as stack:
+    with write_errors(DataError, folder, "Choose another folder."), ExitStack() as stack:
         streams = {}
         for split, path in paths.items():
             file = stack.enter_context(open(stack.enter_context(atomic_path(path)), "wb"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_tf.corpora.archives import members
 from megatron_tf.corpora.packages import Downloads, UnavailableError
 from megatron_tf.durable import prepare_output, write_atomically
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.errors import DataError, write_errors
 
 PACKAGE = "dataset-fashion-mnist"
 PINS = {
@@ -29,7 +29,7 @@ def fetch_fashion_mnist(folder: Path, downloads: Downloads) -> list[Path]:
     prepare_output(downloads.folder / "downloads.json")
     prepare_output(folder / "classes.txt")
     try:
-        with file_errors(DataError, downloads.folder, "Free space or choose another folder."):
+        with write_errors(DataError, downloads.folder, "Choose another folder."):
             package = downloads.debian([PACKAGE], PINS)
     except UnavailableError as reason:
         raise DataError(
@@ -48,6 +48,6 @@ def fetch_fashion_mnist(folder: Path, downloads: Downloads) -> list[Path]:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    with file_errors(DataError, path, "Free space or choose another folder."):
+    with write_errors(DataError, path, "Choose another folder."):
         write_atomically(path, content)
     return path

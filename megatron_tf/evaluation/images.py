@@ -21,7 +21,7 @@ from megatron_tf.data.documents import boundaries
 from megatron_tf.data.images.loader import ImageLoader, open_images
 from megatron_tf.data.images.source import ImageFiles
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import CheckpointError, UserError, file_errors
+from megatron_tf.errors import CheckpointError, UserError, write_errors
 from megatron_tf.evaluation import paper
 from megatron_tf.evaluation.loaded import (
     Evaluation,
@@ -106,7 +106,7 @@ class ImageEvaluation(TaskEvaluation):
             values = {**settings, "crop": crop, "data": [values_of(counts) for counts in found]}
             path = write_result(Path(f"{output}_images.json"), values, images_identity)
             rows = path.with_suffix(".csv")
-            with file_errors(UserError, rows, "Free space or choose another --output."):
+            with write_errors(UserError, rows, "Choose another --output."):
                 write_atomically(rows, as_csv(config, settings["parameters"], found).encode("utf-8"))
             shown = [summary_table(found), *(class_table(counts) for counts in found if request.per_class)]
             if (published := paper_line(config, settings["parameters"])) is not None:

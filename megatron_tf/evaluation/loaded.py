@@ -22,7 +22,7 @@ from megatron_tf.config.topology import Topology
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.data.documents import Boundaries
 from megatron_tf.durable import prepare_output, write_atomically
-from megatron_tf.errors import UserError, file_errors
+from megatron_tf.errors import UserError, write_errors
 from megatron_tf.evaluation.eval_data import TASK_FOLDER
 from megatron_tf.evaluation.result_files import Identity, result_file
 from megatron_tf.inference.sharded import load_stage
@@ -161,6 +161,6 @@ def write_result(first: Path, values: Mapping[str, Any], identity: Callable[[Map
     Call it before anything is printed: printing may fail, and hours of evaluation would be lost.
     """
     path = result_file(first, values, identity)
-    with file_errors(UserError, path, "Free space or choose another --output."):
+    with write_errors(UserError, path, "Choose another --output."):
         write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
     return path

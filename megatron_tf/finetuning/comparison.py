@@ -28,7 +28,7 @@ from megatron_tf.adapters.loading import load_base, load_tokenizer
 from megatron_tf.benchmark.adapters import FORMS, LORA, forms_of, rows_on
 from megatron_tf.benchmark.device import machine
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError, DataError, UserError, file_errors
+from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError, DataError, UserError, file_errors, write_errors
 from megatron_tf.finetuning.batches import collate
 from megatron_tf.finetuning.packed import check_length, check_packing
 from megatron_tf.finetuning.trial import BASE, SECOND, Outcome, Setting, Texts, Trial, read_texts, run_trial
@@ -71,7 +71,7 @@ def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callab
         done[trial] = run_trial(plan.setting, texts, trial, device)
         say(f"{_label(trial)}: {_said(done[trial])}")
         line = json.dumps({**asdict(trial), **asdict(done[trial])}) + "\n"
-        with file_errors(UserError, path, "Make room, or give another folder."), open(path, "a") as file:
+        with write_errors(UserError, path, "Give another folder."), open(path, "a") as file:
             file.write(line)
     speeds = _speeds(plan, texts, device) if plan.rounds else {}
     results = _results(plan, done, speeds)
@@ -80,7 +80,7 @@ def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callab
     content = {"setting": shared(plan), "machine": machine(device), "forms": results, "second_text": second,
                "speeds": list(speeds.values()),
                "trials": [{**asdict(trial), **asdict(outcome)} for trial, outcome in done.items()]}  # fmt: skip
-    with file_errors(UserError, folder, "Make room, or give another folder."):
+    with write_errors(UserError, folder, "Give another folder."):
         write_atomically(folder / _RESULTS, (json.dumps(content, indent=2) + "\n").encode())
         write_atomically(folder / _TABLE, text.encode())
     return text
@@ -280,7 +280,7 @@ def check_setting(folder: Path, setting: Mapping[str, Any]) -> dict[str, Any]:
 
 def _keep_setting(folder: Path, setting: Mapping[str, Any]) -> None:
     path = folder / _SETTING
-    with file_errors(UserError, path, "Give another folder."):
+    with write_errors(UserError, path, "Give another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(setting, indent=2) + "\n").encode())
 

@@ -20,7 +20,7 @@ from megatron_tf.adapters.summary import PUBLISHED, trained_adapter
 from megatron_tf.config.run_plan import below_trained
 from megatron_tf.durable import atomic_path
 from megatron_tf.engine.schedule import learning_rate
-from megatron_tf.errors import CheckpointError, ConfigError, DataError, RunStopped, UserError, file_errors
+from megatron_tf.errors import CheckpointError, ConfigError, DataError, RunStopped, UserError, file_errors, write_errors
 from megatron_tf.finetuning.batches import Row, count_targets, pack, rows_of_step
 from megatron_tf.finetuning.examples import read_examples
 from megatron_tf.finetuning.packed import check_length, check_packing
@@ -280,7 +280,7 @@ def _restore(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], r
 
 def _open_folder(config: FinetuneConfig, folder: Path, closing: contextlib.ExitStack) -> None:
     """Makes the run's folder, locks it until `closing` ends, and writes the configuration into it."""
-    with file_errors(UserError, folder, "Choose another run.dir."):
+    with write_errors(UserError, folder, "Choose another run.dir."):
         (folder / _CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         closing.enter_context(run_folder_lock(folder))
         with atomic_path(folder / "config.yml") as partial:

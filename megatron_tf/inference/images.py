@@ -15,7 +15,7 @@ from megatron_tf.data.images.decode import BadImage, opened, upright
 from megatron_tf.data.images.readers import image_file, read_names
 from megatron_tf.data.images.summary import read_image_summary
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import ConfigError, DataError, UserError, file_errors
+from megatron_tf.errors import ConfigError, DataError, UserError, write_errors
 from megatron_tf.inference.load import file_of_run, run_config
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.tasks.image_classification.section import Image, image_of
@@ -60,7 +60,7 @@ def keep_names(run: Path, names: Sequence[str]) -> bool:
     """
     if len(set(names)) < len(names) or any(name.splitlines() != [name] or name.strip() != name for name in names):
         return False
-    with file_errors(UserError, run / CLASSES_NAME, "Give another folder."):
+    with write_errors(UserError, run / CLASSES_NAME, "Give another folder."):
         write_atomically(run / CLASSES_NAME, "".join(f"{name}\n" for name in names).encode())
     return True
 

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_tf.durable import take_lock
-from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped, UserError, file_errors
+from megatron_tf.errors import STOPPED_EXIT_CODE, RunStopped, UserError, write_errors
 from megatron_tf.study.file import Study
 from megatron_tf.study.plan import Node, Plan, make_plan
 from megatron_tf.study.result import (
@@ -153,7 +153,7 @@ class Queue:
         """The descriptor of a run's locked claim file; None while another worker has it. The lock ends with the last
         process that holds the descriptor."""
         path = Path(self._study.dir, "claims", node.name.replace("/", "_"))
-        with file_errors(UserError, path, "Choose another dir."):
+        with write_errors(UserError, path, "Choose another dir."):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -166,7 +166,7 @@ class Queue:
             self._say(f"{node.name}: has failed with another configuration, begins anew; what it was is in {kept}")
         config = write_config(node, self._study.dir)
         log = Path(self._study.dir, "logs", f"{node.name.replace('/', '_')}.log")
-        with file_errors(UserError, log, "Choose another dir."):
+        with write_errors(UserError, log, "Choose another dir."):
             log.parent.mkdir(parents=True, exist_ok=True)
             output = open(log, "ab")
         began = time.monotonic()

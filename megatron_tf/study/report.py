@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_tf.config.tasks import task_of
 from megatron_tf.durable import prepare_output, write_atomically
-from megatron_tf.errors import UserError, file_errors
+from megatron_tf.errors import UserError, write_errors
 from megatron_tf.study.clock import with_seconds
 from megatron_tf.study.comparison import (
     BEST_STATIC,
@@ -199,7 +199,7 @@ def write_report(plan: Plan, output: Path, measure: Measure | None = None) -> st
         ("report.md", as_page(found)),
     ):
         prepare_output(output / name)
-        with file_errors(UserError, output / name, "Choose another --output."):
+        with write_errors(UserError, output / name, "Choose another --output."):
             write_atomically(output / name, (content + "\n").encode())
     _draw_ends(found, output)
     _draw_routing(found, output)

@@ -22,7 +22,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.diagnosis.run_facts import settings
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError, UserError, file_errors
+from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError, UserError, file_errors, write_errors
 from megatron_tf.study.plan import Node, Plan
 from megatron_tf.telemetry.plot import read_run
 
@@ -107,7 +107,7 @@ def _seconds(records: Sequence[dict[str, Any]], first: int) -> float:
 
 
 def write_result(node: Node, result: Result) -> None:
-    with file_errors(UserError, node.folder, "Make room, and start the study again."):
+    with write_errors(UserError, node.folder, "Choose another dir."):
         write_atomically(node.folder / RESULT_NAME, (json.dumps(in_json(result), indent=1) + "\n").encode())
 
 
@@ -165,7 +165,7 @@ def has_failed(node: Node, study_dir: str) -> bool:
 
 def write_failure(node: Node, study_dir: str, reason: str) -> None:
     path = failure_file(node, study_dir)
-    with file_errors(UserError, path, "Choose another dir."):
+    with write_errors(UserError, path, "Choose another dir."):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, f"{reason}\n".encode())
 
@@ -186,7 +186,7 @@ def begin_again(node: Node, study_dir: str) -> Path | None:
 
 def write_config(node: Node, study_dir: str) -> Path:
     path = config_file(node, study_dir)
-    with file_errors(UserError, path, "Choose another dir."):
+    with write_errors(UserError, path, "Choose another dir."):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, dump_config(node.config).encode())
     return path

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megatron_tf.config.yaml_core import parse_yaml
 from megatron_tf.durable import atomic_path, prepare_output, read_plain
-from megatron_tf.errors import NOT_AS_WRITTEN, UserError, file_errors, shown
+from megatron_tf.errors import NOT_AS_WRITTEN, UserError, file_errors, shown, write_errors
 from megatron_tf.telemetry.line_file import whole_lines
 from megatron_tf.text_files import decode_text
 
@@ -208,7 +208,7 @@ def new_figure(output: Path, size: tuple[float, float]) -> Any:
 
 
 def save_figure(figure: Any, output: Path) -> None:
-    with file_errors(UserError, output, "Free space or choose another --output."), atomic_path(output) as temporary:
+    with write_errors(UserError, output, "Choose another --output."), atomic_path(output) as temporary:
         figure.savefig(temporary, dpi=150, format=output.suffix.lstrip(".").lower())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_tf.durable import atomic_path, open_plain
-from megatron_tf.errors import NOT_AS_WRITTEN, UserError, file_errors
+from megatron_tf.errors import NOT_AS_WRITTEN, UserError, write_errors
 from megatron_tf.streams import without_terminal
 from megatron_tf.telemetry.line_file import LineFile
 
@@ -70,7 +70,7 @@ class JsonlTracker:
 
     def __init__(self, path: Path, resume_step: int, warn: Callable[[str], None]):
         path = Path(os.path.realpath(path))  # writes the target of a link, instead of replacing the link by a file
-        with file_errors(UserError, path, "Metrics cannot be written: free space or choose another run.dir."):
+        with write_errors(UserError, path, "Choose another run.dir."):
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step == 0 and _has_steps(path):
                 kept = next(other for n in count(1) if not (other := path.with_name(f"{path.name}.{n}")).exists())

@@ -14,7 +14,7 @@ import torch
 from megatron_tf.checkpoint.manager import Ranks
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.durable import write_atomically
-from megatron_tf.errors import ConfigError, system_reason
+from megatron_tf.errors import ConfigError, system_reason, write_remedy
 from megatron_tf.runtime.agreement import from_rank_zero, gather, together
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.run_lock import run_folder_lock
@@ -104,4 +104,5 @@ def _prepare_folder(config: RunConfig) -> None:
 
 def _cannot_write(config: RunConfig, error: OSError) -> ConfigError:
     place = error.filename or config.run.dir
-    return ConfigError(f"run.dir: cannot write to {place}: {system_reason(error, place)}. Choose another folder.")
+    remedy = write_remedy(error, "Choose another folder.")
+    return ConfigError(f"run.dir: cannot write to {place}: {system_reason(error, place)}. {remedy}")

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER, UNFINISHED_PREFIX
-from megatron_tf.errors import ConfigError
+from megatron_tf.errors import ConfigError, write_remedy
 from megatron_tf.runtime.agreement import from_rank_zero, together
 
 # A network file system shows a new file to other nodes within this.
@@ -38,7 +38,8 @@ def _leave_mark(run_dir: Path) -> Path:
     try:
         mark.touch()
     except OSError as error:
-        raise ConfigError(f"run.dir: cannot write to {folder}: {error.strerror}. Choose another folder.") from error
+        remedy = write_remedy(error, "Choose another folder.")
+        raise ConfigError(f"run.dir: cannot write to {folder}: {error.strerror}. {remedy}") from error
     return mark
 
 

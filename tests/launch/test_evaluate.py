@@ -104,7 +104,7 @@ REFUSED = {
     "no checkpoint": (["--checkpoint", "nowhere"], ["nowhere: there is no such folder"]),
     "another model": (["model.num_layers=1"], ["model.num_layers: checkpoint 2, configuration 1", "config.yml"]),
     "heads over tensor ranks": (["parallel.tensor=3"], ["num_attention_heads", "multiple of 3"]),
-    "an output that is a file": (["--output", "README.md"], ["README.md: ", "choose another folder"]),
+    "an output that is a file": (["--output", "README.md"], ["README.md: ", "Choose another folder"]),
     "a number that is none": (["--stride", "many"], ["'many' is not a whole number"]),
 }
 

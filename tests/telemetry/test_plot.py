@@ -162,7 +162,7 @@ def test_output_that_cannot_be_drawn(chain, tmp_path):
         with pytest.raises(UserError, match=r"Choose \.png"):
             plot_runs(runs, tmp_path / name)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: File exists. The output cannot go there"):
+    with pytest.raises(UserError, match="file: File exists. Choose another folder"):
         plot_runs(runs, tmp_path / "file" / "loss.png")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match=r"folder\.png: is a folder"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -99,23 +100,31 @@ def test_a_crash_while_the_file_is_cut_leaves_it_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("older", [True, False])
-def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch, older):
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "No space left on device. Free space there, or choose another run.dir."),
+        (errno.EACCES, "Permission denied. Correct the permissions, or choose another run.dir."),
+        (errno.EROFS, "Read-only file system. Mount the file system writable, or choose another run.dir."),
+    ],
+)
+def test_metrics_that_cannot_be_written_at_the_start(tmp_path, monkeypatch, older, number, remedy):
     path = tmp_path / "metrics.jsonl"
     if older:
         write_steps(path, range(1, 4))
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device\. Metrics cannot be written: free"):
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=rf"metrics\.jsonl: {remedy}"):
         JsonlTracker(path, 3, pytest.fail)
     assert os.listdir(tmp_path) == (["metrics.jsonl"] if older else [])  # nothing half-written
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"/file: File exists\. Metrics cannot be written: .*run\.dir"):
+    with pytest.raises(UserError, match=r"/file: File exists\. Choose another run\.dir"):
         JsonlTracker(tmp_path / "file" / "metrics.jsonl", 0, pytest.fail)
 
 

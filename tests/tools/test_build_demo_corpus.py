@@ -23,7 +23,7 @@ def test_a_size_beyond_all_there_is_takes_all_there_is(tmp_path):
 
 def test_an_output_that_is_no_folder(tmp_path):
     (tmp_path / "out").write_text("in the way")
-    assert_refused(tool("build_demo_corpus", tmp_path / "out"), tmp_path / "out", "choose another folder")
+    assert_refused(tool("build_demo_corpus", tmp_path / "out"), tmp_path / "out", "Choose another folder")
     assert_refused(tool("build_demo_corpus", tmp_path / ("x" * 300)), "File name too long")
     assert (tmp_path / "out").read_text() == "in the way"
 
@@ -35,7 +35,7 @@ def test_a_full_disk_leaves_the_older_corpus(tmp_path, largest_file):
     for name, content in older.items():
         (tmp_path / name).write_bytes(content)
     done = tool("build_demo_corpus", tmp_path, "--max-megabytes", "2", largest_file=largest_file)
-    assert_refused(done, f"{tmp_path}: File too large. Free space")
+    assert_refused(done, f"{tmp_path}: File too large. Allow larger files")
     left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert left.keys() == older.keys()
     assert left["train.jsonl.zst"] == older["train.jsonl.zst"]

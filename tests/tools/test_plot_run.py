@@ -44,7 +44,7 @@ def test_outputs_that_cannot_be(run, tmp_path):
     for output, message in (
         (run, "cannot be drawn"),
         (run / "config.yml", "cannot be drawn"),
-        (run / "config.yml" / "a.png", "choose another folder"),
+        (run / "config.yml" / "a.png", "Choose another folder"),
         (tmp_path / ("x" * 300 + ".png"), "File name too long"),
     ):
         assert_refused(tool("plot_run", run, "--output", output), message)
@@ -53,5 +53,5 @@ def test_outputs_that_cannot_be(run, tmp_path):
 def test_a_full_disk_leaves_no_picture(run, tmp_path):
     pytest.importorskip("matplotlib")
     done = tool("plot_run", run, "--output", tmp_path / "a.png", largest_file=1000)
-    assert_refused(done, f"{tmp_path}/a.png: File too large. Free space")
+    assert_refused(done, f"{tmp_path}/a.png: File too large. Allow larger files")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

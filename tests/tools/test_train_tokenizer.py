@@ -19,7 +19,7 @@ BAD = {
     "absurd": (["--vocab-size", str(10**12)], "vocabulary size is 1000000000000, at most 1048576"),
     "an input": (["--output", "{folder}/in.txt"], "in.txt: a tokenizer is recognised by the ending .json"),
     "a folder": (["--output", "{folder}/folder.json"], "folder.json: is a folder"),
-    "below a file": (["--output", "{folder}/in.txt/t.json"], "in.txt: ", "choose another folder"),
+    "below a file": (["--output", "{folder}/in.txt/t.json"], "in.txt: ", "Choose another folder"),
     "name too long": (["--output", "{folder}/" + "x" * 300 + ".json"], "File name too long. Choose another output"),
     "input is a folder": (["--input", "{folder}/folder.json"], "folder.json: is no file"),
     "input name too long": (["--input", "{folder}/" + "x" * 300 + ".txt"], "File name too long. Correct the path"),
@@ -43,7 +43,7 @@ def test_bad_values(text, tmp_path, case):
 def test_a_full_disk_keeps_the_older_tokenizer(text, tmp_path):
     output = tmp_path / "t.json"
     arguments = ("--input", text, "--vocab-size", 300, "--output", output)
-    assert_refused(tool("train_tokenizer", *arguments, largest_file=100), output, "File too large. Free space")
+    assert_refused(tool("train_tokenizer", *arguments, largest_file=100), output, "File too large. Allow larger files")
     assert not output.exists()
     assert tool("train_tokenizer", *arguments).returncode == 0
     before = output.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_tf.data.special_tokens import EOD_TOKENS
 from megatron_tf.durable import prepare_output, write_atomically
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.errors import DataError, write_errors
 
 SMALLEST_VOCABULARY = 257  # every byte and the end-of-document token
 LARGEST_VOCABULARY = 1 << 20  # four times the largest in use; the trainer reserves memory for the size asked for
@@ -47,6 +47,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, eod_token: st
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    with file_errors(DataError, output, "Free space or choose another output."):
+    with write_errors(DataError, output, "Choose another output."):
         write_atomically(output, tokenizer.to_str(pretty=True).encode("utf-8"))
     return tokenizer.get_vocab_size()

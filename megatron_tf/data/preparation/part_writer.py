@@ -18,7 +18,7 @@ from megatron_tf.data.preparation.progress import Advance, Observer
 from megatron_tf.data.preparation.record_types import RawRecord
 from megatron_tf.data.preparation.report import Report, SplitCounts, write_report
 from megatron_tf.data.preparation.workers import Encode, EncodeAll
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.errors import DataError, write_errors
 
 BATCH_DOCUMENTS = 512
 BATCH_BYTES = 1 << 16  # small, so that workers end a part at about the same time
@@ -49,8 +49,8 @@ def write_part(job: PartJob, part: Part, encode_all: EncodeAll, observer: Observ
 
     Raises `DataError` for a bad record under `on_error="stop"`; what was written of this part is then gone.
     """
-    remedy = "Free space, correct the permissions or choose another prefix, then run again: finished parts are kept."
-    with file_errors(DataError, part.folder, remedy), file_lock(part.lock_path) as held:
+    remedy = "Choose another prefix, then run again: finished parts are kept."
+    with write_errors(DataError, part.folder, remedy), file_lock(part.lock_path) as held:
         if not held:
             return False
         if part.report() is not None:  # finished while we waited for the lock

@@ -23,10 +23,10 @@ from megatron_tf.data.preparation.parts import Part, file_lock, key_of
 from megatron_tf.data.preparation.progress import DOCUMENTS, ProgressDisplay
 from megatron_tf.data.preparation.report import Report, SplitCounts, read_report, write_report
 from megatron_tf.durable import partial_path, prepare_output
-from megatron_tf.errors import DataError, file_errors
+from megatron_tf.errors import DataError, write_errors
 from megatron_tf.telemetry.text import are, count_of
 
-REMEDY = "Free space, correct the permissions or choose another prefix, then run again: finished parts are kept."
+REMEDY = "Choose another prefix, then run again: finished parts are kept."
 Summary = TypeVar("Summary")
 _OUTPUT = re.compile(r"\.parts(/.*)?|((_train|_validation)?\.(bin|idx|json)|\.report\.json)(\.partial)?", re.DOTALL)
 
@@ -164,7 +164,7 @@ def _merge_if_possible(work: Preparation[Summary], progress: ProgressDisplay, *,
     """
     try:
         with (
-            file_errors(DataError, work.output_prefix, REMEDY),
+            write_errors(DataError, work.output_prefix, REMEDY),
             file_lock(work.folder / "merge.lock", patience_seconds=0.5) as held,
         ):
             summaries = _finished(work)
