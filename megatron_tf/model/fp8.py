@@ -17,7 +17,7 @@ any n up to 50 million that is above 2⁻⁶, from which on e4m3 has all its dig
 | S [rows, n] | e4m3 | out = SV | dV = SᵀdO | τ |
 | V [n, d] | e4m3 | dS = dO Vᵀ | out = SV | V |
 | dO [rows, d] | e5m2 | dS = dO Vᵀ | dV = SᵀdO | dO |
-| dA [rows, n] | e5m2 | dx = dA K | dK = dAᵀx | dA |
+| dA [rows, n] | e5m2 | dx = dA K | dK = dAᵀx | dA; with kernels a bound, see rounded_scores.py |
 
 On GPUs, which need compute capability 8.9, torch's `scaled_mm` computes these products. On CPUs the rounded factors are
 multiplied in fp32, with the same result except for the order of the sums.
@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_tf.activations.function import ScoreFunction
+from megatron_tf.model import rounded_scores
 from megatron_tf.model.kernels.score_layout import ALIGNMENT, empty_scores
 from megatron_tf.model.products import Factor, Gradient
 from megatron_tf.model.rounding import LARGEST_EXPONENT, Rounded, power_of_two, rounded
@@ -51,6 +53,14 @@ class Fp8Product:
 
     def factor(self, x: Tensor, *, gradient: bool = False, bound: float | None = None, both: bool = False) -> Factor:
         return rounded(x, gradient=gradient, bound=bound, by_column=both)
+
+    def weights(self, function: ScoreFunction, scores: Tensor, r: Tensor, scale: float) -> Factor:
+        if self.rounds_scores(function, scores):
+            return rounded_scores.weights(scores, r, scale)
+        return self.factor(function.weights(scores, r, scale), bound=scale)
+
+    def rounds_scores(self, function: ScoreFunction, scores: Tensor) -> bool:
+        return rounded_scores.usable(function, scores)
 
 
 PRODUCT = Fp8Product()

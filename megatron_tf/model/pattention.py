@@ -44,7 +44,7 @@ from megatron_tf.activations.forms import Norm
 from megatron_tf.activations.function import ScoreFunction, accumulating, score_function
 from megatron_tf.activations.overlap import row_chunks, row_parts
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
-from megatron_tf.model import fp8, gram
+from megatron_tf.model import fp8, gram, rounded_scores
 from megatron_tf.model.checks import check_pattention
 from megatron_tf.model.kernels import score_layout
 from megatron_tf.model.later import Later
@@ -270,9 +270,9 @@ def _forward(rows: Sequence[Tensor], layer: _Layer) -> _Results:
         if r is None:
             r, s = layer.function.statistic_and_weights(a, scale)
         else:
-            s = layer.function.weights(a, r, scale)
+            s = layer.product.weights(layer.function, a, r, scale)
         statistics.append(r)
-        outputs.append(layer.product(layer.product.factor(s, bound=scale), v))
+        outputs.append(layer.product(s, v))
     return scores, statistics, outputs
 
 
@@ -340,10 +340,15 @@ def _to_scores(
 ) -> tuple[Factor, Sequence[Tensor]]:
     """(dA of all projections, T of each).  `of_values`: is given Sᵀ of each projection, and its output's gradient."""
     keys, function, group, product = layer.keys, layer.function, layer.group, layer.product
+    if product.rounds_scores(function, scores):
+        outputs, norms, own = rows[1 : 1 + len(keys)], rows[1 + len(keys) :], score_layout.split(scores, keys)
+        return rounded_scores.to_scores(
+            scores, own, outputs, layer.values, norms, layer.scales, product, layer.wants_dx, of_values
+        )
     grads = [product.factor(grad, gradient=True, both=True) for grad in rows[1 : 1 + len(keys)]]
     gradient = _weights_gradient(grads, scores, layer)
-    own = score_layout.split(gradient, keys), score_layout.split(scores, keys)
-    parts = list(zip(*own, rows[1 + len(keys) :], layer.scales))
+    pairs = score_layout.split(gradient, keys), score_layout.split(scores, keys)
+    parts = list(zip(*pairs, rows[1 + len(keys) :], layer.scales))
     totals: list[Tensor] = []
     for (d, a, r, scale), grad in zip(parts, grads):
         if layer.normed or layer.exchanges:

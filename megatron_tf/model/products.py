@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from megatron_tf.activations.function import ScoreFunction
 from megatron_tf.model.kernels.score_layout import empty_scores
 
 Gradient = Literal["left", "right"] | None
@@ -33,6 +34,14 @@ class Product(Protocol):
         """
         ...
 
+    def weights(self, function: ScoreFunction, scores: Tensor, r: Tensor, scale: float) -> Factor:
+        """S [m, n], as a left factor."""
+        ...
+
+    def rounds_scores(self, function: ScoreFunction, scores: Tensor) -> bool:
+        """Whether `rounded_scores.to_scores` is for such scores."""
+        ...
+
 
 class PlainProduct:
     """A `Product` in the type of the factors."""
@@ -46,6 +55,12 @@ class PlainProduct:
 
     def factor(self, x: Tensor, *, gradient: bool = False, bound: float | None = None, both: bool = False) -> Factor:
         return x
+
+    def weights(self, function: ScoreFunction, scores: Tensor, r: Tensor, scale: float) -> Factor:
+        return function.weights(scores, r, scale)
+
+    def rounds_scores(self, function: ScoreFunction, scores: Tensor) -> bool:
+        return False
 
 
 PLAIN = PlainProduct()

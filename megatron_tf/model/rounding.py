@@ -76,7 +76,7 @@ class Rounded(NamedTuple):
         assert dim == -1 and self.by_column is not None
         starts = [sum(sizes[:part]) for part in range(len(sizes))]
         return tuple(
-            Rounded(None, self.by_column[start : start + _aligned(size)], self.down, (self.shape[0], size), self.dtype)
+            Rounded(None, self.by_column[start : start + aligned(size)], self.down, (self.shape[0], size), self.dtype)
             for start, size in zip(starts, sizes)
         )
 
@@ -187,7 +187,7 @@ def round_to_8_bits(
 def _empty(
     x: Tensor, largest: Tensor | None, power: int, gradient: bool, by_row: bool, by_column: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, columns = map(_aligned, x.shape)
+    rows, columns = map(aligned, x.shape)
     return (
         x.new_empty((rows, columns) if by_row else (0, 0), dtype=torch.uint8),
         x.new_empty((columns, rows) if by_column else (0, 0), dtype=torch.uint8),
@@ -199,10 +199,10 @@ register_fake("largest_bits", lambda x: x.new_empty((), dtype=torch.int32))
 register_fake("round_to_8_bits", _empty)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _padded(x: Tensor) -> Tensor:
-    rows, columns = (_aligned(size) - size for size in x.shape)
+    rows, columns = (aligned(size) - size for size in x.shape)
     return F.pad(x, (0, columns, 0, rows)) if rows or columns else x

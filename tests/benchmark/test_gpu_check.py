@@ -56,6 +56,12 @@ def test_rounding_with_another_bit_is_seen(monkeypatch, wrong):
     assert not row["same bits"] and not row["right"]
 
 
+def test_a_wrong_layer_is_seen(monkeypatch):
+    monkeypatch.setattr(fp8, "LAYER_BOUND", 0.01)
+    (row,) = fp8.rows(CPU, [48], 64, 32, 1)
+    assert row["layer error"] > 0.03 and not row["right"]
+
+
 def test_kernels_for_rounding_are_checked_here_in_the_interpreter(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(rounding, "usable", lambda x: True)

@@ -30,7 +30,7 @@ from megatron_tf.costs.communication import (
 from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank, parameter_state_bytes
 from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
-from megatron_tf.model import build_model, fp8, gram, rounding
+from megatron_tf.model import build_model, fp8, gram, rounded_scores, rounding
 from megatron_tf.model.kernels import fused_passes
 from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block, choose_forms
 from megatron_tf.parallel.groups import SINGLE, make_group
@@ -46,6 +46,7 @@ EVERYWHERE = (
 )
 TRANSFORMER = ("model.architecture=transformer", "model.parameter_tokens=null", "model.ffn_hidden_size=768")
 TOLERANCE = 0.10
+KERNEL_PASSES = L2_NORM_GELU.kernel_passes
 SMALL = ("model.seq_length=128", "training.micro_batch_size=2", "training.global_batch_size=8")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
@@ -74,6 +75,7 @@ def round_as_gpus_do(monkeypatch):
 
     kernels = SimpleNamespace(largest_bits=rounding.portable_largest, round_to_8_bits=round_to_8_bits)
     monkeypatch.setattr(rounding, "usable", lambda x: True)
+    monkeypatch.setattr(rounded_scores, "usable", lambda function, scores: False)
     monkeypatch.setattr(rounding, "_kernels", lambda: kernels)
     monkeypatch.setattr(rounding, "largest_bits", largest)
     monkeypatch.setattr(rounding, "round_to_8_bits", torch.ops.megatron_tf.round_to_8_bits.default)
@@ -204,6 +206,31 @@ def test_elementwise_traffic_and_kernels_of_a_block_in_the_gram_form(precision, 
     monkeypatch.setattr(gram, "loses_digits", lambda *tensors: False)
     tokens = "model.parameter_tokens={qkv: 512, proj: 512, ffn: 2048}"
     count_block(load("training.norm=gram", f"training.precision={precision}", "training.micro_batch_size=16", tokens))
+
+
+def test_elementwise_traffic_and_kernels_of_a_block_in_fp8_with_its_own_kernels(monkeypatch):
+    """Of which only what they read and write is there, not what they compute."""
+    monkeypatch.setattr(gram, "loses_digits", lambda *tensors: False)
+    monkeypatch.setitem(vars(L2_NORM_GELU), "kernel_passes", KERNEL_PASSES)
+
+    def weights(scores, norms, scale, power, by_row, down):
+        by_row.zero_()
+        down.fill_(1)
+
+    def backward(
+        scores, norms, gradient, scale, power, transposed, weights_down, bound, by_row, by_column, down, *rest
+    ):
+        for tensor in (transposed, by_row, by_column, rest[0]):
+            tensor.zero_()
+        for tensor in (weights_down, down):
+            tensor.fill_(1)
+
+    monkeypatch.setattr(rounded_scores, "usable", lambda function, scores: True)
+    monkeypatch.setattr(rounded_scores, "_kernels", lambda: SimpleNamespace(weights=weights, backward=backward))
+    for name in ("rounded_weights", "rounded_backward"):
+        monkeypatch.setattr(rounded_scores, name, getattr(torch.ops.megatron_tf, name).default)
+    tokens = "model.parameter_tokens={qkv: 512, proj: 512, ffn: 2048}"
+    count_block(load("training.norm=gram", "training.precision=fp8", "training.micro_batch_size=16", tokens))
 
 
 def count_block(config):

@@ -11,7 +11,7 @@ from projections import both_passes, tensors
 from torch.nn import functional as F
 
 from megatron_tf.config.sections.training import Training
-from megatron_tf.model import fp8, gram, rounding
+from megatron_tf.model import fp8, gram, rounded_scores, rounding
 from megatron_tf.model.later import Later
 from megatron_tf.model.layers import Pattention, choose_forms, without_fp8
 from megatron_tf.model.pattention import Form, partial_pattention
@@ -113,6 +113,17 @@ def never_direct(monkeypatch):
 
 SIZES = {"tokens": (256, 192), "width": 64, "rows": (512,)}
 SCALES = (16.0, 192**0.5)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(rounding, "usable", lambda x: True)
+
+
+def test_error_with_kernels_is_that_of_rounding(never_direct, kernels):
+    """In Triton's interpreter. S and D are rounded once, from fp32."""
+    test_error_is_that_of_rounding(torch.bfloat16, never_direct)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -222,14 +233,47 @@ def test_a_pass_rounds_each_matrix_once(never_direct, monkeypatch):
 
 @pytest.mark.parametrize("keep_scores", [True, False])
 def test_a_layer_by_the_kernels_is_that_by_pytorch(never_direct, monkeypatch, keep_scores):
-    """In Triton's interpreter, bit for bit."""
+    """In Triton's interpreter, bit for bit, where S and dA are made in their type before they are rounded."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(rounded_scores, "usable", lambda function, scores: False)
     form = Form("gram", keep_scores, fp8=True)
     given = tensors(tokens=(40, 29), width=16, rows=(21,), dtype=torch.float32)
     expected = both_passes(*given, form)
     monkeypatch.setattr(rounding, "usable", lambda x: True)
     found = both_passes(*given, form)
     assert all(torch.equal(a, b) for a, b in zip((*found[0], *found[1]), (*expected[0], *expected[1])))
+
+
+@pytest.mark.parametrize("keep_scores", [True, False])
+def test_a_layer_whose_scores_are_rounded_by_kernels(never_direct, kernels, monkeypatch, keep_scores):
+    """Against passes of PyTorch, in Triton's interpreter: only what lies on the edge between two numbers of 8 bits may
+    go the other way. Numbers of tokens and of rows are no multiples of 16."""
+    form = Form("gram", keep_scores, fp8=True)
+    given = tensors(tokens=(40, 29), width=16, rows=(21,), dtype=torch.float32)
+    found = both_passes(*given, form)
+    monkeypatch.setattr(rounding, "usable", lambda x: False)
+    expected = both_passes(*given, form)
+    for own, other in zip((*found[0], *found[1]), (*expected[0], *expected[1])):
+        assert own.dtype == other.dtype and own.shape == other.shape
+        assert (own - other).norm() <= 2.0**-8 * other.norm()
+
+
+def test_gradients_left_for_later_are_the_same_with_kernels(never_direct, kernels):
+    x, keys, values, grads = tensors(dtype=torch.float32)
+    _, expected = both_passes(x, keys, values, grads, FP8)
+    leaves, later = [tensor.clone().requires_grad_() for tensor in (*keys, *values)], Later()
+    form = FP8._replace(later=later)
+    outs = partial_pattention(
+        x.clone().requires_grad_(), leaves[:2], leaves[2:], (2.5, 3.0), "l2_norm_gelu", SINGLE, form
+    )
+    torch.autograd.backward(outs, grads)
+    later.take()()
+    for own, whole in zip(leaves, expected):
+        torch.testing.assert_close(own.grad, whole)
+
+
+def test_kernels_compiled_without_a_graph_break(kernels):
+    test_compiled_without_a_graph_break()
 
 
 def test_compiled_without_a_graph_break():

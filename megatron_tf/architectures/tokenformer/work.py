@@ -48,6 +48,11 @@ FP8_INPUT_PASSES = Passes(4.5, 4.5)
 FP8_GRADIENT_PASSES = Passes(0, 3)
 FP8_TOKEN_PASSES = Passes(2.5, 2.5)
 FP8_KERNELS = Passes(79, 70)
+# With an activation that has its own kernels, these read and write each score as model/rounded_scores.py says. In
+# addition, the rows of a projection's gradient and of its values are measured.
+FP8_FUSED_PASSES = Passes(1.5, 3.5)
+FP8_MEASURING_PASSES = Passes(0, 1)
+FP8_FUSED_KERNELS = Passes(77, 150)
 FP8_STATISTICS = 8  # further fp32 numbers that a position keeps: scaled norms, and the factors of the scaling
 SHARING = {"qkv": 3, "proj": 1, "ffn": 1}  # projections of each kind, which share an input
 CHOICE_STATISTICS = 5  # size, in fp32 numbers, of the record that a position keeps of its choice in a slot
@@ -99,7 +104,7 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     gram = [Product(rows, hidden, SHARING[kind] * hidden) for kind, rows in own.items()]
     gram_rows = sum(SHARING[kind] * rows for kind, rows in own.items()) / positions
     packed = len(own.keys() & own_rows)
-    fp8 = _fp8_work(config, widths, len(with_gram) - packed)
+    fp8 = _fp8_work(config, widths, len(with_gram) - packed, activation.kernel_passes is not None)
     kept = (scores if keep else 0) + 4 * hidden // tensor + (hidden if tensor > 1 else 0) + fp8.kept
     if not keep:
         peak = _recomputed_peak(config, widths, with_gram)
@@ -136,8 +141,9 @@ class _Fp8Work(NamedTuple):
     backward_peak: int = 0
 
 
-def _fp8_work(config: RunConfig, widths: Mapping[str, int], copies: int) -> _Fp8Work:
+def _fp8_work(config: RunConfig, widths: Mapping[str, int], copies: int, fused: bool) -> _Fp8Work:
     """`widths`: scores per position, by kind.  `copies`: the number of inputs that are also kept unscaled, for norms.
+    `fused`: whether kernels round scores as they make them.
 
     Tokens in 8 bits are not kept, but made from the bf16 ones for each product. At the peak, those of the keys of one
     kind are in memory.
@@ -148,9 +154,10 @@ def _fp8_work(config: RunConfig, widths: Mapping[str, int], copies: int) -> _Fp8
     tokens = 2 * sum(widths.values()) * hidden / positions
 
     of_rows = FP8_INPUT_PASSES * len(SHARING) + FP8_GRADIENT_PASSES * sum(SHARING.values())
+    measured = FP8_MEASURING_PASSES * (sum(SHARING.values()) * hidden + tokens / 2 if fused else 0)
     return _Fp8Work(
-        kernels=FP8_KERNELS,
-        moved=of_rows * hidden + FP8_TOKEN_PASSES * tokens,
+        kernels=FP8_FUSED_KERNELS if fused else FP8_KERNELS,
+        moved=of_rows * hidden + FP8_TOKEN_PASSES * tokens + measured,
         kept=copies * hidden,
         kept_statistics=FP8_STATISTICS,
         backward_peak=max(widths.values()) * hidden // (2 * positions),
@@ -183,13 +190,16 @@ def _score_passes(activation: Activation, config: RunConfig, gram_share: float, 
 
     `gram_share`: the share of scores in the Gram form.  `shared`: that of projections that share an input.
     """
+    in_fp8 = config.training.precision == "fp8"
+    if in_fp8 and activation.kernel_passes is not None:
+        return FP8_FUSED_PASSES
     passes = activation.compiled_passes if config.training.compile else activation.passes
     saved = activation.gram_saves or Passes(0, 0)
     if activation.kernel_passes is not None:
         passes = activation.kernel_passes
         if config.parallel.tensor == 1:  # norm and weights are one kernel, and so are D and dA
             gram_share = 1
-    added = FP8_PASSES + FP8_SHARED_PASSES * shared if config.training.precision == "fp8" else Passes(0, 0)
+    added = FP8_PASSES + FP8_SHARED_PASSES * shared if in_fp8 else Passes(0, 0)
     return passes + saved * -gram_share + added
 
 

@@ -106,6 +106,22 @@ def _power_of_two(exponent):
 
 
 @triton.jit
+def _power_from(largest, down, first, GRADIENT: tl.constexpr):
+    """k from the largest magnitude. The `first` program writes 2⁻ᵏ into `down`, or NaN where that is not finite."""
+    top = tl.load(largest)
+    exponent = ((tl.minimum(top, _INFINITY) + _CARRY) >> 23) - 127
+    power = tl.maximum(tl.minimum((15 if GRADIENT else 8) - exponent, 126), -126)
+    tl.store(down, tl.where(top < _INFINITY, _power_of_two(-power), float("nan")), mask=first)
+    return power
+
+
+@triton.jit
+def _put_tile(matrix, stride, row, column, bits, rows, columns):
+    place = row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(matrix + place, bits, mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
 def _bits(x, up, GRADIENT: tl.constexpr, HARDWARE: tl.constexpr):
     """The bits of x · up in 8 bits, rounded to the nearest, saturating, where x is finite; those of NaN elsewhere.
 
@@ -146,18 +162,13 @@ def _round(
     if largest is None:
         tl.store(down, _power_of_two(-power), mask=first)
     else:
-        top = tl.load(largest)
-        exponent = ((tl.minimum(top, _INFINITY) + _CARRY) >> 23) - 127
-        power = tl.maximum(tl.minimum((15 if GRADIENT else 8) - exponent, 126), -126)
-        tl.store(down, tl.where(top < _INFINITY, _power_of_two(-power), float("nan")), mask=first)
+        power = _power_from(largest, down, first, GRADIENT)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = (row < m)[:, None] & (column < n)[None, :]
     values = tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
     bits = _bits(_wide(values), _power_of_two(power), GRADIENT, HARDWARE)
     if by_row is not None:
-        place = row.to(tl.int64)[:, None] * columns + column[None, :]
-        tl.store(by_row + place, bits, mask=(row < rows)[:, None] & (column < columns)[None, :])
+        _put_tile(by_row, columns, row, column, bits, rows, columns)
     if by_column is not None:
-        place = column.to(tl.int64)[:, None] * rows + row[None, :]
-        tl.store(by_column + place, tl.trans(bits), mask=(column < columns)[:, None] & (row < rows)[None, :])
+        _put_tile(by_column, rows, column, row, tl.trans(bits), columns, rows)

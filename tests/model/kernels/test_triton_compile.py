@@ -59,12 +59,14 @@ TYPES = {"x": "*bf16", "largest": "*i32", "found": "*i32", "by_row": "*u8", "by_
 ALIGNED = {"x", "stride", "n", "by_row", "by_column", "rows", "columns"}
 SEARCH = {"ROWS": triton_rounding.SEARCHED_ROWS, "COLUMNS": triton_rounding.SEARCHED_COLUMNS}
 WAYS = {"largest": (triton_rounding._largest, SEARCH)}
-for gradient in (False, True):
-    constants = {"GRADIENT": gradient, "HARDWARE": True, "TILE": triton_rounding.TILE}
-    for layout, without in (("both", {}), ("by row", {"by_column": None}), ("by column", {"by_row": None})):
-        for scale, known in (("found", {}), ("known", {"largest": None})):
-            WAYS[f"{'e5m2' if gradient else 'e4m3'} {layout} {scale}"] = (
-                triton_rounding._round, {**constants, **without, **known})
+LAYOUTS = {"both": {}, "by row": {"by_column": None}, "by column": {"by_row": None}}
+for number, layout, known in (
+    ("e4m3", "by row", {}), ("e4m3", "by row", {"largest": None}), ("e4m3", "by column", {}),
+    ("e4m3", "by column", {"largest": None}), ("e5m2", "both", {}), ("e5m2", "by column", {}),
+):
+    constants = {"GRADIENT": number == "e5m2", "HARDWARE": True, "TILE": triton_rounding.TILE}
+    WAYS[f"{number} {layout} {'known' if known else 'found'}"] = (
+        triton_rounding._round, {**constants, **LAYOUTS[layout], **known})
 found = {}
 for name, (kernel, constants) in WAYS.items():
     types = {own: "constexpr" if own in constants else TYPES.get(own, "i32") for own in kernel.arg_names}
@@ -77,6 +79,55 @@ for name, (kernel, constants) in WAYS.items():
         found[f"{name} {architecture}"] = triton.compile(source, target=target, options=options).asm["ptx"]
 print(json.dumps(found))
 """
+
+
+SCORES = """
+import json
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_tf.model import rounded_scores
+from megatron_tf.model.kernels import triton_rounded_scores
+from megatron_tf.model.kernels.triton_rounding import TILE, WARPS
+
+TYPES = {"scores": "*bf16", "gradient": "*bf16", "norms": "*fp32", "scale": "fp32", "totals": "*fp32",
+         "largest": "*i32", "weights": "*u8", "weights_down": "*fp32", "by_row": "*u8", "by_column": "*u8",
+         "down": "*fp32"}
+ALIGNED = {"scores", "a_stride", "gradient", "d_stride", "n", "weights", "by_row", "row_stride", "by_column", "rows",
+           "columns"}
+WAYS = {
+    "forward": (triton_rounded_scores._weights, {}, WARPS),
+    "backward": (triton_rounded_scores._backward, {"STRETCH": rounded_scores.STRETCH},
+                 triton_rounded_scores.BACKWARD_WARPS),
+    "without dx": (triton_rounded_scores._backward, {"STRETCH": rounded_scores.STRETCH, "by_row": None},
+                   triton_rounded_scores.BACKWARD_WARPS),
+}
+found = {}
+for name, (kernel, more, warps) in WAYS.items():
+    constants = {"HARDWARE": True, "TILE": TILE, **more}
+    types = {own: "constexpr" if own in constants else TYPES.get(own, "i32") for own in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, own in enumerate(kernel.arg_names)
+               if own in ALIGNED and own not in constants}
+    for architecture in ARCHITECTURES:
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+        target = GPUTarget("cuda", architecture, 32)
+        found[f"{name} {architecture}"] = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("architectures", [(89, 90), pytest.param((100, 120), marks=pytest.mark.scale)])
+def test_scores_in_8_bits(tmp_path, architectures):
+    """Tiles of 64 × 64; the scores and their gradient are read, and each result written, 16 bytes at a time."""
+    made = compiled(f"ARCHITECTURES = {architectures}\n{SCORES}", tmp_path)
+    assert len(made) == 3 * len(architectures)
+    for name, code in made.items():
+        way = name.rpartition(" ")[0]
+        elements = 64 * 64 // (32 * (4 if way == "forward" else 8))
+        loads, results = {"forward": (1, 1), "backward": (2, 3), "without dx": (2, 2)}[way]
+        assert code.count("ld.global.v4.b32") == loads * elements // 8, name
+        assert code.count("st.global.v4.b32") == results * elements // 16, name
+        assert "cvt.rn.satfinite.e4m3x2.f32" in code and ("e5m2x2" in code) is (way != "forward"), name
 
 
 def compiled(script, folder):
@@ -92,14 +143,14 @@ def compiled(script, folder):
 def test_rounding_to_8_bits(tmp_path, architectures):
     """By the hardware's conversion of two numbers at a time, 16 bytes read and written at a time in both layouts."""
     made = compiled(f"ARCHITECTURES = {architectures}\n{ROUND}", tmp_path)
-    assert len(made) == 13 * len(architectures)
+    assert len(made) == 7 * len(architectures)
     for name, code in made.items():
         assert "ld.global.v4.b32" in code, name
         if name.startswith("largest"):
             assert "max.s32" in code, name
             continue
         number = name.split()[0]
-        elements = 16 * 16 * 16 // (32 * 4)  # of a thread
+        elements = 64 * 64 // (32 * 4)  # of a thread
         assert code.count(f"cvt.rn.satfinite.{number}x2.f32") == elements // 2, name
         layouts = 2 if "both" in name else 1
         assert code.count("st.global.v4.b32") == layouts * elements // 16, name
