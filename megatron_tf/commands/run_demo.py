@@ -24,13 +24,14 @@ from typing import Any
 from megatron_tf.arguments import path, whole_number
 from megatron_tf.config.load import load_config
 from megatron_tf.corpora.build import REPORT
-from megatron_tf.errors import UserError
+from megatron_tf.data.summary import read_summary
+from megatron_tf.errors import NOT_AS_WRITTEN, UserError
 from megatron_tf.paths import literal
 from megatron_tf.shipped import configurations
 from megatron_tf.tasks.language_model.perplexity import format_perplexity
 from megatron_tf.tasks.language_model.section import vocab_size_of
 from megatron_tf.telemetry import text
-from megatron_tf.telemetry.line_file import whole_lines
+from megatron_tf.telemetry.records import read_records
 
 DATA = Path("data/demo")
 NOVELS = DATA / "novels"
@@ -39,6 +40,7 @@ UNSPLIT = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"
 FETCH_SECONDS = 180.0  # a package manager that has lost its network may wait for a very long time
 # Hides all messages of torch and its launcher but errors; -v shows them.
 QUIET = {"LOGLEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+ANEW = "Move the run's folder away and start again."
 NEXT = """What to do next:
 
 megatron_tf generate {grown} --prompt "{prompt}" --tokens 200
@@ -113,11 +115,12 @@ def prepare(vocab_size: int) -> str:
         if not (DATA / f"{split}.idx").exists():
             command("preprocess", "--input", inputs[split], "--tokenizer", str(tokenizer),
                     "--output-prefix", str(DATA / split))  # fmt: skip
-        found = json.loads((DATA / f"{split}.json").read_text(encoding="utf-8"))["vocab_size"]
-        if found != vocab_size:
+        known = read_summary(DATA / split)
+        if known is None or known.vocab_size != vocab_size:
+            found = "no known vocabulary" if known is None else f"a vocabulary of {known.vocab_size:,}"
             raise UserError(
-                f"{DATA}: holds data of an older demo, with a vocabulary of {found:,}; this one's has {vocab_size:,}. "
-                "Move the folder away and start again."
+                f"{DATA}: holds data of an older demo, with {found}; this one's has {vocab_size:,}. Move the folder "
+                "away and start again."
             )
     return "She was" if is_novels else "The return value is"
 
@@ -203,20 +206,27 @@ def summary(run: Path, after: Path | None = None) -> Summary:
     """The summary of the finished `run`. `after`: the run whose weights it began with, if its own records count from 0
     there; its tokens and FLOPs are added."""
     records = read_records(run)
-    last = max((record for record in records if "flops" in record), key=lambda record: record["step"])
+    counted = [record for record in records if record.get("flops") is not None]
+    if not counted:
+        raise UserError(f"{run / 'metrics.jsonl'}: holds no record of a finished run. {ANEW}")
+    last = max(counted, key=lambda record: record["step"])
     speeds = sorted(r["perf/tokens_per_second"] for r in records if r.get("perf/tokens_per_second"))
-    newest = max(run.glob("evaluation/*_perplexity*.json"), key=lambda file: file.stat().st_mtime)
-    evaluated = json.loads(newest.read_text(encoding="utf-8"))
+    parameters, perplexity = read_evaluation(run)
     before = summary(after) if after else None
     return Summary(
-        run.name, evaluated["parameters"], last["tokens"] + (before.tokens if before else 0),
-        last["flops"] + (before.flops if before else 0), evaluated["all"]["perplexity"],
-        speeds[len(speeds) // 2] if speeds else None,
+        run.name, parameters, last["tokens"] + (before.tokens if before else 0),
+        last["flops"] + (before.flops if before else 0), perplexity, speeds[len(speeds) // 2] if speeds else None,
     )  # fmt: skip
 
 
-def read_records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in whole_lines((run / "metrics.jsonl").read_bytes())]
+def read_evaluation(run: Path) -> tuple[int, float]:
+    """(Parameters, perplexity on all of the validation text) of the newest evaluation of `run`."""
+    newest = max(run.glob("evaluation/*_perplexity*.json"), key=lambda file: file.stat().st_mtime)
+    try:
+        evaluated = json.loads(newest.read_bytes())
+        return int(evaluated["parameters"]), float(evaluated["all"]["perplexity"])
+    except NOT_AS_WRITTEN:
+        raise UserError(f"{newest}: is not the result of an evaluation. {ANEW}") from None
 
 
 def table(small: Summary, control: Summary, grown: Summary) -> str:

@@ -24,7 +24,7 @@ from megatron_tf.diagnosis.run_facts import settings
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError, UserError, file_errors, write_errors
 from megatron_tf.study.plan import Node, Plan
-from megatron_tf.telemetry.plot import read_run
+from megatron_tf.telemetry.records import read_records
 
 RESULT_NAME = "result.json"
 
@@ -66,7 +66,7 @@ _RESULT = TypeAdapter(with_config(ConfigDict(strict=True, extra="forbid"))(Resul
 
 def measure(node: Node) -> Result:
     """The result of a run whose training has just ended. UserError when it has not logged a validation loss."""
-    records = read_run(node.folder).records
+    records = read_records(node.folder)
     evaluated = [record for record in records if "eval/loss" in record]
     if not evaluated or evaluated[-1]["step"] != records[-1]["step"]:
         raise UserError(

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_tf.config.sections.model import Model
 from megatron_tf.state.parameters import projections
 from megatron_tf.study.plan import Node
-from megatron_tf.telemetry.plot import read_run
+from megatron_tf.telemetry.records import read_records
 
 Json = dict[str, Any]
 # how several seeds are reduced to the worst one
@@ -52,7 +52,7 @@ def _looks(node: Node) -> dict[int, Json]:
     if not (node.folder / "metrics.jsonl").is_file():
         return {}
     found: dict[int, Json] = {}
-    for record in read_run(node.folder).records:
+    for record in read_records(node.folder):
         found.setdefault(record["step"], {}).update(record)
     return found
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tf.config.yaml_core import parse_yaml
-from megatron_tf.durable import atomic_path, prepare_output, read_plain
-from megatron_tf.errors import NOT_AS_WRITTEN, UserError, file_errors, shown, write_errors
-from megatron_tf.telemetry.line_file import whole_lines
-from megatron_tf.text_files import decode_text
+from megatron_tf.durable import atomic_path, prepare_output
+from megatron_tf.errors import UserError, write_errors
+from megatron_tf.telemetry.records import read_records
+from megatron_tf.text_files import read_text_file
 
 XAxis = Literal["tokens", "steps", "flops", "hours"]
 LABELS: dict[XAxis, str] = {
@@ -24,8 +22,6 @@ LABELS: dict[XAxis, str] = {
     "flops": "training floating-point operations",
     "hours": "hours of training, by speeds that were measured in turns",
 }
-DRAWN = ("train/loss", "eval/loss")
-_LARGEST_FILE = 2**33
 
 
 @dataclass(frozen=True)
@@ -51,35 +47,13 @@ def read_run(folder: Path) -> RunCurve:
 
     UserError with file and line when it is not a run folder, has no records, or has an invalid one.
     """
-    path, settings = folder / "metrics.jsonl", folder / "config.yml"
-    texts = {}
-    for file in (path, settings):
-        with file_errors(UserError, file, "Name the run.dir of a run."):
-            texts[file] = read_plain(file, _LARGEST_FILE)
-    config, _ = parse_yaml(decode_text(UserError, settings, texts[settings]), str(settings))
-    lines = enumerate(whole_lines(texts[path]), start=1)
-    records = tuple(_record(line, f"{path}:{number}") for number, line in lines)
+    records = read_records(folder)
+    settings = folder / "config.yml"
+    config, _ = parse_yaml(read_text_file(UserError, settings, "Name the run.dir of a run.", 2**24), str(settings))
     if not records:
-        raise UserError(f"{path}: holds no record yet. Wait for the first logged step.")
+        raise UserError(f"{folder / 'metrics.jsonl'}: holds no record yet. Wait for the first logged step.")
     name = os.fsencode(folder.resolve().name).decode("utf-8", "backslashreplace").replace("$", r"\$")  # no formula
     return RunCurve(name, bool(isinstance(config, dict) and config.get("growth")), records)
-
-
-def _record(line: bytes, place: str) -> dict[str, Any]:
-    """A logged record. UserError unless it has step and tokens, and all that is drawn are numbers."""
-    try:
-        record = json.loads(line)
-        bad = [key for key in ("step", "tokens") if not _is_number(record[key])]
-        bad += [key for key in (*DRAWN, "flops") if record.get(key) is not None and not _is_number(record[key])]
-    except NOT_AS_WRITTEN:
-        raise UserError(f"{place}: has no step and tokens: {line[:40]!r}. Correct or delete the line.") from None
-    if bad:
-        raise UserError(f"{place}: {bad[0]} is {shown(record[bad[0]])}, not a number. Correct or delete the line.")
-    return record
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def starts(runs: Sequence[RunCurve], axis: XAxis) -> list[float]:

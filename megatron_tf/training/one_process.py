@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -88,12 +87,11 @@ def _run(stages: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
 def _trained(config: RunConfig) -> Trained:
     from megatron_tf.checkpoint.manager import resolve
     from megatron_tf.inference.load import load_model
-    from megatron_tf.telemetry.line_file import whole_lines
+    from megatron_tf.telemetry.records import read_records
 
     run = Path(config.run.dir)
     checkpoint = resolve(run)
-    lines = whole_lines((run / "metrics.jsonl").read_bytes())
-    return Trained(config, [json.loads(line) for line in lines], load_model(checkpoint), checkpoint)
+    return Trained(config, list(read_records(run)), load_model(checkpoint), checkpoint)
 
 
 @contextmanager

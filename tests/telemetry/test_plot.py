@@ -84,6 +84,7 @@ BROKEN = {
     "beyond floats": ('{"step": 1, "tokens": 1' + "0" * 400 + "}", "tokens is 1000"),
     "loss": ('{"step": 1, "tokens": 1, "train/loss": "low"}', "train/loss is 'low', not a number"),
     "flops": ('{"step": 1, "tokens": 1, "flops": [[]]}', r"flops is \[\[\]\], not a number"),
+    "speed": ('{"step": 1, "tokens": 1, "perf/step_seconds": "1"}', "perf/step_seconds is '1', not a number"),
     "endless": ('{"step": 1, "tokens": ' + "9" * 5000 + "}", "has no step and tokens"),
     "nested": (
         '{"step": 1, "tokens": ' + "[" * 900 + "]" * 900 + "}",
@@ -128,7 +129,7 @@ def test_folders_that_hold_no_run(tmp_path, chain):
     with pytest.raises(UserError, match=r"nowhere/metrics\.jsonl: No such file or directory\. Name the run\.dir"):
         read_run(tmp_path / "nowhere")
     (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "half" / "metrics.jsonl").write_text('{"step": 1, "tokens": 1}\n')
     with pytest.raises(UserError, match=r"half/config\.yml: No such file or directory"):
         read_run(tmp_path / "half")
     (tmp_path / "half" / "config.yml").write_bytes(b"a: \xff")

@@ -9,6 +9,7 @@ import pytest
 from launching import PROJECT
 
 from megatron_tf.commands import run_demo
+from megatron_tf.data.summary import CorpusSummary, write_summary
 from megatron_tf.errors import UserError
 
 
@@ -23,6 +24,11 @@ def record_run(folder, steps, tokens, flops, perplexity, parameters):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = {"parameters": parameters, "all": {"perplexity": perplexity}}
     (folder / "evaluation" / f"step_{steps:08}_perplexity.json").write_text(json.dumps(result))
+
+
+def summarise(prefix, vocab_size):
+    """What a preparation leaves besides the data."""
+    write_summary(prefix, CorpusSummary(1, 9, 9, 8, "0" * 64, vocab_size, 0, ("a.txt",), 0, 0))
 
 
 def test_the_control_stands_in_the_table(tmp_path):
@@ -49,7 +55,7 @@ def started(tmp_path, monkeypatch, capsys):
     for name in ("train.jsonl.zst", "tokenizer.json", "train.idx", "validation.idx"):
         (data / name).touch()
     for split in ("train", "validation"):
-        (data / f"{split}.json").write_text('{"vocab_size": 2048}')
+        summarise(data / split, vocab_size=2048)
     for name in ("small", "control", "grown"):
         record_run(tmp_path / "runs" / "demo" / name, 1, 1, 1.0, 1.0, 1)
 
@@ -83,8 +89,48 @@ def test_growth_and_control_begin_with_the_small_run(started, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+DAMAGED = {
+    "metrics.jsonl": [
+        ('{"step": 1, "tok\n', r"metrics\.jsonl:1: has no step and tokens: .*Correct or delete the line"),
+        ('{"step": 1, "tokens": 9, "perf/tokens_per_second": "fast"}\n', "per_second is 'fast', not a number"),
+        (
+            '{"step": 1, "tokens": 9}\n',
+            r"metrics\.jsonl: holds no record of a finished run\. Move the run's folder away",
+        ),
+        ("", r"metrics\.jsonl: holds no record of a finished run\. Move the run's folder away"),
+    ],
+    "evaluation/step_00000001_perplexity.json": [
+        (
+            '{"parameters": 1, "all"',
+            r"perplexity\.json: is not the result of an evaluation\. Move the run's folder away",
+        ),
+        ('{"parameters": 1, "all": {}}', r"perplexity\.json: is not the result of an evaluation"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"), [(name, *case) for name, cases in DAMAGED.items() for case in cases]
+)
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, content, message):
+    record_run(tmp_path / "small", 1, 1, 1.0, 1.0, 1)
+    assert run_demo.summary(tmp_path / "small").tokens == 1
+    (tmp_path / "small" / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        run_demo.summary(tmp_path / "small")
+
+
+def test_a_damaged_summary_of_the_data_is_named(started, tmp_path):
+    (tmp_path / "data" / "demo" / "train.json").write_text('{"vocab_size": ')
+    with pytest.raises(UserError, match=r"train\.json: has 15 bytes that are no JSON"):
+        started()
+    (tmp_path / "data" / "demo" / "train.json").unlink()
+    with pytest.raises(UserError, match=r"data/demo: holds data of an older demo, with no known vocabulary; .*2,048"):
+        started()
+
+
 def test_data_of_an_older_demo_are_not_replaced(started, tmp_path):
-    (tmp_path / "data" / "demo" / "train.json").write_text('{"vocab_size": 1024}')
+    summarise(tmp_path / "data" / "demo" / "train", vocab_size=1024)
     with pytest.raises(UserError, match=r"data/demo: holds data of an older demo, with a vocabulary of 1,024; .*2,048"):
         started()
 
