@@ -1,4 +1,8 @@
-"""Peak memory of a training step on one device, by kind, against the estimate."""
+"""Peak memory of a training step on one device, by kind, against the estimate.
+
+The estimate is for a GPU. A CPU gathers rows of one candidate after the other in bf16 as well, so there a model with
+candidates takes less.
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +25,16 @@ from torch import Tensor
 from megatron_tf.model.kernels import native_grouped
 
 
-@dataclass(frozen=True)
-class Assignment:
+class Assignment(NamedTuple):
     """The candidate of each row.
 
+    `candidates`: int64 [rows, slots].
     `rows`: int32 [pairs], the row of each pair.
     `places`: int32 [rows, slots], the places of each row's pairs: the inverse of `rows`.
     `ends`: int32 [slots, m], the end of each candidate's pairs among all pairs.
     """
 
+    candidates: Tensor
     rows: Tensor
     places: Tensor
     ends: Tensor
@@ -67,7 +69,7 @@ def assign(candidates: Tensor, num_candidates: int) -> Assignment:
     ends = torch.searchsorted(in_order, numbers[:groups], right=True, out_int32=True)
     places = torch.empty_like(in_order).scatter_(0, order, numbers[:pairs])
     rows = torch.div(order, slots, rounding_mode="floor", out=chosen)
-    return Assignment(rows, places.view(candidates.shape), ends.view(slots, num_candidates))
+    return Assignment(candidates, rows, places.view(candidates.shape), ends.view(slots, num_candidates))
 
 
 @dataclass(frozen=True)

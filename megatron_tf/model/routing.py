@@ -41,8 +41,8 @@ def _sums(logits: Tensor, balance: Tensor) -> Tensor:
 
 
 def of_chosen(logits: Tensor, candidates: Tensor) -> Tensor:
-    """z of the chosen candidates: logits [rows, slots, m], candidates [rows, slots] -> [rows, slots]."""
-    return logits.gather(-1, candidates.unsqueeze(-1)).squeeze(-1)
+    """z of the chosen candidates: logits [rows, slots, m], candidates [rows, slots] -> [rows, slots, 1]."""
+    return logits.gather(-1, candidates.unsqueeze(-1))
 
 
 def straight_through(logits: Tensor, candidates: Tensor) -> Tensor:
@@ -50,13 +50,17 @@ def straight_through(logits: Tensor, candidates: Tensor) -> Tensor:
 
     The formula, for comparisons. A layer multiplies nothing by 1, and computes `gate_gradient`.
     """
-    soft = 2 * torch.sigmoid(of_chosen(logits, candidates))
+    soft = 2 * torch.sigmoid(of_chosen(logits, candidates).squeeze(-1))
     return 1 + (soft - soft.detach())
 
 
-def gate_gradient(chosen: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of z from that of the gate: `gradient` · d2σ(z)/dz, in the type of z. chosen: z [rows, slots]."""
-    return torch.ops.aten.sigmoid_backward(2 * gradient.to(chosen.dtype), chosen.sigmoid())
+def gate_gradient(chosen: Tensor, candidates: Tensor, num_candidates: int, gradient: Tensor) -> Tensor:
+    """The gradient of the logits [rows, slots, m] from that of the gate, `gradient` [rows, slots].
+
+    chosen: `of_chosen` of the `candidates` [rows, slots]. That is all that must be kept of the logits.
+    """
+    own = torch.ops.aten.sigmoid_backward(2 * gradient.to(chosen.dtype).unsqueeze(-1), chosen.sigmoid())
+    return own.new_zeros(*gradient.shape, num_candidates).scatter_(-1, candidates.unsqueeze(-1), own)
 
 
 def relative_load(ends: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from megatron_tf.activations.function import ScoreFunction, score_function
 from megatron_tf.model.grouped import Assignment, has_grouped_products
 from megatron_tf.model.kernels import score_layout
 from megatron_tf.model.pair_steps import AtOnce, ByCandidate, PairSteps
-from megatron_tf.model.routing import gate_gradient
+from megatron_tf.model.routing import gate_gradient, of_chosen
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import Group
 
@@ -28,8 +28,8 @@ class ChosenTokens(NamedTuple):
     """The tokens of one projection, and the choice of each row among them.
 
     `scale`: τ.  `keys`, `values`: of this rank's slots, [slots/T · m · g, width].  `dense_keys`, `dense_values`: of the
-    tokens that every row uses, or None.  `logits`: z of the chosen candidates [rows, slots/T]. Their gate is 1, and
-    they get the gradient of `routing.straight_through` as a factor on the weights S of the slot.
+    tokens that every row uses, or None.  `logits`: z [rows, slots/T, m]. The gate of the chosen ones is 1, and they get
+    the gradient of `routing.straight_through` as a factor on the weights S of the slot.
     """
 
     assignment: Assignment
@@ -64,17 +64,17 @@ def sparse_pattention(
 class _SparsePattention(Function):
     @staticmethod
     def forward(ctx, function, group, choices, x, *tensors):
-        parts = [_Projection(function, *choice, *own) for choice, own in zip(choices, _batched(tensors, 5))]
+        tokens = [own[:-1] for own in _batched(tensors, 5)]
+        parts = [_Projection(function, *choice, *own) for choice, own in zip(choices, tokens)]
         kept = [part.scores(x) for part in parts]
         r = _apart(function.begin_reduction(_together([local for *_, local in kept]), group)())
         states = [
             (scores, dense, own_r, part.assignment.by_pair(own_r))
             for part, (scores, dense, _), own_r in zip(parts, kept, r)
         ]
-        orders = [
-            tensor for assignment, _ in choices for tensor in (assignment.rows, assignment.places, assignment.ends)
-        ]
-        ctx.save_for_backward(x, *(tensor for state in states for tensor in state), *orders, *tensors)
+        chosen = [of_chosen(logits, part.assignment.candidates) for part, logits in zip(parts, tensors[4::5])]
+        own = [(*state, z, *part.assignment, *of) for state, z, part, of in zip(states, chosen, parts, tokens)]
+        ctx.save_for_backward(x, *(tensor for projection in own for tensor in projection))
         ctx.function, ctx.group, ctx.scales = function, group, [scale for _, scale in choices]
         return tuple(part.outputs(*state) for part, state in zip(parts, states))
 
@@ -82,13 +82,10 @@ class _SparsePattention(Function):
     @once_differentiable
     def backward(ctx, *grads):
         x, *saved = ctx.saved_tensors
-        count, grads = len(ctx.scales), [grad.contiguous() for grad in grads]
-        states, orders, tensors = saved[: 4 * count], saved[4 * count : 7 * count], saved[7 * count :]
+        grads = [grad.contiguous() for grad in grads]
         works = [
-            _Backward(_Projection(ctx.function, Assignment(*order), scale, *own), *state)
-            for scale, state, order, own in zip(
-                ctx.scales, _batched(states, 4), _batched(orders, 3), _batched(tensors, 5)
-            )
+            _Backward(_Projection(ctx.function, Assignment(*own[5:9]), scale, *own[9:]), *own[:5])
+            for scale, own in zip(ctx.scales, _batched(saved, 13))
         ]
         finish = begin_all_reduce(_together([work.to_weights(grad) for work, grad in zip(works, grads)]), ctx.group)
         for work, grad in zip(works, grads):  # hides the all-reduce of T
@@ -125,9 +122,8 @@ class _Projection:
         values: Tensor,
         dense_keys: Tensor | None,
         dense_values: Tensor | None,
-        logits: Tensor,
     ):
-        self.function, self.assignment, self.scale, self.logits = function, assignment, scale, logits
+        self.function, self.assignment, self.scale = function, assignment, scale
         steps = AtOnce if has_grouped_products(keys) else ByCandidate
         self.pairs: PairSteps = steps(function, assignment, scale, keys, values)
         self.dense_keys, self.dense_values = dense_keys, dense_values
@@ -153,17 +149,25 @@ class _Projection:
 class _Backward:
     """The backward pass of one projection. D and then dA overwrite dS."""
 
-    def __init__(self, projection: _Projection, scores: Tensor, dense: Tensor | None, r: Tensor, of_pairs: Tensor):
+    def __init__(
+        self,
+        projection: _Projection,
+        scores: Tensor,
+        dense: Tensor | None,
+        r: Tensor,
+        of_pairs: Tensor,
+        chosen_logits: Tensor,
+    ):
         self.projection = projection
         self.scores, self.dense, self.r, self.of_pairs = scores, dense, r, of_pairs
+        self.chosen_logits = chosen_logits
         self.dense_key_grads: Tensor | None = None
         self.dense_value_grads: Tensor | None = None
 
     def to_weights(self, grad: Tensor) -> Tensor:
-        """Computes D, and the gradients of gate and values in slots. Returns this rank's T of each row [rows, 1]."""
+        """Computes D, and the gradients of gates and values in slots. Returns this rank's T of each row [rows, 1]."""
         own = self.projection
-        self.d, total, products, self.value_grads = own.pairs.to_weights(self.scores, self.of_pairs, grad)
-        self.logit_grads = gate_gradient(own.logits, products)
+        self.d, total, self.products, self.value_grads = own.pairs.to_weights(self.scores, self.of_pairs, grad)
         if self.dense is not None and own.dense_values is not None:
             self.d_dense = score_layout.empty_scores(self.dense, *self.dense.shape)
             self.d_dense.addmm_(grad, own.dense_values.mT, beta=0)
@@ -175,6 +179,7 @@ class _Backward:
         """Computes the gradient of the dense values, which does not depend on T."""
         if self.dense is not None:
             self.dense_value_grads = self.s_dense.mT @ grad
+            del self.s_dense
 
     def to_keys_and_inputs(self, x: Tensor, total: Tensor, d_x: Tensor | None) -> Tensor:
         """Computes the gradients of the keys with `total`, T over all ranks. Returns the gradient of x, added to `d_x`
@@ -188,5 +193,7 @@ class _Backward:
         return d_x
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """The gradients of keys, values, dense keys, dense values and the chosen candidates' logits."""
-        return self.key_grads, self.value_grads, self.dense_key_grads, self.dense_value_grads, self.logit_grads
+        """The gradients of keys, values, dense keys, dense values and the logits."""
+        candidates, num_candidates = self.projection.assignment.candidates, self.projection.assignment.ends.shape[1]
+        logits = gate_gradient(self.chosen_logits, candidates, num_candidates, self.products)
+        return self.key_grads, self.value_grads, self.dense_key_grads, self.dense_value_grads, logits

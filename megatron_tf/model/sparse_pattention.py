@@ -29,7 +29,7 @@ from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model.context import Reports
 from megatron_tf.model.filling import fill_normal
 from megatron_tf.model.grouped import assign
-from megatron_tf.model.routing import balance_loss, choose, of_chosen, relative_load, z_loss
+from megatron_tf.model.routing import balance_loss, choose, relative_load, z_loss
 from megatron_tf.model.sparse_function import ChosenTokens, sparse_pattention
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
@@ -123,9 +123,9 @@ class SparsePattention(nn.Module):
             if self.z_loss:
                 _add(losses, "z_loss", z_loss(logits) * (self.z_loss / self.num_slots))
             _add(metrics, "load_max", load.amax(1).sum() / self.num_slots)
-        bank, own = self.bank, of_chosen(logits, candidates)
+        bank = self.bank
         return ChosenTokens(
-            assignment, self.scale, bank.key_tokens, bank.value_tokens, self.key_tokens, self.value_tokens, own
+            assignment, self.scale, bank.key_tokens, bank.value_tokens, self.key_tokens, self.value_tokens, logits
         )
 
 

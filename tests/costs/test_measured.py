@@ -30,7 +30,7 @@ from megatron_tf.costs.communication import (
 from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank, parameter_state_bytes
 from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
-from megatron_tf.model import build_model, fp8, gram, rounded_scores, rounding
+from megatron_tf.model import build_model, fp8, gram, rounded_scores, rounding, sparse_function
 from megatron_tf.model.kernels import fused_passes
 from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block, choose_forms
 from megatron_tf.parallel.groups import SINGLE, make_group
@@ -57,6 +57,7 @@ def portable(monkeypatch):
     monkeypatch.setattr(fp8, "emulated_product", fp8.scaled_product)
     round_as_gpus_do(monkeypatch)
     monkeypatch.setattr(fused_passes, "usable", lambda scores: False)
+    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda tokens: tokens.dtype == torch.bfloat16)
     monkeypatch.setitem(vars(L2_NORM_GELU), "kernel_passes", None)
 
 
@@ -127,13 +128,32 @@ PEAKS = {
     ),
     "transformer": (*TRANSFORMER, "model.vocab_size=256", "training.precision=bf16"),
     "transformer, recomputed": (*TRANSFORMER, "model.vocab_size=256", "training.activation_checkpointing=true"),
-    # many positions: the gradients of one layer's candidates, before they are added up, are left out
-    "sparse": (*SPARSE, "model.vocab_size=256", "training.precision=bf16", "training.micro_batch_size=8"),
-    "sparse everywhere": (
-        *EVERYWHERE,
+    # rows of all pairs gathered at once in bf16, by candidate in fp32
+    "sparse": (*SPARSE, "model.vocab_size=256", "training.precision=bf16"),
+    "sparse, fp32": (*SPARSE, "model.vocab_size=256"),
+    "sparse, recomputed": (
+        *SPARSE,
         "model.vocab_size=256",
         "training.precision=bf16",
-        "training.micro_batch_size=8",
+        "training.activation_checkpointing=true",
+    ),
+    "sparse, small groups": (
+        "model.sparse={ffn: {group_size: 16, candidates: 2}}",
+        "model.vocab_size=256",
+        "training.precision=bf16",
+    ),
+    "sparse, dense tokens": (
+        "model.sparse={ffn: {group_size: 64, candidates: 2, dense: 384}}",
+        "model.vocab_size=256",
+        "training.precision=bf16",
+    ),
+    "sparse everywhere": (*EVERYWHERE, "model.vocab_size=256", "training.precision=bf16"),
+    "sparse everywhere, fp32": (*EVERYWHERE, "model.vocab_size=256"),
+    "sparse qkv": (
+        "model.sparse={qkv: {group_size: 64, candidates: 2, dense: 64}}",
+        "model.parameter_tokens={qkv: 576, proj: 64, ffn: 128}",
+        "model.vocab_size=256",
+        "training.precision=bf16",
     ),
     "wide": ("model.vocab_size=256", "model.hidden_size=512", "model.num_attention_heads=8"),
 }
@@ -179,6 +199,7 @@ BLOCKS = [
     *((sequence, precision, ()) for sequence in (False, True) for precision in ("bf16", "fp32")),
     (True, "bf16", ("training.scores=recompute",)),
     (True, "bf16", EVERYWHERE),
+    (False, "fp32", ("model.sparse={z_loss: 1e-3, ffn: {group_size: 16, candidates: 16}}",)),
     (False, "bf16", TRANSFORMER),
     (True, "bf16", TRANSFORMER),
 ]
@@ -193,6 +214,12 @@ def test_what_a_block_keeps_on_two_tensor_ranks():
 def test_elementwise_traffic_and_kernels_of_a_block(activation):
     config = load(f"model.activation={activation}", "training.precision=bf16", "model.parameter_tokens.ffn=2048")
     count_block(config)
+
+
+@pytest.mark.parametrize("sparse", [SPARSE, EVERYWHERE, ("model.sparse={ffn: {group_size: 16, candidates: 16}}",)])
+def test_elementwise_traffic_and_kernels_of_a_block_with_candidates(sparse):
+    """Of many positions, compared with which the sums over a candidate's rows are small."""
+    count_block(load(*sparse, "training.precision=bf16", "training.micro_batch_size=16"))
 
 
 def test_elementwise_traffic_and_kernels_of_a_transformers_block():

@@ -125,7 +125,9 @@ def test_gradcheck(activation):
 
     def function(*tensors: Tensor) -> Tensor:
         x, *tokens = tensors
-        return sparse_pattention(x, [ChosenTokens(chosen, 2.5, *tokens, torch.zeros(5, SLOTS))], activation, SINGLE)[0]
+        return sparse_pattention(
+            x, [ChosenTokens(chosen, 2.5, *tokens, torch.zeros(5, SLOTS, CANDIDATES))], activation, SINGLE
+        )[0]
 
     assert torch.autograd.gradcheck(function, tensors)
 

@@ -6,6 +6,7 @@ over the scores come from the activation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -29,10 +30,18 @@ from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.schema import RunConfig
 
 HEAD_PASSES = Passes(15.5, 15)
-# Per slot, in the grouped products of a GPU: inputs are gathered (read and written), outputs are added to a sum (read
-# twice and written).
-SLOT_PASSES = Passes(5, 7)
-SLOT_KERNELS = Passes(7, 12)
+# In the grouped products of a GPU. Over x, for each projection with a bank: x and gradients are read, sums are written.
+# For each slot: gathered inputs are written, outputs are read. Elements for each slot: numbers of its pairs, and the
+# order. Elements for each candidate: the router's scores.
+BANK_PASSES = Passes(2, 6)
+SLOT_PASSES = Passes(2, 3)
+SLOT_ELEMENTS = Passes(77, 106)
+CANDIDATE_ELEMENTS = Passes(9, 9)
+# Of each projection with a bank; in addition, if it has dense tokens as well.
+BANK_KERNELS = Passes(32, 27)
+BANK_DENSE_KERNELS = Passes(12, 23)
+# Over scores in slots, where the activation has no kernels: the product of dS and S.
+PRODUCT_PASSES = Passes(0, 8)
 # Over x, for each projection in the Gram form: xG times x and the sum of that; backward, x times one number a row.
 GRAM_PASSES = Passes(11, 4)
 GRAM_KERNELS = Passes(15, 14)  # for all projections that share an input
@@ -55,7 +64,11 @@ FP8_MEASURING_PASSES = Passes(0, 1)
 FP8_FUSED_KERNELS = Passes(77, 150)
 FP8_STATISTICS = 8  # further fp32 numbers that a position keeps: scaled norms, and the factors of the scaling
 SHARING = {"qkv": 3, "proj": 1, "ffn": 1}  # projections of each kind, which share an input
-CHOICE_STATISTICS = 5  # size, in fp32 numbers, of the record that a position keeps of its choice in a slot
+# fp32 numbers that a position keeps of its choice in a slot: the candidate (int64), the row of the pair, the pair's
+# place (int32 each), the chosen score and r.
+CHOICE_STATISTICS = 6
+# In the compute type, at the peak of all pairs at once: T, ΣdS∘S (fp32 each) and τ/r of a pair.
+PAIR_SCALARS = 5
 KERNELS = Passes(73, 133)
 FUSED_KERNELS = Passes(40, 52)  # with an activation that has its own kernels
 
@@ -77,8 +90,8 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     freed. With training.scores: recompute no scores are kept. The backward pass then holds the scores of the projection
     that it is at as well, of one chunk of positions at a time where these do not wait for an exchange.
 
-    For a slot, the choice and the place in the order of the rows are int64, and the gate is fp32. Its products work on
-    copies of inputs and outputs in that order. In fp8 the gradient of the scores that share an input takes its size in
+    For a projection with a bank see `_bank_peak`. With model.sparse.z_loss a position also keeps its routers' scores,
+    and their log-sum-exp of each slot, in fp32. In fp8 the gradient of the scores that share an input takes its size in
     addition, in two layouts of 8 bits.
     """
     tensor, hidden, positions = config.parallel.tensor, model.hidden_size, positions_of(config)
@@ -111,9 +124,11 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
     elif config.training.precision == "fp8":
         peak = max(3 * ffn, 3 * proj - ffn, 6 * qkv - proj - ffn)
     else:
-        peak = max(3 * ffn, 3 * proj - ffn, 5 * qkv - proj - ffn)
+        freed = {"ffn": 0, "proj": ffn, "qkv": proj + ffn}
+        peak = max(_peak(model, config, kind, widths[kind], slots.get(kind, 0)) - freed[kind] for kind in SHARING)
 
-    moved = SLOT_PASSES * chosen_slots + GRAM_PASSES * gram_rows + PACKED_PASSES * packed
+    moved = GRAM_PASSES * gram_rows + PACKED_PASSES * packed
+    bank_kernels, bank_moved = _bank_traffic(model, slots, plain=activation.kernel_passes is None)
     return BlockWork(
         products=(*chain.from_iterable(of_kind.values()), *gram),
         weights=tuple(chain.from_iterable(own for kind, own in of_kind.items() if bank_of(model, kind) is None)),
@@ -123,12 +138,70 @@ def block_work(model: TokenFormerModel, config: RunConfig) -> BlockWork:
         inner_width=scores,
         inner_passes=_score_passes(activation, config, gram_share, widths["qkv"] / scores),
         head_passes=HEAD_PASSES,
-        kernels=kernels + SLOT_KERNELS * chosen_slots + GRAM_KERNELS * len(with_gram) + fp8.kernels,
-        moved=moved * hidden + fp8.moved,
+        kernels=kernels + bank_kernels + GRAM_KERNELS * len(with_gram) + fp8.kernels,
+        moved=moved * hidden + bank_moved + fp8.moved,
         kept=kept,
-        kept_statistics=5 + CHOICE_STATISTICS * chosen_slots + fp8.kept_statistics,
-        backward_peak=(2 * hidden if slots else 0) + peak + fp8.backward_peak,
+        kept_statistics=5 + CHOICE_STATISTICS * chosen_slots + _z_loss_statistics(model, slots) + fp8.kept_statistics,
+        backward_peak=peak + fp8.backward_peak,
     )
+
+
+def _bank_traffic(model: TokenFormerModel, slots: Mapping[str, int], plain: bool) -> tuple[Passes, Passes]:
+    """(kernels, elements that are read and written per position) that the banks add. plain: without own kernels."""
+    kernels, elements = Passes(0, 0), Passes(0, 0)
+    for kind, bank in banks_of(model).items():
+        of_slot = SLOT_PASSES * model.hidden_size + SLOT_ELEMENTS + CANDIDATE_ELEMENTS * bank.candidates
+        if plain:
+            of_slot += PRODUCT_PASSES * bank.group_size
+        elements += (BANK_PASSES * model.hidden_size + of_slot * slots[kind]) * SHARING[kind]
+        kernels += (BANK_KERNELS + BANK_DENSE_KERNELS * bool(bank.dense)) * SHARING[kind]
+    return kernels, elements
+
+
+def _peak(model: TokenFormerModel, config: RunConfig, kind: str, width: int, slots: int) -> int:
+    """Elements per position that the backward pass of a kind's projections holds at its peak, without what is kept.
+
+    width: scores of these projections on this rank.  slots: of each of them on this rank.
+    """
+    sharing, bank = SHARING[kind], bank_of(model, kind)
+    if bank is None:
+        return width + 2 * width // sharing
+    return _bank_peak(model, config, sharing, bank, slots, dense=width // sharing - slots * bank.group_size)
+
+
+def _bank_peak(model: TokenFormerModel, config: RunConfig, sharing: int, bank: Bank, slots: int, dense: int) -> int:
+    """As `_peak`, for `sharing` projections with s = slots · group_size scores in slots and n = `dense` others each.
+
+    First D is computed for one projection after the other. Of those before, D and the dense tokens' S and D are held.
+    At the last one there are s for D and temporary tensors, or D and 3 n. Then dA is computed; each has s + n.
+
+    On a GPU in bf16 all pairs are computed at once. The inputs of the products are gathered: a row d wide for each
+    slot, beside 3 s while D is computed. In other types one candidate is computed after the other. Room for all rows d
+    wide is there once while D is computed, with 2 scores of a candidate's rows, and twice while dA is.
+
+    Gradients of the tokens are held until all are there: of values from the end of D on, of keys from that of dA on.
+    Candidates have many tokens, so these count here. At once, they are made when D is there, else before.
+    """
+    hidden, in_slots, positions = model.hidden_size, slots * bank.group_size, positions_of(config)
+    of_values, of_dense = in_slots * bank.candidates * hidden / positions, dense * hidden / positions
+    at_once = config.training.compute_type == "bf16"
+    if at_once:
+        rows = slots * hidden
+        to_weights, to_inputs = 3 * in_slots + rows + PAIR_SCALARS * slots, rows
+    else:
+        to_weights, to_inputs = in_slots + 2 * bank.group_size // bank.candidates + hidden, 2 * hidden
+    before = (sharing - 1) * (in_slots + 2 * dense + of_values) + (0 if at_once else of_values)
+    peak_to_weights = before + max(to_weights, in_slots + 3 * dense + (of_values if at_once else 0))
+    peak_to_inputs = sharing * (in_slots + dense + 2 * of_values + 2 * of_dense) + to_inputs
+    return math.ceil(max(peak_to_weights, peak_to_inputs))
+
+
+def _z_loss_statistics(model: TokenFormerModel, slots: Mapping[str, int]) -> int:
+    """fp32 numbers that a position keeps for model.sparse.z_loss."""
+    if model.sparse is None or model.sparse.z_loss == 0:
+        return 0
+    banks = banks_of(model)
+    return sum(SHARING[kind] * count * (banks[kind].candidates + 1) for kind, count in slots.items())
 
 
 class _Fp8Work(NamedTuple):
