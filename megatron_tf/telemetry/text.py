@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 
 
 def plural(noun: str, count: float) -> str:
-    """ "step" of 1, "steps" of any other number; "processes"."""
-    ending = "" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s"
-    return noun + ending
+    """ "step" of 1, "steps" of any other number; "processes", "batches", "epochs"."""
+    with_e = noun.endswith(("s", "tch", "nch"))
+    return noun + ("" if count == 1 else "es" if with_e else "s")
 
 
 def count_of(count: int, noun: str) -> str:

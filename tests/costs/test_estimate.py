@@ -123,7 +123,7 @@ def test_describe_shows_model_layout_batch_length_and_memory():
     assert str(topology_for(config, 16)) == "TP2×PP1×DP8"
     for fact in (
         "1,309,705,728 parameters",
-        "grown from runs/757M by zero_key",
+        "grown from runs/757M by gram",
         "16 ranks as TP2×PP1×DP8, sequence-parallel, ZeRO 1, bf16",
         "512 samples = 8 a micro batch × 8 accumulated × 8 data-parallel; × 1,024 = 524,288 tokens",
         "114,441 steps",

@@ -5,7 +5,12 @@ from megatron_tf.telemetry.text import are, bullets, count_of, plural, size, som
 
 def test_one_is_singular_and_every_other_number_is_not():
     assert [plural("step", count) for count in (0, 1, 2)] == ["steps", "step", "steps"]
-    assert [plural(noun, 2) for noun in ("process", "branch", "pass")] == ["processes", "branches", "passes"]
+    assert [plural(noun, 2) for noun in ("process", "branch", "batch", "epoch")] == [
+        "processes",
+        "branches",
+        "batches",
+        "epochs",
+    ]
     assert [count_of(count, "step") for count in (0, 1, 1000)] == ["0 steps", "1 step", "1,000 steps"]
     assert [are(count) for count in (0, 1, 2)] == ["are", "is", "are"]
 

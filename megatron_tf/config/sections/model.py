@@ -30,11 +30,9 @@ class ParameterTokens(Section):
 
 
 class Model(OpenSection):
-    """The keys of every model. Its architecture and its task add keys; `Model(...)` makes the section of both.
+    """The keys of every model. Its architecture and its task add keys; `Model(...)` makes the section of both."""
 
-    `derived`: keys whose values follow from others. A message about a user's configuration names those others.
-    """
-
+    # Keys whose values follow from others. A message about a user's configuration names those others.
     derived: ClassVar[frozenset[str]] = frozenset()
     registered = {"architecture": ARCHITECTURES, "task": TASKS}
 
