@@ -145,7 +145,7 @@ def _kernels() -> ModuleType:
 @operator()
 def rounded_weights(scores: Tensor, norms: Tensor, scale: float, power: int) -> tuple[Tensor, Tensor]:
     """2ᵏ S and 2⁻ᵏ; k is `power`."""
-    out = _empty_weights(scores, norms, scale, power)
+    out = _empty_weights(scores)
     _kernels().weights(scores, norms, scale, power, *out)
     return out
 
@@ -163,7 +163,7 @@ def rounded_backward(
     down: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(2ᵏ Sᵀ, 2⁻ᵏ, parts of T); writes D, see `Gradient`."""
-    made = _empty_backward(scores, norms, gradient, scale, power, bound, by_row, by_column, down)
+    made = _empty_backward(scores)
     transposed, weights_down, totals = made
     _kernels().backward(
         scores, norms, gradient, scale, power, transposed, weights_down, bound, by_row if by_row.numel() else None,
@@ -172,22 +172,13 @@ def rounded_backward(
     return made
 
 
-def _empty_weights(scores: Tensor, norms: Tensor, scale: float, power: int) -> tuple[Tensor, Tensor]:
+# Memory for the results. torch.compile calls these with all arguments of the operators.
+def _empty_weights(scores: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     rows, columns = map(aligned, scores.shape)
     return scores.new_empty(rows, columns, dtype=torch.uint8), scores.new_empty((), dtype=torch.float32)
 
 
-def _empty_backward(
-    scores: Tensor,
-    norms: Tensor,
-    gradient: Tensor,
-    scale: float,
-    power: int,
-    bound: Tensor,
-    by_row: Tensor,
-    by_column: Tensor,
-    down: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_backward(scores: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = map(aligned, scores.shape)
     return (
         scores.new_empty(columns, rows, dtype=torch.uint8),

@@ -48,7 +48,11 @@ def begin_all_reduce(x: Tensor, group: Group) -> Callable[[], Tensor]:
     if group.size == 1 or torch.compiler.is_compiling():  # a compiled graph has only collectives that wait
         return lambda: all_reduce(x, group)
     out = x.clone(memory_format=torch.contiguous_format)
-    work = dist.all_reduce(out, group=group.handle, async_op=True)
+    return _result_of(dist.all_reduce(out, group=group.handle, async_op=True), out, group)
+
+
+def _result_of(work: dist.Work, out: Tensor, group: Group) -> Callable[[], Tensor]:
+    """A function that waits for a collective that writes `out`."""
 
     def finish() -> Tensor:
         with group.around():
@@ -84,14 +88,7 @@ def begin_reduce_scatter(x: Tensor, group: Group, dim: int) -> Callable[[], Tens
     if group.size == 1 or torch.compiler.is_compiling():
         return lambda: reduce_scatter(x, group, dim)
     parts, out = _parts(x, group, dim)
-    work = _reduce_scatter(out.view(-1), parts.view(-1), group=group.handle, async_op=True)
-
-    def finish() -> Tensor:
-        with group.around():
-            work.wait()
-        return out
-
-    return finish
+    return _result_of(_reduce_scatter(out.view(-1), parts.view(-1), group=group.handle, async_op=True), out, group)
 
 
 def _parts(x: Tensor, group: Group, dim: int) -> tuple[Tensor, Tensor]:

@@ -47,11 +47,27 @@ print(json.dumps(found))
 """
 
 
-ROUND = """
+# For kernels with arguments of TYPES, of which those in ALIGNED are multiples of 16.
+IN_8_BITS = """
 import json
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+found = {}
+
+def compile_kernel(name, kernel, constants, warps):
+    types = {own: "constexpr" if own in constants else TYPES.get(own, "i32") for own in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, own in enumerate(kernel.arg_names)
+               if own in ALIGNED and own not in constants}
+    for architecture in ARCHITECTURES:
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+        target = GPUTarget("cuda", architecture, 32)
+        found[f"{name} {architecture}"] = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+"""
+
+
+ROUND = """
 from megatron_tf.model.kernels import triton_rounding
 
 # with sizes that are multiples of 16, as numbers of tokens are on GPUs
@@ -67,25 +83,13 @@ for number, layout, known in (
     constants = {"GRADIENT": number == "e5m2", "HARDWARE": True, "TILE": triton_rounding.TILE}
     WAYS[f"{number} {layout} {'known' if known else 'found'}"] = (
         triton_rounding._round, {**constants, **LAYOUTS[layout], **known})
-found = {}
 for name, (kernel, constants) in WAYS.items():
-    types = {own: "constexpr" if own in constants else TYPES.get(own, "i32") for own in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, own in enumerate(kernel.arg_names)
-               if own in ALIGNED and own not in constants}
-    for architecture in ARCHITECTURES:
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-        target = GPUTarget("cuda", architecture, 32)
-        options = {"num_warps": triton_rounding.WARPS}
-        found[f"{name} {architecture}"] = triton.compile(source, target=target, options=options).asm["ptx"]
+    compile_kernel(name, kernel, constants, triton_rounding.WARPS)
 print(json.dumps(found))
 """
 
 
 SCORES = """
-import json
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from megatron_tf.model import rounded_scores
 from megatron_tf.model.kernels import triton_rounded_scores
 from megatron_tf.model.kernels.triton_rounding import TILE, WARPS
@@ -102,16 +106,9 @@ WAYS = {
     "without dx": (triton_rounded_scores._backward, {"STRETCH": rounded_scores.STRETCH, "by_row": None},
                    triton_rounded_scores.BACKWARD_WARPS),
 }
-found = {}
 for name, (kernel, more, warps) in WAYS.items():
     constants = {"HARDWARE": True, "TILE": TILE, **more}
-    types = {own: "constexpr" if own in constants else TYPES.get(own, "i32") for own in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, own in enumerate(kernel.arg_names)
-               if own in ALIGNED and own not in constants}
-    for architecture in ARCHITECTURES:
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-        target = GPUTarget("cuda", architecture, 32)
-        found[f"{name} {architecture}"] = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+    compile_kernel(name, kernel, constants, warps)
 print(json.dumps(found))
 """
 
@@ -119,7 +116,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize("architectures", [(89, 90), pytest.param((100, 120), marks=pytest.mark.scale)])
 def test_scores_in_8_bits(tmp_path, architectures):
     """Tiles of 64 × 64; the scores and their gradient are read, and each result written, 16 bytes at a time."""
-    made = compiled(f"ARCHITECTURES = {architectures}\n{SCORES}", tmp_path)
+    made = compiled(f"ARCHITECTURES = {architectures}\n{IN_8_BITS}{SCORES}", tmp_path)
     assert len(made) == 3 * len(architectures)
     for name, code in made.items():
         way = name.rpartition(" ")[0]
@@ -142,7 +139,7 @@ def compiled(script, folder):
 @pytest.mark.parametrize("architectures", [(89, 90), pytest.param((100, 120), marks=pytest.mark.scale)])
 def test_rounding_to_8_bits(tmp_path, architectures):
     """By the hardware's conversion of two numbers at a time, 16 bytes read and written at a time in both layouts."""
-    made = compiled(f"ARCHITECTURES = {architectures}\n{ROUND}", tmp_path)
+    made = compiled(f"ARCHITECTURES = {architectures}\n{IN_8_BITS}{ROUND}", tmp_path)
     assert len(made) == 7 * len(architectures)
     for name, code in made.items():
         assert "ld.global.v4.b32" in code, name
