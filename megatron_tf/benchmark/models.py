@@ -98,12 +98,26 @@ def with_formula(model: TokenFormer, name: str) -> TokenFormer:
     return model
 
 
-def in_gram_form(model: TokenFormer) -> TokenFormer:
-    """`model`, changed in place: every Pattention computes the norm of its scores from KᵀK."""
+def in_gram_form(model: TokenFormer, fp8: bool = False) -> TokenFormer:
+    """`model`, changed in place: every Pattention computes the norm of its scores from KᵀK.
+
+    `fp8`: and its products in 8 bits.
+    """
     for module in model.modules():
         if isinstance(module, Pattention):
-            module.form = module.form._replace(norm="gram")
+            module.form = module.form._replace(norm="gram", fp8=fp8)
     return model
+
+
+def in_form(model: TokenFormer, name: str) -> TokenFormer:
+    """`model`, changed in place: in the form "gram" or "fp8", or of one of FORMULAS."""
+    return in_gram_form(model, name == "fp8") if name in ("gram", "fp8") else with_formula(model, name)
+
+
+def without_candidates(model: Model) -> Model:
+    """The model whose positions use as many tokens, all of them the same; `model` itself if it has no candidates."""
+    banks = getattr(model, "sparse", None)
+    return model if banks is None else model.model_copy(update={"sparse": None})
 
 
 def of_the_same_weights(model: TokenFormer) -> TokenFormer:

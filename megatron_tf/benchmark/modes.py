@@ -185,6 +185,11 @@ def run_scaling(device: torch.device, arguments: argparse.Namespace) -> Iterable
             "--tokens and --lengths: both are empty, so there is nothing to measure. Give one of them a value."
         )
     model = tokenformer_of(arguments.config)
+    if model.sparse is not None:
+        raise ConfigError(
+            f"{arguments.config}: model.sparse has candidates, and this mode varies the number of tokens that every "
+            "position uses. Give a configuration without them; benchmark step and sparse measure candidates."
+        )
     for name in arguments.dtypes:
         yield from scaling.rows(
             device, DTYPES[name], model, arguments.tokens, arguments.lengths, arguments.positions, arguments.rounds

@@ -1,10 +1,11 @@
-"""A whole training step of a configuration, compared with its Gram form, the same model of other formulas, and a
-Transformer of its size.
+"""A whole training step of a configuration, compared with the same model in other forms and a Transformer of its size.
 
-Forward, backward, clipping and AdamW with fp32 master weights, in torch alone. The other formulas are the plain one, a
-GELU MLP's, and nothing but the products of a Pattention, which is the floor. All of these train the same weights. The
-Transformer has as many parameters and as many layers, and is wider. MFU is against a product of two square matrices,
-measured in the same rounds; floating-point operations count as in training, attention in full.
+Forward, backward, clipping and AdamW with fp32 master weights, in torch alone. The other forms are the Gram form, the
+same with products in 8 bits where a GPU has them, the plain formula, a GELU MLP's, and nothing but the products of a
+Pattention, which is the floor. All of these train the same weights. A model with candidates is compared with one whose
+positions use as many tokens, without candidates. The Transformer has as many parameters as the model, or as that one,
+and as many layers, and is wider. MFU is against a product of two square matrices, measured in the same rounds;
+floating-point operations count as in training, attention in full.
 """
 
 from __future__ import annotations
@@ -18,14 +19,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron_tf.benchmark.models import equal_transformer, in_gram_form, of_the_same_weights, with_formula
+from megatron_tf.benchmark.models import (
+    equal_transformer,
+    in_form,
+    of_the_same_weights,
+    without_candidates,
+)
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
 from megatron_tf.caches import prepare_compiler
 from megatron_tf.config.sections.model import Model
 from megatron_tf.costs.estimate import flops_per_token, num_parameters
+from megatron_tf.engine.device import has_fp8
 from megatron_tf.errors import ConfigError
 from megatron_tf.model import TokenFormer, build_model
+from megatron_tf.model.context import BlockContext
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.tasks.classes import cross_entropy
 from megatron_tf.tasks.language_model.section import vocab_size_of
@@ -39,7 +47,7 @@ _GIB = 2**30
 class StepOptions:
     """The settings of a measurement. `layers` None: all.  `compile`: the blocks, except those of the plain formula.
 
-    `formulas`: the other models of the same weights, by name.
+    `formulas`: the other forms of a model without candidates, by name. "fp8" is left out where no GPU has it.
     """
 
     device: torch.device
@@ -48,7 +56,7 @@ class StepOptions:
     layers: int | None
     compile: bool
     rounds: int
-    formulas: Sequence[str] = ("gram", "plain", "mlp", "products")
+    formulas: Sequence[str] = ("gram", "fp8", "plain", "mlp", "products")
 
 
 class TrainingStep:
@@ -73,7 +81,8 @@ class TrainingStep:
 
     def __call__(self) -> Tensor:
         """The loss, on the device."""
-        logits = self._model(self._ids).transpose(0, 1)
+        # candidates have an auxiliary loss, which keeps them balanced
+        logits = self._model(self._ids, context=BlockContext(loss_weight=1.0)).transpose(0, 1)
         loss = cross_entropy(logits, self._labels.mT, 0, SINGLE).mean()
         loss.backward()
         if self._masters is not self._weights:
@@ -109,7 +118,7 @@ def _cut(model: Model, layers: int | None) -> tuple[Model, Model]:
     """
     depth = min(layers or model.num_layers, model.num_layers)
     sizes = {"num_layers": depth, "vocab_size": math.ceil(vocab_size_of(model) * depth / model.num_layers)}
-    return model.model_copy(update=sizes), equal_transformer(model).model_copy(update=sizes)
+    return model.model_copy(update=sizes), equal_transformer(without_candidates(model)).model_copy(update=sizes)
 
 
 def _measure(name: str, whole: Model, model: Model, transformer: Model, options: StepOptions) -> Row:
@@ -128,18 +137,21 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, options:
         return model
 
     ours, our_step = step(model)
-    others = {
-        formula: in_gram_form(shared) if formula == "gram" else with_formula(shared, formula)
-        for formula in options.formulas
-        for shared in (of_the_same_weights(ours),)
-    }
+    dense = without_candidates(model)
+    if dense is model:
+        forms = {name: in_form(of_the_same_weights(ours), name) for name in _formulas(options)}
+        others = {name: our_step.of(form if name == "plain" else compiled(form)) for name, form in forms.items()}
+    else:
+        without, dense_step = step(dense)
+        compiled(without)
+        others = {"dense": dense_step}
     transformers, transformers_step = step(transformer)
     compiled(ours), compiled(transformers)
     product, product_flops = square_product(options.device, options.dtype)
     timings = interleaved(
         {
             "tokenformer": our_step,
-            **{name: our_step.of(other if name == "plain" else compiled(other)) for name, other in others.items()},
+            **others,
             "transformer": transformers_step,
             "product": product,
         },
@@ -149,7 +161,7 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, options:
     own, theirs = timings["tokenformer"], timings["transformer"]
     speeds = {name: tokens / timing.median for name, timing in timings.items() if name != "product"}
     work = {"mfu": (own, model), "mfu transformer": (theirs, transformer)}
-    against = {f"× {name}" if name != "products" else "of floor": timings[name] for name in options.formulas}
+    against = {f"× {name}" if name != "products" else "of floor": timings[name] for name in others}
     return {
         "config": name,
         "dtype": str(options.dtype).removeprefix("torch."),
@@ -167,6 +179,11 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, options:
         },
         "GEMM TFLOP/s": product_flops / timings["product"].median / 1e12,
     }
+
+
+def _formulas(options: StepOptions) -> Sequence[str]:
+    in_8_bits = options.device.type == "cuda" and has_fp8(options.device)  # a CPU emulates it
+    return [name for name in options.formulas if name != "fp8" or in_8_bits]
 
 
 def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]:

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from megatron_tf.activations.function import ScoreFunction
 from megatron_tf.model import rounded_scores
+from megatron_tf.model.kernels.operators import operator, register_fake
 from megatron_tf.model.kernels.score_layout import ALIGNMENT, empty_scores
 from megatron_tf.model.products import Factor, Gradient
 from megatron_tf.model.rounding import LARGEST_EXPONENT, Rounded, power_of_two, rounded
@@ -76,9 +77,21 @@ def scaled_product(left: Factor, right: Factor, gradient: Gradient = None) -> Te
     """torch's product of 8-bit factors. It needs both with the summed dim contiguous, and sizes padded with zeros."""
     a, b = _factors(left, right, gradient)
     assert a.by_row is not None and b.by_column is not None
+    return product_of_codes(a.by_row, b.by_column, a.down, b.down, a.dtype)[: a.shape[0], : b.shape[1]]
+
+
+@operator()
+def product_of_codes(left: Tensor, right: Tensor, left_down: Tensor, right_down: Tensor, dtype: torch.dtype) -> Tensor:
+    """`left` [m, k] times the transpose of `right` [n, k], in 8 bits, and their scales: [m, n]. An operator because
+    torch.compile of torch 2.11 cannot trace `scaled_mm`."""
     by_tensor = F.ScalingType.TensorWise
-    made = F.scaled_mm(a.by_row, b.by_column.mT, a.down, by_tensor, b.down, by_tensor, output_dtype=a.dtype)
-    return made[: a.shape[0], : b.shape[1]]
+    return F.scaled_mm(left, right.mT, left_down, by_tensor, right_down, by_tensor, output_dtype=dtype)
+
+
+register_fake(
+    "product_of_codes",
+    lambda left, right, left_down, right_down, dtype: left.new_empty(left.shape[0], right.shape[0], dtype=dtype),
+)
 
 
 def row_factors(norms: Tensor, scales: Sequence[float]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from megatron_tf.architectures.tokenformer.section import Bank, Sparse
 from megatron_tf.benchmark import scaling, serving, step
 from megatron_tf.benchmark.models import equal_transformer
 from megatron_tf.config import load_config
@@ -59,6 +60,24 @@ def test_bf16_learns_through_fp32_masters():
     weights, masters = list(ours._model.parameters()), ours._masters
     assert {w.dtype for w in weights} == {torch.bfloat16} and {m.dtype for m in masters} == {torch.float32}
     assert all(torch.equal(weight, master.bfloat16()) for weight, master in zip(weights, masters))
+
+
+def test_a_model_with_candidates_is_compared_with_one_without():
+    sparse = Sparse(ffn=Bank(group_size=64, candidates=4))
+    (row,) = step.rows({"small": model(sparse=sparse)}, setting())
+    assert row["× dense"] > 0 and row["× transformer"] > 0
+    assert row["parameters"] == num_parameters(model(sparse=sparse)) > row["transformer's"]
+    assert row["transformer's"] == num_parameters(equal_transformer(model()))
+    assert "× plain" not in row and "of floor" not in row
+
+
+def test_the_balance_of_candidates_is_trained():
+    ours = step.TrainingStep(
+        build_model(model(sparse=Sparse(ffn=Bank(group_size=64, candidates=4)))), 2, CPU, torch.float32
+    )
+    balances = [weight for name, weight in ours._model.named_parameters() if name.endswith("bank.balance")]
+    ours()
+    assert len(balances) == 2 and all(balance.count_nonzero() > 0 for balance in balances)
 
 
 def test_rows_of_a_step():

@@ -290,6 +290,12 @@ def test_compiled_without_a_graph_break():
         torch.testing.assert_close(*pair)
 
 
+def test_the_products_of_gpus_compiled_without_a_graph_break(monkeypatch):
+    """torch's product of 8-bit numbers, which CPUs have as well, in place of the emulated one."""
+    monkeypatch.setattr(fp8, "_multiplied", fp8.scaled_product)
+    test_compiled_without_a_graph_break()
+
+
 def over_ranks(group):
     """Nothing is exchanged for the rounding. What the ranks' order of sums changes is turned into a unit of the last of
     4 bits (3 of a gradient) only where a number lies on the edge between two: seldom, in fp64."""
