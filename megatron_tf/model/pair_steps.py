@@ -1,8 +1,8 @@
 """The steps of sparse Pattention over the pairs of one projection: products, and the passes between them.
 
 `AtOnce`, on a GPU in bf16: one grouped product and one pass for all pairs. A product reads its sizes on the device, so
-nothing waits for the host, and no shape depends on the choices. There the host is the limit, so each step is as few
-kernels as possible.
+nothing waits for the host, and no shape depends on the choices; products with rows of x or of gradients read them where
+they are. There the host is the limit, so each step is as few kernels as possible.
 
 `ByCandidate`, elsewhere: a product for each candidate that has rows. On a CPU the passes are by candidate as well,
 while its scores are in the cache. On a GPU a pass is one kernel for all pairs, except the one that computes D.
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from megatron_tf.activations.function import ScoreFunction, accumulating
 from megatron_tf.model.grouped import Assignment, empty_gradients, pieces
+from megatron_tf.model.kernels.gathered_products import gathered_gradients, gathered_scores
 from megatron_tf.model.kernels.pair_sums import add_sum_of_pairs, sum_of_pairs
 
 
@@ -74,7 +75,7 @@ class AtOnce(PairSteps):
         self.keys, self.values = (tokens.view(groups, -1, tokens.shape[1]) for tokens in (keys, values))
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self._product(self.assignment.by_pair(x), self.keys.mT)
+        scores = gathered_scores(x, self.assignment.rows, self.keys, self.ends)
         return scores, self.assignment.by_row(self.function.statistic(scores))
 
     def outputs(self, scores: Tensor, of_pairs: Tensor, total: Tensor | None) -> Tensor:
@@ -82,17 +83,16 @@ class AtOnce(PairSteps):
         return self._sum(self._product(s, self.values), total)
 
     def to_weights(self, scores: Tensor, of_pairs: Tensor, grad: Tensor) -> Weighted:
-        own_grad = self.assignment.by_pair(grad)
-        d = self._product(own_grad, self.values.mT)
+        d = gathered_scores(grad, self.assignment.rows, self.values, self.ends)
         s, totals, products = self.function.backward_with_product(scores, of_pairs, d, self.scale)
-        value_grads = self._product(s.mT, own_grad).flatten(0, 1)
+        value_grads = gathered_gradients(s, self.assignment.rows, grad, self.ends).flatten(0, 1)
         return Weighted(d, self._sum(totals, None), self.assignment.by_row(products), value_grads)
 
     def to_keys_and_inputs(
         self, scores: Tensor, of_pairs: Tensor, d: Tensor, total: Tensor, x: Tensor, d_x: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         self.function.couple(scores, of_pairs, self.assignment.by_pair(total), d, self.scale)
-        key_grads = self._product(d.mT, self.assignment.by_pair(x)).flatten(0, 1)
+        key_grads = gathered_gradients(d, self.assignment.rows, x, self.ends).flatten(0, 1)
         return key_grads, self._sum(self._product(d, self.keys), d_x)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class _Pattention(Function):
     def forward(ctx, function, scales, group, product, keep_scores, later, meanwhile, *tensors):
         x, *others = tensors
         tokens, norms = others[: 2 * len(scales)], others[2 * len(scales) :]
-        layer = _layer(tokens, scales, function, group, product, bool(norms))
+        layer = _layer(tokens, scales, function, group, product, len(norms) > 0)
         scores: Tensor | None = None
         if layer.exchanges:
             scores, statistics, outputs = _sharded_forward(_rows(x), layer)

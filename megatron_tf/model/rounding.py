@@ -22,7 +22,6 @@ PyTorch's, with the same result in every bit.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -33,9 +32,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_tf.activations.function import accumulating
-from megatron_tf.caches import has_triton
 from megatron_tf.compiling import constant_when_compiled
 from megatron_tf.model.kernels.operators import operator, register_fake
+from megatron_tf.native import triton_kernels_run
 
 VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 CAPABILITY = (8, 9)  # of GPUs, from which on they convert to these types and multiply in them
@@ -119,13 +118,13 @@ def known_power(bound: float, gradient: bool) -> int:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels can round such a matrix. MEGATRON_TF_NATIVE=0 disables them."""
+    """Whether the kernels can round such a matrix."""
     return x.is_cuda and _has_kernels(x.device.index or 0, x.dtype)
 
 
 @constant_when_compiled
 def _has_kernels(device: int, dtype: torch.dtype) -> bool:
-    if os.environ.get("MEGATRON_TF_NATIVE") == "0" or not has_triton():
+    if not triton_kernels_run("cuda"):
         return False
     return dtype in _kernels().SUPPORTED_DTYPES and torch.cuda.get_device_capability(device) >= CAPABILITY
 

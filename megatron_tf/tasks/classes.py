@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megatron_tf.caches import has_triton
+from megatron_tf.native import triton_kernels_run
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import Group
 
@@ -61,8 +60,8 @@ class _CrossEntropy(Function):
 
 
 def _kernels(rows: Tensor) -> ModuleType | None:
-    """A module with kernels `sums` and `gradient` for such logits, or None. MEGATRON_TF_NATIVE=0 disables them."""
-    if rows.device.type != "cuda" or os.environ.get("MEGATRON_TF_NATIVE") == "0" or not has_triton():
+    """A module with kernels `sums` and `gradient` for such logits, or None."""
+    if not triton_kernels_run(rows.device.type):
         return None
     from megatron_tf.tasks import triton_loss
 

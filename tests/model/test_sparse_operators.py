@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tf.model import sparse_function
-from megatron_tf.model.kernels import fused_passes, pair_sums
+from megatron_tf.model.kernels import fused_passes, gathered_products, pair_sums
 from megatron_tf.model.sparse_pattention import SparsePattention
 
 ALLOCATIONS = ("empty", "empty_like", "new_empty")
@@ -57,6 +57,8 @@ def test_operators_of_one_step_on_a_gpu(dense, losses, monkeypatch):
     monkeypatch.setattr(fused_passes, "_run", lambda name, *arguments: counted.launched(name))
     monkeypatch.setattr(pair_sums, "_has_kernel", lambda *facts: True)
     monkeypatch.setattr(pair_sums, "_launch", lambda *arguments, add: counted.launched("sum_of_pairs"))
+    monkeypatch.setattr(gathered_products, "_has_kernels", lambda device_type: True)
+    monkeypatch.setattr(gathered_products, "_launch", lambda name, *arguments: counted.launched(f"gathered {name}"))
     torch.manual_seed(0)
     layer = SparsePattention(9 * 32 + dense, 96, 96, group_size=32, candidates=4, dense=dense).bfloat16()
     x, grad = torch.randn(2, 64, 96).bfloat16().unbind()
@@ -72,3 +74,24 @@ def test_operators_of_one_step_on_a_gpu(dense, losses, monkeypatch):
     for counts, most in zip((forward, (counted.all, counted.kernels)), MOST[dense, losses]):
         found = tuple(own.total() for own in counts)
         assert all(map(int.__le__, found, most)), f"{found} operators and kernels, {most} before: {counts}"
+
+
+@pytest.mark.parametrize("dense", [0, 32])
+def test_the_path_of_gpus_compiled_without_a_graph_break(dense, monkeypatch):
+    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda tokens: True)
+    torch.manual_seed(0)
+    layer = SparsePattention(9 * 32 + dense, 96, 96, group_size=32, candidates=4, dense=dense).bfloat16()
+    x = torch.randn(64, 96).bfloat16().requires_grad_()
+
+    def outputs(x):
+        losses = {}
+        return layer.partial(x, losses, {}), losses["balance"]
+
+    compiled = torch.compile(outputs, fullgraph=True, backend="aot_eager")
+    leaves = [x, *layer.parameters()]
+    for made in zip(compiled(x), outputs(x)):
+        torch.testing.assert_close(*made)
+    gradients = (
+        torch.autograd.grad(out.float().square().sum() + loss, leaves) for out, loss in (compiled(x), outputs(x))
+    )
+    torch.testing.assert_close(*gradients)

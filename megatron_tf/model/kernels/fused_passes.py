@@ -7,29 +7,26 @@ products P [rows, 1] in fp32, each with any stride between rows. All arithmetic 
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from megatron_tf.caches import has_triton
 from megatron_tf.compiling import constant_when_compiled
 from megatron_tf.model.kernels.operators import operator, register_fake
 from megatron_tf.model.kernels.score_layout import empty_scores
+from megatron_tf.native import kernels_wanted, triton_kernels_run
 
 
 def usable(scores: Tensor) -> bool:
-    """Whether the operators below can take such scores. MEGATRON_TF_NATIVE=0 disables them."""
+    """Whether the operators below can take such scores."""
     return _has_kernels(scores.device.type, scores.dtype)
 
 
 @constant_when_compiled
 def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
-    if os.environ.get("MEGATRON_TF_NATIVE") == "0":
-        return False
-    kernels = _kernels(device_type)
+    kernels = _kernels(device_type) if kernels_wanted() else None
     return kernels is not None and dtype in kernels.SUPPORTED_DTYPES and kernels.is_available()
 
 
@@ -41,7 +38,7 @@ def _kernels(device_type: str) -> ModuleType | None:
         from megatron_tf.model.kernels import native_passes
 
         return native_passes
-    if device_type == "cuda" and has_triton():
+    if triton_kernels_run(device_type):
         from megatron_tf.model.kernels import triton_passes
 
         return triton_passes

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import platform
 import threading
 from functools import lru_cache
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_tf.model.kernels.native_library import BuildError, load_library
 from megatron_tf.model.kernels.native_passes import FLAGS, X86_FLAGS
+from megatron_tf.native import kernels_wanted
 
 SOURCE = Path(__file__).with_suffix(".c")
 # With fewer rows, packing the tokens takes longer than the product.
@@ -28,9 +28,8 @@ LARGEST_GROUP = 256 * 768
 
 
 def usable(tokens: Tensor) -> bool:
-    """Whether the products below can take such tokens [..., g, width] and are faster than PyTorch's.
-    MEGATRON_TF_NATIVE=0 disables them."""
-    wanted = os.environ.get("MEGATRON_TF_NATIVE") != "0" and tokens.shape[-2] * tokens.shape[-1] <= LARGEST_GROUP
+    """Whether the products below can take such tokens [..., g, width] and are faster than PyTorch's."""
+    wanted = kernels_wanted() and tokens.shape[-2] * tokens.shape[-1] <= LARGEST_GROUP
     return wanted and tokens.device.type == "cpu" and tokens.dtype == torch.float32 and _library() is not None
 
 

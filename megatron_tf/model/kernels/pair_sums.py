@@ -6,15 +6,13 @@ accumulate in fp32 and round once.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_tf.caches import has_triton
 from megatron_tf.compiling import constant_when_compiled
 from megatron_tf.model.kernels.operators import operator, register_fake
+from megatron_tf.native import triton_kernels_run
 
 
 @operator()
@@ -38,8 +36,7 @@ def add_sum_of_pairs(of_pairs: Tensor, places: Tensor, total: Tensor) -> None:
 
 @constant_when_compiled
 def _has_kernel(device_type: str, dtype: torch.dtype) -> bool:
-    """MEGATRON_TF_NATIVE=0 disables it."""
-    if device_type != "cuda" or os.environ.get("MEGATRON_TF_NATIVE") == "0" or not has_triton():
+    if not triton_kernels_run(device_type):
         return False
     from megatron_tf.model.kernels import triton_pair_sums
 

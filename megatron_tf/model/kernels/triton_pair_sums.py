@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tf.model.kernels.triton_passes import SUPPORTED_DTYPES, WARP, load_block, store_block
+from megatron_tf.model.kernels.triton_passes import SUPPORTED_DTYPES, WARP
 
 __all__ = ["SUPPORTED_DTYPES", "sum_of_pairs"]
 
@@ -35,8 +35,30 @@ def _sum(of_pairs, p_stride, places, total, t_stride, n, slots, ADD: tl.constexp
     summed = tl.zeros((BLOCK,), tl.float32)
     for slot in range(slots):
         place = tl.load(places + row * slots + slot).to(tl.int64)
-        summed += load_block(of_pairs + place * p_stride, start, n, BLOCK)
+        summed += _load(of_pairs + place * p_stride, start, n, BLOCK)
     to = total + row * t_stride
     if ADD:
-        summed += load_block(to, start, n, BLOCK)
-    store_block(to, start, n, summed, BLOCK)
+        summed += _load(to, start, n, BLOCK)
+    _store(to, start, n, summed, BLOCK)
+
+
+# A block that lies within its row needs no mask. Without one, each thread moves 16 bytes at a time for any n.
+@triton.jit
+def _load(row, start, n, BLOCK: tl.constexpr):
+    """BLOCK of the n numbers of a row, from `start` on, in fp32; zeros after its end."""
+    columns = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= n:  # noqa: SIM108  as a statement it is a branch
+        values = tl.load(row + columns)
+    else:
+        values = tl.load(row + columns, mask=columns < n, other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _store(row, start, n, values, BLOCK: tl.constexpr):
+    columns = start + tl.arange(0, BLOCK)
+    rounded = values.to(row.dtype.element_ty)
+    if start + BLOCK <= n:
+        tl.store(row + columns, rounded)
+    else:
+        tl.store(row + columns, rounded, mask=columns < n)

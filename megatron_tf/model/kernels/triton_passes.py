@@ -1,9 +1,9 @@
 """The elementwise passes of `l2_norm_gelu` on GPUs: fused_passes.py names them, activations/l2_norm.py has the
 formulas.
 
-Each row is one program, which works on blocks that fit the registers. A second read of a row comes from the cache, so
-two passes in one kernel save one read of the scores from memory. As one program sums a row, results are deterministic.
-On an H200 the instructions of GELU, not memory, bound a pass unless they are few.
+A program has a row, or several short ones, and works on blocks that fit the registers. A second read of a row comes
+from the cache, so two passes in one kernel save one read of the scores from memory. As one program sums a row, results
+are deterministic. On an H200 the instructions of GELU, not memory, bound a pass unless they are few.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ WARP = 256  # columns of a warp: 8 for each thread, 16 bytes of bf16
 # (rows up to this length, columns of a block, columns of a warp): the fastest of seven settings on an H200, in bf16,
 # for rows of 2,144 to 34,480 columns.
 BLOCKS = ((4096, 1024, WARP), (16384, 2048, WARP), (None, 8192, 2 * WARP))
+# (rows of a program, its warps) for rows that one warp reads at once, as those of a bank's groups: the fastest of six
+# settings on an H100. Backward passes take more registers.
+SHORT, SHORT_BACKWARD = (8, 4), (1, 1)
 
 
 def is_available() -> bool:
@@ -37,7 +40,7 @@ def norm_and_weights(scores: Tensor, norms: Tensor, weights: Tensor, scale: floa
 
 
 def backward(scores: Tensor, norms: Tensor, gradient: Tensor, weights: Tensor, totals: Tensor, scale: float) -> None:
-    _launch(_backward, scores, norms, gradient, weights, totals, scale=scale)
+    _launch(_backward, scores, norms, gradient, weights, totals, scale=scale, short=SHORT_BACKWARD)
 
 
 def backward_with_product(
@@ -49,7 +52,8 @@ def backward_with_product(
     products: Tensor,
     scale: float,
 ) -> None:
-    _launch(_backward_with_product, scores, norms, gradient, weights, totals, products, scale=scale)
+    others = gradient, weights, totals, products
+    _launch(_backward_with_product, scores, norms, *others, scale=scale, short=SHORT_BACKWARD)
 
 
 def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> None:
@@ -57,11 +61,13 @@ def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> N
 
 
 def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, weights: Tensor, scale: float) -> None:
-    _launch(_backward_and_couple, scores, norms, gradient, weights, scale=scale)
+    _launch(_backward_and_couple, scores, norms, gradient, weights, scale=scale, short=SHORT_BACKWARD)
 
 
-def _launch(kernel: triton.JITFunction, scores: Tensor, *others: Tensor, **scale: float) -> None:
-    """Starts `kernel`, one program for each row, with address and row stride of each tensor."""
+def _launch(
+    kernel: triton.JITFunction, scores: Tensor, *others: Tensor, short: tuple[int, int] = SHORT, **scale: float
+) -> None:
+    """Starts `kernel` with address and row stride of each tensor."""
     rows, n = scores.shape
     if rows == 0:
         return
@@ -71,35 +77,43 @@ def _launch(kernel: triton.JITFunction, scores: Tensor, *others: Tensor, **scale
         arguments += tensor, tensor.stride(0)
     largest, per_warp = next(sizes for length, *sizes in BLOCKS if length is None or n <= length)
     block = min(largest, max(WARP, triton.next_power_of_2(n + 1) // 2))  # not larger than n
-    kernel[(rows,)](*arguments, n, **scale, BLOCK=block, num_warps=max(1, block // per_warp))
+    many, warps = short if n <= WARP else (1, block // per_warp)
+    kernel[(triton.cdiv(rows, many),)](*arguments, rows, n, **scale, ROWS=many, BLOCK=block, num_warps=warps)
 
 
 @triton.jit
-def _row(pointer, stride):
-    """The start of this program's row. Its offset has 64 bits, because a large batch has more than 2³¹ scores."""
-    return pointer + tl.program_id(0).to(tl.int64) * stride
+def _own_rows(rows, ROWS: tl.constexpr):
+    """(this program's rows [ROWS], which of them are there). The others repeat the last row, and are not stored.
+
+    Offsets have 64 bits, because a large batch has more than 2³¹ scores.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return tl.minimum(row, rows - 1), row < rows
 
 
-# A block that lies within its row needs no mask. Without one, each thread moves 16 bytes at a time for any n.
+# Blocks are [ROWS, BLOCK]. One that lies within its rows is read without a mask, so that each thread moves 16 bytes at
+# a time for any n.
 @triton.jit
-def load_block(row, start, n, BLOCK: tl.constexpr):
-    """BLOCK of the n numbers of a row, from `start` on, in fp32; zeros after its end."""
-    columns = start + tl.arange(0, BLOCK)
+def _load(pointer, row, stride, start, n, BLOCK: tl.constexpr):
+    """The numbers of the rows from `start` on, in fp32; zeros after their end."""
+    columns = (start + tl.arange(0, BLOCK))[None, :]
+    source = pointer + row[:, None] * stride + columns
     if start + BLOCK <= n:  # noqa: SIM108  as a statement it is a branch
-        values = tl.load(row + columns)
+        values = tl.load(source)
     else:
-        values = tl.load(row + columns, mask=columns < n, other=0.0)
+        values = tl.load(source, mask=columns < n, other=0.0)
     return values.to(tl.float32)
 
 
 @triton.jit
-def store_block(row, start, n, values, BLOCK: tl.constexpr):
-    columns = start + tl.arange(0, BLOCK)
-    rounded = values.to(row.dtype.element_ty)
+def _store(pointer, row, there, stride, start, n, values, BLOCK: tl.constexpr):
+    columns = (start + tl.arange(0, BLOCK))[None, :]
+    to = pointer + row[:, None] * stride + columns
+    rounded = values.to(pointer.dtype.element_ty)
     if start + BLOCK <= n:
-        tl.store(row + columns, rounded)
+        tl.store(to, rounded, mask=there[:, None])
     else:
-        tl.store(row + columns, rounded, mask=columns < n)
+        tl.store(to, rounded, mask=there[:, None] & (columns < n))
 
 
 @triton.jit
@@ -129,109 +143,127 @@ def _gelu(u):
 
 
 @triton.jit
-def _norm_of_row(a, n, BLOCK: tl.constexpr):
-    squares = tl.zeros((BLOCK,), tl.float32)
+def _norms_of(scores, a_stride, row, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, n, BLOCK):
-        scores = load_block(a, start, n, BLOCK)
-        squares += scores * scores
-    return tl.sqrt(tl.sum(squares))
+        a = _load(scores, row, a_stride, start, n, BLOCK)
+        squares += a * a
+    return tl.sqrt(tl.sum(squares, 1))
 
 
 @triton.jit
-def _weights_of_row(a, factor, s, n, BLOCK: tl.constexpr):
+def _make_weights(scores, a_stride, weights, s_stride, factor, row, there, n, BLOCK: tl.constexpr):
     for start in range(0, n, BLOCK):
-        gelu, _ = _gelu(load_block(a, start, n, BLOCK) * factor)
-        store_block(s, start, n, gelu, BLOCK)
+        gelu, _ = _gelu(_load(scores, row, a_stride, start, n, BLOCK) * factor[:, None])
+        _store(weights, row, there, s_stride, start, n, gelu, BLOCK)
 
 
 @triton.jit
-def _gradient_of_row(a, d, s, factor, n, BLOCK: tl.constexpr):
+def _make_gradients(
+    scores, a_stride, gradient, d_stride, weights, s_stride, factor, row, there, n, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Replaces dS by D, writes S, and returns T."""
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, n, BLOCK):
-        score = load_block(a, start, n, BLOCK)
-        gelu, slope = _gelu(score * factor)
-        g = load_block(d, start, n, BLOCK) * slope * factor
+        score = _load(scores, row, a_stride, start, n, BLOCK)
+        gelu, slope = _gelu(score * factor[:, None])
+        g = _load(gradient, row, d_stride, start, n, BLOCK) * slope * factor[:, None]
         total += g * score
-        store_block(d, start, n, g, BLOCK)
-        store_block(s, start, n, gelu, BLOCK)
-    return tl.sum(total)
+        _store(gradient, row, there, d_stride, start, n, g, BLOCK)
+        _store(weights, row, there, s_stride, start, n, gelu, BLOCK)
+    return tl.sum(total, 1)
 
 
 @triton.jit
-def _couple_row(a, d, coupling, n, BLOCK: tl.constexpr):
+def _make_coupled(scores, a_stride, gradient, d_stride, coupling, row, there, n, BLOCK: tl.constexpr):
     for start in range(0, n, BLOCK):
-        g = load_block(d, start, n, BLOCK) - load_block(a, start, n, BLOCK) * coupling
-        store_block(d, start, n, g, BLOCK)
+        score = _load(scores, row, a_stride, start, n, BLOCK)
+        g = _load(gradient, row, d_stride, start, n, BLOCK) - score * coupling[:, None]
+        _store(gradient, row, there, d_stride, start, n, g, BLOCK)
 
 
 @triton.jit
-def _norm(scores, a_stride, norms, r_stride, n, BLOCK: tl.constexpr):
-    tl.store(_row(norms, r_stride), _norm_of_row(_row(scores, a_stride), n, BLOCK))
+def _norm(scores, a_stride, norms, r_stride, rows, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, there = _own_rows(rows, ROWS)
+    tl.store(norms + row * r_stride, _norms_of(scores, a_stride, row, n, ROWS, BLOCK), mask=there)
 
 
 @triton.jit
-def _weights(scores, a_stride, norms, r_stride, weights, s_stride, n, scale, BLOCK: tl.constexpr):
-    factor = _over(scale, tl.load(_row(norms, r_stride)))
-    _weights_of_row(_row(scores, a_stride), factor, _row(weights, s_stride), n, BLOCK)
+def _weights(
+    scores, a_stride, norms, r_stride, weights, s_stride, rows, n, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, there = _own_rows(rows, ROWS)
+    factor = _over(scale, tl.load(norms + row * r_stride))
+    _make_weights(scores, a_stride, weights, s_stride, factor, row, there, n, BLOCK)
 
 
 @triton.jit
-def _norm_and_weights(scores, a_stride, norms, r_stride, weights, s_stride, n, scale, BLOCK: tl.constexpr):
-    a = _row(scores, a_stride)
-    r = _norm_of_row(a, n, BLOCK)
-    tl.store(_row(norms, r_stride), r)
-    _weights_of_row(a, _over(scale, r), _row(weights, s_stride), n, BLOCK)
+def _norm_and_weights(
+    scores, a_stride, norms, r_stride, weights, s_stride, rows, n, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, there = _own_rows(rows, ROWS)
+    r = _norms_of(scores, a_stride, row, n, ROWS, BLOCK)
+    tl.store(norms + row * r_stride, r, mask=there)
+    _make_weights(scores, a_stride, weights, s_stride, _over(scale, r), row, there, n, BLOCK)
 
 
 @triton.jit
 def _backward(
-    scores, a_stride, norms, r_stride, gradient, d_stride, weights, s_stride, totals, t_stride, n, scale,
-    BLOCK: tl.constexpr,
+    scores, a_stride, norms, r_stride, gradient, d_stride, weights, s_stride, totals, t_stride, rows, n, scale,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    a, d, s = _row(scores, a_stride), _row(gradient, d_stride), _row(weights, s_stride)
-    factor = _over(scale, tl.load(_row(norms, r_stride)))
-    tl.store(_row(totals, t_stride), _gradient_of_row(a, d, s, factor, n, BLOCK))
+    row, there = _own_rows(rows, ROWS)
+    factor = _over(scale, tl.load(norms + row * r_stride))
+    total = _make_gradients(
+        scores, a_stride, gradient, d_stride, weights, s_stride, factor, row, there, n, ROWS, BLOCK
+    )  # fmt: skip
+    tl.store(totals + row * t_stride, total, mask=there)
 
 
 @triton.jit
 def _backward_with_product(
-    scores, a_stride, norms, r_stride, gradient, d_stride, weights, s_stride, totals, t_stride, products, p_stride, n,
-    scale, BLOCK: tl.constexpr,
+    scores, a_stride, norms, r_stride, gradient, d_stride, weights, s_stride, totals, t_stride, products, p_stride,
+    rows, n, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    a, d, s = _row(scores, a_stride), _row(gradient, d_stride), _row(weights, s_stride)
-    factor = _over(scale, tl.load(_row(norms, r_stride)))
-    total = tl.zeros((BLOCK,), tl.float32)
-    product = tl.zeros((BLOCK,), tl.float32)
+    row, there = _own_rows(rows, ROWS)
+    factor = _over(scale, tl.load(norms + row * r_stride))[:, None]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    product = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, n, BLOCK):
-        score = load_block(a, start, n, BLOCK)
+        score = _load(scores, row, a_stride, start, n, BLOCK)
         gelu, slope = _gelu(score * factor)
-        ds = load_block(d, start, n, BLOCK)
+        ds = _load(gradient, row, d_stride, start, n, BLOCK)
         g = ds * slope * factor
         total += g * score
         product += ds * gelu
-        store_block(d, start, n, g, BLOCK)
-        store_block(s, start, n, gelu, BLOCK)
-    tl.store(_row(totals, t_stride), tl.sum(total))
-    tl.store(_row(products, p_stride), tl.sum(product))
+        _store(gradient, row, there, d_stride, start, n, g, BLOCK)
+        _store(weights, row, there, s_stride, start, n, gelu, BLOCK)
+    tl.store(totals + row * t_stride, tl.sum(total, 1), mask=there)
+    tl.store(products + row * p_stride, tl.sum(product, 1), mask=there)
 
 
 @triton.jit
 def _couple(
-    scores, a_stride, norms, r_stride, totals, t_stride, gradient, d_stride, n, BLOCK: tl.constexpr
+    scores, a_stride, norms, r_stride, totals, t_stride, gradient, d_stride, rows, n, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    r = tl.load(_row(norms, r_stride))
-    coupling = _over(tl.load(_row(totals, t_stride)), r * r)
-    _couple_row(_row(scores, a_stride), _row(gradient, d_stride), coupling, n, BLOCK)
+    row, there = _own_rows(rows, ROWS)
+    r = tl.load(norms + row * r_stride)
+    coupling = _over(tl.load(totals + row * t_stride), r * r)
+    _make_coupled(scores, a_stride, gradient, d_stride, coupling, row, there, n, BLOCK)
 
 
 @triton.jit
 def _backward_and_couple(
-    scores, a_stride, norms, r_stride, gradient, d_stride, weights, s_stride, n, scale, BLOCK: tl.constexpr
+    scores, a_stride, norms, r_stride, gradient, d_stride, weights, s_stride, rows, n, scale, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    a, d, s = _row(scores, a_stride), _row(gradient, d_stride), _row(weights, s_stride)
-    r = tl.load(_row(norms, r_stride))
-    total = _gradient_of_row(a, d, s, _over(scale, r), n, BLOCK)
+    row, there = _own_rows(rows, ROWS)
+    r = tl.load(norms + row * r_stride)
+    total = _make_gradients(
+        scores, a_stride, gradient, d_stride, weights, s_stride, _over(scale, r), row, there, n, ROWS, BLOCK
+    )  # fmt: skip
     # The second pass may read what another thread has written.
     tl.debug_barrier()
-    _couple_row(a, d, _over(total, r * r), n, BLOCK)
+    _make_coupled(scores, a_stride, gradient, d_stride, _over(total, r * r), row, there, n, BLOCK)

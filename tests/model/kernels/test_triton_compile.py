@@ -22,7 +22,11 @@ from megatron_tf.model.kernels import triton_pair_sums, triton_passes
 ALIGNED = [["tt.divisibility", 16]]
 POINTERS = {"norms": "*fp32", "totals": "*fp32", "products": "*fp32", "places": "*i32"}
 passes = ("norm", "weights", "norm_and_weights", "backward", "backward_with_product", "couple", "backward_and_couple")
-kernels = {name: (getattr(triton_passes, f"_{name}"), {"BLOCK": 2048}) for name in passes}
+kernels = {}
+for name in passes:
+    rows, _ = triton_passes.SHORT_BACKWARD if name.startswith("backward") else triton_passes.SHORT
+    for way, constants in (("", {"ROWS": 1, "BLOCK": 2048}), (" short", {"ROWS": rows, "BLOCK": 256})):
+        kernels[name + way] = getattr(triton_passes, f"_{name}"), constants
 for name, add in (("sum", False), ("sum added", True)):
     kernels[name] = triton_pair_sums._sum, {"BLOCK": triton_passes.WARP, "ADD": add}
 found = {}
@@ -31,7 +35,7 @@ for operation, (kernel, constants) in kernels.items():
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             types[name] = "constexpr"
-        elif name in ("n", "slots"):  # of which nothing is known
+        elif name in ("n", "rows", "slots"):  # of which nothing is known
             types[name] = "i32"
         elif name == "scale":
             types[name] = "fp32"
@@ -40,7 +44,9 @@ for operation, (kernel, constants) in kernels.items():
             aligned[(i,)] = ALIGNED
     for architecture in (80, 90):
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-        options = {"num_warps": constants["BLOCK"] // triton_passes.WARP}
+        many_rows = constants.get("ROWS", 1) > 1
+        warps = triton_passes.SHORT[1] if many_rows else constants["BLOCK"] // triton_passes.WARP
+        options = {"num_warps": warps}
         target = GPUTarget("cuda", architecture, 32)
         found[f"{operation} {architecture}"] = triton.compile(source, target=target, options=options).asm["ptx"]
 print(json.dumps(found))
@@ -111,6 +117,49 @@ for name, (kernel, more, warps) in WAYS.items():
     compile_kernel(name, kernel, constants, warps)
 print(json.dumps(found))
 """
+
+
+PRODUCTS = """
+import json
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_tf.model.kernels import triton_gathered_products as products
+
+INTEGERS = {"rows": "*i32", "ends": "*i32"}
+MATRICES = {"x", "tokens", "out", "scores"}
+ALIGNED = {*INTEGERS, *MATRICES, "x_stride", "o_stride", "s_stride", "size", "width"}
+found = {}
+for name, kernel, tile in (
+    ("scores", products._scores, {**products.SCORES, "GROUPS": 256}),
+    ("gradients", products._gradients, products.GRADIENTS),
+):
+    for whole in (True, False):
+        constants = {**{key: value for key, value in tile.items() if key != "num_warps"}, "WHOLE": whole}
+        types, aligned = {}, {}
+        for i, own in enumerate(kernel.arg_names):
+            types[own] = "constexpr" if own in constants else INTEGERS.get(own, "*bf16" if own in MATRICES else "i32")
+            if own in ALIGNED:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+        for architecture, kilobytes in MEMORY.items():
+            options = {"num_warps": tile["num_warps"], "num_stages": products.stages_in(kilobytes * 1024, 2, tile)}
+            source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+            made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+            found[f"{name} {whole} {architecture}"] = made.asm["ptx"], made.metadata.shared
+print(json.dumps(found))
+"""
+
+
+def test_products_of_gathered_rows(tmp_path):
+    """By tensor cores, 16 bytes copied at a time while others are multiplied, in the memory of a multiprocessor."""
+    memory = {80: 163, 89: 99, 90: 227}  # KiB that a program can use
+    made = compiled(f"MEMORY = {memory}\n{PRODUCTS}", tmp_path)
+    assert len(made) == 4 * len(memory)
+    for name, (code, shared) in made.items():
+        architecture = int(name.split()[-1])
+        assert "cp.async.cg.shared.global" in code and "st.global.v4.b32" in code, name
+        assert ("wgmma" if architecture == 90 else "mma.sync") in code, name
+        assert shared <= memory[architecture] * 1024, (name, shared)
 
 
 @pytest.mark.parametrize("architectures", [(89, 90), pytest.param((100, 120), marks=pytest.mark.scale)])

@@ -1,0 +1,61 @@
+"""Products of the groups of a sparse layer with the rows that chose them, all groups at once. See model/grouped.py.
+
+GPUs: triton_gathered_products.py, which makes no copy of the rows of all pairs. Elsewhere the rows are copied, and
+torch's `grouped_mm` multiplies them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_tf.compiling import constant_when_compiled
+from megatron_tf.model.kernels.operators import operator, register_fake
+from megatron_tf.native import triton_kernels_run
+
+
+@operator()
+def gathered_scores(x: Tensor, rows: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+    """x[rows] · tokensᵀ: x [rows, k], rows int32 [pairs], tokens [groups, g, k], contiguous -> [pairs, g].
+
+    ends: int32 [groups], the end of each group's pairs among all pairs.
+    """
+    if not _has_kernels(x.device.type):
+        return F.grouped_mm(x.index_select(0, rows), tokens.mT, offs=ends)
+    out = _empty_scores(x, rows, tokens, ends)
+    _launch("scores", x, rows, tokens, ends, out)
+    return out
+
+
+@operator()
+def gathered_gradients(scores: Tensor, rows: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """scoresᵀ · x[rows] of each group: scores [pairs, g], x [rows, k] -> [groups, g, k]."""
+    if not _has_kernels(x.device.type):
+        return F.grouped_mm(scores.mT, x.index_select(0, rows), offs=ends)
+    out = _empty_gradients(scores, rows, x, ends)
+    _launch("gradients", scores, rows, x, ends, out)
+    return out
+
+
+@constant_when_compiled
+def _has_kernels(device_type: str) -> bool:
+    return triton_kernels_run(device_type)
+
+
+def _launch(name: str, *arguments: Tensor) -> None:
+    from megatron_tf.model.kernels import triton_gathered_products
+
+    getattr(triton_gathered_products, name)(*arguments)
+
+
+# Memory for the results. torch.compile calls these with all arguments of the operators.
+def _empty_scores(x: Tensor, rows: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(rows.shape[0], tokens.shape[1])
+
+
+def _empty_gradients(scores: Tensor, rows: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], scores.shape[1], x.shape[1])
+
+
+register_fake("gathered_scores", _empty_scores)
+register_fake("gathered_gradients", _empty_gradients)
