@@ -19,6 +19,7 @@ from megatron_tf.benchmark import fp8, memory, pattention, sparse, stages, step
 from megatron_tf.benchmark.device import machine
 from megatron_tf.benchmark.references import plain_formula
 from megatron_tf.benchmark.report import Row
+from megatron_tf.benchmark.sparse import BOUNDS
 from megatron_tf.config import load_config
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.engine.device import has_fp8
@@ -31,8 +32,6 @@ from megatron_tf.tasks.classes import cross_entropy
 from megatron_tf.tasks.language_model.section import vocab_size_of
 
 TOKENS = (768, 2304, 8560, 34480)
-# The largest relative error: four times the type's rounding; for fp32 the rounding of sums of thousands of terms.
-BOUNDS = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)

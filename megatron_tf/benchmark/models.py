@@ -7,14 +7,16 @@ from functools import partial
 
 from torch import Tensor
 
-from megatron_tf.architectures.tokenformer.block import PattentionAttention
+from megatron_tf.architectures.tokenformer.block import PattentionAttention, TokenFormerBlock
 from megatron_tf.architectures.transformer.section import TransformerModel
 from megatron_tf.benchmark.references import Layer, bare_layer, gelu_mlp, plain_formula
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import TASKS
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.errors import ConfigError
-from megatron_tf.model.layers import Pattention
+from megatron_tf.model.attention import Documents
+from megatron_tf.model.context import Reports
+from megatron_tf.model.layers import Attention, Block, Pattention
 from megatron_tf.model.tokenformer import TokenFormer, build_model
 
 FORMULAS: dict[str, Layer] = {"plain": plain_formula, "mlp": gelu_mlp, "products": bare_layer}
@@ -67,18 +69,31 @@ class FormulaPattention(Pattention):
 
     formula: Layer
 
-    def partial(self, x: Tensor, norms: Tensor | None = None) -> Tensor:
+    def partial(self, x: Tensor) -> Tensor:
         return self.formula(x, self.key_tokens, self.value_tokens)
 
 
 class FormulaAttention(PattentionAttention):
     """Attention with three calls of the formula for query, key and value, and one for the output."""
 
-    def split(self, x: Tensor, norms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
+        return Attention.forward(self, hidden, documents)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (
             p.partial(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value)
         )
         return query, key, value
+
+    def join(self, heads: Tensor) -> Tensor:
+        return self.proj.partial(heads)
+
+
+class FormulaBlock(TokenFormerBlock):
+    """A call of the formula for the feed-forward."""
+
+    def forward_ffn(self, hidden: Tensor, losses: Reports, metrics: Reports) -> Tensor:
+        return Block.forward_ffn(self, hidden, losses, metrics)
 
 
 def plain_model(config: Model) -> TokenFormer:
@@ -95,6 +110,8 @@ def with_formula(model: TokenFormer, name: str) -> TokenFormer:
             module.formula = formula  # type: ignore[assignment]
         elif isinstance(module, PattentionAttention):
             module.__class__ = FormulaAttention
+        elif isinstance(module, TokenFormerBlock):
+            module.__class__ = FormulaBlock
     return model
 
 

@@ -16,6 +16,8 @@ from megatron_tf.model.routing import choose, straight_through
 from megatron_tf.model.sparse_pattention import SparsePattention
 
 CHECKED_ROWS = 256  # compared with the formula, which multiplies with the tokens of all candidates
+# The largest relative error: four times the type's rounding; for fp32 the rounding of sums of thousands of terms.
+BOUNDS = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
 
 
 def rows(
@@ -76,6 +78,9 @@ def _measure(
         **{f"{name} ms": 1e3 * timing.median for name, timing in timings.items()},
         "× dense": 1 / timings["sparse"].speed_against(timings["dense"]),
         **{f"error {name}": error for name, error in errors.items()},
+        "bound": BOUNDS[dtype],
+        # written so that NaN counts as an error
+        "right": all(error <= BOUNDS[dtype] for error in errors.values()),
     }
 
 

@@ -34,6 +34,7 @@ from megatron_tf.engine.device import has_fp8
 from megatron_tf.errors import ConfigError
 from megatron_tf.model import TokenFormer, build_model
 from megatron_tf.model.context import BlockContext
+from megatron_tf.model.layers import Block
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.tasks.classes import cross_entropy
 from megatron_tf.tasks.language_model.section import vocab_size_of
@@ -133,7 +134,8 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, options:
         if options.compile:
             prepare_compiler()
             for block in model.blocks:
-                block.compile()
+                assert isinstance(block, Block)
+                block.compile_for(options.device.type, options.dtype)
         return model
 
     ours, our_step = step(model)

@@ -53,10 +53,14 @@ class BlockContext:
 
     def add(self, losses: Reports, metrics: Reports) -> None:
         """Adds the losses and metrics of one block."""
-        for sums, given in ((self.losses, losses), (self.metrics, metrics)):
-            for name, value in given.items():
-                own = value if sums is self.losses and self.loss_weight is None else value.detach()
-                sums[name] = sums[name] + own if name in sums else own
+        _add(self.losses, losses, detached=self.loss_weight is not None)
+        _add(self.metrics, metrics, detached=True)
+
+
+def _add(sums: Reports, given: Reports, detached: bool) -> None:
+    for name, value in given.items():
+        own = value.detach() if detached else value
+        sums[name] = sums[name] + own if name in sums else own
 
 
 def run_blocks(blocks: Iterable[Block], hidden: Tensor, starts: Tensor | None, context: BlockContext) -> Tensor:

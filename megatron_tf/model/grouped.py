@@ -133,9 +133,9 @@ def candidate_pieces(assignment: Assignment, native: bool = False) -> Iterator[C
         first = last
 
 
-def has_grouped_products(tokens: Tensor) -> bool:
-    """Whether products with `tokens` go over all candidates at once."""
-    return tokens.is_cuda and tokens.dtype == torch.bfloat16
+def has_grouped_products(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether products of this type go over all candidates at once, with shapes that do not depend on the choices."""
+    return device_type == "cuda" and dtype == torch.bfloat16
 
 
 def empty_gradients(tokens: Tensor, assignment: Assignment) -> Tensor:

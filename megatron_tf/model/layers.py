@@ -309,6 +309,10 @@ class Block(nn.Module):
         self.layer = 0
         self.recompute = False  # keep only the block's input for the backward pass
 
+    def compile_for(self, device_type: str, dtype: torch.dtype) -> None:
+        """torch.compile of what can be compiled, to be computed on such a device in `dtype`."""
+        self.compile()
+
     def forward(self, hidden: Tensor, context: BlockContext | None = None) -> Tensor:
         """Hidden between layers -> the same. `context`: None: each sample is one document, and reports are dropped."""
         documents = None if context is None else context.documents

@@ -17,11 +17,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron_tf.activations.function import ScoreFunction, accumulating
 from megatron_tf.model.grouped import Assignment, empty_gradients, pieces
-from megatron_tf.model.kernels.gathered_products import gathered_gradients, gathered_scores
+from megatron_tf.model.kernels.gathered_products import gathered_gradients, gathered_scores, grouped_product
 from megatron_tf.model.kernels.pair_sums import add_sum_of_pairs, sum_of_pairs
 
 
@@ -80,7 +79,7 @@ class AtOnce(PairSteps):
 
     def outputs(self, scores: Tensor, of_pairs: Tensor, total: Tensor | None) -> Tensor:
         s = self.function.weights(scores, of_pairs, self.scale)
-        return self._sum(self._product(s, self.values), total)
+        return self._sum(grouped_product(s, self.values, self.ends), total)
 
     def to_weights(self, scores: Tensor, of_pairs: Tensor, grad: Tensor) -> Weighted:
         d = gathered_scores(grad, self.assignment.rows, self.values, self.ends)
@@ -93,10 +92,7 @@ class AtOnce(PairSteps):
     ) -> tuple[Tensor, Tensor]:
         self.function.couple(scores, of_pairs, self.assignment.by_pair(total), d, self.scale)
         key_grads = gathered_gradients(d, self.assignment.rows, x, self.ends).flatten(0, 1)
-        return key_grads, self._sum(self._product(d, self.keys), d_x)
-
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        return F.grouped_mm(left, right, offs=self.ends)
+        return key_grads, self._sum(grouped_product(d, self.keys, self.ends), d_x)
 
     def _sum(self, of_pairs: Tensor, total: Tensor | None) -> Tensor:
         if total is None:

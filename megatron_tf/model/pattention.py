@@ -286,14 +286,14 @@ def _sharded_forward(x: Tensor, layer: _Layer) -> _Results:
     outputs = [x.new_empty(x.shape[0], v.shape[1]) for v in layer.values]
     exchanges = []
     for a, x_part in zip(scores.split(sizes), x.split(sizes)):
-        a.addmm_(x_part, joined.mT, beta=0)
+        layer.product(x_part, joined.mT, out=a)
         exchanges.append(_begin_row_statistic(a, layer))
     statistics = []
     for finish, a, *out_parts in zip(exchanges, scores.split(sizes), *(out.split(sizes) for out in outputs)):
         statistics.append(finish())
         own = score_layout.split(a, keys), statistics[-1].split(1, -1)
         for own_scores, r, v, scale, out in zip(*own, layer.values, layer.scales, out_parts):
-            out.addmm_(function.weights(own_scores, r, scale), v, beta=0)
+            layer.product(function.weights(own_scores, r, scale), v, out=out)
     return scores, torch.cat(statistics).split(1, -1), outputs
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from megatron_tf.activations.function import ScoreFunction
+from megatron_tf.model.kernels.operators import operator, register_fake
 from megatron_tf.model.kernels.score_layout import empty_scores
 
 Gradient = Literal["left", "right"] | None
@@ -43,12 +44,24 @@ class Product(Protocol):
         ...
 
 
+@operator(["out"])
+def write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """left [m, k] times right [k, n], written to `out` [m, n]. An operator because torch.compile would write a product
+    into part of a matrix by making the product and copying the whole matrix."""
+    out.addmm_(left, right, beta=0)
+
+
+register_fake("write_product", lambda left, right, out: None)
+
+
 class PlainProduct:
     """A `Product` in the type of the factors."""
 
     def __call__(self, left: Factor, right: Factor, gradient: Gradient = None, out: Tensor | None = None) -> Tensor:
-        # With beta 0, addmm_ does not read `out`. (matmul's out= cannot be compiled here.)
-        return left @ right if out is None else out.addmm_(left, right, beta=0)
+        if out is None:
+            return left @ right
+        write_product(left, right, out)
+        return out
 
     def scores(self, left: Factor, right: Factor, gradient: Gradient = None) -> Tensor:
         return self(left, right, gradient, empty_scores(left, left.shape[0], right.shape[1]))

@@ -124,7 +124,7 @@ class _Projection:
         dense_values: Tensor | None,
     ):
         self.function, self.assignment, self.scale = function, assignment, scale
-        steps = AtOnce if has_grouped_products(keys) else ByCandidate
+        steps = AtOnce if has_grouped_products(keys.device.type, keys.dtype) else ByCandidate
         self.pairs: PairSteps = steps(function, assignment, scale, keys, values)
         self.dense_keys, self.dense_values = dense_keys, dense_values
 

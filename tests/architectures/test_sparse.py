@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from megatron_tf.errors import CheckpointError, ConfigError
 from megatron_tf.growth.rules import growth_problems, scales_after_growth
 from megatron_tf.inference.cache import CachedModel
 from megatron_tf.inference.sampling import generate
-from megatron_tf.model import build_model
+from megatron_tf.model import build_model, sparse_function
 from megatron_tf.model.context import BlockContext
 from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
 from megatron_tf.model.routing import choose
@@ -141,7 +142,7 @@ def test_attention_chooses_too():
     context.losses["balance"].backward()
     of_balance = {name: p.grad for name, p in network.named_parameters() if name.endswith("bank.balance")}
     assert len(of_balance) == 5 * layers and all(grad.abs().sum() > 0 for grad in of_balance.values())
-    network.blocks[0].compile()
+    network.blocks[0].compile_for("cpu", torch.float32)
     assert network.blocks[0].attention._compiled_call_impl is None
 
 
@@ -272,11 +273,32 @@ def test_what_knows_dense_projections_only_refuses():
     assert growth_problems(dense().model, config().model)
 
 
-def test_a_compiled_block_compiles_attention_alone():
-    """Sizes of products with candidates are known only when positions have chosen."""
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
+def test_attention_alone_is_compiled_where_sizes_depend_on_the_choices(device, dtype):
     block = build_model(config().model).blocks[0]
-    block.compile()
+    block.compile_for(device, dtype)
     assert block._compiled_call_impl is None and block.attention._compiled_call_impl is not None
+
+
+def test_a_block_compiled_as_for_a_gpu_is_the_block(monkeypatch):
+    """Without a graph break; losses and metrics of the blocks are added up."""
+    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda device, dtype: True)
+    model = config().model.model_copy(update={"num_layers": 3})
+    network, compiled = (build_model(model, dtype=torch.bfloat16) for _ in range(2))
+    for block in compiled.blocks:
+        monkeypatch.setattr(block, "compile", partial(nn.Module.compile, block, fullgraph=True, backend="aot_eager"))
+        block.compile_for("cuda", torch.bfloat16)
+        assert block._compiled_call_impl is not None and block.attention._compiled_call_impl is None
+    ids = torch.randint(0, 99, (2, 16), generator=torch.Generator().manual_seed(0))
+    results = []
+    for own in (network, compiled):
+        context = BlockContext(loss_weight=torch.tensor(0.5))
+        out = own(ids, context=context)
+        out.float().square().mean().backward()
+        gradients = {name: parameter.grad for name, parameter in own.named_parameters()}
+        results.append({"out": out.detach(), **context.losses, **context.metrics, **gradients})
+    assert {"balance", "load_max", "blocks.2.ffn.bank.balance"} <= results[0].keys()
+    torch.testing.assert_close(*results)
 
 
 def test_generation_with_a_cache_is_the_model_itself():

@@ -40,7 +40,7 @@ SPARSE = {
 def test_with_candidates_all_at_once_and_one_after_the_other(monkeypatch, precision, sparse):
     """As a GPU does: in bf16 the rows of all pairs are gathered at once, in fp32 those of one candidate."""
     monkeypatch.setattr(fused_passes, "usable", lambda scores: False)
-    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda tokens: tokens.dtype == torch.bfloat16)
+    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda device, dtype: dtype == torch.bfloat16)
     # few columns of logits, so that the peak is in a block
     check((sparse, f"training.precision={precision}", "training.micro_batch_size=4", "model.vocab_size=512"))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tf.benchmark.models import equal_transformer, plain_model
+from megatron_tf.benchmark.models import FormulaPattention, equal_transformer, plain_model, with_formula
 from megatron_tf.config import load_config
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.model import build_model
@@ -37,4 +37,15 @@ def test_plain_formulas_compute_the_same_model():
         model(ids).square().sum().backward()
     for (name, one), other in zip(fast.named_parameters(), plain.parameters()):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-8, atol=1e-8, msg=name)
-    assert {type(module).__name__ for module in plain.modules()} >= {"FormulaPattention", "FormulaAttention"}
+
+
+def test_every_projection_is_the_formula():
+    config = load_config(CONFIGS / "tiny.yml", ["model.seq_length=16", "model.num_layers=2"]).model
+    model = with_formula(build_model(config), "plain")
+    tokens = []
+    for module in model.modules():
+        if isinstance(module, FormulaPattention):
+            formula = module.formula
+            module.formula = lambda x, keys, values, own=formula: (tokens.append(len(keys)), own(x, keys, values))[1]
+    model(torch.arange(32).view(2, 16))
+    assert tokens == 2 * [128, 128, 128, 128, 512]

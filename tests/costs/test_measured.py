@@ -57,7 +57,7 @@ def portable(monkeypatch):
     monkeypatch.setattr(fp8, "emulated_product", fp8.scaled_product)
     round_as_gpus_do(monkeypatch)
     monkeypatch.setattr(fused_passes, "usable", lambda scores: False)
-    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda tokens: tokens.dtype == torch.bfloat16)
+    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda device, dtype: dtype == torch.bfloat16)
     monkeypatch.setitem(vars(L2_NORM_GELU), "kernel_passes", None)
 
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 from megatron_tf.model import Pattention, pattention
-from megatron_tf.model.pattention import partial_pattention
+from megatron_tf.model.pattention import Form, partial_pattention
 from megatron_tf.parallel.groups import SINGLE
 
 ACTIVATIONS = ["l2_norm_gelu", "gelu_l2_norm", "softmax"]
@@ -91,3 +93,26 @@ def test_scale_is_stored_not_recomputed():
     assert layer.scale == 3.0 and Pattention(16, 4, 4).scale == math.sqrt(16)
     x = torch.randn(2, 4)
     torch.testing.assert_close(layer(x), pattention(x, layer.key_tokens, layer.value_tokens, scale=3.0))
+
+
+@pytest.mark.parametrize("norm", ["direct", "gram"])
+@pytest.mark.parametrize("projections", [1, 3])
+def test_compiled_passes_make_scores_and_their_gradient_once(projections, norm):
+    """No part of them is made elsewhere and copied. With 141 tokens rows are padded to 144 columns."""
+    x = torch.randn(32, 40, requires_grad=True)
+    tokens = [torch.randn(141, 40, requires_grad=True) for _ in range(2 * projections)]
+
+    def outputs(x, *tokens):
+        keys, values = tokens[:projections], tokens[projections:]
+        return partial_pattention(x, keys, values, [12.0] * projections, "l2_norm_gelu", SINGLE, Form(norm))
+
+    def both_passes():
+        made = torch.compile(outputs, fullgraph=True)(x, *tokens)
+        torch.autograd.backward(made, [torch.ones_like(out) for out in made])
+
+    torch.compiler.reset()
+    _, codes = run_and_get_code(both_passes)
+    assert len(codes) == 2
+    for code in codes:
+        allocated = re.findall(r"empty_strided_cpu\(\(32, (\d+)\)", code)
+        assert sum(int(columns) for columns in allocated if int(columns) % 144 == 0) == 144 * projections, allocated

@@ -52,7 +52,7 @@ MOST = {
 def test_operators_of_one_step_on_a_gpu(dense, losses, monkeypatch):
     """Kernels of our own are counted, not run: results are not looked at here."""
     counted = Operators()
-    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda tokens: True)
+    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda device, dtype: True)
     monkeypatch.setattr(fused_passes, "usable", lambda scores: True)
     monkeypatch.setattr(fused_passes, "_run", lambda name, *arguments: counted.launched(name))
     monkeypatch.setattr(pair_sums, "_has_kernel", lambda *facts: True)
@@ -78,7 +78,7 @@ def test_operators_of_one_step_on_a_gpu(dense, losses, monkeypatch):
 
 @pytest.mark.parametrize("dense", [0, 32])
 def test_the_path_of_gpus_compiled_without_a_graph_break(dense, monkeypatch):
-    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda tokens: True)
+    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda device, dtype: True)
     torch.manual_seed(0)
     layer = SparsePattention(9 * 32 + dense, 96, 96, group_size=32, candidates=4, dense=dense).bfloat16()
     x = torch.randn(64, 96).bfloat16().requires_grad_()

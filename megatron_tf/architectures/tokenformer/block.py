@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer, bank_of, banks_of
 from megatron_tf.config.sections.model import Model
 from megatron_tf.model.attention import Documents
 from megatron_tf.model.context import Reports
+from megatron_tf.model.grouped import has_grouped_products
 from megatron_tf.model.layers import (
     Attention,
     Block,
@@ -114,10 +116,12 @@ class SparseBlock(TokenFormerBlock):
     def feed_forward(self, x: Tensor, losses: Reports, metrics: Reports) -> Tensor:
         return _outputs([self.ffn], x, losses, metrics)[0]
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles attention if it has no candidates. With candidates, the sizes of products depend on the choice."""
-        if not isinstance(self.attention, SparseAttention):
-            self.attention.compile(*args, **kwargs)
+    def compile_for(self, device_type: str, dtype: torch.dtype) -> None:
+        """Where the sizes of products depend on the choices, only attention without candidates is compiled."""
+        if has_grouped_products(device_type, dtype):
+            self.compile()
+        elif not isinstance(self.attention, SparseAttention):
+            self.attention.compile()
 
 
 def _choosing(module: nn.Module) -> int:

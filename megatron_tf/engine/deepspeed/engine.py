@@ -28,6 +28,7 @@ from megatron_tf.engine.optimizer import SegmentedOptimizer
 from megatron_tf.engine.segmented import Fragment, SegmentedEngine
 from megatron_tf.engine.shards import ShardedParameter
 from megatron_tf.model.layers import TensorParallel, choose_forms
+from megatron_tf.model.precision import DTYPES
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group
 from megatron_tf.state.sources import StateSource
@@ -66,7 +67,8 @@ class DeepSpeedEngine(SegmentedEngine):
         for block in self._pipeline.blocks().values():
             block.recompute = config.training.activation_checkpointing
             if config.training.compile:
-                block.compile()
+                device_type = "cuda" if torch.cuda.is_available() else "cpu"
+                block.compile_for(device_type, DTYPES[config.training.compute_type])
         with contextlib.redirect_stdout(io.StringIO()):
             self._deepspeed, self._wrapper, _, _ = deepspeed.initialize(
                 model=self._pipeline,

@@ -24,7 +24,7 @@ from megatron_tf.engine.torch import sharding
 from megatron_tf.engine.torch.loss_scale import LossScale
 from megatron_tf.model.context import BlockContext
 from megatron_tf.model.filling import allocate
-from megatron_tf.model.layers import TensorParallel, choose_forms
+from megatron_tf.model.layers import Block, TensorParallel, choose_forms
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.model.stage import Stage, build_stage
 from megatron_tf.parallel.groups import Group, make_group
@@ -84,7 +84,8 @@ class TorchEngine(SegmentedEngine):
             block.recompute = config.training.activation_checkpointing  # type: ignore[assignment]
             self._of_steps += choose_forms(block, config.training, device.type)
             if config.training.compile:
-                block.compile()
+                assert isinstance(block, Block)
+                block.compile_for(device.type, dtype)
         self._keep_gradients = config.parallel.shard == "optimizer"
         self._stage.hidden_dtype = dtype
         self._is_sharded = sharding.shard(

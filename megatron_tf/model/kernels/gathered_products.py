@@ -1,7 +1,7 @@
 """Products of the groups of a sparse layer with the rows that chose them, all groups at once. See model/grouped.py.
 
-GPUs: triton_gathered_products.py, which makes no copy of the rows of all pairs. Elsewhere the rows are copied, and
-torch's `grouped_mm` multiplies them.
+`gathered_...` take rows where they are. On GPUs triton_gathered_products.py makes no copy of the rows of all pairs.
+Elsewhere they are copied, and torch's `grouped_mm` multiplies them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ def gathered_gradients(scores: Tensor, rows: Tensor, x: Tensor, ends: Tensor) ->
     return out
 
 
+@operator()
+def grouped_product(of_pairs: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+    """of_pairs [pairs, g] · tokens of each group [groups, g, width] -> [pairs, width]."""
+    return F.grouped_mm(of_pairs, tokens, offs=ends)
+
+
 @constant_when_compiled
 def _has_kernels(device_type: str) -> bool:
     return triton_kernels_run(device_type)
@@ -59,3 +65,4 @@ def _empty_gradients(scores: Tensor, rows: Tensor, x: Tensor, ends: Tensor) -> T
 
 register_fake("gathered_scores", _empty_scores)
 register_fake("gathered_gradients", _empty_gradients)
+register_fake("grouped_product", lambda of_pairs, tokens, ends: of_pairs.new_empty(of_pairs.shape[0], tokens.shape[2]))

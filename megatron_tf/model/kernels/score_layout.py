@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_tf.model.kernels.operators import operator, register_fake
+
 ALIGNMENT = 16
 # Devices whose matrix products are slow unless every size, not only every row's start, is a multiple of 16 bytes. On an
 # H200, cuBLAS used kernels of two generations ago for 8,620 tokens, at half the speed.
@@ -26,8 +28,17 @@ def empty_scores(like: Tensor, rows: int, columns: int) -> Tensor:
     whole = like.new_empty(rows, _aligned(columns))
     if whole.shape[1] == columns:
         return whole
-    whole[:, columns:].zero_()
+    clear(whole[:, columns:])
     return whole[:, :columns]
+
+
+@operator(["columns"])
+def clear(columns: Tensor) -> None:
+    """Zeros. An operator because torch.compile would make a copy of the matrix that the columns are part of."""
+    columns.zero_()
+
+
+register_fake("clear", lambda columns: None)
 
 
 def filled(tokens: Tensor) -> Tensor:
@@ -58,7 +69,7 @@ def clear_gaps(scores: Tensor, keys: Sequence[Tensor]) -> None:
     """Zero the columns between projections. They are uninitialised, and 0 · NaN would put NaN into dX."""
     for gap in _parts(scores, keys, -1)[1::2]:
         if gap.shape[1]:
-            gap.zero_()
+            clear(gap)
 
 
 def _parts(scores: Tensor, keys: Sequence[Tensor], dim: int) -> tuple[Tensor, ...]:
