@@ -68,6 +68,7 @@ def parts(device: torch.device) -> Mapping[str, Callable[[], Iterable[Row]]]:
         "step 354M": lambda: _steps(device, "354M", samples=16),
         "step 1.4B": lambda: _steps(device, "1.4B", samples=8),
         "memory": lambda: memory.rows(device, _config("354M")),
+        "step with candidates": lambda: _steps(device, "sparse_124M_to_762M", samples=16),
     }
 
 
@@ -75,7 +76,8 @@ def _steps(device: torch.device, name: str, samples: int) -> Iterable[Row]:
     """Rows with two models in memory, which take turns; with less than 100 GB of it, at half their depth."""
     whole = device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory > 100e9
     layers = None if whole else _config(name).model.num_layers // 2
-    options = step.StepOptions(device, torch.bfloat16, samples, layers, compile=True, rounds=5, formulas=("plain",))
+    forms = "fp8", "plain"
+    options = step.StepOptions(device, torch.bfloat16, samples, layers, compile=True, rounds=5, formulas=forms)
     return step.rows({name: _config(name).model}, options)
 
 

@@ -16,3 +16,12 @@ def test_a_row_agrees_with_the_formula_and_has_both_speeds():
     assert row["dense ms"] > 0 and row["sparse ms"] > 0
     with pytest.raises(ConfigError, match="a slot has --group-size 16"):
         next(mode.rows(CPU, [torch.float32], [8], [3], group_size=16, positions=40, width=24, rounds=1))
+
+
+def test_a_layer_that_is_too_far_off_is_not_right(monkeypatch):
+    arguments = CPU, [torch.float32], [48], [2], 16, 64, 32, 1
+    (row,) = mode.rows(*arguments)
+    assert row["right"] and row["bound"] == 1e-5
+    monkeypatch.setitem(mode.BOUNDS, torch.float32, 1e-9)
+    (row,) = mode.rows(*arguments)
+    assert not row["right"]
