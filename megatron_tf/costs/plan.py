@@ -70,9 +70,11 @@ def describe(
     if forms := architecture_of(model).norm_forms(config, device):
         lines["scores"] = _scores(config, world_size, forms)
     if training.precision == "fp8":
-        lines["fp8"] = "experimental: products of Pattention, all else in bf16" + (
-            "" if device == GPU else "; this device has none, so factors are rounded and multiplied in fp32"
-        )
+        lines["fp8"] = "experimental: products of Pattention, all else in bf16"
+        if device != GPU:
+            lines["fp8"] += "; this device has none, so factors are rounded and multiplied in fp32"
+        elif not training.compile:
+            lines["fp8"] += "; slower than bf16 unless training.compile is true"
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
 
 

@@ -160,6 +160,14 @@ def test_describe_says_where_norms_come_from_and_what_the_scores_take():
     assert "scores" not in describe(load("transformer_124M"), 16)
 
 
+def test_the_plan_says_when_fp8_is_slower_than_bf16():
+    slower = "slower than bf16 unless training.compile is true"
+    fp8 = "training.precision=fp8", "parallel.engine=torch"
+    assert slower in describe(load("354M", *fp8), 16)
+    assert slower not in describe(load("354M", *fp8, "training.compile=true"), 16)
+    assert slower not in describe(load("354M", *fp8), 16, device="cpu")
+
+
 def test_without_scores_a_layer_keeps_what_does_not_depend_on_its_tokens():
     kept, recomputed = (
         estimate.block_activation_bytes(
