@@ -73,11 +73,11 @@ def parts(device: torch.device) -> Mapping[str, Callable[[], Iterable[Row]]]:
 
 
 def _steps(device: torch.device, name: str, samples: int) -> Iterable[Row]:
-    """Rows with two models in memory, which take turns; with less than 100 GB of it, at half their depth."""
+    """Rows with all models in memory, which take turns; with less than 100 GB of it, at half their depth."""
     whole = device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory > 100e9
     layers = None if whole else _config(name).model.num_layers // 2
     forms = "fp8", "plain"
-    options = step.StepOptions(device, torch.bfloat16, samples, layers, compile=True, rounds=5, formulas=forms)
+    options = step.StepOptions(device, torch.bfloat16, samples, layers, compile=True, rounds=5, forms=forms)
     return step.rows({name: _config(name).model}, options)
 
 

@@ -17,7 +17,7 @@ from megatron_tf.errors import ConfigError
 from megatron_tf.model.attention import Documents
 from megatron_tf.model.context import Reports
 from megatron_tf.model.layers import Attention, Block, Pattention
-from megatron_tf.model.tokenformer import TokenFormer, build_model
+from megatron_tf.model.tokenformer import TokenFormer
 
 FORMULAS: dict[str, Layer] = {"plain": plain_formula, "mlp": gelu_mlp, "products": bare_layer}
 _MLP_MULTIPLE = 64  # of tensor-core tiles and of AMX ones
@@ -94,11 +94,6 @@ class FormulaBlock(TokenFormerBlock):
 
     def forward_ffn(self, hidden: Tensor, losses: Reports, metrics: Reports) -> Tensor:
         return Block.forward_ffn(self, hidden, losses, metrics)
-
-
-def plain_model(config: Model) -> TokenFormer:
-    """The same model on the CPU, with the plain formula for every Pattention."""
-    return with_formula(build_model(config), "plain")
 
 
 def with_formula(model: TokenFormer, name: str) -> TokenFormer:

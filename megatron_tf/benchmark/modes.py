@@ -204,6 +204,8 @@ def tokenformer_of(file: Path) -> TokenFormerModel:
         raise ConfigError(
             f"{file}: model.architecture {model.architecture} is what is compared with. Give a tokenformer."
         )
+    if model.task != "language_model":
+        raise ConfigError(f"{file}: model.task {model.task} is measured by benchmark images. Give a language_model.")
     return model
 
 
@@ -225,8 +227,8 @@ def run_adapters(device: torch.device, arguments: argparse.Namespace) -> Iterabl
 
 def run_serving(device: torch.device, arguments: argparse.Namespace) -> Iterable[Row]:
     model = tokenformer_of(arguments.config)
-    if (problem := architecture_of(model).format_problem(model, "huggingface")) or model.task != "language_model":
-        raise ConfigError(f"{arguments.config}: {problem or 'is no language model'}. Give another configuration.")
+    if problem := architecture_of(model).format_problem(model, "huggingface"):
+        raise ConfigError(f"{arguments.config}: {problem}. Give another configuration.")
     if arguments.positions > model.seq_length - 1:
         raise ConfigError(
             f"--positions {arguments.positions}: with one more they are above model.seq_length {model.seq_length}. "

@@ -76,7 +76,7 @@ def _measure(
         "slots": sparse.num_slots,
         "positions": positions,
         **{f"{name} ms": 1e3 * timing.median for name, timing in timings.items()},
-        "× dense": 1 / timings["sparse"].speed_against(timings["dense"]),
+        "time / dense": 1 / timings["sparse"].speed_against(timings["dense"]),
         **{f"error {name}": error for name, error in errors.items()},
         "bound": BOUNDS[dtype],
         # written so that NaN counts as an error

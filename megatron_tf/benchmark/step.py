@@ -48,7 +48,7 @@ _GIB = 2**30
 class StepOptions:
     """The settings of a measurement. `layers` None: all.  `compile`: the blocks, except those of the plain formula.
 
-    `formulas`: the other forms of a model without candidates, by name. "fp8" is left out where no GPU has it.
+    `forms`: of a model without candidates, besides its own, by name. "fp8" is left out unless a GPU has it, in bf16.
     """
 
     device: torch.device
@@ -57,7 +57,7 @@ class StepOptions:
     layers: int | None
     compile: bool
     rounds: int
-    formulas: Sequence[str] = ("gram", "fp8", "plain", "mlp", "products")
+    forms: Sequence[str] = ("gram", "fp8", "plain", "mlp", "products")
 
 
 class TrainingStep:
@@ -141,7 +141,7 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, options:
     ours, our_step = step(model)
     dense = without_candidates(model)
     if dense is model:
-        forms = {name: in_form(of_the_same_weights(ours), name) for name in _formulas(options)}
+        forms = {name: in_form(of_the_same_weights(ours), name) for name in _forms(options)}
         others = {name: our_step.of(form if name == "plain" else compiled(form)) for name, form in forms.items()}
     else:
         without, dense_step = step(dense)
@@ -183,9 +183,10 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, options:
     }
 
 
-def _formulas(options: StepOptions) -> Sequence[str]:
-    in_8_bits = options.device.type == "cuda" and has_fp8(options.device)  # a CPU emulates it
-    return [name for name in options.formulas if name != "fp8" or in_8_bits]
+def _forms(options: StepOptions) -> Sequence[str]:
+    # a CPU emulates it, and training in fp8 computes all else in bf16
+    has = options.device.type == "cuda" and has_fp8(options.device) and options.dtype is torch.bfloat16
+    return [name for name in options.forms if name != "fp8" or has]
 
 
 def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]:
@@ -197,14 +198,14 @@ def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]
 
 def _memory_problems(name: str, pair: Sequence[Model], options: StepOptions) -> Iterator[str]:
     """All models are in memory at once, because they take turns; those of the same weights have them once."""
-    model, transformer = pair
-    state = _STATE_BYTES * (num_parameters(model) + num_parameters(transformer))
+    models = [*pair, *(own for own in (without_candidates(pair[0]),) if own is not pair[0])]
+    state = _STATE_BYTES * sum(map(num_parameters, models))
     if options.device.type == "cuda":
         available = torch.cuda.get_device_properties(options.device).total_memory
     else:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if state > available:
         yield (
-            f"{name}: the weights, gradients and optimizer of two such models take {state / _GIB:.0f} GiB, and here "
-            f"are {available / _GIB:.0f} GiB. Give fewer --layers."
+            f"{name}: weights, gradients and optimizer of the {len(models)} models take {state / _GIB:.0f} GiB, and "
+            f"here are {available / _GIB:.0f} GiB. Give fewer --layers."
         )

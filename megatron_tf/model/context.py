@@ -53,14 +53,15 @@ class BlockContext:
 
     def add(self, losses: Reports, metrics: Reports) -> None:
         """Adds the losses and metrics of one block."""
-        _add(self.losses, losses, detached=self.loss_weight is not None)
-        _add(self.metrics, metrics, detached=True)
+        keep_graph = self.loss_weight is None
+        for name, loss in losses.items():
+            add_report(self.losses, name, loss if keep_graph else loss.detach())
+        for name, metric in metrics.items():
+            add_report(self.metrics, name, metric.detach())
 
 
-def _add(sums: Reports, given: Reports, detached: bool) -> None:
-    for name, value in given.items():
-        own = value.detach() if detached else value
-        sums[name] = sums[name] + own if name in sums else own
+def add_report(sums: Reports, name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
 
 
 def run_blocks(blocks: Iterable[Block], hidden: Tensor, starts: Tensor | None, context: BlockContext) -> Tensor:

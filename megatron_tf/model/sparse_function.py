@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_tf.activations.function import ScoreFunction, score_function
 from megatron_tf.model.grouped import Assignment, has_grouped_products
-from megatron_tf.model.kernels import score_layout
 from megatron_tf.model.pair_steps import AtOnce, ByCandidate, PairSteps
+from megatron_tf.model.products import PLAIN
 from megatron_tf.model.routing import gate_gradient, of_chosen
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import Group
@@ -133,8 +133,7 @@ class _Projection:
         scores, statistics = self.pairs.scores(x)
         dense, parts = None, [statistics]
         if self.dense_keys is not None:
-            dense = score_layout.empty_scores(x, len(x), len(self.dense_keys))
-            dense.addmm_(x, self.dense_keys.mT, beta=0)
+            dense = PLAIN.scores(x, self.dense_keys.mT)
             parts.append(self.function.statistic(dense))
         return scores, dense, self.function.combine(_together(parts))
 
@@ -169,8 +168,7 @@ class _Backward:
         own = self.projection
         self.d, total, self.products, self.value_grads = own.pairs.to_weights(self.scores, self.of_pairs, grad)
         if self.dense is not None and own.dense_values is not None:
-            self.d_dense = score_layout.empty_scores(self.dense, *self.dense.shape)
-            self.d_dense.addmm_(grad, own.dense_values.mT, beta=0)
+            self.d_dense = PLAIN.scores(grad, own.dense_values.mT)
             self.s_dense, dense_total = own.function.backward(self.dense, self.r, self.d_dense, own.scale)
             total += dense_total
         return total

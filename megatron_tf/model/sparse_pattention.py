@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
-from megatron_tf.model.context import Reports
+from megatron_tf.model.context import Reports, add_report
 from megatron_tf.model.filling import fill_normal
 from megatron_tf.model.grouped import assign
 from megatron_tf.model.routing import balance_loss, choose, relative_load, z_loss
@@ -119,10 +119,10 @@ class SparsePattention(nn.Module):
         assignment = assign(candidates, logits.shape[-1])
         if losses is not None and metrics is not None:
             load = relative_load(all_reduce(assignment.ends, self.context))
-            _add(losses, "balance", balance_loss(balance, load))
+            add_report(losses, "balance", balance_loss(balance, load))
             if self.z_loss:
-                _add(losses, "z_loss", z_loss(logits) * (self.z_loss / self.num_slots))
-            _add(metrics, "load_max", load.amax(1).sum() / self.num_slots)
+                add_report(losses, "z_loss", z_loss(logits) * (self.z_loss / self.num_slots))
+            add_report(metrics, "load_max", load.amax(1).sum() / self.num_slots)
         bank = self.bank
         return ChosenTokens(
             assignment, self.scale, bank.key_tokens, bank.value_tokens, self.key_tokens, self.value_tokens, logits
@@ -143,7 +143,3 @@ def sparse_outputs(
     chosen = [projection.chosen(rows, losses, metrics) for projection in projections]
     outputs = sparse_pattention(rows, chosen, projections[0].activation, projections[0].group)
     return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outputs)
-
-
-def _add(reports: Reports, name: str, value: Tensor) -> None:
-    reports[name] = reports[name] + value if name in reports else value

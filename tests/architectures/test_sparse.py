@@ -280,11 +280,14 @@ def test_attention_alone_is_compiled_where_sizes_depend_on_the_choices(device, d
     assert block._compiled_call_impl is None and block.attention._compiled_call_impl is not None
 
 
-def test_a_block_compiled_as_for_a_gpu_is_the_block(monkeypatch):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_block_compiled_as_for_a_gpu_is_the_block(monkeypatch, recompute):
     """Without a graph break; losses and metrics of the blocks are added up."""
     monkeypatch.setattr(sparse_function, "has_grouped_products", lambda device, dtype: True)
     model = config().model.model_copy(update={"num_layers": 3})
     network, compiled = (build_model(model, dtype=torch.bfloat16) for _ in range(2))
+    for block in (*network.blocks, *compiled.blocks):
+        block.recompute = recompute
     for block in compiled.blocks:
         monkeypatch.setattr(block, "compile", partial(nn.Module.compile, block, fullgraph=True, backend="aot_eager"))
         block.compile_for("cuda", torch.bfloat16)

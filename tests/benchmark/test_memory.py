@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gathered import read_rows_in_place
 
 from megatron_tf.benchmark import memory
 from megatron_tf.config import load_config
@@ -38,9 +39,10 @@ SPARSE = {
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("sparse", SPARSE.values(), ids=SPARSE.keys())
 def test_with_candidates_all_at_once_and_one_after_the_other(monkeypatch, precision, sparse):
-    """As a GPU does: in bf16 the rows of all pairs are gathered at once, in fp32 those of one candidate."""
+    """As a GPU does: in bf16 products read rows where they are, in fp32 those of one candidate are gathered."""
     monkeypatch.setattr(fused_passes, "usable", lambda scores: False)
     monkeypatch.setattr(sparse_function, "has_grouped_products", lambda device, dtype: dtype == torch.bfloat16)
+    read_rows_in_place(monkeypatch)
     # few columns of logits, so that the peak is in a block
     check((sparse, f"training.precision={precision}", "training.micro_batch_size=4", "model.vocab_size=512"))
 

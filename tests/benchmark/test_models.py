@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tf.benchmark.models import FormulaPattention, equal_transformer, plain_model, with_formula
+from megatron_tf.benchmark.models import FormulaPattention, equal_transformer, with_formula
 from megatron_tf.config import load_config
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.model import build_model
@@ -31,7 +31,7 @@ def test_the_papers_base_model_has_a_transformer_of_its_own_width():
 
 def test_plain_formulas_compute_the_same_model():
     config = load_config(CONFIGS / "tiny.yml", ["model.seq_length=16", "model.num_layers=2"]).model
-    fast, plain = build_model(config, dtype=torch.float64), plain_model(config).double()
+    fast, plain = build_model(config, dtype=torch.float64), with_formula(build_model(config), "plain").double()
     ids = torch.arange(32).view(2, 16)
     for model in (fast, plain):
         model(ids).square().sum().backward()

@@ -114,7 +114,7 @@ def test_a_model_smaller_than_any_transformer_is_refused():
 
 
 def test_models_beyond_memory_are_refused_before_any_is_measured():
-    with pytest.raises(ConfigError, match="large: the weights, gradients and optimizer of two such models take"):
+    with pytest.raises(ConfigError, match="large: weights, gradients and optimizer of the 2 models take"):
         next(step.rows({"small": model(), "large": model(vocab_size=2**31)}, setting()))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import spawn, spawn_each
+from gathered import read_rows_in_place
 
 from megatron_tf.activations import overlap
 from megatron_tf.activations.built_in import L2_NORM_GELU
@@ -58,6 +59,7 @@ def portable(monkeypatch):
     round_as_gpus_do(monkeypatch)
     monkeypatch.setattr(fused_passes, "usable", lambda scores: False)
     monkeypatch.setattr(sparse_function, "has_grouped_products", lambda device, dtype: dtype == torch.bfloat16)
+    read_rows_in_place(monkeypatch)
     monkeypatch.setitem(vars(L2_NORM_GELU), "kernel_passes", None)
 
 

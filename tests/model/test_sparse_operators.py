@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tf.model import sparse_function
@@ -57,7 +59,7 @@ def test_operators_of_one_step_on_a_gpu(dense, losses, monkeypatch):
     monkeypatch.setattr(fused_passes, "_run", lambda name, *arguments: counted.launched(name))
     monkeypatch.setattr(pair_sums, "_has_kernel", lambda *facts: True)
     monkeypatch.setattr(pair_sums, "_launch", lambda *arguments, add: counted.launched("sum_of_pairs"))
-    monkeypatch.setattr(gathered_products, "_has_kernels", lambda device_type: True)
+    monkeypatch.setattr(gathered_products, "triton_kernels_run", lambda device_type: True)
     monkeypatch.setattr(gathered_products, "_launch", lambda name, *arguments: counted.launched(f"gathered {name}"))
     torch.manual_seed(0)
     layer = SparsePattention(9 * 32 + dense, 96, 96, group_size=32, candidates=4, dense=dense).bfloat16()
@@ -74,6 +76,21 @@ def test_operators_of_one_step_on_a_gpu(dense, losses, monkeypatch):
     for counts, most in zip((forward, (counted.all, counted.kernels)), MOST[dense, losses]):
         found = tuple(own.total() for own in counts)
         assert all(map(int.__le__, found, most)), f"{found} operators and kernels, {most} before: {counts}"
+
+
+def test_compiled_passes_make_scores_of_dense_tokens_once(monkeypatch):
+    """And their gradient, and weights. Rows of 141 are padded to 144."""
+    monkeypatch.setattr(sparse_function, "has_grouped_products", lambda device, dtype: True)
+    layer = SparsePattention(2 * 32 + 141, 40, 40, group_size=32, candidates=2, dense=141).bfloat16()
+    x = torch.randn(64, 40).bfloat16().requires_grad_()
+
+    def both_passes():
+        torch.compile(layer.partial, fullgraph=True)(x).sum().backward()
+
+    torch.compiler.reset()
+    _, codes = run_and_get_code(both_passes)
+    for code in codes:
+        assert re.findall(r"empty_strided_cpu\(\(64, (14[14])\)", code) == ["144"]
 
 
 @pytest.mark.parametrize("dense", [0, 32])

@@ -30,15 +30,15 @@ from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.schema import RunConfig
 
 HEAD_PASSES = Passes(15.5, 15)
-# In the grouped products of a GPU. Over x, for each projection with a bank: x and gradients are read, sums are written.
-# For each slot: gathered inputs are written, outputs are read. Elements for each slot: numbers of its pairs, and the
-# order. Elements for each candidate: the router's scores.
-BANK_PASSES = Passes(2, 6)
-SLOT_PASSES = Passes(2, 3)
+# Around the grouped products of a GPU, which read rows where they are. Over x, for each projection with a bank: sums
+# are written, gradients are added. For each slot: outputs are read. Elements for each slot: numbers of its pairs, and
+# the order. Elements for each candidate: the router's scores.
+BANK_PASSES = Passes(1, 4)
+SLOT_PASSES = Passes(1, 1)
 SLOT_ELEMENTS = Passes(77, 106)
 CANDIDATE_ELEMENTS = Passes(9, 9)
 # Of each projection with a bank; in addition, if it has dense tokens as well.
-BANK_KERNELS = Passes(32, 27)
+BANK_KERNELS = Passes(31, 25)
 BANK_DENSE_KERNELS = Passes(12, 23)
 # Over scores in slots, where the activation has no kernels: the product of dS and S.
 PRODUCT_PASSES = Passes(0, 8)
@@ -175,8 +175,8 @@ def _bank_peak(model: TokenFormerModel, config: RunConfig, sharing: int, bank: B
     First D is computed for one projection after the other. Of those before, D and the dense tokens' S and D are held.
     At the last one there are s for D and temporary tensors, or D and 3 n. Then dA is computed; each has s + n.
 
-    On a GPU in bf16 all pairs are computed at once. The inputs of the products are gathered: a row d wide for each
-    slot, beside 3 s while D is computed. In other types one candidate is computed after the other. Room for all rows d
+    On a GPU in bf16 all pairs are computed at once. There are 3 s while D is computed, and then a result d wide for
+    each slot, before they are summed. In other types one candidate is computed after the other. Room for all rows d
     wide is there once while D is computed, with 2 scores of a candidate's rows, and twice while dA is.
 
     Gradients of the tokens are held until all are there: of values from the end of D on, of keys from that of dA on.
@@ -187,7 +187,7 @@ def _bank_peak(model: TokenFormerModel, config: RunConfig, sharing: int, bank: B
     at_once = config.training.compute_type == "bf16"
     if at_once:
         rows = slots * hidden
-        to_weights, to_inputs = 3 * in_slots + rows + PAIR_SCALARS * slots, rows
+        to_weights, to_inputs = 3 * in_slots + PAIR_SCALARS * slots, rows
     else:
         to_weights, to_inputs = in_slots + 2 * bank.group_size // bank.candidates + hidden, 2 * hidden
     before = (sharing - 1) * (in_slots + 2 * dense + of_values) + (0 if at_once else of_values)

@@ -53,7 +53,7 @@ class Training(Section):
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     compile: bool = False
-    """Run torch.compile on each block."""
+    """Run torch.compile on each block; of one with candidates, except in bf16 on GPUs, on attention without them."""
     norm: Norm = "auto"
     """Compute the norm of Pattention's scores from the scores, or from KᵀK. auto: by size and device. Since 0.2."""
     scores: Literal["keep", "recompute"] = "keep"

@@ -64,10 +64,10 @@ class DeepSpeedEngine(SegmentedEngine):
             model, source.scales, topology, TensorParallel(tensor, config.parallel.sequence), document_ends
         )
         self._pipeline.loss_weight = 1 / (plan.micro_batch_size * self._task.losses_per_sample(model))
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
         for block in self._pipeline.blocks().values():
             block.recompute = config.training.activation_checkpointing
             if config.training.compile:
-                device_type = "cuda" if torch.cuda.is_available() else "cpu"
                 block.compile_for(device_type, DTYPES[config.training.compute_type])
         with contextlib.redirect_stdout(io.StringIO()):
             self._deepspeed, self._wrapper, _, _ = deepspeed.initialize(

@@ -81,10 +81,10 @@ class TorchEngine(SegmentedEngine):
             )
         allocate(self._stage, device)
         for block in self._stage.blocks.values():
-            block.recompute = config.training.activation_checkpointing  # type: ignore[assignment]
+            assert isinstance(block, Block)
+            block.recompute = config.training.activation_checkpointing
             self._of_steps += choose_forms(block, config.training, device.type)
             if config.training.compile:
-                assert isinstance(block, Block)
                 block.compile_for(device.type, dtype)
         self._keep_gradients = config.parallel.shard == "optimizer"
         self._stage.hidden_dtype = dtype

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_tf.compiling import constant_when_compiled
 from megatron_tf.model.kernels.operators import operator, register_fake
+from megatron_tf.model.kernels.score_layout import empty_scores
 from megatron_tf.native import triton_kernels_run
 
 
@@ -20,7 +20,7 @@ def gathered_scores(x: Tensor, rows: Tensor, tokens: Tensor, ends: Tensor) -> Te
 
     ends: int32 [groups], the end of each group's pairs among all pairs.
     """
-    if not _has_kernels(x.device.type):
+    if not triton_kernels_run(x.device.type):
         return F.grouped_mm(x.index_select(0, rows), tokens.mT, offs=ends)
     out = _empty_scores(x, rows, tokens, ends)
     _launch("scores", x, rows, tokens, ends, out)
@@ -30,7 +30,7 @@ def gathered_scores(x: Tensor, rows: Tensor, tokens: Tensor, ends: Tensor) -> Te
 @operator()
 def gathered_gradients(scores: Tensor, rows: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """scoresᵀ · x[rows] of each group: scores [pairs, g], x [rows, k] -> [groups, g, k]."""
-    if not _has_kernels(x.device.type):
+    if not triton_kernels_run(x.device.type):
         return F.grouped_mm(scores.mT, x.index_select(0, rows), offs=ends)
     out = _empty_gradients(scores, rows, x, ends)
     _launch("gradients", scores, rows, x, ends, out)
@@ -39,13 +39,9 @@ def gathered_gradients(scores: Tensor, rows: Tensor, x: Tensor, ends: Tensor) ->
 
 @operator()
 def grouped_product(of_pairs: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
-    """of_pairs [pairs, g] · tokens of each group [groups, g, width] -> [pairs, width]."""
+    """of_pairs [pairs, g] · tokens of each group [groups, g, width] -> [pairs, width]. An operator, so that
+    torch.compile chooses no kernels of its own for it."""
     return F.grouped_mm(of_pairs, tokens, offs=ends)
-
-
-@constant_when_compiled
-def _has_kernels(device_type: str) -> bool:
-    return triton_kernels_run(device_type)
 
 
 def _launch(name: str, *arguments: Tensor) -> None:
@@ -56,7 +52,8 @@ def _launch(name: str, *arguments: Tensor) -> None:
 
 # Memory for the results. torch.compile calls these with all arguments of the operators.
 def _empty_scores(x: Tensor, rows: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(rows.shape[0], tokens.shape[1])
+    # grouped_mm requires aligned rows, as tensor cores do
+    return empty_scores(x, rows.shape[0], tokens.shape[1])
 
 
 def _empty_gradients(scores: Tensor, rows: Tensor, x: Tensor, ends: Tensor) -> Tensor:

@@ -41,22 +41,22 @@ def gradients(scores: Tensor, rows: Tensor, x: Tensor, ends: Tensor, out: Tensor
     groups, size, width = out.shape
     assert x.stride(1) == scores.stride(1) == 1 and out.is_contiguous()
     down, across = triton.cdiv(size, GRADIENTS["TOKENS"]), triton.cdiv(width, GRADIENTS["CHANNELS"])
-    _gradients[down * across, groups](
-        scores, scores.stride(0), rows, x, x.stride(0), ends, out, size, width, across, **GRADIENTS,
+    _gradients[groups * down * across,](
+        scores, scores.stride(0), rows, x, x.stride(0), ends, out, size, width, down * across, across, **GRADIENTS,
         num_stages=stages_in(_memory(x.device), x.itemsize, GRADIENTS),
         WHOLE=size % GRADIENTS["TOKENS"] == 0 and width % GRADIENTS["CHANNELS"] == 0,
     )  # fmt: skip
 
 
 def stages_in(memory: int, itemsize: int, tile: dict[str, int]) -> int:
-    """Of a product of `tile`, with `memory` bytes."""
+    """The number of steps whose factors fit in `memory` bytes, at most STAGES."""
     sides = sum(tile.get(side, 0) for side in ("PAIRS", "TOKENS", "CHANNELS"))
     return max(1, min(STAGES, memory // (sides * tile["STEP"] * itemsize)))
 
 
 @cache
 def _memory(device: torch.device) -> int:
-    """Of a multiprocessor, that a program can use, in bytes."""
+    """The bytes of a multiprocessor's memory that one program can use."""
     if device.type != "cuda":
         return 2**30  # Triton's interpreter
     # ROCm does not say it; no GPU of it has less
@@ -111,10 +111,10 @@ def _scores(
 
 @triton.jit
 def _gradients(
-    scores, s_stride, rows, x, x_stride, ends, out, size, width, across, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-    STEP: tl.constexpr, WHOLE: tl.constexpr,
+    scores, s_stride, rows, x, x_stride, ends, out, size, width, tiles, across, TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    tile, group = tl.program_id(0), tl.program_id(1)
+    tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     token = tile // across * TOKENS + tl.arange(0, TOKENS)
     channel = tile % across * CHANNELS + tl.arange(0, CHANNELS)
     end = tl.load(ends + group)
