@@ -110,20 +110,14 @@ def with_formula(model: TokenFormer, name: str) -> TokenFormer:
     return model
 
 
-def in_gram_form(model: TokenFormer, fp8: bool = False) -> TokenFormer:
-    """`model`, changed in place: every Pattention computes the norm of its scores from KᵀK.
-
-    `fp8`: and its products in 8 bits.
-    """
+def in_form(model: TokenFormer, name: str) -> TokenFormer:
+    """`model`, changed in place: of one of FORMULAS, or in the Gram form: "gram", and "fp8" with products in 8 bits."""
+    if name in FORMULAS:
+        return with_formula(model, name)
     for module in model.modules():
         if isinstance(module, Pattention):
-            module.form = module.form._replace(norm="gram", fp8=fp8)
+            module.form = module.form._replace(norm="gram", fp8=name == "fp8")
     return model
-
-
-def in_form(model: TokenFormer, name: str) -> TokenFormer:
-    """`model`, changed in place: in the form "gram" or "fp8", or of one of FORMULAS."""
-    return in_gram_form(model, name == "fp8") if name in ("gram", "fp8") else with_formula(model, name)
 
 
 def without_candidates(model: Model) -> Model:

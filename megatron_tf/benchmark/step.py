@@ -12,19 +12,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from megatron_tf.benchmark.models import (
-    equal_transformer,
-    in_form,
-    of_the_same_weights,
-    without_candidates,
-)
+from megatron_tf.benchmark.models import equal_transformer, in_form, of_the_same_weights, without_candidates
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import Call, interleaved
 from megatron_tf.caches import prepare_compiler
@@ -102,27 +97,31 @@ class TrainingStep:
 def rows(models: Mapping[str, Model], options: StepOptions) -> Iterator[Row]:
     """One row for each of `models`, by the name of its configuration. ConfigError, first of all, for what does not
     fit."""
-    chosen = {name: _cut(model, options.layers) for name, model in models.items()}
-    problems = [problem for name, pair in chosen.items() for problem in _memory_problems(name, pair, options)]
+    chosen = {name: _compared(model, options.layers) for name, model in models.items()}
+    problems = [problem for name, own in chosen.items() for problem in _memory_problems(name, own.values(), options)]
     if problems:
         raise ConfigError(problems)
-    for name, (model, transformer) in chosen.items():
+    for name, compared in chosen.items():
         # Otherwise the compiler would treat the next configuration's sizes as dynamic, unlike in a training run.
         torch.compiler.reset()
-        yield _measure(name, models[name], model, transformer, options)
+        yield _measure(name, models[name], compared, options)
 
 
-def _cut(model: Model, layers: int | None) -> tuple[Model, Model]:
-    """The model and its Transformer of equal size, both cut to `layers` layers.
+def _compared(model: Model, layers: int | None) -> dict[str, Model]:
+    """The models of different weights, cut to `layers` layers: "tokenformer", that without candidates as "dense" if it
+    has some, and the "transformer" of equal size.
 
     The vocabulary is cut in proportion, so that embedding and head keep their share of parameters and time.
     """
     depth = min(layers or model.num_layers, model.num_layers)
     sizes = {"num_layers": depth, "vocab_size": math.ceil(vocab_size_of(model) * depth / model.num_layers)}
-    return model.model_copy(update=sizes), equal_transformer(without_candidates(model)).model_copy(update=sizes)
+    dense = without_candidates(model)
+    models = {"tokenformer": model, "dense": dense, "transformer": equal_transformer(dense)}
+    return {name: own.model_copy(update=sizes) for name, own in models.items() if name != "dense" or own is not model}
 
 
-def _measure(name: str, whole: Model, model: Model, transformer: Model, options: StepOptions) -> Row:
+def _measure(name: str, whole: Model, models: Mapping[str, Model], options: StepOptions) -> Row:
+    model, transformer = models["tokenformer"], models["transformer"]
     tokens = options.samples * model.seq_length
 
     def step(of: Model) -> tuple[TokenFormer, TrainingStep]:
@@ -138,32 +137,28 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, options:
                 block.compile_for(options.device.type, options.dtype)
         return model
 
-    ours, our_step = step(model)
-    dense = without_candidates(model)
-    if dense is model:
-        forms = {name: in_form(of_the_same_weights(ours), name) for name in _forms(options)}
-        others = {name: our_step.of(form if name == "plain" else compiled(form)) for name, form in forms.items()}
-    else:
-        without, dense_step = step(dense)
-        compiled(without)
-        others = {"dense": dense_step}
-    transformers, transformers_step = step(transformer)
-    compiled(ours), compiled(transformers)
+    built = {name: step(of) for name, of in models.items()}
+    ours, our_step = built["tokenformer"]
+    wanted = [] if "dense" in models else _forms(options)
+    forms = {name: in_form(of_the_same_weights(ours), name) for name in wanted}
     product, product_flops = square_product(options.device, options.dtype)
-    timings = interleaved(
-        {
-            "tokenformer": our_step,
-            **others,
-            "transformer": transformers_step,
-            "product": product,
-        },
-        options.device,
-        options.rounds,
-    )
+    calls: dict[str, Call] = {
+        "tokenformer": our_step,
+        **{name: our_step.of(form if name == "plain" else compiled(form)) for name, form in forms.items()},
+        **{name: own_step for name, (_, own_step) in built.items()},
+        "product": product,
+    }
+    for own_model, _ in built.values():
+        compiled(own_model)
+    timings = interleaved(calls, options.device, options.rounds)
     own, theirs = timings["tokenformer"], timings["transformer"]
     speeds = {name: tokens / timing.median for name, timing in timings.items() if name != "product"}
     work = {"mfu": (own, model), "mfu transformer": (theirs, transformer)}
-    against = {f"× {name}" if name != "products" else "of floor": timings[name] for name in others}
+    against = {
+        f"× {name}" if name != "products" else "of floor": timing
+        for name, timing in timings.items()
+        if name not in ("tokenformer", "product")
+    }
     return {
         "config": name,
         "dtype": str(options.dtype).removeprefix("torch."),
@@ -174,7 +169,6 @@ def _measure(name: str, whole: Model, model: Model, transformer: Model, options:
         "transformer's": num_parameters(transformer),
         **{f"tok/s {name}": speed for name, speed in speeds.items()},
         **{key: own.speed_against(timing) for key, timing in against.items()},
-        "× transformer": own.speed_against(theirs),
         **{
             key: timing.speed_against(timings["product"]) * tokens * flops_per_token(of) / product_flops
             for key, (timing, of) in work.items()
@@ -196,9 +190,8 @@ def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]
     return lambda: left @ right, 2 * side**3
 
 
-def _memory_problems(name: str, pair: Sequence[Model], options: StepOptions) -> Iterator[str]:
+def _memory_problems(name: str, models: Collection[Model], options: StepOptions) -> Iterator[str]:
     """All models are in memory at once, because they take turns; those of the same weights have them once."""
-    models = [*pair, *(own for own in (without_candidates(pair[0]),) if own is not pair[0])]
     state = _STATE_BYTES * sum(map(num_parameters, models))
     if options.device.type == "cuda":
         available = torch.cuda.get_device_properties(options.device).total_memory

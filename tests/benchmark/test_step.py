@@ -100,11 +100,11 @@ def test_rows_of_a_step():
 
 def test_cut_models_keep_their_proportions():
     whole = model(num_layers=4, hidden_size=128, vocab_size=1000)
-    cut, transformer = step._cut(whole, 2)
+    cut, transformer = step._compared(whole, 2).values()
     assert (cut.num_layers, cut.vocab_size) == (transformer.num_layers, transformer.vocab_size) == (2, 500)
     assert num_parameters(cut) == pytest.approx(num_parameters(whole) / 2, rel=0.01)
     assert num_parameters(cut) == pytest.approx(num_parameters(transformer), rel=0.05)
-    assert step._cut(whole, 9)[0] == whole
+    assert step._compared(whole, 9)["tokenformer"] == whole
 
 
 def test_a_model_smaller_than_any_transformer_is_refused():

@@ -89,6 +89,7 @@ def test_compiled_passes_make_scores_of_dense_tokens_once(monkeypatch):
 
     torch.compiler.reset()
     _, codes = run_and_get_code(both_passes)
+    assert len(codes) == 2
     for code in codes:
         assert re.findall(r"empty_strided_cpu\(\(64, (14[14])\)", code) == ["144"]
 

@@ -186,8 +186,7 @@ def _bank_peak(model: TokenFormerModel, config: RunConfig, sharing: int, bank: B
     of_values, of_dense = in_slots * bank.candidates * hidden / positions, dense * hidden / positions
     at_once = config.training.compute_type == "bf16"
     if at_once:
-        rows = slots * hidden
-        to_weights, to_inputs = 3 * in_slots + PAIR_SCALARS * slots, rows
+        to_weights, to_inputs = 3 * in_slots + PAIR_SCALARS * slots, slots * hidden
     else:
         to_weights, to_inputs = in_slots + 2 * bank.group_size // bank.candidates + hidden, 2 * hidden
     before = (sharing - 1) * (in_slots + 2 * dense + of_values) + (0 if at_once else of_values)

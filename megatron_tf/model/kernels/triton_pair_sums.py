@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tf.model.kernels.triton_passes import SUPPORTED_DTYPES, WARP
+from megatron_tf.model.kernels.triton_passes import SUPPORTED_DTYPES, WARP, load_block, store_block
 
 __all__ = ["SUPPORTED_DTYPES", "sum_of_pairs"]
 
@@ -31,34 +31,11 @@ def sum_of_pairs(of_pairs: Tensor, places: Tensor, total: Tensor, add: bool) -> 
 @triton.jit
 def _sum(of_pairs, p_stride, places, total, t_stride, n, slots, ADD: tl.constexpr, BLOCK: tl.constexpr):
     # Offsets have 64 bits, because the products of all pairs may be more than 2³¹ numbers.
-    row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
-    summed = tl.zeros((BLOCK,), tl.float32)
+    row, start = tl.program_id(0).to(tl.int64) + tl.arange(0, 1), tl.program_id(1) * BLOCK
+    summed = tl.zeros((1, BLOCK), tl.float32)
     for slot in range(slots):
         place = tl.load(places + row * slots + slot).to(tl.int64)
-        summed += _load(of_pairs + place * p_stride, start, n, BLOCK)
-    to = total + row * t_stride
+        summed += load_block(of_pairs, place, p_stride, start, n, BLOCK)
     if ADD:
-        summed += _load(to, start, n, BLOCK)
-    _store(to, start, n, summed, BLOCK)
-
-
-# A block that lies within its row needs no mask. Without one, each thread moves 16 bytes at a time for any n.
-@triton.jit
-def _load(row, start, n, BLOCK: tl.constexpr):
-    """BLOCK of the n numbers of a row, from `start` on, in fp32; zeros after its end."""
-    columns = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= n:  # noqa: SIM108  as a statement it is a branch
-        values = tl.load(row + columns)
-    else:
-        values = tl.load(row + columns, mask=columns < n, other=0.0)
-    return values.to(tl.float32)
-
-
-@triton.jit
-def _store(row, start, n, values, BLOCK: tl.constexpr):
-    columns = start + tl.arange(0, BLOCK)
-    rounded = values.to(row.dtype.element_ty)
-    if start + BLOCK <= n:
-        tl.store(row + columns, rounded)
-    else:
-        tl.store(row + columns, rounded, mask=columns < n)
+        summed += load_block(total, row, t_stride, start, n, BLOCK)
+    store_block(total, row, row >= 0, t_stride, start, n, summed, BLOCK)

@@ -94,7 +94,7 @@ def _own_rows(rows, ROWS: tl.constexpr):
 # Blocks are [ROWS, BLOCK]. One that lies within its rows is read without a mask, so that each thread moves 16 bytes at
 # a time for any n.
 @triton.jit
-def _load(pointer, row, stride, start, n, BLOCK: tl.constexpr):
+def load_block(pointer, row, stride, start, n, BLOCK: tl.constexpr):
     """The numbers of the rows from `start` on, in fp32; zeros after their end."""
     columns = (start + tl.arange(0, BLOCK))[None, :]
     source = pointer + row[:, None] * stride + columns
@@ -106,7 +106,7 @@ def _load(pointer, row, stride, start, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, row, there, stride, start, n, values, BLOCK: tl.constexpr):
+def store_block(pointer, row, there, stride, start, n, values, BLOCK: tl.constexpr):
     columns = (start + tl.arange(0, BLOCK))[None, :]
     to = pointer + row[:, None] * stride + columns
     rounded = values.to(pointer.dtype.element_ty)
@@ -146,7 +146,7 @@ def _gelu(u):
 def _norms_of(scores, a_stride, row, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, n, BLOCK):
-        a = _load(scores, row, a_stride, start, n, BLOCK)
+        a = load_block(scores, row, a_stride, start, n, BLOCK)
         squares += a * a
     return tl.sqrt(tl.sum(squares, 1))
 
@@ -154,8 +154,8 @@ def _norms_of(scores, a_stride, row, n, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 @triton.jit
 def _make_weights(scores, a_stride, weights, s_stride, factor, row, there, n, BLOCK: tl.constexpr):
     for start in range(0, n, BLOCK):
-        gelu, _ = _gelu(_load(scores, row, a_stride, start, n, BLOCK) * factor[:, None])
-        _store(weights, row, there, s_stride, start, n, gelu, BLOCK)
+        gelu, _ = _gelu(load_block(scores, row, a_stride, start, n, BLOCK) * factor[:, None])
+        store_block(weights, row, there, s_stride, start, n, gelu, BLOCK)
 
 
 @triton.jit
@@ -166,21 +166,21 @@ def _make_gradients(
     """Replaces dS by D, writes S, and returns T."""
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, n, BLOCK):
-        score = _load(scores, row, a_stride, start, n, BLOCK)
+        score = load_block(scores, row, a_stride, start, n, BLOCK)
         gelu, slope = _gelu(score * factor[:, None])
-        g = _load(gradient, row, d_stride, start, n, BLOCK) * slope * factor[:, None]
+        g = load_block(gradient, row, d_stride, start, n, BLOCK) * slope * factor[:, None]
         total += g * score
-        _store(gradient, row, there, d_stride, start, n, g, BLOCK)
-        _store(weights, row, there, s_stride, start, n, gelu, BLOCK)
+        store_block(gradient, row, there, d_stride, start, n, g, BLOCK)
+        store_block(weights, row, there, s_stride, start, n, gelu, BLOCK)
     return tl.sum(total, 1)
 
 
 @triton.jit
 def _make_coupled(scores, a_stride, gradient, d_stride, coupling, row, there, n, BLOCK: tl.constexpr):
     for start in range(0, n, BLOCK):
-        score = _load(scores, row, a_stride, start, n, BLOCK)
-        g = _load(gradient, row, d_stride, start, n, BLOCK) - score * coupling[:, None]
-        _store(gradient, row, there, d_stride, start, n, g, BLOCK)
+        score = load_block(scores, row, a_stride, start, n, BLOCK)
+        g = load_block(gradient, row, d_stride, start, n, BLOCK) - score * coupling[:, None]
+        store_block(gradient, row, there, d_stride, start, n, g, BLOCK)
 
 
 @triton.jit
@@ -231,14 +231,14 @@ def _backward_with_product(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     product = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, n, BLOCK):
-        score = _load(scores, row, a_stride, start, n, BLOCK)
+        score = load_block(scores, row, a_stride, start, n, BLOCK)
         gelu, slope = _gelu(score * factor)
-        ds = _load(gradient, row, d_stride, start, n, BLOCK)
+        ds = load_block(gradient, row, d_stride, start, n, BLOCK)
         g = ds * slope * factor
         total += g * score
         product += ds * gelu
-        _store(gradient, row, there, d_stride, start, n, g, BLOCK)
-        _store(weights, row, there, s_stride, start, n, gelu, BLOCK)
+        store_block(gradient, row, there, d_stride, start, n, g, BLOCK)
+        store_block(weights, row, there, s_stride, start, n, gelu, BLOCK)
     tl.store(totals + row * t_stride, tl.sum(total, 1), mask=there)
     tl.store(products + row * p_stride, tl.sum(product, 1), mask=there)
 
