@@ -61,7 +61,7 @@ class Queue:
         self._devices = devices
         self._say = say
         self._lock = threading.Lock()
-        self._plan: tuple[frozenset[str], Plan] | None = None
+        self._seen: tuple[Plan, frozenset[str]] | None = None
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._failed: dict[str, str] = {}
         self._conflicts: dict[str, str] = {}
@@ -81,14 +81,13 @@ class Queue:
                     thread.join(0.2)
         if self._bug is not None:
             raise self._bug
-        left = [node for node in self._current().nodes if not has_ended(node)]
+        plan, ended = self._current()
         if self._failed:
             told = "".join(f"\n  - {name}: {why}" for name, why in self._failed.items())
             raise UserError(f"{len(self._failed)} of the runs failed:{told}\nCorrect it and start the study again.")
-        if left:
-            total = len(self._current().nodes)
+        if len(ended) < len(plan.nodes):
             raise RunStopped(
-                f"stopped: {total - len(left)} of {total} runs have ended. Start the study again to go on."
+                f"stopped: {len(ended)} of {len(plan.nodes)} runs have ended. Start the study again to go on."
             )
 
     def _work(self, worker: int) -> None:
@@ -120,32 +119,46 @@ class Queue:
                 self._ended.wait(POLL_SECONDS)
         return is_busy
 
-    def _current(self) -> Plan:
-        """The plan, given the runs that have ended; made anew only when more have."""
+    def _current(self) -> tuple[Plan, frozenset[str]]:
+        """The plan, and the names of the runs that had ended when it was made; made anew only when more have."""
         with self._lock:
-            if self._plan is not None:
-                ended = frozenset(node.name for node in self._plan[1].nodes if has_ended(node))
-                if ended == self._plan[0]:
-                    return self._plan[1]
-            plan = make_plan(self._study, loss_of)
+            if self._seen is not None:
+                plan, ended = self._seen
+                if all(node.name in ended or not has_ended(node) for node in plan.nodes):
+                    return self._seen
+            losses: dict[str, float | None] = {}
+
+            def outcome(node: Node) -> float | None:
+                if node.name not in losses:
+                    losses[node.name] = loss_of(node)
+                return losses[node.name]
+
+            plan = make_plan(self._study, outcome)
             # A sweep that has ended since may have chosen another value than the one that runs have begun with.
             known = [node for node in plan.nodes if node.waits is None]
             self._conflicts = {
                 node.name: problem for node in known if (problem := changed(node, self._study.dir)) is not None
             }
             self._failed.update(self._conflicts)
-            self._plan = frozenset(node.name for node in plan.nodes if has_ended(node)), plan
-            return plan
+            # A trial that has ended while the plan was made has not: the plan still waits for it.
+            ended = frozenset(
+                node.name
+                for node in plan.nodes
+                if (losses[node.name] is not None if node.name in losses else has_ended(node))
+            )
+            self._seen = plan, ended
+            return self._seen
 
     def _ready(self) -> list[Node]:
-        nodes = self._current().nodes
+        """The runs that can start. Empty only when no run is left, but for those whose parents have failed."""
+        plan, ended = self._current()
         return [
             node
-            for node in nodes
+            for node in plan.nodes
             if node.waits is None
             and node.name not in self._failed
-            and not has_ended(node)
-            and (node.parent is None or has_ended(node.parent))
+            and node.name not in ended
+            and (node.parent is None or node.parent.name in ended)
         ]
 
     @contextmanager

@@ -94,6 +94,22 @@ def test_a_worker_leaves_alone_what_another_one_has(study, started):
     assert not thread.is_alive() and len(names) == 8
 
 
+def test_trials_that_end_while_the_plan_is_made(study, started, monkeypatch):
+    """By another worker. The plan still waits for them, and the worker must not take that for the end."""
+    names, of = started(), study()
+
+    def slow(study, outcome):
+        plan = make_plan(study, outcome)
+        for node in plan.nodes:
+            if node.waits is None and node.parent is None and not has_ended(node):
+                write_result(node, module.measure(node))
+        return plan
+
+    monkeypatch.setattr(module, "make_plan", slow)
+    queue(of, workers=1).run()
+    assert len(names) == len(set(names)) == 8
+
+
 def test_a_claim_lives_as_long_as_the_run(study, started, tmp_path):
     """The study may be killed: its run still trains, and must not be started a second time."""
     started()
