@@ -12,6 +12,6 @@ def kernels_wanted() -> bool:
     return os.environ.get("MEGATRON_TF_NATIVE") != "0"
 
 
-def triton_kernels_run(device_type: str) -> bool:
+def can_run_triton(device_type: str) -> bool:
     """Whether kernels in Triton can run on a device of this type."""
     return device_type == "cuda" and kernels_wanted() and has_triton()

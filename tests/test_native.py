@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tf.native import kernels_wanted, triton_kernels_run
+from megatron_tf.native import can_run_triton, kernels_wanted
 
 
 def test_kernels_run_unless_they_are_disabled(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("MEGATRON_TF_NATIVE", raising=False)
-    assert kernels_wanted() and triton_kernels_run("cuda") and not triton_kernels_run("cpu")
+    assert kernels_wanted() and can_run_triton("cuda") and not can_run_triton("cpu")
     monkeypatch.setenv("MEGATRON_TF_NATIVE", "0")
-    assert not kernels_wanted() and not triton_kernels_run("cuda")
+    assert not kernels_wanted() and not can_run_triton("cuda")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 
-from megatron_tf.architectures.tokenformer.block import PattentionAttention, TokenFormerBlock
 from megatron_tf.architectures.transformer.section import TransformerModel
 from megatron_tf.benchmark.references import Layer, bare_layer, gelu_mlp, plain_formula
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import TASKS
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.errors import ConfigError
-from megatron_tf.model.attention import Documents
-from megatron_tf.model.context import Reports
-from megatron_tf.model.layers import Attention, Block, Pattention
+from megatron_tf.model.layers import Entered, Pattention
 from megatron_tf.model.tokenformer import TokenFormer
 
 FORMULAS: dict[str, Layer] = {"plain": plain_formula, "mlp": gelu_mlp, "products": bare_layer}
@@ -69,31 +68,11 @@ class FormulaPattention(Pattention):
 
     formula: Layer
 
-    def partial(self, x: Tensor) -> Tensor:
-        return self.formula(x, self.key_tokens, self.value_tokens)
-
-
-class FormulaAttention(PattentionAttention):
-    """Attention with three calls of the formula for query, key and value, and one for the output."""
-
-    def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
-        return Attention.forward(self, hidden, documents)
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = (
-            p.partial(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value)
-        )
-        return query, key, value
-
-    def join(self, heads: Tensor) -> Tensor:
-        return self.proj.partial(heads)
-
-
-class FormulaBlock(TokenFormerBlock):
-    """A call of the formula for the feed-forward."""
-
-    def forward_ffn(self, hidden: Tensor, losses: Reports, metrics: Reports) -> Tensor:
-        return Block.forward_ffn(self, hidden, losses, metrics)
+    @staticmethod
+    def compute(projections: Sequence[Pattention], entered: Entered) -> tuple[Tensor, ...]:
+        """A call of the formula for each."""
+        made = cast(Sequence[FormulaPattention], projections)
+        return tuple(own.formula(entered.x, own.key_tokens, own.value_tokens) for own in made)
 
 
 def with_formula(model: TokenFormer, name: str) -> TokenFormer:
@@ -103,10 +82,6 @@ def with_formula(model: TokenFormer, name: str) -> TokenFormer:
             module.__class__ = FormulaPattention
             formula = partial(plain_formula, scale=module.scale) if name == "plain" else FORMULAS[name]
             module.formula = formula  # type: ignore[assignment]
-        elif isinstance(module, PattentionAttention):
-            module.__class__ = FormulaAttention
-        elif isinstance(module, TokenFormerBlock):
-            module.__class__ = FormulaBlock
     return model
 
 

@@ -145,6 +145,23 @@ class Pattention(nn.Module):
         """x [..., d_in], whole -> [..., d_out], still to be summed over the group."""
         return partial_outputs([self], Entered(x))[0]
 
+    @staticmethod
+    def compute(projections: Sequence[Pattention], entered: Entered) -> tuple[Tensor, ...]:
+        """`partial_outputs`, of projections of this class."""
+        first = projections[0]
+        return partial_pattention(
+            entered.x,
+            [p.key_tokens for p in projections] if entered.keys is None else entered.keys,
+            [p.value_tokens for p in projections],
+            [p.scale for p in projections],
+            first.activation,
+            first.group,
+            first.form,
+            entered.norms,
+            first.step,
+            entered.meanwhile,
+        )
+
 
 class Entered(NamedTuple):
     """The input x [..., d_in] of projections that share it, whole on every rank.
@@ -186,22 +203,10 @@ def _postponed_keys(projections: Sequence[Pattention]) -> tuple[Sequence[Tensor]
 
 def partial_outputs(projections: Sequence[Pattention], entered: Entered) -> tuple[Tensor, ...]:
     """Outputs [..., d_out] of projections of the same form, each still to be summed over the tensor group."""
-    first = projections[0]
     for projection in projections:
         if projection.observer is not None:
             projection.observer(entered.x)
-    return partial_pattention(
-        entered.x,
-        [p.key_tokens for p in projections] if entered.keys is None else entered.keys,
-        [p.value_tokens for p in projections],
-        [p.scale for p in projections],
-        first.activation,
-        first.group,
-        first.form,
-        entered.norms,
-        first.step,
-        entered.meanwhile,
-    )
+    return projections[0].compute(projections, entered)
 
 
 def choose_forms(block: nn.Module, training: Training, device: str) -> list[gram.StepMatrices]:

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from megatron_tf.activations.function import accumulating
 from megatron_tf.compiling import constant_when_compiled
 from megatron_tf.model.kernels.operators import operator, register_fake
-from megatron_tf.native import triton_kernels_run
+from megatron_tf.native import can_run_triton
 
 VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 CAPABILITY = (8, 9)  # of GPUs, from which on they convert to these types and multiply in them
@@ -124,7 +124,7 @@ def usable(x: Tensor) -> bool:
 
 @constant_when_compiled
 def _has_kernels(device: int, dtype: torch.dtype) -> bool:
-    if not triton_kernels_run("cuda"):
+    if not can_run_triton("cuda"):
         return False
     return dtype in _kernels().SUPPORTED_DTYPES and torch.cuda.get_device_capability(device) >= CAPABILITY
 

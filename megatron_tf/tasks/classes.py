@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megatron_tf.native import triton_kernels_run
+from megatron_tf.native import can_run_triton
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import Group
 
@@ -61,7 +61,7 @@ class _CrossEntropy(Function):
 
 def _kernels(rows: Tensor) -> ModuleType | None:
     """A module with kernels `sums` and `gradient` for such logits, or None."""
-    if not triton_kernels_run(rows.device.type):
+    if not can_run_triton(rows.device.type):
         return None
     from megatron_tf.tasks import triton_loss
 

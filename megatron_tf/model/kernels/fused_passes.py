@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_tf.compiling import constant_when_compiled
 from megatron_tf.model.kernels.operators import operator, register_fake
 from megatron_tf.model.kernels.score_layout import empty_scores
-from megatron_tf.native import kernels_wanted, triton_kernels_run
+from megatron_tf.native import can_run_triton, kernels_wanted
 
 
 def usable(scores: Tensor) -> bool:
@@ -38,7 +38,7 @@ def _kernels(device_type: str) -> ModuleType | None:
         from megatron_tf.model.kernels import native_passes
 
         return native_passes
-    if triton_kernels_run(device_type):
+    if can_run_triton(device_type):
         from megatron_tf.model.kernels import triton_passes
 
         return triton_passes

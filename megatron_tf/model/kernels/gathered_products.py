@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from megatron_tf.model.kernels.operators import operator, register_fake
 from megatron_tf.model.kernels.score_layout import empty_scores
-from megatron_tf.native import triton_kernels_run
+from megatron_tf.native import can_run_triton
 
 
 @operator()
@@ -20,7 +20,7 @@ def gathered_scores(x: Tensor, rows: Tensor, tokens: Tensor, ends: Tensor) -> Te
 
     ends: int32 [groups], the end of each group's pairs among all pairs.
     """
-    if not triton_kernels_run(x.device.type):
+    if not can_run_triton(x.device.type):
         return F.grouped_mm(x.index_select(0, rows), tokens.mT, offs=ends)
     out = _empty_scores(x, rows, tokens, ends)
     _launch("scores", x, rows, tokens, ends, out)
@@ -30,7 +30,7 @@ def gathered_scores(x: Tensor, rows: Tensor, tokens: Tensor, ends: Tensor) -> Te
 @operator()
 def gathered_gradients(scores: Tensor, rows: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """scoresᵀ · x[rows] of each group: scores [pairs, g], x [rows, k] -> [groups, g, k]."""
-    if not triton_kernels_run(x.device.type):
+    if not can_run_triton(x.device.type):
         return F.grouped_mm(scores.mT, x.index_select(0, rows), offs=ends)
     out = _empty_gradients(scores, rows, x, ends)
     _launch("gradients", scores, rows, x, ends, out)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from megatron_tf.compiling import constant_when_compiled
 from megatron_tf.model.kernels.operators import operator, register_fake
-from megatron_tf.native import triton_kernels_run
+from megatron_tf.native import can_run_triton
 
 
 @operator()
@@ -36,7 +36,7 @@ def add_sum_of_pairs(of_pairs: Tensor, places: Tensor, total: Tensor) -> None:
 
 @constant_when_compiled
 def _has_kernel(device_type: str, dtype: torch.dtype) -> bool:
-    if not triton_kernels_run(device_type):
+    if not can_run_triton(device_type):
         return False
     from megatron_tf.model.kernels import triton_pair_sums
 
