@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_tf.model.kernels import gathered_products
@@ -17,10 +16,7 @@ def read_rows_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _launch(name: str, *arguments: Tensor) -> None:
+    *inputs, out = arguments
+    portable = {"scores": gathered_products.scores_of_copies, "gradients": gathered_products.gradients_of_copies}
     with _disable_current_modes():
-        if name == "scores":
-            x, rows, tokens, ends, out = arguments
-            out.copy_(F.grouped_mm(x.index_select(0, rows), tokens.mT, offs=ends))
-        else:
-            scores, rows, x, ends, out = arguments
-            out.copy_(F.grouped_mm(scores.mT, x.index_select(0, rows), offs=ends))
+        out.copy_(portable[name](*inputs))

@@ -21,7 +21,7 @@ def gathered_scores(x: Tensor, rows: Tensor, tokens: Tensor, ends: Tensor) -> Te
     ends: int32 [groups], the end of each group's pairs among all pairs.
     """
     if not can_run_triton(x.device.type):
-        return F.grouped_mm(x.index_select(0, rows), tokens.mT, offs=ends)
+        return scores_of_copies(x, rows, tokens, ends)
     out = _empty_scores(x, rows, tokens, ends)
     _launch("scores", x, rows, tokens, ends, out)
     return out
@@ -31,7 +31,7 @@ def gathered_scores(x: Tensor, rows: Tensor, tokens: Tensor, ends: Tensor) -> Te
 def gathered_gradients(scores: Tensor, rows: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """scoresᵀ · x[rows] of each group: scores [pairs, g], x [rows, k] -> [groups, g, k]."""
     if not can_run_triton(x.device.type):
-        return F.grouped_mm(scores.mT, x.index_select(0, rows), offs=ends)
+        return gradients_of_copies(scores, rows, x, ends)
     out = _empty_gradients(scores, rows, x, ends)
     _launch("gradients", scores, rows, x, ends, out)
     return out
@@ -42,6 +42,16 @@ def grouped_product(of_pairs: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
     """of_pairs [pairs, g] · tokens of each group [groups, g, width] -> [pairs, width]. An operator, so that
     torch.compile chooses no kernels of its own for it."""
     return F.grouped_mm(of_pairs, tokens, offs=ends)
+
+
+def scores_of_copies(x: Tensor, rows: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+    """`gathered_scores` without a kernel of our own."""
+    return F.grouped_mm(x.index_select(0, rows), tokens.mT, offs=ends)
+
+
+def gradients_of_copies(scores: Tensor, rows: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """`gathered_gradients` without a kernel of our own."""
+    return F.grouped_mm(scores.mT, x.index_select(0, rows), offs=ends)
 
 
 def _launch(name: str, *arguments: Tensor) -> None:

@@ -12,49 +12,8 @@ from live import PATIENCE_SECONDS
 
 pytest.importorskip("triton")
 
-COMPILE = """
-import inspect, json
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from megatron_tf.model.kernels import triton_pair_sums, triton_passes
-
-ALIGNED = [["tt.divisibility", 16]]
-POINTERS = {"norms": "*fp32", "totals": "*fp32", "products": "*fp32", "places": "*i32"}
-passes = ("norm", "weights", "norm_and_weights", "backward", "backward_with_product", "couple", "backward_and_couple")
-kernels = {}
-for name in passes:
-    rows, _ = triton_passes.SHORT_BACKWARD if name.startswith("backward") else triton_passes.SHORT
-    for way, constants in (("", {"ROWS": 1, "BLOCK": 2048}), (" short", {"ROWS": rows, "BLOCK": 256})):
-        kernels[name + way] = getattr(triton_passes, f"_{name}"), constants
-for name, add in (("sum", False), ("sum added", True)):
-    kernels[name] = triton_pair_sums._sum, {"BLOCK": triton_passes.WARP, "ADD": add}
-found = {}
-for operation, (kernel, constants) in kernels.items():
-    types, aligned = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            types[name] = "constexpr"
-        elif name in ("n", "rows", "slots"):  # of which nothing is known
-            types[name] = "i32"
-        elif name == "scale":
-            types[name] = "fp32"
-        else:
-            types[name] = "i32" if name.endswith("stride") else POINTERS.get(name, "*bf16")
-            aligned[(i,)] = ALIGNED
-    for architecture in (80, 90):
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-        many_rows = constants.get("ROWS", 1) > 1
-        warps = triton_passes.SHORT[1] if many_rows else constants["BLOCK"] // triton_passes.WARP
-        options = {"num_warps": warps}
-        target = GPUTarget("cuda", architecture, 32)
-        found[f"{operation} {architecture}"] = triton.compile(source, target=target, options=options).asm["ptx"]
-print(json.dumps(found))
-"""
-
-
-# For kernels with arguments of TYPES, of which those in ALIGNED are multiples of 16.
-IN_8_BITS = """
+# Each script below fills `found`: the code of each kernel, and the bytes of a multiprocessor's memory that it takes.
+COMPILER = """
 import json
 import triton
 from triton.backends.compiler import GPUTarget
@@ -62,14 +21,41 @@ from triton.compiler import ASTSource
 
 found = {}
 
-def compile_kernel(name, kernel, constants, warps):
-    types = {own: "constexpr" if own in constants else TYPES.get(own, "i32") for own in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, own in enumerate(kernel.arg_names)
-               if own in ALIGNED and own not in constants}
+def compile_kernel(name, kernel, constants, types, aligned, options):
+    '''`types`: of arguments that are not i32.  `aligned`: those that are multiples of 16.
+    `options`: of the compiler, for an architecture.'''
+    signature = {own: "constexpr" if own in constants else types.get(own, "i32") for own in kernel.arg_names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, own in enumerate(kernel.arg_names)
+                  if own in aligned and own not in constants}
     for architecture in ARCHITECTURES:
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         target = GPUTarget("cuda", architecture, 32)
-        found[f"{name} {architecture}"] = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+        made = triton.compile(source, target=target, options=options(architecture))
+        found[f"{name} {architecture}"] = made.asm["ptx"], made.metadata.shared
+"""
+
+
+PASSES = """
+from megatron_tf.model.kernels import triton_pair_sums, triton_passes
+
+names = ("norm", "weights", "norm_and_weights", "backward", "backward_with_product", "couple", "backward_and_couple")
+WAYS = {}
+for name in names:
+    rows, warps = triton_passes.SHORT_BACKWARD if name.startswith("backward") else triton_passes.SHORT
+    kernel, long = getattr(triton_passes, f"_{name}"), {"ROWS": 1, "BLOCK": 2048}
+    WAYS[name] = kernel, long, 2048 // triton_passes.WARP
+    WAYS[name + " short"] = kernel, {"ROWS": rows, "BLOCK": 256}, warps
+for name, add in (("sum", False), ("sum added", True)):
+    WAYS[name] = triton_pair_sums._sum, {"BLOCK": triton_passes.WARP, "ADD": add}, 1
+for name, (kernel, constants, warps) in WAYS.items():
+    types = {"norms": "*fp32", "totals": "*fp32", "products": "*fp32", "places": "*i32", "scale": "fp32"}
+    numbers = {"n", "rows", "slots"}  # of which nothing is known
+    sizes = {own for own in kernel.arg_names if own.endswith("stride")}
+    matrices = set(kernel.arg_names) - {*types, *numbers, *sizes, *constants}
+    types |= dict.fromkeys(matrices, "*bf16")
+    aligned = {*sizes, *matrices, *types} - {"scale"}
+    compile_kernel(name, kernel, constants, types, aligned, lambda architecture: {"num_warps": warps})
+print(json.dumps(found))
 """
 
 
@@ -90,7 +76,7 @@ for number, layout, known in (
     WAYS[f"{number} {layout} {'known' if known else 'found'}"] = (
         triton_rounding._round, {**constants, **LAYOUTS[layout], **known})
 for name, (kernel, constants) in WAYS.items():
-    compile_kernel(name, kernel, constants, triton_rounding.WARPS)
+    compile_kernel(name, kernel, constants, TYPES, ALIGNED, lambda architecture: {"num_warps": triton_rounding.WARPS})
 print(json.dumps(found))
 """
 
@@ -114,46 +100,53 @@ WAYS = {
 }
 for name, (kernel, more, warps) in WAYS.items():
     constants = {"HARDWARE": True, "TILE": TILE, **more}
-    compile_kernel(name, kernel, constants, warps)
+    compile_kernel(name, kernel, constants, TYPES, ALIGNED, lambda architecture: {"num_warps": warps})
 print(json.dumps(found))
 """
 
 
 PRODUCTS = """
-import json
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from megatron_tf.model.kernels import triton_gathered_products as products
 
-INTEGERS = {"rows": "*i32", "ends": "*i32"}
-MATRICES = {"x", "tokens", "out", "scores"}
-ALIGNED = {*INTEGERS, *MATRICES, "x_stride", "o_stride", "s_stride", "size", "width"}
-found = {}
+TYPES = {"rows": "*i32", "ends": "*i32", "x": "*bf16", "tokens": "*bf16", "out": "*bf16", "scores": "*bf16"}
+ALIGNED = {*TYPES, "x_stride", "o_stride", "s_stride", "size", "width"}
+
+def options(tile):
+    def of(architecture):
+        stages = products.stages_in(MEMORY[architecture] * 1024, 2, tile)
+        return {"num_warps": tile["num_warps"], "num_stages": stages}
+    return of
+
 for name, kernel, tile in (
     ("scores", products._scores, {**products.SCORES, "GROUPS": 256}),
     ("gradients", products._gradients, products.GRADIENTS),
 ):
+    sizes = {key: value for key, value in tile.items() if key != "num_warps"}
     for whole in (True, False):
-        constants = {**{key: value for key, value in tile.items() if key != "num_warps"}, "WHOLE": whole}
-        types, aligned = {}, {}
-        for i, own in enumerate(kernel.arg_names):
-            types[own] = "constexpr" if own in constants else INTEGERS.get(own, "*bf16" if own in MATRICES else "i32")
-            if own in ALIGNED:
-                aligned[(i,)] = [["tt.divisibility", 16]]
-        for architecture, kilobytes in MEMORY.items():
-            options = {"num_warps": tile["num_warps"], "num_stages": products.stages_in(kilobytes * 1024, 2, tile)}
-            source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-            made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-            found[f"{name} {whole} {architecture}"] = made.asm["ptx"], made.metadata.shared
+        compile_kernel(f"{name} {whole}", kernel, {**sizes, "WHOLE": whole}, TYPES, ALIGNED, options(tile))
 print(json.dumps(found))
 """
+
+
+def compiled(script, folder, architectures, **names):
+    """PTX and bytes of shared memory of each kernel of `script`, in which `names` are defined."""
+    given = "".join(f"{name} = {value!r}\n" for name, value in {"ARCHITECTURES": architectures, **names}.items())
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", given + COMPILER + script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_products_of_gathered_rows(tmp_path):
     """By tensor cores, 16 bytes copied at a time while others are multiplied, in the memory of a multiprocessor."""
     memory = {80: 163, 89: 99, 90: 227}  # KiB that a program can use
-    made = compiled(f"MEMORY = {memory}\n{PRODUCTS}", tmp_path)
+    made = compiled(PRODUCTS, tmp_path, list(memory), MEMORY=memory)
     assert len(made) == 4 * len(memory)
     for name, (code, shared) in made.items():
         architecture = int(name.split()[-1])
@@ -165,9 +158,9 @@ def test_products_of_gathered_rows(tmp_path):
 @pytest.mark.parametrize("architectures", [(89, 90), pytest.param((100, 120), marks=pytest.mark.scale)])
 def test_scores_in_8_bits(tmp_path, architectures):
     """Tiles of 64 × 64; the scores and their gradient are read, and each result written, 16 bytes at a time."""
-    made = compiled(f"ARCHITECTURES = {architectures}\n{IN_8_BITS}{SCORES}", tmp_path)
+    made = compiled(SCORES, tmp_path, architectures)
     assert len(made) == 3 * len(architectures)
-    for name, code in made.items():
+    for name, (code, _) in made.items():
         way = name.rpartition(" ")[0]
         elements = 64 * 64 // (32 * (4 if way == "forward" else 8))
         loads, results = {"forward": (1, 1), "backward": (2, 3), "without dx": (2, 2)}[way]
@@ -176,21 +169,12 @@ def test_scores_in_8_bits(tmp_path, architectures):
         assert "cvt.rn.satfinite.e4m3x2.f32" in code and ("e5m2x2" in code) is (way != "forward"), name
 
 
-def compiled(script, folder):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("architectures", [(89, 90), pytest.param((100, 120), marks=pytest.mark.scale)])
 def test_rounding_to_8_bits(tmp_path, architectures):
     """By the hardware's conversion of two numbers at a time, 16 bytes read and written at a time in both layouts."""
-    made = compiled(f"ARCHITECTURES = {architectures}\n{IN_8_BITS}{ROUND}", tmp_path)
+    made = compiled(ROUND, tmp_path, architectures)
     assert len(made) == 7 * len(architectures)
-    for name, code in made.items():
+    for name, (code, _) in made.items():
         assert "ld.global.v4.b32" in code, name
         if name.startswith("largest"):
             assert "max.s32" in code, name
@@ -202,7 +186,9 @@ def test_rounding_to_8_bits(tmp_path, architectures):
         assert code.count("st.global.v4.b32") == layouts * elements // 16, name
 
 
-def test_kernels_for_gpus(tmp_path):
-    for operation, code in compiled(COMPILE, tmp_path).items():
-        assert "ld.global.v4.b32" in code, operation
-        assert "st.global.v4.b32" in code or operation.startswith("norm "), operation
+def test_passes_and_sums(tmp_path):
+    made = compiled(PASSES, tmp_path, (80, 90))
+    assert len(made) == 2 * (2 * 7 + 2)
+    for name, (code, _) in made.items():
+        assert "ld.global.v4.b32" in code, name
+        assert "st.global.v4.b32" in code or name.startswith("norm "), name
