@@ -183,7 +183,7 @@ def _contradictions(config: FinetuneConfig) -> Iterator[str]:
         yield f"optimizer.type: {config.optimizer.type}, and adapters are trained by adamw. Set it to adamw."
     if config.optimizer.lr_rule is not None:
         yield "optimizer.lr_rule: is for models of parameter tokens, and this is an adapter. Set it to null."
-    if config.optimizer.candidate_lr_factor != 1:
+    if config.optimizer.candidate_lr_factor not in (None, 1):
         yield "optimizer.candidate_lr_factor: is for candidates of a model, and this is an adapter. Set it to 1."
     if config.optimizer.layer_decay != 1:
         yield "optimizer.layer_decay: is for layers of a model, and this is an adapter. Set it to 1."

@@ -47,6 +47,9 @@ class Muon(AdamW, MatrixRule):
     and its `exp_avg_sq` is kept up to date though Muon does not read it."""
 
     section: ClassVar[type[Optimizer]] = MuonOptimizer
+    # A candidate gets as large updates as a token that every position uses, from fewer positions. Measured with 4 and
+    # 16 candidates: docs/growth.md.
+    candidate_lr_factor = 0.3
     why_not_elsewhere = "it keeps no average of the weights"
 
     def directions(self, optimizer: Optimizer, batch: UpdateBatch) -> list[Tensor]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.state.parameters import ParameterSpec, layer_of, parameter_table, projections
@@ -40,7 +41,7 @@ def factors(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
     found = _by_rule(model, optimizer)
     for name in _of_candidates(model, optimizer):
         own = found.get(name, PLAIN)
-        found[name] = replace(own, lr=own.lr * optimizer.candidate_lr_factor)
+        found[name] = replace(own, lr=own.lr * candidate_factor(optimizer))
     if optimizer.layer_decay == 1:
         return found
     for name, spec in parameter_table(model).items():
@@ -80,9 +81,15 @@ def _by_rule(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
     return found
 
 
+def candidate_factor(optimizer: Optimizer) -> float:
+    """The factor of the learning rate of candidates: the given one, or that of the type of optimizer."""
+    given = optimizer.candidate_lr_factor
+    return rule_of(optimizer).candidate_lr_factor if given is None else given
+
+
 def _of_candidates(model: Model, optimizer: Optimizer) -> list[str]:
     """The parameters that `candidate_lr_factor` changes: all of a bank. Empty when it is 1."""
-    if optimizer.candidate_lr_factor == 1:
+    if candidate_factor(optimizer) == 1:
         return []
     return [
         f"{projection.name}.{name}"
@@ -100,9 +107,10 @@ def in_words(model: Model, optimizer: Optimizer) -> str:
         key, value = (found[f"{projection.name}.{names[0]}"].lr for names in (projection.keys, projection.values))
         by_kind[projection.kind] = f"{projection.kind} {key:.3g} keys, {value:.3g} values"
     words = list(by_kind.values())
-    if (factor := optimizer.candidate_lr_factor) != 1:
-        effect = "" if _of_candidates(model, optimizer) else " has no effect, the model has none"
-        words.append(f"candidates {factor:.3g}{effect}")
+    if _of_candidates(model, optimizer):
+        words.append(f"candidates {candidate_factor(optimizer):.3g}")
+    elif optimizer.candidate_lr_factor not in (None, 1):
+        words.append(f"candidates {optimizer.candidate_lr_factor:.3g} has no effect, the model has none")
     if (decay := optimizer.layer_decay) != 1:
         words.append(f"layers {decay**model.num_layers:.3g} to {decay:.3g}")
     return "; ".join(words)

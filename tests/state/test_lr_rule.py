@@ -103,6 +103,19 @@ def test_candidates_learn_at_a_rate_of_their_own():
     assert not factors_of(run_config(optimizer={"lr": 1e-3, **slow}))
 
 
+def test_candidates_have_the_factor_of_the_optimizer():
+    """Unless one is given. Of a model without candidates nothing is said."""
+    sparse = {"ffn": {"group_size": 16, "candidates": 4}}
+    muon = {"type": "muon", "lr": 1e-2}
+    own = run_config(model={"sparse": sparse}, optimizer=muon)
+    assert factors_of(own)["blocks.0.ffn.bank.router"] == Factors(lr=0.3)
+    assert "rates   × optimizer.lr: candidates 0.3" in describe(own, 1)
+    given = run_config(model={"sparse": sparse}, optimizer={**muon, "candidate_lr_factor": 1})
+    assert factors_of(given) == {} and "rates" not in describe(given, 1)
+    assert factors_of(run_config(model={"sparse": sparse})) == {}
+    assert "rates" not in describe(run_config(optimizer=muon), 1)
+
+
 def test_initial_values_may_be_scaled():
     scaled, plain = initial_source(config({"scale_initial_values": True})), InitialSource(config().model, 7)
     unscaled = initial_source(config())

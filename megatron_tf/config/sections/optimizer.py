@@ -56,8 +56,8 @@ class Optimizer(OpenSection):
     """Weight decay of parameter tokens and embedding; never of the final norm."""
     lr_rule: LrRule | None = None
     """Learning rates by the number of tokens. null: they do not depend on it. Since 0.2."""
-    candidate_lr_factor: Positive = 1.0
-    """Learning rate of candidates, their router and balance, over that of other tokens. Since 0.2."""
+    candidate_lr_factor: Positive | None = None
+    """Learning rate of candidates and their choice over that of other tokens. null: 0.3 for muon, else 1. Since 0.2."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learning rate of a block over that of the next one, of the head over that of the last block. Since 0.2."""
     schedule: Schedule = Schedule()
