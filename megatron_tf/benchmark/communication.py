@@ -22,8 +22,9 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.communication import block_collectives, ends_collectives
 from megatron_tf.errors import exit_now
-from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block, choose_forms
+from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
 from megatron_tf.model.precision import DTYPES
+from megatron_tf.model.projection import choose_forms
 from megatron_tf.parallel.groups import Group
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.runtime.network import stay_on_this_machine

@@ -16,8 +16,9 @@ from megatron_tf.benchmark.report import Row
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.estimate import memory_per_rank
 from megatron_tf.model import build_model
-from megatron_tf.model.layers import Block, choose_forms
+from megatron_tf.model.layers import Block
 from megatron_tf.model.precision import DTYPES
+from megatron_tf.model.projection import choose_forms
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.tasks.classes import cross_entropy
 

@@ -15,7 +15,7 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import TASKS
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.errors import ConfigError
-from megatron_tf.model.layers import Entered, Pattention
+from megatron_tf.model.projection import Entered, Pattention
 from megatron_tf.model.tokenformer import TokenFormer
 
 FORMULAS: dict[str, Layer] = {"plain": plain_formula, "mlp": gelu_mlp, "products": bare_layer}

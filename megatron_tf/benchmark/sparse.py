@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import interleaved
 from megatron_tf.errors import ConfigError
-from megatron_tf.model.layers import Pattention
+from megatron_tf.model.projection import Pattention
 from megatron_tf.model.routing import choose, straight_through
 from megatron_tf.model.sparse_pattention import SparsePattention
 

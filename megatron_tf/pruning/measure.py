@@ -28,7 +28,7 @@ from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.source import PRUNED, growth_entry
 from megatron_tf.inference.load import run_config
-from megatron_tf.model.layers import Pattention
+from megatron_tf.model.projection import Pattention
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.paths import literal
 from megatron_tf.pruning.criterion import largest, summed_contributions, summed_scale_terms

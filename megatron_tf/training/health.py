@@ -37,8 +37,8 @@ from torch import Tensor
 from megatron_tf.architectures.spec import ProjectionSpec
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.model.grouped import assign
-from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import token_weights
+from megatron_tf.model.projection import Pattention
 from megatron_tf.model.routing import relative_load
 from megatron_tf.model.sparse_pattention import SparsePattention
 from megatron_tf.model.stage import Stage

@@ -10,8 +10,9 @@ from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.engine.base import Engine
 from megatron_tf.engine.choice import build_engine
 from megatron_tf.inference.sharded import load_stage
-from megatron_tf.model.layers import TensorParallel, without_fp8
+from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.precision import DTYPES
+from megatron_tf.model.projection import without_fp8
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.runtime.agreement import together
 from megatron_tf.runtime.watchdog import Watchdog

@@ -33,7 +33,8 @@ from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.data.documents import boundaries
 from megatron_tf.model import build_model, fp8, gram, rounded_scores, rounding, sparse_function
 from megatron_tf.model.kernels import fused_passes
-from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block, choose_forms
+from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
+from megatron_tf.model.projection import choose_forms
 from megatron_tf.parallel.groups import SINGLE, make_group
 from megatron_tf.state.parameters import initial_scales
 from megatron_tf.tasks.classes import cross_entropy

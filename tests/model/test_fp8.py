@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from megatron_tf.config.sections.training import Training
 from megatron_tf.model import fp8, gram, rounded_scores, rounding
 from megatron_tf.model.later import Later
-from megatron_tf.model.layers import Pattention, choose_forms, without_fp8
 from megatron_tf.model.pattention import Form, partial_pattention
+from megatron_tf.model.projection import Pattention, choose_forms, without_fp8
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.state.parameters import shard_range

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tf.model.later import Later, product
-from megatron_tf.model.layers import Entered, Pattention, leave_weights, partial_outputs
+from megatron_tf.model.projection import Entered, Pattention, leave_weights, partial_outputs
 
 
 def _projections():

@@ -10,8 +10,9 @@ from distributed import spawn, spawn_each
 from megatron_tf.activations.overlap import LEAST_ROWS
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.sections.training import Training
-from megatron_tf.model.layers import FinalNorm, Pattention, TensorParallel, build_block, choose_forms
+from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
 from megatron_tf.model.pattention import DIRECT, Form, partial_pattention
+from megatron_tf.model.projection import Pattention, choose_forms
 from megatron_tf.model.tokenformer import build_model
 from megatron_tf.parallel import collectives
 from megatron_tf.parallel.collectives import all_reduce

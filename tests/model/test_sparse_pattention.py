@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from megatron_tf.model import sparse_function
 from megatron_tf.model.grouped import assign
-from megatron_tf.model.layers import Pattention
 from megatron_tf.model.pattention import pattention
+from megatron_tf.model.projection import Pattention
 from megatron_tf.model.routing import balance_loss, choose, relative_load, straight_through
 from megatron_tf.model.sparse_function import ChosenTokens, sparse_pattention
 from megatron_tf.model.sparse_pattention import SparsePattention, sparse_outputs

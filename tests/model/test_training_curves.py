@@ -11,7 +11,7 @@ import torch
 from megatron_tf.benchmark.references import plain_formula
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.sections.training import Training
-from megatron_tf.model import build_model, layers
+from megatron_tf.model import build_model, projection
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.tasks.classes import cross_entropy
 
@@ -31,7 +31,7 @@ def learning_curve(seed: int, **training: str) -> list[float]:
     tokens = {"qkv": 64, "proj": 64, "ffn": 256}
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": LENGTH, "vocab_size": 256}
     model = build_model(Model.model_validate({**sizes, "parameter_tokens": tokens}), seed=seed, dtype=torch.bfloat16)
-    layers.choose_forms(model, Training(global_batch_size=BATCH, micro_batch_size=BATCH, **training), "cpu")
+    projection.choose_forms(model, Training(global_batch_size=BATCH, micro_batch_size=BATCH, **training), "cpu")
     weights = list(model.parameters())
     masters = [weight.detach().float().clone() for weight in weights]
     adam = torch.optim.AdamW(masters, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -62,7 +62,7 @@ def test_curves_of_plain_and_fast_layers_agree(monkeypatch):
     compared as means of five seeds, whose standard error is 0.03.
     """
     fast = [learning_curve(seed) for seed in SEEDS]
-    monkeypatch.setattr(layers, "partial_pattention", plain_projections)
+    monkeypatch.setattr(projection, "partial_pattention", plain_projections)
     plain = [learning_curve(seed) for seed in SEEDS]
     between_layers = [distance(a, b) for a, b in zip(fast, plain)]
     of_seeds = distance(plain[0], plain[1])

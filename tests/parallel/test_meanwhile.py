@@ -11,8 +11,9 @@ from distributed import spawn, spawn_each
 
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.sections.training import Training
-from megatron_tf.model import layers
-from megatron_tf.model.layers import TensorParallel, build_block, choose_forms, entered
+from megatron_tf.model import projection
+from megatron_tf.model.layers import TensorParallel, build_block
+from megatron_tf.model.projection import choose_forms, entered
 from megatron_tf.parallel import collectives
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.parallel.meanwhile import Meanwhile, postponed
@@ -95,7 +96,7 @@ def gradients(group, sequence, case):
 def same_gradients(group, sequence, case):
     found = gradients(group, sequence, case)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "postponed", lambda weights, group: (weights, None))
+        patch.setattr(projection, "postponed", lambda weights, group: (weights, None))
         expected = gradients(group, sequence, case)
     for name, grad in expected.items():
         assert (found[name] is None and grad is None) or torch.equal(found[name], grad), f"{case}, {name}"

@@ -14,7 +14,8 @@ from tiny import run_config
 from megatron_tf.config.topology import Topology
 from megatron_tf.engine import segmented
 from megatron_tf.errors import exit_now
-from megatron_tf.model.layers import Pattention, TensorParallel
+from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.projection import Pattention
 from megatron_tf.parallel import collectives
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.verification import layout as check

@@ -13,16 +13,8 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.model.attention import Documents
 from megatron_tf.model.context import Reports
 from megatron_tf.model.grouped import has_grouped_products
-from megatron_tf.model.layers import (
-    Attention,
-    Block,
-    Entered,
-    Pattention,
-    TensorParallel,
-    entered,
-    gathered,
-    partial_outputs,
-)
+from megatron_tf.model.layers import Attention, Block, TensorParallel
+from megatron_tf.model.projection import Entered, Pattention, entered, gathered, partial_outputs
 from megatron_tf.model.sparse_pattention import SparsePattention, sparse_outputs
 from megatron_tf.parallel.collectives import gather_from, scatter_together
 

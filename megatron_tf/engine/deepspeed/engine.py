@@ -27,8 +27,9 @@ from megatron_tf.engine.deepspeed.pipeline import TokenFormerPipeline
 from megatron_tf.engine.optimizer import SegmentedOptimizer
 from megatron_tf.engine.segmented import Fragment, SegmentedEngine
 from megatron_tf.engine.shards import ShardedParameter
-from megatron_tf.model.layers import TensorParallel, choose_forms
+from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.precision import DTYPES
+from megatron_tf.model.projection import choose_forms
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group
 from megatron_tf.state.sources import StateSource

@@ -24,8 +24,9 @@ from megatron_tf.engine.torch import sharding
 from megatron_tf.engine.torch.loss_scale import LossScale
 from megatron_tf.model.context import BlockContext
 from megatron_tf.model.filling import allocate
-from megatron_tf.model.layers import Block, TensorParallel, choose_forms
+from megatron_tf.model.layers import Block, TensorParallel
 from megatron_tf.model.precision import DTYPES
+from megatron_tf.model.projection import choose_forms
 from megatron_tf.model.stage import Stage, build_stage
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.state.sources import StateSource

@@ -22,7 +22,7 @@ from megatron_tf.engine.step_clock import StepClock
 from megatron_tf.engine.torch import sharding
 from megatron_tf.model.context import BlockContext
 from megatron_tf.model.later import Later
-from megatron_tf.model.layers import leave_weights
+from megatron_tf.model.projection import leave_weights
 from megatron_tf.model.stage import Stage
 
 # parallel.schedule -> class for one part of the depth a rank, and for any number of them
