@@ -30,13 +30,7 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
 from megatron_tf.model.attention import Documents, causal_attention, full_attention
 from megatron_tf.model.context import BlockContext, Reports, attach
-from megatron_tf.parallel.collectives import (
-    copy_to,
-    exchange,
-    gather_from,
-    reduce_from,
-    scatter_to,
-)
+from megatron_tf.parallel.collectives import copy_to, exchange, gather_from, reduce_from, scatter_to
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.parallel.meanwhile import Meanwhile
 
