@@ -304,6 +304,33 @@ def test_a_block_compiled_as_for_a_gpu_is_the_block(monkeypatch, recompute):
     torch.testing.assert_close(*results)
 
 
+def compiled_block(group, sequence):
+    """The same of a rank's block, with the exchanges in the graph."""
+    tensor, model = TensorParallel(group, sequence), everywhere().model
+    generator = torch.Generator().manual_seed(1 + group.rank)
+    block, compiled = (build_block(model, 0, initial_scales(model), tensor).bfloat16() for _ in range(2))
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    compiled.load_state_dict(block.state_dict())
+    hidden = torch.randn(8 // (group.size if sequence else 1), 2, 32, dtype=torch.bfloat16)
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_function, "has_grouped_products", lambda device, dtype: True)
+        compiled.compile(fullgraph=True, backend="aot_eager")
+        for own in (block, compiled):
+            context, x = BlockContext(loss_weight=torch.tensor(0.5)), hidden.clone().requires_grad_()
+            out = own(x, context)
+            out.float().square().mean().backward()
+            gradients = {name: parameter.grad for name, parameter in own.named_parameters()}
+            results.append({"out": out.detach(), "x": x.grad, **context.losses, **context.metrics, **gradients})
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.slow
+def test_a_compiled_block_over_tensor_ranks_is_the_block():
+    spawn_each(compiled_block, 2, [(False,), (True,)])
+
+
 def test_generation_with_a_cache_is_the_model_itself():
     model = build_model(everywhere().model, dtype=torch.float64)
     ids = torch.randint(0, 99, (1, 4), generator=torch.Generator().manual_seed(0))
