@@ -16,6 +16,7 @@ from megatron_tf.telemetry.records import read_records
 from megatron_tf.text_files import read_text_file
 
 XAxis = Literal["tokens", "steps", "flops", "hours"]
+LEGEND_ROWS = 28  # that fit into the height of `plot_ends`
 LABELS: dict[XAxis, str] = {
     "tokens": "training tokens",
     "steps": "optimizer steps",
@@ -92,6 +93,8 @@ def plot_runs(runs: Sequence[RunCurve], output: Path, axis: XAxis = "tokens") ->
             axes.axvline(begin, color="grey", linestyle="--", linewidth=1, label=None if marked else "growth")
             marked = True
     _label(axes, axis)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     save_figure(figure, output)
 
 
@@ -120,7 +123,8 @@ def plot_ends(ends: Sequence[Ends], output: Path, label: str | None = None, unit
     axis_names: list[XAxis] = ["tokens", "flops"]
     if all(end.hours is not None for end in ends):
         axis_names.append("hours")
-    figure = new_figure(output, (6.5 * len(axis_names), 6))
+    legend_columns = math.ceil(len(ends) / LEGEND_ROWS)
+    figure = new_figure(output, (6.5 * len(axis_names) + 2 * legend_columns, 6))
     by_name = {end.name: end for end in ends}
     for axes, axis in zip(figure.subplots(1, len(axis_names), sharey=True), axis_names):
         for number, end in enumerate(ends):
@@ -134,6 +138,8 @@ def plot_ends(ends: Sequence[Ends], output: Path, label: str | None = None, unit
                 axes.plot(*line, color=color, linewidth=0.6, alpha=0.6)
         _label(axes, axis, label, unit)
         axes.set_xscale("log")
+    # one for all panels, next to them: of many arms it would cover their points
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", ncols=legend_columns, fontsize="small")
     save_figure(figure, output)
 
 
@@ -190,5 +196,3 @@ def _label(axes: Any, axis: XAxis, label: str | None = None, unit: str = "tokens
     axes.set_xlabel(f"training {unit}" if axis == "tokens" else LABELS[axis])
     axes.set_ylabel(label or f"loss (nats per {unit.removesuffix('s')})")
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()

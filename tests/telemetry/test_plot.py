@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tf.errors import ConfigError, UserError
+from megatron_tf.telemetry import plot
 from megatron_tf.telemetry.plot import plot_runs, read_run, starts
 
 
@@ -56,6 +57,23 @@ def test_growth_is_marked_where_the_grown_run_begins(chain, tmp_path, monkeypatc
     plot_runs(runs, tmp_path / "tokens.png", "tokens")
     plot_runs(runs, tmp_path / "steps.png", "steps")
     assert marks == [400, 4]
+
+
+def test_the_legend_of_many_arms_covers_no_points(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plot, "save_figure", lambda figure, output: figures.append(figure))
+    plot.plot_ends(
+        [plot.Ends(f"arm_{i}", 10 + i, 1e9 + i, (3.0, 2.0), hours=1.0) for i in range(43)], tmp_path / "a.png"
+    )
+    (figure,) = figures
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"arm_{i}" for i in range(43)]
+    right = max(axes.get_window_extent().x1 for axes in figure.axes)
+    place = legend.get_window_extent()
+    assert place.x0 > right and place.x1 <= figure.bbox.x1 and place.y0 >= 0
+    assert not any(axes.get_legend() for axes in figure.axes)
 
 
 def test_a_line_that_is_being_written_is_left_out(chain):
