@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader, FileIO
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from megatron_tf.errors import UserError, file_errors, write_errors
 
+LOCK_SECONDS = 5.0  # a killed process's helpers may hold their locks a moment longer
+WRITING_SECONDS = 60.0  # that a writer of a file waits for another one
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -82,8 +85,17 @@ def publish(temporary: Path, final: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield the temporary name to write; publish it as `path` on success, delete it when the block raises."""
+    """Yield the temporary name to write; publish it as `path` on success, delete it when the block raises.
+
+    Processes that write the same file take turns, because they share the temporary name. OSError when another one takes
+    longer than WRITING_SECONDS.
+    """
     temporary = partial_path(path)
+    deadline = time.monotonic() + WRITING_SECONDS
+    while (descriptor := _open_locked(temporary)) is None:
+        if time.monotonic() > deadline:
+            raise BlockingIOError(errno.EAGAIN, "another process is writing it", str(path))
+        time.sleep(0.05)
     try:
         yield temporary
         publish(temporary, path)
@@ -91,6 +103,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # the caller must see the first error, not this one
             temporary.unlink()
         raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -164,3 +178,45 @@ def take_lock(descriptor: int) -> bool:
     except OSError:
         pass
     return True
+
+
+@contextmanager
+def file_lock(path: Path, patience_seconds: float = LOCK_SECONDS) -> Iterator[bool]:
+    """Hold the lock file `path` in the block; yields whether we have it. The file is removed afterwards.
+
+    It waits `patience_seconds` for another holder. The system releases the lock when its process ends, however it ends.
+    On a file system without locks it is always granted: there it is up to the user that two processes do not do the
+    same work.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while (descriptor := _open_lock(path)) is None:
+        if time.monotonic() > deadline:
+            yield False
+            return
+        time.sleep(0.1)
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int | None:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # its last holder has removed the folder
+            return _open_locked(path)
+
+
+def _open_locked(path: Path) -> int | None:
+    """The descriptor of the file `path`, locked, which is created if it is missing. None while another process has it,
+    or when that one has just removed or renamed it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    is_ours = False
+    try:
+        with suppress(FileNotFoundError):
+            is_ours = take_lock(descriptor) and os.fstat(descriptor).st_ino == os.stat(path).st_ino
+    finally:
+        if not is_ours:
+            os.close(descriptor)
+    return descriptor if is_ours else None

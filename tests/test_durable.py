@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from live import PATIENCE_SECONDS
 
+from megatron_tf import durable
 from megatron_tf.durable import (
     NotPlainError,
     atomic_folder,
     atomic_path,
+    file_lock,
     new_file,
     open_plain,
     partial_path,
@@ -20,7 +29,9 @@ from megatron_tf.durable import (
     read_plain,
     write_atomically,
 )
-from megatron_tf.errors import UserError
+from megatron_tf.errors import UserError, write_errors
+
+PROJECT = Path(__file__).parents[1]
 
 
 def test_a_block_that_ends_well_replaces_the_file(tmp_path):
@@ -68,6 +79,45 @@ def test_what_a_killed_run_left_is_written_over(tmp_path):
     partial_path(tmp_path / "a").write_bytes(b"x" * 100)
     write_atomically(tmp_path / "a", b"short")
     assert (tmp_path / "a").read_bytes() == b"short" and os.listdir(tmp_path) == ["a"]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """An event that is set when a writer begins to wait for another one."""
+    event, sleep = threading.Event(), time.sleep
+    monkeypatch.setattr(durable, "time", SimpleNamespace(monotonic=time.monotonic,
+                                                         sleep=lambda pause: (event.set(), sleep(pause))))  # fmt: skip
+    return event
+
+
+def test_two_writers_of_one_file_take_turns(tmp_path, waits):
+    """Such as the tasks of a study, which all write its report when its last run has ended."""
+    path = tmp_path / "a.json"
+
+    def write():
+        try:
+            write_atomically(path, b"of the second")
+        finally:
+            waits.set()
+
+    other = threading.Thread(target=write)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"of the first")
+        other.start()
+        assert waits.wait(PATIENCE_SECONDS)
+        assert temporary.read_bytes() == b"of the first" and not path.exists()
+    other.join(PATIENCE_SECONDS)
+    assert path.read_bytes() == b"of the second" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_writer_that_is_never_done_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(durable, "WRITING_SECONDS", 0.0)
+    with atomic_path(tmp_path / "a") as temporary:
+        temporary.write_bytes(b"of the first")
+        message = "/a: another process is writing it. Choose another."
+        with pytest.raises(UserError, match=message), write_errors(UserError, tmp_path / "a", "Choose another."):
+            write_atomically(tmp_path / "a", b"of the second")
+    assert (tmp_path / "a").read_bytes() == b"of the first" and os.listdir(tmp_path) == ["a"]
 
 
 def test_a_new_file_is_new_and_readable_as_the_umask_says(tmp_path):
@@ -152,3 +202,39 @@ def test_a_file_is_read_up_to_a_limit(tmp_path):
     assert read_plain(path, 4) == b"1234"
     with pytest.raises(OSError, match="is larger than 3 bytes"):
         read_plain(path, 3)
+
+
+def test_a_lock_is_held_once_and_leaves_nothing(tmp_path):
+    path = tmp_path / "new" / "a.lock"
+    with file_lock(path) as first, file_lock(path, patience_seconds=0) as second:
+        assert (first, second) == (True, False)
+    assert list(path.parent.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), file_lock(path):
+        raise ZeroDivisionError
+    with file_lock(path, patience_seconds=0) as again:
+        assert again
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    path = tmp_path / "a.lock"
+    code = f"""
+import time; from pathlib import Path; from megatron_tf.durable import file_lock
+with file_lock(Path({str(path)!r})):
+    print("held", flush=True); time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with file_lock(path, patience_seconds=0) as held:
+            assert not held
+        holder.kill()
+        with file_lock(path) as held:
+            assert held
+
+
+def test_where_there_are_no_locks_we_go_on(tmp_path, monkeypatch):
+    def refuse(*arguments) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with file_lock(tmp_path / "a.lock") as held:
+        assert held

@@ -16,9 +16,8 @@ from megatron_tf.corpora.cleaning import LEAST_CHARACTERS, Deduplicator, clean, 
 from megatron_tf.corpora.corpus import Document
 from megatron_tf.corpora.packages import Downloads, UnavailableError
 from megatron_tf.corpora.shards import ShardWriter
-from megatron_tf.data.preparation.parts import file_lock
 from megatron_tf.data.preparation.split import is_held_out
-from megatron_tf.durable import partial_path, prepare_output, sync_folder
+from megatron_tf.durable import file_lock, partial_path, prepare_output, sync_folder
 from megatron_tf.errors import DataError, write_errors
 from megatron_tf.telemetry.text import count_of
 

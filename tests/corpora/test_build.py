@@ -13,8 +13,8 @@ from megatron_tf.corpora import readers
 from megatron_tf.corpora.build import CorpusSettings, build_corpus
 from megatron_tf.corpora.catalogue import DebianPackage, PythonPackage, Source
 from megatron_tf.corpora.packages import Downloads, UnavailableError, sha256_of
-from megatron_tf.data.preparation.parts import file_lock
 from megatron_tf.data.preparation.records import read_records, read_texts
+from megatron_tf.durable import file_lock
 from megatron_tf.errors import DataError
 
 ALPHA = Source("alpha", "first", "permissive", "X", DebianPackage(("alpha-2", "alpha"), readers.html_pages))

@@ -13,11 +13,12 @@ import numpy as np
 
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.preparation.encoding import EncodedBatch
-from megatron_tf.data.preparation.parts import Part, file_lock
+from megatron_tf.data.preparation.parts import Part
 from megatron_tf.data.preparation.progress import Advance, Observer
 from megatron_tf.data.preparation.record_types import RawRecord
 from megatron_tf.data.preparation.report import Report, SplitCounts, write_report
 from megatron_tf.data.preparation.workers import Encode, EncodeAll
+from megatron_tf.durable import file_lock
 from megatron_tf.errors import DataError, write_errors
 
 BATCH_DOCUMENTS = 512

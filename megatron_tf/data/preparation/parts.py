@@ -12,19 +12,15 @@ import errno
 import hashlib
 import json
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.preparation.report import Report, read_report
-from megatron_tf.durable import take_lock
 from megatron_tf.errors import DataError, file_errors
 
 MOST_PARTS = 4096  # more input files share parts; each part costs three files until the merge
-LOCK_SECONDS = 5.0  # a killed process's helpers may hold their locks a moment longer
 
 
 @dataclass(frozen=True)
@@ -89,45 +85,3 @@ def plan_parts(prefix: str, files: Sequence[Path], settings: object) -> list[Par
 def key_of(content: object) -> str:
     """A name for `content`, a JSON value: 24 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
-
-
-@contextmanager
-def file_lock(path: Path, patience_seconds: float = LOCK_SECONDS) -> Iterator[bool]:
-    """Hold the lock file `path` in the block; yields whether we have it. The file is removed afterwards.
-
-    It waits `patience_seconds` for another holder. The system releases the lock when its process ends, however it ends.
-    On a file system without locks it is always granted: there it is up to the user that two processes do not do the
-    same work.
-    """
-    deadline = time.monotonic() + patience_seconds
-    while True:
-        descriptor = _open_lock(path)
-        try:
-            if _try_lock(descriptor, path):
-                try:
-                    yield True
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-        finally:
-            os.close(descriptor)
-        if time.monotonic() > deadline:
-            yield False
-            return
-        time.sleep(0.1)
-
-
-def _open_lock(path: Path) -> int:
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the run that merged has removed the folder
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-
-
-def _try_lock(descriptor: int, path: Path) -> bool:
-    if not take_lock(descriptor):
-        return False
-    try:
-        return os.fstat(descriptor).st_ino == os.stat(path).st_ino
-    except FileNotFoundError:
-        return False  # its last holder has removed it meanwhile

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from megatron_tf.data.indexed import IndexedDataset, data_file, index_file, publ
 from megatron_tf.data.preparation.lanes import write_parts
 from megatron_tf.data.preparation.merge import merge_pairs
 from megatron_tf.data.preparation.part_writer import PartJob
-from megatron_tf.data.preparation.parts import Part, file_lock, key_of
+from megatron_tf.data.preparation.parts import Part, key_of
 from megatron_tf.data.preparation.progress import DOCUMENTS, ProgressDisplay
 from megatron_tf.data.preparation.report import Report, SplitCounts, read_report, write_report
-from megatron_tf.durable import partial_path, prepare_output
+from megatron_tf.durable import file_lock, partial_path, prepare_output
 from megatron_tf.errors import DataError, write_errors
 from megatron_tf.telemetry.text import are, count_of
 
@@ -113,6 +113,9 @@ def carry_out(work: Preparation[Summary], share: Share, progress: ProgressDispla
     Raises `DataError` for a mistake in the inputs, and for other data under the prefix unless they may be replaced;
     older output is then unchanged.
     """
+    own = work.parts[share.shard_index :: share.num_shards]
+    # The parts first: another run that merges them writes the output and then removes them.
+    todo = _missing(own)
     summaries = _finished(work)
     if summaries is not None:
         progress.note(f"{work.output_prefix}: was prepared from the same files with the same settings before")
@@ -121,8 +124,6 @@ def carry_out(work: Preparation[Summary], share: Share, progress: ProgressDispla
     check_others(work)
     for remark in work.remarks():
         progress.note(remark)
-    own = work.parts[share.shard_index :: share.num_shards]
-    todo = [part for part in own if part.report() is None]
     if len(todo) < len(own):
         progress.note(f"finished before: {len(own) - len(todo)} of {count_of(len(own), 'part')}")
     for prefix in work.prefixes.values():
@@ -148,9 +149,11 @@ def check_others(work: Preparation[Summary]) -> None:
     """Raise `DataError` when the output would replace other data than this work's own, truncated or damaged output."""
     outputs = (name(prefix) for prefix in work.prefixes.values() for name in (data_file, index_file))
     path = next(filter(Path.exists, outputs), None)
-    if path is None or work.replace or read_report(work.report_path, work.key) is not None:
+    if path is None or work.replace:
         return
-    if _obstacle(work):  # when all parts are there, the output is from our own interrupted merge
+    # When all parts are there, the output is from our own interrupted merge. The report is read after them, because
+    # another run may just be merging: it writes the report and then removes the parts.
+    if _missing(work.parts) and read_report(work.report_path, work.key) is None:
         raise DataError(
             f"{path}: is there already and not what these inputs and settings give. Choose another prefix, or have it "
             f"replaced with --replace."
@@ -163,33 +166,40 @@ def _merge_if_possible(work: Preparation[Summary], progress: ProgressDisplay, *,
     When parts are missing or another process is merging them: `DataError` with `insist`, else a note and {}.
     """
     try:
-        with (
-            write_errors(DataError, work.output_prefix, REMEDY),
-            file_lock(work.folder / "merge.lock", patience_seconds=0.5) as held,
-        ):
-            summaries = _finished(work)
-            if summaries is None:
-                problem = _obstacle(work) if held else "another process is merging the parts"
-                if problem and insist:
-                    raise DataError(f"{work.folder}: {problem}.")
-                if problem:
-                    progress.note(f"{work.folder}: {problem}")
-                    return {}
-                summaries = _merge(work)
-            if held:  # not the whole folder: parts of other settings may be there as well
-                for part in work.parts:
-                    part.discard()
-            _note_remarks(work, progress)
-            return summaries
+        while True:
+            missing: Sequence[Part] = ()
+            with (
+                write_errors(DataError, work.output_prefix, REMEDY),
+                file_lock(work.folder / "merge.lock", patience_seconds=0.5) as held,
+            ):
+                summaries = _finished(work)
+                if summaries is None and held and not (missing := _missing(work.parts)):
+                    summaries = _merge(work)
+                if summaries is not None:
+                    if held:  # not the whole folder: parts of other settings may be there as well
+                        for part in work.parts:
+                            part.discard()
+                    _note_remarks(work, progress)
+                    return summaries
+            # A run that finished the last part while we held the lock has left the merge to us.
+            if held and not _missing(missing):
+                continue
+            problem = _obstacle(work, missing) if held else "another process is merging the parts"
+            if insist:
+                raise DataError(f"{work.folder}: {problem}.")
+            progress.note(f"{work.folder}: {problem}")
+            return {}
     finally:
         _remove_if_empty(work.folder)
 
 
-def _obstacle(work: Preparation[Summary]) -> str:
-    """Why it is too early to merge; "" when all parts are there."""
-    missing = [part for part in work.parts if part.report() is None]
-    if not missing:
-        return ""
+def _missing(parts: Sequence[Part]) -> list[Part]:
+    """Those that are not finished."""
+    return [part for part in parts if part.report() is None]
+
+
+def _obstacle(work: Preparation[Summary], missing: Sequence[Part]) -> str:
+    """Why it is too early to merge."""
     parts = f"{len(missing)} of {count_of(len(work.parts), 'part')}"
     return f"{parts} {are(len(missing))} still to be prepared, the first from {missing[0].files[0]}"
 

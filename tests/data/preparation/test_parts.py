@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +12,12 @@ import pytest
 from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.data.preparation import parts
 from megatron_tf.data.preparation.encoding import EncodeSettings
-from megatron_tf.data.preparation.parts import Part, file_lock, plan_parts
+from megatron_tf.data.preparation.parts import Part, plan_parts
 from megatron_tf.data.preparation.preprocess import decisive
 from megatron_tf.data.preparation.record_types import BadSample, ReadLimits
 from megatron_tf.data.preparation.report import SAMPLES_PER_KIND, Report, SplitCounts, read_report, write_report
 from megatron_tf.errors import DataError
 
-PROJECT = Path(__file__).parents[3]
 ENCODE = EncodeSettings("tokenizer.json", "text", 0.1)
 
 
@@ -116,39 +112,3 @@ def test_samples_are_the_first_of_each_kind():
     report.add(other)
     assert report.skipped == {"empty": 38, "not_utf8": 1} and report.splits[""] == SplitCounts(1, 2, 3, 4)
     assert [item.line for item in report.samples] == [*range(8), 100, 101, 5] and SAMPLES_PER_KIND == 10
-
-
-def test_a_lock_is_held_once_and_leaves_nothing(tmp_path):
-    path = tmp_path / "new" / "a.lock"
-    with file_lock(path) as first, file_lock(path, patience_seconds=0) as second:
-        assert (first, second) == (True, False)
-    assert list(path.parent.iterdir()) == []
-    with pytest.raises(ZeroDivisionError), file_lock(path):
-        raise ZeroDivisionError
-    with file_lock(path, patience_seconds=0) as again:
-        assert again
-
-
-def test_a_lock_ends_with_its_process(tmp_path):
-    path = tmp_path / "a.lock"
-    code = f"""
-import time; from pathlib import Path; from megatron_tf.data.preparation.parts import file_lock
-with file_lock(Path({str(path)!r})):
-    print("held", flush=True); time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with file_lock(path, patience_seconds=0) as held:
-            assert not held
-        holder.kill()
-        with file_lock(path) as held:
-            assert held
-
-
-def test_where_there_are_no_locks_we_go_on(tmp_path, monkeypatch):
-    def refuse(*arguments) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with file_lock(tmp_path / "a.lock") as held:
-        assert held

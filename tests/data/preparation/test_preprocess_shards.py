@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from preparing import TEXTS, documents, run, shards, token_files, write_jsonl
 
 from megatron_tf.data.indexed import IndexedDataset
+from megatron_tf.data.preparation import work as module
+from megatron_tf.data.preparation.parts import Part
 from megatron_tf.data.preparation.preprocess import PreprocessSettings, merge_shards, preprocess
 from megatron_tf.data.preparation.progress import ProgressDisplay
 from megatron_tf.data.preparation.records import read_records
 from megatron_tf.data.summary import read_summary
+from megatron_tf.durable import file_lock
 from megatron_tf.errors import DataError
 
 
@@ -77,6 +81,85 @@ def test_finished_parts_are_not_done_again(tokenizer, tmp_path, monkeypatch):
     read.clear()
     again, shown = share(tokenizer, inputs, tmp_path / "x", 0, 1)
     assert (again, read) == (summaries, []) and "was prepared from the same files" in shown
+
+
+def test_the_last_part_is_finished_while_another_run_has_the_lock_of_the_merge(tokenizer, tmp_path, monkeypatch):
+    """It has looked at the parts already, and the run that finished the last one finds the lock taken."""
+    inputs, others = shards(tmp_path / "in", 2), iter([1])
+
+    @contextmanager
+    def lock(path, patience_seconds):
+        with file_lock(path, 0) as held:
+            yield held
+            for index in others:
+                summaries, shown = share(tokenizer, inputs, tmp_path / "x", index, 2)
+                assert summaries == {} and "another process is merging the parts" in shown
+
+    monkeypatch.setattr(module, "file_lock", lock)
+    summaries, _ = share(tokenizer, inputs, tmp_path / "x", 0, 2)
+    assert summaries[str(tmp_path / "x")] == read_summary(tmp_path / "x")
+    assert not (tmp_path / "x.parts").exists()
+
+
+@pytest.fixture
+def unmerged(tokenizer, tmp_path, monkeypatch):
+    """The inputs of a preparation whose parts are all finished, and which is not merged yet."""
+    inputs = shards(tmp_path / "in", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_merge_if_possible", lambda *arguments, **options: {})
+        run(tokenizer, inputs, tmp_path / "x")
+    return inputs
+
+
+def test_a_run_that_starts_while_another_one_merges_does_nothing_again(tokenizer, tmp_path, unmerged, monkeypatch):
+    """The output was not there when the run looked for it, and the parts were gone when it looked for these."""
+    read, others = [], iter([None])
+
+    def finished(work):
+        found = original(work)
+        for _ in others:
+            module._merge_if_possible(work, ProgressDisplay(io.StringIO()), insist=True)
+        return found
+
+    original = module._finished
+    monkeypatch.setattr(module, "_finished", finished)
+    monkeypatch.setattr(
+        "megatron_tf.data.preparation.preprocess.read_records",
+        lambda paths, **rest: read.extend(path.name for path in paths) or read_records(paths, **rest),
+    )
+    summaries = run(tokenizer, unmerged, tmp_path / "x")
+    assert summaries == {str(tmp_path / "x"): read_summary(tmp_path / "x")} and read == []
+
+
+def test_the_output_of_a_merge_that_ends_just_now_is_our_own(tokenizer, tmp_path, unmerged, monkeypatch):
+    """The report was not there, and the parts were gone a moment later."""
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(module, "write_report", lambda *arguments: 1 / 0)
+        run(tokenizer, unmerged, tmp_path / "x")
+    assert (tmp_path / "x.idx").exists() and not (tmp_path / "x.report.json").exists()
+
+    def check(work):
+        others = iter([None])
+
+        def then_merged(look):
+            def looked(*arguments):
+                found = look(*arguments)
+                for _ in others:
+                    module._merge_if_possible(work, ProgressDisplay(io.StringIO()), insist=True)
+                return found
+
+            return looked
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Part, "report", then_merged(Part.report))
+            patch.setattr(module, "read_report", then_merged(module.read_report))
+            original(work)
+        assert (tmp_path / "x.report.json").exists()
+
+    original = module.check_others
+    monkeypatch.setattr(module, "check_others", check)
+    summaries = run(tokenizer, unmerged, tmp_path / "x")
+    assert summaries == {str(tmp_path / "x"): read_summary(tmp_path / "x")}
 
 
 def test_a_finished_preparation_is_done_again_when_something_changed(tokenizer, tmp_path):
