@@ -41,7 +41,7 @@ from megatron_tf.optimizers.adamw import as_adamw
 from megatron_tf.runtime.agreement import from_rank_zero, together
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import join_ranks
-from megatron_tf.runtime.run_lock import run_folder_lock
+from megatron_tf.runtime.run_lock import begun_meanwhile, run_folder_lock
 from megatron_tf.runtime.session import session
 from megatron_tf.runtime.stop_signals import StopSignals, describe_request
 from megatron_tf.runtime.watchdog import Watchdog
@@ -65,10 +65,16 @@ def finetune(config: FinetuneConfig, environment: LaunchEnvironment, stop: StopS
         train, validation = together(lambda: _read(config, tokenizer))
         digest = together(lambda: _digest(config.data.train))
         watchdog.begin("loading the base")
+        exists = from_rank_zero(folder.is_dir)
+        if exists:
+            # Lock first: another process in this folder might write a newer checkpoint while the base is loaded.
+            from_rank_zero(lambda: _lock(folder, closing))
         newest = from_rank_zero(lambda: next(reversed(checkpoints(folder / _CHECKPOINTS)), None))
         model, resumed = together(lambda: _model(config, newest, digest))
         together(lambda: _place(config, model, device))
-        from_rank_zero(lambda: _open_folder(config, folder, closing))
+        if not exists:
+            from_rank_zero(lambda: _make_folder(folder, closing))
+        from_rank_zero(lambda: _prepare_folder(config, folder))
         console = Console(rank=environment.rank, log_path=folder / "train.log")
         watchdog.report_to(console, folder)
         computing = Computing(device, environment.rank, environment.world_size, config.base.precision == "bf16",
@@ -278,10 +284,24 @@ def _restore(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], r
         optimizer.state[parameter] = {"step": torch.tensor(float(resumed.progress.step)), **moments}
 
 
-def _open_folder(config: FinetuneConfig, folder: Path, closing: contextlib.ExitStack) -> None:
-    """Makes the run's folder, locks it until `closing` ends, and writes the configuration into it."""
+def _lock(folder: Path, closing: contextlib.ExitStack) -> None:
+    """Takes the lock of the run's folder until `closing` ends."""
+    with write_errors(UserError, folder, "Choose another run.dir."):
+        closing.enter_context(run_folder_lock(folder))
+
+
+def _make_folder(folder: Path, closing: contextlib.ExitStack) -> None:
+    """Makes the folder of a new run and takes its lock. ConfigError when another run has begun there meanwhile."""
+    with write_errors(UserError, folder, "Choose another run.dir."):
+        folder.mkdir(parents=True, exist_ok=True)
+    _lock(folder, closing)
+    if checkpoints(folder / _CHECKPOINTS):
+        raise begun_meanwhile(folder)
+
+
+def _prepare_folder(config: FinetuneConfig, folder: Path) -> None:
+    """Makes the folder of checkpoints and writes the configuration."""
     with write_errors(UserError, folder, "Choose another run.dir."):
         (folder / _CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        closing.enter_context(run_folder_lock(folder))
         with atomic_path(folder / "config.yml") as partial:
             partial.write_text(dump_finetune(config), encoding="utf-8")

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from megatron_tf.checkpoint.manager import Ranks
+from megatron_tf.checkpoint.manager import Ranks, find_latest
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import ConfigError, system_reason, write_remedy
 from megatron_tf.runtime.agreement import from_rank_zero, gather, together
 from megatron_tf.runtime.environment import LaunchEnvironment
-from megatron_tf.runtime.run_lock import run_folder_lock
+from megatron_tf.runtime.run_lock import PATIENCE_SECONDS, begun_meanwhile, run_folder_lock
 from megatron_tf.telemetry.console import Console
 from megatron_tf.training.account import Account, account, earlier_settings, keep_config
 from megatron_tf.training.running import Run
@@ -67,9 +67,9 @@ def open_run(
     earlier = from_rank_zero(lambda: earlier_settings(folder) if start.progress.step else None)
     told = account(config, start, world_size, earlier)
     start = replace(start, run_state={**start.run_state, "history": told.history})
-    together(lambda: _prepare_folder(told.config) if is_main else None)
     if not exists:
-        together(lambda: _lock(config, closing, environment) if is_main else None)
+        together(lambda: _make_folder(config, closing, environment) if is_main else None)
+    together(lambda: _prepare_folder(told.config) if is_main else None)
     console = Console(rank=environment.rank, log_path=folder / "train.log")
     closing.callback(console.close)
     return Opening(Run(told.config, plan, environment.rank, device, console), start, path, passed_over, told)
@@ -81,7 +81,7 @@ def _lock(config: RunConfig, closing: contextlib.ExitStack, environment: LaunchE
     After a SLURM requeue, ranks of the previous start can survive on an unreachable node until their watchdog fires;
     wait longer for them.
     """
-    patience = 10.0
+    patience = PATIENCE_SECONDS
     if environment.restarts > 0:
         patience = min(config.run.hang_seconds + 60.0, config.parallel.timeout_seconds / 2)
     try:
@@ -90,8 +90,19 @@ def _lock(config: RunConfig, closing: contextlib.ExitStack, environment: LaunchE
         raise _cannot_write(config, error) from error
 
 
+def _make_folder(config: RunConfig, closing: contextlib.ExitStack, environment: LaunchEnvironment) -> None:
+    """Makes the folder of a new run and takes its lock. ConfigError when another run has begun there meanwhile."""
+    try:
+        checkpoints_folder(config).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(config, error) from error
+    _lock(config, closing, environment)
+    if find_latest(checkpoints_folder(config), verify=False)[0] is not None:
+        raise begun_meanwhile(Path(config.run.dir))
+
+
 def _prepare_folder(config: RunConfig) -> None:
-    """Makes the folders and checks that files can be written, before hours are spent."""
+    """Makes the folder of checkpoints and checks that files can be written, before hours are spent."""
     try:
         checkpoints_folder(config).mkdir(parents=True, exist_ok=True)
         attempt = checkpoints_folder(config) / f".tmp-can-write-{secrets.token_hex(4)}"

@@ -17,10 +17,13 @@ from tooling import tool
 from megatron_tf.adapters import PattentionConfig
 from megatron_tf.adapters.folder import read_adapter, write_adapter
 from megatron_tf.adapters.growth import grow_adapter
-from megatron_tf.errors import ConfigError
+from megatron_tf.errors import ConfigError, UserError
+from megatron_tf.finetuning import run as module
 from megatron_tf.finetuning.saving import read_progress
 from megatron_tf.finetuning.section import load_finetune
 from megatron_tf.inference.load import load_model
+from megatron_tf.runtime.environment import detect
+from megatron_tf.runtime.run_lock import run_folder_lock
 from megatron_tf.shipped import find_finetuning
 
 CONFIG = """
@@ -209,6 +212,47 @@ def test_bad_input_is_one_message_and_nothing_is_written(folder, tmp_path):
         done = finetune(folder, run, override)
         assert (done.returncode, done.stderr.count("error: ")) == (2, 1) and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """Begins a run whose base is loaded by a given function."""
+    write_lines(tmp_path / "train.jsonl", questions())
+    (tmp_path / "base").mkdir()
+    (tmp_path / "config.yml").write_text(CONFIG.format(folder=tmp_path))
+    monkeypatch.setattr(module, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(module, "_read", lambda config, tokenizer: ([], []))
+    monkeypatch.setattr(module, "_place", lambda config, model, device: None)
+
+    def begin(load):
+        monkeypatch.setattr(module, "_model", load)
+        module.finetune(load_finetune(tmp_path / "config.yml", []), detect({}), None)
+
+    return begin
+
+
+def test_the_folder_is_locked_before_its_newest_checkpoint_is_looked_for(begun, tmp_path):
+    """A run that ends just now may still save, while the next one loads the base."""
+    (tmp_path / "run").mkdir()
+
+    def load(config, newest, data):
+        with run_folder_lock(tmp_path / "run", 0.0):
+            raise AssertionError("another run could still save")
+
+    with pytest.raises(UserError, match="run.dir: .*/run is in use by process"):
+        begun(load)
+
+
+def test_a_run_that_has_begun_and_ended_meanwhile_is_not_begun_again(begun, tmp_path):
+    def load(config, newest, data):
+        assert newest is None
+        (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
+        (tmp_path / "run" / "checkpoints" / "step_00000002" / "training.json").write_text("{}")
+        return None, None
+
+    with pytest.raises(UserError, match="another run has begun in .*/run while this one started, and has saved"):
+        begun(load)
+    assert not (tmp_path / "run" / "config.yml").exists()
 
 
 @pytest.mark.parametrize(
