@@ -13,6 +13,7 @@ text is given, the adapters trained on the first are trained on the second in se
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import statistics
@@ -32,6 +33,7 @@ from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError, DataError, UserError
 from megatron_tf.finetuning.batches import collate
 from megatron_tf.finetuning.packed import check_length, check_packing
 from megatron_tf.finetuning.trial import BASE, SECOND, Outcome, Setting, Texts, Trial, read_texts, run_trial
+from megatron_tf.runtime.run_lock import run_folder_lock
 from megatron_tf.telemetry.line_file import whole_lines
 
 _SETTING, _TRIALS, _RESULTS, _TABLE = "comparison.json", "trials.jsonl", "results.json", "results.md"
@@ -59,12 +61,21 @@ class Plan:
 
 
 def compare_adapters(plan: Plan, folder: Path, device: torch.device, say: Callable[[str], None]) -> str:
-    """Run all trials that are missing; write and return the table. UserError when the folder holds another comparison,
-    when sizes do not fit, or when the base does not keep packed examples apart."""
+    """Run all trials that are missing; write and return the table. UserError when the folder holds another comparison
+    or another process works in it, when sizes do not fit, or when the base does not keep packed examples apart."""
     plan, texts, facts = checked(plan)
     setting = {**shared(plan), "base": facts}
-    before = check_setting(folder, setting)
-    _keep_setting(folder, {**before, **setting})
+    check_setting(folder, setting)
+    with contextlib.ExitStack() as closing:
+        with write_errors(UserError, folder, "Give another folder."):
+            folder.mkdir(parents=True, exist_ok=True)
+            closing.enter_context(run_folder_lock(folder, key="--to"))
+        # Once more: until now another process may have begun a comparison in the folder.
+        _keep_setting(folder, {**check_setting(folder, setting), **setting})
+        return _compare(plan, texts, folder, device, say)
+
+
+def _compare(plan: Plan, texts: Texts, folder: Path, device: torch.device, say: Callable[[str], None]) -> str:
     done, path = read_trials(folder), folder / _TRIALS
     _cut_torn_line(path)
     for trial in missing(plan, done):
@@ -281,7 +292,6 @@ def check_setting(folder: Path, setting: Mapping[str, Any]) -> dict[str, Any]:
 def _keep_setting(folder: Path, setting: Mapping[str, Any]) -> None:
     path = folder / _SETTING
     with write_errors(UserError, path, "Give another folder."):
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(setting, indent=2) + "\n").encode())
 
 

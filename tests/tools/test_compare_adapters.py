@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tooling import assert_refused, tool
 from megatron_tf.benchmark import adapters
 from megatron_tf.commands.compare_adapters import FORMS
 from megatron_tf.errors import ConfigError, UserError
+from megatron_tf.finetuning import comparison
 from megatron_tf.finetuning.comparison import (
     _COLUMNS,
     Plan,
@@ -26,6 +28,7 @@ from megatron_tf.finetuning.comparison import (
     read_trials,
 )
 from megatron_tf.finetuning.trial import BASE, Outcome, Setting, Trial
+from megatron_tf.runtime.run_lock import run_folder_lock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "finetuning"))
 from bases import decoder, questions, tokenformer, write_base, write_lines  # noqa: E402
@@ -97,6 +100,23 @@ def test_sizes_that_cannot_be_are_refused_before_anything_is_written(tmp_path):
     ):
         compare(tmp_path, batch=3)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_which_another_process_works_is_refused(tmp_path, monkeypatch):
+    """Both would run the same trials, and one would cut off a line that the other is writing."""
+    write_base(tmp_path / "base")
+    tried = []
+
+    def trial(*arguments):
+        tried.append(arguments)
+        with pytest.raises(ConfigError, match="--to: .*/out is in use by process .* Stop that run, or choose another"):
+            compare(tmp_path)
+        return Outcome(64, 2.0, 4.0, 100.0)
+
+    monkeypatch.setattr(comparison, "run_folder_lock", partial(run_folder_lock, patience_seconds=0.0))
+    monkeypatch.setattr(comparison, "run_trial", trial)
+    compare(tmp_path, forms=("modules",))
+    assert len(tried) == len(read_trials(tmp_path / "out")) == 1 + 3 + 2
 
 
 def test_appended_tokens_are_a_form_of_tokenformers_alone(tmp_path):
