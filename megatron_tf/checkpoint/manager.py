@@ -127,6 +127,8 @@ def _find_in(folder: Path) -> tuple[Path, list[str]]:
                 f"{folder}: holds no complete checkpoint:{reasons}\nCopy them again, or give another folder"
             )
         raise CheckpointError(f"{folder}: holds no complete checkpoint. Give the folder of a run that has saved one")
+    if not skipped:
+        return latest, []
     step = open_checkpoint(latest).index.step
     newer = [reason for broken, reason in skipped if _named_step(broken) > step]
     for reason in newer:
@@ -227,12 +229,15 @@ def _candidates(root: Path) -> tuple[list[tuple[Path, CheckpointError | None]], 
 
 
 def _survey(root: Path) -> tuple[list[CheckpointReader], list[tuple[Path, CheckpointError]]]:
-    """(Every checkpoint that can be opened, newest first; those that cannot, with reasons)."""
+    """(Every checkpoint that can be opened, newest first; those that cannot, with reasons).
+
+    A run that trains in the folder deletes old ones meanwhile, after it has saved newer ones: the folder is then listed
+    again.
+    """
     readers: list[CheckpointReader] = []
     failures: list[tuple[Path, CheckpointError]] = []
-    for folder in _entries(root):
-        if folder.name.startswith((UNFINISHED_PREFIX, FAILED_PREFIX)):
-            continue
+    entries = [path for path in _entries(root) if not path.name.startswith((UNFINISHED_PREFIX, FAILED_PREFIX))]
+    for folder in entries:
         if problem := broken_link(folder):
             failures.append((folder, UnreadableError(f"{folder}: {problem}")))
         elif _looks_like_checkpoint(folder):
@@ -240,6 +245,8 @@ def _survey(root: Path) -> tuple[list[CheckpointReader], list[tuple[Path, Checkp
                 readers.append(open_checkpoint(folder))
             except CheckpointError as error:
                 failures.append((folder, error))
+    if not all(map(os.path.lexists, entries)):
+        return _survey(root)
     readers.sort(key=_age, reverse=True)
     distinct: dict[Path, CheckpointReader] = {}
     for reader in readers:

@@ -138,10 +138,15 @@ def read_failure(what: str, path: Path, error: OSError) -> CheckpointError:
     """The error to raise when `path`, which messages call `what`, could not be read.
 
     DamagedError when it is missing or no file, else UnreadableError: also when it is a link that leads nowhere, for
-    what it led to may be whole.
+    what it led to may be whole. CheckpointError when the whole folder is gone.
     """
     if link := broken_link(path):
         return UnreadableError(f"{what} {link}")
+    if isinstance(error, FileNotFoundError) and not os.path.lexists(path.parent):
+        return CheckpointError(
+            f"{path.parent}: is no longer there. A run deletes its older checkpoints while it trains "
+            "(checkpoint.keep_last): start this again, with the run's newest one"
+        )
     kind = DamagedError if isinstance(error, _DAMAGE) else UnreadableError
     return kind(f"{what} cannot be read ({error.strerror or error})")
 

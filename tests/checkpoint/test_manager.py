@@ -17,9 +17,11 @@ from damaged_checkpoints import (
     refuse,
 )
 
+from megatron_tf.checkpoint import manager
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME, shard_name
-from megatron_tf.checkpoint.manager import find_latest, resolve, verify_checkpoint
-from megatron_tf.errors import CheckpointError, UnreadableError
+from megatron_tf.checkpoint.manager import find_latest, prune, resolve, verify_checkpoint
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.errors import CheckpointError, DamagedError, UnreadableError
 
 
 def test_the_newest_by_content_whatever_its_name(sandbox, three):
@@ -110,6 +112,32 @@ def test_resolve_says_why_there_is_none(sandbox, three, tmp_path):
         resolve(tmp_path / "missing")
     with pytest.raises(CheckpointError, match="/dev/null: is no folder"):
         resolve("/dev/null")
+
+
+@pytest.mark.parametrize("moment", ["_entries", "open_checkpoint"])
+def test_a_run_that_saves_and_deletes_old_ones_meanwhile(sandbox, three, monkeypatch, moment):
+    """After the folder was listed, and before its checkpoints are opened."""
+
+    def then_saved(*arguments):
+        found = look(*arguments) if moment == "_entries" else None
+        for _ in once:
+            sandbox.saved(step=40)
+            assert prune(sandbox.root, 1) == three[::-1]
+        return found or look(*arguments)
+
+    look, once = getattr(manager, moment), iter([None])
+    monkeypatch.setattr(manager, moment, then_saved)
+    assert resolve(sandbox.root).name == "step_00000040"
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_called_damaged(three):
+    reader = open_checkpoint(three[0])
+    shutil.rmtree(three[0])
+    (name, state), *_ = reader._maps
+    for read in (reader.verify, lambda: reader.read(name, state, 0, 1), lambda: open_checkpoint(three[0])):
+        with pytest.raises(CheckpointError, match="is no longer there. A run deletes its older checkpoints") as refused:
+            read()
+        assert not isinstance(refused.value, DamagedError)
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
