@@ -21,7 +21,7 @@ from megatron_tf.config.tasks import task_of
 from megatron_tf.config.topology import Topology
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.data.documents import Boundaries
-from megatron_tf.durable import prepare_output, write_atomically
+from megatron_tf.durable import file_lock, prepare_output, write_atomically
 from megatron_tf.errors import UserError, write_errors
 from megatron_tf.evaluation.eval_data import TASK_FOLDER
 from megatron_tf.evaluation.result_files import Identity, result_file
@@ -160,7 +160,12 @@ def write_result(first: Path, values: Mapping[str, Any], identity: Callable[[Map
 
     Call it before anything is printed: printing may fail, and hours of evaluation would be lost.
     """
-    path = result_file(first, values, identity)
-    with write_errors(UserError, path, "Choose another --output."):
-        write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    content = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    # Two evaluations that end at once must not both take a name that is free.
+    with (
+        write_errors(UserError, first, "Choose another --output."),
+        file_lock(first.with_name(f"{first.name}.lock")),
+    ):
+        path = result_file(first, values, identity)
+        write_atomically(path, content)
     return path

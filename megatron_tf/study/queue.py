@@ -82,9 +82,11 @@ class Queue:
         if self._bug is not None:
             raise self._bug
         plan, ended = self._current()
-        if self._failed:
-            told = "".join(f"\n  - {name}: {why}" for name, why in self._failed.items())
-            raise UserError(f"{len(self._failed)} of the runs failed:{told}\nCorrect it and start the study again.")
+        # Another process may have repeated a run that failed here.
+        failed = {name: why for name, why in self._failed.items() if name not in ended or name in self._conflicts}
+        if failed:
+            told = "".join(f"\n  - {name}: {why}" for name, why in failed.items())
+            raise UserError(f"{len(failed)} of the runs failed:{told}\nCorrect it and start the study again.")
         if len(ended) < len(plan.nodes):
             raise RunStopped(
                 f"stopped: {len(ended)} of {len(plan.nodes)} runs have ended. Start the study again to go on."

@@ -1,9 +1,17 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
+from live import PATIENCE_SECONDS
 
+from megatron_tf import durable
+from megatron_tf.durable import write_atomically
+from megatron_tf.evaluation import loaded
+from megatron_tf.evaluation.loaded import write_result
 from megatron_tf.evaluation.result_files import perplexity_identity, result_file, tasks_identity
 
 PERPLEXITY = {
@@ -61,3 +69,31 @@ def test_what_is_no_evaluation_is_left_alone(tmp_path, content):
     path = tmp_path / "step_1_perplexity.json"
     path.write_text(content, encoding="latin-1")
     assert result_file(path, PERPLEXITY, perplexity_identity).name == "step_1_perplexity-2.json"
+
+
+def test_two_evaluations_that_end_at_once_have_files_of_their_own(tmp_path, monkeypatch):
+    """The second one looks for a free name when the first has found it and not yet written its file."""
+    path, waits_or_is_done, sleep = tmp_path / "step_1_perplexity.json", threading.Event(), time.sleep
+    other = {**PERPLEXITY, "window": 8}
+
+    def write_other():
+        try:
+            write_result(path, other, perplexity_identity)
+        finally:
+            waits_or_is_done.set()
+
+    def then_written(*arguments):
+        for _ in once:
+            thread.start()
+            assert waits_or_is_done.wait(PATIENCE_SECONDS)
+        write_atomically(*arguments)
+
+    thread, once = threading.Thread(target=write_other), iter([None])
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda pause: (waits_or_is_done.set(), sleep(pause)))
+    monkeypatch.setattr(durable, "time", clock)
+    monkeypatch.setattr(loaded, "write_atomically", then_written)
+    assert write_result(path, PERPLEXITY, perplexity_identity) == path
+    thread.join(PATIENCE_SECONDS)
+    assert json.loads(path.read_text()) == PERPLEXITY
+    assert json.loads((tmp_path / "step_1_perplexity-2.json").read_text()) == other
+    assert len(list(tmp_path.iterdir())) == 2

@@ -136,6 +136,19 @@ def test_what_fails_is_named_and_all_else_runs(study, started):
     assert len(names) == 7 and any("failed with exit code 2" in line for line in lines)
 
 
+def test_what_fails_here_and_ends_elsewhere_has_not_failed(study, started, monkeypatch):
+    """Another process takes the run as soon as it has failed here, perhaps on a machine without a fault."""
+    names, of = started("import sys; sys.exit(1 if 'going_on_seed1' in sys.argv[1] else 0)"), study()
+
+    def repeated(node, *arguments):
+        result.write_failure(node, *arguments)
+        write_result(node, module.measure(node))
+
+    monkeypatch.setattr(module, "write_failure", repeated)
+    queue(of).run()
+    assert len(names) == len(set(names)) == 8
+
+
 def test_what_is_stopped_goes_on(study, started):
     """A signal is passed on to the runs, which save; the study is not over. A run that is not told would end well."""
     names, of = started("import time; time.sleep(60)"), study()
