@@ -16,9 +16,9 @@ REMEDY = f"Give them one, {NOT_COMPARED}"
 
 def check_comparable(plan: Plan) -> None:
     """Raises ConfigError with the names and values of comparable arms that differ in budget, schedule or data."""
-    nodes = [plan.of(arm)[0] for arm in plan.study.arms if arm.comparable and plan.of(arm)]
+    nodes = [plan.of(arm)[0] for arm in plan.study.arms if arm.comparable]
     problems = [*_budget_problems(nodes, plan.study.tolerance), *_other_problems(nodes)]
-    unmeasured = [arm.name for arm in plan.study.arms if plan.of(arm) and not plan.of(arm)[0].config.data.validation]
+    unmeasured = [arm.name for arm in plan.study.arms if not plan.of(arm)[0].config.data.validation]
     if unmeasured:
         problems.append(
             f"arms {', '.join(unmeasured)}: data.validation is empty, and its loss is the result. Name some."

@@ -85,15 +85,19 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """`nodes`: in an order in which they can run.  `choices`: by arm, of all sweeps, also those that have not ended."""
+    """`nodes`: in an order in which they can run.  `choices`: by arm, of all sweeps, also those that have not ended.
+
+    `runs`: of each arm and seed, without trials. One that waits may be a guess that is a trial among the nodes.
+    """
 
     study: Study
     nodes: tuple[Node, ...]
     choices: Mapping[str, Choice]
+    runs: Mapping[tuple[str, int], Node]
 
     def of(self, arm: Arm) -> list[Node]:
         """The runs of an arm without trials, one for each seed."""
-        return [node for node in self.nodes if node.arm.name == arm.name and not node.is_trial]
+        return [self.runs[arm.name, seed] for seed in self.study.seeds_of(arm)]
 
     @property
     def reference(self) -> Arm | None:
@@ -125,7 +129,7 @@ def make_plan(study: Study, outcome: Outcome = lambda node: None) -> Plan:
                 nodes[node.name] = node
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Plan(study, tuple(nodes.values()), choices)
+    return Plan(study, tuple(nodes.values()), choices, runs)
 
 
 def in_order(study: Study) -> list[Arm]:

@@ -78,7 +78,7 @@ def results_of(plan: Plan, measure: Measure | None = None) -> Json:
         "arms": [
             {
                 **_arm(plan, arm, by_arm[arm.name], of_reference),
-                "diverged": sum(not math.isfinite(runs[node.name].loss) for node in plan.of(arm) if node.name in runs),
+                "diverged": _diverged(plan, arm, runs),
                 "cost_against": _costs(plan, arm, by_arm[arm.name], baselines),
                 "growth": growth_of(ended_nodes(plan, arm, runs), runs, curves),
                 "routing": routing_of(ended_nodes(plan, arm, runs)),
@@ -112,6 +112,12 @@ def _clock(plan: Plan, runs: Mapping[str, Result], measure: Measure) -> dict[str
                 "cost_against": _costs(plan, arm, _by_seed(plan, arm, timed), baselines),
             }
     return found
+
+
+def _diverged(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> int:
+    """The number of an arm's runs that have diverged, without trials."""
+    ended = [runs[node.name] for node in plan.of(arm) if node.waits is None and node.name in runs]
+    return sum(not math.isfinite(result.loss) for result in ended)
 
 
 def _by_seed(plan: Plan, arm: Arm, runs: Mapping[str, Result]) -> dict[int, Result]:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from live import PATIENCE_SECONDS, until
-from study_names import BIGGER
+from study_names import BIGGER, end
 
 from megatron_tf.config.extends import merged
 from megatron_tf.durable import take_lock
@@ -197,6 +197,17 @@ def test_report(study, started, tmp_path):
     assert grown["cost_against"]["static"]["ratio"] == pytest.approx(1.0, rel=0.1)
     assert "not significant" in text and "chosen 0.02." in text and "10 of 10 runs have ended" in text
     assert in_words(found) == text
+
+
+def test_a_report_of_one_seed_while_its_sweep_runs(study):
+    """The arm's run is then a guess, which is one of its trials as well, and may have ended as such."""
+    of = study(seeds=[1])
+    trials = [node for node in make_plan(of).nodes if node.is_trial]
+    end(trials[1], math.nan)
+    found = results_of(make_plan(of, loss_of))
+    small = found["arms"][0]
+    assert (small["ended"], small["diverged"], small["loss"], small["sweep"]["chosen"]) == (0, 0, None, None)
+    assert (found["runs_ended"], found["runs"]) == (1, 5) and "the others have not ended" in in_words(found)
 
 
 def test_a_run_that_diverges_is_a_result(study, started, monkeypatch, tmp_path):
