@@ -183,8 +183,9 @@ def _contradictions(config: FinetuneConfig) -> Iterator[str]:
         yield f"optimizer.type: {config.optimizer.type}, and adapters are trained by adamw. Set it to adamw."
     if config.optimizer.lr_rule is not None:
         yield "optimizer.lr_rule: is for models of parameter tokens, and this is an adapter. Set it to null."
-    if config.optimizer.candidate_lr_factor not in (None, 1):
-        yield "optimizer.candidate_lr_factor: is for candidates of a model, and this is an adapter. Set it to 1."
+    for key in ("candidate_lr_factor", "router_lr_factor"):
+        if getattr(config.optimizer, key) not in (None, 1):
+            yield f"optimizer.{key}: is for candidates of a model, and this is an adapter. Set it to null."
     if config.optimizer.layer_decay != 1:
         yield "optimizer.layer_decay: is for layers of a model, and this is an adapter. Set it to 1."
     if schedule.type == "wsd" and schedule.decay_steps is None:

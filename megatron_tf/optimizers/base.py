@@ -54,13 +54,14 @@ class UpdateRule(ABC):
 
     `section`: the class of its `optimizer:` section.
     `states`: those in addition to the weight. Checkpoints, growth, estimates, plans and checks read them.
-    `candidate_lr_factor`: for `optimizer.candidate_lr_factor` where it is not given.
+    `candidate_lr_factor`, `router_lr_factor`: for the keys of `optimizer` of this name, where they are not given.
     `why_not_elsewhere`: the reason, as a clause for messages, why keys of other optimizers have no meaning here.
     """
 
     section: ClassVar[type[Optimizer]]
     states: ClassVar[tuple[OptimizerState, ...]]
     candidate_lr_factor: ClassVar[float] = 1.0
+    router_lr_factor: ClassVar[float] = 1.0
     why_not_elsewhere: ClassVar[str] = "another optimizer has this key"
 
     @property

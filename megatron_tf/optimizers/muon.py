@@ -50,6 +50,9 @@ class Muon(AdamW, MatrixRule):
     # A candidate gets as large updates as a token that every position uses, from fewer positions. Measured with 4 and
     # 16 candidates: docs/growth.md.
     candidate_lr_factor = 0.3
+    # Updates of a router are as large as those of other matrices, however small its gradient. At the rate of its
+    # candidates they choose others all the time: docs/growth.md.
+    router_lr_factor = 0.1
     why_not_elsewhere = "it keeps no average of the weights"
 
     def directions(self, optimizer: Optimizer, batch: UpdateBatch) -> list[Tensor]:

@@ -1,5 +1,5 @@
-"""The effect of `optimizer.lr_rule`, `candidate_lr_factor` and `layer_decay` on each parameter: factors of its learning
-rate, weight decay and initial size. No torch.
+"""The effect of `lr_rule`, `candidate_lr_factor`, `router_lr_factor` and `layer_decay` of the optimizer on each
+parameter: factors of its learning rate, weight decay and initial size. No torch.
 
 A projection with n tokens adds up n values, each weighted by a score of unit variance, whatever n is. An update of Adam
 moves every value by the rate, in directions that agree, so it moves the output by n times the rate. Therefore values
@@ -16,6 +16,7 @@ next one, and the input layer, even if it is the head as well, at the same share
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_tf.config.optimizers import rule_of
@@ -39,9 +40,10 @@ PLAIN = Factors()
 def factors(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
     """The factors of each parameter that a setting changes, by name; empty when none does."""
     found = _by_rule(model, optimizer)
-    for name in _of_candidates(model, optimizer):
-        own = found.get(name, PLAIN)
-        found[name] = replace(own, lr=own.lr * candidate_factor(optimizer))
+    for name, factor in _of_candidates(model, optimizer).items():
+        if factor != 1:
+            own = found.get(name, PLAIN)
+            found[name] = replace(own, lr=own.lr * factor)
     if optimizer.layer_decay == 1:
         return found
     for name, spec in parameter_table(model).items():
@@ -81,22 +83,36 @@ def _by_rule(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
     return found
 
 
-def candidate_factor(optimizer: Optimizer) -> float:
-    """The factor of the learning rate of candidates: the given one, or that of the type of optimizer."""
-    given = optimizer.candidate_lr_factor
-    return rule_of(optimizer).candidate_lr_factor if given is None else given
-
-
-def _of_candidates(model: Model, optimizer: Optimizer) -> list[str]:
-    """The parameters that `candidate_lr_factor` changes: all of a bank. Empty when it is 1."""
-    if candidate_factor(optimizer) == 1:
-        return []
-    return [
-        f"{projection.name}.{name}"
+def _of_candidates(model: Model, optimizer: Optimizer) -> dict[str, float]:
+    """Factors of the rates of all parameters of banks, by name."""
+    of_tokens = _given(optimizer, "candidate_lr_factor")
+    of_choice = of_tokens * _given(optimizer, "router_lr_factor")
+    return {
+        f"{projection.name}.{name}": of_choice if name in ("bank.router", "bank.balance") else of_tokens
         for projection in projections(model).values()
         for name in (*projection.keys, *projection.values)
         if name.startswith("bank.")
-    ]
+    }
+
+
+def _given(optimizer: Optimizer, key: str) -> float:
+    """The factor that the section gives, or that of its type of optimizer."""
+    given = getattr(optimizer, key)
+    return getattr(rule_of(optimizer), key) if given is None else given
+
+
+def _candidates_in_words(model: Model, optimizer: Optimizer) -> Iterator[str]:
+    keys = {"candidate_lr_factor": "candidates", "router_lr_factor": "routers"}
+    if not _of_candidates(model, optimizer):
+        for key, subject in keys.items():
+            if (given := getattr(optimizer, key)) not in (None, 1):
+                yield f"{subject} {given:.3g} has no effect, the model has none"
+        return
+    tokens, choice = (_given(optimizer, key) for key in keys)
+    if tokens != 1:
+        yield f"candidates {tokens:.3g}"
+    if choice != 1:
+        yield f"routers {tokens * choice:.3g}"
 
 
 def in_words(model: Model, optimizer: Optimizer) -> str:
@@ -107,10 +123,7 @@ def in_words(model: Model, optimizer: Optimizer) -> str:
         key, value = (found[f"{projection.name}.{names[0]}"].lr for names in (projection.keys, projection.values))
         by_kind[projection.kind] = f"{projection.kind} {key:.3g} keys, {value:.3g} values"
     words = list(by_kind.values())
-    if _of_candidates(model, optimizer):
-        words.append(f"candidates {candidate_factor(optimizer):.3g}")
-    elif optimizer.candidate_lr_factor not in (None, 1):
-        words.append(f"candidates {optimizer.candidate_lr_factor:.3g} has no effect, the model has none")
+    words += _candidates_in_words(model, optimizer)
     if (decay := optimizer.layer_decay) != 1:
         words.append(f"layers {decay**model.num_layers:.3g} to {decay:.3g}")
     return "; ".join(words)

@@ -108,10 +108,15 @@ def test_candidates_have_the_factor_of_the_optimizer():
     sparse = {"ffn": {"group_size": 16, "candidates": 4}}
     muon = {"type": "muon", "lr": 1e-2}
     own = run_config(model={"sparse": sparse}, optimizer=muon)
-    assert factors_of(own)["blocks.0.ffn.bank.router"] == Factors(lr=0.3)
-    assert "rates   × optimizer.lr: candidates 0.3" in describe(own, 1)
-    given = run_config(model={"sparse": sparse}, optimizer={**muon, "candidate_lr_factor": 1})
+    found = {name.removeprefix("blocks.0.ffn.bank."): own.lr for name, own in factors_of(own).items() if ".0." in name}
+    tokens, choice = pytest.approx(0.3), pytest.approx(0.03)
+    assert found == {"key_tokens": tokens, "value_tokens": tokens, "router": choice, "balance": choice}
+    assert "rates   × optimizer.lr: candidates 0.3; routers 0.03\n" in describe(own, 1)
+    ones = {"candidate_lr_factor": 1, "router_lr_factor": 1}
+    given = run_config(model={"sparse": sparse}, optimizer={**muon, **ones})
     assert factors_of(given) == {} and "rates" not in describe(given, 1)
+    slow = run_config(optimizer={"lr": 1e-3, "router_lr_factor": 0.5})
+    assert "rates   × optimizer.lr: routers 0.5 has no effect, the model has none\n" in describe(slow, 1)
     assert factors_of(run_config(model={"sparse": sparse})) == {}
     assert "rates" not in describe(run_config(optimizer=muon), 1)
 
@@ -178,6 +183,6 @@ def test_a_transformer_has_no_use_for_it():
     assert found == [
         "optimizer.lr_rule: is given, but a transformer has no parameter tokens. Set it to null, and tune optimizer.lr "
         "for each size.",
-        "optimizer.candidate_lr_factor: is 0.5, but a transformer has no candidates. Set it to 1.",
+        "optimizer.candidate_lr_factor: is 0.5, but a transformer has no candidates. Set it to null.",
     ]
     assert factors_of(plain) == {} and math.isclose(factors_of(config())["blocks.0.ffn.key_tokens"].lr, 2.0)

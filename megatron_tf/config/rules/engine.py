@@ -131,11 +131,11 @@ def lr_rule_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.lr_rule: is given, but a {config.model.architecture} has no parameter tokens. Set it to null, "
             "and tune optimizer.lr for each size."
         )
-    if config.optimizer.candidate_lr_factor not in (None, 1):
-        yield (
-            f"optimizer.candidate_lr_factor: is {config.optimizer.candidate_lr_factor:g}, but a "
-            f"{config.model.architecture} has no candidates. Set it to 1."
-        )
+    for key in ("candidate_lr_factor", "router_lr_factor"):
+        if (factor := getattr(config.optimizer, key)) not in (None, 1):
+            yield (
+                f"optimizer.{key}: is {factor:g}, but a {config.model.architecture} has no candidates. Set it to null."
+            )
 
 
 def zero_problems(config: RunConfig) -> Iterator[str]:
