@@ -87,14 +87,15 @@ def publish(temporary: Path, final: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield the temporary name to write; publish it as `path` on success, delete it when the block raises.
 
-    Processes that write the same file take turns, because they share the temporary name. OSError when another one takes
-    longer than WRITING_SECONDS.
+    Writers of one file take turns, because they share the temporary name. OSError when another one takes longer than
+    WRITING_SECONDS. The temporary file is there already, perhaps with what a killed run left: open it with "wb". A
+    block that replaces it, instead of writing into it, loses its turn.
     """
     temporary = partial_path(path)
     deadline = time.monotonic() + WRITING_SECONDS
     while (descriptor := _open_locked(temporary)) is None:
         if time.monotonic() > deadline:
-            raise BlockingIOError(errno.EAGAIN, "another process is writing it", str(path))
+            raise BlockingIOError(errno.EAGAIN, "another writer has it", str(path))
         time.sleep(0.05)
     try:
         yield temporary

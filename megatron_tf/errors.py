@@ -193,6 +193,7 @@ _HELPS_WRITING = {
     errno.EACCES: "Correct the permissions",
     errno.EPERM: "Correct the permissions",
     errno.EROFS: "Mount the file system writable",
+    errno.EAGAIN: "Wait until it is done",
 }
 
 

@@ -114,7 +114,7 @@ def test_a_writer_that_is_never_done_is_not_waited_for_for_ever(tmp_path, monkey
     monkeypatch.setattr(durable, "WRITING_SECONDS", 0.0)
     with atomic_path(tmp_path / "a") as temporary:
         temporary.write_bytes(b"of the first")
-        message = "/a: another process is writing it. Choose another."
+        message = "/a: another writer has it. Wait until it is done, or choose another."
         with pytest.raises(UserError, match=message), write_errors(UserError, tmp_path / "a", "Choose another."):
             write_atomically(tmp_path / "a", b"of the second")
     assert (tmp_path / "a").read_bytes() == b"of the first" and os.listdir(tmp_path) == ["a"]

@@ -32,6 +32,7 @@ UNFINISHED_PREFIX = ".tmp-"  # a folder being written or deleted: never a checkp
 REPLACED_PREFIX = ".old-"  # a complete checkpoint, set aside while another one takes its name
 FAILED_PREFIX = ".failed-"  # a small file: why a save failed, for the ranks that wait for it
 CHECKPOINTS_FOLDER = "checkpoints"  # within a run's folder
+SURVEYS = 10  # of a folder from which a run deletes checkpoints meanwhile
 BEFORE_DECAY = "before_decay"  # in `CheckpointIndex.run` of one that is never deleted
 _READABLE = "Make it readable, or give another folder"
 
@@ -228,25 +229,37 @@ def _candidates(root: Path) -> tuple[list[tuple[Path, CheckpointError | None]], 
     return [(path, error) for _, path, error in sorted(found, key=lambda entry: -entry[0])], broken
 
 
+def _is_gone(path: Path) -> bool:
+    """Whether there is no such file any more. A file that cannot be reached may be there."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _survey(root: Path) -> tuple[list[CheckpointReader], list[tuple[Path, CheckpointError]]]:
     """(Every checkpoint that can be opened, newest first; those that cannot, with reasons).
 
     A run that trains in the folder deletes old ones meanwhile, after it has saved newer ones: the folder is then listed
     again.
     """
-    readers: list[CheckpointReader] = []
-    failures: list[tuple[Path, CheckpointError]] = []
-    entries = [path for path in _entries(root) if not path.name.startswith((UNFINISHED_PREFIX, FAILED_PREFIX))]
-    for folder in entries:
-        if problem := broken_link(folder):
-            failures.append((folder, UnreadableError(f"{folder}: {problem}")))
-        elif _looks_like_checkpoint(folder):
-            try:
-                readers.append(open_checkpoint(folder))
-            except CheckpointError as error:
-                failures.append((folder, error))
-    if not all(map(os.path.lexists, entries)):
-        return _survey(root)
+    for _ in range(SURVEYS):
+        readers: list[CheckpointReader] = []
+        failures: list[tuple[Path, CheckpointError]] = []
+        entries = [path for path in _entries(root) if not path.name.startswith((UNFINISHED_PREFIX, FAILED_PREFIX))]
+        for folder in entries:
+            if problem := broken_link(folder):
+                failures.append((folder, UnreadableError(f"{folder}: {problem}")))
+            elif _looks_like_checkpoint(folder):
+                try:
+                    readers.append(open_checkpoint(folder))
+                except CheckpointError as error:
+                    failures.append((folder, error))
+        if not any(map(_is_gone, entries)):
+            break
     readers.sort(key=_age, reverse=True)
     distinct: dict[Path, CheckpointReader] = {}
     for reader in readers:

@@ -27,7 +27,6 @@ def write_weights_file(path: Path, reader: CheckpointReader) -> int:
         "step": str(reader.index.step),
     }
     with file_errors(CheckpointError, path, "Nothing was written."), atomic_path(path) as temporary:
-        temporary.touch()
         mode = temporary.stat().st_mode
         try:
             save_file(read_weights(reader), temporary, metadata)

@@ -161,7 +161,8 @@ def write_result(first: Path, values: Mapping[str, Any], identity: Callable[[Map
     Call it before anything is printed: printing may fail, and hours of evaluation would be lost.
     """
     content = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-    # Two evaluations that end at once must not both take a name that is free.
+    # Two evaluations that end at once must not both take a name that is free. When the lock is not to be had, the
+    # result is written all the same: to lose it would be worse.
     with (
         write_errors(UserError, first, "Choose another --output."),
         file_lock(first.with_name(f"{first.name}.lock")),

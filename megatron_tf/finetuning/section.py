@@ -17,7 +17,7 @@ from megatron_tf.config.load import apply_override
 from megatron_tf.config.lookup import key_name
 from megatron_tf.config.mistakes import follows_from_another, value_sentence
 from megatron_tf.config.nearest import either
-from megatron_tf.config.sections.optimizer import Optimizer
+from megatron_tf.config.sections.optimizer import OF_CANDIDATES, Optimizer
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.errors import ConfigError
 from megatron_tf.shipped import finetunings
@@ -183,7 +183,7 @@ def _contradictions(config: FinetuneConfig) -> Iterator[str]:
         yield f"optimizer.type: {config.optimizer.type}, and adapters are trained by adamw. Set it to adamw."
     if config.optimizer.lr_rule is not None:
         yield "optimizer.lr_rule: is for models of parameter tokens, and this is an adapter. Set it to null."
-    for key in ("candidate_lr_factor", "router_lr_factor"):
+    for key in OF_CANDIDATES:
         if getattr(config.optimizer, key) not in (None, 1):
             yield f"optimizer.{key}: is for candidates of a model, and this is an adapter. Set it to null."
     if config.optimizer.layer_decay != 1:

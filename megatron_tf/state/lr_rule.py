@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.sections.model import Model
-from megatron_tf.config.sections.optimizer import Optimizer
+from megatron_tf.config.sections.optimizer import OF_CANDIDATES, Optimizer
 from megatron_tf.state.parameters import ParameterSpec, layer_of, parameter_table, projections
 
 
@@ -86,9 +86,9 @@ def _by_rule(model: Model, optimizer: Optimizer) -> dict[str, Factors]:
 def _of_candidates(model: Model, optimizer: Optimizer) -> dict[str, float]:
     """Factors of the rates of all parameters of banks, by name."""
     of_tokens = _given(optimizer, "candidate_lr_factor")
-    of_choice = of_tokens * _given(optimizer, "router_lr_factor")
+    of_routers = of_tokens * _given(optimizer, "router_lr_factor")
     return {
-        f"{projection.name}.{name}": of_choice if name in ("bank.router", "bank.balance") else of_tokens
+        f"{projection.name}.{name}": of_routers if name in ("bank.router", "bank.balance") else of_tokens
         for projection in projections(model).values()
         for name in (*projection.keys, *projection.values)
         if name.startswith("bank.")
@@ -102,17 +102,16 @@ def _given(optimizer: Optimizer, key: str) -> float:
 
 
 def _candidates_in_words(model: Model, optimizer: Optimizer) -> Iterator[str]:
-    keys = {"candidate_lr_factor": "candidates", "router_lr_factor": "routers"}
     if not _of_candidates(model, optimizer):
-        for key, subject in keys.items():
+        for key in OF_CANDIDATES:
             if (given := getattr(optimizer, key)) not in (None, 1):
-                yield f"{subject} {given:.3g} has no effect, the model has none"
+                yield f"{key} {given:.3g} has no effect, the model has no candidates"
         return
-    tokens, choice = (_given(optimizer, key) for key in keys)
+    tokens, routers = (_given(optimizer, key) for key in OF_CANDIDATES)
     if tokens != 1:
         yield f"candidates {tokens:.3g}"
-    if choice != 1:
-        yield f"routers {tokens * choice:.3g}"
+    if routers != 1:
+        yield f"their routers {tokens * routers:.3g}"
 
 
 def in_words(model: Model, optimizer: Optimizer) -> str:

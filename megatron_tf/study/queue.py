@@ -152,7 +152,7 @@ class Queue:
             return self._seen
 
     def _ready(self) -> list[Node]:
-        """The runs that can start. Empty only when no run is left, but for those whose parents have failed."""
+        """The runs that can start. Empty only when no run is left, but for those that wait for one that has failed."""
         plan, ended = self._current()
         return [
             node

@@ -130,6 +130,15 @@ def test_a_run_that_saves_and_deletes_old_ones_meanwhile(sandbox, three, monkeyp
     assert resolve(sandbox.root).name == "step_00000040"
 
 
+@pytest.mark.parametrize("name", ["not_a_folder/step_00000050", "step_00000050"])
+def test_a_folder_that_lists_what_cannot_be_reached(sandbox, three, monkeypatch, name):
+    """As a file system does that has lost its server: what else is there is found."""
+    (sandbox.root / "not_a_folder").touch()
+    look = manager._entries
+    monkeypatch.setattr(manager, "_entries", lambda root: [*look(root), root / name])
+    assert resolve(sandbox.root) == three[-1]
+
+
 def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_called_damaged(three):
     reader = open_checkpoint(three[0])
     shutil.rmtree(three[0])

@@ -97,7 +97,7 @@ def test_candidates_learn_at_a_rate_of_their_own():
     assert factors_of(own) == {name: Factors(lr=0.5) for name in names}
     assert "rates   × optimizer.lr: candidates 0.5" in describe(own, 1)
     without = describe(run_config(optimizer={"lr": 1e-3, **slow}), 1)
-    assert "rates   × optimizer.lr: candidates 0.5 has no effect, the model has none\n" in without
+    assert "rates   × optimizer.lr: candidate_lr_factor 0.5 has no effect, the model has no candidates\n" in without
     both = factors_of(config(model={"sparse": sparse}, optimizer=slow))
     assert both["blocks.0.ffn.bank.value_tokens"] == Factors(2.0, 0.25) and both["blocks.0.ffn.key_tokens"].lr == 2.0
     assert not factors_of(run_config(optimizer={"lr": 1e-3, **slow}))
@@ -111,12 +111,12 @@ def test_candidates_have_the_factor_of_the_optimizer():
     found = {name.removeprefix("blocks.0.ffn.bank."): own.lr for name, own in factors_of(own).items() if ".0." in name}
     tokens, choice = pytest.approx(0.3), pytest.approx(0.03)
     assert found == {"key_tokens": tokens, "value_tokens": tokens, "router": choice, "balance": choice}
-    assert "rates   × optimizer.lr: candidates 0.3; routers 0.03\n" in describe(own, 1)
+    assert "rates   × optimizer.lr: candidates 0.3; their routers 0.03\n" in describe(own, 1)
     ones = {"candidate_lr_factor": 1, "router_lr_factor": 1}
     given = run_config(model={"sparse": sparse}, optimizer={**muon, **ones})
     assert factors_of(given) == {} and "rates" not in describe(given, 1)
-    slow = run_config(optimizer={"lr": 1e-3, "router_lr_factor": 0.5})
-    assert "rates   × optimizer.lr: routers 0.5 has no effect, the model has none\n" in describe(slow, 1)
+    told = describe(run_config(optimizer={"lr": 1e-3, "router_lr_factor": 0.5}), 1)
+    assert "rates   × optimizer.lr: router_lr_factor 0.5 has no effect, the model has no candidates\n" in told
     assert factors_of(run_config(model={"sparse": sparse})) == {}
     assert "rates" not in describe(run_config(optimizer=muon), 1)
 

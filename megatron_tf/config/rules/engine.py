@@ -8,6 +8,7 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.optimizer import OF_CANDIDATES
 from megatron_tf.config.sections.parallel import Parallel
 from megatron_tf.optimizers.base import MatrixRule
 
@@ -131,7 +132,7 @@ def lr_rule_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.lr_rule: is given, but a {config.model.architecture} has no parameter tokens. Set it to null, "
             "and tune optimizer.lr for each size."
         )
-    for key in ("candidate_lr_factor", "router_lr_factor"):
+    for key in OF_CANDIDATES:
         if (factor := getattr(config.optimizer, key)) not in (None, 1):
             yield (
                 f"optimizer.{key}: is {factor:g}, but a {config.model.architecture} has no candidates. Set it to null."

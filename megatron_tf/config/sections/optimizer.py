@@ -10,6 +10,8 @@ from megatron_tf.config.fields import Count, NonNegative, OpenSection, Positive,
 from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
 from megatron_tf.config.sections.model import ParameterTokens
 
+# Keys of `Optimizer` for models with candidates. `optimizers.base.UpdateRule` has a value where they are null.
+OF_CANDIDATES = ("candidate_lr_factor", "router_lr_factor")
 LrPower = Annotated[float, Field(ge=0, le=2)]
 
 

@@ -182,7 +182,7 @@ def _merge_if_possible(work: Preparation[Summary], progress: ProgressDisplay, *,
                     _note_remarks(work, progress)
                     return summaries
             # A run that finished the last part while we held the lock has left the merge to us.
-            if held and not _missing(missing):
+            if held and (not _missing(missing) or _finished(work) is not None):
                 continue
             problem = _obstacle(work, missing) if held else "another process is merging the parts"
             if insist:
