@@ -233,10 +233,8 @@ def _is_gone(path: Path) -> bool:
     """Whether there is no such file any more. A file that cannot be reached may be there."""
     try:
         os.lstat(path)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
     return False
 
 

@@ -8,13 +8,13 @@ from importlib.util import find_spec
 import torch
 
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.model.rounding import CAPABILITY
+from megatron_tf.model import rounding
 from megatron_tf.requirements import wanted_versions
 
 
 def has_fp8(device: torch.device) -> bool:
     """Whether the device multiplies 8-bit matrices. A CPU emulates it."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= rounding.CAPABILITY
 
 
 def accelerator_problems(environ: Mapping[str, str]) -> Iterator[str]:
@@ -39,8 +39,8 @@ def precision_problems(config: RunConfig) -> Iterator[str]:
     """A problem for fp8 on a GPU without it, and for a compute type that DeepSpeed refuses on a CPU."""
     if config.training.precision == "fp8" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
-        if capability < CAPABILITY:
-            least, own = (".".join(map(str, version)) for version in (CAPABILITY, capability))
+        if capability < rounding.CAPABILITY:
+            least, own = (".".join(map(str, version)) for version in (rounding.CAPABILITY, capability))
             yield (
                 f"training.precision: fp8 needs a GPU of compute capability {least} or more, such as an H100, and this "
                 f"{torch.cuda.get_device_name()} has {own}. Set it to bf16."

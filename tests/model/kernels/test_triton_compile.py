@@ -55,7 +55,6 @@ for name, (kernel, constants, warps) in WAYS.items():
     types |= dict.fromkeys(matrices, "*bf16")
     aligned = {*sizes, *matrices, *types} - {"scale"}
     compile_kernel(name, kernel, constants, types, aligned, lambda architecture: {"num_warps": warps})
-print(json.dumps(found))
 """
 
 
@@ -77,7 +76,6 @@ for number, layout, known in (
         triton_rounding._round, {**constants, **LAYOUTS[layout], **known})
 for name, (kernel, constants) in WAYS.items():
     compile_kernel(name, kernel, constants, TYPES, ALIGNED, lambda architecture: {"num_warps": triton_rounding.WARPS})
-print(json.dumps(found))
 """
 
 
@@ -101,7 +99,6 @@ WAYS = {
 for name, (kernel, more, warps) in WAYS.items():
     constants = {"HARDWARE": True, "TILE": TILE, **more}
     compile_kernel(name, kernel, constants, TYPES, ALIGNED, lambda architecture: {"num_warps": warps})
-print(json.dumps(found))
 """
 
 
@@ -124,7 +121,6 @@ for name, kernel, tile in (
     sizes = {key: value for key, value in tile.items() if key != "num_warps"}
     for whole in (True, False):
         compile_kernel(f"{name} {whole}", kernel, {**sizes, "WHOLE": whole}, TYPES, ALIGNED, options(tile))
-print(json.dumps(found))
 """
 
 
@@ -133,7 +129,7 @@ def compiled(script, folder, architectures, **names):
     given = "".join(f"{name} = {value!r}\n" for name, value in {"ARCHITECTURES": architectures, **names}.items())
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, "-c", given + COMPILER + script],
+        [sys.executable, "-c", f"{given}{COMPILER}{script}\nprint(json.dumps(found))"],
         env=environment,
         capture_output=True,
         text=True,
