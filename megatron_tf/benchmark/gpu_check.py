@@ -84,7 +84,7 @@ def _steps(device: torch.device, name: str, samples: int) -> Iterable[Row]:
 def results(device: torch.device) -> Iterator[Row]:
     """Relative errors ‖found − expected‖ / ‖expected‖ against fp64, of outputs and gradients."""
     for dtype in BOUNDS:
-        for tokens in (13, 768, 2140, 8620):
+        for tokens in (13, 768, 2140, 8620, 34480):
             yield _compared("pattention", tokens, dtype, *_pattention_pair(device, dtype, tokens))
         for vocabulary in (257, 50304):
             yield _compared("loss", vocabulary, dtype, *_loss_pair(device, dtype, vocabulary))

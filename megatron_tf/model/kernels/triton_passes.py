@@ -1,12 +1,18 @@
 """The elementwise passes of `l2_norm_gelu` on GPUs: fused_passes.py names them, activations/l2_norm.py has the
 formulas.
 
-A program has a row, or several short ones, and works on blocks that fit the registers. A second read of a row comes
-from the cache, so two passes in one kernel save one read of the scores from memory. As one program sums a row, results
-are deterministic. On an H200 the instructions of GELU, not memory, bound a pass unless they are few.
+A program has a row, or several short ones, and works on blocks that fit the registers. Two passes in one kernel keep
+the row in registers between them, or, where it is too long, read it again from the cache: either saves a read from
+memory. As one program sums a row, results are deterministic. On an H200 the instructions of GELU, not memory, bound a
+pass unless they are few.
 """
 
+# Triton's tuples grow, whose types mypy takes for those of empty ones.
+# mypy: disable-error-code="assignment, unreachable"
+
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,9 +21,35 @@ from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WARP = 256  # columns of a warp: 8 for each thread, 16 bytes of bf16
-# (rows up to this length, columns of a block, columns of a warp): the fastest of seven settings on an H200, in bf16,
-# for rows of 2,144 to 34,480 columns.
-BLOCKS = ((4096, 1024, WARP), (16384, 2048, WARP), (None, 8192, 2 * WARP))
+
+
+class Block(NamedTuple):
+    """How a program works on rows of up to `longest` bytes, None for any: `columns` at a time, `per_warp` of each warp.
+
+    `held`: two passes keep the whole row in registers.
+    """
+
+    longest: int | None
+    columns: int
+    per_warp: int
+    held: bool = False
+
+
+# The fastest of seven settings on an H200, in bf16, for rows of 2,144 to 34,480 columns; of two passes in one kernel on
+# an H100.
+SINGLE = Block(8_192, 1024, WARP), Block(32_768, 2048, WARP), Block(None, 8192, 2 * WARP)
+FORWARD = (
+    Block(8_192, 1024, WARP, held=True),
+    Block(32_768, 2048, WARP, held=True),
+    Block(73_728, 4096, WARP // 2, held=True),
+    Block(None, 8192, 2 * WARP),
+)
+BACKWARD = (
+    Block(8_192, 1024, WARP, held=True),
+    Block(20_480, 2048, WARP, held=True),
+    Block(32_768, 4096, 2 * WARP),
+    Block(None, 8192, WARP),
+)
 # (rows of a program, its warps) for rows that one warp reads at once, as those of a bank's groups: the fastest of six
 # settings on an H100. Backward passes take more registers.
 SHORT, SHORT_BACKWARD = (8, 4), (1, 1)
@@ -36,7 +68,7 @@ def weights(scores: Tensor, norms: Tensor, weights: Tensor, scale: float) -> Non
 
 
 def norm_and_weights(scores: Tensor, norms: Tensor, weights: Tensor, scale: float) -> None:
-    _launch(_norm_and_weights, scores, norms, weights, scale=scale)
+    _launch(_norm_and_weights, scores, norms, weights, scale=scale, two_passes=FORWARD)
 
 
 def backward(scores: Tensor, norms: Tensor, gradient: Tensor, weights: Tensor, totals: Tensor, scale: float) -> None:
@@ -61,13 +93,22 @@ def couple(scores: Tensor, norms: Tensor, totals: Tensor, gradient: Tensor) -> N
 
 
 def backward_and_couple(scores: Tensor, norms: Tensor, gradient: Tensor, weights: Tensor, scale: float) -> None:
-    _launch(_backward_and_couple, scores, norms, gradient, weights, scale=scale, short=SHORT_BACKWARD)
+    others = norms, gradient, weights
+    _launch(_backward_and_couple, scores, *others, scale=scale, short=SHORT_BACKWARD, two_passes=BACKWARD)
 
 
 def _launch(
-    kernel: triton.JITFunction, scores: Tensor, *others: Tensor, short: tuple[int, int] = SHORT, **scale: float
+    kernel: triton.JITFunction,
+    scores: Tensor,
+    *others: Tensor,
+    short: tuple[int, int] = SHORT,
+    two_passes: tuple[Block, ...] | None = None,
+    **scale: float,
 ) -> None:
-    """Starts `kernel` with address and row stride of each tensor."""
+    """Starts `kernel` with address and row stride of each tensor.
+
+    `two_passes`: the blocks of a kernel that can hold its rows. It is told their parts, 0 of rows too long for that.
+    """
     rows, n = scores.shape
     if rows == 0:
         return
@@ -75,10 +116,19 @@ def _launch(
     for tensor in (scores, *others):
         assert tensor.stride(1) == 1 or tensor.shape[1] == 1, "neighbours in a row side by side"
         arguments += tensor, tensor.stride(0)
-    largest, per_warp = next(sizes for length, *sizes in BLOCKS if length is None or n <= length)
-    block = min(largest, max(WARP, triton.next_power_of_2(n + 1) // 2))  # not larger than n
-    many, warps = short if n <= WARP else (1, block // per_warp)
-    kernel[(triton.cdiv(rows, many),)](*arguments, rows, n, **scale, ROWS=many, BLOCK=block, num_warps=warps)
+    block = _block(scores, two_passes or SINGLE)
+    parts = {"PARTS": triton.cdiv(n, block.columns) if block.held else 0} if two_passes else {}
+    many, warps = short if n <= WARP else (1, block.columns // block.per_warp)
+    kernel[(triton.cdiv(rows, many),)](
+        *arguments, rows, n, **scale, **parts, ROWS=many, BLOCK=block.columns, num_warps=warps
+    )
+
+
+def _block(scores: Tensor, blocks: tuple[Block, ...]) -> Block:
+    """That of rows of this length, and not longer than they are."""
+    n = scores.shape[1]
+    block = next(own for own in blocks if own.longest is None or n * scores.element_size() <= own.longest)
+    return block._replace(columns=min(block.columns, max(WARP, triton.next_power_of_2(n + 1) // 2)))
 
 
 @triton.jit
@@ -96,24 +146,41 @@ def _own_rows(rows, ROWS: tl.constexpr):
 @triton.jit
 def load_block(pointer, row, stride, start, n, BLOCK: tl.constexpr):
     """The numbers of the rows from `start` on, in fp32; zeros after their end."""
-    columns = (start + tl.arange(0, BLOCK))[None, :]
-    source = pointer + row[:, None] * stride + columns
     if start + BLOCK <= n:  # noqa: SIM108  as a statement it is a branch
-        values = tl.load(source)
+        values = _load(pointer, row, stride, start, n, BLOCK, False)
     else:
-        values = tl.load(source, mask=columns < n, other=0.0)
+        values = _load(pointer, row, stride, start, n, BLOCK, True)
     return values.to(tl.float32)
 
 
 @triton.jit
 def store_block(pointer, row, there, stride, start, n, values, BLOCK: tl.constexpr):
+    if start + BLOCK <= n:
+        _store(pointer, row, there, stride, start, n, values, BLOCK, False)
+    else:
+        _store(pointer, row, there, stride, start, n, values, BLOCK, True)
+
+
+@triton.jit
+def _load(pointer, row, stride, start, n, BLOCK: tl.constexpr, LAST: tl.constexpr):
+    """As `load_block`, in the type of the matrix.  LAST: the block may reach over the rows' end."""
+    columns = (start + tl.arange(0, BLOCK))[None, :]
+    source = pointer + row[:, None] * stride + columns
+    if LAST:
+        return tl.load(source, mask=columns < n, other=0.0)
+    else:  # Triton compiles what follows a return
+        return tl.load(source)
+
+
+@triton.jit
+def _store(pointer, row, there, stride, start, n, values, BLOCK: tl.constexpr, LAST: tl.constexpr):
     columns = (start + tl.arange(0, BLOCK))[None, :]
     to = pointer + row[:, None] * stride + columns
     rounded = values.to(pointer.dtype.element_ty)
-    if start + BLOCK <= n:
-        tl.store(to, rounded, mask=there[:, None])
-    else:
+    if LAST:
         tl.store(to, rounded, mask=there[:, None] & (columns < n))
+    else:
+        tl.store(to, rounded, mask=there[:, None])
 
 
 @triton.jit
@@ -200,12 +267,27 @@ def _weights(
 
 @triton.jit
 def _norm_and_weights(
-    scores, a_stride, norms, r_stride, weights, s_stride, rows, n, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    scores, a_stride, norms, r_stride, weights, s_stride, rows, n, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     row, there = _own_rows(rows, ROWS)
-    r = _norms_of(scores, a_stride, row, n, ROWS, BLOCK)
-    tl.store(norms + row * r_stride, r, mask=there)
-    _make_weights(scores, a_stride, weights, s_stride, _over(scale, r), row, there, n, BLOCK)
+    if PARTS == 0:
+        r = _norms_of(scores, a_stride, row, n, ROWS, BLOCK)
+        tl.store(norms + row * r_stride, r, mask=there)
+        _make_weights(scores, a_stride, weights, s_stride, _over(scale, r), row, there, n, BLOCK)
+    else:
+        held = ()
+        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+        for i in tl.static_range(PARTS):
+            score = _load(scores, row, a_stride, i * BLOCK, n, BLOCK, i == PARTS - 1)
+            squares += score.to(tl.float32) * score.to(tl.float32)
+            held = held + (score,)
+        r = tl.sqrt(tl.sum(squares, 1))
+        tl.store(norms + row * r_stride, r, mask=there)
+        factor = _over(scale, r)[:, None]
+        for i in tl.static_range(PARTS):
+            gelu, _ = _gelu(held[i].to(tl.float32) * factor)
+            _store(weights, row, there, s_stride, i * BLOCK, n, gelu, BLOCK, i == PARTS - 1)
 
 
 @triton.jit
@@ -255,15 +337,61 @@ def _couple(
 
 
 @triton.jit
+def _make_block(
+    scores, a_stride, gradient, d_stride, weights, s_stride, factor, row, there, start, n, BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+):  # fmt: skip
+    """Writes S of a block, and returns its scores and D."""
+    score = _load(scores, row, a_stride, start, n, BLOCK, LAST).to(tl.float32)
+    ds = _load(gradient, row, d_stride, start, n, BLOCK, LAST).to(tl.float32)
+    gelu, slope = _gelu(score * factor)
+    _store(weights, row, there, s_stride, start, n, gelu, BLOCK, LAST)
+    return score, ds * slope * factor
+
+
+@triton.jit
 def _backward_and_couple(
     scores, a_stride, norms, r_stride, gradient, d_stride, weights, s_stride, rows, n, scale, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     row, there = _own_rows(rows, ROWS)
     r = tl.load(norms + row * r_stride)
-    total = _make_gradients(
-        scores, a_stride, gradient, d_stride, weights, s_stride, _over(scale, r), row, there, n, ROWS, BLOCK
-    )  # fmt: skip
-    # The second pass may read what another thread has written.
-    tl.debug_barrier()
-    _make_coupled(scores, a_stride, gradient, d_stride, _over(total, r * r), row, there, n, BLOCK)
+    factor = _over(scale, r)[:, None]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    if PARTS == 0:
+        last = (tl.cdiv(n, BLOCK) - 1) * BLOCK
+        for start in range(0, last, BLOCK):
+            score, d = _make_block(
+                scores, a_stride, gradient, d_stride, weights, s_stride, factor, row, there, start, n, BLOCK, False
+            )  # fmt: skip
+            total += d * score
+        score, d = _make_block(
+            scores, a_stride, gradient, d_stride, weights, s_stride, factor, row, there, last, n, BLOCK, True
+        )  # fmt: skip
+        coupling = _over(tl.sum(total + d * score, 1), r * r)[:, None]
+        _store(gradient, row, there, d_stride, last, n, d - score * coupling, BLOCK, True)
+        # It takes less time to compute D again than to write it and read it back.
+        for start in range(0, last, BLOCK):
+            score = _load(scores, row, a_stride, start, n, BLOCK, False).to(tl.float32)
+            ds = _load(gradient, row, d_stride, start, n, BLOCK, False).to(tl.float32)
+            _, slope = _gelu(score * factor)
+            _store(gradient, row, there, d_stride, start, n, ds * slope * factor - score * coupling, BLOCK, False)
+    else:
+        held = ()
+        given = ()
+        made = ()
+        for i in tl.static_range(PARTS):
+            held = held + (_load(scores, row, a_stride, i * BLOCK, n, BLOCK, i == PARTS - 1),)
+            given = given + (_load(gradient, row, d_stride, i * BLOCK, n, BLOCK, i == PARTS - 1),)
+        for i in tl.static_range(PARTS):
+            score = held[i].to(tl.float32)
+            gelu, slope = _gelu(score * factor)
+            _store(weights, row, there, s_stride, i * BLOCK, n, gelu, BLOCK, i == PARTS - 1)
+            d = given[i].to(tl.float32) * slope * factor
+            total += d * score
+            # In the type of the matrix it takes half the registers.
+            made = made + (d.to(gradient.dtype.element_ty),)
+        coupling = _over(tl.sum(total, 1), r * r)[:, None]
+        for i in tl.static_range(PARTS):
+            da = made[i].to(tl.float32) - held[i].to(tl.float32) * coupling
+            _store(gradient, row, there, d_stride, i * BLOCK, n, da, BLOCK, i == PARTS - 1)

@@ -38,13 +38,19 @@ def compile_kernel(name, kernel, constants, types, aligned, options):
 PASSES = """
 from megatron_tf.model.kernels import triton_pair_sums, triton_passes
 
-names = ("norm", "weights", "norm_and_weights", "backward", "backward_with_product", "couple", "backward_and_couple")
+SINGLE, FORWARD, BACKWARD = triton_passes.SINGLE, triton_passes.FORWARD, triton_passes.BACKWARD
+names = {"norm": SINGLE, "weights": SINGLE, "norm_and_weights": FORWARD, "backward": SINGLE,
+         "backward_with_product": SINGLE, "couple": SINGLE, "backward_and_couple": BACKWARD}
 WAYS = {}
-for name in names:
+for name, blocks in names.items():
     rows, warps = triton_passes.SHORT_BACKWARD if name.startswith("backward") else triton_passes.SHORT
-    kernel, long = getattr(triton_passes, f"_{name}"), {"ROWS": 1, "BLOCK": 2048}
-    WAYS[name] = kernel, long, 2048 // triton_passes.WARP
-    WAYS[name + " short"] = kernel, {"ROWS": rows, "BLOCK": 256}, warps
+    kernel = getattr(triton_passes, f"_{name}")
+    parts = {"PARTS": 1} if "PARTS" in kernel.arg_names else {}
+    WAYS[name + " short"] = kernel, {"ROWS": rows, "BLOCK": 256, **parts}, warps
+    for block in blocks:
+        parts = {"PARTS": block.longest // 2 // block.columns if block.held else 0} if parts else {}
+        constants = {"ROWS": 1, "BLOCK": block.columns, **parts}
+        WAYS[f"{name} {block.longest}"] = kernel, constants, block.columns // block.per_warp
 for name, add in (("sum", False), ("sum added", True)):
     WAYS[name] = triton_pair_sums._sum, {"BLOCK": triton_passes.WARP, "ADD": add}, 1
 for name, (kernel, constants, warps) in WAYS.items():
@@ -54,6 +60,8 @@ for name, (kernel, constants, warps) in WAYS.items():
     matrices = set(kernel.arg_names) - {*types, *numbers, *sizes, *constants}
     types |= dict.fromkeys(matrices, "*bf16")
     aligned = {*sizes, *matrices, *types} - {"scale"}
+    if constants.get("PARTS"):
+        aligned.add("n")  # the last part has a mask, and keys on GPUs are padded
     compile_kernel(name, kernel, constants, types, aligned, lambda architecture: {"num_warps": warps})
 """
 
@@ -184,7 +192,10 @@ def test_rounding_to_8_bits(tmp_path, architectures):
 
 def test_passes_and_sums(tmp_path):
     made = compiled(PASSES, tmp_path, (80, 90))
-    assert len(made) == 2 * (2 * 7 + 2)
+    # seven kernels for short rows and for three lengths, two of them for four, and two sums
+    assert len(made) == 2 * (7 * (1 + 3) + 2 + 2)
     for name, (code, _) in made.items():
-        assert "ld.global.v4.b32" in code, name
-        assert "st.global.v4.b32" in code or name.startswith("norm "), name
+        # 8 bytes at a time was the fastest for these rows, which half fill the registers of a processor
+        numbers = "v2" if name.startswith("norm_and_weights 73728") else "v4"
+        assert f"ld.global.{numbers}.b32" in code, name
+        assert f"st.global.{numbers}.b32" in code or name.startswith("norm "), name

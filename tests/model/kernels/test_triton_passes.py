@@ -61,11 +61,19 @@ def run(scores, gradient):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_agrees_with_fp64(device, monkeypatch, dtype, tokens):
     # So that rows of one block, of several and of a part are there.
-    monkeypatch.setattr(triton_passes, "BLOCKS", ((None, 256, 256),))
+    for name in ("SINGLE", "FORWARD", "BACKWARD"):
+        monkeypatch.setattr(triton_passes, name, (triton_passes.Block(None, 256, 256),))
     check_against_fp64(dtype, tokens, device)
 
 
-@pytest.mark.parametrize("tokens", [4096, 4097, 17000])
+@pytest.mark.parametrize("tokens", [1, 203, 700])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rows_held_in_registers_agree_with_fp64(device, dtype, tokens):
+    check_against_fp64(dtype, tokens, device)
+
+
+# bytes of fp32 rows: up to each limit, and more
+@pytest.mark.parametrize("tokens", [2048, 2049, 5120, 5121, 8193, 17000, 18500])
 def test_agrees_with_fp64_in_blocks_of_each_size(device, tokens):
     check_against_fp64(torch.float32, tokens, device)
 
