@@ -33,7 +33,7 @@ from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError, DataError, UserError
 from megatron_tf.finetuning.batches import collate
 from megatron_tf.finetuning.packed import check_length, check_packing
 from megatron_tf.finetuning.trial import BASE, SECOND, Outcome, Setting, Texts, Trial, read_texts, run_trial
-from megatron_tf.runtime.run_lock import run_folder_lock
+from megatron_tf.runtime.run_folder import run_folder_lock
 from megatron_tf.telemetry.line_file import whole_lines
 
 _SETTING, _TRIALS, _RESULTS, _TABLE = "comparison.json", "trials.jsonl", "results.json", "results.md"

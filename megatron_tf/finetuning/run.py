@@ -20,7 +20,7 @@ from megatron_tf.adapters.summary import PUBLISHED, trained_adapter
 from megatron_tf.config.run_plan import below_trained
 from megatron_tf.durable import atomic_path
 from megatron_tf.engine.schedule import learning_rate
-from megatron_tf.errors import CheckpointError, ConfigError, DataError, RunStopped, UserError, file_errors, write_errors
+from megatron_tf.errors import CheckpointError, ConfigError, DataError, RunStopped, file_errors
 from megatron_tf.finetuning.batches import Row, count_targets, pack, rows_of_step
 from megatron_tf.finetuning.examples import read_examples
 from megatron_tf.finetuning.packed import check_length, check_packing
@@ -41,7 +41,7 @@ from megatron_tf.optimizers.adamw import as_adamw
 from megatron_tf.runtime.agreement import from_rank_zero, together
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import join_ranks
-from megatron_tf.runtime.run_lock import begun_meanwhile, run_folder_lock
+from megatron_tf.runtime.run_folder import RunFolder
 from megatron_tf.runtime.session import session
 from megatron_tf.runtime.stop_signals import StopSignals, describe_request
 from megatron_tf.runtime.watchdog import Watchdog
@@ -59,30 +59,25 @@ def finetune(config: FinetuneConfig, environment: LaunchEnvironment, stop: StopS
     check_ranks(config, environment.world_size)
     device = join_ranks(environment, config.run.timeout_seconds, facts={"the configuration": dump_finetune(config)})
     with session(environment, config.run.hang_seconds) as watchdog, contextlib.ExitStack() as closing:
-        folder = Path(config.run.dir)
+        path, is_main = Path(config.run.dir), environment.rank == 0
         watchdog.begin("reading the examples")
         tokenizer = together(lambda: load_tokenizer(Path(config.base.path)))
         train, validation = together(lambda: _read(config, tokenizer))
         digest = together(lambda: _digest(config.data.train))
         watchdog.begin("loading the base")
-        exists = from_rank_zero(folder.is_dir)
-        if exists:
-            # Lock first: another process in this folder might write a newer checkpoint while the base is loaded.
-            from_rank_zero(lambda: _lock(folder, closing))
-        newest = from_rank_zero(lambda: next(reversed(checkpoints(folder / _CHECKPOINTS)), None))
+        folder = together(lambda: RunFolder(path, closing) if is_main else None)
+        newest = from_rank_zero(lambda: next(reversed(checkpoints(path / _CHECKPOINTS)), None))
         model, resumed = together(lambda: _model(config, newest, digest))
         together(lambda: _place(config, model, device))
-        if not exists:
-            from_rank_zero(lambda: _make_folder(folder, closing))
-        from_rank_zero(lambda: _prepare_folder(config, folder))
-        console = Console(rank=environment.rank, log_path=folder / "train.log")
-        watchdog.report_to(console, folder)
+        together(lambda: _prepare(folder, config) if folder else None)
+        console = Console(rank=environment.rank, log_path=path / "train.log")
+        watchdog.report_to(console, path)
         computing = Computing(device, environment.rank, environment.world_size, config.base.precision == "bf16",
                               config.data.seq_length if config.data.packing else None,
                               config.training.micro_batch_size, config.parallel.shard is not None)  # fmt: skip
         ids = resumed.progress.trackers if resumed else {}
         step = resumed.progress.step if resumed else 0
-        trackers = together(lambda: open_trackers(config, folder, step, ids, environment.rank == 0, console.warning))
+        trackers = together(lambda: open_trackers(config, path, step, ids, is_main, console.warning))
         closing.callback(trackers.close)
         for place in trackers.places:
             console.info(f"{'tracker':<7} {place}")
@@ -284,24 +279,9 @@ def _restore(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], r
         optimizer.state[parameter] = {"step": torch.tensor(float(resumed.progress.step)), **moments}
 
 
-def _lock(folder: Path, closing: contextlib.ExitStack) -> None:
-    """Takes the lock of the run's folder until `closing` ends."""
-    with write_errors(UserError, folder, "Choose another run.dir."):
-        closing.enter_context(run_folder_lock(folder))
-
-
-def _make_folder(folder: Path, closing: contextlib.ExitStack) -> None:
-    """Makes the folder of a new run and takes its lock. ConfigError when another run has begun there meanwhile."""
-    with write_errors(UserError, folder, "Choose another run.dir."):
-        folder.mkdir(parents=True, exist_ok=True)
-    _lock(folder, closing)
-    if checkpoints(folder / _CHECKPOINTS):
-        raise begun_meanwhile(folder)
-
-
-def _prepare_folder(config: FinetuneConfig, folder: Path) -> None:
+def _prepare(folder: RunFolder, config: FinetuneConfig) -> None:
     """Makes the folder of checkpoints and writes the configuration."""
-    with write_errors(UserError, folder, "Choose another run.dir."):
-        (folder / _CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "config.yml") as partial:
-            partial.write_text(dump_finetune(config), encoding="utf-8")
+    place = folder.path / _CHECKPOINTS
+    folder.make(place, lambda: bool(checkpoints(place)))
+    with folder.writing(), atomic_path(folder.path / "config.yml") as partial:
+        partial.write_text(dump_finetune(config), encoding="utf-8")

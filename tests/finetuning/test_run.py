@@ -23,7 +23,7 @@ from megatron_tf.finetuning.saving import read_progress
 from megatron_tf.finetuning.section import load_finetune
 from megatron_tf.inference.load import load_model
 from megatron_tf.runtime.environment import detect
-from megatron_tf.runtime.run_lock import run_folder_lock
+from megatron_tf.runtime.run_folder import run_folder_lock
 from megatron_tf.shipped import find_finetuning
 
 CONFIG = """

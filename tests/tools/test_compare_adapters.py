@@ -28,7 +28,7 @@ from megatron_tf.finetuning.comparison import (
     read_trials,
 )
 from megatron_tf.finetuning.trial import BASE, Outcome, Setting, Trial
-from megatron_tf.runtime.run_lock import run_folder_lock
+from megatron_tf.runtime.run_folder import run_folder_lock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "finetuning"))
 from bases import decoder, questions, tokenformer, write_base, write_lines  # noqa: E402

@@ -11,7 +11,7 @@ from saving import saver_of
 
 from megatron_tf.errors import ConfigError
 from megatron_tf.runtime.environment import detect
-from megatron_tf.runtime.run_lock import run_folder_lock
+from megatron_tf.runtime.run_folder import run_folder_lock
 from megatron_tf.training import opening
 from megatron_tf.training.opening import open_run
 from megatron_tf.training.start import Progress
