@@ -37,16 +37,25 @@ class Point(NamedTuple):
 def laws_of(plan: Plan, runs: Mapping[str, Result]) -> dict[str, Json]:
     """By architecture the fitted law, or under "missing" why there is none.
 
-    It is fitted to arms that were annealed, have not grown, and use all parameters at each position.
+    It is fitted to arms that were annealed, have not grown, and use all parameters at each position: of those of equal
+    parameters and tokens, which differ in their rates or schedules, to the one whose mean loss is lowest.
     """
-    by_architecture: dict[str, list[Point]] = {}
+    arms: dict[str, dict[tuple[int, int], dict[str, list[Point]]]] = {}
     for node, result in counted(plan, runs):
         model = node.config.model
         if has_grown(node) or chooses(model) or node.config.optimizer.schedule.type == "constant":
             continue
         point = Point(num_parameters(model), result.tokens, result.flops, result.loss)
-        by_architecture.setdefault(model.architecture, []).append(point)
-    return {name: law_in_json(points) for name, points in by_architecture.items()}
+        of_size_and_length = arms.setdefault(model.architecture, {}).setdefault(point[:2], {})
+        of_size_and_length.setdefault(node.arm.name, []).append(point)
+    return {
+        name: law_in_json([point for by_arm in own.values() for point in min(by_arm.values(), key=_mean_loss)])
+        for name, own in arms.items()
+    }
+
+
+def _mean_loss(points: Sequence[Point]) -> float:
+    return sum(point.loss for point in points) / len(points)
 
 
 def law_in_json(points: Sequence[Point]) -> Json:

@@ -60,10 +60,12 @@ def found(study, tmp_path):
     sizes = {8 * times: {"model": {"parameter_tokens": {"qkv": 8 * times, "proj": 8 * times, "ffn": 16 * times}}}
              for times in (1, 4, 16)}  # fmt: skip
     arms = [
-        {"name": f"of_{size}_{steps}", "tokens": steps * 64, "decay": 0.2, "comparable": False, "overrides": overrides}
+        {"name": f"of_{size}_{steps}{name}", "tokens": steps * 64, "decay": 0.2, "comparable": False,
+         "overrides": {**overrides, "optimizer": {"lr": rate}}}
         for size, overrides in sizes.items()
         for steps in (20, 80, 320)
-    ]
+        for name, rate in (("", 1e-3), ("_slower", 1e-4))
+    ]  # fmt: skip
     plan = make_plan(study(arms={"small": None, "going_on": None, "grown": None}, more=arms))
 
     def findings(loss_of):
@@ -110,6 +112,14 @@ def test_a_law_is_found_from_runs_with_noise_to_the_advice(found):
 def test_losses_that_have_no_law(found, loss_of, why):
     findings, _ = found(loss_of)
     assert findings.law is None and why in findings.why_no_law, findings.why_no_law
+
+
+def test_of_arms_of_one_size_and_length_the_best_counts(found):
+    def loss_of(node):
+        return SMALL.loss(node.parameters, node.end.tokens) + (0.3 if node.arm.name.endswith("_slower") else 0.0)
+
+    law = found(loss_of)[0].law
+    assert law.points == 18 and law.residual < 1e-3
 
 
 def test_runs_that_have_diverged_are_left_out(found):
