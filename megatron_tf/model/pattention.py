@@ -31,7 +31,6 @@ Where r is a norm, a row of scores that is all zero has r = 0: its output and gr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,15 +40,12 @@ from torch.autograd.function import once_differentiable
 
 from megatron_tf.activations import l2_norm
 from megatron_tf.activations.forms import Norm
-from megatron_tf.activations.function import ScoreFunction, accumulating, score_function
-from megatron_tf.activations.overlap import row_chunks, row_parts
+from megatron_tf.activations.function import ScoreFunction, score_function
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
-from megatron_tf.model import fp8, gram, rounded_scores
+from megatron_tf.model import fp8, gram, row_passes
 from megatron_tf.model.checks import check_pattention
-from megatron_tf.model.kernels import score_layout
 from megatron_tf.model.later import Later
-from megatron_tf.model.products import PLAIN, Factor, Product
-from megatron_tf.parallel.collectives import begin_all_reduce
+from megatron_tf.model.products import PLAIN
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.parallel.meanwhile import Meanwhile
 
@@ -168,14 +164,14 @@ class _Pattention(Function):
     def forward(ctx, function, scales, group, product, keep_scores, later, meanwhile, *tensors):
         x, *others = tensors
         tokens, norms = others[: 2 * len(scales)], others[2 * len(scales) :]
-        layer = _layer(tokens, scales, function, group, product, len(norms) > 0)
+        layer = row_passes.layer_of(tokens, scales, function, group, product, len(norms) > 0)
         scores: Tensor | None = None
         if layer.exchanges:
-            scores, statistics, outputs = _sharded_forward(_rows(x), layer)
+            scores, statistics, outputs = row_passes.sharded_forward(_rows(x), layer)
         elif keep_scores:
-            scores, statistics, outputs = _forward((_rows(x), *norms), layer)
+            scores, statistics, outputs = row_passes.forward((_rows(x), *norms), layer)
         else:
-            chunks = [_forward(own, layer)[1:] for own in _chunks(_rows(x), *norms)]
+            chunks = [row_passes.forward(own, layer)[1:] for own in row_passes.chunks_of(_rows(x), *norms)]
             statistics, outputs = ([torch.cat(own) for own in zip(*parts)] for parts in zip(*chunks))
         ctx.save_for_backward(x, *tokens, *statistics, *([scores] if keep_scores else []))
         ctx.function, ctx.scales, ctx.group, ctx.normed = function, scales, group, layer.normed
@@ -191,22 +187,22 @@ class _Pattention(Function):
         count = len(ctx.scales)
         tokens, statistics, kept = others[: 2 * count], others[2 * count : 3 * count], others[3 * count :]
         shared = ctx.scales, ctx.function, ctx.group, ctx.product, ctx.normed
-        layer = _layer(tokens, *shared, wants_dx=ctx.needs_input_grad[7])
+        layer = row_passes.layer_of(tokens, *shared, wants_dx=ctx.needs_input_grad[7])
         rows = _rows(x), *map(_rows, grads), *statistics
         if ctx.later is not None:
-            d_x, products, totals = _backward_to_inputs(rows, *kept, layer)
+            d_x, products, totals = row_passes.backward_to_inputs(rows, *kept, layer)
             ctx.later.add(ctx.leaves, _made(products, [len(own) for own in tokens]))
             token_grads = [None] * len(tokens)
         elif kept or layer.exchanges:
-            scores = kept[0] if kept else _scores(rows[0], layer)
-            d_x, of_keys, value_grads, totals = _backward_but_keys(rows, scores, layer)
+            scores = kept[0] if kept else row_passes.make_scores(rows[0], layer)
+            d_x, of_keys, value_grads, totals = row_passes.backward_but_keys(rows, scores, layer)
             if ctx.meanwhile is None:
                 token_grads = [*of_keys(), *value_grads]
             else:
                 ctx.meanwhile.leave(of_keys)
                 token_grads = [None] * count + value_grads
         else:
-            d_x, token_grads, totals = _backward_by_chunks(rows, layer)
+            d_x, token_grads, totals = row_passes.backward_by_chunks(rows, layer)
         gradients = [
             None if d_x is None else d_x.view(x.shape),
             *(None if grad is None else grad[: len(own)].to(own.dtype) for own, grad in zip(tokens, token_grads)),
@@ -217,209 +213,11 @@ class _Pattention(Function):
         return None, None, None, None, None, None, None, *gradients
 
 
-class _Layer(NamedTuple):
-    """What all rows of a call share.
-
-    `normed`: their norms are known before their scores.  `wants_dx`: whether the gradient of x is made.
-    """
-
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    scales: Sequence[float]
-    function: ScoreFunction
-    group: Group
-    product: Product
-    normed: bool
-    wants_dx: bool
-
-    @property
-    def exchanges(self) -> bool:
-        """Whether a row waits for an exchange of its statistic."""
-        return self.group.size > 1 and not self.normed
-
-
-def _layer(
-    tokens: Sequence[Tensor],
-    scales: Sequence[float],
-    function: ScoreFunction,
-    group: Group,
-    product: Product,
-    normed: bool,
-    wants_dx: bool = False,
-) -> _Layer:
-    """With keys and values of sizes that products are fast with."""
-    if function.facts.ignores_zero:
-        tokens = [score_layout.filled(own) for own in tokens]
-    return _Layer(tokens[: len(scales)], tokens[len(scales) :], scales, function, group, product, normed, wants_dx)
-
-
-# Scores [rows, keys of all projections], and each projection's r [rows, 1] and output [rows, d_out].
-_Results = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
-# dx [rows, d_in] if it is wanted; gradients of keys and values, in the order of the tokens; each projection's T [rows,
-# 1].
-_Gradients = tuple["Tensor | None", Sequence[Tensor], Sequence[Tensor]]
-
-
-def _forward(rows: Sequence[Tensor], layer: _Layer) -> _Results:
-    """`rows`: x, and where it is known r [rows, projections]. Otherwise all tokens are here."""
-    x, *norms = rows
-    scores = _scores(x, layer)
-    known = norms[0].split(1, -1) if norms else [None] * len(layer.keys)
-    statistics, outputs = [], []
-    for a, v, scale, r in zip(score_layout.split(scores, layer.keys), layer.values, layer.scales, known):
-        if r is None:
-            r, s = layer.function.statistic_and_weights(a, scale)
-        else:
-            s = layer.product.weights(layer.function, a, r, scale)
-        statistics.append(r)
-        outputs.append(layer.product(s, v))
-    return scores, statistics, outputs
-
-
-def _sharded_forward(x: Tensor, layer: _Layer) -> _Results:
-    """In parts of the rows, where there are many: the first's statistic travels while the second's scores are made, and
-    the second's while the first's outputs are."""
-    keys, function = layer.keys, layer.function
-    sizes = row_parts(x.shape[0], function.facts.reductions, torch.compiler.is_compiling())
-    joined = score_layout.concatenated(keys)
-    scores = score_layout.empty_scores(x, x.shape[0], joined.shape[0])
-    outputs = [x.new_empty(x.shape[0], v.shape[1]) for v in layer.values]
-    exchanges = []
-    for a, x_part in zip(scores.split(sizes), x.split(sizes)):
-        layer.product(x_part, joined.mT, out=a)
-        exchanges.append(_begin_row_statistic(a, layer))
-    statistics = []
-    for finish, a, *out_parts in zip(exchanges, scores.split(sizes), *(out.split(sizes) for out in outputs)):
-        statistics.append(finish())
-        own = score_layout.split(a, keys), statistics[-1].split(1, -1)
-        for own_scores, r, v, scale, out in zip(*own, layer.values, layer.scales, out_parts):
-            layer.product(function.weights(own_scores, r, scale), v, out=out)
-    return scores, torch.cat(statistics).split(1, -1), outputs
-
-
-def _backward(rows: Sequence[Tensor], scores: Tensor, layer: _Layer) -> _Gradients:
-    """`rows`: x, the outputs' gradients and r of each projection."""
-    d_x, of_keys, value_grads, totals = _backward_but_keys(rows, scores, layer)
-    return d_x, [*of_keys(), *value_grads], totals
-
-
-def _backward_but_keys(
-    rows: Sequence[Tensor], scores: Tensor, layer: _Layer
-) -> tuple[Tensor | None, Callable[[], Sequence[Tensor]], Sequence[Tensor], Sequence[Tensor]]:
-    """`_backward`: (dx, a function that makes the gradients of keys, those of values, T of each projection)."""
-    value_grads: list[Tensor] = []
-    product = layer.product
-    gradient, totals = _to_scores(rows, scores, layer, lambda s, grad: value_grads.append(product(s, grad, "right")))
-
-    def of_keys() -> Sequence[Tensor]:
-        return score_layout.split(product(gradient.mT, rows[0], "left"), layer.keys, 0)
-
-    return _inputs_gradient(gradient, layer), of_keys, value_grads, totals
-
-
-def _backward_to_inputs(
-    rows: Sequence[Tensor], scores: Tensor, layer: _Layer
-) -> tuple[Tensor | None, Sequence[Callable[[], Tensor]], Sequence[Tensor]]:
-    """`_backward`, but each gradient of tokens is a function that makes it."""
-    of_values: list[Callable[[], Tensor]] = []
-    product = layer.product
-    gradient, totals = _to_scores(
-        rows, scores, layer, lambda s, grad: of_values.append(partial(product, s, grad, "right"))
-    )
-    of_keys = [partial(product, own.mT, rows[0], "left") for own in score_layout.split(gradient, layer.keys)]
-    return _inputs_gradient(gradient, layer), [*of_keys, *of_values], totals
-
-
-def _inputs_gradient(gradient: Factor, layer: _Layer) -> Tensor | None:
-    """dx from dA, if it is wanted."""
-    return layer.product(gradient, score_layout.concatenated(layer.keys), "left") if layer.wants_dx else None
-
-
-def _to_scores(
-    rows: Sequence[Tensor], scores: Tensor, layer: _Layer, of_values: Callable[[Factor, Factor], None]
-) -> tuple[Factor, Sequence[Tensor]]:
-    """(dA of all projections, T of each).  `of_values`: is given Sᵀ of each projection, and its output's gradient."""
-    keys, function, group, product = layer.keys, layer.function, layer.group, layer.product
-    if product.rounds_scores(function, scores):
-        outputs, norms, own = rows[1 : 1 + len(keys)], rows[1 + len(keys) :], score_layout.split(scores, keys)
-        return rounded_scores.to_scores(
-            scores, own, outputs, layer.values, norms, layer.scales, product, layer.wants_dx, of_values
-        )
-    grads = [product.factor(grad, gradient=True, both=True) for grad in rows[1 : 1 + len(keys)]]
-    gradient = _weights_gradient(grads, scores, layer)
-    pairs = score_layout.split(gradient, keys), score_layout.split(scores, keys)
-    parts = list(zip(*pairs, rows[1 + len(keys) :], layer.scales))
-    totals: list[Tensor] = []
-    for (d, a, r, scale), grad in zip(parts, grads):
-        if layer.normed or layer.exchanges:
-            s, total = function.backward(a, r, d, scale)
-            totals.append(total)
-            if layer.exchanges and len(totals) == len(parts):
-                # on its way while the last value tokens' gradients are made
-                finish = begin_all_reduce(torch.cat(totals, -1), group)
-        else:
-            s = function.backward_and_couple(a, r, d, scale)
-        of_values(product.factor(s.mT, bound=scale), grad)
-        del s  # not in memory while dA is prepared
-    if layer.exchanges:
-        for (d, a, r, scale), total in zip(parts, finish().split(1, -1)):
-            function.couple(a, r, total, d, scale)
-    # The transpose is what the keys' gradient wants; dx wants dA itself.
-    return product.factor(gradient.mT, gradient=True, both=layer.wants_dx).mT, totals
-
-
-def _weights_gradient(grads: Sequence[Factor], scores: Tensor, layer: _Layer) -> Tensor:
-    """dS of all projections, with zeros in the gaps between them."""
-    if len(grads) == 1:
-        return layer.product.scores(grads[0], layer.values[0].mT, "left")
-    gradient = score_layout.empty_scores(scores, *scores.shape)
-    score_layout.clear_gaps(gradient, layer.keys)
-    for own, v, grad in zip(score_layout.split(gradient, layer.keys), layer.values, grads):
-        layer.product(grad, v.mT, "left", own)
-    return gradient
-
-
 def _made(products: Sequence[Callable[[], Tensor]], sizes: Sequence[int]) -> Callable[[], Sequence[Tensor]]:
     """A function that makes the products, the first `sizes` rows of each."""
     return lambda: [product()[:size] for product, size in zip(products, sizes)]
 
 
-def _backward_by_chunks(rows: Sequence[Tensor], layer: _Layer) -> _Gradients:
-    """Of scores that are made again, of some rows at a time."""
-    chunks = _chunks(*rows)
-    d_x: list[Tensor] = []
-    totals: list[Sequence[Tensor]] = []
-    sums: list[Tensor] = []
-    for own in chunks:
-        own_d_x, token_grads, own_totals = _backward(own, _scores(own[0], layer), layer)
-        if own_d_x is not None:
-            d_x.append(own_d_x)
-        totals.append(own_totals)
-        if not sums:
-            sums = [grad.to(accumulating(grad)) if len(chunks) > 1 else grad for grad in token_grads]
-        else:
-            for whole, grad in zip(sums, token_grads):
-                whole += grad
-    return torch.cat(d_x) if d_x else None, sums, [torch.cat(own) for own in zip(*totals)]
-
-
-def _chunks(*rows: Tensor) -> list[tuple[Tensor, ...]]:
-    """The rows of several tensors, some at a time."""
-    return list(zip(*(tensor.split(row_chunks(len(tensor))) for tensor in rows)))
-
-
-def _scores(x: Tensor, layer: _Layer) -> Tensor:
-    """A of x [rows, d]: [rows, columns]."""
-    joined = score_layout.concatenated(layer.keys)
-    return layer.product.scores(x, joined.mT)
-
-
 def _rows(x: Tensor) -> Tensor:
     """[..., d] -> [rows, d]."""
     return x.reshape(-1, x.shape[-1])
-
-
-def _begin_row_statistic(scores: Tensor, layer: _Layer) -> Callable[[], Tensor]:
-    """A function that waits for r of every row and projection, over all tokens of the group: [rows, projections]."""
-    local = torch.cat([layer.function.statistic(a) for a in score_layout.split(scores, layer.keys)], -1)
-    return layer.function.begin_reduction(local, layer.group)

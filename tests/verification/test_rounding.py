@@ -14,6 +14,7 @@ from tiny import run_config
 from megatron_tf.config.topology import Topology
 from megatron_tf.engine import segmented
 from megatron_tf.errors import exit_now
+from megatron_tf.model import row_passes
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.projection import Pattention
 from megatron_tf.parallel import collectives
@@ -62,9 +63,9 @@ def true_run(name, layout, seed=1):
 
 
 def no_sum_of_norms(patch):
-    begin = pattention._begin_row_statistic
+    begin = row_passes._begin_row_statistic
     alone = {"group": pattention.SINGLE}
-    patch.setattr(pattention, "_begin_row_statistic", lambda scores, layer: begin(scores, layer._replace(**alone)))
+    patch.setattr(row_passes, "_begin_row_statistic", lambda scores, layer: begin(scores, layer._replace(**alone)))
 
 
 def no_sum_of_totals(patch):
@@ -73,7 +74,7 @@ def no_sum_of_totals(patch):
 
     def faulty(ctx, *grads):
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(pattention, "begin_all_reduce", lambda total, group: lambda: total)
+            inner.setattr(row_passes, "begin_all_reduce", lambda total, group: lambda: total)
             return backward(ctx, *grads)
 
     patch.setattr(pattention._Pattention, "backward", staticmethod(faulty))
