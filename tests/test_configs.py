@@ -98,6 +98,7 @@ GROWS_FROM = {
 CHAINS = {
     "chain_124M_to_1.4B": ["124M", "354M", "757M", "1.4B"],
     "chain_sparse": ["124M", "candidates4", "candidates16"],
+    "chain_split_124M_to_1.4B": ["124M", "candidates16"],
     "tiny_chain": ["tokens128", "tokens192", "tokens256"],
 }
 
@@ -256,6 +257,22 @@ def test_the_sparse_chain_multiplies_parameters_at_the_cost_of_its_first_stage()
         assert num_parameters(stage.model) == sum(parameter.numel() for parameter in parameters) == size
         assert f"{size:,}" in header
         assert flops_per_token(stage.model) < 1.01 * flops_per_token(first.model)
+
+
+def test_the_chain_of_the_measured_recipe():
+    """All projections split, by Muon, each stage with a decay of its own and the second from before the first's."""
+    path = CONFIGS / "chain_split_124M_to_1.4B.yml"
+    header = path.read_text(encoding="utf-8").partition("\n\n")[0]
+    first, last = load_stages(path)
+    assert chain_problems([first, last]) == []
+    assert first.model == load("124M").model and last.growth.at == "before_decay"
+    for stage, size in ((first, 123_569_664), (last, 1_404_233_664)):
+        assert stage.optimizer.type == "muon" and stage.optimizer.schedule.type == "wsd"
+        parameters = build_model(stage.model, device="meta").parameters()
+        assert num_parameters(stage.model) == sum(parameter.numel() for parameter in parameters) == size
+        assert f"{size:,}" in header
+    ratio = flops_per_token(last.model) / flops_per_token(first.model)
+    assert f"{ratio:.2f} times the FLOPs" in header
 
 
 def test_the_papers_chain_is_its_four_configurations():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from megatron_tf.activations.forms import GPU
 from megatron_tf.config.architectures import architecture_of
@@ -13,6 +13,7 @@ from megatron_tf.config.sections.model import ParameterTokens
 from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
 from megatron_tf.state.lr_rule import in_words
+from megatron_tf.state.parameters import projections
 from megatron_tf.telemetry.text import count_of, size
 
 
@@ -65,7 +66,7 @@ def describe(
             f"{size(memory.gradients)}, optimizer {size(memory.optimizer)}, activations {size(memory.activations)}"
         ),
     }
-    if rates := in_words(model, config.optimizer):
+    if rates := "; ".join(filter(None, [in_words(model, config.optimizer), *_rates_after_growth(config)])):
         lines["rates"] = f"× optimizer.lr: {rates}"
     if forms := architecture_of(model).norm_forms(config, device):
         lines["scores"] = _scores(config, world_size, forms)
@@ -76,6 +77,22 @@ def describe(
         elif not training.compile:
             lines["fp8"] += "; slower than bf16 unless training.compile is true"
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+
+def _rates_after_growth(config: RunConfig) -> Iterator[str]:
+    """The `lr_multipliers` that are not 1, and where one has no effect."""
+    if config.growth is None:
+        return
+    rates = config.growth.lr_multipliers
+    for key in ("old_tokens", "new_tokens", "new_layers", "other"):
+        if (factor := getattr(rates, key)) != 1:
+            falling = key == "new_tokens" and rates.new_tokens_decay_steps
+            way = f" at first, 1 after {count_of(falling, 'step')}" if falling else ""
+            yield f"{key.replace('_', ' ')} {factor:.3g}{way}"
+    split = {own.kind for own in projections(config.model).values() if all(key.startswith("bank.") for key in own.keys)}
+    if rates.old_tokens != 1 and split:
+        names = " and ".join(sorted(split))
+        yield f"growth.lr_multipliers.old_tokens has no effect on {names}, whose candidates all count as new"
 
 
 def _scores(config: RunConfig, world_size: int, forms: Mapping[str, str]) -> str:

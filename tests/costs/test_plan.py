@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_tf.config import load_config
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.costs.hardware import find_gpu
-from megatron_tf.costs.plan import room_warning
+from megatron_tf.costs.plan import describe, room_warning
 from megatron_tf.costs.report import report
 from megatron_tf.costs.summary import Circumstances, plan
 
@@ -44,3 +44,19 @@ def test_all_parameters_are_reduced_for_the_work_of_those_that_are_used():
     assert f"of which a position uses {stage['used_parameters']:,}" in in_words
     assert f"those that are used: {share:.1%} of the step" in in_words
     assert "those that are used" not in report(made(sparse, 1)) and "uses" not in report(made(dense, 8))
+
+
+def test_rates_after_a_growth():
+    def rates(name, *overrides):
+        config = load_config(TINY.with_name(f"{name}.yml"), [f"growth.lr_multipliers.{own}" for own in overrides])
+        found = [line for line in describe(config, 2).splitlines() if line.startswith("rates")]
+        return found[0].removeprefix("rates   × optimizer.lr: ") if found else None
+
+    assert rates("tiny_grow") is None and rates("tiny_grow", "old_tokens=0") == "old tokens 0"
+    assert rates("tiny_grow", "new_tokens=4", "new_tokens_decay_steps=50", "other=0.5") == (
+        "new tokens 4 at first, 1 after 50 steps; other 0.5"
+    )
+    assert rates("tiny_split", "old_tokens=0", "new_tokens=2") == (
+        "old tokens 0; new tokens 2; growth.lr_multipliers.old_tokens has no effect on ffn, whose candidates all count "
+        "as new"
+    )

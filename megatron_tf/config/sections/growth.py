@@ -16,7 +16,7 @@ Moment = Literal["end", "before_decay"]
 
 class LearningRates(Section):
     old_tokens: NonNegative = 1.0
-    """Tokens of the smaller model. 0 freezes them, to the last bit."""
+    """Tokens of the smaller model. 0 freezes them, to the last bit. Candidates of a split all count as new."""
     new_tokens: NonNegative = 1.0
     """Tokens that the growth added."""
     new_tokens_decay_steps: Count | None = None
