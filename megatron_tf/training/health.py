@@ -57,6 +57,26 @@ NAMES = ALWAYS + AFTER_GROWTH + OF_CANDIDATES
 UNUSED_BELOW = 0.1  # of an equal share of the positions
 
 
+IN_WORDS = {
+    "active_share": "{:.0%} of the tokens active",
+    "dead_share": "{:.0%} dead",
+    "new_share": "{:.0%} of the output by new ones",
+    "load_max": "fullest candidate {:.2f} × an equal share",
+    "unused_share": "{:.0%} of the candidates unused",
+    "copy_distance": "copies {:.2f} apart",
+}
+
+
+def in_words(found: Mapping[str, float]) -> list[str]:
+    """A line for each kind of projection, of metrics as `HealthProbe.measure` returns them."""
+    by_kind: dict[str, list[str]] = {}
+    for name, value in found.items():
+        _, kind, metric = name.split("/")
+        if metric in IN_WORDS:
+            by_kind.setdefault(kind, []).append(IN_WORDS[metric].format(value))
+    return [f"health of {kind}: {', '.join(words)}" for kind, words in by_kind.items()]
+
+
 def health_probe(
     run: Run, stage: Callable[[], Stage], data: OpenData, old_tokens: Mapping[str, int]
 ) -> HealthProbe | None:

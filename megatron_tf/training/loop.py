@@ -26,7 +26,7 @@ from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.account import run_settings
 from megatron_tf.training.early_stop import EarlyStop
 from megatron_tf.training.guard import LossGuard
-from megatron_tf.training.health import HealthProbe, health_probe
+from megatron_tf.training.health import HealthProbe, health_probe, in_words
 from megatron_tf.training.profiler import StepProfiler
 from megatron_tf.training.run_data import Loaders
 from megatron_tf.training.running import Run
@@ -252,7 +252,10 @@ class Trainer:
 
     def _measure_health(self, health: HealthProbe) -> None:
         with self.meter.paused(), self.watchdog.during("measuring health"):
-            self._record(health.measure())
+            found = health.measure()
+        self._record(found)
+        for line in in_words(found):
+            self.console.info(f"step {self.progress.step:,}  {line}")
 
     def _save(self) -> None:
         with self.meter.paused(), self.watchdog.during("saving"):

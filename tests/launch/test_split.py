@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from launching import train
@@ -45,6 +46,11 @@ def test_a_chain_with_a_split_proves_itself_at_every_layout(folder):
     metrics = [json.loads(line) for line in (folder / "run" / "split" / "metrics.jsonl").read_text().splitlines()]
     logged = {key for record in metrics for key in record}
     assert {"train/balance", "train/load_max"} <= logged, logged
+    log = (folder / "run" / "split" / "train.log").read_text()
+    assert re.search(
+        r"step 4  health of ffn: .*fullest candidate \d\.\d\d × an equal share, \d+% of the candidates un", log
+    )
+    assert "step 4  health of qkv: " in log
 
 
 BANK = """

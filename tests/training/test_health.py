@@ -18,7 +18,7 @@ from megatron_tf.parallel.groups import make_group
 from megatron_tf.pruning.measure import visit_projections
 from megatron_tf.state.parameters import initial_scales, parameter_table, projections, shard_range
 from megatron_tf.state.sources import InitialSource, StepZero
-from megatron_tf.training.health import DEAD_BELOW, HealthProbe
+from megatron_tf.training.health import DEAD_BELOW, HealthProbe, in_words
 
 OLD = {"qkv": 13, "proj": 7, "ffn": 20}  # of 13, 11 and 37: qkv has not grown
 LAYOUTS = {
@@ -93,6 +93,15 @@ def test_the_dead_are_found(checkpoint):
     assert found["health/ffn/old_dead_share"] == pytest.approx(0.5 * 1 / 20)  # one of two layers
     assert found["health/ffn/new_dead_share"] == pytest.approx(0.5 * 1 / 17)
     assert 0.1 < found["health/ffn/new_share"] < 0.9 and 1 / 37 < found["health/ffn/active_share"] < 1
+
+
+def test_in_words():
+    found = {"qkv/score_norm": 3.2, "qkv/active_share": 0.418, "qkv/dead_share": 0.0312, "ffn/load_max": 2.571,
+             "ffn/load_spread": 0.8, "ffn/unused_share": 0.04, "ffn/copy_distance": 0.316}  # fmt: skip
+    assert in_words({f"health/{name}": value for name, value in found.items()}) == [
+        "health of qkv: 42% of the tokens active, 3% dead",
+        "health of ffn: fullest candidate 2.57 × an equal share, 4% of the candidates unused, copies 0.32 apart",
+    ]
 
 
 @pytest.mark.slow
