@@ -12,6 +12,7 @@ pass unless they are few.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -116,7 +117,7 @@ def _launch(
     for tensor in (scores, *others):
         assert tensor.stride(1) == 1 or tensor.shape[1] == 1, "neighbours in a row side by side"
         arguments += tensor, tensor.stride(0)
-    block = _block(scores, two_passes or SINGLE)
+    block = _block(two_passes or SINGLE, n, scores.element_size())
     parts = {"PARTS": triton.cdiv(n, block.columns) if block.held else 0} if two_passes else {}
     many, warps = short if n <= WARP else (1, block.columns // block.per_warp)
     kernel[(triton.cdiv(rows, many),)](
@@ -124,10 +125,10 @@ def _launch(
     )
 
 
-def _block(scores: Tensor, blocks: tuple[Block, ...]) -> Block:
-    """That of rows of this length, and not longer than they are."""
-    n = scores.shape[1]
-    block = next(own for own in blocks if own.longest is None or n * scores.element_size() <= own.longest)
+@cache
+def _block(blocks: tuple[Block, ...], n: int, element_size: int) -> Block:
+    """That of rows of n elements, and not longer than they are."""
+    block = next(own for own in blocks if own.longest is None or n * element_size <= own.longest)
     return block._replace(columns=min(block.columns, max(WARP, triton.next_power_of_2(n + 1) // 2)))
 
 
