@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
 
-from megatron_tf.errors import UserError, file_errors, write_errors
+from megatron_tf.errors import UserError, broken_link, file_errors, write_errors, write_remedy
 
 LOCK_SECONDS = 5.0  # a killed process's helpers may hold their locks a moment longer
 WRITING_SECONDS = 60.0  # that a writer of a file waits for another one
@@ -164,6 +164,36 @@ def prepare_output(path: Path) -> None:
                 f"{path}: is a device or a FIFO, which a file would take the place of. Choose another name."
             )
         partial_path(path).is_dir()  # raises when the name is too long with the ending of a temporary file
+
+
+def check_writable(kind: type[UserError], folder: Path, remedy: str, key: str = "") -> None:
+    """`kind` when the folder cannot be made, or takes no files, as far as can be told without writing.
+
+    `remedy`: what helps in any case, such as "Choose another folder.".  `key`: with which the user named the folder.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    number, problem = _refusal(nearest)
+    if problem:
+        verb, place = ("written", "it") if nearest == folder and nearest.is_dir() else ("made", nearest)
+        named = f"{key}: {folder}" if key else folder
+        helps = write_remedy(OSError(number, ""), remedy)
+        raise kind(f"{named} cannot be {verb}: {place} {problem}. {helps}")
+
+
+def _refusal(place: Path) -> tuple[int, str]:
+    """(The number of the error that a new entry of `place` would raise, the reason, which completes a sentence that
+    begins with the path). "" when it would raise none."""
+    if not place.is_dir():
+        return errno.ENOTDIR, broken_link(place) or ("is a file" if place.is_file() else "is no folder")
+    found = os.statvfs(place)
+    if found.f_flag & os.ST_RDONLY:
+        return errno.EROFS, "is on a read-only file system"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return errno.EACCES, "does not let you write"
+    # folders of the kernel, such as /proc: root passes the test of permissions, and still nothing can be made there
+    if found.f_blocks == 0 and not stat.S_IMODE(place.stat().st_mode) & 0o222:
+        return errno.ENOENT, "is of the system and takes no files"
+    return 0, ""
 
 
 def take_lock(descriptor: int) -> bool:

@@ -20,6 +20,7 @@ from megatron_tf.durable import (
     NotPlainError,
     atomic_folder,
     atomic_path,
+    check_writable,
     file_lock,
     new_file,
     open_plain,
@@ -238,3 +239,21 @@ def test_where_there_are_no_locks_we_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with file_lock(tmp_path / "a.lock") as held:
         assert held
+
+
+def test_a_folder_that_takes_no_files_is_told_without_writing(tmp_path, monkeypatch):
+    def problem(folder):
+        with pytest.raises(UserError) as caught:
+            check_writable(UserError, folder, "Choose another folder.", "run.dir")
+        return str(caught.value)
+
+    check_writable(UserError, tmp_path, "Choose another folder.")
+    check_writable(UserError, tmp_path / "new" / "run", "Choose another folder.")
+    # root passes every test of permissions there
+    place = "/proc is of the system and takes no files" if os.geteuid() == 0 else "/proc does not let you write"
+    assert f"run.dir: /proc/x cannot be made: {place}." in problem(Path("/proc/x"))
+    monkeypatch.setattr("os.statvfs", lambda place: SimpleNamespace(f_flag=os.ST_RDONLY, f_blocks=9))
+    why = "is on a read-only file system. Mount the file system writable, or choose another folder."
+    assert problem(tmp_path) == f"run.dir: {tmp_path} cannot be written: it {why}"
+    assert problem(tmp_path / "a" / "b") == f"run.dir: {tmp_path}/a/b cannot be made: {tmp_path} {why}"
+    assert list(tmp_path.iterdir()) == []

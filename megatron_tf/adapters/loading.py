@@ -15,8 +15,7 @@ from torch import Tensor
 from megatron_tf.adapters.folder import read_adapter
 from megatron_tf.adapters.summary import adapter_folder
 from megatron_tf.caches import prepare_hugging_face
-from megatron_tf.checkpoint.format import MANIFEST_NAME
-from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER
+from megatron_tf.checkpoint.kinds import holds_run
 from megatron_tf.checkpoint.strict_json import NotJsonError, parse_json
 from megatron_tf.convert.huggingface.configuration import IMAGE_MODEL_TYPE, MODEL_TYPE
 from megatron_tf.convert.huggingface.verify import require_transformers
@@ -71,7 +70,7 @@ def _refuse_others(folder: Path) -> None:
             )
     elif adapter_folder(folder) is not None:
         raise CheckpointError(f"{folder}: is an adapter, or a run of one. Give the base model that it was trained on")
-    elif os.path.lexists(folder / CHECKPOINTS_FOLDER) or os.path.lexists(folder / MANIFEST_NAME):
+    elif holds_run(folder):
         raise CheckpointError(
             f"{folder}: is a run or a checkpoint of one, and adapters are for models of transformers. Export it with "
             f"`megatron_tf convert to-hf {folder} --to` and a new folder, and give that"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -108,17 +109,26 @@ def check_format(model: Model, form: str, action: str) -> None:
             )
 
 
-def check_same_architecture(index: CheckpointIndex, model: Model, optimizer: str = DEFAULT) -> None:
+def check_same_architecture(
+    index: CheckpointIndex, model: Model, optimizer: str = DEFAULT, place: str | Path = "the checkpoint", key: str = ""
+) -> None:
     """CheckpointError, with every differing key and both values, unless the checkpoint is of `model` and has the states
-    of `optimizer`, a name of the configuration."""
+    of `optimizer`, a name of the configuration.
+
+    `place`: of the checkpoint, to name it.  `key`: with which the configuration names it; "" for one in run.dir.
+    """
+    named = f"{key}: {place}" if key else place
     problems = [f"model.{key}: checkpoint {old}, configuration {new}" for key, old, new in _differences(index, model)]
     if problems:
-        remedy = "Restore these keys, or start in another run.dir."
-        if all(key.startswith(TOKENS) for key, _, _ in _differences(index, model)):
-            remedy = "Token counts change by growth only: set growth.from to this checkpoint and use another run.dir."
-        raise CheckpointError(_listed("the checkpoint is of another architecture", problems) + f"\n{remedy}")
+        otherwise = f"remove {key}" if key else "start in another run.dir"
+        remedy = f"Restore these keys, or {otherwise}."
+        if all(changed.startswith(TOKENS) for changed, _, _ in _differences(index, model)):
+            remedy = "Token counts change by growth only: set growth.from to this checkpoint and " + (
+                f"remove {key}." if key else "use another run.dir."
+            )
+        raise CheckpointError(_listed(f"{named} is of another architecture", problems) + f"\n{remedy}")
     if problem := optimizer_problem(index, optimizer, "begin a new run with its weights by training.init_from"):
-        raise CheckpointError(f"the checkpoint cannot be resumed: {problem}")
+        raise CheckpointError(f"{named} cannot be {'branched off' if key else 'resumed'}: {problem}")
 
 
 def optimizer_problem(index: CheckpointIndex, optimizer: str, otherwise: str) -> str | None:

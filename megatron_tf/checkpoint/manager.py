@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME
+from megatron_tf.checkpoint.kinds import CHECKPOINTS_FOLDER as CHECKPOINTS_FOLDER
+from megatron_tf.checkpoint.kinds import holds_export
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.errors import (
     CheckpointError,
@@ -31,7 +33,6 @@ STEP_PREFIX = "step_"
 UNFINISHED_PREFIX = ".tmp-"  # a folder being written or deleted: never a checkpoint
 REPLACED_PREFIX = ".old-"  # a complete checkpoint, set aside while another one takes its name
 FAILED_PREFIX = ".failed-"  # a small file: why a save failed, for the ranks that wait for it
-CHECKPOINTS_FOLDER = "checkpoints"  # within a run's folder
 SURVEYS = 10  # of a folder from which a run deletes checkpoints meanwhile
 BEFORE_DECAY = "before_decay"  # in `CheckpointIndex.run` of one that is never deleted
 _READABLE = "Make it readable, or give another folder"
@@ -113,7 +114,7 @@ def _find_in(folder: Path) -> tuple[Path, list[str]]:
     if not folder.is_dir():
         missing = broken_link(folder) or "there is no such folder"
         problem = "is a file" if folder.is_file() else "is no folder" if folder.exists() else missing
-        raise CheckpointError(f"{folder}: {problem}. Give a checkpoint, a checkpoints or a run folder")
+        raise CheckpointError(f"{folder}: {problem}. Give a checkpoint, a checkpoints or a run folder.")
     if _looks_like_checkpoint(folder):
         try:
             return open_checkpoint(folder).path, []
@@ -125,9 +126,14 @@ def _find_in(folder: Path) -> tuple[Path, list[str]]:
         reasons = bullets([reason for _, reason in skipped])
         if reasons:
             raise CheckpointError(
-                f"{folder}: holds no complete checkpoint:{reasons}\nCopy them again, or give another folder"
+                f"{folder}: holds no complete checkpoint:{reasons}\nCopy them again, or give another folder."
             )
-        raise CheckpointError(f"{folder}: holds no complete checkpoint. Give the folder of a run that has saved one")
+        if holds_export(folder):
+            raise CheckpointError(
+                f"{folder}: is an export, not a checkpoint. Make one of it with `megatron_tf convert from-hf {folder} "
+                "--to RUN_DIR`, and give that folder"
+            )
+        raise CheckpointError(f"{folder}: holds no complete checkpoint. Give the folder of a run that has saved one.")
     if not skipped:
         return latest, []
     step = open_checkpoint(latest).index.step

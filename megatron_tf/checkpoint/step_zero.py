@@ -26,7 +26,8 @@ from megatron_tf.checkpoint.manager import (
 from megatron_tf.checkpoint.shards import ComputedTensor
 from megatron_tf.checkpoint.writer import ComputedPiece, save_checkpoint
 from megatron_tf.config.sections.model import Model
-from megatron_tf.errors import CheckpointError, broken_link
+from megatron_tf.durable import check_writable
+from megatron_tf.errors import CheckpointError, broken_link, write_remedy
 from megatron_tf.state.optimizer_states import STATES
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.sources import StepZero, WeightsSource
@@ -42,25 +43,24 @@ def checkpoint_bytes(model: Model, states: Sequence[str] = STATES) -> int:
 def target_folder(path: Path | str) -> Path:
     """The folder that `path` means and that will hold the checkpoint: a run's folder means its checkpoints folder.
 
-    CheckpointError when it holds anything already, because it would not be clear which one a run resumes from.
+    CheckpointError when it holds anything already, because it would not be clear which one a run resumes from, and
+    when it cannot be written, before work is spent on the checkpoint.
     """
     root = Path(path)
     if root.name.startswith(STEP_PREFIX):
         raise CheckpointError(
             f"{root}: is the name of one checkpoint. Give the run's folder; the checkpoint will be "
-            f"{CHECKPOINTS_FOLDER}/{folder_name(FIRST_STEP)} within it"
+            f"{CHECKPOINTS_FOLDER}/{folder_name(FIRST_STEP)} within it."
         )
     if root.name != CHECKPOINTS_FOLDER:
         root = root / CHECKPOINTS_FOLDER
     if problem := broken_link(root):
-        raise CheckpointError(f"{root}: {problem}. Give another folder")
-    for folder in (root, *root.parents):
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder}: is a file. Give another folder")
+        raise CheckpointError(f"{root}: {problem}. Give another folder.")
+    check_writable(CheckpointError, root, "Give another folder.")
     leftovers = (UNFINISHED_PREFIX, FAILED_PREFIX)  # of an attempt that was killed; the next one clears them away
     held = sorted(p.name for p in root.iterdir() if not p.name.startswith(leftovers)) if root.is_dir() else []
     if held:
-        raise CheckpointError(f"{root}: holds {held[-1]} already. Nothing is overwritten: give another folder")
+        raise CheckpointError(f"{root}: holds {held[-1]} already. Nothing is overwritten: give another folder.")
     return root
 
 
@@ -105,6 +105,11 @@ def write_step_zero(
         clear_leftovers(root, report=_warn)
         _check_space(root, checkpoint_bytes(model, start.states))
         return save_checkpoint(root, pieces, index, rank=0, world_size=1, token=secrets.token_hex(4))
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        remedy = write_remedy(error.__cause__, "Give another folder.")
+        raise CheckpointError(f"{error}. {remedy}") from error.__cause__
     except KeyboardInterrupt:  # else many gigabytes would stay under a hidden name
         clear_leftovers(root, report=_warn)
         raise
@@ -136,5 +141,5 @@ def _check_space(root: Path, needed: int) -> None:
     if free < needed:
         raise CheckpointError(
             f"{root}: the checkpoint takes {needed:,} bytes, and {free:,} are free there. Make room, or give "
-            "another folder"
+            "another folder."
         )

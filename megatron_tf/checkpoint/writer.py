@@ -121,7 +121,8 @@ def save_checkpoint(
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or attempt.folder})"
         # A rank that is still writing when rank 0 gives up finds its folder gone: the cause is rank 0's then.
-        message = attempt.reason_of_rank_0() or f"{attempt.final}: rank {rank} could not save: {reason}"
+        who = f"rank {rank} could not save" if world_size > 1 else "could not be saved"
+        message = attempt.reason_of_rank_0() or f"{attempt.final}: {who}: {reason}"
         attempt.abandon(rank, reason, message)
         raise CheckpointError(message) from error
     except CheckpointError as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -87,8 +86,9 @@ def main() -> None:
 
 def check_is_no_export(folder: Path) -> None:
     """CheckpointError for an exported model: its config.json already describes it."""
-    # Told by the file's name, because the module that reads exports imports the model.
-    if os.path.lexists(folder / "config.json"):
+    from megatron_tf.checkpoint.kinds import holds_export
+
+    if holds_export(folder):
         raise CheckpointError(
             f"{folder}: is an export, not a checkpoint. Its config.json says what it holds; `megatron_tf convert "
             f"from-hf {folder} --to RUN_DIR` makes a checkpoint of it"

@@ -17,6 +17,8 @@ from megatron_tf.registry import Registry
 if TYPE_CHECKING:
     from megatron_tf.state.sources import StateSource
 
+PRUNE = "megatron_tf prune"  # the command that makes a model smaller, for messages
+
 
 class Axis(ABC):
     """One direction in which a model grows.

@@ -13,7 +13,7 @@ from megatron_tf.config.differences import TOKENS, differing
 from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.model import Model
-from megatron_tf.growth.axes import Axis
+from megatron_tf.growth.axes import PRUNE, Axis
 from megatron_tf.growth.methods import BANK, SPLIT
 from megatron_tf.state.parameters import projections
 
@@ -85,7 +85,13 @@ def _removed(old: Model, new: Model) -> Iterator[str]:
         if kind not in after:
             yield (
                 f"model.sparse.{kind}: {_written(bank)} before, null after. Growth cannot take candidates away: set it "
-                f"to {_written(bank)}, or train the new model from scratch, without growth"
+                f"to {_written(bank)}, or prune the smaller model first: {PRUNE} --candidates {kind}=1"
+            )
+        elif after[kind].candidates < bank.candidates:
+            yield (
+                f"model.sparse.{kind}.candidates: {bank.candidates} before, {after[kind].candidates} after. Growth "
+                f"cannot take candidates away: set it to {bank.candidates}, or prune the smaller model first: {PRUNE} "
+                f"--candidates {kind}={after[kind].candidates}"
             )
 
 

@@ -82,7 +82,9 @@ class LayersAxis(Axis):
     def problems(self, old: Model, new: Model, growth: Growth) -> list[str]:
         before, after, key = old.num_layers, new.num_layers, "growth.depth_method"
         if after < before:
-            return [f"model.num_layers: {before} before, {after} after. Growth cannot take layers away"]
+            return [
+                f"model.num_layers: {before} before, {after} after. Growth cannot take layers away: set it to {before}"
+            ]
         if growth.depth_method == "stack" and after % before:
             near = " or ".join(str(count) for count in multiples_near(after, before) if count > before)
             return [

@@ -11,7 +11,7 @@ from megatron_tf.config.differences import differing
 from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ConfigError
-from megatron_tf.growth.axes import Axis
+from megatron_tf.growth.axes import PRUNE, Axis
 from megatron_tf.growth.methods import BANK, PRESERVING, Elements, GrowingProjection, NewTokens, method_named
 from megatron_tf.state.parameters import ParameterSpec, parameter_table, projections
 
@@ -31,11 +31,18 @@ class TokensAxis(Axis):
         return architecture_of(old).with_token_counts(old, architecture_of(new).token_counts(new))
 
     def problems(self, old: Model, new: Model, growth: Growth) -> list[str]:
-        return [
-            f"model.{key}: {before} before, {after} after. Growth cannot take tokens away"
-            for key, before, after in differing(old, new)
-            if self.claims(key) and after < before
-        ]
+        banks = {projection.kind for projection in projections(old).values() if projection.bank}
+        found = []
+        for key, before, after in differing(old, new):
+            kind = key.removeprefix(TOKENS_KEY)
+            if self.claims(key) and after < before:
+                # tokens of slots are pruned by candidates alone, which leaves their counts as they are
+                pruned = "" if kind in banks else f", or prune the smaller model first: {PRUNE} --tokens {kind}={after}"
+                found.append(
+                    f"model.{key}: {before} before, {after} after. Growth cannot take tokens away: set it to {before}"
+                    + pruned
+                )
+        return found
 
     def without_effect(self, old: Model, new: Model, growth: Growth) -> list[str]:
         counts = architecture_of(new).token_counts(new)

@@ -3,7 +3,6 @@ no ranks."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from megatron_tf.activations.forms import GPU
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.costs.plan import describe
+from megatron_tf.durable import check_writable
 from megatron_tf.errors import ConfigError
 from megatron_tf.model.layers import task_layers
 from megatron_tf.tasks.data import task_data
@@ -39,7 +39,7 @@ def dry_run(stages: Sequence[RunConfig], world_size: int) -> Iterator[str]:
 
 
 def _first(config: RunConfig, world_size: int) -> Iterator[str]:
-    _check_folder(Path(config.run.dir))
+    check_writable(ConfigError, Path(config.run.dir), "Choose another folder.", "run.dir")
     check_data([config])
     data = task_data(config.model).open(config)
     path, passed_over = choose(config)
@@ -67,15 +67,3 @@ def _first(config: RunConfig, world_size: int) -> Iterator[str]:
 def _device() -> str:
     """The type of device that a run would use here."""
     return GPU if torch.cuda.is_available() else "cpu"
-
-
-def _check_folder(folder: Path) -> None:
-    """ConfigError when run.dir cannot be made or written, as far as can be told without writing."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not nearest.is_dir():
-        problem = "is a file" if nearest.is_file() else "is no folder"
-    elif not os.access(nearest, os.W_OK | os.X_OK):
-        problem = "does not let you write"
-    else:
-        return
-    raise ConfigError(f"run.dir: {folder} cannot be made: {nearest} {problem}. Choose another folder.")

@@ -229,7 +229,7 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
         index = reader.index
         if not own:
             _check_longer_than_branch(config, index)
-        check_same_architecture(index, config.model, config.optimizer.type)
+        check_same_architecture(index, config.model, config.optimizer.type, path, "" if own else "branch.from")
         _check_data(config, index.data, data, path)
         trackers, note = _own_trackers(config, index) if own else ({}, "")
         how = "resumed from" if own else "branched off"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,8 +93,28 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(CheckpointError, match="step_00000000: is the name of one checkpoint. Give the run's"):
         target_folder(tmp_path / "step_00000000")
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="file: is a file"):
+    with pytest.raises(CheckpointError, match="file/run/checkpoints cannot be made: .*file is a file. Give another"):
         target_folder(tmp_path / "file" / "run")
+
+
+def test_a_read_only_target_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.statvfs", lambda place: SimpleNamespace(f_flag=os.ST_RDONLY, f_blocks=9))
+    with pytest.raises(CheckpointError, match="cannot be made: .* is on a read-only file system. Mount the"):
+        target_folder(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_of_one_process_has_a_remedy_and_no_rank(small, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("megatron_tf.checkpoint.writer.write_shard", full)
+    start = grow(small, LARGE, GROWTH, seed=5, data=DATA)
+    with pytest.raises(CheckpointError) as caught:
+        write_step_zero(tmp_path / "large", LARGE, start, DATA, lambda done, tensor: None)
+    text = str(caught.value)
+    assert "step_00000000: could not be saved: No space left on device" in text and "rank" not in text
+    assert text.endswith("Free space there, or give another folder.")
 
 
 def test_a_target_may_be_a_link_to_a_folder_and_not_to_nowhere(tmp_path):

@@ -249,7 +249,8 @@ def test_what_cannot_be_split_is_said_before():
          "set it "
          "to a multiple of 3, such as 6 or 9."),
         (large, model({**BANK, "candidates": 2}), "split",
-         "3 before, 2 after. Each candidate is split into as many copies"),
+         "model.sparse.ffn.candidates: 3 before, 2 after. Growth cannot take candidates away: set it to 3, or prune "
+         "the smaller model first: megatron_tf prune --candidates ffn=2."),
         (large, model({"group_size": 32, "candidates": 6, "dense": 5}), "split",
          "model.sparse.ffn.group_size: 16 before, 32 after. Candidates are split as they are, each into copies of its "
          "own "
@@ -258,8 +259,12 @@ def test_what_cannot_be_split_is_said_before():
         (large, small, "split",
          "model.sparse.ffn: {group_size: 16, candidates: 3, dense: 5} before, null after. Growth cannot take "
          "candidates away: "
-         "set it to {group_size: 16, candidates: 3, dense: 5}, or train the new model from scratch, without growth."),
+         "set it to {group_size: 16, candidates: 3, dense: 5}, or prune the smaller model first: megatron_tf prune "
+         "--candidates ffn=1."),
         (large, small, "zero_key", "null after. Growth cannot take candidates away"),
+        (large, model(BANK, parameter_tokens={**TOKENS, "qkv": 10}), "zero_key",
+         "model.parameter_tokens.qkv: 13 before, 10 after. Growth cannot take tokens away: set it to 13, or prune the "
+         "smaller model first: megatron_tf prune --tokens qkv=10."),
         (large, large, "split", "the smaller model has those of model.sparse already"),
         (small, large, "zero_key", "model.sparse.ffn: null before, {group_size: 16, candidates: 3, dense: 5} after."),
         (small, large, "zero_key",

@@ -155,7 +155,7 @@ def test_remedies(tmp_path):
     shard.unlink()
     assert f"{shard_name(0)} is missing. {remedy}\n" in inspect(path).stderr
     done = inspect(tmp_path)
-    assert f"{shard_name(0)} is missing\nCopy them again, or give another folder\n" in done.stderr
+    assert f"{shard_name(0)} is missing\nCopy them again, or give another folder.\n" in done.stderr
     (tmp_path / "empty").mkdir()
     assert "holds no complete checkpoint. Give the folder of a run that has" in inspect(tmp_path / "empty").stderr
     assert f"{TOOL}: is a file. Give a checkpoint" in inspect(TOOL).stderr

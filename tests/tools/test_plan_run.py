@@ -117,7 +117,12 @@ def test_a_layout_that_cannot_run_is_refused_and_others_are_named():
 def test_a_chain_that_the_trainer_refuses_is_refused(tmp_path):
     text = (CONFIGS / "tiny_chain.yml").read_text()
     for old, new, problem in (
-        ("ffn: 768", "ffn: 256", "model.parameter_tokens.ffn: 512 before, 256 after. Growth cannot take tokens away."),
+        (
+            "ffn: 768",
+            "ffn: 256",
+            "model.parameter_tokens.ffn: 512 before, 256 after. Growth cannot take tokens away: set it to 512, "
+            "or prune the smaller model first: megatron_tf prune --tokens ffn=256.",
+        ),
         ("method: zero_key", "method: gram", "gram needs at least 128 new qkv tokens"),
     ):
         (tmp_path / "chain.yml").write_text(text.replace(old, new))

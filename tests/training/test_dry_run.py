@@ -50,6 +50,11 @@ def test_a_folder_that_cannot_be_made(config, tmp_path, inside):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "tokens.bin", "tokens.idx"]
 
 
+def test_a_folder_of_the_system_is_refused_as_the_run_does(config):
+    with pytest.raises(ConfigError, match=r"run\.dir: /proc/x cannot be made: /proc "):
+        lines(config(run={"dir": "/proc/x"}))
+
+
 def test_a_growth_opens_its_source(config, tmp_path):
     small = config()
     model = build_model(small.model)

@@ -90,6 +90,27 @@ def test_another_model_is_refused_with_every_key_that_differs(config, tmp_path, 
     assert "model.parameter_tokens.qkv: there 13, in this run 14" in text and "growth.from" in text
 
 
+def test_a_branch_of_another_model_is_refused_with_key_and_checkpoint(config, tmp_path, trained):
+    own = config(run={"dir": str(tmp_path / "branch")}, branch={"from": str(trained[0])}, model={"num_layers": 3},
+                 training={"train_steps": 99})  # fmt: skip
+    with pytest.raises(CheckpointError) as caught:
+        begin(own, choose(own)[0], {})
+    assert str(caught.value).splitlines() == [
+        f"branch.from: {trained[1]} is of another architecture:",
+        "  - model.num_layers: checkpoint 2, configuration 3",
+        "Restore these keys, or remove branch.from.",
+    ]
+
+
+def test_a_growth_from_an_export_names_the_way_to_a_checkpoint(config, tmp_path):
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "config.json").write_text("{}")
+    own = config(run={"dir": str(tmp_path / "grown")}, growth={"from": str(export)})
+    with pytest.raises(CheckpointError, match=f"^growth.from: {export}: is an export, .*convert from-hf {export} --to"):
+        choose(own)
+
+
 def test_what_holds_no_weights_is_named(tmp_path, trained, flip_last):
     for given, problem in (
         (tmp_path / "nowhere", "there is no such folder"),

@@ -23,6 +23,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from megatron_tf.checkpoint.kinds import EXPORT_CONFIG as CONFIG_NAME
 from megatron_tf.convert.agreement import Agreement
 from megatron_tf.convert.huggingface.configuration import (
     CODE,
@@ -39,7 +40,6 @@ from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.state.parameters import parameter_table
 
 WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer.json"
 _FILE_OVERHEAD_BYTES = 64 * 2**20  # tokenizer, code, headers
 

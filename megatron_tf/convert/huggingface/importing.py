@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_tf.checkpoint.kinds import holds_run
 from megatron_tf.checkpoint.strict_json import NotJsonError, parse_json
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
@@ -84,6 +85,11 @@ def open_export(path: Path | str) -> HuggingFaceModel:
         raise CheckpointError(
             f"{folder}: holds an adapter without its model. Merge it first, with PEFT's merge_and_unload() and then "
             "save_pretrained(), and give the folder that this writes"
+        )
+    if not os.path.lexists(folder / CONFIG_NAME) and holds_run(folder):
+        raise CheckpointError(
+            f"{folder}: is a run or a checkpoint of one, not an export, so it is there to be trained on already. Give "
+            "it as run.dir to go on, as growth.from to grow it, or as training.init_from to begin with its weights"
         )
     config = _read_json(folder / CONFIG_NAME)
     try:

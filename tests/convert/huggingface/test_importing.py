@@ -132,6 +132,13 @@ def test_other_configurations_are_refused(copy, values, message):
         open_export(copy)
 
 
+def test_a_run_in_place_of_an_export_is_named(copy):
+    (copy / "config.json").unlink()
+    (copy / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match=f"^{copy}: is a run or a checkpoint of one, .*growth.from"):
+        open_export(copy)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_damaged_and_missing_files(copy, name):
     (copy / name).write_bytes(b"{")
