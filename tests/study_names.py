@@ -22,8 +22,11 @@ def problems_of(work: Callable[[], object]) -> list[str]:
 def end(node: Node, loss: float) -> None:
     """Writes that a run has ended with `loss`."""
     node.folder.mkdir(parents=True, exist_ok=True)
-    result = Result(
+    write_result(node, result_of(node, loss))
+
+
+def result_of(node: Node, loss: float) -> Result:
+    return Result(
         node.name, node.arm.name, node.seed, node.value, loss, node.end.tokens, node.end.flops, node.own_tokens,
         node.own_flops, 1.0, 1.0, node.parameters, 1000, (),
     )  # fmt: skip
-    write_result(node, result)

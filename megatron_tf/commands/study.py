@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from megatron_tf.arguments import number, path, study_file, whole_number
 from megatron_tf.config.machine import machine_problems
-from megatron_tf.errors import ConfigError, raise_if_any
+from megatron_tf.durable import check_writable
+from megatron_tf.errors import ConfigError, UserError, raise_if_any
 from megatron_tf.study.comparable import check_comparable
 from megatron_tf.study.file import Study, load_study
 from megatron_tf.study.plan import Node, Plan, make_plan
@@ -150,6 +152,7 @@ def run_study(study: Study, arguments: argparse.Namespace) -> None:
     from megatron_tf.study.machine import share
     from megatron_tf.study.queue import Queue
 
+    check_writable(ConfigError, Path(study.dir), "Choose another dir.", "dir")
     plan = known_plan(study)
     if problems := missing(plan):
         raise ConfigError(problems)
@@ -165,13 +168,19 @@ def run_study(study: Study, arguments: argparse.Namespace) -> None:
             "threads. --workers changes it",
             flush=True,
         )
-    Queue(
+    queue = Queue(
         study,
         workers=own.workers,
         threads=own.threads,
         devices=own.devices,
         say=lambda line: print(f"{task}{line}", flush=True),
-    ).run()
+    )
+    try:
+        queue.run()
+    except UserError:
+        with suppress(UserError):  # the first error is the one to tell, also when there is nothing to report yet
+            show_report(study, None)
+        raise
     show_report(study, None)
 
 

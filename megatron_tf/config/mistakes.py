@@ -44,7 +44,7 @@ def value_sentence(key: str, problem: ErrorDetails) -> str:
         hint = did_you_mean(str(given), choices)
         return f"{key}: {describe(given)}, but one of {', '.join(choices)} is expected.{hint}"
     if kind in _BOUNDS or kind == "finite_number":
-        return f"{key}: {given} is out of range. It {reason(problem)}."
+        return f"{key}: {_number(given)} is out of range. It {reason(problem)}."
     if kind == "multiple_of":
         unit = bounds["multiple_of"]
         return f"{key}: {given} is not a multiple of {unit}. Set it to {either(multiples_near(given, unit))}."
@@ -97,7 +97,9 @@ def describe(value: Any) -> str:
     """What was given, as a phrase: "the text 'abc'", "the list [1, 2]", "nothing"."""
     if value is None:
         return "nothing (null)"
-    text = json.dumps(value) if not isinstance(value, str) else repr(value)
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, float):
+        text = _number(value)
     text = text if len(text) <= 60 else text[:57] + "..."
     if isinstance(value, bool):
         return f"the truth value {text}"
@@ -105,6 +107,13 @@ def describe(value: Any) -> str:
         return f"the number {text}"
     kind = "text" if isinstance(value, str) else "list" if isinstance(value, (list, tuple)) else "mapping"
     return f"the {kind} {text}"
+
+
+def _number(value: Any) -> str:
+    """A number, briefly if it is large or small: -7e+10, as users write it, and not -70000000000.0."""
+    brief = f"{value:g}" if isinstance(value, float) else ""
+    exact = str(value)
+    return brief if brief and float(brief) == value and len(brief) < len(exact) - len(".0") else exact
 
 
 def _choices(problem: ErrorDetails) -> list[str] | None:

@@ -136,7 +136,9 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     except ValidationError as error:
         found = [problem for problem in error.errors(include_url=False) if not follows_from_another(problem)]
         raise ConfigError([*problems, *(_sentence(problem, values) for problem in found)]) from None
-    problems += [*_common_problems(study), *_arm_problems(study), *_sweep_problems(study), *_parent_problems(study)]
+    problems += [*_common_problems(study), *_arm_problems(study), *_sweep_problems(study)]
+    if len({arm.name for arm in study.arms}) == len(study.arms):  # else it is not known which one a parent is
+        problems += _parent_problems(study)
     if problems:
         raise ConfigError(problems)
     return study
@@ -218,10 +220,10 @@ def _arm_problems(study: Study) -> Iterator[str]:
         yield f"reference: there is no arm {study.reference}. The arms are {', '.join(names)}.{near}"
     elif study.reference is not None and not study.arm(study.reference).comparable:
         yield f"reference: {study.reference} is not comparable. Name another arm, or set its comparable to true."
-    for arm in study.arms:
-        seeds = study.seeds_of(arm)
+    for place, seeds in (("", study.seeds), *((f"arm {arm.name}: ", arm.seeds or ()) for arm in study.arms)):
         if len(set(seeds)) < len(seeds):
-            yield f"arm {arm.name}: seeds: {list(seeds)} has one twice, and one run would count as two. Give it once."
+            yield f"{place}seeds: {list(seeds)} has one twice, and one run would count as two. Give it once."
+    for arm in study.arms:
         if arm.flops is not None and arm.tokens is not None:
             yield f"arm {arm.name}: both flops ({arm.flops:g}) and tokens ({arm.tokens:g}) are given. Give one."
         if arm.decay is not None and arm.flops is None and arm.tokens is None:

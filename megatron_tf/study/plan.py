@@ -273,9 +273,10 @@ def _add_budget(values: Values, arm: Arm, begin: Position, flops: float | None, 
         whole, spent, unit = flops, begin.flops, "flops"
     steps = round((whole - spent) / a_step)
     if steps < 1:
+        parents = f"its parents take {spent:.4g} of them and " if spent else ""
         raise ConfigError(
-            f"{unit}: {whole:.4g}, of which its parents take {spent:.4g}, and a step {a_step:.4g}: none is left. "
-            "Raise it."
+            f"{unit}: {whole:.4g}, but {parents}one step takes {a_step:.4g}, so no step is left to do. Set it to "
+            f"{spent + a_step:.4g} or more."
         )
     values["training"]["train_steps"] = begin.step + steps
     if arm.decay is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -43,7 +44,7 @@ class Queue:
     """Runs what is left of `study`, `workers` runs at a time.
 
     `threads`: of each process of a run.  `devices`: CUDA_VISIBLE_DEVICES of each worker; empty: it is not changed.
-    `say`: is called with a line when a run begins or ends.
+    `say`: is called with a line when a run begins or ends, and once for each run that another process has.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Queue:
         self._lock = threading.Lock()
         self._seen: tuple[Plan, frozenset[str]] | None = None
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._held: set[str] = set()  # runs whose claims this process has, or asks for
+        self._told: set[str] = set()  # runs of other processes that were told of
         self._failed: dict[str, str] = {}
         self._conflicts: dict[str, str] = {}
         self._bug: BaseException | None = None
@@ -168,13 +171,33 @@ class Queue:
         """The descriptor of a run's locked claim file; None while another worker has it. The lock ends with the last
         process that holds the descriptor."""
         path = Path(self._study.dir, "claims", node.name.replace("/", "_"))
-        with write_errors(UserError, path, "Choose another dir."):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with self._lock:
+            is_ours = node.name in self._held
+            self._held.add(node.name)
+        if is_ours:  # of another thread here
+            yield None
+            return
         try:
-            yield descriptor if take_lock(descriptor) else None
+            with write_errors(UserError, path, "Choose another dir."):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if not take_lock(descriptor):
+                    self._tell_holder(node, path)
+                    yield None
+                else:
+                    _sign(descriptor, os.getpid())
+                    yield descriptor
+            finally:
+                os.close(descriptor)
         finally:
-            os.close(descriptor)
+            self._held.discard(node.name)
+
+    def _tell_holder(self, node: Node, claim: Path) -> None:
+        """Says once who runs what this process waits for: it may be left over from a study that was killed."""
+        if node.name not in self._told:
+            self._told.add(node.name)
+            self._say(f"{node.name}: is being run by {claim.read_text('utf-8') or 'another process'}")
 
     def _train(self, node: Node, worker: int, claim: int) -> None:
         if (kept := begin_again(node, self._study.dir)) is not None:
@@ -196,6 +219,7 @@ class Queue:
                 pass_fds=(claim,),
                 start_new_session=True,
             )
+            _sign(claim, process.pid)
             with self._lock:
                 self._running[node.name] = process
             self._say(f"{node.name}: {node.own_flops:.2e} FLOPs, log in {log}")
@@ -246,6 +270,12 @@ class Queue:
         for process in list(self._running.values()):
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
+
+
+def _sign(claim: int, process: int) -> None:
+    """Writes who has a claim into its file, for those who wait."""
+    os.ftruncate(claim, 0)
+    os.pwrite(claim, f"process {process} on {socket.gethostname()}".encode(), 0)
 
 
 def command(config: Path, ranks: int) -> list[str]:

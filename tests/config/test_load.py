@@ -267,7 +267,7 @@ def test_duplicate_key_is_reported_with_the_other_problems(small_path):
          "2147483648."),
         ("model.rotary_base=1", "model.rotary_base: 1 is out of range. It must be greater than 1."),
         ("optimizer.lr=1e300", "optimizer.lr: 1e+300 is out of range. It must be at most 1e+30."),
-        ("parallel.timeout_seconds=1e8", "parallel.timeout_seconds: 100000000.0 is out of range. It must be at most "
+        ("parallel.timeout_seconds=1e8", "parallel.timeout_seconds: 1e+08 is out of range. It must be at most "
          "1e+07."),
         ("parallel.timeout_seconds=1e-9", "parallel.timeout_seconds: 1e-09 is out of range. It must be at least 1."),
         ("run.seed=-1", "run.seed: -1 is out of range. It must be at least 0."),

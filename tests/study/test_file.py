@@ -74,6 +74,7 @@ from study_names import problems_of
         ({"reference": "nobody"}, "reference: there is no arm nobody"),
         ({"reference": "small"}, "reference: small is not comparable"),
         ({"seeds": []}, "seeds: the list has 0 items. It needs at least 1."),
+        ({"arms": {"grown": {"flops": -7e10}}}, "arm grown: flops: -7e+10 is out of range. It must be greater than 0."),
         ({"tolerance": 2.0}, "tolerance: 2.0 is out of range. It must be"),
         ({"arm": []}, "arm: unknown key. The keys here are name, dir, seeds"),
         ({"arms": {"grown": {"decay": 1.0}}}, "arm grown: decay: 1.0 is out of range. It must be less than 1."),
@@ -86,6 +87,18 @@ def test_what_is_refused(study, changes, problem):
 
 def test_a_circle_is_told_once(study):
     assert len(problems_of(lambda: study(arms={"small": {"parent": "grown"}}))) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"seeds": [1, 1]}, "seeds: [1, 1] has one twice, and one run would count as two. Give it once."),
+        # the second small has no parent of that name that it could start from
+        ({"arms": {"going_on": {"name": "small"}}}, "arm small: is there twice. Give each arm a name of its own."),
+    ],
+)
+def test_a_fault_is_told_once(study, changes, problem):
+    assert problems_of(lambda: study(**changes)) == [problem]
 
 
 def test_overrides(write):

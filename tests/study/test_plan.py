@@ -93,7 +93,14 @@ def test_a_chain_inherits_from_the_stage_before(study):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"arms": {"grown": {"flops": 1e6}}}, "arm grown: flops: 1e+06, of which its parents take 1.116e+07"),
+        (
+            {"arms": {"grown": {"flops": 1e6}}},
+            "arm grown: flops: 1e+06, but its parents take 1.116e+07 of them and one step takes",
+        ),
+        (
+            {"arms": {"small": {"tokens": 7}}},
+            "arm small: tokens: 7, but one step takes 64, so no step is left to do. Set it to 64 or more.",
+        ),
         ({"arms": {"grown": {"decay": 0.95}}}, "arm grown: decay: 0.95 of 2e+07 flops makes"),
         ({"arms": {"grown": {"overrides": {"growth": {"from": "x"}}}}}, "arm grown: growth.from: x, but an arm starts"),
         ({"arms": {"grown": {"overrides": {}}}}, "the smaller model has model.parameter_tokens"),

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -83,8 +84,9 @@ def test_all_runs_once_and_parents_first(study, started):
 def test_a_worker_leaves_alone_what_another_one_has(study, started):
     """Until that one is gone: then the run is its own."""
     names, of = started(), study()
+    lines = []
     with queue(of)._claim(make_plan(of).nodes[0]) as claim:
-        thread = threading.Thread(target=queue(of, workers=1).run)
+        thread = threading.Thread(target=queue(of, workers=2, say=lines.append).run)
         thread.start()
         until(lambda: len(names) == 2, "the two other runs had ended")
         # ten more looks
@@ -92,6 +94,9 @@ def test_a_worker_leaves_alone_what_another_one_has(study, started):
         assert claim is not None and names == ["small/lr=0.02/seed1", "small/lr=0.04/seed1"]
     thread.join(PATIENCE_SECONDS)
     assert not thread.is_alive() and len(names) == 8
+    # it is told once, and the runs of the two workers themselves are not
+    held = [line for line in lines if "is being run by" in line]
+    assert held == [f"small/lr=0.01/seed1: is being run by process {os.getpid()} on {socket.gethostname()}"]
 
 
 def test_trials_that_end_while_the_plan_is_made(study, started, monkeypatch):

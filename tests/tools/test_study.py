@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from images import made_up, write_images
 from launching import start_warm
 from prepared import write_tokens
+from study_names import result_of
 from tooling import assert_refused, tool
 
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.commands.study import main
-from megatron_tf.errors import ConfigError
+from megatron_tf.errors import ConfigError, UserError
 
 STUDY = """
 name: test
@@ -151,6 +153,24 @@ def test_what_is_refused_before_a_run_starts(file, tmp_path):
     (tmp_path / "text.bin").unlink()
     assert_refused(tool("study", "run", file), "data.train[0].path: ")
     assert not (tmp_path / "study").exists()
+
+
+def test_a_folder_that_is_a_file_is_one_message(file):
+    assert_refused(tool("study", "run", file, f"dir={file}"), f"dir: {file} cannot be made: {file} is a file. Choose")
+
+
+def test_when_a_run_fails_the_table_of_the_others_comes_before_the_error(study, file, capsys, monkeypatch):
+    def measured(node):
+        node.folder.mkdir(parents=True)
+        return result_of(node, 2.5)
+
+    monkeypatch.setattr("megatron_tf.study.queue.measure", measured)
+    command = [sys.executable, "-c", "import sys; sys.exit('grown' in sys.argv[1])"]
+    monkeypatch.setattr("megatron_tf.study.queue.command", lambda config, ranks: [*command, config])
+    with pytest.raises(UserError, match="1 of the runs failed"):
+        study("run", file)
+    table = capsys.readouterr().out.partition("failed with exit code 1")[2]
+    assert "small" in table and "2.5" in table and "results.json" in table
 
 
 @pytest.mark.parametrize("mode", ["plan", "run"])
