@@ -26,6 +26,7 @@ from megatron_tf.config.lookup import (
     keys_of,
     required_keys,
     section_at,
+    without_null_sections,
 )
 from megatron_tf.config.mistakes import describe, follows_from_another, value_sentence
 from megatron_tf.config.schema import RunConfig
@@ -46,7 +47,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """Read `path`, apply `overrides` ("section.field=value", value in YAML, later ones win), check every key.
 
     An override may name a section that the file lacks ("growth.from=runs/small"); null removes an optional
-    one ("growth=null"). Raises one ConfigError with all problems. Rules between fields, and between them and the world
+    one ("growth=null"), and gives any other that needs no key its defaults. Raises one ConfigError with all problems. Rules between fields, and between them and the world
     size, are checked by `validate.validate`.
     """
     values, problems = read_file(path)
@@ -67,7 +68,8 @@ def build_config(values: dict[str, Any], problems: Sequence[str], overrides: Seq
     try:
         # JSON mode, because there a list may become a tuple; it is otherwise as strict. by_name would let
         # the Python names of aliased keys in as a second spelling.
-        config = RunConfig.model_validate_json(json.dumps(values), by_alias=True, by_name=False)
+        said = without_null_sections(values, RunConfig)
+        config = RunConfig.model_validate_json(json.dumps(said), by_alias=True, by_name=False)
     except ValidationError as error:
         raise ConfigError([*problems, *_sentences(error, values)]) from None
     if problems:
@@ -222,7 +224,7 @@ def _remedy(kind: str, loc: Location, given: Any) -> str:
         )
     if kind in ("model_type", "model_attributes_type") and section:
         if given is None:
-            return " Give it keys, or remove the line to take its defaults."
+            return f" It needs {', '.join(required_keys(section))}."
         return f" Its keys are {', '.join(keys_of(section))}."
     if kind == "string_type" and isinstance(given, (bool, int, float)):
         return f" Write it in quotes: '{json.dumps(given)}'."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from megatron_tf.config.fields import Section
@@ -32,6 +32,20 @@ def keys_of(section: type[Section]) -> list[str]:
 
 def required_keys(section: type[Section]) -> list[str]:
     return [field.alias or name for name, field in section.usual().model_fields.items() if field.is_required()]
+
+
+def without_null_sections(values: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
+    """`values` of a section without the keys of sections below it that are null and take their defaults then: a file
+    that extends another one cannot remove the other's line."""
+    fields = {key: (annotation, required) for key, annotation, required in fields_of(section)}
+    found = {}
+    for key, value in values.items():
+        annotation, required = fields.get(key, (None, True))
+        inner = as_section(annotation)
+        if value is None and inner is annotation and not required:
+            continue
+        found[key] = without_null_sections(value, inner) if inner and isinstance(value, dict) else value
+    return found
 
 
 def all_keys(section: type[Section], prefix: str = "") -> Iterator[str]:

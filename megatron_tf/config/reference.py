@@ -76,10 +76,11 @@ def json_schema() -> Node:
     root = _schema()
     definitions = root["$defs"]
     for node in (root, *definitions.values()):
-        node.pop("required", None)
+        required = node.pop("required", ())
         for name, value in node["properties"].items():
-            # a key of a variant may be null wherever it means nothing
-            if value.pop("of", None) and {"type": "null"} not in value.get("anyOf", ()):
+            # a key of a variant may be null wherever it means nothing, and a section to have its defaults
+            has_defaults = "$ref" in value and name not in required
+            if (value.pop("of", None) or has_defaults) and {"type": "null"} not in value.get("anyOf", ()):
                 about = {key: value.pop(key) for key in ("description", "default") if key in value}
                 node["properties"][name] = {"anyOf": [value, {"type": "null"}], **about}
     sections = dict(root["properties"])

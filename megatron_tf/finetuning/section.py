@@ -14,7 +14,7 @@ from megatron_tf.checks import did_you_mean
 from megatron_tf.config.extends import read_extended
 from megatron_tf.config.fields import Count, NonNegative, Path, Positive, Seconds, Section
 from megatron_tf.config.load import apply_override
-from megatron_tf.config.lookup import key_name
+from megatron_tf.config.lookup import key_name, without_null_sections
 from megatron_tf.config.mistakes import follows_from_another, value_sentence
 from megatron_tf.config.nearest import either
 from megatron_tf.config.sections.optimizer import OF_CANDIDATES, Optimizer
@@ -141,7 +141,8 @@ def load_finetune(path: FilePath, overrides: Sequence[str] = ()) -> FinetuneConf
     for override in overrides:
         problems += apply_override(values, override)
     try:
-        config = FinetuneConfig.model_validate_json(json.dumps(values), by_alias=True, by_name=False)
+        said = without_null_sections(values, FinetuneConfig)
+        config = FinetuneConfig.model_validate_json(json.dumps(said), by_alias=True, by_name=False)
     except ValidationError as error:
         found = [problem for problem in error.errors(include_url=False) if not follows_from_another(problem)]
         raise ConfigError([*problems, *map(_sentence, found)]) from None

@@ -50,6 +50,29 @@ def test_files_extend_one_another_over_several_steps(write):
     assert (config.run.seed, config.training.train_steps, config.growth) == (5, 9, None)
 
 
+def test_null_gives_a_section_the_defaults_that_the_other_file_has_changed(write, small):
+    middle = write(
+        "middle.yml",
+        extends="small.yml",
+        run={"dir": "runs/m"},
+        parallel={"tensor": 2},
+        optimizer={"schedule": {"type": "constant"}},
+        growth={"from": "runs/a", "lr_multipliers": {"new_tokens": 2.0}},
+    )
+    last = write(
+        "last.yml",
+        extends="middle.yml",
+        run=OWN_RUN,
+        parallel=None,
+        optimizer={"schedule": None},
+        growth={"lr_multipliers": None},
+    )
+    changed, config, usual = load_config(middle), load_config(last), small("growth.from=runs/a")
+    assert changed.parallel.tensor == 2 and changed.growth.lr_multipliers.new_tokens == 2
+    assert (config.parallel, config.growth, config.optimizer) == (usual.parallel, usual.growth, usual.optimizer)
+    assert changed.optimizer != usual.optimizer
+
+
 def test_lists_are_replaced_and_the_paths_in_a_file_keep_their_meaning(write):
     path = write("own.yml", extends="small.yml", run=OWN_RUN, data={"validation": []})
     data = load_config(path).data

@@ -242,8 +242,7 @@ def test_duplicate_key_is_reported_with_the_other_problems(small_path):
          "are path, weight."),
         ("data.train=''", "data.train[0].path: the text '' is not valid: must be a path: not empty, without NUL "
          "characters."),
-        ("parallel=", "parallel: nothing (null), but a section with keys is expected. Give it keys, or remove the line "
-         "to take its defaults."),
+        ("data=", "data: nothing (null), but a section with keys is expected. It needs train."),
         ("deepspeed=[1]", "deepspeed: the list [1], but a section with keys is expected. Its keys are fp16, "
          "zero_optimization."),
         ("training.precision=bf61", "training.precision: the text 'bf61', but one of bf16, fp16, fp32, fp8 is "
