@@ -47,8 +47,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """Read `path`, apply `overrides` ("section.field=value", value in YAML, later ones win), check every key.
 
     An override may name a section that the file lacks ("growth.from=runs/small"); null removes an optional
-    one ("growth=null"), and gives any other that needs no key its defaults. Raises one ConfigError with all problems. Rules between fields, and between them and the world
-    size, are checked by `validate.validate`.
+    one ("growth=null"), and gives any other that needs no key its defaults. Raises one ConfigError with all problems.
+    Rules between fields, and between them and the world size, are checked by `validate.validate`.
     """
     values, problems = read_file(path)
     if "stages" in values:
