@@ -45,19 +45,31 @@ class Cost:
     beyond: str = ""
 
 
+def frontier(curve: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (FLOPs, loss) whose loss none reaches at as few FLOPs, by FLOPs: losses fall along it.
+
+    One model has several points at one budget when it was trained with several rates; the best counts.
+    """
+    found: list[tuple[float, float]] = []
+    for flops, loss in sorted(curve):
+        if not found or loss < found[-1][1]:
+            found.append((flops, loss))
+    return found
+
+
 def cost_of(loss: float, curve: Sequence[tuple[float, float]]) -> Cost:
-    """The cost of `loss` on `curve`, which is (FLOPs, loss) of one point or more. Between points the loss is linear in
-    log FLOPs."""
-    points = sorted(curve)
-    if loss < min(loss for _, loss in points):
-        return Cost(points[-1][0], "more")
+    """The cost of `loss` on the `frontier` of `curve`, which is (FLOPs, loss) of one point or more. Between points the
+    loss is linear in log FLOPs."""
+    points = frontier(curve)
+    if loss < points[-1][1]:
+        return Cost(max(flops for flops, _ in curve), "more")
     if loss > points[0][1]:
         return Cost(points[0][0], "less")
     for (few, high), (many, low) in zip(points, points[1:]):
-        if low <= loss <= high and high > low:
+        if low <= loss <= high:
             share = (high - loss) / (high - low)
             return Cost(math.exp(math.log(few) + share * (math.log(many) - math.log(few))))
-    return Cost(next(flops for flops, other in points if other <= loss))
+    return Cost(points[0][0])
 
 
 def cheapest(loss: float, curves: Sequence[Sequence[tuple[float, float]]]) -> Cost:
@@ -75,12 +87,12 @@ def cheapest(loss: float, curves: Sequence[Sequence[tuple[float, float]]]) -> Co
 
 
 def loss_at(flops: float, curve: Sequence[tuple[float, float]], tolerance: float = 0.0) -> float | None:
-    """The loss of `curve` at `flops`, linear in log FLOPs between its points; None outside of them.
+    """The loss of the `frontier` of `curve` at `flops`, linear in log FLOPs between points; None outside of the curve.
 
     `tolerance`: the share by which `flops` may be beyond an end and still have the loss of that end.
     """
-    points = sorted(curve)
-    (first, start), (last, end) = points[0], points[-1]
+    points, last = frontier(curve), max(flops for flops, _ in curve)
+    (first, start), (_, end) = points[0], points[-1]
     if not first * (1 - tolerance) <= flops <= last * (1 + tolerance):
         return None
     if flops <= first:

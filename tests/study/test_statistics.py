@@ -11,6 +11,7 @@ from megatron_tf.study.statistics import (
     Optimum,
     cheapest,
     cost_of,
+    frontier,
     interval,
     loss_at,
     optimum,
@@ -94,3 +95,20 @@ def test_optimum():
 def test_pooled_deviation():
     assert pooled_deviation([[1.0, 3.0], [10.0], [4.0, 4.0]]) == pytest.approx(1.0)
     assert pooled_deviation([[1.0], []]) == 0
+
+
+def test_of_several_points_at_one_budget_the_best_counts():
+    """A model that was trained with a rate that is too high costs more to a loss than it needs to."""
+    tuned = [(1e12, 4.0), (2e12, 3.5), (4e12, 3.0)]
+    with_others = [*tuned, (1e12, 4.5), (2e12, 3.9), (2.01e12, 3.7), (4e12, 3.4)]
+    assert frontier(with_others) == tuned
+    for loss in (4.2, 4.0, 3.6, 3.5, 3.45, 3.2, 3.0, 2.9):
+        assert cost_of(loss, with_others) == cost_of(loss, tuned), loss
+    for flops in (0.9e12, 1e12, 1.5e12, 2e12, 2.01e12, 3e12, 4e12, 5e12):
+        assert loss_at(flops, with_others) == loss_at(flops, tuned), flops
+
+
+def test_a_longer_run_that_is_worse_ends_no_curve():
+    curve = [(1e12, 4.0), (2e12, 3.5), (4e12, 3.6)]
+    assert loss_at(3e12, curve) == 3.5 and loss_at(5e12, curve) is None
+    assert cost_of(3.4, curve) == Cost(4e12, "more") and cost_of(3.55, curve).flops < 2e12
