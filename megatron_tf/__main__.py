@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_tf.interrupt import end_quietly
 
 if __name__ == "__main__":
-    end_quietly()  # before the other imports: Control-C while they are loaded is quiet
+    end_quietly()  # before the other imports: Ctrl-C while they are loaded is quiet
 
 import platform
 import sys

@@ -1,4 +1,4 @@
-"""The console command `megatron_tf`. It handles Control-C before it imports anything else, so that interrupting the
+"""The console command `megatron_tf`. It handles Ctrl-C before it imports anything else, so that interrupting the
 slow imports prints no traceback."""
 
 from __future__ import annotations

@@ -261,7 +261,7 @@ def run_command(main: Callable[[], None]) -> None:
     - `UserError`: `error: <message>` on stderr, exit code 2. The same, as a last resort, for an OSError that names a
       file, concerns the disk, or says that too many files are open.
     - `LostContactError`: the same with exit code 69. `RunStopped`: its message, exit code 75.
-    - Control-C: exit code 130, by a KeyboardInterrupt, so that `main` can clean up.
+    - Ctrl-C: exit code 130, by a KeyboardInterrupt, so that `main` can clean up.
     - A reader that closed the pipe (`... | head`): exit code 1 and no message.
     - Everything else is our bug and keeps its traceback.
     """
@@ -301,7 +301,7 @@ def _run(main: Callable[[], None], prepare: Callable[[], None]) -> None:
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:
-    """As `run_command`, for a process of torch.distributed. It ends with `exit_now`, and Control-C ends it at once."""
+    """As `run_command`, for a process of torch.distributed. It ends with `exit_now`, and Ctrl-C ends it at once."""
     code: object = 0
     try:
         _run(main, lambda: None)
@@ -333,6 +333,6 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 def _was_interrupted(error: BaseException) -> bool:
-    """Whether Control-C caused `error`: extension modules turn it into an ImportError while they are imported."""
+    """Whether Ctrl-C caused `error`: extension modules turn it into an ImportError while they are imported."""
     causes = [cause for cause in (error.__cause__, error.__context__) if cause is not None]
     return isinstance(error, KeyboardInterrupt) or any(map(_was_interrupted, causes))

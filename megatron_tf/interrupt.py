@@ -1,10 +1,10 @@
-"""Handling of Control-C, also while a command is still importing. torch takes seconds to load, and a traceback from
+"""Handling of Ctrl-C, also while a command is still importing. torch takes seconds to load, and a traceback from
 inside it helps no user.
 
 A script calls `end_quietly` before its other imports if it is the main program, or a spawned process that loads the
 main program again ("__mp_main__"). Any other importer keeps Python's own handling. `run_command` then calls
 `end_by_exception`, so that a command can clean up; `run_rank` does not, because a rank has nothing to clean up.
-Control-C reaches a parent and its child processes. Children started under `kept_from_children` never get it.
+Ctrl-C reaches a parent and its child processes. Children started under `kept_from_children` never get it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides the cursor
 
 
 def end_quietly() -> None:
-    """From here on Control-C ends this process at once, without a message. If it ignores Control-C, it still does."""
+    """From here on Ctrl-C ends this process at once, without a message. If it ignores Ctrl-C, it still does."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
 
 
 def end_by_exception() -> None:
-    """From here on Control-C is a KeyboardInterrupt again, if `end_quietly` was called."""
+    """From here on Ctrl-C is a KeyboardInterrupt again, if `end_quietly` was called."""
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
 def kept_from_children() -> Iterator[None]:
-    """Processes started in the block never get Control-C. This process gets it when the block ends."""
+    """Processes started in the block never get Ctrl-C. This process gets it when the block ends."""
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # otherwise it starts with the first process, and unblocks the signal again
@@ -46,7 +46,7 @@ def kept_from_children() -> Iterator[None]:
 
 
 def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """A handler of Control-C that ends the process. A library's `except:` would swallow a KeyboardInterrupt."""
+    """A handler of Ctrl-C that ends the process. A library's `except:` would swallow a KeyboardInterrupt."""
     with suppress(OSError):
         if os.isatty(1):
             os.write(1, SHOW_CURSOR)

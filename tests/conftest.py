@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 # torch's compiler would start helpers, each of which imports torch, for kernels that are compiled in no time.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# A shell has its jobs in the background ignore Control-C, and what they start as well; tests send it.
+# A shell has its jobs in the background ignore Ctrl-C, and what they start as well; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""Control-C in the first seconds of a command."""
+"""Ctrl-C in the first seconds of a command."""
 
 from __future__ import annotations
 

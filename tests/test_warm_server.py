@@ -39,7 +39,7 @@ ENDS = {
     "exit now": "import os; os._exit(3)",
     "an exception": "raise ValueError('no')",
     "a signal": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-    "Control-C": "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
+    "Ctrl-C": "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
     "a closed pipe": "import os; os.close(1); print('a', flush=True)",
     "a thread that goes on": "import threading, time; threading.Thread(target=lambda: (time.sleep(0.1), "
     "print('b'))).start()",

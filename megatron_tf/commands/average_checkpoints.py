@@ -17,6 +17,7 @@ from megatron_tf.arguments import path, whole_number
 from megatron_tf.errors import UserError
 from megatron_tf.paths import literal
 from megatron_tf.telemetry.console import Console
+from megatron_tf.telemetry.text import count_of
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.reader import CheckpointReader
@@ -62,6 +63,8 @@ def main() -> None:
     source, model = moving_average(readers[0]) if arguments.ema else averaged(readers), stored_model(readers[0].index)
     for reader in readers:
         print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
+    if arguments.last is not None and len(readers) < arguments.last:
+        print(f"--last      {arguments.last}, and the run has only {count_of(len(readers), 'checkpoint')}")
     result = "the moving average" if arguments.ema else f"the mean of {len(readers)}"
     print(f"to          {root / folder_name(FIRST_STEP)}, {result}")
     if arguments.dry_run:

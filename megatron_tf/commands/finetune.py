@@ -29,7 +29,7 @@ def main() -> None:
     from megatron_tf.finetuning.section import load_finetune
 
     environment = detect(os.environ)
-    stop = StopSignals()
+    stop = StopSignals(tells=environment.rank == 0)
     try:
         with one_message(environment, stop.wait):
             with told_to_all(environment):

@@ -85,6 +85,7 @@ def main() -> None:
     from megatron_tf.checkpoint.reader import open_checkpoint
     from megatron_tf.convert.huggingface.importing import is_export
     from megatron_tf.data.losses import LossFinder
+    from megatron_tf.data.tokenizer import BYTES
     from megatron_tf.inference.load import configured_tokenizer, known_eod, load_model, open_tokenizer, other_tokenizer
     from megatron_tf.tasks.language_model.section import check_reads_text
 
@@ -92,11 +93,12 @@ def main() -> None:
     name = arguments.tokenizer or configured_tokenizer(arguments.checkpoint)
     if name is None:
         if is_export(arguments.checkpoint):
-            raise UserError(f"{arguments.checkpoint}: has no tokenizer.json. Give the file with --tokenizer.")
+            raise UserError(f"{arguments.checkpoint}: has no tokenizer.json{tokenizer_remedy(arguments.checkpoint)}")
         checkpoint = resolve(arguments.checkpoint)
         check_reads_text(stored_model(open_checkpoint(checkpoint).index), "generation")
         raise UserError(
-            f"{checkpoint}: no config.yml with data.tokenizer is next to it. Give the file with --tokenizer."
+            f"{checkpoint}: no config.yml with data.tokenizer is next to it. Give the tokenizer's file with "
+            f"--tokenizer, or --tokenizer {BYTES} for a model of plain bytes."
         )
     model = load_model(arguments.checkpoint)
     check_reads_text(model.config, "generation")
@@ -117,6 +119,21 @@ def main() -> None:
         texts[row] += piece
     for number, text in enumerate(texts, 1):
         print(f"--- {number} of {len(texts)}\n{text}")
+
+
+def tokenizer_remedy(export: Path) -> str:
+    """The end of a sentence on an export without tokenizer.json: what to give. The tokenizer `bytes` has no file, and
+    is known by the token with which it ends a text."""
+    from megatron_tf.convert.huggingface.importing import stored_eod
+    from megatron_tf.data.tokenizer import BYTES, ByteTokenizer
+
+    end = ByteTokenizer.eod_id
+    if stored_eod(export) == end:
+        return (
+            f", and by its config.json token {end} ends a text, as with the tokenizer {BYTES}, which has no file. Give "
+            f"--tokenizer {BYTES}."
+        )
+    return f". Give the tokenizer's file with --tokenizer, or --tokenizer {BYTES} for a model of plain bytes."
 
 
 def pieces(

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_intermixed_args()
     environment = detect(os.environ)
-    stop = StopSignals()
+    stop = StopSignals(tells=environment.rank == 0)
     try:
         with one_message(environment, stop.wait):
             with told_to_all(environment):

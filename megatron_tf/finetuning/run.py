@@ -280,7 +280,7 @@ def _restore(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], r
 
 
 def _prepare(folder: RunFolder, config: FinetuneConfig) -> None:
-    """Makes the folder of checkpoints and writes the configuration."""
+    """Makes the folder and writes the configuration."""
     place = folder.path / _CHECKPOINTS
     folder.make(place, lambda: bool(checkpoints(place)))
     with folder.writing(), atomic_path(folder.path / "config.yml") as partial:

@@ -73,6 +73,7 @@ def save(folder: Path, progress: Progress, adapter: Adapter, moments: Mapping[st
         save_file(dict(moments), partial / _MOMENTS)
         (partial / _PROGRESS).write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
 
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial_path(target), ignore_errors=True)  # what a killed run left
     write_adapter(target, adapter, complete)
     return target

@@ -50,7 +50,7 @@ def _with_environment(
     function: Callable[..., None],
     arguments: Sequence[object],
 ) -> None:
-    end_quietly()  # Control-C reaches the process that started the ranks as well
+    end_quietly()  # Ctrl-C reaches the process that started the ranks as well
     gc.freeze()  # a collection would touch, and so copy, all that the forkserver has imported
     os.environ.clear()
     os.environ.update(environment)  # of the process that called `start_ranks`; the forkserver's may be outdated

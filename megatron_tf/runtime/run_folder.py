@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_tf.durable import take_lock
+from megatron_tf.durable import take_lock, write_atomically
 from megatron_tf.errors import ConfigError, write_errors
 
 LOCK_NAME = "run.lock"
@@ -34,9 +35,21 @@ class RunFolder:
             self._lock()
 
     def make(self, checkpoints: Path, has_begun: Callable[[], bool]) -> None:
-        """Makes its folder of `checkpoints`. `has_begun`: whether a run has saved there, asked of a new folder only."""
+        """Makes it, and checks that its folder of `checkpoints` can be written, before hours are spent.
+
+        A new folder of checkpoints is left to the first save, so that a run that ends before it leaves none behind.
+        `has_begun`: whether a run has saved there, asked of a new folder only.
+        """
         with self.writing():
-            checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            is_new = not os.path.lexists(checkpoints)
+            checkpoints.mkdir(exist_ok=True)
+            attempt = checkpoints / f".tmp-can-write-{secrets.token_hex(4)}"
+            write_atomically(attempt, b"checkpoints can be written here")
+            attempt.unlink()
+        if is_new:
+            with contextlib.suppress(OSError):  # another run may have begun there
+                checkpoints.rmdir()
         if self._is_locked:
             return
         self._lock()

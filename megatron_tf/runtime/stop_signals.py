@@ -1,4 +1,4 @@
-"""Requests to stop a run between two steps: signals of the scheduler, Control-C, a time budget. No torch.
+"""Requests to stop a run between two steps: signals of the scheduler, Ctrl-C, a time budget. No torch.
 
 Schedulers announce the end of a job by a signal: SLURM by what `--signal` names and by SIGTERM, torchrun by SIGTERM.
 """
@@ -19,8 +19,9 @@ from megatron_tf.interrupt import end_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_IS_UP = 1000  # result of `StopSignals.request`, larger than the numbers of signals
-ECHO_SECONDS = 1.0  # torchrun passes Control-C on to its ranks, which the terminal has already sent it to
-SAVING_TEXT = "\nControl-C: this step is finished and saved, then the run ends. Press it again to end at once.\n"
+ECHO_SECONDS = 1.0  # torchrun passes Ctrl-C on to its ranks, which the terminal has already sent it to
+NOTHING_TEXT = "\nCtrl-C: stopped before the first step; there is nothing to save.\n"
+SAVING_TEXT = "\nCtrl-C: this step is finished and saved, then the run ends. Press it again to end at once.\n"
 
 
 class StopSignals:
@@ -30,9 +31,11 @@ class StopSignals:
     budget stops the run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tells: bool = False) -> None:
+        """`tells`: whether this rank says it when Ctrl-C ends it before its first step."""
+        self._tells, self._has_trained = tells, False
         self._received = 0
-        self._before: Callable[[int, FrameType | None], Any] | int | None = None  # what Control-C did before
+        self._before: Callable[[int, FrameType | None], Any] | int | None = None  # what Ctrl-C did before
         self._saves = False
         self._is_main = False
         self._interrupted_at: float | None = None
@@ -44,18 +47,22 @@ class StopSignals:
         before = signal.getsignal(signal.SIGINT)
         earlier = getattr(before, "__self__", None)
         self._before = earlier._before if isinstance(earlier, StopSignals) else before
-        # A process that ignores Control-C, as background processes of a script do, goes on ignoring it.
+        # A process that ignores Ctrl-C, as background processes of a script do, goes on ignoring it.
         if callable(before):
             signal.signal(signal.SIGINT, self._interrupt)
 
+    def begin_run(self) -> None:
+        """Another run of this process begins: it has nothing to save yet."""
+        self._has_trained = False
+
     @contextmanager
     def saving(self, is_main: bool) -> Iterator[None]:
-        """In the block the first Control-C asks to stop, as other signals do, and the second ends the process at once.
+        """In the block the first Ctrl-C asks to stop, as other signals do, and the second ends the process at once.
 
-        Before and after the block there is nothing to save, and Control-C does what it did before. `is_main`: this rank
-        prints what Control-C does.
+        Before and after the block there is nothing to save, and Ctrl-C does what it did before. `is_main`: this rank
+        prints what Ctrl-C does.
         """
-        self._saves = True
+        self._saves = self._has_trained = True
         self._is_main = is_main
         try:
             yield
@@ -84,14 +91,19 @@ class StopSignals:
             return
         if not self._saves:
             assert callable(self._before)
+            if self._tells and not self._has_trained:
+                self._write(NOTHING_TEXT)
             self._before(number, frame)
         if self._interrupted_at is not None:
             end_at_once(number, frame)
         self._interrupted_at = now
         self._note(number, frame)
         if self._is_main:
-            with suppress(OSError):  # not by print: the signal may have come in the middle of one
-                os.write(2, SAVING_TEXT.encode())
+            self._write(SAVING_TEXT)
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):  # not by print: the signal may have come in the middle of one
+            os.write(2, text.encode())
 
 
 @contextmanager
@@ -121,5 +133,5 @@ def describe_request(request: int) -> str:
     if request == TIME_IS_UP:
         return "run.max_hours is over"
     if request == signal.SIGINT:
-        return "Control-C was pressed"
+        return "Ctrl-C was pressed"
     return f"a rank received {signal.Signals(request).name}"

@@ -79,7 +79,8 @@ def _clones_alike(start: Start) -> Iterator[str]:
 
 
 def _room_warnings(run: Run, start: Start) -> Iterator[str]:
-    free = shutil.disk_usage(checkpoints_folder(run.config)).free
+    place = checkpoints_folder(run.config)  # the first save makes it, unless the user has put it on another disk
+    free = shutil.disk_usage(place if place.exists() else run.folder).free
     size = checkpoint_bytes(run.config.model, rule_of(run.config.optimizer).state_names)
     warning = room_warning(run.config, run.plan.batches.train_steps - start.progress.step, size, free)
     if warning:

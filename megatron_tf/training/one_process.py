@@ -45,7 +45,7 @@ def train(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str] =
     resumes from a checkpoint there, grows when the configuration says so, and trains all stages of a chain.
 
     Errors: UserError for what the user can correct, such as LaunchError when a launcher started this process as one of
-    several. RunStopped, after a save, if Control-C or a signal asked it to stop.
+    several. RunStopped, after a save, if Ctrl-C or a signal asked it to stop.
     """
     stages = _stages(config, overrides)
     environment = detect(os.environ)

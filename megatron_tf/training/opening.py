@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 from megatron_tf.checkpoint.manager import Ranks, find_latest
 from megatron_tf.config.schema import RunConfig
-from megatron_tf.durable import write_atomically
 from megatron_tf.runtime.agreement import from_rank_zero, gather, together
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.run_folder import PATIENCE_SECONDS, RunFolder
@@ -81,11 +79,8 @@ def _patience(config: RunConfig, environment: LaunchEnvironment) -> float:
 
 
 def _prepare(folder: RunFolder, config: RunConfig) -> None:
-    """Makes the folder, checks that checkpoints can be written, before hours are spent, and keeps the configuration."""
+    """Makes the folder and keeps the configuration."""
     checkpoints = checkpoints_folder(config)
     folder.make(checkpoints, lambda: find_latest(checkpoints, verify=False)[0] is not None)
     with folder.writing():
-        attempt = checkpoints / f".tmp-can-write-{secrets.token_hex(4)}"
-        write_atomically(attempt, b"checkpoints can be written here")
-        attempt.unlink()
         keep_config(folder.path, config)

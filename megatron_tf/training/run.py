@@ -55,6 +55,7 @@ def _train(
     config: RunConfig, environment: LaunchEnvironment, device: torch.device, stop: StopSignals, watchdog: Watchdog
 ) -> None:
     """One run, from its start to its last step."""
+    stop.begin_run()
     watchdog.report_to(Console(rank=environment.rank), Path(config.run.dir))
     watchdog.begin("opening the data")
     data = open_data(config)

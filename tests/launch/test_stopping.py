@@ -113,8 +113,8 @@ def test_control_c_at_a_terminal_saves(folder, launcher):
         terminal = at_work(process.pid)
     os.killpg(terminal, signal.SIGINT)
     out, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert out.count("Control-C: this step is finished and saved, then the run ends.") == 1, out
-    assert "because Control-C was pressed. That step is saved" in out, out
+    assert out.count("Ctrl-C: this step is finished and saved, then the run ends.") == 1, out
+    assert "because Ctrl-C was pressed. That step is saved" in out, out
     assert process.returncode == 75 or launcher != "python"  # the others have exit codes of their own
     (checkpoint,) = (folder / "run" / "checkpoints").iterdir()
     assert last_step(folder / "run") == int(checkpoint.name.removeprefix("step_"))

@@ -70,7 +70,7 @@ def test_a_launcher_that_passes_it_on_is_no_second_one(start):
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate("the end of the training\n", timeout=PATIENCE_SECONDS)
-    assert (process.returncode, out, err) == (0, "Control-C was pressed\n", "")
+    assert (process.returncode, out, err) == (0, "Ctrl-C was pressed\n", "")
 
 
 @pytest.mark.parametrize("before", ["", "with stop.saving(is_main=True):\n    pass\n"])
@@ -78,6 +78,26 @@ def test_before_and_after_training_it_is_what_it_was(start, before):
     process = start(before + "print('not training', flush=True)\nwait()")
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate(timeout=PATIENCE_SECONDS)[1]
+
+
+NOTHING = "\nCtrl-C: stopped before the first step; there is nothing to save.\n"
+TRAINED = SAVING.replace("WORK", "pass")
+
+
+@pytest.mark.parametrize(("before", "told"), [("", NOTHING), (TRAINED, ""), (TRAINED + "stop.begin_run()", NOTHING)])
+def test_before_the_first_step_of_a_run_a_command_says_that_nothing_is_saved(start, before, told):
+    command = """
+import signal
+from megatron_tf.interrupt import end_at_once
+signal.signal(signal.SIGINT, end_at_once)
+stop = StopSignals(tells=True)
+"""
+    process = start(f"{command}{before}\nprint('here', flush=True)\nwait()")
+    if before:
+        assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, err) == (130, told)
 
 
 def test_one_that_is_ignored_stays_ignored():

@@ -59,6 +59,13 @@ def test_the_newest_of_a_run_are_averaged(folder, tmp_path):
     assert (index.step, index.scales) == (0, open_checkpoint(step(folder, 4)).index.scales)
 
 
+def test_fewer_than_were_asked_for_are_told(folder, tmp_path, here):
+    done = here("average_checkpoints", folder / "small", "--last", 20, "--to", tmp_path / "mean", "--dry-run")
+    assert done.returncode == 0 and "--last      20, and the run has only 4 checkpoints\n" in done.stdout
+    done = here("average_checkpoints", folder / "small", "--last", 4, "--to", tmp_path / "mean", "--dry-run")
+    assert done.returncode == 0 and "only" not in done.stdout
+
+
 def test_named_checkpoints_are_averaged(folder):
     source, expected = averaged(open_sources([step(folder, 1), step(folder, 4)], 5)), mean(folder, 1, 4)
     for name, weight in expected.items():

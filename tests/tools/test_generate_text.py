@@ -117,7 +117,12 @@ def test_an_export_writes_what_its_checkpoint_does(folder, command, generate_tex
     assert done.returncode == 0
     assert done.stderr == f"warning: bytes is another tokenizer than {tmp_path}/out/tokenizer.json, the model's own\n"
     (tmp_path / "out" / "tokenizer.json").unlink()
-    assert_refused(command(tmp_path / "out"), "out: has no tokenizer.json. Give the file with --tokenizer")
+    assert_refused(
+        command(tmp_path / "out"), "out: has no tokenizer.json. Give the tokenizer's file with --tokenizer, or --tok"
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "eos_token_id": 256}))
+    assert_refused(command(tmp_path / "out"), "token 256 ends a text", "has no file. Give --tokenizer bytes.")
     (tmp_path / "out" / "tokenizer.json").mkdir()
     assert_refused(command(tmp_path / "out"), "out/tokenizer.json: Is a directory")
     (tmp_path / "out" / "config.json").unlink()

@@ -59,7 +59,7 @@ def _in_lanes(job: PartJob, parts: Sequence[Part], lanes: int, processes: int, o
             for _ in range(lanes):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_run_lane, args=(job, parts, next_part, processes, sender))
-                with kept_from_children():  # delays Control-C until the process is in `running`, which is ended then
+                with kept_from_children():  # delays Ctrl-C until the process is in `running`, which is ended then
                     process.start()
                     sender.close()  # so that the end of the process is the end of the pipe
                     running[receiver] = process
