@@ -327,9 +327,15 @@ def exit_now(code: int = 0) -> NoReturn:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {_ended(message)}", file=sys.stderr)
     flush_or_discard(sys.stdout)
     sys.exit(code)
+
+
+def _ended(message: str) -> str:
+    """`message` with a full stop: one that others build sentences on has none. The items of a list stay as they are."""
+    is_item = message.rpartition("\n")[2].startswith("  - ")
+    return message if is_item or message.endswith((".", "?", "!", ":")) else f"{message}."
 
 
 def _was_interrupted(error: BaseException) -> bool:

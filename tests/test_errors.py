@@ -86,6 +86,20 @@ def test_a_user_error_is_one_message_and_exit_code_2(kind, capsys):
     assert printed.out == ""
 
 
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("runs/x: holds nothing. Give another folder", "runs/x: holds nothing. Give another folder."),
+        ("lr: unknown key. Did you mean optimizer.lr?", "lr: unknown key. Did you mean optimizer.lr?"),
+        ("two differ:\n  - a: 1 and 2\n  - b: 3 and 4", "two differ:\n  - a: 1 and 2\n  - b: 3 and 4"),
+    ],
+)
+def test_every_sentence_of_a_message_has_its_full_stop(message, printed, capsys):
+    with pytest.raises(SystemExit):
+        run_command(fail_with(CheckpointError(message)))
+    assert capsys.readouterr().err == f"error: {printed}\n"
+
+
 def test_a_bug_keeps_its_traceback():
     for bug in (AssertionError("ours"), RuntimeError("ours"), FileNotFoundError("ours"), ConnectionError(111, "ours")):
         with pytest.raises(type(bug), match="ours"):
@@ -106,9 +120,9 @@ def test_a_link_that_leads_nowhere_says_where(tmp_path):
 
 def test_the_system_s_objection_to_a_file_is_one_message(capsys):
     cases = {
-        PermissionError(errno.EACCES, "Permission denied", "data/x.bin"): "error: data/x.bin: Permission denied\n",
-        IsADirectoryError(errno.EISDIR, "Is a directory", b"data/x"): "error: data/x: Is a directory\n",
-        OSError(errno.ENOSPC, "No space left on device"): "error: a file or the output: No space left on device\n",
+        PermissionError(errno.EACCES, "Permission denied", "data/x.bin"): "error: data/x.bin: Permission denied.\n",
+        IsADirectoryError(errno.EISDIR, "Is a directory", b"data/x"): "error: data/x: Is a directory.\n",
+        OSError(errno.ENOSPC, "No space left on device"): "error: a file or the output: No space left on device.\n",
     }
     for problem, message in cases.items():
         with pytest.raises(SystemExit) as ended:
@@ -184,7 +198,7 @@ def test_characters_that_the_locale_lacks_are_escaped():
 def test_an_output_on_a_full_disk(lines):
     with open("/dev/full", "w") as full:
         done = command(f"print('line\\n' * {lines})", stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: a file or the output: No space left on device\n")
+    assert (done.returncode, done.stderr) == (2, "error: a file or the output: No space left on device.\n")
 
 
 def test_control_c_is_exit_code_130(capsys):

@@ -78,8 +78,8 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
         yield "              with failures it would never end: save more often or to faster storage"
     else:
         yield (
-            f"              {_duration(run['hours'] * 3600)} with checkpoints and failures: {run['gpu_hours']:,.0f} "
-            f"GPU-hours, at most {run['megawatt_hours']:,.1f} MWh without cooling"
+            f"              {_duration(run['hours'] * 3600)} with checkpoints and failures: {_hours(run['gpu_hours'])} "
+            f"GPU-hours, at most {max(run['megawatt_hours'], 0.1):,.1f} MWh without cooling"
         )
     data = stage["data"]
     yield f"  data        {data['words'] if data else 'not on this machine, so passes over them are not known'}"
@@ -144,7 +144,7 @@ def _layout_lines(stage: dict[str, Any]) -> Iterable[str]:
 
 def _chain_lines(plan: dict[str, Any]) -> Iterable[str]:
     costs, unit = plan["chain"], plan["stages"][0]["unit"]
-    billions = 1e9 * plan["stages"][0]["unit_tokens"]
+    length = plan["stages"][0]["unit_tokens"]
     yield "The chain, compared with training each size from scratch to the same loss (GPU-hours without failures)"
     head = ("  stage", "parameters", unit, "GPU-hours", "so far", f"from scratch: {unit}", "GPU-hours")
     rows = [(*head, "R, chain's FLOPs ×", "growth pays above κ")]
@@ -155,11 +155,11 @@ def _chain_lines(plan: dict[str, Any]) -> Iterable[str]:
             (
                 f"  {cost['name']}",
                 f"{cost['parameters']:,}",
-                f"{cost['tokens'] / billions:,.4g} B",
-                f"{cost['gpu_hours']:,.0f}",
-                f"{cost['chain_gpu_hours']:,.0f}",
-                f"{_span((low / billions, high / billions), ',.4g')} B",
-                _span(cost["scratch_gpu_hours"], ",.0f"),
+                _large(cost["tokens"] / length),
+                _hours(cost["gpu_hours"]),
+                _hours(cost["chain_gpu_hours"]),
+                _joined(_large(low / length), _large(high / length)),
+                _joined(*map(_hours, cost["scratch_gpu_hours"])),
                 _span(cost["ratio"], ".2f"),
                 "" if above is None else f"{above:.2f}",
             )
@@ -170,8 +170,8 @@ def _chain_lines(plan: dict[str, Any]) -> Iterable[str]:
         [sum(cost[key][end] for cost in costs) for end in (0, 1)] for key in ("scratch_gpu_hours", "scratch_flops")
     )
     yield (
-        f"  all sizes: {hours:,.0f} GPU-hours by growing, {_span(scratch, ',.0f')} from scratch one by one; FLOPs "
-        f"{flops:.3g}, and {_span(scratch_flops, '.3g')}"
+        f"  all sizes: {_hours(hours)} GPU-hours by growing, {_joined(*map(_hours, scratch))} from scratch one by one; "
+        f"FLOPs {flops:.3g}, and {_span(scratch_flops, '.3g')}"
     )
     if flops > costs[-1]["chain_flops"] * (1 + 1e-9):
         yield "  all sizes include the decay of each; a stage's own R leaves out the decays of the sizes before it"
@@ -220,8 +220,24 @@ def _advice_lines(advice: dict[str, Any], stage: dict[str, Any]) -> Iterable[str
 
 
 def _span(ends: Sequence[float], form: str) -> str:
-    first, last = (f"{end:{form}}" for end in ends)
+    return _joined(*(f"{end:{form}}" for end in ends))
+
+
+def _joined(first: str, last: str) -> str:
     return first if first == last else f"{first} to {last}"
+
+
+def _large(count: float) -> str:
+    """A count of tokens or images in the largest unit that leaves 1 or more: "61.44 K", "96 B"."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.4g} {unit}"
+    return f"{count:,.4g}"
+
+
+def _hours(hours: float) -> str:
+    """Whole hours, and of few hours the hundredths."""
+    return f"{hours:,.0f}" if hours >= 10 or not hours else "< 0.01" if hours < 0.01 else f"{hours:.2f}"
 
 
 def _duration(seconds: float) -> str:

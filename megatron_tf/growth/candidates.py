@@ -169,10 +169,11 @@ def _bank_problems(old: Model, new: Model, growth: Growth, changed: list[tuple[s
             "or growth.method to zero_key"
         ]
     if any(projection.bank for projection in projections(old).values()):
-        differ = [f"model.{key}: {before} before, {after} after. " for key, before, after in changed]
+        differ = [f"model.{key}: {before} before, {after} after" for key, before, after in changed]
         return [
-            f"{''.join(differ)}growth.method: bank begins with a dense model, and the smaller one has model.sparse "
-            "already. Set it to zero_key to add slots, or to split to copy candidates to more of them"
+            *differ,
+            "growth.method: bank begins with a dense model, and the smaller one has model.sparse "
+            "already. Set it to zero_key to add slots, or to split to copy candidates to more of them",
         ]
     problems = []
     before, after = (architecture_of(model).token_counts(model) for model in (old, new))

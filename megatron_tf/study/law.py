@@ -14,6 +14,7 @@ from megatron_tf.costs.law import Law, Range
 from megatron_tf.study.comparison import counted, has_grown
 from megatron_tf.study.plan import Plan
 from megatron_tf.study.result import Result
+from megatron_tf.telemetry.text import are, count_of
 
 Json = dict[str, Any]
 LEAST_POINTS = 6
@@ -64,8 +65,10 @@ def law_in_json(points: Sequence[Point]) -> Json:
     sizes, tokens = ({pair[number] for pair in distinct} for number in (0, 1))
     if len(distinct) < LEAST_POINTS or len(sizes) < LEAST_SIZES or len(tokens) < LEAST_SIZES:
         return {
-            "missing": f"a law has 5 numbers and takes {LEAST_POINTS} runs of {LEAST_SIZES} sizes and {LEAST_SIZES} "
-            f"lengths, and here are {len(distinct)} of {len(sizes)} sizes and {len(tokens)} lengths"
+            "missing": f"a law has 5 numbers and takes runs at {LEAST_POINTS} pairs of size and length, of at least "
+            f"{LEAST_SIZES} sizes and {LEAST_SIZES} lengths, and here {are(len(points))} "
+            f"{count_of(len(points), 'run')} at {count_of(len(distinct), 'pair')}, of {count_of(len(sizes), 'size')} "
+            f"and {count_of(len(tokens), 'length')}"
         }
     law = fit(points)
     gains = (

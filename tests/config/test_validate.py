@@ -95,10 +95,10 @@ def test_a_length_in_samples_is_one_in_tokens(small):
     [
         (["parallel={tensor: 2, pipeline: 2}"], 6,
          "parallel: tensor 2 × pipeline 2 needs a multiple of 4 ranks, but there are 6. Start 4 or 8 ranks, or choose "
-         "tensor × pipeline among 1, 2, 3, 6."),
+         "parallel.tensor × parallel.pipeline to be 1, 2, 3 or 6."),
         (["parallel.tensor=4"], 2,
          "parallel: tensor 4 × pipeline 1 needs a multiple of 4 ranks, but there are 2. Start 4 ranks, or choose "
-         "tensor × pipeline among 1, 2."),
+         "parallel.tensor × parallel.pipeline to be 1 or 2."),
         (["training.global_batch_size=18"], 2,
          "training.global_batch_size: 18 is not a multiple of 4 (training.micro_batch_size 2 × 2 data-parallel ranks). "
          "Set it to 16 or 20, or training.micro_batch_size to 1, 3 or 9."),

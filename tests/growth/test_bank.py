@@ -123,8 +123,9 @@ def test_what_cannot_be_is_said_before():
          "{group_size: "
          "256, candidates: 4, dense: 37} and model.parameter_tokens.ffn to 293, or growth.method to zero_key"),
         (large, model({**BANK, "candidates": 6}), bank,
-         "model.sparse.ffn.candidates: 3 before, 6 after. growth.method: bank begins with a dense model, and the "
-         "smaller one has model.sparse already. Set it to zero_key to add slots"),
+         "growth.method: bank begins with a dense model, and the smaller one has model.sparse already. Set it to "
+         "zero_key to add slots"),
+        (large, model({**BANK, "candidates": 6}), bank, "model.sparse.ffn.candidates: 3 before, 6 after."),
         (large, model(BANK, tokens={"ffn": 85}), bank, "growth.method: bank begins with a dense model"),
         (small, model({**BANK, "dense": 21}, tokens={"ffn": 37}), bank,
          "model.sparse.ffn.dense: 21, and the smaller model has 37 ffn tokens, which stay in use at every position. "

@@ -43,7 +43,8 @@ def test_one_run_that_went_wrong_changes_little():
 def test_too_few_runs_give_none():
     few = points(SMALL, sizes=(1e5, 1e6))
     assert law_in_json(few)["missing"] == (
-        "a law has 5 numbers and takes 6 runs of 3 sizes and 3 lengths, and here are 6 of 2 sizes and 3 lengths"
+        "a law has 5 numbers and takes runs at 6 pairs of size and length, of at least 3 sizes and 3 lengths, and here "
+        "are 6 runs at 6 pairs, of 2 sizes and 3 lengths"
     )
     assert "missing" in law_in_json(points(SMALL, tokens=(1e7,)) * 3)
 
@@ -128,5 +129,6 @@ def test_runs_that_have_diverged_are_left_out(found):
 
 
 def test_one_size_or_one_length_has_none():
-    assert "here are 3 of 1 sizes" in law_in_json(points(SMALL, sizes=(1e5,)))["missing"]
-    assert "here are 3 of 3 sizes and 1 lengths" in law_in_json(points(SMALL, tokens=(1e6,)) * 2)["missing"]
+    assert "here are 3 runs at 3 pairs, of 1 size and 3 lengths" in law_in_json(points(SMALL, sizes=(1e5,)))["missing"]
+    twice = law_in_json(points(SMALL, tokens=(1e6,)) * 2)
+    assert "here are 6 runs at 3 pairs, of 3 sizes and 1 length" in twice["missing"]

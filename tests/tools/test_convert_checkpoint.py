@@ -194,4 +194,7 @@ def test_an_export_that_cannot_be_leaves_nothing(folder, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "File too large" in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
     done = tool("convert_checkpoint", "from-hf", folder / "run", "--to", tmp_path / "new")
+    assert_refused(done, f"{folder / 'run'}: is a run or a checkpoint of one, not an export", "as growth.from to grow")
+    (tmp_path / "empty").mkdir()
+    done = tool("convert_checkpoint", "from-hf", tmp_path / "empty", "--to", tmp_path / "new")
     assert_refused(done, "config.json: No such file or directory. Give a folder that to-hf or save_pretrained")

@@ -139,7 +139,7 @@ def test_a_newer_one_that_is_damaged_is_no_success(tmp_path):
     done = inspect(tmp_path, "--verify")
     assert done.returncode == 2 and "verified: 2 files" in done.stdout, done.stdout
     assert f"error: newer checkpoints are damaged:\n  - {newest}: has no manifest.json" in done.stderr
-    assert done.stderr.endswith("Copy them again, or move them away\n")
+    assert done.stderr.endswith("Copy them again, or move them away.\n")
     done = inspect(tmp_path)
     assert done.returncode == 0 and "taken in its place" in done.stderr
 
@@ -151,9 +151,9 @@ def test_remedies(tmp_path):
     shard.write_bytes(content[:-1])
     remedy = "The checkpoint is damaged: copy it again, or use an older one"
     done = inspect(path)
-    assert f"has {len(content) - 1} bytes, the manifest says {len(content)}. {remedy}\n" in done.stderr
+    assert f"has {len(content) - 1} bytes, the manifest says {len(content)}. {remedy}.\n" in done.stderr
     shard.unlink()
-    assert f"{shard_name(0)} is missing. {remedy}\n" in inspect(path).stderr
+    assert f"{shard_name(0)} is missing. {remedy}.\n" in inspect(path).stderr
     done = inspect(tmp_path)
     assert f"{shard_name(0)} is missing\nCopy them again, or give another folder.\n" in done.stderr
     (tmp_path / "empty").mkdir()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,7 @@ def test_a_chain_compared_with_training_from_scratch():
     assert {round(tokens) for cost in made["chain"] for tokens in cost["scratch_tokens"]} == {96_000_000_000}
     assert made["advice"] is None
     text = tool("plan_run", CONFIGS / "chain_124M_to_1.4B.yml", "--gpus", 8, "--best", 1).stdout
+    assert re.search(r"chain-124M +\d+,\d+,\d+ +[\d.]+ B ", text), text
     assert "The chain, compared with training each size from scratch" in text and "all sizes:" in text
     assert "is 0.30 to 0.70, an assumption; a study measures it." in text and "growth pays above κ" in text
 
@@ -89,6 +91,8 @@ def test_a_plan_of_images_counts_images(tmp_path):
     for words in (f"128 images, {speed}", "10 steps, 1,280 images", "from scratch: images", "φ = own images / from"):
         assert words in done, done
     assert "tokens" not in done.split("Parameters, bytes sent")[0]
+    chain = done.partition("The chain, compared")[2].partition("R = ")[0]
+    assert "1.28 K" in chain and "< 0.01" in chain and " 0 GPU-hours" not in done and "e-0" not in chain, chain
 
 
 def test_when_to_grow_by_what_a_study_has_found(tmp_path):

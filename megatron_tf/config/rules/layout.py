@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.nearest import divisors, divisors_near, either, listed, multiples_near
+from megatron_tf.config.nearest import divisors, divisors_near, either, multiples_near
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.telemetry.text import count_of
@@ -22,7 +22,7 @@ def layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (
             f"parallel: {' × '.join(f'{axis} {size}' for axis, size in axes.items())} needs a multiple of {ranks} "
             f"ranks, but there are {world_size}. Start {either(multiples_near(world_size, ranks))} ranks, or choose "
-            f"{' × '.join(axes)} among {listed(divisors(world_size))}."
+            f"{' × '.join(f'parallel.{axis}' for axis in axes)} to be {either(divisors(world_size))}."
         )
 
 

@@ -97,7 +97,7 @@ def merge_images(settings: ImageSettings, progress: ProgressDisplay) -> dict[str
 def plan_images(settings: ImageSettings, progress: ProgressDisplay) -> ImagePreparation:
     """Check the settings, and find inputs and classes. Raises `DataError`."""
     if not 0 <= settings.validation_fraction < 1:
-        raise DataError(f"validation fraction is {settings.validation_fraction}. Choose it in [0, 1).")
+        raise DataError(f"--validation-fraction is {settings.validation_fraction}. Choose 0 or more, below 1.")
     check_share(settings.share, settings.output_prefix)
     known = _known_classes(settings)
     if len(settings.inputs) == 1 and os.path.isdir(settings.inputs[0]):

@@ -113,9 +113,9 @@ def merge_shards(settings: PreprocessSettings, progress: ProgressDisplay) -> dic
 def plan_preparation(settings: PreprocessSettings, note: Callable[[str], None] = lambda text: None) -> TextPreparation:
     """Check the settings and find the inputs, about which `note` is told remarks. Raises `DataError`."""
     if not 0 <= settings.validation_fraction < 1:
-        raise DataError(f"validation fraction is {settings.validation_fraction}. Choose it in [0, 1).")
+        raise DataError(f"--validation-fraction is {settings.validation_fraction}. Choose 0 or more, below 1.")
     if settings.max_document_bytes < 1:
-        raise DataError(f"max document bytes is {settings.max_document_bytes}. Choose at least 1.")
+        raise DataError(f"--max-document-bytes is {settings.max_document_bytes}. Choose at least 1.")
     check_share(settings.share, settings.output_prefix)
     files = tuple(expand_inputs(settings.inputs, note, partial(is_output, settings.output_prefix)))
     if settings.on_error == "stop":

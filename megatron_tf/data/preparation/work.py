@@ -91,7 +91,7 @@ class Preparation(ABC, Generic[Summary]):
 def check_share(share: Share, output_prefix: str) -> None:
     """DataError for numbers out of range, and for a prefix that ends without a name."""
     if share.workers < 1:
-        raise DataError(f"the number of workers is {share.workers}. Choose at least 1.")
+        raise DataError(f"--workers is {share.workers}. Choose at least 1.")
     if not 0 <= share.shard_index < share.num_shards:
         raise DataError(
             f"shard index is {share.shard_index} of {share.num_shards} shards. Choose it in [0, number of shards)."

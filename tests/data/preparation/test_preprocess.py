@@ -195,7 +195,7 @@ def test_full_disk_is_one_message_and_leaves_nothing(tokenizer, corpus, tmp_path
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("validation_fraction", 1.0, r"validation fraction is 1\.0.*\[0, 1\)"),
+        ("validation_fraction", 1.0, r"--validation-fraction is 1\.0. Choose 0 or more, below 1"),
         ("workers", 0, "workers is 0.*at least 1"),
     ],
 )

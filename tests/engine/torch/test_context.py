@@ -93,7 +93,7 @@ def test_checkpoints_know_nothing_of_it():
             {"parallel": {"context": 2, "tensor": 2}},
             6,
             "parallel: tensor 2 × pipeline 1 × context 2 needs a multiple of 4 ranks, but there are 6. Start 4 or 8 "
-            "ranks, or choose tensor × pipeline × context among 1, 2, 3, 6.",
+            "ranks, or choose parallel.tensor × parallel.pipeline × parallel.context to be 1, 2, 3 or 6.",
         ),
         (
             {"parallel": {"context": 2}, "model": IMAGES},
