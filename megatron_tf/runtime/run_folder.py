@@ -40,25 +40,24 @@ class RunFolder:
         A new folder of checkpoints is left to the first save, so that a run that ends before it leaves none behind.
         `has_begun`: whether a run has saved there, asked of a new folder only.
         """
+        if not self._is_locked:
+            with self.writing():
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self._is_locked = True
+            if has_begun():
+                raise ConfigError(
+                    f"run.dir: another run has begun in {self.path} while this one started, and has saved. Start this "
+                    "one again to go on from there, or choose another run.dir."
+                )
         with self.writing():
-            self.path.mkdir(parents=True, exist_ok=True)
             is_new = not os.path.lexists(checkpoints)
             checkpoints.mkdir(exist_ok=True)
             attempt = checkpoints / f".tmp-can-write-{secrets.token_hex(4)}"
             write_atomically(attempt, b"checkpoints can be written here")
             attempt.unlink()
-        if is_new:
-            with contextlib.suppress(OSError):  # another run may have begun there
+            if is_new:
                 checkpoints.rmdir()
-        if self._is_locked:
-            return
-        self._lock()
-        self._is_locked = True
-        if has_begun():
-            raise ConfigError(
-                f"run.dir: another run has begun in {self.path} while this one started, and has saved. Start this one "
-                "again to go on from there, or choose another run.dir."
-            )
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """For a block that writes in it."""

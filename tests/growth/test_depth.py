@@ -173,7 +173,9 @@ def test_what_cannot_grow_is_one_message(monkeypatch):
     def problems(old: Model, new: Model, **growth) -> list[str]:
         return growth_problems(old, new, Growth(source="x", **growth))
 
-    assert problems(model(4), model(2)) == ["model.num_layers: 4 before, 2 after. Growth cannot take layers away."]
+    assert problems(model(4), model(2)) == [
+        "model.num_layers: 4 before, 2 after. Growth cannot take layers away: set it to 4."
+    ]
     assert problems(model(4), model(6), depth_method="stack") == [
         "growth.depth_method: stack repeats all 4 layers, and model.num_layers 6 is no multiple of 4. Set "
         "model.num_layers to 8, or growth.depth_method to interleave or identity."
