@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from megatron_tf.checkpoint.format import INDEX_NAME, MANIFEST_NAME
-from megatron_tf.checkpoint.kinds import CHECKPOINTS_FOLDER as CHECKPOINTS_FOLDER
-from megatron_tf.checkpoint.kinds import holds_export
+from megatron_tf.checkpoint.kinds import CHECKPOINTS_FOLDER, holds_export
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.errors import (
     CheckpointError,

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron_tf.checkpoint.format import BYTES_PER_ELEMENT, CheckpointIndex, expected_tensors, folder_name
+from megatron_tf.checkpoint.kinds import CHECKPOINTS_FOLDER
 from megatron_tf.checkpoint.manager import (
-    CHECKPOINTS_FOLDER,
     FAILED_PREFIX,
     STEP_PREFIX,
     UNFINISHED_PREFIX,

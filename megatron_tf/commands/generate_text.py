@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_tf.data.tokenizer import Tokenizer
     from megatron_tf.model.tokenformer import TokenFormer
 
+GIVE_TOKENIZER = "Give the tokenizer's file with --tokenizer, or --tokenizer bytes for a model of plain bytes."
 MOST_TOKENS = 1_000_000  # these take weeks: a larger number is a typing error
 
 
@@ -85,7 +86,6 @@ def main() -> None:
     from megatron_tf.checkpoint.reader import open_checkpoint
     from megatron_tf.convert.huggingface.importing import is_export
     from megatron_tf.data.losses import LossFinder
-    from megatron_tf.data.tokenizer import BYTES
     from megatron_tf.inference.load import configured_tokenizer, known_eod, load_model, open_tokenizer, other_tokenizer
     from megatron_tf.tasks.language_model.section import check_reads_text
 
@@ -96,10 +96,7 @@ def main() -> None:
             raise UserError(f"{arguments.checkpoint}: has no tokenizer.json{tokenizer_remedy(arguments.checkpoint)}")
         checkpoint = resolve(arguments.checkpoint)
         check_reads_text(stored_model(open_checkpoint(checkpoint).index), "generation")
-        raise UserError(
-            f"{checkpoint}: no config.yml with data.tokenizer is next to it. Give the tokenizer's file with "
-            f"--tokenizer, or --tokenizer {BYTES} for a model of plain bytes."
-        )
+        raise UserError(f"{checkpoint}: no config.yml with data.tokenizer is next to it. {GIVE_TOKENIZER}")
     model = load_model(arguments.checkpoint)
     check_reads_text(model.config, "generation")
     tokenizer = open_tokenizer(name, model.config, arguments.eod_token or known_eod(arguments.checkpoint, name))
@@ -133,7 +130,7 @@ def tokenizer_remedy(export: Path) -> str:
             f", and by its config.json token {end} ends a text, as with the tokenizer {BYTES}, which has no file. Give "
             f"--tokenizer {BYTES}."
         )
-    return f". Give the tokenizer's file with --tokenizer, or --tokenizer {BYTES} for a model of plain bytes."
+    return f". {GIVE_TOKENIZER}"
 
 
 def pieces(

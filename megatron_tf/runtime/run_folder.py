@@ -37,7 +37,8 @@ class RunFolder:
     def make(self, checkpoints: Path, has_begun: Callable[[], bool]) -> None:
         """Makes it, and checks that its folder of `checkpoints` can be written, before hours are spent.
 
-        A new folder of checkpoints is left to the first save, so that a run that ends before it leaves none behind.
+        One that is not there yet is left to the first save, so that a run that ends before it leaves none behind. It
+        can be made where the lock and the configuration are written.
         `has_begun`: whether a run has saved there, asked of a new folder only.
         """
         if not self._is_locked:
@@ -50,14 +51,11 @@ class RunFolder:
                     f"run.dir: another run has begun in {self.path} while this one started, and has saved. Start this "
                     "one again to go on from there, or choose another run.dir."
                 )
-        with self.writing():
-            is_new = not os.path.lexists(checkpoints)
-            checkpoints.mkdir(exist_ok=True)
-            attempt = checkpoints / f".tmp-can-write-{secrets.token_hex(4)}"
-            write_atomically(attempt, b"checkpoints can be written here")
-            attempt.unlink()
-            if is_new:
-                checkpoints.rmdir()
+        if os.path.lexists(checkpoints):
+            with self.writing():
+                attempt = checkpoints / f".tmp-can-write-{secrets.token_hex(4)}"
+                write_atomically(attempt, b"checkpoints can be written here")
+                attempt.unlink()
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """For a block that writes in it."""

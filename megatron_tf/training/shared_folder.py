@@ -8,7 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER, UNFINISHED_PREFIX
+from megatron_tf.checkpoint.kinds import CHECKPOINTS_FOLDER
+from megatron_tf.checkpoint.manager import UNFINISHED_PREFIX
 from megatron_tf.errors import ConfigError, write_remedy
 from megatron_tf.runtime.agreement import from_rank_zero, together
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from megatron_tf.checkpoint.architecture import check_same_architecture, stored_model
 from megatron_tf.checkpoint.format import CheckpointIndex
+from megatron_tf.checkpoint.kinds import CHECKPOINTS_FOLDER
 from megatron_tf.checkpoint.manager import (
     ALONE,
-    CHECKPOINTS_FOLDER,
     Ranks,
     find_latest,
     verify_checkpoint,

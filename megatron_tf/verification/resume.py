@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.architecture import check_same_architecture
 from megatron_tf.checkpoint.format import folder_name
-from megatron_tf.checkpoint.manager import CHECKPOINTS_FOLDER
+from megatron_tf.checkpoint.kinds import CHECKPOINTS_FOLDER
 from megatron_tf.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.run_plan import BatchPlan, plan_batches, plan_run
