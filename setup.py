@@ -15,6 +15,7 @@ TRANSFORMERS = ["transformers>=5.16,<5.25"]
 DEEPSPEED = ["deepspeed==0.19.8"]
 ADAPTERS = ["peft>=0.21,<0.22", *TRANSFORMERS]
 EVAL = ["lm_eval>=0.4.13,<0.4.14", *TRANSFORMERS, *PARQUET]
+TRL = ["trl>=1.16,<2"]  # only to test that adapters work in it
 DOCS = ["mkdocs>=1.6,<1.7", "mkdocs-material>=9.8,<9.9"]  # also for `make docs`, which builds without a network
 # Comes with PyTorch's builds for GPUs; without one the kernels are tested in its interpreter.
 TRITON = ["triton>=3.5,<4; platform_system == 'Linux'"]
@@ -89,6 +90,7 @@ setup(
             *TIKTOKEN,
             *TRANSFORMERS,
             *TRITON,
+            *TRL,
             *WANDB,
         ],
     },
