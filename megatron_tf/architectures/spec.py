@@ -34,6 +34,7 @@ class ParameterSpec:
     `std`, `mean`: of the normal initialiser; with std 0 all elements are `mean`.
     `output`: the block adds to the hidden states a sum of products with such tensors; if all are 0 it adds nothing.
     `one_in`: a position uses one in this many elements; 1: it uses all of them.
+    `matrix_rows`: a stack of matrices of this many rows, for an optimizer of matrices; 0: it is one.
     `ends`: the pipeline stages that hold it, the first, the last, or both (tied); (): a parameter of a block.
     `official_name`, `huggingface_name`: its name in these formats; "" where a format has no such parameter.
     `transposed`: its Hugging Face tensor is [columns, rows].
@@ -48,6 +49,7 @@ class ParameterSpec:
     mean: float
     output: bool = False
     one_in: int = 1
+    matrix_rows: int = 0
     ends: tuple[Literal["first", "last"], ...] = ()
     official_name: str = ""
     huggingface_name: str = ""

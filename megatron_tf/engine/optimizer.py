@@ -17,15 +17,15 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.sections.optimizer import Optimizer
+from megatron_tf.engine.matrices import Matrices
 from megatron_tf.optimizers.base import MatrixRule, UpdateBatch
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.state.optimizer_states import WEIGHT
-from megatron_tf.state.parameters import ParameterSpec, layer_of
+from megatron_tf.state.parameters import ParameterSpec, layer_of, matrix_rows
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         self.new_tokens_factor = 1.0
         self.observe: Callable[[Segment, Tensor], None] | None = None
         self.before_update: Callable[[], None] | None = None
-        self._matrices: list[ParameterSpec] = []
-        self._rows = SINGLE
+        self._matrices = Matrices([], {}, SINGLE)
         self.skip_next = False  # makes the next call of `step` do nothing
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -93,8 +92,14 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         `rows`: the ranks that share the rows of each. They bind the same matrices.
         """
         self.segments = list(segments)
-        self._matrices = list(matrices)
-        self._rows = rows
+        named = {spec.name: spec for spec in matrices}
+        owned: dict[str, range] = {}
+        for segment in self.segments:
+            if segment.name in named:
+                width = named[segment.name].width
+                before = owned.get(segment.name, range(segment.start // width, 0))
+                owned[segment.name] = range(before.start, segment.stop // width)
+        self._matrices = Matrices(matrices, owned, rows)
         self.num_updates = 0
         for segment in self.segments:
             state = self.state[segment.buffer]
@@ -118,19 +123,18 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         if self.before_update:
             self.before_update()
         self.num_updates += 1
-        whole = {spec.name for spec in self._matrices}
         alike = defaultdict(list)
-        of_matrices: dict[str, list[Segment]] = {name: [] for name in whole}
+        of_matrices: dict[str, list[Segment]] = {spec.name: [] for spec in self._matrices.specs}
         for segment in self.segments:
             if segment.buffer.grad is None:
                 continue
-            if segment.name in whole:
+            if segment.name in of_matrices:
                 of_matrices[segment.name].append(segment)
             else:
                 alike[self._decay(segment), self._lr_multiplier(segment)].append(segment)
         for (decay, multiplier), segments in alike.items():
             self.rule.update(self.settings, self._batch(segments), group["lr"] * multiplier, decay)
-        for _, specs in groupby(self._matrices, lambda spec: layer_of(spec.name)):
+        for _, specs in groupby(self._matrices.specs, lambda spec: layer_of(spec.name)):
             self._update_matrices([(spec, of_matrices[spec.name]) for spec in specs], group["lr"])
 
     def _lr_multiplier(self, segment: Segment) -> float:
@@ -161,40 +165,19 @@ class SegmentedOptimizer(torch.optim.Optimizer):
         """Updates the matrices of one block with one all-reduce for all of them. A rank may have no rows of some."""
         rule = self.rule
         assert isinstance(rule, MatrixRule)
-        found = []
-        for spec, segments in matrices:
-            batch = self._batch(segments)
-            flat_rows = rule.directions(self.settings, batch) if segments else []
-            directions = [direction.view(-1, spec.width) for direction in flat_rows]
-            found.append((spec, segments, batch, directions))
         device = self.param_groups[0]["params"][0].device
-        flat = torch.cat([_gram(directions, spec.width, device).flatten() for spec, _, _, directions in found])
-        if self._rows.handle is not None:
-            dist.all_reduce(flat, group=self._rows.handle)
-        grams = flat.split([spec.width**2 for spec, *_ in found])
-        transforms = _transforms(rule, [gram.view(spec.width, -1) for (spec, *_), gram in zip(found, grams)])
-        for (spec, segments, batch, directions), transform in zip(found, transforms):
-            size = rule.size(spec.shape)
-            for segment, weight, direction in zip(segments, batch.weights, directions):
+        batches, directions = [], []
+        for spec, segments in matrices:
+            batches.append(self._batch(segments))
+            own = rule.directions(self.settings, batches[-1]) if segments else []
+            rows = torch.cat(own) if own else torch.empty(0, device=device)
+            directions.append((spec, rows.view(-1, spec.width)))
+        updates = self._matrices.transformed(rule, directions)
+        for (spec, segments), batch, update in zip(matrices, batches, updates):
+            size = rule.size((matrix_rows(spec), spec.width))
+            counts = [weight.numel() // spec.width for weight in batch.weights]
+            for segment, weight, part in zip(segments, batch.weights, update.split(counts)):
                 rate = lr * self._lr_multiplier(segment)
                 if segment.decayed:
                     weight.mul_(1 - rate * self._decay(segment))
-                weight.view(direction.shape).sub_(direction.double() @ transform, alpha=rate * size)
-
-
-def _transforms(rule: MatrixRule, grams: Sequence[Tensor]) -> list[Tensor]:
-    """`rule.transform` of each of `grams`. All of one width are one call, because a GPU waits between small ones."""
-    found: dict[int, Tensor] = {}
-    for width in {len(gram) for gram in grams}:
-        own = [place for place, gram in enumerate(grams) if len(gram) == width]
-        found.update(zip(own, rule.transform(torch.stack([grams[place] for place in own]))))
-    return [found[place] for place in range(len(grams))]
-
-
-def _gram(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
-    """DᵀD of these rows, [width, width]. It is fp64, because it squares singular values: fp32 would lose small ones."""
-    total = torch.zeros(width, width, dtype=torch.float64, device=device)
-    for part in rows:
-        exact = part.double()
-        total.addmm_(exact.mT, exact)
-    return total
+                weight.view(part.shape).sub_(part, alpha=rate * size)

@@ -29,7 +29,7 @@ from megatron_tf.model.gram import StepMatrices
 from megatron_tf.optimizers.base import MatrixRule
 from megatron_tf.parallel.groups import Group
 from megatron_tf.state.lr_rule import PLAIN, factors
-from megatron_tf.state.parameters import ParameterSpec, is_matrix, layer_of, parameter_table
+from megatron_tf.state.parameters import ParameterSpec, layer_of, matrix_rows, parameter_table
 from megatron_tf.state.sources import StateSource
 from megatron_tf.tasks.data import Batch
 
@@ -265,7 +265,7 @@ class SegmentedEngine(ABC):
                             new,
                         )
                     )
-        matrices = [shard.spec for shard in self.shards() if is_matrix(shard.spec)]
+        matrices = [shard.spec for shard in self.shards() if matrix_rows(shard.spec)]
         self.optimizer.bind(segments, matrices if isinstance(self.optimizer.rule, MatrixRule) else (), self._rows)
         for segment in segments:
             for state, tensor in self.optimizer.states(segment).items():

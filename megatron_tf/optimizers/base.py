@@ -83,14 +83,20 @@ class UpdateRule(ABC):
 
     @abstractmethod
     def reference(self, optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """An independent implementation of the same optimizer, for checks. Each of `groups` has a weight_decay."""
+        """An independent implementation of the same optimizer, for checks.
+
+        Each of `groups` has a weight_decay, and what `state.parameters.matrix_rows` gives for its parameters.
+        """
 
 
 class MatrixRule(ABC):
     """The additional interface of an optimizer that updates whole matrices of blocks: W ← W − lr (size · D·P + λW).
 
-    D [n, d] is the direction of a matrix, of which each rank has some rows. P [d, d] is a function of DᵀD alone, so
-    ranks exchange only the sum of DᵀD over their rows.
+    D [n, d] is the direction of a matrix, of which each rank has some rows. P [d, d] is a polynomial p of DᵀD, so ranks
+    exchange only the sum of DᵀD over their rows. D·p(DᵀD) = p(DDᵀ)·D, so a matrix of fewer rows than columns needs only
+    a polynomial of DDᵀ [n, n], where its rows are on one rank.
+
+    A parameter with `ParameterSpec.matrix_rows` is a stack of matrices, each with a P of its own.
     """
 
     @abstractmethod
@@ -99,8 +105,8 @@ class MatrixRule(ABC):
 
     @abstractmethod
     def transform(self, gram: Tensor) -> Tensor:
-        """DᵀD -> P, both fp64 [..., d, d], for any number of matrices at once."""
+        """DᵀD -> P, or DDᵀ -> p(DDᵀ), both fp64 and square, for any number of matrices at once."""
 
     @abstractmethod
     def size(self, shape: Sequence[int]) -> float:
-        """The factor `size` of the update of a whole matrix of this shape."""
+        """The factor `size` of the update of a matrix of this shape."""

@@ -13,6 +13,10 @@ sum of the Gram matrices of each rank's rows. Ranks therefore send one all-reduc
 its rows are spread over tensor- and data-parallel ranks, and apply P to their own rows.
 G squares the condition number, so G, P and M·P are computed in fp64. In fp32 the gradient norms of the next steps were
 40 times as far from those of the exact iteration.
+
+The keys, or values, of each candidate of a bank are a matrix of their own: no position uses a slot's candidates
+together. As one matrix a bank has the singular vectors of all its candidates mixed, and split growth gains half as much
+(docs/growth.md).
 """
 
 from __future__ import annotations
@@ -95,7 +99,10 @@ def as_muon(optimizer: Optimizer) -> MuonOptimizer:
 
 
 def _plain(settings: MuonOptimizer, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Muon on whole matrices by the iteration on X itself, and torch's AdamW."""
+    """Muon on whole matrices by the iteration on X itself, and torch's AdamW.
+
+    Each parameter of a group is a stack of matrices of `matrix_rows` rows; with 0 it holds none.
+    """
     import torch
 
     class PlainMuon(torch.optim.AdamW):
@@ -103,19 +110,21 @@ def _plain(settings: MuonOptimizer, groups: Iterable[dict[str, Any]]) -> torch.o
         def step(self, closure=None):
             a, b, c = COEFFICIENTS
             for group in self.param_groups:
-                for weight in group["params"] if group["matrices"] else ():
+                rows = group["matrix_rows"]
+                for weight in group["params"] if rows else ():
                     gradient, weight.grad = weight.grad, None
                     if gradient is None:
                         continue
                     momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
                     momentum.mul_(settings.momentum).add_(gradient, alpha=1 - settings.momentum)
                     x = (1 - settings.momentum) * gradient + settings.momentum * momentum
-                    x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
+                    x = x.unflatten(0, (-1, rows))
+                    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
                     for _ in range(ITERATIONS):
                         square = x.mT @ x
                         x = a * x + x @ (b * square + c * square @ square)
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.sub_(x, alpha=group["lr"] * UPDATE_SIZE * max(weight.shape) ** 0.5)
+                    weight.sub_(x.flatten(0, 1), alpha=group["lr"] * UPDATE_SIZE * max(x.shape[1:]) ** 0.5)
             # matrices have no gradients now, so AdamW skips them
             return super().step()
 

@@ -37,9 +37,13 @@ def layer_of(name: str) -> int | None:
     return int(parts[1]) if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal() else None
 
 
-def is_matrix(spec: ParameterSpec) -> bool:
-    """Whether a parameter is a sharded matrix of a block: parameter tokens, a router, or a weight of a linear layer."""
-    return len(spec.shape) == 2 and spec.sharded and layer_of(spec.name) is not None
+def matrix_rows(spec: ParameterSpec) -> int:
+    """Rows of the matrices that a parameter is a stack of, for an optimizer of matrices; 0 where it holds none.
+
+    Matrices are what is sharded in blocks: parameter tokens, routers, weights of linear layers. Most are stacks of one.
+    """
+    is_matrix = len(spec.shape) == 2 and spec.sharded and layer_of(spec.name) is not None
+    return (spec.matrix_rows or spec.shape[0]) if is_matrix else 0
 
 
 def in_layer(name: str, layer: int) -> str:

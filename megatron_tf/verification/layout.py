@@ -42,7 +42,7 @@ from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
 from megatron_tf.runtime.local_ranks import start_ranks
 from megatron_tf.state.lr_rule import PLAIN, Factors, factors
-from megatron_tf.state.parameters import is_matrix, parameter_table
+from megatron_tf.state.parameters import matrix_rows, parameter_table
 from megatron_tf.state.sources import initial_source
 from megatron_tf.tasks.layers import example_batches
 
@@ -146,20 +146,20 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
     table = parameter_table(config.model)
     settings = config.optimizer
     rule = factors(config.model, settings)
-    alike: dict[tuple[bool, bool, Factors], list[Tensor]] = defaultdict(list)
+    alike: dict[tuple[bool, int, Factors], list[Tensor]] = defaultdict(list)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             own = rule.get(name, PLAIN)
             parameter.mul_(own.initial)
-            alike[table[name].decayed, is_matrix(table[name]), own].append(parameter)
+            alike[table[name].decayed, matrix_rows(table[name]), own].append(parameter)
     groups = [
         {
             "params": parameters,
             "weight_decay": settings.weight_decay * own.weight_decay if decayed else 0.0,
-            "matrices": matrices,
+            "matrix_rows": rows,
             "factor": own.lr,
         }
-        for (decayed, matrices, own), parameters in alike.items()
+        for (decayed, rows, own), parameters in alike.items()
     ]
     optimizer = rule_of(settings).reference(settings, groups)
     ends = configured_boundaries(config).ends

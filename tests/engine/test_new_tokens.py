@@ -20,7 +20,7 @@ from megatron_tf.model import build_model
 from megatron_tf.model.layers import task_layers
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.local_ranks import start_ranks
-from megatron_tf.state.parameters import is_matrix, parameter_table, projections
+from megatron_tf.state.parameters import matrix_rows, parameter_table, projections
 from megatron_tf.state.sources import initial_source
 from megatron_tf.tasks.layers import example_batches
 from megatron_tf.verification.layout import Layout, joined
@@ -115,7 +115,7 @@ def _plain(config):
         {
             "params": [parameter],
             "weight_decay": settings.weight_decay if table[name].decayed else 0.0,
-            "matrices": is_matrix(table[name]),
+            "matrix_rows": matrix_rows(table[name]),
         }
         for name, parameter in model.named_parameters()
     ]

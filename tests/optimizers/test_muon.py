@@ -10,6 +10,7 @@ from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
 from megatron_tf.optimizers.muon import COEFFICIENTS, ITERATIONS, MUON
+from megatron_tf.state.parameters import matrix_rows, parameter_table
 from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
 from megatron_tf.verification.resume import Setting, check_resumes
 
@@ -65,6 +66,30 @@ def test_two_ranks():
 
 def test_with_deepspeed():
     check(config("deepspeed"), Layout(Topology(2, 1, 1), True), Layout(Topology(1, 2, 1)))
+
+
+def sparse(ffn=48, **changes):
+    """Groups of 16, which data-parallel ranks cut: 3 of 9 or 5 of 10."""
+    banks = {"ffn": {"group_size": 16, "candidates": 5 if ffn == 32 else 3}}
+    return config(model={"parameter_tokens": {"qkv": 13, "proj": 11, "ffn": ffn}, "sparse": banks}, **changes)
+
+
+def test_candidates_are_matrices_of_their_own():
+    own = sparse()
+    rows = {name: matrix_rows(spec) for name, spec in parameter_table(own.model).items() if ".1.ffn." in name}
+    assert rows == {
+        "blocks.1.ffn.bank.key_tokens": 16,
+        "blocks.1.ffn.bank.value_tokens": 16,
+        "blocks.1.ffn.bank.router": 9,
+        "blocks.1.ffn.bank.balance": 0,
+    }
+    check(own, Layout(Topology(1, 1, 2)))
+
+
+@pytest.mark.slow
+def test_candidates_over_four_ranks():
+    check(sparse(training={"micro_batch_size": 1}), Layout(Topology(1, 1, 4)))
+    check(sparse(32, training={"micro_batch_size": 1}), Layout(Topology(2, 1, 2), True))
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def _bank_parameters(
             mean=0.0,
             output=kind == "value" and name in OUTPUTS,
             one_in=bank.candidates,
+            matrix_rows=bank.group_size,
             huggingface_name=f"{huggingface}.{kind}s",
         )
     for kind, shape, std in (("router", (groups, model.hidden_size), INITIAL_STD), ("balance", (groups,), 0.0)):
