@@ -9,8 +9,8 @@ the copies see different positions and diverge.
 |---|---|
 | `bank.key_tokens`, `bank.value_tokens` | row (slot, candidate, token) is old row dense + slot · g + token |
 | `key_tokens`, `value_tokens`, where some stay dense | the first of the old tokens |
-| `bank.router` | random |
-| `bank.balance` | 0 |
+| `bank.router` | random; a run fits it to its data, see `growth.routers` |
+| `bank.balance` | 0, likewise |
 | all others | unchanged |
 
 When candidates are split again, with c copies of each of the m:

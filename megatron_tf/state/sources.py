@@ -88,6 +88,30 @@ class FreshSource:
         return [(start, stop, 0)] if start < stop else []
 
 
+class WithWeights:
+    """The state of another source, with other `weights` of some parameters, in their logical shapes."""
+
+    def __init__(self, source: StateSource, weights: Mapping[str, Tensor]):
+        self._source = source
+        self._weights = {name: weight.flatten() for name, weight in weights.items()}
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        return self._source.scales
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        return read_whole(self, name, state, start, stop)
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        if state == WEIGHT and name in self._weights:
+            target.copy_(self._weights[name][start : start + target.numel()])
+        else:
+            self._source.read_into(name, state, start, target)
+
+    def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
+        return self._source.adam_steps(name, start, stop)
+
+
 class InitialSource:
     """The state of a fresh model: weights as a function of (seed, name, row), without any update.
 

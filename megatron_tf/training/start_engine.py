@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_tf.checkpoint.architecture import stored_model
@@ -13,12 +13,13 @@ from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model.layers import TensorParallel
 from megatron_tf.model.precision import DTYPES
 from megatron_tf.model.projection import without_fp8
+from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.runtime.agreement import together
 from megatron_tf.runtime.watchdog import Watchdog
-from megatron_tf.tasks.data import Batch
-from megatron_tf.training.choices import Choices, following, recorded
-from megatron_tf.training.growth_proof import Probe, compare, probe
+from megatron_tf.training.choices import following, recorded
+from megatron_tf.training.fitted_routers import fits_routers, with_fitted_routers
+from megatron_tf.training.growth_proof import compare, probe
 from megatron_tf.training.run_data import Loaders
 from megatron_tf.training.running import Run
 from megatron_tf.training.start import Start
@@ -35,7 +36,13 @@ def start_engine(run: Run, start: Start, loaders: Loaders, watchdog: Watchdog) -
     watchdog.begin("proving the growth, with the smaller model")
     held = together(lambda: list(loaders.held.step_batches(0)))
     split = TensorParallel(tensor, run.config.parallel.sequence, make_group(topology, "context", timeout))
-    before, choices = _probe_smaller(run, start.grown_from, split, ends, held)
+    smaller = _smaller_stage(run, start.grown_from, split, ends)
+    with recorded(smaller) as choices:
+        before = probe(smaller, held)
+    if fits_routers(run, start):
+        watchdog.begin("fitting the routers")
+        start = replace(start, source=with_fitted_routers(run, start, smaller, loaders.data))
+    del smaller
     watchdog.begin("loading the weights")
     engine = _engine(run, start, tensor, ends)
     watchdog.begin("proving the growth, with the grown model")
@@ -67,10 +74,8 @@ def _engine(run: Run, start: Start, tensor: Group, ends: Sequence[int]) -> Engin
     return engine
 
 
-def _probe_smaller(
-    run: Run, smaller: CheckpointReader, tensor: TensorParallel, ends: Sequence[int], held: Sequence[Batch]
-) -> tuple[Probe, Mapping[str, Choices]]:
-    stage = load_stage(
+def _smaller_stage(run: Run, smaller: CheckpointReader, tensor: TensorParallel, ends: Sequence[int]) -> Stage:
+    return load_stage(
         smaller,
         stored_model(smaller.index),
         run.plan.topology,
@@ -80,5 +85,3 @@ def _probe_smaller(
         run.device,
         ends,
     )
-    with recorded(stage) as choices:
-        return probe(stage, held), choices

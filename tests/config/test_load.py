@@ -216,7 +216,7 @@ def test_duplicate_key_is_reported_with_the_other_problems(small_path):
          "evaluation.interval_steps or logging.interval_steps?"),
         ("zero.zzz=3", "zero.zzz: unknown key. The keys of zero are stage."),
         ("growth={from: a, source: b}", "growth.source: unknown key. The keys of growth are from, at, method, methods, "
-         "depth_method, clone_noise, noise, moments, moments_factor, "
+         "depth_method, clone_noise, noise, routers, moments, moments_factor, "
          "lr_multipliers."),
         ("data.train=[{path: a, wieght: 2}]", "data.train[0].wieght: unknown key. Did you mean data.train[0].weight?"),
         # wrong types

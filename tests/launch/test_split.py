@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 from launching import train
 
 from megatron_tf.checkpoint.reader import open_checkpoint
@@ -51,6 +52,37 @@ def test_a_chain_with_a_split_proves_itself_at_every_layout(folder):
         r"step 4  health of ffn: .*fullest candidate \d\.\d\d × an equal share, \d+% of the candidates un", log
     )
     assert "step 4  health of qkv: " in log
+    assert "growth: new routers follow clusters of 768 positions of training data" in log
+    # the second split parts existing candidates, whose routers go on
+    assert "new routers" not in (folder / "run" / "again" / "train.log").read_text()
+
+
+@pytest.mark.slow
+def test_routers_of_a_split_are_the_same_at_every_layout(started):
+    """Fitted to clusters; candidates that hardly learn keep them."""
+    found = {}
+    for name, ranks, *options in (
+        ("one", 1), ("random", 1, "growth.routers=random"), ("data", 2), ("stages", 2, "parallel.pipeline=2"),
+        ("tensor", 2, "parallel.tensor=2", "parallel.sequence=true"), ("torch", 2, "parallel.engine=torch"),
+    ):  # fmt: skip
+        done = train(
+            started, f"run.dir={started / name}", f"growth.from={started / 'run'}", "growth.method=split",
+            "model.sparse={ffn: {group_size: 16, candidates: 3, dense: 5}}", "training.train_steps=1",
+            "optimizer={lr: 1e-9, schedule: {warmup_steps: 0}}", *options, ranks=ranks,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[:6000]
+        reader = open_checkpoint(started / name / "checkpoints" / "step_00000001")
+        found[name] = {
+            tensor: reader.read(tensor, "weight", 0, reader.index.tensors[tensor].numel)
+            for tensor in reader.index.tensors
+            if tensor.endswith((".router", ".balance"))
+        }
+    assert len(found["one"]) == 4
+    for name in ("data", "stages", "tensor", "torch"):
+        for tensor, values in found["one"].items():
+            assert values.abs().max() > 1e-5
+            torch.testing.assert_close(found[name][tensor], values, rtol=0, atol=1e-6)
+    assert not torch.allclose(found["random"]["blocks.0.ffn.bank.router"], found["one"]["blocks.0.ffn.bank.router"])
 
 
 BANK = """

@@ -53,6 +53,8 @@ class Growth(Section):
     """Relative difference of cloned weights, if model.hidden_size rises. The function is kept. Since 0.2."""
     noise: Fraction = 0.0
     """Standard deviation of noise on each weight of old tokens, relative to the weight. 0 keeps the function."""
+    routers: Literal["clusters", "random"] = "clusters"
+    """Routers of a split: fitted to clusters of positions of training data, or random. Since 0.2."""
     moments: Literal["keep", "reset"] = "keep"
     """Optimizer states of old parameters. New tokens and layers always start afresh."""
     moments_factor: Annotated[float, Field(gt=0, le=1000)] = 1.0
