@@ -53,7 +53,7 @@ class Muon(AdamW, MatrixRule):
     section: ClassVar[type[Optimizer]] = MuonOptimizer
     # A candidate gets as large updates as a token that every position uses, from fewer positions. Measured with 4 and
     # 16 candidates: docs/growth.md.
-    candidate_lr_factor = 0.3
+    candidate_lr_factor = 0.6
     # Updates of a router are as large as those of other matrices, however small its gradient. At the rate of its
     # candidates they choose others all the time: docs/growth.md.
     router_lr_factor = 0.1

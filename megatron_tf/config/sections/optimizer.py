@@ -59,7 +59,7 @@ class Optimizer(OpenSection):
     lr_rule: LrRule | None = None
     """Learning rates by the number of tokens. null: they do not depend on it. Since 0.2."""
     candidate_lr_factor: Positive | None = None
-    """Learning rate of candidates, over that of other tokens. null: 0.3 for muon, else 1. Since 0.2."""
+    """Learning rate of candidates, over that of other tokens. null: 0.6 for muon, else 1. Since 0.2."""
     router_lr_factor: Positive | None = None
     """Learning rate of routers and balance, over that of candidates. null: 0.1 for muon, else 1. Since 0.2."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
