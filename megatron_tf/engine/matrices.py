@@ -1,20 +1,21 @@
 """The matrices of a `MatrixRule`, whose rows are spread over ranks.
 
 A parameter of a block is one matrix, or a stack of matrices of `ParameterSpec.matrix_rows` rows each. A rank has
-consecutive rows of it. To transform its rows of D, see `optimizers.base`, the ranks add up, in one all-reduce for all
+consecutive rows of it. For its rows of the update, see `optimizers.base`, ranks add up, in one all-reduce for all
 parameters of a block,
 
-| parameter | fp64 numbers |
+| matrices | fp64 numbers |
 |---|---|
-| a matrix [n, d] | DᵀD: d² |
-| a stack of matrices [g, d] | the rows of those that are cut between ranks, at most one at each boundary: g·d each |
+| one [n, d] with n ≥ d | DᵀD: d² |
+| one with fewer rows, or a stack of [g, d] | the rows of those that ranks share, at most one a boundary: g·d |
 
-The other matrices of a stack are each whole on a rank, which needs no other for them.
+By DᵀD each rank transforms its rows. Of the others it transforms whole matrices, by DDᵀ where that is smaller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,28 +40,38 @@ class Matrices:
     def __init__(self, specs: Sequence[ParameterSpec], rows: Mapping[str, range], ranks: Group):
         self.specs = list(specs)
         self._ranks = ranks
+        stacks = [spec for spec in specs if spec.matrix_rows or spec.shape[0] < spec.width]
         everyone = [dict(rows)] * ranks.size
-        if ranks.handle is not None and any(spec.matrix_rows for spec in specs):
+        if ranks.handle is not None and stacks:
             dist.all_gather_object(everyone, dict(rows), group=ranks.handle)
         self._stacks = {
             spec.name: _Stack(spec, [had.get(spec.name, range(0)) for had in everyone], rows.get(spec.name, range(0)))
-            for spec in specs
-            if spec.matrix_rows
+            for spec in stacks
         }
 
     def transformed(self, rule: MatrixRule, directions: Sequence[tuple[ParameterSpec, Tensor]]) -> list[Tensor]:
-        """For each of `directions`, this rank's rows [rows, d] of D, its rows of the update. All ranks call it."""
-        stacks = [self._stacks.get(spec.name) for spec, _ in directions]
-        sent = [stack.sent(rows) if stack else _gram(rows) for stack, (_, rows) in zip(stacks, directions)]
+        """For each of `directions`, this rank's rows [rows, d] of D, its rows of the update. All ranks call it.
+
+        A rank that has no gradient gives no rows.
+        """
+        stacks = {place: own for place, (spec, _) in enumerate(directions) if (own := self._stacks.get(spec.name))}
+        sent = [
+            stacks[place].sent(rows) if place in stacks else _gram(rows) for place, (_, rows) in enumerate(directions)
+        ]
         if self._ranks.handle is not None:
             flat = torch.cat([each.flatten() for each in sent])
             dist.all_reduce(flat, group=self._ranks.handle)
             sent = [own.view_as(each) for own, each in zip(flat.split([each.numel() for each in sent]), sent)]
-        transforms = iter(_transforms(rule, [own for stack, own in zip(stacks, sent) if not stack]))
-        return [
-            stack.transformed(rule, rows, own) if stack else rows.double() @ next(transforms)
-            for stack, (_, rows), own in zip(stacks, directions, sent)
-        ]
+        found = [rows for _, rows in directions]
+        of_one = [place for place, rows in enumerate(found) if len(rows) and place not in stacks]
+        for place, transform in zip(of_one, _alike(rule.transform, [sent[place] for place in of_one])):
+            found[place] = found[place].double() @ transform
+        of_stacks = {
+            place: own.matrices(found[place], sent[place]) for place, own in stacks.items() if len(found[place])
+        }
+        for place, matrices in zip(of_stacks, _alike(partial(_transformed, rule), list(of_stacks.values()))):
+            found[place] = stacks[place].rows(matrices)
+        return found
 
 
 class _Piece(NamedTuple):
@@ -75,13 +86,14 @@ class _Stack:
     """A stack of matrices: `own` are this rank's rows, `everyone` those of each rank."""
 
     def __init__(self, spec: ParameterSpec, everyone: Sequence[range], own: range):
-        self._size, self._width = spec.matrix_rows, spec.width
+        self._size, self._width = spec.matrix_rows or spec.shape[0], spec.width
+        self._count = len(own)
         self._pieces = _pieces(own, self._size)
         cut = sorted({piece.matrix for rows in everyone for piece in _pieces(rows, self._size)})
         self._places = {matrix: place for place, matrix in enumerate(cut)}
-        # the rank's rows that are whole matrices
-        self._start = -own.start % self._size
-        self._stop = max(self._start, len(own) - own.stop % self._size)
+        # this rank's rows that are whole matrices
+        start = -own.start % self._size
+        self._whole = slice(start, max(start, len(own) - own.stop % self._size))
 
     def sent(self, rows: Tensor) -> Tensor:
         """fp64 [cut matrices, g, d]: this rank's rows of the cut ones, and zeros."""
@@ -90,17 +102,21 @@ class _Stack:
             found[self._places[piece.matrix], piece.within] = rows[piece.own].double()
         return found
 
-    def transformed(self, rule: MatrixRule, rows: Tensor, cut: Tensor) -> Tensor:
-        """This rank's rows of the update. `cut`: what all ranks sent, added up. `rows`: none without a gradient."""
-        found = torch.empty_like(rows)
-        if not len(rows):
-            return found
-        step = max(1, AT_ONCE // (self._size * self._width)) * self._size
-        for start in range(self._start, self._stop, step):
-            part = slice(start, min(start + step, self._stop))
-            found[part] = _transformed(rule, rows[part].double().unflatten(0, (-1, self._size))).flatten(0, 1)
-        for piece in self._pieces:
-            found[piece.own] = _transformed(rule, cut[self._places[piece.matrix]])[piece.within]
+    def matrices(self, rows: Tensor, cut: Tensor) -> Tensor:
+        """[matrices, g, d]: those that are whole among `rows`, then those that are cut. `cut`: of all ranks' `sent`."""
+        parts = [cut[self._places[piece.matrix]].to(rows.dtype) for piece in self._pieces]
+        whole = rows[self._whole].view(-1, self._size, self._width)
+        return torch.cat([whole, torch.stack(parts)]) if parts else whole
+
+    def rows(self, matrices: Tensor) -> Tensor:
+        """This rank's rows [rows, d] of such matrices."""
+        if not self._pieces:
+            return matrices.flatten(0, 1)
+        whole = matrices[: len(matrices) - len(self._pieces)].flatten(0, 1)
+        found = whole.new_empty(self._count, self._width)
+        found[self._whole] = whole
+        for piece, matrix in zip(self._pieces, matrices[len(matrices) - len(self._pieces) :]):
+            found[piece.own] = matrix[piece.within]
         return found
 
 
@@ -117,19 +133,30 @@ def _pieces(rows: range, size: int) -> list[_Piece]:
 
 
 def _transformed(rule: MatrixRule, matrices: Tensor) -> Tensor:
-    """D·P of whole matrices D, fp64 [..., g, d], by the smaller one of their two Gram matrices."""
-    if matrices.shape[-2] < matrices.shape[-1]:
-        return rule.transform(matrices @ matrices.mT) @ matrices
-    return matrices @ rule.transform(matrices.mT @ matrices)
+    """D·P of each of `matrices` D [matrices, g, d], by the smaller one of its two Gram matrices in fp64."""
+    _, size, width = matrices.shape
+    found = torch.empty_like(matrices)
+    for part, target in zip(*(t.split(max(1, AT_ONCE // (size * width))) for t in (matrices, found))):
+        exact = part.double()
+        if size < width:
+            target.copy_(rule.transform(exact @ exact.mT) @ exact)
+        else:
+            target.copy_(exact @ rule.transform(exact.mT @ exact))
+    return found
 
 
-def _transforms(rule: MatrixRule, grams: Sequence[Tensor]) -> list[Tensor]:
-    """`rule.transform` of each of `grams`. All of one width are one call, because a GPU waits between small ones."""
+def _alike(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`function` of each of `tensors`, of square matrices or of stacks of matrices.
+
+    All of one shape are one call, because a GPU waits between small ones.
+    """
     found: dict[int, Tensor] = {}
-    for width in {len(gram) for gram in grams}:
-        own = [place for place, gram in enumerate(grams) if len(gram) == width]
-        found.update(zip(own, rule.transform(torch.stack([grams[place] for place in own]))))
-    return [found[place] for place in range(len(grams))]
+    for shape in {tensor.shape[-2:] for tensor in tensors}:
+        own = [place for place, tensor in enumerate(tensors) if tensor.shape[-2:] == shape]
+        stacks = [tensors[place].view(-1, *shape) for place in own]
+        parts = function(torch.cat(stacks)).split([len(stack) for stack in stacks])
+        found.update((place, part.view_as(tensors[place])) for place, part in zip(own, parts))
+    return [found[place] for place in range(len(tensors))]
 
 
 def _gram(rows: Tensor) -> Tensor:
