@@ -23,6 +23,7 @@ from typing import Any
 
 from megatron_tf.arguments import path, whole_number
 from megatron_tf.config.load import load_config
+from megatron_tf.config.schema import RunConfig
 from megatron_tf.corpora.build import REPORT
 from megatron_tf.data.summary import read_summary
 from megatron_tf.errors import NOT_AS_WRITTEN, UserError
@@ -63,18 +64,14 @@ def main() -> None:
     for name, value in () if arguments.verbose else QUIET.items():
         os.environ.setdefault(name, value)
     started = time.monotonic()
-    config = load_config(configurations()[SMALL], arguments.overrides)
+    config, bigger = (load_config(configurations()[name], arguments.overrides) for name in (SMALL, GROWN))
     prompt = prepare(vocab_size_of(config.model))
     small, control, grown, expanded = (arguments.folder / name for name in ("small", "control", "grown", "expanded"))
-    tokens = json.dumps(config.model.model_dump()["parameter_tokens"])
     own = {
         small: [SMALL],
         grown: [GROWN, f"growth.from={literal(str(small))}"],
-        # The control has the weights of the small run and the schedule of the grown one, on the same text in another
-        # order.
-        control: [GROWN, "growth=null", f"training.init_from={literal(str(small))}", f"run.seed={config.run.seed + 1}",
-                  f"model.parameter_tokens={tokens}", *UNSPLIT,
-                  f"training.micro_batch_size={config.training.micro_batch_size}"],
+        # The control goes on where the growth does, for as many steps and at the same rates.
+        control: [SMALL, f"branch={{from: {literal(str(small))}, at: before_decay}}", *as_long_as(bigger, config)],
     }  # fmt: skip
     for run, (name, *changes) in own.items():
         train(name, arguments.ranks, [*arguments.overrides, *changes, f"run.dir={literal(str(run))}"])
@@ -83,18 +80,31 @@ def main() -> None:
     picture = arguments.folder / "loss.png"
     command("plot", str(small), str(grown), "--output", str(picture))
     if not expanded.exists():
-        command("expand", "--from", str(small), "--config", GROWN, "--to", str(expanded), *arguments.overrides)
+        command("expand", "--from", str(small), "--config", GROWN, "--to", str(expanded), *arguments.overrides,
+                "growth.at=end")  # fmt: skip
     writers = {
         "The small model, before growth": small,
         "The grown model, before it is trained on": expanded,
         "The grown model, in the end": grown,
     }
     texts = {head: written(run, prompt) for head, run in writers.items()}
-    print("\n" + table(summary(small), summary(control, after=small), summary(grown)))
+    print("\n" + table(summary(small), summary(control), summary(grown)))
     for head, text_of_model in texts.items():
         print(f"\n{head}, writes:\n\n{textwrap.indent(text_of_model.strip(), '    ')}")
     print(f"\nloss against tokens: {picture}\nall of it took {time.monotonic() - started:.0f} s\n")
     print(NEXT.format(grown=grown, small=small, prompt=prompt))
+
+
+def as_long_as(grown: RunConfig, small: RunConfig) -> list[str]:
+    """With these overrides, what goes on from before the decay of `small` has the steps and rates of `grown`."""
+    decay, more = small.optimizer.schedule.decay_steps, grown.training.train_steps
+    if small.training.train_steps is None or decay is None or more is None:
+        raise UserError("the demo needs training.train_steps and optimizer.schedule.decay_steps. Do not replace them.")
+    return [
+        f"training.train_steps={small.training.train_steps - decay + more}",
+        f"optimizer.lr={grown.optimizer.lr}",
+        f"optimizer.schedule.decay_steps={grown.optimizer.schedule.decay_steps}",
+    ]
 
 
 def prepare(vocab_size: int) -> str:
@@ -202,9 +212,8 @@ class Summary:
     tokens_per_second: float | None
 
 
-def summary(run: Path, after: Path | None = None) -> Summary:
-    """The summary of the finished `run`. `after`: the run whose weights it began with, if its own records count from 0
-    there; its tokens and FLOPs are added."""
+def summary(run: Path) -> Summary:
+    """The summary of the finished `run`."""
     records = read_records(run)
     counted = [record for record in records if record.get("flops") is not None]
     if not counted:
@@ -212,11 +221,8 @@ def summary(run: Path, after: Path | None = None) -> Summary:
     last = max(counted, key=lambda record: record["step"])
     speeds = sorted(r["perf/tokens_per_second"] for r in records if r.get("perf/tokens_per_second"))
     parameters, perplexity = read_evaluation(run)
-    before = summary(after) if after else None
-    return Summary(
-        run.name, parameters, last["tokens"] + (before.tokens if before else 0),
-        last["flops"] + (before.flops if before else 0), perplexity, speeds[len(speeds) // 2] if speeds else None,
-    )  # fmt: skip
+    speed = speeds[len(speeds) // 2] if speeds else None
+    return Summary(run.name, parameters, last["tokens"], last["flops"], perplexity, speed)
 
 
 def read_evaluation(run: Path) -> tuple[int, float]:
