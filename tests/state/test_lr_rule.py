@@ -109,7 +109,7 @@ def test_candidates_have_the_factor_of_the_optimizer():
     muon = {"type": "muon", "lr": 1e-2}
     own = run_config(model={"sparse": sparse}, optimizer=muon)
     found = {name.removeprefix("blocks.0.ffn.bank."): own.lr for name, own in factors_of(own).items() if ".0." in name}
-    tokens, choice = pytest.approx(0.3), pytest.approx(0.03)
+    tokens, choice = pytest.approx(0.6), pytest.approx(0.06)
     assert found == {"key_tokens": tokens, "value_tokens": tokens, "router": choice, "balance": choice}
     assert "rates   × optimizer.lr: candidates 0.6; their routers 0.06\n" in describe(own, 1)
     ones = {"candidate_lr_factor": 1, "router_lr_factor": 1}
