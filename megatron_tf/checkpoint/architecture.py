@@ -12,7 +12,7 @@ from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.checkpoint.records import record_problems
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import ARCHITECTURES, architecture_of, with_parameter_tokens
-from megatron_tf.config.differences import TOKENS, differing
+from megatron_tf.config.differences import SPARSE, TOKENS, differing
 from megatron_tf.config.lookup import key_name
 from megatron_tf.config.mistakes import reason
 from megatron_tf.config.nearest import either
@@ -122,8 +122,12 @@ def check_same_architecture(
     if problems:
         otherwise = f"remove {key}" if key else "start in another run.dir"
         remedy = f"Restore these keys, or {otherwise}."
-        if all(changed.startswith(TOKENS) for changed, _, _ in _differences(index, model)):
-            remedy = "Token counts change by growth only: set growth.from to this checkpoint and " + (
+        changed = [name for name, _, _ in _differences(index, model)]
+        if all(name.startswith((TOKENS, SPARSE)) for name in changed):
+            counts, way = "Token counts", ""
+            if any(name.startswith(SPARSE) for name in changed):
+                counts, way = "Candidates", ", growth.method to split or bank,"
+            remedy = f"{counts} change by growth only: set growth.from to this checkpoint{way} and " + (
                 f"remove {key}." if key else "use another run.dir."
             )
         raise CheckpointError(_listed(f"{named} is of another architecture", problems) + f"\n{remedy}")

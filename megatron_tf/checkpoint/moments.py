@@ -33,6 +33,13 @@ def _before_decay(path: Path) -> Path:
     for reader in found:
         if reader.index.run.get(BEFORE_DECAY):
             return reader.path
+    others = complete_checkpoints(newest.path.parent) if len(found) == 1 else []
+    for reader in others:
+        if reader.index.run.get(BEFORE_DECAY):
+            raise CheckpointError(
+                f"{path}: is the checkpoint of step {newest.index.step:,}, with which no decay began. One began with "
+                f"that of step {reader.index.step:,}: give {newest.path.parent}, or begin here (at: end)"
+            )
     steps = ", ".join(f"{reader.index.step:,}" for reader in found)
     raise CheckpointError(
         f"{path}: holds the checkpoints of step {steps}, and a decay began with none of them. Train it with a wsd "

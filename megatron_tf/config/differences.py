@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_tf.config.sections.model import Model
 
-TOKENS = "parameter_tokens."
+TOKENS, SPARSE = "parameter_tokens.", "sparse."
 
 
 def differing(first: Model, second: Model) -> Iterator[tuple[str, Any, Any]]:

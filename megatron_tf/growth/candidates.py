@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_tf.architectures.tokenformer.section import Bank, suggested_bank, written
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.differences import TOKENS, differing
+from megatron_tf.config.differences import SPARSE, TOKENS, differing
 from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.model import Model
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class CandidatesAxis(Axis):
     order = 2
-    keys = ("sparse.",)
+    keys = (SPARSE,)
     changes = "candidates"
     takes_noise = True
 
@@ -46,6 +46,14 @@ class CandidatesAxis(Axis):
             "dense tokens that there are; to copy them to candidates, or candidates to more of them, set growth.method "
             "to split; to put candidates next to the tokens of a dense model, to bank"
             for key, before, after in changed
+        ]
+
+    def without_effect(self, old: Model, new: Model, growth: Growth) -> list[str]:
+        if growth.routers == "clusters" or _banks(old).keys() != _banks(new).keys():
+            return []
+        return [
+            f"growth.routers: {growth.routers} is for a split of dense tokens, and no projection gets its first "
+            "candidates. Remove it"
         ]
 
     def preserves(self, old: Model, new: Model, growth: Growth) -> bool:

@@ -107,7 +107,12 @@ def test_the_section_is_read_and_written(tmp_path: Path):
         (
             {"ffn": 101, "tensor": 4},
             r"parallel.tensor: 4 does not divide the 6 slots of model.sparse.ffn \(96 tokens in groups of 16\), and a "
-            r"rank holds whole slots. Set it to 3 or 6, or model.parameter_tokens.ffn to 69 or 133.",
+            r"rank holds whole slots. Set parallel.tensor to 3 or 6, or model.parameter_tokens.ffn to 69 or 133.",
+        ),
+        (
+            {"ffn": 133, "tensor": 8, "bank": {"group_size": 32, "candidates": 3, "dense": 5}},
+            r"parallel.tensor: 8 does not divide the 4 slots .* Set parallel.tensor to 4, or "
+            r"model.sparse.ffn.group_size to 16, or model.parameter_tokens.ffn to 261.",
         ),
     ],
 )

@@ -35,7 +35,8 @@ class TokenFormerArchitecture(Architecture):
         return bank_problems(as_tokenformer(model))
 
     def layout_problems(self, config: RunConfig) -> Iterator[str]:
-        yield from bank_layout_problems(as_tokenformer(config.model), config.parallel.tensor)
+        split = config.growth is not None and config.growth.method == "split"
+        yield from bank_layout_problems(as_tokenformer(config.model), config.parallel.tensor, counts_are_given=split)
         yield from form_problems(as_tokenformer(config.model), config.training)
 
     def losses(self, model: Model) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.config.fields import NonNegative, Section
 from megatron_tf.config.nearest import divisors, divisors_near, either, multiples_near
 from megatron_tf.config.sections.model import ActivationName, Model, ParameterTokens
+from megatron_tf.telemetry.text import count_of
 
 
 class Bank(Section):
@@ -133,15 +134,25 @@ def bank_problems(model: TokenFormerModel) -> Iterator[str]:
             )
 
 
-def bank_layout_problems(model: TokenFormerModel, tensor: int) -> Iterator[str]:
-    """Sentences on slots that the tensor ranks cannot share evenly."""
+def bank_layout_problems(model: TokenFormerModel, tensor: int, *, counts_are_given: bool) -> Iterator[str]:
+    """Sentences on slots that the tensor ranks cannot share evenly.
+
+    `counts_are_given`: no other number of tokens is a remedy, since a split keeps that of the smaller model.
+    """
     for kind, bank in banks_of(model).items():
         used = getattr(model.parameter_tokens, kind)
-        slots = bank.slots(used)
-        if slots % tensor:
-            yield (
-                f"parallel.tensor: {tensor} does not divide the {slots} slots of model.sparse.{kind} "
-                f"({used - bank.dense} tokens in groups of {bank.group_size}), and a rank holds whole slots. Set it to "
-                f"{either(divisors_near(slots, tensor))}, or model.parameter_tokens.{kind} to "
-                f"{either(bank.dense + bank.group_size * count for count in multiples_near(slots, tensor))}."
-            )
+        slots, in_slots = bank.slots(used), used - bank.dense
+        if slots % tensor == 0:
+            continue
+        ways = [f"parallel.tensor to {either(divisors_near(slots, tensor))}"]
+        sizes = [size for size in divisors(in_slots) if size % 16 == 0 and in_slots // size % tensor == 0]
+        if sizes:
+            ways.append(f"model.sparse.{kind}.group_size to {either(sizes)}")
+        if not counts_are_given:
+            counts = either(bank.dense + bank.group_size * count for count in multiples_near(slots, tensor))
+            ways.append(f"model.parameter_tokens.{kind} to {counts}")
+        yield (
+            f"parallel.tensor: {tensor} does not divide the {count_of(slots, 'slot')} of model.sparse.{kind} "
+            f"({in_slots} tokens in groups of {bank.group_size}), and a rank holds whole slots. Set "
+            f"{', or '.join(ways)}."
+        )
