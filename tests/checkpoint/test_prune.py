@@ -36,7 +36,7 @@ def test_what_a_decay_began_with_stays_and_is_found(sandbox, tmp_path):
     assert prune(sandbox.root, 1) == [others[0]]
     assert resolve_at(tmp_path, "before_decay") == resolve_at(kept, "before_decay") == kept
     assert resolve_at(tmp_path, "end") == others[1]
-    with pytest.raises(CheckpointError, match=f"step 30, with .* of step 10: give {tmp_path}, or begin here"):
+    with pytest.raises(CheckpointError, match="step 30, with .* of step 10: give .*checkpoints, or begin here"):
         resolve_at(others[1], "before_decay")
     shutil.rmtree(kept)
     for path in (tmp_path, others[1]):
