@@ -22,6 +22,8 @@ from megatron_tf.state.parameters import INITIAL_STD
 ROUNDS = 25
 # How fast the penalty follows a cluster's excess over an equal share, relative to the variance of the scores.
 PENALTY = 0.05
+# scores that are in memory at the same time, of as many slots as they suffice for: 512 MiB
+AT_ONCE = 2**26
 
 
 def fit_routers(x: Tensor, keys: Tensor, candidates: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -35,6 +37,15 @@ def fit_routers(x: Tensor, keys: Tensor, candidates: int, seed: int) -> tuple[Te
     directions = torch.randn(keys.shape, generator=generator, dtype=torch.float64).to(x.device)
     x, keys = x.double(), keys.to(x.device).double()
     keys = torch.where(keys.flatten(1).any(1)[:, None, None], keys, directions)
+    slots = max(1, AT_ONCE // (len(x) * keys.shape[1]))
+    parts = [_fit(x, *part) for part in zip(keys.split(slots), chosen.split(slots))]
+    routers, balances = zip(*parts)
+    return torch.cat(routers), torch.cat(balances)
+
+
+def _fit(x: Tensor, keys: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """`fit_routers`, with clusters that begin at the positions `chosen` [slots, candidates]."""
+    candidates = chosen.shape[1]
     mean = x.mean(0)
     scores = (x - mean) @ keys.mT
     centres = scores.gather(1, chosen[..., None].expand(-1, -1, scores.shape[-1]))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_tf.growth import routers
 from megatron_tf.growth.routers import fit_routers
 from megatron_tf.model.routing import BALANCE_SPEED, choose, relative_load
 from megatron_tf.state.parameters import INITIAL_STD
@@ -15,8 +16,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def chosen(x: torch.Tensor, keys: torch.Tensor, seed: int = 5) -> torch.Tensor:
-    routers, balances = fit_routers(x, keys, CANDIDATES, seed)
-    logits = (x @ routers.flatten(0, 1).mT).unflatten(1, (len(keys), CANDIDATES))
+    fitted, balances = fit_routers(x, keys, CANDIDATES, seed)
+    logits = (x @ fitted.flatten(0, 1).mT).unflatten(1, (len(keys), CANDIDATES))
     return choose(logits, balances)
 
 
@@ -51,11 +52,19 @@ def test_the_load_is_spread_where_inputs_share_a_direction():
 
 
 def test_routers_are_as_large_as_random_ones():
-    routers, balances = fit_routers(random(500, WIDTH), random(SLOTS, SIZE, WIDTH, seed=1), CANDIDATES, 0)
-    assert routers.shape == (SLOTS, CANDIDATES, WIDTH) and balances.shape == (SLOTS, CANDIDATES)
-    sizes = routers.square().mean((1, 2)).sqrt()
+    fitted, balances = fit_routers(random(500, WIDTH), random(SLOTS, SIZE, WIDTH, seed=1), CANDIDATES, 0)
+    assert fitted.shape == (SLOTS, CANDIDATES, WIDTH) and balances.shape == (SLOTS, CANDIDATES)
+    sizes = fitted.square().mean((1, 2)).sqrt()
     torch.testing.assert_close(sizes, torch.full_like(sizes, INITIAL_STD))
     assert balances.abs().max() * BALANCE_SPEED < 100 * INITIAL_STD
+
+
+def test_slots_one_after_another_have_the_same_routers(monkeypatch):
+    x, keys = random(300, WIDTH), random(SLOTS, SIZE, WIDTH, seed=1)
+    together = fit_routers(x, keys, CANDIDATES, 0)
+    monkeypatch.setattr(routers, "AT_ONCE", 300 * SIZE)
+    for one, other in zip(together, fit_routers(x, keys, CANDIDATES, 0), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 def test_the_same_for_the_same_seed_and_in_fp32():
@@ -67,8 +76,8 @@ def test_the_same_for_the_same_seed_and_in_fp32():
 
 @pytest.mark.parametrize("rows", [1, CANDIDATES - 1])
 def test_fewer_positions_than_candidates(rows):
-    routers, balances = fit_routers(random(rows, WIDTH), random(SLOTS, SIZE, WIDTH, seed=1), CANDIDATES, 0)
-    assert routers.isfinite().all() and balances.isfinite().all()
+    fitted, balances = fit_routers(random(rows, WIDTH), random(SLOTS, SIZE, WIDTH, seed=1), CANDIDATES, 0)
+    assert fitted.isfinite().all() and balances.isfinite().all()
 
 
 def test_a_slot_whose_keys_are_zero_is_clustered_too():
