@@ -118,11 +118,12 @@ def check_same_architecture(
     `place`: of the checkpoint, to name it.  `key`: with which the configuration names it; "" for one in run.dir.
     """
     named = f"{key}: {place}" if key else place
-    problems = [f"model.{key}: checkpoint {old}, configuration {new}" for key, old, new in _differences(index, model)]
-    if problems:
+    differences = list(_differences(index, model))
+    if differences:
+        problems = [f"model.{name}: checkpoint {old}, configuration {new}" for name, old, new in differences]
         otherwise = f"remove {key}" if key else "start in another run.dir"
         remedy = f"Restore these keys, or {otherwise}."
-        changed = [name for name, _, _ in _differences(index, model)]
+        changed = [name for name, _, _ in differences]
         if all(name.startswith((TOKENS, SPARSE)) for name in changed):
             counts, way = "Token counts", ""
             if any(name.startswith(SPARSE) for name in changed):

@@ -110,8 +110,9 @@ def fewer_tokens(old: Model, text: str) -> Model:
 
 def fewer_candidates(old: Model, text: str) -> Model:
     """The model that `--candidates` asks for. UserError when `old` has no candidates."""
-    from megatron_tf.pruning.candidates import candidate_counts, with_candidates
+    from megatron_tf.pruning.candidates import with_candidates
     from megatron_tf.pruning.measure import target_counts
+    from megatron_tf.state.parameters import candidate_counts
 
     counts = candidate_counts(old)
     if not counts:

@@ -19,18 +19,16 @@ them from the second step on, when S is no longer 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from megatron_tf.config.sections.model import Model
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.state.ranges import StepRange
-from megatron_tf.state.sources import StateSource, read_whole
+from megatron_tf.state.sources import DerivedSource, StateSource
 
 
-class BankSource:
+class BankSource(DerivedSource):
     """State of a model with banks, from `old` and with new values from `fresh` (of that model).
 
     `old_model`: without banks, but with as many tokens as positions of the new model use. A projection's first ones
@@ -38,20 +36,13 @@ class BankSource:
     """
 
     def __init__(self, old: StateSource, fresh: StateSource, old_model: Model):
-        self._old = old
+        super().__init__(old)
         self._fresh = fresh
         self._known = parameter_table(old_model)
 
-    @property
-    def scales(self) -> Mapping[str, float]:
-        return self._old.scales
-
-    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        return read_whole(self, name, state, start, stop)
-
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         if name in self._known:
-            self._old.read_into(name, state, start, target)
+            self._source.read_into(name, state, start, target)
         elif state == WEIGHT and name.endswith(".bank.key_tokens"):
             target.zero_()
         else:
@@ -59,5 +50,5 @@ class BankSource:
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         if name in self._known:
-            return self._old.adam_steps(name, start, stop)
+            return self._source.adam_steps(name, start, stop)
         return [(start, stop, 0)] if start < stop else []

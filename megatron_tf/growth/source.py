@@ -26,7 +26,7 @@ from megatron_tf.growth.rules import growth_problems
 from megatron_tf.growth.tokens import decide, growing
 from megatron_tf.state.optimizer_states import WEIGHT, declared_states, initial_value
 from megatron_tf.state.parameters import parameter_table
-from megatron_tf.state.sources import FreshSource, StateSource, copy_in_slices, read_whole
+from megatron_tf.state.sources import DerivedSource, FreshSource, StateSource, copy_in_slices, read_whole
 
 PRUNED = "pruned"  # in place of a method, in the history of a model that has lost tokens
 
@@ -101,31 +101,21 @@ class GrownSource:
         return self._source.adam_steps(name, start, stop)
 
 
-class ScaledSource:
+class ScaledSource(DerivedSource):
     """The state of another source, as if all gradients so far had been multiplied by `factor`.
 
     An update of Adam is the same at first. The smaller the factor is, the sooner updates follow later gradients.
     """
 
     def __init__(self, source: StateSource, factor: float):
-        self._source = source
+        super().__init__(source)
         self._factor = factor
 
-    @property
-    def scales(self) -> Mapping[str, float]:
-        return self._source.scales
-
-    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        return read_whole(self, name, state, start, stop)
-
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
-        self._source.read_into(name, state, start, target)
+        super().read_into(name, state, start, target)
         power = 0 if state == WEIGHT else declared_states()[state].gradient_power
         if power > 0:
             target.mul_(self._factor**power)
-
-    def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
-        return self._source.adam_steps(name, start, stop)
 
 
 class AppendedSource:

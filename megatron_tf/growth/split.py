@@ -34,7 +34,7 @@ The optimizer's states and step counts are copied with tokens, routers and balan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,7 +49,7 @@ from megatron_tf.growth.noise import noise
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
 from megatron_tf.state.ranges import StepRange, add_steps
-from megatron_tf.state.sources import StateSource, copy_in_slices, read_whole
+from megatron_tf.state.sources import DerivedSource, StateSource, copy_in_slices
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Copies:
         return self.originals(old, start, stop) + torch.cat(added)
 
 
-class SplitSource:
+class SplitSource(DerivedSource):
     """State of `new_model`, split from `old` (state of `old_model`) with routers from `fresh` (of `new_model`).
 
     `growth`: noise on the copies.  `seed`: of this growth. A `StateSource`.
@@ -103,7 +103,7 @@ class SplitSource:
         growth: Growth,
         seed: int,
     ):
-        self._old = old
+        super().__init__(old)
         self._fresh = fresh
         self._growth = growth
         self._seed = seed
@@ -111,43 +111,36 @@ class SplitSource:
         self._known = parameter_table(old_model)
         self._copies = dict(_copies(as_tokenformer(old_model), as_tokenformer(new_model)))
 
-    @property
-    def scales(self) -> Mapping[str, float]:
-        return self._old.scales
-
-    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        return read_whole(self, name, state, start, stop)
-
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         tensor, copies = self._copies.get(name, (name, None))
         if copies is None and name not in self._known:
             self._fresh.read_into(name, state, start, target)
         elif copies is None:
-            self._old.read_into(name, state, start, target)
+            self._source.read_into(name, state, start, target)
         elif state == WEIGHT and copies.candidates:
-            routers = partial(self._old.read, name, WEIGHT), partial(self._fresh.read, name, WEIGHT)
+            routers = partial(self._source.read, name, WEIGHT), partial(self._fresh.read, name, WEIGHT)
             copy_in_slices(partial(copies.parted, *routers), start, target)
         elif state == WEIGHT and self._growth.noise and name.endswith("_tokens"):
             copy_in_slices(partial(self._noisy, name, tensor, copies), start, target)
         else:
             for low, high, old in copies.stretches(start, start + target.numel()):
-                self._old.read_into(tensor, state, old, target[low - start : high - start])
+                self._source.read_into(tensor, state, old, target[low - start : high - start])
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         tensor, copies = self._copies.get(name, (name, None))
         if copies is None and name not in self._known:
             return [(start, stop, 0)] if start < stop else []
         if copies is None:
-            return self._old.adam_steps(name, start, stop)
+            return self._source.adam_steps(name, start, stop)
         found: list[StepRange] = []
         for low, high, old in copies.stretches(start, stop):
-            for first, last, steps in self._old.adam_steps(tensor, old, old + high - low):
+            for first, last, steps in self._source.adam_steps(tensor, old, old + high - low):
                 add_steps(found, first - old + low, last - old + low, steps)
         return found
 
     def _noisy(self, name: str, tensor: str, copies: Copies, start: int, stop: int) -> Tensor:
         """Copies w of the old `tensor` as w · (1 + noise · N(0, 1)), flat fp64. Each copy has its own noise."""
-        old = copies.originals(partial(self._old.read, tensor, WEIGHT), start, stop)
+        old = copies.originals(partial(self._source.read, tensor, WEIGHT), start, stop)
         return old * (1 + self._growth.noise * noise(self._table[name], self._seed, start, stop))
 
 

@@ -32,6 +32,7 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.data.loader import Batch
 from megatron_tf.errors import CheckpointError
 from megatron_tf.model.grouped import assign, candidate_pieces
+from megatron_tf.model.observing import observed
 from megatron_tf.model.routing import choose
 from megatron_tf.model.sparse_pattention import SparsePattention
 from megatron_tf.model.tokenformer import TokenFormer
@@ -56,11 +57,6 @@ class Use:
         return float(self.contributions[mixture.sum(1) == 0].sum()) / total if total else 0.0
 
 
-def candidate_counts(model: Model) -> dict[str, int]:
-    """The number of candidates of each slot, by kind of projection; without the dense kinds."""
-    return {spec.kind: spec.bank.candidates for spec in projections(model).values() if spec.bank}
-
-
 def with_candidates(model: Model, counts: Mapping[str, int]) -> Model:
     """`model` with `counts` candidates in each slot, by kind of projection; 1 makes the projection dense."""
     sections = architecture_of(model).sparse_sections(model) or {}
@@ -72,18 +68,16 @@ def with_candidates(model: Model, counts: Mapping[str, int]) -> Model:
 def measure_use(model: TokenFormer, batches: Iterable[Batch]) -> dict[str, Use]:
     """The `Use` of each projection that has candidates, by name, over `batches`. CheckpointError when contributions are
     not finite."""
-    observed = {name: module for name, module in model.named_modules() if isinstance(module, SparsePattention)}
     found: dict[str, Use] = {}
-    try:
-        for name, projection in observed.items():
+    observers = []
+    for name, projection in model.named_modules():
+        if isinstance(projection, SparsePattention):
             slots, candidates, _ = projection.bank.shape
             found[name] = Use(*torch.zeros(2, slots, candidates, dtype=torch.float64))
-            projection.observer = partial(add_use, projection, found[name])
+            observers.append((projection, partial(add_use, projection, found[name])))
+    with observed(observers):
         for ids, _ in batches:
             model.hidden_states(ids)
-    finally:
-        for projection in observed.values():
-            projection.observer = None
     for name, use in found.items():
         if not use.contributions.isfinite().all():
             raise CheckpointError(

@@ -28,6 +28,7 @@ from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.source import PRUNED, growth_entry
 from megatron_tf.inference.load import run_config
+from megatron_tf.model.observing import observed
 from megatron_tf.model.projection import Pattention
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.paths import literal
@@ -272,15 +273,13 @@ def visit_projections(
     """Runs the model on ids [b, s], and calls visit(name, projection, x [s·b, d]) with the input x of each projection
     in `names`, in model order.
     """
-    observed = {name: model.get_submodule(name) for name in names}
-    try:
-        for name, projection in observed.items():
-            assert isinstance(projection, Pattention)
-            projection.observer = partial(_visit, visit, name, projection)
+    observers = []
+    for name in names:
+        projection = model.get_submodule(name)
+        assert isinstance(projection, Pattention)
+        observers.append((projection, partial(_visit, visit, name, projection)))
+    with observed(observers):
         model.hidden_states(ids)
-    finally:
-        for projection in observed.values():
-            projection.observer = None  # type: ignore[assignment]
 
 
 def _visit(visit: Callable[[str, Pattention, Tensor], None], name: str, projection: Pattention, x: Tensor) -> None:

@@ -31,6 +31,11 @@ def projections(model: Model) -> dict[str, ProjectionSpec]:
     return {projection.name: projection for projection in architecture_of(model).projections(model)}
 
 
+def candidate_counts(model: Model) -> dict[str, int]:
+    """The number of candidates of each slot, by kind of projection; without the dense kinds."""
+    return {spec.kind: spec.bank.candidates for spec in projections(model).values() if spec.bank}
+
+
 def layer_of(name: str) -> int | None:
     """The number of the block that contains a parameter or projection; None for one outside the blocks."""
     parts = name.split(".", 2)

@@ -88,12 +88,12 @@ class FreshSource:
         return [(start, stop, 0)] if start < stop else []
 
 
-class WithWeights:
-    """The state of another source, with other `weights` of some parameters, in their logical shapes."""
+class DerivedSource:
+    """State that is computed from that of another `source`, with its τ. Derived classes override `read_into`, and
+    `adam_steps` where step counts differ."""
 
-    def __init__(self, source: StateSource, weights: Mapping[str, Tensor]):
+    def __init__(self, source: StateSource):
         self._source = source
-        self._weights = {name: weight.flatten() for name, weight in weights.items()}
 
     @property
     def scales(self) -> Mapping[str, float]:
@@ -103,13 +103,24 @@ class WithWeights:
         return read_whole(self, name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
-        if state == WEIGHT and name in self._weights:
-            target.copy_(self._weights[name][start : start + target.numel()])
-        else:
-            self._source.read_into(name, state, start, target)
+        self._source.read_into(name, state, start, target)
 
     def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         return self._source.adam_steps(name, start, stop)
+
+
+class WithWeights(DerivedSource):
+    """The state of another source, with other `weights` of some parameters, in their logical shapes."""
+
+    def __init__(self, source: StateSource, weights: Mapping[str, Tensor]):
+        super().__init__(source)
+        self._weights = {name: weight.flatten() for name, weight in weights.items()}
+
+    def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
+        if state == WEIGHT and name in self._weights:
+            target.copy_(self._weights[name][start : start + target.numel()])
+        else:
+            super().read_into(name, state, start, target)
 
 
 class InitialSource:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_tf.architectures.spec import BankSpec
 from megatron_tf.checkpoint.architecture import stored_model
-from megatron_tf.config.sections.model import Model
 from megatron_tf.growth.methods import SPLIT
 from megatron_tf.growth.routers import fit_routers
 from megatron_tf.growth.source import growth_seed
+from megatron_tf.model.observing import observed
 from megatron_tf.model.projection import Pattention
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.agreement import together
 from megatron_tf.state.optimizer_states import WEIGHT
-from megatron_tf.state.parameters import projections
+from megatron_tf.state.parameters import candidate_counts, projections
 from megatron_tf.state.sources import StateSource, WithWeights
 from megatron_tf.tasks.data import OpenData
 from megatron_tf.training.running import Run
@@ -36,11 +35,7 @@ def fits_routers(run: Run, start: Start) -> bool:
     if growth is None or smaller is None or growth.routers != "clusters" or growth.method != SPLIT:
         return False
     old = stored_model(smaller.index)
-    return old.hidden_size == model.hidden_size and _kinds_with_banks(old) < _kinds_with_banks(model)
-
-
-def _kinds_with_banks(model: Model) -> set[str]:
-    return {spec.kind for spec in projections(model).values() if spec.bank is not None}
+    return old.hidden_size == model.hidden_size and candidate_counts(old).keys() < candidate_counts(model).keys()
 
 
 @torch.no_grad()
@@ -51,12 +46,13 @@ def with_fitted_routers(run: Run, start: Start, smaller: Stage, data: OpenData) 
     take its routers: they must be equal to the last bit, and clusters could make more of a difference in rounding.
     """
     model, topology, training = run.config.model, run.plan.topology, run.config.training
-    new, banks = projections(model), {}
+    new, banks, dense = projections(model), {}, {}
     for name, module in smaller.named_modules():
-        bank = new[start.name_now(name, model)].bank if isinstance(module, Pattention) else None
-        if bank is not None:
-            banks[name] = bank
-    rows = min(POSITIONS * max(spec.bank.candidates for spec in new.values() if spec.bank), MOST_POSITIONS)
+        if isinstance(module, Pattention):
+            now = start.name_now(name, model)
+            if (bank := new[now].bank) is not None:
+                banks[now], dense[now] = bank, module
+    rows = min(POSITIONS * max(candidate_counts(model).values()), MOST_POSITIONS)
     positions = training.micro_batch_size * model.seq_length // topology.context
     loader = together(
         lambda: data.loader(
@@ -65,43 +61,31 @@ def with_fitted_routers(run: Run, start: Start, smaller: Stage, data: OpenData) 
             num_micro_batches=-(-rows // positions),
         )
     )
-    with _inputs(smaller, banks, rows) as inputs:
+    inputs: dict[str, list[Tensor]] = {name: [] for name in dense}
+    with observed((module, partial(_keep, inputs[name], rows)) for name, module in dense.items()):
         for batch, _ in together(lambda: list(loader.step_batches(0))):
             smaller.infer(batch.to(run.device))
     replicas = make_group(topology, "replicas", run.config.parallel.timeout_seconds)
     seed = growth_seed(run.config.run.seed, len(start.growth_history))
     fitted = {}
     for name, bank in banks.items():
-        x, now = torch.cat(inputs[name]), start.name_now(name, model)
+        x = torch.cat(inputs[name])
         if replicas.rank == 0:
-            router, balance = fit_routers(x, _keys(start.source, now, bank, x.shape[1]), bank.candidates, seed)
+            router, balance = fit_routers(x, _keys(start.source, name, bank, x.shape[1]), bank.candidates, seed)
         else:
             router = x.new_zeros(bank.slots, bank.candidates, x.shape[1], dtype=torch.float64)
             balance = router.new_zeros(router.shape[:2])
-        fitted[f"{now}.bank.router"] = all_reduce(router, replicas).float().cpu()
-        fitted[f"{now}.bank.balance"] = all_reduce(balance, replicas).float().cpu()
+        fitted[f"{name}.bank.router"] = all_reduce(router, replicas).float().cpu()
+        fitted[f"{name}.bank.balance"] = all_reduce(balance, replicas).float().cpu()
     run.console.info(f"growth: new routers follow clusters of {rows:,} positions of training data")
     return WithWeights(start.source, fitted)
 
 
-@contextmanager
-def _inputs(stage: Stage, names: Mapping[str, BankSpec], rows: int) -> Iterator[Mapping[str, list[Tensor]]]:
-    """The first `rows` inputs [..., d] that each projection gets inside, by its name."""
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
-    observed = {name: stage.get_submodule(name) for name in names}
-
-    def keep(name: str, x: Tensor) -> None:
-        left = rows - sum(len(part) for part in found[name])
-        if left > 0:
-            found[name].append(x.detach().flatten(0, -2)[:left])
-
-    for name, projection in observed.items():
-        projection.observer = lambda x, name=name: keep(name, x)  # type: ignore[assignment]
-    try:
-        yield found
-    finally:
-        for projection in observed.values():
-            projection.observer = None  # type: ignore[assignment]
+def _keep(parts: list[Tensor], rows: int, x: Tensor) -> None:
+    """Adds the positions of x [..., d] to `parts`, which are at most `rows` in all."""
+    left = rows - sum(len(part) for part in parts)
+    if left > 0:
+        parts.append(x.flatten(0, -2)[:left])
 
 
 def _keys(source: StateSource, name: str, bank: BankSpec, width: int) -> Tensor:

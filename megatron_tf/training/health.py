@@ -37,6 +37,7 @@ from torch import Tensor
 from megatron_tf.architectures.spec import ProjectionSpec
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.model.grouped import assign
+from megatron_tf.model.observing import Observer, observed
 from megatron_tf.model.pattention import token_weights
 from megatron_tf.model.projection import Pattention
 from megatron_tf.model.routing import relative_load
@@ -120,22 +121,17 @@ class HealthProbe:
         """The metrics by name, the same on all ranks; all of them must call it."""
         kinds = list(self._num_tokens)
         found: dict[str, list[dict[str, Tensor]]] = {kind: [] for kind in kinds}
-        observed: list[Pattention | SparsePattention] = []
+        observers: list[tuple[Pattention | SparsePattention, Observer]] = []
         modules = dict(self._stage.named_modules())
         for spec in self._projections:
             projection = modules.get(spec.name)
             if isinstance(projection, Pattention):
-                projection.observer = partial(self._observe, projection, spec.kind, found[spec.kind])
-                observed.append(projection)
+                observers.append((projection, partial(self._observe, projection, spec.kind, found[spec.kind])))
             elif isinstance(projection, SparsePattention):
-                projection.observer = partial(_observe_candidates, projection, found[spec.kind])
-                observed.append(projection)
-        try:
-            with torch.compiler.set_stance("force_eager"):  # an observer in the graph would compile it anew
-                self._stage.infer(self._inputs.to(self._device))
-        finally:
-            for projection in observed:
-                projection.observer = None
+                observers.append((projection, partial(_observe_candidates, projection, found[spec.kind])))
+        # an observer in the graph would compile it anew
+        with observed(observers), torch.compiler.set_stance("force_eager"):
+            self._stage.infer(self._inputs.to(self._device))
         # of each kind and metric: the sum over the projections that have it, and their number
         sums = torch.zeros(len(kinds), len(NAMES), 2, dtype=torch.float64, device=self._device)
         for row, kind in enumerate(kinds):

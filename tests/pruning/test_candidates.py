@@ -14,10 +14,10 @@ from megatron_tf.growth.source import GrownSource
 from megatron_tf.model import build_model
 from megatron_tf.model.routing import choose
 from megatron_tf.pruning import candidates as module
-from megatron_tf.pruning.candidates import DROP, MERGE, Use, candidate_counts, measure_use, mixtures, with_candidates
+from megatron_tf.pruning.candidates import DROP, MERGE, Use, measure_use, mixtures, with_candidates
 from megatron_tf.pruning.condensed import CondensedSource, condensed_model
 from megatron_tf.pruning.measure import target_counts
-from megatron_tf.state.parameters import parameter_table
+from megatron_tf.state.parameters import candidate_counts, parameter_table
 from megatron_tf.state.sources import InitialSource, StateSource
 
 STATES = ("weight", "exp_avg", "exp_avg_sq")
