@@ -43,6 +43,8 @@ def _rank(rank: int, function: Callable[..., None], world_size: int, store: str,
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=TIMEOUT
     )
+    # A rank is connected before the others are. One that leaves at that moment makes their connecting fail.
+    dist.barrier()
     try:
         function(Group(world_size, rank, dist.group.WORLD), *arguments)
     finally:
