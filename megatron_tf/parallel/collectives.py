@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron_tf.parallel import direct
 from megatron_tf.parallel.groups import Group
 from megatron_tf.parallel.meanwhile import Meanwhile
 
@@ -37,6 +38,8 @@ def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Reduc
     """The reduction of `x` over the group, of the same shape; `x` itself for a group of one. Not differentiable."""
     if group.size == 1:
         return x
+    if _is_direct(group) and direct.reduces(x, group, op):
+        return direct.begin_all_reduce(x, group, op)()
     out = x.clone(memory_format=torch.contiguous_format)
     with group.around():
         dist.all_reduce(out, op=op, group=group.handle)
@@ -47,6 +50,8 @@ def begin_all_reduce(x: Tensor, group: Group) -> Callable[[], Tensor]:
     """Starts a sum over the group. Returns a function that waits for it, so that other work can hide the exchange."""
     if group.size == 1 or torch.compiler.is_compiling():  # a compiled graph has only collectives that wait
         return lambda: all_reduce(x, group)
+    if _is_direct(group) and direct.reduces(x, group):
+        return direct.begin_all_reduce(x, group)
     out = x.clone(memory_format=torch.contiguous_format)
     return _result_of(dist.all_reduce(out, group=group.handle, async_op=True), out, group)
 
@@ -66,10 +71,13 @@ def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
     """Concatenation of every rank's `x` (equal shapes) along `dim`. Not differentiable."""
     if group.size == 1:
         return x
-    x, dim = x.contiguous(), dim % x.dim()
-    out = x.new_empty((group.size, *x.shape))
-    with group.around():
-        _all_gather(out.view(-1), x.view(-1), group=group.handle)
+    dim %= x.dim()
+    if _is_direct(group):
+        out = direct.begin_all_gather(x, group)()
+    else:
+        out = x.new_empty((group.size, *x.shape))
+        with group.around():
+            _all_gather(out.view(-1), x.contiguous().view(-1), group=group.handle)
     return out.movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -77,7 +85,10 @@ def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     """This rank's slice along `dim` of the sum of `x` over the group. Not differentiable."""
     if group.size == 1:
         return x
-    parts, out = _parts(x, group, dim)
+    parts = _parts(x, group, dim)
+    if _is_direct(group):
+        return direct.begin_reduce_scatter(parts, group)()
+    out = torch.empty_like(parts[0])
     with group.around():
         _reduce_scatter(out.view(-1), parts.view(-1), group=group.handle)
     return out
@@ -87,17 +98,24 @@ def begin_reduce_scatter(x: Tensor, group: Group, dim: int) -> Callable[[], Tens
     """Starts `reduce_scatter`. Returns a function that waits for it, so that other work can hide the exchange."""
     if group.size == 1 or torch.compiler.is_compiling():
         return lambda: reduce_scatter(x, group, dim)
-    parts, out = _parts(x, group, dim)
+    parts = _parts(x, group, dim)
+    if _is_direct(group):
+        return direct.begin_reduce_scatter(parts, group)
+    out = torch.empty_like(parts[0])
     return _result_of(_reduce_scatter(out.view(-1), parts.view(-1), group=group.handle, async_op=True), out, group)
 
 
-def _parts(x: Tensor, group: Group, dim: int) -> tuple[Tensor, Tensor]:
-    """(the slices of `x` along `dim`, one for each rank, room for one of them), both contiguous.
+def _parts(x: Tensor, group: Group, dim: int) -> Tensor:
+    """The slices of `x` along `dim`, one for each rank, contiguous.
 
     They are sent flat: gloo requires dim 0 of the input to be the group's size times dim 0 of the output.
     """
-    parts = x.unflatten(dim, (group.size, -1)).movedim(dim % x.dim(), 0).contiguous()
-    return parts, torch.empty_like(parts[0])
+    return x.unflatten(dim, (group.size, -1)).movedim(dim % x.dim(), 0).contiguous()
+
+
+def _is_direct(group: Group) -> bool:
+    # a compiled graph has only collectives that the compiler knows
+    return group.direct and not torch.compiler.is_compiling()
 
 
 def all_to_all(x: Tensor, group: Group, split: int, gather: int) -> Tensor:

@@ -17,13 +17,14 @@ class Group:
     """The ranks that share one piece of work. `rank` is this process's position among them.
 
     `handle`: the communicator, None for a group of one.  `around`: makes the context manager that each wait for a
-        collective runs in, to time it.
+        collective runs in, to time it.  `direct`: exchanges go from each rank to each at once (`parallel/direct.py`).
     """
 
     size: int = 1
     rank: int = 0
     handle: dist.ProcessGroup | None = None
     around: Callable[[], AbstractContextManager[None]] = nullcontext
+    direct: bool = False
 
 
 SINGLE = Group()
@@ -37,7 +38,8 @@ def make_group(topology: Topology, axis: GridAxis, timeout_seconds: float, backe
     size, rank = getattr(topology, axis), dist.get_rank() if dist.is_initialized() else 0
     if size == 1:
         return SINGLE
-    return Group(size, topology.coordinate(axis, rank), own_of(topology.groups(axis), timeout_seconds, backend))
+    handle = own_of(topology.groups(axis), timeout_seconds, backend)
+    return Group(size, topology.coordinate(axis, rank), handle, direct=dist.get_backend(handle) == "gloo")
 
 
 def own_of(

@@ -1,15 +1,26 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import reduce
+
 import pytest
 import torch
-from distributed import spawn
+import torch.distributed as dist
+from distributed import spawn, spawn_each
 
+from megatron_tf.benchmark.counting import Counting
+from megatron_tf.parallel import direct
 from megatron_tf.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    begin_all_reduce,
+    begin_reduce_scatter,
     copy_to,
     exchange,
     gather_from,
     gather_together,
     reduce_from,
+    reduce_scatter,
     scatter_to,
     scatter_together,
 )
@@ -30,7 +41,8 @@ def test_identity_on_one_process(collective):
     assert collective(x, SINGLE) is x
 
 
-def _everything(group):
+def _everything(group, is_direct):
+    group = replace(group, direct=is_direct)
     size, rank = group.size, group.rank
     xs = [torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(r), dtype=torch.float64) for r in range(size)]
     x = xs[rank].clone().requires_grad_()
@@ -78,4 +90,50 @@ def rows_with_numbers(xs, group):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_values_and_gradients(world_size):
-    spawn(_everything, world_size)
+    spawn_each(_everything, world_size, [(False,), (True,)])
+
+
+def _like_gloo(group, dtype):
+    """Each reduction and exchange, direct, against the ranks' own numbers reduced in their order."""
+    group = replace(group, direct=True)
+    xs = [_numbers(r, dtype) for r in range(group.size)]
+    x = xs[group.rank]
+    for op, of_two in direct.REDUCTIONS.items():
+        assert torch.equal(all_reduce(x, group, op), reduce(of_two, xs)), op
+        assert torch.equal(all_reduce(x.t(), group, op), reduce(of_two, xs).t()), op
+    total = reduce(torch.add, xs)
+    assert total.dtype == dtype and torch.equal(begin_all_reduce(x, group)(), total)
+    assert torch.equal(all_gather(x.t(), group, -1), torch.cat([y.t() for y in xs], -1))
+    for finished in (reduce_scatter(x, group, 0), begin_reduce_scatter(x, group, 0)()):
+        assert torch.equal(finished, total.chunk(group.size)[group.rank])
+    assert torch.equal(all_reduce(x[0, 0], group), total[0, 0])
+    assert all_reduce(x[:0], group).shape == x[:0].shape
+    assert torch.equal(x, _numbers(group.rank, dtype))
+
+
+def _numbers(rank, dtype):
+    return torch.randn(12, 5, generator=torch.Generator().manual_seed(rank)).mul(100).to(dtype)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_direct_exchanges_reduce_in_the_order_of_the_ranks(world_size):
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64)
+    spawn_each(_like_gloo, world_size, [(dtype,) for dtype in dtypes])
+
+
+def _large(group):
+    group = replace(group, direct=True)
+    most = direct.MOST_REDUCED // 4 // (group.size - 1)
+    for numel, kind in ((most, "all_to_all"), (most + 1, "all_reduce")):
+        with Counting() as counted:
+            total = all_reduce(torch.full((numel,), group.rank + 1.0), group)
+            again = begin_all_reduce(torch.full((numel,), group.rank + 1.0), group)()
+        assert total.eq(6).all() and again.eq(6).all()
+        assert {kind for kind, _ in counted.sent} == {kind}
+    with Counting() as counted:
+        product = all_reduce(torch.ones(2, dtype=torch.int32), group, dist.ReduceOp.PRODUCT)
+    assert product.tolist() == [1, 1] and {kind for kind, _ in counted.sent} == {"all_reduce"}
+
+
+def test_what_is_large_or_of_another_kind_is_left_to_gloo():
+    spawn(_large, 3)
