@@ -1,10 +1,14 @@
-"""Whether this package's own kernels may run: those in C for CPUs, and those in Triton for GPUs."""
+"""Whether kernels other than PyTorch's may run: those in C and oneDNN's for CPUs, and those in Triton for GPUs."""
 
 from __future__ import annotations
 
 import os
+from functools import cache
+from pathlib import Path
 
 from megatron_tf.caches import has_triton
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def kernels_wanted() -> bool:
@@ -15,3 +19,14 @@ def kernels_wanted() -> bool:
 def can_run_triton(device_type: str) -> bool:
     """Whether kernels in Triton can run on a device of this type."""
     return device_type == "cuda" and kernels_wanted() and has_triton()
+
+
+@cache
+def processor() -> dict[str, str]:
+    """What Linux says about the first processor, by its names: "model name", "vendor_id", "flags" ... Else empty."""
+    try:
+        first = CPUINFO.read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return {}
+    lines = [line.partition(":") for line in first.splitlines()]
+    return {name.strip(): value.strip() for name, _, value in lines}

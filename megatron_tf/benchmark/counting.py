@@ -22,6 +22,7 @@ COLLECTIVES: dict[str, Kind] = {
     "c10d.send.default": "send",
     "c10d.alltoall_base_.default": "all_to_all",
 }
+PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "_scaled_mm_v2", "_grouped_mm", "_linear_pointwise")
 # Operators without real memory traffic.
 FREE = (
     "empty_like",
@@ -64,7 +65,7 @@ class Counting(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if (made or function._schema.is_mutable) and name not in FREE:
             self.kernels += 1
-            if name not in ("mm", "bmm", "addmm", "addmm_", "_scaled_mm_v2", "_grouped_mm") and "attention" not in name:
+            if name not in PRODUCTS and "attention" not in name:
                 inputs = inputs[1:] if name == "copy_" else inputs
                 self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in inputs + outputs)
         return out

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
 from megatron_tf.config.sections.training import ComputeType
 from megatron_tf.errors import ConfigError
 from megatron_tf.model.kernels import fused_passes
+from megatron_tf.native import processor
 
 
 def check_dtypes(device: torch.device, names: Iterable[str]) -> None:
@@ -31,7 +31,9 @@ def quick_dtype(device: torch.device) -> ComputeType:
 
 def machine(device: torch.device) -> dict[str, object]:
     """The facts about the machine and its software that measurements depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    # Python's own `platform.processor` is empty or only the architecture on Linux
+    of_cpu = processor().get("model name", platform.machine())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else of_cpu
     return {
         "device": name,
         "threads": torch.get_num_threads(),
@@ -41,12 +43,3 @@ def machine(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    """The model's name; Python's own `platform.processor` is empty or only the architecture on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_tf.model.later import product
+from megatron_tf.model.products import multiply
+
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [s, b, d_in], keys [n, d_in], values [n, d_out] -> [s, b, d_out]
 
 
@@ -29,18 +32,19 @@ FORMULAS = {"l2_norm_gelu": plain_formula}  # by activation
 
 def gelu_mlp(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The same two products with a GELU between them and no normalisation."""
-    return F.gelu(x @ keys.mT) @ values
+    return product(F.gelu(product(x, keys)), values, transposed=True)
 
 
 def bare_layer(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The same two products with nothing between them."""
-    return (x @ keys.mT) @ values
+    return product(product(x, keys), values, transposed=True)
 
 
+@torch.no_grad()
 def bare_products(x: Tensor, keys: Tensor, values: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """The six products of forward and backward (grad: of the output), with nothing between them: the floor."""
     x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-    scores = x @ keys.mT
-    out = scores @ values
-    d_scores = grad @ values.mT
-    return out, scores.mT @ grad, d_scores @ keys, d_scores.mT @ x
+    scores = multiply(x, keys.mT)
+    out = multiply(scores, values)
+    d_scores = multiply(grad, values.mT)
+    return out, multiply(scores.mT, grad), multiply(d_scores, keys), multiply(d_scores.mT, x)

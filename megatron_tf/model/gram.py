@@ -41,6 +41,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_tf.activations.function import accumulating
+from megatron_tf.model.products import multiply
 from megatron_tf.parallel.collectives import all_reduce, copy_to, reduce_from
 from megatron_tf.parallel.groups import Group
 
@@ -144,18 +145,18 @@ class _MatricesOfStep(Function):
 
 
 def _matrix(keys: Tensor) -> Tensor:
-    return (keys.mT @ keys).to(accumulating(keys))
+    return multiply(keys.mT, keys).to(accumulating(keys))
 
 
 def _keys_gradient(keys: Tensor, gradient: Tensor) -> Tensor:
-    return keys @ (gradient + gradient.mT).to(keys.dtype)
+    return multiply(keys, (gradient + gradient.mT).to(keys.dtype))
 
 
 class _Norms(Function):
     @staticmethod
     def forward(ctx, x, matrices):
         columns = matrices.to(x.dtype).movedim(0, 1).flatten(1)
-        products = (x @ columns).unflatten(-1, (matrices.shape[0], -1))
+        products = multiply(x, columns).unflatten(-1, (matrices.shape[0], -1))
         squares = (products.to(matrices.dtype) * x[:, None]).sum(-1)
         noise = NOISE * torch.finfo(matrices.dtype).eps * _largest(x, matrices)
         norms = squares.maximum(noise).sqrt()
@@ -168,8 +169,8 @@ class _Norms(Function):
         x, matrices, norms = ctx.saved_tensors
         weights = torch.where(norms > 0, gradient / norms, 0).to(x.dtype)
         weighted = (weights[..., None] * x[:, None]).flatten(1)  # [rows, projections · d]
-        d_x = weighted @ matrices.to(x.dtype).flatten(0, 1)
-        d_matrices = (x.mT @ weighted).unflatten(-1, (matrices.shape[0], -1)).movedim(1, 0)
+        d_x = multiply(weighted, matrices.to(x.dtype).flatten(0, 1))
+        d_matrices = multiply(x.mT, weighted).unflatten(-1, (matrices.shape[0], -1)).movedim(1, 0)
         return d_x, d_matrices.to(matrices.dtype) / 2
 
 

@@ -1,4 +1,4 @@
-"""The matrix product of a Pattention, as an argument, because it can be computed in several types."""
+"""Matrix products. A Pattention takes one as an argument, because it can be computed in several types."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from megatron_tf.activations.function import ScoreFunction
+from megatron_tf.model.kernels import onednn
 from megatron_tf.model.kernels.operators import operator, register_fake
-from megatron_tf.model.kernels.score_layout import empty_scores
+from megatron_tf.model.kernels.score_layout import empty_scores, is_aligned
 
 Gradient = Literal["left", "right"] | None
 # A matrix, or what a product's `factor` has made of one. It has `mT`, and `split` along its last dim.
 Factor = Any
+# Rows of a product that are in memory a second time, where it has to be copied.
+COPIED_ROWS = 1024
 
 
 class Product(Protocol):
@@ -44,11 +47,27 @@ class Product(Protocol):
         ...
 
 
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """left [..., k] times right [k, n] -> [..., n]. Not differentiable: for the passes of a `Function`."""
+    return onednn.multiply(left, right) if onednn.faster(left, right) else left @ right
+
+
+def add_product(left: Tensor, right: Tensor, total: Tensor | None) -> Tensor:
+    """`multiply`, added to `total` [m, n] in its memory if there is one."""
+    if total is None:
+        return multiply(left, right)
+    return total.add_(onednn.multiply(left, right)) if onednn.faster(left, right) else total.addmm_(left, right)
+
+
 @operator(["out"])
 def write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """left [m, k] times right [k, n], written to `out` [m, n]. An operator because torch.compile would write a product
     into part of a matrix by making the product and copying the whole matrix."""
-    out.addmm_(left, right, beta=0)
+    if onednn.faster(left, right):
+        for rows, part in zip(left.split(COPIED_ROWS), out.split(COPIED_ROWS)):
+            part.copy_(onednn.multiply(rows, right))
+    else:
+        out.addmm_(left, right, beta=0)
 
 
 register_fake("write_product", lambda left, right, out: None)
@@ -59,11 +78,13 @@ class PlainProduct:
 
     def __call__(self, left: Factor, right: Factor, gradient: Gradient = None, out: Tensor | None = None) -> Tensor:
         if out is None:
-            return left @ right
+            return multiply(left, right)
         write_product(left, right, out)
         return out
 
     def scores(self, left: Factor, right: Factor, gradient: Gradient = None) -> Tensor:
+        if onednn.faster(left, right) and is_aligned(right.shape[1]):
+            return onednn.multiply(left, right)
         return self(left, right, gradient, empty_scores(left, left.shape[0], right.shape[1]))
 
     def factor(self, x: Tensor, *, gradient: bool = False, bound: float | None = None, both: bool = False) -> Factor:

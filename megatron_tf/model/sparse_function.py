@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from megatron_tf.activations.function import ScoreFunction, score_function
 from megatron_tf.model.grouped import Assignment, has_grouped_products
 from megatron_tf.model.pair_steps import AtOnce, ByCandidate, PairSteps
-from megatron_tf.model.products import PLAIN
+from megatron_tf.model.products import PLAIN, add_product, multiply
 from megatron_tf.model.routing import gate_gradient, of_chosen
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import Group
@@ -141,7 +141,7 @@ class _Projection:
         """`of_pairs`: r of the pairs [pairs, 1]."""
         out = None
         if dense is not None and self.dense_values is not None:
-            out = self.function.weights(dense, r, self.scale) @ self.dense_values
+            out = multiply(self.function.weights(dense, r, self.scale), self.dense_values)
         return self.pairs.outputs(scores, of_pairs, out)
 
 
@@ -176,7 +176,7 @@ class _Backward:
     def to_dense_values(self, grad: Tensor) -> None:
         """Computes the gradient of the dense values, which does not depend on T."""
         if self.dense is not None:
-            self.dense_value_grads = self.s_dense.mT @ grad
+            self.dense_value_grads = multiply(self.s_dense.mT, grad)
             del self.s_dense
 
     def to_keys_and_inputs(self, x: Tensor, total: Tensor, d_x: Tensor | None) -> Tensor:
@@ -185,8 +185,8 @@ class _Backward:
         own = self.projection
         if self.dense is not None and own.dense_keys is not None:
             own.function.couple(self.dense, self.r, total, self.d_dense, own.scale)
-            self.dense_key_grads = self.d_dense.mT @ x
-            d_x = self.d_dense @ own.dense_keys if d_x is None else d_x.addmm_(self.d_dense, own.dense_keys)
+            self.dense_key_grads = multiply(self.d_dense.mT, x)
+            d_x = add_product(self.d_dense, own.dense_keys, d_x)
         self.key_grads, d_x = own.pairs.to_keys_and_inputs(self.scores, self.of_pairs, self.d, total, x, d_x)
         return d_x
 

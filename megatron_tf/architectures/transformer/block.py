@@ -29,11 +29,11 @@ class SplitMatrix(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """Rows as outputs: x [..., width], whole -> [..., rows/T]."""
-        return F.linear(x, self.weight) if self.later is None else product(x, self.weight, self.later)
+        return product(x, self.weight, self.later)
 
     def partial(self, x: Tensor) -> Tensor:
         """Rows as inputs: x [..., rows/T] -> [..., width], still to be summed over the group."""
-        return x @ self.weight if self.later is None else product(x, self.weight, self.later, transposed=True)
+        return product(x, self.weight, self.later, transposed=True)
 
 
 class LinearAttention(Attention):

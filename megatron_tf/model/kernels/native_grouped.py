@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_tf.model.kernels import onednn
 from megatron_tf.model.kernels.native_library import BuildError, load_library
 from megatron_tf.model.kernels.native_passes import FLAGS, X86_FLAGS
 from megatron_tf.native import kernels_wanted
@@ -23,14 +24,16 @@ from megatron_tf.native import kernels_wanted
 SOURCE = Path(__file__).with_suffix(".c")
 # With fewer rows, packing the tokens takes longer than the product.
 LEAST_ROWS = 32
-# The packed tokens of a larger group do not stay in a cache of 2 MiB, and PyTorch's product of gathered rows is faster.
+# The packed tokens of a larger group do not stay in a cache of 2 MiB, and MKL's product of gathered rows is faster.
 LARGEST_GROUP = 256 * 768
 
 
 def usable(tokens: Tensor) -> bool:
     """Whether the products below can take such tokens [..., g, width] and are faster than PyTorch's."""
-    wanted = kernels_wanted() and tokens.shape[-2] * tokens.shape[-1] <= LARGEST_GROUP
-    return wanted and tokens.device.type == "cpu" and tokens.dtype == torch.float32 and _library() is not None
+    if not kernels_wanted() or tokens.device.type != "cpu" or tokens.dtype != torch.float32:
+        return False
+    fits = tokens.shape[-2] * tokens.shape[-1] <= LARGEST_GROUP or onednn.is_faster_here()
+    return fits and _library() is not None
 
 
 def scores(x: Tensor, rows: Tensor, tokens: Tensor, out: Tensor) -> None:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_tf.caches import can_write, temporary_cache, user_cache
+from megatron_tf.native import processor
 
 COMPILERS = ("cc", "gcc", "clang")
 BUILD_SECONDS = 60.0
@@ -142,8 +143,5 @@ def _cache_folders() -> Iterator[Path]:
 
 def _processor() -> str:
     """The facts that -march=native depends on, because nodes with different processors may share a home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    facts = [f"{name}: {processor()[name]}" for name in ("model name", "flags", "Features") if name in processor()]
+    return "\n".join(facts) or platform.processor()

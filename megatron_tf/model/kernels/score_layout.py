@@ -78,5 +78,10 @@ def _parts(scores: Tensor, keys: Sequence[Tensor], dim: int) -> tuple[Tensor, ..
     return scores.split(sizes[:-1], dim)
 
 
+def is_aligned(columns: int) -> bool:
+    """Whether `empty_scores` of so many columns has nothing after a row's end."""
+    return _aligned(columns) == columns
+
+
 def _aligned(columns: int) -> int:
     return -(-columns // ALIGNMENT) * ALIGNMENT

@@ -65,7 +65,7 @@ class Embedding(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden between layers -> logits [s, b, V/T] over this rank's rows of the vocabulary."""
         whole = self.tensor.enter(hidden)
-        return whole @ self.weight.mT if self.later is None else product(whole, self.weight, self.later)
+        return product(whole, self.weight, self.later)
 
 
 class LanguageModelLayers(TaskLayers):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.model.grouped import CandidatePiece, NativePiece, assign, pieces
-from megatron_tf.model.kernels import native_grouped
+from megatron_tf.model.kernels import native_grouped, onednn
 from megatron_tf.model.sparse_pattention import SparsePattention
 
 # rows, tokens, width: whole tiles and chunks, and what no tile divides
@@ -67,12 +67,15 @@ def test_results_do_not_depend_on_threads():
     assert all(map(torch.equal, *results))
 
 
-def test_they_are_for_enough_rows_and_for_groups_that_fit_into_the_cache():
+@pytest.mark.parametrize("slow_mkl", [False, True])
+def test_they_are_for_enough_rows_and_where_mkl_is_fast_for_groups_that_fit_into_the_cache(monkeypatch, slow_mkl):
+    monkeypatch.setattr(onednn, "is_faster_here", lambda: slow_mkl)
     chosen = assign(torch.tensor([[0]] * 33 + [[1]] * 7), 2)
     tokens = torch.zeros(1, 2, 16, 8)
     assert [type(piece) for piece in pieces(chosen, tokens)] == [NativePiece, CandidatePiece]
-    for other in (tokens.double(), torch.zeros(1, 2, 512, 768)):
-        assert not any(isinstance(piece, NativePiece) for piece in pieces(chosen, other))
+    assert not any(isinstance(piece, NativePiece) for piece in pieces(chosen, tokens.double()))
+    large = torch.zeros(1, 2, 512, 768)
+    assert any(isinstance(piece, NativePiece) for piece in pieces(chosen, large)) == slow_mkl
 
 
 @pytest.mark.parametrize("wanted", [True, False])
