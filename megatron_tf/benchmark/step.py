@@ -30,6 +30,7 @@ from megatron_tf.errors import ConfigError
 from megatron_tf.model import TokenFormer, build_model
 from megatron_tf.model.context import BlockContext
 from megatron_tf.model.layers import Block
+from megatron_tf.model.products import multiply
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.tasks.classes import cross_entropy
 from megatron_tf.tasks.language_model.section import vocab_size_of
@@ -187,7 +188,7 @@ def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]
     """A product of two square matrices, and its floating-point operations."""
     side = SQUARE[device.type]
     left, right = (torch.randn(side, side).to(device, dtype) for _ in range(2))
-    return lambda: left @ right, 2 * side**3
+    return torch.no_grad()(lambda: multiply(left, right)), 2 * side**3
 
 
 def _memory_problems(name: str, models: Collection[Model], options: StepOptions) -> Iterator[str]:
