@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_tf.model.later import product
+from megatron_tf.model.linear import linear
 from megatron_tf.model.products import multiply
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [s, b, d_in], keys [n, d_in], values [n, d_out] -> [s, b, d_out]
@@ -32,12 +32,12 @@ FORMULAS = {"l2_norm_gelu": plain_formula}  # by activation
 
 def gelu_mlp(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The same two products with a GELU between them and no normalisation."""
-    return product(F.gelu(product(x, keys)), values, transposed=True)
+    return linear(F.gelu(linear(x, keys)), values, transposed=True)
 
 
 def bare_layer(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The same two products with nothing between them."""
-    return product(product(x, keys), values, transposed=True)
+    return linear(linear(x, keys), values, transposed=True)
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
-"""Products with a weight, and deferred gradients of weights.
+"""Deferred gradients of weights. The backward pass computes only those of inputs, for which other ranks wait.
 
-With deferred gradients the backward pass computes only the gradients of inputs, for which other ranks wait. While it
-runs, each layer adds to a `Later` a function that computes its gradients of weights. Together, the pass and those
-functions compute the same products as an ordinary backward pass.
+While it runs, each layer adds to a `Later` a function that computes its gradients of weights. Together, the pass and
+those functions compute the same products as an ordinary backward pass.
 """
 
 from __future__ import annotations
@@ -11,11 +10,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-
-from megatron_tf.model.kernels import onednn
-from megatron_tf.model.products import multiply
 
 
 class Later:
@@ -42,39 +36,3 @@ class Later:
                         torch.autograd.backward(weight, gradient)
 
         return finish
-
-
-class _Product(Function):
-    @staticmethod
-    def forward(ctx, x, weight, later, transposed):
-        ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.later, ctx.transposed = weight, later, transposed
-        return multiply(x, weight if transposed else weight.mT)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        pair = (x, grad) if ctx.transposed else (grad, x)
-        d_weight = None
-        if ctx.later is not None:
-            ctx.later.add([ctx.weight], lambda: [_weight_gradient(*pair)])
-        elif ctx.needs_input_grad[1]:
-            d_weight = _weight_gradient(*pair)
-        d_x = multiply(grad, weight.mT if ctx.transposed else weight) if ctx.needs_input_grad[0] else None
-        return d_x, d_weight, None, None
-
-
-def _weight_gradient(left: Tensor, right: Tensor) -> Tensor:
-    return multiply(left.flatten(0, -2).mT, right.flatten(0, -2))
-
-
-def product(x: Tensor, weight: Tensor, later: Later | None = None, transposed: bool = False) -> Tensor:
-    """x [..., k] times `weight`, [n, k], or [k, n] if `transposed` -> [..., n].
-
-    `later`: the backward pass defers the gradient of `weight`, which must be a leaf, to it.
-    """
-    right = weight if transposed else weight.mT
-    if later is not None or onednn.faster(x, right):
-        return _Product.apply(x, weight, later, transposed)
-    return x @ right

@@ -29,7 +29,7 @@ from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model.context import Reports, add_report
 from megatron_tf.model.filling import fill_normal
 from megatron_tf.model.grouped import assign
-from megatron_tf.model.later import product
+from megatron_tf.model.linear import linear
 from megatron_tf.model.routing import balance_loss, choose, relative_load, z_loss
 from megatron_tf.model.sparse_function import ChosenTokens, sparse_pattention
 from megatron_tf.parallel.collectives import all_reduce
@@ -55,7 +55,7 @@ class TokenBank(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [rows, d_in] -> z [rows, slots, candidates], at least fp32."""
-        logits = product(x.to(self.router.dtype), self.router).unflatten(-1, self.shape[:2])
+        logits = linear(x.to(self.router.dtype), self.router).unflatten(-1, self.shape[:2])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def slot_balance(self) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_tf.model.later import Later, product
+from megatron_tf.model.later import Later
+from megatron_tf.model.linear import linear
 from megatron_tf.model.projection import Entered, Pattention, leave_weights, partial_outputs
 
 
@@ -53,7 +54,7 @@ def test_what_was_taken_is_of_its_pass_alone():
     first, second = torch.randn(2, 5, 4, requires_grad=True).unbind()
     finishes = []
     for x in (first, second):
-        product(x, weight, later).sum().backward()
+        linear(x, weight, later).sum().backward()
         finishes.append(later.take())
     finishes[1]()
     torch.testing.assert_close(weight.grad, second.sum(0).expand(3, 4))
@@ -69,13 +70,13 @@ def test_products_have_the_gradients_of_matmul(transposed):
     (x @ (weight if transposed else weight.mT)).square().sum().backward()
     expected = x.grad, weight.grad
     x.grad = weight.grad = None
-    product(x, weight, later, transposed).square().sum().backward()
+    linear(x, weight, later, transposed).square().sum().backward()
     later.take()()
     torch.testing.assert_close((x.grad, weight.grad), expected)
 
 
 def test_frozen_weights_get_none():
     weight, later = nn.Parameter(torch.randn(3, 4), requires_grad=False), Later()
-    product(torch.randn(5, 4, requires_grad=True), weight, later).sum().backward()
+    linear(torch.randn(5, 4, requires_grad=True), weight, later).sum().backward()
     later.take()()
     assert weight.grad is None

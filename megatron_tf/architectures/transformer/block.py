@@ -12,8 +12,9 @@ from megatron_tf.architectures.spec import shard_range
 from megatron_tf.architectures.transformer.parameters import qkv_rows
 from megatron_tf.architectures.transformer.section import TransformerModel, as_transformer
 from megatron_tf.config.sections.model import Model
-from megatron_tf.model.later import Later, product
+from megatron_tf.model.later import Later
 from megatron_tf.model.layers import Attention, Block, TensorParallel
+from megatron_tf.model.linear import linear
 from megatron_tf.parallel.groups import Group
 
 
@@ -29,11 +30,11 @@ class SplitMatrix(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """Rows as outputs: x [..., width], whole -> [..., rows/T]."""
-        return product(x, self.weight, self.later)
+        return linear(x, self.weight, self.later)
 
     def partial(self, x: Tensor) -> Tensor:
         """Rows as inputs: x [..., rows/T] -> [..., width], still to be summed over the group."""
-        return product(x, self.weight, self.later, transposed=True)
+        return linear(x, self.weight, self.later, transposed=True)
 
 
 class LinearAttention(Attention):

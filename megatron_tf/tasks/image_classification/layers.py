@@ -23,8 +23,8 @@ from megatron_tf.data.images.augment import finished
 from megatron_tf.data.samples import derived_seed
 from megatron_tf.errors import ArgumentError
 from megatron_tf.model.checks import check_device, shape_of, type_of
-from megatron_tf.model.later import product
 from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.linear import linear
 from megatron_tf.parallel.groups import Group
 from megatron_tf.state.parameters import shard_range
 from megatron_tf.tasks.image_classification.section import Image, image_of
@@ -52,7 +52,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [b, c, h, w] -> hidden between layers; a class token is position 0."""
         own = patches(normalised(images, self.image), self.image.patch)[..., self.start : self.stop]
-        partial = product(own.to(self.weight.dtype), self.weight, transposed=True)
+        partial = linear(own.to(self.weight.dtype), self.weight, transposed=True)
         if self.image.pooling == "class_token":
             partial = torch.cat((torch.zeros_like(partial[:1]), partial))
         hidden = self.tensor.leave(partial)

@@ -19,8 +19,9 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.data.documents import boundaries
 from megatron_tf.data.samples import derived_seed
 from megatron_tf.model.filling import fill_normal
-from megatron_tf.model.later import Later, product
+from megatron_tf.model.later import Later
 from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.linear import linear
 from megatron_tf.parallel.groups import Group
 from megatron_tf.state.parameters import INITIAL_STD, shard_range
 from megatron_tf.tasks.classes import IGNORED, cross_entropy
@@ -65,7 +66,7 @@ class Embedding(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden between layers -> logits [s, b, V/T] over this rank's rows of the vocabulary."""
         whole = self.tensor.enter(hidden)
-        return product(whole, self.weight, self.later)
+        return linear(whole, self.weight, self.later)
 
 
 class LanguageModelLayers(TaskLayers):

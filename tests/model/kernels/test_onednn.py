@@ -7,19 +7,8 @@ from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.model import products
 from megatron_tf.model.kernels import onednn
 from megatron_tf.model.kernels.score_layout import empty_scores
-from megatron_tf.model.later import Later, product
+from megatron_tf.model.linear import linear
 from megatron_tf.model.pattention import pattention
-
-
-@pytest.fixture
-def everywhere(monkeypatch):
-    """As on a processor on which oneDNN is the faster one, for products of any size. Counts its products."""
-    calls = []
-    multiply = onednn.multiply
-    monkeypatch.setattr(onednn, "LEAST_MULTIPLICATIONS", 1)
-    monkeypatch.setattr(onednn, "is_faster_here", lambda: True)
-    monkeypatch.setattr(onednn, "multiply", lambda *factors: calls.append(factors) or multiply(*factors))
-    return calls
 
 
 def matrices(*shape):
@@ -28,7 +17,7 @@ def matrices(*shape):
 
 
 @torch.no_grad()
-def test_products_of_matrices_however_they_lie(everywhere):
+def test_products_of_matrices_however_they_lie(by_onednn):
     for left in matrices(37, 21):
         for right in matrices(21, 45):
             exact = (left.double() @ right.double()).float()
@@ -38,67 +27,41 @@ def test_products_of_matrices_however_they_lie(everywhere):
             products.write_product(left, right, out)
             torch.testing.assert_close(out, exact)
             torch.testing.assert_close(products.PLAIN.scores(left, right), exact)
-    assert len(everywhere) == 9 * 4
+    assert len(by_onednn) == 9 * 4
 
 
 @torch.no_grad()
-def test_a_product_that_is_copied_is_made_of_some_rows_at_a_time(everywhere, monkeypatch):
+def test_a_product_that_is_copied_is_made_of_some_rows_at_a_time(by_onednn, monkeypatch):
     monkeypatch.setattr(products, "COPIED_ROWS", 8)
     left, right, out = torch.randn(20, 6), torch.randn(6, 5), torch.empty(20, 16)
     products.write_product(left, right, out[:, :5])
     torch.testing.assert_close(out[:, :5], left @ right)
-    assert [len(rows) for rows, _ in everywhere] == [8, 8, 4]
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("deferred", [False, True])
-def test_gradients_of_a_product_with_a_weight(everywhere, transposed, deferred):
-    x, weight = torch.randn(3, 5, 8, requires_grad=True), torch.randn((8, 6) if transposed else (6, 8))
-    weight.requires_grad_()
-    later = Later() if deferred else None
-    out = product(x, weight, later, transposed)
-    expected = x @ (weight if transposed else weight.mT)
-    torch.testing.assert_close(out, expected)
-    weights = torch.randn_like(out)
-    wanted = torch.autograd.grad((expected * weights).sum(), [x, weight])
-    (out * weights).sum().backward()
-    if later is not None:
-        assert weight.grad is None
-        later.take()()
-    for leaf, grad in zip((x, weight), wanted):
-        torch.testing.assert_close(leaf.grad, grad)
-    assert len(everywhere) == 3
-
-
-def test_only_gradients_that_are_wanted_are_made(everywhere):
-    x, weight = torch.randn(5, 8), torch.randn(6, 8, requires_grad=True)
-    product(x, weight).sum().backward()
-    assert weight.grad is not None and len(everywhere) == 2
+    assert [len(rows) for rows, _ in by_onednn] == [8, 8, 4]
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS.names()))
-def test_pattention_is_that_of_fp64(everywhere, activation):
+def test_pattention_is_that_of_fp64(by_onednn, activation):
     for tokens in (45, 48):
         leaves = [torch.randn(shape, requires_grad=True) for shape in ((2, 9, 24), (tokens, 24), (tokens, 20))]
         exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
         outs = [pattention(*own, scale=3.0, activation=activation) for own in (leaves, exact)]
-        made = len(everywhere)
+        made = len(by_onednn)
         grad = torch.randn_like(outs[0])
         found = torch.autograd.grad(outs[0], leaves, grad)
-        assert made >= 2 and len(everywhere) >= made + 4
+        assert made >= 2 and len(by_onednn) >= made + 4
         for one, other in zip((outs[0], *found), (outs[1], *torch.autograd.grad(outs[1], exact, grad.double()))):
             assert (one - other).abs().max() < 3e-6 * other.abs().max()
-        everywhere.clear()
+        by_onednn.clear()
 
 
-def test_where_pytorchs_products_are_taken(everywhere, monkeypatch):
+def test_where_pytorchs_products_are_taken(by_onednn, monkeypatch):
     left, right = torch.randn(4, 8), torch.randn(8, 6)
     assert onednn.faster(left, right)
     assert not onednn.faster(left.double(), right.double()) and not onednn.faster(left.bfloat16(), right.bfloat16())
     assert not onednn.faster(left.to("meta"), right.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert not onednn.faster(left, right)
-        assert product(left, right.mT).dtype == torch.bfloat16
+        assert linear(left, right.mT).dtype == torch.bfloat16
     monkeypatch.setattr(onednn, "LEAST_MULTIPLICATIONS", 4 * 8 * 6 + 1)
     assert not onednn.faster(left, right)
     monkeypatch.setattr(onednn, "LEAST_MULTIPLICATIONS", 1)
