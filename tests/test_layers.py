@@ -343,6 +343,32 @@ def test_arithmetic_starts_without_torch():
     assert loaded_by(modules, ("torch", "deepspeed", "numpy")) in ("", "numpy")
 
 
+FIRST = """
+import importlib, os, sys
+import pydantic, torch, yaml  # what takes long, once for all
+
+failed = []
+for name in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            print(name, repr(error))
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(name)
+sys.exit(bool(failed))
+"""
+
+
+@pytest.mark.slow
+def test_any_module_can_be_the_first_that_is_imported():
+    done = subprocess.run([sys.executable, "-c", FIRST, *MODULES], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_everything_but_deepspeed_s_engine_and_peft_s_method_starts_without_optional_packages():
     # what a class of theirs is the base of
     derived = ("megatron_tf.engine.deepspeed.", "megatron_tf.adapters.branch", "megatron_tf.adapters.tuner")

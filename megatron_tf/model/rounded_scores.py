@@ -27,9 +27,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_tf.activations import l2_norm_gelu
 from megatron_tf.activations.function import ScoreFunction
 from megatron_tf.activations.l2_norm import inverse
-from megatron_tf.activations.l2_norm_gelu import L2NormGelu
 from megatron_tf.model import rounding
 from megatron_tf.model.kernels.operators import operator, register_fake
 from megatron_tf.model.products import Factor, Product
@@ -58,7 +58,7 @@ class Gradient(NamedTuple):
 
 
 def usable(function: ScoreFunction, scores: Tensor) -> bool:
-    return isinstance(function, L2NormGelu) and rounding.usable(scores)
+    return isinstance(function, l2_norm_gelu.L2NormGelu) and rounding.usable(scores)
 
 
 def weights(scores: Tensor, r: Tensor, scale: float) -> Rounded:

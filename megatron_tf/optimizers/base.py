@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron_tf.config.sections.optimizer import Optimizer
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from megatron_tf.config.sections.optimizer import Optimizer
 
 WEIGHT = "weight"  # the state that every parameter has: its fp32 master
 

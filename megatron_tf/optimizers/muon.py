@@ -78,11 +78,12 @@ class Muon(AdamW, MatrixRule):
         norm = trace.clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
         gram = gram / norm.square()
         unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        product = unit / norm
-        for _ in range(ITERATIONS):
+        step = a * unit + b * gram + c * (gram @ gram)
+        product = step / norm
+        for _ in range(1, ITERATIONS):
+            gram = step @ gram @ step
             step = a * unit + b * gram + c * (gram @ gram)
             product = product @ step
-            gram = step @ gram @ step
         return product
 
     def size(self, shape: Sequence[int]) -> float:

@@ -31,7 +31,7 @@ SPECS = [spec("tokens", 30), spec("flat", 40, 8), spec("square", 24, 12), spec("
 
 
 def test_each_matrix_of_a_stack_is_transformed_by_itself(monkeypatch):
-    monkeypatch.setattr(matrices, "AT_ONCE", 2 * 8 * WIDTH)  # two matrices of "flat"
+    monkeypatch.setattr(matrices, "AT_ONCE", {"cpu": 2 * 8 * WIDTH})  # two matrices of "flat"
     own = Matrices(SPECS, {spec.name: range(spec.shape[0]) for spec in SPECS}, SINGLE)
     updates = own.transformed(MUON, [(spec, direction(spec)) for spec in SPECS])
     for spec_, update in zip(SPECS, updates, strict=True):
