@@ -1,4 +1,4 @@
-"""Whether kernels other than PyTorch's may run: those in C and oneDNN's for CPUs, and those in Triton for GPUs."""
+"""Whether kernels other than PyTorch's default ones may run: C and oneDNN on CPUs, Triton on GPUs."""
 
 from __future__ import annotations
 

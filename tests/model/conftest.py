@@ -11,6 +11,7 @@ def by_onednn(monkeypatch):
     calls = []
     multiply = onednn.multiply
     monkeypatch.setattr(onednn, "LEAST_MULTIPLICATIONS", 1)
-    monkeypatch.setattr(onednn, "is_faster_here", lambda: True)
+    monkeypatch.setattr(onednn, "MULTIPLE_OF_ROWS", 1)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(onednn, "multiply", lambda *factors: calls.append(factors) or multiply(*factors))
     return calls

@@ -93,7 +93,7 @@ def test_values_and_gradients(world_size):
     spawn_each(_everything, world_size, [(False,), (True,)])
 
 
-def _like_gloo(group, dtype):
+def _in_order(group, dtype):
     """Each reduction and exchange, direct, against the ranks' own numbers reduced in their order."""
     group = replace(group, direct=True)
     xs = [_numbers(r, dtype) for r in range(group.size)]
@@ -118,7 +118,7 @@ def _numbers(rank, dtype):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_direct_exchanges_reduce_in_the_order_of_the_ranks(world_size):
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64)
-    spawn_each(_like_gloo, world_size, [(dtype,) for dtype in dtypes])
+    spawn_each(_in_order, world_size, [(dtype,) for dtype in dtypes])
 
 
 def _large(group):

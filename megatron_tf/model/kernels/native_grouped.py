@@ -32,7 +32,7 @@ def usable(tokens: Tensor) -> bool:
     """Whether the products below can take such tokens [..., g, width] and are faster than PyTorch's."""
     if not kernels_wanted() or tokens.device.type != "cpu" or tokens.dtype != torch.float32:
         return False
-    fits = tokens.shape[-2] * tokens.shape[-1] <= LARGEST_GROUP or onednn.is_faster_here()
+    fits = tokens.shape[-2] * tokens.shape[-1] <= LARGEST_GROUP or onednn.mkl_is_slow()
     return fits and _library() is not None
 
 

@@ -69,7 +69,7 @@ def test_results_do_not_depend_on_threads():
 
 @pytest.mark.parametrize("slow_mkl", [False, True])
 def test_they_are_for_enough_rows_and_where_mkl_is_fast_for_groups_that_fit_into_the_cache(monkeypatch, slow_mkl):
-    monkeypatch.setattr(onednn, "is_faster_here", lambda: slow_mkl)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: slow_mkl)
     chosen = assign(torch.tensor([[0]] * 33 + [[1]] * 7), 2)
     tokens = torch.zeros(1, 2, 16, 8)
     assert [type(piece) for piece in pieces(chosen, tokens)] == [NativePiece, CandidatePiece]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -69,6 +71,30 @@ def test_where_pytorchs_products_are_taken(by_onednn, monkeypatch):
     assert not onednn.faster(left, right)
 
 
+def test_products_depend_on_rows_by_a_few_numbers_of_them(by_onednn, monkeypatch):
+    """Rows are those of the matrix in memory, which the left factor may be the transpose of."""
+    monkeypatch.setattr(onednn, "MULTIPLE_OF_ROWS", 32)
+    for rows, taken in ((1, False), (32, True), (40, False), (64, True)):
+        x = torch.randn(rows, 7)
+        assert onednn.faster(x, torch.randn(7, 5)) == taken
+        assert onednn.faster(x.view(-1, 1, 7), torch.randn(7, 5)) == taken
+        if rows > 1:
+            assert onednn.faster(x.mT, torch.randn(rows, 5)) == taken
+    assert not onednn.faster(torch.randn(32), torch.randn(32, 5))
+
+
+def test_the_operator_gets_whole_matrices(by_onednn, monkeypatch):
+    """Of a part of one it is a thousand times slower."""
+    weights = []
+    operators = SimpleNamespace(_linear_pointwise=lambda x, weight, *_: weights.append(weight) or x @ weight.mT)
+    monkeypatch.setattr(torch.ops, "mkldnn", operators)
+    left, parts = torch.randn(9, 8), torch.randn(16, 24)
+    with torch.no_grad():
+        for right in (parts[:8, :12], parts[:12, :8].mT, parts[::2], torch.randn(1, 6).expand(8, 6), parts[:8]):
+            torch.testing.assert_close(onednn.multiply(left, right), left @ right)
+    assert all(weight.is_contiguous() or weight.mT.is_contiguous() for weight in weights) and len(weights) == 5
+
+
 def test_no_gradient_is_lost_in_silence():
     with pytest.raises(AssertionError, match="has no gradient"):
         onednn.multiply(torch.randn(4, 8), torch.randn(8, 6))
@@ -79,4 +105,4 @@ def test_no_gradient_is_lost_in_silence():
 def test_processors(monkeypatch, vendor, expected, capability):
     monkeypatch.setattr(onednn, "processor", lambda: {"vendor_id": vendor} if vendor else {})
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert onednn.is_faster_here.__wrapped__() == (expected and capability == "AVX512")
+    assert onednn.mkl_is_slow.__wrapped__() == (expected and capability == "AVX512")
