@@ -188,7 +188,12 @@ def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]
     """A product of two square matrices, and its floating-point operations."""
     side = SQUARE[device.type]
     left, right = (torch.randn(side, side).to(device, dtype) for _ in range(2))
-    return torch.no_grad()(lambda: multiply(left, right)), 2 * side**3
+
+    @torch.no_grad()
+    def product() -> Tensor:
+        return multiply(left, right)
+
+    return product, 2 * side**3
 
 
 def _memory_problems(name: str, models: Collection[Model], options: StepOptions) -> Iterator[str]:

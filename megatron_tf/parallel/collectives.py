@@ -53,18 +53,7 @@ def begin_all_reduce(x: Tensor, group: Group) -> Callable[[], Tensor]:
     if _is_direct(group) and direct.reduces(x, group):
         return direct.begin_all_reduce(x, group)
     out = x.clone(memory_format=torch.contiguous_format)
-    return _result_of(dist.all_reduce(out, group=group.handle, async_op=True), out, group)
-
-
-def _result_of(work: dist.Work, out: Tensor, group: Group) -> Callable[[], Tensor]:
-    """A function that waits for a collective that writes `out`."""
-
-    def finish() -> Tensor:
-        with group.around():
-            work.wait()
-        return out
-
-    return finish
+    return group.result_of(dist.all_reduce(out, group=group.handle, async_op=True), out)
 
 
 def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
@@ -102,7 +91,7 @@ def begin_reduce_scatter(x: Tensor, group: Group, dim: int) -> Callable[[], Tens
     if _is_direct(group):
         return direct.begin_reduce_scatter(parts, group)
     out = torch.empty_like(parts[0])
-    return _result_of(_reduce_scatter(out.view(-1), parts.view(-1), group=group.handle, async_op=True), out, group)
+    return group.result_of(_reduce_scatter(out.view(-1), parts.view(-1), group=group.handle, async_op=True), out)
 
 
 def _parts(x: Tensor, group: Group, dim: int) -> Tensor:
@@ -125,7 +114,7 @@ def all_to_all(x: Tensor, group: Group, split: int, gather: int) -> Tensor:
     """
     if group.size == 1:
         return x
-    parts = x.unflatten(split, (group.size, -1)).movedim(split, 0).contiguous()
+    parts = _parts(x, group, split)
     out = torch.empty_like(parts)
     with group.around():
         dist.all_to_all_single(out.view(-1), parts.view(-1), group=group.handle)

@@ -52,13 +52,7 @@ def _begin(parts: Tensor, group: Group) -> Callable[[], Tensor]:
     parts = parts.contiguous()
     out = torch.empty_like(parts)
     work = dist.all_to_all_single(out.view(-1), parts.view(-1), group=group.handle, async_op=True)
-
-    def finish() -> Tensor:
-        with group.around():
-            work.wait()
-        return out
-
-    return finish
+    return group.result_of(work, out)
 
 
 def _reduced(parts: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_tf.config.topology import GridAxis, Topology
 
@@ -25,6 +26,16 @@ class Group:
     handle: dist.ProcessGroup | None = None
     around: Callable[[], AbstractContextManager[None]] = nullcontext
     direct: bool = False
+
+    def result_of(self, work: dist.Work, out: Tensor) -> Callable[[], Tensor]:
+        """A function that waits for a collective that writes `out`, and returns it."""
+
+        def finish() -> Tensor:
+            with self.around():
+                work.wait()
+            return out
+
+        return finish
 
 
 SINGLE = Group()
