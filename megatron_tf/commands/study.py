@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--probe",
         action="store_true",
-        help="plan, report: measure the speed of each model, in turns, on this process alone",
+        help="plan, report: measure the speed of each model with its optimizer, in turns, in this process",
     )
     parser.add_argument(
         "--flops-per-second", type=number(1, 1e20), metavar="X", help="plan: of the machine that it will run on"
@@ -94,7 +94,8 @@ def known_plan(study: Study) -> Plan:
 
 
 def show_plan(study: Study, arguments: argparse.Namespace) -> None:
-    from megatron_tf.study.hours import Speeds, measured, probe, total_seconds
+    from megatron_tf.study.hours import Speeds, measured, total_seconds
+    from megatron_tf.study.probe import probe
     from megatron_tf.study.result import has_ended
 
     plan = known_plan(study)
@@ -185,7 +186,7 @@ def run_study(study: Study, arguments: argparse.Namespace) -> None:
 
 
 def show_report(study: Study, output: Path | None, is_timed: bool = False) -> None:
-    from megatron_tf.study.hours import probe
+    from megatron_tf.study.probe import probe
     from megatron_tf.study.report import write_report
 
     folder = Path(study.dir) if output is None else output

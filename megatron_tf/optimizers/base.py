@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -89,14 +89,20 @@ class UpdateRule(ABC):
         """
 
 
+class AddProducts(Protocol):
+    def __call__(self, total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+        """beta · total + alpha · left · right for each matrix of a stack, in the memory of `total`."""
+        ...
+
+
 class MatrixRule(ABC):
     """The additional interface of an optimizer that updates whole matrices of blocks: W ← W − lr (size · D·P + λW).
 
     D [n, d] is the direction of a matrix, of which each rank has some rows. P [d, d] is a polynomial p of DᵀD, so ranks
-    exchange only the sum of DᵀD over their rows. D·p(DᵀD) = p(DDᵀ)·D, so a matrix of fewer rows than columns needs only
-    a polynomial of DDᵀ [n, n], where its rows are on one rank.
+    exchange only the sum of DᵀD over their rows.
 
-    A parameter with `ParameterSpec.matrix_rows` is a stack of matrices, each with a P of its own.
+    A parameter with `ParameterSpec.matrix_rows` is a stack of matrices, each with a P of its own. Ranks update whole
+    ones.
     """
 
     @abstractmethod
@@ -105,7 +111,11 @@ class MatrixRule(ABC):
 
     @abstractmethod
     def transform(self, gram: Tensor) -> Tensor:
-        """DᵀD -> P, or DDᵀ -> p(DDᵀ), both fp64 and square, for any number of matrices at once."""
+        """DᵀD -> P, both fp64 [d, d], for any number of matrices at once."""
+
+    @abstractmethod
+    def whole(self, matrices: Tensor, add_products: AddProducts) -> Tensor:
+        """D [m, n, d] -> D·P [m, n, d] for each of m matrices, in the type of D."""
 
     @abstractmethod
     def size(self, shape: Sequence[int]) -> float:

@@ -1,20 +1,14 @@
-"""How long a study will take, by speeds that ended runs have logged, that a probe measures, or that are given."""
+"""How long a study will take, by speeds that ended runs have logged, that `probe` measures, or that are given."""
 
 from __future__ import annotations
 
 import heapq
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-
-from megatron_tf.benchmark.step import TrainingStep
 from megatron_tf.costs.estimate import flops_per_token
-from megatron_tf.model import build_model
-from megatron_tf.model.precision import DTYPES
 from megatron_tf.study.plan import Node, Plan
 from megatron_tf.study.result import has_ended, read_result
 
@@ -23,9 +17,9 @@ Seconds = Callable[[Node], "float | None"]
 
 @dataclass(frozen=True)
 class Speeds:
-    """`by_model`: tokens a second by `model_key`.  `flops_per_second`: for models that are not among them."""
+    """`by_key`: tokens a second by `speed_key`.  `flops_per_second`: for models that are not among them."""
 
-    by_model: Mapping[str, float]
+    by_key: Mapping[str, float]
     flops_per_second: float | None = None
 
     def seconds(self, node: Node) -> float | None:
@@ -35,15 +29,16 @@ class Speeds:
 
     def tokens_per_second(self, node: Node) -> float | None:
         """Of a run; None when its speed is not known."""
-        if (speed := self.by_model.get(model_key(node))) is not None:
+        if (speed := self.by_key.get(speed_key(node))) is not None:
             return speed
         return None if self.flops_per_second is None else self.flops_per_second / flops_per_token(node.config.model)
 
 
-def model_key(node: Node) -> str:
-    return json.dumps(
-        [node.config.model.model_dump(mode="json"), node.config.training.micro_batch_size], sort_keys=True
-    )
+def speed_key(node: Node) -> str:
+    """What decides the speed of a run: its model, batches and optimizer."""
+    config = node.config
+    batches = config.training.micro_batch_size, config.training.global_batch_size
+    return json.dumps([config.model.model_dump(mode="json"), *batches, config.optimizer.type], sort_keys=True)
 
 
 def measured(plan: Plan) -> Speeds:
@@ -52,42 +47,10 @@ def measured(plan: Plan) -> Speeds:
     flops = []
     for node in plan.nodes:
         if (result := read_result(node)) is not None:
-            tokens.setdefault(model_key(node), []).append(result.tokens_per_second)
+            tokens.setdefault(speed_key(node), []).append(result.tokens_per_second)
             flops.append(result.tokens_per_second * flops_per_token(node.config.model))
-    by_model = {key: statistics.median(values) for key, values in tokens.items()}
-    return Speeds(by_model, statistics.median(flops) if flops else None)
-
-
-def probe(nodes: Sequence[Node], ranks: int, threads: int, rounds: int = 3, steps: int = 4) -> Speeds:
-    """Trains each run's model for `steps` steps on random data in this process, `rounds` times; the median counts.
-
-    The models take turns, and each round begins with another one, so that other load on the machine slows all of them.
-    `ranks`: processes of a run; the speed of one is multiplied by them.  `threads`: of each process.
-    """
-    models = {model_key(node): node for node in nodes}
-    keys, seconds = list(models), dict[str, list[float]]()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for i in range(rounds):
-            for key in keys[i % len(keys) :] + keys[: i % len(keys)]:
-                seconds.setdefault(key, []).append(_step_seconds(models[key], steps))
-    finally:
-        torch.set_num_threads(before)
-    tokens = {key: node.config.training.micro_batch_size * node.config.model.seq_length for key, node in models.items()}
-    return Speeds({key: ranks * tokens[key] / statistics.median(seconds[key]) for key in keys})
-
-
-def _step_seconds(node: Node, steps: int) -> float:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    training, model = node.config.training, node.config.model
-    step = TrainingStep(build_model(model), training.micro_batch_size, device, DTYPES[training.compute_type])
-    step().item()
-    began = time.perf_counter()
-    for _ in range(steps):
-        loss = step()
-    loss.item()
-    return (time.perf_counter() - began) / steps
+    by_key = {key: statistics.median(values) for key, values in tokens.items()}
+    return Speeds(by_key, statistics.median(flops) if flops else None)
 
 
 def total_seconds(plan: Plan, workers: int, seconds: Seconds) -> float | None:

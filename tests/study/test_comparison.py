@@ -8,9 +8,8 @@ import pytest
 from study_names import BIGGER
 
 from megatron_tf.costs.estimate import flops_per_token
-from megatron_tf.study import hours
 from megatron_tf.study.comparison import BEST_STATIC
-from megatron_tf.study.hours import Speeds, model_key
+from megatron_tf.study.hours import Speeds, speed_key
 from megatron_tf.study.plan import make_plan
 from megatron_tf.study.report import results_of
 from megatron_tf.study.result import Result, write_result
@@ -160,7 +159,7 @@ def test_in_words(found):
 def test_by_the_clock(found):
     """At equal time an arm whose tokens take twice as long is set against what others have reached in that time."""
     _, nodes = found(9.7)
-    speeds = Speeds({model_key(nodes["small"]): 100.0, model_key(nodes["grown"]): 50.0})
+    speeds = Speeds({speed_key(nodes["small"]): 100.0, speed_key(nodes["grown"]): 50.0})
     asked = []
     whole = results_of(found.plan, lambda nodes: asked.extend(nodes) or speeds)
     assert {node.arm.name for node in asked} == {"small", "going_on", "grown", "big_half", "big", "middle"}
@@ -179,22 +178,3 @@ def test_by_the_clock(found):
     text = in_words(whole)
     assert "at equal time" in text and "by the clock" in text
     assert results_of(found.plan)["arms"][0]["clock"] is None
-
-
-def test_models_are_timed_in_turns(found, monkeypatch):
-    _, nodes = found(9.7)
-    order = []
-    times = {"small": iter([1.0, 9.0, 2.0]), "grown": iter([4.0, 4.0, 40.0])}
-
-    def took(node, steps):
-        name = "small" if model_key(node) == model_key(nodes["small"]) else "grown"
-        order.append(name)
-        return next(times[name])
-
-    monkeypatch.setattr(hours, "_step_seconds", took)
-    speeds = hours.probe([nodes["small"], nodes["going_on"], nodes["grown"]], ranks=2, threads=1)
-    assert order == ["small", "grown", "grown", "small", "small", "grown"]
-    assert speeds.tokens_per_second(nodes["going_on"]) == 2 * 64 / 2.0
-    assert speeds.tokens_per_second(nodes["grown"]) == 2 * 64 / 4.0
-    monkeypatch.undo()
-    assert hours.probe([nodes["small"]], ranks=1, threads=1, rounds=1, steps=1).tokens_per_second(nodes["small"]) > 0
