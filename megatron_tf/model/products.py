@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from megatron_tf.activations.function import ScoreFunction
@@ -74,24 +73,19 @@ def write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
 register_fake("write_product", lambda left, right, out: None)
 
 
-def add_products(total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+def add_products(
+    total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0, beta: float = 1.0, symmetric: bool = False
+) -> Tensor:
     """beta · total + alpha · left · right for each matrix of a stack, in the memory of `total` [m, n, d].
 
-    left [m, n, k], right [m, k, d]. With a beta of 0 the old content of `total` is ignored. Not differentiable.
+    left [m, n, k], right [m, k, d]. With a beta of 0 the old content of `total` is ignored. `symmetric`: whether the
+    result is, and what `total` was. Not differentiable.
     """
-    large = left[0].numel() * right.shape[-1] >= onednn.LEAST_MULTIPLICATIONS
-    if not (large and onednn.mkl_is_slow() and native_grouped.usable(right)):
-        return total.baddbmm_(left, right, beta=beta, alpha=alpha)
-    rows = torch.arange(left.shape[1], dtype=torch.int32)
-    left = left * alpha if alpha != 1 else left
-    if beta == 0 and right.mT.is_contiguous():
-        for own, factor, other in zip(total, left, right.mT):
-            native_grouped.scores(factor, rows, other, own)
+    enough = left.shape[1] >= native_grouped.LEAST_ROWS
+    if enough and onednn.mkl_is_slow() and native_grouped.usable(right):
+        native_grouped.add_products(total, left, right, alpha=alpha, beta=beta, symmetric=symmetric)
         return total
-    total.mul_(beta) if beta else total.zero_()
-    for own, factor, other in zip(total, left, right.contiguous()):
-        native_grouped.add_outputs(factor, rows, other, own)
-    return total
+    return total.baddbmm_(left, right, beta=beta, alpha=alpha)
 
 
 class PlainProduct:

@@ -90,8 +90,20 @@ class UpdateRule(ABC):
 
 
 class AddProducts(Protocol):
-    def __call__(self, total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-        """beta · total + alpha · left · right for each matrix of a stack, in the memory of `total`."""
+    def __call__(
+        self,
+        total: Tensor,
+        left: Tensor,
+        right: Tensor,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        symmetric: bool = ...,
+    ) -> Tensor:
+        """beta · total + alpha · left · right for each matrix of a stack, in the memory of `total`.
+
+        `symmetric`: whether the result is, and what `total` was.
+        """
         ...
 
 

@@ -97,8 +97,8 @@ class Muon(AdamW, MatrixRule):
         x = matrices / norm[:, None, None]
         for _ in range(ITERATIONS):
             square = x.new_empty(*x.shape[:2], x.shape[1])
-            add_products(square, x, x.mT, beta=0)
-            polynomial = add_products(square.clone(), square, square, alpha=c, beta=b)
+            add_products(square, x, x.mT, beta=0, symmetric=True)
+            polynomial = add_products(square.clone(), square, square, alpha=c, beta=b, symmetric=True)
             x = add_products(x.clone(), polynomial, x, beta=a)
         return x
 

@@ -9,6 +9,7 @@ from tiny import run_config
 from megatron_tf.config.topology import Topology
 from megatron_tf.config.validate import validate
 from megatron_tf.errors import ConfigError
+from megatron_tf.model.products import add_products
 from megatron_tf.optimizers.muon import COEFFICIENTS, ITERATIONS, MUON
 from megatron_tf.state.parameters import matrix_rows, parameter_table
 from megatron_tf.verification.layout import Layout, compare, reference, run_layouts
@@ -46,9 +47,29 @@ def test_several_matrices_at_once_are_each_of_them():
         torch.testing.assert_close(found, MUON.transform(own.mT @ own), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (1, 24)])
+def test_whole_matrices_go_through_the_iteration(shape):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[0, :, 3] = x[0, :, 4]  # singular
+    given = x.clone()
+    for own, found in zip(x, MUON.whole(x, add_products), strict=True):
+        torch.testing.assert_close(found, iterate(own), rtol=1e-12, atol=1e-12)
+    assert torch.equal(x, given)
+
+
+def test_whole_matrices_in_fp32_need_no_gram_matrix_in_fp64():
+    """Singular values from 1 to 1e-6: the Gram matrix in fp32 would lose the small ones."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 48, generator=generator, dtype=torch.float64))[0] for n in (48, 72))
+    x = (left * torch.logspace(0, -6, 48, dtype=torch.float64)) @ right.mT
+    exact, found = iterate(x), MUON.whole(x[None].float(), add_products)[0]
+    assert (found - exact).norm() / exact.norm() < 2e-5
+
+
 def test_no_gradient_is_no_update():
     zero = torch.zeros(8, 4)
     assert torch.equal(zero @ MUON.transform(zero.mT @ zero), zero)
+    assert torch.equal(MUON.whole(zero[None], add_products)[0], zero)
 
 
 def check(config, *chosen, steps=4):

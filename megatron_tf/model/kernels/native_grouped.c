@@ -3,8 +3,13 @@
    Rows of x and of the outputs are read and added to where they lie: nothing is gathered, and nothing is added up in a
    second pass. A product is made tile by tile, ROWS x COLUMNS sums that stay in registers. The matrix whose columns are
    the tile's is packed first: in panels of COLUMNS columns, so that a step reads one line after the other.
-   The order of every sum is fixed, so results do not depend on the number of threads. */
+   The order of every sum is fixed, so results do not depend on the number of threads.
 
+   The last function has the products of a stack of small matrices, by the same tiles. */
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <stdint.h>
 #include <string.h>
 
@@ -253,5 +258,55 @@ void gradients(const float *scores, long scores_stride, const int32_t *rows, lon
                 tile_of_packed(packed_scores + block * CHUNK * ROWS, packed + panel * CHUNK_STRIDE, depth, c,
                                least(ROWS, n - block * ROWS), least(COLUMNS, width - panel * COLUMNS), start > 0);
             }
+    }
+}
+
+/* c += the product of a tile, scaled; c's columns and rows beyond the given ones are not touched. */
+static void add_tile(const float *const *a, const float *b, long depth, float *c, long stride, int rows, int columns,
+                     float alpha, float beta) {
+    float sums[ROWS][COLUMNS], *places[ROWS];
+    for (int i = 0; i < ROWS; i++) places[i] = sums[i];
+    tile_of_rows(a, b, depth, places, ROWS, COLUMNS, 0);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++)
+            c[i * stride + j] = alpha * sums[i][j] + (beta ? beta * c[i * stride + j] : 0.0f);
+}
+
+/* Whether a tile lies below the diagonal, so that symmetry gives it. */
+static inline int is_below(long first, long panel) { return first >= (panel + 1) * COLUMNS; }
+
+/* total[s] = alpha left[s] right[s] + beta total[s] for s < stack; left [n, depth], right [depth, width], or, if it is
+   transposed, [width, depth]. A beta of 0 ignores what total was. With `symmetric` half of the product is made: the
+   result is symmetric, and so is what total was. `packed` has memory for each thread. */
+void add_products(float *total, const float *left, const float *right, long stack, long n, long depth, long width,
+                  int transposed, int symmetric, float alpha, float beta, float *packed, int threads) {
+    long panels = blocks(width, COLUMNS), own_room = panels * COLUMNS * depth;
+#pragma omp parallel for num_threads(threads)
+    for (long s = 0; s < stack; s++) {
+        const float *x = left + s * n * depth, *y = right + s * depth * width;
+        float *c = total + s * n * width, *own = packed;
+#ifdef _OPENMP
+        own += omp_get_thread_num() * own_room;
+#endif
+        for (long panel = 0; panel < panels; panel++) {
+            long start = panel * COLUMNS, count = least(COLUMNS, width - start);
+            float *to = own + panel * depth * COLUMNS;
+            if (transposed)
+                pack_tokens(y + start * depth, count, depth, to);
+            else
+                for (long k = 0; k < depth; k++) pack_line(y + k * width + start, count, to + k * COLUMNS);
+        }
+        for (long first = 0; first < n; first += ROWS) {
+            const float *a[ROWS];
+            for (int i = 0; i < ROWS; i++) a[i] = x + least(first + i, n - 1) * depth;
+            for (long panel = 0; panel < panels; panel++)
+                if (!symmetric || !is_below(first, panel))
+                    add_tile(a, own + panel * depth * COLUMNS, depth, c + first * width + panel * COLUMNS, width,
+                             least(ROWS, n - first), least(COLUMNS, width - panel * COLUMNS), alpha, beta);
+        }
+        for (long first = 0; symmetric && first < n; first += ROWS)
+            for (long panel = 0; panel < panels && is_below(first, panel); panel++)
+                for (long j = panel * COLUMNS; j < (panel + 1) * COLUMNS; j++)
+                    for (long i = first; i < least(first + ROWS, n); i++) c[i * width + j] = c[j * width + i];
     }
 }

@@ -1,4 +1,6 @@
-"""native_grouped.c: products of a candidate with the rows that chose it. Built on first use, as native_passes.c.
+"""native_grouped.c: products of a candidate with the rows that chose it, and of stacks of small matrices.
+
+Built on first use, as native_passes.c.
 
 x, scores and outputs are fp32 matrices with contiguous rows. `rows` are int32: for each row of the scores, the row of x
 or of the outputs that belongs to it. No row occurs twice.
@@ -51,6 +53,25 @@ def gradients(scores: Tensor, rows: Tensor, x: Tensor, out: Tensor) -> None:
     _call("gradients", out.shape, *_matrix(scores), *_rows(rows), *_matrix(x), *_tokens(out))
 
 
+def add_products(
+    total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0, beta: float = 1.0, symmetric: bool = False
+) -> None:
+    """total [m, n, d] = alpha · left [m, n, k] · right [m, k, d] + beta · total.
+
+    A beta of 0 ignores what `total` was. `right` may be a transposed tensor. `symmetric`: whether the result is, and
+    what `total` was; half of it is computed then.
+    """
+    library = _library()
+    assert library is not None
+    transposed = not right.is_contiguous()
+    given = right.mT if transposed else right
+    assert total.is_contiguous() and left.is_contiguous() and given.is_contiguous()
+    (stack, n, depth), width, threads = left.shape, right.shape[-1], torch.get_num_threads()
+    packed = _room(threads * library.room(width, depth))
+    pointers = total.data_ptr(), left.data_ptr(), given.data_ptr()
+    library.add_products(*pointers, stack, n, depth, width, transposed, symmetric, alpha, beta, packed, threads)
+
+
 # Memory for packed tokens, one buffer for each Python thread. It is reused by all calls, so that it stays in the cache.
 _kept = threading.local()
 
@@ -75,10 +96,14 @@ def _call(name: str, sizes: torch.Size, *arguments: int) -> None:
     """Calls the library's function `name`, with memory to pack tokens of `sizes` and the number of threads."""
     library = _library()
     assert library is not None
-    wanted = library.room(*sizes)
+    getattr(library, name)(*arguments, _room(library.room(*sizes)), torch.get_num_threads())
+
+
+def _room(wanted: int) -> int:
+    """The address of memory for as many numbers."""
     if getattr(_kept, "packed", None) is None or len(_kept.packed) < wanted:
         _kept.packed = torch.empty(wanted, dtype=torch.float32)
-    getattr(library, name)(*arguments, _kept.packed.data_ptr(), torch.get_num_threads())
+    return _kept.packed.data_ptr()
 
 
 @lru_cache(maxsize=1)
@@ -91,11 +116,13 @@ def _library() -> ctypes.CDLL | None:
     except BuildError as error:
         logging.getLogger(__name__).warning("Sparse layers run without their native CPU products, slower: %s", error)
         return None
-    address, number, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    address, number, threads, factor = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
     matrix, rows, tokens = (address, number), (address, number), (address, number, number)
     for function in (library.scores, library.add_outputs):
         function.argtypes = (*matrix, *rows, *tokens, *matrix, address, threads)
     library.gradients.argtypes = (*matrix, *rows, *matrix, *tokens, address, threads)
+    flags = ctypes.c_int, ctypes.c_int
+    library.add_products.argtypes = (*[address] * 3, *[number] * 4, *flags, factor, factor, address, threads)
     library.room.argtypes = (number, number)
     library.room.restype = library.vector_lanes.restype = number
     return library if library.vector_lanes() else None

@@ -1,4 +1,4 @@
-"""The native products of a candidate with its rows, against fp64."""
+"""The native products of a candidate with its rows, and of stacks of matrices, against fp64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_tf.model import products
 from megatron_tf.model.grouped import CandidatePiece, NativePiece, assign, pieces
 from megatron_tf.model.kernels import native_grouped, onednn
 from megatron_tf.model.sparse_pattention import SparsePattention
@@ -65,6 +66,52 @@ def test_results_do_not_depend_on_threads():
         results.append((scores, gradient, total))
     torch.set_num_threads(threads)
     assert all(map(torch.equal, *results))
+
+
+def stack_products(x: Tensor, weights: Tensor, total: Tensor, own=native_grouped.add_products) -> list[Tensor]:
+    """x xᵀ, then with it two more: symmetric like the first one, and not."""
+    square = torch.full((len(x), x.shape[1], x.shape[1]), torch.nan)
+    own(square, x, x.mT, beta=0, symmetric=True)
+    polynomial, outputs = square.clone(), total.clone()
+    own(polynomial, square, square, alpha=2, beta=-3, symmetric=True)
+    own(outputs, weights, x, alpha=0.5)
+    return [square, polynomial, outputs]
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 96), (2, 37, 50), (1, 5, 7), (2, 130, 33)])
+def test_products_of_stacks_agree_with_fp64(shape):
+    stack, rows, width = shape
+    x, weights, total = (each.view(stack, -1, each.shape[-1]) for each in matrices(
+        (stack * rows, width), (stack * 12, rows), (stack * 12, width)
+    ))  # fmt: skip
+    exact = x.double() @ x.double().mT
+    expected = exact, 2 * exact @ exact - 3 * exact, total.double() + weights.double() @ x.double() / 2
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        results.append(stack_products(x, weights, total))
+    torch.set_num_threads(threads)
+    for found, again, reference in zip(*results, expected, strict=True):
+        close(found, reference)
+        assert torch.equal(found, again), "they depend on threads"
+    assert all(torch.equal(found, found.mT) for found in results[0][:2])
+
+
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_stacks_are_multiplied_alike_by_pytorch(monkeypatch, native):
+    monkeypatch.setenv("MEGATRON_TF_NATIVE", native)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
+    called = []
+    kernel = native_grouped.add_products
+    monkeypatch.setattr(native_grouped, "add_products", lambda *a, **b: called.append(0) or kernel(*a, **b))
+    for rows in (40, 20):
+        x, weights, total = (
+            each.view(2, rows, -1) for each in matrices((2 * rows, 50), (2 * rows, rows), (2 * rows, 50))
+        )
+        found = stack_products(x, weights, total, products.add_products)
+        for own, reference in zip(found, stack_products(x, weights, total, kernel), strict=True):
+            close(own, reference)
+    assert len(called) == (3 if native == "1" else 0), "small matrices are PyTorch's"
 
 
 @pytest.mark.parametrize("slow_mkl", [False, True])
