@@ -10,12 +10,13 @@ slot, candidate and row. So the scores of a candidate are contiguous, and its pr
 | of rows: inputs, outputs | [rows, width] |
 
 `pair_steps` has two ways to compute the products: all at once, or piece by piece. A `CandidatePiece` is a candidate
-with its rows. fp32 products of a CPU read and add to rows in place, those of other types gather them.
+with its rows, which are gathered. fp32 products of a CPU read and add to rows in place: a `NativePiece` is as many
+candidates as have their scores in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ import torch
 from torch import Tensor
 
 from megatron_tf.model.kernels import native_grouped
+
+# Scores of a `NativePiece`, of which passes have four bytes each in the cache.
+SCORES_AT_ONCE = 2**18
 
 
 class Assignment(NamedTuple):
@@ -102,35 +106,76 @@ class CandidatePiece:
         torch.mm(scores.mT, inputs, out=out[self.slot, self.candidate])
 
 
-class NativePiece(CandidatePiece):
-    """The pairs of one candidate. Native products read rows and add to them in place."""
+@dataclass(frozen=True)
+class NativePiece:
+    """The pairs of consecutive candidates, with the same methods. Native products read rows and add to them in place.
+
+    `candidates`: their range among those of all slots.
+    """
+
+    rows: native_grouped.Rows
+    pairs: slice
+    candidates: slice
 
     def inputs(self, source: Tensor, room: Tensor) -> Tensor:
         return source
 
     def scores(self, inputs: Tensor, tokens: Tensor, out: Tensor) -> None:
-        native_grouped.scores(inputs, self.rows, tokens[self.slot, self.candidate], out)
+        native_grouped.scores(inputs, self.rows, tokens.flatten(0, 1)[self.candidates], out)
 
     def add_outputs(self, scores: Tensor, tokens: Tensor, total: Tensor, room: Tensor) -> None:
-        native_grouped.add_outputs(scores, self.rows, tokens[self.slot, self.candidate], total)
+        native_grouped.add_outputs(scores, self.rows, tokens.flatten(0, 1)[self.candidates], total)
 
     def gradients(self, scores: Tensor, inputs: Tensor, out: Tensor) -> None:
-        native_grouped.gradients(scores, self.rows, inputs, out[self.slot, self.candidate])
+        native_grouped.gradients(scores, self.rows, inputs, out.flatten(0, 1)[self.candidates])
 
 
-def pieces(assignment: Assignment, tokens: Tensor) -> Iterator[CandidatePiece]:
-    """A piece for each candidate that has rows, for products with `tokens` [slots, m, g, width]."""
-    yield from candidate_pieces(assignment, native_grouped.usable(tokens))
+def pieces(assignment: Assignment, tokens: Tensor) -> Iterator[CandidatePiece | NativePiece]:
+    """Pieces of all pairs, for products with `tokens` [slots, m, g, width]."""
+    if not native_grouped.usable(tokens):
+        yield from candidate_pieces(assignment)
+        return
+    ends, (size, width) = assignment.ends.view(-1).tolist(), tokens.shape[2:]
+    least = native_grouped.least_rows(size, width)
+    for first, last in _runs(ends, least, max(1, SCORES_AT_ONCE // size)):
+        begin, end = ends[first - 1] if first else 0, ends[last - 1]
+        if end - begin < least:
+            yield from _of_candidates(assignment, ends, range(first, last))
+        else:
+            rows = native_grouped.Rows(assignment.rows[begin:end], assignment.ends.view(-1)[first:last], begin)
+            yield NativePiece(rows, slice(begin, end), slice(first, last))
 
 
-def candidate_pieces(assignment: Assignment, native: bool = False) -> Iterator[CandidatePiece]:
-    """A piece for each candidate that has rows. `native`: whether those with enough of them are NativePiece."""
-    first, candidates = 0, assignment.ends.shape[1]
-    for group, last in enumerate(assignment.ends.view(-1).tolist()):
+def candidate_pieces(assignment: Assignment) -> Iterator[CandidatePiece]:
+    """A piece for each candidate that has rows."""
+    ends = assignment.ends.view(-1).tolist()
+    yield from _of_candidates(assignment, ends, range(len(ends)))
+
+
+def _of_candidates(assignment: Assignment, ends: Sequence[int], candidates: range) -> Iterator[CandidatePiece]:
+    for candidate in candidates:
+        first, last = ends[candidate - 1] if candidate else 0, ends[candidate]
         if last > first:
-            kind = NativePiece if native and last - first >= native_grouped.LEAST_ROWS else CandidatePiece
-            yield kind(assignment.rows[first:last], slice(first, last), *divmod(group, candidates))
-        first = last
+            place = divmod(candidate, assignment.ends.shape[1])
+            yield CandidatePiece(assignment.rows[first:last], slice(first, last), *place)
+
+
+def _runs(ends: Sequence[int], least: int, most: int) -> Iterator[tuple[int, int]]:
+    """Consecutive candidates [first, last) with at most `most` pairs, unless one has more.
+
+    One that has pairs, but fewer than `least`, is alone.
+    """
+    first, begin = 0, 0
+    for candidate, (before, end) in enumerate(zip((0, *ends), ends)):
+        few = 0 < end - before < least
+        if candidate > first and (few or end - begin > most):
+            yield first, candidate
+            first, begin = candidate, before
+        if few:
+            yield candidate, candidate + 1
+            first, begin = candidate + 1, end
+    if first < len(ends):
+        yield first, len(ends)
 
 
 def has_grouped_products(device_type: str, dtype: torch.dtype) -> bool:
@@ -141,8 +186,8 @@ def has_grouped_products(device_type: str, dtype: torch.dtype) -> bool:
 def empty_gradients(tokens: Tensor, assignment: Assignment) -> Tensor:
     """Memory for the gradients of tokens [slots, m, g, width], 0 for candidates that no row chose."""
     out = torch.empty_like(tokens)
-    ends = [0, *assignment.ends.view(-1).tolist()]
-    for group, part in enumerate(out.flatten(0, 1)):
-        if ends[group] == ends[group + 1]:
-            part.zero_()
+    of_candidates, ends = out.flatten(0, 1), assignment.ends.view(-1).tolist()
+    for candidate, (before, end) in enumerate(zip((0, *ends), ends)):
+        if before == end:
+            of_candidates[candidate].zero_()
     return out

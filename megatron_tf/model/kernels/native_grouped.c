@@ -1,4 +1,4 @@
-/* The products of one candidate with the rows that chose it, on a CPU in fp32; see model/grouped.py.
+/* The products of candidates with the rows that chose them, on a CPU in fp32; see model/grouped.py.
 
    Rows of x and of the outputs are read and added to where they lie: nothing is gathered, and nothing is added up in a
    second pass. A product is made tile by tile, ROWS x COLUMNS sums that stay in registers. The matrix whose columns are
@@ -168,7 +168,7 @@ static inline void pack_line(const float *from, long count, float *to) {
 }
 
 /* out[i] = x[rows[i]] tokens^T for i < count; out [count, n], tokens [n, width]. */
-void scores(const float *x, long x_stride, const int32_t *rows, long count, const float *tokens, long n, long width,
+static void scores_of_one(const float *x, long x_stride, const int32_t *rows, long count, const float *tokens, long n, long width,
             float *out, long out_stride, float *packed, int threads) {
     long panels = blocks(n, COLUMNS);
 #pragma omp parallel num_threads(threads)
@@ -193,7 +193,7 @@ void scores(const float *x, long x_stride, const int32_t *rows, long count, cons
 }
 
 /* total[rows[i]] += scores[i] tokens for i < count; scores [count, n], tokens [n, width]. Each row is there once. */
-void add_outputs(const float *scores, long scores_stride, const int32_t *rows, long count, const float *tokens, long n,
+static void add_outputs_of_one(const float *scores, long scores_stride, const int32_t *rows, long count, const float *tokens, long n,
                  long width, float *total, long total_stride, float *packed, int threads) {
     long panels = blocks(width, COLUMNS);
 #pragma omp parallel num_threads(threads)
@@ -219,7 +219,7 @@ void add_outputs(const float *scores, long scores_stride, const int32_t *rows, l
 }
 
 /* out = sum of scores[i]^T x[rows[i]] over i < count; scores [count, n], out [n, width]. */
-void gradients(const float *scores, long scores_stride, const int32_t *rows, long count, const float *x, long x_stride,
+static void gradients_of_one(const float *scores, long scores_stride, const int32_t *rows, long count, const float *x, long x_stride,
                float *out, long n, long width, float *packed, int threads) {
     long panels = blocks(width, COLUMNS), token_blocks = blocks(n, ROWS);
     float *packed_scores = packed + panels * CHUNK_STRIDE;
@@ -259,6 +259,32 @@ void gradients(const float *scores, long scores_stride, const int32_t *rows, lon
                                least(ROWS, n - block * ROWS), least(COLUMNS, width - panel * COLUMNS), start > 0);
             }
     }
+}
+
+/* The same for several candidates. Their tokens lie one after another, and rows [ends[g - 1], ends[g]) are those of
+   candidate g, counted as rows [begin, ...), of which `rows`, scores and out have the first one first. */
+#define FOR_CANDIDATES                                                                                                 \
+    for (long g = 0, first = 0, next = 0; g < candidates; g++, first = next)                                           \
+        if ((next = ends[g] - begin) > first)
+
+void scores(const float *x, long x_stride, const int32_t *rows, const int32_t *ends, long begin, long candidates,
+            const float *tokens, long n, long width, float *out, long out_stride, float *packed, int threads) {
+    FOR_CANDIDATES scores_of_one(x, x_stride, rows + first, next - first, tokens + g * n * width, n, width,
+                                 out + first * out_stride, out_stride, packed, threads);
+}
+
+void add_outputs(const float *scores, long scores_stride, const int32_t *rows, const int32_t *ends, long begin,
+                 long candidates, const float *tokens, long n, long width, float *total, long total_stride,
+                 float *packed, int threads) {
+    FOR_CANDIDATES add_outputs_of_one(scores + first * scores_stride, scores_stride, rows + first, next - first,
+                                      tokens + g * n * width, n, width, total, total_stride, packed, threads);
+}
+
+void gradients(const float *scores, long scores_stride, const int32_t *rows, const int32_t *ends, long begin,
+               long candidates, const float *x, long x_stride, float *out, long n, long width, float *packed,
+               int threads) {
+    FOR_CANDIDATES gradients_of_one(scores + first * scores_stride, scores_stride, rows + first, next - first, x,
+                                    x_stride, out + g * n * width, n, width, packed, threads);
 }
 
 /* c += the product of a tile, scaled; c's columns and rows beyond the given ones are not touched. */

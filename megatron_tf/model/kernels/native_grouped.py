@@ -1,9 +1,8 @@
-"""native_grouped.c: products of a candidate with the rows that chose it, and of stacks of small matrices.
+"""native_grouped.c: products of candidates with the rows that chose them, and of stacks of small matrices.
 
 Built on first use, as native_passes.c.
 
-x, scores and outputs are fp32 matrices with contiguous rows. `rows` are int32: for each row of the scores, the row of x
-or of the outputs that belongs to it. No row occurs twice.
+x, scores and outputs are fp32 matrices with contiguous rows. Rows of the scores are sorted by candidate.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import platform
 import threading
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from megatron_tf.model.kernels.native_passes import FLAGS, X86_FLAGS
 from megatron_tf.native import kernels_wanted
 
 SOURCE = Path(__file__).with_suffix(".c")
-# With fewer rows, packing the tokens takes longer than the product.
+# With fewer rows, packing the tokens takes longer than the product. Of a small group it takes less than the call does.
 LEAST_ROWS = 32
+SMALL_GROUP = 2**14
 # The packed tokens of a larger group do not stay in a cache of 2 MiB, and MKL's product of gathered rows is faster.
 LARGEST_GROUP = 256 * 768
 
@@ -38,18 +39,36 @@ def usable(tokens: Tensor) -> bool:
     return fits and _library() is not None
 
 
-def scores(x: Tensor, rows: Tensor, tokens: Tensor, out: Tensor) -> None:
-    """out [rows, n] = x[rows] · tokensᵀ; tokens [n, width]."""
+def least_rows(n: int, width: int) -> int:
+    """With fewer rows PyTorch's products with n tokens of a width are faster."""
+    return LEAST_ROWS if n * width > SMALL_GROUP else 1
+
+
+class Rows(NamedTuple):
+    """The rows of some candidates, of which each begins where the one before ends.
+
+    `rows`: int32 [rows of the scores], the row of x or of the outputs that belongs to each. Within a candidate none
+        occurs twice.
+    `ends`: int32 [candidates], where the rows of each end, if the first ones are row `begin`.
+    """
+
+    rows: Tensor
+    ends: Tensor
+    begin: int
+
+
+def scores(x: Tensor, rows: Rows, tokens: Tensor, out: Tensor) -> None:
+    """out [rows, n] = x[rows] · tokensᵀ of their candidate; tokens [candidates, n, width]."""
     _call("scores", tokens.shape, *_matrix(x), *_rows(rows), *_tokens(tokens), *_matrix(out))
 
 
-def add_outputs(scores: Tensor, rows: Tensor, tokens: Tensor, total: Tensor) -> None:
-    """total[rows] += scores [rows, n] · tokens [n, width]."""
+def add_outputs(scores: Tensor, rows: Rows, tokens: Tensor, total: Tensor) -> None:
+    """total[rows] += scores [rows, n] · tokens of their candidate; tokens [candidates, n, width]."""
     _call("add_outputs", tokens.shape, *_matrix(scores), *_rows(rows), *_tokens(tokens), *_matrix(total))
 
 
-def gradients(scores: Tensor, rows: Tensor, x: Tensor, out: Tensor) -> None:
-    """out [n, width] = scores [rows, n]ᵀ · x[rows]."""
+def gradients(scores: Tensor, rows: Rows, x: Tensor, out: Tensor) -> None:
+    """out [candidates, n, width] = scores [rows, n]ᵀ · x[rows], for candidates that have rows."""
     _call("gradients", out.shape, *_matrix(scores), *_rows(rows), *_matrix(x), *_tokens(out))
 
 
@@ -82,21 +101,22 @@ def _matrix(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.stride(0)
 
 
-def _rows(rows: Tensor) -> tuple[int, int]:
-    assert rows.dtype == torch.int32 and rows.stride(0) == 1
-    return rows.data_ptr(), len(rows)
+def _rows(rows: Rows) -> tuple[int, int, int, int]:
+    for part in (rows.rows, rows.ends):
+        assert part.dtype == torch.int32 and part.stride(0) == 1
+    return rows.rows.data_ptr(), rows.ends.data_ptr(), rows.begin, len(rows.ends)
 
 
 def _tokens(tokens: Tensor) -> tuple[int, int, int]:
     assert tokens.is_contiguous()
-    return tokens.data_ptr(), *tokens.shape
+    return tokens.data_ptr(), *tokens.shape[1:]
 
 
 def _call(name: str, sizes: torch.Size, *arguments: int) -> None:
     """Calls the library's function `name`, with memory to pack tokens of `sizes` and the number of threads."""
     library = _library()
     assert library is not None
-    getattr(library, name)(*arguments, _room(library.room(*sizes)), torch.get_num_threads())
+    getattr(library, name)(*arguments, _room(library.room(*sizes[1:])), torch.get_num_threads())
 
 
 def _room(wanted: int) -> int:
@@ -117,7 +137,8 @@ def _library() -> ctypes.CDLL | None:
         logging.getLogger(__name__).warning("Sparse layers run without their native CPU products, slower: %s", error)
         return None
     address, number, threads, factor = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-    matrix, rows, tokens = (address, number), (address, number), (address, number, number)
+    matrix, tokens = (address, number), (address, number, number)
+    rows = address, address, number, number
     for function in (library.scores, library.add_outputs):
         function.argtypes = (*matrix, *rows, *tokens, *matrix, address, threads)
     library.gradients.argtypes = (*matrix, *rows, *matrix, *tokens, address, threads)
