@@ -98,7 +98,7 @@ class AddProducts(Protocol):
         *,
         alpha: float = 1.0,
         beta: float = 1.0,
-        symmetric: bool = ...,
+        symmetric: bool = False,
     ) -> Tensor:
         """beta · total + alpha · left · right for each matrix of a stack, in the memory of `total`.
 

@@ -22,6 +22,7 @@ together. As one matrix a bank has the singular vectors of all its candidates mi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -93,8 +94,11 @@ class Muon(AdamW, MatrixRule):
         a, b, c = COEFFICIENTS
         if matrices.shape[1] > matrices.shape[2]:
             return self.whole(matrices.mT.contiguous(), add_products).mT
-        norm = matrices.flatten(1).norm(dim=1).clamp_min(torch.finfo(matrices.dtype).tiny)
-        x = matrices / norm[:, None, None]
+        x = matrices
+        # First by the largest number: the momentum of what is not used any more gets so small that its squares are 0.
+        for order in (math.inf, 2):
+            norm = torch.linalg.vector_norm(x, order, dim=(1, 2), keepdim=True)
+            x = x / norm.clamp_min(torch.finfo(x.dtype).tiny)
         for _ in range(ITERATIONS):
             square = x.new_empty(*x.shape[:2], x.shape[1])
             add_products(square, x, x.mT, beta=0, symmetric=True)

@@ -66,6 +66,15 @@ def test_whole_matrices_in_fp32_need_no_gram_matrix_in_fp64():
     assert (found - exact).norm() / exact.norm() < 2e-5
 
 
+def test_a_direction_of_any_size_has_the_same_update():
+    """Momentum without gradients falls until its squares are 0 in fp32."""
+    x = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0))
+    expected = MUON.whole(x, add_products)
+    for factor in (1e-30, 1e30):
+        torch.testing.assert_close(MUON.whole(x * factor, add_products), expected, rtol=1e-4, atol=1e-6)
+    assert MUON.whole(torch.full((1, 24, 40), 1e-44), add_products).isfinite().all()
+
+
 def test_no_gradient_is_no_update():
     zero = torch.zeros(8, 4)
     assert torch.equal(zero @ MUON.transform(zero.mT @ zero), zero)

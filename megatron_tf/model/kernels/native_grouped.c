@@ -168,8 +168,8 @@ static inline void pack_line(const float *from, long count, float *to) {
 }
 
 /* out[i] = x[rows[i]] tokens^T for i < count; out [count, n], tokens [n, width]. */
-static void scores_of_one(const float *x, long x_stride, const int32_t *rows, long count, const float *tokens, long n, long width,
-            float *out, long out_stride, float *packed, int threads) {
+static void scores_of_one(const float *x, long x_stride, const int32_t *rows, long count, const float *tokens, long n,
+                          long width, float *out, long out_stride, float *packed, int threads) {
     long panels = blocks(n, COLUMNS);
 #pragma omp parallel num_threads(threads)
     {
@@ -193,8 +193,9 @@ static void scores_of_one(const float *x, long x_stride, const int32_t *rows, lo
 }
 
 /* total[rows[i]] += scores[i] tokens for i < count; scores [count, n], tokens [n, width]. Each row is there once. */
-static void add_outputs_of_one(const float *scores, long scores_stride, const int32_t *rows, long count, const float *tokens, long n,
-                 long width, float *total, long total_stride, float *packed, int threads) {
+static void add_outputs_of_one(const float *scores, long scores_stride, const int32_t *rows, long count,
+                               const float *tokens, long n, long width, float *total, long total_stride, float *packed,
+                               int threads) {
     long panels = blocks(width, COLUMNS);
 #pragma omp parallel num_threads(threads)
     {
@@ -219,8 +220,8 @@ static void add_outputs_of_one(const float *scores, long scores_stride, const in
 }
 
 /* out = sum of scores[i]^T x[rows[i]] over i < count; scores [count, n], out [n, width]. */
-static void gradients_of_one(const float *scores, long scores_stride, const int32_t *rows, long count, const float *x, long x_stride,
-               float *out, long n, long width, float *packed, int threads) {
+static void gradients_of_one(const float *scores, long scores_stride, const int32_t *rows, long count, const float *x,
+                             long x_stride, float *out, long n, long width, float *packed, int threads) {
     long panels = blocks(width, COLUMNS), token_blocks = blocks(n, ROWS);
     float *packed_scores = packed + panels * CHUNK_STRIDE;
 #pragma omp parallel num_threads(threads)
@@ -261,8 +262,8 @@ static void gradients_of_one(const float *scores, long scores_stride, const int3
     }
 }
 
-/* The same for several candidates. Their tokens lie one after another, and rows [ends[g - 1], ends[g]) are those of
-   candidate g, counted as rows [begin, ...), of which `rows`, scores and out have the first one first. */
+/* The same for several candidates, whose tokens lie one after another. Of rows that are counted from `begin`, candidate
+   g has those up to ends[g]. */
 #define FOR_CANDIDATES                                                                                                 \
     for (long g = 0, first = 0, next = 0; g < candidates; g++, first = next)                                           \
         if ((next = ends[g] - begin) > first)
@@ -287,7 +288,7 @@ void gradients(const float *scores, long scores_stride, const int32_t *rows, con
                                     x_stride, out + g * n * width, n, width, packed, threads);
 }
 
-/* c += the product of a tile, scaled; c's columns and rows beyond the given ones are not touched. */
+/* c = alpha times a tile of rows a[i] [depth] + beta c, for its first `rows` and `columns`. */
 static void add_tile(const float *const *a, const float *b, long depth, float *c, long stride, int rows, int columns,
                      float alpha, float beta) {
     float sums[ROWS][COLUMNS], *places[ROWS];
