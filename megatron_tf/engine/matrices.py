@@ -9,7 +9,7 @@ parameters of a block,
 | one [n, d] with n ≥ d | DᵀD: d² |
 | one with fewer rows, or a stack of [g, d] | the rows of those that ranks share, at most one a boundary: g·d |
 
-By DᵀD each rank transforms its rows. Of the others it updates whole matrices.
+By DᵀD each rank transforms its rows of the first. Of the second it updates whole matrices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from megatron_tf.optimizers.base import MatrixRule
 from megatron_tf.parallel.groups import Group
 from megatron_tf.state.parameters import ParameterSpec
 
-# Elements of a stack that are updated at the same time. On a CPU they stay in its cache, which is 1.5 times as fast.
+# Elements of a stack that are updated at the same time, on a CPU by each thread. There they stay in the core's cache,
+# which is 1.5 times as fast.
 AT_ONCE = {"cpu": 2**18, "cuda": 2**23}
 
 
@@ -134,8 +135,12 @@ def _pieces(rows: range, size: int) -> list[_Piece]:
 
 def _updates(rule: MatrixRule, matrices: Tensor) -> Tensor:
     """D·P of each of `matrices` D [matrices, g, d]."""
-    most = max(1, AT_ONCE[matrices.device.type] // matrices[0].numel())
-    return torch.cat([rule.whole(part, add_products) for part in matrices.split(most)])
+    found, kind = torch.empty_like(matrices), matrices.device.type
+    elements = AT_ONCE[kind] * (torch.get_num_threads() if kind == "cpu" else 1)
+    most = max(1, elements // matrices[0].numel())
+    for part, target in zip(matrices.split(most), found.split(most)):
+        target.copy_(rule.update_whole(part, add_products))
+    return found
 
 
 def _alike(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

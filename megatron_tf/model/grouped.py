@@ -11,7 +11,7 @@ slot, candidate and row. So the scores of a candidate are contiguous, and its pr
 
 `pair_steps` has two ways to compute the products: all at once, or piece by piece. A `CandidatePiece` is a candidate
 with its rows, which are gathered. fp32 products of a CPU read and add to rows in place: a `NativePiece` is as many
-candidates as have their scores in the cache.
+candidates as have scores that fit into the cache together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_tf.model.kernels import native_grouped
 
-# Scores of a `NativePiece`, of which passes have four bytes each in the cache.
+# Most scores of a `NativePiece` with several candidates, so that they stay in the cache between products and passes.
 SCORES_AT_ONCE = 2**18
 
 
@@ -121,13 +121,16 @@ class NativePiece:
         return source
 
     def scores(self, inputs: Tensor, tokens: Tensor, out: Tensor) -> None:
-        native_grouped.scores(inputs, self.rows, tokens.flatten(0, 1)[self.candidates], out)
+        native_grouped.scores(inputs, self.rows, self._own(tokens), out)
 
     def add_outputs(self, scores: Tensor, tokens: Tensor, total: Tensor, room: Tensor) -> None:
-        native_grouped.add_outputs(scores, self.rows, tokens.flatten(0, 1)[self.candidates], total)
+        native_grouped.add_outputs(scores, self.rows, self._own(tokens), total)
 
     def gradients(self, scores: Tensor, inputs: Tensor, out: Tensor) -> None:
-        native_grouped.gradients(scores, self.rows, inputs, out.flatten(0, 1)[self.candidates])
+        native_grouped.gradients(scores, self.rows, inputs, self._own(out))
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        return tokens.view(-1, *tokens.shape[2:])[self.candidates]
 
 
 def pieces(assignment: Assignment, tokens: Tensor) -> Iterator[CandidatePiece | NativePiece]:
@@ -163,7 +166,7 @@ def _of_candidates(assignment: Assignment, ends: Sequence[int], candidates: rang
 def _runs(ends: Sequence[int], least: int, most: int) -> Iterator[tuple[int, int]]:
     """Consecutive candidates [first, last) with at most `most` pairs, unless one has more.
 
-    One that has pairs, but fewer than `least`, is alone.
+    A candidate that has pairs, but fewer than `least`, is alone.
     """
     first, begin = 0, 0
     for candidate, (before, end) in enumerate(zip((0, *ends), ends)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_tf.activations.function import ScoreFunction
@@ -16,6 +17,8 @@ Gradient = Literal["left", "right"] | None
 Factor = Any
 # Rows of a product that are in memory a second time, where it has to be copied.
 COPIED_ROWS = 1024
+# Of a matrix of a stack. With fewer, packing its right factor takes longer than the product.
+LEAST_ROWS_OF_STACKS = 32
 
 
 class Product(Protocol):
@@ -78,10 +81,11 @@ def add_products(
 ) -> Tensor:
     """beta · total + alpha · left · right for each matrix of a stack, in the memory of `total` [m, n, d].
 
-    left [m, n, k], right [m, k, d]. With a beta of 0 the old content of `total` is ignored. `symmetric`: whether the
-    result is, and what `total` was. Not differentiable.
+    left [m, n, k] and right [m, k, d] do not share its memory. With a beta of 0 the old content of `total` is ignored.
+    `symmetric`: whether the result is, and, with another beta, what `total` was. Not differentiable.
     """
-    enough = left.shape[1] >= native_grouped.LEAST_ROWS
+    # the native products divide a stack over threads, not a matrix
+    enough = left.shape[1] >= LEAST_ROWS_OF_STACKS and 2 * len(left) >= torch.get_num_threads()
     if enough and onednn.mkl_is_slow() and native_grouped.usable(right):
         native_grouped.add_products(total, left, right, alpha=alpha, beta=beta, symmetric=symmetric)
         return total

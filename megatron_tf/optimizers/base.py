@@ -100,10 +100,7 @@ class AddProducts(Protocol):
         beta: float = 1.0,
         symmetric: bool = False,
     ) -> Tensor:
-        """beta · total + alpha · left · right for each matrix of a stack, in the memory of `total`.
-
-        `symmetric`: whether the result is, and what `total` was.
-        """
+        """See `model.products.add_products`."""
         ...
 
 
@@ -113,8 +110,8 @@ class MatrixRule(ABC):
     D [n, d] is the direction of a matrix, of which each rank has some rows. P [d, d] is a polynomial p of DᵀD, so ranks
     exchange only the sum of DᵀD over their rows.
 
-    A parameter with `ParameterSpec.matrix_rows` is a stack of matrices, each with a P of its own. Ranks update whole
-    ones.
+    A parameter with `ParameterSpec.matrix_rows` is a stack of matrices, each with a P of its own. Of these, and of
+    matrices with fewer rows than columns, a rank updates whole ones.
     """
 
     @abstractmethod
@@ -126,8 +123,8 @@ class MatrixRule(ABC):
         """DᵀD -> P, both fp64 [d, d], for any number of matrices at once."""
 
     @abstractmethod
-    def whole(self, matrices: Tensor, add_products: AddProducts) -> Tensor:
-        """D [m, n, d] -> D·P [m, n, d] for each of m matrices, in the type of D."""
+    def update_whole(self, matrices: Tensor, add_products: AddProducts) -> Tensor:
+        """D [m, n, d] -> D·P [m, n, d] for each of m matrices, in fp32, or in the type of D if that is fp64."""
 
     @abstractmethod
     def size(self, shape: Sequence[int]) -> float:

@@ -12,8 +12,8 @@ Every iterate is X·P with P a polynomial of G = XᵀX, and all of these commute
 sum of the Gram matrices of each rank's rows. Ranks therefore send one all-reduce of d² numbers for each matrix, however
 its rows are spread over tensor- and data-parallel ranks, and apply P to their own rows.
 G squares the condition number, so G, P and M·P are computed in fp64. In fp32 the gradient norms of the next steps were
-40 times as far from those of the exact iteration. Matrices that a rank has whole go through the iteration itself, in
-fp32.
+40 times as far from those of the exact iteration. Candidates, and matrices of fewer rows than columns, are whole on a
+rank. They go through the iteration on X itself, where fp32 is enough.
 
 The keys, or values, of each candidate of a bank are a matrix of their own: no position uses a slot's candidates
 together. As one matrix a bank has the singular vectors of all its candidates mixed, and split growth gains half as much
@@ -88,14 +88,14 @@ class Muon(AdamW, MatrixRule):
             product = product @ step
         return product
 
-    def whole(self, matrices: Tensor, add_products: AddProducts) -> Tensor:
+    def update_whole(self, matrices: Tensor, add_products: AddProducts) -> Tensor:
         import torch
 
         a, b, c = COEFFICIENTS
         if matrices.shape[1] > matrices.shape[2]:
-            return self.whole(matrices.mT.contiguous(), add_products).mT
-        x = matrices
-        # First by the largest number: the momentum of what is not used any more gets so small that its squares are 0.
+            return self.update_whole(matrices.mT, add_products).mT
+        x = matrices.contiguous()
+        # First by the largest number: the momentum of candidates without use gets so small that its squares are 0.
         for order in (math.inf, 2):
             norm = torch.linalg.vector_norm(x, order, dim=(1, 2), keepdim=True)
             x = x / norm.clamp_min(torch.finfo(x.dtype).tiny)

@@ -12,6 +12,10 @@ from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.study.plan import Node, Plan
 from megatron_tf.study.result import has_ended, read_result
 
+# Of the training section.
+OF_SPEED = (
+    "micro_batch_size", "global_batch_size", "precision", "activation_checkpointing", "compile", "norm", "scores",
+)  # fmt: skip
 Seconds = Callable[[Node], "float | None"]
 
 
@@ -35,10 +39,11 @@ class Speeds:
 
 
 def speed_key(node: Node) -> str:
-    """What decides the speed of a run: its model, batches and optimizer."""
+    """What decides the speed of a run: its model, its layout, its optimizer, and how it trains."""
     config = node.config
-    batches = config.training.micro_batch_size, config.training.global_batch_size
-    return json.dumps([config.model.model_dump(mode="json"), *batches, config.optimizer.type], sort_keys=True)
+    how = config.training.model_dump(mode="json", include=set(OF_SPEED))
+    parts = config.model.model_dump(mode="json"), config.parallel.model_dump(mode="json"), config.optimizer.type, how
+    return json.dumps(parts, sort_keys=True)
 
 
 def measured(plan: Plan) -> Speeds:

@@ -11,65 +11,83 @@ import torch
 from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.parallel import Parallel
-from megatron_tf.engine.choice import build_engine, join
+from megatron_tf.engine.choice import build_engine
+from megatron_tf.errors import UserError
 from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.runtime.environment import LaunchEnvironment
-from megatron_tf.runtime.joining import leave
+from megatron_tf.runtime.joining import join_ranks, leave
 from megatron_tf.state.sources import InitialSource
 from megatron_tf.study.hours import Speeds, speed_key
 from megatron_tf.study.plan import Node
 from megatron_tf.tasks.layers import example_batches
 
-# Of one model's turn. A turn has at least one step.
+# Of one model's turn, after the first steps. A turn has at least one more.
 TURN_SECONDS = 5.0
 
 
 def probe(nodes: Sequence[Node], ranks: int, threads: int, rounds: int = 3, steps: int = 4) -> Speeds:
-    """Trains each run's model for up to `steps` steps on synthetic data in this process, `rounds` times; the median
-    counts.
+    """Trains each run's model for up to `steps` steps on synthetic data in this process, `rounds` times.
 
-    The models take turns, and each round begins with another one, so that other load on the machine slows all of them.
-    `ranks`: processes of a run; the speed of one is multiplied by them.  `threads`: of each process.
+    Its speed is that of its median round. The models take turns, and each round begins with another one, so that other
+    load on the machine slows all of them.
+    `ranks`: processes of a run, which share its work; the speed of one is multiplied by them.  `threads`: of each.
+    UserError when the state of a model is too large for one device.
     """
-    configs = {speed_key(node): _on_one_rank(node.config, ranks) for node in nodes}
+    configs = {speed_key(node): node.config for node in nodes}
     keys, seconds = list(configs), dict[str, list[float]]()
+    if not configs:
+        return Speeds({})
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     timeout = max(config.parallel.timeout_seconds for config in configs.values())
-    join(configs.values(), LaunchEnvironment("python", 0, 1, 0, 1, "127.0.0.1", 0), timeout)
+    join_ranks(LaunchEnvironment("python", 0, 1, 0, 1, "127.0.0.1", 0), timeout)
     try:
+        torch.set_num_threads(threads)
         for i in range(rounds):
             for key in keys[i % len(keys) :] + keys[: i % len(keys)]:
                 seconds.setdefault(key, []).append(_step_seconds(configs[key], steps))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--probe: a model of the study does not fit on one device, where it is measured ({error}). Plan with "
+            "--flops-per-second."
+        ) from error
     finally:
-        leave()
         torch.set_num_threads(before)
+        leave()
     tokens = {key: config.training.global_batch_size * config.model.seq_length for key, config in configs.items()}
     return Speeds({key: ranks * tokens[key] / statistics.median(seconds[key]) for key in keys})
 
 
-def _on_one_rank(config: RunConfig, ranks: int) -> RunConfig:
-    """One of `ranks` ranks with as many micro batches a step, without the others."""
-    training = config.training
-    samples = training.micro_batch_size * plan_batches(config, ranks).num_micro_batches
-    alone = {
-        "training": training.model_copy(update={"global_batch_size": samples}),
-        "parallel": Parallel(engine="torch", timeout_seconds=config.parallel.timeout_seconds),
-    }
-    return config.model_copy(update=alone)
-
-
 def _step_seconds(config: RunConfig, steps: int) -> float:
-    plan = plan_batches(config, 1)
-    source = InitialSource(config.model, config.run.seed)
-    engine = build_engine(config, config.model, plan, topology_for(config, 1), SINGLE, source)
-    batches = list(example_batches(config, plan, 0, 0, 1))
-    # The first step allocates the optimizer's states and compiles what the configuration wants compiled.
-    engine.train_step(0, iter(batches)).loss.item()
-    done, began = 0, time.perf_counter()
-    while done < steps and (done == 0 or time.perf_counter() - began < TURN_SECONDS):
-        done += 1
-        engine.train_step(done, iter(batches)).loss.item()
-    spent = (time.perf_counter() - began) / done
-    engine.close()
-    return spent
+    """Seconds that a rank would take alone for a step of the run: its passes over all micro batches, and one update.
+
+    A measured step has one micro batch.
+    """
+    training = config.training
+    alone = config.model_copy(
+        update={
+            "training": training.model_copy(update={"global_batch_size": training.micro_batch_size}),
+            "parallel": Parallel(engine="torch", timeout_seconds=config.parallel.timeout_seconds),
+        }
+    )
+    if training.compile:
+        # Otherwise the compiler would treat the next model's sizes as dynamic, unlike in a training run.
+        torch.compiler.reset()
+    plan, source = plan_batches(alone, 1), InitialSource(config.model, config.run.seed)
+    engine = build_engine(alone, config.model, plan, topology_for(alone, 1), SINGLE, source)
+    try:
+        batches = list(example_batches(alone, plan, 0, 0, 1))
+        # The first step compiles what the configuration wants compiled. In fp16 more find the scale of the loss.
+        while engine.train_step(0, iter(batches)).seeks_scale:
+            pass
+        passes, updates, began = list[float](), list[float](), time.perf_counter()
+        while len(passes) < steps and (not passes or time.perf_counter() - began < TURN_SECONDS):
+            start = time.perf_counter()
+            with engine.clock.step(measured=True):
+                engine.train_step(len(passes) + 1, iter(batches)).loss.item()
+            spent, share = time.perf_counter() - start, engine.clock.shares()["optimizer"]
+            passes.append(spent * (1 - share))
+            updates.append(spent * share)
+    finally:
+        engine.close()
+    micro_batches = training.global_batch_size // training.micro_batch_size
+    return statistics.mean(passes) * micro_batches + statistics.mean(updates)

@@ -52,7 +52,7 @@ def test_whole_matrices_go_through_the_iteration(shape):
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x[0, :, 3] = x[0, :, 4]  # singular
     given = x.clone()
-    for own, found in zip(x, MUON.whole(x, add_products), strict=True):
+    for own, found in zip(x, MUON.update_whole(x, add_products), strict=True):
         torch.testing.assert_close(found, iterate(own), rtol=1e-12, atol=1e-12)
     assert torch.equal(x, given)
 
@@ -62,23 +62,23 @@ def test_whole_matrices_in_fp32_need_no_gram_matrix_in_fp64():
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(n, 48, generator=generator, dtype=torch.float64))[0] for n in (48, 72))
     x = (left * torch.logspace(0, -6, 48, dtype=torch.float64)) @ right.mT
-    exact, found = iterate(x), MUON.whole(x[None].float(), add_products)[0]
+    exact, found = iterate(x), MUON.update_whole(x[None].float(), add_products)[0]
     assert (found - exact).norm() / exact.norm() < 2e-5
 
 
 def test_a_direction_of_any_size_has_the_same_update():
     """Momentum without gradients falls until its squares are 0 in fp32."""
     x = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0))
-    expected = MUON.whole(x, add_products)
+    expected = MUON.update_whole(x, add_products)
     for factor in (1e-30, 1e30):
-        torch.testing.assert_close(MUON.whole(x * factor, add_products), expected, rtol=1e-4, atol=1e-6)
-    assert MUON.whole(torch.full((1, 24, 40), 1e-44), add_products).isfinite().all()
+        torch.testing.assert_close(MUON.update_whole(x * factor, add_products), expected, rtol=1e-4, atol=1e-6)
+    assert MUON.update_whole(torch.full((1, 24, 40), 1e-44), add_products).isfinite().all()
 
 
 def test_no_gradient_is_no_update():
     zero = torch.zeros(8, 4)
     assert torch.equal(zero @ MUON.transform(zero.mT @ zero), zero)
-    assert torch.equal(MUON.whole(zero[None], add_products)[0], zero)
+    assert torch.equal(MUON.update_whole(zero[None], add_products)[0], zero)
 
 
 def check(config, *chosen, steps=4):

@@ -168,10 +168,10 @@ static inline void pack_line(const float *from, long count, float *to) {
 }
 
 /* out[i] = x[rows[i]] tokens^T for i < count; out [count, n], tokens [n, width]. */
-static void scores_of_one(const float *x, long x_stride, const int32_t *rows, long count, const float *tokens, long n,
-                          long width, float *out, long out_stride, float *packed, int threads) {
+static void scores_of_candidate(const float *x, long x_stride, const int32_t *rows, long count, const float *tokens,
+                                long n, long width, float *out, long out_stride, float *packed, int threads) {
     long panels = blocks(n, COLUMNS);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (count > ROWS)
     {
 #pragma omp for
         for (long panel = 0; panel < panels; panel++)
@@ -193,11 +193,11 @@ static void scores_of_one(const float *x, long x_stride, const int32_t *rows, lo
 }
 
 /* total[rows[i]] += scores[i] tokens for i < count; scores [count, n], tokens [n, width]. Each row is there once. */
-static void add_outputs_of_one(const float *scores, long scores_stride, const int32_t *rows, long count,
-                               const float *tokens, long n, long width, float *total, long total_stride, float *packed,
-                               int threads) {
+static void add_outputs_of_candidate(const float *scores, long scores_stride, const int32_t *rows, long count,
+                                     const float *tokens, long n, long width, float *total, long total_stride,
+                                     float *packed, int threads) {
     long panels = blocks(width, COLUMNS);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (count > ROWS)
     {
 #pragma omp for
         for (long k = 0; k < n; k++)
@@ -220,11 +220,12 @@ static void add_outputs_of_one(const float *scores, long scores_stride, const in
 }
 
 /* out = sum of scores[i]^T x[rows[i]] over i < count; scores [count, n], out [n, width]. */
-static void gradients_of_one(const float *scores, long scores_stride, const int32_t *rows, long count, const float *x,
-                             long x_stride, float *out, long n, long width, float *packed, int threads) {
+static void gradients_of_candidate(const float *scores, long scores_stride, const int32_t *rows, long count,
+                                   const float *x, long x_stride, float *out, long n, long width, float *packed,
+                                   int threads) {
     long panels = blocks(width, COLUMNS), token_blocks = blocks(n, ROWS);
     float *packed_scores = packed + panels * CHUNK_STRIDE;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (count > ROWS)
     for (long start = 0; start < count; start += CHUNK) {
         long depth = least(CHUNK, count - start);
 #pragma omp for nowait
@@ -262,29 +263,29 @@ static void gradients_of_one(const float *scores, long scores_stride, const int3
     }
 }
 
-/* The same for several candidates, whose tokens lie one after another. Of rows that are counted from `begin`, candidate
-   g has those up to ends[g]. */
+/* The same for several candidates, whose tokens lie one after another. The rows of candidate g end with row
+   ends[g] - begin. */
 #define FOR_CANDIDATES                                                                                                 \
     for (long g = 0, first = 0, next = 0; g < candidates; g++, first = next)                                           \
         if ((next = ends[g] - begin) > first)
 
 void scores(const float *x, long x_stride, const int32_t *rows, const int32_t *ends, long begin, long candidates,
             const float *tokens, long n, long width, float *out, long out_stride, float *packed, int threads) {
-    FOR_CANDIDATES scores_of_one(x, x_stride, rows + first, next - first, tokens + g * n * width, n, width,
+    FOR_CANDIDATES scores_of_candidate(x, x_stride, rows + first, next - first, tokens + g * n * width, n, width,
                                  out + first * out_stride, out_stride, packed, threads);
 }
 
 void add_outputs(const float *scores, long scores_stride, const int32_t *rows, const int32_t *ends, long begin,
                  long candidates, const float *tokens, long n, long width, float *total, long total_stride,
                  float *packed, int threads) {
-    FOR_CANDIDATES add_outputs_of_one(scores + first * scores_stride, scores_stride, rows + first, next - first,
+    FOR_CANDIDATES add_outputs_of_candidate(scores + first * scores_stride, scores_stride, rows + first, next - first,
                                       tokens + g * n * width, n, width, total, total_stride, packed, threads);
 }
 
 void gradients(const float *scores, long scores_stride, const int32_t *rows, const int32_t *ends, long begin,
                long candidates, const float *x, long x_stride, float *out, long n, long width, float *packed,
                int threads) {
-    FOR_CANDIDATES gradients_of_one(scores + first * scores_stride, scores_stride, rows + first, next - first, x,
+    FOR_CANDIDATES gradients_of_candidate(scores + first * scores_stride, scores_stride, rows + first, next - first, x,
                                     x_stride, out + g * n * width, n, width, packed, threads);
 }
 
@@ -304,7 +305,7 @@ static inline int is_below(long first, long panel) { return first >= (panel + 1)
 
 /* total[s] = alpha left[s] right[s] + beta total[s] for s < stack; left [n, depth], right [depth, width], or, if it is
    transposed, [width, depth]. A beta of 0 ignores what total was. With `symmetric` half of the product is made: the
-   result is symmetric, and so is what total was. `packed` has memory for each thread. */
+   result is symmetric, and so is what total was, unless beta is 0. `packed` has memory for each thread. */
 void add_products(float *total, const float *left, const float *right, long stack, long n, long depth, long width,
                   int transposed, int symmetric, float alpha, float beta, float *packed, int threads) {
     long panels = blocks(width, COLUMNS), own_room = panels * COLUMNS * depth;

@@ -24,7 +24,8 @@ from megatron_tf.model.kernels.native_passes import FLAGS, X86_FLAGS
 from megatron_tf.native import kernels_wanted
 
 SOURCE = Path(__file__).with_suffix(".c")
-# With fewer rows, packing the tokens takes longer than the product. Of a small group it takes less than the call does.
+# With fewer rows, packing the tokens takes longer than the product. Packing those of a small group takes less time than
+# a call of PyTorch's products.
 LEAST_ROWS = 32
 SMALL_GROUP = 2**14
 # The packed tokens of a larger group do not stay in a cache of 2 MiB, and MKL's product of gathered rows is faster.
@@ -77,15 +78,17 @@ def add_products(
 ) -> None:
     """total [m, n, d] = alpha · left [m, n, k] · right [m, k, d] + beta · total.
 
-    A beta of 0 ignores what `total` was. `right` may be a transposed tensor. `symmetric`: whether the result is, and
-    what `total` was; half of it is computed then.
+    As `products.add_products`. `right` may be a transposed tensor. Of a symmetric result half is computed.
     """
     library = _library()
     assert library is not None
     transposed = not right.is_contiguous()
     given = right.mT if transposed else right
-    assert total.is_contiguous() and left.is_contiguous() and given.is_contiguous()
-    (stack, n, depth), width, threads = left.shape, right.shape[-1], torch.get_num_threads()
+    (stack, n, depth), width = left.shape, right.shape[-1]
+    threads = max(1, min(stack, torch.get_num_threads()))
+    assert right.shape == (stack, depth, width) and total.shape == (stack, n, width) and (n == width or not symmetric)
+    for tensor in (total, left, given):
+        assert tensor.is_contiguous() and tensor.dtype == torch.float32
     packed = _room(threads * library.room(width, depth))
     pointers = total.data_ptr(), left.data_ptr(), given.data_ptr()
     library.add_products(*pointers, stack, n, depth, width, transposed, symmetric, alpha, beta, packed, threads)
