@@ -272,21 +272,21 @@ static void gradients_of_candidate(const float *scores, long scores_stride, cons
 void scores(const float *x, long x_stride, const int32_t *rows, const int32_t *ends, long begin, long candidates,
             const float *tokens, long n, long width, float *out, long out_stride, float *packed, int threads) {
     FOR_CANDIDATES scores_of_candidate(x, x_stride, rows + first, next - first, tokens + g * n * width, n, width,
-                                 out + first * out_stride, out_stride, packed, threads);
+                                       out + first * out_stride, out_stride, packed, threads);
 }
 
 void add_outputs(const float *scores, long scores_stride, const int32_t *rows, const int32_t *ends, long begin,
                  long candidates, const float *tokens, long n, long width, float *total, long total_stride,
                  float *packed, int threads) {
     FOR_CANDIDATES add_outputs_of_candidate(scores + first * scores_stride, scores_stride, rows + first, next - first,
-                                      tokens + g * n * width, n, width, total, total_stride, packed, threads);
+                                            tokens + g * n * width, n, width, total, total_stride, packed, threads);
 }
 
 void gradients(const float *scores, long scores_stride, const int32_t *rows, const int32_t *ends, long begin,
                long candidates, const float *x, long x_stride, float *out, long n, long width, float *packed,
                int threads) {
     FOR_CANDIDATES gradients_of_candidate(scores + first * scores_stride, scores_stride, rows + first, next - first, x,
-                                    x_stride, out + g * n * width, n, width, packed, threads);
+                                          x_stride, out + g * n * width, n, width, packed, threads);
 }
 
 /* c = alpha times a tile of rows a[i] [depth] + beta c, for its first `rows` and `columns`. */
